@@ -1,0 +1,82 @@
+"""Bounded msgpack: the only way in which this product reads bytes that another process wrote.
+
+Decoding refuses what a well-behaved peer never sends: extension types, too many bytes, too many elements, too much
+nesting. It never executes anything. Errors are :class:`~queue_schemas.errors.BadMessage`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+
+from .errors import BadMessage
+
+MAX_MESSAGE_BYTES = 128 * 1024 * 1024
+"""Largest message decoded: the largest body a Router may be set to accept, with room for the envelope."""
+MAX_ELEMENTS = 65_536
+MAX_DEPTH = 16
+
+
+def encode(value: Any) -> bytes:
+    """``value`` (None, bool, int, float, str, bytes, list, tuple, dict of str) as msgpack."""
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def decode(data: bytes) -> Any:
+    """The one value in ``data``."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise BadMessage(f"message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    try:
+        value = msgpack.unpackb(data, **_limits(len(data)))
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise BadMessage(f"not a valid message: {error}") from error
+    _check_depth(value)
+    return value
+
+
+def decode_all(data: bytes) -> list[Any]:
+    """The values in ``data``, which stand one behind the other."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise BadMessage(f"message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    unpacker = msgpack.Unpacker(**_limits(len(data)), max_buffer_size=max(len(data), 1))
+    unpacker.feed(data)
+    values = []
+    try:
+        for value in unpacker:
+            _check_depth(value)
+            values.append(value)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise BadMessage(f"not a valid message: {error}") from error
+    if unpacker.tell() != len(data):
+        raise BadMessage("the message is cut short")
+    return values
+
+
+def _limits(size: int) -> dict[str, Any]:
+    return {
+        "raw": False,
+        "strict_map_key": True,
+        "max_str_len": size,
+        "max_bin_len": size,
+        "max_array_len": min(size, MAX_ELEMENTS),
+        "max_map_len": min(size, MAX_ELEMENTS),
+        "max_ext_len": 0,
+        "ext_hook": _refuse_extension,
+        "timestamp": 0,
+    }
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"extension type {code} is not part of the contract")
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
+    if not isinstance(value, (list, dict)):
+        return
+    if depth >= MAX_DEPTH:
+        raise BadMessage(f"nested deeper than {MAX_DEPTH} levels")
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (list, dict)):
+            _check_depth(item, depth + 1)

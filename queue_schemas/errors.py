@@ -1,0 +1,186 @@
+"""Every error of the product, one tree.
+
+::
+
+    InferqError
+    +-- BadRequest                 400  invalid_request        the request cannot be understood
+    |   +-- BadMessage             400  bad_message            a wire message breaks the contract
+    |   +-- UnsupportedVersion     400  unsupported_version    a wire message of another major version
+    |   +-- BodyTooLarge           413  request_too_large
+    +-- AuthenticationFailed       401  invalid_api_key
+    +-- PermissionRefused          403  permission_denied
+    +-- ModelNotFound              404  model_not_found
+    +-- PathNotFound               404  unknown_path
+    +-- UnknownWorker              410  unknown_worker         register again
+    +-- WorkerIdTaken              409  worker_id_taken
+    +-- OverCapacity               429  over_capacity          a budget is used up
+    +-- NoWorker                   503  no_worker              no worker serves the model now
+    +-- BrokerUnavailable          503  broker_unavailable     Redis cannot be reached
+    +-- BrokerFull                 503  broker_full            Redis refuses writes (memory or disk is full)
+    +-- ManagerUnavailable         503  manager_unavailable
+    +-- ShuttingDown               503  shutting_down
+    +-- DeadlineExceeded           504  deadline_exceeded      the job's time ran out
+    +-- AttemptsExhausted          502  attempts_exhausted     every attempt failed: the job is a dead letter
+    +-- StreamBroken               502  stream_broken          a stream that had begun cannot be continued truthfully
+    +-- EngineFailed               502  engine_failed          the engine broke the connection or its protocol
+    +-- JobCancelled               499  cancelled
+    +-- BrokerUnsuitable           500  broker_unsuitable      the Redis server cannot carry the queue (says why)
+    +-- Fenced                     409  fenced                 the caller was declared dead; what it holds is not its own
+
+A client sees the OpenAI error object (:meth:`InferqError.body`): the message says what to do next. ``retryable`` says
+whether the same call may succeed later; ``retry_after_s`` is what the ``Retry-After`` header then says.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import ClassVar
+
+
+class InferqError(Exception):
+    """The root. Subclasses fix ``status`` (HTTP), ``code`` (wire), ``type`` (OpenAI's) and ``retryable``."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    type: ClassVar[str] = "server_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        """The OpenAI error object as JSON: ``{"error": {"message", "type", "param", "code"}}``."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
+
+
+class BadRequest(InferqError):
+    status = 400
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class BadMessage(BadRequest):
+    code = "bad_message"
+
+
+class UnsupportedVersion(BadRequest):
+    code = "unsupported_version"
+
+
+class BodyTooLarge(BadRequest):
+    status = 413
+    code = "request_too_large"
+
+
+class AuthenticationFailed(InferqError):
+    status = 401
+    code = "invalid_api_key"
+    type = "authentication_error"
+
+
+class PermissionRefused(InferqError):
+    status = 403
+    code = "permission_denied"
+    type = "permission_error"
+
+
+class ModelNotFound(InferqError):
+    status = 404
+    code = "model_not_found"
+    type = "invalid_request_error"
+
+
+class PathNotFound(InferqError):
+    status = 404
+    code = "unknown_path"
+    type = "invalid_request_error"
+
+
+class UnknownWorker(InferqError):
+    status = 410
+    code = "unknown_worker"
+    type = "invalid_request_error"
+
+
+class WorkerIdTaken(InferqError):
+    status = 409
+    code = "worker_id_taken"
+    type = "invalid_request_error"
+
+
+class OverCapacity(InferqError):
+    status = 429
+    code = "over_capacity"
+    type = "rate_limit_error"
+    retryable = True
+
+
+class NoWorker(InferqError):
+    status = 503
+    code = "no_worker"
+    retryable = True
+
+
+class BrokerUnavailable(InferqError):
+    status = 503
+    code = "broker_unavailable"
+    retryable = True
+
+
+class BrokerFull(InferqError):
+    status = 503
+    code = "broker_full"
+    retryable = True
+
+
+class ManagerUnavailable(InferqError):
+    status = 503
+    code = "manager_unavailable"
+    retryable = True
+
+
+class ShuttingDown(InferqError):
+    status = 503
+    code = "shutting_down"
+    retryable = True
+
+
+class DeadlineExceeded(InferqError):
+    status = 504
+    code = "deadline_exceeded"
+    retryable = True
+
+
+class AttemptsExhausted(InferqError):
+    status = 502
+    code = "attempts_exhausted"
+
+
+class StreamBroken(InferqError):
+    status = 502
+    code = "stream_broken"
+    retryable = True
+
+
+class EngineFailed(InferqError):
+    status = 502
+    code = "engine_failed"
+    retryable = True
+
+
+class JobCancelled(InferqError):
+    status = 499
+    code = "cancelled"
+
+
+class BrokerUnsuitable(InferqError):
+    code = "broker_unsuitable"
+
+
+class Fenced(InferqError):
+    status = 409
+    code = "fenced"

@@ -1,0 +1,187 @@
+"""The control plane's messages, as JSON over HTTP under ``/fabric/v1``.
+
+A Router and a Manager serve the same paths; a worker needs to reach one of them. Unknown fields are ignored, so that
+two versions of the fabric can talk during a rolling upgrade.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from .errors import BadMessage
+from .ids import check_incarnation, check_name, check_worker_id
+from .lanes import LANES, Lane
+
+FABRIC_PREFIX = "/fabric/v1"
+JOIN_TOKEN_HEADER = "x-inferq-join-token"
+MAX_MODELS = 1024
+"""Most models (adapters included) that one worker may serve."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class EngineState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class WorkerState(StrEnum):
+    """How the Manager sees a worker. The dead are forgotten, so they have no state."""
+
+    ACTIVE = "active"
+    SUSPECT = "suspect"
+    """Its heartbeats stopped: it gets no new assignment, its running work goes on."""
+    DRAINING = "draining"
+
+
+class WorkerStatus(_Message):
+    """What a worker says of itself, at registration and in every heartbeat."""
+
+    incarnation: str
+    models: list[str] = Field(default_factory=list, max_length=MAX_MODELS)
+    slots: int = Field(ge=0, le=65_536, description="jobs it can run at once")
+    running: int = Field(default=0, ge=0, description="jobs it runs now")
+    engine: EngineState = EngineState.STARTING
+    engine_detail: str = Field(default="", max_length=2_000)
+    broker_ok: bool = Field(default=True, description="whether it reaches Redis")
+    draining: bool = False
+
+    @field_validator("incarnation")
+    @classmethod
+    def _incarnation(cls, value: str) -> str:
+        return _or_value_error(check_incarnation, value)
+
+    @field_validator("models")
+    @classmethod
+    def _models(cls, value: list[str]) -> list[str]:
+        try:
+            return [check_name(model, "model") for model in value]
+        except BadMessage as error:
+            raise ValueError(error.message) from error
+
+
+class Registration(WorkerStatus):
+    """``POST /fabric/v1/workers``."""
+
+    worker_id: str
+    url: str | None = Field(default=None, max_length=2_000, description="where the worker's HTTP service may be reached")
+    version: str = ""
+    region: str = Field(default="", max_length=100)
+
+    @field_validator("worker_id")
+    @classmethod
+    def _worker_id(cls, value: str) -> str:
+        return _or_value_error(check_worker_id, value)
+
+
+class PoolAssignment(_Message):
+    """A worker pulls ``lanes`` of ``pool`` on ``shard``."""
+
+    pool: str
+    shard: int
+    lanes: list[Lane] = Field(default_factory=lambda: list(LANES))
+
+
+class Assignment(_Message):
+    """What one worker pulls. ``(term, version)`` orders assignments; a lower one is ignored."""
+
+    term: int
+    version: int
+    pools: list[PoolAssignment] = Field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return (self.term, self.version)
+
+
+class RegistrationAnswer(_Message):
+    """The answer to a registration: everything a worker needs to know."""
+
+    broker_url: str = Field(description="the broker's advertised address")
+    shards: int
+    lease_ms: int = Field(description="a worker whose renewal number stands still for so long has lost its jobs")
+    heartbeat_ms: int = Field(description="how often to send a heartbeat")
+    assignment: Assignment
+
+
+class Heartbeat(WorkerStatus):
+    """``POST /fabric/v1/workers/{worker_id}/heartbeat``."""
+
+
+class HeartbeatAnswer(_Message):
+    assignment: Assignment
+    drain: bool = False
+
+
+class WorkerInfo(_Message):
+    """One entry of ``GET /fabric/v1/workers``, and of the registry snapshot in Redis."""
+
+    worker_id: str
+    incarnation: str
+    url: str | None = None
+    url_note: str = Field(default="", description="what is wrong with the URL, if the Manager tried it")
+    version: str = ""
+    region: str = ""
+    models: list[str] = Field(default_factory=list)
+    slots: int = 0
+    running: int = 0
+    engine: EngineState = EngineState.STARTING
+    engine_detail: str = ""
+    broker_ok: bool = True
+    state: WorkerState = WorkerState.ACTIVE
+    heartbeat_age_ms: int = 0
+    assignment: Assignment
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether jobs for its models will be claimed by it."""
+        return self.state is WorkerState.ACTIVE and self.engine is EngineState.READY
+
+
+class WorkerList(_Message):
+    workers: list[WorkerInfo]
+    manager: str = ""
+    term: int = 0
+
+
+class BrokerAddress(_Message):
+    """``GET /fabric/v1/broker`` (join token needed): where a Router finds the queue."""
+
+    broker_url: str
+    shards: int
+
+
+class LaneDepth(_Message):
+    waiting: int = 0
+    leased: int = 0
+    oldest_age_ms: int = Field(default=0, description="how long the longest-waiting job has waited")
+
+
+class PoolDepth(_Message):
+    """``GET /fabric/v1/pools/{model}``: the queue of one model, for people and autoscalers."""
+
+    model: str
+    waiting: int = 0
+    leased: int = 0
+    outstanding: int = Field(default=0, description="waiting + leased")
+    oldest_age_ms: int = 0
+    workers: int = Field(default=0, description="workers that take work for it now")
+    slots: int = 0
+    lanes: dict[Lane, LaneDepth] = Field(default_factory=dict)
+
+
+class PoolList(_Message):
+    pools: list[PoolDepth]
+
+
+def _or_value_error(check: Callable[[str], str], value: str) -> str:
+    try:
+        return check(value)
+    except BadMessage as error:
+        raise ValueError(error.message) from error

@@ -1,0 +1,101 @@
+"""What travels back: frames of answers, and markers about attempts.
+
+An entry of a reply stream holds either field ``f``, a run of packed frames one behind the other (written by workers
+and by the settle script), or field ``m``, one marker as text (written by scripts, which do not speak msgpack).
+
+A Router accepts a frame if its ``(epoch, attempt_id)`` is the newest it has seen for the job and its ``seq`` is the
+next; everything else is a leftover of a lost attempt or a repeat, and is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from . import codec
+from .errors import BadMessage
+from .ids import JobId
+
+HEAD = 1
+"""The frame carries status and content type: the first of an attempt."""
+END = 2
+"""The frame is the attempt's last: the answer is complete."""
+
+FRAME_FIELD = b"f"
+MARKER_FIELD = b"m"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A piece of an attempt's answer. ``seq`` counts from 0 within the attempt; ``flags`` combine HEAD and END.
+
+    ``status`` and ``content_type`` count only with HEAD. A plain answer is one frame with both flags.
+    """
+
+    job_id: JobId
+    epoch: int
+    attempt_id: str
+    seq: int
+    flags: int
+    data: bytes
+    status: int = 0
+    content_type: str = ""
+
+    def pack(self) -> bytes:
+        """msgpack array: ``[job_id, epoch, attempt_id, seq, flags, data]``, with HEAD also ``status, content_type``."""
+        fields: list[Any] = [self.job_id, self.epoch, self.attempt_id, self.seq, self.flags, self.data]
+        if self.flags & HEAD:
+            fields += (self.status, self.content_type)
+        return codec.encode(fields)
+
+
+_TYPES = (str, int, str, int, int, bytes, int, str)
+
+
+def unpack_frames(data: bytes) -> list[Frame]:
+    """The frames packed in ``data``. Raises ``BadMessage`` if any is malformed."""
+    frames = []
+    for fields in codec.decode_all(data):
+        if type(fields) is not list or len(fields) not in (6, 8):
+            raise BadMessage("a frame is an array of 6 or 8 fields")
+        for value, expected in zip(fields, _TYPES, strict=False):
+            if type(value) is not expected:
+                raise BadMessage(f"a frame field is {type(value).__name__}, not {expected.__name__}")
+        if bool(fields[4] & HEAD) != (len(fields) == 8):
+            raise BadMessage("a frame carries status and content type exactly with HEAD")
+        frames.append(Frame(*fields))
+    return frames
+
+
+class MarkerKind(StrEnum):
+    """What happened to a job or its attempt."""
+
+    REQUEUED = "requeued"
+    """The attempt ended unsettled; the job waits again under a higher epoch."""
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """News about a job that is no answer. ``epoch`` is the job's epoch after the event."""
+
+    kind: MarkerKind
+    job_id: JobId
+    epoch: int
+    reason: str
+
+    def pack(self) -> bytes:
+        """``kind job_id epoch reason``: the reason is the rest of the text."""
+        return f"{self.kind} {self.job_id} {self.epoch} {self.reason}".encode()
+
+
+def unpack_marker(data: bytes) -> Marker:
+    """The marker in ``data``, or ``BadMessage``."""
+    try:
+        kind, job_id, epoch, reason = data.decode("utf-8", "replace").split(" ", 3)
+        return Marker(MarkerKind(kind), JobId(job_id), int(epoch), reason)
+    except ValueError as error:
+        raise BadMessage(f"not a marker: {data[:100]!r}") from error

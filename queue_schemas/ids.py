@@ -1,0 +1,85 @@
+"""Names and identifiers. Ids that must not be mixed are distinct types.
+
+A job id is ``<shard>-<32 hex digits>``: the shard that holds the job, then 128 random bits, so that whoever
+holds an id can address the job without a lookup.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import zlib
+from typing import NewType
+from urllib.parse import quote, unquote
+
+from .errors import BadMessage
+
+JobId = NewType("JobId", str)
+WorkerId = NewType("WorkerId", str)
+Incarnation = NewType("Incarnation", str)
+"""One start of one worker or router: ``<name>.<16 hex digits>``. A restart is a new incarnation."""
+Pool = NewType("Pool", str)
+"""A model id as the engine lists it: all workers that serve it form the pool."""
+Tenant = NewType("Tenant", str)
+
+MAX_NAME_BYTES = 256
+"""Longest model, tenant or worker name accepted, in UTF-8 bytes."""
+
+_JOB_ID = re.compile(r"(0|[1-9][0-9]{0,3})-[0-9a-f]{32}")
+_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_INCARNATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\.[0-9a-f]{16}")
+
+
+def new_job_id(shard: int) -> JobId:
+    """A fresh id for a job that will live on ``shard``."""
+    return JobId(f"{shard}-{secrets.token_hex(16)}")
+
+
+def shard_of_job(job_id: str) -> int:
+    """The shard inside a job id. Raises ``BadMessage`` for anything that is not a job id."""
+    if not _JOB_ID.fullmatch(job_id):
+        raise BadMessage(f"not a job id: {job_id[:60]!r}")
+    return int(job_id.partition("-")[0])
+
+
+def shard_of_pool(pool: str, shards: int) -> int:
+    """The home shard of a pool: CRC-32 of the model id modulo ``shards``, the same in every process."""
+    return zlib.crc32(pool.encode()) % shards
+
+
+def new_incarnation(name: str) -> Incarnation:
+    """A fresh incarnation of the worker or router called ``name``."""
+    return Incarnation(f"{check_worker_id(name)}.{secrets.token_hex(8)}")
+
+
+def check_incarnation(value: str) -> Incarnation:
+    """``value`` if it has the shape of an incarnation, else ``BadMessage``."""
+    if not _INCARNATION.fullmatch(value):
+        raise BadMessage(f"not an incarnation: {value[:90]!r}; expected NAME.<16 hex digits>")
+    return Incarnation(value)
+
+
+def check_worker_id(value: str) -> WorkerId:
+    """``value`` if it may name a worker, else ``BadMessage`` with the rule."""
+    if not _WORKER_ID.fullmatch(value):
+        raise BadMessage(
+            f"not a worker id: {value[:80]!r}; use 1 to 63 letters, digits, '.', '_' or '-', starting with a letter or digit"
+        )
+    return WorkerId(value)
+
+
+def check_name(value: str, what: str) -> str:
+    """``value`` if it may be a model or tenant name (1 to 256 bytes, no control characters), else ``BadMessage``."""
+    if not value or len(value.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES or not value.isprintable():
+        raise BadMessage(f"{what} must be 1 to {MAX_NAME_BYTES} bytes of printable text")
+    return value
+
+
+def encode_name(name: str) -> str:
+    """A name as it stands inside a key: percent-encoded, so that ``:``, ``{`` and ``}`` cannot change the key's shape."""
+    return quote(name, safe="")
+
+
+def decode_name(part: str) -> str:
+    """The inverse of :func:`encode_name`."""
+    return unquote(part)

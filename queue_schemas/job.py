@@ -1,0 +1,138 @@
+"""The envelope of a job: what a Router puts on the queue and a Worker runs.
+
+``body`` is the client's own bytes and travels unread, so every parameter of today's or tomorrow's engine works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from . import codec
+from .errors import BadMessage, UnsupportedVersion
+from .ids import JobId, Pool, Tenant, check_name, shard_of_job
+from .lanes import BANDS, DEFAULT_BAND, Lane
+
+ENVELOPE_VERSION = 1
+"""Major version of the envelope. Fields may be added within a version; readers ignore those they do not know."""
+
+OnLoss = Literal["continue", "restart", "fail"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One request, queued once.
+
+    ``path`` is the engine's (``/v1/chat/completions``). ``reply_to`` is the incarnation of the Router that waits,
+    empty for a stored job. ``ttl_ms`` counts from the enqueue on the server's clock. ``max_attempts`` bounds how often
+    it is started. ``on_loss`` says what happens to a stream whose attempt was lost after some of it was delivered.
+    ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling. ``request_id`` is what the client
+    sees in ``x-request-id``; ``traceparent`` is W3C Trace Context.
+    """
+
+    id: JobId
+    tenant: Tenant
+    model: Pool
+    path: str
+    body: bytes
+    content_type: str = "application/json"
+    lane: Lane = Lane.INTERACTIVE
+    band: int = DEFAULT_BAND
+    stream: bool = False
+    stored: bool = False
+    ttl_ms: int = 600_000
+    max_attempts: int = 3
+    on_loss: OnLoss = "restart"
+    cost_estimate: int = 0
+    affinity: str = ""
+    reply_to: str = ""
+    traceparent: str = ""
+    idempotency_key: str = ""
+    request_id: str = ""
+
+    def pack(self) -> bytes:
+        """The envelope as msgpack: a map with ``v`` first."""
+        return codec.encode(
+            {
+                "v": ENVELOPE_VERSION,
+                "id": self.id,
+                "tenant": self.tenant,
+                "model": self.model,
+                "lane": str(self.lane),
+                "band": self.band,
+                "path": self.path,
+                "body": self.body,
+                "content_type": self.content_type,
+                "stream": self.stream,
+                "stored": self.stored,
+                "ttl_ms": self.ttl_ms,
+                "max_attempts": self.max_attempts,
+                "on_loss": self.on_loss,
+                "cost_estimate": self.cost_estimate,
+                "affinity": self.affinity,
+                "reply_to": self.reply_to,
+                "traceparent": self.traceparent,
+                "idempotency_key": self.idempotency_key,
+                "request_id": self.request_id,
+            }
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Job:
+        """The job in ``data``. Raises ``UnsupportedVersion`` or ``BadMessage``, each naming the field at fault."""
+        fields = codec.decode(data)
+        if not isinstance(fields, dict):
+            raise BadMessage("an envelope is a map")
+        version = fields.get("v")
+        if version != ENVELOPE_VERSION:
+            raise UnsupportedVersion(
+                f"envelope version {version!r}; this build reads version {ENVELOPE_VERSION}: upgrade it or drain the queue first"
+            )
+        known = {name: _checked(name, fields[name]) for name in _FIELD_TYPES if name in fields}
+        missing = {"id", "tenant", "model", "path", "body"} - known.keys()
+        if missing:
+            raise BadMessage(f"the envelope lacks {', '.join(sorted(missing))}")
+        shard_of_job(known["id"])
+        check_name(known["model"], "model")
+        check_name(known["tenant"], "tenant")
+        return cls(**known)
+
+
+_FIELD_TYPES: dict[str, type] = {
+    "id": str,
+    "tenant": str,
+    "model": str,
+    "lane": str,
+    "band": int,
+    "path": str,
+    "body": bytes,
+    "content_type": str,
+    "stream": bool,
+    "stored": bool,
+    "ttl_ms": int,
+    "max_attempts": int,
+    "on_loss": str,
+    "cost_estimate": int,
+    "affinity": str,
+    "reply_to": str,
+    "traceparent": str,
+    "idempotency_key": str,
+    "request_id": str,
+}
+
+
+def _checked(name: str, value: Any) -> Any:
+    if type(value) is not _FIELD_TYPES[name]:
+        raise BadMessage(f"envelope field {name} is {type(value).__name__}, not {_FIELD_TYPES[name].__name__}")
+    if name == "lane":
+        try:
+            return Lane(value)
+        except ValueError:
+            raise BadMessage(f"unknown lane {value!r}") from None
+    if name == "on_loss" and value not in ("continue", "restart", "fail"):
+        raise BadMessage(f"unknown on_loss {value!r}")
+    if name == "band" and not 0 <= value < BANDS:
+        raise BadMessage(f"band {value} is not in 0..{BANDS - 1}")
+    if name in ("ttl_ms", "max_attempts") and value < 1:
+        raise BadMessage(f"{name} must be at least 1")
+    return value

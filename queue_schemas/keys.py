@@ -1,0 +1,110 @@
+"""Every Redis key, in one place.
+
+All keys of a shard carry its number as hash tag, so they share one Redis Cluster slot and a script may touch any of
+them. The scripts build the same names from :meth:`ShardKeys.prefix`; the contract tests compare.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ids import encode_name
+from .lanes import Lane
+
+NAMESPACE = "iq"
+META = "iq:meta"
+"""Hash: what is fixed at deployment (``shards``, ``contract``), checked at every start."""
+WORKERS = "iq:workers"
+"""Hash: worker id -> JSON of the registry's entry, written by the acting Manager."""
+POOLS = "iq:pools"
+"""Hash: model id -> JSON of what is remembered of the pool (declared or seen within a day)."""
+MANAGER = "iq:manager"
+"""String: the acting Manager's lease, ``<manager id> <term>``, with expiry."""
+TERM = "iq:manager:term"
+"""Integer: the last term given."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardKeys:
+    """The keys of shard ``shard``."""
+
+    shard: int
+
+    @property
+    def prefix(self) -> str:
+        return f"{NAMESPACE}:{{{self.shard}}}:"
+
+    def queue(self, pool: str, lane: Lane, band: int, tenant: str) -> str:
+        """Stream of waiting jobs, entries ``id <job id>``. XLEN is the depth. Deleted when empty."""
+        return f"{self.prefix}q:{encode_name(pool)}:{lane}:{band}:{encode_name(tenant)}"
+
+    def retry(self, pool: str, lane: Lane) -> str:
+        """Stream of jobs whose attempt was lost or handed back."""
+        return f"{self.prefix}retry:{encode_name(pool)}:{lane}"
+
+    def active(self, pool: str, lane: Lane, band: int) -> str:
+        """Sorted set: tenants with waiting jobs by virtual service time."""
+        return f"{self.prefix}active:{encode_name(pool)}:{lane}:{band}"
+
+    def service(self, pool: str, lane: Lane, band: int) -> str:
+        """Hash: tenant -> virtual time at which its last job ended, and the clock of the band. Expires when idle."""
+        return f"{self.prefix}service:{encode_name(pool)}:{lane}:{band}"
+
+    def job(self, job_id: str) -> str:
+        """Hash: the record; once terminal, a tombstone with expiry."""
+        return f"{self.prefix}job:{job_id}"
+
+    def leases(self, incarnation: str) -> str:
+        """Hash: job id -> epoch, what one run of one worker holds."""
+        return f"{self.prefix}leases:{incarnation}"
+
+    def claimed(self, incarnation: str) -> str:
+        """Hash: the last claim of an incarnation (``seq``, ``jobs``), for a repeated call; whether it is parked."""
+        return f"{self.prefix}claimed:{incarnation}"
+
+    @property
+    def beats(self) -> str:
+        """Hash: incarnation -> renewal number. An incarnation without one is fenced."""
+        return f"{self.prefix}beats"
+
+    def control(self, incarnation: str) -> str:
+        """Stream: wakes, aborts, drains and pings for one worker."""
+        return f"{self.prefix}ctl:{incarnation}"
+
+    def parked(self, pool: str, lane: Lane) -> str:
+        """Sorted set: idle incarnations by expiry (server ms)."""
+        return f"{self.prefix}parked:{encode_name(pool)}:{lane}"
+
+    @property
+    def deadlines(self) -> str:
+        """Sorted set: live job ids by deadline (server ms)."""
+        return f"{self.prefix}deadlines"
+
+    def reply(self, router: str) -> str:
+        """Stream: frames and markers for one run of one Router, which alone creates it and keeps it alive."""
+        return f"{self.prefix}reply:{router}"
+
+    @property
+    def dead(self) -> str:
+        """Stream: dead letters with cause and full record."""
+        return f"{self.prefix}dead"
+
+    @property
+    def budget(self) -> str:
+        """Hash: live jobs and bytes per tenant (``t:<tenant>:jobs``) and pool (``p:<pool>:jobs``)."""
+        return f"{self.prefix}budget"
+
+    @property
+    def depth(self) -> str:
+        """Hash: ``<pool>:<lane>:waiting`` and ``:leased``, kept by the scripts."""
+        return f"{self.prefix}depth"
+
+    @property
+    def totals(self) -> str:
+        """Hash: ``<pool>:<lane>:enqueued`` and one counter per terminal state and per requeue, since ever."""
+        return f"{self.prefix}totals"
+
+    @property
+    def turns(self) -> str:
+        """Hash: ``<pool>:<lane>`` -> jobs claimed so far, which decides the next one's band order."""
+        return f"{self.prefix}turns"

@@ -1,0 +1,61 @@
+"""Lanes, priority bands and the shares that keep any of them from starving.
+
+A claim looks at the lanes in order, interactive first, with two exceptions in every ``LANE_CYCLE`` jobs that one
+worker claims: once background goes first, once batch goes first. Inside a pool's lane the bands go in order, except
+that every ``BAND_STEP``-th job starts from another band, each of them in turn; and lost work (the retry stream) goes
+before new work except on that same turn. ``broker/scripts/claim.lua`` follows these functions; the contract tests
+compare the two.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Lane(StrEnum):
+    """Who waits for the answer."""
+
+    INTERACTIVE = "interactive"
+    """A client holds a connection open."""
+    BACKGROUND = "background"
+    """A stored response that will be fetched later."""
+    BATCH = "batch"
+    """A line of a batch."""
+
+
+LANES: tuple[Lane, ...] = (Lane.INTERACTIVE, Lane.BACKGROUND, Lane.BATCH)
+
+BANDS = 4
+"""Priority bands in a lane, 0 the most urgent."""
+DEFAULT_BAND = 2
+
+LANE_CYCLE = 16
+BAND_STEP = 4
+STARVATION_BOUND = LANE_CYCLE * BAND_STEP * (BANDS - 1)
+"""With one tenant and one pool, a waiting head of any lane and band is claimed within so many claims of one worker."""
+
+
+def lane_order(turn: int) -> tuple[Lane, ...]:
+    """The order in which the ``turn``-th job (from 0) that a worker claims is looked for."""
+    if turn % LANE_CYCLE == LANE_CYCLE - 1:
+        return (Lane.BATCH, Lane.INTERACTIVE, Lane.BACKGROUND)
+    if turn % (LANE_CYCLE // 2) == LANE_CYCLE // 2 - 1:
+        return (Lane.BACKGROUND, Lane.INTERACTIVE, Lane.BATCH)
+    return LANES
+
+
+def band_order(turn: int) -> tuple[int, ...]:
+    """The order of bands for the ``turn``-th job (from 0) claimed from one lane of one pool."""
+    first = 0
+    if turn % BAND_STEP == BAND_STEP - 1:
+        first = turn // BAND_STEP % (BANDS - 1) + 1
+    return (first, *(band for band in range(BANDS) if band != first))
+
+
+def band_of_priority(priority: int) -> int:
+    """The band of a request's ``priority`` as vLLM defines it (lower is earlier, 0 the default)."""
+    if priority < -10:
+        return 0
+    if priority < 0:
+        return 1
+    return DEFAULT_BAND if priority == 0 else BANDS - 1

@@ -1,0 +1,44 @@
+"""What a claim gives and what settling it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .job import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to run one attempt of a job. Every later call of the attempt carries ``epoch`` and ``attempt_id``.
+
+    ``attempt`` counts from 1. ``remaining_ms`` is the time left until the deadline and ``waited_ms`` the time since the
+    enqueue, both as the server saw them at the claim.
+    """
+
+    job: Job
+    epoch: int
+    attempt_id: str
+    attempt: int
+    remaining_ms: int
+    waited_ms: int
+
+
+class Outcome(StrEnum):
+    """How an attempt that produced an answer ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    """The answer is an error (status 400 or above)."""
+
+
+class Settled(StrEnum):
+    """The queue's answer to a call that ends an attempt."""
+
+    OK = "ok"
+    DUPLICATE = "duplicate"
+    """This attempt has ended the job before: a repeat, without effect."""
+    FENCED = "fenced"
+    """The attempt no longer owns the job: whatever it produced was dropped."""
+    GONE = "gone"
+    """Nothing is known of the job."""
