@@ -1,0 +1,92 @@
+"""The port through which a worker reaches an engine: whatever answers the OpenAI API for it.
+
+Adapters: :mod:`worker.engines.http` (a server that somebody else runs), :mod:`worker.engines.vllm` (a subprocess of the
+worker) and :mod:`worker.engines.simulated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from queue_schemas import EngineState
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    """One inference request. ``path`` is absolute (``/v1/chat/completions``); ``body`` are the client's own bytes."""
+
+    path: str
+    body: bytes
+    content_type: str = "application/json"
+    request_id: str = ""
+    traceparent: str = ""
+
+
+class EngineAnswer(Protocol):
+    """What the engine answers. Use either :meth:`read` or :meth:`chunks`, once."""
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        ...
+
+    @property
+    def content_type(self) -> str:
+        """The ``Content-Type`` with its parameters. An answer that starts with ``text/event-stream`` is a stream."""
+        ...
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, in pieces of any size, none empty; what arrived while nobody asked is one piece.
+
+        Raises ``EngineFailed`` if the connection breaks before the answer is complete.
+        """
+        ...
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """The whole body. Raises ``EngineFailed`` if the connection breaks or the body is larger than the limit."""
+        ...
+
+
+class Engine(Protocol):
+    """One engine, supervised."""
+
+    @property
+    def state(self) -> EngineState:
+        """Only a READY engine is given calls."""
+        ...
+
+    @property
+    def detail(self) -> str:
+        """A sentence for people: what it is waiting for, or why it failed."""
+        ...
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The model ids it lists, adapters included. Empty until it was READY once."""
+        ...
+
+    async def run(self, changed: Callable[[], None]) -> None:
+        """Supervise the engine until cancelled: start it, watch it, restart it with back-off, refresh its models.
+
+        Calls ``changed`` whenever state, detail or models changed. Never raises for anything an engine does.
+        """
+        ...
+
+    def call(self, call: EngineCall) -> AbstractAsyncContextManager[EngineAnswer]:
+        """Send a request; entering gives the answer once its head arrived.
+
+        Leaving the context before the answer was read to its end closes the connection, upon which the engine aborts
+        the request. Entering raises ``EngineFailed`` if the engine cannot be reached.
+        """
+        ...
+
+    async def progress(self) -> int | None:
+        """A number that changes whenever the engine produced output; None if it did not answer within 2 s."""
+        ...
+
+    async def stop(self, limit_s: float) -> None:
+        """End the engine (if it is ours to end) and free what it holds, within ``limit_s`` seconds."""
+        ...
