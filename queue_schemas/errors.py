@@ -25,6 +25,7 @@
     +-- EngineFailed               502  engine_failed          the engine broke the connection or its protocol
     +-- JobCancelled               499  cancelled
     +-- BrokerUnsuitable           500  broker_unsuitable      the Redis server cannot carry the queue (says why)
+    +-- CannotStart                500  cannot_start           a setting, a file or an address keeps a role from starting
     +-- Fenced                     409  fenced                 the caller was declared dead; what it holds is not its own
 
 A client sees the OpenAI error object (:meth:`InferqError.body`): the message says what to do next. ``retryable`` says
@@ -179,6 +180,10 @@ class JobCancelled(InferqError):
 
 class BrokerUnsuitable(InferqError):
     code = "broker_unsuitable"
+
+
+class CannotStart(InferqError):
+    code = "cannot_start"
 
 
 class Fenced(InferqError):
