@@ -11,6 +11,7 @@
     +-- PermissionRefused          403  permission_denied
     +-- ModelNotFound              404  model_not_found
     +-- PathNotFound               404  unknown_path
+    +-- MethodNotAllowed           405  method_not_allowed
     +-- UnknownWorker              410  unknown_worker         register again
     +-- WorkerIdTaken              409  worker_id_taken
     +-- OverCapacity               429  over_capacity          a budget is used up
@@ -98,6 +99,12 @@ class ModelNotFound(InferqError):
 class PathNotFound(InferqError):
     status = 404
     code = "unknown_path"
+    type = "invalid_request_error"
+
+
+class MethodNotAllowed(InferqError):
+    status = 405
+    code = "method_not_allowed"
     type = "invalid_request_error"
 
 

@@ -70,7 +70,9 @@ class Registration(WorkerStatus):
     """``POST /fabric/v1/workers``."""
 
     worker_id: str
-    url: str | None = Field(default=None, max_length=2_000, description="where the worker's HTTP service may be reached")
+    url: str | None = Field(
+        default=None, max_length=2_000, description="where the worker's HTTP service may be reached"
+    )
     version: str = ""
     region: str = Field(default="", max_length=100)
 

@@ -19,9 +19,7 @@ WORKERS = "iq:workers"
 POOLS = "iq:pools"
 """Hash: model id -> JSON of what is remembered of the pool (declared or seen within a day)."""
 MANAGER = "iq:manager"
-"""String: the acting Manager's lease, ``<manager id> <term>``, with expiry."""
-TERM = "iq:manager:term"
-"""Integer: the last term given."""
+"""Hash: the acting Manager's lease (``holder``, ``term``, ``until`` in server ms)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ class ShardKeys:
         return f"{self.prefix}active:{encode_name(pool)}:{lane}:{band}"
 
     def service(self, pool: str, lane: Lane, band: int) -> str:
-        """Hash: tenant -> virtual time at which its last job ended, and the clock of the band. Expires when idle."""
+        """Sorted set: tenant -> virtual time at which its last job ended; member ``*`` is the band's clock. Expires."""
         return f"{self.prefix}service:{encode_name(pool)}:{lane}:{band}"
 
     def job(self, job_id: str) -> str:

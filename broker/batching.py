@@ -1,0 +1,81 @@
+"""Batches: concurrent calls of one kind share one round trip.
+
+No timer delays anything: a batch is what has gathered while the previous one was on its way, so a lone call goes out
+at once and a thousand concurrent ones share a few.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+MAX_BATCH_ITEMS = 128
+MAX_BATCH_BYTES = 1 << 20
+
+
+class Batcher(Generic[Item, Answer]):
+    """Collects items and sends them with ``send``, which answers one result per item, in order.
+
+    ``size`` gives an item's bytes: a batch ends before it passes ``MAX_BATCH_BYTES`` (one large item goes alone). An
+    error of ``send`` reaches every caller of that batch. An answer may be an exception: it is raised for that item.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Item]], Awaitable[Sequence[Answer | Exception]]],
+        size: Callable[[Item], int],
+    ) -> None:
+        self._send = send
+        self._size = size
+        self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
+        self._sender: asyncio.Task[None] | None = None
+
+    async def submit(self, item: Item) -> Answer:
+        """Send ``item`` with the next batch and await its answer."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._drain())
+        return await future
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                batch = self._next_batch()
+                try:
+                    answers = await self._send([item for item, _ in batch])
+                except Exception as error:  # noqa: BLE001 - it is not ours to judge: each caller gets it
+                    answers = [error] * len(batch)
+                for (_, future), answer in zip(batch, answers, strict=True):
+                    if future.done():
+                        continue
+                    if isinstance(answer, Exception):
+                        future.set_exception(answer)
+                    else:
+                        future.set_result(answer)
+        finally:
+            self._sender = None
+
+    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
+        batch = [self._waiting.popleft()]
+        size = self._size(batch[0][0])
+        while self._waiting and len(batch) < MAX_BATCH_ITEMS:
+            size += self._size(self._waiting[0][0])
+            if size > MAX_BATCH_BYTES:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+    async def close(self) -> None:
+        """Stop; whoever still waits is cancelled."""
+        if self._sender is not None:
+            self._sender.cancel()
+            await asyncio.gather(self._sender, return_exceptions=True)
+        for _, future in self._waiting:
+            future.cancel()
+        self._waiting.clear()

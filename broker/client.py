@@ -1,0 +1,478 @@
+"""The broker: every operation of the queue, for every role.
+
+One object per process. Concurrent calls of the same kind share round trips (:mod:`broker.batching`); a call whose
+reply is lost is repeated (:mod:`broker.calls`) and has no second effect. All methods raise ``BrokerUnavailable`` when
+Redis cannot be reached within the limit, ``BrokerUnsuitable`` when it refuses us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+from queue_schemas import (
+    Control,
+    Fenced,
+    Frame,
+    Incarnation,
+    InferqError,
+    Job,
+    JobId,
+    Lane,
+    LaneDepth,
+    Lease,
+    Marker,
+    Outcome,
+    OverCapacity,
+    Pool,
+    Settled,
+    ShardKeys,
+    State,
+    WorkerInfo,
+    shard_of_job,
+    shard_of_pool,
+)
+from queue_schemas.ids import decode_name, encode_name
+from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
+from telemetry import get_logger
+
+from .batching import Batcher
+from .calls import Caller
+from .link import ClientLink, Link, open_link
+from .server import ServerFacts, read_facts, require_suitable, settle_meta
+from .settings import BrokerSettings, Budgets
+from .streams import ReplyReader, read_control
+
+PARK_MS = 30_000
+"""How long a parked worker counts as idle without claiming again."""
+POOL_MEMORY_MS = 24 * 3600 * 1000
+"""How long a pool that nobody declared is remembered after its last worker."""
+_RECLAIM_STEP = 256
+_EXPIRE_STEP = 256
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """What became of the jobs of one incarnation."""
+
+    requeued: int = 0
+    dead: int = 0
+    cancelled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """What one sweep did: jobs ended because their time ran out, workers woken."""
+
+    expired: int = 0
+    woken: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Enqueue:
+    job: Job
+    envelope: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Settle:
+    lease: Lease
+    outcome: Outcome
+    frames: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Release:
+    lease: Lease
+    reason: str
+    counted: bool
+
+
+class Broker:
+    """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests)."""
+
+    def __init__(self, link: Link, *, shards: int, budgets: Budgets, retry_limit_ms: int, script_flags: bool) -> None:
+        self.shards = shards
+        self.replies_ready = asyncio.Event()
+        """Set once this Router's reply streams exist; only then may it enqueue."""
+        self._caller = Caller(link, retry_limit_s=retry_limit_ms / 1000, script_flags=script_flags)
+        self._budgets = budgets
+        self._keys = [ShardKeys(shard) for shard in range(shards)]
+        self._enqueues = [Batcher(self._sender(k, self._send_enqueues), _enqueue_size) for k in self._keys]
+        self._settles = [Batcher(self._sender(k, self._send_settles), _settle_size) for k in self._keys]
+        self._releases = [Batcher(self._sender(k, self._send_releases), lambda _: 256) for k in self._keys]
+        self._control_read: dict[tuple[int, str], str] = {}
+
+    @classmethod
+    async def connect(cls, settings: BrokerSettings, *, budgets: Budgets | None = None) -> Self:
+        """Connect and check the server. Raises ``BrokerUnavailable`` at once if it cannot be reached: callers that can
+        wait try again."""
+        broker = cls(
+            open_link(settings),
+            shards=settings.shards,
+            budgets=budgets or Budgets(),
+            retry_limit_ms=settings.retry_limit_ms,
+            script_flags=True,
+        )
+        try:
+            await broker._caller.once(META, "PING")
+            facts = await read_facts(broker._caller)
+            require_suitable(facts)
+            await settle_meta(broker._caller, settings.shards)
+        except InferqError:
+            await broker.close()
+            raise
+        for concern in facts.concerns:
+            log.warning("broker_concern", concern=concern)
+        return broker
+
+    @classmethod
+    def over(
+        cls, client: Any, *, shards: int = 1, budgets: Budgets | None = None, retry_limit_ms: int = 30_000
+    ) -> Self:
+        """A broker over a redis-py compatible client, unchecked and without script flags: for fakeredis."""
+        return cls(
+            ClientLink(client),
+            shards=shards,
+            budgets=budgets or Budgets(),
+            retry_limit_ms=retry_limit_ms,
+            script_flags=False,
+        )
+
+    async def close(self) -> None:
+        """Close the connections; calls still under way are cancelled."""
+        for batcher in (*self._enqueues, *self._settles, *self._releases):
+            await batcher.close()
+        await self._caller.link.close()
+
+    @property
+    def round_trips(self) -> int:
+        """Commands sent so far."""
+        return self._caller.round_trips
+
+    @property
+    def retries(self) -> int:
+        """Calls that had to be sent again so far."""
+        return self._caller.retries
+
+    def shard_of(self, pool: str) -> int:
+        """The shard on which a pool's jobs live."""
+        return shard_of_pool(pool, self.shards)
+
+    async def ping(self) -> float:
+        """Round trip in milliseconds, one try."""
+        begin = time.perf_counter()
+        await self._caller.once(META, "PING")
+        return (time.perf_counter() - begin) * 1000
+
+    async def facts(self) -> ServerFacts:
+        """What the server says of itself."""
+        return await read_facts(self._caller)
+
+    # Routers
+
+    async def enqueue(self, job: Job) -> State:
+        """Put ``job`` on its queue: ``QUEUED``, or the state of a job of that id that is already known (``CANCELLED``
+        for one that was cancelled before it came). Raises ``OverCapacity``, ``BrokerFull``."""
+        return await self._enqueues[shard_of_job(job.id)].submit(_Enqueue(job, job.pack()))
+
+    async def cancel(self, job_id: JobId, reason: str) -> State | None:
+        """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then)."""
+        keys = self._keys[shard_of_job(job_id)]
+        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason)
+        return None if found == b"unknown" else State(found.decode())
+
+    async def read_replies(
+        self,
+        router: Incarnation,
+        deliver: Callable[[list[Frame | Marker]], None],
+        lost: Callable[[int], None] | None = None,
+    ) -> NoReturn:
+        """Read this Router's reply streams until cancelled; ``deliver`` gets what comes, in order per job.
+
+        ``lost(shard)`` is called when the stream of a shard had vanished and was made again: answers to jobs of that
+        shard may be missing. Malformed entries are logged and passed over.
+        """
+
+        def opened(shard: int) -> Callable[[bool], None]:
+            def tell(fresh: bool) -> None:
+                if fresh:
+                    made.add(shard)
+                    if len(made) == self.shards:
+                        self.replies_ready.set()
+                elif lost is not None:
+                    lost(shard)
+
+            return tell
+
+        made: set[int] = set()
+        async with asyncio.TaskGroup() as group:
+            for keys in self._keys:
+                group.create_task(ReplyReader(self._caller, keys, router, deliver, opened(keys.shard)).run())
+        raise AssertionError("reply readers run until cancelled")
+
+    # Workers
+
+    async def join(self, incarnation: Incarnation) -> None:
+        """Enter the fabric: from now on ``incarnation`` may claim, on every shard."""
+        for keys in self._keys:
+            await self._caller.script("join", keys.budget, keys.prefix, incarnation)
+
+    async def leave(self, incarnation: Incarnation) -> Reclaimed:
+        """Leave the fabric; what is still held is handed back as if never started."""
+        return await self._take_back(incarnation, counted=False, reason="its worker left")
+
+    async def claim(
+        self,
+        shard: int,
+        incarnation: Incarnation,
+        seq: int,
+        turn: int,
+        n: int,
+        pools: Sequence[tuple[Pool, Sequence[Lane]]],
+    ) -> list[Lease]:
+        """Up to ``n`` jobs of ``pools`` on ``shard``; with fewer than ``n`` the worker is parked until it is woken.
+
+        ``seq`` rises with every new claim: the same one again answers the same leases. ``turn`` is how many jobs the
+        worker has claimed so far on the shard; it decides which lane goes first. Raises ``Fenced`` if the incarnation
+        was declared dead.
+        """
+        keys = self._keys[shard]
+        wanted: list[str] = []
+        for pool, lanes in pools:
+            wanted += (encode_name(pool), ",".join(lanes))
+        reply = await self._caller.script(
+            "claim", keys.budget, keys.prefix, incarnation, seq, turn, n, secrets.token_hex(6), PARK_MS, *wanted
+        )
+        if reply[0] == b"fenced":
+            raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+        return [
+            Lease(Job.unpack(envelope), epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms)
+            for envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms in reply[1:]
+        ]
+
+    async def renew(self, incarnation: Incarnation) -> None:
+        """Keep all leases of ``incarnation``. Raises ``Fenced`` if it was declared dead."""
+        for keys in self._keys:
+            last_read = self._control_read.get((keys.shard, incarnation), "0")
+            if await self._caller.script("renew", keys.budget, keys.prefix, incarnation, last_read) < 0:
+                raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+
+    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
+        """Send packed frames to Routers (``reply_to`` -> bytes) and answer those that are gone.
+
+        One try: on ``BrokerUnavailable`` the frames may or may not have arrived; sending them again is harmless,
+        because a Router drops repeats by ``seq``.
+        """
+        keys = self._keys[shard]
+
+        async def send(reply_to: str, packed: bytes) -> bool:
+            key = keys.reply(reply_to)
+            return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", "f", packed) is None
+
+        gone = await asyncio.gather(*(send(reply_to, packed) for reply_to, packed in frames.items()))
+        return {reply_to for reply_to, is_gone in zip(frames, gone, strict=True) if is_gone}
+
+    async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
+        """End an attempt with its answer. ``frames`` (packed; those not yet published, the last with END) reach the
+        Router only if the answer is ``OK``."""
+        return await self._settles[shard_of_job(lease.job.id)].submit(_Settle(lease, outcome, frames))
+
+    async def release(self, lease: Lease, reason: str, *, counted: bool) -> Settled:
+        """End an attempt without an answer: the job waits again, ahead of new work.
+
+        ``counted``: the attempt is spent, this worker is avoided for two seconds, and a job whose attempts are used up
+        becomes a dead letter. Otherwise it is handed back as if never started.
+        """
+        return await self._releases[shard_of_job(lease.job.id)].submit(_Release(lease, reason, counted))
+
+    async def read_control(
+        self, shard: int, incarnation: Incarnation, after: str, block_ms: int
+    ) -> list[tuple[str, Control | None]]:
+        """Control messages behind ``after`` ("0" at first) with their ids, waiting up to ``block_ms`` for one."""
+        messages = await read_control(self._caller, self._keys[shard], incarnation, after, block_ms)
+        self._control_read[(shard, incarnation)] = after
+        return messages
+
+    # Managers
+
+    async def beats(self) -> dict[Incarnation, int]:
+        """Renewal numbers by incarnation, summed over the shards. One try."""
+        numbers: dict[Incarnation, int] = {}
+        for keys in self._keys:
+            for name, number in _pairs(await self._caller.once(keys.beats, "HGETALL", keys.beats)):
+                incarnation = Incarnation(name.decode())
+                numbers[incarnation] = numbers.get(incarnation, 0) + int(number)
+        return numbers
+
+    async def send_control(self, incarnation: Incarnation, control: Control) -> bool:
+        """Put a message on a worker's control stream (of shard 0); False if the worker is gone."""
+        key = self._keys[0].control(incarnation)
+        fields = [part for pair in control.fields().items() for part in pair]
+        return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", *fields) is not None
+
+    async def reclaim(self, incarnation: Incarnation) -> Reclaimed:
+        """Declare an incarnation dead: it is fenced, and its jobs wait again or end."""
+        return await self._take_back(incarnation, counted=True, reason="its worker was lost")
+
+    async def _take_back(self, incarnation: Incarnation, *, counted: bool, reason: str) -> Reclaimed:
+        requeued = dead = cancelled = 0
+        for keys in self._keys:
+            left = 1
+            while left:
+                reply = await self._caller.script(
+                    "reclaim", keys.budget, keys.prefix, incarnation, int(counted), _RECLAIM_STEP, reason
+                )
+                requeued, dead, cancelled = requeued + reply[0], dead + reply[1], cancelled + reply[2]
+                left = reply[3]
+        for keys in self._keys:
+            self._control_read.pop((keys.shard, incarnation), None)
+        return Reclaimed(requeued, dead, cancelled)
+
+    async def expire(self) -> Expired:
+        """The sweep of each second, on every shard."""
+        expired = woken = 0
+        for keys in self._keys:
+            reply = await self._caller.script("expire", keys.budget, keys.prefix, _EXPIRE_STEP)
+            expired, woken = expired + reply[0], woken + reply[1]
+        return Expired(expired, woken)
+
+    async def act_as_manager(self, manager_id: str, ttl_ms: int) -> int | None:
+        """Take or keep the acting Manager's lease for ``ttl_ms``: its term, or None while another holds it."""
+        return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms)) or None
+
+    async def resign_manager(self, manager_id: str) -> None:
+        """Give up the acting Manager's lease, if held."""
+        await self._caller.script("act_as_manager", MANAGER, manager_id, 0)
+
+    async def load_workers(self) -> dict[str, WorkerInfo]:
+        """The registry as the acting Manager last wrote it."""
+        entries = _pairs(await self._caller.once(WORKERS, "HGETALL", WORKERS))
+        return {name.decode(): WorkerInfo.model_validate_json(info) for name, info in entries}
+
+    async def save_workers(self, changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None:
+        """Write what changed in the registry."""
+        fields: list[str | bytes] = []
+        for info in changed:
+            fields += (info.worker_id, info.model_dump_json())
+        if fields:
+            await self._caller.command(WORKERS, "HSET", WORKERS, *fields)
+        if gone := list(gone):
+            await self._caller.command(WORKERS, "HDEL", WORKERS, *gone)
+
+    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
+        """Keep pools known: for a day from now, or for as long as they are declared."""
+        seen = await self._server_ms()
+        fields: list[str | bytes] = []
+        for model in models:
+            fields += (model, json.dumps({"seen": seen, "declared": declared}))
+        if fields:
+            await self._caller.command(POOLS, "HSET", POOLS, *fields)
+
+    async def known_pools(self) -> dict[Pool, bool]:
+        """Pools that are declared (True) or were seen within a day (False); older ones are forgotten."""
+        now = await self._server_ms()
+        known: dict[Pool, bool] = {}
+        for name, value in _pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
+            entry = json.loads(value)
+            if entry["declared"] or now - entry["seen"] < POOL_MEMORY_MS:
+                known[Pool(name.decode())] = entry["declared"]
+            else:
+                await self._caller.once(POOLS, "HDEL", POOLS, name)
+        return known
+
+    async def _server_ms(self) -> int:
+        seconds, micros = await self._caller.once(META, "TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    # Figures
+
+    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]:
+        """How much waits and runs, per pool and lane; places with neither are left out."""
+        depths: dict[Pool, dict[Lane, LaneDepth]] = {}
+        for keys in self._keys:
+            for where, waiting, leased, oldest in await self._caller.script("depth", keys.budget, keys.prefix):
+                pool, _, lane = where.decode().rpartition(":")
+                depth = LaneDepth(waiting=waiting, leased=leased, oldest_age_ms=oldest)
+                depths.setdefault(Pool(decode_name(pool)), {})[Lane(lane)] = depth
+        return depths
+
+    async def totals(self) -> dict[tuple[Pool, Lane, str], int]:
+        """Events since ever: ``(pool, lane, event)`` -> count; events are ``enqueued``, ``requeued`` and the terminal
+        states."""
+        totals: dict[tuple[Pool, Lane, str], int] = {}
+        for keys in self._keys:
+            for field, count in _pairs(await self._caller.once(keys.totals, "HGETALL", keys.totals)):
+                pool, lane, event = field.decode().rsplit(":", 2)
+                where = (Pool(decode_name(pool)), Lane(lane), event)
+                totals[where] = totals.get(where, 0) + int(count)
+        return totals
+
+    # Batches
+
+    def _sender(self, keys: ShardKeys, send: Callable[..., Any]) -> Callable[[Sequence[Any]], Any]:
+        return lambda items: send(keys, items)
+
+    async def _send_enqueues(self, keys: ShardKeys, items: Sequence[_Enqueue]) -> list[State | Exception]:
+        limits = self._budgets
+        args: list[Any] = [limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes]
+        for item in items:
+            job = item.job
+            args += (
+                job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
+                job.reply_to, int(job.stored), job.ttl_ms, job.max_attempts,
+            )  # fmt: skip
+        answers = await self._caller.script("enqueue", keys.budget, keys.prefix, *args, wait_when_full=False)
+        return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
+
+    async def _send_settles(self, keys: ShardKeys, items: Sequence[_Settle]) -> list[Settled]:
+        args: list[Any] = []
+        for item in items:
+            lease = item.lease
+            args += (lease.job.id, lease.epoch, lease.attempt_id, item.outcome.value, item.frames)
+        answers = await self._caller.script("settle", keys.budget, keys.prefix, *args)
+        return [Settled(answer.decode()) for answer in answers]
+
+    async def _send_releases(self, keys: ShardKeys, items: Sequence[_Release]) -> list[Settled]:
+        args: list[Any] = []
+        for item in items:
+            lease = item.lease
+            args += (lease.job.id, lease.epoch, lease.attempt_id, int(item.counted), item.reason)
+        answers = await self._caller.script("release", keys.budget, keys.prefix, *args)
+        return [Settled(answer.decode()) for answer in answers]
+
+
+_BUDGET_SENTENCES = {
+    "tenant_jobs": "your account has too many requests waiting or running",
+    "tenant_bytes": "your account has too many bytes of requests waiting or running",
+    "pool_jobs": "too many requests wait for model {model}",
+    "pool_bytes": "too many bytes of requests wait for model {model}",
+}
+
+
+def _enqueued(answer: str, job: Job) -> State | Exception:
+    if answer.startswith("over "):
+        sentence = _BUDGET_SENTENCES[answer.removeprefix("over ")].format(model=job.model)
+        return OverCapacity(f"{sentence}; try again when some have finished", retry_after_s=2)
+    return State(answer)
+
+
+def _enqueue_size(item: _Enqueue) -> int:
+    return len(item.envelope) + 256
+
+
+def _settle_size(item: _Settle) -> int:
+    return len(item.frames) + 256
+
+
+def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:
+    if isinstance(reply, dict):
+        return list(reply.items())
+    return list(zip(reply[::2], reply[1::2], strict=True))

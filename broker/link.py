@@ -1,0 +1,193 @@
+"""Links: one way to send a command, whatever the server's topology.
+
+:func:`open_link` reads the URL. redis-py makes the connections (TLS, ACL, Sentinel, Cluster); its own retries are off,
+because it cannot know which calls may be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+import redis.asyncio as redis
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    MaxConnectionsError,
+    NoPermissionError,
+    ReadOnlyError,
+    RedisError,
+    TryAgainError,
+)
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
+
+from queue_schemas import BrokerUnsuitable
+
+from .settings import BrokerSettings
+
+UNREACHABLE: tuple[type[BaseException], ...] = (
+    RedisConnectionError,
+    RedisTimeoutError,
+    BusyLoadingError,
+    ReadOnlyError,
+    ClusterDownError,
+    MasterDownError,
+    TryAgainError,
+    MaxConnectionsError,
+    ConnectionError,
+    TimeoutError,
+    OSError,
+)
+"""What a server that is away, loading or failing over raises: the same call may succeed in a moment."""
+
+REFUSED: tuple[type[BaseException], ...] = (AuthenticationError, AuthorizationError, NoPermissionError)
+"""What a server raises that will not have us: trying again does not help."""
+
+Command = tuple[Any, ...]
+
+
+class Link(Protocol):
+    """A way to the server. Commands are tuples of str, bytes, int and float; replies are redis-py's, undecoded."""
+
+    async def command(self, key: str, *args: Any) -> Any:
+        """Send one command that touches ``key`` and answer its reply."""
+
+    async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
+        """Send a command that may block up to ``limit_s`` on a connection of its own."""
+
+    async def close(self) -> None: ...
+
+
+class ClientLink:
+    """A link over any redis-py client: Cluster, and fakeredis in tests."""
+
+    def __init__(self, client: Any, blocking_client: Any | None = None) -> None:
+        self._client = client
+        self._blocking = blocking_client or client
+
+    async def command(self, key: str, *args: Any) -> Any:
+        return await self._client.execute_command(*args)
+
+    async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
+        return await asyncio.wait_for(self._blocking.execute_command(*args), limit_s + 10)
+
+    async def close(self) -> None:
+        for client in {id(c): c for c in (self._client, self._blocking)}.values():
+            await client.aclose()
+
+
+def open_link(settings: BrokerSettings) -> Link:
+    """A link to ``settings.redis_url``. Connects on first use. Raises ``BrokerUnsuitable`` for a URL that is none."""
+    url = settings.redis_url
+    scheme, _, topology = urlsplit(url).scheme.partition("+")
+    if scheme not in ("redis", "rediss", "unix") or topology not in ("", "sentinel", "cluster"):
+        raise BrokerUnsuitable(
+            f"the Redis URL {redact(url)!r} is not understood; use redis://HOST:PORT, rediss://, unix://, "
+            "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE or redis+cluster://HOST:PORT,HOST:PORT"
+        )
+    try:
+        if topology == "sentinel":
+            return _sentinel_link(url, scheme == "rediss", settings)
+        if topology == "cluster":
+            return _cluster_link(url, scheme == "rediss", settings)
+        options = _options(settings, tls=scheme == "rediss")
+        return ClientLink(
+            redis.Redis.from_url(url, **options), redis.Redis.from_url(url, **_without_read_limit(options))
+        )
+    except (ValueError, RedisError) as error:
+        raise BrokerUnsuitable(f"the Redis URL {redact(url)!r} is not valid: {error}") from error
+
+
+def redact(url: str) -> str:
+    """``url`` with its password hidden, for logs and errors."""
+    before, at, after = url.rpartition("@")
+    if not at:
+        return url
+    scheme, slashes, credentials = before.partition("://")
+    user = credentials.partition(":")[0]
+    return f"{scheme}{slashes}{user}:***@{after}"
+
+
+def _options(settings: BrokerSettings, *, tls: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "protocol": 2,
+        "decode_responses": False,
+        "socket_connect_timeout": settings.connect_timeout_ms / 1000,
+        "socket_timeout": settings.command_timeout_ms / 1000,
+        "socket_keepalive": True,
+        "retry": Retry(NoBackoff(), 0),
+        "retry_on_error": [],
+    }
+    if tls and settings.tls_ca_file:
+        options["ssl_ca_certs"] = settings.tls_ca_file
+    return options
+
+
+def _without_read_limit(options: dict[str, Any]) -> dict[str, Any]:
+    """Blocking reads bound themselves: the limit is the block time plus a margin (:meth:`Link.blocking`)."""
+    return options | {"socket_timeout": None}
+
+
+def _hosts(netloc: str, default_port: int) -> Iterable[tuple[str, int]]:
+    for part in netloc.split(","):
+        split = urlsplit(f"//{part}")
+        if not split.hostname:
+            raise ValueError(f"{part!r} names no host")
+        yield split.hostname, split.port or default_port
+
+
+def _credentials(url: str) -> tuple[dict[str, Any], str, str]:
+    """(username and password options, host list, path) of a URL with several hosts."""
+    rest = url.partition("://")[2]
+    authority, _, path = rest.partition("/")
+    userinfo, _, hosts = authority.rpartition("@")
+    user, _, password = userinfo.partition(":")
+    options: dict[str, Any] = {}
+    if user:
+        options["username"] = unquote(user)
+    if password:
+        options["password"] = unquote(password)
+    return options, hosts, path.partition("?")[0]
+
+
+def _sentinel_link(url: str, tls: bool, settings: BrokerSettings) -> Link:
+    credentials, hosts, path = _credentials(url)
+    service, _, database = path.partition("/")
+    if not service:
+        raise ValueError("a Sentinel URL ends with the service's name: redis+sentinel://HOST:26379/SERVICE")
+    options = _options(settings, tls=tls) | credentials | {"db": int(database or 0)}
+    if tls:
+        options["ssl"] = True
+    sentinel_options = _options(settings, tls=tls) | ({"ssl": True} if tls else {})
+    sentinel = Sentinel(list(_hosts(hosts, 26379)), sentinel_kwargs=sentinel_options)
+    return ClientLink(
+        sentinel.master_for(service, **options), sentinel.master_for(service, **_without_read_limit(options))
+    )
+
+
+def _cluster_link(url: str, tls: bool, settings: BrokerSettings) -> Link:
+    credentials, hosts, _ = _credentials(url)
+    options = _options(settings, tls=tls) | credentials
+    for name in ("retry", "retry_on_error"):
+        options.pop(name)
+    options |= {"ssl": tls, "retry": Retry(NoBackoff(), 0)}
+
+    def client(**overrides: Any) -> RedisCluster:
+        nodes = [ClusterNode(host, port) for host, port in _hosts(hosts, 6379)]
+        return RedisCluster(startup_nodes=nodes, **(options | overrides))
+
+    return ClientLink(client(), client(socket_timeout=None))

@@ -1,0 +1,179 @@
+-- What every script shares; each script is this text followed by its own.
+-- KEYS[1] is a key of the shard (it routes the call on Redis Cluster); ARGV[1] is the prefix of the shard's keys.
+-- Pool and tenant names arrive percent-encoded. Scripts read hash fields, never msgpack.
+-- A script does not roll back: it reads and decides first, and writes only what cannot fail.
+
+local P = ARGV[1]
+local call = redis.call
+local unpack = unpack or table.unpack
+local TOMBSTONE_MS = 60000
+local CONTROL_TTL_MS = 60000
+local RETRY_APART_MS = 2000
+local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
+local DEAD_BYTES = 256 * 1024 * 1024
+local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
+local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
+  'stored', 'deadline', 'size', 'at', 'queue', 'entry', 'ended', 'avoid', 'avoid_until' }
+
+local function int(number)
+  return string.format('%.0f', number)
+end
+
+local function now_ms()
+  local time = call('TIME')
+  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+-- The record of a job as a table, without its envelope; nil if there is none.
+local function load_job(id)
+  local values = call('HMGET', P .. 'job:' .. id, unpack(FIELDS))
+  if not values[1] then return nil end
+  local job = { id = id }
+  for i, name in ipairs(FIELDS) do job[name] = values[i] or '' end
+  return job
+end
+
+local function add(hash, field, by)
+  if call('HINCRBY', P .. hash, field, int(by)) == 0 then call('HDEL', P .. hash, field) end
+end
+
+local function place(job)
+  return job.pool .. ':' .. job.lane
+end
+
+local function total(job, event)
+  call('HINCRBY', P .. 'totals', place(job) .. ':' .. event, 1)
+end
+
+local function tell(job, kind, epoch, reason)
+  if job.reply ~= '' then
+    call('XADD', P .. 'reply:' .. job.reply, 'NOMKSTREAM', '*', 'm', kind .. ' ' .. job.id .. ' ' .. epoch .. ' ' .. reason)
+  end
+end
+
+local function nobody_waits(job)
+  return job.reply ~= '' and job.stored ~= '1' and call('EXISTS', P .. 'reply:' .. job.reply) == 0
+end
+
+-- Wakes one parked worker of a pool's lane, the one that parked first; those that are gone are dropped.
+local function wake_one(where, now)
+  local parked = P .. 'parked:' .. where
+  for _ = 1, 64 do
+    local popped = call('ZPOPMIN', parked)
+    if not popped[1] then return false end
+    if tonumber(popped[2]) >= now and call('XADD', P .. 'ctl:' .. popped[1], 'NOMKSTREAM', '*', 'k', 'wake') then
+      return true
+    end
+  end
+  return false
+end
+
+-- Takes a queued job's entry out of its waiting stream.
+local function leave_queue(job)
+  local queue = P .. job.queue
+  call('XDEL', queue, job.entry)
+  add('depth', place(job) .. ':waiting', -1)
+  if call('XLEN', queue) == 0 then
+    call('DEL', queue)
+    if string.sub(job.queue, 1, 2) == 'q:' then
+      call('ZREM', P .. 'active:' .. place(job) .. ':' .. job.band, job.tenant)
+    end
+  end
+end
+
+local function leave_lease(job)
+  call('HDEL', P .. 'leases:' .. job.owner, job.id)
+  add('depth', place(job) .. ':leased', -1)
+end
+
+-- Makes the record a tombstone and returns the job's budget. ``aid`` is the attempt that ended it, '' if none did.
+local function finish(job, state, aid)
+  local key = P .. 'job:' .. job.id
+  call('DEL', key)
+  call('HSET', key, 'state', state, 'epoch', job.epoch, 'aid', aid)
+  call('PEXPIRE', key, TOMBSTONE_MS)
+  call('ZREM', P .. 'deadlines', job.id)
+  add('budget', 't:' .. job.tenant .. ':jobs', -1)
+  add('budget', 't:' .. job.tenant .. ':bytes', -tonumber(job.size))
+  add('budget', 'p:' .. job.pool .. ':jobs', -1)
+  add('budget', 'p:' .. job.pool .. ':bytes', -tonumber(job.size))
+  total(job, state)
+end
+
+local function trim_dead(now)
+  local dead = P .. 'dead'
+  for _ = 1, 64 do
+    local first = call('XRANGE', dead, '-', '+', 'COUNT', 1)[1]
+    if not first then return end
+    local old = tonumber(string.match(first[1], '^%d+')) < now - DEAD_AGE_MS
+    if not old and tonumber(call('HGET', P .. 'budget', 'dead:bytes') or 0) <= DEAD_BYTES then return end
+    call('XDEL', dead, first[1])
+    for i = 1, #first[2], 2 do
+      if first[2][i] == 'size' then add('budget', 'dead:bytes', -tonumber(first[2][i + 1])) end
+    end
+  end
+end
+
+-- A leased job whose attempts are used up becomes a dead letter.
+local function bury(job, reason, now)
+  local envelope = call('HGET', P .. 'job:' .. job.id, 'env')
+  leave_lease(job)
+  call('XADD', P .. 'dead', '*', 'id', job.id, 'cause', reason, 'worker', job.owner, 'attempts', job.attempts,
+    'pool', job.pool, 'lane', job.lane, 'tenant', job.tenant, 'size', job.size, 'env', envelope)
+  add('budget', 'dead:bytes', tonumber(job.size))
+  trim_dead(now)
+  finish(job, 'dead', job.aid)
+  tell(job, 'dead', job.epoch, reason)
+end
+
+local function cancel_leased(job, state, reason)
+  leave_lease(job)
+  call('XADD', P .. 'ctl:' .. job.owner, 'NOMKSTREAM', '*', 'k', 'abort', 'job', job.id, 'why', reason)
+  finish(job, state, '')
+  tell(job, state, job.epoch, reason)
+end
+
+local function cancel_queued(job, state, reason)
+  leave_queue(job)
+  finish(job, state, '')
+  tell(job, state, job.epoch, reason)
+end
+
+-- A leased job whose attempt ended unsettled waits again, ahead of new work, under the next epoch.
+local function requeue(job, attempts, reason)
+  local epoch = int(tonumber(job.epoch) + 1)
+  local queue = 'retry:' .. place(job)
+  leave_lease(job)
+  local entry = call('XADD', P .. queue, '*', 'id', job.id)
+  call('HSET', P .. 'job:' .. job.id, 'state', 'queued', 'epoch', epoch, 'attempts', int(attempts), 'aid', '',
+    'owner', '', 'queue', queue, 'entry', entry, 'ended', job.epoch .. ':' .. job.aid)
+  add('depth', place(job) .. ':waiting', 1)
+  total(job, 'requeued')
+  tell(job, 'requeued', epoch, reason)
+end
+
+-- What becomes of a leased job whose attempt ended unsettled. Answers 'cancelled', 'dead' or 'requeued'.
+local function give_up(job, counted, reason, now)
+  local attempts = tonumber(job.attempts)
+  if not counted then attempts = attempts - 1 end
+  if nobody_waits(job) then
+    cancel_leased(job, 'cancelled', 'nobody waits for the answer')
+    return 'cancelled'
+  end
+  if attempts >= tonumber(job.max) then
+    bury(job, reason, now)
+    return 'dead'
+  end
+  requeue(job, attempts, reason)
+  return 'requeued'
+end
+
+-- The job if ``epoch`` and ``aid`` own it; else nil and the answer to give: gone, duplicate or fenced.
+local function fence(id, epoch, aid)
+  local job = load_job(id)
+  if not job then return nil, 'gone' end
+  if job.state == 'leased' and job.epoch == epoch and job.aid == aid then return job end
+  if TERMINAL[job.state] and job.epoch == epoch and job.aid == aid then return nil, 'duplicate' end
+  if job.ended == epoch .. ':' .. aid then return nil, 'duplicate' end
+  return nil, 'fenced'
+end

@@ -1,0 +1,18 @@
+-- The acting Manager's lease, on the server's clock: taken if free or run out, kept by its holder.
+-- KEYS[1]: the lease (hash: holder, term, until). ARGV: manager id, ttl_ms (0 gives it up).
+-- Reply: the term while acting, else 0. The term rises each time the holder changes.
+
+local lease = KEYS[1]
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local held = redis.call('HMGET', lease, 'holder', 'term', 'until')
+local term, ttl = tonumber(held[2] or 0), tonumber(ARGV[2])
+local live = held[1] and tonumber(held[3] or 0) > now
+if live and held[1] ~= ARGV[1] then return 0 end
+if ttl == 0 then
+  if live then redis.call('HSET', lease, 'until', '0') end
+  return 0
+end
+if not live then term = term + 1 end
+redis.call('HSET', lease, 'holder', ARGV[1], 'term', term, 'until', string.format('%.0f', now + ttl))
+return term

@@ -1,0 +1,183 @@
+-- Gives a worker up to n jobs, or parks it.
+-- ARGV: prefix, incarnation, seq, turn, n, attempt id base, park_ms, then pairs: pool, lanes (comma separated).
+-- Reply: {'fenced'} if the incarnation was declared dead (or never joined); else {'ok', job, ...}, each job
+--       {envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is parked.
+--       The same (incarnation, seq) again answers the same leases, as far as they are still held.
+-- The order of lanes and bands is that of queue_schemas/lanes.py.
+-- Invariants: 3 fence (a reclaimed incarnation gets nothing), 5 order, 6 bounded starvation, 10 no start after expiry,
+--       13 liveness (what is left wakes the next worker).
+
+local incarnation, seq, turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local attempt_base, park_ms = ARGV[6], tonumber(ARGV[7])
+local LANES = { 'interactive', 'background', 'batch' }
+local MAX_SKIPPED = 64
+local now = now_ms()
+
+if call('HEXISTS', P .. 'beats', incarnation) == 0 then return { 'fenced' } end
+
+local answer = { 'ok' }
+local claimed_key = P .. 'claimed:' .. incarnation
+local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked')
+
+local function give(job)
+  answer[#answer + 1] = { call('HGET', P .. 'job:' .. job.id, 'env'), tonumber(job.epoch), job.aid, tonumber(job.attempts),
+    math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0) }
+end
+
+if last[1] == seq then
+  for id, aid in string.gmatch(last[2], '(%S+) (%S+)') do
+    local job = load_job(id)
+    if job and job.state == 'leased' and job.aid == aid then give(job) end
+  end
+  return answer
+end
+
+local pools, serves, waiting, asked = {}, {}, {}, {}
+for i = 8, #ARGV, 2 do
+  pools[#pools + 1] = ARGV[i]
+  for lane in string.gmatch(ARGV[i + 1], '[^,]+') do
+    local where = ARGV[i] .. ':' .. lane
+    serves[#serves + 1] = where
+    asked[#asked + 1] = where .. ':waiting'
+  end
+end
+if #asked > 0 then
+  for i, depth in ipairs(call('HMGET', P .. 'depth', unpack(asked))) do waiting[serves[i]] = tonumber(depth or 0) end
+end
+
+local function lane_order(t)
+  if t % 16 == 15 then return { 'batch', 'interactive', 'background' } end
+  if t % 8 == 7 then return { 'background', 'interactive', 'batch' } end
+  return LANES
+end
+
+local function band_order(t)
+  if t % 4 ~= 3 then return { 0, 1, 2, 3 } end
+  local first = math.floor(t / 4) % 3 + 1
+  local order = { first }
+  for band = 0, 3 do
+    if band ~= first then order[#order + 1] = band end
+  end
+  return order
+end
+
+local skipped = 0
+
+-- The queued job behind an entry; nil, after cleaning up, if it is not to be run any more.
+local function runnable(id, queue, entry)
+  local job = load_job(id)
+  if not job or job.state ~= 'queued' or job.entry ~= entry then
+    call('XDEL', P .. queue, entry)
+    if call('XLEN', P .. queue) == 0 then call('DEL', P .. queue) end
+    skipped = skipped + 1
+    return nil
+  end
+  if tonumber(job.deadline) <= now then
+    cancel_queued(job, 'expired', 'its time ran out in the queue')
+  elseif nobody_waits(job) then
+    cancel_queued(job, 'cancelled', 'nobody waits for the answer')
+  else
+    return job
+  end
+  waiting[place(job)] = waiting[place(job)] - 1
+  skipped = skipped + 1
+  return nil
+end
+
+local function take_retry(where)
+  local queue = 'retry:' .. where
+  for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', 16)) do
+    local job = runnable(entry[2][2], queue, entry[1])
+    if job and (job.avoid ~= incarnation or tonumber(job.avoid_until) <= now) then return job end
+  end
+  return nil
+end
+
+-- The job of the tenant that was served least, by start-time fair queueing with one unit a job
+-- (Goyal, Vin, Cheng: Start-time Fair Queueing, SIGCOMM 1996).
+local function take_fresh(where, t)
+  for _, band in ipairs(band_order(t)) do
+    local active = P .. 'active:' .. where .. ':' .. band
+    while skipped < MAX_SKIPPED do
+      local head = call('ZRANGE', active, 0, 0, 'WITHSCORES')
+      local tenant = head[1]
+      if not tenant then break end
+      local queue = 'q:' .. where .. ':' .. band .. ':' .. tenant
+      local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
+      if not entry then
+        call('ZREM', active, tenant)
+      else
+        local job = runnable(entry[2][2], queue, entry[1])
+        if job then
+          local start = tonumber(head[2])
+          local service = P .. 'service:' .. where .. ':' .. band
+          call('ZADD', active, 'XX', int(start + 1), tenant)
+          call('ZREMRANGEBYSCORE', service, '-inf', '(' .. int(start))
+          call('ZADD', service, int(start), '*', int(start + 1), tenant)
+          call('PEXPIRE', service, 3600000)
+          return job
+        end
+      end
+    end
+  end
+  return nil
+end
+
+local function take(where)
+  local t = tonumber(call('HGET', P .. 'turns', where) or 0)
+  local retry_first = t % 4 ~= 3
+  local job = retry_first and take_retry(where) or take_fresh(where, t)
+  if not job and not retry_first then job = take_retry(where) end
+  if job then call('HINCRBY', P .. 'turns', where, 1) end
+  return job
+end
+
+local function next_job(t)
+  for _, lane in ipairs(lane_order(t)) do
+    for p = 0, #pools - 1 do
+      local where = pools[(t + p) % #pools + 1] .. ':' .. lane
+      if (waiting[where] or 0) > 0 and skipped < MAX_SKIPPED then
+        local job = take(where)
+        if job then return job end
+      end
+    end
+  end
+  return nil
+end
+
+local held = {}
+while #held < wanted and #pools > 0 do
+  local job = next_job(turn + #held)
+  if not job then break end
+  local where = place(job)
+  leave_queue(job)
+  waiting[where] = waiting[where] - 1
+  job.attempts = int(tonumber(job.attempts) + 1)
+  job.aid = attempt_base .. int(#held)
+  call('HSET', P .. 'job:' .. job.id, 'state', 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', incarnation)
+  call('HSET', P .. 'leases:' .. incarnation, job.id, job.epoch)
+  add('depth', where .. ':leased', 1)
+  held[#held + 1] = job.id .. ' ' .. job.aid
+  give(job)
+end
+call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '))
+call('PEXPIRE', claimed_key, 120000)
+
+if #held < wanted and skipped >= MAX_SKIPPED then
+  call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake')
+elseif #held < wanted then
+  for _, where in ipairs(serves) do
+    call('ZADD', P .. 'parked:' .. where, int(now + park_ms), incarnation)
+    call('PEXPIRE', P .. 'parked:' .. where, 2 * park_ms)
+  end
+  call('HSET', claimed_key, 'parked', '1')
+else
+  if last[3] then
+    for _, where in ipairs(serves) do call('ZREM', P .. 'parked:' .. where, incarnation) end
+    call('HDEL', claimed_key, 'parked')
+  end
+  for _, where in ipairs(serves) do
+    if waiting[where] > 0 and wake_one(where, now) then break end
+  end
+end
+return answer

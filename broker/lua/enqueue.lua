@@ -1,0 +1,63 @@
+-- Puts jobs on their queues and wakes one parked worker for each.
+-- ARGV: prefix, tenant_jobs, tenant_bytes, pool_jobs, pool_bytes (limits on live jobs and bytes),
+--       then per job: id, envelope, pool, lane, band, tenant, reply, stored, ttl_ms, max_attempts.
+-- Reply: per job 'queued', or the state of a job of that id that is already known (tombstones included: a job
+--       cancelled before it came is void), or 'over <budget>' where nothing was written.
+-- Invariants: 1 no lost job, 4 idempotency, 8 bounded memory, 12 conservation.
+
+local now = now_ms()
+
+local function over_budget(tenant, pool, size)
+  local used = call('HMGET', P .. 'budget', 't:' .. tenant .. ':jobs', 't:' .. tenant .. ':bytes',
+    'p:' .. pool .. ':jobs', 'p:' .. pool .. ':bytes')
+  if tonumber(used[1] or 0) + 1 > tonumber(ARGV[2]) then return 'tenant_jobs' end
+  if tonumber(used[2] or 0) + size > tonumber(ARGV[3]) then return 'tenant_bytes' end
+  if tonumber(used[3] or 0) + 1 > tonumber(ARGV[4]) then return 'pool_jobs' end
+  if tonumber(used[4] or 0) + size > tonumber(ARGV[5]) then return 'pool_bytes' end
+  return nil
+end
+
+-- A tenant that comes (back) to a band starts at the band's clock, or where its last job ended if that is later:
+-- leaving and returning gains nothing.
+local function activate(where, tenant)
+  local active = P .. 'active:' .. where
+  if call('ZSCORE', active, tenant) then return end
+  local service = P .. 'service:' .. where
+  local clock = tonumber(call('ZSCORE', service, '*') or 0)
+  local ended = tonumber(call('ZSCORE', service, tenant) or 0)
+  call('ZADD', active, int(math.max(clock, ended)), tenant)
+end
+
+local answers = {}
+for i = 6, #ARGV, 10 do
+  local id, envelope, pool, lane, band = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+  local tenant, reply, stored, ttl, max = ARGV[i + 5], ARGV[i + 6], ARGV[i + 7], ARGV[i + 8], ARGV[i + 9]
+  local key = P .. 'job:' .. id
+  local size = string.len(envelope)
+  local known = call('HGET', key, 'state')
+  local over = not known and over_budget(tenant, pool, size)
+  if known then
+    answers[#answers + 1] = known
+  elseif over then
+    answers[#answers + 1] = 'over ' .. over
+  else
+    local where = pool .. ':' .. lane
+    local queue = 'q:' .. where .. ':' .. band .. ':' .. tenant
+    local deadline = int(now + tonumber(ttl))
+    local entry = call('XADD', P .. queue, '*', 'id', id)
+    activate(where .. ':' .. band, tenant)
+    call('HSET', key, 'env', envelope, 'state', 'queued', 'epoch', '1', 'aid', '', 'attempts', '0', 'max', max,
+      'pool', pool, 'lane', lane, 'band', band, 'tenant', tenant, 'reply', reply, 'stored', stored,
+      'deadline', deadline, 'size', int(size), 'at', int(now), 'queue', queue, 'entry', entry)
+    call('ZADD', P .. 'deadlines', deadline, id)
+    add('budget', 't:' .. tenant .. ':jobs', 1)
+    add('budget', 't:' .. tenant .. ':bytes', size)
+    add('budget', 'p:' .. pool .. ':jobs', 1)
+    add('budget', 'p:' .. pool .. ':bytes', size)
+    add('depth', where .. ':waiting', 1)
+    call('HINCRBY', P .. 'totals', where .. ':enqueued', 1)
+    wake_one(where, now)
+    answers[#answers + 1] = 'queued'
+  end
+end
+return answers

@@ -1,0 +1,29 @@
+-- Takes back what an incarnation holds: it is dead (its attempts are spent) or leaves (they are not).
+-- ARGV: prefix, incarnation, counted (1 or 0), limit (jobs in this call), reason.
+-- Reply: {requeued, dead, cancelled, left}. Call again while ``left`` is above 0. From the first call on, the
+--       incarnation is fenced: it can neither claim nor renew.
+-- Invariants: 1 no lost job, 3 fence, 11 poison bound.
+
+local now = now_ms()
+local incarnation, counted = ARGV[2], ARGV[3] == '1'
+local leases = P .. 'leases:' .. incarnation
+call('HDEL', P .. 'beats', incarnation)
+local held = call('HKEYS', leases)
+local counts = { requeued = 0, dead = 0, cancelled = 0 }
+local handled = 0
+for _, id in ipairs(held) do
+  if handled >= tonumber(ARGV[4]) then break end
+  handled = handled + 1
+  local job = load_job(id)
+  if job and job.state == 'leased' and job.owner == incarnation then
+    local fate = give_up(job, counted, ARGV[5], now)
+    counts[fate] = counts[fate] + 1
+    if fate == 'requeued' then wake_one(place(job), now) end
+  else
+    call('HDEL', leases, id)
+  end
+end
+if handled == #held then
+  call('DEL', leases, P .. 'claimed:' .. incarnation, P .. 'ctl:' .. incarnation)
+end
+return { counts.requeued, counts.dead, counts.cancelled, #held - handled }

@@ -1,0 +1,22 @@
+-- Ends attempts without an answer: the jobs wait again, ahead of new work.
+-- ARGV: prefix, then per attempt: job id, epoch, attempt id, counted (1: the attempt is spent and its worker is avoided
+--       for a while; 0: handed back as if never started), reason.
+-- Reply: per attempt 'ok', 'duplicate', 'fenced' or 'gone'.
+-- Invariants: 1 no lost job, 3 fence, 11 poison bound.
+
+local now = now_ms()
+local answers = {}
+for i = 2, #ARGV, 5 do
+  local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2])
+  if job then
+    local counted = ARGV[i + 3] == '1'
+    if give_up(job, counted, ARGV[i + 4], now) == 'requeued' then
+      if counted then
+        call('HSET', P .. 'job:' .. job.id, 'avoid', job.owner, 'avoid_until', int(now + RETRY_APART_MS))
+      end
+      wake_one(place(job), now)
+    end
+  end
+  answers[#answers + 1] = refusal or 'ok'
+end
+return answers

@@ -1,0 +1,15 @@
+-- Raises a worker's renewal number, which keeps all its leases, and its control stream alive.
+-- ARGV: prefix, incarnation, id of the last control message read (older ones are trimmed).
+-- Reply: the new number, or -1 if the incarnation was declared dead.
+-- Invariant: 3 fence (the dead do not come back).
+
+local incarnation = ARGV[2]
+if call('HEXISTS', P .. 'beats', incarnation) == 0 then return -1 end
+local control = P .. 'ctl:' .. incarnation
+if call('EXISTS', control) == 0 then
+  call('XADD', control, '*', 'k', 'hello')
+else
+  call('XTRIM', control, 'MINID', ARGV[3])
+end
+call('PEXPIRE', control, CONTROL_TTL_MS)
+return call('HINCRBY', P .. 'beats', incarnation, 1)

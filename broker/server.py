@@ -1,0 +1,116 @@
+"""What server is this, and can it carry the queue?"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from queue_schemas import BrokerUnsuitable
+from queue_schemas.keys import META
+
+from .calls import Caller
+
+CONTRACT = "1"
+"""Version of the keys and scripts; a fabric of another one must not share the data."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What the server says of itself. ``concerns`` are sentences about what is allowed but unwise."""
+
+    kind: str
+    version: str
+    role: str
+    maxmemory_policy: str
+    appendonly: bool
+    appendfsync: str
+    server_time_ms: int
+    concerns: tuple[str, ...] = field(default=())
+
+
+_OLDEST = {"redis": (7, 0), "valkey": (8, 0)}
+
+
+async def read_facts(caller: Caller) -> ServerFacts:
+    """Ask the server. Raises ``BrokerUnavailable`` or ``BrokerUnsuitable``."""
+    info = _parse_info(await caller.command(META, "INFO"))
+    kind = "valkey" if "valkey_version" in info else "redis"
+    version = info.get("valkey_version") or info.get("redis_version", "0")
+    seconds, micros = await caller.command(META, "TIME")
+    appendonly = info.get("aof_enabled") == "1"
+    appendfsync = await _config(caller, "appendfsync") if appendonly else ""
+    policy = info.get("maxmemory_policy") or await _config(caller, "maxmemory-policy")
+    concerns = []
+    if not appendonly:
+        concerns.append("the append-only file is off: a restart of Redis loses waiting jobs; set appendonly yes")
+    elif appendfsync == "no":
+        concerns.append("appendfsync is no: a crash of the machine can lose many seconds; set appendfsync everysec")
+    if info.get("aof_last_write_status", "ok") != "ok":
+        concerns.append("the last write of the append-only file failed: check the disk of the Redis server")
+    return ServerFacts(
+        kind,
+        version,
+        info.get("role", "master"),
+        policy,
+        appendonly,
+        appendfsync,
+        int(seconds) * 1000 + int(micros) // 1000,
+        tuple(concerns),
+    )
+
+
+def require_suitable(facts: ServerFacts) -> None:
+    """Raise ``BrokerUnsuitable``, saying how to mend it, unless the server can carry the queue."""
+    oldest = _OLDEST[facts.kind]
+    found = tuple(int(part) for part in re.findall(r"\d+", facts.version)[:2])
+    if found < oldest:
+        wanted = ".".join(map(str, oldest))
+        raise BrokerUnsuitable(
+            f"{facts.kind} {facts.version} is too old for the queue; use {facts.kind} {wanted} or newer"
+        )
+    if facts.role not in ("master", "primary"):
+        raise BrokerUnsuitable(
+            "this Redis is a read-only replica; point INFERQ_REDIS_URL at the primary (or at Sentinel)"
+        )
+    if facts.maxmemory_policy not in ("", "noeviction"):
+        raise BrokerUnsuitable(
+            f"maxmemory-policy is {facts.maxmemory_policy}: Redis would evict waiting jobs; set maxmemory-policy noeviction"
+        )
+
+
+async def settle_meta(caller: Caller, shards: int) -> None:
+    """Fix the deployment's constants at the first start, and check them at every other."""
+    for name, value in (("shards", str(shards)), ("contract", CONTRACT)):
+        await caller.command(META, "HSETNX", META, name, value)
+        found = (await caller.command(META, "HGET", META, name)).decode()
+        if found != value:
+            raise BrokerUnsuitable(
+                f"the data in this Redis was made with {name}={found}, this process is set to {name}={value}; "
+                f"set {name} to {found}, or drain the fleet and use an empty Redis"
+            )
+
+
+async def _config(caller: Caller, name: str) -> str:
+    """One CONFIG value; empty where the server does not let us read it (managed services)."""
+    try:
+        reply = await caller.once(META, "CONFIG", "GET", name)
+    except BrokerUnsuitable:
+        return ""
+    values = {_text(k): _text(v) for k, v in (reply.items() if isinstance(reply, dict) else _pairs(reply))}
+    return values.get(name, "")
+
+
+def _parse_info(reply: Any) -> dict[str, str]:
+    if isinstance(reply, dict):
+        return {_text(name): _text(value) for name, value in reply.items()}
+    lines = (line.partition(":") for line in _text(reply).splitlines() if line and not line.startswith("#"))
+    return {name: value for name, _, value in lines}
+
+
+def _pairs(flat: list[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,146 @@
+"""Blocking reads: a Router's replies and a worker's control messages, each on a connection of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from queue_schemas import BadMessage, BrokerFull, BrokerUnavailable, Control, Frame, Marker, ShardKeys, parse_control
+from queue_schemas.frames import FRAME_FIELD, MARKER_FIELD, unpack_frames, unpack_marker
+from telemetry import get_logger
+
+from .calls import Caller, as_inferq_error
+from .link import REFUSED, UNREACHABLE
+
+REPLY_TTL_MS = 60_000
+_TEND_EVERY_S = 10.0
+_TRIM_AFTER_ENTRIES = 512
+_READ_COUNT = 256
+_BLOCK_MS = 5_000
+_LONGEST_PAUSE_S = 1.0
+
+log = get_logger(__name__)
+
+Entries = list[tuple[str, dict[bytes, bytes]]]
+
+
+class ReplyReader:
+    """Reads the reply stream of one Router on one shard until cancelled, and keeps it alive and short."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        keys: ShardKeys,
+        router: str,
+        deliver: Callable[[list[Frame | Marker]], None],
+        opened: Callable[[bool], None],
+    ) -> None:
+        self._caller = caller
+        self._key = keys.reply(router)
+        self._deliver = deliver
+        self._opened = opened
+        self._last = "0"
+        self._unread_trim = 0
+        self.malformed = 0
+
+    async def run(self) -> None:
+        """Read for ever. ``opened(fresh)`` is called whenever the stream had to be made, ``fresh`` the first time."""
+        pause = 0.05
+        fresh = True
+        tend_at = 0.0
+        while True:
+            try:
+                if time.monotonic() >= tend_at:
+                    if await self._tend():
+                        self._opened(fresh)
+                        fresh = False
+                    tend_at = time.monotonic() + _TEND_EVERY_S
+                entries = await read_stream(self._caller, self._key, self._last, _READ_COUNT, _BLOCK_MS)
+                pause = 0.05
+            except (BrokerUnavailable, BrokerFull) as error:
+                log.warning("reply_stream_unreachable", error=error.message)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE_S)
+                tend_at = 0.0
+                continue
+            if entries:
+                self._last = entries[-1][0]
+                self._deliver(self._parse(entries))
+                self._unread_trim += len(entries)
+                if self._unread_trim >= _TRIM_AFTER_ENTRIES:
+                    tend_at = 0.0
+
+    async def _tend(self) -> bool:
+        """Extend the stream's life and drop what was read; True if the stream had to be made."""
+        self._unread_trim = 0
+        if await self._caller.command(self._key, "PEXPIRE", self._key, REPLY_TTL_MS):
+            if self._last != "0":
+                await self._caller.command(self._key, "XTRIM", self._key, "MINID", self._last)
+            return False
+        await self._caller.command(self._key, "XADD", self._key, "*", "o", "open")
+        await self._caller.command(self._key, "PEXPIRE", self._key, REPLY_TTL_MS)
+        return True
+
+    def _parse(self, entries: Entries) -> list[Frame | Marker]:
+        news: list[Frame | Marker] = []
+        for entry_id, fields in entries:
+            try:
+                if FRAME_FIELD in fields:
+                    news += unpack_frames(fields[FRAME_FIELD])
+                elif MARKER_FIELD in fields:
+                    news.append(unpack_marker(fields[MARKER_FIELD]))
+            except BadMessage as error:
+                self.malformed += 1
+                log.error("reply_entry_malformed", entry=entry_id, error=error.message)
+        return news
+
+
+async def read_control(
+    caller: Caller, keys: ShardKeys, incarnation: str, after: str, block_ms: int
+) -> list[tuple[str, Control | None]]:
+    """Control messages behind ``after`` with their ids; None stands for a kind this version does not know."""
+    entries = await read_stream(caller, keys.control(incarnation), after, _READ_COUNT, block_ms)
+    messages: list[tuple[str, Control | None]] = []
+    for entry_id, fields in entries:
+        try:
+            messages.append((entry_id, parse_control(fields)))
+        except BadMessage as error:
+            log.error("control_entry_malformed", entry=entry_id, error=error.message)
+            messages.append((entry_id, None))
+    return messages
+
+
+async def read_stream(caller: Caller, key: str, after: str, count: int, block_ms: int) -> Entries:
+    """Entries of one stream behind ``after``, waiting up to ``block_ms`` for the first. Raises like a call, once."""
+    caller.round_trips += 1
+    try:
+        reply: Any = await caller.link.blocking(
+            key, block_ms / 1000, "XREAD", "COUNT", count, "BLOCK", max(block_ms, 1), "STREAMS", key, after
+        )
+    except (*REFUSED, *UNREACHABLE, RedisError) as error:
+        raise as_inferq_error(error) from error
+    if not reply:
+        return []
+    streams = list(reply.values()) if isinstance(reply, dict) else [entries for _, entries in reply]
+    return [(_id(entry[0]), _fields(entry[1])) for entry in _flat(streams[0])]
+
+
+def _flat(entries: Any) -> Any:
+    """redis-py wraps a stream's entries once more under some protocols."""
+    return (
+        entries[0] if entries and isinstance(entries[0], list) and isinstance(entries[0][0], (list, tuple)) else entries
+    )
+
+
+def _id(raw: Any) -> str:
+    return raw.decode() if isinstance(raw, bytes) else str(raw)
+
+
+def _fields(raw: Any) -> dict[bytes, bytes]:
+    if isinstance(raw, dict):
+        return raw
+    return dict(zip(raw[::2], raw[1::2], strict=True))
