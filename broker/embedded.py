@@ -120,17 +120,19 @@ class EmbeddedServer:
 
     async def stop(self) -> None:
         """Stop the server cleanly (SIGTERM, then SIGKILL after 10 s) and give the folder back. May be repeated."""
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError, BrokerUnsuitable):
-                await self._supervisor
-            self._supervisor = None
+        supervisor, self._supervisor = self._supervisor, None
         try:
-            await self._end_process()
+            if supervisor is not None:
+                supervisor.cancel()
+                with contextlib.suppress(asyncio.CancelledError, BrokerUnsuitable):
+                    await supervisor
         finally:
-            if self._lock_fd is not None:
-                os.close(self._lock_fd)
-                self._lock_fd = None
+            try:
+                await self._end_process()
+            finally:
+                if self._lock_fd is not None:
+                    os.close(self._lock_fd)
+                    self._lock_fd = None
 
     async def watch(self) -> None:
         """Wait until the server cannot be kept running and raise why (``BrokerUnsuitable``): for a task group."""
@@ -187,7 +189,7 @@ class EmbeddedServer:
         await _ask(port, self._password, "SHUTDOWN NOW")
         if not await _until(lambda: _is_free(port), STOP_LIMIT_S):
             raise BrokerUnsuitable(
-                f"an embedded server of an earlier run still holds {self.data_dir} on port {port}: stop it and try again"
+                f"an embedded server of an earlier run still holds {self.data_dir} on port {port}: stop that one first"
             )
 
     # --- the process
@@ -273,7 +275,7 @@ class EmbeddedServer:
                 try:
                     await self._launch()
                 except (BrokerUnsuitable, OSError) as error:
-                    log.error("embedded_restart_failed", failures=failures, error=str(error))
+                    log.error("embedded_restart_failed", failures=failures, error=str(error))  # noqa: TRY400 - said fully
                     if failures == MAX_FAILED_STARTS:
                         raise BrokerUnsuitable(
                             f"the embedded queue server cannot be kept running: {error}. "
