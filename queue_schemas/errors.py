@@ -26,8 +26,8 @@
     +-- EngineFailed               502  engine_failed          the engine broke the connection or its protocol
     +-- JobCancelled               499  cancelled
     +-- BrokerUnsuitable           500  broker_unsuitable      the Redis server cannot carry the queue (says why)
-    +-- CannotStart                500  cannot_start           a setting, a file or an address keeps a role from starting
-    +-- Fenced                     409  fenced                 the caller was declared dead; what it holds is not its own
+    +-- CannotStart                500  cannot_start           a setting, a file or an address keeps us from starting
+    +-- Fenced                     409  fenced                 the caller was declared dead and holds nothing
 
 A client sees the OpenAI error object (:meth:`InferqError.body`): the message says what to do next. ``retryable`` says
 whether the same call may succeed later; ``retry_after_s`` is what the ``Retry-After`` header then says.

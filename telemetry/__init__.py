@@ -1,0 +1,46 @@
+"""Logs, metrics, traces, settings: each set up in one place, the same for every role.
+
+HTTP services find what they share in :mod:`telemetry.asgi` and :mod:`telemetry.server`, imported by name so that a
+command-line call does not load a web server.
+"""
+
+from .logs import LogFormat, LogLevel, bind, bound, bound_facts, configure_logging, get_logger
+from .metrics import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry, render_metrics
+from .settings import CommaList, RoleSettings, SettingFact, TelemetrySettings, explain_settings
+from .tracing import (
+    Span,
+    configure_tracing,
+    inject,
+    shutdown_tracing,
+    span,
+    span_for_request,
+    span_from,
+    tracing_enabled,
+)
+
+__all__ = [
+    "GAP_BUCKETS_S",
+    "WAIT_BUCKETS_S",
+    "CommaList",
+    "LogFormat",
+    "LogLevel",
+    "MetricsRegistry",
+    "RoleSettings",
+    "SettingFact",
+    "Span",
+    "TelemetrySettings",
+    "bind",
+    "bound",
+    "bound_facts",
+    "configure_logging",
+    "configure_tracing",
+    "explain_settings",
+    "get_logger",
+    "inject",
+    "render_metrics",
+    "shutdown_tracing",
+    "span",
+    "span_for_request",
+    "span_from",
+    "tracing_enabled",
+]

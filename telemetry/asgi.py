@@ -1,0 +1,214 @@
+"""What every HTTP service of the fabric has in common: request ids, the error object, join tokens, health pages.
+
+For FastAPI apps: :func:`prepare_app` installs all of it. The Router's bare-ASGI hot path takes the same pieces one by
+one (:func:`request_id_from`, :func:`error_answer`). Serving an app on a port is in :mod:`telemetry.server`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from time import perf_counter
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from queue_schemas import (
+    JOIN_TOKEN_HEADER,
+    AuthenticationFailed,
+    BadRequest,
+    InferqError,
+    MethodNotAllowed,
+    PathNotFound,
+)
+
+from .logs import bind, get_logger
+from .metrics import MetricsRegistry, render_metrics
+
+REQUEST_ID_HEADER = b"x-request-id"
+DEFAULT_RETRY_AFTER_S = 1
+
+_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
+_RawHeaders = Iterable[tuple[bytes, bytes]]
+log = get_logger(__name__)
+
+
+def new_request_id() -> str:
+    """A fresh request id: ``req_`` and 32 hex digits."""
+    return f"req_{secrets.token_hex(16)}"
+
+
+def request_id_from(headers: _RawHeaders) -> str:
+    """The caller's ``x-request-id`` if it is sane (1 to 128 letters, digits, ``_.:-``), else a fresh one."""
+    for name, value in headers:
+        if name == REQUEST_ID_HEADER:
+            return value.decode("ascii") if _SANE_REQUEST_ID.fullmatch(value) else new_request_id()
+    return new_request_id()
+
+
+def error_answer(error: InferqError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, raw headers and body of the answer that tells a client of ``error``."""
+    body = error.body()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.status in (429, 503):
+        after = DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+        headers.append((b"retry-after", str(after).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return error.status, headers, body
+
+
+def error_response(error: InferqError) -> Response:
+    """:func:`error_answer` for a FastAPI handler."""
+    status, headers, body = error_answer(error)
+    response = Response(body, status)
+    response.raw_headers = list(headers)
+    return response
+
+
+class RequestContext:
+    """ASGI middleware: gives each request its id (in ``scope["state"]["request_id"]``, the logs and the answer), counts
+    it, and answers an unforeseen exception with the error object instead of a closed connection."""
+
+    def __init__(self, app: ASGIApp, metrics: MetricsRegistry) -> None:
+        self._app = app
+        self._role = metrics.role
+        self._requests = metrics.counter(
+            "inferq_requests_total", "Answers by path and status", ("role", "path", "code")
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = request_id_from(scope["headers"])
+        scope.setdefault("state", {})["request_id"] = request_id
+        bind(request_id=request_id)
+        begun = perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request_failed", method=scope["method"], path=scope["path"])
+            if status:
+                raise  # the answer has begun: only closing the connection can tell the client
+            answer = InferqError(f"something went wrong here; the log has it under {request_id}")
+            await _send_error(answer, send_with_id)
+        finally:
+            path = _path_label(scope)
+            self._requests.labels(self._role, path, str(status)).inc()
+            log.debug("request", method=scope["method"], path=path, status=status, seconds=perf_counter() - begun)
+
+
+def prepare_app(app: FastAPI, metrics: MetricsRegistry) -> FastAPI:
+    """Give ``app`` the request context and handlers that turn every error into the OpenAI error object."""
+    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_exception_handler(InferqError, _on_inferq_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    return app
+
+
+def require_join_token(expected: str) -> Callable[[str], Awaitable[None]]:
+    """A FastAPI dependency: the join-token header must equal ``expected``; empty: open to all."""
+
+    async def check(token: str = Header("", alias=JOIN_TOKEN_HEADER)) -> None:
+        check_join_token(expected, token)
+
+    return check
+
+
+def check_join_token(expected: str, given: str) -> None:
+    """Compare in constant time. Raises ``AuthenticationFailed``; an empty ``expected`` is open to all."""
+    if expected and not hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace")):
+        raise AuthenticationFailed(
+            f"the join token is missing or wrong: send the one the Manager was started with "
+            f"(INFERQ_JOIN_TOKEN) in the header {JOIN_TOKEN_HEADER}"
+        )
+
+
+def health_routes(
+    metrics: MetricsRegistry,
+    reasons: Callable[[], Sequence[str]],
+    before_scrape: Callable[[], Awaitable[None]] | None = None,
+) -> APIRouter:
+    """``/healthz``, ``/readyz`` and ``/metrics``.
+
+    ``reasons`` says in sentences why the role is not ready (none: it is). ``before_scrape`` brings figures up to date
+    that are too dear to keep current all the time; it bounds its own time.
+    """
+    routes = APIRouter(tags=["health"])
+
+    @routes.get("/healthz", summary="Whether the process is alive")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @routes.get("/readyz", summary="Whether the role can do its work, and if not, why (503)")
+    async def readyz() -> JSONResponse:
+        why = list(reasons())
+        return JSONResponse({"ready": not why, "reasons": why}, 503 if why else 200)
+
+    @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
+    async def prometheus() -> Response:
+        if before_scrape is not None:
+            await before_scrape()
+        body, content_type = render_metrics(metrics)
+        return Response(body, headers={"content-type": content_type})
+
+    return routes
+
+
+async def _send_error(error: InferqError, send: Send) -> None:
+    status, headers, body = error_answer(error)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _path_label(scope: Scope) -> str:
+    """The route's template, not the path itself: a scanner must not be able to make a metric grow."""
+    route: Any = scope.get("route")
+    return str(getattr(route, "path", "")) or "unknown"
+
+
+async def _on_inferq_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, InferqError)  # noqa: S101 - what the handler is registered for
+    return error_response(error)
+
+
+async def _on_invalid_request(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    param = ".".join(where[1:]) or None
+    return error_response(BadRequest(f"{' '.join(where[:1])} {param or ''}: {first['msg']}".strip(), param=param))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    method, path = request.method, request.url.path
+    if error.status_code == 404:
+        return error_response(PathNotFound(f"there is no {path} here; see /docs for what there is"))
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"{path} does not answer {method}"))
+        response.headers.update(error.headers or {})
+        return response
+    if error.status_code < 500:
+        refused = BadRequest(str(error.detail))
+        response = error_response(refused)
+        response.status_code = error.status_code
+        return response
+    return error_response(InferqError(str(error.detail)))

@@ -1,0 +1,103 @@
+"""Logs: one line per event on standard error, with the ids of the request and the job in it.
+
+Modules log through :func:`get_logger`; the lines of libraries (uvicorn, aiohttp, asyncio) go the same way. What is
+bound in the running task (:func:`bind`, :func:`bound`) is part of every line it writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TextIO, cast
+
+import orjson
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+LogFormat = Literal["auto", "json", "console"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_CHATTY = ("uvicorn", "uvicorn.error", "aiohttp", "asyncio", "redis", "httpx", "opentelemetry")
+"""Libraries whose INFO says what our own lines say better."""
+
+
+def configure_logging(
+    role: str, level: LogLevel = "info", fmt: LogFormat = "auto", *, stream: TextIO | None = None
+) -> None:
+    """Set up the process's logs, to be called once by whatever starts a role; a second call replaces the first.
+
+    ``auto`` writes for people where ``stream`` (standard error) is a terminal and JSON elsewhere. A JSON line has the
+    keys ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``event``, ``role`` and whatever was bound or given.
+    """
+    stream = stream or sys.stderr
+    console = fmt == "console" or (fmt == "auto" and stream.isatty())
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        _add_role(role),
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(console, stream)],
+        )
+    )
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        if isinstance(old.formatter, structlog.stdlib.ProcessorFormatter):
+            root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(threshold)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(max(threshold, logging.WARNING) if level != "debug" else logging.DEBUG)
+    logging.captureWarnings(True)
+
+
+def get_logger(name: str) -> FilteringBoundLogger:
+    """The logger of module ``name``. Call it as ``log.info("worker_joined", worker="w1")``: a name, then facts."""
+    return cast(FilteringBoundLogger, structlog.get_logger(name))
+
+
+def bind(**facts: str) -> None:
+    """Add ``facts`` (``request_id``, ``job_id``, ...) to every later line of the running task and its children."""
+    structlog.contextvars.bind_contextvars(**facts)
+
+
+def bound(**facts: str) -> AbstractContextManager[object]:
+    """:func:`bind` for the length of a ``with`` block."""
+    return structlog.contextvars.bound_contextvars(**facts)
+
+
+def bound_facts() -> Mapping[str, Any]:
+    """What is bound in the running task."""
+    return structlog.contextvars.get_contextvars()
+
+
+def _add_role(role: str) -> Processor:
+    def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        event.setdefault("role", role)
+        return event
+
+    return add
+
+
+def _renderers(console: bool, stream: TextIO) -> list[Processor]:
+    if console:
+        return [structlog.dev.ConsoleRenderer(timestamp_key="time", colors=stream.isatty())]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_to_json)]
+
+
+def _to_json(event: EventDict, **_options: Any) -> str:
+    return orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode("utf-8", "replace")

@@ -1,0 +1,96 @@
+"""Prometheus metrics: one registry per role, so that several roles can share a process (and a test many of them)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+_M = TypeVar("_M", Counter, Gauge, Histogram)
+
+WAIT_BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Seconds; for what a queue or an engine makes people wait (queue wait, TTFT)."""
+GAP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
+"""Seconds; for the gaps between tokens (ITL)."""
+
+
+class MetricsRegistry:
+    """The metrics of one role.
+
+    ``counter``, ``gauge`` and ``histogram`` give the metric of that name, made on the first call. ``watch_*`` read
+    their value when somebody asks for the metrics, which costs nothing before. Names begin with ``inferq_``.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.collectors = CollectorRegistry(auto_describe=False)
+        self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        ProcessCollector(registry=self.collectors)
+        PlatformCollector(registry=self.collectors)
+
+    def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        """A count that only rises; ``name`` ends in ``_total``."""
+        return self._get(name, Counter, lambda: Counter(name, text, labels, registry=self.collectors))
+
+    def gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+        """A figure that rises and falls."""
+        return self._get(name, Gauge, lambda: Gauge(name, text, labels, registry=self.collectors))
+
+    def histogram(
+        self, name: str, text: str, labels: Sequence[str] = (), *, buckets: Sequence[float] = WAIT_BUCKETS_S
+    ) -> Histogram:
+        """A distribution; ``buckets`` are upper bounds in the unit that ``name`` ends in."""
+        return self._get(
+            name, Histogram, lambda: Histogram(name, text, labels, buckets=buckets, registry=self.collectors)
+        )
+
+    def watch_counter(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A counter without labels whose value is ``read()``, which never falls, at every scrape."""
+        self.collectors.register(_Watched(lambda: CounterMetricFamily(name, text, value=read())))
+
+    def watch_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A gauge without labels whose value is ``read()`` at every scrape."""
+        self.collectors.register(_Watched(lambda: GaugeMetricFamily(name, text, value=read())))
+
+    def watch_round_trips(self, read: Callable[[], int]) -> None:
+        """``inferq_redis_round_trips_total{role}`` from the broker's own count."""
+
+        def family() -> Metric:
+            metric = CounterMetricFamily("inferq_redis_round_trips", "Round trips to Redis", labels=["role"])
+            metric.add_metric([self.role], read())
+            return metric
+
+        self.collectors.register(_Watched(family))
+
+    def _get(self, name: str, kind: type[_M], make: Callable[[], _M]) -> _M:
+        metric = self._metrics.get(name)
+        if metric is None:
+            metric = self._metrics[name] = make()
+        if not isinstance(metric, kind):
+            raise TypeError(f"{name} is a {type(metric).__name__}, not a {kind.__name__}")
+        return metric
+
+
+class _Watched(Collector):
+    def __init__(self, family: Callable[[], Metric]) -> None:
+        self._family = family
+
+    def collect(self) -> Iterable[Metric]:
+        return [self._family()]
+
+
+def render_metrics(registry: MetricsRegistry) -> tuple[bytes, str]:
+    """The answer to ``GET /metrics``: body and content type."""
+    return generate_latest(registry.collectors), CONTENT_TYPE_LATEST

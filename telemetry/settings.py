@@ -1,0 +1,186 @@
+"""Where settings come from: command-line flags, then the environment, then ``inferq.toml``, then defaults.
+
+A role's settings are a subclass of :class:`RoleSettings` that names its table. Field ``port`` of table ``router`` is
+``INFERQ_ROUTER_PORT`` in the environment and ``port`` below ``[router]`` in the file, whose path is ``INFERQ_CONFIG``
+(``./inferq.toml`` unless given). What several roles share goes by one name everywhere, :data:`SHARED`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from queue_schemas import CannotStart
+
+from .logs import LogFormat, LogLevel
+
+SHARED = frozenset({"redis_url", "join_token", "log_level", "log_format"})
+"""Fields that are also read from ``INFERQ_<FIELD>``, whichever table they stand in."""
+TABLES = frozenset({"broker", "manager", "router", "telemetry", "worker"})
+CONFIG_VARIABLE = "INFERQ_CONFIG"
+DEFAULT_CONFIG = "inferq.toml"
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+CommaList = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+"""A list of text: ``a,b`` in the environment or in one flag, an array in the file."""
+
+
+class RoleSettings(BaseSettings):
+    """The settings of one role (or of the broker, or of telemetry): frozen, each with unit, default and sentence."""
+
+    table: ClassVar[str]
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def load(cls, **flags: object) -> Self:
+        """The settings with ``flags`` on top; a flag of None was not given. Raises ``CannotStart`` with a sentence."""
+        try:
+            return cls(**{name: value for name, value in flags.items() if value is not None})
+        except ValidationError as error:
+            raise CannotStart(_sentence(cls, error)) from error
+
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """The environment variable of ``field``."""
+        return f"INFERQ_{field.upper()}" if field in SHARED else f"INFERQ_{cls.table.upper()}_{field.upper()}"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        own = EnvSettingsSource(settings_cls, env_prefix=f"INFERQ_{cls.table.upper()}_")
+        return (init_settings, own, _SharedVariables(settings_cls), _FileTable(settings_cls, cls.table))
+
+
+class TelemetrySettings(RoleSettings):
+    """How a process reports: logs, traces."""
+
+    table: ClassVar[str] = "telemetry"
+
+    log_level: LogLevel = Field("info", description="Least severe log line that is written")
+    log_format: LogFormat = Field("auto", description="json, console, or auto: console on a terminal, json elsewhere")
+    otlp_endpoint: str = Field("", description="Base URL of an OTLP/HTTP collector that gets traces; empty: no traces")
+
+
+@dataclass(frozen=True, slots=True)
+class SettingFact:
+    """One line of ``inferq config``. ``origin`` is ``flag``, an environment variable, the file or ``default``."""
+
+    table: str
+    name: str
+    value: str
+    origin: str
+    variable: str
+    description: str
+
+
+def explain_settings(settings: RoleSettings, flags: frozenset[str] = frozenset()) -> list[SettingFact]:
+    """Every setting in force and where it came from; secrets and passwords in URLs are hidden."""
+    cls = type(settings)
+    in_file = _FileTable(cls, cls.table)()
+    facts = []
+    for name, field in cls.model_fields.items():
+        own = f"INFERQ_{cls.table.upper()}_{name.upper()}"
+        shared = f"INFERQ_{name.upper()}" if name in SHARED else own
+        origin = "default"
+        if name in flags:
+            origin = "flag"
+        elif own in os.environ or shared in os.environ:
+            origin = own if own in os.environ else shared
+        elif name in in_file:
+            origin = str(_config_path())
+        value = _shown(getattr(settings, name))
+        facts.append(SettingFact(cls.table, name, value, origin, cls.variable(name), field.description or ""))
+    return facts
+
+
+class _SharedVariables(PydanticBaseSettingsSource):
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return os.environ.get(f"INFERQ_{field_name.upper()}"), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        values = {
+            name: os.environ.get(f"INFERQ_{name.upper()}") for name in SHARED & self.settings_cls.model_fields.keys()
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class _FileTable(PydanticBaseSettingsSource):
+    """One table of the file. Keys and tables nobody knows are refused: a misspelt setting must not pass unseen."""
+
+    def __init__(self, settings_cls: type[BaseSettings], table: str) -> None:
+        super().__init__(settings_cls)
+        self._table = table
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self().get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        path = _config_path()
+        if path is None:
+            return {}
+        content = _read(path)
+        _refuse_unknown(path, "table", content.keys(), TABLES)
+        table = content.get(self._table, {})
+        if not isinstance(table, dict):
+            raise CannotStart(f"{path}: write [{self._table}] with its settings below it")
+        _refuse_unknown(path, f"setting in [{self._table}]", table.keys(), self.settings_cls.model_fields.keys())
+        return table
+
+
+def _config_path() -> Path | None:
+    given = os.environ.get(CONFIG_VARIABLE)
+    if given:
+        return Path(given)
+    default = Path(DEFAULT_CONFIG)
+    return default if default.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CannotStart(f"the settings file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CannotStart(f"the settings file {path} is not valid TOML: {error}") from error
+
+
+def _refuse_unknown(path: Path, what: str, given: Any, known: Any) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise CannotStart(f"{path}: unknown {what} {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+
+
+def _sentence(cls: type[RoleSettings], error: ValidationError) -> str:
+    parts = []
+    for fault in error.errors(include_url=False, include_input=False):
+        name = ".".join(str(part) for part in fault["loc"])
+        field = str(fault["loc"][0]) if fault["loc"] else ""
+        where = f" (flag, {cls.variable(field)} or [{cls.table}] {field})" if field in cls.model_fields else ""
+        parts.append(f"{name or cls.table}: {fault['msg']}{where}")
+    return f"the settings of {cls.table} are wrong: {'; '.join(parts)}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return "***" if value.get_secret_value() else ""
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
