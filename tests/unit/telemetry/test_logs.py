@@ -1,0 +1,99 @@
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from telemetry import bind, bound, bound_facts, configure_logging, get_logger
+
+
+@pytest.fixture(autouse=True)
+def _clean_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    structlog.contextvars.clear_contextvars()
+    yield
+    structlog.contextvars.clear_contextvars()
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def _lines(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_every_line_carries_the_bound_ids() -> None:
+    """A JSON line names role, module, event and the ids that were bound in the task."""
+    stream = io.StringIO()
+    configure_logging("worker", "info", "json", stream=stream)
+    bind(request_id="req_1")
+    with bound(job_id="0-abc"):
+        get_logger("worker.service").info("claimed", slots=3)
+    get_logger("worker.service").info("idle")
+    claimed, idle = _lines(stream)
+    assert claimed.pop("time")
+    assert claimed == {
+        "level": "info",
+        "logger": "worker.service",
+        "event": "claimed",
+        "role": "worker",
+        "request_id": "req_1",
+        "job_id": "0-abc",
+        "slots": 3,
+    }
+    assert "job_id" not in idle
+    assert bound_facts() == {"request_id": "req_1"}
+
+
+def test_lines_of_libraries_go_the_same_way() -> None:
+    """What a library logs through the standard module comes out as JSON with the bound ids."""
+    stream = io.StringIO()
+    configure_logging("router", "info", "json", stream=stream)
+    bind(request_id="req_2")
+    logging.getLogger("uvicorn.error").warning("%s happened", "something")
+    logging.getLogger("uvicorn.error").info("chatter")
+    (line,) = _lines(stream)
+    assert (line["event"], line["logger"], line["request_id"]) == ("something happened", "uvicorn.error", "req_2")
+
+
+def test_lines_below_the_level_are_not_written() -> None:
+    """At level warning an info line is dropped."""
+    stream = io.StringIO()
+    configure_logging("router", "warning", "json", stream=stream)
+    get_logger("x").info("unseen")
+    get_logger("x").warning("seen")
+    assert [line["event"] for line in _lines(stream)] == ["seen"]
+
+
+def test_configuring_again_replaces_the_first_setup() -> None:
+    """A second set-up writes each line once, to the new stream."""
+    first, second = io.StringIO(), io.StringIO()
+    configure_logging("router", "info", "json", stream=first)
+    configure_logging("router", "info", "json", stream=second)
+    get_logger("x").info("once")
+    assert first.getvalue() == ""
+    assert len(_lines(second)) == 1
+
+
+def test_exceptions_are_one_line() -> None:
+    """A traceback is a field of its line, not lines of its own."""
+    stream = io.StringIO()
+    configure_logging("router", "info", "json", stream=stream)
+    try:
+        raise ValueError("no good")
+    except ValueError:
+        get_logger("x").exception("failed")
+    (line,) = _lines(stream)
+    assert "ValueError: no good" in str(line["exception"])
+
+
+def test_console_lines_are_for_people() -> None:
+    """The console format is plain text, without colour codes where there is no terminal."""
+    stream = io.StringIO()
+    configure_logging("router", "info", "console", stream=stream)
+    get_logger("x").info("hello", where="here")
+    assert "hello" in stream.getvalue()
+    assert "\x1b[" not in stream.getvalue()

@@ -1,0 +1,110 @@
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from pydantic import Field, SecretStr
+
+from queue_schemas import CannotStart
+from telemetry import CommaList, RoleSettings, TelemetrySettings, explain_settings
+
+
+class Sample(RoleSettings):
+    table: ClassVar[str] = "manager"
+
+    port: int = Field(9000, ge=0, le=65535, description="TCP port")
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    redis_url: str = Field("", description="The broker")
+    join_token: SecretStr = Field(SecretStr(""), description="What workers show")
+    pools: CommaList = Field(default_factory=list, description="Declared models")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("INFERQ_CONFIG", "INFERQ_REDIS_URL", "INFERQ_JOIN_TOKEN", "INFERQ_MANAGER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of precedence is flag, environment, file, default."""
+    Path("inferq.toml").write_text('[manager]\nport = 1\nhost = "::1"\n[worker]\nslots = 3\n')
+    assert (Sample.load().port, Sample.load().host) == (1, "::1")
+    monkeypatch.setenv("INFERQ_MANAGER_PORT", "2")
+    assert Sample.load().port == 2
+    assert Sample.load(port=3, host=None).port == 3
+    assert Sample.load(port=3, host=None).host == "::1"
+
+
+def test_shared_names_are_read_from_short_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INFERQ_REDIS_URL reaches every role; a role's own variable wins over it."""
+    monkeypatch.setenv("INFERQ_REDIS_URL", "redis://shared")
+    monkeypatch.setenv("INFERQ_JOIN_TOKEN", "secret")
+    monkeypatch.setenv("INFERQ_PORT", "5")
+    assert Sample.load().redis_url == "redis://shared"
+    assert Sample.load().join_token.get_secret_value() == "secret"
+    assert Sample.load().port == 9000
+    monkeypatch.setenv("INFERQ_MANAGER_REDIS_URL", "redis://own")
+    assert Sample.load().redis_url == "redis://own"
+
+
+def test_lists_are_written_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list is comma-separated in the environment and an array in the file."""
+    monkeypatch.setenv("INFERQ_MANAGER_POOLS", "a/b, c,")
+    assert Sample.load().pools == ["a/b", "c"]
+    monkeypatch.delenv("INFERQ_MANAGER_POOLS")
+    Path("inferq.toml").write_text('[manager]\npools = ["x", "y"]\n')
+    assert Sample.load().pools == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[manager]\nprot = 1\n", r"unknown setting in \[manager\] prot; known are host, join_token"),
+        ("[mananger]\nport = 1\n", "unknown table mananger; known are broker, manager"),
+        ("[manager\n", "is not valid TOML"),
+        ("manager = 1\n", r"write \[manager\] with its settings below it"),
+        ("[manager]\nport = 99999\n", r"port: .* \(flag, INFERQ_MANAGER_PORT or \[manager\] port\)"),
+    ],
+)
+def test_a_wrong_file_is_a_sentence(content: str, sentence: str) -> None:
+    """A misspelt key or table, bad TOML and a bad value each say what is wrong and where."""
+    Path("inferq.toml").write_text(content)
+    with pytest.raises(CannotStart, match=sentence):
+        Sample.load()
+
+
+def test_a_named_file_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing INFERQ_CONFIG is an error; a missing ./inferq.toml is not."""
+    assert Sample.load().port == 9000
+    monkeypatch.setenv("INFERQ_CONFIG", "elsewhere.toml")
+    with pytest.raises(CannotStart, match=r"elsewhere\.toml cannot be read"):
+        Sample.load()
+
+
+def test_an_unknown_flag_is_refused() -> None:
+    """A flag that is no setting does not pass silently."""
+    with pytest.raises(CannotStart, match="prot"):
+        Sample.load(prot=1)
+
+
+def test_settings_can_be_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting says where it came from; secrets and passwords stay hidden."""
+    Path("inferq.toml").write_text('[manager]\nhost = "::1"\n')
+    monkeypatch.setenv("INFERQ_REDIS_URL", "redis://user:pass@example/0")
+    facts = {fact.name: fact for fact in explain_settings(Sample.load(port=1, join_token="x"), frozenset({"port"}))}
+    assert [facts[name].origin for name in ("port", "host", "redis_url", "pools")] == [
+        "flag",
+        "inferq.toml",
+        "INFERQ_REDIS_URL",
+        "default",
+    ]
+    assert facts["redis_url"].value == "redis://user:***@example/0"
+    assert facts["join_token"].value == "***"
+    assert facts["port"].variable == "INFERQ_MANAGER_PORT"
+
+
+def test_telemetry_has_safe_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs at info, traces off; the level by its short variable."""
+    assert TelemetrySettings.load().otlp_endpoint == ""
+    monkeypatch.setenv("INFERQ_LOG_LEVEL", "debug")
+    assert TelemetrySettings.load().log_level == "debug"
