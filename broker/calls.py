@@ -11,11 +11,11 @@ import random
 import time
 from typing import Any
 
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
 from queue_schemas import BrokerFull, BrokerUnavailable, BrokerUnsuitable
 
-from .link import REFUSED, UNREACHABLE, Link
+from .link import FAILURES, REFUSED, UNREACHABLE, Link
 from .scripts import load_scripts
 
 _FIRST_PAUSE_S = 0.05
@@ -58,7 +58,7 @@ class Caller:
         self.round_trips += 1
         try:
             return await self.link.command(key, *args)
-        except (*REFUSED, *UNREACHABLE, RedisError) as error:
+        except FAILURES as error:
             raise as_inferq_error(error) from error
 
     async def _until_answered(self, attempt: Any, wait_when_full: bool) -> Any:
@@ -68,7 +68,7 @@ class Caller:
             self.round_trips += 1
             try:
                 return await attempt()
-            except (*REFUSED, *UNREACHABLE, RedisError) as error:
+            except FAILURES as error:
                 failure = as_inferq_error(error)
                 if isinstance(failure, BrokerUnsuitable) or (isinstance(failure, BrokerFull) and not wait_when_full):
                     raise failure from error

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, Self
 
 from queue_schemas import (
@@ -105,9 +106,9 @@ class Broker:
         self._caller = Caller(link, retry_limit_s=retry_limit_ms / 1000, script_flags=script_flags)
         self._budgets = budgets
         self._keys = [ShardKeys(shard) for shard in range(shards)]
-        self._enqueues = [Batcher(self._sender(k, self._send_enqueues), _enqueue_size) for k in self._keys]
-        self._settles = [Batcher(self._sender(k, self._send_settles), _settle_size) for k in self._keys]
-        self._releases = [Batcher(self._sender(k, self._send_releases), lambda _: 256) for k in self._keys]
+        self._enqueues = [Batcher(partial(self._send_enqueues, keys), _enqueue_size) for keys in self._keys]
+        self._settles = [Batcher(partial(self._send_settles, keys), _settle_size) for keys in self._keys]
+        self._releases = [Batcher(partial(self._send_releases, keys), _release_size) for keys in self._keys]
         self._control_read: dict[tuple[int, str], str] = {}
 
     @classmethod
@@ -148,8 +149,11 @@ class Broker:
 
     async def close(self) -> None:
         """Close the connections; calls still under way are cancelled."""
-        for batcher in (*self._enqueues, *self._settles, *self._releases):
-            await batcher.close()
+        await asyncio.gather(
+            *(batcher.close() for batcher in self._enqueues),
+            *(batcher.close() for batcher in self._settles),
+            *(batcher.close() for batcher in self._releases),
+        )
         await self._caller.link.close()
 
     @property
@@ -417,9 +421,6 @@ class Broker:
 
     # Batches
 
-    def _sender(self, keys: ShardKeys, send: Callable[..., Any]) -> Callable[[Sequence[Any]], Any]:
-        return lambda items: send(keys, items)
-
     async def _send_enqueues(self, keys: ShardKeys, items: Sequence[_Enqueue]) -> list[State | Exception]:
         limits = self._budgets
         args: list[Any] = [limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes]
@@ -470,6 +471,10 @@ def _enqueue_size(item: _Enqueue) -> int:
 
 def _settle_size(item: _Settle) -> int:
     return len(item.frames) + 256
+
+
+def _release_size(item: _Release) -> int:
+    return len(item.reason) + 256
 
 
 def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:

@@ -275,7 +275,7 @@ class EmbeddedServer:
                 try:
                     await self._launch()
                 except (BrokerUnsuitable, OSError) as error:
-                    log.error("embedded_restart_failed", failures=failures, error=str(error))  # noqa: TRY400 - said fully
+                    log.error("embedded_restart_failed", failures=failures, error=str(error))
                     if failures == MAX_FAILED_STARTS:
                         raise BrokerUnsuitable(
                             f"the embedded queue server cannot be kept running: {error}. "

@@ -39,7 +39,7 @@ from queue_schemas import BrokerUnsuitable
 
 from .settings import BrokerSettings
 
-UNREACHABLE: tuple[type[BaseException], ...] = (
+UNREACHABLE: tuple[type[Exception], ...] = (
     RedisConnectionError,
     RedisTimeoutError,
     BusyLoadingError,
@@ -54,10 +54,11 @@ UNREACHABLE: tuple[type[BaseException], ...] = (
 )
 """What a server that is away, loading or failing over raises: the same call may succeed in a moment."""
 
-REFUSED: tuple[type[BaseException], ...] = (AuthenticationError, AuthorizationError, NoPermissionError)
+REFUSED: tuple[type[Exception], ...] = (AuthenticationError, AuthorizationError, NoPermissionError)
 """What a server raises that will not have us: trying again does not help."""
 
-Command = tuple[Any, ...]
+FAILURES: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
+"""Everything that a command may raise, the above included."""
 
 
 class Link(Protocol):
@@ -69,7 +70,8 @@ class Link(Protocol):
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
         """Send a command that may block up to ``limit_s`` on a connection of its own."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Close the connections."""
 
 
 class ClientLink:
@@ -173,7 +175,8 @@ def _sentinel_link(url: str, tls: bool, settings: BrokerSettings) -> Link:
     if tls:
         options["ssl"] = True
     sentinel_options = _options(settings, tls=tls) | ({"ssl": True} if tls else {})
-    sentinel = Sentinel(list(_hosts(hosts, 26379)), sentinel_kwargs=sentinel_options)
+    make_sentinel: Any = Sentinel
+    sentinel = make_sentinel(list(_hosts(hosts, 26379)), sentinel_kwargs=sentinel_options)
     return ClientLink(
         sentinel.master_for(service, **options), sentinel.master_for(service, **_without_read_limit(options))
     )

@@ -71,11 +71,12 @@ def require_suitable(facts: ServerFacts) -> None:
         )
     if facts.role not in ("master", "primary"):
         raise BrokerUnsuitable(
-            "this Redis is a read-only replica; point INFERQ_REDIS_URL at the primary (or at Sentinel)"
+            "this Redis is a read-only replica; point INFERQ_REDIS_URL at the primary, or at Sentinel"
         )
     if facts.maxmemory_policy not in ("", "noeviction"):
         raise BrokerUnsuitable(
-            f"maxmemory-policy is {facts.maxmemory_policy}: Redis would evict waiting jobs; set maxmemory-policy noeviction"
+            f"maxmemory-policy is {facts.maxmemory_policy}: Redis would evict waiting jobs; "
+            "set maxmemory-policy noeviction"
         )
 
 

@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from queue_schemas import BadMessage, BrokerFull, BrokerUnavailable, Control, Frame, Marker, ShardKeys, parse_control
 from queue_schemas.frames import FRAME_FIELD, MARKER_FIELD, unpack_frames, unpack_marker
 from telemetry import get_logger
 
 from .calls import Caller, as_inferq_error
-from .link import REFUSED, UNREACHABLE
+from .link import FAILURES
 
 REPLY_TTL_MS = 60_000
 _TEND_EVERY_S = 10.0
@@ -95,7 +93,7 @@ class ReplyReader:
                     news.append(unpack_marker(fields[MARKER_FIELD]))
             except BadMessage as error:
                 self.malformed += 1
-                log.error("reply_entry_malformed", entry=entry_id, error=error.message)
+                log.warning("reply_entry_malformed", entry=entry_id, error=error.message)
         return news
 
 
@@ -109,7 +107,7 @@ async def read_control(
         try:
             messages.append((entry_id, parse_control(fields)))
         except BadMessage as error:
-            log.error("control_entry_malformed", entry=entry_id, error=error.message)
+            log.warning("control_entry_malformed", entry=entry_id, error=error.message)
             messages.append((entry_id, None))
     return messages
 
@@ -121,7 +119,7 @@ async def read_stream(caller: Caller, key: str, after: str, count: int, block_ms
         reply: Any = await caller.link.blocking(
             key, block_ms / 1000, "XREAD", "COUNT", count, "BLOCK", max(block_ms, 1), "STREAMS", key, after
         )
-    except (*REFUSED, *UNREACHABLE, RedisError) as error:
+    except FAILURES as error:
         raise as_inferq_error(error) from error
     if not reply:
         return []

@@ -16,7 +16,7 @@ from .ids import check_incarnation, check_name, check_worker_id
 from .lanes import LANES, Lane
 
 FABRIC_PREFIX = "/fabric/v1"
-JOIN_TOKEN_HEADER = "x-inferq-join-token"
+JOIN_TOKEN_HEADER = "x-inferq-join-token"  # noqa: S105 - the name of a header
 MAX_MODELS = 1024
 """Most models (adapters included) that one worker may serve."""
 

@@ -63,7 +63,8 @@ def check_worker_id(value: str) -> WorkerId:
     """``value`` if it may name a worker, else ``BadMessage`` with the rule."""
     if not _WORKER_ID.fullmatch(value):
         raise BadMessage(
-            f"not a worker id: {value[:80]!r}; use 1 to 63 letters, digits, '.', '_' or '-', starting with a letter or digit"
+            f"not a worker id: {value[:80]!r}; use 1 to 63 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit"
         )
     return WorkerId(value)
 
@@ -76,7 +77,7 @@ def check_name(value: str, what: str) -> str:
 
 
 def encode_name(name: str) -> str:
-    """A name as it stands inside a key: percent-encoded, so that ``:``, ``{`` and ``}`` cannot change the key's shape."""
+    """A name as it stands inside a key: percent-encoded, so that ``:``, ``{`` and ``}`` change nothing there."""
     return quote(name, safe="")
 
 

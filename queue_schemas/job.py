@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,7 +87,8 @@ class Job:
         version = fields.get("v")
         if version != ENVELOPE_VERSION:
             raise UnsupportedVersion(
-                f"envelope version {version!r}; this build reads version {ENVELOPE_VERSION}: upgrade it or drain the queue first"
+                f"envelope version {version!r}; this build reads version {ENVELOPE_VERSION}: "
+                "upgrade it, or drain the queue first"
             )
         known = {name: _checked(name, fields[name]) for name in _FIELD_TYPES if name in fields}
         missing = {"id", "tenant", "model", "path", "body"} - known.keys()
@@ -122,17 +124,45 @@ _FIELD_TYPES: dict[str, type] = {
 
 
 def _checked(name: str, value: Any) -> Any:
-    if type(value) is not _FIELD_TYPES[name]:
-        raise BadMessage(f"envelope field {name} is {type(value).__name__}, not {_FIELD_TYPES[name].__name__}")
-    if name == "lane":
-        try:
-            return Lane(value)
-        except ValueError:
-            raise BadMessage(f"unknown lane {value!r}") from None
-    if name == "on_loss" and value not in ("continue", "restart", "fail"):
-        raise BadMessage(f"unknown on_loss {value!r}")
-    if name == "band" and not 0 <= value < BANDS:
-        raise BadMessage(f"band {value} is not in 0..{BANDS - 1}")
-    if name in ("ttl_ms", "max_attempts") and value < 1:
-        raise BadMessage(f"{name} must be at least 1")
+    expected: type = _FIELD_TYPES[name]
+    if type(value) is not expected:
+        raise BadMessage(f"envelope field {name} is {type(value).__name__}, not {expected.__name__}")
+    return _CHECKS.get(name, _as_it_is)(value)
+
+
+def _as_it_is(value: Any) -> Any:
     return value
+
+
+def _lane(value: str) -> Lane:
+    try:
+        return Lane(value)
+    except ValueError:
+        raise BadMessage(f"unknown lane {value!r}") from None
+
+
+def _on_loss(value: str) -> str:
+    if value not in ("continue", "restart", "fail"):
+        raise BadMessage(f"unknown on_loss {value!r}")
+    return value
+
+
+def _band(value: int) -> int:
+    if not 0 <= value < BANDS:
+        raise BadMessage(f"band {value} is not in 0..{BANDS - 1}")
+    return value
+
+
+def _at_least_one(value: int) -> int:
+    if value < 1:
+        raise BadMessage(f"{value} is not a time or a count: it must be at least 1")
+    return value
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "lane": _lane,
+    "on_loss": _on_loss,
+    "band": _band,
+    "ttl_ms": _at_least_one,
+    "max_attempts": _at_least_one,
+}
