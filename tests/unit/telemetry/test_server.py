@@ -43,9 +43,12 @@ def test_accepted_sockets_do_not_delay_small_writes() -> None:
                 assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - never bound here
+
+
 @pytest.mark.parametrize(
     ("host", "loopback"),
-    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("box", False)],
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), (EVERYWHERE, False), ("box", False)],
 )
 def test_what_counts_as_loopback(host: str, loopback: bool) -> None:
     """Only addresses that no other machine reaches are loopback."""
@@ -55,9 +58,9 @@ def test_what_counts_as_loopback(host: str, loopback: bool) -> None:
 def test_a_public_address_needs_a_guard() -> None:
     """A public address without protection is refused, unless told otherwise."""
     with pytest.raises(CannotStart, match=r"refusing to listen on 0\.0\.0\.0.*set a join token.*--insecure"):
-        refuse_unguarded("0.0.0.0", guarded=False, insecure=False, remedy="set a join token")
-    refuse_unguarded("0.0.0.0", guarded=True, insecure=False, remedy="")
-    refuse_unguarded("0.0.0.0", guarded=False, insecure=True, remedy="")
+        refuse_unguarded(EVERYWHERE, guarded=False, insecure=False, remedy="set a join token")
+    refuse_unguarded(EVERYWHERE, guarded=True, insecure=False, remedy="")
+    refuse_unguarded(EVERYWHERE, guarded=False, insecure=True, remedy="")
     refuse_unguarded("127.0.0.1", guarded=False, insecure=False, remedy="")
 
 
