@@ -7,12 +7,13 @@ because it cannot know which calls may be repeated.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import redis.asyncio as redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -37,6 +38,7 @@ from redis.exceptions import (
 
 from queue_schemas import BrokerUnsuitable
 
+from .multiplex import MultiplexedConnection
 from .settings import BrokerSettings
 
 UNREACHABLE: tuple[type[Exception], ...] = (
@@ -74,6 +76,29 @@ class Link(Protocol):
         """Close the connections."""
 
 
+class MultiplexedLink:
+    """A link to one server (standalone, or what Sentinel names): all commands share one connection, each blocking
+    reader has its own, by key."""
+
+    def __init__(self, open_connection: Callable[[], AbstractConnection], command_limit_s: float) -> None:
+        self._open_connection = open_connection
+        self._limit_s = command_limit_s
+        self._shared = MultiplexedConnection(open_connection, command_limit_s)
+        self._readers: dict[str, MultiplexedConnection] = {}
+
+    async def command(self, key: str, *args: Any) -> Any:
+        return await self._shared.command(self._limit_s, *args)
+
+    async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
+        reader = self._readers.get(key)
+        if reader is None:
+            reader = self._readers[key] = MultiplexedConnection(self._open_connection, self._limit_s)
+        return await reader.command(limit_s + self._limit_s, *args)
+
+    async def close(self) -> None:
+        await asyncio.gather(self._shared.close(), *(reader.close() for reader in self._readers.values()))
+
+
 class ClientLink:
     """A link over any redis-py client: Cluster, and fakeredis in tests."""
 
@@ -106,10 +131,8 @@ def open_link(settings: BrokerSettings) -> Link:
             return _sentinel_link(url, scheme == "rediss", settings)
         if topology == "cluster":
             return _cluster_link(url, scheme == "rediss", settings)
-        options = _options(settings, tls=scheme == "rediss")
-        return ClientLink(
-            redis.Redis.from_url(url, **options), redis.Redis.from_url(url, **_without_read_limit(options))
-        )
+        pool = redis.ConnectionPool.from_url(url, **_options(settings, tls=scheme == "rediss"))
+        return MultiplexedLink(pool.make_connection, settings.command_timeout_ms / 1000)
     except (ValueError, RedisError) as error:
         raise BrokerUnsuitable(f"the Redis URL {redact(url)!r} is not valid: {error}") from error
 
@@ -129,7 +152,7 @@ def _options(settings: BrokerSettings, *, tls: bool) -> dict[str, Any]:
         "protocol": 2,
         "decode_responses": False,
         "socket_connect_timeout": settings.connect_timeout_ms / 1000,
-        "socket_timeout": settings.command_timeout_ms / 1000,
+        "socket_timeout": None,
         "socket_keepalive": True,
         "retry": Retry(NoBackoff(), 0),
         "retry_on_error": [],
@@ -137,11 +160,6 @@ def _options(settings: BrokerSettings, *, tls: bool) -> dict[str, Any]:
     if tls and settings.tls_ca_file:
         options["ssl_ca_certs"] = settings.tls_ca_file
     return options
-
-
-def _without_read_limit(options: dict[str, Any]) -> dict[str, Any]:
-    """Blocking reads bound themselves: the limit is the block time plus a margin (:meth:`Link.blocking`)."""
-    return options | {"socket_timeout": None}
 
 
 def _hosts(netloc: str, default_port: int) -> Iterable[tuple[str, int]]:
@@ -174,12 +192,13 @@ def _sentinel_link(url: str, tls: bool, settings: BrokerSettings) -> Link:
     options = _options(settings, tls=tls) | credentials | {"db": int(database or 0)}
     if tls:
         options["ssl"] = True
-    sentinel_options = _options(settings, tls=tls) | ({"ssl": True} if tls else {})
+    sentinel_options = _options(settings, tls=tls) | {"socket_timeout": settings.command_timeout_ms / 1000}
+    if tls:
+        sentinel_options["ssl"] = True
     make_sentinel: Any = Sentinel
     sentinel = make_sentinel(list(_hosts(hosts, 26379)), sentinel_kwargs=sentinel_options)
-    return ClientLink(
-        sentinel.master_for(service, **options), sentinel.master_for(service, **_without_read_limit(options))
-    )
+    pool = sentinel.master_for(service, **options).connection_pool
+    return MultiplexedLink(pool.make_connection, settings.command_timeout_ms / 1000)
 
 
 def _cluster_link(url: str, tls: bool, settings: BrokerSettings) -> Link:
@@ -189,8 +208,8 @@ def _cluster_link(url: str, tls: bool, settings: BrokerSettings) -> Link:
         options.pop(name)
     options |= {"ssl": tls, "retry": Retry(NoBackoff(), 0)}
 
-    def client(**overrides: Any) -> RedisCluster:
+    def client(read_limit_s: float | None) -> RedisCluster:
         nodes = [ClusterNode(host, port) for host, port in _hosts(hosts, 6379)]
-        return RedisCluster(startup_nodes=nodes, **(options | overrides))
+        return RedisCluster(startup_nodes=nodes, **(options | {"socket_timeout": read_limit_s}))
 
-    return ClientLink(client(), client(socket_timeout=None))
+    return ClientLink(client(settings.command_timeout_ms / 1000), client(None))

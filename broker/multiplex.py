@@ -1,0 +1,129 @@
+"""One connection, many callers: commands are pipelined as they come and replies handed out in order.
+
+redis-py opens the connection (TLS, ACL, Sentinel) and parses replies; what it does for each command of each caller,
+checking a connection out and in, timing it, retrying, is left out, because that is most of a command's cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import hiredis
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+_WATCH_EVERY_S = 0.5
+
+
+class MultiplexedConnection:
+    """A connection that any number of tasks may use at once. It connects at the first command, and again after a loss.
+
+    ``open_connection`` makes an unconnected redis-py connection without a socket time-out of its own. Connecting, log-in
+    included, may take ``connect_limit_s``. A lost connection or an overdue reply fails every command under way: whether
+    the server ran them is unknown.
+    """
+
+    def __init__(self, open_connection: Callable[[], AbstractConnection], connect_limit_s: float) -> None:
+        self._open_connection = open_connection
+        self._connect_limit_s = connect_limit_s
+        self._connection: AbstractConnection | None = None
+        self._connecting = asyncio.Lock()
+        self._reader: asyncio.Task[None] | None = None
+        self._awaited: deque[tuple[float, asyncio.Future[Any]]] = deque()
+        self._watch: asyncio.TimerHandle | None = None
+
+    async def command(self, limit_s: float, *args: Any) -> Any:
+        """Send a command and await its reply, at most ``limit_s`` seconds. Raises redis-py's exceptions."""
+        connection = self._connection
+        if connection is None or not connection.is_connected:
+            connection = await self._connect()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._awaited.append((time.monotonic() + limit_s, future))
+        if self._watch is None:
+            self._watch = loop.call_later(_WATCH_EVERY_S, self._look_for_overdue)
+        # Nothing is awaited between the append and the write inside this call: replies come in the same order.
+        await connection.send_packed_command(hiredis.pack_command(args), check_health=False)
+        return await future
+
+    async def close(self) -> None:
+        """Close the connection; commands under way fail."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+        await self._lose(RedisConnectionError("the connection was closed"))
+
+    async def _connect(self) -> AbstractConnection:
+        async with self._connecting:
+            if self._connection is not None and self._connection.is_connected:
+                return self._connection
+            if self._reader is not None:
+                await asyncio.gather(self._reader, return_exceptions=True)
+            connection = self._open_connection()
+            connect: Callable[[], Awaitable[None]] = connection.connect
+            async with asyncio.timeout(self._connect_limit_s):
+                await connect()
+            self._connection = connection
+            self._reader = asyncio.create_task(self._read(connection))
+            return connection
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        """Hand replies to those who await them until the connection is lost."""
+        try:
+            while True:
+                try:
+                    reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
+                except ResponseError as error:
+                    _, future = self._awaited.popleft()
+                    if not future.done():
+                        future.set_exception(error)
+                else:
+                    _, future = self._awaited.popleft()
+                    if not future.done():
+                        future.set_result(reply)
+        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            await self._lose(error)
+        except IndexError:
+            await self._lose(RedisConnectionError("the server sent a reply that nobody asked for"))
+
+    async def _lose(self, error: Exception) -> None:
+        connection, self._connection = self._connection, None
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        lost, self._awaited = self._awaited, deque()
+        for _, future in lost:
+            if not future.done():
+                future.set_exception(error)
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+    def _look_for_overdue(self) -> None:
+        """One timer watches all commands: the connection is given up when any reply is overdue."""
+        self._watch = None
+        if not self._awaited:
+            return
+        now = time.monotonic()
+        if any(due < now for due, _ in self._awaited):
+            self._give_up_connection()
+            return
+        self._watch = asyncio.get_running_loop().call_later(_WATCH_EVERY_S, self._look_for_overdue)
+
+    def _give_up_connection(self) -> None:
+        """Fail what is under way. Cancelling the reader makes redis-py close the socket."""
+        lost, self._awaited = self._awaited, deque()
+        for _, future in lost:
+            if not future.done():
+                future.set_exception(RedisTimeoutError("Redis did not answer in time"))
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None
+        self._connection = None
