@@ -49,6 +49,9 @@ class Batcher(Generic[Item, Answer]):
                 batch = self._next_batch()
                 try:
                     answers = await self._send([item for item, _ in batch])
+                except asyncio.CancelledError:
+                    self._waiting.extendleft(reversed(batch))
+                    raise
                 except Exception as error:  # noqa: BLE001 - it is not ours to judge: each caller gets it
                     answers = [error] * len(batch)
                 for (_, future), answer in zip(batch, answers, strict=True):

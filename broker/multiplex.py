@@ -25,9 +25,9 @@ _WATCH_EVERY_S = 0.5
 class MultiplexedConnection:
     """A connection that any number of tasks may use at once. It connects at the first command, and again after a loss.
 
-    ``open_connection`` makes an unconnected redis-py connection without a socket time-out of its own. Connecting, log-in
-    included, may take ``connect_limit_s``. A lost connection or an overdue reply fails every command under way: whether
-    the server ran them is unknown.
+    ``open_connection`` makes an unconnected redis-py connection without a socket time-out of its own. Connecting, with
+    its log-in, may take ``connect_limit_s``. A lost connection or an overdue reply fails every command
+    under way: whether the server ran them is unknown.
     """
 
     def __init__(self, open_connection: Callable[[], AbstractConnection], connect_limit_s: float) -> None:

@@ -1,0 +1,144 @@
+"""One connection, many callers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from redis.asyncio.connection import Connection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from broker.multiplex import MultiplexedConnection
+
+Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def scripted_server(answer: Answer) -> AsyncIterator[int]:
+    """A server that speaks enough RESP: ``answer`` gets the first argument of each command after the handshake."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                args = []
+                for _ in range(int(line[1:])):
+                    size = int((await reader.readline())[1:])
+                    args.append((await reader.readexactly(size + 2))[:-2])
+                if args[0] in (b"CLIENT", b"SELECT", b"HELLO"):
+                    writer.write(b"+OK\r\n")
+                else:
+                    await answer(args[0], writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+def connection_to(port: int) -> MultiplexedConnection:
+    def make() -> Connection:
+        return Connection(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=None)
+
+    return MultiplexedConnection(make, connect_limit_s=2)
+
+
+async def test_concurrent_commands_get_their_own_replies() -> None:
+    """Replies are handed out in the order of the commands, errors among them."""
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"-ERR no\r\n" if command == b"c7" else b"+" + command + b"\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        replies = await asyncio.gather(*(connection.command(5, f"c{n}") for n in range(50)), return_exceptions=True)
+        assert isinstance(replies.pop(7), ResponseError)
+        assert replies == [b"c%d" % n for n in range(50) if n != 7]
+        await connection.close()
+
+
+async def test_a_lost_connection_fails_what_is_under_way_and_the_next_command_connects_again() -> None:
+    """Nothing hangs on a connection that is gone, and nothing stays broken."""
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        if command == b"die":
+            writer.close()
+        else:
+            writer.write(b"+ok\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        async with asyncio.timeout(5):
+            lost = await asyncio.gather(*(connection.command(5, "die") for _ in range(3)), return_exceptions=True)
+            assert all(isinstance(error, RedisConnectionError) for error in lost)
+            assert await connection.command(5, "live") == b"ok"
+        await connection.close()
+
+
+async def test_an_overdue_reply_fails_and_never_reaches_the_next_caller() -> None:
+    """After a time-out the connection is given up: a late reply cannot be taken for another command's."""
+    late: list[asyncio.StreamWriter] = []
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        if command == b"slow":
+            late.append(writer)
+        else:
+            writer.write(b"+" + command + b"\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        async with asyncio.timeout(10):
+            with pytest.raises(RedisTimeoutError):
+                await connection.command(0.1, "slow")
+            late[0].write(b"+slow\r\n")
+            assert await connection.command(5, "next") == b"next"
+        await connection.close()
+
+
+async def test_a_cancelled_caller_leaves_the_others_replies_in_order() -> None:
+    """The reply of a caller that left is dropped, not shifted."""
+    gate = asyncio.Event()
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        await gate.wait()
+        writer.write(b"+" + command + b"\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        calls = [asyncio.create_task(connection.command(5, name)) for name in ("a", "b", "c")]
+        await asyncio.sleep(0.05)
+        calls[0].cancel()
+        gate.set()
+        async with asyncio.timeout(5):
+            assert [await calls[1], await calls[2]] == [b"b", b"c"]
+        await connection.close()
+
+
+async def test_a_server_that_accepts_but_never_answers_the_log_in_is_given_up() -> None:
+    """Connecting has a limit, the handshake included."""
+
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        connection = MultiplexedConnection(
+            lambda: Connection(
+                host="127.0.0.1", port=port, protocol=2, username="u", password="p", socket_timeout=None
+            ),
+            connect_limit_s=0.2,
+        )
+        async with asyncio.timeout(5):
+            with pytest.raises(TimeoutError):
+                await connection.command(5, "PING")
+        await connection.close()
