@@ -12,6 +12,7 @@
     +-- ModelNotFound              404  model_not_found
     +-- PathNotFound               404  unknown_path
     +-- MethodNotAllowed           405  method_not_allowed
+    +-- RequestTimeout             408  request_timeout        the request's body did not arrive in time
     +-- UnknownWorker              410  unknown_worker         register again
     +-- WorkerIdTaken              409  worker_id_taken
     +-- OverCapacity               429  over_capacity          a budget is used up
@@ -106,6 +107,13 @@ class MethodNotAllowed(InferqError):
     status = 405
     code = "method_not_allowed"
     type = "invalid_request_error"
+
+
+class RequestTimeout(InferqError):
+    status = 408
+    code = "request_timeout"
+    type = "invalid_request_error"
+    retryable = True
 
 
 class UnknownWorker(InferqError):
