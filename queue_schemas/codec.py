@@ -20,7 +20,7 @@ MAX_DEPTH = 16
 
 def encode(value: Any) -> bytes:
     """``value`` (None, bool, int, float, str, bytes, list, tuple, dict of str) as msgpack."""
-    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    packed: bytes = msgpack.packb(value, use_bin_type=True, buf_size=4096)
     return packed
 
 

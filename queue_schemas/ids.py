@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import zlib
+from functools import lru_cache
 from typing import NewType
 from urllib.parse import quote, unquote
 
@@ -76,11 +77,13 @@ def check_name(value: str, what: str) -> str:
     return value
 
 
+@lru_cache(4096)
 def encode_name(name: str) -> str:
     """A name as it stands inside a key: percent-encoded, so that ``:``, ``{`` and ``}`` change nothing there."""
     return quote(name, safe="")
 
 
+@lru_cache(4096)
 def decode_name(part: str) -> str:
     """The inverse of :func:`encode_name`."""
     return unquote(part)

@@ -33,8 +33,29 @@ local function load_job(id)
   return job
 end
 
+-- Changes of counters gather while the script runs and are written once, by ``answered``, with which every script that
+-- changes anything returns.
+local changes = { budget = {}, depth = {}, totals = {}, turns = {} }
+
 local function add(hash, field, by)
-  if call('HINCRBY', P .. hash, field, int(by)) == 0 then call('HDEL', P .. hash, field) end
+  changes[hash][field] = (changes[hash][field] or 0) + by
+end
+
+local function counter(hash, field)
+  return tonumber(call('HGET', P .. hash, field) or 0) + (changes[hash][field] or 0)
+end
+
+local freed_leases, freed_deadlines = {}, {}
+
+local function answered(reply)
+  for hash, fields in pairs(changes) do
+    for field, by in pairs(fields) do
+      if by ~= 0 and call('HINCRBY', P .. hash, field, int(by)) == 0 then call('HDEL', P .. hash, field) end
+    end
+  end
+  for owner, ids in pairs(freed_leases) do call('HDEL', P .. 'leases:' .. owner, unpack(ids)) end
+  if #freed_deadlines > 0 then call('ZREM', P .. 'deadlines', unpack(freed_deadlines)) end
+  return reply
 end
 
 local function place(job)
@@ -42,7 +63,7 @@ local function place(job)
 end
 
 local function total(job, event)
-  call('HINCRBY', P .. 'totals', place(job) .. ':' .. event, 1)
+  add('totals', place(job) .. ':' .. event, 1)
 end
 
 local function tell(job, kind, epoch, reason)
@@ -51,8 +72,12 @@ local function tell(job, kind, epoch, reason)
   end
 end
 
+local listening = {}
+
 local function nobody_waits(job)
-  return job.reply ~= '' and job.stored ~= '1' and call('EXISTS', P .. 'reply:' .. job.reply) == 0
+  if job.reply == '' or job.stored == '1' then return false end
+  if listening[job.reply] == nil then listening[job.reply] = call('EXISTS', P .. 'reply:' .. job.reply) == 1 end
+  return not listening[job.reply]
 end
 
 -- Wakes one parked worker of a pool's lane, the one that parked first; those that are gone are dropped.
@@ -82,7 +107,9 @@ local function leave_queue(job)
 end
 
 local function leave_lease(job)
-  call('HDEL', P .. 'leases:' .. job.owner, job.id)
+  local ids = freed_leases[job.owner] or {}
+  ids[#ids + 1] = job.id
+  freed_leases[job.owner] = ids
   add('depth', place(job) .. ':leased', -1)
 end
 
@@ -92,7 +119,7 @@ local function finish(job, state, aid)
   call('DEL', key)
   call('HSET', key, 'state', state, 'epoch', job.epoch, 'aid', aid)
   call('PEXPIRE', key, TOMBSTONE_MS)
-  call('ZREM', P .. 'deadlines', job.id)
+  freed_deadlines[#freed_deadlines + 1] = job.id
   add('budget', 't:' .. job.tenant .. ':jobs', -1)
   add('budget', 't:' .. job.tenant .. ':bytes', -tonumber(job.size))
   add('budget', 'p:' .. job.pool .. ':jobs', -1)
@@ -106,7 +133,7 @@ local function trim_dead(now)
     local first = call('XRANGE', dead, '-', '+', 'COUNT', 1)[1]
     if not first then return end
     local old = tonumber(string.match(first[1], '^%d+')) < now - DEAD_AGE_MS
-    if not old and tonumber(call('HGET', P .. 'budget', 'dead:bytes') or 0) <= DEAD_BYTES then return end
+    if not old and counter('budget', 'dead:bytes') <= DEAD_BYTES then return end
     call('XDEL', dead, first[1])
     for i = 1, #first[2], 2 do
       if first[2][i] == 'size' then add('budget', 'dead:bytes', -tonumber(first[2][i + 1])) end

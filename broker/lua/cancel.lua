@@ -17,4 +17,4 @@ if job.state == 'queued' then
 elseif job.state == 'leased' then
   cancel_leased(job, 'cancelled', reason)
 end
-return job.state
+return answered(job.state)

@@ -20,14 +20,17 @@ local claimed_key = P .. 'claimed:' .. incarnation
 local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked')
 
 local function give(job)
-  answer[#answer + 1] = { call('HGET', P .. 'job:' .. job.id, 'env'), tonumber(job.epoch), job.aid, tonumber(job.attempts),
+  answer[#answer + 1] = { job.env, tonumber(job.epoch), job.aid, tonumber(job.attempts),
     math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0) }
 end
 
 if last[1] == seq then
   for id, aid in string.gmatch(last[2], '(%S+) (%S+)') do
     local job = load_job(id)
-    if job and job.state == 'leased' and job.aid == aid then give(job) end
+    if job and job.state == 'leased' and job.aid == aid then
+      job.env = call('HGET', P .. 'job:' .. id, 'env')
+      give(job)
+    end
   end
   return answer
 end
@@ -84,13 +87,27 @@ local function runnable(id, queue, entry)
   return nil
 end
 
+local nothing_lost = {}
+
 local function take_retry(where)
+  if nothing_lost[where] then return nil end
   local queue = 'retry:' .. where
   for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', 16)) do
     local job = runnable(entry[2][2], queue, entry[1])
     if job and (job.avoid ~= incarnation or tonumber(job.avoid_until) <= now) then return job end
   end
+  nothing_lost[where] = true
   return nil
+end
+
+-- One unit of service for a tenant. A tenant that waits alone is not charged: it takes nothing from anybody, and those
+-- who come start level with it.
+local function charge(where, tenant, start)
+  local service = P .. 'service:' .. where
+  call('ZADD', P .. 'active:' .. where, 'XX', int(start + 1), tenant)
+  call('ZREMRANGEBYSCORE', service, '-inf', '(' .. int(start))
+  call('ZADD', service, int(start), '*', int(start + 1), tenant)
+  call('PEXPIRE', service, 3600000)
 end
 
 -- The job of the tenant that was served least, by start-time fair queueing with one unit a job
@@ -99,7 +116,7 @@ local function take_fresh(where, t)
   for _, band in ipairs(band_order(t)) do
     local active = P .. 'active:' .. where .. ':' .. band
     while skipped < MAX_SKIPPED do
-      local head = call('ZRANGE', active, 0, 0, 'WITHSCORES')
+      local head = call('ZRANGE', active, 0, 1, 'WITHSCORES')
       local tenant = head[1]
       if not tenant then break end
       local queue = 'q:' .. where .. ':' .. band .. ':' .. tenant
@@ -109,12 +126,7 @@ local function take_fresh(where, t)
       else
         local job = runnable(entry[2][2], queue, entry[1])
         if job then
-          local start = tonumber(head[2])
-          local service = P .. 'service:' .. where .. ':' .. band
-          call('ZADD', active, 'XX', int(start + 1), tenant)
-          call('ZREMRANGEBYSCORE', service, '-inf', '(' .. int(start))
-          call('ZADD', service, int(start), '*', int(start + 1), tenant)
-          call('PEXPIRE', service, 3600000)
+          if head[3] then charge(where .. ':' .. band, tenant, tonumber(head[2])) end
           return job
         end
       end
@@ -123,12 +135,18 @@ local function take_fresh(where, t)
   return nil
 end
 
+local turns = {}
+
 local function take(where)
-  local t = tonumber(call('HGET', P .. 'turns', where) or 0)
+  turns[where] = turns[where] or tonumber(call('HGET', P .. 'turns', where) or 0)
+  local t = turns[where]
   local retry_first = t % 4 ~= 3
   local job = retry_first and take_retry(where) or take_fresh(where, t)
   if not job and not retry_first then job = take_retry(where) end
-  if job then call('HINCRBY', P .. 'turns', where, 1) end
+  if job then
+    turns[where] = t + 1
+    add('turns', where, 1)
+  end
   return job
 end
 
@@ -158,26 +176,26 @@ while #held < wanted and #pools > 0 do
   call('HSET', P .. 'leases:' .. incarnation, job.id, job.epoch)
   add('depth', where .. ':leased', 1)
   held[#held + 1] = job.id .. ' ' .. job.aid
+  job.env = call('HGET', P .. 'job:' .. job.id, 'env')
   give(job)
 end
 call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '))
-call('PEXPIRE', claimed_key, 120000)
 
 if #held < wanted and skipped >= MAX_SKIPPED then
   call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake')
 elseif #held < wanted then
   for _, where in ipairs(serves) do
     call('ZADD', P .. 'parked:' .. where, int(now + park_ms), incarnation)
-    call('PEXPIRE', P .. 'parked:' .. where, 2 * park_ms)
   end
-  call('HSET', claimed_key, 'parked', '1')
+  local places = table.concat(serves, ' ')
+  if last[3] ~= places then call('HSET', claimed_key, 'parked', places) end
 else
   if last[3] then
-    for _, where in ipairs(serves) do call('ZREM', P .. 'parked:' .. where, incarnation) end
+    for where in string.gmatch(last[3], '%S+') do call('ZREM', P .. 'parked:' .. where, incarnation) end
     call('HDEL', claimed_key, 'parked')
   end
   for _, where in ipairs(serves) do
     if waiting[where] > 0 and wake_one(where, now) then break end
   end
 end
-return answer
+return answered(answer)

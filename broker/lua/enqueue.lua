@@ -6,14 +6,26 @@
 -- Invariants: 1 no lost job, 4 idempotency, 8 bounded memory, 12 conservation.
 
 local now = now_ms()
+local limits = { tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]) }
+local spent, came = {}, {} -- budgets as read at first sight; jobs and bytes that this call has added since
+
+local function spend(who, size)
+  local sums = came[who] or { 0, 0 }
+  came[who] = { sums[1] + 1, sums[2] + size }
+  add('budget', who .. ':jobs', 1)
+  add('budget', who .. ':bytes', size)
+end
 
 local function over_budget(tenant, pool, size)
-  local used = call('HMGET', P .. 'budget', 't:' .. tenant .. ':jobs', 't:' .. tenant .. ':bytes',
+  local who = tenant .. ' ' .. pool
+  local used = spent[who] or call('HMGET', P .. 'budget', 't:' .. tenant .. ':jobs', 't:' .. tenant .. ':bytes',
     'p:' .. pool .. ':jobs', 'p:' .. pool .. ':bytes')
-  if tonumber(used[1] or 0) + 1 > tonumber(ARGV[2]) then return 'tenant_jobs' end
-  if tonumber(used[2] or 0) + size > tonumber(ARGV[3]) then return 'tenant_bytes' end
-  if tonumber(used[3] or 0) + 1 > tonumber(ARGV[4]) then return 'pool_jobs' end
-  if tonumber(used[4] or 0) + size > tonumber(ARGV[5]) then return 'pool_bytes' end
+  spent[who] = used
+  local own, shared = came['t:' .. tenant] or { 0, 0 }, came['p:' .. pool] or { 0, 0 }
+  if tonumber(used[1] or 0) + own[1] + 1 > limits[1] then return 'tenant_jobs' end
+  if tonumber(used[2] or 0) + own[2] + size > limits[2] then return 'tenant_bytes' end
+  if tonumber(used[3] or 0) + shared[1] + 1 > limits[3] then return 'pool_jobs' end
+  if tonumber(used[4] or 0) + shared[2] + size > limits[4] then return 'pool_bytes' end
   return nil
 end
 
@@ -50,14 +62,12 @@ for i = 6, #ARGV, 10 do
       'pool', pool, 'lane', lane, 'band', band, 'tenant', tenant, 'reply', reply, 'stored', stored,
       'deadline', deadline, 'size', int(size), 'at', int(now), 'queue', queue, 'entry', entry)
     call('ZADD', P .. 'deadlines', deadline, id)
-    add('budget', 't:' .. tenant .. ':jobs', 1)
-    add('budget', 't:' .. tenant .. ':bytes', size)
-    add('budget', 'p:' .. pool .. ':jobs', 1)
-    add('budget', 'p:' .. pool .. ':bytes', size)
+    spend('t:' .. tenant, size)
+    spend('p:' .. pool, size)
     add('depth', where .. ':waiting', 1)
-    call('HINCRBY', P .. 'totals', where .. ':enqueued', 1)
+    add('totals', where .. ':enqueued', 1)
     wake_one(where, now)
     answers[#answers + 1] = 'queued'
   end
 end
-return answers
+return answered(answers)

@@ -24,4 +24,4 @@ for i = 1, #depth, 2 do
   local where = string.match(depth[i], '^(.*):waiting$')
   if where and wake_one(where, now) then woken = woken + 1 end
 end
-return { expired, woken }
+return answered({ expired, woken })

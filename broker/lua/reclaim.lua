@@ -24,6 +24,10 @@ for _, id in ipairs(held) do
   end
 end
 if handled == #held then
-  call('DEL', leases, P .. 'claimed:' .. incarnation, P .. 'ctl:' .. incarnation)
+  local claimed = P .. 'claimed:' .. incarnation
+  for where in string.gmatch(call('HGET', claimed, 'parked') or '', '%S+') do
+    call('ZREM', P .. 'parked:' .. where, incarnation)
+  end
+  call('DEL', leases, claimed, P .. 'ctl:' .. incarnation)
 end
-return { counts.requeued, counts.dead, counts.cancelled, #held - handled }
+return answered({ counts.requeued, counts.dead, counts.cancelled, #held - handled })

@@ -19,4 +19,4 @@ for i = 2, #ARGV, 5 do
   end
   answers[#answers + 1] = refusal or 'ok'
 end
-return answers
+return answered(answers)

@@ -23,4 +23,4 @@ end
 for _, reply in ipairs(order) do
   call('XADD', P .. 'reply:' .. reply, 'NOMKSTREAM', '*', 'f', table.concat(outgoing[reply]))
 end
-return answers
+return answered(answers)
