@@ -46,7 +46,10 @@ class EngineAnswer(Protocol):
         ...
 
     async def read(self, limit_bytes: int) -> bytes:
-        """The whole body. Raises ``EngineFailed`` if the connection breaks or the body is larger than the limit."""
+        """The whole body, or, of one that is larger than ``limit_bytes``, more than ``limit_bytes`` bytes of it.
+
+        Raises ``EngineFailed`` if the connection breaks before the answer is complete.
+        """
         ...
 
 

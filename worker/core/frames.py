@@ -1,0 +1,89 @@
+"""Engine bytes -> numbered frames.
+
+Rules:
+
+* Frames of one attempt are numbered from 0 without a gap. The first has HEAD, the last END; a plain answer is one frame
+  with both.
+* A stream is cut only between server-sent events, so that an attempt that is lost never leaves half an event with a
+  client. What follows the last border is kept until its event is complete, up to a limit.
+"""
+
+from __future__ import annotations
+
+from queue_schemas import END, HEAD, Frame, InferqError, Lease
+
+MAX_EVENT_BYTES = 1 << 20
+"""An event that is longer is passed on in pieces."""
+
+
+class FrameCutter:
+    """Cuts the answer of one attempt. All results are packed frames, ready to publish or settle."""
+
+    __slots__ = ("_content_type", "_lease", "_seq", "_status", "_tail")
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        self._seq = 0
+        self._tail = b""
+        self._status = 0
+        self._content_type = ""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a frame was made: the client may have seen the beginning of an answer."""
+        return self._seq > 0
+
+    def whole(self, status: int, content_type: str, body: bytes) -> bytes:
+        """The one frame of a plain answer."""
+        self._status, self._content_type = status, content_type
+        return self._frame(body, END)
+
+    def head(self, status: int, content_type: str) -> None:
+        """A stream begins; its first frame will say so."""
+        self._status, self._content_type = status, content_type
+
+    def feed(self, data: bytes) -> bytes:
+        """A frame with the events that are complete now; empty if none is."""
+        tail = self._tail
+        if not tail and data.endswith(b"\n\n"):
+            return self._frame(data, 0)
+        if tail:
+            data = tail + data
+        border = _last_border(data, len(tail))
+        if not border and len(data) > MAX_EVENT_BYTES:
+            border = len(data)
+        self._tail = data[border:]
+        return self._frame(data[:border], 0) if border else b""
+
+    def end(self) -> bytes:
+        """The last frame of a stream that is complete, with whatever was kept back."""
+        tail, self._tail = self._tail, b""
+        return self._frame(tail, END)
+
+    def fail(self, error: InferqError) -> bytes:
+        """The last frame of an attempt that ends in ``error``: an answer of its own, or an event in a begun stream."""
+        self._tail = b""
+        if self.begun:
+            return self._frame(b"data: " + error.body() + b"\n\n", END)
+        return self.whole(error.status, "application/json", error.body())
+
+    def _frame(self, data: bytes, flags: int) -> bytes:
+        lease = self._lease
+        seq = self._seq
+        self._seq = seq + 1
+        if seq:
+            return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, flags, data).pack()
+        return Frame(
+            lease.job.id, lease.epoch, lease.attempt_id, 0, flags | HEAD, data, self._status, self._content_type
+        ).pack()
+
+
+def _last_border(data: bytes, known: int) -> int:
+    """The index behind the last blank line of ``data`` (LF or CRLF), 0 if there is none.
+
+    The first ``known`` bytes hold none; a border may begin in the last three of them.
+    """
+    start = max(known - 3, 0)
+    lf = data.rfind(b"\n\n", start)
+    crlf = data.rfind(b"\n\r\n", start)
+    return max(lf + 2 if lf >= 0 else 0, crlf + 3 if crlf >= 0 else 0)

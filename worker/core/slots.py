@@ -1,0 +1,145 @@
+"""What to claim next.
+
+Rules:
+
+* A slot is free, reserved by a claim that is under way, or busy with a job. Claims never ask for more than is free.
+* Each shard has at most one claim under way. Its number (``seq``) rises with each claim and not with its repeats, so a
+  claim whose answer was lost is sent again unchanged.
+* A claim that brings less than it asked for has parked the worker on that shard: it waits for a wake, or claims again
+  when its time as a parked worker is nearly over.
+* Whoever is parked must be able to run a job. A worker that no longer can (drain, engine down, another assignment,
+  slots taken by another shard) claims zero jobs, which takes it out of the parked and passes a wake on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from queue_schemas import Assignment, Lane, Pool
+
+PARK_AGAIN_S = 20.0
+"""The broker counts a parked worker as idle for 30 s."""
+RETRY_APART_S = 2.1
+"""A worker that spent an attempt of a job is given it again after 2 s at the earliest; look again just after."""
+MAX_CLAIM = 32
+"""Most jobs in one claim: their bodies come in one reply."""
+
+Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One claim to send: the arguments of ``Broker.claim``. ``n`` is 0 for a worker that leaves the parked."""
+
+    shard: int
+    seq: int
+    turn: int
+    n: int
+    pools: Pools
+
+
+@dataclass(slots=True)
+class _Shard:
+    pools: Pools = ()
+    seq: int = 0
+    turn: int = 0
+    under_way: Claim | None = None
+    parked_for: Pools | None = None
+    woken: bool = False
+    look_again_at: float = -inf
+    """While parked: when to claim without being woken (s)."""
+
+
+@dataclass(slots=True)
+class Slots:
+    """The slots of one incarnation and its claims. Times are seconds of one monotonic clock."""
+
+    total: int
+    busy: int = 0
+    ready: bool = False
+    """Whether the engine takes calls."""
+    draining: bool = False
+    order: tuple[int, int] = (-1, -1)
+    """``(term, version)`` of the assignment in force."""
+    _reserved: int = 0
+    _shards: dict[int, _Shard] = field(default_factory=dict)
+
+    @property
+    def free(self) -> int:
+        return self.total - self.busy - self._reserved
+
+    def assign(self, assignment: Assignment) -> bool:
+        """Follow ``assignment`` unless it is older than the one in force; whether it was followed."""
+        if assignment.order < self.order:
+            return False
+        self.order = assignment.order
+        wanted: dict[int, list[tuple[Pool, tuple[Lane, ...]]]] = {}
+        for part in assignment.pools:
+            wanted.setdefault(part.shard, []).append((Pool(part.pool), tuple(part.lanes)))
+        for shard in self._shards.keys() | wanted.keys():
+            self._shard(shard).pools = tuple(wanted.get(shard, ()))
+        return True
+
+    def wake(self, shard: int) -> None:
+        """The queue says that there may be work on ``shard``."""
+        self._shard(shard).woken = True
+
+    def next_claim(self, shard: int, now: float) -> Claim | None:
+        """The claim to send now on ``shard``, its slots reserved until :meth:`answered`; None: nothing to do yet.
+
+        A claim that was not answered is given again.
+        """
+        state = self._shard(shard)
+        if state.under_way is not None:
+            return state.under_way
+        serves = state.pools if self.ready and not self.draining else ()
+        if state.parked_for is not None and state.parked_for != serves:
+            return self._send(shard, state, 0, state.parked_for)
+        if not serves or not self._due(state, now):
+            return None
+        if self.free > 0:
+            return self._send(shard, state, self._share(now), serves)
+        return self._send(shard, state, 0, serves) if state.woken else None
+
+    def answered(self, claim: Claim, jobs: int, now: float) -> None:
+        """The answer to ``claim`` brought ``jobs`` jobs, which are busy slots from now on."""
+        state = self._shard(claim.shard)
+        state.under_way = None
+        state.turn += jobs
+        self._reserved -= claim.n
+        self.busy += jobs
+        state.parked_for = claim.pools if jobs < claim.n else None
+        state.look_again_at = now + PARK_AGAIN_S
+
+    def freed(self) -> None:
+        """A job ended."""
+        self.busy -= 1
+
+    def retry_soon(self, shard: int, now: float) -> None:
+        """An attempt on ``shard`` was spent here: the job may come back to this worker."""
+        state = self._shard(shard)
+        state.look_again_at = min(state.look_again_at, now + RETRY_APART_S)
+
+    def shards_due(self, now: float) -> Sequence[int]:
+        """Shards that have waited long enough to claim without being woken."""
+        return [shard for shard, state in self._shards.items() if state.parked_for and now >= state.look_again_at]
+
+    def _shard(self, shard: int) -> _Shard:
+        return self._shards.setdefault(shard, _Shard())
+
+    def _due(self, state: _Shard, now: float) -> bool:
+        return state.parked_for is None or state.woken or now >= state.look_again_at
+
+    def _share(self, now: float) -> int:
+        """The free slots, evenly between the shards that would claim now."""
+        eager = sum(1 for s in self._shards.values() if s.under_way is None and s.pools and self._due(s, now))
+        return min(-(-self.free // max(eager, 1)), MAX_CLAIM)
+
+    def _send(self, shard: int, state: _Shard, n: int, pools: Pools) -> Claim:
+        state.seq += 1
+        state.woken = False
+        state.under_way = Claim(shard, state.seq, state.turn, n, pools)
+        self._reserved += n
+        return state.under_way

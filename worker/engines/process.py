@@ -1,0 +1,222 @@
+"""An engine that is a process of ours: started on a free port, watched, restarted with back-off, ended with us.
+
+The process runs in a group of its own under :mod:`worker.engines.guard`, so that nothing of it is left when this
+worker ends, by SIGKILL or otherwise. Its output goes to a log file and, the last lines of it, into errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from asyncio.subprocess import PIPE, STDOUT, Process
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from queue_schemas import EngineFailed, EngineState
+from telemetry import get_logger
+
+from . import guard
+from .http import HttpEngine
+from .log_tail import LogTail
+from .port import EngineAnswer, EngineCall
+
+HOST = "127.0.0.1"
+_POLL_S = 0.1
+_REFRESH_S = 5.0
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 60.0
+_STEADY_S = 60.0
+"""An engine that was ready for so long has earned a quick restart."""
+_TOLD_LINES = 12
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start an engine: the command and what is added to the environment (where not set there already)."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+class ProcessEngine:
+    """Supervises one engine process. ``launch(port)`` gives the command for a port, anew for each start.
+
+    ``ready_limit_s`` bounds a start: an engine that is not ready by then is FAILED, ended and started again, as is one
+    that exits; the pause before doubles from 1 s to 60 s. ``log_file`` gets the process's output.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        launch: Callable[[int], Launch],
+        *,
+        ready_limit_s: float,
+        log_file: Path | None = None,
+        stop_limit_s: float = 10.0,
+        restarted: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.state = EngineState.STARTING
+        self.detail = f"{name} has not been started yet"
+        self.models: tuple[str, ...] = ()
+        self.port = 0
+        self.log = LogTail(log_file)
+        self._launch = launch
+        self._ready_limit_s = ready_limit_s
+        self._stop_limit_s = stop_limit_s
+        self._restarted = restarted
+        self._process: Process | None = None
+        self._http = HttpEngine(f"http://{HOST}:0")
+        self._changed: Callable[[], None] = lambda: None
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the process group's leader; None while none runs."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
+
+    async def run(self, changed: Callable[[], None]) -> None:
+        """Keep one process running until cancelled."""
+        self._changed = changed
+        pause = _FIRST_PAUSE_S
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            try:
+                await self._live()
+            except EngineFailed as error:
+                lasted = loop.time() - began
+                pause = _FIRST_PAUSE_S if lasted > _STEADY_S and self.state is EngineState.READY else pause
+                self._become(EngineState.FAILED, f"{error.message}; starting it again in {pause:.0f} s")
+                log.error("engine_failed", engine=self.name, error=error.message, restart_in_s=pause)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+            self._restarted()
+
+    def call(self, call: EngineCall) -> AbstractAsyncContextManager[EngineAnswer]:
+        return self._http.call(call)
+
+    async def progress(self) -> int | None:
+        return await self._http.progress() if self.state is EngineState.READY else None
+
+    async def stop(self, limit_s: float) -> None:
+        """SIGTERM to the process, SIGKILL to its whole group when the limit is over."""
+        await self._end(limit_s)
+        self.log.close()
+
+    async def _live(self) -> None:
+        """One life of the process: start, ready, watched until it fails. Always raises ``EngineFailed``."""
+        self.port = _free_port()
+        launch = self._launch(self.port)
+        self._become(EngineState.STARTING, f"{self.name} is starting on port {self.port}")
+        log.info("engine_starting", engine=self.name, command=" ".join(launch.command), log_file=str(self.log.path))
+        self._http = HttpEngine(f"http://{HOST}:{self.port}")
+        try:
+            # Under its own group and without our terminal: Ctrl-C is for the worker, which then drains.
+            self._process = process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", guard.__file__, *launch.command,
+                stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True,
+                env={**launch.environment, **os.environ},
+            )  # fmt: skip
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._copy_output(process), name="engine output")
+                group.create_task(self._watch_exit(process), name="engine exit")
+                group.create_task(self._watch_health(), name="engine health")
+        except BaseExceptionGroup as failures:
+            failed, others = failures.split(EngineFailed)
+            if failed is None or others is not None:
+                raise
+            raise _first(failed) from None
+        finally:
+            await asyncio.shield(self._end(self._stop_limit_s))
+            await self._http.close()
+
+    async def _copy_output(self, process: Process) -> None:
+        assert process.stdout is not None  # noqa: S101 - asked for as a pipe
+        while data := await process.stdout.read(65_536):
+            self.log.write(data)
+
+    async def _watch_exit(self, process: Process) -> None:
+        code = await process.wait()
+        await asyncio.sleep(_POLL_S)  # for the last words of the process
+        raise EngineFailed(f"{self.name} ended with exit code {code}{self._last_words()}")
+
+    async def _watch_health(self) -> None:
+        try:
+            async with asyncio.timeout(self._ready_limit_s):
+                await self._until_up()
+                models = await self._http.list_models()
+        except TimeoutError as error:
+            raise EngineFailed(
+                f"{self.name} was not ready within {self._ready_limit_s:.0f} s{self._last_words()}"
+            ) from error
+        self.models = models
+        self._become(EngineState.READY, "")
+        log.info("engine_ready", engine=self.name, port=self.port, models=models)
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            # A busy engine may be late with this; that it lives is shown by its process and its output.
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, EngineFailed):
+                models = await self._http.list_models()
+                if models and models != self.models:
+                    self.models = models
+                    self._changed()
+
+    async def _until_up(self) -> None:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                if await self._http.answers_well():
+                    return
+            await asyncio.sleep(_POLL_S)
+
+    async def _end(self, limit_s: float) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.returncode is None:
+            _signal_group(process.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await process.wait()
+        # Also when the leader is gone: what it left behind must not hold the accelerator.
+        _signal_group(process.pid, signal.SIGKILL)
+        await process.wait()
+
+    def _become(self, state: EngineState, detail: str) -> None:
+        self.state, self.detail = state, detail[:2_000]
+        self._changed()
+
+    def _last_words(self) -> str:
+        lines = self.log.last(_TOLD_LINES)
+        where = f" (all of it in {self.log.path})" if self.log.path else ""
+        return f"; its last lines{where}:\n" + "\n".join(lines) if lines else f"; it wrote nothing{where}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _signal_group(leader: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, number)
+
+
+def _first(failures: BaseExceptionGroup[EngineFailed]) -> EngineFailed:
+    error: BaseException = failures
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, EngineFailed)  # noqa: S101 - what the group was split by
+    return error

@@ -1,0 +1,61 @@
+"""What a worker counts."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from prometheus_client import Counter, Histogram
+
+from queue_schemas import Settled
+from telemetry import MetricsRegistry
+
+_USAGE_WINDOW_BYTES = 2048
+_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,12})')
+_COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
+
+
+class WorkerMetrics:
+    """The worker's metrics in ``registry``."""
+
+    def __init__(self, registry: MetricsRegistry) -> None:
+        self.registry = registry
+        wait = registry.histogram("inferq_queue_wait_seconds", "From the enqueue to the claim", ("model", "lane"))
+        attempts = registry.counter("inferq_attempts_total", "Attempts by how they ended", ("model", "outcome"))
+        tokens = registry.counter(
+            "inferq_tokens_total",
+            "Tokens by the engine's usage figures; of streams without them, events",
+            ("model", "kind"),
+        )
+        settled = registry.counter("inferq_settled_total", "The queue's answers to settled attempts", ("answer",))
+        self.engine_restarts = registry.counter("inferq_engine_restarts_total", "Starts of the engine after the first")
+        self.fenced = registry.counter("inferq_fenced_total", "Times this worker was declared dead while it lived")
+        self.heartbeats_failed = registry.counter("inferq_heartbeats_failed_total", "Heartbeats no Manager answered")
+
+        # Children are looked up once: labels() costs more than the count itself.
+        def wait_of(model: str, lane: str) -> Histogram:
+            return wait.labels(model, lane)
+
+        def attempts_of(model: str, outcome: str) -> Counter:
+            return attempts.labels(model, outcome)
+
+        def tokens_of(model: str, kind: str) -> Counter:
+            return tokens.labels(model, kind)
+
+        self.wait = cache(wait_of)
+        self.attempts = cache(attempts_of)
+        self._tokens = cache(tokens_of)
+        self._settled = {answer: settled.labels(str(answer)) for answer in Settled}
+
+    def settled(self, answer: Settled) -> None:
+        self._settled[answer].inc()
+
+    def usage(self, model: str, end: bytes, events: int = 0) -> None:
+        """Count the tokens of an answer whose last bytes are ``end``; without usage in it, its ``events``."""
+        window = end[-_USAGE_WINDOW_BYTES:]
+        prompt, completion = _PROMPT.search(window), _COMPLETION.search(window)
+        if prompt:
+            self._tokens(model, "prompt").inc(int(prompt[1]))
+        produced = int(completion[1]) if completion else events
+        if produced:
+            self._tokens(model, "completion").inc(produced)

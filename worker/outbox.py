@@ -1,0 +1,193 @@
+"""The outbox: the frames of all running streams, sent together.
+
+One message per Router and flush, one flush at a time: what gathers while a flush is on its way, and for a few
+milliseconds after it began, goes with the next. A stream's first frame does not wait for company.
+
+A stream that put frames here waits until they are on their way before it reads on (:meth:`Channel.sent`): what its
+engine sends meanwhile is one read and one frame, however many tokens it is. While Redis is away frames are kept, up to
+a limit at which reading stops and TCP slows the engines; frames whose arrival is in doubt are sent again, and a Router
+drops repeats by their number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NoReturn
+
+from queue_schemas import InferqError
+from telemetry import get_logger
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+
+Publish = Callable[[int, Mapping[str, bytes]], Awaitable[set[str]]]
+"""``Broker.publish``: sends packed frames by Router on one shard, answers the Routers that are gone."""
+
+log = get_logger(__name__)
+
+
+class Channel:
+    """The way of one running stream to its Router. Close it when the attempt ends."""
+
+    __slots__ = ("_gone", "_in_flight", "_outbox", "_waiting", "reply_to", "shard")
+
+    def __init__(self, outbox: Outbox, shard: int, reply_to: str, gone: Callable[[], None]) -> None:
+        self.shard = shard
+        self.reply_to = reply_to
+        self._outbox = outbox
+        self._gone = gone
+        self._waiting: list[bytes] = []
+        self._in_flight = b""
+
+    def put(self, frames: bytes, *, urgent: bool = False) -> None:
+        """Hand over packed frames for the next flush, which starts at once if they are ``urgent``."""
+        self._waiting.append(frames)
+        self._outbox._accept(self, len(frames), urgent)
+
+    async def sent(self) -> None:
+        """Wait until everything handed over is on its way, and the outbox holds less than its limit."""
+        while self._waiting:
+            await _one_of(self._outbox._until_taken)
+        while self._outbox.full:
+            await _one_of(self._outbox._until_done)
+
+    async def close(self) -> bytes:
+        """Take back, in order, the frames that are not known to have arrived: they go with the settle."""
+        outbox = self._outbox
+        while self._in_flight and outbox._publishing:
+            await _one_of(outbox._until_done)
+        rest = self._in_flight + b"".join(self._waiting)
+        self.discard()
+        return rest
+
+    def discard(self) -> None:
+        """Forget what has not been sent: the attempt ends without an answer."""
+        self._outbox._forget(self, len(self._in_flight) + sum(map(len, self._waiting)))
+        self._in_flight = b""
+        self._waiting.clear()
+
+
+class Outbox:
+    """Collects and flushes. ``interval_ms`` is the least time between flushes, ``limit_bytes`` how much may wait."""
+
+    def __init__(self, publish: Publish, *, interval_ms: float, limit_bytes: int) -> None:
+        self._publish = publish
+        self._interval_s = interval_ms / 1000
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
+        self._channels: dict[Channel, None] = {}
+        self._wanted = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._flushed_at = 0.0
+        self._until_taken: list[asyncio.Future[None]] = []
+        self._until_done: list[asyncio.Future[None]] = []
+        self._publishing = False
+        self.flushes = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether readers of engines should pause."""
+        return self._bytes >= self._limit_bytes
+
+    def open(self, shard: int, reply_to: str, gone: Callable[[], None]) -> Channel:
+        """A channel for one stream; ``gone`` is called when its Router turns out to be gone."""
+        return Channel(self, shard, reply_to, gone)
+
+    async def run(self) -> NoReturn:
+        """Flush until cancelled."""
+        pause = _FIRST_PAUSE_S
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._flushed_at = asyncio.get_running_loop().time()
+            if await self._flush():
+                pause = _FIRST_PAUSE_S
+                continue
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+            self._wanted.set()
+
+    async def _flush(self) -> bool:
+        """Send what there is; False if some of it is in doubt and has to be sent again."""
+        shards: dict[int, dict[str, list[bytes]]] = {}
+        sending = list(self._channels)
+        for channel in sending:
+            if channel._waiting:
+                channel._in_flight += b"".join(channel._waiting)
+                channel._waiting.clear()
+            shards.setdefault(channel.shard, {}).setdefault(channel.reply_to, []).append(channel._in_flight)
+        if not shards:
+            return True
+        self.flushes += 1
+        self._publishing = True
+        _tell(self._until_taken)
+        try:
+            packed = [(shard, {to: b"".join(f) for to, f in replies.items()}) for shard, replies in shards.items()]
+            if len(packed) == 1:
+                results = [await self._send(*packed[0])]
+            else:
+                results = await asyncio.gather(*(self._send(shard, frames) for shard, frames in packed))
+        finally:
+            self._publishing = False
+        gone_by_shard = {shard: gone for (shard, _), gone in zip(packed, results, strict=True)}
+        for channel in sending:
+            gone = gone_by_shard[channel.shard]
+            if gone is not None:
+                self._arrived(channel, gone)
+        _tell(self._until_done)
+        return None not in results
+
+    async def _send(self, shard: int, frames: Mapping[str, bytes]) -> set[str] | None:
+        try:
+            return await self._publish(shard, frames)
+        except InferqError as error:
+            log.warning("frames_not_sent", shard=shard, error=error.message)
+            return None
+
+    def _arrived(self, channel: Channel, gone: set[str]) -> None:
+        if channel in self._channels:
+            self._bytes -= len(channel._in_flight)
+            channel._in_flight = b""
+            if not channel._waiting:
+                del self._channels[channel]
+            if channel.reply_to in gone:
+                channel._gone()
+
+    def _accept(self, channel: Channel, size: int, urgent: bool) -> None:
+        self._bytes += size
+        self._channels[channel] = None
+        if urgent:
+            self._wanted.set()
+        elif self._timer is None and not self._wanted.is_set():
+            due = self._flushed_at + self._interval_s
+            loop = asyncio.get_running_loop()
+            if due <= loop.time():
+                self._wanted.set()
+            else:
+                self._timer = loop.call_at(due, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._wanted.set()
+
+    def _forget(self, channel: Channel, size: int) -> None:
+        self._bytes -= size
+        self._channels.pop(channel, None)
+
+
+async def _one_of(waiters: list[asyncio.Future[None]]) -> None:
+    # A future of its own: cancelling one attempt must not end the wait of the others.
+    waiter = asyncio.get_running_loop().create_future()
+    waiters.append(waiter)
+    await waiter
+
+
+def _tell(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+    waiters.clear()

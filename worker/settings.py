@@ -1,0 +1,89 @@
+"""The worker's settings: table ``[worker]``, environment ``INFERQ_WORKER_*``."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+
+from queue_schemas import BadMessage, check_worker_id
+from telemetry import CommaList, RoleSettings
+
+EngineKind = Literal["auto", "vllm", "url", "sim"]
+
+
+class WorkerSettings(RoleSettings):
+    """One worker: who it is, where its Manager and its engine are, and its limits."""
+
+    table: ClassVar[str] = "worker"
+
+    worker_id: str = Field("", description="name of this worker, unique in the fleet; empty: made from the host's name")
+    manager_urls: CommaList = Field(
+        ["http://127.0.0.1:18000"], description="Routers or Managers to register with, the next one when one fails"
+    )
+    host: str = Field("127.0.0.1", description="address on which the worker's own HTTP service listens")
+    port: int = Field(7000, ge=0, le=65_535, description="port of the worker's own HTTP service; 0: a free one")
+    advertise_url: str = Field("", description="where the Manager may reach that service; empty: from host and port")
+    redis_url: str = Field("", description="where the queue is; empty: as the Manager says")
+    join_token: SecretStr = Field(SecretStr(""), description="the fleet's secret, sent to the Manager and asked of it")
+    insecure: bool = Field(False, description="listen on a public address without a join token")
+    region: str = Field("", max_length=100, description="where this worker stands, for people")
+
+    engine: EngineKind = Field("auto", description="vllm, url, sim, or auto: url if one is given, else vllm")
+    engine_url: str = Field("", description="base URL of an OpenAI-compatible server that runs already")
+    engine_api_key: SecretStr = Field(SecretStr(""), description="bearer token for that server")
+    model: str = Field("", description="model id or folder that vLLM serves; with sim, the simulated models' names")
+    served_model_name: str = Field("", description="name under which vLLM serves the model; empty: the model itself")
+    vllm_command: str = Field("", description="the vllm executable; empty: from PATH or .inferq/vllm/bin/vllm")
+    vllm_args: list[str] = Field([], description="further arguments of `vllm serve`")
+    vllm_device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: cpu if no accelerator is seen")
+    engine_ready_limit_ms: int = Field(
+        1_800_000, ge=1_000, description="an engine that takes longer to get ready (downloads included) is restarted"
+    )
+    engine_stop_limit_ms: int = Field(10_000, ge=100, description="from SIGTERM to SIGKILL of the engine")
+    engine_stall_limit_ms: int = Field(
+        120_000, ge=1_000, description="an engine that produces nothing for so long, with jobs running, loses them"
+    )
+    engine_log_dir: Path = Field(Path(".inferq/logs"), description="folder for what the engine writes")
+
+    slots: int = Field(32, ge=1, le=65_536, description="jobs run at once")
+    max_answer_bytes: int = Field(64 << 20, ge=1, description="longest answer of an engine, in bytes")
+    flush_interval_ms: float = Field(
+        4.0, ge=0, le=1_000, description="least time between two flushes of streamed frames"
+    )
+    outbox_limit_bytes: int = Field(64 << 20, ge=1, description="unsent frames at which reading of engines pauses")
+    drain_limit_ms: int = Field(30_000, ge=0, description="how long running jobs may take to finish when draining")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        kind = self.engine_kind
+        if kind == "url" and not self.engine_url.startswith(("http://", "https://")):
+            raise ValueError("--engine-url must be the http:// or https:// address of an OpenAI-compatible server")
+        if kind == "vllm" and not self.model:
+            raise ValueError("say what to serve: --model MODEL (vLLM), --engine-url URL, or --engine sim")
+        if not self.manager_urls:
+            raise ValueError("give at least one --manager-url")
+        for url in self.manager_urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"--manager-url {url} must begin with http:// or https://")
+        if self.worker_id:
+            try:
+                check_worker_id(self.worker_id)
+            except BadMessage as error:
+                raise ValueError(error.message) from error
+        return self
+
+    @property
+    def engine_kind(self) -> Literal["vllm", "url", "sim"]:
+        """The engine meant by ``engine`` and ``engine_url``."""
+        if self.engine != "auto":
+            return self.engine
+        return "url" if self.engine_url else "vllm"
+
+    @property
+    def name(self) -> str:
+        """The worker id in force."""
+        return self.worker_id or re.sub(r"[^A-Za-z0-9_.-]+", "-", socket.gethostname()).strip("-._")[:63] or "worker"
