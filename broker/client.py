@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NoReturn, Self
 
 from queue_schemas import (
+    BadRequest,
     Control,
     Fenced,
     Frame,
@@ -257,10 +258,21 @@ class Broker:
         )
         if reply[0] == b"fenced":
             raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
-        return [
-            Lease(Job.unpack(envelope), epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms)
-            for envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms in reply[1:]
-        ]
+        leases = []
+        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms in reply[1:]:
+            try:
+                job = Job.unpack(envelope)
+            except BadRequest as error:
+                await self._refuse(keys, job_id, epoch, attempt_id, error)
+            else:
+                leases.append(Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms))
+        return leases
+
+    async def _refuse(self, keys: ShardKeys, job_id: bytes, epoch: int, attempt_id: bytes, error: BadRequest) -> None:
+        """An envelope that this build cannot read is left to others, and ends as a dead letter if none can."""
+        log.warning("envelope_refused", job_id=job_id.decode(), error=error.message)
+        reason = f"its worker cannot read it: {error.message}"
+        await self._caller.script("release", keys.budget, keys.prefix, job_id, epoch, attempt_id, 1, reason)
 
     async def renew(self, incarnation: Incarnation) -> None:
         """Keep all leases of ``incarnation``. Raises ``Fenced`` if it was declared dead."""

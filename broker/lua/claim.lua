@@ -1,7 +1,7 @@
 -- Gives a worker up to n jobs, or parks it.
 -- ARGV: prefix, incarnation, seq, turn, n, attempt id base, park_ms, then pairs: pool, lanes (comma separated).
 -- Reply: {'fenced'} if the incarnation was declared dead (or never joined); else {'ok', job, ...}, each job
---       {envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is parked.
+--       {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is parked.
 --       The same (incarnation, seq) again answers the same leases, as far as they are still held.
 -- The order of lanes and bands is that of queue_schemas/lanes.py.
 -- Invariants: 3 fence (a reclaimed incarnation gets nothing), 5 order, 6 bounded starvation, 10 no start after expiry,
@@ -20,7 +20,7 @@ local claimed_key = P .. 'claimed:' .. incarnation
 local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked')
 
 local function give(job)
-  answer[#answer + 1] = { job.env, tonumber(job.epoch), job.aid, tonumber(job.attempts),
+  answer[#answer + 1] = { job.id, job.env, tonumber(job.epoch), job.aid, tonumber(job.attempts),
     math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0) }
 end
 
