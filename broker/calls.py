@@ -20,6 +20,8 @@ from .scripts import load_scripts
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
+_PASSING = ("LOADING", "UNBLOCKED", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS")
+"""Error codes of a server that is starting or failing over, where redis-py has no exception for them."""
 
 
 class Caller:
@@ -86,7 +88,7 @@ def as_inferq_error(error: BaseException) -> BrokerUnavailable | BrokerUnsuitabl
         return BrokerUnsuitable(
             f"Redis refuses us: {error}; check the user and password in INFERQ_REDIS_URL and the user's ACL rules"
         )
-    if isinstance(error, UNREACHABLE):
+    if isinstance(error, UNREACHABLE) or str(error).startswith(_PASSING):
         return BrokerUnavailable(
             f"the queue's Redis cannot be reached ({type(error).__name__}: {error}); try again shortly", retry_after_s=2
         )

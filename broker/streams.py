@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from queue_schemas import BadMessage, BrokerFull, BrokerUnavailable, Control, Frame, Marker, ShardKeys, parse_control
+from queue_schemas import BadMessage, Control, Frame, InferqError, Marker, ShardKeys, parse_control
 from queue_schemas.frames import FRAME_FIELD, MARKER_FIELD, unpack_frames, unpack_marker
 from telemetry import get_logger
 
@@ -59,7 +59,7 @@ class ReplyReader:
                     tend_at = time.monotonic() + _TEND_EVERY_S
                 entries = await read_stream(self._caller, self._key, self._last, _READ_COUNT, _BLOCK_MS)
                 pause = 0.05
-            except (BrokerUnavailable, BrokerFull) as error:
+            except InferqError as error:
                 log.warning("reply_stream_unreachable", error=error.message)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_S)
