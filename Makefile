@@ -1,0 +1,82 @@
+# Every command of the README is a target here. `make` alone lists them.
+#
+# The targets need only make and Python 3.11 to 3.13: they create .venv and install the locked versions into it once,
+# and again when a lock changes. Variables are given as `make up ENGINE=sim WORKERS=2`.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+RUNTIME := $(VENV)/.installed-runtime
+DEV := $(VENV)/.installed-dev
+
+# What `up` and `demo` take. Each is also an option of `inferq up`; an empty one means its default.
+ENGINE ?=
+MODEL ?=
+WORKERS ?=
+SLOTS ?=
+ROUTER_PORT ?=
+MANAGER_PORT ?=
+WORKER_PORT ?=
+REDIS_URL ?=
+ENGINE_URL ?=
+DATA_DIR ?=
+option = $(if $($(2)),$(1) '$($(2))')
+UP_OPTIONS = $(call option,--engine,ENGINE) $(call option,--model,MODEL) $(call option,--workers,WORKERS) \
+	$(call option,--slots,SLOTS) $(call option,--router-port,ROUTER_PORT) $(call option,--manager-port,MANAGER_PORT) \
+	$(call option,--worker-port,WORKER_PORT) $(call option,--redis-url,REDIS_URL) \
+	$(call option,--engine-url,ENGINE_URL) $(call option,--data-dir,DATA_DIR)
+
+# What `test` and `bench` hand on: make test ARGS="-k settle -x"
+ARGS ?=
+
+.PHONY: help up demo test test-vllm check format bench lock wheel-check install clean
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+up: $(RUNTIME) ## Start the whole fabric here (ENGINE=sim for the simulated engine)
+	@exec $(PY) -m inferq up $(UP_OPTIONS)
+
+demo: $(RUNTIME) ## Show it at work: a chat, a streamed chat, 20 prompts at once
+	@exec $(PY) -m inferq demo $(UP_OPTIONS)
+
+test: $(DEV) ## Run the tests that need no real vLLM
+	$(PY) -m pytest -m "not vllm" $(ARGS)
+
+test-vllm: $(DEV) ## Run the tests against real vLLM (installs it the first time)
+	$(PY) -m pytest -m vllm tests/vllm $(ARGS)
+
+check: $(DEV) ## Formatting, lint, types, floors
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy examples
+	$(VENV)/bin/lint-imports
+
+format: $(DEV) ## Format and mend what lint can mend
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(DEV) ## Measure against the direct engine and a proxy without a queue
+	$(PY) -m bench $(ARGS)
+
+wheel-check: $(DEV) ## Build the wheel and run it from another folder
+	sh scripts/wheel_check.sh $(PY)
+
+lock: $(DEV) ## Write requirements/*.lock anew from pyproject.toml
+	@sh scripts/lock.sh $(PY)
+
+install: $(DEV) ## Only set up .venv
+
+clean: ## Remove .venv, caches and build outputs; data in .inferq stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.inferq/*' -prune -exec rm -rf {} +
+
+$(RUNTIME): requirements/build.lock requirements/runtime.lock pyproject.toml scripts/bootstrap.sh
+	@sh scripts/bootstrap.sh $(VENV) runtime
+
+$(DEV): requirements/build.lock requirements/dev.lock pyproject.toml scripts/bootstrap.sh
+	@sh scripts/bootstrap.sh $(VENV) dev

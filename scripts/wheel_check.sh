@@ -1,0 +1,54 @@
+#!/bin/sh
+# Usage: wheel_check.sh PYTHON
+#
+# Builds the wheel, installs it (not this checkout) beside PYTHON's own dependencies in a new environment, and runs it
+# from another folder: proves that everything it needs is inside.
+set -eu
+python=$1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT INT TERM
+
+"$python" -m build --wheel --no-isolation --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
+"$python" -m venv --without-pip "$work/venv"
+"$python" - "$work" <<'PYTHON'
+"""Unpack the wheel as an installer would, and lend the new environment the dependencies, but not the checkout."""
+
+import importlib.metadata
+import pathlib
+import sys
+import sysconfig
+import zipfile
+
+work = pathlib.Path(sys.argv[1])
+(wheel,) = (work / "dist").glob("*.whl")
+site = next((work / "venv").glob("lib/python*/site-packages"))
+with zipfile.ZipFile(wheel) as archive:
+    names = archive.namelist()
+    archive.extractall(site)
+packages = {name.split("/")[0] for name in names if name.endswith("/__init__.py") and name.count("/") == 1}
+expected = {"inferq", "router", "manager", "worker", "broker", "telemetry", "queue_schemas"}
+missing = [f"{package}/py.typed" for package in expected if f"{package}/py.typed" not in names]
+missing += [] if any(name.startswith("broker/") and name.endswith(".lua") for name in names) else ["broker's Lua scripts"]
+missing += [] if any(name.endswith("vllm_cpu.txt") for name in names) else ["the vLLM CPU set"]
+if packages != expected or missing:
+    sys.exit(f"the wheel holds the packages {sorted(packages)} and lacks {missing}")
+own = {path.name for path in pathlib.Path(sysconfig.get_paths()["purelib"]).glob("__editable__*")}
+assert own, "this checkout should be installed as editable"
+links = [entry for entry in pathlib.Path(sysconfig.get_paths()["purelib"]).iterdir() if entry.name not in own]
+for entry in links:
+    if not entry.name.startswith("inferq-") and not (site / entry.name).exists():
+        (site / entry.name).symlink_to(entry)
+print(f"{wheel.name}: {len(names)} files, version {importlib.metadata.version('inferq')}")
+PYTHON
+
+cd "$work"
+unset PYTHONPATH
+"$work/venv/bin/python" -c 'import broker, inferq, manager, pathlib, queue_schemas, router, sys, telemetry, worker
+for package in (broker, inferq, manager, queue_schemas, router, telemetry, worker):
+    assert pathlib.Path(package.__file__).is_relative_to(sys.prefix), package.__file__'
+"$work/venv/bin/python" -m inferq --version
+"$work/venv/bin/python" -m inferq config --json | "$work/venv/bin/python" -c 'import json, sys; assert json.load(sys.stdin)'
+for role in manager router worker; do
+    "$work/venv/bin/python" -m "$role.service" --help >/dev/null
+done
+echo "the wheel runs from another folder"
