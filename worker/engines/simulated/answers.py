@@ -1,0 +1,102 @@
+"""What a simulated engine answers: pure functions of its seed and the request.
+
+The same body gets the same text from every engine with the same seed and mode, however often it is asked: the text of
+a second attempt equals the first's. ``temperature`` and the other sampling parameters are checked and then ignored;
+``seed`` draws another text. A smaller ``max_tokens`` gives a prefix of the same text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+from .requests import Generate
+from .settings import SimulationSettings
+from .tokens import split_tokens
+
+DIGEST_CHARS = 16
+WORDS: tuple[str, ...] = tuple(f" {a}{b}{c}" for a, b, c in product("bcdfghjklmnprstv", "aeio", "bdnt"))
+"""256 words with a leading space, each one token: a byte of the drawn stream picks one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer: its tokens, ``finish`` "stop" or "length", and the stop string that ended it, if one did."""
+
+    pieces: tuple[str, ...]
+    finish: str
+    stop: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+def prompt_digest(prompt: str) -> str:
+    """What a text answer begins with: 16 hexadecimal digits that only this prompt gives."""
+    return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=DIGEST_CHARS // 2).hexdigest()
+
+
+def chat_prompt(messages: Iterable[tuple[str, str]]) -> str:
+    """The prompt that a chat of (role, text) makes, for :func:`prompt_digest`."""
+    return "".join(f"<|{role}|>{text}\n" for role, text in messages)
+
+
+def answer(request: Generate, settings: SimulationSettings) -> tuple[Choice, ...]:
+    """The choices of a chat or text completion."""
+    return tuple(_choice(request, settings, index) for index in range(request.choices))
+
+
+def embedding(text: str, model: str, seed: int, dimensions: int) -> list[float]:
+    """A vector of length 1, drawn by seed, model and text. Fewer dimensions are a rescaled prefix of more."""
+    key = f"{seed}\0{model}\0{text}".encode("utf-8", "surrogatepass")
+    numbers = struct.unpack(f"<{dimensions}i", hashlib.shake_128(key).digest(4 * dimensions))
+    norm = math.sqrt(sum(number * number for number in numbers)) or 1.0
+    return [number / norm for number in numbers]
+
+
+def packed_embedding(vector: list[float]) -> str:
+    """``vector`` as base64 of little-endian 32-bit floats."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")
+
+
+def _choice(request: Generate, settings: SimulationSettings, index: int) -> Choice:
+    key = f"{settings.seed}\0{request.model}\0{request.seed}\0{index}\0{request.prompt}"
+    pieces, ended = _drawn(request, settings, key.encode("utf-8", "surrogatepass"))
+    if request.echo:
+        pieces = split_tokens(request.prompt) + pieces
+    finish = "stop" if ended else "length"
+    if request.stop:
+        text = "".join(pieces)
+        found = [(at, stop) for stop in request.stop if (at := text.find(stop)) >= 0]
+        if found:
+            at, stop = min(found)
+            kept = text[: at + len(stop)] if request.keep_stop else text[:at]
+            return Choice(tuple(split_tokens(kept)), "stop", stop)
+    return Choice(tuple(pieces), finish)
+
+
+def _drawn(request: Generate, settings: SimulationSettings, key: bytes) -> tuple[list[str], bool]:
+    """The tokens, at most ``request.limit``, and whether the answer ended by itself."""
+    limit = request.limit
+    if settings.mode == "echo":
+        pieces = split_tokens(request.last_user)
+    else:
+        digest = prompt_digest(request.prompt)
+        pieces = [digest[start : start + 4] for start in range(0, DIGEST_CHARS, 4)]
+    if settings.mode == "echo" and not request.ignore_end:
+        return pieces[:limit], len(pieces) <= limit
+    length = limit
+    if not request.ignore_end:
+        # Between half and one and a half times the mean, drawn like the words.
+        spread = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32
+        length = max(len(pieces), round(settings.answer_tokens * (0.5 + spread)))
+    words = min(length, limit) - len(pieces)
+    if words > 0:
+        pieces += [WORDS[byte] for byte in hashlib.shake_128(key).digest(words)]
+    return pieces[:limit], not request.ignore_end and length <= limit

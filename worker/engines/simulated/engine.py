@@ -1,0 +1,140 @@
+"""The simulated engine inside the worker's own process, behind the engine port."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+
+from queue_schemas import EngineFailed, EngineState
+
+from ..port import EngineAnswer, EngineCall
+from .run import ConnectionClosed, EngineCrashed, Reply
+from .settings import SimulationSettings
+from .simulation import Simulation
+
+RESTART_S = 0.1
+RESTART_LIMIT_S = 5.0
+"""How long a crashed engine is gone: the first after the first crash, twice as long after each that follows soon."""
+STABLE_S = 10.0
+"""An engine that lived as long has proved well."""
+
+
+class SimulatedEngine:
+    """Implements :class:`worker.engines.Engine` without HTTP. A crash fails every call that runs; then it restarts."""
+
+    def __init__(self, settings: SimulationSettings | None = None) -> None:
+        self.settings = settings or SimulationSettings()
+        self.simulation = Simulation(self.settings)
+        self.state = EngineState.STARTING
+        self.detail = "the simulated engine is loading its model"
+        self.models: tuple[str, ...] = ()
+        self.restarts = 0
+        self._crashed = asyncio.Event()
+
+    async def run(self, changed: Callable[[], None]) -> None:
+        """Start the engine, and again whenever it crashed, until cancelled."""
+        pause_s = RESTART_S
+        while True:
+            await self._start()
+            changed()
+            ready_at = time.monotonic()
+            await self._crashed.wait()
+            changed()
+            pause_s = RESTART_S if time.monotonic() - ready_at > STABLE_S else pause_s
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RESTART_LIMIT_S)
+            self._crashed.clear()
+            self.simulation = Simulation(self.settings)
+            self.restarts += 1
+
+    @asynccontextmanager
+    async def call(self, call: EngineCall) -> AsyncIterator[EngineAnswer]:
+        """One request; see the port."""
+        if self.state is not EngineState.READY:
+            raise EngineFailed(f"{self.detail}: try again")
+        answer = self.simulation.open("POST", call.path, call.body)
+        if isinstance(answer, Reply):
+            yield _WholeAnswer(answer)
+        elif answer.streams:
+            async with aclosing(self._guarded(answer.events())) as pieces:
+                yield _StreamedAnswer(answer.content_type, pieces)
+        else:
+            try:
+                reply = await answer.reply()
+            except (EngineCrashed, ConnectionClosed) as error:
+                raise self._failed(error) from error
+            yield _WholeAnswer(reply)
+
+    async def progress(self) -> int | None:
+        """What the engine got done so far."""
+        return self.simulation.output if self.state is EngineState.READY else None
+
+    async def stop(self, limit_s: float) -> None:
+        """End it: every call that still runs fails."""
+        self._fail("the simulated engine was stopped")
+
+    async def _start(self) -> None:
+        self.state, self.detail = EngineState.STARTING, "the simulated engine is loading its model"
+        await self.simulation.until_ready()
+        self.state, self.detail = EngineState.READY, ""
+        self.models = (*self.settings.models, *self.settings.adapters)
+
+    async def _guarded(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async with aclosing(events):
+            try:
+                async for piece in events:
+                    yield piece
+            except (EngineCrashed, ConnectionClosed) as error:
+                raise self._failed(error) from error
+
+    def _failed(self, error: EngineCrashed | ConnectionClosed) -> EngineFailed:
+        if isinstance(error, ConnectionClosed):
+            return EngineFailed("the engine closed the connection before the answer was complete")
+        if self.state is EngineState.READY:
+            self._fail("the simulated engine crashed and starts again")
+            self._crashed.set()
+        return EngineFailed("the engine crashed")
+
+    def _fail(self, detail: str) -> None:
+        self.state, self.detail = EngineState.FAILED, detail
+        self.simulation.crash()
+
+
+class _WholeAnswer:
+    """An answer that was complete when its head came."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        self.status = reply.status
+        self.content_type = reply.content_type
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        if self._reply.body:
+            yield self._reply.body
+
+    async def read(self, limit_bytes: int) -> bytes:
+        return self._reply.body
+
+
+class _StreamedAnswer:
+    """A stream in the making."""
+
+    status = 200
+
+    def __init__(self, content_type: str, pieces: AsyncGenerator[bytes, None]) -> None:
+        self.content_type = content_type
+        self._pieces = pieces
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self._pieces
+
+    async def read(self, limit_bytes: int) -> bytes:
+        parts, size = [], 0
+        async for piece in self._pieces:
+            parts.append(piece)
+            size += len(piece)
+            if size > limit_bytes:
+                break
+        return b"".join(parts)

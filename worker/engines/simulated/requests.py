@@ -1,0 +1,281 @@
+"""Reading requests as vLLM's server does: the same parameters, refused with the same error objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from .failures import Failure, parse_order
+from .settings import SimulationSettings
+from .tokens import VOCABULARY, count_tokens, decode_tokens
+
+MAX_CHOICES = 128
+MAX_INPUTS = 2048
+
+
+class RefusedRequest(Exception):
+    """The request is answered with an error object. ``kind`` is vLLM's name for it."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, kind: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.kind = kind or ("NotFoundError" if status == 404 else "BadRequestError")
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """A chat or text completion. ``limit`` is in tokens; ``prompt`` is the whole text the engine would read."""
+
+    chat: bool
+    model: str
+    prompt: str
+    last_user: str
+    prompt_tokens: int
+    stream: bool
+    include_usage: bool
+    limit: int
+    choices: int
+    stop: tuple[str, ...]
+    keep_stop: bool
+    ignore_end: bool
+    echo: bool
+    seed: int
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """A request for embeddings: one vector of ``dimensions`` per input."""
+
+    model: str
+    inputs: tuple[str, ...]
+    dimensions: int
+    base64: bool
+    failure: Failure | None
+
+
+Fields = dict[str, Any]
+
+
+def parse_object(body: bytes) -> Fields:
+    """The JSON object in ``body``."""
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RefusedRequest(f"JSON decode error: {error}") from error
+    if not isinstance(fields, dict):
+        raise RefusedRequest("Input should be a valid dictionary: the body is a JSON object")
+    return fields
+
+
+def parse_chat(body: bytes, settings: SimulationSettings) -> Generate:
+    """``POST /v1/chat/completions``."""
+    fields = parse_object(body)
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RefusedRequest("messages: Input should be a list of at least one message", param="messages")
+    parts, last_user = [], ""
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RefusedRequest("messages: each message is an object with a role", param="messages")
+        text = _content(message.get("content"))
+        if message["role"] == "user":
+            last_user = text
+        parts.append(f"<|{message['role']}|>{text}\n")
+    limit = _optional_int(fields, "max_completion_tokens", least=1)
+    if limit is None:
+        limit = _optional_int(fields, "max_tokens", least=1)
+    return _generate(fields, settings, "".join(parts), last_user, limit, chat=True)
+
+
+def parse_completion(body: bytes, settings: SimulationSettings) -> Generate:
+    """``POST /v1/completions``: one prompt, as text or as token ids."""
+    fields = parse_object(body)
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    text = _text_of(prompt, "prompt")
+    limit = _optional_int(fields, "max_tokens", least=1)
+    return _generate(fields, settings, text, text, 16 if limit is None else limit, chat=False)
+
+
+def parse_embeddings(body: bytes, settings: SimulationSettings) -> Embed:
+    """``POST /v1/embeddings``: ``input`` is a text, a list of token ids, or a list of either."""
+    fields = parse_object(body)
+    value = fields.get("input")
+    several = isinstance(value, list) and not (value and all(type(item) is int for item in value))
+    items = value if isinstance(value, list) and several else [value]
+    if not items or len(items) > MAX_INPUTS:
+        raise RefusedRequest(f"input: 1 to {MAX_INPUTS} inputs", param="input")
+    form = fields.get("encoding_format", "float")
+    if form not in ("float", "base64"):
+        raise RefusedRequest("encoding_format: Input should be 'float' or 'base64'", param="encoding_format")
+    dimensions = _optional_int(fields, "dimensions", least=1)
+    if dimensions is not None and dimensions > settings.embedding_dimensions:
+        raise RefusedRequest(
+            f"dimensions must be at most {settings.embedding_dimensions} for this model", param="dimensions"
+        )
+    return Embed(
+        model_of(fields, settings),
+        tuple(_text_of(item, "input") for item in items),
+        dimensions or settings.embedding_dimensions,
+        form == "base64",
+        _failure(fields),
+    )
+
+
+def parse_tokenize(body: bytes, settings: SimulationSettings) -> str:
+    """``POST /tokenize``: the text of a ``prompt`` or of ``messages``."""
+    fields = parse_object(body)
+    model_of(fields, settings)
+    if "messages" in fields:
+        return parse_chat(body, settings).prompt
+    return _text_of(fields.get("prompt"), "prompt")
+
+
+def parse_detokenize(body: bytes, settings: SimulationSettings) -> str:
+    """``POST /detokenize``: the text of ``tokens``."""
+    fields = parse_object(body)
+    model_of(fields, settings)
+    tokens = fields.get("tokens")
+    if not isinstance(tokens, list):
+        raise RefusedRequest("tokens: Input should be a valid list", param="tokens")
+    return _text_of(tokens, "tokens") if tokens else ""
+
+
+def model_of(fields: Fields, settings: SimulationSettings) -> str:
+    """The model a request names; without one, the first."""
+    model = fields.get("model")
+    if model is None:
+        return settings.models[0]
+    if not isinstance(model, str):
+        raise RefusedRequest("model: Input should be a valid string", param="model")
+    if model not in settings.models and model not in settings.adapters:
+        raise RefusedRequest(f"The model `{model}` does not exist.", param="model", status=404)
+    return model
+
+
+def _generate(
+    fields: Fields, settings: SimulationSettings, prompt: str, last_user: str, limit: int | None, *, chat: bool
+) -> Generate:
+    model = model_of(fields, settings)
+    prompt_tokens = count_tokens(prompt)
+    room = settings.max_model_len - prompt_tokens
+    if room < (limit or 1):
+        raise RefusedRequest(
+            f"This model's maximum context length is {settings.max_model_len} tokens. However, you requested"
+            f" {limit or 1} output tokens and your prompt contains {prompt_tokens} input tokens.",
+            param="max_tokens" if limit else "input_tokens",
+        )
+    stream = _bool(fields, "stream")
+    for name, most in (("temperature", 100.0), ("top_p", 1.0)):
+        _number(fields, name, most)
+    choices = _optional_int(fields, "n", least=1)
+    if choices is not None and choices > MAX_CHOICES:
+        raise RefusedRequest(f"n must be at most {MAX_CHOICES}", param="n")
+    return Generate(
+        chat=chat,
+        model=model,
+        prompt=prompt,
+        last_user=last_user,
+        prompt_tokens=prompt_tokens,
+        stream=stream,
+        include_usage=_include_usage(fields, stream=stream),
+        limit=room if limit is None else limit,
+        choices=choices or 1,
+        stop=_stop(fields.get("stop")),
+        keep_stop=_bool(fields, "include_stop_str_in_output"),
+        ignore_end=_bool(fields, "ignore_eos"),
+        echo=not chat and _bool(fields, "echo"),
+        seed=_optional_int(fields, "seed") or 0,
+        failure=_failure(fields),
+    )
+
+
+def _failure(fields: Fields) -> Failure | None:
+    if "sim" not in fields:
+        return None
+    try:
+        return parse_order(fields["sim"])
+    except ValueError as error:
+        raise RefusedRequest(str(error), param="sim") from error
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        # Parts that are not text (images, audio) count as their type.
+        texts = [part["text"] if part.get("type") == "text" else f"<|{part.get('type')}|>" for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "\n".join(texts)
+    raise RefusedRequest("messages: content should be a string or a list of parts", param="messages")
+
+
+def _text_of(value: Any, param: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        try:
+            return decode_tokens(value)
+        except ValueError as error:
+            raise RefusedRequest(f"{error}; ids are below {VOCABULARY}", param=param) from error
+    raise RefusedRequest(f"{param}: Input should be a valid string or a list of token ids", param=param)
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise RefusedRequest("stop: Input should be a valid string or a list of strings", param="stop")
+    if "" in stops:
+        raise RefusedRequest("stop cannot contain an empty string.", param="stop")
+    return tuple(stops)
+
+
+def _include_usage(fields: Fields, *, stream: bool) -> bool:
+    options = fields.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise RefusedRequest("stream_options: Input should be a valid dictionary", param="stream_options")
+    if not stream:
+        raise RefusedRequest("Stream options can only be defined when `stream=True`.", param="stream_options")
+    return _bool(options, "include_usage")
+
+
+def _bool(fields: Fields, name: str) -> bool:
+    value = fields.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise RefusedRequest(f"{name}: Input should be a valid boolean", param=name)
+    return value
+
+
+def _optional_int(fields: Fields, name: str, *, least: int | None = None) -> int | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if type(value) is not int:
+        raise RefusedRequest(f"{name}: Input should be a valid integer", param=name)
+    if least is not None and value < least:
+        raise RefusedRequest(f"{name} must be at least {least}, got {value}.", param=name)
+    return value
+
+
+def _number(fields: Fields, name: str, most: float) -> None:
+    value = fields.get(name)
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RefusedRequest(f"{name}: Input should be a valid number", param=name)
+    if not 0 <= value <= most:
+        raise RefusedRequest(f"{name} must be between 0 and {most:g}, got {value}.", param=name)

@@ -1,0 +1,250 @@
+"""A simulated engine without a socket: requests in, answers out, in its own time.
+
+What needs no waiting is answered by :meth:`Simulation.open` itself; the rest is a :class:`~.run.Run` to be awaited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import orjson
+
+from . import wire
+from .answers import answer, embedding, packed_embedding
+from .failures import Failure, FailureKind, drawn_failure
+from .prefix_cache import PrefixCache
+from .requests import (
+    Embed,
+    Generate,
+    RefusedRequest,
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_embeddings,
+    parse_tokenize,
+)
+from .run import EngineCore, Reply, Run, Work
+from .schedule import Pace, Slots
+from .settings import SimulationSettings
+from .tokens import count_tokens, encode_tokens
+
+REMEMBERED_ORDERS = 4096
+
+
+class _Route(NamedTuple):
+    method: str
+    handle: Callable[[bytes], Reply | Run]
+
+
+class Simulation:
+    """One simulated engine. ``clock`` gives seconds and must be the event loop's."""
+
+    def __init__(self, settings: SimulationSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._started_at = clock()
+        self._created = int(time.time())
+        self._salt = secrets.token_hex(8)
+        self._number = 0
+        self._ordered: OrderedDict[bytes, int] = OrderedDict()
+        self._failures: Counter[FailureKind] = Counter()
+        self._cache = PrefixCache(settings.prefix_cache_blocks, settings.block_tokens)
+        interval_s = 1 / settings.tokens_per_s if settings.tokens_per_s else 0.0
+        pace = Pace(settings.ttft_ms / 1e3, settings.prefill_us_per_token / 1e6, interval_s, settings.lockstep)
+        self._engine = EngineCore(Slots(settings.max_num_seqs), pace, clock)
+        self._routes = {
+            "/v1/chat/completions": _Route("POST", lambda body: self._generate(parse_chat(body, settings), body)),
+            "/v1/completions": _Route("POST", lambda body: self._generate(parse_completion(body, settings), body)),
+            "/v1/embeddings": _Route("POST", lambda body: self._embed(parse_embeddings(body, settings), body)),
+            "/tokenize": _Route("POST", self._tokenize),
+            "/detokenize": _Route("POST", self._detokenize),
+            "/v1/models": _Route("GET", lambda _: Reply(200, wire.JSON, wire.model_list(settings, self._created))),
+            "/health": _Route("GET", lambda _: Reply(200, wire.JSON, b"")),
+            "/metrics": _Route("GET", lambda _: Reply(200, wire.METRICS, self.metrics())),
+            "/version": _Route("GET", lambda _: Reply(200, wire.JSON, b'{"version":"simulated"}')),
+        }
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``start_ms`` have passed."""
+        start_ms = self.settings.start_ms
+        return start_ms is not None and self._clock() - self._started_at >= start_ms / 1e3
+
+    async def until_ready(self) -> None:
+        """Return once :attr:`ready`; never, if it never is."""
+        start_ms = self.settings.start_ms
+        await self._engine.until(math.inf if start_ms is None else self._started_at + start_ms / 1e3)
+
+    @property
+    def output(self) -> int:
+        """A number that grows whenever the engine got something done."""
+        engine = self._engine
+        return engine.prompt_tokens + engine.generated_tokens + engine.finished.total()
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return self._engine.slots.running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return self._engine.slots.waiting
+
+    @property
+    def aborted(self) -> int:
+        """Requests whose caller went away before the end."""
+        return self._engine.finished["abort"]
+
+    def open(self, method: str, path: str, body: bytes) -> Reply | Run:
+        """The answer to a request, or the run that will produce it."""
+        route = self._routes.get(path)
+        if route is None:
+            return _refusal("Not Found", "NotFoundError", 404)
+        if not self.ready:
+            return _refusal("The engine is loading its model.", "ServiceUnavailableError", 503)
+        if method != route.method:
+            return _refusal("Method Not Allowed", "BadRequestError", 405)
+        try:
+            return route.handle(body)
+        except RefusedRequest as refusal:
+            return _refusal(refusal.message, refusal.kind, refusal.status, refusal.param)
+
+    def crash(self) -> None:
+        """End every run at once: each raises :class:`~.run.EngineCrashed`."""
+        self._engine.crash()
+
+    def metrics(self) -> bytes:
+        """Prometheus text under vLLM's names, and ``simulation:failures_total``."""
+        engine, cache = self._engine, self._cache
+        samples: dict[str, float] = {
+            "vllm:num_requests_running": engine.slots.running,
+            "vllm:num_requests_waiting": engine.slots.waiting,
+            'vllm:num_requests_waiting_by_reason{reason="capacity"}': engine.slots.waiting,
+            "vllm:kv_cache_usage_perc": cache.usage,
+            "vllm:prefix_cache_queries_total": cache.queried_tokens,
+            "vllm:prefix_cache_hits_total": cache.hit_tokens,
+            "vllm:prompt_tokens_total": engine.prompt_tokens,
+            "vllm:generation_tokens_total": engine.generated_tokens,
+        }
+        for reason in ("stop", "length", "abort"):
+            samples[f'vllm:request_success_total{{finished_reason="{reason}"}}'] = engine.finished[reason]
+        for kind in FailureKind:
+            samples[f'simulation:failures_total{{kind="{kind}"}}'] = self._failures[kind]
+        return wire.metrics_text(samples, self.settings.models[0])
+
+    def _generate(self, request: Generate, body: bytes) -> Reply | Run:
+        self._number += 1
+        failure = self._failure(request.failure, body)
+        content_type = wire.EVENTS if request.stream else wire.JSON
+        if failure is not None and (reply := _failed_at_once(failure, content_type)):
+            return reply
+        choices = answer(request, self.settings)
+        answer_id = f"{'chatcmpl' if request.chat else 'cmpl'}-{self._salt}{self._number:08x}"
+        created = int(time.time())
+
+        def usage(cached_tokens: int) -> wire.Usage:
+            return wire.Usage(request.prompt_tokens, cached_tokens, sum(len(choice.pieces) for choice in choices))
+
+        work = Work(
+            number=self._number,
+            prompt_tokens=request.prompt_tokens,
+            admit=lambda: self._cache.admit(request.model, request.prompt, request.prompt_tokens),
+            steps=max(len(choice.pieces) for choice in choices),
+            width=len(choices),
+            finish=choices[0].finish,
+            stream=wire.StreamWire(request, choices, answer_id, created) if request.stream else None,
+            plain=lambda cached: wire.plain_body(request, choices, usage(cached), answer_id, created),
+            usage=usage,
+            failure=failure,
+        )
+        return self._start(work)
+
+    def _embed(self, request: Embed, body: bytes) -> Reply | Run:
+        self._number += 1
+        failure = self._failure(request.failure, body)
+        if failure is not None and (reply := _failed_at_once(failure, wire.JSON)):
+            return reply
+        tokens = sum(count_tokens(text) for text in request.inputs)
+
+        def plain(_: int) -> bytes:
+            vectors = [
+                embedding(text, request.model, self.settings.seed, request.dimensions) for text in request.inputs
+            ]
+            shown = [packed_embedding(vector) for vector in vectors] if request.base64 else vectors
+            answer_id = f"embd-{self._salt}{self._number:08x}"
+            return wire.embedding_list(shown, answer_id, int(time.time()), request.model, tokens)
+
+        work = Work(
+            number=self._number,
+            prompt_tokens=tokens,
+            admit=lambda: 0,
+            steps=0,
+            width=1,
+            finish="stop",
+            stream=None,
+            plain=plain,
+            usage=lambda cached: wire.Usage(tokens, cached, 0),
+            failure=failure,
+        )
+        return self._start(work)
+
+    def _start(self, work: Work) -> Reply | Run:
+        run = Run(self._engine, work)
+        if self.settings.instant and work.failure is None and self._engine.slots.free:
+            return run.finish_at_once()
+        return run
+
+    def _failure(self, ordered: Failure | None, body: bytes) -> Failure | None:
+        """The failure of this request: what it ordered, unless used up or meant for another engine, or a drawn one."""
+        failure = ordered
+        if ordered is not None:
+            if ordered.on not in ("", self.settings.name) or (
+                ordered.times and self._order_count(body) > ordered.times
+            ):
+                failure = None
+        elif self.settings.failure_rates:
+            failure = drawn_failure(self.settings.failure_rates, self.settings.seed, self._number)
+        if failure is not None:
+            self._failures[failure.kind] += 1
+        return failure
+
+    def _order_count(self, body: bytes) -> int:
+        """How often this very order came, this time included."""
+        key = hashlib.blake2b(body, digest_size=16).digest()
+        self._ordered[key] = self._ordered.pop(key, 0) + 1
+        if len(self._ordered) > REMEMBERED_ORDERS:
+            self._ordered.popitem(last=False)
+        return self._ordered[key]
+
+    def _tokenize(self, body: bytes) -> Reply:
+        ids = encode_tokens(parse_tokenize(body, self.settings))
+        fields = {"count": len(ids), "max_model_len": self.settings.max_model_len, "tokens": ids, "token_strs": None}
+        return Reply(200, wire.JSON, orjson.dumps(fields))
+
+    def _detokenize(self, body: bytes) -> Reply:
+        return Reply(200, wire.JSON, orjson.dumps({"prompt": parse_detokenize(body, self.settings)}))
+
+
+def _refusal(message: str, kind: str, status: int, param: str | None = None) -> Reply:
+    return Reply(status, wire.JSON, wire.error_object(message, kind, status, param))
+
+
+def _failed_at_once(failure: Failure, content_type: str) -> Reply | None:
+    """The answer of failures that come before the first token and need no wait."""
+    if failure.kind is FailureKind.NEVER_READY:
+        return _refusal("The engine is loading its model.", "ServiceUnavailableError", 503)
+    if failure.after_tokens:
+        return None
+    if failure.kind is FailureKind.ERROR:
+        kind = "InternalServerError" if failure.status >= 500 else "BadRequestError"
+        return _refusal("A failure that was ordered.", kind, failure.status)
+    if failure.kind is FailureKind.GARBAGE:
+        return Reply(200, content_type, wire.GARBAGE)
+    return None
