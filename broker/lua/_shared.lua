@@ -173,7 +173,7 @@ local function requeue(job, attempts, reason)
   leave_lease(job)
   local entry = call('XADD', P .. queue, '*', 'id', job.id)
   call('HSET', P .. 'job:' .. job.id, 'state', 'queued', 'epoch', epoch, 'attempts', int(attempts), 'aid', '',
-    'owner', '', 'queue', queue, 'entry', entry, 'ended', job.epoch .. ':' .. job.aid)
+    'owner', '', 'queue', queue, 'entry', entry)
   add('depth', place(job) .. ':waiting', 1)
   total(job, 'requeued')
   tell(job, 'requeued', epoch, reason)
@@ -195,12 +195,14 @@ local function give_up(job, counted, reason, now)
   return 'requeued'
 end
 
--- The job if ``epoch`` and ``aid`` own it; else nil and the answer to give: gone, duplicate or fenced.
-local function fence(id, epoch, aid)
+-- The job if ``epoch`` and ``aid`` own it; else nil and the answer to give: gone, duplicate (this attempt itself ended
+-- the job, or, for ``releasing``, handed it back) or fenced.
+local function fence(id, epoch, aid, releasing)
   local job = load_job(id)
   if not job then return nil, 'gone' end
-  if job.state == 'leased' and job.epoch == epoch and job.aid == aid then return job end
-  if TERMINAL[job.state] and job.epoch == epoch and job.aid == aid then return nil, 'duplicate' end
-  if job.ended == epoch .. ':' .. aid then return nil, 'duplicate' end
+  local same = job.epoch == epoch and job.aid == aid
+  if same and job.state == 'leased' then return job end
+  if same and TERMINAL[job.state] then return nil, 'duplicate' end
+  if releasing and job.ended == epoch .. ':' .. aid then return nil, 'duplicate' end
   return nil, 'fenced'
 end

@@ -181,19 +181,25 @@ while #held < wanted and #pools > 0 do
 end
 call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '))
 
+local function leave_parking()
+  if not last[3] then return end
+  for where in string.gmatch(last[3], '%S+') do call('ZREM', P .. 'parked:' .. where, incarnation) end
+  call('HDEL', claimed_key, 'parked')
+end
+
 if #held < wanted and skipped >= MAX_SKIPPED then
   call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake')
 elseif #held < wanted then
+  local places = table.concat(serves, ' ')
+  if last[3] ~= places then
+    leave_parking()
+    call('HSET', claimed_key, 'parked', places)
+  end
   for _, where in ipairs(serves) do
     call('ZADD', P .. 'parked:' .. where, int(now + park_ms), incarnation)
   end
-  local places = table.concat(serves, ' ')
-  if last[3] ~= places then call('HSET', claimed_key, 'parked', places) end
 else
-  if last[3] then
-    for where in string.gmatch(last[3], '%S+') do call('ZREM', P .. 'parked:' .. where, incarnation) end
-    call('HDEL', claimed_key, 'parked')
-  end
+  leave_parking()
   for _, where in ipairs(serves) do
     if waiting[where] > 0 and wake_one(where, now) then break end
   end

@@ -7,10 +7,11 @@
 local now = now_ms()
 local answers = {}
 for i = 2, #ARGV, 5 do
-  local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2])
+  local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2], true)
   if job then
     local counted = ARGV[i + 3] == '1'
     if give_up(job, counted, ARGV[i + 4], now) == 'requeued' then
+      call('HSET', P .. 'job:' .. job.id, 'ended', job.epoch .. ':' .. job.aid)
       if counted then
         call('HSET', P .. 'job:' .. job.id, 'avoid', job.owner, 'avoid_until', int(now + RETRY_APART_MS))
       end

@@ -1,0 +1,180 @@
+"""Claiming: what a lease holds, repeats, dead entries, and who may claim at all."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from broker import Broker
+from queue_schemas import (
+    ControlKind,
+    Fenced,
+    Lane,
+    MarkerKind,
+    Outcome,
+    Pool,
+    Settled,
+    State,
+    new_incarnation,
+)
+from queue_schemas.keys import ShardKeys
+from tests.support.queue import MODEL, Puller, make_job
+
+from .conftest import Listener
+
+
+async def test_a_lease_says_all_an_attempt_needs(broker: Broker, worker: Puller) -> None:
+    """The envelope as it was, epoch and attempt from 1, the time left and the time waited."""
+    job = make_job(ttl_ms=60_000, traceparent="00-ab-cd-01", request_id="req-1", affinity="f00", cost_estimate=7)
+    await broker.enqueue(job)
+    await asyncio.sleep(0.02)
+    lease = await worker.claim_one()
+    assert lease.job == job
+    assert (lease.epoch, lease.attempt) == (1, 1)
+    assert lease.attempt_id
+    assert 20 <= lease.waited_ms < 10_000
+    assert 50_000 < lease.remaining_ms <= 60_000 - lease.waited_ms
+
+
+async def test_two_workers_never_hold_one_job(broker: Broker) -> None:
+    """Many workers claim at once; every job is leased to exactly one."""
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(60)))
+    workers = [await Puller(broker).join() for _ in range(6)]
+    claims = await asyncio.gather(*(worker.claim(7) for worker in workers for _ in range(2)))
+    held = [lease.job.id for leases in claims for lease in leases]
+    assert len(held) == len(set(held)) == 60
+
+
+async def test_repeating_a_claim_gives_the_same_leases(broker: Broker, worker: Puller) -> None:
+    """The same (incarnation, seq) again answers the same jobs under the same attempts, and claims nothing more."""
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(6)))
+    pools = [(Pool(MODEL), [Lane.INTERACTIVE])]
+    first = await broker.claim(0, worker.incarnation, 7, 0, 3, pools)
+    again = await broker.claim(0, worker.incarnation, 7, 0, 3, pools)
+    assert [(lease.job.id, lease.attempt_id, lease.epoch) for lease in again] == [
+        (lease.job.id, lease.attempt_id, lease.epoch) for lease in first
+    ]
+    assert (await broker.depths())[MODEL][Lane.INTERACTIVE].leased == 3
+    assert len(await broker.claim(0, worker.incarnation, 8, 3, 5, pools)) == 3
+
+
+async def test_a_repeated_claim_leaves_out_what_has_ended_since(broker: Broker, worker: Puller) -> None:
+    """A job that was settled or cancelled in between is not leased a second time."""
+    for _ in range(3):
+        await broker.enqueue(make_job())
+    pools = [(Pool(MODEL), [Lane.INTERACTIVE])]
+    first = await broker.claim(0, worker.incarnation, 1, 0, 3, pools)
+    await broker.settle(first[0], Outcome.DONE)
+    await broker.cancel(first[1].job.id, "gone")
+    again = await broker.claim(0, worker.incarnation, 1, 0, 3, pools)
+    assert [lease.job.id for lease in again] == [first[2].job.id]
+
+
+async def test_who_never_joined_is_fenced(broker: Broker) -> None:
+    """Claiming and renewing need a join."""
+    stranger = Puller(broker)
+    await broker.enqueue(make_job())
+    with pytest.raises(Fenced):
+        await stranger.claim()
+    with pytest.raises(Fenced):
+        await broker.renew(stranger.incarnation)
+
+
+async def test_a_job_whose_time_ran_out_is_not_started(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """Past its deadline a job expires at the claim, even if no sweep came by, and its Router hears so."""
+    job = make_job(ttl_ms=5, reply_to=listener.router)
+    await broker.enqueue(job)
+    await asyncio.sleep(0.02)
+    assert await worker.claim() == []
+    marker = await listener.marker()
+    assert (marker.kind, marker.job_id) == (MarkerKind.EXPIRED, job.id)
+    assert await broker.enqueue(job) is State.EXPIRED
+
+
+async def test_a_job_that_nobody_waits_for_is_cancelled(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """With its Router's stream gone an unstored job is not run; others are."""
+    orphan, kept = make_job(reply_to=listener.router), make_job()
+    await broker.enqueue(orphan)
+    await broker.enqueue(kept)
+    await listener.leave()
+    assert (await worker.claim_one()).job == kept
+    assert await broker.enqueue(orphan) is State.CANCELLED
+
+
+async def test_a_stored_job_runs_without_its_router(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """Nobody needs to listen for a job whose answer is kept."""
+    job = make_job(reply_to=listener.router, stored=True, lane=Lane.BACKGROUND)
+    await broker.enqueue(job)
+    await listener.leave()
+    assert (await worker.claim_one()).job == job
+
+
+async def test_a_claim_passes_over_a_bounded_number_of_dead_entries(
+    broker: Broker, worker: Puller, listener: Listener
+) -> None:
+    """At most 64 dead entries are cleaned up by one call; the worker is told to claim again and loses nothing."""
+    await asyncio.gather(*(broker.enqueue(make_job(reply_to=listener.router)) for _ in range(150)))
+    alive = make_job()
+    await broker.enqueue(alive)
+    await listener.leave()
+    calls = 0
+    while not (leases := await worker.claim()):
+        calls += 1
+        assert [message.kind for message in await worker.told()] == [ControlKind.WAKE]
+        assert calls < 5
+    assert calls == 2
+    assert leases[0].job == alive
+
+
+async def test_an_empty_stream_and_its_tenant_are_forgotten(broker: Broker, worker: Puller, client: Any) -> None:
+    """A drained queue leaves neither its stream nor its place among the tenants."""
+    await broker.enqueue(make_job())
+    await worker.claim_one()
+    assert not await client.exists(ShardKeys(0).queue(MODEL, Lane.INTERACTIVE, 2, "acme"))
+    assert not await client.exists(ShardKeys(0).active(MODEL, Lane.INTERACTIVE, 2))
+
+
+async def test_a_worker_that_just_failed_a_job_lets_others_try(broker: Broker, worker: Puller) -> None:
+    """For two seconds a counted release keeps the job from the worker that gave it up, not from others."""
+    job = make_job()
+    await broker.enqueue(job)
+    await broker.release(await worker.claim_one(), "the engine failed", counted=True)
+    assert await worker.claim() == []
+    other = await Puller(broker).join()
+    lease = await other.claim_one()
+    assert (lease.job, lease.attempt, lease.epoch) == (job, 2, 2)
+
+
+async def test_the_only_worker_gets_its_failed_job_back_in_the_end(broker: Broker, worker: Puller) -> None:
+    """With nobody else there, the same worker is woken and tries again after the two seconds."""
+    job = make_job()
+    await broker.enqueue(job)
+    await broker.release(await worker.claim_one(), "the engine failed", counted=True)
+    async with asyncio.timeout(6):
+        while not (leases := await worker.claim()):
+            await broker.expire()
+            await worker.told(block_ms=100)
+    assert leases[0].job == job
+
+
+async def test_a_claim_of_nothing_parks_and_gives_nothing(broker: Broker, worker: Puller) -> None:
+    """A worker without pools, or asking for no job, gets an empty answer."""
+    await broker.enqueue(make_job())
+    assert await worker.claim(models=()) == []
+    assert await worker.claim(n=0) == []
+    assert len(await worker.claim(n=1)) == 1
+
+
+async def test_attempts_have_ids_of_their_own(broker: Broker) -> None:
+    """No two attempts of anything share an attempt id."""
+    worker = await Puller(broker).join()
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(20)))
+    ids = set()
+    for _ in range(3):
+        for lease in await worker.claim(20):
+            ids.add(lease.attempt_id)
+            assert await broker.release(lease, "draining", counted=False) is Settled.OK
+    assert len(ids) == 60
+    assert new_incarnation("x") != new_incarnation("x")

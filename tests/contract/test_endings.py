@@ -1,0 +1,205 @@
+"""How jobs end without an answer: cancelled, expired, dead; and what their Router and worker hear."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from broker import Broker
+from queue_schemas import (
+    Control,
+    ControlKind,
+    Job,
+    Lane,
+    Marker,
+    MarkerKind,
+    Outcome,
+    Settled,
+    State,
+    new_job_id,
+)
+from queue_schemas.keys import ShardKeys
+from tests.support.queue import MODEL, Puller, make_job
+
+from .conftest import Listener
+
+
+async def test_cancelling_a_waiting_job_removes_it_unrun(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """It leaves the queue at once, and its Router hears why."""
+    job, other = make_job(reply_to=listener.router), make_job()
+    await broker.enqueue(job)
+    await broker.enqueue(other)
+    assert await broker.cancel(job.id, "the client went away") is State.QUEUED
+    marker = await listener.marker()
+    assert (marker.kind, marker.job_id, marker.reason) == (MarkerKind.CANCELLED, job.id, "the client went away")
+    assert [lease.job for lease in await worker.claim(5)] == [other]
+
+
+async def test_cancelling_a_running_job_tells_its_worker(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """Its worker is told to abort, so that the engine's slot is freed."""
+    job = make_job(reply_to=listener.router)
+    await broker.enqueue(job)
+    await worker.claim_one()
+    assert await broker.cancel(job.id, "the client went away") is State.LEASED
+    assert await worker.told() == [Control(ControlKind.ABORT, job.id, "the client went away")]
+    await listener.hears(MarkerKind.CANCELLED)
+    assert await broker.depths() == {}
+
+
+async def test_cancelling_a_job_that_waits_again(broker: Broker, worker: Puller) -> None:
+    """A job on the retry stream is cancelled like any waiting one."""
+    job = make_job()
+    await broker.enqueue(job)
+    await broker.release(await worker.claim_one(), "draining", counted=False)
+    assert await broker.cancel(job.id, "the client went away") is State.QUEUED
+    assert await worker.claim() == []
+    assert await broker.depths() == {}
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+async def test_cancelling_what_has_ended_changes_nothing(
+    broker: Broker, worker: Puller, listener: Listener, outcome: Outcome
+) -> None:
+    """A job ends once: the cancel that comes too late is answered with how it ended."""
+    job = make_job(reply_to=listener.router)
+    await broker.enqueue(job)
+    await broker.settle(await worker.claim_one(), outcome)
+    assert await broker.cancel(job.id, "too late") is State(outcome)
+    assert await broker.enqueue(job) is State(outcome)
+    assert await listener.news() == []
+
+
+async def test_cancelling_twice_tells_once(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """A repeated cancel sends no second marker and no second abort."""
+    job = make_job(reply_to=listener.router)
+    await broker.enqueue(job)
+    await worker.claim_one()
+    for _ in range(3):
+        await broker.cancel(job.id, "the client went away")
+    assert len(await worker.told()) == 1
+    assert len(await listener.news()) == 1
+
+
+async def test_the_tombstone_of_an_unknown_cancel_passes(broker: Broker, client: Any) -> None:
+    """Cancelling ids that never existed leaves only what expires."""
+    job_id = new_job_id(0)
+    await broker.cancel(job_id, "never existed")
+    assert 0 < await client.pttl(ShardKeys(0).job(job_id)) <= 60_000
+
+
+async def test_a_waiting_job_expires(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """The sweep ends a waiting job at its deadline, in order of deadlines, and leaves those with time."""
+    jobs = [make_job(reply_to=listener.router, ttl_ms=ttl) for ttl in (10, 20, 60_000)]
+    for job in jobs:
+        await broker.enqueue(job)
+    await asyncio.sleep(0.04)
+    assert (await broker.expire()).expired == 2
+    assert [(news.kind, news.job_id) for news in await listener.news() if isinstance(news, Marker)] == [
+        (MarkerKind.EXPIRED, jobs[0].id),
+        (MarkerKind.EXPIRED, jobs[1].id),
+    ]
+    assert [lease.job for lease in await worker.claim(5)] == jobs[2:]
+
+
+async def test_a_running_job_expires(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """Its worker is told to abort and its Router that time ran out."""
+    job = make_job(reply_to=listener.router, ttl_ms=30)
+    await broker.enqueue(job)
+    await worker.claim_one()
+    await asyncio.sleep(0.04)
+    assert (await broker.expire()).expired == 1
+    (abort,) = await worker.told()
+    assert (abort.kind, abort.job_id) == (ControlKind.ABORT, job.id)
+    await listener.hears(MarkerKind.EXPIRED)
+    assert (await broker.expire()).expired == 0
+
+
+async def test_a_job_that_waits_again_keeps_its_deadline(broker: Broker, worker: Puller) -> None:
+    """Losing an attempt does not buy time."""
+    job = make_job(ttl_ms=40)
+    await broker.enqueue(job)
+    await broker.release(await worker.claim_one(), "draining", counted=False)
+    await asyncio.sleep(0.05)
+    assert await worker.claim() == []
+    assert await broker.enqueue(job) is State.EXPIRED
+
+
+async def test_many_deadlines_at_once_are_swept_in_steps(broker: Broker) -> None:
+    """A thousand jobs whose time ran out together all end, though one step takes a bounded number."""
+    await asyncio.gather(*(broker.enqueue(make_job(ttl_ms=1)) for _ in range(1_000)))
+    await asyncio.sleep(0.01)
+    expired = 0
+    for _ in range(20):
+        expired += (await broker.expire()).expired
+    assert expired == 1_000
+    assert await broker.depths() == {}
+
+
+async def test_an_abandoned_job_is_cancelled_when_its_worker_dies(
+    broker: Broker, worker: Puller, listener: Listener
+) -> None:
+    """With nobody waiting for the answer any more, a lost attempt is not run again."""
+    job = make_job(reply_to=listener.router)
+    await broker.enqueue(job)
+    await worker.claim_one()
+    await listener.leave()
+    assert (await broker.reclaim(worker.incarnation)).cancelled == 1
+    assert await broker.enqueue(job) is State.CANCELLED
+
+
+async def test_an_abandoned_job_is_cancelled_when_it_is_handed_back(
+    broker: Broker, worker: Puller, listener: Listener
+) -> None:
+    """The same for a release; the worker's call itself succeeds, and nothing is created for the Router that is gone."""
+    job = make_job(reply_to=listener.router)
+    await broker.enqueue(job)
+    lease = await worker.claim_one()
+    await listener.leave()
+    assert await broker.release(lease, "draining", counted=False) is Settled.OK
+    assert await broker.enqueue(job) is State.CANCELLED
+    assert await listener.news() == []
+
+
+async def test_a_settle_for_a_router_that_is_gone_creates_nothing(
+    broker: Broker, worker: Puller, listener: Listener, client: Any
+) -> None:
+    """The answer is dropped; the stream of a dead Router does not come back to life."""
+    await broker.enqueue(make_job(reply_to=listener.router))
+    lease = await worker.claim_one()
+    await listener.leave()
+    assert await broker.settle(lease, Outcome.DONE, b"\x90") is Settled.OK
+    assert not await client.exists(ShardKeys(0).reply(listener.router))
+
+
+async def test_a_dead_letter_holds_the_cause_and_the_whole_job(
+    broker: Broker, worker: Puller, client: Any, listener: Listener
+) -> None:
+    """What an operator needs: why, where, how often, and the envelope to run it again."""
+    job = make_job(max_attempts=1, reply_to=listener.router, lane=Lane.BATCH)
+    await broker.enqueue(job)
+    await broker.release(await worker.claim_one(), "the engine answered 500", counted=True)
+    ((_, letter),) = await client.xrange(ShardKeys(0).dead)
+    assert letter[b"cause"] == b"the engine answered 500"
+    assert letter[b"worker"].decode() == worker.incarnation
+    assert (letter[b"attempts"], letter[b"lane"]) == (b"1", b"batch")
+    assert Job.unpack(letter[b"env"]) == job
+    marker = await listener.marker()
+    assert (marker.kind, marker.reason) == (MarkerKind.DEAD, "the engine answered 500")
+
+
+async def test_totals_count_every_ending(broker: Broker, worker: Puller) -> None:
+    """Enqueued equals live plus each terminal state: what operators and the conservation check read."""
+    jobs = [make_job(max_attempts=1) for _ in range(6)]
+    for job in jobs:
+        await broker.enqueue(job)
+    leases = await worker.claim(4)
+    await broker.settle(leases[0], Outcome.DONE)
+    await broker.settle(leases[1], Outcome.FAILED)
+    await broker.release(leases[2], "broken", counted=True)
+    await broker.cancel(jobs[4].id, "gone")
+    totals = {event: count for (pool, lane, event), count in (await broker.totals()).items() if pool == MODEL}
+    assert totals == {"enqueued": 6, "done": 1, "failed": 1, "dead": 1, "cancelled": 1}
+    depth = (await broker.depths())[MODEL][Lane.INTERACTIVE]
+    assert (depth.waiting, depth.leased) == (1, 1)

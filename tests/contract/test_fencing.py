@@ -1,0 +1,295 @@
+"""Fencing: once an attempt has ended or was taken away, nothing more of it counts, and repeats change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import pytest
+
+from broker import Broker, Reclaimed
+from queue_schemas import (
+    Fenced,
+    Frame,
+    Lane,
+    Lease,
+    Marker,
+    MarkerKind,
+    Outcome,
+    Settled,
+    State,
+    new_job_id,
+)
+from tests.support.queue import MODEL, Puller, answer_frame, make_job
+
+from .conftest import Listener
+
+Loss = Callable[[Broker, Puller, Lease], Awaitable[object]]
+
+
+async def _reclaimed(broker: Broker, worker: Puller, lease: Lease) -> object:
+    return await broker.reclaim(worker.incarnation)
+
+
+async def _left(broker: Broker, worker: Puller, lease: Lease) -> object:
+    return await broker.leave(worker.incarnation)
+
+
+async def _cancelled(broker: Broker, worker: Puller, lease: Lease) -> object:
+    return await broker.cancel(lease.job.id, "the client went away")
+
+
+async def _expired(broker: Broker, worker: Puller, lease: Lease) -> object:
+    await asyncio.sleep(lease.remaining_ms / 1000 + 0.005)
+    return await broker.expire()
+
+
+LOSSES: dict[str, Loss] = {"reclaim": _reclaimed, "leave": _left, "cancel": _cancelled, "expire": _expired}
+
+
+async def waiting(broker: Broker) -> int:
+    """How many jobs wait."""
+    return sum(depth.waiting for lanes in (await broker.depths()).values() for depth in lanes.values())
+
+
+@pytest.fixture(params=LOSSES)
+def loss(request: pytest.FixtureRequest) -> Loss:
+    """The ways in which an attempt is taken from a worker."""
+    return LOSSES[request.param]
+
+
+async def test_the_answer_of_a_lost_attempt_is_refused(
+    broker: Broker, worker: Puller, listener: Listener, loss: Loss
+) -> None:
+    """After reclaim, leave, cancel or expiry a late settle is FENCED, and its frames reach nobody."""
+    await broker.enqueue(make_job(reply_to=listener.router, ttl_ms=40))
+    lease = await worker.claim_one()
+    await loss(broker, worker, lease)
+    assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
+    assert [type(news) for news in await listener.news()] == [Marker]
+
+
+async def test_a_lost_attempt_cannot_be_handed_back(broker: Broker, worker: Puller, loss: Loss) -> None:
+    """After reclaim, leave, cancel or expiry a late release does not queue the job a second time."""
+    await broker.enqueue(make_job(ttl_ms=40))
+    lease = await worker.claim_one()
+    await loss(broker, worker, lease)
+    before = await waiting(broker)
+    assert await broker.release(lease, "draining", counted=True) is Settled.FENCED
+    assert await waiting(broker) == before
+
+
+async def test_only_the_newest_attempt_may_answer(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """The first attempt was lost and comes back late, while the second runs: only the second's answer is taken."""
+    await broker.enqueue(make_job(reply_to=listener.router))
+    late = await worker.claim_one()
+    await broker.reclaim(worker.incarnation)
+    second = await Puller(broker).join()
+    lease = await second.claim_one()
+    assert (lease.epoch, lease.attempt) == (late.epoch + 1, 2)
+    assert await broker.settle(late, Outcome.DONE, answer_frame(late, b"late")) is Settled.FENCED
+    assert await broker.settle(lease, Outcome.DONE, answer_frame(lease, b"right")) is Settled.OK
+    assert await broker.settle(late, Outcome.DONE, answer_frame(late, b"later")) is Settled.FENCED
+    marker, frame = await listener.news()
+    assert isinstance(marker, Marker) and isinstance(frame, Frame)
+    assert (marker.kind, marker.epoch) == (MarkerKind.REQUEUED, 2)
+    assert (frame.data, frame.epoch, frame.attempt_id) == (b"right", 2, lease.attempt_id)
+
+
+async def test_a_wrong_attempt_id_or_epoch_is_fenced(broker: Broker, worker: Puller) -> None:
+    """Both must be equal: a guess of either does not settle."""
+    await broker.enqueue(make_job())
+    lease = await worker.claim_one()
+    assert await broker.settle(replace(lease, attempt_id="other"), Outcome.DONE) is Settled.FENCED
+    assert await broker.settle(replace(lease, epoch=lease.epoch + 1), Outcome.DONE) is Settled.FENCED
+    assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+async def test_settling_twice_is_a_duplicate(
+    broker: Broker, worker: Puller, listener: Listener, outcome: Outcome
+) -> None:
+    """A repeat is recognised; the answer goes out once, and the state stays."""
+    job = make_job(reply_to=listener.router)
+    await broker.enqueue(job)
+    lease = await worker.claim_one()
+    assert await broker.settle(lease, outcome, answer_frame(lease)) is Settled.OK
+    assert await broker.settle(lease, outcome, answer_frame(lease)) is Settled.DUPLICATE
+    assert len(await listener.news()) == 1
+    assert await broker.enqueue(job) is State(outcome)
+
+
+async def test_settling_twice_at_once_answers_once(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """The same settle twice in one batch: one OK, one DUPLICATE, one answer."""
+    await broker.enqueue(make_job(reply_to=listener.router))
+    lease = await worker.claim_one()
+    answers = await asyncio.gather(*(broker.settle(lease, Outcome.DONE, answer_frame(lease)) for _ in range(2)))
+    assert sorted(answers) == [Settled.DUPLICATE, Settled.OK]
+    assert len(await listener.news()) == 1
+
+
+async def test_releasing_twice_is_a_duplicate(broker: Broker, worker: Puller) -> None:
+    """A repeated release queues the job once and spends one attempt."""
+    await broker.enqueue(make_job())
+    lease = await worker.claim_one()
+    assert await broker.release(lease, "the engine failed", counted=True) is Settled.OK
+    assert await broker.release(lease, "the engine failed", counted=True) is Settled.DUPLICATE
+    assert (await broker.depths())[MODEL][Lane.INTERACTIVE].waiting == 1
+    other = await Puller(broker).join()
+    assert (await other.claim_one()).attempt == 2
+    assert await other.claim() == []
+
+
+async def test_what_was_released_cannot_be_settled(broker: Broker, worker: Puller) -> None:
+    """A worker that handed a job back does not own it any more."""
+    await broker.enqueue(make_job())
+    lease = await worker.claim_one()
+    await broker.release(lease, "draining", counted=False)
+    assert await broker.settle(lease, Outcome.DONE) is Settled.FENCED
+    assert (await broker.depths())[MODEL][Lane.INTERACTIVE].waiting == 1
+
+
+async def test_what_was_settled_cannot_be_released(broker: Broker, worker: Puller) -> None:
+    """Handing back after the answer changes nothing."""
+    job = make_job()
+    await broker.enqueue(job)
+    lease = await worker.claim_one()
+    await broker.settle(lease, Outcome.DONE)
+    assert await broker.release(lease, "draining", counted=False) is Settled.DUPLICATE
+    assert await broker.enqueue(job) is State.DONE
+    assert await broker.depths() == {}
+
+
+async def test_a_job_nobody_knows_is_gone(broker: Broker, worker: Puller) -> None:
+    """Settling or releasing what has no record any more says so."""
+    await broker.enqueue(make_job())
+    lease = await worker.claim_one()
+    unknown = replace(lease, job=replace(lease.job, id=new_job_id(0)))
+    assert await broker.settle(unknown, Outcome.DONE) is Settled.GONE
+    assert await broker.release(unknown, "draining", counted=True) is Settled.GONE
+
+
+async def test_one_refused_item_does_not_spoil_its_batch(broker: Broker, worker: Puller) -> None:
+    """Answers of a batch are each item's own."""
+    for _ in range(3):
+        await broker.enqueue(make_job())
+    leases = await worker.claim(3)
+    await broker.cancel(leases[1].job.id, "gone")
+    answers = await asyncio.gather(*(broker.settle(lease, Outcome.DONE) for lease in leases))
+    assert answers == [Settled.OK, Settled.FENCED, Settled.OK]
+
+
+# The dead
+
+
+async def test_a_reclaimed_worker_gets_and_keeps_nothing(broker: Broker, worker: Puller) -> None:
+    """After a reclaim the incarnation can neither claim nor renew; a new incarnation of it can."""
+    for _ in range(2):
+        await broker.enqueue(make_job())
+    await worker.claim(1)
+    await broker.reclaim(worker.incarnation)
+    with pytest.raises(Fenced):
+        await worker.claim()
+    with pytest.raises(Fenced):
+        await broker.renew(worker.incarnation)
+    reborn = await Puller(broker).join()
+    assert len(await reborn.claim(2)) == 2
+
+
+async def test_a_reclaimed_workers_repeat_gives_nothing(broker: Broker, worker: Puller) -> None:
+    """Even the repeat of a claim that had been answered is refused to the dead."""
+    await broker.enqueue(make_job())
+    await worker.claim_one()
+    await broker.reclaim(worker.incarnation)
+    worker.seq -= 1
+    with pytest.raises(Fenced):
+        await worker.claim()
+
+
+async def test_a_reclaim_takes_everything_and_repeats_harmlessly(broker: Broker, worker: Puller) -> None:
+    """More jobs than one step takes: all of them wait again, once; a second reclaim finds nothing."""
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(600)))
+    held = 0
+    while held < 600:
+        held += len(await worker.claim(100))
+    assert await broker.reclaim(worker.incarnation) == Reclaimed(requeued=600)
+    assert await broker.reclaim(worker.incarnation) == Reclaimed()
+    depth = (await broker.depths())[MODEL][Lane.INTERACTIVE]
+    assert (depth.waiting, depth.leased) == (600, 0)
+
+
+async def test_two_managers_that_reclaim_at_once_do_no_harm(broker: Broker, worker: Puller) -> None:
+    """Scripts recheck the facts: each job waits again once and spends one attempt."""
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(20)))
+    await worker.claim(20)
+    results = await asyncio.gather(*(broker.reclaim(worker.incarnation) for _ in range(3)))
+    assert sum(result.requeued for result in results) == 20
+    other = await Puller(broker).join()
+    leases = await other.claim(30)
+    assert [lease.attempt for lease in leases] == [2] * 20
+
+
+async def test_a_renewal_raises_the_number_that_the_manager_watches(broker: Broker, worker: Puller) -> None:
+    """Liveness is a number per incarnation that grows, on nobody's wall clock."""
+    before = (await broker.beats())[worker.incarnation]
+    await broker.renew(worker.incarnation)
+    assert (await broker.beats())[worker.incarnation] > before
+    await broker.leave(worker.incarnation)
+    assert worker.incarnation not in await broker.beats()
+
+
+# Attempts
+
+
+async def test_attempts_are_bounded(broker: Broker, worker: Puller, listener: Listener) -> None:
+    """A job whose every attempt is lost is started max_attempts times and then ends as a dead letter with its cause."""
+    job = make_job(max_attempts=3, reply_to=listener.router)
+    await broker.enqueue(job)
+    for attempt in (1, 2, 3):
+        puller = await Puller(broker).join()
+        assert (await puller.claim_one()).attempt == attempt
+        fate = await broker.reclaim(puller.incarnation)
+        assert fate == (Reclaimed(requeued=1) if attempt < 3 else Reclaimed(dead=1))
+    assert await worker.claim() == []
+    assert await broker.enqueue(job) is State.DEAD
+    kinds = [news.kind for news in await listener.news() if isinstance(news, Marker)]
+    assert kinds == [MarkerKind.REQUEUED, MarkerKind.REQUEUED, MarkerKind.DEAD]
+
+
+async def test_handing_back_spends_no_attempt(broker: Broker, worker: Puller) -> None:
+    """A drain may hand a job back any number of times; the epoch rises, the attempts do not."""
+    await broker.enqueue(make_job(max_attempts=1))
+    for epoch in range(1, 6):
+        lease = await worker.claim_one()
+        assert (lease.attempt, lease.epoch) == (1, epoch)
+        assert await broker.release(lease, "draining", counted=False) is Settled.OK
+
+
+async def test_a_worker_that_leaves_spends_no_attempts(broker: Broker, worker: Puller) -> None:
+    """What a leaving worker still held is handed back as if never started."""
+    await broker.enqueue(make_job(max_attempts=1))
+    await worker.claim_one()
+    assert await broker.leave(worker.incarnation) == Reclaimed(requeued=1)
+    other = await Puller(broker).join()
+    assert (await other.claim_one()).attempt == 1
+
+
+async def test_a_poisoned_job_does_not_take_its_neighbours_along(broker: Broker) -> None:
+    """A job that kills every worker that runs it dies; those that shared the workers with it all finish."""
+    poison = make_job(max_attempts=3)
+    neighbours = [make_job(max_attempts=20) for _ in range(10)]
+    await asyncio.gather(*map(broker.enqueue, [*neighbours[:5], poison, *neighbours[5:]]))
+    done: set[str] = set()
+    for _ in range(20):
+        puller = await Puller(broker).join()
+        leases = await puller.claim(4)
+        if any(lease.job.id == poison.id for lease in leases):
+            await broker.reclaim(puller.incarnation)
+            continue
+        for lease in leases:
+            await broker.settle(lease, Outcome.DONE)
+            done.add(lease.job.id)
+        await broker.leave(puller.incarnation)
+    assert done == {job.id for job in neighbours}
+    assert await broker.enqueue(poison) is State.DEAD

@@ -1,0 +1,187 @@
+"""Parking and waking: an idle fleet costs nothing, a new job wakes one worker, work never waits beside a sleeper."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from broker import Broker
+from queue_schemas import Control, ControlKind, Lane
+from queue_schemas.keys import ShardKeys
+from tests.support.queue import MODEL, Puller, make_job
+
+WAKE = Control(ControlKind.WAKE)
+
+
+async def parked(broker: Broker, count: int, **options: Any) -> list[Puller]:
+    """Workers that found nothing."""
+    workers = [await Puller(broker).join() for _ in range(count)]
+    for worker in workers:
+        assert await worker.claim(**options) == []
+    return workers
+
+
+async def woken(workers: list[Puller]) -> list[Puller]:
+    """Those that were told to claim since the last look."""
+    return [worker for worker in workers if WAKE in await worker.told()]
+
+
+async def test_a_job_wakes_exactly_one_parked_worker(broker: Broker) -> None:
+    """Three idle workers, one job: one is woken."""
+    workers = await parked(broker, 3)
+    await broker.enqueue(make_job())
+    assert len(await woken(workers)) == 1
+
+
+async def test_each_job_wakes_another_worker(broker: Broker) -> None:
+    """Two jobs wake two workers, the third wakes the last, the fourth finds all awake."""
+    workers = await parked(broker, 3)
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(2)))
+    first = await woken(workers)
+    assert len(first) == 2
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(2)))
+    assert await woken(workers) == [worker for worker in workers if worker not in first]
+
+
+async def test_a_busy_worker_is_not_woken(broker: Broker, worker: Puller) -> None:
+    """Who got all it asked for is not parked."""
+    await broker.enqueue(make_job())
+    await worker.claim_one()
+    await broker.enqueue(make_job())
+    assert await worker.told() == []
+
+
+async def test_a_worker_that_found_less_than_it_wanted_is_woken(broker: Broker, worker: Puller) -> None:
+    """With a slot left free a worker is parked while it runs."""
+    await broker.enqueue(make_job())
+    assert len(await worker.claim(2)) == 1
+    await broker.enqueue(make_job())
+    assert await worker.told() == [WAKE]
+
+
+async def test_who_leaves_work_behind_wakes_the_next(broker: Broker, worker: Puller) -> None:
+    """A claim that takes one of two jobs wakes a worker that parked after both were enqueued, for the other."""
+    await broker.enqueue(make_job())
+    await broker.enqueue(make_job())
+    held = [await worker.claim_one(), await worker.claim_one()]
+    (idle,) = await parked(broker, 1)
+    busy = await Puller(broker).join()
+    for lease in held:
+        await broker.release(lease, "draining", counted=False)
+    assert await woken([idle]) == [idle]
+    assert len(await busy.claim(1)) == 1
+    (late,) = await parked(broker, 1, models=("another",))
+    assert len(await idle.claim(1)) == 1
+    assert await woken([late]) == []
+
+
+async def test_a_chain_of_wakes_empties_the_queue(broker: Broker) -> None:
+    """Workers that claim only when woken, one job at a time, take all jobs, though each job woke only one of them."""
+    workers = await parked(broker, 3)
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(12)))
+    taken = 0
+    async with asyncio.timeout(10):
+        while taken < 12:
+            for worker in await woken(workers):
+                while leases := await worker.claim(1):
+                    taken += len(leases)
+    assert taken == 12
+
+
+async def test_a_worker_is_woken_only_for_what_it_serves(broker: Broker) -> None:
+    """Jobs of another model or another lane leave a parked worker asleep."""
+    (worker,) = await parked(broker, 1, models=("a",), lanes=[Lane.INTERACTIVE])
+    await broker.enqueue(make_job(model="b"))
+    await broker.enqueue(make_job(model="a", lane=Lane.BATCH))
+    assert await worker.told() == []
+
+
+async def test_a_parked_worker_that_is_gone_is_passed_over(broker: Broker) -> None:
+    """The wake goes to one that is alive."""
+    workers = await parked(broker, 3)
+    await broker.reclaim(workers[0].incarnation)
+    await broker.leave(workers[1].incarnation)
+    await broker.enqueue(make_job())
+    assert await woken(workers[2:]) == workers[2:]
+
+
+async def test_the_sweep_wakes_where_work_and_sleepers_coexist(broker: Broker) -> None:
+    """A wake that was lost with its worker is made up for within a second, by the sweep."""
+    workers = await parked(broker, 2)
+    await broker.enqueue(make_job())
+    (dead,) = await woken(workers)
+    await broker.reclaim(dead.incarnation)
+    alive = [worker for worker in workers if worker is not dead]
+    assert await woken(alive) == []
+    assert (await broker.expire()).woken == 1
+    assert await woken(alive) == alive
+
+
+async def test_lost_work_wakes_a_worker(broker: Broker, worker: Puller) -> None:
+    """What a dead worker held wakes an idle one, and what a living one hands back does too."""
+    await broker.enqueue(make_job())
+    await worker.claim_one()
+    idle = await parked(broker, 1)
+    await broker.reclaim(worker.incarnation)
+    assert await woken(idle) == idle
+    await broker.release(await idle[0].claim_one(), "draining", counted=False)
+    other = await parked(broker, 1, models=("another",))
+    assert await woken(other) == []
+
+
+async def test_the_wake_of_a_blocked_reader_arrives_at_once(broker: Broker) -> None:
+    """A worker that blocks on its control stream hears of a new job without polling."""
+    (worker,) = await parked(broker, 1)
+    waiting = asyncio.create_task(worker.told(block_ms=8_000))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(4):
+        await broker.enqueue(make_job())
+        assert await waiting == [WAKE]
+
+
+async def test_control_messages_are_read_once_by_position(broker: Broker, worker: Puller) -> None:
+    """Reading on from the last id skips nothing and repeats nothing; reading again from an old id repeats."""
+    await broker.send_control(worker.incarnation, Control(ControlKind.PING))
+    await broker.send_control(worker.incarnation, Control(ControlKind.DRAIN))
+    first = await broker.read_control(0, worker.incarnation, "0", 1)
+    assert [message for _, message in first if message][-2:] == [Control(ControlKind.PING), Control(ControlKind.DRAIN)]
+    assert await broker.read_control(0, worker.incarnation, first[-1][0], 1) == []
+    assert await broker.read_control(0, worker.incarnation, first[-2][0], 1) == first[-1:]
+
+
+async def test_renewing_trims_what_was_read(broker: Broker, worker: Puller, client: Any) -> None:
+    """A control stream does not grow over a worker's life."""
+    for _ in range(50):
+        await broker.send_control(worker.incarnation, Control(ControlKind.PING))
+    await worker.told()
+    await worker.told()
+    await broker.renew(worker.incarnation)
+    assert await client.xlen(ShardKeys(0).control(worker.incarnation)) <= 1
+    assert 30_000 < await client.pttl(ShardKeys(0).control(worker.incarnation)) <= 60_000
+
+
+async def test_nothing_is_sent_to_a_worker_that_is_gone(broker: Broker, worker: Puller, client: Any) -> None:
+    """A control message does not bring a left worker's stream back to life."""
+    await broker.leave(worker.incarnation)
+    assert await broker.send_control(worker.incarnation, Control(ControlKind.PING)) is False
+    assert not await client.exists(ShardKeys(0).control(worker.incarnation))
+
+
+async def test_a_worker_that_left_is_parked_nowhere(broker: Broker, client: Any) -> None:
+    """Neither a leave nor a reclaim leaves a mark among the parked."""
+    workers = await parked(broker, 2)
+    await broker.leave(workers[0].incarnation)
+    await broker.reclaim(workers[1].incarnation)
+    assert await client.zcard(ShardKeys(0).parked(MODEL, Lane.INTERACTIVE)) == 0
+
+
+async def test_a_worker_whose_pools_changed_is_parked_only_where_it_pulls(
+    broker: Broker, worker: Puller, client: Any
+) -> None:
+    """After a new assignment the old model's jobs no longer wake it."""
+    assert await worker.claim(models=("old",)) == []
+    assert await worker.claim(models=("new",)) == []
+    await broker.enqueue(make_job(model="old"))
+    assert await worker.told() == []
+    await broker.enqueue(make_job(model="new"))
+    assert await worker.told() == [WAKE]

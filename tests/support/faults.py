@@ -1,0 +1,173 @@
+"""Faults on the wire: a TCP proxy on loopback that loses replies, delays, cuts and falls silent when told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from types import TracebackType
+from typing import Self
+
+_CHUNK = 65_536
+
+
+class FaultProxy:
+    """Stands between a client and ``target_port``; use it as ``async with FaultProxy(server.port) as proxy``."""
+
+    def __init__(self, target_port: int) -> None:
+        self.port = 0
+        self.latency_s = 0.0
+        """Delay of every chunk, in each direction."""
+        self.replies_lost = 0
+        self._target_port = target_port
+        self._marker = b""
+        self._losses = 0
+        self._refusing = False
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        """A Redis URL that leads through the proxy."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def lose_reply(self, marker: bytes, times: int = 1) -> None:
+        """Of the next ``times`` requests that contain ``marker``: let the server execute them, then drop the
+        connection instead of its reply."""
+        self._marker, self._losses = marker, times
+
+    def cut(self) -> None:
+        """Drop all connections and refuse new ones, until :meth:`heal`."""
+        self._refusing = True
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def silence(self) -> None:
+        """Keep connections open and accept new ones, but pass nothing on, until :meth:`heal`."""
+        self._flowing.clear()
+
+    def heal(self) -> None:
+        """End :meth:`cut` and :meth:`silence`."""
+        self._refusing = False
+        self._flowing.set()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await self._serve(reader, writer)
+        except (OSError, asyncio.IncompleteReadError):
+            pass  # an end of either side is an end of both
+        finally:
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing:
+            return
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        link = _Link()
+        self._writers |= {writer, server_writer}
+        try:
+            async with asyncio.TaskGroup() as group:
+                up = group.create_task(self._pump(reader, server_writer, link, upward=True))
+                down = group.create_task(self._pump(server_reader, writer, link, upward=False))
+                await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
+                up.cancel()
+                down.cancel()
+        except* OSError:
+            pass
+        finally:
+            self._writers -= {writer, server_writer}
+            server_writer.transport.abort()
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _Link, *, upward: bool
+    ) -> None:
+        while chunk := await reader.read(_CHUNK):
+            if self.latency_s:
+                await asyncio.sleep(self.latency_s)
+            await self._flowing.wait()
+            if upward and self._losses and self._marker in link.tail + chunk:
+                link.doomed = True
+            if upward:
+                link.tail = chunk[-64:]
+            elif link.doomed and not chunk.startswith(b"-NOSCRIPT"):
+                self._losses -= 1
+                self.replies_lost += 1
+                return
+            writer.write(chunk)
+            with contextlib.suppress(ConnectionError):
+                await writer.drain()
+
+
+class _Link:
+    """What the proxy remembers of one connection."""
+
+    def __init__(self) -> None:
+        self.doomed = False
+        self.tail = b""
+
+
+class ScriptedRedis:
+    """A Redis that is none: answers ``INFO`` with the given text and everything else politely, for start-up checks."""
+
+    def __init__(self, info: str) -> None:
+        self._info = info
+        self._server: asyncio.Server | None = None
+        self.url = ""
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                count = int((await reader.readuntil(b"\r\n"))[1:])
+                command = []
+                for _ in range(count):
+                    size = int((await reader.readuntil(b"\r\n"))[1:])
+                    command.append((await reader.readexactly(size + 2))[:-2].decode())
+                writer.write(self._answer(command))
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client is done
+        finally:
+            writer.close()
+
+    def _answer(self, command: list[str]) -> bytes:
+        info = self._info.encode()
+        answers = {
+            "INFO": b"$%d\r\n%s\r\n" % (len(info), info),
+            "PING": b"+PONG\r\n",
+            "TIME": b"*2\r\n$10\r\n1700000000\r\n$1\r\n0\r\n",
+            "CONFIG": b"*0\r\n",
+            "HGET": b"$1\r\n1\r\n",
+            "HSETNX": b":1\r\n",
+        }
+        return answers.get(command[0].upper(), b"+OK\r\n")

@@ -1,0 +1,128 @@
+"""The queue as tests see it: a backend to connect to, jobs at hand, a worker that only pulls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import fakeredis
+
+from broker import Broker, BrokerSettings, Budgets
+from queue_schemas import (
+    END,
+    HEAD,
+    LANES,
+    Control,
+    Frame,
+    Incarnation,
+    Job,
+    Lane,
+    Lease,
+    Pool,
+    Tenant,
+    new_incarnation,
+    new_job_id,
+    shard_of_pool,
+)
+
+from .servers import Server
+
+MODEL = Pool("sim/tiny:v1")
+"""A model id with everything that key names must encode."""
+
+
+def make_job(*, model: str = MODEL, tenant: str = "acme", shards: int = 1, **fields: Any) -> Job:
+    """A small job; any field of the envelope may be given."""
+    shard = shard_of_pool(model, shards)
+    defaults: dict[str, Any] = {"id": new_job_id(shard), "path": "/v1/chat/completions", "body": b'{"n":1}'}
+    return Job(model=Pool(model), tenant=Tenant(tenant), **(defaults | fields))
+
+
+def answer_frame(lease: Lease, data: bytes = b"answer", seq: int = 0) -> bytes:
+    """The packed frame of a plain answer."""
+    return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, HEAD | END, data, 200, "application/json").pack()
+
+
+@dataclass
+class Puller:
+    """A worker without an engine: joins, claims with a rising ``seq`` and counts its turns, as real ones do."""
+
+    broker: Broker
+    incarnation: Incarnation = field(default_factory=lambda: new_incarnation("puller"))
+    shard: int = 0
+    seq: int = 0
+    turn: int = 0
+    _read_to: str = "0"
+
+    async def join(self) -> Puller:
+        """Enter the fabric; nothing that was said before is read."""
+        await self.broker.join(self.incarnation)
+        await self.told()
+        return self
+
+    async def claim(self, n: int = 1, models: Sequence[str] = (MODEL,), lanes: Sequence[Lane] = LANES) -> list[Lease]:
+        """A new claim."""
+        self.seq += 1
+        leases = await self.broker.claim(
+            self.shard, self.incarnation, self.seq, self.turn, n, [(Pool(model), lanes) for model in models]
+        )
+        self.turn += len(leases)
+        return leases
+
+    async def claim_one(self, **options: Any) -> Lease:
+        """A new claim that must give a job."""
+        (lease,) = await self.claim(1, **options)
+        return lease
+
+    async def told(self, block_ms: int = 1) -> list[Control]:
+        """The control messages since the last call."""
+        messages = await self.broker.read_control(self.shard, self.incarnation, self._read_to, block_ms)
+        if messages:
+            self._read_to = messages[-1][0]
+        return [message for _, message in messages if message is not None]
+
+
+class Backend:
+    """One kind of server, emptied for each test."""
+
+    kind = ""
+    real = True
+
+    async def connect(self, *, shards: int = 1, budgets: Budgets | None = None) -> Broker:
+        """A new broker, as another process would have."""
+        raise NotImplementedError
+
+    def client(self) -> Any:
+        """A raw redis-py client, to look."""
+        raise NotImplementedError
+
+
+@dataclass
+class ServerBackend(Backend):
+    """A real server."""
+
+    server: Server
+    kind: str
+
+    async def connect(self, *, shards: int = 1, budgets: Budgets | None = None) -> Broker:
+        settings = BrokerSettings(redis_url=self.server.url, shards=shards, retry_limit_ms=3_000)
+        return await Broker.connect(settings, budgets=budgets)
+
+    def client(self) -> Any:
+        return self.server.client(protocol=2)
+
+
+@dataclass
+class FakeBackend(Backend):
+    """fakeredis, in this process: the scripts without a server."""
+
+    kind = "fakeredis"
+    real = False
+    server: fakeredis.FakeServer = field(default_factory=fakeredis.FakeServer)
+
+    async def connect(self, *, shards: int = 1, budgets: Budgets | None = None) -> Broker:
+        return Broker.over(self.client(), shards=shards, budgets=budgets, retry_limit_ms=3_000)
+
+    def client(self) -> Any:
+        return fakeredis.FakeAsyncRedis(server=self.server, protocol=2)
