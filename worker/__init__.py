@@ -1,3 +1,5 @@
 """The Worker: pulls jobs when it has a free slot, runs them on its engine, publishes the answers."""
 
-__all__: list[str] = []
+from .settings import WorkerSettings
+
+__all__ = ["WorkerSettings"]

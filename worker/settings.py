@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import re
+import shlex
 import socket
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import NoDecode
 
 from queue_schemas import BadMessage, check_worker_id
 from telemetry import CommaList, RoleSettings
 
-EngineKind = Literal["auto", "vllm", "url", "sim"]
+EngineKind = Literal["vllm", "url", "sim", "sim-process"]
+
+
+def _words(value: object) -> object:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+Arguments = Annotated[list[str], NoDecode, BeforeValidator(_words)]
+"""Arguments for another program: written as in a shell, or as an array in the file."""
 
 
 class WorkerSettings(RoleSettings):
@@ -32,13 +42,17 @@ class WorkerSettings(RoleSettings):
     insecure: bool = Field(False, description="listen on a public address without a join token")
     region: str = Field("", max_length=100, description="where this worker stands, for people")
 
-    engine: EngineKind = Field("auto", description="vllm, url, sim, or auto: url if one is given, else vllm")
+    engine: Literal["auto"] | EngineKind = Field(
+        "auto",
+        description="vllm, url, sim (in this process), sim-process (in its own), or auto: url if given, else vllm",
+    )
     engine_url: str = Field("", description="base URL of an OpenAI-compatible server that runs already")
     engine_api_key: SecretStr = Field(SecretStr(""), description="bearer token for that server")
     model: str = Field("", description="model id or folder that vLLM serves; with sim, the simulated models' names")
     served_model_name: str = Field("", description="name under which vLLM serves the model; empty: the model itself")
+    sim_args: Arguments = Field([], description="options of the simulated engine, as on its own command line")
     vllm_command: str = Field("", description="the vllm executable; empty: from PATH or .inferq/vllm/bin/vllm")
-    vllm_args: list[str] = Field([], description="further arguments of `vllm serve`")
+    vllm_args: Arguments = Field([], description="further arguments of `vllm serve`")
     vllm_device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: cpu if no accelerator is seen")
     engine_ready_limit_ms: int = Field(
         1_800_000, ge=1_000, description="an engine that takes longer to get ready (downloads included) is restarted"
@@ -51,9 +65,7 @@ class WorkerSettings(RoleSettings):
 
     slots: int = Field(32, ge=1, le=65_536, description="jobs run at once")
     max_answer_bytes: int = Field(64 << 20, ge=1, description="longest answer of an engine, in bytes")
-    flush_interval_ms: float = Field(
-        4.0, ge=0, le=1_000, description="least time between two flushes of streamed frames"
-    )
+    flush_interval_ms: float = Field(4.0, ge=0, le=1_000, description="least time between flushes of streams")
     outbox_limit_bytes: int = Field(64 << 20, ge=1, description="unsent frames at which reading of engines pauses")
     drain_limit_ms: int = Field(30_000, ge=0, description="how long running jobs may take to finish when draining")
 
@@ -77,7 +89,7 @@ class WorkerSettings(RoleSettings):
         return self
 
     @property
-    def engine_kind(self) -> Literal["vllm", "url", "sim"]:
+    def engine_kind(self) -> EngineKind:
         """The engine meant by ``engine`` and ``engine_url``."""
         if self.engine != "auto":
             return self.engine

@@ -1,0 +1,293 @@
+"""Attempts: the jobs this worker runs now, one task each.
+
+Every attempt ends in exactly one of three ways: settled with an answer, released to be run again, or dropped because
+the queue has ended it already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from broker import Broker
+from queue_schemas import (
+    DeadlineExceeded,
+    EngineFailed,
+    InferqError,
+    JobId,
+    Lease,
+    Outcome,
+    Settled,
+    shard_of_job,
+)
+from telemetry import bind, get_logger, inject, span_from, tracing_enabled
+
+from .core import FrameCutter, Retry, judge_answer, judge_failure
+from .engines import Engine, EngineAnswer, EngineCall
+from .metrics import WorkerMetrics
+from .outbox import Channel, Outbox
+
+EVENT_STREAM = "text/event-stream"
+_ABORTS_KEPT = 4_096
+_SETTLE_PAUSE_S = 1.0
+
+log = get_logger(__name__)
+
+
+class Stop(StrEnum):
+    """Why a running attempt is stopped from outside."""
+
+    ENDED = "ended"
+    """The queue has ended the job: there is nobody to tell."""
+    LATE = "late"
+    """Its time ran out."""
+    UNHEARD = "unheard"
+    """The Router that waited is gone."""
+    HANDED_BACK = "handed_back"
+    """This worker stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Settle:
+    outcome: Outcome
+    frames: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Release:
+    reason: str
+    counted: bool
+
+
+_Ending = _Settle | _Release | None
+
+
+class _Attempt:
+    __slots__ = ("channel", "cutter", "deadline", "ending", "lease", "stop", "task")
+
+    def __init__(self, lease: Lease, deadline: float) -> None:
+        self.lease = lease
+        self.deadline = deadline
+        self.cutter = FrameCutter(lease)
+        self.channel: Channel | None = None
+        self.task: asyncio.Task[None] | None = None
+        """Set by the task itself: one that is cancelled before its first step would never clean up."""
+        self.stop: Stop | None = None
+        self.ending = False
+
+
+class Attempts:
+    """Runs leases on ``engine``. ``ended(lease, spent)`` is called when one is over, its slot free again."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        broker: Broker,
+        outbox: Outbox,
+        metrics: WorkerMetrics,
+        *,
+        max_answer_bytes: int,
+        ended: Callable[[Lease, bool], None],
+    ) -> None:
+        self.seen = 0
+        """Pieces of output that arrived from the engine so far: while it moves, the engine makes progress."""
+        self._engine = engine
+        self._broker = broker
+        self._outbox = outbox
+        self._metrics = metrics
+        self._max_answer_bytes = max_answer_bytes
+        self._ended = ended
+        self._running: dict[JobId, _Attempt] = {}
+        self._aborted: OrderedDict[JobId, None] = OrderedDict()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, leases: Sequence[Lease], group: asyncio.TaskGroup) -> None:
+        """Run each lease in a task of ``group``."""
+        now = asyncio.get_running_loop().time()
+        for lease in leases:
+            attempt = _Attempt(lease, now + lease.remaining_ms / 1000)
+            job = lease.job
+            self._metrics.wait(job.model, job.lane.value).observe(lease.waited_ms / 1000)
+            self._running[job.id] = attempt
+            self._idle.clear()
+            if job.id in self._aborted:
+                attempt.stop = Stop.ENDED
+            group.create_task(self._run(attempt))
+
+    def abort(self, job_id: JobId, reason: str) -> None:
+        """The queue has ended ``job_id``: close its engine connection. It may be a job whose claim is on its way."""
+        self._aborted[job_id] = None
+        if len(self._aborted) > _ABORTS_KEPT:
+            self._aborted.popitem(last=False)
+        attempt = self._running.get(job_id)
+        if attempt is not None:
+            log.info("job_aborted", job_id=job_id, request_id=attempt.lease.job.request_id, reason=reason)
+            self._stop(attempt, Stop.ENDED)
+
+    def stop_late(self, now: float) -> None:
+        """Stop every attempt whose deadline has passed."""
+        for attempt in list(self._running.values()):
+            if now >= attempt.deadline:
+                self._stop(attempt, Stop.LATE)
+
+    def hand_back(self) -> None:
+        """Stop all attempts; their jobs go to other workers as if they had not been started."""
+        for attempt in list(self._running.values()):
+            self._stop(attempt, Stop.HANDED_BACK)
+
+    async def idle(self) -> None:
+        """Wait until nothing runs."""
+        await self._idle.wait()
+
+    def _stop(self, attempt: _Attempt, why: Stop) -> None:
+        # Once it is ending, the queue's answer to the settle says what became of it.
+        if attempt.stop is None and not attempt.ending:
+            attempt.stop = why
+            if attempt.task is not None:
+                attempt.task.cancel()
+
+    async def _run(self, attempt: _Attempt) -> None:
+        lease = attempt.lease
+        job = lease.job
+        attempt.task = asyncio.current_task()
+        bind(request_id=job.request_id, job_id=job.id)
+        spent = False
+        attributes: dict[str, str | int | float | bool] | None = None
+        if tracing_enabled():
+            attributes = {"job": job.id, "model": job.model, "attempt": lease.attempt}
+        try:
+            with span_from(job.traceparent, "attempt", attributes) as span:
+                ending = await self._answer(attempt)
+                attempt.ending = True
+                if isinstance(ending, _Settle):
+                    await self._settle(attempt, ending)
+                elif ending is not None:
+                    spent = ending.counted
+                    span.fail(ending.reason)
+                    await self._release(lease, ending)
+        finally:
+            if attempt.channel is not None:
+                attempt.channel.discard()
+            del self._running[job.id]
+            if not self._running:
+                self._idle.set()
+            self._ended(lease, spent)
+
+    async def _answer(self, attempt: _Attempt) -> _Ending:
+        """Call the engine and say how the attempt ends."""
+        lease = attempt.lease
+        try:
+            return await self._call(attempt) if attempt.stop is None else await self._stopped(attempt, attempt.stop)
+        except EngineFailed as error:
+            log.warning("engine_call_failed", attempt=lease.attempt, error=error.message)
+            verdict = judge_failure(attempt.cutter.begun, lease.attempt, lease.job.max_attempts)
+            if isinstance(verdict, Outcome):
+                return _Settle(verdict, attempt.cutter.fail(error))
+            return _Release(error.message, counted=True)
+        except asyncio.CancelledError:
+            if attempt.stop is None or attempt.task is None:
+                raise
+            attempt.task.uncancel()
+            return await self._stopped(attempt, attempt.stop)
+        except Exception as error:
+            log.exception("attempt_broke", attempt=lease.attempt)
+            return _Release(f"the worker tripped over it ({type(error).__name__})", counted=True)
+
+    async def _call(self, attempt: _Attempt) -> _Ending:
+        lease = attempt.lease
+        job = lease.job
+        call = EngineCall(job.path, job.body, job.content_type, job.request_id, inject(job.traceparent))
+        async with self._engine.call(call) as answer:
+            self.seen += 1
+            verdict = judge_answer(answer.status, lease.attempt, job.max_attempts)
+            if verdict is Retry.SPENT:
+                return _Release(f"the engine answered {answer.status}", counted=True)
+            if answer.content_type.startswith(EVENT_STREAM):
+                return await self._stream(attempt, answer, verdict)
+            return await self._plain(attempt, answer, verdict)
+
+    async def _plain(self, attempt: _Attempt, answer: EngineAnswer, verdict: Outcome) -> _Ending:
+        body = await answer.read(self._max_answer_bytes)
+        self.seen += 1
+        if len(body) > self._max_answer_bytes:
+            return _Settle(Outcome.FAILED, attempt.cutter.fail(self._too_large()))
+        self._metrics.usage(attempt.lease.job.model, body)
+        return _Settle(verdict, attempt.cutter.whole(answer.status, answer.content_type, body))
+
+    async def _stream(self, attempt: _Attempt, answer: EngineAnswer, verdict: Outcome) -> _Ending:
+        job, cutter = attempt.lease.job, attempt.cutter
+        attempt.channel = channel = self._outbox.open(
+            shard_of_job(job.id), job.reply_to, lambda: self._stop(attempt, Stop.UNHEARD)
+        )
+        cutter.head(answer.status, answer.content_type)
+        size = events = 0
+        data = b""
+        async for data in answer.chunks():
+            self.seen += 1
+            size += len(data)
+            events += data.count(b"\n\n")
+            if size > self._max_answer_bytes:
+                return _Settle(Outcome.FAILED, await channel.close() + cutter.fail(self._too_large()))
+            urgent = not cutter.begun
+            if frame := cutter.feed(data):
+                channel.put(frame, urgent=urgent)
+                await channel.sent()
+        self._metrics.usage(job.model, data, events)
+        return _Settle(verdict, await channel.close() + cutter.end())
+
+    async def _stopped(self, attempt: _Attempt, why: Stop) -> _Ending:
+        match why:
+            case Stop.ENDED:
+                self._metrics.attempts(attempt.lease.job.model, "aborted").inc()
+                return None
+            case Stop.LATE:
+                error = DeadlineExceeded("the request's time ran out while it ran; allow it more, or ask for less")
+                unsent = await attempt.channel.close() if attempt.channel is not None else b""
+                return _Settle(Outcome.FAILED, unsent + attempt.cutter.fail(error))
+            case Stop.UNHEARD:
+                return _Release("nobody waits for the answer", counted=False)
+            case Stop.HANDED_BACK:
+                return _Release("its worker stops", counted=False)
+
+    async def _settle(self, attempt: _Attempt, ending: _Settle) -> None:
+        """Settle until the queue answers: the answer is worth more than the time it waits for Redis."""
+        lease = attempt.lease
+        while True:
+            try:
+                answer = await self._broker.settle(lease, ending.outcome, ending.frames)
+                break
+            except InferqError as error:
+                log.error("job_not_settled", attempt=lease.attempt, error=error.message)
+                if asyncio.get_running_loop().time() >= attempt.deadline:
+                    return
+            await asyncio.sleep(_SETTLE_PAUSE_S)
+        self._metrics.settled(answer)
+        self._metrics.attempts(lease.job.model, ending.outcome.value).inc()
+        if answer is Settled.OK:
+            log.debug("job_settled", outcome=ending.outcome.value, attempt=lease.attempt)
+        else:
+            log.info("answer_dropped", answer=answer.value, epoch=lease.epoch, attempt=lease.attempt)
+
+    async def _release(self, lease: Lease, ending: _Release) -> None:
+        try:
+            answer = await self._broker.release(lease, ending.reason, counted=ending.counted)
+        except InferqError as error:
+            # The lease stays with this incarnation until it leaves, is declared dead, or the job's time runs out.
+            log.error("job_not_released", attempt=lease.attempt, error=error.message)
+            return
+        self._metrics.settled(answer)
+        self._metrics.attempts(lease.job.model, "spent" if ending.counted else "handed_back").inc()
+        log.info("job_released", reason=ending.reason, counted=ending.counted, answer=answer.value)
+
+    def _too_large(self) -> EngineFailed:
+        return EngineFailed(
+            f"the engine's answer is larger than the {self._max_answer_bytes} bytes that its worker accepts; "
+            "ask for less, or raise INFERQ_WORKER_MAX_ANSWER_BYTES"
+        )

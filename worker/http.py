@@ -1,0 +1,82 @@
+"""The worker's own HTTP service: health, readiness, status, drain, metrics. No request ever comes this way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import Depends, FastAPI
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from queue_schemas import EngineState, Incarnation
+from telemetry import MetricsRegistry
+from telemetry.asgi import health_routes, prepare_app, require_join_token
+
+
+class Health(BaseModel):
+    """Who answers here: a Manager compares it with what it was told."""
+
+    status: str = "alive"
+    worker_id: str
+    incarnation: Incarnation
+
+
+class Status(BaseModel):
+    """Everything a person wants to know of a worker."""
+
+    worker_id: str
+    incarnation: Incarnation
+    ready: bool
+    reasons: list[str]
+    draining: bool
+    engine: EngineState
+    engine_detail: str
+    models: list[str]
+    slots: int
+    running: int
+    broker_ok: bool
+    manager_url: str
+    assignment: tuple[int, int]
+    """(term, version) of the assignment in force."""
+
+
+class DrainAnswer(BaseModel):
+    """The drain has begun; the worker ends when its jobs have."""
+
+    draining: bool = True
+    running: int
+
+
+def make_app(
+    status: Callable[[], Status], drain: Callable[[], None], registry: MetricsRegistry, join_token: str
+) -> FastAPI:
+    """The app; ``status`` is asked for every page, ``drain`` is called by ``POST /drain``."""
+    app = FastAPI(title="inferq worker", docs_url="/docs", redoc_url=None)
+    prepare_app(app, registry)
+    app.include_router(health_routes(registry, lambda: status().reasons))
+
+    @app.get("/health", summary="Which worker, and which run of it, answers here")
+    async def health() -> Health:
+        now = status()
+        return Health(worker_id=now.worker_id, incarnation=now.incarnation)
+
+    @app.get("/ready", summary="Whether it can run jobs, and if not, why (503)")
+    async def ready() -> JSONResponse:
+        now = status()
+        return JSONResponse({"ready": now.ready, "reasons": now.reasons}, 200 if now.ready else 503)
+
+    @app.get("/status", summary="Engine, slots, models, membership")
+    async def show_status() -> Status:
+        return status()
+
+    @app.post(
+        "/drain",
+        status_code=202,
+        summary="Claim no more, finish what runs, end",
+        dependencies=[Depends(require_join_token(join_token))],
+    )
+    async def begin_drain() -> DrainAnswer:
+        drain()
+        return DrainAnswer(running=status().running)
+
+    return app

@@ -1,0 +1,328 @@
+"""One incarnation of a worker: from its registration until it has drained, or was declared dead."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from broker import Broker, BrokerSettings
+from queue_schemas import (
+    Assignment,
+    BadMessage,
+    BrokerFull,
+    BrokerUnavailable,
+    Control,
+    ControlKind,
+    EngineState,
+    Incarnation,
+    InferqError,
+    Lease,
+    ManagerUnavailable,
+    RegistrationAnswer,
+    UnsupportedVersion,
+    WorkerStatus,
+    shard_of_job,
+)
+from telemetry import get_logger
+
+from .attempts import Attempts
+from .core import Claim, Liveness, Slots
+from .engines import Engine
+from .fabric import FabricClient
+from .membership import Membership
+from .metrics import WorkerMetrics
+from .outbox import Outbox
+from .settings import WorkerSettings
+
+CONTROL_BLOCK_MS = 5_000
+SWEEP_S = 0.25
+RENEWALS_PER_LEASE = 5
+LEAVE_LIMIT_S = 5.0
+HAND_BACK_LIMIT_S = 5.0
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What outlives an incarnation. ``connect`` opens the broker named in a registration's answer, once."""
+
+    settings: WorkerSettings
+    engine: Engine
+    client: FabricClient
+    metrics: WorkerMetrics
+    url: str | None
+    connect: Callable[[RegistrationAnswer], Awaitable[Broker]]
+    drain: asyncio.Event
+    """Set once: claim no more, finish, end."""
+
+
+class Life:
+    """Registers, pulls, runs and answers as ``incarnation``."""
+
+    def __init__(self, around: Surroundings, incarnation: Incarnation) -> None:
+        settings = around.settings
+        self.incarnation = incarnation
+        self.slots = Slots(settings.slots)
+        self.broker_ok = False
+        self.running = 0
+        self._around = around
+        self._membership = Membership(
+            around.client,
+            settings.name,
+            url=around.url,
+            region=settings.region,
+            metrics=around.metrics,
+            status=self.status,
+            assigned=self._assigned,
+            drain=around.drain.set,
+        )
+        self._liveness = Liveness(settings.engine_stall_limit_ms / 1000)
+        self._signals: list[asyncio.Event] = []
+        self._ping = asyncio.Event()
+        self._broker: Broker | None = None
+        self._attempts: Attempts | None = None
+
+    @property
+    def trouble(self) -> list[str]:
+        """Why it cannot run jobs now, in sentences."""
+        engine = self._around.engine
+        reasons = []
+        if self._around.drain.is_set():
+            reasons.append("the worker is draining")
+        if engine.state is not EngineState.READY:
+            reasons.append(f"the engine is {engine.state.value}: {engine.detail}")
+        if self._membership.trouble:
+            reasons.append(self._membership.trouble)
+        if not self.broker_ok:
+            reasons.append("the queue's Redis is not reached")
+        return reasons
+
+    def status(self) -> WorkerStatus:
+        """What this worker says of itself."""
+        engine = self._around.engine
+        return WorkerStatus(
+            incarnation=self.incarnation,
+            models=list(engine.models),
+            slots=self._around.settings.slots,
+            running=self.slots.busy,
+            engine=engine.state,
+            engine_detail=engine.detail[:2_000],
+            broker_ok=self.broker_ok,
+            draining=self._around.drain.is_set(),
+        )
+
+    def engine_changed(self) -> None:
+        """The engine's state or models are others now."""
+        self.slots.ready = self._around.engine.state is EngineState.READY
+        self._signal_all()
+        self._membership.tell()
+
+    async def run(self, *, first: bool) -> None:
+        """Live until drained. Raises ``Fenced`` when declared dead, within an exception group, as all errors."""
+        async with asyncio.TaskGroup() as group:
+            working = group.create_task(self._work(first), name="worker")
+            await self._around.drain.wait()
+            await self._finish()
+            working.cancel()
+
+    async def _work(self, first: bool) -> None:
+        answer = await self._membership.register(first=first)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._membership.run(), name="heartbeats")
+            broker = await self._around.connect(answer)
+            await self._join(broker)
+            outbox = Outbox(
+                broker.publish,
+                interval_ms=self._around.settings.flush_interval_ms,
+                limit_bytes=self._around.settings.outbox_limit_bytes,
+            )
+            attempts = Attempts(
+                self._around.engine,
+                broker,
+                outbox,
+                self._around.metrics,
+                max_answer_bytes=self._around.settings.max_answer_bytes,
+                ended=self._ended,
+            )
+            self._signals = [asyncio.Event() for _ in range(broker.shards)]
+            self._broker, self._attempts = broker, attempts
+            group.create_task(outbox.run(), name="outbox")
+            group.create_task(self._keep_leases(broker, attempts, answer.lease_ms / 1000), name="renewals")
+            group.create_task(self._sweep(attempts), name="sweep")
+            for shard in range(broker.shards):
+                group.create_task(self._listen(shard, broker, attempts), name=f"control {shard}")
+                group.create_task(self._pull(shard, broker, attempts, group), name=f"claims {shard}")
+            self.engine_changed()
+
+    async def _join(self, broker: Broker) -> None:
+        while True:
+            try:
+                await broker.join(self.incarnation)
+            except (BrokerUnavailable, BrokerFull) as error:
+                log.warning("queue_not_joined", error=error.message)
+                await asyncio.sleep(_LONGEST_PAUSE_S)
+            else:
+                self._reached(True)
+                return
+
+    async def _pull(self, shard: int, broker: Broker, attempts: Attempts, group: asyncio.TaskGroup) -> NoReturn:
+        """Claim on one shard whenever there is a free slot and reason to."""
+        signal, slots, now = self._signals[shard], self.slots, asyncio.get_running_loop().time
+        while True:
+            signal.clear()
+            claim = slots.next_claim(shard, now())
+            if claim is None:
+                await signal.wait()
+                continue
+            leases = await self._claim(claim, broker)
+            if leases is not None:
+                slots.answered(claim, len(leases), now())
+                attempts.start(leases, group)
+
+    async def _claim(self, claim: Claim, broker: Broker) -> list[Lease] | None:
+        """Send ``claim``; None if it was not answered and must be sent again. Raises ``Fenced``."""
+        try:
+            return await broker.claim(claim.shard, self.incarnation, claim.seq, claim.turn, claim.n, claim.pools)
+        except (BadMessage, UnsupportedVersion) as error:
+            log.error("claimed_job_unreadable", shard=claim.shard, error=error.message)
+            return []
+        except (BrokerUnavailable, BrokerFull) as error:
+            log.warning("claim_not_answered", shard=claim.shard, error=error.message)
+            await asyncio.sleep(_LONGEST_PAUSE_S)
+            return None
+
+    async def _listen(self, shard: int, broker: Broker, attempts: Attempts) -> NoReturn:
+        """Follow this incarnation's control stream on one shard."""
+        after, pause = "0", _FIRST_PAUSE_S
+        while True:
+            try:
+                messages = await broker.read_control(shard, self.incarnation, after, CONTROL_BLOCK_MS)
+            except (BrokerUnavailable, BrokerFull) as error:
+                if self.broker_ok:
+                    log.warning("queue_not_reached", error=error.message)
+                self._reached(False)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE_S)
+                continue
+            pause = _FIRST_PAUSE_S
+            self._reached(True)
+            for message_id, message in messages:
+                after = message_id
+                if message is not None:
+                    self._obey(shard, message, attempts)
+
+    def _obey(self, shard: int, message: Control, attempts: Attempts) -> None:
+        match message.kind:
+            case ControlKind.WAKE:
+                self.slots.wake(shard)
+                self._signals[shard].set()
+            case ControlKind.ABORT if message.job_id is not None:
+                attempts.abort(message.job_id, message.reason)
+            case ControlKind.DRAIN:
+                self._around.drain.set()
+            case ControlKind.PING:
+                self._ping.set()
+
+    async def _keep_leases(self, broker: Broker, attempts: Attempts, lease_s: float) -> NoReturn:
+        """Renew while the engine makes progress. Raises ``Fenced``."""
+        alive = True
+        while True:
+            pinged = self._ping.is_set()
+            self._ping.clear()
+            # A ping wants an answer at once: what was found last is good enough.
+            alive = alive if pinged else await self._makes_progress(attempts)
+            if alive:
+                try:
+                    await broker.renew(self.incarnation)
+                except (BrokerUnavailable, BrokerFull) as error:
+                    log.warning("leases_not_renewed", error=error.message)
+            else:
+                log.warning("engine_makes_no_progress", running=len(attempts))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(lease_s / RENEWALS_PER_LEASE):
+                    await self._ping.wait()
+
+    async def _makes_progress(self, attempts: Attempts) -> bool:
+        now = asyncio.get_running_loop().time
+        if self._liveness.moved(len(attempts), attempts.seen, now()):
+            return True
+        return self._liveness.believes(await self._around.engine.progress(), now())
+
+    async def _sweep(self, attempts: Attempts) -> NoReturn:
+        """What is due by time, for all jobs at once."""
+        now = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            attempts.stop_late(now())
+            for shard in self.slots.shards_due(now()):
+                self._signals[shard].set()
+
+    async def _finish(self) -> None:
+        """Claim no more, let running jobs end, hand the rest back, leave."""
+        limit_s = self._around.settings.drain_limit_ms / 1000
+        self.slots.draining = True
+        self._signal_all()
+        self._membership.tell()
+        attempts, broker = self._attempts, self._broker
+        if attempts is not None and broker is not None:
+            log.info("draining", running=len(attempts), limit_s=limit_s)
+            if not await _within(attempts.idle(), limit_s):
+                log.warning("jobs_handed_back", jobs=len(attempts))
+                attempts.hand_back()
+                await _within(attempts.idle(), HAND_BACK_LIMIT_S)
+            await _within(self._leave(broker), LEAVE_LIMIT_S)
+        if self._membership.registered:
+            await _within(self._deregister(), LEAVE_LIMIT_S)
+
+    async def _leave(self, broker: Broker) -> None:
+        try:
+            await broker.leave(self.incarnation)
+        except InferqError as error:
+            log.warning("queue_not_left", error=error.message)
+
+    async def _deregister(self) -> None:
+        try:
+            await self._around.client.deregister(self._around.settings.name, self.incarnation)
+        except (ManagerUnavailable, InferqError) as error:
+            log.warning("not_deregistered", error=error.message)
+
+    def _assigned(self, assignment: Assignment) -> None:
+        if assignment.order != self.slots.order and self.slots.assign(assignment):
+            log.info("assigned", version=assignment.version, pools=[part.pool for part in assignment.pools])
+            self._signal_all()
+
+    def _ended(self, lease: Lease, spent: bool) -> None:
+        self.slots.freed()
+        if spent:
+            self.slots.retry_soon(shard_of_job(lease.job.id), asyncio.get_running_loop().time())
+        self._signal_all()
+
+    def _signal_all(self) -> None:
+        for signal in self._signals:
+            signal.set()
+
+    def _reached(self, ok: bool) -> None:
+        if ok != self.broker_ok:
+            self.broker_ok = ok
+            self._membership.tell()
+
+
+async def _within(work: Awaitable[None], limit_s: float) -> bool:
+    """Whether ``work`` was done within the limit; what was not is cancelled."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await work
+    except TimeoutError:
+        return False
+    return True
+
+
+def broker_settings(settings: WorkerSettings, answer: RegistrationAnswer) -> BrokerSettings:
+    """How to reach the queue: as the Manager says, or as this worker was told."""
+    return BrokerSettings.load(redis_url=settings.redis_url or answer.broker_url, shards=answer.shards)

@@ -1,0 +1,153 @@
+"""Membership: registered with a Manager, kept so by heartbeats, over all Manager URLs and restarts of Managers.
+
+What a worker runs does not depend on it: while no Manager answers, jobs are pulled on the last assignment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+from queue_schemas import (
+    Assignment,
+    AuthenticationFailed,
+    BadRequest,
+    Heartbeat,
+    ManagerUnavailable,
+    Registration,
+    RegistrationAnswer,
+    UnknownWorker,
+    WorkerIdTaken,
+    WorkerStatus,
+)
+from telemetry import get_logger
+
+from .fabric import FabricClient
+from .metrics import WorkerMetrics
+
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 2.0
+_TAKEN_TRIES = 6
+_TAKEN_PAUSE_S = 0.5
+"""A worker that was restarted at once waits so long for its predecessor to be found dead: 3 s in all."""
+_LEAST_GAP_S = 0.1
+
+log = get_logger(__name__)
+
+
+class Membership:
+    """Registers one incarnation and keeps it registered.
+
+    ``status()`` is what heartbeats say; ``assigned`` and ``drain`` are called with what the answers bring.
+    """
+
+    def __init__(
+        self,
+        client: FabricClient,
+        worker_id: str,
+        *,
+        url: str | None,
+        region: str,
+        metrics: WorkerMetrics,
+        status: Callable[[], WorkerStatus],
+        assigned: Callable[[Assignment], None],
+        drain: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._worker_id = worker_id
+        self._url = url
+        self._region = region
+        self._metrics = metrics
+        self._status = status
+        self._assigned = assigned
+        self._drain = drain
+        self._changed = asyncio.Event()
+        self._heartbeat_s = 2.0
+        self.registered = False
+        self.trouble = "not registered with a Manager yet"
+        """Why it is not registered, for people; empty when it is."""
+
+    def tell(self) -> None:
+        """Something the Manager should know has changed: send a heartbeat soon."""
+        self._changed.set()
+
+    async def register(self, *, first: bool) -> RegistrationAnswer:
+        """Register, trying until a Manager accepts.
+
+        Raises ``WorkerIdTaken`` when another worker holds the id for 3 s and, the ``first`` time, what cannot be
+        mended by waiting: ``AuthenticationFailed``, ``BadRequest``.
+        """
+        pause = _FIRST_PAUSE_S
+        taken = 0
+        while True:
+            try:
+                answer = await self._client.register(self._registration())
+            except WorkerIdTaken as error:
+                taken += 1
+                if taken > _TAKEN_TRIES:
+                    raise WorkerIdTaken(
+                        f"another worker called {self._worker_id} is alive: {error.message}; "
+                        "stop it, or start this one with another --worker-id"
+                    ) from error
+                await asyncio.sleep(_TAKEN_PAUSE_S)
+                continue
+            except (ManagerUnavailable, AuthenticationFailed, BadRequest) as error:
+                if first and not isinstance(error, ManagerUnavailable):
+                    raise
+                self._lost(error.message)
+                self._client.turn()
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, _LONGEST_PAUSE_S)
+                continue
+            self._heartbeat_s = answer.heartbeat_ms / 1000
+            self.registered, self.trouble = True, ""
+            log.info("registered", manager=self._client.url, pools=len(answer.assignment.pools))
+            self._assigned(answer.assignment)
+            return answer
+
+    async def run(self) -> NoReturn:
+        """Send heartbeats until cancelled; registers again when the Manager does not know us or does not answer."""
+        while True:
+            await self._pause()
+            try:
+                answer = await self._client.heartbeat(self._worker_id, Heartbeat(**self._status().model_dump()))
+            except UnknownWorker as error:
+                self._lost(error.message)
+                await self.register(first=False)
+            except (ManagerUnavailable, AuthenticationFailed, BadRequest) as error:
+                self._metrics.heartbeats_failed.inc()
+                self._lost(error.message)
+                self._client.turn()
+                await self.register(first=False)
+            else:
+                self._assigned(answer.assignment)
+                if answer.drain:
+                    self._drain()
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(_LEAST_GAP_S)
+        try:
+            async with asyncio.timeout(max(self._heartbeat_s - _LEAST_GAP_S, 0)):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+        self._changed.clear()
+
+    def _registration(self) -> Registration:
+        status = self._status().model_dump()
+        return Registration(worker_id=self._worker_id, url=self._url, version=_version(), region=self._region, **status)
+
+    def _lost(self, why: str) -> None:
+        if self.trouble != why:
+            log.warning("manager_lost" if self.registered else "manager_not_reached", reason=why)
+        self.registered, self.trouble = False, why
+
+
+def _version() -> str:
+    try:
+        return version("inferq")
+    except PackageNotFoundError:
+        return ""

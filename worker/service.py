@@ -1,0 +1,245 @@
+"""The worker's process: engine, HTTP service and one incarnation after the other.
+
+``python -m worker.service --worker-id worker-1 --manager-url http://localhost:18000 --port 7000 --model MODEL``
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+from broker import Broker
+from queue_schemas import (
+    BrokerUnavailable,
+    EngineState,
+    Fenced,
+    RegistrationAnswer,
+    new_incarnation,
+)
+from telemetry import (
+    MetricsRegistry,
+    TelemetrySettings,
+    configure_logging,
+    configure_tracing,
+    get_logger,
+    shutdown_tracing,
+)
+from telemetry.flags import parse_settings
+from telemetry.server import bind_socket, is_loopback, refuse_unguarded, run_process, run_server, stop_on_signals
+
+from .engines import Engine
+from .engines.choice import make_engine
+from .fabric import FabricClient
+from .http import Status, make_app
+from .incarnation import Life, Surroundings, broker_settings
+from .metrics import WorkerMetrics
+from .settings import WorkerSettings
+
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 5.0
+_SIM_FLAG = "--sim-"
+
+log = get_logger(__name__)
+
+
+class Worker:
+    """One worker process. ``run`` ends when ``drain`` is set and everything has been handed over.
+
+    ``listener`` is the socket of its HTTP service. The engine is the one of the settings unless given.
+    """
+
+    def __init__(self, settings: WorkerSettings, listener: socket.socket, engine: Engine | None = None) -> None:
+        self.settings = settings
+        self.registry = MetricsRegistry("worker")
+        self.drain = asyncio.Event()
+        self._metrics = WorkerMetrics(self.registry)
+        self._listener = listener
+        self._engine = engine or make_engine(settings, self._metrics.engine_restarts.inc)
+        self._client = FabricClient(settings.manager_urls, settings.join_token.get_secret_value())
+        self._broker: Broker | None = None
+        self._around = Surroundings(
+            settings=settings,
+            engine=self._engine,
+            client=self._client,
+            metrics=self._metrics,
+            url=_advertised(settings, listener),
+            connect=self._connect,
+            drain=self.drain,
+        )
+        self._life = Life(self._around, new_incarnation(settings.name))
+        self._watch()
+
+    async def run(self) -> None:
+        """Serve until drained. Raises ``WorkerIdTaken`` and other errors of ours that its user can mend."""
+        stop_http = asyncio.Event()
+        app = make_app(self.status, self.drain.set, self.registry, self.settings.join_token.get_secret_value())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(
+                    run_server(app, sock=self._listener, stop=stop_http, shutdown_limit_s=1.0), name="http"
+                )
+                engine = group.create_task(self._engine.run(self._engine_changed), name="engine")
+                await self._live()
+                engine.cancel()
+                stop_http.set()
+        finally:
+            await self._engine.stop(self.settings.engine_stop_limit_ms / 1000)
+            await self._client.close()
+            if self._broker is not None:
+                await self._broker.close()
+        log.info("worker_ended")
+
+    def status(self) -> Status:
+        """The page ``GET /status``."""
+        life, now = self._life, self._life.status()
+        reasons = life.trouble
+        return Status(
+            worker_id=self.settings.name,
+            incarnation=life.incarnation,
+            ready=not reasons,
+            reasons=reasons,
+            draining=now.draining,
+            engine=now.engine,
+            engine_detail=now.engine_detail,
+            models=now.models,
+            slots=now.slots,
+            running=now.running,
+            broker_ok=now.broker_ok,
+            manager_url=self._client.url,
+            assignment=life.slots.order,
+        )
+
+    def _engine_changed(self) -> None:
+        self._life.engine_changed()
+
+    async def _live(self) -> None:
+        """One incarnation after the other, until one drains."""
+        first = True
+        while True:
+            try:
+                await self._life.run(first=first)
+            except BaseExceptionGroup as failures:
+                fenced, others = failures.split(Fenced)
+                if fenced is None or others is not None:
+                    raise
+            else:
+                return
+            self._metrics.fenced.inc()
+            log.warning("declared_dead", incarnation=self._life.incarnation, abandoned=self._life.slots.busy)
+            if self.drain.is_set():
+                return
+            first = False
+            self._life = Life(self._around, new_incarnation(self.settings.name))
+
+    async def _connect(self, answer: RegistrationAnswer) -> Broker:
+        """The broker, opened at the first call; waits for a Redis that is away."""
+        pause = _FIRST_PAUSE_S
+        while self._broker is None:
+            try:
+                self._broker = await Broker.connect(broker_settings(self.settings, answer))
+            except BrokerUnavailable as error:
+                log.warning("queue_not_reached", error=error.message, again_in_s=pause)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE_S)
+            else:
+                self.registry.watch_round_trips(lambda: self._broker.round_trips if self._broker else 0)
+        return self._broker
+
+    def _watch(self) -> None:
+        slots = self.registry.gauge("inferq_slots", "Jobs that can run at once, and that do", ("state",))
+        slots.labels("total").set_function(lambda: self.settings.slots)
+        slots.labels("busy").set_function(lambda: self._life.slots.busy)
+        ready = self.registry.gauge("inferq_engine_ready", "1 while the engine takes calls")
+        ready.set_function(lambda: self._engine.state is EngineState.READY)
+
+
+def _advertised(settings: WorkerSettings, listener: socket.socket) -> str | None:
+    if settings.advertise_url:
+        return settings.advertise_url
+    port = listener.getsockname()[1]
+    host = settings.host
+    if host in ("0.0.0.0", "::", ""):  # noqa: S104 - compared, not bound
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def run_worker(settings: WorkerSettings) -> None:
+    """Run one worker until SIGTERM or SIGINT (it drains; a second one ends it at once) or until it is told to drain."""
+    refuse_unguarded(
+        settings.host,
+        guarded=bool(settings.join_token.get_secret_value()),
+        insecure=settings.insecure,
+        remedy="set a join token (INFERQ_JOIN_TOKEN)",
+    )
+    with bind_socket(settings.host, settings.port) as listener, stop_on_signals() as stop:
+        worker = Worker(settings, listener)
+        log.info(
+            "worker_starting",
+            worker_id=settings.name,
+            port=listener.getsockname()[1],
+            engine=settings.engine_kind,
+            managers=settings.manager_urls,
+            public=not is_loopback(settings.host),
+        )
+        async with asyncio.TaskGroup() as group:
+            signals = group.create_task(_drain_on(stop, worker.drain), name="signals")
+            await worker.run()
+            signals.cancel()
+
+
+async def _drain_on(stop: asyncio.Event, drain: asyncio.Event) -> None:
+    await stop.wait()
+    drain.set()
+
+
+def read_settings(argv: Sequence[str] | None = None) -> tuple[WorkerSettings, TelemetrySettings]:
+    """The settings of a command line: a flag per setting, besides ``--manager-url`` (repeatable) and ``--sim-...``.
+
+    Raises ``CannotStart`` for a wrong value; ends the process for a flag that does not exist.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--manager-url", action="append", default=[])
+    options, rest = parser.parse_known_args(argv)
+    if options.manager_url:
+        rest += ["--manager-urls", ",".join(options.manager_url)]
+    rest = _gather_sim_flags(rest)
+    own, telemetry = parse_settings("worker", "A worker of an inferq fabric.", rest, WorkerSettings, TelemetrySettings)
+    return cast(WorkerSettings, own), cast(TelemetrySettings, telemetry)
+
+
+def _gather_sim_flags(arguments: Sequence[str]) -> list[str]:
+    """``--sim-ttft-ms 5`` as part of the setting ``sim_args``."""
+    rest: list[str] = []
+    sim: list[str] = []
+    target = rest
+    for part in arguments:
+        if part.startswith("--"):
+            of_sim = part.startswith(_SIM_FLAG) and not part.startswith("--sim-args")
+            target = sim if of_sim else rest
+            part = f"--{part.removeprefix(_SIM_FLAG)}" if of_sim else part  # noqa: PLW2901
+        target.append(part)
+    return [*rest, f"--sim-args={shlex.join(sim)}"] if sim else rest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a worker; the process's exit code."""
+
+    async def run() -> None:
+        settings, telemetry = read_settings(argv)
+        configure_logging("worker", telemetry.log_level, telemetry.log_format)
+        configure_tracing("worker", telemetry.otlp_endpoint)
+        try:
+            await run_worker(settings)
+        finally:
+            shutdown_tracing()
+
+    return run_process(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
