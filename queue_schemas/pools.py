@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from .fabric import LaneDepth, PoolDepth, WorkerInfo
+from .ids import Pool
 from .lanes import LANES, Lane
 
 
 def describe_pools(
-    depths: Mapping[str, Mapping[Lane, LaneDepth]], workers: Iterable[WorkerInfo], known: Iterable[str]
+    depths: Mapping[Pool, Mapping[Lane, LaneDepth]], workers: Iterable[WorkerInfo], known: Iterable[str]
 ) -> list[PoolDepth]:
     """One entry per model that has jobs, is served or is ``known``, by name; every lane is in it, zeros included."""
     serving: dict[str, list[WorkerInfo]] = {}
@@ -17,8 +18,8 @@ def describe_pools(
         if worker.takes_work:
             for model in worker.models:
                 serving.setdefault(model, []).append(worker)
-    models = sorted({*depths, *serving, *known})
-    return [_describe(model, depths.get(model, {}), serving.get(model, ())) for model in models]
+    models = sorted({*map(str, depths), *serving, *map(str, known)})
+    return [_describe(model, depths.get(Pool(model), {}), serving.get(model, ())) for model in models]
 
 
 def _describe(model: str, depths: Mapping[Lane, LaneDepth], serving: Iterable[WorkerInfo]) -> PoolDepth:

@@ -10,11 +10,14 @@ import hmac
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from http import HTTPStatus
 from time import perf_counter
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +26,7 @@ from queue_schemas import (
     JOIN_TOKEN_HEADER,
     AuthenticationFailed,
     BadRequest,
+    BodyTooLarge,
     InferqError,
     MethodNotAllowed,
     PathNotFound,
@@ -37,6 +41,21 @@ DEFAULT_RETRY_AFTER_S = 1
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 _RawHeaders = Iterable[tuple[bytes, bytes]]
 log = get_logger(__name__)
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's words: all four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer from status 400 up."""
+
+    error: ErrorDetail
 
 
 def new_request_id() -> str:
@@ -73,11 +92,12 @@ def error_response(error: InferqError) -> Response:
 
 
 class RequestContext:
-    """ASGI middleware: gives each request its id (in ``scope["state"]["request_id"]``, the logs and the answer), counts
-    it, and answers an unforeseen exception with the error object instead of a closed connection."""
+    """ASGI middleware: gives each request its id (``scope["state"]["request_id"]``, the logs, the answer), bounds its
+    body, counts it, and answers an unforeseen exception with the error object instead of a closed connection."""
 
-    def __init__(self, app: ASGIApp, metrics: MetricsRegistry) -> None:
+    def __init__(self, app: ASGIApp, metrics: MetricsRegistry, max_body_bytes: int) -> None:
         self._app = app
+        self._max_body_bytes = max_body_bytes
         self._role = metrics.role
         self._requests = metrics.counter(
             "inferq_requests_total", "Answers by path and status", ("role", "path", "code")
@@ -101,7 +121,10 @@ class RequestContext:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            _check_length(scope["headers"], self._max_body_bytes)
+            await self._app(scope, _bounded(receive, self._max_body_bytes), send_with_id)
+        except BodyTooLarge as error:
+            await _send_error(error, send_with_id)
         except Exception:
             log.exception("request_failed", method=scope["method"], path=scope["path"])
             if status:
@@ -114,13 +137,31 @@ class RequestContext:
             log.debug("request", method=scope["method"], path=path, status=status, seconds=perf_counter() - begun)
 
 
-def prepare_app(app: FastAPI, metrics: MetricsRegistry) -> FastAPI:
-    """Give ``app`` the request context and handlers that turn every error into the OpenAI error object."""
-    app.add_middleware(RequestContext, metrics=metrics)
+def prepare_app(app: FastAPI, metrics: MetricsRegistry, *, max_body_bytes: int = 1024 * 1024) -> FastAPI:
+    """Give ``app`` the request context, a limit on bodies, handlers that turn every error into the OpenAI error object,
+    and an OpenAPI document that says so."""
+    app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes)
+    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]  # as FastAPI documents it
     app.add_exception_handler(InferqError, _on_inferq_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_exception)
     return app
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """``responses`` of a FastAPI route that may answer with the error object."""
+    return {status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase} for status in statuses}
+
+
+def _openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """FastAPI's document without the 422 answers it announces by itself: ours are 400, in our own shape."""
+    document = make()
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation.get("responses", {}).pop("422", None)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        document.get("components", {}).get("schemas", {}).pop(unused, None)
+    return document
 
 
 def require_join_token(expected: str) -> Callable[[str], Awaitable[None]]:
@@ -170,6 +211,27 @@ def health_routes(
         return Response(body, headers={"content-type": content_type})
 
     return routes
+
+
+def _check_length(headers: _RawHeaders, limit: int) -> None:
+    for name, value in headers:
+        if name == b"content-length" and value.isdigit() and int(value) > limit:
+            raise BodyTooLarge(f"the request's body of {value.decode()} bytes is over the limit of {limit}")
+
+
+def _bounded(receive: Receive, limit: int) -> Receive:
+    """``receive`` that refuses to go on past ``limit`` bytes, for bodies that do not say their length."""
+    received = 0
+
+    async def bounded() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise BodyTooLarge(f"the request's body is over the limit of {limit} bytes")
+        return message
+
+    return bounded
 
 
 async def _send_error(error: InferqError, send: Send) -> None:

@@ -1,0 +1,42 @@
+"""Which queues a worker pulls.
+
+Rules:
+
+* A ready, active worker pulls every lane of every model it serves, on the shard of the model's pool.
+* A worker whose engine is not ready, or which is suspect, is given nothing new; what it has stays, as far as it still
+  serves it, so that a short trouble moves no queue.
+* A draining worker pulls nothing.
+* ``(term, version)`` orders assignments. The version rises exactly when the content changes; the term is that of the
+  Manager that answers, so that a deposed Manager's word never wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from queue_schemas import Assignment, EngineState, PoolAssignment, WorkerState
+
+
+def wanted_pools(
+    state: WorkerState,
+    engine: EngineState,
+    models: Sequence[str],
+    current: Sequence[PoolAssignment],
+    shard_of: Callable[[str], int],
+) -> list[PoolAssignment]:
+    """What the worker should pull, in the order of its models."""
+    if state is WorkerState.DRAINING:
+        return []
+    wanted = [PoolAssignment(pool=model, shard=shard_of(model)) for model in dict.fromkeys(models)]
+    if state is WorkerState.ACTIVE and engine is EngineState.READY:
+        return wanted
+    return [pool for pool in wanted if pool in current]
+
+
+def next_assignment(current: Assignment, term: int, pools: Sequence[PoolAssignment]) -> Assignment:
+    """``current`` if it says the same in the same term, else the one that follows it."""
+    wanted = list(pools)
+    version = current.version if current.pools == wanted else current.version + 1
+    if (term, version) == current.order:
+        return current
+    return Assignment(term=term, version=version, pools=wanted)

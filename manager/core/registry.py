@@ -1,0 +1,253 @@
+"""The fleet as the Manager knows it.
+
+Rules:
+
+* A worker id has one member: one incarnation. Whether a newcomer may take the id of another is decided before
+  (:func:`manager.core.liveness.judge`); here the newcomer replaces it.
+* A heartbeat of an incarnation that is not the member's is unknown: the worker registers again.
+* Without a heartbeat for ``suspect_s`` a member is suspect; the next one clears it. It leaves the registry when it
+  deregisters, when its incarnation is found dead, or when it is suspect and has no renewal number for a whole lease.
+* Draining is for good: only a new incarnation works again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from queue_schemas import (
+    Assignment,
+    Heartbeat,
+    Incarnation,
+    Registration,
+    UnknownWorker,
+    WorkerId,
+    WorkerInfo,
+    WorkerState,
+    WorkerStatus,
+)
+
+from .assignment import next_assignment, wanted_pools
+from .liveness import Door, DoorState
+
+FIRST_LOOK_AGAIN_S, LAST_LOOK_AGAIN_S = 1.0, 60.0
+_NO_ASSIGNMENT = Assignment(term=0, version=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One worker. Times are monotonic seconds of the Manager that holds it.
+
+    ``had_number``: its renewal number was seen, so it has joined the queue. ``verified``: its URL answered as this
+    incarnation. ``look_at``, ``look_pause_s``: when its unverified URL is tried again, and the pause after that.
+    """
+
+    worker_id: WorkerId
+    status: WorkerStatus
+    heard_at: float
+    url: str | None = None
+    version: str = ""
+    region: str = ""
+    state: WorkerState = WorkerState.ACTIVE
+    drain_asked: bool = False
+    had_number: bool = False
+    verified: bool = False
+    url_note: str = ""
+    look_at: float = 0.0
+    look_pause_s: float = FIRST_LOOK_AGAIN_S
+    assignment: Assignment = field(default=_NO_ASSIGNMENT)
+
+    @property
+    def incarnation(self) -> Incarnation:
+        return Incarnation(self.status.incarnation)
+
+    def info(self, now: float | None = None) -> WorkerInfo:
+        """The member as others see it; without ``now`` as it is written down, where an age would soon be wrong."""
+        status = self.status
+        return WorkerInfo(
+            worker_id=self.worker_id,
+            incarnation=status.incarnation,
+            url=self.url,
+            url_note=self.url_note,
+            version=self.version,
+            region=self.region,
+            models=status.models,
+            slots=status.slots,
+            running=status.running,
+            engine=status.engine,
+            engine_detail=status.engine_detail,
+            broker_ok=status.broker_ok,
+            state=self.state,
+            heartbeat_age_ms=0 if now is None else max(0, round((now - self.heard_at) * 1000)),
+            assignment=self.assignment,
+        )
+
+
+class Registry:
+    """The members and their assignments, of one term of one acting Manager. Durations in seconds."""
+
+    def __init__(self, term: int, shard_of: Callable[[str], int], *, suspect_s: float, lease_s: float) -> None:
+        self.term = term
+        self._shard_of = shard_of
+        self._suspect_s = suspect_s
+        self._lease_s = lease_s
+        self._members: dict[WorkerId, Member] = {}
+
+    def load(self, snapshot: Iterable[WorkerInfo], now: float) -> None:
+        """Begin with what the last Manager wrote down. Everybody counts as just heard: the next heartbeats decide."""
+        for info in snapshot:
+            status = WorkerStatus.model_validate(info.model_dump())
+            member = Member(
+                worker_id=WorkerId(info.worker_id),
+                status=status,
+                heard_at=now,
+                url=info.url,
+                version=info.version,
+                region=info.region,
+                drain_asked=info.state is WorkerState.DRAINING,
+                look_at=now,
+                assignment=info.assignment,
+            )
+            self._put(member, now)
+
+    def members(self) -> list[Member]:
+        """All members, by worker id."""
+        return sorted(self._members.values(), key=lambda member: member.worker_id)
+
+    def find(self, worker_id: str) -> Member | None:
+        return self._members.get(WorkerId(worker_id))
+
+    def get(self, worker_id: str) -> Member:
+        """The member of that id. Raises ``UnknownWorker``."""
+        member = self.find(worker_id)
+        if member is None:
+            raise UnknownWorker(f"no worker {worker_id!r} is registered here: see GET /fabric/v1/workers")
+        return member
+
+    def join(self, registration: Registration, now: float) -> Member:
+        """Take a worker in, in place of any other incarnation of its id; a known incarnation keeps what it has."""
+        worker_id = WorkerId(registration.worker_id)
+        known = self._members.get(worker_id)
+        member = Member(
+            worker_id=worker_id,
+            status=registration,
+            heard_at=now,
+            url=registration.url,
+            version=registration.version,
+            region=registration.region,
+            look_at=now,
+        )
+        if known is not None and known.incarnation == member.incarnation:
+            member = replace(
+                member,
+                drain_asked=known.drain_asked,
+                had_number=known.had_number,
+                assignment=known.assignment,
+            )
+            if known.url == member.url:
+                member = replace(
+                    member,
+                    verified=known.verified,
+                    url_note=known.url_note,
+                    look_at=known.look_at,
+                    look_pause_s=known.look_pause_s,
+                )
+        return self._put(member, now)
+
+    def heartbeat(self, worker_id: str, heartbeat: Heartbeat, now: float) -> Member:
+        """Take a heartbeat in. Raises ``UnknownWorker`` unless this incarnation is the member."""
+        member = self.find(worker_id)
+        if member is None or member.incarnation != heartbeat.incarnation:
+            raise UnknownWorker(f"worker {worker_id!r} is not registered here in this incarnation: register again")
+        return self._put(replace(member, status=heartbeat, heard_at=now), now)
+
+    def drain(self, worker_id: str, now: float) -> Member:
+        """Ask a worker to finish what it runs and end. Raises ``UnknownWorker``."""
+        return self._put(replace(self.get(worker_id), drain_asked=True), now)
+
+    def leave(self, worker_id: str, incarnation: str) -> bool:
+        """Forget a worker that says goodbye; False if that incarnation is no member (any more)."""
+        member = self.find(worker_id)
+        if member is None or member.incarnation != incarnation:
+            return False
+        del self._members[member.worker_id]
+        return True
+
+    def bury(self, incarnation: Incarnation) -> Member | None:
+        """Forget an incarnation that was found dead; the member it was, if any."""
+        for member in self._members.values():
+            if member.incarnation == incarnation:
+                return self._members.pop(member.worker_id)
+        return None
+
+    def saw_numbers(self, incarnations: Iterable[Incarnation]) -> None:
+        """These incarnations have a renewal number: they have joined the queue."""
+        seen = set(incarnations)
+        for worker_id, member in self._members.items():
+            if not member.had_number and member.incarnation in seen:
+                self._members[worker_id] = replace(member, had_number=True)
+
+    def looked(self, incarnation: Incarnation, door: Door, now: float) -> None:
+        """Take in a look at a worker's URL. Only an answer as this very incarnation verifies it."""
+        for member in self._members.values():
+            if member.incarnation == incarnation:
+                verified = member.verified or door.state is DoorState.SAME
+                self._members[member.worker_id] = replace(
+                    member,
+                    verified=verified,
+                    url_note="" if door.state is DoorState.SAME else door.note,
+                    look_at=now + member.look_pause_s,
+                    look_pause_s=min(member.look_pause_s * 2, LAST_LOOK_AGAIN_S),
+                )
+                return
+
+    def to_look_at(self, now: float, limit: int) -> list[Member]:
+        """Up to ``limit`` members whose URL is to be verified now, the longest overdue first."""
+        due = [m for m in self._members.values() if m.url and not m.verified and m.look_at <= now]
+        return sorted(due, key=lambda member: member.look_at)[:limit]
+
+    def to_doubt(self, now: float, silent_s: float, limit: int) -> list[Member]:
+        """Up to ``limit`` members not heard for ``silent_s`` whose URL may prove them dead, the most silent first."""
+        silent = [m for m in self._members.values() if m.verified and now - m.heard_at >= silent_s]
+        return sorted(silent, key=lambda member: member.heard_at)[:limit]
+
+    def sweep(self, now: float, has_number: Callable[[Incarnation], bool]) -> list[Member]:
+        """Bring every state up to date; the members that left because nothing is to be expected of them.
+
+        A suspect without a renewal number holds no job, so no lease will ever run out for it.
+        """
+        lost = [
+            member
+            for member in self._members.values()
+            if now - member.heard_at >= self._suspect_s + self._lease_s and not has_number(member.incarnation)
+        ]
+        for member in lost:
+            del self._members[member.worker_id]
+        for member in list(self._members.values()):
+            self._put(member, now)
+        return lost
+
+    def _put(self, member: Member, now: float) -> Member:
+        state = WorkerState.ACTIVE
+        if member.drain_asked or member.status.draining:
+            state = WorkerState.DRAINING
+        elif now - member.heard_at >= self._suspect_s:
+            state = WorkerState.SUSPECT
+        member = replace(member, state=state)
+        if member.assignment.term != self.term or not self._same_inputs(member):
+            pools = wanted_pools(
+                state, member.status.engine, member.status.models, member.assignment.pools, self._shard_of
+            )
+            member = replace(member, assignment=next_assignment(member.assignment, self.term, pools))
+        self._members[member.worker_id] = member
+        return member
+
+    def _same_inputs(self, member: Member) -> bool:
+        """Whether the assignment that ``member`` has was made from what it says now: most heartbeats change nothing."""
+        known = self._members.get(member.worker_id)
+        return (
+            known is not None
+            and known.assignment is member.assignment
+            and (known.state, known.status.engine) == (member.state, member.status.engine)
+            and known.status.models == member.status.models
+        )

@@ -1,0 +1,234 @@
+"""What an acting Manager does to the fleet: one term, from the snapshot it begins with to the lease it loses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
+
+from queue_schemas import (
+    BrokerUnavailable,
+    Control,
+    ControlKind,
+    Heartbeat,
+    Incarnation,
+    InferqError,
+    Pool,
+    Registration,
+    UnknownWorker,
+    WorkerIdTaken,
+    WorkerInfo,
+)
+from telemetry import get_logger
+
+from .core import BeatWatch, DoorState, Member, Registry, Verdict
+from .deaths import Clock, Deaths, within
+from .metrics import FleetMetrics
+from .ports import QueuePort, WorkerProbe
+from .settings import ManagerSettings
+
+LOOKS_AT_ONCE = 16
+"""Most workers looked at in one sweep: a rack that goes down must not hold the others up."""
+POOLS_REFRESH_S = 600.0
+"""How often a served pool is remembered again; the memory lasts a day."""
+
+log = get_logger(__name__)
+
+
+class Fleet:
+    """The registry of one term and the effects of its decisions."""
+
+    def __init__(
+        self,
+        settings: ManagerSettings,
+        queue: QueuePort,
+        probe: WorkerProbe,
+        metrics: FleetMetrics,
+        term: int,
+        changed: asyncio.Event,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.term = term
+        self.registry = Registry(
+            term, queue.shard_of, suspect_s=settings.suspect_ms / 1000, lease_s=settings.lease_ms / 1000
+        )
+        self.changed = changed
+        """Set when the registry may differ from its snapshot in Redis."""
+        self._settings = settings
+        self._queue = queue
+        self._metrics = metrics
+        self._clock = clock
+        self._deaths = Deaths(settings, queue, probe, metrics, clock)
+        self._watch = BeatWatch(settings.lease_ms / 1000)
+        self._saved: dict[str, WorkerInfo] = {}
+        self._pools_due: dict[str, float] = {}
+        self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def load(self) -> None:
+        """Begin with what the last Manager wrote down, and make the declared pools known."""
+        limit = self._settings.broker_call_ms
+        snapshot = await within(limit, self._queue.load_workers())
+        self._saved = dict(snapshot)
+        self.registry.load(snapshot.values(), self._clock())
+        declared = self._settings.pools
+        known = await within(limit, self._queue.known_pools())
+        if declared:
+            await within(limit, self._queue.remember_pools(declared, declared=True))
+        undeclared = [pool for pool, was_declared in known.items() if was_declared and pool not in declared]
+        if undeclared:
+            await within(limit, self._queue.remember_pools(undeclared))
+        self.changed.set()
+
+    # What workers ask for
+
+    async def register(self, registration: Registration) -> Member:
+        """Take a worker in. Raises ``WorkerIdTaken`` if another live incarnation has its id."""
+        async with self._one_at_a_time(registration.worker_id):
+            current = self.registry.find(registration.worker_id)
+            if current is not None and current.incarnation != registration.incarnation:
+                verdict = await self._deaths.judge(current, await self._deaths.look(current))
+                if verdict is Verdict.ALIVE:
+                    raise WorkerIdTaken(
+                        f"worker id {registration.worker_id!r} is in use by a live worker ({current.incarnation}): "
+                        "give this one another --worker-id, or stop that one first"
+                    )
+                if verdict is Verdict.DEAD:
+                    self._bury(current.incarnation, "replaced")
+                    await self._deaths.reclaim()
+            member = self.registry.join(registration, self._clock())
+        log.info("worker_joined", worker=member.worker_id, incarnation=member.incarnation, models=member.status.models)
+        self.changed.set()
+        return member
+
+    def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> Member:
+        """Take a heartbeat in. Raises ``UnknownWorker``: register again."""
+        before = self.registry.find(worker_id)
+        member = self.registry.heartbeat(worker_id, heartbeat, self._clock())
+        if before is None or before.info() != member.info():
+            self.changed.set()
+        return member
+
+    async def drain(self, worker_id: str) -> Member:
+        """Ask a worker to drain, by its control stream and by its next heartbeat's answer."""
+        member = self.registry.drain(worker_id, self._clock())
+        self.changed.set()
+        try:
+            call = self._queue.send_control(member.incarnation, Control(ControlKind.DRAIN))
+            await within(self._settings.broker_call_ms, call)
+        except BrokerUnavailable as error:
+            log.warning("drain_not_sent", worker=worker_id, error=error.message, then="its next heartbeat tells it")
+        return member
+
+    def leave(self, worker_id: str, incarnation: str) -> None:
+        """A worker says goodbye. Raises ``UnknownWorker`` if the id is another incarnation's."""
+        if not self.registry.leave(worker_id, incarnation):
+            raise UnknownWorker(f"worker {worker_id!r} is not registered here in incarnation {incarnation!r}")
+        log.info("worker_left", worker=worker_id, incarnation=incarnation)
+        self.changed.set()
+
+    def workers(self) -> list[WorkerInfo]:
+        now = self._clock()
+        return [member.info(now) for member in self.registry.members()]
+
+    # What happens each second
+
+    async def sweep(self) -> None:
+        """One round: renewal numbers, the dead, the doubtful, deadlines, states. Bounded in time.
+
+        Raises ``BrokerUnavailable`` (and then no time of stillness counts) or another broker error.
+        """
+        limit = self._settings.broker_call_ms
+        await self._look_around()
+        asked_at = self._clock()
+        try:
+            numbers = await within(limit, self._queue.beats())
+        except InferqError:
+            self._watch.restart()
+            raise
+        still = self._watch.observe(numbers, asked_at, self._clock())
+        self.registry.saw_numbers(numbers)
+        for incarnation in still:
+            self._bury(incarnation, "still")
+        await self._deaths.reclaim()
+        before = {member.worker_id: member.state for member in self.registry.members()}
+        for member in self.registry.sweep(self._clock(), self._watch.__contains__):
+            log.warning("worker_forgotten", worker=member.worker_id, incarnation=member.incarnation)
+        for member in self.registry.members():
+            if before.get(member.worker_id) != member.state:
+                log.warning("worker_state", worker=member.worker_id, state=str(member.state))
+        swept = await within(limit, self._queue.expire())
+        self._metrics.expired.inc(swept.expired)
+        self._metrics.rewoken.inc(swept.woken)
+        self.changed.set()
+
+    async def save(self) -> None:
+        """Write what changed in the registry since the last time, and remember the pools it serves."""
+        now: dict[str, WorkerInfo] = {member.worker_id: member.info() for member in self.registry.members()}
+        changed = [info for worker_id, info in now.items() if self._saved.get(worker_id) != info]
+        gone = [worker_id for worker_id in self._saved if worker_id not in now]
+        if changed or gone:
+            await within(self._settings.broker_call_ms, self._queue.save_workers(changed, gone))
+            self._saved = now
+        await self._remember_pools({model for info in now.values() for model in info.models})
+
+    async def _remember_pools(self, served: set[str]) -> None:
+        now, limit = self._clock(), self._settings.broker_call_ms
+        due = [model for model in served if now >= self._pools_due.get(model, now)]
+        if not due:
+            return
+        known = await within(limit, self._queue.known_pools())
+        # Remembering a declared pool again would end its declaration.
+        seen = [model for model in due if not known.get(Pool(model), False)]
+        if seen:
+            await within(limit, self._queue.remember_pools(seen))
+        still_served = {model: due_at for model, due_at in self._pools_due.items() if model in served}
+        self._pools_due = still_served | dict.fromkeys(due, now + POOLS_REFRESH_S)
+
+    # Doubt
+
+    async def _look_around(self) -> None:
+        """Verify new URLs, and bury those of the silent whose death is certain."""
+        now = self._clock()
+        fresh = self.registry.to_look_at(now, LOOKS_AT_ONCE)
+        silent_s = 2 * self._settings.heartbeat_ms / 1000
+        doubted = self.registry.to_doubt(now, silent_s, LOOKS_AT_ONCE)
+        if not fresh and not doubted:
+            return
+        async with asyncio.TaskGroup() as tasks:
+            for member in fresh:
+                tasks.create_task(self._verify(member))
+            for member in doubted:
+                tasks.create_task(self._doubt(member))
+
+    async def _verify(self, member: Member) -> None:
+        door = await self._deaths.look(member)
+        self.registry.looked(member.incarnation, door, self._clock())
+        if door.note and door.note != member.url_note:
+            log.warning("worker_url", worker=member.worker_id, note=door.note)
+
+    async def _doubt(self, member: Member) -> None:
+        door = await self._deaths.look(member)
+        if door.state not in (DoorState.REFUSED, DoorState.OTHER):
+            return
+        try:
+            verdict = await self._deaths.judge(member, door)
+        except InferqError as error:
+            log.info("worker_not_judged", worker=member.worker_id, error=error.message)
+            return
+        current = self.registry.find(member.worker_id)
+        heard_since = current is not None and current.heard_at > member.heard_at
+        if verdict is Verdict.DEAD and not heard_since:
+            self._bury(member.incarnation, "certain")
+
+    def _bury(self, incarnation: Incarnation, how: str) -> None:
+        member = self.registry.bury(incarnation)
+        self._deaths.note(incarnation, member.worker_id if member is not None else "", how)
+        self.changed.set()
+
+    @asynccontextmanager
+    async def _one_at_a_time(self, worker_id: str) -> AsyncIterator[None]:
+        lock = self._joining.setdefault(worker_id, asyncio.Lock())
+        async with lock:
+            yield

@@ -1,0 +1,56 @@
+"""The Manager's figures for Prometheus: the fleet and the queues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from broker import Reclaimed
+from queue_schemas import PoolDepth, WorkerInfo
+from telemetry import MetricsRegistry
+
+
+class FleetMetrics:
+    """Gauges that are made anew at each scrape, and counters of what the Manager did."""
+
+    def __init__(self, registry: MetricsRegistry) -> None:
+        self.registry = registry
+        self.acting = registry.gauge("inferq_manager_acting", "1 while this Manager acts, 0 in standby")
+        self._reclaimed = registry.counter("inferq_reclaimed_total", "Incarnations declared dead, by how", ("how",))
+        self._fates = registry.counter("inferq_reclaimed_jobs_total", "Jobs of dead incarnations", ("fate",))
+        self.expired = registry.counter("inferq_expired_total", "Jobs ended because their time ran out")
+        self.rewoken = registry.counter("inferq_rewoken_total", "Workers woken because work and idle workers coexisted")
+        self._workers = registry.gauge("inferq_workers", "Workers by model and state", ("model", "state"))
+        self._pool_workers = registry.gauge("inferq_pool_workers", "Workers that take work for a model", ("model",))
+        self._pool_slots = registry.gauge("inferq_pool_slots", "Slots of the workers of a model", ("model",))
+        self._jobs = registry.gauge("inferq_jobs", "Jobs by model, lane and state", ("model", "lane", "state"))
+        self._oldest = registry.gauge(
+            "inferq_oldest_job_age_seconds", "How long the longest-waiting job has waited", ("model", "lane")
+        )
+
+    def dead(self, how: str, taken: Reclaimed) -> None:
+        """An incarnation was reclaimed; ``how`` its death was found."""
+        self._reclaimed.labels(how).inc()
+        self._fates.labels("requeued").inc(taken.requeued)
+        self._fates.labels("dead").inc(taken.dead)
+        self._fates.labels("cancelled").inc(taken.cancelled)
+
+    def show_workers(self, workers: Iterable[WorkerInfo]) -> None:
+        self._workers.clear()
+        for worker in workers:
+            for model in worker.models or [""]:
+                self._workers.labels(model, str(worker.state)).inc()
+
+    def show_pools(self, pools: Iterable[PoolDepth]) -> None:
+        self.forget_pools()
+        for pool in pools:
+            self._pool_workers.labels(pool.model).set(pool.workers)
+            self._pool_slots.labels(pool.model).set(pool.slots)
+            for lane, depth in pool.lanes.items():
+                self._jobs.labels(pool.model, str(lane), "waiting").set(depth.waiting)
+                self._jobs.labels(pool.model, str(lane), "leased").set(depth.leased)
+                self._oldest.labels(pool.model, str(lane)).set(depth.oldest_age_ms / 1000)
+
+    def forget_pools(self) -> None:
+        """Better no figure than an old one: Redis did not answer."""
+        for gauge in (self._jobs, self._oldest, self._pool_workers, self._pool_slots):
+            gauge.clear()

@@ -1,0 +1,53 @@
+"""Where the Manager meets the outside: the queue, and the workers' HTTP services."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from broker import Expired, Reclaimed
+from queue_schemas import Control, Incarnation, Lane, LaneDepth, Pool, WorkerId, WorkerInfo
+
+from .core import Door
+
+
+class QueuePort(Protocol):
+    """The Manager's side of :class:`broker.Broker`; errors as there. Durations in milliseconds."""
+
+    @property
+    def shards(self) -> int: ...
+
+    @property
+    def round_trips(self) -> int: ...
+
+    def shard_of(self, pool: str) -> int: ...
+
+    async def beats(self) -> dict[Incarnation, int]: ...
+
+    async def send_control(self, incarnation: Incarnation, control: Control) -> bool: ...
+
+    async def reclaim(self, incarnation: Incarnation) -> Reclaimed: ...
+
+    async def expire(self) -> Expired: ...
+
+    async def act_as_manager(self, manager_id: str, ttl_ms: int) -> int | None: ...
+
+    async def resign_manager(self, manager_id: str) -> None: ...
+
+    async def load_workers(self) -> dict[str, WorkerInfo]: ...
+
+    async def save_workers(self, changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None: ...
+
+    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None: ...
+
+    async def known_pools(self) -> dict[Pool, bool]: ...
+
+    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]: ...
+
+
+class WorkerProbe(Protocol):
+    """Looks at a worker's health page. It never raises and bounds its own time."""
+
+    async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
+        """Who answers at ``url``, asked as the worker ``worker_id`` in that ``incarnation``."""
+        ...

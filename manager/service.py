@@ -1,0 +1,99 @@
+"""The Manager's process: ``python -m manager.service``, and what ``inferq manager`` and ``inferq up`` run."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import cast
+
+from broker import Broker, BrokerSettings
+from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
+from telemetry.flags import parse_settings
+from telemetry.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
+
+from .http import create_app
+from .office import ManagerService, OpenQueue
+from .ports import QueuePort
+from .probe import HttpWorkerProbe
+from .settings import ManagerSettings
+
+__all__ = ["ManagerService", "main", "open_broker", "serve"]
+
+log = get_logger(__name__)
+
+
+def open_broker(settings: BrokerSettings) -> OpenQueue:
+    """How a Manager opens the real queue."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[QueuePort]:
+        broker = await Broker.connect(settings)
+        try:
+            yield broker
+        finally:
+            await broker.close()
+
+    return opened
+
+
+async def serve(
+    settings: ManagerSettings, broker_settings: BrokerSettings, *, stop: asyncio.Event | None = None
+) -> None:
+    """The Manager's process: the service and its API, until ``stop`` is set, or SIGTERM or SIGINT without ``stop``.
+
+    Without a Redis URL it starts the embedded server on ``data_dir``. Raises ``CannotStart`` or ``BrokerUnsuitable``
+    with a sentence that says what to mend.
+    """
+    token = settings.join_token.get_secret_value()
+    refuse_unguarded(
+        settings.host,
+        guarded=bool(token),
+        insecure=settings.insecure,
+        remedy="set a join token (INFERQ_JOIN_TOKEN), which workers and routers then show",
+    )
+    async with AsyncExitStack() as exits:
+        listener = exits.enter_context(bind_socket(settings.host, settings.port))
+        stopped = stop or exits.enter_context(stop_on_signals())
+        tasks = await exits.enter_async_context(asyncio.TaskGroup())
+        if not broker_settings.redis_url:
+            from broker.embedded import EmbeddedServer  # noqa: PLC0415 - needs a POSIX system
+
+            server = await exits.enter_async_context(EmbeddedServer(Path(settings.data_dir) / "valkey"))
+            tasks.create_task(server.watch(), name="embedded queue")
+            log.info("embedded_queue", port=server.port, data=str(server.data_dir))
+            broker_settings = broker_settings.model_copy(update={"redis_url": server.url})
+        probe = await exits.enter_async_context(HttpWorkerProbe(settings.probe_timeout_ms / 1000))
+        service = ManagerService(settings, open_broker(broker_settings), probe, broker_url=broker_settings.redis_url)
+        host, port = listener.getsockname()[:2]
+        log.info("listening", url=f"http://{host}:{port}")
+        served = tasks.create_task(
+            run_server(
+                create_app(service), sock=listener, stop=stopped, shutdown_limit_s=settings.shutdown_limit_ms / 1000
+            )
+        )
+        await service.run(stopped)
+        await served
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m manager.service``: the same as ``inferq manager``. The exit code."""
+
+    async def run() -> None:
+        tables = (ManagerSettings, BrokerSettings, TelemetrySettings)
+        own, queue, telemetry = parse_settings("manager", "The Manager of an inferq fabric.", argv, *tables)
+        reporting = cast(TelemetrySettings, telemetry)
+        configure_logging("manager", reporting.log_level, reporting.log_format)
+        configure_tracing("manager", reporting.otlp_endpoint)
+        try:
+            await serve(cast(ManagerSettings, own), cast(BrokerSettings, queue))
+        finally:
+            shutdown_tracing()
+
+    return run_process(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The Manager's settings. The broker's are in :class:`broker.BrokerSettings`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+from pydantic import Field, SecretStr, model_validator
+
+from telemetry import CommaList, RoleSettings
+
+
+class ManagerSettings(RoleSettings):
+    """Table ``[manager]``, environment ``INFERQ_MANAGER_*``."""
+
+    table: ClassVar[str] = "manager"
+
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    port: int = Field(9000, ge=0, le=65_535, description="TCP port to listen on; 0 takes a free one")
+    join_token: SecretStr = Field(
+        SecretStr(""), description="What workers and routers must show to join; needed on a public address"
+    )
+    insecure: bool = Field(False, description="Listen on a public address without a join token")
+    advertised_redis_url: str = Field(
+        "", description="The broker's address as told to workers and routers; empty: the one the Manager uses"
+    )
+    pools: CommaList = Field(default_factory=list, description="Models that are known even before a worker serves them")
+    data_dir: str = Field(".inferq", description="Folder of the embedded queue server, when no Redis URL is given")
+    lease_ms: int = Field(
+        15_000, ge=300, description="A worker whose renewal number stands still for so long has lost its jobs"
+    )
+    heartbeat_ms: int = Field(2_000, ge=50, description="How often workers send a heartbeat")
+    suspect_ms: int = Field(6_000, ge=100, description="Without a heartbeat for so long, a worker gets no new queues")
+    acting_ttl_ms: int = Field(6_000, ge=200, description="How long the acting Manager's own lease lasts unrenewed")
+    sweep_ms: int = Field(
+        1_000, ge=20, le=5_000, description="How often renewal numbers are read and deadlines enforced"
+    )
+    ping_ms: int = Field(500, ge=50, le=5_000, description="How long a doubted worker may take to answer a ping")
+    probe_timeout_ms: int = Field(1_000, ge=50, le=10_000, description="Limit on a look at a worker's health page")
+    broker_call_ms: int = Field(2_000, ge=50, description="Limit on one call to the broker by the Manager's loops")
+    shutdown_limit_ms: int = Field(5_000, ge=1_000, description="How long running requests may take at the end")
+
+    @model_validator(mode="after")
+    def _in_proportion(self) -> Self:
+        if self.suspect_ms < 2 * self.heartbeat_ms:
+            raise ValueError("suspect_ms must be at least twice heartbeat_ms: one late heartbeat is no reason to doubt")
+        if self.sweep_ms * 4 > self.lease_ms:
+            raise ValueError("sweep_ms must be at most a quarter of lease_ms: a lease is watched, not guessed")
+        return self

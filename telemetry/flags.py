@@ -1,0 +1,35 @@
+"""Command-line flags out of settings: ``python -m <role>.service`` takes one per field."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from collections.abc import Sequence
+
+from .settings import RoleSettings
+
+
+def parse_settings(
+    prog: str, description: str, argv: Sequence[str] | None, *tables: type[RoleSettings]
+) -> list[RoleSettings]:
+    """The settings of ``tables`` with the flags in ``argv`` (None: the process's own) on top, in the same order.
+
+    Field ``join_token`` is ``--join-token``; a switch also has its ``--no-`` form; a list is written ``a,b``. Raises
+    ``CannotStart`` for a wrong value; a flag that does not exist ends the process with a usage line.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    for table in tables:
+        group = parser.add_argument_group(f"[{table.table}]")
+        for name, field in table.model_fields.items():
+            flag = "--" + name.replace("_", "-")
+            text = f"{field.description} ({table.variable(name)})".replace("%", "%%")
+            if field.annotation is bool:
+                group.add_argument(flag, dest=name, default=None, action=argparse.BooleanOptionalAction, help=text)
+            else:
+                group.add_argument(flag, dest=name, default=None, metavar=_choices(field.annotation), help=text)
+    given = vars(parser.parse_args(argv))
+    return [table.load(**{name: given[name] for name in table.model_fields}) for table in tables]
+
+
+def _choices(annotation: object) -> str | None:
+    return "|".join(typing.get_args(annotation)) if typing.get_origin(annotation) is typing.Literal else None
