@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from broker import Broker
-from queue_schemas import BANDS, LANES, Job, Lane, Outcome
+from queue_schemas import BANDS, LANES, Job, Lane, Outcome, Tenant
 from queue_schemas.lanes import STARVATION_BOUND, band_order, lane_order
 from tests.support.queue import MODEL, Puller, make_job
 
@@ -62,7 +62,7 @@ async def test_a_newcomer_does_not_catch_up_for_time_it_was_away(broker: Broker,
     await enqueue_all(broker, [make_job(tenant="old") for _ in range(40)])
     await claim_all(worker, 20)
     await enqueue_all(broker, [make_job(tenant="new") for _ in range(20)])
-    assert Counter(job.tenant for job in await claim_all(worker, 10))["new"] <= 6
+    assert [job.tenant for job in await claim_all(worker, 10)].count(Tenant("new")) <= 6
 
 
 async def test_bands_go_in_the_order_of_the_contract(broker: Broker, worker: Puller) -> None:

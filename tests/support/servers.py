@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ class Cluster:
         for node in self.nodes[1:]:
             self.nodes[0].ask("CLUSTER", "MEET", "127.0.0.1", str(node.port), node.bus_port)  # type: ignore[attr-defined]
         for node in self.nodes:
-            node.process.until(lambda node=node: self._agreed(node), READY_LIMIT_S)
+            node.process.until(partial(self._agreed, node), READY_LIMIT_S)
         return self
 
     def stop(self) -> None:

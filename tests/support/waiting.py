@@ -6,19 +6,29 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TypeVar, overload
 
 T = TypeVar("T")
 
 
+@overload
 async def eventually(
-    condition: Callable[[], T | Awaitable[T]], what: str, *, limit_s: float = 10.0, every_s: float = 0.01
-) -> T:
+    condition: Callable[[], Awaitable[T]], what: str, *, limit_s: float = 10.0, every_s: float = 0.01
+) -> T: ...
+
+
+@overload
+async def eventually(condition: Callable[[], T], what: str, *, limit_s: float = 10.0, every_s: float = 0.01) -> T: ...
+
+
+async def eventually(
+    condition: Callable[[], object], what: str, *, limit_s: float = 10.0, every_s: float = 0.01
+) -> object:
     """The first truthy value of ``condition`` (plain or async); fails with ``what`` after ``limit_s``."""
     limit = time.monotonic() + limit_s
     while True:
         value = condition()
-        found: T = await value if inspect.isawaitable(value) else value
+        found = await value if inspect.isawaitable(value) else value
         if found:
             return found
         if time.monotonic() > limit:

@@ -1,0 +1,213 @@
+"""Reply lost after commit: the server did it, the caller never heard. The retried call has no second effect."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+
+from broker import Broker, BrokerSettings, Expired, Reclaimed
+from broker.scripts import load_scripts
+from queue_schemas import ControlKind, Lane, Outcome, Settled, State
+from queue_schemas.keys import ShardKeys
+from tests.support.faults import FaultProxy
+from tests.support.queue import MODEL, Puller, ServerBackend, answer_frame, make_job
+
+from .conftest import Listener
+
+_SHAS = {name: script.sha.encode() for name, script in load_scripts(flags=True).items()}
+
+
+@dataclass
+class Faulty:
+    """A broker whose replies can be lost, and one on a sound line to look and to set up."""
+
+    broker: Broker
+    sound: Broker
+    proxy: FaultProxy
+    listener: Listener
+    backend: ServerBackend
+
+    def lose(self, script: str, times: int = 1) -> None:
+        """Lose the next replies of ``script``."""
+        self.proxy.lose_reply(_SHAS[script], times)
+
+    async def counts(self) -> tuple[int, int]:
+        """Waiting and leased jobs of the model."""
+        lanes = (await self.sound.depths()).get(MODEL, {})
+        depth = lanes.get(Lane.INTERACTIVE)
+        return (depth.waiting, depth.leased) if depth else (0, 0)
+
+
+@pytest.fixture
+async def faulty(real_backend: ServerBackend) -> AsyncIterator[Faulty]:
+    """A broker behind the fault proxy; the scripts are loaded, so that every call commits on its first try."""
+    client = real_backend.client()
+    for script in load_scripts(flags=True).values():
+        await client.script_load(script.source)
+    async with FaultProxy(real_backend.server.port) as proxy:
+        sound = await real_backend.connect()
+        broker = await Broker.connect(BrokerSettings(redis_url=proxy.url, retry_limit_ms=10_000))
+        listener = await Listener(client).open()
+        yield Faulty(broker, sound, proxy, listener, real_backend)
+        assert proxy.replies_lost > 0, "the fault did not happen: the test has proved nothing"
+        assert broker.retries > 0
+        await broker.close()
+        await sound.close()
+    await client.aclose()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_enqueue(faulty: Faulty, times: int) -> None:
+    """The job is queued once, however many replies are lost."""
+    job = make_job()
+    faulty.lose("enqueue", times)
+    assert await faulty.broker.enqueue(job) is State.QUEUED
+    assert faulty.proxy.replies_lost == times
+    worker = await Puller(faulty.sound).join()
+    assert [lease.job for lease in await worker.claim(5)] == [job]
+
+
+async def test_claim(faulty: Faulty) -> None:
+    """The retried claim gives the leases that the first one took: none is lost until the worker dies, none doubled."""
+    for _ in range(6):
+        await faulty.sound.enqueue(make_job())
+    worker = await Puller(faulty.broker).join()
+    faulty.lose("claim")
+    leases = await worker.claim(4)
+    assert len(leases) == 4
+    assert await faulty.counts() == (2, 4)
+    for lease in leases:
+        assert await faulty.broker.settle(lease, Outcome.DONE) is Settled.OK
+
+
+async def test_claim_that_parks(faulty: Faulty) -> None:
+    """A parked worker whose answer was lost is parked once, and woken once."""
+    worker = await Puller(faulty.broker).join()
+    faulty.lose("claim")
+    assert await worker.claim() == []
+    await faulty.sound.enqueue(make_job())
+    await faulty.sound.enqueue(make_job())
+    assert [message.kind for message in await worker.told()] == [ControlKind.WAKE]
+
+
+async def test_settle(faulty: Faulty) -> None:
+    """The answer is published once; the worker learns that its own first call did it."""
+    await faulty.sound.enqueue(make_job(reply_to=faulty.listener.router))
+    worker = await Puller(faulty.broker).join()
+    lease = await worker.claim_one()
+    faulty.lose("settle")
+    assert await faulty.broker.settle(lease, Outcome.DONE, answer_frame(lease)) in (Settled.OK, Settled.DUPLICATE)
+    assert len(await faulty.listener.news()) == 1
+    assert await faulty.counts() == (0, 0)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+async def test_release(faulty: Faulty, counted: bool) -> None:
+    """The job waits once more, one attempt spent or none, one marker sent."""
+    await faulty.sound.enqueue(make_job(reply_to=faulty.listener.router))
+    worker = await Puller(faulty.broker).join()
+    lease = await worker.claim_one()
+    faulty.lose("release")
+    answer = await faulty.broker.release(lease, "draining", counted=counted)
+    assert answer in (Settled.OK, Settled.DUPLICATE)
+    assert await faulty.counts() == (1, 0)
+    assert len(await faulty.listener.news()) == 1
+    again = await (await Puller(faulty.sound).join()).claim_one()
+    assert (again.epoch, again.attempt) == (2, 2 if counted else 1)
+
+
+async def test_release_that_buries(faulty: Faulty) -> None:
+    """A job whose last attempt ended becomes one dead letter."""
+    job = make_job(max_attempts=1, reply_to=faulty.listener.router)
+    await faulty.sound.enqueue(job)
+    worker = await Puller(faulty.broker).join()
+    lease = await worker.claim_one()
+    faulty.lose("release")
+    await faulty.broker.release(lease, "the engine failed", counted=True)
+    assert await faulty.sound.enqueue(job) is State.DEAD
+    client = faulty.backend.client()
+    assert await client.xlen(ShardKeys(0).dead) == 1
+    await client.aclose()
+    assert len(await faulty.listener.news()) == 1
+
+
+async def test_cancel_of_a_waiting_job(faulty: Faulty) -> None:
+    """It is removed once, one marker is sent, its budget returned once."""
+    job = make_job(reply_to=faulty.listener.router)
+    await faulty.sound.enqueue(job)
+    faulty.lose("cancel")
+    assert await faulty.broker.cancel(job.id, "gone") in (State.QUEUED, State.CANCELLED)
+    assert len(await faulty.listener.news()) == 1
+    assert (await faulty.sound.totals())[(MODEL, Lane.INTERACTIVE, "cancelled")] == 1
+
+
+async def test_cancel_of_a_running_job(faulty: Faulty) -> None:
+    """Its worker is told once."""
+    job = make_job()
+    await faulty.sound.enqueue(job)
+    worker = await Puller(faulty.sound).join()
+    await worker.claim_one()
+    faulty.lose("cancel")
+    await faulty.broker.cancel(job.id, "gone")
+    assert len(await worker.told()) == 1
+
+
+async def test_cancel_of_an_unknown_job(faulty: Faulty) -> None:
+    """The late enqueue stays void."""
+    job = make_job()
+    faulty.lose("cancel")
+    await faulty.broker.cancel(job.id, "gone")
+    assert await faulty.sound.enqueue(job) is State.CANCELLED
+
+
+async def test_reclaim(faulty: Faulty) -> None:
+    """Each job waits again once and spends one attempt."""
+    for _ in range(3):
+        await faulty.sound.enqueue(make_job(reply_to=faulty.listener.router))
+    worker = await Puller(faulty.sound).join()
+    await worker.claim(3)
+    faulty.lose("reclaim")
+    assert await faulty.broker.reclaim(worker.incarnation) in (Reclaimed(requeued=3), Reclaimed())
+    assert await faulty.counts() == (3, 0)
+    assert len(await faulty.listener.news()) == 3
+    leases = await (await Puller(faulty.sound).join()).claim(3)
+    assert {(lease.attempt, lease.epoch) for lease in leases} == {(2, 2)}
+
+
+async def test_expire(faulty: Faulty) -> None:
+    """Jobs end once."""
+    await faulty.sound.enqueue(make_job(ttl_ms=1, reply_to=faulty.listener.router))
+    faulty.lose("expire")
+    assert isinstance(await faulty.broker.expire(), Expired)
+    assert len(await faulty.listener.news()) == 1
+    assert (await faulty.sound.totals())[(MODEL, Lane.INTERACTIVE, "expired")] == 1
+
+
+async def test_join_and_renew(faulty: Faulty) -> None:
+    """A worker is in after a lost join, and a lost renewal only renews twice."""
+    worker = Puller(faulty.broker)
+    faulty.lose("join")
+    await worker.join()
+    faulty.lose("renew")
+    await faulty.broker.renew(worker.incarnation)
+    assert faulty.proxy.replies_lost == 2
+    assert set(await faulty.sound.beats()) == {worker.incarnation}
+
+
+async def test_act_as_manager(faulty: Faulty) -> None:
+    """The lease is taken once: the term does not run away."""
+    faulty.lose("act_as_manager")
+    assert await faulty.broker.act_as_manager("manager-1", 5_000) == 1
+    assert await faulty.sound.act_as_manager("manager-2", 5_000) is None
+
+
+async def test_leave(faulty: Faulty) -> None:
+    """What was held is handed back once, unspent."""
+    await faulty.sound.enqueue(make_job(max_attempts=1))
+    worker = await Puller(faulty.broker).join()
+    await worker.claim_one()
+    faulty.lose("reclaim")
+    await faulty.broker.leave(worker.incarnation)
+    assert await faulty.counts() == (1, 0)

@@ -1,0 +1,88 @@
+"""What Managers keep in Redis: who acts, who is in the fleet, which pools are known."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from broker import Broker
+from queue_schemas import Assignment, EngineState, WorkerInfo, new_incarnation
+from queue_schemas.keys import POOLS
+
+
+def info(worker_id: str, **fields: Any) -> WorkerInfo:
+    """A registry entry."""
+    return WorkerInfo(
+        worker_id=worker_id,
+        incarnation=new_incarnation(worker_id),
+        assignment=Assignment(term=1, version=1),
+        **fields,
+    )
+
+
+async def test_one_manager_acts_at_a_time(broker: Broker) -> None:
+    """The lease belongs to one; the other stands by; the term names the reign."""
+    assert await broker.act_as_manager("a", 5_000) == 1
+    assert await broker.act_as_manager("b", 5_000) is None
+    assert await broker.act_as_manager("a", 5_000) == 1
+
+
+async def test_a_resigned_manager_is_followed_at_once(broker: Broker) -> None:
+    """A clean shutdown does not make the fleet wait, and the next reign has a higher term."""
+    assert await broker.act_as_manager("a", 60_000) == 1
+    await broker.resign_manager("b")
+    assert await broker.act_as_manager("b", 60_000) is None
+    await broker.resign_manager("a")
+    assert await broker.act_as_manager("b", 60_000) == 2
+
+
+async def test_a_manager_that_died_is_followed_after_its_lease(broker: Broker) -> None:
+    """The lease runs out on the server's clock; who comes back stands by."""
+    assert await broker.act_as_manager("a", 30) == 1
+    await asyncio.sleep(0.05)
+    assert await broker.act_as_manager("b", 5_000) == 2
+    assert await broker.act_as_manager("a", 5_000) is None
+
+
+async def test_returning_to_an_expired_lease_is_a_new_reign(broker: Broker) -> None:
+    """After a gap somebody else may have acted: the same Manager gets a higher term."""
+    assert await broker.act_as_manager("a", 20) == 1
+    await asyncio.sleep(0.04)
+    assert await broker.act_as_manager("a", 5_000) == 2
+
+
+async def test_the_registry_survives_its_manager(broker: Broker) -> None:
+    """What one Manager saved, the next one loads; who is gone is gone."""
+    first, second = info("w-1", models=["m"], slots=4, engine=EngineState.READY), info("w-2")
+    await broker.save_workers([first, second], [])
+    assert await broker.load_workers() == {"w-1": first, "w-2": second}
+    changed = first.model_copy(update={"running": 3})
+    await broker.save_workers([changed], ["w-2"])
+    assert await broker.load_workers() == {"w-1": changed}
+    await broker.save_workers([], [])
+    await broker.save_workers([], ["never-there"])
+    assert await broker.load_workers() == {"w-1": changed}
+
+
+async def test_pools_are_remembered(broker: Broker) -> None:
+    """Declared pools and those seen within a day are known, also without any worker."""
+    await broker.remember_pools(["declared"], declared=True)
+    await broker.remember_pools(["seen", "sim/ä:{x}"])
+    assert await broker.known_pools() == {"declared": True, "seen": False, "sim/ä:{x}": False}
+    await broker.remember_pools([])
+
+
+async def test_pools_not_seen_for_a_day_are_forgotten(broker: Broker, client: Any) -> None:
+    """The memory of a pool that nobody declared ends, and leaves nothing."""
+    await broker.remember_pools(["declared"], declared=True)
+    await client.hset(POOLS, "old", json.dumps({"seen": 0, "declared": False}))
+    assert await broker.known_pools() == {"declared": True}
+    assert await client.hkeys(POOLS) == [b"declared"]
+
+
+async def test_a_declaration_can_be_taken_back(broker: Broker) -> None:
+    """A pool that is no longer declared is remembered for a day, as if seen now."""
+    await broker.remember_pools(["m"], declared=True)
+    await broker.remember_pools(["m"])
+    assert await broker.known_pools() == {"m": False}

@@ -1,0 +1,178 @@
+"""The way back: frames and markers reach the Router that waits, in order, through outages, and memory stays bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from broker import Broker
+from queue_schemas import END, HEAD, Frame, Incarnation, JobId, Lease, Marker, Outcome, new_incarnation
+from queue_schemas.keys import ShardKeys
+from tests.support.queue import Puller, answer_frame, make_job
+from tests.support.waiting import eventually
+
+from .conftest import Connect
+
+
+class Reader:
+    """A Router's reading task, its news gathered."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.router: Incarnation = new_incarnation("router")
+        self.broker = broker
+        self.news: list[Frame | Marker] = []
+        self.lost: list[int] = []
+
+    async def run(self) -> None:
+        await self.broker.read_replies(self.router, self.news.extend, self.lost.append)
+
+    @property
+    def frames(self) -> list[Frame]:
+        return [news for news in self.news if isinstance(news, Frame)]
+
+
+@contextlib.asynccontextmanager
+async def reading(broker: Broker) -> AsyncIterator[Reader]:
+    """Read until the block ends."""
+    reader = Reader(broker)
+    task = asyncio.create_task(reader.run())
+    try:
+        async with asyncio.timeout(10):
+            await broker.replies_ready.wait()
+        yield reader
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fakeredis wakes only one of several blocked readers; and a stopped test need not wait for a block's end."""
+    monkeypatch.setattr("broker.streams._BLOCK_MS", 50)
+
+
+@pytest.fixture
+async def reader(connect: Connect) -> AsyncIterator[Reader]:
+    """A Router that reads over a connection of its own."""
+    async with reading(await connect()) as reader:
+        yield reader
+
+
+def frame(lease: Lease, seq: int, data: bytes, flags: int = 0) -> bytes:
+    """One packed frame."""
+    status, content_type = (200, "text/event-stream") if flags & HEAD else (0, "")
+    return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, flags, data, status, content_type).pack()
+
+
+async def test_an_answer_reaches_the_router_that_waits(broker: Broker, worker: Puller, reader: Reader) -> None:
+    """The frame of a settle arrives with its bytes, status and type."""
+    await broker.enqueue(make_job(reply_to=reader.router))
+    lease = await worker.claim_one()
+    await broker.settle(lease, Outcome.DONE, answer_frame(lease, b'{"choices":[]}'))
+    await eventually(lambda: reader.news, "the answer arrives")
+    (got,) = reader.frames
+    assert (got.job_id, got.data, got.status, got.flags) == (lease.job.id, b'{"choices":[]}', 200, HEAD | END)
+
+
+async def test_a_stream_arrives_in_order(broker: Broker, worker: Puller, reader: Reader) -> None:
+    """Published frames and the settle's last one come in the order of ``seq``."""
+    await broker.enqueue(make_job(reply_to=reader.router, stream=True))
+    lease = await worker.claim_one()
+    assert await broker.publish(0, {reader.router: frame(lease, 0, b"a", HEAD)}) == set()
+    for seq in range(1, 40, 2):
+        two = frame(lease, seq, b"b") + frame(lease, seq + 1, b"c")
+        assert await broker.publish(0, {reader.router: two}) == set()
+    await broker.settle(lease, Outcome.DONE, frame(lease, 41, b"z", END))
+    await eventually(lambda: reader.frames and reader.frames[-1].flags & END, "the last frame arrives")
+    assert [got.seq for got in reader.frames] == list(range(42))
+
+
+async def test_publishing_names_the_routers_that_are_gone(broker: Broker, worker: Puller, reader: Reader) -> None:
+    """Frames for a dead Router create nothing, and the worker learns that nobody listens."""
+    gone = new_incarnation("gone")
+    await broker.enqueue(make_job(reply_to=reader.router))
+    lease = await worker.claim_one()
+    packed = frame(lease, 0, b"x", HEAD)
+    assert await broker.publish(0, {gone: packed, reader.router: packed}) == {gone}
+    await eventually(lambda: reader.frames, "the living Router gets its frame")
+    assert await broker.publish(0, {}) == set()
+
+
+async def test_a_malformed_entry_is_passed_over(broker: Broker, worker: Puller, reader: Reader, client: Any) -> None:
+    """Bytes that are no frames, or no marker, cost their sender the message, and nobody else anything."""
+    key = ShardKeys(0).reply(reader.router)
+    for fields in ({"f": b"\xc1\xff"}, {"m": b"what is this"}, {"unknown": b"field"}, {"f": b"\x93\x01\x02\x03"}):
+        await client.xadd(key, fields, nomkstream=True)
+    await broker.enqueue(make_job(reply_to=reader.router))
+    lease = await worker.claim_one()
+    await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+    await eventually(lambda: reader.news, "the good entry arrives")
+    assert [got.job_id for got in reader.frames] == [lease.job.id]
+
+
+async def test_what_was_read_is_trimmed(broker: Broker, worker: Puller, reader: Reader, client: Any) -> None:
+    """A long stream does not pile up in Redis while it is being read."""
+    await broker.enqueue(make_job(reply_to=reader.router))
+    lease = await worker.claim_one()
+    for seq in range(1_500):
+        await broker.publish(0, {reader.router: frame(lease, seq, b"x" * 100, HEAD if seq == 0 else 0)})
+    await eventually(lambda: len(reader.frames) == 1_500, "everything arrives")
+
+    async def short() -> bool:
+        return bool(await client.xlen(ShardKeys(0).reply(reader.router)) <= 520)
+
+    await eventually(short, "what was read is dropped")
+
+
+async def test_the_stream_of_a_dead_router_expires(reader: Reader, client: Any) -> None:
+    """The stream lives 60 s unless its Router keeps it alive."""
+    assert 30_000 < await client.pttl(ShardKeys(0).reply(reader.router)) <= 60_000
+
+
+async def test_a_stream_that_vanished_is_made_again_and_told(
+    broker: Broker, worker: Puller, connect: Connect, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a data loss the Router's stream comes back, and the Router is told that answers may be missing."""
+    monkeypatch.setattr("broker.streams._TEND_EVERY_S", 0.02)
+    async with reading(await connect()) as reader:
+        await client.delete(ShardKeys(0).reply(reader.router))
+        await eventually(lambda: reader.lost, "the loss is told")
+        await broker.enqueue(make_job(reply_to=reader.router))
+        lease = await worker.claim_one()
+        await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+        await eventually(lambda: reader.frames, "answers arrive again")
+        assert reader.lost == [0]
+
+
+async def test_two_routers_hear_only_their_own(broker: Broker, worker: Puller, connect: Connect) -> None:
+    """Each Router's stream is its own."""
+    async with reading(await connect()) as first, reading(await connect()) as second:
+        readers = (first, second)
+        owners: dict[JobId, Reader] = {}
+        for turn in range(10):
+            job = make_job(reply_to=readers[turn % 2].router)
+            owners[job.id] = readers[turn % 2]
+            await broker.enqueue(job)
+        for lease in await worker.claim(10):
+            await broker.settle(lease, Outcome.DONE, answer_frame(lease, lease.job.id.encode()))
+        await eventually(lambda: len(first.news) + len(second.news) == 10, "all answers arrive")
+        for reader in readers:
+            assert {got.job_id for got in reader.frames} == {job for job, owner in owners.items() if owner is reader}
+            assert all(got.data.decode() == got.job_id for got in reader.frames)
+
+
+async def test_a_batch_of_settles_reaches_every_router(broker: Broker, worker: Puller, connect: Connect) -> None:
+    """Many settles in one round trip: one entry per Router, all frames in it."""
+    async with reading(await connect()) as first, reading(await connect()) as second:
+        for turn in range(60):
+            await broker.enqueue(make_job(reply_to=(first, second)[turn % 2].router))
+        leases = await worker.claim(60)
+        before = broker.round_trips
+        await asyncio.gather(*(broker.settle(lease, Outcome.DONE, answer_frame(lease)) for lease in leases))
+        assert broker.round_trips - before <= 5
+        await eventually(lambda: len(first.frames) == len(second.frames) == 30, "all answers arrive")
