@@ -23,7 +23,7 @@ from queue_schemas import (
     Settled,
     shard_of_job,
 )
-from telemetry import bind, get_logger, inject, span_from, tracing_enabled
+from telemetry import get_logger, inject, span_from, tracing_enabled
 
 from .core import FrameCutter, Retry, judge_answer, judge_failure
 from .engines import Engine, EngineAnswer, EngineCall
@@ -128,7 +128,7 @@ class Attempts:
             self._aborted.popitem(last=False)
         attempt = self._running.get(job_id)
         if attempt is not None:
-            log.info("job_aborted", job_id=job_id, request_id=attempt.lease.job.request_id, reason=reason)
+            log.info("job_aborted", reason=reason, **_facts(attempt.lease))
             self._stop(attempt, Stop.ENDED)
 
     def stop_late(self, now: float) -> None:
@@ -157,7 +157,6 @@ class Attempts:
         lease = attempt.lease
         job = lease.job
         attempt.task = asyncio.current_task()
-        bind(request_id=job.request_id, job_id=job.id)
         spent = False
         attributes: dict[str, str | int | float | bool] | None = None
         if tracing_enabled():
@@ -186,7 +185,7 @@ class Attempts:
         try:
             return await self._call(attempt) if attempt.stop is None else await self._stopped(attempt, attempt.stop)
         except EngineFailed as error:
-            log.warning("engine_call_failed", attempt=lease.attempt, error=error.message)
+            log.warning("engine_call_failed", error=error.message, **_facts(lease))
             verdict = judge_failure(attempt.cutter.begun, lease.attempt, lease.job.max_attempts)
             if isinstance(verdict, Outcome):
                 return _Settle(verdict, attempt.cutter.fail(error))
@@ -197,7 +196,7 @@ class Attempts:
             attempt.task.uncancel()
             return await self._stopped(attempt, attempt.stop)
         except Exception as error:
-            log.exception("attempt_broke", attempt=lease.attempt)
+            log.exception("attempt_broke", **_facts(lease))
             return _Release(f"the worker tripped over it ({type(error).__name__})", counted=True)
 
     async def _call(self, attempt: _Attempt) -> _Ending:
@@ -264,30 +263,34 @@ class Attempts:
                 answer = await self._broker.settle(lease, ending.outcome, ending.frames)
                 break
             except InferqError as error:
-                log.error("job_not_settled", attempt=lease.attempt, error=error.message)
+                log.error("job_not_settled", error=error.message, **_facts(lease))
                 if asyncio.get_running_loop().time() >= attempt.deadline:
                     return
             await asyncio.sleep(_SETTLE_PAUSE_S)
         self._metrics.settled(answer)
         self._metrics.attempts(lease.job.model, ending.outcome.value).inc()
-        if answer is Settled.OK:
-            log.debug("job_settled", outcome=ending.outcome.value, attempt=lease.attempt)
-        else:
-            log.info("answer_dropped", answer=answer.value, epoch=lease.epoch, attempt=lease.attempt)
+        if answer is not Settled.OK:
+            log.info("answer_dropped", answer=answer.value, **_facts(lease))
 
     async def _release(self, lease: Lease, ending: _Release) -> None:
         try:
             answer = await self._broker.release(lease, ending.reason, counted=ending.counted)
         except InferqError as error:
             # The lease stays with this incarnation until it leaves, is declared dead, or the job's time runs out.
-            log.error("job_not_released", attempt=lease.attempt, error=error.message)
+            log.error("job_not_released", error=error.message, **_facts(lease))
             return
         self._metrics.settled(answer)
         self._metrics.attempts(lease.job.model, "spent" if ending.counted else "handed_back").inc()
-        log.info("job_released", reason=ending.reason, counted=ending.counted, answer=answer.value)
+        log.info("job_released", reason=ending.reason, counted=ending.counted, answer=answer.value, **_facts(lease))
 
     def _too_large(self) -> EngineFailed:
         return EngineFailed(
             f"the engine's answer is larger than the {self._max_answer_bytes} bytes that its worker accepts; "
             "ask for less, or raise INFERQ_WORKER_MAX_ANSWER_BYTES"
         )
+
+
+def _facts(lease: Lease) -> dict[str, str | int]:
+    """What every line about a job says. Not bound to its task: that would cost each job what few of them log."""
+    job = lease.job
+    return {"job_id": job.id, "request_id": job.request_id, "attempt": lease.attempt, "epoch": lease.epoch}

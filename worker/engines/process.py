@@ -18,8 +18,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
-
 from queue_schemas import EngineFailed, EngineState
 from telemetry import get_logger
 
@@ -139,7 +137,7 @@ class ProcessEngine:
             raise _first(failed) from None
         finally:
             await asyncio.shield(self._end(self._stop_limit_s))
-            await self._http.close()
+            await self._http.stop(0)
 
     async def _copy_output(self, process: Process) -> None:
         assert process.stdout is not None  # noqa: S101 - asked for as a pipe
@@ -166,7 +164,7 @@ class ProcessEngine:
         while True:
             await asyncio.sleep(_REFRESH_S)
             # A busy engine may be late with this; that it lives is shown by its process and its output.
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError, EngineFailed):
+            with contextlib.suppress(TimeoutError, EngineFailed):
                 models = await self._http.list_models()
                 if models and models != self.models:
                     self.models = models
@@ -174,7 +172,7 @@ class ProcessEngine:
 
     async def _until_up(self) -> None:
         while True:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            with contextlib.suppress(TimeoutError, EngineFailed):
                 if await self._http.answers_well():
                     return
             await asyncio.sleep(_POLL_S)
