@@ -242,7 +242,8 @@ async def _send_error(error: InferqError, send: Send) -> None:
 
 def _path_label(scope: Scope) -> str:
     """The route's template, not the path itself: a scanner must not be able to make a metric grow."""
-    route: Any = scope.get("route")
+    # Recent FastAPI keeps the path of an included router's route here, with the prefix; its own lacks it.
+    route: Any = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
     return str(getattr(route, "path", "")) or "unknown"
 
 
@@ -262,6 +263,8 @@ async def _on_invalid_request(_request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
     method, path = request.method, request.url.path
+    if isinstance(error.__cause__, InferqError):
+        return error_response(error.__cause__)  # raised while the body was read, which FastAPI takes for its own
     if error.status_code == 404:
         return error_response(PathNotFound(f"there is no {path} here; see /docs for what there is"))
     if error.status_code == 405:

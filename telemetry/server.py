@@ -106,6 +106,7 @@ async def run_server(
     """
     config = uvicorn.Config(
         app,
+        interface="asgi3",
         http="httptools",
         ws="none",
         lifespan=lifespan,

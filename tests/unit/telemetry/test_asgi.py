@@ -2,7 +2,7 @@ import json
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from pydantic import BaseModel
 
 from queue_schemas import AuthenticationFailed, ManagerUnavailable, OverCapacity
@@ -42,6 +42,13 @@ def _app(reasons: list[str] | None = None) -> tuple[FastAPI, MetricsRegistry]:
     async def guarded() -> str:
         return "in"
 
+    routes = APIRouter(tags=["deep"])
+
+    @routes.get("/{name:path}")
+    async def deep(name: str) -> str:
+        return name
+
+    app.include_router(routes, prefix="/deep")
     return app, metrics
 
 
@@ -128,8 +135,10 @@ async def test_requests_are_counted_by_route() -> None:
         await client.post("/orders", json={"count": 1})
         await client.get("/a")
         await client.get("/b")
+        await client.get("/deep/x/y")
         text = (await client.get("/metrics")).text
     assert 'inferq_requests_total{code="200",path="/orders",role="manager"} 1.0' in text
+    assert 'inferq_requests_total{code="200",path="/deep/{name:path}",role="manager"} 1.0' in text
     assert 'inferq_requests_total{code="404",path="unknown",role="manager"} 2.0' in text
 
 

@@ -78,6 +78,21 @@ async def test_a_server_serves_until_told_to_stop() -> None:
     bind_socket("127.0.0.1", port).close()
 
 
+async def test_any_asgi_callable_is_served() -> None:
+    """A bound method is an app like any other: its kind is not guessed."""
+
+    class Service:
+        async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await _hello(scope, receive, send)
+
+    listener = bind_socket("127.0.0.1", 0)
+    stop = asyncio.Event()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks, httpx.AsyncClient() as client:
+        tasks.create_task(run_server(Service().answer, sock=listener, stop=stop))
+        assert (await client.get(f"http://127.0.0.1:{listener.getsockname()[1]}/")).text == "hi"
+        stop.set()
+
+
 async def test_a_running_request_finishes_within_the_limit() -> None:
     """On shutdown a request that is being answered is answered to its end."""
     begun, go_on = asyncio.Event(), asyncio.Event()

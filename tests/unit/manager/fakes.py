@@ -1,0 +1,136 @@
+"""The Manager's surroundings in memory: a queue and a fleet of doors, both to order."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+
+from broker import Expired, Reclaimed
+from manager import ManagerSettings
+from manager.core import Door, DoorState
+from queue_schemas import (
+    BrokerUnavailable,
+    Control,
+    ControlKind,
+    Incarnation,
+    Lane,
+    LaneDepth,
+    Pool,
+    WorkerId,
+    WorkerInfo,
+    shard_of_pool,
+)
+
+
+@dataclass
+class FakeQueue:
+    """``broker.Broker`` as the Manager sees it. ``answers_pings``: who renews when pinged. ``down``: Redis is away."""
+
+    shards: int = 2
+    round_trips: int = 0
+    down: bool = False
+    numbers: dict[Incarnation, int] = field(default_factory=dict)
+    answers_pings: set[str] = field(default_factory=set)
+    controls: list[tuple[Incarnation, Control]] = field(default_factory=list)
+    reclaimed: list[Incarnation] = field(default_factory=list)
+    workers: dict[str, WorkerInfo] = field(default_factory=dict)
+    remembered: dict[Pool, bool] = field(default_factory=dict)
+    waiting: dict[Pool, dict[Lane, LaneDepth]] = field(default_factory=dict)
+    holder: str = ""
+    term: int = 0
+    sweeps: int = 0
+
+    def open(self) -> AbstractAsyncContextManager[FakeQueue]:
+        @asynccontextmanager
+        async def opened() -> AsyncIterator[FakeQueue]:
+            self._trip()
+            yield self
+
+        return opened()
+
+    def _trip(self) -> None:
+        self.round_trips += 1
+        if self.down:
+            raise BrokerUnavailable("Redis is away")
+
+    def shard_of(self, pool: str) -> int:
+        return shard_of_pool(pool, self.shards)
+
+    async def beats(self) -> dict[Incarnation, int]:
+        self._trip()
+        return dict(self.numbers)
+
+    async def send_control(self, incarnation: Incarnation, control: Control) -> bool:
+        self._trip()
+        self.controls.append((incarnation, control))
+        if control.kind is ControlKind.PING and incarnation in self.answers_pings:
+            self.numbers[incarnation] += 1
+        return incarnation in self.numbers
+
+    async def reclaim(self, incarnation: Incarnation) -> Reclaimed:
+        self._trip()
+        self.numbers.pop(incarnation, None)
+        self.reclaimed.append(incarnation)
+        return Reclaimed(requeued=2)
+
+    async def expire(self) -> Expired:
+        self._trip()
+        self.sweeps += 1
+        return Expired()
+
+    async def act_as_manager(self, manager_id: str, ttl_ms: int) -> int | None:
+        self._trip()
+        if self.holder not in ("", manager_id):
+            return None
+        if not self.holder:
+            self.holder, self.term = manager_id, self.term + 1
+        return self.term
+
+    async def resign_manager(self, manager_id: str) -> None:
+        self._trip()
+        if self.holder == manager_id:
+            self.holder = ""
+
+    async def load_workers(self) -> dict[str, WorkerInfo]:
+        self._trip()
+        return dict(self.workers)
+
+    async def save_workers(self, changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None:
+        self._trip()
+        self.workers |= {info.worker_id: info for info in changed}
+        for worker_id in gone:
+            self.workers.pop(worker_id, None)
+
+    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
+        self._trip()
+        self.remembered |= {Pool(model): declared for model in models}
+
+    async def known_pools(self) -> dict[Pool, bool]:
+        self._trip()
+        return dict(self.remembered)
+
+    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]:
+        self._trip()
+        return dict(self.waiting)
+
+
+@dataclass
+class FakeProbe:
+    """Doors by URL; a URL not named does not answer."""
+
+    doors: dict[str, Door] = field(default_factory=dict)
+    looks: int = 0
+
+    async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
+        self.looks += 1
+        return self.doors.get(url, Door(DoorState.UNKNOWN, "no answer"))
+
+
+def fast_settings(**fields: object) -> ManagerSettings:
+    """Everything some thirty times as fast as it is by default."""
+    fast = {
+        "lease_ms": 600, "heartbeat_ms": 60, "suspect_ms": 200, "acting_ttl_ms": 300, "sweep_ms": 20, "ping_ms": 100,
+        "probe_timeout_ms": 200, "broker_call_ms": 1000,
+    }  # fmt: skip
+    return ManagerSettings.load(**(fast | fields))

@@ -1,0 +1,174 @@
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from manager import ManagerService, create_app
+from queue_schemas import Incarnation, Lane, LaneDepth, Pool
+from tests.support.waiting import eventually
+from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
+
+ONE = Incarnation("w.0000000000000001")
+TOKEN = {"x-inferq-join-token": "t0ken"}
+REGISTRATION = {"worker_id": "w", "incarnation": ONE, "models": ["org/m"], "slots": 2, "engine": "ready"}
+
+
+@pytest.fixture
+async def queue() -> FakeQueue:
+    return FakeQueue(numbers={ONE: 1}, waiting={Pool("org/m"): {Lane.BATCH: LaneDepth(waiting=5)}})
+
+
+@pytest.fixture
+async def client(queue: FakeQueue) -> AsyncIterator[httpx.AsyncClient]:
+    settings = fast_settings(join_token="t0ken", lease_ms=60_000)
+    service = ManagerService(settings, queue.open, FakeProbe(), broker_url="redis://:pw@here")
+    stop = asyncio.Event()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        tasks.create_task(service.run(stop))
+        await eventually(lambda: service.acting, "the Manager acts")
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://manager", headers=TOKEN) as client:
+            yield client
+        stop.set()
+
+
+async def test_the_life_of_a_worker(client: httpx.AsyncClient) -> None:
+    """Register, heartbeat, list, drain, deregister, each with its status."""
+    joined = await client.post("/fabric/v1/workers", json=REGISTRATION)
+    assert joined.status_code == 200
+    assert joined.json()["broker_url"] == "redis://:pw@here"
+    assert joined.json()["assignment"]["pools"][0]["pool"] == "org/m"
+    heartbeat = {key: value for key, value in REGISTRATION.items() if key != "worker_id"}
+    assert (await client.post("/fabric/v1/workers/w/heartbeat", json=heartbeat)).json()["drain"] is False
+    listed = (await client.get("/fabric/v1/workers")).json()
+    assert [worker["worker_id"] for worker in listed["workers"]] == ["w"]
+    assert listed["term"] == 1
+    assert (await client.post("/fabric/v1/workers/w/drain")).status_code == 202
+    assert (await client.delete("/fabric/v1/workers/w", params={"incarnation": ONE})).status_code == 204
+    gone = await client.post("/fabric/v1/workers/w/heartbeat", json=heartbeat)
+    assert (gone.status_code, gone.json()["error"]["code"]) == (410, "unknown_worker")
+
+
+async def test_a_live_id_is_409(client: httpx.AsyncClient, queue: FakeQueue) -> None:
+    """A second incarnation of an id whose worker answers pings gets worker_id_taken."""
+    queue.answers_pings.add(ONE)
+    await client.post("/fabric/v1/workers", json=REGISTRATION)
+    other = await client.post("/fabric/v1/workers", json=REGISTRATION | {"incarnation": "w.0000000000000002"})
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "worker_id_taken")
+
+
+@pytest.mark.parametrize("token", [{}, {"x-inferq-join-token": "wrong"}])
+async def test_without_the_join_token_nothing_of_the_fleet_is_told(
+    client: httpx.AsyncClient, token: dict[str, str]
+) -> None:
+    """Every path of workers and broker wants the token; depth and health are open."""
+    client.headers.pop("x-inferq-join-token")
+    for method, path in (
+        ("POST", "/fabric/v1/workers"),
+        ("GET", "/fabric/v1/workers"),
+        ("POST", "/fabric/v1/workers/w/heartbeat"),
+        ("POST", "/fabric/v1/workers/w/drain"),
+        ("DELETE", f"/fabric/v1/workers/w?incarnation={ONE}"),
+        ("GET", "/fabric/v1/broker"),
+    ):
+        answer = await client.request(method, path, json=REGISTRATION, headers=token)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
+    assert (await client.get("/fabric/v1/pools")).status_code == 200
+    assert (await client.get("/healthz")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"worker_id": "../etc"},
+        {"worker_id": ""},
+        {"incarnation": "nonsense"},
+        {"models": ["m"] * 2000},
+        {"models": "m"},
+        {"slots": -1},
+        {"slots": 10**9},
+        {"engine": "sleepy"},
+    ],
+)
+async def test_a_wrong_registration_is_400(client: httpx.AsyncClient, change: dict[str, object]) -> None:
+    """Each field is checked, and the answer names it."""
+    answer = await client.post("/fabric/v1/workers", json=REGISTRATION | change)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(next(iter(change)))
+
+
+async def test_an_unknown_field_is_ignored(client: httpx.AsyncClient) -> None:
+    """A newer worker may say more."""
+    answer = await client.post("/fabric/v1/workers", json=REGISTRATION | {"gpu": "H100"})
+    assert answer.status_code == 200
+
+
+async def test_a_large_body_is_413(client: httpx.AsyncClient) -> None:
+    """Bodies over a megabyte are refused, whether they say their length or not."""
+
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(40):
+            yield b" " * 65_536
+
+    for content in (b" " * 2_000_000, endless()):
+        answer = await client.post("/fabric/v1/workers", content=content)
+        assert answer.status_code == 413, answer.text
+        assert answer.json()["error"]["code"] == "request_too_large"
+
+
+async def test_the_broker_address(client: httpx.AsyncClient) -> None:
+    """A Router that knows only the Manager asks it where the queue is."""
+    assert (await client.get("/fabric/v1/broker")).json() == {"broker_url": "redis://:pw@here", "shards": 2}
+
+
+async def test_pools_by_name_with_a_slash(client: httpx.AsyncClient) -> None:
+    """A model id with a slash is one path; a model nobody knows is 404."""
+    pool = (await client.get("/fabric/v1/pools/org/m")).json()
+    assert (pool["model"], pool["waiting"], pool["lanes"]["batch"]["waiting"]) == ("org/m", 5, 5)
+    assert [entry["model"] for entry in (await client.get("/fabric/v1/pools")).json()["pools"]] == ["org/m"]
+    missing = await client.get("/fabric/v1/pools/none")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_ready_follows_redis(client: httpx.AsyncClient, queue: FakeQueue) -> None:
+    """Ready while it acts; 503 with the reason, and a Retry-After, when Redis is away."""
+    assert (await client.get("/readyz")).status_code == 200
+    queue.down = True
+
+    async def refusal(method: str, path: str) -> httpx.Response | None:
+        answer = await client.request(method, path, json=REGISTRATION)
+        return answer if answer.status_code != 200 else None
+
+    ready = await eventually(lambda: refusal("GET", "/readyz"), "not ready")
+    assert ready is not None and "Redis is away" in ready.json()["reasons"][0]
+    answer = await eventually(lambda: refusal("POST", "/fabric/v1/workers"), "joins are refused")
+    assert answer is not None
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+async def test_metrics_show_the_fleet_and_the_queues(client: httpx.AsyncClient, queue: FakeQueue) -> None:
+    """The figures of the pools are in the metrics, and vanish rather than go stale when Redis is away."""
+    await client.post("/fabric/v1/workers", json=REGISTRATION)
+    text = (await client.get("/metrics")).text
+    for line in (
+        'inferq_workers{model="org/m",state="active"} 1.0',
+        'inferq_pool_workers{model="org/m"} 1.0',
+        'inferq_jobs{lane="batch",model="org/m",state="waiting"} 5.0',
+        "inferq_manager_acting 1.0",
+        'inferq_redis_round_trips_total{role="manager"}',
+    ):
+        assert line in text
+    queue.down = True
+    assert "inferq_jobs{" not in (await client.get("/metrics")).text
+
+
+async def test_the_openapi_document_is_true(client: httpx.AsyncClient) -> None:
+    """It lists the paths, and the error object instead of FastAPI's own 422."""
+    document = (await client.get("/openapi.json")).json()
+    register = document["paths"]["/fabric/v1/workers"]["post"]
+    assert "422" not in register["responses"]
+    assert register["responses"]["409"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorAnswer")
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    assert "/fabric/v1/pools/{model}" in document["paths"]

@@ -1,0 +1,166 @@
+import pytest
+
+from manager.core import Door, DoorState, Registry
+from queue_schemas import (
+    EngineState,
+    Heartbeat,
+    Incarnation,
+    Registration,
+    UnknownWorker,
+    WorkerState,
+    shard_of_pool,
+)
+
+ONE, TWO = "w.0000000000000001", "w.0000000000000002"
+
+
+def _registry(term: int = 1) -> Registry:
+    return Registry(term, lambda pool: shard_of_pool(pool, 1), suspect_s=6.0, lease_s=15.0)
+
+
+def _registration(incarnation: str = ONE, **fields: object) -> Registration:
+    given = {"models": ["m"], "slots": 4, "engine": EngineState.READY, "url": "http://127.0.0.1:1"} | fields
+    return Registration.model_validate({"worker_id": "w", "incarnation": incarnation, **given})
+
+
+def _heartbeat(incarnation: str = ONE, **fields: object) -> Heartbeat:
+    given = {"models": ["m"], "slots": 4, "engine": EngineState.READY} | fields
+    return Heartbeat.model_validate({"incarnation": incarnation, **given})
+
+
+def test_a_worker_that_joins_is_assigned_its_models() -> None:
+    """The first answer already says what to pull, under this term."""
+    member = _registry(term=3).join(_registration(), 0.0)
+    assert [pool.pool for pool in member.assignment.pools] == ["m"]
+    assert member.assignment.term == 3
+    assert member.info(2.0).heartbeat_age_ms == 2000
+    assert member.info().takes_work
+
+
+def test_heartbeats_of_strangers_are_unknown() -> None:
+    """An id nobody registered, and an incarnation that is not the member's, must register again."""
+    registry = _registry()
+    with pytest.raises(UnknownWorker):
+        registry.heartbeat("w", _heartbeat(), 0.0)
+    registry.join(_registration(), 0.0)
+    with pytest.raises(UnknownWorker, match="register again"):
+        registry.heartbeat("w", _heartbeat(TWO), 0.0)
+
+
+def test_an_engine_that_gets_ready_is_assigned_then() -> None:
+    """While the engine starts nothing is assigned; the heartbeat that says ready is answered with the queues."""
+    registry = _registry()
+    assert registry.join(_registration(engine=EngineState.STARTING), 0.0).assignment.pools == []
+    member = registry.heartbeat("w", _heartbeat(), 1.0)
+    assert [pool.pool for pool in member.assignment.pools] == ["m"]
+    assert registry.heartbeat("w", _heartbeat(running=3), 2.0).assignment is member.assignment
+
+
+def test_missed_heartbeats_make_suspect_and_one_clears_it() -> None:
+    """A suspect keeps its assignment and is active again with the next heartbeat."""
+    registry = _registry()
+    before = registry.join(_registration(), 0.0)
+    registry.sweep(5.9, lambda _: True)
+    assert registry.get("w").state is WorkerState.ACTIVE
+    registry.sweep(6.0, lambda _: True)
+    suspect = registry.get("w")
+    assert suspect.state is WorkerState.SUSPECT
+    assert not suspect.info().takes_work
+    assert suspect.assignment == before.assignment
+    assert registry.heartbeat("w", _heartbeat(), 7.0).state is WorkerState.ACTIVE
+
+
+def test_a_suspect_without_renewal_number_is_forgotten() -> None:
+    """Who has no number holds no job and is dropped after a lease; who has one is left to the watch of its lease."""
+    registry = _registry()
+    registry.join(_registration(), 0.0)
+    assert registry.sweep(20.9, lambda _: False) == []
+    assert registry.sweep(21.0, lambda _: True) == []
+    assert [member.worker_id for member in registry.sweep(21.0, lambda _: False)] == ["w"]
+    assert registry.find("w") is None
+
+
+def test_draining_is_for_good() -> None:
+    """A drained worker is assigned nothing, also when it registers again; only a new incarnation works again."""
+    registry = _registry()
+    registry.join(_registration(), 0.0)
+    assert registry.drain("w", 1.0).assignment.pools == []
+    assert registry.join(_registration(), 2.0).state is WorkerState.DRAINING
+    assert registry.heartbeat("w", _heartbeat(), 3.0).drain_asked
+    fresh = registry.join(_registration(TWO), 4.0)
+    assert (fresh.state, [pool.pool for pool in fresh.assignment.pools]) == (WorkerState.ACTIVE, ["m"])
+    with pytest.raises(UnknownWorker):
+        registry.drain("nobody", 0.0)
+
+
+def test_a_worker_that_drains_by_itself_is_draining() -> None:
+    """SIGTERM at the worker shows here through its heartbeat, without being asked for."""
+    registry = _registry()
+    registry.join(_registration(), 0.0)
+    member = registry.heartbeat("w", _heartbeat(draining=True), 1.0)
+    assert (member.state, member.drain_asked) == (WorkerState.DRAINING, False)
+
+
+def test_leaving_needs_the_right_incarnation() -> None:
+    """A late goodbye of an earlier run does not remove the present one."""
+    registry = _registry()
+    registry.join(_registration(TWO), 0.0)
+    assert not registry.leave("w", ONE)
+    assert registry.leave("w", TWO)
+    assert not registry.leave("w", TWO)
+
+
+def test_the_dead_are_forgotten_by_incarnation() -> None:
+    """Burying an incarnation leaves a newer one of the same id alone."""
+    registry = _registry()
+    registry.join(_registration(TWO), 0.0)
+    assert registry.bury(Incarnation(ONE)) is None
+    buried = registry.bury(Incarnation(TWO))
+    assert buried is not None and buried.worker_id == "w"
+    assert registry.members() == []
+
+
+def test_a_url_is_verified_by_an_answer_only() -> None:
+    """Until the URL answered as this incarnation it is looked at again, ever more rarely, with a note for people."""
+    registry = _registry()
+    member = registry.join(_registration(), 0.0)
+    assert registry.to_look_at(0.0, 5) == [member]
+    registry.looked(member.incarnation, Door(DoorState.OTHER, "answered by worker 'x'"), 0.0)
+    assert registry.get("w").info().url_note == "answered by worker 'x'"
+    assert registry.to_look_at(0.5, 5) == []
+    assert len(registry.to_look_at(1.0, 5)) == 1
+    assert registry.to_doubt(100.0, 4.0, 5) == []
+    registry.looked(member.incarnation, Door(DoorState.SAME), 1.0)
+    assert registry.get("w").info().url_note == ""
+    assert registry.to_look_at(100.0, 5) == []
+    assert len(registry.to_doubt(100.0, 4.0, 5)) == 1
+    assert registry.to_doubt(3.9, 4.0, 5) == []
+
+
+def test_registering_again_keeps_what_is_known() -> None:
+    """The same run at the same URL stays verified; at another URL it is looked at anew."""
+    registry = _registry()
+    member = registry.join(_registration(), 0.0)
+    registry.looked(member.incarnation, Door(DoorState.SAME), 0.0)
+    registry.saw_numbers([member.incarnation])
+    again = registry.join(_registration(), 1.0)
+    assert (again.verified, again.had_number, again.assignment) == (True, True, member.assignment)
+    moved = registry.join(_registration(url="http://127.0.0.1:2"), 2.0)
+    assert (moved.verified, moved.had_number) == (False, True)
+
+
+def test_a_snapshot_restores_the_fleet_under_a_new_term() -> None:
+    """A new Manager begins with everybody just heard, the same content under its own term, and drains remembered."""
+    old = _registry(term=1)
+    old.join(_registration(), 0.0)
+    old.join(_registration(worker_id="d", incarnation="d.0000000000000003"), 0.0)
+    old.drain("d", 0.0)
+    new = _registry(term=2)
+    new.load([member.info() for member in old.members()], 1000.0)
+    draining, working = new.members()
+    assert working.state is WorkerState.ACTIVE
+    assert working.assignment.order > old.get("w").assignment.order
+    assert working.assignment.pools == old.get("w").assignment.pools
+    assert working.info(1001.0).heartbeat_age_ms == 1000
+    assert not working.verified
+    assert draining.drain_asked and draining.state is WorkerState.DRAINING
