@@ -1,0 +1,128 @@
+"""The Router as one ASGI app: inference goes the short way, everything else to FastAPI.
+
+The same app runs under uvicorn (:mod:`router.service`), in tests without a socket, and in whatever else speaks ASGI
+with lifespan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.types import Receive, Scope, Send
+
+from broker import Broker, BrokerSettings
+from queue_schemas import BrokerUnsuitable, CannotStart, MethodNotAllowed, PathNotFound
+from telemetry.asgi import request_id_from
+from telemetry.server import refuse_unguarded
+
+from .exchange import Exchange
+from .http import build_pages
+from .inference import Inference
+from .manager_port import HttpManager
+from .ports import ManagerPort, OpenQueue
+from .settings import RouterSettings
+from .state import RouterState
+
+
+class RouterApp:
+    """An ASGI app. Under a server without lifespan, run it within :meth:`running`."""
+
+    def __init__(self, state: RouterState) -> None:
+        self.state = state
+        self._paths = state.settings.paths
+        self._inference = Inference(state)
+        self._pages = build_pages(state)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        path: str = scope["path"]
+        if path in self._paths:
+            # The path as it was written, too: what was encoded or mounted elsewhere is another path.
+            if scope.get("raw_path", path.encode()) == path.encode():
+                if scope["method"] == "POST":
+                    await self._inference.serve(scope, receive, send, path)
+                else:
+                    await self._refuse_method(scope, send, path)
+                return
+            await self._refuse_spelling(scope, send)
+            return
+        await self._pages(scope, receive, send)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """What the app needs in the background runs within; at the end the open requests are drained."""
+        async with self.state.running():
+            try:
+                yield
+            finally:
+                await self.drain()
+
+    async def drain(self) -> None:
+        """Refuse new requests, let the open ones finish within the limit, end the rest with an error."""
+        await self.state.drain(self.state.settings.shutdown_limit_ms / 1000)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        async with self.running():
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _refuse_method(self, scope: Scope, send: Send, path: str) -> None:
+        exchange = Exchange(send, request_id_from(scope["headers"]).encode())
+        await exchange.fail(
+            MethodNotAllowed(f"{path} does not answer {scope['method']}: use POST"), headers=[(b"allow", b"POST")]
+        )
+        self.state.metrics.answered(path, exchange.status)
+
+    async def _refuse_spelling(self, scope: Scope, send: Send) -> None:
+        exchange = Exchange(send, request_id_from(scope["headers"]).encode())
+        await exchange.fail(PathNotFound("paths must be written plainly, without percent signs"))
+        self.state.metrics.answered("unknown", exchange.status)
+
+
+def build_router(
+    settings: RouterSettings,
+    broker_settings: BrokerSettings | None = None,
+    *,
+    open_queue: OpenQueue | None = None,
+    manager: ManagerPort | None = None,
+) -> RouterApp:
+    """The app. Without a Redis URL in ``broker_settings`` it asks the Manager where Redis is.
+
+    ``open_queue`` and ``manager`` replace the real ones. Raises ``CannotStart`` for settings that cannot work.
+    """
+    token = settings.join_token.get_secret_value()
+    if manager is None and settings.manager_url:
+        manager = HttpManager(settings.manager_url, token, settings.manager_timeout_ms)
+    if open_queue is None:
+        open_queue = _queue_opener(settings, broker_settings or BrokerSettings.load(), manager)
+    state = RouterState(settings, open_queue, manager)
+    refuse_unguarded(
+        settings.host,
+        guarded=state.keys.required,
+        insecure=settings.insecure,
+        remedy="give API keys (INFERQ_ROUTER_API_KEYS_FILE or INFERQ_ROUTER_API_KEYS)",
+    )
+    return RouterApp(state)
+
+
+def _queue_opener(settings: RouterSettings, broker: BrokerSettings, manager: ManagerPort | None) -> OpenQueue:
+    if not broker.redis_url and manager is None:
+        raise CannotStart("the router cannot know where Redis is: give --redis-url, or --manager-url to ask a Manager")
+
+    async def open_queue() -> Broker:
+        found = broker
+        if not found.redis_url:
+            if manager is None:
+                raise BrokerUnsuitable("there is neither a Redis URL nor a Manager to ask")
+            address = await manager.broker_address()
+            found = found.model_copy(update={"redis_url": address.broker_url, "shards": address.shards})
+        return await Broker.connect(found, budgets=settings.budgets)
+
+    return open_queue

@@ -1,0 +1,46 @@
+"""Reading a request's body within its limits."""
+
+from __future__ import annotations
+
+from starlette.types import Receive
+
+from .core import check_size
+
+DRAIN_BYTES = 64 * 1024 * 1024
+"""How much of a refused body is read and thrown away, so that the client gets to read the refusal."""
+DRAIN_LIMIT_S = 10.0
+
+
+class ClientGone(Exception):
+    """The client went away before the answer was complete."""
+
+
+async def read_body(receive: Receive, limit_bytes: int) -> bytes:
+    """The whole body. Raises ``BodyTooLarge`` as soon as it passes the limit, ``ClientGone`` if it breaks off."""
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        body: bytes = message.get("body", b"")
+        check_size(len(body), limit_bytes)
+        return body
+    pieces = []
+    size = 0
+    while message["type"] == "http.request":
+        piece = message.get("body", b"")
+        size += len(piece)
+        check_size(size, limit_bytes)
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+        message = await receive()
+    raise ClientGone
+
+
+async def drain_body(receive: Receive) -> None:
+    """Read on for a while and forget it. A connection closed on a client that still sends is reset, and the client
+    then may never see why."""
+    drained = 0
+    while drained < DRAIN_BYTES:
+        message = await receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return
+        drained += len(message.get("body", b""))

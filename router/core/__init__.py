@@ -1,0 +1,46 @@
+"""The Router's decisions, pure: admission, reading requests, stitching answers, the directory of models."""
+
+from .admission import (
+    DEADLINE_HEADER,
+    KeyRing,
+    OnNoWorker,
+    announced_size,
+    authenticate,
+    check_model,
+    check_room,
+    check_size,
+    is_join_token,
+    parse_keys,
+    read_deadline,
+)
+from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_depth, pool_list
+from .openai import INFERENCE_PATHS, RequestFields, known_paths, read_fields
+from .stitch import EVENT_STREAM, Head, Stitch
+
+__all__ = [
+    "DEADLINE_HEADER",
+    "EVENT_STREAM",
+    "INFERENCE_PATHS",
+    "Directory",
+    "Head",
+    "KeyRing",
+    "OnNoWorker",
+    "PoolEntry",
+    "RequestFields",
+    "Stitch",
+    "announced_size",
+    "authenticate",
+    "build_directory",
+    "check_model",
+    "check_room",
+    "check_size",
+    "is_join_token",
+    "known_paths",
+    "model_list",
+    "model_object",
+    "parse_keys",
+    "pool_depth",
+    "pool_list",
+    "read_deadline",
+    "read_fields",
+]

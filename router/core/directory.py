@@ -1,0 +1,84 @@
+"""The directory: which models exist, and who serves them now. Built from what the queue's server knows of the fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from queue_schemas import Lane, LaneDepth, Pool, PoolDepth, PoolList, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PoolEntry:
+    """One model: ``workers`` that take work for it now, their ``slots``, and when it was ``first_seen_s`` (Unix)."""
+
+    workers: int
+    slots: int
+    first_seen_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """All models: served, declared in settings, or remembered."""
+
+    pools: Mapping[str, PoolEntry] = field(default_factory=dict)
+
+    def workers_of(self, model: str) -> int:
+        """How many workers take work for ``model`` now."""
+        entry = self.pools.get(model)
+        return entry.workers if entry else 0
+
+
+def build_directory(
+    fleet: Iterable[WorkerInfo], remembered: Iterable[Pool], declared: Iterable[str], before: Directory, now_s: int
+) -> Directory:
+    """The directory of this moment; ``before`` keeps the dates at which models were first seen."""
+    workers: dict[str, int] = dict.fromkeys((*declared, *remembered), 0)
+    slots = workers.copy()
+    for info in fleet:
+        for model in dict.fromkeys(info.models):
+            workers.setdefault(model, 0)
+            slots.setdefault(model, 0)
+            if info.takes_work:
+                workers[model] += 1
+                slots[model] += info.slots
+    known = before.pools
+    return Directory(
+        {
+            model: PoolEntry(count, slots[model], known[model].first_seen_s if model in known else now_s)
+            for model, count in sorted(workers.items())
+        }
+    )
+
+
+def model_object(model: str, entry: PoolEntry) -> dict[str, object]:
+    """OpenAI's model object."""
+    return {"id": model, "object": "model", "created": entry.first_seen_s, "owned_by": "inferq"}
+
+
+def model_list(directory: Directory) -> dict[str, object]:
+    """OpenAI's list of models."""
+    return {"object": "list", "data": [model_object(model, entry) for model, entry in directory.pools.items()]}
+
+
+def pool_depth(model: str, directory: Directory, lanes: Mapping[Lane, LaneDepth]) -> PoolDepth:
+    """The queue of one model in figures."""
+    entry = directory.pools.get(model)
+    waiting = sum(depth.waiting for depth in lanes.values())
+    leased = sum(depth.leased for depth in lanes.values())
+    return PoolDepth(
+        model=model,
+        waiting=waiting,
+        leased=leased,
+        outstanding=waiting + leased,
+        oldest_age_ms=max((depth.oldest_age_ms for depth in lanes.values()), default=0),
+        workers=entry.workers if entry else 0,
+        slots=entry.slots if entry else 0,
+        lanes={lane: lanes.get(lane, LaneDepth()) for lane in Lane},
+    )
+
+
+def pool_list(directory: Directory, depths: Mapping[Pool, Mapping[Lane, LaneDepth]]) -> PoolList:
+    """The queues of all models, those included that only have jobs left."""
+    models = sorted({*directory.pools, *depths})
+    return PoolList(pools=[pool_depth(model, directory, depths.get(Pool(model), {})) for model in models])

@@ -1,0 +1,121 @@
+"""What the Router reads of a request: its path, and of its body the model, ``stream`` and ``priority``.
+
+The body is parsed once, to read, and never written again: the job carries the client's own bytes. A path passes only
+if it is exactly one of a list; encoded, doubled or dotted spellings of the same path are other paths, so no spelling
+leads to an engine's control paths.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import orjson
+
+from queue_schemas import BadMessage, BadRequest, Pool
+from queue_schemas.ids import check_name
+
+from .forms import boundary_of, form_fields
+
+INFERENCE_PATHS: tuple[str, ...] = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/rerank",
+    "/v1/score",
+    "/v1/audio/transcriptions",
+    "/v1/messages",
+    "/tokenize",
+    "/detokenize",
+)
+"""Paths that an engine serves for inference; settings may add to them."""
+
+_PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
+_OWN_PATHS = ("/fabric", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/v1/models")
+_TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
+_FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFields:
+    """What the fabric needs to know of a body. ``priority`` is vLLM's: lower is earlier, 0 the default."""
+
+    model: Pool
+    stream: bool = False
+    priority: int = 0
+
+
+def known_paths(extra: Iterable[str]) -> frozenset[str]:
+    """The allowlist with the settings' ``extra`` paths. Raises ``ValueError`` for one that cannot be an engine's."""
+    for path in extra:
+        if not _PLAIN_PATH.fullmatch(path):
+            raise ValueError(f"{path!r} is not a plain path: write it like /v1/classify")
+        if any(path == own or path.startswith(f"{own}/") for own in _OWN_PATHS):
+            raise ValueError(f"{path} is the Router's own path")
+    return frozenset(INFERENCE_PATHS) | frozenset(extra)
+
+
+def read_fields(body: bytes, content_type: str) -> RequestFields:
+    """The fields in ``body``: a JSON object, or a form where ``content_type`` says ``multipart/form-data``.
+
+    Raises ``BadRequest`` that names the field or the position at fault.
+    """
+    if content_type[:19].lower() == "multipart/form-data":
+        return _from_form(form_fields(body, boundary_of(content_type), ("model", "stream", "priority")))
+    return _from_json(body)
+
+
+def _from_json(body: bytes) -> RequestFields:
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        if not body:
+            raise BadRequest("the body is empty: send a JSON object") from None
+        raise BadRequest(
+            f"the body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}, byte {error.pos})"
+        ) from None
+    if type(request) is not dict:
+        raise BadRequest(f"the body must be a JSON object, not {_json_type(request)}")
+    model = request.get("model")
+    if type(model) is not str:
+        raise _wrong("model", model, "text: the id of a model, as GET /v1/models lists them", required=True)
+    stream = request.get("stream")
+    if stream is not None and type(stream) is not bool:
+        raise _wrong("stream", stream, "true or false")
+    priority = request.get("priority")
+    if priority is not None and type(priority) is not int:
+        raise _wrong("priority", priority, "a whole number; lower is earlier")
+    return RequestFields(_checked_model(model), stream or False, priority or 0)
+
+
+def _from_form(fields: Mapping[str, str]) -> RequestFields:
+    if "model" not in fields:
+        raise _wrong("model", None, "a field of the form: the id of a model", required=True)
+    word = fields.get("stream", "").strip().lower()
+    if word not in _TRUE_WORDS and word not in _FALSE_WORDS:
+        raise BadRequest(f"stream must be true or false, not {word[:40]!r}", param="stream")
+    try:
+        priority = int(fields.get("priority", "0"))
+    except ValueError:
+        raise BadRequest("priority must be a whole number; lower is earlier", param="priority") from None
+    return RequestFields(_checked_model(fields["model"]), word in _TRUE_WORDS, priority)
+
+
+def _checked_model(model: str) -> Pool:
+    try:
+        return Pool(check_name(model, "model"))
+    except BadMessage as error:
+        raise BadRequest(error.message, param="model") from None
+
+
+def _wrong(param: str, value: object, expected: str, *, required: bool = False) -> BadRequest:
+    if value is None and required:
+        return BadRequest(f"{param} is missing; it must be {expected}", param=param)
+    return BadRequest(f"{param} must be {expected}, not {_json_type(value)}", param=param)
+
+
+def _json_type(value: object) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
+    return names.get(type(value), "null")

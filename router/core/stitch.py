@@ -1,0 +1,271 @@
+"""Stitching: the frames and markers of a job's attempts become one answer without a gap or a repeat.
+
+Rules:
+
+* A frame counts if its epoch and attempt are the newest seen and its ``seq`` is the next. Older epochs and repeats are
+  dropped; a ``seq`` that skips one means that frames were lost on the way, and the job has to run again (``gap``).
+* A plain answer is handed out when it is complete. Of a stream, whole events are handed out as they come: half an
+  event that a lost attempt left behind was never delivered.
+* A lost attempt that delivered nothing leaves no trace. After one that did, the next is checked against what was
+  delivered (:mod:`router.core.replay`) and goes on where it stopped, or the stream ends with an explicit error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from queue_schemas import (
+    END,
+    HEAD,
+    AttemptsExhausted,
+    DeadlineExceeded,
+    Frame,
+    InferqError,
+    JobCancelled,
+    Marker,
+    MarkerKind,
+    StreamBroken,
+)
+
+from .replay import Replay, split_events
+
+EVENT_STREAM = "text/event-stream"
+LONGEST_EVENT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How the answer begins."""
+
+    status: int
+    content_type: str
+
+    @property
+    def is_event_stream(self) -> bool:
+        return self.content_type.startswith(EVENT_STREAM)
+
+
+class Stitch:
+    """The answer to one request, as far as it has come.
+
+    Feed it with :meth:`on_frame` and :meth:`on_marker`. ``head`` is set once the answer may begin, :meth:`take` gives
+    the bytes that may follow. Then either ``ended`` (all of it was given out), or ``error``. ``settled`` says that the
+    queue has nothing left of the job. ``gap`` says that the job must run again under another id: call :meth:`restart`.
+    """
+
+    __slots__ = (
+        "_attempt_head",
+        "_attempt_id",
+        "_collected",
+        "_delivered",
+        "_delivered_bytes",
+        "_epoch",
+        "_next_seq",
+        "_partial",
+        "_pending",
+        "_replay",
+        "_replay_limit",
+        "_streams",
+        "attempts",
+        "ended",
+        "error",
+        "gap",
+        "head",
+        "pending_bytes",
+        "settled",
+        "stream",
+    )  # fmt: skip
+
+    def __init__(self, *, stream: bool, replay_limit_bytes: int) -> None:
+        self.head: Head | None = None
+        self.ended = False
+        self.error: InferqError | None = None
+        self.settled = False
+        self.gap = False
+        self.attempts = 0
+        self.pending_bytes = 0
+        self.stream = stream
+        self._replay_limit = replay_limit_bytes
+        self._epoch = 0
+        self._attempt_id = ""
+        self._next_seq = 0
+        self._attempt_head: Head | None = None
+        self._streams = False
+        self._pending: list[bytes] = []
+        self._collected: list[bytes] = []
+        self._delivered: list[bytes] | None = []
+        self._delivered_bytes = 0
+        self._partial = b""
+        self._replay: Replay | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.ended or self.error is not None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has been heard of the job yet."""
+        return not self._epoch and not self._attempt_id
+
+    def take(self) -> bytes:
+        """What has come since the last call."""
+        pending = self._pending
+        if not pending:
+            return b""
+        data = pending[0] if len(pending) == 1 else b"".join(pending)
+        self._pending = []
+        self.pending_bytes = 0
+        return data
+
+    def on_frame(self, frame: Frame) -> None:
+        """A frame of the job came."""
+        if self.closed or self.gap:
+            return
+        if (frame.attempt_id != self._attempt_id or frame.epoch != self._epoch) and not self._adopt(frame):
+            return
+        if frame.seq != self._next_seq:
+            self.gap = frame.seq > self._next_seq
+            return
+        self._next_seq += 1
+        try:
+            if frame.flags & HEAD:
+                self._on_head(frame)
+            if frame.data:
+                self._on_data(frame.data)
+            if frame.flags & END:
+                self._on_end()
+        except StreamBroken as error:
+            self.error = error
+            self.settled = bool(frame.flags & END)
+
+    def on_marker(self, marker: Marker) -> None:
+        """The queue says what happened to the job."""
+        if self.closed or marker.epoch < self._epoch:
+            return
+        if marker.kind is MarkerKind.REQUEUED:
+            self._forget_attempt(marker.epoch)
+        else:
+            self.settled = True
+            self.error = _ERRORS[marker.kind](marker.reason)
+
+    def restart(self) -> None:
+        """The job runs again under another id, whose epochs begin anew."""
+        self._forget_attempt(0)
+
+    def _adopt(self, frame: Frame) -> bool:
+        """Whether ``frame`` begins an attempt that counts; what an older one left unfinished is forgotten then."""
+        if frame.epoch < self._epoch or (frame.epoch == self._epoch and self._attempt_id):
+            return False
+        if self._attempt_id:
+            self._forget_attempt(frame.epoch)
+            if self.closed:
+                return False
+        self._epoch, self._attempt_id = frame.epoch, frame.attempt_id
+        self.attempts += 1
+        return True
+
+    def _forget_attempt(self, epoch: int) -> None:
+        self.gap = False
+        self._epoch = epoch
+        self._attempt_id = ""
+        self._next_seq = 0
+        self._attempt_head = None
+        self._streams = False
+        self._collected.clear()
+        self._partial = b""
+        self._replay = None
+        if not self._delivered_bytes:
+            return
+        try:
+            self._replay = self._comparable()
+        except StreamBroken as error:
+            self.error = error
+        else:
+            self.ended = self._replay.complete
+
+    def _comparable(self) -> Replay:
+        if self._delivered is None:
+            raise StreamBroken(
+                "the stream cannot go on: its worker was lost after more was delivered than can be checked against a "
+                "new attempt; send the request again"
+            )
+        return Replay(b"".join(self._delivered))
+
+    def _on_head(self, frame: Frame) -> None:
+        head = self._attempt_head = Head(frame.status, frame.content_type)
+        self._streams = self.stream and head.status < 400
+        if self.head is None:
+            self.head = head if self._streams else None
+        elif head.is_event_stream != self.head.is_event_stream or not self._streams:
+            raise StreamBroken(
+                f"the stream cannot go on: its worker was lost, and another one answered with status {head.status}, "
+                f"{head.content_type}; send the request again"
+            )
+        if self._streams and not head.is_event_stream:
+            self._delivered = None
+
+    def _on_data(self, data: bytes) -> None:
+        head = self._attempt_head
+        if not self._streams or head is None:
+            self._collected.append(data)
+        elif head.is_event_stream:
+            self._on_events(data)
+        else:
+            self._deliver(data)
+
+    def _on_events(self, data: bytes) -> None:
+        if self._partial or not data.endswith(b"\n\n"):
+            data = self._partial + data
+            end = _end_of_events(data)
+            self._partial = data[end:]
+            data = data[:end]
+            if len(self._partial) > LONGEST_EVENT_BYTES:
+                raise StreamBroken(f"the engine sent an event of more than {LONGEST_EVENT_BYTES} bytes")
+        if self._replay is not None:
+            data = b"".join(map(self._replay.feed, split_events(data)))
+        if data:
+            self._deliver(data)
+
+    def _on_end(self) -> None:
+        if self._streams:
+            if self._replay is not None:
+                self._on_events(b"\n\n" if self._partial else b"")
+                self._replay.finish()
+            elif self._partial:
+                self._deliver(self._partial)
+        else:
+            self.head = self._attempt_head
+            self._pending += self._collected
+        self.settled = self.ended = True
+
+    def _deliver(self, data: bytes) -> None:
+        self._pending.append(data)
+        self.pending_bytes += len(data)
+        self._delivered_bytes += len(data)
+        if self._delivered is not None:
+            if self._delivered_bytes > self._replay_limit:
+                self._delivered = None
+            else:
+                self._delivered.append(data)
+
+
+def _end_of_events(data: bytes) -> int:
+    """Where the last whole event of ``data`` ends; 0 if there is none."""
+    bare, with_returns = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+    return max(bare + 2 if bare >= 0 else 0, with_returns + 4 if with_returns >= 0 else 0)
+
+
+def _dead(reason: str) -> InferqError:
+    return AttemptsExhausted(f"every attempt to answer the request failed, the last because {reason or 'it was lost'}")
+
+
+def _cancelled(reason: str) -> InferqError:
+    return JobCancelled(f"the request was cancelled: {reason or 'no reason was given'}")
+
+
+def _expired(reason: str) -> InferqError:
+    return DeadlineExceeded(f"the request was not answered in time: {reason or 'its deadline passed'}")
+
+
+_ERRORS = {MarkerKind.DEAD: _dead, MarkerKind.CANCELLED: _cancelled, MarkerKind.EXPIRED: _expired}

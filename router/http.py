@@ -1,0 +1,151 @@
+"""Everything a Router answers beside inference: models, the fabric's pages, health, metrics, our OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from queue_schemas import (
+    FABRIC_PREFIX,
+    JOIN_TOKEN_HEADER,
+    AuthenticationFailed,
+    BodyTooLarge,
+    BrokerAddress,
+    HeartbeatAnswer,
+    ManagerUnavailable,
+    PoolDepth,
+    PoolList,
+    RegistrationAnswer,
+    WorkerList,
+    check_worker_id,
+)
+from telemetry.asgi import health_routes, prepare_app
+
+from .core import check_model, is_join_token, model_list, model_object, pool_depth, pool_list
+from .state import RouterState
+
+MAX_FABRIC_BODY_BYTES = 1024 * 1024
+_WORKERS = f"{FABRIC_PREFIX}/workers"
+
+
+def build_pages(state: RouterState) -> FastAPI:
+    """The FastAPI app of one Router."""
+    app = FastAPI(
+        title="inferq Router",
+        version=version("inferq"),
+        description="POST requests on inference paths (such as /v1/chat/completions) go through the queue to an engine "
+        "as they are; their schema is the engine's. Documented here is what the Router answers itself.",
+    )
+    app.include_router(health_routes(state.metrics.registry, state.reasons))
+    app.include_router(_models(state))
+    app.include_router(_pools(state))
+    app.include_router(_manager(state))
+    return prepare_app(app, state.metrics.registry)
+
+
+def _models(state: RouterState) -> APIRouter:
+    routes = APIRouter(tags=["models"], dependencies=[Depends(_client(state))])
+
+    @routes.get("/v1/models", summary="All models: served now, declared, or remembered for a day")
+    async def models() -> JSONResponse:
+        return JSONResponse(model_list(state.link.directory))
+
+    @routes.get("/v1/models/{model:path}", summary="One model")
+    async def model(model: str) -> JSONResponse:
+        directory = state.link.directory
+        if model not in directory.pools:
+            directory = await state.link.fresh_directory()
+        check_model(model, directory, "queue")
+        return JSONResponse(model_object(model, directory.pools[model]))
+
+    return routes
+
+
+def _pools(state: RouterState) -> APIRouter:
+    routes = APIRouter(tags=["fabric"], dependencies=[Depends(_operator(state))])
+
+    @routes.get(f"{FABRIC_PREFIX}/pools", summary="Queue depth, age, workers and slots of every model")
+    async def pools() -> PoolList:
+        return pool_list(state.link.directory, await state.link.ready_queue().depths())
+
+    @routes.get(f"{FABRIC_PREFIX}/pools/{{model:path}}", summary="The same of one model, for autoscalers")
+    async def pool(model: str) -> PoolDepth:
+        depths = await state.link.ready_queue().depths()
+        known = {pool: lanes for pool, lanes in depths.items() if pool == model}
+        if not known and model not in state.link.directory.pools:
+            check_model(model, await state.link.fresh_directory(), "queue")
+        return pool_depth(model, state.link.directory, next(iter(known.values()), {}))
+
+    return routes
+
+
+def _manager(state: RouterState) -> APIRouter:
+    """Paths that are the Manager's, passed on with the caller's join token: it is the Manager that judges it."""
+    routes = APIRouter(tags=["manager"])
+
+    @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList)
+    async def workers(request: Request) -> Response:
+        return await _forward(state, request, _WORKERS)
+
+    @routes.post(_WORKERS, summary="A worker joins", response_model=RegistrationAnswer)
+    async def register(request: Request) -> Response:
+        return await _forward(state, request, _WORKERS)
+
+    @routes.post(_WORKERS + "/{worker_id}/heartbeat", summary="A worker reports", response_model=HeartbeatAnswer)
+    async def heartbeat(worker_id: str, request: Request) -> Response:
+        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/heartbeat")
+
+    @routes.post(_WORKERS + "/{worker_id}/drain", summary="A worker takes no more work, and ends", status_code=202)
+    async def drain(worker_id: str, request: Request) -> Response:
+        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/drain")
+
+    @routes.delete(_WORKERS + "/{worker_id}", summary="A worker leaves", status_code=204)
+    async def deregister(worker_id: str, request: Request) -> Response:
+        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}")
+
+    @routes.get(f"{FABRIC_PREFIX}/broker", summary="Where the queue is", response_model=BrokerAddress)
+    async def broker(request: Request) -> Response:
+        return await _forward(state, request, f"{FABRIC_PREFIX}/broker")
+
+    return routes
+
+
+async def _forward(state: RouterState, request: Request, path: str) -> Response:
+    if state.manager is None:
+        raise ManagerUnavailable("this router was started without --manager-url: ask the Manager itself")
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_FABRIC_BODY_BYTES:
+            raise BodyTooLarge(f"the body has more than {MAX_FABRIC_BODY_BYTES} bytes, which no worker's message has")
+    token = request.headers.get(JOIN_TOKEN_HEADER, "")
+    answer = await state.manager.forward(request.method, path, request.url.query, token, body)
+    return Response(answer.body, answer.status, headers=dict(answer.headers))
+
+
+def _client(state: RouterState) -> Callable[[Request], Awaitable[None]]:
+    """Lets API keys in, where keys are required."""
+
+    async def check(request: Request) -> None:
+        headers = dict(request.scope["headers"])
+        state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+
+    return check
+
+
+def _operator(state: RouterState) -> Callable[[Request], Awaitable[None]]:
+    """Lets API keys in, and whoever shows the join token."""
+    expected = state.settings.join_token.get_secret_value()
+    check_client = _client(state)
+
+    async def check(request: Request) -> None:
+        if not is_join_token(expected, request.headers.get(JOIN_TOKEN_HEADER, "").encode()):
+            try:
+                await check_client(request)
+            except AuthenticationFailed as error:
+                raise AuthenticationFailed(f"{error.message}, or the join token as {JOIN_TOKEN_HEADER}") from None
+
+    return check

@@ -1,0 +1,292 @@
+"""The hot path: one inference request from its head to the end of its answer.
+
+Nothing here makes a task, a timer or a lock per request, parses a body twice, or goes through a web framework.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from starlette.types import Receive, Scope, Send
+
+from queue_schemas import (
+    TERMINAL,
+    BodyTooLarge,
+    BrokerFull,
+    BrokerUnavailable,
+    DeadlineExceeded,
+    EngineFailed,
+    InferqError,
+    Job,
+    OverCapacity,
+    RequestTimeout,
+    ShuttingDown,
+    StreamBroken,
+    Tenant,
+    band_of_priority,
+    new_job_id,
+)
+from telemetry import get_logger, inject, span_for_request, tracing_enabled
+from telemetry.asgi import request_id_from
+
+from .bodies import DRAIN_LIMIT_S, ClientGone, drain_body, read_body
+from .connection import Connection
+from .core import (
+    DEADLINE_HEADER,
+    RequestFields,
+    Stitch,
+    announced_size,
+    check_model,
+    check_room,
+    check_size,
+    read_deadline,
+    read_fields,
+)
+from .exchange import Exchange
+from .requests import OpenRequest
+from .state import RETRY_AFTER_SHUTDOWN_S, RouterState
+
+MAX_RERUNS = 3
+"""How often a request is put on the queue anew because frames of its answer were lost on the way."""
+RERUN_AFTER_S = 2.0
+"""How long an answer whose job has ended may still be on its way."""
+
+_DEADLINE = DEADLINE_HEADER.encode()
+_NEVER = float("inf")
+
+log = get_logger(__name__)
+
+
+class Inference:
+    """Serves ``POST`` requests on inference paths."""
+
+    def __init__(self, state: RouterState) -> None:
+        self._state = state
+        self._settings = state.settings
+        self._requests = state.requests
+        self._loop = asyncio.get_running_loop
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
+        """Answer one request on ``path``, one of the allowlist."""
+        if not tracing_enabled():
+            await self._serve(scope, receive, send, path, "")
+            return
+        headers = dict(scope["headers"])
+        parent = headers.get(b"traceparent", b"").decode("latin-1")
+        with span_for_request(f"POST {path}", parent) as span:
+            status = await self._serve(scope, receive, send, path, inject(parent))
+            span.set("http.response.status_code", status)
+            if status >= 500:
+                span.fail(str(status))
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, path: str, trace: str) -> int:
+        request_id = request_id_from(scope["headers"])
+        exchange = Exchange(send, request_id.encode())
+        connection = Connection(receive)
+        request = OpenRequest(connection, self._loop().time())
+        running = len(self._requests)
+        self._requests.add(request)
+        try:
+            headers = dict(scope["headers"])
+            tenant = self._admit(headers, running)
+            body = await self._body(request, receive, headers)
+            job = await self._job(request_id, path, tenant, headers, body, trace)
+            connection.watch(request.on_gone)
+            await self._enqueue(request, job)
+            await self._relay(request, exchange)
+        except InferqError as error:
+            connection.unwatch()
+            log.debug("refused", request_id=request_id, code=error.code, message=error.message)
+            await self._refuse(exchange, receive, error)
+        except ClientGone:
+            self._state.metrics.disconnects.labels(request.why_gone).inc()
+        except Exception:
+            connection.unwatch()
+            log.exception("request_failed", request_id=request_id, path=path)
+            await exchange.fail(InferqError(f"something went wrong here; the log has it under {request_id}"))
+        finally:
+            connection.unwatch()
+            self._leave(request, request_id)
+        await connection.closed()
+        self._state.metrics.answered(path, exchange.status)
+        return exchange.status
+
+    def _admit(self, headers: dict[bytes, bytes], running: int) -> Tenant:
+        """What can be judged before the body is read."""
+        if self._state.draining:
+            raise ShuttingDown(
+                "this router is shutting down; send the request to another one, or again",
+                retry_after_s=RETRY_AFTER_SHUTDOWN_S,
+            )
+        tenant = self._state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+        check_room(running, self._settings.max_concurrent)
+        check_size(announced_size(headers.get(b"content-length")), self._settings.max_body_bytes)
+        return tenant
+
+    async def _body(self, request: OpenRequest, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
+        request.guard(request.begun_s + self._settings.body_limit_ms / 1000, self._body_late)
+        try:
+            return await read_body(receive, self._settings.max_body_bytes)
+        except asyncio.CancelledError:
+            if not request.absorb():
+                raise
+            raise request.error or ClientGone from None
+        finally:
+            request.unguard()
+
+    async def _job(
+        self, request_id: str, path: str, tenant: Tenant, headers: dict[bytes, bytes], body: bytes, trace: str
+    ) -> Job:
+        content_type = headers.get(b"content-type", b"application/json").decode("latin-1")
+        fields: RequestFields = read_fields(body, content_type)
+        settings, link = self._settings, self._state.link
+        deadline_ms = read_deadline(headers.get(_DEADLINE), settings.default_deadline_ms, settings.longest_deadline_ms)
+        queue = link.ready_queue()
+        entry = link.directory.pools.get(fields.model)
+        if entry is None or not entry.workers:
+            directory = link.directory if entry else await link.fresh_directory()
+            if fields.model not in directory.pools and link.reasons:
+                raise BrokerUnavailable(f"the list of models cannot be read: {link.reasons[0]}; try again shortly")
+            check_model(fields.model, directory, settings.on_no_worker)
+        return Job(
+            id=new_job_id(queue.shard_of(fields.model)),
+            tenant=tenant,
+            model=fields.model,
+            path=path,
+            body=body,
+            content_type=content_type,
+            band=band_of_priority(fields.priority),
+            stream=fields.stream,
+            ttl_ms=deadline_ms,
+            max_attempts=settings.max_attempts,
+            reply_to=link.incarnation,
+            traceparent=trace or headers.get(b"traceparent", b"").decode("latin-1"),
+            request_id=request_id,
+        )
+
+    async def _enqueue(self, request: OpenRequest, job: Job) -> None:
+        if request.stitch is None:
+            request.stitch = Stitch(stream=job.stream, replay_limit_bytes=self._settings.replay_bytes)
+            request.deadline_s = self._loop().time() + job.ttl_ms / 1000
+        self._requests.attach(request, job)
+        queue = self._state.link.ready_queue()
+        request.guard(request.deadline_s, _not_queued)
+        try:
+            state = await queue.enqueue(job)
+        except asyncio.CancelledError:
+            if not request.absorb():
+                raise
+            raise request.error or ClientGone from None
+        except (OverCapacity, BrokerFull):
+            request.stitch.settled = True  # nothing was written: there is nothing to cancel
+            raise
+        finally:
+            request.unguard()
+        if state in TERMINAL:
+            request.rerun_s = self._loop().time() + RERUN_AFTER_S
+
+    async def _relay(self, request: OpenRequest, exchange: Exchange) -> None:
+        """Pass the answer on as it comes."""
+        stitch = request.stitch
+        job = request.job
+        assert stitch is not None and job is not None  # noqa: S101 - set by _enqueue
+        metrics = self._state.metrics
+        time = self._loop().time
+        first = True
+        while True:
+            await request.wait()
+            if request.gone:
+                raise ClientGone
+            data = stitch.take()
+            if data or stitch.ended:
+                now = time()
+                if first:
+                    metrics.ttft.observe(job.model, now - request.begun_s)
+                    first = False
+                else:
+                    metrics.itl.observe(job.model, now - request.quiet_since_s)
+                request.quiet_since_s = now
+            head = stitch.head
+            if stitch.ended and head is not None:
+                request.connection.unwatch()
+                request.sending_since_s = request.quiet_since_s
+                await exchange.finish(head, data)
+                return
+            if data and head is not None:
+                request.sending_since_s = request.quiet_since_s
+                await exchange.write(head, data)
+                request.sending_since_s = _NEVER
+            error = stitch.error or request.error
+            if error is not None:
+                raise self._explained(error, request)
+            if stitch.gap or request.lost:
+                await self._again(request)
+            if request.keepalive_due:
+                request.keepalive_due = False
+                request.sending_since_s = request.quiet_since_s = time()
+                await exchange.comment()
+                request.sending_since_s = _NEVER
+
+    async def _again(self, request: OpenRequest) -> None:
+        """Frames of the answer may be lost: make sure that an attempt will deliver it, under another id if need be."""
+        stitch, job = request.stitch, request.job
+        assert stitch is not None and job is not None  # noqa: S101 - set by _enqueue
+        request.lost, request.rerun_s = False, _NEVER
+        if stitch.untouched and not stitch.gap and request.reruns < MAX_RERUNS:
+            request.reruns += 1
+            await self._enqueue(request, job)  # still known, or no more: one job either way
+            return
+        self._state.canceller.cancel(job.id, "frames of its answer were lost")
+        if request.reruns >= MAX_RERUNS:
+            broken = StreamBroken if stitch.head is not None else EngineFailed
+            raise broken("the answer was lost on its way here too often; send the request again")
+        stitch.restart()
+        if stitch.closed:
+            request.notify()
+            return
+        request.reruns += 1
+        self._state.metrics.reruns.inc()
+        remaining_ms = max(1, int((request.deadline_s - self._loop().time()) * 1000))
+        again = replace(job, id=new_job_id(self._state.link.ready_queue().shard_of(job.model)), ttl_ms=remaining_ms)
+        log.info("request_runs_again", job_id=again.id, before=job.id, request_id=job.request_id)
+        await self._enqueue(request, again)
+
+    def _explained(self, error: InferqError, request: OpenRequest) -> InferqError:
+        """A deadline that passed because nobody serves the model says so."""
+        job = request.job
+        if type(error) is not DeadlineExceeded or job is None or self._state.link.directory.workers_of(job.model):
+            return error
+        return DeadlineExceeded(
+            f"no worker serves {job.model} now, and the request's time of {job.ttl_ms} ms ran out in the queue; "
+            "start a worker for it, or ask for a longer deadline"
+        )
+
+    def _body_late(self) -> InferqError:
+        limit_ms = self._settings.body_limit_ms
+        return RequestTimeout(f"the request's body did not arrive within {limit_ms} ms; send it again")
+
+    async def _refuse(self, exchange: Exchange, receive: Receive, error: InferqError) -> None:
+        if not isinstance(error, (BodyTooLarge, RequestTimeout)) or exchange.status:
+            await exchange.fail(error)
+            return
+        await exchange.fail(error, hold=True)
+        try:
+            async with asyncio.timeout(DRAIN_LIMIT_S):
+                if isinstance(error, BodyTooLarge):
+                    await drain_body(receive)
+        except TimeoutError:
+            log.debug("body_not_drained")
+        await exchange.end()
+
+    def _leave(self, request: OpenRequest, request_id: str) -> None:
+        """Whatever happened: nobody waits any more, and a job that goes on has no one to answer to."""
+        job, stitch = request.job, request.stitch
+        if job is not None and stitch is not None and not stitch.settled:
+            log.info("job_cancelled", job_id=job.id, request_id=request_id)
+            self._state.canceller.cancel(job.id, "its client went away" if request.gone else "its router gave it up")
+        self._state.done(request)
+
+
+def _not_queued() -> InferqError:
+    return DeadlineExceeded("the request could not be queued in time, because Redis does not answer; try again")

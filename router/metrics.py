@@ -1,0 +1,79 @@
+"""The Router's figures. What is counted per token costs a list index, and becomes a metric when somebody asks."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+
+from prometheus_client import Counter
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from telemetry import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry
+
+
+class ModelHistogram(Collector):
+    """A histogram by model, for one thread. Models are those of the directory, so their number is bounded."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = list(buckets)
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+
+    def observe(self, model: str, seconds: float) -> None:
+        counts = self._counts.get(model)
+        if counts is None:
+            counts = self._counts[model] = [0] * (len(self._bounds) + 1)
+            self._sums[model] = 0.0
+        counts[bisect_left(self._bounds, seconds)] += 1
+        self._sums[model] += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["model"])
+        bounds = [*map(str, self._bounds), "+Inf"]
+        for model, counts in self._counts.items():
+            total = 0
+            buckets = []
+            for bound, count in zip(bounds, counts, strict=True):
+                total += count
+                buckets.append((bound, float(total)))
+            family.add_metric([model], buckets, self._sums[model])
+        return [family]
+
+
+class RouterMetrics:
+    """Everything a Router counts."""
+
+    def __init__(self) -> None:
+        self.registry = MetricsRegistry("router")
+        self.ttft = ModelHistogram("inferq_ttft_seconds", "From request to first byte of the answer", WAIT_BUCKETS_S)
+        self.itl = ModelHistogram("inferq_itl_seconds", "Between pieces of a streamed answer", GAP_BUCKETS_S)
+        self.registry.collectors.register(self.ttft)
+        self.registry.collectors.register(self.itl)
+        self._requests = self.registry.counter(
+            "inferq_requests_total", "Answers by path and status", ("role", "path", "code")
+        )
+        self._answers: dict[tuple[str, int], Counter] = {}
+        self.strays = self.registry.counter(
+            "inferq_stray_frames_total", "Frames and markers of requests nobody waits for any more"
+        )
+        self.disconnects = self.registry.counter(
+            "inferq_clients_gone_total", "Clients that went away before their answer was complete", ("why",)
+        )
+        self.reruns = self.registry.counter(
+            "inferq_reruns_total", "Requests put on the queue again because frames of their answer were lost"
+        )
+
+    def answered(self, path: str, status: int) -> None:
+        """One answer to a request on ``path``, which is one of the allowlist."""
+        counter = self._answers.get((path, status))
+        if counter is None:
+            counter = self._answers[(path, status)] = self._requests.labels(self.registry.role, path, str(status))
+        counter.inc()
+
+    def watch(self, *, waiting: Callable[[], int], round_trips: Callable[[], int]) -> None:
+        """Read these when somebody asks for the metrics."""
+        self.registry.watch_gauge("inferq_requests_waiting", "Requests that wait for or stream their answer", waiting)
+        self.registry.watch_round_trips(round_trips)

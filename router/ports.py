@@ -1,0 +1,83 @@
+"""Where the Router meets the outside: the queue, and the Manager."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+from queue_schemas import (
+    BrokerAddress,
+    Frame,
+    Incarnation,
+    Job,
+    JobId,
+    Lane,
+    LaneDepth,
+    Marker,
+    Pool,
+    State,
+    WorkerInfo,
+)
+
+Deliver = Callable[[list[Frame | Marker]], None]
+
+
+class QueuePort(Protocol):
+    """The Router's side of :class:`broker.Broker`; errors as there."""
+
+    replies_ready: asyncio.Event
+    """Set once this Router's reply streams exist: only then may it enqueue."""
+
+    @property
+    def round_trips(self) -> int: ...
+
+    def shard_of(self, pool: str) -> int: ...
+
+    async def enqueue(self, job: Job) -> State: ...
+
+    async def cancel(self, job_id: JobId, reason: str) -> State | None: ...
+
+    async def read_replies(
+        self, router: Incarnation, deliver: Deliver, lost: Callable[[int], None] | None = None
+    ) -> NoReturn: ...
+
+    async def load_workers(self) -> dict[str, WorkerInfo]: ...
+
+    async def known_pools(self) -> dict[Pool, bool]: ...
+
+    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None: ...
+
+    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """The Manager's answer, to be passed on as it is. ``headers`` are lower case."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+
+class ManagerPort(Protocol):
+    """The Router's way to the Manager. All methods raise ``ManagerUnavailable`` when it cannot be reached."""
+
+    async def forward(self, method: str, path: str, query: str, join_token: str, body: bytes) -> Forwarded:
+        """Pass a worker's call on, its join token with it."""
+        ...
+
+    async def broker_address(self) -> BrokerAddress:
+        """Where the queue is. Raises the Manager's refusal (``AuthenticationFailed``, ...) as an error of ours."""
+        ...
+
+    async def close(self) -> None:
+        """Close the connections."""
+        ...
+
+
+OpenQueue = Callable[[], Awaitable[QueuePort]]
+"""Connects to the queue, one try. Raises ``BrokerUnavailable``, ``BrokerUnsuitable`` or ``ManagerUnavailable``."""

@@ -1,0 +1,162 @@
+"""The Router's link to the queue: connected whenever it can be, and the directory of models that is read over it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from queue_schemas import BrokerUnavailable, Incarnation, InferqError, new_incarnation
+from telemetry import get_logger
+
+from .core import Directory, build_directory
+from .ports import Deliver, OpenQueue, QueuePort
+from .settings import RouterSettings
+
+if TYPE_CHECKING:
+    from queue_schemas import WorkerInfo
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 2.0
+DECLARE_EVERY_S = 600.0
+LEAST_REFRESH_GAP_S = 0.1
+REFRESH_WAIT_S = 2.0
+
+log = get_logger(__name__)
+
+
+class QueueLink:
+    """Connects (:meth:`run`), and says whether it is: ``queue`` is None while there is none, ``reasons`` say why."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        open_queue: OpenQueue,
+        deliver: Deliver,
+        lost: Callable[[int], None],
+        broken: Callable[[InferqError], None],
+    ) -> None:
+        """``broken`` is told when a link that stood has to be made anew: what waits on it gets no answer."""
+        self._settings = settings
+        self._open = open_queue
+        self._deliver = deliver
+        self._lost = lost
+        self._broken = broken
+        self._fault = "not connected to the queue yet"
+        self._stale = ""
+        self._declared_s = float("-inf")
+        self._refresh_wanted = asyncio.Event()
+        self._refreshed = asyncio.Event()
+        self._refreshed_s = float("-inf")
+        self.queue: QueuePort | None = None
+        self.directory = Directory()
+        self.incarnation = Incarnation("")
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why no request can be taken; none: it can."""
+        if self.queue is None:
+            return [self._fault]
+        if not self.queue.replies_ready.is_set():
+            return ["the reply streams are not open yet"]
+        return [self._stale] if self._stale else []
+
+    def ready_queue(self) -> QueuePort:
+        """The queue, if requests may be put on it; else ``BrokerUnavailable`` that says why not."""
+        if self.queue is not None and self.queue.replies_ready.is_set():
+            return self.queue
+        raise BrokerUnavailable(f"the queue cannot be reached: {self.reasons[0]}; try again shortly", retry_after_s=2)
+
+    @property
+    def round_trips(self) -> int:
+        return self.queue.round_trips if self.queue is not None else 0
+
+    async def run(self) -> None:
+        """Connect, and connect again, until cancelled."""
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                queue = await self._open()
+            except InferqError as error:
+                self._note(error.message)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, LONGEST_PAUSE_S)
+                continue
+            pause = FIRST_PAUSE_S
+            try:
+                await self._use(queue)
+            except* InferqError as group:
+                fault = next(error for error in _leaves(group))
+                self._note(fault.message)
+                self._broken(fault)
+            finally:
+                self.queue = None
+                await queue.close()
+            await asyncio.sleep(pause)
+
+    async def _use(self, queue: QueuePort) -> None:
+        self.incarnation = new_incarnation(self._settings.router_id)
+        self.queue = queue
+        log.info("queue_connected", router=self.incarnation)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(queue.read_replies(self.incarnation, self._deliver, self._lost), name="replies")
+            tasks.create_task(self._keep_directory(queue), name="directory")
+
+    def _note(self, fault: str) -> None:
+        if fault != self._fault:
+            log.warning("queue_not_connected", error=fault)
+        self._fault = fault
+
+    async def fresh_directory(self) -> Directory:
+        """The directory, read again unless it was just now; the old one if that takes too long."""
+        if self.queue is not None and time.monotonic() - self._refreshed_s >= LEAST_REFRESH_GAP_S:
+            done = self._refreshed
+            self._refresh_wanted.set()
+            try:
+                async with asyncio.timeout(REFRESH_WAIT_S):
+                    await done.wait()
+            except TimeoutError:
+                log.warning("directory_slow")
+        return self.directory
+
+    async def _keep_directory(self, queue: QueuePort) -> None:
+        while True:
+            await self._refresh(queue)
+            try:
+                async with asyncio.timeout(self._settings.directory_ms / 1000):
+                    await self._refresh_wanted.wait()
+            except TimeoutError:
+                pass  # its time has come anyway
+            self._refresh_wanted.clear()
+
+    async def _refresh(self, queue: QueuePort) -> None:
+        try:
+            if self._settings.pools and time.monotonic() - self._declared_s >= DECLARE_EVERY_S:
+                await queue.remember_pools(self._settings.pools)
+                self._declared_s = time.monotonic()
+            fleet: dict[str, WorkerInfo] = await queue.load_workers()
+            remembered = await queue.known_pools()
+        except BrokerUnavailable as error:
+            self._stale = error.message
+        except (ValidationError, ValueError) as error:
+            # Written by a Manager of another version: the directory at hand is better than none.
+            log.warning("directory_not_understood", error=str(error))
+        else:
+            self._stale = ""
+            self.directory = build_directory(
+                fleet.values(), remembered, self._settings.pools, self.directory, int(time.time())
+            )
+        self._refreshed_s = time.monotonic()
+        done, self._refreshed = self._refreshed, asyncio.Event()
+        done.set()
+
+
+def _leaves(group: BaseExceptionGroup[InferqError]) -> list[InferqError]:
+    leaves: list[InferqError] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves

@@ -1,0 +1,227 @@
+"""Open requests: what waits for an answer, and what wakes it.
+
+Each open request is one coroutine, woken through one future: by frames (:meth:`OpenRequests.deliver`, called by the
+reader of the reply streams), by the sweep of each second, by a client that went away. Nothing here awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from queue_schemas import (
+    DeadlineExceeded,
+    Frame,
+    InferqError,
+    Job,
+    JobId,
+    Marker,
+    RequestTimeout,
+    shard_of_job,
+)
+from telemetry import get_logger
+
+from .connection import Connection
+from .core import Stitch
+from .metrics import RouterMetrics
+from .settings import RouterSettings
+
+log = get_logger(__name__)
+
+
+def _too_long() -> InferqError:
+    return RequestTimeout("the request took too long; send it again")
+
+
+class OpenRequest:
+    """One request. Times are the event loop's, in seconds; infinity where there is no limit."""
+
+    __slots__ = (
+        "begun_s",
+        "connection",
+        "deadline_s",
+        "error",
+        "gone",
+        "interrupted",
+        "job",
+        "keepalive_due",
+        "limit_s",
+        "lost",
+        "news",
+        "on_limit",
+        "quiet_since_s",
+        "rerun_s",
+        "reruns",
+        "sending_since_s",
+        "stitch",
+        "task",
+        "wake",
+        "why_gone",
+    )
+
+    def __init__(self, connection: Connection, now_s: float) -> None:
+        self.connection = connection
+        self.begun_s = self.quiet_since_s = now_s
+        self.job: Job | None = None
+        self.stitch: Stitch | None = None
+        self.deadline_s = self.limit_s = self.sending_since_s = self.rerun_s = float("inf")
+        self.on_limit: Callable[[], InferqError] = _too_long
+        self.error: InferqError | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.wake: asyncio.Future[None] | None = None
+        self.news = self.gone = self.interrupted = self.keepalive_due = self.lost = False
+        self.reruns = 0
+        self.why_gone = "left"
+
+    async def wait(self) -> None:
+        """Until there is news; at once if there is some already."""
+        if not self.news:
+            self.wake = asyncio.get_running_loop().create_future()
+            await self.wake
+        self.news = False
+
+    def notify(self) -> None:
+        """There is news."""
+        self.news = True
+        wake = self.wake
+        if wake is not None:
+            self.wake = None
+            if not wake.done():
+                wake.set_result(None)
+
+    def fail(self, error: InferqError) -> None:
+        """Answer with ``error``, unless there is an answer or another error already."""
+        if self.error is None:
+            self.error = error
+        self.interrupt()
+        self.notify()
+
+    def on_gone(self) -> None:
+        """The client went away."""
+        self.gone = True
+        self.interrupt()
+        self.notify()
+
+    def guard(self, limit_s: float, on_limit: Callable[[], InferqError]) -> None:
+        """From now on the request's task may be interrupted: at ``limit_s`` with the error that ``on_limit`` makes, or
+        when the client goes."""
+        self.task = asyncio.current_task()
+        self.limit_s, self.on_limit = limit_s, on_limit
+
+    def unguard(self) -> None:
+        """The end of :meth:`guard`."""
+        self.task = None
+        self.limit_s = float("inf")
+
+    def interrupt(self) -> None:
+        """End the wait that :meth:`guard` began, if one is under way; the task gets ``CancelledError``."""
+        if self.task is not None and not self.interrupted:
+            self.interrupted = True
+            self.task.cancel()
+
+    def absorb(self) -> bool:
+        """After a ``CancelledError``: whether it was :meth:`interrupt`'s, and is hereby dealt with."""
+        task = asyncio.current_task()
+        if not self.interrupted or task is None:
+            return False
+        self.interrupted = False
+        return task.uncancel() == 0
+
+
+class OpenRequests:
+    """All open requests of the process."""
+
+    def __init__(
+        self, settings: RouterSettings, metrics: RouterMetrics, drop: Callable[[OpenRequest, str], None]
+    ) -> None:
+        """``drop`` cuts off the client of a request for the reason given."""
+        self._metrics = metrics
+        self._drop = drop
+        self._buffer_bytes = settings.client_buffer_bytes
+        self._stall_s = settings.client_stall_ms / 1000
+        self._keepalive_s = settings.keepalive_ms / 1000
+        self._grace_s = settings.deadline_grace_ms / 1000
+        self._all: set[OpenRequest] = set()
+        self._by_job: dict[JobId, OpenRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have a job on the queue."""
+        return len(self._by_job)
+
+    def add(self, request: OpenRequest) -> None:
+        """A request came."""
+        self._all.add(request)
+
+    def discard(self, request: OpenRequest) -> None:
+        """A request is over."""
+        self._all.discard(request)
+        if request.job is not None:
+            self._by_job.pop(request.job.id, None)
+
+    def attach(self, request: OpenRequest, job: Job) -> None:
+        """From now on ``request`` waits for ``job``, and for no other."""
+        if request.job is not None:
+            self._by_job.pop(request.job.id, None)
+        request.job = job
+        self._by_job[job.id] = request
+
+    def deliver(self, news: list[Frame | Marker]) -> None:
+        """Hand what came on the reply streams to whom it concerns."""
+        by_job = self._by_job
+        for item in news:
+            request = by_job.get(item.job_id)
+            if request is None or request.stitch is None:
+                self._metrics.strays.inc()
+                continue
+            stitch = request.stitch
+            try:
+                if type(item) is Frame:
+                    stitch.on_frame(item)
+                elif type(item) is Marker:
+                    stitch.on_marker(item)
+            except Exception:  # one answer's fault must not end the reader of all
+                log.exception("answer_not_understood", job_id=item.job_id)
+                request.fail(InferqError("the answer could not be put together; the router's log says why"))
+            if not request.news:
+                request.notify()
+            if stitch.pending_bytes > self._buffer_bytes and request.sending_since_s < float("inf"):
+                self._drop(request, "slow")
+
+    def lost(self, shard: int) -> None:
+        """The reply stream of ``shard`` was lost: what was on it did not arrive."""
+        for job_id, request in self._by_job.items():
+            if shard_of_job(job_id) == shard:
+                request.lost = True
+                request.notify()
+
+    def fail_all(self, error: InferqError) -> None:
+        """End every open request with ``error``."""
+        for request in tuple(self._all):
+            request.fail(error)
+
+    def sweep(self, now_s: float) -> None:
+        """Enforce every limit in time."""
+        for request in tuple(self._all):
+            if now_s >= request.limit_s:
+                request.fail(request.on_limit())
+            elif now_s - request.sending_since_s >= self._stall_s:
+                self._drop(request, "stalled")
+            elif now_s >= request.deadline_s + self._grace_s:
+                request.fail(DeadlineExceeded("the request was not answered in time: the queue was silent until then"))
+            elif now_s >= request.rerun_s and request.stitch is not None:
+                request.rerun_s = float("inf")
+                request.stitch.gap = not request.stitch.closed
+                request.notify()
+            elif (
+                request.stitch is not None
+                and request.stitch.stream
+                and now_s - request.quiet_since_s >= self._keepalive_s
+                and request.sending_since_s == float("inf")
+            ):
+                request.keepalive_due = True
+                request.notify()

@@ -1,0 +1,94 @@
+"""The Router's process: ``python -m router.service``, the same as ``inferq router``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from broker import BrokerSettings
+from telemetry import (
+    TelemetrySettings,
+    configure_logging,
+    configure_tracing,
+    get_logger,
+    shutdown_tracing,
+)
+from telemetry.server import bind_socket, run_process, run_server, stop_on_signals
+
+from .app import build_router
+from .settings import RouterSettings
+
+log = get_logger(__name__)
+
+
+async def serve(
+    settings: RouterSettings, broker_settings: BrokerSettings | None = None, *, stop: asyncio.Event | None = None
+) -> None:
+    """Run a Router until ``stop`` is set, or without it until SIGTERM or SIGINT; then end it in good order.
+
+    Raises ``CannotStart`` if the settings cannot work or the port is taken. Redis and the Manager need not be there.
+    """
+    if stop is None:
+        with stop_on_signals() as signalled:
+            await serve(settings, broker_settings, stop=signalled)
+        return
+    app = build_router(settings, broker_settings)
+    listener = bind_socket(settings.host, settings.port, setting="--port")
+    host, port = listener.getsockname()[:2]
+    drained = asyncio.Event()
+    async with app.state.running(), asyncio.TaskGroup() as tasks:
+        serving = tasks.create_task(run_server(app, sock=listener, stop=drained, shutdown_limit_s=2.0), name="http")
+        stopping = tasks.create_task(stop.wait(), name="stop signal")
+        log.info("router_listens", url=f"http://{host}:{port}")
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        await app.drain()
+        drained.set()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read flags, environment and ``inferq.toml``, run a Router, answer the exit code."""
+    flags = _parser().parse_args(argv)
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+
+    async def run() -> None:
+        telemetry = TelemetrySettings.load(**_of(TelemetrySettings, given))
+        configure_logging("router", telemetry.log_level, telemetry.log_format)
+        configure_tracing("router", telemetry.otlp_endpoint)
+        try:
+            await serve(
+                RouterSettings.load(**_of(RouterSettings, given)), BrokerSettings.load(**_of(BrokerSettings, given))
+            )
+        finally:
+            shutdown_tracing()
+
+    return run_process(run)
+
+
+_TABLES = (RouterSettings, BrokerSettings, TelemetrySettings)
+
+
+def _of(
+    table: type[RouterSettings] | type[BrokerSettings] | type[TelemetrySettings], given: dict[str, object]
+) -> dict[str, object]:
+    return {name: value for name, value in given.items() if name in table.model_fields}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("router.service", description="The Router: an OpenAI-compatible endpoint.")
+    for table in _TABLES:
+        group = parser.add_argument_group(table.table)
+        for name, field in table.model_fields.items():
+            flag = "--" + name.replace("_", "-")
+            text = (field.description or "").replace("%", "%%")
+            if field.annotation is bool:
+                group.add_argument(flag, action="store_true", default=None, help=text)
+            else:
+                group.add_argument(flag, default=None, help=text)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The Router's settings. The broker's are in :class:`broker.BrokerSettings`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from broker import Budgets
+from telemetry import CommaList, RoleSettings
+
+from .core import OnNoWorker, known_paths
+
+MIB = 1024 * 1024
+
+
+class RouterSettings(RoleSettings):
+    """Table ``[router]``, environment ``INFERQ_ROUTER_*``."""
+
+    table: ClassVar[str] = "router"
+
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    port: int = Field(18_000, ge=0, le=65_535, description="TCP port to listen on; 0 takes a free one")
+    router_id: str = Field("router", description="Name of this Router in logs and on the queue's server")
+    manager_url: str = Field(
+        "", description="Base URL of the Manager: workers register through it, and it tells where Redis is"
+    )
+    manager_timeout_ms: int = Field(10_000, ge=50, description="Limit on one call to the Manager")
+    join_token: SecretStr = Field(SecretStr(""), description="Shown to the Manager; also opens /fabric/v1 to operators")
+    insecure: bool = Field(False, description="Listen on a public address without API keys")
+    api_keys_file: str = Field(
+        "", description="File with one <sha256 of an API key>:<tenant> per line, read again when it changes"
+    )
+    api_keys: str = Field("", description="The same lines, separated by line ends or commas")
+    pools: CommaList = Field(default_factory=list, description="Models that are known even before a worker serves them")
+    extra_paths: CommaList = Field(
+        default_factory=list, description="Paths passed to engines beside the inference paths that are built in"
+    )
+    on_no_worker: OnNoWorker = Field(
+        "queue", description="A request for a known model that no worker serves: queue it, or refuse it with 503"
+    )
+    default_deadline_ms: int = Field(
+        600_000, ge=1, description="How long a request may take that does not say so (x-inferq-deadline-ms)"
+    )
+    longest_deadline_ms: int = Field(3_600_000, ge=1, description="Longest deadline that a request may ask for")
+    deadline_grace_ms: int = Field(
+        5_000, ge=0, description="How long after its deadline a request waits for the queue to say so"
+    )
+    max_attempts: int = Field(3, ge=1, le=100, description="How often a request is started before it is given up")
+    max_body_bytes: int = Field(32 * MIB, ge=1024, le=100 * MIB, description="Largest request body")
+    body_limit_ms: int = Field(60_000, ge=50, description="How long a request's body may take to arrive")
+    max_concurrent: int = Field(4096, ge=1, description="Requests served at once; beyond it: 429")
+    client_buffer_bytes: int = Field(
+        4 * MIB, ge=16 * 1024, description="A client that lags behind by more is disconnected, its request cancelled"
+    )
+    client_stall_ms: int = Field(
+        120_000, ge=100, description="A client that reads nothing for so long is disconnected, its request cancelled"
+    )
+    replay_bytes: int = Field(
+        MIB, ge=0, description="How much of each stream is kept to go on after a lost worker; beyond it: stream_broken"
+    )
+    keepalive_ms: int = Field(
+        15_000, ge=50, description="A stream that is silent for so long gets a comment, so that nothing cuts it"
+    )
+    directory_ms: int = Field(1_000, ge=20, le=60_000, description="How often the list of models is refreshed")
+    sweep_ms: int = Field(1_000, ge=10, le=5_000, description="How often deadlines, keep-alives and stalls are checked")
+    shutdown_limit_ms: int = Field(30_000, ge=0, description="How long running requests may take to finish at the end")
+    tenant_jobs: int = Field(100_000, ge=1, description="Most live jobs (waiting or running) of one tenant")
+    tenant_bytes: int = Field(1024 * MIB, ge=1, description="Most bytes of live jobs of one tenant")
+    pool_jobs: int = Field(200_000, ge=1, description="Most live jobs of one model")
+    pool_bytes: int = Field(2048 * MIB, ge=1, description="Most bytes of live jobs of one model")
+
+    @field_validator("extra_paths")
+    @classmethod
+    def _plain_paths(cls, value: list[str]) -> list[str]:
+        known_paths(value)
+        return value
+
+    @model_validator(mode="after")
+    def _in_proportion(self) -> Self:
+        if self.default_deadline_ms > self.longest_deadline_ms:
+            raise ValueError("default_deadline_ms must not be longer than longest_deadline_ms")
+        return self
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """Every path that reaches an engine."""
+        return known_paths(self.extra_paths)
+
+    @property
+    def budgets(self) -> Budgets:
+        return Budgets(self.tenant_jobs, self.tenant_bytes, self.pool_jobs, self.pool_bytes)

@@ -1,0 +1,113 @@
+"""What the parts of a Router share: settings, figures, the link to the queue, the open requests; and its running."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from queue_schemas import InferqError, ShuttingDown
+from telemetry import get_logger
+
+from .cancels import Canceller
+from .keys import ApiKeys
+from .metrics import RouterMetrics
+from .ports import ManagerPort, OpenQueue
+from .queue_link import QueueLink
+from .requests import OpenRequest, OpenRequests
+from .settings import RouterSettings
+
+LAST_WORDS_S = 2.0
+"""How long, at the end, the last errors may take to be sent and the last cancels to reach the queue."""
+RETRY_AFTER_SHUTDOWN_S = 2
+
+log = get_logger(__name__)
+
+
+class RouterState:
+    """One Router. ``running`` runs what works in the background; ``drain`` ends the open requests."""
+
+    def __init__(self, settings: RouterSettings, open_queue: OpenQueue, manager: ManagerPort | None) -> None:
+        self.settings = settings
+        self.manager = manager
+        self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
+        self.metrics = RouterMetrics()
+        self.requests = OpenRequests(settings, self.metrics, self._drop)
+        self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken)
+        self.canceller = Canceller(lambda: self.link.queue)
+        self.draining = False
+        self._idle = asyncio.Event()
+        self.metrics.watch(waiting=lambda: self.requests.waiting, round_trips=lambda: self.link.round_trips)
+
+    def reasons(self) -> list[str]:
+        """Why the Router is not ready."""
+        return ["the router is shutting down"] if self.draining else self.link.reasons
+
+    def done(self, request: OpenRequest) -> None:
+        """A request is over."""
+        self.requests.discard(request)
+        if self.draining and not len(self.requests):
+            self._idle.set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Everything in the background runs within."""
+        async with asyncio.TaskGroup() as tasks:
+            running = [
+                tasks.create_task(self.link.run(), name="queue link"),
+                tasks.create_task(self.canceller.run(), name="canceller"),
+                tasks.create_task(self._sweep(), name="sweep"),
+            ]
+            try:
+                yield
+            finally:
+                for task in running:
+                    task.cancel()
+        if self.manager is not None:
+            await self.manager.close()
+
+    async def drain(self, limit_s: float) -> None:
+        """Take no new request, give the open ones ``limit_s`` to finish, and end the rest with an error."""
+        self.draining = True
+        if len(self.requests):
+            log.info("draining", open_requests=len(self.requests), limit_s=limit_s)
+            if not await self._idle_within(limit_s):
+                log.warning("cut_short", open_requests=len(self.requests))
+                self.requests.fail_all(
+                    ShuttingDown(
+                        "this router shut down before the answer was complete; send the request again",
+                        retry_after_s=RETRY_AFTER_SHUTDOWN_S,
+                    )
+                )
+                await self._idle_within(LAST_WORDS_S)
+        try:
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self.canceller.settled()
+        except TimeoutError:
+            log.warning("cancels_left", limit_s=LAST_WORDS_S)
+
+    async def _idle_within(self, limit_s: float) -> bool:
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return not len(self.requests)
+        return True
+
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.settings.sweep_ms / 1000)
+            self.requests.sweep(loop.time())
+            self.keys.refresh()
+
+    def _drop(self, request: OpenRequest, why: str) -> None:
+        job_id = request.job.id if request.job is not None else ""
+        log.warning("client_dropped", why=why, job_id=job_id)
+        request.sending_since_s = float("inf")
+        request.why_gone = why
+        request.on_gone()
+        request.connection.cut()
+
+    def _broken(self, error: InferqError) -> None:
+        self.requests.fail_all(error)

@@ -1,0 +1,245 @@
+"""A queue and a client in memory, for tests of the Router's ASGI app without a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import orjson
+
+from queue_schemas import (
+    END,
+    HEAD,
+    Assignment,
+    BrokerUnavailable,
+    EngineState,
+    Frame,
+    Incarnation,
+    InferqError,
+    Job,
+    JobId,
+    Lane,
+    LaneDepth,
+    Marker,
+    MarkerKind,
+    Pool,
+    State,
+    WorkerInfo,
+)
+from router import RouterApp, RouterSettings, build_router
+from router.ports import Deliver, ManagerPort
+
+SSE = "text/event-stream; charset=utf-8"
+LIMIT_S = 5.0
+
+
+def worker(*models: str, engine: EngineState = EngineState.READY, slots: int = 4) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id="w1", incarnation="w1." + "0" * 16, models=list(models), slots=slots, engine=engine,
+        assignment=Assignment(term=1, version=1),
+    )  # fmt: skip
+
+
+class FakeQueue:
+    """The Router's side of the broker. Tests play the worker: they take ``jobs`` and call :meth:`answer`."""
+
+    def __init__(self, *models: str) -> None:
+        self.replies_ready = asyncio.Event()
+        self.round_trips = 0
+        self.fleet = {"w1": worker(*models)} if models else {}
+        self.pools: dict[Pool, bool] = {}
+        self.jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self.cancelled: asyncio.Queue[tuple[JobId, str]] = asyncio.Queue()
+        self.refusal: InferqError | None = None
+        self.state = State.QUEUED
+        self.hold_enqueue = False
+        self.down = False
+        self.closed = False
+        self._deliver: Deliver | None = None
+        self._lost: Callable[[int], None] | None = None
+
+    def shard_of(self, pool: str) -> int:
+        return 0
+
+    async def enqueue(self, job: Job) -> State:
+        if self.hold_enqueue:
+            await asyncio.Event().wait()
+        if self.refusal is not None:
+            raise self.refusal
+        self.jobs.put_nowait(job)
+        return self.state
+
+    async def cancel(self, job_id: JobId, reason: str) -> State | None:
+        self.cancelled.put_nowait((job_id, reason))
+        return State.LEASED
+
+    async def read_replies(
+        self, router: Incarnation, deliver: Deliver, lost: Callable[[int], None] | None = None
+    ) -> NoReturn:
+        self._deliver, self._lost = deliver, lost
+        self.replies_ready.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def load_workers(self) -> dict[str, WorkerInfo]:
+        if self.down:
+            raise BrokerUnavailable("Redis is away")
+        return self.fleet
+
+    async def known_pools(self) -> dict[Pool, bool]:
+        return self.pools
+
+    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
+        self.pools |= {Pool(model): declared for model in models}
+
+    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]:
+        return {Pool("m"): {Lane.INTERACTIVE: LaneDepth(waiting=2, leased=1, oldest_age_ms=70)}}
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def job(self) -> Job:
+        """The next job the Router enqueued."""
+        async with asyncio.timeout(LIMIT_S):
+            return await self.jobs.get()
+
+    async def cancellation(self) -> tuple[JobId, str]:
+        async with asyncio.timeout(LIMIT_S):
+            return await self.cancelled.get()
+
+    def deliver(self, *news: Frame | Marker) -> None:
+        assert self._deliver is not None
+        self._deliver(list(news))
+
+    def lose_replies(self) -> None:
+        assert self._lost is not None
+        self._lost(0)
+
+    def answer(self, job: Job, data: bytes, *, status: int = 200, kind: str = "application/json") -> None:
+        """A whole plain answer."""
+        self.deliver(Frame(job.id, 1, "a", 0, HEAD | END, data, status, kind))
+
+    def stream(self, job: Job, *pieces: bytes, end: bool = True, epoch: int = 1, first: int = 0) -> None:
+        """Pieces of a streamed answer."""
+        for seq, data in enumerate(pieces, first):
+            flags = (HEAD if seq == 0 else 0) | (END if end and seq == first + len(pieces) - 1 else 0)
+            status, kind = (200, SSE) if flags & HEAD else (0, "")
+            self.deliver(Frame(job.id, epoch, f"a{epoch}", seq, flags, data, status, kind))
+
+    def mark(self, job: Job, kind: MarkerKind, epoch: int = 1, reason: str = "") -> None:
+        self.deliver(Marker(kind, job.id, epoch, reason))
+
+
+@dataclass
+class Answer:
+    """One HTTP exchange with the app, as far as it has come."""
+
+    task: asyncio.Task[None]
+    client: Client
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    complete: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def json(self) -> Any:
+        return orjson.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error: dict[str, Any] = self.json()["error"]
+        return error
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def done(self) -> Answer:
+        async with asyncio.timeout(LIMIT_S):
+            await self.task
+        return self
+
+
+class Client:
+    """Speaks ASGI to an app. ``gone`` disconnects; ``stalled`` stops reading until it is cleared."""
+
+    def __init__(self, app: RouterApp) -> None:
+        self._app = app
+        self.gone = asyncio.Event()
+        self.reading = asyncio.Event()
+        self.reading.set()
+
+    def begin(
+        self,
+        method: str,
+        path: str,
+        pieces: Iterable[bytes] = (b"",),
+        headers: Mapping[str, str] | None = None,
+        *,
+        unfinished: bool = False,
+    ) -> Answer:
+        """Start a request with the body ``pieces``; ``unfinished``: its end never comes."""
+        bare, _, query = path.partition("?")
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": bare,
+            "raw_path": bare.encode(), "query_string": query.encode(), "root_path": "", "scheme": "http",
+            "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
+            "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "state": {},
+        }  # fmt: skip
+        messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+        if not unfinished:
+            messages[-1]["more_body"] = False
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop(0)
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            await self.reading.wait()
+            if message["type"] == "http.response.start":
+                answer.status = message["status"]
+                answer.headers = {k.decode(): v.decode() for k, v in message["headers"]}
+            else:
+                answer.body += message.get("body", b"")
+                answer.complete = not message.get("more_body", False)
+            answer.changed.set()
+
+        answer = Answer(asyncio.ensure_future(self._app(scope, receive, send)), self)  # type: ignore[arg-type]
+        return answer
+
+    async def request(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        return await self.begin(method, path, [body], headers).done()
+
+    def post(self, fields: Any, path: str = "/v1/chat/completions", headers: Mapping[str, str] | None = None) -> Answer:
+        body = fields if isinstance(fields, bytes) else orjson.dumps(fields)
+        return self.begin("POST", path, [body], headers)
+
+
+@contextlib.asynccontextmanager
+async def router(
+    queue: FakeQueue | InferqError | None = None, manager: ManagerPort | None = None, **settings: Any
+) -> AsyncIterator[RouterApp]:
+    """A running Router over ``queue``; without one, or with an error, the queue cannot be reached."""
+    settings = {"sweep_ms": 10, "directory_ms": 20, "shutdown_limit_ms": 100} | settings
+
+    async def open_queue() -> FakeQueue:
+        if isinstance(queue, FakeQueue):
+            return queue
+        raise queue or BrokerUnavailable("Redis is not there")
+
+    app = build_router(RouterSettings(**settings), open_queue=open_queue, manager=manager)
+    async with app.running():
+        if isinstance(queue, FakeQueue):
+            async with asyncio.timeout(LIMIT_S):
+                await queue.replies_ready.wait()
+                await app.state.link.fresh_directory()
+        yield app

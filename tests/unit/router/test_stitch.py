@@ -1,0 +1,356 @@
+"""Stitching: several attempts, one answer."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from queue_schemas import END, HEAD, Frame, JobId, Marker, MarkerKind
+from router.core import Stitch
+
+JOB = JobId("0-" + "a" * 32)
+SSE = "text/event-stream; charset=utf-8"
+
+
+def chunk(text: str | None, *, ident: str = "one", finish: str | None = None, **more: Any) -> bytes:
+    delta: dict[str, Any] = {} if text is None else {"content": text}
+    delta |= more.pop("delta", {})
+    choice = {"index": more.pop("index", 0), "delta": delta, "finish_reason": finish, "logprobs": None}
+    choice |= more.pop("choice", {})
+    body = {"id": ident, "object": "chat.completion.chunk", "created": len(ident), "model": "m", "choices": [choice]}
+    return b"data: " + orjson.dumps(body | more) + b"\n\n"
+
+
+def role(ident: str = "one") -> bytes:
+    return chunk("", ident=ident, delta={"role": "assistant"})
+
+
+def usage(ident: str = "one") -> bytes:
+    body = {"id": ident, "object": "chat.completion.chunk", "created": len(ident), "choices": [], "usage": {"total": 9}}
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def attempt(pieces: list[bytes], *, epoch: int = 1, name: str = "a", status: int = 200, kind: str = SSE) -> list[Frame]:
+    last = len(pieces) - 1
+    return [
+        Frame(
+            JOB, epoch, name, seq, (HEAD if seq == 0 else 0) | (END if seq == last else 0), data,
+            status if seq == 0 else 0, kind if seq == 0 else "",
+        )
+        for seq, data in enumerate(pieces)
+    ]  # fmt: skip
+
+
+def requeued(epoch: int) -> Marker:
+    return Marker(MarkerKind.REQUEUED, JOB, epoch, "its worker was lost")
+
+
+def stream(limit: int = 1 << 20) -> Stitch:
+    return Stitch(stream=True, replay_limit_bytes=limit)
+
+
+def feed(stitch: Stitch, news: list[Frame | Marker]) -> bytes:
+    got = b""
+    for item in news:
+        if isinstance(item, Frame):
+            stitch.on_frame(item)
+        else:
+            stitch.on_marker(item)
+        got += stitch.take()
+    return got
+
+
+def events(data: bytes) -> list[Any]:
+    found = [event.removeprefix(b"data: ") for event in data.split(b"\n\n") if event]
+    return [event.decode() if event == b"[DONE]" else orjson.loads(event) for event in found]
+
+
+def text_of(data: bytes) -> str:
+    return "".join(
+        choice["delta"].get("content") or "" for e in events(data) if e != "[DONE]" for choice in e["choices"]
+    )
+
+
+def test_a_stream_of_one_attempt_passes_byte_for_byte() -> None:
+    """Without a loss the client gets the engine's own bytes."""
+    pieces = [role(), chunk("Hello"), chunk(" you", finish="stop"), usage(), DONE]
+    stitch = stream()
+    assert feed(stitch, [*attempt(pieces)]) == b"".join(pieces)
+    assert stitch.ended
+    assert stitch.settled
+    assert stitch.head is not None
+    assert stitch.head.status == 200
+
+
+def test_repeats_and_frames_of_older_epochs_are_dropped() -> None:
+    """A frame counts once, and nothing of a lost attempt counts after its epoch ended."""
+    stitch = stream()
+    first = attempt([role("x"), chunk("no")], epoch=1, name="old")
+    second = attempt([role(), chunk("yes"), DONE], epoch=2, name="new")
+    got = feed(stitch, [requeued(2), *first, second[0], second[0], first[1], second[1], second[1], *second])
+    assert got == role() + chunk("yes") + DONE
+
+
+def test_a_frame_of_a_foreign_attempt_of_the_same_epoch_is_dropped() -> None:
+    """Only the attempt that began an epoch may speak in it."""
+    stitch = stream()
+    mine, other = attempt([role(), DONE], name="mine"), attempt([chunk("x"), DONE], name="other")
+    assert feed(stitch, [mine[0], *other, mine[1]]) == role() + DONE
+
+
+def test_a_skipped_frame_is_a_gap_until_the_job_runs_again() -> None:
+    """A missing frame is never passed over: the job has to run again, and then the stream goes on."""
+    stitch = stream()
+    pieces = [role(), chunk("Hel"), chunk("lo"), DONE]
+    frames = attempt(pieces)
+    got = feed(stitch, [frames[0], frames[1], frames[3]])
+    assert stitch.gap
+    assert not stitch.closed
+    stitch.restart()
+    got += feed(stitch, [*attempt([role("two"), chunk("Hello", ident="two"), DONE], name="again")])
+    assert text_of(got) == "Hello"
+    assert got.endswith(DONE)
+    assert stitch.ended
+
+
+def test_an_attempt_whose_first_frame_is_missing_is_a_gap() -> None:
+    """An attempt is taken from its beginning or not at all."""
+    stitch = stream()
+    feed(stitch, [attempt([role(), DONE])[1]])
+    assert stitch.gap
+
+
+def test_a_plain_answer_is_given_out_when_it_is_complete() -> None:
+    """Nothing of a plain answer shows before its end, so that its length is known and a loss leaves no trace."""
+    stitch = Stitch(stream=False, replay_limit_bytes=0)
+    lost = attempt([b'{"a"', b":1}"], kind="application/json", name="lost")
+    whole = attempt([b'{"b"', b":2}"], kind="application/json", name="new", epoch=2, status=201)
+    assert feed(stitch, [lost[0], requeued(2), whole[0]]) == b""
+    assert stitch.head is None
+    assert feed(stitch, [whole[1]]) == b'{"b":2}'
+    assert stitch.head is not None
+    assert (stitch.head.status, stitch.head.content_type) == (201, "application/json")
+
+
+def test_an_error_answer_to_a_stream_request_is_plain() -> None:
+    """An engine that refuses a stream request answers as it would without a stream."""
+    stitch = stream()
+    frames = attempt([b'{"error"', b": {}}"], status=400, kind="application/json")
+    assert feed(stitch, [frames[0]]) == b""
+    assert feed(stitch, [frames[1]]) == b'{"error": {}}'
+    assert stitch.head is not None
+    assert stitch.head.status == 400
+
+
+def test_a_lost_attempt_that_delivered_nothing_leaves_no_trace() -> None:
+    """A job that was lost before its first token simply runs again."""
+    pieces = [role(), chunk("Hi"), DONE]
+    stitch = stream()
+    assert feed(stitch, [requeued(2), *attempt(pieces, epoch=2)]) == b"".join(pieces)
+
+
+def test_a_restarted_stream_goes_on_where_it_stopped() -> None:
+    """Delivered text is suppressed, ids stay the first attempt's, the role chunk and the finish come once."""
+    stitch = stream()
+    lost = attempt([role(), chunk("The capital"), chunk(" of"), chunk("never seen")])
+    again = attempt(
+        [
+            role("two2"), chunk("The", ident="two2"), chunk(" capital of France", ident="two2"),
+            chunk(" is Paris.", ident="two2", finish="stop"), usage("two2"), DONE,
+        ],
+        epoch=2, name="b",
+    )  # fmt: skip
+    got = feed(stitch, [*lost[:3], requeued(2), *again])
+    assert text_of(got) == "The capital of France is Paris."
+    seen = events(got)
+    assert {(e["id"], e["created"]) for e in seen[:-1]} == {("one", 3)}
+    assert sum("role" in c["delta"] for e in seen[:-1] for c in e["choices"]) == 1
+    assert [c["finish_reason"] for e in seen[:-1] for c in e["choices"] if c["finish_reason"]] == ["stop"]
+    assert sum(bool(e.get("usage")) for e in seen[:-1]) == 1
+    assert seen[-1] == "[DONE]"
+    assert stitch.ended
+
+
+def test_half_an_event_of_a_lost_attempt_was_never_delivered() -> None:
+    """Only whole events reach the client, wherever the engine's bytes were cut."""
+    stitch = stream()
+    event = chunk("Hello")
+    lost = attempt([role() + event[:20], event[20:], DONE])
+    got = feed(stitch, [lost[0]])
+    assert got == role()
+    got += feed(stitch, [requeued(2), *attempt([role("b") + chunk("Hi", ident="b"), DONE], epoch=2, name="b")])
+    assert text_of(got) == "Hi"
+
+
+def test_a_restart_that_says_something_else_breaks_the_stream_openly() -> None:
+    """Text that differs is never spliced: the client is told."""
+    stitch = stream()
+    lost = attempt([role(), chunk("Paris"), DONE])
+    again = attempt([role("b"), chunk("Lyon", ident="b"), DONE], epoch=2, name="b")
+    got = feed(stitch, [*lost[:2], requeued(2), *again])
+    assert text_of(got) == "Paris"
+    assert stitch.error is not None
+    assert stitch.error.code == "stream_broken"
+    assert not stitch.settled
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        [chunk("Par", ident="b"), chunk(None, ident="b", finish="stop"), DONE],
+        [chunk("Par", ident="b"), DONE],
+        [chunk("Par", ident="b")],
+    ],
+    ids=["finish", "done", "end"],
+)
+def test_a_restart_that_ends_earlier_breaks_the_stream(again: list[bytes]) -> None:
+    """A shorter answer than what was delivered is another answer."""
+    stitch = stream()
+    feed(stitch, [*attempt([role(), chunk("Paris"), DONE])[:2], requeued(2), *attempt(again, epoch=2, name="b")])
+    assert stitch.error is not None
+    assert stitch.error.code == "stream_broken"
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        chunk(None, delta={"tool_calls": [{"index": 0}]}),
+        chunk("a", choice={"logprobs": {"content": []}}),
+        chunk("a", choice={"token_ids": [1]}),
+        b'event: x\ndata: {"type": "response.created"}\n\n',
+    ],
+    ids=["tool calls", "log probabilities", "token ids", "another protocol"],
+)
+def test_what_cannot_be_compared_breaks_the_stream(strange: bytes) -> None:
+    """Only plain text is restarted; anything else ends with an error as soon as its attempt is lost."""
+    stitch = stream()
+    feed(stitch, [*attempt([role(), strange, DONE])[:2], requeued(2)])
+    assert stitch.error is not None
+    assert stitch.error.code == "stream_broken"
+
+
+def test_more_than_the_cap_cannot_be_restarted() -> None:
+    """The memory kept for a restart is bounded; past it a loss is told."""
+    stitch = stream(limit=300)
+    feed(stitch, [*attempt([role(), chunk("x" * 300), DONE])[:2], requeued(2)])
+    assert stitch.error is not None
+    assert stitch.error.code == "stream_broken"
+
+
+def test_a_client_that_has_everything_needs_no_second_attempt() -> None:
+    """An attempt lost after its [DONE] was delivered leaves a complete answer."""
+    stitch = stream()
+    feed(stitch, [*attempt([role(), chunk("Hi", finish="stop"), DONE, b""])[:3], requeued(2)])
+    assert stitch.ended
+    assert not stitch.settled
+
+
+def test_reasoning_and_choices_are_compared_apart() -> None:
+    """Each choice and each channel of text has its own place."""
+    pieces = [
+        role(), chunk(None, delta={"reasoning_content": "hm"}), chunk("A", index=0), chunk("B", index=1),
+        chunk("a", index=0), chunk("b", index=1, finish="stop"), chunk(None, index=0, finish="length"), DONE,
+    ]  # fmt: skip
+    stitch = stream()
+    got = feed(stitch, [*attempt(pieces)[:4], requeued(2), *attempt(pieces, epoch=2, name="b")])
+    assert events(got) == events(b"".join(pieces))
+
+
+def test_markers_end_a_job_with_their_error() -> None:
+    """Dead, cancelled and expired jobs answer with a code of their own, and nothing is left in the queue."""
+    codes = {}
+    for kind in (MarkerKind.DEAD, MarkerKind.CANCELLED, MarkerKind.EXPIRED):
+        stitch = stream()
+        stitch.on_marker(Marker(kind, JOB, 1, "because"))
+        assert stitch.error is not None
+        assert stitch.settled
+        codes[kind] = stitch.error.code
+    assert list(codes.values()) == ["attempts_exhausted", "cancelled", "deadline_exceeded"]
+
+
+def test_bytes_that_are_no_events_pass_but_cannot_restart() -> None:
+    """A streamed answer of another kind (sound, say) passes as it comes."""
+    stitch = stream()
+    frames = attempt([b"RIFF", b"data", b"!"], kind="audio/wav")
+    assert feed(stitch, [frames[0], frames[1]]) == b"RIFFdata"
+    feed(stitch, [requeued(2)])
+    assert stitch.error is not None
+
+
+def test_an_unfinished_last_event_passes_at_the_end() -> None:
+    """What the engine sent is what the client gets, even without the last blank line."""
+    stitch = stream()
+    assert feed(stitch, [*attempt([role(), b"data: [DONE]"])]) == role() + b"data: [DONE]"
+
+
+def _cut(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
+    return [data[a:b] for a, b in itertools.pairwise(places)]
+
+
+def _answer(words: list[str], splits: list[bool], ident: str) -> bytes:
+    """A chat stream of ``words``, neighbours joined into one chunk where ``splits`` says no."""
+    texts: list[str] = []
+    for word, split in zip(words, splits, strict=True):
+        if split or not texts:
+            texts.append(word)
+        else:
+            texts[-1] += word
+    body = b"".join(chunk(text, ident=ident) for text in texts)
+    return role(ident) + body + chunk(None, ident=ident, finish="stop") + usage(ident) + DONE
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_interleaving_of_attempts_makes_a_gap_or_a_repeat(data: st.DataObject) -> None:
+    """However often attempts are lost, repeated, cut or overtaken by leftovers, the client reads the one text."""
+    words = data.draw(st.lists(st.text("abé \n", min_size=1, max_size=4), min_size=1, max_size=8))
+    news: list[Frame | Marker] = []
+    leftovers: list[Frame] = []
+    attempts = data.draw(st.integers(1, 4))
+    for epoch in range(1, attempts + 1):
+        splits = data.draw(st.lists(st.booleans(), min_size=len(words), max_size=len(words)))
+        body = _answer(words, splits, f"id{epoch}")
+        frames = attempt(
+            _cut(body, data.draw(st.lists(st.integers(0, 4000), max_size=6))), epoch=epoch, name=f"n{epoch}"
+        )
+        last = epoch == attempts
+        shown = frames if last else frames[: data.draw(st.integers(0, len(frames) - 1))]
+        for frame in shown:
+            news += [frame] * data.draw(st.integers(1, 2))
+            if leftovers and data.draw(st.booleans()):
+                news.append(data.draw(st.sampled_from(leftovers)))
+        leftovers += frames
+        if not last and data.draw(st.booleans()):
+            news.append(requeued(epoch + 1))
+    stitch = stream()
+    got = feed(stitch, news)
+    assert stitch.error is None
+    assert stitch.ended
+    assert text_of(got) == "".join(words)
+    seen = events(got)
+    assert seen.count("[DONE]") == 1
+    assert len({e["id"] for e in seen if e != "[DONE]"}) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_another_text_never_joins_what_was_delivered(data: st.DataObject) -> None:
+    """Whatever a second attempt says, the client reads a prefix of one attempt's text, or one attempt's whole text."""
+    first, second = (data.draw(st.text("ab", min_size=1, max_size=6)) for _ in range(2))
+    one, two = ([role(), *map(chunk, text), chunk(None, finish="stop"), DONE] for text in (first, second))
+    shown = data.draw(st.integers(0, len(one) - 1))
+    stitch = stream()
+    got = text_of(feed(stitch, [*attempt(one)[:shown], requeued(2), *attempt(two, epoch=2, name="b")]))
+    if stitch.error is not None:
+        assert first.startswith(got)
+    else:
+        assert got in (first, second)
