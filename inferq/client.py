@@ -1,0 +1,192 @@
+"""The fabric as its users see it: a small client of the Router's HTTP API, for the commands of this package."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import aiohttp
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from queue_schemas import FABRIC_PREFIX, JOIN_TOKEN_HEADER, InferqError, PoolDepth, PoolList, WorkerList
+
+DEFAULT_URL = "http://127.0.0.1:18000"
+ASK_LIMIT_S = 10.0
+"""Limit on an answer of the control plane."""
+ANSWER_LIMIT_S = 3600.0
+"""Limit on an inference request: requests may wait in the queue."""
+
+_LINE_BYTES = 1 << 20
+Message = Mapping[str, str]
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+class FabricRefused(InferqError):
+    """The fabric answered with an error, or nobody answered; the message says what to do."""
+
+    code = "fabric_refused"
+
+
+@dataclass(slots=True)
+class Answer:
+    """One chat answer and how it came about; times in seconds since the request was sent."""
+
+    text: str = ""
+    model: str = ""
+    request_id: str = ""
+    finish_reason: str = ""
+    first_s: float = 0.0
+    total_s: float = 0.0
+    usage: dict[str, Any] = field(default_factory=dict)
+
+
+class FabricClient:
+    """Use it as ``async with FabricClient(url) as client``. All methods raise :class:`FabricRefused`."""
+
+    def __init__(self, url: str = DEFAULT_URL, *, api_key: str = "", join_token: str = "") -> None:
+        self.url = url.rstrip("/")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        if join_token:
+            headers[JOIN_TOKEN_HEADER] = join_token
+        self._headers = headers
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(headers=self._headers, connector=connector, read_bufsize=_LINE_BYTES)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def models(self) -> list[str]:
+        """The ids of the models that can be asked now."""
+        found = await self._get("/v1/models")
+        return [str(model["id"]) for model in orjson.loads(found).get("data", [])]
+
+    async def pools(self) -> list[PoolDepth]:
+        return _parsed(PoolList, await self._get(f"{FABRIC_PREFIX}/pools")).pools
+
+    async def pool(self, model: str) -> PoolDepth:
+        return _parsed(PoolDepth, await self._get(f"{FABRIC_PREFIX}/pools/{model}"))
+
+    async def workers(self) -> WorkerList:
+        return _parsed(WorkerList, await self._get(f"{FABRIC_PREFIX}/workers"))
+
+    async def health(self) -> bool:
+        """Whether an inferq Router answers there."""
+        try:
+            return b"inferq" in await self._get("/metrics")
+        except FabricRefused:
+            return False
+
+    async def chat(self, model: str, messages: Sequence[Message], **parameters: object) -> Answer:
+        """One chat completion in one piece."""
+        began = time.monotonic()
+        async with self._post("/v1/chat/completions", model, messages, stream=False, **parameters) as response:
+            data = orjson.loads(await _checked(response))
+            choice = data["choices"][0]
+            took = time.monotonic() - began
+            return Answer(
+                text=choice["message"].get("content") or "",
+                model=data.get("model", model),
+                request_id=response.headers.get("x-request-id", ""),
+                finish_reason=choice.get("finish_reason") or "",
+                first_s=took,
+                total_s=took,
+                usage=data.get("usage") or {},
+            )
+
+    async def stream_chat(
+        self, answer: Answer, model: str, messages: Sequence[Message], **parameters: object
+    ) -> AsyncIterator[str]:
+        """A streamed chat completion: yields the text's pieces as they come and fills ``answer``."""
+        began = time.monotonic()
+        options = {"stream_options": {"include_usage": True}, **parameters}
+        async with self._post("/v1/chat/completions", model, messages, stream=True, **options) as response:
+            answer.request_id = response.headers.get("x-request-id", "")
+            if response.status != 200:
+                await _checked(response)
+            async for event in _events(response):
+                if "error" in event:
+                    raise FabricRefused(str(event["error"].get("message", event["error"])))
+                answer.model = event.get("model", answer.model)
+                answer.usage = event.get("usage") or answer.usage
+                for choice in event.get("choices", [])[:1]:
+                    answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+                    piece = choice.get("delta", {}).get("content")
+                    if piece:
+                        answer.first_s = answer.first_s or time.monotonic() - began
+                        answer.text += piece
+                        yield piece
+            answer.total_s = time.monotonic() - began
+
+    @asynccontextmanager
+    async def _post(
+        self, path: str, model: str, messages: Sequence[Message], **fields: object
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        body = orjson.dumps({"model": model, "messages": list(messages), **fields})
+        headers = {"content-type": "application/json"}
+        limit = aiohttp.ClientTimeout(total=ANSWER_LIMIT_S)
+        try:
+            async with self._open.post(self.url + path, data=body, headers=headers, timeout=limit) as response:
+                yield response
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._unreachable(error) from error
+
+    async def _get(self, path: str) -> bytes:
+        limit = aiohttp.ClientTimeout(total=ASK_LIMIT_S)
+        try:
+            async with self._open.get(self.url + path, timeout=limit) as response:
+                return await _checked(response)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: BaseException) -> FabricRefused:
+        return FabricRefused(
+            f"no Router answers at {self.url} ({error or type(error).__name__}): start one with `inferq up`, "
+            "or name it with --router-url"
+        )
+
+    @property
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("enter the client first")
+        return self._session
+
+
+async def _checked(response: aiohttp.ClientResponse) -> bytes:
+    body = await response.read()
+    if response.status < 400:
+        return body
+    try:
+        message = orjson.loads(body)["error"]["message"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        message = body[:300].decode("utf-8", "replace")
+    raise FabricRefused(f"{message} (HTTP {response.status}, {response.url.path})")
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The JSON of each ``data:`` line of an event stream (WHATWG HTML, 9.2), until ``[DONE]``."""
+    async for line in response.content:
+        if not line.startswith(b"data:"):
+            continue
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            return
+        yield orjson.loads(data)
+
+
+def _parsed(model: type[Parsed], body: bytes) -> Parsed:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise FabricRefused("what answered is not an inferq Router, or one of another version") from error

@@ -1,0 +1,97 @@
+"""``inferq chat``: talk to a model, one question or a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterable
+
+from inferq.client import Answer, FabricClient, FabricRefused, Message
+from inferq.console import err, out, print_json
+
+
+async def chat_once(
+    client: FabricClient, model: str, prompt: str, *, system: str, max_tokens: int, temperature: float, as_json: bool
+) -> None:
+    """Ask one question; the answer is written as it comes."""
+    async with client:
+        model = model or await choose_model(client)
+        messages = _opening(system)
+        messages.append({"role": "user", "content": prompt})
+        parameters = {"max_tokens": max_tokens, "temperature": temperature}
+        answer = await _answer(client, model, messages, parameters, quiet=as_json)
+        if as_json:
+            print_json(describe(answer))
+
+
+async def converse(client: FabricClient, model: str, *, system: str, max_tokens: int, temperature: float) -> None:
+    """A conversation until the end of input or ``/quit``; ``/clear`` begins anew."""
+    async with client:
+        model = model or await choose_model(client)
+        err.print(f"Talking to [bold]{model}[/bold]. /clear begins anew, /quit or Ctrl-D ends.")
+        messages = _opening(system)
+        parameters = {"max_tokens": max_tokens, "temperature": temperature}
+        while True:
+            line = await _read_line()
+            if line is None or line == "/quit":
+                return
+            if line == "/clear":
+                messages = _opening(system)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                try:
+                    answer = await _answer(client, model, messages, parameters, quiet=False)
+                except FabricRefused as refused:
+                    err.print(f"[red]{refused.message}[/red]")
+                    messages.pop()
+                else:
+                    messages.append({"role": "assistant", "content": answer.text})
+
+
+async def choose_model(client: FabricClient) -> str:
+    """The model to talk to when none was named: the first that is served."""
+    models = await client.models()
+    if not models:
+        raise FabricRefused("no worker serves a model now: start one (`inferq worker`), or name the model with --model")
+    return models[0]
+
+
+def describe(answer: Answer) -> dict[str, object]:
+    """An answer as JSON; times in seconds."""
+    return {
+        "text": answer.text,
+        "model": answer.model,
+        "request_id": answer.request_id,
+        "finish_reason": answer.finish_reason,
+        "first_token_s": round(answer.first_s, 4),
+        "total_s": round(answer.total_s, 4),
+        "usage": answer.usage,
+    }
+
+
+async def _answer(
+    client: FabricClient, model: str, messages: Iterable[Message], parameters: dict[str, float], *, quiet: bool
+) -> Answer:
+    answer = Answer()
+    async for piece in client.stream_chat(answer, model, list(messages), **parameters):
+        if not quiet:
+            out.print(piece, end="", markup=False)
+    if not quiet:
+        out.print()
+    return answer
+
+
+async def _read_line() -> str | None:
+    """The next line that was typed; None at the end of input."""
+
+    def read() -> str | None:
+        try:
+            return input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+
+    return await asyncio.to_thread(read)
+
+
+def _opening(system: str) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []

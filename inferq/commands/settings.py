@@ -1,0 +1,58 @@
+"""``inferq config``: every setting in force, where its value comes from, and what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from rich.table import Table
+
+from broker import BrokerSettings
+from inferq.console import out, print_json
+from manager.settings import ManagerSettings
+from queue_schemas import CannotStart
+from router.settings import RouterSettings
+from telemetry import RoleSettings, SettingFact, TelemetrySettings, explain_settings
+from worker.settings import WorkerSettings
+
+TABLES: dict[str, type[RoleSettings]] = {
+    settings.table: settings
+    for settings in (RouterSettings, ManagerSettings, WorkerSettings, BrokerSettings, TelemetrySettings)
+}
+
+
+def read_facts(tables: Sequence[str] = ()) -> list[SettingFact]:
+    """The settings of ``tables`` (all unless given). Raises ``CannotStart`` for a wrong value or an unknown table."""
+    unknown = sorted(set(tables) - TABLES.keys())
+    if unknown:
+        raise CannotStart(f"there is no table {', '.join(unknown)}; known are {', '.join(TABLES)}")
+    return [fact for table in tables or TABLES for fact in _facts_of(TABLES[table])]
+
+
+def show_settings(tables: Sequence[str], *, as_json: bool) -> None:
+    """Print them."""
+    facts = read_facts(tables)
+    if as_json:
+        print_json([asdict(fact) for fact in facts])
+        return
+    for table in dict.fromkeys(fact.table for fact in facts):
+        grid = Table(title=f"[{table}]", title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for name in ("SETTING", "VALUE", "FROM", "VARIABLE", "MEANING"):
+            grid.add_column(name, overflow="fold")
+        for fact in facts:
+            if fact.table == table:
+                style = "" if fact.origin == "default" else "bold"
+                grid.add_row(fact.name, fact.value, fact.origin, fact.variable, fact.description, style=style)
+        out.print(grid)
+        out.print()
+
+
+def _facts_of(settings: type[RoleSettings]) -> list[SettingFact]:
+    if settings is not WorkerSettings:
+        return explain_settings(settings.load())
+    try:
+        return explain_settings(settings.load())
+    except CannotStart:
+        # A worker must be told what to serve, which nobody has done here. Other faults show again.
+        facts = explain_settings(settings.load(model="(none)"))
+        return [replace(fact, value="") if fact.name == "model" else fact for fact in facts]

@@ -1,0 +1,193 @@
+"""Which processes make up a stack, and how each is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from manager.settings import ManagerSettings
+from queue_schemas import CannotStart
+from router.settings import RouterSettings
+from worker.settings import WorkerSettings
+
+EngineChoice = Literal["vllm", "url", "sim"]
+MAX_WORKERS = 64
+READY_LIMIT_S = 60.0
+"""Longest start of a role, its engine aside."""
+_MARGIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackOptions:
+    """What `inferq up` was asked for. None: as the role's own settings say (environment, ``inferq.toml``, default)."""
+
+    engine: EngineChoice
+    engine_url: str | None = None
+    model: str | None = None
+    served_model_name: str | None = None
+    vllm_command: str | None = None
+    vllm_device: Literal["auto", "cpu", "gpu"] | None = None
+    vllm_args: tuple[str, ...] = ()
+    workers: int = 1
+    slots: int | None = None
+    router_port: int | None = None
+    manager_port: int | None = None
+    worker_port: int | None = None
+    data_dir: Path = Path(".inferq")
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSpec:
+    """One process. ``url`` is where it answers /healthz and /readyz, ``port_flag`` what to change if its port is taken.
+
+    ``ready_limit_s`` bounds its first start; ``stop_limit_s`` the time from SIGTERM to its end: what it promises its
+    clients, and a margin.
+    """
+
+    name: str
+    module: str
+    flags: tuple[str, ...]
+    host: str
+    port: int
+    port_flag: str
+    ready_limit_s: float
+    stop_limit_s: float
+
+    @property
+    def url(self) -> str:
+        return f"http://{_reachable(self.host)}:{self.port}"
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (sys.executable, "-m", self.module, *self.flags)
+
+
+@dataclass(frozen=True, slots=True)
+class StackPlan:
+    """The processes, in the order in which they are started."""
+
+    manager: RoleSpec
+    router: RoleSpec
+    workers: tuple[RoleSpec, ...]
+    data_dir: Path
+
+    @property
+    def roles(self) -> tuple[RoleSpec, ...]:
+        return (self.manager, self.router, *self.workers)
+
+
+def choose_engine(engine: str | None, engine_url: str | None) -> EngineChoice:
+    """The engine that is meant: a URL given is meant. Raises ``CannotStart`` for an unknown one."""
+    match engine or "auto":
+        case "auto":
+            return "url" if engine_url else "vllm"
+        case "vllm" | "url" | "sim" as known:
+            if engine_url and known != "url":
+                raise CannotStart(f"--engine-url names a server that runs already, --engine {known} another: give one")
+            return known
+        case unknown:
+            raise CannotStart(f"--engine {unknown}: choose vllm, sim, or url with --engine-url")
+
+
+def plan_stack(options: StackOptions, free_port: Callable[[], int]) -> StackPlan:
+    """The stack that ``options`` ask for; ``free_port`` stands in for each port 0.
+
+    Raises ``CannotStart`` if they contradict each other or the settings.
+    """
+    if not 0 <= options.workers <= MAX_WORKERS:
+        raise CannotStart(f"--workers {options.workers}: up to {MAX_WORKERS} run under one `inferq up`")
+    data_dir = options.data_dir.expanduser().absolute()
+    manager = _manager(options, data_dir, free_port)
+    router = _router(options, manager, free_port)
+    workers = tuple(_workers(options, data_dir, manager, router, free_port))
+    plan = StackPlan(manager, router, workers, data_dir)
+    _refuse_shared_ports(plan)
+    return plan
+
+
+def _manager(options: StackOptions, data_dir: Path, free_port: Callable[[], int]) -> RoleSpec:
+    settings = ManagerSettings.load(port=options.manager_port)
+    port = settings.port or free_port()
+    return RoleSpec(
+        name="manager",
+        module="manager.service",
+        flags=("--port", str(port), "--data-dir", str(data_dir)),
+        host=settings.host,
+        port=port,
+        port_flag="--manager-port",
+        ready_limit_s=READY_LIMIT_S,
+        stop_limit_s=settings.shutdown_limit_ms / 1000 + _MARGIN_S,
+    )
+
+
+def _router(options: StackOptions, manager: RoleSpec, free_port: Callable[[], int]) -> RoleSpec:
+    settings = RouterSettings.load(port=options.router_port)
+    port = settings.port or free_port()
+    return RoleSpec(
+        name="router",
+        module="router.service",
+        flags=("--port", str(port), "--manager-url", manager.url),
+        host=settings.host,
+        port=port,
+        port_flag="--router-port",
+        ready_limit_s=READY_LIMIT_S,
+        stop_limit_s=settings.shutdown_limit_ms / 1000 + _MARGIN_S,
+    )
+
+
+def _workers(
+    options: StackOptions, data_dir: Path, manager: RoleSpec, router: RoleSpec, free_port: Callable[[], int]
+) -> list[RoleSpec]:
+    settings = WorkerSettings.load(
+        port=options.worker_port,
+        engine=options.engine,
+        engine_url=options.engine_url,
+        model=options.model,
+        slots=options.slots,
+    )
+    flags = ["--manager-url", router.url, "--manager-url", manager.url, "--engine", options.engine]
+    flags += ["--slots", str(settings.slots), "--engine-log-dir", str(data_dir / "logs")]
+    given = {
+        "--engine-url": options.engine_url,
+        "--model": options.model,
+        "--served-model-name": options.served_model_name,
+        "--vllm-command": options.vllm_command,
+        "--vllm-device": options.vllm_device,
+    }
+    flags += [part for flag, value in given.items() if value for part in (flag, value)]
+    flags += [f"--vllm-arg={argument}" for argument in options.vllm_args]
+    return [
+        RoleSpec(
+            name=f"worker-{number}",
+            module="worker.service",
+            flags=("--worker-id", f"worker-{number}", "--port", str(port), *flags),
+            host=settings.host,
+            port=port,
+            port_flag="--worker-port",
+            ready_limit_s=settings.engine_ready_limit_ms / 1000 + READY_LIMIT_S,
+            stop_limit_s=(settings.drain_limit_ms + settings.engine_stop_limit_ms) / 1000 + _MARGIN_S,
+        )
+        for number in range(1, options.workers + 1)
+        for port in (settings.port + number - 1 if settings.port else free_port(),)
+    ]
+
+
+def _refuse_shared_ports(plan: StackPlan) -> None:
+    taken: dict[int, RoleSpec] = {}
+    for role in plan.roles:
+        other = taken.setdefault(role.port, role)
+        if other is not role:
+            raise CannotStart(
+                f"port {role.port} is asked for by both {other.name} and {role.name}: "
+                f"choose others with {other.port_flag} or {role.port_flag}"
+            )
+
+
+def _reachable(host: str) -> str:
+    """Where a process of this machine reaches one that listens on ``host``."""
+    if host in {"0.0.0.0", "::", ""}:  # noqa: S104 - compared, not bound
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,34 @@
+"""When a role that ended is started again, and when no more: a pure decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
+STEADY_S = 60.0
+"""A role that ran for so long has earned a fresh start."""
+MOST_IN_A_ROW = 8
+"""Ends in a row, none after a steady run, upon which we give up: after a minute or so."""
+EXIT_REFUSED = 2
+"""A role's exit code for what its user must mend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restarts:
+    """How often in a row a role has ended."""
+
+    in_a_row: int = 0
+    was_ready: bool = False
+
+    def ended(self, exit_code: int, ran_s: float, *, ready: bool) -> tuple[Restarts, float | None]:
+        """The state after an end, and the pause before the next start in seconds; None: give up."""
+        state = replace(
+            self,
+            in_a_row=1 if ran_s >= STEADY_S else self.in_a_row + 1,
+            was_ready=self.was_ready or ready,
+        )
+        # What never served and says that it must not start will not be helped by trying again.
+        hopeless = exit_code == EXIT_REFUSED and not state.was_ready
+        if hopeless or state.in_a_row >= MOST_IN_A_ROW:
+            return state, None
+        return state, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (state.in_a_row - 1))

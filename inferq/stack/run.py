@@ -1,0 +1,214 @@
+"""The life of a stack: ports checked, queue, Manager, Router and workers started, and stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiohttp
+
+from broker import Broker, BrokerSettings
+from broker.embedded import EmbeddedServer
+from queue_schemas import CannotStart
+from telemetry.server import bind_socket
+
+from .plan import RoleSpec, StackPlan
+from .process import RoleProcess
+
+QUEUE_CHECK_LIMIT_MS = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class RunningStack:
+    """What runs, for the person who started it. URLs carry no passwords."""
+
+    router_url: str
+    manager_url: str
+    worker_urls: Mapping[str, str]
+    queue: str
+    logs: Path
+    pids: Mapping[str, int]
+    ready_after_s: float
+
+
+class Announcer(Protocol):
+    """Where a stack reports."""
+
+    def starting(self, what: str) -> None:
+        """Said of each part, and again as what it waits for changes. Called often."""
+        ...
+
+    def trouble(self, role: str, text: str) -> None:
+        """An error of a role."""
+        ...
+
+    def up(self, stack: RunningStack) -> None:
+        """Everything is ready."""
+        ...
+
+    def stopping(self, what: str) -> None:
+        """Said of each part."""
+        ...
+
+
+async def run_stack(
+    plan: StackPlan,
+    announcer: Announcer,
+    stop: asyncio.Event,
+    *,
+    redis_url: str = "",
+) -> None:
+    """Run ``plan`` until ``stop`` is set or a part of it cannot be kept running.
+
+    Without ``redis_url`` an embedded server is started on the data folder. Raises ``CannotStart`` or a broker's error
+    with a sentence that says what to mend; whatever had been started is stopped in order first.
+    """
+    began = time.monotonic()
+    _check_ports(plan)
+    async with AsyncExitStack() as exits:
+        failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        watchers = await exits.enter_async_context(_watchers(failure))
+        url, queue = await _open_queue(plan, announcer, exits, watchers, redis_url)
+        environment = {**os.environ, "INFERQ_REDIS_URL": url}
+        processes = [RoleProcess(role, plan.data_dir / "logs", environment, announcer.trouble) for role in plan.roles]
+        exits.push_async_callback(_stop_in_order, processes, announcer)
+        session = await exits.enter_async_context(aiohttp.ClientSession())
+        starting = watchers.start(_start(processes, session, announcer, watchers), "start of the stack")
+        await _first_of(starting, stop, failure)
+        if not stop.is_set():
+            announcer.up(_describe(plan, processes, queue, time.monotonic() - began))
+            await _first_of(None, stop, failure)
+
+
+async def _open_queue(
+    plan: StackPlan, announcer: Announcer, exits: AsyncExitStack, watchers: _Watchers, redis_url: str
+) -> tuple[str, str]:
+    """The queue's URL, and what to call it."""
+    if redis_url:
+        announcer.starting("the queue's Redis")
+        settings = BrokerSettings.load(redis_url=redis_url, retry_limit_ms=QUEUE_CHECK_LIMIT_MS)
+        await (await Broker.connect(settings)).close()
+        return redis_url, re.sub(r"//[^@/]*@", "//", redis_url)
+    announcer.starting("the queue (embedded Valkey)")
+    server = EmbeddedServer(plan.data_dir / "valkey")
+    await server.start()
+    exits.push_async_callback(_stop_queue, server, announcer)
+    watchers.start(server.watch(), "embedded Valkey")
+    return server.url, f"embedded Valkey on 127.0.0.1:{server.port}, data in {server.data_dir}"
+
+
+async def _stop_queue(server: EmbeddedServer, announcer: Announcer) -> None:
+    announcer.stopping("queue")
+    await server.stop()
+
+
+async def _start(
+    processes: Sequence[RoleProcess],
+    session: aiohttp.ClientSession,
+    announcer: Announcer,
+    watchers: _Watchers,
+) -> None:
+    """All at once, as each waits for what it needs; told of in the order in which they get ready."""
+    for process in processes:
+        watchers.start(process.run(), process.spec.name)
+    for process in processes:
+        limit_s = process.spec.ready_limit_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await process.wait_ready(session, _tell_waiting(announcer, process.spec))
+        except TimeoutError as error:
+            raise CannotStart(
+                f"{process.spec.name} was not ready within {limit_s:.0f} s; its log: {process.log_path}"
+            ) from error
+
+
+def _tell_waiting(announcer: Announcer, role: RoleSpec) -> Callable[[str], None]:
+    return lambda reason: announcer.starting(f"{role.name}: {reason}")
+
+
+async def _stop_in_order(processes: Sequence[RoleProcess], announcer: Announcer) -> None:
+    """The Router first, so that nothing new comes in while workers finish what they run; the Manager last."""
+    manager, router, *workers = processes
+    for name, step in (("router", [router]), ("workers", workers), ("manager", [manager])):
+        if step:
+            announcer.stopping(name)
+        await asyncio.gather(*(process.stop() for process in step))
+
+
+async def _first_of(task: asyncio.Task[None] | None, stop: asyncio.Event, failure: asyncio.Future[None]) -> None:
+    """Wait for the end of ``task``, for ``stop`` or for ``failure``; raises what ``task`` or ``failure`` raises."""
+    async with asyncio.TaskGroup() as group:
+        stopped = group.create_task(stop.wait(), name="stop signal")
+        waited: set[asyncio.Future[Any]] = {stopped, failure}
+        await asyncio.wait(waited | ({task} if task else set()), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+    if failure.done():
+        failure.result()
+
+
+class _Watchers:
+    """Tasks that run for as long as the stack; the first that fails fails the stack."""
+
+    def __init__(self, failure: asyncio.Future[None]) -> None:
+        self._failure = failure
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: asyncio._CoroutineLike[None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and not self._failure.done() and (error := task.exception()) is not None:
+            self._failure.set_exception(error)
+
+
+@asynccontextmanager
+async def _watchers(failure: asyncio.Future[None]) -> AsyncIterator[_Watchers]:
+    """Ends with all its tasks ended. (No TaskGroup: what failed must not cut short the orderly stop of the rest.)"""
+    watchers = _Watchers(failure)
+    try:
+        yield watchers
+    finally:
+        for task in watchers.tasks:
+            task.cancel()
+        await asyncio.gather(*watchers.tasks, return_exceptions=True)
+        if not failure.cancel() and not failure.cancelled():
+            failure.exception()  # raised already, or too late to matter: the stack was being stopped
+
+
+def _check_ports(plan: StackPlan) -> None:
+    for role in plan.roles:
+        bind_socket(role.host, role.port, setting=role.port_flag).close()
+
+
+def free_port(taken: Iterable[int] = ()) -> int:
+    """A TCP port of loopback that nobody listens on now, and none of ``taken``."""
+    refused = set(taken)
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port not in refused:
+            return port
+
+
+def _describe(plan: StackPlan, processes: Sequence[RoleProcess], queue: str, ready_after_s: float) -> RunningStack:
+    return RunningStack(
+        router_url=plan.router.url,
+        manager_url=plan.manager.url,
+        worker_urls={worker.name: worker.url for worker in plan.workers},
+        queue=queue,
+        logs=plan.data_dir / "logs",
+        pids={process.spec.name: process.pid or 0 for process in processes},
+        ready_after_s=ready_after_s,
+    )
