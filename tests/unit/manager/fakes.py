@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -25,11 +25,13 @@ from queue_schemas import (
 
 @dataclass
 class FakeQueue:
-    """``broker.Broker`` as the Manager sees it. ``answers_pings``: who renews when pinged. ``down``: Redis is away."""
+    """``broker.Broker`` as the Manager sees it. ``answers_pings``: who renews when pinged. ``down``: Redis is away;
+    ``refuses_reclaims``: only for reclaims."""
 
     shards: int = 2
     round_trips: int = 0
     down: bool = False
+    refuses_reclaims: bool = False
     numbers: dict[Incarnation, int] = field(default_factory=dict)
     answers_pings: set[str] = field(default_factory=set)
     controls: list[tuple[Incarnation, Control]] = field(default_factory=list)
@@ -70,6 +72,8 @@ class FakeQueue:
 
     async def reclaim(self, incarnation: Incarnation) -> Reclaimed:
         self._trip()
+        if self.refuses_reclaims:
+            raise BrokerUnavailable("Redis is away")
         self.numbers.pop(incarnation, None)
         self.reclaimed.append(incarnation)
         return Reclaimed(requeued=2)
@@ -117,13 +121,16 @@ class FakeQueue:
 
 @dataclass
 class FakeProbe:
-    """Doors by URL; a URL not named does not answer."""
+    """Doors by URL; a URL not named does not answer. ``while_looking`` happens during each look."""
 
     doors: dict[str, Door] = field(default_factory=dict)
     looks: int = 0
+    while_looking: Callable[[], None] | None = None
 
     async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
         self.looks += 1
+        if self.while_looking is not None:
+            self.while_looking()
         return self.doors.get(url, Door(DoorState.UNKNOWN, "no answer"))
 
 

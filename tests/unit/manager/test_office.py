@@ -1,4 +1,5 @@
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -237,6 +238,23 @@ async def test_one_of_two_managers_acts_and_the_other_takes_over() -> None:
             after = (await other.heartbeat("w", _heartbeat())).assignment
             assert after.order > before.order
             assert after.pools == before.pools
+
+
+async def test_a_manager_that_hung_knows_that_it_acts_no_more() -> None:
+    """Once the lease's length has passed without a renewal nothing is decided, even before Redis was asked again."""
+    ahead_s = 0.0
+    service = ManagerService(
+        fast_settings(),
+        FakeQueue().open,
+        FakeProbe(),
+        broker_url="redis://here",
+        clock=lambda: time.monotonic() + ahead_s,
+    )
+    async with _running(service):
+        ahead_s = service.settings.acting_ttl_ms / 1000
+        with pytest.raises(ManagerUnavailable, match="not renewed in time"):
+            await service.heartbeat("w", _heartbeat())
+        await _until(lambda: service.acting)
 
 
 async def test_a_drain_is_told_both_ways() -> None:

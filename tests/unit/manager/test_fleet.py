@@ -1,0 +1,106 @@
+import asyncio
+
+import pytest
+
+from manager.core import Door, DoorState
+from manager.fleet import Fleet
+from manager.metrics import FleetMetrics
+from queue_schemas import BrokerUnavailable, EngineState, Incarnation, Registration
+from telemetry import MetricsRegistry
+from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
+
+ONE = Incarnation("w.0000000000000001")
+URL = "http://127.0.0.1:7000"
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _fleet(queue: FakeQueue, clock: Clock, probe: FakeProbe | None = None) -> Fleet:
+    settings = fast_settings(lease_ms=15_000, heartbeat_ms=2_000, suspect_ms=6_000)
+    metrics = FleetMetrics(MetricsRegistry("manager"))
+    return Fleet(settings, queue, probe or FakeProbe(), metrics, 1, asyncio.Event(), clock)
+
+
+def _registration() -> Registration:
+    return Registration(worker_id="w", incarnation=ONE, models=["m"], slots=1, engine=EngineState.READY, url=URL)
+
+
+async def _sweep_each_second(fleet: Fleet, clock: Clock, seconds: int) -> None:
+    for _ in range(seconds):
+        clock.now += 1
+        await fleet.sweep()
+
+
+async def test_one_failed_poll_restarts_the_watch() -> None:
+    """Redis must have been in reach throughout: a single failed poll gives every lease its whole length again."""
+    queue, clock = FakeQueue(numbers={ONE: 1}), Clock()
+    fleet = _fleet(queue, clock)
+    await _sweep_each_second(fleet, clock, 14)
+    queue.down = True
+    with pytest.raises(BrokerUnavailable):
+        await _sweep_each_second(fleet, clock, 1)
+    queue.down = False
+    await _sweep_each_second(fleet, clock, 15)
+    assert queue.reclaimed == []
+    await _sweep_each_second(fleet, clock, 1)
+    assert queue.reclaimed == [ONE]
+
+
+async def test_a_reclaim_that_failed_is_tried_again() -> None:
+    """The dead are taken back in the next round when Redis went away in this one, though nobody watches them now."""
+    queue, clock = FakeQueue(numbers={ONE: 1}), Clock()
+    fleet = _fleet(queue, clock)
+    await fleet.register(_registration())
+    await _sweep_each_second(fleet, clock, 15)
+    queue.refuses_reclaims = True
+    with pytest.raises(BrokerUnavailable):
+        await _sweep_each_second(fleet, clock, 1)
+    queue.numbers.clear()
+    queue.refuses_reclaims = False
+    await _sweep_each_second(fleet, clock, 1)
+    assert queue.reclaimed == [ONE]
+
+
+async def test_a_heartbeat_that_comes_while_it_is_doubted_saves_a_worker() -> None:
+    """The verdict of an examination does not hold against a worker that was heard meanwhile."""
+    queue, clock = FakeQueue(), Clock()
+    probe = FakeProbe({URL: Door(DoorState.SAME)})
+    fleet = _fleet(queue, clock, probe)
+    await fleet.register(_registration())
+    await fleet.sweep()
+    probe.doors[URL] = Door(DoorState.REFUSED, "refuses")
+
+    def heard() -> None:
+        fleet.registry.join(_registration(), clock.now)
+
+    clock.now += 5
+    probe.while_looking = heard
+    await fleet.sweep()
+    assert fleet.registry.find("w") is not None
+    clock.now += 5
+    probe.while_looking = None
+    await fleet.sweep()
+    assert fleet.registry.find("w") is None
+
+
+async def test_silence_shorter_than_two_heartbeats_raises_no_doubt() -> None:
+    """A worker heard a moment ago is not looked at again."""
+    queue, clock, probe = FakeQueue(numbers={ONE: 1}), Clock(), FakeProbe({URL: Door(DoorState.SAME)})
+    fleet = _fleet(queue, clock, probe)
+    await fleet.register(_registration())
+    await fleet.sweep()
+    looks = probe.looks
+    clock.now += 3.9
+    await fleet.sweep()
+    assert probe.looks == looks
+    clock.now += 0.1
+    await fleet.sweep()
+    assert probe.looks == looks + 1
