@@ -12,8 +12,8 @@ import os
 import signal
 import socket
 import sys
-from asyncio.subprocess import PIPE, STDOUT, Process
-from collections.abc import Callable, Mapping
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,14 +120,7 @@ class ProcessEngine:
         log.info("engine_starting", engine=self.name, command=" ".join(launch.command), log_file=str(self.log.path))
         self._http = HttpEngine(f"http://{HOST}:{self.port}")
         try:
-            # Under its own group and without our terminal: Ctrl-C is for the worker, which then drains.
-            self._process = process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", guard.__file__, *launch.command,
-                stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True,
-                env={**launch.environment, **os.environ},
-            )  # fmt: skip
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._copy_output(process), name="engine output")
+            async with self._started(launch) as process, asyncio.TaskGroup() as group:
                 group.create_task(self._watch_exit(process), name="engine exit")
                 group.create_task(self._watch_health(), name="engine health")
         except BaseExceptionGroup as failures:
@@ -136,13 +129,35 @@ class ProcessEngine:
                 raise
             raise _first(failed) from None
         finally:
-            await asyncio.shield(self._end(self._stop_limit_s))
             await self._http.stop(0)
 
-    async def _copy_output(self, process: Process) -> None:
-        assert process.stdout is not None  # noqa: S101 - asked for as a pipe
-        while data := await process.stdout.read(65_536):
-            self.log.write(data)
+    @contextlib.asynccontextmanager
+    async def _started(self, launch: Launch) -> AsyncIterator[Process]:
+        """The process, ended with all of its group when this is left."""
+        # Pipes of our own: asyncio's make ``wait`` wait for whoever inherited them.
+        lifeline_end, lifeline = os.pipe()
+        output, output_end = os.pipe()
+        try:
+            try:
+                # In a group of its own, away from our terminal: Ctrl-C is for the worker, which then drains.
+                self._process = process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-I", "-S", guard.__file__, str(self._stop_limit_s), *launch.command,
+                    stdin=lifeline_end, stdout=output_end, stderr=output_end, start_new_session=True,
+                    env={**launch.environment, **os.environ},
+                )  # fmt: skip
+            finally:
+                os.close(lifeline_end)
+                os.close(output_end)
+            transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+                lambda: _Output(self.log), os.fdopen(output, "rb", buffering=0)
+            )
+            try:
+                yield process
+            finally:
+                await asyncio.shield(self._end(self._stop_limit_s))
+                transport.close()
+        finally:
+            os.close(lifeline)
 
     async def _watch_exit(self, process: Process) -> None:
         code = await process.wait()
@@ -198,6 +213,14 @@ class ProcessEngine:
         lines = self.log.last(_TOLD_LINES)
         where = f" (all of it in {self.log.path})" if self.log.path else ""
         return f"; its last lines{where}:\n" + "\n".join(lines) if lines else f"; it wrote nothing{where}"
+
+
+class _Output(asyncio.Protocol):
+    def __init__(self, log_tail: LogTail) -> None:
+        self._log = log_tail
+
+    def data_received(self, data: bytes) -> None:
+        self._log.write(data)
 
 
 def _free_port() -> int:

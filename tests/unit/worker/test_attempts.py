@@ -1,0 +1,316 @@
+"""Running attempts: every one ends settled, released or dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from broker import Broker
+from queue_schemas import (
+    END,
+    HEAD,
+    BrokerUnavailable,
+    EngineFailed,
+    EngineState,
+    Frame,
+    Job,
+    Lease,
+    Outcome,
+    Settled,
+    unpack_frames,
+)
+from telemetry import MetricsRegistry
+from tests.support.queue import make_job
+from tests.support.waiting import eventually
+from worker.attempts import Attempts
+from worker.engines import EngineAnswer, EngineCall
+from worker.metrics import WorkerMetrics
+from worker.outbox import Outbox
+
+SSE = "text/event-stream; charset=utf-8"
+
+
+class Answer:
+    """An answer made of pieces; an exception among them is raised, an event is waited for."""
+
+    def __init__(self, status: int, content_type: str, pieces: list[Any]) -> None:
+        self.status = status
+        self.content_type = content_type
+        self._pieces = pieces
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            if isinstance(piece, asyncio.Event):
+                await piece.wait()
+            else:
+                yield piece
+
+    async def read(self, limit_bytes: int) -> bytes:
+        return b"".join([piece async for piece in self.chunks()])
+
+
+class ScriptedEngine:
+    """Answers every call with ``answer``; counts the calls that were left before their end."""
+
+    def __init__(self, answer: Answer | Exception) -> None:
+        self.answer = answer
+        self.calls: list[EngineCall] = []
+        self.left_early = 0
+        self.state, self.detail, self.models = EngineState.READY, "", ("m",)
+
+    async def run(self, changed: Callable[[], None]) -> None: ...
+
+    @asynccontextmanager
+    async def call(self, call: EngineCall) -> AsyncIterator[EngineAnswer]:
+        self.calls.append(call)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        try:
+            yield self.answer
+        except asyncio.CancelledError:
+            self.left_early += 1
+            raise
+
+    async def progress(self) -> int | None:
+        return 0
+
+    async def stop(self, limit_s: float) -> None: ...
+
+
+class RecordingBroker:
+    """Takes what attempts end with."""
+
+    def __init__(self) -> None:
+        self.settled: list[tuple[Lease, Outcome, list[Frame]]] = []
+        self.released: list[tuple[str, bool]] = []
+        self.published: list[Frame] = []
+        self.gone: set[str] = set()
+        self.failures = 0
+
+    async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
+        if self.failures:
+            self.failures -= 1
+            raise BrokerUnavailable("away")
+        self.settled.append((lease, outcome, unpack_frames(frames)))
+        return Settled.OK
+
+    async def release(self, lease: Lease, reason: str, *, counted: bool) -> Settled:
+        self.released.append((reason, counted))
+        return Settled.OK
+
+    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
+        for packed in frames.values():
+            self.published += unpack_frames(packed)
+        return self.gone & frames.keys()
+
+
+class Bench:
+    """Attempts on a scripted engine, with everything around them."""
+
+    def __init__(self, answer: Answer | Exception, *, max_answer_bytes: int = 10_000) -> None:
+        self.engine = ScriptedEngine(answer)
+        self.broker = RecordingBroker()
+        self.ended: list[bool] = []
+        self.outbox = Outbox(self.broker.publish, interval_ms=0, limit_bytes=10_000)
+        self.attempts = Attempts(
+            self.engine,
+            cast(Broker, self.broker),
+            self.outbox,
+            WorkerMetrics(MetricsRegistry("worker")),
+            max_answer_bytes=max_answer_bytes,
+            ended=lambda _lease, spent: self.ended.append(spent),
+        )
+
+    @asynccontextmanager
+    async def running(self, *leases: Lease) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as group:
+            flusher = group.create_task(self.outbox.run())
+            self.attempts.start(leases, group)
+            try:
+                yield
+                await asyncio.wait_for(self.attempts.idle(), 10)
+            finally:
+                flusher.cancel()
+
+    async def run(self, *leases: Lease) -> None:
+        async with self.running(*leases):
+            pass
+
+
+def lease(attempt: int = 1, remaining_ms: int = 60_000, **fields: Any) -> Lease:
+    job: Job = make_job(reply_to="router.0123456789abcdef", request_id="req_1", **fields)
+    return Lease(job, 1, f"attempt-{attempt}", attempt, remaining_ms, 5)
+
+
+def plain(status: int, body: bytes = b"{}") -> Answer:
+    return Answer(status, "application/json", [body])
+
+
+async def test_a_plain_answer_is_settled_in_one_frame() -> None:
+    """The engine gets the client's bytes and ids; its answer is settled as it is, and the slot is free."""
+    bench = Bench(plain(200, b'{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}'))
+    job_lease = lease(traceparent="00-a-b-01")
+    await bench.run(job_lease)
+    ((settled, outcome, (frame,)),) = bench.broker.settled
+    assert (settled, outcome, frame.flags, frame.status) == (job_lease, Outcome.DONE, HEAD | END, 200)
+    call = bench.engine.calls[0]
+    assert (call.body, call.request_id, call.traceparent) == (job_lease.job.body, "req_1", "00-a-b-01")
+    assert bench.ended == [False]
+    assert len(bench.attempts) == 0
+
+
+async def test_a_client_error_is_settled_as_failed_and_passed_on() -> None:
+    """A 4xx of the engine is the answer, body and all."""
+    bench = Bench(plain(422, b'{"error": "of the engine"}'))
+    await bench.run(lease())
+    ((_, outcome, (frame,)),) = bench.broker.settled
+    assert (outcome, frame.status, frame.data) == (Outcome.FAILED, 422, b'{"error": "of the engine"}')
+
+
+async def test_an_engine_error_is_released_until_the_last_attempt() -> None:
+    """A 5xx spends the attempt; the last attempt gives the client the engine's own answer."""
+    bench = Bench(plain(503, b"busy"))
+    await bench.run(lease(attempt=1, max_attempts=2))
+    assert bench.broker.released == [("the engine answered 503", True)]
+    assert bench.ended == [True]
+    await bench.run(lease(attempt=2, max_attempts=2))
+    ((_, outcome, (frame,)),) = bench.broker.settled
+    assert (outcome, frame.status, frame.data) == (Outcome.FAILED, 503, b"busy")
+
+
+async def test_no_connection_is_released_and_a_502_at_last() -> None:
+    """Without any answer the last attempt ends in an error object that says what happened."""
+    bench = Bench(EngineFailed("refused"))
+    await bench.run(lease(attempt=1, max_attempts=2))
+    assert bench.broker.released == [("refused", True)]
+    await bench.run(lease(attempt=2, max_attempts=2))
+    ((_, outcome, (frame,)),) = bench.broker.settled
+    assert (outcome, frame.status) == (Outcome.FAILED, 502)
+    assert json.loads(frame.data)["error"]["code"] == "engine_failed"
+
+
+async def test_a_stream_is_published_as_it_comes_and_ends_with_the_settle() -> None:
+    """HEAD comes with the first bytes; END comes with the settle, after everything else."""
+    more = asyncio.Event()
+    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", more, b"data: 2\n\n", b"data: [DONE]\n\n"]))
+    async with bench.running(lease(stream=True)):
+        await eventually(lambda: bench.broker.published, "the first frame is out before the second exists")
+        more.set()
+    ((_, outcome, settled),) = bench.broker.settled
+    frames = bench.broker.published + settled
+    assert outcome is Outcome.DONE
+    assert [frame.seq for frame in frames] == list(range(len(frames)))
+    assert frames[0].flags & HEAD
+    assert [bool(frame.flags & END) for frame in frames] == [False] * (len(frames) - 1) + [True]
+    assert b"".join(frame.data for frame in frames) == b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
+
+
+async def test_a_stream_that_breaks_is_released_even_on_the_last_attempt() -> None:
+    """Half a stream is never settled as an answer."""
+    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", EngineFailed("broke")]))
+    await bench.run(lease(stream=True, attempt=3, max_attempts=3))
+    assert bench.broker.released == [("broke", True)]
+    assert not bench.broker.settled
+    assert bench.outbox._bytes == 0
+
+
+async def test_an_abort_closes_the_engine_call_and_tells_nobody() -> None:
+    """The queue has ended the job already: the connection closes, nothing is settled or released."""
+    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", asyncio.Event()]))
+    job_lease = lease(stream=True)
+    async with bench.running(job_lease):
+        await eventually(lambda: bench.broker.published, "the stream has begun")
+        bench.attempts.abort(job_lease.job.id, "cancelled by the client")
+    assert bench.engine.left_early == 1
+    assert not bench.broker.settled
+    assert not bench.broker.released
+
+
+async def test_an_abort_that_overtakes_its_claim_is_remembered() -> None:
+    """The abort may be read before the claim's answer: the job is then never sent to the engine."""
+    bench = Bench(plain(200))
+    job_lease = lease()
+    bench.attempts.abort(job_lease.job.id, "cancelled")
+    await bench.run(job_lease)
+    assert not bench.engine.calls
+    assert not bench.broker.settled
+
+
+async def test_an_abort_before_the_first_step_of_its_task_is_clean() -> None:
+    """A job aborted in the same breath in which it was started leaves no trace and frees its slot."""
+    bench = Bench(plain(200))
+    job_lease = lease()
+    async with bench.running(job_lease):
+        bench.attempts.abort(job_lease.job.id, "cancelled")
+    assert bench.ended == [False]
+    assert len(bench.attempts) == 0
+
+
+async def test_a_job_whose_time_ran_out_is_answered_504() -> None:
+    """The sweep stops it; the client is told, as an answer or, in a begun stream, as an event."""
+    bench = Bench(Answer(200, SSE, [asyncio.Event()]))
+    async with bench.running(lease(remaining_ms=1)):
+        await eventually(lambda: bench.engine.calls, "the engine is asked")
+        bench.attempts.stop_late(asyncio.get_running_loop().time() + 1)
+    ((_, outcome, (frame,)),) = bench.broker.settled
+    assert (outcome, frame.status) == (Outcome.FAILED, 504)
+    begun = Bench(Answer(200, SSE, [b"data: 1\n\n", asyncio.Event()]))
+    async with begun.running(lease(remaining_ms=1, stream=True)):
+        await eventually(lambda: begun.broker.published, "the stream has begun")
+        begun.attempts.stop_late(asyncio.get_running_loop().time() + 1)
+    ((_, _, frames),) = begun.broker.settled
+    assert b"deadline_exceeded" in frames[-1].data
+    assert frames[-1].flags == END
+
+
+async def test_a_router_that_is_gone_ends_its_streams() -> None:
+    """Nobody listens: the engine call is closed and the queue told, without spending the attempt."""
+    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", asyncio.Event()]))
+    job_lease = lease(stream=True)
+    bench.broker.gone = {job_lease.job.reply_to}
+    await bench.run(job_lease)
+    assert bench.engine.left_early == 1
+    assert bench.broker.released == [("nobody waits for the answer", False)]
+
+
+async def test_jobs_are_handed_back_uncounted_when_the_worker_stops() -> None:
+    """At the end of a drain running jobs go to others as if never started."""
+    bench = Bench(Answer(200, SSE, [asyncio.Event()]))
+    async with bench.running(lease(), lease()):
+        await eventually(lambda: len(bench.engine.calls) == 2, "both run")
+        bench.attempts.hand_back()
+    assert bench.broker.released == [("its worker stops", False)] * 2
+
+
+async def test_an_answer_past_the_limit_is_an_error_not_a_retry() -> None:
+    """Too large here is too large everywhere: the client is told at once, plain or streamed."""
+    bench = Bench(plain(200, b"x" * 101), max_answer_bytes=100)
+    await bench.run(lease())
+    ((_, outcome, (frame,)),) = bench.broker.settled
+    assert (outcome, frame.status) == (Outcome.FAILED, 502)
+    assert b"larger than the 100 bytes" in frame.data
+    streamed = Bench(Answer(200, SSE, [b"data: 1\n\n"] * 20), max_answer_bytes=100)
+    await streamed.run(lease(stream=True))
+    ((_, outcome, frames),) = streamed.broker.settled
+    assert outcome is Outcome.FAILED
+    assert b"larger than" in frames[-1].data
+
+
+async def test_an_answer_is_settled_after_an_outage() -> None:
+    """An answer that is there is not thrown away because Redis was away for a while."""
+    bench = Bench(plain(200))
+    bench.broker.failures = 1
+    await bench.run(lease())
+    assert len(bench.broker.settled) == 1
+
+
+async def test_a_job_that_trips_over_a_fault_of_ours_ends_alone() -> None:
+    """An unforeseen exception spends the job's attempt; its neighbours and the worker go on."""
+    bench = Bench(ValueError("unforeseen"))
+    await bench.run(lease())
+    assert bench.broker.released == [("the worker tripped over it (ValueError)", True)]

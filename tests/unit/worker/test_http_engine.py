@@ -1,0 +1,299 @@
+"""An engine reached by HTTP, against servers that behave and servers that do not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from queue_schemas import EngineFailed, EngineState
+from tests.support.processes import free_port
+from tests.support.waiting import eventually
+from worker.engines import EngineCall
+from worker.engines.connection import PAUSE_BYTES
+from worker.engines.http import HttpEngine
+
+Respond = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+CALL = EngineCall("/v1/chat/completions", b'{"n":1}', request_id="req_1", traceparent="00-aa-bb-01")
+
+
+class RawServer:
+    """Reads requests and hands each, head and body, to ``respond``, which writes whatever it likes."""
+
+    def __init__(self, respond: Respond) -> None:
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.closed = 0
+        self.port = 0
+        self._respond = respond
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
+                request = head + await reader.readexactly(size)
+                self.requests.append(request)
+                await self._respond(request, reader, writer)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.closed += 1
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def engine_that(respond: Respond, path: str = "") -> AsyncIterator[tuple[HttpEngine, RawServer]]:
+    raw = RawServer(respond)
+    server = await asyncio.start_server(raw.accept, "127.0.0.1", 0)
+    raw.port = server.sockets[0].getsockname()[1]
+    engine = HttpEngine(f"http://127.0.0.1:{raw.port}{path}", api_key="engine-key")
+    try:
+        yield engine, raw
+    finally:
+        await engine.stop(1)
+        server.close()
+
+
+def says(answer: bytes) -> Respond:
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+
+    return respond
+
+
+def then_closes(answer: bytes) -> Respond:
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        writer.close()
+
+    return respond
+
+
+PLAIN = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+async def test_a_call_carries_body_ids_and_the_engines_own_key() -> None:
+    """The client's bytes go untouched, with content type, request id, trace and the worker's bearer token."""
+    async with engine_that(says(PLAIN)) as (engine, raw), engine.call(CALL) as answer:
+        assert (answer.status, answer.content_type) == (200, "application/json")
+        assert await answer.read(100) == b"{}"
+    head, _, body = raw.requests[0].partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
+    for line in (b"authorization: Bearer engine-key", b"x-request-id: req_1", b"traceparent: 00-aa-bb-01"):
+        assert line in head
+    assert body == CALL.body
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
+async def test_the_base_url_may_end_in_v1(path: str) -> None:
+    """People paste both forms."""
+    async with engine_that(says(PLAIN), path) as (engine, raw):
+        async with engine.call(CALL) as answer:
+            await answer.read(100)
+        assert raw.requests[0].startswith(b"POST /v1/chat/completions ")
+
+
+async def test_connections_are_used_again() -> None:
+    """Calls one after the other share a connection."""
+    async with engine_that(says(PLAIN)) as (engine, raw):
+        for _ in range(5):
+            async with engine.call(CALL) as answer:
+                await answer.read(100)
+        assert raw.connections == 1
+
+
+async def test_a_connection_that_the_engine_closed_is_not_used_again() -> None:
+    """``Connection: close`` and closed idle connections cost a new connection, not a failed call."""
+    closing = PLAIN.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+    async with engine_that(then_closes(closing)) as (engine, raw):
+        for _ in range(3):
+            async with engine.call(CALL) as answer:
+                assert await answer.read(100) == b"{}"
+        assert raw.connections == 3
+
+
+async def test_pieces_that_arrived_meanwhile_are_one_read() -> None:
+    """A reader that was busy gets everything at once."""
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED)
+        for part in (b"a\n\n", b"b\n\n", b"c\n\n"):
+            writer.write(b"3\r\n" + part + b"\r\n")
+        writer.write(b"0\r\n\r\n")
+
+    async with engine_that(respond) as (engine, _), engine.call(CALL) as answer:
+        assert b"".join([piece async for piece in answer.chunks()]) == b"a\n\nb\n\nc\n\n"
+
+
+async def test_a_stream_that_breaks_is_an_engine_failure() -> None:
+    """What came is given, then the failure."""
+    async with engine_that(then_closes(CHUNKED + b"3\r\na\n\n\r\n")) as (engine, _):
+        pieces = []
+        with pytest.raises(EngineFailed, match="before its answer was complete"):
+            async with engine.call(CALL) as answer:
+                pieces.extend([piece async for piece in answer.chunks()])
+                assert pieces == [b"a\n\n"]
+
+
+async def test_a_body_that_is_cut_short_is_an_engine_failure() -> None:
+    """Fewer bytes than announced are no answer."""
+    async with engine_that(then_closes(PLAIN[:-1])) as (engine, _):
+        with pytest.raises(EngineFailed):
+            async with engine.call(CALL) as answer:
+                await answer.read(100)
+
+
+async def test_a_body_without_a_length_ends_with_its_connection() -> None:
+    """The oldest way to end an answer is understood."""
+    async with engine_that(then_closes(b"HTTP/1.0 200 OK\r\n\r\nold")) as (engine, _), engine.call(CALL) as answer:
+        assert await answer.read(100) == b"old"
+
+
+@pytest.mark.parametrize("answer", [b"", b"SMTP ready\r\n\r\n", b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000])
+async def test_what_is_no_http_answer_is_an_engine_failure(answer: bytes) -> None:
+    """Closing without an answer, another protocol, a head without end."""
+    async with engine_that(then_closes(answer)) as (engine, _):
+        with pytest.raises(EngineFailed):
+            async with engine.call(CALL):
+                pass
+
+
+async def test_an_interim_answer_is_passed_over() -> None:
+    """100 Continue is not the answer."""
+    async with engine_that(says(b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN)) as (engine, _), engine.call(CALL) as answer:
+        assert (answer.status, await answer.read(100)) == (200, b"{}")
+
+
+async def test_nobody_listening_is_an_engine_failure() -> None:
+    """A refused connection says so."""
+    engine = HttpEngine(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(EngineFailed, match="cannot be reached"):
+        async with engine.call(CALL):
+            pass
+
+
+async def test_leaving_early_closes_the_connection() -> None:
+    """The engine sees the end of the connection, upon which it aborts: after a piece, or before any answer."""
+
+    async def respond(_request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + b"3\r\na\n\n\r\n")
+        await writer.drain()
+        await reader.readexactly(1)
+
+    async with engine_that(respond) as (engine, raw):
+        async with engine.call(CALL) as answer:
+            async for piece in answer.chunks():
+                assert piece == b"a\n\n"
+                break
+        await eventually(lambda: raw.closed == 1, "the engine sees the connection close")
+
+
+async def test_a_cancelled_call_closes_the_connection_before_any_answer() -> None:
+    """A job aborted while the engine is still thinking frees the engine."""
+
+    async def respond(_request: bytes, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(1)
+
+    async with engine_that(respond) as (engine, raw):
+
+        async def call() -> None:
+            async with engine.call(CALL):
+                pass
+
+        task = asyncio.create_task(call())
+        await eventually(lambda: raw.requests, "the engine has the request")
+        task.cancel()
+        await eventually(lambda: raw.closed == 1, "the engine sees the connection close")
+
+
+async def test_an_answer_larger_than_the_limit_is_not_read_to_its_end() -> None:
+    """``read`` stops a little past the limit."""
+    size = 4 << 20
+    body = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size + b"x" * size
+    async with engine_that(says(body)) as (engine, _), engine.call(CALL) as answer:
+        assert 1_000 < len(await answer.read(1_000)) < size
+
+
+async def test_a_slow_reader_holds_the_engine() -> None:
+    """Unread bytes are bounded: past the bound TCP stops the engine."""
+    written = 0
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        writer.write(CHUNKED)
+        for _ in range(1_000):
+            writer.write(b"10000\r\n" + b"x" * 65_536 + b"\r\n")
+            await writer.drain()
+            written += 65_536
+        writer.write(b"0\r\n\r\n")
+
+    async with engine_that(respond) as (engine, _), engine.call(CALL) as answer:
+        stood = -1
+        while stood != written:
+            stood = written
+            await asyncio.sleep(0.1)
+        assert written < 16 * PAUSE_BYTES + (8 << 20)
+        assert sum([len(piece) async for piece in answer.chunks()]) == 65_536_000
+
+
+@pytest.mark.parametrize("path", ["@elsewhere/", "relative", "/x HTTP/1.1\r\nhost: y", "/é"])
+async def test_a_path_that_is_none_never_reaches_the_engine(path: str) -> None:
+    """A path cannot change the host or smuggle a header."""
+    async with engine_that(says(PLAIN)) as (engine, raw):
+        with pytest.raises(EngineFailed):
+            async with engine.call(EngineCall(path, b"")):
+                pass
+        assert not raw.requests
+
+
+async def test_a_header_value_cannot_begin_another_header() -> None:
+    """Content type and request id come from a client: line breaks in them are refused."""
+    async with engine_that(says(PLAIN)) as (engine, raw):
+        for call in (EngineCall("/x", b"", "a/b\r\nx: y"), EngineCall("/x", b"", request_id="a\r\nx: y")):
+            with pytest.raises(EngineFailed):
+                async with engine.call(call):
+                    pass
+        assert not raw.requests
+
+
+async def test_it_becomes_ready_and_follows_the_model_list_and_says_when_the_engine_is_away() -> None:
+    """The state follows the engine; models that cannot be names are left out."""
+    models = b'{"data":[{"id":"base"},{"id":"lora"},{"id":"bad\\nname"}]}'
+
+    async def respond(request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        body = models if b"/v1/models" in request else b""
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+
+    changes = 0
+
+    def changed() -> None:
+        nonlocal changes
+        changes += 1
+
+    async with engine_that(respond) as (engine, _):
+        running = asyncio.create_task(engine.run(changed))
+        await eventually(lambda: engine.state is EngineState.READY, "the engine is ready")
+        assert engine.models == ("base", "lora")
+        assert changes == 1
+        running.cancel()
+    gone = HttpEngine(f"http://127.0.0.1:{free_port()}")
+    running = asyncio.create_task(gone.run(changed))
+    await eventually(lambda: gone.state is EngineState.FAILED, "the engine is seen to be away")
+    assert "cannot be reached" in gone.detail
+    running.cancel()
+
+
+async def test_progress_is_vllms_token_counter() -> None:
+    """The sum of vLLM's counters; without them, a number that moves while the server answers."""
+    page = b'vllm:generation_tokens_total{model="m"} 40.0\nvllm:prompt_tokens_total{model="m"} 2.0\nother 9\n'
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page
+    async with engine_that(says(answer)) as (engine, _):
+        assert await engine.progress() == 42
+    async with engine_that(says(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")) as (engine, _):
+        assert await engine.progress() != await engine.progress()
+    assert await HttpEngine(f"http://127.0.0.1:{free_port()}").progress() is None

@@ -1,0 +1,195 @@
+"""Engines as processes, with small scripts that behave as badly as real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from queue_schemas import EngineState
+from tests.support.waiting import eventually
+from worker.engines import EngineCall, guard
+from worker.engines.process import Launch, ProcessEngine
+
+GOOD = """
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer(b'{"data":[{"id":"tiny"}]}' if self.path == "/v1/models" else b"")
+    def do_POST(self):
+        if self.path == "/crash":
+            os._exit(7)
+        self.answer(str(os.getpid()).encode())
+    def log_message(self, *args):
+        pass
+print("hello from the engine", flush=True)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+"""
+SERVES = GOOD + "server.serve_forever()\n"
+DIES_AT_ONCE = "import sys; print('no accelerator found', flush=True); sys.exit(3)\n"
+NEVER_READY = "import time; print('loading', flush=True); time.sleep(600)\n"
+IGNORES_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVES
+HAS_A_CHILD = "import subprocess\nprint(subprocess.Popen(['sleep', '600']).pid, flush=True)\n" + SERVES
+
+
+@asynccontextmanager
+async def supervised(
+    script: str, folder: Path, *, ready_limit_s: float = 20.0, restarted: Callable[[], None] = lambda: None
+) -> AsyncIterator[tuple[ProcessEngine, list[EngineState]]]:
+    file = folder / "engine.py"
+    file.write_text(script)
+    engine = ProcessEngine(
+        "the test engine",
+        lambda port: Launch((sys.executable, str(file), str(port)), {"FROM_THE_WORKER": "1"}),
+        ready_limit_s=ready_limit_s,
+        log_file=folder / "logs" / "engine.log",
+        stop_limit_s=1.0,
+        restarted=restarted,
+    )
+    states: list[EngineState] = []
+    task = asyncio.create_task(engine.run(lambda: states.append(engine.state)))
+    try:
+        yield engine, states
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await engine.stop(1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[0] != "Z"
+
+
+async def ready(engine: ProcessEngine) -> None:
+    await eventually(lambda: engine.state is EngineState.READY, "the engine is ready", limit_s=20)
+
+
+async def ask_pid(engine: ProcessEngine, path: str = "/pid") -> int:
+    async with engine.call(EngineCall(path, b"")) as answer:
+        return int(await answer.read(100))
+
+
+async def test_it_starts_answers_and_ends(tmp_path: Path) -> None:
+    """A good engine becomes ready on a free port, lists its models, is logged, and is gone at the end."""
+    async with supervised(SERVES, tmp_path) as (engine, states):
+        await ready(engine)
+        assert engine.models == ("tiny",)
+        assert states == [EngineState.STARTING, EngineState.READY]
+        pid = await ask_pid(engine)
+        assert alive(pid)
+    assert not alive(pid)
+    assert "hello from the engine" in (tmp_path / "logs" / "engine.log").read_text()
+
+
+async def test_a_crash_is_followed_by_a_restart(tmp_path: Path) -> None:
+    """An engine that dies is FAILED, says why, and is back a second later on its own."""
+    restarts: list[int] = []
+    async with supervised(SERVES, tmp_path, restarted=lambda: restarts.append(1)) as (engine, states):
+        await ready(engine)
+        first = await ask_pid(engine)
+        with pytest.raises(Exception, match="broke the connection"):
+            await ask_pid(engine, "/crash")
+        await eventually(lambda: states[2:3] == [EngineState.FAILED], "the crash is seen")
+        assert "exit code 7" in engine.detail
+        await eventually(lambda: len(states) >= 5 and engine.state is EngineState.READY, "it is back", limit_s=20)
+        assert await ask_pid(engine) != first
+        assert restarts == [1]
+
+
+async def test_an_engine_that_dies_at_start_tells_its_last_words(tmp_path: Path) -> None:
+    """The reason that the engine printed is in the worker's detail, with where to read more."""
+    async with supervised(DIES_AT_ONCE, tmp_path) as (engine, _):
+        await eventually(lambda: engine.state is EngineState.FAILED, "the failure is seen")
+        assert "exit code 3" in engine.detail
+        assert "no accelerator found" in engine.detail
+        assert "engine.log" in engine.detail
+        assert "starting it again" in engine.detail
+
+
+async def test_an_engine_that_never_gets_ready_is_ended_and_said_so(tmp_path: Path) -> None:
+    """After the limit the engine is FAILED with its last lines, and its process is gone."""
+    async with supervised(NEVER_READY, tmp_path, ready_limit_s=0.7) as (engine, _):
+        await eventually(lambda: engine.pid, "the process runs")
+        pid = engine.pid
+        assert pid is not None
+        await eventually(lambda: engine.state is EngineState.FAILED, "the failure is seen")
+        assert "not ready within" in engine.detail
+        assert "loading" in engine.detail
+        assert not alive(pid)
+
+
+async def test_a_command_that_does_not_exist_is_a_clear_failure(tmp_path: Path) -> None:
+    """The engine is FAILED with a sentence, not with a traceback."""
+    engine = ProcessEngine(
+        "nothing", lambda _port: Launch((str(tmp_path / "missing"),), {}), ready_limit_s=5, stop_limit_s=1
+    )
+    task = asyncio.create_task(engine.run(lambda: None))
+    await eventually(lambda: engine.state is EngineState.FAILED, "the failure is seen")
+    assert "cannot start" in engine.detail
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_engine_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    """Stopping has an end: SIGKILL follows."""
+    async with supervised(IGNORES_SIGTERM, tmp_path) as (engine, _):
+        await ready(engine)
+        pid = await ask_pid(engine)
+    assert not alive(pid)
+
+
+async def test_what_the_engine_started_ends_with_it(tmp_path: Path) -> None:
+    """The whole process group goes, when it is stopped and when the engine itself crashes."""
+    async with supervised(HAS_A_CHILD, tmp_path) as (engine, states):
+        await ready(engine)
+        child = int(next(line for line in engine.log.last(50) if line.isdigit()))
+        assert alive(child)
+        with pytest.raises(Exception, match="broke the connection"):
+            await ask_pid(engine, "/crash")
+        await eventually(lambda: EngineState.FAILED in states, "the crash is seen")
+        await eventually(lambda: not alive(child), "the child is gone")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel (/proc) who is alive")
+async def test_the_engine_dies_with_its_worker(tmp_path: Path) -> None:
+    """SIGKILL of the owner, which can clean up nothing, ends the engine and what it started."""
+    script = tmp_path / "engine.py"
+    script.write_text(IGNORES_SIGTERM.replace("import signal;", "import os, signal; print(os.getpid(), flush=True);"))
+    owner = tmp_path / "owner.py"
+    owner.write_text(
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, {guard.__file__!r}, '1', sys.executable, {str(script)!r}, '0'],"
+        " stdin=subprocess.PIPE, start_new_session=True)\ntime.sleep(600)\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, str(owner), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    pid = int(await process.stdout.readline())
+    assert alive(pid)
+    process.send_signal(signal.SIGKILL)
+    await eventually(lambda: not alive(pid), "the engine is gone")
+
+
+async def test_a_full_disk_costs_the_log_file_only(tmp_path: Path) -> None:
+    """The engine runs on when its log cannot be written."""
+    blocked = tmp_path / "logs"
+    blocked.write_text("a file where a folder is needed")
+    async with supervised(SERVES, tmp_path) as (engine, _):
+        await ready(engine)
+        assert "hello from the engine" in engine.log.last(5)
