@@ -67,16 +67,13 @@ class Fleet:
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self) -> None:
-        """Begin with what the last Manager wrote down, and make the declared pools known."""
+        """Begin with what the last Manager wrote down; what is declared no more is remembered like any other pool."""
         limit = self._settings.broker_call_ms
         snapshot = await within(limit, self._queue.load_workers())
         self._saved = dict(snapshot)
         self.registry.load(snapshot.values(), self._clock())
-        declared = self._settings.pools
         known = await within(limit, self._queue.known_pools())
-        if declared:
-            await within(limit, self._queue.remember_pools(declared, declared=True))
-        undeclared = [pool for pool, was_declared in known.items() if was_declared and pool not in declared]
+        undeclared = [pool for pool, declared in known.items() if declared and pool not in self._settings.pools]
         if undeclared:
             await within(limit, self._queue.remember_pools(undeclared))
         self.changed.set()
@@ -175,16 +172,19 @@ class Fleet:
 
     async def _remember_pools(self, served: set[str]) -> None:
         now, limit = self._clock(), self._settings.broker_call_ms
-        due = [model for model in served if now >= self._pools_due.get(model, now)]
+        declared = set(self._settings.pools)
+        due = {model for model in served | declared if now >= self._pools_due.get(model, now)}
         if not due:
             return
+        if due & declared:
+            await within(limit, self._queue.remember_pools(sorted(due & declared), declared=True))
         known = await within(limit, self._queue.known_pools())
-        # Remembering a declared pool again would end its declaration.
-        seen = [model for model in due if not known.get(Pool(model), False)]
+        # Remembering a pool that another process declared would end its declaration.
+        seen = sorted(model for model in due - declared if not known.get(Pool(model), False))
         if seen:
             await within(limit, self._queue.remember_pools(seen))
-        still_served = {model: due_at for model, due_at in self._pools_due.items() if model in served}
-        self._pools_due = still_served | dict.fromkeys(due, now + POOLS_REFRESH_S)
+        still_due = {model: due_at for model, due_at in self._pools_due.items() if model in served | declared}
+        self._pools_due = still_due | dict.fromkeys(due, now + POOLS_REFRESH_S)
 
     # Doubt
 

@@ -139,8 +139,7 @@ class ManagerService:
                         await self._take_office(queue, term)
                     self._acting_until = begun + ttl_ms / 1000
             except InferqError as error:
-                self._problem = error.message
-                log.warning("acting_lease_not_renewed", error=error.message)
+                self._trouble("acting_lease_not_renewed", error)
                 if self._clock() >= self._acting_until:
                     self._step_down(error.message)
             await asyncio.sleep(ttl_ms / 3000)
@@ -184,8 +183,12 @@ class ManagerService:
                 await fleet.sweep()
                 self._problem = ""
             except InferqError as error:
-                self._problem = error.message
-                log.warning("sweep_failed", error=error.message)
+                self._trouble("sweep_failed", error)
+
+    def _trouble(self, event: str, error: InferqError) -> None:
+        """Note what is wrong; of an outage the first line says all, so the following ones are for debugging."""
+        (log.warning if not self._problem else log.debug)(event, error=error.message)
+        self._problem = error.message
 
     async def _save(self) -> None:
         while True:

@@ -22,7 +22,7 @@ from .settings import ManagerSettings
 
 __all__ = ["ManagerService", "main", "open_broker", "serve"]
 
-log = get_logger(__name__)
+log = get_logger("manager.service")
 
 
 def open_broker(settings: BrokerSettings) -> OpenQueue:

@@ -5,7 +5,7 @@ import pytest
 from manager.core import Door, DoorState
 from manager.fleet import Fleet
 from manager.metrics import FleetMetrics
-from queue_schemas import BrokerUnavailable, EngineState, Incarnation, Registration
+from queue_schemas import BrokerUnavailable, EngineState, Incarnation, Pool, Registration
 from telemetry import MetricsRegistry
 from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
 
@@ -23,8 +23,8 @@ class Clock:
         return self.now
 
 
-def _fleet(queue: FakeQueue, clock: Clock, probe: FakeProbe | None = None) -> Fleet:
-    settings = fast_settings(lease_ms=15_000, heartbeat_ms=2_000, suspect_ms=6_000)
+def _fleet(queue: FakeQueue, clock: Clock, probe: FakeProbe | None = None, declared: str = "") -> Fleet:
+    settings = fast_settings(lease_ms=15_000, heartbeat_ms=2_000, suspect_ms=6_000, pools=declared)
     metrics = FleetMetrics(MetricsRegistry("manager"))
     return Fleet(settings, queue, probe or FakeProbe(), metrics, 1, asyncio.Event(), clock)
 
@@ -104,3 +104,19 @@ async def test_silence_shorter_than_two_heartbeats_raises_no_doubt() -> None:
     clock.now += 0.1
     await fleet.sweep()
     assert probe.looks == looks + 1
+
+
+async def test_pools_stay_known_while_they_are_served_or_declared() -> None:
+    """Both are remembered anew from time to time, though somebody else ended the declaration; others are left alone."""
+    queue, clock = FakeQueue(), Clock()
+    fleet = _fleet(queue, clock, declared="d")
+    await fleet.register(_registration())
+    await fleet.save()
+    assert queue.remembered == {"m": False, "d": True}
+    queue.remembered = {Pool("d"): False, Pool("x"): True}
+    clock.now += 599
+    await fleet.save()
+    assert queue.remembered == {"d": False, "x": True}
+    clock.now += 1
+    await fleet.save()
+    assert queue.remembered == {"m": False, "d": True, "x": True}

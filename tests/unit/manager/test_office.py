@@ -290,7 +290,7 @@ async def test_pools_are_declared_or_remembered() -> None:
     queue.waiting = {Pool("m"): {Lane.INTERACTIVE: LaneDepth(waiting=3, leased=1, oldest_age_ms=50)}}
     service = _service(queue, pools=["declared"])
     async with _running(service):
-        assert queue.remembered == {"old": False, "declared": True}
+        await _until(lambda: queue.remembered == {"old": False, "declared": True})
         await service.register(_registration(models=["m", "declared"]))
         await _until(lambda: "m" in queue.remembered)
         assert queue.remembered[Pool("declared")] is True
