@@ -26,6 +26,7 @@ from redis.exceptions import (
     MaxConnectionsError,
     NoPermissionError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     TryAgainError,
 )
@@ -50,6 +51,7 @@ UNREACHABLE: tuple[type[Exception], ...] = (
     MasterDownError,
     TryAgainError,
     MaxConnectionsError,
+    RedisClusterException,
     ConnectionError,
     TimeoutError,
     OSError,
@@ -59,7 +61,7 @@ UNREACHABLE: tuple[type[Exception], ...] = (
 REFUSED: tuple[type[Exception], ...] = (AuthenticationError, AuthorizationError, NoPermissionError)
 """What a server raises that will not have us: trying again does not help."""
 
-FAILURES: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
+FAILURES: tuple[type[Exception], ...] = (RedisError, RedisClusterException, OSError, TimeoutError)
 """Everything that a command may raise, the above included."""
 
 
@@ -100,7 +102,7 @@ class MultiplexedLink:
 
 
 class ClientLink:
-    """A link over any redis-py client: Cluster, and fakeredis in tests."""
+    """A link over any redis-py client: fakeredis in tests, and the ground of :class:`ClusterLink`."""
 
     def __init__(self, client: Any, blocking_client: Any | None = None) -> None:
         self._client = client
@@ -115,6 +117,20 @@ class ClientLink:
     async def close(self) -> None:
         for client in {id(c): c for c in (self._client, self._blocking)}.values():
             await client.aclose()
+
+
+_KEYLESS = frozenset({"CONFIG", "INFO", "PING", "TIME"})
+
+
+class ClusterLink(ClientLink):
+    """A link to a Redis Cluster. Commands without a key of their own go to the node that holds the given one."""
+
+    async def command(self, key: str, *args: Any) -> Any:
+        if args[0] not in _KEYLESS:
+            return await self._client.execute_command(*args)
+        await self._client.initialize()
+        node = self._client.get_node_from_key(key)
+        return await self._client.execute_command(*args, target_nodes=node)
 
 
 def open_link(settings: BrokerSettings) -> Link:
@@ -212,4 +228,4 @@ def _cluster_link(url: str, tls: bool, settings: BrokerSettings) -> Link:
         nodes = [ClusterNode(host, port) for host, port in _hosts(hosts, 6379)]
         return RedisCluster(startup_nodes=nodes, **(options | {"socket_timeout": read_limit_s}))
 
-    return ClientLink(client(settings.command_timeout_ms / 1000), client(None))
+    return ClusterLink(client(settings.command_timeout_ms / 1000), client(None))

