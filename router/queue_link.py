@@ -112,8 +112,8 @@ class QueueLink:
         self._fault = fault
 
     async def fresh_directory(self) -> Directory:
-        """The directory, read again unless it was just now; the old one if that takes too long."""
-        if self.queue is not None and time.monotonic() - self._refreshed_s >= LEAST_REFRESH_GAP_S:
+        """The directory, read again from now on; the old one if that takes too long."""
+        if self.queue is not None:
             done = self._refreshed
             self._refresh_wanted.set()
             try:
@@ -131,6 +131,9 @@ class QueueLink:
                     await self._refresh_wanted.wait()
             except TimeoutError:
                 pass  # its time has come anyway
+            else:
+                # However many ask for models that do not exist, Redis is not asked more often than this.
+                await asyncio.sleep(max(0.0, self._refreshed_s + LEAST_REFRESH_GAP_S - time.monotonic()))
             self._refresh_wanted.clear()
 
     async def _refresh(self, queue: QueuePort) -> None:

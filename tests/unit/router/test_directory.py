@@ -1,0 +1,37 @@
+"""The directory: which models exist and who serves them."""
+
+from __future__ import annotations
+
+from queue_schemas import EngineState, Lane, LaneDepth, Pool, WorkerState
+from router.core import Directory, build_directory, model_list, pool_list
+from tests.unit.router.fakes import worker
+
+
+def test_models_are_the_union_of_fleet_declared_and_remembered() -> None:
+    """Adapters count as models; only workers that take work count as serving."""
+    fleet = [
+        worker("base", "adapter"),
+        worker("base", slots=2),
+        worker("base", "cold", engine=EngineState.STARTING),
+        worker("base").model_copy(update={"state": WorkerState.DRAINING}),
+    ]
+    directory = build_directory(fleet, [Pool("yesterday")], ["declared"], Directory(), 100)
+    assert list(directory.pools) == ["adapter", "base", "cold", "declared", "yesterday"]
+    assert (directory.pools["base"].workers, directory.pools["base"].slots) == (2, 6)
+    assert directory.workers_of("cold") == directory.workers_of("unheard of") == 0
+
+
+def test_the_date_of_a_model_stays() -> None:
+    """``created`` is when the Router first saw a model, whatever comes and goes."""
+    before = build_directory([worker("m")], [], [], Directory(), 100)
+    later = build_directory([], [Pool("m")], ["new"], before, 200)
+    assert [item["created"] for item in model_list(later)["data"]] == [100, 200]  # type: ignore[index,attr-defined]
+
+
+def test_a_pool_without_a_model_still_shows_its_jobs() -> None:
+    """Jobs of a forgotten model are counted, and sums agree with the lanes."""
+    lanes = {Lane.BATCH: LaneDepth(waiting=3, oldest_age_ms=9), Lane.INTERACTIVE: LaneDepth(waiting=1, leased=2)}
+    pools = pool_list(build_directory([worker("m")], [], [], Directory(), 1), {Pool("old"): lanes}).pools
+    assert [pool.model for pool in pools] == ["m", "old"]
+    assert (pools[1].waiting, pools[1].leased, pools[1].outstanding, pools[1].oldest_age_ms) == (4, 2, 6, 9)
+    assert (pools[0].workers, pools[0].slots, pools[0].lanes[Lane.BATCH].waiting) == (1, 4, 0)
