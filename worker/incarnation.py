@@ -11,7 +11,6 @@ from typing import NoReturn
 from broker import Broker, BrokerSettings
 from queue_schemas import (
     Assignment,
-    BadMessage,
     BrokerFull,
     BrokerUnavailable,
     Control,
@@ -22,7 +21,6 @@ from queue_schemas import (
     Lease,
     ManagerUnavailable,
     RegistrationAnswer,
-    UnsupportedVersion,
     WorkerStatus,
     shard_of_job,
 )
@@ -189,9 +187,6 @@ class Life:
         """Send ``claim``; None if it was not answered and must be sent again. Raises ``Fenced``."""
         try:
             return await broker.claim(claim.shard, self.incarnation, claim.seq, claim.turn, claim.n, claim.pools)
-        except (BadMessage, UnsupportedVersion) as error:
-            log.error("claimed_job_unreadable", shard=claim.shard, error=error.message)
-            return []
         except (BrokerUnavailable, BrokerFull) as error:
             log.warning("claim_not_answered", shard=claim.shard, error=error.message)
             await asyncio.sleep(_LONGEST_PAUSE_S)

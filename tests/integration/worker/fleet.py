@@ -1,0 +1,228 @@
+"""A small fleet of real processes, and a client that stands where a Router would."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+from broker import Broker, BrokerSettings
+from queue_schemas import (
+    END,
+    HEAD,
+    Frame,
+    Incarnation,
+    Job,
+    JobId,
+    Marker,
+    MarkerKind,
+    Pool,
+    Tenant,
+    new_incarnation,
+    new_job_id,
+)
+from tests.support.processes import Child, free_port
+from tests.support.servers import Server
+from tests.support.waiting import eventually
+
+LEASE_MS = 2_000
+
+
+def get_json(url: str) -> Any:
+    """The page at ``url``; None if nobody answers or it is no success."""
+    try:
+        with urlopen(url, timeout=5) as answer:  # noqa: S310 - of our own processes
+            return json.loads(answer.read())
+    except (URLError, OSError):
+        return None
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, fleet: Fleet, name: str, port: int, args: Sequence[str]) -> None:
+        self.name = name
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "worker.service", "--worker-id", name, "--port", str(port)]
+        command += ["--manager-url", fleet.manager_url, *args]
+        self.process = Child(name, command, fleet.folder / f"{name}-{port}.log", cwd=fleet.folder)
+
+    def status(self) -> Any:
+        return get_json(f"{self.url}/status")
+
+    def metrics(self) -> str:
+        with urlopen(f"{self.url}/metrics", timeout=5) as answer:  # noqa: S310
+            page: bytes = answer.read()
+        return page.decode()
+
+    async def until_ready(self, limit_s: float = 30.0) -> Worker:
+        def ready() -> bool:
+            assert self.process.running, self.process.log_tail()
+            return bool((self.status() or {}).get("ready"))
+
+        await eventually(ready, f"{self.name} is ready\n{self.process.log_tail()}", limit_s=limit_s, every_s=0.05)
+        return self
+
+    async def ended(self, limit_s: float = 15.0) -> int:
+        """Its exit code."""
+        await eventually(lambda: not self.process.running, f"{self.name} has ended", limit_s=limit_s)
+        code = self.process.returncode
+        assert code is not None
+        return code
+
+    def post(self, path: str) -> int:
+        with urlopen(Request(f"{self.url}{path}", method="POST"), timeout=5) as answer:  # noqa: S310
+            status: int = answer.status
+        return status
+
+
+class Fleet:
+    """A Manager with a short lease, and the workers that a test starts. All of it ends with the test."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.server = server
+        self.folder = folder
+        self.manager_port = free_port()
+        self.manager_url = f"http://127.0.0.1:{self.manager_port}"
+        self.workers: list[Worker] = []
+        command = [sys.executable, "-m", "manager.service", "--port", str(self.manager_port)]
+        command += ["--redis-url", server.url, "--lease-ms", str(LEASE_MS), "--sweep-ms", "200"]
+        command += ["--heartbeat-ms", "200", "--suspect-ms", "1000"]
+        self.manager = Child("manager", command, folder / "manager.log", cwd=folder)
+
+    async def start_manager(self) -> None:
+        self.manager.start()
+        await eventually(lambda: get_json(f"{self.manager_url}/readyz"), "the Manager is ready", limit_s=20)
+
+    def worker(self, name: str, *args: str, engine: bool = True) -> Worker:
+        """Start a worker; with ``engine`` a simulated one of its own name, in its process."""
+        sim = ["--engine", "sim", "--sim-name", name, "--sim-tokens-per-s", "50", "--sim-ttft-ms", "5"]
+        worker = Worker(self, name, free_port(), [*(sim if engine else ()), *args])
+        worker.process.start()
+        self.workers.append(worker)
+        return worker
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+        self.manager.kill()
+
+
+class Answer:
+    """What has come back for one job: the frames of its newest attempt, and all markers."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.markers: list[Marker] = []
+
+    def take(self, item: Frame | Marker) -> None:
+        if isinstance(item, Marker):
+            self.markers.append(item)
+            return
+        if self.frames and (item.epoch, item.attempt_id) != (self.frames[-1].epoch, self.frames[-1].attempt_id):
+            self.frames.clear()
+        if item.seq == len(self.frames):
+            self.frames.append(item)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.frames) and bool(self.frames[-1].flags & END)
+
+    @property
+    def ended(self) -> bool:
+        return self.complete or any(marker.kind is not MarkerKind.REQUEUED for marker in self.markers)
+
+    @property
+    def status(self) -> int:
+        assert self.frames[0].flags & HEAD
+        return self.frames[0].status
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(frame.data for frame in self.frames)
+
+
+class Client:
+    """Enqueues jobs and collects their answers, as a Router does."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.incarnation: Incarnation = new_incarnation("router")
+        self.answers: dict[JobId, Answer] = {}
+
+    def deliver(self, items: list[Frame | Marker]) -> None:
+        for item in items:
+            self.answers.setdefault(item.job_id, Answer()).take(item)
+
+    async def send(
+        self, *, model: str = "sim", stream: bool = False, max_tokens: int = 8, order: Any = None, **fields: Any
+    ) -> JobId:
+        """Enqueue a chat; ``order`` is a failure for the simulated engine."""
+        body: dict[str, Any] = {"model": model, "stream": stream, "max_tokens": max_tokens, "ignore_eos": True}
+        body["messages"] = [{"role": "user", "content": "hello"}]
+        if order is not None:
+            body["sim"] = order
+        job = Job(
+            id=new_job_id(0),
+            tenant=Tenant("t"),
+            model=Pool(model),
+            path="/v1/chat/completions",
+            body=json.dumps(body).encode(),
+            stream=stream,
+            reply_to=self.incarnation,
+            request_id=f"req_{len(self.answers)}",
+            **fields,
+        )
+        self.answers[job.id] = Answer()
+        await self.broker.enqueue(job)
+        return job.id
+
+    async def answer(self, job_id: JobId, limit_s: float = 20.0) -> Answer:
+        """The answer, once it is complete or will never be."""
+        answer = self.answers[job_id]
+        await eventually(lambda: answer.ended, f"job {job_id} ends ({answer.markers})", limit_s=limit_s)
+        return answer
+
+    async def begun(self, job_id: JobId) -> Answer:
+        """The answer, once its first frame is here."""
+        answer = self.answers[job_id]
+        await eventually(lambda: answer.frames, f"job {job_id} begins")
+        return answer
+
+    async def ask(self, **options: Any) -> Answer:
+        """Send and wait."""
+        return await self.answer(await self.send(**options))
+
+    async def until_nothing_is_left(self) -> None:
+        """Every queue and every lease is empty."""
+
+        async def empty() -> bool:
+            return not any(
+                lane.waiting or lane.leased for pool in (await self.broker.depths()).values() for lane in pool.values()
+            )
+
+        await eventually(empty, "no job waits or runs")
+
+
+@asynccontextmanager
+async def fleet_on(server: Server, folder: Path) -> AsyncIterator[tuple[Fleet, Client]]:
+    """A Manager on ``server`` and a client; workers are the test's own."""
+    fleet = Fleet(server, folder)
+    broker = await Broker.connect(BrokerSettings(redis_url=server.url))
+    client = Client(broker)
+    reading = asyncio.create_task(broker.read_replies(client.incarnation, client.deliver))
+    try:
+        await fleet.start_manager()
+        await asyncio.wait_for(broker.replies_ready.wait(), 10)
+        yield fleet, client
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await broker.close()
+        await asyncio.to_thread(fleet.stop)
