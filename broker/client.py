@@ -8,13 +8,14 @@ Redis cannot be reached within the limit, ``BrokerUnsuitable`` when it refuses u
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, Self
+
+from pydantic import ValidationError
 
 from queue_schemas import (
     BadRequest,
@@ -369,9 +370,15 @@ class Broker:
         await self._caller.script("act_as_manager", MANAGER, manager_id, 0)
 
     async def load_workers(self) -> dict[str, WorkerInfo]:
-        """The registry as the acting Manager last wrote it."""
-        entries = _pairs(await self._caller.once(WORKERS, "HGETALL", WORKERS))
-        return {name.decode(): WorkerInfo.model_validate_json(info) for name, info in entries}
+        """The registry as the acting Manager last wrote it; entries that cannot be read are left out."""
+        workers: dict[str, WorkerInfo] = {}
+        for name, info in _pairs(await self._caller.once(WORKERS, "HGETALL", WORKERS)):
+            try:
+                workers[name.decode()] = WorkerInfo.model_validate_json(info)
+            except ValidationError as error:
+                # Of a version that we cannot read: the worker's next heartbeat tells the Manager all that is in it.
+                log.warning("registry_entry_unreadable", worker_id=name.decode(), error=str(error))
+        return workers
 
     async def save_workers(self, changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None:
         """Write what changed in the registry."""
@@ -384,24 +391,25 @@ class Broker:
             await self._caller.command(WORKERS, "HDEL", WORKERS, *gone)
 
     async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
-        """Keep pools known: for a day from now, or for as long as they are declared."""
-        seen = await self._server_ms()
-        fields: list[str | bytes] = []
+        """Keep pools known for a day from now. Whoever declares pools does so again from time to time."""
+        now = await self._server_ms()
+        kind = "declared" if declared else "seen"
+        fields: list[str | int] = []
         for model in models:
-            fields += (model, json.dumps({"seen": seen, "declared": declared}))
+            fields += (f"{kind}:{model}", now)
         if fields:
             await self._caller.command(POOLS, "HSET", POOLS, *fields)
 
     async def known_pools(self) -> dict[Pool, bool]:
-        """Pools that are declared (True) or were seen within a day (False); older ones are forgotten."""
+        """Pools declared (True) or served (False) within a day; older ones are forgotten."""
         now = await self._server_ms()
         known: dict[Pool, bool] = {}
-        for name, value in _pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
-            entry = json.loads(value)
-            if entry["declared"] or now - entry["seen"] < POOL_MEMORY_MS:
-                known[Pool(name.decode())] = entry["declared"]
+        for field, when in _pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
+            kind, _, model = field.decode().partition(":")
+            if now - int(when) < POOL_MEMORY_MS:
+                known[Pool(model)] = known.get(Pool(model), False) or kind == "declared"
             else:
-                await self._caller.once(POOLS, "HDEL", POOLS, name)
+                await self._caller.once(POOLS, "HDEL", POOLS, field)
         return known
 
     async def _server_ms(self) -> int:

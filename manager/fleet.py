@@ -67,15 +67,11 @@ class Fleet:
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self) -> None:
-        """Begin with what the last Manager wrote down; what is declared no more is remembered like any other pool."""
+        """Begin with what the last Manager wrote down."""
         limit = self._settings.broker_call_ms
         snapshot = await within(limit, self._queue.load_workers())
         self._saved = dict(snapshot)
         self.registry.load(snapshot.values(), self._clock())
-        known = await within(limit, self._queue.known_pools())
-        undeclared = [pool for pool, declared in known.items() if declared and pool not in self._settings.pools]
-        if undeclared:
-            await within(limit, self._queue.remember_pools(undeclared))
         self.changed.set()
 
     # What workers ask for

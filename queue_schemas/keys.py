@@ -17,7 +17,7 @@ META = "iq:meta"
 WORKERS = "iq:workers"
 """Hash: worker id -> JSON of the registry's entry, written by the acting Manager."""
 POOLS = "iq:pools"
-"""Hash: model id -> JSON of what is remembered of the pool (declared or seen within a day)."""
+"""Hash: ``seen:<model>`` and ``declared:<model>`` -> when a pool was last served and last declared (server ms)."""
 MANAGER = "iq:manager"
 """Hash: the acting Manager's lease (``holder``, ``term``, ``until`` in server ms)."""
 
@@ -62,7 +62,7 @@ class ShardKeys:
 
     @property
     def beats(self) -> str:
-        """Hash: incarnation -> renewal number. An incarnation without one is fenced."""
+        """Hash: incarnation -> renewal number. One without, or with a negative one (being reclaimed), is fenced."""
         return f"{self.prefix}beats"
 
     def control(self, incarnation: str) -> str:

@@ -195,6 +195,13 @@ local function give_up(job, counted, reason, now)
   return 'requeued'
 end
 
+-- Whether an incarnation was declared dead, or never joined. While a reclaim is under way its number is negative: another
+-- Manager finds it standing still, and finishes what the first one began.
+local function is_fenced(incarnation)
+  local number = call('HGET', P .. 'beats', incarnation)
+  return not number or tonumber(number) < 0
+end
+
 -- The job if ``epoch`` and ``aid`` own it; else nil and the answer to give: gone, duplicate (this attempt itself ended
 -- the job, or, for ``releasing``, handed it back) or fenced.
 local function fence(id, epoch, aid, releasing)

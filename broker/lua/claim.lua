@@ -13,7 +13,7 @@ local LANES = { 'interactive', 'background', 'batch' }
 local MAX_SKIPPED = 64
 local now = now_ms()
 
-if call('HEXISTS', P .. 'beats', incarnation) == 0 then return { 'fenced' } end
+if is_fenced(incarnation) then return { 'fenced' } end
 
 local answer = { 'ok' }
 local claimed_key = P .. 'claimed:' .. incarnation

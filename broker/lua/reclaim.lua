@@ -7,8 +7,8 @@
 local now = now_ms()
 local incarnation, counted = ARGV[2], ARGV[3] == '1'
 local leases = P .. 'leases:' .. incarnation
-call('HDEL', P .. 'beats', incarnation)
 local held = call('HKEYS', leases)
+if #held > 0 then call('HSET', P .. 'beats', incarnation, '-1') end
 local counts = { requeued = 0, dead = 0, cancelled = 0 }
 local handled = 0
 for _, id in ipairs(held) do
@@ -28,6 +28,7 @@ if handled == #held then
   for where in string.gmatch(call('HGET', claimed, 'parked') or '', '%S+') do
     call('ZREM', P .. 'parked:' .. where, incarnation)
   end
+  call('HDEL', P .. 'beats', incarnation)
   call('DEL', leases, claimed, P .. 'ctl:' .. incarnation)
 end
 return answered({ counts.requeued, counts.dead, counts.cancelled, #held - handled })

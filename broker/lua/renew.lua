@@ -4,7 +4,7 @@
 -- Invariant: 3 fence (the dead do not come back).
 
 local incarnation = ARGV[2]
-if call('HEXISTS', P .. 'beats', incarnation) == 0 then return -1 end
+if is_fenced(incarnation) then return -1 end
 local control = P .. 'ctl:' .. incarnation
 if call('EXISTS', control) == 0 then
   call('XADD', control, '*', 'k', 'hello')

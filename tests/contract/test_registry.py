@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from broker import Broker
@@ -76,13 +75,15 @@ async def test_pools_are_remembered(broker: Broker) -> None:
 async def test_pools_not_seen_for_a_day_are_forgotten(broker: Broker, client: Any) -> None:
     """The memory of a pool that nobody declared ends, and leaves nothing."""
     await broker.remember_pools(["declared"], declared=True)
-    await client.hset(POOLS, "old", json.dumps({"seen": 0, "declared": False}))
+    await client.hset(POOLS, mapping={"seen:old": 0, "declared:older": 0})
     assert await broker.known_pools() == {"declared": True}
-    assert await client.hkeys(POOLS) == [b"declared"]
+    assert await client.hkeys(POOLS) == [b"declared:declared"]
 
 
-async def test_a_declaration_can_be_taken_back(broker: Broker) -> None:
-    """A pool that is no longer declared is remembered for a day, as if seen now."""
+async def test_being_served_does_not_end_a_declaration(broker: Broker, client: Any) -> None:
+    """One role's declaration stands while another only remembers; when it is a day old, the pool is like any other."""
     await broker.remember_pools(["m"], declared=True)
     await broker.remember_pools(["m"])
+    assert await broker.known_pools() == {"m": True}
+    await client.hset(POOLS, "declared:m", 0)
     assert await broker.known_pools() == {"m": False}

@@ -108,7 +108,8 @@ class FakeQueue:
 
     async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
         self._trip()
-        self.remembered |= {Pool(model): declared for model in models}
+        for model in map(Pool, models):
+            self.remembered[model] = declared or self.remembered.get(model, False)
 
     async def known_pools(self) -> dict[Pool, bool]:
         self._trip()

@@ -285,12 +285,12 @@ async def test_goodbyes_leave_no_trace() -> None:
 
 
 async def test_pools_are_declared_or_remembered() -> None:
-    """Declared models are known before any worker; what is no longer declared is remembered like any other."""
+    """Declared models are known before any worker, and so is what others declared or was served."""
     queue = FakeQueue(remembered={Pool("old"): True})
     queue.waiting = {Pool("m"): {Lane.INTERACTIVE: LaneDepth(waiting=3, leased=1, oldest_age_ms=50)}}
     service = _service(queue, pools=["declared"])
     async with _running(service):
-        await _until(lambda: queue.remembered == {"old": False, "declared": True})
+        await _until(lambda: queue.remembered == {"old": True, "declared": True})
         await service.register(_registration(models=["m", "declared"]))
         await _until(lambda: "m" in queue.remembered)
         assert queue.remembered[Pool("declared")] is True
