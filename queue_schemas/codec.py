@@ -43,13 +43,15 @@ def decode_all(data: bytes) -> list[Any]:
     unpacker = msgpack.Unpacker(**_limits(len(data)), max_buffer_size=max(len(data), 1))
     unpacker.feed(data)
     values = []
+    end = 0
     try:
         for value in unpacker:
             _check_depth(value)
             values.append(value)
+            end = unpacker.tell()
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise BadMessage(f"not a valid message: {error}") from error
-    if unpacker.tell() != len(data):
+    if end != len(data):
         raise BadMessage("the message is cut short")
     return values
 

@@ -153,16 +153,19 @@ def _band(value: int) -> int:
     return value
 
 
-def _at_least_one(value: int) -> int:
-    if value < 1:
-        raise BadMessage(f"{value} is not a time or a count: it must be at least 1")
-    return value
+def _at_least_one(name: str) -> Callable[[int], int]:
+    def check(value: int) -> int:
+        if value < 1:
+            raise BadMessage(f"{name} is {value}; it must be at least 1")
+        return value
+
+    return check
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "lane": _lane,
     "on_loss": _on_loss,
     "band": _band,
-    "ttl_ms": _at_least_one,
-    "max_attempts": _at_least_one,
+    "ttl_ms": _at_least_one("ttl_ms"),
+    "max_attempts": _at_least_one("max_attempts"),
 }
