@@ -13,6 +13,8 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 from broker import Broker, BrokerSettings
+from manager.service import serve as serve_manager
+from manager.settings import ManagerSettings
 from queue_schemas import (
     END,
     HEAD,
@@ -27,11 +29,15 @@ from queue_schemas import (
     new_incarnation,
     new_job_id,
 )
+from telemetry import render_metrics
+from telemetry.server import bind_socket
 from tests.support.processes import Child, free_port
 from tests.support.servers import Server
 from tests.support.waiting import eventually
+from worker import service
 
 LEASE_MS = 2_000
+SIM = ("--engine", "sim", "--sim-tokens-per-s", "50", "--sim-ttft-ms", "5")
 
 
 def get_json(url: str) -> Any:
@@ -102,7 +108,7 @@ class Fleet:
 
     def worker(self, name: str, *args: str, engine: bool = True) -> Worker:
         """Start a worker; with ``engine`` a simulated one of its own name, in its process."""
-        sim = ["--engine", "sim", "--sim-name", name, "--sim-tokens-per-s", "50", "--sim-ttft-ms", "5"]
+        sim = [*SIM, "--sim-name", name]
         worker = Worker(self, name, free_port(), [*(sim if engine else ()), *args])
         worker.process.start()
         self.workers.append(worker)
@@ -210,19 +216,98 @@ class Client:
         await eventually(empty, "no job waits or runs")
 
 
+class LocalWorker:
+    """A worker inside the test's own process."""
+
+    def __init__(self, name: str, worker: service.Worker, task: asyncio.Task[None]) -> None:
+        self.name = name
+        self.worker = worker
+        self.task = task
+
+    @property
+    def running(self) -> int:
+        return self.worker.status().running
+
+    def metrics(self) -> str:
+        return render_metrics(self.worker.registry)[0].decode()
+
+    async def until_ready(self) -> LocalWorker:
+        def ready() -> bool:
+            assert not self.task.done(), self.task
+            return self.worker.status().ready
+
+        await eventually(ready, f"{self.name} is ready", limit_s=30)
+        return self
+
+
+class LocalFleet:
+    """Manager and workers inside the test's own process: for what needs no kill."""
+
+    def __init__(self, server: Server, folder: Path, group: asyncio.TaskGroup) -> None:
+        self.manager_url = ""
+        self._server = server
+        self._folder = folder
+        self._group = group
+        self._stop = asyncio.Event()
+        self._workers: list[LocalWorker] = []
+
+    async def start_manager(self) -> None:
+        port = free_port()
+        settings = ManagerSettings.load(port=port, sweep_ms=200, heartbeat_ms=200, suspect_ms=1_000, lease_ms=LEASE_MS)
+        self._group.create_task(serve_manager(settings, BrokerSettings(redis_url=self._server.url), stop=self._stop))
+        self.manager_url = f"http://127.0.0.1:{port}"
+        ready = f"{self.manager_url}/readyz"
+        await eventually(lambda: asyncio.to_thread(get_json, ready), "the Manager is ready", limit_s=20)
+
+    def worker(self, name: str, *args: str) -> LocalWorker:
+        """Start a worker with a simulated engine of its own name."""
+        listener = bind_socket("127.0.0.1", 0)
+        flags = ["--worker-id", name, "--manager-url", self.manager_url, *SIM, "--sim-name", name, *args]
+        flags += ["--engine-log-dir", str(self._folder)]
+        worker = service.Worker(service.read_settings(flags)[0], listener)
+        local = LocalWorker(name, worker, self._group.create_task(worker.run()))
+        self._workers.append(local)
+        return local
+
+    async def stop(self) -> None:
+        for local in self._workers:
+            local.worker.drain.set()
+        await asyncio.wait([local.task for local in self._workers] or [asyncio.create_task(asyncio.sleep(0))])
+        self._stop.set()
+
+
 @asynccontextmanager
-async def fleet_on(server: Server, folder: Path) -> AsyncIterator[tuple[Fleet, Client]]:
-    """A Manager on ``server`` and a client; workers are the test's own."""
-    fleet = Fleet(server, folder)
+async def local_fleet_on(server: Server, folder: Path) -> AsyncIterator[tuple[LocalFleet, Client]]:
+    """Manager, workers and client in this process."""
+    async with client_on(server) as client, asyncio.TaskGroup() as group:
+        fleet = LocalFleet(server, folder, group)
+        await fleet.start_manager()
+        yield fleet, client
+        await fleet.stop()
+
+
+@asynccontextmanager
+async def client_on(server: Server) -> AsyncIterator[Client]:
+    """A client whose replies are read."""
     broker = await Broker.connect(BrokerSettings(redis_url=server.url))
     client = Client(broker)
     reading = asyncio.create_task(broker.read_replies(client.incarnation, client.deliver))
     try:
-        await fleet.start_manager()
         await asyncio.wait_for(broker.replies_ready.wait(), 10)
-        yield fleet, client
+        yield client
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
         await broker.close()
-        await asyncio.to_thread(fleet.stop)
+
+
+@asynccontextmanager
+async def fleet_on(server: Server, folder: Path) -> AsyncIterator[tuple[Fleet, Client]]:
+    """A Manager on ``server`` and a client; workers are the test's own."""
+    async with client_on(server) as client:
+        fleet = Fleet(server, folder)
+        try:
+            await fleet.start_manager()
+            yield fleet, client
+        finally:
+            await asyncio.to_thread(fleet.stop)

@@ -13,26 +13,26 @@ from queue_schemas import MarkerKind
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 
-from .fleet import Client, Fleet, fleet_on
+from .fleet import Client, LocalFleet, local_fleet_on
 
 
 @pytest.fixture
-async def fleet_and_client(valkey: Server, tmp_path: Path) -> AsyncIterator[tuple[Fleet, Client]]:
-    async with fleet_on(valkey, tmp_path) as both:
+async def fleet_and_client(valkey: Server, tmp_path: Path) -> AsyncIterator[tuple[LocalFleet, Client]]:
+    async with local_fleet_on(valkey, tmp_path) as both:
         yield both
 
 
 @pytest.fixture
-def fleet(fleet_and_client: tuple[Fleet, Client]) -> Fleet:
+def fleet(fleet_and_client: tuple[LocalFleet, Client]) -> LocalFleet:
     return fleet_and_client[0]
 
 
 @pytest.fixture
-def client(fleet_and_client: tuple[Fleet, Client]) -> Client:
+def client(fleet_and_client: tuple[LocalFleet, Client]) -> Client:
     return fleet_and_client[1]
 
 
-async def test_plain_and_streamed_chats_are_answered(fleet: Fleet, client: Client) -> None:
+async def test_plain_and_streamed_chats_are_answered(fleet: LocalFleet, client: Client) -> None:
     """A job goes in, the engine's answer comes out: whole, or as events ending with [DONE]."""
     await fleet.worker("w1").until_ready()
     plain = await client.ask()
@@ -46,7 +46,7 @@ async def test_plain_and_streamed_chats_are_answered(fleet: Fleet, client: Clien
     await client.until_nothing_is_left()
 
 
-async def test_a_job_wakes_an_idle_worker_at_once(fleet: Fleet, client: Client) -> None:
+async def test_a_job_wakes_an_idle_worker_at_once(fleet: LocalFleet, client: Client) -> None:
     """A parked worker answers in a fraction of a second, not at the next poll."""
     worker = await fleet.worker("w1").until_ready()
     await client.ask(max_tokens=1)
@@ -54,29 +54,29 @@ async def test_a_job_wakes_an_idle_worker_at_once(fleet: Fleet, client: Client) 
     for _ in range(5):
         await client.ask(max_tokens=1)
     assert (asyncio.get_running_loop().time() - begin) / 5 < 0.5
-    assert worker.process.running
+    assert not worker.task.done()
 
 
-async def test_no_more_jobs_run_than_there_are_slots(fleet: Fleet, client: Client) -> None:
+async def test_no_more_jobs_run_than_there_are_slots(fleet: LocalFleet, client: Client) -> None:
     """The queue, not the engine, is where requests wait."""
     worker = await fleet.worker("w1", "--slots", "2").until_ready()
     jobs = [await client.send(max_tokens=25) for _ in range(6)]
     most = 0
     while not all(client.answers[job].ended for job in jobs):
-        most = max(most, worker.status()["running"])
+        most = max(most, worker.running)
         await asyncio.sleep(0.02)
     assert most == 2
     assert [client.answers[job].status for job in jobs] == [200] * 6
 
 
-async def test_jobs_wait_for_a_worker_that_is_not_there_yet(fleet: Fleet, client: Client) -> None:
+async def test_jobs_wait_for_a_worker_that_is_not_there_yet(fleet: LocalFleet, client: Client) -> None:
     """A job enqueued before any worker exists is answered when one comes."""
     job = await client.send()
     await fleet.worker("w1").until_ready()
     assert (await client.answer(job)).status == 200
 
 
-async def test_a_client_error_of_the_engine_is_passed_on(fleet: Fleet, client: Client) -> None:
+async def test_a_client_error_of_the_engine_is_passed_on(fleet: LocalFleet, client: Client) -> None:
     """The engine's 4xx reaches the client as it is, after one attempt."""
     await fleet.worker("w1").until_ready()
     answer = await client.ask(order={"fail": "422"})
@@ -84,7 +84,7 @@ async def test_a_client_error_of_the_engine_is_passed_on(fleet: Fleet, client: C
     assert not answer.markers
 
 
-async def test_an_engine_error_is_retried_elsewhere(fleet: Fleet, client: Client) -> None:
+async def test_an_engine_error_is_retried_elsewhere(fleet: LocalFleet, client: Client) -> None:
     """A 5xx of one engine is answered by another."""
     await fleet.worker("w1").until_ready()
     await fleet.worker("w2").until_ready()
@@ -95,7 +95,7 @@ async def test_an_engine_error_is_retried_elsewhere(fleet: Fleet, client: Client
         assert any(answer.markers for answer in answers)
 
 
-async def test_an_engine_error_everywhere_ends_with_the_engines_own_answer(fleet: Fleet, client: Client) -> None:
+async def test_an_engine_error_everywhere_ends_with_the_engines_own_answer(fleet: LocalFleet, client: Client) -> None:
     """After the last attempt the client sees what the engine said."""
     await fleet.worker("w1").until_ready()
     answer = await client.ask(order={"fail": "503"}, max_attempts=2)
@@ -103,7 +103,7 @@ async def test_an_engine_error_everywhere_ends_with_the_engines_own_answer(fleet
     assert [marker.kind for marker in answer.markers] == [MarkerKind.REQUEUED]
 
 
-async def test_a_stream_that_breaks_runs_again(fleet: Fleet, client: Client) -> None:
+async def test_a_stream_that_breaks_runs_again(fleet: LocalFleet, client: Client) -> None:
     """The engine drops the connection after three tokens, once: the job is answered in full by its next attempt."""
     await fleet.worker("w1").until_ready()
     answer = await client.ask(stream=True, order={"fail": "close_midstream", "after_tokens": 3, "times": 1})
@@ -111,7 +111,7 @@ async def test_a_stream_that_breaks_runs_again(fleet: Fleet, client: Client) -> 
     assert [marker.kind for marker in answer.markers] == [MarkerKind.REQUEUED]
 
 
-async def test_a_job_that_breaks_every_engine_is_buried(fleet: Fleet, client: Client) -> None:
+async def test_a_job_that_breaks_every_engine_is_buried(fleet: LocalFleet, client: Client) -> None:
     """Attempts are bounded: the job becomes a dead letter, its neighbour is answered."""
     await fleet.worker("w1").until_ready()
     broken = await client.send(stream=True, order={"fail": "close_midstream", "after_tokens": 1}, max_attempts=2)
@@ -121,38 +121,38 @@ async def test_a_job_that_breaks_every_engine_is_buried(fleet: Fleet, client: Cl
     await client.until_nothing_is_left()
 
 
-async def test_a_crash_of_the_engine_process_costs_an_attempt_not_an_answer(fleet: Fleet, client: Client) -> None:
+async def test_a_crash_of_the_engine_process_costs_an_attempt_not_an_answer(fleet: LocalFleet, client: Client) -> None:
     """A job ends the engine's process: it is buried, the engine is started again, and its neighbour is answered."""
     worker = await fleet.worker("w1", "--engine", "sim-process").until_ready()
     bystander = await client.send(max_tokens=100)
-    await eventually(lambda: worker.status()["running"] == 1, "the bystander runs")
+    await eventually(lambda: worker.running == 1, "the bystander runs")
     crash = await client.ask(stream=True, order={"fail": "crash", "after_tokens": 2}, max_attempts=1)
     assert [marker.kind for marker in crash.markers] == [MarkerKind.DEAD]
     assert (await client.answer(bystander)).status == 200
     assert [marker.kind for marker in client.answers[bystander].markers] == [MarkerKind.REQUEUED]
-    assert worker.process.running
+    assert not worker.task.done()
 
 
-async def test_a_cancelled_job_frees_its_slot(fleet: Fleet, client: Client) -> None:
+async def test_a_cancelled_job_frees_its_slot(fleet: LocalFleet, client: Client) -> None:
     """Cancelling closes the engine call at once: the only slot takes the next job."""
     worker = await fleet.worker("w1", "--slots", "1").until_ready()
     job = await client.send(stream=True, max_tokens=5_000)
     await client.begun(job)
     await client.broker.cancel(job, "the client went away")
-    await eventually(lambda: worker.status()["running"] == 0, "the slot is free", limit_s=3)
+    await eventually(lambda: worker.running == 0, "the slot is free", limit_s=3)
     assert (await client.ask()).status == 200
     assert client.answers[job].markers[-1].kind is MarkerKind.CANCELLED
 
 
-async def test_a_job_past_its_deadline_is_stopped(fleet: Fleet, client: Client) -> None:
+async def test_a_job_past_its_deadline_is_stopped(fleet: LocalFleet, client: Client) -> None:
     """A running job whose time runs out ends with an error, and its slot is free."""
     worker = await fleet.worker("w1", "--slots", "1").until_ready()
     answer = await client.ask(max_tokens=5_000, ttl_ms=600)
     assert (answer.frames and answer.status == 504) or answer.markers[-1].kind is MarkerKind.EXPIRED
-    await eventually(lambda: worker.status()["running"] == 0, "the slot is free", limit_s=3)
+    await eventually(lambda: worker.running == 0, "the slot is free", limit_s=3)
 
 
-async def test_metrics_and_pages_say_what_happened(fleet: Fleet, client: Client) -> None:
+async def test_metrics_and_pages_say_what_happened(fleet: LocalFleet, client: Client) -> None:
     """Attempts, tokens, waits, slots and round trips are counted; the health page says who answers."""
     worker = await fleet.worker("w1").until_ready()
     await client.ask(max_tokens=8)
@@ -166,6 +166,4 @@ async def test_metrics_and_pages_say_what_happened(fleet: Fleet, client: Client)
         'inferq_redis_round_trips_total{role="worker"}',
     ):
         assert line in page
-    status = worker.status()
-    assert status["worker_id"] == "w1"
-    assert status["incarnation"].startswith("w1.")
+    assert worker.worker.status().incarnation.startswith("w1.")
