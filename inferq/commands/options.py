@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +44,9 @@ ServedModelName = Annotated[
 VllmCommand = Annotated[
     str | None, typer.Option(envvar="INFERQ_WORKER_VLLM_COMMAND", help="A vllm executable of your own.")
 ]
-VllmArg = Annotated[list[str] | None, typer.Option(help="An argument for `vllm serve`; may be repeated.")]
+VllmArgs = Annotated[
+    str, typer.Option(envvar="INFERQ_WORKER_VLLM_ARGS", help="Further arguments of `vllm serve`, as in a shell.")
+]
 Workers = Annotated[int, typer.Option(min=0, max=64, help="How many workers, each with an engine of its own.")]
 Slots = Annotated[int | None, typer.Option(min=1, help="Requests that each worker runs at once.")]
 RouterPort = Annotated[int | None, typer.Option(min=0, max=65_535, help="Default 18000; 0: a free one.")]
@@ -67,7 +70,7 @@ def stack_options(
     model: str | None,
     served_model_name: str | None,
     vllm_command: str | None,
-    vllm_arg: list[str] | None,
+    vllm_args: str,
     workers: int,
     slots: int | None,
     router_port: int | None,
@@ -82,7 +85,7 @@ def stack_options(
         model=model,
         served_model_name=served_model_name,
         vllm_command=vllm_command,
-        vllm_args=tuple(vllm_arg or ()),
+        vllm_args=tuple(shlex.split(vllm_args)),
         workers=workers,
         slots=slots,
         router_port=router_port,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -63,6 +64,8 @@ def _prepare(options: StackOptions, progress: Progress) -> Serving:
         return Serving(options, options.model or "(what that server lists)", f"the server at {options.engine_url}")
     environment = _own_vllm(options) or prepare_vllm(progress)
     options = replace(options, vllm_command=str(environment.command), vllm_device=environment.device)
+    if environment.kind is Kind.CPU:
+        options = replace(options, engine_threads=share_of_cores(os.cpu_count() or 1, options.workers))
     name = f"vLLM on the {environment.device.upper()}"
     if options.model:
         return Serving(options, options.served_model_name or options.model, name)
@@ -72,6 +75,12 @@ def _prepare(options: StackOptions, progress: Progress) -> Serving:
         arguments = ("--max-model-len", DEFAULT_MODEL_CONTEXT, *arguments)
     served = options.served_model_name or DEFAULT_MODEL
     return Serving(replace(options, model=str(folder), served_model_name=served, vllm_args=arguments), served, name)
+
+
+def share_of_cores(cores: int, engines: int) -> int:
+    """Threads for each engine. One core is left to everything else: OpenMP's threads wait for each other by spinning,
+    so that an engine with one thread too many is ten times slower, not a little."""
+    return max(1, (cores - 1) // max(1, engines))
 
 
 def bring_up(options: StackOptions, *, redis_url: str | None, as_json: bool) -> int:

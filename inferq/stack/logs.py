@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +11,8 @@ from typing import BinaryIO, Self
 
 MAX_BYTES = 20 << 20
 """At this size the file becomes ``<name>.log.1``: at most twice as much is kept per role."""
+_RAISED = re.compile(r"[\s|+-]*((?:[\w.]*(?:Error|Exception|Group|Interrupt|Exit)|Fenced)\b.*)")
 _TOLD_LEVELS = frozenset({"error", "critical"})
-_LAST_LINES = 8
 
 
 class RoleLog:
@@ -20,8 +20,8 @@ class RoleLog:
 
     def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
         self.path = path
-        self.last: deque[str] = deque(maxlen=_LAST_LINES)
-        """The last lines that are not log records: what a process says when it cannot go on."""
+        self.last_words = ""
+        """The last line that is no log record: what a process says when it cannot go on."""
         self._tell = tell
         self._file: BinaryIO | None = None
         self._bytes = 0
@@ -46,7 +46,7 @@ class RoleLog:
         if told is not None:
             self._tell(told)
             if not text.startswith("{"):
-                self.last.append(told)
+                self.last_words = told
 
     def _open(self) -> None:
         self._file = self.path.open("ab", buffering=0)
@@ -69,7 +69,9 @@ def readable_error(text: str) -> str | None:
     if not text:
         return None
     if not text.startswith("{"):
-        return text  # a traceback, or the sentence with which a role refuses to start
+        # Of a traceback only what was raised; a sentence with which a role refuses to start as it is.
+        raised = _RAISED.match(text)
+        return raised[1] if raised else None if text[0].isspace() or text.startswith("Traceback") else text
     try:
         record = json.loads(text)
     except ValueError:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,8 @@ class StackOptions:
     vllm_command: str | None = None
     vllm_device: Literal["auto", "cpu", "gpu"] | None = None
     vllm_args: tuple[str, ...] = ()
+    engine_threads: int | None = None
+    """Threads of each engine on a CPU."""
     workers: int = 1
     slots: int | None = None
     router_port: int | None = None
@@ -55,6 +58,8 @@ class RoleSpec:
     port_flag: str
     ready_limit_s: float
     stop_limit_s: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to ours, where not set there already."""
 
     @property
     def url(self) -> str:
@@ -148,7 +153,8 @@ def _workers(
         model=options.model,
         slots=options.slots,
     )
-    flags = ["--manager-url", router.url, "--manager-url", manager.url, "--engine", options.engine]
+    # The Manager first: it ends after the workers, so that they can say goodbye.
+    flags = ["--manager-url", manager.url, "--manager-url", router.url, "--engine", options.engine]
     flags += ["--slots", str(settings.slots), "--engine-log-dir", str(data_dir / "logs")]
     given = {
         "--engine-url": options.engine_url,
@@ -158,7 +164,8 @@ def _workers(
         "--vllm-device": options.vllm_device,
     }
     flags += [part for flag, value in given.items() if value for part in (flag, value)]
-    flags += [f"--vllm-arg={argument}" for argument in options.vllm_args]
+    if options.vllm_args:
+        flags.append(f"--vllm-args={shlex.join(options.vllm_args)}")
     return [
         RoleSpec(
             name=f"worker-{number}",
@@ -168,6 +175,7 @@ def _workers(
             port=port,
             port_flag="--worker-port",
             ready_limit_s=settings.engine_ready_limit_ms / 1000 + READY_LIMIT_S,
+            environment={"OMP_NUM_THREADS": str(options.engine_threads)} if options.engine_threads else {},
             stop_limit_s=(settings.drain_limit_ms + settings.engine_stop_limit_ms) / 1000 + _MARGIN_S,
         )
         for number in range(1, options.workers + 1)

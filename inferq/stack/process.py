@@ -63,7 +63,7 @@ class RoleProcess:
                 history, pause = history.ended(code, time.monotonic() - began, ready=self._ready)
                 self._ready = False
                 if pause is None:
-                    words = " | ".join(log.last).removeprefix("inferq: ") or f"it ended with code {code}"
+                    words = log.last_words.removeprefix("inferq: ") or f"it ended with code {code}"
                     raise CannotStart(f"{self.spec.name} cannot be kept running: {words} (its log: {self.log_path})")
                 self._tell(self.spec.name, f"ended with code {code}; starting it again in {pause:g} s")
                 self.restarts += 1
@@ -104,7 +104,7 @@ class RoleProcess:
             stdin=DEVNULL,
             stdout=PIPE,
             stderr=STDOUT,
-            env=dict(self._environment),
+            env={**self.spec.environment, **self._environment},
             start_new_session=True,
             limit=_LINE_LIMIT_BYTES,
         )
