@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=Path(".inferq/bench.json"), help="where the figures are written")
     options = parser.parse_args(argv)
     options.systems = options.systems or list(SYSTEMS)
-    uvloop.run(_all(options, Console()))
+    uvloop.run(_all(options, Console(width=120)))
     return 0
 
 

@@ -11,12 +11,13 @@ import secrets
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import orjson
 
 from . import wire
-from .answers import answer, embedding, packed_embedding
+from .answers import Choice, answer, embedding, packed_embedding
 from .failures import Failure, FailureKind, drawn_failure
 from .prefix_cache import PrefixCache
 from .requests import (
@@ -35,6 +36,8 @@ from .settings import SimulationSettings
 from .tokens import count_tokens, encode_tokens
 
 REMEMBERED_ORDERS = 4096
+REMEMBERED_ANSWERS = 1024
+REMEMBERED_BODY_BYTES = 8192
 
 
 class _Route(NamedTuple):
@@ -59,8 +62,8 @@ class Simulation:
         pace = Pace(settings.ttft_ms / 1e3, settings.prefill_us_per_token / 1e6, interval_s, settings.lockstep)
         self._engine = EngineCore(Slots(settings.max_num_seqs), pace, clock)
         self._routes = {
-            "/v1/chat/completions": _Route("POST", lambda body: self._generate(parse_chat(body, settings), body)),
-            "/v1/completions": _Route("POST", lambda body: self._generate(parse_completion(body, settings), body)),
+            "/v1/chat/completions": _Route("POST", self._generation(parse_chat)),
+            "/v1/completions": _Route("POST", self._generation(parse_completion)),
             "/v1/embeddings": _Route("POST", lambda body: self._embed(parse_embeddings(body, settings), body)),
             "/tokenize": _Route("POST", self._tokenize),
             "/detokenize": _Route("POST", self._detokenize),
@@ -139,13 +142,27 @@ class Simulation:
             samples[f'simulation:failures_total{{kind="{kind}"}}'] = self._failures[kind]
         return wire.metrics_text(samples, self.settings.models[0])
 
-    def _generate(self, request: Generate, body: bytes) -> Reply | Run:
+    def _generation(self, parse: Callable[[bytes, SimulationSettings], Generate]) -> Callable[[bytes], Reply | Run]:
+        """What handles a body that ``parse`` understands."""
+
+        def understand(body: bytes) -> tuple[Generate, tuple[Choice, ...]]:
+            request = parse(body, self.settings)
+            return request, answer(request, self.settings)
+
+        # The same body gets the same text, so it is drawn once: load tests repeat their bodies.
+        remembered = lru_cache(maxsize=REMEMBERED_ANSWERS)(understand)
+
+        def handle(body: bytes) -> Reply | Run:
+            return self._generate(*(remembered if len(body) <= REMEMBERED_BODY_BYTES else understand)(body), body)
+
+        return handle
+
+    def _generate(self, request: Generate, choices: tuple[Choice, ...], body: bytes) -> Reply | Run:
         self._number += 1
         failure = self._failure(request.failure, body)
         content_type = wire.EVENTS if request.stream else wire.JSON
         if failure is not None and (reply := _failed_at_once(failure, content_type)):
             return reply
-        choices = answer(request, self.settings)
         answer_id = f"{'chatcmpl' if request.chat else 'cmpl'}-{self._salt}{self._number:08x}"
         created = int(time.time())
 
