@@ -234,7 +234,7 @@ async def test_an_unreachable_engine_is_said_and_its_jobs_wait(fleet: Fleet, cli
         ((), "say what to serve"),
         (("--engine-url", "localhost:8000"), "--engine-url must be"),
         (("--model", "m", "--vllm-command", "/nowhere/vllm"), "there is no executable"),
-        (("--engine", "sim", "--host", "0.0.0.0"),  # noqa: S104 - refused "join token"),
+        (("--engine", "sim", "--host", "0.0.0.0"), "join token"),  # noqa: S104 - it is refused
         (("--engine", "sim", "--slots", "0"), "slots"),
     ],
 )

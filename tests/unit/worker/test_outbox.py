@@ -138,6 +138,20 @@ async def test_closing_takes_back_what_did_not_arrive(outbox: Outbox, wire: Wire
     assert outbox._bytes == 0
 
 
+async def test_closing_while_frames_are_on_their_way_waits_to_hear_that_they_arrived(
+    outbox: Outbox, wire: Wire
+) -> None:
+    """What a flush under way delivers is not sent a second time with the settle."""
+    wire.open.clear()
+    one = channel(outbox)
+    one.put(b"1", urgent=True)
+    await one.sent()
+    closing = asyncio.create_task(one.close())
+    await asyncio.sleep(0)
+    wire.open.set()
+    assert await asyncio.wait_for(closing, 5) == b""
+
+
 async def test_a_router_that_is_gone_is_told_to_its_streams(outbox: Outbox, wire: Wire) -> None:
     """Only the streams of that Router hear of it."""
     wire.gone = {"router"}
