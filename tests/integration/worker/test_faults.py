@@ -131,12 +131,13 @@ async def test_a_worker_started_before_redis_waits_for_it(fleet: Fleet, client: 
 
 
 async def test_serving_goes_on_without_a_manager(fleet: Fleet, client: Client) -> None:
-    """With the Manager gone jobs are still pulled and answered; when it is back the worker is known again."""
+    """With the Manager gone jobs are pulled, answered and stopped in time; when back the worker is known again."""
     worker = await fleet.worker("w1").until_ready()
     fleet.manager.kill()
     await eventually(lambda: any("does not answer" in why for why in worker.status()["reasons"]), "it notices")
     for stream in (False, True):
         assert complete(await client.ask(stream=stream))
+    assert (await client.ask(max_tokens=5_000, ttl_ms=600)).status == 504
     incarnation = worker.status()["incarnation"]
     await fleet.start_manager()
     await worker.until_ready()

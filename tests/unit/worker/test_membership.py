@@ -1,0 +1,171 @@
+"""Membership: registering, heartbeats, and coming back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+
+from queue_schemas import (
+    Assignment,
+    AuthenticationFailed,
+    Heartbeat,
+    HeartbeatAnswer,
+    Incarnation,
+    ManagerUnavailable,
+    Registration,
+    RegistrationAnswer,
+    UnknownWorker,
+    WorkerIdTaken,
+    WorkerStatus,
+)
+from telemetry import MetricsRegistry
+from tests.support.waiting import eventually
+from worker import membership as module
+from worker.fabric import FabricClient
+from worker.membership import Membership
+from worker.metrics import WorkerMetrics
+
+INCARNATION = "w1.0123456789abcdef"
+
+
+class ScriptedManager:
+    """Answers calls from a script: an exception is raised, anything else means yes."""
+
+    def __init__(self, registrations: list[Exception | None], heartbeats: list[Exception | bool | None]) -> None:
+        self.registrations = registrations
+        self.heartbeats = heartbeats
+        self.registered: list[Registration] = []
+        self.beats: list[Heartbeat] = []
+        self.turns = 0
+        self.url = "http://manager"
+
+    def turn(self) -> None:
+        self.turns += 1
+
+    async def register(self, registration: Registration) -> RegistrationAnswer:
+        self.registered.append(registration)
+        answer = self.registrations.pop(0) if self.registrations else None
+        if answer is not None:
+            raise answer
+        assignment = Assignment(term=1, version=len(self.registered))
+        return RegistrationAnswer(
+            broker_url="redis://r", shards=1, lease_ms=15_000, heartbeat_ms=100, assignment=assignment
+        )
+
+    async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
+        self.beats.append(heartbeat)
+        answer = self.heartbeats.pop(0) if self.heartbeats else None
+        if isinstance(answer, Exception):
+            raise answer
+        return HeartbeatAnswer(assignment=Assignment(term=1, version=100), drain=answer is True)
+
+    async def deregister(self, worker_id: str, incarnation: Incarnation) -> None: ...
+
+
+class Scene:
+    def __init__(self, manager: ScriptedManager) -> None:
+        self.manager = manager
+        self.assigned: list[int] = []
+        self.drained = 0
+        self.membership = Membership(
+            cast(FabricClient, manager),
+            "w1",
+            url="http://w1",
+            region="",
+            metrics=WorkerMetrics(MetricsRegistry("worker")),
+            status=lambda: WorkerStatus(incarnation=INCARNATION, slots=4, running=2),
+            assigned=lambda assignment: self.assigned.append(assignment.version),
+            drain=self._drain,
+        )
+
+    def _drain(self) -> None:
+        self.drained += 1
+
+    @asynccontextmanager
+    async def beating(self) -> AsyncIterator[None]:
+        await self.membership.register(first=True)
+        task = asyncio.create_task(self.membership.run())
+        yield
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TAKEN_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(module, "_LEAST_GAP_S", 0.01)
+
+
+def scene(registrations: list[Any] | None = None, heartbeats: list[Any] | None = None) -> Scene:
+    return Scene(ScriptedManager(registrations or [], heartbeats or []))
+
+
+async def test_it_tries_all_urls_until_a_manager_accepts() -> None:
+    """Nobody there: the next URL, for as long as it takes."""
+    one = scene([ManagerUnavailable("no")] * 3)
+    await one.membership.register(first=True)
+    assert one.manager.turns == 3
+    assert one.assigned == [4]
+    assert one.membership.registered
+
+
+async def test_a_taken_id_is_given_up_with_a_sentence() -> None:
+    """A few tries for a predecessor that is about to be found dead, then an error that says what to do."""
+    one = scene([WorkerIdTaken("alive")] * 3)
+    await one.membership.register(first=True)
+    two = scene([WorkerIdTaken("alive")] * 50)
+    with pytest.raises(WorkerIdTaken, match="another --worker-id"):
+        await two.membership.register(first=True)
+    assert len(two.manager.registered) == 7
+
+
+async def test_a_wrong_token_is_fatal_at_first_and_waited_out_later() -> None:
+    """At the start nobody will mend it; a running worker outlives a Manager that is set up wrongly for a while."""
+    with pytest.raises(AuthenticationFailed):
+        await scene([AuthenticationFailed("wrong")]).membership.register(first=True)
+    await scene([AuthenticationFailed("wrong")]).membership.register(first=False)
+
+
+async def test_an_unknown_worker_registers_again_as_the_same_incarnation() -> None:
+    """A Manager that forgot us hears the same incarnation, with what runs: nothing is dropped."""
+    one = scene(heartbeats=[None, UnknownWorker("who")])
+    async with one.beating():
+        await eventually(lambda: len(one.manager.registered) == 2, "it registers again")
+    assert {r.incarnation for r in one.manager.registered} == {INCARNATION}
+    assert one.manager.registered[1].running == 2
+    assert one.manager.turns == 0
+
+
+async def test_a_manager_that_does_not_answer_is_left_for_the_next() -> None:
+    """A lost heartbeat turns to the next URL and registers there."""
+    one = scene(heartbeats=[ManagerUnavailable("gone")])
+    async with one.beating():
+        await eventually(lambda: len(one.manager.registered) == 2, "it registers again")
+        await eventually(lambda: one.membership.registered, "it is registered again")
+    assert one.manager.turns == 1
+
+
+async def test_heartbeats_bring_assignments_and_drains() -> None:
+    """What the answer says is handed on."""
+    one = scene(heartbeats=[True])
+    async with one.beating():
+        await eventually(lambda: one.drained, "it is told to drain")
+    assert 100 in one.assigned
+
+
+async def test_a_change_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heartbeat does not wait for its time when there is news."""
+    one = scene()
+    await one.membership.register(first=True)
+    one.membership._heartbeat_s = 60
+    task = asyncio.create_task(one.membership.run())
+    one.membership.tell()
+    await eventually(lambda: one.manager.beats, "the news is told")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

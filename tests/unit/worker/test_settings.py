@@ -1,0 +1,73 @@
+"""The worker's settings and its command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from queue_schemas import CannotStart, check_worker_id
+from worker import WorkerSettings
+from worker.service import read_settings
+
+
+@pytest.fixture(autouse=True)
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_command_line_of_the_readme() -> None:
+    """Worker id, Manager URL, port and model are flags; a model means vLLM."""
+    flags = "--worker-id worker-1 --manager-url http://localhost:18000 --port 7000 --model m"
+    settings, _ = read_settings(flags.split())
+    assert (settings.worker_id, settings.manager_urls) == ("worker-1", ["http://localhost:18000"])
+    assert (settings.port, settings.model, settings.engine_kind) == (7000, "m", "vllm")
+
+
+def test_several_manager_urls() -> None:
+    """Repeated or with commas, in order."""
+    flags = "--engine sim --manager-url http://a,http://b --manager-url http://c"
+    assert read_settings(flags.split())[0].manager_urls == ["http://a", "http://b", "http://c"]
+
+
+def test_an_engine_url_is_enough() -> None:
+    """An attached server needs no further word."""
+    assert read_settings(["--engine-url", "http://localhost:8000"])[0].engine_kind == "url"
+
+
+def test_options_of_the_simulated_engine() -> None:
+    """``--sim-...`` flags reach the simulated engine, switches and values alike, between our own."""
+    flags = "--engine sim --sim-ttft-ms 5 --slots 3 --sim-instant --sim-name=x --region r"
+    settings, _ = read_settings(flags.split())
+    assert settings.sim_args == ["--ttft-ms", "5", "--instant", "--name=x"]
+    assert (settings.slots, settings.region) == (3, "r")
+
+
+def test_arguments_of_vllm_are_written_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One setting holds them all, quotes included."""
+    monkeypatch.setenv("INFERQ_WORKER_VLLM_ARGS", "--max-model-len 512 --chat-template 'a b'")
+    settings = WorkerSettings.load(model="m")
+    assert settings.vllm_args == ["--max-model-len", "512", "--chat-template", "a b"]
+
+
+def test_a_name_is_made_from_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a worker id the host's name serves, made into a valid one."""
+    for host in ("gpu-7.example.org", "-odd host!", "___"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        check_worker_id(WorkerSettings.load(engine="sim").name)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({}, "say what to serve"),
+        ({"engine_url": "localhost:8000"}, "--engine-url must be"),
+        ({"engine": "sim", "manager_urls": "localhost"}, "must begin with http"),
+        ({"engine": "sim", "worker_id": "a b"}, "not a worker id"),
+        ({"engine": "sim", "slots": 0}, "slots"),
+    ],
+)
+def test_wrong_settings_are_refused_with_a_sentence(given: dict[str, object], sentence: str) -> None:
+    """What is wrong, and where it can be mended."""
+    with pytest.raises(CannotStart, match=sentence):
+        WorkerSettings.load(**given)
