@@ -28,7 +28,7 @@ from queue_schemas import (
     new_job_id,
 )
 from telemetry import get_logger, inject, span_for_request, tracing_enabled
-from telemetry.asgi import request_id_from
+from telemetry.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
 
 from .bodies import DRAIN_LIMIT_S, ClientGone, drain_body, read_body
 from .connection import Connection
@@ -81,14 +81,15 @@ class Inference:
                 span.fail(str(status))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, path: str, trace: str) -> int:
-        request_id = request_id_from(scope["headers"])
+        headers = dict(scope["headers"])
+        given_id = headers.get(REQUEST_ID_HEADER)
+        request_id = new_request_id() if given_id is None else request_id_from(((REQUEST_ID_HEADER, given_id),))
         exchange = Exchange(send, request_id.encode())
         connection = Connection(receive)
         request = OpenRequest(connection, self._loop().time())
         running = len(self._requests)
         self._requests.add(request)
         try:
-            headers = dict(scope["headers"])
             tenant = self._admit(headers, running)
             body = await self._body(request, receive, headers)
             job = await self._job(request_id, path, tenant, headers, body, trace)

@@ -254,7 +254,10 @@ async def test_an_error_after_comments_is_an_event() -> None:
             await answer.done()
             assert answer.complete
             event = answer.body.replace(b": queued\n\n", b"")
-            data = b"".join(line.removeprefix(b"data: ") for line in event.splitlines())
+            assert event.endswith(b"\n\n")
+            lines = event.splitlines()[:-1]
+            assert all(line.startswith(b"data: ") for line in lines)
+            data = b"".join(line.removeprefix(b"data: ") for line in lines)
             assert set(orjson.loads(data)["error"]) == {"message", "type", "param", "code"}
 
 

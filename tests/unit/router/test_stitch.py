@@ -99,6 +99,16 @@ def test_repeats_and_frames_of_older_epochs_are_dropped() -> None:
     assert got == role() + chunk("yes") + DONE
 
 
+def test_late_markers_of_older_epochs_change_nothing() -> None:
+    """News about an attempt that is over does not disturb the one that runs."""
+    stitch = stream()
+    pieces = [role(), chunk("Hi"), DONE]
+    frames = attempt(pieces, epoch=3)
+    late = [requeued(2), Marker(MarkerKind.EXPIRED, JOB, 2, "late")]
+    assert feed(stitch, [frames[0], *late, *frames[1:]]) == b"".join(pieces)
+    assert stitch.ended
+
+
 def test_a_frame_of_a_foreign_attempt_of_the_same_epoch_is_dropped() -> None:
     """Only the attempt that began an epoch may speak in it."""
     stitch = stream()
@@ -214,7 +224,9 @@ def test_a_restart_that_says_something_else_breaks_the_stream_openly() -> None:
 def test_a_restart_that_ends_earlier_breaks_the_stream(again: list[bytes]) -> None:
     """A shorter answer than what was delivered is another answer."""
     stitch = stream()
-    feed(stitch, [*attempt([role(), chunk("Paris"), DONE])[:2], requeued(2), *attempt(again, epoch=2, name="b")])
+    lost = attempt([role(), chunk("Paris"), DONE])[:2]
+    got = feed(stitch, [*lost, requeued(2), *attempt(again, epoch=2, name="b")])
+    assert got == role() + chunk("Paris")
     assert stitch.error is not None
     assert stitch.error.code == "stream_broken"
 
@@ -262,6 +274,16 @@ def test_reasoning_and_choices_are_compared_apart() -> None:
     stitch = stream()
     got = feed(stitch, [*attempt(pieces)[:4], requeued(2), *attempt(pieces, epoch=2, name="b")])
     assert events(got) == events(b"".join(pieces))
+
+
+def test_an_answer_does_not_begin_before_its_reasoning_is_caught_up() -> None:
+    """Text of one channel is held to what was delivered on the others."""
+    lost = [role(), chunk(None, delta={"reasoning_content": "hmm"}), DONE]
+    again = [chunk(None, ident="b", delta={"reasoning_content": "h"}), chunk("Yes", ident="b"), DONE]
+    stitch = stream()
+    got = feed(stitch, [*attempt(lost)[:2], requeued(2), *attempt(again, epoch=2, name="b")])
+    assert text_of(got) == ""
+    assert stitch.error is not None
 
 
 def test_markers_end_a_job_with_their_error() -> None:
