@@ -1,0 +1,113 @@
+"""The small client of the commands, against a server that answers as a Router does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from inferq.client import Answer, FabricClient, FabricRefused
+from queue_schemas import PoolDepth, PoolList
+
+HELLO = [{"role": "user", "content": "hello"}]
+Serve = Callable[[Callable[[web.Request], Awaitable[web.StreamResponse]]], Awaitable[FabricClient]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Starts a server whose every path is the given handler; gives a client of it."""
+    servers: list[TestServer] = []
+
+    async def start(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> FabricClient:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handler)
+        server = TestServer(app, host="127.0.0.1")
+        await server.start_server()
+        servers.append(server)
+        return FabricClient(str(server.make_url("/")), api_key="key", join_token="token")
+
+    yield start
+    for server in servers:
+        await server.close()
+
+
+async def test_a_stream_is_read_piece_by_piece(serve: Serve) -> None:
+    """Comments of a long wait are passed over; text, reason and usage are kept."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        assert request.headers["authorization"] == "Bearer key"
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "x-request-id": "req_1"})
+        await response.prepare(request)
+        for line in (
+            b": waiting\n\n",
+            b'data: {"model": "m", "choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n',
+            b'data: {"model": "m", "choices": [{"delta": {"content": "Pa"}}]}\n\n',
+            b'data: {"model": "m", "choices": [{"delta": {"content": "ris"}, "finish_reason": "stop"}]}\n\n',
+            b'data: {"model": "m", "choices": [], "usage": {"completion_tokens": 2}}\n\n',
+            b"data: [DONE]\n\n",
+        ):
+            await response.write(line)
+        return response
+
+    answer = Answer()
+    async with await serve(handler) as client:
+        pieces = [piece async for piece in client.stream_chat(answer, "m", HELLO)]
+    assert pieces == ["Pa", "ris"]
+    assert (answer.text, answer.finish_reason, answer.request_id) == ("Paris", "stop", "req_1")
+    assert answer.usage == {"completion_tokens": 2}
+
+
+async def test_an_error_within_a_stream_is_raised(serve: Serve) -> None:
+    """A stream that had begun can only end with an error event: it must not pass for an answer."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"error": {"message": "the stream broke", "code": "stream_broken"}}\n\n')
+        return response
+
+    async with await serve(handler) as client:
+        with pytest.raises(FabricRefused, match="the stream broke"):
+            [piece async for piece in client.stream_chat(Answer(), "m", HELLO)]
+
+
+async def test_a_refusal_is_its_own_sentence(serve: Serve) -> None:
+    """The error object's message, with its status."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        error = {"message": "no such model", "type": "t", "param": None, "code": "model_not_found"}
+        return web.json_response({"error": error}, status=404)
+
+    async with await serve(handler) as client:
+        with pytest.raises(FabricRefused, match=r"no such model \(HTTP 404"):
+            await client.chat("m", HELLO)
+        with pytest.raises(FabricRefused, match="no such model"):
+            await client.pools()
+
+
+async def test_pools_are_read_with_the_join_token(serve: Serve) -> None:
+    """The messages are those of the wire contract."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        assert request.headers["x-inferq-join-token"] == "token"
+        return web.Response(text=PoolList(pools=[PoolDepth(model="m", waiting=3)]).model_dump_json())
+
+    async with await serve(handler) as client:
+        assert [pool.waiting for pool in await client.pools()] == [3]
+
+
+async def test_what_is_no_router_is_told_so(serve: Serve) -> None:
+    """Some other server on that port, or none."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(text="<html>")
+
+    async with await serve(handler) as client:
+        assert not await client.health()
+        with pytest.raises(FabricRefused, match="not an inferq Router"):
+            await client.workers()
+    async with FabricClient("http://127.0.0.1:9") as nobody:
+        with pytest.raises(FabricRefused, match=r"no Router answers at http://127\.0\.0\.1:9"):
+            await nobody.chat("m", HELLO)

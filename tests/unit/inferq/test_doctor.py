@@ -1,0 +1,137 @@
+"""`inferq doctor` finds what is wrong and says how to mend it."""
+
+from __future__ import annotations
+
+import json
+import resource
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from inferq.client import FabricClient
+from inferq.commands import doctor
+from inferq.commands.doctor import Examined, Finding, Level, about_clock, examine, show_findings
+from tests.support.processes import free_port
+from tests.support.servers import Server
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings of the machine's owner, and ports that nobody uses."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("INFERQ_CONFIG", raising=False)
+    monkeypatch.setenv("INFERQ_CACHE_DIR", str(tmp_path / "cache"))
+    for role in ("ROUTER", "MANAGER"):
+        monkeypatch.setenv(f"INFERQ_{role}_PORT", str(free_port()))
+
+
+async def _examined(tmp_path: Path, redis_url: str = "", engine_url: str = "") -> dict[str, list[Finding]]:
+    client = FabricClient(f"http://127.0.0.1:{free_port()}")
+    found: dict[str, list[Finding]] = {}
+    for finding in await examine(Examined(redis_url, client, tmp_path / "data", engine_url)):
+        found.setdefault(finding.check, []).append(finding)
+    return found
+
+
+async def test_a_good_server_is_named_with_all_that_matters(tmp_path: Path, valkey: Server) -> None:
+    """Kind, version, role, persistence, eviction, round trip and clock."""
+    found = await _examined(tmp_path, valkey.url)
+    assert [finding.level for finding in found["queue"] + found["clock"]] == [Level.OK] * 3
+    text = found["queue"][0].text
+    assert text.startswith("valkey 9.")
+    assert "append-only file" in text
+    assert "noeviction" in text
+
+
+async def test_a_server_that_evicts_is_a_failure_with_its_cure(tmp_path: Path, own_valkey: Server) -> None:
+    """Redis would drop waiting jobs."""
+    own_valkey.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    finding = (await _examined(tmp_path, own_valkey.url))["queue"][0]
+    assert finding.level is Level.FAILURE
+    assert "set maxmemory-policy noeviction" in finding.text
+
+
+async def test_a_server_without_a_log_is_a_warning_with_its_cure(tmp_path: Path, own_valkey: Server) -> None:
+    """A restart would lose what waits; some may want it so."""
+    own_valkey.ask("CONFIG", "SET", "appendonly", "no")
+    warnings = [f for f in (await _examined(tmp_path, own_valkey.url))["queue"] if f.level is Level.WARNING]
+    assert [warning.mend for warning in warnings] == ["set appendonly yes"]
+
+
+async def test_a_server_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
+    """And what to look at."""
+    finding = (await _examined(tmp_path, f"redis://127.0.0.1:{free_port()}/0"))["queue"][0]
+    assert finding.level is Level.FAILURE
+    assert "INFERQ_REDIS_URL" in finding.mend
+
+
+async def test_without_a_url_the_embedded_server_is_looked_at(tmp_path: Path) -> None:
+    """Its binary is there and its folder can be written."""
+    assert [finding.level for finding in (await _examined(tmp_path))["queue"]] == [Level.OK]
+
+
+async def test_a_port_that_somebody_else_uses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the flag that chooses another."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+        monkeypatch.setenv("INFERQ_ROUTER_PORT", str(port))
+        finding = (await _examined(tmp_path))["ports"][0]
+    assert finding.level is Level.WARNING
+    assert str(port) in finding.text
+    assert "--router-port" in finding.mend
+
+
+async def test_an_engine_that_does_not_answer_is_a_failure(tmp_path: Path) -> None:
+    """When one was named."""
+    finding = (await _examined(tmp_path, engine_url=f"http://127.0.0.1:{free_port()}"))["engine"][0]
+    assert finding.level is Level.FAILURE
+
+
+async def test_a_wrong_setting_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence names it."""
+    monkeypatch.setenv("INFERQ_MANAGER_LEASE_MS", "soon")
+    finding = (await _examined(tmp_path))["settings"][0]
+    assert finding.level is Level.FAILURE
+    assert "lease_ms" in finding.text
+
+
+async def test_few_files_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that raises the limit."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
+    finding = (await _examined(tmp_path))["files"][0]
+    assert finding.level is Level.WARNING
+    assert "ulimit -n" in finding.mend
+
+
+async def test_a_full_disk_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue's log could not grow."""
+    monkeypatch.setattr(doctor, "LEAST_DISK_BYTES", 1 << 62)
+    assert (await _examined(tmp_path))["disk"][0].level is Level.FAILURE
+
+
+async def test_a_python_that_is_untested_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may work."""
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0, "final", 0))
+    assert (await _examined(tmp_path))["python"][0].level is Level.WARNING
+
+
+@pytest.mark.parametrize(
+    ("server_ms", "level"), [(10_005, Level.OK), (10_900, Level.OK), (12_000, Level.WARNING), (7_000, Level.WARNING)]
+)
+def test_a_clock_is_judged_by_what_the_round_trip_cannot_explain(server_ms: int, level: Level) -> None:
+    """A slow answer is no skew."""
+    assert about_clock(server_ms, 10_000, 10_010).level is level
+
+
+def test_the_exit_code_says_whether_something_must_be_mended(capsys: pytest.CaptureFixture[str]) -> None:
+    """1 for a failure, 0 for warnings."""
+    warning = Finding("disk", Level.WARNING, "little", "free some")
+    assert show_findings([warning], as_json=True) == 0
+    assert show_findings([warning, Finding("queue", Level.FAILURE, "gone", "start it")], as_json=True) == 1
+    shown = capsys.readouterr().out
+    last = json.loads(shown[shown.rindex('{\n  "ok"') :])
+    assert last["ok"] is False
+    assert [finding["level"] for finding in last["findings"]] == ["warning", "failure"]

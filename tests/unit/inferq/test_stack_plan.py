@@ -1,0 +1,103 @@
+"""Which processes `inferq up` starts, and when it starts one again."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from inferq.stack import StackOptions, plan_stack
+from inferq.stack.plan import choose_engine
+from inferq.stack.restarts import EXIT_REFUSED, LONGEST_PAUSE_S, MOST_IN_A_ROW, STEADY_S, Restarts
+from queue_schemas import CannotStart
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings of the machine's owner."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("INFERQ_ROUTER_PORT", "INFERQ_WORKER_PORT", "INFERQ_MANAGER_PORT", "INFERQ_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_ports_that_users_know_are_the_default() -> None:
+    """Manager 9000, Router 18000, workers from 7000 up."""
+    plan = plan_stack(StackOptions(engine="sim", model="sim", workers=3), lambda: 0)
+    assert [role.port for role in plan.roles] == [9000, 18000, 7000, 7001, 7002]
+    assert [role.name for role in plan.workers] == ["worker-1", "worker-2", "worker-3"]
+
+
+def test_a_setting_of_a_role_is_the_default_of_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment and inferq.toml count as for the role itself; a flag wins."""
+    monkeypatch.setenv("INFERQ_ROUTER_PORT", "18001")
+    assert plan_stack(StackOptions(engine="sim", model="sim"), lambda: 0).router.port == 18001
+    assert plan_stack(StackOptions(engine="sim", model="sim", router_port=18002), lambda: 0).router.port == 18002
+
+
+def test_port_0_is_a_free_one_for_each() -> None:
+    """No two roles share it, and every role is told the others' real ports."""
+    ports = itertools.count(50_001)
+    options = StackOptions(engine="sim", model="sim", workers=2, router_port=0, manager_port=0, worker_port=0)
+    plan = plan_stack(options, lambda: next(ports))
+    assert len({role.port for role in plan.roles}) == 4
+    assert plan.manager.url in plan.router.flags
+    assert all(plan.router.url in worker.flags and plan.manager.url in worker.flags for worker in plan.workers)
+
+
+def test_two_roles_on_one_port_are_refused() -> None:
+    """The sentence names both and the flags that part them."""
+    with pytest.raises(CannotStart, match="--router-port or --worker-port"):
+        plan_stack(StackOptions(engine="sim", model="sim", router_port=7000), lambda: 0)
+
+
+def test_arguments_for_vllm_arrive_whole() -> None:
+    """Also those with spaces."""
+    options = StackOptions(engine="vllm", model="m", vllm_args=("--override", '{"a": 1}'), engine_threads=3)
+    worker = plan_stack(options, lambda: 0).workers[0]
+    assert "--vllm-args=--override '{\"a\": 1}'" in worker.flags
+    assert worker.environment == {"OMP_NUM_THREADS": "3"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "url", "chosen"),
+    [(None, None, "vllm"), (None, "http://e", "url"), ("sim", None, "sim"), ("url", "http://e", "url")],
+)
+def test_the_engine_that_is_meant(engine: str | None, url: str | None, chosen: str) -> None:
+    """A URL means the server there; nothing means vLLM."""
+    assert choose_engine(engine, url) == chosen
+
+
+@pytest.mark.parametrize(("engine", "url"), [("sim", "http://e"), ("tensorrt", None)])
+def test_engines_that_contradict_or_do_not_exist_are_refused(engine: str, url: str | None) -> None:
+    """With a sentence, not by taking one of them."""
+    with pytest.raises(CannotStart):
+        choose_engine(engine, url)
+
+
+def test_pauses_grow_and_end() -> None:
+    """A role that keeps ending is given up after a while, not before."""
+    state, pauses = Restarts(), []
+    while True:
+        state, pause = state.ended(1, 0.1, ready=True)
+        if pause is None:
+            break
+        pauses.append(pause)
+    assert len(pauses) == MOST_IN_A_ROW - 1
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == LONGEST_PAUSE_S
+
+
+def test_a_steady_run_earns_a_fresh_start() -> None:
+    """What crashes once a day is started again at once, however often."""
+    state = Restarts()
+    for _ in range(5 * MOST_IN_A_ROW):
+        state, pause = state.ended(1, STEADY_S + 1, ready=True)
+        assert pause is not None
+        assert pause < 1
+
+
+def test_what_refuses_to_start_is_not_tried_again() -> None:
+    """Exit code 2 before it ever served: its user must mend something. After it served, it may have been bad luck."""
+    assert Restarts().ended(EXIT_REFUSED, 0.1, ready=False)[1] is None
+    assert Restarts().ended(EXIT_REFUSED, 0.1, ready=True)[1] is not None
