@@ -74,6 +74,7 @@ class ProcessEngine:
         self._stop_limit_s = stop_limit_s
         self._restarted = restarted
         self._process: Process | None = None
+        self._was_ready = False
         self._http = HttpEngine(f"http://{HOST}:0")
         self._changed: Callable[[], None] = lambda: None
 
@@ -94,7 +95,7 @@ class ProcessEngine:
                 await self._live()
             except EngineFailed as error:
                 lasted = loop.time() - began
-                pause = _FIRST_PAUSE_S if lasted > _STEADY_S and self.state is EngineState.READY else pause
+                pause = _FIRST_PAUSE_S if lasted > _STEADY_S and self._was_ready else pause
                 self._become(EngineState.FAILED, f"{error.message}; starting it again in {pause:.0f} s")
                 log.error("engine_failed", engine=self.name, error=error.message, restart_in_s=pause)
             await asyncio.sleep(pause)
@@ -115,6 +116,7 @@ class ProcessEngine:
     async def _live(self) -> None:
         """One life of the process: start, ready, watched until it fails. Always raises ``EngineFailed``."""
         self.port = _free_port()
+        self._was_ready = False
         launch = self._launch(self.port)
         self._become(EngineState.STARTING, f"{self.name} is starting on port {self.port}")
         log.info("engine_starting", engine=self.name, command=" ".join(launch.command), log_file=str(self.log.path))
@@ -161,6 +163,8 @@ class ProcessEngine:
 
     async def _watch_exit(self, process: Process) -> None:
         code = await process.wait()
+        # At once: every job claimed from here on would spend an attempt on an engine that is not there.
+        self._become(EngineState.FAILED, f"{self.name} ended with exit code {code}")
         await asyncio.sleep(_POLL_S)  # for the last words of the process
         raise EngineFailed(f"{self.name} ended with exit code {code}{self._last_words()}")
 
@@ -174,6 +178,7 @@ class ProcessEngine:
                 f"{self.name} was not ready within {self._ready_limit_s:.0f} s{self._last_words()}"
             ) from error
         self.models = models
+        self._was_ready = True
         self._become(EngineState.READY, "")
         log.info("engine_ready", engine=self.name, port=self.port, models=models)
         while True:
