@@ -27,7 +27,7 @@ async def _stage(stage: Stage, options: argparse.Namespace, folder: Path, consol
             for scenario in stage.scenarios:
                 first = number % len(systems)
                 for system in (*systems[first:], *systems[:first]):
-                    one = await measured(scenario, system, options.seconds)
+                    one = await measured(scenario, system, number, options.seconds)
                     found.append(one)
                     console.print(
                         f"round {number + 1}  {scenario.name:12} {system.name:8} {one.load.rate:9,.1f}/s "
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     names = [scenario.name for stage in STAGES for scenario in stage.scenarios] + ["jobs"]
     parser = argparse.ArgumentParser(prog="python -m bench", description="inferq beside the engine alone and a proxy.")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, help="length of each load; each scenario has its own")
     parser.add_argument("--jobs", type=int, default=5000, help="jobs submitted and drained in a round")
     parser.add_argument("--only", action="append", choices=names, help="one scenario; may be repeated")

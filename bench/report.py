@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,21 +62,17 @@ def summary(measurements: Sequence[Measurement], jobs: Sequence[JobFigures]) -> 
     scenarios = {scenario.name: scenario for stage in STAGES for scenario in stage.scenarios}
     lines = []
     for figure in FIGURES:
-        medians = {}
-        for system in SYSTEMS:
-            values = [
-                figure.read(measurement, scenarios[figure.scenario])
-                for measurement in measurements
-                if (measurement.system, measurement.scenario) == (system, figure.scenario)
-            ]
-            if values:
-                medians[system] = statistics.median(values)
-        if medians:
-            ratio = medians["inferq"] / medians["proxy"] if {"inferq", "proxy"} <= medians.keys() else None
+        rounds: dict[str, dict[int, float]] = {}
+        for one in measurements:
+            if one.scenario == figure.scenario:
+                rounds.setdefault(one.system, {})[one.number] = figure.read(one, scenarios[one.scenario])
+        if rounds:
+            medians = {system: statistics.median(values.values()) for system, values in rounds.items()}
+            ratio = _ratio(rounds.get("inferq", {}), rounds.get("proxy", {}))
             lines.append({"figure": figure.name, "unit": figure.unit, **medians, "ratio": ratio, "aim": figure.aim})
     return {
         "machine": machine(),
-        "rounds": max((_count(measurements, system) for system in SYSTEMS), default=len(jobs)),
+        "rounds": 1 + max((one.number for one in measurements), default=len(jobs) - 1),
         "figures": lines,
         "cpu_us_of": _by_process(measurements),
         "jobs": _jobs(jobs),
@@ -95,7 +91,7 @@ def machine() -> dict[str, Any]:
 
 def print_summary(result: dict[str, Any], console: Console) -> None:
     """The table for people."""
-    table = Table(title="Medians; ratio is inferq / proxy")
+    table = Table(title="Medians over the rounds; the ratio is inferq / proxy within a round")
     for column in ("figure", "unit", *SYSTEMS, "ratio", "aim"):
         table.add_column(column, justify="left" if column in ("figure", "unit") else "right")
     for line in result["figures"]:
@@ -113,9 +109,10 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
         )
 
 
-def _count(measurements: Iterable[Measurement], system: str) -> int:
-    names = [measurement.scenario for measurement in measurements if measurement.system == system]
-    return max((names.count(name) for name in names), default=0)
+def _ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
+    """The median of the ratios of single rounds: what disturbed a round disturbed both."""
+    both = ours.keys() & theirs.keys()
+    return statistics.median(ours[number] / theirs[number] for number in both) if both else None
 
 
 def _by_process(measurements: Sequence[Measurement]) -> dict[str, dict[str, float]]:

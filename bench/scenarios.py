@@ -47,8 +47,8 @@ STAGES = (
     Stage(
         engine_options=("--instant", "--prefix-cache-blocks", "0"),
         scenarios=(
-            Scenario(name="1 client", clients=1, seconds=3.0),
-            Scenario(name="64 clients", clients=64, seconds=5.0),
+            Scenario(name="1 client", clients=1, seconds=2.0),
+            Scenario(name="64 clients", clients=64, seconds=3.0),
         ),
     ),
     Stage(
@@ -60,7 +60,7 @@ STAGES = (
             Scenario(
                 name="32 streams",
                 clients=32,
-                seconds=6.0,
+                seconds=5.0,
                 stream=True,
                 per="token",
                 ttft_ms=TTFT_MS,
@@ -78,7 +78,7 @@ STAGES = (
             Scenario(
                 name="256 streams",
                 clients=256,
-                seconds=6.0,
+                seconds=5.0,
                 stream=True,
                 per="token",
                 ttft_ms=TTFT_MS,
@@ -92,9 +92,10 @@ STAGES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One load on one system. ``cpu_us`` is the system's CPU time per request or token, ``cpu_us_of`` the same by
-    process."""
+    """One load on one system, in round ``number``. ``cpu_us`` is the system's CPU time per request or token,
+    ``cpu_us_of`` the same by process."""
 
+    number: int
     system: str
     scenario: str
     cpu_us: float
@@ -102,8 +103,8 @@ class Measurement:
     load: Result
 
 
-async def measured(scenario: Scenario, system: System, seconds: float | None = None) -> Measurement:
-    """Put the load of ``scenario`` on ``system`` once."""
+async def measured(scenario: Scenario, system: System, number: int = 0, seconds: float | None = None) -> Measurement:
+    """Put the load of ``scenario`` on ``system`` once, in round ``number``."""
     load = Load(
         port=system.port,
         model=MODEL,
@@ -136,6 +137,7 @@ async def measured(scenario: Scenario, system: System, seconds: float | None = N
     units = result.tokens if scenario.per == "token" else result.requests
     spent = {name: (after[name] - before[name]) * 1e6 / units for name in after}
     return Measurement(
+        number=number,
         system=system.name,
         scenario=scenario.name,
         cpu_us=sum(spent.values()),
