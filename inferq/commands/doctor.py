@@ -81,6 +81,8 @@ async def examine(examined: Examined) -> list[Finding]:
         try:
             async with asyncio.timeout(_CHECK_LIMIT_S):
                 findings += await check()
+        except CannotStart:
+            continue  # a setting is wrong, which the look at the settings has told
         except TimeoutError:
             findings.append(
                 Finding(name, Level.FAILURE, f"no result within {_CHECK_LIMIT_S:.0f} s", "look at the host")

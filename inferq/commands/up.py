@@ -14,7 +14,6 @@ from types import FrameType
 
 from rich.markup import escape
 from rich.status import Status
-from rich.table import Table
 
 from broker import BrokerSettings
 from inferq.console import err, out, print_json
@@ -178,17 +177,11 @@ class TerminalAnnouncer:
 
     def _print_table(self, stack: RunningStack) -> None:
         out.print(f"\n[bold green]inferq is up[/bold green] after {stack.ready_after_s + self._set_up_s:.0f} s\n")
-        table = Table(box=None, show_header=False, pad_edge=True)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        table.add_row("Router", f"{stack.router_url}/v1  (OpenAI API)")
-        table.add_row("Manager", stack.manager_url)
-        for name, url in stack.worker_urls.items():
-            table.add_row(name.capitalize(), f"{url}  ({escape(self._serving.engine)})")
-        table.add_row("Model", escape(self._serving.model))
-        table.add_row("Queue", escape(stack.queue))
-        table.add_row("Logs", escape(str(stack.logs)))
-        out.print(table)
+        rows = [("Router", f"{stack.router_url}/v1  (OpenAI API)"), ("Manager", stack.manager_url)]
+        rows += [(name.capitalize(), f"{url}  ({self._serving.engine})") for name, url in stack.worker_urls.items()]
+        rows += [("Model", self._serving.model), ("Queue", stack.queue), ("Logs", str(stack.logs))]
+        for name, text in rows:
+            out.print(f"  [bold]{name:<11}[/bold]{escape(text)}")
         body = json.dumps(
             {"model": self._serving.model, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
         )
