@@ -12,10 +12,9 @@ import typer
 
 from inferq import __version__
 from queue_schemas import InferqError
-from telemetry.server import EXIT_REFUSED, run_process
 
-from .client import DEFAULT_URL
 from .commands.options import (
+    DEFAULT_URL,
     ApiKey,
     AsJson,
     DataDir,
@@ -55,12 +54,14 @@ def main() -> None:
         app(prog_name="inferq")
     except InferqError as error:
         sys.stderr.write(f"inferq: {error.message}\n")
-        sys.exit(EXIT_REFUSED)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _run(work: Callable[[], Awaitable[None]]) -> None:
+    from telemetry.server import run_process  # noqa: PLC0415
+
     raise typer.Exit(run_process(work))
 
 
@@ -75,6 +76,11 @@ def options(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    else:
+        from telemetry import configure_logging  # noqa: PLC0415
+
+        # A role sets its own up; of the other commands only what a person must see.
+        configure_logging("inferq", "warning", "auto")
 
 
 @app.command()

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 
 from queue_schemas import FABRIC_PREFIX, JOIN_TOKEN_HEADER, InferqError, PoolDepth, PoolList, WorkerList
 
-DEFAULT_URL = "http://127.0.0.1:18000"
 ASK_LIMIT_S = 10.0
 """Limit on an answer of the control plane."""
 ANSWER_LIMIT_S = 3600.0
@@ -48,7 +47,7 @@ class Answer:
 class FabricClient:
     """Use it as ``async with FabricClient(url) as client``. All methods raise :class:`FabricRefused`."""
 
-    def __init__(self, url: str = DEFAULT_URL, *, api_key: str = "", join_token: str = "") -> None:
+    def __init__(self, url: str, *, api_key: str = "", join_token: str = "") -> None:
         self.url = url.rstrip("/")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         if join_token:

@@ -1,15 +1,18 @@
-"""Options that several commands share."""
+"""Options that several commands share. Imports little: `inferq --version` and `--help` come through here too."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferq.client import DEFAULT_URL, FabricClient
-from inferq.stack.plan import StackOptions, choose_engine
+if TYPE_CHECKING:
+    from inferq.client import FabricClient
+    from inferq.stack import StackOptions
+
+DEFAULT_URL = "http://127.0.0.1:18000"
 
 RouterUrl = Annotated[str, typer.Option(envvar="INFERQ_ROUTER_URL", help="The Router to ask.")]
 ApiKey = Annotated[str, typer.Option(envvar="INFERQ_API_KEY", help="API key, if the Router wants one.")]
@@ -21,6 +24,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, for scripts.")
 
 def open_client(router_url: str = DEFAULT_URL, api_key: str = "", join_token: str = "") -> FabricClient:
     """The client that those options describe."""
+    from inferq.client import FabricClient  # noqa: PLC0415 - loaded by the commands that need it
+
     return FabricClient(router_url, api_key=api_key, join_token=join_token)
 
 
@@ -79,6 +84,8 @@ def stack_options(
     data_dir: Path,
 ) -> StackOptions:
     """The stack that those options ask for. Raises ``CannotStart`` if they contradict each other."""
+    from inferq.stack.plan import StackOptions, choose_engine  # noqa: PLC0415
+
     return StackOptions(
         engine=choose_engine(engine, engine_url),
         engine_url=engine_url,
