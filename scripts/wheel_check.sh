@@ -8,7 +8,10 @@ python=$1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
 
-"$python" -m build --wheel --no-isolation --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
+# From a copy: what an earlier build has left here must not get into the wheel, nor this one stay.
+mkdir "$work/source"
+cp -r pyproject.toml README.md LICENSE broker inferq manager queue_schemas router telemetry worker "$work/source"
+"$python" -m build --wheel --no-isolation --outdir "$work/dist" "$work/source" >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 "$python" -m venv --without-pip "$work/venv"
 "$python" - "$work" <<'PYTHON'
 """Unpack the wheel as an installer would, and lend the new environment the dependencies, but not the checkout."""
