@@ -163,8 +163,9 @@ class ProcessEngine:
 
     async def _watch_exit(self, process: Process) -> None:
         code = await process.wait()
-        # At once: every job claimed from here on would spend an attempt on an engine that is not there.
-        self._become(EngineState.FAILED, f"{self.name} ended with exit code {code}")
+        if self.state is EngineState.READY:
+            # At once: every job claimed from here on would spend an attempt on an engine that is not there.
+            self._become(EngineState.FAILED, f"{self.name} ended with exit code {code}")
         await asyncio.sleep(_POLL_S)  # for the last words of the process
         raise EngineFailed(f"{self.name} ended with exit code {code}{self._last_words()}")
 
