@@ -100,6 +100,8 @@ class Fleet:
         command = [sys.executable, "-m", "manager.service", "--port", str(self.manager_port)]
         command += ["--redis-url", server.url, "--lease-ms", str(LEASE_MS), "--sweep-ms", "200"]
         command += ["--heartbeat-ms", "200", "--suspect-ms", "1000"]
+        # A look at a paused worker must not outlast the third of a lease in which renewal numbers are read again.
+        command += ["--probe-timeout-ms", "200", "--ping-ms", "200"]
         self.manager = Child("manager", command, folder / "manager.log", cwd=folder)
 
     async def start_manager(self) -> None:
@@ -126,13 +128,17 @@ class Answer:
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.markers: list[Marker] = []
+        self.epoch = 0
 
     def take(self, item: Frame | Marker) -> None:
         if isinstance(item, Marker):
             self.markers.append(item)
             return
-        if self.frames and (item.epoch, item.attempt_id) != (self.frames[-1].epoch, self.frames[-1].attempt_id):
+        if item.epoch < self.epoch:
+            return
+        if item.epoch > self.epoch or (self.frames and item.attempt_id != self.frames[-1].attempt_id):
             self.frames.clear()
+            self.epoch = item.epoch
         if item.seq == len(self.frames):
             self.frames.append(item)
 

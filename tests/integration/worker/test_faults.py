@@ -178,15 +178,16 @@ async def test_a_worker_declared_dead_lets_go_and_starts_anew(fleet: Fleet, clie
     """Paused for longer than its lease, it finds itself fenced: its late answers are dropped, it joins as another."""
     paused = await fleet.worker("w1").until_ready()
     before = paused.status()["incarnation"]
-    job = await client.send(stream=True, max_tokens=120)
+    job = await client.send(stream=True, max_tokens=400)
     await client.begun(job)
     paused.process.pause()
+    assert not client.answers[job].ended
     await fleet.worker("w2").until_ready()
     answer = client.answers[job]
-    await eventually(lambda: answer.markers, "the job is taken back", limit_s=LEASE_MS / 1_000 + 10)
+    await eventually(lambda: answer.markers, "the job is taken back", limit_s=LEASE_MS / 1_000 + 30)
     paused.process.resume()
     await eventually(lambda: (paused.status() or {}).get("incarnation") not in (None, before), "a new incarnation")
-    assert complete(await client.answer(job))
+    assert complete(await client.answer(job, 40))
     assert answer.frames[0].epoch == answer.markers[-1].epoch
     await paused.until_ready()
     assert "inferq_fenced_total 1.0" in paused.metrics()
