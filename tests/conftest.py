@@ -7,10 +7,15 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import hypothesis
 import pytest
 
 from broker import Broker, BrokerSettings
 from tests.support.servers import Server, redis_binary, valkey_binary
+
+# No limit on one example: a machine that others use too must not make a property fail.
+hypothesis.settings.register_profile("inferq", deadline=None, max_examples=60)
+hypothesis.settings.load_profile("inferq")
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import redis
 import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from broker import Broker, BrokerSettings, embedded
 from broker.embedded import EmbeddedServer
@@ -78,7 +80,7 @@ async def test_data_password_and_port_are_kept(tmp_path: Path) -> None:
 async def test_only_the_password_opens_it_and_only_the_owner_reads_it(tmp_path: Path) -> None:
     """Loopback is shared by all users of a machine: the password is random and its file is private."""
     async with EmbeddedServer(tmp_path) as server:
-        anybody = redis.asyncio.Redis(port=server.port)
+        anybody = redis.asyncio.Redis(port=server.port, retry=Retry(NoBackoff(), 0))
         with pytest.raises(redis.AuthenticationError):
             await anybody.ping()
         await anybody.aclose()
@@ -131,7 +133,7 @@ async def test_a_crashed_server_comes_back_on_the_same_port_and_data(tmp_path: P
     async with EmbeddedServer(tmp_path) as server:
         async with client_of(server) as client:
             await client.set("kept", "yes")
-            await client.execute_command("WAITAOF", 1, 0, 3_000)
+            await client.waitaof(1, 0, 3_000)
         url, pid = server.url, server.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
