@@ -94,7 +94,7 @@ async def test_it_starts_answers_and_ends(tmp_path: Path) -> None:
         assert states == [EngineState.STARTING, EngineState.READY]
         pid = await ask_pid(engine)
         assert alive(pid)
-    assert not alive(pid)
+    await eventually(lambda: not alive(pid), "the engine is gone")
     assert "hello from the engine" in (tmp_path / "logs" / "engine.log").read_text()
 
 
@@ -132,7 +132,7 @@ async def test_an_engine_that_never_gets_ready_is_ended_and_said_so(tmp_path: Pa
         await eventually(lambda: engine.state is EngineState.FAILED, "the failure is seen")
         assert "not ready within" in engine.detail
         assert "loading" in engine.detail
-        assert not alive(pid)
+        await eventually(lambda: not alive(pid), "the process is gone")
 
 
 async def test_a_command_that_does_not_exist_is_a_clear_failure(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ async def test_an_engine_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     async with supervised(IGNORES_SIGTERM, tmp_path) as (engine, _):
         await ready(engine)
         pid = await ask_pid(engine)
-    assert not alive(pid)
+    await eventually(lambda: not alive(pid), "the engine is gone")
 
 
 async def test_what_the_engine_started_ends_with_it(tmp_path: Path) -> None:
