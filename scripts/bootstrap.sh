@@ -36,7 +36,8 @@ fi
 lock=requirements/$set_name.lock
 echo "inferq: installing $(grep -c '==' "$lock") locked packages into $venv (once; half a minute or so)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements/build.lock -r "$lock"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+# setuptools warns of every editable installation; nothing here can be mistaken for another package.
+PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 touch "$venv/.installed-$set_name"
 if [ "$set_name" = dev ]; then
     touch "$venv/.installed-runtime"

@@ -72,7 +72,7 @@ class RoleProcess:
     async def wait_ready(self, session: aiohttp.ClientSession, waiting_for: Callable[[str], None]) -> None:
         """Return once the role answers /readyz with 200; ``waiting_for`` hears what it waits for meanwhile."""
         while not self._ready:
-            status, text = await _ask(session, f"{self.spec.url}/readyz")
+            status, text = await ask(session, f"{self.spec.url}/readyz")
             # A stranger on the port must not pass for a role of ours that has ended.
             if status == 200 and self.pid is not None:
                 self._ready = True
@@ -138,7 +138,7 @@ async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
         yield line
 
 
-async def _ask(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
+async def ask(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
     """The status and text of ``url``; status 0 if nobody answers."""
     try:
         async with session.get(url, timeout=aiohttp.ClientTimeout(total=_ASK_LIMIT_S)) as answer:

@@ -21,9 +21,10 @@ from queue_schemas import CannotStart
 from telemetry.server import bind_socket
 
 from .plan import RoleSpec, StackPlan
-from .process import RoleProcess
+from .process import RoleProcess, ask
 
 QUEUE_CHECK_LIMIT_MS = 5_000
+LISTED_LIMIT_S, LISTED_POLL_S = 15.0, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,23 @@ async def _start(
             raise CannotStart(
                 f"{process.spec.name} was not ready within {limit_s:.0f} s; its log: {process.log_path}"
             ) from error
+    _, router, *workers = processes
+    if workers:
+        announcer.starting("router: waiting to hear of the models")
+        await _until_listed(session, router.spec.url)
+
+
+async def _until_listed(session: aiohttp.ClientSession, router_url: str) -> None:
+    """Return once the Router lists a model: whoever tries the line that we print must not be told "no such model".
+
+    Also where it does not tell us (API keys), and after a while whatever it says: an attached server may list none.
+    """
+    limit = time.monotonic() + LISTED_LIMIT_S
+    while time.monotonic() < limit:
+        status, text = await ask(session, f"{router_url}/v1/models")
+        if status != 200 or '"id"' in text:
+            return
+        await asyncio.sleep(LISTED_POLL_S)
 
 
 def _tell_waiting(announcer: Announcer, role: RoleSpec) -> Callable[[str], None]:

@@ -1,0 +1,123 @@
+"""The commands that talk to a running fabric, as a shell calls them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.fleet import ROOT, Fleet
+from tests.support.processes import Child, free_port
+from tests.support.waiting import eventually
+
+LIMIT_S = 60.0
+
+
+async def _inferq(folder: Path, *arguments: str, typed: str = "") -> tuple[int, str, str]:
+    """Exit code, output and error output of one command, with ``typed`` as its input."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "inferq", *arguments),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=clean | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+        cwd=folder,
+    )
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(typed.encode()), LIMIT_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def test_chat_queues_workers_and_doctor_tell_of_a_running_fabric(fleet: Fleet, tmp_path: Path) -> None:
+    """One question, a conversation, the pools, the fleet and a check-up, for people and as JSON."""
+    await fleet.up(workers=2)
+    at = ("--router-url", fleet.router.url)
+
+    code, output, _ = await _inferq(tmp_path, "chat", "hello there", *at)
+    assert (code, output) == (0, "hello there\n")
+
+    code, output, _ = await _inferq(tmp_path, "chat", "hello there", "--json", *at)
+    answer = json.loads(output)
+    assert (code, answer["text"], answer["finish_reason"]) == (0, "hello there", "stop")
+    assert answer["request_id"].startswith("req_")
+
+    code, output, _ = await _inferq(tmp_path, "chat", *at, typed="first\n/clear\nsecond\n/quit\nnever\n")
+    assert (code, output.split()) == (0, ["first", "second"])
+
+    code, output, _ = await _inferq(tmp_path, "queues", "--json", *at)
+    (pool,) = json.loads(output)
+    assert (code, pool["model"], pool["waiting"], pool["workers"]) == (0, "sim", 0, 2)
+    code, output, _ = await _inferq(tmp_path, "queues", *at)
+    assert (code, output.split()[:2]) == (0, ["MODEL", "LANE"])
+
+    code, output, _ = await _inferq(tmp_path, "workers", "--json", *at)
+    assert code == 0
+    assert [worker["worker_id"] for worker in json.loads(output)["workers"]] == ["worker-1", "worker-2"]
+
+    code, output, _ = await _inferq(tmp_path, "doctor", "--json", "--redis-url", fleet.server.url, *at)
+    report = json.loads(output)
+    assert (code, report["ok"]) == (0, True)
+    assert "2 of 2 workers take work" in [finding["text"] for finding in report["findings"]]
+
+
+async def test_queues_can_be_watched_until_ctrl_c(fleet: Fleet, tmp_path: Path) -> None:
+    """A line of JSON for each look, and a clean end."""
+    await fleet.up(workers=1)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
+    args = [sys.executable, "-m", "inferq", "queues", "--watch", "--interval", "0.1", "--json"]
+    args += ["--router-url", fleet.router.url]
+    watch = Child("watch", args, tmp_path / "watch.log", env=clean | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    watch.start()
+    try:
+        await eventually(lambda: watch.log_text().count("\n") >= 3, "three looks", limit_s=LIMIT_S)
+        watch.send(signal.SIGINT)
+        await eventually(lambda: not watch.running, "the watch ends")
+    finally:
+        watch.kill_group()
+    assert watch.returncode == 130
+    assert all(json.loads(line)[0]["model"] == "sim" for line in watch.log_text().splitlines()[:3])
+
+
+async def test_the_demo_uses_a_running_fabric(fleet: Fleet, tmp_path: Path) -> None:
+    """A chat, a streamed chat and twenty answers, each to its own prompt."""
+    await fleet.up(workers=1)
+    code, output, _ = await _inferq(tmp_path, "demo", "--json", "--router-url", fleet.router.url)
+    shown: dict[str, Any] = json.loads(output)
+    assert code == 0
+    assert shown["chat"]["text"] == "What is the capital of France?"
+    assert shown["stream"]["finish_reason"] in {"stop", "length"}
+    assert len(shown["together"]) == 20
+    assert len({answer["text"] for answer in shown["together"]}) == 20
+
+
+async def test_the_demo_brings_its_own_fabric_and_takes_it_away(tmp_path: Path) -> None:
+    """Where none runs: simulated engines, free ports, a summary for people, and no process left."""
+    nobody = f"http://127.0.0.1:{free_port()}"
+    code, output, errors = await _inferq(tmp_path, "demo", "--engine", "sim", "--router-url", nobody)
+    assert code == 0, errors
+    assert "20 answers, none lost" in output
+    assert "starting one for the demo" in errors
+    assert _processes_of(tmp_path) == []
+
+
+def _processes_of(folder: Path) -> list[str]:
+    """The command lines that name ``folder``."""
+    found = []
+    for page in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = page.read_text("utf-8", "replace")
+        except OSError:
+            continue
+        if str(folder) in command:
+            found.append(command)
+    return found
