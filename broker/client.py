@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from queue_schemas import (
     BadRequest,
     Control,
+    ControlKind,
     Fenced,
     Frame,
     Incarnation,
@@ -264,16 +265,21 @@ class Broker:
             try:
                 job = Job.unpack(envelope)
             except BadRequest as error:
-                await self._refuse(keys, job_id, epoch, attempt_id, error)
+                await self._refuse(keys, incarnation, (job_id, epoch, attempt_id), error)
             else:
                 leases.append(Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms))
         return leases
 
-    async def _refuse(self, keys: ShardKeys, job_id: bytes, epoch: int, attempt_id: bytes, error: BadRequest) -> None:
+    async def _refuse(
+        self, keys: ShardKeys, incarnation: str, attempt: tuple[bytes, int, bytes], error: BadRequest
+    ) -> None:
         """An envelope that this build cannot read is left to others, and ends as a dead letter if none can."""
-        log.warning("envelope_refused", job_id=job_id.decode(), error=error.message)
+        log.warning("envelope_refused", job_id=attempt[0].decode(), error=error.message)
         reason = f"its worker cannot read it: {error.message}"
-        await self._caller.script("release", keys.budget, keys.prefix, job_id, epoch, attempt_id, 1, reason)
+        await self._caller.script("release", keys.budget, keys.prefix, *attempt, 1, reason)
+        # The claim may have given all that was asked for, and so not parked this worker: it has to claim again.
+        control = keys.control(incarnation)
+        await self._caller.command(control, "XADD", control, "NOMKSTREAM", "*", "k", ControlKind.WAKE.value)
 
     async def renew(self, incarnation: Incarnation) -> None:
         """Keep all leases of ``incarnation``. Raises ``Fenced`` if it was declared dead."""

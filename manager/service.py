@@ -65,7 +65,7 @@ async def serve(
             tasks.create_task(server.watch(), name="embedded queue")
             log.info("embedded_queue", port=server.port, data=str(server.data_dir))
             broker_settings = broker_settings.model_copy(update={"redis_url": server.url})
-        probe = await exits.enter_async_context(HttpWorkerProbe(settings.probe_timeout_ms / 1000))
+        probe = await exits.enter_async_context(HttpWorkerProbe(settings.probe_limit_s))
         service = ManagerService(settings, open_broker(broker_settings), probe, broker_url=broker_settings.redis_url)
         host, port = listener.getsockname()[:2]
         log.info("listening", url=f"http://{host}:{port}")

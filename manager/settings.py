@@ -39,6 +39,11 @@ class ManagerSettings(RoleSettings):
     broker_call_ms: int = Field(2_000, ge=50, description="Limit on one call to the broker by the Manager's loops")
     shutdown_limit_ms: int = Field(5_000, ge=1_000, description="How long running requests may take at the end")
 
+    @property
+    def probe_limit_s(self) -> float:
+        """Limit on a look at a health page: short beside the lease, or looking would interrupt the watch of beats."""
+        return min(self.probe_timeout_ms, self.lease_ms / 6) / 1000
+
     @model_validator(mode="after")
     def _in_proportion(self) -> Self:
         if self.suspect_ms < 2 * self.heartbeat_ms:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from broker import Broker, Reclaimed
 from queue_schemas import (
+    Control,
+    ControlKind,
     Fenced,
     Frame,
     Lane,
@@ -18,6 +21,7 @@ from queue_schemas import (
     MarkerKind,
     Outcome,
     Settled,
+    ShardKeys,
     State,
     new_job_id,
 )
@@ -46,6 +50,8 @@ async def _expired(broker: Broker, worker: Puller, lease: Lease) -> object:
 
 
 LOSSES: dict[str, Loss] = {"reclaim": _reclaimed, "leave": _left, "cancel": _cancelled, "expire": _expired}
+TTL_MS: dict[Loss, int] = {_reclaimed: 60_000, _left: 60_000, _cancelled: 60_000, _expired: 400}
+"""Long enough to be claimed first on a busy machine."""
 
 
 async def waiting(broker: Broker) -> int:
@@ -63,7 +69,7 @@ async def test_the_answer_of_a_lost_attempt_is_refused(
     broker: Broker, worker: Puller, listener: Listener, loss: Loss
 ) -> None:
     """After reclaim, leave, cancel or expiry a late settle is FENCED, and its frames reach nobody."""
-    await broker.enqueue(make_job(reply_to=listener.router, ttl_ms=40))
+    await broker.enqueue(make_job(reply_to=listener.router, ttl_ms=TTL_MS[loss]))
     lease = await worker.claim_one()
     await loss(broker, worker, lease)
     assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
@@ -72,7 +78,7 @@ async def test_the_answer_of_a_lost_attempt_is_refused(
 
 async def test_a_lost_attempt_cannot_be_handed_back(broker: Broker, worker: Puller, loss: Loss) -> None:
     """After reclaim, leave, cancel or expiry a late release does not queue the job a second time."""
-    await broker.enqueue(make_job(ttl_ms=40))
+    await broker.enqueue(make_job(ttl_ms=TTL_MS[loss]))
     lease = await worker.claim_one()
     await loss(broker, worker, lease)
     before = await waiting(broker)
@@ -293,3 +299,17 @@ async def test_a_poisoned_job_does_not_take_its_neighbours_along(broker: Broker)
         await broker.leave(puller.incarnation)
     assert done == {job.id for job in neighbours}
     assert await broker.enqueue(poison) is State.DEAD
+
+
+async def test_an_envelope_that_cannot_be_read_is_left_to_others_and_ends(broker: Broker, client: Any) -> None:
+    """A worker of another version refuses the job, is told to claim again, and the job ends as a dead letter."""
+    worker = await Puller(broker).join()
+    job = make_job(max_attempts=1)
+    await broker.enqueue(job)
+    key = ShardKeys(0).job(job.id)
+    await client.hset(key, "env", b"\xc1 from another age")
+    assert await worker.claim(1) == []
+    assert Control(ControlKind.WAKE) in await worker.told()
+    assert await client.hget(key, "state") == b"dead"
+    ((_, letter),) = await client.xrange(ShardKeys(0).dead)
+    assert b"cannot read" in letter[b"cause"]
