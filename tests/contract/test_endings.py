@@ -105,10 +105,10 @@ async def test_a_waiting_job_expires(broker: Broker, worker: Puller, listener: L
 
 async def test_a_running_job_expires(broker: Broker, worker: Puller, listener: Listener) -> None:
     """Its worker is told to abort and its Router that time ran out."""
-    job = make_job(reply_to=listener.router, ttl_ms=30)
+    job = make_job(reply_to=listener.router, ttl_ms=400)
     await broker.enqueue(job)
-    await worker.claim_one()
-    await asyncio.sleep(0.04)
+    lease = await worker.claim_one()
+    await asyncio.sleep(lease.remaining_ms / 1000 + 0.005)
     assert (await broker.expire()).expired == 1
     (abort,) = await worker.told()
     assert (abort.kind, abort.job_id) == (ControlKind.ABORT, job.id)
@@ -118,10 +118,11 @@ async def test_a_running_job_expires(broker: Broker, worker: Puller, listener: L
 
 async def test_a_job_that_waits_again_keeps_its_deadline(broker: Broker, worker: Puller) -> None:
     """Losing an attempt does not buy time."""
-    job = make_job(ttl_ms=40)
+    job = make_job(ttl_ms=400)
     await broker.enqueue(job)
-    await broker.release(await worker.claim_one(), "draining", counted=False)
-    await asyncio.sleep(0.05)
+    lease = await worker.claim_one()
+    await broker.release(lease, "draining", counted=False)
+    await asyncio.sleep(lease.remaining_ms / 1000 + 0.005)
     assert await worker.claim() == []
     assert await broker.enqueue(job) is State.EXPIRED
 
