@@ -65,12 +65,6 @@ class Connection:
         elif self._request is not None:
             self._request.cancel()
 
-    def hold_head(self) -> None:
-        """Let the answer's head wait for the first of its body: one packet for the client, one system call for us."""
-        cycle = _cycle(self._receive)
-        if cycle is not None and not cycle.response_started:
-            cycle.transport = _HeadHolder(cycle)  # type: ignore[assignment] # what a cycle uses of a transport
-
     def _step(self, _done: asyncio.Future[Any] | None) -> None:
         """Run ``receive()`` up to its next wait, as a task would, and come back when that is over."""
         self._awaited = None
@@ -98,39 +92,6 @@ class Connection:
         on_gone, self._on_gone = self._on_gone, None
         if on_gone is not None:
             on_gone()
-
-
-class _HeadHolder:
-    """Stands in for the transport of one cycle until its second write, or whatever else comes first."""
-
-    __slots__ = ("_cycle", "_held", "_transport")
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-        self._transport = cycle.transport
-        self._held = b""
-
-    def write(self, data: bytes) -> None:
-        if self._held:
-            self._cycle.transport = self._transport
-            self._transport.write(self._held + data)
-        else:
-            self._held = data
-
-    def close(self) -> None:
-        self._let_go().close()
-
-    def abort(self) -> None:
-        self._let_go().abort()
-
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-    def _let_go(self) -> asyncio.Transport:
-        self._cycle.transport = self._transport
-        if self._held:
-            self._transport.write(self._held)
-        return self._transport
 
 
 def _cycle(receive: Receive) -> RequestResponseCycle | None:

@@ -212,12 +212,10 @@ class Inference:
             if stitch.ended and head is not None:
                 request.connection.unwatch()
                 request.sending_since_s = request.quiet_since_s
-                request.connection.hold_head()
                 await exchange.finish(head, data)
                 return
             if data and head is not None:
                 request.sending_since_s = request.quiet_since_s
-                request.connection.hold_head()
                 await exchange.write(head, data)
                 request.sending_since_s = _NEVER
             error = stitch.error or request.error

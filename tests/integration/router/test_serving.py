@@ -227,20 +227,6 @@ async def test_pipelined_requests_are_answered_in_order(router: RunningRouter, w
     writer.close()
 
 
-async def test_a_plain_answer_is_one_packet(router: RunningRouter, worker: Speaker) -> None:
-    """Head and body leave in one write, and the connection serves the next request as well."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
-    body = orjson.dumps(CHAT)
-    for _ in range(2):
-        writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (PATH.encode(), len(body), body))
-        await worker.answer(await worker.lease(), b"the body")
-        async with asyncio.timeout(5):
-            packet = await reader.read(65_536)
-        assert packet.startswith(b"HTTP/1.1 200 OK\r\n")
-        assert packet.endswith(b"\r\n\r\nthe body")
-    writer.close()
-
-
 async def test_redis_killed_and_back_loses_no_request(own_valkey: Server) -> None:
     """Requests that wait, and requests that come, while Redis restarts are answered; readiness says what happens."""
     async with running_router(own_valkey.url) as router, Speaker.join(own_valkey.url) as worker:
