@@ -1,6 +1,7 @@
 """The hot path: one inference request from its head to the end of its answer.
 
-Nothing here makes a task, a timer or a lock per request, parses a body twice, or goes through a web framework.
+Nothing here sets a timer or takes a lock per request, parses a body twice, or goes through a web framework. The one
+task besides the request's own waits for the client to leave.
 """
 
 from __future__ import annotations
