@@ -59,20 +59,18 @@ async def test_a_worker_that_found_less_than_it_wanted_is_woken(broker: Broker, 
     assert await worker.told() == [WAKE]
 
 
-async def test_who_leaves_work_behind_wakes_the_next(broker: Broker, worker: Puller) -> None:
-    """A claim that takes one of two jobs wakes a worker that parked after both were enqueued, for the other."""
-    await broker.enqueue(make_job())
-    await broker.enqueue(make_job())
-    held = [await worker.claim_one(), await worker.claim_one()]
-    (idle,) = await parked(broker, 1)
-    busy = await Puller(broker).join()
-    for lease in held:
-        await broker.release(lease, "draining", counted=False)
-    assert await woken([idle]) == [idle]
-    assert len(await busy.claim(1)) == 1
-    (late,) = await parked(broker, 1, models=("another",))
-    assert len(await idle.claim(1)) == 1
-    assert await woken([late]) == []
+async def test_who_leaves_work_behind_wakes_the_next(broker: Broker) -> None:
+    """Jobs of two models both wake the worker that parked first; it has one slot, and its claim wakes the other one."""
+    first, second = await Puller(broker).join(), await Puller(broker).join()
+    for worker in (first, second):
+        assert await worker.claim(models=("x", "y")) == []
+        await asyncio.sleep(0.005)  # so that they parked at different times, whatever the clock's grain
+    await broker.enqueue(make_job(model="x"))
+    await broker.enqueue(make_job(model="y"))
+    assert await woken([first, second]) == [first]
+    assert len(await first.claim(1, models=("x", "y"))) == 1
+    assert await woken([second]) == [second]
+    assert len(await second.claim(1, models=("x", "y"))) == 1
 
 
 async def test_a_chain_of_wakes_empties_the_queue(broker: Broker) -> None:
