@@ -1,6 +1,6 @@
 """The broker: every operation of the queue, for every role.
 
-One object per process. Concurrent calls of the same kind share round trips (:mod:`broker.batching`); a call whose
+One object per process. Concurrent calls of the same kind share round trips (:mod:`broker.job_batches`); a call whose
 reply is lost is repeated (:mod:`broker.calls`) and has no second effect. All methods raise ``BrokerUnavailable`` when
 Redis cannot be reached within the limit, ``BrokerUnsuitable`` when it refuses us.
 """
@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn, Self
 
 from pydantic import ValidationError
@@ -32,7 +31,6 @@ from queue_schemas import (
     Lease,
     Marker,
     Outcome,
-    OverCapacity,
     Pool,
     Settled,
     ShardKeys,
@@ -45,8 +43,8 @@ from queue_schemas.ids import decode_name, encode_name
 from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
 from telemetry import get_logger
 
-from .batching import Batcher
 from .calls import Caller
+from .job_batches import ShardBatches
 from .link import ClientLink, Link, open_link
 from .server import ServerFacts, read_facts, require_suitable, settle_meta
 from .settings import BrokerSettings, Budgets
@@ -79,26 +77,6 @@ class Expired:
     woken: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Enqueue:
-    job: Job
-    envelope: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Settle:
-    lease: Lease
-    outcome: Outcome
-    frames: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Release:
-    lease: Lease
-    reason: str
-    counted: bool
-
-
 class Broker:
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests)."""
 
@@ -107,11 +85,8 @@ class Broker:
         self.replies_ready = asyncio.Event()
         """Set once this Router's reply streams exist; only then may it enqueue."""
         self._caller = Caller(link, retry_limit_s=retry_limit_ms / 1000, script_flags=script_flags)
-        self._budgets = budgets
         self._keys = [ShardKeys(shard) for shard in range(shards)]
-        self._enqueues = [Batcher(partial(self._send_enqueues, keys), _enqueue_size) for keys in self._keys]
-        self._settles = [Batcher(partial(self._send_settles, keys), _settle_size) for keys in self._keys]
-        self._releases = [Batcher(partial(self._send_releases, keys), _release_size) for keys in self._keys]
+        self._batches = [ShardBatches(self._caller, keys, budgets) for keys in self._keys]
         self._control_read: dict[tuple[int, str], str] = {}
 
     @classmethod
@@ -152,11 +127,7 @@ class Broker:
 
     async def close(self) -> None:
         """Close the connections; calls still under way are cancelled."""
-        await asyncio.gather(
-            *(batcher.close() for batcher in self._enqueues),
-            *(batcher.close() for batcher in self._settles),
-            *(batcher.close() for batcher in self._releases),
-        )
+        await asyncio.gather(*(batches.close() for batches in self._batches))
         await self._caller.link.close()
 
     @property
@@ -188,7 +159,7 @@ class Broker:
     async def enqueue(self, job: Job) -> State:
         """Put ``job`` on its queue: ``QUEUED``, or the state of a job of that id that is already known (``CANCELLED``
         for one that was cancelled before it came). Raises ``OverCapacity``, ``BrokerFull``."""
-        return await self._enqueues[shard_of_job(job.id)].submit(_Enqueue(job, job.pack()))
+        return await self._batches[shard_of_job(job.id)].enqueue(job)
 
     async def cancel(self, job_id: JobId, reason: str) -> State | None:
         """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then)."""
@@ -306,7 +277,7 @@ class Broker:
     async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
         """End an attempt with its answer. ``frames`` (packed; those not yet published, the last with END) reach the
         Router only if the answer is ``OK``."""
-        return await self._settles[shard_of_job(lease.job.id)].submit(_Settle(lease, outcome, frames))
+        return await self._batches[shard_of_job(lease.job.id)].settle(lease, outcome, frames)
 
     async def release(self, lease: Lease, reason: str, *, counted: bool) -> Settled:
         """End an attempt without an answer: the job waits again, ahead of new work.
@@ -314,7 +285,7 @@ class Broker:
         ``counted``: the attempt is spent, this worker is avoided for two seconds, and a job whose attempts are used up
         becomes a dead letter. Otherwise it is handed back as if never started.
         """
-        return await self._releases[shard_of_job(lease.job.id)].submit(_Release(lease, reason, counted))
+        return await self._batches[shard_of_job(lease.job.id)].release(lease, reason, counted)
 
     async def read_control(
         self, shard: int, incarnation: Incarnation, after: str, block_ms: int
@@ -444,63 +415,6 @@ class Broker:
                 where = (Pool(decode_name(pool)), Lane(lane), event)
                 totals[where] = totals.get(where, 0) + int(count)
         return totals
-
-    # Batches
-
-    async def _send_enqueues(self, keys: ShardKeys, items: Sequence[_Enqueue]) -> list[State | Exception]:
-        limits = self._budgets
-        args: list[Any] = [limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes]
-        for item in items:
-            job = item.job
-            args += (
-                job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
-                job.reply_to, int(job.stored), job.ttl_ms, job.max_attempts,
-            )  # fmt: skip
-        answers = await self._caller.script("enqueue", keys.budget, keys.prefix, *args, wait_when_full=False)
-        return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
-
-    async def _send_settles(self, keys: ShardKeys, items: Sequence[_Settle]) -> list[Settled]:
-        args: list[Any] = []
-        for item in items:
-            lease = item.lease
-            args += (lease.job.id, lease.epoch, lease.attempt_id, item.outcome.value, item.frames)
-        answers = await self._caller.script("settle", keys.budget, keys.prefix, *args)
-        return [Settled(answer.decode()) for answer in answers]
-
-    async def _send_releases(self, keys: ShardKeys, items: Sequence[_Release]) -> list[Settled]:
-        args: list[Any] = []
-        for item in items:
-            lease = item.lease
-            args += (lease.job.id, lease.epoch, lease.attempt_id, int(item.counted), item.reason)
-        answers = await self._caller.script("release", keys.budget, keys.prefix, *args)
-        return [Settled(answer.decode()) for answer in answers]
-
-
-_BUDGET_SENTENCES = {
-    "tenant_jobs": "your account has too many requests waiting or running",
-    "tenant_bytes": "your account has too many bytes of requests waiting or running",
-    "pool_jobs": "too many requests wait for model {model}",
-    "pool_bytes": "too many bytes of requests wait for model {model}",
-}
-
-
-def _enqueued(answer: str, job: Job) -> State | Exception:
-    if answer.startswith("over "):
-        sentence = _BUDGET_SENTENCES[answer.removeprefix("over ")].format(model=job.model)
-        return OverCapacity(f"{sentence}; try again when some have finished", retry_after_s=2)
-    return State(answer)
-
-
-def _enqueue_size(item: _Enqueue) -> int:
-    return len(item.envelope) + 256
-
-
-def _settle_size(item: _Settle) -> int:
-    return len(item.frames) + 256
-
-
-def _release_size(item: _Release) -> int:
-    return len(item.reason) + 256
 
 
 def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:
