@@ -127,7 +127,11 @@ def demo(
     workers: Workers = 1,
     slots: Slots = None,
     router_url: RouterUrl = DEFAULT_URL,
-    router_port: Annotated[int | None, typer.Option(help="Short for --router-url on this machine.")] = None,
+    router_port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="The Router's port on this machine, running or to be started.")
+    ] = None,
+    manager_port: ManagerPort = None,
+    worker_port: WorkerPort = None,
     api_key: ApiKey = "",
     redis_url: RedisUrl = None,
     engine_url: EngineUrl = None,
@@ -136,12 +140,12 @@ def demo(
     vllm_args: VllmArgs = "",
     data_dir: DataDir = DATA_DIR,
     prompts: Annotated[
-        Path | None, typer.Option(envvar="INFERQ_DEMO_PROMPTS", help="HumanEval prompts (.jsonl, .jsonl.gz).")
+        Path | None, typer.Option(envvar="INFERQ_DEMO_PROMPTS", help="Other prompts (.jsonl, .jsonl.gz).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show it at work: a chat, a streamed chat, 20 prompts at once; on a running fabric or one of its own."""
-    from .commands.demo import find_prompts, read_prompts, run_demo  # noqa: PLC0415
+    from .commands.demo import read_prompts, run_demo  # noqa: PLC0415
 
     asked = stack_options(
         engine=engine,
@@ -152,13 +156,13 @@ def demo(
         vllm_args=vllm_args,
         workers=workers,
         slots=slots,
-        router_port=None,
-        manager_port=None,
-        worker_port=None,
+        router_port=router_port,
+        manager_port=manager_port,
+        worker_port=worker_port,
         data_dir=data_dir,
     )
     client = open_client(f"http://127.0.0.1:{router_port}" if router_port else router_url, api_key)
-    batch = read_prompts(find_prompts(prompts))
+    batch = read_prompts(prompts)
     raise typer.Exit(run_demo(client, asked, batch, redis_url=redis_url, as_json=as_json))
 
 

@@ -28,8 +28,6 @@ from telemetry.server import run_process, stop_on_signals
 from .chat import choose_model, describe
 from .up import Serving, TerminalAnnouncer, prepare
 
-HUMANEVAL = Path("../shared/data/humaneval.jsonl.gz")
-"""Where the 164 prompts of openai/human-eval (MIT) are looked for; without them, twenty of our own are used."""
 PROMPTS = 20
 QUESTION = "What is the capital of France?"
 STORY = "Tell me in two sentences what a message queue is good for."
@@ -45,7 +43,8 @@ class Prompt:
 
 
 def read_prompts(path: Path | None, limit: int = PROMPTS) -> list[Prompt]:
-    """The first ``limit`` prompts of a HumanEval file (``.jsonl`` or ``.jsonl.gz``), or our own without a path.
+    """The first ``limit`` prompts of a file (``.jsonl`` or ``.jsonl.gz``; ``task_id`` or ``name``, and ``prompt``);
+    without a path, HumanEval's first, which come with the package.
 
     Raises ``BadRequest`` if the file cannot be read.
     """
@@ -57,7 +56,7 @@ def read_prompts(path: Path | None, limit: int = PROMPTS) -> list[Prompt]:
         lines = [orjson.loads(line) for line in data.splitlines() if line.strip()][:limit]
         return [Prompt(str(line.get("task_id") or line["name"]), _instruction(line)) for line in lines]
     except (OSError, EOFError, KeyError, TypeError, AttributeError, orjson.JSONDecodeError) as error:
-        raise BadRequest(f"{path} cannot be read as HumanEval prompts ({error})") from error
+        raise BadRequest(f"{path} cannot be read as prompts ({error})") from error
 
 
 def run_demo(
@@ -71,8 +70,14 @@ def run_demo(
         err.print(f"Using the fabric at {client.url}.")
         return run_process(lambda: _show(client, prompts, as_json=as_json))
     err.print(f"No fabric answers at {client.url}: starting one for the demo.")
-    # Free ports and a data folder of its own: whatever else runs here is left alone.
-    options = replace(options, router_port=0, manager_port=0, worker_port=0, data_dir=options.data_dir / "demo")
+    # Ports that nobody asked for are free ones, and the data folder is its own: whatever else runs here is left alone.
+    options = replace(
+        options,
+        router_port=options.router_port or 0,
+        manager_port=options.manager_port or 0,
+        worker_port=options.worker_port or 0,
+        data_dir=options.data_dir / "demo",
+    )
     serving = prepare(options, ConsoleProgress(err))
     queue_url = BrokerSettings.load(redis_url=redis_url).redis_url
 
@@ -217,10 +222,3 @@ def _figures(answer: Answer) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def find_prompts(given: Path | None) -> Path | None:
-    """The file to read: the one given, else HumanEval beside this checkout, else none."""
-    if given is not None:
-        return given
-    return HUMANEVAL if HUMANEVAL.exists() else None

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,26 @@ async def test_the_demo_brings_its_own_fabric_and_takes_it_away(tmp_path: Path) 
     assert "20 answers, none lost" in output
     assert "starting one for the demo" in errors
     assert _processes_of(tmp_path) == []
+
+
+async def test_the_demos_own_fabric_takes_the_ports_it_is_given(tmp_path: Path) -> None:
+    """All three of `make demo ROUTER_PORT=... MANAGER_PORT=... WORKER_PORT=...`: with one taken, it says which."""
+    router, manager = free_port(), free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        worker = taken.getsockname()[1]
+        ports = ("--router-port", str(router), "--manager-port", str(manager), "--worker-port", str(worker))
+        code, _, errors = await _inferq(tmp_path, "demo", "--engine", "sim", *ports)
+    assert code == 2
+    assert f"No fabric answers at http://127.0.0.1:{router}" in errors
+    assert f"{worker}" in errors and "--worker-port" in errors
+    code, output, errors = await _inferq(tmp_path, "demo", "--engine", "sim", *ports)
+    assert code == 0, errors
+    assert "20 answers, none lost" in output
+    logs = {log.stem: log.read_text() for log in (tmp_path / ".inferq" / "demo" / "logs").glob("*.log")}
+    for role, port in (("router", router), ("manager", manager), ("worker-1", worker)):
+        assert str(port) in logs[role], f"{role} did not take port {port}"
 
 
 def _processes_of(folder: Path) -> list[str]:

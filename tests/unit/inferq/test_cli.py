@@ -154,8 +154,9 @@ def test_engines_share_the_cores_and_leave_one() -> None:
 
 
 def test_the_demos_own_prompts_are_twenty() -> None:
-    """They come with the package, for those without the HumanEval file."""
+    """HumanEval's first come with the package, whatever the working directory."""
     prompts = read_prompts(None)
+    assert [prompt.name for prompt in prompts] == [f"HumanEval/{number}" for number in range(PROMPTS)]
     assert len(prompts) == PROMPTS
     assert len({prompt.text for prompt in prompts}) == PROMPTS
 
