@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from inferq.client import FabricClient
-from inferq.commands import doctor
-from inferq.commands.doctor import Examined, Finding, Level, about_clock, examine, show_findings
+from inferq.commands.doctor import show_findings
+from inferq.doctor import Examined, Finding, Level, examine, host
+from inferq.doctor.queue import about_clock
 from tests.support.processes import free_port
 from tests.support.servers import Server
 
@@ -108,7 +109,7 @@ async def test_few_files_are_a_warning(tmp_path: Path, monkeypatch: pytest.Monke
 
 async def test_a_full_disk_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queue's log could not grow."""
-    monkeypatch.setattr(doctor, "LEAST_DISK_BYTES", 1 << 62)
+    monkeypatch.setattr(host, "LEAST_DISK_BYTES", 1 << 62)
     assert (await _examined(tmp_path))["disk"][0].level is Level.FAILURE
 
 

@@ -1,0 +1,41 @@
+"""Every look, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from queue_schemas import CannotStart
+
+from .fabric import look_at_engine, look_at_fabric
+from .findings import Examined, Finding, Level
+from .host import look_at_disk, look_at_files, look_at_ports, look_at_python, look_at_settings
+from .queue import look_at_queue
+
+_CHECK_LIMIT_S = 15.0
+
+
+async def examine(examined: Examined) -> list[Finding]:
+    """Every finding, in the order in which a person would want to read them. Never raises for what it finds."""
+    checks: list[tuple[str, Callable[[], Awaitable[Sequence[Finding]]]]] = [
+        ("python", look_at_python),
+        ("settings", look_at_settings),
+        ("queue", lambda: look_at_queue(examined)),
+        ("ports", look_at_ports),
+        ("engine", lambda: look_at_engine(examined)),
+        ("files", look_at_files),
+        ("disk", lambda: look_at_disk(examined)),
+        ("fabric", lambda: look_at_fabric(examined)),
+    ]
+    findings: list[Finding] = []
+    for name, check in checks:
+        try:
+            async with asyncio.timeout(_CHECK_LIMIT_S):
+                findings += await check()
+        except CannotStart:
+            continue  # a setting is wrong, which the look at the settings has told
+        except TimeoutError:
+            findings.append(
+                Finding(name, Level.FAILURE, f"no result within {_CHECK_LIMIT_S:.0f} s", "look at the host")
+            )
+    return findings

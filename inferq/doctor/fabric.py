@@ -1,0 +1,79 @@
+"""The engine that a worker would run, and the fabric that runs already."""
+
+from __future__ import annotations
+
+import shutil
+
+import aiohttp
+
+from inferq.client import FabricRefused
+from inferq.vllm_setup import DEFAULT_MODEL, SetupFailed, find_default_model, find_vllm, plan_setup
+from inferq.vllm_setup.environment import read_host
+
+from .findings import ASK_LIMIT_S, Examined, Finding, Level
+
+
+async def look_at_engine(examined: Examined) -> list[Finding]:
+    if examined.engine_url:
+        return [await _attached(examined.engine_url)]
+    own = shutil.which("vllm")
+    if own is not None:
+        return [Finding("engine", Level.OK, f"vLLM on PATH: {own}")]
+    prepared = find_vllm()
+    if prepared is not None:
+        model = "with" if find_default_model() else "without"
+        return [Finding("engine", Level.OK, f"vLLM for the {prepared.kind} is prepared, {model} {DEFAULT_MODEL}")]
+    try:
+        plan_setup(read_host(), "")
+    except SetupFailed as error:
+        return [Finding("engine", Level.WARNING, error.message.partition("\n")[0], "use --engine sim or --engine-url")]
+    return [Finding("engine", Level.OK, "vLLM is not prepared yet: `inferq up` or `inferq setup` does it")]
+
+
+async def _attached(url: str) -> Finding:
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ASK_LIMIT_S)) as session,
+            session.get(f"{url.rstrip('/')}/v1/models") as answer,
+        ):
+            status = answer.status
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        mend = "start that server, or correct --engine-url"
+        return Finding("engine", Level.FAILURE, f"{url} does not answer ({error or 'time-out'})", mend)
+    if status != 200:
+        mend = "give the base URL of an OpenAI-compatible server, and its key as INFERQ_WORKER_ENGINE_API_KEY"
+        return Finding("engine", Level.FAILURE, f"{url}/v1/models answers {status}", mend)
+    return Finding("engine", Level.OK, f"{url} answers")
+
+
+async def look_at_fabric(examined: Examined) -> list[Finding]:
+    async with examined.client as client:
+        if not await client.health():
+            return [Finding("fabric", Level.OK, f"no Router runs at {client.url}")]
+        try:
+            fleet, pools = await client.workers(), await client.pools()
+        except FabricRefused as refused:
+            return [Finding("fabric", Level.WARNING, refused.message, "look at the Manager")]
+    working = [worker for worker in fleet.workers if worker.takes_work]
+    findings = [Finding("fabric", Level.OK, f"{len(working)} of {len(fleet.workers)} workers take work")]
+    findings += [
+        Finding(
+            "fabric",
+            Level.WARNING,
+            f"{worker.worker_id} is {worker.state}, engine {worker.engine}",
+            worker.engine_detail,
+        )
+        for worker in fleet.workers
+        if not worker.takes_work
+    ]
+    findings += [
+        Finding(
+            "fabric",
+            Level.WARNING,
+            f"{pool.waiting} requests wait for {pool.model}, which no worker serves",
+            "start one",
+        )
+        for pool in pools
+        if pool.waiting and not pool.workers
+    ]
+    return findings

@@ -1,0 +1,40 @@
+"""What a look at an installation finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from inferq.client import FabricClient
+
+ASK_LIMIT_S = 3.0
+"""Limit on one HTTP answer."""
+
+
+class Level(StrEnum):
+    """How bad a finding is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILURE = "failure"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one look found; ``mend`` says what to do about it, and is empty when all is well."""
+
+    check: str
+    level: Level
+    text: str
+    mend: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What is looked at."""
+
+    redis_url: str
+    client: FabricClient
+    data_dir: Path
+    engine_url: str = ""

@@ -1,0 +1,73 @@
+"""The queue's server: what it is, how it keeps its data, how far away it is."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from broker import Broker, BrokerSettings, ServerFacts
+from queue_schemas import InferqError
+
+from .findings import Examined, Finding, Level
+from .host import nearest_folder
+
+MOST_SKEW_MS = 1_000
+SLOW_PING_MS = 20.0
+
+
+async def look_at_queue(examined: Examined) -> list[Finding]:
+    if not examined.redis_url:
+        return _embedded(examined)
+    settings = BrokerSettings.load(redis_url=examined.redis_url, retry_limit_ms=2_000)
+    try:
+        broker = await Broker.connect(settings)
+    except InferqError as error:
+        mend = "check INFERQ_REDIS_URL, the server and the network between"
+        return [Finding("queue", Level.FAILURE, error.message, mend if error.retryable else "")]
+    try:
+        ping_ms = min([await broker.ping() for _ in range(5)])
+        before_ms = time.time_ns() // 1_000_000
+        facts = await broker.facts()
+        after_ms = time.time_ns() // 1_000_000
+    except InferqError as error:
+        return [Finding("queue", Level.FAILURE, error.message, "look at the log of the Redis server")]
+    finally:
+        await broker.close()
+    return [*_about_server(facts, ping_ms), about_clock(facts.server_time_ms, before_ms, after_ms)]
+
+
+def _about_server(facts: ServerFacts, ping_ms: float) -> list[Finding]:
+    kept = f"append-only file, fsync {facts.appendfsync or 'unknown'}" if facts.appendonly else "not persistent"
+    policy = facts.maxmemory_policy or "unknown"
+    text = f"{facts.kind} {facts.version}, {facts.role}, {kept}, maxmemory-policy {policy}"
+    findings = [Finding("queue", Level.OK, text)]
+    for concern in facts.concerns:
+        what, _, mend = concern.rpartition("; ")
+        findings.append(Finding("queue", Level.WARNING, what or concern, mend if what else ""))
+    slow = ping_ms > SLOW_PING_MS
+    mend = "run it closer: each request needs four round trips or so" if slow else ""
+    findings.append(Finding("queue", Level.WARNING if slow else Level.OK, f"a round trip takes {ping_ms:.1f} ms", mend))
+    return findings
+
+
+def about_clock(server_ms: int, before_ms: int, after_ms: int) -> Finding:
+    """How far this machine's clock is from the server's, which was asked between ``before_ms`` and ``after_ms``."""
+    skew_ms = 0 if before_ms <= server_ms <= after_ms else min(abs(server_ms - before_ms), abs(server_ms - after_ms))
+    if skew_ms > MOST_SKEW_MS:
+        text = f"this machine's clock is {skew_ms / 1000:.1f} s off the queue server's"
+        mend = "run NTP on both; deadlines and leases do not depend on it, timestamps in logs and answers do"
+        return Finding("clock", Level.WARNING, text, mend)
+    return Finding("clock", Level.OK, f"within {max(skew_ms, after_ms - before_ms)} ms of the queue server's")
+
+
+def _embedded(examined: Examined) -> list[Finding]:
+    from broker.embedded import find_binary  # noqa: PLC0415 - needs a POSIX system
+
+    try:
+        find_binary()
+    except InferqError as error:
+        return [Finding("queue", Level.FAILURE, error.message, "set INFERQ_REDIS_URL")]
+    folder = nearest_folder(examined.data_dir)
+    if not os.access(folder, os.W_OK):
+        return [Finding("queue", Level.FAILURE, f"{folder} is not writable", "choose another --data-dir")]
+    return [Finding("queue", Level.OK, "no INFERQ_REDIS_URL: the embedded Valkey is used; good for one machine")]
