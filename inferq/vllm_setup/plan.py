@@ -77,7 +77,7 @@ def plan_setup(host: Host, frozen: str) -> Plan:
         raise SetupFailed(f"it needs Python 3.11 to 3.13, and this is {host.python[0]}.{host.python[1]}.")
     kind = Kind.CUDA if host.nvidia_gpu else Kind.CPU
     requirements: tuple[str, ...]
-    needed = (20 if kind is Kind.CUDA else 6) * _GIB
+    needed = (20 if kind is Kind.CUDA else 8) * _GIB
     if host.free_disk_bytes < needed:
         raise SetupFailed(
             f"it needs {needed // _GIB} GiB of free disk, and {host.free_disk_bytes / _GIB:.1f} GiB are free in the "
@@ -90,7 +90,7 @@ def plan_setup(host: Host, frozen: str) -> Plan:
     else:
         requirements, chosen = (), frozen
         packages = sum(1 for line in frozen.splitlines() if "==" in line)
-        sentence = f"vLLM {VLLM_VERSION} for the CPU, as no NVIDIA GPU was found (about 2.5 GB, some minutes, once)"
+        sentence = f"vLLM {VLLM_VERSION} for the CPU, as no NVIDIA GPU was found (2.5 to 5.5 GB, some minutes, once)"
     basis = "\n".join((kind, host.machine, f"{host.python}", *requirements, chosen))
     digest = hashlib.sha256(basis.encode()).hexdigest()[:12]
     return Plan(kind, chosen, requirements, f"vllm-{VLLM_VERSION}-{kind}-{digest}", packages, sentence)
