@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from inferq import __version__
-from queue_schemas import InferqError
+from queue_schemas import BadRequest, InferqError
 
 from .commands.options import (
     DEFAULT_URL,
@@ -212,6 +212,8 @@ def chat(
     """Talk to a model through the fabric: one question, or a conversation."""
     from .commands.chat import chat_once, converse  # noqa: PLC0415
 
+    if as_json and not prompt:
+        raise BadRequest("--json describes one answer: give the question too, as in `inferq chat --json 'Hello'`")
     client = open_client(router_url, api_key)
     if prompt:
         _run(

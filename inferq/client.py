@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -20,6 +22,9 @@ ASK_LIMIT_S = 10.0
 ANSWER_LIMIT_S = 3600.0
 """Limit on an inference request: requests may wait in the queue."""
 
+GIVE_KEY = "give --api-key / --join-token (INFERQ_API_KEY, INFERQ_JOIN_TOKEN)"
+"""What to do about HTTP 401. Models want the key; pools and workers take either."""
+
 _LINE_BYTES = 1 << 20
 Message = Mapping[str, str]
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -29,6 +34,11 @@ class FabricRefused(InferqError):
     """The fabric answered with an error, or nobody answered; the message says what to do."""
 
     code = "fabric_refused"
+
+    def __init__(self, message: str, *, answered: int = 0) -> None:
+        """``answered`` is the HTTP status of what answered; 0 if nobody did."""
+        super().__init__(message)
+        self.answered = answered
 
 
 @dataclass(slots=True)
@@ -45,10 +55,11 @@ class Answer:
 
 
 class FabricClient:
-    """Use it as ``async with FabricClient(url) as client``. All methods raise :class:`FabricRefused`."""
+    """Use it as ``async with FabricClient(url) as client``. All methods raise :class:`FabricRefused`, and so does the
+    making of one whose URL cannot be a Router's."""
 
     def __init__(self, url: str, *, api_key: str = "", join_token: str = "") -> None:
-        self.url = url.rstrip("/")
+        self.url = check_url(url)
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         if join_token:
             headers[JOIN_TOKEN_HEADER] = join_token
@@ -151,7 +162,7 @@ class FabricClient:
 
     def _unreachable(self, error: BaseException) -> FabricRefused:
         return FabricRefused(
-            f"no Router answers at {self.url} ({error or type(error).__name__}): start one with `inferq up`, "
+            f"no Router answers at {self.url} ({_reason(error)}): start one with `inferq up`, "
             "or name it with --router-url"
         )
 
@@ -162,6 +173,44 @@ class FabricClient:
         return self._session
 
 
+def check_url(url: str) -> str:
+    """The Router's URL without a slash at its end. Raises :class:`FabricRefused` with what is wrong with it."""
+    wrong = _what_is_wrong(url.strip())
+    if wrong:
+        raise FabricRefused(f"the Router's URL {url!r} {wrong}: give one like http://127.0.0.1:18000 with --router-url")
+    return url.strip().rstrip("/")
+
+
+def _what_is_wrong(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        return f"cannot be read ({error})"
+    if parts.scheme not in {"http", "https"} or "://" not in url:
+        return "does not begin with http:// or https://"
+    if not host or any(character.isspace() for character in parts.netloc):
+        return "names no host"
+    if port == 0:
+        return "has the port 0"
+    if parts.query or parts.fragment:
+        return "goes on after its path"
+    return "ends with /v1, which the command adds itself" if parts.path.rstrip("/").endswith("/v1") else ""
+
+
+def _reason(error: BaseException) -> str:
+    """Why nobody answered, in words that need no knowledge of our HTTP library."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"the host {error.host} is not known"
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno is not None:
+        if error.os_error.errno == errno.ECONNREFUSED:
+            return "connection refused"
+        return (error.os_error.strerror or str(error)).lower()
+    return str(error) or type(error).__name__
+
+
 async def _checked(response: aiohttp.ClientResponse) -> bytes:
     body = await response.read()
     if response.status < 400:
@@ -170,7 +219,8 @@ async def _checked(response: aiohttp.ClientResponse) -> bytes:
         message = orjson.loads(body)["error"]["message"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         message = body[:300].decode("utf-8", "replace")
-    raise FabricRefused(f"{message} (HTTP {response.status}, {response.url.path})")
+    answer = f"{message} (HTTP {response.status}, {response.url.path})"
+    raise FabricRefused(f"{answer}: {GIVE_KEY}" if response.status == 401 else answer, answered=response.status)
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ import shutil
 
 import aiohttp
 
-from inferq.client import FabricRefused
+from inferq.client import GIVE_KEY, FabricRefused
 from inferq.vllm_setup import DEFAULT_MODEL, SetupFailed, find_default_model, find_vllm, plan_setup
 from inferq.vllm_setup.environment import read_host
 
@@ -53,7 +53,8 @@ async def look_at_fabric(examined: Examined) -> list[Finding]:
         try:
             fleet, pools = await client.workers(), await client.pools()
         except FabricRefused as refused:
-            return [Finding("fabric", Level.WARNING, refused.message, "look at the Manager")]
+            mend = "" if refused.answered == 401 else "look at the Manager"
+            return [Finding("fabric", Level.WARNING, refused.message.removesuffix(f": {GIVE_KEY}"), mend or GIVE_KEY)]
     working = [worker for worker in fleet.workers if worker.takes_work]
     findings = [Finding("fabric", Level.OK, f"{len(working)} of {len(fleet.workers)} workers take work")]
     findings += [

@@ -111,6 +111,13 @@ def test_without_a_router_there_is_one_sentence(command: list[str], capfd: pytes
     assert "Traceback" not in said
 
 
+def test_a_conversation_cannot_be_json() -> None:
+    """`inferq chat --json` without a question is a sentence, not a prompt that writes no JSON."""
+    result = runner.invoke(app, ["chat", "--json"])
+    assert isinstance(result.exception, BadRequest)
+    assert "give the question too" in result.exception.message
+
+
 def test_up_refuses_what_contradicts_itself() -> None:
     """Before anything is started."""
     result = runner.invoke(app, ["up", "--engine", "sim", "--engine-url", "http://127.0.0.1:1"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from inferq.client import Answer, FabricClient, FabricRefused
+from inferq.client import GIVE_KEY, Answer, FabricClient, FabricRefused
+from inferq.doctor import Examined, examine
 from queue_schemas import PoolDepth, PoolList
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -109,5 +111,56 @@ async def test_what_is_no_router_is_told_so(serve: Serve) -> None:
         with pytest.raises(FabricRefused, match="not an inferq Router"):
             await client.workers()
     async with FabricClient("http://127.0.0.1:9") as nobody:
-        with pytest.raises(FabricRefused, match=r"no Router answers at http://127\.0\.0\.1:9"):
+        with pytest.raises(FabricRefused, match=r"no Router answers at http://127\.0\.0\.1:9 \(connection refused\)"):
             await nobody.chat("m", HELLO)
+
+
+@pytest.mark.parametrize(
+    ("url", "wrong"),
+    [
+        ("127.0.0.1:18000", "does not begin with http:// or https://"),
+        ("localhost:18000", "does not begin with http:// or https://"),
+        ("http:/127.0.0.1", "does not begin with http:// or https://"),
+        ("redis://127.0.0.1:6379", "does not begin with http:// or https://"),
+        ("", "does not begin with http:// or https://"),
+        ("http://", "names no host"),
+        ("http://:18000", "names no host"),
+        ("http://127.0.0.1:0", "has the port 0"),
+        ("http://127.0.0.1:99999", "cannot be read"),
+        ("http://127.0.0.1:port", "cannot be read"),
+        ("http://[::1", "cannot be read"),
+        ("http://127.0.0.1:18000?x=1", "goes on after its path"),
+        ("http://127.0.0.1:18000/v1/", "ends with /v1"),
+    ],
+)
+def test_what_is_wrong_with_a_url_is_said(url: str, wrong: str) -> None:
+    """Before anything is sent: one sentence with the URL, its fault and an example."""
+    with pytest.raises(FabricRefused) as raised:
+        FabricClient(url)
+    assert repr(url) in raised.value.message
+    assert wrong in raised.value.message
+    assert "--router-url" in raised.value.message
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:18000/", "https://router.example", "http://[::1]:1/inferq/"])
+def test_a_good_url_loses_no_more_than_its_last_slash(url: str) -> None:
+    """A path before ours (a gateway's) stays."""
+    assert FabricClient(url).url == url.rstrip("/")
+
+
+async def test_a_missing_key_is_asked_for_by_name(serve: Serve) -> None:
+    """HTTP 401 says which options and variables to give, in the commands and in doctor."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if request.path == "/metrics":
+            return web.Response(text="inferq_requests_total 1")
+        return web.json_response({"error": {"message": "no valid key"}}, status=401)
+
+    client = await serve(handler)
+    async with client:
+        for call in (client.models(), client.pools(), client.chat("m", HELLO)):
+            with pytest.raises(FabricRefused, match=r"no valid key .*: give --api-key / --join-token \(INFERQ_API_KEY"):
+                await call
+    finding = (await examine(Examined("", client, Path())))[-1]
+    assert (finding.check, finding.mend) == ("fabric", GIVE_KEY)
+    assert "no valid key" in finding.text
