@@ -60,6 +60,8 @@ class RoleSpec:
     stop_limit_s: float
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to ours, where not set there already."""
+    may_leave: bool = False
+    """Whether exit code 0 means that somebody ordered it to leave, and that it is to stay away."""
 
     @property
     def url(self) -> str:
@@ -176,6 +178,7 @@ def _workers(
             port_flag="--worker-port",
             ready_limit_s=settings.engine_ready_limit_ms / 1000 + READY_LIMIT_S,
             environment={"OMP_NUM_THREADS": str(options.engine_threads)} if options.engine_threads else {},
+            may_leave=True,
             stop_limit_s=(settings.drain_limit_ms + settings.engine_stop_limit_ms) / 1000 + _MARGIN_S,
         )
         for number in range(1, options.workers + 1)

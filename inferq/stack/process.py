@@ -41,6 +41,7 @@ class RoleProcess:
         self._process: Process | None = None
         self._ready = False
         self._stopping = False
+        self._has_left = False
 
     @property
     def pid(self) -> int | None:
@@ -49,7 +50,7 @@ class RoleProcess:
         return process.pid if process is not None and process.returncode is None else None
 
     async def run(self) -> None:
-        """Keep the process running until :meth:`stop`.
+        """Keep the process running until :meth:`stop`, or until it leaves on order (a worker that was drained).
 
         Raises ``CannotStart``, with what the process said last, when it refuses to start or keeps ending.
         """
@@ -59,6 +60,12 @@ class RoleProcess:
                 began = time.monotonic()
                 code = await self._live(log)
                 if self._stopping:
+                    return
+                if code == 0 and self.spec.may_leave:
+                    self._has_left = True
+                    self._tell(
+                        self.spec.name, "was drained on order and stays down; the next `inferq up` starts it again"
+                    )
                     return
                 history, pause = history.ended(code, time.monotonic() - began, ready=self._ready)
                 self._ready = False
@@ -70,8 +77,11 @@ class RoleProcess:
                 await asyncio.sleep(pause)
 
     async def wait_ready(self, session: aiohttp.ClientSession, waiting_for: Callable[[str], None]) -> None:
-        """Return once the role answers /readyz with 200; ``waiting_for`` hears what it waits for meanwhile."""
-        while not self._ready:
+        """Return once the role answers /readyz with 200 or has left on order.
+
+        ``waiting_for`` hears what it waits for meanwhile.
+        """
+        while not (self._ready or self._has_left):
             status, text = await ask(session, f"{self.spec.url}/readyz")
             # A stranger on the port must not pass for a role of ours that has ended.
             if status == 200 and self.pid is not None:

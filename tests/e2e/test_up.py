@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from inferq.client import FabricClient, FabricRefused
@@ -141,6 +142,28 @@ async def test_a_killed_role_is_started_again(start_up: StartUp) -> None:
     await eventually(lambda: not _alive(stack["pids"]["router"]), "the Router is gone")
     await eventually(served, "the Router serves again", limit_s=30, every_s=0.1)
     assert "router ended with code -9; starting it again" in up.process.log_text()
+
+
+async def test_a_drained_worker_stays_down(start_up: StartUp) -> None:
+    """A worker that was told to leave is not started again: `up` says so, and the others serve on."""
+    up = start_up("--workers", "2")
+    stack = await up.ready()
+    async with FabricClient(stack["router_url"]) as client:
+        session = aiohttp.ClientSession()
+        async with session, session.post(f"{stack['router_url']}/fabric/v1/workers/worker-1/drain") as answer:
+            assert answer.status == 202
+        said = "worker-1 was drained on order and stays down"
+        await eventually(lambda: said in up.process.log_text(), "up says so", limit_s=20)
+        assert (await client.chat("sim", HELLO, max_tokens=4)).text
+
+        async def alone() -> bool:
+            return [worker.worker_id for worker in (await client.workers()).workers] == ["worker-2"]
+
+        await eventually(alone, "worker-2 is alone", limit_s=20)
+    assert not _alive(stack["pids"]["worker-1"])
+    assert "starting it again" not in up.process.log_text()
+    up.process.send(signal.SIGINT)
+    assert await up.ended() == 0, up.process.log_tail()
 
 
 async def test_nothing_outlives_a_killed_up(start_up: StartUp, tmp_path: Path) -> None:
