@@ -11,6 +11,7 @@ import pytest
 
 from broker import Broker, Reclaimed
 from queue_schemas import (
+    BrokerUnavailable,
     Control,
     ControlKind,
     Fenced,
@@ -21,13 +22,13 @@ from queue_schemas import (
     MarkerKind,
     Outcome,
     Settled,
-    ShardKeys,
     State,
     new_job_id,
 )
+from queue_schemas.keys import ShardKeys
 from tests.support.queue import MODEL, Puller, answer_frame, make_job
 
-from .conftest import Listener
+from .conftest import Connect, Listener
 
 Loss = Callable[[Broker, Puller, Lease], Awaitable[object]]
 
@@ -313,3 +314,36 @@ async def test_an_envelope_that_cannot_be_read_is_left_to_others_and_ends(broker
     assert await client.hget(key, "state") == b"dead"
     ((_, letter),) = await client.xrange(ShardKeys(0).dead)
     assert b"cannot read" in letter[b"cause"]
+
+
+async def test_a_half_done_reclaim_is_finished_by_another_manager(
+    broker: Broker, connect: Connect, worker: Puller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Manager that dies in the middle of a reclaim leaves a worker that is fenced already and still stands in the
+    beats, where the next Manager finds it standing still and takes back the rest."""
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(10)))
+    await worker.claim(10)
+    monkeypatch.setattr("broker.client._RECLAIM_STEP", 3)
+    dying = await connect()
+    steps = 0
+    send = dying._caller.script
+
+    async def dies_after_one_step(*args: object, **options: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps > 1:
+            raise BrokerUnavailable("the Manager is gone")
+        return await send(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dying._caller, "script", dies_after_one_step)
+    with pytest.raises(BrokerUnavailable):
+        await dying.reclaim(worker.incarnation)
+    assert await waiting(broker) == 3
+    with pytest.raises(Fenced):
+        await worker.claim()
+    with pytest.raises(Fenced):
+        await broker.renew(worker.incarnation)
+    assert worker.incarnation in await broker.beats()
+    assert (await broker.reclaim(worker.incarnation)).requeued == 7
+    assert await waiting(broker) == 10
+    assert worker.incarnation not in await broker.beats()

@@ -7,7 +7,7 @@ from typing import Any
 
 from broker import Broker
 from queue_schemas import Assignment, EngineState, WorkerInfo, new_incarnation
-from queue_schemas.keys import POOLS
+from queue_schemas.keys import POOLS, WORKERS
 
 
 def info(worker_id: str, **fields: Any) -> WorkerInfo:
@@ -62,6 +62,14 @@ async def test_the_registry_survives_its_manager(broker: Broker) -> None:
     await broker.save_workers([], [])
     await broker.save_workers([], ["never-there"])
     assert await broker.load_workers() == {"w-1": changed}
+
+
+async def test_an_entry_that_cannot_be_read_is_left_out(broker: Broker, client: Any) -> None:
+    """What another version wrote costs the Manager that entry, not its start."""
+    known = info("w-1")
+    await broker.save_workers([known], [])
+    await client.hset(WORKERS, mapping={"w-2": "{", "w-3": "{}"})
+    assert await broker.load_workers() == {"w-1": known}
 
 
 async def test_pools_are_remembered(broker: Broker) -> None:
