@@ -175,13 +175,13 @@ class Broker:
     ) -> NoReturn:
         """Read this Router's reply streams until cancelled; ``deliver`` gets what comes, in order per job.
 
-        ``lost(shard)`` is called when the stream of a shard had vanished and was made again: answers to jobs of that
-        shard may be missing. Malformed entries are logged and passed over.
+        ``lost(shard)`` is called when the stream of a shard had vanished and was made again, or the server is another
+        run of itself: answers to jobs of that shard, or jobs, may be missing. Malformed entries are logged and passed over.
         """
 
         def opened(shard: int) -> Callable[[bool], None]:
-            def tell(fresh: bool) -> None:
-                if fresh:
+            def tell(first: bool) -> None:
+                if first:
                     made.add(shard)
                     if len(made) == self.shards:
                         self.replies_ready.set()

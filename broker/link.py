@@ -95,7 +95,13 @@ class MultiplexedLink:
         reader = self._readers.get(key)
         if reader is None:
             reader = self._readers[key] = MultiplexedConnection(self._open_connection, self._limit_s)
-        return await reader.command(limit_s + self._limit_s, *args)
+        try:
+            return await reader.command(limit_s + self._limit_s, *args)
+        except asyncio.CancelledError:
+            # The command still blocks on the server: its connection is of no more use.
+            del self._readers[key]
+            await reader.close()
+            raise
 
     async def close(self) -> None:
         await asyncio.gather(self._shared.close(), *(reader.close() for reader in self._readers.values()))

@@ -50,7 +50,11 @@ class MultiplexedConnection:
         if self._watch is None:
             self._watch = loop.call_later(_WATCH_EVERY_S, self._look_for_overdue)
         # Nothing is awaited between the append and the write inside this call: replies come in the same order.
-        await connection.send_packed_command(hiredis.pack_command(args), check_health=False)
+        try:
+            await connection.send_packed_command(hiredis.pack_command(args), check_health=False)
+        except BaseException:
+            future.cancel()
+            raise
         return await future
 
     async def close(self) -> None:
@@ -104,6 +108,7 @@ class MultiplexedConnection:
             if not future.done():
                 future.set_exception(error)
         if connection is not None:
+            _abort(connection)
             await connection.disconnect(nowait=True)
 
     def _look_for_overdue(self) -> None:
@@ -123,7 +128,16 @@ class MultiplexedConnection:
         for _, future in lost:
             if not future.done():
                 future.set_exception(RedisTimeoutError("Redis did not answer in time"))
+        if self._connection is not None:
+            _abort(self._connection)
         if self._reader is not None:
             self._reader.cancel()
             self._reader = None
         self._connection = None
+
+
+def _abort(connection: AbstractConnection) -> None:
+    """Drop what was not sent yet: closing alone would deliver it later, when its commands have long been repeated."""
+    writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
+    if writer is not None:
+        writer.transport.abort()

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from queue_schemas import BrokerUnsuitable
+from queue_schemas import BrokerUnavailable, BrokerUnsuitable, InferqError
 from queue_schemas.keys import META
 
 from .calls import Caller
@@ -83,8 +83,12 @@ def require_suitable(facts: ServerFacts) -> None:
 async def settle_meta(caller: Caller, shards: int) -> None:
     """Fix the deployment's constants at the first start, and check them at every other."""
     for name, value in (("shards", str(shards)), ("contract", CONTRACT)):
-        await caller.command(META, "HSETNX", META, name, value)
-        found = (await caller.command(META, "HGET", META, name)).decode()
+        # Read first: a server whose memory is full takes no write, and must still be joined by those who empty it.
+        held = await caller.command(META, "HGET", META, name)
+        if held is None:
+            await caller.command(META, "HSETNX", META, name, value)
+            held = await caller.command(META, "HGET", META, name)
+        found = held.decode()
         if found != value:
             raise BrokerUnsuitable(
                 f"the data in this Redis was made with {name}={found}, this process is set to {name}={value}; "
@@ -92,11 +96,19 @@ async def settle_meta(caller: Caller, shards: int) -> None:
             )
 
 
+async def read_run_id(caller: Caller) -> str:
+    """What tells one run of a server from the next; empty where it cannot be learned."""
+    try:
+        return _parse_info(await caller.once(META, "INFO", "server")).get("run_id", "")
+    except InferqError:
+        return ""
+
+
 async def _config(caller: Caller, name: str) -> str:
     """One CONFIG value; empty where the server does not let us read it (managed services)."""
     try:
         reply = await caller.once(META, "CONFIG", "GET", name)
-    except BrokerUnsuitable:
+    except (BrokerUnsuitable, BrokerUnavailable):
         return ""
     values = {_text(k): _text(v) for k, v in (reply.items() if isinstance(reply, dict) else _pairs(reply))}
     return values.get(name, "")

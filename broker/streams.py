@@ -13,11 +13,13 @@ from telemetry import get_logger
 
 from .calls import Caller, as_inferq_error
 from .link import FAILURES
+from .server import read_run_id
 
 REPLY_TTL_MS = 60_000
 _TEND_EVERY_S = 10.0
-_TRIM_AFTER_ENTRIES = 512
+_TRIM_AFTER_BYTES = 4 << 20
 _READ_COUNT = 256
+_ENTRY_BYTES = 64
 _BLOCK_MS = 5_000
 _LONGEST_PAUSE_S = 1.0
 
@@ -42,46 +44,60 @@ class ReplyReader:
         self._deliver = deliver
         self._opened = opened
         self._last = "0"
-        self._unread_trim = 0
-        self.malformed = 0
+        self._read_since_trim = 0
+        self._run_id = ""
+        self._count = _READ_COUNT
 
     async def run(self) -> None:
-        """Read for ever. ``opened(fresh)`` is called whenever the stream had to be made, ``fresh`` the first time."""
+        """Read for ever. ``opened(first)`` is called when the stream was made for the ``first`` time, and whenever what
+        was in it may be lost: it had to be made again, or the server is another run of itself."""
         pause = 0.05
-        fresh = True
+        first = True
         tend_at = 0.0
         while True:
             try:
                 if time.monotonic() >= tend_at:
-                    if await self._tend():
-                        self._opened(fresh)
-                        fresh = False
+                    new_run = await self._is_new_run()
+                    if await self._tend() or new_run:
+                        self._opened(first)
+                        first = False
                     tend_at = time.monotonic() + _TEND_EVERY_S
-                entries = await read_stream(self._caller, self._key, self._last, _READ_COUNT, _BLOCK_MS)
+                entries = await read_stream(self._caller, self._key, self._last, self._count, _BLOCK_MS)
                 pause = 0.05
+                self._count = _READ_COUNT
             except InferqError as error:
                 log.warning("reply_stream_unreachable", error=error.message)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_S)
                 tend_at = 0.0
+                # Perhaps the reply was too large for the time it may take.
+                self._count = max(1, self._count // 2)
                 continue
             if entries:
                 self._last = entries[-1][0]
                 self._deliver(self._parse(entries))
-                self._unread_trim += len(entries)
-                if self._unread_trim >= _TRIM_AFTER_ENTRIES:
+                self._read_since_trim += sum(_ENTRY_BYTES + len(fields.get(FRAME_FIELD, b"")) for _, fields in entries)
+                if self._read_since_trim >= _TRIM_AFTER_BYTES:
                     tend_at = 0.0
 
     async def _tend(self) -> bool:
         """Extend the stream's life and drop what was read; True if the stream had to be made."""
-        self._unread_trim = 0
+        self._read_since_trim = 0
         if await self._caller.command(self._key, "PEXPIRE", self._key, REPLY_TTL_MS):
             if self._last != "0":
                 await self._caller.command(self._key, "XTRIM", self._key, "MINID", self._last)
             return False
-        await self._caller.command(self._key, "XADD", self._key, "*", "o", "open")
+        # Going on from the last id read: with a clock that was set back, new entries would stand before it.
+        entry_id = "*" if self._last == "0" else self._last
+        await self._caller.command(self._key, "XADD", self._key, entry_id, "o", "open")
         await self._caller.command(self._key, "PEXPIRE", self._key, REPLY_TTL_MS)
         return True
+
+    async def _is_new_run(self) -> bool:
+        """Whether the server was restarted or replaced since we looked last, and may have lost its latest writes."""
+        run_id, before = await read_run_id(self._caller), self._run_id
+        self._run_id = run_id or before
+        return bool(before and run_id and run_id != before)
 
     def _parse(self, entries: Entries) -> list[Frame | Marker]:
         news: list[Frame | Marker] = []
@@ -92,7 +108,6 @@ class ReplyReader:
                 elif MARKER_FIELD in fields:
                     news.append(unpack_marker(fields[MARKER_FIELD]))
             except BadMessage as error:
-                self.malformed += 1
                 log.warning("reply_entry_malformed", entry=entry_id, error=error.message)
         return news
 

@@ -3,8 +3,8 @@
 A claim looks at the lanes in order, interactive first, with two exceptions in every ``LANE_CYCLE`` jobs that one
 worker claims: once background goes first, once batch goes first. Inside a pool's lane the bands go in order, except
 that every ``BAND_STEP``-th job starts from another band, each of them in turn; and lost work (the retry stream) goes
-before new work except on that same turn. ``broker/scripts/claim.lua`` follows these functions; the contract tests
-compare the two.
+before new work except on that same turn. ``broker/lua/claim.lua`` does what these functions say; the
+contract tests compare the two.
 """
 
 from __future__ import annotations

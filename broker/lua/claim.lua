@@ -2,7 +2,8 @@
 -- ARGV: prefix, incarnation, seq, turn, n, attempt id base, park_ms, then pairs: pool, lanes (comma separated).
 -- Reply: {'fenced'} if the incarnation was declared dead (or never joined); else {'ok', job, ...}, each job
 --       {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is parked.
---       The same (incarnation, seq) again answers the same leases, as far as they are still held.
+--       The same (incarnation, seq) again answers the same leases, as far as they are still held; an older seq nothing.
+--       A reply that grows large ends early, and a wake tells the worker to claim again.
 -- The order of lanes and bands is that of queue_schemas/lanes.py.
 -- Invariants: 3 fence (a reclaimed incarnation gets nothing), 5 order, 6 bounded starvation, 10 no start after expiry,
 --       13 liveness (what is left wakes the next worker).
@@ -11,6 +12,7 @@ local incarnation, seq, turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonu
 local attempt_base, park_ms = ARGV[6], tonumber(ARGV[7])
 local LANES = { 'interactive', 'background', 'batch' }
 local MAX_SKIPPED = 64
+local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply, past which the worker claims again
 local now = now_ms()
 
 if is_fenced(incarnation) then return { 'fenced' } end
@@ -24,6 +26,8 @@ local function give(job)
     math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0) }
 end
 
+-- A late copy of an older claim, from a connection that was given up: its jobs would be leased to nobody.
+if last[1] and tonumber(seq) < tonumber(last[1]) then return answer end
 if last[1] == seq then
   for id, aid in string.gmatch(last[2], '(%S+) (%S+)') do
     local job = load_job(id)
@@ -163,8 +167,8 @@ local function next_job(t)
   return nil
 end
 
-local held = {}
-while #held < wanted and #pools > 0 do
+local held, given_bytes = {}, 0
+while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   local job = next_job(turn + #held)
   if not job then break end
   local where = place(job)
@@ -176,6 +180,7 @@ while #held < wanted and #pools > 0 do
   call('HSET', P .. 'leases:' .. incarnation, job.id, job.epoch)
   add('depth', where .. ':leased', 1)
   held[#held + 1] = job.id .. ' ' .. job.aid
+  given_bytes = given_bytes + tonumber(job.size)
   job.env = call('HGET', P .. 'job:' .. job.id, 'env')
   give(job)
 end
@@ -187,7 +192,7 @@ local function leave_parking()
   call('HDEL', claimed_key, 'parked')
 end
 
-if #held < wanted and skipped >= MAX_SKIPPED then
+if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
   call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake')
 elseif #held < wanted then
   local places = table.concat(serves, ' ')

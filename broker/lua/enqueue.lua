@@ -37,7 +37,9 @@ local function activate(where, tenant)
   local service = P .. 'service:' .. where
   local clock = tonumber(call('ZSCORE', service, '*') or 0)
   local ended = tonumber(call('ZSCORE', service, tenant) or 0)
-  call('ZADD', active, int(math.max(clock, ended)), tenant)
+  -- The clock is forgotten after an hour without competition; who waits then sets it.
+  local least = tonumber(call('ZRANGE', active, 0, 0, 'WITHSCORES')[2] or 0)
+  call('ZADD', active, int(math.max(clock, ended, least)), tenant)
 end
 
 local answers = {}
