@@ -8,7 +8,7 @@ python=$1
 "$python" -m uv --version >/dev/null 2>&1 || "$python" -m pip install --quiet uv
 compile() {
     "$python" -m uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
-        --no-emit-index-url --no-emit-find-links "$@"
+        --no-emit-index-url "$@"
 }
 mkdir -p requirements
 echo 'setuptools>=77' | compile - -o requirements/build.lock
