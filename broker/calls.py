@@ -98,5 +98,5 @@ def as_inferq_error(error: BaseException) -> BrokerUnavailable | BrokerUnsuitabl
         return BrokerUnavailable(
             f"the queue's Redis cannot be reached ({type(error).__name__}: {error}); try again shortly", retry_after_s=2
         )
-    # Whatever else a server says (it runs somebody's slow script, it is failing over) may pass: it was fit at the start.
+    # Whatever else a server says (somebody's slow script runs, it is failing over) may pass: it was fit at the start.
     return BrokerUnavailable(f"the queue's Redis answers with an error: {text}; try again shortly", retry_after_s=2)

@@ -176,7 +176,8 @@ class Broker:
         """Read this Router's reply streams until cancelled; ``deliver`` gets what comes, in order per job.
 
         ``lost(shard)`` is called when the stream of a shard had vanished and was made again, or the server is another
-        run of itself: answers to jobs of that shard, or jobs, may be missing. Malformed entries are logged and passed over.
+        run of itself: answers to jobs of that shard, or jobs, may be missing. Malformed entries are logged and passed
+        over.
         """
 
         def opened(shard: int) -> Callable[[bool], None]:

@@ -9,6 +9,8 @@ import pytest
 
 from broker import Broker
 from queue_schemas import (
+    LANES,
+    Control,
     ControlKind,
     Fenced,
     Lane,
@@ -178,3 +180,25 @@ async def test_attempts_have_ids_of_their_own(broker: Broker) -> None:
             assert await broker.release(lease, "draining", counted=False) is Settled.OK
     assert len(ids) == 60
     assert new_incarnation("x") != new_incarnation("x")
+
+
+async def test_a_late_copy_of_an_older_claim_takes_nothing(broker: Broker, worker: Puller) -> None:
+    """Bytes of a connection that was given up may arrive after newer claims: they must not lease a job to nobody."""
+    assert await worker.claim(1) == []
+    old = worker.seq
+    assert await worker.claim(1) == []
+    job = make_job()
+    await broker.enqueue(job)
+    late = await broker.claim(0, worker.incarnation, old, 0, 1, [(MODEL, LANES)])
+    assert late == []
+    assert [lease.job.id for lease in await worker.claim(1)] == [job.id]
+
+
+async def test_a_claim_that_grows_large_ends_early_and_is_followed_by_another(broker: Broker, worker: Puller) -> None:
+    """A reply is bounded in bytes, at least one job is always given, and the worker is told to claim again."""
+    for _ in range(4):
+        await broker.enqueue(make_job(body=b"x" * (5 << 20)))
+    await worker.told()
+    assert len(await worker.claim(4)) == 2
+    assert Control(ControlKind.WAKE) in await worker.told()
+    assert len(await worker.claim(4)) == 2

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from broker import Broker
-from queue_schemas import BANDS, LANES, Job, Lane, Outcome, Tenant
+from queue_schemas import BANDS, DEFAULT_BAND, LANES, Job, Lane, Outcome, ShardKeys, Tenant
 from queue_schemas.lanes import STARVATION_BOUND, band_order, lane_order
 from tests.support.queue import MODEL, Puller, make_job
 
@@ -171,3 +172,17 @@ async def test_a_depth_names_the_longest_wait(broker: Broker, worker: Puller) ->
     assert (depths[MODEL][Lane.INTERACTIVE].waiting, depths[MODEL][Lane.INTERACTIVE].leased) == (2, 1)
     assert (depths[MODEL][Lane.BATCH].waiting, depths[MODEL][Lane.BATCH].leased) == (1, 0)
     assert 20 <= depths[MODEL][Lane.BATCH].oldest_age_ms < 10_000
+
+
+async def test_a_newcomer_waits_its_turn_also_after_the_clock_was_forgotten(
+    broker: Broker, worker: Puller, client: Any
+) -> None:
+    """When a band had no competition for an hour its clock is gone: a newcomer starts beside those who wait."""
+    for tenant in ("a", "b") * 10:
+        await broker.enqueue(make_job(tenant=tenant))
+    await worker.claim(10)
+    await client.delete(ShardKeys(0).service(MODEL, Lane.INTERACTIVE, DEFAULT_BAND))
+    for _ in range(10):
+        await broker.enqueue(make_job(tenant="c"))
+    first = [lease.job.tenant for lease in await worker.claim(6)]
+    assert first.count("c") <= 3, first

@@ -192,3 +192,27 @@ async def test_a_cut_line_in_the_middle_of_a_burst_loses_and_doubles_nothing(ser
         assert broker.retries > 0
         await broker.close()
         await sound.close()
+
+
+async def test_a_server_busy_with_a_foreign_script_is_waited_for(server: Server, broker: Broker) -> None:
+    """Somebody's slow script makes Redis answer BUSY: calls wait, and nobody takes the server for unfit."""
+    server.ask("CONFIG", "SET", "busy-reply-threshold", "50")
+    slow = "local n = 0 while n < 60000000 do n = n + 1 end return n"
+    blocker = asyncio.create_task(asyncio.to_thread(server.ask, "EVAL", slow, "0"))
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20):
+        assert await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(5))) == [State.QUEUED] * 5
+        await blocker
+
+
+async def test_another_run_of_the_server_is_told_to_the_router(server: Server, broker: Broker) -> None:
+    """After a restart the newest writes may be missing: the Router is told, though its stream is still there."""
+    lost: list[int] = []
+    router = new_incarnation("router")
+    reading = asyncio.create_task(broker.read_replies(router, lambda _: None, lost.append))
+    async with asyncio.timeout(20):
+        await broker.replies_ready.wait()
+        server.restart()
+        await eventually(lambda: lost == [0], "the router is told")
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from broker import Broker
-from queue_schemas import END, HEAD, Frame, Incarnation, JobId, Lease, Marker, Outcome, new_incarnation
+from queue_schemas import (
+    END,
+    HEAD,
+    Frame,
+    Incarnation,
+    JobId,
+    Lease,
+    Marker,
+    MarkerKind,
+    Outcome,
+    new_incarnation,
+    new_job_id,
+)
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import Puller, answer_frame, make_job
 from tests.support.waiting import eventually
@@ -176,3 +189,29 @@ async def test_a_batch_of_settles_reaches_every_router(broker: Broker, worker: P
         await asyncio.gather(*(broker.settle(lease, Outcome.DONE, answer_frame(lease)) for lease in leases))
         assert broker.round_trips - before <= 5
         await eventually(lambda: len(first.frames) == len(second.frames) == 30, "all answers arrive")
+
+
+async def test_a_stream_made_again_under_a_clock_set_back_is_still_read(connect: Connect, client: Any) -> None:
+    """Entries go on behind the last one read, whatever the server's clock says."""
+    broker = await connect()
+    router = new_incarnation("router")
+    heard: list[Frame | Marker] = []
+    key = ShardKeys(0).reply(router)
+    reading = asyncio.create_task(broker.read_replies(router, heard.extend))
+    async with asyncio.timeout(20):
+        await broker.replies_ready.wait()
+        hour_ahead = int(time.time() * 1000) + 3_600_000
+        marker = Marker(MarkerKind.DEAD, new_job_id(0), 2, "one")
+        await client.xadd(key, {"m": marker.pack()}, id=f"{hour_ahead}-0")
+        await eventually(lambda: marker in heard, "the first marker is read")
+        await client.delete(key)
+        second = Marker(MarkerKind.DEAD, new_job_id(0), 2, "two")
+
+        async def made_again() -> bool:
+            return bool(await client.exists(key))
+
+        await eventually(made_again, "the stream is made again", limit_s=15)
+        await client.execute_command("XADD", key, "NOMKSTREAM", "*", "m", second.pack())
+        await eventually(lambda: second in heard, "the second marker is read", limit_s=10)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
