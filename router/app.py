@@ -109,6 +109,12 @@ def build_router(
         insecure=settings.insecure,
         remedy="give API keys (INFERQ_ROUTER_API_KEYS_FILE or INFERQ_ROUTER_API_KEYS)",
     )
+    refuse_unguarded(
+        settings.host,
+        guarded=manager is None or bool(token),
+        insecure=settings.insecure,
+        remedy="set INFERQ_JOIN_TOKEN: without it anyone may join and read Redis's address",
+    )
     return RouterApp(state)
 
 

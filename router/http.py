@@ -22,7 +22,7 @@ from queue_schemas import (
     WorkerList,
     check_worker_id,
 )
-from telemetry.asgi import health_routes, prepare_app
+from telemetry.asgi import check_join_token, health_routes, prepare_app
 
 from .core import check_model, is_join_token, model_list, model_object, pool_depth, pool_list
 from .state import RouterState
@@ -83,12 +83,13 @@ def _pools(state: RouterState) -> APIRouter:
 
 
 def _manager(state: RouterState) -> APIRouter:
-    """Paths that are the Manager's, passed on with the caller's join token: it is the Manager that judges it."""
+    """Paths that are the Manager's. The Router asks for the join token itself: its own address may be public where the
+    Manager's is not, and a Manager that only this machine reaches may have no token to ask for."""
     routes = APIRouter(tags=["manager"])
 
     @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList)
     async def workers(request: Request) -> Response:
-        return await _forward(state, request, _WORKERS)
+        return await _pass_on(state, request, _WORKERS, _listing_token(state, request))
 
     @routes.post(_WORKERS, summary="A worker joins", response_model=RegistrationAnswer)
     async def register(request: Request) -> Response:
@@ -114,6 +115,26 @@ def _manager(state: RouterState) -> APIRouter:
 
 
 async def _forward(state: RouterState, request: Request, path: str) -> Response:
+    """Pass on what only members of the fleet may ask. Raises ``AuthenticationFailed``."""
+    token = request.headers.get(JOIN_TOKEN_HEADER, "")
+    check_join_token(state.settings.join_token.get_secret_value(), token)
+    return await _pass_on(state, request, path, token)
+
+
+def _listing_token(state: RouterState, request: Request) -> str:
+    """The join token to ask the Manager with for its list of workers: the caller's, or ours for who has an API key."""
+    expected = state.settings.join_token.get_secret_value()
+    given = request.headers.get(JOIN_TOKEN_HEADER, "")
+    if is_join_token(expected, given.encode()):
+        return given
+    if not state.keys.required:
+        check_join_token(expected, given)
+        return given
+    _check_operator(state, request)
+    return expected
+
+
+async def _pass_on(state: RouterState, request: Request, path: str, token: str) -> Response:
     if state.manager is None:
         raise ManagerUnavailable("this router was started without --manager-url: ask the Manager itself")
     body = b""
@@ -121,7 +142,6 @@ async def _forward(state: RouterState, request: Request, path: str) -> Response:
         body += piece
         if len(body) > MAX_FABRIC_BODY_BYTES:
             raise BodyTooLarge(f"the body has more than {MAX_FABRIC_BODY_BYTES} bytes, which no worker's message has")
-    token = request.headers.get(JOIN_TOKEN_HEADER, "")
     answer = await state.manager.forward(request.method, path, request.url.query, token, body)
     return Response(answer.body, answer.status, headers=dict(answer.headers))
 
@@ -130,22 +150,30 @@ def _client(state: RouterState) -> Callable[[Request], Awaitable[None]]:
     """Lets API keys in, where keys are required."""
 
     async def check(request: Request) -> None:
-        headers = dict(request.scope["headers"])
-        state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+        _check_client(state, request)
 
     return check
 
 
 def _operator(state: RouterState) -> Callable[[Request], Awaitable[None]]:
     """Lets API keys in, and whoever shows the join token."""
-    expected = state.settings.join_token.get_secret_value()
-    check_client = _client(state)
 
     async def check(request: Request) -> None:
-        if not is_join_token(expected, request.headers.get(JOIN_TOKEN_HEADER, "").encode()):
-            try:
-                await check_client(request)
-            except AuthenticationFailed as error:
-                raise AuthenticationFailed(f"{error.message}, or the join token as {JOIN_TOKEN_HEADER}") from None
+        _check_operator(state, request)
 
     return check
+
+
+def _check_client(state: RouterState, request: Request) -> None:
+    headers = dict(request.scope["headers"])
+    state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+
+
+def _check_operator(state: RouterState, request: Request) -> None:
+    expected = state.settings.join_token.get_secret_value()
+    if is_join_token(expected, request.headers.get(JOIN_TOKEN_HEADER, "").encode()):
+        return
+    try:
+        _check_client(state, request)
+    except AuthenticationFailed as error:
+        raise AuthenticationFailed(f"{error.message}, or the join token as {JOIN_TOKEN_HEADER}") from None

@@ -224,6 +224,55 @@ def test_a_public_address_needs_keys() -> None:
     build_router(RouterSettings(host=PUBLIC, api_keys=f"{'0' * 64}:t"), open_queue=no_queue)
 
 
+def test_a_public_way_to_the_manager_needs_a_join_token() -> None:
+    """API keys guard the models, not the fleet: a public Router that passes calls on to a Manager is refused without a
+    join token, unless told so."""
+
+    async def no_queue() -> FakeQueue:
+        return FakeQueue()
+
+    keys = f"{'0' * 64}:t"
+    with pytest.raises(CannotStart, match="set INFERQ_JOIN_TOKEN: without it anyone may join"):
+        build_router(RouterSettings(host=PUBLIC, api_keys=keys), open_queue=no_queue, manager=FakeManager())
+    for more in ({"join_token": "jt"}, {"insecure": True}, {"host": "127.0.0.1"}):
+        settings = RouterSettings.load(**{"host": PUBLIC, "api_keys": keys} | more)
+        build_router(settings, open_queue=no_queue, manager=FakeManager())
+
+
+@pytest.mark.parametrize("token", [{}, {"x-inferq-join-token": "wrong"}, {"authorization": "Bearer k"}])
+async def test_the_router_itself_asks_for_the_join_token(token: dict[str, str]) -> None:
+    """Without it nothing of the fleet passes, not even to a Manager that asks for none; an API key does not help."""
+    manager = FakeManager()
+    digest = hashlib.sha256(b"k").hexdigest()
+    async with router(FakeQueue("m"), manager, api_keys=f"{digest}:t", join_token="jt") as app:
+        for method, path in (
+            ("POST", "/fabric/v1/workers"),
+            ("POST", "/fabric/v1/workers/w1/heartbeat"),
+            ("POST", "/fabric/v1/workers/w1/drain"),
+            ("DELETE", "/fabric/v1/workers/w1?incarnation=w1.00"),
+            ("GET", "/fabric/v1/broker"),
+        ):
+            answer = await Client(app).request(method, path, b"", token)
+            assert (answer.status, answer.error["code"]) == (401, "invalid_api_key"), path
+    assert manager.asked == []
+
+
+async def test_the_fleet_is_listed_to_who_has_a_key_or_the_join_token() -> None:
+    """An API key is enough to list workers: the Manager is asked with the Router's own join token."""
+    digest = hashlib.sha256(b"k").hexdigest()
+    path = "/fabric/v1/workers"
+    manager = FakeManager()
+    async with router(FakeQueue("m"), manager, api_keys=f"{digest}:t", join_token="jt") as app:
+        client = Client(app)
+        assert (await client.request("GET", path)).status == 401
+        assert (await client.request("GET", path, b"", {"x-inferq-join-token": "no"})).status == 401
+        await client.request("GET", path, b"", {"authorization": "Bearer k"})
+        await client.request("GET", path, b"", {"x-inferq-join-token": "jt"})
+    assert manager.asked == [("GET", path, "", "jt", b"")] * 2
+    async with router(FakeQueue("m"), FakeManager(), join_token="jt") as app:
+        assert (await Client(app).request("GET", path)).status == 401
+
+
 def test_a_router_must_be_told_where_the_queue_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a Redis URL nor a Manager is a mistake that shows at the start."""
     monkeypatch.delenv("INFERQ_REDIS_URL", raising=False)
