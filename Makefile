@@ -40,8 +40,11 @@ help: ## List the targets
 up: $(RUNTIME) ## Start the whole fabric here (ENGINE=sim for the simulated engine)
 	@exec $(PY) -m inferq up $(UP_OPTIONS)
 
-demo: $(RUNTIME) ## Show it at work: a chat, a streamed chat, 20 prompts at once
-	@exec $(PY) -m inferq demo $(UP_OPTIONS)
+# HumanEval (openai/human-eval, MIT), where it lies beside the checkout; without it the demo asks prompts of its own.
+PROMPTS ?= $(wildcard ../shared/data/humaneval.jsonl.gz)
+
+demo: $(RUNTIME) ## Show it at work: a chat, a streamed chat, 20 prompts at once (PROMPTS=file)
+	@exec $(PY) -m inferq demo $(UP_OPTIONS) $(call option,--prompts,PROMPTS)
 
 test: $(DEV) ## Run the tests that need no real vLLM
 	$(PY) -m pytest -m "not vllm" $(ARGS)

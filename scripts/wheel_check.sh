@@ -33,7 +33,7 @@ expected = {"inferq", "router", "manager", "worker", "broker", "telemetry", "que
 missing = [f"{package}/py.typed" for package in expected if f"{package}/py.typed" not in names]
 missing += [] if any(name.startswith("broker/") and name.endswith(".lua") for name in names) else ["broker's Lua scripts"]
 missing += [] if any(name.endswith("vllm_cpu.txt") for name in names) else ["the vLLM CPU set"]
-missing += [f"inferq/data/{name}" for name in ("prompts.jsonl", "NOTICE") if f"inferq/data/{name}" not in names]
+missing += ["inferq/data/prompts.jsonl"] if "inferq/data/prompts.jsonl" not in names else []
 if packages != expected or missing:
     sys.exit(f"the wheel holds the packages {sorted(packages)} and lacks {missing}")
 own = {path.name for path in pathlib.Path(sysconfig.get_paths()["purelib"]).glob("__editable__*")}

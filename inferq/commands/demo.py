@@ -44,7 +44,7 @@ class Prompt:
 
 def read_prompts(path: Path | None, limit: int = PROMPTS) -> list[Prompt]:
     """The first ``limit`` prompts of a file (``.jsonl`` or ``.jsonl.gz``; ``task_id`` or ``name``, and ``prompt``);
-    without a path, HumanEval's first, which come with the package.
+    without a path, twenty of our own, which come with the package.
 
     Raises ``BadRequest`` if the file cannot be read.
     """

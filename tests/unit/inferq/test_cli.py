@@ -161,9 +161,9 @@ def test_engines_share_the_cores_and_leave_one() -> None:
 
 
 def test_the_demos_own_prompts_are_twenty() -> None:
-    """HumanEval's first come with the package, whatever the working directory."""
+    """Twenty of our own come with the package, whatever the working directory."""
     prompts = read_prompts(None)
-    assert [prompt.name for prompt in prompts] == [f"HumanEval/{number}" for number in range(PROMPTS)]
+    assert not any(prompt.name.startswith("HumanEval") for prompt in prompts)
     assert len(prompts) == PROMPTS
     assert len({prompt.text for prompt in prompts}) == PROMPTS
 
