@@ -140,7 +140,8 @@ def demo(
     vllm_args: VllmArgs = "",
     data_dir: DataDir = DATA_DIR,
     prompts: Annotated[
-        Path | None, typer.Option(envvar="INFERQ_DEMO_PROMPTS", help="Prompts to ask at once instead of our own (.jsonl, .jsonl.gz).")
+        Path | None,
+        typer.Option(envvar="INFERQ_DEMO_PROMPTS", help="A file of prompts instead of ours (.jsonl, .jsonl.gz)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
