@@ -34,7 +34,7 @@ async def test_two_thousand_mixed_requests_survive_a_killed_and_a_drained_worker
     """64 clients of three tenants, two models, plain and streamed, on three workers, of which one is killed with
     running jobs and one is drained: none of 2,000 requests fails and none is mixed up."""
     lines = ",".join(f"{hashlib.sha256(tenant.encode()).hexdigest()}:{tenant}" for tenant in TENANTS)
-    async with Fleet(tmp_path, own_valkey, router={"api_keys": lines, "max_attempts": 5}) as fleet:
+    async with Fleet(tmp_path, own_valkey, router={"api_keys": lines}) as fleet:
         fleet.session.headers["authorization"] = "Bearer acme"
         await fleet.up(workers=3, model="sim,tuned", slots=16, sim_embedding_dimensions=DIMENSIONS)
         load = Load(fleet.router.url, 2_000, 64, models=("sim", "tuned"), keys=TENANTS)
