@@ -7,6 +7,7 @@ because it cannot know which calls may be repeated.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -38,6 +39,7 @@ from redis.exceptions import (
 )
 
 from queue_schemas import BrokerUnsuitable
+from telemetry import redact_url
 
 from .multiplex import MultiplexedConnection
 from .settings import BrokerSettings
@@ -145,10 +147,11 @@ def open_link(settings: BrokerSettings) -> Link:
     scheme, _, topology = urlsplit(url).scheme.partition("+")
     if scheme not in ("redis", "rediss", "unix") or topology not in ("", "sentinel", "cluster"):
         raise BrokerUnsuitable(
-            f"the Redis URL {redact(url)!r} is not understood; use redis://HOST:PORT, rediss://, unix://, "
+            f"the Redis URL {redact_url(url)!r} is not understood; use redis://HOST:PORT, rediss://, unix://, "
             "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE or redis+cluster://HOST:PORT,HOST:PORT"
         )
     try:
+        _check_encoding(url)
         if topology == "sentinel":
             return _sentinel_link(url, scheme == "rediss", settings)
         if topology == "cluster":
@@ -156,17 +159,16 @@ def open_link(settings: BrokerSettings) -> Link:
         pool = redis.ConnectionPool.from_url(url, **_options(settings, tls=scheme == "rediss"))
         return MultiplexedLink(pool.make_connection, settings.command_timeout_ms / 1000)
     except (ValueError, RedisError) as error:
-        raise BrokerUnsuitable(f"the Redis URL {redact(url)!r} is not valid: {error}") from error
+        raise BrokerUnsuitable(f"the Redis URL {redact_url(url)!r} is not valid: {error}") from error
 
 
-def redact(url: str) -> str:
-    """``url`` with its password hidden, for logs and errors."""
-    before, at, after = url.rpartition("@")
-    if not at:
-        return url
-    scheme, slashes, credentials = before.partition("://")
-    user = credentials.partition(":")[0]
-    return f"{scheme}{slashes}{user}:***@{after}"
+def _check_encoding(url: str) -> None:
+    """Refuse a password that breaks the URL apart; whoever parses it further would quote a part of it."""
+    rest = url.partition("://")[2]
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    _, colon, port = authority.rpartition(":")
+    if authority and "@" in rest and "@" not in authority and colon and not port.isdigit():
+        raise ValueError("write the characters / ? # @ in a user or password as %2F %3F %23 %40")
 
 
 def _options(settings: BrokerSettings, *, tls: bool) -> dict[str, Any]:

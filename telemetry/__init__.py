@@ -6,6 +6,7 @@ command-line call does not load a web server.
 
 from .logs import LogFormat, LogLevel, bind, bound, bound_facts, configure_logging, get_logger
 from .metrics import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry, render_metrics
+from .redaction import redact_url
 from .settings import CommaList, RoleSettings, SettingFact, TelemetrySettings, explain_settings
 from .tracing import (
     Span,
@@ -37,6 +38,7 @@ __all__ = [
     "explain_settings",
     "get_logger",
     "inject",
+    "redact_url",
     "render_metrics",
     "shutdown_tracing",
     "span",

@@ -8,7 +8,6 @@ A role's settings are a subclass of :class:`RoleSettings` that names its table. 
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 from queue_schemas import CannotStart
 
 from .logs import LogFormat, LogLevel
+from .redaction import redact_url
 
 SHARED = frozenset({"redis_url", "join_token", "log_level", "log_format"})
 """Fields that are also read from ``INFERQ_<FIELD>``, whichever table they stand in."""
@@ -182,5 +182,6 @@ def _sentence(cls: type[RoleSettings], error: ValidationError) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, SecretStr):
         return "***" if value.get_secret_value() else ""
-    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
+    if isinstance(value, (list, tuple)):
+        return ",".join(redact_url(str(part)) for part in value)
+    return redact_url(str(value))
