@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -100,7 +100,8 @@ class Attempts:
         self._metrics = metrics
         self._max_answer_bytes = max_answer_bytes
         self._ended = ended
-        self._running: dict[JobId, _Attempt] = {}
+        # By attempt: a job that was released may come back here before the answer to its release was seen.
+        self._running: dict[str, _Attempt] = {}
         self._aborted: OrderedDict[JobId, None] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -115,7 +116,7 @@ class Attempts:
             attempt = _Attempt(lease, now + lease.remaining_ms / 1000)
             job = lease.job
             self._metrics.wait(job.model, job.lane.value).observe(lease.waited_ms / 1000)
-            self._running[job.id] = attempt
+            self._running[lease.attempt_id] = attempt
             self._idle.clear()
             if job.id in self._aborted:
                 attempt.stop = Stop.ENDED
@@ -126,10 +127,10 @@ class Attempts:
         self._aborted[job_id] = None
         if len(self._aborted) > _ABORTS_KEPT:
             self._aborted.popitem(last=False)
-        attempt = self._running.get(job_id)
-        if attempt is not None:
-            log.info("job_aborted", reason=reason, **_facts(attempt.lease))
-            self._stop(attempt, Stop.ENDED)
+        for attempt in list(self._running.values()):
+            if attempt.lease.job.id == job_id:
+                log.info("job_aborted", reason=reason, **_facts(attempt.lease))
+                self._stop(attempt, Stop.ENDED)
 
     def stop_late(self, now: float) -> None:
         """Stop every attempt whose deadline has passed."""
@@ -170,11 +171,11 @@ class Attempts:
                 elif ending is not None:
                     spent = ending.counted
                     span.fail(ending.reason)
-                    await self._release(lease, ending)
+                    await self._release(attempt, ending)
         finally:
             if attempt.channel is not None:
                 attempt.channel.discard()
-            del self._running[job.id]
+            self._running.pop(lease.attempt_id, None)
             if not self._running:
                 self._idle.set()
             self._ended(lease, spent)
@@ -256,32 +257,45 @@ class Attempts:
                 return _Release("its worker stops", counted=False)
 
     async def _settle(self, attempt: _Attempt, ending: _Settle) -> None:
-        """Settle until the queue answers: the answer is worth more than the time it waits for Redis."""
         lease = attempt.lease
-        while True:
-            try:
-                answer = await self._broker.settle(lease, ending.outcome, ending.frames)
-                break
-            except InferqError as error:
-                log.error("job_not_settled", error=error.message, **_facts(lease))
-                if asyncio.get_running_loop().time() >= attempt.deadline:
-                    return
-            await asyncio.sleep(_SETTLE_PAUSE_S)
-        self._metrics.settled(answer)
+        answer = await self._until_answered(
+            lambda: self._broker.settle(lease, ending.outcome, ending.frames), "job_not_settled", attempt
+        )
+        if answer is None:
+            return
         self._metrics.attempts(lease.job.model, ending.outcome.value).inc()
         if answer is not Settled.OK:
             log.info("answer_dropped", answer=answer.value, **_facts(lease))
 
-    async def _release(self, lease: Lease, ending: _Release) -> None:
-        try:
-            answer = await self._broker.release(lease, ending.reason, counted=ending.counted)
-        except InferqError as error:
-            # The lease stays with this incarnation until it leaves, is declared dead, or the job's time runs out.
-            log.error("job_not_released", error=error.message, **_facts(lease))
+    async def _release(self, attempt: _Attempt, ending: _Release) -> None:
+        lease = attempt.lease
+        answer = await self._until_answered(
+            lambda: self._broker.release(lease, ending.reason, counted=ending.counted), "job_not_released", attempt
+        )
+        if answer is None:
             return
-        self._metrics.settled(answer)
         self._metrics.attempts(lease.job.model, "spent" if ending.counted else "handed_back").inc()
         log.info("job_released", reason=ending.reason, counted=ending.counted, answer=answer.value, **_facts(lease))
+
+    async def _until_answered(
+        self, send: Callable[[], Awaitable[Settled]], failure: str, attempt: _Attempt
+    ) -> Settled | None:
+        """Tell the queue how an attempt ended until it answers; None if the job's time ran out before it did.
+
+        An answer is worth more than the time it waits for Redis, and a lease that nobody ends stays with a worker that
+        lives and renews it. Repeats are safe: the queue's fence passes only the first.
+        """
+        while True:
+            try:
+                answer = await send()
+            except InferqError as error:
+                log.error(failure, error=error.message, **_facts(attempt.lease))
+            else:
+                self._metrics.settled(answer)
+                return answer
+            if asyncio.get_running_loop().time() >= attempt.deadline:
+                return None
+            await asyncio.sleep(_SETTLE_PAUSE_S)
 
     def _too_large(self) -> EngineFailed:
         return EngineFailed(

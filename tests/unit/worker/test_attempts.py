@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ from worker.metrics import WorkerMetrics
 from worker.outbox import Outbox
 
 SSE = "text/event-stream; charset=utf-8"
+ATTEMPT_IDS = itertools.count()
 
 
 class Answer:
@@ -91,6 +93,8 @@ class RecordingBroker:
         self.published: list[Frame] = []
         self.gone: set[str] = set()
         self.failures = 0
+        self.released_by = asyncio.Event()
+        self.released_by.set()
 
     async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
         if self.failures:
@@ -100,6 +104,10 @@ class RecordingBroker:
         return Settled.OK
 
     async def release(self, lease: Lease, reason: str, *, counted: bool) -> Settled:
+        await self.released_by.wait()
+        if self.failures:
+            self.failures -= 1
+            raise BrokerUnavailable("away")
         self.released.append((reason, counted))
         return Settled.OK
 
@@ -144,7 +152,7 @@ class Bench:
 
 def lease(attempt: int = 1, remaining_ms: int = 60_000, **fields: Any) -> Lease:
     job: Job = make_job(reply_to="router.0123456789abcdef", request_id="req_1", **fields)
-    return Lease(job, 1, f"attempt-{attempt}", attempt, remaining_ms, 5)
+    return Lease(job, 1, f"attempt-{next(ATTEMPT_IDS)}", attempt, remaining_ms, 5)
 
 
 def plain(status: int, body: bytes = b"{}") -> Answer:
@@ -307,6 +315,45 @@ async def test_an_answer_is_settled_after_an_outage() -> None:
     bench.broker.failures = 1
     await bench.run(lease())
     assert len(bench.broker.settled) == 1
+
+
+async def test_a_job_is_released_after_an_outage() -> None:
+    """A lease is not kept by a live worker because Redis was away when it wanted to give it up."""
+    bench = Bench(plain(503))
+    bench.broker.failures = 1
+    await bench.run(lease())
+    assert bench.broker.released == [("the engine answered 503", True)]
+
+
+async def test_an_outage_past_the_deadline_ends_the_attempt() -> None:
+    """Nobody waits any more: the slot is free again, whether the queue was told or not."""
+    for answer in (plain(200), plain(503)):
+        bench = Bench(answer)
+        bench.broker.failures = 100
+        await bench.run(lease(remaining_ms=0))
+        assert bench.broker.failures == 99
+        assert len(bench.ended) == 1
+
+
+async def test_a_released_job_may_come_back_before_the_release_is_answered() -> None:
+    """Two attempts of one job live side by side for a moment: an abort reaches both, and both end by themselves."""
+    bench = Bench(plain(503))
+    first = lease()
+    again = Lease(first.job, 2, "attempt-again", 2, 60_000, 5)
+    async with asyncio.TaskGroup() as group:
+        bench.broker.released_by.clear()
+        bench.attempts.start([first], group)
+        await eventually(lambda: bench.engine.calls, "the engine refused the first attempt")
+        bench.engine.answer = Answer(200, SSE, [asyncio.Event()])
+        bench.attempts.start([again], group)
+        await eventually(lambda: len(bench.engine.calls) == 2, "the second attempt runs")
+        bench.broker.released_by.set()
+        await eventually(lambda: len(bench.ended) == 1, "the first attempt is over")
+        assert len(bench.attempts) == 1
+        bench.attempts.abort(first.job.id, "cancelled")
+        await asyncio.wait_for(bench.attempts.idle(), 10)
+    assert bench.ended == [True, False]
+    assert bench.engine.left_early == 1
 
 
 async def test_a_job_that_trips_over_a_fault_of_ours_ends_alone() -> None:
