@@ -157,7 +157,9 @@ async def _chat(fleet: Fleet, body: dict[str, Any]) -> tuple[int, Any]:
 async def test_a_client_that_leaves_frees_the_engine(fleet: Fleet, stream: bool) -> None:
     """Closing the connection cancels the job, and the worker's slot is free again within a moment."""
     await fleet.up(workers=1, sim_tokens_per_s=2)
-    body = {"model": "sim", "messages": [{"role": "user", "content": "a b c d e f g h i j k l"}], "stream": stream}
+    # Left alone, this answer would take a minute.
+    text = " ".join(f"word{number}" for number in range(60))
+    body = {"model": "sim", "messages": [{"role": "user", "content": text}], "stream": stream}
     asked = asyncio.create_task(_chat(fleet, body))
     await eventually(lambda: _busy(fleet.workers[0]), "the worker runs it")
     asked.cancel()

@@ -165,11 +165,12 @@ async def test_a_router_that_dies_takes_its_waiting_jobs_along(fleet: Fleet) -> 
 async def test_a_router_that_is_told_to_stop_finishes_first(fleet: Fleet) -> None:
     """SIGTERM: running requests are answered, new ones are not taken, the process ends with code 0."""
     await fleet.up(workers=1, sim_tokens_per_s=8)
-    running = asyncio.create_task(ask(fleet, chat("a b c d e f g h i j")))
+    text = " ".join(f"word{number}" for number in range(12))
+    running = asyncio.create_task(ask(fleet, chat(text)))
     await eventually(lambda: _busy(fleet), "the worker runs it")
     fleet.router.process.send(signal.SIGTERM)
     status, answer = await running
-    assert (status, answer["choices"][0]["message"]["content"]) == (200, "a b c d e f g h i j")
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, text)
     assert await fleet.router.ended() == 0
 
 
