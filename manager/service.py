@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from broker import Broker, BrokerSettings
+from broker.link import open_link
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
 from telemetry.flags import parse_settings
 from telemetry.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
@@ -54,6 +55,8 @@ async def serve(
         insecure=settings.insecure,
         remedy="set a join token (INFERQ_JOIN_TOKEN), which workers and routers then show",
     )
+    if broker_settings.redis_url:
+        open_link(broker_settings)  # connects to nothing: it only reads the URL
     async with AsyncExitStack() as exits:
         listener = exits.enter_context(bind_socket(settings.host, settings.port))
         stopped = stop or exits.enter_context(stop_on_signals())

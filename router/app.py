@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from starlette.types import Receive, Scope, Send
 
 from broker import Broker, BrokerSettings
+from broker.link import open_link
 from queue_schemas import BrokerUnsuitable, CannotStart, MethodNotAllowed, PathNotFound
 from telemetry.asgi import request_id_from
 from telemetry.server import refuse_unguarded
@@ -55,7 +56,10 @@ class RouterApp:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """What the app needs in the background runs within; at the end the open requests are drained."""
+        """What the app needs in the background runs within; at the end the open requests are drained.
+
+        Raises a group with ``BrokerUnsuitable`` if the first Redis that answers cannot carry the queue.
+        """
         async with self.state.running():
             try:
                 yield
@@ -95,7 +99,8 @@ def build_router(
 ) -> RouterApp:
     """The app. Without a Redis URL in ``broker_settings`` it asks the Manager where Redis is.
 
-    ``open_queue`` and ``manager`` replace the real ones. Raises ``CannotStart`` for settings that cannot work.
+    ``open_queue`` and ``manager`` replace the real ones. Raises ``CannotStart`` for settings that cannot work and
+    ``BrokerUnsuitable`` for a Redis URL that is none.
     """
     token = settings.join_token.get_secret_value()
     if manager is None and settings.manager_url:
@@ -121,6 +126,8 @@ def build_router(
 def _queue_opener(settings: RouterSettings, broker: BrokerSettings, manager: ManagerPort | None) -> OpenQueue:
     if not broker.redis_url and manager is None:
         raise CannotStart("the router cannot know where Redis is: give --redis-url, or --manager-url to ask a Manager")
+    if broker.redis_url:
+        open_link(broker)  # connects to nothing: it only reads the URL
 
     async def open_queue() -> Broker:
         found = broker

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from queue_schemas import BrokerUnavailable, Incarnation, InferqError, new_incarnation
+from queue_schemas import BrokerUnavailable, BrokerUnsuitable, Incarnation, InferqError, new_incarnation
 from telemetry import get_logger
 
 from .core import Directory, build_directory
@@ -76,17 +76,24 @@ class QueueLink:
         return self.queue.round_trips if self.queue is not None else 0
 
     async def run(self) -> None:
-        """Connect, and connect again, until cancelled."""
+        """Connect, and connect again, until cancelled.
+
+        Raises ``BrokerUnsuitable`` if it never was connected and Redis cannot be used: that is for somebody to mend. A
+        Redis that was fit and is no more (a replica after a failover) is waited for.
+        """
+        never = True
         pause = FIRST_PAUSE_S
         while True:
             try:
                 queue = await self._open()
             except InferqError as error:
                 self._note(error.message)
+                if never and isinstance(error, BrokerUnsuitable):
+                    raise
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, LONGEST_PAUSE_S)
                 continue
-            pause = FIRST_PAUSE_S
+            never, pause = False, FIRST_PAUSE_S
             try:
                 await self._use(queue)
             except* InferqError as group:

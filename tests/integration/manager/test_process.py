@@ -132,6 +132,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(start: Start, valkey: Server,
         last = child.log_text().splitlines()[-1]
         assert sentence in last, child.log_tail()
         assert "Traceback" not in child.log_text()
+        assert '"listening"' not in child.log_text()
 
 
 def test_a_redis_that_refuses_us_ends_it(start: Start, own_valkey: Server) -> None:

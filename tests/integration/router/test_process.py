@@ -122,6 +122,7 @@ def test_a_taken_port_is_one_sentence(start: Start, valkey: Server) -> None:
         (("--redis-url", "redis://x", "--host", PUBLIC), "API keys"),
         (("--redis-url", "redis://x", "--api-keys", "sk-plain:t"), "sha256sum"),
         (("--redis-url", "redis://x", "--extra-paths", "/fabric/v1/workers"), "the Router's own path"),
+        (("--redis-url", "foo://x"), "Redis URL"),
         (("--manager-url", "localhost:9000"), "http://localhost:9000"),
         (("--redis-url", "redis://x", "--max-body-bytes", "many"), "INFERQ_ROUTER_MAX_BODY_BYTES"),
     ],
@@ -131,6 +132,15 @@ def test_settings_that_cannot_work_are_one_sentence(start: Start, flags: tuple[s
     child = start("--port", "0", *flags)
     assert child.wait(20) == 2
     assert words in child.log_text()
+    assert "Traceback" not in child.log_text()
+
+
+def test_a_redis_that_refuses_us_ends_it(start: Start, own_valkey: Server) -> None:
+    """A wrong password is not waited for: exit code 2 and where to look."""
+    own_valkey.ask("CONFIG", "SET", "requirepass", "right")
+    child = start("--port", "0", "--redis-url", own_valkey.url.replace("redis://", "redis://:wrong@"))
+    assert child.wait(30) == 2, child.log_tail()
+    assert "check the user and password in INFERQ_REDIS_URL" in child.log_text().splitlines()[-1]
     assert "Traceback" not in child.log_text()
 
 

@@ -60,6 +60,7 @@ class FakeQueue:
         self.closed = False
         self._deliver: Deliver | None = None
         self._lost: Callable[[int], None] | None = None
+        self._broken = asyncio.Event()
 
     def shard_of(self, pool: str) -> int:
         return 0
@@ -81,8 +82,8 @@ class FakeQueue:
     ) -> NoReturn:
         self._deliver, self._lost = deliver, lost
         self.replies_ready.set()
-        await asyncio.Event().wait()
-        raise AssertionError
+        await self._broken.wait()
+        raise BrokerUnavailable("the connection broke")
 
     async def load_workers(self) -> dict[str, WorkerInfo]:
         if self.down:
@@ -113,6 +114,10 @@ class FakeQueue:
     def deliver(self, *news: Frame | Marker) -> None:
         assert self._deliver is not None
         self._deliver(list(news))
+
+    def break_replies(self) -> None:
+        """The connection on which answers come ends."""
+        self._broken.set()
 
     def lose_replies(self) -> None:
         assert self._lost is not None

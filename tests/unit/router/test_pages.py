@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from queue_schemas import BrokerAddress, BrokerUnsuitable, CannotStart, ManagerUnavailable
+from broker import BrokerSettings
+from queue_schemas import (
+    BrokerAddress,
+    BrokerUnavailable,
+    BrokerUnsuitable,
+    CannotStart,
+    InferqError,
+    ManagerUnavailable,
+)
 from router import RouterSettings, build_router
 from router.ports import Forwarded
 from tests.support.waiting import eventually
@@ -162,11 +170,11 @@ async def test_keys_guard_models_and_pools_but_not_health() -> None:
 
 async def test_readiness_says_why_not() -> None:
     """Not connected, cut off, or shutting down: /readyz is 503 with the reason, /healthz stays 200."""
-    async with router(BrokerUnsuitable("Redis is too old: 6.2")) as app:
+    async with router(BrokerUnavailable("Redis is loading")) as app:
         client = Client(app)
-        await asyncio.sleep(0.05)
+        await eventually(lambda: app.state.reasons() == ["Redis is loading"], "the reason is known")
         answer = await client.request("GET", "/readyz")
-        assert (answer.status, answer.json()["reasons"]) == (503, ["Redis is too old: 6.2"])
+        assert (answer.status, answer.json()["reasons"]) == (503, ["Redis is loading"])
         assert (await client.request("GET", "/healthz")).status == 200
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -178,6 +186,41 @@ async def test_readiness_says_why_not() -> None:
         assert (answer.status, answer.json()["reasons"]) == (503, ["Redis is away"])
         await app.drain()
         assert (await client.request("GET", "/readyz")).json()["reasons"] == ["the router is shutting down"]
+
+
+async def test_an_unfit_redis_ends_a_router_that_never_had_another() -> None:
+    """Too old, a replica, a wrong password: it is said and not waited for."""
+    with pytest.raises(BaseExceptionGroup) as ended:
+        async with asyncio.timeout(5), router(BrokerUnsuitable("Redis is too old: 6.2")):
+            await asyncio.Event().wait()
+    assert ended.group_contains(BrokerUnsuitable, match="Redis is too old")
+
+
+async def test_a_redis_that_became_unfit_is_waited_for() -> None:
+    """After a failover a replica may answer for a while: the Router says so and goes on when it is fit again."""
+    faults: list[InferqError] = []
+    queues: list[FakeQueue] = []
+
+    async def open_queue() -> FakeQueue:
+        if faults:
+            raise faults.pop()
+        queues.append(FakeQueue("m"))
+        return queues[-1]
+
+    app = build_router(RouterSettings(directory_ms=20), open_queue=open_queue)
+    async with asyncio.timeout(10), app.running():
+        await eventually(lambda: not app.state.reasons(), "connected")
+        faults.append(BrokerUnsuitable("this is a replica"))
+        queues[0].break_replies()
+        await eventually(lambda: len(queues) == 2 and not app.state.reasons(), "connected again")
+    assert not faults
+
+
+@pytest.mark.parametrize("url", ["foo://host", "http://nowhere", "redis://host:x"])
+def test_a_redis_url_that_is_none_is_refused_at_the_start(url: str) -> None:
+    """No Redis will ever answer there, so nothing is served."""
+    with pytest.raises(BrokerUnsuitable, match="Redis URL"):
+        build_router(RouterSettings(), BrokerSettings(redis_url=url))
 
 
 async def test_the_api_of_our_own_is_documented() -> None:
