@@ -185,4 +185,4 @@ async def test_a_newcomer_waits_its_turn_also_after_the_clock_was_forgotten(
     for _ in range(10):
         await broker.enqueue(make_job(tenant="c"))
     first = [lease.job.tenant for lease in await worker.claim(6)]
-    assert first.count("c") <= 3, first
+    assert first.count(Tenant("c")) <= 3, first
