@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     async def run() -> None:
         tables = (ManagerSettings, BrokerSettings, TelemetrySettings)
-        own, queue, telemetry = parse_settings("manager", "The Manager of an inferq fabric.", argv, *tables)
+        own, queue, telemetry = parse_settings("inferq manager", "The Manager of an inferq fabric.", argv, *tables)
         reporting = cast(TelemetrySettings, telemetry)
         configure_logging("manager", reporting.log_level, reporting.log_format)
         configure_tracing("manager", reporting.otlp_endpoint)

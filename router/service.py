@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 from broker import BrokerSettings
 from telemetry import (
@@ -15,12 +15,13 @@ from telemetry import (
     get_logger,
     shutdown_tracing,
 )
+from telemetry.flags import parse_settings
 from telemetry.server import bind_socket, run_process, run_server, stop_on_signals
 
 from .app import build_router
 from .settings import RouterSettings
 
-log = get_logger(__name__)
+log = get_logger("router.service")
 
 
 async def serve(
@@ -50,44 +51,21 @@ async def serve(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read flags, environment and ``inferq.toml``, run a Router, answer the exit code."""
-    flags = _parser().parse_args(argv)
-    given = {name: value for name, value in vars(flags).items() if value is not None}
 
     async def run() -> None:
-        telemetry = TelemetrySettings.load(**_of(TelemetrySettings, given))
+        tables = (RouterSettings, BrokerSettings, TelemetrySettings)
+        own, queue, reporting = parse_settings(
+            "inferq router", "The Router: an OpenAI-compatible endpoint.", argv, *tables
+        )
+        telemetry = cast(TelemetrySettings, reporting)
         configure_logging("router", telemetry.log_level, telemetry.log_format)
         configure_tracing("router", telemetry.otlp_endpoint)
         try:
-            await serve(
-                RouterSettings.load(**_of(RouterSettings, given)), BrokerSettings.load(**_of(BrokerSettings, given))
-            )
+            await serve(cast(RouterSettings, own), cast(BrokerSettings, queue))
         finally:
             shutdown_tracing()
 
     return run_process(run)
-
-
-_TABLES = (RouterSettings, BrokerSettings, TelemetrySettings)
-
-
-def _of(
-    table: type[RouterSettings] | type[BrokerSettings] | type[TelemetrySettings], given: dict[str, object]
-) -> dict[str, object]:
-    return {name: value for name, value in given.items() if name in table.model_fields}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("router.service", description="The Router: an OpenAI-compatible endpoint.")
-    for table in _TABLES:
-        group = parser.add_argument_group(table.table)
-        for name, field in table.model_fields.items():
-            flag = "--" + name.replace("_", "-")
-            text = (field.description or "").replace("%", "%%")
-            if field.annotation is bool:
-                group.add_argument(flag, action="store_true", default=None, help=text)
-            else:
-                group.add_argument(flag, default=None, help=text)
-    return parser
 
 
 if __name__ == "__main__":
