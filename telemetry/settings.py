@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -22,7 +23,7 @@ from queue_schemas import CannotStart
 from .logs import LogFormat, LogLevel
 from .redaction import redact_url
 
-SHARED = frozenset({"redis_url", "join_token", "log_level", "log_format"})
+SHARED = frozenset({"data_dir", "redis_url", "join_token", "log_level", "log_format"})
 """Fields that are also read from ``INFERQ_<FIELD>``, whichever table they stand in."""
 TABLES = frozenset({"broker", "manager", "router", "telemetry", "worker"})
 CONFIG_VARIABLE = "INFERQ_CONFIG"
@@ -41,6 +42,8 @@ class RoleSettings(BaseSettings):
     """The settings of one role (or of the broker, or of telemetry): frozen, each with unit, default and sentence."""
 
     table: ClassVar[str]
+    repeatable: ClassVar[Mapping[str, str]] = {}
+    """Lists that have a flag of another name, given once for each entry: field -> flag."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -175,7 +178,8 @@ def _sentence(cls: type[RoleSettings], error: ValidationError) -> str:
         name = ".".join(str(part) for part in fault["loc"])
         field = str(fault["loc"][0]) if fault["loc"] else ""
         where = f" (flag, {cls.variable(field)} or [{cls.table}] {field})" if field in cls.model_fields else ""
-        parts.append(f"{name or cls.table}: {fault['msg']}{where}")
+        text = fault["msg"].removeprefix("Value error, ")
+        parts.append(f"{name}: {text}{where}" if name else text)
     return f"the settings of {cls.table} are wrong: {'; '.join(parts)}"
 
 

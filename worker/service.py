@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import shlex
 import socket
@@ -44,7 +43,7 @@ _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 _SIM_FLAG = "--sim-"
 
-log = get_logger(__name__)
+log = get_logger("worker.service")
 
 
 class Worker:
@@ -198,26 +197,22 @@ async def _drain_on(stop: asyncio.Event, drain: asyncio.Event) -> None:
 
 
 def read_settings(argv: Sequence[str] | None = None) -> tuple[WorkerSettings, TelemetrySettings]:
-    """The settings of a command line: a flag per setting, besides ``--manager-url`` (repeatable) and ``--sim-...``.
+    """The settings of a command line: a flag per setting, and ``--sim-...``.
 
     Raises ``CannotStart`` for a wrong value; ends the process for a flag that does not exist.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--manager-url", action="append", default=[])
-    options, rest = parser.parse_known_args(argv)
-    if options.manager_url:
-        rest += ["--manager-urls", ",".join(options.manager_url)]
-    rest = _gather_sim_flags(rest)
-    own, telemetry = parse_settings("worker", "A worker of an inferq fabric.", rest, WorkerSettings, TelemetrySettings)
+    own, telemetry = parse_settings(
+        "inferq worker", "A worker of an inferq fabric.", _gather_sim_flags(argv), WorkerSettings, TelemetrySettings
+    )
     return cast(WorkerSettings, own), cast(TelemetrySettings, telemetry)
 
 
-def _gather_sim_flags(arguments: Sequence[str]) -> list[str]:
+def _gather_sim_flags(argv: Sequence[str] | None) -> list[str]:
     """``--sim-ttft-ms 5`` as part of the setting ``sim_args``."""
     rest: list[str] = []
     sim: list[str] = []
     target = rest
-    for part in arguments:
+    for part in sys.argv[1:] if argv is None else argv:
         if part.startswith("--"):
             of_sim = part.startswith(_SIM_FLAG) and not part.startswith("--sim-args")
             target = sim if of_sim else rest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -29,6 +30,7 @@ class WorkerSettings(RoleSettings):
     """One worker: who it is, where its Manager and its engine are, and its limits."""
 
     table: ClassVar[str] = "worker"
+    repeatable: ClassVar[Mapping[str, str]] = {"manager_urls": "manager-url"}
 
     worker_id: str = Field("", description="name of this worker, unique in the fleet; empty: made from the host's name")
     manager_urls: CommaList = Field(

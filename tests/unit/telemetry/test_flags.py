@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import pytest
@@ -10,10 +11,12 @@ from telemetry.flags import parse_settings
 
 class Sample(RoleSettings):
     table: ClassVar[str] = "worker"
+    repeatable: ClassVar[Mapping[str, str]] = {"urls": "some-url"}
 
     port: int = Field(7000, ge=0, le=65_535, description="TCP port")
     insecure: bool = Field(False, description="No guard, 100% open")
     models: CommaList = Field(default_factory=list, description="Models")
+    urls: CommaList = Field(default_factory=list, description="Addresses")
     mode: Literal["fast", "slow"] = Field("fast", description="How")
 
 
@@ -21,7 +24,7 @@ def test_every_field_is_a_flag_of_its_table() -> None:
     """Values, switches, lists and choices, spread over several tables."""
     argv = ["--port", "1", "--insecure", "--models", "a,b", "--mode", "slow", "--log-level", "debug"]
     own, reporting = parse_settings("worker", "A worker.", argv, Sample, TelemetrySettings)
-    assert own.model_dump() == {"port": 1, "insecure": True, "models": ["a", "b"], "mode": "slow"}
+    assert own.model_dump() == {"port": 1, "insecure": True, "models": ["a", "b"], "urls": [], "mode": "slow"}
     assert reporting.model_dump()["log_level"] == "debug"
 
 
@@ -44,3 +47,11 @@ def test_help_says_choices_and_variables(capsys: pytest.CaptureFixture[str]) -> 
     text = " ".join(capsys.readouterr().out.split())
     assert "--mode fast|slow How (INFERQ_WORKER_MODE)" in text
     assert "100% open" in text
+    assert "--some-url URL Addresses (INFERQ_WORKER_URLS); may be repeated" in text
+    assert "--urls" not in text
+
+
+def test_a_repeatable_flag_gathers_every_use() -> None:
+    """Repeated or with commas, in order."""
+    argv = ["--some-url", "a,b", "--some-url", "c"]
+    assert parse_settings("worker", "A worker.", argv, Sample)[0].model_dump()["urls"] == ["a", "b", "c"]

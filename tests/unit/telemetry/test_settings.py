@@ -1,9 +1,10 @@
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import pytest
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
+from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from telemetry import CommaList, RoleSettings, TelemetrySettings, explain_settings
 
@@ -79,6 +80,26 @@ def test_a_named_file_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFERQ_CONFIG", "elsewhere.toml")
     with pytest.raises(CannotStart, match=r"elsewhere\.toml cannot be read"):
         Sample.load()
+
+
+def test_a_fault_of_our_own_is_only_its_sentence() -> None:
+    """What a check of several settings says stands alone: no "Value error", no empty place before it."""
+
+    class Checked(Sample):
+        @model_validator(mode="after")
+        def _never(self) -> Self:
+            raise ValueError("that does not go together")
+
+    with pytest.raises(CannotStart) as refused:
+        Checked.load()
+    assert refused.value.message == "the settings of manager are wrong: that does not go together"
+
+
+def test_the_data_folder_has_one_variable_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INFERQ_DATA_DIR is the folder of `inferq manager` too."""
+    monkeypatch.setenv("INFERQ_DATA_DIR", "/srv/inferq")
+    assert ManagerSettings.load().data_dir == "/srv/inferq"
+    assert ManagerSettings.variable("data_dir") == "INFERQ_DATA_DIR"
 
 
 def test_an_unknown_flag_is_refused() -> None:

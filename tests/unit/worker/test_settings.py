@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import runpy
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,24 @@ def test_several_manager_urls() -> None:
     """Repeated or with commas, in order."""
     flags = "--engine sim --manager-url http://a,http://b --manager-url http://c"
     assert read_settings(flags.split())[0].manager_urls == ["http://a", "http://b", "http://c"]
+
+
+@pytest.mark.parametrize("role", ["manager", "router", "worker"])
+def test_help_is_that_of_the_command(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each role's program names itself as the command line does; the worker's --manager-url is a flag it knows."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"{role}.service").main(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: inferq {role} ")
+    assert "--manager-urls" not in text
+    assert ("--manager-url URL" in text) == (role == "worker")
+
+
+@pytest.mark.parametrize("role", ["manager", "router", "worker"])
+def test_logs_name_the_module_however_it_is_started(role: str) -> None:
+    """Under ``python -m`` a line of the log names ``<role>.service``, not ``__main__``."""
+    started = runpy.run_module(f"{role}.service", run_name="started")
+    assert started["log"]._logger_factory_args == (f"{role}.service",)
 
 
 def test_an_engine_url_is_enough() -> None:
