@@ -80,13 +80,22 @@ class FabricClient:
         headers = {"content-type": "application/json"} if body else {}
         try:
             async with self._session.request(method, url, data=body, headers=headers) as answer:
-                content = await answer.content.read(_MAX_ANSWER_BYTES)
+                content = await _read(answer)
                 status = answer.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ManagerUnavailable(f"{self.url} does not answer: {error or type(error).__name__}") from error
         if status >= 300:
             raise _refusal(status, content, self.url)
         return content
+
+
+async def _read(answer: aiohttp.ClientResponse) -> bytes:
+    """The body, or of one that is larger than the limit its beginning: one read gives only what has arrived."""
+    parts, room = [], _MAX_ANSWER_BYTES
+    while room > 0 and (part := await answer.content.read(room)):
+        parts.append(part)
+        room -= len(part)
+    return b"".join(parts)
 
 
 def _parse(kind: type[_Answer], content: bytes, url: str) -> _Answer:

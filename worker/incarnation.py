@@ -11,15 +11,13 @@ from typing import NoReturn
 from broker import Broker, BrokerSettings
 from queue_schemas import (
     Assignment,
-    BrokerFull,
-    BrokerUnavailable,
     Control,
     ControlKind,
     EngineState,
+    Fenced,
     Incarnation,
     InferqError,
     Lease,
-    ManagerUnavailable,
     RegistrationAnswer,
     WorkerStatus,
     shard_of_job,
@@ -68,7 +66,6 @@ class Life:
         self.incarnation = incarnation
         self.slots = Slots(settings.slots)
         self.broker_ok = False
-        self.running = 0
         self._around = around
         self._membership = Membership(
             around.client,
@@ -162,7 +159,10 @@ class Life:
         while True:
             try:
                 await broker.join(self.incarnation)
-            except (BrokerUnavailable, BrokerFull) as error:
+            except Fenced:
+                raise
+            except InferqError as error:
+                # Here and below: whatever Redis says short of a verdict on this incarnation, it may say otherwise soon.
                 log.warning("queue_not_joined", error=error.message)
                 await asyncio.sleep(_LONGEST_PAUSE_S)
             else:
@@ -187,7 +187,9 @@ class Life:
         """Send ``claim``; None if it was not answered and must be sent again. Raises ``Fenced``."""
         try:
             return await broker.claim(claim.shard, self.incarnation, claim.seq, claim.turn, claim.n, claim.pools)
-        except (BrokerUnavailable, BrokerFull) as error:
+        except Fenced:
+            raise
+        except InferqError as error:
             log.warning("claim_not_answered", shard=claim.shard, error=error.message)
             await asyncio.sleep(_LONGEST_PAUSE_S)
             return None
@@ -198,7 +200,9 @@ class Life:
         while True:
             try:
                 messages = await broker.read_control(shard, self.incarnation, after, CONTROL_BLOCK_MS)
-            except (BrokerUnavailable, BrokerFull) as error:
+            except Fenced:
+                raise
+            except InferqError as error:
                 if self.broker_ok:
                     log.warning("queue_not_reached", error=error.message)
                 self._reached(False)
@@ -235,7 +239,9 @@ class Life:
             if alive:
                 try:
                     await broker.renew(self.incarnation)
-                except (BrokerUnavailable, BrokerFull) as error:
+                except Fenced:
+                    raise
+                except InferqError as error:
                     log.warning("leases_not_renewed", error=error.message)
             else:
                 log.warning("engine_makes_no_progress", running=len(attempts))
@@ -284,7 +290,7 @@ class Life:
     async def _deregister(self) -> None:
         try:
             await self._around.client.deregister(self._around.settings.name, self.incarnation)
-        except (ManagerUnavailable, InferqError) as error:
+        except InferqError as error:
             log.warning("not_deregistered", error=error.message)
 
     def _assigned(self, assignment: Assignment) -> None:

@@ -14,6 +14,7 @@ from typing import cast
 
 from broker import Broker
 from queue_schemas import (
+    BrokerFull,
     BrokerUnavailable,
     EngineState,
     Fenced,
@@ -136,12 +137,12 @@ class Worker:
             self._life = Life(self._around, new_incarnation(self.settings.name))
 
     async def _connect(self, answer: RegistrationAnswer) -> Broker:
-        """The broker, opened at the first call; waits for a Redis that is away."""
+        """The broker, opened at the first call; waits for a Redis that is away or full."""
         pause = _FIRST_PAUSE_S
         while self._broker is None:
             try:
                 self._broker = await Broker.connect(broker_settings(self.settings, answer))
-            except BrokerUnavailable as error:
+            except (BrokerUnavailable, BrokerFull) as error:
                 log.warning("queue_not_reached", error=error.message, again_in_s=pause)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_S)

@@ -1,0 +1,165 @@
+"""One incarnation against a queue that answers with surprises."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from typing import Any, cast
+
+import pytest
+
+from broker import Broker
+from queue_schemas import (
+    Assignment,
+    BrokerFull,
+    BrokerUnavailable,
+    EngineState,
+    Fenced,
+    Heartbeat,
+    HeartbeatAnswer,
+    Incarnation,
+    InferqError,
+    Lane,
+    PoolAssignment,
+    Registration,
+    RegistrationAnswer,
+)
+from telemetry import MetricsRegistry
+from tests.support.waiting import eventually
+from worker import WorkerSettings, incarnation, service
+from worker.engines import Engine
+from worker.fabric import FabricClient
+from worker.incarnation import Life, Surroundings
+from worker.metrics import WorkerMetrics
+
+ASSIGNMENT = Assignment(term=1, version=1, pools=[PoolAssignment(pool="m", shard=0, lanes=list(Lane))])
+REGISTERED = RegistrationAnswer(broker_url="redis://r", shards=1, lease_ms=100, heartbeat_ms=100, assignment=ASSIGNMENT)
+
+
+class Manager:
+    url = "http://manager"
+
+    def turn(self) -> None: ...
+
+    async def register(self, registration: Registration) -> RegistrationAnswer:
+        return REGISTERED
+
+    async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
+        return HeartbeatAnswer(assignment=ASSIGNMENT)
+
+    async def deregister(self, worker_id: str, incarnation: Incarnation) -> None: ...
+
+
+class IdleEngine:
+    state, detail, models = EngineState.READY, "", ("m",)
+
+    async def progress(self) -> int | None:
+        return 0
+
+
+class SurprisingBroker:
+    """Each kind of call fails once with an error nobody foresaw; ``fenced`` is the call that says it is all over."""
+
+    shards = 1
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.fenced = ""
+
+    def _called(self, name: str) -> None:
+        self.calls[name] += 1
+        if self.fenced == name:
+            raise Fenced("declared dead")
+        if self.calls[name] == 1:
+            raise InferqError("a reply that nobody foresaw")
+
+    async def join(self, incarnation: Incarnation) -> None:
+        self._called("join")
+
+    async def renew(self, incarnation: Incarnation) -> None:
+        self._called("renew")
+
+    async def claim(self, *arguments: Any) -> list[Any]:
+        self._called("claim")
+        return []
+
+    async def read_control(self, *arguments: Any) -> list[Any]:
+        self._called("read_control")
+        await asyncio.sleep(0.01)
+        return []
+
+    async def publish(self, *arguments: Any) -> set[str]:
+        return set()
+
+    async def leave(self, incarnation: Incarnation) -> None: ...
+
+
+def life_on(broker: SurprisingBroker) -> tuple[Life, asyncio.Event]:
+    async def connect(answer: RegistrationAnswer) -> Broker:
+        return cast(Broker, broker)
+
+    drain = asyncio.Event()
+    around = Surroundings(
+        settings=WorkerSettings.load(engine="sim", worker_id="w1"),
+        engine=cast(Engine, IdleEngine()),
+        client=cast(FabricClient, Manager()),
+        metrics=WorkerMetrics(MetricsRegistry("worker")),
+        url=None,
+        connect=connect,
+        drain=drain,
+    )
+    return Life(around, Incarnation("w1.0123456789abcdef")), drain
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incarnation, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(incarnation, "_LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(service, "_FIRST_PAUSE_S", 0.01)
+
+
+async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() -> None:
+    """Joining, claiming, listening and renewing all go on after an error of no kind they know."""
+    broker = SurprisingBroker()
+    life, drain = life_on(broker)
+    running = asyncio.create_task(life.run(first=True))
+
+    def all_went_on() -> bool:
+        assert not running.done(), running.exception()
+        return life.broker_ok and all(broker.calls[name] > 1 for name in ("join", "claim", "read_control", "renew"))
+
+    await eventually(all_went_on, "every loop has called again")
+    drain.set()
+    await asyncio.wait_for(running, 10)
+
+
+@pytest.mark.parametrize("call", ["join", "claim", "renew"])
+async def test_a_verdict_ends_the_incarnation(call: str) -> None:
+    """Declared dead is declared dead: it is not tried again."""
+    broker = SurprisingBroker()
+    broker.fenced = call
+    life, _ = life_on(broker)
+    with pytest.raises(ExceptionGroup) as failure:
+        await asyncio.wait_for(life.run(first=True), 10)
+    assert failure.value.split(Fenced)[1] is None
+    assert broker.calls[call] == 1
+
+
+async def test_a_queue_that_is_away_or_full_at_the_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that starts in the middle of trouble gets its queue once the trouble is over."""
+    troubles: list[InferqError] = [BrokerUnavailable("away"), BrokerFull("full")]
+
+    class Opened:
+        round_trips = 0
+
+    async def connect(settings: object) -> Opened:
+        if troubles:
+            raise troubles.pop(0)
+        return Opened()
+
+    monkeypatch.setattr(service.Broker, "connect", connect)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        worker = service.Worker(WorkerSettings.load(engine="sim"), listener, cast(Engine, IdleEngine()))
+        assert isinstance(await asyncio.wait_for(worker._connect(REGISTERED), 10), Opened)
+    assert not troubles
