@@ -31,10 +31,12 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self) -> None:
         self.status = 0
         self.content_type = ""
-        self.complete = False
-        """Whether the answer has arrived to its end."""
+        self.complete = True
+        """Whether the answer has arrived to its end: no exchange is under way."""
         self.usable = True
         """Whether another exchange may follow on this connection."""
+        self.silent = False
+        """Whether the server has not sent one byte since the request."""
         self.idle_since = 0.0
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -52,9 +54,12 @@ class EngineConnection(asyncio.Protocol):
         assert self._transport is not None  # noqa: S101 - connected when it is made
         self.status, self.content_type = 0, "application/octet-stream"
         self.complete = self._has_head = False
-        self._ends_with_connection = True
+        self.silent = self._ends_with_connection = True
         self._head_bytes = 0
-        self._transport.write(request)
+        if self._transport.is_closing():
+            self._fail("the engine broke the connection before it was asked")
+        else:
+            self._transport.write(request)
 
     async def head(self) -> None:
         """Wait for status and headers. Raises ``EngineFailed``."""
@@ -107,6 +112,11 @@ class EngineConnection(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
+        if self.complete:
+            # Nobody asked for it: taken for the next answer, it would reach another client.
+            self.close()
+            return
+        self.silent = False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -134,6 +144,10 @@ class EngineConnection(asyncio.Protocol):
             self._fail(f"the engine broke the connection {where}{f' ({exc})' if exc else ''}")
 
     # httptools
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            raise ValueError("a second answer behind the first")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()

@@ -150,7 +150,18 @@ class _Call:
         self._connection: EngineConnection | None = None
 
     async def __aenter__(self) -> EngineAnswer:
-        connection = self._pool.take() or await self._pool.connect()
+        kept = self._pool.take()
+        if kept is not None:
+            try:
+                return await self._send(kept)
+            except EngineFailed:
+                # Closed as idle just when it was used again. Repeating a POST is right only because not one byte was
+                # answered and the attempt is ours: nobody has seen anything of it, and it is under way nowhere else.
+                if not kept.silent:
+                    raise
+        return await self._send(await self._pool.connect())
+
+    async def _send(self, connection: EngineConnection) -> EngineAnswer:
         try:
             connection.send(self._request)
             await connection.head()

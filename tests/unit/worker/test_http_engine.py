@@ -117,6 +117,70 @@ async def test_a_connection_that_the_engine_closed_is_not_used_again() -> None:
         assert raw.connections == 3
 
 
+async def test_a_kept_connection_that_closes_when_used_again_costs_no_attempt() -> None:
+    """The engine closed it as idle while the request was on its way: nothing was answered, so it is sent once more."""
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(raw.requests) == 2:
+            writer.close()
+        else:
+            writer.write(PLAIN)
+
+    async with engine_that(respond) as (engine, raw):
+        for _ in range(2):
+            async with engine.call(CALL) as answer:
+                assert await answer.read(100) == b"{}"
+        assert (raw.connections, len(raw.requests)) == (2, 3)
+
+
+@pytest.mark.parametrize(("beginning", "requests"), [(b"HTTP/1.1 200", 2), (b"", 3)])
+async def test_a_request_is_repeated_only_if_nothing_was_answered_and_only_once(
+    beginning: bytes, requests: int
+) -> None:
+    """Half a head is an answer that broke; a new connection that closes is an engine that fails."""
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(raw.requests) == 1:
+            writer.write(PLAIN)
+        else:
+            writer.write(beginning)
+            await writer.drain()
+            writer.close()
+
+    async with engine_that(respond) as (engine, raw):
+        async with engine.call(CALL) as answer:
+            await answer.read(100)
+        with pytest.raises(EngineFailed):
+            async with engine.call(CALL):
+                pass
+        assert len(raw.requests) == requests
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_bytes_behind_an_answer_never_begin_the_next_one(late: bool) -> None:
+    """What an engine sends unasked, at once or later, ends the connection instead of answering another client."""
+    stray = PLAIN.replace(b"{}", b"!!")
+    later = asyncio.Event()
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(raw.requests) > 1:
+            writer.write(PLAIN)
+            return
+        writer.write(PLAIN + (b"" if late else stray))
+        if late:
+            await later.wait()
+            writer.write(stray)
+
+    async with engine_that(respond) as (engine, raw):
+        async with engine.call(CALL) as answer:
+            assert await answer.read(100) == b"{}"
+        later.set()
+        await eventually(lambda: not late or raw.closed == 1, "the connection is dropped")
+        async with engine.call(CALL) as answer:
+            assert await answer.read(100) == b"{}"
+        assert raw.connections == 2
+
+
 async def test_pieces_that_arrived_meanwhile_are_one_read() -> None:
     """A reader that was busy gets everything at once."""
 
