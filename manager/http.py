@@ -29,7 +29,7 @@ def create_app(service: ManagerService) -> FastAPI:
         version="1",
         openapi_tags=[
             {"name": "workers", "description": "Joining, heartbeats, draining. Needs the join token if one is set."},
-            {"name": "pools", "description": "Queue depth per model, for people and autoscalers."},
+            {"name": "pools", "description": "Queue depth per model, for people and autoscalers. Needs the token too."},
             {"name": "health", "description": "Liveness, readiness, Prometheus metrics."},
         ],
     )
@@ -90,13 +90,14 @@ def _worker_routes(service: ManagerService) -> APIRouter:
 
 
 def _pool_routes(service: ManagerService) -> APIRouter:
-    routes = APIRouter(tags=["pools"])
+    token = service.settings.join_token.get_secret_value()
+    routes = APIRouter(tags=["pools"], dependencies=[Depends(require_join_token(token))])
 
-    @routes.get("/pools", summary="Every model's queue", responses=error_responses(503))
+    @routes.get("/pools", summary="Every model's queue", responses=error_responses(401, 503))
     async def pools() -> PoolList:
         return await service.pools()
 
-    @routes.get("/pools/{model:path}", summary="One model's queue", responses=error_responses(404, 503))
+    @routes.get("/pools/{model:path}", summary="One model's queue", responses=error_responses(401, 404, 503))
     async def pool(model: str) -> PoolDepth:
         return await service.pool(model)
 

@@ -62,7 +62,7 @@ async def test_a_live_id_is_409(client: httpx.AsyncClient, queue: FakeQueue) -> 
 async def test_without_the_join_token_nothing_of_the_fleet_is_told(
     client: httpx.AsyncClient, token: dict[str, str]
 ) -> None:
-    """Every path of workers and broker wants the token; depth and health are open."""
+    """Every path of workers, broker and pools wants the token; health is open."""
     client.headers.pop("x-inferq-join-token")
     for method, path in (
         ("POST", "/fabric/v1/workers"),
@@ -71,10 +71,11 @@ async def test_without_the_join_token_nothing_of_the_fleet_is_told(
         ("POST", "/fabric/v1/workers/w/drain"),
         ("DELETE", f"/fabric/v1/workers/w?incarnation={ONE}"),
         ("GET", "/fabric/v1/broker"),
+        ("GET", "/fabric/v1/pools"),
+        ("GET", "/fabric/v1/pools/org/m"),
     ):
         answer = await client.request(method, path, json=REGISTRATION, headers=token)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
-    assert (await client.get("/fabric/v1/pools")).status_code == 200
     assert (await client.get("/healthz")).status_code == 200
 
 
