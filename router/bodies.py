@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.types import Receive
 
 from .core import check_size
@@ -15,12 +17,16 @@ class ClientGone(Exception):
     """The client went away before the answer was complete."""
 
 
-async def read_body(receive: Receive, limit_bytes: int) -> bytes:
-    """The whole body. Raises ``BodyTooLarge`` as soon as it passes the limit, ``ClientGone`` if it breaks off."""
+async def read_body(receive: Receive, limit_bytes: int, take: Callable[[int], None]) -> bytes:
+    """The whole body. ``take`` is told its size so far before more is kept, and may refuse.
+
+    Raises ``BodyTooLarge`` as soon as it passes the limit, ``ClientGone`` if it breaks off, and what ``take`` raises.
+    """
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")
         check_size(len(body), limit_bytes)
+        take(len(body))
         return body
     pieces = []
     size = 0
@@ -28,6 +34,7 @@ async def read_body(receive: Receive, limit_bytes: int) -> bytes:
         piece = message.get("body", b"")
         size += len(piece)
         check_size(size, limit_bytes)
+        take(size)
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)

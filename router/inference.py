@@ -7,12 +7,14 @@ task besides the request's own waits for the client to leave.
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import replace
 
 from starlette.types import Receive, Scope, Send
 
 from queue_schemas import (
     TERMINAL,
+    BadRequest,
     BodyTooLarge,
     BrokerFull,
     BrokerUnavailable,
@@ -54,6 +56,7 @@ RERUN_AFTER_S = 2.0
 """How long an answer whose job has ended may still be on its way."""
 
 _DEADLINE = DEADLINE_HEADER.encode()
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _NEVER = float("inf")
 
 log = get_logger(__name__)
@@ -74,7 +77,7 @@ class Inference:
             await self._serve(scope, receive, send, path, "")
             return
         headers = dict(scope["headers"])
-        parent = headers.get(b"traceparent", b"").decode("latin-1")
+        parent = _traceparent(headers)
         with span_for_request(f"POST {path}", parent) as span:
             status = await self._serve(scope, receive, send, path, inject(parent))
             span.set("http.response.status_code", status)
@@ -91,7 +94,7 @@ class Inference:
         running = len(self._requests)
         self._requests.add(request)
         try:
-            tenant = self._admit(headers, running)
+            tenant = self._admit(request, headers, running)
             body = await self._body(request, receive, headers)
             job = await self._job(request_id, path, tenant, headers, body, trace)
             connection.watch(request.on_gone)
@@ -114,7 +117,7 @@ class Inference:
         self._state.metrics.answered(path, exchange.status)
         return exchange.status
 
-    def _admit(self, headers: dict[bytes, bytes], running: int) -> Tenant:
+    def _admit(self, request: OpenRequest, headers: dict[bytes, bytes], running: int) -> Tenant:
         """What can be judged before the body is read."""
         if self._state.draining:
             raise ShuttingDown(
@@ -123,13 +126,17 @@ class Inference:
             )
         tenant = self._state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
         check_room(running, self._settings.max_concurrent)
-        check_size(announced_size(headers.get(b"content-length")), self._settings.max_body_bytes)
+        announced = announced_size(headers.get(b"content-length"))
+        check_size(announced, self._settings.max_body_bytes)
+        self._requests.take_body(request, announced)
         return tenant
 
     async def _body(self, request: OpenRequest, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
         request.guard(request.begun_s + self._settings.body_limit_ms / 1000, self._body_late)
         try:
-            return await read_body(receive, self._settings.max_body_bytes)
+            return await read_body(
+                receive, self._settings.max_body_bytes, lambda size: self._requests.take_body(request, size)
+            )
         except asyncio.CancelledError:
             if not request.absorb():
                 raise
@@ -140,7 +147,7 @@ class Inference:
     async def _job(
         self, request_id: str, path: str, tenant: Tenant, headers: dict[bytes, bytes], body: bytes, trace: str
     ) -> Job:
-        content_type = headers.get(b"content-type", b"application/json").decode("latin-1")
+        content_type = _content_type(headers)
         fields: RequestFields = read_fields(body, content_type)
         settings, link = self._settings, self._state.link
         deadline_ms = read_deadline(headers.get(_DEADLINE), settings.default_deadline_ms, settings.longest_deadline_ms)
@@ -163,7 +170,7 @@ class Inference:
             ttl_ms=deadline_ms,
             max_attempts=settings.max_attempts,
             reply_to=link.incarnation,
-            traceparent=trace or headers.get(b"traceparent", b"").decode("latin-1"),
+            traceparent=trace or _traceparent(headers),
             request_id=request_id,
         )
 
@@ -226,6 +233,8 @@ class Inference:
                 await self._again(request)
             if request.keepalive_due:
                 request.keepalive_due = False
+                if stitch.mid_event:
+                    continue  # a comment would end up inside the event
                 request.sending_since_s = request.quiet_since_s = time()
                 await exchange.comment()
                 request.sending_since_s = _NEVER
@@ -292,3 +301,17 @@ class Inference:
 
 def _not_queued() -> InferqError:
     return DeadlineExceeded("the request could not be queued in time, because Redis does not answer; try again")
+
+
+def _traceparent(headers: dict[bytes, bytes]) -> str:
+    """The client's trace; one that is not in the form of W3C Trace Context is to be ignored."""
+    given = headers.get(b"traceparent", b"")
+    return given.decode() if _TRACEPARENT.fullmatch(given) else ""
+
+
+def _content_type(headers: dict[bytes, bytes]) -> str:
+    """The content type, fit for a header again: a tab may stand wherever a space may."""
+    given = headers.get(b"content-type", b"application/json").replace(b"\t", b" ")
+    if not (given.isascii() and given.decode("latin-1").isprintable()):
+        raise BadRequest("the content-type header has characters that no content type has; send application/json")
+    return given.decode()

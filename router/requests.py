@@ -23,7 +23,7 @@ from queue_schemas import (
 from telemetry import get_logger
 
 from .connection import Connection
-from .core import Stitch
+from .core import Stitch, check_body_room
 from .metrics import RouterMetrics
 from .settings import RouterSettings
 
@@ -39,6 +39,7 @@ class OpenRequest:
 
     __slots__ = (
         "begun_s",
+        "body_bytes",
         "connection",
         "deadline_s",
         "error",
@@ -72,6 +73,7 @@ class OpenRequest:
         self.wake: asyncio.Future[None] | None = None
         self.news = self.gone = self.interrupted = self.keepalive_due = self.lost = False
         self.reruns = 0
+        self.body_bytes = 0
         self.why_gone = "left"
 
     async def wait(self) -> None:
@@ -138,6 +140,9 @@ class OpenRequests:
         """``drop`` cuts off the client of a request for the reason given."""
         self._metrics = metrics
         self._drop = drop
+        self._body_limit_bytes = settings.max_inflight_body_bytes
+        self.body_bytes = 0
+        """Room taken by the bodies of all open requests."""
         self._buffer_bytes = settings.client_buffer_bytes
         self._stall_s = settings.client_stall_ms / 1000
         self._keepalive_s = settings.keepalive_ms / 1000
@@ -159,9 +164,19 @@ class OpenRequests:
 
     def discard(self, request: OpenRequest) -> None:
         """A request is over."""
-        self._all.discard(request)
+        if request in self._all:
+            self._all.remove(request)
+            self.body_bytes -= request.body_bytes
         if request.job is not None:
             self._by_job.pop(request.job.id, None)
+
+    def take_body(self, request: OpenRequest, size_bytes: int) -> None:
+        """Take room for a body of ``size_bytes`` so far, or as announced. Raises ``OverCapacity`` if there is none."""
+        more = size_bytes - request.body_bytes
+        if more > 0:
+            check_body_room(self.body_bytes, more, self._body_limit_bytes)
+            request.body_bytes = size_bytes
+            self.body_bytes += more
 
     def attach(self, request: OpenRequest, job: Job) -> None:
         """From now on ``request`` waits for ``job``, and for no other."""

@@ -48,6 +48,9 @@ class RouterSettings(RoleSettings):
     )
     max_attempts: int = Field(3, ge=1, le=100, description="How often a request is started before it is given up")
     max_body_bytes: int = Field(32 * MIB, ge=1024, le=100 * MIB, description="Largest request body")
+    max_inflight_body_bytes: int = Field(
+        1024 * MIB, ge=1024, description="Bodies of all requests served at once, in bytes; beyond it: 429"
+    )
     body_limit_ms: int = Field(60_000, ge=50, description="How long a request's body may take to arrive")
     max_concurrent: int = Field(4096, ge=1, description="Requests served at once; beyond it: 429")
     client_buffer_bytes: int = Field(
@@ -80,6 +83,8 @@ class RouterSettings(RoleSettings):
     def _in_proportion(self) -> Self:
         if self.default_deadline_ms > self.longest_deadline_ms:
             raise ValueError("default_deadline_ms must not be longer than longest_deadline_ms")
+        if self.max_body_bytes > self.max_inflight_body_bytes:
+            raise ValueError("max_inflight_body_bytes must not be less than max_body_bytes")
         return self
 
     @property

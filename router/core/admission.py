@@ -96,6 +96,16 @@ def check_room(running: int, limit: int) -> None:
         raise OverCapacity(f"this router serves {limit} requests already; try again in a moment", retry_after_s=1)
 
 
+def check_body_room(in_flight_bytes: int, more_bytes: int, limit_bytes: int) -> None:
+    """Refuse ``more_bytes`` of bodies beside those in flight, if both are over the limit, with ``OverCapacity``."""
+    if in_flight_bytes + more_bytes > limit_bytes:
+        raise OverCapacity(
+            f"the bodies of the requests served now fill this router's {limit_bytes} bytes for them; "
+            "try again in a moment",
+            retry_after_s=1,
+        )
+
+
 def read_deadline(header: bytes | None, default_ms: int, longest_ms: int) -> int:
     """How long the request may take, in ms: the caller's ``x-inferq-deadline-ms``, at most ``longest_ms``."""
     if header is None:

@@ -22,6 +22,7 @@ from router.core import (
     PoolEntry,
     announced_size,
     authenticate,
+    check_body_room,
     check_model,
     check_room,
     check_size,
@@ -107,3 +108,11 @@ def test_models_are_known_served_or_neither() -> None:
     many = Directory({str(n): PoolEntry(0, 0, 1) for n in range(50)})
     with pytest.raises(ModelNotFound, match=r", \.\.\."):
         check_model("none", many, "queue")
+
+
+def test_bodies_have_room_up_to_the_limit() -> None:
+    """Exactly full is accepted, one byte more is 429 with a time to come back."""
+    check_body_room(60, 40, 100)
+    with pytest.raises(OverCapacity) as refused:
+        check_body_room(60, 41, 100)
+    assert refused.value.retry_after_s == 1

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from queue_schemas import BrokerFull, MarkerKind, OverCapacity, State
+from tests.support.waiting import eventually
 from tests.unit.router.fakes import Client, FakeQueue, router, worker
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -507,3 +508,58 @@ async def test_figures_are_counted() -> None:
     assert 'inferq_ttft_seconds_count{model="m"} 1.0' in text
     assert 'inferq_itl_seconds_count{model="m"} 1.0' in text
     assert 'inferq_itl_seconds_bucket{le="+Inf",model="m"} 1.0' in text
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_bodies_in_flight_are_bounded_in_bytes(announced: bool) -> None:
+    """Beyond the limit a body is refused with 429 and Retry-After, by its length or as it comes; the room of a request
+    that is over is free again."""
+    queue = FakeQueue("m")
+    body = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 1000}]})
+    headers = {"content-length": str(len(body))} if announced else {}
+    path = "/v1/chat/completions"
+    async with router(queue, max_body_bytes=2048, max_inflight_body_bytes=2048) as app:
+        client = Client(app)
+        first = client.begin("POST", path, [body[:500], body[500:]], headers)
+        job = await queue.job()
+        refused = await client.begin("POST", path, [body[:500], body[500:]], headers).done()
+        assert (refused.status, refused.error["code"]) == (429, "over_capacity")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert app.state.requests.body_bytes == len(body)
+        queue.answer(job, b"{}")
+        assert (await first.done()).status == 200
+        assert app.state.requests.body_bytes == 0
+        again = client.begin("POST", path, [body], headers)
+        queue.answer(await queue.job(), b"{}")
+        assert (await again.done()).status == 200
+
+
+async def test_a_body_that_is_announced_is_refused_before_it_is_read() -> None:
+    """Room is taken for what is announced, before a byte of it came."""
+    async with router(FakeQueue("m"), max_body_bytes=2048, max_inflight_body_bytes=2048) as app:
+        client = Client(app)
+        slow = client.begin("POST", "/v1/completions", [b""], {"content-length": "1500"}, unfinished=True)
+        await eventually(lambda: app.state.requests.body_bytes == 1500, "the room is taken")
+        second = client.begin("POST", "/v1/completions", [b""], {"content-length": "600"}, unfinished=True)
+        assert (await second.done()).status == 429
+        client.gone.set()
+        await slow.done()
+        assert app.state.requests.body_bytes == 0
+
+
+async def test_headers_that_cannot_travel_are_mended_ignored_or_refused() -> None:
+    """A trace in a wrong form is ignored, a tab in the content type is a space, other odd characters are refused."""
+    queue = FakeQueue("m")
+    trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+    async with router(queue) as app:
+        for given, kept in (("foo bar", ""), (trace + "-x", ""), (trace, trace)):
+            headers = {"traceparent": given, "content-type": "application/json;\tcharset=utf-8"}
+            answer = Client(app).post(CHAT, headers=headers)
+            job = await queue.job()
+            assert (job.traceparent, job.content_type) == (kept, "application/json; charset=utf-8")
+            queue.answer(job, b"1")
+            assert (await answer.done()).status == 200
+        for wrong in ("application/json\x01", "application/jsön"):
+            refused = await Client(app).post(CHAT, headers={"content-type": wrong}).done()
+            assert (refused.status, refused.error["code"]) == (400, "bad_request")
+    assert queue.jobs.empty()
