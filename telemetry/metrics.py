@@ -56,10 +56,6 @@ class MetricsRegistry:
             name, Histogram, lambda: Histogram(name, text, labels, buckets=buckets, registry=self.collectors)
         )
 
-    def watch_counter(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """A counter without labels whose value is ``read()``, which never falls, at every scrape."""
-        self.collectors.register(_Watched(lambda: CounterMetricFamily(name, text, value=read())))
-
     def watch_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge without labels whose value is ``read()`` at every scrape."""
         self.collectors.register(_Watched(lambda: GaugeMetricFamily(name, text, value=read())))
