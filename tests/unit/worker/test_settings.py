@@ -43,6 +43,7 @@ def test_help_is_that_of_the_command(role: str, capsys: pytest.CaptureFixture[st
     assert ("--manager-url URL" in text) == (role == "worker")
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("role", ["manager", "router", "worker"])
 def test_logs_name_the_module_however_it_is_started(role: str) -> None:
     """Under ``python -m`` a line of the log names ``<role>.service``, not ``__main__``."""
@@ -85,6 +86,8 @@ def test_a_name_is_made_from_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"engine": "sim", "manager_urls": "localhost"}, "must begin with http"),
         ({"engine": "sim", "worker_id": "a b"}, "not a worker id"),
         ({"engine": "sim", "slots": 0}, "slots"),
+        ({"engine": "sim", "max_answer_bytes": (96 << 20) + 1}, "max.answer.bytes"),
+        ({"engine": "sim", "outbox_limit_bytes": (96 << 20) + 1}, "outbox.limit.bytes"),
     ],
 )
 def test_wrong_settings_are_refused_with_a_sentence(given: dict[str, object], sentence: str) -> None:
