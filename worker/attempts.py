@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from broker import Broker
 from queue_schemas import (
+    BadRequest,
     DeadlineExceeded,
     EngineFailed,
     InferqError,
@@ -185,6 +186,10 @@ class Attempts:
         lease = attempt.lease
         try:
             return await self._call(attempt) if attempt.stop is None else await self._stopped(attempt, attempt.stop)
+        except BadRequest as error:
+            # The request is at fault: it would be for every engine.
+            log.info("request_refused", error=error.message, **_facts(lease))
+            return _Settle(Outcome.FAILED, attempt.cutter.fail(error))
         except EngineFailed as error:
             log.warning("engine_call_failed", error=error.message, **_facts(lease))
             verdict = judge_failure(attempt.cutter.begun, lease.attempt, lease.job.max_attempts)
@@ -248,6 +253,7 @@ class Attempts:
                 self._metrics.attempts(attempt.lease.job.model, "aborted").inc()
                 return None
             case Stop.LATE:
+                # The queue expires late jobs as well: whichever comes first decides between `failed` and `expired`.
                 error = DeadlineExceeded("the request's time ran out while it ran; allow it more, or ask for less")
                 unsent = await attempt.channel.close() if attempt.channel is not None else b""
                 return _Settle(Outcome.FAILED, unsent + attempt.cutter.fail(error))

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from urllib.parse import urlsplit
 
-from queue_schemas import BadMessage, EngineFailed, EngineState
+from queue_schemas import BadMessage, BadRequest, EngineFailed, EngineState
 from queue_schemas.fabric import MAX_MODELS
 from queue_schemas.ids import check_name
 from telemetry import get_logger
@@ -63,12 +63,15 @@ class HttpEngine:
             await asyncio.sleep(_CHECK_READY_S if self.state is EngineState.READY else _CHECK_AWAY_S)
 
     def call(self, call: EngineCall) -> _Call:
-        extra = f"x-request-id: {_safe(call.request_id)}\r\n" if call.request_id else ""
-        if call.traceparent:
-            extra += f"traceparent: {_safe(call.traceparent)}\r\n"
+        extra = "".join(
+            f"{name}: {value}\r\n"
+            for name, value in (("x-request-id", call.request_id), ("traceparent", call.traceparent))
+            # Ids that serve observers only: one that cannot be sent is left out, not the job.
+            if value and not _UNSAFE.search(value)
+        )
         head = (
             f"POST {self._prefix}{_path(call.path)} HTTP/1.1\r\n{self._always}{extra}"
-            f"content-type: {_safe(call.content_type, spaces=True)}\r\ncontent-length: {len(call.body)}\r\n\r\n"
+            f"content-type: {_content_type(call.content_type)}\r\ncontent-length: {len(call.body)}\r\n\r\n"
         )
         return _Call(self._pool, head.encode("latin-1") + call.body)
 
@@ -219,10 +222,17 @@ def _path(path: str) -> str:
     return path
 
 
-def _safe(value: str, *, spaces: bool = False) -> str:
+def _safe(value: str) -> str:
     """``value`` for a header line; raises ``EngineFailed`` for one that would not stay in it."""
-    if _UNSAFE.search(value.replace(" ", "") if spaces else value):
-        raise EngineFailed(f"{value[:100]!r} cannot be sent in a header")
+    if _UNSAFE.search(value):
+        raise EngineFailed("the engine's API key cannot be sent in a header")
+    return value
+
+
+def _content_type(value: str) -> str:
+    """``value`` for its header line; raises ``BadRequest``: it is the client's, and no engine would get it."""
+    if _UNSAFE.search(value.replace(" ", "")):
+        raise BadRequest(f"the content type {value[:100]!r} cannot be sent in a header")
     return value
 
 

@@ -82,7 +82,8 @@ class Engine(Protocol):
         """Send a request; entering gives the answer once its head arrived.
 
         Leaving the context before the answer was read to its end closes the connection, upon which the engine aborts
-        the request. Entering raises ``EngineFailed`` if the engine cannot be reached.
+        the request. Entering raises ``EngineFailed`` if the engine cannot be reached. ``BadRequest`` is raised for a
+        request that could not be sent to any engine.
         """
         ...
 

@@ -13,6 +13,7 @@ from broker import Broker
 from queue_schemas import (
     END,
     HEAD,
+    BadRequest,
     BrokerUnavailable,
     EngineFailed,
     EngineState,
@@ -200,6 +201,16 @@ async def test_no_connection_is_released_and_a_502_at_last() -> None:
     ((_, outcome, (frame,)),) = bench.broker.settled
     assert (outcome, frame.status) == (Outcome.FAILED, 502)
     assert json.loads(frame.data)["error"]["code"] == "engine_failed"
+
+
+async def test_a_request_no_engine_would_get_is_answered_400_at_once() -> None:
+    """The client is told on the first attempt; nothing is tried again."""
+    bench = Bench(BadRequest("its content type cannot be sent"))
+    await bench.run(lease(attempt=1, max_attempts=3))
+    ((_, outcome, (frame,)),) = bench.broker.settled
+    assert (outcome, frame.status) == (Outcome.FAILED, 400)
+    assert json.loads(frame.data)["error"]["code"] == "invalid_request"
+    assert not bench.broker.released
 
 
 async def test_a_stream_is_published_as_it_comes_and_ends_with_the_settle() -> None:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from queue_schemas import EngineFailed, EngineState
+from queue_schemas import BadRequest, EngineFailed, EngineState
 from tests.support.processes import free_port
 from tests.support.waiting import eventually
 from worker.engines import EngineCall
@@ -315,14 +315,23 @@ async def test_a_path_that_is_none_never_reaches_the_engine(path: str) -> None:
         assert not raw.requests
 
 
-async def test_a_header_value_cannot_begin_another_header() -> None:
-    """Content type and request id come from a client: line breaks in them are refused."""
+async def test_a_content_type_that_cannot_be_sent_is_the_clients_fault() -> None:
+    """It cannot begin another header, and it is no failure of the engine."""
     async with engine_that(says(PLAIN)) as (engine, raw):
-        for call in (EngineCall("/x", b"", "a/b\r\nx: y"), EngineCall("/x", b"", request_id="a\r\nx: y")):
-            with pytest.raises(EngineFailed):
-                async with engine.call(call):
-                    pass
+        with pytest.raises(BadRequest):
+            async with engine.call(EngineCall("/x", b"", "a/b\r\nx: y")):
+                pass
         assert not raw.requests
+
+
+async def test_ids_that_cannot_be_sent_are_left_out() -> None:
+    """A request id or trace that would begin another header costs the id, not the job."""
+    async with engine_that(says(PLAIN)) as (engine, raw):
+        async with engine.call(EngineCall("/x", b"", request_id="a\r\nx: y", traceparent="é")) as answer:
+            assert await answer.read(100) == b"{}"
+        assert b"x: y" not in raw.requests[0]
+        assert b"x-request-id" not in raw.requests[0]
+        assert b"traceparent" not in raw.requests[0]
 
 
 async def test_it_becomes_ready_and_follows_the_model_list_and_says_when_the_engine_is_away() -> None:
