@@ -83,7 +83,6 @@ class Outbox:
         self._until_taken: list[asyncio.Future[None]] = []
         self._until_done: list[asyncio.Future[None]] = []
         self._publishing = False
-        self.flushes = 0
 
     @property
     def full(self) -> bool:
@@ -122,7 +121,6 @@ class Outbox:
             shards.setdefault(channel.shard, {}).setdefault(channel.reply_to, []).append(channel._in_flight)
         if not shards:
             return True
-        self.flushes += 1
         self._publishing = True
         _tell(self._until_taken)
         try:

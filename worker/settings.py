@@ -17,6 +17,9 @@ from telemetry import CommaList, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]
 
+_LARGEST_BYTES = 96 << 20
+"""What one message may carry, with room for its envelope below the wire format's 128 MiB."""
+
 
 def _words(value: object) -> object:
     return shlex.split(value) if isinstance(value, str) else value
@@ -66,9 +69,13 @@ class WorkerSettings(RoleSettings):
     engine_log_dir: Path = Field(Path(".inferq/logs"), description="folder for what the engine writes")
 
     slots: int = Field(32, ge=1, le=65_536, description="jobs run at once")
-    max_answer_bytes: int = Field(64 << 20, ge=1, description="longest answer of an engine, in bytes")
+    max_answer_bytes: int = Field(
+        64 << 20, ge=1, le=_LARGEST_BYTES, description="longest answer of an engine, in bytes"
+    )
     flush_interval_ms: float = Field(4.0, ge=0, le=1_000, description="least time between flushes of streams")
-    outbox_limit_bytes: int = Field(64 << 20, ge=1, description="unsent frames at which reading of engines pauses")
+    outbox_limit_bytes: int = Field(
+        64 << 20, ge=1, le=_LARGEST_BYTES, description="unsent frames at which reading of engines pauses"
+    )
     drain_limit_ms: int = Field(30_000, ge=0, description="how long running jobs may take to finish when draining")
 
     @model_validator(mode="after")

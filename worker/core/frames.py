@@ -79,11 +79,11 @@ class FrameCutter:
 
 
 def _last_border(data: bytes, known: int) -> int:
-    """The index behind the last blank line of ``data`` (LF or CRLF), 0 if there is none.
+    """The index behind the last blank line of ``data`` (LF LF or CRLF CRLF, as the Router cuts), 0 if there is none.
 
     The first ``known`` bytes hold none; a border may begin in the last three of them.
     """
     start = max(known - 3, 0)
     lf = data.rfind(b"\n\n", start)
-    crlf = data.rfind(b"\n\r\n", start)
-    return max(lf + 2 if lf >= 0 else 0, crlf + 3 if crlf >= 0 else 0)
+    crlf = data.rfind(b"\r\n\r\n", start)
+    return max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)

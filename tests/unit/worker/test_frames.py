@@ -57,6 +57,14 @@ def test_events_with_crlf_are_cut_too() -> None:
     assert one(cut.feed(b"\ndata: 2")).data == b"data: 1\r\n\r\n"
 
 
+def test_a_mixed_line_end_is_no_border() -> None:
+    """Cut only where the Router cuts too: LF CRLF is no end of an event for either."""
+    cut = cutter()
+    cut.head(200, "text/event-stream")
+    assert cut.feed(b"data: 1\n\r\ndata: 2") == b""
+    assert one(cut.end()).data == b"data: 1\n\r\ndata: 2"
+
+
 def test_an_event_without_end_is_passed_on_in_pieces() -> None:
     """Memory for one event is bounded."""
     cut = cutter()
@@ -101,4 +109,4 @@ def test_frames_concatenate_to_the_stream_and_end_at_borders(parts: list[bytes],
     frames = unpack_frames(b"".join(packed))
     assert b"".join(frame.data for frame in frames) == stream
     assert [frame.seq for frame in frames] == list(range(len(frames)))
-    assert all(frame.data.endswith((b"\n\n", b"\n\r\n")) for frame in frames[:-1])
+    assert all(frame.data.endswith((b"\n\n", b"\r\n\r\n")) for frame in frames[:-1])
