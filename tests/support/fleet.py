@@ -160,7 +160,7 @@ class Fleet:
     def worker(self, name: str, **flags: object) -> Role:
         """A worker, not started yet; it registers through the Router, as users do, or with the Manager."""
         urls = f"{self.router.url},{self.manager.url}"
-        settings = _WORKER | {"worker_id": name, "manager_urls": urls, "model": MODEL, "sim_name": name} | flags
+        settings = _WORKER | {"worker_id": name, "manager_url": urls, "model": MODEL, "sim_name": name} | flags
         self.workers.append(self._add(name, "worker.service", settings))
         return self.workers[-1]
 
