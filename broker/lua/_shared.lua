@@ -49,9 +49,22 @@ local freed_leases, freed_deadlines = {}, {}
 
 local function answered(reply)
   for hash, fields in pairs(changes) do
+    local names, set, gone = {}, {}, {}
     for field, by in pairs(fields) do
-      if by ~= 0 and call('HINCRBY', P .. hash, field, int(by)) == 0 then call('HDEL', P .. hash, field) end
+      if by ~= 0 then names[#names + 1] = field end
     end
+    local before = #names > 0 and call('HMGET', P .. hash, unpack(names))
+    for i, field in ipairs(names) do
+      local value = tonumber(before[i] or 0) + fields[field]
+      if value == 0 then
+        gone[#gone + 1] = field
+      else
+        set[#set + 1] = field
+        set[#set + 1] = int(value)
+      end
+    end
+    if #set > 0 then call('HSET', P .. hash, unpack(set)) end
+    if #gone > 0 then call('HDEL', P .. hash, unpack(gone)) end
   end
   for owner, ids in pairs(freed_leases) do call('HDEL', P .. 'leases:' .. owner, unpack(ids)) end
   if #freed_deadlines > 0 then call('ZREM', P .. 'deadlines', unpack(freed_deadlines)) end

@@ -114,15 +114,20 @@ local function charge(where, tenant, start)
   call('PEXPIRE', service, 3600000)
 end
 
+local nobody_in = {} -- bands that this call has found empty
+
 -- The job of the tenant that was served least, by start-time fair queueing with one unit a job
 -- (Goyal, Vin, Cheng: Start-time Fair Queueing, SIGCOMM 1996).
 local function take_fresh(where, t)
   for _, band in ipairs(band_order(t)) do
     local active = P .. 'active:' .. where .. ':' .. band
-    while skipped < MAX_SKIPPED do
+    while not nobody_in[active] and skipped < MAX_SKIPPED do
       local head = call('ZRANGE', active, 0, 1, 'WITHSCORES')
       local tenant = head[1]
-      if not tenant then break end
+      if not tenant then
+        nobody_in[active] = true
+        break
+      end
       local queue = 'q:' .. where .. ':' .. band .. ':' .. tenant
       local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
       if not entry then

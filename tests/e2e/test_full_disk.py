@@ -47,7 +47,7 @@ async def test_a_full_disk_refuses_new_work_and_loses_none(tmp_path: Path) -> No
             running = [asyncio.create_task(chat(fleet, f"running {n}", max_tokens=40)) for n in range(4)]
 
             async def leased() -> bool:
-                return (await fleet.depth())["leased"] == 4
+                return bool((await fleet.depth())["leased"] == 4)
 
             await eventually(leased, "the four requests run")
             fill_disk(server)
