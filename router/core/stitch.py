@@ -5,7 +5,8 @@ Rules:
 * A frame counts if its epoch and attempt are the newest seen and its ``seq`` is the next. Older epochs and repeats are
   dropped; a ``seq`` that skips one means that frames were lost on the way, and the job has to run again (``gap``).
 * A plain answer is handed out when it is complete. Of a stream, whole events are handed out as they come: half an
-  event that a lost attempt left behind was never delivered.
+  event that a lost attempt left behind was never delivered. Only an event longer than ``LONGEST_EVENT_BYTES`` passes in
+  pieces, and with it the stream can no longer go on with another attempt.
 * A lost attempt that delivered nothing leaves no trace. After one that did, the next is checked against what was
   delivered (:mod:`router.core.replay`) and goes on where it stopped, or the stream ends with an explicit error.
 """
@@ -31,6 +32,7 @@ from .replay import Replay, split_events
 
 EVENT_STREAM = "text/event-stream"
 LONGEST_EVENT_BYTES = 1 << 20
+"""How much of an event is held back until it is whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ class Stitch:
 
     Feed it with :meth:`on_frame` and :meth:`on_marker`. ``head`` is set once the answer may begin, :meth:`take` gives
     the bytes that may follow. Then either ``ended`` (all of it was given out), or ``error``. ``settled`` says that the
-    queue has nothing left of the job. ``gap`` says that the job must run again under another id: call :meth:`restart`.
+    queue has nothing left of the job. ``mid_event`` says that half an event was given out: nothing but its rest may
+    follow. ``gap`` says that the job must run again under another id: call :meth:`restart`.
     """
 
     __slots__ = (
@@ -66,11 +69,11 @@ class Stitch:
         "_replay",
         "_replay_limit",
         "_streams",
-        "attempts",
         "ended",
         "error",
         "gap",
         "head",
+        "mid_event",
         "pending_bytes",
         "settled",
         "stream",
@@ -82,7 +85,7 @@ class Stitch:
         self.error: InferqError | None = None
         self.settled = False
         self.gap = False
-        self.attempts = 0
+        self.mid_event = False
         self.pending_bytes = 0
         self.stream = stream
         self._replay_limit = replay_limit_bytes
@@ -162,7 +165,6 @@ class Stitch:
             if self.closed:
                 return False
         self._epoch, self._attempt_id = frame.epoch, frame.attempt_id
-        self.attempts += 1
         return True
 
     def _forget_attempt(self, epoch: int) -> None:
@@ -215,13 +217,23 @@ class Stitch:
             self._deliver(data)
 
     def _on_events(self, data: bytes) -> None:
-        if self._partial or not data.endswith(b"\n\n"):
+        if not self._partial and data.endswith(b"\n\n"):
+            self.mid_event = False
+        else:
             data = self._partial + data
             end = _end_of_events(data)
+            self.mid_event = self.mid_event and not end
             self._partial = data[end:]
             data = data[:end]
             if len(self._partial) > LONGEST_EVENT_BYTES:
-                raise StreamBroken(f"the engine sent an event of more than {LONGEST_EVENT_BYTES} bytes")
+                if self._replay is not None:
+                    raise StreamBroken(
+                        "the stream cannot go on: its worker was lost, and the new attempt has an event of more than "
+                        f"{LONGEST_EVENT_BYTES} bytes, too long to be compared; send the request again"
+                    )
+                # Half an event passes as it is; from here no other attempt can take over.
+                data, self._partial, self._delivered = data + self._partial, b"", None
+                self.mid_event = True
         if self._replay is not None:
             data = b"".join(map(self._replay.feed, split_events(data)))
         if data:

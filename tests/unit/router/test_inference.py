@@ -561,5 +561,5 @@ async def test_headers_that_cannot_travel_are_mended_ignored_or_refused() -> Non
             assert (await answer.done()).status == 200
         for wrong in ("application/json\x01", "application/jsön"):
             refused = await Client(app).post(CHAT, headers={"content-type": wrong}).done()
-            assert (refused.status, refused.error["code"]) == (400, "bad_request")
+            assert (refused.status, refused.error["code"]) == (400, "invalid_request")
     assert queue.jobs.empty()

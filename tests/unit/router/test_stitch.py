@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from queue_schemas import END, HEAD, Frame, JobId, Marker, MarkerKind
+from queue_schemas import END, HEAD, Frame, JobId, Marker, MarkerKind, StreamBroken
 from router.core import Stitch
 
 JOB = JobId("0-" + "a" * 32)
@@ -376,3 +376,29 @@ def test_another_text_never_joins_what_was_delivered(data: st.DataObject) -> Non
         assert first.startswith(got)
     else:
         assert got in (first, second)
+
+
+def test_an_event_that_is_too_long_to_hold_passes_in_pieces() -> None:
+    """A very long event reaches the client byte for byte; a loss after half of it ends the stream explicitly."""
+    long = chunk("x" * (3 << 20))
+    pieces = [role(), *(long[at : at + 500_000] for at in range(0, len(long), 500_000)), chunk("end"), DONE]
+    frames = attempt(pieces)
+    whole, cut = stream(8 << 20), stream(8 << 20)
+    assert feed(whole, [*frames]) == b"".join(pieces)
+    assert whole.ended
+    feed(cut, [*frames[:6]])
+    assert cut.mid_event
+    feed(cut, [requeued(2)])
+    assert isinstance(cut.error, StreamBroken)
+
+
+def test_comments_keep_out_of_a_long_event() -> None:
+    """Only in the middle of an event that passes in pieces may nothing else be written between them."""
+    long = chunk("x" * (2 << 20))
+    first, second, third = attempt([role(), long[:-5], long[-5:], DONE])[:3]
+    stitch = stream()
+    seen = []
+    for frame in (first, second, third):
+        feed(stitch, [frame])
+        seen.append(stitch.mid_event)
+    assert seen == [False, True, False]
