@@ -68,7 +68,7 @@ async def test_requests_wait_while_an_engine_never_gets_ready(
         async with asyncio.timeout(20):
             assert await asyncio.gather(*answers) == [(200, f"number {number}") for number in range(5)]
         assert (await unready.get("/readyz"))[0] == 503
-        assert (await fleet.depth("late"))["workers"] == 1
+        await fleet.until_served(1, "late")
 
 
 async def _says_why(worker: Role) -> bool:
