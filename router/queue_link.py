@@ -144,13 +144,11 @@ class QueueLink:
             self._refresh_wanted.clear()
 
     async def _refresh(self, queue: QueuePort) -> None:
+        await self._declare(queue)
         try:
-            if self._settings.pools and time.monotonic() - self._declared_s >= DECLARE_EVERY_S:
-                await queue.remember_pools(self._settings.pools)
-                self._declared_s = time.monotonic()
             fleet: dict[str, WorkerInfo] = await queue.load_workers()
             remembered = await queue.known_pools()
-        except BrokerUnavailable as error:
+        except InferqError as error:
             self._stale = error.message
         except (ValidationError, ValueError) as error:
             # Written by a Manager of another version: the directory at hand is better than none.
@@ -163,6 +161,16 @@ class QueueLink:
         self._refreshed_s = time.monotonic()
         done, self._refreshed = self._refreshed, asyncio.Event()
         done.set()
+
+    async def _declare(self, queue: QueuePort) -> None:
+        """Tell others which models the settings declare; this Router knows them whether or not that succeeds."""
+        if not self._settings.pools or time.monotonic() - self._declared_s < DECLARE_EVERY_S:
+            return
+        try:
+            await queue.remember_pools(self._settings.pools, declared=True)
+        except InferqError as error:
+            log.warning("pools_not_declared", error=error.message)
+        self._declared_s = time.monotonic()
 
 
 def _leaves(group: BaseExceptionGroup[InferqError]) -> list[InferqError]:
