@@ -25,6 +25,7 @@ from queue_schemas import (
     OverCapacity,
     RequestTimeout,
     ShuttingDown,
+    State,
     StreamBroken,
     Tenant,
     band_of_priority,
@@ -174,7 +175,7 @@ class Inference:
             request_id=request_id,
         )
 
-    async def _enqueue(self, request: OpenRequest, job: Job) -> None:
+    async def _enqueue(self, request: OpenRequest, job: Job) -> State:
         if request.stitch is None:
             request.stitch = Stitch(stream=job.stream, replay_limit_bytes=self._settings.replay_bytes)
             request.deadline_s = self._loop().time() + job.ttl_ms / 1000
@@ -194,6 +195,7 @@ class Inference:
             request.unguard()
         if state in TERMINAL:
             request.rerun_s = self._loop().time() + RERUN_AFTER_S
+        return state
 
     async def _relay(self, request: OpenRequest, exchange: Exchange) -> None:
         """Pass the answer on as it comes."""
@@ -244,10 +246,17 @@ class Inference:
         stitch, job = request.stitch, request.job
         assert stitch is not None and job is not None  # noqa: S101 - set by _enqueue
         request.lost, request.rerun_s = False, _NEVER
-        if stitch.untouched and not stitch.gap and request.reruns < MAX_RERUNS:
-            request.reruns += 1
-            await self._enqueue(request, job)  # still known, or no more: one job either way
-            return
+        if not stitch.gap and request.reruns < MAX_RERUNS:
+            untouched = stitch.untouched
+            # Under its own id it is one job, whether the queue still knows it or not.
+            state = await self._enqueue(request, job)
+            if state is State.LEASED:
+                return  # it runs on; should a frame be missing, the next one shows the gap
+            if untouched:
+                request.reruns += 1
+                return
+            if state in TERMINAL:
+                return  # its end may still be on its way; if it does not come, that is a gap
         self._state.canceller.cancel(job.id, "frames of its answer were lost")
         if request.reruns >= MAX_RERUNS:
             broken = StreamBroken if stitch.head is not None else EngineFailed

@@ -32,6 +32,8 @@ INFERENCE_PATHS: tuple[str, ...] = (
 )
 """Paths that an engine serves for inference; settings may add to them."""
 
+_MAX_STRUCTURE = 1_000_000
+"""Objects, lists and names in a JSON body, counted before it is parsed: they, not text, make parsing slow and large."""
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
 _OWN_PATHS = ("/fabric", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/v1/models")
 _TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
@@ -68,6 +70,10 @@ def read_fields(body: bytes, content_type: str) -> RequestFields:
 
 
 def _from_json(body: bytes) -> RequestFields:
+    if len(body) > _MAX_STRUCTURE and sum(map(body.count, (b"[", b"{", b'":'))) > _MAX_STRUCTURE:
+        raise BadRequest(
+            f"the body has more than {_MAX_STRUCTURE} objects, lists and names; split it into several requests"
+        )
     try:
         request = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -563,3 +563,37 @@ async def test_headers_that_cannot_travel_are_mended_ignored_or_refused() -> Non
             refused = await Client(app).post(CHAT, headers={"content-type": wrong}).done()
             assert (refused.status, refused.error["code"]) == (400, "invalid_request")
     assert queue.jobs.empty()
+
+
+async def test_a_stream_that_runs_on_is_not_disturbed_by_a_restart_of_redis() -> None:
+    """When frames may be lost, a job that the queue knows to run goes on: nothing is cancelled or made again."""
+    queue = FakeQueue("m")
+    async with router(queue) as app:
+        answer = Client(app).post(STREAM)
+        job = await queue.job()
+        queue.stream(job, chunk("a"), end=False)
+        queue.state = State.LEASED
+        queue.lose_replies()
+        assert (await queue.job()).id == job.id
+        queue.stream(job, chunk("b"), first=1)
+        body = (await answer.done()).body
+    assert body.count(b'"a"') == 1
+    assert body.count(b'"b"') == 1
+    assert queue.cancelled.empty()
+
+
+async def test_a_stream_whose_job_vanished_with_redis_runs_again() -> None:
+    """A job that was heard of, and that the queue has forgotten, runs again under another id and is compared."""
+    queue = FakeQueue("m")
+    async with router(queue) as app:
+        answer = Client(app).post(STREAM)
+        job = await queue.job()
+        queue.stream(job, chunk("a"), end=False)
+        queue.lose_replies()
+        assert (await queue.job()).id == job.id
+        again = await queue.job()
+        assert again.id != job.id
+        queue.stream(again, chunk("a"), chunk("b"))
+        body = (await answer.done()).body
+    assert body.count(b'"a"') == 1
+    assert body.count(b'"b"') == 1
