@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from queue_schemas import CannotStart, InferqError
 
+from .heads import GuardedHttp
 from .logs import get_logger
 
 BACKLOG = 2048
@@ -107,7 +108,7 @@ async def run_server(
     config = uvicorn.Config(
         app,
         interface="asgi3",
-        http="httptools",
+        http=GuardedHttp,
         ws="none",
         lifespan=lifespan,
         access_log=False,
