@@ -100,3 +100,10 @@ def as_inferq_error(error: BaseException) -> BrokerUnavailable | BrokerUnsuitabl
         )
     # Whatever else a server says (somebody's slow script runs, it is failing over) may pass: it was fit at the start.
     return BrokerUnavailable(f"the queue's Redis answers with an error: {text}; try again shortly", retry_after_s=2)
+
+
+def pairs(reply: Any) -> list[tuple[bytes, bytes]]:
+    """The fields and values of a hash, in whichever shape the client gives them."""
+    if isinstance(reply, dict):
+        return list(reply.items())
+    return list(zip(reply[::2], reply[1::2], strict=True))

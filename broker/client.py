@@ -43,7 +43,7 @@ from queue_schemas.ids import decode_name, encode_name
 from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
 from telemetry import get_logger
 
-from .calls import Caller
+from .calls import Caller, pairs
 from .job_batches import ShardBatches
 from .link import ClientLink, Link, open_link
 from .server import ServerFacts, read_facts, require_suitable, settle_meta
@@ -302,7 +302,7 @@ class Broker:
         """Renewal numbers by incarnation, summed over the shards. One try."""
         numbers: dict[Incarnation, int] = {}
         for keys in self._keys:
-            for name, number in _pairs(await self._caller.once(keys.beats, "HGETALL", keys.beats)):
+            for name, number in pairs(await self._caller.once(keys.beats, "HGETALL", keys.beats)):
                 incarnation = Incarnation(name.decode())
                 numbers[incarnation] = numbers.get(incarnation, 0) + int(number)
         return numbers
@@ -350,7 +350,7 @@ class Broker:
     async def load_workers(self) -> dict[str, WorkerInfo]:
         """The registry as the acting Manager last wrote it; entries that cannot be read are left out."""
         workers: dict[str, WorkerInfo] = {}
-        for name, info in _pairs(await self._caller.once(WORKERS, "HGETALL", WORKERS)):
+        for name, info in pairs(await self._caller.once(WORKERS, "HGETALL", WORKERS)):
             try:
                 workers[name.decode()] = WorkerInfo.model_validate_json(info)
             except ValidationError as error:
@@ -382,7 +382,7 @@ class Broker:
         """Pools declared (True) or served (False) within a day; older ones are forgotten."""
         now = await self._server_ms()
         known: dict[Pool, bool] = {}
-        for field, when in _pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
+        for field, when in pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
             kind, _, model = field.decode().partition(":")
             if now - int(when) < POOL_MEMORY_MS:
                 known[Pool(model)] = known.get(Pool(model), False) or kind == "declared"
@@ -411,14 +411,8 @@ class Broker:
         states."""
         totals: dict[tuple[Pool, Lane, str], int] = {}
         for keys in self._keys:
-            for field, count in _pairs(await self._caller.once(keys.totals, "HGETALL", keys.totals)):
+            for field, count in pairs(await self._caller.once(keys.totals, "HGETALL", keys.totals)):
                 pool, lane, event = field.decode().rsplit(":", 2)
                 where = (Pool(decode_name(pool)), Lane(lane), event)
                 totals[where] = totals.get(where, 0) + int(count)
         return totals
-
-
-def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:
-    if isinstance(reply, dict):
-        return list(reply.items())
-    return list(zip(reply[::2], reply[1::2], strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 from queue_schemas import BrokerUnavailable, BrokerUnsuitable, InferqError
 from queue_schemas.keys import META
 
-from .calls import Caller
+from .calls import Caller, pairs
 
 CONTRACT = "1"
 """Version of the keys and scripts; a fabric of another one must not share the data."""
@@ -110,7 +110,7 @@ async def _config(caller: Caller, name: str) -> str:
         reply = await caller.once(META, "CONFIG", "GET", name)
     except (BrokerUnsuitable, BrokerUnavailable):
         return ""
-    values = {_text(k): _text(v) for k, v in (reply.items() if isinstance(reply, dict) else _pairs(reply))}
+    values = {_text(k): _text(v) for k, v in pairs(reply)}
     return values.get(name, "")
 
 
@@ -119,10 +119,6 @@ def _parse_info(reply: Any) -> dict[str, str]:
         return {_text(name): _text(value) for name, value in reply.items()}
     lines = (line.partition(":") for line in _text(reply).splitlines() if line and not line.startswith("#"))
     return {name: value for name, _, value in lines}
-
-
-def _pairs(flat: list[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _text(value: Any) -> str:

@@ -46,11 +46,6 @@ def error_object(message: str, kind: str, status: int, param: str | None = None)
     return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}})
 
 
-def error_event(message: str, kind: str, status: int) -> bytes:
-    """An error in a stream that has begun."""
-    return b"data: " + error_object(message, kind, status) + b"\n\n"
-
-
 def model_list(settings: SimulationSettings, created: int) -> bytes:
     """``GET /v1/models``: base models, then adapters with their parent."""
     base = settings.models[0]
