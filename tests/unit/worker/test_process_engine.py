@@ -38,6 +38,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 print("hello from the engine", flush=True)
 server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
 """
+GONE = r"broke the connection|cannot be reached"
+"""A call on a kept connection is tried once more on a fresh one, which may find nobody."""
 SERVES = GOOD + "server.serve_forever()\n"
 DIES_AT_ONCE = "import sys; print('no accelerator found', flush=True); sys.exit(3)\n"
 NEVER_READY = "import time; print('loading', flush=True); time.sleep(600)\n"
@@ -104,7 +106,7 @@ async def test_a_crash_is_followed_by_a_restart(tmp_path: Path) -> None:
     async with supervised(SERVES, tmp_path, restarted=lambda: restarts.append(1)) as (engine, states):
         await ready(engine)
         first = await ask_pid(engine)
-        with pytest.raises(Exception, match="broke the connection|cannot be reached"):
+        with pytest.raises(Exception, match=GONE):
             await ask_pid(engine, "/crash")
         await eventually(lambda: states[2:3] == [EngineState.FAILED], "the crash is seen")
         assert "exit code 7" in engine.detail
@@ -161,7 +163,7 @@ async def test_what_the_engine_started_ends_with_it(tmp_path: Path) -> None:
         await ready(engine)
         child = int(next(line for line in engine.log.last(50) if line.isdigit()))
         assert alive(child)
-        with pytest.raises(Exception, match="broke the connection"):
+        with pytest.raises(Exception, match=GONE):
             await ask_pid(engine, "/crash")
         await eventually(lambda: EngineState.FAILED in states, "the crash is seen")
         await eventually(lambda: not alive(child), "the child is gone")
