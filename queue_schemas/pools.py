@@ -19,21 +19,25 @@ def describe_pools(
             for model in worker.models:
                 serving.setdefault(model, []).append(worker)
     models = sorted({*map(str, depths), *serving, *map(str, known)})
-    return [_describe(model, depths.get(Pool(model), {}), serving.get(model, ())) for model in models]
+    slots = {model: [worker.slots for worker in serving.get(model, ())] for model in models}
+    return [
+        pool_depth(model, depths.get(Pool(model), {}), workers=len(slots[model]), slots=sum(slots[model]))
+        for model in models
+    ]
 
 
-def _describe(model: str, depths: Mapping[Lane, LaneDepth], serving: Iterable[WorkerInfo]) -> PoolDepth:
+def pool_depth(model: str, depths: Mapping[Lane, LaneDepth], *, workers: int, slots: int) -> PoolDepth:
+    """The entry of one model; a lane that is not in ``depths`` is empty."""
     lanes = {lane: depths.get(lane, LaneDepth()) for lane in LANES}
     waiting = sum(depth.waiting for depth in lanes.values())
     leased = sum(depth.leased for depth in lanes.values())
-    slots = [worker.slots for worker in serving]
     return PoolDepth(
         model=model,
         waiting=waiting,
         leased=leased,
         outstanding=waiting + leased,
         oldest_age_ms=max(depth.oldest_age_ms for depth in lanes.values()),
-        workers=len(slots),
-        slots=sum(slots),
+        workers=workers,
+        slots=slots,
         lanes=lanes,
     )

@@ -24,7 +24,7 @@ from queue_schemas import (
 )
 from telemetry.asgi import check_join_token, health_routes, prepare_app
 
-from .core import check_model, is_join_token, model_list, model_object, pool_depth, pool_list
+from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
 from .state import RouterState
 
 MAX_FABRIC_BODY_BYTES = 1024 * 1024
@@ -77,7 +77,7 @@ def _pools(state: RouterState) -> APIRouter:
         known = {pool: lanes for pool, lanes in depths.items() if pool == model}
         if not known and model not in state.link.directory.pools:
             check_model(model, await state.link.fresh_directory(), "queue")
-        return pool_depth(model, state.link.directory, next(iter(known.values()), {}))
+        return pool_of(model, state.link.directory, next(iter(known.values()), {}))
 
     return routes
 

@@ -14,7 +14,7 @@ from .admission import (
     parse_keys,
     read_deadline,
 )
-from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_depth, pool_list
+from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
 from .openai import INFERENCE_PATHS, RequestFields, known_paths, read_fields
 from .stitch import EVENT_STREAM, Head, Stitch
 
@@ -41,8 +41,8 @@ __all__ = [
     "model_list",
     "model_object",
     "parse_keys",
-    "pool_depth",
     "pool_list",
+    "pool_of",
     "read_deadline",
     "read_fields",
 ]

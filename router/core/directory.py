@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from queue_schemas import Lane, LaneDepth, Pool, PoolDepth, PoolList, WorkerInfo
+from queue_schemas.pools import pool_depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +62,13 @@ def model_list(directory: Directory) -> dict[str, object]:
     return {"object": "list", "data": [model_object(model, entry) for model, entry in directory.pools.items()]}
 
 
-def pool_depth(model: str, directory: Directory, lanes: Mapping[Lane, LaneDepth]) -> PoolDepth:
+def pool_of(model: str, directory: Directory, lanes: Mapping[Lane, LaneDepth]) -> PoolDepth:
     """The queue of one model in figures."""
     entry = directory.pools.get(model)
-    waiting = sum(depth.waiting for depth in lanes.values())
-    leased = sum(depth.leased for depth in lanes.values())
-    return PoolDepth(
-        model=model,
-        waiting=waiting,
-        leased=leased,
-        outstanding=waiting + leased,
-        oldest_age_ms=max((depth.oldest_age_ms for depth in lanes.values()), default=0),
-        workers=entry.workers if entry else 0,
-        slots=entry.slots if entry else 0,
-        lanes={lane: lanes.get(lane, LaneDepth()) for lane in Lane},
-    )
+    return pool_depth(model, lanes, workers=entry.workers if entry else 0, slots=entry.slots if entry else 0)
 
 
 def pool_list(directory: Directory, depths: Mapping[Pool, Mapping[Lane, LaneDepth]]) -> PoolList:
     """The queues of all models, those included that only have jobs left."""
     models = sorted({*directory.pools, *depths})
-    return PoolList(pools=[pool_depth(model, directory, depths.get(Pool(model), {})) for model in models])
+    return PoolList(pools=[pool_of(model, directory, depths.get(Pool(model), {})) for model in models])
