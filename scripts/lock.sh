@@ -13,5 +13,6 @@ compile() {
 mkdir -p requirements
 echo 'setuptools>=77' | compile - -o requirements/build.lock
 compile --extra otel pyproject.toml -o requirements/runtime.lock
-compile --extra dev pyproject.toml -c requirements/runtime.lock -c requirements/build.lock -o requirements/dev.lock
+compile --extra otel --extra ray pyproject.toml -c requirements/runtime.lock -o requirements/ray.lock
+compile --extra dev pyproject.toml -c requirements/runtime.lock -c requirements/ray.lock -c requirements/build.lock -o requirements/dev.lock
 wc -l requirements/*.lock
