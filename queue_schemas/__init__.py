@@ -33,6 +33,8 @@ from .errors import (
 from .fabric import (
     FABRIC_PREFIX,
     JOIN_TOKEN_HEADER,
+    RAY_MANAGER,
+    RAY_NAMESPACE,
     Assignment,
     BrokerAddress,
     EngineState,
@@ -77,6 +79,8 @@ __all__ = [
     "HEAD",
     "JOIN_TOKEN_HEADER",
     "LANES",
+    "RAY_MANAGER",
+    "RAY_NAMESPACE",
     "TERMINAL",
     "TRANSITIONS",
     "Assignment",

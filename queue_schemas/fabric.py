@@ -17,6 +17,9 @@ from .lanes import LANES, Lane
 
 FABRIC_PREFIX = "/fabric/v1"
 JOIN_TOKEN_HEADER = "x-inferq-join-token"  # noqa: S105 - the name of a header
+RAY_NAMESPACE = "inferq"
+RAY_MANAGER = "manager"
+"""Where in a Ray cluster the Manager is found: an actor of this name in that namespace."""
 MAX_MODELS = 1024
 """Most models (adapters included) that one worker may serve."""
 

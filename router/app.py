@@ -6,10 +6,11 @@ with lifespan.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from broker import Broker, BrokerSettings
 from broker.link import open_link
@@ -22,6 +23,7 @@ from .http import build_pages
 from .inference import Inference
 from .manager_port import HttpManager
 from .ports import ManagerPort, OpenQueue
+from .ray_manager import SCHEME, RayManager
 from .settings import RouterSettings
 from .state import RouterState
 
@@ -41,6 +43,8 @@ class RouterApp:
             return
         if scope["type"] != "http":
             return
+        if self.state.leaving:
+            send = _closing(send)
         path: str = scope["path"]
         if path in self._paths:
             # The path as it was written, too: what was encoded or mounted elsewhere is another path.
@@ -66,6 +70,11 @@ class RouterApp:
             finally:
                 await self.drain()
 
+    async def leave(self) -> None:
+        """For ``lame_duck_ms``: serve on, but say on /readyz and with each answer that clients should go elsewhere."""
+        self.state.leaving = True
+        await asyncio.sleep(self.state.settings.lame_duck_ms / 1000)
+
     async def drain(self) -> None:
         """Refuse new requests, let the open ones finish within the limit, end the rest with an error."""
         await self.state.drain(self.state.settings.shutdown_limit_ms / 1000)
@@ -90,6 +99,17 @@ class RouterApp:
         self.state.metrics.answered("unknown", exchange.status)
 
 
+def _closing(send: Send) -> Send:
+    """``send`` that asks the client to open another connection for its next request."""
+
+    async def close_after(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+        await send(message)
+
+    return close_after
+
+
 def build_router(
     settings: RouterSettings,
     broker_settings: BrokerSettings | None = None,
@@ -104,7 +124,7 @@ def build_router(
     """
     token = settings.join_token.get_secret_value()
     if manager is None and settings.manager_url:
-        manager = HttpManager(settings.manager_url, token, settings.manager_timeout_ms)
+        manager = open_manager(settings.manager_url, token, settings.manager_timeout_ms)
     if open_queue is None:
         open_queue = _queue_opener(settings, broker_settings or BrokerSettings.load(), manager)
     state = RouterState(settings, open_queue, manager)
@@ -121,6 +141,13 @@ def build_router(
         remedy="set INFERQ_JOIN_TOKEN: without it anyone may join and read Redis's address",
     )
     return RouterApp(state)
+
+
+def open_manager(url: str, join_token: str, timeout_ms: int) -> ManagerPort:
+    """The Manager that the setting ``manager_url`` means. Connects to nothing yet. Raises ``CannotStart``."""
+    if url.startswith(SCHEME):
+        return RayManager(url.removeprefix(SCHEME), join_token, timeout_ms)
+    return HttpManager(url, join_token, timeout_ms)
 
 
 def _queue_opener(settings: RouterSettings, broker: BrokerSettings, manager: ManagerPort | None) -> OpenQueue:

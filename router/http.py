@@ -25,6 +25,7 @@ from queue_schemas import (
 from telemetry.asgi import check_join_token, health_routes, prepare_app
 
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
+from .ports import FabricCall
 from .state import RouterState
 
 MAX_FABRIC_BODY_BYTES = 1024 * 1024
@@ -142,7 +143,9 @@ async def _pass_on(state: RouterState, request: Request, path: str, token: str) 
         body += piece
         if len(body) > MAX_FABRIC_BODY_BYTES:
             raise BodyTooLarge(f"the body has more than {MAX_FABRIC_BODY_BYTES} bytes, which no worker's message has")
-    answer = await state.manager.forward(request.method, path, request.url.query, token, body)
+    answer = await state.manager.forward(
+        FabricCall(request.method, path, request.url.query, token, body, request.state.request_id)
+    )
     return Response(answer.body, answer.status, headers=dict(answer.headers))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from queue_schemas import (
+    JOIN_TOKEN_HEADER,
     BrokerAddress,
     Frame,
     Incarnation,
@@ -55,6 +56,28 @@ class QueuePort(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class FabricCall:
+    """A call under ``/fabric/v1`` that the Manager answers, as it came."""
+
+    method: str
+    path: str
+    query: str = ""
+    join_token: str = ""
+    body: bytes = b""
+    request_id: str = ""
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """What the Manager needs of the call's headers, lower case."""
+        given = {
+            "content-type": "application/json" if self.body else "",
+            JOIN_TOKEN_HEADER: self.join_token,
+            "x-request-id": self.request_id,
+        }
+        return [(name, value) for name, value in given.items() if value]
+
+
+@dataclass(frozen=True, slots=True)
 class Forwarded:
     """The Manager's answer, to be passed on as it is. ``headers`` are lower case."""
 
@@ -66,8 +89,8 @@ class Forwarded:
 class ManagerPort(Protocol):
     """The Router's way to the Manager. All methods raise ``ManagerUnavailable`` when it cannot be reached."""
 
-    async def forward(self, method: str, path: str, query: str, join_token: str, body: bytes) -> Forwarded:
-        """Pass a worker's call on, its join token with it."""
+    async def forward(self, call: FabricCall) -> Forwarded:
+        """Pass a call on."""
         ...
 
     async def broker_address(self) -> BrokerAddress:

@@ -44,6 +44,8 @@ async def serve(
         stopping = tasks.create_task(stop.wait(), name="stop signal")
         log.info("router_listens", url=f"http://{host}:{port}")
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            await app.leave()
         stopping.cancel()
         await app.drain()
         drained.set()

@@ -23,7 +23,9 @@ class RouterSettings(RoleSettings):
     port: int = Field(18_000, ge=0, le=65_535, description="TCP port to listen on; 0 takes a free one")
     router_id: str = Field("router", description="Name of this Router in logs and on the queue's server")
     manager_url: str = Field(
-        "", description="Base URL of the Manager: workers register through it, and it tells where Redis is"
+        "",
+        description="Base URL of the Manager, or ray:manager within Ray: workers register through it, and it tells "
+        "where Redis is",
     )
     manager_timeout_ms: int = Field(10_000, ge=50, description="Limit on one call to the Manager")
     join_token: SecretStr = Field(SecretStr(""), description="Shown to the Manager; also opens /fabric/v1 to operators")
@@ -67,6 +69,9 @@ class RouterSettings(RoleSettings):
     )
     directory_ms: int = Field(1_000, ge=20, le=60_000, description="How often the list of models is refreshed")
     sweep_ms: int = Field(1_000, ge=10, le=5_000, description="How often deadlines, keep-alives and stalls are checked")
+    lame_duck_ms: int = Field(
+        0, ge=0, description="How long, at the end, it serves on while /readyz says no, for load balancers to notice"
+    )
     shutdown_limit_ms: int = Field(30_000, ge=0, description="How long running requests may take to finish at the end")
     tenant_jobs: int = Field(100_000, ge=1, description="Most live jobs (waiting or running) of one tenant")
     tenant_bytes: int = Field(1024 * MIB, ge=1, description="Most bytes of live jobs of one tenant")

@@ -35,13 +35,15 @@ class RouterState:
         self.requests = OpenRequests(settings, self.metrics, self._drop)
         self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken)
         self.canceller = Canceller(lambda: self.link.queue)
+        self.leaving = False
+        """Still serving, but asking clients and load balancers to go elsewhere."""
         self.draining = False
         self._idle = asyncio.Event()
         self.metrics.watch(waiting=lambda: self.requests.waiting, round_trips=lambda: self.link.round_trips)
 
     def reasons(self) -> list[str]:
         """Why the Router is not ready."""
-        return ["the router is shutting down"] if self.draining else self.link.reasons
+        return ["the router is shutting down"] if self.draining or self.leaving else self.link.reasons
 
     def done(self, request: OpenRequest) -> None:
         """A request is over."""

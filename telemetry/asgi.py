@@ -14,6 +14,7 @@ from functools import partial
 from http import HTTPStatus
 from time import perf_counter
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import APIRouter, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -135,6 +136,43 @@ class RequestContext:
             path = _path_label(scope)
             self._requests.labels(self._role, path, str(status)).inc()
             log.debug("request", method=scope["method"], path=path, status=status, seconds=perf_counter() - begun)
+
+
+async def call_app(
+    app: ASGIApp, method: str, path: str, query: str, headers: Sequence[tuple[str, str]], body: bytes
+) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Call ``app`` without a socket; status, headers and body of its answer. Names of headers are lower case."""
+    raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": unquote(path),
+        "raw_path": path.encode("latin-1"),
+        "root_path": "",
+        "query_string": query.encode("latin-1"),
+        "headers": [*raw_headers, (b"content-length", str(len(body)).encode())],
+        "client": None,
+        "server": None,
+    }
+    request: list[Message] = [{"type": "http.request", "body": body}]
+    status, answered, parts = 500, list[tuple[str, str]](), list[bytes]()
+
+    async def receive() -> Message:
+        return request.pop() if request else {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        nonlocal status, answered
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            answered = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message.get("headers", ())]
+        else:
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return status, answered, b"".join(parts)
 
 
 def prepare_app(app: FastAPI, metrics: MetricsRegistry, *, max_body_bytes: int = 1024 * 1024) -> FastAPI:

@@ -96,13 +96,15 @@ async def run_server(
     host: str = "127.0.0.1",
     port: int = 0,
     stop: asyncio.Event | None = None,
+    stop_accepting: asyncio.Event | None = None,
     shutdown_limit_s: float = 10.0,
     lifespan: Literal["on", "off"] = "off",
 ) -> None:
     """Serve ``app`` until ``stop`` is set; without ``stop``, until SIGTERM or SIGINT.
 
     Then no connection is accepted, running requests get ``shutdown_limit_s`` (whole seconds, at least one) to finish,
-    and what is left is cancelled. Without ``sock`` binds ``host:port`` itself (:func:`bind_socket`). Cancelling this
+    and what is left is cancelled. From ``stop_accepting`` on the listening socket is closed, and the connections that
+    are open are served on. Without ``sock`` binds ``host:port`` itself (:func:`bind_socket`). Cancelling this
     call closes the port and cuts running requests off.
     """
     config = uvicorn.Config(
@@ -122,17 +124,26 @@ async def run_server(
     with contextlib.ExitStack() as exits:
         listener = exits.enter_context(sock or bind_socket(host, port))
         stopped = stop or exits.enter_context(stop_on_signals())
-        await _serve(_Server(config), listener, stopped)
+        await _serve(_Server(config), listener, stopped, stop_accepting)
 
 
-async def _serve(server: _Server, listener: socket.socket, stop: asyncio.Event) -> None:
+async def _serve(
+    server: _Server, listener: socket.socket, stop: asyncio.Event, stop_accepting: asyncio.Event | None
+) -> None:
+    async def close_listener(asked: asyncio.Event) -> None:
+        await asked.wait()
+        for part in server.servers:
+            part.close()
+
     try:
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(server.serve(sockets=[listener]), name="http server")
             waiting = tasks.create_task(stop.wait(), name="stop signal")
+            closing = tasks.create_task(close_listener(stop_accepting or asyncio.Event()), name="end of accepting")
             await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
             waiting.cancel()
+            closing.cancel()
     finally:
         for part in getattr(server, "servers", ()):
             part.close()

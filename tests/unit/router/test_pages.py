@@ -18,7 +18,7 @@ from queue_schemas import (
     ManagerUnavailable,
 )
 from router import RouterSettings, build_router
-from router.ports import Forwarded
+from router.ports import FabricCall, Forwarded
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import Client, FakeQueue, router
 
@@ -32,10 +32,11 @@ class FakeManager:
         self.asked: list[tuple[str, str, str, str, bytes]] = []
         self.down = down
 
-    async def forward(self, method: str, path: str, query: str, join_token: str, body: bytes) -> Forwarded:
+    async def forward(self, call: FabricCall) -> Forwarded:
         if self.down:
             raise ManagerUnavailable("the Manager is away", retry_after_s=2)
-        self.asked.append((method, path, query, join_token, body))
+        assert call.request_id.startswith("req_")
+        self.asked.append((call.method, call.path, call.query, call.join_token, call.body))
         return Forwarded(409, (("content-type", "application/json"),), b'{"error": {"code": "worker_id_taken"}}')
 
     async def broker_address(self) -> BrokerAddress:

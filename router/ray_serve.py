@@ -1,0 +1,170 @@
+"""The Router as a Ray Serve deployment: Serve starts, scales, watches and replaces the replicas.
+
+Two ways in. ``replica``: every replica serves clients itself, with the server of the HTTP topology, and those of one
+machine share one listening socket (:mod:`router.door`). ``serve``: clients come through Serve's own proxy (or its
+HAProxy), to the same app. The first is the default: docs/topologies.md has the figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingContext
+
+from broker import BrokerSettings
+from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
+from telemetry.server import run_server
+
+from .app import RouterApp, build_router
+from .door import Door
+from .settings import RouterSettings
+
+WayIn = Literal["replica", "serve"]
+
+DEPLOYMENT = "Router"
+OPEN_REQUESTS = "inferq_open_requests"
+_MARGIN_S = 10.0
+_STUCK_LIMIT_S = 5.0
+_LAST_CONNECTIONS_S = 2.0
+
+log = get_logger("router.ray_serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How many replicas, and what each may take. ``cpus`` is what Ray reserves for one."""
+
+    min_replicas: int = 2
+    max_replicas: int = 8
+    target_open_requests: int = 200
+    cpus: float = 0.0
+
+
+class ServingReplica:
+    """A replica that listens itself."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: RouterSettings, broker: BrokerSettings, telemetry: TelemetrySettings
+    ) -> None:
+        self._app = _make_app(settings, broker, telemetry)
+        self._settings = settings
+        self._leave = asyncio.Event()
+        listening = asyncio.Event()
+        self._life = asyncio.create_task(self._serve(listening), name="router")
+        waiting = asyncio.create_task(listening.wait())
+        await asyncio.wait((self._life, waiting), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self._life.done():
+            await self._life  # raises why it does not listen
+
+    async def check_health(self) -> None:
+        """Asked by Serve now and then, which replaces a replica that raises. Redis's health is not the replica's."""
+        if self._life.done():
+            raise RuntimeError("the router's server has ended; its log says why")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve asks for, to scale by."""
+        return {OPEN_REQUESTS: float(len(self._app.state.requests))}
+
+    async def __del__(self) -> None:
+        """Serve's word that this replica is to end, awaited within its graceful shutdown."""
+        self._leave.set()
+        await asyncio.wait((self._life,))
+        shutdown_tracing()
+
+    async def _serve(self, listening: asyncio.Event) -> None:
+        settings, app = self._settings, self._app
+        stop_accepting, drained = asyncio.Event(), asyncio.Event()
+        async with (
+            Door(_fabric(), settings.host, settings.port) as door,
+            app.state.running(),
+            asyncio.TaskGroup() as tasks,
+        ):
+            tasks.create_task(
+                run_server(
+                    app,
+                    sock=door.listener,
+                    stop=drained,
+                    stop_accepting=stop_accepting,
+                    shutdown_limit_s=_LAST_CONNECTIONS_S,
+                ),
+                name="http",
+            )
+            log.info("router_listens", host=settings.host, port=settings.port)
+            listening.set()
+            await self._leave.wait()
+            door.close()
+            stop_accepting.set()
+            await app.leave()
+            await app.drain()
+            drained.set()
+
+
+class ProxiedReplica:
+    """A replica that answers what Serve's proxy hands it: ``serve.ingress`` gives it the app."""
+
+
+def _make_app(settings: RouterSettings, broker: BrokerSettings, telemetry: TelemetrySettings) -> RouterApp:
+    """The ASGI app of a replica, the same that runs in a process of its own elsewhere."""
+    configure_logging("router", telemetry.log_level, "json")
+    configure_tracing("router", telemetry.otlp_endpoint)
+    replica = serve.get_replica_context().replica_id.unique_id
+    return build_router(settings.model_copy(update={"router_id": f"{settings.router_id}-{replica}"}), broker)
+
+
+def application(
+    settings: RouterSettings,
+    broker: BrokerSettings,
+    telemetry: TelemetrySettings,
+    *,
+    way_in: WayIn = "replica",
+    scale: Scale | None = None,
+) -> serve.Application:
+    """The Serve application of one fabric's Routers."""
+    scale = scale or Scale()
+
+    def make_app() -> RouterApp:
+        return _make_app(settings, broker, telemetry)
+
+    own = way_in == "replica"
+    replica: Any = ServingReplica if own else serve.ingress(make_app)(ProxiedReplica)
+    drain_s = (settings.lame_duck_ms + settings.shutdown_limit_ms) / 1000 + _LAST_CONNECTIONS_S
+    autoscaling: dict[str, Any] = {
+        "min_replicas": scale.min_replicas,
+        "max_replicas": scale.max_replicas,
+        "initial_replicas": scale.min_replicas,
+        "target_ongoing_requests": scale.target_open_requests,
+    }
+    if own:
+        autoscaling["policy"] = {"policy_function": replicas_for}
+    made = serve.deployment(
+        name=DEPLOYMENT,
+        max_ongoing_requests=settings.max_concurrent + 1,  # the Router itself says when it has too many
+        graceful_shutdown_timeout_s=drain_s + _MARGIN_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=2.0,
+        health_check_timeout_s=_STUCK_LIMIT_S,
+        max_surge_percent=100,  # replacements are there before what they replace goes
+        ray_actor_options={"num_cpus": scale.cpus},
+        autoscaling_config=autoscaling,
+    )(replica)
+    return made.bind(settings, broker, telemetry) if own else made.bind()
+
+
+def replicas_for(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """Serve's autoscaling policy: by open requests, which Serve does not see where replicas listen themselves."""
+    open_requests: Mapping[Any, float] = (context.aggregated_metrics or {}).get(OPEN_REQUESTS, {})
+    target: float = context.config.get_target_ongoing_requests()  # type: ignore[union-attr]  # always there
+    return max(1, math.ceil(sum(open_requests.values()) / target)), {}
+
+
+def _fabric() -> str:
+    """A short name of this Ray cluster, the same in all its processes."""
+    return hashlib.sha256(ray.get_runtime_context().gcs_address.encode()).hexdigest()[:12]
