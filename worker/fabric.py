@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -26,6 +27,13 @@ from queue_schemas import (
 )
 
 CALL_LIMIT_S = 5.0
+"""The Manager may have to look for another worker of that id first, and to take back what a dead one held."""
+HEARTBEAT_LIMIT_S = 3.0
+"""A heartbeat is answered from memory."""
+AVOID_S = 10.0
+"""How long a URL that let a call run out of time is left for others: a frozen host costs that time at every visit."""
+_NO_SUCH_WORKER = frozenset({404, UnknownWorker.status})
+"""Other versions and other makes of Managers answer the heartbeat of a worker that they do not know with 404."""
 _MAX_ANSWER_BYTES = 8 << 20
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
@@ -40,6 +48,7 @@ class FabricClient:
     def __init__(self, urls: Sequence[str], join_token: str = "") -> None:
         self._urls = [url.rstrip("/") for url in urls]
         self._headers = {JOIN_TOKEN_HEADER: join_token} if join_token else {}
+        self._avoided_until: dict[str, float] = {}
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -47,9 +56,17 @@ class FabricClient:
         """The one in use."""
         return self._urls[0]
 
+    @property
+    def urls(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset(self._urls)
+
     def turn(self) -> None:
-        """Use the next URL from now on."""
-        self._urls.append(self._urls.pop(0))
+        """Use the next URL from now on, past those that let a call run out of time a moment ago, unless all did."""
+        now = time.monotonic()
+        later = self._urls[1:] + self._urls[:1]
+        best = min(range(len(later)), key=lambda place: max(self._avoided_until.get(later[place], now), now))
+        self._urls = later[best:] + later[:best]
 
     async def register(self, registration: Registration) -> RegistrationAnswer:
         """Raises ``WorkerIdTaken`` while another worker of that id answers the Manager."""
@@ -58,7 +75,8 @@ class FabricClient:
 
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
         """Raises ``UnknownWorker`` if the Manager does not know this incarnation: register again."""
-        answer = await self._call("POST", f"workers/{worker_id}/heartbeat", heartbeat)
+        path = f"workers/{worker_id}/heartbeat"
+        answer = await self._call("POST", path, heartbeat, limit_s=HEARTBEAT_LIMIT_S, unknown=_NO_SUCH_WORKER)
         return _parse(HeartbeatAnswer, answer, self.url)
 
     async def deregister(self, worker_id: str, incarnation: Incarnation) -> None:
@@ -70,22 +88,33 @@ class FabricClient:
         if session is not None:
             await session.close()
 
-    async def _call(self, method: str, path: str, message: BaseModel | None) -> bytes:
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        message: BaseModel | None,
+        *,
+        limit_s: float = CALL_LIMIT_S,
+        unknown: frozenset[int] = frozenset(),
+    ) -> bytes:
+        """The answer's body. Statuses of ``unknown`` mean that the worker is, whatever the body says."""
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=CALL_LIMIT_S), headers=self._headers, trust_env=False
-            )
+            self._session = aiohttp.ClientSession(headers=self._headers, trust_env=False)
         url = f"{self.url}{FABRIC_PREFIX}/{path}"
         body = message.model_dump_json().encode() if message is not None else None
         headers = {"content-type": "application/json"} if body else {}
+        limit = aiohttp.ClientTimeout(total=limit_s)
         try:
-            async with self._session.request(method, url, data=body, headers=headers) as answer:
+            async with self._session.request(method, url, data=body, headers=headers, timeout=limit) as answer:
                 content = await _read(answer)
                 status = answer.status
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except TimeoutError as error:
+            self._avoided_until[self.url] = time.monotonic() + AVOID_S
+            raise ManagerUnavailable(f"{self.url} does not answer within {limit_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
             raise ManagerUnavailable(f"{self.url} does not answer: {error or type(error).__name__}") from error
         if status >= 300:
-            raise _refusal(status, content, self.url)
+            raise _refusal(status, content, self.url, unknown)
         return content
 
 
@@ -105,18 +134,20 @@ def _parse(kind: type[_Answer], content: bytes, url: str) -> _Answer:
         raise ManagerUnavailable(f"{url} answers something else than a Manager: is it the right URL?") from error
 
 
-def _refusal(status: int, content: bytes, url: str) -> InferqError:
+def _refusal(status: int, content: bytes, url: str, unknown: frozenset[int]) -> InferqError:
     try:
         error = json.loads(content)["error"]
         code, message = str(error["code"]), str(error["message"])
     except (ValueError, KeyError, TypeError):
         code, message = "", f"{url} answers {status}: is it the right URL?"
-    if code == UnknownWorker.code:
+    if code == UnknownWorker.code or status in unknown:
         return UnknownWorker(message)
     if status == WorkerIdTaken.status and code == WorkerIdTaken.code:
         return WorkerIdTaken(message)
     if status == AuthenticationFailed.status:
-        return AuthenticationFailed(message)
+        return AuthenticationFailed(
+            f"{url} refuses this worker's join token, or that it has none: give it the Manager's INFERQ_JOIN_TOKEN"
+        )
     if code and status in (400, 413, 422):
         return BadRequest(message)
     return ManagerUnavailable(message)

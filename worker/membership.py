@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from queue_schemas import (
     AuthenticationFailed,
     BadRequest,
     Heartbeat,
-    ManagerUnavailable,
+    InferqError,
     Registration,
     RegistrationAnswer,
     UnknownWorker,
@@ -34,6 +35,7 @@ _TAKEN_TRIES = 6
 _TAKEN_PAUSE_S = 0.5
 """A worker that was restarted at once waits so long for its predecessor to be found dead: 3 s in all."""
 _LEAST_GAP_S = 0.1
+_REASONS_REMEMBERED = 32
 
 log = get_logger(__name__)
 
@@ -66,6 +68,7 @@ class Membership:
         self._drain = drain
         self._changed = asyncio.Event()
         self._heartbeat_s = 2.0
+        self._said: deque[str] = deque(maxlen=_REASONS_REMEMBERED)
         self.registered = False
         self.trouble = "not registered with a Manager yet"
         """Why it is not registered, for people; empty when it is."""
@@ -78,10 +81,12 @@ class Membership:
         """Register, trying until a Manager accepts.
 
         Raises ``WorkerIdTaken`` when another worker holds the id for 3 s and, the ``first`` time, what cannot be
-        mended by waiting: ``AuthenticationFailed``, ``BadRequest``.
+        mended by waiting: ``AuthenticationFailed``, ``BadRequest``. No URL of several speaks for the others, so that
+        is raised once each has been tried.
         """
         pause = _FIRST_PAUSE_S
         taken = 0
+        tried: dict[str, InferqError] = {}
         while True:
             try:
                 answer = await self._client.register(self._registration())
@@ -94,9 +99,10 @@ class Membership:
                     ) from error
                 await asyncio.sleep(_TAKEN_PAUSE_S)
                 continue
-            except (ManagerUnavailable, AuthenticationFailed, BadRequest) as error:
-                if first and not isinstance(error, ManagerUnavailable):
-                    raise
+            except InferqError as error:
+                tried[self._client.url] = error
+                if first and tried.keys() >= self._client.urls and (refusals := _refusals(tried)):
+                    raise refusals[0] from error
                 self._lost(error.message)
                 self._client.turn()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
@@ -104,6 +110,7 @@ class Membership:
                 continue
             self._heartbeat_s = answer.heartbeat_ms / 1000
             self.registered, self.trouble = True, ""
+            self._said.clear()
             log.info("registered", manager=self._client.url, pools=len(answer.assignment.pools))
             self._assigned(answer.assignment)
             return answer
@@ -117,7 +124,7 @@ class Membership:
             except UnknownWorker as error:
                 self._lost(error.message)
                 await self.register(first=False)
-            except (ManagerUnavailable, AuthenticationFailed, BadRequest) as error:
+            except InferqError as error:
                 self._metrics.heartbeats_failed.inc()
                 self._lost(error.message)
                 self._client.turn()
@@ -141,9 +148,16 @@ class Membership:
         return Registration(worker_id=self._worker_id, url=self._url, version=_version(), region=self._region, **status)
 
     def _lost(self, why: str) -> None:
-        if self.trouble != why:
+        # Each reason once: several URLs take turns at saying theirs.
+        if self.registered or why not in self._said:
             log.warning("manager_lost" if self.registered else "manager_not_reached", reason=why)
+            self._said.append(why)
         self.registered, self.trouble = False, why
+
+
+def _refusals(tried: Mapping[str, InferqError]) -> list[InferqError]:
+    """Of the last answers by URL, those that will not become others by themselves."""
+    return [error for error in tried.values() if isinstance(error, AuthenticationFailed | BadRequest)]
 
 
 def _version() -> str:

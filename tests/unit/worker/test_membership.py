@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from queue_schemas import (
     Assignment,
@@ -41,10 +42,19 @@ class ScriptedManager:
         self.registered: list[Registration] = []
         self.beats: list[Heartbeat] = []
         self.turns = 0
-        self.url = "http://manager"
+        self.places = ["http://manager"]
+
+    @property
+    def url(self) -> str:
+        return self.places[0]
+
+    @property
+    def urls(self) -> frozenset[str]:
+        return frozenset(self.places)
 
     def turn(self) -> None:
         self.turns += 1
+        self.places.append(self.places.pop(0))
 
     async def register(self, registration: Registration) -> RegistrationAnswer:
         self.registered.append(registration)
@@ -130,6 +140,34 @@ async def test_a_wrong_token_is_fatal_at_first_and_waited_out_later() -> None:
     with pytest.raises(AuthenticationFailed):
         await scene([AuthenticationFailed("wrong")]).membership.register(first=True)
     await scene([AuthenticationFailed("wrong")]).membership.register(first=False)
+
+
+async def test_a_start_ends_only_when_every_url_was_tried() -> None:
+    """One of two Managers refuses the token: the other is asked before the start is given up."""
+    one = scene([AuthenticationFailed("wrong")])
+    one.manager.places.append("http://other")
+    await one.membership.register(first=True)
+    assert one.membership.registered
+    two = scene([AuthenticationFailed("wrong"), ManagerUnavailable("away")])
+    two.manager.places.append("http://other")
+    with pytest.raises(AuthenticationFailed):
+        await two.membership.register(first=True)
+
+
+async def test_answers_that_make_no_sense_end_nothing() -> None:
+    """A Manager that answers a heartbeat with "taken", and a registration with "unknown", is left for the next."""
+    one = scene([None, UnknownWorker("who"), None], [WorkerIdTaken("no")])
+    async with one.beating():
+        await eventually(lambda: len(one.manager.registered) == 3 and one.membership.registered, "it is back")
+    assert one.manager.turns == 2
+
+
+async def test_each_reason_is_logged_once() -> None:
+    """Two URLs that take turns at failing do not fill the log."""
+    one = scene([ManagerUnavailable("frozen"), ManagerUnavailable("standing by")] * 4)
+    with capture_logs() as lines:
+        await one.membership.register(first=True)
+    assert [line["reason"] for line in lines if "reason" in line] == ["frozen", "standing by"]
 
 
 async def test_an_unknown_worker_registers_again_as_the_same_incarnation() -> None:
