@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from queue_schemas import BrokerUnavailable, BrokerUnsuitable, Incarnation, InferqError, new_incarnation
+from queue_schemas import (
+    AuthenticationFailed,
+    BrokerUnavailable,
+    BrokerUnsuitable,
+    Incarnation,
+    InferqError,
+    new_incarnation,
+)
 from telemetry import get_logger
 
 from .core import Directory, build_directory
@@ -78,8 +85,9 @@ class QueueLink:
     async def run(self) -> None:
         """Connect, and connect again, until cancelled.
 
-        Raises ``BrokerUnsuitable`` if it never was connected and Redis cannot be used: that is for somebody to mend. A
-        Redis that was fit and is no more (a replica after a failover) is waited for.
+        Raises ``BrokerUnsuitable`` or ``AuthenticationFailed`` if it never was connected and Redis cannot be used, or
+        the Manager refuses our join token: that is for somebody to mend. A Redis that was fit and is no more (a replica
+        after a failover) and a token that was right are waited for.
         """
         never = True
         pause = FIRST_PAUSE_S
@@ -88,7 +96,7 @@ class QueueLink:
                 queue = await self._open()
             except InferqError as error:
                 self._note(error.message)
-                if never and isinstance(error, BrokerUnsuitable):
+                if never and isinstance(error, BrokerUnsuitable | AuthenticationFailed):
                     raise
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, LONGEST_PAUSE_S)

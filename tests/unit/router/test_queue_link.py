@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import pytest
 
-from queue_schemas import WorkerInfo
-from router import queue_link
+from queue_schemas import AuthenticationFailed, BrokerUnsuitable, InferqError, WorkerInfo
+from router import RouterSettings, queue_link
+from router.queue_link import QueueLink
+from tests.support.waiting import eventually
 from tests.unit.router.fakes import FakeQueue, router
 
 
@@ -36,3 +39,41 @@ async def test_a_directory_that_was_asked_for_is_read_once(monkeypatch: pytest.M
         await app.state.link.fresh_directory()
         await let_others_run()
         assert queue.reads == before + 1
+
+
+def _opening(*answers: FakeQueue | InferqError) -> Callable[[], Awaitable[FakeQueue]]:
+    """What opens the queue: these answers one after the other, the last one for ever."""
+    left = list(answers)
+
+    async def open_queue() -> FakeQueue:
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(answer, InferqError):
+            raise answer
+        return answer
+
+    return open_queue
+
+
+def _link(*answers: FakeQueue | InferqError) -> QueueLink:
+    return QueueLink(
+        RouterSettings.load(), _opening(*answers), lambda news: None, lambda shard: None, lambda error: None
+    )
+
+
+@pytest.mark.parametrize("refusal", [AuthenticationFailed("wrong join token"), BrokerUnsuitable("a replica")])
+async def test_a_first_refusal_ends_it_and_a_later_one_is_waited_out(
+    monkeypatch: pytest.MonkeyPatch, refusal: InferqError
+) -> None:
+    """What a Router is told at its start is for somebody to mend; one that has served says why it does not, and goes on
+    as soon as it can."""
+    monkeypatch.setattr(queue_link, "FIRST_PAUSE_S", 0.01)
+    with pytest.raises(type(refusal)):
+        await _link(refusal).run()
+    first, last = FakeQueue("m"), FakeQueue("m")
+    first.break_replies()
+    link = _link(first, *[refusal] * 5, last)
+    running = asyncio.create_task(link.run())
+    await eventually(lambda: link.reasons == [refusal.message], "it says why", every_s=0.001)
+    await eventually(lambda: link.queue is last and not link.reasons, "it is connected again")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
