@@ -31,6 +31,9 @@ from .settings import ManagerSettings
 
 LOOKS_AT_ONCE = 16
 """Most workers looked at in one sweep: a rack that goes down must not hold the others up."""
+SNAPSHOT_CHECK_S = 10.0
+"""How often the snapshot is read again: a Redis that lost its latest writes, or a late write of the Manager before, may
+have made it wrong."""
 POOLS_REFRESH_S = 600.0
 """How often a served pool is remembered again; the memory lasts a day."""
 
@@ -63,6 +66,7 @@ class Fleet:
         self._deaths = Deaths(settings, queue, probe, metrics, clock)
         self._watch = BeatWatch(settings.lease_ms / 1000)
         self._saved: dict[str, WorkerInfo] = {}
+        self._check_at = clock() + SNAPSHOT_CHECK_S
         self._pools_due: dict[str, float] = {}
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -158,6 +162,9 @@ class Fleet:
 
     async def save(self) -> None:
         """Write what changed in the registry since the last time, and remember the pools it serves."""
+        if self._clock() >= self._check_at:
+            self._saved = await within(self._settings.broker_call_ms, self._queue.load_workers())
+            self._check_at = self._clock() + SNAPSHOT_CHECK_S
         now: dict[str, WorkerInfo] = {member.worker_id: member.info() for member in self.registry.members()}
         changed = [info for worker_id, info in now.items() if self._saved.get(worker_id) != info]
         gone = [worker_id for worker_id in self._saved if worker_id not in now]

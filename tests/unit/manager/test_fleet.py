@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from manager.core import Door, DoorState
-from manager.fleet import Fleet
+from manager.fleet import SNAPSHOT_CHECK_S, Fleet
 from manager.metrics import FleetMetrics
 from queue_schemas import BrokerUnavailable, EngineState, Incarnation, Pool, Registration
 from telemetry import MetricsRegistry
@@ -120,3 +120,18 @@ async def test_pools_stay_known_while_they_are_served_or_declared() -> None:
     clock.now += 1
     await fleet.save()
     assert queue.remembered == {"m": False, "d": True, "x": True}
+
+
+async def test_a_snapshot_that_others_changed_is_written_again() -> None:
+    """A late write of the Manager before, or a Redis that lost its latest writes, is mended within seconds."""
+    queue, clock = FakeQueue(), Clock()
+    fleet = _fleet(queue, clock)
+    await fleet.register(_registration())
+    await fleet.save()
+    right = dict(queue.workers)
+    stale = right["w"].model_copy(update={"models": ["gone"]})
+    for wrong in ({}, {"w": stale}, right | {"ghost": stale.model_copy(update={"worker_id": "ghost"})}):
+        queue.workers = dict(wrong)
+        clock.now += SNAPSHOT_CHECK_S
+        await fleet.save()
+        assert queue.workers == right
