@@ -23,6 +23,7 @@ from queue_schemas import RAY_MANAGER, RAY_NAMESPACE, BrokerUnsuitable, CannotSt
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger
 from telemetry.asgi import call_app
 from telemetry.flags import parse_settings
+from telemetry.ray_metrics import mirror_metrics
 
 from .http import create_app
 from .office import ManagerService
@@ -85,17 +86,24 @@ class ManagerActor:
         await asyncio.wait((self._life,), timeout=STOP_LIMIT_S)
 
     async def _live(self) -> None:
+        async with self._probe, asyncio.TaskGroup() as tasks:
+            service = self._service
+            figures = tasks.create_task(mirror_metrics(service.metrics.registry, service.show_metrics), name="metrics")
+            await self._serve()
+            figures.cancel()
+
+    async def _serve(self) -> None:
         pause = FIRST_PAUSE_S
-        async with self._probe:
-            while not self._stop.is_set():
-                try:
-                    await self._service.run(self._stop)
-                except* BrokerUnsuitable as unfit:
-                    # A process would end with this sentence; here Ray would only start the actor again, at once.
-                    self._unfit = str(unfit.exceptions[0])
-                    log.error("broker_unsuitable", error=self._unfit, again_in_s=pause)
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                    pause = min(pause * 2, LONGEST_PAUSE_S)
+        while not self._stop.is_set():
+            self._unfit = ""
+            try:
+                await self._service.run(self._stop)
+            except* BrokerUnsuitable as unfit:
+                # A process would end with this sentence; here Ray would only start the actor again, at once.
+                self._unfit = str(unfit.exceptions[0])
+                log.error("broker_unsuitable", error=self._unfit, again_in_s=pause)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, LONGEST_PAUSE_S)
 
 
 def _leave_to_ray(life: asyncio.Task[None]) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from ray.serve.config import AutoscalingContext
 
 from broker import BrokerSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
+from telemetry.ray_metrics import mirror_metrics
 from telemetry.server import run_server
 
 from .app import RouterApp, build_router
@@ -84,7 +86,7 @@ class ServingReplica:
         stop_accepting, drained = asyncio.Event(), asyncio.Event()
         async with (
             Door(_fabric(), settings.host, settings.port) as door,
-            app.state.running(),
+            app.running(),
             asyncio.TaskGroup() as tasks,
         ):
             tasks.create_task(
@@ -111,12 +113,26 @@ class ProxiedReplica:
     """A replica that answers what Serve's proxy hands it: ``serve.ingress`` gives it the app."""
 
 
-def _make_app(settings: RouterSettings, broker: BrokerSettings, telemetry: TelemetrySettings) -> RouterApp:
-    """The ASGI app of a replica, the same that runs in a process of its own elsewhere."""
+class ReplicaApp(RouterApp):
+    """The app that also runs in a process of its own; while it runs here, its figures are among Ray's."""
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with super().running(), asyncio.TaskGroup() as tasks:
+            mirror = tasks.create_task(mirror_metrics(self.state.metrics.registry), name="metrics")
+            try:
+                yield
+            finally:
+                mirror.cancel()
+
+
+def _make_app(settings: RouterSettings, broker: BrokerSettings, telemetry: TelemetrySettings) -> ReplicaApp:
+    """The ASGI app of a replica."""
     configure_logging("router", telemetry.log_level, "json")
     configure_tracing("router", telemetry.otlp_endpoint)
     replica = serve.get_replica_context().replica_id.unique_id
-    return build_router(settings.model_copy(update={"router_id": f"{settings.router_id}-{replica}"}), broker)
+    named = settings.model_copy(update={"router_id": f"{settings.router_id}-{replica}"})
+    return ReplicaApp(build_router(named, broker).state)
 
 
 def application(
@@ -130,7 +146,7 @@ def application(
     """The Serve application of one fabric's Routers."""
     scale = scale or Scale()
 
-    def make_app() -> RouterApp:
+    def make_app() -> ReplicaApp:
         return _make_app(settings, broker, telemetry)
 
     own = way_in == "replica"
