@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from queue_schemas import (
     BadRequest,
+    Claimed,
     Control,
     ControlKind,
     Fenced,
@@ -216,31 +217,35 @@ class Broker:
         turn: int,
         n: int,
         pools: Sequence[tuple[Pool, Sequence[Lane]]],
-    ) -> list[Lease]:
-        """Up to ``n`` jobs of ``pools`` on ``shard``; with fewer than ``n`` the worker is parked until it is woken.
+        region: str = "",
+    ) -> Claimed:
+        """Up to ``n`` jobs of ``pools`` on ``shard``; with fewer than ``n`` the worker is parked until it is woken, or
+        until ``look_again_ms`` of the answer have passed.
 
         ``seq`` rises with every new claim: the same one again answers the same leases. ``turn`` is how many jobs the
-        worker has claimed so far on the shard; it decides which lane goes first. Raises ``Fenced`` if the incarnation
-        was declared dead.
+        worker has claimed so far on the shard; it decides which lane goes first. ``region`` is the worker's: it claims
+        that region's jobs and those of none first, others once they have waited their patience. Raises ``Fenced`` if
+        the incarnation was declared dead.
         """
         keys = self._keys[shard]
         wanted: list[str] = []
         for pool, lanes in pools:
             wanted += (encode_name(pool), ",".join(lanes))
         reply = await self._caller.script(
-            "claim", keys.budget, keys.prefix, incarnation, seq, turn, n, secrets.token_hex(6), PARK_MS, *wanted
-        )
+            "claim", keys.budget, keys.prefix, incarnation, seq, turn, n, secrets.token_hex(6), PARK_MS,
+            encode_name(region), *wanted,
+        )  # fmt: skip
         if reply[0] == b"fenced":
             raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
         leases = []
-        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms in reply[1:]:
+        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms in reply[2:]:
             try:
                 job = Job.unpack(envelope)
             except BadRequest as error:
                 await self._refuse(keys, incarnation, (job_id, epoch, attempt_id), error)
             else:
                 leases.append(Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms))
-        return leases
+        return Claimed(tuple(leases), reply[1] if reply[1] >= 0 else None)
 
     async def _refuse(
         self, keys: ShardKeys, incarnation: str, attempt: tuple[bytes, int, bytes], error: BadRequest
@@ -401,9 +406,16 @@ class Broker:
         depths: dict[Pool, dict[Lane, LaneDepth]] = {}
         for keys in self._keys:
             for where, waiting, leased, oldest in await self._caller.script("depth", keys.budget, keys.prefix):
-                pool, _, lane = where.decode().rpartition(":")
-                depth = LaneDepth(waiting=waiting, leased=leased, oldest_age_ms=oldest)
-                depths.setdefault(Pool(decode_name(pool)), {})[Lane(lane)] = depth
+                pool, lane, region = _place(where.decode())
+                lanes = depths.setdefault(pool, {})
+                so_far = lanes.get(lane, LaneDepth())
+                by_region = so_far.by_region | ({region: waiting} if region and waiting else {})
+                lanes[lane] = LaneDepth(
+                    waiting=so_far.waiting + waiting,
+                    leased=so_far.leased + leased,
+                    oldest_age_ms=max(so_far.oldest_age_ms, oldest),
+                    by_region=by_region,
+                )
         return depths
 
     async def totals(self) -> dict[tuple[Pool, Lane, str], int]:
@@ -412,7 +424,15 @@ class Broker:
         totals: dict[tuple[Pool, Lane, str], int] = {}
         for keys in self._keys:
             for field, count in pairs(await self._caller.once(keys.totals, "HGETALL", keys.totals)):
-                pool, lane, event = field.decode().rsplit(":", 2)
-                where = (Pool(decode_name(pool)), Lane(lane), event)
+                place, _, event = field.decode().rpartition(":")
+                pool, lane, _ = _place(place)
+                where = (pool, lane, event)
                 totals[where] = totals.get(where, 0) + int(count)
         return totals
+
+
+def _place(where: str) -> tuple[Pool, Lane, str]:
+    """Pool, lane and region of a place; the region is empty for places of all."""
+    pool, _, rest = where.rpartition(":")
+    lane, _, region = rest.partition("@")
+    return Pool(decode_name(pool)), Lane(lane), decode_name(region)

@@ -70,6 +70,7 @@ class ShardBatches:
             args += (
                 job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
                 job.reply_to, int(job.stored), job.ttl_ms, job.max_attempts,
+                encode_name(job.region), job.patience_ms,
             )  # fmt: skip
         answers = await self._run("enqueue", args, wait_when_full=False)
         return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]

@@ -58,6 +58,7 @@ from .ids import (
     Pool,
     Tenant,
     WorkerId,
+    check_region,
     check_worker_id,
     new_incarnation,
     new_job_id,
@@ -67,7 +68,7 @@ from .ids import (
 from .job import ENVELOPE_VERSION, Job
 from .keys import ShardKeys
 from .lanes import BANDS, DEFAULT_BAND, LANES, Lane, band_of_priority
-from .leases import Lease, Outcome, Settled
+from .leases import Claimed, Lease, Outcome, Settled
 from .lifecycle import TERMINAL, TRANSITIONS, State, may_follow
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "BrokerUnavailable",
     "BrokerUnsuitable",
     "CannotStart",
+    "Claimed",
     "Control",
     "ControlKind",
     "DeadlineExceeded",
@@ -143,6 +145,7 @@ __all__ = [
     "WorkerState",
     "WorkerStatus",
     "band_of_priority",
+    "check_region",
     "check_worker_id",
     "may_follow",
     "new_incarnation",

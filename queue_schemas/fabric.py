@@ -12,7 +12,7 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .errors import BadMessage
-from .ids import check_incarnation, check_name, check_worker_id
+from .ids import check_incarnation, check_name, check_region, check_worker_id
 from .lanes import LANES, Lane
 
 FABRIC_PREFIX = "/fabric/v1"
@@ -83,6 +83,11 @@ class Registration(WorkerStatus):
     @classmethod
     def _worker_id(cls, value: str) -> str:
         return _or_value_error(check_worker_id, value)
+
+    @field_validator("region")
+    @classmethod
+    def _region(cls, value: str) -> str:
+        return _or_value_error(check_region, value)
 
 
 class PoolAssignment(_Message):
@@ -166,6 +171,9 @@ class LaneDepth(_Message):
     waiting: int = 0
     leased: int = 0
     oldest_age_ms: int = Field(default=0, description="how long the longest-waiting job has waited")
+    by_region: dict[str, int] = Field(
+        default_factory=dict, description="of those waiting, the ones whose region's workers go first"
+    )
 
 
 class PoolDepth(_Message):

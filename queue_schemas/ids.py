@@ -25,6 +25,7 @@ Tenant = NewType("Tenant", str)
 
 MAX_NAME_BYTES = 256
 """Longest model, tenant or worker name accepted, in UTF-8 bytes."""
+MAX_REGION_LENGTH = 100
 
 _JOB_ID = re.compile(r"(0|[1-9][0-9]{0,3})-[0-9a-f]{32}")
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -77,9 +78,18 @@ def check_name(value: str, what: str) -> str:
     return value
 
 
+def check_region(value: str) -> str:
+    """``value`` if it may name a region (1 to 100 printable characters) or is empty, which is none; else
+    ``BadMessage``."""
+    if len(value) > MAX_REGION_LENGTH or not value.isprintable():
+        raise BadMessage(f"region must be at most {MAX_REGION_LENGTH} characters of printable text")
+    return value
+
+
 @lru_cache(4096)
 def encode_name(name: str) -> str:
-    """A name as it stands inside a key: percent-encoded, so that ``:``, ``{`` and ``}`` change nothing there."""
+    """A name as it stands inside a key: percent-encoded, so that ``:``, ``@``, ``{`` and ``}`` change nothing
+    there."""
     return quote(name, safe="")
 
 

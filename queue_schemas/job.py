@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from . import codec
 from .errors import BadMessage, UnsupportedVersion
-from .ids import JobId, Pool, Tenant, check_name, shard_of_job
+from .ids import JobId, Pool, Tenant, check_name, check_region, shard_of_job
 from .lanes import BANDS, DEFAULT_BAND, Lane
 
 ENVELOPE_VERSION = 1
@@ -28,7 +28,8 @@ class Job:
     empty for a stored job. ``ttl_ms`` counts from the enqueue on the server's clock. ``max_attempts`` bounds how often
     it is started. ``on_loss`` says what happens to a stream whose attempt was lost after some of it was delivered.
     ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling. ``request_id`` is what the client
-    sees in ``x-request-id``; ``traceparent`` is W3C Trace Context.
+    sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. Workers of ``region`` go first: others may claim the
+    job once it has waited for ``patience_ms``. Without a region anybody may at once.
     """
 
     id: JobId
@@ -50,9 +51,12 @@ class Job:
     traceparent: str = ""
     idempotency_key: str = ""
     request_id: str = ""
+    region: str = ""
+    patience_ms: int = 0
 
     def pack(self) -> bytes:
-        """The envelope as msgpack: a map with ``v`` first."""
+        """The envelope as msgpack: a map with ``v`` first. Without a region it says nothing of regions."""
+        regional = {"region": self.region, "patience_ms": self.patience_ms} if self.region else {}
         return codec.encode(
             {
                 "v": ENVELOPE_VERSION,
@@ -76,6 +80,7 @@ class Job:
                 "idempotency_key": self.idempotency_key,
                 "request_id": self.request_id,
             }
+            | regional
         )
 
     @classmethod
@@ -120,6 +125,8 @@ _FIELD_TYPES: dict[str, type] = {
     "traceparent": str,
     "idempotency_key": str,
     "request_id": str,
+    "region": str,
+    "patience_ms": int,
 }
 
 
@@ -153,6 +160,12 @@ def _band(value: int) -> int:
     return value
 
 
+def _patience_ms(value: int) -> int:
+    if value < 0:
+        raise BadMessage(f"patience_ms is {value}; it must not be below 0")
+    return value
+
+
 def _at_least_one(name: str) -> Callable[[int], int]:
     def check(value: int) -> int:
         if value < 1:
@@ -168,4 +181,6 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "band": _band,
     "ttl_ms": _at_least_one("ttl_ms"),
     "max_attempts": _at_least_one("max_attempts"),
+    "region": check_region,
+    "patience_ms": _patience_ms,
 }

@@ -22,6 +22,13 @@ MANAGER = "iq:manager"
 """Hash: the acting Manager's lease (``holder``, ``term``, ``until`` in server ms)."""
 
 
+def place(pool: str, lane: Lane, region: str = "") -> str:
+    """Where a job waits, as it stands inside keys: ``<pool>:<lane>``, or ``<pool>:<lane>@<region>`` if workers of that
+    region go first."""
+    at = f"@{encode_name(region)}" if region else ""
+    return f"{encode_name(pool)}:{lane}{at}"
+
+
 @dataclass(frozen=True, slots=True)
 class ShardKeys:
     """The keys of shard ``shard``."""
@@ -32,21 +39,21 @@ class ShardKeys:
     def prefix(self) -> str:
         return f"{NAMESPACE}:{{{self.shard}}}:"
 
-    def queue(self, pool: str, lane: Lane, band: int, tenant: str) -> str:
+    def queue(self, pool: str, lane: Lane, band: int, tenant: str, region: str = "") -> str:
         """Stream of waiting jobs, entries ``id <job id>``. XLEN is the depth. Deleted when empty."""
-        return f"{self.prefix}q:{encode_name(pool)}:{lane}:{band}:{encode_name(tenant)}"
+        return f"{self.prefix}q:{place(pool, lane, region)}:{band}:{encode_name(tenant)}"
 
     def retry(self, pool: str, lane: Lane) -> str:
         """Stream of jobs whose attempt was lost or handed back."""
         return f"{self.prefix}retry:{encode_name(pool)}:{lane}"
 
-    def active(self, pool: str, lane: Lane, band: int) -> str:
+    def active(self, pool: str, lane: Lane, band: int, region: str = "") -> str:
         """Sorted set: tenants with waiting jobs by virtual service time."""
-        return f"{self.prefix}active:{encode_name(pool)}:{lane}:{band}"
+        return f"{self.prefix}active:{place(pool, lane, region)}:{band}"
 
-    def service(self, pool: str, lane: Lane, band: int) -> str:
+    def service(self, pool: str, lane: Lane, band: int, region: str = "") -> str:
         """Sorted set: tenant -> virtual time at which its last job ended; member ``*`` is the band's clock. Expires."""
-        return f"{self.prefix}service:{encode_name(pool)}:{lane}:{band}"
+        return f"{self.prefix}service:{place(pool, lane, region)}:{band}"
 
     def job(self, job_id: str) -> str:
         """Hash: the record; once terminal, a tombstone with expiry."""
@@ -57,7 +64,7 @@ class ShardKeys:
         return f"{self.prefix}leases:{incarnation}"
 
     def claimed(self, incarnation: str) -> str:
-        """Hash: the last claim of an incarnation (``seq``, ``jobs``), for a repeated call; whether it is parked."""
+        """Hash: the last claim of an incarnation and its answer, for a repeated call; where it is parked."""
         return f"{self.prefix}claimed:{incarnation}"
 
     @property
@@ -69,9 +76,19 @@ class ShardKeys:
         """Stream: wakes, aborts, drains and pings for one worker."""
         return f"{self.prefix}ctl:{incarnation}"
 
-    def parked(self, pool: str, lane: Lane) -> str:
-        """Sorted set: idle incarnations by expiry (server ms)."""
-        return f"{self.prefix}parked:{encode_name(pool)}:{lane}"
+    def parked(self, pool: str, lane: Lane, region: str = "") -> str:
+        """Sorted set: idle incarnations, those of one region, by expiry (server ms)."""
+        return f"{self.prefix}parked:{place(pool, lane, region)}"
+
+    def abroad(self, pool: str) -> str:
+        """Hash: ``<lane>@<region>`` -> when somebody abroad looks whether jobs are free for all there (server ms), and
+        who. Expires."""
+        return f"{self.prefix}abroad:{encode_name(pool)}"
+
+    @property
+    def regions(self) -> str:
+        """Sorted set: regions that jobs or workers have named, by expiry (server ms). Expires."""
+        return f"{self.prefix}regions"
 
     @property
     def deadlines(self) -> str:
@@ -94,7 +111,7 @@ class ShardKeys:
 
     @property
     def depth(self) -> str:
-        """Hash: ``<pool>:<lane>:waiting`` and ``:leased``, kept by the scripts."""
+        """Hash: ``<place>:waiting`` and ``<pool>:<lane>:leased``, kept by the scripts."""
         return f"{self.prefix}depth"
 
     @property
@@ -106,3 +123,8 @@ class ShardKeys:
     def turns(self) -> str:
         """Hash: ``<pool>:<lane>`` -> jobs claimed so far, which decides the next one's band order."""
         return f"{self.prefix}turns"
+
+    @property
+    def regional_turns(self) -> str:
+        """Hash: the same for places of a region. Expires."""
+        return f"{self.prefix}regional_turns"

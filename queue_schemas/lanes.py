@@ -3,8 +3,12 @@
 A claim looks at the lanes in order, interactive first, with two exceptions in every ``LANE_CYCLE`` jobs that one
 worker claims: once background goes first, once batch goes first. Inside a pool's lane the bands go in order, except
 that every ``BAND_STEP``-th job starts from another band, each of them in turn; and lost work (the retry stream) goes
-before new work except on that same turn. ``broker/lua/claim.lua`` does what these functions say; the
-contract tests compare the two.
+before new work except on that same turn.
+
+Where regions are named, a worker claims in each lane what is of its own region or of none (in turns), then what is of
+another region and free for all; on every ``ABROAD_STEP``-th job it is the other way round.
+
+``broker/lua/claim.lua`` does what these functions say; the contract tests compare the two.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ LANE_CYCLE = 16
 BAND_STEP = 4
 STARVATION_BOUND = LANE_CYCLE * BAND_STEP * (BANDS - 1)
 """With one tenant and one pool, a waiting head of any lane and band is claimed within so many claims of one worker."""
+ABROAD_STEP = 4
+REGIONAL_STARVATION_BOUND = ABROAD_STEP * STARVATION_BOUND
+"""The same where regions are named: at home, and abroad for a head that is free for all, with one other region."""
 
 
 def lane_order(turn: int) -> tuple[Lane, ...]:
@@ -50,6 +57,17 @@ def band_order(turn: int) -> tuple[int, ...]:
     if turn % BAND_STEP == BAND_STEP - 1:
         first = turn // BAND_STEP % (BANDS - 1) + 1
     return (first, *(band for band in range(BANDS) if band != first))
+
+
+def abroad_first(turn: int) -> bool:
+    """Whether the ``turn``-th job that a worker claims is looked for abroad first. The step is shifted in each cycle of
+    lanes, so that every lane has such turns."""
+    return (turn + turn // LANE_CYCLE) % ABROAD_STEP == ABROAD_STEP - 1
+
+
+def region_first(turn: int) -> bool:
+    """Whether, at home, the ``turn``-th job is looked for where the worker's own region goes first."""
+    return (turn + turn // LANE_CYCLE) % 2 == 0
 
 
 def band_of_priority(priority: int) -> int:

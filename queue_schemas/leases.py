@@ -24,6 +24,15 @@ class Lease:
     waited_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The answer to a claim. ``look_again_ms``: when a parked worker should claim again without being woken, because
+    jobs of another region wait that are free for all then; None if there is no need."""
+
+    leases: tuple[Lease, ...] = ()
+    look_again_ms: int | None = None
+
+
 class Outcome(StrEnum):
     """How an attempt that produced an answer ended."""
 

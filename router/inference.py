@@ -173,7 +173,15 @@ class Inference:
             reply_to=link.incarnation,
             traceparent=trace or _traceparent(headers),
             request_id=request_id,
+            region=settings.region,
+            patience_ms=self._patience_ms(fields.model),
         )
+
+    def _patience_ms(self, model: str) -> int:
+        """How long this region's workers go first: not at all where there is none."""
+        settings = self._settings
+        near = settings.region != "" and self._state.link.directory.serves_in(model, settings.region)
+        return settings.region_patience_ms if near else 0
 
     async def _enqueue(self, request: OpenRequest, job: Job) -> State:
         if request.stitch is None:

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from broker import Budgets
+from queue_schemas import BadMessage, check_region
 from telemetry import CommaList, RoleSettings
 
 from .core import OnNoWorker, known_paths
@@ -48,6 +49,12 @@ class RouterSettings(RoleSettings):
     deadline_grace_ms: int = Field(
         5_000, ge=0, description="How long after its deadline a request waits for the queue to say so"
     )
+    region: str = Field(
+        "", description="Where this Router stands: workers of that region run its requests first; empty: no region"
+    )
+    region_patience_ms: int = Field(
+        500, ge=0, le=600_000, description="How long a request waits for a worker of this region before any may run it"
+    )
     max_attempts: int = Field(3, ge=1, le=100, description="How often a request is started before it is given up")
     max_body_bytes: int = Field(32 * MIB, ge=1024, le=100 * MIB, description="Largest request body")
     max_inflight_body_bytes: int = Field(
@@ -77,6 +84,14 @@ class RouterSettings(RoleSettings):
     tenant_bytes: int = Field(1024 * MIB, ge=1, description="Most bytes of live jobs of one tenant")
     pool_jobs: int = Field(200_000, ge=1, description="Most live jobs of one model")
     pool_bytes: int = Field(2048 * MIB, ge=1, description="Most bytes of live jobs of one model")
+
+    @field_validator("region")
+    @classmethod
+    def _region_name(cls, value: str) -> str:
+        try:
+            return check_region(value)
+        except BadMessage as error:
+            raise ValueError(error.message) from error
 
     @field_validator("extra_paths")
     @classmethod

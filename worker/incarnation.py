@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from broker import Broker, BrokerSettings
 from queue_schemas import (
     Assignment,
+    Claimed,
     Control,
     ControlKind,
     EngineState,
@@ -176,23 +177,35 @@ class Life:
             signal.clear()
             claim = slots.next_claim(shard, now())
             if claim is None:
-                await signal.wait()
+                # To the millisecond: somebody's patience with another region's workers is over then.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(slots.due_at(shard)):
+                        await signal.wait()
                 continue
-            leases = await self._claim(claim, broker)
-            if leases is not None:
-                slots.answered(claim, len(leases), now())
-                attempts.start(leases, group)
+            claimed = await self._claim(claim, broker)
+            if claimed is not None:
+                slots.answered(claim, len(claimed.leases), now(), claimed.look_again_ms)
+                self._count_abroad(claimed.leases)
+                attempts.start(claimed.leases, group)
 
-    async def _claim(self, claim: Claim, broker: Broker) -> list[Lease] | None:
+    async def _claim(self, claim: Claim, broker: Broker) -> Claimed | None:
         """Send ``claim``; None if it was not answered and must be sent again. Raises ``Fenced``."""
+        region = self._around.settings.region
         try:
-            return await broker.claim(claim.shard, self.incarnation, claim.seq, claim.turn, claim.n, claim.pools)
+            return await broker.claim(
+                claim.shard, self.incarnation, claim.seq, claim.turn, claim.n, claim.pools, region
+            )
         except Fenced:
             raise
         except InferqError as error:
             log.warning("claim_not_answered", shard=claim.shard, error=error.message)
             await asyncio.sleep(_LONGEST_PAUSE_S)
             return None
+
+    def _count_abroad(self, leases: Sequence[Lease]) -> None:
+        for job in (lease.job for lease in leases):
+            if job.region and job.region != self._around.settings.region:
+                self._around.metrics.abroad(job.model, job.region).inc()
 
     async def _listen(self, shard: int, broker: Broker, attempts: Attempts) -> NoReturn:
         """Follow this incarnation's control stream on one shard."""

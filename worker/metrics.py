@@ -28,6 +28,9 @@ class WorkerMetrics:
             ("model", "kind"),
         )
         settled = registry.counter("inferq_settled_total", "The queue's answers to settled attempts", ("answer",))
+        abroad = registry.counter(
+            "inferq_jobs_from_abroad_total", "Jobs claimed whose Router stands in another region", ("model", "region")
+        )
         self.engine_restarts = registry.counter("inferq_engine_restarts_total", "Starts of the engine after the first")
         self.fenced = registry.counter("inferq_fenced_total", "Times this worker was declared dead while it lived")
         self.heartbeats_failed = registry.counter("inferq_heartbeats_failed_total", "Heartbeats no Manager answered")
@@ -42,7 +45,11 @@ class WorkerMetrics:
         def tokens_of(model: str, kind: str) -> Counter:
             return tokens.labels(model, kind)
 
+        def abroad_of(model: str, region: str) -> Counter:
+            return abroad.labels(model, region)
+
         self.wait = cache(wait_of)
+        self.abroad = cache(abroad_of)
         self.attempts = cache(attempts_of)
         self._tokens = cache(tokens_of)
         self._settled = {answer: settled.labels(str(answer)) for answer in Settled}

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
-from queue_schemas import BadMessage, check_worker_id
+from queue_schemas import BadMessage, check_region, check_worker_id
 from telemetry import CommaList, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]
@@ -45,7 +45,9 @@ class WorkerSettings(RoleSettings):
     redis_url: str = Field("", description="where the queue is; empty: as the Manager says")
     join_token: SecretStr = Field(SecretStr(""), description="the fleet's secret, sent to the Manager and asked of it")
     insecure: bool = Field(False, description="listen on a public address without a join token")
-    region: str = Field("", max_length=100, description="where this worker stands, for people")
+    region: str = Field(
+        "", description="where this worker stands: it runs jobs of that region's Routers first; empty: no region"
+    )
 
     engine: Literal["auto"] | EngineKind = Field(
         "auto",
@@ -90,11 +92,12 @@ class WorkerSettings(RoleSettings):
         for url in self.manager_urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"--manager-url {url} must begin with http:// or https://")
-        if self.worker_id:
-            try:
+        try:
+            check_region(self.region)
+            if self.worker_id:
                 check_worker_id(self.worker_id)
-            except BadMessage as error:
-                raise ValueError(error.message) from error
+        except BadMessage as error:
+            raise ValueError(error.message) from error
         return self
 
     @property

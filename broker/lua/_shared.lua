@@ -2,6 +2,9 @@
 -- KEYS[1] is a key of the shard (it routes the call on Redis Cluster); ARGV[1] is the prefix of the shard's keys.
 -- Pool and tenant names arrive percent-encoded. Scripts read hash fields, never msgpack.
 -- A script does not roll back: it reads and decides first, and writes only what cannot fail.
+--
+-- A waiting job stands at a place: ``<pool>:<lane>``, or ``<pool>:<lane>@<region>`` if workers of that region go first.
+-- Its record's lane holds the part behind the pool. Once claimed, a job is of no region any more.
 
 local P = ARGV[1]
 local call = redis.call
@@ -9,6 +12,9 @@ local unpack = unpack or table.unpack
 local TOMBSTONE_MS = 60000
 local CONTROL_TTL_MS = 60000
 local RETRY_APART_MS = 2000
+local REGION_MEMORY_MS = 3600000
+local MAX_REGIONS = 64
+local LATE_MS = 100 -- how late the worker that watches a region's jobs from abroad may look
 local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
@@ -75,6 +81,12 @@ local function place(job)
   return job.pool .. ':' .. job.lane
 end
 
+-- The lane of a place's part behind the pool, and its region (nil if it has none).
+local function lane_and_region(part)
+  local lane, region = string.match(part, '^(%a+)@(.+)$')
+  return lane or part, region
+end
+
 local function total(job, event)
   add('totals', place(job) .. ':' .. event, 1)
 end
@@ -93,17 +105,102 @@ local function nobody_waits(job)
   return not listening[job.reply]
 end
 
--- Wakes one parked worker of a pool's lane, the one that parked first; those that are gone are dropped.
-local function wake_one(where, now)
+-- Wakes the worker that parked first at a place; those that are gone are dropped. Answers its incarnation.
+local function wake_parked(where, now)
   local parked = P .. 'parked:' .. where
   for _ = 1, 64 do
     local popped = call('ZPOPMIN', parked)
-    if not popped[1] then return false end
+    if not popped[1] then return nil end
     if tonumber(popped[2]) >= now and call('XADD', P .. 'ctl:' .. popped[1], 'NOMKSTREAM', '*', 'k', 'wake') then
-      return true
+      return popped[1]
     end
   end
-  return false
+  return nil
+end
+
+local regions = nil
+
+-- The regions that jobs or workers have named lately, at most MAX_REGIONS.
+local function known_regions()
+  regions = regions or call('ZRANGE', P .. 'regions', 0, MAX_REGIONS - 1)
+  return regions
+end
+
+local named = {}
+
+-- Keeps a region known until then. Answers false if there are too many: its jobs and workers are then of no region.
+local function name_region(region, until_ms, now)
+  if named[region] and named[region] >= until_ms then return true end
+  local key = P .. 'regions'
+  local kept = tonumber(call('ZSCORE', key, region) or 0)
+  if kept < until_ms then
+    if kept == 0 then
+      call('ZREMRANGEBYSCORE', key, '-inf', int(now))
+      if call('ZCARD', key) >= MAX_REGIONS then return false end
+    end
+    kept = until_ms + REGION_MEMORY_MS
+    call('ZADD', key, int(kept), region)
+    call('PEXPIREAT', key, int(call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]))
+    regions = nil
+  end
+  named[region] = kept
+  return true
+end
+
+-- Wakes one worker of no region, or of any but ``except``; not always one of the same region.
+local function wake_elsewhere(base, except, now)
+  local woken = wake_parked(base, now)
+  local others = not woken and known_regions() or {}
+  for i = 1, #others do
+    local region = others[(i + now) % #others + 1]
+    woken = region ~= except and wake_parked(base .. '@' .. region, now) or nil
+    if woken then break end
+  end
+  return woken
+end
+
+-- Jobs of a region that wait are watched from abroad by one worker with a free slot: it was told when to look whether
+-- they still wait. ``abroad:<pool>`` holds, per lane and region, that time and the watcher ('-': nobody had a free slot;
+-- whoever claims next takes over). The time is never behind that at which a job is free for all.
+local watches = {}
+
+local function watch_of(pool, part)
+  local key = P .. 'abroad:' .. pool
+  watches[key] = watches[key] or {}
+  if watches[key][part] == nil then
+    local at, watcher = string.match(call('HGET', key, part) or '', '^(%d+) (%S+)$')
+    watches[key][part] = at and { at = tonumber(at), watcher = watcher } or false
+  end
+  return watches[key][part]
+end
+
+local function set_watch(pool, part, at, watcher)
+  local key = P .. 'abroad:' .. pool
+  call('HSET', key, part, int(at) .. ' ' .. watcher)
+  watches[key] = watches[key] or {}
+  watches[key][part] = { at = at, watcher = watcher }
+end
+
+-- Keeps what is known of a pool's watches until then.
+local function keep_watches(pool, until_ms, now)
+  local key = P .. 'abroad:' .. pool
+  if call('PTTL', key) < until_ms - now then call('PEXPIREAT', key, int(until_ms + REGION_MEMORY_MS)) end
+end
+
+-- Sees to it that somebody abroad looks at a place when a job there is free for all. Answers who was woken for it.
+local function ensure_watch(pool, part, free, now)
+  local watch = watch_of(pool, part)
+  if watch and watch.at <= free and (now <= watch.at + LATE_MS or watch.watcher == '-') then return nil end
+  local lane, region = lane_and_region(part)
+  local woken = wake_elsewhere(pool .. ':' .. lane, region, now)
+  set_watch(pool, part, watch and math.min(watch.at, free) or free, woken or '-')
+  return woken
+end
+
+-- Wakes one worker that may claim at a place now: the region's own, or anybody if there is no region.
+local function wake_one(where, now)
+  if string.find(where, '@', 1, true) then return wake_parked(where, now) end
+  return wake_elsewhere(where, nil, now)
 end
 
 -- Takes a queued job's entry out of its waiting stream.
@@ -175,6 +272,7 @@ end
 
 local function cancel_queued(job, state, reason)
   leave_queue(job)
+  job.lane = lane_and_region(job.lane)
   finish(job, state, '')
   tell(job, state, job.epoch, reason)
 end

@@ -1,25 +1,30 @@
 -- Gives a worker up to n jobs, or parks it.
--- ARGV: prefix, incarnation, seq, turn, n, attempt id base, park_ms, then pairs: pool, lanes (comma separated).
--- Reply: {'fenced'} if the incarnation was declared dead (or never joined); else {'ok', job, ...}, each job
---       {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is parked.
---       The same (incarnation, seq) again answers the same leases, as far as they are still held; an older seq nothing.
---       A reply that grows large ends early, and a wake tells the worker to claim again.
--- The order of lanes and bands is that of queue_schemas/lanes.py.
+-- ARGV: prefix, incarnation, seq, turn, n, attempt id base, park_ms, region ('' for none), then pairs: pool, lanes
+--       (comma separated).
+-- Reply: {'fenced'} if the incarnation was declared dead (or never joined); else {'ok', look_again_ms, job, ...}, each
+--       job {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is parked,
+--       and should claim again in look_again_ms without being woken (-1: no need), because jobs of another region wait
+--       that are free for all then. The same (incarnation, seq) again answers the same leases, as far as they are still
+--       held; an older seq nothing. A reply that grows large ends early, and a wake tells the worker to claim again.
+-- The order of lanes and bands, and of home and abroad, is that of queue_schemas/lanes.py.
 -- Invariants: 3 fence (a reclaimed incarnation gets nothing), 5 order, 6 bounded starvation, 10 no start after expiry,
 --       13 liveness (what is left wakes the next worker).
 
 local incarnation, seq, turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local attempt_base, park_ms = ARGV[6], tonumber(ARGV[7])
+local attempt_base, park_ms, region = ARGV[6], tonumber(ARGV[7]), ARGV[8]
 local LANES = { 'interactive', 'background', 'batch' }
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply, past which the worker claims again
+local MAX_HEADS = 16 -- tenants of a band that are looked at from abroad
+local NEXT_LOOK_MS = 3 -- least time from one look abroad to the next
+local BEHIND_WATCHER_MS = 250 -- how long after the watcher others look, should it have died
 local now = now_ms()
 
 if is_fenced(incarnation) then return { 'fenced' } end
 
-local answer = { 'ok' }
+local answer = { 'ok', -1 }
 local claimed_key = P .. 'claimed:' .. incarnation
-local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked')
+local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked', 'look')
 
 local function give(job)
   answer[#answer + 1] = { job.id, job.env, tonumber(job.epoch), job.aid, tonumber(job.attempts),
@@ -36,20 +41,54 @@ if last[1] == seq then
       give(job)
     end
   end
+  if last[4] then answer[2] = math.max(tonumber(last[4]) - now, 1) end
   return answer
 end
 
-local pools, serves, waiting, asked = {}, {}, {}, {}
-for i = 8, #ARGV, 2 do
+-- ``serves``: the places at which any worker may claim; ``own``: those of its region, by them.
+local pools, serves, own, waiting, places, asked = {}, {}, {}, {}, {}, {}
+local function ask(where)
+  places[#places + 1] = where
+  asked[#asked + 1] = where .. ':waiting'
+end
+for i = 9, #ARGV, 2 do
   pools[#pools + 1] = ARGV[i]
   for lane in string.gmatch(ARGV[i + 1], '[^,]+') do
     local where = ARGV[i] .. ':' .. lane
     serves[#serves + 1] = where
-    asked[#asked + 1] = where .. ':waiting'
+    ask(where)
+    if region ~= '' then
+      own[where] = where .. '@' .. region
+      ask(own[where])
+    end
   end
 end
-if #asked > 0 then
-  for i, depth in ipairs(call('HMGET', P .. 'depth', unpack(asked))) do waiting[serves[i]] = tonumber(depth or 0) end
+for from = 1, #asked, 1000 do
+  local depths = call('HMGET', P .. 'depth', unpack(asked, from, math.min(from + 999, #asked)))
+  for i, depth in ipairs(depths) do waiting[places[from + i - 1]] = tonumber(depth or 0) end
+end
+
+-- Where jobs of other regions wait, by the place without region: what is known of each, longest free for all first.
+local abroad, watched = {}, {}
+if #pools > 0 and call('EXISTS', P .. 'regions') == 1 then
+  for _, pool in ipairs(pools) do
+    local found = call('HGETALL', P .. 'abroad:' .. pool)
+    for i = 1, #found, 2 do
+      local lane, theirs = lane_and_region(found[i])
+      local base = pool .. ':' .. lane
+      if theirs and theirs ~= region and waiting[base] then
+        local at, watcher = string.match(found[i + 1], '^(%d+) (%S+)$')
+        local place_abroad = { pool = pool, part = found[i], where = base .. '@' .. theirs, at = tonumber(at),
+          watcher = watcher }
+        abroad[base] = abroad[base] or {}
+        table.insert(abroad[base], place_abroad)
+        watched[#watched + 1] = place_abroad
+      end
+    end
+  end
+  for _, those in pairs(abroad) do
+    table.sort(those, function(a, b) return a.at < b.at end)
+  end
 end
 
 local function lane_order(t)
@@ -68,6 +107,14 @@ local function band_order(t)
   return order
 end
 
+local function abroad_first(t)
+  return (t + math.floor(t / 16)) % 4 == 3
+end
+
+local function region_first(t)
+  return (t + math.floor(t / 16)) % 2 == 0
+end
+
 local skipped = 0
 
 -- The queued job behind an entry; nil, after cleaning up, if it is not to be run any more.
@@ -79,6 +126,7 @@ local function runnable(id, queue, entry)
     skipped = skipped + 1
     return nil
   end
+  local where = place(job)
   if tonumber(job.deadline) <= now then
     cancel_queued(job, 'expired', 'its time ran out in the queue')
   elseif nobody_waits(job) then
@@ -86,7 +134,7 @@ local function runnable(id, queue, entry)
   else
     return job
   end
-  waiting[place(job)] = waiting[place(job)] - 1
+  if waiting[where] then waiting[where] = waiting[where] - 1 end
   skipped = skipped + 1
   return nil
 end
@@ -105,12 +153,13 @@ local function take_retry(where)
 end
 
 -- One unit of service for a tenant. A tenant that waits alone is not charged: it takes nothing from anybody, and those
--- who come start level with it.
-local function charge(where, tenant, start)
+-- who come start level with it. The band's clock is at the least-served tenant, which is another one if that one's job
+-- was not free for all.
+local function charge(where, tenant, start, clock)
   local service = P .. 'service:' .. where
   call('ZADD', P .. 'active:' .. where, 'XX', int(start + 1), tenant)
-  call('ZREMRANGEBYSCORE', service, '-inf', '(' .. int(start))
-  call('ZADD', service, int(start), '*', int(start + 1), tenant)
+  call('ZREMRANGEBYSCORE', service, '-inf', '(' .. int(clock))
+  call('ZADD', service, int(clock), '*', int(start + 1), tenant)
   call('PEXPIRE', service, 3600000)
 end
 
@@ -135,7 +184,7 @@ local function take_fresh(where, t)
       else
         local job = runnable(entry[2][2], queue, entry[1])
         if job then
-          if head[3] then charge(where .. ':' .. band, tenant, tonumber(head[2])) end
+          if head[3] then charge(where .. ':' .. band, tenant, tonumber(head[2]), tonumber(head[2])) end
           return job
         end
       end
@@ -144,30 +193,114 @@ local function take_fresh(where, t)
   return nil
 end
 
-local turns = {}
+-- The first job of a tenant at a place abroad, if it is free for all by now; else when it will be; nil if there is none.
+local function free_head(queue, active, tenant)
+  while skipped < MAX_SKIPPED do
+    local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
+    if not entry then
+      call('ZREM', active, tenant)
+      return nil, nil
+    end
+    local free = tonumber(call('HGET', P .. 'job:' .. entry[2][2], 'free') or 0)
+    if free > now then return nil, free end
+    local job = runnable(entry[2][2], queue, entry[1])
+    if job then return job, nil end
+  end
+  return nil, now
+end
+
+-- A job abroad that is free for all, of the tenant that was served least among those who have one. If there is none,
+-- ``next_free`` of the place is when there may be one; nil if nothing waits there.
+local function take_free(place_abroad, t)
+  place_abroad.next_free = nil
+  for _, band in ipairs(band_order(t)) do
+    local where = place_abroad.where .. ':' .. band
+    local active = P .. 'active:' .. where
+    local heads = call('ZRANGE', active, 0, MAX_HEADS - 1, 'WITHSCORES')
+    for i = 1, #heads, 2 do
+      local job, free = free_head('q:' .. where .. ':' .. heads[i], active, heads[i])
+      if job then
+        if heads[3] then charge(where, heads[i], tonumber(heads[i + 1]), tonumber(heads[2])) end
+        return job
+      end
+      if free then place_abroad.next_free = math.min(place_abroad.next_free or free, free) end
+    end
+  end
+  place_abroad.none_free = true
+  return nil
+end
+
+-- How many jobs were claimed at a place; that of a region's is forgotten after an hour, for regions come and go.
+local turns, regional_turns = {}, {}
+
+local function turn_of(where, regional)
+  turns[where] = turns[where] or tonumber(call('HGET', P .. (regional and 'regional_turns' or 'turns'), where) or 0)
+  return turns[where]
+end
+
+local function took(where, regional)
+  turns[where] = turns[where] + 1
+  if regional then
+    regional_turns[where] = turns[where]
+  else
+    add('turns', where, 1)
+  end
+end
 
 local function take(where)
-  turns[where] = turns[where] or tonumber(call('HGET', P .. 'turns', where) or 0)
-  local t = turns[where]
+  local t = turn_of(where, false)
   local retry_first = t % 4 ~= 3
   local job = retry_first and take_retry(where) or take_fresh(where, t)
   if not job and not retry_first then job = take_retry(where) end
-  if job then
-    turns[where] = t + 1
-    add('turns', where, 1)
-  end
+  if job then took(where, false) end
   return job
 end
 
-local function next_job(t)
-  for _, lane in ipairs(lane_order(t)) do
-    for p = 0, #pools - 1 do
-      local where = pools[(t + p) % #pools + 1] .. ':' .. lane
-      if (waiting[where] or 0) > 0 and skipped < MAX_SKIPPED then
-        local job = take(where)
-        if job then return job end
+local function take_own(where)
+  local job = take_fresh(where, turn_of(where, true))
+  if job then took(where, true) end
+  return job
+end
+
+local function take_home(where, t)
+  local theirs = own[where]
+  local job = nil
+  if theirs and region_first(t) and waiting[theirs] > 0 then job = take_own(theirs) end
+  if not job and waiting[where] > 0 and skipped < MAX_SKIPPED then job = take(where) end
+  if not job and theirs and waiting[theirs] > 0 and skipped < MAX_SKIPPED then job = take_own(theirs) end
+  return job
+end
+
+local function take_abroad(where)
+  for _, place_abroad in ipairs(abroad[where] or {}) do
+    if place_abroad.at <= now and not place_abroad.none_free and skipped < MAX_SKIPPED then
+      local job = take_free(place_abroad, turn_of(place_abroad.where, true))
+      if job then
+        took(place_abroad.where, true)
+        return job
       end
     end
+  end
+  return nil
+end
+
+local function take_from(lane, t, take_at)
+  for p = 0, #pools - 1 do
+    local where = pools[(t + p) % #pools + 1] .. ':' .. lane
+    if waiting[where] and skipped < MAX_SKIPPED then
+      local job = take_at(where, t)
+      if job then return job end
+    end
+  end
+  return nil
+end
+
+local function next_job(t)
+  local far_first = #watched > 0 and abroad_first(t)
+  for _, lane in ipairs(lane_order(t)) do
+    local job = far_first and take_from(lane, t, take_abroad) or take_from(lane, t, take_home)
+    if not job and #watched > 0 and not far_first then job = take_from(lane, t, take_abroad) end
+    if job then return job end
   end
   return nil
 end
@@ -178,18 +311,31 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   if not job then break end
   local where = place(job)
   leave_queue(job)
-  waiting[where] = waiting[where] - 1
+  if waiting[where] then waiting[where] = waiting[where] - 1 end
   job.attempts = int(tonumber(job.attempts) + 1)
   job.aid = attempt_base .. int(#held)
   call('HSET', P .. 'job:' .. job.id, 'state', 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', incarnation)
+  local lane, of_region = lane_and_region(job.lane)
+  if of_region then
+    job.lane = lane
+    call('HSET', P .. 'job:' .. job.id, 'lane', lane)
+  end
   call('HSET', P .. 'leases:' .. incarnation, job.id, job.epoch)
-  add('depth', where .. ':leased', 1)
+  add('depth', place(job) .. ':leased', 1)
   held[#held + 1] = job.id .. ' ' .. job.aid
   given_bytes = given_bytes + tonumber(job.size)
   job.env = call('HGET', P .. 'job:' .. job.id, 'env')
   give(job)
 end
-call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '))
+if next(regional_turns) then
+  local fields = {}
+  for where, count in pairs(regional_turns) do
+    fields[#fields + 1] = where
+    fields[#fields + 1] = int(count)
+  end
+  call('HSET', P .. 'regional_turns', unpack(fields))
+  call('PEXPIRE', P .. 'regional_turns', REGION_MEMORY_MS)
+end
 
 local function leave_parking()
   if not last[3] then return end
@@ -197,21 +343,78 @@ local function leave_parking()
   call('HDEL', claimed_key, 'parked')
 end
 
+local function park()
+  local at = serves
+  if region ~= '' and name_region(region, now + park_ms, now) then
+    at = {}
+    for i, where in ipairs(serves) do at[i] = own[where] end
+  end
+  local all = table.concat(at, ' ')
+  if last[3] ~= all then
+    leave_parking()
+    call('HSET', claimed_key, 'parked', all)
+  end
+  for _, where in ipairs(at) do
+    call('ZADD', P .. 'parked:' .. where, int(now + park_ms), incarnation)
+  end
+end
+
+-- When this worker, parked, is to look abroad again: at once when a job is free for all if it is the one that watches,
+-- a little later if another does. Who looked last watches.
+local function next_look()
+  local soonest = nil
+  for _, watch in ipairs(watched) do
+    local look = nil
+    if watch.none_free and not watch.next_free then
+      call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
+    elseif watch.none_free then
+      look = math.max(watch.next_free, now + NEXT_LOOK_MS)
+      set_watch(watch.pool, watch.part, look, incarnation)
+    elseif watch.watcher == incarnation then
+      look = watch.at
+    elseif watch.watcher == '-' then
+      look = watch.at
+      set_watch(watch.pool, watch.part, look, incarnation)
+    else
+      look = watch.at + BEHIND_WATCHER_MS
+    end
+    if look then soonest = math.min(soonest or look, look) end
+  end
+  return soonest
+end
+
+-- This worker has no free slot to watch with: somebody else has to.
+local function hand_watches_over()
+  for _, watch in ipairs(watched) do
+    if watch.watcher == incarnation or watch.at <= now then
+      local lane, theirs = lane_and_region(watch.part)
+      if counter('depth', watch.where .. ':waiting') == 0 then
+        call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
+      else
+        set_watch(watch.pool, watch.part, watch.at, wake_elsewhere(watch.pool .. ':' .. lane, theirs, now) or '-')
+      end
+    end
+  end
+end
+
+local look = nil
 if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
   call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake')
 elseif #held < wanted then
-  local places = table.concat(serves, ' ')
-  if last[3] ~= places then
-    leave_parking()
-    call('HSET', claimed_key, 'parked', places)
-  end
-  for _, where in ipairs(serves) do
-    call('ZADD', P .. 'parked:' .. where, int(now + park_ms), incarnation)
-  end
+  park()
+  look = next_look()
 else
   leave_parking()
-  for _, where in ipairs(serves) do
+  hand_watches_over()
+  for _, where in ipairs(places) do
     if waiting[where] > 0 and wake_one(where, now) then break end
   end
+end
+call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '))
+if look then
+  answer[2] = math.max(look - now, 1)
+  call('HSET', claimed_key, 'look', int(look))
+elseif last[4] then
+  call('HDEL', claimed_key, 'look')
 end
 return answered(answer)

@@ -1,9 +1,10 @@
--- Puts jobs on their queues and wakes one parked worker for each.
+-- Puts jobs on their queues and wakes one parked worker for each: of the job's region, if it has one. Somebody abroad is
+-- told to look when the job's patience is over, unless somebody was told already.
 -- ARGV: prefix, tenant_jobs, tenant_bytes, pool_jobs, pool_bytes (limits on live jobs and bytes),
---       then per job: id, envelope, pool, lane, band, tenant, reply, stored, ttl_ms, max_attempts.
+--       then per job: id, envelope, pool, lane, band, tenant, reply, stored, ttl_ms, max_attempts, region, patience_ms.
 -- Reply: per job 'queued', or the state of a job of that id that is already known (tombstones included: a job
 --       cancelled before it came is void), or 'over <budget>' where nothing was written.
--- Invariants: 1 no lost job, 4 idempotency, 8 bounded memory, 12 conservation.
+-- Invariants: 1 no lost job, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
 
 local now = now_ms()
 local limits = { tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]) }
@@ -43,9 +44,10 @@ local function activate(where, tenant)
 end
 
 local answers = {}
-for i = 6, #ARGV, 10 do
+for i = 6, #ARGV, 12 do
   local id, envelope, pool, lane, band = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   local tenant, reply, stored, ttl, max = ARGV[i + 5], ARGV[i + 6], ARGV[i + 7], ARGV[i + 8], ARGV[i + 9]
+  local region, patience = ARGV[i + 10], ARGV[i + 11]
   local key = P .. 'job:' .. id
   local size = string.len(envelope)
   local known = call('HGET', key, 'state')
@@ -55,20 +57,28 @@ for i = 6, #ARGV, 10 do
   elseif over then
     answers[#answers + 1] = 'over ' .. over
   else
-    local where = pool .. ':' .. lane
-    local queue = 'q:' .. where .. ':' .. band .. ':' .. tenant
     local deadline = int(now + tonumber(ttl))
+    local regional = region ~= '' and name_region(region, tonumber(deadline), now)
+    local part = regional and lane .. '@' .. region or lane
+    local where = pool .. ':' .. part
+    local queue = 'q:' .. where .. ':' .. band .. ':' .. tenant
     local entry = call('XADD', P .. queue, '*', 'id', id)
     activate(where .. ':' .. band, tenant)
     call('HSET', key, 'env', envelope, 'state', 'queued', 'epoch', '1', 'aid', '', 'attempts', '0', 'max', max,
-      'pool', pool, 'lane', lane, 'band', band, 'tenant', tenant, 'reply', reply, 'stored', stored,
+      'pool', pool, 'lane', part, 'band', band, 'tenant', tenant, 'reply', reply, 'stored', stored,
       'deadline', deadline, 'size', int(size), 'at', int(now), 'queue', queue, 'entry', entry)
     call('ZADD', P .. 'deadlines', deadline, id)
     spend('t:' .. tenant, size)
     spend('p:' .. pool, size)
     add('depth', where .. ':waiting', 1)
-    add('totals', where .. ':enqueued', 1)
+    add('totals', pool .. ':' .. lane .. ':enqueued', 1)
     wake_one(where, now)
+    if regional then
+      local free = now + tonumber(patience)
+      call('HSET', key, 'free', int(free))
+      ensure_watch(pool, part, free, now)
+      keep_watches(pool, tonumber(deadline), now)
+    end
     answers[#answers + 1] = 'queued'
   end
 end

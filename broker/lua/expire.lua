@@ -1,5 +1,5 @@
 -- The sweep of each second: ends jobs whose time ran out, trims dead letters, wakes one worker wherever work and
--- parked workers coexist (a wake may have been lost with its worker).
+-- parked workers coexist (a wake may have been lost with its worker), and one abroad where a region's jobs are not watched.
 -- ARGV: prefix, limit (jobs in this call).
 -- Reply: {expired, woken}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
@@ -18,10 +18,28 @@ for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', int(now), 'L
     call('ZREM', P .. 'deadlines', id)
   end
 end
+
+-- A region's jobs without a watcher, or with one that did not look when it should have.
+local function see_watched(pool, part, now)
+  local watch = watch_of(pool, part)
+  if watch and now <= watch.at + LATE_MS then return nil end
+  local lane, region = lane_and_region(part)
+  local woken = wake_elsewhere(pool .. ':' .. lane, region, now)
+  if woken or not watch then
+    set_watch(pool, part, watch and watch.at or now, woken or '-')
+    keep_watches(pool, now, now)
+  end
+  return woken
+end
+
 trim_dead(now)
 local depth = call('HGETALL', P .. 'depth')
 for i = 1, #depth, 2 do
   local where = string.match(depth[i], '^(.*):waiting$')
-  if where and wake_one(where, now) then woken = woken + 1 end
+  if where then
+    if wake_one(where, now) then woken = woken + 1 end
+    local pool, part = string.match(where, '^(.*):(%a+@.+)$')
+    if pool and see_watched(pool, part, now) then woken = woken + 1 end
+  end
 end
 return answered({ expired, woken })

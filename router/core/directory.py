@@ -11,11 +11,13 @@ from queue_schemas.pools import pool_depth
 
 @dataclass(frozen=True, slots=True)
 class PoolEntry:
-    """One model: ``workers`` that take work for it now, their ``slots``, and when it was ``first_seen_s`` (Unix)."""
+    """One model: ``workers`` that take work for it now, their ``slots`` and ``regions``, and when it was
+    ``first_seen_s`` (Unix)."""
 
     workers: int
     slots: int
     first_seen_s: int
+    regions: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,11 @@ class Directory:
         entry = self.pools.get(model)
         return entry.workers if entry else 0
 
+    def serves_in(self, model: str, region: str) -> bool:
+        """Whether a worker of ``region`` takes work for ``model`` now."""
+        entry = self.pools.get(model)
+        return entry is not None and region in entry.regions
+
 
 def build_directory(
     fleet: Iterable[WorkerInfo], remembered: Iterable[Pool], declared: Iterable[str], before: Directory, now_s: int
@@ -36,6 +43,7 @@ def build_directory(
     """The directory of this moment; ``before`` keeps the dates at which models were first seen."""
     workers: dict[str, int] = dict.fromkeys((*declared, *remembered), 0)
     slots = workers.copy()
+    regions: dict[str, set[str]] = {}
     for info in fleet:
         for model in dict.fromkeys(info.models):
             workers.setdefault(model, 0)
@@ -43,10 +51,16 @@ def build_directory(
             if info.takes_work:
                 workers[model] += 1
                 slots[model] += info.slots
+                regions.setdefault(model, set()).add(info.region)
     known = before.pools
     return Directory(
         {
-            model: PoolEntry(count, slots[model], known[model].first_seen_s if model in known else now_s)
+            model: PoolEntry(
+                count,
+                slots[model],
+                known[model].first_seen_s if model in known else now_s,
+                frozenset(regions.get(model, ())),
+            )
             for model, count in sorted(workers.items())
         }
     )

@@ -10,6 +10,7 @@ import pytest
 from broker import Broker
 from queue_schemas import (
     LANES,
+    Claimed,
     Control,
     ControlKind,
     Fenced,
@@ -53,13 +54,13 @@ async def test_repeating_a_claim_gives_the_same_leases(broker: Broker, worker: P
     """The same (incarnation, seq) again answers the same jobs under the same attempts, and claims nothing more."""
     await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(6)))
     pools = [(Pool(MODEL), [Lane.INTERACTIVE])]
-    first = await broker.claim(0, worker.incarnation, 7, 0, 3, pools)
-    again = await broker.claim(0, worker.incarnation, 7, 0, 3, pools)
+    first = (await broker.claim(0, worker.incarnation, 7, 0, 3, pools)).leases
+    again = (await broker.claim(0, worker.incarnation, 7, 0, 3, pools)).leases
     assert [(lease.job.id, lease.attempt_id, lease.epoch) for lease in again] == [
         (lease.job.id, lease.attempt_id, lease.epoch) for lease in first
     ]
     assert (await broker.depths())[MODEL][Lane.INTERACTIVE].leased == 3
-    assert len(await broker.claim(0, worker.incarnation, 8, 3, 5, pools)) == 3
+    assert len((await broker.claim(0, worker.incarnation, 8, 3, 5, pools)).leases) == 3
 
 
 async def test_a_repeated_claim_leaves_out_what_has_ended_since(broker: Broker, worker: Puller) -> None:
@@ -67,10 +68,10 @@ async def test_a_repeated_claim_leaves_out_what_has_ended_since(broker: Broker, 
     for _ in range(3):
         await broker.enqueue(make_job())
     pools = [(Pool(MODEL), [Lane.INTERACTIVE])]
-    first = await broker.claim(0, worker.incarnation, 1, 0, 3, pools)
+    first = (await broker.claim(0, worker.incarnation, 1, 0, 3, pools)).leases
     await broker.settle(first[0], Outcome.DONE)
     await broker.cancel(first[1].job.id, "gone")
-    again = await broker.claim(0, worker.incarnation, 1, 0, 3, pools)
+    again = (await broker.claim(0, worker.incarnation, 1, 0, 3, pools)).leases
     assert [lease.job.id for lease in again] == [first[2].job.id]
 
 
@@ -190,7 +191,7 @@ async def test_a_late_copy_of_an_older_claim_takes_nothing(broker: Broker, worke
     job = make_job()
     await broker.enqueue(job)
     late = await broker.claim(0, worker.incarnation, old, 0, 1, [(MODEL, LANES)])
-    assert late == []
+    assert late == Claimed()
     assert [lease.job.id for lease in await worker.claim(1)] == [job.id]
 
 

@@ -53,6 +53,9 @@ class Puller:
     shard: int = 0
     seq: int = 0
     turn: int = 0
+    region: str = ""
+    look_again_ms: int | None = None
+    """What the last claim said."""
     _read_to: str = "0"
 
     async def join(self) -> Puller:
@@ -64,11 +67,11 @@ class Puller:
     async def claim(self, n: int = 1, models: Sequence[str] = (MODEL,), lanes: Sequence[Lane] = LANES) -> list[Lease]:
         """A new claim."""
         self.seq += 1
-        leases = await self.broker.claim(
-            self.shard, self.incarnation, self.seq, self.turn, n, [(Pool(model), lanes) for model in models]
-        )
-        self.turn += len(leases)
-        return leases
+        pools = [(Pool(model), lanes) for model in models]
+        claimed = await self.broker.claim(self.shard, self.incarnation, self.seq, self.turn, n, pools, self.region)
+        self.turn += len(claimed.leases)
+        self.look_again_ms = claimed.look_again_ms
+        return list(claimed.leases)
 
     async def claim_one(self, **options: Any) -> Lease:
         """A new claim that must give a job."""

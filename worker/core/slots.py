@@ -6,7 +6,7 @@ Rules:
 * Each shard has at most one claim under way. Its number (``seq``) rises with each claim and not with its repeats, so a
   claim whose answer was lost is sent again unchanged.
 * A claim that brings less than it asked for has parked the worker on that shard: it waits for a wake, or claims again
-  when its time as a parked worker is nearly over.
+  when its time as a parked worker is nearly over, or at the time that the answer named.
 * Whoever is parked must be able to run a job. A worker that no longer can (drain, engine down, another assignment,
   slots taken by another shard) claims zero jobs, which takes it out of the parked and passes a wake on.
 """
@@ -103,15 +103,17 @@ class Slots:
             return self._send(shard, state, self._share(now), serves)
         return self._send(shard, state, 0, serves) if state.woken else None
 
-    def answered(self, claim: Claim, jobs: int, now: float) -> None:
-        """The answer to ``claim`` brought ``jobs`` jobs, which are busy slots from now on."""
+    def answered(self, claim: Claim, jobs: int, now: float, look_again_ms: int | None = None) -> None:
+        """The answer to ``claim`` brought ``jobs`` jobs, which are busy slots from now on, and perhaps a time after
+        which to claim again, woken or not."""
         state = self._shard(claim.shard)
         state.under_way = None
         state.turn += jobs
         self._reserved -= claim.n
         self.busy += jobs
         state.parked_for = claim.pools if jobs < claim.n else None
-        state.look_again_at = now + PARK_AGAIN_S
+        look_again_s = inf if look_again_ms is None else look_again_ms / 1000
+        state.look_again_at = now + min(look_again_s, PARK_AGAIN_S)
 
     def freed(self) -> None:
         """A job ended."""
@@ -121,6 +123,12 @@ class Slots:
         """An attempt on ``shard`` was spent here: the job may come back to this worker."""
         state = self._shard(shard)
         state.look_again_at = min(state.look_again_at, now + RETRY_APART_S)
+
+    def due_at(self, shard: int) -> float | None:
+        """When :meth:`next_claim` gives a claim on ``shard`` though nothing happens until then; None: it never does."""
+        state = self._shard(shard)
+        may_claim = self.ready and not self.draining and state.pools and self.free > 0
+        return state.look_again_at if may_claim and state.parked_for is not None else None
 
     def shards_due(self, now: float) -> Sequence[int]:
         """Shards that have waited long enough to claim without being woken."""

@@ -87,8 +87,8 @@ class MiniWorker:
     async def claim(self) -> Lease | None:
         self._seq += 1
         shard = self._broker.shard_of(MODEL)
-        leases = await self._broker.claim(shard, self.incarnation, self._seq, self._seq, 1, [(MODEL, LANES)])
-        return leases[0] if leases else None
+        claimed = await self._broker.claim(shard, self.incarnation, self._seq, self._seq, 1, [(MODEL, LANES)])
+        return claimed.leases[0] if claimed.leases else None
 
     def status(self) -> Heartbeat:
         return Heartbeat(incarnation=self.incarnation, models=[MODEL], slots=2, engine=EngineState.READY)

@@ -6,6 +6,7 @@ rolling upgrade: raise the version instead.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -56,6 +57,7 @@ FULL_JOB = Job(
     request_id="req-42",
 )
 SMALL_JOB = Job(id=JOB_ID, tenant=Tenant("t"), model=Pool("m"), path="/v1/embeddings", body=b"\x00\xff")
+REGIONAL_JOB = replace(SMALL_JOB, region="eu-west", patience_ms=500)
 WHOLE_FRAME = Frame(JOB_ID, 1, "a1b2c3d4e5f60", 0, HEAD | END, b'{"id":"x"}', 200, "application/json")
 FRAME_RUN = (
     Frame(JOB_ID, 7, "a1b2c3d4e5f60", 0, HEAD, b"data: 1\n\n", 200, "text/event-stream"),
@@ -79,6 +81,7 @@ def entry(control: Control) -> bytes:
 MESSAGES = {
     "job_v1_full": FULL_JOB.pack(),
     "job_v1_defaults": SMALL_JOB.pack(),
+    "job_v1_region": REGIONAL_JOB.pack(),
     "frame_whole": WHOLE_FRAME.pack(),
     "frame_run": b"".join(frame.pack() for frame in FRAME_RUN),
     **{f"marker_{marker.kind}": marker.pack() for marker in MARKERS},
@@ -107,6 +110,7 @@ def test_jobs_are_read_as_ever() -> None:
     """Today's reader understands golden envelopes, with every field."""
     assert Job.unpack(golden("job_v1_full")) == FULL_JOB
     assert Job.unpack(golden("job_v1_defaults")) == SMALL_JOB
+    assert Job.unpack(golden("job_v1_region")) == REGIONAL_JOB
 
 
 def test_frames_and_markers_are_read_as_ever() -> None:
@@ -151,6 +155,7 @@ def test_another_major_version_is_refused(version: object) -> None:
         ("id", "no-id"), ("id", 7), ("tenant", ""), ("tenant", "a\nb"), ("model", "x" * 300), ("lane", "express"),
         ("band", 4), ("band", -1), ("band", True), ("stream", 1), ("ttl_ms", 0), ("max_attempts", 0), ("body", "text"),
         ("on_loss", "shrug"), ("on_loss", 3), ("path", b"/v1"), ("ttl_ms", 1.5),
+        ("region", 5), ("region", "a\nb"), ("region", "x" * 101), ("patience_ms", -1), ("patience_ms", "500"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_named(field: str, value: object) -> None:

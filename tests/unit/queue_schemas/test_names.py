@@ -12,7 +12,9 @@ from queue_schemas import (
     BadMessage,
     Lane,
     ShardKeys,
+    check_region,
     check_worker_id,
+    keys,
     new_incarnation,
     new_job_id,
     shard_of_job,
@@ -66,6 +68,27 @@ def test_a_name_that_cannot_be_is_refused(name: str) -> None:
         check_name(name, "model")
 
 
+@pytest.mark.parametrize("region", ["", "eu-west", "a:b@c {d} ü%", "x" * 100])
+def test_regions_that_may_be(region: str) -> None:
+    """Printable text; in a key nothing of it can be taken for the key's own marks. Empty is no region."""
+    assert check_region(region) == region
+    assert not set(encode_name(region)) & set(":@{} ")
+    assert decode_name(encode_name(region)) == region
+
+
+@pytest.mark.parametrize("region", ["a\nb", "\x00", "x" * 101, "\ud800"])
+def test_a_region_that_cannot_be_is_refused(region: str) -> None:
+    """Too long, or with what cannot be printed."""
+    with pytest.raises(BadMessage, match="region must be at most 100 characters"):
+        check_region(region)
+
+
+@pytest.mark.parametrize(("region", "suffix"), [("", ""), ("eu west", "@eu%20west"), ("a@b:c", "@a%40b%3Ac")])
+def test_a_place_is_a_pools_lane_and_perhaps_a_region(region: str, suffix: str) -> None:
+    """Without a region the keys are those of a fabric that knows none."""
+    assert keys.place("m:1", Lane.BATCH, region) == f"m%3A1:batch{suffix}"
+
+
 @pytest.mark.parametrize("worker_id", ["worker-1", "a", "A.b_c-9", "9", "x" * 63])
 def test_worker_ids_that_may_be(worker_id: str) -> None:
     """Letters, digits, dot, underscore, dash."""
@@ -87,18 +110,19 @@ def test_what_is_no_incarnation_is_refused(text: str) -> None:
         check_incarnation(text)
 
 
-places = st.tuples(tricky, st.sampled_from(LANES), st.integers(0, BANDS - 1), tricky)
+places = st.tuples(tricky, st.sampled_from(LANES), st.integers(0, BANDS - 1), tricky, st.just("") | tricky)
 
 
-def all_keys(shard: int, pool: str, lane: Lane, band: int, tenant: str, ident: str) -> dict[str, str]:
+def all_keys(shard: int, pool: str, lane: Lane, band: int, tenant: str, region: str, ident: str) -> dict[str, str]:
     """Every key that these names can form, by what it is for."""
     keys = ShardKeys(shard)
     return {
-        f"queue {pool!r} {lane} {band} {tenant!r}": keys.queue(pool, lane, band, tenant),
+        f"queue {pool!r} {lane} {band} {tenant!r} {region!r}": keys.queue(pool, lane, band, tenant, region),
         f"retry {pool!r} {lane}": keys.retry(pool, lane),
-        f"active {pool!r} {lane} {band}": keys.active(pool, lane, band),
-        f"service {pool!r} {lane} {band}": keys.service(pool, lane, band),
-        f"parked {pool!r} {lane}": keys.parked(pool, lane),
+        f"active {pool!r} {lane} {band} {region!r}": keys.active(pool, lane, band, region),
+        f"service {pool!r} {lane} {band} {region!r}": keys.service(pool, lane, band, region),
+        f"parked {pool!r} {lane} {region!r}": keys.parked(pool, lane, region),
+        f"abroad {pool!r}": keys.abroad(pool),
         f"job {ident}": keys.job(ident),
         f"leases {ident}": keys.leases(ident),
         f"claimed {ident}": keys.claimed(ident),
@@ -111,12 +135,14 @@ def all_keys(shard: int, pool: str, lane: Lane, band: int, tenant: str, ident: s
         "depth": keys.depth,
         "totals": keys.totals,
         "turns": keys.turns,
+        "regional turns": keys.regional_turns,
+        "regions": keys.regions,
     }
 
 
 @given(places, places, st.sampled_from(["w.0011223344556677", "dead", "0-" + "0" * 32]))
 def test_no_two_different_things_share_a_key(
-    one: tuple[str, Lane, int, str], other: tuple[str, Lane, int, str], ident: str
+    one: tuple[str, Lane, int, str, str], other: tuple[str, Lane, int, str, str], ident: str
 ) -> None:
     """Whatever models and tenants are called, different places have different keys, and equal ones the same."""
     meaning: dict[str, str] = {}
@@ -127,7 +153,7 @@ def test_no_two_different_things_share_a_key(
 
 
 @given(places)
-def test_every_key_of_a_shard_carries_its_hash_tag(place: tuple[str, Lane, int, str]) -> None:
+def test_every_key_of_a_shard_carries_its_hash_tag(place: tuple[str, Lane, int, str, str]) -> None:
     """All keys of a shard share one Cluster slot: the first braces of each hold the shard, whatever the names hold."""
     for key in all_keys(17, *place, "w.0011223344556677").values():
         assert key.startswith("iq:{17}:")

@@ -35,3 +35,18 @@ def test_a_pool_without_a_model_still_shows_its_jobs() -> None:
     assert [pool.model for pool in pools] == ["m", "old"]
     assert (pools[1].waiting, pools[1].leased, pools[1].outstanding, pools[1].oldest_age_ms) == (4, 2, 6, 9)
     assert (pools[0].workers, pools[0].slots, pools[0].lanes[Lane.BATCH].waiting) == (1, 4, 0)
+
+
+def test_it_knows_where_a_model_is_served() -> None:
+    """A region counts while a worker there takes work for the model; one that drains there does not."""
+    fleet = [
+        worker("m").model_copy(update={"region": "eu"}),
+        worker("m").model_copy(update={"region": "us", "state": WorkerState.DRAINING}),
+        worker("other").model_copy(update={"region": "us"}),
+    ]
+    directory = build_directory(fleet, [], ["cold"], Directory(), 1)
+    assert directory.serves_in("m", "eu")
+    assert not directory.serves_in("m", "us")
+    assert directory.serves_in("other", "us")
+    assert not directory.serves_in("cold", "eu")
+    assert not directory.serves_in("unheard of", "eu")

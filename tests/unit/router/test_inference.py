@@ -40,6 +40,30 @@ async def test_a_plain_request_is_queued_and_answered() -> None:
     assert len(app.state.requests) == 0
 
 
+@pytest.mark.parametrize(("near", "patience_ms"), [(True, 700), (False, 0)])
+async def test_a_request_is_of_its_routers_region(near: bool, patience_ms: int) -> None:
+    """Workers of the region go first for as long as the settings say; where there is none, nobody is waited for."""
+    queue = FakeQueue("m")
+    queue.fleet = {"w1": worker("m").model_copy(update={"region": "eu" if near else "us"})}
+    async with router(queue, region="eu", region_patience_ms=700) as app:
+        answer = Client(app).post(CHAT)
+        job = await queue.job()
+        queue.answer(job, b"{}")
+        await answer.done()
+    assert (job.region, job.patience_ms) == ("eu", patience_ms)
+
+
+async def test_a_router_without_a_region_asks_nobody_for_patience() -> None:
+    """Its requests say nothing of regions, wherever the workers stand."""
+    queue = FakeQueue("m")
+    async with router(queue) as app:
+        answer = Client(app).post(CHAT)
+        job = await queue.job()
+        queue.answer(job, b"{}")
+        await answer.done()
+    assert (job.region, job.patience_ms) == ("", 0)
+
+
 async def test_an_engine_error_passes_as_it_is() -> None:
     """A status of the engine is the client's status, plain or streamed."""
     queue = FakeQueue("m")

@@ -14,6 +14,7 @@ from queue_schemas import (
     Assignment,
     BrokerFull,
     BrokerUnavailable,
+    Claimed,
     EngineState,
     Fenced,
     Heartbeat,
@@ -66,6 +67,7 @@ class SurprisingBroker:
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.fenced = ""
+        self.look_again_ms: int | None = None
 
     def _called(self, name: str) -> None:
         self.calls[name] += 1
@@ -80,9 +82,9 @@ class SurprisingBroker:
     async def renew(self, incarnation: Incarnation) -> None:
         self._called("renew")
 
-    async def claim(self, *arguments: Any) -> list[Any]:
+    async def claim(self, *arguments: Any) -> Claimed:
         self._called("claim")
-        return []
+        return Claimed(look_again_ms=self.look_again_ms)
 
     async def read_control(self, *arguments: Any) -> list[Any]:
         self._called("read_control")
@@ -132,6 +134,20 @@ async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() 
     await eventually(all_went_on, "every loop has called again")
     drain.set()
     await asyncio.wait_for(running, 10)
+
+
+async def test_a_parked_worker_looks_again_when_the_queue_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wakes itself at the time that a claim's answer named: neither a message nor the sweep is needed."""
+    monkeypatch.setattr(incarnation, "SWEEP_S", 3_600)
+    broker = SurprisingBroker()
+    broker.look_again_ms = 5
+    life, drain = life_on(broker)
+    running = asyncio.create_task(life.run(first=True))
+    await eventually(lambda: broker.calls["claim"] >= 10, "it claims again and again")
+    broker.look_again_ms = None
+    await eventually(lambda: life.slots.due_at(0) is not None, "it is parked")
+    drain.set()
+    await running
 
 
 @pytest.mark.parametrize("call", ["join", "claim", "renew"])

@@ -64,6 +64,12 @@ def test_options_of_the_simulated_engine() -> None:
     assert (settings.slots, settings.region) == (3, "r")
 
 
+def test_a_region_that_cannot_be_is_refused_at_start() -> None:
+    """Not at the first registration."""
+    with pytest.raises(CannotStart, match="region must be at most 100 characters"):
+        WorkerSettings.load(engine="sim", region="x" * 101)
+
+
 def test_arguments_of_vllm_are_written_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     """One setting holds them all, quotes included."""
     monkeypatch.setenv("INFERQ_WORKER_VLLM_ARGS", "--max-model-len 512 --chat-template 'a b'")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.strategies import DataObject, data, floats, integers, none, sampled_from
+
 from queue_schemas import LANES, Assignment, Lane, PoolAssignment
-from worker.core import Slots
+from worker.core import Claim, Slots
 from worker.core.slots import MAX_CLAIM, PARK_AGAIN_S, RETRY_APART_S
 
 
@@ -164,6 +169,108 @@ def test_a_spent_attempt_is_looked_for_again_after_two_seconds() -> None:
     slots.retry_soon(0, 1.0)
     assert list(slots.shards_due(1.0 + RETRY_APART_S)) == [0]
     assert slots.next_claim(0, 1.0 + RETRY_APART_S) is not None
+
+
+def test_a_parked_worker_looks_again_when_the_answer_said() -> None:
+    """Jobs of another region are free for it then; before, nothing is claimed and nobody needs to wake it."""
+    slots = ready_slots(4)
+    claim = slots.next_claim(0, 10.0)
+    assert claim is not None
+    slots.answered(claim, 1, 10.0, look_again_ms=300)
+    assert slots.due_at(0) == 10.3
+    assert slots.next_claim(0, 10.29) is None
+    assert list(slots.shards_due(10.29)) == []
+    assert list(slots.shards_due(10.3)) == [0]
+    again = slots.next_claim(0, 10.3)
+    assert again is not None
+    assert (again.seq, again.n) == (2, 3)
+    slots.answered(again, 0, 10.3)
+    assert slots.due_at(0) == 10.3 + PARK_AGAIN_S
+
+
+def test_looking_again_never_comes_after_parking_again() -> None:
+    """A far-away time does not keep a worker from telling the queue that it is still there."""
+    slots = ready_slots(4)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    slots.answered(claim, 0, 0.0, look_again_ms=600_000)
+    assert slots.due_at(0) == PARK_AGAIN_S
+
+
+def test_a_worker_that_can_run_nothing_is_due_at_no_time() -> None:
+    """Without a free slot, an engine or an assignment, or on its way out, it waits for a signal instead of a time."""
+    slots = ready_slots(1)
+    assert slots.due_at(0) is None, "its first claim is still to come"
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    assert slots.due_at(0) is None, "its slot is reserved"
+    slots.answered(claim, 0, 0.0, look_again_ms=5)
+    assert slots.due_at(0) == 0.005
+    slots.busy = 1
+    assert slots.due_at(0) is None
+    slots.freed()
+    slots.ready = False
+    assert slots.due_at(0) is None
+    slots.ready, slots.draining = True, True
+    assert slots.due_at(0) is None
+    assert slots.due_at(7) is None
+
+
+class SlotsMachine(RuleBasedStateMachine):
+    """A worker's slots under any order of claims, answers, wakes and ends, on two shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = ready_slots(3, ("a", 0), ("b", 1))
+        self.now = 0.0
+        self.sent: dict[int, Claim] = {}
+
+    @rule(shard=integers(0, 1))
+    def claim(self, shard: int) -> None:
+        claim = self.slots.next_claim(shard, self.now)
+        assert shard not in self.sent or claim is self.sent[shard]
+        if claim is not None:
+            self.sent[shard] = claim
+
+    @precondition(lambda self: self.sent)
+    @rule(data=data(), look_again_ms=none() | integers(1, 60_000))
+    def answer(self, data: DataObject, look_again_ms: int | None) -> None:
+        claim = self.sent.pop(data.draw(sampled_from(sorted(self.sent))))
+        jobs = data.draw(integers(0, claim.n))
+        self.slots.answered(claim, jobs, self.now, look_again_ms if jobs < claim.n else None)
+
+    @precondition(lambda self: self.slots.busy)
+    @rule()
+    def end(self) -> None:
+        self.slots.freed()
+
+    @rule(shard=integers(0, 1))
+    def wake(self, shard: int) -> None:
+        self.slots.wake(shard)
+
+    @rule(shard=integers(0, 1))
+    def retry(self, shard: int) -> None:
+        self.slots.retry_soon(shard, self.now)
+
+    @rule(seconds=floats(0, 30))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @invariant()
+    def never_promises_more_than_it_has(self) -> None:
+        assert 0 <= self.slots.busy + sum(claim.n for claim in self.sent.values()) <= self.slots.total
+
+    @invariant()
+    def what_is_due_is_claimed(self) -> None:
+        """A time that ``due_at`` names is one at which there is a claim to send: no loop may spin on it."""
+        for shard in (0, 1):
+            due = deepcopy(self.slots).due_at(shard)
+            if due is not None:
+                assert deepcopy(self.slots).next_claim(shard, max(due, self.now)) is not None
+                assert due <= self.now + PARK_AGAIN_S
+
+
+TestSlotsMachine = SlotsMachine.TestCase
 
 
 def test_one_claim_is_bounded() -> None:
