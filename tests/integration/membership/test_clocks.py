@@ -1,0 +1,112 @@
+"""Workers whose clock is an hour off."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from queue_schemas.keys import ShardKeys
+from tests.support.fleet import ROOT, Fleet, Role
+from tests.support.servers import Server
+from tests.support.waiting import eventually
+
+HOUR_S = 3_600
+LEASE_S = 1.5
+DEADLINE_S = 1.0
+
+OFF = """
+import datetime, os, time
+
+OFF_S = int(os.environ["CLOCK_OFF_S"])
+right_time, right_time_ns = time.time, time.time_ns
+time.time = lambda: right_time() + OFF_S
+time.time_ns = lambda: right_time_ns() + OFF_S * 10**9
+
+
+class WrongDatetime(datetime.datetime):
+    __slots__ = ()
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.fromtimestamp(time.time(), tz)
+
+    @classmethod
+    def utcnow(cls):
+        return cls.utcfromtimestamp(time.time())
+
+
+datetime.datetime = WrongDatetime
+"""
+"""What Python imports at its start where it lies on the path as ``sitecustomize``."""
+
+
+class FleetWithClocks(Fleet):
+    """A fleet in which a worker may have a clock of its own."""
+
+    def worker_off_by(self, seconds: int, name: str) -> Role:
+        """A worker, not started yet, whose wall clock is off; it serves a model of its own name."""
+        folder = self.folder / "wrong-clock"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(OFF)
+        own: Mapping[str, str] = {"CLOCK_OFF_S": str(seconds), "PYTHONPATH": f"{folder}:{ROOT}"}
+        self._env |= own
+        worker = self.worker(name, model=name, sim_tokens_per_s=20)
+        for variable in own:
+            del self._env[variable]
+        return worker
+
+
+async def test_an_hour_ahead_or_behind_changes_nothing(tmp_path: Path, own_valkey: Server) -> None:
+    """Two workers, an hour ahead and an hour behind, serve for longer than a lease, keep their incarnations, and hold
+    deadlines; only their logs tell another time."""
+    manager = {"lease_ms": int(LEASE_S * 1000), "probe_timeout_ms": 200, "ping_ms": 200}
+    async with FleetWithClocks(tmp_path, own_valkey, manager=manager) as fleet:
+        offs = {"ahead": HOUR_S, "behind": -HOUR_S}
+        for name, seconds in offs.items():
+            fleet.worker_off_by(seconds, name)
+        for role in (fleet.manager, fleet.router, *fleet.workers):
+            role.process.start()
+        await asyncio.gather(*(role.ready() for role in (fleet.manager, fleet.router, *fleet.workers)))
+        await asyncio.gather(*(fleet.until_served(1, name) for name in offs))
+        before = [(await worker.page("/status"))["incarnation"] for worker in fleet.workers]
+        begin = time.monotonic()
+        while time.monotonic() - begin < 2 * LEASE_S:
+            for name in offs:
+                assert await _ask(fleet, name, "hello there") == (200, "hello there")
+        await asyncio.gather(*(_runs_out(fleet, name) for name in offs))
+        assert [(await worker.page("/status"))["incarnation"] for worker in fleet.workers] == before
+        totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).totals)
+        assert [name for name in totals if name.endswith(b":requeued")] == []
+        assert "worker_dead" not in fleet.manager.process.log_text()
+        for worker, seconds in zip(fleet.workers, offs.values(), strict=True):
+            first = json.loads(worker.process.log_text().splitlines()[0])
+            told = datetime.fromisoformat(first["time"])
+            assert abs((told - datetime.now(UTC)).total_seconds() - seconds) < HOUR_S / 2
+
+
+async def _ask(fleet: Fleet, model: str, text: str, **headers: str) -> tuple[int, str]:
+    """Status, and the answer or the error's code."""
+    body = {"model": model, "messages": [{"role": "user", "content": text}]}
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body, headers=named) as answer:
+        page = await answer.json()
+        return answer.status, page["error"]["code"] if "error" in page else page["choices"][0]["message"]["content"]
+
+
+async def _runs_out(fleet: Fleet, model: str) -> None:
+    """A request that takes ten seconds ends when its own time is over, and its slot is free."""
+    begin = time.monotonic()
+    deadline = str(int(DEADLINE_S * 1000))
+    status, code = await _ask(fleet, model, "word " * 200, x_inferq_deadline_ms=deadline)
+    assert (status, code) == (504, "deadline_exceeded")
+    assert DEADLINE_S * 0.9 < time.monotonic() - begin < 8
+
+    async def free() -> bool:
+        pages = [await worker.page("/status") for worker in fleet.workers]
+        return all(page["running"] == 0 for page in pages if page["models"] == [model])
+
+    await eventually(free, "its slot is free")

@@ -1,0 +1,205 @@
+"""The acting Manager changes: workers go where it is, and what runs does not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from queue_schemas import FABRIC_PREFIX, UnknownWorker
+from queue_schemas.keys import WORKERS, ShardKeys
+from tests.integration.membership.scene import (
+    PATIENCE_S,
+    LongStream,
+    TwoManagers,
+    foreign_manager,
+    open_ended_engine,
+)
+from tests.support.faults import FaultProxy
+from tests.support.fleet import Fleet, Role
+from tests.support.servers import Server
+from tests.support.waiting import eventually
+
+ACTING_TTL_MS = 2_400
+TAKE_OVER_S = ACTING_TTL_MS / 1000 * 4 / 3
+"""A lease that nobody renews runs out, and is tried for three times within its life."""
+RESIGNED_S = ACTING_TTL_MS / 1000 / 3
+SLACK_S = 2.0
+"""What a busy machine may add: the processes share two cores with other tests."""
+
+
+async def incarnations(fleet: Fleet) -> list[str]:
+    """Who the workers are."""
+    return [(await worker.page("/status"))["incarnation"] for worker in fleet.workers]
+
+
+async def requeued(fleet: Fleet) -> int:
+    """How many attempts were taken away from workers so far."""
+    totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).totals)
+    return sum(int(count) for name, count in totals.items() if name.endswith(b":requeued"))
+
+
+async def test_workers_follow_the_acting_manager(tmp_path: Path, own_valkey: Server) -> None:
+    """The acting Manager resigns, freezes, is killed: each time the other acts within its lease, all workers are there
+    by themselves, in a higher term, the same incarnations; a stream through each Router runs across it all in one
+    attempt; and the frozen one, awake again, changes nothing."""
+    async with (
+        open_ended_engine() as engine,
+        TwoManagers(tmp_path, own_valkey, manager={"acting_ttl_ms": ACTING_TTL_MS}) as fleet,
+    ):
+        await fleet.up(workers=2, engine="url", engine_url=engine.url)
+        before, term = await incarnations(fleet), await fleet.term(0)
+        streams = [await LongStream(fleet, router).begun() for router in fleet.routers]
+
+        async def moves(to: int, end: Callable[[], None], limit_s: float) -> int:
+            end()
+            begin = time.monotonic()
+            await eventually(lambda: fleet.acts(to), "the other Manager acts", limit_s=PATIENCE_S)
+            without = time.monotonic() - begin
+            assert without <= limit_s + SLACK_S, f"{without:.2f} s without an acting Manager"
+            await fleet.settled_at(to)
+            higher = await fleet.term(to)
+            assert higher > term
+            for stream in streams:
+                await stream.goes_on()
+            return higher
+
+        first, second = fleet.managers
+        term = await moves(1, lambda: first.process.send(signal.SIGTERM), RESIGNED_S)
+        assert await first.ended() == 0
+        first.process.start()
+        await eventually(lambda: fleet.stands_by(0), "the first Manager is back", limit_s=PATIENCE_S)
+
+        term = await moves(0, second.process.pause, TAKE_OVER_S)
+        second.process.resume()
+        await eventually(lambda: fleet.stands_by(1), "the frozen one knows that it acts no more", limit_s=PATIENCE_S)
+        worker = await fleet.workers[0].page("/status")
+        beat = {"incarnation": worker["incarnation"], "slots": 1}
+        late = f"{second.url}{FABRIC_PREFIX}/workers/worker-1/heartbeat"
+        async with fleet.session.post(late, json=beat) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (503, "manager_unavailable")
+        assert await fleet.acts(0)
+        assert await fleet.term(0) == term
+        assert (await fleet.workers[0].page("/status"))["assignment"] == worker["assignment"]
+
+        term = await moves(1, first.process.kill, TAKE_OVER_S)
+        assert await incarnations(fleet) == before
+        engine.finish()
+        for stream in streams:
+            await stream.whole()
+        assert engine.calls == len(streams)
+        assert await requeued(fleet) == 0
+
+
+async def test_a_manager_that_forgot_its_workers_is_told_again(tmp_path: Path, own_valkey: Server) -> None:
+    """The Manager comes back to an empty snapshot: the worker registers again, and what it runs goes on."""
+    async with open_ended_engine() as engine, Fleet(tmp_path, own_valkey) as fleet:
+        await fleet.manager.start()
+        await fleet.router.start()
+        await fleet.worker("worker-1", engine="url", engine_url=engine.url).start()
+        before = await incarnations(fleet)
+        stream = await LongStream(fleet, fleet.router).begun()
+        fleet.manager.process.kill()
+        await asyncio.to_thread(fleet.server.ask, "DEL", WORKERS)
+        await fleet.manager.start()
+
+        async def known() -> bool:
+            workers = (await fleet.manager.page(f"{FABRIC_PREFIX}/workers"))["workers"]
+            return [worker["incarnation"] for worker in workers] == before
+
+        await eventually(known, "the worker is known again", limit_s=PATIENCE_S)
+        await fleet.workers[0].ready()
+        engine.finish()
+        await stream.whole()
+        assert engine.calls == 1
+
+
+def _assignment(term: int, version: int, *pools: str) -> dict[str, Any]:
+    return {"term": term, "version": version, "pools": [{"pool": pool, "shard": 0} for pool in pools]}
+
+
+async def test_what_foreign_managers_say_of_heartbeats(tmp_path: Path, own_valkey: Server) -> None:
+    """404 and 410, with our error or somebody else's, all mean register again, as the same incarnation; an answer of an
+    older term, or an older version, changes nothing."""
+    unknown: dict[str, Any] = {"error": {"code": UnknownWorker.code, "message": "who are you?"}}
+    async with foreign_manager(own_valkey.url) as manager, Fleet(tmp_path, own_valkey) as fleet:
+        manager.assignment = _assignment(5, 2, "sim")
+        worker = await fleet.worker("worker-1", manager_url=manager.url).start()
+
+        async def answered(heartbeats: int) -> None:
+            heard = manager.beats
+            await eventually(lambda: manager.beats >= heard + heartbeats, "heartbeats come", limit_s=PATIENCE_S)
+
+        async def registered(times: int) -> None:
+            await eventually(lambda: len(manager.registered) == times, "it registers again", limit_s=PATIENCE_S)
+            await worker.ready()
+
+        for number, answer in enumerate(((404, unknown), (410, unknown), (404, {"detail": "Not Found"})), 2):
+            manager.heartbeats = [answer]
+            await registered(number)
+        assert set(manager.registered) == {(await worker.page("/status"))["incarnation"]}
+        manager.heartbeats = [(200, {"assignment": old}) for old in (_assignment(4, 99), _assignment(5, 1))]
+        await answered(4)
+        assert (await worker.page("/status"))["assignment"] == [5, 2]
+        manager.assignment = _assignment(6, 1, "sim")
+        await answered(2)
+        assert (await worker.page("/status"))["assignment"] == [6, 1]
+
+
+async def test_two_managers_never_both_accept(tmp_path: Path, own_valkey: Server) -> None:
+    """The acting Manager is cut off from Redis, without a word: it takes no registration that begins after the other
+    accepted its first; what workers are assigned only rises; healed, it stands by, and nobody was declared dead."""
+    async with FaultProxy(own_valkey.port) as proxy:
+        manager = {"acting_ttl_ms": ACTING_TTL_MS, "advertised_redis_url": own_valkey.url}
+        async with TwoManagers(tmp_path, own_valkey, manager=manager) as fleet:
+            arguments = fleet.managers[0].process.args
+            arguments[arguments.index("--redis-url") + 1] = proxy.url
+            await fleet.up(workers=1)
+            before = await incarnations(fleet)
+            seen: list[tuple[int, int]] = []
+            accepted: list[list[tuple[float, float]]] = [[], []]
+            async with asyncio.TaskGroup() as group:
+                watching = [
+                    group.create_task(_watch_assignment(fleet.workers[0], seen)),
+                    *(group.create_task(_keep_joining(fleet, number, accepted[number])) for number in (0, 1)),
+                ]
+                await eventually(lambda: len(accepted[0]) > 5, "the first one accepts", limit_s=PATIENCE_S)
+                proxy.silence()
+                await eventually(lambda: len(accepted[1]) > 5, "the second one accepts", limit_s=PATIENCE_S)
+                await fleet.settled_at(1)
+                proxy.heal()
+                await eventually(lambda: fleet.stands_by(0), "the first one stands by", limit_s=PATIENCE_S)
+                now = len(accepted[1])
+                await eventually(lambda: len(accepted[1]) > now + 5, "the second one goes on", limit_s=PATIENCE_S)
+                for task in watching:
+                    task.cancel()
+            first_of_the_second = accepted[1][0][1]
+            assert max(begun for begun, _ in accepted[0]) < first_of_the_second
+            assert seen == sorted(seen)
+            assert seen[0][0] < seen[-1][0]
+            assert await incarnations(fleet) == before
+            assert await requeued(fleet) == 0
+
+
+async def _keep_joining(fleet: TwoManagers, number: int, accepted: list[tuple[float, float]]) -> None:
+    """Register a worker of its own with one Manager again and again; when each success began and ended."""
+    body = {"worker_id": f"probe-{number}", "incarnation": f"probe-{number}.0000000000000001", "slots": 0}
+    url = f"{fleet.managers[number].url}{FABRIC_PREFIX}/workers"
+    while True:
+        begun = time.monotonic()
+        async with fleet.session.post(url, json=body) as answer:
+            if answer.status == 200:
+                accepted.append((begun, time.monotonic()))
+            else:
+                assert answer.status == 503, await answer.text()
+        await asyncio.sleep(0.02)
+
+
+async def _watch_assignment(worker: Role, seen: list[tuple[int, int]]) -> None:
+    while True:
+        term, version = (await worker.page("/status"))["assignment"]
+        seen.append((term, version))
+        await asyncio.sleep(0.03)
