@@ -1,0 +1,578 @@
+"""Regions: a job's own region first, anybody once its patience is over, and nobody's capacity wasted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from broker import Broker
+from queue_schemas import (
+    BANDS,
+    LANES,
+    Control,
+    ControlKind,
+    Job,
+    Lane,
+    LaneDepth,
+    Lease,
+    MarkerKind,
+    Outcome,
+    State,
+    Tenant,
+)
+from queue_schemas.keys import META, ShardKeys
+from queue_schemas.lanes import (
+    LANE_CYCLE,
+    REGIONAL_STARVATION_BOUND,
+    abroad_first,
+    band_order,
+    lane_order,
+    region_first,
+)
+from tests.support.queue import MODEL, Backend, Puller, make_job
+
+from .conftest import Listener
+
+KEYS = ShardKeys(0)
+WAKE = Control(ControlKind.WAKE)
+LONG_MS = 60_000
+"""A patience that outlasts any test."""
+
+
+async def joined(broker: Broker, region: str) -> Puller:
+    """A worker of ``region`` that has joined and is not parked."""
+    return await Puller(broker, region=region).join()
+
+
+async def parked(broker: Broker, region: str, **options: Any) -> Puller:
+    """A worker of ``region`` that found nothing."""
+    worker = await joined(broker, region)
+    assert await worker.claim(**options) == []
+    return worker
+
+
+def job_of(region: str, patience_ms: int = LONG_MS, **fields: Any) -> Job:
+    return make_job(region=region, patience_ms=patience_ms, **fields)
+
+
+async def enqueue_all(broker: Broker, jobs: Iterable[Job]) -> None:
+    """Enqueue in order: one batch keeps the order in which its items were given."""
+    await asyncio.gather(*map(broker.enqueue, jobs))
+
+
+async def claim_jobs(worker: Puller, n: int, step: int = 1) -> list[Job]:
+    """``n`` jobs, ``step`` at a time."""
+    jobs: list[Job] = []
+    while len(jobs) < n:
+        leases = await worker.claim(min(step, n - len(jobs)))
+        assert leases, f"only {len(jobs)} of {n} jobs could be claimed"
+        jobs += [lease.job for lease in leases]
+    return jobs
+
+
+async def look_until_given(worker: Puller, limit_s: float = 10.0) -> Lease:
+    """Claim whenever the last answer said so, as a real worker without wakes does; it must lead to a job."""
+    async with asyncio.timeout(limit_s):
+        while not (leases := await worker.claim(1)):
+            assert worker.look_again_ms is not None, "nothing says when to look again"
+            await asyncio.sleep(worker.look_again_ms / 1000)
+    return leases[0]
+
+
+# Who may claim when
+
+
+async def test_a_region_s_own_worker_claims_at_once_and_others_do_not(broker: Broker) -> None:
+    """Neither a worker of another region nor one of none gets a job before its patience is over."""
+    await broker.enqueue(job := job_of("eu"))
+    for region in ("us", ""):
+        worker = await joined(broker, region)
+        assert await worker.claim(4) == []
+        assert worker.look_again_ms is not None
+        assert 0 < worker.look_again_ms <= LONG_MS + 1_000
+    assert (await (await joined(broker, "eu")).claim_one()).job == job
+
+
+@pytest.mark.parametrize("region", ["us", ""])
+async def test_abroad_a_job_starts_when_its_patience_is_over_and_not_before(broker: Broker, region: str) -> None:
+    """With no worker at home and no Manager, looking again when told is all it takes."""
+    worker = await parked(broker, region)
+    await broker.enqueue(job := job_of("eu", patience_ms=150))
+    assert await worker.told() == [WAKE]
+    lease = await look_until_given(worker)
+    assert lease.job == job
+    assert lease.waited_ms >= 150
+
+
+@pytest.mark.parametrize("region", ["us", ""])
+async def test_without_patience_anybody_may_claim_at_once(broker: Broker, region: str) -> None:
+    """A Router that knows of no worker in its region does not make its jobs wait for one."""
+    worker = await joined(broker, region)
+    await broker.enqueue(job := job_of("eu", patience_ms=0))
+    assert (await worker.claim_one()).job == job
+
+
+async def test_jobs_of_no_region_are_anybodys(broker: Broker) -> None:
+    """As in a fabric without regions."""
+    await enqueue_all(broker, jobs := [make_job() for _ in range(3)])
+    workers = [await joined(broker, region) for region in ("", "eu", "us")]
+    assert [(await worker.claim_one()).job for worker in workers] == jobs
+
+
+async def test_home_goes_first(broker: Broker) -> None:
+    """What is free for all elsewhere waits while there is work at home, but for every fourth job."""
+    await enqueue_all(broker, [job_of("eu") for _ in range(20)])
+    await enqueue_all(broker, [job_of("us", patience_ms=0) for _ in range(20)])
+    jobs = await claim_jobs(await joined(broker, "eu"), 12, step=5)
+    expected = ["us" if abroad_first(turn) else "eu" for turn in range(12)]
+    assert [job.region for job in jobs] == expected
+    assert expected.count("us") == 3
+
+
+async def test_the_order_of_places_is_that_of_the_contract(broker: Broker) -> None:
+    """Lane by lane, the script's order of home and abroad is ``lanes.abroad_first`` and ``lanes.region_first``."""
+    turns = 4 * LANE_CYCLE
+    regions = {"eu": LONG_MS, "": 0, "us": 0}
+    await enqueue_all(
+        broker,
+        [
+            job_of(region, patience, lane=lane, tenant=region or "none")
+            for region, patience in regions.items()
+            for lane in LANES
+            for _ in range(turns)
+        ],
+    )
+    jobs = await claim_jobs(await joined(broker, "eu"), turns, step=7)
+    home = [("eu" if region_first(turn) else "") for turn in range(turns)]
+    expected = [(lane_order(turn)[0], "us" if abroad_first(turn) else home[turn]) for turn in range(turns)]
+    assert [(job.lane, job.region) for job in jobs] == expected
+
+
+async def test_a_lane_goes_before_the_distance(broker: Broker) -> None:
+    """Somebody who waits elsewhere, free for all, goes before a batch at home."""
+    worker = await joined(broker, "eu")
+    await broker.enqueue(job_of("eu", lane=Lane.BATCH))
+    await broker.enqueue(abroad := job_of("us", patience_ms=0))
+    assert (await worker.claim_one()).job == abroad
+
+
+async def test_a_saturated_home_does_not_starve_abroad(broker: Broker) -> None:
+    """While work of every kind keeps coming at home, a free job of abroad's last lane and band is claimed in time."""
+    worker = await joined(broker, "eu")
+    await broker.enqueue(patient := job_of("us", patience_ms=0, lane=Lane.BATCH, band=BANDS - 1))
+    claims = 0
+    claimed = False
+    while not claimed:
+        await enqueue_all(broker, [job_of("eu", lane=lane, band=band) for lane in LANES for band in range(BANDS)])
+        for lease in await worker.claim(12):
+            claims += 1
+            claimed = claimed or lease.job == patient
+            await broker.settle(lease, Outcome.DONE)
+        assert claims <= REGIONAL_STARVATION_BOUND + 12
+
+
+# Order and fairness
+
+
+@pytest.mark.parametrize("region", ["eu", "us"])
+async def test_a_tenants_jobs_keep_their_order(broker: Broker, region: str) -> None:
+    """Within region, band and tenant: first in, first claimed, at home and abroad."""
+    await enqueue_all(broker, jobs := [job_of("eu", patience_ms=0) for _ in range(20)])
+    assert await claim_jobs(await joined(broker, region), 20, step=3) == jobs
+
+
+@pytest.mark.parametrize("region", ["eu", "us"])
+async def test_tenants_take_turns(broker: Broker, region: str) -> None:
+    """At home and abroad alike."""
+    await enqueue_all(broker, [job_of("eu", patience_ms=0, tenant="big") for _ in range(20)])
+    await enqueue_all(broker, [job_of("eu", patience_ms=0, tenant="small") for _ in range(5)])
+    jobs = await claim_jobs(await joined(broker, region), 10)
+    assert [job.tenant for job in jobs].count(Tenant("small")) == 5
+
+
+@pytest.mark.parametrize("region", ["eu", "us"])
+async def test_bands_keep_their_shares(broker: Broker, region: str) -> None:
+    """At home and abroad alike."""
+    turns = 24
+    await enqueue_all(broker, [job_of("eu", patience_ms=0, band=band) for band in range(BANDS) for _ in range(turns)])
+    jobs = await claim_jobs(await joined(broker, region), turns, step=5)
+    assert [job.band for job in jobs] == [band_order(turn)[0] for turn in range(turns)]
+
+
+async def test_a_fresh_head_does_not_hide_a_patient_one(broker: Broker) -> None:
+    """The least-served tenant's job is not free for all yet; another tenant's is, and is claimed."""
+    await broker.enqueue(job_of("eu", tenant="fresh"))
+    await broker.enqueue(patient := job_of("eu", patience_ms=0, tenant="patient"))
+    worker = await joined(broker, "us")
+    assert [lease.job for lease in await worker.claim(3)] == [patient]
+    assert worker.look_again_ms is not None
+
+
+async def test_a_tenant_served_abroad_pays_for_it_at_home(broker: Broker) -> None:
+    """A tenant whose jobs were run abroad has had its turns when its own region's workers choose."""
+    await enqueue_all(broker, [job_of("eu", patience_ms=0, tenant="impatient") for _ in range(8)])
+    await enqueue_all(broker, [job_of("eu", tenant="local") for _ in range(8)])
+    assert {job.tenant for job in await claim_jobs(await joined(broker, "us"), 4)} == {Tenant("impatient")}
+    jobs = await claim_jobs(await joined(broker, "eu"), 4)
+    assert {job.tenant for job in jobs} == {Tenant("local")}
+
+
+async def test_several_regions_abroad_are_served_by_age(broker: Broker) -> None:
+    """No region is passed over because of its name."""
+    for region in ("c", "a", "b"):
+        await broker.enqueue(job_of(region, patience_ms=0))
+        await asyncio.sleep(0.005)  # so that they are free at different times, whatever the clock's grain
+    jobs = await claim_jobs(await joined(broker, "us"), 3)
+    assert [job.region for job in jobs] == ["c", "a", "b"]
+
+
+# Requeue and endings
+
+
+@pytest.mark.parametrize("counted", [True, False])
+async def test_work_handed_back_is_anybodys_at_once(broker: Broker, counted: bool) -> None:
+    """A job that was started once does not wait for its region again."""
+    await broker.enqueue(job := job_of("eu"))
+    await broker.release(await (await joined(broker, "eu")).claim_one(), "draining", counted=counted)
+    lease = await (await joined(broker, "us")).claim_one()
+    assert (lease.job, lease.epoch) == (job, 2)
+
+
+async def test_lost_work_is_anybodys_at_once(broker: Broker) -> None:
+    """With the worker the region may be gone; whoever is idle is woken, wherever it stands."""
+    await broker.enqueue(job := job_of("eu"))
+    home = await joined(broker, "eu")
+    await home.claim_one()
+    far = await parked(broker, "us")
+    await broker.reclaim(home.incarnation)
+    assert await far.told() == [WAKE]
+    assert (await far.claim_one()).job == job
+
+
+async def test_waiting_jobs_end_as_others_do(broker: Broker, listener: Listener, client: Any) -> None:
+    """Cancelled, expired by the sweep, expired at a claim: the figures agree and the Router hears."""
+    cancelled = job_of("eu", reply_to=listener.router)
+    swept, late = (job_of("eu", ttl_ms=5, reply_to=listener.router, tenant=tenant) for tenant in ("a", "b"))
+    await enqueue_all(broker, [cancelled, swept])
+    assert await broker.cancel(cancelled.id, "gone") is State.QUEUED
+    await listener.hears(MarkerKind.CANCELLED)
+    await asyncio.sleep(0.02)
+    assert (await broker.expire()).expired == 1
+    await listener.hears(MarkerKind.EXPIRED)
+    await broker.enqueue(late)
+    await asyncio.sleep(0.02)
+    assert await (await joined(broker, "eu")).claim(2) == []
+    await listener.hears(MarkerKind.EXPIRED)
+    assert await broker.depths() == {}
+    totals = {event: count for (_, lane, event), count in (await broker.totals()).items() if lane is Lane.INTERACTIVE}
+    assert totals == {"enqueued": 3, "cancelled": 1, "expired": 2}
+    assert not [key async for key in client.scan_iter(match=f"{KEYS.prefix}q:*")]
+
+
+async def test_a_claim_abroad_ends_what_is_not_to_be_run(broker: Broker, listener: Listener) -> None:
+    """Orphans and late jobs of another region are cleaned up on the way to one that runs."""
+    orphan, kept = job_of("eu", 0, reply_to=listener.router), job_of("eu", 0)
+    await enqueue_all(broker, [orphan, job_of("eu", 0, ttl_ms=5), kept])
+    await listener.leave()
+    await asyncio.sleep(0.02)
+    assert [lease.job for lease in await (await joined(broker, "us")).claim(3)] == [kept]
+    assert await broker.enqueue(orphan) is State.CANCELLED
+
+
+async def test_a_dead_letter_is_of_its_lane(broker: Broker, client: Any) -> None:
+    """What is written of a job that used up its attempts does not depend on where it waited."""
+    await broker.enqueue(job_of("eu", max_attempts=1))
+    await broker.release(await (await joined(broker, "eu")).claim_one(), "broken", counted=True)
+    ((_, letter),) = await client.xrange(KEYS.dead)
+    assert letter[b"lane"] == b"interactive"
+    assert (await broker.totals())[MODEL, Lane.INTERACTIVE, "dead"] == 1
+
+
+async def test_depths_add_the_regions_up(broker: Broker) -> None:
+    """A lane's figures are of all its regions, with those waiting by region; what runs is of the lane."""
+    await enqueue_all(broker, [job_of("eu"), job_of("eu"), job_of("a:b @c"), make_job()])
+    await (await joined(broker, "eu")).claim(1)
+    lanes = (await broker.depths())[MODEL]
+    assert set(lanes) == {Lane.INTERACTIVE}
+    depth = lanes[Lane.INTERACTIVE]
+    assert (depth.waiting, depth.leased, depth.by_region) == (3, 1, {"eu": 1, "a:b @c": 1})
+    await (await joined(broker, "a:b @c")).claim(2)
+    assert (await broker.depths())[MODEL][Lane.INTERACTIVE].by_region == {"eu": 1}
+
+
+# Parking and waking
+
+
+async def test_a_job_wakes_a_worker_of_its_region(broker: Broker) -> None:
+    """Whoever parked first, a near one is woken for each job as long as there is one."""
+    await parked(broker, "us")
+    homes = [await parked(broker, "eu") for _ in range(2)]
+    await broker.enqueue(job_of("eu"))
+    assert sorted([len(await worker.told()) for worker in homes]) == [0, 1]
+    await broker.enqueue(job_of("eu"))
+    await broker.enqueue(job_of("eu"))
+    assert sum([len(await worker.told()) for worker in homes]) == 1
+
+
+async def test_one_worker_abroad_is_told_and_no_more(broker: Broker) -> None:
+    """However many jobs come while it watches, the others abroad sleep on."""
+    far = [await parked(broker, region) for region in ("us", "asia", "")]
+    for _ in range(5):
+        await broker.enqueue(job_of("eu"))
+    assert sorted([len(await worker.told()) for worker in far]) == [0, 0, 1]
+
+
+async def test_a_job_with_less_patience_tells_the_watcher_earlier(broker: Broker) -> None:
+    """Somebody looks when the first of a region's jobs is free, whichever came first."""
+    far = await parked(broker, "us")
+    await broker.enqueue(job_of("eu", tenant="slow"))
+    assert await far.told() == [WAKE]
+    assert await far.claim() == []
+    await broker.enqueue(quick := job_of("eu", patience_ms=100, tenant="quick"))
+    assert await far.told() == [WAKE]
+    assert (await look_until_given(far)).job == quick
+
+
+async def test_a_job_of_no_region_wakes_a_worker_of_any(broker: Broker) -> None:
+    """Workers of regions park apart, and are found."""
+    far = await parked(broker, "us")
+    await broker.enqueue(make_job())
+    assert await far.told() == [WAKE]
+
+
+async def test_all_idle_workers_of_all_regions_are_woken_by_jobs_of_none(broker: Broker) -> None:
+    """One after the other, until nobody sleeps."""
+    workers = [await parked(broker, region) for region in ("", "eu", "us", "eu", "asia")]
+    await enqueue_all(broker, [make_job() for _ in range(5)])
+    assert [await worker.told() for worker in workers] == [[WAKE]] * 5
+
+
+async def test_a_watcher_without_a_free_slot_hands_the_watch_over(broker: Broker) -> None:
+    """It took other work: the next idle one abroad is told, and starts the job when its patience is over."""
+    watcher = await parked(broker, "us")
+    await broker.enqueue(job := job_of("eu", patience_ms=200))
+    assert await watcher.told() == [WAKE]
+    assert await watcher.claim() == []
+    idle = await parked(broker, "asia")
+    await broker.enqueue(job_of("us"))
+    assert (await watcher.claim_one()).job.region == "us"
+    assert await idle.told() == [WAKE]
+    assert (await look_until_given(idle)).job == job
+
+
+async def test_a_handed_over_watch_wakes_the_next(broker: Broker) -> None:
+    """A watcher that leaves the parked (it drains) passes its watch on at once."""
+    first = await parked(broker, "us")
+    await broker.enqueue(job := job_of("eu", patience_ms=200))
+    assert await first.told() == [WAKE]
+    assert await first.claim() == []
+    second = await parked(broker, "us")
+    assert await first.claim(n=0) == []
+    assert await second.told() == [WAKE]
+    assert (await look_until_given(second)).job == job
+
+
+async def test_a_dead_watcher_is_made_up_for_by_others_that_claimed(broker: Broker) -> None:
+    """Without a Manager: whoever abroad claimed meanwhile looks too, a little later."""
+    dead, other = await parked(broker, "us"), await joined(broker, "us")
+    await broker.enqueue(job := job_of("eu", patience_ms=100))
+    assert await dead.told() == [WAKE]
+    assert await dead.claim() == []
+    assert (await look_until_given(other)).job == job
+
+
+async def test_a_dead_watcher_is_made_up_for_by_the_next_job(broker: Broker) -> None:
+    """A watcher that did not look in time is replaced when another job comes."""
+    dead = await parked(broker, "us")
+    sleeper = await parked(broker, "asia")
+    await broker.enqueue(job_of("eu", patience_ms=1))
+    if WAKE in await sleeper.told():
+        dead, sleeper = sleeper, dead
+    await asyncio.sleep(0.15)
+    await broker.enqueue(job_of("eu", patience_ms=1))
+    assert await sleeper.told() == [WAKE]
+    assert len(await sleeper.claim(2)) == 2
+
+
+async def test_the_sweep_wakes_home_and_then_abroad(broker: Broker) -> None:
+    """It wakes a worker of the region while there is one asleep, and one abroad if the watch has lapsed."""
+    homes = [await parked(broker, "eu") for _ in range(2)]
+    fars = [await parked(broker, "us") for _ in range(2)]
+    await broker.enqueue(job_of("eu", patience_ms=1))
+    told = [len(await worker.told()) for worker in (*homes, *fars)]
+    assert (sum(told[:2]), sum(told[2:])) == (1, 1)
+    await asyncio.sleep(0.15)
+    assert (await broker.expire()).woken == 2
+    told = [len(await worker.told()) for worker in (*homes, *fars)]
+    assert (sum(told[:2]), sum(told[2:])) == (1, 1)
+
+
+async def test_the_sweep_leaves_a_living_watch_alone(broker: Broker) -> None:
+    """Nobody abroad is woken each second for a job that is not free yet."""
+    fars = [await parked(broker, "us") for _ in range(2)]
+    await broker.enqueue(job_of("eu"))
+    assert sum([len(await worker.told()) for worker in fars]) == 1
+    assert (await broker.expire()).woken == 0
+
+
+async def test_a_chain_of_wakes_and_looks_empties_every_region(broker: Broker) -> None:
+    """Workers of two regions that claim only when woken or when told to look: nothing stays, without any sweep."""
+    workers = [await parked(broker, region) for region in ("us", "us", "asia")]
+    jobs = [job_of("eu", patience_ms=patience, tenant=str(patience)) for patience in (0, 30, 60) for _ in range(4)]
+    await enqueue_all(broker, [*jobs, make_job(), job_of("us"), job_of("asia")])
+    taken: list[str] = []
+
+    async def work(worker: Puller) -> None:
+        while len(taken) < 15:
+            if WAKE not in await worker.told(block_ms=worker.look_again_ms or 2_000) and worker.look_again_ms is None:
+                continue
+            while leases := await worker.claim(1):
+                taken.append(leases[0].job.id)
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*map(work, workers))
+    assert len(set(taken)) == 15
+
+
+# Repeats, bounds, what is left
+
+
+async def test_a_repeated_claim_says_the_same(broker: Broker) -> None:
+    """A claim whose answer was lost gives the same leases and the same time to look, and no more jobs."""
+    worker = await joined(broker, "us")
+    await enqueue_all(broker, [job_of("us"), job_of("eu", patience_ms=5_000)])
+    pools = [(MODEL, LANES)]
+    first = await broker.claim(0, worker.incarnation, 1, 0, 3, pools, "us")
+    again = await broker.claim(0, worker.incarnation, 1, 0, 3, pools, "us")
+    assert [lease.attempt_id for lease in again.leases] == [lease.attempt_id for lease in first.leases]
+    assert len(first.leases) == 1
+    assert first.look_again_ms is not None
+    assert again.look_again_ms is not None
+    assert 0 < again.look_again_ms <= first.look_again_ms
+
+
+async def test_a_worker_that_left_is_parked_nowhere(broker: Broker, client: Any) -> None:
+    """Neither a leave nor a reclaim nor a full slot leaves a mark among the parked of a region."""
+    workers = [await parked(broker, "eu") for _ in range(3)]
+    assert await client.zcard(KEYS.parked(MODEL, Lane.INTERACTIVE, "eu")) == 3
+    await broker.leave(workers[0].incarnation)
+    await broker.reclaim(workers[1].incarnation)
+    await broker.enqueue(job_of("eu"))
+    await workers[2].claim_one()
+    for lane in LANES:
+        assert await client.zcard(KEYS.parked(MODEL, lane, "eu")) == 0
+
+
+async def test_regions_are_bounded(broker: Broker, client: Any) -> None:
+    """Past the bound a job is of no region: anybody may claim it at once, and nothing grows."""
+    await enqueue_all(broker, [job_of(f"r{number}") for number in range(70)])
+    assert await client.zcard(KEYS.regions) == 64
+    assert len((await broker.depths())[MODEL][Lane.INTERACTIVE].by_region) == 64
+    stranger = await joined(broker, "elsewhere")
+    assert len(await stranger.claim(10)) == 6
+    await broker.enqueue(job := job_of("elsewhere"))
+    assert await stranger.told() == [WAKE]
+    assert (await stranger.claim_one()).job == job
+
+
+async def test_a_worker_of_many_models_finds_what_is_free_abroad(broker: Broker) -> None:
+    """As many models as a worker may serve, in all lanes, of a region: the call stays within Lua's bounds."""
+    models = [f"model-{number}" for number in range(1_024)]
+    await enqueue_all(broker, [job_of("eu", 0, model=models[7]), job_of("us", model=models[1_000])])
+    worker = await joined(broker, "us")
+    assert len(await worker.claim(3, models=models)) == 2
+
+
+async def settled_keys(client: Any) -> tuple[set[str], set[str]]:
+    """(keys that stay, keys that expire) now."""
+    stay: set[str] = set()
+    expire: set[str] = set()
+    async for key in client.scan_iter(count=1_000):
+        (expire if await client.pttl(key) > 0 else stay).add(key.decode())
+    return stay, expire
+
+
+async def test_a_drained_queue_leaves_only_counters(broker: Broker, client: Any) -> None:
+    """After everything has ended and everybody has left, what regions needed expires, counters without regions stay."""
+    before, _ = await settled_keys(client)
+    workers = [await parked(broker, region) for region in ("eu", "us", "")]
+    await enqueue_all(
+        broker,
+        [job_of(("eu", "us")[n % 2], 0, tenant=f"t{n % 3}", band=n % BANDS, lane=LANES[n % 3]) for n in range(48)],
+    )
+    ended = 0
+    while ended < 48:
+        for worker in workers:
+            for lease in await worker.claim(4):
+                ended += 1
+                await broker.settle(lease, Outcome.DONE)
+    for worker in workers:
+        assert await worker.claim(2) == []
+        await broker.leave(worker.incarnation)
+    stay, expire = await settled_keys(client)
+    assert stay - before <= {KEYS.totals, KEYS.turns, META}
+    families = {key.removeprefix(KEYS.prefix).split(":")[0] for key in expire}
+    assert families <= {"job", "service", "regions", "regional_turns", "abroad"}
+    for key in (KEYS.totals, KEYS.turns):
+        assert not any(b"@" in field for field in await client.hkeys(key))
+    assert await client.pttl(KEYS.regions) < 2 * 3_600_000
+
+
+async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> None:
+    """The names that the scripts build are those of ``queue_schemas.keys``, for regions that need encoding too."""
+    region, tenant = "eu: {west} @ü", "a:b"
+    home, far = await parked(broker, region), await parked(broker, "us")
+    jobs = [job_of(region, 0, tenant=name) for name in (tenant, tenant, "rival", "rival")]
+    await enqueue_all(broker, jobs)
+    await home.claim(1)
+    await far.claim(1)
+    band = jobs[0].band
+    allowed = {
+        META,
+        *(KEYS.queue(MODEL, Lane.INTERACTIVE, band, name, region) for name in (tenant, "rival")),
+        KEYS.active(MODEL, Lane.INTERACTIVE, band, region),
+        KEYS.service(MODEL, Lane.INTERACTIVE, band, region),
+        KEYS.abroad(MODEL),
+        *(KEYS.job(job.id) for job in jobs),
+        *(key(puller.incarnation) for puller in (home, far) for key in (KEYS.leases, KEYS.claimed, KEYS.control)),
+        *(KEYS.parked(MODEL, lane, name) for lane in LANES for name in (region, "us")),
+        *(KEYS.beats, KEYS.deadlines, KEYS.budget, KEYS.depth, KEYS.totals, KEYS.regions, KEYS.regional_turns),
+    }
+    stay, expire = await settled_keys(client)
+    assert stay | expire <= allowed
+    assert {KEYS.abroad(MODEL), KEYS.service(MODEL, Lane.INTERACTIVE, band, region)} <= expire
+
+
+async def test_without_regions_the_keys_are_what_they_were(backend: Backend, broker: Broker, client: Any) -> None:
+    """Every key and every field of a fabric that names no region: builds that know none share its Redis."""
+    worker = await Puller(broker).join()
+    await enqueue_all(broker, jobs := [make_job(tenant=tenant) for tenant in ("a", "b", "a")])
+    await worker.claim(1)
+    lease = await worker.claim_one()
+    await broker.release(lease, "draining", counted=False)
+    assert len(await worker.claim(4)) == 2
+    where = "sim%2Ftiny%3Av1:interactive"
+    keys = {key.decode().removeprefix(KEYS.prefix) async for key in client.scan_iter(count=1_000)}
+    if not backend.real:
+        keys.add(META)  # written by the check of a real server
+    assert keys == {
+        META, "beats", "budget", "deadlines", "depth", "totals", "turns", f"service:{where}:2",
+        *(f"job:{job.id}" for job in jobs),
+        *(f"{what}:{worker.incarnation}" for what in ("leases", "claimed", "ctl")),
+        *(f"parked:{where.replace('interactive', lane)}" for lane in LANES),
+    }  # fmt: skip
+    fields = {field.decode() for field in await client.hkeys(KEYS.job(jobs[0].id))}
+    assert fields - {"ended"} == {
+        "env", "state", "epoch", "aid", "attempts", "max", "owner", "pool", "lane", "band", "tenant", "reply", "stored",
+        "deadline", "size", "at", "queue", "entry",
+    }  # fmt: skip
+    assert {field.decode() for field in await client.hkeys(KEYS.claimed(worker.incarnation))} == {
+        "seq", "jobs", "parked",
+    }  # fmt: skip
+    assert {field.decode() for field in await client.hkeys(KEYS.depth)} == {f"{where}:leased"}
+    assert {field.decode() for field in await client.hkeys(KEYS.turns)} == {where}
+    assert b"region" not in await client.hget(KEYS.job(jobs[0].id), "env")
+    assert (await broker.depths())[MODEL] == {Lane.INTERACTIVE: LaneDepth(leased=3)}
