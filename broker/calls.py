@@ -21,6 +21,8 @@ from .scripts import load_scripts
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 _REFUSING = ("NOAUTH", "WRONGPASS", "NOPERM")
+_REFUSING_SCRIPTS = ("ACL failure in script", "The user executing the script can't")
+"""Redis 7.0 does not name the command that its user may not send within a script."""
 _FULL = ("OOM", "MISCONF")
 
 
@@ -88,6 +90,11 @@ def as_inferq_error(error: BaseException) -> BrokerUnavailable | BrokerUnsuitabl
     if isinstance(error, REFUSED) or text.startswith(_REFUSING):
         return BrokerUnsuitable(
             f"Redis refuses us: {error}; check the user and password in INFERQ_REDIS_URL and the user's ACL rules"
+        )
+    if any(words in text for words in _REFUSING_SCRIPTS):
+        return BrokerUnsuitable(
+            f"Redis refuses us a part of a script: {text}; ACL LOG on the server names the command or key, and "
+            "docs/topologies.md the rules that a user needs"
         )
     if isinstance(error, OutOfMemoryError) or any(code in text for code in _FULL):
         return BrokerFull(
