@@ -30,17 +30,24 @@ async def started_systems(
 ) -> AsyncIterator[list[System]]:
     """Those of "direct" (the engine alone), "proxy" and "inferq" that ``names`` has, on an engine with its options."""
     async with AsyncExitStack() as exits:
-        engine_port = free_port()
-        options = ("--port", str(engine_port), "--model", MODEL, "--max-num-seqs", "4096", *engine_options)
-        log = folder / "engine.log"
-        await exits.enter_async_context(running("worker.engines.simulated", options, log))
-        engine_url = f"http://127.0.0.1:{engine_port}"
-        await until_answers(f"{engine_url}/health", log)
-        systems = [System("direct", engine_port, {})] if "direct" in names else []
-        for name, start in (("proxy", _proxy), ("inferq", _inferq)):
-            if name in names:
-                systems.append(await exits.enter_async_context(start(folder, engine_url)))
+        port = await exits.enter_async_context(simulated_engine(folder, engine_options))
+        engine_url = f"http://127.0.0.1:{port}"
+        systems = [System("direct", port, {})] if "direct" in names else []
+        if "proxy" in names:
+            systems.append(await exits.enter_async_context(_proxy(folder, engine_url)))
+        if "inferq" in names:
+            systems.append((await exits.enter_async_context(whole_inferq(folder, engine_url)))[0])
         yield systems
+
+
+@asynccontextmanager
+async def simulated_engine(folder: Path, engine_options: Sequence[str]) -> AsyncIterator[int]:
+    """The engine's port."""
+    port, log = free_port(), folder / "engine.log"
+    options = ("--port", str(port), "--model", MODEL, "--max-num-seqs", "4096", *engine_options)
+    async with running("worker.engines.simulated", options, log):
+        await until_answers(f"http://127.0.0.1:{port}/health", log)
+        yield port
 
 
 @asynccontextmanager
@@ -52,7 +59,8 @@ async def _proxy(folder: Path, engine_url: str) -> AsyncIterator[System]:
 
 
 @asynccontextmanager
-async def _inferq(folder: Path, engine_url: str) -> AsyncIterator[System]:
+async def whole_inferq(folder: Path, engine_url: str) -> AsyncIterator[tuple[System, str]]:
+    """Queue, Manager, Router and one Worker; and the queue's URL, for further Routers."""
     async with queue_and_manager(folder) as (queue, manager_pid, manager_url), AsyncExitStack() as exits:
         port, router_log, worker_log = free_port(), folder / "router.log", folder / "worker.log"
         quiet = ("--log-level", "warning")
@@ -65,7 +73,7 @@ async def _inferq(folder: Path, engine_url: str) -> AsyncIterator[System]:
         worker_pid = await exits.enter_async_context(running("worker.service", worker_options, worker_log))
         await until_answers(f"http://127.0.0.1:{port}/v1/models", router_log, wanted=f'"{MODEL}"')
         pids = {"router": router_pid, "worker": worker_pid, "manager": manager_pid, "redis": queue.pid or 0}
-        yield System("inferq", port, pids)
+        yield System("inferq", port, pids), queue.url
 
 
 @asynccontextmanager

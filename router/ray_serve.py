@@ -60,6 +60,7 @@ class ServingReplica:
         self._leave = asyncio.Event()
         listening = asyncio.Event()
         self._life = asyncio.create_task(self._serve(listening), name="router")
+        self._life.add_done_callback(_tell_why)
         waiting = asyncio.create_task(listening.wait())
         await asyncio.wait((self._life, waiting), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -82,31 +83,39 @@ class ServingReplica:
         shutdown_tracing()
 
     async def _serve(self, listening: asyncio.Event) -> None:
-        settings, app = self._settings, self._app
-        stop_accepting, drained = asyncio.Event(), asyncio.Event()
-        async with (
-            Door(_fabric(), settings.host, settings.port) as door,
-            app.running(),
-            asyncio.TaskGroup() as tasks,
-        ):
-            tasks.create_task(
-                run_server(
-                    app,
-                    sock=door.listener,
-                    stop=drained,
-                    stop_accepting=stop_accepting,
-                    shutdown_limit_s=_LAST_CONNECTIONS_S,
-                ),
-                name="http",
-            )
-            log.info("router_listens", host=settings.host, port=settings.port)
-            listening.set()
-            await self._leave.wait()
-            door.close()
-            stop_accepting.set()
-            await app.leave()
-            await app.drain()
-            drained.set()
+        door = Door(_fabric(), self._settings.host, self._settings.port)
+        await serve_through(door, self._app, listening=listening, leave=self._leave)
+
+
+async def serve_through(door: Door, app: RouterApp, *, listening: asyncio.Event, leave: asyncio.Event) -> None:
+    """Serve ``app`` at ``door``; sets ``listening`` when it does. From ``leave`` on go without a request being lost.
+
+    New connections are left to the others at the door at once; those that are open are served until each has been told
+    to end. Raises ``CannotStart`` if the address is taken.
+    """
+    stop_accepting, drained = asyncio.Event(), asyncio.Event()
+    async with door, app.running(), asyncio.TaskGroup() as tasks:
+        server = run_server(
+            app,
+            sock=door.listener,
+            stop=drained,
+            stop_accepting=stop_accepting,
+            shutdown_limit_s=_LAST_CONNECTIONS_S,
+        )
+        tasks.create_task(server, name="http")
+        log.info("router_listens", host=door.host, port=door.port)
+        listening.set()
+        await leave.wait()
+        door.close()
+        stop_accepting.set()
+        await app.leave()
+        await app.drain()
+        drained.set()
+
+
+def _tell_why(life: asyncio.Task[None]) -> None:
+    if not life.cancelled() and (error := life.exception()) is not None:
+        log.critical("router_broken", error=repr(error), exc_info=error)
 
 
 class ProxiedReplica:
