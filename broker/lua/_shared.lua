@@ -160,8 +160,8 @@ local function wake_elsewhere(base, except, now)
 end
 
 -- Jobs of a region that wait are watched from abroad by one worker with a free slot: it was told when to look whether
--- they still wait. ``abroad:<pool>`` holds, per lane and region, that time and the watcher ('-': nobody had a free slot;
--- whoever claims next takes over). The time is never behind that at which a job is free for all.
+-- they still wait. ``abroad:<pool>`` holds, per lane and region, that time and the watcher ('-': nobody had a free
+-- slot; whoever claims next takes over). The time is never behind that at which a job is free for all.
 local watches = {}
 
 local function watch_of(pool, part)

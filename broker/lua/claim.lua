@@ -2,9 +2,9 @@
 -- ARGV: prefix, incarnation, seq, turn, n, attempt id base, park_ms, region ('' for none), then pairs: pool, lanes
 --       (comma separated).
 -- Reply: {'fenced'} if the incarnation was declared dead (or never joined); else {'ok', look_again_ms, job, ...}, each
---       job {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is parked,
---       and should claim again in look_again_ms without being woken (-1: no need), because jobs of another region wait
---       that are free for all then. The same (incarnation, seq) again answers the same leases, as far as they are still
+--       job {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is
+--       parked, and should claim again in look_again_ms without being woken (-1: no need), because jobs of another
+--       region wait that are free for all then. The same (incarnation, seq) again answers the same leases, as far as they are still
 --       held; an older seq nothing. A reply that grows large ends early, and a wake tells the worker to claim again.
 -- The order of lanes and bands, and of home and abroad, is that of queue_schemas/lanes.py.
 -- Invariants: 3 fence (a reclaimed incarnation gets nothing), 5 order, 6 bounded starvation, 10 no start after expiry,
@@ -68,29 +68,6 @@ for from = 1, #asked, 1000 do
   for i, depth in ipairs(depths) do waiting[places[from + i - 1]] = tonumber(depth or 0) end
 end
 
--- Where jobs of other regions wait, by the place without region: what is known of each, longest free for all first.
-local abroad, watched = {}, {}
-if #pools > 0 and call('EXISTS', P .. 'regions') == 1 then
-  for _, pool in ipairs(pools) do
-    local found = call('HGETALL', P .. 'abroad:' .. pool)
-    for i = 1, #found, 2 do
-      local lane, theirs = lane_and_region(found[i])
-      local base = pool .. ':' .. lane
-      if theirs and theirs ~= region and waiting[base] then
-        local at, watcher = string.match(found[i + 1], '^(%d+) (%S+)$')
-        local place_abroad = { pool = pool, part = found[i], where = base .. '@' .. theirs, at = tonumber(at),
-          watcher = watcher }
-        abroad[base] = abroad[base] or {}
-        table.insert(abroad[base], place_abroad)
-        watched[#watched + 1] = place_abroad
-      end
-    end
-  end
-  for _, those in pairs(abroad) do
-    table.sort(those, function(a, b) return a.at < b.at end)
-  end
-end
-
 local function lane_order(t)
   if t % 16 == 15 then return { 'batch', 'interactive', 'background' } end
   if t % 8 == 7 then return { 'background', 'interactive', 'batch' } end
@@ -105,10 +82,6 @@ local function band_order(t)
     if band ~= first then order[#order + 1] = band end
   end
   return order
-end
-
-local function abroad_first(t)
-  return (t + math.floor(t / 16)) % 4 == 3
 end
 
 local function region_first(t)
@@ -193,43 +166,6 @@ local function take_fresh(where, t)
   return nil
 end
 
--- The first job of a tenant at a place abroad, if it is free for all by now; else when it will be; nil if there is none.
-local function free_head(queue, active, tenant)
-  while skipped < MAX_SKIPPED do
-    local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
-    if not entry then
-      call('ZREM', active, tenant)
-      return nil, nil
-    end
-    local free = tonumber(call('HGET', P .. 'job:' .. entry[2][2], 'free') or 0)
-    if free > now then return nil, free end
-    local job = runnable(entry[2][2], queue, entry[1])
-    if job then return job, nil end
-  end
-  return nil, now
-end
-
--- A job abroad that is free for all, of the tenant that was served least among those who have one. If there is none,
--- ``next_free`` of the place is when there may be one; nil if nothing waits there.
-local function take_free(place_abroad, t)
-  place_abroad.next_free = nil
-  for _, band in ipairs(band_order(t)) do
-    local where = place_abroad.where .. ':' .. band
-    local active = P .. 'active:' .. where
-    local heads = call('ZRANGE', active, 0, MAX_HEADS - 1, 'WITHSCORES')
-    for i = 1, #heads, 2 do
-      local job, free = free_head('q:' .. where .. ':' .. heads[i], active, heads[i])
-      if job then
-        if heads[3] then charge(where, heads[i], tonumber(heads[i + 1]), tonumber(heads[2])) end
-        return job
-      end
-      if free then place_abroad.next_free = math.min(place_abroad.next_free or free, free) end
-    end
-  end
-  place_abroad.none_free = true
-  return nil
-end
-
 -- How many jobs were claimed at a place; that of a region's is forgotten after an hour, for regions come and go.
 local turns, regional_turns = {}, {}
 
@@ -271,17 +207,126 @@ local function take_home(where, t)
   return job
 end
 
-local function take_abroad(where)
-  for _, place_abroad in ipairs(abroad[where] or {}) do
-    if place_abroad.at <= now and not place_abroad.none_free and skipped < MAX_SKIPPED then
-      local job = take_free(place_abroad, turn_of(place_abroad.where, true))
-      if job then
-        took(place_abroad.where, true)
-        return job
+-- What a claim has to do with other regions: ``take`` a job there, say when to ``look`` again, ``hand_over`` the watch.
+local function other_regions()
+  -- Where their jobs wait, by the place without region: what is known of each, longest free for all first.
+  local abroad, watched = {}, {}
+  for _, pool in ipairs(pools) do
+    local found = call('HGETALL', P .. 'abroad:' .. pool)
+    for i = 1, #found, 2 do
+      local lane, theirs = lane_and_region(found[i])
+      local base = pool .. ':' .. lane
+      local at, watcher = string.match(found[i + 1], '^(%d+) (%S+)$')
+      if at and theirs and theirs ~= region and waiting[base] then
+        local place_abroad = { pool = pool, part = found[i], where = base .. '@' .. theirs, at = tonumber(at),
+          watcher = watcher }
+        abroad[base] = abroad[base] or {}
+        table.insert(abroad[base], place_abroad)
+        watched[#watched + 1] = place_abroad
       end
     end
   end
-  return nil
+  for _, those in pairs(abroad) do
+    table.sort(those, function(a, b) return a.at < b.at end)
+  end
+
+  -- The first job of a tenant at a place abroad, if it is free for all by now; else when it will be, nil if none waits.
+  local function free_head(queue, active, tenant)
+    while skipped < MAX_SKIPPED do
+      local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
+      if not entry then
+        call('ZREM', active, tenant)
+        return nil, nil
+      end
+      local free = tonumber(call('HGET', P .. 'job:' .. entry[2][2], 'free') or 0)
+      if free > now then return nil, free end
+      local job = runnable(entry[2][2], queue, entry[1])
+      if job then return job, nil end
+    end
+    return nil, now
+  end
+
+  -- A job abroad that is free for all, of the tenant that was served least among those who have one. If there is none,
+  -- ``next_free`` of the place is when there may be one; nil if nothing waits there.
+  local function take_free(place_abroad, t)
+    place_abroad.next_free = nil
+    for _, band in ipairs(band_order(t)) do
+      local where = place_abroad.where .. ':' .. band
+      local active = P .. 'active:' .. where
+      local heads = call('ZRANGE', active, 0, MAX_HEADS - 1, 'WITHSCORES')
+      for i = 1, #heads, 2 do
+        local job, free = free_head('q:' .. where .. ':' .. heads[i], active, heads[i])
+        if job then
+          if heads[3] then charge(where, heads[i], tonumber(heads[i + 1]), tonumber(heads[2])) end
+          return job
+        end
+        if free then place_abroad.next_free = math.min(place_abroad.next_free or free, free) end
+      end
+    end
+    place_abroad.none_free = true
+    return nil
+  end
+
+  local function take(where)
+    for _, place_abroad in ipairs(abroad[where] or {}) do
+      if place_abroad.at <= now and not place_abroad.none_free and skipped < MAX_SKIPPED then
+        local job = take_free(place_abroad, turn_of(place_abroad.where, true))
+        if job then
+          took(place_abroad.where, true)
+          return job
+        end
+      end
+    end
+    return nil
+  end
+
+  -- When this worker, parked, is to look abroad again: when a job is free for all if it is the one that watches, a
+  -- little later if another does. Who looked last watches.
+  local function look()
+    local soonest = nil
+    for _, watch in ipairs(watched) do
+      local at = nil
+      if watch.none_free and not watch.next_free then
+        call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
+      elseif watch.none_free then
+        at = math.max(watch.next_free, now + NEXT_LOOK_MS)
+        set_watch(watch.pool, watch.part, at, incarnation)
+      elseif watch.watcher == incarnation then
+        at = watch.at
+      elseif watch.watcher == '-' then
+        at = watch.at
+        set_watch(watch.pool, watch.part, at, incarnation)
+      else
+        at = watch.at + BEHIND_WATCHER_MS
+      end
+      if at then soonest = math.min(soonest or at, at) end
+    end
+    return soonest
+  end
+
+  -- This worker has no free slot to watch with: somebody else has to.
+  local function hand_over()
+    for _, watch in ipairs(watched) do
+      if watch.watcher == incarnation or watch.at <= now then
+        local lane, theirs = lane_and_region(watch.part)
+        if counter('depth', watch.where .. ':waiting') == 0 then
+          call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
+        else
+          set_watch(watch.pool, watch.part, watch.at, wake_elsewhere(watch.pool .. ':' .. lane, theirs, now) or '-')
+        end
+      end
+    end
+  end
+
+  return { known = #watched > 0, take = take, look = look, hand_over = hand_over }
+end
+
+-- None are known where none are named, which costs a claim one look.
+local abroad = #pools > 0 and #known_regions() > 0 and other_regions()
+if abroad and not abroad.known then abroad = nil end
+
+local function abroad_first(t)
+  return (t + math.floor(t / 16)) % 4 == 3
 end
 
 local function take_from(lane, t, take_at)
@@ -296,10 +341,10 @@ local function take_from(lane, t, take_at)
 end
 
 local function next_job(t)
-  local far_first = #watched > 0 and abroad_first(t)
+  local far_first = abroad and abroad_first(t)
   for _, lane in ipairs(lane_order(t)) do
-    local job = far_first and take_from(lane, t, take_abroad) or take_from(lane, t, take_home)
-    if not job and #watched > 0 and not far_first then job = take_from(lane, t, take_abroad) end
+    local job = far_first and take_from(lane, t, abroad.take) or take_from(lane, t, take_home)
+    if not job and abroad and not far_first then job = take_from(lane, t, abroad.take) end
     if job then return job end
   end
   return nil
@@ -315,10 +360,9 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   job.attempts = int(tonumber(job.attempts) + 1)
   job.aid = attempt_base .. int(#held)
   call('HSET', P .. 'job:' .. job.id, 'state', 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', incarnation)
-  local lane, of_region = lane_and_region(job.lane)
-  if of_region then
-    job.lane = lane
-    call('HSET', P .. 'job:' .. job.id, 'lane', lane)
+  if string.find(job.lane, '@', 1, true) then
+    job.lane = lane_and_region(job.lane)
+    call('HSET', P .. 'job:' .. job.id, 'lane', job.lane)
   end
   call('HSET', P .. 'leases:' .. incarnation, job.id, job.epoch)
   add('depth', place(job) .. ':leased', 1)
@@ -359,53 +403,15 @@ local function park()
   end
 end
 
--- When this worker, parked, is to look abroad again: at once when a job is free for all if it is the one that watches,
--- a little later if another does. Who looked last watches.
-local function next_look()
-  local soonest = nil
-  for _, watch in ipairs(watched) do
-    local look = nil
-    if watch.none_free and not watch.next_free then
-      call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
-    elseif watch.none_free then
-      look = math.max(watch.next_free, now + NEXT_LOOK_MS)
-      set_watch(watch.pool, watch.part, look, incarnation)
-    elseif watch.watcher == incarnation then
-      look = watch.at
-    elseif watch.watcher == '-' then
-      look = watch.at
-      set_watch(watch.pool, watch.part, look, incarnation)
-    else
-      look = watch.at + BEHIND_WATCHER_MS
-    end
-    if look then soonest = math.min(soonest or look, look) end
-  end
-  return soonest
-end
-
--- This worker has no free slot to watch with: somebody else has to.
-local function hand_watches_over()
-  for _, watch in ipairs(watched) do
-    if watch.watcher == incarnation or watch.at <= now then
-      local lane, theirs = lane_and_region(watch.part)
-      if counter('depth', watch.where .. ':waiting') == 0 then
-        call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
-      else
-        set_watch(watch.pool, watch.part, watch.at, wake_elsewhere(watch.pool .. ':' .. lane, theirs, now) or '-')
-      end
-    end
-  end
-end
-
 local look = nil
 if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
   call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake')
 elseif #held < wanted then
   park()
-  look = next_look()
+  look = abroad and abroad.look()
 else
   leave_parking()
-  hand_watches_over()
+  if abroad then abroad.hand_over() end
   for _, where in ipairs(places) do
     if waiting[where] > 0 and wake_one(where, now) then break end
   end

@@ -1,5 +1,5 @@
--- Puts jobs on their queues and wakes one parked worker for each: of the job's region, if it has one. Somebody abroad is
--- told to look when the job's patience is over, unless somebody was told already.
+-- Puts jobs on their queues and wakes one parked worker for each, of the job's region if it has one. Then somebody
+-- abroad is told to look when the job's patience is over, unless somebody was told already.
 -- ARGV: prefix, tenant_jobs, tenant_bytes, pool_jobs, pool_bytes (limits on live jobs and bytes),
 --       then per job: id, envelope, pool, lane, band, tenant, reply, stored, ttl_ms, max_attempts, region, patience_ms.
 -- Reply: per job 'queued', or the state of a job of that id that is already known (tombstones included: a job

@@ -1,5 +1,5 @@
 -- The sweep of each second: ends jobs whose time ran out, trims dead letters, wakes one worker wherever work and
--- parked workers coexist (a wake may have been lost with its worker), and one abroad where a region's jobs are not watched.
+-- parked workers coexist (a wake may have been lost with its worker), and one abroad where nobody watches a region's jobs.
 -- ARGV: prefix, limit (jobs in this call).
 -- Reply: {expired, woken}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
