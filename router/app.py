@@ -27,6 +27,9 @@ from .ray_manager import SCHEME, RayManager
 from .settings import RouterSettings
 from .state import RouterState
 
+_LOOK_S = 0.05
+"""How often a Router that leaves looks whether the answers are complete that did not say so."""
+
 
 class RouterApp:
     """An ASGI app. Under a server without lifespan, run it within :meth:`running`."""
@@ -36,6 +39,7 @@ class RouterApp:
         self._paths = state.settings.paths
         self._inference = Inference(state)
         self._pages = build_pages(state)
+        self._leave_by = float("inf")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -71,13 +75,26 @@ class RouterApp:
                 await self.drain()
 
     async def leave(self) -> None:
-        """For ``lame_duck_ms``: serve on, but say on /readyz and with each answer that clients should go elsewhere."""
+        """For ``lame_duck_ms``: serve on, but say on /readyz and with each answer that clients should go elsewhere.
+
+        Answers that are under way did not say so, and their connections will be used again: the time runs from the end
+        of the last of them. Together with :meth:`drain` it takes ``lame_duck_ms`` and ``shutdown_limit_ms`` at most.
+        """
+        requests, settings = self.state.requests, self.state.settings
+        time, lame_duck_s = asyncio.get_running_loop().time, settings.lame_duck_ms / 1000
         self.state.leaving = True
-        await asyncio.sleep(self.state.settings.lame_duck_ms / 1000)
+        unwarned = requests.now_open()
+        until = time() + lame_duck_s
+        self._leave_by = until + settings.shutdown_limit_ms / 1000
+        while (now := time()) < until:
+            await asyncio.sleep(min(until - now, _LOOK_S))
+            if not unwarned.isdisjoint(requests.now_open()):
+                until = min(time() + lame_duck_s, self._leave_by)
 
     async def drain(self) -> None:
         """Refuse new requests, let the open ones finish within the limit, end the rest with an error."""
-        await self.state.drain(self.state.settings.shutdown_limit_ms / 1000)
+        left_s = self._leave_by - asyncio.get_running_loop().time()
+        await self.state.drain(max(0.0, min(self.state.settings.shutdown_limit_ms / 1000, left_s)))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()

@@ -15,6 +15,7 @@ import secrets
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,9 @@ from telemetry import get_logger
 from telemetry.server import bind_socket
 
 HAND_OVER_LIMIT_S = 2.0
+LOCK_LIMIT_S = 15.0
+"""Longer than it takes to ask several sharers that all hang."""
+LOCK_PAUSE_S = 0.02
 _HELLO = b"door"
 
 log = get_logger(__name__)
@@ -40,7 +44,7 @@ class Door:
     listener: socket.socket
 
     def __init__(self, fabric: str, host: str, port: int, *, folder: Path | None = None) -> None:
-        self._host, self._port = host, port
+        self.host, self.port = host, port
         self._folder = folder or Path(tempfile.gettempdir()) / f"inferq-doors-{os.getuid()}"
         self._name = f"{fabric}-{port}"
         self._path = self._folder / f"{self._name}.{secrets.token_hex(4)}"
@@ -73,8 +77,11 @@ class Door:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(offer.close)
             with self._locked():
-                self.listener = self._shared_by_others() or bind_socket(self._host, self._port)
+                shared = self._shared_by_others()
+                self.listener = shared or bind_socket(self.host, self.port)
                 on_failure.callback(self.listener.close)
+                if shared is not None:
+                    self._check_address(shared)
                 self._shared = self.listener.dup()
                 offer.bind(str(self._path))
                 offer.listen()
@@ -85,9 +92,30 @@ class Door:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One at a time: two that start together must not both find nobody there."""
+        until = time.monotonic() + LOCK_LIMIT_S
         with (self._folder / f"{self._name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise CannotStart(
+                            f"another router has been opening port {self.port} for {LOCK_LIMIT_S:g} s and does not "
+                            f"come to an end: {self._folder / self._name}.lock is held by it; stop it"
+                        ) from None
+                time.sleep(LOCK_PAUSE_S)
             yield
+
+    def _check_address(self, shared: socket.socket) -> None:
+        """Raise ``CannotStart`` if the others listen on another address than we are to."""
+        theirs = shared.getsockname()[0]
+        ours = {address[0] for *_, address in socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)}
+        if theirs not in ours:
+            raise CannotStart(
+                f"the routers of this fabric listen on {theirs}, port {self.port}, and this one is to on {self.host}: "
+                "a new host needs a new port, or all of them stopped first"
+            )
 
     def _shared_by_others(self) -> socket.socket | None:
         for path in self._folder.glob(f"{self._name}.*"):

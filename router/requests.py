@@ -158,6 +158,10 @@ class OpenRequests:
         """Requests that have a job on the queue."""
         return len(self._by_job)
 
+    def now_open(self) -> frozenset[OpenRequest]:
+        """The requests that are open at this moment."""
+        return frozenset(self._all)
+
     def add(self, request: OpenRequest) -> None:
         """A request came."""
         self._all.add(request)
