@@ -59,8 +59,11 @@ class Deaths:
             return Door(DoorState.UNKNOWN)
         return await self._probe.look(member.url, member.worker_id, member.incarnation)
 
-    async def judge(self, member: Member, door: Door) -> Verdict:
-        """Ping, unless the door has said enough, and weigh what is known. Raises broker errors."""
+    async def judge(self, member: Member, door: Door, *, heard: bool) -> Verdict:
+        """Ping, unless the door has said enough, and weigh what is known. Raises broker errors.
+
+        ``heard``: this Manager has heard of the member from itself.
+        """
         has_number = answered = False
         if door.state is not DoorState.SAME:
             has_number, answered = await self._ping(member.incarnation)
@@ -70,7 +73,7 @@ class Deaths:
             ping_answered=answered,
             has_number=has_number,
             had_number=member.had_number or member.incarnation in self._dead,
-            fresh=self._clock() - member.heard_at < self._settings.suspect_ms / 1000,
+            fresh=heard and self._clock() - member.heard_at < self._settings.suspect_ms / 1000,
         )
         return judge(evidence)
 

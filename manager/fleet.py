@@ -23,7 +23,7 @@ from queue_schemas import (
 )
 from telemetry import get_logger
 
-from .core import BeatWatch, DoorState, Member, Registry, Verdict
+from .core import BeatWatch, Door, DoorState, Member, Registry, Verdict
 from .deaths import Clock, Deaths, within
 from .metrics import FleetMetrics
 from .ports import QueuePort, WorkerProbe
@@ -66,6 +66,7 @@ class Fleet:
         self._deaths = Deaths(settings, queue, probe, metrics, clock)
         self._watch = BeatWatch(settings.lease_ms / 1000)
         self._saved: dict[str, WorkerInfo] = {}
+        self._loaded_at: float | None = None
         self._check_at = clock() + SNAPSHOT_CHECK_S
         self._pools_due: dict[str, float] = {}
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -75,7 +76,8 @@ class Fleet:
         limit = self._settings.broker_call_ms
         snapshot = await within(limit, self._queue.load_workers())
         self._saved = dict(snapshot)
-        self.registry.load(snapshot.values(), self._clock())
+        self._loaded_at = self._clock()
+        self.registry.load(snapshot.values(), self._loaded_at)
         self.changed.set()
 
     # What workers ask for
@@ -85,7 +87,7 @@ class Fleet:
         async with self._one_at_a_time(registration.worker_id):
             current = self.registry.find(registration.worker_id)
             if current is not None and current.incarnation != registration.incarnation:
-                verdict = await self._deaths.judge(current, await self._deaths.look(current))
+                verdict = await self._judge(current, await self._deaths.look(current))
                 if verdict is Verdict.ALIVE:
                     raise WorkerIdTaken(
                         f"worker id {registration.worker_id!r} is in use by a live worker ({current.incarnation}): "
@@ -216,7 +218,7 @@ class Fleet:
         if door.state not in (DoorState.REFUSED, DoorState.OTHER):
             return
         try:
-            verdict = await self._deaths.judge(member, door)
+            verdict = await self._judge(member, door)
         except InferqError as error:
             log.info("worker_not_judged", worker=member.worker_id, error=error.message)
             return
@@ -224,6 +226,10 @@ class Fleet:
         heard_since = current is not None and current.heard_at > member.heard_at
         if verdict is Verdict.DEAD and not heard_since:
             self._bury(member.incarnation, "certain")
+
+    async def _judge(self, member: Member, door: Door) -> Verdict:
+        # The snapshot says that a worker was there, not that it is: it may have left while no Manager acted.
+        return await self._deaths.judge(member, door, heard=member.heard_at != self._loaded_at)
 
     def _bury(self, incarnation: Incarnation, how: str) -> None:
         member = self.registry.bury(incarnation)

@@ -5,7 +5,7 @@ import pytest
 from manager.core import Door, DoorState
 from manager.fleet import SNAPSHOT_CHECK_S, Fleet
 from manager.metrics import FleetMetrics
-from queue_schemas import BrokerUnavailable, EngineState, Incarnation, Pool, Registration
+from queue_schemas import BrokerUnavailable, EngineState, Incarnation, Pool, Registration, WorkerIdTaken
 from telemetry import MetricsRegistry
 from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
 
@@ -135,3 +135,17 @@ async def test_a_snapshot_that_others_changed_is_written_again() -> None:
         clock.now += SNAPSHOT_CHECK_S
         await fleet.save()
         assert queue.workers == right
+
+
+async def test_who_is_only_in_the_snapshot_keeps_no_newcomer_out() -> None:
+    """A worker that left while no Manager acted looks, for a while, as if it had just registered: it was not heard."""
+    queue, clock = FakeQueue(), Clock()
+    before = _fleet(queue, clock)
+    await before.register(_registration())
+    await before.save()
+    again = _registration().model_copy(update={"incarnation": "w.0000000000000002"})
+    with pytest.raises(WorkerIdTaken):
+        await before.register(again)
+    after = _fleet(queue, clock)
+    await after.load()
+    assert (await after.register(again)).incarnation == again.incarnation
