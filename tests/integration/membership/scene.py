@@ -231,7 +231,8 @@ class TwoManagers(Fleet):
         return term
 
     async def settled_at(self, number: int) -> None:
-        """Wait until every worker is registered through that Router, with an assignment of its Manager's term."""
+        """Wait until that Manager acts and every worker is registered through its Router, assigned in its term."""
+        await eventually(lambda: self.acts(number), f"{self.managers[number].name} acts", limit_s=PATIENCE_S)
         term = await self.term(number)
 
         async def there() -> bool:
