@@ -7,6 +7,7 @@ It answers what the Manager's HTTP API answers, with the same app: a Router hand
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -102,8 +103,13 @@ class ManagerActor:
                 # A process would end with this sentence; here Ray would only start the actor again, at once.
                 self._unfit = str(unfit.exceptions[0])
                 log.error("broker_unsuitable", error=self._unfit, again_in_s=pause)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                await self._stopped_within(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, LONGEST_PAUSE_S)
+
+    async def _stopped_within(self, limit_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._stop.wait()
 
 
 def _leave_to_ray(life: asyncio.Task[None]) -> None:

@@ -152,7 +152,7 @@ async def test_an_opening_that_does_not_end_is_not_waited_for_for_ever(
 ) -> None:
     """Whoever holds the lock and hangs is named, and the limit is kept."""
     monkeypatch.setattr(module, "LOCK_LIMIT_S", 0.1)
-    door = Door("f", HOST, free_port(), folder=tmp_path)
-    tmp_path.chmod(0o700)
-    with door._locked(), pytest.raises(CannotStart, match="has been opening port"):
-        await Door("f", HOST, door.port, folder=tmp_path).__aenter__()
+    port, folder = free_port(), tmp_path / "doors"
+    async with Door("f", HOST, port, folder=folder) as door:
+        with door._locked(), pytest.raises(CannotStart, match=f"has been opening port {port}"):
+            await Door("f", HOST, port, folder=folder).__aenter__()

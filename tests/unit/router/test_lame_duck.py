@@ -1,4 +1,4 @@
-"""A Router that leaves its shared port: everybody is told, nobody is refused, and the last one gets the whole answer."""
+"""A Router that leaves its shared port: everybody is told, nobody is refused, the last one is answered whole."""
 
 from __future__ import annotations
 
