@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import structlog
 
 from broker import BrokerSettings
 from manager import ray_actor
 from manager.ray_actor import ManagerActor, ensure_manager
 from manager.settings import ManagerSettings
 from queue_schemas import BrokerUnsuitable, CannotStart
-from telemetry import TelemetrySettings
+from telemetry import TelemetrySettings, configure_logging
 from tests.support.faults import ScriptedRedis
 from tests.support.processes import free_port
 from tests.support.servers import Server
@@ -39,6 +42,19 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray_actor, "mirror_metrics", none)
     monkeypatch.setattr(ray_actor, "configure_logging", lambda *_args: None)
+
+
+@pytest.fixture
+def log_lines() -> Iterator[io.StringIO]:
+    """What is logged from now on, as JSON lines."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    stream = io.StringIO()
+    configure_logging("manager", "info", "json", stream=stream)
+    yield stream
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @asynccontextmanager
@@ -179,7 +195,12 @@ asyncio.run(main())
 def test_what_nobody_foresaw_ends_the_process(tmp_path: Path) -> None:
     """A half-dead actor would serve nobody for ever; Ray replaces a dead one. Its log has the traceback."""
     ended = subprocess.run(
-        [sys.executable, "-c", _BROKEN], capture_output=True, text=True, timeout=30, cwd=Path(__file__).parents[3]
+        [sys.executable, "-c", _BROKEN],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=Path(__file__).parents[3],
     )
     assert ended.returncode == 1
     assert '"event":"manager_broken"' in ended.stderr
@@ -193,16 +214,12 @@ def test_settings_that_cannot_work_make_no_actor(url: str) -> None:
         ensure_manager(ManagerSettings(), BrokerSettings(redis_url=url), TelemetrySettings())
 
 
-async def test_the_log_names_the_request(valkey: Server, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_the_log_names_the_request(valkey: Server, log_lines: io.StringIO) -> None:
     """What the Manager logs of a worker's call carries the request id that its Router gave the call."""
-    from telemetry import configure_logging  # noqa: PLC0415 - the fixture has replaced the actor's own
-
-    configure_logging("manager", "info", "json")
     async with actor(valkey.url) as one:
         await acting(one)
         body = json.dumps(REGISTRATION).encode()
         call = one.answer("POST", "/fabric/v1/workers", "", [*JSON, ("x-request-id", "req_of_worker")], body)
         assert (await asyncio.create_task(call))[0] == 200  # in a task of its own, as Ray runs it
-    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
-    named = [line["event"] for line in lines if line.get("request_id") == "req_of_worker"]
-    assert "worker_registered" in named, lines
+    lines = [json.loads(line) for line in log_lines.getvalue().splitlines()]
+    assert [line["event"] for line in lines if line.get("request_id") == "req_of_worker"] == ["worker_joined"]
