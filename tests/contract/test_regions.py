@@ -356,8 +356,8 @@ async def test_a_watcher_without_a_free_slot_hands_the_watch_over(broker: Broker
     await broker.enqueue(job := job_of("eu", patience_ms=200))
     assert await watcher.told() == [WAKE]
     assert await watcher.claim() == []
-    idle = await parked(broker, "asia")
     await broker.enqueue(job_of("us"))
+    idle = await parked(broker, "asia")
     assert (await watcher.claim_one()).job.region == "us"
     assert await idle.told() == [WAKE]
     assert (await look_until_given(idle)).job == job
