@@ -68,6 +68,13 @@ class DataFolder:
             return 0
         return port if 0 < port < 65_536 else 0
 
+    def last_password(self) -> str:
+        """The password of the folder's server; empty if there was none."""
+        try:
+            return (self.path / "password").read_text().strip()
+        except FileNotFoundError:
+            return ""
+
     def remember_port(self, port: int) -> None:
         """For :meth:`last_port` of the next owner."""
         _write_private(self.path / "port", str(port))

@@ -232,6 +232,15 @@ class EmbeddedServer:
                     break
 
 
+async def running_url(data_dir: Path) -> str:
+    """The URL of the embedded server that runs on ``data_dir``, whoever owns it; empty if none does."""
+    folder = DataFolder(data_dir)
+    port, password = folder.last_port(), folder.last_password()
+    if not port or not password:
+        return ""
+    return f"redis://:{password}@{HOST}:{port}/0" if await _ask(port, password, "PING") is not None else ""
+
+
 def find_binary() -> Path:
     """The server's executable for this platform. Raises ``BrokerUnsuitable``, with what to do, if there is none."""
     hint = "set INFERQ_REDIS_URL to a Redis (7.0 or newer) or Valkey (8 or newer) server instead"

@@ -17,6 +17,7 @@ from .commands.options import (
     DEFAULT_URL,
     ApiKey,
     AsJson,
+    ClusterAddress,
     DataDir,
     Engine,
     EngineUrl,
@@ -46,6 +47,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 """Every command. Those with work to do load it when they are called: `inferq --version` is quick."""
+
+ray_app = typer.Typer(help="The fabric in a Ray cluster: Manager as an actor, Routers as a Serve application.")
+app.add_typer(ray_app, name="ray", no_args_is_help=True)
 
 
 def main() -> None:
@@ -261,7 +265,7 @@ def workers(
 
 @app.command()
 def config(
-    table: Annotated[list[str] | None, typer.Argument(help="router, manager, worker, broker, telemetry.")] = None,
+    table: Annotated[list[str] | None, typer.Argument(help="router, manager, worker, ray, broker, telemetry.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Every setting in force, where its value comes from, and what it means."""
@@ -292,3 +296,57 @@ def doctor(
         engine_url=engine_url or "",
     )
     raise typer.Exit(show_findings(asyncio.run(examine(examined)), as_json=as_json))
+
+
+@ray_app.command("up")
+def ray_up(
+    address: ClusterAddress = None,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(envvar="INFERQ_REDIS_URL", help="The Redis or Valkey; default: that of an `inferq up` here."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the way in. Default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65_535, help="Port of the way in. Default 8000.")] = None,
+    way_in: Annotated[str | None, typer.Option(help="replica (the default), or serve: Serve's own proxy.")] = None,
+    min_replicas: Annotated[int | None, typer.Option(min=1, help="Routers that always run. Default 2.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Most Routers. Default 8.")] = None,
+    dashboard_port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Default 8265; 0: a free one. For a cluster of our own.")
+    ] = None,
+    head_port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Default: a free one. For a cluster of our own.")
+    ] = None,
+    data_dir: DataDir = DATA_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Start the fabric in Ray, or change it in place while it serves. Every other setting: `inferq config ray`."""
+    from .commands.ray import ray_up as bring_up  # noqa: PLC0415
+
+    asked = {
+        "address": address,
+        "host": host,
+        "port": port,
+        "way_in": way_in,
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
+        "dashboard_port": dashboard_port,
+        "head_port": head_port,
+        "data_dir": str(data_dir),
+    }
+    raise typer.Exit(bring_up(asked, redis_url=redis_url, as_json=as_json))
+
+
+@ray_app.command("status")
+def ray_status(address: ClusterAddress = None, data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
+    """What runs in Ray. Exit code 0: all is well, 1: something is not, 2: no cluster answers."""
+    from .commands.ray import ray_status as show_status  # noqa: PLC0415
+
+    raise typer.Exit(show_status({"address": address, "data_dir": str(data_dir)}, as_json=as_json))
+
+
+@ray_app.command("down")
+def ray_down(address: ClusterAddress = None, data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
+    """Take the fabric out of Ray, finishing what runs; a cluster that `inferq ray up` started ends with it."""
+    from .commands.ray import ray_down as take_down  # noqa: PLC0415
+
+    raise typer.Exit(take_down({"address": address, "data_dir": str(data_dir)}, as_json=as_json))

@@ -67,6 +67,11 @@ DataDir = Annotated[
     Path, typer.Option(envvar="INFERQ_DATA_DIR", help="Folder of the embedded queue's data and of the logs.")
 ]
 
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option(envvar="INFERQ_RAY_ADDRESS", help="A Ray cluster: host:port, or auto. Default: one of our own."),
+]
+
 
 def stack_options(
     *,

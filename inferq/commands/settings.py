@@ -9,6 +9,7 @@ from rich.table import Table
 
 from broker import BrokerSettings
 from inferq.console import out, print_json
+from inferq.on_ray import RaySettings
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
@@ -17,7 +18,7 @@ from worker.settings import WorkerSettings
 
 TABLES: dict[str, type[RoleSettings]] = {
     settings.table: settings
-    for settings in (RouterSettings, ManagerSettings, WorkerSettings, BrokerSettings, TelemetrySettings)
+    for settings in (RouterSettings, ManagerSettings, WorkerSettings, RaySettings, BrokerSettings, TelemetrySettings)
 }
 
 

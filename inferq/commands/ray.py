@@ -1,0 +1,210 @@
+"""``inferq ray up | status | down``: the fabric in a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from inferq.console import err, out, print_json
+from inferq.on_ray.cluster import Target, connected, require_ray
+from inferq.on_ray.head import Head, locked, read_head, running_head, start_head, stop_head
+from inferq.on_ray.plan import RayPlan
+from inferq.on_ray.settings import RaySettings
+from queue_schemas import CannotStart
+from telemetry import redact_url
+
+if TYPE_CHECKING:
+    from inferq.on_ray.status import ClusterStatus
+
+HEALTHY, UNHEALTHY, NO_CLUSTER = 0, 1, 2
+
+
+def ray_up(asked: Mapping[str, object], *, redis_url: str | None, as_json: bool) -> int:
+    """Bring a cluster to what is asked for; the exit code. Raises ``CannotStart`` with what keeps it from it."""
+    require_ray()
+    settings = RaySettings.load(**asked)
+    folder = settings.data_folder
+    plan = _plan_with_queue(settings, redis_url)
+    with locked(folder):
+        target, started = _find_or_start(settings)
+        try:
+            with connected(target, settings.connect_limit_ms / 1000) as address:
+                from inferq.on_ray.deploy import deploy  # noqa: PLC0415 - loads Ray
+                from inferq.on_ray.status import read_status, wait_ready  # noqa: PLC0415
+
+                changed = deploy(plan, _tell)
+                _tell("waiting until the Router is ready")
+                wait_ready(plan.url, settings.ready_limit_ms / 1000)
+                status = read_status(address)
+        except BaseException:
+            if started is not None:
+                stop_head(started, folder)
+            raise
+    changed = ["Ray started", *changed] if started is not None else changed
+    if as_json:
+        print_json({**_facts(status, target.head), "changed": changed}, line=True)
+    else:
+        _print_up(status, target.head, plan, changed)
+    return HEALTHY
+
+
+def ray_status(asked: Mapping[str, object], *, as_json: bool) -> int:
+    """Say what runs; the exit code: 0 all is well, 1 it is not, 2 there is no cluster."""
+    settings = RaySettings.load(**asked)
+    target = _find(settings)
+    if target is None:
+        raise CannotStart("no Ray cluster of ours runs: start it with `inferq ray up`, or name one with --address")
+    with connected(target, settings.connect_limit_ms / 1000) as address:
+        from inferq.on_ray.status import read_status  # noqa: PLC0415 - loads Ray
+
+        status = read_status(address)
+    if as_json:
+        print_json(_facts(status, target.head))
+    else:
+        _print_rows(status, target.head)
+        for reason in _troubles(status):
+            out.print(f"[yellow]not ready:[/yellow] {escape(reason)}")
+    return HEALTHY if status.healthy else UNHEALTHY
+
+
+def ray_down(asked: Mapping[str, object], *, as_json: bool) -> int:
+    """Take the fabric out of the cluster, and end the cluster if it is our own; the exit code."""
+    settings = RaySettings.load(**asked)
+    folder = settings.data_folder
+    with locked(folder):
+        target = _find(settings)
+        removed = False
+        try:
+            if target is not None:
+                with connected(target, settings.connect_limit_ms / 1000):
+                    from inferq.on_ray.deploy import remove  # noqa: PLC0415 - loads Ray
+
+                    removed = remove(lambda step: err.print(f"stopping {escape(step)}"))
+        except CannotStart as error:
+            if target is None or target.head is None:
+                raise
+            err.print(f"[yellow]not drained:[/yellow] {escape(error.message)}")
+        finally:
+            # Whatever keeps the fabric from a good end: a cluster of our own ends with this command.
+            own = target.head if target is not None else _left_over(settings)
+            if own is not None:
+                err.print("stopping Ray")
+                stop_head(own, folder)
+    if as_json:
+        print_json({"removed": removed, "stopped": own is not None}, line=True)
+    elif removed or own is not None:
+        out.print("The fabric is out of Ray." + (" Ray has ended." if own is not None else " The cluster runs on."))
+    else:
+        out.print("Nothing of ours runs.")
+    return HEALTHY
+
+
+def _find(settings: RaySettings) -> Target | None:
+    """The cluster that is meant: the given one, or our own if it runs."""
+    head = running_head(settings.data_folder)
+    if not settings.address:
+        return None if head is None else Target(head.address, head)
+    return Target(settings.address, head if head is not None and head.address == settings.address else None)
+
+
+def _find_or_start(settings: RaySettings) -> tuple[Target, Head | None]:
+    """The cluster to work on, and its head if it was started for that."""
+    target = _find(settings)
+    if target is not None:
+        return target, None
+    _tell("Ray")
+    head = start_head(settings)
+    return Target(head.address, head), head
+
+
+def _left_over(settings: RaySettings) -> Head | None:
+    """A head of ours that has died, or never came up, and may have left processes."""
+    return None if settings.address else read_head(settings.data_folder)
+
+
+def _plan_with_queue(settings: RaySettings, redis_url: str | None) -> RayPlan:
+    """The plan; without a Redis given, on the embedded queue of an `inferq up` that runs with the same data."""
+    plan = RayPlan.load(settings, redis_url=redis_url)
+    if plan.broker.redis_url or settings.address:
+        return plan
+    from broker.embedded import running_url  # noqa: PLC0415 - needs a POSIX system
+
+    found = asyncio.run(running_url(settings.data_folder / "valkey"))
+    if not found:
+        raise CannotStart(
+            "give --redis-url (or INFERQ_REDIS_URL): Routers in Ray need a Redis or Valkey that outlives them. "
+            f"An `inferq up` that runs with the data folder {settings.data_folder} would have lent its own"
+        )
+    return RayPlan.load(settings, redis_url=found)
+
+
+def _facts(status: ClusterStatus, head: Head | None) -> dict[str, object]:
+    manager = status.manager
+    return {
+        "address": status.address,
+        "own": head is not None,
+        "dashboard": head.dashboard_url if head is not None else "",
+        "pid": head.pid if head is not None else 0,
+        "url": status.url,
+        "way_in": status.way_in,
+        "healthy": status.healthy,
+        "ready": not status.not_ready,
+        "not_ready": list(status.not_ready),
+        "manager": None
+        if manager is None
+        else {"pid": manager.pid, "acting": manager.acting, "not_ready": list(manager.why_not)},
+        "application": None if status.application is None else asdict(status.application),
+    }
+
+
+def _print_up(status: ClusterStatus, head: Head | None, plan: RayPlan, changed: list[str]) -> None:
+    done = "; ".join(changed) if changed else "everything runs as asked for: nothing changed"
+    out.print(f"\n[bold green]inferq is up in Ray[/bold green]: {escape(done)}\n")
+    _print_rows(status, head)
+    out.print(f"  [bold]{'Queue':<11}[/bold]{escape(redact_url(plan.broker.redis_url))}")
+    for reason in _troubles(status):
+        out.print(f"\n[yellow]Not ready yet:[/yellow] {escape(reason)}")
+    if _troubles(status):
+        out.print("It gets ready by itself once that is mended; `inferq ray status` tells.")
+    out.print(f"\nWorkers:  inferq worker --manager-url {status.url} ...", markup=False)
+    out.print("Look:     inferq ray status", markup=False)
+    address = f" --address {status.address}" if head is None else ""
+    out.print(f"Stop:     inferq ray down{address}\n", markup=False)
+
+
+def _print_rows(status: ClusterStatus, head: Head | None) -> None:
+    rows = [("Ray", f"{status.address}  ({'our own' if head is not None else 'joined'})")]
+    if head is not None:
+        rows.append(("Dashboard", f"{head.dashboard_url}  (its token is in {head.token_file})"))
+    if status.manager is None:
+        rows.append(("Manager", "none"))
+    else:
+        acting = "acting" if status.manager.acting else "standing by"
+        rows.append(("Manager", f"process {status.manager.pid}, {acting}"))
+    if status.application is None:
+        rows.append(("Router", "none"))
+    else:
+        replicas = ", ".join(f"{count} {state.lower()}" for state, count in status.application.replicas.items())
+        rows.append(("Router", f"{status.url}/v1  ({replicas or status.application.state.lower()})"))
+        rows.append(("Way in", "the replicas themselves" if status.way_in == "replica" else "Serve's proxy"))
+    for name, text in rows:
+        out.print(f"  [bold]{name:<11}[/bold]{escape(text)}")
+
+
+def _troubles(status: ClusterStatus) -> list[str]:
+    reasons = list(status.not_ready)
+    if status.manager is None:
+        reasons.append("there is no Manager")
+    else:
+        reasons += [f"Manager: {reason}" for reason in status.manager.why_not if reason not in reasons]
+    if status.application is not None and not status.application.runs:
+        reasons.append(f"the Serve application is {status.application.state}: {status.application.message}")
+    return reasons
+
+
+def _tell(step: str) -> None:
+    err.print(escape(step if step.startswith("waiting") else f"starting {step}"))
