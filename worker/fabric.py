@@ -80,8 +80,16 @@ class FabricClient:
         return _parse(HeartbeatAnswer, answer, self.url)
 
     async def deregister(self, worker_id: str, incarnation: Incarnation) -> None:
-        """Tell the Manager that this worker ends."""
-        await self._call("DELETE", f"workers/{worker_id}?incarnation={incarnation}", None)
+        """Tell the Manager that this worker ends, by way of the first URL that leads to one."""
+        for tried in range(1, len(self._urls) + 1):
+            try:
+                await self._call("DELETE", f"workers/{worker_id}?incarnation={incarnation}", None)
+            except ManagerUnavailable:
+                if tried == len(self._urls):
+                    raise
+                self.turn()
+            else:
+                return
 
     async def close(self) -> None:
         session, self._session = self._session, None

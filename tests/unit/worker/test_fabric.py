@@ -78,6 +78,19 @@ async def test_a_wrong_token_is_said_with_what_to_set() -> None:
         await client.close()
 
 
+async def test_a_goodbye_is_said_where_somebody_listens() -> None:
+    """A worker that ends while Managers change tells the one that acts; with none, it says that it could not."""
+    async with answering(503, b"{}") as standing_by, answering(204) as acting:
+        client = FabricClient([standing_by, acting])
+        await client.deregister("w1", INCARNATION)
+        assert client.url == acting
+        await client.close()
+        nobody = FabricClient([standing_by, standing_by])
+        with pytest.raises(ManagerUnavailable):
+            await nobody.deregister("w1", INCARNATION)
+        await nobody.close()
+
+
 async def test_a_url_that_hangs_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever lets a call run out of time is not visited at each turn, unless there is nobody else."""
     monkeypatch.setattr(fabric, "HEARTBEAT_LIMIT_S", 0.05)
