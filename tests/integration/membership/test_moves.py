@@ -141,9 +141,11 @@ async def test_what_foreign_managers_say_of_heartbeats(tmp_path: Path, own_valke
             manager.heartbeats = [answer]
             await registered(number)
         assert set(manager.registered) == {(await worker.page("/status"))["incarnation"]}
-        manager.heartbeats = [(200, {"assignment": old}) for old in (_assignment(4, 99), _assignment(5, 1))]
-        await answered(4)
-        assert (await worker.page("/status"))["assignment"] == [5, 2]
+        for older in (_assignment(4, 99), _assignment(5, 1)):
+            manager.heartbeats = [(200, {"assignment": older})] * 1_000
+            await answered(3)
+            assert (await worker.page("/status"))["assignment"] == [5, 2]
+        manager.heartbeats = []
         manager.assignment = _assignment(6, 1, "sim")
         await answered(2)
         assert (await worker.page("/status"))["assignment"] == [6, 1]
