@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -220,6 +221,17 @@ async def test_a_tenant_served_abroad_pays_for_it_at_home(broker: Broker) -> Non
     assert {job.tenant for job in jobs} == {Tenant("local")}
 
 
+async def test_what_ran_abroad_holds_no_newcomer_up(broker: Broker) -> None:
+    """A tenant whose turn came early abroad does not move the band's clock: newcomers start with those who wait."""
+    await broker.enqueue(job_of("eu", tenant="waits"))
+    await enqueue_all(broker, [job_of("eu", patience_ms=0, tenant="impatient") for _ in range(6)])
+    await claim_jobs(await joined(broker, "us"), 5)
+    await enqueue_all(broker, [job_of("eu", tenant="waits") for _ in range(3)])
+    await enqueue_all(broker, [job_of("eu", tenant="newcomer") for _ in range(4)])
+    jobs = await claim_jobs(await joined(broker, "eu"), 4)
+    assert Counter(job.tenant for job in jobs) == {"waits": 2, "newcomer": 2}
+
+
 async def test_several_regions_abroad_are_served_by_age(broker: Broker) -> None:
     """No region is passed over because of its name."""
     for region in ("c", "a", "b"):
@@ -269,6 +281,7 @@ async def test_waiting_jobs_end_as_others_do(broker: Broker, listener: Listener,
     assert await broker.depths() == {}
     totals = {event: count for (_, lane, event), count in (await broker.totals()).items() if lane is Lane.INTERACTIVE}
     assert totals == {"enqueued": 3, "cancelled": 1, "expired": 2}
+    assert not any(b"@" in field for field in await client.hkeys(KEYS.totals)), "counters grow with regions"
     assert not [key async for key in client.scan_iter(match=f"{KEYS.prefix}q:*")]
 
 
