@@ -35,6 +35,7 @@ OPEN_REQUESTS = "inferq_open_requests"
 _MARGIN_S = 10.0
 _STUCK_LIMIT_S = 5.0
 _LAST_CONNECTIONS_S = 2.0
+_FIRST_READY_S, _READY_LOOK_S = 5.0, 0.02
 
 log = get_logger("router.ray_serve")
 
@@ -90,11 +91,13 @@ class ServingReplica:
 async def serve_through(door: Door, app: RouterApp, *, listening: asyncio.Event, leave: asyncio.Event) -> None:
     """Serve ``app`` at ``door``; sets ``listening`` when it does. From ``leave`` on go without a request being lost.
 
-    New connections are left to the others at the door at once; those that are open are served until each has been told
-    to end. Raises ``CannotStart`` if the address is taken.
+    New connections are left to the others at the door: until it is ready, for ``_FIRST_READY_S`` at most, and again
+    from ``leave`` on. Those that are open then are served until each has been told to end. Raises ``CannotStart`` if
+    the address is taken.
     """
     stop_accepting, drained = asyncio.Event(), asyncio.Event()
     async with door, app.running(), asyncio.TaskGroup() as tasks:
+        await _ready_within(app, _FIRST_READY_S)
         server = run_server(
             app,
             sock=door.listener,
@@ -116,6 +119,13 @@ async def serve_through(door: Door, app: RouterApp, *, listening: asyncio.Event,
 def _tell_why(life: asyncio.Task[None]) -> None:
     if not life.cancelled() and (error := life.exception()) is not None:
         log.critical("router_broken", error=repr(error), exc_info=error)
+
+
+async def _ready_within(app: RouterApp, limit_s: float) -> None:
+    """Return once the app is ready, or after ``limit_s``: then somebody must answer, if only why it is not ready."""
+    until = asyncio.get_running_loop().time() + limit_s
+    while app.state.reasons() and asyncio.get_running_loop().time() < until:
+        await asyncio.sleep(_READY_LOOK_S)
 
 
 class ProxiedReplica:
