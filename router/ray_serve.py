@@ -8,6 +8,7 @@ HAProxy), to the same app. The first is the default: docs/topologies.md has the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 from collections.abc import AsyncIterator, Mapping
@@ -123,9 +124,10 @@ def _tell_why(life: asyncio.Task[None]) -> None:
 
 async def _ready_within(app: RouterApp, limit_s: float) -> None:
     """Return once the app is ready, or after ``limit_s``: then somebody must answer, if only why it is not ready."""
-    until = asyncio.get_running_loop().time() + limit_s
-    while app.state.reasons() and asyncio.get_running_loop().time() < until:
-        await asyncio.sleep(_READY_LOOK_S)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            while app.state.reasons():  # noqa: ASYNC110 - many reasons, no one event
+                await asyncio.sleep(_READY_LOOK_S)
 
 
 class ProxiedReplica:
