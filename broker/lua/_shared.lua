@@ -126,27 +126,6 @@ local function known_regions()
   return regions
 end
 
-local named = {}
-
--- Keeps a region known until then. Answers false if there are too many: its jobs and workers are then of no region.
-local function name_region(region, until_ms, now)
-  if named[region] and named[region] >= until_ms then return true end
-  local key = P .. 'regions'
-  local kept = tonumber(call('ZSCORE', key, region) or 0)
-  if kept < until_ms then
-    if kept == 0 then
-      call('ZREMRANGEBYSCORE', key, '-inf', int(now))
-      if call('ZCARD', key) >= MAX_REGIONS then return false end
-    end
-    kept = until_ms + REGION_MEMORY_MS
-    call('ZADD', key, int(kept), region)
-    call('PEXPIREAT', key, int(call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]))
-    regions = nil
-  end
-  named[region] = kept
-  return true
-end
-
 -- Wakes one worker of no region, or of any but ``except``; not always one of the same region.
 local function wake_elsewhere(base, except, now)
   local woken = wake_parked(base, now)
@@ -159,42 +138,74 @@ local function wake_elsewhere(base, except, now)
   return woken
 end
 
--- Jobs of a region that wait are watched from abroad by one worker with a free slot: it was told when to look whether
--- they still wait. ``abroad:<pool>`` holds, per lane and region, that time and the watcher ('-': nobody had a free
--- slot; whoever claims next takes over). The time is never behind that at which a job is free for all.
-local watches = {}
+-- What only calls that meet regions need. It is made on demand: every function that a script defines costs each call.
+local region_tools = nil
 
-local function watch_of(pool, part)
-  local key = P .. 'abroad:' .. pool
-  watches[key] = watches[key] or {}
-  if watches[key][part] == nil then
-    local at, watcher = string.match(call('HGET', key, part) or '', '^(%d+) (%S+)$')
-    watches[key][part] = at and { at = tonumber(at), watcher = watcher } or false
+local function regional()
+  if region_tools then return region_tools end
+
+  local named = {}
+
+  -- Keeps a region known until then. Answers false if there are too many: its jobs and workers are then of no region.
+  local function name_region(region, until_ms, now)
+    if named[region] and named[region] >= until_ms then return true end
+    local key = P .. 'regions'
+    local kept = tonumber(call('ZSCORE', key, region) or 0)
+    if kept < until_ms then
+      if kept == 0 then
+        call('ZREMRANGEBYSCORE', key, '-inf', int(now))
+        if call('ZCARD', key) >= MAX_REGIONS then return false end
+      end
+      kept = until_ms + REGION_MEMORY_MS
+      call('ZADD', key, int(kept), region)
+      call('PEXPIREAT', key, int(call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]))
+      regions = nil
+    end
+    named[region] = kept
+    return true
   end
-  return watches[key][part]
-end
 
-local function set_watch(pool, part, at, watcher)
-  local key = P .. 'abroad:' .. pool
-  call('HSET', key, part, int(at) .. ' ' .. watcher)
-  watches[key] = watches[key] or {}
-  watches[key][part] = { at = at, watcher = watcher }
-end
+  -- Jobs of a region that wait are watched from abroad by one worker with a free slot: it was told when to look whether
+  -- they still wait. ``abroad:<pool>`` holds, per lane and region, that time and the watcher ('-': nobody had a free
+  -- slot; whoever claims next takes over). The time is never behind that at which a job is free for all.
+  local watches = {}
 
--- Keeps what is known of a pool's watches until then.
-local function keep_watches(pool, until_ms, now)
-  local key = P .. 'abroad:' .. pool
-  if call('PTTL', key) < until_ms - now then call('PEXPIREAT', key, int(until_ms + REGION_MEMORY_MS)) end
-end
+  local function watch_of(pool, part)
+    local key = P .. 'abroad:' .. pool
+    watches[key] = watches[key] or {}
+    if watches[key][part] == nil then
+      local at, watcher = string.match(call('HGET', key, part) or '', '^(%d+) (%S+)$')
+      watches[key][part] = at and { at = tonumber(at), watcher = watcher } or false
+    end
+    return watches[key][part]
+  end
 
--- Sees to it that somebody abroad looks at a place when a job there is free for all. Answers who was woken for it.
-local function ensure_watch(pool, part, free, now)
-  local watch = watch_of(pool, part)
-  if watch and watch.at <= free and (now <= watch.at + LATE_MS or watch.watcher == '-') then return nil end
-  local lane, region = lane_and_region(part)
-  local woken = wake_elsewhere(pool .. ':' .. lane, region, now)
-  set_watch(pool, part, watch and math.min(watch.at, free) or free, woken or '-')
-  return woken
+  local function set_watch(pool, part, at, watcher)
+    local key = P .. 'abroad:' .. pool
+    call('HSET', key, part, int(at) .. ' ' .. watcher)
+    watches[key] = watches[key] or {}
+    watches[key][part] = { at = at, watcher = watcher }
+  end
+
+  -- Keeps what is known of a pool's watches until then.
+  local function keep_watches(pool, until_ms, now)
+    local key = P .. 'abroad:' .. pool
+    if call('PTTL', key) < until_ms - now then call('PEXPIREAT', key, int(until_ms + REGION_MEMORY_MS)) end
+  end
+
+  -- Sees to it that somebody abroad looks at a place when a job there is free for all. Answers who was woken for it.
+  local function ensure_watch(pool, part, free, now)
+    local watch = watch_of(pool, part)
+    if watch and watch.at <= free and (now <= watch.at + LATE_MS or watch.watcher == '-') then return nil end
+    local lane, region = lane_and_region(part)
+    local woken = wake_elsewhere(pool .. ':' .. lane, region, now)
+    set_watch(pool, part, watch and math.min(watch.at, free) or free, woken or '-')
+    return woken
+  end
+
+  region_tools = { name = name_region, watch_of = watch_of, set_watch = set_watch, keep_watches = keep_watches,
+    ensure_watch = ensure_watch }
+  return region_tools
 end
 
 -- Wakes one worker that may claim at a place now: the region's own, or anybody if there is no region.

@@ -4,8 +4,9 @@
 -- Reply: {'fenced'} if the incarnation was declared dead (or never joined); else {'ok', look_again_ms, job, ...}, each
 --       job {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is
 --       parked, and should claim again in look_again_ms without being woken (-1: no need), because jobs of another
---       region wait that are free for all then. The same (incarnation, seq) again answers the same leases, as far as they are still
---       held; an older seq nothing. A reply that grows large ends early, and a wake tells the worker to claim again.
+--       region wait that are free for all then. The same (incarnation, seq) again answers the same leases, as far as
+--       they are still held; an older seq nothing. A reply that grows large ends early, and a wake tells the worker to
+--       claim again.
 -- The order of lanes and bands, and of home and abroad, is that of queue_schemas/lanes.py.
 -- Invariants: 3 fence (a reclaimed incarnation gets nothing), 5 order, 6 bounded starvation, 10 no start after expiry,
 --       13 liveness (what is left wakes the next worker).
@@ -47,22 +48,19 @@ end
 
 -- ``serves``: the places at which any worker may claim; ``own``: those of its region, by them.
 local pools, serves, own, waiting, places, asked = {}, {}, {}, {}, {}, {}
-local function ask(where)
-  places[#places + 1] = where
-  asked[#asked + 1] = where .. ':waiting'
-end
 for i = 9, #ARGV, 2 do
   pools[#pools + 1] = ARGV[i]
   for lane in string.gmatch(ARGV[i + 1], '[^,]+') do
     local where = ARGV[i] .. ':' .. lane
     serves[#serves + 1] = where
-    ask(where)
+    places[#places + 1] = where
     if region ~= '' then
       own[where] = where .. '@' .. region
-      ask(own[where])
+      places[#places + 1] = own[where]
     end
   end
 end
+for i, where in ipairs(places) do asked[i] = where .. ':waiting' end
 for from = 1, #asked, 1000 do
   local depths = call('HMGET', P .. 'depth', unpack(asked, from, math.min(from + 999, #asked)))
   for i, depth in ipairs(depths) do waiting[places[from + i - 1]] = tonumber(depth or 0) end
@@ -82,10 +80,6 @@ local function band_order(t)
     if band ~= first then order[#order + 1] = band end
   end
   return order
-end
-
-local function region_first(t)
-  return (t + math.floor(t / 16)) % 2 == 0
 end
 
 local skipped = 0
@@ -169,41 +163,40 @@ end
 -- How many jobs were claimed at a place; that of a region's is forgotten after an hour, for regions come and go.
 local turns, regional_turns = {}, {}
 
-local function turn_of(where, regional)
-  turns[where] = turns[where] or tonumber(call('HGET', P .. (regional and 'regional_turns' or 'turns'), where) or 0)
+local function turn_of(where, key)
+  turns[where] = turns[where] or tonumber(call('HGET', P .. key, where) or 0)
   return turns[where]
 end
 
-local function took(where, regional)
-  turns[where] = turns[where] + 1
-  if regional then
-    regional_turns[where] = turns[where]
-  else
-    add('turns', where, 1)
-  end
-end
-
 local function take(where)
-  local t = turn_of(where, false)
+  local t = turn_of(where, 'turns')
   local retry_first = t % 4 ~= 3
   local job = retry_first and take_retry(where) or take_fresh(where, t)
   if not job and not retry_first then job = take_retry(where) end
-  if job then took(where, false) end
+  if job then
+    turns[where] = t + 1
+    add('turns', where, 1)
+  end
   return job
 end
 
-local function take_own(where)
-  local job = take_fresh(where, turn_of(where, true))
-  if job then took(where, true) end
-  return job
-end
-
+-- A job at home: of this worker's region or of none, in turns.
 local function take_home(where, t)
   local theirs = own[where]
+  local region_first = theirs and (t + math.floor(t / 16)) % 2 == 0
   local job = nil
-  if theirs and region_first(t) and waiting[theirs] > 0 then job = take_own(theirs) end
-  if not job and waiting[where] > 0 and skipped < MAX_SKIPPED then job = take(where) end
-  if not job and theirs and waiting[theirs] > 0 and skipped < MAX_SKIPPED then job = take_own(theirs) end
+  for step = 1, theirs and 2 or 1 do
+    if job or skipped >= MAX_SKIPPED then break end
+    if theirs and (step == 1) == region_first then
+      if waiting[theirs] > 0 then job = take_fresh(theirs, turn_of(theirs, 'regional_turns')) end
+      if job then
+        turns[theirs] = turns[theirs] + 1
+        regional_turns[theirs] = turns[theirs]
+      end
+    elseif waiting[where] > 0 then
+      job = take(where)
+    end
+  end
   return job
 end
 
@@ -270,9 +263,10 @@ local function other_regions()
   local function take(where)
     for _, place_abroad in ipairs(abroad[where] or {}) do
       if place_abroad.at <= now and not place_abroad.none_free and skipped < MAX_SKIPPED then
-        local job = take_free(place_abroad, turn_of(place_abroad.where, true))
+        local job = take_free(place_abroad, turn_of(place_abroad.where, 'regional_turns'))
         if job then
-          took(place_abroad.where, true)
+          turns[place_abroad.where] = turns[place_abroad.where] + 1
+          regional_turns[place_abroad.where] = turns[place_abroad.where]
           return job
         end
       end
@@ -290,12 +284,12 @@ local function other_regions()
         call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
       elseif watch.none_free then
         at = math.max(watch.next_free, now + NEXT_LOOK_MS)
-        set_watch(watch.pool, watch.part, at, incarnation)
+        regional().set_watch(watch.pool, watch.part, at, incarnation)
       elseif watch.watcher == incarnation then
         at = watch.at
       elseif watch.watcher == '-' then
         at = watch.at
-        set_watch(watch.pool, watch.part, at, incarnation)
+        regional().set_watch(watch.pool, watch.part, at, incarnation)
       else
         at = watch.at + BEHIND_WATCHER_MS
       end
@@ -312,7 +306,8 @@ local function other_regions()
         if counter('depth', watch.where .. ':waiting') == 0 then
           call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
         else
-          set_watch(watch.pool, watch.part, watch.at, wake_elsewhere(watch.pool .. ':' .. lane, theirs, now) or '-')
+          local woken = wake_elsewhere(watch.pool .. ':' .. lane, theirs, now)
+          regional().set_watch(watch.pool, watch.part, watch.at, woken or '-')
         end
       end
     end
@@ -324,10 +319,6 @@ end
 -- None are known where none are named, which costs a claim one look.
 local abroad = #pools > 0 and #known_regions() > 0 and other_regions()
 if abroad and not abroad.known then abroad = nil end
-
-local function abroad_first(t)
-  return (t + math.floor(t / 16)) % 4 == 3
-end
 
 local function take_from(lane, t, take_at)
   for p = 0, #pools - 1 do
@@ -341,7 +332,7 @@ local function take_from(lane, t, take_at)
 end
 
 local function next_job(t)
-  local far_first = abroad and abroad_first(t)
+  local far_first = abroad and (t + math.floor(t / 16)) % 4 == 3
   for _, lane in ipairs(lane_order(t)) do
     local job = far_first and take_from(lane, t, abroad.take) or take_from(lane, t, take_home)
     if not job and abroad and not far_first then job = take_from(lane, t, abroad.take) end
@@ -387,9 +378,12 @@ local function leave_parking()
   call('HDEL', claimed_key, 'parked')
 end
 
-local function park()
+local look = nil
+if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
+  call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake')
+elseif #held < wanted then
   local at = serves
-  if region ~= '' and name_region(region, now + park_ms, now) then
+  if region ~= '' and regional().name(region, now + park_ms, now) then
     at = {}
     for i, where in ipairs(serves) do at[i] = own[where] end
   end
@@ -401,13 +395,6 @@ local function park()
   for _, where in ipairs(at) do
     call('ZADD', P .. 'parked:' .. where, int(now + park_ms), incarnation)
   end
-end
-
-local look = nil
-if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
-  call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake')
-elseif #held < wanted then
-  park()
   look = abroad and abroad.look()
 else
   leave_parking()

@@ -58,8 +58,8 @@ for i = 6, #ARGV, 12 do
     answers[#answers + 1] = 'over ' .. over
   else
     local deadline = int(now + tonumber(ttl))
-    local regional = region ~= '' and name_region(region, tonumber(deadline), now)
-    local part = regional and lane .. '@' .. region or lane
+    local of_region = region ~= '' and regional().name(region, tonumber(deadline), now)
+    local part = of_region and lane .. '@' .. region or lane
     local where = pool .. ':' .. part
     local queue = 'q:' .. where .. ':' .. band .. ':' .. tenant
     local entry = call('XADD', P .. queue, '*', 'id', id)
@@ -73,11 +73,11 @@ for i = 6, #ARGV, 12 do
     add('depth', where .. ':waiting', 1)
     add('totals', pool .. ':' .. lane .. ':enqueued', 1)
     wake_one(where, now)
-    if regional then
+    if of_region then
       local free = now + tonumber(patience)
       call('HSET', key, 'free', int(free))
-      ensure_watch(pool, part, free, now)
-      keep_watches(pool, tonumber(deadline), now)
+      regional().ensure_watch(pool, part, free, now)
+      regional().keep_watches(pool, tonumber(deadline), now)
     end
     answers[#answers + 1] = 'queued'
   end

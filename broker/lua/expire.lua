@@ -1,5 +1,5 @@
 -- The sweep of each second: ends jobs whose time ran out, trims dead letters, wakes one worker wherever work and
--- parked workers coexist (a wake may have been lost with its worker), and one abroad where nobody watches a region's jobs.
+-- parked workers coexist (a wake may have been lost with its worker), and one abroad where nobody watches.
 -- ARGV: prefix, limit (jobs in this call).
 -- Reply: {expired, woken}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
@@ -21,13 +21,13 @@ end
 
 -- A region's jobs without a watcher, or with one that did not look when it should have.
 local function see_watched(pool, part, now)
-  local watch = watch_of(pool, part)
+  local watch = regional().watch_of(pool, part)
   if watch and now <= watch.at + LATE_MS then return nil end
   local lane, region = lane_and_region(part)
   local woken = wake_elsewhere(pool .. ':' .. lane, region, now)
   if woken or not watch then
-    set_watch(pool, part, watch and watch.at or now, woken or '-')
-    keep_watches(pool, now, now)
+    regional().set_watch(pool, part, watch and watch.at or now, woken or '-')
+    regional().keep_watches(pool, now, now)
   end
   return woken
 end
