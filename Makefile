@@ -10,6 +10,7 @@ SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
 RUNTIME := $(VENV)/.installed-runtime
+RAY := $(VENV)/.installed-ray
 DEV := $(VENV)/.installed-dev
 
 # What `up` and `demo` take. Each is also an option of `inferq up`; an empty one means its default.
@@ -29,10 +30,15 @@ UP_OPTIONS = $(call option,--engine,ENGINE) $(call option,--model,MODEL) $(call 
 	$(call option,--worker-port,WORKER_PORT) $(call option,--redis-url,REDIS_URL) \
 	$(call option,--engine-url,ENGINE_URL) $(call option,--data-dir,DATA_DIR)
 
+# What `ray-up` takes beside REDIS_URL and DATA_DIR: options of `inferq ray up`.
+ADDRESS ?=
+PORT ?=
+RAY_OPTIONS = $(call option,--address,ADDRESS) $(call option,--data-dir,DATA_DIR)
+
 # What `test` and `bench` hand on: make test ARGS="-k settle -x"
 ARGS ?=
 
-.PHONY: help up demo test test-vllm check format bench lock wheel-check install clean
+.PHONY: help up demo ray-up ray-down test test-vllm check format bench lock wheel-check install clean
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -45,6 +51,12 @@ PROMPTS ?= $(wildcard ../shared/data/humaneval.jsonl.gz)
 
 demo: $(RUNTIME) ## Show it at work: a chat, a streamed chat, 20 prompts at once (PROMPTS=file)
 	@exec $(PY) -m inferq demo $(UP_OPTIONS) $(call option,--prompts,PROMPTS)
+
+ray-up: $(RAY) ## The same in Ray: Manager and Routers, for workers to join (REDIS_URL=...)
+	@exec $(PY) -m inferq ray up $(RAY_OPTIONS) $(call option,--redis-url,REDIS_URL) $(call option,--port,PORT)
+
+ray-down: $(RAY) ## Take it out of Ray again
+	@exec $(PY) -m inferq ray down $(RAY_OPTIONS)
 
 test: $(DEV) ## Run the tests that need no real vLLM
 	$(PY) -m pytest -m "not vllm" $(ARGS)
@@ -80,6 +92,9 @@ clean: ## Remove .venv, caches and build outputs; data in .inferq stays
 
 $(RUNTIME): requirements/build.lock requirements/runtime.lock pyproject.toml scripts/bootstrap.sh
 	@sh scripts/bootstrap.sh $(VENV) runtime
+
+$(RAY): requirements/build.lock requirements/ray.lock pyproject.toml scripts/bootstrap.sh
+	@sh scripts/bootstrap.sh $(VENV) ray
 
 $(DEV): requirements/build.lock requirements/dev.lock pyproject.toml scripts/bootstrap.sh
 	@sh scripts/bootstrap.sh $(VENV) dev

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: bootstrap.sh VENV SET   (SET: runtime or dev)
+# Usage: bootstrap.sh VENV SET   (SET: runtime, ray or dev)
 #
 # Creates VENV with a Python of 3.11 to 3.13 and installs the versions of requirements/SET.lock and this checkout into
 # it. Needs nothing but that Python (PYTHON names one to use). The stamp is written last, so that an interrupted run is
@@ -39,7 +39,9 @@ echo "inferq: installing $(grep -c '==' "$lock") locked packages into $venv (onc
 # setuptools warns of every editable installation; nothing here can be mistaken for another package.
 PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 touch "$venv/.installed-$set_name"
-if [ "$set_name" = dev ]; then
-    touch "$venv/.installed-runtime"
-fi
+# Each set holds those before it.
+case $set_name in
+dev) touch "$venv/.installed-runtime" "$venv/.installed-ray" ;;
+ray) touch "$venv/.installed-runtime" ;;
+esac
 echo "inferq: $venv is ready"

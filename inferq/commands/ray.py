@@ -16,6 +16,7 @@ from inferq.on_ray.plan import RayPlan
 from inferq.on_ray.settings import RaySettings
 from queue_schemas import CannotStart
 from telemetry import redact_url
+from telemetry.server import bind_socket
 
 if TYPE_CHECKING:
     from inferq.on_ray.status import ClusterStatus
@@ -116,6 +117,7 @@ def _find_or_start(settings: RaySettings) -> tuple[Target, Head | None]:
     target = _find(settings)
     if target is not None:
         return target, None
+    bind_socket(settings.host, settings.port).close()  # replicas would say the same, after the start of a head
     _tell("Ray")
     head = start_head(settings)
     return Target(head.address, head), head
@@ -171,9 +173,11 @@ def _print_up(status: ClusterStatus, head: Head | None, plan: RayPlan, changed: 
     if _troubles(status):
         out.print("It gets ready by itself once that is mended; `inferq ray status` tells.")
     out.print(f"\nWorkers:  inferq worker --manager-url {status.url} ...", markup=False)
-    out.print("Look:     inferq ray status", markup=False)
-    address = f" --address {status.address}" if head is None else ""
-    out.print(f"Stop:     inferq ray down{address}\n", markup=False)
+    where = f" --address {status.address}" if head is None else ""
+    if plan.ray.data_dir != RaySettings.model_fields["data_dir"].default:
+        where += f" --data-dir {plan.ray.data_dir}"
+    out.print(f"Look:     inferq ray status{where}", markup=False)
+    out.print(f"Stop:     inferq ray down{where}\n", markup=False)
 
 
 def _print_rows(status: ClusterStatus, head: Head | None) -> None:

@@ -110,9 +110,9 @@ def start_head(settings: RaySettings) -> Head:
     if settings.head_port:
         bind_socket(host, settings.head_port, setting="--head-port").close()
     _prepare_session(session)
-    token = _ensure_token(folder)
     log_path = folder / "logs" / "ray-head.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    token = _ensure_token(folder)
     with log_path.open("ab") as log:
         since = log.tell()
         process = subprocess.Popen(

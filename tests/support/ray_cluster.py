@@ -30,7 +30,7 @@ from .processes import free_port
 from .servers import Server
 
 ROOT = Path(__file__).parents[2]
-UP_LIMIT_S, ASK_LIMIT_S = 110.0, 60.0
+UP_LIMIT_S, ASK_LIMIT_S = 180.0, 60.0
 _MANAGER = {"LEASE_MS": 3_000, "HEARTBEAT_MS": 300, "SUSPECT_MS": 1_000, "ACTING_TTL_MS": 1_500, "SWEEP_MS": 200}
 _ROUTER = {"DIRECTORY_MS": 100, "SWEEP_MS": 50, "DEADLINE_GRACE_MS": 1_000}
 """The same short times as in :mod:`tests.support.fleet`."""
@@ -57,15 +57,17 @@ class RayCluster:
         clean |= {"TMPDIR": str(self._session)}  # where Routers hand each other their socket
         clean |= {f"INFERQ_MANAGER_{name}": str(value) for name, value in _MANAGER.items()}
         clean |= {f"INFERQ_ROUTER_{name}": str(value) for name, value in _ROUTER.items()}
-        clean |= {"INFERQ_RAY_LAME_DUCK_MS": "500"}
+        clean |= {"INFERQ_RAY_LAME_DUCK_MS": "500", "INFERQ_REDIS_URL": server.url}
         changes = env or {}
         self.env = {name: value for name, value in {**clean, **changes}.items() if value is not None}
 
-    def inferq(self, *arguments: str, limit_s: float = UP_LIMIT_S) -> subprocess.CompletedProcess[str]:
-        """Run one `inferq` command with this cluster's environment and data folder; its output as text."""
+    def inferq(
+        self, *arguments: str, env: Mapping[str, str] | None = None, limit_s: float = UP_LIMIT_S
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one `inferq` command with this cluster's environment (or ``env``) and data folder; its output as text."""
         return subprocess.run(
             [sys.executable, "-m", "inferq", *arguments],
-            env={**self.env, "INFERQ_DATA_DIR": str(self.data_dir)},
+            env={**(env or self.env), "INFERQ_DATA_DIR": str(self.data_dir)},
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -77,7 +79,7 @@ class RayCluster:
     def up(self, *flags: str) -> dict[str, Any]:
         """`inferq ray up`, which must go well; what it says of the fabric."""
         ports = ("--port", str(self.port), "--dashboard-port", str(self.dashboard_port))
-        done = self.inferq("ray", "up", "--redis-url", self.server.url, *ports, "--json", *flags)
+        done = self.inferq("ray", "up", *ports, "--json", *flags)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{self.logs()}"
         said: dict[str, Any] = json.loads(done.stdout)
         return said
@@ -88,6 +90,11 @@ class RayCluster:
         assert done.stdout, done.stderr
         said: dict[str, Any] = json.loads(done.stdout)
         return said
+
+    @property
+    def dashboard_url(self) -> str:
+        """Where Serve's own command reaches the cluster."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
 
     @property
     def address(self) -> str:
