@@ -21,7 +21,8 @@ _IS_STUBBORN = "trap '' TERM; (trap '' TERM; exec sleep 300) & echo 127.0.0.1:1 
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Iterator[RaySettings]:
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RaySettings]:
+    monkeypatch.setattr(heads, "STOP_LIMIT_S", 0.5)  # what the stand-in starts does not end with it
     made = RaySettings.load(
         data_dir=str(tmp_path / "data"), session_dir=str(tmp_path / "s"), dashboard_port=0, start_limit_ms=20_000
     )
@@ -50,11 +51,8 @@ def test_a_head_is_found_again_by_its_record(settings: RaySettings, script: list
     assert len(head.processes()) == 2
 
 
-def test_stopping_ends_head_and_children_and_may_be_repeated(
-    settings: RaySettings, script: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopping_ends_head_and_children_and_may_be_repeated(settings: RaySettings, script: list[str]) -> None:
     """Also those that do not listen to SIGTERM; the record goes with them."""
-    monkeypatch.setattr(heads, "STOP_LIMIT_S", 0.3)
     for script[0] in (_GOES_WELL, _IS_STUBBORN):
         head = start_head(settings)
         assert len(head.processes()) == 2
@@ -64,11 +62,8 @@ def test_stopping_ends_head_and_children_and_may_be_repeated(
         stop_head(head, settings.data_folder)
 
 
-def test_what_a_killed_head_has_left_is_ended_before_the_next_starts(
-    settings: RaySettings, script: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_head_has_left_is_ended_before_the_next_starts(settings: RaySettings, script: list[str]) -> None:
     """A stale record is no running head; its processes are still known by their session."""
-    monkeypatch.setattr(heads, "STOP_LIMIT_S", 0.3)
     head = start_head(settings)
     os.kill(head.pid, signal.SIGKILL)
     os.waitpid(head.pid, 0)

@@ -1,0 +1,177 @@
+"""`inferq ray up | status | down`, as a shell calls them, on a real cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import stat
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.support.fleet import Fleet
+from tests.support.ray_cluster import RayCluster
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.timeout(400)
+
+
+async def test_the_fabric_in_ray_serves_and_says_how_it_is(ray_cluster: RayCluster, ray_fleet: Fleet) -> None:
+    """A worker that knows only the way in serves a client that knows only it; status says that all is well."""
+    await ray_fleet.worker("worker-1").start()
+    await ray_fleet.until_served(1)
+    question = {"model": "sim", "messages": [{"role": "user", "content": "hello there"}]}
+    async with ray_fleet.session.post(f"{ray_cluster.url}/v1/chat/completions", json=question) as answer:
+        assert answer.status == 200, await answer.text()
+        assert (await answer.json())["choices"][0]["message"]["content"] == "hello there"
+    done = ray_cluster.inferq("ray", "status", "--json")
+    status = json.loads(done.stdout)
+    assert (done.returncode, status["healthy"], status["url"]) == (0, True, ray_cluster.url)
+    assert status["manager"]["acting"]
+    assert status["application"]["replicas"] == {"RUNNING": 2}
+    people = ray_cluster.inferq("ray", "status")
+    assert people.returncode == 0
+    assert f"{ray_cluster.url}/v1  (2 running)" in people.stdout
+
+
+def test_the_cluster_is_guarded_and_stays_on_loopback(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """Nothing of it listens elsewhere but Serve's ports between replicas, which Ray binds so and guards by the token;
+    without the token nobody is let in; nobody else reads the token."""
+    inodes = _sockets_of([pid for pid in ray_cluster.processes() if pid not in ray_cluster.replicas()])
+    hosts = {host for host, inode in _listening() if inode in inodes}
+    assert hosts
+    assert hosts <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    mode = stat.S_IMODE((ray_cluster.data_dir / "ray-token").stat().st_mode)
+    assert mode == 0o600
+    env = {**ray_cluster.driver_env, "RAY_AUTH_MODE": "disabled"}
+    refused = ray_cluster.inferq(
+        *("ray", "status", "--address", ray_cluster.address, "--data-dir", str(tmp_path)), env=env
+    )
+    assert refused.returncode == 2, refused.stdout
+    assert "wants its token" in refused.stderr
+
+
+async def test_up_again_changes_nothing(ray_cluster: RayCluster) -> None:
+    """The same settings, the same processes."""
+    before = sorted(ray_cluster.processes("ray::"))
+    said = ray_cluster.up()
+    assert said["changed"] == []
+    assert said["ready"]
+    assert sorted(set(before) & set(ray_cluster.processes("ray::"))) == before
+
+
+def test_a_stranger_at_the_address_is_not_waited_for(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """What listens there is no head: one sentence, within the limit."""
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        address = f"127.0.0.1:{stranger.getsockname()[1]}"
+        other = {**ray_cluster.env, "INFERQ_RAY_CONNECT_LIMIT_MS": "2000"}
+        done = ray_cluster.inferq(
+            *("ray", "status", "--address", address, "--data-dir", str(tmp_path)), env=other, limit_s=60
+        )
+    assert done.returncode == 2
+    assert f"the Ray cluster at {address} did not let this process in within 2 s" in done.stderr
+
+
+async def test_redis_may_be_away(ray_cluster: RayCluster) -> None:
+    """`up` starts another Manager without it, ends well and says what is missing; with Redis back all gets ready."""
+
+    async def ready() -> bool:
+        async with aiohttp.ClientSession() as session, session.get(f"{ray_cluster.url}/readyz") as answer:
+            return answer.status == 200
+
+    async def unready() -> bool:
+        return not await ready()
+
+    ray_cluster.server.kill()
+    try:
+        await eventually(unready, "the Router notices", limit_s=30)
+        ray_cluster.env |= {"INFERQ_RAY_READY_LIMIT_MS": "200", "INFERQ_MANAGER_PING_MS": "400"}
+        said = ray_cluster.up()
+        assert said["changed"] == ["Manager replaced"]
+        assert not said["ready"]
+        assert said["not_ready"]
+        assert said["manager"]["not_ready"]
+        assert ray_cluster.inferq("ray", "status").returncode == 1
+    finally:
+        ray_cluster.server.start()
+        ray_cluster.env.pop("INFERQ_RAY_READY_LIMIT_MS", None)
+    await eventually(ready, "the Router is ready again", limit_s=30)
+    await eventually(lambda: ray_cluster.status()["healthy"], "all is well again", limit_s=40)
+
+
+async def test_up_with_other_settings_replaces_the_routers_while_they_serve(
+    ray_cluster: RayCluster, ray_fleet: Fleet
+) -> None:
+    """Every replica is another process afterwards, and no request noticed."""
+    await ray_fleet.worker("worker-1").start()
+    await ray_fleet.until_served(1)
+    before, asking, answers = ray_cluster.replicas(), True, list[int | str]()
+
+    async def ask() -> None:
+        question = {"model": "sim", "messages": [{"role": "user", "content": "still there?"}]}
+        while asking:
+            async with aiohttp.ClientSession() as session:  # a new connection each time: one may close between answers
+                try:
+                    async with session.post(f"{ray_cluster.url}/v1/chat/completions", json=question) as answer:
+                        answers.append(answer.status)
+                        await answer.read()
+                except aiohttp.ClientError as error:
+                    answers.append(repr(error))
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(ask())
+        try:
+            said = await asyncio.to_thread(ray_cluster.up, "--min-replicas", "1")
+            await eventually(
+                lambda: not set(before) & set(ray_cluster.replicas()), "the old replicas have left", limit_s=40
+            )
+        finally:
+            asking = False
+    assert said["changed"][-1] == "Router replaced, one replica after the other"
+    assert len(answers) > 10
+    assert set(answers) == {200}
+    assert ray_cluster.status()["application"]["replicas"] == {"RUNNING": 1}
+
+
+async def test_an_update_that_cannot_start_says_why_and_leaves_the_old_routers(ray_cluster: RayCluster) -> None:
+    """The port is taken: the replicas' own sentence, within the limit, and the way in serves on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = ray_cluster.inferq("ray", "up", "--port", str(port))
+    assert done.returncode == 2, done.stdout
+    assert f"port {port} on 127.0.0.1 is taken by another process" in done.stderr
+    async with aiohttp.ClientSession() as session, session.get(f"{ray_cluster.url}/readyz") as answer:
+        assert answer.status == 200
+
+
+def _sockets_of(pids: list[int]) -> set[str]:
+    found = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = str(entry.readlink())
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                found.add(target.removeprefix("socket:[").removesuffix("]"))
+    return found
+
+
+def _listening() -> list[tuple[str, str]]:
+    """Address and inode of every listening TCP socket: proc_net(5)."""
+    found = []
+    for name, family, size in (("tcp", socket.AF_INET, 4), ("tcp6", socket.AF_INET6, 16)):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] != "0A":
+                continue
+            raw = bytes.fromhex(fields[1].partition(":")[0])
+            words = b"".join(raw[at : at + 4][::-1] for at in range(0, size, 4))
+            found.append((socket.inet_ntop(family, words), fields[9]))
+    return found

@@ -1,0 +1,54 @@
+"""The way of others to the same fabric: Serve's own command and a config file. And the end of it all."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.ray_cluster import ROOT, RayCluster, still_running
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.timeout(400)
+
+
+async def test_serve_deploy_takes_the_config_file(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """deploy/ray/serve.yaml, with this cluster's port, in place of what runs; `inferq ray status` knows it."""
+    before = ray_cluster.replicas()
+    config = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
+    (application,) = config["applications"]
+    application["args"] |= {"port": ray_cluster.port, "min_replicas": 1}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "ray.serve.scripts", "deploy", str(file), "-a", ray_cluster.dashboard_url],
+        env=ray_cluster.driver_env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+    def replaced() -> bool:
+        status = ray_cluster.status()
+        return status["healthy"] and status["application"]["replicas"] == {"RUNNING": 1}
+
+    await eventually(replaced, "the replica of the config file runs alone", limit_s=90, every_s=0.5)
+    assert not set(before) & set(ray_cluster.replicas())
+
+
+def test_down_leaves_no_process(ray_cluster: RayCluster) -> None:
+    """Every process has ended; once more does no harm."""
+    everything = ray_cluster.processes()
+    assert len(everything) > 5
+    done = ray_cluster.inferq("ray", "down")
+    assert done.returncode == 0, done.stderr
+    assert still_running(everything) == []
+    assert not (ray_cluster.data_dir / "ray.json").exists()
+    assert ray_cluster.inferq("ray", "down").stdout == "Nothing of ours runs.\n"
