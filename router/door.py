@@ -133,7 +133,10 @@ class Door:
                     log.warning("door_not_shared", path=str(path), error=str(error))
                     continue
             if descriptors:
-                return socket.socket(fileno=descriptors[0])
+                shared = socket.socket(fileno=descriptors[0])
+                # All share one flag: an object that believes in blocking would, when duplicated, block the others.
+                shared.setblocking(False)
+                return shared
         return None
 
     def _hand_out(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,13 @@ async def test_a_killed_holders_waiting_connections_are_served_by_the_other(tmp_
                     assert first.getpeername() == before.getsockname()
                     with await accept_one(door) as second:
                         assert second.getpeername() == after.getsockname()
+
+
+async def test_sharing_the_socket_makes_nobody_block(tmp_path: Path) -> None:
+    """Whether a socket blocks is one flag of all who share it: the second's arrival must not stop the first's loop."""
+    port = free_port()
+    async with Door("f", HOST, port, folder=tmp_path / "d") as first, Door("f", HOST, port, folder=tmp_path / "d"):
+        assert os.get_blocking(first.listener.fileno()) is False
 
 
 async def test_one_that_leaves_closes_nothing_of_the_others(tmp_path: Path) -> None:

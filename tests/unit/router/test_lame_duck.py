@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from queue_schemas import CannotStart
-from router import RouterSettings, build_router
+from router import RouterSettings, build_router, ray_serve
 from router.door import Door
 from router.ray_serve import serve_through
 from tests.support.processes import free_port
@@ -153,6 +153,35 @@ async def test_without_a_lame_duck_it_ends_as_soon_as_it_is_idle(tmp_path: Path)
         one.leave.set()
         async with asyncio.timeout(LIMIT_S):
             await one.life
+
+
+async def test_one_that_is_not_ready_leaves_connections_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the socket, and accepts nothing before it is ready; only when that takes too long it says why not."""
+    monkeypatch.setattr(ray_serve, "_FIRST_READY_S", 1.0)
+    async with replica(tmp_path) as one:
+        port = int(one.url.rpartition(":")[2])
+        app = build_router(RouterSettings(port=port), open_queue=asyncio.Event().wait)  # type: ignore[arg-type]
+        listening, leave = asyncio.Event(), asyncio.Event()
+        door = Door("f", "127.0.0.1", port, folder=tmp_path / "doors")
+        other = asyncio.create_task(serve_through(door, app, listening=listening, leave=leave))
+        await eventually(lambda: hasattr(door, "listener"), "the other shares the socket")
+        asked = 0
+        while not listening.is_set():
+            async with aiohttp.request("GET", f"{one.url}/readyz") as answer:
+                asked += listening.is_set() or answer.status == 200
+                assert listening.is_set() or answer.status == 200
+        assert asked > 5
+
+        async def told() -> bool:
+            async with aiohttp.request("GET", f"{one.url}/readyz") as answer:
+                return answer.status == 503 and "not connected to the queue yet" in await answer.text()
+
+        await eventually(told, "the other says why it is not ready")
+        leave.set()
+        async with asyncio.timeout(LIMIT_S):
+            await other
 
 
 async def test_a_taken_address_is_told(tmp_path: Path) -> None:
