@@ -58,6 +58,7 @@ async def kill(ray: RayFabric, traffic: Traffic, dwell_s: float) -> tuple[Held, 
     took["rolling update"] = time.monotonic() - begun
 
     await next_step(traffic, "everything is new", dwell_s)
+    await traffic.answered(10)
     assert await ray.acting() == workers, "a worker has registered as another one"
     return held, took
 
