@@ -46,6 +46,9 @@ FIRST_CONNECT_PAUSE_S, LAST_CONNECT_PAUSE_S = 0.1, 3.0
 SAVE_PAUSE_S, FAILED_SAVE_PAUSE_S = 0.02, 0.5
 
 OpenQueue = Callable[[], AbstractAsyncContextManager[QueuePort]]
+ANOTHER_ACTS = "another Manager acts"
+"""Why a Manager stands by that is as it should be."""
+
 log = get_logger(__name__)
 
 
@@ -133,7 +136,7 @@ class ManagerService:
             try:
                 term = await within(min(self.settings.broker_call_ms, ttl_ms), self._act(queue, ttl_ms))
                 if term is None:
-                    self._step_down("another Manager acts")
+                    self._step_down(ANOTHER_ACTS)
                 else:
                     if self._fleet is None or self._fleet.term != term:
                         await self._take_office(queue, term)

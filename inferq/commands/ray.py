@@ -158,7 +158,12 @@ def _facts(status: ClusterStatus, head: Head | None) -> dict[str, object]:
         "not_ready": list(status.not_ready),
         "manager": None
         if manager is None
-        else {"pid": manager.pid, "acting": manager.acting, "not_ready": list(manager.why_not)},
+        else {
+            "pid": manager.pid,
+            "acting": manager.acting,
+            "standing_by": manager.beside_another,
+            "not_ready": list(manager.why_not),
+        },
         "application": None if status.application is None else asdict(status.application),
     }
 
@@ -187,7 +192,8 @@ def _print_rows(status: ClusterStatus, head: Head | None) -> None:
     if status.manager is None:
         rows.append(("Manager", "none"))
     else:
-        acting = "acting" if status.manager.acting else "standing by"
+        beside = "standing by: another Manager acts" if status.manager.beside_another else "not acting"
+        acting = "acting" if status.manager.acting else beside
         rows.append(("Manager", f"process {status.manager.pid}, {acting}"))
     if status.application is None:
         rows.append(("Router", "none"))

@@ -14,6 +14,7 @@ import ray
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+from manager.office import ANOTHER_ACTS
 from manager.ray_actor import find_manager
 from queue_schemas import CannotStart
 from router.ray_serve import DEPLOYMENT
@@ -31,16 +32,17 @@ logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 @dataclass(frozen=True, slots=True)
 class ManagerStatus:
-    """The Manager's actor. ``why_not`` says why it does not answer, or why it could not act."""
+    """The Manager's actor. ``why_not`` says why it does not answer or cannot act, ``beside_another`` that it would if
+    another Manager did not: as it should be while a fleet moves."""
 
     pid: int = 0
     acting: bool = False
     digest: str = ""
+    beside_another: bool = False
     why_not: tuple[str, ...] = ()
 
     @property
     def well(self) -> bool:
-        """Acting, or able to as soon as another Manager stops: that is said by no reason."""
         return bool(self.pid) and not self.why_not
 
 
@@ -110,7 +112,9 @@ def read_manager() -> ManagerStatus | None:
         facts = ray.get(actor.facts.remote(), timeout=FACTS_LIMIT_S)
     except ray.exceptions.RayError as error:
         return ManagerStatus(why_not=(f"its actor does not answer: {str(error).splitlines()[0]}",))
-    return ManagerStatus(facts.pid, facts.acting, facts.digest, tuple(facts.not_ready))
+    expected = f"standing by: {ANOTHER_ACTS}"
+    reasons = tuple(reason for reason in facts.not_ready if reason != expected)
+    return ManagerStatus(facts.pid, facts.acting, facts.digest, expected in facts.not_ready, reasons)
 
 
 def read_application() -> AppStatus | None:

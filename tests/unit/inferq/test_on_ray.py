@@ -163,6 +163,35 @@ def test_serves_config_file_takes_settings_of_the_table_and_no_secret() -> None:
         build({"wayin": "serve"})
 
 
+@pytest.mark.parametrize(
+    ("acting", "reasons", "beside_another", "well"),
+    [
+        (True, [], False, True),
+        (False, ["standing by: another Manager acts"], True, True),
+        (False, ["Redis cannot be reached"], False, False),
+    ],
+)
+def test_a_manager_beside_another_is_well(
+    acting: bool, reasons: list[str], beside_another: bool, well: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it should be while a fleet moves; one without Redis is not."""
+    pytest.importorskip("ray")
+    from inferq.on_ray import status  # noqa: PLC0415 - loads Ray
+    from manager.ray_actor import ActorFacts  # noqa: PLC0415
+
+    class Actor:
+        class facts:  # noqa: N801 - a method, as a driver sees it
+            @staticmethod
+            def remote() -> ActorFacts:
+                return ActorFacts("digest", 7, acting, reasons)
+
+    monkeypatch.setattr(status, "find_manager", Actor)
+    monkeypatch.setattr(status.ray, "get", lambda facts, timeout: facts)
+    found = status.read_manager()
+    assert found is not None
+    assert (found.acting, found.beside_another, found.well) == (acting, beside_another, well)
+
+
 def _free() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
