@@ -21,10 +21,10 @@ async def test_kills_and_updates_meet_only_what_the_killed_one_held(ray_cluster:
     async with RayFabric(ray_cluster) as ray:
         add_workers(ray_fleet, ray)
         await serve_ray(ray_fleet, ray)
-        async with Traffic([ray.url], clients=9, long_cells=150) as traffic:
+        async with Traffic([ray.url], clients=6, long_cells=150, pause_s=0.1) as traffic:
             held, _took = await kill(ray, traffic, dwell_s=0.5)
         steps = steps_of(traffic, [held])
         print(table(steps))
         assert traffic.wrong(held) == []
         assert held.ports, "the killed replica held nothing: the test has proved nothing"
-        assert [step.name for step in steps if step.streams_across == 0] == ["begin", "end"]
+        assert all(step.streams_across for step in steps[1:-1]), "a step met no stream"

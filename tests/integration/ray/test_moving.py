@@ -26,12 +26,12 @@ async def test_a_serving_fleet_moves_into_ray_and_back(tmp_path: Path, own_valke
         async with Fleet(tmp_path, own_valkey) as fleet, RayFabric(cluster) as ray:
             add_workers(fleet, ray)
             await serve_http(fleet)
-            async with Traffic([fleet.router.url], clients=9, long_cells=150) as traffic:
+            async with Traffic([fleet.router.url], clients=6, long_cells=150, pause_s=0.1) as traffic:
                 await move(fleet, ray, traffic, dwell_s=0.5)
             steps = steps_of(traffic)
             print(table(steps))
             assert traffic.wrong() == []
-            assert [step.name for step in steps if step.streams_across == 0] == ["begin", "end"]
+            assert all(step.streams_across for step in steps[1:-1]), "a step met no stream"
             used = {asked.url for asked in traffic.history}
             assert used == {fleet.router.url, ray.url}
             assert cluster.processes() == []
