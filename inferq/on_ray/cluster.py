@@ -17,6 +17,7 @@ from .head import Head, driver_environment
 
 AUTO = "auto"
 _CLOSED_LIMIT_S = 3.0
+_HOW_TO_SHOW_IT = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH naming the file that holds it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,8 @@ def _connect(address: str, limit_s: float) -> None:
     entering.join(limit_s)
     if entering.is_alive():
         raise CannotStart(
-            f"the Ray cluster at {address} did not let this process in within {limit_s:.0f} s: is that its head's "
-            "port, and this the same version of Ray?"
+            f"the Ray cluster at {address} did not let this process in within {limit_s:.0f} s: look whether that is "
+            f"its head's port, this the same version of Ray, and its token here ({_HOW_TO_SHOW_IT})"
         )
     if failures:
         raise CannotStart(_why_not(address, failures[0])) from failures[0]
@@ -93,8 +94,5 @@ def _why_not(address: str, error: BaseException) -> str:
     if address == AUTO and isinstance(error, ConnectionError):
         return "no Ray cluster runs here: leave --address out to start one, or give its head's host:port"
     if isinstance(error, ray.exceptions.AuthenticationError):
-        return (
-            f"the Ray cluster at {address} wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the "
-            "file that holds it"
-        )
+        return f"the Ray cluster at {address} wants its token: give it ({_HOW_TO_SHOW_IT})"
     return f"the Ray cluster at {address} does not let this process in: {str(error).splitlines()[0]}"

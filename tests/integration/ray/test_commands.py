@@ -45,12 +45,13 @@ def test_the_cluster_is_guarded_and_stays_on_loopback(ray_cluster: RayCluster, t
     assert hosts <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     mode = stat.S_IMODE((ray_cluster.data_dir / "ray-token").stat().st_mode)
     assert mode == 0o600
-    env = {**ray_cluster.driver_env, "RAY_AUTH_MODE": "disabled"}
+    env = {**ray_cluster.driver_env, "RAY_AUTH_MODE": "disabled", "INFERQ_RAY_CONNECT_LIMIT_MS": "4000"}
     refused = ray_cluster.inferq(
         *("ray", "status", "--address", ray_cluster.address, "--data-dir", str(tmp_path)), env=env
     )
     assert refused.returncode == 2, refused.stdout
-    assert "wants its token" in refused.stderr
+    assert "did not let this process in" in refused.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in refused.stderr
 
 
 async def test_up_again_changes_nothing(ray_cluster: RayCluster) -> None:

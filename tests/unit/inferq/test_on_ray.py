@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from broker.embedded import EmbeddedServer, running_url
 from inferq.cli import app
 from inferq.on_ray import RaySettings
 from inferq.on_ray.cluster import Target, connected, require_ray
@@ -141,6 +142,15 @@ def test_up_says_at_once_what_is_in_its_way() -> None:
             result = CliRunner().invoke(app, ["ray", "up", *flags])
             assert isinstance(result.exception, CannotStart), result.output
             assert words in result.exception.message
+
+
+async def test_the_embedded_queue_of_a_running_fabric_is_lent(tmp_path: Path) -> None:
+    """The URL that its owner uses, while it runs."""
+    folder = tmp_path / "data" / "valkey"
+    assert await running_url(folder) == ""
+    async with EmbeddedServer(folder) as server:
+        assert await running_url(folder) == server.url
+    assert await running_url(folder) == ""
 
 
 def test_without_a_cluster_status_says_so_and_down_has_nothing_to_do() -> None:
