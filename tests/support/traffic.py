@@ -205,9 +205,9 @@ class Traffic:
         await eventually(enough, f"{more} more requests are answered", limit_s=limit_s, every_s=0.05)
 
     async def streaming(self, *, limit_s: float = 30.0) -> None:
-        """Wait until every client of long streams is in the middle of one, so that what is done next meets them all."""
+        """Wait until half the clients of long streams are early in one, so that what is done next meets streams."""
         longest = max(client.kinds[0].cells for client in self._clients)
-        wanted = sum(client.kinds[0].cells == longest for client in self._clients)
+        wanted = max(1, sum(client.kinds[0].cells == longest for client in self._clients) // 2)
 
         def enough() -> bool:
             running = [asked for asked in self.history if asked.kind.cells == longest and not asked.end_s]
