@@ -11,6 +11,7 @@ from .fabric import look_at_engine, look_at_fabric
 from .findings import Examined, Finding, Level
 from .host import look_at_disk, look_at_files, look_at_ports, look_at_python, look_at_settings
 from .queue import look_at_queue
+from .ray import look_at_ray
 
 _CHECK_LIMIT_S = 15.0
 
@@ -25,6 +26,7 @@ async def examine(examined: Examined) -> list[Finding]:
         ("engine", lambda: look_at_engine(examined)),
         ("files", look_at_files),
         ("disk", lambda: look_at_disk(examined)),
+        ("ray", lambda: look_at_ray(examined)),
         ("fabric", lambda: look_at_fabric(examined)),
     ]
     findings: list[Finding] = []

@@ -17,20 +17,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from queue_schemas import CannotStart
 from telemetry.server import bind_socket
 
+from .processes import boot_id, send, session_members, start_of, until
 from .settings import RaySettings
 
 LOOPBACK = "127.0.0.1"
 STOP_LIMIT_S, KILL_LIMIT_S = 15.0, 10.0
 LOCK_LIMIT_S = 5.0
 _POLL_S = 0.05
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class Head:
 
     @property
     def runs(self) -> bool:
-        return self.boot == _boot() and _start_of(self.pid) == self.started
+        return self.boot == boot_id() and start_of(self.pid) == self.started
 
     def processes(self) -> list[int]:
         """The ids of the head and of all that it has started and that still runs."""
-        if self.boot != _boot() or _start_of(self.pid) not in {None, self.started}:
+        if self.boot != boot_id() or start_of(self.pid) not in {None, self.started}:
             return []  # the id is another's by now, which it could not be with one of its session left
-        return [pid for pid in _all_pids() if _is_in_session(pid, self.pid, self.started)]
+        return session_members(self.pid, self.started)
 
 
 @contextlib.contextmanager
@@ -125,8 +125,8 @@ def start_head(settings: RaySettings) -> Head:
         )
     head = Head(
         pid=process.pid,
-        started=_start_of(process.pid) or 0,
-        boot=_boot(),
+        started=start_of(process.pid) or 0,
+        boot=boot_id(),
         address="",
         dashboard_url=f"http://{LOOPBACK}:{dashboard_port}",
         token_file=str(token),
@@ -147,12 +147,12 @@ def start_head(settings: RaySettings) -> Head:
 def stop_head(head: Head, folder: Path) -> None:
     """End the head and everything it started; harmless where nothing is left. Removes the record."""
     if head.runs:
-        _signal(head.pid, signal.SIGTERM)
-        _until(lambda: not head.runs, STOP_LIMIT_S)
-    if not _until(lambda: not head.processes(), STOP_LIMIT_S if not head.runs else 0):
+        send(head.pid, signal.SIGTERM)
+        until(lambda: not head.runs, STOP_LIMIT_S)
+    if not until(lambda: not head.processes(), STOP_LIMIT_S if not head.runs else 0):
         for pid in head.processes():
-            _signal(pid, signal.SIGKILL)
-        if not _until(lambda: not head.processes(), KILL_LIMIT_S):
+            send(pid, signal.SIGKILL)
+        if not until(lambda: not head.processes(), KILL_LIMIT_S):
             left = ", ".join(map(str, head.processes()))
             raise CannotStart(f"the Ray processes {left} cannot be ended: look at what the kernel waits for in them")
     _record(folder).unlink(missing_ok=True)
@@ -267,44 +267,3 @@ def _last_words(log_path: Path, since: int) -> str:
         file.seek(since)
         lines = file.read(65_536).decode("utf-8", "replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-
-
-def _boot() -> str:
-    return _BOOT_ID.read_text().strip()
-
-
-def _stat(pid: int) -> list[str] | None:
-    """The fields of proc_pid_stat(5) from the state on; None if no such process runs."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in {"Z", "X"} else fields
-
-
-def _start_of(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
-
-
-def _is_in_session(pid: int, session: int, since: int) -> bool:
-    fields = _stat(pid)
-    return fields is not None and int(fields[3]) == session and int(fields[19]) >= since
-
-
-def _all_pids() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _until(condition: Callable[[], bool], limit_s: float) -> bool:
-    limit = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > limit:
-            return False
-        time.sleep(_POLL_S)
-    return True

@@ -43,8 +43,16 @@ async def test_serve_deploy_takes_the_config_file(ray_cluster: RayCluster, tmp_p
     assert not set(before) & set(ray_cluster.replicas())
 
 
-def test_down_leaves_no_process(ray_cluster: RayCluster) -> None:
-    """Every process has ended; once more does no harm."""
+def test_down_from_elsewhere_leaves_the_cluster_and_our_own_leaves_no_process(
+    ray_cluster: RayCluster, tmp_path: Path
+) -> None:
+    """Who has not started the cluster takes the fabric out of it and no more; who has ends all of it, and may again."""
+    elsewhere = ("--address", ray_cluster.address, "--data-dir", str(tmp_path))
+    done = ray_cluster.inferq("ray", "down", *elsewhere, env=ray_cluster.driver_env)
+    assert (done.returncode, done.stdout) == (0, "The fabric is out of Ray. The cluster runs on.\n"), done.stderr
+    status = ray_cluster.status()
+    assert (status["manager"], status["application"]) == (None, None)
+    assert ray_cluster.processes("ray::ManagerActor") == []
     everything = ray_cluster.processes()
     assert len(everything) > 5
     done = ray_cluster.inferq("ray", "down")

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from inferq.client import FabricClient
+from inferq.doctor import Examined, Level
+from inferq.doctor.ray import look_at_ray
 from inferq.on_ray import head as heads
 from inferq.on_ray.head import Head, locked, read_head, running_head, start_head, stop_head
 from inferq.on_ray.settings import RaySettings
 from queue_schemas import CannotStart
+from tests.support.waiting import eventually
 
 _GOES_WELL = "sleep 300 & echo 127.0.0.1:1 > $1/ray_current_cluster; wait"
 _IS_STUBBORN = "trap '' TERM; (trap '' TERM; exec sleep 300) & echo 127.0.0.1:1 > $1/ray_current_cluster; wait; wait"
@@ -109,6 +113,18 @@ def test_one_command_at_a_time_works_on_a_folder(tmp_path: Path, monkeypatch: py
         raise AssertionError("two at once")
     with locked(tmp_path):
         pass
+
+
+async def test_the_doctor_tells_of_a_head_that_has_ended_unasked(settings: RaySettings, script: list[str]) -> None:
+    """Nothing where none was started."""
+    examined = Examined(redis_url="", client=FabricClient("http://127.0.0.1:1"), data_dir=settings.data_folder)
+    assert await look_at_ray(examined) == []
+    head = start_head(settings)
+    assert [finding.level for finding in await look_at_ray(examined)] == [Level.OK]
+    os.kill(head.pid, signal.SIGKILL)
+    await eventually(lambda: not head.runs, "it has ended")
+    (finding,) = await look_at_ray(examined)
+    assert (finding.level, "inferq ray down" in finding.mend) == (Level.WARNING, True)
 
 
 def test_a_broken_record_is_not_guessed_at(tmp_path: Path) -> None:

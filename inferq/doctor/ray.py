@@ -1,0 +1,17 @@
+"""The Ray cluster that `inferq ray up` started with this data folder."""
+
+from __future__ import annotations
+
+from inferq.on_ray.head import read_head
+
+from .findings import Examined, Finding, Level
+
+
+async def look_at_ray(examined: Examined) -> list[Finding]:
+    head = read_head(examined.data_dir.expanduser().absolute())
+    if head is None:
+        return []
+    if head.runs:
+        return [Finding("ray", Level.OK, f"a Ray cluster of our own runs at {head.address}")]
+    mend = "`inferq ray up` starts another; `inferq ray down` ends what this one has left"
+    return [Finding("ray", Level.WARNING, f"the Ray cluster at {head.address} has ended unasked", mend)]
