@@ -78,7 +78,7 @@ def test_config_shows_every_setting_and_where_it_comes_from(monkeypatch: pytest.
     assert facts["router", "port"]["value"] == "18123"
     assert facts["router", "port"]["origin"] == "INFERQ_ROUTER_PORT"
     assert facts["worker", "model"]["value"] == ""
-    assert {table for table, _ in facts} == {"router", "manager", "worker", "broker", "telemetry"}
+    assert {table for table, _ in facts} == {"router", "manager", "worker", "ray", "broker", "telemetry"}
     assert all(fact["description"] for fact in facts.values())
 
 
