@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 from tests.support.fleet import Fleet, Role
+from tests.support.processes import hold_port
 from tests.support.ray_fabric import RayFabric
 from tests.support.traffic import Traffic
 from tests.support.waiting import eventually
@@ -43,10 +44,11 @@ async def move(fleet: Fleet, ray: RayFabric, traffic: Traffic, dwell_s: float) -
     assert await fleet.manager.ended(30) == 0
     assert await fleet.router.ended(60) == 0
 
-    await next_step(traffic, "HTTP Manager and Router start", dwell_s)
-    for role in (fleet.manager, fleet.router):
-        role.process.start()
-    await fleet.router.ready()
+    with hold_port(fleet.manager.port), hold_port(fleet.router.port):
+        await next_step(traffic, "HTTP Manager and Router start", dwell_s)
+        for role in (fleet.manager, fleet.router):
+            role.process.start()
+        await fleet.router.ready()
     await eventually(lambda: stands_by(fleet.manager), "the HTTP Manager stands by", limit_s=30)
 
     await next_step(traffic, "clients go back to HTTP", dwell_s)

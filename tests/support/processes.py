@@ -30,6 +30,17 @@ def free_port() -> int:
     return port
 
 
+def hold_port(port: int = 0) -> socket.socket:
+    """Keep a port of loopback for a server of ours until the socket given is closed; 0 takes a free one.
+
+    Bound, not listening: whoever sets SO_REUSEADDR, as our servers do, can listen there, and nobody gets it by chance.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", port))
+    return held
+
+
 class Child:
     """One process: ``start``, ``terminate``, ``kill``, ``pause``, ``resume``; after an end it may be started again."""
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from inferq.on_ray.head import driver_environment, read_head
 
-from .processes import free_port
+from .processes import free_port, hold_port
 from .servers import Server
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,8 @@ class RayCluster:
     def __init__(self, folder: Path, server: Server, *, env: Mapping[str, str | None] | None = None) -> None:
         self.folder = folder
         self.server = server
-        self.port = free_port()
+        self._port = hold_port()  # it is used long after, when many connections have come and gone
+        self.port = int(self._port.getsockname()[1])
         self.dashboard_port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = folder / "data"
@@ -145,6 +146,7 @@ class RayCluster:
                 time.sleep(0.05)
             assert not head.processes(), "processes of the cluster are left"
         shutil.rmtree(self._session, ignore_errors=True)
+        self._port.close()
 
     def logs(self) -> str:
         """The last words of Manager, replicas and Serve's controller."""
