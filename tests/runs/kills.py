@@ -64,8 +64,7 @@ async def kill(ray: RayFabric, traffic: Traffic, dwell_s: float) -> tuple[Held, 
 
 
 async def serve_ray(fleet: Fleet, ray: RayFabric) -> None:
-    """Start everything of the Ray topology."""
-    await ray.up()
+    """Start the workers of a fabric whose Manager and Routers are up in Ray."""
     for worker in fleet.workers:
         worker.process.start()
     await asyncio.gather(*(worker.ready() for worker in fleet.workers))
@@ -104,6 +103,7 @@ def _alive(pid: int) -> bool:
 async def main(seconds: float) -> None:
     """The run at full length, with production's times, and its table."""
     async with staged() as (fleet, ray):
+        await ray.up()
         await serve_ray(fleet, ray)
         async with Traffic([ray.url]) as traffic:
             held, took = await kill(ray, traffic, seconds / STEPS)

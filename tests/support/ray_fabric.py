@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from .ray_cluster import RayCluster
+from .ray_cluster import RayCluster, still_running
 from .sockets import listeners
 from .waiting import eventually
 
@@ -45,9 +45,13 @@ class RayFabric:
         return await asyncio.to_thread(self.cluster.up, *flags)
 
     async def down(self) -> None:
-        """``inferq ray down``, which must go well."""
+        """``inferq ray down``, which must go well and leave no process of the cluster, nor its record."""
+        everything = self.cluster.processes()
+        assert len(everything) > 5
         done = await asyncio.to_thread(self.cluster.inferq, "ray", "down")
         assert done.returncode == 0, done.stderr
+        assert still_running(everything) == []
+        assert not (self.cluster.data_dir / "ray.json").exists()
 
     async def status(self) -> dict[str, Any]:
         """``inferq ray status``."""

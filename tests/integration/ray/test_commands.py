@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import stat
@@ -13,7 +12,6 @@ import pytest
 
 from tests.support.fleet import Fleet
 from tests.support.ray_cluster import RayCluster
-from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -75,67 +73,6 @@ def test_a_stranger_at_the_address_is_not_waited_for(ray_cluster: RayCluster, tm
         )
     assert done.returncode == 2
     assert f"the Ray cluster at {address} did not let this process in within 2 s" in done.stderr
-
-
-async def test_redis_may_be_away(ray_cluster: RayCluster) -> None:
-    """`up` starts another Manager without it, ends well and says what is missing; with Redis back all gets ready."""
-
-    async def ready() -> bool:
-        async with aiohttp.ClientSession() as session, session.get(f"{ray_cluster.url}/readyz") as answer:
-            return answer.status == 200
-
-    async def unready() -> bool:
-        return not await ready()
-
-    ray_cluster.server.kill()
-    try:
-        await eventually(unready, "the Router notices", limit_s=30)
-        ray_cluster.env |= {"INFERQ_RAY_READY_LIMIT_MS": "200", "INFERQ_MANAGER_PING_MS": "400"}
-        said = ray_cluster.up()
-        assert said["changed"] == ["Manager replaced"]
-        assert not said["ready"]
-        assert said["not_ready"]
-        assert said["manager"]["not_ready"]
-        assert ray_cluster.inferq("ray", "status").returncode == 1
-    finally:
-        ray_cluster.server.start()
-        ray_cluster.env.pop("INFERQ_RAY_READY_LIMIT_MS", None)
-    await eventually(ready, "the Router is ready again", limit_s=30)
-    await eventually(lambda: ray_cluster.status()["healthy"], "all is well again", limit_s=40)
-
-
-async def test_up_with_other_settings_replaces_the_routers_while_they_serve(
-    ray_cluster: RayCluster, ray_fleet: Fleet
-) -> None:
-    """Every replica is another process afterwards, and no request noticed."""
-    await ray_fleet.worker("worker-1").start()
-    await ray_fleet.until_served(1)
-    before, asking, answers = ray_cluster.replicas(), True, list[int | str]()
-
-    async def ask() -> None:
-        question = {"model": "sim", "messages": [{"role": "user", "content": "still there?"}]}
-        while asking:
-            async with aiohttp.ClientSession() as session:  # a new connection each time: one may close between answers
-                try:
-                    async with session.post(f"{ray_cluster.url}/v1/chat/completions", json=question) as answer:
-                        answers.append(answer.status)
-                        await answer.read()
-                except aiohttp.ClientError as error:
-                    answers.append(repr(error))
-
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(ask())
-        try:
-            said = await asyncio.to_thread(ray_cluster.up, "--min-replicas", "1")
-            await eventually(
-                lambda: not set(before) & set(ray_cluster.replicas()), "the old replicas have left", limit_s=40
-            )
-        finally:
-            asking = False
-    assert said["changed"][-1] == "Router replaced, one replica after the other"
-    assert len(answers) > 10
-    assert set(answers) == {200}
-    assert ray_cluster.status()["application"]["replicas"] == {"RUNNING": 1}
 
 
 async def test_an_update_that_cannot_start_says_why_and_leaves_the_old_routers(ray_cluster: RayCluster) -> None:

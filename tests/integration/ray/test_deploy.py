@@ -1,4 +1,4 @@
-"""The way of others to the same fabric: Serve's own command and a config file. And the end of it all."""
+"""The ways of others to the same fabric: Serve's own command and a config file, and a cluster that is not ours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.ray_cluster import ROOT, RayCluster, still_running
+from tests.support.ray_cluster import ROOT, RayCluster
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(400)
@@ -43,20 +43,13 @@ async def test_serve_deploy_takes_the_config_file(ray_cluster: RayCluster, tmp_p
     assert not set(before) & set(ray_cluster.replicas())
 
 
-def test_down_from_elsewhere_leaves_the_cluster_and_our_own_leaves_no_process(
-    ray_cluster: RayCluster, tmp_path: Path
-) -> None:
-    """Who has not started the cluster takes the fabric out of it and no more; who has ends all of it, and may again."""
+def test_down_from_elsewhere_leaves_the_cluster(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """Who has not started the cluster takes the fabric out of it and no more."""
     elsewhere = ("--address", ray_cluster.address, "--data-dir", str(tmp_path))
     done = ray_cluster.inferq("ray", "down", *elsewhere, env=ray_cluster.driver_env)
     assert (done.returncode, done.stdout) == (0, "The fabric is out of Ray. The cluster runs on.\n"), done.stderr
     status = ray_cluster.status()
     assert (status["manager"], status["application"]) == (None, None)
     assert ray_cluster.processes("ray::ManagerActor") == []
-    everything = ray_cluster.processes()
-    assert len(everything) > 5
-    done = ray_cluster.inferq("ray", "down")
-    assert done.returncode == 0, done.stderr
-    assert still_running(everything) == []
-    assert not (ray_cluster.data_dir / "ray.json").exists()
-    assert ray_cluster.inferq("ray", "down").stdout == "Nothing of ours runs.\n"
+    assert len(ray_cluster.processes()) > 5
+    assert ray_cluster.up()["ready"]

@@ -150,6 +150,7 @@ async def test_redis_away_at_the_start_and_a_wrong_join_token(ray: RayFabric, ra
             status, page = await ray.page("/readyz")
             assert (status, page["ready"]) == (503, False)
             assert page["reasons"]
+            assert not (await ray.status())["healthy"]
         finally:
             ray.cluster.server.start()
         await eventually(lambda: not old & set(ray.replicas()), "only new replicas listen", limit_s=PATIENCE_S)

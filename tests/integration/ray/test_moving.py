@@ -34,6 +34,7 @@ async def test_a_serving_fleet_moves_into_ray_and_back(tmp_path: Path, own_valke
             assert all(step.streams_across for step in steps[1:-1]), "a step met no stream"
             used = {asked.url for asked in traffic.history}
             assert used == {fleet.router.url, ray.url}
-            assert cluster.processes() == []
+            again = await asyncio.to_thread(cluster.inferq, "ray", "down")
+            assert (again.returncode, again.stdout) == (0, "Nothing of ours runs.\n")
     finally:
         await asyncio.to_thread(cluster.down)
