@@ -28,7 +28,20 @@ from queue_schemas import (
 )
 from tests.support.processes import free_port
 
-COMMANDS = ("up", "demo", "setup", "manager", "router", "worker", "chat", "queues", "workers", "config", "doctor", "ray")
+COMMANDS = (
+    "up",
+    "demo",
+    "setup",
+    "manager",
+    "router",
+    "worker",
+    "chat",
+    "queues",
+    "workers",
+    "config",
+    "doctor",
+    "ray",
+)
 runner = CliRunner()
 
 
