@@ -22,6 +22,7 @@ from queue_schemas import (
     WorkerList,
     check_worker_id,
 )
+from telemetry import get_logger
 from telemetry.asgi import check_join_token, health_routes, prepare_app
 
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
@@ -30,6 +31,8 @@ from .state import RouterState
 
 MAX_FABRIC_BODY_BYTES = 1024 * 1024
 _WORKERS = f"{FABRIC_PREFIX}/workers"
+
+log = get_logger(__name__)
 
 
 def build_pages(state: RouterState) -> FastAPI:
@@ -146,6 +149,8 @@ async def _pass_on(state: RouterState, request: Request, path: str, token: str) 
     answer = await state.manager.forward(
         FabricCall(request.method, path, request.url.query, token, body, request.state.request_id)
     )
+    if request.method != "GET" and not path.endswith("/heartbeat"):
+        log.info("passed_on", method=request.method, path=path, status=answer.status)
     return Response(answer.body, answer.status, headers=dict(answer.headers))
 
 

@@ -33,6 +33,8 @@ WayIn = Literal["replica", "serve"]
 
 DEPLOYMENT = "Router"
 OPEN_REQUESTS = "inferq_open_requests"
+_LOOK_BACK_S = 15.0
+"""Replicas report every 10 s, Serve's default."""
 _MARGIN_S = 10.0
 _STUCK_LIMIT_S = 5.0
 _LAST_CONNECTIONS_S = 2.0
@@ -43,11 +45,17 @@ log = get_logger("router.ray_serve")
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How many replicas, and what each may take. ``cpus`` is what Ray reserves for one."""
+    """How many replicas, and what each may take. ``cpus`` is what Ray reserves for one.
+
+    The number follows the mean of the open requests of the last ``_LOOK_BACK_S`` once it has asked for more, or fewer,
+    replicas during the delay.
+    """
 
     min_replicas: int = 2
     max_replicas: int = 8
     target_open_requests: int = 200
+    up_delay_s: float = 5.0
+    down_delay_s: float = 120.0
     cpus: float = 0.0
 
 
@@ -178,6 +186,9 @@ def application(
         "max_replicas": scale.max_replicas,
         "initial_replicas": scale.min_replicas,
         "target_ongoing_requests": scale.target_open_requests,
+        "look_back_period_s": _LOOK_BACK_S,
+        "upscale_delay_s": scale.up_delay_s,
+        "downscale_delay_s": scale.down_delay_s,
     }
     if own:
         autoscaling["policy"] = {"policy_function": replicas_for}

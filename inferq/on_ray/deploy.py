@@ -59,7 +59,14 @@ def remove(tell: Tell) -> bool:
 def make_application(plan: RayPlan) -> serve.Application:
     """The Serve application of ``plan``."""
     own = plan.ray
-    scale = Scale(own.min_replicas, own.max_replicas, own.target_open_requests, own.replica_cpus)
+    scale = Scale(
+        min_replicas=own.min_replicas,
+        max_replicas=own.max_replicas,
+        target_open_requests=own.target_open_requests,
+        up_delay_s=own.up_delay_ms / 1000,
+        down_delay_s=own.down_delay_ms / 1000,
+        cpus=own.replica_cpus,
+    )
     return application(plan.router, plan.broker, plan.telemetry, way_in=own.way_in, scale=scale)
 
 

@@ -21,7 +21,10 @@ from .settings import RaySettings
 
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - addresses to be replaced
 _OF_THE_FLEET = frozenset(
-    {"host", "port", "way_in", "min_replicas", "max_replicas", "target_open_requests", "replica_cpus"}
+    {
+        *("host", "port", "way_in", "min_replicas", "max_replicas", "target_open_requests"),
+        *("up_delay_ms", "down_delay_ms", "replica_cpus"),
+    }
 )
 """The settings of table ``[ray]`` that make the application what it is."""
 

@@ -32,6 +32,8 @@ class RaySettings(RoleSettings):
     min_replicas: int = Field(2, ge=1, le=1_000, description="Replicas of the Router that always run")
     max_replicas: int = Field(8, ge=1, le=1_000, description="Most replicas of the Router")
     target_open_requests: int = Field(200, ge=1, description="Open requests per replica that Serve scales towards")
+    up_delay_ms: int = Field(5_000, ge=0, description="How long more replicas must have been called for")
+    down_delay_ms: int = Field(120_000, ge=0, description="How long fewer replicas must have been enough")
     replica_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for each replica")
     lame_duck_ms: int = Field(
         3_000, ge=0, description="The Router's lame_duck_ms in this topology, unless that is set itself"

@@ -58,6 +58,7 @@ class RayCluster:
         clean |= {"TMPDIR": str(self._session)}  # where Routers hand each other their socket
         clean |= {f"INFERQ_MANAGER_{name}": str(value) for name, value in _MANAGER.items()}
         clean |= {f"INFERQ_ROUTER_{name}": str(value) for name, value in _ROUTER.items()}
+        clean |= {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}  # every 10 s otherwise
         clean |= {"INFERQ_RAY_LAME_DUCK_MS": "500", "INFERQ_REDIS_URL": server.url}
         changes = env or {}
         self.env = {name: value for name, value in {**clean, **changes}.items() if value is not None}
@@ -147,6 +148,11 @@ class RayCluster:
             assert not head.processes(), "processes of the cluster are left"
         shutil.rmtree(self._session, ignore_errors=True)
         self._port.close()
+
+    def output(self) -> str:
+        """All that Manager, replicas and Serve's controller have written."""
+        files = self._session.glob("session_latest/logs/worker-*.err")
+        return "".join(file.read_text("utf-8", "replace") for file in files)
 
     def logs(self) -> str:
         """The last words of Manager, replicas and Serve's controller."""

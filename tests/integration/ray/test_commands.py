@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import socket
 import stat
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from queue_schemas import new_incarnation
 from tests.support.fleet import Fleet
 from tests.support.ray_cluster import RayCluster
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -32,6 +36,36 @@ async def test_the_fabric_in_ray_serves_and_says_how_it_is(ray_cluster: RayClust
     people = ray_cluster.inferq("ray", "status")
     assert people.returncode == 0
     assert f"{ray_cluster.url}/v1  (2 running)" in people.stdout
+
+
+async def test_figures_and_request_ids_are_where_rays_are(ray_cluster: RayCluster, ray_fleet: Fleet) -> None:
+    """Ray's own metrics page shows ours, of Routers and Manager; the logs of the replica that took a registration and
+    of the actor that answered it carry its id."""
+    asked = {"x-request-id": "registration-that-is-followed"}
+    joining = {"worker_id": "somebody", "incarnation": str(new_incarnation("somebody")), "models": [], "slots": 1}
+    async with ray_fleet.session.post(f"{ray_cluster.url}/fabric/v1/workers", json=joining, headers=asked) as answer:
+        assert answer.status == 200, await answer.text()
+
+    def lines() -> list[dict[str, object]]:
+        found = [line for line in ray_cluster.output().splitlines() if asked["x-request-id"] in line]
+        return [json.loads(line) for line in found]
+
+    await eventually(lambda: len(lines()) >= 2, "both have written of it", limit_s=10)
+    assert {line["event"]: line["role"] for line in lines()} == {"passed_on": "router", "worker_joined": "manager"}
+
+    port = await asyncio.to_thread(ray_cluster.ask, "answer = ray.nodes()[0]['MetricsExportPort']")
+
+    async def shown() -> bool:
+        async with ray_fleet.session.get(f"http://127.0.0.1:{port}/metrics") as page:
+            text = await page.text()
+        manager = re.search(r"^ray_inferq_manager_acting\{.*\} 1\.0$", text, re.MULTILINE)
+        router = re.search(r'^ray_inferq_requests_total\{.*path="/fabric/v1/workers".*\} [1-9]', text, re.MULTILINE)
+        return bool(manager and router)
+
+    await eventually(shown, "Ray's page shows our figures", limit_s=40, every_s=0.5)
+    leaving = f"{ray_cluster.url}/fabric/v1/workers/somebody?incarnation={joining['incarnation']}"
+    async with ray_fleet.session.delete(leaving) as answer:
+        assert answer.status == 204
 
 
 def test_the_cluster_is_guarded_and_stays_on_loopback(ray_cluster: RayCluster, tmp_path: Path) -> None:
