@@ -107,6 +107,7 @@ class ManagerService:
                     for loop in loops:
                         loop.cancel()
             finally:
+                await self._write_down()
                 await self._resign(queue)
                 self._queue = None
                 self._problem = "the Manager is shutting down"
@@ -168,6 +169,15 @@ class ManagerService:
             log.warning("standing_by", why=why)
             self._fleet = None
             self.metrics.acting.set(0)
+
+    async def _write_down(self) -> None:
+        """The last changes: of workers that said goodbye a moment ago the next Manager must not wait for more."""
+        fleet = self._acting()
+        if fleet is not None:
+            try:
+                await fleet.save()
+            except InferqError as error:
+                log.info("registry_not_saved", error=error.message, then="the next heartbeats tell what is in it")
 
     async def _resign(self, queue: QueuePort) -> None:
         self._step_down("the Manager is shutting down")

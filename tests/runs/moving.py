@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from tests.support.fleet import Fleet, Role
 from tests.support.processes import hold_port
@@ -20,11 +20,23 @@ STEPS = 8
 """Between them the fleet serves for a while."""
 
 
-async def move(fleet: Fleet, ray: RayFabric, traffic: Traffic, dwell_s: float) -> dict[str, float]:
-    """HTTP -> Ray -> HTTP, ``dwell_s`` after each step; each step meets running streams. Seconds that things took."""
-    took: dict[str, float] = {}
-    workers = await registered(fleet.router)
+Took = dict[str, float]
+"""Seconds by what took them."""
+
+
+async def move(fleet: Fleet, ray: RayFabric, traffic: Traffic, dwell_s: float) -> Took:
+    """HTTP -> Ray -> HTTP, ``dwell_s`` after each step; each step meets running streams."""
     pids = [worker.process.pid for worker in fleet.workers]
+    took = await into_ray(fleet, ray, traffic, dwell_s)
+    took |= await into_http(fleet, ray, traffic, dwell_s, ray.down)
+    assert [worker.process.pid for worker in fleet.workers if worker.process.running] == pids
+    return took
+
+
+async def into_ray(fleet: Fleet, ray: RayFabric, traffic: Traffic, dwell_s: float) -> Took:
+    """HTTP -> Ray: the HTTP Manager and Router end, and the workers are those they were."""
+    took: Took = {}
+    workers = await registered(fleet.router)
 
     await next_step(traffic, "inferq ray up", dwell_s)
     begun = time.monotonic()
@@ -43,7 +55,15 @@ async def move(fleet: Fleet, ray: RayFabric, traffic: Traffic, dwell_s: float) -
     took["from SIGTERM until Ray's Manager acts for all workers"] = time.monotonic() - begun
     assert await fleet.manager.ended(30) == 0
     assert await fleet.router.ended(60) == 0
+    return took
 
+
+async def into_http(
+    fleet: Fleet, ray: RayFabric, traffic: Traffic, dwell_s: float, end: Callable[[], Awaitable[None]]
+) -> Took:
+    """Ray -> HTTP: ``end`` takes the fabric out of Ray, and the workers are those they were."""
+    took: Took = {}
+    workers = await ray.acting()
     with hold_port(fleet.manager.port), hold_port(fleet.router.port):
         await next_step(traffic, "HTTP Manager and Router start", dwell_s)
         for role in (fleet.manager, fleet.router):
@@ -51,19 +71,18 @@ async def move(fleet: Fleet, ray: RayFabric, traffic: Traffic, dwell_s: float) -
         await fleet.router.ready()
     await eventually(lambda: stands_by(fleet.manager), "the HTTP Manager stands by", limit_s=30)
 
-    await next_step(traffic, "clients go back to HTTP", dwell_s)
+    await next_step(traffic, "clients go to HTTP", dwell_s)
     traffic.send_to([fleet.router.url])
 
     await next_step(traffic, "inferq ray down", dwell_s)
     begun = time.monotonic()
-    await ray.down()
+    await end()
     took["inferq ray down"] = time.monotonic() - begun
     await fleet.manager.ready()
 
-    await next_step(traffic, "all is in HTTP again", dwell_s)
+    await next_step(traffic, "all is in HTTP", dwell_s)
     await traffic.answered(10)
     assert await registered(fleet.router) == workers, "a worker has registered as another one"
-    assert [worker.process.pid for worker in fleet.workers if worker.process.running] == pids
     return took
 
 

@@ -53,6 +53,16 @@ class RayFabric:
         assert still_running(everything) == []
         assert not (self.cluster.data_dir / "ray.json").exists()
 
+    async def leave(self) -> None:
+        """``inferq ray down --address``, as who has not started the cluster: the fabric goes, the cluster stays."""
+        elsewhere = ("--address", self.cluster.address, "--data-dir", str(self.cluster.folder / "elsewhere"))
+        done = await asyncio.to_thread(self.cluster.inferq, "ray", "down", *elsewhere, env=self.cluster.driver_env)
+        assert (done.returncode, done.stdout) == (0, "The fabric is out of Ray. The cluster runs on.\n"), done.stderr
+        status = await self.status()
+        assert (status["manager"], status["application"]) == (None, None)
+        assert self.cluster.processes(MANAGER) == []
+        assert len(self.cluster.processes()) > 5
+
     async def status(self) -> dict[str, Any]:
         """``inferq ray status``."""
         return await asyncio.to_thread(self.cluster.status)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fleet import Fleet
-from tests.support.ray_cluster import RayCluster
+from tests.support.ray_cluster import RayCluster, still_running
 from tests.support.servers import Server, valkey_binary
 
 
@@ -26,13 +26,22 @@ def ray_queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory, ray_queue: Server) -> Iterator[RayCluster]:
-    """The cluster, up. A test that takes the fabric down or changes it puts it back with ``up()``."""
+    """The cluster, up. A test that takes the fabric down or changes it puts it back with ``up()``.
+
+    Its end is a test too: ``inferq ray down`` leaves no process, nor its record, and may be repeated.
+    """
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed (pip install 'inferq[ray]')")
     cluster = RayCluster(tmp_path_factory.mktemp("ray"), ray_queue)
     try:
         cluster.up()
         yield cluster
+        everything = cluster.processes()
+        done = cluster.inferq("ray", "down")
+        assert done.returncode == 0, done.stderr
+        assert still_running(everything) == []
+        assert not (cluster.data_dir / "ray.json").exists()
+        assert cluster.inferq("ray", "down").stdout == "Nothing of ours runs.\n"
     finally:
         cluster.down()
 

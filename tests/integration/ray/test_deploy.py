@@ -1,4 +1,4 @@
-"""The ways of others to the same fabric: Serve's own command and a config file, and a cluster that is not ours."""
+"""The way of others to the same fabric: Serve's own command and a config file."""
 
 from __future__ import annotations
 
@@ -61,15 +61,10 @@ async def test_serve_deploy_takes_the_config_file_and_scales(
             await traffic.answered(5)
         assert traffic.wrong() == []
         await eventually(lambda: len(ray_cluster.replicas()) == 1, "one replica is left", limit_s=PATIENCE_S)
-
-
-def test_down_from_elsewhere_leaves_the_cluster(ray_cluster: RayCluster, tmp_path: Path) -> None:
-    """Who has not started the cluster takes the fabric out of it and no more."""
-    elsewhere = ("--address", ray_cluster.address, "--data-dir", str(tmp_path))
-    done = ray_cluster.inferq("ray", "down", *elsewhere, env=ray_cluster.driver_env)
-    assert (done.returncode, done.stdout) == (0, "The fabric is out of Ray. The cluster runs on.\n"), done.stderr
-    status = ray_cluster.status()
-    assert (status["manager"], status["application"]) == (None, None)
-    assert ray_cluster.processes("ray::ManagerActor") == []
-    assert len(ray_cluster.processes()) > 5
-    assert ray_cluster.up()["ready"]
+        deployed = set(ray.cluster.replicas())
+        await ray.up()
+        await eventually(
+            lambda: len(ray.replicas()) == 2 and not deployed & set(ray.cluster.replicas()),
+            "two replicas of `inferq ray up` listen again, and no other is left",
+            limit_s=PATIENCE_S,
+        )

@@ -284,6 +284,17 @@ async def test_goodbyes_leave_no_trace() -> None:
         await _until(lambda: "w" not in queue.workers)
 
 
+async def test_a_goodbye_just_before_the_end_is_written_down() -> None:
+    """A Manager that is stopped in that very moment leaves no worker behind that has gone."""
+    queue = FakeQueue()
+    service = _service(queue)
+    async with _running(service):
+        await service.register(_registration())
+        await _until(lambda: "w" in queue.workers)
+        await service.deregister("w", ONE)
+    assert queue.workers == {}
+
+
 async def test_pools_are_declared_or_remembered() -> None:
     """Declared models are known before any worker, and so is what others declared or was served."""
     queue = FakeQueue(remembered={Pool("old"): True})
