@@ -29,5 +29,5 @@ def build(args: dict[str, object]) -> serve.Application:
         raise CannotStart(f"args of the Serve application: there is no setting {', '.join(unknown)} in [ray]{hint}")
     plan = RayPlan.load(RaySettings.load(**args))
     settle_manager(plan, lambda step: log.info("deploying", step=step))
-    write_note(plan)
+    write_note(plan, from_file=True)
     return make_application(plan)

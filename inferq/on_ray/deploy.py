@@ -92,6 +92,11 @@ def _settle_application(plan: RayPlan, tell: Tell) -> str:
     found, note = read_application(), read_note()
     if found is not None and found.runs and note is not None and note.digest == plan.app_digest:
         return ""
+    if found is not None and note is not None and note.from_file:
+        raise CannotStart(
+            "the Routers come from a Serve config file, to which Serve would go back when its controller restarts: "
+            "change that file and `serve deploy` it, or run `inferq ray down` first"
+        )
     proxied = plan.ray.way_in == "serve"
     if found is not None and note is not None and proxied != (note.way_in == "serve"):
         raise CannotStart("another way in needs another Serve: run `inferq ray down` first, and move the clients over")

@@ -67,6 +67,8 @@ class Note:
     host: str
     port: int
     way_in: str
+    from_file: bool = False
+    """Whether Serve has it from a config file, which it goes back to whenever its controller is started again."""
 
     @property
     def url(self) -> str:
@@ -160,9 +162,9 @@ def read_note() -> Note | None:
         raise CannotStart("another version of inferq runs in this cluster: take it down with that one") from error
 
 
-def write_note(plan: RayPlan) -> None:
+def write_note(plan: RayPlan, *, from_file: bool = False) -> None:
     """Remember in the cluster what was deployed."""
-    note = Note(plan.app_digest, plan.ray.host, plan.ray.port, plan.ray.way_in)
+    note = Note(plan.app_digest, plan.ray.host, plan.ray.port, plan.ray.way_in, from_file)
     _internal_kv_put(_NOTE, json.dumps(asdict(note)).encode(), overwrite=True)
 
 
