@@ -51,7 +51,7 @@ from .fabric import (
     WorkerState,
     WorkerStatus,
 )
-from .frames import END, HEAD, Frame, Marker, MarkerKind, unpack_frames, unpack_marker
+from .frames import CONTINUED, END, HEAD, Frame, Marker, MarkerKind, unpack_frames, unpack_marker
 from .ids import (
     Incarnation,
     JobId,
@@ -73,6 +73,7 @@ from .lifecycle import TERMINAL, TRANSITIONS, State, may_follow
 
 __all__ = [
     "BANDS",
+    "CONTINUED",
     "DEFAULT_BAND",
     "END",
     "ENVELOPE_VERSION",

@@ -21,6 +21,8 @@ HEAD = 1
 """The frame carries status and content type: the first of an attempt."""
 END = 2
 """The frame is the attempt's last: the answer is complete."""
+CONTINUED = 4
+"""With HEAD: the attempt goes on behind the job's ``prefix``. Without it, it begins anew."""
 
 FRAME_FIELD = b"f"
 MARKER_FIELD = b"m"
@@ -28,7 +30,8 @@ MARKER_FIELD = b"m"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A piece of an attempt's answer. ``seq`` counts from 0 within the attempt; ``flags`` combine HEAD and END.
+    """A piece of an attempt's answer. ``seq`` counts from 0 within the attempt; ``flags`` combine HEAD, END and
+    CONTINUED.
 
     ``status`` and ``content_type`` count only with HEAD. A plain answer is one frame with both flags.
     """
@@ -73,6 +76,8 @@ class MarkerKind(StrEnum):
 
     REQUEUED = "requeued"
     """The attempt ended unsettled; the job waits again under a higher epoch."""
+    LOST = "lost"
+    """The same for a stream that is to be continued: it waits until its Router says what was delivered."""
     DEAD = "dead"
     CANCELLED = "cancelled"
     EXPIRED = "expired"

@@ -26,7 +26,10 @@ class Job:
 
     ``path`` is the engine's (``/v1/chat/completions``). ``reply_to`` is the incarnation of the Router that waits,
     empty for a stored job. ``ttl_ms`` counts from the enqueue on the server's clock. ``max_attempts`` bounds how often
-    it is started. ``on_loss`` says what happens to a stream whose attempt was lost after some of it was delivered.
+    it is started. ``on_loss`` says what happens to a stream whose attempt was lost after some of it was delivered:
+    ``continue`` (the queue asks the Router for what was delivered, and the next attempt goes on behind it),
+    ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text that the client has of a stream that
+    goes on, ``finish`` the reason with which it had ended already, only its last events missing.
     ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling. ``request_id`` is what the client
     sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. Workers of ``region`` go first: others may claim the
     job once it has waited for ``patience_ms``. Without a region anybody may at once.
@@ -53,10 +56,18 @@ class Job:
     request_id: str = ""
     region: str = ""
     patience_ms: int = 0
+    prefix: str = ""
+    finish: str = ""
+
+    @property
+    def continues(self) -> bool:
+        """Whether an earlier attempt delivered a part that the next one must not repeat."""
+        return bool(self.prefix or self.finish)
 
     def pack(self) -> bytes:
-        """The envelope as msgpack: a map with ``v`` first. Without a region it says nothing of regions."""
+        """The envelope as msgpack: a map with ``v`` first. What most jobs lack (a region, a prefix) is left out."""
         regional = {"region": self.region, "patience_ms": self.patience_ms} if self.region else {}
+        continued = {"prefix": self.prefix, "finish": self.finish} if self.continues else {}
         return codec.encode(
             {
                 "v": ENVELOPE_VERSION,
@@ -81,6 +92,7 @@ class Job:
                 "request_id": self.request_id,
             }
             | regional
+            | continued
         )
 
     @classmethod
@@ -127,6 +139,8 @@ _FIELD_TYPES: dict[str, type] = {
     "request_id": str,
     "region": str,
     "patience_ms": int,
+    "prefix": str,
+    "finish": str,
 }
 
 

@@ -47,6 +47,10 @@ class ShardKeys:
         """Stream of jobs whose attempt was lost or handed back."""
         return f"{self.prefix}retry:{encode_name(pool)}:{lane}"
 
+    def suspects(self, pool: str, lane: Lane) -> str:
+        """Stream of jobs during which an engine crashed; a worker holds at most one of them."""
+        return f"{self.prefix}suspects:{encode_name(pool)}:{lane}"
+
     def active(self, pool: str, lane: Lane, band: int, region: str = "") -> str:
         """Sorted set: tenants with waiting jobs by virtual service time."""
         return f"{self.prefix}active:{place(pool, lane, region)}:{band}"
@@ -94,6 +98,11 @@ class ShardKeys:
     def deadlines(self) -> str:
         """Sorted set: live job ids by deadline (server ms)."""
         return f"{self.prefix}deadlines"
+
+    @property
+    def lost(self) -> str:
+        """Sorted set: streams that wait for their Router, by when it is asked again (server ms)."""
+        return f"{self.prefix}lost"
 
     def reply(self, router: str) -> str:
         """Stream: frames and markers for one run of one Router, which alone creates it and keeps it alive."""

@@ -13,7 +13,8 @@ class Lease:
     """The right to run one attempt of a job. Every later call of the attempt carries ``epoch`` and ``attempt_id``.
 
     ``attempt`` counts from 1. ``remaining_ms`` is the time left until the deadline and ``waited_ms`` the time since the
-    enqueue, both as the server saw them at the claim.
+    enqueue, both as the server saw them at the claim. ``suspect``: an engine crashed while the job ran on it; a worker
+    holds at most one such job.
     """
 
     job: Job
@@ -22,6 +23,7 @@ class Lease:
     attempt: int
     remaining_ms: int
     waited_ms: int
+    suspect: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,7 @@ Rules:
   that ended it, so that a repeated call is recognised, and nothing else.
 * The epoch rises when an attempt ends without settling (``leased -> queued`` or ``leased -> lost``); a leased job that
   is cancelled or expires forgets its attempt instead. Either way nothing of that attempt is accepted afterwards.
-* ``lost`` is for streams that are continued from what was delivered: the state has its place here, no operation
-  enters it yet.
+* ``lost`` is for streams that are continued from what was delivered: they wait for their Router to say what that is.
 
 Every script in ``broker/lua`` performs transitions of this table and no others.
 """
