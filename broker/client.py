@@ -45,7 +45,7 @@ from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
 from telemetry import get_logger
 
 from .calls import Caller, pairs
-from .job_batches import ShardBatches
+from .job_batches import ShardBatches, attempt_of
 from .link import ClientLink, Link, open_link
 from .server import ServerFacts, read_facts, require_suitable, settle_meta
 from .settings import BrokerSettings, Budgets
@@ -63,11 +63,12 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """What became of the jobs of one incarnation."""
+    """What became of the jobs of one incarnation. ``lost``: streams that wait for their Routers."""
 
     requeued: int = 0
     dead: int = 0
     cancelled: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,14 @@ class Broker:
         for one that was cancelled before it came). Raises ``OverCapacity``, ``BrokerFull``."""
         return await self._batches[shard_of_job(job.id)].enqueue(job)
 
+    async def resume(self, job: Job, epoch: int) -> State | None:
+        """Put a stream that is lost under ``epoch`` back on its queue, with ``job`` as its envelope: what the next
+        attempt needs to go on. Answers ``QUEUED``, also when repeated, or the state if it is another one (``LOST``:
+        under a later epoch); None for a job that is unknown."""
+        keys = self._keys[shard_of_job(job.id)]
+        found = await self._caller.script("resume", keys.budget, keys.prefix, job.id, epoch, job.pack())
+        return None if found == b"unknown" else State(found.decode())
+
     async def cancel(self, job_id: JobId, reason: str) -> State | None:
         """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then)."""
         keys = self._keys[shard_of_job(job_id)]
@@ -238,13 +247,15 @@ class Broker:
         if reply[0] == b"fenced":
             raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
         leases = []
-        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms in reply[2:]:
+        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, suspect in reply[2:]:
             try:
                 job = Job.unpack(envelope)
             except BadRequest as error:
                 await self._refuse(keys, incarnation, (job_id, epoch, attempt_id), error)
             else:
-                leases.append(Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms))
+                leases.append(
+                    Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms, suspect=bool(suspect))
+                )
         return Claimed(tuple(leases), reply[1] if reply[1] >= 0 else None)
 
     async def _refuse(
@@ -293,6 +304,27 @@ class Broker:
         """
         return await self._batches[shard_of_job(lease.job.id)].release(lease, reason, counted)
 
+    async def crashed(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
+        """End all attempts that ran on an engine that crashed, in one call per shard.
+
+        Which job did it cannot be known: if there are suspects among them, each of those is charged an attempt, else
+        every job. All are suspects from now on: a worker is given one of them at a time.
+        """
+        answers: dict[str, Settled] = {}
+        for keys in self._keys:
+            here = [lease for lease in leases if shard_of_job(lease.job.id) == keys.shard]
+            if here:
+                attempts = [part for lease in here for part in attempt_of(lease)]
+                found = await self._caller.script("crashed", keys.budget, keys.prefix, reason, *attempts)
+                for lease, answer in zip(here, found, strict=True):
+                    answers[lease.attempt_id] = Settled(answer.decode())
+        return [answers[lease.attempt_id] for lease in leases]
+
+    async def clear(self, lease: Lease) -> Settled:
+        """Clear a running job of suspicion: it has put out more than before its engine crashed."""
+        keys = self._keys[shard_of_job(lease.job.id)]
+        return Settled((await self._caller.script("clear", keys.budget, keys.prefix, *attempt_of(lease))).decode())
+
     async def read_control(
         self, shard: int, incarnation: Incarnation, after: str, block_ms: int
     ) -> list[tuple[str, Control | None]]:
@@ -323,7 +355,7 @@ class Broker:
         return await self._take_back(incarnation, counted=True, reason="its worker was lost")
 
     async def _take_back(self, incarnation: Incarnation, *, counted: bool, reason: str) -> Reclaimed:
-        requeued = dead = cancelled = 0
+        requeued = dead = cancelled = lost = 0
         for keys in self._keys:
             left = 1
             while left:
@@ -331,10 +363,10 @@ class Broker:
                     "reclaim", keys.budget, keys.prefix, incarnation, int(counted), _RECLAIM_STEP, reason
                 )
                 requeued, dead, cancelled = requeued + reply[0], dead + reply[1], cancelled + reply[2]
-                left = reply[3]
+                left, lost = reply[3], lost + reply[4]
         for keys in self._keys:
             self._control_read.pop((keys.shard, incarnation), None)
-        return Reclaimed(requeued, dead, cancelled)
+        return Reclaimed(requeued, dead, cancelled, lost)
 
     async def expire(self) -> Expired:
         """The sweep of each second, on every shard."""
@@ -419,8 +451,8 @@ class Broker:
         return depths
 
     async def totals(self) -> dict[tuple[Pool, Lane, str], int]:
-        """Events since ever: ``(pool, lane, event)`` -> count; events are ``enqueued``, ``requeued`` and the terminal
-        states."""
+        """Events since ever: ``(pool, lane, event)`` -> count; events are ``enqueued``, ``requeued``, ``lost`` and the
+        terminal states."""
         totals: dict[tuple[Pool, Lane, str], int] = {}
         for keys in self._keys:
             for field, count in pairs(await self._caller.once(keys.totals, "HGETALL", keys.totals)):

@@ -70,7 +70,7 @@ class ShardBatches:
             args += (
                 job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
                 job.reply_to, int(job.stored), job.ttl_ms, job.max_attempts,
-                encode_name(job.region), job.patience_ms,
+                encode_name(job.region), job.patience_ms, int(_is_continued(job)),
             )  # fmt: skip
         answers = await self._run("enqueue", args, wait_when_full=False)
         return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
@@ -78,13 +78,13 @@ class ShardBatches:
     async def _send_settles(self, items: Sequence[_Settle]) -> list[Settled | Exception]:
         args: list[Any] = []
         for item in items:
-            args += (*_attempt(item.lease), item.outcome.value, item.frames)
+            args += (*attempt_of(item.lease), item.outcome.value, item.frames)
         return [Settled(answer.decode()) for answer in await self._run("settle", args)]
 
     async def _send_releases(self, items: Sequence[_Release]) -> list[Settled | Exception]:
         args: list[Any] = []
         for item in items:
-            args += (*_attempt(item.lease), int(item.counted), item.reason)
+            args += (*attempt_of(item.lease), int(item.counted), item.reason)
         return [Settled(answer.decode()) for answer in await self._run("release", args)]
 
     async def _run(self, script: str, args: list[Any], *, wait_when_full: bool = True) -> list[bytes]:
@@ -95,8 +95,14 @@ class ShardBatches:
         return answers
 
 
-def _attempt(lease: Lease) -> tuple[str, int, str]:
+def attempt_of(lease: Lease) -> tuple[str, int, str]:
+    """What names an attempt in a call of it."""
     return lease.job.id, lease.epoch, lease.attempt_id
+
+
+def _is_continued(job: Job) -> bool:
+    """Whether a lost attempt of ``job`` waits for the Router to say what was delivered."""
+    return job.on_loss == "continue" and job.stream and not job.stored and bool(job.reply_to)
 
 
 _BUDGET_SENTENCES = {

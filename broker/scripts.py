@@ -6,10 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 
-_ALLOWED_IN_FULL_MEMORY = frozenset(
-    {"depth", "join", "claim", "settle", "release", "reclaim", "cancel", "expire", "renew", "act_as_manager"}
-)
-"""Finishing must work when the server's memory is full; taking in more must not."""
+_REFUSED_IN_FULL_MEMORY = frozenset({"enqueue"})
+"""What takes in more work. Finishing must work when the server's memory is full."""
 _WITHOUT_SHARED = frozenset({"act_as_manager"})
 
 
@@ -34,6 +32,6 @@ def load_scripts(*, flags: bool) -> dict[str, Script]:
         body = entry.read_text("utf-8")
         source = body if name in _WITHOUT_SHARED else f"{shared}\n{body}"
         if flags:
-            source = f"#!lua{' flags=allow-oom' if name in _ALLOWED_IN_FULL_MEMORY else ''}\n{source}"
+            source = f"#!lua{'' if name in _REFUSED_IN_FULL_MEMORY else ' flags=allow-oom'}\n{source}"
         scripts[name] = Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
     return scripts

@@ -15,11 +15,13 @@ local RETRY_APART_MS = 2000
 local REGION_MEMORY_MS = 3600000
 local MAX_REGIONS = 64
 local LATE_MS = 100 -- how late the worker that watches a region's jobs from abroad may look
+local LOST_MS = 5000 -- how long until a Router is asked again where a lost stream goes on
+local SUSPECT = 2 -- suspicion at which a job is run beside no other such job
 local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
-  'stored', 'deadline', 'size', 'at', 'queue', 'entry', 'ended', 'avoid', 'avoid_until' }
+  'stored', 'deadline', 'size', 'at', 'queue', 'entry', 'ended', 'avoid', 'avoid_until', 'resume', 'suspicion' }
 
 local function int(number)
   return string.format('%.0f', number)
@@ -227,11 +229,26 @@ local function leave_queue(job)
   end
 end
 
+local function is_suspect(job)
+  return job.suspicion ~= '' and tonumber(job.suspicion) >= SUSPECT
+end
+
+-- Whether an attempt, as '<job id> <attempt id>', still runs.
+local function still_runs(attempt)
+  local id, aid = string.match(attempt, '(%S+) (%S+)')
+  local job = load_job(id)
+  return job ~= nil and job.state == 'leased' and job.aid == aid
+end
+
 local function leave_lease(job)
   local ids = freed_leases[job.owner] or {}
   ids[#ids + 1] = job.id
   freed_leases[job.owner] = ids
   add('depth', place(job) .. ':leased', -1)
+  -- Its worker may hold another one now.
+  if is_suspect(job) and call('EXISTS', P .. 'suspects:' .. place(job)) == 1 then
+    call('XADD', P .. 'ctl:' .. job.owner, 'NOMKSTREAM', '*', 'k', 'wake')
+  end
 end
 
 -- Makes the record a tombstone and returns the job's budget. ``aid`` is the attempt that ended it, '' if none did.
@@ -281,40 +298,76 @@ local function cancel_leased(job, state, reason)
   tell(job, state, job.epoch, reason)
 end
 
-local function cancel_queued(job, state, reason)
-  leave_queue(job)
-  job.lane = lane_and_region(job.lane)
+-- A job that is not leased ends.
+local function cancel_waiting(job, state, reason)
+  if job.state == 'lost' then
+    call('ZREM', P .. 'lost', job.id)
+  else
+    leave_queue(job)
+    job.lane = lane_and_region(job.lane)
+  end
   finish(job, state, '')
   tell(job, state, job.epoch, reason)
 end
 
--- A leased job whose attempt ended unsettled waits again, ahead of new work, under the next epoch.
-local function requeue(job, attempts, reason)
-  local epoch = int(tonumber(job.epoch) + 1)
-  local queue = 'retry:' .. place(job)
-  leave_lease(job)
-  local entry = call('XADD', P .. queue, '*', 'id', job.id)
-  call('HSET', P .. 'job:' .. job.id, 'state', 'queued', 'epoch', epoch, 'attempts', int(attempts), 'aid', '',
-    'owner', '', 'queue', queue, 'entry', entry)
+-- Puts a job whose attempt ended unsettled ahead of new work. Answers the fields of its record that say so.
+local function wait_again(job)
+  local queue = (is_suspect(job) and 'suspects:' or 'retry:') .. place(job)
   add('depth', place(job) .. ':waiting', 1)
-  total(job, 'requeued')
-  tell(job, 'requeued', epoch, reason)
+  return 'state', 'queued', 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id)
 end
 
--- What becomes of a leased job whose attempt ended unsettled. Answers 'cancelled', 'dead' or 'requeued'.
+-- What becomes of a leased job whose attempt ended unsettled: 'cancelled', 'dead', 'requeued', or 'lost', until its
+-- Router says what was delivered. All but the first two begin the next epoch.
 local function give_up(job, counted, reason, now)
-  local attempts = tonumber(job.attempts)
-  if not counted then attempts = attempts - 1 end
   if nobody_waits(job) then
     cancel_leased(job, 'cancelled', 'nobody waits for the answer')
     return 'cancelled'
   end
+  local attempts = tonumber(job.attempts)
+  if not counted then attempts = attempts - 1 end
   if attempts >= tonumber(job.max) then
     bury(job, reason, now)
     return 'dead'
   end
-  requeue(job, attempts, reason)
-  return 'requeued'
+  leave_lease(job)
+  local fate = job.resume == '1' and 'lost' or 'requeued'
+  local epoch = int(tonumber(job.epoch) + 1)
+  local key = P .. 'job:' .. job.id
+  call('HSET', key, 'epoch', epoch, 'attempts', int(attempts), 'aid', '', 'owner', '')
+  if fate == 'lost' then
+    call('HSET', key, 'state', 'lost')
+    call('ZADD', P .. 'lost', int(now + LOST_MS), job.id)
+  else
+    call('HSET', key, wait_again(job))
+  end
+  total(job, fate)
+  tell(job, fate, epoch, reason)
+  return fate
+end
+
+-- What becomes of leased jobs whose engine, or worker, ended while they ran. Which of them did it cannot be known: if
+-- some were under suspicion before, each of those is charged an attempt, else each of all. Suspicion grows by
+-- ``weight``; a job that is not charged comes under suspicion at once, so that this happens to it only once.
+-- ``suspects``: whether some were under suspicion.
+local function give_up_crashed(job, suspects, weight, reason, now)
+  local counted = not suspects or is_suspect(job)
+  local suspicion = (tonumber(job.suspicion) or 0) + weight
+  if not counted then suspicion = math.max(suspicion, SUSPECT) end
+  job.suspicion = int(suspicion)
+  local fate = give_up(job, counted, reason, now)
+  if fate == 'lost' or fate == 'requeued' then
+    call('HSET', P .. 'job:' .. job.id, 'suspicion', job.suspicion)
+  end
+  return fate
+end
+
+-- An attempt that its own worker ended: a repeated call is known by it, and its worker is avoided for a while.
+local function note_ended(job, avoid, now)
+  call('HSET', P .. 'job:' .. job.id, 'ended', job.epoch .. ':' .. job.aid)
+  if avoid then
+    call('HSET', P .. 'job:' .. job.id, 'avoid', job.owner, 'avoid_until', int(now + RETRY_APART_MS))
+  end
 end
 
 -- Whether an incarnation was declared dead, or never joined. While a reclaim is under way its number is negative: another

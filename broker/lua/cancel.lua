@@ -1,6 +1,6 @@
 -- Cancels a job whatever its state.
 -- ARGV: prefix, job id, reason.
--- Reply: the state it was in: 'queued' (removed unrun), 'leased' (its worker is told to abort), a terminal state
+-- Reply: the state it was in: 'queued' or 'lost' (removed unrun), 'leased' (its worker is told to abort), a terminal state
 --       (nothing changed), or 'unknown' (a tombstone stands now, so that a late enqueue is void).
 -- Invariants: 10 deadline and cancel, 12 conservation.
 
@@ -12,8 +12,8 @@ if not job then
   call('PEXPIRE', key, TOMBSTONE_MS)
   return 'unknown'
 end
-if job.state == 'queued' then
-  cancel_queued(job, 'cancelled', reason)
+if job.state == 'queued' or job.state == 'lost' then
+  cancel_waiting(job, 'cancelled', reason)
 elseif job.state == 'leased' then
   cancel_leased(job, 'cancelled', reason)
 end

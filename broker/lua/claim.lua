@@ -2,7 +2,7 @@
 -- ARGV: prefix, incarnation, seq, turn, n, attempt id base, park_ms, region ('' for none), then pairs: pool, lanes
 --       (comma separated).
 -- Reply: {'fenced'} if the incarnation was declared dead (or never joined); else {'ok', look_again_ms, job, ...}, each
---       job {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms}. Fewer than n jobs: the worker is
+--       job {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms, suspect (1 or 0)}. Fewer than n jobs: the worker is
 --       parked, and should claim again in look_again_ms without being woken (-1: no need), because jobs of another
 --       region wait that are free for all then. The same (incarnation, seq) again answers the same leases, as far as
 --       they are still held; an older seq nothing. A reply that grows large ends early, and a wake tells the worker to
@@ -25,11 +25,11 @@ if is_fenced(incarnation) then return { 'fenced' } end
 
 local answer = { 'ok', -1 }
 local claimed_key = P .. 'claimed:' .. incarnation
-local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked', 'look')
+local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked', 'look', 'suspect')
 
 local function give(job)
   answer[#answer + 1] = { job.id, job.env, tonumber(job.epoch), job.aid, tonumber(job.attempts),
-    math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0) }
+    math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0), is_suspect(job) and 1 or 0 }
 end
 
 -- A late copy of an older claim, from a connection that was given up: its jobs would be leased to nobody.
@@ -95,9 +95,9 @@ local function runnable(id, queue, entry)
   end
   local where = place(job)
   if tonumber(job.deadline) <= now then
-    cancel_queued(job, 'expired', 'its time ran out in the queue')
+    cancel_waiting(job, 'expired', 'its time ran out in the queue')
   elseif nobody_waits(job) then
-    cancel_queued(job, 'cancelled', 'nobody waits for the answer')
+    cancel_waiting(job, 'cancelled', 'nobody waits for the answer')
   else
     return job
   end
@@ -106,17 +106,24 @@ local function runnable(id, queue, entry)
   return nil
 end
 
-local nothing_lost = {}
+local nothing_in = {}
 
-local function take_retry(where)
-  if nothing_lost[where] then return nil end
-  local queue = 'retry:' .. where
+local function take_from_stream(queue)
+  if nothing_in[queue] then return nil end
   for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', 16)) do
     local job = runnable(entry[2][2], queue, entry[1])
     if job and (job.avoid ~= incarnation or tonumber(job.avoid_until) <= now) then return job end
   end
-  nothing_lost[where] = true
+  nothing_in[queue] = true
   return nil
+end
+
+local held_suspect = last[5] and still_runs(last[5])
+
+-- A job whose attempt was lost or handed back: a suspect, if this worker has none, or one of the others.
+local function take_retry(where)
+  local job = not held_suspect and take_from_stream('suspects:' .. where)
+  return job or take_from_stream('retry:' .. where)
 end
 
 -- One unit of service for a tenant. A tenant that waits alone is not charged: it takes nothing from anybody, and those
@@ -358,6 +365,10 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   call('HSET', P .. 'leases:' .. incarnation, job.id, job.epoch)
   add('depth', place(job) .. ':leased', 1)
   held[#held + 1] = job.id .. ' ' .. job.aid
+  if is_suspect(job) then
+    held_suspect = held[#held]
+    call('HSET', claimed_key, 'suspect', held_suspect)
+  end
   given_bytes = given_bytes + tonumber(job.size)
   job.env = call('HGET', P .. 'job:' .. job.id, 'env')
   give(job)

@@ -21,7 +21,7 @@ local function head_time(queue)
 end
 
 local function oldest(where)
-  local since = head_time(P .. 'retry:' .. where)
+  local since = math.min(head_time(P .. 'retry:' .. where), head_time(P .. 'suspects:' .. where))
   for band = 0, 3 do
     for _, tenant in ipairs(call('ZRANGE', P .. 'active:' .. where .. ':' .. band, 0, MAX_TENANTS - 1)) do
       since = math.min(since, head_time(P .. 'q:' .. where .. ':' .. band .. ':' .. tenant))

@@ -1,7 +1,8 @@
 -- Puts jobs on their queues and wakes one parked worker for each, of the job's region if it has one. Then somebody
 -- abroad is told to look when the job's patience is over, unless somebody was told already.
 -- ARGV: prefix, tenant_jobs, tenant_bytes, pool_jobs, pool_bytes (limits on live jobs and bytes),
---       then per job: id, envelope, pool, lane, band, tenant, reply, stored, ttl_ms, max_attempts, region, patience_ms.
+--       then per job: id, envelope, pool, lane, band, tenant, reply, stored, ttl_ms, max_attempts, region, patience_ms,
+--       resume (1: when an attempt is lost, its Router says where it goes on).
 -- Reply: per job 'queued', or the state of a job of that id that is already known (tombstones included: a job
 --       cancelled before it came is void), or 'over <budget>' where nothing was written.
 -- Invariants: 1 no lost job, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
@@ -44,10 +45,10 @@ local function activate(where, tenant)
 end
 
 local answers = {}
-for i = 6, #ARGV, 12 do
+for i = 6, #ARGV, 13 do
   local id, envelope, pool, lane, band = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   local tenant, reply, stored, ttl, max = ARGV[i + 5], ARGV[i + 6], ARGV[i + 7], ARGV[i + 8], ARGV[i + 9]
-  local region, patience = ARGV[i + 10], ARGV[i + 11]
+  local region, patience, resume = ARGV[i + 10], ARGV[i + 11], ARGV[i + 12]
   local key = P .. 'job:' .. id
   local size = string.len(envelope)
   local known = call('HGET', key, 'state')
@@ -67,6 +68,7 @@ for i = 6, #ARGV, 12 do
     call('HSET', key, 'env', envelope, 'state', 'queued', 'epoch', '1', 'aid', '', 'attempts', '0', 'max', max,
       'pool', pool, 'lane', part, 'band', band, 'tenant', tenant, 'reply', reply, 'stored', stored,
       'deadline', deadline, 'size', int(size), 'at', int(now), 'queue', queue, 'entry', entry)
+    if resume == '1' then call('HSET', key, 'resume', resume) end
     call('ZADD', P .. 'deadlines', deadline, id)
     spend('t:' .. tenant, size)
     spend('p:' .. pool, size)

@@ -1,4 +1,4 @@
--- The sweep of each second: ends jobs whose time ran out, trims dead letters, wakes one worker wherever work and
+-- The sweep of each second: ends jobs whose time ran out, asks again after lost streams, trims dead letters, wakes one worker wherever work and
 -- parked workers coexist (a wake may have been lost with its worker), and one abroad where nobody watches.
 -- ARGV: prefix, limit (jobs in this call).
 -- Reply: {expired, woken}.
@@ -8,14 +8,27 @@ local now = now_ms()
 local expired, woken = 0, 0
 for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do
   local job = load_job(id)
-  if job and job.state == 'queued' then
-    cancel_queued(job, 'expired', 'its time ran out in the queue')
+  if job and (job.state == 'queued' or job.state == 'lost') then
+    cancel_waiting(job, 'expired', 'its time ran out in the queue')
     expired = expired + 1
   elseif job and job.state == 'leased' then
     cancel_leased(job, 'expired', 'its time ran out while it ran')
     expired = expired + 1
   else
     call('ZREM', P .. 'deadlines', id)
+  end
+end
+
+-- Streams whose Router has not said where they go on: it is asked again, unless it is gone.
+for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'lost', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do
+  local job = load_job(id)
+  if not job or job.state ~= 'lost' then
+    call('ZREM', P .. 'lost', id)
+  elseif nobody_waits(job) then
+    cancel_waiting(job, 'cancelled', 'nobody waits for the answer')
+  else
+    call('ZADD', P .. 'lost', int(now + LOST_MS), id)
+    tell(job, 'lost', job.epoch, 'its router has not said where it goes on')
   end
 end
 

@@ -1,6 +1,6 @@
 -- Takes back what an incarnation holds: it is dead (its attempts are spent) or leaves (they are not).
 -- ARGV: prefix, incarnation, counted (1 or 0), limit (jobs in this call), reason.
--- Reply: {requeued, dead, cancelled, left}. Call again while ``left`` is above 0. From the first call on, the
+-- Reply: {requeued, dead, cancelled, left, lost}. Call again while ``left`` is above 0. From the first call on, the
 --       incarnation is fenced: it can neither claim nor renew.
 -- Invariants: 1 no lost job, 3 fence, 11 poison bound.
 
@@ -8,15 +8,21 @@ local now = now_ms()
 local incarnation, counted = ARGV[2], ARGV[3] == '1'
 local leases = P .. 'leases:' .. incarnation
 local held = call('HKEYS', leases)
-if #held > 0 then call('HSET', P .. 'beats', incarnation, '-1') end
-local counts = { requeued = 0, dead = 0, cancelled = 0 }
+-- Once a reclaim is under way, its suspect may be among those that were taken back.
+local suspect = call('HGET', P .. 'claimed:' .. incarnation, 'suspect')
+local suspects = suspect and (call('HGET', P .. 'beats', incarnation) == '-1' or still_runs(suspect))
+if #held > 0 then
+  call('HSET', P .. 'beats', incarnation, '-1')
+  if suspect and not suspects then call('HDEL', P .. 'claimed:' .. incarnation, 'suspect') end
+end
+local counts = { requeued = 0, dead = 0, cancelled = 0, lost = 0 }
 local handled = 0
 for _, id in ipairs(held) do
   if handled >= tonumber(ARGV[4]) then break end
   handled = handled + 1
   local job = load_job(id)
   if job and job.state == 'leased' and job.owner == incarnation then
-    local fate = give_up(job, counted, ARGV[5], now)
+    local fate = counted and give_up_crashed(job, suspects, 1, ARGV[5], now) or give_up(job, false, ARGV[5], now)
     counts[fate] = counts[fate] + 1
     if fate == 'requeued' then wake_one(place(job), now) end
   else
@@ -31,4 +37,4 @@ if handled == #held then
   call('HDEL', P .. 'beats', incarnation)
   call('DEL', leases, claimed, P .. 'ctl:' .. incarnation)
 end
-return answered({ counts.requeued, counts.dead, counts.cancelled, #held - handled })
+return answered({ counts.requeued, counts.dead, counts.cancelled, #held - handled, counts.lost })

@@ -10,13 +10,9 @@ for i = 2, #ARGV, 5 do
   local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2], true)
   if job then
     local counted = ARGV[i + 3] == '1'
-    if give_up(job, counted, ARGV[i + 4], now) == 'requeued' then
-      call('HSET', P .. 'job:' .. job.id, 'ended', job.epoch .. ':' .. job.aid)
-      if counted then
-        call('HSET', P .. 'job:' .. job.id, 'avoid', job.owner, 'avoid_until', int(now + RETRY_APART_MS))
-      end
-      wake_one(place(job), now)
-    end
+    local fate = give_up(job, counted, ARGV[i + 4], now)
+    if fate == 'lost' or fate == 'requeued' then note_ended(job, counted, now) end
+    if fate == 'requeued' then wake_one(place(job), now) end
   end
   answers[#answers + 1] = refusal or 'ok'
 end

@@ -1,0 +1,13 @@
+-- Clears a running job of suspicion: it went on behind what it had put out when its engine crashed, and lives.
+-- ARGV: prefix, job id, epoch, attempt id.
+-- Reply: 'ok', 'duplicate', 'fenced' or 'gone'.
+-- Invariants: 3 fence, 13 liveness (its worker may hold the next suspect).
+
+local job, refusal = fence(ARGV[2], ARGV[3], ARGV[4])
+if not job then return refusal end
+call('HDEL', P .. 'job:' .. job.id, 'suspicion')
+call('HDEL', P .. 'claimed:' .. job.owner, 'suspect')
+if call('EXISTS', P .. 'suspects:' .. place(job)) == 1 then
+  call('XADD', P .. 'ctl:' .. job.owner, 'NOMKSTREAM', '*', 'k', 'wake')
+end
+return 'ok'

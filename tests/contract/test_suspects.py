@@ -1,0 +1,190 @@
+"""Poison: a job that crashes engines is found out, and its neighbours finish."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from broker import Broker, Reclaimed
+from queue_schemas import JobId, Lease, MarkerKind, Outcome, Settled, State
+from queue_schemas.keys import ShardKeys
+from tests.support.queue import MODEL, Puller, answer_frame, make_job
+
+from .conftest import Listener
+
+KEYS = ShardKeys(0)
+REASON = "the engine ended with exit code 139"
+
+
+async def enqueue(broker: Broker, n: int, **fields: Any) -> list[JobId]:
+    """Put jobs on the queue; their ids."""
+    jobs = [make_job(**fields) for _ in range(n)]
+    for job in jobs:
+        await broker.enqueue(job)
+    return [job.id for job in jobs]
+
+
+async def attempts_of(client: Any, ids: Sequence[JobId]) -> list[int]:
+    """Attempts charged so far, by job."""
+    return [int(await client.hget(KEYS.job(job_id), "attempts")) for job_id in ids]
+
+
+async def pullers(broker: Broker, n: int) -> list[Puller]:
+    """Workers that have joined."""
+    return [await Puller(broker).join() for _ in range(n)]
+
+
+async def crash(broker: Broker, leases: Sequence[Lease]) -> None:
+    """The engine of a live worker crashes."""
+    assert await broker.crashed(leases, REASON) == [Settled.OK] * len(leases)
+
+
+async def test_the_first_crash_is_charged_to_all(broker: Broker, worker: Puller, client: Any) -> None:
+    """Nobody knows which of them did it. All wait again, each as a suspect."""
+    ids = await enqueue(broker, 3)
+    leases = await worker.claim(3)
+    await crash(broker, leases)
+    assert await attempts_of(client, ids) == [1, 1, 1]
+    given = [await other.claim(3) for other in await pullers(broker, 2)]
+    assert [[lease.suspect for lease in leases] for leases in given] == [[True], [True]]
+
+
+async def test_a_later_crash_is_charged_to_suspects_only(broker: Broker, worker: Puller, client: Any) -> None:
+    """Who ran beside a suspect goes free, once: from then on it is a suspect too."""
+    (poison,) = await enqueue(broker, 1)
+    await crash(broker, await worker.claim(1))
+    neighbours = await enqueue(broker, 3)
+    (other,) = await pullers(broker, 1)
+    leases = await other.claim(4)
+    assert [lease.suspect for lease in leases].count(True) == 1
+    await crash(broker, leases)
+    assert await attempts_of(client, [poison, *neighbours]) == [2, 0, 0, 0]
+    assert await client.xlen(KEYS.suspects(MODEL, leases[0].job.lane)) == 4
+
+
+async def test_a_worker_holds_one_suspect_at_a_time(broker: Broker, worker: Puller) -> None:
+    """Beside it, it is given other work; when it has ended, the next one, without waiting for the sweep."""
+    await enqueue(broker, 2)
+    await crash(broker, await worker.claim(2))
+    await enqueue(broker, 1)
+    (other,) = await pullers(broker, 1)
+    leases = await other.claim(3)
+    assert sorted(lease.suspect for lease in leases) == [False, True]
+    assert await other.claim(1) == []
+    await other.told()
+    (suspect,) = [lease for lease in leases if lease.suspect]
+    await broker.settle(suspect, Outcome.DONE, answer_frame(suspect))
+    assert [message.kind.value for message in await other.told(200)] == ["wake"]
+    assert (await other.claim_one()).suspect
+
+
+async def test_a_cleared_job_is_no_suspect(broker: Broker, worker: Puller, client: Any) -> None:
+    """Its worker may hold the next one, and the next crash is not its own alone."""
+    ids = await enqueue(broker, 2)
+    await crash(broker, await worker.claim(2))
+    (other,) = await pullers(broker, 1)
+    first = await other.claim_one()
+    assert await other.claim(1) == []
+    await other.told()
+    assert await broker.clear(first) is Settled.OK
+    assert [message.kind.value for message in await other.told(200)] == ["wake"]
+    second = await other.claim_one()
+    assert second.suspect
+    await crash(broker, [first, second])
+    charged = dict(zip(ids, await attempts_of(client, ids), strict=True))
+    assert charged == {first.job.id: 1, second.job.id: 2}
+
+
+async def test_only_its_owner_clears_a_job(broker: Broker, worker: Puller) -> None:
+    """A late call of a lost attempt clears nothing."""
+    await enqueue(broker, 1)
+    (lease,) = await worker.claim(1)
+    await crash(broker, [lease])
+    assert await broker.clear(lease) is Settled.FENCED
+    (other,) = await pullers(broker, 1)
+    again = await other.claim_one()
+    assert again.suspect
+    await broker.settle(again, Outcome.DONE, answer_frame(again))
+    assert await broker.clear(again) is Settled.DUPLICATE
+
+
+async def test_a_repeated_crash_report_changes_nothing(broker: Broker, worker: Puller, client: Any) -> None:
+    """Its reply may have been lost."""
+    ids = await enqueue(broker, 2)
+    leases = await worker.claim(2)
+    await crash(broker, leases)
+    assert await broker.crashed(leases, REASON) == [Settled.DUPLICATE] * 2
+    assert await attempts_of(client, ids) == [1, 1]
+
+
+async def test_poison_ends_as_a_dead_letter_and_its_neighbours_finish(
+    broker: Broker, listener: Listener, client: Any
+) -> None:
+    """With two workers whose engines die of it: no neighbour is charged more than twice, poison starts three times."""
+    poison, *neighbours = await enqueue(broker, 9, reply_to=listener.router)
+    workers = await pullers(broker, 2)
+    starts = dict.fromkeys((poison, *neighbours), 0)
+    done: set[JobId] = set()
+    for _ in range(60):
+        for puller in workers:
+            leases = await puller.claim(4)
+            for lease in leases:
+                starts[lease.job.id] += 1
+            if any(lease.job.id == poison for lease in leases):
+                await crash(broker, leases)
+                continue
+            for lease in leases:
+                assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+                done.add(lease.job.id)
+        if len(done) == 8 and starts[poison] == 3:
+            break
+        await asyncio.sleep(0.1)  # its last worker is avoided for two seconds
+    assert done == set(neighbours)
+    assert starts[poison] == 3
+    assert max(starts[job_id] for job_id in neighbours) <= 3
+    assert await client.xlen(KEYS.dead) == 1
+    assert await broker.cancel(poison, "asked") is State.DEAD
+
+
+async def test_a_worker_that_dies_makes_suspects_only_the_second_time(broker: Broker, client: Any) -> None:
+    """A machine that goes down says little of what ran there: its jobs start again side by side."""
+    ids = await enqueue(broker, 3)
+    first, second, third = await pullers(broker, 3)
+    await first.claim(3)
+    assert await broker.reclaim(first.incarnation) == Reclaimed(requeued=3)
+    assert [lease.suspect for lease in await second.claim(3)] == [False] * 3
+    await broker.reclaim(second.incarnation)
+    assert await attempts_of(client, ids) == [2, 2, 2]
+    assert [lease.suspect for lease in await third.claim(3)] == [True]
+
+
+async def test_a_dead_workers_suspect_is_charged_alone(broker: Broker, worker: Puller, client: Any) -> None:
+    """Also when the reclaim takes several calls; one that has finished before does not count."""
+    (poison,) = await enqueue(broker, 1)
+    await crash(broker, await worker.claim(1))
+    neighbours = await enqueue(broker, 300)
+    first, second = await pullers(broker, 2)
+    assert len(await first.claim(301)) == 301
+    await broker.reclaim(first.incarnation)
+    assert await attempts_of(client, [poison, *neighbours]) == [2] + [0] * 300
+    lease = await second.claim_one()
+    assert lease.suspect
+    await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+    others = await enqueue(broker, 2, model="another")
+    assert len(await second.claim(2, models=["another"])) == 2
+    await broker.reclaim(second.incarnation)
+    assert await attempts_of(client, others) == [1, 1]
+
+
+async def test_a_suspect_that_nobody_waits_for_is_dropped(
+    broker: Broker, worker: Puller, listener: Listener, client: Any
+) -> None:
+    """As any other job."""
+    await enqueue(broker, 1, reply_to=listener.router)
+    await crash(broker, await worker.claim(1))
+    await listener.hears(MarkerKind.REQUEUED)
+    await listener.leave()
+    (other,) = await pullers(broker, 1)
+    assert await other.claim() == []
+    assert not await client.exists(KEYS.budget)
