@@ -405,7 +405,7 @@ async def test_a_dead_watcher_is_made_up_for_by_the_next_job(broker: Broker) -> 
     if WAKE in await sleeper.told():
         dead, sleeper = sleeper, dead
     await asyncio.sleep(0.15)
-    await broker.enqueue(job_of("eu", patience_ms=1))
+    await broker.enqueue(job_of("eu", patience_ms=0))
     assert await sleeper.told() == [WAKE]
     assert len(await sleeper.claim(2)) == 2
 
