@@ -65,7 +65,7 @@ from .ids import (
     shard_of_job,
     shard_of_pool,
 )
-from .job import ENVELOPE_VERSION, Job
+from .job import ENVELOPE_VERSION, Job, OnLoss
 from .keys import ShardKeys
 from .lanes import BANDS, DEFAULT_BAND, LANES, Lane, band_of_priority
 from .leases import Claimed, Lease, Outcome, Settled
@@ -120,6 +120,7 @@ __all__ = [
     "MethodNotAllowed",
     "ModelNotFound",
     "NoWorker",
+    "OnLoss",
     "Outcome",
     "OverCapacity",
     "PathNotFound",

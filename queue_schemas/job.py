@@ -29,7 +29,7 @@ class Job:
     it is started. ``on_loss`` says what happens to a stream whose attempt was lost after some of it was delivered:
     ``continue`` (the queue asks the Router for what was delivered, and the next attempt goes on behind it),
     ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text that the client has of a stream that
-    goes on, ``finish`` the reason with which it had ended already, only its last events missing.
+    goes on.
     ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling. ``request_id`` is what the client
     sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. Workers of ``region`` go first: others may claim the
     job once it has waited for ``patience_ms``. Without a region anybody may at once.
@@ -57,17 +57,11 @@ class Job:
     region: str = ""
     patience_ms: int = 0
     prefix: str = ""
-    finish: str = ""
-
-    @property
-    def continues(self) -> bool:
-        """Whether an earlier attempt delivered a part that the next one must not repeat."""
-        return bool(self.prefix or self.finish)
 
     def pack(self) -> bytes:
         """The envelope as msgpack: a map with ``v`` first. What most jobs lack (a region, a prefix) is left out."""
         regional = {"region": self.region, "patience_ms": self.patience_ms} if self.region else {}
-        continued = {"prefix": self.prefix, "finish": self.finish} if self.continues else {}
+        continued = {"prefix": self.prefix} if self.prefix else {}
         return codec.encode(
             {
                 "v": ENVELOPE_VERSION,
@@ -140,7 +134,6 @@ _FIELD_TYPES: dict[str, type] = {
     "region": str,
     "patience_ms": int,
     "prefix": str,
-    "finish": str,
 }
 
 

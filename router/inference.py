@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable
 from dataclasses import replace
+from typing import TypeVar
 
 from starlette.types import Receive, Scope, Send
 
@@ -38,6 +40,7 @@ from .bodies import DRAIN_LIMIT_S, ClientGone, drain_body, read_body
 from .connection import Connection
 from .core import (
     DEADLINE_HEADER,
+    ON_LOSS_HEADER,
     RequestFields,
     Stitch,
     announced_size,
@@ -46,6 +49,7 @@ from .core import (
     check_size,
     read_deadline,
     read_fields,
+    read_on_loss,
 )
 from .exchange import Exchange
 from .requests import OpenRequest
@@ -57,8 +61,10 @@ RERUN_AFTER_S = 2.0
 """How long an answer whose job has ended may still be on its way."""
 
 _DEADLINE = DEADLINE_HEADER.encode()
+_ON_LOSS = ON_LOSS_HEADER.encode()
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _NEVER = float("inf")
+_T = TypeVar("_T")
 
 log = get_logger(__name__)
 
@@ -97,7 +103,14 @@ class Inference:
         try:
             tenant = self._admit(request, headers, running)
             body = await self._body(request, receive, headers)
-            job = await self._job(request_id, path, tenant, headers, body, trace)
+            fields = read_fields(body, _content_type(headers), path)
+            job = await self._job(request_id, path, tenant, headers, body, fields, trace)
+            request.stitch = Stitch(
+                stream=job.stream,
+                replay_limit_bytes=self._settings.replay_bytes,
+                on_loss=job.on_loss,
+                usage=fields.usage,
+            )
             connection.watch(request.on_gone)
             await self._enqueue(request, job)
             await self._relay(request, exchange)
@@ -146,12 +159,20 @@ class Inference:
             request.unguard()
 
     async def _job(
-        self, request_id: str, path: str, tenant: Tenant, headers: dict[bytes, bytes], body: bytes, trace: str
+        self,
+        request_id: str,
+        path: str,
+        tenant: Tenant,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        fields: RequestFields,
+        trace: str,
     ) -> Job:
-        content_type = _content_type(headers)
-        fields: RequestFields = read_fields(body, content_type)
         settings, link = self._settings, self._state.link
         deadline_ms = read_deadline(headers.get(_DEADLINE), settings.default_deadline_ms, settings.longest_deadline_ms)
+        on_loss = read_on_loss(headers.get(_ON_LOSS), settings.on_loss)
+        if on_loss == "continue" and not fields.continuable:
+            on_loss = "restart"
         queue = link.ready_queue()
         entry = link.directory.pools.get(fields.model)
         if entry is None or not entry.workers:
@@ -165,11 +186,12 @@ class Inference:
             model=fields.model,
             path=path,
             body=body,
-            content_type=content_type,
+            content_type=_content_type(headers),
             band=band_of_priority(fields.priority),
             stream=fields.stream,
             ttl_ms=deadline_ms,
             max_attempts=settings.max_attempts,
+            on_loss=on_loss,
             reply_to=link.incarnation,
             traceparent=trace or _traceparent(headers),
             request_id=request_id,
@@ -184,26 +206,31 @@ class Inference:
         return settings.region_patience_ms if near else 0
 
     async def _enqueue(self, request: OpenRequest, job: Job) -> State:
-        if request.stitch is None:
-            request.stitch = Stitch(stream=job.stream, replay_limit_bytes=self._settings.replay_bytes)
+        if request.deadline_s == _NEVER:
             request.deadline_s = self._loop().time() + job.ttl_ms / 1000
         self._requests.attach(request, job)
         queue = self._state.link.ready_queue()
+        try:
+            state = await self._within_deadline(request, queue.enqueue(job))
+        except (OverCapacity, BrokerFull):
+            if request.stitch is not None:
+                request.stitch.settled = True  # nothing was written: there is nothing to cancel
+            raise
+        if state in TERMINAL:
+            request.rerun_s = self._loop().time() + RERUN_AFTER_S
+        return state
+
+    async def _within_deadline(self, request: OpenRequest, call: Awaitable[_T]) -> _T:
+        """The answer of a call to the queue, unless the client goes or the request's time runs out before it comes."""
         request.guard(request.deadline_s, _not_queued)
         try:
-            state = await queue.enqueue(job)
+            return await call
         except asyncio.CancelledError:
             if not request.absorb():
                 raise
             raise request.error or ClientGone from None
-        except (OverCapacity, BrokerFull):
-            request.stitch.settled = True  # nothing was written: there is nothing to cancel
-            raise
         finally:
             request.unguard()
-        if state in TERMINAL:
-            request.rerun_s = self._loop().time() + RERUN_AFTER_S
-        return state
 
     async def _relay(self, request: OpenRequest, exchange: Exchange) -> None:
         """Pass the answer on as it comes."""
@@ -239,6 +266,8 @@ class Inference:
             error = stitch.error or request.error
             if error is not None:
                 raise self._explained(error, request)
+            if stitch.lost_epoch:
+                await self._resume(request, stitch.lost_epoch)
             if stitch.gap or request.lost:
                 await self._again(request)
             if request.keepalive_due:
@@ -249,6 +278,23 @@ class Inference:
                 await exchange.comment()
                 request.sending_since_s = _NEVER
 
+    async def _resume(self, request: OpenRequest, epoch: int) -> None:
+        """Tell the queue where a stream goes on whose attempt was lost under ``epoch``."""
+        stitch, job = request.stitch, request.job
+        assert stitch is not None and job is not None  # noqa: S101 - set by _enqueue
+        prefix = stitch.offer()
+        queue = self._state.link.ready_queue()
+        try:
+            state = await self._within_deadline(request, queue.resume(replace(job, prefix=prefix), epoch))
+        except BrokerUnavailable as error:
+            log.warning("stream_not_resumed", job_id=job.id, error=error.message, then="the queue asks again")
+            stitch.heard(epoch)
+            return
+        log.info("stream_resumed", job_id=job.id, request_id=job.request_id, epoch=epoch, delivered=len(prefix))
+        stitch.heard(epoch)
+        if state is None or state in TERMINAL:
+            request.lost = True
+
     async def _again(self, request: OpenRequest) -> None:
         """Frames of the answer may be lost: make sure that an attempt will deliver it, under another id if need be."""
         stitch, job = request.stitch, request.job
@@ -258,8 +304,8 @@ class Inference:
             untouched = stitch.untouched
             # Under its own id it is one job, whether the queue still knows it or not.
             state = await self._enqueue(request, job)
-            if state is State.LEASED:
-                return  # it runs on; should a frame be missing, the next one shows the gap
+            if state in (State.LEASED, State.LOST):
+                return  # it runs on, or is asked for again; should a frame be missing, the next one shows the gap
             if untouched:
                 request.reruns += 1
                 return
@@ -276,7 +322,12 @@ class Inference:
         request.reruns += 1
         self._state.metrics.reruns.inc()
         remaining_ms = max(1, int((request.deadline_s - self._loop().time()) * 1000))
-        again = replace(job, id=new_job_id(self._state.link.ready_queue().shard_of(job.model)), ttl_ms=remaining_ms)
+        again = replace(
+            job,
+            id=new_job_id(self._state.link.ready_queue().shard_of(job.model)),
+            ttl_ms=remaining_ms,
+            prefix=stitch.offer(),
+        )
         log.info("request_runs_again", job_id=again.id, before=job.id, request_id=job.request_id)
         await self._enqueue(request, again)
 
@@ -310,6 +361,12 @@ class Inference:
     def _leave(self, request: OpenRequest, request_id: str) -> None:
         """Whatever happened: nobody waits any more, and a job that goes on has no one to answer to."""
         job, stitch = request.job, request.stitch
+        if stitch is not None and (stitch.continued or stitch.compared or type(stitch.error) is StreamBroken):
+            self._state.metrics.interrupted(
+                continued=stitch.continued > 0,
+                compared=stitch.compared > 0,
+                broken=type(stitch.error) is StreamBroken,
+            )
         if job is not None and stitch is not None and not stitch.settled:
             log.info("job_cancelled", job_id=job.id, request_id=request_id)
             self._state.canceller.cancel(job.id, "its client went away" if request.gone else "its router gave it up")

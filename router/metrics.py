@@ -65,6 +65,17 @@ class RouterMetrics:
         self.reruns = self.registry.counter(
             "inferq_reruns_total", "Requests put on the queue again because frames of their answer were lost"
         )
+        self._interrupted = self.registry.counter(
+            "inferq_streams_interrupted_total",
+            "Streams that lost their worker after a part was delivered, by how they went on",
+            ("how",),
+        )
+
+    def interrupted(self, *, continued: bool, compared: bool, broken: bool) -> None:
+        """A stream is over that had lost its worker in between, or ends because of it."""
+        for how, happened in (("continued", continued), ("compared", compared), ("broken", broken)):
+            if happened:
+                self._interrupted.labels(how).inc()
 
     def answered(self, path: str, status: int) -> None:
         """One answer to a request on ``path``, which is one of the allowlist."""

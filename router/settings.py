@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from broker import Budgets
-from queue_schemas import BadMessage, check_region
+from queue_schemas import BadMessage, OnLoss, check_region
 from telemetry import CommaList, RoleSettings
 
 from .core import OnNoWorker, known_paths
@@ -68,8 +68,16 @@ class RouterSettings(RoleSettings):
     client_stall_ms: int = Field(
         120_000, ge=100, description="A client that reads nothing for so long is disconnected, its request cancelled"
     )
+    on_loss: OnLoss = Field(
+        "continue",
+        description="A stream whose worker is lost goes on where it stopped, is run again and compared, or fails "
+        "(x-inferq-on-loss)",
+    )
     replay_bytes: int = Field(
-        MIB, ge=0, description="How much of each stream is kept to go on after a lost worker; beyond it: stream_broken"
+        MIB,
+        ge=0,
+        description="How much text of each stream is kept (beside 64 KiB) to go on after a lost worker; beyond it: "
+        "stream_broken",
     )
     keepalive_ms: int = Field(
         15_000, ge=50, description="A stream that is silent for so long gets a comment, so that nothing cuts it"

@@ -26,7 +26,8 @@ from queue_schemas import (
 )
 from telemetry import get_logger, inject, span_from, tracing_enabled
 
-from .core import FrameCutter, Retry, judge_answer, judge_failure
+from .continuing import NotContinuable, plan_continuation
+from .core import Continuation, FrameCutter, Retry, judge_answer, judge_failure
 from .engines import Engine, EngineAnswer, EngineCall
 from .metrics import WorkerMetrics
 from .outbox import Channel, Outbox
@@ -206,16 +207,35 @@ class Attempts:
             return _Release(f"the worker tripped over it ({type(error).__name__})", counted=True)
 
     async def _call(self, attempt: _Attempt) -> _Ending:
+        job = attempt.lease.job
+        if not job.prefix:
+            return await self._ask(attempt, job.body, None)
+        try:
+            continuation = await plan_continuation(self._engine, job)
+            self.seen += 1
+            if continuation.body is None:
+                attempt.cutter.head(200, EVENT_STREAM, continued=True)
+                return _Settle(Outcome.DONE, attempt.cutter.feed(continuation.ending()) + attempt.cutter.end())
+            return await self._ask(attempt, continuation.body, continuation)
+        except NotContinuable as error:
+            log.warning("stream_begins_anew", error=f"the engine cannot go on: {error}", **_facts(attempt.lease))
+            return await self._ask(attempt, job.body, None)
+
+    async def _ask(self, attempt: _Attempt, body: bytes, continuation: Continuation | None) -> _Ending:
+        """Send ``body`` to the engine. Raises ``NotContinuable`` if it refuses to go on."""
         lease = attempt.lease
         job = lease.job
-        call = EngineCall(job.path, job.body, job.content_type, job.request_id, inject(job.traceparent))
+        call = EngineCall(job.path, body, job.content_type, job.request_id, inject(job.traceparent))
         async with self._engine.call(call) as answer:
             self.seen += 1
             verdict = judge_answer(answer.status, lease.attempt, job.max_attempts)
             if verdict is Retry.SPENT:
                 return _Release(f"the engine answered {answer.status}", counted=True)
-            if answer.content_type.startswith(EVENT_STREAM):
-                return await self._stream(attempt, answer, verdict)
+            is_stream = answer.content_type.startswith(EVENT_STREAM)
+            if continuation is not None and not (is_stream and verdict is Outcome.DONE):
+                raise NotContinuable(f"it answers {answer.status}, {answer.content_type}")
+            if is_stream:
+                return await self._stream(attempt, answer, verdict, continuation)
             return await self._plain(attempt, answer, verdict)
 
     async def _plain(self, attempt: _Attempt, answer: EngineAnswer, verdict: Outcome) -> _Ending:
@@ -226,12 +246,14 @@ class Attempts:
         self._metrics.usage(attempt.lease.job.model, body)
         return _Settle(verdict, attempt.cutter.whole(answer.status, answer.content_type, body))
 
-    async def _stream(self, attempt: _Attempt, answer: EngineAnswer, verdict: Outcome) -> _Ending:
+    async def _stream(
+        self, attempt: _Attempt, answer: EngineAnswer, verdict: Outcome, continuation: Continuation | None
+    ) -> _Ending:
         job, cutter = attempt.lease.job, attempt.cutter
         attempt.channel = channel = self._outbox.open(
             shard_of_job(job.id), job.reply_to, lambda: self._stop(attempt, Stop.UNHEARD)
         )
-        cutter.head(answer.status, answer.content_type)
+        cutter.head(answer.status, answer.content_type, continued=continuation is not None)
         size = events = 0
         data = b""
         async for data in answer.chunks():
@@ -241,11 +263,21 @@ class Attempts:
             if size > self._max_answer_bytes:
                 return _Settle(Outcome.FAILED, await channel.close() + cutter.fail(self._too_large()))
             urgent = not cutter.begun
-            if frame := cutter.feed(data):
+            if frame := cutter.feed(data if continuation is None else continuation.feed(data)):
                 channel.put(frame, urgent=urgent)
                 await channel.sent()
+                if urgent and continuation is not None and attempt.lease.suspect:
+                    await self._clear(attempt.lease)
         self._metrics.usage(job.model, data, events)
-        return _Settle(verdict, await channel.close() + cutter.end())
+        rest = cutter.feed(continuation.end()) if continuation is not None else b""
+        return _Settle(verdict, await channel.close() + rest + cutter.end())
+
+    async def _clear(self, lease: Lease) -> None:
+        """What crashed engines before is behind this job now: its worker may hold the next suspect."""
+        try:
+            await self._broker.clear(lease)
+        except InferqError as error:
+            log.warning("job_not_cleared", error=error.message, **_facts(lease))
 
     async def _stopped(self, attempt: _Attempt, why: Stop) -> _Ending:
         match why:

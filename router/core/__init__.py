@@ -2,6 +2,7 @@
 
 from .admission import (
     DEADLINE_HEADER,
+    ON_LOSS_HEADER,
     KeyRing,
     OnNoWorker,
     announced_size,
@@ -13,6 +14,7 @@ from .admission import (
     is_join_token,
     parse_keys,
     read_deadline,
+    read_on_loss,
 )
 from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
 from .openai import INFERENCE_PATHS, RequestFields, known_paths, read_fields
@@ -22,6 +24,7 @@ __all__ = [
     "DEADLINE_HEADER",
     "EVENT_STREAM",
     "INFERENCE_PATHS",
+    "ON_LOSS_HEADER",
     "Directory",
     "Head",
     "KeyRing",
@@ -45,4 +48,5 @@ __all__ = [
     "pool_of",
     "read_deadline",
     "read_fields",
+    "read_on_loss",
 ]

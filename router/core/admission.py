@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from queue_schemas import (
     AuthenticationFailed,
@@ -16,6 +16,7 @@ from queue_schemas import (
     CannotStart,
     ModelNotFound,
     NoWorker,
+    OnLoss,
     OverCapacity,
     Tenant,
 )
@@ -26,6 +27,7 @@ from .directory import Directory
 OnNoWorker = Literal["queue", "refuse"]
 
 DEADLINE_HEADER = "x-inferq-deadline-ms"
+ON_LOSS_HEADER = "x-inferq-on-loss"
 NO_WORKER_RETRY_S = 5
 _SHOWN_MODELS = 10
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
@@ -113,6 +115,16 @@ def read_deadline(header: bytes | None, default_ms: int, longest_ms: int) -> int
     if not header.isdigit() or len(header) > 15 or int(header) < 1:
         raise BadRequest(f"{DEADLINE_HEADER} must be a whole number of milliseconds, at least 1", param=DEADLINE_HEADER)
     return min(int(header), longest_ms)
+
+
+def read_on_loss(header: bytes | None, default: OnLoss) -> OnLoss:
+    """What becomes of a stream whose worker is lost: the caller's ``x-inferq-on-loss``."""
+    if header is None:
+        return default
+    for policy in get_args(OnLoss):
+        if header == policy.encode():
+            return cast(OnLoss, policy)
+    raise BadRequest(f"{ON_LOSS_HEADER} must be continue, restart or fail", param=ON_LOSS_HEADER)
 
 
 def check_model(model: str, directory: Directory, on_no_worker: OnNoWorker) -> None:

@@ -16,6 +16,7 @@ import orjson
 from queue_schemas import BadMessage, BadRequest, Pool
 from queue_schemas.ids import check_name
 
+from .continuation import may_continue, wants_usage
 from .forms import boundary_of, form_fields
 
 INFERENCE_PATHS: tuple[str, ...] = (
@@ -42,11 +43,16 @@ _FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})
 
 @dataclass(frozen=True, slots=True)
 class RequestFields:
-    """What the fabric needs to know of a body. ``priority`` is vLLM's: lower is earlier, 0 the default."""
+    """What the fabric needs to know of a body. ``priority`` is vLLM's: lower is earlier, 0 the default.
+
+    ``continuable``: a stream that can go on behind what was delivered of it; ``usage``: one that tells it at its end.
+    """
 
     model: Pool
     stream: bool = False
     priority: int = 0
+    continuable: bool = False
+    usage: bool = False
 
 
 def known_paths(extra: Iterable[str]) -> frozenset[str]:
@@ -59,17 +65,18 @@ def known_paths(extra: Iterable[str]) -> frozenset[str]:
     return frozenset(INFERENCE_PATHS) | frozenset(extra)
 
 
-def read_fields(body: bytes, content_type: str) -> RequestFields:
-    """The fields in ``body``: a JSON object, or a form where ``content_type`` says ``multipart/form-data``.
+def read_fields(body: bytes, content_type: str, path: str) -> RequestFields:
+    """The fields in ``body``, sent to ``path``: a JSON object, or, where ``content_type`` says ``multipart/form-data``,
+    a form.
 
     Raises ``BadRequest`` that names the field or the position at fault.
     """
     if content_type[:19].lower() == "multipart/form-data":
         return _from_form(form_fields(body, boundary_of(content_type), ("model", "stream", "priority")))
-    return _from_json(body)
+    return _from_json(body, path)
 
 
-def _from_json(body: bytes) -> RequestFields:
+def _from_json(body: bytes, path: str) -> RequestFields:
     if len(body) > _MAX_STRUCTURE and sum(map(body.count, (b"[", b"{", b'":'))) > _MAX_STRUCTURE:
         raise BadRequest(
             f"the body has more than {_MAX_STRUCTURE} objects, lists and names; split it into several requests"
@@ -93,7 +100,9 @@ def _from_json(body: bytes) -> RequestFields:
     priority = request.get("priority")
     if priority is not None and type(priority) is not int:
         raise _wrong("priority", priority, "a whole number; lower is earlier")
-    return RequestFields(_checked_model(model), stream or False, priority or 0)
+    if not stream:
+        return RequestFields(_checked_model(model), False, priority or 0)
+    return RequestFields(_checked_model(model), True, priority or 0, may_continue(path, request), wants_usage(request))
 
 
 def _from_form(fields: Mapping[str, str]) -> RequestFields:

@@ -7,8 +7,10 @@ Rules:
 * A plain answer is handed out when it is complete. Of a stream, whole events are handed out as they come: half an
   event that a lost attempt left behind was never delivered. Only an event longer than ``LONGEST_EVENT_BYTES`` passes in
   pieces, and with it the stream can no longer go on with another attempt.
-* A lost attempt that delivered nothing leaves no trace. After one that did, the next is checked against what was
-  delivered (:mod:`router.core.replay`) and goes on where it stopped, or the stream ends with an explicit error.
+* A lost attempt that delivered nothing leaves no trace. After one that did, the next one goes on behind what was
+  delivered, if it says that it does and was offered just that (:meth:`Stitch.offer`). One that begins anew is checked
+  against what was delivered, and followed where the first one stopped (:mod:`router.core.replay`). Or the stream ends
+  with an explicit error.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from queue_schemas import (
+    CONTINUED,
     END,
     HEAD,
     AttemptsExhausted,
@@ -25,10 +28,12 @@ from queue_schemas import (
     JobCancelled,
     Marker,
     MarkerKind,
+    OnLoss,
     StreamBroken,
 )
 
-from .replay import Replay, split_events
+from .replay import Following, Replay, Sequel
+from .transcript import DONE, Transcript, split_events
 
 EVENT_STREAM = "text/event-stream"
 LONGEST_EVENT_BYTES = 1 << 20
@@ -53,7 +58,8 @@ class Stitch:
     Feed it with :meth:`on_frame` and :meth:`on_marker`. ``head`` is set once the answer may begin, :meth:`take` gives
     the bytes that may follow. Then either ``ended`` (all of it was given out), or ``error``. ``settled`` says that the
     queue has nothing left of the job. ``mid_event`` says that half an event was given out: nothing but its rest may
-    follow. ``gap`` says that the job must run again under another id: call :meth:`restart`.
+    follow. ``gap`` says that the job must run again under another id: call :meth:`restart`. ``lost_epoch`` is not 0
+    while the queue waits to hear where the stream goes on: tell it :meth:`offer`.
     """
 
     __slots__ = (
@@ -61,25 +67,33 @@ class Stitch:
         "_attempt_id",
         "_collected",
         "_delivered",
-        "_delivered_bytes",
         "_epoch",
+        "_following",
         "_next_seq",
+        "_offered",
+        "_on_loss",
         "_partial",
         "_pending",
-        "_replay",
-        "_replay_limit",
         "_streams",
+        "_transcript",
+        "_usage",
+        "compared",
+        "continued",
         "ended",
         "error",
         "gap",
         "head",
+        "lost_epoch",
         "mid_event",
         "pending_bytes",
         "settled",
         "stream",
     )  # fmt: skip
 
-    def __init__(self, *, stream: bool, replay_limit_bytes: int) -> None:
+    def __init__(
+        self, *, stream: bool, replay_limit_bytes: int, on_loss: OnLoss = "restart", usage: bool = False
+    ) -> None:
+        """``usage``: the client wants the usage at the end of its stream."""
         self.head: Head | None = None
         self.ended = False
         self.error: InferqError | None = None
@@ -88,7 +102,11 @@ class Stitch:
         self.mid_event = False
         self.pending_bytes = 0
         self.stream = stream
-        self._replay_limit = replay_limit_bytes
+        self.lost_epoch = 0
+        self.continued = self.compared = 0
+        """Attempts that went on behind what was delivered, and that began anew after something was."""
+        self._on_loss = on_loss
+        self._usage = usage
         self._epoch = 0
         self._attempt_id = ""
         self._next_seq = 0
@@ -96,10 +114,11 @@ class Stitch:
         self._streams = False
         self._pending: list[bytes] = []
         self._collected: list[bytes] = []
-        self._delivered: list[bytes] | None = []
-        self._delivered_bytes = 0
+        self._delivered = False
+        self._transcript = Transcript(replay_limit_bytes)
         self._partial = b""
-        self._replay: Replay | None = None
+        self._offered = ""
+        self._following: Following | None = None
 
     @property
     def closed(self) -> bool:
@@ -148,6 +167,11 @@ class Stitch:
             return
         if marker.kind is MarkerKind.REQUEUED:
             self._forget_attempt(marker.epoch)
+        elif marker.kind is MarkerKind.LOST:
+            if marker.epoch > self._epoch:
+                self._forget_attempt(marker.epoch)
+            if not self._attempt_id and not self.closed:
+                self.lost_epoch = marker.epoch
         else:
             self.settled = True
             self.error = _ERRORS[marker.kind](marker.reason)
@@ -155,6 +179,18 @@ class Stitch:
     def restart(self) -> None:
         """The job runs again under another id, whose epochs begin anew."""
         self._forget_attempt(0)
+
+    def offer(self) -> str:
+        """The text behind which the next attempt may go on; empty if it has to begin anew."""
+        self._offered = ""
+        if self._delivered and self._on_loss == "continue":
+            self._offered = self._transcript.text or ""
+        return self._offered
+
+    def heard(self, epoch: int) -> None:
+        """The queue was told where the stream goes on that was lost under ``epoch``."""
+        if self.lost_epoch == epoch:
+            self.lost_epoch = 0
 
     def _adopt(self, frame: Frame) -> bool:
         """Whether ``frame`` begins an attempt that counts; what an older one left unfinished is forgotten then."""
@@ -169,6 +205,7 @@ class Stitch:
 
     def _forget_attempt(self, epoch: int) -> None:
         self.gap = False
+        self.lost_epoch = 0
         self._epoch = epoch
         self._attempt_id = ""
         self._next_seq = 0
@@ -176,23 +213,27 @@ class Stitch:
         self._streams = False
         self._collected.clear()
         self._partial = b""
-        self._replay = None
-        if not self._delivered_bytes:
+        self._offered = ""
+        self._following = None
+        if not self._delivered:
             return
         try:
-            self._replay = self._comparable()
+            self._take_stock()
         except StreamBroken as error:
             self.error = error
-        else:
-            self.ended = self._replay.complete
 
-    def _comparable(self) -> Replay:
-        if self._delivered is None:
+    def _take_stock(self) -> None:
+        """What is there to do about a stream that was lost after some of it was delivered?"""
+        transcript = self._transcript
+        if transcript.complete:
+            self.ended = True
+        elif transcript.finished and (transcript.usage or not self._usage):
+            self._pending.append(b"data: " + DONE + b"\n\n")
+            self.ended = True
+        elif self._on_loss == "fail":
             raise StreamBroken(
-                "the stream cannot go on: its worker was lost after more was delivered than can be checked against a "
-                "new attempt; send the request again"
+                "the worker of the stream was lost; it asked to end with an error then (x-inferq-on-loss)"
             )
-        return Replay(b"".join(self._delivered))
 
     def _on_head(self, frame: Frame) -> None:
         head = self._attempt_head = Head(frame.status, frame.content_type)
@@ -205,7 +246,20 @@ class Stitch:
                 f"{head.content_type}; send the request again"
             )
         if self._streams and not head.is_event_stream:
-            self._delivered = None
+            self._transcript.lose(StreamBroken(f"a stream of {head.content_type} cannot go on; send the request again"))
+        if self._streams:
+            self._follow(continued=bool(frame.flags & CONTINUED))
+
+    def _follow(self, *, continued: bool) -> None:
+        """How the attempt that begins now becomes what the client still lacks."""
+        if continued and not self._offered:
+            raise StreamBroken("the stream cannot go on: its new attempt goes on behind something else; send it again")
+        if continued:
+            self._following = Sequel(self._transcript)
+            self.continued += 1
+        elif self._delivered:
+            self._following = Replay(self._transcript)
+            self.compared += 1
 
     def _on_data(self, data: bytes) -> None:
         head = self._attempt_head
@@ -226,24 +280,29 @@ class Stitch:
             self._partial = data[end:]
             data = data[:end]
             if len(self._partial) > LONGEST_EVENT_BYTES:
-                if self._replay is not None:
+                if self._following is not None:
                     raise StreamBroken(
                         "the stream cannot go on: its worker was lost, and the new attempt has an event of more than "
                         f"{LONGEST_EVENT_BYTES} bytes, too long to be compared; send the request again"
                     )
                 # Half an event passes as it is; from here no other attempt can take over.
-                data, self._partial, self._delivered = data + self._partial, b"", None
-                self.mid_event = True
-        if self._replay is not None:
-            data = b"".join(map(self._replay.feed, split_events(data)))
+                data, self._partial, self.mid_event = data + self._partial, b"", True
+                self._transcript.lose(
+                    StreamBroken(
+                        f"the stream cannot go on: its worker was lost, and it had an event of more than "
+                        f"{LONGEST_EVENT_BYTES} bytes; send the request again"
+                    )
+                )
+        if self._following is not None:
+            data = b"".join(map(self._following.feed, split_events(data)))
         if data:
             self._deliver(data)
 
     def _on_end(self) -> None:
         if self._streams:
-            if self._replay is not None:
+            if self._following is not None:
                 self._on_events(b"\n\n" if self._partial else b"")
-                self._replay.finish()
+                self._following.finish()
             elif self._partial:
                 self._deliver(self._partial)
         else:
@@ -254,12 +313,8 @@ class Stitch:
     def _deliver(self, data: bytes) -> None:
         self._pending.append(data)
         self.pending_bytes += len(data)
-        self._delivered_bytes += len(data)
-        if self._delivered is not None:
-            if self._delivered_bytes > self._replay_limit:
-                self._delivered = None
-            else:
-                self._delivered.append(data)
+        self._delivered = True
+        self._transcript.add(data)
 
 
 def _end_of_events(data: bytes) -> int:

@@ -10,7 +10,7 @@ Rules:
 
 from __future__ import annotations
 
-from queue_schemas import END, HEAD, Frame, InferqError, Lease
+from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Lease
 
 MAX_EVENT_BYTES = 1 << 20
 """An event that is longer is passed on in pieces."""
@@ -19,7 +19,7 @@ MAX_EVENT_BYTES = 1 << 20
 class FrameCutter:
     """Cuts the answer of one attempt. All results are packed frames, ready to publish or settle."""
 
-    __slots__ = ("_content_type", "_lease", "_seq", "_status", "_tail")
+    __slots__ = ("_content_type", "_flags", "_lease", "_seq", "_status", "_tail")
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
@@ -27,6 +27,7 @@ class FrameCutter:
         self._tail = b""
         self._status = 0
         self._content_type = ""
+        self._flags = HEAD
 
     @property
     def begun(self) -> bool:
@@ -38,9 +39,10 @@ class FrameCutter:
         self._status, self._content_type = status, content_type
         return self._frame(body, END)
 
-    def head(self, status: int, content_type: str) -> None:
-        """A stream begins; its first frame will say so."""
+    def head(self, status: int, content_type: str, *, continued: bool = False) -> None:
+        """A stream begins; its first frame will say so, and whether it goes on behind the job's prefix."""
         self._status, self._content_type = status, content_type
+        self._flags = HEAD | CONTINUED if continued else HEAD
 
     def feed(self, data: bytes) -> bytes:
         """A frame with the events that are complete now; empty if none is."""
@@ -49,7 +51,7 @@ class FrameCutter:
             return self._frame(data, 0)
         if tail:
             data = tail + data
-        border = _last_border(data, len(tail))
+        border = last_border(data, len(tail))
         if not border and len(data) > MAX_EVENT_BYTES:
             border = len(data)
         self._tail = data[border:]
@@ -74,11 +76,11 @@ class FrameCutter:
         if seq:
             return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, flags, data).pack()
         return Frame(
-            lease.job.id, lease.epoch, lease.attempt_id, 0, flags | HEAD, data, self._status, self._content_type
+            lease.job.id, lease.epoch, lease.attempt_id, 0, flags | self._flags, data, self._status, self._content_type
         ).pack()
 
 
-def _last_border(data: bytes, known: int) -> int:
+def last_border(data: bytes, known: int) -> int:
     """The index behind the last blank line of ``data`` (LF LF or CRLF CRLF, as the Router cuts), 0 if there is none.
 
     The first ``known`` bytes hold none; a border may begin in the last three of them.

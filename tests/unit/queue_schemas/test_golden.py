@@ -59,7 +59,7 @@ FULL_JOB = Job(
 )
 SMALL_JOB = Job(id=JOB_ID, tenant=Tenant("t"), model=Pool("m"), path="/v1/embeddings", body=b"\x00\xff")
 REGIONAL_JOB = replace(SMALL_JOB, region="eu-west", patience_ms=500)
-RESUMED_JOB = replace(SMALL_JOB, path="/v1/completions", stream=True, prefix="Il \u00e9tait ", finish="length")
+RESUMED_JOB = replace(SMALL_JOB, path="/v1/completions", stream=True, prefix="Il \u00e9tait ")
 WHOLE_FRAME = Frame(JOB_ID, 1, "a1b2c3d4e5f60", 0, HEAD | END, b'{"id":"x"}', 200, "application/json")
 FRAME_RUN = (
     Frame(JOB_ID, 7, "a1b2c3d4e5f60", 0, HEAD, b"data: 1\n\n", 200, "text/event-stream"),

@@ -53,6 +53,9 @@ class FakeQueue:
         self.pools: dict[Pool, bool] = {}
         self.jobs: asyncio.Queue[Job] = asyncio.Queue()
         self.cancelled: asyncio.Queue[tuple[JobId, str]] = asyncio.Queue()
+        self.resumed: asyncio.Queue[tuple[Job, int]] = asyncio.Queue()
+        self.resume_state: State | None = State.QUEUED
+        self.resume_refusal: InferqError | None = None
         self.refusal: InferqError | None = None
         self.state = State.QUEUED
         self.hold_enqueue = False
@@ -72,6 +75,12 @@ class FakeQueue:
             raise self.refusal
         self.jobs.put_nowait(job)
         return self.state
+
+    async def resume(self, job: Job, epoch: int) -> State | None:
+        self.resumed.put_nowait((job, epoch))
+        if self.resume_refusal is not None:
+            raise self.resume_refusal
+        return self.resume_state
 
     async def cancel(self, job_id: JobId, reason: str) -> State | None:
         self.cancelled.put_nowait((job_id, reason))

@@ -18,14 +18,15 @@ def form(*parts: tuple[str, bytes], boundary: str = "B", end: str = "--B--") -> 
     return body + end.encode() + b"\r\n"
 
 
+CHAT = "/v1/chat/completions"
 FORM = "multipart/form-data; boundary=B"
 
 
 def test_fields_are_read_from_json() -> None:
     """Model, stream and priority; null means the default."""
-    fields = read_fields(b'{"model": "a/b:c", "stream": true, "priority": 3}', "application/json")
+    fields = read_fields(b'{"model": "a/b:c", "stream": true, "priority": 3}', "application/json", CHAT)
     assert (fields.model, fields.stream, fields.priority) == ("a/b:c", True, 3)
-    fields = read_fields(b'{"model": "m", "stream": null, "priority": null, "new": [1]}', "")
+    fields = read_fields(b'{"model": "m", "stream": null, "priority": null, "new": [1]}', "", CHAT)
     assert (fields.model, fields.stream, fields.priority) == ("m", False, 0)
 
 
@@ -44,13 +45,13 @@ def test_extra_paths_add_to_the_built_in_ones() -> None:
 def test_a_quoted_boundary_and_a_preamble_are_understood() -> None:
     """What RFC 2046 allows around the first boundary does not hide the fields."""
     body = b"to be ignored\r\n" + form(("name=model", b"m"), boundary="x y", end="--x y--")
-    assert read_fields(body, 'Multipart/Form-Data; charset=utf-8; boundary="x y"').model == "m"
+    assert read_fields(body, 'Multipart/Form-Data; charset=utf-8; boundary="x y"', CHAT).model == "m"
 
 
 def test_a_file_called_model_is_not_the_model() -> None:
     """Only a text field names the model, whatever files are called."""
     body = form(('name="model"; filename="model"', b"file"), ('filename="a"; name="f"', b"x"), ('name="model"', b"m"))
-    assert read_fields(body, FORM).model == "m"
+    assert read_fields(body, FORM, CHAT).model == "m"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_a_file_called_model_is_not_the_model() -> None:
 def test_a_wrong_form_is_refused_with_what_is_wrong(body: bytes, kind: str, words: str) -> None:
     """Every fault of a form has its own sentence."""
     with pytest.raises(BadRequest, match=words):
-        read_fields(body, kind)
+        read_fields(body, kind, CHAT)
 
 
 @given(st.binary(max_size=200))
@@ -80,7 +81,7 @@ def test_no_body_breaks_the_reader(body: bytes) -> None:
     """Whatever arrives is read or refused, never a crash."""
     for kind in ("application/json", FORM):
         try:
-            read_fields(body, kind)
+            read_fields(body, kind, CHAT)
         except BadRequest:
             continue
 
@@ -89,13 +90,13 @@ def test_no_body_breaks_the_reader(body: bytes) -> None:
 def test_file_contents_never_hide_a_field(data: bytes) -> None:
     """A file of any bytes before the model does not keep it from being found."""
     body = form(('name="file"; filename="f"', data), ('name="model"', b"m"))
-    assert read_fields(body, FORM).model == "m"
+    assert read_fields(body, FORM, CHAT).model == "m"
 
 
 def test_a_body_that_is_all_structure_is_refused_before_it_is_parsed() -> None:
     """Millions of empty objects would cost a gibibyte and seconds to parse; text of the same size costs nothing."""
     bomb = b'{"model":"m","x":[' + b"{}," * 1_000_000 + b"{}]}"
     with pytest.raises(BadRequest, match="objects, lists and names"):
-        read_fields(bomb, "application/json")
+        read_fields(bomb, "application/json", CHAT)
     text = b'{"model":"m","x":"' + b"word, " * 1_000_000 + b'"}'
-    assert read_fields(text, "application/json").model == "m"
+    assert read_fields(text, "application/json", CHAT).model == "m"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from queue_schemas import END, HEAD, Frame, JobId, Marker, MarkerKind, StreamBroken
+from queue_schemas import CONTINUED, END, HEAD, Frame, JobId, Marker, MarkerKind, StreamBroken
 from router.core import Stitch
 
 JOB = JobId("0-" + "a" * 32)
@@ -252,7 +253,7 @@ def test_what_cannot_be_compared_breaks_the_stream(strange: bytes) -> None:
 def test_more_than_the_cap_cannot_be_restarted() -> None:
     """The memory kept for a restart is bounded; past it a loss is told."""
     stitch = stream(limit=300)
-    feed(stitch, [*attempt([role(), chunk("x" * 300), DONE])[:2], requeued(2)])
+    feed(stitch, [*attempt([role(), chunk("x" * 301), DONE])[:2], requeued(2)])
     assert stitch.error is not None
     assert stitch.error.code == "stream_broken"
 
@@ -402,3 +403,187 @@ def test_comments_keep_out_of_a_long_event() -> None:
         feed(stitch, [frame])
         seen.append(stitch.mid_event)
     assert seen == [False, True, False]
+
+
+# Streams that go on behind what was delivered
+
+
+def lost(epoch: int) -> Marker:
+    return Marker(MarkerKind.LOST, JOB, epoch, "its worker was lost")
+
+
+def continued(pieces: list[bytes], *, epoch: int, name: str) -> list[Frame]:
+    first, *rest = attempt(pieces, epoch=epoch, name=name)
+    return [replace(first, flags=first.flags | CONTINUED), *rest]
+
+
+def continuable(*, usage: bool = False, limit: int = 1 << 20) -> Stitch:
+    return Stitch(stream=True, replay_limit_bytes=limit, on_loss="continue", usage=usage)
+
+
+def test_a_continued_stream_shows_no_seam() -> None:
+    """The next attempt says only the rest; id, time and model stay the first one's, the role comes once."""
+    stitch = continuable()
+    got = feed(stitch, [*attempt([role(), chunk("The capital"), chunk(" of"), DONE])[:3], lost(2)])
+    assert stitch.lost_epoch == 2
+    assert stitch.offer() == "The capital of"
+    stitch.heard(2)
+    rest = [
+        role("b"),
+        chunk(" France", ident="b", model="other"),
+        chunk("", ident="b"),
+        chunk("", ident="b", finish="stop"),
+    ]
+    got += feed(stitch, [*continued([*rest, usage("b"), DONE], epoch=2, name="b")])
+    seen = events(got)
+    assert text_of(got) == "The capital of France"
+    assert {(e["id"], e["created"]) for e in seen[:-1]} == {("one", 3)}
+    assert {e["model"] for e in seen[:-1] if "model" in e} == {"m"}
+    assert sum("role" in c["delta"] for e in seen[:-1] for c in e["choices"]) == 1
+    assert [c["finish_reason"] for e in seen[:-1] for c in e["choices"] if c["finish_reason"]] == ["stop"]
+    assert sum(bool(e.get("usage")) for e in seen[:-1]) == 1
+    assert (stitch.ended, stitch.continued, stitch.compared) == (True, 1, 0)
+
+
+def test_an_attempt_that_begins_anew_is_compared_all_the_same() -> None:
+    """A worker that could not go on, or is too old to know how, does not say that it does."""
+    stitch = continuable()
+    first = [role(), chunk("Paris"), chunk(" is"), DONE]
+    got = feed(stitch, [*attempt(first)[:2], lost(2)])
+    assert stitch.offer() == "Paris"
+    got += feed(stitch, [*attempt(first, epoch=2, name="b")])
+    assert text_of(got) == "Paris is"
+    assert (stitch.continued, stitch.compared) == (0, 1)
+
+
+def test_a_continuation_of_something_else_breaks_the_stream() -> None:
+    """An attempt that goes on although nothing was offered cannot fit."""
+    stitch = continuable()
+    feed(stitch, [*attempt([role(), chunk("Paris"), DONE])[:2], requeued(2)])
+    feed(stitch, [*continued([chunk(" is"), DONE], epoch=2, name="b")])
+    assert isinstance(stitch.error, StreamBroken)
+
+
+def test_the_queue_is_told_once_for_each_loss() -> None:
+    """A marker that is repeated asks again only while no attempt has begun; a later loss asks anew."""
+    stitch = continuable()
+    feed(stitch, [*attempt([role(), chunk("a"), DONE])[:2], lost(2)])
+    stitch.offer()
+    stitch.heard(2)
+    stitch.on_marker(lost(2))
+    assert stitch.lost_epoch == 2
+    stitch.heard(2)
+    second = continued([chunk("b", ident="b"), DONE], epoch=2, name="b")
+    feed(stitch, [second[0], lost(2)])
+    assert stitch.lost_epoch == 0
+    assert not stitch.closed
+    feed(stitch, [lost(3)])
+    assert (stitch.lost_epoch, stitch.offer()) == (3, "ab")
+    stitch.heard(2)
+    assert stitch.lost_epoch == 3
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [],
+        [role()],
+        [role(), chunk(None, delta={"reasoning_content": "hm"}), chunk("Yes")],
+        [role(), chunk("A"), chunk("B", index=1)],
+        [role(), chunk("Yes", finish="stop")],
+    ],
+    ids=["nothing", "a role", "reasoning", "two choices", "finished, its usage outstanding"],
+)
+def test_what_is_more_than_one_text_is_not_offered(said: list[bytes]) -> None:
+    """The next attempt begins anew then, and is compared."""
+    stitch = continuable(usage=True)
+    feed(stitch, [*attempt([*said, DONE])[: len(said)], lost(2)])
+    assert (stitch.lost_epoch, stitch.offer()) == (2, "")
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_stream_that_lacks_only_its_end_is_ended_here(wanted: bool) -> None:
+    """Everything was said, and the usage if it was wanted: no other attempt is needed for [DONE]."""
+    said = [role(), chunk("Yes", finish="stop"), *([usage()] if wanted else [])]
+    stitch = continuable(usage=wanted)
+    got = feed(stitch, [*attempt([*said, DONE])[: len(said)], lost(2)])
+    assert got == b"".join(said) + DONE
+    assert (stitch.ended, stitch.settled, stitch.lost_epoch) == (True, False, 0)
+
+
+def test_a_stream_that_is_to_fail_says_so() -> None:
+    """Only once something was delivered; before, it simply runs again."""
+    stitch = Stitch(stream=True, replay_limit_bytes=1 << 20, on_loss="fail")
+    frames = attempt([role(), chunk("Hi"), DONE], epoch=2, name="b")
+    feed(stitch, [requeued(2), *frames[:2], requeued(3)])
+    assert isinstance(stitch.error, StreamBroken)
+
+
+def test_an_error_within_a_continued_attempt_reaches_the_client() -> None:
+    """The engine's own words, and the end."""
+    stitch = continuable()
+    feed(stitch, [*attempt([role(), chunk("Hi"), DONE])[:2], lost(2)])
+    stitch.offer()
+    error = b'data: {"error": {"message": "out of memory"}}\n\n'
+    assert feed(stitch, [*continued([error], epoch=2, name="b")]) == error
+    assert stitch.ended
+
+
+def test_a_continued_attempt_that_is_refused_breaks_the_stream() -> None:
+    """An answer with an error status cannot follow what was delivered."""
+    stitch = continuable()
+    feed(stitch, [*attempt([role(), chunk("Hi"), DONE])[:2], lost(2)])
+    stitch.offer()
+    refused = attempt([b'{"error": {}}'], epoch=2, name="b", status=400, kind="application/json")
+    feed(stitch, [*refused])
+    assert isinstance(stitch.error, StreamBroken)
+    assert "400" in stitch.error.message
+
+
+def test_long_streams_are_kept_as_text() -> None:
+    """Far more bytes of events than the limit can pass, as long as their text stays below it."""
+    pieces = [role(), *(chunk(f"{n:04} ") for n in range(2_000)), DONE]
+    stitch = continuable(limit=20_000)
+    got = feed(stitch, [*attempt(pieces)[:1_500], lost(2)])
+    assert len(got) > 10 * 20_000
+    assert stitch.offer() == text_of(got)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_mix_of_losses_makes_a_gap_or_a_repeat(data: st.DataObject) -> None:
+    """Attempts that go on or begin anew, lost at any point, with leftovers in between: one text, one end."""
+    words = data.draw(st.lists(st.text("abé \n", min_size=1, max_size=4), min_size=1, max_size=8))
+    whole = "".join(words)
+    stitch = continuable(usage=True)
+    got = b""
+    offered = ""
+    leftovers: list[Frame] = []
+    attempts = data.draw(st.integers(1, 5))
+    for epoch in range(1, attempts + 1):
+        goes_on = bool(offered) and data.draw(st.booleans())
+        rest = [whole[len(offered) :]] if goes_on else words
+        splits = data.draw(st.lists(st.booleans(), min_size=len(rest), max_size=len(rest)))
+        body = _answer(rest, splits, f"id{epoch}")
+        cut = _cut(body, data.draw(st.lists(st.integers(0, 4000), max_size=6)))
+        frames = (continued if goes_on else attempt)(cut, epoch=epoch, name=f"n{epoch}")
+        last = epoch == attempts
+        for frame in frames if last else frames[: data.draw(st.integers(0, len(frames) - 1))]:
+            got += feed(stitch, [frame] * data.draw(st.integers(1, 2)))
+            if leftovers and data.draw(st.booleans()):
+                got += feed(stitch, [data.draw(st.sampled_from(leftovers))])
+        leftovers += frames
+        if not last:
+            got += feed(stitch, [lost(epoch + 1)] * data.draw(st.integers(1, 2)))
+            if stitch.closed:
+                break
+            offered = stitch.offer()
+            stitch.heard(epoch + 1)
+    assert stitch.error is None
+    assert stitch.ended
+    assert text_of(got) == whole
+    seen = events(got)
+    assert seen.count("[DONE]") == 1
+    assert len({e["id"] for e in seen if e != "[DONE]"}) == 1
+    assert sum(bool(c["finish_reason"]) for e in seen if e != "[DONE]" for c in e["choices"]) == 1
+    assert sum(bool(e.get("usage")) for e in seen if e != "[DONE]") == 1

@@ -1,8 +1,13 @@
 """What a simulated engine answers: pure functions of its seed and the request.
 
 The same body gets the same text from every engine with the same seed and mode, however often it is asked: the text of
-a second attempt equals the first's. ``temperature`` and the other sampling parameters are checked and then ignored;
-``seed`` draws another text. A smaller ``max_tokens`` gives a prefix of the same text.
+a second attempt equals the first's, and an answer that is to go on behind its own beginning goes on as it would have
+without a break. ``temperature`` and the other sampling parameters are checked and then ignored; ``seed`` draws another
+text. A smaller ``max_tokens`` gives a prefix of the same text.
+
+A ``nondeterministic`` engine draws its words anew for each request. They show where they stand, so that a gap or a
+repeat can be told: the word at place i is one of the four at ``WORDS[4 * (i % 64)]``, counted from the digest's first
+token.
 """
 
 from __future__ import annotations
@@ -10,16 +15,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import secrets
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from .requests import Generate
+from .requests import DIGEST_CHARS, Generate, prompt_digest
 from .settings import SimulationSettings
-from .tokens import split_tokens
+from .tokens import CHARS_PER_TOKEN, count_tokens, split_tokens
 
-DIGEST_CHARS = 16
 WORDS: tuple[str, ...] = tuple(f" {a}{b}{c}" for a, b, c in product("bcdfghjklmnprstv", "aeio", "bdnt"))
 """256 words with a leading space, each one token: a byte of the drawn stream picks one."""
 
@@ -35,11 +40,6 @@ class Choice:
     @property
     def text(self) -> str:
         return "".join(self.pieces)
-
-
-def prompt_digest(prompt: str) -> str:
-    """What a text answer begins with: 16 hexadecimal digits that only this prompt gives."""
-    return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=DIGEST_CHARS // 2).hexdigest()
 
 
 def chat_prompt(messages: Iterable[tuple[str, str]]) -> str:
@@ -67,7 +67,7 @@ def packed_embedding(vector: list[float]) -> str:
 
 def _choice(request: Generate, settings: SimulationSettings, index: int) -> Choice:
     key = f"{settings.seed}\0{request.model}\0{request.seed}\0{index}\0{request.prompt}"
-    pieces, ended = _drawn(request, settings, key.encode("utf-8", "surrogatepass"))
+    pieces, ended = _rest(request, *_drawn(request, settings, key.encode("utf-8", "surrogatepass")))
     if request.echo:
         pieces = split_tokens(request.prompt) + pieces
     finish = "stop" if ended else "length"
@@ -81,9 +81,18 @@ def _choice(request: Generate, settings: SimulationSettings, index: int) -> Choi
     return Choice(tuple(pieces), finish)
 
 
+def _rest(request: Generate, pieces: list[str], ended: bool) -> tuple[list[str], bool]:
+    """What is left of the answer behind the prefix. Behind one that is not its beginning, it is said from the start."""
+    said = len(request.prefix)
+    if not said or not "".join(pieces).startswith(request.prefix):
+        return pieces[: request.limit], ended
+    rest = "".join(pieces)[said:]
+    return split_tokens(rest), ended
+
+
 def _drawn(request: Generate, settings: SimulationSettings, key: bytes) -> tuple[list[str], bool]:
-    """The tokens, at most ``request.limit``, and whether the answer ended by itself."""
-    limit = request.limit
+    """The tokens, as many as fit the limit behind those of the prefix, and whether the answer ended by itself."""
+    limit = request.limit + count_tokens(request.prefix)
     if settings.mode == "echo":
         pieces = split_tokens(request.last_user)
     else:
@@ -97,6 +106,18 @@ def _drawn(request: Generate, settings: SimulationSettings, key: bytes) -> tuple
         spread = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32
         length = max(len(pieces), round(settings.answer_tokens * (0.5 + spread)))
     words = min(length, limit) - len(pieces)
-    if words > 0:
+    if words > 0 and settings.nondeterministic:
+        pieces += _placed_words(request.prefix, len(pieces), words)
+    elif words > 0:
         pieces += [WORDS[byte] for byte in hashlib.shake_128(key).digest(words)]
     return pieces[:limit], not request.ignore_end and length <= limit
+
+
+def _placed_words(prefix: str, first: int, words: int) -> list[str]:
+    """The words at places ``first`` on: those that ``prefix`` holds already, then new ones."""
+    said = [prefix[at : at + CHARS_PER_TOKEN] for at in range(first * CHARS_PER_TOKEN, len(prefix), CHARS_PER_TOKEN)]
+    drawn = secrets.token_bytes(words)
+    return [
+        said[number] if number < len(said) else WORDS[(first + number) % 64 * 4 + drawn[number] % 4]
+        for number in range(words)
+    ]

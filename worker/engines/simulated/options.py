@@ -37,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--block-tokens", type=int, default=default.block_tokens, help="of a prefix cache block")
     parser.add_argument("--prefix-cache-blocks", type=int, default=default.prefix_cache_blocks, help="0: no cache")
     parser.add_argument("--embedding-dimensions", type=int, default=default.embedding_dimensions)
+    parser.add_argument("--nondeterministic", action="store_true", help="words are drawn anew for each request")
+    parser.add_argument("--template-trims", action="store_true", help="the chat template strips what is to go on")
+    parser.add_argument("--no-tokenize", action="store_true", help="there is no /tokenize and no /detokenize")
     parser.add_argument("--start-ms", type=float, default=0.0, help="time until it is ready")
     parser.add_argument("--never-ready", action="store_true")
     kinds = ", ".join(FailureKind)
@@ -67,6 +70,9 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[str, int, Simulatio
             prefix_cache_blocks=options.prefix_cache_blocks,
             embedding_dimensions=options.embedding_dimensions,
             start_ms=None if options.never_ready else options.start_ms,
+            nondeterministic=options.nondeterministic,
+            template_trims=options.template_trims,
+            tokenizes=not options.no_tokenize,
             failure_rates=parse_rates(options.fail_rate),
         )
     except ValueError as error:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from .failures import Failure, parse_order
-from .settings import SimulationSettings
-from .tokens import VOCABULARY, count_tokens, decode_tokens
+from .settings import Mode, SimulationSettings
+from .tokens import CHARS_PER_TOKEN, VOCABULARY, count_tokens, decode_tokens
 
+DIGEST_CHARS = 16
 MAX_CHOICES = 128
 MAX_INPUTS = 2048
+_DIGEST = re.compile(r"(?=([0-9a-f]{16}))[0-9a-f]")
 
 
 class RefusedRequest(Exception):
@@ -28,7 +32,8 @@ class RefusedRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """A chat or text completion. ``limit`` is in tokens; ``prompt`` is the whole text the engine would read."""
+    """A chat or text completion. ``limit`` is in tokens; ``prompt`` is the whole text the engine would read, but for
+    ``prefix``: the beginning of the answer, behind which it is to go on."""
 
     chat: bool
     model: str
@@ -45,6 +50,7 @@ class Generate:
     echo: bool
     seed: int
     failure: Failure | None
+    prefix: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +84,24 @@ def parse_chat(body: bytes, settings: SimulationSettings) -> Generate:
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RefusedRequest("messages: Input should be a list of at least one message", param="messages")
-    parts, last_user = [], ""
-    for message in messages:
+    parts, last_user, prefix = [], "", ""
+    goes_on = _bool(fields, "continue_final_message")
+    if goes_on and _bool(fields, "add_generation_prompt", default=True):
+        raise RefusedRequest("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+    for place, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RefusedRequest("messages: each message is an object with a role", param="messages")
         text = _content(message.get("content"))
         if message["role"] == "user":
             last_user = text
+        if goes_on and place == len(messages):
+            prefix = text.strip() if settings.template_trims else text
+            continue
         parts.append(f"<|{message['role']}|>{text}\n")
     limit = _optional_int(fields, "max_completion_tokens", least=1)
     if limit is None:
         limit = _optional_int(fields, "max_tokens", least=1)
-    return _generate(fields, settings, "".join(parts), last_user, limit, chat=True)
+    return _generate(fields, settings, "".join(parts), last_user, limit, chat=True, prefix=prefix)
 
 
 def parse_completion(body: bytes, settings: SimulationSettings) -> Generate:
@@ -100,7 +112,8 @@ def parse_completion(body: bytes, settings: SimulationSettings) -> Generate:
         prompt = prompt[0]
     text = _text_of(prompt, "prompt")
     limit = _optional_int(fields, "max_tokens", least=1)
-    return _generate(fields, settings, text, text, 16 if limit is None else limit, chat=False)
+    prompt, prefix = _asked_and_said(text, settings.mode)
+    return _generate(fields, settings, prompt, prompt, 16 if limit is None else limit, chat=False, prefix=prefix)
 
 
 def parse_embeddings(body: bytes, settings: SimulationSettings) -> Embed:
@@ -128,13 +141,14 @@ def parse_embeddings(body: bytes, settings: SimulationSettings) -> Embed:
     )
 
 
-def parse_tokenize(body: bytes, settings: SimulationSettings) -> str:
-    """``POST /tokenize``: the text of a ``prompt`` or of ``messages``."""
+def parse_tokenize(body: bytes, settings: SimulationSettings) -> tuple[str, str]:
+    """``POST /tokenize``: the text of a ``prompt`` or of ``messages``, and of the message that is to go on."""
     fields = parse_object(body)
     model_of(fields, settings)
     if "messages" in fields:
-        return parse_chat(body, settings).prompt
-    return _text_of(fields.get("prompt"), "prompt")
+        chat = parse_chat(body, settings)
+        return chat.prompt, chat.prefix
+    return _asked_and_said(_text_of(fields.get("prompt"), "prompt"), settings.mode)
 
 
 def parse_detokenize(body: bytes, settings: SimulationSettings) -> str:
@@ -160,10 +174,17 @@ def model_of(fields: Fields, settings: SimulationSettings) -> str:
 
 
 def _generate(
-    fields: Fields, settings: SimulationSettings, prompt: str, last_user: str, limit: int | None, *, chat: bool
+    fields: Fields,
+    settings: SimulationSettings,
+    prompt: str,
+    last_user: str,
+    limit: int | None,
+    *,
+    chat: bool,
+    prefix: str,
 ) -> Generate:
     model = model_of(fields, settings)
-    prompt_tokens = count_tokens(prompt)
+    prompt_tokens = count_tokens(prompt) + count_tokens(prefix)
     room = settings.max_model_len - prompt_tokens
     if room < (limit or 1):
         raise RefusedRequest(
@@ -193,7 +214,29 @@ def _generate(
         echo=not chat and _bool(fields, "echo"),
         seed=_optional_int(fields, "seed") or 0,
         failure=_failure(fields),
+        prefix=prefix,
     )
+
+
+def _asked_and_said(text: str, mode: Mode) -> tuple[str, str]:
+    """A completion's prompt, and what stands behind it of its own answer: a prompt that was made longer by a part of
+    the answer is to be gone on with, as a language model would."""
+    if mode == "echo":
+        places = range(max(len(text) // 2, 1), len(text) - CHARS_PER_TOKEN + 1)
+        found = next((at for at in places if text.startswith(text[at:])), len(text))
+        return text[:found], text[found:]
+    for match in _DIGEST.finditer(text):
+        if match.group(1) == prompt_digest(text[: match.start()]):
+            return text[: match.start()], text[match.start() :]
+    for said in range(DIGEST_CHARS - CHARS_PER_TOKEN, 0, -CHARS_PER_TOKEN):
+        if said < len(text) and text[-said:] == prompt_digest(text[:-said])[:said]:
+            return text[:-said], text[-said:]
+    return text, ""
+
+
+def prompt_digest(prompt: str) -> str:
+    """What a text answer begins with: 16 hexadecimal digits that only this prompt gives."""
+    return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=DIGEST_CHARS // 2).hexdigest()
 
 
 def _failure(fields: Fields) -> Failure | None:
@@ -251,10 +294,10 @@ def _include_usage(fields: Fields, *, stream: bool) -> bool:
     return _bool(options, "include_usage")
 
 
-def _bool(fields: Fields, name: str) -> bool:
+def _bool(fields: Fields, name: str, *, default: bool = False) -> bool:
     value = fields.get(name)
     if value is None:
-        return False
+        return default
     if not isinstance(value, bool):
         raise RefusedRequest(f"{name}: Input should be a valid boolean", param=name)
     return value

@@ -25,6 +25,9 @@ class SimulationSettings:
 
     ``start_ms`` is the time until the engine is ready, None never. ``failure_rates`` is the share of requests (0 to 1)
     that fail in each way, drawn by ``seed`` and the number of the request; ``name`` is what a failure order may name.
+
+    ``nondeterministic`` draws the words of a text answer anew each time. ``template_trims`` is a chat template that
+    strips the message that is to go on; ``tokenizes`` is whether there are ``/tokenize`` and ``/detokenize``.
     """
 
     models: tuple[str, ...] = ("sim",)
@@ -43,6 +46,9 @@ class SimulationSettings:
     prefix_cache_blocks: int = 4096
     embedding_dimensions: int = 384
     start_ms: float | None = 0.0
+    nondeterministic: bool = False
+    template_trims: bool = False
+    tokenizes: bool = True
     failure_rates: Mapping[FailureKind, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -64,14 +64,17 @@ class Simulation:
         self._routes = {
             "/v1/chat/completions": _Route("POST", self._generation(parse_chat)),
             "/v1/completions": _Route("POST", self._generation(parse_completion)),
-            "/v1/embeddings": _Route("POST", lambda body: self._embed(parse_embeddings(body, settings), body)),
-            "/tokenize": _Route("POST", self._tokenize),
-            "/detokenize": _Route("POST", self._detokenize),
+            "/v1/embeddings": _Route("POST", lambda body: self._embed(parse_embeddings(body, settings))),
             "/v1/models": _Route("GET", lambda _: Reply(200, wire.JSON, wire.model_list(settings, self._created))),
             "/health": _Route("GET", lambda _: Reply(200, wire.JSON, b"")),
             "/metrics": _Route("GET", lambda _: Reply(200, wire.METRICS, self.metrics())),
             "/version": _Route("GET", lambda _: Reply(200, wire.JSON, b'{"version":"simulated"}')),
         }
+        if settings.tokenizes:
+            self._routes |= {
+                "/tokenize": _Route("POST", self._tokenize),
+                "/detokenize": _Route("POST", self._detokenize),
+            }
 
     @property
     def ready(self) -> bool:
@@ -153,13 +156,14 @@ class Simulation:
         remembered = lru_cache(maxsize=REMEMBERED_ANSWERS)(understand)
 
         def handle(body: bytes) -> Reply | Run:
-            return self._generate(*(remembered if len(body) <= REMEMBERED_BODY_BYTES else understand)(body), body)
+            repeats = len(body) <= REMEMBERED_BODY_BYTES and not self.settings.nondeterministic
+            return self._generate(*(remembered if repeats else understand)(body))
 
         return handle
 
-    def _generate(self, request: Generate, choices: tuple[Choice, ...], body: bytes) -> Reply | Run:
+    def _generate(self, request: Generate, choices: tuple[Choice, ...]) -> Reply | Run:
         self._number += 1
-        failure = self._failure(request.failure, body)
+        failure = self._failure(request.failure, f"{request.model}\0{request.prompt}")
         content_type = wire.EVENTS if request.stream else wire.JSON
         if failure is not None and (reply := _failed_at_once(failure, content_type)):
             return reply
@@ -183,9 +187,9 @@ class Simulation:
         )
         return self._start(work)
 
-    def _embed(self, request: Embed, body: bytes) -> Reply | Run:
+    def _embed(self, request: Embed) -> Reply | Run:
         self._number += 1
-        failure = self._failure(request.failure, body)
+        failure = self._failure(request.failure, f"{request.model}\0{request.inputs}")
         if failure is not None and (reply := _failed_at_once(failure, wire.JSON)):
             return reply
         tokens = sum(count_tokens(text) for text in request.inputs)
@@ -218,12 +222,12 @@ class Simulation:
             return run.finish_at_once()
         return run
 
-    def _failure(self, ordered: Failure | None, body: bytes) -> Failure | None:
+    def _failure(self, ordered: Failure | None, asked: str) -> Failure | None:
         """The failure of this request: what it ordered, unless used up or meant for another engine, or a drawn one."""
         failure = ordered
         if ordered is not None:
             if ordered.on not in ("", self.settings.name) or (
-                ordered.times and self._order_count(body) > ordered.times
+                ordered.times and self._order_count(f"{ordered}\0{asked}") > ordered.times
             ):
                 failure = None
         elif self.settings.failure_rates:
@@ -232,16 +236,16 @@ class Simulation:
             self._failures[failure.kind] += 1
         return failure
 
-    def _order_count(self, body: bytes) -> int:
-        """How often this very order came, this time included."""
-        key = hashlib.blake2b(body, digest_size=16).digest()
+    def _order_count(self, order: str) -> int:
+        """How often this very order came with this very prompt, this time included."""
+        key = hashlib.blake2b(order.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         self._ordered[key] = self._ordered.pop(key, 0) + 1
         if len(self._ordered) > REMEMBERED_ORDERS:
             self._ordered.popitem(last=False)
         return self._ordered[key]
 
     def _tokenize(self, body: bytes) -> Reply:
-        ids = encode_tokens(parse_tokenize(body, self.settings))
+        ids = [token for text in parse_tokenize(body, self.settings) for token in encode_tokens(text)]
         fields = {"count": len(ids), "max_model_len": self.settings.max_model_len, "tokens": ids, "token_strs": None}
         return Reply(200, wire.JSON, orjson.dumps(fields))
 

@@ -1,0 +1,65 @@
+"""Asking an engine whether, and how, it can go on behind what was delivered of a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+
+from queue_schemas import EngineFailed, Job
+
+from .core.continuation import Continuation, continue_request, detokenized, tokenized
+from .engines import Engine, EngineCall
+
+TOKENIZE_LIMIT_S = 5.0
+_MAX_ANSWER_BYTES = 16 << 20
+
+
+class NotContinuable(Exception):
+    """The engine cannot truthfully go on: the message says why."""
+
+
+async def plan_continuation(engine: Engine, job: Job) -> Continuation:
+    """How ``engine`` goes on behind the prefix of ``job``.
+
+    Raises ``NotContinuable`` if it would not read the prefix as it was delivered, or does not let us find out;
+    ``EngineFailed`` if it cannot be reached, or does not answer in time.
+    """
+    requests = tokenized(job)
+    original = await _tokens(engine, job, requests.original)
+    continued = await _tokens(engine, job, requests.continued)
+    text = (await _ask(engine, job, "/detokenize", detokenized(job, original, continued))).get("prompt")
+    if type(text) is not str or not text.endswith(job.prefix):
+        raise NotContinuable("its prompt would not end with what was delivered")
+    said = len(continued) - len(original)
+    if said < 0:
+        raise NotContinuable("its prompt would get shorter by what was delivered")
+    return continue_request(job, len(original), said)
+
+
+async def _tokens(engine: Engine, job: Job, request: bytes) -> list[int]:
+    tokens = (await _ask(engine, job, "/tokenize", request)).get("tokens")
+    if type(tokens) is not list or not all(type(token) is int for token in tokens):
+        raise NotContinuable("its /tokenize answers something else than tokens")
+    return tokens
+
+
+async def _ask(engine: Engine, job: Job, path: str, request: bytes) -> dict[str, Any]:
+    try:
+        async with (
+            asyncio.timeout(TOKENIZE_LIMIT_S),
+            engine.call(EngineCall(path, request, request_id=job.request_id)) as answer,
+        ):
+            status, body = answer.status, await answer.read(_MAX_ANSWER_BYTES)
+    except TimeoutError as error:
+        raise EngineFailed(f"the engine's {path} did not answer within {TOKENIZE_LIMIT_S:.0f} s") from error
+    if status != 200:
+        raise NotContinuable(f"its {path} answers {status}")
+    try:
+        answered = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise NotContinuable(f"its {path} does not answer with JSON") from None
+    if type(answered) is not dict:
+        raise NotContinuable(f"its {path} does not answer with an object")
+    return answered

@@ -1,0 +1,158 @@
+"""Going on behind what an earlier attempt of a stream delivered.
+
+Rules:
+
+* The engine is asked for what follows the prefix: behind the assistant's last message of a chat
+  (``continue_final_message``), or behind the prompt of a completion.
+* That is right only if the engine really reads the prefix there. Chat templates may strip it, or put something behind
+  it. So the engine's own tokenizer is asked: the tokens of the longer prompt, turned back into text, must end with the
+  prefix, to the letter.
+* The client is to see the figures of one answer. The tokens said so far are those by which the longer prompt exceeds
+  the original one; limits are lowered by them, and ``usage`` is put right.
+
+Which requests may be continued at all is decided by the Router (:mod:`router.core.continuation`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from queue_schemas import Job
+
+from .frames import last_border
+
+CHAT_PATH = "/v1/chat/completions"
+COMPLETION_TOKENS = 16
+"""What a completion without ``max_tokens`` may say, by the OpenAI API; a chat may fill the context."""
+_MARGIN_TOKENS = 8
+"""Tokens in front of the prefix that are turned back into text with it: the cut may lie within a character."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """The requests that ask an engine's ``/tokenize`` for the original prompt and for the one with the prefix."""
+
+    original: bytes
+    continued: bytes
+
+
+def tokenized(job: Job) -> Tokenized:
+    """How the tokens of ``job`` are asked for, which has a prefix."""
+    request = orjson.loads(job.body)
+    base = {"model": request["model"]}
+    if job.path != CHAT_PATH:
+        prompt = request["prompt"]
+        return Tokenized(orjson.dumps(base | {"prompt": prompt}), orjson.dumps(base | {"prompt": prompt + job.prefix}))
+    return Tokenized(
+        orjson.dumps(base | {"messages": request["messages"]}),
+        orjson.dumps(base | _continued_chat(request, job.prefix)),
+    )
+
+
+def detokenized(job: Job, original: list[int], continued: list[int]) -> bytes:
+    """The request to an engine's ``/detokenize`` whose answer must end with the prefix."""
+    return orjson.dumps({"model": job.model, "tokens": continued[max(len(original) - _MARGIN_TOKENS, 0) :]})
+
+
+def continue_request(job: Job, prompt_tokens: int, said_tokens: int) -> Continuation:
+    """The request for the rest of the answer. ``prompt_tokens`` are the original prompt's, ``said_tokens`` those of the
+    prefix."""
+    request = orjson.loads(job.body)
+    if job.path == CHAT_PATH:
+        request |= _continued_chat(request, job.prefix)
+    else:
+        request["prompt"] += job.prefix
+        if request.get("max_tokens") is None:
+            request["max_tokens"] = COMPLETION_TOKENS
+    exhausted = False
+    for name in ("max_tokens", "max_completion_tokens"):
+        if type(request.get(name)) is int:
+            request[name] -= said_tokens
+            exhausted = exhausted or request[name] <= 0
+    if type(request.get("min_tokens")) is int:
+        request["min_tokens"] = max(request["min_tokens"] - said_tokens, 0)
+    return Continuation(job, None if exhausted else orjson.dumps(request), prompt_tokens, said_tokens)
+
+
+def _continued_chat(request: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        "messages": [*request["messages"], {"role": "assistant", "content": prefix}],
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    }
+
+
+class Continuation:
+    """One continued attempt. ``body`` is its request; None if the limit on tokens leaves nothing to say.
+
+    Feed the engine's bytes to :meth:`feed`: events that tell the usage come out with that of the whole answer.
+    """
+
+    def __init__(self, job: Job, body: bytes | None, prompt_tokens: int, said_tokens: int) -> None:
+        self.body = body
+        self._job = job
+        self._prompt_tokens = prompt_tokens
+        self._said_tokens = said_tokens
+        self._tail = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What to pass on of the answer's next bytes; what follows the last whole event waits for the rest of it."""
+        known = len(self._tail)
+        data = self._tail + data
+        border = last_border(data, known)
+        self._tail = data[border:]
+        whole = data[:border]
+        if b'"usage"' not in whole:
+            return whole
+        events = whole.replace(b"\r\n", b"\n").split(b"\n\n")
+        return b"\n\n".join(self._with_usage(event) if b'"usage"' in event else event for event in events)
+
+    def end(self) -> bytes:
+        """What was left when the answer ended."""
+        tail, self._tail = self._tail, b""
+        return tail
+
+    def ending(self) -> bytes:
+        """The end of an answer whose limit on tokens was reached by what had been delivered."""
+        request = orjson.loads(self._job.body)
+        chat = self._job.path == CHAT_PATH
+        base: dict[str, Any] = {
+            "id": self._job.id,
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": 0,
+            "model": self._job.model,
+        }
+        said: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
+        chunks = [base | {"choices": [{"index": 0, **said, "finish_reason": "length"}]}]
+        if (request.get("stream_options") or {}).get("include_usage"):
+            chunks.append(base | {"choices": [], "usage": self._whole_usage({"completion_tokens": 0})})
+        return b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
+
+    def _with_usage(self, event: bytes) -> bytes:
+        prefix, separator, data = event.partition(b"data:")
+        try:
+            chunk = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return event
+        if type(chunk) is not dict or type(chunk.get("usage")) is not dict:
+            return event
+        chunk["usage"] = self._whole_usage(chunk["usage"])
+        return prefix + separator + b" " + orjson.dumps(chunk)
+
+    def _whole_usage(self, usage: dict[str, Any]) -> dict[str, Any]:
+        completion_tokens = self._said_tokens + int(usage.get("completion_tokens") or 0)
+        whole = usage | {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self._prompt_tokens + completion_tokens,
+        }
+        details = usage.get("prompt_tokens_details")
+        if type(details) is dict and type(details.get("cached_tokens")) is int:
+            # The earlier attempt's prefix is cached where this one runs, or not: neither is the client's prompt.
+            whole["prompt_tokens_details"] = details | {
+                "cached_tokens": min(details["cached_tokens"], self._prompt_tokens)
+            }
+        return whole
