@@ -7,6 +7,7 @@ import hashlib
 import json
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from tests.support.fleet import Fleet
 from tests.support.load import DIMENSIONS, Load, events_of
 from tests.support.servers import Server
 from tests.support.waiting import eventually
+from worker.engines.simulated import chat_prompt, prompt_digest
+from worker.engines.simulated.answers import WORDS
+from worker.engines.simulated.requests import DIGEST_CHARS
+from worker.engines.simulated.tokens import count_tokens
 
 TENANTS = ("acme", "globex", "initech")
 
@@ -25,7 +30,7 @@ TENANTS = ("acme", "globex", "initech")
 async def requeued(fleet: Fleet) -> int:
     """How many attempts were lost or handed back so far."""
     totals = fleet.server.ask("HGETALL", ShardKeys(0).totals)
-    return sum(int(count) for name, count in totals.items() if name.endswith(b":requeued"))
+    return sum(int(count) for name, count in totals.items() if name.endswith((b":requeued", b":lost")))
 
 
 async def test_two_thousand_mixed_requests_survive_a_killed_and_a_drained_worker(
@@ -86,6 +91,55 @@ async def test_a_stream_goes_on_without_a_gap_when_its_worker_is_killed(fleet: F
     assert "".join(pieces) == text
     assert len(ids) == 1
     assert await requeued(fleet) == 1
+
+
+async def test_streams_of_an_engine_that_never_says_the_same_go_on(fleet: Fleet) -> None:
+    """Two workers are killed one after the other under 24 streams, chats and completions. Running again and comparing
+    would break each of them; going on breaks none: every word stands in its place, roles, ids, ends and usage are those
+    of one answer."""
+    await fleet.up(
+        workers=3, sim_mode="text", sim_nondeterministic=True, sim_answer_tokens=60, sim_tokens_per_s=30, slots=8
+    )
+    streams = [asyncio.create_task(_told(fleet, number)) for number in range(24)]
+    for victim in fleet.workers[:2]:
+        await eventually(partial(_busy, victim), "the victim runs jobs", every_s=0.01)
+        await asyncio.sleep(0.5)  # in the middle of its streams, wherever that is
+        victim.process.kill()
+    async with asyncio.timeout(50):
+        await asyncio.gather(*streams)
+    metrics = await fleet.router.metrics()
+    assert 'inferq_streams_interrupted_total{how="continued"}' in metrics
+    assert 'how="compared"' not in metrics
+    assert 'how="broken"' not in metrics
+
+
+async def _told(fleet: Fleet, number: int) -> None:
+    """One stream of an engine that draws its words anew for each request, checked word by word."""
+    asked = f"tell me tale {number}"
+    options = {"model": "sim", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 60}
+    chat = number % 2 == 0
+    if chat:
+        path, body = "chat/completions", options | {"messages": [{"role": "user", "content": asked}]}
+        prompt = chat_prompt([("user", asked)])
+    else:
+        path, body, prompt = "completions", options | {"prompt": asked}, asked
+    async with fleet.session.post(f"{fleet.router.url}/v1/{path}", json=body) as answer:
+        *chunks, end = [data async for data in events_of(answer)]
+    assert end == "[DONE]"
+    seen = [json.loads(chunk) for chunk in chunks]
+    assert not [chunk for chunk in seen if "error" in chunk]
+    choices = [choice for chunk in seen for choice in chunk["choices"]]
+    text = "".join(choice["delta"].get("content") or "" if chat else choice["text"] for choice in choices)
+    assert text.startswith(prompt_digest(prompt))
+    for place in range(DIGEST_CHARS // 4, len(text) // 4):
+        assert WORDS.index(text[4 * place : 4 * place + 4]) // 4 == place % 64
+    assert len({chunk["id"] for chunk in seen}) == 1
+    assert sum("role" in choice["delta"] for choice in choices if chat) == int(chat)
+    assert len([choice for choice in choices if choice["finish_reason"]]) == 1
+    (usage,) = [chunk["usage"] for chunk in seen if chunk.get("usage")]
+    assert usage["completion_tokens"] == len(text) / 4
+    assert usage["prompt_tokens"] == count_tokens(prompt)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
 async def test_a_plain_request_answers_late_but_right_when_its_worker_is_killed(fleet: Fleet) -> None:
