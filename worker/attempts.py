@@ -11,12 +11,14 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from broker import Broker
 from queue_schemas import (
     BadRequest,
     DeadlineExceeded,
     EngineFailed,
+    EngineState,
     InferqError,
     JobId,
     Lease,
@@ -28,13 +30,16 @@ from telemetry import get_logger, inject, span_from, tracing_enabled
 
 from .continuing import NotContinuable, plan_continuation
 from .core import Continuation, FrameCutter, Retry, judge_answer, judge_failure
-from .engines import Engine, EngineAnswer, EngineCall
+from .engines import Engine, EngineAnswer, EngineCall, EngineGone
 from .metrics import WorkerMetrics
 from .outbox import Channel, Outbox
 
 EVENT_STREAM = "text/event-stream"
 _ABORTS_KEPT = 4_096
 _SETTLE_PAUSE_S = 1.0
+GATHER_S = 0.25
+"""How long after one attempt broke off others may, as part of the same crash."""
+_T = TypeVar("_T")
 
 log = get_logger(__name__)
 
@@ -64,7 +69,14 @@ class _Release:
     counted: bool
 
 
-_Ending = _Settle | _Release | None
+@dataclass(frozen=True, slots=True)
+class _BrokeOff:
+    """The engine went away with the request."""
+
+    reason: str
+
+
+_Ending = _Settle | _Release | _BrokeOff | None
 
 
 class _Attempt:
@@ -79,6 +91,22 @@ class _Attempt:
         """Set by the task itself: one that is cancelled before its first step would never clean up."""
         self.stop: Stop | None = None
         self.ending = False
+
+
+class _Group:
+    """Attempts that broke off at about the same time. ``beside``: what ran when the first one did."""
+
+    __slots__ = ("attempts", "beside", "ended")
+
+    def __init__(self, first: _Attempt, beside: Sequence[_Attempt]) -> None:
+        self.attempts = [first]
+        self.beside = beside
+        self.ended = asyncio.Event()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing went on that ran beside them."""
+        return all(attempt.ending for attempt in self.beside)
 
 
 class Attempts:
@@ -105,6 +133,7 @@ class Attempts:
         # By attempt: a job that was released may come back here before the answer to its release was seen.
         self._running: dict[str, _Attempt] = {}
         self._aborted: OrderedDict[JobId, None] = OrderedDict()
+        self._broken_off: _Group | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -170,6 +199,10 @@ class Attempts:
                 attempt.ending = True
                 if isinstance(ending, _Settle):
                     await self._settle(attempt, ending)
+                elif isinstance(ending, _BrokeOff):
+                    spent = True
+                    span.fail(ending.reason)
+                    await self._break_off(attempt, ending)
                 elif ending is not None:
                     spent = ending.counted
                     span.fail(ending.reason)
@@ -192,11 +225,7 @@ class Attempts:
             log.info("request_refused", error=error.message, **_facts(lease))
             return _Settle(Outcome.FAILED, attempt.cutter.fail(error))
         except EngineFailed as error:
-            log.warning("engine_call_failed", error=error.message, **_facts(lease))
-            verdict = judge_failure(attempt.cutter.begun, lease.attempt, lease.job.max_attempts)
-            if isinstance(verdict, Outcome):
-                return _Settle(verdict, attempt.cutter.fail(error))
-            return _Release(error.message, counted=True)
+            return self._engine_failed(attempt, error)
         except asyncio.CancelledError:
             if attempt.stop is None or attempt.task is None:
                 raise
@@ -205,6 +234,16 @@ class Attempts:
         except Exception as error:
             log.exception("attempt_broke", **_facts(lease))
             return _Release(f"the worker tripped over it ({type(error).__name__})", counted=True)
+
+    def _engine_failed(self, attempt: _Attempt, error: EngineFailed) -> _Ending:
+        lease = attempt.lease
+        log.warning("engine_call_failed", error=error.message, **_facts(lease))
+        if isinstance(error, EngineGone):
+            return _BrokeOff(error.message)
+        verdict = judge_failure(attempt.cutter.begun, lease.attempt, lease.job.max_attempts)
+        if isinstance(verdict, Outcome):
+            return _Settle(verdict, attempt.cutter.fail(error))
+        return _Release(error.message, counted=True)
 
     async def _call(self, attempt: _Attempt) -> _Ending:
         job = attempt.lease.job
@@ -301,6 +340,7 @@ class Attempts:
         )
         if answer is None:
             return
+        self._metrics.settled(answer)
         self._metrics.attempts(lease.job.model, ending.outcome.value).inc()
         if answer is not Settled.OK:
             log.info("answer_dropped", answer=answer.value, **_facts(lease))
@@ -312,12 +352,39 @@ class Attempts:
         )
         if answer is None:
             return
+        self._metrics.settled(answer)
         self._metrics.attempts(lease.job.model, "spent" if ending.counted else "handed_back").inc()
         log.info("job_released", reason=ending.reason, counted=ending.counted, answer=answer.value, **_facts(lease))
 
-    async def _until_answered(
-        self, send: Callable[[], Awaitable[Settled]], failure: str, attempt: _Attempt
-    ) -> Settled | None:
+    async def _break_off(self, attempt: _Attempt, ending: _BrokeOff) -> None:
+        """End an attempt whose engine went away: together with all that ran there if it crashed, or alone if it only
+        closed this connection."""
+        group = self._broken_off
+        if group is not None:
+            group.attempts.append(attempt)
+            await group.ended.wait()
+            return
+        group = self._broken_off = _Group(attempt, list(self._running.values()))
+        await asyncio.sleep(GATHER_S)
+        self._broken_off = None
+        if self._engine.state is EngineState.READY and not group.is_whole:
+            release = _Release(ending.reason, counted=True)
+            await asyncio.gather(*(self._release(one, release) for one in group.attempts))
+        else:
+            await self._crashed(group.attempts, ending.reason)
+        group.ended.set()
+
+    async def _crashed(self, attempts: Sequence[_Attempt], reason: str) -> None:
+        last = max(attempts, key=lambda attempt: attempt.deadline)
+        leases = [attempt.lease for attempt in attempts]
+        reason = f"{reason}; {self._engine.detail}" if self._engine.detail else reason
+        answers = await self._until_answered(lambda: self._broker.crashed(leases, reason), "crash_not_told", last)
+        for lease, answer in zip(leases, answers or (), strict=False):
+            self._metrics.settled(answer)
+            self._metrics.attempts(lease.job.model, "spent").inc()
+            log.info("job_crashed", reason=reason, answer=answer.value, suspect=lease.suspect, **_facts(lease))
+
+    async def _until_answered(self, send: Callable[[], Awaitable[_T]], failure: str, attempt: _Attempt) -> _T | None:
         """Tell the queue how an attempt ended until it answers; None if the job's time ran out before it did.
 
         An answer is worth more than the time it waits for Redis, and a lease that nobody ends stays with a worker that
@@ -329,7 +396,6 @@ class Attempts:
             except InferqError as error:
                 log.error(failure, error=error.message, **_facts(attempt.lease))
             else:
-                self._metrics.settled(answer)
                 return answer
             if asyncio.get_running_loop().time() >= attempt.deadline:
                 return None

@@ -24,6 +24,7 @@ from worker.engines.simulated.answers import WORDS
 from worker.engines.simulated.requests import DIGEST_CHARS
 from worker.engines.simulated.tokens import count_tokens
 
+TALE = "a tale of some sixty letters, told in fifteen tokens, number "
 TENANTS = ("acme", "globex", "initech")
 
 
@@ -186,6 +187,38 @@ async def test_jobs_that_kill_every_engine_end_with_an_error(fleet: Fleet) -> No
     status, answer = await _chat(fleet, body)
     assert status == 200, answer
     assert answer["choices"][0]["message"]["content"] == "x"
+
+
+async def test_poison_does_not_drag_its_neighbours_along(fleet: Fleet) -> None:
+    """A request that kills whichever engine runs it, among 20 that run beside it, plain and streamed: each of them is
+    answered, the poison is a dead letter after its three attempts, and both workers serve on."""
+    await fleet.up(workers=2, engine="sim-process", slots=16, sim_tokens_per_s=20, sim_ttft_ms=50)
+    neighbours = [
+        asyncio.create_task(_chat(fleet, {"model": "sim", "messages": [{"role": "user", "content": TALE + str(n)}]}))
+        for n in range(10)
+    ]
+    streams = [asyncio.create_task(_streamed(fleet, TALE + str(n))) for n in range(10, 20)]
+    await eventually(partial(_busy, fleet.workers[0]), "neighbours run")
+    await eventually(partial(_busy, fleet.workers[1]), "neighbours run")
+    poison = {"model": "sim", "messages": [{"role": "user", "content": "x"}], "sim": {"fail": "crash"}}
+    status, answer = await _chat(fleet, poison)
+    assert (status, answer["error"]["code"]) == (502, "attempts_exhausted")
+    async with asyncio.timeout(60):
+        for number, (status, answer) in enumerate(await asyncio.gather(*neighbours)):
+            assert status == 200, answer
+            assert answer["choices"][0]["message"]["content"] == TALE + str(number)
+        assert await asyncio.gather(*streams) == [TALE + str(n) for n in range(10, 20)]
+    ((_, letter),) = fleet.server.ask("XRANGE", ShardKeys(0).dead, "-", "+")
+    assert letter[b"attempts"] == b"3"
+
+
+async def _streamed(fleet: Fleet, text: str) -> str:
+    """What a stream says that echoes ``text``."""
+    body = {"model": "sim", "messages": [{"role": "user", "content": text}], "stream": True}
+    async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body) as answer:
+        *chunks, end = [json.loads(data) if data != "[DONE]" else data async for data in events_of(answer)]
+    assert end == "[DONE]", chunks[-1]
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
 
 
 async def test_two_workers_with_one_id_do_not_share_it(fleet: Fleet) -> None:

@@ -17,6 +17,8 @@ import httptools
 
 from queue_schemas import EngineFailed
 
+from .port import EngineGone
+
 CONNECT_LIMIT_S = 5.0
 IDLE_LIMIT_S = 4.0
 """Below the 5 s after which uvicorn, and so vLLM, closes an idle connection."""
@@ -47,6 +49,7 @@ class EngineConnection(asyncio.Protocol):
         self._ends_with_connection = True
         self._paused = False
         self._error = ""
+        self._lost = False
         self._waiter: asyncio.Future[None] | None = None
 
     def send(self, request: bytes) -> None:
@@ -62,7 +65,7 @@ class EngineConnection(asyncio.Protocol):
             self._transport.write(request)
 
     async def head(self) -> None:
-        """Wait for status and headers. Raises ``EngineFailed``."""
+        """Wait for status and headers. Raises ``EngineFailed``, ``EngineGone`` if the server broke off."""
         while not self._has_head:
             await self._news()
 
@@ -88,7 +91,7 @@ class EngineConnection(asyncio.Protocol):
 
     async def _news(self) -> None:
         if self._error:
-            raise EngineFailed(self._error)
+            raise EngineGone(self._error) if self._lost else EngineFailed(self._error)
         self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
 
@@ -140,6 +143,7 @@ class EngineConnection(asyncio.Protocol):
             self.complete = True
             self._tell()
         else:
+            self._lost = not self._error
             where = "before its answer was complete" if self._has_head else "before it answered"
             self._fail(f"the engine broke the connection {where}{f' ({exc})' if exc else ''}")
 

@@ -157,12 +157,20 @@ class _Call:
         if kept is not None:
             try:
                 return await self._send(kept)
-            except EngineFailed:
+            except EngineFailed as error:
                 # Closed as idle just when it was used again. Repeating a POST is right only because not one byte was
                 # answered and the attempt is ours: nobody has seen anything of it, and it is under way nowhere else.
                 if not kept.silent:
                     raise
+                return await self._send(await self._connect_again(error))
         return await self._send(await self._pool.connect())
+
+    async def _connect_again(self, error: EngineFailed) -> EngineConnection:
+        try:
+            return await self._pool.connect()
+        except EngineFailed:
+            # It was no idle connection then: the engine went away with the request.
+            raise error from None
 
     async def _send(self, connection: EngineConnection) -> EngineAnswer:
         try:

@@ -11,7 +11,11 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from queue_schemas import EngineState
+from queue_schemas import EngineFailed, EngineState
+
+
+class EngineGone(EngineFailed):
+    """The engine broke off while it had the request: it crashed, or closed this one connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +45,14 @@ class EngineAnswer(Protocol):
     def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives, in pieces of any size, none empty; what arrived while nobody asked is one piece.
 
-        Raises ``EngineFailed`` if the connection breaks before the answer is complete.
+        Raises ``EngineGone`` if the connection breaks before the answer is complete.
         """
         ...
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body, or, of one that is larger than ``limit_bytes``, more than ``limit_bytes`` bytes of it.
 
-        Raises ``EngineFailed`` if the connection breaks before the answer is complete.
+        Raises ``EngineGone`` if the connection breaks before the answer is complete.
         """
         ...
 
@@ -82,8 +86,8 @@ class Engine(Protocol):
         """Send a request; entering gives the answer once its head arrived.
 
         Leaving the context before the answer was read to its end closes the connection, upon which the engine aborts
-        the request. Entering raises ``EngineFailed`` if the engine cannot be reached. ``BadRequest`` is raised for a
-        request that could not be sent to any engine.
+        the request. Entering raises ``EngineFailed`` if the engine cannot be reached, ``EngineGone`` if it broke off,
+        ``BadRequest`` for a request that could not be sent to any engine.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from telemetry import MetricsRegistry
 from tests.support.queue import make_job
 from tests.support.waiting import eventually
 from worker.attempts import Attempts
-from worker.engines import EngineAnswer, EngineCall
+from worker.engines import EngineAnswer, EngineCall, EngineGone
 from worker.metrics import WorkerMetrics
 from worker.outbox import Outbox
 
@@ -91,6 +91,7 @@ class RecordingBroker:
     def __init__(self) -> None:
         self.settled: list[tuple[Lease, Outcome, list[Frame]]] = []
         self.released: list[tuple[str, bool]] = []
+        self.crashes: list[list[Lease]] = []
         self.published: list[Frame] = []
         self.gone: set[str] = set()
         self.failures = 0
@@ -111,6 +112,13 @@ class RecordingBroker:
             raise BrokerUnavailable("away")
         self.released.append((reason, counted))
         return Settled.OK
+
+    async def crashed(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
+        if self.failures:
+            self.failures -= 1
+            raise BrokerUnavailable("away")
+        self.crashes.append(list(leases))
+        return [Settled.OK] * len(leases)
 
     async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
         for packed in frames.values():
@@ -372,3 +380,34 @@ async def test_a_job_that_trips_over_a_fault_of_ours_ends_alone() -> None:
     bench = Bench(ValueError("unforeseen"))
     await bench.run(lease())
     assert bench.broker.released == [("the worker tripped over it (ValueError)", True)]
+
+
+async def test_all_that_ran_on_a_crashed_engine_is_ended_together() -> None:
+    """One call names every job, so that the queue can tell suspects from neighbours; it is sent until answered."""
+    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", EngineGone("the engine crashed")]))
+    bench.broker.failures = 1
+    leases = [lease(stream=True) for _ in range(5)]
+    await bench.run(*leases)
+    (crash,) = bench.broker.crashes
+    assert {lease.attempt_id for lease in crash} == {lease.attempt_id for lease in leases}
+    assert bench.ended == [True] * 5
+    assert bench.broker.released == []
+
+
+async def test_one_broken_connection_is_no_crash() -> None:
+    """While others go on beside it, the engine lives: the job is released alone."""
+    go_on = asyncio.Event()
+    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", go_on, b"data: 2\n\n"]))
+    async with asyncio.TaskGroup() as group:
+        bench.attempts.start([lease(stream=True)], group)
+        flush = group.create_task(bench.outbox.run())
+        await eventually(lambda: len(bench.broker.published) == 1, "one stream has begun")
+        bench.engine.answer = Answer(200, SSE, [EngineGone("the connection broke")])
+        bench.attempts.start([lease(stream=True)], group)
+        await eventually(lambda: bench.broker.released, "the other one is released")
+        go_on.set()
+        await bench.attempts.idle()
+        flush.cancel()
+    assert bench.broker.released == [("the connection broke", True)]
+    assert bench.broker.crashes == []
+    assert len(bench.broker.settled) == 1

@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 
 from queue_schemas import EngineFailed, EngineState
 
-from ..port import EngineAnswer, EngineCall
+from ..port import EngineAnswer, EngineCall, EngineGone
 from .run import ConnectionClosed, EngineCrashed, Reply
 from .settings import SimulationSettings
 from .simulation import Simulation
@@ -89,13 +89,13 @@ class SimulatedEngine:
             except (EngineCrashed, ConnectionClosed) as error:
                 raise self._failed(error) from error
 
-    def _failed(self, error: EngineCrashed | ConnectionClosed) -> EngineFailed:
+    def _failed(self, error: EngineCrashed | ConnectionClosed) -> EngineGone:
         if isinstance(error, ConnectionClosed):
-            return EngineFailed("the engine closed the connection before the answer was complete")
+            return EngineGone("the engine closed the connection before the answer was complete")
         if self.state is EngineState.READY:
             self._fail("the simulated engine crashed and starts again")
             self._crashed.set()
-        return EngineFailed("the engine crashed")
+        return EngineGone("the engine crashed")
 
     def _fail(self, detail: str) -> None:
         self.state, self.detail = EngineState.FAILED, detail
