@@ -38,7 +38,11 @@ RAY_OPTIONS = $(call option,--address,ADDRESS) $(call option,--data-dir,DATA_DIR
 # What `test` and `bench` hand on: make test ARGS="-k settle -x"
 ARGS ?=
 
-.PHONY: help up demo ray-up ray-down test test-vllm check format bench lock wheel-check install clean
+# What `chaos` takes; without a seed it draws one and says which.
+SECONDS ?=
+SEED ?=
+
+.PHONY: help up demo ray-up ray-down test chaos chaos-long test-vllm check format bench lock wheel-check install clean
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -60,6 +64,12 @@ ray-down: $(RAY) ## Take it out of Ray again
 
 test: $(DEV) ## Run the tests that need no real vLLM
 	$(PY) -m pytest -m "not vllm" $(ARGS)
+
+chaos: $(DEV) ## Kill everything under load and check the history (SECONDS=60 SEED=...)
+	$(PY) -m tests.chaos $(call option,--seconds,SECONDS) $(call option,--seed,SEED) $(ARGS)
+
+chaos-long: $(DEV) ## The same for an hour
+	$(PY) -m tests.chaos --seconds 3600 $(call option,--seed,SEED) $(ARGS)
 
 test-vllm: $(DEV) ## Run the tests against real vLLM (installs it the first time)
 	$(PY) -m pytest -m vllm tests/vllm $(ARGS)

@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
 _CHUNK = 65_536
+
+
+class Point(StrEnum):
+    """A moment in the life of a request."""
+
+    BEFORE_SEND = "before send"
+    AFTER_COMMIT = "after commit, before the reply"
+    AFTER_REPLY = "after the reply"
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """What happens to whoever sends a request with ``marker`` in it, and when."""
+
+    marker: bytes
+    point: Point
+    action: Callable[[], None]
 
 
 class FaultProxy:
@@ -17,7 +37,10 @@ class FaultProxy:
         self.port = 0
         self.latency_s = 0.0
         """Delay of every chunk, in each direction."""
+        self.slice_bytes = 0
+        """Pass chunks on in pieces of so many bytes; 0: as they come."""
         self.replies_lost = 0
+        self._strike: Strike | None = None
         self._target_port = target_port
         self._marker = b""
         self._losses = 0
@@ -52,6 +75,10 @@ class FaultProxy:
         connection instead of its reply."""
         self._marker, self._losses = marker, times
 
+    def strike(self, strike: Strike | None) -> None:
+        """At the next request that contains its marker, call its action at its point. None: not any more."""
+        self._strike = strike
+
     def cut(self) -> None:
         """Drop all connections and refuse new ones, until :meth:`heal`."""
         self._refusing = True
@@ -73,8 +100,8 @@ class FaultProxy:
         self._tasks.add(task)
         try:
             await self._serve(reader, writer)
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # an end of either side is an end of both
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # an end of either side is an end of both, and so is that of the proxy
         finally:
             self._tasks.discard(task)
             writer.transport.abort()
@@ -107,15 +134,33 @@ class FaultProxy:
             await self._flowing.wait()
             if upward and self._losses and self._marker in link.tail + chunk:
                 link.doomed = True
+            if upward and self._strike is not None and self._strike.marker in link.tail + chunk:
+                link.strike, self._strike = self._strike, None
+                if link.strike.point is Point.BEFORE_SEND:
+                    link.strike.action()
+                    return
             if upward:
                 link.tail = chunk[-64:]
             elif link.doomed and not chunk.startswith(b"-NOSCRIPT"):
                 self._losses -= 1
                 self.replies_lost += 1
                 return
-            writer.write(chunk)
+            elif link.strike is not None and link.strike.point is Point.AFTER_COMMIT:
+                link.strike.action()
+                return
+            await self._write(writer, chunk)
+            if not upward and link.strike is not None:
+                link.strike.action()
+                return
+
+    async def _write(self, writer: asyncio.StreamWriter, chunk: bytes) -> None:
+        size = self.slice_bytes or len(chunk)
+        for at in range(0, len(chunk), size):
+            writer.write(chunk[at : at + size])
             with contextlib.suppress(ConnectionError):
                 await writer.drain()
+            if self.slice_bytes:
+                await asyncio.sleep(0)
 
 
 class _Link:
@@ -123,6 +168,7 @@ class _Link:
 
     def __init__(self) -> None:
         self.doomed = False
+        self.strike: Strike | None = None
         self.tail = b""
 
 

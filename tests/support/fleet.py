@@ -71,12 +71,12 @@ class Role:
         assert status == 200
         return body.decode()
 
-    async def ready(self) -> Self:
-        """Wait until it says that it is ready; fails with the log's tail."""
+    async def ready(self, page: str = "/readyz") -> Self:
+        """Wait until ``page`` answers 200: that it is ready, or (``/healthz``) alive; fails with the log's tail."""
 
         async def is_ready() -> bool:
             assert self.process.running, f"{self.name} ended with {self.process.returncode}\n{self.process.log_tail()}"
-            return (await self.get("/readyz"))[0] == 200
+            return (await self.get(page))[0] == 200
 
         try:
             await eventually(is_ready, f"{self.name} is ready", limit_s=READY_LIMIT_S, every_s=0.03)
@@ -156,6 +156,10 @@ class Fleet:
     def another_router(self, name: str, **flags: object) -> Role:
         """A Router, not started yet."""
         return self._add(name, "router.service", _ROUTER | {"router_id": name, "manager_url": self.manager.url} | flags)
+
+    def another_manager(self, name: str) -> Role:
+        """A Manager that stands by, not started yet."""
+        return self._add(name, "manager.service", self._manager_flags)
 
     def worker(self, name: str, **flags: object) -> Role:
         """A worker, not started yet; it registers through the Router, as users do, or with the Manager."""
