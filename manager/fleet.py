@@ -69,6 +69,7 @@ class Fleet:
         self._loaded_at: float | None = None
         self._check_at = clock() + SNAPSHOT_CHECK_S
         self._pools_due: dict[str, float] = {}
+        self._doubted: set[Incarnation] = set()
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self) -> None:
@@ -119,6 +120,21 @@ class Fleet:
         except BrokerUnavailable as error:
             log.warning("drain_not_sent", worker=worker_id, error=error.message, then="its next heartbeat tells it")
         return member
+
+    async def doubt(self, worker_id: str, incarnation: Incarnation) -> None:
+        """Look at once whether a worker is dead whose connection broke, and take back what it held if that is certain.
+
+        Raises broker errors. Doubts of the same incarnation meanwhile are passed over.
+        """
+        member = self.registry.find(worker_id)
+        if member is None or member.incarnation != incarnation or not member.verified or incarnation in self._doubted:
+            return
+        self._doubted.add(incarnation)
+        try:
+            await self._doubt(member)
+            await self._deaths.reclaim()
+        finally:
+            self._doubted.discard(incarnation)
 
     def leave(self, worker_id: str, incarnation: str) -> None:
         """A worker says goodbye. Raises ``UnknownWorker`` if the id is another incarnation's."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from fastapi import APIRouter, Depends, FastAPI, Query, Response
 
 from queue_schemas import (
@@ -16,9 +18,13 @@ from queue_schemas import (
     WorkerInfo,
     WorkerList,
 )
+from queue_schemas.ids import check_incarnation
 from telemetry.asgi import error_responses, health_routes, prepare_app, require_join_token
+from telemetry.held import Held
 
 from .office import ManagerService
+
+OneRun = Annotated[str, Query(max_length=100, description="the run of the worker that it is about")]
 
 
 def create_app(service: ManagerService) -> FastAPI:
@@ -43,6 +49,7 @@ def create_app(service: ManagerService) -> FastAPI:
 
 def _worker_routes(service: ManagerService) -> APIRouter:
     token = service.settings.join_token.get_secret_value()
+    held = Held(lambda: service.stopping or not service.acting)
     routes = APIRouter(tags=["workers"], dependencies=[Depends(require_join_token(token))])
 
     @routes.post("/workers", summary="Register, or register again", responses=error_responses(400, 401, 409, 413, 503))
@@ -81,6 +88,27 @@ def _worker_routes(service: ManagerService) -> APIRouter:
     )
     async def drain(worker_id: str) -> WorkerInfo:
         return await service.drain(worker_id)
+
+    @routes.get(
+        "/workers/{worker_id}/presence",
+        summary="Held open by a worker while it lives; when it breaks, the worker is doubted at once",
+        response_class=Response,
+        responses=error_responses(400, 401, 429, 503),
+    )
+    async def presence(worker_id: str, incarnation: OneRun) -> Response:
+        service.check_acting()
+        run = check_incarnation(incarnation)
+        return held.answer(lambda: service.doubt(worker_id, run))
+
+    @routes.post(
+        "/workers/{worker_id}/doubt",
+        summary="Its connection broke: look whether this run of a worker is dead",
+        status_code=202,
+        response_class=Response,
+        responses=error_responses(400, 401, 503),
+    )
+    async def doubt(worker_id: str, incarnation: OneRun) -> None:
+        await service.doubt(worker_id, check_incarnation(incarnation))
 
     @routes.get("/broker", summary="Where the queue is", responses=error_responses(401, 503))
     async def broker() -> BrokerAddress:

@@ -19,6 +19,7 @@ from queue_schemas import (
     BrokerUnsuitable,
     Heartbeat,
     HeartbeatAnswer,
+    Incarnation,
     InferqError,
     ManagerUnavailable,
     ModelNotFound,
@@ -79,6 +80,8 @@ class ManagerService:
         self._queue: QueuePort | None = None
         self._fleet: Fleet | None = None
         self._acting_until = 0.0
+        self.stopping = False
+        """Whether it was told to end."""
         self._changed = asyncio.Event()
         self._problem = "the queue's Redis has not been reached yet"
         self.metrics.registry.watch_round_trips(lambda: self._queue.round_trips if self._queue else 0)
@@ -104,6 +107,7 @@ class ManagerService:
                         tasks.create_task(self._save(), name="manager: snapshot"),
                     ]
                     await stop.wait()
+                    self.stopping = True
                     for loop in loops:
                         loop.cancel()
             finally:
@@ -258,6 +262,21 @@ class ManagerService:
         """Ask a worker to finish what it runs and end. Raises ``UnknownWorker``."""
         member = await self._in_office().drain(worker_id)
         return member.info(self._clock())
+
+    def check_acting(self) -> None:
+        """Raises ``ManagerUnavailable`` in standby."""
+        self._in_office()
+
+    async def doubt(self, worker_id: str, incarnation: Incarnation) -> None:
+        """The connection that a worker held open broke: find out now whether it is dead. That is only a hint: nobody is
+        buried whose port or ping answers."""
+        fleet = self._acting()
+        if fleet is None or self.stopping:
+            return
+        try:
+            await fleet.doubt(worker_id, incarnation)
+        except InferqError as error:
+            log.info("worker_not_judged", worker=worker_id, error=error.message, then="the sweep goes on with it")
 
     async def list_workers(self) -> WorkerList:
         """The fleet; in standby as the acting Manager last wrote it down."""

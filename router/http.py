@@ -22,11 +22,13 @@ from queue_schemas import (
     WorkerList,
     check_worker_id,
 )
+from queue_schemas.ids import check_incarnation
 from telemetry import get_logger
 from telemetry.asgi import check_join_token, health_routes, prepare_app
+from telemetry.held import Held
 
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
-from .ports import FabricCall
+from .ports import FabricCall, ManagerPort
 from .state import RouterState
 
 MAX_FABRIC_BODY_BYTES = 1024 * 1024
@@ -90,6 +92,7 @@ def _manager(state: RouterState) -> APIRouter:
     """Paths that are the Manager's. The Router asks for the join token itself: its own address may be public where the
     Manager's is not, and a Manager that only this machine reaches may have no token to ask for."""
     routes = APIRouter(tags=["manager"])
+    held = Held(lambda: state.draining or state.leaving)
 
     @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList)
     async def workers(request: Request) -> Response:
@@ -107,6 +110,21 @@ def _manager(state: RouterState) -> APIRouter:
     async def drain(worker_id: str, request: Request) -> Response:
         return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/drain")
 
+    @routes.get(
+        _WORKERS + "/{worker_id}/presence", summary="Held open by a worker while it lives", response_class=Response
+    )
+    async def presence(worker_id: str, incarnation: str, request: Request) -> Response:
+        token = request.headers.get(JOIN_TOKEN_HEADER, "")
+        check_join_token(state.settings.join_token.get_secret_value(), token)
+        path = f"{_WORKERS}/{check_worker_id(worker_id)}/doubt"
+        query = f"incarnation={check_incarnation(incarnation)}"
+        call, manager = FabricCall("POST", path, query, token, b"", request.state.request_id), _manager_of(state)
+        return held.answer(lambda: _doubt(manager, call))
+
+    @routes.post(_WORKERS + "/{worker_id}/doubt", summary="Its connection broke: is a worker dead?", status_code=202)
+    async def doubt(worker_id: str, request: Request) -> Response:
+        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/doubt")
+
     @routes.delete(_WORKERS + "/{worker_id}", summary="A worker leaves", status_code=204)
     async def deregister(worker_id: str, request: Request) -> Response:
         return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}")
@@ -116,6 +134,20 @@ def _manager(state: RouterState) -> APIRouter:
         return await _forward(state, request, f"{FABRIC_PREFIX}/broker")
 
     return routes
+
+
+async def _doubt(manager: ManagerPort, call: FabricCall) -> None:
+    """The connection of a worker that was held here broke: tell the Manager, which looks for itself."""
+    try:
+        await manager.forward(call)
+    except ManagerUnavailable as error:
+        log.info("doubt_not_told", path=call.path, error=error.message, then="its heartbeats will be missed")
+
+
+def _manager_of(state: RouterState) -> ManagerPort:
+    if state.manager is None:
+        raise ManagerUnavailable("this router was started without --manager-url: ask the Manager itself")
+    return state.manager
 
 
 async def _forward(state: RouterState, request: Request, path: str) -> Response:
@@ -139,14 +171,13 @@ def _listing_token(state: RouterState, request: Request) -> str:
 
 
 async def _pass_on(state: RouterState, request: Request, path: str, token: str) -> Response:
-    if state.manager is None:
-        raise ManagerUnavailable("this router was started without --manager-url: ask the Manager itself")
+    manager = _manager_of(state)
     body = b""
     async for piece in request.stream():
         body += piece
         if len(body) > MAX_FABRIC_BODY_BYTES:
             raise BodyTooLarge(f"the body has more than {MAX_FABRIC_BODY_BYTES} bytes, which no worker's message has")
-    answer = await state.manager.forward(
+    answer = await manager.forward(
         FabricCall(request.method, path, request.url.query, token, body, request.state.request_id)
     )
     if request.method != "GET" and not path.endswith("/heartbeat"):

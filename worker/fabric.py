@@ -34,6 +34,9 @@ AVOID_S = 10.0
 """How long a URL that let a call run out of time is left for others: a frozen host costs that time at every visit."""
 _NO_SUCH_WORKER = frozenset({404, UnknownWorker.status})
 """Other versions and other makes of Managers answer the heartbeat of a worker that they do not know with 404."""
+_NO_SUCH_PAGE = frozenset({404, 405})
+SILENCE_LIMIT_S = 45.0
+"""A held connection carries a byte every 15 s; one that is silent for so long leads nowhere."""
 _MAX_ANSWER_BYTES = 8 << 20
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
@@ -79,6 +82,20 @@ class FabricClient:
         answer = await self._call("POST", path, heartbeat, limit_s=HEARTBEAT_LIMIT_S, unknown=_NO_SUCH_WORKER)
         return _parse(HeartbeatAnswer, answer, self.url)
 
+    async def stay_present(self, worker_id: str, incarnation: Incarnation) -> None:
+        """Hold a connection to the URL in use until it ends: whoever holds its other end is told at once when this
+        process dies. Raises ``UnknownWorker`` where nobody holds such connections (an older version)."""
+        url = f"{self.url}{FABRIC_PREFIX}/workers/{worker_id}/presence?incarnation={incarnation}"
+        limit = aiohttp.ClientTimeout(total=None, sock_connect=CALL_LIMIT_S, sock_read=SILENCE_LIMIT_S)
+        try:
+            async with self._open().get(url, timeout=limit) as answer:
+                if answer.status != 200:
+                    raise _refusal(answer.status, await _read(answer), self.url, _NO_SUCH_PAGE)
+                while await answer.content.readany():
+                    continue
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ManagerUnavailable(f"{self.url} has let go of this worker ({type(error).__name__})") from error
+
     async def deregister(self, worker_id: str, incarnation: Incarnation) -> None:
         """Tell the Manager that this worker ends, by way of the first URL that leads to one."""
         for tried in range(1, len(self._urls) + 1):
@@ -96,6 +113,11 @@ class FabricClient:
         if session is not None:
             await session.close()
 
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(headers=self._headers, trust_env=False)
+        return self._session
+
     async def _call(
         self,
         method: str,
@@ -106,14 +128,12 @@ class FabricClient:
         unknown: frozenset[int] = frozenset(),
     ) -> bytes:
         """The answer's body. Statuses of ``unknown`` mean that the worker is, whatever the body says."""
-        if self._session is None:
-            self._session = aiohttp.ClientSession(headers=self._headers, trust_env=False)
         url = f"{self.url}{FABRIC_PREFIX}/{path}"
         body = message.model_dump_json().encode() if message is not None else None
         headers = {"content-type": "application/json"} if body else {}
         limit = aiohttp.ClientTimeout(total=limit_s)
         try:
-            async with self._session.request(method, url, data=body, headers=headers, timeout=limit) as answer:
+            async with self._open().request(method, url, data=body, headers=headers, timeout=limit) as answer:
                 content = await _read(answer)
                 status = answer.status
         except TimeoutError as error:

@@ -131,6 +131,7 @@ class Life:
         answer = await self._membership.register(first=first)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._membership.run(), name="heartbeats")
+            group.create_task(self._membership.stay_present(self.incarnation), name="presence")
             broker = await self._around.connect(answer)
             await self._join(broker)
             outbox = Outbox(

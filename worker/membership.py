@@ -17,6 +17,7 @@ from queue_schemas import (
     AuthenticationFailed,
     BadRequest,
     Heartbeat,
+    Incarnation,
     InferqError,
     Registration,
     RegistrationAnswer,
@@ -35,6 +36,9 @@ _TAKEN_TRIES = 6
 _TAKEN_PAUSE_S = 0.5
 """A worker that was restarted at once waits so long for its predecessor to be found dead: 3 s in all."""
 _LEAST_GAP_S = 0.1
+_LONGEST_PRESENCE_PAUSE_S = 10.0
+_NOBODY_HOLDS_PAUSE_S = 300.0
+"""How long a worker waits until it asks again a Manager of a version that holds no connections."""
 _REASONS_REMEMBERED = 32
 
 log = get_logger(__name__)
@@ -133,6 +137,23 @@ class Membership:
                 self._assigned(answer.assignment)
                 if answer.drain:
                     self._drain()
+
+    async def stay_present(self, incarnation: Incarnation) -> NoReturn:
+        """Hold a connection to whoever this worker is registered with, until cancelled."""
+        pause = _FIRST_PAUSE_S
+        while True:
+            begun = asyncio.get_running_loop().time()
+            try:
+                await self._client.stay_present(self._worker_id, incarnation)
+            except UnknownWorker:
+                pause = _NOBODY_HOLDS_PAUSE_S
+            except InferqError as error:
+                log.debug("presence_not_held", error=error.message)
+            if asyncio.get_running_loop().time() - begun > _LONGEST_PRESENCE_PAUSE_S:
+                pause = _FIRST_PAUSE_S
+            # A Router that ends lets go of all its workers at once: they come back one after the other.
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, _LONGEST_PRESENCE_PAUSE_S)
 
     async def _pause(self) -> None:
         await asyncio.sleep(_LEAST_GAP_S)

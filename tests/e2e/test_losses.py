@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from manager.settings import ManagerSettings
 from queue_schemas.keys import ShardKeys
 from tests.support.fleet import Fleet
 from tests.support.load import DIMENSIONS, Load, events_of
@@ -154,6 +155,23 @@ async def test_a_plain_request_answers_late_but_right_when_its_worker_is_killed(
     async with asyncio.timeout(20):
         status, answer = await asked
     assert (status, answer["choices"][0]["message"]["content"]) == (200, "one two three four five six seven")
+
+
+async def test_a_killed_worker_is_missed_at_once(tmp_path: Path, own_valkey: Server) -> None:
+    """With the intervals of production: the connection that it held to the Router broke, its port refuses, its ping is
+    not answered. Its job starts elsewhere before a single heartbeat was missed twice, let alone its lease."""
+    usual = {name: ManagerSettings.model_fields[name].default for name in ("lease_ms", "heartbeat_ms", "suspect_ms")}
+    async with Fleet(tmp_path, own_valkey, manager=usual) as fleet:
+        await fleet.up(workers=2, sim_tokens_per_s=4)
+        victim = fleet.workers[0]
+        body = {"model": "sim", "messages": [{"role": "user", "content": "one two three four five six"}]}
+        asked = [asyncio.create_task(_chat(fleet, body)) for _ in range(6)]
+        await eventually(partial(_busy, victim), "it runs some")
+        victim.process.kill()
+        begin = time.monotonic()
+        await eventually(partial(requeued, fleet), "its jobs wait again", limit_s=15, every_s=0.01)
+        assert time.monotonic() - begin < 2 * usual["heartbeat_ms"] / 1000
+        assert {status for status, _ in await asyncio.gather(*asked)} == {200}
 
 
 async def test_a_hung_worker_loses_its_lease(fleet: Fleet) -> None:
