@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -116,6 +116,43 @@ async def test_release(faulty: Faulty, counted: bool) -> None:
     assert len(await faulty.listener.news()) == 1
     again = await (await Puller(faulty.sound).join()).claim_one()
     assert (again.epoch, again.attempt) == (2, 2 if counted else 1)
+
+
+async def test_resume(faulty: Faulty) -> None:
+    """A lost stream waits once more, behind what was delivered."""
+    job = make_job(reply_to=faulty.listener.router, stream=True, on_loss="continue")
+    await faulty.sound.enqueue(job)
+    worker = await Puller(faulty.sound).join()
+    await worker.claim_one()
+    await faulty.sound.reclaim(worker.incarnation)
+    faulty.lose("resume")
+    assert await faulty.broker.resume(replace(job, prefix="Once"), 2) is State.QUEUED
+    assert await faulty.counts() == (1, 0)
+    assert (await (await Puller(faulty.sound).join()).claim_one()).job.prefix == "Once"
+
+
+async def test_crashed(faulty: Faulty) -> None:
+    """Each job is charged once, and waits once more."""
+    for _ in range(3):
+        await faulty.sound.enqueue(make_job())
+    worker = await Puller(faulty.sound).join()
+    leases = await worker.claim(3)
+    faulty.lose("crashed")
+    assert set(await faulty.broker.crashed(leases, "it crashed")) <= {Settled.OK, Settled.DUPLICATE}
+    assert await faulty.counts() == (3, 0)
+    again = await (await Puller(faulty.sound).join()).claim_one()
+    assert (again.epoch, again.attempt, again.suspect) == (2, 2, True)
+
+
+async def test_clear(faulty: Faulty) -> None:
+    """A job that was cleared stays so."""
+    await faulty.sound.enqueue(make_job())
+    worker = await Puller(faulty.sound).join()
+    await faulty.sound.crashed([await worker.claim_one()], "it crashed")
+    again = await (await Puller(faulty.sound).join()).claim_one()
+    faulty.lose("clear")
+    assert await faulty.broker.clear(again) is Settled.OK
+    assert await faulty.sound.settle(again, Outcome.DONE) is Settled.OK
 
 
 async def test_release_that_buries(faulty: Faulty) -> None:

@@ -106,6 +106,37 @@ async def test_silence_shorter_than_two_heartbeats_raises_no_doubt() -> None:
     assert probe.looks == looks + 1
 
 
+async def test_a_doubt_is_looked_into_at_once() -> None:
+    """The connection that a worker held broke, its port refuses, its ping is not answered: its jobs are taken back
+    without a sweep."""
+    queue, clock, probe = FakeQueue(numbers={ONE: 1}), Clock(), FakeProbe({URL: Door(DoorState.SAME)})
+    fleet = _fleet(queue, clock, probe)
+    await fleet.register(_registration())
+    await fleet.sweep()
+    probe.doors[URL] = Door(DoorState.REFUSED, "refuses")
+    await fleet.doubt("w", ONE)
+    assert queue.reclaimed == [ONE]
+    assert fleet.registry.find("w") is None
+
+
+@pytest.mark.parametrize("proof", ["its door", "its ping", "not verified", "another run", "unknown"])
+async def test_a_doubt_alone_buries_nobody(proof: str) -> None:
+    """It is a hint that anybody may give: what counts is what the worker's port and its renewal number say."""
+    queue, clock = FakeQueue(numbers={ONE: 1}), Clock()
+    probe = FakeProbe({URL: Door(DoorState.UNKNOWN if proof == "not verified" else DoorState.SAME)})
+    fleet = _fleet(queue, clock, probe)
+    await fleet.register(_registration())
+    await fleet.sweep()
+    if proof != "its door":
+        probe.doors[URL] = Door(DoorState.REFUSED, "refuses")
+    if proof == "its ping":
+        queue.answers_pings.add(ONE)
+    run = Incarnation("w.0000000000000002") if proof == "another run" else ONE
+    await fleet.doubt("stranger" if proof == "unknown" else "w", run)
+    assert queue.reclaimed == []
+    assert fleet.registry.find("w") is not None
+
+
 async def test_pools_stay_known_while_they_are_served_or_declared() -> None:
     """Both are remembered anew from time to time, though somebody else ended the declaration; others are left alone."""
     queue, clock = FakeQueue(), Clock()
