@@ -1,4 +1,6 @@
 import asyncio
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -23,7 +25,7 @@ class Clock:
         return self.now
 
 
-def _fleet(queue: FakeQueue, clock: Clock, probe: FakeProbe | None = None, declared: str = "") -> Fleet:
+def _fleet(queue: FakeQueue, clock: Callable[[], float], probe: FakeProbe | None = None, declared: str = "") -> Fleet:
     settings = fast_settings(lease_ms=15_000, heartbeat_ms=2_000, suspect_ms=6_000, pools=declared)
     metrics = FleetMetrics(MetricsRegistry("manager"))
     return Fleet(settings, queue, probe or FakeProbe(), metrics, 1, asyncio.Event(), clock)
@@ -109,8 +111,8 @@ async def test_silence_shorter_than_two_heartbeats_raises_no_doubt() -> None:
 async def test_a_doubt_is_looked_into_at_once() -> None:
     """The connection that a worker held broke, its port refuses, its ping is not answered: its jobs are taken back
     without a sweep."""
-    queue, clock, probe = FakeQueue(numbers={ONE: 1}), Clock(), FakeProbe({URL: Door(DoorState.SAME)})
-    fleet = _fleet(queue, clock, probe)
+    queue, probe = FakeQueue(numbers={ONE: 1}), FakeProbe({URL: Door(DoorState.SAME)})
+    fleet = _fleet(queue, time.monotonic, probe)
     await fleet.register(_registration())
     await fleet.sweep()
     probe.doors[URL] = Door(DoorState.REFUSED, "refuses")
@@ -122,9 +124,9 @@ async def test_a_doubt_is_looked_into_at_once() -> None:
 @pytest.mark.parametrize("proof", ["its door", "its ping", "not verified", "another run", "unknown"])
 async def test_a_doubt_alone_buries_nobody(proof: str) -> None:
     """It is a hint that anybody may give: what counts is what the worker's port and its renewal number say."""
-    queue, clock = FakeQueue(numbers={ONE: 1}), Clock()
+    queue = FakeQueue(numbers={ONE: 1})
     probe = FakeProbe({URL: Door(DoorState.UNKNOWN if proof == "not verified" else DoorState.SAME)})
-    fleet = _fleet(queue, clock, probe)
+    fleet = _fleet(queue, time.monotonic, probe)
     await fleet.register(_registration())
     await fleet.sweep()
     if proof != "its door":
