@@ -1,7 +1,8 @@
 """All Redis access: one client, atomic scripts, the queue operations."""
 
 from .client import Broker, Expired, Reclaimed
+from .dead_letters import MOST_LETTERS, DeadLetters
 from .server import ServerFacts
 from .settings import BrokerSettings, Budgets
 
-__all__ = ["Broker", "BrokerSettings", "Budgets", "Expired", "Reclaimed", "ServerFacts"]
+__all__ = ["MOST_LETTERS", "Broker", "BrokerSettings", "Budgets", "DeadLetters", "Expired", "Reclaimed", "ServerFacts"]

@@ -45,6 +45,7 @@ from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
 from telemetry import get_logger
 
 from .calls import Caller, pairs
+from .dead_letters import DeadLetters
 from .job_batches import ShardBatches, attempt_of
 from .link import ClientLink, Link, open_link
 from .server import ServerFacts, read_facts, require_suitable, settle_meta
@@ -89,6 +90,7 @@ class Broker:
         self._caller = Caller(link, retry_limit_s=retry_limit_ms / 1000, script_flags=script_flags)
         self._keys = [ShardKeys(shard) for shard in range(shards)]
         self._batches = [ShardBatches(self._caller, keys, budgets) for keys in self._keys]
+        self.dead_letters = DeadLetters(self._caller, self._keys)
         self._control_read: dict[tuple[int, str], str] = {}
 
     @classmethod

@@ -50,6 +50,8 @@ app = typer.Typer(
 
 ray_app = typer.Typer(help="The fabric in a Ray cluster: Manager as an actor, Routers as a Serve application.")
 app.add_typer(ray_app, name="ray", no_args_is_help=True)
+dead_app = typer.Typer(help="Requests that were given up after all their attempts.")
+app.add_typer(dead_app, name="dead", no_args_is_help=True)
 
 
 def main() -> None:
@@ -350,3 +352,63 @@ def ray_down(address: ClusterAddress = None, data_dir: DataDir = DATA_DIR, as_js
     from .commands.ray import ray_down as take_down  # noqa: PLC0415
 
     raise typer.Exit(take_down({"address": address, "data_dir": str(data_dir)}, as_json=as_json))
+
+
+LetterIds = Annotated[list[str] | None, typer.Argument(help="Ids of letters, as `inferq dead list` shows them.")]
+
+
+@dead_app.command("list")
+def dead_list(
+    limit: Annotated[int, typer.Option(min=1, help="Show no more than the oldest so many.")] = 100,
+    router_url: RouterUrl = DEFAULT_URL,
+    join_token: JoinToken = "",
+    as_json: AsJson = False,
+) -> None:
+    """The dead letters: when, which model, why, on which worker."""
+    from .commands.dead import list_letters  # noqa: PLC0415
+
+    client = open_client(router_url, "", join_token)
+    _run(lambda: list_letters(client, limit=limit, as_json=as_json))
+
+
+@dead_app.command("show")
+def dead_show(
+    letter_id: str, router_url: RouterUrl = DEFAULT_URL, join_token: JoinToken = "", as_json: AsJson = False
+) -> None:
+    """One letter with its request, as the client sent it."""
+    from .commands.dead import show_letter  # noqa: PLC0415
+
+    client = open_client(router_url, "", join_token)
+    _run(lambda: show_letter(client, letter_id, as_json=as_json))
+
+
+@dead_app.command("replay")
+def dead_replay(
+    letter_ids: LetterIds = None,
+    router_url: RouterUrl = DEFAULT_URL,
+    api_key: ApiKey = "",
+    join_token: JoinToken = "",
+) -> None:
+    """Ask again what was given up, print the answer, and remove the letter if there was one."""
+    from .commands.dead import replay_letters  # noqa: PLC0415
+
+    client = open_client(router_url, api_key, join_token)
+    _run(lambda: replay_letters(client, letter_ids or []))
+
+
+@dead_app.command("purge")
+def dead_purge(
+    letter_ids: LetterIds = None,
+    older_than_h: Annotated[float | None, typer.Option(min=0, help="All that are older, in hours.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
+    router_url: RouterUrl = DEFAULT_URL,
+    join_token: JoinToken = "",
+) -> None:
+    """Remove letters: those named, those older than --older-than-h, or --all."""
+    from .commands.dead import purge_letters  # noqa: PLC0415
+
+    if sum((bool(letter_ids), older_than_h is not None, everything)) != 1:
+        raise typer.BadParameter("name letters, or give --older-than-h, or --all")
+    client = open_client(router_url, "", join_token)
+    older_than_s = older_than_h * 3600 if older_than_h is not None else None
+    _run(lambda: purge_letters(client, letter_ids or [], older_than_s=older_than_s))

@@ -9,13 +9,24 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from queue_schemas import FABRIC_PREFIX, JOIN_TOKEN_HEADER, InferqError, PoolDepth, PoolList, WorkerList
+from queue_schemas import (
+    FABRIC_PREFIX,
+    JOIN_TOKEN_HEADER,
+    DeadLetterIds,
+    DeadLetterList,
+    DeadRequest,
+    InferqError,
+    PoolDepth,
+    PoolList,
+    Removed,
+    WorkerList,
+)
 
 ASK_LIMIT_S = 10.0
 """Limit on an answer of the control plane."""
@@ -91,6 +102,24 @@ class FabricClient:
     async def workers(self) -> WorkerList:
         return _parsed(WorkerList, await self._get(f"{FABRIC_PREFIX}/workers"))
 
+    async def dead_letters(self, after: str, limit: int) -> DeadLetterList:
+        """A page of the requests that were given up."""
+        return _parsed(DeadLetterList, await self._get(f"{FABRIC_PREFIX}/dead?after={after}&limit={limit}"))
+
+    async def dead_request(self, letter_id: str) -> DeadRequest:
+        return _parsed(DeadRequest, await self._get(f"{FABRIC_PREFIX}/dead/{quote(letter_id, safe=':')}"))
+
+    async def forget_dead(self, letter_ids: Sequence[str]) -> int:
+        """Remove dead letters; how many there were."""
+        body = DeadLetterIds(ids=list(letter_ids)).model_dump_json().encode()
+        answer = await self.ask_again(f"{FABRIC_PREFIX}/dead/purge", body, "application/json")
+        return _parsed(Removed, answer).removed
+
+    async def ask_again(self, path: str, body: bytes, content_type: str) -> bytes:
+        """The answer to a request given byte for byte."""
+        async with self._send(path, body, content_type) as answer:
+            return await _checked(answer)
+
     async def health(self) -> bool:
         """Whether an inferq Router answers there."""
         try:
@@ -144,7 +173,12 @@ class FabricClient:
         self, path: str, model: str, messages: Sequence[Message], **fields: object
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         body = orjson.dumps({"model": model, "messages": list(messages), **fields})
-        headers = {"content-type": "application/json"}
+        async with self._send(path, body, "application/json") as response:
+            yield response
+
+    @asynccontextmanager
+    async def _send(self, path: str, body: bytes, content_type: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        headers = {"content-type": content_type}
         limit = aiohttp.ClientTimeout(total=ANSWER_LIMIT_S)
         try:
             async with self._open.post(self.url + path, data=body, headers=headers, timeout=limit) as response:

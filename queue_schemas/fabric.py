@@ -193,6 +193,50 @@ class PoolList(_Message):
     pools: list[PoolDepth]
 
 
+class DeadLetter(_Message):
+    """A job whose attempts were used up. ``worker`` ran the last of them, as this incarnation."""
+
+    id: str = Field(description="shard and place: 0:1795538964155-0")
+    job_id: str
+    at_ms: int = Field(description="when, by the queue's clock, in ms since 1970")
+    model: str
+    tenant: str
+    lane: Lane
+    cause: str
+    worker: str
+    attempts: int
+    size_bytes: int
+
+
+class DeadLetterList(_Message):
+    """``GET /fabric/v1/dead`` (join token needed), oldest first. ``next``: pass it as ``after`` for the next page."""
+
+    letters: list[DeadLetter]
+    next: str = ""
+
+
+class DeadRequest(DeadLetter):
+    """``GET /fabric/v1/dead/{id}``: a letter with the request. ``unreadable``: why there is none."""
+
+    path: str = ""
+    content_type: str = ""
+    request_id: str = ""
+    body_base64: str = ""
+    unreadable: str = ""
+
+
+class DeadLetterIds(_Message):
+    """``POST /fabric/v1/dead/purge``: the letters to remove."""
+
+    ids: list[str] = Field(max_length=1_000)
+
+
+class Removed(_Message):
+    """How many there were."""
+
+    removed: int
+
+
 def _or_value_error(check: Callable[[str], str], value: str) -> str:
     try:
         return check(value)

@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from broker import MOST_LETTERS
 from queue_schemas import (
     FABRIC_PREFIX,
     JOIN_TOKEN_HEADER,
     AuthenticationFailed,
     BodyTooLarge,
     BrokerAddress,
+    DeadLetterIds,
+    DeadLetterList,
+    DeadRequest,
     HeartbeatAnswer,
     ManagerUnavailable,
+    PathNotFound,
     PoolDepth,
     PoolList,
     RegistrationAnswer,
+    Removed,
     WorkerList,
     check_worker_id,
 )
 from queue_schemas.ids import check_incarnation
 from telemetry import get_logger
-from telemetry.asgi import check_join_token, health_routes, prepare_app
+from telemetry.asgi import check_join_token, error_responses, health_routes, prepare_app, require_join_token
 from telemetry.held import Held
 
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
@@ -48,6 +54,7 @@ def build_pages(state: RouterState) -> FastAPI:
     app.include_router(health_routes(state.metrics.registry, state.reasons))
     app.include_router(_models(state))
     app.include_router(_pools(state))
+    app.include_router(_dead(state))
     app.include_router(_manager(state))
     return prepare_app(app, state.metrics.registry)
 
@@ -84,6 +91,32 @@ def _pools(state: RouterState) -> APIRouter:
         if not known and model not in state.link.directory.pools:
             check_model(model, await state.link.fresh_directory(), "queue")
         return pool_of(model, state.link.directory, next(iter(known.values()), {}))
+
+    return routes
+
+
+def _dead(state: RouterState) -> APIRouter:
+    """Dead letters hold what users asked: they are for members of the fleet, not for every API key."""
+    token = state.settings.join_token.get_secret_value()
+    routes = APIRouter(tags=["dead letters"], dependencies=[Depends(require_join_token(token))])
+    one = f"{FABRIC_PREFIX}/dead"
+
+    @routes.get(one, summary="Requests that were given up, oldest first", responses=error_responses(400, 401, 503))
+    async def letters(
+        after: str = Query("", max_length=60), limit: int = Query(100, ge=1, le=MOST_LETTERS)
+    ) -> DeadLetterList:
+        return await state.link.ready_queue().dead_letters.page(after, limit)
+
+    @routes.get(one + "/{letter_id}", summary="One of them, with its request", responses=error_responses(400, 401, 404))
+    async def letter(letter_id: str) -> DeadRequest:
+        found = await state.link.ready_queue().dead_letters.request(letter_id)
+        if found is None:
+            raise PathNotFound(f"there is no dead letter {letter_id!r} any more")
+        return found
+
+    @routes.post(one + "/purge", summary="Remove some", responses=error_responses(400, 401, 503))
+    async def purge(letters: DeadLetterIds) -> Removed:
+        return Removed(removed=await state.link.ready_queue().dead_letters.forget(letters.ids))
 
     return routes
 

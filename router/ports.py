@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
+from broker import DeadLetters
 from queue_schemas import (
     JOIN_TOKEN_HEADER,
     BrokerAddress,
@@ -53,6 +54,9 @@ class QueuePort(Protocol):
     async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None: ...
 
     async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]: ...
+
+    @property
+    def dead_letters(self) -> DeadLetters: ...
 
     async def close(self) -> None: ...
 

@@ -30,7 +30,8 @@ from .plan import MANAGERS, ROUTERS, WORKERS, Fault, Kind
 
 SLOTS = 6
 RECOVERY_LIMIT_S = 20.0
-QUIET_LIMIT_S = 30.0
+QUIET_LIMIT_S = 75.0
+"""Longer than the 60 s after which a killed Router counts as gone: so long its lost streams wait for it."""
 BURSTS = {"hurried": 500, "malformed": 30}
 """Requests at once, by kind."""
 _SHA = {name: script.sha.encode() for name, script in load_scripts(flags=True).items()}

@@ -142,3 +142,41 @@ def _processes_of(folder: Path) -> list[str]:
         if str(folder) in command:
             found.append(command)
     return found
+
+
+async def test_dead_letters_are_listed_shown_asked_again_and_removed(fleet: Fleet, tmp_path: Path) -> None:
+    """What was given up is asked again once the fault is gone, byte for byte, and leaves the list only then."""
+    await fleet.up(workers=1)
+    at = ("--router-url", fleet.router.url)
+    # The engine fails three times: as often as the request is started.
+    broken = {"fail": "close_midstream", "after_tokens": 1, "times": 3}
+    for text in ("first words", "other words"):
+        body = {"model": "sim", "messages": [{"role": "user", "content": text}], "sim": broken}
+        async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body) as answer:
+            assert answer.status == 502, await answer.text()
+
+    code, output, _ = await _inferq(tmp_path, "dead", "list", "--json", *at)
+    first, second = json.loads(output)
+    assert (code, first["model"], first["attempts"]) == (0, "sim", 3)
+    code, output, _ = await _inferq(tmp_path, "dead", "list", *at)
+    assert code == 0
+    assert first["id"] in output
+
+    code, output, _ = await _inferq(tmp_path, "dead", "show", first["id"], *at)
+    assert code == 0
+    assert "first words" in output
+
+    code, output, _ = await _inferq(tmp_path, "dead", "replay", first["id"], *at)
+    assert code == 0
+    assert json.loads(output)["choices"][0]["message"]["content"] == "first words"
+    code, _, errors = await _inferq(tmp_path, "dead", "replay", first["id"], *at)
+    assert code == 2
+    assert "no dead letter" in errors
+
+    code, _, errors = await _inferq(tmp_path, "dead", "purge", *at)
+    assert code == 2
+    assert "--all" in errors
+    code, output, _ = await _inferq(tmp_path, "dead", "purge", second["id"], *at)
+    assert (code, output) == (0, "1 removed\n")
+    code, output, _ = await _inferq(tmp_path, "dead", "purge", "--all", *at)
+    assert (code, output) == (0, "0 removed\n")

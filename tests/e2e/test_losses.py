@@ -228,6 +228,7 @@ async def test_poison_does_not_drag_its_neighbours_along(fleet: Fleet) -> None:
         assert await asyncio.gather(*streams) == [TALE + str(n) for n in range(10, 20)]
     ((_, letter),) = fleet.server.ask("XRANGE", ShardKeys(0).dead, "-", "+")
     assert letter[b"attempts"] == b"3"
+    assert (await fleet.router.page("/fabric/v1/dead"))["letters"][0]["attempts"] == 3
 
 
 async def _streamed(fleet: Fleet, text: str) -> str:

@@ -1,0 +1,117 @@
+"""``inferq dead``: requests that were given up, to look at, to ask again, to remove."""
+
+from __future__ import annotations
+
+import base64
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from inferq.client import FabricClient, FabricRefused
+from inferq.console import err, out, print_json
+from queue_schemas import DeadLetter, DeadRequest
+
+PAGE = 500
+_CAUSE_CHARS = 80
+_BROKEN = b'data: {"error"'
+
+
+async def list_letters(client: FabricClient, *, limit: int, as_json: bool) -> None:
+    """Print the oldest ``limit`` letters."""
+    async with client:
+        letters = await _all(client, limit)
+    if as_json:
+        print_json([letter.model_dump(mode="json") for letter in letters])
+    else:
+        out.print(_table(letters))
+
+
+async def show_letter(client: FabricClient, letter_id: str, *, as_json: bool) -> None:
+    """Print one letter with its request."""
+    async with client:
+        letter = await client.dead_request(letter_id)
+    if as_json:
+        print_json(letter.model_dump(mode="json"))
+        return
+    for name, value in letter.model_dump(exclude={"body_base64"}).items():
+        if value != "":
+            out.print(f"{name}: {value}", markup=False)
+    if letter.body_base64:
+        out.print(base64.b64decode(letter.body_base64).decode("utf-8", "replace"), markup=False)
+
+
+async def replay_letters(client: FabricClient, letter_ids: Sequence[str]) -> None:
+    """Ask each request again, as a new one of whoever's API key is given; print its answer, then remove the letter.
+
+    A request that fails again keeps its letter, and the exit code is 1.
+    """
+    failed = 0
+    async with client:
+        for letter_id in letter_ids:
+            letter = await client.dead_request(letter_id)
+            body = base64.b64decode(letter.body_base64)
+            try:
+                answer = _unbroken(await client.ask_again(_path(letter), body, letter.content_type))
+            except FabricRefused as refused:
+                failed += 1
+                err.print(f"{letter_id} failed again: {refused.message}", style="red", markup=False)
+                continue
+            sys.stdout.write(answer.decode("utf-8", "replace").rstrip("\n") + "\n")
+            sys.stdout.flush()
+            await client.forget_dead([letter_id])
+    if failed:
+        raise FabricRefused(f"{failed} of {len(letter_ids)} requests failed again; their letters are kept")
+
+
+async def purge_letters(client: FabricClient, letter_ids: Sequence[str], *, older_than_s: float | None) -> None:
+    """Remove the letters named, or all that are older."""
+    async with client:
+        if not letter_ids:
+            before_ms = (time.time() - (older_than_s or 0)) * 1000
+            letter_ids = [letter.id for letter in await _all(client, None) if letter.at_ms <= before_ms]
+        removed = 0
+        for start in range(0, len(letter_ids), PAGE):
+            removed += await client.forget_dead(letter_ids[start : start + PAGE])
+    out.print(f"{removed} removed")
+
+
+async def _all(client: FabricClient, limit: int | None) -> list[DeadLetter]:
+    letters: list[DeadLetter] = []
+    after = ""
+    while limit is None or len(letters) < limit:
+        page = await client.dead_letters(after, PAGE if limit is None else min(PAGE, limit - len(letters)))
+        letters += page.letters
+        after = page.next
+        if not after:
+            break
+    return letters
+
+
+def _path(letter: DeadRequest) -> str:
+    if not letter.path:
+        raise FabricRefused(f"{letter.id} cannot be asked again: {letter.unreadable}")
+    return letter.path
+
+
+def _unbroken(answer: bytes) -> bytes:
+    if _BROKEN in answer:
+        raise FabricRefused("its stream ended with an error")
+    return answer
+
+
+def _table(letters: list[DeadLetter]) -> RenderableType:
+    if not letters:
+        return Text("No dead letters: every request was answered, or ended by its client or its deadline.")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("ID", "AT", "MODEL", "TENANT", "ATTEMPTS", "BYTES", "WORKER", "CAUSE"):
+        table.add_column(name, justify="right" if name in {"ATTEMPTS", "BYTES"} else "left")
+    for letter in letters:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.at_ms / 1000))
+        cause = Text(letter.cause[:_CAUSE_CHARS])
+        figures = (str(letter.attempts), str(letter.size_bytes))
+        table.add_row(letter.id, at, Text(letter.model), Text(letter.tenant), *figures, Text(letter.worker), cause)
+    return table
