@@ -251,5 +251,5 @@ async def test_a_stream_that_is_to_fail_fails_openly() -> None:
         await answer.done()
         assert (await queue.cancellation())[0] == job.id
         metrics = (await Client(app).request("GET", "/metrics")).body
-    assert b'"code":"stream_broken"' in answer.body
+    assert b'"code": "stream_broken"' in answer.body
     assert b'inferq_streams_interrupted_total{how="broken"} 1.0' in metrics

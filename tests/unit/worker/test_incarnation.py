@@ -51,6 +51,9 @@ class Manager:
 
     async def deregister(self, worker_id: str, incarnation: Incarnation) -> None: ...
 
+    async def stay_present(self, worker_id: str, incarnation: Incarnation) -> None:
+        await asyncio.Event().wait()
+
 
 class IdleEngine:
     state, detail, models = EngineState.READY, "", ("m",)
