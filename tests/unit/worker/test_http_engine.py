@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -176,6 +177,56 @@ async def test_bytes_behind_an_answer_never_begin_the_next_one(late: bool) -> No
             assert await answer.read(100) == b"{}"
         later.set()
         await eventually(lambda: not late or raw.closed == 1, "the connection is dropped")
+        async with engine.call(CALL) as answer:
+            assert await answer.read(100) == b"{}"
+        assert raw.connections == 2
+
+
+@pytest.mark.parametrize("body", [b"", b"7\r\nfirst\n\n\r\n"])
+async def test_what_was_not_read_of_an_answer_never_begins_the_next_one(body: bytes) -> None:
+    """An attempt that is aborted just when its answer's end has come, or that does not care for an error's body, leaves
+    something unread: the next request, another client's, gets its own answer on another connection."""
+    own = CHUNKED + b"5\r\nown\n\n\r\n0\r\n\r\n"
+
+    async def respond(request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        rest = b"6\r\nlast\n\n\r\n0\r\n\r\n"
+        if request.endswith(b"next"):
+            writer.write(own)
+            return
+        writer.write(CHUNKED + (body or rest))
+        if body:
+            await goes_on.wait()
+            writer.write(rest)
+
+    goes_on = asyncio.Event()
+    async with engine_that(respond) as (engine, raw):
+        call = engine.call(CALL)
+        async with call as answer:
+            if body:
+                pieces = answer.chunks()
+                assert await anext(pieces) == b"first\n\n"
+                goes_on.set()
+            connection = call._connection
+            assert connection is not None
+            await eventually(lambda: connection.complete, "the end has come, unread")
+        async with engine.call(EngineCall(CALL.path, b"next")) as answer:
+            assert await answer.read(100) == b"own\n\n"
+        assert raw.connections == 2
+
+
+async def test_what_arrived_on_an_idle_connection_is_no_answer_even_if_nobody_looked_yet() -> None:
+    """Bytes that lie in the socket when a connection is taken again were sent before the request: it is dropped."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(PLAIN)
+
+    async with engine_that(respond) as (engine, raw):
+        async with engine.call(CALL) as answer:
+            assert await answer.read(100) == b"{}"
+        # Not through the event loop: nobody sees them before the next call begins.
+        os.write(writers[0].get_extra_info("socket").fileno(), PLAIN.replace(b"{}", b"!!"))
         async with engine.call(CALL) as answer:
             assert await answer.read(100) == b"{}"
         assert raw.connections == 2
