@@ -24,10 +24,14 @@ _PRODUCTION_TIMES = {"lease_ms": 15_000, "heartbeat_ms": 2_000, "suspect_ms": 6_
 
 @dataclass(frozen=True, slots=True)
 class RealFleet:
-    """A fleet and, of each of its workers, the URL of the vLLM that it runs."""
+    """A fleet whose workers each run a vLLM of their own."""
 
     fleet: Fleet
-    engines: tuple[str, ...]
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Of each worker, the URL of its vLLM: another one after each start."""
+        return tuple(_engine_url(worker) for worker in self.fleet.workers)
 
 
 @pytest.fixture(scope="session")
@@ -77,12 +81,12 @@ async def real(
         for role in (fleet.manager, fleet.router):
             await role.ready()
         for worker in fleet.workers:
-            await _until_engine_ready(worker)
+            await until_engine_ready(worker)
         await fleet.until_served(2, DEFAULT_MODEL)
-        yield RealFleet(fleet, tuple(_engine_url(worker) for worker in fleet.workers))
+        yield RealFleet(fleet)
 
 
-async def _until_engine_ready(worker: Role) -> None:
+async def until_engine_ready(worker: Role) -> None:
     async def ready() -> bool:
         assert worker.process.running, f"{worker.name} ended\n{worker.process.log_tail()}"
         return (await worker.get("/readyz"))[0] == 200
