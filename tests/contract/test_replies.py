@@ -67,6 +67,7 @@ async def reading(broker: Broker) -> AsyncIterator[Reader]:
 def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """fakeredis wakes only one of several blocked readers; and a stopped test need not wait for a block's end."""
     monkeypatch.setattr("broker.streams._BLOCK_MS", 50)
+    monkeypatch.setattr("broker.streams._TEND_EVERY_S", 0.5)
 
 
 @pytest.fixture
