@@ -1,8 +1,18 @@
 """All Redis access: one client, atomic scripts, the queue operations."""
 
-from .client import Broker, Expired, Reclaimed
+from .client import Broker, Expired, JobCounts, Reclaimed
 from .dead_letters import MOST_LETTERS, DeadLetters
 from .server import ServerFacts
 from .settings import BrokerSettings, Budgets
 
-__all__ = ["MOST_LETTERS", "Broker", "BrokerSettings", "Budgets", "DeadLetters", "Expired", "Reclaimed", "ServerFacts"]
+__all__ = [
+    "MOST_LETTERS",
+    "Broker",
+    "BrokerSettings",
+    "Budgets",
+    "DeadLetters",
+    "Expired",
+    "JobCounts",
+    "Reclaimed",
+    "ServerFacts",
+]

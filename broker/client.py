@@ -11,7 +11,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self
 
 from pydantic import ValidationError
@@ -78,6 +78,19 @@ class Expired:
 
     expired: int = 0
     woken: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobCounts:
+    """Counts since ever, by ``(pool, lane, event)``.
+
+    ``events``: ``enqueued``, ``requeued``, ``lost`` and the terminal states. ``stopped``: those cancelled or expired
+    once more, with what they were doing: ``cancelled/waiting``, ``cancelled/running``, ``cancelled/router_gone`` (the
+    queue found that nobody waits for the answer), ``expired/waiting`` (never started again), ``expired/running``.
+    """
+
+    events: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
+    stopped: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
 
 
 class Broker:
@@ -421,12 +434,12 @@ class Broker:
         """Pools declared (True) or served (False) within a day; older ones are forgotten."""
         now = await self._server_ms()
         known: dict[Pool, bool] = {}
-        for field, when in pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
-            kind, _, model = field.decode().partition(":")
+        for name, when in pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
+            kind, _, model = name.decode().partition(":")
             if now - int(when) < POOL_MEMORY_MS:
                 known[Pool(model)] = known.get(Pool(model), False) or kind == "declared"
             else:
-                await self._caller.once(POOLS, "HDEL", POOLS, field)
+                await self._caller.once(POOLS, "HDEL", POOLS, name)
         return known
 
     async def _server_ms(self) -> int:
@@ -453,16 +466,19 @@ class Broker:
         return depths
 
     async def totals(self) -> dict[tuple[Pool, Lane, str], int]:
-        """Events since ever: ``(pool, lane, event)`` -> count; events are ``enqueued``, ``requeued``, ``lost`` and the
-        terminal states."""
-        totals: dict[tuple[Pool, Lane, str], int] = {}
+        """What happened to jobs since ever: ``JobCounts.events``."""
+        return (await self.job_counts()).events
+
+    async def job_counts(self) -> JobCounts:
+        """What happened to jobs since ever, and why they were stopped."""
+        counts = JobCounts()
         for keys in self._keys:
-            for field, count in pairs(await self._caller.once(keys.totals, "HGETALL", keys.totals)):
-                place, _, event = field.decode().rpartition(":")
+            for name, count in pairs(await self._caller.once(keys.totals, "HGETALL", keys.totals)):
+                place, _, event = name.decode().rpartition(":")
                 pool, lane, _ = _place(place)
-                where = (pool, lane, event)
-                totals[where] = totals.get(where, 0) + int(count)
-        return totals
+                kind = counts.stopped if "/" in event else counts.events
+                kind[pool, lane, event] = kind.get((pool, lane, event), 0) + int(count)
+        return counts
 
 
 def _place(where: str) -> tuple[Pool, Lane, str]:

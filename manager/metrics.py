@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from broker import Reclaimed
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from broker import JobCounts, Reclaimed
 from queue_schemas import PoolDepth, WorkerInfo
 from telemetry import MetricsRegistry
 
@@ -26,6 +29,9 @@ class FleetMetrics:
         self._oldest = registry.gauge(
             "inferq_oldest_job_age_seconds", "How long the longest-waiting job has waited", ("model", "lane")
         )
+
+        self._counts = _QueueCounts()
+        registry.collectors.register(self._counts)
 
     def dead(self, how: str, taken: Reclaimed) -> None:
         """An incarnation was reclaimed; ``how`` its death was found."""
@@ -50,7 +56,34 @@ class FleetMetrics:
                 self._jobs.labels(pool.model, str(lane), "leased").set(depth.leased)
                 self._oldest.labels(pool.model, str(lane)).set(depth.oldest_age_ms / 1000)
 
+    def show_counts(self, counts: JobCounts) -> None:
+        self._counts.latest = counts
+
     def forget_pools(self) -> None:
         """Better no figure than an old one: Redis did not answer."""
+        self._counts.latest = None
         for gauge in (self._jobs, self._oldest, self._pool_workers, self._pool_slots):
             gauge.clear()
+
+
+class _QueueCounts(Collector):
+    """The queue's own counters, which outlive every process: all Managers show the same ones."""
+
+    def __init__(self) -> None:
+        self.latest: JobCounts | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        events = CounterMetricFamily(
+            "inferq_job_events", "What happened to jobs, by the queue's count", labels=["model", "lane", "event"]
+        )
+        stopped = CounterMetricFamily(
+            "inferq_jobs_stopped",
+            "Jobs cancelled or expired: while waiting, while running, or because their Router was gone",
+            labels=["model", "lane", "state", "cause"],
+        )
+        if self.latest is not None:
+            for (model, lane, event), count in self.latest.events.items():
+                events.add_metric([model, str(lane), event], count)
+            for (model, lane, event), count in self.latest.stopped.items():
+                stopped.add_metric([model, str(lane), *event.split("/", 1)], count)
+        return [events, stopped]

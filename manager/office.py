@@ -310,6 +310,7 @@ class ManagerService:
         try:
             self.metrics.show_workers((await self.list_workers()).workers)
             self.metrics.show_pools((await self.pools()).pools)
+            self.metrics.show_counts(await within(self.settings.broker_call_ms, self._reached().job_counts()))
         except InferqError as error:
             self.metrics.forget_pools()
             log.info("figures_not_had", error=error.message)

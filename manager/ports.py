@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from broker import Expired, Reclaimed
+from broker import Expired, JobCounts, Reclaimed
 from queue_schemas import Control, Incarnation, Lane, LaneDepth, Pool, WorkerId, WorkerInfo
 
 from .core import Door
@@ -43,6 +43,8 @@ class QueuePort(Protocol):
     async def known_pools(self) -> dict[Pool, bool]: ...
 
     async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]: ...
+
+    async def job_counts(self) -> JobCounts: ...
 
 
 class WorkerProbe(Protocol):

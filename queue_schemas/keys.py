@@ -125,7 +125,8 @@ class ShardKeys:
 
     @property
     def totals(self) -> str:
-        """Hash: ``<pool>:<lane>:enqueued`` and one counter per terminal state and per requeue, since ever."""
+        """Hash: ``<pool>:<lane>:enqueued`` and one counter per terminal state and per requeue, since
+        ever; for what was cancelled or expired also by what it was doing (``expired/running``)."""
         return f"{self.prefix}totals"
 
     @property

@@ -41,6 +41,8 @@ class Outcome(StrEnum):
     DONE = "done"
     FAILED = "failed"
     """The answer is an error (status 400 or above)."""
+    EXPIRED = "expired"
+    """The job's time ran out while it ran: its worker noticed before the queue's sweep did."""
 
 
 class Settled(StrEnum):

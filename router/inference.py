@@ -169,7 +169,9 @@ class Inference:
         trace: str,
     ) -> Job:
         settings, link = self._settings, self._state.link
-        deadline_ms = read_deadline(headers.get(_DEADLINE), settings.default_deadline_ms, settings.longest_deadline_ms)
+        deadline_ms = read_deadline(
+            headers.get(_DEADLINE), fields.timeout_s, settings.default_deadline_ms, settings.longest_deadline_ms
+        )
         on_loss = read_on_loss(headers.get(_ON_LOSS), settings.on_loss)
         if on_loss == "continue" and not fields.continuable:
             on_loss = "restart"
@@ -312,6 +314,7 @@ class Inference:
             if state in TERMINAL:
                 return  # its end may still be on its way; if it does not come, that is a gap
         self._state.canceller.cancel(job.id, "frames of its answer were lost")
+        self._state.metrics.cancelled("frames_lost")
         if request.reruns >= MAX_RERUNS:
             broken = StreamBroken if stitch.head is not None else EngineFailed
             raise broken("the answer was lost on its way here too often; send the request again")
@@ -368,8 +371,10 @@ class Inference:
                 broken=type(stitch.error) is StreamBroken,
             )
         if job is not None and stitch is not None and not stitch.settled:
-            log.info("job_cancelled", job_id=job.id, request_id=request_id)
+            why = f"client_{request.why_gone}" if request.gone else "given_up"
+            log.info("job_cancelled", job_id=job.id, request_id=request_id, why=why)
             self._state.canceller.cancel(job.id, "its client went away" if request.gone else "its router gave it up")
+            self._state.metrics.cancelled(why)
         self._state.done(request)
 
 

@@ -62,6 +62,12 @@ class RouterMetrics:
         self.disconnects = self.registry.counter(
             "inferq_clients_gone_total", "Clients that went away before their answer was complete", ("why",)
         )
+        self._cancelled = self.registry.counter(
+            "inferq_jobs_cancelled_total",
+            "Jobs that this Router cancelled: their client left, was too slow or stalled, the Router gave them up (a "
+            "deadline, an error, its own end), or frames of the answer were lost",
+            ("why",),
+        )
         self.reruns = self.registry.counter(
             "inferq_reruns_total", "Requests put on the queue again because frames of their answer were lost"
         )
@@ -76,6 +82,10 @@ class RouterMetrics:
         for how, happened in (("continued", continued), ("compared", compared), ("broken", broken)):
             if happened:
                 self._interrupted.labels(how).inc()
+
+    def cancelled(self, why: str) -> None:
+        """A job was cancelled; ``why``: client_left, client_slow, client_stalled, given_up or frames_lost."""
+        self._cancelled.labels(why).inc()
 
     def answered(self, path: str, status: int) -> None:
         """One answer to a request on ``path``, which is one of the allowlist."""

@@ -43,7 +43,9 @@ class RouterSettings(RoleSettings):
         "queue", description="A request for a known model that no worker serves: queue it, or refuse it with 503"
     )
     default_deadline_ms: int = Field(
-        600_000, ge=1, description="How long a request may take that does not say so (x-inferq-deadline-ms)"
+        600_000,
+        ge=1,
+        description="How long a request may take that does not say so (x-inferq-deadline-ms, or timeout in its body)",
     )
     longest_deadline_ms: int = Field(3_600_000, ge=1, description="Longest deadline that a request may ask for")
     deadline_grace_ms: int = Field(

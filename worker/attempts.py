@@ -324,10 +324,10 @@ class Attempts:
                 self._metrics.attempts(attempt.lease.job.model, "aborted").inc()
                 return None
             case Stop.LATE:
-                # The queue expires late jobs as well: whichever comes first decides between `failed` and `expired`.
+                # The queue expires late jobs as well, but only each second.
                 error = DeadlineExceeded("the request's time ran out while it ran; allow it more, or ask for less")
                 unsent = await attempt.channel.close() if attempt.channel is not None else b""
-                return _Settle(Outcome.FAILED, unsent + attempt.cutter.fail(error))
+                return _Settle(Outcome.EXPIRED, unsent + attempt.cutter.fail(error))
             case Stop.UNHEARD:
                 return _Release("nobody waits for the answer", counted=False)
             case Stop.HANDED_BACK:

@@ -16,6 +16,7 @@ local REGION_MEMORY_MS = 3600000
 local MAX_REGIONS = 64
 local LATE_MS = 100 -- how late the worker that watches a region's jobs from abroad may look
 local LOST_MS = 5000 -- how long until a Router is asked again where a lost stream goes on
+local NOBODY_WAITS = 'nobody waits for the answer'
 local SUSPECT = 2 -- suspicion at which a job is run beside no other such job
 local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024
@@ -252,7 +253,9 @@ local function leave_lease(job)
 end
 
 -- Makes the record a tombstone and returns the job's budget. ``aid`` is the attempt that ended it, '' if none did.
-local function finish(job, state, aid)
+-- ``cause`` is counted beside the state of what was cancelled or expired: 'waiting' or 'running', as it was then, or
+-- 'router_gone'.
+local function finish(job, state, aid, cause)
   local key = P .. 'job:' .. job.id
   call('DEL', key)
   call('HSET', key, 'state', state, 'epoch', job.epoch, 'aid', aid)
@@ -263,6 +266,7 @@ local function finish(job, state, aid)
   add('budget', 'p:' .. job.pool .. ':jobs', -1)
   add('budget', 'p:' .. job.pool .. ':bytes', -tonumber(job.size))
   total(job, state)
+  if cause then total(job, state .. '/' .. cause) end
 end
 
 local function trim_dead(now)
@@ -291,22 +295,22 @@ local function bury(job, reason, now)
   tell(job, 'dead', job.epoch, reason)
 end
 
-local function cancel_leased(job, state, reason)
+local function cancel_leased(job, state, reason, cause)
   leave_lease(job)
   call('XADD', P .. 'ctl:' .. job.owner, 'NOMKSTREAM', '*', 'k', 'abort', 'job', job.id, 'why', reason)
-  finish(job, state, '')
+  finish(job, state, '', cause or 'running')
   tell(job, state, job.epoch, reason)
 end
 
 -- A job that is not leased ends.
-local function cancel_waiting(job, state, reason)
+local function cancel_waiting(job, state, reason, cause)
   if job.state == 'lost' then
     call('ZREM', P .. 'lost', job.id)
   else
     leave_queue(job)
     job.lane = lane_and_region(job.lane)
   end
-  finish(job, state, '')
+  finish(job, state, '', cause or 'waiting')
   tell(job, state, job.epoch, reason)
 end
 
@@ -321,7 +325,7 @@ end
 -- Router says what was delivered. All but the first two begin the next epoch.
 local function give_up(job, counted, reason, now)
   if nobody_waits(job) then
-    cancel_leased(job, 'cancelled', 'nobody waits for the answer')
+    cancel_leased(job, 'cancelled', NOBODY_WAITS, 'router_gone')
     return 'cancelled'
   end
   local attempts = tonumber(job.attempts)

@@ -97,7 +97,7 @@ local function runnable(id, queue, entry)
   if tonumber(job.deadline) <= now then
     cancel_waiting(job, 'expired', 'its time ran out in the queue')
   elseif nobody_waits(job) then
-    cancel_waiting(job, 'cancelled', 'nobody waits for the answer')
+    cancel_waiting(job, 'cancelled', NOBODY_WAITS, 'router_gone')
   else
     return job
   end

@@ -25,7 +25,7 @@ for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'lost', '-inf', int(now), 'LIMIT'
   if not job or job.state ~= 'lost' then
     call('ZREM', P .. 'lost', id)
   elseif nobody_waits(job) then
-    cancel_waiting(job, 'cancelled', 'nobody waits for the answer')
+    cancel_waiting(job, 'cancelled', NOBODY_WAITS, 'router_gone')
   else
     call('ZADD', P .. 'lost', int(now + LOST_MS), id)
     tell(job, 'lost', job.epoch, 'its router has not said where it goes on')

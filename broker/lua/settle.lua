@@ -1,5 +1,5 @@
 -- Ends attempts that produced an answer.
--- ARGV: prefix, then per attempt: job id, epoch, attempt id, outcome (done or failed), packed frames ('' for none).
+-- ARGV: prefix, then per attempt: job id, epoch, attempt id, outcome (done, failed or expired), packed frames ('' for none).
 -- Reply: per attempt 'ok', 'duplicate', 'fenced' or 'gone'. Frames go out only with 'ok', those for one Router in
 --       one entry.
 -- Invariants: 2 one result, 3 fence, 12 conservation.
@@ -9,7 +9,7 @@ for i = 2, #ARGV, 5 do
   local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2])
   if job then
     leave_lease(job)
-    finish(job, ARGV[i + 3], job.aid)
+    finish(job, ARGV[i + 3], job.aid, ARGV[i + 3] == 'expired' and 'running' or nil)
     if job.reply ~= '' and ARGV[i + 4] ~= '' then
       if not outgoing[job.reply] then
         outgoing[job.reply] = {}

@@ -108,8 +108,11 @@ def check_body_room(in_flight_bytes: int, more_bytes: int, limit_bytes: int) -> 
         )
 
 
-def read_deadline(header: bytes | None, default_ms: int, longest_ms: int) -> int:
-    """How long the request may take, in ms: the caller's ``x-inferq-deadline-ms``, at most ``longest_ms``."""
+def read_deadline(header: bytes | None, timeout_s: float | None, default_ms: int, longest_ms: int) -> int:
+    """How long the request may take, in ms: the caller's ``x-inferq-deadline-ms``, or else the body's ``timeout``
+    (seconds, above 0), or else ``default_ms``; at most ``longest_ms``."""
+    if header is None and timeout_s is not None:
+        return max(1, int(min(timeout_s * 1000, longest_ms)))
     if header is None:
         return default_ms
     if not header.isdigit() or len(header) > 15 or int(header) < 1:

@@ -52,7 +52,7 @@ _COMMON: dict[str, _Check] = dict.fromkeys(
         "model", "stream", "stream_options", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
         "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "bad_words", "allowed_token_ids",
         "user", "metadata", "store", "priority", "service_tier", "safety_identifier", "prompt_cache_key", "cache_salt",
-        "request_id", "sim",
+        "request_id", "sim", "timeout",
     ),
     _any,
 ) | {

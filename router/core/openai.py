@@ -1,4 +1,4 @@
-"""What the Router reads of a request: its path, and of its body the model, ``stream`` and ``priority``.
+"""What the Router reads of a request: its path, and of its body the model, ``stream``, ``priority`` and ``timeout``.
 
 The body is parsed once, to read, and never written again: the job carries the client's own bytes. A path passes only
 if it is exactly one of a list; encoded, doubled or dotted spellings of the same path are other paths, so no spelling
@@ -33,10 +33,12 @@ INFERENCE_PATHS: tuple[str, ...] = (
 )
 """Paths that an engine serves for inference; settings may add to them."""
 
+_TIMEOUT = "a number of seconds above 0: how long the request may take"
 _MAX_STRUCTURE = 1_000_000
 """Objects, lists and names in a JSON body, counted before it is parsed: they, not text, make parsing slow and large."""
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
 _OWN_PATHS = ("/fabric", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/v1/models")
+_FORM_FIELDS = ("model", "stream", "priority", "timeout")
 _TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
 _FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})
 
@@ -45,6 +47,8 @@ _FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})
 class RequestFields:
     """What the fabric needs to know of a body. ``priority`` is vLLM's: lower is earlier, 0 the default.
 
+    ``timeout_s``: how long the request may take, None if it does not say. That field is the fabric's own, as gateways
+    before engines read it; an engine ignores it, as it does all that it does not know.
     ``continuable``: a stream that can go on behind what was delivered of it; ``usage``: one that tells it at its end.
     """
 
@@ -53,6 +57,7 @@ class RequestFields:
     priority: int = 0
     continuable: bool = False
     usage: bool = False
+    timeout_s: float | None = None
 
 
 def known_paths(extra: Iterable[str]) -> frozenset[str]:
@@ -72,7 +77,7 @@ def read_fields(body: bytes, content_type: str, path: str) -> RequestFields:
     Raises ``BadRequest`` that names the field or the position at fault.
     """
     if content_type[:19].lower() == "multipart/form-data":
-        return _from_form(form_fields(body, boundary_of(content_type), ("model", "stream", "priority")))
+        return _from_form(form_fields(body, boundary_of(content_type), _FORM_FIELDS))
     return _from_json(body, path)
 
 
@@ -100,9 +105,14 @@ def _from_json(body: bytes, path: str) -> RequestFields:
     priority = request.get("priority")
     if priority is not None and type(priority) is not int:
         raise _wrong("priority", priority, "a whole number; lower is earlier")
+    timeout = request.get("timeout")
+    if timeout is not None:
+        _check_timeout(timeout)
     if not stream:
-        return RequestFields(_checked_model(model), False, priority or 0)
-    return RequestFields(_checked_model(model), True, priority or 0, may_continue(path, request), wants_usage(request))
+        return RequestFields(_checked_model(model), False, priority or 0, timeout_s=timeout)
+    return RequestFields(
+        _checked_model(model), True, priority or 0, may_continue(path, request), wants_usage(request), timeout
+    )
 
 
 def _from_form(fields: Mapping[str, str]) -> RequestFields:
@@ -115,7 +125,21 @@ def _from_form(fields: Mapping[str, str]) -> RequestFields:
         priority = int(fields.get("priority", "0"))
     except ValueError:
         raise BadRequest("priority must be a whole number; lower is earlier", param="priority") from None
-    return RequestFields(_checked_model(fields["model"]), word in _TRUE_WORDS, priority)
+    timeout_s = None
+    if "timeout" in fields:
+        try:
+            timeout_s = float(fields["timeout"])
+        except ValueError:
+            raise _wrong("timeout", fields["timeout"], _TIMEOUT) from None
+        _check_timeout(timeout_s)
+    return RequestFields(_checked_model(fields["model"]), word in _TRUE_WORDS, priority, timeout_s=timeout_s)
+
+
+def _check_timeout(value: object) -> None:
+    if type(value) is not int and type(value) is not float:
+        raise _wrong("timeout", value, _TIMEOUT)
+    if not 0 < value < float("inf"):
+        raise BadRequest(f"timeout must be {_TIMEOUT}", param="timeout")
 
 
 def _checked_model(model: str) -> Pool:

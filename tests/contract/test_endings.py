@@ -204,3 +204,49 @@ async def test_totals_count_every_ending(broker: Broker, worker: Puller) -> None
     assert totals == {"enqueued": 6, "done": 1, "failed": 1, "dead": 1, "cancelled": 1}
     depth = (await broker.depths())[MODEL][Lane.INTERACTIVE]
     assert (depth.waiting, depth.leased) == (1, 1)
+
+
+async def test_what_was_stopped_is_counted_by_what_it_was_doing(
+    broker: Broker, worker: Puller, listener: Listener
+) -> None:
+    """Cancelled and expired jobs, waiting and running, and those whose Router is gone, each have their own count."""
+    late = [make_job(ttl_ms=300) for _ in range(3)]
+    for job in late:
+        await broker.enqueue(job)
+    swept, settled = await worker.claim(2)
+    assert await broker.settle(settled, Outcome.EXPIRED) is Settled.OK
+    assert await broker.settle(settled, Outcome.EXPIRED) is Settled.DUPLICATE
+    assert await broker.enqueue(settled.job) is State.EXPIRED
+    running, waiting, orphan, orphan_running = (make_job(), make_job(), *(_job_for(listener) for _ in range(2)))
+    await broker.cancel(late[2].id, "gone")
+    for job in (running, orphan_running, waiting, orphan):
+        await broker.enqueue(job)
+    _, released = await worker.claim(2)
+    for job in (running, waiting):
+        await broker.cancel(job.id, "gone")
+    await listener.leave()
+    await broker.release(released, "draining", counted=False)
+    assert await worker.claim(1) == []
+    await asyncio.sleep(0.32)
+    assert (await broker.expire()).expired == 1
+    assert await broker.cancel(swept.job.id, "gone") is State.EXPIRED
+    await broker.enqueue(make_job(ttl_ms=5))
+    await asyncio.sleep(0.02)
+    await broker.expire()
+    counts = await broker.job_counts()
+    assert {event: count for (pool, lane, event), count in counts.stopped.items()} == {
+        "cancelled/waiting": 2,
+        "cancelled/running": 1,
+        "cancelled/router_gone": 2,
+        "expired/running": 2,
+        "expired/waiting": 1,
+    }
+    assert {event: count for (_, _, event), count in counts.events.items()} == {
+        "enqueued": 8,
+        "cancelled": 5,
+        "expired": 3,
+    }
+
+
+def _job_for(listener: Listener) -> Job:
+    return make_job(reply_to=listener.router)

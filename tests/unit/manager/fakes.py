@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
-from broker import Expired, Reclaimed
+from broker import Expired, JobCounts, Reclaimed
 from manager import ManagerSettings
 from manager.core import Door, DoorState
 from queue_schemas import (
@@ -39,6 +39,7 @@ class FakeQueue:
     workers: dict[str, WorkerInfo] = field(default_factory=dict)
     remembered: dict[Pool, bool] = field(default_factory=dict)
     waiting: dict[Pool, dict[Lane, LaneDepth]] = field(default_factory=dict)
+    counts: JobCounts = field(default_factory=JobCounts)
     holder: str = ""
     term: int = 0
     sweeps: int = 0
@@ -118,6 +119,10 @@ class FakeQueue:
     async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]:
         self._trip()
         return dict(self.waiting)
+
+    async def job_counts(self) -> JobCounts:
+        self._trip()
+        return self.counts
 
 
 @dataclass

@@ -152,17 +152,23 @@ async def test_ready_follows_redis(client: httpx.AsyncClient, queue: FakeQueue) 
 async def test_metrics_show_the_fleet_and_the_queues(client: httpx.AsyncClient, queue: FakeQueue) -> None:
     """The figures of the pools are in the metrics, and vanish rather than go stale when Redis is away."""
     await client.post("/fabric/v1/workers", json=REGISTRATION)
+    queue.counts.events[Pool("org/m"), Lane.BATCH, "expired"] = 3
+    queue.counts.stopped[Pool("org/m"), Lane.BATCH, "expired/waiting"] = 2
     text = (await client.get("/metrics")).text
     for line in (
         'inferq_workers{model="org/m",state="active"} 1.0',
         'inferq_pool_workers{model="org/m"} 1.0',
         'inferq_jobs{lane="batch",model="org/m",state="waiting"} 5.0',
+        'inferq_job_events_total{event="expired",lane="batch",model="org/m"} 3.0',
+        'inferq_jobs_stopped_total{cause="waiting",lane="batch",model="org/m",state="expired"} 2.0',
         "inferq_manager_acting 1.0",
         'inferq_redis_round_trips_total{role="manager"}',
     ):
         assert line in text
     queue.down = True
-    assert "inferq_jobs{" not in (await client.get("/metrics")).text
+    text = (await client.get("/metrics")).text
+    assert "inferq_jobs{" not in text
+    assert "inferq_jobs_stopped_total{" not in text
 
 
 async def test_the_openapi_document_is_true(client: httpx.AsyncClient) -> None:

@@ -85,13 +85,17 @@ def test_sizes_and_room_have_limits() -> None:
 
 
 def test_a_deadline_is_read_and_bounded() -> None:
-    """Without the header the default counts, and nobody waits longer than the longest."""
-    assert read_deadline(None, 5, 50) == 5
-    assert read_deadline(b"7", 5, 50) == 7
-    assert read_deadline(b"700", 5, 50) == 50
+    """The header counts before the body's timeout and that before the default; nobody waits longer than the longest."""
+    assert read_deadline(None, None, 5, 50) == 5
+    assert read_deadline(b"7", None, 5, 50) == 7
+    assert read_deadline(b"7", 0.02, 5, 50) == 7
+    assert read_deadline(b"700", None, 5, 50) == 50
+    assert read_deadline(None, 0.02, 5, 50) == 20
+    assert read_deadline(None, 1e-9, 5, 50) == 1
+    assert read_deadline(None, 2**64, 5, 50) == read_deadline(None, 1e300, 5, 50) == 50
     for header in (b"0", b"-5", b"1.5", b"soon", b"9" * 20):
         with pytest.raises(BadRequest):
-            read_deadline(header, 5, 50)
+            read_deadline(header, 0.02, 5, 50)
 
 
 def test_models_are_known_served_or_neither() -> None:

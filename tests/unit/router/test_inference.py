@@ -117,6 +117,11 @@ async def test_many_requests_get_their_own_answers() -> None:
         (b'{"model": ""}', "model", "1 to 256"),
         (b'{"model": "m", "stream": "yes"}', "stream", "true or false"),
         (b'{"model": "m", "priority": true}', "priority", "whole number"),
+        (b'{"model": "m", "timeout": "30"}', "timeout", "a number of seconds above 0"),
+        (b'{"model": "m", "timeout": true}', "timeout", "a number of seconds above 0"),
+        (b'{"model": "m", "timeout": [30]}', "timeout", "a number of seconds above 0"),
+        (b'{"model": "m", "timeout": 0}', "timeout", "a number of seconds above 0"),
+        (b'{"model": "m", "timeout": -1.5}', "timeout", "a number of seconds above 0"),
         (b"\xff\xfe", None, "not valid JSON"),
     ],
 )
@@ -158,6 +163,43 @@ async def test_a_model_without_a_worker_waits_until_its_deadline() -> None:
         await answer.done()
     assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
     assert "no worker serves m" in answer.error["message"]
+
+
+async def test_a_timeout_in_the_body_is_the_requests_deadline() -> None:
+    """``timeout`` (seconds, in JSON or a form) bounds the request; the header wins, and the body travels as it came."""
+    queue = FakeQueue("m")
+    bodies = [b'{"model":"m", "timeout": 1.25}', b'{"model":"m","timeout":90000}', b'{"model":"m","timeout":null}']
+    form = b"".join(
+        b'--B\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % field
+        for field in ((b"model", b"m"), (b"timeout", b"2.5"))
+    )
+    async with router(queue, default_deadline_ms=7_000, longest_deadline_ms=9_000) as app:
+        answers = [Client(app).post(body) for body in bodies]
+        answers.append(Client(app).post(bodies[0], headers={"x-inferq-deadline-ms": "600"}))
+        kind = {"content-type": "multipart/form-data; boundary=B"}
+        answers.append(Client(app).post(form + b"--B--", "/v1/audio/transcriptions", kind))
+        jobs = [await queue.job() for _ in answers]
+        for job, answer in zip(jobs, answers, strict=True):
+            queue.answer(job, b"{}")
+            await answer.done()
+    assert [job.ttl_ms for job in jobs] == [1_250, 9_000, 7_000, 600, 2_500]
+    assert [job.body for job in jobs[:3]] == bodies
+
+
+async def test_what_was_cancelled_and_why_is_counted() -> None:
+    """Clients that left and requests that the Router gave up are told apart in the metrics."""
+    queue = FakeQueue("m")
+    async with router(queue, deadline_grace_ms=20) as app:
+        client = Client(app)
+        left = client.post(CHAT)
+        await queue.job()
+        client.gone.set()
+        await left.done()
+        late = await Client(app).post(CHAT | {"timeout": 0.03}).done()
+        text = (await Client(app).request("GET", "/metrics")).body.decode()
+    assert late.status == 504
+    assert 'inferq_jobs_cancelled_total{why="client_left"} 1.0' in text
+    assert 'inferq_jobs_cancelled_total{why="given_up"} 1.0' in text
 
 
 async def test_a_silent_queue_is_a_missed_deadline_and_a_cancelled_job() -> None:

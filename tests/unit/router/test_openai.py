@@ -61,6 +61,8 @@ def test_a_file_called_model_is_not_the_model() -> None:
         (form(('name="model"', b"a"), ('name="model"', b"b")), FORM, "twice"),
         (form(('name="model"', b"m"), ('name="stream"', b"maybe")), FORM, "true or false"),
         (form(('name="model"', b"m"), ('name="priority"', b"high")), FORM, "whole number"),
+        (form(('name="model"', b"m"), ('name="timeout"', b"soon")), FORM, "timeout must be a number of seconds"),
+        (form(('name="model"', b"m"), ('name="timeout"', b"nan")), FORM, "timeout must be a number of seconds"),
         (form(('name="model"', b"m" * 2000)), FORM, "longer than"),
         (form(('name="model"', b"\xff")), FORM, "UTF-8"),
         (form(('name="model"', b"m"))[:-8], FORM, "cut short"),

@@ -285,7 +285,7 @@ async def test_a_job_whose_time_ran_out_is_answered_504() -> None:
         await eventually(lambda: bench.engine.calls, "the engine is asked")
         bench.attempts.stop_late(asyncio.get_running_loop().time() + 1)
     ((_, outcome, (frame,)),) = bench.broker.settled
-    assert (outcome, frame.status) == (Outcome.FAILED, 504)
+    assert (outcome, frame.status) == (Outcome.EXPIRED, 504)
     begun = Bench(Answer(200, SSE, [b"data: 1\n\n", asyncio.Event()]))
     async with begun.running(lease(remaining_ms=1, stream=True)):
         await eventually(lambda: begun.broker.published, "the stream has begun")
