@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest
 
 from manager.settings import ManagerSettings
 from queue_schemas.keys import ShardKeys
@@ -257,23 +256,3 @@ async def _chat(fleet: Fleet, body: dict[str, Any]) -> tuple[int, Any]:
     timeout = aiohttp.ClientTimeout(total=60)
     async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body, timeout=timeout) as answer:
         return answer.status, await answer.json()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_frees_the_engine(fleet: Fleet, stream: bool) -> None:
-    """Closing the connection cancels the job, and the worker's slot is free again within a moment."""
-    await fleet.up(workers=1, sim_tokens_per_s=2)
-    # Left alone, this answer would take a minute.
-    text = " ".join(f"word{number}" for number in range(60))
-    body = {"model": "sim", "messages": [{"role": "user", "content": text}], "stream": stream}
-    asked = asyncio.create_task(_chat(fleet, body))
-    await eventually(lambda: _busy(fleet.workers[0]), "the worker runs it")
-    asked.cancel()
-    await asyncio.gather(asked, return_exceptions=True)
-
-    async def idle() -> bool:
-        return not await _busy(fleet.workers[0])
-
-    await eventually(idle, "the slot is free", limit_s=4)
-    totals = fleet.server.ask("HGETALL", ShardKeys(0).totals)
-    assert int(totals[b"sim:interactive:cancelled"]) == 1
