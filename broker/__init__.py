@@ -1,6 +1,6 @@
 """All Redis access: one client, atomic scripts, the queue operations."""
 
-from .client import Broker, Expired, JobCounts, Reclaimed
+from .client import Broker, Expired, JobCounts, Reclaimed, Standing
 from .dead_letters import MOST_LETTERS, DeadLetters
 from .server import ServerFacts
 from .settings import BrokerSettings, Budgets
@@ -15,4 +15,5 @@ __all__ = [
     "JobCounts",
     "Reclaimed",
     "ServerFacts",
+    "Standing",
 ]

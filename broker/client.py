@@ -73,6 +73,15 @@ class Reclaimed:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a job stands. ``attempt_id`` is empty unless it runs."""
+
+    state: State
+    epoch: int
+    attempt_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Expired:
     """What one sweep did: jobs ended because their time ran out, workers woken."""
 
@@ -186,6 +195,16 @@ class Broker:
         found = await self._caller.script("resume", keys.budget, keys.prefix, job.id, epoch, job.pack())
         return None if found == b"unknown" else State(found.decode())
 
+    async def raise_epoch(self, job_id: JobId, heard: int) -> Standing | None:
+        """Where a job stands after Redis may have lost its latest writes; None if it is unknown.
+
+        If it waits, its epoch is raised above ``heard``, the highest that was heard of it (0: none), and above all that
+        may have been given out since: an attempt that the lost writes began is told from those to come.
+        """
+        keys = self._keys[shard_of_job(job_id)]
+        state, epoch, attempt_id = await self._caller.script("raise_epoch", keys.budget, keys.prefix, job_id, heard)
+        return None if state == b"unknown" else Standing(State(state.decode()), int(epoch), attempt_id.decode())
+
     async def cancel(self, job_id: JobId, reason: str) -> State | None:
         """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then)."""
         keys = self._keys[shard_of_job(job_id)]
@@ -290,6 +309,22 @@ class Broker:
             last_read = self._control_read.get((keys.shard, incarnation), "0")
             if await self._caller.script("renew", keys.budget, keys.prefix, incarnation, last_read) < 0:
                 raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+
+    async def hold(self, shard: int, incarnation: Incarnation, seq: int, leases: Sequence[Lease]) -> set[str]:
+        """Make ``leases``, all that ``incarnation`` runs on ``shard``, and what Redis says of it the same: after a
+        restart or a failover it may have lost its latest writes.
+
+        Answers the ids of the attempts that are not this worker's: nobody will take their answers. What it held without
+        running it waits again, uncounted. ``seq`` is that of its last claim. Raises ``Fenced`` if the incarnation was
+        declared dead.
+        """
+        keys = self._keys[shard]
+        last_read = self._control_read.get((shard, incarnation), "0")
+        attempts = [part for lease in leases for part in attempt_of(lease)]
+        reply = await self._caller.script("hold", keys.budget, keys.prefix, incarnation, seq, last_read, *attempts)
+        if reply[0] == b"fenced":
+            raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+        return {attempt_id.decode() for attempt_id in reply[1:]}
 
     async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
         """Send packed frames to Routers (``reply_to`` -> bytes) and answer those that are gone.

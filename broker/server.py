@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from queue_schemas import BrokerUnavailable, BrokerUnsuitable, InferqError
+from queue_schemas import BrokerUnavailable, BrokerUnsuitable
 from queue_schemas.keys import META
 
-from .calls import Caller, pairs
+from .calls import Caller, as_inferq_error, pairs
+from .link import FAILURES, UNREACHABLE
 
 CONTRACT = "1"
 """Version of the keys and scripts; a fabric of another one must not share the data."""
@@ -96,12 +97,17 @@ async def settle_meta(caller: Caller, shards: int) -> None:
             )
 
 
-async def read_run_id(caller: Caller) -> str:
-    """What tells one run of a server from the next; empty where it cannot be learned."""
+async def read_run_id(caller: Caller, key: str) -> str:
+    """What tells one run of the server of ``key`` from the next; empty where it does not say. One try; raises
+    ``BrokerUnavailable``: a server that is away now will be another run."""
+    caller.round_trips += 1
     try:
-        return _parse_info(await caller.once(META, "INFO", "server")).get("run_id", "")
-    except InferqError:
+        info = await caller.link.command(key, "INFO", "server")
+    except UNREACHABLE as error:
+        raise as_inferq_error(error) from error
+    except FAILURES:
         return ""
+    return _parse_info(info).get("run_id", "")
 
 
 async def _config(caller: Caller, name: str) -> str:

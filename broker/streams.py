@@ -46,6 +46,8 @@ class ReplyReader:
         self._last = "0"
         self._read_since_trim = 0
         self._run_id = ""
+        self._doubtful = False
+        """What was in the stream may be lost, and nobody was told yet."""
         self._count = _READ_COUNT
 
     async def run(self) -> None:
@@ -57,8 +59,10 @@ class ReplyReader:
         while True:
             try:
                 if time.monotonic() >= tend_at:
-                    new_run = await self._is_new_run()
-                    if await self._tend() or new_run:
+                    await self._look_at_run()
+                    await self._tend()
+                    if self._doubtful:
+                        self._doubtful = False
                         self._opened(first)
                         first = False
                     tend_at = time.monotonic() + _TEND_EVERY_S
@@ -80,24 +84,34 @@ class ReplyReader:
                 if self._read_since_trim >= _TRIM_AFTER_BYTES:
                     tend_at = 0.0
 
-    async def _tend(self) -> bool:
-        """Extend the stream's life and drop what was read; True if the stream had to be made."""
+    async def _tend(self) -> None:
+        """Extend the stream's life and drop what was read; make it if it is not there."""
         self._read_since_trim = 0
         if await self._caller.command(self._key, "PEXPIRE", self._key, REPLY_TTL_MS):
             if self._last != "0":
                 await self._caller.command(self._key, "XTRIM", self._key, "MINID", self._last)
-            return False
+            return
+        self._doubtful = True
         # Going on from the last id read: with a clock that was set back, new entries would stand before it.
         entry_id = "*" if self._last == "0" else self._last
         await self._caller.command(self._key, "XADD", self._key, entry_id, "o", "open")
         await self._caller.command(self._key, "PEXPIRE", self._key, REPLY_TTL_MS)
-        return True
 
-    async def _is_new_run(self) -> bool:
+    async def _look_at_run(self) -> None:
         """Whether the server was restarted or replaced since we looked last, and may have lost its latest writes."""
-        run_id, before = await read_run_id(self._caller), self._run_id
+        run_id, before = await read_run_id(self._caller, self._key), self._run_id
         self._run_id = run_id or before
-        return bool(before and run_id and run_id != before)
+        if before and run_id and run_id != before:
+            self._doubtful = True
+            await self._go_on()
+
+    async def _go_on(self) -> None:
+        """What comes must stand behind what was read, though its entry may have been lost, and clocks differ."""
+        entries = await self._caller.command(self._key, "XREVRANGE", self._key, "+", "-", "COUNT", 1)
+        newest = _id(entries[0][0]) if entries else ""
+        if newest and self._last != "0" and _order(newest) < _order(self._last):
+            # Once only: an entry that came meanwhile stands behind already, and then this one is refused.
+            await self._caller.once(self._key, "XADD", self._key, "NOMKSTREAM", self._last, "o", "open")
 
     def _parse(self, entries: Entries) -> list[Frame | Marker]:
         news: list[Frame | Marker] = []
@@ -147,6 +161,11 @@ def _flat(entries: Any) -> Any:
     return (
         entries[0] if entries and isinstance(entries[0], list) and isinstance(entries[0][0], (list, tuple)) else entries
     )
+
+
+def _order(entry_id: str) -> tuple[int, int]:
+    ms, _, seq = entry_id.partition("-")
+    return int(ms), int(seq or 0)
 
 
 def _id(raw: Any) -> str:

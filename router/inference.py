@@ -302,17 +302,8 @@ class Inference:
         stitch, job = request.stitch, request.job
         assert stitch is not None and job is not None  # noqa: S101 - set by _enqueue
         request.lost, request.rerun_s = False, _NEVER
-        if not stitch.gap and request.reruns < MAX_RERUNS:
-            untouched = stitch.untouched
-            # Under its own id it is one job, whether the queue still knows it or not.
-            state = await self._enqueue(request, job)
-            if state in (State.LEASED, State.LOST):
-                return  # it runs on, or is asked for again; should a frame be missing, the next one shows the gap
-            if untouched:
-                request.reruns += 1
-                return
-            if state in TERMINAL:
-                return  # its end may still be on its way; if it does not come, that is a gap
+        if not stitch.gap and await self._stands(request, job, stitch):
+            return
         self._state.canceller.cancel(job.id, "frames of its answer were lost")
         self._state.metrics.cancelled("frames_lost")
         if request.reruns >= MAX_RERUNS:
@@ -333,6 +324,29 @@ class Inference:
         )
         log.info("request_runs_again", job_id=again.id, before=job.id, request_id=job.request_id)
         await self._enqueue(request, again)
+
+    async def _stands(self, request: OpenRequest, job: Job, stitch: Stitch) -> bool:
+        """Put a job on the queue again under its own id: it is one job, whether the queue still knows it or not. False
+        if what was heard of it and what the queue knows do not go together: it must run anew, under another id."""
+        state = await self._enqueue(request, job)
+        if state in TERMINAL:
+            return True  # its end may still be on its way; if it does not come, that is a gap
+        standing = await self._within_deadline(
+            request, self._state.link.ready_queue().raise_epoch(job.id, stitch.epoch)
+        )
+        if standing is None or standing.state in TERMINAL:
+            request.rerun_s = self._loop().time() + RERUN_AFTER_S
+            return True
+        if standing.state is State.QUEUED and not stitch.untouched:
+            return False
+        if not stitch.agrees(standing.epoch, standing.attempt_id):
+            return False
+        if standing.state is not State.LOST:  # one that is lost is asked for again
+            # It runs on, or will run. Should a frame be missing, the next one shows the gap.
+            stitch.expect(standing.epoch, standing.attempt_id)
+            if stitch.closed:
+                request.notify()
+        return True
 
     def _explained(self, error: InferqError, request: OpenRequest) -> InferqError:
         """A deadline that passed because nobody serves the model says so."""

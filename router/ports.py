@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from broker import DeadLetters
+from broker import DeadLetters, Standing
 from queue_schemas import (
     JOIN_TOKEN_HEADER,
     BrokerAddress,
@@ -40,6 +40,8 @@ class QueuePort(Protocol):
     async def enqueue(self, job: Job) -> State: ...
 
     async def resume(self, job: Job, epoch: int) -> State | None: ...
+
+    async def raise_epoch(self, job_id: JobId, heard: int) -> Standing | None: ...
 
     async def cancel(self, job_id: JobId, reason: str) -> State | None: ...
 

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from queue_schemas import (
+    END,
+    HEAD,
     DeadlineExceeded,
     Frame,
     InferqError,
     Job,
     JobId,
     Marker,
+    MarkerKind,
     RequestTimeout,
     shard_of_job,
 )
@@ -32,6 +35,13 @@ log = get_logger(__name__)
 
 def _too_long() -> InferqError:
     return RequestTimeout("the request took too long; send it again")
+
+
+def _begins(item: Frame | Marker) -> bool:
+    """Whether it says that an attempt of a job begins, or will: the queue may have lost that the job ended."""
+    if type(item) is Frame:
+        return bool(item.flags & HEAD) and not item.flags & END
+    return type(item) is Marker and item.kind in (MarkerKind.REQUEUED, MarkerKind.LOST)
 
 
 class OpenRequest:
@@ -135,11 +145,17 @@ class OpenRequests:
     """All open requests of the process."""
 
     def __init__(
-        self, settings: RouterSettings, metrics: RouterMetrics, drop: Callable[[OpenRequest, str], None]
+        self,
+        settings: RouterSettings,
+        metrics: RouterMetrics,
+        drop: Callable[[OpenRequest, str], None],
+        unasked: Callable[[JobId], None],
     ) -> None:
-        """``drop`` cuts off the client of a request for the reason given."""
+        """``drop`` cuts off the client of a request for the reason given; ``unasked`` is told of jobs that run, or
+        will, though nobody waits for them."""
         self._metrics = metrics
         self._drop = drop
+        self._unasked = unasked
         self._body_limit_bytes = settings.max_inflight_body_bytes
         self.body_bytes = 0
         """Room taken by the bodies of all open requests."""
@@ -196,6 +212,8 @@ class OpenRequests:
             request = by_job.get(item.job_id)
             if request is None or request.stitch is None:
                 self._metrics.strays.inc()
+                if request is None and _begins(item):
+                    self._unasked(item.job_id)
                 continue
             stitch = request.stitch
             try:

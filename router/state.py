@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from queue_schemas import InferqError, ShuttingDown
+from queue_schemas import InferqError, JobId, ShuttingDown
 from telemetry import get_logger
 
 from .cancels import Canceller
@@ -32,7 +32,7 @@ class RouterState:
         self.manager = manager
         self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
         self.metrics = RouterMetrics()
-        self.requests = OpenRequests(settings, self.metrics, self._drop)
+        self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked)
         self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken)
         self.canceller = Canceller(lambda: self.link.queue)
         self.leaving = False
@@ -110,6 +110,9 @@ class RouterState:
         request.why_gone = why
         request.on_gone()
         request.connection.cut()
+
+    def _unasked(self, job_id: JobId) -> None:
+        self.canceller.cancel(job_id, "nobody waits for the answer")
 
     def _broken(self, error: InferqError) -> None:
         self.requests.fail_all(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -161,6 +161,17 @@ class Attempts:
         for attempt in list(self._running.values()):
             if attempt.lease.job.id == job_id:
                 log.info("job_aborted", reason=reason, **_facts(attempt.lease))
+                self._stop(attempt, Stop.ENDED)
+
+    def leases(self, shard: int) -> list[Lease]:
+        """What runs of ``shard``."""
+        return [one.lease for one in self._running.values() if shard_of_job(one.lease.job.id) == shard]
+
+    def drop(self, attempt_ids: Iterable[str]) -> None:
+        """The queue knows nothing of these attempts, or gave their jobs to others: nobody will take their answers."""
+        for attempt_id in attempt_ids:
+            if (attempt := self._running.get(attempt_id)) is not None:
+                log.info("attempt_dropped", reason="the queue does not know it any more", **_facts(attempt.lease))
                 self._stop(attempt, Stop.ENDED)
 
     def stop_late(self, now: float) -> None:

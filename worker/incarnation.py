@@ -80,6 +80,8 @@ class Life:
         )
         self._liveness = Liveness(settings.engine_stall_limit_ms / 1000)
         self._signals: list[asyncio.Event] = []
+        self._unsure: set[int] = set()
+        """Shards whose server was away, and may have lost its latest writes."""
         self._ping = asyncio.Event()
         self._broker: Broker | None = None
         self._attempts: Attempts | None = None
@@ -176,6 +178,8 @@ class Life:
         signal, slots, now = self._signals[shard], self.slots, asyncio.get_running_loop().time
         while True:
             signal.clear()
+            if shard in self._unsure and not await self._hold(shard, broker, attempts):
+                continue
             claim = slots.next_claim(shard, now())
             if claim is None:
                 # To the millisecond: somebody's patience with another region's workers is over then.
@@ -188,6 +192,21 @@ class Life:
                 slots.answered(claim, len(claimed.leases), now(), claimed.look_again_ms)
                 self._count_abroad(claimed.leases)
                 attempts.start(claimed.leases, group)
+
+    async def _hold(self, shard: int, broker: Broker, attempts: Attempts) -> bool:
+        """Between claims: tell a server that was away what runs here; whether it answered. Raises ``Fenced``."""
+        self._unsure.discard(shard)
+        try:
+            not_held = await broker.hold(shard, self.incarnation, self.slots.last_seq(shard), attempts.leases(shard))
+        except Fenced:
+            raise
+        except InferqError as error:
+            log.warning("leases_not_compared", shard=shard, error=error.message)
+            self._unsure.add(shard)
+            await asyncio.sleep(_LONGEST_PAUSE_S)
+            return False
+        attempts.drop(not_held)
+        return True
 
     async def _claim(self, claim: Claim, broker: Broker) -> Claimed | None:
         """Send ``claim``; None if it was not answered and must be sent again. Raises ``Fenced``."""
@@ -211,6 +230,7 @@ class Life:
     async def _listen(self, shard: int, broker: Broker, attempts: Attempts) -> NoReturn:
         """Follow this incarnation's control stream on one shard."""
         after, pause = "0", _FIRST_PAUSE_S
+        away = False
         while True:
             try:
                 messages = await broker.read_control(shard, self.incarnation, after, CONTROL_BLOCK_MS)
@@ -220,11 +240,16 @@ class Life:
                 if self.broker_ok:
                     log.warning("queue_not_reached", error=error.message)
                 self._reached(False)
+                away = True
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_S)
                 continue
             pause = _FIRST_PAUSE_S
             self._reached(True)
+            if away:
+                away = False
+                self._unsure.add(shard)
+                self._signals[shard].set()
             for message_id, message in messages:
                 after = message_id
                 if message is not None:

@@ -17,6 +17,7 @@ local MAX_REGIONS = 64
 local LATE_MS = 100 -- how late the worker that watches a region's jobs from abroad may look
 local LOST_MS = 5000 -- how long until a Router is asked again where a lost stream goes on
 local NOBODY_WAITS = 'nobody waits for the answer'
+local RUN_EPOCHS = 2 ^ 20 -- epochs of one run of the server; those that it lost were never so many
 local SUSPECT = 2 -- suspicion at which a job is run beside no other such job
 local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024

@@ -127,8 +127,13 @@ class Stitch:
 
     @property
     def untouched(self) -> bool:
-        """Whether nothing has been heard of the job yet."""
-        return not self._epoch and not self._attempt_id
+        """Whether nothing has been heard of an attempt that may still run, nor given out of one that was lost."""
+        return not self._attempt_id and not self._delivered
+
+    @property
+    def epoch(self) -> int:
+        """The newest epoch that was heard of; 0: none."""
+        return self._epoch
 
     def take(self) -> bytes:
         """What has come since the last call."""
@@ -175,6 +180,19 @@ class Stitch:
         else:
             self.settled = True
             self.error = _ERRORS[marker.kind](marker.reason)
+
+    def agrees(self, epoch: int, attempt_id: str) -> bool:
+        """Whether an attempt that runs by the queue's account can be the one that is heard, or a later one."""
+        return epoch > self._epoch or (epoch == self._epoch and self._attempt_id in ("", attempt_id))
+
+    def expect(self, epoch: int, attempt_id: str = "") -> None:
+        """Nothing counts from now on that is older than ``epoch``, and of it only that attempt, if one is named: what
+        the queue forgot may still be put out by a worker that has not heard of it."""
+        if self.closed or epoch < self._epoch or (epoch == self._epoch and self._attempt_id):
+            return
+        if epoch > self._epoch:
+            self._forget_attempt(epoch)
+        self._attempt_id = attempt_id
 
     def restart(self) -> None:
         """The job runs again under another id, whose epochs begin anew."""

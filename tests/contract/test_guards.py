@@ -182,6 +182,39 @@ async def the_budget_holds(scene: Scene) -> None:
     assert not await scene.client.exists(KEYS.budget)
 
 
+async def what_does_not_run_is_handed_back(scene: Scene) -> None:
+    """Redis lost that an attempt ended: its worker says so, and the job waits again."""
+    await scene.broker.enqueue(scene.job())
+    await scene.worker.claim_one()
+    await scene.broker.hold(0, scene.worker.incarnation, scene.worker.seq, ())
+    await (await scene.another()).claim_one()
+
+
+async def a_late_comparison_takes_nothing(scene: Scene) -> None:
+    """What was claimed since a worker compared is not in what it said."""
+    await scene.broker.enqueue(scene.job())
+    seq = scene.worker.seq
+    lease = await scene.worker.claim_one()
+    await scene.broker.hold(0, scene.worker.incarnation, seq, ())
+    assert await scene.broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+
+
+async def no_epoch_of_a_lost_attempt_comes_again(scene: Scene) -> None:
+    """Redis lost epoch 2 and who had it: what is handed back begins far above."""
+    await scene.broker.enqueue(scene.job())
+    await scene.worker.claim_one()
+    await scene.broker.hold(0, scene.worker.incarnation, scene.worker.seq, ())
+    assert (await scene.worker.claim_one()).epoch > 2
+
+
+async def what_waits_is_raised(scene: Scene) -> None:
+    """Redis lost that a job ran: its next attempt is not of the epoch that the Router has heard frames of."""
+    job = scene.job()
+    await scene.broker.enqueue(job)
+    await scene.broker.raise_epoch(job.id, 1)
+    assert (await scene.worker.claim_one()).epoch > 1
+
+
 Scenario = Callable[[Scene], Awaitable[None]]
 SAME = "local same = job.epoch == epoch and job.aid == aid"
 RELEASED = "if releasing and job.ended == epoch .. ':' .. aid then return nil, 'duplicate' end"
@@ -201,6 +234,10 @@ GUARDS: list[tuple[Scenario, str, str, str]] = [
     (an_old_resume_is_void, "resume", "job.state ~= 'lost' or job.epoch ~= ARGV[3]", "job.state ~= 'lost'"),
     (a_worker_holds_one_suspect, "claim", "not held_suspect and take_from_stream", "take_from_stream"),
     (a_repeated_release_is_known, "_shared", RELEASED, ""),
+    (what_does_not_run_is_handed_back, "hold", "job.state == 'leased' and job.owner == incarnation", "false"),
+    (a_late_comparison_takes_nothing, "hold", "if claimed > tonumber(ARGV[3]) then return answer end", ""),
+    (no_epoch_of_a_lost_attempt_comes_again, "hold", "RUN_EPOCHS) + 1) * RUN_EPOCHS - 1", "1))"),
+    (what_waits_is_raised, "raise_epoch", "if job.state == 'queued' and epoch < above then", "if false then"),
     (the_budget_holds, "_shared", "add('budget', 't:' .. job.tenant .. ':jobs', -1)", ""),
 ]  # fmt: skip
 

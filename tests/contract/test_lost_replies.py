@@ -233,6 +233,28 @@ async def test_join_and_renew(faulty: Faulty) -> None:
     assert set(await faulty.sound.beats()) == {worker.incarnation}
 
 
+async def test_hold(faulty: Faulty) -> None:
+    """What a worker does not run is handed back once, unspent."""
+    await faulty.sound.enqueue(make_job(reply_to=faulty.listener.router))
+    worker = await Puller(faulty.broker).join()
+    await worker.claim_one()
+    faulty.lose("hold")
+    assert await faulty.broker.hold(0, worker.incarnation, worker.seq, ()) == set()
+    assert await faulty.counts() == (1, 0)
+    assert len(await faulty.listener.news()) == 1
+    assert (await worker.claim_one()).attempt == 1
+
+
+async def test_raise_epoch(faulty: Faulty) -> None:
+    """The epoch rises once: the Router expects the attempt that will come."""
+    job = make_job()
+    await faulty.sound.enqueue(job)
+    faulty.lose("raise_epoch")
+    standing = await faulty.broker.raise_epoch(job.id, 0)
+    assert standing is not None
+    assert (await (await Puller(faulty.sound).join()).claim_one()).epoch == standing.epoch
+
+
 async def test_act_as_manager(faulty: Faulty) -> None:
     """The lease is taken once: the term does not run away."""
     faulty.lose("act_as_manager")

@@ -236,6 +236,23 @@ class Sentinel:
         self.replica.stop()
         self.primary.stop()
 
+    def cut_replication(self) -> None:
+        """From now on the replica gets no write: it is thrown out, and may not log in. Others stay connected."""
+        self.primary.ask("CONFIG", "SET", "requirepass", PASSWORD)
+        self.primary.password = PASSWORD
+        self.primary.ask("CLIENT", "KILL", "TYPE", "replica")
+
+    def until_promoted(self) -> None:
+        """Wait until the replica is the primary."""
+        self.replica.process.until(self._is_promoted, READY_LIMIT_S)
+
+    def _is_promoted(self) -> bool:
+        try:
+            replication: dict[str, Any] = self.replica.ask("INFO", "replication")
+        except redis.ConnectionError:  # it drops everybody when its role changes
+            return False
+        return replication.get("role") == "master"
+
     def _linked(self) -> bool:
         replication: dict[str, Any] = self.replica.ask("INFO", "replication")
         return replication.get("master_link_status") == "up"

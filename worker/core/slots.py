@@ -115,6 +115,10 @@ class Slots:
         look_again_s = inf if look_again_ms is None else look_again_ms / 1000
         state.look_again_at = now + min(look_again_s, PARK_AGAIN_S)
 
+    def last_seq(self, shard: int) -> int:
+        """The number of the last claim on ``shard``; 0 before the first."""
+        return self._shard(shard).seq
+
     def freed(self) -> None:
         """A job ended."""
         self.busy -= 1

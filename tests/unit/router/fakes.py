@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import orjson
 
+from broker import Standing
 from queue_schemas import (
     END,
     HEAD,
@@ -58,6 +59,8 @@ class FakeQueue:
         self.resume_refusal: InferqError | None = None
         self.refusal: InferqError | None = None
         self.state = State.QUEUED
+        self.standing: Standing | None = None
+        """Where jobs stand; None: they wait, above what was heard of them."""
         self.hold_enqueue = False
         self.down = False
         self.closed = False
@@ -81,6 +84,9 @@ class FakeQueue:
         if self.resume_refusal is not None:
             raise self.resume_refusal
         return self.resume_state
+
+    async def raise_epoch(self, job_id: JobId, heard: int) -> Standing | None:
+        return self.standing or Standing(self.state, heard + 1, "")
 
     async def cancel(self, job_id: JobId, reason: str) -> State | None:
         self.cancelled.put_nowait((job_id, reason))
@@ -132,9 +138,11 @@ class FakeQueue:
         assert self._lost is not None
         self._lost(0)
 
-    def answer(self, job: Job, data: bytes, *, status: int = 200, kind: str = "application/json") -> None:
+    def answer(
+        self, job: Job, data: bytes, *, status: int = 200, kind: str = "application/json", epoch: int = 1
+    ) -> None:
         """A whole plain answer."""
-        self.deliver(Frame(job.id, 1, "a", 0, HEAD | END, data, status, kind))
+        self.deliver(Frame(job.id, epoch, "a", 0, HEAD | END, data, status, kind))
 
     def stream(self, job: Job, *pieces: bytes, end: bool = True, epoch: int = 1, first: int = 0) -> None:
         """Pieces of a streamed answer."""

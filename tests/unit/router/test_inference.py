@@ -8,6 +8,7 @@ import hashlib
 import orjson
 import pytest
 
+from broker import Standing
 from queue_schemas import BrokerFull, MarkerKind, OverCapacity, State
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import Client, FakeQueue, router, worker
@@ -394,7 +395,7 @@ async def test_a_lost_reply_stream_asks_the_queue_again() -> None:
         job = await queue.job()
         queue.lose_replies()
         assert (await queue.job()).id == job.id
-        queue.answer(job, b"1")
+        queue.answer(job, b"1", epoch=2)
         assert (await answer.done()).body == b"1"
 
 
@@ -638,7 +639,7 @@ async def test_a_stream_that_runs_on_is_not_disturbed_by_a_restart_of_redis() ->
         answer = Client(app).post(STREAM)
         job = await queue.job()
         queue.stream(job, chunk("a"), end=False)
-        queue.state = State.LEASED
+        queue.state, queue.standing = State.LEASED, Standing(State.LEASED, 1, "a1")
         queue.lose_replies()
         assert (await queue.job()).id == job.id
         queue.stream(job, chunk("b"), first=1)

@@ -94,6 +94,10 @@ class SurprisingBroker:
         await asyncio.sleep(0.01)
         return []
 
+    async def hold(self, *arguments: Any) -> set[str]:
+        self._called("hold")
+        return set()
+
     async def publish(self, *arguments: Any) -> set[str]:
         return set()
 
@@ -125,14 +129,15 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() -> None:
-    """Joining, claiming, listening and renewing all go on after an error of no kind they know."""
+    """Joining, claiming, listening, renewing and comparing leases all go on after an error of no kind they know."""
     broker = SurprisingBroker()
     life, drain = life_on(broker)
     running = asyncio.create_task(life.run(first=True))
 
     def all_went_on() -> bool:
         assert not running.done(), running.exception()
-        return life.broker_ok and all(broker.calls[name] > 1 for name in ("join", "claim", "read_control", "renew"))
+        calls = ("join", "claim", "read_control", "renew", "hold")
+        return life.broker_ok and all(broker.calls[name] > 1 for name in calls)
 
     await eventually(all_went_on, "every loop has called again")
     drain.set()
@@ -153,7 +158,7 @@ async def test_a_parked_worker_looks_again_when_the_queue_said(monkeypatch: pyte
     await running
 
 
-@pytest.mark.parametrize("call", ["join", "claim", "renew"])
+@pytest.mark.parametrize("call", ["join", "claim", "renew", "hold"])
 async def test_a_verdict_ends_the_incarnation(call: str) -> None:
     """Declared dead is declared dead: it is not tried again."""
     broker = SurprisingBroker()

@@ -1,0 +1,75 @@
+"""The server of the queue dies under load and another takes over: clients wait, and every answer is right."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from queue_schemas.keys import ShardKeys
+from tests.support.fleet import Fleet
+from tests.support.servers import Sentinel, Server, redis_binary
+from tests.support.traffic import Traffic
+from tests.support.waiting import eventually
+
+KEYS = ShardKeys(0)
+
+
+@pytest.fixture
+def sentinel(tmp_path: Path) -> Iterator[Sentinel]:
+    """A primary, a replica and their Sentinel."""
+    binary = redis_binary() or pytest.skip("redis-server 7.0 is not installed")
+    sentinel = Sentinel(binary, tmp_path / "queue")
+    try:
+        yield sentinel.start()
+    finally:
+        sentinel.stop()
+
+
+def events(server: Server) -> dict[str, int]:
+    """How many jobs were taken in, ended, ... by a server's account."""
+    found: dict[str, int] = {}
+    for field, number in server.ask("HGETALL", KEYS.totals).items():
+        event = field.decode().rpartition(":")[2]
+        found[event] = found.get(event, 0) + int(number)
+    return found
+
+
+async def until_drained(server: Server) -> None:
+    """Wait until nothing waits, runs, or takes room on shard 0 any more."""
+
+    def drained() -> bool:
+        counters = server.ask("EXISTS", KEYS.depth, KEYS.budget, f"{KEYS.prefix}deadlines", f"{KEYS.prefix}lost")
+        return counters == 0 and server.ask("KEYS", f"{KEYS.prefix}leases:*") == []
+
+    await eventually(drained, "the queue is empty", limit_s=20, every_s=0.2)
+
+
+async def test_a_failover_that_loses_writes_costs_no_request(tmp_path: Path, sentinel: Sentinel) -> None:
+    """The primary is killed in the middle of streams and plain requests, and the replica that Sentinel promotes lacks
+    its latest writes: what was taken in, started, answered then. Everything is answered once and right all the same,
+    new requests are served, and nothing stays behind in the queue."""
+    primary, replica = sentinel.primary, sentinel.replica
+    async with Fleet(tmp_path, primary, manager={"redis_url": sentinel.url}) as fleet:
+        await fleet.up(workers=2, slots=6)
+        before = {worker["incarnation"] for worker in (await fleet.manager.page("/fabric/v1/workers"))["workers"]}
+        async with Traffic([fleet.router.url], clients=16) as traffic:
+            await traffic.streaming()
+            sentinel.cut_replication()
+            await traffic.answered(40)
+            await traffic.streaming()
+            known = events(primary)
+            primary.kill()
+            await asyncio.to_thread(sentinel.until_promoted)
+            promoted = events(replica)
+            traffic.step("promoted")
+            await traffic.answered(100)
+        assert traffic.wrong() == []
+        lost = {event: number - promoted.get(event, 0) for event, number in known.items()}
+        assert lost["enqueued"] > 0
+        assert lost["done"] > 0
+        await until_drained(replica)
+        after = {worker["incarnation"] for worker in (await fleet.manager.page("/fabric/v1/workers"))["workers"]}
+        assert after == before, "no worker was declared dead"
