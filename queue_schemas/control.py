@@ -45,7 +45,9 @@ def parse_control(fields: dict[bytes, bytes]) -> Control | None:
     except (KeyError, ValueError):
         return None
     if kind is ControlKind.ABORT:
-        if b"job" not in fields:
-            raise BadMessage("an abort names its job")
-        return Control(kind, JobId(fields[b"job"].decode()), fields.get(b"why", b"").decode("utf-8", "replace"))
+        try:
+            job_id = JobId(fields[b"job"].decode())
+        except (KeyError, UnicodeDecodeError):
+            raise BadMessage("an abort names its job") from None
+        return Control(kind, job_id, fields.get(b"why", b"").decode("utf-8", "replace"))
     return Control(kind)

@@ -225,3 +225,5 @@ def test_unknown_control_messages_are_passed_over() -> None:
     assert parse_control({}) is None
     with pytest.raises(BadMessage):
         parse_control({b"k": b"abort"})
+    with pytest.raises(BadMessage):
+        parse_control({b"k": b"abort", b"job": b"\xff\xfe"})
