@@ -270,7 +270,10 @@ class Life:
     async def _keep_leases(self, broker: Broker, attempts: Attempts, lease_s: float) -> NoReturn:
         """Renew while the engine makes progress. Raises ``Fenced``."""
         alive = True
+        now, interval_s = asyncio.get_running_loop().time, lease_s / RENEWALS_PER_LEASE
         while True:
+            # From the sending: a reply that was long under way leaves less of the lease, not the same again.
+            next_at = now() + interval_s
             pinged = self._ping.is_set()
             self._ping.clear()
             # A ping wants an answer at once: what was found last is good enough.
@@ -285,7 +288,7 @@ class Life:
             else:
                 log.warning("engine_makes_no_progress", running=len(attempts))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(lease_s / RENEWALS_PER_LEASE):
+                async with asyncio.timeout_at(next_at):
                     await self._ping.wait()
 
     async def _makes_progress(self, attempts: Attempts) -> bool:

@@ -40,11 +40,12 @@ REGISTERED = RegistrationAnswer(broker_url="redis://r", shards=1, lease_ms=100, 
 
 class Manager:
     url = "http://manager"
+    answer = REGISTERED
 
     def turn(self) -> None: ...
 
     async def register(self, registration: Registration) -> RegistrationAnswer:
-        return REGISTERED
+        return self.answer
 
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
         return HeartbeatAnswer(assignment=ASSIGNMENT)
@@ -104,6 +105,24 @@ class SurprisingBroker:
     async def leave(self, incarnation: Incarnation) -> None: ...
 
 
+class SlowToRenew(SurprisingBroker):
+    """The first renewal's reply takes its time; ``next_after_s`` is how long after it the next renewal comes."""
+
+    def __init__(self, reply_after_s: float) -> None:
+        super().__init__()
+        self.next_after_s: float | None = None
+        self._reply_after_s = reply_after_s
+        self._replied_at = 0.0
+
+    async def renew(self, incarnation: Incarnation) -> None:
+        now = asyncio.get_running_loop().time
+        if not self._replied_at:
+            await asyncio.sleep(self._reply_after_s)
+            self._replied_at = now()
+        elif self.next_after_s is None:
+            self.next_after_s = now() - self._replied_at
+
+
 def life_on(broker: SurprisingBroker) -> tuple[Life, asyncio.Event]:
     async def connect(answer: RegistrationAnswer) -> Broker:
         return cast(Broker, broker)
@@ -156,6 +175,23 @@ async def test_a_parked_worker_looks_again_when_the_queue_said(monkeypatch: pyte
     await eventually(lambda: life.slots.due_at(0) is not None, "it is parked")
     drain.set()
     await running
+
+
+async def test_a_renewal_that_was_long_under_way_is_followed_by_the_next_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its number rose when it was sent: a whole interval more of waiting would use the lease up."""
+    interval_s = 0.4
+    lease_ms = int(interval_s * incarnation.RENEWALS_PER_LEASE * 1000)
+    monkeypatch.setattr(Manager, "answer", REGISTERED.model_copy(update={"lease_ms": lease_ms}))
+    broker = SlowToRenew(interval_s + 0.05)
+    life, drain = life_on(broker)
+    running = asyncio.create_task(life.run(first=True))
+    await eventually(lambda: broker.next_after_s is not None, "two renewals")
+    assert broker.next_after_s is not None
+    assert broker.next_after_s < interval_s * 0.9
+    drain.set()
+    await asyncio.wait_for(running, 10)
 
 
 @pytest.mark.parametrize("call", ["join", "claim", "renew", "hold"])
