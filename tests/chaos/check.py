@@ -1,8 +1,7 @@
-"""What a history proves: pure, and from the history alone.
+"""What a history proves: pure, and from the history alone, invariant by invariant of the wire contract.
 
-Every request is judged against the answer that is known beforehand (:mod:`tests.support.traffic`: each token names its
-request and its place). An error is a violation unless a fault of the run explains it, and each kind of fault explains
-only what users are told it can cause.
+``judge`` says what a client may never have seen, ``excuses`` which fault explains that it was not answered; here is
+what needs more than one entry: times until something went on, what was left over, and whether the run proved anything.
 """
 
 from __future__ import annotations
@@ -10,22 +9,37 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from tests.support.traffic import Outcome, cells_of, judge
-from worker.engines.simulated import chat_prompt
-from worker.engines.simulated.tokens import count_tokens
+from .asks import POISON, request_id
+from .excuses import DEADLINE_SLACK_S, Span, explanation, spans_of
+from .history import Entry, Request, requests_of
+from .judge import DUPLICATE, LOSS, POISON_BOUND, SPLICE, seen_wrong
+from .plan import LEASE_S, SWEEP_S
 
-from .history import Request, requests_of
-from .plan import Kind
+SCAN_S = 5 * SWEEP_S
+"""From a lease's end to the next start: two sweeps, and what a busy machine needs to act upon the second."""
+SLACK_S = 2.0
+"""What the contract allows beyond lease and scan until waiting work is leased."""
+RENEWAL_S = LEASE_S / 5
+ABORT_SLACK_S = 1.0
+AFTERMATH_S = 0.5
+"""How long a fault that was healed may still disturb a measurement: whoever was killed is ready again by then."""
+STALL_S = 0.3
+"""The harness itself was not run for so long: times measured then are the machine's."""
 
-AFTERMATH_S = 6.0
-"""How long after a fault was healed it may still explain an error: leases, reconnects, a Router's next sweep."""
-LEASE_S, SCAN_S = 3.0, 0.5
-"""The stage's settings: what a hang may cost is their sum."""
-
-_ROUTER_FAULTS = (Kind.KILL_ROUTER,)
-_QUEUE_AWAY = (Kind.KILL_REDIS, Kind.CUT_ROUTER, Kind.PAUSE_ROUTER, Kind.LOSE_REPLIES)
+INVARIANTS = {
+    1: "no lost job",
+    2: "one result, no phantom",
+    3: "fence",
+    4: "idempotency",
+    7: "streams without gap or repeat",
+    9: "isolation",
+    10: "deadline and cancel",
+    11: "poison bound",
+    12: "conservation",
+    13: "liveness",
+}
+"""Of the wire contract: those that a history of clients can show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,152 +65,184 @@ class Verdict:
     lost: int = 0
     duplicated: int = 0
     spliced: int = 0
+    migrated: int = 0
+    """Streams that lost a worker after they had delivered something, and were answered to their end all the same."""
+    gaps: int = 0
     explained: Counter[str] = field(default_factory=Counter)
     counts: dict[str, int] = field(default_factory=dict)
+    exercised: Counter[int] = field(default_factory=Counter)
+    """By invariant: how often the run could have shown it broken."""
     kill_to_start_s: list[float] = field(default_factory=list)
     hang_to_start_s: list[float] = field(default_factory=list)
     """Both only of faults beside which no other was under way."""
+    heal_to_start_s: list[float] = field(default_factory=list)
+    leave_to_abort_s: list[float] = field(default_factory=list)
     faults: int = 0
     violations: list[Violation] = field(default_factory=list)
 
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    kind: str
-    target: int
-    begin_s: float
-    end_s: float
-
-    def touches(self, request: Request) -> bool:
-        return request.begun_s <= self.end_s + AFTERMATH_S and request.ended_s >= self.begin_s
+    def broken(self, promise: str, what: str, request: Request | None = None) -> None:
+        """Note a violation."""
+        self.violations.append(Violation(promise, what, request))
 
 
-def check(entries: Sequence[dict[str, Any]], *, must_prove: Iterable[str] = ()) -> Verdict:
-    """Judge a history. ``must_prove``: counts that must not be 0, or the run has proved nothing."""
+def check(entries: Sequence[Entry], *, must_prove: Iterable[str] = ()) -> Verdict:
+    """Judge a history. ``must_prove``: figures that must not be 0, or the run has proved nothing."""
     verdict = Verdict()
-    spans = _spans(entries)
+    spans = spans_of(entries)
+    requests = requests_of(entries)
     verdict.faults = len(spans)
-    for request in requests_of(entries):
+    resumed = {entry["request_id"] for entry in entries if entry["what"] == "said" and _says_resumed(entry)}
+    for request in requests:
         verdict.requests += 1
-        _judge(request, spans, verdict)
-    for entry in entries:
-        if entry["what"] == "recovery" and not entry["beside"]:
-            times = verdict.kill_to_start_s if entry["how"] == "kill" else verdict.hang_to_start_s
-            times.append(entry["seconds"])
-        elif entry["what"] == "counts":
-            verdict.counts = entry["counts"]
-        elif entry["what"] == "final":
-            for name, value in entry["left"].items():
-                if value:
-                    verdict.violations.append(Violation("nothing is left behind", f"{name}: {value}"))
-    for name in must_prove:
-        if not verdict.counts.get(name):
-            verdict.violations.append(Violation("the run proves something", f"{name} never happened"))
+        _judge(request, spans, verdict, migrated=request.request_id in resumed)
+    _check_recoveries(entries, spans, verdict)
+    _check_liveness(requests, spans, verdict)
+    _check_deadlines(requests, spans, verdict)
+    _check_aborts(entries, requests, spans, verdict)
+    _check_letters(entries, requests, spans, verdict)
+    _check_end(entries, verdict)
+    _check_proof(verdict, must_prove)
     return verdict
 
 
-def _judge(request: Request, spans: Sequence[_Span], verdict: Verdict) -> None:
-    wrong = _seen_wrong(request)
+def _judge(request: Request, spans: Sequence[Span], verdict: Verdict, *, migrated: bool) -> None:
+    verdict.exercised.update((1, 2, 9) if request.end == "answered" else (2, 9))
+    verdict.exercised[7] += request.streams and bool(request.text)
+    wrong = seen_wrong(request)
     if wrong is not None:
-        if wrong.promise == "no duplicate":
-            verdict.duplicated += 1
-        elif wrong.promise == "no splice":
-            verdict.spliced += 1
-        verdict.violations.append(wrong)
+        verdict.lost += wrong.promise == LOSS
+        verdict.duplicated += wrong.promise == DUPLICATE
+        verdict.spliced += wrong.promise == SPLICE
+        verdict.gaps += migrated
         verdict.acknowledged += 1
-        return
-    if request.end == "answered":
+        verdict.broken(wrong.promise, wrong.what, request)
+    elif request.end == "answered":
         verdict.acknowledged += 1
         verdict.completed += 1
-        return
-    why = _explanation(request, spans)
-    if request.end == "silent" or why is None:
+        verdict.migrated += migrated
+    elif (why := explanation(request, spans)) is not None:
+        verdict.explained[why] += 1
+    else:
         verdict.acknowledged += 1
         verdict.lost += 1
-        said = f"{request.end}, status {request.status}, {request.code or 'no code'}: {request.message[:200]}"
-        verdict.violations.append(Violation("no loss", said, request))
-        return
-    verdict.explained[why] += 1
+        said = f"{request.end}, status {request.status}, {request.code or 'no code'}: {request.message[:300]}"
+        verdict.broken(LOSS, said, request)
 
 
-def _seen_wrong(request: Request) -> Violation | None:
-    """What the client saw that no fault may cause."""
-    if request.kind in ("embedding", "malformed") or (request.status >= 400 and not request.text):
-        return None
-    whole = request.end == "answered"
-    for look in (_wrong_text, _wrong_frame, *((_wrong_end,) if whole else ())):
-        if wrong := look(request):
-            promise, what = wrong
-            return Violation(promise, what, request)
-    return None
+def _check_recoveries(entries: Sequence[Entry], spans: Sequence[Span], verdict: Verdict) -> None:
+    """From a worker's death to the next start of one of its jobs: bounded by lease and scan, whatever killed it."""
+    for entry in entries:
+        if entry["what"] != "recovery":
+            continue
+        begin_s, seconds = entry["t"], entry["seconds"]
+        others = [span for span in spans if span.number != entry["fault"]]
+        if any(span.meets(begin_s, begin_s + seconds, AFTERMATH_S) for span in others):
+            continue
+        verdict.exercised[13] += 1
+        times = verdict.kill_to_start_s if entry["how"] == "kill" else verdict.hang_to_start_s
+        times.append(seconds)
+        if seconds > LEASE_S + SCAN_S and entry["stalled_s"] < STALL_S:
+            verdict.broken("recovery", f"{entry['how']} to the next start took {seconds:.2f} s")
 
 
-def _wrong_text(request: Request) -> tuple[str, str] | None:
-    whole = request.end == "answered"
-    outcome, reason = judge(request.text, request.number, request.cells, whole=whole)
-    if outcome is Outcome.RIGHT:
-        return None
-    if cells_of(request.number, request.cells).startswith(request.text):
-        return "no loss", f"the answer ends early: {reason}"
-    return "no duplicate" if _repeats(request) else "no splice", reason
+def _check_liveness(requests: Sequence[Request], spans: Sequence[Span], verdict: Verdict) -> None:
+    """After healing, work is started within lease, scan and two seconds, as long as somebody waits."""
+    limit_s = LEASE_S + SCAN_S + SLACK_S
+    starts = sorted(request.first_s for request in requests if request.first_s)
+    for span in spans:
+        if span.end_s == float("inf"):
+            verdict.broken("liveness", f"fault {span.number} ({span.kind}) was never healed")
+            continue
+        if any(other.meets(span.end_s, span.end_s + limit_s, 0.0) for other in spans if other is not span):
+            continue
+        # Somebody whose request was answered later waited then.
+        if not any(r.begun_s <= span.end_s <= r.ended_s and r.end == "answered" for r in requests):
+            continue
+        verdict.exercised[13] += 1
+        after = next((start for start in starts if start >= span.end_s), float("inf"))
+        verdict.heal_to_start_s.append(after - span.end_s)
+        if after - span.end_s > limit_s:
+            verdict.broken("liveness", f"nothing was started for {after - span.end_s:.1f} s after {span.kind} was over")
 
 
-def _wrong_frame(request: Request) -> tuple[str, str] | None:
-    if len(set(request.ids)) > 1:
-        return "no splice", f"{len(set(request.ids))} ids in one stream"
-    if max(request.roles, len(request.finishes), request.done, request.usages) > 1:
-        seen = f"{request.roles} roles, {request.finishes} finishes, {request.done} ends, {request.usages} usages"
-        return "no duplicate", seen
-    return None
+def _check_deadlines(requests: Sequence[Request], spans: Sequence[Span], verdict: Verdict) -> None:
+    for request in requests:
+        if not request.deadline_s or request.end == "cut":
+            continue
+        verdict.exercised[10] += 1
+        late_s = request.ended_s - request.begun_s - request.deadline_s
+        met = any(span.meets(request.begun_s, request.ended_s, AFTERMATH_S) for span in spans)
+        if late_s > DEADLINE_SLACK_S and not met:
+            verdict.broken("deadline", f"ended {late_s:.1f} s after its deadline, without any fault", request)
 
 
-def _wrong_end(request: Request) -> tuple[str, str] | None:
-    if "stream" in request.kind and (request.done, len(request.finishes)) != (1, 1):
-        return "no loss", f"{request.done} ends, {len(request.finishes)} finishes"
-    if request.usage and (wrong := _wrong_usage(request)):
-        return "no splice", wrong
-    return None
+def _check_aborts(
+    entries: Sequence[Entry], requests: Sequence[Request], spans: Sequence[Span], verdict: Verdict
+) -> None:
+    """A client that leaves frees its engine's slot within one renewal."""
+    aborted = {entry["request_id"]: entry["t"] for entry in entries if _says(entry, "job_aborted")}
+    for request in requests:
+        at_s = aborted.get(request.request_id)
+        if request.end != "left" or at_s is None:
+            continue
+        if any(span.meets(request.begun_s, at_s, AFTERMATH_S) for span in spans):
+            continue
+        verdict.exercised[10] += 1
+        verdict.leave_to_abort_s.append(at_s - request.ended_s)
+        if at_s - request.ended_s > RENEWAL_S + ABORT_SLACK_S:
+            verdict.broken("cancel", f"its engine worked on for {at_s - request.ended_s:.1f} s", request)
 
 
-def _repeats(request: Request) -> bool:
-    cells = [request.text[at : at + 4] for at in range(0, len(request.text), 4)]
-    mine = {cell for cell in cells if cell.startswith(cells_of(request.number, 1)[:3])}
-    return len(mine) < len(cells) and len(mine) == len(set(cells))
+def _check_letters(
+    entries: Sequence[Entry], requests: Sequence[Request], spans: Sequence[Span], verdict: Verdict
+) -> None:
+    """Dead letters are of poison, after as many starts as allowed and no more; its neighbours finish."""
+    by_id = {request_id(request.number): request for request in requests}
+    for entry in entries:
+        if entry["what"] != "letter":
+            continue
+        verdict.exercised[11] += 1
+        request = by_id.get(entry["request_id"])
+        if entry["attempts"] > entry["allowed"]:
+            verdict.broken(POISON_BOUND, f"{entry['attempts']} starts of {entry['request_id']}", request)
+        if request is None or request.kind == POISON or explanation(request, spans) is not None:
+            continue
+        verdict.broken(POISON_BOUND, f"not poison, and a dead letter: {entry['cause'][:200]}", request)
 
 
-def _wrong_usage(request: Request) -> str:
-    text = cells_of(request.number, request.cells)
-    prompt = text if request.kind.startswith("completion") else chat_prompt([("user", text)])
-    wanted = (count_tokens(prompt), request.cells)
-    told = (request.usage.get("prompt_tokens"), request.usage.get("completion_tokens"))
-    return "" if told == wanted else f"usage {told} where {wanted} is right"
+def _check_end(entries: Sequence[Entry], verdict: Verdict) -> None:
+    for entry in entries:
+        if entry["what"] == "counts":
+            verdict.counts = entry["counts"]
+        elif entry["what"] == "final":
+            verdict.exercised[12] += 1
+            for name, value in entry["left"].items():
+                if value:
+                    verdict.broken("nothing is left behind", f"{name}: {value}")
+        elif entry["what"] == "canaries" and entry["seen"]:
+            verdict.broken("isolation", f"canaries were seen in {', '.join(entry['seen'])}")
+    counts = verdict.counts
+    if "enqueued" in counts:
+        ended = sum(counts[state] for state in ("done", "failed", "cancelled", "expired", "dead"))
+        if counts["enqueued"] != ended:
+            verdict.broken("conservation", f"{counts['enqueued']} jobs were enqueued and {ended} ended")
+    verdict.exercised[3] = counts.get("fenced", 0)
 
 
-def _explanation(request: Request, spans: Sequence[_Span]) -> str | None:
-    """The fault, or the request's own nature, that explains why it was not answered; None if nothing does."""
-    if request.end == "left":
-        return "the client left"
-    if request.kind == "malformed" and 400 <= request.status < 500:
-        return "malformed, refused"
-    if request.kind == "deadline" and (request.status == 504 or request.code == "deadline_exceeded"):
-        return "its own deadline"
-    touching = [span for span in spans if span.touches(request)]
-    if request.end == "cut":
-        cut = [span for span in touching if span.kind in _ROUTER_FAULTS and span.target == request.router]
-        return "its router was killed" if cut else None
-    if request.end == "error" and (request.status == 503 or request.code == "broker_unavailable"):
-        away = [span for span in touching if span.kind in _QUEUE_AWAY]
-        begun = [span for span in touching if span.kind in _ROUTER_FAULTS and span.target == request.router]
-        return (
-            "refused while the queue was away" if away else "refused by a router that had just begun" if begun else None
-        )
-    return None
+def _check_proof(verdict: Verdict, must_prove: Iterable[str]) -> None:
+    figures = verdict.counts | {
+        "streams migrated": verdict.migrated,
+        "kill measured": len(verdict.kill_to_start_s),
+        "hang measured": len(verdict.hang_to_start_s),
+    }
+    for name in must_prove:
+        if not figures.get(name):
+            verdict.broken("the run proves something", f"{name}: never seen")
 
 
-def _spans(entries: Sequence[dict[str, Any]]) -> list[_Span]:
-    healed = {entry["number"]: entry["t"] for entry in entries if entry["what"] == "healed"}
-    return [
-        _Span(entry["kind"], entry["target"], entry["t"], healed.get(entry["number"], float("inf")))
-        for entry in entries
-        if entry["what"] == "fault"
-    ]
+def _says(entry: Entry, event: str) -> bool:
+    return bool(entry["what"] == "said" and entry["event"] == event)
+
+
+def _says_resumed(entry: Entry) -> bool:
+    return _says(entry, "stream_resumed") and entry.get("delivered", 0) > 0

@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import random
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from tests.support.load import events_of
-from tests.support.traffic import cells_of
 
+from .asks import KINDS, Ask, make_ask, request_id
 from .history import History, Request
 
-MODEL = "sim"
 LIMIT_S = 45.0
 """Longer than anything may take: a request that reaches it is lost."""
-MOST_COMPLETION_CELLS = 60
-"""Cells repeat after 62 places; an echoed prompt that repeats itself looks like one that is half answered."""
-TENANTS = ("acme", "globex", "initech")
-KINDS = (
-    "chat stream", "chat stream", "chat stream", "completion stream", "completion stream", "chat", "chat", "completion",
-    "embedding", "leaver", "slow reader stream", "deadline",
-)  # fmt: skip
-MALFORMED: tuple[bytes, ...] = (
-    b"",
-    b"{",
-    b'{"model": "sim"',
-    b'{"model": 7}',
-    b'{"model": "sim", "stream": "yes"}',
-    b"[" * 5_000,
-    b'{"model": "sim", "messages": ' + b"[" * 2_000 + b"]" * 2_000 + b"}",
-    b"\xff\xfe\x00",
-    b'{"model": "no-such-model", "messages": []}',
-    b'{"model": "sim", "messages": "' + b"x" * (5 << 20) + b'"}',
+KEPT_S = 2.0
+"""How long a client keeps an idle connection: the Router closes none that soon."""
+_RAW: tuple[bytes, ...] = (
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"POST /v1/chat/completions HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + b"x-y: " + b"z" * 100_000 + b"\r\n\r\n",
 )
 
 
 class Clients:
-    """``count`` clients, each with one request at a time on a connection of its own, against ``urls``."""
+    """``count`` clients, each with one request at a time, against ``urls``; every other one keeps its connections."""
 
-    def __init__(self, urls: Sequence[str], history: History, *, seed: int, count: int = 20) -> None:
+    def __init__(self, urls: Sequence[str], history: History, *, seed: int, count: int = 18) -> None:
         self._urls = urls
         self._history = history
         self._seed = seed
@@ -66,112 +57,138 @@ class Clients:
         for task in self._tasks:
             task.cancel()
 
-    async def burst(self, kind: str, count: int) -> None:
-        """``count`` requests of one kind at once."""
+    async def burst(self, kind: str, count: int, at_once: int) -> None:
+        """``count`` requests of one kind, ``at_once`` of them at any time."""
         rng = random.Random(next(self._numbers))
-        async with self._session() as session:
-            await asyncio.gather(*(self._ask(session, kind, rng) for _ in range(count)))
+        left = iter(range(count))
+
+        async def one_after_the_other(session: aiohttp.ClientSession) -> None:
+            for _ in left:
+                await self._ask(session, kind, rng)
+
+        async with _session(keep=False) as session:
+            await asyncio.gather(*(one_after_the_other(session) for _ in range(at_once)))
+
+    async def loris(self, count: int, lasts_s: float) -> None:
+        """``count`` connections that send a request byte by byte and never end it, or something that is none."""
+        await asyncio.gather(*(self._creep(number, lasts_s) for number in range(count)))
+
+    async def _creep(self, number: int, lasts_s: float) -> None:
+        url = urlsplit(self._urls[number % len(self._urls)])
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(url.hostname, url.port)
+            try:
+                if number % 3 == 0:
+                    writer.write(_RAW[number // 3 % len(_RAW)])
+                else:
+                    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
+                    writer.write(head + (b"" if number % 3 == 1 else b"authorization: Bearer acme\r\n\r\n{"))
+                for _ in range(int(lasts_s / 0.25)):
+                    await asyncio.sleep(0.25)
+                    if writer.is_closing():
+                        break
+                    writer.write(b" ")
+            finally:
+                writer.transport.abort()
 
     async def _run(self, number: int) -> None:
         rng = random.Random(f"{self._seed}:{number}")
-        while not self._stopping.is_set():
-            # Anew for each: a connection that a killed Router held tells nothing of the next request.
-            async with self._session() as session:
-                request = await self._ask(session, rng.choice(KINDS), rng)
-            if request.end in ("cut", "error"):
-                await asyncio.sleep(0.2)
-
-    def _session(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=LIMIT_S))
+        async with contextlib.AsyncExitStack() as kept:
+            session = await kept.enter_async_context(_session(keep=True)) if number % 2 else None
+            while not self._stopping.is_set():
+                if session is not None:
+                    request = await self._ask(session, rng.choice(KINDS), rng)
+                else:
+                    async with _session(keep=False) as own:
+                        request = await self._ask(own, rng.choice(KINDS), rng)
+                if request.end in ("cut", "error"):
+                    await asyncio.sleep(0.2)
 
     async def _ask(self, session: aiohttp.ClientSession, kind: str, rng: random.Random) -> Request:
         number = next(self._numbers)
-        cells = rng.choice((8, 20, 60, 120)) if "stream" in kind or kind == "leaver" else rng.choice((4, 12, 30))
-        if kind.startswith("completion"):
-            cells = min(cells, MOST_COMPLETION_CELLS)
+        ask = make_ask(number, kind, rng)
         router = rng.randrange(len(self._urls))
-        request = Request(number, kind, router, cells, self._history.now_s)
-        path, body = _body(kind, number, cells, rng)
-        headers = {
-            "authorization": f"Bearer {TENANTS[number % len(TENANTS)]}",
-            "content-type": "application/json",
-            "x-request-id": f"chaos-{number}",
-        }
-        if kind == "deadline":
-            headers["x-inferq-deadline-ms"] = str(rng.choice((1, 50, 300)))
-        leave_after = rng.randrange(cells) if kind == "leaver" else None
-        patience_s = rng.uniform(0.0, 0.3) if kind == "hurried" else None
-        pause_s = 0.02 if kind == "slow reader stream" else 0.0
+        begun_s = self._history.now_s
+        request = Request(
+            number, kind, router, ask.cells, begun_s, tenant=ask.tenant, deadline_s=ask.deadline_s, on_loss=ask.on_loss
+        )
         try:
             async with (
-                asyncio.timeout(patience_s),
-                session.post(self._urls[router] + path, data=body, headers=headers) as answer,
+                asyncio.timeout(ask.patience_s),
+                session.post(self._urls[router] + ask.path, data=ask.body, headers=ask.headers) as answer,
             ):
                 request.status = answer.status
                 request.request_id = answer.headers.get("x-request-id", "")
-                await _read(answer, request, leave_after, pause_s)
+                await self._read(answer, request, ask)
         except TimeoutError:
-            request.end = "left" if kind == "hurried" else "silent"
+            request.end = "silent" if ask.patience_s is None else "left"
         except (aiohttp.ClientError, OSError) as error:
             request.end, request.message = "cut", f"{type(error).__name__}: {error}"
         request.ended_s = self._history.now_s
+        request.ids = sorted(set(request.ids))
+        request.request_id = request.request_id or request_id(number)
         self._history.add_request(request)
         return request
 
+    async def _read(self, answer: aiohttp.ClientResponse, request: Request, ask: Ask) -> None:
+        if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+            whole = await answer.read()
+            request.first_s = self._history.now_s
+            _read_plain(whole, request)
+            return
+        async for data in events_of(answer):
+            request.first_s = request.first_s or self._history.now_s
+            if data == "[DONE]":
+                request.done += 1
+                continue
+            _read_chunk(json.loads(data), request)
+            if request.end == "error":
+                return
+            if ask.leave_after is not None and len(request.text) > 4 * ask.leave_after:
+                request.end = "left"
+                return
+            if ask.pause_s:
+                await asyncio.sleep(ask.pause_s)
+        request.end = "answered"
 
-def _body(kind: str, number: int, cells: int, rng: random.Random) -> tuple[str, bytes]:
-    if kind == "malformed":
-        return "/v1/chat/completions", rng.choice(MALFORMED)
-    text = cells_of(number, cells)
-    if kind == "embedding":
-        return "/v1/embeddings", json.dumps({"model": MODEL, "input": text}).encode()
-    fields: dict[str, Any] = {"model": MODEL}
-    if "stream" in kind or kind in ("leaver", "hurried"):
-        fields |= {"stream": True, "stream_options": {"include_usage": rng.random() < 0.7}}
-    if kind.startswith("completion"):
-        return "/v1/completions", json.dumps(fields | {"prompt": text, "max_tokens": cells}).encode()
-    fields |= {"messages": [{"role": "user", "content": text}]}
-    return "/v1/chat/completions", json.dumps(fields).encode()
+
+def _session(*, keep: bool) -> aiohttp.ClientSession:
+    connector = (
+        aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S)
+        if keep
+        else aiohttp.TCPConnector(limit=0, force_close=True)
+    )
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=LIMIT_S))
 
 
-async def _read(answer: aiohttp.ClientResponse, request: Request, leave_after: int | None, pause_s: float) -> None:
-    if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-        _read_plain(json.loads(await answer.read()), request)
+def _read_chunk(chunk: dict[str, Any], request: Request) -> None:
+    if "error" in chunk:
+        request.end = "error"
+        request.code, request.message = str(chunk["error"]["code"]), chunk["error"]["message"]
         return
-    async for data in events_of(answer):
-        if data == "[DONE]":
-            request.done += 1
-            continue
-        chunk = json.loads(data)
-        if "error" in chunk:
-            request.end = "error"
-            request.code, request.message = chunk["error"]["code"], chunk["error"]["message"]
-            return
-        request.ids.append(chunk["id"])
-        if chunk.get("usage"):
-            request.usage, request.usages = _figures(chunk["usage"]), request.usages + 1
-        for choice in chunk["choices"]:
-            delta = choice.get("delta", {})
-            request.text += delta.get("content") or choice.get("text") or ""
-            request.roles += "role" in delta
-            request.finishes += [choice["finish_reason"]] if choice.get("finish_reason") else []
-        if leave_after is not None and len(request.text) > 4 * leave_after:
-            request.end = "left"
-            return
-        if pause_s:
-            await asyncio.sleep(pause_s)
-    request.ids = sorted(set(request.ids))
-    request.end = "answered"
+    request.ids.append(chunk["id"])
+    if chunk.get("usage"):
+        request.usage, request.usages = _figures(chunk["usage"]), request.usages + 1
+    for choice in chunk["choices"]:
+        delta = choice.get("delta", {})
+        request.text += delta.get("content") or choice.get("text") or ""
+        request.roles += "role" in delta
+        request.finishes += [choice["finish_reason"]] if choice.get("finish_reason") else []
 
 
-def _read_plain(body: Any, request: Request) -> None:
+def _read_plain(whole: bytes, request: Request) -> None:
+    try:
+        body = json.loads(whole)
+    except ValueError:
+        request.end, request.text = "answered", whole.decode("latin-1")
+        return
     if "error" in body:
         request.end = "error"
         request.code, request.message = str(body["error"]["code"]), body["error"]["message"]
         return
     request.end = "answered"
     if body["object"] == "list":
+        request.vector = body["data"][0]["embedding"][:8]
         return
     (choice,) = body["choices"]
     request.text = choice["message"]["content"] if "message" in choice else choice["text"]

@@ -1,4 +1,9 @@
-"""What was seen during a run: one JSON object per line, in order of time. Checks read nothing else."""
+"""What was seen during a run: one JSON object per line, in order of time. Checks read nothing else.
+
+``request`` is one request as its client saw it; ``fault`` and ``healed`` what was done to the fleet and until when;
+``recovery`` how long it took from a fault on a worker until a job that it held began elsewhere; ``said`` a line of a
+role's log that names a request or a worker's death; the others are looks at the queue when all was over.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-What = Literal["request", "fault", "healed", "recovery", "final", "counts"]
+What = Literal["request", "fault", "healed", "recovery", "said", "final", "letter", "counts", "canaries"]
+
+Entry = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -18,6 +25,7 @@ class Request:
 
     ``end`` is how it ended: ``answered``, ``error`` (an error object, as answer or event; ``code`` is its code),
     ``cut`` (the connection broke), ``left`` (the client went on purpose) or ``silent`` (its limit passed).
+    ``first_s`` is when the first of the answer came, 0 if nothing did.
     """
 
     number: int
@@ -25,7 +33,11 @@ class Request:
     router: int
     cells: int
     begun_s: float
+    tenant: str = ""
+    deadline_s: float = 0.0
+    on_loss: str = ""
     end: str = "silent"
+    first_s: float = 0.0
     ended_s: float = 0.0
     status: int = 0
     code: str = ""
@@ -37,22 +49,34 @@ class Request:
     done: int = 0
     usage: dict[str, int] = field(default_factory=dict)
     usages: int = 0
+    vector: list[float] = field(default_factory=list)
     request_id: str = ""
+
+    @property
+    def streams(self) -> bool:
+        """Whether its answer is a stream."""
+        return "stream" in self.kind or self.kind in ("leaver", "hurried")
 
 
 class History:
     """Appends entries to ``file`` and keeps them."""
 
     def __init__(self, file: Path) -> None:
-        self.entries: list[dict[str, Any]] = []
+        self.entries: list[Entry] = []
         self.begun = time.monotonic()
+        self.began_at = time.time()
         self._file = file.open("w")
+
+    def begin(self) -> None:
+        """Time counts from now."""
+        self.begun, self.began_at = time.monotonic(), time.time()
 
     @property
     def now_s(self) -> float:
         return time.monotonic() - self.begun
 
     def add(self, what: What, **fields: Any) -> None:
+        """One more entry, of now unless ``t`` is given."""
         entry = {"t": round(self.now_s, 4), "what": what, **fields}
         self.entries.append(entry)
         self._file.write(json.dumps(entry) + "\n")
@@ -65,7 +89,7 @@ class History:
         self._file.close()
 
 
-def requests_of(entries: Iterable[dict[str, Any]]) -> list[Request]:
+def requests_of(entries: Iterable[Entry]) -> list[Request]:
     """The requests of a history."""
     return [
         Request(**{name: value for name, value in entry.items() if name not in ("t", "what")})

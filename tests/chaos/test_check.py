@@ -8,36 +8,49 @@ from typing import Any
 import pytest
 
 from tests.support.traffic import cells_of
-from worker.engines.simulated import chat_prompt
+from worker.engines.simulated.answers import embedding
 from worker.engines.simulated.tokens import count_tokens
 
-from .check import AFTERMATH_S, check
-from .history import Request
-from .plan import Kind, draw
+from .asks import MODEL, prompt_of
+from .check import LEASE_S, SCAN_S, SLACK_S, STALL_S, check
+from .excuses import MAX_ATTEMPTS, RELINK_S
+from .history import Entry, Request
+from .judge import DIMENSIONS
+from .plan import Kind, draw, opening
 from .report import story, table
 
 TEXT = cells_of(7, 8)
-PROMPT_TOKENS = count_tokens(chat_prompt([("user", TEXT)]))
+PROMPT_TOKENS = count_tokens(prompt_of(7, "chat stream", 8, "acme"))
 
 
 def right(**changes: Any) -> Request:
     """A stream that was answered as it should be."""
     usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": 8, "total_tokens": PROMPT_TOKENS + 8}
     fields: dict[str, Any] = {
-        "number": 7, "kind": "chat stream", "router": 0, "cells": 8, "begun_s": 10.0, "end": "answered",
-        "ended_s": 11.0, "status": 200, "text": TEXT, "ids": ["a"], "roles": 1, "finishes": ["stop"], "done": 1,
-        "usage": usage, "usages": 1,
+        "number": 7, "kind": "chat stream", "router": 0, "cells": 8, "begun_s": 10.0, "tenant": "acme",
+        "end": "answered", "first_s": 10.1, "ended_s": 11.0, "status": 200, "text": TEXT, "ids": ["a"], "roles": 1,
+        "finishes": ["stop"], "done": 1, "usage": usage, "usages": 1, "request_id": "chaos-7",
     }  # fmt: skip
     return Request(**(fields | changes))
 
 
-def history(request: Request, *faults: tuple[Kind, float, float], **more: Any) -> list[dict[str, Any]]:
+def history(request: Request, *faults: tuple[Kind, float, float], target: int = 0) -> list[Entry]:
     """A history of one request and some faults (kind, begin, end)."""
-    entries: list[dict[str, Any]] = []
+    entries: list[Entry] = []
     for number, (kind, begin_s, end_s) in enumerate(faults):
-        entries.append({"t": begin_s, "what": "fault", "number": number, "kind": kind, "target": more.get("target", 0)})
+        entries.append({"t": begin_s, "what": "fault", "number": number, "kind": kind, "target": target})
         entries.append({"t": end_s, "what": "healed", "number": number})
     return [*entries, {"t": request.ended_s, "what": "request", **asdict(request)}]
+
+
+def said(event: str, at_s: float, **more: Any) -> Entry:
+    """A line of a role's log about the request."""
+    return {"t": at_s, "what": "said", "role": "worker-1", "event": event, "request_id": "chaos-7", **more}
+
+
+def broken(entries: list[Entry]) -> list[str]:
+    """The promises that a history shows broken."""
+    return [violation.promise for violation in check(entries).violations]
 
 
 def test_a_right_answer_is_completed() -> None:
@@ -54,6 +67,12 @@ def test_a_right_answer_is_completed() -> None:
         ({"text": TEXT[:8] + TEXT[4:]}, "no duplicate"),
         ({"text": TEXT[:8] + cells_of(8, 8)[8:]}, "no splice"),
         ({"text": TEXT[:8] + cells_of(8, 1), "end": "error", "code": "x"}, "no splice"),
+        ({"request_id": "chaos-8"}, "no splice"),
+        ({"text": "canary.globex.0123"}, "isolation"),
+        ({"end": "error", "status": 400, "text": "", "message": "no canary.globex.0123"}, "isolation"),
+        ({"kind": "engine garbage"}, "no splice"),
+        ({"kind": "poison"}, "poison bound"),
+        ({"kind": "embedding", "vector": [0.0] * 8}, "no splice"),
         ({"ids": ["a", "b"]}, "no splice"),
         ({"roles": 2}, "no duplicate"),
         ({"finishes": ["stop", "stop"]}, "no duplicate"),
@@ -78,49 +97,164 @@ def test_each_wrong_is_seen(changes: dict[str, Any], promise: str) -> None:
     assert "VIOLATION" in story(verdict, entries)
 
 
+CUT: dict[str, Any] = {"end": "cut", "text": TEXT[:8]}
+REFUSED: dict[str, Any] = {"end": "error", "status": 503, "code": "broker_unavailable", "text": ""}
+BROKEN: dict[str, Any] = {"end": "error", "code": "stream_broken", "text": TEXT[:8], "on_loss": "fail"}
+GIVEN_UP: dict[str, Any] = {"end": "error", "status": 502, "code": "attempts_exhausted", "text": ""}
+
+
 @pytest.mark.parametrize(
     ("changes", "fault", "why"),
     [
-        ({"end": "cut", "text": TEXT[:8]}, Kind.KILL_ROUTER, "its router was killed"),
-        ({"end": "error", "status": 503, "text": ""}, Kind.KILL_REDIS, "refused while the queue was away"),
-        ({"kind": "deadline", "end": "error", "status": 504, "text": ""}, Kind.KILL_WORKER, "its own deadline"),
-        ({"kind": "malformed", "end": "error", "status": 400, "text": ""}, Kind.KILL_WORKER, "malformed, refused"),
+        (CUT, Kind.KILL_ROUTER, "its router was killed"),
+        (CUT, Kind.STRIKE_ROUTER, "its router was killed"),
+        (REFUSED, Kind.KILL_REDIS, "refused while the queue was away"),
+        (REFUSED | {"code": "broker_full"}, Kind.FULL_DISK, "refused while the queue was away"),
+        (BROKEN, Kind.KILL_WORKER, "its worker was lost, and it asked to fail then"),
+        (GIVEN_UP | {"kind": "poison"}, Kind.POISON, "poison, given up"),
+        (REFUSED | {"code": "deadline_exceeded", "deadline_s": 0.3}, Kind.POISON, "its own deadline"),
+        (REFUSED | {"kind": "malformed", "status": 400}, Kind.POISON, "malformed, refused"),
         ({"end": "left", "text": TEXT[:8]}, Kind.KILL_WORKER, "the client left"),
     ],
 )
 def test_what_a_fault_explains_is_no_violation(changes: dict[str, Any], fault: Kind, why: str) -> None:
-    """As long as that fault was there, and for a while after it."""
-    verdict = check(history(right(**changes), (fault, 9.0, 9.5)))
+    """As long as that fault was there."""
+    verdict = check(history(right(**changes), (fault, 9.0, 10.9)))
     assert (dict(verdict.explained), verdict.violations) == ({why: 1}, [])
 
 
-def test_a_fault_explains_nothing_long_after_it_or_elsewhere() -> None:
-    """Another Router's death, or one that was long over, does not excuse a broken connection."""
-    cut = right(end="cut", text="")
-    assert check(history(cut, (Kind.KILL_ROUTER, 1.0, 9.9 - AFTERMATH_S))).violations
-    assert check(history(cut, (Kind.KILL_ROUTER, 9.0, 9.5), target=1)).violations
+@pytest.mark.parametrize(
+    ("changes", "fault", "target"),
+    [
+        (CUT, (Kind.KILL_ROUTER, 9.0, 9.5), 0),
+        (CUT, (Kind.KILL_ROUTER, 9.0, 10.5), 1),
+        (CUT, (Kind.KILL_REDIS, 9.0, 10.5), 0),
+        (REFUSED, (Kind.KILL_REDIS, 1.0, 10.9 - RELINK_S), 0),
+        (REFUSED, (Kind.CUT_ROUTER, 9.0, 10.5), 1),
+        (REFUSED, (Kind.KILL_WORKER, 9.0, 10.5), 0),
+        (REFUSED | {"text": TEXT[:8]}, (Kind.KILL_REDIS, 9.0, 10.5), 0),
+        (BROKEN | {"on_loss": "continue"}, (Kind.KILL_WORKER, 9.0, 10.5), 0),
+        (BROKEN, (Kind.KILL_MANAGER, 9.0, 10.5), 0),
+        (GIVEN_UP, (Kind.KILL_WORKER, 9.0, 10.5), 0),
+        ({"end": "silent"}, (Kind.KILL_REDIS, 9.0, 10.5), 0),
+    ],
+)
+def test_a_fault_explains_nothing_else(changes: dict[str, Any], fault: tuple[Kind, float, float], target: int) -> None:
+    """Over too long, of another Router, of another kind, or for an error that it does not cause: a loss it remains."""
+    assert broken(history(right(**changes), fault, target=target)) == ["no loss"]
+
+
+def test_attempts_are_used_up_only_by_as_many_deaths() -> None:
+    """One less does not explain it."""
+    deaths = [(Kind.KILL_WORKER, 9.0 + number / 10, 10.5) for number in range(MAX_ATTEMPTS)]
+    assert broken(history(right(**GIVEN_UP), *deaths)) == []
+    assert broken(history(right(**GIVEN_UP), *deaths[1:])) == ["no loss"]
+
+
+def test_a_right_vector_is_completed() -> None:
+    """It follows from model and text."""
+    vector = embedding(cells_of(7, 8), MODEL, 0, DIMENSIONS)[:8]
+    assert check(history(right(kind="embedding", text="", vector=vector))).completed == 1
+
+
+@pytest.mark.parametrize(("how", "limit_s"), [("kill", LEASE_S + SCAN_S), ("hang", LEASE_S + SCAN_S)])
+def test_recoveries_count_undisturbed_and_have_a_limit(how: str, limit_s: float) -> None:
+    """Past lease and scan one is a violation, unless the machine stood still; beside another fault it says nothing."""
+
+    def recovered(seconds: float, stalled_s: float = 0.0, *others: tuple[Kind, float, float]) -> list[Entry]:
+        entries = history(right(), (Kind.KILL_WORKER, 2.0, 9.0), *others)
+        fields = {"how": how, "fault": 0, "seconds": seconds, "stalled_s": stalled_s}
+        return [*entries, {"t": 2.0, "what": "recovery", **fields}]
+
+    verdict = check(recovered(limit_s - 0.1))
+    assert (len(verdict.kill_to_start_s + verdict.hang_to_start_s), verdict.violations) == (1, [])
+    assert broken(recovered(limit_s + 0.1)) == ["recovery"]
+    assert broken(recovered(limit_s + 0.1, STALL_S)) == []
+    beside = check(recovered(limit_s + 0.1, 0.0, (Kind.SLOW_NETWORK, 3.0, 4.0)))
+    assert (beside.kill_to_start_s, beside.hang_to_start_s, beside.violations) == ([], [], [])
+
+
+def test_after_healing_work_goes_on() -> None:
+    """Nothing started within lease, scan and slack although somebody waited; or a fault that was never healed."""
+    limit_s = LEASE_S + SCAN_S + SLACK_S
+    late = right(first_s=11.0 + limit_s, ended_s=12.0 + limit_s)
+    assert broken(history(late, (Kind.KILL_REDIS, 10.2, 10.5))) == ["liveness"]
+    assert broken(history(right(first_s=10.6), (Kind.KILL_REDIS, 10.2, 10.5))) == []
+    assert broken(history(right(), (Kind.KILL_REDIS, 10.2, 10.5))[:1]) == ["liveness"]
+
+
+def test_streams_that_lost_a_worker_are_counted_as_migrated_if_they_are_whole() -> None:
+    """One that is not is a gap; one whose worker was lost before it delivered anything was none."""
+    resumed = said("stream_resumed", 10.5, delivered=12)
+    whole = check([*history(right()), resumed])
+    assert (whole.migrated, whole.gaps) == (1, 0)
+    gap = check([*history(right(text=TEXT[:8] + TEXT[12:])), resumed])
+    assert (gap.migrated, gap.gaps, gap.spliced) == (0, 1, 1)
+    assert check([*history(right()), said("stream_resumed", 10.5, delivered=0)]).migrated == 0
+
+
+def test_deadlines_and_aborts_have_limits() -> None:
+    """Without a fault beside it, a request is told of its deadline soon, and an engine soon lets go of one who left."""
+    late = right(deadline_s=0.3, begun_s=5.0, end="error", code="deadline_exceeded", status=504, text="")
+    assert broken(history(late)) == ["deadline"]
+    assert broken(history(late, (Kind.KILL_WORKER, 6.0, 7.0))) == []
+    left = right(end="left", text=TEXT[:8])
+    assert broken([*history(left), said("job_aborted", 11.5)]) == []
+    assert broken([*history(left), said("job_aborted", 13.5)]) == ["cancel"]
+
+
+def test_dead_letters_are_poison_within_its_bound() -> None:
+    """Another's, or one with more starts than allowed, is a violation."""
+
+    def letter(attempts: int) -> Entry:
+        told = {"request_id": "chaos-7", "attempts": attempts, "allowed": MAX_ATTEMPTS, "cause": "it crashed"}
+        return {"t": 20.0, "what": "letter", **told}
+
+    poison = history(right(**(GIVEN_UP | {"kind": "poison"})))
+    assert broken([*poison, letter(MAX_ATTEMPTS)]) == []
+    assert broken([*poison, letter(MAX_ATTEMPTS + 1)]) == ["poison bound"]
+    assert broken([*history(right()), letter(MAX_ATTEMPTS)]) == ["poison bound"]
 
 
 def test_what_is_left_over_and_what_was_never_seen_is_told() -> None:
-    """A queue that is not empty at the end, or a run in which nothing was ever fenced, is no proof."""
-    entries = [
+    """A queue that is not empty, jobs that never ended, secrets in a log, a run in which nothing was ever fenced."""
+    ended = dict.fromkeys(("done", "failed", "cancelled", "expired", "dead"), 1)
+    entries: list[Entry] = [
         *history(right()),
         {"t": 20.0, "what": "final", "left": {"budget": {"t:acme:jobs": 1}}},
-        {"t": 20.0, "what": "counts", "counts": {"fenced": 0, "recovered": 3}},
+        {"t": 20.0, "what": "canaries", "seen": ["the log of router"]},
+        {"t": 20.0, "what": "counts", "counts": {"fenced": 0, "recovered": 3, "enqueued": 6, **ended}},
     ]
     verdict = check(entries, must_prove=("fenced", "recovered"))
     assert [violation.promise for violation in verdict.violations] == [
         "nothing is left behind",
+        "isolation",
+        "conservation",
         "the run proves something",
     ]
     assert "| FENCED | 0 |" in table(verdict, "by hand")
 
 
+def test_a_story_has_what_concerns_its_request_and_nothing_else() -> None:
+    """The request, the faults beside it, what the roles said of it; not those of another time, nor other lines."""
+    entries = [
+        *history(right(end="silent"), (Kind.KILL_WORKER, 9.0, 9.5), (Kind.KILL_REDIS, 30.0, 31.0)),
+        said("job_released", 10.5),
+        said("job_released", 10.5) | {"request_id": "chaos-8", "role": "worker-2"},
+    ]
+    told = story(check(entries), entries)
+    assert Kind.KILL_WORKER in told
+    assert "job_released" in told
+    assert Kind.KILL_REDIS not in told
+    assert "chaos-8" not in told
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_plan_is_its_seed(seed: int) -> None:
-    """Drawn again it is the same, in order of time, within the run; one that is long enough has every usual fault."""
+    """Drawn again it is the same, in order of time, within the run; one that is long enough has every kind of fault."""
     plan = draw(seed, 60)
     assert plan == draw(seed, 60)
     assert [fault.at_s for fault in plan] == sorted(fault.at_s for fault in plan)
-    assert all(2 <= fault.at_s <= 58 for fault in plan)
-    assert {Kind.KILL_WORKER, Kind.KILL_REDIS, Kind.LOSE_REPLIES, Kind.PAUSE_WORKER} <= {fault.kind for fault in plan}
+    assert all(0 <= fault.at_s <= 60 for fault in plan)
+    assert {fault.kind for fault in (*opening(seed, 60), *plan)} == set(Kind)
+    assert len({fault.target for fault in opening(seed, 60)}) == len(opening(seed, 60))

@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 from pathlib import Path
 
+from tests.support.disks import fill_disk, free_disk, server_with_a_small_disk
 from tests.support.fleet import Fleet
-from tests.support.servers import Server, valkey_binary
 from tests.support.waiting import eventually
-
-
-def server_with_a_small_disk(folder: Path) -> Server:
-    """A Valkey that survives a write refused for size, as it would one refused for space."""
-    binary = valkey_binary()
-    assert binary is not None, "this platform has no embedded Valkey"
-    folder.mkdir()
-    wrapper = folder / "valkey-server"
-    wrapper.write_text(f"#!/bin/sh\ntrap '' XFSZ\nexec {binary} \"$@\"\n")
-    wrapper.chmod(0o755)
-    return Server(str(wrapper), folder / "data").start()
-
-
-def fill_disk(server: Server) -> None:
-    """From now on no file of the server may grow."""
-    size = max(path.stat().st_size for path in (server.folder / "appendonlydir").iterdir())
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def free_disk(server: Server) -> None:
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 async def chat(fleet: Fleet, text: str, max_tokens: int = 4) -> tuple[int, str]:

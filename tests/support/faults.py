@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -40,10 +41,12 @@ class FaultProxy:
         self.slice_bytes = 0
         """Pass chunks on in pieces of so many bytes; 0: as they come."""
         self.replies_lost = 0
+        self.seen: Counter[bytes] = Counter()
+        """How often the server said each word of ``watch_for``."""
+        self.watch_for: tuple[bytes, ...] = ()
         self._strike: Strike | None = None
         self._target_port = target_port
-        self._marker = b""
-        self._losses = 0
+        self._losses: dict[bytes, int] = {}
         self._refusing = False
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -73,7 +76,16 @@ class FaultProxy:
     def lose_reply(self, marker: bytes, times: int = 1) -> None:
         """Of the next ``times`` requests that contain ``marker``: let the server execute them, then drop the
         connection instead of its reply."""
-        self._marker, self._losses = marker, times
+        self._losses[marker] = times
+
+    def keep_replies(self) -> None:
+        """End :meth:`lose_reply`."""
+        self._losses.clear()
+
+    @property
+    def losing(self) -> bool:
+        """Whether replies that :meth:`lose_reply` asked for are still to be lost."""
+        return bool(self._losses)
 
     def strike(self, strike: Strike | None) -> None:
         """At the next request that contains its marker, call its action at its point. None: not any more."""
@@ -132,8 +144,8 @@ class FaultProxy:
             if self.latency_s:
                 await asyncio.sleep(self.latency_s)
             await self._flowing.wait()
-            if upward and self._losses and self._marker in link.tail + chunk:
-                link.doomed = True
+            if upward and self._losses:
+                link.doomed = next((marker for marker in self._losses if marker in link.tail + chunk), link.doomed)
             if upward and self._strike is not None and self._strike.marker in link.tail + chunk:
                 link.strike, self._strike = self._strike, None
                 if link.strike.point is Point.BEFORE_SEND:
@@ -142,16 +154,31 @@ class FaultProxy:
             if upward:
                 link.tail = chunk[-64:]
             elif link.doomed and not chunk.startswith(b"-NOSCRIPT"):
-                self._losses -= 1
-                self.replies_lost += 1
+                self._count_lost(link.doomed)
                 return
             elif link.strike is not None and link.strike.point is Point.AFTER_COMMIT:
                 link.strike.action()
                 return
+            if not upward:
+                self._watch(link, chunk)
             await self._write(writer, chunk)
             if not upward and link.strike is not None:
                 link.strike.action()
                 return
+
+    def _count_lost(self, marker: bytes) -> None:
+        self.replies_lost += 1
+        left = self._losses.get(marker, 0) - 1
+        if left > 0:
+            self._losses[marker] = left
+        else:
+            self._losses.pop(marker, None)
+
+    def _watch(self, link: _Link, chunk: bytes) -> None:
+        for word in self.watch_for:
+            # What is left of the last chunk is too short to have the word in it already.
+            self.seen[word] += (link.heard[-(len(word) - 1) :] + chunk).count(word)
+        link.heard = (link.heard + chunk)[-64:]
 
     async def _write(self, writer: asyncio.StreamWriter, chunk: bytes) -> None:
         size = self.slice_bytes or len(chunk)
@@ -167,7 +194,8 @@ class _Link:
     """What the proxy remembers of one connection."""
 
     def __init__(self) -> None:
-        self.doomed = False
+        self.doomed = b""
+        self.heard = b""
         self.strike: Strike | None = None
         self.tail = b""
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -182,6 +183,16 @@ class Fleet:
         """The queue of one model, as the Router shows it."""
         found: dict[str, Any] = await self.router.page(f"/fabric/v1/pools/{model}")
         return found
+
+    @contextmanager
+    def having(self, env: Mapping[str, str]) -> Iterator[None]:
+        """Roles that are made within have more in their environment."""
+        before = self._env
+        self._env = before | env
+        try:
+            yield
+        finally:
+            self._env = before
 
     def _add(self, name: str, module: str, flags: Mapping[str, object]) -> Role:
         role = Role(self, name, module, flags, self._env)

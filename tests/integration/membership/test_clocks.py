@@ -5,43 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from queue_schemas.keys import ShardKeys
-from tests.support.fleet import ROOT, Fleet, Role
+from tests.support.clocks import HOUR_S, clock_off_by
+from tests.support.fleet import Fleet, Role
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 
-HOUR_S = 3_600
 LEASE_S = 1.5
 DEADLINE_S = 1.0
-
-OFF = """
-import datetime, os, time
-
-OFF_S = int(os.environ["CLOCK_OFF_S"])
-right_time, right_time_ns = time.time, time.time_ns
-time.time = lambda: right_time() + OFF_S
-time.time_ns = lambda: right_time_ns() + OFF_S * 10**9
-
-
-class WrongDatetime(datetime.datetime):
-    __slots__ = ()
-
-    @classmethod
-    def now(cls, tz=None):
-        return cls.fromtimestamp(time.time(), tz)
-
-    @classmethod
-    def utcnow(cls):
-        return cls.utcfromtimestamp(time.time())
-
-
-datetime.datetime = WrongDatetime
-"""
-"""What Python imports at its start where it lies on the path as ``sitecustomize``."""
 
 
 class FleetWithClocks(Fleet):
@@ -49,15 +23,8 @@ class FleetWithClocks(Fleet):
 
     def worker_off_by(self, seconds: int, name: str) -> Role:
         """A worker, not started yet, whose wall clock is off; it serves a model of its own name."""
-        folder = self.folder / "wrong-clock"
-        folder.mkdir(exist_ok=True)
-        (folder / "sitecustomize.py").write_text(OFF)
-        own: Mapping[str, str] = {"CLOCK_OFF_S": str(seconds), "PYTHONPATH": f"{folder}:{ROOT}"}
-        self._env |= own
-        worker = self.worker(name, model=name, sim_tokens_per_s=20)
-        for variable in own:
-            del self._env[variable]
-        return worker
+        with self.having(clock_off_by(seconds, self.folder)):
+            return self.worker(name, model=name, sim_tokens_per_s=20)
 
 
 async def test_an_hour_ahead_or_behind_changes_nothing(tmp_path: Path, own_valkey: Server) -> None:

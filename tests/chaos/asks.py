@@ -1,0 +1,134 @@
+"""What clients ask: from a request's number and kind to its path, headers and body. Every right answer is known.
+
+The engines echo: a chat answers its last message, a completion its prompt. So each request asks for a text of cells
+that name it (:func:`tests.support.traffic.cells_of`); a chat has a canary of its tenant's beside it, which must be
+seen nowhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tests.support.traffic import cells_of
+from worker.engines.simulated import chat_prompt
+
+MODEL = "sim"
+TENANTS = ("acme", "globex", "initech")
+POISON, HURRIED, MALFORMED, GARBAGE = "poison", "hurried", "malformed", "engine garbage"
+KINDS = (
+    "chat stream", "chat stream", "chat stream", "completion stream", "completion stream", "chat", "chat", "completion",
+    "embedding", "leaver", "slow reader stream", "deadline", "engine error", "engine breaks stream", GARBAGE,
+)  # fmt: skip
+"""Drawn from by every client. Some order a failure of one engine, which happens once, or garbage."""
+MOST_COMPLETION_CELLS = 60
+"""Cells repeat after 62 places; an echoed prompt that repeats itself looks like one that is half answered."""
+PRIORITIES = (None, None, None, 0, -20, -5, 10)
+_ORDERS: Mapping[str, dict[str, Any]] = {
+    "engine error": {"fail": 500, "times": 1, "on": "worker-1"},
+    "engine breaks stream": {"fail": "close_midstream", "after_tokens": 3, "times": 1, "on": "worker-2"},
+    GARBAGE: {"fail": "garbage"},
+    POISON: {"fail": "crash"},
+}
+_DEEP = b'{"model": "sim", "messages": ' + b"[" * 2_000 + b"]" * 2_000 + b"}"
+_MALFORMED: tuple[bytes, ...] = (
+    b"",
+    b"{",
+    b'{"model": "sim"',
+    b'{"model": 7}',
+    b'{"model": "sim", "stream": "yes"}',
+    b"[" * 5_000,
+    _DEEP,
+    b"\xff\xfe\x00",
+    b'{"model": "no-such-model", "messages": []}',
+    b'{"model": "sim", "messages": "' + b"x" * (5 << 20) + b'"}',
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request as it goes out. ``leave_after``: the client goes after so many cells; ``patience_s``: after that
+    time; ``pause_s``: how long it takes to read each event."""
+
+    kind: str
+    cells: int
+    path: str
+    body: bytes
+    headers: dict[str, str]
+    tenant: str
+    deadline_s: float = 0.0
+    on_loss: str = ""
+    leave_after: int | None = None
+    patience_s: float | None = None
+    pause_s: float = 0.0
+
+
+def make_ask(number: int, kind: str, rng: random.Random) -> Ask:
+    """Request ``number``, of ``kind``; what is free in it is drawn."""
+    streams = "stream" in kind or kind in ("leaver", HURRIED)
+    cells = rng.choice((8, 20, 60, 120)) if streams else rng.choice((4, 12, 30))
+    if kind.startswith("completion"):
+        cells = min(cells, MOST_COMPLETION_CELLS)
+    tenant = TENANTS[number % len(TENANTS)]
+    headers = {
+        "authorization": f"Bearer {tenant}",
+        "content-type": "application/json",
+        "x-request-id": request_id(number),
+    }
+    deadline_ms = rng.choice((1, 50, 300)) if kind == "deadline" else 0
+    if deadline_ms:
+        headers["x-inferq-deadline-ms"] = str(deadline_ms)
+    on_loss = rng.choice(("", "", "", "", "restart", "fail")) if kind in ("chat stream", "completion stream") else ""
+    if on_loss:
+        headers["x-inferq-on-loss"] = on_loss
+    path, body = _body(number, kind, cells, tenant, rng, streams=streams)
+    return Ask(
+        kind, cells, path, body, headers, tenant, deadline_ms / 1000, on_loss,
+        leave_after=rng.randrange(cells) if kind == "leaver" else None,
+        patience_s=rng.uniform(0.0, 0.3) if kind == HURRIED else None,
+        pause_s=0.02 if kind == "slow reader stream" else 0.0,
+    )  # fmt: skip
+
+
+def request_id(number: int) -> str:
+    """What request ``number`` is called, by its client and in the logs."""
+    return f"chaos-{number}"
+
+
+def canary(number: int, tenant: str) -> str:
+    """What nobody but the tenant and its engine may see."""
+    return f"canary.{tenant}.{hashlib.sha256(str(number).encode()).hexdigest()[:12]}"
+
+
+def prompt_of(number: int, kind: str, cells: int, tenant: str) -> str:
+    """The prompt of a request, as its engine counts it."""
+    text = cells_of(number, cells)
+    if kind.startswith("completion"):
+        return text
+    return chat_prompt([("system", canary(number, tenant)), ("user", text)])
+
+
+def _body(number: int, kind: str, cells: int, tenant: str, rng: random.Random, *, streams: bool) -> tuple[str, bytes]:
+    if kind == MALFORMED:
+        return "/v1/chat/completions", rng.choice(_MALFORMED)
+    text = cells_of(number, cells)
+    if kind == "embedding":
+        return "/v1/embeddings", json.dumps({"model": MODEL, "input": text}).encode()
+    fields: dict[str, Any] = {"model": MODEL}
+    if (priority := rng.choice(PRIORITIES)) is not None:
+        fields["priority"] = priority
+    if streams:
+        fields |= {"stream": True, "stream_options": {"include_usage": rng.random() < 0.7}}
+    if kind in _ORDERS:
+        fields["sim"] = _ORDERS[kind]
+    if kind.startswith("completion"):
+        return "/v1/completions", json.dumps(fields | {"prompt": text, "max_tokens": cells}).encode()
+    fields["messages"] = [
+        {"role": "system", "content": canary(number, tenant)},
+        {"role": "user", "content": text},
+    ]
+    return "/v1/chat/completions", json.dumps(fields).encode()

@@ -1,0 +1,111 @@
+"""Which fault explains that a request was not answered: pure, and as narrow as what users are told.
+
+An excuse needs its cause within the request's own time, at its own Router or at what all share, and the very error that
+users are told it ends with. Whatever has none is a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .asks import MALFORMED, POISON
+from .history import Entry, Request
+from .plan import LEASE_S, Kind
+
+MAX_ATTEMPTS = 4
+"""Of the fleet's requests."""
+INSTANT_S = 0.3
+"""What one event may lie apart as two processes saw it."""
+RELINK_S = 4.0
+"""How long a Router may refuse after its queue is back: it tries again after 2 s at the latest, then checks it."""
+DEADLINE_SLACK_S = 2.0
+"""How long after its deadline a request may be told so: the Router's grace and sweep, and the machine's delays."""
+_ROUTER_KILLS = (Kind.KILL_ROUTER, Kind.STRIKE_ROUTER)
+_ROUTER_APART = (Kind.CUT_ROUTER, Kind.SILENT_ROUTER, *_ROUTER_KILLS)
+_QUEUE_AWAY = (Kind.KILL_REDIS, Kind.PAUSE_REDIS, Kind.FULL_DISK)
+_WORKER_LOSSES = (
+    Kind.KILL_WORKER, Kind.KILL_ENGINE, Kind.PAUSE_WORKER, Kind.PAUSE_ENGINE, Kind.DRAIN_WORKER, Kind.CUT_WORKER,
+    Kind.SILENT_WORKER, Kind.STRIKE_WORKER, Kind.POISON, Kind.SLICED_NETWORK, Kind.SLOW_NETWORK, Kind.PAUSE_REDIS,
+)  # fmt: skip
+_DEATHS = (
+    Kind.KILL_WORKER, Kind.KILL_ENGINE, Kind.PAUSE_WORKER, Kind.PAUSE_ENGINE, Kind.CUT_WORKER, Kind.SILENT_WORKER,
+    Kind.STRIKE_WORKER, Kind.POISON,
+)  # fmt: skip
+"""What an attempt is charged for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One fault: from its beginning until it was healed (forever, if it never was)."""
+
+    number: int
+    kind: str
+    target: int
+    begin_s: float
+    end_s: float
+
+    def meets(self, begin_s: float, end_s: float, after_s: float = INSTANT_S) -> bool:
+        """Whether it was under way, or over for less than ``after_s``, at any time between the two."""
+        return begin_s <= self.end_s + after_s and end_s >= self.begin_s
+
+
+def spans_of(entries: Iterable[Entry]) -> list[Span]:
+    """The faults of a history."""
+    entries = list(entries)
+    healed = {entry["number"]: entry["t"] for entry in entries if entry["what"] == "healed"}
+    return [
+        Span(entry["number"], entry["kind"], entry["target"], entry["t"], healed.get(entry["number"], float("inf")))
+        for entry in entries
+        if entry["what"] == "fault"
+    ]
+
+
+def explanation(request: Request, spans: Sequence[Span]) -> str | None:
+    """The fault, or the request's own nature, that explains why it was not answered; None if nothing does."""
+    if request.end == "left":
+        return "the client left"
+    if request.end == "cut":
+        kills = [span for span in spans if span.kind in _ROUTER_KILLS and span.target == request.router]
+        met = any(span.meets(request.begun_s, request.ended_s) for span in kills)
+        return "its router was killed" if met else None
+    if request.end != "error":
+        return None
+    return _own_nature(request) or _refusal(request, spans) or _end_of_attempts(request, spans)
+
+
+def _own_nature(request: Request) -> str | None:
+    if request.kind == MALFORMED and 400 <= request.status < 500:
+        return "malformed, refused"
+    if request.deadline_s and (request.status == 504 or request.code == "deadline_exceeded"):
+        return "its own deadline"
+    if request.kind == POISON and request.code == "attempts_exhausted":
+        return "poison, given up"
+    return None
+
+
+def _refusal(request: Request, spans: Sequence[Span]) -> str | None:
+    """A Router says no, at once, while it has no queue."""
+    if request.code not in ("broker_unavailable", "broker_full") or request.text:
+        return None
+    for span in spans:
+        if not span.meets(request.ended_s, request.ended_s, RELINK_S):
+            continue
+        if span.kind in _QUEUE_AWAY or (span.kind in _ROUTER_APART and span.target == request.router):
+            return "refused while the queue was away"
+    return None
+
+
+def _end_of_attempts(request: Request, spans: Sequence[Span]) -> str | None:
+    within = [span for span in spans if span.meets(request.begun_s, request.ended_s)]
+    if request.code == "stream_broken" and request.on_loss == "fail":
+        lost = [span for span in spans if span.meets(request.begun_s, request.ended_s, LEASE_S + 1.0)]
+        return "its worker was lost, and it asked to fail then" if _any(lost, _WORKER_LOSSES) else None
+    if request.code == "attempts_exhausted":
+        deaths = sum(span.kind in _DEATHS for span in within)
+        return f"it lost {MAX_ATTEMPTS} workers" if deaths >= MAX_ATTEMPTS else None
+    return None
+
+
+def _any(spans: Iterable[Span], kinds: Sequence[Kind]) -> bool:
+    return any(span.kind in kinds for span in spans)

@@ -1,0 +1,124 @@
+"""What a client may never have seen, whatever was done to the fleet: pure, one request at a time.
+
+A right answer is known beforehand: each token names its request and its place (:mod:`tests.support.traffic`), the usage
+follows from the prompt, a vector from model and text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.support.traffic import Outcome, cells_of, judge
+from worker.engines.simulated.answers import embedding
+from worker.engines.simulated.tokens import count_tokens
+from worker.engines.simulated.wire import GARBAGE as GARBAGE_BYTES
+
+from .asks import GARBAGE, MALFORMED, MODEL, POISON, prompt_of, request_id
+from .history import Request
+
+DIMENSIONS = 16
+"""Of the fleet's vectors."""
+LOSS, DUPLICATE, SPLICE = "no loss", "no duplicate", "no splice"
+ISOLATION, POISON_BOUND = "isolation", "poison bound"
+
+
+@dataclass(frozen=True, slots=True)
+class Wrong:
+    """The promise that was broken, and how."""
+
+    promise: str
+    what: str
+
+
+def seen_wrong(request: Request) -> Wrong | None:
+    """The first thing that is wrong about what a client saw; None if nothing is."""
+    if request.kind == MALFORMED:
+        return None
+    for look in (_wrong_name, _canary, _LOOKS.get(request.kind, _wrong_answer)):
+        if wrong := look(request):
+            return wrong
+    return None
+
+
+def _wrong_name(request: Request) -> Wrong | None:
+    if not request.status or request.request_id == request_id(request.number):
+        return None
+    return Wrong(SPLICE, f"the answer is called {request.request_id}")
+
+
+def _canary(request: Request) -> Wrong | None:
+    seen = "canary." in request.text or "canary." in request.message
+    return Wrong(ISOLATION, "a canary is in the answer") if seen else None
+
+
+def _wrong_answer(request: Request) -> Wrong | None:
+    if request.status >= 400 and not request.text:
+        return None
+    whole = request.end == "answered"
+    for look in (_wrong_text, _wrong_frame, *((_wrong_end,) if whole else ())):
+        if wrong := look(request):
+            return wrong
+    return None
+
+
+def _answered_poison(request: Request) -> Wrong | None:
+    if request.end != "answered":
+        return None
+    return Wrong(POISON_BOUND, "a request whose every attempt crashes its engine was answered")
+
+
+def _wrong_garbage(request: Request) -> Wrong | None:
+    if request.text in ("", GARBAGE_BYTES.decode("latin-1")):
+        return None
+    return Wrong(SPLICE, f"{request.text[:80]!r} in place of the engine's garbage")
+
+
+def _wrong_text(request: Request) -> Wrong | None:
+    whole = request.end == "answered"
+    if request.kind == "embedding":
+        return _wrong_vector(request) if whole else None
+    outcome, reason = judge(request.text, request.number, request.cells, whole=whole)
+    if outcome is Outcome.RIGHT:
+        return None
+    if cells_of(request.number, request.cells).startswith(request.text):
+        return Wrong(LOSS, f"the answer ends early: {reason}")
+    return Wrong(DUPLICATE if _repeats(request) else SPLICE, reason)
+
+
+def _wrong_vector(request: Request) -> Wrong | None:
+    wanted = embedding(cells_of(request.number, request.cells), MODEL, 0, DIMENSIONS)
+    close = all(abs(a - b) < 1e-6 for a, b in zip(request.vector, wanted, strict=False))
+    return None if request.vector and close else Wrong(SPLICE, f"another vector: {request.vector[:3]}")
+
+
+def _wrong_frame(request: Request) -> Wrong | None:
+    if len(request.ids) > 1:
+        return Wrong(SPLICE, f"{len(request.ids)} ids in one stream")
+    if max(request.roles, len(request.finishes), request.done, request.usages) > 1:
+        seen = f"{request.roles} roles, {request.finishes} finishes, {request.done} ends, {request.usages} usages"
+        return Wrong(DUPLICATE, seen)
+    return None
+
+
+def _wrong_end(request: Request) -> Wrong | None:
+    if request.streams and (request.done, len(request.finishes)) != (1, 1):
+        return Wrong(LOSS, f"{request.done} ends, {len(request.finishes)} finishes")
+    if request.usage and (wrong := _wrong_usage(request)):
+        return Wrong(SPLICE, wrong)
+    return None
+
+
+def _repeats(request: Request) -> bool:
+    cells = [request.text[at : at + 4] for at in range(0, len(request.text), 4)]
+    mine = {cell for cell in cells if cell.startswith(cells_of(request.number, 1)[:3])}
+    return len(mine) < len(cells) and len(mine) == len(set(cells))
+
+
+def _wrong_usage(request: Request) -> str:
+    prompt = prompt_of(request.number, request.kind, request.cells, request.tenant)
+    wanted = (count_tokens(prompt), request.cells)
+    told = (request.usage.get("prompt_tokens"), request.usage.get("completion_tokens"))
+    return "" if told == wanted else f"usage {told} where {wanted} is right"
+
+
+_LOOKS = {GARBAGE: _wrong_garbage, POISON: _answered_poison}
