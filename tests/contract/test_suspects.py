@@ -96,6 +96,17 @@ async def test_a_cleared_job_is_no_suspect(broker: Broker, worker: Puller, clien
     assert charged == {first.job.id: 1, second.job.id: 2}
 
 
+async def test_clearing_a_job_of_nothing_leaves_the_suspect_beside_it(broker: Broker, worker: Puller) -> None:
+    """Its worker still holds one, and is given no other."""
+    await enqueue(broker, 2)
+    await crash(broker, await worker.claim(2))
+    await enqueue(broker, 1)
+    (other,) = await pullers(broker, 1)
+    (plain,) = [lease for lease in await other.claim(3) if not lease.suspect]
+    assert await broker.clear(plain) is Settled.OK
+    assert await other.claim(1) == []
+
+
 async def test_only_its_owner_clears_a_job(broker: Broker, worker: Puller) -> None:
     """A late call of a lost attempt clears nothing."""
     await enqueue(broker, 1)
