@@ -11,6 +11,12 @@ local held = call('HKEYS', leases)
 -- Once a reclaim is under way, its suspect may be among those that were taken back.
 local suspect = call('HGET', P .. 'claimed:' .. incarnation, 'suspect')
 local suspects = suspect and (call('HGET', P .. 'beats', incarnation) == '-1' or still_runs(suspect))
+-- Nobody wakes it any more, least of all for what it held.
+local claimed = P .. 'claimed:' .. incarnation
+for where in string.gmatch(call('HGET', claimed, 'parked') or '', '%S+') do
+  call('ZREM', P .. 'parked:' .. where, incarnation)
+end
+call('HDEL', claimed, 'parked')
 if #held > 0 then
   call('HSET', P .. 'beats', incarnation, '-1')
   if suspect and not suspects then call('HDEL', P .. 'claimed:' .. incarnation, 'suspect') end
@@ -22,6 +28,7 @@ for _, id in ipairs(held) do
   handled = handled + 1
   local job = load_job(id)
   if job and job.state == 'leased' and job.owner == incarnation then
+    job.aid = '' -- should it die: what its worker says of it from now on is fenced, no repeat of its own word
     local fate = counted and give_up_crashed(job, suspects, 1, ARGV[5], now) or give_up(job, false, ARGV[5], now)
     counts[fate] = counts[fate] + 1
     if fate == 'requeued' then wake_one(place(job), now) end
@@ -30,10 +37,6 @@ for _, id in ipairs(held) do
   end
 end
 if handled == #held then
-  local claimed = P .. 'claimed:' .. incarnation
-  for where in string.gmatch(call('HGET', claimed, 'parked') or '', '%S+') do
-    call('ZREM', P .. 'parked:' .. where, incarnation)
-  end
   call('HDEL', P .. 'beats', incarnation)
   call('DEL', leases, claimed, P .. 'ctl:' .. incarnation)
 end

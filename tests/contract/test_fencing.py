@@ -214,6 +214,15 @@ async def test_a_reclaimed_workers_repeat_gives_nothing(broker: Broker, worker: 
         await worker.claim()
 
 
+async def test_a_reclaimed_attempt_is_fenced_also_when_it_was_the_last(broker: Broker, worker: Puller) -> None:
+    """Its worker did not end the job itself, so its late answer is no repeat of anything."""
+    await broker.enqueue(make_job(max_attempts=1))
+    lease = await worker.claim_one()
+    assert await broker.reclaim(worker.incarnation) == Reclaimed(dead=1)
+    assert await broker.settle(lease, Outcome.DONE) is Settled.FENCED
+    assert await broker.release(lease, "the engine failed", counted=True) is Settled.FENCED
+
+
 async def test_a_reclaim_takes_everything_and_repeats_harmlessly(broker: Broker, worker: Puller) -> None:
     """More jobs than one step takes: all of them wait again, once; a second reclaim finds nothing."""
     await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(600)))
@@ -344,6 +353,9 @@ async def test_a_half_done_reclaim_is_finished_by_another_manager(
     with pytest.raises(Fenced):
         await broker.renew(worker.incarnation)
     assert worker.incarnation in await broker.beats()
+    await broker.join(worker.incarnation)  # a late copy does not let it in again
+    with pytest.raises(Fenced):
+        await worker.claim()
     assert (await broker.reclaim(worker.incarnation)).requeued == 7
     assert await waiting(broker) == 10
     assert worker.incarnation not in await broker.beats()
