@@ -49,7 +49,8 @@ trim_dead(now)
 local depth = call('HGETALL', P .. 'depth')
 for i = 1, #depth, 2 do
   local where = string.match(depth[i], '^(.*):waiting$')
-  if where then
+  -- Without what ended just now.
+  if where and tonumber(depth[i + 1]) + (changes.depth[depth[i]] or 0) > 0 then
     if wake_one(where, now) then woken = woken + 1 end
     local pool, part = string.match(where, '^(.*):(%a+@.+)$')
     if pool and see_watched(pool, part, now) then woken = woken + 1 end

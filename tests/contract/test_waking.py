@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from broker import Broker
+from broker import Broker, Expired
 from queue_schemas import Control, ControlKind, Lane
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import MODEL, Puller, make_job
@@ -125,6 +125,28 @@ async def test_lost_work_wakes_a_worker(broker: Broker, worker: Puller) -> None:
     await broker.release(await idle[0].claim_one(), "draining", counted=False)
     other = await parked(broker, 1, models=("another",))
     assert await woken(other) == []
+
+
+async def test_the_dead_are_not_woken_for_what_they_held(broker: Broker) -> None:
+    """A worker with a free slot is parked too: when it dies or leaves, its jobs wake another one at once."""
+    for how in (broker.reclaim, broker.leave):
+        gone = await Puller(broker).join()
+        await broker.enqueue(make_job())
+        assert len(await gone.claim(2)) == 1
+        idle = await parked(broker, 1)
+        await how(gone.incarnation)
+        assert await woken(idle) == idle
+        assert len(await idle[0].claim(1)) == 1
+
+
+async def test_the_sweep_wakes_nobody_for_what_it_ended(broker: Broker) -> None:
+    """A job that expires just now is no work."""
+    workers = await parked(broker, 2)
+    await broker.enqueue(make_job(ttl_ms=5))
+    await asyncio.sleep(0.01)
+    assert len(await woken(workers)) == 1
+    assert await broker.expire() == Expired(expired=1, woken=0)
+    assert await woken(workers) == []
 
 
 async def test_the_wake_of_a_blocked_reader_arrives_at_once(broker: Broker) -> None:
