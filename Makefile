@@ -42,7 +42,7 @@ ARGS ?=
 SECONDS ?=
 SEED ?=
 
-.PHONY: help up demo ray-up ray-down test chaos chaos-long test-vllm check format bench lock wheel-check install clean
+.PHONY: help up demo ray-up ray-down test chaos chaos-long model test-vllm check format bench lock wheel-check install clean
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -70,6 +70,14 @@ chaos: $(DEV) ## Kill everything under load and check the history (SECONDS=60 SE
 
 chaos-long: $(DEV) ## The same for an hour
 	$(PY) -m tests.chaos --seconds 3600 $(call option,--seed,SEED) $(ARGS)
+
+# What `model` takes: orders of calls on each server, and calls in each.
+EXAMPLES ?= 500
+STEPS ?= 60
+
+model: $(DEV) ## Compare the queue with its model, longer than the tests do (EXAMPLES=500 STEPS=60 SEED=...)
+	INFERQ_MODEL_EXAMPLES=$(EXAMPLES) INFERQ_MODEL_STEPS=$(STEPS) $(PY) -m pytest --timeout=3600 \
+		$(if $(SEED),--hypothesis-seed='$(SEED)') tests/contract/test_model.py -k any_order $(ARGS)
 
 test-vllm: $(DEV) ## Run the tests against real vLLM (installs it the first time)
 	$(PY) -m pytest -m vllm tests/vllm $(ARGS)

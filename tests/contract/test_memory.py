@@ -1,24 +1,21 @@
-"""Nothing is lost, nothing is left over: conservation, budgets and memory after any mix of operations."""
+"""Nothing is left over: keys, budgets and memory."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from broker import Broker, BrokerSettings, Budgets
+from broker import Broker, BrokerSettings
 from queue_schemas import (
     BANDS,
     LANES,
     BrokerFull,
-    Fenced,
     Job,
     Lane,
-    Lease,
     Outcome,
     Settled,
     State,
@@ -113,121 +110,6 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, listener: Li
     families = {key.removeprefix(KEYS.prefix).split(":")[0] for key in expire}
     assert families <= {"job", "service"}
     assert len([key for key in expire if ":job:" in key]) == 61
-
-
-@dataclass
-class Model:
-    """What the queue should hold, as a dictionary and a few counters."""
-
-    budgets: Budgets
-    states: dict[str, State] = field(default_factory=dict)
-    jobs: dict[str, Job] = field(default_factory=dict)
-    attempts: dict[str, int] = field(default_factory=dict)
-    leases: dict[str, tuple[Lease, Puller]] = field(default_factory=dict)
-    stale: list[Lease] = field(default_factory=list)
-
-    def live(self) -> int:
-        return sum(state in (State.QUEUED, State.LEASED) for state in self.states.values())
-
-    def enqueue(self, job: Job) -> State:
-        self.jobs[job.id] = job
-        self.attempts.setdefault(job.id, 0)
-        return self.states.setdefault(job.id, State.QUEUED)
-
-    def lose(self, lease: Lease, *, counted: bool) -> None:
-        job_id = lease.job.id
-        self.leases.pop(job_id)
-        self.stale.append(lease)
-        self.attempts[job_id] = lease.attempt if counted else lease.attempt - 1
-        dead = self.attempts[job_id] >= lease.job.max_attempts
-        self.states[job_id] = State.DEAD if dead else State.QUEUED
-
-    def end(self, job_id: str, state: State) -> None:
-        if job_id in self.leases:
-            self.stale.append(self.leases.pop(job_id)[0])
-        self.states[job_id] = state
-
-
-@pytest.mark.parametrize("seed", range(4))
-async def test_any_mix_of_operations_agrees_with_a_model(broker: Broker, client: Any, seed: int) -> None:
-    """Hundreds of random operations: every answer is the model's, and at the end enqueued = live + terminal."""
-    dice = random.Random(seed)
-    model = Model(Budgets())
-    pullers = [await Puller(broker).join() for _ in range(3)]
-    for _ in range(300):
-        action = dice.choice(["enqueue"] * 5 + ["claim"] * 4 + ["settle"] * 3 + ["release", "cancel", "stale", "crash"])
-        leased = dice.choice(list(model.leases.values())) if model.leases else None
-        match action:
-            case "enqueue":
-                known = list(model.jobs.values())
-                job = make_job(
-                    tenant=dice.choice("abc"), lane=dice.choice(LANES), band=dice.randrange(BANDS), max_attempts=2
-                )
-                job = dice.choice(known) if known and dice.random() < 0.2 else job
-                assert await broker.enqueue(job) is model.enqueue(job)
-            case "claim":
-                puller = dice.choice(pullers)
-                wanted = dice.randrange(1, 5)
-                leases = await puller.claim(wanted)
-                waiting = [job_id for job_id, state in model.states.items() if state is State.QUEUED]
-                assert len(leases) <= min(wanted, len(waiting))
-                for lease in leases:
-                    assert model.states[lease.job.id] is State.QUEUED
-                    assert lease.attempt == model.attempts[lease.job.id] + 1
-                    model.states[lease.job.id] = State.LEASED
-                    model.leases[lease.job.id] = (lease, puller)
-            case "settle" if leased:
-                outcome = dice.choice(list(Outcome))
-                assert await broker.settle(leased[0], outcome) is Settled.OK
-                model.end(leased[0].job.id, State(outcome))
-            case "release" if leased:
-                counted = dice.random() < 0.5
-                assert await broker.release(leased[0], "test", counted=counted) is Settled.OK
-                model.lose(leased[0], counted=counted)
-            case "cancel" if model.jobs:
-                job_id = dice.choice(list(model.jobs.values())).id
-                assert await broker.cancel(job_id, "test") is model.states[job_id]
-                if model.states[job_id] in (State.QUEUED, State.LEASED):
-                    model.end(job_id, State.CANCELLED)
-            case "stale" if model.stale:
-                answer = await broker.settle(dice.choice(model.stale), Outcome.DONE)
-                assert answer in (Settled.FENCED, Settled.DUPLICATE)
-            case "crash":
-                victim = pullers.pop(dice.randrange(len(pullers)))
-                await broker.reclaim(victim.incarnation)
-                for lease, owner in list(model.leases.values()):
-                    if owner is victim:
-                        model.lose(lease, counted=True)
-                with pytest.raises(Fenced):
-                    await victim.claim()
-                pullers.append(await Puller(broker).join())
-    await _agrees(broker, client, model)
-
-
-async def _agrees(broker: Broker, client: Any, model: Model) -> None:
-    counted = [depth for lanes in (await broker.depths()).values() for depth in lanes.values()]
-    states = list(model.states.values())
-    assert sum(depth.waiting for depth in counted) == states.count(State.QUEUED)
-    assert sum(depth.leased for depth in counted) == states.count(State.LEASED) == len(model.leases)
-    totals: dict[str, int] = {}
-    for (_, _, event), count in (await broker.totals()).items():
-        totals[event] = totals.get(event, 0) + count
-    ended = {state: states.count(state) for state in State if states.count(state)}
-    assert totals["enqueued"] == len(states)
-    assert {State(event): n for event, n in totals.items() if event not in ("enqueued", "requeued")} == {
-        state: n for state, n in ended.items() if state not in (State.QUEUED, State.LEASED)
-    }
-    budget = {name.decode(): int(value) for name, value in (await client.hgetall(KEYS.budget)).items()}
-    live = [model.jobs[job_id] for job_id, state in model.states.items() if state in (State.QUEUED, State.LEASED)]
-    assert sum(n for name, n in budget.items() if name.startswith("t:") and name.endswith(":jobs")) == len(live)
-    assert budget.get("p:sim%2Ftiny%3Av1:bytes", 0) == sum(len(job.pack()) for job in live)
-    streams = 0
-    async for key in client.scan_iter(match="*:q:*"):
-        streams += await client.xlen(key)
-    async for key in client.scan_iter(match="*:retry:*"):
-        streams += await client.xlen(key)
-    assert streams == states.count(State.QUEUED)
-    assert await client.zcard(KEYS.deadlines) == len(live)
 
 
 @pytest.fixture

@@ -1,0 +1,376 @@
+"""Any order of calls by several Routers and workers that come, die and return, as a Hypothesis state machine.
+
+Each rule is one call, so a crash between two steps is a call that never comes: a worker that is reclaimed between its
+claim and its answer, a reclaim that stops half way, a Router whose stream is gone. Any call may come a second time, at
+once (its reply was lost) or much later (a late copy of it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+from hypothesis import note
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from broker import Budgets
+from queue_schemas import BANDS, END, HEAD, LANES, Frame, Incarnation, Job, JobId, Lane, Lease, Outcome, Pool, Tenant
+from tests.support.queue import Backend, FakeBackend
+
+from .model_records import require
+from .rewriting import Rewrite
+from .side_by_side import WHOLE, SideBySide
+
+BUDGETS = Budgets(tenant_jobs=9, tenant_bytes=6_000, pool_jobs=14, pool_bytes=8_000)
+POOLS = (Pool("m"), Pool("sim/tiny:v1"))
+TENANTS = ("a", "b", "c:{d} é")
+MOST_WORKERS = 4
+WAITS_MS = (1, 500, 2_001, 5_001, 31_000)
+Served = tuple[tuple[Pool, tuple[Lane, ...]], ...]
+SERVED: tuple[Served, ...] = (
+    ((POOLS[0], LANES),),
+    ((POOLS[0], LANES), (POOLS[1], LANES)),
+    ((POOLS[0], (Lane.INTERACTIVE,)), (POOLS[1], (Lane.BATCH,))),
+)
+"""What workers pull."""
+
+GONE = "its client went away"
+Item = TypeVar("Item")
+picks = st.integers(0, 99)
+
+
+def pick(items: Sequence[Item], number: int) -> Item:
+    """Any of the items; 0 is the newest."""
+    return items[-1 - number % len(items)]
+
+
+@st.composite
+def jobs(draw: Any) -> dict[str, Any]:
+    """Fields of a job, most of one place so that lines form. ``router``: whose it is, -1 for nobody's."""
+    kind = draw(st.sampled_from(["plain", "plain", "continued", "stored", "nobody's"]))
+    return {
+        "tenant": draw(st.sampled_from(TENANTS)),
+        "model": draw(st.sampled_from((POOLS[0], *POOLS))),
+        "lane": draw(st.sampled_from((Lane.INTERACTIVE, *LANES))),
+        "band": draw(st.sampled_from((2, *range(BANDS)))),
+        "max_attempts": draw(st.integers(1, 3)),
+        "ttl_ms": draw(st.sampled_from([600_000, 600_000, 10_000, 1_000])),
+        "body": b"x" * draw(st.sampled_from([0, 0, 0, 2_000])),
+        "stream": kind == "continued",
+        "on_loss": "continue" if kind == "continued" else "restart",
+        "stored": kind == "stored",
+        "router": -1 if kind == "nobody's" else draw(st.integers(0, 1)),
+    }
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """The calls, and who makes them. Subclasses name the server and what is rewritten of the scripts."""
+
+    backend: ClassVar[Backend] = FakeBackend()
+    rewrites: ClassVar[tuple[Rewrite, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.both = SideBySide(self.backend, BUDGETS, self.rewrites)
+        self.runner.run(self.both.open())
+        self.workers: list[Incarnation] = []
+        self.dead: list[Incarnation] = []
+        self.seqs: dict[Incarnation, int] = {}
+        self.turns: dict[Incarnation, int] = {}
+        self.routers = [_incarnation("router", number) for number in range(2)]
+        self.jobs: list[Job] = []
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.failed = False
+
+    @property
+    def model(self) -> Any:
+        return self.both.model
+
+    def play(self, name: str, *args: Any) -> Any:
+        """Make a call, of which late copies may come."""
+        self.calls.append((name, args))
+        return self.once(name, *args)
+
+    def once(self, name: str, *args: Any) -> Any:
+        """Make a call, or let something happen."""
+        note(f"  {name} {_brief(args)}")
+        try:
+            return self.runner.run(self.both.play(name, *args))
+        except BaseException:
+            self.failed = True
+            raise
+
+    def running(self) -> list[Lease]:
+        """What is leased now, oldest first."""
+        live = self.model.live
+        return [
+            lease
+            for lease, _ in self.both.history.leases.values()
+            if lease.job.id in live and live[lease.job.id].attempt_id == lease.attempt_id
+        ]
+
+    def ever(self) -> list[Lease]:
+        """All that was ever leased."""
+        return [lease for lease, _ in self.both.history.leases.values()]
+
+    def half_dead(self) -> list[Incarnation]:
+        """Workers whose reclaim is under way."""
+        return [worker for worker in self.dead if worker in self.model.runs]
+
+    # Before anything
+
+    @initialize()
+    def begin(self) -> None:
+        """Two Routers listen, two workers are there."""
+        for router in self.routers:
+            self.once("open_replies", router)
+        for _ in range(2):
+            self._new_worker()
+
+    def _new_worker(self) -> Incarnation:
+        worker = _incarnation("worker", len(self.workers) + len(self.dead))
+        self.workers.append(worker)
+        self.seqs[worker] = self.turns[worker] = 0
+        self.play("join", worker)
+        return worker
+
+    # Routers
+
+    @rule(fields=st.lists(jobs(), min_size=1, max_size=3))
+    def enqueue(self, fields: list[dict[str, Any]]) -> None:
+        """New jobs, in one batch."""
+        new = []
+        for given in fields:
+            router = given["router"]
+            rest = {name: value for name, value in given.items() if name != "router"}
+            number = len(self.jobs) + len(new)
+            reply_to = self.routers[router] if router >= 0 else ""
+            rest["tenant"] = Tenant(rest["tenant"])
+            new.append(Job(id=_job_id(number), path="/v1/chat/completions", reply_to=reply_to, **rest))
+        self.jobs += new
+        self.play("enqueue", *new)
+
+    @precondition(lambda self: any(live.state == "lost" for live in self.model.live.values()))
+    @rule(number=picks, grown=st.sampled_from(["", "Once", "Once upon a time"]))
+    def resume(self, number: int, grown: str) -> None:
+        """A Router says where a lost stream goes on."""
+        live = pick([live for live in self.model.live.values() if live.state == "lost"], number)
+        self.play("resume", replace(live.job, prefix=grown), live.epoch)
+
+    @rule(number=picks, unknown=st.booleans())
+    def cancel(self, number: int, unknown: bool) -> None:
+        """A client goes away, before or after its answer, or before its request, which comes all the same."""
+        if unknown or not self.jobs:
+            job = Job(id=_job_id(len(self.jobs)), tenant=Tenant("a"), model=POOLS[0], path="/", body=b"")
+            self.jobs.append(job)
+            self.play("cancel", job.id, GONE)
+            self.play("enqueue", job)
+        else:
+            self.play("cancel", pick(self.jobs, number).id, GONE)
+
+    @rule(number=st.integers(0, 1))
+    def lose_or_open_replies(self, number: int) -> None:
+        """A Router's stream is gone, or there again."""
+        router = self.routers[number]
+        self.once("lose_replies" if router in self.model.listening else "open_replies", router)
+
+    # Workers
+
+    @rule(number=picks, n=st.integers(0, 4), served=st.sampled_from(SERVED))
+    def claim(self, number: int, n: int, served: Served) -> None:
+        """A worker asks for work."""
+        self._claim(pick(self.workers, number), n, served)
+
+    @rule(number=picks)
+    def claim_well(self, number: int) -> None:
+        """A worker asks for all that there is for it."""
+        self._claim(pick(self.workers, number), 4, SERVED[1])
+
+    def _claim(self, worker: Incarnation, n: int, served: Served) -> list[Lease]:
+        self.seqs[worker] += 1
+        leases: list[Lease] = self.play("claim", worker, self.seqs[worker], self.turns[worker], n, served)
+        self.turns[worker] += len(leases)
+        return leases
+
+    @precondition(lambda self: self.running())
+    @rule(number=picks, outcome=st.sampled_from([Outcome.DONE, Outcome.FAILED]), times=st.integers(1, 2))
+    def settle(self, number: int, outcome: Outcome, times: int) -> None:
+        """A worker answers, perhaps twice in a batch."""
+        lease = pick(self.running(), number)
+        self.play("settle", *[(lease, outcome, _frame(lease, last=True))] * times)
+
+    @precondition(lambda self: len(self.running()) > 1)
+    @rule()
+    def settle_all(self) -> None:
+        """Several answers share a call."""
+        self.play("settle", *((lease, Outcome.DONE, _frame(lease, last=True)) for lease in self.running()))
+
+    @precondition(lambda self: self.running())
+    @rule(number=picks, counted=st.booleans())
+    def release(self, number: int, counted: bool) -> None:
+        """A worker hands a job back."""
+        self.play("release", "handed back", (pick(self.running(), number), counted))
+
+    @precondition(lambda self: self.running())
+    @rule(number=picks, old=picks)
+    def crashed(self, number: int, old: int) -> None:
+        """A worker's engine crashes with all that runs there, and with something that does not run there any more."""
+        running, live = self.running(), self.model.live
+        worker = live[pick(running, number).job.id].owner
+        held = [lease for lease in running if live[lease.job.id].owner == worker]
+        over = pick(self.ever(), old)
+        self.play("crashed", "the engine crashed", *held, *([] if over in running else [over]))
+
+    @precondition(lambda self: self.running())
+    @rule(number=picks)
+    def clear(self, number: int) -> None:
+        """A job went on behind what crashed its engine before."""
+        self.play("clear", pick(self.running(), number))
+
+    @precondition(lambda self: self.ever())
+    @rule(number=picks, other=picks, what=st.sampled_from(["settle", "release", "resume", "publish"]))
+    def call_wrongly(self, number: int, other: int, what: str) -> None:
+        """An attempt speaks whose time is over, or one that is made up of two."""
+        lease = pick(self.ever(), number)
+        mixed = replace(lease, attempt_id=pick(self.ever(), other).attempt_id)
+        match what:
+            case "settle":
+                self.play("settle", (lease, Outcome.DONE, b""), (mixed, Outcome.DONE, _frame(mixed, last=True)))
+            case "release":
+                self.play("release", "handed back", (lease, bool(other % 2)), (mixed, True))
+            case "resume":
+                self.play("resume", replace(lease.job, prefix="Twice"), lease.epoch + other % 2)
+            case "publish" if lease.job.reply_to:
+                self.play("publish", lease.job.reply_to, _frame(lease, last=False))
+
+    @precondition(lambda self: len(self.workers) < MOST_WORKERS)
+    @rule()
+    def join(self) -> None:
+        """Another worker comes."""
+        self._new_worker()
+
+    @rule(number=picks, claims=st.booleans())
+    def renew(self, number: int, claims: bool) -> None:
+        """A worker renews, alive or declared dead; or one that was declared dead asks for work."""
+        if claims and self.dead:
+            self._claim(pick(self.dead, number), 1, SERVED[0])
+        else:
+            self.play("renew", pick(self.dead + self.workers, number))
+
+    @rule(number=picks, counted=st.booleans(), limit=st.sampled_from([0, 0, 1, 2]))
+    def die(self, number: int, counted: bool, limit: int) -> None:
+        """A worker is declared dead, or leaves, and another comes; with a limit, whoever reclaims it dies behind the
+        first step."""
+        worker = pick(self.workers, number)
+        self.workers.remove(worker)
+        self.dead.append(worker)
+        if not self.workers:
+            self._new_worker()
+        if limit:
+            self.once("reclaim_step", worker, counted, limit)
+        else:
+            self.play("reclaim", worker, counted)
+
+    @precondition(lambda self: self.half_dead())
+    @rule(number=picks, counted=st.booleans(), limit=st.sampled_from([1, WHOLE]))
+    def die_on(self, number: int, counted: bool, limit: int) -> None:
+        """The next Manager goes on with a reclaim that stopped half way."""
+        self.once("reclaim_step", pick(self.half_dead(), number), counted, limit)
+
+    # Time, and calls that come again
+
+    @rule()
+    def expire(self) -> None:
+        """The sweep of each second."""
+        self.once("expire")
+
+    @rule(ms=st.sampled_from(WAITS_MS))
+    def wait(self, ms: int) -> None:
+        """Time passes."""
+        self.once("wait", ms)
+
+    @rule()
+    def forget_ended(self) -> None:
+        """A minute has passed since anything ended: no copy of an enqueue comes as late as that."""
+        gone = set(self.once("forget_ended"))
+        self.calls = [
+            call for call in self.calls if call[0] != "enqueue" or not gone.intersection(job.id for job in call[1])
+        ]
+
+    @precondition(lambda self: self.calls)
+    @rule()
+    def repeat(self) -> None:
+        """The reply to the last call was lost: it is sent again."""
+        self._again(0)
+
+    @precondition(lambda self: self.calls)
+    @rule(number=picks)
+    def late_copy(self, number: int) -> None:
+        """A copy of an older call arrives."""
+        self._again(number)
+
+    def _again(self, number: int) -> None:
+        name, args = pick(self.calls, number)
+        # Who is declared dead and forgotten would be let in once more: each start of a worker is a new incarnation.
+        if name != "join" or args[0] in self.model.runs:
+            self.once(name, *args)
+
+    def teardown(self) -> None:
+        """All is well again: whatever still lives ends, and nothing is left of it."""
+        try:
+            if not self.failed:
+                self._heal()
+        finally:
+            self.runner.run(self.both.close())
+            self.runner.close()
+
+    def _heal(self) -> None:
+        for worker in [*self.dead, *self.workers]:
+            self.once("reclaim", worker, True)
+        self.once("wait", 3_000)
+        worker = self._new_worker()
+        for _ in range(200):
+            for live in [live for live in self.model.live.values() if live.state == "lost"]:
+                self.once("resume", live.job, live.epoch)
+            if not self.model.live:
+                break
+            for lease in self._claim(worker, 4, SERVED[1]):
+                self.once("settle", (lease, Outcome.DONE, _frame(lease, last=True)))
+        require(not self.model.live, f"{set(self.model.live)} wait beside a free worker")
+        seen = self.model.sight()
+        require(not (seen.lines or seen.leases or seen.deadlines or seen.lost), "something is left over")
+        enqueued = sum(n for (*_, event), n in seen.totals.items() if event == "enqueued")
+        ended = sum(n for (*_, event), n in seen.totals.items() if event not in ("enqueued", "requeued", "lost"))
+        require(enqueued == ended, f"{enqueued} jobs came, {ended} ended")
+
+
+def _brief(value: object) -> str:
+    """What a call was given, without what does not matter."""
+    match value:
+        case Job():
+            return f"job {value.id[-2:]} of {value.tenant}"
+        case Lease():
+            return f"attempt {value.attempt_id} of job {value.job.id[-2:]}"
+        case tuple() | list():
+            return f"({', '.join(map(_brief, value))})"
+        case bytes():
+            return f"{len(value)} bytes"
+    return str(value)
+
+
+def _incarnation(role: str, number: int) -> Incarnation:
+    return Incarnation(f"{role}-{number}.{number:016x}")
+
+
+def _job_id(number: int) -> JobId:
+    return JobId(f"0-{number:032x}")
+
+
+def _frame(lease: Lease, *, last: bool) -> bytes:
+    """A part of an answer."""
+    flags = HEAD | END if last else HEAD
+    return Frame(lease.job.id, lease.epoch, lease.attempt_id, 0, flags, b"answer", 200, "application/json").pack()

@@ -1,0 +1,507 @@
+"""The queue as the contract says it is: dictionaries, lists and a clock that is told. No server, no I/O.
+
+Written from the contract's table of operations, ``queue_schemas.lifecycle`` and ``queue_schemas.lanes``, not from the
+scripts. Where the contract leaves a choice (whose turn it is among tenants and pools, which jobs a reclaim takes first,
+which dead entries a claim comes by), the model is told what the queue chose, and judges whether it may.
+
+A call that the queue must have answered differently raises ``Disagreement``; what a call does besides its answer is in
+``effects``, and what should be seen of the whole queue in :meth:`Model.sight`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from broker import Budgets
+from queue_schemas import Frame, Job, Lane, Lease, Marker, MarkerKind, Outcome, Settled, State
+from queue_schemas.frames import unpack_frames
+from queue_schemas.lanes import BAND_STEP, band_order, lane_order
+from queue_schemas.lifecycle import TERMINAL, may_follow
+
+from .model_records import SUSPECT, DeadLetter, Effects, Line, Live, Place, Run, Sight, Tombstone, require
+
+PARK_MS = 30_000
+AVOID_MS = 2_000
+ASK_AGAIN_MS = 5_000
+FAIR_LEAD = 2
+"""How many jobs one tenant may be ahead of another while both wait (start-time fair queueing with unit jobs)."""
+
+NOBODY = "nobody waits for the answer"
+
+
+class Model:
+    """The reference. Every operation takes place at ``now`` (ms), which the caller moves."""
+
+    def __init__(self, budgets: Budgets, now: int) -> None:
+        self.now = now
+        self.budgets = budgets
+        self.live: dict[str, Live] = {}
+        self.ended: dict[str, Tombstone] = {}
+        self.lines: dict[Line, list[str]] = defaultdict(list)
+        self.runs: dict[str, Run] = {}
+        self.parked: dict[Place, dict[str, int]] = defaultdict(dict)
+        self.listening: set[str] = set()
+        self.totals: Counter[tuple[str, Lane, str]] = Counter()
+        self.turns: Counter[Place] = Counter()
+        self.dead: list[DeadLetter] = []
+        self.dead_bytes = 0
+        self.effects = Effects()
+        self._leads: dict[tuple[Place, int], Counter[tuple[str, str]]] = defaultdict(Counter)
+
+    # Routers
+
+    def enqueue(self, job: Job) -> State | None:
+        """None: over a budget."""
+        if job.id in self.ended:
+            return self.ended[job.id].state
+        if job.id in self.live:
+            return self.live[job.id].state
+        size, limits = len(job.pack()), self.budgets
+        own = [live for live in self.live.values() if live.job.tenant == job.tenant]
+        shared = [live for live in self.live.values() if live.job.model == job.model]
+        if (
+            len(own) + 1 > limits.tenant_jobs
+            or sum(live.size for live in own) + size > limits.tenant_bytes
+            or len(shared) + 1 > limits.pool_jobs
+            or sum(live.size for live in shared) + size > limits.pool_bytes
+        ):
+            return None
+        place = Place(job.model, job.lane)
+        live = self.live[job.id] = Live(job, self.now + job.ttl_ms, self.now, None)
+        self._stand(live, Line("fresh", place, job.band, job.tenant))
+        self.totals[(*place, "enqueued")] += 1
+        self._wake(place)
+        return State.QUEUED
+
+    def resume(self, job: Job, epoch: int) -> State | None:
+        """None: unknown."""
+        if job.id in self.ended:
+            return self.ended[job.id].state
+        live = self.live.get(job.id)
+        if live is None or live.state is not State.LOST or live.epoch != epoch:
+            return live.state if live else None
+        live.job = job
+        self._wait_again(live)
+        self._wake(live.place)
+        return State.QUEUED
+
+    def cancel(self, job_id: str, reason: str) -> State | None:
+        """The state it was in; None: unknown."""
+        if job_id in self.ended:
+            return self.ended[job_id].state
+        live = self.live.get(job_id)
+        if live is None:
+            self.ended[job_id] = Tombstone(State.CANCELLED, 0)
+            return None
+        state = live.state
+        self._stop(live, State.CANCELLED, reason)
+        return state
+
+    # Workers
+
+    def join(self, worker: str) -> None:
+        """A worker enters. Who is being declared dead does not come back by it."""
+        run = self.runs.get(worker)
+        if run is None:
+            self.runs[worker] = Run()
+        elif not run.fenced:
+            run.number += 1
+
+    def is_fenced(self, worker: str) -> bool:
+        return worker not in self.runs or self.runs[worker].fenced
+
+    def renew(self, worker: str) -> None:
+        """Of one that is not fenced."""
+        self.runs[worker].number += 1
+
+    def claim(
+        self,
+        worker: str,
+        seq: int,
+        turn: int,
+        n: int,
+        pools: Sequence[tuple[str, Sequence[Lane]]],
+        given: Sequence[Lease],
+        dropped: Mapping[str, State],
+    ) -> None:
+        """Judges what a claim of one that is not fenced gave. ``dropped``: waiting jobs that it ended on its way."""
+        run = self.runs[worker]
+        if seq <= run.seq:
+            again = [pair for pair in run.given if self._runs(*pair)] if seq == run.seq else []
+            require([(lease.job.id, lease.attempt_id) for lease in given] == again, f"a repeated claim gives {again}")
+            require(not dropped, "a repeated claim ends no job")
+            for lease in given:
+                self._check_lease(lease)
+            return
+        places = [Place(pool, lane) for pool, lanes in pools for lane in lanes]
+        for job_id, state in dropped.items():
+            live = self.live[job_id]
+            require(live.place in places, f"{job_id} is none of this claim's")
+            require(self._doom(live) is state, f"{job_id} may not become {state}")
+            self._stop(live, state, NOBODY if state is State.CANCELLED else "its time ran out in the queue")
+        for number, lease in enumerate(given):
+            allowed = self._next(worker, turn + number, pools)
+            require(lease.job.id in allowed, f"{lease.job.id} is not next, but one of {sorted(allowed)}")
+            self._lease(worker, lease)
+        self._unpark(worker)
+        if len(given) < n:
+            left = self._next(worker, turn + len(given), pools)
+            require(not left, f"{sorted(left)} were not given, though asked for")
+            for place in places:
+                self.parked[place][worker] = self.now + PARK_MS
+        else:
+            require(len(given) == n, f"{n} jobs were asked for, {len(given)} given")
+            any(self.waiting(place) and self._wake(place) for place in places)
+        run.seq, run.given = seq, tuple((lease.job.id, lease.attempt_id) for lease in given)
+
+    def publish(self, router: str, frames: bytes) -> bool:
+        """Whether somebody listens. Frames of old attempts are let through: the Router drops them."""
+        self._send(router, unpack_frames(frames))
+        return router in self.listening
+
+    def settle(self, lease: Lease, outcome: Outcome, frames: bytes) -> Settled:
+        verdict = self._verdict(lease)
+        if verdict is Settled.OK:
+            live = self.live[lease.job.id]
+            self._end(live, State(outcome.value), live.attempt_id)
+            if frames:
+                self._send(live.job.reply_to, unpack_frames(frames))
+        return verdict
+
+    def release(self, lease: Lease, reason: str, *, counted: bool) -> Settled:
+        verdict = self._verdict(lease, handing_back=True)
+        if verdict is Settled.OK:
+            self._hand_back(self.live[lease.job.id], reason, counted=counted, avoided=counted)
+        return verdict
+
+    def crashed(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
+        """All that ran on one engine: if some were suspects they are charged, else all are; all are suspects now."""
+        verdicts = [self._verdict(lease, handing_back=True) for lease in leases]
+        struck = [
+            self.live[lease.job.id] for lease, verdict in zip(leases, verdicts, strict=True) if verdict is Settled.OK
+        ]
+        blames = any(live.is_suspect for live in struck)
+        for live in struck:
+            counted = self._suspect(live, blames, SUSPECT)
+            self._hand_back(live, reason, counted=counted, avoided=True)
+        return verdicts
+
+    def clear(self, lease: Lease) -> Settled:
+        verdict = self._verdict(lease)
+        if verdict is Settled.OK:
+            live = self.live[lease.job.id]
+            if live.held_as_suspect:
+                self._next_suspect(live)
+                self.runs[live.owner].blames = False
+            live.suspicion, live.held_as_suspect = 0, False
+        return verdict
+
+    def reclaim(self, worker: str, reason: str, *, counted: bool, limit: int, taken: Sequence[str]) -> list[int]:
+        """One step of a reclaim, or of a leave: requeued, dead, cancelled, left, lost. ``taken``: the jobs it took."""
+        held = self.held(worker)
+        require(len(taken) == min(limit, len(held)), f"{len(taken)} of {len(held)} jobs were taken, limit {limit}")
+        require(set(taken) <= held.keys(), "jobs were taken that the worker does not hold")
+        run = self.runs.get(worker)
+        if run is not None and not run.fenced:
+            run.fenced, run.blames = True, any(live.is_suspect for live in held.values())
+            self._unpark(worker)
+        fates: Counter[State] = Counter()
+        for job_id in taken:
+            live = held[job_id]
+            is_charged = counted and self._suspect(live, run is not None and run.blames, 1)
+            # Its worker did not end it by its own word: what that one says later is fenced, also of a dead letter.
+            live.attempt_id = ""
+            fates[self._give_up(live, reason, counted=is_charged)] += 1
+        if len(taken) == len(held):
+            self.runs.pop(worker, None)
+        left = len(held) - len(taken)
+        return [fates[State.QUEUED], fates[State.DEAD], fates[State.CANCELLED], left, fates[State.LOST]]
+
+    # Managers and time
+
+    def expire(self) -> int:
+        """The sweep. Answers how many jobs it ended because of their deadline."""
+        late = sorted(
+            (live for live in self.live.values() if live.deadline <= self.now), key=lambda live: live.deadline
+        )
+        for live in late:
+            while_it_ran = live.state is State.LEASED
+            self._stop(live, State.EXPIRED, f"its time ran out {'while it ran' if while_it_ran else 'in the queue'}")
+        for live in [live for live in self.live.values() if live.state is State.LOST and live.ask_at <= self.now]:
+            if self._nobody_waits(live):
+                self._stop(live, State.CANCELLED, NOBODY)
+            else:
+                live.ask_at = self.now + ASK_AGAIN_MS
+                self._tell(live, MarkerKind.LOST, "its router has not said where it goes on")
+        for place in {line.place for line, jobs in self.lines.items() if jobs}:
+            self._wake(place)
+        return len(late)
+
+    def forget_ended(self) -> list[str]:
+        """A minute has passed for what has ended: the ids whose tombstones are gone."""
+        gone = list(self.ended)
+        self.ended.clear()
+        return gone
+
+    # What is to be seen
+
+    def held(self, worker: str) -> dict[str, Live]:
+        return {i: live for i, live in self.live.items() if live.state is State.LEASED and live.owner == worker}
+
+    def waiting(self, place: Place) -> int:
+        return sum(live.state is State.QUEUED and live.place == place for live in self.live.values())
+
+    def doomed(self) -> set[str]:
+        """Jobs that wait and must not be started any more."""
+        return {i for i, live in self.live.items() if live.state is State.QUEUED and self._doom(live) is not None}
+
+    def sight(self) -> Sight:
+        budgets: Counter[str] = Counter()
+        for live in self.live.values():
+            for who in (f"t:{live.job.tenant}", f"p:{live.job.model}"):
+                budgets[f"{who}:jobs"] += 1
+                budgets[f"{who}:bytes"] += live.size
+        if self.dead_bytes:
+            budgets["dead:bytes"] = self.dead_bytes
+        leases: dict[str, dict[str, int]] = defaultdict(dict)
+        for job_id, live in self.live.items():
+            if live.state is State.LEASED:
+                leases[live.owner][job_id] = live.epoch
+        ended: dict[str, tuple[object, ...]] = {job_id: tuple(stone) for job_id, stone in self.ended.items()}
+        return Sight(
+            records=ended | {job_id: _seen(live) for job_id, live in self.live.items()},
+            lines={line: list(jobs) for line, jobs in self.lines.items() if jobs},
+            leases=dict(leases),
+            budgets=dict(budgets),
+            waiting=dict(Counter(live.place for live in self.live.values() if live.state is State.QUEUED)),
+            leased=dict(Counter(live.place for live in self.live.values() if live.state is State.LEASED)),
+            totals=dict(self.totals),
+            turns=dict(self.turns),
+            deadlines={job_id: live.deadline for job_id, live in self.live.items()},
+            lost={job_id: live.ask_at for job_id, live in self.live.items() if live.state is State.LOST},
+            parked={place: dict(workers) for place, workers in self.parked.items() if workers},
+            beats={worker: -1 if run.fenced else run.number for worker, run in self.runs.items()},
+            dead=sorted(self.dead),
+            listening=set(self.listening),
+        )
+
+    # The rules behind
+
+    def _verdict(self, lease: Lease, *, handing_back: bool = False) -> Settled:
+        """Whether an attempt owns its job."""
+        job_id, attempt = lease.job.id, (lease.epoch, lease.attempt_id)
+        if stone := self.ended.get(job_id):
+            return Settled.DUPLICATE if (stone.epoch, stone.attempt_id) == attempt else Settled.FENCED
+        live = self.live.get(job_id)
+        if live is None:
+            return Settled.GONE
+        if live.state is State.LEASED and (live.epoch, live.attempt_id) == attempt:
+            return Settled.OK
+        return Settled.DUPLICATE if handing_back and live.handed_back == attempt else Settled.FENCED
+
+    def _runs(self, job_id: str, attempt_id: str) -> bool:
+        live = self.live.get(job_id)
+        return live is not None and live.state is State.LEASED and live.attempt_id == attempt_id
+
+    def _next(self, worker: str, turn: int, pools: Sequence[tuple[str, Sequence[Lane]]]) -> set[str]:
+        """The jobs of which a worker's ``turn``-th may be one."""
+        for lane in lane_order(turn):
+            allowed: set[str] = set()
+            for pool, lanes in pools:
+                if lane in lanes:
+                    allowed |= self._next_at(worker, Place(pool, lane))
+            if allowed:
+                return allowed
+        return set()
+
+    def _next_at(self, worker: str, place: Place) -> set[str]:
+        again, fresh = self._first_again(worker, place), self._first_fresh(place)
+        fresh_first = self.turns[place] % BAND_STEP == BAND_STEP - 1
+        return (fresh or again) if fresh_first else (again or fresh)
+
+    def _first_again(self, worker: str, place: Place) -> set[str]:
+        """The first of the retries and, unless this worker has one, of the suspects, without those it gave up."""
+        kinds = ["retry"] if any(live.is_suspect for live in self.held(worker).values()) else ["retry", "suspects"]
+        heads = set()
+        for kind in kinds:
+            for job_id in self._startable(Line(kind, place)):
+                gave_up, until = self.live[job_id].avoid
+                if gave_up != worker or until <= self.now:
+                    heads.add(job_id)
+                    break
+        return heads
+
+    def _first_fresh(self, place: Place) -> set[str]:
+        for band in band_order(self.turns[place]):
+            heads = {jobs[0] for line in self._fresh_lines(place, band) if (jobs := self._startable(line))}
+            if heads:
+                return heads
+        return set()
+
+    def _fresh_lines(self, place: Place, band: int) -> list[Line]:
+        return [
+            line
+            for line, jobs in self.lines.items()
+            if jobs and line.kind == "fresh" and line.place == place and line.band == band
+        ]
+
+    def _startable(self, line: Line) -> list[str]:
+        return [job_id for job_id in self.lines.get(line, ()) if self._doom(self.live[job_id]) is None]
+
+    def _doom(self, live: Live) -> State | None:
+        """How a waiting job ends instead of being started."""
+        if live.deadline <= self.now:
+            return State.EXPIRED
+        return State.CANCELLED if self._nobody_waits(live) else None
+
+    def _nobody_waits(self, live: Live) -> bool:
+        return bool(live.job.reply_to) and not live.job.stored and live.job.reply_to not in self.listening
+
+    def _lease(self, worker: str, lease: Lease) -> None:
+        live = self.live[lease.job.id]
+        if live.line is not None and live.line.kind == "fresh":
+            self._count_turn(live.line)
+        self.turns[live.place] += 1
+        self._enter(live, State.LEASED)
+        self._leave_line(live)
+        live.attempts += 1
+        require(live.attempts <= live.job.max_attempts, f"{live.job.id} was started once too often")
+        live.owner, live.attempt_id, live.held_as_suspect = worker, lease.attempt_id, live.is_suspect
+        self._check_lease(lease)
+
+    def _check_lease(self, lease: Lease) -> None:
+        live = self.live[lease.job.id]
+        told = Lease(
+            live.job, live.epoch, live.attempt_id, live.attempts, max(live.deadline - self.now, 0),
+            self.now - live.enqueued_at, suspect=live.is_suspect,
+        )  # fmt: skip
+        require(lease == told, f"the lease should be {told}")
+
+    def _count_turn(self, line: Line) -> None:
+        """Tenants that wait side by side are served alike."""
+        leads = self._leads[line.place, line.band]
+        for other in self._fresh_lines(line.place, line.band):
+            if other.tenant != line.tenant:
+                leads[line.tenant, other.tenant] += 1
+                leads[other.tenant, line.tenant] -= 1
+                lead = leads[line.tenant, other.tenant]
+                require(lead <= FAIR_LEAD, f"{line.tenant} is {lead} jobs ahead of {other.tenant}")
+
+    def _give_up(self, live: Live, reason: str, *, counted: bool) -> State:
+        """An attempt ended unsettled. Answers what becomes of its job."""
+        if self._nobody_waits(live):
+            self._stop(live, State.CANCELLED, NOBODY)
+            return State.CANCELLED
+        if not counted:
+            live.attempts -= 1
+        if live.attempts >= live.job.max_attempts:
+            self.dead.append(DeadLetter(live.job.id, reason, live.owner, live.attempts))
+            self.dead_bytes += live.size
+            self._end(live, State.DEAD, live.attempt_id)
+            self._tell(live, MarkerKind.DEAD, reason)
+            return State.DEAD
+        self._leave_lease(live)
+        live.epoch, live.owner, live.attempt_id = live.epoch + 1, "", ""
+        if live.is_continued:
+            self._enter(live, State.LOST)
+            live.ask_at = self.now + ASK_AGAIN_MS
+            self.totals[(*live.place, "lost")] += 1
+            self._tell(live, MarkerKind.LOST, reason)
+        else:
+            self._wait_again(live)
+            self.totals[(*live.place, "requeued")] += 1
+            self._tell(live, MarkerKind.REQUEUED, reason)
+            self._wake(live.place)
+        return live.state
+
+    def _hand_back(self, live: Live, reason: str, *, counted: bool, avoided: bool) -> None:
+        """The same by the word of its own worker, whose repeated call is known."""
+        attempt, owner = (live.epoch, live.attempt_id), live.owner
+        if self._give_up(live, reason, counted=counted) in (State.QUEUED, State.LOST):
+            live.handed_back = attempt
+            if avoided:
+                live.avoid = (owner, self.now + AVOID_MS)
+
+    def _suspect(self, live: Live, blames: bool, weight: int) -> bool:
+        """Whether a job is charged for what ended around it; it is suspected more from now on."""
+        counted = live.is_suspect or not blames
+        live.suspicion = max(live.suspicion + weight, 0 if counted else SUSPECT)
+        return counted
+
+    def _stop(self, live: Live, state: State, reason: str) -> None:
+        """A job ends by the word of another than its worker."""
+        if live.state is State.LEASED:
+            self.effects.aborts[live.owner, live.job.id] += 1
+        self._end(live, state, "")
+        self._tell(live, MarkerKind(state.value), reason)
+
+    def _end(self, live: Live, state: State, attempt_id: str) -> None:
+        if live.state is State.LEASED:
+            self._leave_lease(live)
+        elif live.state is State.QUEUED:
+            self._leave_line(live)
+        self._enter(live, state)
+        require(state in TERMINAL, f"{state} is no end")
+        del self.live[live.job.id]
+        self.ended[live.job.id] = Tombstone(state, live.epoch, attempt_id)
+        self.totals[(*live.place, state.value)] += 1
+
+    def _enter(self, live: Live, state: State) -> None:
+        require(may_follow(live.state, state), f"{live.state} -> {state} is no transition")
+        live.state = state
+
+    def _leave_lease(self, live: Live) -> None:
+        self.effects.may_wake.add(live.owner)
+        if live.held_as_suspect:
+            self._next_suspect(live)
+        live.held_as_suspect = False
+
+    def _next_suspect(self, live: Live) -> None:
+        """Its worker may hold another suspect now: it is told so, if there is one."""
+        if self.lines[Line("suspects", live.place)]:
+            self.effects.wakes[live.owner] += 1
+
+    def _wait_again(self, live: Live) -> None:
+        self._enter(live, State.QUEUED)
+        self._stand(live, Line("suspects" if live.is_suspect else "retry", live.place))
+
+    def _stand(self, live: Live, line: Line) -> None:
+        live.line = line
+        self.lines[line].append(live.job.id)
+
+    def _leave_line(self, live: Live) -> None:
+        line = live.line
+        if line is None:
+            return
+        live.line = None
+        self.lines[line].remove(live.job.id)
+        if not self.lines[line] and line.kind == "fresh":
+            leads = self._leads[line.place, line.band]
+            for pair in [pair for pair in leads if line.tenant in pair]:
+                del leads[pair]
+
+    def _unpark(self, worker: str) -> None:
+        for workers in self.parked.values():
+            workers.pop(worker, None)
+
+    def _wake(self, place: Place) -> bool:
+        """Tell the worker that parked there first that there is work."""
+        workers = self.parked[place]
+        for worker in sorted(workers, key=lambda worker: (workers[worker], worker)):
+            if workers.pop(worker) >= self.now and worker in self.runs:
+                self.effects.wakes[worker] += 1
+                return True
+        return False
+
+    def _tell(self, live: Live, kind: MarkerKind, reason: str) -> None:
+        self._send(live.job.reply_to, [Marker(kind, live.job.id, live.epoch, reason)])
+
+    def _send(self, router: str, news: Sequence[Frame | Marker]) -> None:
+        if router in self.listening:
+            self.effects.news += [(router, item) for item in news]
+
+
+def _seen(live: Live) -> tuple[object, ...]:
+    line = live.line if live.state is State.QUEUED else None
+    return (live.state, live.epoch, live.attempt_id, live.attempts, live.owner, line, live.is_suspect, live.job.pack())

@@ -1,0 +1,131 @@
+"""What the model of the queue keeps, and what is to be seen of a queue, whoever keeps it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from queue_schemas import Frame, Job, Lane, Marker, State
+
+SUSPECT = 2
+"""A crash of the engine makes a suspect at once, the death of a worker at the second time."""
+
+
+class Disagreement(AssertionError):
+    """The queue did what it may not do."""
+
+
+def require(truth: object, sentence: str) -> None:
+    """Disagree, in a sentence, unless ``truth``."""
+    if not truth:
+        raise Disagreement(sentence)
+
+
+class Place(NamedTuple):
+    """Where jobs wait and run."""
+
+    pool: str
+    lane: Lane
+
+
+class Line(NamedTuple):
+    """One line of waiting jobs: fresh ones of a tenant in a band, or those that wait again."""
+
+    kind: str
+    place: Place
+    band: int = 0
+    tenant: str = ""
+
+
+@dataclass
+class Live:
+    """A job that has not ended."""
+
+    job: Job
+    deadline: int
+    enqueued_at: int
+    line: Line | None
+    state: State = State.QUEUED
+    epoch: int = 1
+    attempts: int = 0
+    attempt_id: str = ""
+    owner: str = ""
+    handed_back: tuple[int, str] | None = None
+    avoid: tuple[str, int] = ("", 0)
+    suspicion: int = 0
+    held_as_suspect: bool = False
+    ask_at: int = 0
+
+    @property
+    def place(self) -> Place:
+        return Place(self.job.model, self.job.lane)
+
+    @property
+    def size(self) -> int:
+        return len(self.job.pack())
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.suspicion >= SUSPECT
+
+    @property
+    def is_continued(self) -> bool:
+        return self.job.stream and self.job.on_loss == "continue" and not self.job.stored and bool(self.job.reply_to)
+
+
+class Tombstone(NamedTuple):
+    """What is kept of a job that has ended. ``attempt_id`` is that of the attempt that ended it by its own word."""
+
+    state: State
+    epoch: int
+    attempt_id: str = ""
+
+
+@dataclass
+class Run:
+    """One run of one worker, from its join on."""
+
+    number: int = 1
+    fenced: bool = False
+    blames: bool = False
+    """Whether a suspect was held when the reclaim began: then it did it."""
+    seq: int = 0
+    given: tuple[tuple[str, str], ...] = ()
+
+
+class DeadLetter(NamedTuple):
+    job_id: str
+    cause: str
+    worker: str
+    attempts: int
+
+
+@dataclass
+class Effects:
+    """What a call does besides answering. ``may_wake``: workers that may be told to claim without need."""
+
+    news: list[tuple[str, Frame | Marker]] = field(default_factory=list)
+    aborts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    wakes: Counter[str] = field(default_factory=Counter)
+    may_wake: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Sight:
+    """What is to be seen of a queue, whoever keeps it."""
+
+    records: dict[str, tuple[object, ...]]
+    lines: dict[Line, list[str]]
+    leases: dict[str, dict[str, int]]
+    budgets: dict[str, int]
+    waiting: dict[Place, int]
+    leased: dict[Place, int]
+    totals: dict[tuple[str, Lane, str], int]
+    turns: dict[Place, int]
+    deadlines: dict[str, int]
+    lost: dict[str, int]
+    parked: dict[Place, dict[str, int]]
+    beats: dict[str, int]
+    dead: list[DeadLetter]
+    listening: set[str]

@@ -1,0 +1,193 @@
+"""What is to be seen of the real queue, in the shape in which the model says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from queue_schemas import Control, Frame, Lane, Marker, State
+from queue_schemas.control import parse_control
+from queue_schemas.frames import unpack_frames, unpack_marker
+from queue_schemas.ids import decode_name
+from queue_schemas.keys import ShardKeys
+
+from .model_records import SUSPECT, DeadLetter, Line, Place, Sight, require
+
+KEYS = ShardKeys(0)
+FAMILIES = {
+    "job": "HGETALL",
+    "q": "XRANGE",
+    "retry": "XRANGE",
+    "suspects": "XRANGE",
+    "active": "ZRANGE",
+    "service": "ZRANGE",
+    "leases": "HGETALL",
+    "claimed": "HGETALL",
+    "beats": "HGETALL",
+    "parked": "ZRANGE",
+    "ctl": "XRANGE",
+    "deadlines": "ZRANGE",
+    "lost": "ZRANGE",
+    "reply": "XRANGE",
+    "dead": "XRANGE",
+    "budget": "HGETALL",
+    "depth": "HGETALL",
+    "totals": "HGETALL",
+    "turns": "HGETALL",
+}
+"""How to read each family of keys. There are no others: jobs of regions have a suite of their own."""
+
+Entries = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
+
+
+class Raw:
+    """Every key of the shard with what it holds, read in two round trips."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self.found = found
+
+    @classmethod
+    async def read(cls, client: Any) -> Raw:
+        names = [key.decode() for key in await client.keys(f"{KEYS.prefix}*".replace("{", "?").replace("}", "?"))]
+        pipe = client.pipeline(transaction=False)
+        for name in names:
+            family = _parts(name)[0]
+            require(family in FAMILIES, f"{name} is of no family that is known here")
+            match FAMILIES[family]:
+                case "HGETALL":
+                    pipe.hgetall(name)
+                case "XRANGE":
+                    pipe.xrange(name)
+                case "ZRANGE":
+                    pipe.zrange(name, 0, -1, withscores=True)
+        return cls(dict(zip(names, await pipe.execute(), strict=True)))
+
+    def of(self, family: str) -> dict[tuple[str, ...], Any]:
+        """Keys of a family by what follows it in their names."""
+        return {tuple(parts[1:]): held for name, held in self.found.items() if (parts := _parts(name))[0] == family}
+
+    def one(self, family: str) -> Any:
+        """The key that is a family by itself; empty if there is none."""
+        return self.of(family).get((), {})
+
+    def stream(self, family: str, name: str) -> Entries:
+        """The entries of one of a family's streams."""
+        entries: Entries = self.of(family).get((name,), [])
+        return entries
+
+
+def sight_of(raw: Raw) -> Sight:
+    """The real queue as the model sees it."""
+    lines, active = _lines(raw), _active(raw)
+    fresh = {line for line in lines if line.kind == "fresh"}
+    require(active == fresh, f"tenants with waiting jobs are {fresh}, those in turn {active}")
+    standing = {job_id: line for line, jobs in lines.items() for job_id in jobs}
+    require(len(standing) == sum(map(len, lines.values())), "a job waits in two places")
+    depth, dead = _numbers(raw.one("depth")), [entry for _, entry in raw.one("dead")]
+    return Sight(
+        records={job_id: _record(held, standing.get(job_id)) for (job_id,), held in raw.of("job").items()},
+        lines=lines,
+        leases={worker: _numbers(held) for (worker,), held in raw.of("leases").items()},
+        budgets={_decoded(name): number for name, number in _numbers(raw.one("budget")).items()},
+        waiting={_place(*where): n for name, n in depth.items() if (where := name.split(":")).pop() == "waiting"},
+        leased={_place(*where): n for name, n in depth.items() if (where := name.split(":")).pop() == "leased"},
+        # Figures that split one of these further have a slash.
+        totals={(*_place(*name.split(":")[:2]), name.split(":")[2]): n
+                for name, n in _numbers(raw.one("totals")).items() if "/" not in name},
+        turns={_place(*name.split(":")): n for name, n in _numbers(raw.one("turns")).items()},
+        deadlines=_scores(raw.one("deadlines")),
+        lost=_scores(raw.one("lost")),
+        parked={_place(*where): _scores(held) for where, held in raw.of("parked").items()},
+        beats=_numbers(raw.one("beats")),
+        dead=sorted(_letter(entry) for entry in dead),
+        listening={router for (router,) in raw.of("reply")},
+    )  # fmt: skip
+
+
+def differences(real: Sight, model: Sight) -> list[str]:
+    """What is not as it should be, in words."""
+    found = []
+    for field in fields(Sight):
+        is_, should_be = getattr(real, field.name), getattr(model, field.name)
+        if isinstance(is_, dict):
+            names = sorted(is_.keys() | should_be.keys(), key=str)
+            found += [
+                f"{field.name}: {name} is {is_.get(name)}, should be {should_be.get(name)}"
+                for name in names
+                if is_.get(name) != should_be.get(name)
+            ]
+        elif is_ != should_be:
+            found.append(f"{field.name}: is {is_}, should be {should_be}")
+    return found
+
+
+def news_in(entries: Entries) -> list[Frame | Marker]:
+    """What a Router reads in its stream's entries."""
+    news: list[Frame | Marker] = []
+    for _, entry in entries:
+        if b"f" in entry:
+            news += unpack_frames(entry[b"f"])
+        elif b"m" in entry:
+            news.append(unpack_marker(entry[b"m"]))
+    return news
+
+
+def orders_in(entries: Entries) -> list[Control]:
+    """What a worker reads in its control stream's entries."""
+    return [control for _, entry in entries if (control := parse_control(dict(entry))) is not None]
+
+
+def _parts(name: str) -> list[str]:
+    return name.removeprefix(KEYS.prefix).split(":")
+
+
+def _place(pool: str, lane: str) -> Place:
+    return Place(decode_name(pool), Lane(lane))
+
+
+def _decoded(budget: str) -> str:
+    kind, _, rest = budget.partition(":")
+    name, _, what = rest.rpartition(":")
+    return f"{kind}:{decode_name(name)}:{what}" if name else budget
+
+
+def _numbers(held: Mapping[bytes, bytes]) -> dict[str, int]:
+    return {name.decode(): int(number) for name, number in held.items()}
+
+
+def _scores(held: Sequence[tuple[bytes, float]]) -> dict[str, int]:
+    return {name.decode(): int(score) for name, score in held}
+
+
+def _lines(raw: Raw) -> dict[Line, list[str]]:
+    lines = {
+        Line("fresh", _place(pool, lane), int(band), decode_name(tenant)): entries
+        for (pool, lane, band, tenant), entries in raw.of("q").items()
+    }
+    for kind in ("retry", "suspects"):
+        lines |= {Line(kind, _place(*where)): entries for where, entries in raw.of(kind).items()}
+    return {line: [entry[b"id"].decode() for _, entry in entries] for line, entries in lines.items()}
+
+
+def _active(raw: Raw) -> set[Line]:
+    return {
+        Line("fresh", _place(pool, lane), int(band), decode_name(tenant))
+        for (pool, lane, band), tenants in raw.of("active").items()
+        for tenant in _scores(tenants)
+    }
+
+
+def _record(held: Mapping[bytes, bytes], line: Line | None) -> tuple[object, ...]:
+    state, epoch, attempt_id = State(held[b"state"].decode()), int(held[b"epoch"]), held[b"aid"].decode()
+    if b"env" not in held:
+        return (state, epoch, attempt_id)
+    is_suspect = int(held.get(b"suspicion") or 0) >= SUSPECT
+    owner = held.get(b"owner", b"").decode()
+    return (state, epoch, attempt_id, int(held[b"attempts"]), owner, line, is_suspect, held[b"env"])
+
+
+def _letter(entry: Mapping[bytes, bytes]) -> DeadLetter:
+    return DeadLetter(
+        entry[b"id"].decode(), entry[b"cause"].decode(), entry[b"worker"].decode(), int(entry[b"attempts"])
+    )
