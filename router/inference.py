@@ -110,6 +110,7 @@ class Inference:
                 replay_limit_bytes=self._settings.replay_bytes,
                 on_loss=job.on_loss,
                 usage=fields.usage,
+                choices=fields.choices,
             )
             connection.watch(request.on_gone)
             await self._enqueue(request, job)

@@ -96,3 +96,13 @@ def wants_usage(request: Mapping[str, Any]) -> bool:
     """Whether a stream for ``request`` ends with a chunk that tells the usage."""
     options = request.get("stream_options")
     return isinstance(options, dict) and bool(options.get("include_usage"))
+
+
+def choices_of(request: Mapping[str, Any]) -> int:
+    """How many choices a stream for ``request`` has: ``n`` for each prompt."""
+    n, prompt, embeds = request.get("n"), request.get("prompt"), request.get("prompt_embeds")
+    # A list of token ids is one prompt.
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else 1
+    if isinstance(embeds, list):
+        prompts = len(embeds) + (prompts if prompt else 0)
+    return prompts * (n if type(n) is int else 1)

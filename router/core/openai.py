@@ -16,7 +16,7 @@ import orjson
 from queue_schemas import BadMessage, BadRequest, Pool
 from queue_schemas.ids import check_name
 
-from .continuation import may_continue, wants_usage
+from .continuation import choices_of, may_continue, wants_usage
 from .forms import boundary_of, form_fields
 
 INFERENCE_PATHS: tuple[str, ...] = (
@@ -50,6 +50,7 @@ class RequestFields:
     ``timeout_s``: how long the request may take, None if it does not say. That field is the fabric's own, as gateways
     before engines read it; an engine ignores it, as it does all that it does not know.
     ``continuable``: a stream that can go on behind what was delivered of it; ``usage``: one that tells it at its end.
+    ``choices``: how many a stream has.
     """
 
     model: Pool
@@ -58,6 +59,7 @@ class RequestFields:
     continuable: bool = False
     usage: bool = False
     timeout_s: float | None = None
+    choices: int = 1
 
 
 def known_paths(extra: Iterable[str]) -> frozenset[str]:
@@ -111,7 +113,13 @@ def _from_json(body: bytes, path: str) -> RequestFields:
     if not stream:
         return RequestFields(_checked_model(model), False, priority or 0, timeout_s=timeout)
     return RequestFields(
-        _checked_model(model), True, priority or 0, may_continue(path, request), wants_usage(request), timeout
+        model=_checked_model(model),
+        stream=True,
+        priority=priority or 0,
+        continuable=may_continue(path, request),
+        usage=wants_usage(request),
+        timeout_s=timeout,
+        choices=choices_of(request),
     )
 
 

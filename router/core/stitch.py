@@ -65,6 +65,7 @@ class Stitch:
     __slots__ = (
         "_attempt_head",
         "_attempt_id",
+        "_choices",
         "_collected",
         "_delivered",
         "_epoch",
@@ -91,9 +92,15 @@ class Stitch:
     )  # fmt: skip
 
     def __init__(
-        self, *, stream: bool, replay_limit_bytes: int, on_loss: OnLoss = "restart", usage: bool = False
+        self,
+        *,
+        stream: bool,
+        replay_limit_bytes: int,
+        on_loss: OnLoss = "restart",
+        usage: bool = False,
+        choices: int = 1,
     ) -> None:
-        """``usage``: the client wants the usage at the end of its stream."""
+        """``usage``: the client wants the usage at the end of its stream; ``choices``: how many it asked for."""
         self.head: Head | None = None
         self.ended = False
         self.error: InferqError | None = None
@@ -107,6 +114,7 @@ class Stitch:
         """Attempts that went on behind what was delivered, and that began anew after something was."""
         self._on_loss = on_loss
         self._usage = usage
+        self._choices = choices
         self._epoch = 0
         self._attempt_id = ""
         self._next_seq = 0
@@ -245,13 +253,17 @@ class Stitch:
         transcript = self._transcript
         if transcript.complete:
             self.ended = True
-        elif transcript.finished and (transcript.usage or not self._usage):
+        elif self._has_all_choices() and (transcript.usage or not self._usage):
             self._pending.append(b"data: " + DONE + b"\n\n")
             self.ended = True
         elif self._on_loss == "fail":
             raise StreamBroken(
                 "the worker of the stream was lost; it asked to end with an error then (x-inferq-on-loss)"
             )
+
+    def _has_all_choices(self) -> bool:
+        # One that has not begun is no choice that has ended.
+        return self._transcript.finished and len(self._transcript.choices) >= self._choices
 
     def _on_head(self, frame: Frame) -> None:
         head = self._attempt_head = Head(frame.status, frame.content_type)

@@ -72,6 +72,26 @@ def test_parameters_with_which_it_does_not(base: dict[str, Any], path: str, more
 
 
 @pytest.mark.parametrize(
+    ("request_fields", "choices"),
+    [
+        (ASK, 1),
+        ({**ASK, "n": 3}, 3),
+        (PROMPT, 1),
+        ({**PROMPT, "prompt": [1, 2, 3]}, 1),
+        ({**PROMPT, "prompt": ["a", "b"], "n": 2}, 4),
+        ({**PROMPT, "prompt": [[1, 2], [3]]}, 2),
+        ({**PROMPT, "prompt": [], "n": None}, 1),
+        ({**PROMPT, "prompt": None, "prompt_embeds": ["x", "y"]}, 2),
+        ({**PROMPT, "prompt_embeds": ["x", "y"]}, 3),
+    ],
+)
+def test_the_choices_of_a_stream_are_counted(request_fields: Any, choices: int) -> None:
+    """So many have to end before the stream is complete."""
+    path = CHAT if "messages" in request_fields else COMPLETIONS
+    assert fields_of(request_fields, path).choices == choices
+
+
+@pytest.mark.parametrize(
     ("request_fields", "path"),
     [
         ({**ASK, "messages": [{"role": "assistant", "content": "Once"}]}, CHAT),

@@ -511,6 +511,18 @@ def test_a_stream_that_lacks_only_its_end_is_ended_here(wanted: bool) -> None:
     assert (stitch.ended, stitch.settled, stitch.lost_epoch) == (True, False, 0)
 
 
+def test_choices_that_have_not_begun_are_not_taken_for_ended() -> None:
+    """Of several prompts, one may be answered before another one begins: its stream lacks more than its end."""
+    first = [chunk("A", finish="stop"), chunk("B", index=1), chunk(None, index=1, finish="stop"), DONE]
+    again = [chunk("A", ident="b", finish="stop"), chunk("B", ident="b", index=1, finish="stop"), DONE]
+    stitch = Stitch(stream=True, replay_limit_bytes=1 << 20, choices=2)
+    got = feed(stitch, [*attempt(first)[:1], requeued(2)])
+    assert not stitch.ended
+    got += feed(stitch, [*attempt(again, epoch=2, name="b")])
+    assert text_of(got) == "AB"
+    assert stitch.settled
+
+
 def test_a_stream_that_is_to_fail_says_so() -> None:
     """Only once something was delivered; before, it simply runs again."""
     stitch = Stitch(stream=True, replay_limit_bytes=1 << 20, on_loss="fail")
