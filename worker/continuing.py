@@ -29,9 +29,9 @@ async def plan_continuation(engine: Engine, job: Job) -> Continuation:
     requests = tokenized(job)
     original = await _tokens(engine, job, requests.original)
     continued = await _tokens(engine, job, requests.continued)
-    text = (await _ask(engine, job, "/detokenize", detokenized(job, original, continued))).get("prompt")
-    if type(text) is not str or not text.endswith(job.prefix):
-        raise NotContinuable("its prompt would not end with what was delivered")
+    texts = detokenized(job, original, continued)
+    if await _text(engine, job, texts.continued) != await _text(engine, job, texts.original) + job.prefix:
+        raise NotContinuable("its prompt would not be the original one and what was delivered")
     said = len(continued) - len(original)
     if said < 0:
         raise NotContinuable("its prompt would get shorter by what was delivered")
@@ -43,6 +43,13 @@ async def _tokens(engine: Engine, job: Job, request: bytes) -> list[int]:
     if type(tokens) is not list or not all(type(token) is int for token in tokens):
         raise NotContinuable("its /tokenize answers something else than tokens")
     return tokens
+
+
+async def _text(engine: Engine, job: Job, request: bytes) -> str:
+    text = (await _ask(engine, job, "/detokenize", request)).get("prompt")
+    if type(text) is not str:
+        raise NotContinuable("its /detokenize answers something else than text")
+    return text
 
 
 async def _ask(engine: Engine, job: Job, path: str, request: bytes) -> dict[str, Any]:

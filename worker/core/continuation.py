@@ -4,9 +4,10 @@ Rules:
 
 * The engine is asked for what follows the prefix: behind the assistant's last message of a chat
   (``continue_final_message``), or behind the prompt of a completion.
-* That is right only if the engine really reads the prefix there. Chat templates may strip it, or put something behind
-  it. So the engine's own tokenizer is asked: the tokens of the longer prompt, turned back into text, must end with the
-  prefix, to the letter.
+* That is right only if the engine really reads the prefix there. Chat templates may strip it, put something behind it,
+  or something else in front of it than they put in front of an answer (a beginning of thoughts, say). So the engine's
+  own tokenizer is asked: the tokens of the longer prompt, turned back into text, must be the original prompt's text
+  and then the prefix, to the letter.
 * The client is to see the figures of one answer. The tokens said so far are those by which the longer prompt exceeds
   the original one; limits are lowered by them, and ``usage`` is put right.
 
@@ -28,33 +29,42 @@ CHAT_PATH = "/v1/chat/completions"
 COMPLETION_TOKENS = 16
 """What a completion without ``max_tokens`` may say, by the OpenAI API; a chat may fill the context."""
 _MARGIN_TOKENS = 8
-"""Tokens in front of the prefix that are turned back into text with it: the cut may lie within a character."""
+"""Tokens that both prompts have which are turned back into text with those that they have not: the cut may lie within a
+character."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenized:
-    """The requests that ask an engine's ``/tokenize`` for the original prompt and for the one with the prefix."""
+class PromptRequests:
+    """The requests that ask an engine about the original prompt and about the one with the prefix."""
 
     original: bytes
     continued: bytes
 
 
-def tokenized(job: Job) -> Tokenized:
+def tokenized(job: Job) -> PromptRequests:
     """How the tokens of ``job`` are asked for, which has a prefix."""
     request = orjson.loads(job.body)
     base = {"model": request["model"]}
     if job.path != CHAT_PATH:
         prompt = request["prompt"]
-        return Tokenized(orjson.dumps(base | {"prompt": prompt}), orjson.dumps(base | {"prompt": prompt + job.prefix}))
-    return Tokenized(
+        return PromptRequests(orjson.dumps(base | {"prompt": prompt}), orjson.dumps(base | {"prompt": prompt + job.prefix}))
+    return PromptRequests(
         orjson.dumps(base | {"messages": request["messages"]}),
         orjson.dumps(base | _continued_chat(request, job.prefix)),
     )
 
 
-def detokenized(job: Job, original: list[int], continued: list[int]) -> bytes:
-    """The request to an engine's ``/detokenize`` whose answer must end with the prefix."""
-    return orjson.dumps({"model": job.model, "tokens": continued[max(len(original) - _MARGIN_TOKENS, 0) :]})
+def detokenized(job: Job, original: list[int], continued: list[int]) -> PromptRequests:
+    """How an engine's ``/detokenize`` is asked for the texts from where the two prompts differ: they must be equal but
+    for the prefix."""
+    same = next(
+        (place for place, (one, other) in enumerate(zip(original, continued, strict=False)) if one != other),
+        min(len(original), len(continued)),
+    )
+    start = max(same - _MARGIN_TOKENS, 0)
+    return PromptRequests(
+        *(orjson.dumps({"model": job.model, "tokens": tokens[start:]}) for tokens in (original, continued))
+    )
 
 
 def continue_request(job: Job, prompt_tokens: int, said_tokens: int) -> Continuation:
@@ -144,15 +154,16 @@ class Continuation:
 
     def _whole_usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         completion_tokens = self._said_tokens + int(usage.get("completion_tokens") or 0)
+        # The engine's own figure where it gives one: /tokenize does not count what an image is made of.
+        counted = usage.get("prompt_tokens")
+        prompt_tokens = counted - self._said_tokens if type(counted) is int else self._prompt_tokens
         whole = usage | {
-            "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
-            "total_tokens": self._prompt_tokens + completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
         }
         details = usage.get("prompt_tokens_details")
         if type(details) is dict and type(details.get("cached_tokens")) is int:
             # The earlier attempt's prefix is cached where this one runs, or not: neither is the client's prompt.
-            whole["prompt_tokens_details"] = details | {
-                "cached_tokens": min(details["cached_tokens"], self._prompt_tokens)
-            }
+            whole["prompt_tokens_details"] = details | {"cached_tokens": min(details["cached_tokens"], prompt_tokens)}
         return whole

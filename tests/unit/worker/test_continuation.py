@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -124,6 +125,42 @@ async def test_an_engine_that_cannot_truthfully_go_on_is_found_out(options: dict
     engine = await engine_of(**options)
     with pytest.raises(NotContinuable):
         await plan_continuation(engine, job_of(ask(), prefix))
+
+
+class Decorating:
+    """An engine whose chat template puts ``before`` in front of an answer that is to begin, or that is to go on."""
+
+    def __init__(self, engine: SimulatedEngine, *, goes_on: bool, before: str) -> None:
+        self._engine = engine
+        self._goes_on = goes_on
+        self._before = before
+
+    def call(self, call: EngineCall) -> Any:
+        fields = orjson.loads(call.body)
+        if "messages" in fields and bool(fields.get("continue_final_message")) is self._goes_on:
+            place = -1 if self._goes_on else len(fields["messages"])
+            role, text = ("assistant", fields["messages"][-1]["content"]) if self._goes_on else ("thoughts", "")
+            fields["messages"][place:] = [{"role": role, "content": self._before + text}]
+        return self._engine.call(replace(call, body=orjson.dumps(fields)))
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["in front of what goes on", "only in front of a new answer"])
+@pytest.mark.parametrize("before", ["<think>", "<think>" * 20])
+async def test_a_template_that_decorates_answers_is_found_out(goes_on: bool, before: str) -> None:
+    """The model would read another beginning of its answer than it had, and the figures would count it."""
+    engine: Any = Decorating(await engine_of(), goes_on=goes_on, before=before)
+    with pytest.raises(NotContinuable):
+        await plan_continuation(engine, job_of(ask(), "Once upon a time. " * 20))
+
+
+def test_the_engine_counts_the_prompt() -> None:
+    """What an image is made of is not among the tokens of the text."""
+    plan = Continuation(job_of(ask(), "x"), b"", prompt_tokens=10, said_tokens=5)
+    told = {"prompt_tokens": 300, "completion_tokens": 2, "total_tokens": 302}
+    out = plan.feed(b"data: " + orjson.dumps({"choices": [], "usage": told}) + b"\n\n")
+    assert orjson.loads(out.removeprefix(b"data: "))["usage"] == {
+        "prompt_tokens": 295, "completion_tokens": 7, "total_tokens": 302
+    }  # fmt: skip
 
 
 async def test_the_request_keeps_all_that_it_does_not_change() -> None:
