@@ -5,6 +5,8 @@ answer as for the whole of it, judged by what vLLM does with them. Everything un
 
 * penalties for presence and frequency: they count the answer so far, which as part of the prompt is no answer any more
   (``repetition_penalty`` counts prompt and answer alike, and so may stay);
+* ``bad_words``: one of several tokens is known by those of it that the answer ends with, which as part of the prompt
+  are not looked at;
 * ``seed`` with a temperature: the draw would begin anew (running again with the same seed says the same text, which is
   compared);
 * tools, response formats, grammars, reasoning options, ``logprobs``, several choices, ``echo``, ``suffix``, token ids
@@ -50,7 +52,7 @@ def _ends_with_a_question(messages: Any) -> bool:
 _COMMON: dict[str, _Check] = dict.fromkeys(
     (
         "model", "stream", "stream_options", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
-        "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "bad_words", "allowed_token_ids",
+        "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "allowed_token_ids",
         "user", "metadata", "store", "priority", "service_tier", "safety_identifier", "prompt_cache_key", "cache_salt",
         "request_id", "sim", "timeout",
     ),
