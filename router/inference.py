@@ -289,7 +289,7 @@ class Inference:
         queue = self._state.link.ready_queue()
         try:
             state = await self._within_deadline(request, queue.resume(replace(job, prefix=prefix), epoch))
-        except BrokerUnavailable as error:
+        except (BrokerUnavailable, BrokerFull) as error:
             log.warning("stream_not_resumed", job_id=job.id, error=error.message, then="the queue asks again")
             stitch.heard(epoch)
             return

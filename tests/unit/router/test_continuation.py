@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from queue_schemas import CONTINUED, END, HEAD, BrokerUnavailable, Frame, Job, MarkerKind, State
+from queue_schemas import CONTINUED, END, HEAD, BrokerFull, BrokerUnavailable, Frame, InferqError, Job, MarkerKind, State
 from router.core import RequestFields, read_fields
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, Client, FakeQueue, router
@@ -228,10 +228,11 @@ async def test_a_queue_that_has_lost_the_job_is_given_it_again(state: State | No
     assert answer.body == chunk("Once ") + chunk("upon") + DONE
 
 
-async def test_a_queue_that_does_not_answer_asks_again() -> None:
+@pytest.mark.parametrize("refusal", [BrokerUnavailable("Redis is away"), BrokerFull("Redis is full")])
+async def test_a_queue_that_does_not_take_it_asks_again(refusal: InferqError) -> None:
     """A resume that could not be sent is made up for by the next marker; the client waits meanwhile."""
     queue = FakeQueue("m")
-    queue.resume_refusal = BrokerUnavailable("Redis is away")
+    queue.resume_refusal = refusal
     async with router(queue) as app:
         answer = Client(app).post(ASK)
         job = await queue.job()
