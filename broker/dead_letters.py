@@ -11,7 +11,9 @@ from queue_schemas.ids import decode_name
 
 from .calls import Caller, pairs
 
-_LETTER_ID = re.compile(r"(\d{1,4}):(\d{1,20}-\d{1,20})")
+_LETTER_ID = re.compile(r"([0-9]{1,4}):(([0-9]{1,20})-([0-9]{1,20}))")
+_LARGEST_ID = 2**64 - 1
+"""Of either part of a stream's entry ids."""
 MOST_LETTERS = 1_000
 """Letters in one page, or removed by one call."""
 
@@ -25,17 +27,19 @@ class DeadLetters:
 
     async def page(self, after: str, limit: int) -> DeadLetterList:
         """Up to ``limit`` letters behind the one called ``after`` (empty: from the first), oldest first by shard."""
-        first, entry = _parts(after) if after else (0, "-")
+        first, entry = _parts(after) if after else (0, "")
+        room = min(limit, MOST_LETTERS)
         letters: list[DeadLetter] = []
-        start = f"({entry}" if after else "-"
         for keys in self._keys[first:]:
-            room = min(limit, MOST_LETTERS) - len(letters)
-            if room <= 0:
-                break
-            found = await self._caller.command(keys.dead, "XRANGE", keys.dead, start, "+", "COUNT", room)
-            letters += [_letter(keys.shard, entry_id, dict(pairs(fields))) for entry_id, fields in found]
-            start = "-"
-        return DeadLetterList(letters=letters, next=letters[-1].id if len(letters) >= limit else "")
+            more = True
+            while more and len(letters) < room:
+                start, left = f"({entry}" if entry else "-", room - len(letters)
+                told, *found = await self._caller.script("list_dead", keys.budget, keys.prefix, start, left)
+                more = told == b"more"
+                letters += [_letter(keys.shard, entry_id, dict(pairs(fields))) for entry_id, fields in found]
+                entry = found[-1][0].decode() if found else entry
+            entry = ""
+        return DeadLetterList(letters=letters, next=letters[-1].id if len(letters) >= room else "")
 
     async def request(self, letter_id: str) -> DeadRequest | None:
         """One letter with the request it is about; None if there is none of that id."""
@@ -76,7 +80,7 @@ class DeadLetters:
 
 def _parts(letter_id: str) -> tuple[int, str]:
     match = _LETTER_ID.fullmatch(letter_id)
-    if match is None:
+    if match is None or max(int(match[3]), int(match[4])) > _LARGEST_ID:
         raise BadRequest(f"{letter_id[:60]!r} is not the id of a dead letter; `inferq dead list` shows them")
     return int(match[1]), match[2]
 

@@ -10,7 +10,7 @@ import pytest
 from broker import Broker
 from queue_schemas import BadRequest, Job
 from queue_schemas.keys import ShardKeys
-from tests.support.queue import MODEL, Puller, make_job
+from tests.support.queue import MODEL, Puller, ServerBackend, make_job
 
 KEYS = ShardKeys(0)
 
@@ -54,6 +54,21 @@ async def test_pages_cover_all_letters_once(broker: Broker, worker: Puller) -> N
     assert seen == [job.id for job in jobs]
 
 
+async def test_a_list_leaves_the_requests_where_they_are(real_backend: ServerBackend) -> None:
+    """They may be many megabytes each, and travel on the connection that all requests use."""
+    broker, client = await real_backend.connect(), real_backend.client()
+    jobs = await bury(broker, await Puller(broker).join(), 5, body=b"x" * (5 << 20))
+    before = (await client.info("stats"))["total_net_output_bytes"]
+    page = await broker.dead_letters.page("", 4)
+    rest = await broker.dead_letters.page(page.next, 4)
+    after = (await client.info("stats"))["total_net_output_bytes"]
+    await broker.close()
+    await client.aclose()
+    assert [letter.job_id for letter in page.letters + rest.letters] == [job.id for job in jobs]
+    assert rest.next == ""
+    assert after - before < 1 << 20
+
+
 async def test_removed_letters_give_their_bytes_back_once(broker: Broker, worker: Puller, client: Any) -> None:
     """What is gone already counts for nothing."""
     await bury(broker, worker, 3)
@@ -77,11 +92,13 @@ async def test_a_letter_that_cannot_be_read_is_shown_all_the_same(broker: Broker
     assert "version 9" in found.unreadable
 
 
-@pytest.mark.parametrize("wrong", ["", "x", "0:1", "0:1-1-1", "99999:1-1", "0:1-1\r\nX"])
+@pytest.mark.parametrize("wrong", ["", "x", "0:1", "0:1-1-1", "99999:1-1", "0:1-1\r\nX", "0:18446744073709551616-0", "0:\u0661-1"])
 async def test_what_is_no_id_is_refused(broker: Broker, wrong: str) -> None:
-    """With a sentence, before the server sees it."""
+    """With a sentence, before the server sees it: a script that met it halfway would leave its work half done."""
     with pytest.raises(BadRequest):
         await broker.dead_letters.request(wrong)
+    with pytest.raises(BadRequest):
+        await broker.dead_letters.forget(["0:1-1", wrong])
 
 
 async def test_a_shard_that_does_not_exist_has_no_letters(broker: Broker) -> None:
