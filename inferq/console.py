@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,15 @@ out = Console(highlight=False, soft_wrap=True)
 """Answers."""
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress and trouble, so that answers can be piped."""
+
+
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal obeys instead of showing it, but for newline and tab."""
+
+
+def visible(text: str) -> str:
+    """``text`` of strangers, fit for a terminal: what would move its cursor, or turn text around, is spelled out."""
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def print_json(value: Mapping[str, object] | Sequence[object], *, line: bool = False) -> None:

@@ -6,13 +6,14 @@ import base64
 import sys
 import time
 from collections.abc import Sequence
+from math import inf
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from inferq.client import FabricClient, FabricRefused
-from inferq.console import err, out, print_json
+from inferq.console import err, out, print_json, visible
 from queue_schemas import DeadLetter, DeadRequest
 
 PAGE = 500
@@ -39,9 +40,10 @@ async def show_letter(client: FabricClient, letter_id: str, *, as_json: bool) ->
         return
     for name, value in letter.model_dump(exclude={"body_base64"}).items():
         if value != "":
-            out.print(f"{name}: {value}", markup=False)
+            out.print(visible(f"{name}: {value}"), markup=False, emoji=False)
     if letter.body_base64:
-        out.print(base64.b64decode(letter.body_base64).decode("utf-8", "replace"), markup=False)
+        body = base64.b64decode(letter.body_base64).decode("utf-8", "replace")
+        out.print(visible(body), markup=False, emoji=False)
 
 
 async def replay_letters(client: FabricClient, letter_ids: Sequence[str]) -> None:
@@ -58,7 +60,8 @@ async def replay_letters(client: FabricClient, letter_ids: Sequence[str]) -> Non
                 answer = _unbroken(await client.ask_again(_path(letter), body, letter.content_type))
             except FabricRefused as refused:
                 failed += 1
-                err.print(f"{letter_id} failed again: {refused.message}", style="red", markup=False)
+                failure = visible(f"{letter_id} failed again: {refused.message}")
+                err.print(failure, style="red", markup=False, emoji=False)
                 continue
             sys.stdout.write(answer.decode("utf-8", "replace").rstrip("\n") + "\n")
             sys.stdout.flush()
@@ -71,7 +74,8 @@ async def purge_letters(client: FabricClient, letter_ids: Sequence[str], *, olde
     """Remove the letters named, or all that are older."""
     async with client:
         if not letter_ids:
-            before_ms = (time.time() - (older_than_s or 0)) * 1000
+            # All of them whatever the clock here says: their times are the queue's.
+            before_ms = inf if older_than_s is None else (time.time() - older_than_s) * 1000
             letter_ids = [letter.id for letter in await _all(client, None) if letter.at_ms <= before_ms]
         removed = 0
         for start in range(0, len(letter_ids), PAGE):
@@ -111,7 +115,9 @@ def _table(letters: list[DeadLetter]) -> RenderableType:
         table.add_column(name, justify="right" if name in {"ATTEMPTS", "BYTES"} else "left")
     for letter in letters:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.at_ms / 1000))
-        cause = Text(letter.cause[:_CAUSE_CHARS])
+        model, tenant, worker, cause = (
+            Text(visible(text)) for text in (letter.model, letter.tenant, letter.worker, letter.cause[:_CAUSE_CHARS])
+        )
         figures = (str(letter.attempts), str(letter.size_bytes))
-        table.add_row(letter.id, at, Text(letter.model), Text(letter.tenant), *figures, Text(letter.worker), cause)
+        table.add_row(letter.id, at, model, tenant, *figures, worker, cause)
     return table

@@ -92,7 +92,9 @@ async def test_a_letter_that_cannot_be_read_is_shown_all_the_same(broker: Broker
     assert "version 9" in found.unreadable
 
 
-@pytest.mark.parametrize("wrong", ["", "x", "0:1", "0:1-1-1", "99999:1-1", "0:1-1\r\nX", "0:18446744073709551616-0", "0:\u0661-1"])
+@pytest.mark.parametrize(
+    "wrong", ["", "x", "0:1", "0:1-1-1", "99999:1-1", "0:1-1\r\nX", "0:18446744073709551616-0", "0:\u0661-1"]
+)
 async def test_what_is_no_id_is_refused(broker: Broker, wrong: str) -> None:
     """With a sentence, before the server sees it: a script that met it halfway would leave its work half done."""
     with pytest.raises(BadRequest):

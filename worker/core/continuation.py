@@ -47,7 +47,9 @@ def tokenized(job: Job) -> PromptRequests:
     base = {"model": request["model"]}
     if job.path != CHAT_PATH:
         prompt = request["prompt"]
-        return PromptRequests(orjson.dumps(base | {"prompt": prompt}), orjson.dumps(base | {"prompt": prompt + job.prefix}))
+        return PromptRequests(
+            orjson.dumps(base | {"prompt": prompt}), orjson.dumps(base | {"prompt": prompt + job.prefix})
+        )
     return PromptRequests(
         orjson.dumps(base | {"messages": request["messages"]}),
         orjson.dumps(base | _continued_chat(request, job.prefix)),

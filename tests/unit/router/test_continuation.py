@@ -7,7 +7,18 @@ from typing import Any
 import orjson
 import pytest
 
-from queue_schemas import CONTINUED, END, HEAD, BrokerFull, BrokerUnavailable, Frame, InferqError, Job, MarkerKind, State
+from queue_schemas import (
+    CONTINUED,
+    END,
+    HEAD,
+    BrokerFull,
+    BrokerUnavailable,
+    Frame,
+    InferqError,
+    Job,
+    MarkerKind,
+    State,
+)
 from router.core import RequestFields, read_fields
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, Client, FakeQueue, router
