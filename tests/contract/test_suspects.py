@@ -107,6 +107,20 @@ async def test_clearing_a_job_of_nothing_leaves_the_suspect_beside_it(broker: Br
     assert await other.claim(1) == []
 
 
+async def test_a_repeated_clear_leaves_the_suspect_taken_since(broker: Broker, worker: Puller) -> None:
+    """Its reply may have been lost, and its worker have claimed the next suspect meanwhile."""
+    await enqueue(broker, 3)
+    await crash(broker, await worker.claim(3))
+    (other,) = await pullers(broker, 1)
+    first = await other.claim_one()
+    assert await broker.clear(first) is Settled.OK
+    assert (await other.claim_one()).suspect
+    await other.told()
+    assert await broker.clear(first) is Settled.OK
+    assert await other.claim(1) == []
+    assert await other.told() == []
+
+
 async def test_only_its_owner_clears_a_job(broker: Broker, worker: Puller) -> None:
     """A late call of a lost attempt clears nothing."""
     await enqueue(broker, 1)
