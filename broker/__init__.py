@@ -3,7 +3,7 @@
 from .client import Broker, Expired, JobCounts, Reclaimed, Standing
 from .dead_letters import MOST_LETTERS, DeadLetters
 from .server import ServerFacts
-from .settings import BrokerSettings, Budgets
+from .settings import BrokerSettings, Budgets, Durability
 
 __all__ = [
     "MOST_LETTERS",
@@ -11,6 +11,7 @@ __all__ = [
     "BrokerSettings",
     "Budgets",
     "DeadLetters",
+    "Durability",
     "Expired",
     "JobCounts",
     "Reclaimed",

@@ -21,7 +21,7 @@ MAX_BATCH_BYTES = 1 << 20
 class Batcher(Generic[Item, Answer]):
     """Collects items and sends them with ``send``, which answers one result per item, in order.
 
-    ``size`` gives an item's bytes: a batch ends before it passes ``MAX_BATCH_BYTES`` (one large item goes alone). An
+    ``size`` gives an item's bytes: a batch ends before it passes ``max_bytes`` (one large item goes alone). An
     error of ``send`` reaches every caller of that batch. An answer may be an exception: it is raised for that item.
     """
 
@@ -29,9 +29,12 @@ class Batcher(Generic[Item, Answer]):
         self,
         send: Callable[[Sequence[Item]], Awaitable[Sequence[Answer | Exception]]],
         size: Callable[[Item], int],
+        *,
+        max_bytes: int = MAX_BATCH_BYTES,
     ) -> None:
         self._send = send
         self._size = size
+        self._max_bytes = max_bytes
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
         self._sender: asyncio.Task[None] | None = None
 
@@ -69,7 +72,7 @@ class Batcher(Generic[Item, Answer]):
         size = self._size(batch[0][0])
         while self._waiting and len(batch) < MAX_BATCH_ITEMS:
             size += self._size(self._waiting[0][0])
-            if size > MAX_BATCH_BYTES:
+            if size > self._max_bytes:
                 break
             batch.append(self._waiting.popleft())
         return batch

@@ -8,6 +8,7 @@ Redis cannot be reached within the limit, ``BrokerUnsuitable`` when it refuses u
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,16 +47,19 @@ from telemetry import get_logger
 
 from .calls import Caller, pairs
 from .dead_letters import DeadLetters
+from .durable import DurableCaller, waits_for_disk
 from .job_batches import ShardBatches, attempt_of
 from .link import ClientLink, Link, open_link
 from .server import ServerFacts, read_facts, require_suitable, settle_meta
-from .settings import BrokerSettings, Budgets
+from .settings import BrokerSettings, Budgets, Durability
 from .streams import ReplyReader, read_control
 
 PARK_MS = 30_000
 """How long a parked worker counts as idle without claiming again."""
 POOL_MEMORY_MS = 24 * 3600 * 1000
 """How long a pool that nobody declared is remembered after its last worker."""
+DURABLE_LINES = 8
+"""Batches of one shard that may wait for the same fsync: 1024 jobs."""
 _RECLAIM_STEP = 256
 _EXPIRE_STEP = 256
 
@@ -114,11 +118,18 @@ class Broker:
         self._batches = [ShardBatches(self._caller, keys, budgets) for keys in self._keys]
         self.dead_letters = DeadLetters(self._caller, self._keys)
         self._control_read: dict[tuple[int, str], str] = {}
+        self._budgets = budgets
+        self._retry_limit_s = retry_limit_ms / 1000
+        self._durable_callers: list[DurableCaller] = []
+        self._durable: list[list[ShardBatches]] = []
+        self._turns = itertools.count()
 
     @classmethod
-    async def connect(cls, settings: BrokerSettings, *, budgets: Budgets | None = None) -> Self:
+    async def connect(
+        cls, settings: BrokerSettings, *, budgets: Budgets | None = None, durability: Durability = "memory"
+    ) -> Self:
         """Connect and check the server. Raises ``BrokerUnavailable`` at once if it cannot be reached: callers that can
-        wait try again."""
+        wait try again. With ``durability`` disk, jobs that nobody waits for are enqueued once they are on the disk."""
         broker = cls(
             open_link(settings),
             shards=settings.shards,
@@ -130,6 +141,8 @@ class Broker:
             await broker._caller.once(META, "PING")
             facts = await read_facts(broker._caller)
             require_suitable(facts)
+            if durability == "disk" and waits_for_disk(facts):
+                broker._wait_for_disk(settings)
             await settle_meta(broker._caller, settings.shards)
         except InferqError:
             await broker.close()
@@ -151,20 +164,34 @@ class Broker:
             script_flags=False,
         )
 
+    def _wait_for_disk(self, settings: BrokerSettings) -> None:
+        """From now on what nobody waits for is taken in once it is on the disk."""
+        for keys in self._keys:
+            caller = DurableCaller(
+                self._caller.link,
+                keys,
+                retry_limit_s=self._retry_limit_s,
+                fsync_limit_s=settings.command_timeout_ms / 1000,
+            )
+            self._durable_callers.append(caller)
+            self._durable.append([ShardBatches(caller, keys, self._budgets) for _ in range(DURABLE_LINES)])
+
     async def close(self) -> None:
         """Close the connections; calls still under way are cancelled."""
-        await asyncio.gather(*(batches.close() for batches in self._batches))
+        durable = [batches for lines in self._durable for batches in lines]
+        await asyncio.gather(*(batches.close() for batches in (*self._batches, *durable)))
+        await asyncio.gather(*(caller.close() for caller in self._durable_callers))
         await self._caller.link.close()
 
     @property
     def round_trips(self) -> int:
         """Commands sent so far."""
-        return self._caller.round_trips
+        return self._caller.round_trips + sum(caller.round_trips for caller in self._durable_callers)
 
     @property
     def retries(self) -> int:
         """Calls that had to be sent again so far."""
-        return self._caller.retries
+        return self._caller.retries + sum(caller.retries for caller in self._durable_callers)
 
     def shard_of(self, pool: str) -> int:
         """The shard on which a pool's jobs live."""
@@ -184,7 +211,10 @@ class Broker:
 
     async def enqueue(self, job: Job) -> State:
         """Put ``job`` on its queue: ``QUEUED``, or the state of a job of that id that is already known (``CANCELLED``
-        for one that was cancelled before it came). Raises ``OverCapacity``, ``BrokerFull``."""
+        for one that was cancelled before it came). Raises ``OverCapacity``, ``BrokerFull``, and ``NotOnDisk`` for one
+        that nobody waits for, where that is to be on the disk first (:meth:`connect`)."""
+        if self._durable and (job.stored or job.lane is not Lane.INTERACTIVE):
+            return await self._durable[shard_of_job(job.id)][next(self._turns) % DURABLE_LINES].enqueue(job)
         return await self._batches[shard_of_job(job.id)].enqueue(job)
 
     async def resume(self, job: Job, epoch: int) -> State | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -19,6 +19,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
@@ -76,6 +77,10 @@ class Link(Protocol):
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
         """Send a command that may block up to ``limit_s`` on a connection of its own."""
 
+    async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """Send commands in one piece on a connection that only pipelines use, which the last of them may block up to
+        ``limit_s``. Refusals are ``ResponseError`` in place of a reply; a lost connection is raised."""
+
     async def close(self) -> None:
         """Close the connections."""
 
@@ -89,6 +94,7 @@ class MultiplexedLink:
         self._limit_s = command_limit_s
         self._shared = MultiplexedConnection(open_connection, command_limit_s)
         self._readers: dict[str, MultiplexedConnection] = {}
+        self._pipelines: dict[str, MultiplexedConnection] = {}
 
     async def command(self, key: str, *args: Any) -> Any:
         return await self._shared.command(self._limit_s, *args)
@@ -105,8 +111,14 @@ class MultiplexedLink:
             await reader.close()
             raise
 
+    async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        if key not in self._pipelines:
+            self._pipelines[key] = MultiplexedConnection(self._open_connection, self._limit_s)
+        return await self._pipelines[key].pipeline(limit_s + self._limit_s, commands)
+
     async def close(self) -> None:
-        await asyncio.gather(self._shared.close(), *(reader.close() for reader in self._readers.values()))
+        own = (self._shared, *self._readers.values(), *self._pipelines.values())
+        await asyncio.gather(*(connection.close() for connection in own))
 
 
 class ClientLink:
@@ -122,6 +134,13 @@ class ClientLink:
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
         return await asyncio.wait_for(self._blocking.execute_command(*args), limit_s + 10)
 
+    async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: list[Any] = await asyncio.wait_for(pipeline.execute(raise_on_error=False), limit_s + 10)
+            return replies
+
     async def close(self) -> None:
         for client in {id(c): c for c in (self._client, self._blocking)}.values():
             await client.aclose()
@@ -133,12 +152,41 @@ _KEYLESS = frozenset({"CONFIG", "INFO", "PING", "TIME"})
 class ClusterLink(ClientLink):
     """A link to a Redis Cluster. Commands without a key of their own go to the node that holds the given one."""
 
+    def __init__(self, client: Any, blocking_client: Any, command_limit_s: float) -> None:
+        super().__init__(client, blocking_client)
+        self._limit_s = command_limit_s
+        # By key: the node that had it when the connection was made.
+        self._pipelines: dict[str, tuple[str, MultiplexedConnection]] = {}
+
     async def command(self, key: str, *args: Any) -> Any:
         if args[0] not in _KEYLESS:
             return await self._client.execute_command(*args)
         await self._client.initialize()
         node = self._client.get_node_from_key(key)
         return await self._client.execute_command(*args, target_nodes=node)
+
+    async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        await self._client.initialize()
+        node = self._client.get_node_from_key(key)
+        connection = self._pipelines.get(key)
+        if connection is None or connection[0] != node.name:
+            if connection is not None:
+                await connection[1].close()
+            own = MultiplexedConnection(lambda: node.connection_class(**node.connection_kwargs), self._limit_s)
+            connection = self._pipelines[key] = (node.name, own)
+        try:
+            replies = await connection[1].pipeline(limit_s + self._limit_s, commands)
+            moved = next((reply for reply in replies if isinstance(reply, AskError)), None)
+            if moved is not None:
+                raise RedisConnectionError(f"the key's slot is on its way to another node: {moved}")
+        except UNREACHABLE:
+            # A command of redis-py's own follows the key to where it is now: the next pipeline goes there.
+            await self.command(key, "EXISTS", key)
+            raise
+        return replies
+
+    async def close(self) -> None:
+        await asyncio.gather(super().close(), *(own.close() for _, own in self._pipelines.values()))
 
 
 def open_link(settings: BrokerSettings) -> Link:
@@ -236,4 +284,5 @@ def _cluster_link(url: str, tls: bool, settings: BrokerSettings) -> Link:
         nodes = [ClusterNode(host, port) for host, port in _hosts(hosts, 6379)]
         return RedisCluster(startup_nodes=nodes, **(options | {"socket_timeout": read_limit_s}))
 
-    return ClusterLink(client(settings.command_timeout_ms / 1000), client(None))
+    limit_s = settings.command_timeout_ms / 1000
+    return ClusterLink(client(limit_s), client(None), limit_s)

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import hiredis
@@ -56,6 +56,31 @@ class MultiplexedConnection:
             future.cancel()
             raise
         return await future
+
+    async def pipeline(self, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """Send ``commands`` in one piece, all on the same connection, and await their replies, at most ``limit_s``
+        seconds. What the server refuses is a ``ResponseError`` in place of a reply; a lost connection is raised."""
+        connection = self._connection
+        if connection is None or not connection.is_connected:
+            connection = await self._connect()
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[Any]] = [loop.create_future() for _ in commands]
+        self._awaited.extend((time.monotonic() + limit_s, future) for future in futures)
+        if self._watch is None:
+            self._watch = loop.call_later(_WATCH_EVERY_S, self._look_for_overdue)
+        try:
+            await connection.send_packed_command(
+                b"".join(map(hiredis.pack_command, map(tuple, commands))), check_health=False
+            )
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        replies = await asyncio.gather(*futures, return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException) and not isinstance(reply, ResponseError):
+                raise reply
+        return list(replies)
 
     async def close(self) -> None:
         """Close the connection; commands under way fail."""

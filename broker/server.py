@@ -26,6 +26,8 @@ class ServerFacts:
     maxmemory_policy: str
     appendonly: bool
     appendfsync: str
+    has_waitaof: bool
+    """Whether the server can say when a write is on its disk."""
     server_time_ms: int
     concerns: tuple[str, ...] = field(default=())
 
@@ -56,6 +58,7 @@ async def read_facts(caller: Caller) -> ServerFacts:
         policy,
         appendonly,
         appendfsync,
+        kind == "valkey" or _version(version) >= (7, 2),
         int(seconds) * 1000 + int(micros) // 1000,
         tuple(concerns),
     )
@@ -64,8 +67,7 @@ async def read_facts(caller: Caller) -> ServerFacts:
 def require_suitable(facts: ServerFacts) -> None:
     """Raise ``BrokerUnsuitable``, saying how to mend it, unless the server can carry the queue."""
     oldest = _OLDEST[facts.kind]
-    found = tuple(int(part) for part in re.findall(r"\d+", facts.version)[:2])
-    if found < oldest:
+    if _version(facts.version) < oldest:
         wanted = ".".join(map(str, oldest))
         raise BrokerUnsuitable(
             f"{facts.kind} {facts.version} is too old for the queue; use {facts.kind} {wanted} or newer"
@@ -79,6 +81,10 @@ def require_suitable(facts: ServerFacts) -> None:
             f"maxmemory-policy is {facts.maxmemory_policy}: Redis would evict waiting jobs; "
             "set maxmemory-policy noeviction"
         )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 async def settle_meta(caller: Caller, shards: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,10 @@ class BrokerSettings(RoleSettings):
     retry_limit_ms: int = Field(
         default=30_000, ge=0, le=50_000, description="how long a call is retried while Redis cannot be reached"
     )
+
+
+Durability = Literal["memory", "disk"]
+"""When work that nobody waits for is taken in: as soon as Redis has it, or once its append-only file is on the disk."""
 
 
 @dataclass(frozen=True, slots=True)

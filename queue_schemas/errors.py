@@ -18,6 +18,7 @@
     +-- OverCapacity               429  over_capacity          a budget is used up
     +-- NoWorker                   503  no_worker              no worker serves the model now
     +-- BrokerUnavailable          503  broker_unavailable     Redis cannot be reached
+    |   +-- NotOnDisk              503  not_on_disk            Redis took it, and its disk did not confirm it in time
     +-- BrokerFull                 503  broker_full            Redis refuses writes (memory or disk is full)
     +-- ManagerUnavailable         503  manager_unavailable
     +-- ShuttingDown               503  shutting_down
@@ -145,6 +146,10 @@ class BrokerUnavailable(InferqError):
     status = 503
     code = "broker_unavailable"
     retryable = True
+
+
+class NotOnDisk(BrokerUnavailable):
+    code = "not_on_disk"
 
 
 class BrokerFull(InferqError):

@@ -114,6 +114,11 @@ class ShardKeys:
         return f"{self.prefix}dead"
 
     @property
+    def synced(self) -> str:
+        """String, empty: written before the disk is asked to confirm what was written before."""
+        return f"{self.prefix}synced"
+
+    @property
     def budget(self) -> str:
         """Hash: live jobs and bytes per tenant (``t:<tenant>:jobs``) and pool (``p:<pool>:jobs``)."""
         return f"{self.prefix}budget"

@@ -180,6 +180,6 @@ def _queue_opener(settings: RouterSettings, broker: BrokerSettings, manager: Man
                 raise BrokerUnsuitable("there is neither a Redis URL nor a Manager to ask")
             address = await manager.broker_address()
             found = found.model_copy(update={"redis_url": address.broker_url, "shards": address.shards})
-        return await Broker.connect(found, budgets=settings.budgets)
+        return await Broker.connect(found, budgets=settings.budgets, durability=settings.durability)
 
     return open_queue

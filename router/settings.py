@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from broker import Budgets
+from broker import Budgets, Durability
 from queue_schemas import BadMessage, OnLoss, check_region
 from telemetry import CommaList, RoleSettings
 
@@ -90,6 +90,11 @@ class RouterSettings(RoleSettings):
         0, ge=0, description="How long, at the end, it serves on while /readyz says no, for load balancers to notice"
     )
     shutdown_limit_ms: int = Field(30_000, ge=0, description="How long running requests may take to finish at the end")
+    durability: Durability = Field(
+        "memory",
+        description="When work that nobody waits for (stored, background and batch requests) is taken in: once Redis "
+        "has it (memory), or once its append-only file is on the disk (disk; up to 2 s later)",
+    )
     tenant_jobs: int = Field(100_000, ge=1, description="Most live jobs (waiting or running) of one tenant")
     tenant_bytes: int = Field(1024 * MIB, ge=1, description="Most bytes of live jobs of one tenant")
     pool_jobs: int = Field(200_000, ge=1, description="Most live jobs of one model")

@@ -7,6 +7,7 @@ import time
 
 from broker import Broker, BrokerSettings, ServerFacts
 from queue_schemas import InferqError
+from router import RouterSettings
 
 from .findings import Examined, Finding, Level
 from .host import nearest_folder
@@ -19,8 +20,9 @@ async def look_at_queue(examined: Examined) -> list[Finding]:
     if not examined.redis_url:
         return _embedded(examined)
     settings = BrokerSettings.load(redis_url=examined.redis_url, retry_limit_ms=2_000)
+    durability = RouterSettings.load().durability
     try:
-        broker = await Broker.connect(settings)
+        broker = await Broker.connect(settings, durability=durability)
     except InferqError as error:
         mend = "check INFERQ_REDIS_URL, the server and the network between"
         return [Finding("queue", Level.FAILURE, error.message, mend if error.retryable else "")]
@@ -33,7 +35,10 @@ async def look_at_queue(examined: Examined) -> list[Finding]:
         return [Finding("queue", Level.FAILURE, error.message, "look at the log of the Redis server")]
     finally:
         await broker.close()
-    return [*_about_server(facts, ping_ms), about_clock(facts.server_time_ms, before_ms, after_ms)]
+    findings = _about_server(facts, ping_ms)
+    if durability == "disk":
+        findings.append(Finding("queue", Level.OK, "it says when a write is on its disk, as durability = disk needs"))
+    return [*findings, about_clock(facts.server_time_ms, before_ms, after_ms)]
 
 
 def _about_server(facts: ServerFacts, ping_ms: float) -> list[Finding]:

@@ -161,6 +161,18 @@ async def test_cancel_expire_and_the_managers_lease(broker: Broker) -> None:
     assert (await broker.facts()).maxmemory_policy in ("noeviction", "")
 
 
+@pytest.mark.parametrize("topology", ["cluster"], indirect=True)
+async def test_work_is_on_the_disk_of_every_shard(topology: Topology) -> None:
+    """With ``durability = disk`` each job is confirmed by the node that has its shard."""
+    broker = await Broker.connect(topology.settings, durability="disk")
+    jobs = [make_job(model=name, shards=broker.shards, lane=Lane.BATCH) for name in models(broker.shards) for _ in "ab"]
+    async with asyncio.timeout(15):
+        assert await asyncio.gather(*map(broker.enqueue, jobs)) == [State.QUEUED] * len(jobs)
+    for job in jobs:
+        await broker.cancel(job.id, "done with")
+    await broker.close()
+
+
 @pytest.mark.parametrize("topology", ["sentinel"], indirect=True)
 async def test_the_queue_follows_a_failover(broker: Broker, topology: Topology) -> None:
     """Sentinel names a new primary: calls made meanwhile wait and succeed, and what was replicated is there."""

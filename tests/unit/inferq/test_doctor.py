@@ -54,6 +54,19 @@ async def test_a_server_that_evicts_is_a_failure_with_its_cure(tmp_path: Path, o
     assert "set maxmemory-policy noeviction" in finding.text
 
 
+async def test_a_server_that_must_keep_work_on_its_disk_is_asked(
+    tmp_path: Path, own_valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With durability = disk it has to be able to say what is there."""
+    monkeypatch.setenv("INFERQ_ROUTER_DURABILITY", "disk")
+    texts = [finding.text for finding in (await _examined(tmp_path, own_valkey.url))["queue"]]
+    assert any("says when a write is on its disk" in text for text in texts)
+    own_valkey.ask("CONFIG", "SET", "appendfsync", "no")
+    (finding,) = (await _examined(tmp_path, own_valkey.url))["queue"]
+    assert finding.level is Level.FAILURE
+    assert "set appendfsync everysec or always there" in finding.text
+
+
 async def test_a_server_without_a_log_is_a_warning_with_its_cure(tmp_path: Path, own_valkey: Server) -> None:
     """A restart would lose what waits; some may want it so."""
     own_valkey.ask("CONFIG", "SET", "appendonly", "no")
