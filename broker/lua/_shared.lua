@@ -23,7 +23,7 @@ local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
-  'stored', 'deadline', 'size', 'at', 'queue', 'entry', 'ended', 'avoid', 'avoid_until', 'resume', 'suspicion' }
+  'stored', 'deadline', 'size', 'at', 'queue', 'entry', 'ended', 'avoid', 'avoid_until', 'resume', 'suspicion', 'spared' }
 
 local function int(number)
   return string.format('%.0f', number)
@@ -353,16 +353,17 @@ end
 
 -- What becomes of leased jobs whose engine, or worker, ended while they ran. Which of them did it cannot be known: if
 -- some were under suspicion before, each of those is charged an attempt, else each of all. Suspicion grows by
--- ``weight``; a job that is not charged comes under suspicion at once, so that this happens to it only once.
+-- ``weight``; a job that is not charged comes under suspicion at once, and is charged the next time even if it was
+-- cleared since: nobody goes free twice.
 -- ``suspects``: whether some were under suspicion.
 local function give_up_crashed(job, suspects, weight, reason, now)
-  local counted = not suspects or is_suspect(job)
+  local counted = not suspects or is_suspect(job) or job.spared == '1'
   local suspicion = (tonumber(job.suspicion) or 0) + weight
   if not counted then suspicion = math.max(suspicion, SUSPECT) end
   job.suspicion = int(suspicion)
   local fate = give_up(job, counted, reason, now)
   if fate == 'lost' or fate == 'requeued' then
-    call('HSET', P .. 'job:' .. job.id, 'suspicion', job.suspicion)
+    call('HSET', P .. 'job:' .. job.id, 'suspicion', job.suspicion, 'spared', counted and job.spared or '1')
   end
   return fate
 end

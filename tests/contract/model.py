@@ -425,7 +425,8 @@ class Model:
 
     def _suspect(self, live: Live, blames: bool, weight: int) -> bool:
         """Whether a job is charged for what ended around it; it is suspected more from now on."""
-        counted = live.is_suspect or not blames
+        counted = live.is_suspect or not blames or live.spared
+        live.spared = live.spared or not counted
         live.suspicion = max(live.suspicion + weight, 0 if counted else SUSPECT)
         return counted
 

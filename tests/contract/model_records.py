@@ -54,6 +54,7 @@ class Live:
     handed_back: tuple[int, str] | None = None
     avoid: tuple[str, int] = ("", 0)
     suspicion: int = 0
+    spared: bool = False
     held_as_suspect: bool = False
     ask_at: int = 0
 

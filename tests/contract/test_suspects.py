@@ -96,6 +96,24 @@ async def test_a_cleared_job_is_no_suspect(broker: Broker, worker: Puller, clien
     assert charged == {first.job.id: 1, second.job.id: 2}
 
 
+async def test_nobody_goes_free_twice(broker: Broker, worker: Puller, client: Any) -> None:
+    """Poison that puts something out before it crashes is cleared each time, beside a suspect that is not."""
+    poison, *_ = ids = await enqueue(broker, 4, max_attempts=5)
+    await crash(broker, await worker.claim(4))
+    charged = []
+    for other in await pullers(broker, 3):
+        lease = await other.claim_one()
+        while lease.job.id != poison:
+            await broker.release(lease, "handed back", counted=False)
+            lease = await other.claim_one()
+        assert await broker.clear(lease) is Settled.OK
+        beside = await other.claim_one()
+        assert beside.suspect
+        await crash(broker, [lease, beside])
+        charged.append((await attempts_of(client, ids))[0])
+    assert charged == [1, 2, 3]
+
+
 async def test_clearing_a_job_of_nothing_leaves_the_suspect_beside_it(broker: Broker, worker: Puller) -> None:
     """Its worker still holds one, and is given no other."""
     await enqueue(broker, 2)
