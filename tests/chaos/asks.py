@@ -27,6 +27,7 @@ KINDS = (
 """Drawn from by every client. Some order a failure of one engine, which happens once, or garbage."""
 MOST_COMPLETION_CELLS = 60
 """Cells repeat after 62 places; an echoed prompt that repeats itself looks like one that is half answered."""
+NAMES = 62**3
 PRIORITIES = (None, None, None, 0, -20, -5, 10)
 _ORDERS: Mapping[str, dict[str, Any]] = {
     "engine error": {"fail": 500, "times": 1, "on": "worker-1"},
@@ -94,6 +95,16 @@ def make_ask(number: int, kind: str, rng: random.Random) -> Ask:
     )  # fmt: skip
 
 
+def text_of(number: int, cells: int) -> str:
+    """What request ``number`` asks, and must be answered. Names are used again after a quarter of a million."""
+    return cells_of(name_of(number), cells)
+
+
+def name_of(number: int) -> int:
+    """The number that is in the cells."""
+    return number % NAMES
+
+
 def request_id(number: int) -> str:
     """What request ``number`` is called, by its client and in the logs."""
     return f"chaos-{number}"
@@ -106,7 +117,7 @@ def canary(number: int, tenant: str) -> str:
 
 def prompt_of(number: int, kind: str, cells: int, tenant: str) -> str:
     """The prompt of a request, as its engine counts it."""
-    text = cells_of(number, cells)
+    text = text_of(number, cells)
     if kind.startswith("completion"):
         return text
     return chat_prompt([("system", canary(number, tenant)), ("user", text)])
@@ -115,7 +126,7 @@ def prompt_of(number: int, kind: str, cells: int, tenant: str) -> str:
 def _body(number: int, kind: str, cells: int, tenant: str, rng: random.Random, *, streams: bool) -> tuple[str, bytes]:
     if kind == MALFORMED:
         return "/v1/chat/completions", rng.choice(_MALFORMED)
-    text = cells_of(number, cells)
+    text = text_of(number, cells)
     if kind == "embedding":
         return "/v1/embeddings", json.dumps({"model": MODEL, "input": text}).encode()
     fields: dict[str, Any] = {"model": MODEL}

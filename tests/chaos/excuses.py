@@ -19,7 +19,7 @@ INSTANT_S = 0.3
 """What one event may lie apart as two processes saw it."""
 RELINK_S = 4.0
 """How long a Router may refuse after its queue is back: it tries again after 2 s at the latest, then checks it."""
-DEADLINE_SLACK_S = 2.0
+DEADLINE_SLACK_S = 3.0
 """How long after its deadline a request may be told so: the Router's grace and sweep, and the machine's delays."""
 _ROUTER_KILLS = (Kind.KILL_ROUTER, Kind.STRIKE_ROUTER)
 _ROUTER_APART = (Kind.CUT_ROUTER, Kind.SILENT_ROUTER, *_ROUTER_KILLS)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.support.traffic import Outcome, cells_of, judge
+from tests.support.traffic import Outcome, judge
 from worker.engines.simulated.answers import embedding
 from worker.engines.simulated.tokens import count_tokens
 from worker.engines.simulated.wire import GARBAGE as GARBAGE_BYTES
 
-from .asks import GARBAGE, MALFORMED, MODEL, POISON, prompt_of, request_id
+from .asks import GARBAGE, MALFORMED, MODEL, POISON, name_of, prompt_of, request_id, text_of
 from .history import Request
 
 DIMENSIONS = 16
@@ -77,16 +77,16 @@ def _wrong_text(request: Request) -> Wrong | None:
     whole = request.end == "answered"
     if request.kind == "embedding":
         return _wrong_vector(request) if whole else None
-    outcome, reason = judge(request.text, request.number, request.cells, whole=whole)
+    outcome, reason = judge(request.text, name_of(request.number), request.cells, whole=whole)
     if outcome is Outcome.RIGHT:
         return None
-    if cells_of(request.number, request.cells).startswith(request.text):
+    if text_of(request.number, request.cells).startswith(request.text):
         return Wrong(LOSS, f"the answer ends early: {reason}")
     return Wrong(DUPLICATE if _repeats(request) else SPLICE, reason)
 
 
 def _wrong_vector(request: Request) -> Wrong | None:
-    wanted = embedding(cells_of(request.number, request.cells), MODEL, 0, DIMENSIONS)
+    wanted = embedding(text_of(request.number, request.cells), MODEL, 0, DIMENSIONS)
     close = all(abs(a - b) < 1e-6 for a, b in zip(request.vector, wanted, strict=False))
     return None if request.vector and close else Wrong(SPLICE, f"another vector: {request.vector[:3]}")
 
@@ -110,7 +110,7 @@ def _wrong_end(request: Request) -> Wrong | None:
 
 def _repeats(request: Request) -> bool:
     cells = [request.text[at : at + 4] for at in range(0, len(request.text), 4)]
-    mine = {cell for cell in cells if cell.startswith(cells_of(request.number, 1)[:3])}
+    mine = {cell for cell in cells if cell.startswith(text_of(request.number, 1)[:3])}
     return len(mine) < len(cells) and len(mine) == len(set(cells))
 
 
