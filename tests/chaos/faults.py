@@ -37,7 +37,10 @@ Deed = Callable[[Stage, int, Fault], Awaitable[None]]
 async def do(stage: Stage, number: int, fault: Fault) -> None:
     """Execute one fault and heal it. A process that another fault has in hand is left to it: the next one is taken."""
     async with _taken(stage, fault) as chosen:
-        stage.history.add("fault", number=number, kind=chosen.kind, target=chosen.target, told=str(chosen))
+        point = str(chosen.point) if chosen.call else ""
+        stage.history.add(
+            "fault", number=number, kind=str(chosen.kind), target=chosen.target, call=chosen.call, point=point
+        )
         await _DEEDS[chosen.kind](stage, number, chosen)
         stage.history.add("healed", number=number)
 

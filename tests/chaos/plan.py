@@ -70,10 +70,6 @@ class Fault:
     call: str = ""
     point: Point = Point.AFTER_COMMIT
 
-    def __str__(self) -> str:
-        about = f", {self.call} {self.point}" if self.call else ""
-        return f"{self.at_s:6.2f} s: {self.kind}{about}, number {self.target}, for {self.lasts_s:.1f} s"
-
 
 _TARGETS = {"router": ROUTERS, "manager": MANAGERS, "worker": WORKERS, "engine": WORKERS}
 _LASTS_S: dict[Kind, tuple[float, float]] = {
