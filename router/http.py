@@ -97,8 +97,7 @@ def _pools(state: RouterState) -> APIRouter:
 
 def _dead(state: RouterState) -> APIRouter:
     """Dead letters hold what users asked: they are for members of the fleet, not for every API key."""
-    token = state.settings.join_token.get_secret_value()
-    routes = APIRouter(tags=["dead letters"], dependencies=[Depends(require_join_token(token))])
+    routes = APIRouter(tags=["dead letters"], dependencies=[Depends(_member(state))])
     one = f"{FABRIC_PREFIX}/dead"
 
     @routes.get(one, summary="Requests that were given up, oldest first", responses=error_responses(400, 401, 503))
@@ -225,6 +224,18 @@ def _client(state: RouterState) -> Callable[[Request], Awaitable[None]]:
         _check_client(state, request)
 
     return check
+
+
+def _member(state: RouterState) -> Callable[[str], Awaitable[None]]:
+    """Lets in whoever shows the join token. Without one everybody, but only where models are open to everybody too."""
+    expected = state.settings.join_token.get_secret_value()
+    if expected or not state.keys.required:
+        return require_join_token(expected)
+
+    async def refuse() -> None:
+        raise AuthenticationFailed("this router asks for API keys and was given no join token: set INFERQ_JOIN_TOKEN")
+
+    return refuse
 
 
 def _operator(state: RouterState) -> Callable[[Request], Awaitable[None]]:

@@ -283,6 +283,22 @@ def test_a_public_way_to_the_manager_needs_a_join_token() -> None:
         build_router(settings, open_queue=no_queue, manager=FakeManager())
 
 
+@pytest.mark.parametrize("given", [{}, {"x-inferq-join-token": ""}, {"authorization": "Bearer k"}])
+@pytest.mark.parametrize("join_token", ["", "jt"])
+async def test_dead_letters_are_shown_to_no_user(given: dict[str, str], join_token: str) -> None:
+    """They hold what all tenants asked: where API keys are needed, nothing but the join token opens them."""
+    digest = hashlib.sha256(b"k").hexdigest()
+    async with router(FakeQueue("m"), api_keys=f"{digest}:t", join_token=join_token) as app:
+        for method, path in (
+            ("GET", "/fabric/v1/dead"),
+            ("GET", "/fabric/v1/dead/0:1-1"),
+            ("POST", "/fabric/v1/dead/purge"),
+        ):
+            headers = {"content-type": "application/json"} | given
+            answer = await Client(app).request(method, path, b'{"ids": ["0:1-1"]}', headers)
+            assert (answer.status, answer.error["code"]) == (401, "invalid_api_key"), path
+
+
 @pytest.mark.parametrize("token", [{}, {"x-inferq-join-token": "wrong"}, {"authorization": "Bearer k"}])
 async def test_the_router_itself_asks_for_the_join_token(token: dict[str, str]) -> None:
     """Without it nothing of the fleet passes, not even to a Manager that asks for none; an API key does not help."""
