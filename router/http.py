@@ -226,7 +226,7 @@ def _client(state: RouterState) -> Callable[[Request], Awaitable[None]]:
     return check
 
 
-def _member(state: RouterState) -> Callable[[str], Awaitable[None]]:
+def _member(state: RouterState) -> Callable[..., Awaitable[None]]:
     """Lets in whoever shows the join token. Without one everybody, but only where models are open to everybody too."""
     expected = state.settings.join_token.get_secret_value()
     if expected or not state.keys.required:
