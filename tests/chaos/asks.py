@@ -28,12 +28,14 @@ KINDS = (
 MOST_COMPLETION_CELLS = 60
 """Cells repeat after 62 places; an echoed prompt that repeats itself looks like one that is half answered."""
 NAMES = 62**3
+POISON_CELLS = 60
+"""More than its attempts get out together, each a little more than the one before."""
 PRIORITIES = (None, None, None, 0, -20, -5, 10)
 _ORDERS: Mapping[str, dict[str, Any]] = {
     "engine error": {"fail": 500, "times": 1, "on": "worker-1"},
     "engine breaks stream": {"fail": "close_midstream", "after_tokens": 3, "times": 1, "on": "worker-2"},
     GARBAGE: {"fail": "garbage"},
-    POISON: {"fail": "crash"},
+    POISON: {"fail": "crash", "after_tokens": 3},
 }
 _DEEP = b'{"model": "sim", "messages": ' + b"[" * 2_000 + b"]" * 2_000 + b"}"
 _MALFORMED: tuple[bytes, ...] = (
@@ -70,10 +72,12 @@ class Ask:
 
 def make_ask(number: int, kind: str, rng: random.Random) -> Ask:
     """Request ``number``, of ``kind``; what is free in it is drawn."""
-    streams = "stream" in kind or kind in ("leaver", HURRIED)
+    streams = "stream" in kind or kind in ("leaver", HURRIED) or (kind == POISON and rng.random() < 0.5)
     cells = rng.choice((8, 20, 60, 120)) if streams else rng.choice((4, 12, 30))
     if kind.startswith("completion"):
         cells = min(cells, MOST_COMPLETION_CELLS)
+    if kind == POISON:
+        cells = POISON_CELLS
     tenant = TENANTS[number % len(TENANTS)]
     headers = {
         "authorization": f"Bearer {tenant}",

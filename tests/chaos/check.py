@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .asks import POISON, request_id
-from .excuses import DEADLINE_SLACK_S, Span, explanation, spans_of
+from .excuses import DEADLINE_SLACK_S, POISONED, Span, explanation, spans_of
 from .history import Entry, Request, requests_of
 from .judge import DUPLICATE, LOSS, POISON_BOUND, SPLICE, seen_wrong
 from .plan import LEASE_S, SWEEP_S
@@ -235,6 +235,7 @@ def _check_proof(verdict: Verdict, must_prove: Iterable[str]) -> None:
         "streams migrated": verdict.migrated,
         "kill measured": len(verdict.kill_to_start_s),
         "hang measured": len(verdict.hang_to_start_s),
+        "poison given up": verdict.explained[POISONED],
     }
     for name in must_prove:
         if not figures.get(name):

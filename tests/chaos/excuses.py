@@ -15,6 +15,7 @@ from .plan import LEASE_S, Kind
 
 MAX_ATTEMPTS = 4
 """Of the fleet's requests."""
+POISONED = "poison, given up"
 INSTANT_S = 0.3
 """What one event may lie apart as two processes saw it."""
 RELINK_S = 4.0
@@ -80,7 +81,7 @@ def _own_nature(request: Request) -> str | None:
     if request.deadline_s and (request.status == 504 or request.code == "deadline_exceeded"):
         return "its own deadline"
     if request.kind == POISON and request.code == "attempts_exhausted":
-        return "poison, given up"
+        return POISONED
     return None
 
 

@@ -61,10 +61,10 @@ def _wrong_answer(request: Request) -> Wrong | None:
     return None
 
 
-def _answered_poison(request: Request) -> Wrong | None:
-    if request.end != "answered":
-        return None
-    return Wrong(POISON_BOUND, "a request whose every attempt crashes its engine was answered")
+def _wrong_poison(request: Request) -> Wrong | None:
+    if request.end == "answered":
+        return Wrong(POISON_BOUND, "a request whose every attempt crashes its engine was answered")
+    return _wrong_text(request)
 
 
 def _wrong_garbage(request: Request) -> Wrong | None:
@@ -121,4 +121,4 @@ def _wrong_usage(request: Request) -> str:
     return "" if told == wanted else f"usage {told} where {wanted} is right"
 
 
-_LOOKS = {GARBAGE: _wrong_garbage, POISON: _answered_poison}
+_LOOKS = {GARBAGE: _wrong_garbage, POISON: _wrong_poison}

@@ -1,15 +1,15 @@
 """From a seed to the faults of a run, and when. Pure: the same seed and length give the same plan.
 
-A run opens with what is measured: workers are killed and one is hung, each when the one before is up again and nothing
-else is under way. Then every kind of fault comes once, in an order of the seed's, several at a time; then, in a long
-run, what the seed draws.
+A run opens with what is measured: workers are killed, one is hung, and a prompt crashes its engines, each when the one
+before is over and nothing else is under way. Then every other kind of fault comes once, in an order of the seed's,
+several at a time; then, in a long run, what the seed draws.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ LEASE_S, SWEEP_S = 3.0, 0.2
 """Of the fleet: after how long stillness is death, and how often the Manager looks."""
 CALM_S = 2.0
 """Before the first fault and after the last one."""
-OPENING_S = 18.0
+OPENING_S = 22.0
 """What the opening takes of a run, about."""
 EVERY_S = 2.0
 """Between faults that are drawn, when each kind was there once."""
@@ -108,6 +108,7 @@ def opening(seed: int, seconds: float) -> Sequence[Fault]:
         Fault(0.0, Kind.KILL_WORKER, first, 0.3),
         Fault(0.0, Kind.PAUSE_WORKER, second, LEASE_S + 2.0),
         Fault(0.0, Kind.KILL_WORKER, third, 0.3),
+        Fault(0.0, Kind.POISON),
     ]
 
 
@@ -119,13 +120,17 @@ def draw(seed: int, seconds: float) -> Sequence[Fault]:
         count = max(1, int((seconds - 2 * CALM_S) / EVERY_S))
         return _at(rng, kinds[:count], 0.0, EVERY_S)
     left_s = seconds - 2 * CALM_S - OPENING_S
-    # Poison first: it takes its time, engine by engine. A worker is struck twice.
-    others = [kind for kind in Kind if kind not in (Kind.POISON, Kind.KILL_WORKER, Kind.PAUSE_WORKER)]
-    once = [Kind.POISON, *_shuffled(rng, [*others, Kind.STRIKE_WORKER])]
+    # Workers are struck at each call, and at each point.
+    others = [kind for kind in Kind if kind not in {fault.kind for fault in opening(seed, seconds)}]
+    once = _shuffled(rng, [*others, *[Kind.STRIKE_WORKER] * (len(_WORKER_CALLS) - 1)])
     every_s = min(EVERY_S, left_s / len(once))
     count = max(0, int((left_s - len(once) * every_s) / EVERY_S))
     drawn = [rng.choice(list(Kind)) for _ in range(count)]
-    return [*_at(rng, once, 0.0, every_s), *_at(rng, drawn, len(once) * every_s, EVERY_S)]
+    first = _at(rng, once, 0.0, every_s)
+    strikes = [number for number, fault in enumerate(first) if fault.kind is Kind.STRIKE_WORKER]
+    for number, call, point in zip(strikes, _WORKER_CALLS, _shuffled(rng, list(Point)), strict=True):
+        first[number] = replace(first[number], call=call, point=point)
+    return [*first, *_at(rng, drawn, len(once) * every_s, EVERY_S)]
 
 
 _T = TypeVar("_T")
@@ -136,7 +141,7 @@ def _shuffled(rng: random.Random, things: list[_T]) -> list[_T]:
     return things
 
 
-def _at(rng: random.Random, kinds: Sequence[Kind], from_s: float, every_s: float) -> Sequence[Fault]:
+def _at(rng: random.Random, kinds: Sequence[Kind], from_s: float, every_s: float) -> list[Fault]:
     return [_fault(rng, kind, from_s + (number + rng.uniform(0.0, 0.8)) * every_s) for number, kind in enumerate(kinds)]
 
 

@@ -16,7 +16,9 @@ from .history import Entry, History
 from .plan import CALM_S, SHORTEST_S, draw, opening
 from .stage import Stage, staged
 
-MUST_PROVE = ("fenced", "duplicate", "recovered", "streams migrated", "kill measured", "hang measured")
+MUST_PROVE = (
+    "fenced", "duplicate", "recovered", "streams migrated", "kill measured", "hang measured", "poison given up",
+)  # fmt: skip
 
 APART_S = 1.0
 """Between the faults of the opening."""

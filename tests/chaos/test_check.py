@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.faults import Point
 from tests.support.traffic import cells_of
 from worker.engines.simulated.answers import embedding
 from worker.engines.simulated.tokens import count_tokens
@@ -72,6 +73,7 @@ def test_a_right_answer_is_completed() -> None:
         ({"end": "error", "status": 400, "text": "", "message": "no canary.globex.0123"}, "isolation"),
         ({"kind": "engine garbage"}, "no splice"),
         ({"kind": "poison"}, "poison bound"),
+        ({"kind": "poison", "end": "error", "code": "attempts_exhausted", "text": TEXT[4:8]}, "no splice"),
         ({"kind": "embedding", "vector": [0.0] * 8}, "no splice"),
         ({"ids": ["a", "b"]}, "no splice"),
         ({"roles": 2}, "no duplicate"),
@@ -257,4 +259,8 @@ def test_a_plan_is_its_seed(seed: int) -> None:
     assert [fault.at_s for fault in plan] == sorted(fault.at_s for fault in plan)
     assert all(0 <= fault.at_s <= 60 for fault in plan)
     assert {fault.kind for fault in (*opening(seed, 60), *plan)} == set(Kind)
-    assert len({fault.target for fault in opening(seed, 60)}) == len(opening(seed, 60))
+    strikes = [fault for fault in plan if fault.kind is Kind.STRIKE_WORKER]
+    assert {fault.call for fault in strikes} == {"claim", "publish", "settle"}
+    assert {fault.point for fault in strikes} == set(Point)
+    workers = [fault.target for fault in opening(seed, 60) if "worker" in fault.kind]
+    assert len(set(workers)) == len(workers)
