@@ -199,7 +199,10 @@ class Stitch:
         if self.closed or epoch < self._epoch or (epoch == self._epoch and self._attempt_id):
             return
         if epoch > self._epoch:
+            # What was offered stands if nothing was heard since: nobody else offers anything.
+            offered = "" if self._attempt_id else self._offered
             self._forget_attempt(epoch)
+            self._offered = offered
         self._attempt_id = attempt_id
 
     def restart(self) -> None:

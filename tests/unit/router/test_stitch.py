@@ -511,6 +511,20 @@ def test_a_stream_that_lacks_only_its_end_is_ended_here(wanted: bool) -> None:
     assert (stitch.ended, stitch.settled, stitch.lost_epoch) == (True, False, 0)
 
 
+@pytest.mark.parametrize("name", ["", "b"], ids=["it waits", "it runs"])
+def test_what_was_offered_stands_until_an_attempt_is_heard(name: str) -> None:
+    """A job that runs again was given a prefix, and keeps it when the queue is asked where it stands."""
+    stitch = continuable()
+    frames = attempt([role(), chunk("Once"), chunk(" upon"), DONE])
+    got = feed(stitch, [*frames[:2], frames[3]])
+    stitch.restart()
+    assert stitch.offer() == "Once"
+    stitch.expect(1, name)
+    got += feed(stitch, [*continued([role("two"), chunk(" upon", ident="two"), DONE], epoch=1, name="b")])
+    assert text_of(got) == "Once upon"
+    assert stitch.error is None
+
+
 def test_choices_that_have_not_begun_are_not_taken_for_ended() -> None:
     """Of several prompts, one may be answered before another one begins: its stream lacks more than its end."""
     first = [chunk("A", finish="stop"), chunk("B", index=1), chunk(None, index=1, finish="stop"), DONE]
