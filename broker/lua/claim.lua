@@ -110,9 +110,15 @@ local nothing_in = {}
 
 local function take_from_stream(queue)
   if nothing_in[queue] then return nil end
-  for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', 16)) do
-    local job = runnable(entry[2][2], queue, entry[1])
-    if job and (job.avoid ~= incarnation or tonumber(job.avoid_until) <= now) then return job end
+  local from = '-'
+  for _ = 1, MAX_SKIPPED / 16 do
+    local entries = call('XRANGE', P .. queue, from, '+', 'COUNT', 16)
+    for _, entry in ipairs(entries) do
+      local job = runnable(entry[2][2], queue, entry[1])
+      if job and (job.avoid ~= incarnation or tonumber(job.avoid_until) <= now) then return job end
+    end
+    if #entries < 16 then break end
+    from = '(' .. entries[16][1]
   end
   nothing_in[queue] = true
   return nil

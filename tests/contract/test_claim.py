@@ -131,6 +131,25 @@ async def test_a_claim_passes_over_a_bounded_number_of_dead_entries(
     assert leases[0].job == alive
 
 
+@pytest.mark.parametrize("why", ["nobody waits for them", "this worker gave them up"])
+async def test_a_job_that_waits_again_is_found_behind_many_that_are_not_for_this_worker(
+    broker: Broker, worker: Puller, listener: Listener, why: str
+) -> None:
+    """However many there are, up to the 64 that one call passes over: an idle worker does not wait for the sweep."""
+    for_nobody = why == "nobody waits for them"
+    await asyncio.gather(*(broker.enqueue(make_job(reply_to=listener.router)) for _ in range(40)))
+    last = make_job()
+    await broker.enqueue(last)
+    other = await Puller(broker).join()
+    gave_up, released = await worker.claim(40), await other.claim_one()
+    for lease in gave_up:
+        await broker.release(lease, "the engine failed", counted=not for_nobody)
+    await broker.release(released, "draining", counted=False)
+    if for_nobody:
+        await listener.leave()
+    assert (await worker.claim_one()).job == last
+
+
 async def test_an_empty_stream_and_its_tenant_are_forgotten(broker: Broker, worker: Puller, client: Any) -> None:
     """A drained queue leaves neither its stream nor its place among the tenants."""
     await broker.enqueue(make_job())
