@@ -22,7 +22,7 @@ from tests.support.queue import Backend, FakeBackend
 
 from .model_records import require
 from .rewriting import Rewrite
-from .side_by_side import WHOLE, SideBySide
+from .side_by_side import SideBySide
 
 BUDGETS = Budgets(tenant_jobs=9, tenant_bytes=6_000, pool_jobs=14, pool_bytes=8_000)
 POOLS = (Pool("m"), Pool("sim/tiny:v1"))
@@ -172,6 +172,12 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             self.play("cancel", pick(self.jobs, number).id, GONE)
 
+    @precondition(lambda self: self.jobs)
+    @rule(number=picks, heard=st.integers(0, 3))
+    def raise_epoch(self, number: int, heard: int) -> None:
+        """A Router finds another run of the server, and asks where its job stands."""
+        self.play("raise_epoch", pick(self.jobs, number).id, heard)
+
     @rule(number=st.integers(0, 1))
     def lose_or_open_replies(self, number: int) -> None:
         """A Router's stream is gone, or there again."""
@@ -231,6 +237,15 @@ class QueueMachine(RuleBasedStateMachine):
         """A job went on behind what crashed its engine before."""
         self.play("clear", pick(self.running(), number))
 
+    @rule(number=picks, runs=picks, old=picks)
+    def hold(self, number: int, runs: int, old: int) -> None:
+        """A worker finds another run of the server, and says what it runs: not all that it holds, and more."""
+        worker = pick(self.dead + self.workers, number)
+        held = [lease for lease in self.running() if self.model.live[lease.job.id].owner == worker]
+        over = [lease for lease in self.ever() if lease not in self.running()]
+        said = [lease for bit, lease in enumerate(held) if runs >> bit & 1] + over[: old % 2]
+        self.play("hold", worker, max(self.seqs[worker] - old // 2 % 2, 0), *said)
+
     @precondition(lambda self: self.ever())
     @rule(number=picks, other=picks, what=st.sampled_from(["settle", "release", "resume", "publish"]))
     def call_wrongly(self, number: int, other: int, what: str) -> None:
@@ -247,24 +262,23 @@ class QueueMachine(RuleBasedStateMachine):
             case "publish" if lease.job.reply_to:
                 self.play("publish", lease.job.reply_to, _frame(lease, last=False))
 
-    @precondition(lambda self: len(self.workers) < MOST_WORKERS)
-    @rule()
-    def join(self) -> None:
-        """Another worker comes."""
-        self._new_worker()
-
-    @rule(number=picks, claims=st.booleans())
-    def renew(self, number: int, claims: bool) -> None:
-        """A worker renews, alive or declared dead; or one that was declared dead asks for work."""
-        if claims and self.dead:
+    @rule(number=picks, what=st.sampled_from(["renew", "claim", "join"]))
+    def be_there(self, number: int, what: str) -> None:
+        """A worker renews, alive or declared dead; one that was declared dead asks for work; another one comes."""
+        if what == "claim" and self.dead:
             self._claim(pick(self.dead, number), 1, SERVED[0])
+        elif what == "join" and len(self.workers) < MOST_WORKERS:
+            self._new_worker()
         else:
             self.play("renew", pick(self.dead + self.workers, number))
 
     @rule(number=picks, counted=st.booleans(), limit=st.sampled_from([0, 0, 1, 2]))
     def die(self, number: int, counted: bool, limit: int) -> None:
-        """A worker is declared dead, or leaves, and another comes; with a limit, whoever reclaims it dies behind the
-        first step."""
+        """A worker is declared dead, or leaves, and another comes. With a limit, whoever reclaims dies behind the first
+        step; then the next one may go on, and die too."""
+        if limit and number % 2 and self.half_dead():
+            self.once("reclaim_step", pick(self.half_dead(), number // 2), counted, limit)
+            return
         worker = pick(self.workers, number)
         self.workers.remove(worker)
         self.dead.append(worker)
@@ -275,42 +289,31 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             self.play("reclaim", worker, counted)
 
-    @precondition(lambda self: self.half_dead())
-    @rule(number=picks, counted=st.booleans(), limit=st.sampled_from([1, WHOLE]))
-    def die_on(self, number: int, counted: bool, limit: int) -> None:
-        """The next Manager goes on with a reclaim that stopped half way."""
-        self.once("reclaim_step", pick(self.half_dead(), number), counted, limit)
-
     # Time, and calls that come again
 
-    @rule()
-    def expire(self) -> None:
-        """The sweep of each second."""
-        self.once("expire")
+    @rule(ms=st.sampled_from((0, 0, *WAITS_MS)))
+    def pass_time(self, ms: int) -> None:
+        """Time passes, and the sweep of each second comes; or, after a minute, what ended is forgotten: no copy of an
+        enqueue comes as late as that."""
+        if ms:
+            self.once("wait", ms)
+        if ms == WAITS_MS[-1]:
+            gone = set(self.once("forget_ended"))
+            self.calls = [
+                call for call in self.calls if call[0] != "enqueue" or not gone.intersection(job.id for job in call[1])
+            ]
+        else:
+            self.once("expire")
 
     @rule(ms=st.sampled_from(WAITS_MS))
     def wait(self, ms: int) -> None:
-        """Time passes."""
+        """Time passes, and no sweep comes."""
         self.once("wait", ms)
 
-    @rule()
-    def forget_ended(self) -> None:
-        """A minute has passed since anything ended: no copy of an enqueue comes as late as that."""
-        gone = set(self.once("forget_ended"))
-        self.calls = [
-            call for call in self.calls if call[0] != "enqueue" or not gone.intersection(job.id for job in call[1])
-        ]
-
     @precondition(lambda self: self.calls)
-    @rule()
-    def repeat(self) -> None:
-        """The reply to the last call was lost: it is sent again."""
-        self._again(0)
-
-    @precondition(lambda self: self.calls)
-    @rule(number=picks)
-    def late_copy(self, number: int) -> None:
-        """A copy of an older call arrives."""
+    @rule(number=st.one_of(st.just(0), picks))
+    def call_again(self, number: int) -> None:
+        """The reply to the last call was lost, so it is sent again; or a copy of an older one arrives."""
         self._again(number)
 
     def _again(self, number: int) -> None:

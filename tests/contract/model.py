@@ -24,6 +24,8 @@ from .model_records import SUSPECT, DeadLetter, Effects, Line, Live, Place, Run,
 PARK_MS = 30_000
 AVOID_MS = 2_000
 ASK_AGAIN_MS = 5_000
+RUN_EPOCHS = 1 << 20
+"""Epochs of one run of the server: those that its lost writes may have given out were never so many."""
 FAIR_LEAD = 2
 """How many jobs one tenant may be ahead of another while both wait (start-time fair queueing with unit jobs)."""
 
@@ -85,6 +87,17 @@ class Model:
         self._wait_again(live)
         self._wake(live.place)
         return State.QUEUED
+
+    def raise_epoch(self, job_id: str, heard: int) -> tuple[State, int, str] | None:
+        """Where a job stands; if it waits, above all epochs that may have been given out. None: unknown."""
+        if stone := self.ended.get(job_id):
+            return stone.state, stone.epoch, ""
+        live = self.live.get(job_id)
+        if live is None:
+            return None
+        if live.state is State.QUEUED:
+            live.epoch = max(live.epoch, _next_run(heard))
+        return live.state, live.epoch, live.attempt_id
 
     def cancel(self, job_id: str, reason: str) -> State | None:
         """The state it was in; None: unknown."""
@@ -154,6 +167,18 @@ class Model:
             require(len(given) == n, f"{n} jobs were asked for, {len(given)} given")
             any(self.waiting(place) and self._wake(place) for place in places)
         run.seq, run.given = seq, tuple((lease.job.id, lease.attempt_id) for lease in given)
+
+    def hold(self, worker: str, seq: int, leases: Sequence[Lease], taken: Sequence[str]) -> set[str]:
+        """What one that is not fenced runs, and what it is said to: the attempts that it does not hold. ``taken``: the
+        jobs that it held without running them."""
+        mine = {lease.job.id for lease in leases if self._verdict(lease) is Settled.OK}
+        held = self.held(worker)
+        left_over = held.keys() - mine if seq >= self.runs[worker].seq else set()
+        require(set(taken) == left_over, f"{sorted(taken)} were taken, should be {sorted(left_over)}")
+        for job_id in taken:
+            held[job_id].epoch = _next_run(held[job_id].epoch) - 1
+            self._give_up(held[job_id], "the queue lost what its worker wrote", counted=False)
+        return {lease.attempt_id for lease in leases if lease.job.id not in mine}
 
     def publish(self, router: str, frames: bytes) -> bool:
         """Whether somebody listens. Frames of old attempts are let through: the Router drops them."""
@@ -501,6 +526,11 @@ class Model:
     def _send(self, router: str, news: Sequence[Frame | Marker]) -> None:
         if router in self.listening:
             self.effects.news += [(router, item) for item in news]
+
+
+def _next_run(epoch: int) -> int:
+    """The first epoch of the next run of the server."""
+    return (epoch // RUN_EPOCHS + 1) * RUN_EPOCHS
 
 
 def _seen(live: Live) -> tuple[object, ...]:

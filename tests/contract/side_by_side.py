@@ -156,6 +156,11 @@ class SideBySide:
     async def resume(self, job: Job, epoch: int) -> None:
         _same("resume", await self.broker.resume(job, epoch), self.model.resume(job, epoch))
 
+    async def raise_epoch(self, job_id: JobId, heard: int) -> None:
+        found = await self.broker.raise_epoch(job_id, heard)
+        standing = found and (found.state, found.epoch, found.attempt_id)
+        _same("raise_epoch", standing, self.model.raise_epoch(job_id, heard))
+
     async def cancel(self, job_id: JobId, reason: str) -> None:
         _same("cancel", await self.broker.cancel(job_id, reason), self.model.cancel(job_id, reason))
 
@@ -180,6 +185,15 @@ class SideBySide:
         for lease in claimed.leases:
             self.history.leased(lease, worker)
         return list(claimed.leases)
+
+    async def hold(self, worker: Incarnation, seq: int, *leases: Lease) -> None:
+        call = self.broker.hold(0, worker, seq, leases)
+        if self.model.is_fenced(worker):
+            await self._is_refused(call, worker)
+            return
+        told = await call
+        taken = await self._no_more_held(worker)
+        _same("hold", told, self.model.hold(worker, seq, leases, taken))
 
     async def publish(self, router: str, frames: bytes) -> None:
         gone = await self.broker.publish(0, {router: frames})
@@ -224,12 +238,17 @@ class SideBySide:
         _same("expire", (expired.expired, expired.woken), (self.model.expire(), self.model.effects.wakes.total()))
 
     async def _taken(self, worker: Incarnation, told: list[int], counted: bool, limit: int, reason: str) -> None:
-        real, held = sight_of(await self._look()), self.model.held(worker)
-        still = real.leases.get(worker, {})
-        order = {job_id: place for jobs in real.lines.values() for place, job_id in enumerate(jobs)}
-        taken = sorted((job_id for job_id in held if job_id not in still), key=lambda job_id: order.get(job_id, -1))
+        taken = await self._no_more_held(worker)
         model = self.model.reclaim(worker, reason, counted=counted, limit=limit, taken=taken)
         _same("reclaim", told, model)
+
+    async def _no_more_held(self, worker: Incarnation) -> list[str]:
+        """The jobs that a call took from a worker, in the order in which they wait again."""
+        real = sight_of(await self._look())
+        still = real.leases.get(worker, {})
+        order = {job_id: place for jobs in real.lines.values() for place, job_id in enumerate(jobs)}
+        gone = [job_id for job_id in self.model.held(worker) if job_id not in still]
+        return sorted(gone, key=lambda job_id: order.get(job_id, -1))
 
     async def _is_refused(self, call: Any, worker: Incarnation) -> bool:
         """Whether a call of a worker was fenced, which must be if and only if it is."""
