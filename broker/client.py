@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Self
 from pydantic import ValidationError
 
 from queue_schemas import (
+    BadMessage,
     BadRequest,
     Claimed,
     Control,
@@ -41,7 +42,7 @@ from queue_schemas import (
     shard_of_job,
     shard_of_pool,
 )
-from queue_schemas.ids import decode_name, encode_name
+from queue_schemas.ids import check_incarnation, check_name, check_worker_id, decode_name, encode_name
 from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
 from telemetry import get_logger
 
@@ -420,7 +421,12 @@ class Broker:
         numbers: dict[Incarnation, int] = {}
         for keys in self._keys:
             for name, number in pairs(await self._caller.once(keys.beats, "HGETALL", keys.beats)):
-                incarnation = Incarnation(name.decode())
+                try:
+                    incarnation = check_incarnation(name.decode("utf-8", "replace"))
+                    int(number)
+                except (BadMessage, ValueError) as error:
+                    log.debug("beat_unreadable", error=str(error))  # at each sweep: nobody of ours wrote it
+                    continue
                 numbers[incarnation] = numbers.get(incarnation, 0) + int(number)
         return numbers
 
@@ -468,11 +474,15 @@ class Broker:
         """The registry as the acting Manager last wrote it; entries that cannot be read are left out."""
         workers: dict[str, WorkerInfo] = {}
         for name, info in pairs(await self._caller.once(WORKERS, "HGETALL", WORKERS)):
+            worker_id = name.decode("utf-8", "backslashreplace")
             try:
-                workers[name.decode()] = WorkerInfo.model_validate_json(info)
+                workers[check_worker_id(worker_id)] = WorkerInfo.model_validate_json(info)
+            except BadMessage as error:
+                log.warning("registry_entry_unreadable", error=error.message)
             except ValidationError as error:
                 # Of a version that we cannot read: the worker's next heartbeat tells the Manager all that is in it.
-                log.warning("registry_entry_unreadable", worker_id=name.decode(), error=str(error))
+                faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3]]
+                log.warning("registry_entry_unreadable", worker_id=worker_id, error="; ".join(faults)[:300])
         return workers
 
     async def save_workers(self, changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None:
@@ -500,8 +510,10 @@ class Broker:
         now = await self._server_ms()
         known: dict[Pool, bool] = {}
         for name, when in pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
-            kind, _, model = name.decode().partition(":")
-            if now - int(when) < POOL_MEMORY_MS:
+            kind, _, model = name.decode("utf-8", "backslashreplace").partition(":")
+            # What is no entry of ours is forgotten like an old one.
+            is_ours = kind in ("declared", "seen") and when.isdigit() and _is_name(model)
+            if is_ours and now - int(when[:18]) < POOL_MEMORY_MS:
                 known[Pool(model)] = known.get(Pool(model), False) or kind == "declared"
             else:
                 await self._caller.once(POOLS, "HDEL", POOLS, name)
@@ -544,6 +556,14 @@ class Broker:
                 kind = counts.stopped if "/" in event else counts.events
                 kind[pool, lane, event] = kind.get((pool, lane, event), 0) + int(count)
         return counts
+
+
+def _is_name(model: str) -> bool:
+    try:
+        check_name(model, "model")
+    except BadMessage:
+        return False
+    return True
 
 
 def _place(where: str) -> tuple[Pool, Lane, str]:

@@ -56,6 +56,7 @@ from .fabric import (
     WorkerList,
     WorkerState,
     WorkerStatus,
+    check_worker_url,
 )
 from .frames import CONTINUED, END, HEAD, Frame, Marker, MarkerKind, unpack_frames, unpack_marker
 from .ids import (
@@ -161,6 +162,7 @@ __all__ = [
     "band_of_priority",
     "check_region",
     "check_worker_id",
+    "check_worker_url",
     "may_follow",
     "new_incarnation",
     "new_job_id",

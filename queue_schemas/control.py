@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .errors import BadMessage
-from .ids import JobId
+from .ids import JobId, shard_of_job
 
 
 class ControlKind(StrEnum):
@@ -39,15 +39,13 @@ class Control:
 
 
 def parse_control(fields: dict[bytes, bytes]) -> Control | None:
-    """The control message in a stream entry; None for a kind this version does not know."""
+    """The control message in a stream entry; None for a kind this version does not know. Raises ``BadMessage``."""
     try:
         kind = ControlKind(fields[b"k"].decode())
     except (KeyError, ValueError):
         return None
     if kind is ControlKind.ABORT:
-        try:
-            job_id = JobId(fields[b"job"].decode())
-        except (KeyError, UnicodeDecodeError):
-            raise BadMessage("an abort names its job") from None
-        return Control(kind, job_id, fields.get(b"why", b"").decode("utf-8", "replace"))
+        job_id = fields.get(b"job", b"").decode("utf-8", "replace")
+        shard_of_job(job_id)
+        return Control(kind, JobId(job_id), fields.get(b"why", b"").decode("utf-8", "replace"))
     return Control(kind)

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Annotated
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .errors import BadMessage
-from .ids import check_incarnation, check_name, check_region, check_worker_id
+from .ids import (
+    INCARNATION_PATTERN,
+    MAX_NAME_BYTES,
+    MAX_REGION_LENGTH,
+    WORKER_ID_PATTERN,
+    check_incarnation,
+    check_name,
+    check_region,
+    check_worker_id,
+)
 from .lanes import LANES, Lane
 
 FABRIC_PREFIX = "/fabric/v1"
@@ -22,6 +33,48 @@ RAY_MANAGER = "manager"
 """Where in a Ray cluster the Manager is found: an actor of this name in that namespace."""
 MAX_MODELS = 1024
 """Most models (adapters included) that one worker may serve."""
+
+
+MAX_SLOTS = 65_536
+MAX_COUNT = 2**31
+MAX_URL_LENGTH = 2_000
+MAX_DETAIL_LENGTH = 2_000
+
+
+def check_worker_url(value: str) -> str:
+    """``value`` if it may be where a worker is reached: ``http://host:port`` or https, with a path if need be, else
+    ``BadMessage``. The Manager asks there, and everybody may see it: no credentials, no query."""
+    wrong = BadMessage("a worker's url must be written like http://host:port: no user, password, query or fragment")
+    if not value.isascii() or not value.isprintable() or any(sign in value for sign in " \\?#@"):
+        raise wrong
+    try:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+            raise wrong
+    except ValueError:
+        raise wrong from None
+    return value
+
+
+def _checked(check: Callable[[str], str]) -> AfterValidator:
+    def validate(value: str) -> str:
+        try:
+            return check(value)
+        except BadMessage as error:
+            raise ValueError(error.message) from error
+
+    return AfterValidator(validate)
+
+
+def _check_model(value: str) -> str:
+    return check_name(value, "model")
+
+
+_WorkerName = Annotated[str, _checked(check_worker_id), Field(json_schema_extra={"pattern": f"^{WORKER_ID_PATTERN}$"})]
+_Run = Annotated[str, _checked(check_incarnation), Field(json_schema_extra={"pattern": f"^{INCARNATION_PATTERN}$"})]
+_Model = Annotated[str, _checked(_check_model), Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_BYTES})]
+_Models = Annotated[list[_Model], Field(max_length=MAX_MODELS)]
+_Region = Annotated[str, _checked(check_region)]
 
 
 class _Message(BaseModel):
@@ -46,48 +99,25 @@ class WorkerState(StrEnum):
 class WorkerStatus(_Message):
     """What a worker says of itself, at registration and in every heartbeat."""
 
-    incarnation: str
-    models: list[str] = Field(default_factory=list, max_length=MAX_MODELS)
-    slots: int = Field(ge=0, le=65_536, description="jobs it can run at once")
-    running: int = Field(default=0, ge=0, description="jobs it runs now")
+    incarnation: _Run
+    models: _Models = Field(default_factory=list)
+    slots: int = Field(ge=0, le=MAX_SLOTS, description="jobs it can run at once")
+    running: int = Field(default=0, ge=0, le=MAX_COUNT, description="jobs it runs now")
     engine: EngineState = EngineState.STARTING
-    engine_detail: str = Field(default="", max_length=2_000)
+    engine_detail: str = Field(default="", max_length=MAX_DETAIL_LENGTH)
     broker_ok: bool = Field(default=True, description="whether it reaches Redis")
     draining: bool = False
-
-    @field_validator("incarnation")
-    @classmethod
-    def _incarnation(cls, value: str) -> str:
-        return _or_value_error(check_incarnation, value)
-
-    @field_validator("models")
-    @classmethod
-    def _models(cls, value: list[str]) -> list[str]:
-        try:
-            return [check_name(model, "model") for model in value]
-        except BadMessage as error:
-            raise ValueError(error.message) from error
 
 
 class Registration(WorkerStatus):
     """``POST /fabric/v1/workers``."""
 
-    worker_id: str
-    url: str | None = Field(
-        default=None, max_length=2_000, description="where the worker's HTTP service may be reached"
+    worker_id: _WorkerName
+    url: Annotated[str, _checked(check_worker_url)] | None = Field(
+        default=None, max_length=MAX_URL_LENGTH, description="where the worker's HTTP service may be reached"
     )
-    version: str = ""
-    region: str = Field(default="", max_length=100)
-
-    @field_validator("worker_id")
-    @classmethod
-    def _worker_id(cls, value: str) -> str:
-        return _or_value_error(check_worker_id, value)
-
-    @field_validator("region")
-    @classmethod
-    def _region(cls, value: str) -> str:
-        return _or_value_error(check_region, value)
+    version: str = Field(default="", max_length=200)
+    region: _Region = Field(default="", max_length=MAX_REGION_LENGTH)
 
 
 class PoolAssignment(_Message):
@@ -132,17 +162,17 @@ class HeartbeatAnswer(_Message):
 class WorkerInfo(_Message):
     """One entry of ``GET /fabric/v1/workers``, and of the registry snapshot in Redis."""
 
-    worker_id: str
-    incarnation: str
+    worker_id: _WorkerName
+    incarnation: _Run
     url: str | None = None
     url_note: str = Field(default="", description="what is wrong with the URL, if the Manager tried it")
     version: str = ""
     region: str = ""
-    models: list[str] = Field(default_factory=list)
-    slots: int = 0
-    running: int = 0
+    models: _Models = Field(default_factory=list)
+    slots: int = Field(default=0, ge=0, le=MAX_SLOTS)
+    running: int = Field(default=0, ge=0, le=MAX_COUNT)
     engine: EngineState = EngineState.STARTING
-    engine_detail: str = ""
+    engine_detail: str = Field(default="", max_length=MAX_DETAIL_LENGTH)
     broker_ok: bool = True
     state: WorkerState = WorkerState.ACTIVE
     heartbeat_age_ms: int = 0
@@ -235,10 +265,3 @@ class Removed(_Message):
     """How many there were."""
 
     removed: int
-
-
-def _or_value_error(check: Callable[[str], str], value: str) -> str:
-    try:
-        return check(value)
-    except BadMessage as error:
-        raise ValueError(error.message) from error

@@ -67,6 +67,8 @@ def unpack_frames(data: bytes) -> list[Frame]:
                 raise BadMessage(f"a frame field is {type(value).__name__}, not {expected.__name__}")
         if bool(fields[4] & HEAD) != (len(fields) == 8):
             raise BadMessage("a frame carries status and content type exactly with HEAD")
+        if fields[4] & HEAD and not 200 <= fields[6] <= 599:
+            raise BadMessage(f"a frame's status is {fields[6]}; an answer has 200 to 599")
         frames.append(Frame(*fields))
     return frames
 

@@ -28,8 +28,10 @@ MAX_NAME_BYTES = 256
 MAX_REGION_LENGTH = 100
 
 _JOB_ID = re.compile(r"(0|[1-9][0-9]{0,3})-[0-9a-f]{32}")
-_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_INCARNATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\.[0-9a-f]{16}")
+WORKER_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
+INCARNATION_PATTERN = WORKER_ID_PATTERN + r"\.[0-9a-f]{16}"
+_WORKER_ID = re.compile(WORKER_ID_PATTERN)
+_INCARNATION = re.compile(INCARNATION_PATTERN)
 
 
 def new_job_id(shard: int) -> JobId:

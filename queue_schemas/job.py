@@ -98,7 +98,7 @@ class Job:
         version = fields.get("v")
         if version != ENVELOPE_VERSION:
             raise UnsupportedVersion(
-                f"envelope version {version!r}; this build reads version {ENVELOPE_VERSION}: "
+                f"envelope version {repr(version)[:60]}; this build reads version {ENVELOPE_VERSION}: "
                 "upgrade it, or drain the queue first"
             )
         known = {name: _checked(name, fields[name]) for name in _FIELD_TYPES if name in fields}
@@ -152,12 +152,12 @@ def _lane(value: str) -> Lane:
     try:
         return Lane(value)
     except ValueError:
-        raise BadMessage(f"unknown lane {value!r}") from None
+        raise BadMessage(f"unknown lane {value[:60]!r}") from None
 
 
 def _on_loss(value: str) -> str:
     if value not in ("continue", "restart", "fail"):
-        raise BadMessage(f"unknown on_loss {value!r}")
+        raise BadMessage(f"unknown on_loss {value[:60]!r}")
     return value
 
 

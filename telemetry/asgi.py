@@ -253,8 +253,8 @@ def health_routes(
 
 def _check_length(headers: _RawHeaders, limit: int) -> None:
     for name, value in headers:
-        if name == b"content-length" and value.isdigit() and int(value) > limit:
-            raise BodyTooLarge(f"the request's body of {value.decode()} bytes is over the limit of {limit}")
+        if name == b"content-length" and value.isdigit() and (len(value) > 18 or int(value) > limit):
+            raise BodyTooLarge(f"the request's body of {value[:18].decode()} bytes is over the limit of {limit}")
 
 
 def _bounded(receive: Receive, limit: int) -> Receive:

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
-from queue_schemas import BadMessage, check_region, check_worker_id
+from queue_schemas import BadMessage, check_region, check_worker_id, check_worker_url
 from telemetry import CommaList, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]
@@ -94,6 +94,8 @@ class WorkerSettings(RoleSettings):
                 raise ValueError(f"--manager-url {url} must begin with http:// or https://")
         try:
             check_region(self.region)
+            if self.advertise_url:
+                check_worker_url(self.advertise_url)
             if self.worker_id:
                 check_worker_id(self.worker_id)
         except BadMessage as error:

@@ -182,6 +182,8 @@ class EngineConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
+        if self.status > 599:
+            raise ValueError(f"there is no status {self.status}")
         # 1xx: the answer proper follows.
         self._has_head = self.status >= 200
 

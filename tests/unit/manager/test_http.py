@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import httpx
@@ -169,6 +170,53 @@ async def test_metrics_show_the_fleet_and_the_queues(client: httpx.AsyncClient, 
     text = (await client.get("/metrics")).text
     assert "inferq_jobs{" not in text
     assert "inferq_jobs_stopped_total{" not in text
+
+
+ODD_FIELDS: list[dict[str, object]] = [
+    {"url": "file:///etc/passwd"}, {"url": "gopher://127.0.0.1:70/"}, {"url": "http://user:secret@h:1"},
+    {"url": "http://h:1/?x="}, {"url": "http://h:1/#"}, {"url": "http://h:1\r\nx: y"}, {"url": "http://h\\@other:1"},
+    {"url": "http://h:99999"}, {"url": "http://[::1"}, {"url": "http://h:0"}, {"url": "http://"}, {"url": "//h:1"},
+    {"url": "http://h:1/" + "a" * 3_000}, {"url": 5}, {"url": "http://hö:1"}, {"url": ""},
+    {"worker_id": "w\x1b[2J"}, {"worker_id": "w" * 64}, {"worker_id": "../w"}, {"worker_id": None},
+    {"incarnation": "w"}, {"incarnation": "w.0000000000000001\n"}, {"incarnation": ["w"]},
+    {"models": ["m\n"]}, {"models": ["m" * 300]}, {"models": [str(n) for n in range(2_000)]}, {"models": "m"},
+    {"slots": -1}, {"slots": 1e400}, {"slots": "many"}, {"slots": 10**30}, {"running": -1}, {"engine": "warp"},
+    {"engine_detail": "x" * 5_000}, {"version": "x" * 5_000}, {"region": "\x00"}, {"draining": "perhaps"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_FIELDS, ids=lambda odd: ascii(odd)[:40])
+async def test_an_odd_registration_is_refused_by_field(client: httpx.AsyncClient, odd: dict[str, object]) -> None:
+    """URLs that the Manager should not ask, names that are none, numbers and lists out of bounds: 400 that names it,
+    and nobody joins."""
+    body = json.dumps(REGISTRATION | odd)
+    answer = await client.post("/fabric/v1/workers", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"].partition(".")[0] == next(iter(odd))
+    assert len(answer.text) < 1_000
+    assert "secret" not in answer.text
+    assert (await client.get("/fabric/v1/workers")).json()["workers"] == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[", b"null", b"[]", b"\xff", b"{" * 100_000, b"[" * 100_000, b"9" * 10_000, b'{"a":' * 100_000, b"NaN",
+     b'"\\ud800"', b'{"worker_id":"\\ud800","incarnation":"w","slots":1}', "{}".encode("utf-16"), b"\x00" * 100_000],
+)  # fmt: skip
+async def test_what_is_no_registration_is_refused(client: httpx.AsyncClient, body: bytes) -> None:
+    """Bytes that are no JSON object, or too deep a one, are a 400 of a few words."""
+    for path in ("/fabric/v1/workers", "/fabric/v1/workers/w/heartbeat"):
+        answer = await client.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+        assert len(answer.text) < 1_000
+
+
+async def test_a_body_said_to_be_endless_is_refused_unread(client: httpx.AsyncClient) -> None:
+    """A length of thousands of digits is too large, not a fault of ours."""
+    answer = await client.post("/fabric/v1/workers", content=b"{}", headers={"content-length": "9" * 5_000})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
 async def test_the_openapi_document_is_true(client: httpx.AsyncClient) -> None:

@@ -157,6 +157,18 @@ async def test_a_request_is_repeated_only_if_nothing_was_answered_and_only_once(
         assert len(raw.requests) == requests
 
 
+async def test_a_status_that_there_is_not_is_the_engines_failure() -> None:
+    """It does not travel on: a Router could not answer with it, and would drop what came along with it."""
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(PLAIN.replace(b" 200 ", b" 799 "))
+
+    async with engine_that(respond) as (engine, _raw):
+        with pytest.raises(EngineFailed, match="does not speak HTTP"):
+            async with engine.call(CALL):
+                pass
+
+
 @pytest.mark.parametrize("late", [False, True])
 async def test_bytes_behind_an_answer_never_begin_the_next_one(late: bool) -> None:
     """What an engine sends unasked, at once or later, ends the connection instead of answering another client."""

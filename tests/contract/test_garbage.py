@@ -1,0 +1,81 @@
+"""Entries that nobody of ours wrote, put straight into Redis: they are passed over, and everything else goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from broker import Broker
+from queue_schemas import Assignment, Control, ControlKind, Incarnation, Outcome, Settled, WorkerInfo, new_job_id
+from queue_schemas.keys import POOLS, WORKERS, ShardKeys
+from tests.support.queue import MODEL, Puller, make_job
+
+KEYS = ShardKeys(0)
+RUN = Incarnation("w.0000000000000001")
+
+
+async def test_control_messages_that_cannot_be_read_are_passed_over(
+    broker: Broker, worker: Puller, client: Any
+) -> None:
+    """Unknown kinds, aborts of no job or of bytes that are none: the next message is read as ever."""
+    key = KEYS.control(worker.incarnation)
+    for fields in (
+        {"k": b"\xff\xfe"}, {"k": "abort"}, {"k": "abort", "job": b"\xff"}, {"k": "abort", "job": "all"},
+        {"k": "abort", "job": "0-" + "0" * 32, "why": b"\x1b[2J\xff"}, {"\x00": b"\x00"},
+    ):  # fmt: skip
+        assert await client.xadd(key, fields, nomkstream=True)
+    job_id = new_job_id(0)
+    assert await broker.send_control(worker.incarnation, Control(ControlKind.ABORT, job_id, "gone"))
+    told = await worker.told()
+    assert [control.job_id for control in told] == ["0-" + "0" * 32, job_id]
+
+
+async def test_waiting_entries_of_no_job_are_removed(broker: Broker, worker: Puller, client: Any) -> None:
+    """A claim passes over entries whose job does not exist, is none or waits elsewhere, and cleans them up."""
+    first, last = make_job(), make_job()
+    await broker.enqueue(first)
+    queue = KEYS.prefix + (await client.hget(KEYS.job(first.id), "queue")).decode()
+    for value in (new_job_id(0), b"\xff\x00", "", first.id, "x" * 10_000):
+        await client.xadd(queue, {"id": value})
+    await client.xadd(queue, {"what": "is this"})
+    await broker.enqueue(last)
+    assert [lease.job for lease in await worker.claim(10)] == [first, last]
+    assert await client.exists(queue) == 0
+
+
+async def test_an_envelope_that_cannot_be_read_ends_as_a_dead_letter(
+    broker: Broker, worker: Puller, client: Any
+) -> None:
+    """It takes nobody along, and is shown with what is wrong with it."""
+    spoilt, sound = make_job(max_attempts=1), make_job()
+    for job in (spoilt, sound):
+        await broker.enqueue(job)
+    await client.hset(KEYS.job(spoilt.id), "env", b"\xc1garbage")
+    (lease,) = await worker.claim(2)
+    assert lease.job == sound
+    assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+    (letter,) = (await broker.dead_letters.page("", 10)).letters
+    assert letter.job_id == spoilt.id
+    assert "cannot read it" in letter.cause
+    shown = await broker.dead_letters.request(letter.id)
+    assert shown is not None
+    assert "not a valid message" in shown.unreadable
+    assert await broker.depths() == {}
+
+
+async def test_a_registry_with_junk_in_it_is_read_all_the_same(broker: Broker, client: Any) -> None:
+    """Names, records, pools and renewal numbers that cannot be are left out; what is right is there."""
+    known = WorkerInfo(worker_id="w", incarnation=RUN, assignment=Assignment(term=1, version=1))
+    await broker.save_workers([known], [])
+    record = known.model_dump_json()
+    junk = {
+        b"\xff\xfe": record, "a\nb": record, "": record, "w-2": "{", "w-3": "[" * 10_000, "w-4": b"\xff",
+        "w-5": record.replace(RUN, "no run"), "w-6": record.replace('"slots":0', '"slots":-1'),
+    }  # fmt: skip
+    await client.hset(WORKERS, mapping=junk)
+    assert await broker.load_workers() == {"w": known}
+    await broker.remember_pools([MODEL])
+    await client.hset(POOLS, mapping={b"\xff:x": "1", "seen:bad": "soon", "seen:\n": 2**62, "what": 2**62, "seen:": 1})
+    assert await broker.known_pools() == {MODEL: False}
+    await broker.join(RUN)
+    await client.hset(KEYS.beats, mapping={b"\xff": "1", "no run": "1", RUN[:-1] + "2": "many"})
+    assert set(await broker.beats()) == {RUN}
