@@ -21,6 +21,8 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 _CHATTY = ("uvicorn", "uvicorn.error", "aiohttp", "asyncio", "redis", "httpx", "opentelemetry")
 """Libraries whose INFO says what our own lines say better."""
+_TRACEBACKS = ("exception", "stack")
+"""Facts of many lines, which are our own."""
 
 
 def configure_logging(
@@ -95,8 +97,19 @@ def _add_role(role: str) -> Processor:
 
 def _renderers(console: bool, stream: TextIO) -> list[Processor]:
     if console:
-        return [structlog.dev.ConsoleRenderer(timestamp_key="time", colors=stream.isatty())]
+        return [
+            _without_control_characters,
+            structlog.dev.ConsoleRenderer(timestamp_key="time", colors=stream.isatty()),
+        ]
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_to_json)]
+
+
+def _without_control_characters(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """What strangers sent must not reach a terminal as commands to it, nor begin a line of its own."""
+    for name, value in event.items():
+        if isinstance(value, str) and not value.isprintable() and name not in _TRACEBACKS:
+            event[name] = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in value)
+    return event
 
 
 def _to_json(event: EventDict, **_options: Any) -> str:

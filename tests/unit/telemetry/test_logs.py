@@ -97,3 +97,16 @@ def test_console_lines_are_for_people() -> None:
     get_logger("x").info("hello", where="here")
     assert "hello" in stream.getvalue()
     assert "\x1b[" not in stream.getvalue()
+
+
+def test_what_strangers_sent_commands_no_terminal() -> None:
+    """Control characters in facts are spelled out on a console, and escaped in JSON: one event stays one line."""
+    for style in ("console", "json"):
+        stream = io.StringIO()
+        configure_logging("manager", "info", style, stream=stream)  # type: ignore[arg-type]
+        get_logger("manager").info("asked", path="/x\x1b[2J\x9b", error="a\r\nb\u2028c", names=["\x1b]0;"])
+        line, rest = stream.getvalue().split("\n")
+        assert rest == ""
+        assert line.isprintable() or style == "json"
+        assert "\x1b" not in line
+        assert "2J" in line
