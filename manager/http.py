@@ -63,7 +63,7 @@ def _worker_routes(service: ManagerService) -> APIRouter:
     @routes.post(
         "/workers/{worker_id}/heartbeat",
         summary="Tell how a worker is; answers its assignment",
-        responses=error_responses(400, 401, 410, 503),
+        responses=error_responses(400, 401, 410, 413, 503),
     )
     async def heartbeat(worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
         return await service.heartbeat(worker_id, heartbeat)
@@ -84,7 +84,7 @@ def _worker_routes(service: ManagerService) -> APIRouter:
         "/workers/{worker_id}/drain",
         summary="Let a worker finish what it runs, then end",
         status_code=202,
-        responses=error_responses(401, 410, 503),
+        responses=error_responses(400, 401, 410, 503),
     )
     async def drain(worker_id: str) -> WorkerInfo:
         return await service.drain(worker_id)

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from broker import MOST_LETTERS
 from queue_schemas import (
     FABRIC_PREFIX,
     JOIN_TOKEN_HEADER,
     AuthenticationFailed,
+    BadRequest,
     BodyTooLarge,
     BrokerAddress,
     DeadLetterIds,
     DeadLetterList,
     DeadRequest,
+    Heartbeat,
     HeartbeatAnswer,
     ManagerUnavailable,
     PathNotFound,
     PoolDepth,
     PoolList,
+    Registration,
     RegistrationAnswer,
     Removed,
+    WorkerInfo,
     WorkerList,
     check_worker_id,
 )
@@ -39,6 +46,11 @@ from .state import RouterState
 
 MAX_FABRIC_BODY_BYTES = 1024 * 1024
 _WORKERS = f"{FABRIC_PREFIX}/workers"
+_OF_ONE_RUN = {
+    "parameters": [
+        {"name": "incarnation", "in": "query", "required": True, "schema": {"type": "string", "maxLength": 100}}
+    ]
+}
 
 log = get_logger(__name__)
 
@@ -62,11 +74,15 @@ def build_pages(state: RouterState) -> FastAPI:
 def _models(state: RouterState) -> APIRouter:
     routes = APIRouter(tags=["models"], dependencies=[Depends(_client(state))])
 
-    @routes.get("/v1/models", summary="All models: served now, declared, or remembered for a day")
+    @routes.get(
+        "/v1/models",
+        summary="All models: served now, declared, or remembered for a day",
+        responses=error_responses(401),
+    )
     async def models() -> JSONResponse:
         return JSONResponse(model_list(state.link.directory))
 
-    @routes.get("/v1/models/{model:path}", summary="One model")
+    @routes.get("/v1/models/{model:path}", summary="One model", responses=error_responses(401, 404))
     async def model(model: str) -> JSONResponse:
         directory = state.link.directory
         if model not in directory.pools:
@@ -80,11 +96,19 @@ def _models(state: RouterState) -> APIRouter:
 def _pools(state: RouterState) -> APIRouter:
     routes = APIRouter(tags=["fabric"], dependencies=[Depends(_operator(state))])
 
-    @routes.get(f"{FABRIC_PREFIX}/pools", summary="Queue depth, age, workers and slots of every model")
+    @routes.get(
+        f"{FABRIC_PREFIX}/pools",
+        summary="Queue depth, age, workers and slots of every model",
+        responses=error_responses(401, 503),
+    )
     async def pools() -> PoolList:
         return pool_list(state.link.directory, await state.link.ready_queue().depths())
 
-    @routes.get(f"{FABRIC_PREFIX}/pools/{{model:path}}", summary="The same of one model, for autoscalers")
+    @routes.get(
+        f"{FABRIC_PREFIX}/pools/{{model:path}}",
+        summary="The same of one model, for autoscalers",
+        responses=error_responses(401, 404, 503),
+    )
     async def pool(model: str) -> PoolDepth:
         depths = await state.link.ready_queue().depths()
         known = {pool: lanes for pool, lanes in depths.items() if pool == model}
@@ -106,14 +130,18 @@ def _dead(state: RouterState) -> APIRouter:
     ) -> DeadLetterList:
         return await state.link.ready_queue().dead_letters.page(after, limit)
 
-    @routes.get(one + "/{letter_id}", summary="One of them, with its request", responses=error_responses(400, 401, 404))
+    @routes.get(
+        one + "/{letter_id}",
+        summary="One of them, with its request",
+        responses=error_responses(400, 401, 404, 503),
+    )
     async def letter(letter_id: str) -> DeadRequest:
         found = await state.link.ready_queue().dead_letters.request(letter_id)
         if found is None:
             raise PathNotFound(f"there is no dead letter {letter_id!r} any more")
         return found
 
-    @routes.post(one + "/purge", summary="Remove some", responses=error_responses(400, 401, 503))
+    @routes.post(one + "/purge", summary="Remove some", responses=error_responses(400, 401, 413, 503))
     async def purge(letters: DeadLetterIds) -> Removed:
         return Removed(removed=await state.link.ready_queue().dead_letters.forget(letters.ids))
 
@@ -126,24 +154,45 @@ def _manager(state: RouterState) -> APIRouter:
     routes = APIRouter(tags=["manager"])
     held = Held(lambda: state.draining or state.leaving)
 
-    @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList)
+    @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList, responses=error_responses(401, 503))
     async def workers(request: Request) -> Response:
         return await _pass_on(state, request, _WORKERS, _listing_token(state, request))
 
-    @routes.post(_WORKERS, summary="A worker joins", response_model=RegistrationAnswer)
+    @routes.post(
+        _WORKERS,
+        summary="A worker joins",
+        response_model=RegistrationAnswer,
+        responses=error_responses(400, 401, 409, 413, 503),
+        openapi_extra=_takes(Registration),
+    )
     async def register(request: Request) -> Response:
         return await _forward(state, request, _WORKERS)
 
-    @routes.post(_WORKERS + "/{worker_id}/heartbeat", summary="A worker reports", response_model=HeartbeatAnswer)
+    @routes.post(
+        _WORKERS + "/{worker_id}/heartbeat",
+        summary="A worker reports",
+        response_model=HeartbeatAnswer,
+        responses=error_responses(400, 401, 410, 413, 503),
+        openapi_extra=_takes(Heartbeat),
+    )
     async def heartbeat(worker_id: str, request: Request) -> Response:
         return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/heartbeat")
 
-    @routes.post(_WORKERS + "/{worker_id}/drain", summary="A worker takes no more work, and ends", status_code=202)
+    @routes.post(
+        _WORKERS + "/{worker_id}/drain",
+        summary="A worker takes no more work, and ends",
+        status_code=202,
+        response_model=WorkerInfo,
+        responses=error_responses(400, 401, 410, 503),
+    )
     async def drain(worker_id: str, request: Request) -> Response:
         return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/drain")
 
     @routes.get(
-        _WORKERS + "/{worker_id}/presence", summary="Held open by a worker while it lives", response_class=Response
+        _WORKERS + "/{worker_id}/presence",
+        summary="Held open by a worker while it lives",
+        response_class=Response,
+        responses=error_responses(400, 401, 429, 503),
     )
     async def presence(worker_id: str, incarnation: str, request: Request) -> Response:
         token = request.headers.get(JOIN_TOKEN_HEADER, "")
@@ -153,19 +202,45 @@ def _manager(state: RouterState) -> APIRouter:
         call, manager = FabricCall("POST", path, query, token, b"", request.state.request_id), _manager_of(state)
         return held.answer(lambda: _doubt(manager, call))
 
-    @routes.post(_WORKERS + "/{worker_id}/doubt", summary="Its connection broke: is a worker dead?", status_code=202)
+    @routes.post(
+        _WORKERS + "/{worker_id}/doubt",
+        summary="Its connection broke: is a worker dead?",
+        status_code=202,
+        response_class=Response,
+        responses=error_responses(400, 401, 503),
+        openapi_extra=_OF_ONE_RUN,
+    )
     async def doubt(worker_id: str, request: Request) -> Response:
         return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/doubt")
 
-    @routes.delete(_WORKERS + "/{worker_id}", summary="A worker leaves", status_code=204)
+    @routes.delete(
+        _WORKERS + "/{worker_id}",
+        summary="A worker leaves",
+        status_code=204,
+        response_class=Response,
+        responses=error_responses(400, 401, 410, 503),
+        openapi_extra=_OF_ONE_RUN,
+    )
     async def deregister(worker_id: str, request: Request) -> Response:
         return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}")
 
-    @routes.get(f"{FABRIC_PREFIX}/broker", summary="Where the queue is", response_model=BrokerAddress)
+    @routes.get(
+        f"{FABRIC_PREFIX}/broker",
+        summary="Where the queue is",
+        response_model=BrokerAddress,
+        responses=error_responses(401, 503),
+    )
     async def broker(request: Request) -> Response:
         return await _forward(state, request, f"{FABRIC_PREFIX}/broker")
 
     return routes
+
+
+def _takes(message: type[BaseModel]) -> dict[str, Any]:
+    """What the document says of a body that is passed on unread. What it refers to is there for other messages."""
+    schema = message.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 async def _doubt(manager: ManagerPort, call: FabricCall) -> None:
@@ -205,10 +280,15 @@ def _listing_token(state: RouterState, request: Request) -> str:
 async def _pass_on(state: RouterState, request: Request, path: str, token: str) -> Response:
     manager = _manager_of(state)
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_FABRIC_BODY_BYTES:
-            raise BodyTooLarge(f"the body has more than {MAX_FABRIC_BODY_BYTES} bytes, which no worker's message has")
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_FABRIC_BODY_BYTES:
+                raise BodyTooLarge(
+                    f"the body has more than {MAX_FABRIC_BODY_BYTES} bytes: no worker's message has so many"
+                )
+    except ClientDisconnect:
+        raise BadRequest("the body broke off before its end") from None
     answer = await manager.forward(
         FabricCall(request.method, path, request.url.query, token, body, request.state.request_id)
     )

@@ -140,6 +140,17 @@ async def test_worker_calls_are_passed_on_unchanged() -> None:
     assert strange.status == 400
 
 
+async def test_a_worker_call_that_breaks_off_is_no_fault_of_ours() -> None:
+    """Whoever leaves in the middle of a body fills no log with tracebacks, and the Manager hears nothing."""
+    manager = FakeManager()
+    async with router(FakeQueue("m"), manager) as app:
+        client = Client(app)
+        client.gone.set()
+        answer = await client.begin("POST", "/fabric/v1/workers", [b'{"worker'], unfinished=True).done()
+    assert (answer.status, answer.error["code"]) == (400, "invalid_request")
+    assert manager.asked == []
+
+
 async def test_without_a_manager_worker_calls_are_refused_clearly() -> None:
     """No Manager configured, or none that answers, is 503 manager_unavailable."""
     for manager in (None, FakeManager(down=True)):
