@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .errors import BadMessage
 from .ids import JobId, shard_of_job
 
 

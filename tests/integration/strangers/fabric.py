@@ -1,0 +1,97 @@
+"""A Manager and a Router on real ports in one thread, over a queue in memory, for clients that know no asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import fakeredis
+
+from broker import Broker
+from manager import ManagerService, ManagerSettings, create_app
+from manager.probe import HttpWorkerProbe
+from queue_schemas import Pool
+from router import RouterSettings, build_router
+from telemetry.server import run_server
+from tests.support.processes import free_port
+from tests.support.waiting import eventually
+
+MODEL = Pool("sim/tiny:v1")
+LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fabric:
+    """Where the two listen."""
+
+    manager_url: str
+    router_url: str
+
+
+@contextmanager
+def running_fabric(join_token: str = "") -> Iterator[Fabric]:
+    """Both, ready, until the block ends; a fault of theirs is raised here."""
+    ports = free_port(), free_port()
+    fabric = Fabric(*(f"http://127.0.0.1:{port}" for port in ports))
+    ready, ended = threading.Event(), threading.Event()
+    loops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+    faults: list[BaseException] = []
+
+    def live() -> None:
+        async def serve() -> None:
+            stop = asyncio.Event()
+            loops.append((asyncio.get_running_loop(), stop))
+            await _serve(*ports, join_token, stop, ready)
+
+        try:
+            asyncio.run(serve())
+        except BaseException as fault:  # noqa: BLE001 - raised where the test can see it
+            faults.append(fault)
+        finally:
+            ready.set()
+            ended.set()
+
+    threading.Thread(target=live, name="fabric", daemon=True).start()
+    assert ready.wait(LIMIT_S), "the fabric is not ready"
+    try:
+        if not faults:
+            yield fabric
+    finally:
+        for loop, stop in loops:
+            if not ended.is_set():
+                loop.call_soon_threadsafe(stop.set)
+        assert ended.wait(LIMIT_S), "the fabric does not end"
+        if faults:
+            raise faults[0]
+
+
+async def _serve(
+    manager_port: int, router_port: int, join_token: str, stop: asyncio.Event, ready: threading.Event
+) -> None:
+    server = fakeredis.FakeServer()
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Broker]:
+        yield Broker.over(fakeredis.FakeAsyncRedis(server=server, protocol=2), retry_limit_ms=2_000)
+
+    async def open_queue() -> Broker:
+        return Broker.over(fakeredis.FakeAsyncRedis(server=server, protocol=2), retry_limit_ms=2_000)
+
+    settings = ManagerSettings(join_token=join_token, ping_ms=50, probe_timeout_ms=50)
+    async with HttpWorkerProbe(settings.probe_limit_s) as probe:
+        service = ManagerService(settings, opened, probe, broker_url="redis://nowhere")
+        router = build_router(
+            RouterSettings(
+                manager_url=f"http://127.0.0.1:{manager_port}", join_token=join_token, pools=[MODEL], sweep_ms=20
+            ),
+            open_queue=open_queue,
+        )
+        async with router.running(), asyncio.TaskGroup() as tasks:
+            tasks.create_task(service.run(stop))
+            for app, port in ((create_app(service), manager_port), (router, router_port)):
+                tasks.create_task(run_server(app, port=port, stop=stop, shutdown_limit_s=1))
+            await eventually(lambda: service.acting and not router.state.reasons(), "both are ready", limit_s=LIMIT_S)
+            ready.set()
