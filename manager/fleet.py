@@ -70,6 +70,7 @@ class Fleet:
         self._check_at = clock() + SNAPSHOT_CHECK_S
         self._pools_due: dict[str, float] = {}
         self._doubted: set[Incarnation] = set()
+        self._meeting = asyncio.Lock()
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self) -> None:
@@ -209,23 +210,27 @@ class Fleet:
 
     # Doubt
 
+    async def meet(self) -> None:
+        """Verify the URLs that are to be looked at now. A worker that dies before its URL was verified once is missed
+        by its lease only: so newcomers are not left to the next sweep."""
+        async with self._meeting, asyncio.TaskGroup() as tasks:
+            for member in self.registry.to_look_at(self._clock(), LOOKS_AT_ONCE):
+                tasks.create_task(self._verify(member))
+
     async def _look_around(self) -> None:
         """Verify new URLs, and bury those of the silent whose death is certain."""
+        await self.meet()
         now = self._clock()
-        fresh = self.registry.to_look_at(now, LOOKS_AT_ONCE)
         silent_s = 2 * self._settings.heartbeat_ms / 1000
         doubted = self.registry.to_doubt(now, silent_s, LOOKS_AT_ONCE)
-        if not fresh and not doubted:
-            return
         async with asyncio.TaskGroup() as tasks:
-            for member in fresh:
-                tasks.create_task(self._verify(member))
             for member in doubted:
                 tasks.create_task(self._doubt(member))
 
     async def _verify(self, member: Member) -> None:
         door = await self._deaths.look(member)
         self.registry.looked(member.incarnation, door, self._clock())
+        self.changed.set()
         if door.note and door.note != member.url_note:
             log.warning("worker_url", worker=member.worker_id, note=door.note)
 

@@ -20,7 +20,7 @@ from queue_schemas import (
 )
 from queue_schemas.ids import check_incarnation
 from telemetry.asgi import error_responses, health_routes, prepare_app, require_join_token
-from telemetry.held import Held
+from telemetry.held import WORKERS_PRESENT, Held
 
 from .office import ManagerService
 
@@ -50,6 +50,7 @@ def create_app(service: ManagerService) -> FastAPI:
 def _worker_routes(service: ManagerService) -> APIRouter:
     token = service.settings.join_token.get_secret_value()
     held = Held(lambda: service.stopping or not service.acting)
+    service.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
     routes = APIRouter(tags=["workers"], dependencies=[Depends(require_join_token(token))])
 
     @routes.post("/workers", summary="Register, or register again", responses=error_responses(400, 401, 409, 413, 503))

@@ -83,6 +83,7 @@ class ManagerService:
         self.stopping = False
         """Whether it was told to end."""
         self._changed = asyncio.Event()
+        self._newcomers = asyncio.Event()
         self._problem = "the queue's Redis has not been reached yet"
         self.metrics.registry.watch_round_trips(lambda: self._queue.round_trips if self._queue else 0)
 
@@ -104,6 +105,7 @@ class ManagerService:
                     loops = [
                         tasks.create_task(self._hold_office(queue), name="manager: acting lease"),
                         tasks.create_task(self._sweep(), name="manager: sweep"),
+                        tasks.create_task(self._meet(), name="manager: newcomers"),
                         tasks.create_task(self._save(), name="manager: snapshot"),
                     ]
                     await stop.wait()
@@ -163,6 +165,7 @@ class ManagerService:
             # A snapshot of a version that we cannot read: the next heartbeats tell all that is in it.
             log.warning("registry_snapshot_unreadable", error=str(error))
         self._fleet = fleet
+        self._newcomers.set()
         self._problem = ""
         self.metrics.acting.set(1)
         log.info("acting", term=term, workers=len(fleet.registry.members()))
@@ -202,6 +205,15 @@ class ManagerService:
             except InferqError as error:
                 self._trouble("sweep_failed", error)
 
+    async def _meet(self) -> None:
+        """Look at newcomers as they come."""
+        while True:
+            await self._newcomers.wait()
+            self._newcomers.clear()
+            fleet = self._acting()
+            if fleet is not None:
+                await fleet.meet()
+
     def _trouble(self, event: str, error: InferqError) -> None:
         """Note what is wrong; of an outage the first line says all, so the following ones are for debugging."""
         (log.warning if not self._problem else log.debug)(event, error=error.message)
@@ -239,6 +251,7 @@ class ManagerService:
         """A worker joins, or joins again. Raises ``WorkerIdTaken``."""
         fleet = self._in_office()
         member = await fleet.register(registration)
+        self._newcomers.set()
         if self._in_office() is not fleet:
             raise ManagerUnavailable("the acting Manager changed meanwhile: register again", retry_after_s=1)
         return RegistrationAnswer(

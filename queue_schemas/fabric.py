@@ -166,6 +166,10 @@ class WorkerInfo(_Message):
     incarnation: _Run
     url: str | None = None
     url_note: str = Field(default="", description="what is wrong with the URL, if the Manager tried it")
+    url_verified: bool = Field(
+        default=False,
+        description="whether this very worker answered there: only then can its death be certain before its lease ends",
+    )
     version: str = ""
     region: str = ""
     models: _Models = Field(default_factory=list)

@@ -38,7 +38,7 @@ from queue_schemas import (
 from queue_schemas.ids import check_incarnation
 from telemetry import get_logger
 from telemetry.asgi import check_join_token, error_responses, health_routes, prepare_app, require_join_token
-from telemetry.held import Held
+from telemetry.held import WORKERS_PRESENT, Held
 
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
 from .ports import FabricCall, ManagerPort
@@ -153,6 +153,7 @@ def _manager(state: RouterState) -> APIRouter:
     Manager's is not, and a Manager that only this machine reaches may have no token to ask for."""
     routes = APIRouter(tags=["manager"])
     held = Held(lambda: state.draining or state.leaving)
+    state.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
 
     @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList, responses=error_responses(401, 503))
     async def workers(request: Request) -> Response:

@@ -17,6 +17,7 @@ BEAT_S = 15.0
 """How often a byte is sent, so that nothing between the two ends takes the connection for idle."""
 LOOK_S = 0.25
 """How soon the end of the server is noticed."""
+WORKERS_PRESENT = "Connections that workers hold open here: one that breaks is looked into at once"
 _MOST = 10_000
 
 

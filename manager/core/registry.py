@@ -69,6 +69,7 @@ class Member:
             incarnation=status.incarnation,
             url=self.url,
             url_note=self.url_note,
+            url_verified=self.verified,
             version=self.version,
             region=self.region,
             models=status.models,

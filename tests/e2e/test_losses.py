@@ -163,6 +163,7 @@ async def test_a_killed_worker_is_missed_at_once(tmp_path: Path, own_valkey: Ser
     async with Fleet(tmp_path, own_valkey, manager=usual) as fleet:
         await fleet.up(workers=2, sim_tokens_per_s=4)
         victim = fleet.workers[0]
+        await eventually(partial(_certainly_missed, fleet, 2), "both are known at their URLs and hold connections")
         body = {"model": "sim", "messages": [{"role": "user", "content": "one two three four five six"}]}
         asked = [asyncio.create_task(_chat(fleet, body)) for _ in range(6)]
         await eventually(partial(_busy, victim), "it runs some")
@@ -171,6 +172,13 @@ async def test_a_killed_worker_is_missed_at_once(tmp_path: Path, own_valkey: Ser
         await eventually(partial(requeued, fleet), "its jobs wait again", limit_s=15, every_s=0.01)
         assert time.monotonic() - begin < 2 * usual["heartbeat_ms"] / 1000
         assert {status for status, _ in await asyncio.gather(*asked)} == {200}
+
+
+async def _certainly_missed(fleet: Fleet, workers: int) -> bool:
+    """Whether the death of each of so many workers would be certain at once."""
+    known = (await fleet.router.page("/fabric/v1/workers"))["workers"]
+    present = f"inferq_workers_present {workers:.1f}" in await fleet.router.metrics()
+    return present and sum(worker["url_verified"] for worker in known) == workers
 
 
 async def test_a_hung_worker_loses_its_lease(fleet: Fleet) -> None:

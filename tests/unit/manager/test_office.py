@@ -350,3 +350,17 @@ async def test_a_cancelled_manager_resigns() -> None:
         await life
     assert queue.holder == ""
     assert not service.acting
+
+
+async def test_a_newcomer_is_looked_at_at_once() -> None:
+    """Not at the next sweep: until its URL was verified once, its death would be missed by its lease only."""
+    probe = FakeProbe({URL: Door(DoorState.SAME)})
+    service = _service(FakeQueue(), probe, lease_ms=20_000, sweep_ms=5_000)
+    async with _running(service):
+        await service.register(_registration())
+        await eventually(lambda: probe.looks, "it is looked at", limit_s=3)
+
+        async def verified() -> bool:
+            return (await service.list_workers()).workers[0].url_verified
+
+        await eventually(verified, "it is known there", limit_s=3)
