@@ -1,0 +1,312 @@
+"""Two versions of the fabric on one server, as in a rolling upgrade: whoever enqueues, runs or takes back a job may be
+of the one or of the other.
+
+The previous version is its own scripts, kept word for word in ``tests/golden/previous_scripts.json.xz`` (by name, with
+``_shared``), called with the arguments that its roles gave them. When a release is made, they are replaced by that
+release's, and :class:`Previous` with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import lzma
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from broker import Broker
+from queue_schemas import (
+    LANES,
+    ControlKind,
+    Frame,
+    Incarnation,
+    Job,
+    Lease,
+    Marker,
+    MarkerKind,
+    Outcome,
+    parse_control,
+)
+from queue_schemas.ids import encode_name
+from queue_schemas.keys import MANAGER, ShardKeys
+from tests.support.queue import MODEL, Backend, Puller, answer_frame, make_job
+
+from .conftest import Listener
+
+KEYS = ShardKeys(0)
+GOLDEN = Path(__file__).parents[1] / "golden" / "previous_scripts.json.xz"
+_ATTEMPTS = itertools.count(1)
+
+
+class Version(Protocol):
+    """What one version's roles do to a queue. A worker's incarnation belongs to the version that it runs."""
+
+    async def join(self, worker: Incarnation) -> None: ...
+    async def enqueue(self, job: Job) -> str: ...
+    async def cancel(self, job: Job) -> str: ...
+    async def claim(self, worker: Incarnation) -> list[Lease]: ...
+    async def renew(self, worker: Incarnation) -> bool: ...
+    async def settle(self, lease: Lease) -> str: ...
+    async def release(self, lease: Lease, *, counted: bool) -> str: ...
+    async def reclaim(self, worker: Incarnation) -> int: ...
+    async def expire(self) -> int: ...
+    async def act(self, manager: str) -> int: ...
+
+
+class Present:
+    """This version."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._pullers: dict[Incarnation, Puller] = {}
+
+    async def join(self, worker: Incarnation) -> None:
+        self._pullers[worker] = await Puller(self._broker, worker).join()
+
+    async def enqueue(self, job: Job) -> str:
+        return await self._broker.enqueue(job)
+
+    async def cancel(self, job: Job) -> str:
+        return str(await self._broker.cancel(job.id, "the client left"))
+
+    async def claim(self, worker: Incarnation) -> list[Lease]:
+        return await self._pullers[worker].claim(1)
+
+    async def renew(self, worker: Incarnation) -> bool:
+        await self._broker.renew(worker)
+        return True
+
+    async def settle(self, lease: Lease) -> str:
+        return await self._broker.settle(lease, Outcome.DONE, answer_frame(lease))
+
+    async def release(self, lease: Lease, *, counted: bool) -> str:
+        return await self._broker.release(lease, "it drains", counted=counted)
+
+    async def reclaim(self, worker: Incarnation) -> int:
+        taken = await self._broker.reclaim(worker)
+        return taken.requeued + taken.lost
+
+    async def expire(self) -> int:
+        return (await self._broker.expire()).expired
+
+    async def act(self, manager: str) -> int:
+        return await self._broker.act_as_manager(manager, 50) or 0
+
+
+class Previous:
+    """The version before, called as its roles did."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        texts = json.loads(lzma.decompress(GOLDEN.read_bytes()))
+        shared = texts.pop("_shared")
+        self._scripts = {
+            name: text if name == "act_as_manager" else f"{shared}\n{text}" for name, text in texts.items()
+        }
+        self._claims: dict[Incarnation, tuple[int, int]] = {}
+
+    async def _run(self, name: str, *args: Any, key: str = KEYS.budget) -> Any:
+        given = args if name == "act_as_manager" else (KEYS.prefix, *args)
+        return await self._client.eval(self._scripts[name], 1, key, *given)
+
+    async def join(self, worker: Incarnation) -> None:
+        self._claims[worker] = (0, 0)
+        await self._run("join", worker)
+
+    async def enqueue(self, job: Job) -> str:
+        (answer,) = await self._run(
+            "enqueue", 100, 1 << 30, 100, 1 << 30,
+            job.id, job.pack(), encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
+            job.reply_to, int(job.stored), job.ttl_ms, job.max_attempts, encode_name(job.region), job.patience_ms,
+        )  # fmt: skip
+        return str(answer.decode())
+
+    async def cancel(self, job: Job) -> str:
+        return str((await self._run("cancel", job.id, "the client left")).decode())
+
+    async def claim(self, worker: Incarnation) -> list[Lease]:
+        seq, turn = self._claims[worker]
+        base = f"previous{next(_ATTEMPTS)}"
+        lanes = ",".join(LANES)
+        reply = await self._run("claim", worker, seq + 1, turn, 1, base, 30_000, "", encode_name(MODEL), lanes)
+        assert reply[0] == b"ok"
+        leases = [
+            Lease(Job.unpack(envelope), epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms)
+            for _, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms in reply[2:]
+        ]
+        self._claims[worker] = (seq + 1, turn + len(leases))
+        return leases
+
+    async def renew(self, worker: Incarnation) -> bool:
+        return int(await self._run("renew", worker, "0")) > 0
+
+    async def settle(self, lease: Lease) -> str:
+        attempt = (lease.job.id, lease.epoch, lease.attempt_id)
+        (answer,) = await self._run("settle", *attempt, "done", answer_frame(lease))
+        return str(answer.decode())
+
+    async def release(self, lease: Lease, *, counted: bool) -> str:
+        attempt = (lease.job.id, lease.epoch, lease.attempt_id)
+        (answer,) = await self._run("release", *attempt, int(counted), "it drains")
+        return str(answer.decode())
+
+    async def reclaim(self, worker: Incarnation) -> int:
+        requeued, _, _, left = await self._run("reclaim", worker, 1, 256, "its worker is dead")
+        assert left == 0
+        return int(requeued)
+
+    async def expire(self) -> int:
+        expired, _ = await self._run("expire", 256)
+        return int(expired)
+
+    async def act(self, manager: str) -> int:
+        return int(await self._run("act_as_manager", manager, 50, key=MANAGER))
+
+
+ROLES = ("router", "worker", "manager")
+MIXED = [
+    pytest.param(*who, id="-".join(f"{version}_{role}" for version, role in zip(who, ROLES, strict=True)))
+    for who in itertools.product(("old", "new"), repeat=3)
+    if len(set(who)) > 1
+]
+
+
+class Fabric:
+    """Routers, workers and Managers of two versions on one server."""
+
+    def __init__(self, versions: dict[str, Version], listener: Listener, client: Any) -> None:
+        self.versions = versions
+        self.listener = listener
+        self.client = client
+        self._number = itertools.count(1)
+
+    async def worker(self, version: str) -> Incarnation:
+        """A worker of that version, joined."""
+        worker = Incarnation(f"{version}.{next(self._number):016x}")
+        await self.versions[version].join(worker)
+        return worker
+
+    def job(self, **fields: Any) -> Job:
+        return make_job(reply_to=self.listener.router, **fields)
+
+    async def answered(self, job: Job) -> None:
+        """The job's answer has come, once, and nothing else."""
+        (frame,) = await self.listener.news()
+        assert isinstance(frame, Frame)
+        assert (frame.job_id, frame.data) == (job.id, b"answer")
+
+    async def is_empty(self) -> None:
+        """Nothing waits or runs, nothing is owed."""
+        for key in (KEYS.budget, KEYS.depth, KEYS.deadlines):
+            assert not await self.client.exists(key), key
+        for pattern in ("q:*", "retry:*", "suspects:*", "leases:*", "active:*"):
+            assert await self.client.keys(KEYS.prefix.replace("{", "[{]") + pattern) == []
+
+
+@pytest.fixture
+async def fabric(backend: Backend, broker: Broker, listener: Listener, client: Any) -> Fabric:
+    """Both versions on the empty server."""
+    return Fabric({"old": Previous(client), "new": Present(broker)}, listener, client)
+
+
+@pytest.mark.parametrize(("router", "worker", "manager"), MIXED)
+async def test_a_job_is_served_lost_handed_back_and_ended_by_any_mix(
+    fabric: Fabric, router: str, worker: str, manager: str
+) -> None:
+    """Enqueued by the one, run by the other, taken back by either: one answer, late calls fenced, nothing left over."""
+    routers, workers, managers = (fabric.versions[version] for version in (router, worker, manager))
+    other = "old" if worker == "new" else "new"
+    first, second = await fabric.worker(worker), await fabric.worker(other)
+
+    served = fabric.job()
+    assert await workers.claim(first) == []
+    assert await routers.enqueue(served) == "queued"
+    assert await routers.enqueue(served) == "queued"
+    said = [fields for _, fields in await fabric.client.xrange(KEYS.control(first)) if fields[b"k"] != b"hello"]
+    told = [parse_control(fields).kind for fields in said]
+    assert told == [ControlKind.WAKE]
+    (lease,) = await workers.claim(first)
+    assert (lease.job, lease.epoch, lease.attempt) == (served, 1, 1)
+    assert await workers.settle(lease) == "ok"
+    assert await workers.settle(lease) == "duplicate"
+    await fabric.answered(served)
+
+    lost = fabric.job()
+    await routers.enqueue(lost)
+    (late,) = await workers.claim(first)
+    assert await managers.reclaim(first) == 1
+    assert await managers.reclaim(first) == 0
+    marker = await fabric.listener.marker()
+    assert (marker.kind, marker.job_id, marker.epoch) == (MarkerKind.REQUEUED, lost.id, 2)
+    (again,) = await fabric.versions[other].claim(second)
+    assert (again.job, again.epoch, again.attempt) == (lost, 2, 2)
+    assert await workers.settle(late) == "fenced"
+    assert await fabric.versions[other].settle(again) == "ok"
+    await fabric.answered(lost)
+
+    third = await fabric.worker(worker)
+    numbers = []
+    for _ in range(2):
+        assert await workers.renew(third)
+        numbers.append(int(await fabric.client.hget(KEYS.beats, third)))
+    assert numbers[1] > numbers[0]
+    back = fabric.job()
+    await routers.enqueue(back)
+    (held,) = await fabric.versions[other].claim(second)
+    assert await fabric.versions[other].release(held, counted=False) == "ok"
+    assert (await fabric.listener.marker()).kind is MarkerKind.REQUEUED
+    (taken,) = await workers.claim(third)
+    assert (taken.epoch, taken.attempt) == (2, 1)
+    assert await workers.settle(taken) == "ok"
+    await fabric.answered(back)
+
+    waiting, running, brief = fabric.job(), fabric.job(), fabric.job(ttl_ms=30)
+    await routers.enqueue(running)
+    (aborted,) = await workers.claim(third)
+    await routers.enqueue(waiting)
+    assert await routers.cancel(waiting) == "queued"
+    assert await routers.cancel(running) == "leased"
+    assert await workers.settle(aborted) in ("fenced", "gone")
+    await routers.enqueue(brief)
+    await asyncio.sleep(0.05)
+    assert await managers.expire() == 1
+    kinds = [news.kind for news in await fabric.listener.news() if isinstance(news, Marker)]
+    assert kinds == [MarkerKind.CANCELLED, MarkerKind.CANCELLED, MarkerKind.EXPIRED]
+    await fabric.is_empty()
+
+
+@pytest.mark.parametrize("manager", ["old", "new"])
+async def test_a_stream_of_a_new_router_survives_the_loss_of_an_old_worker(fabric: Fabric, manager: str) -> None:
+    """What the previous version does not know of, going on behind a text, is begun anew or waits for its Router: it is
+    not lost, and not run with what was delivered unaccounted for."""
+    new, old = fabric.versions["new"], fabric.versions["old"]
+    victim, other = await fabric.worker("old"), await fabric.worker("new")
+    job = fabric.job(stream=True, on_loss="continue")
+    await new.enqueue(job)
+    await old.claim(victim)
+    assert await fabric.versions[manager].reclaim(victim) == 1
+    marker = await fabric.listener.marker()
+    assert marker.epoch == 2
+    if manager == "new":
+        assert marker.kind is MarkerKind.LOST
+        assert await new.claim(other) == []
+    else:
+        assert marker.kind is MarkerKind.REQUEUED
+        (lease,) = await new.claim(other)
+        assert await new.settle(lease) == "ok"
+        await fabric.is_empty()
+
+
+async def test_managers_of_two_versions_take_turns(fabric: Fabric) -> None:
+    """One acts, the term rises with each change, and neither is kept out for longer than the other's lease."""
+    old, new = fabric.versions["old"], fabric.versions["new"]
+    assert await old.act("before") == 1
+    assert await new.act("after") == 0
+    await asyncio.sleep(0.06)
+    assert await new.act("after") == 2
+    assert await old.act("before") == 0
+    await asyncio.sleep(0.06)
+    assert await old.act("before") == 3
