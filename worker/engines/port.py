@@ -71,6 +71,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def failures(self) -> int:
+        """How often in a row it failed, without being well for a while between. 0: nothing to worry about."""
+        ...
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The model ids it lists, adapters included. Empty until it was READY once."""
         ...

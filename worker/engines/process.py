@@ -32,7 +32,8 @@ _REFRESH_S = 5.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 _STEADY_S = 60.0
-"""An engine that was ready for so long has earned a quick restart."""
+"""An engine that was ready for so long has earned a quick restart. The time that it takes to load does not count: one
+that crashes at its first request every time would never be restarted any slower."""
 _TOLD_LINES = 12
 
 log = get_logger(__name__)
@@ -50,7 +51,8 @@ class ProcessEngine:
     """Supervises one engine process. ``launch(port)`` gives the command for a port, anew for each start.
 
     ``ready_limit_s`` bounds a start: an engine that is not ready by then is FAILED, ended and started again, as is one
-    that exits; the pause before doubles from 1 s to 60 s. ``log_file`` gets the process's output.
+    that exits; the pause before doubles from 1 s to 60 s while it fails again and again, which ``detail`` says.
+    ``log_file`` gets the process's output.
     """
 
     def __init__(
@@ -68,13 +70,15 @@ class ProcessEngine:
         self.detail = f"{name} has not been started yet"
         self.models: tuple[str, ...] = ()
         self.port = 0
+        self.failures = 0
         self.log = LogTail(log_file)
         self._launch = launch
         self._ready_limit_s = ready_limit_s
         self._stop_limit_s = stop_limit_s
         self._restarted = restarted
         self._process: Process | None = None
-        self._was_ready = False
+        self._ready_at: float | None = None
+        self._last_failure = ""
         self._http = HttpEngine(f"http://{HOST}:0")
         self._changed: Callable[[], None] = lambda: None
 
@@ -88,19 +92,33 @@ class ProcessEngine:
         """Keep one process running until cancelled."""
         self._changed = changed
         pause = _FIRST_PAUSE_S
-        loop = asyncio.get_running_loop()
         while True:
-            began = loop.time()
             try:
                 await self._live()
             except EngineFailed as error:
-                lasted = loop.time() - began
-                pause = _FIRST_PAUSE_S if lasted > _STEADY_S and self._was_ready else pause
-                self._become(EngineState.FAILED, f"{error.message}; starting it again in {pause:.0f} s")
-                log.error("engine_failed", engine=self.name, error=error.message, restart_in_s=pause)
+                self._note_steadiness()
+                self.failures += 1
+                self._last_failure = error.message
+                pause = min(_FIRST_PAUSE_S * 2 ** min(self.failures - 1, 16), _LONGEST_PAUSE_S)
+                again = f"starting it again in {pause:.0f} s{self._in_a_row()}"
+                self._become(EngineState.FAILED, f"{error.message}; {again}")
+                log.error(
+                    "engine_failed",
+                    engine=self.name,
+                    error=error.message,
+                    restart_in_s=pause,
+                    failures_in_a_row=self.failures,
+                )
             await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE_S)
             self._restarted()
+
+    def _note_steadiness(self) -> None:
+        """An engine that has been ready for long has its failures behind it."""
+        if self._ready_at is not None and asyncio.get_running_loop().time() - self._ready_at > _STEADY_S:
+            self.failures = 0
+
+    def _in_a_row(self) -> str:
+        return f" (it failed {self.failures} times in a row)" if self.failures > 1 else ""
 
     def call(self, call: EngineCall) -> AbstractAsyncContextManager[EngineAnswer]:
         return self._http.call(call)
@@ -116,9 +134,10 @@ class ProcessEngine:
     async def _live(self) -> None:
         """One life of the process: start, ready, watched until it fails. Always raises ``EngineFailed``."""
         self.port = _free_port()
-        self._was_ready = False
+        self._ready_at = None
         launch = self._launch(self.port)
-        self._become(EngineState.STARTING, f"{self.name} is starting on port {self.port}")
+        before = f"; before, {self._last_failure}{self._in_a_row()}" if self.failures else ""
+        self._become(EngineState.STARTING, f"{self.name} is starting on port {self.port}{before}")
         log.info("engine_starting", engine=self.name, command=" ".join(launch.command), log_file=str(self.log.path))
         self._http = HttpEngine(f"http://{HOST}:{self.port}")
         try:
@@ -179,11 +198,12 @@ class ProcessEngine:
                 f"{self.name} was not ready within {self._ready_limit_s:.0f} s{self._last_words()}"
             ) from error
         self.models = models
-        self._was_ready = True
+        self._ready_at = asyncio.get_running_loop().time()
         self._become(EngineState.READY, "")
         log.info("engine_ready", engine=self.name, port=self.port, models=models)
         while True:
             await asyncio.sleep(_REFRESH_S)
+            self._note_steadiness()
             # A busy engine may be late with this; that it lives is shown by its process and its output.
             with contextlib.suppress(TimeoutError, EngineFailed):
                 models = await self._http.list_models()

@@ -15,7 +15,7 @@ import pytest
 
 from queue_schemas import EngineState
 from tests.support.waiting import eventually
-from worker.engines import EngineCall, guard
+from worker.engines import EngineCall, guard, process
 from worker.engines.process import Launch, ProcessEngine
 
 GOOD = """
@@ -123,6 +123,32 @@ async def test_an_engine_that_dies_at_start_tells_its_last_words(tmp_path: Path)
         assert "no accelerator found" in engine.detail
         assert "engine.log" in engine.detail
         assert "starting it again" in engine.detail
+
+
+async def test_an_engine_that_crashes_again_and_again_is_restarted_ever_more_slowly_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that gets ready every time and crashes at its first request, however long it takes to load: the pause
+    doubles, and what the worker tells of it, starting or failed, says how often and why. One that has been well for a
+    while has its failures behind it."""
+    monkeypatch.setattr(process, "_FIRST_PAUSE_S", 0.25)
+    monkeypatch.setattr(process, "_STEADY_S", 60.0)
+    monkeypatch.setattr(process, "_REFRESH_S", 0.05)
+    slow = SERVES.replace("server = ", "import time; time.sleep(0.3)\nserver = ")
+    async with supervised(slow, tmp_path) as (engine, _):
+        for times in (1, 2, 3):
+            await ready(engine)
+            with pytest.raises(Exception, match=GONE):
+                await ask_pid(engine, "/crash")
+            await eventually(lambda times=times: engine.failures == times, "the crash is counted")
+        assert "starting it again in 1 s (it failed 3 times in a row)" in engine.detail
+        await eventually(lambda: engine.state is EngineState.STARTING, "it starts again", every_s=0.001)
+        assert "exit code 7" in engine.detail
+        assert "3 times in a row" in engine.detail
+        await ready(engine)
+        assert engine.detail == ""
+        monkeypatch.setattr(process, "_STEADY_S", 0.1)
+        await eventually(lambda: engine.failures == 0, "its failures are behind it")
 
 
 async def test_an_engine_that_never_gets_ready_is_ended_and_said_so(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class SimulatedEngine:
         self.detail = "the simulated engine is loading its model"
         self.models: tuple[str, ...] = ()
         self.restarts = 0
+        self.failures = 0
         self._crashed = asyncio.Event()
 
     async def run(self, changed: Callable[[], None]) -> None:
@@ -42,7 +43,9 @@ class SimulatedEngine:
             ready_at = time.monotonic()
             await self._crashed.wait()
             changed()
-            pause_s = RESTART_S if time.monotonic() - ready_at > STABLE_S else pause_s
+            stable = time.monotonic() - ready_at > STABLE_S
+            self.failures = 1 if stable else self.failures + 1
+            pause_s = RESTART_S if stable else pause_s
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RESTART_LIMIT_S)
             self._crashed.clear()
