@@ -2,6 +2,7 @@
 
 from .client import Broker, Expired, JobCounts, Reclaimed, Standing
 from .dead_letters import MOST_LETTERS, DeadLetters
+from .renewal import Renewer
 from .server import ServerFacts
 from .settings import BrokerSettings, Budgets, Durability
 
@@ -15,6 +16,7 @@ __all__ = [
     "Expired",
     "JobCounts",
     "Reclaimed",
+    "Renewer",
     "ServerFacts",
     "Standing",
 ]

@@ -51,6 +51,7 @@ from .dead_letters import DeadLetters
 from .durable import DurableCaller, waits_for_disk
 from .job_batches import ShardBatches, attempt_of
 from .link import ClientLink, Link, open_link
+from .renewal import Renewer
 from .server import ServerFacts, read_facts, require_suitable, settle_meta
 from .settings import BrokerSettings, Budgets, Durability
 from .streams import ReplyReader, read_control
@@ -110,15 +111,26 @@ class JobCounts:
 class Broker:
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests)."""
 
-    def __init__(self, link: Link, *, shards: int, budgets: Budgets, retry_limit_ms: int, script_flags: bool) -> None:
+    def __init__(
+        self,
+        open_link: Callable[[], Link],
+        *,
+        shards: int,
+        budgets: Budgets,
+        retry_limit_ms: int,
+        script_flags: bool,
+    ) -> None:
         self.shards = shards
         self.replies_ready = asyncio.Event()
         """Set once this Router's reply streams exist; only then may it enqueue."""
-        self._caller = Caller(link, retry_limit_s=retry_limit_ms / 1000, script_flags=script_flags)
+        self._open_link = open_link
+        self._script_flags = script_flags
+        self._caller = Caller(open_link(), retry_limit_s=retry_limit_ms / 1000, script_flags=script_flags)
         self._keys = [ShardKeys(shard) for shard in range(shards)]
         self._batches = [ShardBatches(self._caller, keys, budgets) for keys in self._keys]
         self.dead_letters = DeadLetters(self._caller, self._keys)
         self._control_read: dict[tuple[int, str], str] = {}
+        self._renewer = Renewer(self._caller, self._keys, self._control_read)
         self._budgets = budgets
         self._retry_limit_s = retry_limit_ms / 1000
         self._durable_callers: list[DurableCaller] = []
@@ -132,7 +144,7 @@ class Broker:
         """Connect and check the server. Raises ``BrokerUnavailable`` at once if it cannot be reached: callers that can
         wait try again. With ``durability`` disk, jobs that nobody waits for are enqueued once they are on the disk."""
         broker = cls(
-            open_link(settings),
+            lambda: open_link(settings),
             shards=settings.shards,
             budgets=budgets or Budgets(),
             retry_limit_ms=settings.retry_limit_ms,
@@ -158,7 +170,7 @@ class Broker:
     ) -> Self:
         """A broker over a redis-py compatible client, unchecked and without script flags: for fakeredis."""
         return cls(
-            ClientLink(client),
+            lambda: ClientLink(client),
             shards=shards,
             budgets=budgets or Budgets(),
             retry_limit_ms=retry_limit_ms,
@@ -186,7 +198,7 @@ class Broker:
 
     @property
     def round_trips(self) -> int:
-        """Commands sent so far."""
+        """Commands sent so far, without those of renewers apart."""
         return self._caller.round_trips + sum(caller.round_trips for caller in self._durable_callers)
 
     @property
@@ -336,10 +348,12 @@ class Broker:
 
     async def renew(self, incarnation: Incarnation) -> None:
         """Keep all leases of ``incarnation``. Raises ``Fenced`` if it was declared dead."""
-        for keys in self._keys:
-            last_read = self._control_read.get((keys.shard, incarnation), "0")
-            if await self._caller.script("renew", keys.budget, keys.prefix, incarnation, last_read) < 0:
-                raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+        await self._renewer.renew(incarnation)
+
+    def renewer_apart(self) -> Renewer:
+        """A renewer with a connection of its own, to be used and closed in one event loop, which may be another."""
+        caller = Caller(self._open_link(), retry_limit_s=0, script_flags=self._script_flags)
+        return Renewer(caller, self._keys, self._control_read)
 
     async def hold(self, shard: int, incarnation: Incarnation, seq: int, leases: Sequence[Lease]) -> set[str]:
         """Make ``leases``, all that ``incarnation`` runs on ``shard``, and what Redis says of it the same: after a
@@ -469,6 +483,11 @@ class Broker:
     async def resign_manager(self, manager_id: str) -> None:
         """Give up the acting Manager's lease, if held."""
         await self._caller.script("act_as_manager", MANAGER, manager_id, 0)
+
+    async def manager_beat(self) -> int:
+        """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a
+        clock); 0 if there is none. One try."""
+        return int(await self._caller.once(MANAGER, "HGET", MANAGER, "until") or 0)
 
     async def load_workers(self) -> dict[str, WorkerInfo]:
         """The registry as the acting Manager last wrote it; entries that cannot be read are left out."""

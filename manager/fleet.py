@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
 from queue_schemas import (
+    BeatWatch,
     BrokerUnavailable,
     Control,
     ControlKind,
@@ -23,7 +24,7 @@ from queue_schemas import (
 )
 from telemetry import get_logger
 
-from .core import BeatWatch, Door, DoorState, Member, Registry, Verdict
+from .core import Door, DoorState, Member, Registry, Verdict
 from .deaths import Clock, Deaths, within
 from .metrics import FleetMetrics
 from .ports import QueuePort, WorkerProbe

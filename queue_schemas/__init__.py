@@ -1,5 +1,6 @@
 """The wire contract: messages, key names, lifecycle, errors and codec. Pure: no I/O, no clock."""
 
+from .beats import BeatWatch
 from .control import Control, ControlKind, parse_control
 from .errors import (
     AttemptsExhausted,
@@ -97,6 +98,7 @@ __all__ = [
     "AuthenticationFailed",
     "BadMessage",
     "BadRequest",
+    "BeatWatch",
     "BodyTooLarge",
     "BrokerAddress",
     "BrokerFull",

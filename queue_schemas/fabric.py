@@ -185,7 +185,7 @@ class WorkerInfo(_Message):
     @property
     def takes_work(self) -> bool:
         """Whether jobs for its models will be claimed by it."""
-        return self.state is WorkerState.ACTIVE and self.engine is EngineState.READY
+        return self.state is WorkerState.ACTIVE and self.engine is EngineState.READY and self.broker_ok
 
 
 class WorkerList(_Message):

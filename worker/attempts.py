@@ -29,7 +29,7 @@ from queue_schemas import (
 from telemetry import get_logger, inject, span_from, tracing_enabled
 
 from .continuing import NotContinuable, plan_continuation
-from .core import Continuation, FrameCutter, Retry, judge_answer, judge_failure
+from .core import Continuation, FrameCutter, Retry, Silence, judge_answer, judge_failure
 from .engines import Engine, EngineAnswer, EngineCall, EngineGone
 from .metrics import WorkerMetrics
 from .outbox import Channel, Outbox
@@ -55,6 +55,8 @@ class Stop(StrEnum):
     """The Router that waited is gone."""
     HANDED_BACK = "handed_back"
     """This worker stops."""
+    STUCK = "stuck"
+    """The engine forgot it while it served others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ _Ending = _Settle | _Release | _BrokeOff | None
 
 
 class _Attempt:
-    __slots__ = ("channel", "cutter", "deadline", "ending", "lease", "stop", "task")
+    __slots__ = ("channel", "cutter", "deadline", "ending", "lease", "silence", "stop", "task")
 
     def __init__(self, lease: Lease, deadline: float) -> None:
         self.lease = lease
@@ -91,6 +93,7 @@ class _Attempt:
         """Set by the task itself: one that is cancelled before its first step would never clean up."""
         self.stop: Stop | None = None
         self.ending = False
+        self.silence = Silence()
 
 
 class _Group:
@@ -124,6 +127,8 @@ class Attempts:
     ) -> None:
         self.seen = 0
         """Pieces of output that arrived from the engine so far: while it moves, the engine makes progress."""
+        self._seen_before = 0
+        self._seen_at = 0.0
         self._engine = engine
         self._broker = broker
         self._outbox = outbox
@@ -179,6 +184,14 @@ class Attempts:
         for attempt in list(self._running.values()):
             if now >= attempt.deadline:
                 self._stop(attempt, Stop.LATE)
+
+    def stop_stuck(self, now: float, limit_s: float) -> None:
+        """Stop each stream that stands still while others go on."""
+        if self.seen != self._seen_before:
+            self._seen_before, self._seen_at = self.seen, now
+        for attempt in list(self._running.values()):
+            if attempt.silence.is_stuck(now, self._seen_at, limit_s):
+                self._stop(attempt, Stop.STUCK)
 
     def hand_back(self) -> None:
         """Stop all attempts; their jobs go to other workers as if they had not been started."""
@@ -306,8 +319,12 @@ class Attempts:
         cutter.head(answer.status, answer.content_type, continued=continuation is not None)
         size = events = 0
         data = b""
+        silence = attempt.silence
+        silence.reading = True
         async for data in answer.chunks():
             self.seen += 1
+            silence.pieces += 1
+            silence.reading = False
             size += len(data)
             events += data.count(b"\n\n")
             if size > self._max_answer_bytes:
@@ -318,6 +335,8 @@ class Attempts:
                 await channel.sent()
                 if urgent and continuation is not None and attempt.lease.suspect:
                     await self._clear(attempt.lease)
+            silence.reading = True
+        silence.reading = False
         self._metrics.usage(job.model, data, events)
         rest = cutter.feed(continuation.end()) if continuation is not None else b""
         return _Settle(verdict, await channel.close() + rest + cutter.end())
@@ -341,6 +360,9 @@ class Attempts:
                 return _Settle(Outcome.EXPIRED, unsent + attempt.cutter.fail(error))
             case Stop.UNHEARD:
                 return _Release("nobody waits for the answer", counted=False)
+            case Stop.STUCK:
+                log.warning("stream_stuck", **_facts(attempt.lease))
+                return _Release("the engine said nothing more of it while it served others", counted=True)
             case Stop.HANDED_BACK:
                 return _Release("its worker stops", counted=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -26,17 +27,18 @@ from queue_schemas import (
 from telemetry import get_logger
 
 from .attempts import Attempts
-from .core import Claim, Liveness, Slots
+from .core import Claim, Liveness, Pulse, Slots
 from .engines import Engine
 from .fabric import FabricClient
 from .membership import Membership
 from .metrics import WorkerMetrics
 from .outbox import Outbox
+from .renewals import RENEWALS_PER_LEASE, Renewals
 from .settings import WorkerSettings
+from .standing_in import stand_in
 
 CONTROL_BLOCK_MS = 5_000
 SWEEP_S = 0.25
-RENEWALS_PER_LEASE = 5
 LEAVE_LIMIT_S = 5.0
 HAND_BACK_LIMIT_S = 5.0
 _FIRST_PAUSE_S = 0.1
@@ -82,7 +84,9 @@ class Life:
         self._signals: list[asyncio.Event] = []
         self._unsure: set[int] = set()
         """Shards whose server was away, and may have lost its latest writes."""
-        self._ping = asyncio.Event()
+        self._pulse = Pulse(time.monotonic(), settings.loop_stall_limit_ms / 1000)
+        self._renewals: Renewals | None = None
+        self._renewing: asyncio.Task[None] | None = None
         self._broker: Broker | None = None
         self._attempts: Attempts | None = None
 
@@ -152,8 +156,13 @@ class Life:
             self._signals = [asyncio.Event() for _ in range(broker.shards)]
             self._broker, self._attempts = broker, attempts
             group.create_task(outbox.run(), name="outbox")
-            group.create_task(self._keep_leases(broker, attempts, answer.lease_ms / 1000), name="renewals")
+            lease_s = answer.lease_ms / 1000
+            self._pulse.ticked_at = time.monotonic()
+            self._renewals = Renewals(broker.renewer_apart(), self.incarnation, self._pulse, lease_s)
+            self._renewing = group.create_task(self._renewals.run(), name="renewals")
+            group.create_task(self._watch_engine(attempts, lease_s), name="engine's progress")
             group.create_task(self._sweep(attempts), name="sweep")
+            group.create_task(stand_in(broker, self._around.metrics, lease_s), name="standing in")
             for shard in range(broker.shards):
                 group.create_task(self._listen(shard, broker, attempts), name=f"control {shard}")
                 group.create_task(self._pull(shard, broker, attempts, group), name=f"claims {shard}")
@@ -264,32 +273,17 @@ class Life:
                 attempts.abort(message.job_id, message.reason)
             case ControlKind.DRAIN:
                 self._around.drain.set()
-            case ControlKind.PING:
-                self._ping.set()
+            case ControlKind.PING if self._renewals is not None:
+                self._renewals.answer_ping()
 
-    async def _keep_leases(self, broker: Broker, attempts: Attempts, lease_s: float) -> NoReturn:
-        """Renew while the engine makes progress. Raises ``Fenced``."""
-        alive = True
-        now, interval_s = asyncio.get_running_loop().time, lease_s / RENEWALS_PER_LEASE
+    async def _watch_engine(self, attempts: Attempts, lease_s: float) -> NoReturn:
+        """Find out, as often as leases are renewed, whether they may be."""
         while True:
-            # From the sending: a reply that was long under way leaves less of the lease, not the same again.
-            next_at = now() + interval_s
-            pinged = self._ping.is_set()
-            self._ping.clear()
-            # A ping wants an answer at once: what was found last is good enough.
-            alive = alive if pinged else await self._makes_progress(attempts)
-            if alive:
-                try:
-                    await broker.renew(self.incarnation)
-                except Fenced:
-                    raise
-                except InferqError as error:
-                    log.warning("leases_not_renewed", error=error.message)
-            else:
-                log.warning("engine_makes_no_progress", running=len(attempts))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(next_at):
-                    await self._ping.wait()
+            alive = await self._makes_progress(attempts)
+            if self._pulse.engine_alive and not alive:
+                log.warning("engine_makes_no_progress", running=len(attempts), then="its jobs go to others")
+            self._pulse.engine_alive = alive
+            await asyncio.sleep(lease_s / RENEWALS_PER_LEASE)
 
     async def _makes_progress(self, attempts: Attempts) -> bool:
         now = asyncio.get_running_loop().time
@@ -298,11 +292,14 @@ class Life:
         return self._liveness.believes(await self._around.engine.progress(), now())
 
     async def _sweep(self, attempts: Attempts) -> NoReturn:
-        """What is due by time, for all jobs at once."""
+        """What is due by time, for all jobs at once; and that this loop turns."""
         now = asyncio.get_running_loop().time
+        stall_limit_s = self._around.settings.engine_stall_limit_ms / 1000
         while True:
             await asyncio.sleep(SWEEP_S)
+            self._pulse.ticked_at = time.monotonic()
             attempts.stop_late(now())
+            attempts.stop_stuck(now(), stall_limit_s)
             for shard in self.slots.shards_due(now()):
                 self._signals[shard].set()
 
@@ -319,6 +316,8 @@ class Life:
                 log.warning("jobs_handed_back", jobs=len(attempts))
                 attempts.hand_back()
                 await _within(attempts.idle(), HAND_BACK_LIMIT_S)
+            if self._renewing is not None:
+                self._renewing.cancel()  # nothing is held any more, and who has left is told that it is dead
             await _within(self._leave(broker), LEAVE_LIMIT_S)
         if self._membership.registered:
             await _within(self._deregister(), LEAVE_LIMIT_S)

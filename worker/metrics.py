@@ -32,6 +32,9 @@ class WorkerMetrics:
             "inferq_jobs_from_abroad_total", "Jobs claimed whose Router stands in another region", ("model", "region")
         )
         self.engine_restarts = registry.counter("inferq_engine_restarts_total", "Starts of the engine after the first")
+        self.stood_in = registry.counter(
+            "inferq_jobs_taken_back_total", "Jobs of dead workers taken back by this one because no Manager acted"
+        )
         self.fenced = registry.counter("inferq_fenced_total", "Times this worker was declared dead while it lived")
         self.heartbeats_failed = registry.counter("inferq_heartbeats_failed_total", "Heartbeats no Manager answered")
 

@@ -156,6 +156,10 @@ class Worker:
         slots.labels("busy").set_function(lambda: self._life.slots.busy)
         ready = self.registry.gauge("inferq_engine_ready", "1 while the engine takes calls")
         ready.set_function(lambda: self._engine.state is EngineState.READY)
+        failures = self.registry.gauge(
+            "inferq_engine_failures_in_a_row", "Failures of the engine without a while of being well between"
+        )
+        failures.set_function(lambda: self._engine.failures)
 
 
 def _advertised(settings: WorkerSettings, listener: socket.socket) -> str | None:

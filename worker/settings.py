@@ -66,7 +66,15 @@ class WorkerSettings(RoleSettings):
     )
     engine_stop_limit_ms: int = Field(10_000, ge=100, description="from SIGTERM to SIGKILL of the engine")
     engine_stall_limit_ms: int = Field(
-        120_000, ge=1_000, description="an engine that produces nothing for so long, with jobs running, loses them"
+        120_000,
+        ge=1_000,
+        description="an engine that produces nothing for so long, with jobs running, loses them; a stream "
+        "that stands still for so long while others go on is given up alone",
+    )
+    loop_stall_limit_ms: int = Field(
+        60_000,
+        ge=1_000,
+        description="a worker whose event loop stands still for so long serves nobody: it loses its jobs",
     )
     engine_log_dir: Path = Field(Path(".inferq/logs"), description="folder for what the engine writes")
 

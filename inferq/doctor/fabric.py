@@ -61,7 +61,8 @@ async def look_at_fabric(examined: Examined) -> list[Finding]:
         Finding(
             "fabric",
             Level.WARNING,
-            f"{worker.worker_id} is {worker.state}, engine {worker.engine}",
+            f"{worker.worker_id} is {worker.state}, engine {worker.engine}"
+            + ("" if worker.broker_ok else ", and does not reach the queue's Redis"),
             worker.engine_detail,
         )
         for worker in fleet.workers

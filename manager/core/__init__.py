@@ -1,11 +1,10 @@
 """The Manager's decisions, pure: ``now`` (monotonic seconds) comes as an argument, effects go back to the caller."""
 
 from .assignment import next_assignment, wanted_pools
-from .liveness import BeatWatch, Door, DoorState, Evidence, Verdict, judge
+from .liveness import Door, DoorState, Evidence, Verdict, judge
 from .registry import Member, Registry
 
 __all__ = [
-    "BeatWatch",
     "Door",
     "DoorState",
     "Evidence",

@@ -2,9 +2,8 @@
 
 Rules:
 
-* A lease is lost when the renewal number of its incarnation stood still for a whole lease, on the Manager's monotonic
-  clock, with Redis reachable throughout (:class:`BeatWatch`). Nothing else about time counts: clock jumps, a Redis
-  that was away and a Manager that slept kill nobody.
+* A lease is lost when the renewal number of its incarnation stood still for a whole lease: see
+  :class:`queue_schemas.BeatWatch`.
 * Sooner only when death is certain (:func:`judge`): the health port, which once answered as this very incarnation,
   refuses or answers as another one, and a ping on the control stream stays unanswered.
 * Missed heartbeats alone prove nothing: they make a worker suspect, see :mod:`manager.core.registry`.
@@ -12,62 +11,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-
-from queue_schemas import Incarnation
-
-_LONGEST_GAP = 1 / 3
-"""Part of a lease that may pass between two polls; after a longer one nothing is known of the time between."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Observed:
-    number: int
-    since: float
-
-
-class BeatWatch:
-    """Watches the renewal numbers of every incarnation, known to the registry or not. Times in seconds."""
-
-    def __init__(self, lease_s: float) -> None:
-        self._lease_s = lease_s
-        self._observed: dict[Incarnation, _Observed] = {}
-        self._last_answer: float | None = None
-
-    def __contains__(self, incarnation: Incarnation) -> bool:
-        """Whether the incarnation had a renewal number at the last poll: if not, it holds nothing."""
-        return incarnation in self._observed
-
-    def observe(self, numbers: Mapping[Incarnation, int], asked_at: float, answered_at: float) -> list[Incarnation]:
-        """Take in one poll; the incarnations whose number stood still for a whole lease.
-
-        The poll happened somewhere between the two times: stillness is counted from the answer to the last one that
-        showed a change, to the question of this one.
-        """
-        if self._last_answer is not None and asked_at - self._last_answer > self._lease_s * _LONGEST_GAP:
-            self.restart()
-        self._last_answer = answered_at
-        before = self._observed
-        self._observed = {
-            incarnation: (
-                known
-                if (known := before.get(incarnation)) is not None and known.number == number
-                else _Observed(number, answered_at)
-            )
-            for incarnation, number in numbers.items()
-        }
-        return [
-            incarnation
-            for incarnation, observed in self._observed.items()
-            if asked_at - observed.since >= self._lease_s
-        ]
-
-    def restart(self) -> None:
-        """Redis was out of reach: what was seen before says nothing about the time between."""
-        self._observed.clear()
-        self._last_answer = None
 
 
 class DoorState(StrEnum):

@@ -2,8 +2,23 @@
 
 from .continuation import Continuation
 from .frames import FrameCutter
-from .liveness import Liveness
+from .liveness import LATE_S, Liveness, Pulse
+from .silence import Silence
 from .slots import Claim, Slots
+from .stand_in import StandIn
 from .verdict import Retry, judge_answer, judge_failure
 
-__all__ = ["Claim", "Continuation", "FrameCutter", "Liveness", "Retry", "Slots", "judge_answer", "judge_failure"]
+__all__ = [
+    "LATE_S",
+    "Claim",
+    "Continuation",
+    "FrameCutter",
+    "Liveness",
+    "Pulse",
+    "Retry",
+    "Silence",
+    "Slots",
+    "StandIn",
+    "judge_answer",
+    "judge_failure",
+]

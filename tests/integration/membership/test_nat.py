@@ -25,13 +25,13 @@ from tests.support.waiting import eventually
 
 PASSWORD = "of-this-test"
 SCRIPTS = {
-    "worker": ("join", "claim", "renew", "hold", "settle", "release", "reclaim"),
+    "worker": ("join", "claim", "renew", "hold", "settle", "release", "reclaim", "expire"),
     "router": ("enqueue", "resume", "raise_epoch", "cancel", "depth"),
     "manager": ("act_as_manager", "reclaim", "expire", "depth"),
 }
-"""What each role runs of ``broker/lua``; a worker that leaves reclaims itself."""
+"""What each role runs of ``broker/lua``; a worker that leaves reclaims itself, and stands in for a missing Manager."""
 ITSELF = {
-    "worker": "ping info time hget hsetnx eval evalsha xread xadd",
+    "worker": "ping info time hget hgetall hsetnx eval evalsha xread xadd",
     "router": "ping info time hget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim pexpire",
     "manager": "ping info time hget hsetnx hgetall hset hdel eval evalsha xadd config|get",
 }

@@ -145,6 +145,27 @@ async def test_serving_goes_on_without_a_manager(fleet: Fleet, client: Client) -
     assert complete(await client.ask())
 
 
+async def test_without_a_manager_the_workers_miss_each_other(fleet: Fleet, client: Client) -> None:
+    """Every Manager is killed, then a worker: its jobs run on the other one a lease later, and what nobody serves still
+    expires in time."""
+    victim = await fleet.worker("w1").until_ready()
+    jobs = [await client.send(stream=bool(i % 2), max_tokens=200) for i in range(4)]
+    await client.begun(jobs[3])
+    other = await fleet.worker("w2").until_ready()
+    fleet.manager.kill()
+    victim.process.kill()
+    unserved = await client.send(model="nobody-serves-it", ttl_ms=500)
+    answers = [await client.answer(job, 60) for job in jobs]
+    assert all(complete(answer) for answer in answers)
+    assert all(answer.markers for answer in answers)
+    assert "standing_in" in other.process.log_text()
+    assert "inferq_jobs_taken_back_total 4.0" in other.metrics()
+    assert [marker.kind for marker in (await client.answer(unserved)).markers] == [MarkerKind.EXPIRED]
+    await client.until_nothing_is_left()
+    await fleet.start_manager()
+    await eventually(lambda: "not_standing_in" in other.process.log_text(), "it leaves the work to the Manager")
+
+
 async def test_it_goes_on_with_the_next_manager_url(fleet: Fleet, client: Client) -> None:
     """A URL where nobody answers is passed over; running jobs are kept when the one in use goes away."""
     dead = f"http://127.0.0.1:{free_port()}"
@@ -215,6 +236,22 @@ async def test_a_hung_engine_loses_its_jobs_to_another_worker(fleet: Fleet, clie
     await client.begun(job)
     await fleet.worker("w2").until_ready()
     assert complete(await client.answer(job, 30))
+
+
+async def test_a_stream_that_its_engine_forgot_is_given_up_alone(fleet: Fleet, client: Client) -> None:
+    """One stream stands still while its neighbour goes on: it runs again elsewhere, its neighbour is not touched."""
+    worker = await fleet.worker("w1", "--engine-stall-limit-ms", "1000").until_ready()
+    neighbour = await client.send(stream=True, max_tokens=400)
+    stuck = await client.send(stream=True, order={"fail": "hang", "after_tokens": 3, "times": 1})
+    await client.begun(stuck)
+    answer = await client.answer(stuck, 30)
+    assert complete(answer)
+    assert [marker.kind for marker in answer.markers] == [MarkerKind.REQUEUED]
+    beside = await client.answer(neighbour, 30)
+    assert complete(beside)
+    assert not beside.markers
+    assert "stream_stuck" in worker.process.log_text()
+    assert "inferq_fenced_total 0.0" in worker.metrics()
 
 
 async def test_an_unreachable_engine_is_said_and_its_jobs_wait(fleet: Fleet, client: Client) -> None:

@@ -56,6 +56,14 @@ def test_an_engine_that_gets_ready_is_assigned_then() -> None:
     assert registry.heartbeat("w", _heartbeat(running=3), 2.0).assignment is member.assignment
 
 
+def test_a_worker_that_does_not_reach_redis_is_not_counted_on() -> None:
+    """It is registered and heard, but would claim nothing: whoever asks who serves its models is not told of it."""
+    registry = _registry()
+    assert not registry.join(_registration(broker_ok=False), 0.0).info().takes_work
+    assert registry.heartbeat("w", _heartbeat(), 1.0).info().takes_work
+    assert not registry.heartbeat("w", _heartbeat(broker_ok=False), 2.0).info().takes_work
+
+
 def test_missed_heartbeats_make_suspect_and_one_clears_it() -> None:
     """A suspect keeps its assignment and is active again with the next heartbeat."""
     registry = _registry()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -12,7 +13,7 @@ import pytest
 from queue_schemas import BadRequest, EngineFailed, EngineState
 from tests.support.processes import free_port
 from tests.support.waiting import eventually
-from worker.engines import EngineCall
+from worker.engines import EngineCall, http
 from worker.engines.connection import PAUSE_BYTES
 from worker.engines.http import HttpEngine
 
@@ -424,12 +425,36 @@ async def test_it_becomes_ready_and_follows_the_model_list_and_says_when_the_eng
     running.cancel()
 
 
-async def test_progress_is_vllms_token_counter() -> None:
-    """The sum of vLLM's counters; without them, a number that moves while the server answers."""
-    page = b'vllm:generation_tokens_total{model="m"} 40.0\nvllm:prompt_tokens_total{model="m"} 2.0\nother 9\n'
-    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page
-    async with engine_that(says(answer)) as (engine, _):
-        assert await engine.progress() == 42
+def metrics_page(*lines: str) -> bytes:
+    page = "".join(f"{line}\n" for line in ("# HELP vllm:x y", *lines, "process_cpu_seconds_total 9.5")).encode()
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page
+
+
+async def test_progress_is_what_vllm_counts() -> None:
+    """It moves with tokens, finished requests, and with the cache that a long prompt fills; nothing else counts.
+    Without them it is a number that moves while the server answers."""
+    label = '{engine="0",model_name="m"}'
+    pages = [
+        (f"vllm:generation_tokens_total{label} 40.0", f"vllm:kv_cache_usage_perc{label} 0.1"),
+        (f"vllm:generation_tokens_total{label} 41.0", f"vllm:kv_cache_usage_perc{label} 0.1"),
+        (f"vllm:generation_tokens_total{label} 41.0", f"vllm:kv_cache_usage_perc{label} 0.2"),
+    ]
+    found = []
+    for lines in pages:
+        for noise in ("http_requests_total 1.0", "http_requests_total 2.0"):
+            async with engine_that(says(metrics_page(*lines, noise))) as (engine, _):
+                found.append(await engine.progress())
+    assert found[0::2] == found[1::2]
+    assert len(set(found)) == len(pages)
     async with engine_that(says(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")) as (engine, _):
         assert await engine.progress() != await engine.progress()
     assert await HttpEngine(f"http://127.0.0.1:{free_port()}").progress() is None
+
+
+async def test_a_page_that_does_not_come_in_time_is_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts and says nothing costs the limit, two seconds, not more."""
+    assert http.PROGRESS_LIMIT_S == 2.0
+    monkeypatch.setattr(http, "PROGRESS_LIMIT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with asyncio.timeout(3):
+            assert await HttpEngine(f"http://127.0.0.1:{silent.getsockname()[1]}").progress() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections import Counter
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ from queue_schemas import (
     BrokerFull,
     BrokerUnavailable,
     Claimed,
+    Control,
+    ControlKind,
     EngineState,
     Fenced,
     Heartbeat,
@@ -38,14 +41,19 @@ ASSIGNMENT = Assignment(term=1, version=1, pools=[PoolAssignment(pool="m", shard
 REGISTERED = RegistrationAnswer(broker_url="redis://r", shards=1, lease_ms=100, heartbeat_ms=100, assignment=ASSIGNMENT)
 
 
+LOOPS = ("join", "claim", "read_control", "renew", "hold", "manager_beat")
+
+
 class Manager:
     url = "http://manager"
-    answer = REGISTERED
+
+    def __init__(self, registered: RegistrationAnswer) -> None:
+        self._registered = registered
 
     def turn(self) -> None: ...
 
     async def register(self, registration: Registration) -> RegistrationAnswer:
-        return self.answer
+        return self._registered
 
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
         return HeartbeatAnswer(assignment=ASSIGNMENT)
@@ -72,6 +80,7 @@ class SurprisingBroker:
         self.calls: Counter[str] = Counter()
         self.fenced = ""
         self.look_again_ms: int | None = None
+        self.pings = 0
 
     def _called(self, name: str) -> None:
         self.calls[name] += 1
@@ -86,6 +95,15 @@ class SurprisingBroker:
     async def renew(self, incarnation: Incarnation) -> None:
         self._called("renew")
 
+    def renewer_apart(self) -> SurprisingBroker:
+        return self
+
+    async def close(self) -> None: ...
+
+    async def manager_beat(self) -> int:
+        self._called("manager_beat")
+        return self.calls["manager_beat"]
+
     async def claim(self, *arguments: Any) -> Claimed:
         self._called("claim")
         return Claimed(look_again_ms=self.look_again_ms)
@@ -93,6 +111,9 @@ class SurprisingBroker:
     async def read_control(self, *arguments: Any) -> list[Any]:
         self._called("read_control")
         await asyncio.sleep(0.01)
+        if self.pings:
+            self.pings -= 1
+            return [("1-1", Control(ControlKind.PING))]
         return []
 
     async def hold(self, *arguments: Any) -> set[str]:
@@ -123,15 +144,17 @@ class SlowToRenew(SurprisingBroker):
             self.next_after_s = now() - self._replied_at
 
 
-def life_on(broker: SurprisingBroker) -> tuple[Life, asyncio.Event]:
+def life_on(
+    broker: SurprisingBroker, registered: RegistrationAnswer = REGISTERED, **settings: object
+) -> tuple[Life, asyncio.Event]:
     async def connect(answer: RegistrationAnswer) -> Broker:
         return cast(Broker, broker)
 
     drain = asyncio.Event()
     around = Surroundings(
-        settings=WorkerSettings.load(engine="sim", worker_id="w1"),
+        settings=WorkerSettings.load(engine="sim", worker_id="w1", **settings),
         engine=cast(Engine, IdleEngine()),
-        client=cast(FabricClient, Manager()),
+        client=cast(FabricClient, Manager(registered)),
         metrics=WorkerMetrics(MetricsRegistry("worker")),
         url=None,
         connect=connect,
@@ -148,15 +171,15 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() -> None:
-    """Joining, claiming, listening, renewing and comparing leases all go on after an error of no kind they know."""
+    """Joining, claiming, listening, renewing, comparing leases and standing in all go on after an error of no kind they
+    know."""
     broker = SurprisingBroker()
     life, drain = life_on(broker)
     running = asyncio.create_task(life.run(first=True))
 
     def all_went_on() -> bool:
         assert not running.done(), running.exception()
-        calls = ("join", "claim", "read_control", "renew", "hold")
-        return life.broker_ok and all(broker.calls[name] > 1 for name in calls)
+        return life.broker_ok and all(broker.calls[name] > 1 for name in LOOPS)
 
     await eventually(all_went_on, "every loop has called again")
     drain.set()
@@ -177,15 +200,12 @@ async def test_a_parked_worker_looks_again_when_the_queue_said(monkeypatch: pyte
     await running
 
 
-async def test_a_renewal_that_was_long_under_way_is_followed_by_the_next_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_renewal_that_was_long_under_way_is_followed_by_the_next_at_once() -> None:
     """Its number rose when it was sent: a whole interval more of waiting would use the lease up."""
     interval_s = 0.4
     lease_ms = int(interval_s * incarnation.RENEWALS_PER_LEASE * 1000)
-    monkeypatch.setattr(Manager, "answer", REGISTERED.model_copy(update={"lease_ms": lease_ms}))
     broker = SlowToRenew(interval_s + 0.05)
-    life, drain = life_on(broker)
+    life, drain = life_on(broker, REGISTERED.model_copy(update={"lease_ms": lease_ms}))
     running = asyncio.create_task(life.run(first=True))
     await eventually(lambda: broker.next_after_s is not None, "two renewals")
     assert broker.next_after_s is not None
@@ -204,6 +224,43 @@ async def test_a_verdict_ends_the_incarnation(call: str) -> None:
         await asyncio.wait_for(life.run(first=True), 10)
     assert failure.value.split(Fenced)[1] is None
     assert broker.calls[call] == 1
+
+
+async def test_leases_are_kept_while_the_serving_loop_is_blocked_and_not_for_ever() -> None:
+    """A loop that stands still for many leases costs none of them; one that does for longer than its limit loses them,
+    and once it turns again they are kept again."""
+    broker = SurprisingBroker()
+    life, drain = life_on(broker, loop_stall_limit_ms=1_000)
+    running = asyncio.create_task(life.run(first=True))
+    await eventually(lambda: broker.calls["renew"] > 2, "it renews")
+    before = broker.calls["renew"]
+    time.sleep(0.9)  # noqa: ASYNC251 - the block is what is tested
+    while_blocked = broker.calls["renew"]
+    assert while_blocked > before
+    time.sleep(0.7)  # noqa: ASYNC251
+    stuck = broker.calls["renew"]
+    time.sleep(0.7)  # noqa: ASYNC251
+    assert broker.calls["renew"] == stuck
+    await eventually(lambda: broker.calls["renew"] > stuck, "it renews again")
+    drain.set()
+    await running
+
+
+async def test_a_ping_is_answered_at_once_also_by_a_blocked_loop() -> None:
+    """A loop that is too busy to see a ping is one whose number rises without it, well within a ping's time."""
+    broker = SurprisingBroker()
+    registered = REGISTERED.model_copy(update={"lease_ms": 600_000})
+    life, drain = life_on(broker, registered=registered)
+    running = asyncio.create_task(life.run(first=True))
+    await eventually(lambda: broker.calls["renew"] > 1, "it has renewed")
+    before = broker.calls["renew"]
+    broker.pings = 1
+    await eventually(lambda: broker.calls["renew"] > before, "the ping is answered", limit_s=5)
+    before = broker.calls["renew"]
+    time.sleep(0.6)  # noqa: ASYNC251 - the block is what is tested
+    assert broker.calls["renew"] > before
+    drain.set()
+    await running
 
 
 async def test_a_queue_that_is_away_or_full_at_the_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

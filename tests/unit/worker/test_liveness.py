@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.core import Liveness
+from worker.core import Liveness, Pulse
 
 
 def test_an_idle_worker_is_alive_whatever_its_engine_says() -> None:
@@ -18,11 +18,20 @@ def test_arriving_output_is_proof_enough() -> None:
     assert not life.moved(2, 6, 2.0)
 
 
-def test_an_engine_that_does_not_answer_is_not_believed() -> None:
-    """No output and no answer: the leases run out."""
+def test_an_engine_that_does_not_answer_is_believed_for_a_while() -> None:
+    """A busy server may be late with its pages: no answer is no progress, and no more than that."""
     life = Liveness(10)
     life.moved(0, 0, 0.0)
-    assert not life.believes(None, 1.0)
+    assert life.believes(None, 9.9)
+    assert not life.believes(None, 10.0)
+
+
+def test_an_engine_that_is_back_with_the_same_counter_made_no_progress() -> None:
+    """That it answers again is not output."""
+    life = Liveness(10)
+    assert life.believes(7, 0.0)
+    assert life.believes(None, 5.0)
+    assert not life.believes(7, 10.0)
 
 
 def test_a_silent_engine_is_believed_while_its_counter_moves() -> None:
@@ -38,3 +47,17 @@ def test_an_engine_that_answers_but_produces_nothing_is_believed_for_a_while() -
     assert life.believes(7, 9.9)
     assert not life.believes(7, 10.0)
     assert life.believes(8, 11.0)
+
+
+def test_the_pulse_of_the_serving_loop() -> None:
+    """Renewals go on while it is late, and end when it stood still for its limit or the engine is given up."""
+    pulse = Pulse(ticked_at=100.0, loop_limit_s=60.0)
+    assert pulse.may_renew(100.2)
+    assert not pulse.late(100.2)
+    assert pulse.late(101.0)
+    assert pulse.may_renew(159.9)
+    assert not pulse.may_renew(160.0)
+    pulse.ticked_at = 160.0
+    assert pulse.may_renew(160.0)
+    pulse.engine_alive = False
+    assert not pulse.may_renew(160.0)

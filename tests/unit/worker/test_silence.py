@@ -1,0 +1,43 @@
+"""Which streams an engine has forgotten while it serves others."""
+
+from __future__ import annotations
+
+from worker.core import Silence
+
+
+def test_a_stream_that_stands_still_while_others_go_on_is_stuck() -> None:
+    """Not before something came of others a whole limit after the last of it."""
+    stream = Silence(pieces=3, reading=True)
+    assert not stream.is_stuck(1.0, 1.0, 10.0)
+    assert not stream.is_stuck(10.9, 10.9, 10.0)
+    assert stream.is_stuck(11.0, 11.0, 10.0)
+
+
+def test_a_stream_that_goes_on_is_not_stuck() -> None:
+    """Every piece begins its time anew."""
+    stream = Silence(reading=True)
+    for second in range(40):
+        if second % 9 == 0:
+            stream.pieces += 1
+        assert not stream.is_stuck(float(second), float(second), 10.0)
+
+
+def test_silence_with_nobody_else_to_serve_is_the_engines() -> None:
+    """Perhaps all of it stalls, perhaps a parser holds back what it says: this stream alone is not to blame."""
+    stream = Silence(pieces=1, reading=True)
+    assert not any(stream.is_stuck(float(second), 1.0, 10.0) for second in range(1, 100))
+
+
+def test_what_has_not_begun_is_not_stuck() -> None:
+    """A long prompt and a plain answer are silent by nature."""
+    stream = Silence(reading=True)
+    assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(100))
+
+
+def test_time_in_which_nobody_reads_is_not_the_engines_silence() -> None:
+    """A slow Router makes the worker wait, not the engine."""
+    stream = Silence(pieces=1)
+    assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(50))
+    stream.reading = True
+    assert not stream.is_stuck(58.9, 58.9, 10.0)
+    assert stream.is_stuck(60.0, 60.0, 10.0)
