@@ -53,13 +53,16 @@ class Exchange:
         if self._events:
             await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
 
-    async def fail(self, error: InferqError, *, headers: Iterable[Header] = (), hold: bool = False) -> None:
-        """The error object, with ``headers`` of its own; or an event with it where a stream has begun.
+    async def fail(
+        self, error: InferqError, *, headers: Iterable[Header] = (), hold: bool = False, mid_event: bool = False
+    ) -> None:
+        """The error object, with ``headers`` of its own; or an event with it where a stream has begun. ``mid_event``:
+        half an event was given out, which ends here: the error is one of its own.
 
         ``hold``: it is sent whole, but the connection ends after it, once :meth:`end` is called.
         """
         if self.status:
-            body = _as_event(error.body()) if self._events else b""
+            body = (b"\n\n" if mid_event else b"") + _as_event(error.body()) if self._events else b""
             await self._send({"type": "http.response.body", "body": body})
             return
         status, general, body = error_answer(error)

@@ -118,7 +118,7 @@ class Inference:
         except InferqError as error:
             connection.unwatch()
             log.debug("refused", request_id=request_id, code=error.code, message=error.message)
-            await self._refuse(exchange, receive, error)
+            await self._refuse(request, exchange, receive, error)
         except ClientGone:
             self._state.metrics.disconnects.labels(request.why_gone).inc()
         except Exception:
@@ -363,9 +363,9 @@ class Inference:
         limit_ms = self._settings.body_limit_ms
         return RequestTimeout(f"the request's body did not arrive within {limit_ms} ms; send it again")
 
-    async def _refuse(self, exchange: Exchange, receive: Receive, error: InferqError) -> None:
+    async def _refuse(self, request: OpenRequest, exchange: Exchange, receive: Receive, error: InferqError) -> None:
         if not isinstance(error, (BodyTooLarge, RequestTimeout)) or exchange.status:
-            await exchange.fail(error)
+            await exchange.fail(error, mid_event=request.stitch is not None and request.stitch.mid_event)
             return
         await exchange.fail(error, hold=True)
         try:

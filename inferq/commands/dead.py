@@ -49,14 +49,15 @@ async def show_letter(client: FabricClient, letter_id: str, *, as_json: bool) ->
 async def replay_letters(client: FabricClient, letter_ids: Sequence[str]) -> None:
     """Ask each request again, as a new one of whoever's API key is given; print its answer, then remove the letter.
 
-    A request that fails again keeps its letter, and the exit code is 1.
+    A request that fails again, or cannot be asked, keeps its letter, and the exit code is 1. The others are asked all
+    the same.
     """
     failed = 0
     async with client:
         for letter_id in letter_ids:
-            letter = await client.dead_request(letter_id)
-            body = base64.b64decode(letter.body_base64)
             try:
+                letter = await client.dead_request(letter_id)
+                body = base64.b64decode(letter.body_base64)
                 answer = _unbroken(await client.ask_again(_path(letter), body, letter.content_type))
             except FabricRefused as refused:
                 failed += 1
@@ -67,7 +68,7 @@ async def replay_letters(client: FabricClient, letter_ids: Sequence[str]) -> Non
             sys.stdout.flush()
             await client.forget_dead([letter_id])
     if failed:
-        raise FabricRefused(f"{failed} of {len(letter_ids)} requests failed again; their letters are kept")
+        raise FabricRefused(f"{failed} of {len(letter_ids)} requests failed again; such letters are kept")
 
 
 async def purge_letters(client: FabricClient, letter_ids: Sequence[str], *, older_than_s: float | None) -> None:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from inferq.client import FabricClient
-from inferq.commands.dead import list_letters, purge_letters, show_letter
+from inferq.client import FabricClient, FabricRefused
+from inferq.commands.dead import list_letters, purge_letters, replay_letters, show_letter
 from queue_schemas import DeadLetter, DeadLetterList, DeadRequest, Lane
 
 HOSTILE = "\x1b]52;c;cm0gLXJm\x07 \x9b2J \u202egpj \r\x7f :smile: [red]plain[/red] \u00fc"
@@ -49,6 +49,24 @@ class Fabric(FabricClient):
     async def forget_dead(self, letter_ids: list[str]) -> int:  # type: ignore[override]
         self.forgotten += letter_ids
         return len(letter_ids)
+
+
+async def test_a_letter_that_is_gone_does_not_keep_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several, each is asked again that can be, and the rest is told at the end."""
+
+    class Partly(Fabric):
+        async def dead_request(self, letter_id: str) -> DeadRequest:
+            if letter_id == "gone":
+                raise FabricRefused("there is no dead letter 'gone' any more")
+            return self.letter
+
+        async def ask_again(self, path: str, body: bytes, content_type: str) -> bytes:
+            return b"answered"
+
+    fabric = Partly(letter_of())
+    with pytest.raises(FabricRefused, match="1 of 2"):
+        await replay_letters(fabric, ["gone", "0:1-0"])
+    assert (capsys.readouterr().out, fabric.forgotten) == ("answered\n", ["0:1-0"])
 
 
 async def test_a_shown_letter_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from queue_schemas import (
     State,
 )
 from router.core import RequestFields, read_fields
+from router.core.stitch import LONGEST_EVENT_BYTES
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, Client, FakeQueue, router
 
@@ -270,6 +271,22 @@ async def test_a_client_that_leaves_a_lost_stream_cancels_it() -> None:
         assert (await queue.cancellation())[0] == job.id
         await answer.done()
         await eventually(lambda: len(app.state.requests) == 0, "the request is over")
+
+
+async def test_an_error_behind_half_an_event_is_an_event_of_its_own() -> None:
+    """Half an event that is too long to be held back passes as it is; when its worker is lost, the error that ends the
+    stream does not become part of it."""
+    queue = FakeQueue("m")
+    half = b"data: " + b"x" * (LONGEST_EVENT_BYTES + 1)
+    async with router(queue, client_buffer_bytes=8 << 20) as app:
+        answer = Client(app).post(ASK)
+        job = await queue.job()
+        queue.stream(job, half, end=False)
+        await answer.until(lambda: answer.body == half)
+        queue.mark(job, MarkerKind.REQUEUED, 2)
+        queue.stream(job, chunk("Once "), DONE, epoch=2)
+        await answer.done()
+    assert orjson.loads(answer.body.removeprefix(half + b"\n\ndata: "))["error"]["code"] == "stream_broken"
 
 
 async def test_a_stream_that_is_to_fail_fails_openly() -> None:
