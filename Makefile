@@ -76,7 +76,7 @@ EXAMPLES ?= 500
 STEPS ?= 60
 
 model: $(DEV) ## Compare the queue with its model, longer than the tests do (EXAMPLES=500 STEPS=60 SEED=...)
-	INFERQ_MODEL_EXAMPLES=$(EXAMPLES) INFERQ_MODEL_STEPS=$(STEPS) $(PY) -m pytest --timeout=3600 \
+	INFERQ_MODEL_EXAMPLES=$(EXAMPLES) INFERQ_MODEL_STEPS=$(STEPS) $(PY) -m pytest \
 		$(if $(SEED),--hypothesis-seed='$(SEED)') tests/contract/test_model.py -k any_order $(ARGS)
 
 test-vllm: $(DEV) ## Run the tests against real vLLM (installs it the first time)

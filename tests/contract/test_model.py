@@ -48,6 +48,9 @@ def run(machine: type[QueueMachine], examples: int, *, steps: int = STEPS, **opt
     run_state_machine_as_test(machine, settings=settings)
 
 
+@pytest.mark.timeout(
+    3_600 if EXAMPLES else 600
+)  # it takes seconds; Hypothesis may look for the shortest calls that fail for five minutes
 def test_any_order_of_calls_agrees_with_the_model(backend: Backend) -> None:
     """After each call the answer, all that is to be seen of the queue, and what Routers and workers were told are the
     model's; at the end, with everybody well again, every job ends and nothing is left."""
