@@ -6,6 +6,7 @@ follows from the prompt, a vector from model and text.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.support.traffic import Outcome, judge
@@ -121,4 +122,4 @@ def _wrong_usage(request: Request) -> str:
     return "" if told == wanted else f"usage {told} where {wanted} is right"
 
 
-_LOOKS = {GARBAGE: _wrong_garbage, POISON: _wrong_poison}
+_LOOKS: dict[str, Callable[[Request], Wrong | None]] = {GARBAGE: _wrong_garbage, POISON: _wrong_poison}

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .clients import Clients
 from .excuses import MAX_ATTEMPTS
 from .history import History
 from .judge import DIMENSIONS
-from .plan import LEASE_S, MANAGERS, ROUTERS, SWEEP_S, WORKERS
+from .plan import LEASE_S, MANAGERS, ROUTERS, SWEEP_S, WORKERS, Fault
 
 SLOTS = 8
 RECOVERY_LIMIT_S = 20.0
@@ -115,6 +115,10 @@ class Stage:
     async def watched(self) -> None:
         """Wait for what is still measured."""
         await asyncio.gather(*self._watches)
+
+
+Deed = Callable[[Stage, int, Fault], Awaitable[None]]
+"""Does one fault (its number, itself) to the fleet, and heals it."""
 
 
 @asynccontextmanager

@@ -13,11 +13,11 @@ from worker.engines.simulated.answers import embedding
 from worker.engines.simulated.tokens import count_tokens
 
 from .asks import MODEL, prompt_of
-from .check import LEASE_S, SCAN_S, SLACK_S, STALL_S, check
+from .check import SCAN_S, SLACK_S, STALL_S, check
 from .excuses import MAX_ATTEMPTS, RELINK_S
 from .history import Entry, Request
 from .judge import DIMENSIONS
-from .plan import Kind, draw, opening
+from .plan import LEASE_S, Kind, draw, opening
 from .report import story, table
 
 TEXT = cells_of(7, 8)

@@ -188,7 +188,7 @@ class Fleet:
     def having(self, env: Mapping[str, str]) -> Iterator[None]:
         """Roles that are made within have more in their environment."""
         before = self._env
-        self._env = before | env
+        self._env = before | dict(env)
         try:
             yield
         finally:

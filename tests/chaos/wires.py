@@ -1,0 +1,74 @@
+"""What is done to connections, and to the disk below Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+
+from broker.scripts import load_scripts
+from tests.support import disks
+from tests.support.faults import FaultProxy
+from tests.support.waiting import eventually
+
+from .plan import Fault
+from .stage import Deed, Stage
+
+LOSSES_LIMIT_S = 3.0
+"""How long replies wait for their calls, to be lost."""
+_SHA = {name: script.sha.encode() for name, script in load_scripts(flags=True).items()}
+
+
+def marker(call: str) -> bytes:
+    """What a request of an operation has in it, on the wire."""
+    return b"NOMKSTREAM\r\n$1\r\n*\r\n$1\r\nf\r\n" if call == "publish" else _SHA[call]
+
+
+async def fill_disk(stage: Stage, _number: int, fault: Fault) -> None:
+    disks.fill_disk(stage.server)
+    try:
+        await asyncio.sleep(fault.lasts_s)
+    finally:
+        disks.free_disk(stage.server)
+
+
+def cut(links: Callable[[Stage, int], Sequence[FaultProxy]], *, silently: bool = False) -> Deed:
+    async def deed(stage: Stage, _number: int, fault: Fault) -> None:
+        cut = links(stage, fault.target)
+        for link in cut:
+            (link.silence if silently else link.cut)()
+        await asyncio.sleep(fault.lasts_s)
+        for link in cut:
+            link.heal()
+
+    return deed
+
+
+async def slow(stage: Stage, _number: int, fault: Fault) -> None:
+    for link in (*stage.router_links, *stage.worker_links):
+        link.latency_s = 0.03
+    await asyncio.sleep(fault.lasts_s)
+    for link in (*stage.router_links, *stage.worker_links):
+        link.latency_s = 0.0
+
+
+async def slices(stage: Stage, _number: int, fault: Fault) -> None:
+    for number, link in enumerate((*stage.router_links, *stage.worker_links)):
+        link.slice_bytes = 1 + number % 7
+    await asyncio.sleep(fault.lasts_s)
+    for link in (*stage.router_links, *stage.worker_links):
+        link.slice_bytes = 0
+
+
+async def lose_replies(stage: Stage, _number: int, _fault: Fault) -> None:
+    links = [*stage.router_links, *stage.worker_links]
+    for link in links:
+        for call in ("enqueue", "resume") if link in stage.router_links else ("settle", "claim", "publish"):
+            link.lose_reply(marker(call))
+    # One that is never made loses nothing.
+    with contextlib.suppress(AssertionError):
+        await eventually(
+            lambda: not any(link.losing for link in links), "replies are lost", limit_s=LOSSES_LIMIT_S, every_s=0.05
+        )
+    for link in links:
+        link.keep_replies()
