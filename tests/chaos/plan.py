@@ -1,8 +1,8 @@
 """From a seed to the faults of a run, and when. Pure: the same seed and length give the same plan.
 
-A run opens with what is measured: workers are killed, one is hung, and a prompt crashes its engines, each when the one
-before is over and nothing else is under way. Then every other kind of fault comes once, in an order of the seed's,
-several at a time; then, in a long run, what the seed draws.
+A run opens with what it measures and must prove: workers are killed, one is hung, replies are lost, a prompt crashes
+its engines, each when the one before is over and nothing else is under way. Then every other kind of fault comes once,
+in an order of the seed's, several at a time; then, in a long run, what the seed draws.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ _LASTS_S: dict[Kind, tuple[float, float]] = {
     Kind.SILENT_ROUTER: (0.3, 2.0),
     Kind.SLOW_NETWORK: (1.0, 3.0),
     Kind.SLICED_NETWORK: (1.0, 2.0),
+    Kind.LOSE_REPLIES: (0.5, 2.0),
     Kind.STRIKE_WORKER: (0.3, 1.0),
     Kind.STRIKE_ROUTER: (0.3, 1.0),
     Kind.FULL_DISK: (0.5, 1.5),
@@ -108,6 +109,7 @@ def opening(seed: int, seconds: float) -> Sequence[Fault]:
         Fault(0.0, Kind.KILL_WORKER, first, 0.3),
         Fault(0.0, Kind.PAUSE_WORKER, second, LEASE_S + 2.0),
         Fault(0.0, Kind.KILL_WORKER, third, 0.3),
+        Fault(0.0, Kind.LOSE_REPLIES),
         Fault(0.0, Kind.POISON),
     ]
 
@@ -121,7 +123,7 @@ def draw(seed: int, seconds: float) -> Sequence[Fault]:
         return _at(rng, kinds[:count], 0.0, EVERY_S)
     left_s = seconds - 2 * CALM_S - OPENING_S
     # Workers are struck at each call, and at each point.
-    others = [kind for kind in Kind if kind not in {fault.kind for fault in opening(seed, seconds)}]
+    others = [kind for kind in Kind if kind not in (Kind.KILL_WORKER, Kind.PAUSE_WORKER, Kind.POISON)]
     once = _shuffled(rng, [*others, *[Kind.STRIKE_WORKER] * (len(_WORKER_CALLS) - 1)])
     every_s = min(EVERY_S, left_s / len(once))
     count = max(0, int((left_s - len(once) * every_s) / EVERY_S))

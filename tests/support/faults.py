@@ -82,10 +82,9 @@ class FaultProxy:
         """End :meth:`lose_reply`."""
         self._losses.clear()
 
-    @property
-    def losing(self) -> bool:
-        """Whether replies that :meth:`lose_reply` asked for are still to be lost."""
-        return bool(self._losses)
+    def loses(self, marker: bytes) -> bool:
+        """Whether a reply that :meth:`lose_reply` asked for is still to be lost."""
+        return marker in self._losses
 
     def strike(self, strike: Strike | None) -> None:
         """At the next request that contains its marker, call its action at its point. None: not any more."""
