@@ -476,13 +476,14 @@ class Broker:
             expired, woken = expired + reply[0], woken + reply[1]
         return Expired(expired, woken)
 
-    async def act_as_manager(self, manager_id: str, ttl_ms: int) -> int | None:
-        """Take or keep the acting Manager's lease for ``ttl_ms``: its term, or None while another holds it."""
-        return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms)) or None
+    async def act_as_manager(self, manager_id: str, ttl_ms: int, above: int = 0) -> int | None:
+        """Take or keep the acting Manager's lease for ``ttl_ms``: its term, higher than ``above``, or None while
+        another holds it."""
+        return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms, above)) or None
 
     async def resign_manager(self, manager_id: str) -> None:
         """Give up the acting Manager's lease, if held."""
-        await self._caller.script("act_as_manager", MANAGER, manager_id, 0)
+        await self._caller.script("act_as_manager", MANAGER, manager_id, 0, 0)
 
     async def manager_beat(self) -> int:
         """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a

@@ -155,7 +155,8 @@ class ManagerService:
             await asyncio.sleep(ttl_ms / 3000)
 
     async def _act(self, queue: QueuePort, ttl_ms: int) -> int | None:
-        return await queue.act_as_manager(self.manager_id, ttl_ms)
+        outrun = self._fleet.registry.outrun if self._fleet is not None else 0
+        return await queue.act_as_manager(self.manager_id, ttl_ms, outrun)
 
     async def _take_office(self, queue: QueuePort, term: int) -> None:
         fleet = Fleet(self.settings, queue, self._probe, self.metrics, term, self._changed, self._clock)

@@ -32,6 +32,7 @@ RAY_NAMESPACE = "inferq"
 RAY_MANAGER = "manager"
 """Where in a Ray cluster the Manager is found: an actor of this name in that namespace."""
 MAX_MODELS = 1024
+MAX_TERM = 2**40
 """Most models (adapters included) that one worker may serve."""
 
 
@@ -107,6 +108,7 @@ class WorkerStatus(_Message):
     engine_detail: str = Field(default="", max_length=MAX_DETAIL_LENGTH)
     broker_ok: bool = Field(default=True, description="whether it reaches Redis")
     draining: bool = False
+    term: int = Field(default=0, ge=0, le=MAX_TERM, description="the term of the assignment that it follows; 0: none")
 
 
 class Registration(WorkerStatus):

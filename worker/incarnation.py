@@ -117,6 +117,7 @@ class Life:
             engine_detail=engine.detail[:2_000],
             broker_ok=self.broker_ok,
             draining=self._around.drain.is_set(),
+            term=max(self.slots.order[0], 0),
         )
 
     def engine_changed(self) -> None:

@@ -40,6 +40,7 @@ class Member:
 
     ``had_number``: its renewal number was seen, so it has joined the queue. ``verified``: its URL answered as this
     incarnation. ``look_at``, ``look_pause_s``: when its unverified URL is tried again, and the pause after that.
+    ``told``: it was given an assignment of this term.
     """
 
     worker_id: WorkerId
@@ -51,6 +52,7 @@ class Member:
     state: WorkerState = WorkerState.ACTIVE
     drain_asked: bool = False
     had_number: bool = False
+    told: bool = False
     verified: bool = False
     url_note: str = ""
     look_at: float = 0.0
@@ -89,6 +91,9 @@ class Registry:
 
     def __init__(self, term: int, shard_of: Callable[[str], int], *, suspect_s: float, lease_s: float) -> None:
         self.term = term
+        self.outrun = 0
+        """The highest term, of this one or a later, that a worker follows and was not given here: a Redis that lost its
+        latest writes has given it out twice, and orders of this term would be ignored or mistaken."""
         self._shard_of = shard_of
         self._suspect_s = suspect_s
         self._lease_s = lease_s
@@ -129,6 +134,7 @@ class Registry:
         """Take a worker in, in place of any other incarnation of its id; a known incarnation keeps what it has."""
         worker_id = WorkerId(registration.worker_id)
         known = self._members.get(worker_id)
+        self._compare_terms(known, registration)
         member = Member(
             worker_id=worker_id,
             status=registration,
@@ -137,6 +143,7 @@ class Registry:
             version=registration.version,
             region=registration.region,
             look_at=now,
+            told=True,
         )
         if known is not None and known.incarnation == member.incarnation:
             member = replace(
@@ -160,7 +167,13 @@ class Registry:
         member = self.find(worker_id)
         if member is None or member.incarnation != heartbeat.incarnation:
             raise UnknownWorker(f"worker {worker_id!r} is not registered here in this incarnation: register again")
-        return self._put(replace(member, status=heartbeat, heard_at=now), now)
+        self._compare_terms(member, heartbeat)
+        return self._put(replace(member, status=heartbeat, heard_at=now, told=True), now)
+
+    def _compare_terms(self, known: Member | None, status: WorkerStatus) -> None:
+        told = known is not None and known.told and known.incarnation == status.incarnation
+        if status.term > self.term or (status.term == self.term and not told):
+            self.outrun = max(self.outrun, status.term)
 
     def drain(self, worker_id: str, now: float) -> Member:
         """Ask a worker to finish what it runs and end. Raises ``UnknownWorker``."""

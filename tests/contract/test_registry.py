@@ -51,6 +51,17 @@ async def test_returning_to_an_expired_lease_is_a_new_reign(broker: Broker) -> N
     assert await broker.act_as_manager("a", 5_000) == 2
 
 
+async def test_a_term_is_raised_above_what_workers_follow(broker: Broker) -> None:
+    """A server that lost its latest writes gives a term out again: told of it, it goes above, once."""
+    assert await broker.act_as_manager("a", 5_000, above=0) == 1
+    for _ in range(2):
+        assert await broker.act_as_manager("a", 5_000, above=1 << 40) == (1 << 40) + 1
+    assert await broker.act_as_manager("b", 5_000, above=1 << 40) is None
+    assert await broker.act_as_manager("a", 5_000) == (1 << 40) + 1
+    await broker.resign_manager("a")
+    assert await broker.act_as_manager("b", 5_000) == (1 << 40) + 2
+
+
 async def test_the_registry_survives_its_manager(broker: Broker) -> None:
     """What one Manager saved, the next one loads; who is gone is gone."""
     first, second = info("w-1", models=["m"], slots=4, engine=EngineState.READY), info("w-2")

@@ -84,12 +84,13 @@ class FakeQueue:
         self.sweeps += 1
         return Expired()
 
-    async def act_as_manager(self, manager_id: str, ttl_ms: int) -> int | None:
+    async def act_as_manager(self, manager_id: str, ttl_ms: int, above: int = 0) -> int | None:
         self._trip()
         if self.holder not in ("", manager_id):
             return None
         if not self.holder:
             self.holder, self.term = manager_id, self.term + 1
+        self.term = max(self.term, above + 1)
         return self.term
 
     async def resign_manager(self, manager_id: str) -> None:

@@ -364,3 +364,44 @@ async def test_a_newcomer_is_looked_at_at_once() -> None:
             return (await service.list_workers()).workers[0].url_verified
 
         await eventually(verified, "it is known there", limit_s=3)
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+async def test_a_term_that_was_given_out_twice_is_left(ahead: int) -> None:
+    """Redis lost the write of the latest term: a worker follows an order of it, or of a later one, that this Manager
+    did not give. It takes a term above, and the worker follows."""
+    queue = FakeQueue()
+    service = _service(queue)
+    async with _running(service):
+        await service.register(Registration(worker_id="w", incarnation=ONE, slots=1, models=["m"]))
+        term = queue.term
+        other = Registration(worker_id="x", incarnation=TWO, slots=1, models=["m"], term=term + ahead)
+        await service.register(other)
+        await _until(lambda: queue.term == term + ahead + 1)
+
+        async def given() -> int:
+            try:
+                beat = Heartbeat(incarnation=TWO, slots=1, models=["m"], term=term + ahead)
+                return (await service.heartbeat("x", beat)).assignment.term
+            except (UnknownWorker, ManagerUnavailable):
+                await service.register(other)
+                return 0
+
+        async def follows() -> bool:
+            return await given() > term + ahead
+
+        await eventually(follows, "the worker is given an order that it follows")
+
+
+async def test_a_worker_that_follows_its_manager_leaves_the_term_alone() -> None:
+    """Registered and heard, and registered again with what it was given: nothing is to be raised."""
+    queue = FakeQueue()
+    service = _service(queue)
+    async with _running(service):
+        worker = Registration(worker_id="w", incarnation=ONE, slots=1, models=["m"])
+        term = (await service.register(worker)).assignment.term
+        for _ in range(2):
+            await service.heartbeat("w", Heartbeat(incarnation=ONE, slots=1, models=["m"], term=term))
+            await service.register(worker.model_copy(update={"term": term}))
+        await asyncio.sleep(0.2)
+        assert queue.term == term
