@@ -487,8 +487,9 @@ class Broker:
 
     async def manager_beat(self) -> int:
         """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a
-        clock); 0 if there is none. One try."""
-        return int(await self._caller.once(MANAGER, "HGET", MANAGER, "until") or 0)
+        clock); 0 if there is none, or what nobody of ours wrote. One try."""
+        until: bytes = await self._caller.once(MANAGER, "HGET", MANAGER, "until") or b""
+        return int(until) if until.isdigit() else 0
 
     async def load_workers(self) -> dict[str, WorkerInfo]:
         """The registry as the acting Manager last wrote it; entries that cannot be read are left out."""

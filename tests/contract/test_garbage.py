@@ -6,7 +6,7 @@ from typing import Any
 
 from broker import Broker
 from queue_schemas import Assignment, Control, ControlKind, Incarnation, Outcome, Settled, WorkerInfo, new_job_id
-from queue_schemas.keys import POOLS, WORKERS, ShardKeys
+from queue_schemas.keys import MANAGER, POOLS, WORKERS, ShardKeys
 from tests.support.queue import MODEL, Puller, make_job
 
 KEYS = ShardKeys(0)
@@ -79,3 +79,13 @@ async def test_a_registry_with_junk_in_it_is_read_all_the_same(broker: Broker, c
     await broker.join(RUN)
     await client.hset(KEYS.beats, mapping={b"\xff": "1", "no run": "1", RUN[:-1] + "2": "many"})
     assert set(await broker.beats()) == {RUN}
+
+
+async def test_a_managers_lease_that_is_none_counts_as_no_manager(broker: Broker, client: Any) -> None:
+    """Workers look after it all the time: what they cannot read must not end them."""
+    assert await broker.manager_beat() == 0
+    await client.hset(MANAGER, mapping={"holder": "m", "until": b"\xffsoon"})
+    assert await broker.manager_beat() == 0
+    await client.delete(MANAGER)
+    assert await broker.act_as_manager("m", 10_000) == 1
+    assert await broker.manager_beat() > 0

@@ -186,3 +186,20 @@ async def test_the_queue_follows_a_failover(broker: Broker, topology: Topology) 
     lease = await worker.claim_one(models=("failover",))
     assert lease.job == job
     assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+
+
+async def test_leases_are_renewed_from_another_threads_loop(broker: Broker) -> None:
+    """A renewer apart has a connection of its own there, raises the number on every shard, and leaves nothing open."""
+    worker = await Puller(broker).join()
+    before = (await broker.beats())[worker.incarnation]
+    renewer = broker.renewer_apart()
+
+    async def renew() -> None:
+        try:
+            await renewer.renew(worker.incarnation)
+        finally:
+            await renewer.close()
+
+    await asyncio.to_thread(asyncio.run, renew())
+    assert (await broker.beats())[worker.incarnation] == before + broker.shards
+    await broker.leave(worker.incarnation)
