@@ -37,8 +37,8 @@ async def ended(fleet: Fleet, state: str) -> int:
 
 
 async def test_redis_is_killed_under_load_and_comes_back(fleet: Fleet) -> None:
-    """kill -9 in the middle of 400 requests, streams among them, with appendfsync everysec: clients wait a little longer,
-    every answer is right."""
+    """kill -9 in the middle of 400 requests, streams among them, with appendfsync everysec: clients wait a little
+    longer, every answer is right."""
     await fleet.up(workers=2, sim_embedding_dimensions=DIMENSIONS)
     load = Load(fleet.router.url, 400, 32)
     async with asyncio.TaskGroup() as group:
