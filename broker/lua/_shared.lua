@@ -23,7 +23,7 @@ local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
-  'stored', 'deadline', 'size', 'at', 'queue', 'entry', 'ended', 'avoid', 'avoid_until', 'resume', 'suspicion', 'spared' }
+  'stored', 'deadline', 'size', 'at', 'queue', 'entry', 'ended', 'avoid', 'avoid_until', 'resume', 'suspicion', 'spared', 'cleared' }
 
 local function int(number)
   return string.format('%.0f', number)

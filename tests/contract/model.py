@@ -216,6 +216,9 @@ class Model:
         verdict = self._verdict(lease)
         if verdict is Settled.OK:
             live = self.live[lease.job.id]
+            if live.is_suspect and live.cleared:
+                return verdict
+            live.cleared = live.cleared or live.is_suspect
             if live.held_as_suspect:
                 self._next_suspect(live)
                 self.runs[live.owner].blames = False

@@ -55,6 +55,7 @@ class Live:
     avoid: tuple[str, int] = ("", 0)
     suspicion: int = 0
     spared: bool = False
+    cleared: bool = False
     held_as_suspect: bool = False
     ask_at: int = 0
 

@@ -96,22 +96,46 @@ async def test_a_cleared_job_is_no_suspect(broker: Broker, worker: Puller, clien
     assert charged == {first.job.id: 1, second.job.id: 2}
 
 
+async def claim_of(broker: Broker, puller: Puller, job_id: str) -> Lease:
+    """The lease of one job; those claimed before it are handed back."""
+    lease = await puller.claim_one()
+    while lease.job.id != job_id:
+        await broker.release(lease, "handed back", counted=False)
+        lease = await puller.claim_one()
+    return lease
+
+
 async def test_nobody_goes_free_twice(broker: Broker, worker: Puller, client: Any) -> None:
-    """Poison that puts something out before it crashes is cleared each time, beside a suspect that is not."""
+    """Poison that puts something out before it crashes is cleared, beside a suspect that is not: it is charged too."""
     poison, *_ = ids = await enqueue(broker, 4, max_attempts=5)
     await crash(broker, await worker.claim(4))
-    charged = []
-    for other in await pullers(broker, 3):
-        lease = await other.claim_one()
-        while lease.job.id != poison:
-            await broker.release(lease, "handed back", counted=False)
-            lease = await other.claim_one()
+    (other,) = await pullers(broker, 1)
+    lease = await claim_of(broker, other, poison)
+    assert await broker.clear(lease) is Settled.OK
+    beside = await other.claim_one()
+    assert beside.suspect
+    await crash(broker, [lease, beside])
+    assert (await attempts_of(client, ids))[0] == 1
+
+
+async def test_nobody_is_cleared_twice(broker: Broker, worker: Puller, client: Any) -> None:
+    """Poison that puts something out each time would be cleared each time, and take along who is under suspicion
+    beside it: from its second crash on it is beside no other suspect, and they are not charged for it."""
+    poison, *others = ids = await enqueue(broker, 4, max_attempts=5)
+    await crash(broker, await worker.claim(4))
+    first, *later = await pullers(broker, 3)
+    lease = await claim_of(broker, first, poison)
+    assert await broker.clear(lease) is Settled.OK
+    await crash(broker, [lease, await first.claim_one()])
+    charged = sum(await attempts_of(client, others))
+    for number, puller in enumerate(later, 2):
+        lease = await claim_of(broker, puller, poison)
+        assert lease.suspect
         assert await broker.clear(lease) is Settled.OK
-        beside = await other.claim_one()
-        assert beside.suspect
-        await crash(broker, [lease, beside])
-        charged.append((await attempts_of(client, ids))[0])
-    assert charged == [1, 2, 3]
+        assert await puller.claim(1) == []
+        await crash(broker, [lease])
+        assert await attempts_of(client, ids[:1]) == [number]
+    assert sum(await attempts_of(client, others)) == charged
 
 
 async def test_clearing_a_job_of_nothing_leaves_the_suspect_beside_it(broker: Broker, worker: Puller) -> None:
