@@ -36,8 +36,8 @@ class Caller:
         self._retry_limit_s = retry_limit_s
         self._scripts = load_scripts(flags=script_flags)
 
-    async def script(self, name: str, key: str, *args: Any, wait_when_full: bool = True) -> Any:
-        """Run script ``name`` with KEYS[1] = ``key``.
+    async def script(self, name: str, key: str, *args: Any, wait_when_full: bool = True, retry: bool = True) -> Any:
+        """Run script ``name`` with KEYS[1] = ``key``; once, if it is not to ``retry``.
 
         Raises ``BrokerUnavailable`` when the limit is over, ``BrokerUnsuitable`` when the server refuses us, and
         ``BrokerFull``, at once unless ``wait_when_full``, when it refuses writes.
@@ -51,7 +51,7 @@ class Caller:
                 self.round_trips += 1
                 return await self.link.command(key, "EVAL", script.source, 1, key, *args)
 
-        return await self._until_answered(attempt, wait_when_full)
+        return await self._until_answered(attempt, wait_when_full, None if retry else 0.0)
 
     async def command(self, key: str, *args: Any) -> Any:
         """Send a command that may be repeated without harm. Raises like :meth:`script`."""
@@ -65,7 +65,9 @@ class Caller:
         except FAILURES as error:
             raise as_inferq_error(error) from error
 
-    async def _until_answered(self, attempt: Any, wait_when_full: bool) -> Any:
+    async def _until_answered(self, attempt: Any, wait_when_full: bool, limit_s: float | None = None) -> Any:
+        """``limit_s``: that of all calls unless another is given."""
+        limit_s = self._retry_limit_s if limit_s is None else limit_s
         give_up_at: float | None = None
         pause = _FIRST_PAUSE_S
         while True:
@@ -76,7 +78,7 @@ class Caller:
                 failure = as_inferq_error(error)
                 if isinstance(failure, BrokerUnsuitable) or (isinstance(failure, BrokerFull) and not wait_when_full):
                     raise failure from error
-                give_up_at = give_up_at or time.monotonic() + self._retry_limit_s
+                give_up_at = give_up_at or time.monotonic() + limit_s
                 if time.monotonic() + pause > give_up_at:
                     raise failure from error
             self.retries += 1

@@ -23,6 +23,7 @@ from queue_schemas import (
     Claimed,
     Control,
     ControlKind,
+    Enqueued,
     Fenced,
     Frame,
     Incarnation,
@@ -34,6 +35,7 @@ from queue_schemas import (
     Lease,
     Marker,
     Outcome,
+    Output,
     Pool,
     Settled,
     ShardKeys,
@@ -41,6 +43,7 @@ from queue_schemas import (
     WorkerInfo,
     shard_of_job,
     shard_of_pool,
+    unpack_frames,
 )
 from queue_schemas.ids import check_incarnation, check_name, check_worker_id, decode_name, encode_name
 from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
@@ -49,7 +52,7 @@ from telemetry import get_logger
 from .calls import Caller, pairs
 from .dead_letters import DeadLetters
 from .durable import DurableCaller, waits_for_disk
-from .job_batches import ShardBatches, attempt_of
+from .job_batches import KEEP_MS, ShardBatches, attempt_of
 from .link import ClientLink, Link, open_link
 from .renewal import Renewer
 from .server import ServerFacts, read_facts, require_suitable, settle_meta
@@ -89,10 +92,11 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """What one sweep did: jobs ended because their time ran out, workers woken."""
+    """What one sweep did: jobs ended because their time ran out, workers woken, kept answers forgotten."""
 
     expired: int = 0
     woken: int = 0
+    forgotten: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +230,30 @@ class Broker:
         """Put ``job`` on its queue: ``QUEUED``, or the state of a job of that id that is already known (``CANCELLED``
         for one that was cancelled before it came). Raises ``OverCapacity``, ``BrokerFull``, and ``NotOnDisk`` for one
         that nobody waits for, where that is to be on the disk first (:meth:`connect`)."""
+        return (await self._line(job).enqueue(job)).state
+
+    async def enqueue_stored(self, job: Job, listener: Incarnation, keep_ms: int = KEEP_MS) -> Enqueued:
+        """Put a stored ``job`` on its queue, or find the one that holds its idempotency key. ``listener`` is the Router
+        that is sent its output; of another job it has to :meth:`attach` to be. The answer is kept for ``keep_ms`` once
+        it is whole. Raises like :meth:`enqueue`, and ``IdempotencyKeyReused`` if the key belongs to another request."""
+        return await self._line(job).enqueue(job, listener, keep_ms)
+
+    def _line(self, job: Job) -> ShardBatches:
+        """The calls with which a job is enqueued."""
+        shard = shard_of_job(job.id)
         if self._durable and (job.stored or job.lane is not Lane.INTERACTIVE):
-            return await self._durable[shard_of_job(job.id)][next(self._turns) % DURABLE_LINES].enqueue(job)
-        return await self._batches[shard_of_job(job.id)].enqueue(job)
+            return self._durable[shard][next(self._turns) % DURABLE_LINES]
+        return self._batches[shard]
+
+    async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None:
+        """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on, the Router ``listener`` being sent
+        what is added from now on. None if the job is unknown."""
+        return await self._read_output(job_id, listener, after)
+
+    async def detach(self, job_id: JobId, listener: Incarnation) -> None:
+        """``listener`` is not sent a stored job's output any more. One try."""
+        key = self._keys[shard_of_job(job_id)].listeners(job_id)
+        await self._caller.once(key, "SREM", key, listener)
 
     async def resume(self, job: Job, epoch: int) -> State | None:
         """Put a stream that is lost under ``epoch`` back on its queue, with ``job`` as its envelope: what the next
@@ -248,10 +273,11 @@ class Broker:
         state, epoch, attempt_id = await self._caller.script("raise_epoch", keys.budget, keys.prefix, job_id, heard)
         return None if state == b"unknown" else Standing(State(state.decode()), int(epoch), attempt_id.decode())
 
-    async def cancel(self, job_id: JobId, reason: str) -> State | None:
-        """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then)."""
+    async def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> State | None:
+        """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then). ``unasked``:
+        nobody waits for it here, so it is left alone if it is stored, or unknown."""
         keys = self._keys[shard_of_job(job_id)]
-        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason)
+        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, int(unasked))
         return None if found == b"unknown" else State(found.decode())
 
     async def read_replies(
@@ -386,9 +412,36 @@ class Broker:
         gone = await asyncio.gather(*(send(reply_to, packed) for reply_to, packed in frames.items()))
         return {reply_to for reply_to, is_gone in zip(frames, gone, strict=True) if is_gone}
 
+    async def append(self, lease: Lease, frames: bytes) -> Settled:
+        """Add packed frames of an attempt to its stored job's output, and send them to those who listen. ``OK`` also
+        for frames that are there already. One try: on ``BrokerUnavailable`` they may or may not be there; sending them
+        again is harmless."""
+        return await self._batches[shard_of_job(lease.job.id)].append(lease, frames)
+
+    async def read_output(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> Output | None:
+        """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on; None if the job is unknown."""
+        return await self._read_output(job_id, "", after)
+
+    async def _read_output(self, job_id: JobId, listener: str, after: tuple[int, int]) -> Output | None:
+        keys = self._keys[shard_of_job(job_id)]
+        first = "{}-{}".format(*after) if after > (0, 0) else "-"
+        reply = await self._caller.script("attach", keys.budget, keys.prefix, job_id, listener, first)
+        if not reply:
+            return None
+        state, epoch, attempt_id, end, complete, *frames = reply
+        end_epoch, _, end_seq = end.decode().partition("-")
+        return Output(
+            State(state.decode()),
+            epoch,
+            attempt_id.decode(),
+            (int(end_epoch or 0), int(end_seq or 0)),
+            tuple(frame for packed in frames for frame in unpack_frames(packed)),
+            bool(complete),
+        )
+
     async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
         """End an attempt with its answer. ``frames`` (packed; those not yet published, the last with END) reach the
-        Router only if the answer is ``OK``."""
+        Router, or those who listen to a stored job, only if the answer is ``OK``."""
         return await self._batches[shard_of_job(lease.job.id)].settle(lease, outcome, frames)
 
     async def release(self, lease: Lease, reason: str, *, counted: bool) -> Settled:
@@ -470,11 +523,11 @@ class Broker:
 
     async def expire(self) -> Expired:
         """The sweep of each second, on every shard."""
-        expired = woken = 0
+        expired = woken = forgotten = 0
         for keys in self._keys:
             reply = await self._caller.script("expire", keys.budget, keys.prefix, _EXPIRE_STEP)
-            expired, woken = expired + reply[0], woken + reply[1]
-        return Expired(expired, woken)
+            expired, woken, forgotten = expired + reply[0], woken + reply[1], forgotten + reply[2]
+        return Expired(expired, woken, forgotten)
 
     async def act_as_manager(self, manager_id: str, ttl_ms: int, above: int = 0) -> int | None:
         """Take or keep the acting Manager's lease for ``ttl_ms``: its term, higher than ``above``, or None while

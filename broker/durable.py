@@ -72,7 +72,7 @@ class DurableCaller(Caller):
         self._fsync_limit_s = fsync_limit_s
         self._line: Batcher[_Call, Any] = Batcher(self._send, _size, max_bytes=MAX_PIPELINE_BYTES)
 
-    async def script(self, name: str, key: str, *args: Any, wait_when_full: bool = False) -> Any:
+    async def script(self, name: str, key: str, *args: Any, wait_when_full: bool = False, retry: bool = True) -> Any:
         return await self._line.submit(_Call(self._scripts[name], key, args))
 
     async def close(self) -> None:

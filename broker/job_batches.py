@@ -1,4 +1,4 @@
-"""The calls that every job makes, batched: enqueue, settle and release of one shard."""
+"""The calls that every job makes, batched: enqueue, append, settle and release of one shard."""
 
 from __future__ import annotations
 
@@ -7,8 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from queue_schemas import Job, Lease, Outcome, OverCapacity, Settled, ShardKeys, State
+from queue_schemas import (
+    Enqueued,
+    IdempotencyKeyReused,
+    Job,
+    JobId,
+    Lease,
+    Outcome,
+    OverCapacity,
+    Settled,
+    ShardKeys,
+    State,
+)
+from queue_schemas.frames import split_frames
 from queue_schemas.ids import encode_name
+from queue_schemas.stored import key_digest, request_digest
 
 from .batching import Batcher
 from .calls import Caller
@@ -16,12 +29,23 @@ from .settings import Budgets
 
 _OVERHEAD_BYTES = 256
 """What a job costs in a call besides its own bytes, roughly."""
+KEEP_MS = 24 * 3600 * 1000
+"""How long the answer of a stored job is kept unless its Router says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Enqueue:
     job: Job
     envelope: bytes
+    listener: str
+    keep_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Append:
+    lease: Lease
+    outcome: Outcome | None
+    frames: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +71,19 @@ class ShardBatches:
         self._budgets = budgets
         self._enqueues = Batcher(self._send_enqueues, lambda item: len(item.envelope) + _OVERHEAD_BYTES)
         self._settles = Batcher(self._send_settles, lambda item: len(item.frames) + _OVERHEAD_BYTES)
+        self._appends = Batcher(self._send_appends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
+        self._ends = Batcher(self._send_ends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._releases = Batcher(self._send_releases, lambda item: len(item.reason) + _OVERHEAD_BYTES)
 
-    async def enqueue(self, job: Job) -> State:
-        return await self._enqueues.submit(_Enqueue(job, job.pack()))
+    async def enqueue(self, job: Job, listener: str = "", keep_ms: int = KEEP_MS) -> Enqueued:
+        return await self._enqueues.submit(_Enqueue(job, job.pack(), listener or job.reply_to, keep_ms))
+
+    async def append(self, lease: Lease, frames: bytes) -> Settled:
+        return await self._appends.submit(_Append(lease, None, frames))
 
     async def settle(self, lease: Lease, outcome: Outcome, frames: bytes) -> Settled:
+        if lease.job.stored:
+            return await self._ends.submit(_Append(lease, outcome, frames))
         return await self._settles.submit(_Settle(lease, outcome, frames))
 
     async def release(self, lease: Lease, reason: str, counted: bool) -> Settled:
@@ -60,17 +91,26 @@ class ShardBatches:
 
     async def close(self) -> None:
         """Stop; calls under way are cancelled."""
-        await asyncio.gather(self._enqueues.close(), self._settles.close(), self._releases.close())
+        await asyncio.gather(
+            self._enqueues.close(),
+            self._settles.close(),
+            self._appends.close(),
+            self._ends.close(),
+            self._releases.close(),
+        )
 
-    async def _send_enqueues(self, items: Sequence[_Enqueue]) -> list[State | Exception]:
+    async def _send_enqueues(self, items: Sequence[_Enqueue]) -> list[Enqueued | Exception]:
         limits = self._budgets
-        args: list[Any] = [limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes]
+        args: list[Any] = [
+            limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes, limits.tenant_kept_bytes,
+        ]  # fmt: skip
         for item in items:
             job = item.job
             args += (
                 job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
-                job.reply_to, int(job.stored), job.ttl_ms, job.max_attempts,
+                item.listener, int(job.stored), job.ttl_ms, job.max_attempts,
                 encode_name(job.region), job.patience_ms, int(_is_continued(job)),
+                *((item.keep_ms, key_digest(job), request_digest(job)) if job.stored else ("", "", "")),
             )  # fmt: skip
         answers = await self._run("enqueue", args, wait_when_full=False)
         return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
@@ -81,16 +121,32 @@ class ShardBatches:
             args += (*attempt_of(item.lease), item.outcome.value, item.frames)
         return [Settled(answer.decode()) for answer in await self._run("settle", args)]
 
+    async def _send_appends(self, items: Sequence[_Append]) -> list[Settled | Exception]:
+        return await self._append(items, retry=False)
+
+    async def _send_ends(self, items: Sequence[_Append]) -> list[Settled | Exception]:
+        return await self._append(items, retry=True)
+
+    async def _append(self, items: Sequence[_Append], *, retry: bool) -> list[Settled | Exception]:
+        args: list[Any] = []
+        for item in items:
+            run = split_frames(item.frames)
+            args += (*attempt_of(item.lease), item.outcome.value if item.outcome else "", int(run.anew))
+            args += (run.first_seq, len(run.frames), *run.frames)
+        return [Settled(answer.decode()) for answer in await self._run("append", args, retry=retry)]
+
     async def _send_releases(self, items: Sequence[_Release]) -> list[Settled | Exception]:
         args: list[Any] = []
         for item in items:
             args += (*attempt_of(item.lease), int(item.counted), item.reason)
         return [Settled(answer.decode()) for answer in await self._run("release", args)]
 
-    async def _run(self, script: str, args: list[Any], *, wait_when_full: bool = True) -> list[bytes]:
+    async def _run(
+        self, script: str, args: list[Any], *, wait_when_full: bool = True, retry: bool = True
+    ) -> list[bytes]:
         keys = self._keys
         answers: list[bytes] = await self._caller.script(
-            script, keys.budget, keys.prefix, *args, wait_when_full=wait_when_full
+            script, keys.budget, keys.prefix, *args, wait_when_full=wait_when_full, retry=retry
         )
         return answers
 
@@ -113,8 +169,25 @@ _BUDGET_SENTENCES = {
 }
 
 
-def _enqueued(answer: str, job: Job) -> State | Exception:
-    if answer.startswith("over "):
-        sentence = _BUDGET_SENTENCES[answer.removeprefix("over ")].format(model=job.model)
-        return OverCapacity(f"{sentence}; try again when some have finished", retry_after_s=2)
-    return State(answer)
+def _enqueued(answer: str, job: Job) -> Enqueued | Exception:
+    what, _, rest = answer.partition(" ")
+    match what:
+        case "over" if rest == "tenant_kept":
+            return OverCapacity(
+                "the answers kept for your account's requests with an Idempotency-Key fill their limit; send this one "
+                "without the header, or again when older ones have expired",
+                retry_after_s=60,
+            )
+        case "over":
+            sentence = _BUDGET_SENTENCES[rest].format(model=job.model)
+            return OverCapacity(f"{sentence}; try again when some have finished", retry_after_s=2)
+        case "mismatch":
+            return IdempotencyKeyReused(
+                "this Idempotency-Key was used for another request: its path, content type or body was not the same; "
+                "give each request a key of its own",
+                param="idempotency-key",
+            )
+        case "other":
+            job_id, _, state = rest.partition(" ")
+            return Enqueued(JobId(job_id), State(state))
+    return Enqueued(job.id, State(answer))

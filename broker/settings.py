@@ -35,9 +35,11 @@ Durability = Literal["memory", "disk"]
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Limits on live jobs (waiting or running) and their envelopes' bytes, checked at every enqueue."""
+    """Limits on live jobs (waiting or running), their envelopes' bytes, and the bytes that are kept of stored jobs and
+    their output, checked at every enqueue."""
 
     tenant_jobs: int = 100_000
     tenant_bytes: int = 1 << 30
     pool_jobs: int = 200_000
     pool_bytes: int = 2 << 30
+    tenant_kept_bytes: int = 512 << 20

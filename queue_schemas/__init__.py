@@ -15,6 +15,7 @@ from .errors import (
     DeadlineExceeded,
     EngineFailed,
     Fenced,
+    IdempotencyKeyReused,
     InferqError,
     JobCancelled,
     ManagerUnavailable,
@@ -78,6 +79,7 @@ from .keys import ShardKeys
 from .lanes import BANDS, DEFAULT_BAND, LANES, Lane, band_of_priority
 from .leases import Claimed, Lease, Outcome, Settled
 from .lifecycle import TERMINAL, TRANSITIONS, State, may_follow
+from .stored import KEPT_STATES, Enqueued, Output
 
 __all__ = [
     "BANDS",
@@ -88,6 +90,7 @@ __all__ = [
     "FABRIC_PREFIX",
     "HEAD",
     "JOIN_TOKEN_HEADER",
+    "KEPT_STATES",
     "LANES",
     "RAY_MANAGER",
     "RAY_NAMESPACE",
@@ -115,10 +118,12 @@ __all__ = [
     "DeadlineExceeded",
     "EngineFailed",
     "EngineState",
+    "Enqueued",
     "Fenced",
     "Frame",
     "Heartbeat",
     "HeartbeatAnswer",
+    "IdempotencyKeyReused",
     "Incarnation",
     "InferqError",
     "Job",
@@ -136,6 +141,7 @@ __all__ = [
     "NotOnDisk",
     "OnLoss",
     "Outcome",
+    "Output",
     "OverCapacity",
     "PathNotFound",
     "PermissionRefused",

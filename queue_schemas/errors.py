@@ -7,6 +7,7 @@
     |   +-- BadMessage             400  bad_message            a wire message breaks the contract
     |   +-- UnsupportedVersion     400  unsupported_version    a wire message of another major version
     |   +-- BodyTooLarge           413  request_too_large
+    |   +-- IdempotencyKeyReused   422  idempotency_key_reused the key belongs to another request
     +-- AuthenticationFailed       401  invalid_api_key
     +-- PermissionRefused          403  permission_denied
     +-- ModelNotFound              404  model_not_found
@@ -78,6 +79,11 @@ class UnsupportedVersion(BadRequest):
 class BodyTooLarge(BadRequest):
     status = 413
     code = "request_too_large"
+
+
+class IdempotencyKeyReused(BadRequest):
+    status = 422
+    code = "idempotency_key_reused"
 
 
 class AuthenticationFailed(InferqError):

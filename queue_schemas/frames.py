@@ -73,6 +73,29 @@ def unpack_frames(data: bytes) -> list[Frame]:
     return frames
 
 
+@dataclass(frozen=True, slots=True)
+class FrameRun:
+    """Frames of one attempt that follow each other. ``anew``: the first of them begins the answer, not behind anything
+    that an earlier attempt said."""
+
+    first_seq: int = 0
+    frames: tuple[bytes, ...] = ()
+    anew: bool = False
+
+
+def split_frames(data: bytes) -> FrameRun:
+    """The packed frames of one attempt in ``data``, each by itself."""
+    frames = unpack_frames(data)
+    if not frames:
+        return FrameRun()
+    first = frames[0]
+    return FrameRun(
+        first.seq,
+        tuple(frame.pack() for frame in frames),
+        anew=bool(first.flags & HEAD and not first.flags & CONTINUED),
+    )
+
+
 class MarkerKind(StrEnum):
     """What happened to a job or its attempt."""
 

@@ -24,15 +24,16 @@ OnLoss = Literal["continue", "restart", "fail"]
 class Job:
     """One request, queued once.
 
-    ``path`` is the engine's (``/v1/chat/completions``). ``reply_to`` is the incarnation of the Router that waits,
-    empty for a stored job. ``ttl_ms`` counts from the enqueue on the server's clock. ``max_attempts`` bounds how often
-    it is started. ``on_loss`` says what happens to a stream whose attempt was lost after some of it was delivered:
-    ``continue`` (the queue asks the Router for what was delivered, and the next attempt goes on behind it),
-    ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text that the client has of a stream that
-    goes on.
-    ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling. ``request_id`` is what the client
-    sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. Workers of ``region`` go first: others may claim the
-    job once it has waited for ``patience_ms``. Without a region anybody may at once.
+    ``path`` is the engine's (``/v1/chat/completions``). ``reply_to`` is the incarnation of the Router that waits, empty
+    for a ``stored`` job, whose answer is kept for any number of listeners (:mod:`queue_schemas.stored`).
+    ``idempotency_key`` is the client's name for it. ``ttl_ms`` counts from the enqueue on the server's clock.
+    ``max_attempts`` bounds how often it is started. ``on_loss`` says what happens to a stream whose attempt was lost
+    after some of it was delivered: ``continue`` (the queue asks the Router for what was delivered, and the next attempt
+    goes on behind it), ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text that the client
+    has of a stream that goes on. ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling.
+    ``request_id`` is what the client sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. Workers of
+    ``region`` go first: others may claim the job once it has waited for ``patience_ms``. Without a region anybody may
+    at once.
     """
 
     id: JobId

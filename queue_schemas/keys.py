@@ -108,6 +108,23 @@ class ShardKeys:
         """Stream: frames and markers for one run of one Router, which alone creates it and keeps it alive."""
         return f"{self.prefix}reply:{router}"
 
+    def out(self, job_id: str) -> str:
+        """Stream: what is kept of a stored job's answer, one packed frame an entry, ids ``epoch-seq``. Expires."""
+        return f"{self.prefix}out:{job_id}"
+
+    def listeners(self, job_id: str) -> str:
+        """Set: Routers that are sent what is added to a stored job's output. Expires."""
+        return f"{self.prefix}listeners:{job_id}"
+
+    def idempotency(self, digest: str) -> str:
+        """String: ``<job id> <digest of its request>``, by the digest of tenant, model and idempotency key. Expires."""
+        return f"{self.prefix}idem:{digest}"
+
+    @property
+    def kept(self) -> str:
+        """Sorted set: ended stored jobs by when they are forgotten (server ms)."""
+        return f"{self.prefix}kept"
+
     @property
     def dead(self) -> str:
         """Stream: dead letters with cause and full record."""
@@ -120,7 +137,8 @@ class ShardKeys:
 
     @property
     def budget(self) -> str:
-        """Hash: live jobs and bytes per tenant (``t:<tenant>:jobs``) and pool (``p:<pool>:jobs``)."""
+        """Hash: live jobs and bytes per tenant (``t:<tenant>:jobs``) and pool (``p:<pool>:jobs``), and what is kept of
+        a tenant's stored jobs (``t:<tenant>:kept``, bytes)."""
         return f"{self.prefix}budget"
 
     @property

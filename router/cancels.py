@@ -1,11 +1,15 @@
-"""Cancelling jobs nobody waits for any more: one task, one bounded line."""
+"""Letting go of jobs nobody waits for here any more: one task, one bounded line.
+
+An ordinary job is cancelled. A stored one runs on, and this Router is sent nothing more of it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from queue_schemas import InferqError, JobId
+from queue_schemas import Incarnation, InferqError, JobId
 from telemetry import get_logger
 
 from .ports import QueuePort
@@ -16,27 +20,42 @@ AT_ONCE = 64
 log = get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Farewell:
+    """``reason`` is why the job is cancelled, ``unasked`` if nobody asked for it here; ``listener`` is who detaches
+    from it."""
+
+    job_id: JobId
+    reason: str = ""
+    unasked: bool = False
+    listener: Incarnation | None = None
+
+
 class Canceller:
-    """Cancels jobs on the queue. A job whose cancelling fails, or finds the line full, is ended by its deadline."""
+    """Lets go of jobs on the queue. One whose cancelling fails, or finds the line full, is ended by its deadline; one
+    that is not detached from sends what nobody reads."""
 
-    def __init__(self, queue: Callable[[], QueuePort | None]) -> None:
+    def __init__(self, queue: Callable[[], QueuePort | None], followed: Callable[[JobId], bool]) -> None:
+        """``followed``: whether somebody follows a stored job, perhaps again."""
         self._queue = queue
-        self._line: asyncio.Queue[tuple[JobId, str]] = asyncio.Queue(LINE)
+        self._followed = followed
+        self._line: asyncio.Queue[_Farewell] = asyncio.Queue(LINE)
 
-    def cancel(self, job_id: JobId, reason: str) -> None:
-        """Have ``job_id`` cancelled soon."""
-        try:
-            self._line.put_nowait((job_id, reason))
-        except asyncio.QueueFull:
-            log.warning("cancel_line_full", job_id=job_id)
+    def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> None:
+        """Have ``job_id`` cancelled soon; ``unasked``: unless it is stored, for who knows who asked for it."""
+        self._put(_Farewell(job_id, reason, unasked))
+
+    def detach(self, job_id: JobId, listener: Incarnation) -> None:
+        """Have ``listener`` forgotten by the stored job ``job_id``, soon and unless somebody follows it then."""
+        self._put(_Farewell(job_id, listener=listener))
 
     async def run(self) -> None:
-        """Cancel until cancelled."""
+        """Work until cancelled."""
         while True:
             batch = [await self._line.get()]
             while len(batch) < AT_ONCE and not self._line.empty():
                 batch.append(self._line.get_nowait())
-            await asyncio.gather(*(self._cancel_one(job_id, reason) for job_id, reason in batch))
+            await asyncio.gather(*map(self._let_go, batch))
             for _ in batch:
                 self._line.task_done()
 
@@ -44,12 +63,21 @@ class Canceller:
         """When everything in the line has been dealt with."""
         await self._line.join()
 
-    async def _cancel_one(self, job_id: JobId, reason: str) -> None:
-        queue = self._queue()
+    def _put(self, farewell: _Farewell) -> None:
+        try:
+            self._line.put_nowait(farewell)
+        except asyncio.QueueFull:
+            log.warning("cancel_line_full", job_id=farewell.job_id)
+
+    async def _let_go(self, farewell: _Farewell) -> None:
+        queue, job_id = self._queue(), farewell.job_id
         if queue is None:
             log.warning("job_not_cancelled", job_id=job_id, error="the queue is not connected")
             return
         try:
-            await queue.cancel(job_id, reason)
+            if farewell.listener is None:
+                await queue.cancel(job_id, farewell.reason, unasked=farewell.unasked)
+            elif not self._followed(job_id):
+                await queue.detach(job_id, farewell.listener)
         except InferqError as error:
             log.warning("job_not_cancelled", job_id=job_id, error=error.message)

@@ -22,13 +22,18 @@ _CLOSE = (b"connection", b"close")
 class Exchange:
     """Sends one answer. ``status`` is 0 until it has begun. Every answer carries ``x-request-id``."""
 
-    __slots__ = ("_events", "_id_header", "_send", "status")
+    __slots__ = ("_events", "_id_header", "_more", "_send", "status")
 
     def __init__(self, send: Send, request_id: bytes) -> None:
         self._send = send
         self._id_header = (b"x-request-id", request_id)
+        self._more: tuple[Header, ...] = ()
         self._events = False
         self.status = 0
+
+    def add_header(self, name: bytes, value: bytes) -> None:
+        """A header for the answer, which must not have begun."""
+        self._more = (*self._more, (name, value))
 
     async def finish(self, head: Head, data: bytes) -> None:
         """The rest of the answer. One that has not begun carries its length."""
@@ -67,7 +72,7 @@ class Exchange:
             return
         status, general, body = error_answer(error)
         self.status = status
-        lines = [*general, *headers, self._id_header]
+        lines = [*general, *headers, self._id_header, *self._more]
         if hold:
             lines.append(_CLOSE)
         await self._send({"type": "http.response.start", "status": status, "headers": lines})
@@ -80,7 +85,7 @@ class Exchange:
     async def _begin(self, head: Head, length: Header | None) -> None:
         self.status = head.status
         self._events = head.is_event_stream
-        headers = [(b"content-type", _header_value(head.content_type)), self._id_header]
+        headers = [(b"content-type", _header_value(head.content_type)), self._id_header, *self._more]
         if length is not None:
             headers.append(length)
         if self._events:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable
 from dataclasses import replace
-from typing import TypeVar
 
 from starlette.types import Receive, Scope, Send
 
@@ -40,6 +38,7 @@ from .bodies import DRAIN_LIMIT_S, ClientGone, drain_body, read_body
 from .connection import Connection
 from .core import (
     DEADLINE_HEADER,
+    IDEMPOTENCY_HEADER,
     ON_LOSS_HEADER,
     RequestFields,
     Stitch,
@@ -49,11 +48,13 @@ from .core import (
     check_size,
     read_deadline,
     read_fields,
+    read_idempotency_key,
     read_on_loss,
 )
 from .exchange import Exchange
 from .requests import OpenRequest
 from .state import RETRY_AFTER_SHUTDOWN_S, RouterState
+from .stored import StoredJobs
 
 MAX_RERUNS = 3
 """How often a request is put on the queue anew because frames of its answer were lost on the way."""
@@ -62,9 +63,9 @@ RERUN_AFTER_S = 2.0
 
 _DEADLINE = DEADLINE_HEADER.encode()
 _ON_LOSS = ON_LOSS_HEADER.encode()
+_IDEMPOTENCY = IDEMPOTENCY_HEADER.encode()
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _NEVER = float("inf")
-_T = TypeVar("_T")
 
 log = get_logger(__name__)
 
@@ -76,6 +77,7 @@ class Inference:
         self._state = state
         self._settings = state.settings
         self._requests = state.requests
+        self._stored = StoredJobs(state)
         self._loop = asyncio.get_running_loop
 
     async def serve(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
@@ -111,9 +113,13 @@ class Inference:
                 on_loss=job.on_loss,
                 usage=fields.usage,
                 choices=fields.choices,
+                stored=job.stored,
             )
             connection.watch(request.on_gone)
-            await self._enqueue(request, job)
+            if job.stored:
+                await self._stored.enqueue(request, job, exchange)
+            else:
+                await self._enqueue(request, job)
             await self._relay(request, exchange)
         except InferqError as error:
             connection.unwatch()
@@ -176,6 +182,7 @@ class Inference:
         on_loss = read_on_loss(headers.get(_ON_LOSS), settings.on_loss)
         if on_loss == "continue" and not fields.continuable:
             on_loss = "restart"
+        key = read_idempotency_key(headers.get(_IDEMPOTENCY))
         queue = link.ready_queue()
         entry = link.directory.pools.get(fields.model)
         if entry is None or not entry.workers:
@@ -192,11 +199,13 @@ class Inference:
             content_type=_content_type(headers),
             band=band_of_priority(fields.priority),
             stream=fields.stream,
+            stored=bool(key),
             ttl_ms=deadline_ms,
             max_attempts=settings.max_attempts,
             on_loss=on_loss,
-            reply_to=link.incarnation,
+            reply_to="" if key else link.incarnation,
             traceparent=trace or _traceparent(headers),
+            idempotency_key=key,
             request_id=request_id,
             region=settings.region,
             patience_ms=self._patience_ms(fields.model),
@@ -209,12 +218,11 @@ class Inference:
         return settings.region_patience_ms if near else 0
 
     async def _enqueue(self, request: OpenRequest, job: Job) -> State:
-        if request.deadline_s == _NEVER:
-            request.deadline_s = self._loop().time() + job.ttl_ms / 1000
+        request.give(job.ttl_ms)
         self._requests.attach(request, job)
         queue = self._state.link.ready_queue()
         try:
-            state = await self._within_deadline(request, queue.enqueue(job))
+            state = await request.within_deadline(queue.enqueue(job))
         except (OverCapacity, BrokerFull):
             if request.stitch is not None:
                 request.stitch.settled = True  # nothing was written: there is nothing to cancel
@@ -222,18 +230,6 @@ class Inference:
         if state in TERMINAL:
             request.rerun_s = self._loop().time() + RERUN_AFTER_S
         return state
-
-    async def _within_deadline(self, request: OpenRequest, call: Awaitable[_T]) -> _T:
-        """The answer of a call to the queue, unless the client goes or the request's time runs out before it comes."""
-        request.guard(request.deadline_s, _not_queued)
-        try:
-            return await call
-        except asyncio.CancelledError:
-            if not request.absorb():
-                raise
-            raise request.error or ClientGone from None
-        finally:
-            request.unguard()
 
     async def _relay(self, request: OpenRequest, exchange: Exchange) -> None:
         """Pass the answer on as it comes."""
@@ -271,8 +267,8 @@ class Inference:
                 raise self._explained(error, request)
             if stitch.lost_epoch:
                 await self._resume(request, stitch.lost_epoch)
-            if stitch.gap or request.lost:
-                await self._again(request)
+            if request.behind or stitch.gap or request.lost:
+                await self._recover(request)
             if request.keepalive_due:
                 request.keepalive_due = False
                 if stitch.mid_event:
@@ -288,7 +284,7 @@ class Inference:
         prefix = stitch.offer()
         queue = self._state.link.ready_queue()
         try:
-            state = await self._within_deadline(request, queue.resume(replace(job, prefix=prefix), epoch))
+            state = await request.within_deadline(queue.resume(replace(job, prefix=prefix), epoch))
         except (BrokerUnavailable, BrokerFull) as error:
             log.warning("stream_not_resumed", job_id=job.id, error=error.message, then="the queue asks again")
             stitch.heard(epoch)
@@ -297,6 +293,13 @@ class Inference:
         stitch.heard(epoch)
         if state is None or state in TERMINAL:
             request.lost = True
+
+    async def _recover(self, request: OpenRequest) -> None:
+        """What has come is not all that there was."""
+        if request.behind:
+            await self._stored.catch_up(request)
+        else:
+            await self._again(request)
 
     async def _again(self, request: OpenRequest) -> None:
         """Frames of the answer may be lost: make sure that an attempt will deliver it, under another id if need be."""
@@ -332,9 +335,7 @@ class Inference:
         state = await self._enqueue(request, job)
         if state in TERMINAL:
             return True  # its end may still be on its way; if it does not come, that is a gap
-        standing = await self._within_deadline(
-            request, self._state.link.ready_queue().raise_epoch(job.id, stitch.epoch)
-        )
+        standing = await request.within_deadline(self._state.link.ready_queue().raise_epoch(job.id, stitch.epoch))
         if standing is None or standing.state in TERMINAL:
             request.rerun_s = self._loop().time() + RERUN_AFTER_S
             return True
@@ -385,16 +386,17 @@ class Inference:
                 compared=stitch.compared > 0,
                 broken=type(stitch.error) is StreamBroken,
             )
+        if job is not None and job.stored:
+            self._state.done(request)
+            if stitch is not None and not stitch.settled:
+                self._stored.leave(job)
+            return
         if job is not None and stitch is not None and not stitch.settled:
             why = f"client_{request.why_gone}" if request.gone else "given_up"
             log.info("job_cancelled", job_id=job.id, request_id=request_id, why=why)
             self._state.canceller.cancel(job.id, "its client went away" if request.gone else "its router gave it up")
             self._state.metrics.cancelled(why)
         self._state.done(request)
-
-
-def _not_queued() -> InferqError:
-    return DeadlineExceeded("the request could not be queued in time, because Redis does not answer; try again")
 
 
 def _traceparent(headers: dict[bytes, bytes]) -> str:

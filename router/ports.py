@@ -11,6 +11,7 @@ from broker import DeadLetters, Standing
 from queue_schemas import (
     JOIN_TOKEN_HEADER,
     BrokerAddress,
+    Enqueued,
     Frame,
     Incarnation,
     Job,
@@ -18,6 +19,7 @@ from queue_schemas import (
     Lane,
     LaneDepth,
     Marker,
+    Output,
     Pool,
     State,
     WorkerInfo,
@@ -39,11 +41,17 @@ class QueuePort(Protocol):
 
     async def enqueue(self, job: Job) -> State: ...
 
+    async def enqueue_stored(self, job: Job, listener: Incarnation, keep_ms: int) -> Enqueued: ...
+
+    async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None: ...
+
+    async def detach(self, job_id: JobId, listener: Incarnation) -> None: ...
+
     async def resume(self, job: Job, epoch: int) -> State | None: ...
 
     async def raise_epoch(self, job_id: JobId, heard: int) -> Standing | None: ...
 
-    async def cancel(self, job_id: JobId, reason: str) -> State | None: ...
+    async def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> State | None: ...
 
     async def read_replies(
         self, router: Incarnation, deliver: Deliver, lost: Callable[[int], None] | None = None

@@ -1,14 +1,15 @@
 """Open requests: what waits for an answer, and what wakes it.
 
 Each open request is one coroutine, woken through one future: by frames (:meth:`OpenRequests.deliver`, called by the
-reader of the reply streams), by the sweep of each second, by a client that went away. Nothing here awaits.
+reader of the reply streams), by the sweep of each second, by a client that went away. Those that wait for a stored job,
+which may be many for one, are in :mod:`router.followers`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from queue_schemas import (
     END,
@@ -25,12 +26,15 @@ from queue_schemas import (
 )
 from telemetry import get_logger
 
+from .bodies import ClientGone
 from .connection import Connection
 from .core import Stitch, check_body_room
+from .followers import Followers
 from .metrics import RouterMetrics
 from .settings import RouterSettings
 
 log = get_logger(__name__)
+_T = TypeVar("_T")
 
 
 def _too_long() -> InferqError:
@@ -44,20 +48,28 @@ def _begins(item: Frame | Marker) -> bool:
     return type(item) is Marker and item.kind in (MarkerKind.REQUEUED, MarkerKind.LOST)
 
 
+def _not_answered() -> InferqError:
+    return DeadlineExceeded("the request could not be queued in time, because Redis does not answer; try again")
+
+
 class OpenRequest:
     """One request. Times are the event loop's, in seconds; infinity where there is no limit."""
 
     __slots__ = (
         "begun_s",
+        "behind",
         "body_bytes",
         "connection",
         "deadline_s",
         "error",
         "gone",
+        "heard",
+        "held",
         "interrupted",
         "job",
         "keepalive_due",
         "limit_s",
+        "looked_s",
         "lost",
         "news",
         "on_limit",
@@ -85,6 +97,11 @@ class OpenRequest:
         self.reruns = 0
         self.body_bytes = 0
         self.why_gone = "left"
+        # Of a stored job: whether what is kept of it is to be read first, what came while a page of that was on its
+        # way, whether anything came since it was last looked after, and when that was.
+        self.behind = self.heard = False
+        self.held: list[Frame | Marker] | None = None
+        self.looked_s = now_s
 
     async def wait(self) -> None:
         """Until there is news; at once if there is some already."""
@@ -115,6 +132,11 @@ class OpenRequest:
         self.interrupt()
         self.notify()
 
+    def give(self, ttl_ms: int) -> None:
+        """Its time begins to run, unless it does already."""
+        if self.deadline_s == float("inf"):
+            self.deadline_s = asyncio.get_running_loop().time() + ttl_ms / 1000
+
     def guard(self, limit_s: float, on_limit: Callable[[], InferqError]) -> None:
         """From now on the request's task may be interrupted: at ``limit_s`` with the error that ``on_limit`` makes, or
         when the client goes."""
@@ -125,6 +147,18 @@ class OpenRequest:
         """The end of :meth:`guard`."""
         self.task = None
         self.limit_s = float("inf")
+
+    async def within_deadline(self, call: Awaitable[_T]) -> _T:
+        """The answer of a call to the queue, unless the client goes or the request's time runs out before it comes."""
+        self.guard(self.deadline_s, _not_answered)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if not self.absorb():
+                raise
+            raise self.error or ClientGone from None
+        finally:
+            self.unguard()
 
     def interrupt(self) -> None:
         """End the wait that :meth:`guard` began, if one is under way; the task gets ``CancelledError``."""
@@ -165,6 +199,8 @@ class OpenRequests:
         self._grace_s = settings.deadline_grace_ms / 1000
         self._all: set[OpenRequest] = set()
         self._by_job: dict[JobId, OpenRequest] = {}
+        self.stored = Followers(self._buffer_bytes, self._keepalive_s)
+        """Those that wait for a stored job."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -172,7 +208,7 @@ class OpenRequests:
     @property
     def waiting(self) -> int:
         """Requests that have a job on the queue."""
-        return len(self._by_job)
+        return len(self._by_job) + len(self.stored)
 
     def now_open(self) -> frozenset[OpenRequest]:
         """The requests that are open at this moment."""
@@ -187,8 +223,7 @@ class OpenRequests:
         if request in self._all:
             self._all.remove(request)
             self.body_bytes -= request.body_bytes
-        if request.job is not None:
-            self._by_job.pop(request.job.id, None)
+        self._detach(request)
 
     def take_body(self, request: OpenRequest, size_bytes: int) -> None:
         """Take room for a body of ``size_bytes`` so far, or as announced. Raises ``OverCapacity`` if there is none."""
@@ -200,10 +235,19 @@ class OpenRequests:
 
     def attach(self, request: OpenRequest, job: Job) -> None:
         """From now on ``request`` waits for ``job``, and for no other."""
-        if request.job is not None:
-            self._by_job.pop(request.job.id, None)
+        self._detach(request)
         request.job = job
-        self._by_job[job.id] = request
+        if job.stored:
+            self.stored.add(request, job)
+        else:
+            self._by_job[job.id] = request
+
+    def _detach(self, request: OpenRequest) -> None:
+        job = request.job
+        if job is not None and job.stored:
+            self.stored.discard(request, job)
+        elif job is not None:
+            self._by_job.pop(job.id, None)
 
     def deliver(self, news: list[Frame | Marker]) -> None:
         """Hand what came on the reply streams to whom it concerns."""
@@ -211,9 +255,10 @@ class OpenRequests:
         for item in news:
             request = by_job.get(item.job_id)
             if request is None or request.stitch is None:
-                self._metrics.strays.inc()
-                if request is None and _begins(item):
-                    self._unasked(item.job_id)
+                if not self.stored.deliver(item):
+                    self._metrics.strays.inc()
+                    if request is None and _begins(item):
+                        self._unasked(item.job_id)
                 continue
             stitch = request.stitch
             try:
@@ -235,6 +280,7 @@ class OpenRequests:
             if shard_of_job(job_id) == shard:
                 request.lost = True
                 request.notify()
+        self.stored.lost(shard)
 
     def fail_all(self, error: InferqError) -> None:
         """End every open request with ``error``."""
@@ -243,6 +289,7 @@ class OpenRequests:
 
     def sweep(self, now_s: float) -> None:
         """Enforce every limit in time."""
+        self.stored.sweep(now_s)
         for request in tuple(self._all):
             if now_s >= request.limit_s:
                 request.fail(request.on_limit())

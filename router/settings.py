@@ -81,6 +81,11 @@ class RouterSettings(RoleSettings):
         description="How much text of each stream is kept (beside 64 KiB) to go on after a lost worker; beyond it: "
         "stream_broken",
     )
+    keep_answers_ms: int = Field(
+        86_400_000,
+        ge=1,
+        description="How long the answer to a request with an Idempotency-Key is kept for repeats of it",
+    )
     keepalive_ms: int = Field(
         15_000, ge=50, description="A stream that is silent for so long gets a comment, so that nothing cuts it"
     )
@@ -97,6 +102,9 @@ class RouterSettings(RoleSettings):
     )
     tenant_jobs: int = Field(100_000, ge=1, description="Most live jobs (waiting or running) of one tenant")
     tenant_bytes: int = Field(1024 * MIB, ge=1, description="Most bytes of live jobs of one tenant")
+    tenant_kept_bytes: int = Field(
+        512 * MIB, ge=0, description="Most bytes kept of one tenant's requests with an Idempotency-Key; beyond it: 429"
+    )
     pool_jobs: int = Field(200_000, ge=1, description="Most live jobs of one model")
     pool_bytes: int = Field(2048 * MIB, ge=1, description="Most bytes of live jobs of one model")
 
@@ -129,4 +137,4 @@ class RouterSettings(RoleSettings):
 
     @property
     def budgets(self) -> Budgets:
-        return Budgets(self.tenant_jobs, self.tenant_bytes, self.pool_jobs, self.pool_bytes)
+        return Budgets(self.tenant_jobs, self.tenant_bytes, self.pool_jobs, self.pool_bytes, self.tenant_kept_bytes)

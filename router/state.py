@@ -34,7 +34,7 @@ class RouterState:
         self.metrics = RouterMetrics()
         self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked)
         self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken)
-        self.canceller = Canceller(lambda: self.link.queue)
+        self.canceller = Canceller(lambda: self.link.queue, self.requests.stored.__contains__)
         self.leaving = False
         """Still serving, but asking clients and load balancers to go elsewhere."""
         self.draining = False
@@ -112,7 +112,7 @@ class RouterState:
         request.connection.cut()
 
     def _unasked(self, job_id: JobId) -> None:
-        self.canceller.cancel(job_id, "nobody waits for the answer")
+        self.canceller.cancel(job_id, "nobody waits for the answer", unasked=True)
 
     def _broken(self, error: InferqError) -> None:
         self.requests.fail_all(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from queue_schemas import (
     EngineFailed,
     EngineState,
     InferqError,
+    Job,
     JobId,
     Lease,
     Outcome,
@@ -28,7 +29,7 @@ from queue_schemas import (
 )
 from telemetry import get_logger, inject, span_from, tracing_enabled
 
-from .continuing import NotContinuable, plan_continuation
+from .continuing import NotContinuable, plan_continuation, read_delivered
 from .core import Continuation, FrameCutter, Retry, Silence, judge_answer, judge_failure
 from .engines import Engine, EngineAnswer, EngineCall, EngineGone
 from .metrics import WorkerMetrics
@@ -265,20 +266,36 @@ class Attempts:
         if isinstance(error, EngineGone):
             return _BrokeOff(error.message)
         verdict = judge_failure(attempt.cutter.begun, lease.attempt, lease.job.max_attempts)
-        if isinstance(verdict, Outcome):
+        if isinstance(verdict, Outcome) and not lease.job.stored:
             return _Settle(verdict, attempt.cutter.fail(error))
+        # What is kept for whoever asks again is an engine's answer, not that there was none.
         return _Release(error.message, counted=True)
 
     async def _call(self, attempt: _Attempt) -> _Ending:
-        job = attempt.lease.job
-        if not job.prefix:
-            return await self._ask(attempt, job.body, None)
+        lease = attempt.lease
+        job = lease.job
+        if job.stored and job.stream and lease.epoch > 1:
+            try:
+                delivered = await read_delivered(self._broker, job, self._max_answer_bytes)
+            except InferqError as error:
+                return _Release(f"what is kept of it could not be read: {error.message}", counted=False)
+            if delivered.rest is not None:
+                return self._ended_before(attempt, delivered.rest)
+            job = replace(job, prefix=delivered.prefix)
+        return await self._go_on(attempt, job) if job.prefix else await self._ask(attempt, job.body, None)
+
+    def _ended_before(self, attempt: _Attempt, rest: bytes) -> _Ending:
+        """All but the end of the answer was delivered: ``rest``."""
+        attempt.cutter.head(200, EVENT_STREAM, continued=True)
+        return _Settle(Outcome.DONE, attempt.cutter.feed(rest) + attempt.cutter.end())
+
+    async def _go_on(self, attempt: _Attempt, job: Job) -> _Ending:
+        """Answer behind the prefix of ``job``, or anew if the engine cannot."""
         try:
             continuation = await plan_continuation(self._engine, job)
             self.seen += 1
             if continuation.body is None:
-                attempt.cutter.head(200, EVENT_STREAM, continued=True)
-                return _Settle(Outcome.DONE, attempt.cutter.feed(continuation.ending()) + attempt.cutter.end())
+                return self._ended_before(attempt, continuation.ending())
             return await self._ask(attempt, continuation.body, continuation)
         except NotContinuable as error:
             log.warning("stream_begins_anew", error=f"the engine cannot go on: {error}", **_facts(attempt.lease))
@@ -313,9 +330,7 @@ class Attempts:
         self, attempt: _Attempt, answer: EngineAnswer, verdict: Outcome, continuation: Continuation | None
     ) -> _Ending:
         job, cutter = attempt.lease.job, attempt.cutter
-        attempt.channel = channel = self._outbox.open(
-            shard_of_job(job.id), job.reply_to, lambda: self._stop(attempt, Stop.UNHEARD)
-        )
+        attempt.channel = channel = self._channel(attempt)
         cutter.head(answer.status, answer.content_type, continued=continuation is not None)
         size = events = 0
         data = b""
@@ -340,6 +355,12 @@ class Attempts:
         self._metrics.usage(job.model, data, events)
         rest = cutter.feed(continuation.end()) if continuation is not None else b""
         return _Settle(verdict, await channel.close() + rest + cutter.end())
+
+    def _channel(self, attempt: _Attempt) -> Channel:
+        job = attempt.lease.job
+        if job.stored:
+            return self._outbox.open_stored(attempt.lease, lambda: self._stop(attempt, Stop.ENDED))
+        return self._outbox.open(shard_of_job(job.id), job.reply_to, lambda: self._stop(attempt, Stop.UNHEARD))
 
     async def _clear(self, lease: Lease) -> None:
         """What crashed engines before is behind this job now: its worker may hold the next suspect."""

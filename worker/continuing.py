@@ -1,15 +1,19 @@
-"""Asking an engine whether, and how, it can go on behind what was delivered of a stream."""
+"""Going on behind what was delivered of a stream: what that is, where nobody but the queue knows, and asking an engine
+whether, and how, it can."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from queue_schemas import EngineFailed, Job
+from broker import Broker
+from queue_schemas import EngineFailed, Job, StreamBroken
+from queue_schemas.transcript import DONE, Transcript
 
-from .core.continuation import Continuation, continue_request, detokenized, tokenized
+from .core.continuation import Continuation, continue_request, detokenized, tokenized, wants_usage
 from .engines import Engine, EngineCall
 
 TOKENIZE_LIMIT_S = 5.0
@@ -18,6 +22,38 @@ _MAX_ANSWER_BYTES = 16 << 20
 
 class NotContinuable(Exception):
     """The engine cannot truthfully go on: the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What earlier attempts of a stored stream have said. ``prefix``: the text behind which it may go on, empty if it
+    has to begin anew. ``rest``: what it lacks if it is all there but for its end, else None."""
+
+    prefix: str = ""
+    rest: bytes | None = None
+
+
+async def read_delivered(broker: Broker, job: Job, limit_bytes: int) -> Delivered:
+    """What is kept of ``job``, up to ``limit_bytes`` of text. Raises what the broker raises."""
+    transcript = Transcript(limit_bytes)
+    after, complete = (0, 0), False
+    while not complete:
+        page = await broker.read_output(job.id, after)
+        if page is None or not page.frames:
+            break
+        for frame in page.frames:
+            transcript.add(frame.data)
+        after, complete = (page.frames[-1].epoch, page.frames[-1].seq + 1), page.complete
+    try:
+        if transcript.complete:
+            return Delivered(rest=b"")
+        if job.on_loss != "continue":
+            return Delivered()  # it may have other choices, which have not begun
+        if transcript.finished and (transcript.usage or not wants_usage(job.body)):
+            return Delivered(rest=b"data: " + DONE + b"\n\n")
+        return Delivered(prefix=transcript.text or "")
+    except StreamBroken:
+        return Delivered()  # not plain text: nobody can go on behind it
 
 
 async def plan_continuation(engine: Engine, job: Job) -> Continuation:

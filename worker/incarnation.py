@@ -143,6 +143,7 @@ class Life:
             await self._join(broker)
             outbox = Outbox(
                 broker.publish,
+                broker.append,
                 interval_ms=self._around.settings.flush_interval_ms,
                 limit_bytes=self._around.settings.outbox_limit_bytes,
             )

@@ -7,6 +7,9 @@ A stream that put frames here waits until they are on their way before it reads 
 engine sends meanwhile is one read and one frame, however many tokens it is. While Redis is away frames are kept, up to
 a limit at which reading stops and TCP slows the engines; frames whose arrival is in doubt are sent again, and a Router
 drops repeats by their number.
+
+Frames of a stored job do not go to a Router but are added to the job's output, which the queue sends on; repeats are
+dropped there.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn
 
-from queue_schemas import InferqError
+from queue_schemas import InferqError, Lease, Settled, shard_of_job
 from telemetry import get_logger
 
 _FIRST_PAUSE_S = 0.05
@@ -24,17 +27,23 @@ _LONGEST_PAUSE_S = 1.0
 Publish = Callable[[int, Mapping[str, bytes]], Awaitable[set[str]]]
 """``Broker.publish``: sends packed frames by Router on one shard, answers the Routers that are gone."""
 
+Append = Callable[[Lease, bytes], Awaitable[Settled]]
+"""``Broker.append``: adds packed frames to a stored job's output; calls at the same time share a round trip."""
+
 log = get_logger(__name__)
 
 
 class Channel:
-    """The way of one running stream to its Router. Close it when the attempt ends."""
+    """The way of one running stream to its Router, or to its stored job's output. Close it when the attempt ends."""
 
-    __slots__ = ("_gone", "_in_flight", "_outbox", "_waiting", "reply_to", "shard")
+    __slots__ = ("_gone", "_in_flight", "_outbox", "_waiting", "lease", "reply_to", "shard")
 
-    def __init__(self, outbox: Outbox, shard: int, reply_to: str, gone: Callable[[], None]) -> None:
+    def __init__(
+        self, outbox: Outbox, shard: int, reply_to: str, gone: Callable[[], None], lease: Lease | None = None
+    ) -> None:
         self.shard = shard
         self.reply_to = reply_to
+        self.lease = lease
         self._outbox = outbox
         self._gone = gone
         self._waiting: list[bytes] = []
@@ -71,8 +80,9 @@ class Channel:
 class Outbox:
     """Collects and flushes. ``interval_ms`` is the least time between flushes, ``limit_bytes`` how much may wait."""
 
-    def __init__(self, publish: Publish, *, interval_ms: float, limit_bytes: int) -> None:
+    def __init__(self, publish: Publish, append: Append, *, interval_ms: float, limit_bytes: int) -> None:
         self._publish = publish
+        self._append = append
         self._interval_s = interval_ms / 1000
         self._limit_bytes = limit_bytes
         self._bytes = 0
@@ -92,6 +102,10 @@ class Outbox:
     def open(self, shard: int, reply_to: str, gone: Callable[[], None]) -> Channel:
         """A channel for one stream; ``gone`` is called when its Router turns out to be gone."""
         return Channel(self, shard, reply_to, gone)
+
+    def open_stored(self, lease: Lease, fenced: Callable[[], None]) -> Channel:
+        """A channel to a stored job's output; ``fenced`` is called when the attempt turns out to have lost its job."""
+        return Channel(self, shard_of_job(lease.job.id), "", fenced, lease)
 
     async def run(self) -> NoReturn:
         """Flush until cancelled."""
@@ -113,31 +127,42 @@ class Outbox:
     async def _flush(self) -> bool:
         """Send what there is; False if some of it is in doubt and has to be sent again."""
         shards: dict[int, dict[str, list[bytes]]] = {}
+        stored: list[Channel] = []
         sending = list(self._channels)
         for channel in sending:
             if channel._waiting:
                 channel._in_flight += b"".join(channel._waiting)
                 channel._waiting.clear()
-            shards.setdefault(channel.shard, {}).setdefault(channel.reply_to, []).append(channel._in_flight)
-        if not shards:
+            if channel.lease is None:
+                shards.setdefault(channel.shard, {}).setdefault(channel.reply_to, []).append(channel._in_flight)
+            else:
+                stored.append(channel)
+        if not sending:
             return True
         self._publishing = True
         _tell(self._until_taken)
         try:
             packed = [(shard, {to: b"".join(f) for to, f in replies.items()}) for shard, replies in shards.items()]
-            if len(packed) == 1:
+            if len(packed) == 1 and not stored:
                 results = [await self._send(*packed[0])]
+                kept: list[Settled | None] = []
             else:
-                results = await asyncio.gather(*(self._send(shard, frames) for shard, frames in packed))
+                results, kept = await asyncio.gather(
+                    asyncio.gather(*(self._send(shard, frames) for shard, frames in packed)),
+                    asyncio.gather(*map(self._keep, stored)),
+                )
         finally:
             self._publishing = False
         gone_by_shard = {shard: gone for (shard, _), gone in zip(packed, results, strict=True)}
         for channel in sending:
-            gone = gone_by_shard[channel.shard]
+            gone = gone_by_shard[channel.shard] if channel.lease is None else None
             if gone is not None:
-                self._arrived(channel, gone)
+                self._arrived(channel, lost=channel.reply_to in gone)
+        for channel, answer in zip(stored, kept, strict=True):
+            if answer is not None:
+                self._arrived(channel, lost=answer is not Settled.OK)
         _tell(self._until_done)
-        return None not in results
+        return None not in results and None not in kept
 
     async def _send(self, shard: int, frames: Mapping[str, bytes]) -> set[str] | None:
         try:
@@ -146,13 +171,21 @@ class Outbox:
             log.warning("frames_not_sent", shard=shard, error=error.message)
             return None
 
-    def _arrived(self, channel: Channel, gone: set[str]) -> None:
+    async def _keep(self, channel: Channel) -> Settled | None:
+        assert channel.lease is not None  # noqa: S101 - only those of stored jobs
+        try:
+            return await self._append(channel.lease, channel._in_flight)
+        except InferqError as error:
+            log.warning("frames_not_kept", job_id=channel.lease.job.id, error=error.message)
+            return None
+
+    def _arrived(self, channel: Channel, *, lost: bool) -> None:
         if channel in self._channels:
             self._bytes -= len(channel._in_flight)
             channel._in_flight = b""
             if not channel._waiting:
                 del self._channels[channel]
-            if channel.reply_to in gone:
+            if lost:
                 channel._gone()
 
     def _accept(self, channel: Channel, size: int, urgent: bool) -> None:

@@ -21,6 +21,7 @@ local RUN_EPOCHS = 2 ^ 20 -- epochs of one run of the server; those that it lost
 local SUSPECT = 2 -- suspicion at which a job is run beside no other such job
 local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024
+local STORED_BYTES = 1024 -- what a stored job counts for in its tenant's kept bytes, beside its output
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
   'stored', 'deadline', 'size', 'at', 'queue', 'entry', 'ended', 'avoid', 'avoid_until', 'resume', 'suspicion', 'spared', 'cleared' }
@@ -95,9 +96,77 @@ local function total(job, event)
   add('totals', place(job) .. ':' .. event, 1)
 end
 
+-- What only calls that meet stored jobs need, made on demand. Such a job has no one reply stream but any number of
+-- listeners: Routers that are sent what is added to its output.
+local stored_tools = nil
+
+local function stored()
+  if stored_tools then return stored_tools end
+
+  local function listeners_key(id)
+    return P .. 'listeners:' .. id
+  end
+
+  -- From now on a Router is told what becomes of a live job.
+  local function listen(id, router, deadline)
+    call('SADD', listeners_key(id), router)
+    call('PEXPIRE', listeners_key(id), int(math.max(tonumber(deadline) - now_ms(), 0) + TOMBSTONE_MS))
+  end
+
+  -- Who listens to a job, also after it ended in this call.
+  local function listeners_of(job)
+    job.listeners = job.listeners or call('SMEMBERS', listeners_key(job.id))
+    return job.listeners
+  end
+
+  -- Writes an entry for a Router that listens to these jobs; one that is gone listens no more.
+  local function send(router, field, value, ids)
+    if call('XADD', P .. 'reply:' .. router, 'NOMKSTREAM', '*', field, value) then return end
+    for _, id in ipairs(ids) do call('SREM', listeners_key(id), router) end
+  end
+
+  -- Counts bytes that are kept of a job among its tenant's.
+  local function count(job, bytes)
+    add('budget', 't:' .. job.tenant .. ':kept', bytes)
+    call('HINCRBY', P .. 'job:' .. job.id, 'kept', int(bytes))
+  end
+
+  -- Forgets all that is kept of a job: its output, its bytes, and its idempotency key unless that leads elsewhere now.
+  local function forget(id, tenant, kept, idem)
+    call('DEL', P .. 'out:' .. id)
+    add('budget', 't:' .. tenant .. ':kept', -tonumber(kept or 0))
+    local key = P .. 'idem:' .. (idem or '')
+    local holder = (idem or '') ~= '' and call('GET', key)
+    if holder and string.sub(holder, 1, string.len(id) + 1) == id .. ' ' then call('DEL', key) end
+  end
+
+  -- A job ends in ``state``. Answers what its record keeps beside the tombstone; nil if nothing is kept of it.
+  local function close(job, state)
+    listeners_of(job)
+    call('DEL', listeners_key(job.id))
+    local found = call('HMGET', P .. 'job:' .. job.id, 'kept', 'idem', 'keep', 'next')
+    local kept, idem, keep, next_frame = found[1] or '0', found[2] or '', found[3], found[4] or ''
+    if not keep or (state ~= 'done' and state ~= 'failed') then
+      forget(job.id, job.tenant, kept, idem)
+      return nil
+    end
+    call('ZADD', P .. 'kept', int(now_ms() + tonumber(keep)), job.id)
+    call('PEXPIRE', P .. 'out:' .. job.id, int(tonumber(keep) + TOMBSTONE_MS))
+    if idem ~= '' then call('PEXPIRE', P .. 'idem:' .. idem, keep) end
+    return { 'stored', '1', 'tenant', job.tenant, 'kept', kept, 'idem', idem, 'next', next_frame }
+  end
+
+  stored_tools = { listen = listen, listeners_of = listeners_of, send = send, count = count, forget = forget,
+    close = close }
+  return stored_tools
+end
+
 local function tell(job, kind, epoch, reason)
-  if job.reply ~= '' then
-    call('XADD', P .. 'reply:' .. job.reply, 'NOMKSTREAM', '*', 'm', kind .. ' ' .. job.id .. ' ' .. epoch .. ' ' .. reason)
+  local marker = kind .. ' ' .. job.id .. ' ' .. epoch .. ' ' .. reason
+  if job.stored == '1' then
+    for _, router in ipairs(stored().listeners_of(job)) do stored().send(router, 'm', marker, { job.id }) end
+  elseif job.reply ~= '' then
+    call('XADD', P .. 'reply:' .. job.reply, 'NOMKSTREAM', '*', 'm', marker)
   end
 end
 
@@ -253,14 +322,19 @@ local function leave_lease(job)
   end
 end
 
--- Makes the record a tombstone and returns the job's budget. ``aid`` is the attempt that ended it, '' if none did.
--- ``cause`` is counted beside the state of what was cancelled or expired: 'waiting' or 'running', as it was then, or
--- 'router_gone'.
+-- Makes the record a tombstone (of a stored job with an answer, one that stays as long as that is kept) and returns the
+-- job's budget. ``aid`` is the attempt that ended it, '' if none did. ``cause`` is counted beside the state of what was
+-- cancelled or expired: 'waiting' or 'running', as it was then, or 'router_gone'.
 local function finish(job, state, aid, cause)
   local key = P .. 'job:' .. job.id
+  local kept = job.stored == '1' and stored().close(job, state)
   call('DEL', key)
   call('HSET', key, 'state', state, 'epoch', job.epoch, 'aid', aid)
-  call('PEXPIRE', key, TOMBSTONE_MS)
+  if kept then
+    call('HSET', key, unpack(kept))
+  else
+    call('PEXPIRE', key, TOMBSTONE_MS)
+  end
   freed_deadlines[#freed_deadlines + 1] = job.id
   add('budget', 't:' .. job.tenant .. ':jobs', -1)
   add('budget', 't:' .. job.tenant .. ':bytes', -tonumber(job.size))

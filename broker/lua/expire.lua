@@ -1,11 +1,12 @@
--- The sweep of each second: ends jobs whose time ran out, asks again after lost streams, trims dead letters, wakes one worker wherever work and
--- parked workers coexist (a wake may have been lost with its worker), and one abroad where nobody watches.
+-- The sweep of each second: ends jobs whose time ran out, asks again after lost streams, forgets answers that were kept
+-- long enough, trims dead letters, wakes one worker wherever work and parked workers coexist (a wake may have been lost
+-- with its worker), and one abroad where nobody watches.
 -- ARGV: prefix, limit (jobs in this call).
--- Reply: {expired, woken}.
+-- Reply: {expired, woken, forgotten}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
 
 local now = now_ms()
-local expired, woken = 0, 0
+local expired, woken, forgotten = 0, 0, 0
 for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do
   local job = load_job(id)
   if job and (job.state == 'queued' or job.state == 'lost') then
@@ -32,6 +33,14 @@ for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'lost', '-inf', int(now), 'LIMIT'
   end
 end
 
+for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'kept', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do
+  local found = call('HMGET', P .. 'job:' .. id, 'tenant', 'kept', 'idem')
+  call('ZREM', P .. 'kept', id)
+  call('DEL', P .. 'job:' .. id)
+  if found[1] then stored().forget(id, found[1], found[2], found[3]) end
+  forgotten = forgotten + 1
+end
+
 -- A region's jobs without a watcher, or with one that did not look when it should have.
 local function see_watched(pool, part, now)
   local watch = regional().watch_of(pool, part)
@@ -56,4 +65,4 @@ for i = 1, #depth, 2 do
     if pool and see_watched(pool, part, now) then woken = woken + 1 end
   end
 end
-return answered({ expired, woken })
+return answered({ expired, woken, forgotten })

@@ -2,6 +2,7 @@
 
 from .admission import (
     DEADLINE_HEADER,
+    IDEMPOTENCY_HEADER,
     ON_LOSS_HEADER,
     KeyRing,
     OnNoWorker,
@@ -14,6 +15,7 @@ from .admission import (
     is_join_token,
     parse_keys,
     read_deadline,
+    read_idempotency_key,
     read_on_loss,
 )
 from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
@@ -23,6 +25,7 @@ from .stitch import EVENT_STREAM, Head, Stitch
 __all__ = [
     "DEADLINE_HEADER",
     "EVENT_STREAM",
+    "IDEMPOTENCY_HEADER",
     "INFERENCE_PATHS",
     "ON_LOSS_HEADER",
     "Directory",
@@ -48,5 +51,6 @@ __all__ = [
     "pool_of",
     "read_deadline",
     "read_fields",
+    "read_idempotency_key",
     "read_on_loss",
 ]

@@ -28,8 +28,10 @@ OnNoWorker = Literal["queue", "refuse"]
 
 DEADLINE_HEADER = "x-inferq-deadline-ms"
 ON_LOSS_HEADER = "x-inferq-on-loss"
+IDEMPOTENCY_HEADER = "idempotency-key"
 NO_WORKER_RETRY_S = 5
 _SHOWN_MODELS = 10
+_KEY = re.compile(rb"[ -~]{1,255}")
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
 
 KeyRing = Mapping[bytes, Tenant]
@@ -128,6 +130,18 @@ def read_on_loss(header: bytes | None, default: OnLoss) -> OnLoss:
         if header == policy.encode():
             return cast(OnLoss, policy)
     raise BadRequest(f"{ON_LOSS_HEADER} must be continue, restart or fail", param=ON_LOSS_HEADER)
+
+
+def read_idempotency_key(header: bytes | None) -> str:
+    """The caller's name for the request, under which it is run once however often it is sent; empty without one."""
+    if header is None:
+        return ""
+    if not _KEY.fullmatch(header):
+        raise BadRequest(
+            f"{IDEMPOTENCY_HEADER} must be 1 to 255 printable ASCII characters, the same for each try of one request",
+            param=IDEMPOTENCY_HEADER,
+        )
+    return header.decode("ascii")
 
 
 def check_model(model: str, directory: Directory, on_no_worker: OnNoWorker) -> None:

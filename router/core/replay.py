@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from .transcript import (
+from queue_schemas.transcript import (
     DONE,
     Chunk,
     Transcript,

@@ -11,6 +11,9 @@ Rules:
   delivered, if it says that it does and was offered just that (:meth:`Stitch.offer`). One that begins anew is checked
   against what was delivered, and followed where the first one stopped (:mod:`router.core.replay`). Or the stream ends
   with an explicit error.
+* The frames of a stored job can be read again from what is kept of it, so it never has to run again for their sake, and
+  a continued attempt goes on behind the frames before it: the next worker read the same. If the client had more of an
+  earlier attempt that was replaced, it is compared until it has said as much.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ from queue_schemas import (
     OnLoss,
     StreamBroken,
 )
+from queue_schemas.transcript import DONE, Transcript, split_events
 
 from .replay import Following, Replay, Sequel
-from .transcript import DONE, Transcript, split_events
 
 EVENT_STREAM = "text/event-stream"
 LONGEST_EVENT_BYTES = 1 << 20
@@ -58,13 +61,15 @@ class Stitch:
     Feed it with :meth:`on_frame` and :meth:`on_marker`. ``head`` is set once the answer may begin, :meth:`take` gives
     the bytes that may follow. Then either ``ended`` (all of it was given out), or ``error``. ``settled`` says that the
     queue has nothing left of the job. ``mid_event`` says that half an event was given out: nothing but its rest may
-    follow. ``gap`` says that the job must run again under another id: call :meth:`restart`. ``lost_epoch`` is not 0
-    while the queue waits to hear where the stream goes on: tell it :meth:`offer`.
+    follow. ``gap`` says that the job must run again under another id: call :meth:`restart`; or, if it is stored, that
+    its output is to be read from :attr:`position` on: call :meth:`reread`. ``lost_epoch`` is not 0 while the queue
+    waits to hear where the stream goes on: tell it :meth:`offer`.
     """
 
     __slots__ = (
         "_attempt_head",
         "_attempt_id",
+        "_before",
         "_choices",
         "_collected",
         "_delivered",
@@ -75,6 +80,7 @@ class Stitch:
         "_on_loss",
         "_partial",
         "_pending",
+        "_stored",
         "_streams",
         "_transcript",
         "_usage",
@@ -99,8 +105,10 @@ class Stitch:
         on_loss: OnLoss = "restart",
         usage: bool = False,
         choices: int = 1,
+        stored: bool = False,
     ) -> None:
-        """``usage``: the client wants the usage at the end of its stream; ``choices``: how many it asked for."""
+        """``usage``: the client wants the usage at the end of its stream; ``choices``: how many it asked for;
+        ``stored``: its job's output is kept."""
         self.head: Head | None = None
         self.ended = False
         self.error: InferqError | None = None
@@ -115,6 +123,7 @@ class Stitch:
         self._on_loss = on_loss
         self._usage = usage
         self._choices = choices
+        self._stored = stored
         self._epoch = 0
         self._attempt_id = ""
         self._next_seq = 0
@@ -127,6 +136,8 @@ class Stitch:
         self._partial = b""
         self._offered = ""
         self._following: Following | None = None
+        self._before: Following | None = None
+        """How the last attempt was followed that was."""
 
     @property
     def closed(self) -> bool:
@@ -142,6 +153,11 @@ class Stitch:
     def epoch(self) -> int:
         """The newest epoch that was heard of; 0: none."""
         return self._epoch
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """``(epoch, seq)`` of the frame that would be next."""
+        return self._epoch, self._next_seq
 
     def take(self) -> bytes:
         """What has come since the last call."""
@@ -209,6 +225,17 @@ class Stitch:
         """The job runs again under another id, whose epochs begin anew."""
         self._forget_attempt(0)
 
+    def reread(self, epoch: int, attempt_id: str, end: tuple[int, int]) -> bool:
+        """The output of the stored job, now in ``epoch`` and this attempt, is read from :attr:`position` on; it ends at
+        ``end``. False if it has to be read from its beginning: the queue has lost what came after."""
+        self.gap = False
+        if not self._next_seq:
+            self._attempt_id = ""  # only a leftover of it was seen
+        if self.agrees(epoch, attempt_id) and (not self._next_seq or self.position <= end):
+            return True
+        self._forget_attempt(0)
+        return False
+
     def offer(self) -> str:
         """The text behind which the next attempt may go on; empty if it has to begin anew."""
         self._offered = ""
@@ -243,7 +270,7 @@ class Stitch:
         self._collected.clear()
         self._partial = b""
         self._offered = ""
-        self._following = None
+        self._before, self._following = self._following or self._before, None
         if not self._delivered:
             return
         try:
@@ -285,10 +312,12 @@ class Stitch:
 
     def _follow(self, *, continued: bool) -> None:
         """How the attempt that begins now becomes what the client still lacks."""
-        if continued and not self._offered:
+        if continued and not (self._offered or (self._stored and self._delivered)):
             raise StreamBroken("the stream cannot go on: its new attempt goes on behind something else; send it again")
         if continued:
-            self._following = Sequel(self._transcript)
+            # The attempt before a stored job's may have said less than the client had from one that it replaced.
+            compared = self._before if self._stored and isinstance(self._before, Replay) else None
+            self._following = compared or Sequel(self._transcript)
             self.continued += 1
         elif self._delivered:
             self._following = Replay(self._transcript)

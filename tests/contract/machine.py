@@ -17,7 +17,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from broker import Budgets
-from queue_schemas import BANDS, END, HEAD, LANES, Frame, Incarnation, Job, JobId, Lane, Lease, Outcome, Pool, Tenant
+from queue_schemas import (
+    BANDS,
+    CONTINUED,
+    END,
+    HEAD,
+    LANES,
+    Frame,
+    Incarnation,
+    Job,
+    JobId,
+    Lane,
+    Lease,
+    Outcome,
+    Pool,
+    Tenant,
+)
 from tests.support.queue import Backend, FakeBackend
 
 from .model_records import require
@@ -28,6 +43,7 @@ BUDGETS = Budgets(tenant_jobs=9, tenant_bytes=6_000, pool_jobs=14, pool_bytes=8_
 POOLS = (Pool("m"), Pool("sim/tiny:v1"))
 TENANTS = ("a", "b", "c:{d} é")
 MOST_WORKERS = 4
+DAY_MS = 24 * 3600 * 1000
 WAITS_MS = (1, 500, 2_001, 5_001, 31_000)
 Served = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 SERVED: tuple[Served, ...] = (
@@ -62,6 +78,7 @@ def jobs(draw: Any) -> dict[str, Any]:
         "stream": kind == "continued",
         "on_loss": "continue" if kind == "continued" else "restart",
         "stored": kind == "stored",
+        "idempotency_key": draw(st.sampled_from(["", "", "one"])) if kind == "stored" else "",
         "router": -1 if kind == "nobody's" else draw(st.integers(0, 1)),
     }
 
@@ -209,6 +226,19 @@ class QueueMachine(RuleBasedStateMachine):
         lease = pick(self.running(), number)
         self.play("settle", *[(lease, outcome, _frame(lease, last=True))] * times)
 
+    @precondition(lambda self: any(lease.job.stored for lease in self.ever()))
+    @rule(number=picks, router=st.integers(-1, 1), continued=st.booleans())
+    def follow(self, number: int, router: int, continued: bool) -> None:
+        """A worker adds to the output of a stored job, which it may have lost; or a Router reads what is kept of it,
+        and listens from then on."""
+        lease = pick([lease for lease in self.ever() if lease.job.stored], number)
+        if router >= 0:
+            self.play("attach", lease.job.id, self.routers[router])
+            return
+        live = self.model.live.get(lease.job.id)
+        goes_on = continued and live is not None and bool(live.output)
+        self.play("append", lease, _frame(lease, last=False, flags=CONTINUED if goes_on else 0))
+
     @precondition(lambda self: len(self.running()) > 1)
     @rule()
     def settle_all(self) -> None:
@@ -344,7 +374,11 @@ class QueueMachine(RuleBasedStateMachine):
             for lease in self._claim(worker, 4, SERVED[1]):
                 self.once("settle", (lease, Outcome.DONE, _frame(lease, last=True)))
         require(not self.model.live, f"{set(self.model.live)} wait beside a free worker")
+        self.once("wait", DAY_MS)
+        self.once("expire")
         seen = self.model.sight()
+        kept = [name for name in seen.budgets if name.endswith(":kept")]
+        require(not (kept or seen.kept or seen.keys or seen.outputs or seen.listeners), "answers are kept for ever")
         require(not (seen.lines or seen.leases or seen.deadlines or seen.lost), "something is left over")
         enqueued = sum(n for (*_, event), n in seen.totals.items() if event == "enqueued")
         ended = sum(n for (*_, event), n in seen.totals.items() if event not in ("enqueued", "requeued", "lost"))
@@ -373,7 +407,7 @@ def _job_id(number: int) -> JobId:
     return JobId(f"0-{number:032x}")
 
 
-def _frame(lease: Lease, *, last: bool) -> bytes:
+def _frame(lease: Lease, *, last: bool, flags: int = 0) -> bytes:
     """A part of an answer."""
-    flags = HEAD | END if last else HEAD
+    flags |= HEAD | END if last else HEAD
     return Frame(lease.job.id, lease.epoch, lease.attempt_id, 0, flags, b"answer", 200, "application/json").pack()

@@ -14,18 +14,37 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from broker import Budgets
-from queue_schemas import Frame, Job, Lane, Lease, Marker, MarkerKind, Outcome, Settled, State
+from queue_schemas import (
+    CONTINUED,
+    KEPT_STATES,
+    Frame,
+    IdempotencyKeyReused,
+    InferqError,
+    Job,
+    Lane,
+    Lease,
+    Marker,
+    MarkerKind,
+    Outcome,
+    OverCapacity,
+    Settled,
+    State,
+)
 from queue_schemas.frames import unpack_frames
 from queue_schemas.lanes import BAND_STEP, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, may_follow
+from queue_schemas.stored import key_digest, request_digest
 
-from .model_records import SUSPECT, DeadLetter, Effects, Line, Live, Place, Run, Sight, Tombstone, require
+from .model_records import SUSPECT, DeadLetter, Effects, Kept, Line, Live, Place, Run, Sight, Tombstone, require
 
 PARK_MS = 30_000
 AVOID_MS = 2_000
 ASK_AGAIN_MS = 5_000
 RUN_EPOCHS = 1 << 20
 """Epochs of one run of the server: those that its lost writes may have given out were never so many."""
+KEEP_MS = 24 * 3600 * 1000
+STORED_BYTES = 1_024
+"""What a stored job counts for beside its output."""
 FAIR_LEAD = 2
 """How many jobs one tenant may be ahead of another while both wait (start-time fair queueing with unit jobs)."""
 
@@ -46,6 +65,9 @@ class Model:
         self.listening: set[str] = set()
         self.totals: Counter[tuple[str, Lane, str]] = Counter()
         self.turns: Counter[Place] = Counter()
+        self.kept: dict[str, Kept] = {}
+        self.keys: dict[str, tuple[str, str]] = {}
+        """By the digest of an idempotency key: the job that has it, and the digest of its request."""
         self.dead: list[DeadLetter] = []
         self.dead_bytes = 0
         self.effects = Effects()
@@ -53,12 +75,17 @@ class Model:
 
     # Routers
 
-    def enqueue(self, job: Job) -> State | None:
-        """None: over a budget."""
+    def enqueue(self, job: Job) -> State | type[InferqError]:
+        """The state of the job, or of the one that has its key; or how it is refused."""
         if job.id in self.ended:
             return self.ended[job.id].state
         if job.id in self.live:
+            self._listen(job.id, job.reply_to)
             return self.live[job.id].state
+        if job.stored and key_digest(job) in self.keys:
+            holder, request = self.keys[key_digest(job)]
+            found = self.live.get(holder) or self.ended[holder]
+            return found.state if request == request_digest(job) else IdempotencyKeyReused
         size, limits = len(job.pack()), self.budgets
         own = [live for live in self.live.values() if live.job.tenant == job.tenant]
         shared = [live for live in self.live.values() if live.job.model == job.model]
@@ -68,13 +95,24 @@ class Model:
             or len(shared) + 1 > limits.pool_jobs
             or sum(live.size for live in shared) + size > limits.pool_bytes
         ):
-            return None
+            return OverCapacity
         place = Place(job.model, job.lane)
         live = self.live[job.id] = Live(job, self.now + job.ttl_ms, self.now, None)
+        self._listen(job.id, job.reply_to)
+        if job.stored and job.idempotency_key:
+            self.keys[key_digest(job)] = (job.id, request_digest(job))
         self._stand(live, Line("fresh", place, job.band, job.tenant))
         self.totals[(*place, "enqueued")] += 1
         self._wake(place)
         return State.QUEUED
+
+    def attach(self, job_id: str, router: str) -> tuple[object, ...] | None:
+        """State, epoch and attempt of a job, and what is kept of it; a stored one is listened to from now on."""
+        self._listen(job_id, router)
+        found = self.live.get(job_id) or self.ended.get(job_id)
+        if found is None:
+            return None
+        return (found.state, found.epoch, found.attempt_id, self._outputs().get(job_id, []))
 
     def resume(self, job: Job, epoch: int) -> State | None:
         """None: unknown."""
@@ -185,12 +223,29 @@ class Model:
         self._send(router, unpack_frames(frames))
         return router in self.listening
 
+    def append(self, lease: Lease, frames: bytes) -> Settled:
+        verdict = self._verdict(lease)
+        if verdict is Settled.OK:
+            self._keep(self.live[lease.job.id], unpack_frames(frames))
+        return verdict
+
+    def _keep(self, live: Live, frames: Sequence[Frame]) -> None:
+        """Frames that are not kept yet are, and sent to all who listen. An answer that begins anew replaces another."""
+        new = [frame for frame in frames if (frame.epoch, frame.seq) not in _places(live.output)]
+        if new and new[0].seq == 0 and not new[0].flags & CONTINUED:
+            live.output.clear()
+        live.output += [(frame.epoch, frame.seq, len(frame.pack())) for frame in new]
+        if new:
+            self._send_listeners(live, new)
+
     def settle(self, lease: Lease, outcome: Outcome, frames: bytes) -> Settled:
         verdict = self._verdict(lease)
         if verdict is Settled.OK:
             live = self.live[lease.job.id]
+            if live.job.stored:
+                self._keep(live, unpack_frames(frames))
             self._end(live, State(outcome.value), live.attempt_id)
-            if frames:
+            if frames and not live.job.stored:
                 self._send(live.job.reply_to, unpack_frames(frames))
         return verdict
 
@@ -262,14 +317,18 @@ class Model:
             else:
                 live.ask_at = self.now + ASK_AGAIN_MS
                 self._tell(live, MarkerKind.LOST, "its router has not said where it goes on")
+        for job_id, kept in [(job_id, kept) for job_id, kept in self.kept.items() if kept.until <= self.now]:
+            del self.kept[job_id], self.ended[job_id]
+            self._free_key(kept.job)
         for place in {line.place for line, jobs in self.lines.items() if jobs}:
             self._wake(place)
         return len(late)
 
     def forget_ended(self) -> list[str]:
         """A minute has passed for what has ended: the ids whose tombstones are gone."""
-        gone = list(self.ended)
-        self.ended.clear()
+        gone = [job_id for job_id in self.ended if job_id not in self.kept]
+        for job_id in gone:
+            del self.ended[job_id]
         return gone
 
     # What is to be seen
@@ -290,6 +349,8 @@ class Model:
             for who in (f"t:{live.job.tenant}", f"p:{live.job.model}"):
                 budgets[f"{who}:jobs"] += 1
                 budgets[f"{who}:bytes"] += live.size
+        for job, output in self._stored():
+            budgets[f"t:{job.tenant}:kept"] += STORED_BYTES + sum(size for _, _, size in output)
         if self.dead_bytes:
             budgets["dead:bytes"] = self.dead_bytes
         leases: dict[str, dict[str, int]] = defaultdict(dict)
@@ -312,7 +373,18 @@ class Model:
             beats={worker: -1 if run.fenced else run.number for worker, run in self.runs.items()},
             dead=sorted(self.dead),
             listening=set(self.listening),
+            listeners={job_id: set(live.listeners) for job_id, live in self.live.items() if live.listeners},
+            outputs=self._outputs(),
+            kept={job_id: kept.until for job_id, kept in self.kept.items()},
+            keys={digest: job_id for digest, (job_id, _) in self.keys.items()},
         )
+
+    def _stored(self) -> list[tuple[Job, list[tuple[int, int, int]]]]:
+        live = [(live.job, live.output) for live in self.live.values() if live.job.stored]
+        return live + [(kept.job, kept.output) for kept in self.kept.values()]
+
+    def _outputs(self) -> dict[str, list[tuple[int, int]]]:
+        return {job.id: _places(output) for job, output in self._stored() if output}
 
     # The rules behind
 
@@ -473,6 +545,10 @@ class Model:
         self._enter(live, state)
         require(state in TERMINAL, f"{state} is no end")
         del self.live[live.job.id]
+        if live.job.stored and state in KEPT_STATES:
+            self.kept[live.job.id] = Kept(live.job, live.output, self.now + KEEP_MS)
+        elif live.job.stored:
+            self._free_key(live.job)
         self.ended[live.job.id] = Tombstone(state, live.epoch, attempt_id)
         self.totals[(*live.place, state.value)] += 1
 
@@ -523,8 +599,28 @@ class Model:
                 return True
         return False
 
+    def _free_key(self, job: Job) -> None:
+        """An idempotency key is nobody's any more, unless it is another job's."""
+        if self.keys.get(key_digest(job), ("",))[0] == job.id:
+            del self.keys[key_digest(job)]
+
+    def _listen(self, job_id: str, router: str) -> None:
+        live = self.live.get(job_id)
+        if live is not None and live.job.stored and router:
+            live.listeners.add(router)
+
+    def _send_listeners(self, live: Live, news: Sequence[Frame | Marker]) -> None:
+        """Those who are gone listen no more."""
+        for router in live.listeners:
+            self._send(router, news)
+        live.listeners &= self.listening
+
     def _tell(self, live: Live, kind: MarkerKind, reason: str) -> None:
-        self._send(live.job.reply_to, [Marker(kind, live.job.id, live.epoch, reason)])
+        marker = Marker(kind, live.job.id, live.epoch, reason)
+        if live.job.stored:
+            self._send_listeners(live, [marker])
+        else:
+            self._send(live.job.reply_to, [marker])
 
     def _send(self, router: str, news: Sequence[Frame | Marker]) -> None:
         if router in self.listening:
@@ -534,6 +630,10 @@ class Model:
 def _next_run(epoch: int) -> int:
     """The first epoch of the next run of the server."""
     return (epoch // RUN_EPOCHS + 1) * RUN_EPOCHS
+
+
+def _places(output: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    return [(epoch, seq) for epoch, seq, _ in output]
 
 
 def _seen(live: Live) -> tuple[object, ...]:

@@ -58,6 +58,10 @@ class Live:
     cleared: bool = False
     held_as_suspect: bool = False
     ask_at: int = 0
+    listeners: set[str] = field(default_factory=set)
+    """Routers that are sent what a stored job says."""
+    output: list[tuple[int, int, int]] = field(default_factory=list)
+    """What is kept of a stored job's answer: epoch, seq and bytes of each frame."""
 
     @property
     def place(self) -> Place:
@@ -82,6 +86,15 @@ class Tombstone(NamedTuple):
     state: State
     epoch: int
     attempt_id: str = ""
+
+
+@dataclass
+class Kept:
+    """What is kept of a stored job that has ended, and until when."""
+
+    job: Job
+    output: list[tuple[int, int, int]]
+    until: int
 
 
 @dataclass
@@ -131,3 +144,7 @@ class Sight:
     beats: dict[str, int]
     dead: list[DeadLetter]
     listening: set[str]
+    listeners: dict[str, set[str]]
+    outputs: dict[str, list[tuple[int, int]]]
+    kept: dict[str, int]
+    keys: dict[str, str]

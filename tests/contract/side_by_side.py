@@ -27,7 +27,6 @@ from queue_schemas import (
     Marker,
     MarkerKind,
     Outcome,
-    OverCapacity,
     Pool,
     Settled,
     State,
@@ -53,7 +52,7 @@ class History:
         self.leases: dict[str, tuple[Lease, Incarnation]] = {}
         self._newest: dict[str, Lease] = {}
         self._ended: set[str] = set()
-        self._told_of_the_end: Counter[str] = Counter()
+        self._told_of_the_end: Counter[tuple[str, str]] = Counter()
 
     def leased(self, lease: Lease, worker: Incarnation) -> None:
         """An attempt began, or is said once more."""
@@ -77,13 +76,14 @@ class History:
         require(job_id not in self._ended, f"{job_id} ended twice")
         self._ended.add(job_id)
 
-    def told(self, news: Sequence[Frame | Marker]) -> None:
+    def told(self, router: str, news: Sequence[Frame | Marker]) -> None:
         """A Router read this."""
         for item in news:
             is_end = item.flags & END if isinstance(item, Frame) else item.kind in ENDS
             if is_end:
-                self._told_of_the_end[item.job_id] += 1
-                require(self._told_of_the_end[item.job_id] == 1, f"a Router heard twice that {item.job_id} has ended")
+                self._told_of_the_end[router, item.job_id] += 1
+                twice = self._told_of_the_end[router, item.job_id] > 1
+                require(not twice, f"{router} heard twice that {item.job_id} has ended")
 
 
 class SideBySide:
@@ -150,8 +150,13 @@ class SideBySide:
         answers = await asyncio.gather(*map(self.broker.enqueue, jobs), return_exceptions=True)
         for job, answer in zip(jobs, answers, strict=True):
             expected = self.model.enqueue(job)
-            fits = isinstance(answer, OverCapacity) if expected is None else answer is expected
-            require(fits, f"enqueue of {job.id} answers {answer!r}, should be {expected or 'over capacity'}")
+            fits = type(answer) is expected if isinstance(expected, type) else answer is expected
+            require(fits, f"enqueue of {job.id} answers {answer!r}, should be {expected}")
+
+    async def attach(self, job_id: JobId, router: Incarnation) -> None:
+        page, expected = await self.broker.attach(job_id, router), self.model.attach(job_id, router)
+        places = [(frame.epoch, frame.seq) for frame in page.frames] if page else []
+        _same("attach", page and (page.state, page.epoch, page.attempt_id, places), expected)
 
     async def resume(self, job: Job, epoch: int) -> None:
         _same("resume", await self.broker.resume(job, epoch), self.model.resume(job, epoch))
@@ -198,6 +203,9 @@ class SideBySide:
     async def publish(self, router: str, frames: bytes) -> None:
         gone = await self.broker.publish(0, {router: frames})
         _same("publish", gone, set() if self.model.publish(router, frames) else {router})
+
+    async def append(self, lease: Lease, frames: bytes) -> None:
+        _same("append", await self.broker.append(lease, frames), self.model.append(lease, frames))
 
     async def settle(self, *answers: tuple[Lease, Outcome, bytes]) -> None:
         """In one batch."""
@@ -281,7 +289,7 @@ class SideBySide:
         expected = self.model.effects.news
         for router in self.model.listening:
             news = news_in(self._unread(raw, "reply", router))
-            self.history.told(news)
+            self.history.told(router, news)
             own = [item for reader, item in expected if reader == router]
             same = Counter(news) == Counter(own)
             require(same, f"{router} was told {news}, should be {own}")

@@ -35,6 +35,10 @@ FAMILIES = {
     "depth": "HGETALL",
     "totals": "HGETALL",
     "turns": "HGETALL",
+    "listeners": "SMEMBERS",
+    "out": "XRANGE",
+    "kept": "ZRANGE",
+    "idem": "GET",
 }
 """How to read each family of keys. There are no others: jobs of regions have a suite of their own."""
 
@@ -61,6 +65,10 @@ class Raw:
                     pipe.xrange(name)
                 case "ZRANGE":
                     pipe.zrange(name, 0, -1, withscores=True)
+                case "SMEMBERS":
+                    pipe.smembers(name)
+                case "GET":
+                    pipe.get(name)
         return cls(dict(zip(names, await pipe.execute(), strict=True)))
 
     def of(self, family: str) -> dict[tuple[str, ...], Any]:
@@ -102,6 +110,11 @@ def sight_of(raw: Raw) -> Sight:
         beats=_numbers(raw.one("beats")),
         dead=sorted(_letter(entry) for entry in dead),
         listening={router for (router,) in raw.of("reply")},
+        listeners={job_id: {router.decode() for router in held} for (job_id,), held in raw.of("listeners").items()},
+        outputs={job_id: [(frame.epoch, frame.seq) for _, entry in held for frame in unpack_frames(entry[b"f"])]
+                 for (job_id,), held in raw.of("out").items()},
+        kept=_scores(raw.one("kept")),
+        keys={digest: held.decode().partition(" ")[0] for (digest,), held in raw.of("idem").items()},
     )  # fmt: skip
 
 

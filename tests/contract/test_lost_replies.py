@@ -9,7 +9,19 @@ import pytest
 
 from broker import Broker, BrokerSettings, Expired, Reclaimed
 from broker.scripts import load_scripts
-from queue_schemas import ControlKind, Lane, Outcome, Settled, State
+from queue_schemas import (
+    HEAD,
+    BrokerUnavailable,
+    ControlKind,
+    Enqueued,
+    Frame,
+    Lane,
+    Outcome,
+    Settled,
+    State,
+    new_incarnation,
+    new_job_id,
+)
 from queue_schemas.keys import ShardKeys
 from tests.support.faults import FaultProxy
 from tests.support.queue import MODEL, Puller, ServerBackend, answer_frame, make_job
@@ -129,6 +141,47 @@ async def test_resume(faulty: Faulty) -> None:
     assert await faulty.broker.resume(replace(job, prefix="Once"), 2) is State.QUEUED
     assert await faulty.counts() == (1, 0)
     assert (await (await Puller(faulty.sound).join()).claim_one()).job.prefix == "Once"
+
+
+async def test_enqueue_under_a_key(faulty: Faulty) -> None:
+    """There is one job and one listener, and its key leads to it."""
+    job = make_job(stored=True, idempotency_key="order-17")
+    faulty.lose("enqueue", 2)
+    assert await faulty.broker.enqueue_stored(job, faulty.listener.router) == Enqueued(job.id, State.QUEUED)
+    assert await faulty.counts() == (1, 0)
+    again = replace(job, id=new_job_id(0))
+    assert await faulty.sound.enqueue_stored(again, faulty.listener.router) == Enqueued(job.id, State.QUEUED)
+
+
+async def test_append_and_its_end(faulty: Faulty) -> None:
+    """Frames are kept and sent on once: those of an append that is in doubt and sent again, and the last ones."""
+    job = make_job(stored=True, stream=True)
+    await faulty.sound.enqueue_stored(job, faulty.listener.router)
+    lease = await (await Puller(faulty.sound).join()).claim_one()
+    run = [Frame(job.id, 1, lease.attempt_id, 0, HEAD, b"x", 200, "text/event-stream")]
+    run += [Frame(job.id, 1, lease.attempt_id, seq, 0, b"x") for seq in (1, 2)]
+    faulty.lose("append")
+    with pytest.raises(BrokerUnavailable):
+        await faulty.broker.append(lease, run[0].pack())
+    assert await faulty.broker.append(lease, run[0].pack() + run[1].pack()) is Settled.OK
+    faulty.lose("append")
+    assert await faulty.broker.settle(lease, Outcome.DONE, run[2].pack()) in (Settled.OK, Settled.DUPLICATE)
+    assert await faulty.listener.news() == run
+    page = await faulty.sound.read_output(job.id)
+    assert page is not None
+    assert page.frames == tuple(run)
+    assert await faulty.counts() == (0, 0)
+
+
+async def test_attach(faulty: Faulty) -> None:
+    """The Router is one listener, and is sent each frame once."""
+    job = make_job(stored=True)
+    await faulty.sound.enqueue_stored(job, new_incarnation("other"))
+    faulty.lose("attach")
+    assert await faulty.broker.attach(job.id, faulty.listener.router) is not None
+    lease = await (await Puller(faulty.sound).join()).claim_one()
+    await faulty.sound.settle(lease, Outcome.DONE, answer_frame(lease))
+    assert len(await faulty.listener.news()) == 1
 
 
 async def test_crashed(faulty: Faulty) -> None:

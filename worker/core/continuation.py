@@ -89,6 +89,11 @@ def continue_request(job: Job, prompt_tokens: int, said_tokens: int) -> Continua
     return Continuation(job, None if exhausted else orjson.dumps(request), prompt_tokens, said_tokens)
 
 
+def wants_usage(body: bytes) -> bool:
+    """Whether a stream for the request in ``body`` ends with a chunk that tells the usage."""
+    return bool((orjson.loads(body).get("stream_options") or {}).get("include_usage"))
+
+
 def _continued_chat(request: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {
         "messages": [*request["messages"], {"role": "assistant", "content": prefix}],
@@ -129,7 +134,6 @@ class Continuation:
 
     def ending(self) -> bytes:
         """The end of an answer whose limit on tokens was reached by what had been delivered."""
-        request = orjson.loads(self._job.body)
         chat = self._job.path == CHAT_PATH
         base: dict[str, Any] = {
             "id": self._job.id,
@@ -139,7 +143,7 @@ class Continuation:
         }
         said: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
         chunks = [base | {"choices": [{"index": 0, **said, "finish_reason": "length"}]}]
-        if (request.get("stream_options") or {}).get("include_usage"):
+        if wants_usage(self._job.body):
             chunks.append(base | {"choices": [], "usage": self._whole_usage({"completion_tokens": 0})})
         return b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
 

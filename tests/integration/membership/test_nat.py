@@ -25,14 +25,14 @@ from tests.support.waiting import eventually
 
 PASSWORD = "of-this-test"
 SCRIPTS = {
-    "worker": ("join", "claim", "renew", "hold", "settle", "release", "reclaim", "expire"),
-    "router": ("enqueue", "resume", "raise_epoch", "cancel", "depth"),
+    "worker": ("join", "claim", "renew", "hold", "settle", "append", "attach", "release", "reclaim", "expire"),
+    "router": ("enqueue", "attach", "resume", "raise_epoch", "cancel", "depth"),
     "manager": ("act_as_manager", "reclaim", "expire", "depth"),
 }
 """What each role runs of ``broker/lua``; a worker that leaves reclaims itself, and stands in for a missing Manager."""
 ITSELF = {
     "worker": "ping info time hget hgetall hsetnx eval evalsha xread xadd",
-    "router": "ping info time hget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim pexpire",
+    "router": "ping info time hget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim pexpire srem",
     "manager": "ping info time hget hsetnx hgetall hset hdel eval evalsha xadd config|get",
 }
 """What each role sends beside scripts."""

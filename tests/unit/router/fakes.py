@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import orjson
@@ -17,6 +17,7 @@ from queue_schemas import (
     Assignment,
     BrokerUnavailable,
     EngineState,
+    Enqueued,
     Frame,
     Incarnation,
     InferqError,
@@ -26,6 +27,7 @@ from queue_schemas import (
     LaneDepth,
     Marker,
     MarkerKind,
+    Output,
     Pool,
     State,
     WorkerInfo,
@@ -58,6 +60,15 @@ class FakeQueue:
         self.resume_state: State | None = State.QUEUED
         self.resume_refusal: InferqError | None = None
         self.refusal: InferqError | None = None
+        self.holder: Enqueued | None = None
+        """Who holds the idempotency key of the next stored requests."""
+        self.output: dict[JobId, Output] = {}
+        """What is kept, as if each job's frames fitted a page."""
+        self.page_frames = 1_000
+        self.attached: list[tuple[JobId, tuple[int, int]]] = []
+        self.attach_held = asyncio.Event()
+        self.attach_held.set()
+        self.detached: asyncio.Queue[JobId] = asyncio.Queue()
         self.state = State.QUEUED
         self.standing: Standing | None = None
         """Where jobs stand; None: they wait, above what was heard of them."""
@@ -79,6 +90,22 @@ class FakeQueue:
         self.jobs.put_nowait(job)
         return self.state
 
+    async def enqueue_stored(self, job: Job, listener: Incarnation, keep_ms: int) -> Enqueued:
+        state = await self.enqueue(job)
+        return self.holder or Enqueued(job.id, state)
+
+    async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None:
+        self.attached.append((job_id, after))
+        await self.attach_held.wait()
+        kept = self.output.get(job_id)
+        if kept is None:
+            return None
+        rest = [frame for frame in kept.frames if (frame.epoch, frame.seq) >= after]
+        return replace(kept, frames=tuple(rest[: self.page_frames]), complete=len(rest) <= self.page_frames)
+
+    async def detach(self, job_id: JobId, listener: Incarnation) -> None:
+        self.detached.put_nowait(job_id)
+
     async def resume(self, job: Job, epoch: int) -> State | None:
         self.resumed.put_nowait((job, epoch))
         if self.resume_refusal is not None:
@@ -88,7 +115,7 @@ class FakeQueue:
     async def raise_epoch(self, job_id: JobId, heard: int) -> Standing | None:
         return self.standing or Standing(self.state, heard + 1, "")
 
-    async def cancel(self, job_id: JobId, reason: str) -> State | None:
+    async def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> State | None:
         self.cancelled.put_nowait((job_id, reason))
         return State.LEASED
 

@@ -575,6 +575,91 @@ def test_long_streams_are_kept_as_text() -> None:
     assert stitch.offer() == text_of(got)
 
 
+def stored(limit: int = 1 << 20) -> Stitch:
+    return Stitch(stream=True, replay_limit_bytes=limit, on_loss="continue", stored=True)
+
+
+def test_a_stored_stream_goes_on_behind_what_was_read() -> None:
+    """Its Router offered nothing: the next worker read the same frames, so its attempt follows them."""
+    stitch = stored()
+    got = feed(stitch, [*attempt([role(), chunk("Once "), DONE])[:2], requeued(2)])
+    got += feed(stitch, [*continued([role("two"), chunk("upon", ident="two"), DONE], epoch=2, name="b")])
+    assert text_of(got) == "Once upon"
+    assert stitch.ended
+    assert stitch.continued == 1
+
+
+def test_a_stored_attempt_behind_nothing_is_refused() -> None:
+    """Without the frames in front of it there would be a hole."""
+    stitch = stored()
+    feed(stitch, [*continued([chunk("upon"), DONE], epoch=2, name="b")])
+    assert isinstance(stitch.error, StreamBroken)
+
+
+@pytest.mark.parametrize("said", ["Once ", "Once upon a "])
+def test_what_a_client_has_of_a_replaced_attempt_is_compared_until_it_was_said(said: str) -> None:
+    """The client has more, or less, of the first attempt than the second said before it was lost as well; the third
+    goes on behind the second. Nothing is repeated."""
+    stitch = stored()
+    got = feed(stitch, [*attempt([role(), chunk("Once upon "), DONE])[:2], requeued(2)])
+    got += feed(stitch, [*attempt([role(), chunk(said), DONE], epoch=2, name="b")[:2], requeued(3)])
+    rest = "Once upon a time".removeprefix(said)
+    got += feed(stitch, [*continued([role(), chunk(rest), DONE], epoch=3, name="c")])
+    assert text_of(got) == "Once upon a time"
+    assert stitch.ended
+
+
+def test_a_replaced_attempt_that_said_something_else_breaks_the_stream() -> None:
+    """Also when the difference shows only in the attempt that goes on behind the one which replaced it."""
+    stitch = stored()
+    feed(stitch, [*attempt([role(), chunk("Once upon "), DONE])[:2], requeued(2)])
+    feed(stitch, [*attempt([role(), chunk("Once "), DONE], epoch=2, name="b")[:2], requeued(3)])
+    assert not stitch.closed
+    feed(stitch, [*continued([chunk("more"), DONE], epoch=3, name="c")])
+    assert isinstance(stitch.error, StreamBroken)
+
+
+def test_output_is_read_again_from_where_the_stream_is() -> None:
+    """After a gap the missing frames, and those that follow, are all that counts."""
+    stitch = stored()
+    run = attempt([role(), chunk("a"), chunk("b"), chunk("c"), DONE])
+    got = feed(stitch, [run[0], run[1], run[3]])
+    assert stitch.gap
+    assert stitch.position == (1, 2)
+    assert stitch.reread(1, "a", (1, 4))
+    got += feed(stitch, [*run[2:], *run])
+    assert got == b"".join(frame.data for frame in run)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "name", "end"),
+    [(1, "a", (1, 2)), (1, "b", (1, 0)), (1, "", (0, 0))],
+    ids=["frames lost", "another attempt", "unclaimed again"],
+)
+def test_a_queue_that_went_back_is_read_from_its_beginning(epoch: int, name: str, end: tuple[int, int]) -> None:
+    """The server lost its latest writes: what the client has is compared with what is said now."""
+    stitch = stored()
+    run = attempt([role(), chunk("a"), chunk("b"), chunk("c"), DONE])
+    got = feed(stitch, run[:3])
+    assert not stitch.reread(epoch, name, end)
+    assert stitch.position == (0, 0)
+    got += feed(stitch, run[:2])
+    got += feed(stitch, [requeued(2), *continued([chunk("b"), chunk("c"), DONE], epoch=2, name="c")])
+    assert text_of(got) == "abc"
+    assert stitch.ended
+
+
+def test_leftovers_from_before_a_loss_do_not_stand_in_the_way() -> None:
+    """A late frame of an attempt that the queue forgot is not taken for the one that runs."""
+    stitch = stored()
+    assert feed(stitch, [attempt([role(), chunk("x"), DONE], epoch=4, name="old")[1]]) == b""
+    assert stitch.gap
+    assert not stitch.reread(1, "new", (1, 3))
+    assert stitch.reread(1, "new", (1, 3))
+    run = attempt([role(), chunk("y"), DONE], name="new")
+    assert feed(stitch, run) == b"".join(frame.data for frame in run)
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_no_mix_of_losses_makes_a_gap_or_a_repeat(data: st.DataObject) -> None:

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
-from queue_schemas import BrokerUnavailable
+from queue_schemas import BrokerUnavailable, Lease, Settled
+from tests.support.queue import make_job
 from tests.support.waiting import eventually
 from worker.outbox import Channel, Outbox
 
@@ -21,6 +22,8 @@ class Wire:
         self.open.set()
         self.failures = 0
         self.gone: set[str] = set()
+        self.appended: list[tuple[str, bytes]] = []
+        self.answer = Settled.OK
 
     async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
         await self.open.wait()
@@ -29,6 +32,14 @@ class Wire:
             self.failures -= 1
             raise BrokerUnavailable("gone for a moment")
         return self.gone & frames.keys()
+
+    async def append(self, lease: Lease, frames: bytes) -> Settled:
+        await self.open.wait()
+        self.appended.append((lease.job.id, frames))
+        if self.failures:
+            self.failures -= 1
+            raise BrokerUnavailable("gone for a moment")
+        return self.answer
 
     async def until(self, count: int) -> None:
         await eventually(lambda: len(self.messages) >= count, f"{count} messages", every_s=0.001)
@@ -41,7 +52,7 @@ async def wire() -> Wire:
 
 @pytest.fixture
 async def outbox(wire: Wire) -> AsyncIterator[Outbox]:
-    box = Outbox(wire.publish, interval_ms=5, limit_bytes=1_000)
+    box = Outbox(wire.publish, wire.append, interval_ms=5, limit_bytes=1_000)
     task = asyncio.create_task(box.run())
     yield box
     task.cancel()
@@ -67,7 +78,7 @@ async def test_frames_of_many_streams_share_a_message(outbox: Outbox, wire: Wire
 
 async def test_the_first_frame_does_not_wait_for_the_interval(wire: Wire) -> None:
     """An urgent frame leaves at once, though the last flush was just now and the interval is long."""
-    box = Outbox(wire.publish, interval_ms=60_000, limit_bytes=1_000)
+    box = Outbox(wire.publish, wire.append, interval_ms=60_000, limit_bytes=1_000)
     task = asyncio.create_task(box.run())
     one, two = channel(box), channel(box)
     one.put(b"1", urgent=True)
@@ -183,3 +194,52 @@ async def test_cancelling_one_stream_leaves_the_others_waiting(outbox: Outbox, w
     await asyncio.wait_for(waits[1], 5)
     await wire.until(2)
     assert wire.messages[1][1]["router"] == b"b"
+
+
+def stored(outbox: Outbox, lost: list[str] | None = None) -> tuple[Lease, Channel]:
+    """A lease of a stored job, and the channel to its output."""
+    lease = Lease(make_job(stored=True), 1, "a1", 1, 60_000, 0)
+    return lease, outbox.open_stored(lease, lambda: (lost if lost is not None else []).append(lease.job.id))
+
+
+async def test_frames_of_stored_jobs_are_added_to_their_output(outbox: Outbox, wire: Wire) -> None:
+    """They go with the same flush as those for Routers, each job's to its own output."""
+    wire.open.clear()
+    channel(outbox).put(b"0", urgent=True)
+    await asyncio.sleep(0)
+    (one, first), (two, second) = stored(outbox), stored(outbox)
+    first.put(b"1")
+    first.put(b"2")
+    second.put(b"3")
+    channel(outbox).put(b"4")
+    wire.open.set()
+    await eventually(lambda: len(wire.appended) == 2, "both are kept", every_s=0.001)
+    assert sorted(wire.appended) == sorted([(one.job.id, b"12"), (two.job.id, b"3")])
+    await wire.until(2)
+    assert wire.messages[-1] == (0, {"router": b"4"})
+
+
+async def test_stored_frames_in_doubt_are_sent_again_or_go_with_the_settle(outbox: Outbox, wire: Wire) -> None:
+    """What may not have arrived is sent again with what came since; what is left at the end is given back."""
+    wire.failures = 1
+    lease, channel = stored(outbox)
+    channel.put(b"1", urgent=True)
+    await eventually(lambda: len(wire.appended) == 2, "it is sent again", every_s=0.001)
+    assert wire.appended == [(lease.job.id, b"1")] * 2
+    assert await channel.close() == b""
+    wire.failures = 10_000
+    lease, channel = stored(outbox)
+    channel.put(b"5", urgent=True)
+    await eventually(lambda: len(wire.appended) == 3, "it is sent", every_s=0.001)
+    channel.put(b"6")
+    assert await channel.close() == b"56"
+
+
+@pytest.mark.parametrize("answer", [Settled.FENCED, Settled.GONE, Settled.DUPLICATE])
+async def test_an_attempt_that_lost_its_stored_job_is_told(outbox: Outbox, wire: Wire, answer: Settled) -> None:
+    """An append that is refused stops the attempt, once."""
+    wire.answer = answer
+    lost: list[str] = []
+    lease, channel = stored(outbox, lost)
+    channel.put(b"1", urgent=True)
+    await eventually(lambda: lost == [lease.job.id], "it is told", every_s=0.001)

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from queue_schemas import StreamBroken
+from .errors import StreamBroken
 
 DONE = b"[DONE]"
 FOLD_BYTES = 64 * 1024

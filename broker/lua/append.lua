@@ -1,0 +1,76 @@
+-- Adds to the output of stored jobs, sends it to their listeners, and ends attempts that have said all.
+-- ARGV: prefix, then per attempt: job id, epoch, attempt id, outcome ('' while it goes on, done, failed or expired), anew (1: its
+--       first frame begins the answer anew, and what is kept of earlier attempts is dropped), seq of the first frame,
+--       number of frames, the packed frames.
+-- Reply: per attempt 'ok' (frames that are there already change nothing), 'duplicate' (this attempt itself ended the
+--       job), 'fenced' or 'gone'. Frames go out only with 'ok', those for one Router in one entry. An attempt with a gap
+--       before its first frame (the server lost its latest writes) is taken its job, and fenced.
+-- Invariants: 2 one result, 3 fence, 4 idempotency, 7 streams, 8 bounded memory, 12 conservation.
+
+local now = now_ms()
+local outgoing, order = {}, {}
+
+local function forward(job, frames)
+  if #frames == 0 then return end
+  local packed = table.concat(frames)
+  for _, router in ipairs(stored().listeners_of(job)) do
+    if not outgoing[router] then
+      outgoing[router] = { frames = {}, ids = {} }
+      order[#order + 1] = router
+    end
+    table.insert(outgoing[router].frames, packed)
+    table.insert(outgoing[router].ids, job.id)
+  end
+end
+
+-- The seq of the next frame of this attempt.
+local function expected(job)
+  local epoch, seq = string.match(call('HGET', P .. 'job:' .. job.id, 'next') or '', '^(%d+)-(%d+)$')
+  return epoch == job.epoch and tonumber(seq) or 0
+end
+
+-- Keeps the frames of ARGV[from..] whose seq, counted from ``seq``, is ``due`` or later. Answers them.
+local function keep(job, anew, seq, due, from, number)
+  local key, out = P .. 'job:' .. job.id, P .. 'out:' .. job.id
+  if anew and due == 0 and number > 0 and call('DEL', out) > 0 then
+    stored().count(job, STORED_BYTES - tonumber(call('HGET', key, 'kept')))
+  end
+  local frames, bytes = {}, 0
+  for i = math.max(due - seq, 0), number - 1 do
+    local frame = ARGV[from + i]
+    call('XADD', out, job.epoch .. '-' .. int(seq + i), 'f', frame)
+    frames[#frames + 1] = frame
+    bytes = bytes + string.len(frame)
+  end
+  if #frames > 0 then
+    stored().count(job, bytes)
+    call('HSET', key, 'next', job.epoch .. '-' .. int(seq + number))
+    call('PEXPIRE', out, int(math.max(tonumber(job.deadline) - now, 0) + tonumber(call('HGET', key, 'keep'))))
+  end
+  return frames
+end
+
+local answers = {}
+local i = 2
+while i <= #ARGV do
+  local outcome, anew, seq, number = ARGV[i + 3], ARGV[i + 4] == '1', tonumber(ARGV[i + 5]), tonumber(ARGV[i + 6])
+  local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2])
+  local due = job and expected(job)
+  if job and seq > due then
+    local fate = give_up(job, false, 'a part of its output was lost', now)
+    if fate == 'requeued' then wake_one(place(job), now) end
+    refusal = 'fenced'
+  elseif job then
+    forward(job, keep(job, anew, seq, due, i + 7, number))
+    if outcome ~= '' then
+      leave_lease(job)
+      finish(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)
+    end
+  end
+  answers[#answers + 1] = refusal or 'ok'
+  i = i + 7 + number
+end
+for _, router in ipairs(order) do
+  stored().send(router, 'f', table.concat(outgoing[router].frames), outgoing[router].ids)
+end
+return answered(answers)

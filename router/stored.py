@@ -1,0 +1,114 @@
+"""Requests with an idempotency key: they lead to one stored job, whoever asked for it first and wherever.
+
+The one that creates the job gets its answer as it comes, at no more cost than any other request. Whoever comes later,
+or missed something, reads what is kept first, a page at a time and no faster than its client reads, and goes on from
+there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from queue_schemas import (
+    KEPT_STATES,
+    TERMINAL,
+    BrokerFull,
+    EngineFailed,
+    Enqueued,
+    IdempotencyKeyReused,
+    Job,
+    Marker,
+    MarkerKind,
+    OverCapacity,
+    State,
+    StreamBroken,
+)
+from telemetry import get_logger
+
+from .exchange import Exchange
+from .followers import fall_behind
+from .requests import OpenRequest
+from .state import RouterState
+
+REPLAY_HEADER = (b"x-inferq-idempotent-replay", b"true")
+"""On an answer that another request's job gives."""
+MOST_LOSSES = 3
+"""How often a stored job that the queue has lost is put there again for one request."""
+
+log = get_logger(__name__)
+
+
+class StoredJobs:
+    """The way of a request to its stored job, and of that job's answer to the request."""
+
+    def __init__(self, state: RouterState) -> None:
+        self._state = state
+        self._requests = state.requests
+
+    async def enqueue(self, request: OpenRequest, job: Job, exchange: Exchange | None = None) -> None:
+        """Queue ``job`` for ``request``, or follow the one that holds its key; ``exchange`` says then that it is one.
+
+        Raises ``IdempotencyKeyReused``, ``OverCapacity`` and whatever the queue raises.
+        """
+        request.give(job.ttl_ms)
+        request.behind = False
+        self._requests.attach(request, job)
+        link, keep_ms = self._state.link, self._state.settings.keep_answers_ms
+        try:
+            found = await request.within_deadline(link.ready_queue().enqueue_stored(job, link.incarnation, keep_ms))
+        except (IdempotencyKeyReused, OverCapacity, BrokerFull):
+            if request.stitch is not None:
+                request.stitch.settled = True  # nothing was written: there is nothing to detach from
+            raise
+        if found.job_id != job.id:
+            log.info("request_known", job_id=found.job_id, request_id=job.request_id, state=found.state.value)
+            self._requests.attach(request, replace(job, id=found.job_id))
+            if exchange is not None:
+                exchange.add_header(*REPLAY_HEADER)
+        if found != Enqueued(job.id, State.QUEUED):
+            fall_behind(request)
+
+    async def catch_up(self, request: OpenRequest) -> None:
+        """Read on in what is kept of the job; what came live meanwhile follows the last page."""
+        stitch, job, link = request.stitch, request.job, self._state.link
+        assert stitch is not None and job is not None  # noqa: S101 - set by enqueue
+        request.held = []
+        page = await request.within_deadline(link.ready_queue().attach(job.id, link.incarnation, stitch.position))
+        held, request.held = request.held, None
+        request.notify()
+        if page is None:
+            await self._queue_again(request, job)
+        elif page.state in TERMINAL and page.state not in KEPT_STATES:
+            request.behind = False
+            epoch = max(page.epoch, stitch.position[0])
+            stitch.on_marker(Marker(MarkerKind(page.state.value), job.id, epoch, "no answer of it was kept"))
+        elif stitch.reread(page.epoch, page.attempt_id, page.end):
+            for frame in page.frames:
+                stitch.on_frame(frame)
+            if stitch.gap or (page.over and not stitch.closed):
+                stitch.error = StreamBroken("a part of the answer is not kept any more; send the request again")
+            elif page.complete and held is not None:
+                self._requests.stored.caught_up(request, held)
+
+    def leave(self, job: Job) -> None:
+        """A request for ``job`` is over, and not open any more: the job runs on for whoever asks again."""
+        if job.id not in self._requests.stored:
+            self._state.canceller.detach(job.id, self._state.link.incarnation)
+
+    async def _queue_again(self, request: OpenRequest, job: Job) -> None:
+        """The queue has lost the job with its latest writes: it is queued again by its id, unless somebody else did, or
+        has asked for the same anew."""
+        stitch = request.stitch
+        assert stitch is not None  # noqa: S101 - set by enqueue
+        stitch.restart()
+        if stitch.closed:
+            return
+        if request.reruns >= MOST_LOSSES:
+            broken = StreamBroken if stitch.head is not None else EngineFailed
+            raise broken("the request was lost on the queue too often; send it again")
+        request.reruns += 1
+        self._state.metrics.reruns.inc()
+        log.info("request_runs_again", job_id=job.id, before=job.id, request_id=job.request_id)
+        left_ms = max(1, int((request.deadline_s - asyncio.get_running_loop().time()) * 1000))
+        await self.enqueue(request, replace(job, ttl_ms=left_ms))
