@@ -28,6 +28,7 @@ from queue_schemas import (
     PoolAssignment,
     Registration,
     RegistrationAnswer,
+    Settled,
 )
 from telemetry import MetricsRegistry
 from tests.support.waiting import eventually
@@ -119,6 +120,9 @@ class SurprisingBroker:
     async def hold(self, *arguments: Any) -> set[str]:
         self._called("hold")
         return set()
+
+    async def append(self, *arguments: Any) -> Settled:
+        return Settled.OK
 
     async def publish(self, *arguments: Any) -> set[str]:
         return set()
