@@ -52,8 +52,12 @@ async def _left(stage: Stage) -> dict[str, Any]:
     pages = [await worker.get("/status") for worker in stage.workers]
     return {
         "ended by itself": [role.name for role in stage.roles if not role.process.running],
-        # Dead letters keep their bytes.
-        "budget": {name: value for name, value in budget.items() if value and not name.startswith("dead:")},
+        # Dead letters keep their bytes, and so do answers that are kept for a key.
+        "budget": {
+            name: value
+            for name, value in budget.items()
+            if value and name != "dead:bytes" and not name.endswith(":kept")
+        },
         "depth": {k.decode(): int(v) for k, v in ask("HGETALL", _KEYS.depth).items() if int(v)},
         "queues": [key for pattern in ("q:*", "retry:*", "suspects:*") for key in _keys(stage, pattern)],
         "leases": _keys(stage, "leases:*"),

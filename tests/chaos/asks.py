@@ -23,6 +23,7 @@ POISON, HURRIED, MALFORMED, GARBAGE = "poison", "hurried", "malformed", "engine 
 KINDS = (
     "chat stream", "chat stream", "chat stream", "completion stream", "completion stream", "chat", "chat", "completion",
     "embedding", "leaver", "slow reader stream", "deadline", "engine error", "engine breaks stream", GARBAGE,
+    "keyed chat stream", "keyed chat",
 )  # fmt: skip
 """Drawn from by every client. Some order a failure of one engine, which happens once, or garbage."""
 MOST_COMPLETION_CELLS = 60
@@ -30,6 +31,8 @@ MOST_COMPLETION_CELLS = 60
 NAMES = 62**3
 POISON_CELLS = 60
 """More than its attempts get out together, each a little more than the one before."""
+COME_BACK, TWINS = 0.3, 0.3
+"""Of requests with a key: share of streams whose client leaves and asks again, and of those sent twice at once."""
 PRIORITIES = (None, None, None, 0, -20, -5, 10)
 _ORDERS: Mapping[str, dict[str, Any]] = {
     "engine error": {"fail": 500, "times": 1, "on": "worker-1"},
@@ -55,7 +58,8 @@ _MALFORMED: tuple[bytes, ...] = (
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One request as it goes out. ``leave_after``: the client goes after so many cells; ``patience_s``: after that
-    time; ``pause_s``: how long it takes to read each event."""
+    time; ``pause_s``: how long it takes to read each event. ``key`` is its idempotency key: whoever has one asks again
+    until there is an answer; ``twin``: at both Routers at once; ``other_body`` is what the key must not be used for."""
 
     kind: str
     cells: int
@@ -68,6 +72,9 @@ class Ask:
     leave_after: int | None = None
     patience_s: float | None = None
     pause_s: float = 0.0
+    key: str = ""
+    twin: bool = False
+    other_body: bytes = b""
 
 
 def make_ask(number: int, kind: str, rng: random.Random) -> Ask:
@@ -91,11 +98,18 @@ def make_ask(number: int, kind: str, rng: random.Random) -> Ask:
     if on_loss:
         headers["x-inferq-on-loss"] = on_loss
     path, body = _body(number, kind, cells, tenant, rng, streams=streams)
+    keyed = kind.startswith("keyed")
+    if keyed:
+        headers["idempotency-key"] = request_id(number)
+    comes_back = keyed and streams and rng.random() < COME_BACK
     return Ask(
         kind, cells, path, body, headers, tenant, deadline_ms / 1000, on_loss,
-        leave_after=rng.randrange(cells) if kind == "leaver" else None,
+        leave_after=rng.randrange(cells) if kind == "leaver" or comes_back else None,
         patience_s=rng.uniform(0.0, 0.3) if kind == HURRIED else None,
         pause_s=0.02 if kind == "slow reader stream" else 0.0,
+        key=request_id(number) if keyed else "",
+        twin=keyed and rng.random() < TWINS,
+        other_body=_body(number + 1, kind, cells, tenant, rng, streams=streams)[1] if keyed else b"",
     )  # fmt: skip
 
 

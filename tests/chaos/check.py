@@ -107,6 +107,7 @@ def check(entries: Sequence[Entry], *, must_prove: Iterable[str] = ()) -> Verdic
 
 def _judge(request: Request, spans: Sequence[Span], verdict: Verdict, *, migrated: bool) -> None:
     verdict.exercised.update((1, 2, 9) if request.end == "answered" else (2, 9))
+    verdict.exercised[4] += bool(request.tries or request.reused)
     verdict.exercised[7] += request.streams and bool(request.text)
     wrong = seen_wrong(request)
     if wrong is not None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,10 +17,14 @@ import aiohttp
 from tests.support.load import events_of
 
 from .asks import KINDS, Ask, make_ask, request_id
-from .history import History, Request
+from .history import Entry, History, Request
 
 LIMIT_S = 45.0
 """Longer than anything may take: a request that reaches it is lost."""
+AGAIN_S = 0.2
+REUSE_EVERY = 5
+"""One in so many requests with a key is followed by another body under it."""
+_ASK_AGAIN = ("broker_unavailable", "broker_full", "shutting_down")
 KEPT_S = 2.0
 """How long a client keeps an idle connection: the Router closes none that soon."""
 _RAW: tuple[bytes, ...] = (
@@ -112,10 +117,47 @@ class Clients:
         request = Request(
             number, kind, router, ask.cells, begun_s, tenant=ask.tenant, deadline_s=ask.deadline_s, on_loss=ask.on_loss
         )
+        if ask.key:
+            await self._ask_until_answered(session, request, ask)
+        else:
+            await self._send(session, request, ask)
+        request.ended_s = self._history.now_s
+        request.request_id = request.request_id or request_id(number)
+        self._history.add_request(request)
+        return request
+
+    async def _ask_until_answered(self, session: aiohttp.ClientSession, request: Request, ask: Ask) -> None:
+        """As a client with a key does: after a broken connection or a refusal the same again, at the other Router."""
+        request.key = ask.key
+        twin = replace(request, router=self._other(request.router), tries=[], ids=[], finishes=[])
+        patient = replace(ask, leave_after=None)
+        beside = asyncio.create_task(self._send(session, twin, patient), name="twin") if ask.twin else None
+        await self._send(session, request, ask)
+        while request.end != "answered" and self._history.now_s - request.begun_s < LIMIT_S:
+            if request.end == "error" and request.code not in _ASK_AGAIN:
+                break
+            request.tries.append(_told(request))
+            _forget(request)
+            await asyncio.sleep(AGAIN_S)
+            request.router = self._other(request.router)
+            await self._send(session, request, patient)
+        if beside is not None:
+            await beside
+            request.tries.append(_told(twin))
+        if request.end == "answered" and request.number % REUSE_EVERY == 0:
+            wrong = replace(request, tries=[], ids=[], finishes=[])
+            await self._send(session, wrong, replace(patient, body=ask.other_body))
+            request.reused = wrong.status
+
+    def _other(self, router: int) -> int:
+        return (router + 1) % len(self._urls)
+
+    async def _send(self, session: aiohttp.ClientSession, request: Request, ask: Ask) -> None:
+        request.status, request.request_id = 0, ""
         try:
             async with (
                 asyncio.timeout(ask.patience_s),
-                session.post(self._urls[router] + ask.path, data=ask.body, headers=ask.headers) as answer,
+                session.post(self._urls[request.router] + ask.path, data=ask.body, headers=ask.headers) as answer,
             ):
                 request.status = answer.status
                 request.request_id = answer.headers.get("x-request-id", "")
@@ -124,11 +166,7 @@ class Clients:
             request.end = "silent" if ask.patience_s is None else "left"
         except (aiohttp.ClientError, OSError) as error:
             request.end, request.message = "cut", f"{type(error).__name__}: {error}"
-        request.ended_s = self._history.now_s
         request.ids = sorted(set(request.ids))
-        request.request_id = request.request_id or request_id(number)
-        self._history.add_request(request)
-        return request
 
     async def _read(self, answer: aiohttp.ClientResponse, request: Request, ask: Ask) -> None:
         if not answer.headers.get("content-type", "").startswith("text/event-stream"):
@@ -150,6 +188,18 @@ class Clients:
             if ask.pause_s:
                 await asyncio.sleep(ask.pause_s)
         request.end = "answered"
+
+
+def _told(request: Request) -> Entry:
+    """What one try brought."""
+    return {name: getattr(request, name) for name in ("router", "end", "status", "code", "text", "ids")}
+
+
+def _forget(request: Request) -> None:
+    """The next try begins."""
+    request.end, request.text, request.code, request.message = "silent", "", "", ""
+    request.ids, request.finishes, request.usage = [], [], {}
+    request.roles = request.done = request.usages = 0
 
 
 def _session(*, keep: bool) -> aiohttp.ClientSession:

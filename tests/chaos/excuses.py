@@ -64,6 +64,8 @@ def spans_of(entries: Iterable[Entry]) -> list[Span]:
 
 def explanation(request: Request, spans: Sequence[Span]) -> str | None:
     """The fault, or the request's own nature, that explains why it was not answered; None if nothing does."""
+    if request.key:
+        return None  # it was asked again until there was an answer
     if request.end == "left":
         return "the client left"
     if request.end == "cut":

@@ -25,7 +25,8 @@ class Request:
 
     ``end`` is how it ended: ``answered``, ``error`` (an error object, as answer or event; ``code`` is its code),
     ``cut`` (the connection broke), ``left`` (the client went on purpose) or ``silent`` (its limit passed).
-    ``first_s`` is when the first of the answer came, 0 if nothing did.
+    ``first_s`` is when the first of the answer came, 0 if nothing did. ``tries`` are the other times that it was sent
+    under its ``key``: before, or at once; ``reused`` is the status of another body under that key, 0 if none was sent.
     """
 
     number: int
@@ -51,6 +52,9 @@ class Request:
     usages: int = 0
     vector: list[float] = field(default_factory=list)
     request_id: str = ""
+    key: str = ""
+    tries: list[Entry] = field(default_factory=list)
+    reused: int = 0
 
     @property
     def streams(self) -> bool:

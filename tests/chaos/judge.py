@@ -20,7 +20,8 @@ from .history import Request
 DIMENSIONS = 16
 """Of the fleet's vectors."""
 LOSS, DUPLICATE, SPLICE = "no loss", "no duplicate", "no splice"
-ISOLATION, POISON_BOUND = "isolation", "poison bound"
+ISOLATION, POISON_BOUND, IDEMPOTENCY = "isolation", "poison bound", "idempotency"
+REUSED, SERVER_ERROR = 422, 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def seen_wrong(request: Request) -> Wrong | None:
     """The first thing that is wrong about what a client saw; None if nothing is."""
     if request.kind == MALFORMED:
         return None
-    for look in (_wrong_name, _canary, _LOOKS.get(request.kind, _wrong_answer)):
+    for look in (_wrong_name, _canary, _wrong_tries, _LOOKS.get(request.kind, _wrong_answer)):
         if wrong := look(request):
             return wrong
     return None
@@ -50,6 +51,20 @@ def _wrong_name(request: Request) -> Wrong | None:
 def _canary(request: Request) -> Wrong | None:
     seen = "canary." in request.text or "canary." in request.message
     return Wrong(ISOLATION, "a canary is in the answer") if seen else None
+
+
+def _wrong_tries(request: Request) -> Wrong | None:
+    """One key is one job: whoever asks again gets the beginning, or all, of the same answer."""
+    ids = {*request.ids, *(one for told in request.tries for one in told["ids"])}
+    if request.key and len(ids) > 1:
+        return Wrong(IDEMPOTENCY, f"{len(ids)} answers under one key: {', '.join(sorted(ids))}")
+    if request.reused and request.reused < SERVER_ERROR and request.reused != REUSED:
+        return Wrong(IDEMPOTENCY, f"another body under the same key got status {request.reused}")
+    for told in request.tries:
+        outcome, reason = judge(told["text"], name_of(request.number), request.cells, whole=told["end"] == "answered")
+        if outcome is not Outcome.RIGHT:
+            return Wrong(SPLICE, f"another try under its key: {reason}")
+    return None
 
 
 def _wrong_answer(request: Request) -> Wrong | None:

@@ -176,6 +176,25 @@ def test_recoveries_count_undisturbed_and_have_a_limit(how: str, limit_s: float)
     assert (beside.kill_to_start_s, beside.hang_to_start_s, beside.violations) == ([], [], [])
 
 
+def tried(**changes: Any) -> Entry:
+    """Another time that a request was sent under its key."""
+    return {"router": 1, "end": "cut", "status": 200, "code": "", "text": TEXT[:8], "ids": ["a"]} | changes
+
+
+def test_a_key_is_one_answer() -> None:
+    """Whoever asks again gets the beginning or all of the same; nothing excuses one with a key that gets no answer."""
+    keyed = {"kind": "keyed chat stream", "key": "k"}
+    right_tries = [tried(), tried(end="answered", text=TEXT)]
+    verdict = check(history(right(**keyed, tries=right_tries, reused=422)))
+    assert (verdict.exercised[4], verdict.violations) == (1, [])
+    assert broken(history(right(**keyed, tries=[tried(ids=["b"])]))) == ["idempotency"]
+    assert broken(history(right(**keyed, reused=200))) == ["idempotency"]
+    assert broken(history(right(**keyed, reused=503))) == []
+    assert broken(history(right(**keyed, tries=[tried(text=TEXT[4:8])]))) == ["no splice"]
+    assert broken(history(right(**keyed, tries=[tried(end="answered")]))) == ["no splice"]
+    assert broken(history(right(**keyed, **CUT), (Kind.KILL_ROUTER, 9.0, 10.9))) == ["no loss"]
+
+
 def test_after_healing_work_goes_on() -> None:
     """Nothing started within lease, scan and slack although somebody waited; or a fault that was never healed."""
     limit_s = LEASE_S + SCAN_S + SLACK_S
@@ -260,7 +279,7 @@ def test_a_plan_is_its_seed(seed: int) -> None:
     assert all(0 <= fault.at_s <= 60 for fault in plan)
     assert {fault.kind for fault in (*opening(seed, 60), *plan)} == set(Kind)
     strikes = [fault for fault in plan if fault.kind is Kind.STRIKE_WORKER]
-    assert {fault.call for fault in strikes} == {"claim", "publish", "settle"}
+    assert {fault.call for fault in strikes} == {"claim", "append", "settle"}
     assert {fault.point for fault in strikes} == set(Point)
     workers = [fault.target for fault in opening(seed, 60) if "worker" in fault.kind]
     assert len(set(workers)) == len(workers)

@@ -14,7 +14,7 @@ from tests.support.waiting import eventually
 from .plan import Fault
 from .stage import Deed, Stage
 
-ROUTER_CALLS, WORKER_CALLS = ("enqueue",), ("settle", "claim", "publish")
+ROUTER_CALLS, WORKER_CALLS = ("enqueue",), ("settle", "claim", "publish", "append")
 LOSSES_LIMIT_S = 5.0
 """How long replies wait for their calls, to be lost."""
 _SHA = {name: script.sha.encode() for name, script in load_scripts(flags=True).items()}
