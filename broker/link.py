@@ -75,7 +75,8 @@ class Link(Protocol):
         """Send one command that touches ``key`` and answer its reply."""
 
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
-        """Send a command that may block up to ``limit_s`` on a connection of its own."""
+        """Send a command that may block up to ``limit_s`` on a connection of its own. One that was lost since the last
+        such command is raised, once: whoever follows a stream has to know that its server was away."""
 
     async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Send commands in one piece on a connection that only pipelines use, which the last of them may block up to
@@ -103,6 +104,9 @@ class MultiplexedLink:
         reader = self._readers.get(key)
         if reader is None:
             reader = self._readers[key] = MultiplexedConnection(self._open_connection, self._limit_s)
+        if (loss := reader.unheard_loss()) is not None:
+            # Not one to pass over by connecting again: the server may have lost its latest writes since.
+            raise loss
         try:
             return await reader.command(limit_s + self._limit_s, *args)
         except asyncio.CancelledError:

@@ -38,6 +38,17 @@ class MultiplexedConnection:
         self._reader: asyncio.Task[None] | None = None
         self._awaited: deque[tuple[float, asyncio.Future[Any]]] = deque()
         self._watch: asyncio.TimerHandle | None = None
+        self._unheard: Exception | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is connected, as far as is known."""
+        return self._connection is not None and self._connection.is_connected
+
+    def unheard_loss(self) -> Exception | None:
+        """How the connection was lost, if that was while no command was under way and was not asked before."""
+        unheard, self._unheard = self._unheard, None
+        return unheard
 
     async def command(self, limit_s: float, *args: Any) -> Any:
         """Send a command and await its reply, at most ``limit_s`` seconds. Raises redis-py's exceptions."""
@@ -129,6 +140,7 @@ class MultiplexedConnection:
             self._watch.cancel()
             self._watch = None
         lost, self._awaited = self._awaited, deque()
+        self._unheard = None if lost else error
         for _, future in lost:
             if not future.done():
                 future.set_exception(error)

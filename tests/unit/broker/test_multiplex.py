@@ -14,7 +14,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from broker.link import MultiplexedLink
 from broker.multiplex import MultiplexedConnection
+from tests.support.waiting import eventually
 
 Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 
@@ -44,11 +46,15 @@ async def scripted_server(answer: Answer) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-def connection_to(port: int) -> MultiplexedConnection:
+def opener(port: int) -> Callable[[], Connection]:
     def make() -> Connection:
         return Connection(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=None)
 
-    return MultiplexedConnection(make, connect_limit_s=2)
+    return make
+
+
+def connection_to(port: int) -> MultiplexedConnection:
+    return MultiplexedConnection(opener(port), connect_limit_s=2)
 
 
 async def test_concurrent_commands_get_their_own_replies() -> None:
@@ -81,6 +87,26 @@ async def test_a_lost_connection_fails_what_is_under_way_and_the_next_command_co
             assert all(isinstance(error, RedisConnectionError) for error in lost)
             assert await connection.command(5, "live") == b"ok"
         await connection.close()
+
+
+async def test_a_reader_hears_that_its_connection_was_lost_between_two_reads() -> None:
+    """A server that answers and dies at once was away all the same: whoever follows a stream has to know, once."""
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"+ok\r\n")
+        if command == b"last":
+            writer.close()
+
+    async with scripted_server(answer) as port:
+        link = MultiplexedLink(opener(port), 2)
+        async with asyncio.timeout(20):
+            assert await link.blocking("stream", 5, "last") == b"ok"
+            await eventually(lambda: not link._readers["stream"].is_open, "the loss is noticed")
+            with pytest.raises(RedisConnectionError):
+                await link.blocking("stream", 5, "next")
+            for _ in range(2):
+                assert await link.blocking("stream", 5, "next") == b"ok"
+        await link.close()
 
 
 async def test_an_overdue_reply_fails_and_never_reaches_the_next_caller() -> None:
