@@ -95,7 +95,8 @@ class Renewals:
             return False
         self._complained = False
         pinged = self._pinged.is_set()
-        self._pinged.clear()
+        if pinged:  # cleared without it, a ping that comes between the two lines would be lost
+            self._pinged.clear()
         return pinged or pulse.late(now) or now >= self._due_at
 
     async def _renew_once(self) -> None:
