@@ -189,7 +189,8 @@ class Life:
         signal, slots, now = self._signals[shard], self.slots, asyncio.get_running_loop().time
         while True:
             signal.clear()
-            if shard in self._unsure and not await self._hold(shard, broker, attempts):
+            # Not while a claim is unanswered: what it gave would be taken back, and its repeat leave us unparked.
+            if shard in self._unsure and not slots.is_claiming(shard) and not await self._hold(shard, broker, attempts):
                 continue
             claim = slots.next_claim(shard, now())
             if claim is None:

@@ -119,6 +119,10 @@ class Slots:
         """The number of the last claim on ``shard``; 0 before the first."""
         return self._shard(shard).seq
 
+    def is_claiming(self, shard: int) -> bool:
+        """Whether a claim on ``shard`` is not answered yet."""
+        return self._shard(shard).under_way is not None
+
     def freed(self) -> None:
         """A job ended."""
         self.busy -= 1

@@ -148,6 +148,24 @@ class SlowToRenew(SurprisingBroker):
             self.next_after_s = now() - self._replied_at
 
 
+class SlowToClaim(SurprisingBroker):
+    """The first claim is not answered; meanwhile the control stream is lost and found. ``order``: what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+
+    async def claim(self, *arguments: Any) -> Claimed:
+        self.order.append("claim")
+        if len(self.order) == 1:
+            await eventually(lambda: self.calls["read_control"] > 2, "the control stream is read again")
+        return await super().claim(*arguments)
+
+    async def hold(self, *arguments: Any) -> set[str]:
+        self.order.append("hold")
+        return await super().hold(*arguments)
+
+
 def life_on(
     broker: SurprisingBroker, registered: RegistrationAnswer = REGISTERED, **settings: object
 ) -> tuple[Life, asyncio.Event]:
@@ -214,6 +232,17 @@ async def test_a_renewal_that_was_long_under_way_is_followed_by_the_next_at_once
     await eventually(lambda: broker.next_after_s is not None, "two renewals")
     assert broker.next_after_s is not None
     assert broker.next_after_s < interval_s * 0.9
+    drain.set()
+    await asyncio.wait_for(running, 10)
+
+
+async def test_leases_are_compared_when_no_claim_is_unanswered() -> None:
+    """What an unanswered claim gave is not known yet: it would be taken back, though its repeat could bring it."""
+    broker = SlowToClaim()
+    life, drain = life_on(broker)
+    running = asyncio.create_task(life.run(first=True))
+    await eventually(lambda: "hold" in broker.order, "leases are compared")
+    assert broker.order[:3] == ["claim", "claim", "hold"]
     drain.set()
     await asyncio.wait_for(running, 10)
 
