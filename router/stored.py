@@ -92,9 +92,8 @@ class StoredJobs:
                 self._requests.stored.caught_up(request, held)
 
     def leave(self, job: Job) -> None:
-        """A request for ``job`` is over, and not open any more: the job runs on for whoever asks again."""
-        if job.id not in self._requests.stored:
-            self._state.canceller.detach(job.id, self._state.link.incarnation)
+        """A request for ``job`` is over: the job runs on for whoever asks again, or follows it here still."""
+        self._state.canceller.detach(job.id, self._state.link.incarnation)
 
     async def _queue_again(self, request: OpenRequest, job: Job) -> None:
         """The queue has lost the job with its latest writes: it is queued again by its id, unless somebody else did, or

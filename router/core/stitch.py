@@ -229,8 +229,6 @@ class Stitch:
         """The output of the stored job, now in ``epoch`` and this attempt, is read from :attr:`position` on; it ends at
         ``end``. False if it has to be read from its beginning: the queue has lost what came after."""
         self.gap = False
-        if not self._next_seq:
-            self._attempt_id = ""  # only a leftover of it was seen
         if self.agrees(epoch, attempt_id) and (not self._next_seq or self.position <= end):
             return True
         self._forget_attempt(0)

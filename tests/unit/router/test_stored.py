@@ -289,6 +289,8 @@ async def test_what_is_held_while_a_page_is_read_is_bounded(monkeypatch: pytest.
         answer = Client(app).post(STREAM, headers=KEY)
         await eventually(lambda: queue.attached, "it reads", every_s=0.001)
         queue.deliver(*run[1:5])
+        (request,) = app.state.requests.now_open()
+        assert not request.held
         queue.attach_held.set()
         queue.output[holder] = kept(run)
         await answer.done()
