@@ -5,7 +5,7 @@
 --       job {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms, suspect (1 or 0)}. Fewer than n jobs: the worker is
 --       parked, and should claim again in look_again_ms without being woken (-1: no need), because jobs of another
 --       region wait that are free for all then. The same (incarnation, seq) again answers the same leases, as far as
---       they are still held; an older seq nothing. A reply that grows large ends early, and a wake tells the worker to
+--       they are still held (if some are not, a wake tells the worker to claim again); an older seq nothing. A reply that grows large ends early, and a wake tells the worker to
 --       claim again.
 -- The order of lanes and bands, and of home and abroad, is that of queue_schemas/lanes.py.
 -- Invariants: 3 fence (a reclaimed incarnation gets nothing), 5 order, 6 bounded starvation, 10 no start after expiry,
@@ -35,13 +35,18 @@ end
 -- A late copy of an older claim, from a connection that was given up: its jobs would be leased to nobody.
 if last[1] and tonumber(seq) < tonumber(last[1]) then return answer end
 if last[1] == seq then
+  local over = false
   for id, aid in string.gmatch(last[2], '(%S+) (%S+)') do
     local job = load_job(id)
     if job and job.state == 'leased' and job.aid == aid then
       job.env = call('HGET', P .. 'job:' .. id, 'env')
       give(job)
+    else
+      over = true
     end
   end
+  -- With less than it asked for it takes itself for parked, and may not be.
+  if over then call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake') end
   if last[4] then answer[2] = math.max(tonumber(last[4]) - now, 1) end
   return answer
 end

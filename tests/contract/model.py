@@ -184,6 +184,8 @@ class Model:
             require(not dropped, "a repeated claim ends no job")
             for lease in given:
                 self._check_lease(lease)
+            if seq == run.seq and len(again) < len(run.given):
+                self.effects.wakes[worker] += 1
             return
         places = [Place(pool, lane) for pool, lanes in pools for lane in lanes]
         for job_id, state in dropped.items():

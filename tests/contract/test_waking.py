@@ -205,3 +205,18 @@ async def test_a_worker_whose_pools_changed_is_parked_only_where_it_pulls(
     assert await worker.told() == []
     await broker.enqueue(make_job(model="new"))
     assert await worker.told() == [WAKE]
+
+
+async def test_a_repeated_claim_that_brings_less_is_followed_by_a_wake(broker: Broker, worker: Puller) -> None:
+    """Its worker takes itself for parked, which it is not: the first reply, which was lost, gave all it asked for."""
+    first, second = make_job(), make_job()
+    await broker.enqueue(first)
+    await broker.enqueue(second)
+    assert len(await worker.claim(2)) == 2
+    worker.seq -= 1
+    assert len(await worker.claim(2)) == 2
+    assert await worker.told() == []
+    await broker.cancel(first.id, "its client went away")
+    worker.seq -= 1
+    assert [lease.job.id for lease in await worker.claim(2)] == [second.id]
+    assert WAKE in await worker.told()
