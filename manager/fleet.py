@@ -220,7 +220,8 @@ class Fleet:
 
     async def _look_around(self) -> None:
         """Verify new URLs, and bury those of the silent whose death is certain."""
-        await self.meet()
+        if not self._meeting.locked():  # who waited for others' looks could watch no renewal numbers meanwhile
+            await self.meet()
         now = self._clock()
         silent_s = 2 * self._settings.heartbeat_ms / 1000
         doubted = self.registry.to_doubt(now, silent_s, LOOKS_AT_ONCE)

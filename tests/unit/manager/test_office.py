@@ -20,6 +20,7 @@ from queue_schemas import (
     Pool,
     Registration,
     UnknownWorker,
+    WorkerId,
     WorkerIdTaken,
     WorkerState,
 )
@@ -364,6 +365,26 @@ async def test_a_newcomer_is_looked_at_at_once() -> None:
             return (await service.list_workers()).workers[0].url_verified
 
         await eventually(verified, "it is known there", limit_s=3)
+
+
+async def test_sweeps_go_on_while_newcomers_are_looked_at() -> None:
+    """URLs that take long to answer, of ever more newcomers, do not interrupt the watch of the renewal numbers."""
+    asked, answers = asyncio.Event(), asyncio.Event()
+
+    class SlowProbe(FakeProbe):
+        async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
+            asked.set()
+            await answers.wait()
+            return Door(DoorState.SAME)
+
+    queue = FakeQueue()
+    service = _service(queue, SlowProbe(), lease_ms=20_000, sweep_ms=200)
+    async with _running(service):
+        await service.register(_registration())
+        await asked.wait()
+        begun = queue.sweeps
+        await _until(lambda: queue.sweeps > begun + 2)
+        answers.set()
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
