@@ -77,8 +77,15 @@ local function answered(reply)
     if #set > 0 then call('HSET', P .. hash, unpack(set)) end
     if #gone > 0 then call('HDEL', P .. hash, unpack(gone)) end
   end
-  for owner, ids in pairs(freed_leases) do call('HDEL', P .. 'leases:' .. owner, unpack(ids)) end
-  if #freed_deadlines > 0 then call('ZREM', P .. 'deadlines', unpack(freed_deadlines)) end
+  -- A worker may have had thousands, and Lua passes 8000 arguments at most.
+  for owner, ids in pairs(freed_leases) do
+    for from = 1, #ids, 1000 do
+      call('HDEL', P .. 'leases:' .. owner, unpack(ids, from, math.min(from + 999, #ids)))
+    end
+  end
+  for from = 1, #freed_deadlines, 1000 do
+    call('ZREM', P .. 'deadlines', unpack(freed_deadlines, from, math.min(from + 999, #freed_deadlines)))
+  end
   return reply
 end
 

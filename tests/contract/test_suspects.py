@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from broker import Broker, Reclaimed
+from broker import Broker, Budgets, Reclaimed
 from queue_schemas import JobId, Lease, MarkerKind, Outcome, Settled, State
 from queue_schemas.keys import ShardKeys
-from tests.support.queue import MODEL, Puller, answer_frame, make_job
+from tests.support.queue import MODEL, Puller, ServerBackend, answer_frame, make_job
 
 from .conftest import Listener
 
@@ -255,3 +255,16 @@ async def test_a_suspect_that_nobody_waits_for_is_dropped(
     (other,) = await pullers(broker, 1)
     assert await other.claim() == []
     assert not await client.exists(KEYS.budget)
+
+
+async def test_an_engine_may_crash_with_thousands_of_jobs(real_backend: ServerBackend) -> None:
+    """All end in one call, and none stays leased: a server's Lua passes some 8000 arguments at once, no more."""
+    many = 9_000
+    broker, client = await real_backend.connect(budgets=Budgets(tenant_jobs=many, pool_jobs=many)), real_backend.client()
+    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(many)))
+    leases = await (await Puller(broker).join()).claim(many)
+    assert len(leases) == many
+    assert set(await broker.crashed(leases, REASON)) == {Settled.OK}
+    assert await client.keys("iq:*leases:*") == []
+    await client.aclose()
+    await broker.close()
