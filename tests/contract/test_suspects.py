@@ -260,7 +260,10 @@ async def test_a_suspect_that_nobody_waits_for_is_dropped(
 async def test_an_engine_may_crash_with_thousands_of_jobs(real_backend: ServerBackend) -> None:
     """All end in one call, and none stays leased: a server's Lua passes some 8000 arguments at once, no more."""
     many = 9_000
-    broker, client = await real_backend.connect(budgets=Budgets(tenant_jobs=many, pool_jobs=many)), real_backend.client()
+    broker, client = (
+        await real_backend.connect(budgets=Budgets(tenant_jobs=many, pool_jobs=many)),
+        real_backend.client(),
+    )
     await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(many)))
     leases = await (await Puller(broker).join()).claim(many)
     assert len(leases) == many
