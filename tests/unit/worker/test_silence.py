@@ -8,7 +8,7 @@ from worker.core import Silence
 def test_a_stream_that_stands_still_while_others_go_on_is_stuck() -> None:
     """Not before something came of others a whole limit after the last of it."""
     stream = Silence(pieces=3, reading=True)
-    assert not stream.is_stuck(1.0, 1.0, 10.0)
+    assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(1, 11))
     assert not stream.is_stuck(10.9, 10.9, 10.0)
     assert stream.is_stuck(11.0, 11.0, 10.0)
 
@@ -39,5 +39,13 @@ def test_time_in_which_nobody_reads_is_not_the_engines_silence() -> None:
     stream = Silence(pieces=1)
     assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(50))
     stream.reading = True
-    assert not stream.is_stuck(58.9, 58.9, 10.0)
+    assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(50, 59))
     assert stream.is_stuck(60.0, 60.0, 10.0)
+
+
+def test_time_in_which_nobody_looked_is_not_the_engines_silence() -> None:
+    """Worker and engine were stopped and go on: whose next piece comes a moment after the others' is not forgotten."""
+    stream = Silence(pieces=3, reading=True)
+    assert not stream.is_stuck(1.0, 1.0, 10.0)
+    assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(200, 210))
+    assert stream.is_stuck(210.0, 210.0, 10.0)
