@@ -247,7 +247,8 @@ class Broker:
 
     async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None:
         """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on, the Router ``listener`` being sent
-        what is added from now on. None if the job is unknown."""
+        what is added from now on. None if the job is unknown. Who goes on reading asks from the last frame it has: if
+        the page does not begin with it, the server lost that frame, and what comes next need not be behind it."""
         return await self._read_output(job_id, listener, after)
 
     async def detach(self, job_id: JobId, listener: Incarnation) -> None:

@@ -81,9 +81,9 @@ class StoredJobs:
             await self._queue_again(request, job)
         elif page.state in TERMINAL and page.state not in KEPT_STATES:
             request.behind = False
-            epoch = max(page.epoch, stitch.position[0])
+            epoch = max(page.epoch, stitch.epoch)
             stitch.on_marker(Marker(MarkerKind(page.state.value), job.id, epoch, "no answer of it was kept"))
-        elif stitch.reread(page.epoch, page.attempt_id, page.end):
+        elif stitch.reread(page.epoch, page.attempt_id, page.frames):
             for frame in page.frames:
                 stitch.on_frame(frame)
             if stitch.gap or (page.over and not stitch.closed):

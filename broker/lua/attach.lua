@@ -1,12 +1,14 @@
 -- Reads what is kept of a stored job, a page at a time, and makes a Router one of its listeners: what the job says from
 -- this call on is sent there as well.
--- ARGV: prefix, job id, router ('' to read only), id of the first entry wanted ('-' or epoch-seq).
+-- ARGV: prefix, job id, router ('' to read only), id of the first entry wanted ('-' or epoch-seq). Who goes on reading
+--       asks from the last entry that it has: if that is not there any more, the server lost its latest writes.
 -- Reply: {} if the job is unknown, else {state, epoch, attempt id, id of the entry that will be written next ('' if none
 --       ever was), 1 if the page reaches the end of the output, packed frame, ...}.
 -- Invariants: 4 idempotency, 7 streams.
 
 local PAGE_FRAMES = 512
 local PAGE_BYTES = 1024 * 1024 -- past which a page ends; one frame may be larger
+local LEAST_FRAMES = 2 -- of a page, however large: one may be known to its reader
 local STEP = 16
 
 local id, router, first = ARGV[2], ARGV[3], ARGV[4]
@@ -16,10 +18,10 @@ if router ~= '' and job.stored == '1' and not TERMINAL[job.state] then stored().
 
 local answer = { job.state, tonumber(job.epoch), job.aid, call('HGET', P .. 'job:' .. id, 'next') or '', 0 }
 local bytes, number = 0, 0
-while answer[5] == 0 and bytes < PAGE_BYTES and number < PAGE_FRAMES do
+while answer[5] == 0 and (bytes < PAGE_BYTES or number < LEAST_FRAMES) and number < PAGE_FRAMES do
   local entries = call('XRANGE', P .. 'out:' .. id, first, '+', 'COUNT', STEP)
   for at, entry in ipairs(entries) do
-    if bytes >= PAGE_BYTES then
+    if bytes >= PAGE_BYTES and number >= LEAST_FRAMES then
       entries = nil
       break
     end

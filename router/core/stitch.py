@@ -18,6 +18,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from queue_schemas import (
@@ -75,6 +76,7 @@ class Stitch:
         "_delivered",
         "_epoch",
         "_following",
+        "_last",
         "_next_seq",
         "_offered",
         "_on_loss",
@@ -127,6 +129,8 @@ class Stitch:
         self._epoch = 0
         self._attempt_id = ""
         self._next_seq = 0
+        self._last = (0, 0, "")
+        """The last frame taken of an attempt that is over: its epoch, seq and attempt."""
         self._attempt_head: Head | None = None
         self._streams = False
         self._pending: list[bytes] = []
@@ -156,8 +160,9 @@ class Stitch:
 
     @property
     def position(self) -> tuple[int, int]:
-        """``(epoch, seq)`` of the frame that would be next."""
-        return self._epoch, self._next_seq
+        """``(epoch, seq)`` of the last frame that was taken; ``(0, 0)`` if none was."""
+        epoch, seq, _ = self._last_taken()
+        return epoch, seq
 
     def take(self) -> bytes:
         """What has come since the last call."""
@@ -225,11 +230,11 @@ class Stitch:
         """The job runs again under another id, whose epochs begin anew."""
         self._forget_attempt(0)
 
-    def reread(self, epoch: int, attempt_id: str, end: tuple[int, int]) -> bool:
-        """The output of the stored job, now in ``epoch`` and this attempt, is read from :attr:`position` on; it ends at
-        ``end``. False if it has to be read from its beginning: the queue has lost what came after."""
+    def reread(self, epoch: int, attempt_id: str, frames: Sequence[Frame]) -> bool:
+        """The output of the stored job, now in ``epoch`` and this attempt, was read from :attr:`position` on: the
+        ``frames`` are there. False if it has to be read from its beginning: the queue has lost what was taken."""
         self.gap = False
-        if self.agrees(epoch, attempt_id) and (not self._next_seq or self.position <= end):
+        if self.agrees(epoch, attempt_id) and self._follow_on(frames):
             return True
         self._forget_attempt(0)
         return False
@@ -246,6 +251,22 @@ class Stitch:
         if self.lost_epoch == epoch:
             self.lost_epoch = 0
 
+    def _last_taken(self) -> tuple[int, int, str]:
+        return (self._epoch, self._next_seq - 1, self._attempt_id) if self._next_seq else self._last
+
+    def _follow_on(self, frames: Sequence[Frame]) -> bool:
+        """Whether kept ``frames`` can follow what was taken: its last frame still stands before them, or they begin
+        anew."""
+        last = self._last_taken()
+        if not last[0]:
+            return True
+        if not frames:
+            return False
+        first = frames[0]
+        if (first.epoch, first.seq, first.attempt_id) == last:
+            return all(frame.epoch >= self._epoch for frame in frames[1:2])  # else it would be passed over
+        return first.flags & (HEAD | CONTINUED) == HEAD and first.epoch > last[0] and first.epoch >= self._epoch
+
     def _adopt(self, frame: Frame) -> bool:
         """Whether ``frame`` begins an attempt that counts; what an older one left unfinished is forgotten then."""
         if frame.epoch < self._epoch or (frame.epoch == self._epoch and self._attempt_id):
@@ -260,6 +281,7 @@ class Stitch:
     def _forget_attempt(self, epoch: int) -> None:
         self.gap = False
         self.lost_epoch = 0
+        self._last = self._last_taken() if epoch else (0, 0, "")
         self._epoch = epoch
         self._attempt_id = ""
         self._next_seq = 0

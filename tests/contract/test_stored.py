@@ -250,6 +250,19 @@ async def test_output_is_read_in_pages(broker: Broker, worker: Puller) -> None:
     assert behind.complete
 
 
+async def test_a_page_goes_beyond_the_frame_that_its_reader_has(broker: Broker, worker: Puller) -> None:
+    """However large that is: a reader which asks from its last frame gets on."""
+    job = keyed()
+    await broker.enqueue_stored(job, NOBODY)
+    lease = await worker.claim_one()
+    run = frames(lease, b"x" * 1_200_000, b"y" * 1_200_000, b"z")
+    assert await broker.append(lease, packed(run)) is Settled.OK
+    page = await broker.read_output(job.id, (1, 0))
+    assert page is not None
+    assert page.frames == tuple(run[:2])
+    assert not page.complete
+
+
 async def test_a_router_that_is_gone_is_forgotten(
     broker: Broker, worker: Puller, listener: Listener, client: Any
 ) -> None:

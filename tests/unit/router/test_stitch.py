@@ -625,23 +625,34 @@ def test_output_is_read_again_from_where_the_stream_is() -> None:
     run = attempt([role(), chunk("a"), chunk("b"), chunk("c"), DONE])
     got = feed(stitch, [run[0], run[1], run[3]])
     assert stitch.gap
-    assert stitch.position == (1, 2)
-    assert stitch.reread(1, "a", (1, 4))
+    assert stitch.position == (1, 1)
+    assert stitch.reread(1, "a", run[1:4])
     got += feed(stitch, [*run[2:], *run])
     assert got == b"".join(frame.data for frame in run)
 
 
 @pytest.mark.parametrize(
-    ("epoch", "name", "end"),
-    [(1, "a", (1, 2)), (1, "b", (1, 0)), (1, "", (0, 0))],
-    ids=["frames lost", "another attempt", "unclaimed again"],
+    ("epoch", "name", "kept"),
+    [
+        (1, "a", []),
+        (1, "b", []),
+        (1, "", []),
+        (2, "c", continued([chunk("c"), DONE], epoch=2, name="c")),
+        (
+            3,
+            "c",
+            [*attempt([role(), chunk("a"), chunk("b"), DONE], name="b")[2:], *continued([DONE], epoch=3, name="c")],
+        ),
+        (2, "c", attempt([role(), chunk("a"), DONE], epoch=1, name="c")),
+    ],
+    ids=["frames lost", "another attempt", "unclaimed again", "continued since", "another one continued", "began anew"],
 )
-def test_a_queue_that_went_back_is_read_from_its_beginning(epoch: int, name: str, end: tuple[int, int]) -> None:
+def test_a_queue_that_went_back_is_read_from_its_beginning(epoch: int, name: str, kept: list[Frame]) -> None:
     """The server lost its latest writes: what the client has is compared with what is said now."""
     stitch = stored()
     run = attempt([role(), chunk("a"), chunk("b"), chunk("c"), DONE])
     got = feed(stitch, run[:3])
-    assert not stitch.reread(epoch, name, end)
+    assert not stitch.reread(epoch, name, kept)
     assert stitch.position == (0, 0)
     got += feed(stitch, run[:2])
     got += feed(stitch, [requeued(2), *continued([chunk("b"), chunk("c"), DONE], epoch=2, name="c")])
@@ -649,14 +660,37 @@ def test_a_queue_that_went_back_is_read_from_its_beginning(epoch: int, name: str
     assert stitch.ended
 
 
+def test_an_answer_that_began_anew_is_read_from_there() -> None:
+    """What the client has was replaced: it is compared, without another reading."""
+    stitch = stored()
+    got = feed(stitch, [*attempt([role(), chunk("a"), chunk("b"), DONE])[:3], requeued(2)])
+    assert stitch.position == (1, 2)
+    anew = attempt([role(), chunk("ab"), chunk("c"), DONE], epoch=2, name="b")
+    assert stitch.reread(2, "b", anew)
+    got += feed(stitch, anew)
+    assert text_of(got) == "abc"
+
+
+def test_frames_that_a_marker_overtook_are_not_passed_over() -> None:
+    """They stand in what is kept, before the attempt that the marker spoke of."""
+    stitch = stored()
+    run = attempt([role(), chunk("a"), chunk("b"), DONE])
+    got = feed(stitch, [*run[:2], requeued(2)])
+    kept = [*run[:3], *continued([chunk("c"), DONE], epoch=2, name="b")]
+    assert not stitch.reread(2, "b", kept[1:])
+    assert stitch.reread(2, "b", kept)
+    got += feed(stitch, kept)
+    assert text_of(got) == "abc"
+
+
 def test_leftovers_from_before_a_loss_do_not_stand_in_the_way() -> None:
     """A late frame of an attempt that the queue forgot is not taken for the one that runs."""
     stitch = stored()
     assert feed(stitch, [attempt([role(), chunk("x"), DONE], epoch=4, name="old")[1]]) == b""
     assert stitch.gap
-    assert not stitch.reread(1, "new", (1, 3))
-    assert stitch.reread(1, "new", (1, 3))
     run = attempt([role(), chunk("y"), DONE], name="new")
+    assert not stitch.reread(1, "new", run)
+    assert stitch.reread(1, "new", run)
     assert feed(stitch, run) == b"".join(frame.data for frame in run)
 
 
