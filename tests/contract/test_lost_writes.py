@@ -191,6 +191,22 @@ async def test_a_wake_is_heard_on_a_clock_that_is_behind(broker: Broker, client:
     assert [control.kind.value for control in await worker.told()] == ["wake"]
 
 
+async def test_a_control_stream_that_was_cut_further_breaks_no_comparison(
+    broker: Broker, client: Any, worker: Puller, job: Job
+) -> None:
+    """The server failed over twice: its stream is empty, though ids beyond what the worker read were given out. What it
+    held is given back whole, counters included."""
+    await broker.enqueue(job)
+    await worker.claim_one()
+    await worker.told()
+    control = KEYS.control(worker.incarnation)
+    await client.xadd(control, {"k": "hello"}, id=f"{(await client.time())[0] * 1000 + 3_600_000}-0")
+    await client.xtrim(control, maxlen=0)
+    assert await hold(worker) == set()
+    assert await counts(broker) == (1, 0)
+    assert (await worker.claim_one()).job == job
+
+
 async def test_replies_are_heard_on_a_clock_that_is_behind(
     connect: Connect, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
