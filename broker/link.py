@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -153,6 +154,15 @@ class ClientLink:
 _KEYLESS = frozenset({"CONFIG", "INFO", "PING", "TIME"})
 
 
+@contextmanager
+def _closed_while_sending() -> Iterator[None]:
+    """redis-py trips over a connection that another task closes, because the cluster changed, just as it is used."""
+    try:
+        yield
+    except AttributeError as error:
+        raise RedisConnectionError(f"the connection was closed while a command was sent: {error}") from error
+
+
 class ClusterLink(ClientLink):
     """A link to a Redis Cluster. Commands without a key of their own go to the node that holds the given one."""
 
@@ -163,11 +173,16 @@ class ClusterLink(ClientLink):
         self._pipelines: dict[str, tuple[str, MultiplexedConnection]] = {}
 
     async def command(self, key: str, *args: Any) -> Any:
-        if args[0] not in _KEYLESS:
-            return await self._client.execute_command(*args)
-        await self._client.initialize()
-        node = self._client.get_node_from_key(key)
-        return await self._client.execute_command(*args, target_nodes=node)
+        with _closed_while_sending():
+            if args[0] not in _KEYLESS:
+                return await self._client.execute_command(*args)
+            await self._client.initialize()
+            node = self._client.get_node_from_key(key)
+            return await self._client.execute_command(*args, target_nodes=node)
+
+    async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
+        with _closed_while_sending():
+            return await super().blocking(key, limit_s, *args)
 
     async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
         await self._client.initialize()
