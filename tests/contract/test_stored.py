@@ -368,6 +368,28 @@ async def test_what_is_kept_is_forgotten_in_time(broker: Broker, worker: Puller,
     assert await broker.enqueue_stored(again, NOBODY) == Enqueued(again.id, State.QUEUED)
 
 
+async def test_a_sweep_keeps_up_with_what_is_to_be_forgotten(
+    broker: Broker, worker: Puller, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many answers end in the same second, one sweep forgets them: a call with a limit is made again."""
+    monkeypatch.setattr("broker.client._EXPIRE_STEP", 4)
+    jobs = [keyed(stream=False, idempotency_key=f"order-{number}") for number in range(14)]
+    for job in jobs:
+        await broker.enqueue_stored(job, NOBODY, keep_ms=1)
+    for lease in await worker.claim(len(jobs)):
+        assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+
+    async def all_are_due() -> bool:
+        last = await client.zrange(KEYS.kept, -1, -1, withscores=True)
+        seconds, microseconds = await client.time()
+        return int(last[0][1]) < seconds * 1000 + microseconds // 1000
+
+    await eventually(all_are_due, "their time is over")
+    assert (await broker.expire()).forgotten == len(jobs)
+    assert not await client.exists(KEYS.kept)
+    assert await client.hget(KEYS.budget, "t:acme:kept") is None
+
+
 async def test_kept_bytes_are_bounded_per_tenant(connect: Connect, client: Any) -> None:
     """Past the limit a new keyed request is refused, with the reason; what holds a key already is found, ordinary
     requests and other tenants go on."""
