@@ -14,6 +14,7 @@ from queue_schemas import (
     KEPT_STATES,
     TERMINAL,
     BrokerFull,
+    BrokerUnavailable,
     EngineFailed,
     Enqueued,
     IdempotencyKeyReused,
@@ -33,6 +34,8 @@ from .state import RouterState
 
 REPLAY_HEADER = (b"x-inferq-idempotent-replay", b"true")
 """On an answer that another request's job gives."""
+READ_AGAIN_S = 1.0
+"""How long until a request whose answer could not be read tries again."""
 MOST_LOSSES = 3
 """How often a stored job that the queue has lost is put there again for one request."""
 
@@ -74,7 +77,14 @@ class StoredJobs:
         stitch, job, link = request.stitch, request.job, self._state.link
         assert stitch is not None and job is not None  # noqa: S101 - set by enqueue
         request.held = []
-        page = await request.within_deadline(link.ready_queue().attach(job.id, link.incarnation, stitch.position))
+        try:
+            page = await request.within_deadline(link.ready_queue().attach(job.id, link.incarnation, stitch.position))
+        except BrokerUnavailable as error:
+            log.warning("answer_not_read", job_id=job.id, error=error.message, then="it is tried again")
+            request.held = None
+            await request.within_deadline(asyncio.sleep(READ_AGAIN_S))
+            request.notify()
+            return
         held, request.held = request.held, None
         request.notify()
         if page is None:

@@ -68,6 +68,8 @@ class FakeQueue:
         self.attached: list[tuple[JobId, tuple[int, int]]] = []
         self.attach_held = asyncio.Event()
         self.attach_held.set()
+        self.attach_refusals: list[InferqError] = []
+        """What the next readings of an output end with."""
         self.detached: asyncio.Queue[JobId] = asyncio.Queue()
         self.state = State.QUEUED
         self.standing: Standing | None = None
@@ -97,6 +99,8 @@ class FakeQueue:
     async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None:
         self.attached.append((job_id, after))
         await self.attach_held.wait()
+        if self.attach_refusals:
+            raise self.attach_refusals.pop(0)
         kept = self.output.get(job_id)
         if kept is None:
             return None

@@ -10,6 +10,7 @@ from queue_schemas import (
     CONTINUED,
     END,
     HEAD,
+    BrokerUnavailable,
     Enqueued,
     Frame,
     IdempotencyKeyReused,
@@ -19,7 +20,7 @@ from queue_schemas import (
     State,
     new_job_id,
 )
-from router import followers
+from router import followers, stored
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, Client, FakeQueue, router
 from tests.unit.router.test_inference import CHAT, DONE, STREAM, chunk
@@ -274,6 +275,29 @@ async def test_silence_is_looked_into() -> None:
         queue.output[job.id] = kept(run_of(job.id, b'{"ok": 1}'))
         await answer.done()
     assert answer.body == b'{"ok": 1}'
+
+
+async def test_who_waits_for_a_kept_answer_outlasts_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is away: a request that is answered in the end was worth the wait, within its own time."""
+    monkeypatch.setattr(stored, "READ_AGAIN_S", 0.01)
+    queue = FakeQueue("m")
+    queue.attach_refusals = [BrokerUnavailable("Redis is away"), BrokerUnavailable("Redis is away")]
+    async with router(queue) as app:
+        answer = Client(app).post(STREAM, headers=KEY)
+        job = await queue.job()
+        run = run_of(job.id, chunk("a"), chunk("b"), DONE, attempt="a1")
+        queue.deliver(run[0])
+        await answer.until(lambda: answer.body == chunk("a"))
+        queue.output[job.id] = kept(run)
+        queue.lose_replies()
+        await answer.done()
+        late = Client(app).post(CHAT, headers=KEY | {"x-inferq-deadline-ms": "50"})
+        job = await queue.job()
+        queue.attach_refusals = [BrokerUnavailable("Redis is away")] * 100_000
+        queue.lose_replies()
+        await late.done()
+    assert answer.body == b"".join(frame.data for frame in run)
+    assert (late.status, late.error["code"]) == (504, "deadline_exceeded")
 
 
 async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
