@@ -27,6 +27,8 @@ class Held:
     def __init__(self, ending: Callable[[], bool]) -> None:
         self.count = 0
         self._ending = ending
+        self._held: set[asyncio.Future[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
 
     def answer(self, gone: Callable[[], Awaitable[None]]) -> Response:
         """An answer to hold; ``gone`` is called when its client ends it, not when the server does.
@@ -41,20 +43,33 @@ class Held:
         """Until the client goes (True), or the server ends."""
         loop = asyncio.get_running_loop()
         going = loop.create_task(_until_gone(receive))
+        ended: asyncio.Future[None] = loop.create_future()
         self.count += 1
+        self._held.add(ended)
+        if self._watch is None:
+            self._watch = loop.create_task(self._let_go())
         try:
-            beat_at = loop.time() + BEAT_S
-            while not self._ending():
-                done, _ = await asyncio.wait({going}, timeout=LOOK_S)
+            while True:
+                done, _ = await asyncio.wait({going, ended}, timeout=BEAT_S, return_when=asyncio.FIRST_COMPLETED)
                 if done:
-                    return True
-                if loop.time() >= beat_at:
-                    beat_at = loop.time() + BEAT_S
-                    await send({"type": "http.response.body", "body": b"\n", "more_body": True})
-            return False
+                    return going in done
+                await send({"type": "http.response.body", "body": b"\n", "more_body": True})
         finally:
             self.count -= 1
+            self._held.discard(ended)
             going.cancel()
+            if not self.count and self._watch is not None:
+                self._watch.cancel()
+                self._watch = None
+
+    async def _let_go(self) -> None:
+        """One look for all: each would cost what ten thousand cannot have."""
+        while True:
+            if self._ending():
+                for ended in self._held:
+                    if not ended.done():
+                        ended.set_result(None)
+            await asyncio.sleep(LOOK_S)
 
 
 class _HeldAnswer(Response):
