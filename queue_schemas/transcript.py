@@ -44,10 +44,21 @@ class Said:
 
 
 class Transcript:
-    """Add what is delivered. All else is about what was added so far, and raises ``StreamBroken`` if that was more than
-    ``limit_bytes`` or cannot be read."""
+    """Add what is delivered. All else is about what was added so far, and but for ``too_long`` and ``identity`` raises
+    ``StreamBroken`` if that was more than ``limit_bytes`` or cannot be read."""
 
-    __slots__ = ("_broken", "_choices", "_complete", "_identity", "_limit", "_raw", "_raw_size", "_text_size", "_usage")
+    __slots__ = (
+        "_broken",
+        "_choices",
+        "_complete",
+        "_identity",
+        "_limit",
+        "_raw",
+        "_raw_size",
+        "_text_size",
+        "_too_long",
+        "_usage",
+    )
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
@@ -58,6 +69,7 @@ class Transcript:
         self._identity: Chunk = {}
         self._complete = False
         self._usage = False
+        self._too_long = False
         self._broken: StreamBroken | None = None
 
     def add(self, events: bytes) -> None:
@@ -87,8 +99,15 @@ class Transcript:
 
     @property
     def identity(self) -> Chunk:
-        """What the first attempt called the answer: ``id``, ``created`` and the like."""
-        return self._read()._identity
+        """What the first attempt called the answer: ``id``, ``created`` and the like; empty if it was never read."""
+        self._catch_up()
+        return self._identity
+
+    @property
+    def too_long(self) -> bool:
+        """Whether all was read, but is more than is kept."""
+        self._catch_up()
+        return self._too_long
 
     @property
     def choices(self) -> dict[int, Said]:
@@ -112,9 +131,12 @@ class Transcript:
             return None
         return said.text("content")
 
-    def _read(self) -> Transcript:
+    def _catch_up(self) -> None:
         if self._broken is None and self._raw:
             self._fold()
+
+    def _read(self) -> Transcript:
+        self._catch_up()
         if self._broken is not None:
             raise self._broken
         return self
@@ -132,7 +154,8 @@ class Transcript:
                     self._remember(read_chunk(data))
         except StreamBroken as error:
             self.lose(error)
-        if self._text_size > self._limit:
+        if self._broken is None and self._text_size > self._limit:
+            self._too_long = True
             self.lose(
                 StreamBroken(
                     "the stream cannot go on: its worker was lost after more was delivered than is kept of a stream; "

@@ -79,7 +79,7 @@ class RouterSettings(RoleSettings):
         MIB,
         ge=0,
         description="How much text of each stream is kept (beside 64 KiB) to go on after a lost worker; beyond it: "
-        "stream_broken",
+        "stream_broken, except of a stored stream that goes on where it stopped",
     )
     keep_answers_ms: int = Field(
         86_400_000,

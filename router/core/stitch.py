@@ -12,8 +12,8 @@ Rules:
   against what was delivered, and followed where the first one stopped (:mod:`router.core.replay`). Or the stream ends
   with an explicit error.
 * The frames of a stored job can be read again from what is kept of it, so it never has to run again for their sake, and
-  a continued attempt goes on behind the frames before it: the next worker read the same. If the client had more of an
-  earlier attempt that was replaced, it is compared until it has said as much.
+  a continued attempt goes on behind the frames before it, however many: the next worker read the same. If the client
+  had more of an earlier attempt that was replaced, it is compared until it has said as much.
 """
 
 from __future__ import annotations
@@ -301,6 +301,8 @@ class Stitch:
     def _take_stock(self) -> None:
         """What is there to do about a stream that was lost after some of it was delivered?"""
         transcript = self._transcript
+        if self._stored and transcript.too_long and self._on_loss != "fail":
+            return  # an attempt that goes on can do without it; one that begins anew will find it missing
         if transcript.complete:
             self.ended = True
         elif self._has_all_choices() and (transcript.usage or not self._usage):

@@ -15,6 +15,7 @@ from queue_schemas import (
     Frame,
     IdempotencyKeyReused,
     JobId,
+    Marker,
     MarkerKind,
     Output,
     State,
@@ -357,6 +358,43 @@ async def test_output_with_a_hole_is_an_error() -> None:
     assert b"stream_broken" in answer.body
     assert b"kept" in answer.body
     assert chunk("c") not in answer.body
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["late", "live"])
+async def test_a_stored_stream_goes_on_however_long_it_is(live: bool) -> None:
+    """Nothing has to be compared: what is kept is given again whole, though no Router remembers so much of a stream."""
+    queue = FakeQueue("m")
+    holder = new_job_id(0)
+    queue.holder = Enqueued(holder, State.QUEUED if live else State.DONE)
+    said = [chunk("x" * 500) for _ in range(300)]
+    lost = run_of(holder, *said, end=False)
+    rest = run_of(holder, chunk("a time", "two"), DONE, epoch=2, attempt="b", flags=HEAD | CONTINUED)
+    if not live:
+        queue.output[holder] = kept((*lost, *rest))
+    async with router(queue, replay_bytes=0) as app:
+        answer = Client(app).post(STREAM, headers=KEY)
+        if live:
+            queue.output[holder] = kept(lost, State.LEASED)
+            await answer.until(lambda: answer.body == b"".join(said))
+            queue.deliver(Marker(MarkerKind.REQUEUED, holder, 2, "its worker was lost"), *rest)
+        await answer.done()
+    assert answer.body == b"".join(said) + chunk("a time") + DONE
+
+
+async def test_a_stored_stream_that_is_too_long_to_be_compared_is_not_spliced() -> None:
+    """An attempt that begins anew could say something else: the client is told."""
+    queue = FakeQueue("m")
+    async with router(queue, replay_bytes=0) as app:
+        answer = Client(app).post(STREAM, headers=KEY)
+        job = await queue.job()
+        queue.deliver(*run_of(job.id, chunk("a"), end=False))
+        await answer.until(lambda: answer.body == chunk("a"))
+        queue.mark(job, MarkerKind.REQUEUED, epoch=2)
+        queue.deliver(*run_of(job.id, chunk("a"), chunk("b"), DONE, epoch=2, attempt="b"))
+        await answer.done()
+    assert answer.body.startswith(chunk("a"))
+    assert b"stream_broken" in answer.body
+    assert chunk("b") not in answer.body
 
 
 async def test_a_continued_stream_is_passed_on_as_one() -> None:
