@@ -49,7 +49,7 @@ def _begins(item: Frame | Marker) -> bool:
 
 
 def _not_answered() -> InferqError:
-    return DeadlineExceeded("the request could not be queued in time, because Redis does not answer; try again")
+    return DeadlineExceeded("the request's time ran out while Redis did not answer; try again")
 
 
 class OpenRequest:

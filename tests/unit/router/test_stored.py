@@ -299,6 +299,7 @@ async def test_who_waits_for_a_kept_answer_outlasts_redis(monkeypatch: pytest.Mo
         await late.done()
     assert answer.body == b"".join(frame.data for frame in run)
     assert (late.status, late.error["code"]) == (504, "deadline_exceeded")
+    assert "while Redis did not answer" in late.error["message"]
 
 
 async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
