@@ -245,9 +245,10 @@ class Fleet:
         except InferqError as error:
             log.info("worker_not_judged", worker=member.worker_id, error=error.message)
             return
-        current = self.registry.find(member.worker_id)
-        heard_since = current is not None and current.heard_at > member.heard_at
-        if verdict is Verdict.DEAD and not heard_since:
+        # Meanwhile it may have been heard, have left, or been buried by whoever doubted it as well.
+        now = self.registry.find(member.worker_id)
+        as_before = now is not None and (now.incarnation, now.heard_at) == (member.incarnation, member.heard_at)
+        if verdict is Verdict.DEAD and as_before:
             self._bury(member.incarnation, "certain")
 
     async def _judge(self, member: Member, door: Door) -> Verdict:

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from queue_schemas import Frame, InferqError, Job, JobId, Marker, shard_of_job
-from telemetry import get_logger
+from queue_schemas import Frame, Job, JobId, Marker, shard_of_job
 
 if TYPE_CHECKING:
     from .requests import OpenRequest
 
-log = get_logger(__name__)
 
 MOST_HELD = 1_024
 """Frames of one job that are held while a page of it is on its way; past that another page is read."""
@@ -92,14 +90,7 @@ class Followers:
         if stitch is None or request.behind:
             return
         request.heard = True
-        try:
-            if type(item) is Frame:
-                stitch.on_frame(item)
-            elif type(item) is Marker:
-                stitch.on_marker(item)
-        except Exception:  # one answer's fault must not end the reader of all
-            log.exception("answer_not_understood", job_id=item.job_id)
-            request.fail(InferqError("the answer could not be put together; the router's log says why"))
+        request.take_in(stitch, item)
         request.notify()
         if stitch.gap or (stitch.pending_bytes > self._buffer_bytes and not stitch.closed):
             fall_behind(request)

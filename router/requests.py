@@ -119,6 +119,17 @@ class OpenRequest:
             if not wake.done():
                 wake.set_result(None)
 
+    def take_in(self, stitch: Stitch, item: Frame | Marker) -> None:
+        """Something of its answer came."""
+        try:
+            if type(item) is Frame:
+                stitch.on_frame(item)
+            elif type(item) is Marker:
+                stitch.on_marker(item)
+        except Exception:  # one answer's fault must not end the reader of all
+            log.exception("answer_not_understood", job_id=item.job_id)
+            self.fail(InferqError("the answer could not be put together; the router's log says why"))
+
     def fail(self, error: InferqError) -> None:
         """Answer with ``error``, unless there is an answer or another error already."""
         if self.error is None:
@@ -261,14 +272,7 @@ class OpenRequests:
                         self._unasked(item.job_id)
                 continue
             stitch = request.stitch
-            try:
-                if type(item) is Frame:
-                    stitch.on_frame(item)
-                elif type(item) is Marker:
-                    stitch.on_marker(item)
-            except Exception:  # one answer's fault must not end the reader of all
-                log.exception("answer_not_understood", job_id=item.job_id)
-                request.fail(InferqError("the answer could not be put together; the router's log says why"))
+            request.take_in(stitch, item)
             if not request.news:
                 request.notify()
             if stitch.pending_bytes > self._buffer_bytes and request.sending_since_s < float("inf"):

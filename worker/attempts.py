@@ -50,6 +50,8 @@ class Stop(StrEnum):
 
     ENDED = "ended"
     """The queue has ended the job: there is nobody to tell."""
+    ENDED_BEFORE = "ended_before"
+    """The queue had ended the job before it began here, unless it has lost that since."""
     LATE = "late"
     """Its time ran out."""
     UNHEARD = "unheard"
@@ -156,7 +158,8 @@ class Attempts:
             self._running[lease.attempt_id] = attempt
             self._idle.clear()
             if job.id in self._aborted:
-                attempt.stop = Stop.ENDED
+                del self._aborted[job.id]
+                attempt.stop = Stop.ENDED_BEFORE
             group.create_task(self._run(attempt))
 
     def abort(self, job_id: JobId, reason: str) -> None:
@@ -374,6 +377,9 @@ class Attempts:
             case Stop.ENDED:
                 self._metrics.attempts(attempt.lease.job.model, "aborted").inc()
                 return None
+            case Stop.ENDED_BEFORE:
+                # A queue that lost its latest writes may have taken the job in once more: it says which it is.
+                return _Release("it was aborted here before", counted=False)
             case Stop.LATE:
                 # The queue expires late jobs as well, but only each second.
                 error = DeadlineExceeded("the request's time ran out while it ran; allow it more, or ask for less")

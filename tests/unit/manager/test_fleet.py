@@ -7,8 +7,9 @@ import pytest
 from manager.core import Door, DoorState
 from manager.fleet import SNAPSHOT_CHECK_S, Fleet
 from manager.metrics import FleetMetrics
-from queue_schemas import BrokerUnavailable, EngineState, Incarnation, Pool, Registration, WorkerIdTaken
+from queue_schemas import BrokerUnavailable, EngineState, Incarnation, Pool, Registration, WorkerId, WorkerIdTaken
 from telemetry import MetricsRegistry
+from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
 
 ONE = Incarnation("w.0000000000000001")
@@ -119,6 +120,33 @@ async def test_a_doubt_is_looked_into_at_once() -> None:
     await fleet.doubt("w", ONE)
     assert queue.reclaimed == [ONE]
     assert fleet.registry.find("w") is None
+
+
+async def test_who_is_doubted_twice_is_buried_once() -> None:
+    """The sweep misses a worker's heartbeats, and looks at it, when its connection breaks: it is one death."""
+    buried = asyncio.Event()
+
+    class SlowAtFirst(FakeProbe):
+        async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
+            door = await super().look(url, worker_id, incarnation)
+            if self.looks == seen + 1:
+                await buried.wait()
+            return door
+
+    seen = 1_000
+    queue, clock, probe = FakeQueue(), Clock(), SlowAtFirst({URL: Door(DoorState.SAME)})
+    fleet = _fleet(queue, clock, probe)
+    await fleet.register(_registration())
+    await fleet.sweep()
+    seen = probe.looks
+    probe.doors[URL] = Door(DoorState.REFUSED, "refuses")
+    clock.now += 5
+    sweep = asyncio.create_task(fleet.sweep())
+    await eventually(lambda: probe.looks > seen, "the sweep looks")
+    await fleet.doubt("w", ONE)
+    buried.set()
+    await sweep
+    assert queue.reclaimed == [ONE]
 
 
 @pytest.mark.parametrize("proof", ["its door", "its ping", "not verified", "another run", "unknown"])
