@@ -59,7 +59,7 @@ class RayCluster:
         clean |= {f"INFERQ_MANAGER_{name}": str(value) for name, value in _MANAGER.items()}
         clean |= {f"INFERQ_ROUTER_{name}": str(value) for name, value in _ROUTER.items()}
         clean |= {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}  # every 10 s otherwise
-        clean |= {"INFERQ_RAY_LAME_DUCK_MS": "500", "INFERQ_REDIS_URL": server.url}
+        clean |= {"INFERQ_RAY_LAME_DUCK_MS": "1500", "INFERQ_REDIS_URL": server.url}
         changes = env or {}
         self.env = {name: value for name, value in {**clean, **changes}.items() if value is not None}
 
