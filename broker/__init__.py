@@ -1,7 +1,8 @@
 """All Redis access: one client, atomic scripts, the queue operations."""
 
-from .client import Broker, Expired, JobCounts, Reclaimed, Standing
+from .client import Broker, Expired, Reclaimed, Standing
 from .dead_letters import MOST_LETTERS, DeadLetters
+from .figures import JobCounts
 from .renewal import Renewer
 from .server import ServerFacts
 from .settings import BrokerSettings, Budgets, Durability

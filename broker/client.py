@@ -9,60 +9,45 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn, Self
-
-from pydantic import ValidationError
 
 from queue_schemas import (
     BadMessage,
-    BadRequest,
-    Claimed,
     Control,
-    ControlKind,
     Enqueued,
-    Fenced,
     Frame,
     Incarnation,
     InferqError,
     Job,
     JobId,
     Lane,
-    LaneDepth,
-    Lease,
     Marker,
-    Outcome,
-    Output,
-    Pool,
-    Settled,
     ShardKeys,
     State,
-    WorkerInfo,
     shard_of_job,
     shard_of_pool,
-    unpack_frames,
 )
-from queue_schemas.ids import check_incarnation, check_name, check_worker_id, decode_name, encode_name
-from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
+from queue_schemas.ids import check_incarnation
+from queue_schemas.keys import META
 from telemetry import get_logger
 
 from .calls import Caller, pairs
 from .dead_letters import DeadLetters
 from .durable import DurableCaller, waits_for_disk
-from .job_batches import KEEP_MS, ShardBatches, attempt_of
+from .figures import Figures
+from .job_batches import KEEP_MS, ShardBatches
 from .link import ClientLink, Link, open_link
+from .registry import RegistryCalls
 from .renewal import Renewer
 from .server import ServerFacts, read_facts, require_suitable, settle_meta
 from .settings import BrokerSettings, Budgets, Durability
-from .streams import ReplyReader, read_control
+from .stored_output import StoredOutputCalls
+from .streams import ReplyReader
+from .worker_calls import WorkerCalls
 
-PARK_MS = 30_000
-"""How long a parked worker counts as idle without claiming again."""
-POOL_MEMORY_MS = 24 * 3600 * 1000
-"""How long a pool that nobody declared is remembered after its last worker."""
 DURABLE_LINES = 8
 """Batches of one shard that may wait for the same fsync: 1024 jobs."""
 _RECLAIM_STEP = 256
@@ -101,20 +86,7 @@ class Expired:
     forgotten: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class JobCounts:
-    """Counts since ever, by ``(pool, lane, event)``.
-
-    ``events``: ``enqueued``, ``requeued``, ``lost`` and the terminal states. ``stopped``: those cancelled or expired
-    once more, with what they were doing: ``cancelled/waiting``, ``cancelled/running``, ``cancelled/router_gone`` (the
-    queue found that nobody waits for the answer), ``expired/waiting`` (never started again), ``expired/running``.
-    """
-
-    events: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
-    stopped: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
-
-
-class Broker:
+class Broker(WorkerCalls, StoredOutputCalls, RegistryCalls, Figures):
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests)."""
 
     def __init__(
@@ -247,17 +219,6 @@ class Broker:
             return self._durable[shard][next(self._turns) % DURABLE_LINES]
         return self._batches[shard]
 
-    async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None:
-        """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on, the Router ``listener`` being sent
-        what is added from now on. None if the job is unknown. Who goes on reading asks from the last frame it has: if
-        the page does not begin with it, the server lost that frame, and what comes next need not be behind it."""
-        return await self._read_output(job_id, listener, after)
-
-    async def detach(self, job_id: JobId, listener: Incarnation) -> None:
-        """``listener`` is not sent a stored job's output any more. One try."""
-        key = self._keys[shard_of_job(job_id)].listeners(job_id)
-        await self._caller.once(key, "SREM", key, listener)
-
     async def resume(self, job: Job, epoch: int) -> State | None:
         """Put a stream that is lost under ``epoch`` back on its queue, with ``job`` as its envelope: what the next
         attempt needs to go on. Answers ``QUEUED``, also when repeated, or the state if it is another one (``LOST``:
@@ -313,178 +274,11 @@ class Broker:
                 group.create_task(ReplyReader(self._caller, keys, router, deliver, opened(keys.shard)).run())
         raise AssertionError("reply readers run until cancelled")
 
-    # Workers
-
-    async def join(self, incarnation: Incarnation) -> None:
-        """Enter the fabric: from now on ``incarnation`` may claim, on every shard."""
-        for keys in self._keys:
-            await self._caller.script("join", keys.budget, keys.prefix, incarnation)
+    # Managers, and workers that leave or stand in for one
 
     async def leave(self, incarnation: Incarnation) -> Reclaimed:
         """Leave the fabric; what is still held is handed back as if never started."""
         return await self._take_back(incarnation, counted=False, reason="its worker left")
-
-    async def claim(
-        self,
-        shard: int,
-        incarnation: Incarnation,
-        seq: int,
-        turn: int,
-        n: int,
-        pools: Sequence[tuple[Pool, Sequence[Lane]]],
-        region: str = "",
-    ) -> Claimed:
-        """Up to ``n`` jobs of ``pools`` on ``shard``; with fewer than ``n`` the worker is parked until it is woken, or
-        until ``look_again_ms`` of the answer have passed.
-
-        ``seq`` rises with every new claim: the same one again answers the same leases. ``turn`` is how many jobs the
-        worker has claimed so far on the shard; it decides which lane goes first. ``region`` is the worker's: it claims
-        that region's jobs and those of none first, others once they have waited their patience. Raises ``Fenced`` if
-        the incarnation was declared dead.
-        """
-        keys = self._keys[shard]
-        wanted: list[str] = []
-        for pool, lanes in pools:
-            wanted += (encode_name(pool), ",".join(lanes))
-        reply = await self._caller.script(
-            "claim", keys.budget, keys.prefix, incarnation, seq, turn, n, secrets.token_hex(6), PARK_MS,
-            encode_name(region), *wanted,
-        )  # fmt: skip
-        if reply[0] == b"fenced":
-            raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
-        leases = []
-        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, suspect in reply[2:]:
-            try:
-                job = Job.unpack(envelope)
-            except BadRequest as error:
-                await self._refuse(keys, incarnation, (job_id, epoch, attempt_id), error)
-            else:
-                leases.append(
-                    Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms, suspect=bool(suspect))
-                )
-        return Claimed(tuple(leases), reply[1] if reply[1] >= 0 else None)
-
-    async def _refuse(
-        self, keys: ShardKeys, incarnation: str, attempt: tuple[bytes, int, bytes], error: BadRequest
-    ) -> None:
-        """An envelope that this build cannot read is left to others, and ends as a dead letter if none can."""
-        log.warning("envelope_refused", job_id=attempt[0].decode(), error=error.message)
-        reason = f"its worker cannot read it: {error.message}"
-        await self._caller.script("release", keys.budget, keys.prefix, *attempt, 1, reason)
-        # The claim may have given all that was asked for, and so not parked this worker: it has to claim again.
-        control = keys.control(incarnation)
-        await self._caller.command(control, "XADD", control, "NOMKSTREAM", "*", "k", ControlKind.WAKE.value)
-
-    async def renew(self, incarnation: Incarnation) -> None:
-        """Keep all leases of ``incarnation``. Raises ``Fenced`` if it was declared dead."""
-        await self._renewer.renew(incarnation)
-
-    def renewer_apart(self) -> Renewer:
-        """A renewer with a connection of its own, to be used and closed in one event loop, which may be another."""
-        caller = Caller(self._open_link(), retry_limit_s=0, script_flags=self._script_flags)
-        return Renewer(caller, self._keys, self._control_read)
-
-    async def hold(self, shard: int, incarnation: Incarnation, seq: int, leases: Sequence[Lease]) -> set[str]:
-        """Make ``leases``, all that ``incarnation`` runs on ``shard``, and what Redis says of it the same: after a
-        restart or a failover it may have lost its latest writes.
-
-        Answers the ids of the attempts that are not this worker's: nobody will take their answers. What it held without
-        running it waits again, uncounted. ``seq`` is that of its last claim. Raises ``Fenced`` if the incarnation was
-        declared dead.
-        """
-        keys = self._keys[shard]
-        last_read = self._control_read.get((shard, incarnation), "0")
-        attempts = [part for lease in leases for part in attempt_of(lease)]
-        reply = await self._caller.script("hold", keys.budget, keys.prefix, incarnation, seq, last_read, *attempts)
-        if reply[0] == b"fenced":
-            raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
-        return {attempt_id.decode() for attempt_id in reply[1:]}
-
-    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
-        """Send packed frames to Routers (``reply_to`` -> bytes) and answer those that are gone.
-
-        One try: on ``BrokerUnavailable`` the frames may or may not have arrived; sending them again is harmless,
-        because a Router drops repeats by ``seq``.
-        """
-        keys = self._keys[shard]
-
-        async def send(reply_to: str, packed: bytes) -> bool:
-            key = keys.reply(reply_to)
-            return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", "f", packed) is None
-
-        gone = await asyncio.gather(*(send(reply_to, packed) for reply_to, packed in frames.items()))
-        return {reply_to for reply_to, is_gone in zip(frames, gone, strict=True) if is_gone}
-
-    async def append(self, lease: Lease, frames: bytes) -> Settled:
-        """Add packed frames of an attempt to its stored job's output, and send them to those who listen. ``OK`` also
-        for frames that are there already. One try: on ``BrokerUnavailable`` they may or may not be there; sending them
-        again is harmless."""
-        return await self._batches[shard_of_job(lease.job.id)].append(lease, frames)
-
-    async def read_output(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> Output | None:
-        """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on; None if the job is unknown."""
-        return await self._read_output(job_id, "", after)
-
-    async def _read_output(self, job_id: JobId, listener: str, after: tuple[int, int]) -> Output | None:
-        keys = self._keys[shard_of_job(job_id)]
-        first = "{}-{}".format(*after) if after > (0, 0) else "-"
-        reply = await self._caller.script("attach", keys.budget, keys.prefix, job_id, listener, first)
-        if not reply:
-            return None
-        state, epoch, attempt_id, end, complete, *frames = reply
-        end_epoch, _, end_seq = end.decode().partition("-")
-        return Output(
-            State(state.decode()),
-            epoch,
-            attempt_id.decode(),
-            (int(end_epoch or 0), int(end_seq or 0)),
-            tuple(frame for packed in frames for frame in unpack_frames(packed)),
-            bool(complete),
-        )
-
-    async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
-        """End an attempt with its answer. ``frames`` (packed; those not yet published, the last with END) reach the
-        Router, or those who listen to a stored job, only if the answer is ``OK``."""
-        return await self._batches[shard_of_job(lease.job.id)].settle(lease, outcome, frames)
-
-    async def release(self, lease: Lease, reason: str, *, counted: bool) -> Settled:
-        """End an attempt without an answer: the job waits again, ahead of new work.
-
-        ``counted``: the attempt is spent, this worker is avoided for two seconds, and a job whose attempts are used up
-        becomes a dead letter. Otherwise it is handed back as if never started.
-        """
-        return await self._batches[shard_of_job(lease.job.id)].release(lease, reason, counted)
-
-    async def crashed(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
-        """End all attempts that ran on an engine that crashed, in one call per shard.
-
-        Which job did it cannot be known: if there are suspects among them, each of those is charged an attempt, else
-        every job. All are suspects from now on: a worker is given one of them at a time.
-        """
-        answers: dict[str, Settled] = {}
-        for keys in self._keys:
-            here = [lease for lease in leases if shard_of_job(lease.job.id) == keys.shard]
-            if here:
-                attempts = [part for lease in here for part in attempt_of(lease)]
-                found = await self._caller.script("crashed", keys.budget, keys.prefix, reason, *attempts)
-                for lease, answer in zip(here, found, strict=True):
-                    answers[lease.attempt_id] = Settled(answer.decode())
-        return [answers[lease.attempt_id] for lease in leases]
-
-    async def clear(self, lease: Lease) -> Settled:
-        """Clear a running job of suspicion: it has put out more than before its engine crashed."""
-        keys = self._keys[shard_of_job(lease.job.id)]
-        return Settled((await self._caller.script("clear", keys.budget, keys.prefix, *attempt_of(lease))).decode())
-
-    async def read_control(
-        self, shard: int, incarnation: Incarnation, after: str, block_ms: int
-    ) -> list[tuple[str, Control | None]]:
-        """Control messages behind ``after`` ("0" at first) with their ids, waiting up to ``block_ms`` for one."""
-        messages = await read_control(self._caller, self._keys[shard], incarnation, after, block_ms)
-        self._control_read[(shard, incarnation)] = after
-        return messages
-
-    # Managers
 
     async def beats(self) -> dict[Incarnation, int]:
         """Renewal numbers by incarnation, summed over the shards. One try."""
@@ -534,120 +328,3 @@ class Broker:
                 if max(reply[0], reply[2]) < _EXPIRE_STEP:
                     break
         return Expired(expired, woken, forgotten)
-
-    async def act_as_manager(self, manager_id: str, ttl_ms: int, above: int = 0) -> int | None:
-        """Take or keep the acting Manager's lease for ``ttl_ms``: its term, higher than ``above``, or None while
-        another holds it."""
-        return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms, above)) or None
-
-    async def resign_manager(self, manager_id: str) -> None:
-        """Give up the acting Manager's lease, if held."""
-        await self._caller.script("act_as_manager", MANAGER, manager_id, 0, 0)
-
-    async def manager_beat(self) -> int:
-        """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a
-        clock); 0 if there is none, or what nobody of ours wrote. One try."""
-        until: bytes = await self._caller.once(MANAGER, "HGET", MANAGER, "until") or b""
-        return int(until) if until.isdigit() else 0
-
-    async def load_workers(self) -> dict[str, WorkerInfo]:
-        """The registry as the acting Manager last wrote it; entries that cannot be read are left out."""
-        workers: dict[str, WorkerInfo] = {}
-        for name, info in pairs(await self._caller.once(WORKERS, "HGETALL", WORKERS)):
-            worker_id = name.decode("utf-8", "backslashreplace")
-            try:
-                workers[check_worker_id(worker_id)] = WorkerInfo.model_validate_json(info)
-            except BadMessage as error:
-                log.warning("registry_entry_unreadable", error=error.message)
-            except ValidationError as error:
-                # Of a version that we cannot read: the worker's next heartbeat tells the Manager all that is in it.
-                faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3]]
-                log.warning("registry_entry_unreadable", worker_id=worker_id, error="; ".join(faults)[:300])
-        return workers
-
-    async def save_workers(self, changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None:
-        """Write what changed in the registry."""
-        fields: list[str | bytes] = []
-        for info in changed:
-            fields += (info.worker_id, info.model_dump_json())
-        if fields:
-            await self._caller.command(WORKERS, "HSET", WORKERS, *fields)
-        if gone := list(gone):
-            await self._caller.command(WORKERS, "HDEL", WORKERS, *gone)
-
-    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
-        """Keep pools known for a day from now. Whoever declares pools does so again from time to time."""
-        now = await self._server_ms()
-        kind = "declared" if declared else "seen"
-        fields: list[str | int] = []
-        for model in models:
-            fields += (f"{kind}:{model}", now)
-        if fields:
-            await self._caller.command(POOLS, "HSET", POOLS, *fields)
-
-    async def known_pools(self) -> dict[Pool, bool]:
-        """Pools declared (True) or served (False) within a day; older ones are forgotten."""
-        now = await self._server_ms()
-        known: dict[Pool, bool] = {}
-        for name, when in pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
-            kind, _, model = name.decode("utf-8", "backslashreplace").partition(":")
-            # What is no entry of ours is forgotten like an old one.
-            is_ours = kind in ("declared", "seen") and when.isdigit() and _is_name(model)
-            if is_ours and now - int(when[:18]) < POOL_MEMORY_MS:
-                known[Pool(model)] = known.get(Pool(model), False) or kind == "declared"
-            else:
-                await self._caller.once(POOLS, "HDEL", POOLS, name)
-        return known
-
-    async def _server_ms(self) -> int:
-        seconds, micros = await self._caller.once(META, "TIME")
-        return int(seconds) * 1000 + int(micros) // 1000
-
-    # Figures
-
-    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]:
-        """How much waits and runs, per pool and lane; places with neither are left out."""
-        depths: dict[Pool, dict[Lane, LaneDepth]] = {}
-        for keys in self._keys:
-            for where, waiting, leased, oldest in await self._caller.script("depth", keys.budget, keys.prefix):
-                pool, lane, region = _place(where.decode())
-                lanes = depths.setdefault(pool, {})
-                so_far = lanes.get(lane, LaneDepth())
-                by_region = so_far.by_region | ({region: waiting} if region and waiting else {})
-                lanes[lane] = LaneDepth(
-                    waiting=so_far.waiting + waiting,
-                    leased=so_far.leased + leased,
-                    oldest_age_ms=max(so_far.oldest_age_ms, oldest),
-                    by_region=by_region,
-                )
-        return depths
-
-    async def totals(self) -> dict[tuple[Pool, Lane, str], int]:
-        """What happened to jobs since ever: ``JobCounts.events``."""
-        return (await self.job_counts()).events
-
-    async def job_counts(self) -> JobCounts:
-        """What happened to jobs since ever, and why they were stopped."""
-        counts = JobCounts()
-        for keys in self._keys:
-            for name, count in pairs(await self._caller.once(keys.totals, "HGETALL", keys.totals)):
-                place, _, event = name.decode().rpartition(":")
-                pool, lane, _ = _place(place)
-                kind = counts.stopped if "/" in event else counts.events
-                kind[pool, lane, event] = kind.get((pool, lane, event), 0) + int(count)
-        return counts
-
-
-def _is_name(model: str) -> bool:
-    try:
-        check_name(model, "model")
-    except BadMessage:
-        return False
-    return True
-
-
-def _place(where: str) -> tuple[Pool, Lane, str]:
-    """Pool, lane and region of a place; the region is empty for places of all."""
-    pool, _, rest = where.rpartition(":")
-    lane, _, region = rest.partition("@")
-    return Pool(decode_name(pool)), Lane(lane), decode_name(region)

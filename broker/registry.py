@@ -1,0 +1,101 @@
+"""What stands beside the shards: the acting Manager's lease, the snapshot of the registry, the pools that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pydantic import ValidationError
+
+from queue_schemas import BadMessage, Pool, WorkerInfo
+from queue_schemas.ids import check_name, check_worker_id
+from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
+from telemetry import get_logger
+
+from .calls import Caller, pairs
+
+POOL_MEMORY_MS = 24 * 3600 * 1000
+"""How long a pool that nobody declared is remembered after its last worker."""
+
+log = get_logger(__name__)
+
+
+class RegistryCalls:
+    """The part of :class:`broker.Broker` that is about the fleet."""
+
+    _caller: Caller
+
+    async def act_as_manager(self, manager_id: str, ttl_ms: int, above: int = 0) -> int | None:
+        """Take or keep the acting Manager's lease for ``ttl_ms``: its term, higher than ``above``, or None while
+        another holds it."""
+        return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms, above)) or None
+
+    async def resign_manager(self, manager_id: str) -> None:
+        """Give up the acting Manager's lease, if held."""
+        await self._caller.script("act_as_manager", MANAGER, manager_id, 0, 0)
+
+    async def manager_beat(self) -> int:
+        """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a
+        clock); 0 if there is none, or what nobody of ours wrote. One try."""
+        until: bytes = await self._caller.once(MANAGER, "HGET", MANAGER, "until") or b""
+        return int(until) if until.isdigit() else 0
+
+    async def load_workers(self) -> dict[str, WorkerInfo]:
+        """The registry as the acting Manager last wrote it; entries that cannot be read are left out."""
+        workers: dict[str, WorkerInfo] = {}
+        for name, info in pairs(await self._caller.once(WORKERS, "HGETALL", WORKERS)):
+            worker_id = name.decode("utf-8", "backslashreplace")
+            try:
+                workers[check_worker_id(worker_id)] = WorkerInfo.model_validate_json(info)
+            except BadMessage as error:
+                log.warning("registry_entry_unreadable", error=error.message)
+            except ValidationError as error:
+                # Of a version that we cannot read: the worker's next heartbeat tells the Manager all that is in it.
+                faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3]]
+                log.warning("registry_entry_unreadable", worker_id=worker_id, error="; ".join(faults)[:300])
+        return workers
+
+    async def save_workers(self, changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None:
+        """Write what changed in the registry."""
+        fields: list[str | bytes] = []
+        for info in changed:
+            fields += (info.worker_id, info.model_dump_json())
+        if fields:
+            await self._caller.command(WORKERS, "HSET", WORKERS, *fields)
+        if gone := list(gone):
+            await self._caller.command(WORKERS, "HDEL", WORKERS, *gone)
+
+    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
+        """Keep pools known for a day from now. Whoever declares pools does so again from time to time."""
+        now = await self._server_ms()
+        kind = "declared" if declared else "seen"
+        fields: list[str | int] = []
+        for model in models:
+            fields += (f"{kind}:{model}", now)
+        if fields:
+            await self._caller.command(POOLS, "HSET", POOLS, *fields)
+
+    async def known_pools(self) -> dict[Pool, bool]:
+        """Pools declared (True) or served (False) within a day; older ones are forgotten."""
+        now = await self._server_ms()
+        known: dict[Pool, bool] = {}
+        for name, when in pairs(await self._caller.once(POOLS, "HGETALL", POOLS)):
+            kind, _, model = name.decode("utf-8", "backslashreplace").partition(":")
+            # What is no entry of ours is forgotten like an old one.
+            is_ours = kind in ("declared", "seen") and when.isdigit() and _is_name(model)
+            if is_ours and now - int(when[:18]) < POOL_MEMORY_MS:
+                known[Pool(model)] = known.get(Pool(model), False) or kind == "declared"
+            else:
+                await self._caller.once(POOLS, "HDEL", POOLS, name)
+        return known
+
+    async def _server_ms(self) -> int:
+        seconds, micros = await self._caller.once(META, "TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+
+def _is_name(model: str) -> bool:
+    try:
+        check_name(model, "model")
+    except BadMessage:
+        return False
+    return True

@@ -1,0 +1,56 @@
+"""The output of stored jobs: kept, sent to those who listen, and read by who comes late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from queue_schemas import Incarnation, JobId, Lease, Output, Settled, ShardKeys, State, shard_of_job, unpack_frames
+
+from .calls import Caller
+from .job_batches import ShardBatches
+
+
+class StoredOutputCalls:
+    """The part of :class:`broker.Broker` that is about stored output."""
+
+    _caller: Caller
+    _keys: Sequence[ShardKeys]
+    _batches: Sequence[ShardBatches]
+
+    async def append(self, lease: Lease, frames: bytes) -> Settled:
+        """Add packed frames of an attempt to its stored job's output, and send them to those who listen. ``OK`` also
+        for frames that are there already. One try: on ``BrokerUnavailable`` they may or may not be there; sending them
+        again is harmless."""
+        return await self._batches[shard_of_job(lease.job.id)].append(lease, frames)
+
+    async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None:
+        """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on, the Router ``listener`` being sent
+        what is added from now on. None if the job is unknown. Who goes on reading asks from the last frame it has: if
+        the page does not begin with it, the server lost that frame, and what comes next need not be behind it."""
+        return await self._read_output(job_id, listener, after)
+
+    async def detach(self, job_id: JobId, listener: Incarnation) -> None:
+        """``listener`` is not sent a stored job's output any more. One try."""
+        key = self._keys[shard_of_job(job_id)].listeners(job_id)
+        await self._caller.once(key, "SREM", key, listener)
+
+    async def read_output(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> Output | None:
+        """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on; None if the job is unknown."""
+        return await self._read_output(job_id, "", after)
+
+    async def _read_output(self, job_id: JobId, listener: str, after: tuple[int, int]) -> Output | None:
+        keys = self._keys[shard_of_job(job_id)]
+        first = "{}-{}".format(*after) if after > (0, 0) else "-"
+        reply = await self._caller.script("attach", keys.budget, keys.prefix, job_id, listener, first)
+        if not reply:
+            return None
+        state, epoch, attempt_id, end, complete, *frames = reply
+        end_epoch, _, end_seq = end.decode().partition("-")
+        return Output(
+            State(state.decode()),
+            epoch,
+            attempt_id.decode(),
+            (int(end_epoch or 0), int(end_seq or 0)),
+            tuple(frame for packed in frames for frame in unpack_frames(packed)),
+            bool(complete),
+        )
