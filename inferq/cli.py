@@ -267,7 +267,9 @@ def workers(
 
 @app.command()
 def config(
-    table: Annotated[list[str] | None, typer.Argument(help="router, manager, worker, ray, broker, telemetry.")] = None,
+    table: Annotated[
+        list[str] | None, typer.Argument(help="router, manager, worker, batches, ray, broker, storage, telemetry.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Every setting in force, where its value comes from, and what it means."""

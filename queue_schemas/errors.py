@@ -12,15 +12,19 @@
     +-- PermissionRefused          403  permission_denied
     +-- ModelNotFound              404  model_not_found
     +-- PathNotFound               404  unknown_path
+    +-- NotFound                   404  not_found              no such file, batch, job, ... of this tenant
     +-- MethodNotAllowed           405  method_not_allowed
     +-- RequestTimeout             408  request_timeout        the request's body did not arrive in time
     +-- UnknownWorker              410  unknown_worker         register again
     +-- WorkerIdTaken              409  worker_id_taken
+    +-- Conflict                   409  conflict               the state of what is named does not allow it
     +-- OverCapacity               429  over_capacity          a budget is used up
     +-- NoWorker                   503  no_worker              no worker serves the model now
     +-- BrokerUnavailable          503  broker_unavailable     Redis cannot be reached
     |   +-- NotOnDisk              503  not_on_disk            Redis took it, and its disk did not confirm it in time
     +-- BrokerFull                 503  broker_full            Redis refuses writes (memory or disk is full)
+    +-- StoreUnavailable           503  store_unavailable      the file store cannot be reached
+    +-- StoreFull                  507  store_full             the file store has no room
     +-- ManagerUnavailable         503  manager_unavailable
     +-- ShuttingDown               503  shutting_down
     +-- DeadlineExceeded           504  deadline_exceeded      the job's time ran out
@@ -110,6 +114,12 @@ class PathNotFound(InferqError):
     type = "invalid_request_error"
 
 
+class NotFound(InferqError):
+    status = 404
+    code = "not_found"
+    type = "invalid_request_error"
+
+
 class MethodNotAllowed(InferqError):
     status = 405
     code = "method_not_allowed"
@@ -132,6 +142,12 @@ class UnknownWorker(InferqError):
 class WorkerIdTaken(InferqError):
     status = 409
     code = "worker_id_taken"
+    type = "invalid_request_error"
+
+
+class Conflict(InferqError):
+    status = 409
+    code = "conflict"
     type = "invalid_request_error"
 
 
@@ -161,6 +177,18 @@ class NotOnDisk(BrokerUnavailable):
 class BrokerFull(InferqError):
     status = 503
     code = "broker_full"
+    retryable = True
+
+
+class StoreUnavailable(InferqError):
+    status = 503
+    code = "store_unavailable"
+    retryable = True
+
+
+class StoreFull(InferqError):
+    status = 507
+    code = "store_full"
     retryable = True
 
 

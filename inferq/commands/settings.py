@@ -7,18 +7,29 @@ from dataclasses import asdict, replace
 
 from rich.table import Table
 
+from batches import BatchSettings
 from broker import BrokerSettings
 from inferq.console import out, print_json
 from inferq.on_ray import RaySettings
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
+from storage import StorageSettings
 from telemetry import RoleSettings, SettingFact, TelemetrySettings, explain_settings
 from worker.settings import WorkerSettings
 
 TABLES: dict[str, type[RoleSettings]] = {
     settings.table: settings
-    for settings in (RouterSettings, ManagerSettings, WorkerSettings, RaySettings, BrokerSettings, TelemetrySettings)
+    for settings in (
+        RouterSettings,
+        ManagerSettings,
+        WorkerSettings,
+        BatchSettings,
+        RaySettings,
+        BrokerSettings,
+        StorageSettings,
+        TelemetrySettings,
+    )
 }
 
 

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-PACKAGES = ("queue_schemas", "telemetry", "broker", "manager", "router", "worker", "inferq")
+PACKAGES = ("queue_schemas", "telemetry", "storage", "broker", "manager", "router", "worker", "batches", "inferq")
 
 
 @pytest.mark.parametrize("name", PACKAGES)

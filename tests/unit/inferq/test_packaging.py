@@ -49,5 +49,15 @@ def test_tests_run_what_users_run() -> None:
 
 def test_every_package_is_typed() -> None:
     """``py.typed`` beside each package's code."""
-    for package in ("broker", "inferq", "manager", "queue_schemas", "router", "telemetry", "worker"):
+    for package in (
+        "batches",
+        "broker",
+        "inferq",
+        "manager",
+        "queue_schemas",
+        "router",
+        "storage",
+        "telemetry",
+        "worker",
+    ):
         assert (ROOT / package / "py.typed").exists(), package

@@ -1,0 +1,1 @@
+"""What a batch decides, without I/O."""

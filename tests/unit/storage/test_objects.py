@@ -1,0 +1,93 @@
+"""Objects: whole or not at all, in a folder and in what stands for an object store."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from queue_schemas import CannotStart, StoreFull, StoreUnavailable
+from storage import ObjectMissing, ObjectStore, StorageSettings
+from storage import objects as module
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
+    if request.param == "folder":
+        yield ObjectStore.open(StorageSettings(url=str(tmp_path / "store")))
+        return
+    yield ObjectStore.open(StorageSettings(url="memory://inferq-test"))
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_what_is_put_is_read_back(store: ObjectStore) -> None:
+    """An object is read whole, in part and from an offset; one that is not there says so."""
+    store.put("a/b/one", b"0123456789")
+    assert store.get("a/b/one") == b"0123456789"
+    assert store.read("a/b/one", 2, 5) == b"234"
+    with store.reader("a/b/one", 7) as file:
+        assert file.read() == b"789"
+    assert store.get("a/b/two") is None
+    with pytest.raises(ObjectMissing):
+        store.read("a/b/two", 0, 1)
+
+
+def test_an_object_is_replaced_whole(store: ObjectStore) -> None:
+    """A second write takes the place of the first."""
+    store.put("a/one", b"long before")
+    store.put("a/one", b"now")
+    assert store.get("a/one") == b"now"
+
+
+def test_what_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    """A write that ends in an error leaves no object, and the one before stays."""
+    store = ObjectStore.open(StorageSettings(url=str(tmp_path)))
+    store.put("a/one", b"before")
+    for name in ("a/one", "a/two"):
+        with pytest.raises(ZeroDivisionError), store.writer(name) as writer:
+            writer.write(b"half")
+            raise ZeroDivisionError
+    assert store.get("a/one") == b"before"
+    assert store.get("a/two") is None
+    assert store.names("a") == ["one"]
+
+
+def test_names_are_listed_and_removed(store: ObjectStore) -> None:
+    """Names come sorted, folders among them; of what is not there, none. Removing is repeatable."""
+    for name in ("x/b", "x/a", "x/c/deep"):
+        store.put(name, b"1")
+    assert store.names("x") == ["a", "b", "c"]
+    assert store.names("nothing") == []
+    store.delete(["x/a", "x/a", "x/never"])
+    store.delete_below("x/c")
+    store.delete_below("x/c")
+    assert store.names("x") == ["b"]
+
+
+def test_a_full_disk_and_a_refusing_one_have_words_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room is one error, anything else another; both say what to do."""
+    store = ObjectStore.open(StorageSettings(url=str(tmp_path)))
+
+    def fail(number: int) -> Any:
+        def fsync(_: int) -> None:
+            raise OSError(number, "as ordered")
+
+        return fsync
+
+    monkeypatch.setattr(module.os, "fsync", fail(errno.ENOSPC))
+    with pytest.raises(StoreFull, match="no room"):
+        store.put("a", b"1")
+    monkeypatch.setattr(module.os, "fsync", fail(errno.EIO))
+    with pytest.raises(StoreUnavailable, match="as ordered"):
+        store.put("a", b"1")
+    assert store.names("") in ([".writing"], [])
+
+
+def test_a_url_that_cannot_be_used_is_told_at_once() -> None:
+    """An unknown scheme is refused with what to give instead."""
+    with pytest.raises(CannotStart, match="give a folder"):
+        ObjectStore.open(StorageSettings(url="gopher://somewhere/else"))
