@@ -3,12 +3,14 @@
 from .client import Broker, Expired, Reclaimed, Standing
 from .dead_letters import MOST_LETTERS, DeadLetters
 from .figures import JobCounts
+from .kept_jobs import MOST_LISTED
 from .renewal import Renewer
 from .server import ServerFacts
 from .settings import BrokerSettings, Budgets, Durability
 
 __all__ = [
     "MOST_LETTERS",
+    "MOST_LISTED",
     "Broker",
     "BrokerSettings",
     "Budgets",

@@ -23,6 +23,7 @@ from queue_schemas import (
     InferqError,
     Job,
     JobId,
+    Keep,
     Lane,
     Marker,
     ShardKeys,
@@ -39,6 +40,7 @@ from .dead_letters import DeadLetters
 from .durable import DurableCaller, waits_for_disk
 from .figures import Figures
 from .job_batches import KEEP_MS, ShardBatches
+from .kept_jobs import KeptJobCalls
 from .link import ClientLink, Link, open_link
 from .registry import RegistryCalls
 from .renewal import Renewer
@@ -86,7 +88,7 @@ class Expired:
     forgotten: int = 0
 
 
-class Broker(WorkerCalls, StoredOutputCalls, RegistryCalls, Figures):
+class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, RegistryCalls, Figures):
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests)."""
 
     def __init__(
@@ -108,6 +110,7 @@ class Broker(WorkerCalls, StoredOutputCalls, RegistryCalls, Figures):
         self._batches = [ShardBatches(self._caller, keys, budgets) for keys in self._keys]
         self.dead_letters = DeadLetters(self._caller, self._keys)
         self._control_read: dict[tuple[int, str], str] = {}
+        self._dropped: dict[int, int] = {}
         self._renewer = Renewer(self._caller, self._keys, self._control_read)
         self._budgets = budgets
         self._retry_limit_s = retry_limit_ms / 1000
@@ -210,7 +213,7 @@ class Broker(WorkerCalls, StoredOutputCalls, RegistryCalls, Figures):
         """Put a stored ``job`` on its queue, or find the one that holds its idempotency key. ``listener`` is the Router
         that is sent its output; of another job it has to :meth:`attach` to be. The answer is kept for ``keep_ms`` once
         it is whole. Raises like :meth:`enqueue`, and ``IdempotencyKeyReused`` if the key belongs to another request."""
-        return await self._line(job).enqueue(job, listener, keep_ms)
+        return await self._line(job).enqueue(job, listener, Keep(keep_ms))
 
     def _line(self, job: Job) -> ShardBatches:
         """The calls with which a job is enqueued."""
@@ -241,7 +244,7 @@ class Broker(WorkerCalls, StoredOutputCalls, RegistryCalls, Figures):
         """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then). ``unasked``:
         nobody waits for it here, so it is left alone if it is stored, or unknown."""
         keys = self._keys[shard_of_job(job_id)]
-        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, int(unasked))
+        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, int(unasked), 0)
         return None if found == b"unknown" else State(found.decode())
 
     async def read_replies(

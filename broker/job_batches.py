@@ -12,6 +12,7 @@ from queue_schemas import (
     IdempotencyKeyReused,
     Job,
     JobId,
+    Keep,
     Lease,
     Outcome,
     OverCapacity,
@@ -38,7 +39,8 @@ class _Enqueue:
     job: Job
     envelope: bytes
     listener: str
-    keep_ms: int
+    keep: Keep
+    memo: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +71,16 @@ class ShardBatches:
         self._caller = caller
         self._keys = keys
         self._budgets = budgets
-        self._enqueues = Batcher(self._send_enqueues, lambda item: len(item.envelope) + _OVERHEAD_BYTES)
+        self._enqueues = Batcher(self._send_enqueues, _size)
         self._settles = Batcher(self._send_settles, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._appends = Batcher(self._send_appends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._ends = Batcher(self._send_ends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._releases = Batcher(self._send_releases, lambda item: len(item.reason) + _OVERHEAD_BYTES)
 
-    async def enqueue(self, job: Job, listener: str = "", keep_ms: int = KEEP_MS) -> Enqueued:
-        return await self._enqueues.submit(_Enqueue(job, job.pack(), listener or job.reply_to, keep_ms))
+    async def enqueue(self, job: Job, listener: str = "", keep: Keep | None = None) -> Enqueued:
+        plain = keep is None or keep == Keep(keep.keep_ms)
+        memo = b"" if keep is None or plain else keep.memo.pack()
+        return await self._enqueues.submit(_Enqueue(job, job.pack(), listener or job.reply_to, keep or _KEPT, memo))
 
     async def append(self, lease: Lease, frames: bytes) -> Settled:
         return await self._appends.submit(_Append(lease, None, frames))
@@ -110,7 +114,7 @@ class ShardBatches:
                 job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
                 item.listener, int(job.stored), job.ttl_ms, job.max_attempts,
                 encode_name(job.region), job.patience_ms, int(_is_continued(job)),
-                *((item.keep_ms, key_digest(job), request_digest(job)) if job.stored else ("", "", "")),
+                *(_kept(item) if job.stored else _NOT_KEPT),
             )  # fmt: skip
         answers = await self._run("enqueue", args, wait_when_full=False)
         return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
@@ -156,6 +160,20 @@ def attempt_of(lease: Lease) -> tuple[str, int, str]:
     return lease.job.id, lease.epoch, lease.attempt_id
 
 
+def _size(item: _Enqueue) -> int:
+    return len(item.envelope) + len(item.memo) + _OVERHEAD_BYTES
+
+
+_KEPT = Keep(KEEP_MS)
+_NOT_KEPT = ("",) * 6
+
+
+def _kept(item: _Enqueue) -> tuple[Any, ...]:
+    """What the script takes of a stored job beside what it takes of each."""
+    job, keep = item.job, item.keep
+    return keep.keep_ms, key_digest(job), request_digest(job), "1" if keep.listed else "", keep.notify, item.memo
+
+
 def _is_continued(job: Job) -> bool:
     """Whether a lost attempt of ``job`` waits for the Router to say what was delivered."""
     return job.on_loss == "continue" and job.stream and not job.stored and bool(job.reply_to)
@@ -174,8 +192,8 @@ def _enqueued(answer: str, job: Job) -> Enqueued | Exception:
     match what:
         case "over" if rest == "tenant_kept":
             return OverCapacity(
-                "the answers kept for your account's requests with an Idempotency-Key fill their limit; send this one "
-                "without the header, or again when older ones have expired",
+                "what is kept for your account (background jobs, answers to requests with an Idempotency-Key) fills "
+                "its limit; delete what you do not need, or try again when some of it has expired",
                 retry_after_s=60,
             )
         case "over":

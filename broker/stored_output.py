@@ -44,7 +44,7 @@ class StoredOutputCalls:
         reply = await self._caller.script("attach", keys.budget, keys.prefix, job_id, listener, first)
         if not reply:
             return None
-        state, epoch, attempt_id, end, complete, *frames = reply
+        state, epoch, attempt_id, end, complete, cause, *frames = reply
         end_epoch, _, end_seq = end.decode().partition("-")
         return Output(
             State(state.decode()),
@@ -53,4 +53,5 @@ class StoredOutputCalls:
             (int(end_epoch or 0), int(end_seq or 0)),
             tuple(frame for packed in frames for frame in unpack_frames(packed)),
             bool(complete),
+            cause.decode("utf-8", "replace"),
         )

@@ -79,6 +79,7 @@ from .ids import (
     shard_of_pool,
 )
 from .job import ENVELOPE_VERSION, Job, OnLoss
+from .kept import EndedJob, Keep, KeptJob, Memo
 from .keys import ShardKeys
 from .lanes import BANDS, DEFAULT_BAND, LANES, Lane, band_of_priority
 from .leases import Claimed, Lease, Outcome, Settled
@@ -121,6 +122,7 @@ __all__ = [
     "DeadLetterList",
     "DeadRequest",
     "DeadlineExceeded",
+    "EndedJob",
     "EngineFailed",
     "EngineState",
     "Enqueued",
@@ -134,12 +136,15 @@ __all__ = [
     "Job",
     "JobCancelled",
     "JobId",
+    "Keep",
+    "KeptJob",
     "Lane",
     "LaneDepth",
     "Lease",
     "ManagerUnavailable",
     "Marker",
     "MarkerKind",
+    "Memo",
     "MethodNotAllowed",
     "ModelNotFound",
     "NoWorker",

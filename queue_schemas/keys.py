@@ -120,6 +120,20 @@ class ShardKeys:
         """String: ``<job id> <digest of its request>``, by the digest of tenant, model and idempotency key. Expires."""
         return f"{self.prefix}idem:{digest}"
 
+    def listed(self, tenant: str) -> str:
+        """Sorted set, all scores 0: a tenant's listed jobs, as ``<when it came, 15 digits> <job id>``. Expires."""
+        return f"{self.prefix}listed:{encode_name(tenant)}"
+
+    @property
+    def ended(self) -> str:
+        """Stream: notices of the ends of jobs that have a ``notify`` word; at most 100,000."""
+        return f"{self.prefix}ended"
+
+    @property
+    def ended_dropped(self) -> str:
+        """Hash: ``dropped``, how many notices were dropped because nobody took them."""
+        return f"{self.prefix}ended_dropped"
+
     @property
     def kept(self) -> str:
         """Sorted set: ended stored jobs by when they are forgotten (server ms)."""

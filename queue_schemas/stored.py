@@ -54,6 +54,7 @@ class Output:
 
     ``epoch`` and ``attempt_id`` are the job's (empty while it waits), ``end`` is ``(epoch, seq)`` of the frame that
     will be written next, ``(0, 0)`` if none was ever. ``complete``: there are no more frames behind this page now.
+    ``cause``: why a job ended of which something is kept though it has no answer.
     """
 
     state: State
@@ -62,6 +63,7 @@ class Output:
     end: tuple[int, int]
     frames: tuple[Frame, ...]
     complete: bool
+    cause: str = ""
 
     @property
     def over(self) -> bool:

@@ -21,7 +21,8 @@ local RUN_EPOCHS = 2 ^ 20 -- epochs of one run of the server; those that it lost
 local SUSPECT = 2 -- suspicion at which a job is run beside no other such job
 local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024
-local STORED_BYTES = 1024 -- what a stored job counts for in its tenant's kept bytes, beside its output
+local STORED_BYTES = 1024 -- what a stored job counts for in its tenant's kept bytes, beside its memo and output
+local MAX_ENDED = 100000 -- notices of ends that nobody has taken; beyond it the oldest are dropped
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
   'stored', 'deadline', 'size', 'at', 'queue', 'entry', 'ended', 'avoid', 'avoid_until', 'resume', 'suspicion', 'spared', 'cleared' }
@@ -138,33 +139,90 @@ local function stored()
     call('HINCRBY', P .. 'job:' .. job.id, 'kept', int(bytes))
   end
 
-  -- Forgets all that is kept of a job: its output, its bytes, and its idempotency key unless that leads elsewhere now.
-  local function forget(id, tenant, kept, idem)
-    call('DEL', P .. 'out:' .. id)
-    add('budget', 't:' .. tenant .. ':kept', -tonumber(kept or 0))
+  -- Frees a job's idempotency key, unless that leads elsewhere now.
+  local function free_key(id, idem)
     local key = P .. 'idem:' .. (idem or '')
     local holder = (idem or '') ~= '' and call('GET', key)
     if holder and string.sub(holder, 1, string.len(id) + 1) == id .. ' ' then call('DEL', key) end
   end
 
-  -- A job ends in ``state``. Answers what its record keeps beside the tombstone; nil if nothing is kept of it.
+  -- Where a listed job stands among its tenant's: by when it came, then by id.
+  local function list_member(id, at)
+    return string.format('%015.0f ', tonumber(at)) .. id
+  end
+
+  -- Forgets all that is kept of a job: its output, its bytes, its idempotency key and its place in its tenant's list.
+  local function forget(id, tenant, kept, idem, listed, at)
+    call('DEL', P .. 'out:' .. id)
+    add('budget', 't:' .. tenant .. ':kept', -tonumber(kept or 0))
+    free_key(id, idem)
+    if listed == '1' and at then call('ZREM', P .. 'listed:' .. tenant, list_member(id, at)) end
+  end
+
+  -- Puts a job among its tenant's for as long as it may be kept.
+  local function list(job, at, deadline, keep)
+    local key = P .. 'listed:' .. job.tenant
+    local until_ms = tonumber(deadline) - tonumber(at) + tonumber(keep) + TOMBSTONE_MS
+    call('ZADD', key, 0, list_member(job.id, at))
+    if call('PTTL', key) < until_ms then call('PEXPIRE', key, int(until_ms)) end
+  end
+
+  -- Says that a job has ended to whoever takes notice of ends.
+  local function notice(job, state, word)
+    local key = P .. 'ended'
+    call('XADD', key, '*', 'id', job.id, 'tenant', job.tenant, 'state', state, 'word', word)
+    if call('XLEN', key) > MAX_ENDED then
+      call('HINCRBY', P .. 'ended_dropped', 'dropped', call('XTRIM', key, 'MAXLEN', int(MAX_ENDED)))
+    end
+  end
+
+  -- A job ends in ``state``. Answers what its record keeps beside the tombstone; nil if nothing is kept of it. A listed
+  -- job is kept however it ends, with what it has said so far; only an answer keeps its idempotency key.
   local function close(job, state)
+    local now = now_ms()
     listeners_of(job)
     call('DEL', listeners_key(job.id))
-    local found = call('HMGET', P .. 'job:' .. job.id, 'kept', 'idem', 'keep', 'next')
+    local found = call('HMGET', P .. 'job:' .. job.id, 'kept', 'idem', 'keep', 'next', 'listed', 'notify', 'memo', 'started')
     local kept, idem, keep, next_frame = found[1] or '0', found[2] or '', found[3], found[4] or ''
-    if not keep or (state ~= 'done' and state ~= 'failed') then
-      forget(job.id, job.tenant, kept, idem)
+    local listed, word, memo = found[5] or '', found[6] or '', found[7] or ''
+    local is_answer = state == 'done' or state == 'failed'
+    if word ~= '' then notice(job, state, word) end
+    if not keep or not (is_answer or listed == '1') then
+      forget(job.id, job.tenant, kept, idem, listed, job.at)
       return nil
     end
-    call('ZADD', P .. 'kept', int(now_ms() + tonumber(keep)), job.id)
+    call('ZADD', P .. 'kept', int(now + tonumber(keep)), job.id)
     call('PEXPIRE', P .. 'out:' .. job.id, int(tonumber(keep) + TOMBSTONE_MS))
-    if idem ~= '' then call('PEXPIRE', P .. 'idem:' .. idem, keep) end
-    return { 'stored', '1', 'tenant', job.tenant, 'kept', kept, 'idem', idem, 'next', next_frame }
+    if not is_answer then
+      free_key(job.id, idem)
+      idem = ''
+    elseif idem ~= '' then
+      call('PEXPIRE', P .. 'idem:' .. idem, keep)
+    end
+    local fields = { 'stored', '1', 'tenant', job.tenant, 'kept', kept, 'idem', idem, 'next', next_frame }
+    if memo ~= '' then
+      for i, value in ipairs({ 'pool', job.pool, 'lane', job.lane, 'at', job.at, 'started', found[8] or '', 'deadline',
+        job.deadline, 'attempts', job.attempts, 'over', int(now), 'until', int(now + tonumber(keep)), 'cause',
+        string.sub(job.why or '', 1, 500), 'listed', listed, 'notify', word, 'memo', memo }) do
+        fields[#fields + 1] = value
+      end
+    end
+    return fields
+  end
+
+  -- What may be told of a stored job: {} if it is unknown, or nothing is kept of it. The order is that of
+  -- broker/kept_jobs.py.
+  local function describe(id)
+    local found = call('HMGET', P .. 'job:' .. id, 'tenant', 'state', 'epoch', 'attempts', 'pool', 'lane', 'at', 'started',
+      'over', 'deadline', 'until', 'cause', 'listed', 'notify', 'kept', 'stored', 'memo')
+    if not found[1] or found[16] ~= '1' then return {} end
+    local told = { id, int(now_ms()) }
+    for i = 1, 17 do told[i + 2] = found[i] or '' end
+    return told
   end
 
   stored_tools = { listen = listen, listeners_of = listeners_of, send = send, count = count, forget = forget,
-    close = close }
+    close = close, list = list, list_member = list_member, describe = describe }
   return stored_tools
 end
 
@@ -373,6 +431,7 @@ local function bury(job, reason, now)
     'pool', job.pool, 'lane', job.lane, 'tenant', job.tenant, 'size', job.size, 'env', envelope)
   add('budget', 'dead:bytes', tonumber(job.size))
   trim_dead(now)
+  job.why = reason
   finish(job, 'dead', job.aid)
   tell(job, 'dead', job.epoch, reason)
 end
@@ -380,6 +439,7 @@ end
 local function cancel_leased(job, state, reason, cause)
   leave_lease(job)
   call('XADD', P .. 'ctl:' .. job.owner, 'NOMKSTREAM', '*', 'k', 'abort', 'job', job.id, 'why', reason)
+  job.why = reason
   finish(job, state, '', cause or 'running')
   tell(job, state, job.epoch, reason)
 end
@@ -392,6 +452,7 @@ local function cancel_waiting(job, state, reason, cause)
     leave_queue(job)
     job.lane = lane_and_region(job.lane)
   end
+  job.why = reason
   finish(job, state, '', cause or 'waiting')
   tell(job, state, job.epoch, reason)
 end

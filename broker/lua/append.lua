@@ -33,7 +33,8 @@ end
 local function keep(job, anew, seq, due, from, number)
   local key, out = P .. 'job:' .. job.id, P .. 'out:' .. job.id
   if anew and due == 0 and number > 0 and call('DEL', out) > 0 then
-    stored().count(job, STORED_BYTES - tonumber(call('HGET', key, 'kept')))
+    local found = call('HMGET', key, 'kept', 'memo')
+    stored().count(job, STORED_BYTES + string.len(found[2] or '') - tonumber(found[1]))
   end
   local frames, bytes = {}, 0
   for i = math.max(due - seq, 0), number - 1 do
@@ -64,6 +65,7 @@ while i <= #ARGV do
     forward(job, keep(job, anew, seq, due, i + 7, number))
     if outcome ~= '' then
       leave_lease(job)
+      if outcome == 'expired' then job.why = 'its time ran out while it ran' end
       finish(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)
     end
   end

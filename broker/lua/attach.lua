@@ -3,7 +3,8 @@
 -- ARGV: prefix, job id, router ('' to read only), id of the first entry wanted ('-' or epoch-seq). Who goes on reading
 --       asks from the last entry that it has: if that is not there any more, the server lost its latest writes.
 -- Reply: {} if the job is unknown, else {state, epoch, attempt id, id of the entry that will be written next ('' if none
---       ever was), 1 if the page reaches the end of the output, packed frame, ...}.
+--       ever was), 1 if the page reaches the end of the output, why it ended ('' unless it was kept without an answer),
+--       packed frame, ...}.
 -- Invariants: 4 idempotency, 7 streams.
 
 local PAGE_FRAMES = 512
@@ -16,7 +17,8 @@ local job = load_job(id)
 if not job then return {} end
 if router ~= '' and job.stored == '1' and not TERMINAL[job.state] then stored().listen(id, router, job.deadline) end
 
-local answer = { job.state, tonumber(job.epoch), job.aid, call('HGET', P .. 'job:' .. id, 'next') or '', 0 }
+local found = call('HMGET', P .. 'job:' .. id, 'next', 'cause')
+local answer = { job.state, tonumber(job.epoch), job.aid, found[1] or '', 0, found[2] or '' }
 local bytes, number = 0, 0
 while answer[5] == 0 and (bytes < PAGE_BYTES or number < LEAST_FRAMES) and number < PAGE_FRAMES do
   local entries = call('XRANGE', P .. 'out:' .. id, first, '+', 'COUNT', STEP)

@@ -369,6 +369,7 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   job.attempts = int(tonumber(job.attempts) + 1)
   job.aid = attempt_base .. int(#held)
   call('HSET', P .. 'job:' .. job.id, 'state', 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', incarnation)
+  if job.stored == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   if string.find(job.lane, '@', 1, true) then
     job.lane = lane_and_region(job.lane)
     call('HSET', P .. 'job:' .. job.id, 'lane', job.lane)

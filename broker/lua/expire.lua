@@ -34,10 +34,10 @@ for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'lost', '-inf', int(now), 'LIMIT'
 end
 
 for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'kept', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do
-  local found = call('HMGET', P .. 'job:' .. id, 'tenant', 'kept', 'idem')
+  local found = call('HMGET', P .. 'job:' .. id, 'tenant', 'kept', 'idem', 'listed', 'at')
   call('ZREM', P .. 'kept', id)
   call('DEL', P .. 'job:' .. id)
-  if found[1] then stored().forget(id, found[1], found[2], found[3]) end
+  if found[1] then stored().forget(id, unpack(found)) end
   forgotten = forgotten + 1
 end
 
