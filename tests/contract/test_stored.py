@@ -399,7 +399,7 @@ async def test_kept_bytes_are_bounded_per_tenant(connect: Connect, client: Any) 
     await broker.enqueue_stored(first, NOBODY)
     lease = await worker.claim_one()
     await broker.settle(lease, Outcome.DONE, answer_frame(lease, b"x" * 2_000))
-    with pytest.raises(OverCapacity, match="Idempotency-Key\) fills its limit"):
+    with pytest.raises(OverCapacity, match=r"Idempotency-Key\) fills its limit"):
         await broker.enqueue_stored(keyed(idempotency_key="other"), NOBODY)
     assert await broker.enqueue_stored(keyed(stream=False), NOBODY) == Enqueued(first.id, State.DONE)
     assert await broker.enqueue(make_job()) is State.QUEUED
