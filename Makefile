@@ -62,8 +62,16 @@ ray-up: $(RAY) ## The same in Ray: Manager and Routers, for workers to join (RED
 ray-down: $(RAY) ## Take it out of Ray again
 	@exec $(PY) -m inferq ray down $(RAY_OPTIONS)
 
+# pytest's exit code where ARGS choose no test of a part: that is none to fail, unless both parts have none.
+NO_TESTS := 5
+
+or_none = && chosen=0 || { code=$$?; [ $$code -eq $(NO_TESTS) ] || exit $$code; }
+
 test: $(DEV) ## Run the tests that need no real vLLM
-	$(PY) -m pytest -m "not vllm" $(ARGS)
+	@chosen=$(NO_TESTS); \
+	$(PY) -m pytest -m "not vllm and not alone" -n 3 --dist loadfile $(ARGS) $(or_none); \
+	$(PY) -m pytest -m "not vllm and alone" $(ARGS) $(or_none); \
+	exit $$chosen
 
 chaos: $(DEV) ## Kill everything under load and check the history (SECONDS=60 SEED=...)
 	$(PY) -m tests.chaos $(call option,--seconds,SECONDS) $(call option,--seed,SEED) $(ARGS)

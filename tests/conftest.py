@@ -23,6 +23,17 @@ ALLOWED_SKIPS: frozenset[str] = frozenset()
 """Node ids that may be skipped even with ``INFERQ_REQUIRE=all``. None: what is required runs."""
 
 
+SIDE_BY_SIDE = tuple(Path(__file__).with_name(name) for name in ("unit", "contract"))
+"""Tests that share the machine with each other. All others are marked ``alone``: they start whole fleets, and time
+limits in them are about the fleet, not about what else is being tested."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.path.is_relative_to(folder) for folder in SIDE_BY_SIDE):
+            item.add_marker(pytest.mark.alone)
+
+
 def _require_all() -> bool:
     return os.environ.get("INFERQ_REQUIRE") == "all"
 
