@@ -183,6 +183,12 @@ def split_events(stream: bytes) -> list[bytes]:
     return [event + b"\n\n" for event in stream.replace(b"\r\n", b"\n").split(b"\n\n") if event.strip()]
 
 
+def end_of_events(data: bytes) -> int:
+    """Where the last whole event of ``data`` ends; 0 if there is none."""
+    bare, with_returns = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+    return max(bare + 2 if bare >= 0 else 0, with_returns + 4 if with_returns >= 0 else 0)
+
+
 def event_data(event: bytes) -> bytes:
     """The data of an event; empty for a comment."""
     lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]

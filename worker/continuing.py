@@ -11,9 +11,10 @@ import orjson
 
 from broker import Broker
 from queue_schemas import EngineFailed, Job, StreamBroken
+from queue_schemas.completions import wants_usage
 from queue_schemas.transcript import DONE, Transcript
 
-from .core.continuation import Continuation, continue_request, detokenized, tokenized, wants_usage
+from .core.continuation import Continuation, continue_request, detokenized, tokenized
 from .engines import Engine, EngineCall
 
 TOKENIZE_LIMIT_S = 5.0
@@ -49,7 +50,7 @@ async def read_delivered(broker: Broker, job: Job, limit_bytes: int) -> Delivere
             return Delivered(rest=b"")
         if job.on_loss != "continue":
             return Delivered()  # it may have other choices, which have not begun
-        if transcript.finished and (transcript.usage or not wants_usage(job.body)):
+        if transcript.finished and (transcript.usage or not wants_usage(orjson.loads(job.body))):
             return Delivered(rest=b"data: " + DONE + b"\n\n")
         return Delivered(prefix=transcript.text or "")
     except StreamBroken:

@@ -20,8 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-CHAT_PATH = "/v1/chat/completions"
-COMPLETIONS_PATH = "/v1/completions"
+from queue_schemas.completions import CHAT_PATH, COMPLETIONS_PATH
 
 _Check = Callable[[Any], bool]
 
@@ -92,12 +91,6 @@ def may_continue(path: str, request: Mapping[str, Any]) -> bool:
         if check is None or not check(value):
             return False
     return request.get("seed") is None or request.get("temperature") == 0
-
-
-def wants_usage(request: Mapping[str, Any]) -> bool:
-    """Whether a stream for ``request`` ends with a chunk that tells the usage."""
-    options = request.get("stream_options")
-    return isinstance(options, dict) and bool(options.get("include_usage"))
 
 
 def choices_of(request: Mapping[str, Any]) -> int:

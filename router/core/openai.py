@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import orjson
 
 from queue_schemas import BadMessage, BadRequest, Pool
+from queue_schemas.completions import wants_usage
 from queue_schemas.ids import check_name
 
-from .continuation import choices_of, may_continue, wants_usage
+from .continuation import choices_of, may_continue
 from .forms import boundary_of, form_fields
 
 INFERENCE_PATHS: tuple[str, ...] = (

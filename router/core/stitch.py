@@ -35,7 +35,7 @@ from queue_schemas import (
     OnLoss,
     StreamBroken,
 )
-from queue_schemas.transcript import DONE, Transcript, split_events
+from queue_schemas.transcript import DONE, Transcript, end_of_events, split_events
 
 from .replay import Following, Replay, Sequel
 
@@ -359,7 +359,7 @@ class Stitch:
             self.mid_event = False
         else:
             data = self._partial + data
-            end = _end_of_events(data)
+            end = end_of_events(data)
             self.mid_event = self.mid_event and not end
             self._partial = data[end:]
             data = data[:end]
@@ -399,12 +399,6 @@ class Stitch:
         self.pending_bytes += len(data)
         self._delivered = True
         self._transcript.add(data)
-
-
-def _end_of_events(data: bytes) -> int:
-    """Where the last whole event of ``data`` ends; 0 if there is none."""
-    bare, with_returns = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
-    return max(bare + 2 if bare >= 0 else 0, with_returns + 4 if with_returns >= 0 else 0)
 
 
 def _dead(reason: str) -> InferqError:

@@ -22,10 +22,10 @@ from typing import Any
 import orjson
 
 from queue_schemas import Job
+from queue_schemas.completions import CHAT_PATH, wants_usage
 
 from .frames import last_border
 
-CHAT_PATH = "/v1/chat/completions"
 COMPLETION_TOKENS = 16
 """What a completion without ``max_tokens`` may say, by the OpenAI API; a chat may fill the context."""
 _MARGIN_TOKENS = 8
@@ -89,11 +89,6 @@ def continue_request(job: Job, prompt_tokens: int, said_tokens: int) -> Continua
     return Continuation(job, None if exhausted else orjson.dumps(request), prompt_tokens, said_tokens)
 
 
-def wants_usage(body: bytes) -> bool:
-    """Whether a stream for the request in ``body`` ends with a chunk that tells the usage."""
-    return bool((orjson.loads(body).get("stream_options") or {}).get("include_usage"))
-
-
 def _continued_chat(request: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {
         "messages": [*request["messages"], {"role": "assistant", "content": prefix}],
@@ -143,7 +138,7 @@ class Continuation:
         }
         said: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
         chunks = [base | {"choices": [{"index": 0, **said, "finish_reason": "length"}]}]
-        if wants_usage(self._job.body):
+        if wants_usage(orjson.loads(self._job.body)):
             chunks.append(base | {"choices": [], "usage": self._whole_usage({"completion_tokens": 0})})
         return b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
 

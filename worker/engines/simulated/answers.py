@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import secrets
 import struct
@@ -31,15 +32,24 @@ WORDS: tuple[str, ...] = tuple(f" {a}{b}{c}" for a, b, c in product("bcdfghjklmn
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One answer: its tokens, ``finish`` "stop" or "length", and the stop string that ended it, if one did."""
+    """One answer: its tokens, ``finish`` "stop", "length" or "tool_calls", and the stop string that ended it, if one
+    did. Its first ``thoughts`` tokens are reasoning. With ``call`` its tokens are the arguments of that function."""
 
     pieces: tuple[str, ...]
     finish: str
     stop: str | None = None
+    thoughts: int = 0
+    call: str = ""
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces)
+        """What it says, but for what it only thinks."""
+        return "".join(self.pieces[self.thoughts :])
+
+    @property
+    def thought(self) -> str:
+        """What it thinks."""
+        return "".join(self.pieces[: self.thoughts])
 
 
 def chat_prompt(messages: Iterable[tuple[str, str]]) -> str:
@@ -68,6 +78,11 @@ def packed_embedding(vector: list[float]) -> str:
 def _choice(request: Generate, settings: SimulationSettings, index: int) -> Choice:
     key = f"{settings.seed}\0{request.model}\0{request.seed}\0{index}\0{request.prompt}"
     pieces, ended = _rest(request, *_drawn(request, settings, key.encode("utf-8", "surrogatepass")))
+    if request.call:
+        arguments = split_tokens(json.dumps({"said": "".join(pieces)}))
+        whole = ended and len(arguments) <= request.limit
+        finish = "tool_calls" if whole else "length"
+        return Choice(tuple(arguments[: request.limit]), finish, call=request.call)
     if request.echo:
         pieces = split_tokens(request.prompt) + pieces
     finish = "stop" if ended else "length"
@@ -78,7 +93,7 @@ def _choice(request: Generate, settings: SimulationSettings, index: int) -> Choi
             at, stop = min(found)
             kept = text[: at + len(stop)] if request.keep_stop else text[:at]
             return Choice(tuple(split_tokens(kept)), "stop", stop)
-    return Choice(tuple(pieces), finish)
+    return Choice(tuple(pieces), finish, thoughts=min(request.thoughts, len(pieces) // 2))
 
 
 def _rest(request: Generate, pieces: list[str], ended: bool) -> tuple[list[str], bool]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import orjson
 
 from .failures import Failure, parse_order
 from .settings import Mode, SimulationSettings
 from .tokens import CHARS_PER_TOKEN, VOCABULARY, count_tokens, decode_tokens
+from .tools import function_to_call, thinking
 
 DIGEST_CHARS = 16
 MAX_CHOICES = 128
@@ -32,10 +33,11 @@ class RefusedRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """A chat or text completion. ``limit`` is in tokens; ``prompt`` is the whole text the engine would read, but for
-    ``prefix``: the beginning of the answer, behind which it is to go on."""
+    """A chat or text completion, or a response. ``limit`` is in tokens; ``prompt`` is the whole text the engine would
+    read, but for ``prefix``: the beginning of the answer, behind which it is to go on. ``call`` is the function that it
+    calls, if it does; ``thoughts`` is how many tokens it thinks before it speaks."""
 
-    chat: bool
+    api: Literal["chat", "text", "responses"]
     model: str
     prompt: str
     last_user: str
@@ -51,6 +53,12 @@ class Generate:
     seed: int
     failure: Failure | None
     prefix: str
+    call: str = ""
+    thoughts: int = 0
+
+    @property
+    def chat(self) -> bool:
+        return self.api == "chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +93,8 @@ def parse_chat(body: bytes, settings: SimulationSettings) -> Generate:
     if not isinstance(messages, list) or not messages:
         raise RefusedRequest("messages: Input should be a list of at least one message", param="messages")
     parts, last_user, prefix = [], "", ""
-    goes_on = _bool(fields, "continue_final_message")
-    if goes_on and _bool(fields, "add_generation_prompt", default=True):
+    goes_on = as_bool(fields, "continue_final_message")
+    if goes_on and as_bool(fields, "add_generation_prompt", default=True):
         raise RefusedRequest("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
     for place, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -98,10 +106,12 @@ def parse_chat(body: bytes, settings: SimulationSettings) -> Generate:
             prefix = text.strip() if settings.template_trims else text
             continue
         parts.append(f"<|{message['role']}|>{text}\n")
-    limit = _optional_int(fields, "max_completion_tokens", least=1)
+    limit = optional_int(fields, "max_completion_tokens", least=1)
     if limit is None:
-        limit = _optional_int(fields, "max_tokens", least=1)
-    return _generate(fields, settings, "".join(parts), last_user, limit, chat=True, prefix=prefix)
+        limit = optional_int(fields, "max_tokens", least=1)
+    request = generate(fields, settings, "".join(parts), last_user, limit, api="chat", prefix=prefix)
+    called = function_to_call(fields, last_user if messages[-1]["role"] == "user" else "")
+    return replace(request, call=called, thoughts=thinking(fields))
 
 
 def parse_completion(body: bytes, settings: SimulationSettings) -> Generate:
@@ -111,9 +121,9 @@ def parse_completion(body: bytes, settings: SimulationSettings) -> Generate:
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]
     text = _text_of(prompt, "prompt")
-    limit = _optional_int(fields, "max_tokens", least=1)
+    limit = optional_int(fields, "max_tokens", least=1)
     prompt, prefix = _asked_and_said(text, settings.mode)
-    return _generate(fields, settings, prompt, prompt, 16 if limit is None else limit, chat=False, prefix=prefix)
+    return generate(fields, settings, prompt, prompt, 16 if limit is None else limit, api="text", prefix=prefix)
 
 
 def parse_embeddings(body: bytes, settings: SimulationSettings) -> Embed:
@@ -127,7 +137,7 @@ def parse_embeddings(body: bytes, settings: SimulationSettings) -> Embed:
     form = fields.get("encoding_format", "float")
     if form not in ("float", "base64"):
         raise RefusedRequest("encoding_format: Input should be 'float' or 'base64'", param="encoding_format")
-    dimensions = _optional_int(fields, "dimensions", least=1)
+    dimensions = optional_int(fields, "dimensions", least=1)
     if dimensions is not None and dimensions > settings.embedding_dimensions:
         raise RefusedRequest(
             f"dimensions must be at most {settings.embedding_dimensions} for this model", param="dimensions"
@@ -173,16 +183,17 @@ def model_of(fields: Fields, settings: SimulationSettings) -> str:
     return model
 
 
-def _generate(
+def generate(
     fields: Fields,
     settings: SimulationSettings,
     prompt: str,
     last_user: str,
     limit: int | None,
     *,
-    chat: bool,
-    prefix: str,
+    api: Literal["chat", "text", "responses"],
+    prefix: str = "",
 ) -> Generate:
+    """What is asked for behind ``prompt``, with the parameters that all of them know."""
     model = model_of(fields, settings)
     prompt_tokens = count_tokens(prompt) + count_tokens(prefix)
     room = settings.max_model_len - prompt_tokens
@@ -192,27 +203,27 @@ def _generate(
             f" {limit or 1} output tokens and your prompt contains {prompt_tokens} input tokens.",
             param="max_tokens" if limit else "input_tokens",
         )
-    stream = _bool(fields, "stream")
+    stream = as_bool(fields, "stream")
     for name, most in (("temperature", 100.0), ("top_p", 1.0)):
         _number(fields, name, most)
-    choices = _optional_int(fields, "n", least=1)
+    choices = optional_int(fields, "n", least=1)
     if choices is not None and choices > MAX_CHOICES:
         raise RefusedRequest(f"n must be at most {MAX_CHOICES}", param="n")
     return Generate(
-        chat=chat,
+        api=api,
         model=model,
         prompt=prompt,
         last_user=last_user,
         prompt_tokens=prompt_tokens,
         stream=stream,
-        include_usage=_include_usage(fields, stream=stream),
+        include_usage=api != "responses" and _include_usage(fields, stream=stream),
         limit=room if limit is None else limit,
         choices=choices or 1,
         stop=_stop(fields.get("stop")),
-        keep_stop=_bool(fields, "include_stop_str_in_output"),
-        ignore_end=_bool(fields, "ignore_eos"),
-        echo=not chat and _bool(fields, "echo"),
-        seed=_optional_int(fields, "seed") or 0,
+        keep_stop=as_bool(fields, "include_stop_str_in_output"),
+        ignore_end=as_bool(fields, "ignore_eos"),
+        echo=api == "text" and as_bool(fields, "echo"),
+        seed=optional_int(fields, "seed") or 0,
         failure=_failure(fields),
         prefix=prefix,
     )
@@ -291,10 +302,11 @@ def _include_usage(fields: Fields, *, stream: bool) -> bool:
         raise RefusedRequest("stream_options: Input should be a valid dictionary", param="stream_options")
     if not stream:
         raise RefusedRequest("Stream options can only be defined when `stream=True`.", param="stream_options")
-    return _bool(options, "include_usage")
+    return as_bool(options, "include_usage")
 
 
-def _bool(fields: Fields, name: str, *, default: bool = False) -> bool:
+def as_bool(fields: Fields, name: str, *, default: bool = False) -> bool:
+    """A field that is true or false."""
     value = fields.get(name)
     if value is None:
         return default
@@ -303,7 +315,8 @@ def _bool(fields: Fields, name: str, *, default: bool = False) -> bool:
     return value
 
 
-def _optional_int(fields: Fields, name: str, *, least: int | None = None) -> int | None:
+def optional_int(fields: Fields, name: str, *, least: int | None = None) -> int | None:
+    """A field that is a whole number, ``least`` or more."""
     value = fields.get(name)
     if value is None:
         return None

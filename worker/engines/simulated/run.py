@@ -53,7 +53,7 @@ class Work:
     steps: int
     width: int
     finish: str
-    stream: wire.StreamWire | None
+    stream: wire.AnswerWire | None
     plain: Callable[[int], bytes]
     usage: Callable[[int], wire.Usage]
     failure: Failure | None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import orjson
 
-from . import wire
+from . import responses, wire
 from .answers import Choice, answer, embedding, packed_embedding
 from .failures import Failure, FailureKind, drawn_failure
 from .prefix_cache import PrefixCache
@@ -35,6 +35,7 @@ from .schedule import Pace, Slots
 from .settings import SimulationSettings
 from .tokens import count_tokens, encode_tokens
 
+_ANSWER_IDS = {"chat": "chatcmpl-", "text": "cmpl-", "responses": "resp_"}
 REMEMBERED_ORDERS = 4096
 REMEMBERED_ANSWERS = 1024
 REMEMBERED_BODY_BYTES = 8192
@@ -64,6 +65,7 @@ class Simulation:
         self._routes = {
             "/v1/chat/completions": _Route("POST", self._generation(parse_chat)),
             "/v1/completions": _Route("POST", self._generation(parse_completion)),
+            "/v1/responses": _Route("POST", self._generation(responses.parse_responses)),
             "/v1/embeddings": _Route("POST", lambda body: self._embed(parse_embeddings(body, settings))),
             "/v1/models": _Route("GET", lambda _: Reply(200, wire.JSON, wire.model_list(settings, self._created))),
             "/health": _Route("GET", lambda _: Reply(200, wire.JSON, b"")),
@@ -167,11 +169,14 @@ class Simulation:
         content_type = wire.EVENTS if request.stream else wire.JSON
         if failure is not None and (reply := _failed_at_once(failure, content_type)):
             return reply
-        answer_id = f"{'chatcmpl' if request.chat else 'cmpl'}-{self._salt}{self._number:08x}"
+        answer_id = f"{_ANSWER_IDS[request.api]}{self._salt}{self._number:08x}"
         created = int(time.time())
 
         def usage(cached_tokens: int) -> wire.Usage:
-            return wire.Usage(request.prompt_tokens, cached_tokens, sum(len(choice.pieces) for choice in choices))
+            said, thought = (sum(n) for n in zip(*((len(c.pieces), c.thoughts) for c in choices), strict=True))
+            return wire.Usage(request.prompt_tokens, cached_tokens, said, thought)
+
+        write: type[wire.AnswerWire] = responses.ResponseWire if request.api == "responses" else wire.StreamWire
 
         work = Work(
             number=self._number,
@@ -180,8 +185,8 @@ class Simulation:
             steps=max(len(choice.pieces) for choice in choices),
             width=len(choices),
             finish=choices[0].finish,
-            stream=wire.StreamWire(request, choices, answer_id, created) if request.stream else None,
-            plain=lambda cached: wire.plain_body(request, choices, usage(cached), answer_id, created),
+            stream=write(request, choices, answer_id, created) if request.stream else None,
+            plain=lambda cached: write(request, choices, answer_id, created).whole(usage(cached)),
             usage=usage,
             failure=failure,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -31,14 +31,18 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
 
     def fields(self) -> dict[str, Any]:
-        return {
+        fields: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "completion_tokens": self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.reasoning_tokens:
+            fields["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return fields
 
 
 def error_object(message: str, kind: str, status: int, param: str | None = None) -> bytes:
@@ -93,31 +97,33 @@ def embedding_list(
     )
 
 
-def plain_body(request: Generate, choices: Sequence[Choice], usage: Usage, answer_id: str, created: int) -> bytes:
-    """The whole answer as one object."""
-    return orjson.dumps(
-        {
-            "id": answer_id,
-            "object": "chat.completion" if request.chat else "text_completion",
-            "created": created,
-            "model": request.model,
-            "choices": [
-                {
-                    "index": index,
-                    **(_message(choice.text) if request.chat else {"text": choice.text}),
-                    "logprobs": None,
-                    "finish_reason": choice.finish,
-                    "stop_reason": choice.stop,
-                }
-                for index, choice in enumerate(choices)
-            ],
-            "usage": usage.fields(),
-        }
-    )
+class AnswerWire(Protocol):
+    """One answer in the making: :meth:`whole`, or streamed: :meth:`opening`, then :meth:`tokens` in order, then
+    :meth:`closing`. ``steps`` is how many engine steps it takes."""
+
+    steps: int
+
+    def __init__(self, request: Generate, choices: Sequence[Choice], answer_id: str, created: int) -> None: ...
+
+    def whole(self, usage: Usage) -> bytes:
+        """The whole answer as one object."""
+        ...
+
+    def opening(self) -> bytes:
+        """What comes with the first token."""
+        ...
+
+    def tokens(self, start: int, end: int) -> bytes:
+        """What engine steps ``start`` to ``end`` give."""
+        ...
+
+    def closing(self, usage: Usage) -> bytes:
+        """The end of the stream."""
+        ...
 
 
 class StreamWire:
-    """One streamed answer in the making: :meth:`opening`, then :meth:`tokens` in order, then :meth:`closing`."""
+    """A chat or text completion."""
 
     def __init__(self, request: Generate, choices: Sequence[Choice], answer_id: str, created: int) -> None:
         self._request = request
@@ -132,7 +138,32 @@ class StreamWire:
         before, after = (b'"delta":{"content":"', b'"}') if request.chat else (b'"text":"', b'"')
         self._tail = after + b',"logprobs":null,"finish_reason":null}]}\n\n'
         self._heads = [self._head + b'{"index":%d,%b' % (index, before) for index in range(len(choices))]
+        self._answer_id, self._created = answer_id, created
+        self._plain = not any(choice.call or choice.thoughts for choice in choices)
         self.steps = max(len(choice.pieces) for choice in choices)
+
+    def whole(self, usage: Usage) -> bytes:
+        """The whole answer as one object."""
+        chat = self._request.chat
+        return orjson.dumps(
+            {
+                "id": self._answer_id,
+                "object": "chat.completion" if chat else "text_completion",
+                "created": self._created,
+                "model": self._request.model,
+                "choices": [
+                    {
+                        "index": index,
+                        **({"message": _message(choice, self._answer_id)} if chat else {"text": choice.text}),
+                        "logprobs": None,
+                        "finish_reason": choice.finish,
+                        "stop_reason": choice.stop,
+                    }
+                    for index, choice in enumerate(self._choices)
+                ],
+                "usage": usage.fields(),
+            }
+        )
 
     def opening(self) -> bytes:
         """What comes with the first token: the role, for a chat."""
@@ -143,6 +174,13 @@ class StreamWire:
 
     def tokens(self, start: int, end: int) -> bytes:
         """The chunks of engine steps ``start`` to ``end``: in each, every choice that goes on gets one token."""
+        if not self._plain:
+            return b"".join(
+                self._special(index, choice, step)
+                for step in range(start, end)
+                for index, choice in enumerate(self._choices)
+                if step < len(choice.pieces)
+            )
         if len(self._choices) == 1:
             pieces = [_escaped(piece) for piece in self._choices[0].pieces[start:end]]
             if not pieces:
@@ -155,6 +193,19 @@ class StreamWire:
             for head, choice in zip(self._heads, self._choices, strict=True)
             if step < len(choice.pieces)
         )
+
+    def _special(self, index: int, choice: Choice, step: int) -> bytes:
+        """A chunk of a thought, or of a call of a function."""
+        piece = choice.pieces[step]
+        delta: dict[str, Any] = {"content": piece}
+        if choice.call:
+            begun: dict[str, Any] = {} if step else _called(choice, self._answer_id)
+            function = ({} if step else {"name": choice.call}) | {"arguments": piece}
+            delta = {"tool_calls": [{"index": 0, **begun, "function": function}]}
+        elif step < choice.thoughts:
+            delta = {"reasoning": piece}
+        said = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._head + orjson.dumps(said) + b"]}\n\n"
 
     def closing(self, usage: Usage) -> bytes:
         """Why each choice ended, the usage chunk if it was asked for, and the end of the stream."""
@@ -188,8 +239,16 @@ def metrics_text(samples: Mapping[str, float], model: str) -> bytes:
     return "\n".join((*lines, "")).encode()
 
 
-def _message(text: str) -> dict[str, Any]:
-    return {"message": {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}}
+def _message(choice: Choice, answer_id: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None, "tool_calls": []}
+    if choice.call:
+        function = {"name": choice.call, "arguments": choice.text}
+        return message | {"content": None, "tool_calls": [_called(choice, answer_id) | {"function": function}]}
+    return message | {"reasoning": choice.thought} if choice.thoughts else message
+
+
+def _called(choice: Choice, answer_id: str) -> dict[str, Any]:
+    return {"id": f"call-{choice.call}-{answer_id}", "type": "function"}
 
 
 def _escaped(piece: str) -> bytes:

@@ -1,0 +1,22 @@
+"""Responses of the Responses API, built from chat completions.
+
+``request`` and ``messages`` say a request as a chat completion; ``events`` and ``objects`` turn what is kept of that
+chat into the response and its numbered events; ``fields`` reads and refuses.
+"""
+
+from .events import ResponseEvents, as_server_sent
+from .fields import Json
+from .objects import Asked, listed_input, response_object
+from .request import Chat, as_chat, check_metadata
+
+__all__ = [
+    "Asked",
+    "Chat",
+    "Json",
+    "ResponseEvents",
+    "as_chat",
+    "as_server_sent",
+    "check_metadata",
+    "listed_input",
+    "response_object",
+]
