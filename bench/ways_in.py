@@ -31,6 +31,7 @@ from broker import BrokerSettings
 from queue_schemas import RAY_NAMESPACE
 from router.ray_serve import Scale, WayIn, application
 from router.settings import RouterSettings
+from storage import StorageSettings
 from telemetry import TelemetrySettings
 
 from .processes import free_port, new_folder, until_answers
@@ -73,7 +74,14 @@ def _serve_one(way: str, port: int, redis_url: str) -> None:
     broker = BrokerSettings.load(redis_url=redis_url)
     reporting = TelemetrySettings.load(log_level="warning")
     serve.run(
-        application(settings, broker, reporting, way_in=way_in, scale=Scale(min_replicas=1, max_replicas=1)),
+        application(
+            settings,
+            broker,
+            StorageSettings.load(),
+            reporting,
+            way_in=way_in,
+            scale=Scale(min_replicas=1, max_replicas=1),
+        ),
         name="bench",
         route_prefix="/",
     )

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from broker import Broker, BrokerSettings
 from broker.link import open_link
 from queue_schemas import BrokerUnsuitable, CannotStart, MethodNotAllowed, PathNotFound
+from storage import ObjectStore, StorageSettings
 from telemetry.asgi import request_id_from
 from telemetry.server import refuse_unguarded
 
@@ -26,6 +27,7 @@ from .ports import ManagerPort, OpenQueue
 from .ray_manager import SCHEME, RayManager
 from .settings import RouterSettings
 from .state import RouterState
+from .store import Store
 
 _LOOK_S = 0.05
 """How often a Router that leaves looks whether the answers are complete that did not say so."""
@@ -130,6 +132,7 @@ def _closing(send: Send) -> Send:
 def build_router(
     settings: RouterSettings,
     broker_settings: BrokerSettings | None = None,
+    storage_settings: StorageSettings | None = None,
     *,
     open_queue: OpenQueue | None = None,
     manager: ManagerPort | None = None,
@@ -144,7 +147,9 @@ def build_router(
         manager = open_manager(settings.manager_url, token, settings.manager_timeout_ms)
     if open_queue is None:
         open_queue = _queue_opener(settings, broker_settings or BrokerSettings.load(), manager)
-    state = RouterState(settings, open_queue, manager)
+    objects = ObjectStore.open(storage_settings or StorageSettings.load())
+    store = Store(objects, threads=settings.store_threads, limit_s=settings.store_limit_ms / 1000)
+    state = RouterState(settings, open_queue, manager, store)
     refuse_unguarded(
         settings.host,
         guarded=state.keys.required,

@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve.config import AutoscalingContext
 
 from broker import BrokerSettings
+from storage import StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
 from telemetry.ray_metrics import mirror_metrics
 from telemetry.server import run_server
@@ -63,9 +64,13 @@ class ServingReplica:
     """A replica that listens itself."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: RouterSettings, broker: BrokerSettings, telemetry: TelemetrySettings
+        self,
+        settings: RouterSettings,
+        broker: BrokerSettings,
+        storage: StorageSettings,
+        telemetry: TelemetrySettings,
     ) -> None:
-        self._app = _make_app(settings, broker, telemetry)
+        self._app = _make_app(settings, broker, storage, telemetry)
         self._settings = settings
         self._leave = asyncio.Event()
         listening = asyncio.Event()
@@ -155,18 +160,21 @@ class ReplicaApp(RouterApp):
                 mirror.cancel()
 
 
-def _make_app(settings: RouterSettings, broker: BrokerSettings, telemetry: TelemetrySettings) -> ReplicaApp:
+def _make_app(
+    settings: RouterSettings, broker: BrokerSettings, storage: StorageSettings, telemetry: TelemetrySettings
+) -> ReplicaApp:
     """The ASGI app of a replica."""
     configure_logging("router", telemetry.log_level, "json")
     configure_tracing("router", telemetry.otlp_endpoint)
     replica = serve.get_replica_context().replica_id.unique_id
     named = settings.model_copy(update={"router_id": f"{settings.router_id}-{replica}"})
-    return ReplicaApp(build_router(named, broker).state)
+    return ReplicaApp(build_router(named, broker, storage).state)
 
 
 def application(
     settings: RouterSettings,
     broker: BrokerSettings,
+    storage: StorageSettings,
     telemetry: TelemetrySettings,
     *,
     way_in: WayIn = "replica",
@@ -176,7 +184,7 @@ def application(
     scale = scale or Scale()
 
     def make_app() -> ReplicaApp:
-        return _make_app(settings, broker, telemetry)
+        return _make_app(settings, broker, storage, telemetry)
 
     own = way_in == "replica"
     replica: Any = ServingReplica if own else serve.ingress(make_app)(ProxiedReplica)
@@ -203,7 +211,7 @@ def application(
         ray_actor_options={"num_cpus": scale.cpus},
         autoscaling_config=autoscaling,
     )(replica)
-    return made.bind(settings, broker, telemetry) if own else made.bind()
+    return made.bind(settings, broker, storage, telemetry) if own else made.bind()
 
 
 def replicas_for(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from broker import BrokerSettings
+from storage import StorageSettings
 from telemetry import (
     TelemetrySettings,
     configure_logging,
@@ -25,17 +26,22 @@ log = get_logger("router.service")
 
 
 async def serve(
-    settings: RouterSettings, broker_settings: BrokerSettings | None = None, *, stop: asyncio.Event | None = None
+    settings: RouterSettings,
+    broker_settings: BrokerSettings | None = None,
+    storage_settings: StorageSettings | None = None,
+    *,
+    stop: asyncio.Event | None = None,
 ) -> None:
     """Run a Router until ``stop`` is set, or without it until SIGTERM or SIGINT; then end it in good order.
 
-    Raises ``CannotStart`` if the settings cannot work or the port is taken. Redis and the Manager need not be there.
+    Raises ``CannotStart`` if the settings cannot work or the port is taken. Redis, the Manager
+    and the file store need not be there.
     """
     if stop is None:
         with stop_on_signals() as signalled:
-            await serve(settings, broker_settings, stop=signalled)
+            await serve(settings, broker_settings, storage_settings, stop=signalled)
         return
-    app = build_router(settings, broker_settings)
+    app = build_router(settings, broker_settings, storage_settings)
     listener = bind_socket(settings.host, settings.port, setting="--port")
     host, port = listener.getsockname()[:2]
     drained = asyncio.Event()
@@ -55,15 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read flags, environment and ``inferq.toml``, run a Router, answer the exit code."""
 
     async def run() -> None:
-        tables = (RouterSettings, BrokerSettings, TelemetrySettings)
-        own, queue, reporting = parse_settings(
+        tables = (RouterSettings, BrokerSettings, StorageSettings, TelemetrySettings)
+        own, queue, storage, reporting = parse_settings(
             "inferq router", "The Router: an OpenAI-compatible endpoint.", argv, *tables
         )
         telemetry = cast(TelemetrySettings, reporting)
         configure_logging("router", telemetry.log_level, telemetry.log_format)
         configure_tracing("router", telemetry.otlp_endpoint)
         try:
-            await serve(cast(RouterSettings, own), cast(BrokerSettings, queue))
+            await serve(cast(RouterSettings, own), cast(BrokerSettings, queue), cast(StorageSettings, storage))
         finally:
             shutdown_tracing()
 

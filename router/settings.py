@@ -95,6 +95,10 @@ class RouterSettings(RoleSettings):
         0, ge=0, description="How long, at the end, it serves on while /readyz says no, for load balancers to notice"
     )
     shutdown_limit_ms: int = Field(30_000, ge=0, description="How long running requests may take to finish at the end")
+    store_threads: int = Field(16, ge=1, le=256, description="How many calls to the file store run at once")
+    store_limit_ms: int = Field(
+        20_000, ge=50, description="Limit on one call to the file store; a file is written and read in many"
+    )
     durability: Durability = Field(
         "memory",
         description="When work that nobody waits for (stored, background and batch requests) is taken in: once Redis "

@@ -16,9 +16,11 @@ from .ports import ManagerPort, OpenQueue
 from .queue_link import QueueLink
 from .requests import OpenRequest, OpenRequests
 from .settings import RouterSettings
+from .store import Store
 
 LAST_WORDS_S = 2.0
-"""How long, at the end, the last errors may take to be sent and the last cancels to reach the queue."""
+"""How long, at the end, the last errors may take to be sent, the last cancels to reach the queue and the last files
+the store."""
 RETRY_AFTER_SHUTDOWN_S = 2
 
 log = get_logger(__name__)
@@ -27,9 +29,12 @@ log = get_logger(__name__)
 class RouterState:
     """One Router. ``running`` runs what works in the background; ``drain`` ends the open requests."""
 
-    def __init__(self, settings: RouterSettings, open_queue: OpenQueue, manager: ManagerPort | None) -> None:
+    def __init__(
+        self, settings: RouterSettings, open_queue: OpenQueue, manager: ManagerPort | None, store: Store
+    ) -> None:
         self.settings = settings
         self.manager = manager
+        self.store = store
         self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
         self.metrics = RouterMetrics()
         self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked)
@@ -65,6 +70,7 @@ class RouterState:
             finally:
                 for task in running:
                     task.cancel()
+        await self.store.close(LAST_WORDS_S)
         if self.manager is not None:
             await self.manager.close()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from telemetry import RoleSettings
 
@@ -13,6 +14,7 @@ class StorageSettings(RoleSettings):
     """Table ``[storage]``, environment ``INFERQ_STORAGE_*``: the same for every Router and batcher."""
 
     table: ClassVar[str] = "storage"
+    prefixed: ClassVar[bool] = True
 
     url: str = Field(
         ".inferq/store",
@@ -20,3 +22,9 @@ class StorageSettings(RoleSettings):
         description="Folder, or URL of a bucket (s3://bucket/prefix, with inferq[s3]), that every Router and batcher "
         "reaches",
     )
+
+    @field_validator("url")
+    @classmethod
+    def _from_the_root(cls, value: str) -> str:
+        """A folder is that of who reads the setting, wherever the process that uses it runs."""
+        return value if "://" in value else str(Path(value).expanduser().absolute())

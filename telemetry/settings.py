@@ -44,6 +44,8 @@ class RoleSettings(BaseSettings):
     table: ClassVar[str]
     repeatable: ClassVar[Mapping[str, str]] = {}
     """Lists that have a flag of another name, given once for each entry: field -> flag."""
+    prefixed: ClassVar[bool] = False
+    """Whether its flags begin with the table's name: ``--storage-url``."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -59,6 +61,12 @@ class RoleSettings(BaseSettings):
     def variable(cls, field: str) -> str:
         """The environment variable of ``field``."""
         return f"INFERQ_{field.upper()}" if field in SHARED else f"INFERQ_{cls.table.upper()}_{field.upper()}"
+
+    @classmethod
+    def flag(cls, field: str) -> str:
+        """The command-line flag of ``field``."""
+        name = cls.repeatable.get(field) or (f"{cls.table}-{field}" if cls.prefixed else field)
+        return f"--{name.replace('_', '-')}"
 
     @classmethod
     def settings_customise_sources(

@@ -15,6 +15,7 @@ from inferq import __version__
 from manager.settings import ManagerSettings
 from queue_schemas import RAY_MANAGER
 from router.settings import RouterSettings
+from storage import StorageSettings
 from telemetry import RoleSettings, TelemetrySettings
 
 from .settings import RaySettings
@@ -37,6 +38,7 @@ class RayPlan:
     router: RouterSettings
     manager: ManagerSettings
     broker: BrokerSettings
+    storage: StorageSettings
     telemetry: TelemetrySettings
 
     @classmethod
@@ -46,7 +48,12 @@ class RayPlan:
         if "lame_duck_ms" not in router.model_fields_set:
             router = router.model_copy(update={"lame_duck_ms": ray.lame_duck_ms})
         return cls(
-            ray, router, ManagerSettings.load(), BrokerSettings.load(redis_url=redis_url), TelemetrySettings.load()
+            ray,
+            router,
+            ManagerSettings.load(),
+            BrokerSettings.load(redis_url=redis_url),
+            StorageSettings.load(),
+            TelemetrySettings.load(),
         )
 
     @property
@@ -58,7 +65,7 @@ class RayPlan:
     def app_digest(self) -> str:
         """Changes with whatever makes another application."""
         fleet = {name: value for name, value in self.ray.model_dump().items() if name in _OF_THE_FLEET}
-        return digest_of(self.router, self.broker, self.telemetry, more=fleet)
+        return digest_of(self.router, self.broker, self.storage, self.telemetry, more=fleet)
 
     @property
     def url(self) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
+from storage import StorageSettings
 from worker.settings import WorkerSettings
 
 EngineChoice = Literal["vllm", "url", "sim"]
@@ -108,7 +109,7 @@ def plan_stack(options: StackOptions, free_port: Callable[[], int]) -> StackPlan
         raise CannotStart(f"--workers {options.workers}: up to {MAX_WORKERS} run under one `inferq up`")
     data_dir = options.data_dir.expanduser().absolute()
     manager = _manager(options, data_dir, free_port)
-    router = _router(options, manager, free_port)
+    router = _router(options, data_dir, manager, free_port)
     workers = tuple(_workers(options, data_dir, manager, router, free_port))
     plan = StackPlan(manager, router, workers, data_dir)
     _refuse_shared_ports(plan)
@@ -130,19 +131,25 @@ def _manager(options: StackOptions, data_dir: Path, free_port: Callable[[], int]
     )
 
 
-def _router(options: StackOptions, manager: RoleSpec, free_port: Callable[[], int]) -> RoleSpec:
+def _router(options: StackOptions, data_dir: Path, manager: RoleSpec, free_port: Callable[[], int]) -> RoleSpec:
     settings = RouterSettings.load(port=options.router_port)
     port = settings.port or free_port()
     return RoleSpec(
         name="router",
         module="router.service",
-        flags=("--port", str(port), "--manager-url", manager.url),
+        flags=("--port", str(port), "--manager-url", manager.url, *store_flags(data_dir)),
         host=settings.host,
         port=port,
         port_flag="--router-port",
         ready_limit_s=READY_LIMIT_S,
         stop_limit_s=settings.shutdown_limit_ms / 1000 + _MARGIN_S,
     )
+
+
+def store_flags(data_dir: Path) -> tuple[str, ...]:
+    """Where files and batches lie, for every role that asks: in the data folder, unless settings say otherwise."""
+    settings = StorageSettings.load()
+    return () if "url" in settings.model_fields_set else ("--storage-url", str(data_dir / "store"))
 
 
 def _workers(

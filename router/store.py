@@ -1,0 +1,131 @@
+"""The file store as a Router's loop may use it: its calls block, so they run in threads of their own.
+
+A store that hangs takes these threads and nothing else: inference goes on, and whoever wants a file is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from queue_schemas import InferqError, StoreUnavailable
+from storage import Batches, Files, ObjectStore
+from telemetry import get_logger
+
+WAITING_PER_THREAD = 16
+"""How many calls may wait for each thread; beyond it they are refused."""
+RETRY_AFTER_S = 5
+_Answer = TypeVar("_Answer")
+
+log = get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Call(Generic[_Answer]):
+    work: Callable[[], _Answer]
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[_Answer] | None
+    """None: nobody waits."""
+    undo: Callable[[], object] | None = None
+
+
+class Store:
+    """``await store.run(lambda: store.files.get(...))``. For one event loop."""
+
+    def __init__(self, objects: ObjectStore, *, threads: int = 16, limit_s: float = 20.0) -> None:
+        self.objects = objects
+        self.files = Files(objects)
+        self.batches = Batches(objects)
+        self._limit_s = limit_s
+        self._most_threads = threads
+        self._most_open = threads * WAITING_PER_THREAD
+        self._threads = 0
+        self._calls: queue.SimpleQueue[_Call[Any] | None] = queue.SimpleQueue()
+        self._idle = asyncio.Event()
+        self.open = 0
+        """Calls that have not ended, those that nobody waits for any more included."""
+
+    async def run(
+        self,
+        work: Callable[[], _Answer],
+        *,
+        limit_s: float | None = None,
+        undo: Callable[[], object] | None = None,
+    ) -> _Answer:
+        """What ``work`` answers or raises, done in a thread.
+
+        Raises ``StoreUnavailable`` when it takes longer than the limit, or when too many calls wait already. A call
+        cannot be broken off: if whoever waits gives up, ``undo`` is run (in a thread) once it has ended.
+        """
+        if self.open >= self._most_open:
+            raise StoreUnavailable(
+                "the file store has more to do than it gets done; try again shortly", retry_after_s=RETRY_AFTER_S
+            )
+        limit_s = self._limit_s if limit_s is None else limit_s
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[_Answer] = loop.create_future()
+        self._hand_over(_Call(work, loop, answer, undo))
+        try:
+            async with asyncio.timeout(limit_s):
+                return await answer
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the file store did not answer within {limit_s:g} s; try again", retry_after_s=RETRY_AFTER_S
+            ) from None
+
+    def later(self, work: Callable[[], object]) -> None:
+        """Do ``work`` in a thread; nobody waits for it. For clearing up, which may fail: then it is logged."""
+        self._hand_over(_Call(work, asyncio.get_running_loop(), None))
+
+    async def close(self, limit_s: float) -> None:
+        """Let what is under way come to its end, for ``limit_s`` at most."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while self.open:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            log.warning("store_calls_left", calls=self.open)
+        for _ in range(self._threads):
+            self._calls.put(None)
+        self._threads = 0
+
+    def _hand_over(self, call: _Call[Any]) -> None:
+        self.open += 1
+        self._calls.put(call)
+        if self._threads < min(self.open, self._most_threads):
+            self._threads += 1
+            # A daemon: a store that hangs must not keep the process from ending.
+            threading.Thread(target=self._work, name="file store", daemon=True).start()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            answer, error = None, None
+            if call.answer is None or not call.answer.done():
+                try:
+                    answer = call.work()
+                except BaseException as caught:  # noqa: BLE001 - raised where it is waited for
+                    error = caught
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                call.loop.call_soon_threadsafe(self._ended, call, answer, error)
+
+    def _ended(self, call: _Call[Any], answer: object, error: BaseException | None) -> None:
+        self.open -= 1
+        if not self.open:
+            self._idle.set()
+        if call.answer is not None and not call.answer.done():
+            if error is None:
+                call.answer.set_result(answer)
+            else:
+                call.answer.set_exception(error)
+            return
+        if error is not None:
+            reason = error.message if isinstance(error, InferqError) else repr(error)
+            log.warning("store_call_failed", error=reason, then="nobody waited for it")
+        if call.undo is not None:
+            self.later(call.undo)

@@ -1,0 +1,94 @@
+"""The file store's calls in threads: bounded, limited, and undone when nobody waits any more."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from queue_schemas import CannotStart, StoreUnavailable
+from router import RouterSettings, build_router
+from router.store import WAITING_PER_THREAD, Store
+from storage import ObjectStore, StorageSettings
+from tests.support.waiting import eventually
+
+
+@pytest.fixture
+def hang() -> Iterator[threading.Event]:
+    """What calls that hang wait for."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def make_store(threads: int = 2, limit_s: float = 5.0) -> Store:
+    return Store(ObjectStore.open(StorageSettings(url="memory://unused")), threads=threads, limit_s=limit_s)
+
+
+async def test_a_call_is_done_in_a_thread_and_its_error_comes_back() -> None:
+    """What a call answers or raises, its caller gets; the loop does not run it."""
+    store = make_store()
+    assert await store.run(threading.current_thread) is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        await store.run(lambda: 1 // 0)
+    await store.close(1)
+
+
+async def test_a_store_that_hangs_is_said_and_does_not_spread(hang: threading.Event) -> None:
+    """A call past its limit is refused with 503, those that wait behind it too, and beyond the bound at once."""
+    store = make_store(threads=1, limit_s=0.05)
+    with pytest.raises(StoreUnavailable, match="did not answer within"):
+        await store.run(hang.wait)
+    waiting = [asyncio.ensure_future(store.run(hang.wait)) for _ in range(WAITING_PER_THREAD - 1)]
+    await asyncio.sleep(0)
+    with pytest.raises(StoreUnavailable, match="more to do"):
+        await store.run(hang.wait)
+    assert all(isinstance(end, StoreUnavailable) for end in await asyncio.gather(*waiting, return_exceptions=True))
+    hang.set()
+    await eventually(lambda: store.open == 0, "the calls end")
+    assert await store.run(lambda: 1) == 1
+    await store.close(1)
+
+
+async def test_what_nobody_waits_for_is_undone(hang: threading.Event) -> None:
+    """A call that ends after its caller gave up, by its limit or cancelled, is undone afterwards, not meanwhile."""
+    store = make_store(limit_s=0.05)
+    done: list[str] = []
+
+    def write() -> None:
+        hang.wait()
+        done.append("write")
+
+    with pytest.raises(StoreUnavailable):
+        await store.run(write, undo=lambda: done.append("undo"))
+    cancelled = asyncio.ensure_future(store.run(write, limit_s=60, undo=lambda: done.append("undo")))
+    await eventually(lambda: store.open == 2, "both are under way")
+    cancelled.cancel()
+    assert done == []
+    hang.set()
+    await eventually(lambda: len(done) == 4, "both are undone")
+    assert done[0] == "write"
+    await store.close(1)
+
+
+async def test_the_end_waits_for_what_is_under_way_within_its_limit(hang: threading.Event) -> None:
+    """Closing lets a clean-up finish; a store that hangs does not keep the Router."""
+    store = make_store()
+    done: list[int] = []
+    store.later(lambda: done.append(1))
+    store.later(lambda: 1 // 0)
+    await store.close(5)
+    assert done == [1]
+    store.later(hang.wait)
+    await store.close(0.05)
+
+
+def test_a_url_that_no_store_has_keeps_the_router_from_starting() -> None:
+    """A wrong setting is one sentence at the start; a store that is only away is not (see /v1/files)."""
+
+    async def open_queue() -> None: ...
+
+    with pytest.raises(CannotStart, match="give a folder"):
+        build_router(RouterSettings(), None, StorageSettings(url="gopher://x/y"), open_queue=open_queue)  # type: ignore[arg-type]
