@@ -268,7 +268,8 @@ def workers(
 @app.command()
 def config(
     table: Annotated[
-        list[str] | None, typer.Argument(help="router, manager, worker, batches, ray, broker, storage, telemetry.")
+        list[str] | None,
+        typer.Argument(help="router, manager, worker, batches, ray, broker, storage, webhooks, telemetry."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The file store: uploads, batches and what became of them, as they lie in a folder or an object store.
+"""The file store: uploads, batches, webhooks and what became of them, as they lie in a folder or an object store.
 
 What is here survives everything that Redis may lose. An object is written once, or by one writer only: stores of
 objects can neither append nor compare and swap.
@@ -7,30 +7,55 @@ objects can neither append nor compare and swap.
 from __future__ import annotations
 
 from .batches import BATCH_ENDED, Batch, BatchError, Batches, BatchProgress, BatchRequest, BatchStatus, OutputExpiry
+from .deliveries import Attempt, Deliveries, Delivery, DeliveryKey, DeliveryState, Outcome
 from .files import FileRecord, Files, Part, Upload
-from .names import folder_of, new_batch_id, new_file_id, tenant_of
+from .names import folder_of, new_batch_id, new_endpoint_id, new_file_id, tenant_of
 from .objects import ObjectMissing, ObjectStore, Writer
 from .settings import StorageSettings
+from .webhook_events import ALL_EVENTS, EVENT_TYPES, WebhookEvent
+from .webhook_settings import WebhookSettings
+from .webhook_urls import Address, Target, UrlRules, check_url
+from .webhooks import Disabled, Endpoint, EndpointRecord, Secrets, Webhooks
 
 __all__ = [
+    "ALL_EVENTS",
     "BATCH_ENDED",
+    "EVENT_TYPES",
+    "Address",
+    "Attempt",
     "Batch",
     "BatchError",
     "BatchProgress",
     "BatchRequest",
     "BatchStatus",
     "Batches",
+    "Deliveries",
+    "Delivery",
+    "DeliveryKey",
+    "DeliveryState",
+    "Disabled",
+    "Endpoint",
+    "EndpointRecord",
     "FileRecord",
     "Files",
     "ObjectMissing",
     "ObjectStore",
+    "Outcome",
     "OutputExpiry",
     "Part",
+    "Secrets",
     "StorageSettings",
+    "Target",
     "Upload",
+    "UrlRules",
+    "WebhookEvent",
+    "WebhookSettings",
+    "Webhooks",
     "Writer",
+    "check_url",
     "folder_of",
     "new_batch_id",
+    "new_endpoint_id",
     "new_file_id",
     "tenant_of",
 ]

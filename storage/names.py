@@ -1,4 +1,4 @@
-"""Ids of files and batches, and where a tenant's lie.
+"""Ids of files, batches, webhooks and events, and where a tenant's lie.
 
 An id is its kind, the time in milliseconds (48 bits) and 80 random bits, in hexadecimal: they sort by age, and nobody
 guesses one.
@@ -14,6 +14,8 @@ from queue_schemas.ids import decode_name, encode_name
 
 FILE = "file-"
 BATCH = "batch_"
+ENDPOINT = "we_"
+EVENT = "evt_"
 _ID = re.compile(r"(?:file-|batch_|evt_|we_)[0-9a-f]{32}")
 _FOLDER = "t-"
 
@@ -24,6 +26,10 @@ def new_file_id(now_ms: int) -> str:
 
 def new_batch_id(now_ms: int) -> str:
     return new_id(BATCH, now_ms)
+
+
+def new_endpoint_id(now_ms: int) -> str:
+    return new_id(ENDPOINT, now_ms)
 
 
 def new_id(kind: str, now_ms: int) -> str:
@@ -44,3 +50,8 @@ def folder_of(tenant: Tenant) -> str:
 def tenant_of(folder: str) -> Tenant:
     """The inverse of :func:`folder_of`."""
     return Tenant(decode_name(folder.removeprefix(_FOLDER)))
+
+
+def is_tenants(name: str) -> bool:
+    """Whether that name at the root of the store is a tenant's folder."""
+    return name.startswith(_FOLDER)

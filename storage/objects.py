@@ -61,16 +61,16 @@ class ObjectStore:
             ) from error
         return cls(filesystem, root)
 
-    def put(self, name: str, data: bytes) -> None:
-        """Write a small object, in place of any of that name."""
-        with self.writer(name) as writer:
+    def put(self, name: str, data: bytes, *, private: bool = False) -> None:
+        """Write a small object, in place of any of that name. ``private``: in a folder, only its owner may read it."""
+        with self.writer(name, private=private) as writer:
             writer.write(data)
 
     @contextmanager
-    def writer(self, name: str) -> Iterator[Writer]:
+    def writer(self, name: str, *, private: bool = False) -> Iterator[Writer]:
         """Write an object piece by piece. It is there once the block is left; left by an error, nothing is."""
         if self._folder is not None:
-            with _errors(), _local_writer(self._folder, self._folder / name) as file:
+            with _errors(), _local_writer(self._folder, self._folder / name, private) as file:
                 yield file
             return
         with _errors():
@@ -140,11 +140,13 @@ class ObjectStore:
 
 
 @contextmanager
-def _local_writer(root: Path, target: Path) -> Iterator[BinaryIO]:
+def _local_writer(root: Path, target: Path, private: bool) -> Iterator[BinaryIO]:
     scratch = root / _SCRATCH / secrets.token_hex(12)
     scratch.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with scratch.open("wb") as file:
+        with os.fdopen(
+            os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb"
+        ) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

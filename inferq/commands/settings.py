@@ -14,7 +14,7 @@ from inferq.on_ray import RaySettings
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
-from storage import StorageSettings
+from storage import StorageSettings, WebhookSettings
 from telemetry import RoleSettings, SettingFact, TelemetrySettings, explain_settings
 from worker.settings import WorkerSettings
 
@@ -28,6 +28,7 @@ TABLES: dict[str, type[RoleSettings]] = {
         RaySettings,
         BrokerSettings,
         StorageSettings,
+        WebhookSettings,
         TelemetrySettings,
     )
 }

@@ -1,0 +1,157 @@
+"""Webhook endpoints as they lie in the store: where to send, what for, and the secrets to sign with.
+
+Each object has one writer. The Router writes ``endpoint`` and ``secrets``, the notifier ``disabled``::
+
+    <tenant>/webhooks/<id>/endpoint   EndpointRecord as JSON; written last, so an endpoint is there whole or not at all
+    <tenant>/webhooks/<id>/secrets    Secrets as JSON, for the eyes of the files' owner only
+    <tenant>/webhooks/<id>/disabled   Disabled as JSON, once it was; it counts until the Router enables it later
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from queue_schemas import Tenant
+
+from .names import ENDPOINT, folder_of, is_id, is_tenants, tenant_of
+from .objects import ObjectStore
+from .webhook_events import ALL_EVENTS
+
+SECRET_BYTES = 32
+_PREFIX = "whsec_"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class EndpointRecord(_Record):
+    """Where to send which events. ``events`` may be ``*`` alone. ``*_at`` are Unix seconds; ``enabled_at_ms`` is when
+    it was last made or enabled."""
+
+    id: str
+    tenant: str
+    url: str
+    events: tuple[str, ...]
+    name: str = ""
+    created_at: int
+    updated_at: int
+    enabled_at_ms: int
+
+
+class Secrets(_Record):
+    """What is signed with. The one before it signs too until ``previous_until_ms``."""
+
+    current: str = Field(repr=False)
+    previous: str = Field(default="", repr=False)
+    previous_until_ms: int = 0
+
+    @classmethod
+    def fresh(cls) -> Self:
+        return cls(current=_PREFIX + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode())
+
+    def rotated(self, until_ms: int) -> Self:
+        """A fresh secret, beside which this one is good until then."""
+        return self.fresh().model_copy(update={"previous": self.current, "previous_until_ms": until_ms})
+
+    def in_force(self, now_ms: int) -> list[bytes]:
+        """The keys to sign with, the current one first."""
+        old = [self.previous] if self.previous and now_ms < self.previous_until_ms else []
+        return [base64.b64decode(secret.removeprefix(_PREFIX)) for secret in (self.current, *old)]
+
+    @property
+    def hint(self) -> str:
+        """What may be shown of the current secret, to tell it from others."""
+        return f"{_PREFIX}...{self.current[-4:]}"
+
+
+class Disabled(_Record):
+    """Nothing more is sent, and why."""
+
+    reason: str
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An endpoint as it stands. ``disabled`` is None while it gets events."""
+
+    record: EndpointRecord
+    disabled: Disabled | None
+
+    def wants(self, event_type: str) -> bool:
+        """Whether events of that type are for it."""
+        return self.disabled is None and (event_type in self.record.events or ALL_EVENTS in self.record.events)
+
+
+class Webhooks:
+    """The endpoints of all tenants. Errors as in :class:`ObjectStore`. Nothing here looks at a clock."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def create(self, record: EndpointRecord, keys: Secrets) -> None:
+        """It gets events from now on."""
+        self.rotate(Tenant(record.tenant), record.id, keys)
+        self.update(record)
+
+    def update(self, record: EndpointRecord) -> None:
+        """Write it anew. Of several at once the last counts."""
+        self._store.put(self.name(Tenant(record.tenant), record.id, "endpoint"), record.model_dump_json().encode())
+
+    def rotate(self, tenant: Tenant, endpoint_id: str, keys: Secrets) -> None:
+        """Sign with those from now on."""
+        self._store.put(self.name(tenant, endpoint_id, "secrets"), keys.model_dump_json().encode(), private=True)
+
+    def disable(self, tenant: Tenant, endpoint_id: str, disabled: Disabled) -> None:
+        """Send nothing more. For the notifier alone."""
+        self._store.put(self.name(tenant, endpoint_id, "disabled"), disabled.model_dump_json().encode())
+
+    def get(self, tenant: Tenant, endpoint_id: str) -> Endpoint | None:
+        """The endpoint; None if the tenant has none of that id."""
+        if not is_id(endpoint_id, ENDPOINT):
+            return None
+        found = self._store.get(self.name(tenant, endpoint_id, "endpoint"))
+        if found is None:
+            return None
+        record = EndpointRecord.model_validate_json(found)
+        mark = self._store.get(self.name(tenant, endpoint_id, "disabled"))
+        disabled = Disabled.model_validate_json(mark) if mark is not None else None
+        return Endpoint(record, None if disabled is None or disabled.at_ms < record.enabled_at_ms else disabled)
+
+    def secrets(self, tenant: Tenant, endpoint_id: str) -> Secrets | None:
+        """What is signed with; None for an endpoint that is not there."""
+        found = self._store.get(self.name(tenant, endpoint_id, "secrets")) if is_id(endpoint_id, ENDPOINT) else None
+        return None if found is None else Secrets.model_validate_json(found)
+
+    def of(self, tenant: Tenant) -> list[Endpoint]:
+        """All endpoints of a tenant, oldest first: they are few."""
+        found = (self.get(tenant, endpoint_id) for endpoint_id in self.ids(tenant))
+        return [endpoint for endpoint in found if endpoint is not None]
+
+    def ids(self, tenant: Tenant) -> list[str]:
+        """Ids of a tenant's endpoints, oldest first; one may be gone, or not be there yet."""
+        return [name for name in self._store.names(f"{folder_of(tenant)}/webhooks") if is_id(name, ENDPOINT)]
+
+    def everyone(self) -> Iterator[tuple[Tenant, str]]:
+        """The ids of all endpoints."""
+        for folder in self._store.names(""):
+            if is_tenants(folder):
+                tenant = tenant_of(folder)
+                yield from ((tenant, endpoint_id) for endpoint_id in self.ids(tenant))
+
+    def delete(self, tenant: Tenant, endpoint_id: str) -> None:
+        """Forget it and what was sent to it; what is still to be sent is not."""
+        self._store.delete([self.name(tenant, endpoint_id, "endpoint")])
+        self._store.delete_below(f"{folder_of(tenant)}/webhooks/{endpoint_id}")
+
+    @staticmethod
+    def name(tenant: Tenant, endpoint_id: str, part: str) -> str:
+        """The full name of an object that belongs to an endpoint."""
+        return f"{folder_of(tenant)}/webhooks/{endpoint_id}/{part}"
