@@ -35,6 +35,7 @@ local function keep(job, anew, seq, due, from, number)
   if anew and due == 0 and number > 0 and call('DEL', out) > 0 then
     local found = call('HMGET', key, 'kept', 'memo')
     stored().count(job, STORED_BYTES + string.len(found[2] or '') - tonumber(found[1]))
+    call('HSET', key, 'replaced', '1')
   end
   local frames, bytes = {}, 0
   for i = math.max(due - seq, 0), number - 1 do

@@ -185,12 +185,7 @@ class Stitch:
             return
         self._next_seq += 1
         try:
-            if frame.flags & HEAD:
-                self._on_head(frame)
-            if frame.data:
-                self._on_data(frame.data)
-            if frame.flags & END:
-                self._on_end()
+            self._take_in(frame)
         except StreamBroken as error:
             self.error = error
             self.settled = bool(frame.flags & END)
@@ -250,6 +245,15 @@ class Stitch:
         """The queue was told where the stream goes on that was lost under ``epoch``."""
         if self.lost_epoch == epoch:
             self.lost_epoch = 0
+
+    def _take_in(self, frame: Frame) -> None:
+        """The next frame of the attempt that counts."""
+        if frame.flags & HEAD:
+            self._on_head(frame)
+        if frame.data:
+            self._on_data(frame.data)
+        if frame.flags & END:
+            self._on_end()
 
     def _last_taken(self) -> tuple[int, int, str]:
         return (self._epoch, self._next_seq - 1, self._attempt_id) if self._next_seq else self._last

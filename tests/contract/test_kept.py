@@ -286,3 +286,19 @@ async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any
     assert await client.xlen(KEYS.ended) == 4
     with pytest.raises(BadRequest):
         await broker.forget_ended(["9:1-1"])
+
+
+async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Puller) -> None:
+    """Once an attempt began anew after another one had said something, also when the job has ended; not before."""
+    job = background()
+    await broker.enqueue_kept(job, LISTED)
+    await broker.release(await worker.claim_one(), "nothing was said yet", counted=False)
+    lost = await worker.claim_one()
+    await broker.append(lost, piece(lost, 0, b"half"))
+    assert not (await told(broker, job)).replaced
+    await broker.reclaim(worker.incarnation)
+    lease = await (await Puller(broker).join()).claim_one()
+    await broker.append(lease, piece(lease, 0, b"another"))
+    assert (await told(broker, job)).replaced
+    await broker.cancel(job.id, "enough")
+    assert (await told(broker, job)).replaced

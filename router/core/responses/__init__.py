@@ -8,12 +8,15 @@ from .events import ResponseEvents, as_server_sent
 from .fields import Json
 from .objects import Asked, listed_input, response_object
 from .request import Chat, as_chat, check_metadata
+from .stitch import FIRST_SAID, ResponseStitch
 
 __all__ = [
+    "FIRST_SAID",
     "Asked",
     "Chat",
     "Json",
     "ResponseEvents",
+    "ResponseStitch",
     "as_chat",
     "as_server_sent",
     "check_metadata",
