@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
-from queue_schemas import Incarnation, JobId, Lease, Output, Settled, ShardKeys, State, shard_of_job, unpack_frames
+from queue_schemas import (
+    Frame,
+    Incarnation,
+    JobId,
+    Lease,
+    Output,
+    Settled,
+    ShardKeys,
+    State,
+    shard_of_job,
+    unpack_frames,
+)
+from queue_schemas.responses import ResponseStatus, status_of_output
 
 from .calls import Caller
 from .job_batches import ShardBatches
@@ -37,6 +49,22 @@ class StoredOutputCalls:
     async def read_output(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> Output | None:
         """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on; None if the job is unknown."""
         return await self._read_output(job_id, "", after)
+
+    async def kept_frames(self, job_id: JobId) -> AsyncIterator[Frame]:
+        """All that is kept of a stored job's output now, read a page at a time; nothing if it is unknown."""
+        after, complete = (0, 0), False
+        while not complete:
+            page = await self._read_output(job_id, "", after)
+            if page is None or not page.frames:
+                return
+            for frame in page.frames:
+                yield frame
+            after, complete = (page.frames[-1].epoch, page.frames[-1].seq + 1), page.complete
+
+    async def response_status(self, job_id: JobId, state: State) -> ResponseStatus:
+        """How the response ended whose job ended in ``state``: the word behind ``response.`` of its webhook. Whether it
+        is ``incomplete`` stands in its output, which is read for it; of one that is not kept any more: ``failed``."""
+        return status_of_output(state, [frame async for frame in self.kept_frames(job_id)])
 
     async def _read_output(self, job_id: JobId, listener: str, after: tuple[int, int]) -> Output | None:
         keys = self._keys[shard_of_job(job_id)]

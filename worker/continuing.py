@@ -37,14 +37,8 @@ class Delivered:
 async def read_delivered(broker: Broker, job: Job, limit_bytes: int) -> Delivered:
     """What is kept of ``job``, up to ``limit_bytes`` of text. Raises what the broker raises."""
     transcript = Transcript(limit_bytes)
-    after, complete = (0, 0), False
-    while not complete:
-        page = await broker.read_output(job.id, after)
-        if page is None or not page.frames:
-            break
-        for frame in page.frames:
-            transcript.add(frame.data)
-        after, complete = (page.frames[-1].epoch, page.frames[-1].seq + 1), page.complete
+    async for frame in broker.kept_frames(job.id):
+        transcript.add(frame.data)
     try:
         if transcript.complete:
             return Delivered(rest=b"")

@@ -10,6 +10,7 @@ import pytest
 
 from broker import Broker, Budgets
 from queue_schemas import (
+    END,
     HEAD,
     BadMessage,
     BadRequest,
@@ -302,3 +303,20 @@ async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Pu
     assert (await told(broker, job)).replaced
     await broker.cancel(job.id, "enough")
     assert (await told(broker, job)).replaced
+
+
+async def test_a_notice_is_enough_to_tell_how_a_response_ended(broker: Broker, worker: Puller) -> None:
+    """Its job and state lead to the finish reason of the chat that it is."""
+    job = background()
+    await broker.enqueue_kept(job, LISTED)
+    lease = await worker.claim_one()
+    ends = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
+    end = Frame(job.id, lease.epoch, lease.attempt_id, 1, END, ends).pack()
+    await broker.append(lease, piece(lease, 0, b'data: {"choices": []}\n\n'))
+    await broker.settle(lease, Outcome.DONE, end)
+    (notice,) = await broker.read_ended()
+    assert (notice.job_id, notice.notify) == (job.id, "response")
+    assert await broker.response_status(notice.job_id, notice.state) == "incomplete"
+    assert await broker.response_status(notice.job_id, State.CANCELLED) == "cancelled"
+    await broker.forget(job.id, "its tenant wanted that")
+    assert await broker.response_status(notice.job_id, notice.state) == "failed"

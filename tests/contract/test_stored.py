@@ -244,6 +244,8 @@ async def test_output_is_read_in_pages(broker: Broker, worker: Puller) -> None:
         pages += 1
     assert found == run
     assert pages > 4
+    assert [frame async for frame in broker.kept_frames(job.id)] == run
+    assert [frame async for frame in broker.kept_frames(new_job_id(0))] == []
     behind = await broker.read_output(job.id, (1, len(run)))
     assert behind is not None
     assert behind.frames == ()

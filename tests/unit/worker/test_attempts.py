@@ -24,9 +24,7 @@ from queue_schemas import (
     Job,
     Lease,
     Outcome,
-    Output,
     Settled,
-    State,
     unpack_frames,
 )
 from telemetry import MetricsRegistry
@@ -133,12 +131,12 @@ class RecordingBroker:
         self.appended += unpack_frames(frames)
         return self.append_answer
 
-    async def read_output(self, job_id: str, after: tuple[int, int] = (0, 0)) -> Output | None:
-        """What earlier attempts said, a frame a page."""
+    async def kept_frames(self, job_id: str) -> AsyncIterator[Frame]:
+        """What earlier attempts said."""
         if self.unreadable:
             raise BrokerUnavailable("away")
-        rest = [frame for frame in self.output if (frame.epoch, frame.seq) >= after]
-        return Output(State.LEASED, 2, "a", (1, len(self.output)), tuple(rest[:1]), complete=len(rest) <= 1)
+        for frame in self.output:
+            yield frame
 
     async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
         for packed in frames.values():
