@@ -40,6 +40,7 @@ from telemetry import get_logger
 from telemetry.asgi import check_join_token, error_responses, health_routes, prepare_app, require_join_token
 from telemetry.held import WORKERS_PRESENT, Held
 
+from .batches import batch_routes
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
 from .ports import FabricCall, ManagerPort
 from .state import RouterState
@@ -65,6 +66,7 @@ def build_pages(state: RouterState) -> FastAPI:
     )
     app.include_router(health_routes(state.metrics.registry, state.reasons))
     app.include_router(_models(state))
+    app.include_router(batch_routes(state))
     app.include_router(_pools(state))
     app.include_router(_dead(state))
     app.include_router(_manager(state))

@@ -11,6 +11,7 @@ from queue_schemas import BadMessage, OnLoss, check_region
 from telemetry import CommaList, RoleSettings
 
 from .core import OnNoWorker, known_paths
+from .core.batches import window_seconds
 
 MIB = 1024 * 1024
 
@@ -111,6 +112,15 @@ class RouterSettings(RoleSettings):
     )
     pool_jobs: int = Field(200_000, ge=1, description="Most live jobs of one model")
     pool_bytes: int = Field(2048 * MIB, ge=1, description="Most bytes of live jobs of one model")
+    tenant_batches: int = Field(1_000, ge=1, description="Most batches of one tenant that have not ended; beyond: 429")
+    batch_windows: CommaList = Field(
+        default_factory=lambda: ["24h"],
+        min_length=1,
+        description="Completion windows that a batch may ask for, such as 24h, 30m or 7d",
+    )
+    batch_input_bytes: int = Field(
+        200 * MIB, ge=1, description="Largest input file of a batch; the batcher has limits of its own"
+    )
 
     @field_validator("region")
     @classmethod
@@ -124,6 +134,13 @@ class RouterSettings(RoleSettings):
     @classmethod
     def _plain_paths(cls, value: list[str]) -> list[str]:
         known_paths(value)
+        return value
+
+    @field_validator("batch_windows")
+    @classmethod
+    def _real_windows(cls, value: list[str]) -> list[str]:
+        for window in value:
+            window_seconds(window)
         return value
 
     @model_validator(mode="after")

@@ -34,6 +34,9 @@ INFERENCE_PATHS: tuple[str, ...] = (
 )
 """Paths that an engine serves for inference; settings may add to them."""
 
+MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions"})
+"""Those that take a form with a file, not JSON."""
+
 _TIMEOUT = "a number of seconds above 0: how long the request may take"
 _MAX_STRUCTURE = 1_000_000
 """Objects, lists and names in a JSON body, counted before it is parsed: they, not text, make parsing slow and large."""
@@ -98,7 +101,7 @@ def _from_json(body: bytes, path: str) -> RequestFields:
             f"the body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}, byte {error.pos})"
         ) from None
     if type(request) is not dict:
-        raise BadRequest(f"the body must be a JSON object, not {_json_type(request)}")
+        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
     model = request.get("model")
     if type(model) is not str:
         raise _wrong("model", model, "text: the id of a model, as GET /v1/models lists them", required=True)
@@ -161,9 +164,10 @@ def _checked_model(model: str) -> Pool:
 def _wrong(param: str, value: object, expected: str, *, required: bool = False) -> BadRequest:
     if value is None and required:
         return BadRequest(f"{param} is missing; it must be {expected}", param=param)
-    return BadRequest(f"{param} must be {expected}, not {_json_type(value)}", param=param)
+    return BadRequest(f"{param} must be {expected}, not {json_type(value)}", param=param)
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """What a value of parsed JSON is, in words."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
     return names.get(type(value), "null")

@@ -1,0 +1,109 @@
+"""``/v1/batches``: taking batches in, and telling how they stand. The batcher runs them; the store is between."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+from starlette.requests import ClientDisconnect
+
+from queue_schemas import BadRequest, Conflict, Tenant
+from telemetry.asgi import error_response, error_responses
+
+from .batch_desk import BatchDesk
+from .batch_objects import batch_list, batch_object
+from .core import IDEMPOTENCY_HEADER, read_idempotency_key
+from .core.batches import batch_endpoints, check_batch_cursor, read_batch
+from .state import RouterState
+
+_ALL = "/v1/batches"
+_REPEATS_HEADER = "x-stainless-retry-count"
+"""How often the SDK has sent this request before: it sends no key with a repetition, but says that it is one."""
+
+
+class BatchCreate(BaseModel):
+    """What ``POST /v1/batches`` takes; for the OpenAPI document (:mod:`router.core.batches` reads the body)."""
+
+    class OutputExpiresAfter(BaseModel):
+        anchor: str = "created_at"
+        seconds: int = Field(ge=3_600, le=2_592_000)
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str = "24h"
+    metadata: dict[str, str] | None = None
+    output_expires_after: OutputExpiresAfter | None = None
+
+
+def batch_routes(state: RouterState) -> APIRouter:
+    """The paths below ``/v1/batches``."""
+    routes = APIRouter(tags=["batches"])
+    desk = BatchDesk(state.settings, state.store.files, state.store.batches)
+    endpoints = batch_endpoints(state.settings.paths)
+
+    @routes.post(
+        _ALL,
+        summary="Run every line of an uploaded file",
+        responses=error_responses(400, 401, 413, 422, 429, 503, 507),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": BatchCreate.model_json_schema()}},
+            }
+        },
+    )
+    async def create(request: Request) -> JSONResponse:
+        tenant = _tenant(state, request)
+        header = request.headers.get(IDEMPOTENCY_HEADER)
+        key = read_idempotency_key(None if header is None else header.encode("latin-1"))
+        asked = read_batch(await _body(request), endpoints, state.settings.batch_windows)
+        repeated = request.headers.get(_REPEATS_HEADER, "0") != "0"
+        now_s = time.time()
+        batch = await state.store.run(lambda: desk.create(tenant, asked, key=key, repeated=repeated, now_s=now_s))
+        return JSONResponse(batch_object(batch))
+
+    @routes.get(_ALL, summary="Your batches, newest first", responses=error_responses(400, 401, 503))
+    async def page(request: Request, after: str = Query(""), limit: int = Query(20, ge=1, le=100)) -> JSONResponse:
+        tenant = _tenant(state, request)
+        cursor = check_batch_cursor(after)
+        found, more = await state.store.run(lambda: desk.page(tenant, cursor, limit))
+        return JSONResponse(batch_list(found, more=more))
+
+    @routes.get(_ALL + "/{batch_id}", summary="How one stands", responses=error_responses(401, 404, 503))
+    async def one(batch_id: str, request: Request) -> JSONResponse:
+        tenant = _tenant(state, request)
+        return JSONResponse(batch_object(await state.store.run(lambda: desk.get(tenant, batch_id))))
+
+    @routes.post(
+        _ALL + "/{batch_id}/cancel",
+        summary="End one early; lines that are done are kept",
+        responses=error_responses(401, 404, 409, 503),
+    )
+    async def cancel(batch_id: str, request: Request) -> Response:
+        tenant = _tenant(state, request)
+        now_s = time.time()
+        try:
+            batch = await state.store.run(lambda: desk.cancel(tenant, batch_id, now_s))
+        except Conflict as error:
+            refused = error_response(error)
+            # The SDK takes every 409 for a lock that will be free soon, and asks again.
+            refused.headers["x-should-retry"] = "false"
+            return refused
+        return JSONResponse(batch_object(batch))
+
+    return routes
+
+
+async def _body(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise BadRequest("the body broke off before its end") from None
+
+
+def _tenant(state: RouterState, request: Request) -> Tenant:
+    """Whose request it is. Raises ``AuthenticationFailed``."""
+    headers = dict(request.scope["headers"])
+    return state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
