@@ -13,6 +13,7 @@ import typer
 from inferq import __version__
 from queue_schemas import BadRequest, InferqError
 
+from .batch_cli import batch_app
 from .commands.options import (
     DEFAULT_URL,
     ApiKey,
@@ -50,6 +51,7 @@ app = typer.Typer(
 
 ray_app = typer.Typer(help="The fabric in a Ray cluster: Manager as an actor, Routers as a Serve application.")
 app.add_typer(ray_app, name="ray", no_args_is_help=True)
+app.add_typer(batch_app, name="batch", no_args_is_help=True)
 dead_app = typer.Typer(help="Requests that were given up after all their attempts.")
 app.add_typer(dead_app, name="dead", no_args_is_help=True)
 

@@ -37,6 +37,7 @@ GIVE_KEY = "give --api-key / --join-token (INFERQ_API_KEY, INFERQ_JOIN_TOKEN)"
 """What to do about HTTP 401. Models want the key; pools and workers take either."""
 
 _LINE_BYTES = 1 << 20
+_ASK_LIMIT = aiohttp.ClientTimeout(total=ASK_LIMIT_S)
 Message = Mapping[str, str]
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
@@ -186,13 +187,46 @@ class FabricClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._unreachable(error) from error
 
-    async def _get(self, path: str) -> bytes:
-        limit = aiohttp.ClientTimeout(total=ASK_LIMIT_S)
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: bytes | aiohttp.FormData | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: aiohttp.ClientTimeout = _ASK_LIMIT,
+    ) -> bytes:
+        """The body of the answer."""
+        async with self.opened(method, path, data=data, headers=headers, timeout=timeout) as response:
+            return await _checked(response)
+
+    @asynccontextmanager
+    async def opened(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: bytes | aiohttp.FormData | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: aiohttp.ClientTimeout = _ASK_LIMIT,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer that is no error, to be read within."""
+        asking = self._open.request(method, self.url + path, data=data, headers=headers, timeout=timeout)
         try:
-            async with self._open.get(self.url + path, timeout=limit) as response:
-                return await _checked(response)
+            async with asking as response:
+                if response.status >= 400:
+                    await _checked(response)
+                yield response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._unreachable(error) from error
+
+    @staticmethod
+    def parsed(model: type[Parsed], body: bytes) -> Parsed:
+        """``body`` as what it must be."""
+        return _parsed(model, body)
+
+    async def _get(self, path: str) -> bytes:
+        return await self.call("GET", path)
 
     def _unreachable(self, error: BaseException) -> FabricRefused:
         return FabricRefused(
