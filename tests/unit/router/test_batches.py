@@ -149,7 +149,7 @@ async def test_live_batches_of_a_tenant_are_bounded(app: RouterApp) -> None:
 
 
 async def test_one_key_is_one_batch(app: RouterApp) -> None:
-    """However often, and at how many at once, it is sent; with another request it is refused; each tenant has its own."""
+    """However often, and at how many at once, it is sent; with another request it is refused; a tenant has its own."""
     file_id, headers = upload(app), {"idempotency-key": "order-17"}
     answers = await asyncio.gather(
         *(ask(app, "POST", "/v1/batches", asked(file_id), headers=headers) for _ in range(5))
