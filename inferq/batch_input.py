@@ -274,14 +274,21 @@ def _rows(path: Path, lines: Iterator[tuple[int, str]], form: Format) -> Iterato
 
 def _table_rows(path: Path, lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[_Row]:
     csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.DictReader((line for _, line in lines), delimiter=delimiter, strict=True)
+    at = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal at
+        for at, line in lines:  # noqa: B007 - told of in the errors below
+            yield line
+
+    reader = csv.DictReader(texts(), delimiter=delimiter, strict=True)
     try:
         for row in reader:
-            place = f"{path} line {reader.line_num}"
+            place = f"{path} line {at}"
             if None in row:
                 raise BadRequest(f"{place} has more cells than the first line has columns")
             if None in row.values():
                 raise BadRequest(f"{place} has fewer cells than the first line has columns")
-            yield _Row(place, reader.line_num, row)
+            yield _Row(place, at, row)
     except csv.Error as error:
-        raise BadRequest(f"{path} line {reader.line_num} is not a table: {error}") from None
+        raise BadRequest(f"{path} line {at} is not a table: {error}") from None

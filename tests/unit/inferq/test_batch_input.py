@@ -156,5 +156,5 @@ def test_parameters_are_json_where_they_can_be() -> None:
 
 def test_a_template_looks_at_columns_only() -> None:
     """Not at their attributes, as Python's own formatting would."""
-    with pytest.raises(BadRequest, match="has no 'a.__class__'"):
+    with pytest.raises(BadRequest, match=r"has no 'a\.__class__'"):
         fill("{a.__class__}", {"a": "x"}, "here")
