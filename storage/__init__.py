@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from .batches import BATCH_ENDED, Batch, BatchError, Batches, BatchProgress, BatchRequest, BatchStatus, OutputExpiry
 from .deliveries import Attempt, Deliveries, Delivery, DeliveryKey, DeliveryState, Outcome
-from .files import FileRecord, Files, Part, Upload
+from .failures import ObjectMissing
+from .files import FileRecord, Files, Kept, Part, Upload
 from .names import folder_of, new_batch_id, new_endpoint_id, new_file_id, tenant_of
-from .objects import ObjectMissing, ObjectStore, Writer
+from .objects import ObjectStore, Writer
 from .settings import StorageSettings
+from .sweep import sweep_expired, sweep_leftovers
 from .webhook_events import ALL_EVENTS, EVENT_TYPES, WebhookEvent
 from .webhook_settings import WebhookSettings
 from .webhook_urls import Address, Target, UrlRules, check_url
 from .webhooks import Disabled, Endpoint, EndpointRecord, Secrets, Webhooks
+from .writing import ObjectWriter
 
 __all__ = [
     "ALL_EVENTS",
@@ -38,8 +41,10 @@ __all__ = [
     "EndpointRecord",
     "FileRecord",
     "Files",
+    "Kept",
     "ObjectMissing",
     "ObjectStore",
+    "ObjectWriter",
     "Outcome",
     "OutputExpiry",
     "Part",
@@ -57,5 +62,7 @@ __all__ = [
     "new_batch_id",
     "new_endpoint_id",
     "new_file_id",
+    "sweep_expired",
+    "sweep_leftovers",
     "tenant_of",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 
-from queue_schemas import Tenant
+from queue_schemas import BadRequest, Tenant
 from queue_schemas.ids import decode_name, encode_name
 
 FILE = "file-"
@@ -18,6 +18,8 @@ ENDPOINT = "we_"
 EVENT = "evt_"
 _ID = re.compile(r"(?:file-|batch_|evt_|we_)[0-9a-f]{32}")
 _FOLDER = "t-"
+_LONGEST_FOLDER = 190
+"""A file's name may have 255 bytes: this, an id, a time and what is between."""
 
 
 def new_file_id(now_ms: int) -> str:
@@ -42,9 +44,20 @@ def is_id(value: str, kind: str) -> bool:
     return value.startswith(kind) and _ID.fullmatch(value) is not None
 
 
+def created_ms(name: str) -> int:
+    """The Unix time in milliseconds at which an id was made."""
+    return int(name[-32:-20], 16)
+
+
 def folder_of(tenant: Tenant) -> str:
-    """The tenant's part of an object's name: nothing in it is special to any store."""
-    return _FOLDER + encode_name(tenant)
+    """The tenant's part of an object's name: nothing in it is special to any store.
+
+    Raises ``BadRequest`` for a name that with an id behind it would be too long for a file's.
+    """
+    folder = _FOLDER + encode_name(tenant)
+    if len(folder) > _LONGEST_FOLDER:
+        raise BadRequest("the tenant's name is too long for the file store: it wants one of at most 60 bytes")
+    return folder
 
 
 def tenant_of(folder: str) -> Tenant:

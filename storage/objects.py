@@ -1,36 +1,28 @@
 """Objects by name, over fsspec: a local folder, S3, or whatever else fsspec knows.
 
-Names are plain paths below the root. An object appears whole or not at all: in a folder it is written beside, brought
-to the disk and renamed; object stores do so by themselves. All calls block.
+Names are plain paths below the root. An object appears whole or not at all (:mod:`storage.writing`). All calls block.
 """
 
 from __future__ import annotations
 
-import errno
-import os
+import io
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from queue_schemas import CannotStart, InferqError, StoreFull, StoreUnavailable
+from queue_schemas import CannotStart, StoreUnavailable
 
+from .failures import ObjectMissing, store_errors
 from .settings import StorageSettings
+from .writing import SCRATCH, LocalWriter, ObjectWriter, RemoteWriter, sync_folder
 
 PIECE_BYTES = 1 << 20
-"""How much is read or copied at a time."""
-_SCRATCH = ".writing"
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_Answer = TypeVar("_Answer")
-
-
-class ObjectMissing(Exception):
-    """There is no such object; the message is its name."""
+"""How much is read at a time."""
 
 
 class Writer(Protocol):
@@ -63,73 +55,122 @@ class ObjectStore:
 
     def put(self, name: str, data: bytes, *, private: bool = False) -> None:
         """Write a small object, in place of any of that name. ``private``: in a folder, only its owner may read it."""
+        if self._folder is None:
+            with store_errors(name):
+                self._files.pipe_file(self._path(name), data)
+            return
         with self.writer(name, private=private) as writer:
             writer.write(data)
+
+    def begin(self, name: str, *, private: bool = False) -> ObjectWriter:
+        """Write an object piece by piece; whoever begins must commit or discard."""
+        if self._folder is not None:
+            return LocalWriter(self._folder, name, private=private)
+        return RemoteWriter(self._files, self._path(name), name)
 
     @contextmanager
     def writer(self, name: str, *, private: bool = False) -> Iterator[Writer]:
         """Write an object piece by piece. It is there once the block is left; left by an error, nothing is."""
-        if self._folder is not None:
-            with _errors(), _local_writer(self._folder, self._folder / name, private) as file:
-                yield file
-            return
-        with _errors():
-            file = self._files.open(self._path(name), "wb", autocommit=False)
-            try:
-                yield file
-                file.close()
-            except BaseException:
-                file.discard()
-                raise
-            file.commit()
+        writer = self.begin(name, private=private)
+        try:
+            yield writer
+        except BaseException:
+            writer.discard()
+            raise
+        writer.commit()
 
     def get(self, name: str) -> bytes | None:
         """A small object; None if there is none."""
         try:
-            return _asked(lambda: bytes(self._files.cat_file(self._path(name))))
+            with store_errors(name, reading=True):
+                return bytes(self._files.cat_file(self._path(name)))
         except ObjectMissing:
             return None
 
+    def get_many(self, names: Sequence[str]) -> list[bytes | None]:
+        """Small objects, None for those that are not there: at once where each takes a round trip."""
+        if self._folder is not None or not names:
+            return [self.get(name) for name in names]
+        with store_errors(names[0]):
+            found = self._files.cat([self._path(name) for name in names], on_error="return")
+        return [self._one_of(found, name) for name in names]
+
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes ``start`` to ``end`` (exclusive) of an object. Raises ``ObjectMissing``."""
-        return _asked(lambda: bytes(self._files.cat_file(self._path(name), start=start, end=end)))
+        with store_errors(name, reading=True):
+            return bytes(self._files.cat_file(self._path(name), start=start, end=end))
 
     @contextmanager
     def reader(self, name: str, start: int = 0) -> Iterator[BinaryIO]:
         """Read an object from ``start`` on. Raises ``ObjectMissing``."""
-        file = _asked(lambda: self._files.open(self._path(name), "rb"))
-        with _errors(), file:
-            if start:
-                file.seek(start)
-            yield file
+        with store_errors(name, reading=True):
+            file = self._files.open(self._path(name), "rb", block_size=PIECE_BYTES)
+            file.seek(start)
+        with file, io.BufferedReader(_Reading(file, name), PIECE_BYTES) as buffered:
+            yield buffered
 
     def names(self, below: str) -> list[str]:
         """The last parts of the names directly below ``below``, sorted; folders count as names."""
         try:
-            found = _asked(lambda: self._files.ls(self._path(below), detail=False))
+            with store_errors(below, reading=True):
+                found = self._files.ls(self._path(below), detail=False)
         except ObjectMissing:
             return []
         names = {PurePosixPath(str(path)).name for path in found}
         return sorted(names - {PurePosixPath(below).name} if self._folder is None else names)
 
+    def sizes(self, below: str) -> dict[str, int]:
+        """Every object below ``below``, however deep, by its full name, with its size in bytes."""
+        with store_errors(below):
+            found = self._files.find(self._path(below), detail=True)
+        start = len(self._root) + 1
+        return {str(path)[start:]: int(facts["size"]) for path, facts in found.items()}
+
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; those that are not there are none to remove."""
+        folders = set()
         for name in names:
             try:
-                _asked(partial(self._files.rm_file, self._path(name)))
+                with store_errors(name, reading=True):
+                    self._files.rm_file(self._path(name))
             except ObjectMissing:
                 continue
+            if self._folder is not None:
+                folders.add((self._folder / name).parent)
+        for folder in folders:
+            self._sync(folder)
 
     def delete_below(self, folder: str) -> None:
         """Remove everything below ``folder``, and it."""
         try:
-            _asked(lambda: self._files.rm(self._path(folder), recursive=True))
+            with store_errors(folder, reading=True):
+                self._files.rm(self._path(folder), recursive=True)
         except ObjectMissing:
             return
+        if self._folder is not None:
+            self._sync((self._folder / folder).parent)
+
+    def clear_scratch(self, before_s: float) -> int:
+        """Remove what processes that died left half written in a folder, untouched since that Unix time; how much.
+
+        An object store clears up by a rule of the bucket about incomplete multipart uploads.
+        """
+        cleared = 0
+        if self._folder is None or not (self._folder / SCRATCH).is_dir():
+            return cleared
+        for path in (self._folder / SCRATCH).iterdir():
+            try:
+                with store_errors(path.name, reading=True):
+                    if path.stat().st_mtime < before_s:
+                        path.unlink()
+                        cleared += 1
+            except ObjectMissing:
+                continue  # it was finished in between
+        return cleared
 
     def check(self) -> None:
         """Write, read and remove an object. Raises what keeps the store from being used."""
-        name = f"{_SCRATCH}-check-{secrets.token_hex(6)}"
+        name = f"{SCRATCH}-check-{secrets.token_hex(6)}"
         self.put(name, b"inferq")
         if self.get(name) != b"inferq":
             raise StoreUnavailable("the file store does not give back what was written to it; check its URL")
@@ -138,54 +179,36 @@ class ObjectStore:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-
-@contextmanager
-def _local_writer(root: Path, target: Path, private: bool) -> Iterator[BinaryIO]:
-    scratch = root / _SCRATCH / secrets.token_hex(12)
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with os.fdopen(
-            os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb"
-        ) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch.replace(target)
-        _sync_folder(target.parent)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _asked(call: Callable[[], _Answer]) -> _Answer:
-    with _errors():
+    def _one_of(self, found: dict[str, Any], name: str) -> bytes | None:
+        value = found.get(self._files._strip_protocol(self._path(name)))
         try:
-            return call()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ObjectMissing(str(error)) from error
+            with store_errors(name, reading=True):
+                if isinstance(value, Exception):
+                    raise value
+        except ObjectMissing:
+            return None
+        return None if value is None else bytes(value)
+
+    def _sync(self, folder: Path) -> None:
+        try:
+            with store_errors(folder.name, reading=True):
+                sync_folder(folder)
+        except ObjectMissing:
+            return  # removed in between, and what was in it with it
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Whatever a store says, as an error of ours."""
-    try:
-        yield
-    except (InferqError, ObjectMissing):
-        raise
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StoreFull("the file store has no room left: free some, or delete files") from error
-        raise StoreUnavailable(f"the file store cannot be used now: {_reason(error)}") from error
+class _Reading(io.RawIOBase):
+    """An object that is read: what goes wrong is an error of ours."""
 
+    def __init__(self, file: Any, name: str) -> None:
+        self._file = file
+        self._name = name
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with store_errors(self._name, reading=True):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

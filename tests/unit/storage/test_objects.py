@@ -12,7 +12,7 @@ import pytest
 
 from queue_schemas import CannotStart, StoreFull, StoreUnavailable
 from storage import ObjectMissing, ObjectStore, StorageSettings
-from storage import objects as module
+from storage import writing as module
 
 
 @pytest.fixture(params=["folder", "memory"])

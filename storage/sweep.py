@@ -1,0 +1,59 @@
+"""Removing what has expired, and what processes left that died: for whoever runs all the time, now and then.
+
+All of it may be done by several at once, and broken off anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from telemetry import get_logger
+
+from .files import Files, folder_of_file
+from .names import FILE, created_ms, is_id, is_tenants, tenant_of
+
+LEFTOVER_AGE_S = 3 * 86_400
+"""How old a file without a record must be to be a leftover: uploads take hours at most, a batch's output its day."""
+_SCRATCH_AGE_S = 86_400
+
+log = get_logger(__name__)
+
+
+def sweep_expired(files: Files, now_s: float, in_use: Collection[str] = ()) -> int:
+    """Remove files whose time is over, but those whose ids are ``in_use`` (inputs of live batches); how many.
+
+    One listing, and some calls for each file. Readers do not see expired files in any case.
+    """
+    removed = 0
+    for record in files.expired(now_s):
+        if record.id not in in_use:
+            files.delete(record)
+            removed += 1
+    if removed:
+        log.info("expired_files_removed", files=removed)
+    return removed
+
+
+def sweep_leftovers(files: Files, now_s: float, in_use: Collection[str] = ()) -> int:
+    """Remove parts that never became a file, but of ids ``in_use`` (outputs that are being written); how many files.
+
+    Lists everything there is: for once an hour or so.
+    """
+    removed = files.store.clear_scratch(now_s - _SCRATCH_AGE_S)
+    before_ms = (now_s - LEFTOVER_AGE_S) * 1000
+    for folder in files.store.names(""):
+        if not is_tenants(folder):
+            continue
+        whole, found = set(), set()
+        for name in files.store.sizes(f"{folder}/files"):
+            file_id, _, part = name.removeprefix(f"{folder}/files/").partition("/")
+            found.add(file_id)
+            if part == "record":
+                whole.add(file_id)
+        for file_id in found - whole:
+            if is_id(file_id, FILE) and file_id not in in_use and created_ms(file_id) < before_ms:
+                files.store.delete_below(folder_of_file(tenant_of(folder), file_id))
+                removed += 1
+    if removed:
+        log.info("leftovers_removed", files=removed)
+    return removed
