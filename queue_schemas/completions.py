@@ -1,4 +1,4 @@
-"""Chat and text completions: where an engine serves them, and what a request for one asks."""
+"""Chat and text completions, and responses: where an engine serves them, and what a request for one asks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+RESPONSES_PATH = "/v1/responses"
 
 
 def wants_usage(request: Mapping[str, Any]) -> bool:

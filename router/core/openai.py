@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import orjson
 
 from queue_schemas import BadMessage, BadRequest, Pool
-from queue_schemas.completions import wants_usage
+from queue_schemas.completions import RESPONSES_PATH, wants_usage
 from queue_schemas.ids import check_name
 
 from .continuation import choices_of, may_continue
@@ -54,7 +54,7 @@ class RequestFields:
     ``timeout_s``: how long the request may take, None if it does not say. That field is the fabric's own, as gateways
     before engines read it; an engine ignores it, as it does all that it does not know.
     ``continuable``: a stream that can go on behind what was delivered of it; ``usage``: one that tells it at its end.
-    ``choices``: how many a stream has.
+    ``choices``: how many a stream has. ``background``: a response that nobody waits for.
     """
 
     model: Pool
@@ -64,6 +64,7 @@ class RequestFields:
     usage: bool = False
     timeout_s: float | None = None
     choices: int = 1
+    background: bool = False
 
 
 def known_paths(extra: Iterable[str]) -> frozenset[str]:
@@ -114,8 +115,13 @@ def _from_json(body: bytes, path: str) -> RequestFields:
     timeout = request.get("timeout")
     if timeout is not None:
         _check_timeout(timeout)
+    background = path == RESPONSES_PATH and request.get("background")
+    if background is not None and type(background) is not bool:
+        raise _wrong("background", background, "true or false")
     if not stream:
-        return RequestFields(_checked_model(model), False, priority or 0, timeout_s=timeout)
+        return RequestFields(
+            _checked_model(model), False, priority or 0, timeout_s=timeout, background=bool(background)
+        )
     return RequestFields(
         model=_checked_model(model),
         stream=True,
@@ -124,6 +130,7 @@ def _from_json(body: bytes, path: str) -> RequestFields:
         usage=wants_usage(request),
         timeout_s=timeout,
         choices=choices_of(request),
+        background=bool(background),
     )
 
 

@@ -83,6 +83,7 @@ class Stitch:
         "_partial",
         "_pending",
         "_stored",
+        "_stream_asked",
         "_streams",
         "_transcript",
         "_usage",
@@ -118,7 +119,7 @@ class Stitch:
         self.gap = False
         self.mid_event = False
         self.pending_bytes = 0
-        self.stream = stream
+        self.stream = self._stream_asked = stream
         self.lost_epoch = 0
         self.continued = self.compared = 0
         """Attempts that went on behind what was delivered, and that began anew after something was."""
@@ -323,7 +324,7 @@ class Stitch:
 
     def _on_head(self, frame: Frame) -> None:
         head = self._attempt_head = Head(frame.status, frame.content_type)
-        self._streams = self.stream and head.status < 400
+        self._streams = self._stream_asked and head.status < 400
         if self.head is None:
             self.head = head if self._streams else None
         elif head.is_event_stream != self.head.is_event_stream or not self._streams:

@@ -30,6 +30,18 @@ def test_fields_are_read_from_json() -> None:
     assert (fields.model, fields.stream, fields.priority) == ("m", False, 0)
 
 
+@pytest.mark.parametrize("stream", ["", ', "stream": true'])
+def test_only_a_response_can_be_of_the_background(stream: str) -> None:
+    """The field means something on one path; elsewhere an engine may have one of its own by that name."""
+    for word, expected in (("true", True), ("false", False), ("null", False)):
+        body = f'{{"model": "m", "background": {word}{stream}}}'.encode()
+        assert read_fields(body, "", "/v1/responses").background is expected
+        assert not read_fields(body, "", CHAT).background
+    assert not read_fields(b'{"model": "m", "background": 3}', "", CHAT).background
+    with pytest.raises(BadRequest, match="background must be true or false, not a number"):
+        read_fields(b'{"model": "m", "background": 3}', "", "/v1/responses")
+
+
 @pytest.mark.parametrize("extra", ["v1/x", "/v1//x", "/v1/../x", "/v1/x/", "/v1/%78", "/", "/v1/x?y", "/v1/models"])
 def test_extra_paths_must_be_plain_and_not_our_own(extra: str) -> None:
     """A setting cannot open a path in a spelling that hides another, nor cover one of the Router's."""

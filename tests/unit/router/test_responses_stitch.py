@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import random
+import string
+import zlib
+from dataclasses import replace
 from typing import Any
 
 import orjson
 import pytest
 
-from queue_schemas import CONTINUED, END, HEAD, Frame, JobId, Marker, MarkerKind, StreamBroken
-from router.core.responses import Asked, ResponseStitch
-from tests.support.responses import check_stream, server_sent
+from queue_schemas import (
+    CONTINUED,
+    END,
+    HEAD,
+    BodyTooLarge,
+    Frame,
+    JobId,
+    Marker,
+    MarkerKind,
+    PathNotFound,
+    StreamBroken,
+)
+from router.core.responses import Asked, LiveResponse, ResponseStitch, read_note, write_note
+from tests.support.responses import check_response, check_stream, server_sent
 
 JOB = JobId("0-" + "b" * 32)
 ASKED = Asked(JOB, 5, {"model": "m", "input": "hi"})
@@ -17,7 +32,7 @@ ASKED = Asked(JOB, 5, {"model": "m", "input": "hi"})
 
 def _says(text: str, finish: str | None = None) -> bytes:
     choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n"
+    return b"data: " + orjson.dumps({"object": "chat.completion.chunk", "choices": [choice]}) + b"\n\n"
 
 
 def _frame(seq: int, data: bytes, epoch: int = 1, flags: int = 0) -> Frame:
@@ -131,3 +146,74 @@ def test_an_attempt_that_dies_before_it_repeated_all_ends_the_stream() -> None:
     _read(stitch, *_whole("a", "b")[:-1], _lost(2), _whole("a", epoch=2)[0])
     assert _read(stitch, Marker(MarkerKind.DEAD, JOB, 2, "it died")) == []
     assert type(stitch.error) is StreamBroken
+
+
+def _live(*, stream: bool) -> LiveResponse:
+    return LiveResponse(ASKED, stream=stream, replay_limit_bytes=1 << 20, on_loss="continue")
+
+
+def test_a_response_that_is_waited_for_comes_as_its_chat_does() -> None:
+    """Each frame gives its events; a continued attempt leaves no trace."""
+    live = _live(stream=True)
+    live.on_frame(_whole("a", "b")[0])
+    events = server_sent(live.take())
+    assert live.head is not None
+    assert live.head.is_event_stream
+    assert events[-1]["delta"] == "a"
+    live.on_marker(Marker(MarkerKind.LOST, JOB, 2, "it was lost"))
+    assert live.offer() == "a"
+    for frame in [_frame(0, _says("b"), 2, CONTINUED), *[replace(f, seq=1) for f in _whole(epoch=2)[-1:]]]:
+        live.on_frame(replace(frame, flags=frame.flags & ~HEAD if frame.seq else frame.flags))
+    events += server_sent(live.take())
+    assert check_stream(events).output_text == "ab"
+    assert live.ended
+
+
+def test_a_response_as_one_object_comes_at_its_end() -> None:
+    """Nothing before, no head of a stream, and then all of it."""
+    live = _live(stream=False)
+    for frame in _whole("a", "b"):
+        assert not live.ended
+        live.on_frame(frame)
+        data = live.take()
+    assert not live.stream
+    assert live.head is not None
+    assert (live.head.status, live.head.content_type) == (200, "application/json")
+    assert check_response(orjson.loads(data)).output_text == "ab"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_of_the_engine_passes_as_it_is(stream: bool) -> None:
+    """Its status and its error object are what the client's library understands."""
+    live = _live(stream=stream)
+    live.on_frame(Frame(JOB, 1, "a", 0, HEAD | END, b'{"error": {}}', 400, "application/json"))
+    assert live.take() == b'{"error": {}}'
+    assert live.head is not None
+    assert live.head.status == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_does_not_stream_is_understood(stream: bool) -> None:
+    """Its whole answer is told in the form that the client asked for."""
+    body = orjson.dumps({"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}]})
+    live = _live(stream=stream)
+    live.on_frame(Frame(JOB, 1, "a", 0, HEAD | END, body, 200, "application/json"))
+    data = live.take()
+    response = check_stream(server_sent(data)) if stream else check_response(orjson.loads(data))
+    assert response.output_text == "hi"
+
+
+@pytest.mark.parametrize(("size", "kept"), [(10, True), (400_000, False)])
+def test_what_was_asked_is_read_again_from_the_note(size: int, kept: bool) -> None:
+    """An input without room is left out; everything else must have some."""
+    text = "".join(random.Random(1).choices(string.printable, k=size))
+    request = {"model": "m", "input": text, "metadata": {"a": "b"}}
+    asked = read_note(JOB, write_note(7, request))
+    assert (asked.job_id, asked.created_at, asked.request.get("input")) == (JOB, 7, text if kept else None)
+    assert asked.request["metadata"] == {"a": "b"}
+    if not kept:
+        with pytest.raises(BodyTooLarge, match="send long texts as input"):
+            write_note(7, {"model": "m", "input": "x", "instructions": text})
+    for strange in (b"", b"mine", zlib.compress(b"[]"), zlib.compress(b'{"created_at": 1}')):
+        with pytest.raises(PathNotFound):
+            read_note(JOB, strange)
