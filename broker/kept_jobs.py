@@ -180,7 +180,7 @@ def _kept_job(told: Sequence[Any]) -> KeptJob:
     words = [value.decode("utf-8", "replace") for value in told[:-1]]
     (
         job_id, now, tenant, state, epoch, attempts, pool, lane, at, started, over, deadline, until, cause, listed,
-        notify, kept, _, replaced,
+        notify, kept, _, begun, replaced,
     ) = words  # fmt: skip
     ended_as = State(state)
     return KeptJob(
@@ -201,6 +201,7 @@ def _kept_job(told: Sequence[Any]) -> KeptJob:
         listed=listed == "1",
         notify=notify,
         kept_bytes=int(kept or 0),
+        begun_epoch=int(begun or 0),
         replaced=replaced == "1",
         memo=_memo(told[-1]),
     )

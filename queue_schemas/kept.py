@@ -110,7 +110,8 @@ class KeptJob:
 
     ``now_ms`` is when it was read. ``expires_ms`` is when it is forgotten. ``cause`` says why it has no answer: of a
     listed job that is dead, cancelled or expired. ``kept_bytes`` is what it counts for in its tenant's budget.
-    ``replaced``: an attempt began anew after another one had said something, which is not kept any more.
+    ``begun_epoch`` is that of the attempt with which the kept output begins, 0 while nothing was said; ``replaced``: it
+    began anew after another one had said something, which is not kept any more.
     """
 
     id: JobId
@@ -130,6 +131,7 @@ class KeptJob:
     listed: bool = False
     notify: str = ""
     kept_bytes: int = 0
+    begun_epoch: int = 0
     replaced: bool = False
     memo: Memo = field(default_factory=Memo)
 

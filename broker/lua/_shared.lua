@@ -182,7 +182,7 @@ local function stored()
     local now = now_ms()
     listeners_of(job)
     call('DEL', listeners_key(job.id))
-    local found = call('HMGET', P .. 'job:' .. job.id, 'kept', 'idem', 'keep', 'next', 'listed', 'notify', 'memo', 'started', 'replaced')
+    local found = call('HMGET', P .. 'job:' .. job.id, 'kept', 'idem', 'keep', 'next', 'listed', 'notify', 'memo', 'started', 'begun', 'replaced')
     local kept, idem, keep, next_frame = found[1] or '0', found[2] or '', found[3], found[4] or ''
     local listed, word, memo = found[5] or '', found[6] or '', found[7] or ''
     local is_answer = state == 'done' or state == 'failed'
@@ -203,8 +203,8 @@ local function stored()
     if memo ~= '' then
       for i, value in ipairs({ 'pool', job.pool, 'lane', job.lane, 'at', job.at, 'started', found[8] or '', 'deadline',
         job.deadline, 'attempts', job.attempts, 'over', int(now), 'until', int(now + tonumber(keep)), 'cause',
-        string.sub(job.why or '', 1, 500), 'listed', listed, 'notify', word, 'replaced', found[9] or '',
-        'memo', memo }) do
+        string.sub(job.why or '', 1, 500), 'listed', listed, 'notify', word, 'begun', found[9] or '',
+        'replaced', found[10] or '', 'memo', memo }) do
         fields[#fields + 1] = value
       end
     end
@@ -215,10 +215,10 @@ local function stored()
   -- broker/kept_jobs.py.
   local function describe(id)
     local found = call('HMGET', P .. 'job:' .. id, 'tenant', 'state', 'epoch', 'attempts', 'pool', 'lane', 'at', 'started',
-      'over', 'deadline', 'until', 'cause', 'listed', 'notify', 'kept', 'stored', 'replaced', 'memo')
+      'over', 'deadline', 'until', 'cause', 'listed', 'notify', 'kept', 'stored', 'begun', 'replaced', 'memo')
     if not found[1] or found[16] ~= '1' then return {} end
     local told = { id, int(now_ms()) }
-    for i = 1, 18 do told[i + 2] = found[i] or '' end
+    for i = 1, 19 do told[i + 2] = found[i] or '' end
     return told
   end
 

@@ -32,10 +32,13 @@ end
 -- Keeps the frames of ARGV[from..] whose seq, counted from ``seq``, is ``due`` or later. Answers them.
 local function keep(job, anew, seq, due, from, number)
   local key, out = P .. 'job:' .. job.id, P .. 'out:' .. job.id
-  if anew and due == 0 and number > 0 and call('DEL', out) > 0 then
-    local found = call('HMGET', key, 'kept', 'memo')
-    stored().count(job, STORED_BYTES + string.len(found[2] or '') - tonumber(found[1]))
-    call('HSET', key, 'replaced', '1')
+  if anew and due == 0 and number > 0 then
+    call('HSET', key, 'begun', job.epoch)
+    if call('DEL', out) > 0 then
+      local found = call('HMGET', key, 'kept', 'memo')
+      stored().count(job, STORED_BYTES + string.len(found[2] or '') - tonumber(found[1]))
+      call('HSET', key, 'replaced', '1')
+    end
   end
   local frames, bytes = {}, 0
   for i = math.max(due - seq, 0), number - 1 do

@@ -295,14 +295,17 @@ async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Pu
     await broker.enqueue_kept(job, LISTED)
     await broker.release(await worker.claim_one(), "nothing was said yet", counted=False)
     lost = await worker.claim_one()
+    assert (await told(broker, job)).begun_epoch == 0
     await broker.append(lost, piece(lost, 0, b"half"))
-    assert not (await told(broker, job)).replaced
+    before = await told(broker, job)
+    assert (before.begun_epoch, before.replaced) == (lost.epoch, False)
     await broker.reclaim(worker.incarnation)
     lease = await (await Puller(broker).join()).claim_one()
     await broker.append(lease, piece(lease, 0, b"another"))
     assert (await told(broker, job)).replaced
     await broker.cancel(job.id, "enough")
-    assert (await told(broker, job)).replaced
+    after = await told(broker, job)
+    assert (after.begun_epoch, after.replaced) == (lease.epoch, True)
 
 
 async def test_a_notice_is_enough_to_tell_how_a_response_ended(broker: Broker, worker: Puller) -> None:

@@ -28,8 +28,9 @@ _ANEW = (
 
 
 class ResponseStitch(Stitch):
-    """The events behind number ``after`` (-1: all). ``epoch`` is that of the job when it was looked at: an answer that
-    began later may be another one than that whose events the client has."""
+    """The events behind number ``after`` (-1: all). ``epoch`` is that in which the answer began when it was looked at
+    (:attr:`~queue_schemas.KeptJob.begun_epoch`): one that began later is another one than that whose events the client
+    has."""
 
     __slots__ = ("_after", "_asked", "_expected", "_hash", "_known_epoch", "_made")
 
@@ -69,7 +70,7 @@ class ResponseStitch(Stitch):
         if frame.flags & HEAD and not frame.flags & CONTINUED:
             if self._made.number >= FIRST_SAID:
                 self._begin_anew()
-            elif self._after >= FIRST_SAID and frame.epoch > self._known_epoch > 0:
+            elif self._after >= FIRST_SAID and frame.epoch > self._known_epoch:
                 raise StreamBroken(_ANEW)
         self._emit(self._made.feed(frame))
         if frame.flags & END:

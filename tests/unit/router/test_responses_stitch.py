@@ -75,7 +75,7 @@ def test_all_events_come_from_the_first_to_the_end() -> None:
 @pytest.mark.parametrize("after", range(-1, len(WHOLE) + 1))
 def test_whatever_the_client_has_it_gets_the_rest(after: int) -> None:
     """Together they are the whole, wherever it was cut."""
-    assert WHOLE[: after + 1] + _read(ResponseStitch(ASKED, after), *_whole("a", "b", "c")) == WHOLE
+    assert WHOLE[: after + 1] + _read(ResponseStitch(ASKED, after, 1), *_whole("a", "b", "c")) == WHOLE
 
 
 def test_an_attempt_that_goes_on_goes_on() -> None:
