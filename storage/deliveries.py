@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from queue_schemas import Tenant
 
-from .names import EVENT, folder_of, is_id, tenant_of
+from .names import ENDPOINT, EVENT, folder_of, is_id, made_at_ms, tenant_of
 from .objects import ObjectStore
 from .webhook_events import WebhookEvent
 from .webhooks import Webhooks
@@ -105,8 +105,9 @@ class Deliveries:
         """What has not been settled, oldest first; an endpoint or event may be gone."""
         found = []
         for name in self._store.names(_SENDING):
-            folder, endpoint_id, event_id = name.rsplit("~", 2)
-            found.append(DeliveryKey(tenant_of(folder), endpoint_id, event_id))
+            folder, endpoint_id, event_id = (["", "", *name.rsplit("~", 2)])[-3:]
+            if is_id(endpoint_id, ENDPOINT) and is_id(event_id, EVENT):
+                found.append(DeliveryKey(tenant_of(folder), endpoint_id, event_id))
         return sorted(found, key=lambda key: key.event_id)
 
     def event(self, key: DeliveryKey) -> WebhookEvent | None:
@@ -149,7 +150,7 @@ class Deliveries:
         events = self._events(tenant, endpoint_id)
         surplus, forgotten = len(events) - most, 0
         for rank, event_id in enumerate(events):
-            if rank >= surplus and _at_ms(event_id) >= before_ms:
+            if rank >= surplus and made_at_ms(event_id) >= before_ms:
                 break
             key = DeliveryKey(tenant, endpoint_id, event_id)
             if self.state(key).settled:
@@ -176,7 +177,3 @@ def _folder(tenant: Tenant, endpoint_id: str) -> str:
 
 def _mark(key: DeliveryKey) -> str:
     return f"{_SENDING}/{folder_of(key.tenant)}~{key.endpoint_id}~{key.event_id}"
-
-
-def _at_ms(event_id: str) -> int:
-    return int(event_id.removeprefix(EVENT)[:12], 16)

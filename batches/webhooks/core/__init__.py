@@ -1,0 +1,21 @@
+"""What is decided about webhooks without touching the world: signatures, when to send again, what is sent next."""
+
+from __future__ import annotations
+
+from .progress import begin, conclude, give_up
+from .schedule import WAITS_S, most_tries, retry_after_s, wait_s
+from .signing import signed_headers
+from .turns import Limits, next_turns
+
+__all__ = [
+    "WAITS_S",
+    "Limits",
+    "begin",
+    "conclude",
+    "give_up",
+    "most_tries",
+    "next_turns",
+    "retry_after_s",
+    "signed_headers",
+    "wait_s",
+]
