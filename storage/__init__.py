@@ -10,7 +10,7 @@ from .batches import BATCH_ENDED, Batch, BatchError, Batches, BatchProgress, Bat
 from .deliveries import Attempt, Deliveries, Delivery, DeliveryKey, DeliveryState, Outcome
 from .failures import ObjectMissing
 from .files import FileRecord, Files, Kept, Part, Upload
-from .names import folder_of, made_at_ms, new_batch_id, new_endpoint_id, new_file_id, tenant_of
+from .names import created_ms, folder_of, new_batch_id, new_endpoint_id, new_file_id, tenant_of
 from .objects import ObjectStore, Writer
 from .settings import StorageSettings
 from .sweep import sweep_expired, sweep_leftovers
@@ -58,8 +58,8 @@ __all__ = [
     "Webhooks",
     "Writer",
     "check_url",
+    "created_ms",
     "folder_of",
-    "made_at_ms",
     "new_batch_id",
     "new_endpoint_id",
     "new_file_id",

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from queue_schemas import Tenant
 
-from .names import ENDPOINT, EVENT, folder_of, is_id, made_at_ms, tenant_of
+from .names import ENDPOINT, EVENT, created_ms, folder_of, is_id, tenant_of
 from .objects import ObjectStore
 from .webhook_events import WebhookEvent
 from .webhooks import Webhooks
@@ -150,7 +150,7 @@ class Deliveries:
         events = self._events(tenant, endpoint_id)
         surplus, forgotten = len(events) - most, 0
         for rank, event_id in enumerate(events):
-            if rank >= surplus and made_at_ms(event_id) >= before_ms:
+            if rank >= surplus and created_ms(event_id) >= before_ms:
                 break
             key = DeliveryKey(tenant, endpoint_id, event_id)
             if self.state(key).settled:

@@ -39,11 +39,6 @@ def new_id(kind: str, now_ms: int) -> str:
     return f"{kind}{now_ms:012x}{secrets.token_hex(10)}"
 
 
-def made_at_ms(value: str) -> int:
-    """The Unix time within an id of any kind."""
-    return int(value[-32:-20], 16)
-
-
 def is_id(value: str, kind: str) -> bool:
     """Whether ``value`` has the shape of an id of that kind: only such a one becomes part of an object's name."""
     return value.startswith(kind) and _ID.fullmatch(value) is not None

@@ -31,7 +31,7 @@ from storage import (
     Secrets,
     WebhookEvent,
     Webhooks,
-    made_at_ms,
+    created_ms,
 )
 from telemetry import get_logger
 
@@ -230,7 +230,7 @@ class Courier:
     def _trim(self) -> None:
         before_ms = self._now_ms() - self._settings.keep_days * 86_400_000
         for tenant, endpoint_id in self._webhooks.everyone():
-            young = made_at_ms(endpoint_id) > self._now_ms() - _LEFTOVER_MS
+            young = created_ms(endpoint_id) > self._now_ms() - _LEFTOVER_MS
             if not young and self._webhooks.get(tenant, endpoint_id) is None:
                 self._webhooks.delete(tenant, endpoint_id)  # whoever deleted or made it was killed midway
                 continue
@@ -250,7 +250,7 @@ class Courier:
 
     def _oldest_s(self) -> float:
         oldest = min((key.event_id for key in self._next_at_ms), default="")
-        return max(0.0, self._now_s() - made_at_ms(oldest) / 1000) if oldest else 0.0
+        return max(0.0, self._now_s() - created_ms(oldest) / 1000) if oldest else 0.0
 
     async def _in_thread(self, work: Callable[[], _Answer]) -> _Answer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
