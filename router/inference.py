@@ -165,58 +165,6 @@ class Inference:
         finally:
             request.unguard()
 
-    async def _job(
-        self,
-        request_id: str,
-        path: str,
-        tenant: Tenant,
-        headers: dict[bytes, bytes],
-        body: bytes,
-        fields: RequestFields,
-        trace: str,
-    ) -> Job:
-        settings, link = self._settings, self._state.link
-        deadline_ms = read_deadline(
-            headers.get(_DEADLINE), fields.timeout_s, settings.default_deadline_ms, settings.longest_deadline_ms
-        )
-        on_loss = read_on_loss(headers.get(_ON_LOSS), settings.on_loss)
-        if on_loss == "continue" and not fields.continuable:
-            on_loss = "restart"
-        key = read_idempotency_key(headers.get(_IDEMPOTENCY))
-        queue = link.ready_queue()
-        entry = link.directory.pools.get(fields.model)
-        if entry is None or not entry.workers:
-            directory = link.directory if entry else await link.fresh_directory()
-            if fields.model not in directory.pools and link.reasons:
-                raise BrokerUnavailable(f"the list of models cannot be read: {link.reasons[0]}; try again shortly")
-            check_model(fields.model, directory, settings.on_no_worker)
-        return Job(
-            id=new_job_id(queue.shard_of(fields.model)),
-            tenant=tenant,
-            model=fields.model,
-            path=path,
-            body=body,
-            content_type=_content_type(headers),
-            band=band_of_priority(fields.priority),
-            stream=fields.stream,
-            stored=bool(key),
-            ttl_ms=deadline_ms,
-            max_attempts=settings.max_attempts,
-            on_loss=on_loss,
-            reply_to="" if key else link.incarnation,
-            traceparent=trace or _traceparent(headers),
-            idempotency_key=key,
-            request_id=request_id,
-            region=settings.region,
-            patience_ms=self._patience_ms(fields.model),
-        )
-
-    def _patience_ms(self, model: str) -> int:
-        """How long this region's workers go first: not at all where there is none."""
-        settings = self._settings
-        near = settings.region != "" and self._state.link.directory.serves_in(model, settings.region)
-        return settings.region_patience_ms if near else 0
-
     async def _enqueue(self, request: OpenRequest, job: Job) -> State:
         request.give(job.ttl_ms)
         self._requests.attach(request, job)
