@@ -88,6 +88,11 @@ class Expired:
     forgotten: int = 0
 
 
+def _is_awaited(job: Job) -> bool:
+    """Whether somebody waits for its answer now, who would see to it that it is queued again."""
+    return job.lane is Lane.INTERACTIVE and not (job.stored and job.idempotency_key)
+
+
 class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, RegistryCalls, Figures):
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests)."""
 
@@ -218,7 +223,7 @@ class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, RegistryCalls, Figure
     def _line(self, job: Job) -> ShardBatches:
         """The calls with which a job is enqueued."""
         shard = shard_of_job(job.id)
-        if self._durable and (job.stored or job.lane is not Lane.INTERACTIVE):
+        if self._durable and not _is_awaited(job):
             return self._durable[shard][next(self._turns) % DURABLE_LINES]
         return self._batches[shard]
 

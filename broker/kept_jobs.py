@@ -54,7 +54,7 @@ class KeptJobCalls:
         :meth:`broker.Broker.enqueue_stored`."""
         return await self._line(job).enqueue(job, listener, keep)
 
-    async def job(self, job_id: str) -> KeptJob | None:
+    async def kept_job(self, job_id: str) -> KeptJob | None:
         """What may be told of a stored job: None if it is unknown, or nothing is kept of it. Whoever asks for a tenant
         compares ``tenant``."""
         keys = self._keys_of(job_id)
@@ -63,7 +63,7 @@ class KeptJobCalls:
         (told,) = await self._caller.script("show_kept", keys.budget, keys.prefix, job_id)
         return _kept_job(told) if told else None
 
-    async def jobs(
+    async def kept_jobs(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
     ) -> tuple[list[KeptJob], str]:
         """A page of a tenant's listed jobs, newest first, behind the one called ``after``; only those in ``states``, if
@@ -71,7 +71,7 @@ class KeptJobCalls:
         listed job of the tenant."""
         before = ""
         if after:
-            last = await self.job(after)
+            last = await self.kept_job(after)
             if last is None or last.tenant != tenant or not last.listed:
                 raise BadRequest(f"there is no job {after[:60]!r} to go on behind: begin without after", param="after")
             before = _place(last.created_ms, last.id)
@@ -117,10 +117,11 @@ class KeptJobCalls:
         found = await self._caller.script("forget", keys.budget, keys.prefix, job_id, reason)
         return None if found == b"unknown" else State(found.decode())
 
-    async def cancel_abandoned(self, job_id: JobId, reason: str) -> State | None:
-        """Cancel a stored job unless a Router listens to it; the state that it was in, None if it is unknown."""
+    async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None:
+        """Cancel a stored job if no Router has listened to it for ``after_ms``; the state that it was in, None if it is
+        unknown."""
         keys = self._keys[shard_of_job(job_id)]
-        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, 0, 1)
+        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, 0, after_ms)
         return None if found == b"unknown" else State(found.decode())
 
     async def read_ended(self, limit: int = 100) -> list[EndedJob]:

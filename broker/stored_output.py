@@ -43,8 +43,8 @@ class StoredOutputCalls:
 
     async def detach(self, job_id: JobId, listener: Incarnation) -> None:
         """``listener`` is not sent a stored job's output any more. One try."""
-        key = self._keys[shard_of_job(job_id)].listeners(job_id)
-        await self._caller.once(key, "SREM", key, listener)
+        keys = self._keys[shard_of_job(job_id)]
+        await self._caller.script("detach", keys.budget, keys.prefix, job_id, listener, retry=False)
 
     async def read_output(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> Output | None:
         """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on; None if the job is unknown."""

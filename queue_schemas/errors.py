@@ -11,6 +11,7 @@
     +-- AuthenticationFailed       401  invalid_api_key
     +-- PermissionRefused          403  permission_denied
     +-- ModelNotFound              404  model_not_found
+    +-- JobNotFound                404  job_not_found          no such job, or not the caller's, or not kept any more
     +-- PathNotFound               404  unknown_path
     +-- NotFound                   404  not_found              no such file, batch, job, ... of this tenant
     +-- MethodNotAllowed           405  method_not_allowed
@@ -105,6 +106,12 @@ class PermissionRefused(InferqError):
 class ModelNotFound(InferqError):
     status = 404
     code = "model_not_found"
+    type = "invalid_request_error"
+
+
+class JobNotFound(InferqError):
+    status = 404
+    code = "job_not_found"
     type = "invalid_request_error"
 
 

@@ -23,12 +23,13 @@ log = get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Farewell:
     """``reason`` is why the job is cancelled, ``unasked`` if nobody asked for it here; ``listener`` is who detaches
-    from it."""
+    from it. ``abandoned_ms``: it is cancelled only if no Router has listened to it for so long."""
 
     job_id: JobId
     reason: str = ""
     unasked: bool = False
     listener: Incarnation | None = None
+    abandoned_ms: int = 0
 
 
 class Canceller:
@@ -48,6 +49,10 @@ class Canceller:
     def detach(self, job_id: JobId, listener: Incarnation) -> None:
         """Have ``listener`` forgotten by the stored job ``job_id``, soon and unless somebody follows it then."""
         self._put(_Farewell(job_id, listener=listener))
+
+    def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> None:
+        """Have the stored job ``job_id`` cancelled soon if nobody, here or elsewhere, has followed it for so long."""
+        self._put(_Farewell(job_id, reason, abandoned_ms=after_ms))
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -75,7 +80,10 @@ class Canceller:
             log.warning("job_not_cancelled", job_id=job_id, error="the queue is not connected")
             return
         try:
-            if farewell.listener is None:
+            if farewell.abandoned_ms:
+                if not self._followed(job_id):
+                    await queue.cancel_abandoned(job_id, farewell.reason, farewell.abandoned_ms)
+            elif farewell.listener is None:
                 await queue.cancel(job_id, farewell.reason, unasked=farewell.unasked)
             elif not self._followed(job_id):
                 await queue.detach(job_id, farewell.listener)

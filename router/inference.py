@@ -22,36 +22,48 @@ from queue_schemas import (
     EngineFailed,
     InferqError,
     Job,
+    JobNotFound,
+    Keep,
+    Lane,
     OverCapacity,
     RequestTimeout,
     ShuttingDown,
     State,
     StreamBroken,
     Tenant,
-    band_of_priority,
     new_job_id,
 )
+from queue_schemas.stored import request_digest
 from telemetry import get_logger, inject, span_for_request, tracing_enabled
 from telemetry.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
 
 from .bodies import DRAIN_LIMIT_S, ClientGone, drain_body, read_body
 from .connection import Connection
 from .core import (
+    BACKGROUND_HEADER,
     DEADLINE_HEADER,
     IDEMPOTENCY_HEADER,
+    LAST_EVENT_HEADER,
     ON_LOSS_HEADER,
+    RESUMABLE_HEADER,
+    Position,
     RequestFields,
     Stitch,
     announced_size,
-    check_model,
     check_room,
     check_size,
+    find_position,
     read_deadline,
     read_fields,
+    read_flag,
     read_idempotency_key,
     read_on_loss,
 )
 from .exchange import Exchange
+from .jobs import JobMaker, memo_of
+from .kept import KeptJobs
+from .metrics import ModelHistogram
+from .numbered import NumberedExchange
 from .requests import OpenRequest
 from .state import RETRY_AFTER_SHUTDOWN_S, RouterState
 from .stored import StoredJobs
@@ -64,8 +76,13 @@ RERUN_AFTER_S = 2.0
 _DEADLINE = DEADLINE_HEADER.encode()
 _ON_LOSS = ON_LOSS_HEADER.encode()
 _IDEMPOTENCY = IDEMPOTENCY_HEADER.encode()
+_BACKGROUND = BACKGROUND_HEADER.encode()
+_RESUMABLE = RESUMABLE_HEADER.encode()
+_LAST_EVENT = LAST_EVENT_HEADER.encode()
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _NEVER = float("inf")
+_UNSEEN = ModelHistogram("inferq_given_again_seconds", "Not shown", ())
+"""Times of what is given again, which nobody wants among those of what is waited for."""
 
 log = get_logger(__name__)
 
@@ -77,7 +94,9 @@ class Inference:
         self._state = state
         self._settings = state.settings
         self._requests = state.requests
+        self._jobs = JobMaker(state.settings, state.link)
         self._stored = StoredJobs(state)
+        self._kept = KeptJobs(state)
         self._loop = asyncio.get_running_loop
 
     async def serve(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
@@ -97,6 +116,7 @@ class Inference:
         headers = dict(scope["headers"])
         given_id = headers.get(REQUEST_ID_HEADER)
         request_id = new_request_id() if given_id is None else request_id_from(((REQUEST_ID_HEADER, given_id),))
+        settings = self._settings
         exchange = Exchange(send, request_id.encode())
         connection = Connection(receive)
         request = OpenRequest(connection, self._loop().time())
@@ -105,22 +125,45 @@ class Inference:
         try:
             tenant = self._admit(request, headers, running)
             body = await self._body(request, receive, headers)
-            fields = read_fields(body, _content_type(headers), path)
-            job = await self._job(request_id, path, tenant, headers, body, fields, trace)
-            request.stitch = Stitch(
-                stream=job.stream,
-                replay_limit_bytes=self._settings.replay_bytes,
-                on_loss=job.on_loss,
-                usage=fields.usage,
-                choices=fields.choices,
-                stored=job.stored,
+            content_type = _content_type(headers)
+            fields = read_fields(body, content_type, path)
+            background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
+            resumable = fields.stream and not background and self._is_resumable(headers)
+            key = read_idempotency_key(headers.get(_IDEMPOTENCY))
+            job = await self._jobs.make(
+                tenant=tenant,
+                path=path,
+                body=body,
+                content_type=content_type,
+                fields=fields,
+                ttl_ms=self._ttl_ms(headers.get(_DEADLINE), fields, background=background),
+                on_loss=read_on_loss(headers.get(_ON_LOSS), settings.on_loss),
+                idempotency_key=key,
+                stored=bool(key) or resumable or background,
+                lane=Lane.BACKGROUND if background else Lane.INTERACTIVE,
+                request_id=request_id,
+                traceparent=trace or _traceparent(headers),
             )
-            connection.watch(request.on_gone)
-            if job.stored:
-                await self._stored.enqueue(request, job, exchange)
+            if background:
+                await self._kept.accept(job, fields, request, exchange)
             else:
-                await self._enqueue(request, job)
-            await self._relay(request, exchange)
+                request.stitch = Stitch(
+                    stream=job.stream,
+                    replay_limit_bytes=settings.replay_bytes,
+                    on_loss=job.on_loss,
+                    usage=fields.usage,
+                    choices=fields.choices,
+                    stored=job.stored,
+                )
+                connection.watch(request.on_gone)
+                if not job.stored:
+                    await self._enqueue(request, job)
+                else:
+                    request.keep = self._keep(job, fields, resumable=resumable)
+                    if resumable:
+                        exchange = NumberedExchange(send, request_id.encode(), _after(headers, bool(key)))
+                    await self._open_stored(request, job, exchange)
+                await self.relay(request, exchange)
         except InferqError as error:
             connection.unwatch()
             log.debug("refused", request_id=request_id, code=error.code, message=error.message)
@@ -137,6 +180,50 @@ class Inference:
         await connection.closed()
         self._state.metrics.answered(path, exchange.status)
         return exchange.status
+
+    def _is_resumable(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether a client may come back for the rest of its stream."""
+        if _RESUMABLE in headers:
+            return read_flag(headers[_RESUMABLE], RESUMABLE_HEADER)
+        return self._settings.resumable_streams
+
+    def _ttl_ms(self, header: bytes | None, fields: RequestFields, *, background: bool) -> int:
+        """How long the request may take."""
+        settings = self._settings
+        default_ms, longest_ms = settings.default_deadline_ms, settings.longest_deadline_ms
+        if background:
+            default_ms = longest_ms = settings.background_deadline_ms
+        return read_deadline(header, fields.timeout_s, default_ms, longest_ms)
+
+    async def _open_stored(self, request: OpenRequest, job: Job, exchange: Exchange) -> None:
+        """Queue a stored job, or follow the one behind whose event the client wants to go on."""
+        if not isinstance(exchange, NumberedExchange):
+            await self._stored.enqueue(request, job, exchange)
+            return
+        named = exchange.after.job_id if exchange.after is not None else None
+        if named is None or job.idempotency_key:
+            await self._stored.enqueue(request, job, exchange)
+        else:
+            kept = await request.within_deadline(self._state.link.ready_queue().kept_job(named))
+            if kept is None or kept.tenant != job.tenant:
+                raise _not_kept(named)
+            if kept.memo.request != request_digest(job):
+                raise BadRequest(
+                    f"{LAST_EVENT_HEADER} names the stream of another request: its path, content type or body was not "
+                    "the same",
+                    param=LAST_EVENT_HEADER,
+                )
+            self._stored.follow(request, kept, job)
+        assert request.job is not None  # noqa: S101 - it is enqueued or followed
+        if named not in (None, request.job.id):
+            raise _not_kept(named)
+        exchange.name(request.job.id)
+
+    def _keep(self, job: Job, fields: RequestFields, *, resumable: bool) -> Keep:
+        """How the answer to a stored request that somebody waits for is kept. One with a key runs on without him."""
+        keyed, settings = bool(job.idempotency_key), self._settings
+        memo = memo_of(job, fields, resumable=resumable and not keyed)
+        return Keep(settings.keep_answers_ms if keyed else settings.resume_keep_ms, memo)
 
     def _admit(self, request: OpenRequest, headers: dict[bytes, bytes], running: int) -> Tenant:
         """What can be judged before the body is read."""
@@ -179,12 +266,13 @@ class Inference:
             request.rerun_s = self._loop().time() + RERUN_AFTER_S
         return state
 
-    async def _relay(self, request: OpenRequest, exchange: Exchange) -> None:
+    async def relay(self, request: OpenRequest, exchange: Exchange) -> None:
         """Pass the answer on as it comes."""
         stitch = request.stitch
         job = request.job
         assert stitch is not None and job is not None  # noqa: S101 - set by _enqueue
         metrics = self._state.metrics
+        ttft, itl = (_UNSEEN, _UNSEEN) if request.follows else (metrics.ttft, metrics.itl)
         time = self._loop().time
         first = True
         while True:
@@ -195,10 +283,10 @@ class Inference:
             if data or stitch.ended:
                 now = time()
                 if first:
-                    metrics.ttft.observe(job.model, now - request.begun_s)
+                    ttft.observe(job.model, now - request.begun_s)
                     first = False
                 else:
-                    metrics.itl.observe(job.model, now - request.quiet_since_s)
+                    itl.observe(job.model, now - request.quiet_since_s)
                 request.quiet_since_s = now
             head = stitch.head
             if stitch.ended and head is not None:
@@ -337,7 +425,7 @@ class Inference:
         if job is not None and job.stored:
             self._state.done(request)
             if stitch is not None and not stitch.settled:
-                self._stored.leave(job)
+                self._stored.leave(request, job)
             return
         if job is not None and stitch is not None and not stitch.settled:
             why = f"client_{request.why_gone}" if request.gone else "given_up"
@@ -345,6 +433,20 @@ class Inference:
             self._state.canceller.cancel(job.id, "its client went away" if request.gone else "its router gave it up")
             self._state.metrics.cancelled(why)
         self._state.done(request)
+
+
+def _after(headers: dict[bytes, bytes], keyed: bool) -> Position | None:
+    """Behind which event of its stream a client goes on: one that names its job, or of the job of its key."""
+    found = find_position(headers.get(_LAST_EVENT, b"").decode("latin-1"))
+    return found if found is not None and (keyed or found.job_id) else None
+
+
+def _not_kept(job_id: str | None) -> JobNotFound:
+    return JobNotFound(
+        f"the stream {job_id} is not kept any more, or was cancelled because its client was away for too long: send "
+        f"the request without {LAST_EVENT_HEADER}",
+        param=LAST_EVENT_HEADER,
+    )
 
 
 def _traceparent(headers: dict[bytes, bytes]) -> str:

@@ -16,12 +16,15 @@ from queue_schemas import (
     Incarnation,
     Job,
     JobId,
+    Keep,
+    KeptJob,
     Lane,
     LaneDepth,
     Marker,
     Output,
     Pool,
     State,
+    Tenant,
     WorkerInfo,
 )
 
@@ -41,7 +44,17 @@ class QueuePort(Protocol):
 
     async def enqueue(self, job: Job) -> State: ...
 
-    async def enqueue_stored(self, job: Job, listener: Incarnation, keep_ms: int) -> Enqueued: ...
+    async def enqueue_kept(self, job: Job, keep: Keep, listener: str = "") -> Enqueued: ...
+
+    async def kept_job(self, job_id: str) -> KeptJob | None: ...
+
+    async def kept_jobs(
+        self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
+    ) -> tuple[list[KeptJob], str]: ...
+
+    async def forget(self, job_id: str, reason: str) -> State | None: ...
+
+    async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None: ...
 
     async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None: ...
 

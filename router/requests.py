@@ -19,6 +19,7 @@ from queue_schemas import (
     InferqError,
     Job,
     JobId,
+    Keep,
     Marker,
     MarkerKind,
     RequestTimeout,
@@ -34,6 +35,7 @@ from .metrics import RouterMetrics
 from .settings import RouterSettings
 
 log = get_logger(__name__)
+_UNKEPT = Keep(0)
 _T = TypeVar("_T")
 
 
@@ -59,14 +61,17 @@ class OpenRequest:
         "begun_s",
         "behind",
         "body_bytes",
+        "commented",
         "connection",
         "deadline_s",
         "error",
+        "follows",
         "gone",
         "heard",
         "held",
         "interrupted",
         "job",
+        "keep",
         "keepalive_due",
         "limit_s",
         "looked_s",
@@ -102,6 +107,12 @@ class OpenRequest:
         self.behind = self.heard = False
         self.held: list[Frame | Marker] | None = None
         self.looked_s = now_s
+        self.keep = _UNKEPT
+        """How what it waits for is kept, if it is."""
+        self.follows = False
+        """It follows a stored job that it did not put on the queue, and could not put there again."""
+        self.commented = False
+        """It is answered with an event stream whatever its job is."""
 
     async def wait(self) -> None:
         """Until there is news; at once if there is some already."""
@@ -307,7 +318,7 @@ class OpenRequests:
                 request.notify()
             elif (
                 request.stitch is not None
-                and request.stitch.stream
+                and (request.stitch.stream or request.commented)
                 and now_s - request.quiet_since_s >= self._keepalive_s
                 and request.sending_since_s == float("inf")
             ):

@@ -87,6 +87,23 @@ class RouterSettings(RoleSettings):
         ge=1,
         description="How long the answer to a request with an Idempotency-Key is kept for repeats of it",
     )
+    background_deadline_ms: int = Field(
+        86_400_000,
+        ge=1,
+        description="How long a background request may wait and run, and the longest deadline that one may ask for",
+    )
+    keep_jobs_ms: int = Field(
+        86_400_000, ge=1, description="How long a background request is kept once it has ended, with its answer"
+    )
+    resumable_streams: bool = Field(
+        False, description="Every stream may be resumed, not only those that ask for it (x-inferq-resumable: true)"
+    )
+    resume_grace_ms: int = Field(
+        30_000, ge=100, description="How long a resumable stream runs on without its client before it is cancelled"
+    )
+    resume_keep_ms: int = Field(
+        300_000, ge=1, description="How long the answer of a resumable stream is kept once it is whole"
+    )
     keepalive_ms: int = Field(
         15_000, ge=50, description="A stream that is silent for so long gets a comment, so that nothing cuts it"
     )
@@ -108,7 +125,10 @@ class RouterSettings(RoleSettings):
     tenant_jobs: int = Field(100_000, ge=1, description="Most live jobs (waiting or running) of one tenant")
     tenant_bytes: int = Field(1024 * MIB, ge=1, description="Most bytes of live jobs of one tenant")
     tenant_kept_bytes: int = Field(
-        512 * MIB, ge=0, description="Most bytes kept of one tenant's requests with an Idempotency-Key; beyond it: 429"
+        512 * MIB,
+        ge=0,
+        description="Most bytes kept of one tenant's requests (background, resumable, with an Idempotency-Key); "
+        "beyond it: 429",
     )
     pool_jobs: int = Field(200_000, ge=1, description="Most live jobs of one model")
     pool_bytes: int = Field(2048 * MIB, ge=1, description="Most bytes of live jobs of one model")

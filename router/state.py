@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from queue_schemas import InferqError, JobId, ShuttingDown
 from telemetry import get_logger
 
+from .abandoned import Abandoned
 from .cancels import Canceller
 from .keys import ApiKeys
 from .metrics import RouterMetrics
@@ -40,6 +41,7 @@ class RouterState:
         self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked)
         self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken)
         self.canceller = Canceller(lambda: self.link.queue, self.requests.stored.__contains__)
+        self.abandoned = Abandoned(settings.resume_grace_ms / 1000, self._give_up)
         self.leaving = False
         """Still serving, but asking clients and load balancers to go elsewhere."""
         self.draining = False
@@ -107,6 +109,7 @@ class RouterState:
         while True:
             await asyncio.sleep(self.settings.sweep_ms / 1000)
             self.requests.sweep(loop.time())
+            self.abandoned.sweep(loop.time())
             self.keys.refresh()
 
     def _drop(self, request: OpenRequest, why: str) -> None:
@@ -116,6 +119,10 @@ class RouterState:
         request.why_gone = why
         request.on_gone()
         request.connection.cut()
+
+    def _give_up(self, job_id: JobId) -> None:
+        grace_ms = self.settings.resume_grace_ms
+        self.canceller.cancel_abandoned(job_id, f"its client was away for more than {grace_ms} ms", grace_ms)
 
     def _unasked(self, job_id: JobId) -> None:
         self.canceller.cancel(job_id, "nobody waits for the answer", unasked=True)

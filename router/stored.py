@@ -1,4 +1,5 @@
-"""Requests with an idempotency key: they lead to one stored job, whoever asked for it first and wherever.
+"""Requests for stored jobs: those with an idempotency key, which lead to one job, whoever asked for it first and
+wherever; those whose stream may be resumed; and those that only follow a job that was put on the queue before.
 
 The one that creates the job gets its answer as it comes, at no more cost than any other request. Whoever comes later,
 or missed something, reads what is kept first, a page at a time and no faster than its client reads, and goes on from
@@ -19,14 +20,19 @@ from queue_schemas import (
     Enqueued,
     IdempotencyKeyReused,
     Job,
+    JobNotFound,
+    Keep,
+    KeptJob,
     Marker,
     MarkerKind,
+    Output,
     OverCapacity,
     State,
     StreamBroken,
 )
 from telemetry import get_logger
 
+from .core import Stitch
 from .exchange import Exchange
 from .followers import fall_behind
 from .requests import OpenRequest
@@ -50,16 +56,17 @@ class StoredJobs:
         self._requests = state.requests
 
     async def enqueue(self, request: OpenRequest, job: Job, exchange: Exchange | None = None) -> None:
-        """Queue ``job`` for ``request``, or follow the one that holds its key; ``exchange`` says then that it is one.
+        """Queue ``job`` for ``request``, kept as it says, or follow the one that holds its key; ``exchange`` says then
+        that it is one.
 
         Raises ``IdempotencyKeyReused``, ``OverCapacity`` and whatever the queue raises.
         """
         request.give(job.ttl_ms)
         request.behind = False
         self._requests.attach(request, job)
-        link, keep_ms = self._state.link, self._state.settings.keep_answers_ms
+        link = self._state.link
         try:
-            found = await request.within_deadline(link.ready_queue().enqueue_stored(job, link.incarnation, keep_ms))
+            found = await request.within_deadline(link.ready_queue().enqueue_kept(job, request.keep, link.incarnation))
         except (IdempotencyKeyReused, OverCapacity, BrokerFull):
             if request.stitch is not None:
                 request.stitch.settled = True  # nothing was written: there is nothing to detach from
@@ -71,6 +78,29 @@ class StoredJobs:
                 exchange.add_header(*REPLAY_HEADER)
         if found != Enqueued(job.id, State.QUEUED):
             fall_behind(request)
+
+    def follow(self, request: OpenRequest, kept: KeptJob, job: Job | None = None) -> None:
+        """From now on ``request`` is given the answer of a job that is on the queue, from its beginning. ``job``: what
+        it asked itself, to be queued again should the queue have lost it."""
+        memo = kept.memo
+        request.follows = job is None
+        request.keep = Keep(self._state.settings.resume_keep_ms, memo)
+        request.give(kept.remaining_ms + self._state.settings.longest_deadline_ms)
+        request.stitch = Stitch(
+            stream=memo.stream,
+            replay_limit_bytes=self._state.settings.replay_bytes,
+            on_loss=memo.on_loss,
+            usage=memo.usage,
+            choices=memo.choices,
+            stored=True,
+        )
+        followed = job or Job(
+            id=kept.id, tenant=kept.tenant, model=kept.model, path=memo.path, body=b"", lane=kept.lane
+        )
+        self._requests.attach(
+            request, replace(followed, id=kept.id, stream=memo.stream, stored=True, on_loss=memo.on_loss, reply_to="")
+        )
+        fall_behind(request)
 
     async def catch_up(self, request: OpenRequest) -> None:
         """Read on in what is kept of the job; what came live meanwhile follows the last page."""
@@ -87,23 +117,38 @@ class StoredJobs:
             return
         held, request.held = request.held, None
         request.notify()
+        if page is None and request.follows:
+            raise JobNotFound(f"the job {job.id} is not kept any more: it was deleted, or has expired")
         if page is None:
             await self._queue_again(request, job)
-        elif page.state in TERMINAL and page.state not in KEPT_STATES:
-            request.behind = False
-            epoch = max(page.epoch, stitch.epoch)
-            stitch.on_marker(Marker(MarkerKind(page.state.value), job.id, epoch, "no answer of it was kept"))
-        elif stitch.reread(page.epoch, page.attempt_id, page.frames):
+            return
+        given_up = page.state in TERMINAL and page.state not in KEPT_STATES
+        if given_up and not page.frames:
+            self._ended(request, job, page)
+        elif stitch.reread(page.epoch, page.attempt_id, page.frames, given_up=given_up):
             for frame in page.frames:
                 stitch.on_frame(frame)
-            if stitch.gap or (page.over and not stitch.closed):
+            if given_up and page.over and not stitch.gap:
+                self._ended(request, job, page)
+            elif stitch.gap or (page.over and not stitch.closed):
                 stitch.error = StreamBroken("a part of the answer is not kept any more; send the request again")
             elif page.complete and held is not None:
                 self._requests.stored.caught_up(request, held)
 
-    def leave(self, job: Job) -> None:
-        """A request for ``job`` is over: the job runs on for whoever asks again, or follows it here still."""
+    def leave(self, request: OpenRequest, job: Job) -> None:
+        """A request for ``job`` is over: the job runs on for whoever asks again, or follows it here still; a stream
+        that may be resumed for its grace."""
         self._state.canceller.detach(job.id, self._state.link.incarnation)
+        if request.keep.memo.resumable:
+            self._state.abandoned.add(job.id, asyncio.get_running_loop().time())
+
+    def _ended(self, request: OpenRequest, job: Job, page: Output) -> None:
+        """The job ended without an answer; what it had said was given."""
+        stitch = request.stitch
+        assert stitch is not None  # noqa: S101 - set by who follows
+        request.behind = False
+        epoch, cause = max(page.epoch, stitch.epoch), page.cause or "no answer of it was kept"
+        stitch.on_marker(Marker(MarkerKind(page.state.value), job.id, epoch, cause))
 
     async def _queue_again(self, request: OpenRequest, job: Job) -> None:
         """The queue has lost the job with its latest writes: it is queued again by its id, unless somebody else did, or

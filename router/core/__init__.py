@@ -1,9 +1,11 @@
 """The Router's decisions, pure: admission, reading requests, stitching answers, the directory of models."""
 
 from .admission import (
+    BACKGROUND_HEADER,
     DEADLINE_HEADER,
     IDEMPOTENCY_HEADER,
     ON_LOSS_HEADER,
+    RESUMABLE_HEADER,
     KeyRing,
     OnNoWorker,
     announced_size,
@@ -15,33 +17,43 @@ from .admission import (
     is_join_token,
     parse_keys,
     read_deadline,
+    read_flag,
     read_idempotency_key,
     read_on_loss,
 )
 from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
+from .events import LAST_EVENT_HEADER, EventNumbers, Position, as_event, find_position, read_position
 from .openai import INFERENCE_PATHS, RequestFields, known_paths, read_fields
-from .stitch import EVENT_STREAM, Head, Stitch
+from .stitch import EVENT_STREAM, Head, Stitch, ending_error
 
 __all__ = [
+    "BACKGROUND_HEADER",
     "DEADLINE_HEADER",
     "EVENT_STREAM",
     "IDEMPOTENCY_HEADER",
     "INFERENCE_PATHS",
+    "LAST_EVENT_HEADER",
     "ON_LOSS_HEADER",
+    "RESUMABLE_HEADER",
     "Directory",
+    "EventNumbers",
     "Head",
     "KeyRing",
     "OnNoWorker",
     "PoolEntry",
+    "Position",
     "RequestFields",
     "Stitch",
     "announced_size",
+    "as_event",
     "authenticate",
     "build_directory",
     "check_body_room",
     "check_model",
     "check_room",
     "check_size",
+    "ending_error",
+    "find_position",
     "is_join_token",
     "known_paths",
     "model_list",
@@ -51,6 +63,8 @@ __all__ = [
     "pool_of",
     "read_deadline",
     "read_fields",
+    "read_flag",
     "read_idempotency_key",
     "read_on_loss",
+    "read_position",
 ]

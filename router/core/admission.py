@@ -29,6 +29,8 @@ OnNoWorker = Literal["queue", "refuse"]
 DEADLINE_HEADER = "x-inferq-deadline-ms"
 ON_LOSS_HEADER = "x-inferq-on-loss"
 IDEMPOTENCY_HEADER = "idempotency-key"
+BACKGROUND_HEADER = "x-inferq-background"
+RESUMABLE_HEADER = "x-inferq-resumable"
 NO_WORKER_RETRY_S = 5
 _SHOWN_MODELS = 10
 _KEY = re.compile(rb"[ -~]{1,255}")
@@ -130,6 +132,15 @@ def read_on_loss(header: bytes | None, default: OnLoss) -> OnLoss:
         if header == policy.encode():
             return cast(OnLoss, policy)
     raise BadRequest(f"{ON_LOSS_HEADER} must be continue, restart or fail", param=ON_LOSS_HEADER)
+
+
+def read_flag(header: bytes | None, name: str, default: bool = False) -> bool:
+    """Whether the caller's header ``name`` is ``true``; ``default`` without it."""
+    if header is None:
+        return default
+    if header.lower() not in (b"true", b"false"):
+        raise BadRequest(f"{name} must be true or false", param=name)
+    return header.lower() == b"true"
 
 
 def read_idempotency_key(header: bytes | None) -> str:

@@ -66,7 +66,7 @@ class EventNumbers:
     def feed(self, data: bytes) -> bytes:
         """What the reader lacks of ``data``, with ids."""
         data = self._held + data if self._held else data
-        given = []
+        given: list[bytes] = []
         start = 0
         while (end := _end_of_event(data, start)) > 0:
             event, start = data[start:end], end

@@ -55,6 +55,15 @@ class Head:
     def is_event_stream(self) -> bool:
         return self.content_type.startswith(EVENT_STREAM)
 
+    @property
+    def is_json(self) -> bool:
+        return self.content_type.partition(";")[0].strip().endswith(("/json", "+json"))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it can be shown as text."""
+        return self.is_json or self.content_type.startswith("text/")
+
 
 class Stitch:
     """The answer to one request, as far as it has come.
@@ -204,7 +213,7 @@ class Stitch:
                 self.lost_epoch = marker.epoch
         else:
             self.settled = True
-            self.error = _ERRORS[marker.kind](marker.reason)
+            self.error = ending_error(marker.kind, marker.reason)
 
     def agrees(self, epoch: int, attempt_id: str) -> bool:
         """Whether an attempt that runs by the queue's account can be the one that is heard, or a later one."""
@@ -226,11 +235,12 @@ class Stitch:
         """The job runs again under another id, whose epochs begin anew."""
         self._forget_attempt(0)
 
-    def reread(self, epoch: int, attempt_id: str, frames: Sequence[Frame]) -> bool:
+    def reread(self, epoch: int, attempt_id: str, frames: Sequence[Frame], *, given_up: bool = False) -> bool:
         """The output of the stored job, now in ``epoch`` and this attempt, was read from :attr:`position` on: the
-        ``frames`` are there. False if it has to be read from its beginning: the queue has lost what was taken."""
+        ``frames`` are there. ``given_up``: the job ended without an answer, and has no attempt any more. False if it
+        has to be read from its beginning: the queue has lost what was taken."""
         self.gap = False
-        if self.agrees(epoch, attempt_id) and self._follow_on(frames):
+        if (given_up or self.agrees(epoch, attempt_id)) and self._follow_on(frames):
             return True
         self._forget_attempt(0)
         return False
@@ -416,6 +426,11 @@ def _cancelled(reason: str) -> InferqError:
 
 def _expired(reason: str) -> InferqError:
     return DeadlineExceeded(f"the request was not answered in time: {reason or 'its deadline passed'}")
+
+
+def ending_error(kind: MarkerKind, reason: str) -> InferqError:
+    """The error that a client is told of a job that ended so, without an answer."""
+    return _ERRORS[kind](reason)
 
 
 _ERRORS = {MarkerKind.DEAD: _dead, MarkerKind.CANCELLED: _cancelled, MarkerKind.EXPIRED: _expired}

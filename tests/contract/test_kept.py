@@ -57,7 +57,7 @@ def piece(lease: Lease, seq: int, data: bytes) -> bytes:
 
 
 async def told(broker: Broker, job: Job) -> KeptJob:
-    found = await broker.job(job.id)
+    found = await broker.kept_job(job.id)
     assert found is not None
     return found
 
@@ -121,7 +121,7 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
     assert len(page.frames) == 1
     assert int(await client.hget(KEYS.budget, "t:acme:kept")) == kept.kept_bytes
     assert kept.kept_bytes == 1_024 + len(MEMO.pack()) + len(page.frames[0].pack())
-    assert [job.id for job in (await broker.jobs(ACME))[0]] == [job.id]
+    assert [job.id for job in (await broker.kept_jobs(ACME))[0]] == [job.id]
     (notice,) = await broker.read_ended()
     assert (notice.job_id, notice.tenant, notice.state, notice.notify) == (job.id, ACME, ending, "response")
     assert await broker.forget_ended([notice.id]) == 1
@@ -129,7 +129,7 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
 
     await asyncio.sleep(0.1)
     assert (await broker.expire()).forgotten == 1
-    assert await broker.job(job.id) is None
+    assert await broker.kept_job(job.id) is None
     for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.kept, KEYS.listeners(job.id)):
         assert not await client.exists(key), key
     left = await client.hgetall(KEYS.budget)
@@ -145,7 +145,7 @@ async def test_only_an_answer_keeps_its_key(broker: Broker) -> None:
     await broker.cancel(job.id, "its tenant wanted that")
     assert (await broker.enqueue_kept(again, LISTED)).job_id == again.id
     assert (await told(broker, job)).state is State.CANCELLED
-    assert {one.id for one in (await broker.jobs(ACME))[0]} == {again.id, job.id}
+    assert {one.id for one in (await broker.kept_jobs(ACME))[0]} == {again.id, job.id}
 
 
 async def test_what_is_not_listed_is_not_kept_without_an_answer(broker: Broker, client: Any) -> None:
@@ -153,9 +153,9 @@ async def test_what_is_not_listed_is_not_kept_without_an_answer(broker: Broker, 
     job = background(lane=Lane.INTERACTIVE)
     await broker.enqueue_kept(job, Keep(1_000, Memo(resumable=True)))
     assert (await told(broker, job)).memo.resumable
-    assert (await broker.jobs(ACME))[0] == []
+    assert (await broker.kept_jobs(ACME))[0] == []
     await broker.cancel(job.id, "its client left")
-    assert await broker.job(job.id) is None
+    assert await broker.kept_job(job.id) is None
     assert not await client.exists(KEYS.budget)
     assert await broker.read_ended() == []
 
@@ -177,8 +177,8 @@ async def test_a_job_is_forgotten_on_demand(
     await listener.news()
     assert await broker.forget(job.id, "deleted") is State(state)
     assert await broker.forget(job.id, "deleted") is None
-    assert await broker.job(job.id) is None
-    assert (await broker.jobs(ACME))[0] == []
+    assert await broker.kept_job(job.id) is None
+    assert (await broker.kept_jobs(ACME))[0] == []
     if state in ("queued", "leased"):
         await listener.hears(MarkerKind.CANCELLED)
     if lease:
@@ -196,7 +196,7 @@ async def test_what_is_no_kept_job_is_not_told_of(broker: Broker) -> None:
     ordinary = make_job()
     await broker.enqueue(ordinary)
     for job_id in (ordinary.id, new_job_id(0), new_job_id(7), "job", "0-" + "x" * 32, "../../x"):
-        assert await broker.job(job_id) is None
+        assert await broker.kept_job(job_id) is None
         assert await broker.forget(job_id, "deleted") is None
     assert (await broker.cancel(ordinary.id, "it is still there")) is State.QUEUED
 
@@ -213,7 +213,7 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
         seen: list[KeptJob] = []
         after, more = "", True
         while more:
-            page, after = await broker.jobs(ACME, after=after, limit=size)
+            page, after = await broker.kept_jobs(ACME, after=after, limit=size)
             assert 0 < len(page) <= size
             seen += page
             more = bool(after)
@@ -221,7 +221,7 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
         order = [(job.created_ms, job.id) for job in seen]
         assert order == sorted(set(order), reverse=True)
     with pytest.raises(BadRequest, match="go on behind"):
-        await broker.jobs(Tenant("rival"), after=jobs[0].id)
+        await broker.kept_jobs(Tenant("rival"), after=jobs[0].id)
 
 
 async def test_a_list_is_filtered_and_cleared(broker: Broker, client: Any) -> None:
@@ -230,13 +230,13 @@ async def test_a_list_is_filtered_and_cleared(broker: Broker, client: Any) -> No
     await asyncio.gather(*(broker.enqueue_kept(job, LISTED) for job in jobs))
     oldest = (await client.zrange(KEYS.listed("acme"), 0, 0))[0].decode()[16:]
     await broker.cancel(oldest, "one of many")
-    page, after = await broker.jobs(ACME, limit=5, states=[State.CANCELLED, State.EXPIRED])
+    page, after = await broker.kept_jobs(ACME, limit=5, states=[State.CANCELLED, State.EXPIRED])
     assert ([job.id for job in page], after) == ([oldest], "")
     await client.delete(*(KEYS.job(job.id) for job in jobs[:300]))
-    page, after = await broker.jobs(ACME, limit=5)
+    page, after = await broker.kept_jobs(ACME, limit=5)
     assert len(page) == 5
     while after:
-        _, after = await broker.jobs(ACME, limit=100, after=after)
+        _, after = await broker.kept_jobs(ACME, limit=100, after=after)
     assert await client.zcard(KEYS.listed("acme")) == 300
 
 
@@ -256,19 +256,25 @@ async def test_notes_and_words_are_bounded(connect: Connect) -> None:
 async def test_only_an_abandoned_job_is_cancelled_as_one(
     broker: Broker, worker: Puller, listener: Listener, client: Any
 ) -> None:
-    """While a Router that lives listens, it is left alone; one that is gone without a word does not count."""
+    """While a Router that lives listens, or did a moment ago, it is left alone; one that is gone without a word does
+    not count."""
     job = background(lane=Lane.INTERACTIVE)
     await broker.enqueue_kept(job, Keep(1_000, Memo(resumable=True)), listener.router)
     await worker.claim_one()
     other = await Listener(client).open()
     await broker.attach(job.id, other.router)
     await broker.detach(job.id, other.router)
-    assert await broker.cancel_abandoned(job.id, "its client left") is State.LEASED
+    assert await broker.cancel_abandoned(job.id, "its client left", 1) is State.LEASED
     assert (await told(broker, job)).state is State.LEASED
     await listener.leave()
-    assert await broker.cancel_abandoned(job.id, "its client left") is State.LEASED
-    assert await broker.job(job.id) is None
-    assert await broker.cancel_abandoned(new_job_id(0), "its client left") is None
+    assert await broker.cancel_abandoned(job.id, "its client left", 60_000) is State.LEASED
+    assert (await told(broker, job)).state is State.LEASED
+    await asyncio.sleep(0.01)
+    assert await broker.cancel_abandoned(job.id, "its client left", 1) is State.LEASED
+    assert await broker.kept_job(job.id) is None
+    assert await broker.cancel_abandoned(new_job_id(0), "its client left", 1) is None
+    await broker.detach(job.id, other.router)
+    assert 0 < await client.pttl(KEYS.job(job.id)) <= 60_000
 
 
 async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any) -> None:

@@ -23,6 +23,8 @@ from queue_schemas import (
     InferqError,
     Job,
     JobId,
+    Keep,
+    KeptJob,
     Lane,
     LaneDepth,
     Marker,
@@ -30,6 +32,7 @@ from queue_schemas import (
     Output,
     Pool,
     State,
+    Tenant,
     WorkerInfo,
 )
 from router import RouterApp, RouterSettings, build_router
@@ -44,6 +47,15 @@ def worker(*models: str, engine: EngineState = EngineState.READY, slots: int = 4
         worker_id="w1", incarnation="w1." + "0" * 16, models=list(models), slots=slots, engine=engine,
         assignment=Assignment(term=1, version=1),
     )  # fmt: skip
+
+
+def kept_job(job: Job, keep: Keep, state: State = State.QUEUED, **fields: Any) -> KeptJob:
+    """What the queue tells of a job that it keeps."""
+    defaults: dict[str, Any] = {
+        "epoch": 1, "attempts": 0, "now_ms": 2_000, "created_ms": 1_000, "deadline_ms": 1_000 + job.ttl_ms,
+        "listed": keep.listed, "notify": keep.notify, "memo": keep.memo,
+    }  # fmt: skip
+    return KeptJob(id=job.id, tenant=job.tenant, model=job.model, lane=job.lane, state=state, **(defaults | fields))
 
 
 class FakeQueue:
@@ -62,6 +74,9 @@ class FakeQueue:
         self.refusal: InferqError | None = None
         self.holder: Enqueued | None = None
         """Who holds the idempotency key of the next stored requests."""
+        self.keeps: dict[JobId, Keep] = {}
+        """How what was queued is to be kept."""
+        self.kept: dict[JobId, KeptJob] = {}
         self.output: dict[JobId, Output] = {}
         """What is kept, as if each job's frames fitted a page."""
         self.page_frames = 1_000
@@ -92,9 +107,32 @@ class FakeQueue:
         self.jobs.put_nowait(job)
         return self.state
 
-    async def enqueue_stored(self, job: Job, listener: Incarnation, keep_ms: int) -> Enqueued:
+    async def enqueue_kept(self, job: Job, keep: Keep, listener: str = "") -> Enqueued:
         state = await self.enqueue(job)
-        return self.holder or Enqueued(job.id, state)
+        self.keeps[job.id] = keep
+        found = self.holder or Enqueued(job.id, state)
+        self.kept.setdefault(found.job_id, kept_job(job, keep))
+        return found
+
+    async def kept_job(self, job_id: str) -> KeptJob | None:
+        return self.kept.get(JobId(job_id))
+
+    async def kept_jobs(
+        self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
+    ) -> tuple[list[KeptJob], str]:
+        wanted = set(states)
+        mine = [job for job in self.kept.values() if job.tenant == tenant and (not wanted or job.state in wanted)]
+        behind = [job.id for job in mine].index(JobId(after)) + 1 if after else 0
+        page = mine[behind : behind + limit]
+        return page, page[-1].id if mine[behind + limit :] else ""
+
+    async def forget(self, job_id: str, reason: str) -> State | None:
+        gone = self.kept.pop(JobId(job_id), None)
+        return gone.state if gone else None
+
+    async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None:
+        self.cancelled.put_nowait((job_id, reason))
+        return State.LEASED
 
     async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None:
         self.attached.append((job_id, after))

@@ -1,0 +1,72 @@
+"""Answers whose events carry ids: of streams that may be resumed, and of jobs that are followed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from starlette.types import Send
+
+from queue_schemas import AttemptsExhausted, BadRequest, DeadlineExceeded, InferqError, JobCancelled, JobId
+
+from .core import EVENT_STREAM, EventNumbers, Head, Position, as_event
+from .exchange import Exchange, Header
+
+_EVENTS = Head(200, f"{EVENT_STREAM}; charset=utf-8")
+_ENDINGS = (AttemptsExhausted, JobCancelled, DeadlineExceeded)
+"""How a job ends without an answer."""
+
+
+class NumberedExchange(Exchange):
+    """An answer whose events, if it is a stream of them, carry ids; those that the client has are left out."""
+
+    __slots__ = ("_numbers", "after")
+
+    def __init__(self, send: Send, request_id: bytes, after: Position | None) -> None:
+        super().__init__(send, request_id)
+        self.after = after
+        self._numbers = EventNumbers(after)
+
+    def name(self, job_id: JobId) -> None:
+        """Ids name this job: they say by themselves where to go on."""
+        self._numbers = EventNumbers(self.after, f"{job_id}:")
+
+    async def write(self, head: Head, data: bytes) -> None:
+        if head.is_event_stream:
+            data = self._numbers.feed(data)
+            if not data and self.status:
+                return
+        await super().write(head, data)
+
+    async def finish(self, head: Head, data: bytes) -> None:
+        if head.is_event_stream:
+            data = self._numbers.feed(data) + self._numbers.finish()
+        await super().finish(head, data)
+
+
+class EventsExchange(NumberedExchange):
+    """A job's answer as an event stream, whatever it is: a plain one is one event; an end without an answer is an event
+    with the error."""
+
+    __slots__ = ()
+
+    async def write(self, head: Head, data: bytes) -> None:
+        if not head.is_event_stream:
+            raise self._no_events(head)
+        await super().write(head, data)
+
+    async def finish(self, head: Head, data: bytes) -> None:
+        if not head.is_event_stream:
+            if not head.is_text:
+                raise self._no_events(head)
+            data = as_event(data)
+        await super().finish(_EVENTS, data)
+
+    async def fail(
+        self, error: InferqError, *, headers: Iterable[Header] = (), hold: bool = False, mid_event: bool = False
+    ) -> None:
+        if not self.status and isinstance(error, _ENDINGS):
+            await super().write(_EVENTS, b"")
+        await super().fail(error, headers=headers, hold=hold, mid_event=mid_event)
+
+    def _no_events(self, head: Head) -> BadRequest:
+        return BadRequest(f"the answer of this job is {head.content_type}, which has no events: read it at /output")
