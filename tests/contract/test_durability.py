@@ -48,7 +48,9 @@ def kept(server: Server, job: Job) -> bool:
     return bool(server.ask("EXISTS", KEYS.job(job.id)))
 
 
-@pytest.mark.parametrize("fields", [{"lane": Lane.BACKGROUND}, {"lane": Lane.BATCH}, {"stored": True}])
+@pytest.mark.parametrize(
+    "fields", [{"lane": Lane.BACKGROUND}, {"lane": Lane.BATCH}, {"stored": True, "idempotency_key": "order-17"}]
+)
 async def test_it_is_taken_in_once_it_is_on_the_disk(
     server: Server, brokers: list[Broker], fields: dict[str, object]
 ) -> None:
@@ -72,6 +74,7 @@ async def test_what_somebody_waits_for_does_not_wait_for_the_disk(server: Server
     waiting = [asyncio.create_task(broker.enqueue(make_job(lane=Lane.BATCH))) for _ in range(200)]
     async with asyncio.timeout(1.2):
         assert await broker.enqueue(make_job()) is State.QUEUED
+        assert await broker.enqueue(make_job(stored=True, stream=True)) is State.QUEUED, "a stream that may be resumed"
         worker = await Puller(broker).join()
         assert (await worker.claim_one()).job.lane is Lane.INTERACTIVE
         await broker.renew(worker.incarnation)
