@@ -136,7 +136,9 @@ def _tell_failure(line: dict[str, Any], *, as_json: bool) -> None:
 
 def _table(batches: list[BatchView]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("ID", "CREATED", "STATUS", "ENDPOINT", "MODEL", "LINES", "DONE", "FAILED"):
+    # Whole, however narrow the terminal is: it is there to be copied.
+    table.add_column("ID", min_width=len("batch_") + 32, no_wrap=True)
+    for name in ("CREATED", "STATUS", "ENDPOINT", "MODEL", "LINES", "DONE", "FAILED"):
         table.add_column(name, justify="right" if name in {"LINES", "DONE", "FAILED"} else "left")
     for batch in batches:
         counts = batch.request_counts

@@ -16,6 +16,7 @@ from inferq.console import err, visible
 OUTAGE_LIMIT_S = 600.0
 """How long no Router may answer before the watching, not the batch, ends."""
 _SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.25, 5.0
+_FIRST_WAIT_S = 1.0
 _TELL_EVERY_S = 10.0
 _SAMPLES, _SAMPLE_EVERY_S = 30, 1.0
 EXIT_TROUBLE, EXIT_RUNNING = 1, 3
@@ -134,4 +135,4 @@ async def _look(client: BatchClient, batch_id: str, bar: Progress) -> BatchView:
                 raise FabricRefused(
                     f"{refused.message}. The batch goes on by itself: inferq batch status {batch_id} --watch"
                 ) from refused
-            await asyncio.sleep(_LONGEST_LOOK_S if now - failing_since > _LONGEST_LOOK_S else 1.0)
+            await asyncio.sleep(_LONGEST_LOOK_S if now - failing_since > _LONGEST_LOOK_S else _FIRST_WAIT_S)

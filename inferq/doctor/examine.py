@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from queue_schemas import CannotStart
 
+from .batches import look_at_batches
 from .fabric import look_at_engine, look_at_fabric
 from .findings import Examined, Finding, Level
 from .host import look_at_disk, look_at_files, look_at_ports, look_at_python, look_at_settings
@@ -28,6 +29,7 @@ async def examine(examined: Examined) -> list[Finding]:
         ("disk", lambda: look_at_disk(examined)),
         ("ray", lambda: look_at_ray(examined)),
         ("fabric", lambda: look_at_fabric(examined)),
+        ("batches", lambda: look_at_batches(examined)),
     ]
     findings: list[Finding] = []
     for name, check in checks:
