@@ -4,6 +4,7 @@ from .client import Broker, Expired, Reclaimed, Standing
 from .dead_letters import MOST_LETTERS, DeadLetters
 from .figures import JobCounts
 from .kept_jobs import MOST_LISTED
+from .mailboxes import Letter
 from .renewal import Renewer
 from .server import ServerFacts
 from .settings import BrokerSettings, Budgets, Durability
@@ -18,6 +19,7 @@ __all__ = [
     "Durability",
     "Expired",
     "JobCounts",
+    "Letter",
     "Reclaimed",
     "Renewer",
     "ServerFacts",

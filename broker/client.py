@@ -42,6 +42,7 @@ from .figures import Figures
 from .job_batches import KEEP_MS, ShardBatches
 from .kept_jobs import KeptJobCalls
 from .link import ClientLink, Link, open_link
+from .mailboxes import Mailboxes
 from .registry import RegistryCalls
 from .renewal import Renewer
 from .server import ServerFacts, read_facts, require_suitable, settle_meta
@@ -93,7 +94,7 @@ def _is_awaited(job: Job) -> bool:
     return job.lane is Lane.INTERACTIVE and not (job.stored and job.idempotency_key)
 
 
-class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, RegistryCalls, Figures):
+class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCalls, Figures):
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests)."""
 
     def __init__(

@@ -79,7 +79,7 @@ class ReplyReader:
                 continue
             if entries:
                 self._last = entries[-1][0]
-                self._deliver(self._parse(entries))
+                self._deliver([item for entry_id, fields in entries for item in parse_reply(entry_id, fields)])
                 self._read_since_trim += sum(_ENTRY_BYTES + len(fields.get(FRAME_FIELD, b"")) for _, fields in entries)
                 if self._read_since_trim >= _TRIM_AFTER_BYTES:
                     tend_at = 0.0
@@ -114,17 +114,17 @@ class ReplyReader:
             # Once only: an entry that came meanwhile stands behind already, and then this one is refused.
             await self._caller.once(self._key, "XADD", self._key, "NOMKSTREAM", self._last, "o", "open")
 
-    def _parse(self, entries: Entries) -> list[Frame | Marker]:
-        news: list[Frame | Marker] = []
-        for entry_id, fields in entries:
-            try:
-                if FRAME_FIELD in fields:
-                    news += unpack_frames(fields[FRAME_FIELD])
-                elif MARKER_FIELD in fields:
-                    news.append(unpack_marker(fields[MARKER_FIELD]))
-            except BadMessage as error:
-                log.warning("reply_entry_malformed", entry=entry_id, error=error.message)
-        return news
+
+def parse_reply(entry_id: str, fields: dict[bytes, bytes]) -> list[Frame | Marker]:
+    """The news in one entry of a reply stream; what is malformed is logged, and none."""
+    try:
+        if FRAME_FIELD in fields:
+            return list(unpack_frames(fields[FRAME_FIELD]))
+        if MARKER_FIELD in fields:
+            return [unpack_marker(fields[MARKER_FIELD])]
+    except BadMessage as error:
+        log.warning("reply_entry_malformed", entry=entry_id, error=error.message)
+    return []
 
 
 async def read_control(
@@ -142,12 +142,24 @@ async def read_control(
     return messages
 
 
-async def read_stream(caller: Caller, key: str, after: str, count: int, block_ms: int) -> Entries:
-    """Entries of one stream behind ``after``, waiting up to ``block_ms`` for the first. Raises like a call, once."""
+async def read_stream(
+    caller: Caller, key: str, after: str, count: int, block_ms: int, *, connection_of: str = ""
+) -> Entries:
+    """Entries of one stream behind ``after``, waiting up to ``block_ms`` for the first. Raises like a call, once. Each
+    stream has a connection of its own, unless it shares that of ``connection_of``, another key of its shard."""
     caller.round_trips += 1
     try:
         reply: Any = await caller.link.blocking(
-            key, block_ms / 1000, "XREAD", "COUNT", count, "BLOCK", max(block_ms, 1), "STREAMS", key, after
+            connection_of or key,
+            block_ms / 1000,
+            "XREAD",
+            "COUNT",
+            count,
+            "BLOCK",
+            max(block_ms, 1),
+            "STREAMS",
+            key,
+            after,
         )
     except FAILURES as error:
         raise as_inferq_error(error) from error

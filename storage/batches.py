@@ -1,22 +1,23 @@
 """Batches as they lie in the store: what was asked, whether it is to be cancelled, and how far it has come.
 
-Each object has one writer. The Router writes ``request`` (once) and ``cancel`` (once); the batcher ``progress``, and
-what it keeps beside.
+Each object has one writer. The Router writes ``request`` (once) and ``cancel`` (once); the batcher ``progress`` and,
+once, ``end``, and what it keeps below ``run/``. What has ended stays so: ``end`` goes before whatever a batcher that
+was late may still write to ``progress``.
 
 ::
 
     <tenant>/batches/<id>/request     BatchRequest
     <tenant>/batches/<id>/cancel      the Unix time at which it was asked to be cancelled, as text
     <tenant>/batches/<id>/progress    BatchProgress; none until the batcher has looked at it
+    <tenant>/batches/<id>/end         BatchProgress of a batch that has ended
+    <tenant>/batches/<id>/run/...     the batcher's own (:mod:`batches`), gone soon after the end
     live/<tenant>~<id>                an empty object for each batch that has not ended
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -80,7 +81,8 @@ class BatchError(_Record):
 
 class BatchProgress(_Record):
     """How far it has come. ``stamps`` are Unix seconds by the name of their field in the API (``in_progress_at``...);
-    ``work`` is the batcher's own."""
+    ``usage`` is in tokens: ``input_tokens``, ``output_tokens``, ``total_tokens``, ``cached_tokens``,
+    ``reasoning_tokens``."""
 
     status: BatchStatus = BatchStatus.VALIDATING
     model: str | None = None
@@ -92,7 +94,6 @@ class BatchProgress(_Record):
     output_file_id: str | None = None
     error_file_id: str | None = None
     usage: dict[str, int] = {}
-    work: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,8 @@ class Batches:
         asked = self._store.get(self.name(tenant, batch_id, "request"))
         if asked is None:
             return None
-        progress = self._store.get(self.name(tenant, batch_id, "progress"))
+        progress = self._store.get(self.name(tenant, batch_id, "end"))
+        progress = progress or self._store.get(self.name(tenant, batch_id, "progress"))
         cancel = self._store.get(self.name(tenant, batch_id, "cancel"))
         return Batch(
             BatchRequest.model_validate_json(asked),
@@ -157,6 +159,10 @@ class Batches:
     def advance(self, tenant: Tenant, batch_id: str, progress: BatchProgress) -> None:
         """Write how far it has come. For the batcher alone."""
         self._store.put(self.name(tenant, batch_id, "progress"), progress.model_dump_json().encode())
+
+    def end(self, tenant: Tenant, batch_id: str, progress: BatchProgress) -> None:
+        """Write how it has ended. For the batcher alone; :meth:`retire` it then."""
+        self._store.put(self.name(tenant, batch_id, "end"), progress.model_dump_json().encode())
 
     def live(self) -> list[tuple[Tenant, str]]:
         """Batches that have not ended, oldest first; a mark may have no batch (yet)."""

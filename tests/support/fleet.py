@@ -127,7 +127,7 @@ class Fleet:
         self.session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=60), connector=aiohttp.TCPConnector(limit=0)
         )
-        self.manager = self._add("manager", "manager.service", self._manager_flags)
+        self.manager = self.add("manager", "manager.service", self._manager_flags)
         self.router = self.another_router("router", **self._router_flags)
         return self
 
@@ -156,17 +156,17 @@ class Fleet:
 
     def another_router(self, name: str, **flags: object) -> Role:
         """A Router, not started yet."""
-        return self._add(name, "router.service", _ROUTER | {"router_id": name, "manager_url": self.manager.url} | flags)
+        return self.add(name, "router.service", _ROUTER | {"router_id": name, "manager_url": self.manager.url} | flags)
 
     def another_manager(self, name: str) -> Role:
         """A Manager that stands by, not started yet."""
-        return self._add(name, "manager.service", self._manager_flags)
+        return self.add(name, "manager.service", self._manager_flags)
 
     def worker(self, name: str, **flags: object) -> Role:
         """A worker, not started yet; it registers through the Router, as users do, or with the Manager."""
         urls = f"{self.router.url},{self.manager.url}"
         settings = _WORKER | {"worker_id": name, "manager_url": urls, "model": MODEL, "sim_name": name} | flags
-        self.workers.append(self._add(name, "worker.service", settings))
+        self.workers.append(self.add(name, "worker.service", settings))
         return self.workers[-1]
 
     async def until_served(self, workers: int, model: str = MODEL) -> None:
@@ -194,7 +194,8 @@ class Fleet:
         finally:
             self._env = before
 
-    def _add(self, name: str, module: str, flags: Mapping[str, object]) -> Role:
+    def add(self, name: str, module: str, flags: Mapping[str, object]) -> Role:
+        """A role by its module, not started yet; it ends with the fleet."""
         role = Role(self, name, module, flags, self._env)
         self._everything.append(role)
         return role

@@ -1,0 +1,173 @@
+"""The lines of a batch's input: how a file is cut into them, and what each must say.
+
+The vendor's format (Batch API, 2026-08): UTF-8, one JSON object a line, ``{"custom_id", "method", "url", "body"}``.
+Blank lines and a byte order mark at the beginning are passed over. A fault's ``code`` is the vendor's where it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from queue_schemas import BadMessage
+from queue_schemas.ids import check_name
+
+LONGEST_CUSTOM_ID = 512
+_BOM = b"\xef\xbb\xbf"
+_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_MAX_STRUCTURE = 1_000_000
+"""Objects, lists and names in one line, counted before it is parsed: they, not text, make parsing slow and large."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawLine:
+    """A line that is not blank, without its end. ``number`` counts from 1, blank lines included; ``offset`` is where it
+    begins in the file, ``end`` where the next one does. ``data`` is None of a line that is too long."""
+
+    number: int
+    offset: int
+    end: int
+    data: bytes | None
+
+
+class LineCutter:
+    """Cuts a file, fed piece by piece, into lines. Holds no more than one line, and of one that is too long nothing.
+
+    ``number`` and ``offset`` are those of the next line: a cutter that is made with them goes on there.
+    """
+
+    def __init__(self, max_bytes: int, *, number: int = 1, offset: int = 0) -> None:
+        self.number = number
+        self.offset = offset
+        self._max_bytes = max_bytes
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._too_long = False
+
+    def feed(self, piece: bytes) -> Iterator[RawLine]:
+        """The lines that end in ``piece``. To be exhausted before the next piece."""
+        start = 0
+        while (at := piece.find(b"\n", start)) >= 0:
+            self._hold(piece[start:at])
+            yield from self._cut(1)
+            start = at + 1
+        if start < len(piece):
+            self._hold(piece[start:])
+
+    def end(self) -> Iterator[RawLine]:
+        """The last line, if the file does not end with one's end."""
+        if self._held_bytes:
+            yield from self._cut(0)
+
+    def _hold(self, part: bytes) -> None:
+        self._held_bytes += len(part)
+        self._too_long = self._too_long or self._held_bytes > self._max_bytes
+        if self._too_long:
+            self._held.clear()
+        elif part:
+            self._held.append(part)
+
+    def _cut(self, end_bytes: int) -> Iterator[RawLine]:
+        number, offset = self.number, self.offset
+        data = None if self._too_long else b"".join(self._held).strip()
+        self.number, self.offset = number + 1, offset + self._held_bytes + end_bytes
+        self._held, self._held_bytes, self._too_long = [], 0, False
+        if number == 1 and data is not None:
+            data = data.removeprefix(_BOM)
+        if data is None or data:
+            yield RawLine(number, offset, self.offset, data)
+
+
+class BadLine(Exception):
+    """What is wrong with a line, in the words of the API's error object."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLine:
+    """A line that can be run. ``body`` is what the engine gets."""
+
+    custom_id: str
+    model: str
+    body: dict[str, Any]
+
+
+def read_line(data: bytes | None, endpoint: str, max_bytes: int) -> BatchLine:
+    """The line in ``data``, for a batch that asks ``endpoint``. Raises :class:`BadLine`."""
+    if data is None:
+        raise BadLine("line_too_long", f"the line is longer than {max_bytes} bytes; shorten it, or split the request")
+    line = _parsed(data)
+    custom_id = _text(line, "custom_id")
+    if len(custom_id) > LONGEST_CUSTOM_ID:
+        raise BadLine(
+            "invalid_custom_id",
+            f"custom_id has more than {LONGEST_CUSTOM_ID} characters; give a shorter one",
+            "custom_id",
+        )
+    method = _text(line, "method")
+    if method != "POST":
+        raise BadLine("invalid_method", f"method must be POST, not {method[:40]!r}", "method")
+    url = _text(line, "url")
+    if url != endpoint:
+        raise BadLine("invalid_url", f"url must be the batch's endpoint {endpoint}, not {url[:200]!r}", "url")
+    body = _required(line, "body")
+    if type(body) is not dict:
+        raise BadLine("invalid_type", f"body must be a JSON object, not {_json_type(body)}", "body")
+    if body.get("stream"):
+        raise BadLine("unsupported_parameter", "a line of a batch cannot be streamed: take out stream", "body.stream")
+    model = _text(body, "model", "body.model")
+    try:
+        check_name(model, "model")
+    except BadMessage as error:
+        raise BadLine("model_not_found", error.message, "body.model") from None
+    return BatchLine(custom_id, model, body)
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    if data.startswith(_WIDE_MARKS) or data[:4].count(0):
+        raise BadLine("invalid_encoding", "the file is UTF-16 or UTF-32; save it as UTF-8 and upload it again")
+    if len(data) > _MAX_STRUCTURE and sum(map(data.count, (b"[", b"{", b'":'))) > _MAX_STRUCTURE:
+        raise BadLine(
+            "invalid_json_line", f"the line has more than {_MAX_STRUCTURE} objects, lists and names; split the request"
+        )
+    try:
+        line = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        try:
+            data.decode()
+        except UnicodeDecodeError as wrong:
+            raise BadLine(
+                "invalid_encoding", f"the line is not UTF-8 (byte {wrong.start + 1} of it); save the file as UTF-8"
+            ) from None
+        raise BadLine("invalid_json_line", f"the line is not valid JSON: {error.msg} (column {error.colno})") from None
+    if type(line) is not dict:
+        raise BadLine("invalid_json_line", f"the line must be a JSON object, not {_json_type(line)}")
+    return line
+
+
+def _required(line: dict[str, Any], name: str, param: str = "") -> Any:
+    if line.get(name) is None:
+        raise BadLine("missing_required_parameter", f"{param or name} is missing", param or name)
+    return line[name]
+
+
+def _text(line: dict[str, Any], name: str, param: str = "") -> str:
+    value = _required(line, name, param)
+    if type(value) is not str:
+        raise BadLine("invalid_type", f"{param or name} must be text, not {_json_type(value)}", param or name)
+    if not value:
+        raise BadLine("missing_required_parameter", f"{param or name} is empty", param or name)
+    return value
+
+
+def _json_type(value: object) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
+    return names.get(type(value), "null")

@@ -1,0 +1,189 @@
+"""RQ's side: the one queue of steps, what is on it, and who runs a step of which batch.
+
+This is all that batches keep in Redis beside the jobs of their lines, and none of it is needed: what is lost here is
+put back from the store by the sweep. RQ has no asynchronous client; every call here blocks.
+
+Keys beside RQ's own, so that one ACL rule (``~rq:*``) allows all: ``rq:inferq:lock:<batch>`` (the step that runs, by a
+token; expires), ``rq:inferq:pause:<batch>`` (not before it expires), ``rq:inferq:failures:<batch>`` (steps that failed
+one after the other; expires).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.timeouts import TimerDeathPenalty
+
+from broker import BrokerSettings
+from queue_schemas import BrokerUnavailable, CannotStart, Tenant
+from telemetry import redact_url
+
+BATCHES_QUEUE = "inferq-batches"
+STEP_LIMIT_S = 120
+"""After so long RQ gives a step up. It bounds itself long before."""
+FAILURE_TTL_S = 3_600
+_FAILURES_TTL_S = 3_600
+_KEY = "rq:inferq:"
+_CONNECT_LIMIT_S, _COMMAND_LIMIT_S = 3.0, 5.0
+
+
+def rq_connection(rq_redis_url: str, queue: BrokerSettings) -> redis.Redis:
+    """A client of RQ's server; connects on first use. Raises ``CannotStart`` where the queue's own will not do."""
+    url = rq_redis_url or queue.redis_url
+    scheme = urlsplit(url).scheme
+    if scheme not in ("redis", "rediss", "unix"):
+        raise CannotStart(
+            f"RQ needs a plain Redis, and {redact_url(url)!r} is none (it knows no Cluster and no Sentinel); set "
+            "INFERQ_BATCHES_RQ_REDIS_URL to a redis:// URL: what it holds may be lost"
+        )
+    options: dict[str, Any] = {"ssl_ca_certs": queue.tls_ca_file} if scheme == "rediss" and queue.tls_ca_file else {}
+    try:
+        return redis.Redis.from_url(
+            url,
+            socket_connect_timeout=_CONNECT_LIMIT_S,
+            socket_timeout=_COMMAND_LIMIT_S,
+            socket_keepalive=True,
+            health_check_interval=15,
+            retry=Retry(ExponentialBackoff(0.5, 0.05), 1),
+            **options,
+        )
+    except (ValueError, redis.RedisError) as error:
+        raise CannotStart(f"the Redis URL {redact_url(url)!r} is not valid: {error}") from error
+
+
+class OwnJob(Job):
+    """A job that runs one function, whatever name stands in Redis: whoever may write there must not choose our code."""
+
+    runs = ""
+    """The full name of the function."""
+
+    def perform(self) -> Any:
+        if self.func_name != self.runs:
+            raise PermissionError(f"{self.func_name!r} is no job of this queue, which runs {self.runs} alone")
+        return super().perform()
+
+    @property
+    def success_callback(self) -> None:
+        return None
+
+    @property
+    def failure_callback(self) -> None:
+        return None
+
+    @property
+    def stopped_callback(self) -> None:
+        return None
+
+    def send_webhooks(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class StepJob(OwnJob):
+    """One step of a batch."""
+
+    runs = "batches.steps.advance"
+
+
+class StepQueue:
+    """The steps that wait. All methods raise ``BrokerUnavailable`` when RQ's Redis cannot be reached."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        self.connection = connection
+        self.queue = Queue(
+            BATCHES_QUEUE,
+            connection=connection,
+            serializer=JSONSerializer,
+            job_class=StepJob,
+            death_penalty_class=TimerDeathPenalty,
+        )
+
+    def put(self, tenant: Tenant, batch_id: str, what: str, number: int) -> None:
+        """Put the next step of a batch on the queue; ``number`` makes its id one of its own, ``what`` says for people
+        what it is."""
+        with _errors():
+            self.queue.enqueue_call(
+                func=StepJob.runs,
+                args=(tenant, batch_id),
+                job_id=f"{batch_id}-{number}",
+                description=f"{what} ({batch_id} of {tenant})",
+                timeout=STEP_LIMIT_S,
+                result_ttl=0,
+                failure_ttl=FAILURE_TTL_S,
+            )
+
+    def waiting(self) -> set[str]:
+        """Batches whose next step is on the queue."""
+        with _errors():
+            return {job_id.rpartition("-")[0] for job_id in self.queue.get_job_ids()}
+
+    def others_wait(self) -> bool:
+        """Whether any step is on the queue."""
+        with _errors():
+            return bool(self.queue.count)
+
+    def held(self, batch_ids: Sequence[str]) -> set[str]:
+        """Those of which a step runs, or which are to be left alone for a while."""
+        if not batch_ids:
+            return set()
+        keys = [f"{_KEY}{kind}:{batch_id}" for batch_id in batch_ids for kind in ("lock", "pause")]
+        with _errors():
+            values: list[Any] = self.connection.mget(keys)
+        return {batch_ids[at // 2] for at, value in enumerate(values) if value is not None}
+
+    def lock(self, batch_id: str, token: str, ttl_ms: int) -> bool:
+        """Begin a step, unless one runs already."""
+        with _errors():
+            return bool(self.connection.set(f"{_KEY}lock:{batch_id}", token, nx=True, px=ttl_ms))
+
+    def keep_lock(self, batch_id: str, token: str, ttl_ms: int) -> bool:
+        """Whether the step still has its lock, which it keeps for so long from now."""
+        key = f"{_KEY}lock:{batch_id}"
+        with _errors():
+            mine = self.connection.get(key) == token.encode()
+            return mine and bool(self.connection.pexpire(key, ttl_ms))
+
+    def unlock(self, batch_id: str, token: str) -> None:
+        """End a step."""
+        key = f"{_KEY}lock:{batch_id}"
+        with _errors():
+            if self.connection.get(key) == token.encode():
+                self.connection.delete(key)
+
+    def pause(self, batch_id: str, pause_ms: int) -> None:
+        """Leave a batch alone for a while."""
+        with _errors():
+            self.connection.set(f"{_KEY}pause:{batch_id}", "", px=max(pause_ms, 1))
+
+    def failed(self, batch_id: str) -> int:
+        """A step failed: how many have now, one after the other."""
+        key = f"{_KEY}failures:{batch_id}"
+        with _errors():
+            count: Any = self.connection.incr(key)
+            self.connection.expire(key, _FAILURES_TTL_S)
+            return int(count)
+
+    def forget(self, batch_ids: Iterable[str], *kinds: str) -> None:
+        """Remove what is kept of batches: ``pause``, ``failures``."""
+        keys = [f"{_KEY}{kind}:{batch_id}" for batch_id in batch_ids for kind in kinds]
+        if keys:
+            with _errors():
+                self.connection.delete(*keys)
+
+
+class _errors:  # noqa: N801 - used as a function
+    """RQ's server cannot be used: as an error of ours."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, redis.RedisError | OSError):
+            raise BrokerUnavailable(f"RQ's Redis cannot be used now ({type(error).__name__}: {error})") from error

@@ -1,0 +1,80 @@
+"""The sweep: every batch that has not ended has its next step on the queue, soon.
+
+It is how a batch begins (the Router writes its record and tells nobody) and how it comes back when the process that ran
+its step died, or Redis was emptied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from queue_schemas import InferqError, Tenant
+from telemetry import get_logger
+
+from .desk import Desk, in_thread
+from .rq_queue import StepQueue
+
+STRAY_MS = 3_600_000
+"""A mark without a batch is removed once it is so old: whoever made it did not get further."""
+
+log = get_logger(__name__)
+
+
+class Sweep:
+    """Looks at all live batches, again and again. Several processes may do so at once."""
+
+    def __init__(self, desk: Desk, steps: StepQueue) -> None:
+        self._desk = desk
+        self._steps = steps
+        self._seen: set[str] = set()
+        self._missing: set[str] = set()
+        self.fault = ""
+        """Why the last one could not be done; empty: it could."""
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await in_thread(self.once)
+                self.fault = ""
+            except InferqError as error:
+                if error.message != self.fault:
+                    log.warning("sweep_failed", error=error.message)
+                self.fault = error.message
+            await asyncio.sleep(self._desk.settings.scan_ms / 1000)
+
+    def once(self) -> list[str]:
+        """One sweep; the batches that it gave a step. Blocks."""
+        live = {batch_id: tenant for tenant, batch_id in self._desk.batches.live()}
+        self._desk.metrics.live.set(len(live))
+        waiting = self._steps.waiting()
+        held = self._steps.held([batch_id for batch_id in live if batch_id not in waiting])
+        missing = {batch_id for batch_id in live if batch_id not in waiting and batch_id not in held}
+        # One that was seen before may just be between the queue and its lock: it is looked at once more.
+        due = [
+            batch_id
+            for batch_id in live
+            if batch_id in missing and (batch_id in self._missing or batch_id not in self._seen)
+        ]
+        given = [batch_id for batch_id in due if self._give(live[batch_id], batch_id)]
+        self._seen = set(live)
+        self._missing = missing - set(given)
+        return given
+
+    def _give(self, tenant: Tenant, batch_id: str) -> bool:
+        if self._desk.batches.get(tenant, batch_id) is None:
+            if _made_at_ms(batch_id) < self._desk.now_s() * 1000 - STRAY_MS:
+                self._desk.batches.retire(tenant, batch_id)
+                log.info("stray_mark_removed", batch=batch_id)
+            return False
+        if batch_id in self._seen:
+            log.info("batch_taken_up_again", batch=batch_id)
+        self._steps.put(tenant, batch_id, "next step", int(self._desk.now_s() * 1000))
+        return True
+
+
+def _made_at_ms(batch_id: str) -> int:
+    try:
+        return int(batch_id.partition("_")[2][:12], 16)
+    except ValueError:
+        return 0
