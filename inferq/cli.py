@@ -207,6 +207,14 @@ def worker(context: typer.Context) -> None:
     raise typer.Exit(run_worker(context.args))
 
 
+@app.command(context_settings=_ROLE, add_help_option=False)
+def batcher(context: typer.Context) -> None:
+    """Run batches. Options: inferq batcher --help."""
+    from .commands.roles import run_batcher  # noqa: PLC0415
+
+    raise typer.Exit(run_batcher(context.args))
+
+
 @app.command()
 def chat(
     prompt: Annotated[str, typer.Argument(help="One question; without it, a conversation.")] = "",

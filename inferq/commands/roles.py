@@ -1,4 +1,4 @@
-"""``inferq manager``, ``inferq router``, ``inferq worker``: the roles' own programs under one name.
+"""``inferq manager``, ``inferq router``, ``inferq worker``, ``inferq batcher``: the roles' own programs under one name.
 
 Their options are those of ``python -m <role>.service``: one for each setting, so nothing is said twice.
 """
@@ -35,4 +35,11 @@ def run_worker(arguments: Sequence[str]) -> int:
     if prepared is not None:
         os.environ.setdefault(WorkerSettings.variable("vllm_command"), str(prepared.command))
         os.environ.setdefault(WorkerSettings.variable("vllm_device"), prepared.device)
+    return main(arguments)
+
+
+def run_batcher(arguments: Sequence[str]) -> int:
+    """A batcher; gives its exit code."""
+    from batches.service import main  # noqa: PLC0415
+
     return main(arguments)
