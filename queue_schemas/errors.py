@@ -24,6 +24,7 @@
     +-- BrokerUnavailable          503  broker_unavailable     Redis cannot be reached
     |   +-- NotOnDisk              503  not_on_disk            Redis took it, and its disk did not confirm it in time
     +-- BrokerFull                 503  broker_full            Redis refuses writes (memory or disk is full)
+    +-- NoNotifier                 503  no_notifier            nothing delivers webhooks now
     +-- StoreUnavailable           503  store_unavailable      the file store cannot be reached
     +-- StoreFull                  507  store_full             the file store has no room
     +-- ManagerUnavailable         503  manager_unavailable
@@ -184,6 +185,12 @@ class NotOnDisk(BrokerUnavailable):
 class BrokerFull(InferqError):
     status = 503
     code = "broker_full"
+    retryable = True
+
+
+class NoNotifier(InferqError):
+    status = 503
+    code = "no_notifier"
     retryable = True
 
 

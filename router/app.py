@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from broker import Broker, BrokerSettings
 from broker.link import open_link
 from queue_schemas import BrokerUnsuitable, CannotStart, MethodNotAllowed, PathNotFound
-from storage import ObjectStore, StorageSettings
+from storage import ObjectStore, StorageSettings, WebhookSettings
 from telemetry.asgi import request_id_from
 from telemetry.server import refuse_unguarded
 
@@ -133,6 +133,7 @@ def build_router(
     settings: RouterSettings,
     broker_settings: BrokerSettings | None = None,
     storage_settings: StorageSettings | None = None,
+    webhook_settings: WebhookSettings | None = None,
     *,
     open_queue: OpenQueue | None = None,
     manager: ManagerPort | None = None,
@@ -149,7 +150,7 @@ def build_router(
         open_queue = _queue_opener(settings, broker_settings or BrokerSettings.load(), manager)
     objects = ObjectStore.open(storage_settings or StorageSettings.load())
     store = Store(objects, threads=settings.store_threads, limit_s=settings.store_limit_ms / 1000)
-    state = RouterState(settings, open_queue, manager, store)
+    state = RouterState(settings, open_queue, manager, store, webhook_settings or WebhookSettings.load())
     refuse_unguarded(
         settings.host,
         guarded=state.keys.required,

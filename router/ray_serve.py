@@ -21,7 +21,7 @@ from ray import serve
 from ray.serve.config import AutoscalingContext
 
 from broker import BrokerSettings
-from storage import StorageSettings
+from storage import StorageSettings, WebhookSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
 from telemetry.ray_metrics import mirror_metrics
 from telemetry.server import run_server
@@ -68,9 +68,10 @@ class ServingReplica:
         settings: RouterSettings,
         broker: BrokerSettings,
         storage: StorageSettings,
+        webhooks: WebhookSettings,
         telemetry: TelemetrySettings,
     ) -> None:
-        self._app = _make_app(settings, broker, storage, telemetry)
+        self._app = _make_app(settings, broker, storage, webhooks, telemetry)
         self._settings = settings
         self._leave = asyncio.Event()
         listening = asyncio.Event()
@@ -161,20 +162,25 @@ class ReplicaApp(RouterApp):
 
 
 def _make_app(
-    settings: RouterSettings, broker: BrokerSettings, storage: StorageSettings, telemetry: TelemetrySettings
+    settings: RouterSettings,
+    broker: BrokerSettings,
+    storage: StorageSettings,
+    webhooks: WebhookSettings,
+    telemetry: TelemetrySettings,
 ) -> ReplicaApp:
     """The ASGI app of a replica."""
     configure_logging("router", telemetry.log_level, "json")
     configure_tracing("router", telemetry.otlp_endpoint)
     replica = serve.get_replica_context().replica_id.unique_id
     named = settings.model_copy(update={"router_id": f"{settings.router_id}-{replica}"})
-    return ReplicaApp(build_router(named, broker, storage).state)
+    return ReplicaApp(build_router(named, broker, storage, webhooks).state)
 
 
 def application(
     settings: RouterSettings,
     broker: BrokerSettings,
     storage: StorageSettings,
+    webhooks: WebhookSettings,
     telemetry: TelemetrySettings,
     *,
     way_in: WayIn = "replica",
@@ -184,7 +190,7 @@ def application(
     scale = scale or Scale()
 
     def make_app() -> ReplicaApp:
-        return _make_app(settings, broker, storage, telemetry)
+        return _make_app(settings, broker, storage, webhooks, telemetry)
 
     own = way_in == "replica"
     replica: Any = ServingReplica if own else serve.ingress(make_app)(ProxiedReplica)
@@ -211,7 +217,7 @@ def application(
         ray_actor_options={"num_cpus": scale.cpus},
         autoscaling_config=autoscaling,
     )(replica)
-    return made.bind(settings, broker, storage, telemetry) if own else made.bind()
+    return made.bind(settings, broker, storage, webhooks, telemetry) if own else made.bind()
 
 
 def replicas_for(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from broker import BrokerSettings
-from storage import StorageSettings
+from storage import StorageSettings, WebhookSettings
 from telemetry import (
     TelemetrySettings,
     configure_logging,
@@ -29,6 +29,7 @@ async def serve(
     settings: RouterSettings,
     broker_settings: BrokerSettings | None = None,
     storage_settings: StorageSettings | None = None,
+    webhook_settings: WebhookSettings | None = None,
     *,
     stop: asyncio.Event | None = None,
 ) -> None:
@@ -39,9 +40,9 @@ async def serve(
     """
     if stop is None:
         with stop_on_signals() as signalled:
-            await serve(settings, broker_settings, storage_settings, stop=signalled)
+            await serve(settings, broker_settings, storage_settings, webhook_settings, stop=signalled)
         return
-    app = build_router(settings, broker_settings, storage_settings)
+    app = build_router(settings, broker_settings, storage_settings, webhook_settings)
     listener = bind_socket(settings.host, settings.port, setting="--port")
     host, port = listener.getsockname()[:2]
     drained = asyncio.Event()
@@ -61,15 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read flags, environment and ``inferq.toml``, run a Router, answer the exit code."""
 
     async def run() -> None:
-        tables = (RouterSettings, BrokerSettings, StorageSettings, TelemetrySettings)
-        own, queue, storage, reporting = parse_settings(
+        tables = (RouterSettings, BrokerSettings, StorageSettings, WebhookSettings, TelemetrySettings)
+        own, queue, storage, webhooks, reporting = parse_settings(
             "inferq router", "The Router: an OpenAI-compatible endpoint.", argv, *tables
         )
         telemetry = cast(TelemetrySettings, reporting)
         configure_logging("router", telemetry.log_level, telemetry.log_format)
         configure_tracing("router", telemetry.otlp_endpoint)
         try:
-            await serve(cast(RouterSettings, own), cast(BrokerSettings, queue), cast(StorageSettings, storage))
+            await serve(
+                cast(RouterSettings, own),
+                cast(BrokerSettings, queue),
+                cast(StorageSettings, storage),
+                cast(WebhookSettings, webhooks),
+            )
         finally:
             shutdown_tracing()
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from queue_schemas import InferqError, JobId, ShuttingDown
+from storage import WebhookSettings
 from telemetry import get_logger
 
 from .abandoned import Abandoned
@@ -31,9 +32,15 @@ class RouterState:
     """One Router. ``running`` runs what works in the background; ``drain`` ends the open requests."""
 
     def __init__(
-        self, settings: RouterSettings, open_queue: OpenQueue, manager: ManagerPort | None, store: Store
+        self,
+        settings: RouterSettings,
+        open_queue: OpenQueue,
+        manager: ManagerPort | None,
+        store: Store,
+        webhook_settings: WebhookSettings,
     ) -> None:
         self.settings = settings
+        self.webhook_settings = webhook_settings
         self.manager = manager
         self.store = store
         self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)

@@ -15,6 +15,7 @@ class WebhookSettings(RoleSettings):
     """Table ``[webhooks]``, environment ``INFERQ_WEBHOOKS_*``."""
 
     table: ClassVar[str] = "webhooks"
+    prefixed: ClassVar[bool] = True
 
     allow_http: bool = Field(False, description="Send webhooks to http:// URLs too: anybody on the way can read them")
     allow_private: CommaList = Field(

@@ -24,6 +24,7 @@ from .objects import ObjectStore
 from .webhook_events import ALL_EVENTS
 
 SECRET_BYTES = 32
+MOST_EARLIER = 3
 _PREFIX = "whsec_"
 
 
@@ -33,7 +34,7 @@ class _Record(BaseModel):
 
 class EndpointRecord(_Record):
     """Where to send which events. ``events`` may be ``*`` alone. ``*_at`` are Unix seconds; ``enabled_at_ms`` is when
-    it was last made or enabled."""
+    it was last made or enabled; ``paused``: its owner wants nothing sent."""
 
     id: str
     tenant: str
@@ -43,26 +44,40 @@ class EndpointRecord(_Record):
     created_at: int
     updated_at: int
     enabled_at_ms: int
+    paused: bool = False
+
+
+class EarlierSecret(_Record):
+    """A secret that was replaced, and until when it signs too."""
+
+    secret: str = Field(repr=False)
+    until_ms: int
 
 
 class Secrets(_Record):
-    """What is signed with. The one before it signs too until ``previous_until_ms``."""
+    """What is signed with, since ``made_at_ms``; and the newest few from before, for receivers that change over."""
 
     current: str = Field(repr=False)
-    previous: str = Field(default="", repr=False)
-    previous_until_ms: int = 0
+    made_at_ms: int
+    earlier: tuple[EarlierSecret, ...] = ()
 
     @classmethod
-    def fresh(cls) -> Self:
-        return cls(current=_PREFIX + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode())
+    def fresh(cls, now_ms: int) -> Self:
+        secret = _PREFIX + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
+        return cls(current=secret, made_at_ms=now_ms)
 
-    def rotated(self, until_ms: int) -> Self:
-        """A fresh secret, beside which this one is good until then."""
-        return self.fresh().model_copy(update={"previous": self.current, "previous_until_ms": until_ms})
+    def rotated(self, now_ms: int, grace_ms: int) -> Self:
+        """A fresh secret, beside which this one is good for ``grace_ms``, and earlier ones for no longer. Without a
+        grace only the fresh one counts."""
+        until_ms = now_ms + grace_ms
+        old = [EarlierSecret(secret=self.current, until_ms=until_ms)]
+        old += [one.model_copy(update={"until_ms": min(one.until_ms, until_ms)}) for one in self.earlier]
+        kept = tuple(one for one in old[:MOST_EARLIER] if one.until_ms > now_ms)
+        return self.fresh(now_ms).model_copy(update={"earlier": kept})
 
     def in_force(self, now_ms: int) -> list[bytes]:
         """The keys to sign with, the current one first."""
-        old = [self.previous] if self.previous and now_ms < self.previous_until_ms else []
+        old = [one.secret for one in self.earlier if now_ms < one.until_ms]
         return [base64.b64decode(secret.removeprefix(_PREFIX)) for secret in (self.current, *old)]
 
     @property
@@ -80,14 +95,19 @@ class Disabled(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An endpoint as it stands. ``disabled`` is None while it gets events."""
+    """An endpoint as it stands. ``disabled`` says why the notifier stopped sending, if it did."""
 
     record: EndpointRecord
     disabled: Disabled | None
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is sent to it."""
+        return self.disabled is None and not self.record.paused
+
     def wants(self, event_type: str) -> bool:
         """Whether events of that type are for it."""
-        return self.disabled is None and (event_type in self.record.events or ALL_EVENTS in self.record.events)
+        return self.active and (event_type in self.record.events or ALL_EVENTS in self.record.events)
 
 
 class Webhooks:

@@ -170,7 +170,7 @@ class Courier:
         if endpoint is None or event is None or keys is None:
             self._deliveries.drop(key)
             return None, None
-        if endpoint.disabled is not None:
+        if not endpoint.active:
             self._abandon(key, "the endpoint is disabled")
             return None, None
         begun = begin(state, now_ms, self._settings.attempt_limit_ms + CLAIM_MARGIN_MS)

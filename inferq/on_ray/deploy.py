@@ -67,7 +67,9 @@ def make_application(plan: RayPlan) -> serve.Application:
         down_delay_s=own.down_delay_ms / 1000,
         cpus=own.replica_cpus,
     )
-    return application(plan.router, plan.broker, plan.storage, plan.telemetry, way_in=own.way_in, scale=scale)
+    return application(
+        plan.router, plan.broker, plan.storage, plan.webhooks, plan.telemetry, way_in=own.way_in, scale=scale
+    )
 
 
 def settle_manager(plan: RayPlan, tell: Tell) -> str:

@@ -15,7 +15,7 @@ from inferq import __version__
 from manager.settings import ManagerSettings
 from queue_schemas import RAY_MANAGER
 from router.settings import RouterSettings
-from storage import StorageSettings
+from storage import StorageSettings, WebhookSettings
 from telemetry import RoleSettings, TelemetrySettings
 
 from .settings import RaySettings
@@ -39,6 +39,7 @@ class RayPlan:
     manager: ManagerSettings
     broker: BrokerSettings
     storage: StorageSettings
+    webhooks: WebhookSettings
     telemetry: TelemetrySettings
 
     @classmethod
@@ -53,6 +54,7 @@ class RayPlan:
             ManagerSettings.load(),
             BrokerSettings.load(redis_url=redis_url),
             StorageSettings.load(),
+            WebhookSettings.load(),
             TelemetrySettings.load(),
         )
 
@@ -65,7 +67,7 @@ class RayPlan:
     def app_digest(self) -> str:
         """Changes with whatever makes another application."""
         fleet = {name: value for name, value in self.ray.model_dump().items() if name in _OF_THE_FLEET}
-        return digest_of(self.router, self.broker, self.storage, self.telemetry, more=fleet)
+        return digest_of(self.router, self.broker, self.storage, self.webhooks, self.telemetry, more=fleet)
 
     @property
     def url(self) -> str:

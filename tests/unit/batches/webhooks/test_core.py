@@ -42,7 +42,7 @@ def test_the_signature_is_that_of_the_specification() -> None:
 def test_the_sdk_unwraps_every_event(event_type: str) -> None:
     """``client.webhooks.unwrap`` gives the vendor's own type for each."""
     event = WebhookEvent.of(Tenant("t"), event_type, "batch_1", 1_700_000_000)
-    keys = Secrets.fresh()
+    keys = Secrets.fresh(0)
     headers = signed_headers(event.id, int(time.time()), event.body(), keys.in_force(0))
     unwrapped = CLIENT.webhooks.unwrap(event.body(), headers, secret=keys.current)
     assert type(unwrapped).__name__.lower() == f"{event_type.replace('.', '')}webhookevent"
@@ -54,8 +54,8 @@ def test_the_sdk_unwraps_every_event(event_type: str) -> None:
 def test_a_rotated_secret_and_the_one_before_both_verify_until_the_grace_ends() -> None:
     """Receivers may change over at any moment within it; behind it the old secret opens nothing."""
     event = WebhookEvent.of(Tenant("t"), "batch.failed", "batch_1", 1)
-    old = Secrets.fresh()
-    new = old.rotated(until_ms=10_000)
+    old = Secrets.fresh(0)
+    new = old.rotated(0, 10_000)
     within = signed_headers(event.id, int(time.time()), event.body(), new.in_force(9_999))
     for secret in (old.current, new.current):
         CLIENT.webhooks.unwrap(event.body(), within, secret=secret)

@@ -58,7 +58,7 @@ class Bench:
             updated_at=1,
             enabled_at_ms=at_ms,
         )
-        self.webhooks.create(record, Secrets.fresh())
+        self.webhooks.create(record, Secrets.fresh(at_ms))
         return record.id
 
     def emit(self, name: str = "batch_1", tenant: Tenant = ALICE) -> str:

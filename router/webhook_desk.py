@@ -1,0 +1,128 @@
+"""Webhook endpoints as the store has them: made, changed, rotated, listed, removed."""
+
+from __future__ import annotations
+
+from queue_schemas import Conflict, NotFound, OverCapacity, Tenant
+from storage import (
+    Deliveries,
+    Delivery,
+    DeliveryKey,
+    Endpoint,
+    EndpointRecord,
+    Secrets,
+    WebhookEvent,
+    Webhooks,
+    new_endpoint_id,
+)
+from telemetry import get_logger
+
+from .core.webhooks import EndpointAsked
+
+_REPEATS_WITHIN_S = 660
+"""Longer than the SDK waits for an answer (600 s) before it repeats itself."""
+
+log = get_logger(__name__)
+
+
+class WebhookDesk:
+    """The endpoints of all tenants. All methods block: they are called in threads. All but ``create`` and ``page``
+    raise ``NotFound`` for what is none of the tenant's."""
+
+    def __init__(self, webhooks: Webhooks, deliveries: Deliveries, most_endpoints: int) -> None:
+        self._webhooks = webhooks
+        self._deliveries = deliveries
+        self._most_endpoints = most_endpoints
+
+    def create(
+        self, tenant: Tenant, asked: EndpointAsked, *, repeated: bool, now_s: float
+    ) -> tuple[Endpoint, Secrets | None]:
+        """A new endpoint, or the one that an earlier try of the same request left. Raises ``OverCapacity``."""
+        now_ms, now, there = int(now_s * 1000), int(now_s), self._webhooks.of(tenant)
+        for endpoint in there if repeated else ():
+            if _same(endpoint.record, asked) and endpoint.record.created_at >= now_s - _REPEATS_WITHIN_S:
+                return endpoint, self._webhooks.secrets(tenant, endpoint.record.id)
+        if len(there) >= self._most_endpoints:
+            raise OverCapacity(f"you have {len(there)} webhook endpoints, the most there may be: remove one")
+        keys = Secrets.fresh(now_ms)
+        record = EndpointRecord(
+            id=new_endpoint_id(now_ms),
+            tenant=tenant,
+            url=asked.url or "",
+            events=asked.events or (),
+            name=asked.name or "",
+            created_at=now,
+            updated_at=now,
+            enabled_at_ms=now_ms,
+        )
+        self._webhooks.create(record, keys)
+        log.info("webhook_endpoint_created", endpoint_id=record.id, tenant=tenant)
+        return Endpoint(record, None), keys
+
+    def get(self, tenant: Tenant, endpoint_id: str) -> tuple[Endpoint, Secrets | None]:
+        found = self._webhooks.get(tenant, endpoint_id)
+        if found is None:
+            raise NotFound(f"there is no webhook endpoint {endpoint_id[:80]!r} of yours", param="webhook_endpoint_id")
+        return found, self._webhooks.secrets(tenant, endpoint_id)
+
+    def page(self, tenant: Tenant, after: str, limit: int) -> tuple[list[tuple[Endpoint, Secrets | None]], bool]:
+        """Newest first, behind the one called ``after``."""
+        there = [one for one in reversed(self._webhooks.of(tenant)) if not after or one.record.id < after]
+        page = [(one, self._webhooks.secrets(tenant, one.record.id)) for one in there[:limit]]
+        return page, len(there) > limit
+
+    def change(
+        self, tenant: Tenant, endpoint_id: str, asked: EndpointAsked, now_s: float
+    ) -> tuple[Endpoint, Secrets | None]:
+        """Change what is asked, and only that."""
+        endpoint, keys = self.get(tenant, endpoint_id)
+        new = {"url": asked.url, "events": asked.events, "name": asked.name}
+        changes: dict[str, object] = {name: value for name, value in new.items() if value is not None}
+        if asked.enabled is not None:
+            changes["paused"] = not asked.enabled
+            if asked.enabled and not endpoint.active:
+                changes["enabled_at_ms"] = int(now_s * 1000)
+        record = endpoint.record.model_copy(update=changes)
+        if record == endpoint.record:
+            return endpoint, keys
+        self._webhooks.update(record.model_copy(update={"updated_at": int(now_s)}))
+        log.info("webhook_endpoint_changed", endpoint_id=endpoint_id, tenant=tenant, fields=sorted(changes))
+        return self.get(tenant, endpoint_id)
+
+    def rotate(
+        self, tenant: Tenant, endpoint_id: str, keep_s: int, *, repeated: bool, now_s: float
+    ) -> tuple[Endpoint, Secrets | None]:
+        """Sign with a fresh secret, beside which the old one is good for ``keep_s``. A repetition of a request whose
+        answer was lost gives the secret that it made."""
+        endpoint, keys = self.get(tenant, endpoint_id)
+        now_ms = int(now_s * 1000)
+        if keys is not None and repeated and keys.made_at_ms >= now_ms - _REPEATS_WITHIN_S * 1000:
+            return endpoint, keys
+        fresh = Secrets.fresh(now_ms) if keys is None else keys.rotated(now_ms, keep_s * 1000)
+        self._webhooks.rotate(tenant, endpoint_id, fresh)
+        self._webhooks.update(endpoint.record.model_copy(update={"updated_at": int(now_s)}))
+        log.info("webhook_secret_rotated", endpoint_id=endpoint_id, tenant=tenant, keep_s=keep_s)
+        return self.get(tenant, endpoint_id)[0], fresh
+
+    def delete(self, tenant: Tenant, endpoint_id: str) -> None:
+        self.get(tenant, endpoint_id)
+        self._webhooks.delete(tenant, endpoint_id)
+        log.info("webhook_endpoint_deleted", endpoint_id=endpoint_id, tenant=tenant)
+
+    def deliveries(self, tenant: Tenant, endpoint_id: str, after: str, limit: int) -> tuple[list[Delivery], bool]:
+        """What was sent to it, newest first."""
+        self.get(tenant, endpoint_id)
+        return self._deliveries.page(tenant, endpoint_id, after=after, limit=limit)
+
+    def ask_test(self, tenant: Tenant, endpoint_id: str, event_type: str, now_s: float) -> DeliveryKey:
+        """Have a sample sent. Raises ``Conflict`` for an endpoint that is disabled."""
+        endpoint, _ = self.get(tenant, endpoint_id)
+        if not endpoint.active:
+            raise Conflict('the endpoint is disabled: enable it with {"enabled": true} first')
+        event = WebhookEvent.sample(tenant, event_type, int(now_s * 1000))
+        key = DeliveryKey(tenant, endpoint_id, event.id)
+        self._deliveries.ask(key, event)
+        return key
+
+
+def _same(record: EndpointRecord, asked: EndpointAsked) -> bool:
+    return (record.url, record.events, record.name) == (asked.url, asked.events, asked.name)

@@ -1,0 +1,206 @@
+"""``/v1/webhook_endpoints``: where tenants want to hear what ended. The notifier sends; the store is between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+from starlette.requests import ClientDisconnect
+
+from queue_schemas import BadRequest, Conflict, NoNotifier, Tenant
+from storage import EVENT_TYPES, DeliveryKey
+from telemetry.asgi import error_response, error_responses
+
+from .core.webhooks import LONGEST_KEEP_S, NAME_CHARS, read_endpoint_change, read_new_endpoint, read_rotation, read_test
+from .state import RouterState
+from .webhook_desk import WebhookDesk
+from .webhook_objects import delivery_object, endpoint_object, list_object
+
+_ALL = "/v1/webhook_endpoints"
+_ONE = _ALL + "/{webhook_endpoint_id}"
+_REPEATS_HEADER = "x-stainless-retry-count"
+"""How often the SDK has sent this request before: it sends no key with a repetition, but says that it is one."""
+_TEST_LIMIT_S = 15.0
+_TEST_EVERY_S = 0.2
+
+
+class EndpointCreate(BaseModel):
+    """What ``POST /v1/webhook_endpoints`` takes; for the OpenAPI document, as are the others."""
+
+    url: str
+    event_types: list[str]
+    name: str = Field("", max_length=NAME_CHARS)
+
+
+class EndpointChange(BaseModel):
+    url: str | None = None
+    event_types: list[str] | None = None
+    name: str | None = Field(None, max_length=NAME_CHARS)
+    enabled: bool | None = None
+
+
+class SecretRotation(BaseModel):
+    keep_old_secret_active_for_24_hours: bool = False
+    keep_old_secret_s: int | None = Field(None, ge=0, le=LONGEST_KEEP_S)
+
+
+class EndpointTest(BaseModel):
+    event_type: str
+
+
+def webhook_routes(state: RouterState) -> APIRouter:
+    """The paths below ``/v1/webhook_endpoints``."""
+    routes = APIRouter(tags=["webhooks"])
+    store, rules = state.store, state.webhook_settings.rules
+    desk = WebhookDesk(store.webhooks, store.deliveries, state.webhook_settings.tenant_endpoints)
+
+    @routes.post(
+        _ALL,
+        summary="Have events sent to a URL; the answer shows the secret, once",
+        responses=error_responses(400, 401, 413, 429, 503, 507),
+        openapi_extra=_takes(EndpointCreate),
+    )
+    async def create(request: Request) -> JSONResponse:
+        tenant = _tenant(state, request)
+        asked = read_new_endpoint(await _body(request), rules)
+        repeated, now_s = _repeated(request), time.time()
+        made = await store.run(lambda: desk.create(tenant, asked, repeated=repeated, now_s=now_s))
+        return JSONResponse(endpoint_object(*made, shown=True))
+
+    @routes.get(_ALL, summary="Your endpoints, newest first", responses=error_responses(400, 401, 503))
+    async def page(
+        request: Request, after: str = Query("", max_length=80), limit: int = Query(20, ge=1, le=100)
+    ) -> JSONResponse:
+        tenant = _tenant(state, request)
+        found, more = await store.run(lambda: desk.page(tenant, after, limit))
+        return JSONResponse(list_object([endpoint_object(*one) for one in found], more=more))
+
+    @routes.get(_ONE, summary="One of them", responses=error_responses(401, 404, 503))
+    async def one(webhook_endpoint_id: str, request: Request) -> JSONResponse:
+        tenant = _tenant(state, request)
+        return JSONResponse(endpoint_object(*await store.run(lambda: desk.get(tenant, webhook_endpoint_id))))
+
+    @routes.post(
+        _ONE,
+        summary="Change its URL, events or name; enable or disable it",
+        responses=error_responses(400, 401, 404, 413, 503, 507),
+        openapi_extra=_takes(EndpointChange),
+    )
+    async def change(webhook_endpoint_id: str, request: Request) -> JSONResponse:
+        tenant = _tenant(state, request)
+        asked, now_s = read_endpoint_change(await _body(request), rules), time.time()
+        found = await store.run(lambda: desk.change(tenant, webhook_endpoint_id, asked, now_s))
+        return JSONResponse(endpoint_object(*found))
+
+    @routes.delete(_ONE, summary="Send nothing more, and forget it", responses=error_responses(401, 404, 503))
+    async def delete(webhook_endpoint_id: str, request: Request) -> JSONResponse:
+        tenant = _tenant(state, request)
+        await store.run(lambda: desk.delete(tenant, webhook_endpoint_id))
+        return JSONResponse({"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True})
+
+    @routes.post(
+        _ONE + "/rotate_secret",
+        summary="Sign with a new secret, and for a while with the old one too",
+        responses=error_responses(400, 401, 404, 413, 503, 507),
+        openapi_extra=_takes(SecretRotation),
+    )
+    async def rotate(webhook_endpoint_id: str, request: Request) -> JSONResponse:
+        tenant = _tenant(state, request)
+        keep_s, repeated, now_s = read_rotation(await _body(request)), _repeated(request), time.time()
+        found = await store.run(
+            lambda: desk.rotate(tenant, webhook_endpoint_id, keep_s, repeated=repeated, now_s=now_s)
+        )
+        return JSONResponse(endpoint_object(*found, shown=True))
+
+    @routes.post(
+        _ONE + "/test",
+        summary="Send a sample event now, once",
+        responses=error_responses(400, 401, 404, 409, 413, 503, 507),
+        openapi_extra=_takes(EndpointTest),
+    )
+    async def test(webhook_endpoint_id: str, request: Request) -> Response:
+        tenant = _tenant(state, request)
+        event_type, now_s = read_test(await _body(request)), time.time()
+        try:
+            key = await store.run(lambda: desk.ask_test(tenant, webhook_endpoint_id, event_type, now_s))
+        except Conflict as error:
+            refused = error_response(error)
+            # The SDK takes every 409 for a lock that will be free soon, and asks again.
+            refused.headers["x-should-retry"] = "false"
+            return refused
+        return JSONResponse(
+            {
+                "object": "webhook_endpoint.test",
+                "webhook_endpoint_id": webhook_endpoint_id,
+                "event_type": event_type,
+                "success": True,
+                "status_code": await _tested(state, key),
+            }
+        )
+
+    @routes.get(
+        _ONE + "/deliveries",
+        summary="What was sent to it and what it answered, newest first",
+        responses=error_responses(400, 401, 404, 503),
+    )
+    async def deliveries(
+        webhook_endpoint_id: str,
+        request: Request,
+        after: str = Query("", max_length=80),
+        limit: int = Query(20, ge=1, le=100),
+    ) -> JSONResponse:
+        tenant = _tenant(state, request)
+        found, more = await store.run(lambda: desk.deliveries(tenant, webhook_endpoint_id, after, limit))
+        return JSONResponse(list_object([delivery_object(one) for one in found], more=more))
+
+    @routes.get("/v1/webhook_event_types", summary="What can be heard of", responses=error_responses(401))
+    async def event_types(request: Request) -> JSONResponse:
+        _tenant(state, request)
+        return JSONResponse({"object": "list", "data": list(EVENT_TYPES)})
+
+    return routes
+
+
+async def _tested(state: RouterState, key: DeliveryKey) -> int:
+    """The status that a sample was answered with. Raises ``BadRequest`` if nothing answered, ``NoNotifier`` if nobody
+    sent it in time; then nobody will. Another process writes it down: there is nothing to wait for but time."""
+    deliveries = state.store.deliveries
+    try:
+        async with asyncio.timeout(_TEST_LIMIT_S):
+            while not (found := await state.store.run(lambda: deliveries.state(key))).settled:  # noqa: ASYNC110
+                await asyncio.sleep(_TEST_EVERY_S)
+    except TimeoutError:
+        await state.store.run(lambda: deliveries.drop(key))
+        raise NoNotifier(
+            f"nothing sent the test within {_TEST_LIMIT_S:g} s: is an `inferq notifier` running, with this file store?",
+            retry_after_s=5,
+        ) from None
+    attempt = found.attempts[-1]
+    if attempt.status is None:
+        raise BadRequest(f"the endpoint did not answer the test: {attempt.error}", param="url")
+    return attempt.status
+
+
+def _takes(message: type[BaseModel]) -> dict[str, object]:
+    schema = message.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _repeated(request: Request) -> bool:
+    return request.headers.get(_REPEATS_HEADER, "0") != "0"
+
+
+async def _body(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise BadRequest("the body broke off before its end") from None
+
+
+def _tenant(state: RouterState, request: Request) -> Tenant:
+    """Whose request it is. Raises ``AuthenticationFailed``."""
+    headers = dict(request.scope["headers"])
+    return state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
