@@ -59,5 +59,5 @@ class Connection:
 
 def _transport(receive: Receive) -> asyncio.Transport | None:
     """The connection below uvicorn's ``receive``: ASGI has no way to drop a client that does not read."""
-    cycle = getattr(receive, "__self__", None)
+    cycle = getattr(getattr(receive, "__wrapped__", receive), "__self__", None)
     return cycle.transport if isinstance(cycle, RequestResponseCycle) else None

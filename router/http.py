@@ -42,6 +42,7 @@ from telemetry.held import WORKERS_PRESENT, Held
 
 from .batches import batch_routes
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
+from .job_pages import job_routes
 from .ports import FabricCall, ManagerPort
 from .state import RouterState
 from .webhooks import webhook_routes
@@ -67,6 +68,7 @@ def build_pages(state: RouterState) -> FastAPI:
     )
     app.include_router(health_routes(state.metrics.registry, state.reasons))
     app.include_router(_models(state))
+    app.include_router(job_routes(state))
     app.include_router(batch_routes(state))
     app.include_router(webhook_routes(state))
     app.include_router(_pools(state))

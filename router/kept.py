@@ -80,7 +80,7 @@ class KeptJobs:
         Raises ``BadRequest``, ``ModelNotFound``, ``NoWorker``, ``OverCapacity``, ``BrokerFull``, ``NotOnDisk``,
         ``IdempotencyKeyReused`` and ``ShuttingDown``.
         """
-        self._check_open()
+        self.check_open()
         settings = self._state.settings
         fields = read_fields(body, content_type, path)
         longest_ms = settings.background_deadline_ms
@@ -143,7 +143,7 @@ class KeptJobs:
         Any number of readers may follow one job, each at its own pace and in bounded memory. Raises ``JobNotFound``,
         ``OverCapacity`` (this Router serves as many requests as it may) and ``ShuttingDown``.
         """
-        self._check_open()
+        self.check_open()
         requests = self._state.requests
         check_room(len(requests), self._state.settings.max_concurrent)
         kept = await self.status(tenant, job_id)
@@ -171,7 +171,8 @@ class KeptJobs:
         log.info("job_kept", job_id=found.job_id, request_id=job.request_id, state=found.state.value)
         return found
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Refuse what is new while this Router shuts down, with ``ShuttingDown``."""
         if self._state.draining:
             raise ShuttingDown(
                 "this router is shutting down; ask another one, or again", retry_after_s=RETRY_AFTER_SHUTDOWN_S

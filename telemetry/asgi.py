@@ -10,7 +10,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, wraps
 from http import HTTPStatus
 from time import perf_counter
 from typing import Any
@@ -261,6 +261,7 @@ def _bounded(receive: Receive, limit: int) -> Receive:
     """``receive`` that refuses to go on past ``limit`` bytes, for bodies that do not say their length."""
     received = 0
 
+    @wraps(receive)  # whoever has to drop the connection finds it below
     async def bounded() -> Message:
         nonlocal received
         message = await receive()
