@@ -26,7 +26,10 @@ from tests.support.waiting import eventually
 PASSWORD = "of-this-test"
 SCRIPTS = {
     "worker": ("join", "claim", "renew", "hold", "settle", "append", "attach", "release", "reclaim", "expire"),
-    "router": ("enqueue", "attach", "resume", "raise_epoch", "cancel", "depth"),
+    "router": (
+        *("enqueue", "attach", "detach", "resume", "raise_epoch", "cancel", "depth"),
+        *("show_kept", "list_kept", "forget"),
+    ),
     "manager": ("act_as_manager", "reclaim", "expire", "depth"),
 }
 """What each role runs of ``broker/lua``; a worker that leaves reclaims itself, and stands in for a missing Manager."""
