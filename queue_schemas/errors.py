@@ -7,6 +7,7 @@
     |   +-- BadMessage             400  bad_message            a wire message breaks the contract
     |   +-- UnsupportedVersion     400  unsupported_version    a wire message of another major version
     |   +-- BodyTooLarge           413  request_too_large
+    |   +-- RangeNotSatisfiable    416  range_not_satisfiable  the file ends before the range that is asked for
     |   +-- IdempotencyKeyReused   422  idempotency_key_reused the key belongs to another request
     +-- AuthenticationFailed       401  invalid_api_key
     +-- PermissionRefused          403  permission_denied
@@ -85,6 +86,11 @@ class UnsupportedVersion(BadRequest):
 class BodyTooLarge(BadRequest):
     status = 413
     code = "request_too_large"
+
+
+class RangeNotSatisfiable(BadRequest):
+    status = 416
+    code = "range_not_satisfiable"
 
 
 class IdempotencyKeyReused(BadRequest):

@@ -19,6 +19,7 @@ from storage import ObjectStore, StorageSettings, WebhookSettings
 from telemetry.asgi import request_id_from
 from telemetry.server import refuse_unguarded
 
+from .connection import Connection
 from .exchange import Exchange
 from .http import build_pages
 from .inference import Inference
@@ -62,6 +63,7 @@ class RouterApp:
                 return
             await self._refuse_spelling(scope, send)
             return
+        scope.setdefault("state", {})["connection"] = Connection(receive)
         await self._pages(scope, receive, send)
 
     @asynccontextmanager

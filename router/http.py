@@ -42,6 +42,7 @@ from telemetry.held import WORKERS_PRESENT, Held
 
 from .batches import batch_routes
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
+from .files import FILES_PATH, file_routes
 from .job_pages import job_routes
 from .ports import FabricCall, ManagerPort
 from .state import RouterState
@@ -68,13 +69,14 @@ def build_pages(state: RouterState) -> FastAPI:
     )
     app.include_router(health_routes(state.metrics.registry, state.reasons))
     app.include_router(_models(state))
+    app.include_router(file_routes(state))
     app.include_router(job_routes(state))
     app.include_router(batch_routes(state))
     app.include_router(webhook_routes(state))
     app.include_router(_pools(state))
     app.include_router(_dead(state))
     app.include_router(_manager(state))
-    return prepare_app(app, state.metrics.registry)
+    return prepare_app(app, state.metrics.registry, unbounded={("POST", FILES_PATH)})
 
 
 def _models(state: RouterState) -> APIRouter:

@@ -77,6 +77,14 @@ class RouterMetrics:
             ("how",),
         )
 
+        self._file_bytes = self.registry.counter(
+            "inferq_file_bytes_total", "Bytes of files that clients sent (in) and got (out)", ("direction",)
+        )
+
+    def file_bytes(self, direction: str, count: int) -> None:
+        """So many bytes of a file went ``in`` or ``out``."""
+        self._file_bytes.labels(direction).inc(count)
+
     def interrupted(self, *, continued: bool, compared: bool, broken: bool) -> None:
         """A stream is over that had lost its worker in between, or ends because of it."""
         for how, happened in (("continued", continued), ("compared", compared), ("broken", broken)):
@@ -94,7 +102,10 @@ class RouterMetrics:
             counter = self._answers[(path, status)] = self._requests.labels(self.registry.role, path, str(status))
         counter.inc()
 
-    def watch(self, *, waiting: Callable[[], int], round_trips: Callable[[], int]) -> None:
+    def watch(
+        self, *, waiting: Callable[[], int], round_trips: Callable[[], int], transfers: Callable[[], int]
+    ) -> None:
         """Read these when somebody asks for the metrics."""
         self.registry.watch_gauge("inferq_requests_waiting", "Requests that wait for or stream their answer", waiting)
+        self.registry.watch_gauge("inferq_file_transfers", "Uploads and downloads under way", transfers)
         self.registry.watch_round_trips(round_trips)

@@ -117,6 +117,20 @@ class RouterSettings(RoleSettings):
     store_limit_ms: int = Field(
         20_000, ge=50, description="Limit on one call to the file store; a file is written and read in many"
     )
+    max_file_bytes: int = Field(512 * MIB, ge=1, description="Largest file that may be uploaded")
+    file_stall_ms: int = Field(60_000, ge=50, description="How long an upload may be silent before it is refused")
+    max_transfers: int = Field(64, ge=1, description="Uploads and downloads at once; beyond it: 429")
+    batch_file_life_s: int = Field(
+        2_592_000,
+        ge=0,
+        description="When a file uploaded for batches expires that does not say so itself; 0: never",
+    )
+    tenant_files: int = Field(10_000, ge=1, description="Most files of one tenant; beyond it uploads are refused")
+    tenant_file_bytes: int = Field(
+        100 * 1024 * MIB,
+        ge=1,
+        description="Most bytes in the file store of one tenant; beyond it uploads are refused",
+    )
     durability: Durability = Field(
         "memory",
         description="When work that nobody waits for (stored, background and batch requests) is taken in: once Redis "

@@ -19,6 +19,7 @@ from .queue_link import QueueLink
 from .requests import OpenRequest, OpenRequests
 from .settings import RouterSettings
 from .store import Store
+from .transfers import Allowance, Transfers
 
 LAST_WORDS_S = 2.0
 """How long, at the end, the last errors may take to be sent, the last cancels to reach the queue and the last files
@@ -53,7 +54,13 @@ class RouterState:
         """Still serving, but asking clients and load balancers to go elsewhere."""
         self.draining = False
         self._idle = asyncio.Event()
-        self.metrics.watch(waiting=lambda: self.requests.waiting, round_trips=lambda: self.link.round_trips)
+        self.transfers = Transfers(settings.max_transfers, self._note_idle)
+        self.allowance = Allowance(store, settings.tenant_files, settings.tenant_file_bytes)
+        self.metrics.watch(
+            waiting=lambda: self.requests.waiting,
+            round_trips=lambda: self.link.round_trips,
+            transfers=lambda: self.transfers.open,
+        )
 
     def reasons(self) -> list[str]:
         """Why the Router is not ready."""
@@ -62,8 +69,7 @@ class RouterState:
     def done(self, request: OpenRequest) -> None:
         """A request is over."""
         self.requests.discard(request)
-        if self.draining and not len(self.requests):
-            self._idle.set()
+        self._note_idle()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -86,17 +92,17 @@ class RouterState:
     async def drain(self, limit_s: float) -> None:
         """Take no new request, give the open ones ``limit_s`` to finish, and end the rest with an error."""
         self.draining = True
-        if len(self.requests):
-            log.info("draining", open_requests=len(self.requests), limit_s=limit_s)
+        if self._busy:
+            log.info("draining", open_requests=len(self.requests), transfers=self.transfers.open, limit_s=limit_s)
             if not await self._idle_within(limit_s):
-                log.warning("cut_short", open_requests=len(self.requests))
+                log.warning("cut_short", open_requests=len(self.requests), transfers=self.transfers.open)
                 self.requests.fail_all(
                     ShuttingDown(
                         "this router shut down before the answer was complete; send the request again",
                         retry_after_s=RETRY_AFTER_SHUTDOWN_S,
                     )
                 )
-                await self._idle_within(LAST_WORDS_S)
+                await self._idle_within(LAST_WORDS_S if len(self.requests) else 0)
         try:
             async with asyncio.timeout(LAST_WORDS_S):
                 await self.canceller.settled()
@@ -108,8 +114,16 @@ class RouterState:
             async with asyncio.timeout(limit_s):
                 await self._idle.wait()
         except TimeoutError:
-            return not len(self.requests)
+            return not self._busy
         return True
+
+    @property
+    def _busy(self) -> bool:
+        return len(self.requests) > 0 or self.transfers.open > 0
+
+    def _note_idle(self) -> None:
+        if self.draining and not self._busy:
+            self._idle.set()
 
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()

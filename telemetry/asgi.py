@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial, wraps
 from http import HTTPStatus
 from time import perf_counter
@@ -96,8 +96,11 @@ class RequestContext:
     """ASGI middleware: gives each request its id (``scope["state"]["request_id"]``, the logs, the answer), bounds its
     body, counts it, and answers an unforeseen exception with the error object instead of a closed connection."""
 
-    def __init__(self, app: ASGIApp, metrics: MetricsRegistry, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: MetricsRegistry, max_body_bytes: int, unbounded: Collection[tuple[str, str]] = ()
+    ) -> None:
         self._app = app
+        self._unbounded = frozenset(unbounded)
         self._max_body_bytes = max_body_bytes
         self._role = metrics.role
         self._requests = metrics.counter(
@@ -122,8 +125,10 @@ class RequestContext:
             await send(message)
 
         try:
-            _check_length(scope["headers"], self._max_body_bytes)
-            await self._app(scope, _bounded(receive, self._max_body_bytes), send_with_id)
+            if (scope["method"], scope["path"]) not in self._unbounded:
+                _check_length(scope["headers"], self._max_body_bytes)
+                receive = _bounded(receive, self._max_body_bytes)
+            await self._app(scope, receive, send_with_id)
         except BodyTooLarge as error:
             await _send_error(error, send_with_id)
         except Exception:
@@ -175,10 +180,16 @@ async def call_app(
     return status, answered, b"".join(parts)
 
 
-def prepare_app(app: FastAPI, metrics: MetricsRegistry, *, max_body_bytes: int = 1024 * 1024) -> FastAPI:
+def prepare_app(
+    app: FastAPI,
+    metrics: MetricsRegistry,
+    *,
+    max_body_bytes: int = 1024 * 1024,
+    unbounded: Collection[tuple[str, str]] = (),
+) -> FastAPI:
     """Give ``app`` the request context, a limit on bodies, handlers that turn every error into the OpenAI error object,
-    and an OpenAPI document that says so."""
-    app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes)
+    and an OpenAPI document that says so. ``unbounded``: methods and paths that bound their bodies themselves."""
+    app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes, unbounded=unbounded)
     app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]  # as FastAPI documents it
     app.add_exception_handler(InferqError, _on_inferq_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)

@@ -21,6 +21,8 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 _CHATTY = ("uvicorn", "uvicorn.error", "aiohttp", "asyncio", "redis", "httpx", "opentelemetry")
 """Libraries whose INFO says what our own lines say better."""
+_LOUD = ("python_multipart",)
+"""Libraries that warn of what a client did wrong, which the client is told."""
 _TRACEBACKS = ("exception", "stack")
 """Facts of many lines, which are our own."""
 
@@ -64,6 +66,8 @@ def configure_logging(
     root.setLevel(threshold)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(threshold, logging.WARNING) if level != "debug" else logging.DEBUG)
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
 
 

@@ -41,7 +41,10 @@ _TIMEOUT = "a number of seconds above 0: how long the request may take"
 _MAX_STRUCTURE = 1_000_000
 """Objects, lists and names in a JSON body, counted before it is parsed: they, not text, make parsing slow and large."""
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
-_OWN_PATHS = ("/fabric", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/v1/models", "/v1/jobs")
+_OWN_PATHS = (
+    *("/fabric", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"),
+    *("/v1/models", "/v1/jobs", "/v1/files", "/v1/batches"),
+)
 _FORM_FIELDS = ("model", "stream", "priority", "timeout")
 _TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
 _FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})

@@ -15,6 +15,7 @@ from manager import ManagerService, ManagerSettings, create_app
 from manager.probe import HttpWorkerProbe
 from queue_schemas import Pool
 from router import RouterSettings, build_router
+from storage import StorageSettings
 from telemetry.server import run_server
 from tests.support.processes import free_port
 from tests.support.waiting import eventually
@@ -87,6 +88,7 @@ async def _serve(
             RouterSettings(
                 manager_url=f"http://127.0.0.1:{manager_port}", join_token=join_token, pools=[MODEL], sweep_ms=20
             ),
+            storage_settings=StorageSettings(url=f"memory://strangers-{router_port}"),
             open_queue=open_queue,
         )
         async with router.running(), asyncio.TaskGroup() as tasks:
