@@ -42,7 +42,7 @@ ARGS ?=
 SECONDS ?=
 SEED ?=
 
-.PHONY: help up demo ray-up ray-down test chaos chaos-long model test-vllm check format bench lock wheel-check install clean
+.PHONY: help up demo ray-up ray-down test chaos chaos-long model test-vllm test-node check format bench lock wheel-check install clean
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -69,8 +69,8 @@ or_none = && chosen=0 || { code=$$?; [ $$code -eq $(NO_TESTS) ] || exit $$code; 
 
 test: $(DEV) ## Run the tests that need no real vLLM
 	@chosen=$(NO_TESTS); \
-	$(PY) -m pytest -m "not vllm and not alone" -n 3 --dist loadfile $(ARGS) $(or_none); \
-	$(PY) -m pytest -m "not vllm and alone" $(ARGS) $(or_none); \
+	$(PY) -m pytest -m "not vllm and not node and not alone" -n 3 --dist loadfile $(ARGS) $(or_none); \
+	$(PY) -m pytest -m "not vllm and not node and alone" $(ARGS) $(or_none); \
 	exit $$chosen
 
 chaos: $(DEV) ## Kill everything under load and check the history (SECONDS=60 SEED=...)
@@ -89,6 +89,9 @@ model: $(DEV) ## Compare the queue with its model, longer than the tests do (EXA
 
 test-vllm: $(DEV) ## Run the tests against real vLLM (installs it the first time)
 	$(PY) -m pytest -m vllm tests/vllm $(ARGS)
+
+test-node: $(DEV) ## Run the tests with the openai package for Node (needs node, npm and its registry)
+	$(PY) -m pytest -m node tests/node $(ARGS)
 
 check: $(DEV) ## Formatting, lint, types, floors
 	$(VENV)/bin/ruff format --check .
