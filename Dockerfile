@@ -16,7 +16,9 @@ FROM python:3.12-slim-bookworm
 LABEL org.opencontainers.image.title="inferq" \
       org.opencontainers.image.description="A durable queue in front of vLLM, behind the OpenAI API" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --system --uid 10001 --home-dir /var/lib/inferq --create-home inferq
+# The folder of files and batches is there so that a volume mounted on it belongs to the user.
+RUN useradd --system --uid 10001 --home-dir /var/lib/inferq --create-home inferq \
+    && install --directory --owner inferq /var/lib/inferq/store
 COPY --from=build /opt/inferq /opt/inferq
 ENV PATH=/opt/inferq/bin:$PATH PYTHONUNBUFFERED=1 INFERQ_LOG_FORMAT=json
 USER 10001

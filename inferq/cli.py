@@ -209,7 +209,7 @@ def worker(context: typer.Context) -> None:
 
 @app.command(context_settings=_ROLE, add_help_option=False)
 def batcher(context: typer.Context) -> None:
-    """Run batches. Options: inferq batcher --help."""
+    """Run a batcher: it works batches off over the queue. Options: inferq batcher --help."""
     from .commands.roles import run_batcher  # noqa: PLC0415
 
     raise typer.Exit(run_batcher(context.args))

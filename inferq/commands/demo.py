@@ -82,7 +82,9 @@ def run_demo(
     queue_url = BrokerSettings.load(redis_url=redis_url).redis_url
 
     async def show() -> None:
-        async with _own_stack(serving, queue_url) as url:
+        # Nothing in it is a batch.
+        alone = replace(serving, options=replace(serving.options, batcher=False))
+        async with _own_stack(alone, queue_url) as url:
             await _show(FabricClient(url), prompts, as_json=as_json)
 
     return run_process(show)

@@ -1,4 +1,4 @@
-"""``inferq manager``, ``inferq router``, ``inferq worker``, ``inferq batcher``: the roles' own programs under one name.
+"""``inferq manager``, ``router``, ``worker`` and ``batcher``: the roles' own programs under one name.
 
 Their options are those of ``python -m <role>.service``: one for each setting, so nothing is said twice.
 """

@@ -15,6 +15,8 @@ from types import FrameType
 from rich.markup import escape
 from rich.status import Status
 
+from batches import BatchSettings
+from batches.rq_queue import rq_connection
 from broker import BrokerSettings
 from inferq.console import err, out, print_json
 from inferq.stack import RunningStack, StackOptions, plan_stack, run_stack
@@ -88,7 +90,7 @@ def bring_up(options: StackOptions, *, redis_url: str | None, as_json: bool) -> 
     serving = prepare(options, ConsoleProgress(err))
     link_environment(serving.options)
     queue_url = BrokerSettings.load(redis_url=redis_url).redis_url
-    plan = plan_stack(serving.options, free_port)
+    plan = plan_stack(with_batcher(serving.options, queue_url), free_port)
     announcer = TerminalAnnouncer(serving, as_json=as_json, set_up_s=time.monotonic() - began)
 
     async def run() -> None:
@@ -102,6 +104,18 @@ def bring_up(options: StackOptions, *, redis_url: str | None, as_json: bool) -> 
             announcer.stopped(plan.data_dir)
 
     return run_process(run)
+
+
+def with_batcher(options: StackOptions, queue_url: str) -> StackOptions:
+    """Batches are run too, unless the queue's Redis is none that RQ can use and no other was given for it."""
+    if not queue_url:
+        return options  # the embedded one will do
+    try:
+        rq_connection(BatchSettings.load().rq_redis_url, BrokerSettings.load(redis_url=queue_url)).close()
+    except CannotStart as error:
+        err.print(f"[yellow]Batches will wait: no batcher is started.[/yellow] {escape(error.message)}")
+        return replace(options, batcher=False)
+    return options
 
 
 def link_environment(options: StackOptions) -> None:
@@ -178,6 +192,7 @@ class TerminalAnnouncer:
     def _print_table(self, stack: RunningStack) -> None:
         out.print(f"\n[bold green]inferq is up[/bold green] after {stack.ready_after_s + self._set_up_s:.0f} s\n")
         rows = [("Router", f"{stack.router_url}/v1  (OpenAI API)"), ("Manager", stack.manager_url)]
+        rows += [(name.capitalize(), url) for name, url in stack.service_urls.items()]
         rows += [(name.capitalize(), f"{url}  ({self._serving.engine})") for name, url in stack.worker_urls.items()]
         rows += [("Model", self._serving.model), ("Queue", stack.queue), ("Logs", str(stack.logs))]
         for name, text in rows:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from batches import BatchSettings
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
@@ -41,6 +42,8 @@ class StackOptions:
     manager_port: int | None = None
     worker_port: int | None = None
     data_dir: Path = Path(".inferq")
+    batcher: bool = True
+    """Whether batches are run too: that needs a Redis that RQ can use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +78,20 @@ class RoleSpec:
 
 @dataclass(frozen=True, slots=True)
 class StackPlan:
-    """The processes, in the order in which they are started."""
+    """The processes, in the order in which they are started.
+
+    ``services`` work by themselves on what Routers put into the file store, as the batcher does.
+    """
 
     manager: RoleSpec
     router: RoleSpec
+    services: tuple[RoleSpec, ...]
     workers: tuple[RoleSpec, ...]
     data_dir: Path
 
     @property
     def roles(self) -> tuple[RoleSpec, ...]:
-        return (self.manager, self.router, *self.workers)
+        return (self.manager, self.router, *self.services, *self.workers)
 
 
 def choose_engine(engine: str | None, engine_url: str | None) -> EngineChoice:
@@ -111,7 +118,8 @@ def plan_stack(options: StackOptions, free_port: Callable[[], int]) -> StackPlan
     manager = _manager(options, data_dir, free_port)
     router = _router(options, data_dir, manager, free_port)
     workers = tuple(_workers(options, data_dir, manager, router, free_port))
-    plan = StackPlan(manager, router, workers, data_dir)
+    services = (_batcher(data_dir, free_port),) if options.batcher else ()
+    plan = StackPlan(manager, router, services, workers, data_dir)
     _refuse_shared_ports(plan)
     return plan
 
@@ -141,6 +149,22 @@ def _router(options: StackOptions, data_dir: Path, manager: RoleSpec, free_port:
         host=settings.host,
         port=port,
         port_flag="--router-port",
+        ready_limit_s=READY_LIMIT_S,
+        stop_limit_s=settings.shutdown_limit_ms / 1000 + _MARGIN_S,
+    )
+
+
+def _batcher(data_dir: Path, free_port: Callable[[], int]) -> RoleSpec:
+    settings = BatchSettings.load()
+    # Nobody but operators looks there: a free port, unless somebody wants to know it beforehand.
+    port = (settings.port if "port" in settings.model_fields_set else 0) or free_port()
+    return RoleSpec(
+        name="batcher",
+        module="batches.service",
+        flags=("--port", str(port), *store_flags(data_dir)),
+        host=settings.host,
+        port=port,
+        port_flag=BatchSettings.variable("port"),
         ready_limit_s=READY_LIMIT_S,
         stop_limit_s=settings.shutdown_limit_ms / 1000 + _MARGIN_S,
     )

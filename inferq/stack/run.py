@@ -33,6 +33,7 @@ class RunningStack:
 
     router_url: str
     manager_url: str
+    service_urls: Mapping[str, str]
     worker_urls: Mapping[str, str]
     queue: str
     logs: Path
@@ -80,9 +81,9 @@ async def run_stack(
         url, queue = await _open_queue(plan, announcer, exits, watchers, redis_url)
         environment = {**os.environ, "INFERQ_REDIS_URL": url}
         processes = [RoleProcess(role, plan.data_dir / "logs", environment, announcer.trouble) for role in plan.roles]
-        exits.push_async_callback(_stop_in_order, processes, announcer)
+        exits.push_async_callback(_stop_in_order, plan, processes, announcer)
         session = await exits.enter_async_context(aiohttp.ClientSession())
-        starting = watchers.start(_start(processes, session, announcer, watchers), "start of the stack")
+        starting = watchers.start(_start(plan, processes, session, announcer, watchers), "start of the stack")
         await _first_of(starting, stop, failure)
         if not stop.is_set():
             announcer.up(_describe(plan, processes, queue, time.monotonic() - began))
@@ -112,6 +113,7 @@ async def _stop_queue(server: EmbeddedServer, announcer: Announcer) -> None:
 
 
 async def _start(
+    plan: StackPlan,
     processes: Sequence[RoleProcess],
     session: aiohttp.ClientSession,
     announcer: Announcer,
@@ -129,10 +131,9 @@ async def _start(
             raise CannotStart(
                 f"{process.spec.name} was not ready within {limit_s:.0f} s; its log: {process.log_path}"
             ) from error
-    _, router, *workers = processes
-    if workers:
+    if plan.workers:
         announcer.starting("router: waiting to hear of the models")
-        await _until_listed(session, router.spec.url)
+        await _until_listed(session, plan.router.url)
 
 
 async def _until_listed(session: aiohttp.ClientSession, router_url: str) -> None:
@@ -152,10 +153,17 @@ def _tell_waiting(announcer: Announcer, role: RoleSpec) -> Callable[[str], None]
     return lambda reason: announcer.starting(f"{role.name}: {reason}")
 
 
-async def _stop_in_order(processes: Sequence[RoleProcess], announcer: Announcer) -> None:
-    """The Router first, so that nothing new comes in while workers finish what they run; the Manager last."""
-    manager, router, *workers = processes
-    for name, step in (("router", [router]), ("workers", workers), ("manager", [manager])):
+async def _stop_in_order(plan: StackPlan, processes: Sequence[RoleProcess], announcer: Announcer) -> None:
+    """The Router first, so that nothing new comes in, then who puts more work on the queue, then the workers, which
+    finish what they run; the Manager last."""
+    order = [
+        ("router", [plan.router]),
+        ("batches", plan.services),
+        ("workers", plan.workers),
+        ("manager", [plan.manager]),
+    ]
+    for name, specs in order:
+        step = [process for process in processes if process.spec in specs]
         if step:
             announcer.stopping(name)
         await asyncio.gather(*(process.stop() for process in step))
@@ -224,6 +232,7 @@ def _describe(plan: StackPlan, processes: Sequence[RoleProcess], queue: str, rea
     return RunningStack(
         router_url=plan.router.url,
         manager_url=plan.manager.url,
+        service_urls={service.name: service.url for service in plan.services},
         worker_urls={worker.name: worker.url for worker in plan.workers},
         queue=queue,
         logs=plan.data_dir / "logs",

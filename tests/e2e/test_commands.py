@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -11,32 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support.command_line import inferq
 from tests.support.fleet import ROOT, Fleet
 from tests.support.processes import Child, free_port
 from tests.support.waiting import eventually
-
-LIMIT_S = 60.0
-
-
-async def _inferq(folder: Path, *arguments: str, typed: str = "") -> tuple[int, str, str]:
-    """Exit code, output and error output of one command, with ``typed`` as its input."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "inferq", *arguments),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=clean | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
-        cwd=folder,
-    )
-    try:
-        output, errors = await asyncio.wait_for(process.communicate(typed.encode()), LIMIT_S)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    return process.returncode, output.decode(), errors.decode()
 
 
 async def test_chat_queues_workers_and_doctor_tell_of_a_running_fabric(fleet: Fleet, tmp_path: Path) -> None:
@@ -44,28 +21,28 @@ async def test_chat_queues_workers_and_doctor_tell_of_a_running_fabric(fleet: Fl
     await fleet.up(workers=2)
     at = ("--router-url", fleet.router.url)
 
-    code, output, _ = await _inferq(tmp_path, "chat", "hello there", *at)
+    code, output, _ = await inferq(tmp_path, "chat", "hello there", *at)
     assert (code, output) == (0, "hello there\n")
 
-    code, output, _ = await _inferq(tmp_path, "chat", "hello there", "--json", *at)
+    code, output, _ = await inferq(tmp_path, "chat", "hello there", "--json", *at)
     answer = json.loads(output)
     assert (code, answer["text"], answer["finish_reason"]) == (0, "hello there", "stop")
     assert answer["request_id"].startswith("req_")
 
-    code, output, _ = await _inferq(tmp_path, "chat", *at, typed="first\n/clear\nsecond\n/quit\nnever\n")
+    code, output, _ = await inferq(tmp_path, "chat", *at, typed="first\n/clear\nsecond\n/quit\nnever\n")
     assert (code, output.split()) == (0, ["first", "second"])
 
-    code, output, _ = await _inferq(tmp_path, "queues", "--json", *at)
+    code, output, _ = await inferq(tmp_path, "queues", "--json", *at)
     (pool,) = json.loads(output)
     assert (code, pool["model"], pool["waiting"], pool["workers"]) == (0, "sim", 0, 2)
-    code, output, _ = await _inferq(tmp_path, "queues", *at)
+    code, output, _ = await inferq(tmp_path, "queues", *at)
     assert (code, output.split()[:2]) == (0, ["MODEL", "LANE"])
 
-    code, output, _ = await _inferq(tmp_path, "workers", "--json", *at)
+    code, output, _ = await inferq(tmp_path, "workers", "--json", *at)
     assert code == 0
     assert [worker["worker_id"] for worker in json.loads(output)["workers"]] == ["worker-1", "worker-2"]
 
-    code, output, _ = await _inferq(tmp_path, "doctor", "--json", "--redis-url", fleet.server.url, *at)
+    code, output, _ = await inferq(tmp_path, "doctor", "--json", "--redis-url", fleet.server.url, *at)
     report = json.loads(output)
     assert (code, report["ok"]) == (0, True)
     assert "2 of 2 workers take work" in [finding["text"] for finding in report["findings"]]
@@ -80,7 +57,7 @@ async def test_queues_can_be_watched_until_ctrl_c(fleet: Fleet, tmp_path: Path) 
     watch = Child("watch", args, tmp_path / "watch.log", env=clean | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
     watch.start()
     try:
-        await eventually(lambda: watch.log_text().count("\n") >= 3, "three looks", limit_s=LIMIT_S)
+        await eventually(lambda: watch.log_text().count("\n") >= 3, "three looks", limit_s=60)
         watch.send(signal.SIGINT)
         await eventually(lambda: not watch.running, "the watch ends")
     finally:
@@ -92,7 +69,7 @@ async def test_queues_can_be_watched_until_ctrl_c(fleet: Fleet, tmp_path: Path) 
 async def test_the_demo_uses_a_running_fabric(fleet: Fleet, tmp_path: Path) -> None:
     """A chat, a streamed chat and twenty answers, each to its own prompt."""
     await fleet.up(workers=1)
-    code, output, _ = await _inferq(tmp_path, "demo", "--json", "--router-url", fleet.router.url)
+    code, output, _ = await inferq(tmp_path, "demo", "--json", "--router-url", fleet.router.url)
     shown: dict[str, Any] = json.loads(output)
     assert code == 0
     assert shown["chat"]["text"] == "What is the capital of France?"
@@ -104,7 +81,7 @@ async def test_the_demo_uses_a_running_fabric(fleet: Fleet, tmp_path: Path) -> N
 async def test_the_demo_brings_its_own_fabric_and_takes_it_away(tmp_path: Path) -> None:
     """Where none runs: simulated engines, free ports, a summary for people, and no process left."""
     nobody = f"http://127.0.0.1:{free_port()}"
-    code, output, errors = await _inferq(tmp_path, "demo", "--engine", "sim", "--router-url", nobody)
+    code, output, errors = await inferq(tmp_path, "demo", "--engine", "sim", "--router-url", nobody)
     assert code == 0, errors
     assert "20 answers, none lost" in output
     assert "starting one for the demo" in errors
@@ -119,11 +96,11 @@ async def test_the_demos_own_fabric_takes_the_ports_it_is_given(tmp_path: Path) 
         taken.listen()
         worker = taken.getsockname()[1]
         ports = ("--router-port", str(router), "--manager-port", str(manager), "--worker-port", str(worker))
-        code, _, errors = await _inferq(tmp_path, "demo", "--engine", "sim", *ports)
+        code, _, errors = await inferq(tmp_path, "demo", "--engine", "sim", *ports)
     assert code == 2
     assert f"No fabric answers at http://127.0.0.1:{router}" in errors
     assert f"{worker}" in errors and "--worker-port" in errors
-    code, output, errors = await _inferq(tmp_path, "demo", "--engine", "sim", *ports)
+    code, output, errors = await inferq(tmp_path, "demo", "--engine", "sim", *ports)
     assert code == 0, errors
     assert "20 answers, none lost" in output
     logs = {log.stem: log.read_text() for log in (tmp_path / ".inferq" / "demo" / "logs").glob("*.log")}
@@ -155,28 +132,28 @@ async def test_dead_letters_are_listed_shown_asked_again_and_removed(fleet: Flee
         async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body) as answer:
             assert answer.status == 502, await answer.text()
 
-    code, output, _ = await _inferq(tmp_path, "dead", "list", "--json", *at)
+    code, output, _ = await inferq(tmp_path, "dead", "list", "--json", *at)
     first, second = json.loads(output)
     assert (code, first["model"], first["attempts"]) == (0, "sim", 3)
-    code, output, _ = await _inferq(tmp_path, "dead", "list", *at)
+    code, output, _ = await inferq(tmp_path, "dead", "list", *at)
     assert code == 0
     assert first["id"] in output
 
-    code, output, _ = await _inferq(tmp_path, "dead", "show", first["id"], *at)
+    code, output, _ = await inferq(tmp_path, "dead", "show", first["id"], *at)
     assert code == 0
     assert "first words" in output
 
-    code, output, _ = await _inferq(tmp_path, "dead", "replay", first["id"], *at)
+    code, output, _ = await inferq(tmp_path, "dead", "replay", first["id"], *at)
     assert code == 0
     assert json.loads(output)["choices"][0]["message"]["content"] == "first words"
-    code, _, errors = await _inferq(tmp_path, "dead", "replay", first["id"], *at)
+    code, _, errors = await inferq(tmp_path, "dead", "replay", first["id"], *at)
     assert code == 2
     assert "no dead letter" in errors
 
-    code, _, errors = await _inferq(tmp_path, "dead", "purge", *at)
+    code, _, errors = await inferq(tmp_path, "dead", "purge", *at)
     assert code == 2
     assert "--all" in errors
-    code, output, _ = await _inferq(tmp_path, "dead", "purge", second["id"], *at)
+    code, output, _ = await inferq(tmp_path, "dead", "purge", second["id"], *at)
     assert (code, output) == (0, "1 removed\n")
-    code, output, _ = await _inferq(tmp_path, "dead", "purge", "--all", *at)
+    code, output, _ = await inferq(tmp_path, "dead", "purge", "--all", *at)
     assert (code, output) == (0, "0 removed\n")

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 
 from inferq.client import FabricClient, FabricRefused
+from tests.support.command_line import inferq
 from tests.support.processes import Child, free_port
 from tests.support.servers import Server
 from tests.support.waiting import eventually
@@ -99,13 +100,17 @@ def _queue_pids(folder: Path) -> list[int]:
 
 
 async def test_one_command_serves_and_ctrl_c_leaves_nothing(start_up: StartUp, tmp_path: Path) -> None:
-    """Queue, Manager, Router and two workers answer; SIGINT ends every process, and the exit code is 0."""
+    """Queue, Manager, Router, batcher and two workers answer; SIGINT ends every process, and the exit code is 0."""
     up = start_up("--workers", "2")
     stack = await up.ready()
-    assert set(stack["pids"]) == {"manager", "router", "worker-1", "worker-2"}
+    assert set(stack["pids"]) == {"manager", "router", "batcher", "worker-1", "worker-2"}
     async with FabricClient(stack["router_url"]) as client:
         assert (await client.chat("sim", HELLO, max_tokens=8)).text
         assert {worker.worker_id for worker in (await client.workers()).workers} == {"worker-1", "worker-2"}
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    at = ("--router-url", stack["router_url"])
+    code, output, said = await inferq(tmp_path, "batch", "submit", "prompts.txt", "--watch", "--json", *at)
+    assert (code, json.loads(output)["request_counts"]["completed"]) == (0, 2), said
     queue = _queue_pids(tmp_path)
     assert len(queue) == 1
     up.process.send(signal.SIGINT)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.batches import Shelf, add_batcher
 from tests.support.fleet import MODEL, Fleet
 from tests.support.servers import Server
 
@@ -36,7 +37,7 @@ async def test_batches_with_the_node_sdk(tmp_path: Path, own_valkey: Server) -> 
     await _run("npm", "ci", "--no-audit", "--no-fund", folder=tmp_path, limit_s=90)
     (tmp_path / "fleet").mkdir()
     async with Fleet(tmp_path / "fleet", own_valkey) as fleet:
-        batcher = fleet.batcher()
+        batcher = add_batcher(fleet, Shelf(fleet.folder / ".inferq" / "store"))
         batcher.process.start()
         await fleet.up(workers=1)
         await batcher.ready()

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import batches.service
 import manager.service
 import router.service
 import worker.service
@@ -20,7 +21,12 @@ from inferq.cli import app
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-ROLES = {"manager": manager.service, "router": router.service, "worker": worker.service}
+ROLES = {
+    "manager": manager.service,
+    "router": router.service,
+    "worker": worker.service,
+    "batcher": batches.service,
+}
 OURS = sorted(name for name, service in COMPOSE.items() if service["command"][0] in ROLES)
 
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)

@@ -35,6 +35,8 @@ COMMANDS = (
     "manager",
     "router",
     "worker",
+    "batcher",
+    "batch",
     "chat",
     "queues",
     "workers",

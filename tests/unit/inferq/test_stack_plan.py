@@ -7,24 +7,30 @@ from pathlib import Path
 
 import pytest
 
+from inferq.commands.up import with_batcher
 from inferq.stack import StackOptions, plan_stack
 from inferq.stack.plan import choose_engine
 from inferq.stack.restarts import EXIT_REFUSED, LONGEST_PAUSE_S, MOST_IN_A_ROW, STEADY_S, Restarts
 from queue_schemas import CannotStart
+
+_BATCHES = ("INFERQ_BATCHES_PORT", "INFERQ_BATCHES_RQ_REDIS_URL", "INFERQ_STORAGE_URL")
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No settings of the machine's owner."""
     monkeypatch.chdir(tmp_path)
-    for name in ("INFERQ_ROUTER_PORT", "INFERQ_WORKER_PORT", "INFERQ_MANAGER_PORT", "INFERQ_CONFIG"):
+    for name in ("INFERQ_ROUTER_PORT", "INFERQ_WORKER_PORT", "INFERQ_MANAGER_PORT", "INFERQ_CONFIG", *_BATCHES):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_ports_that_users_know_are_the_default() -> None:
-    """Manager 9000, Router 18000, workers from 7000 up."""
-    plan = plan_stack(StackOptions(engine="sim", model="sim", workers=3), lambda: 0)
-    assert [role.port for role in plan.roles] == [9000, 18000, 7000, 7001, 7002]
+def test_the_ports_that_users_know_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Manager 9000, Router 18000, workers from 7000 up; the batcher has a free one, unless it was given one."""
+    options = StackOptions(engine="sim", model="sim", workers=3)
+    plan = plan_stack(options, lambda: 1234)
+    assert [role.port for role in plan.roles] == [9000, 18000, 1234, 7000, 7001, 7002]
+    monkeypatch.setenv("INFERQ_BATCHES_PORT", "7501")
+    assert plan_stack(options, lambda: 1234).services[0].port == 7501
     assert [role.name for role in plan.workers] == ["worker-1", "worker-2", "worker-3"]
 
 
@@ -40,9 +46,31 @@ def test_port_0_is_a_free_one_for_each() -> None:
     ports = itertools.count(50_001)
     options = StackOptions(engine="sim", model="sim", workers=2, router_port=0, manager_port=0, worker_port=0)
     plan = plan_stack(options, lambda: next(ports))
-    assert len({role.port for role in plan.roles}) == 4
+    assert len({role.port for role in plan.roles}) == 5
     assert plan.manager.url in plan.router.flags
     assert all(plan.router.url in worker.flags and plan.manager.url in worker.flags for worker in plan.workers)
+
+
+def test_router_and_batcher_share_a_store_in_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a setting names another, which both then read themselves."""
+    options = StackOptions(engine="sim", model="sim", data_dir=Path("/data"))
+    plan = plan_stack(options, lambda: 0)
+    for role in (plan.router, *plan.services):
+        assert role.flags[-2:] == ("--storage-url", "/data/store")
+    monkeypatch.setenv("INFERQ_STORAGE_URL", "s3://bucket/x")
+    plan = plan_stack(options, lambda: 0)
+    assert not any("--storage-url" in role.flags for role in plan.roles)
+
+
+def test_a_queue_that_rq_cannot_use_leaves_the_batcher_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else runs; with a Redis for RQ alone it runs too."""
+    options = StackOptions(engine="sim", model="sim")
+    assert with_batcher(options, "").batcher
+    assert with_batcher(options, "redis://127.0.0.1:1").batcher
+    without = with_batcher(options, "redis+cluster://127.0.0.1:1")
+    assert plan_stack(without, lambda: 0).services == ()
+    monkeypatch.setenv("INFERQ_BATCHES_RQ_REDIS_URL", "redis://127.0.0.1:1")
+    assert with_batcher(options, "redis+cluster://127.0.0.1:1").batcher
 
 
 def test_two_roles_on_one_port_are_refused() -> None:
