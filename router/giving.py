@@ -12,7 +12,7 @@ from telemetry.asgi import REQUEST_ID_HEADER
 
 from .bodies import ClientGone
 from .connection import Connection
-from .core import Position, check_room
+from .core import Position, Stitch, check_room
 from .exchange import Exchange
 from .kept import KeptJobs
 from .numbered import EventsExchange
@@ -31,8 +31,8 @@ class Giver:
         self._stored = StoredJobs(state)
         self._relay = Relay(state)
 
-    async def give(self, kept: KeptJob, receive: Receive, exchange: Exchange) -> None:
-        """Answer with what ``kept`` has said and will say."""
+    async def give(self, kept: KeptJob, receive: Receive, exchange: Exchange, stitch: Stitch | None = None) -> None:
+        """Answer with what ``kept`` has said and will say; ``stitch``: in which form, if not as it is kept."""
         connection, requests = Connection(receive), self._state.requests
         request = OpenRequest(connection, asyncio.get_running_loop().time())
         request.commented = isinstance(exchange, EventsExchange)
@@ -41,7 +41,7 @@ class Giver:
         try:
             self._kept.check_open()
             check_room(running, self._state.settings.max_concurrent)
-            self._stored.follow(request, kept)
+            self._stored.follow(request, kept, stitch=stitch)
             connection.watch(request.on_gone)
             await self._relay.run(request, exchange)
         except InferqError as error:
@@ -57,14 +57,23 @@ class Giver:
 
 class GivenAnswer(Response):
     """The answer of a job, as the request itself would have got it; with ``events``, as an event stream of which the
-    client has what is up to ``after``."""
+    client has what is up to ``after``; in the form that ``stitch`` gives it, if there is one."""
 
-    def __init__(self, giver: Giver, kept: KeptJob, *, events: bool = False, after: Position | None = None) -> None:
+    def __init__(
+        self,
+        giver: Giver,
+        kept: KeptJob,
+        *,
+        events: bool = False,
+        after: Position | None = None,
+        stitch: Stitch | None = None,
+    ) -> None:
         super().__init__()
         self._giver = giver
         self._kept = kept
         self._events = events
         self._after = after
+        self._stitch = stitch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_on(message: Message) -> None:
@@ -77,4 +86,4 @@ class GivenAnswer(Response):
         exchange = EventsExchange(send_on, request_id, self._after) if self._events else Exchange(send_on, request_id)
         if self._after is not None and self._after.job_id is not None and isinstance(exchange, EventsExchange):
             exchange.name(self._after.job_id)
-        await self._giver.give(self._kept, receive, exchange)
+        await self._giver.give(self._kept, receive, exchange, self._stitch)

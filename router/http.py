@@ -45,6 +45,7 @@ from .core import check_model, is_join_token, model_list, model_object, pool_lis
 from .files import FILES_PATH, file_routes
 from .job_pages import job_routes
 from .ports import FabricCall, ManagerPort
+from .response_pages import response_routes
 from .state import RouterState
 from .webhooks import webhook_routes
 
@@ -73,6 +74,7 @@ def build_pages(state: RouterState) -> FastAPI:
     app.include_router(job_routes(state))
     app.include_router(batch_routes(state))
     app.include_router(webhook_routes(state))
+    app.include_router(response_routes(state))
     app.include_router(_pools(state))
     app.include_router(_dead(state))
     app.include_router(_manager(state))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import dataclass
 
 from starlette.types import Receive, Scope, Send
 
@@ -24,6 +25,7 @@ from queue_schemas import (
     StreamBroken,
     Tenant,
 )
+from queue_schemas.completions import RESPONSES_PATH
 from queue_schemas.stored import request_digest
 from telemetry import get_logger, inject, span_for_request, tracing_enabled
 from telemetry.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
@@ -56,6 +58,7 @@ from .kept import KeptJobs
 from .numbered import NumberedExchange
 from .relay import Relay
 from .requests import OpenRequest
+from .responses import AskedResponse, Responses
 from .state import RETRY_AFTER_SHUTDOWN_S, RouterState
 from .stored import StoredJobs
 
@@ -70,6 +73,18 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 log = get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What one request asks. ``job`` is how: of a ``response`` that is built here, a chat. ``background``: nobody waits
+    for it; ``resumable``: its client may come back for the rest of its stream."""
+
+    job: Job
+    fields: RequestFields
+    background: bool
+    resumable: bool
+    response: AskedResponse | None
+
+
 class Inference:
     """Serves ``POST`` requests on inference paths."""
 
@@ -81,6 +96,7 @@ class Inference:
         self._stored = StoredJobs(state)
         self._relay = Relay(state)
         self._kept = KeptJobs(state)
+        self._responses = Responses(state)
         self._loop = asyncio.get_running_loop
 
     async def serve(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
@@ -100,7 +116,6 @@ class Inference:
         headers = dict(scope["headers"])
         given_id = headers.get(REQUEST_ID_HEADER)
         request_id = new_request_id() if given_id is None else request_id_from(((REQUEST_ID_HEADER, given_id),))
-        settings = self._settings
         exchange = Exchange(send, request_id.encode())
         connection = Connection(receive)
         request = OpenRequest(connection, self._loop().time())
@@ -109,44 +124,22 @@ class Inference:
         try:
             tenant = self._admit(request, headers, running)
             body = await self._body(request, receive, headers)
-            content_type = _content_type(headers)
-            fields = read_fields(body, content_type, path)
-            background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
-            resumable = fields.stream and not background and self._is_resumable(headers)
-            key = read_idempotency_key(headers.get(_IDEMPOTENCY))
-            job = await self._jobs.make(
-                tenant=tenant,
-                path=path,
-                body=body,
-                content_type=content_type,
-                fields=fields,
-                ttl_ms=self._ttl_ms(headers.get(_DEADLINE), fields, background=background),
-                on_loss=read_on_loss(headers.get(_ON_LOSS), settings.on_loss),
-                idempotency_key=key,
-                stored=bool(key) or resumable or background,
-                lane=Lane.BACKGROUND if background else Lane.INTERACTIVE,
-                request_id=request_id,
-                traceparent=trace or _traceparent(headers),
-            )
-            if background:
-                await self._kept.accept(job, fields, request, exchange)
+            wanted = await self._wanted(path, body, headers, tenant, request_id, trace)
+            if wanted.background:
+                if await self._accept(wanted, request, exchange):
+                    connection.watch(request.on_gone)
+                    await self._relay.run(request, exchange)
             else:
-                request.stitch = Stitch(
-                    stream=job.stream,
-                    replay_limit_bytes=settings.replay_bytes,
-                    on_loss=job.on_loss,
-                    usage=fields.usage,
-                    choices=fields.choices,
-                    stored=job.stored,
-                )
+                request.stitch = self._stitch(wanted)
                 connection.watch(request.on_gone)
-                if not job.stored:
-                    await self._relay.enqueue(request, job)
+                if not wanted.job.stored:
+                    await self._relay.enqueue(request, wanted.job)
                 else:
-                    request.keep = self._keep(job, fields, resumable=resumable)
-                    if resumable:
-                        exchange = NumberedExchange(send, request_id.encode(), _after(headers, bool(key)))
-                    await self._open_stored(request, job, exchange)
+                    request.keep = self._keep(wanted)
+                    if wanted.resumable:
+                        after = _after(headers, bool(wanted.job.idempotency_key))
+                        exchange = NumberedExchange(send, request_id.encode(), after)
+                    await self._open_stored(request, wanted.job, exchange)
                 await self._relay.run(request, exchange)
         except InferqError as error:
             connection.unwatch()
@@ -164,6 +157,57 @@ class Inference:
         await connection.closed()
         self._state.metrics.answered(path, exchange.status)
         return exchange.status
+
+    async def _wanted(
+        self, path: str, body: bytes, headers: dict[bytes, bytes], tenant: Tenant, request_id: str, trace: str
+    ) -> _Wanted:
+        settings, content_type = self._settings, _content_type(headers)
+        fields = read_fields(body, content_type, path)
+        background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
+        response = None
+        if path == RESPONSES_PATH and (fields.background or (settings.responses == "chat" and not background)):
+            response = self._responses.read(body, background=fields.background)
+            background = response.background
+            path, body, content_type = response.path, response.body, response.content_type
+            fields = response.fields
+        resumable = fields.stream and not background and response is None and self._is_resumable(headers)
+        key = read_idempotency_key(headers.get(_IDEMPOTENCY))
+        job = await self._jobs.make(
+            tenant=tenant,
+            path=path,
+            body=body,
+            content_type=content_type,
+            fields=fields,
+            ttl_ms=self._ttl_ms(headers.get(_DEADLINE), fields, background=background),
+            on_loss=read_on_loss(headers.get(_ON_LOSS), settings.on_loss),
+            idempotency_key=key,
+            stored=bool(key) or resumable or background,
+            lane=Lane.BACKGROUND if background else Lane.INTERACTIVE,
+            request_id=request_id,
+            traceparent=trace or _traceparent(headers),
+        )
+        return _Wanted(job, fields, background, resumable, response)
+
+    async def _accept(self, wanted: _Wanted, request: OpenRequest, exchange: Exchange) -> bool:
+        """Put a request of the background on the queue and say so; True if ``request`` follows it from now on."""
+        if wanted.response is not None:
+            return await self._responses.accept(wanted.response, wanted.job, request, exchange)
+        await self._kept.accept(wanted.job, wanted.fields, request, exchange)
+        return False
+
+    def _stitch(self, wanted: _Wanted) -> Stitch:
+        """What makes the answer of the job's attempts."""
+        job, fields = wanted.job, wanted.fields
+        if wanted.response is not None:
+            return self._responses.live(wanted.response, job)
+        return Stitch(
+            stream=job.stream,
+            replay_limit_bytes=self._settings.replay_bytes,
+            on_loss=job.on_loss,
+            usage=fields.usage,
+            choices=fields.choices,
+            stored=job.stored,
+        )
 
     def _is_resumable(self, headers: dict[bytes, bytes]) -> bool:
         """Whether a client may come back for the rest of its stream."""
@@ -203,10 +247,10 @@ class Inference:
             raise _not_kept(named)
         exchange.name(request.job.id)
 
-    def _keep(self, job: Job, fields: RequestFields, *, resumable: bool) -> Keep:
+    def _keep(self, wanted: _Wanted) -> Keep:
         """How the answer to a stored request that somebody waits for is kept. One with a key runs on without him."""
-        keyed, settings = bool(job.idempotency_key), self._settings
-        memo = memo_of(job, fields, resumable=resumable and not keyed)
+        keyed, settings = bool(wanted.job.idempotency_key), self._settings
+        memo = memo_of(wanted.job, wanted.fields, resumable=wanted.resumable and not keyed)
         return Keep(settings.keep_answers_ms if keyed else settings.resume_keep_ms, memo)
 
     def _admit(self, request: OpenRequest, headers: dict[bytes, bytes], running: int) -> Tenant:

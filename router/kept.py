@@ -98,11 +98,11 @@ class KeptJobs:
             request_id=request_id,
             traceparent=traceparent,
         )
-        return await self._enqueue(job, fields, keep_ms=keep_ms, notify=notify, note=note)
+        return await self.enqueue(job, fields, keep_ms=keep_ms, notify=notify, note=note)
 
     async def accept(self, job: Job, fields: RequestFields, request: OpenRequest, exchange: Exchange) -> None:
         """Put the background request on the queue and say where it is: 202 with its object."""
-        found = await request.within_deadline(self._enqueue(job, fields))
+        found = await request.within_deadline(self.enqueue(job, fields))
         kept = await request.within_deadline(self._state.link.ready_queue().kept_job(found.job_id))
         if kept is None:
             raise JobNotFound(f"the job {found.job_id} was deleted meanwhile")
@@ -163,9 +163,10 @@ class KeptJobs:
         if request.job is not None and request.stitch is not None and not request.stitch.settled:
             self._stored.leave(request, request.job)
 
-    async def _enqueue(
+    async def enqueue(
         self, job: Job, fields: RequestFields, *, keep_ms: int | None = None, notify: str = "", note: bytes = b""
     ) -> Enqueued:
+        """Put a background job that was made already on the queue; as :meth:`submit` otherwise."""
         keep = Keep(keep_ms or self._state.settings.keep_jobs_ms, memo_of(job, fields, note=note), True, notify)
         found = await self._state.link.ready_queue().enqueue_kept(job, keep)
         log.info("job_kept", job_id=found.job_id, request_id=job.request_id, state=found.state.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -57,6 +57,8 @@ class QueuePort(Protocol):
     async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None: ...
 
     async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None: ...
+
+    def kept_frames(self, job_id: JobId) -> AsyncIterator[Frame]: ...
 
     async def detach(self, job_id: JobId, listener: Incarnation) -> None: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
@@ -39,6 +39,11 @@ class RouterSettings(RoleSettings):
     pools: CommaList = Field(default_factory=list, description="Models that are known even before a worker serves them")
     extra_paths: CommaList = Field(
         default_factory=list, description="Paths passed to engines beside the inference paths that are built in"
+    )
+    responses: Literal["engine", "chat"] = Field(
+        "engine",
+        description="POST /v1/responses without background: passed to the engine as it is, or built from a chat "
+        "completion, for engines that do not serve it",
     )
     on_no_worker: OnNoWorker = Field(
         "queue", description="A request for a known model that no worker serves: queue it, or refuse it with 503"

@@ -79,14 +79,15 @@ class StoredJobs:
         if found != Enqueued(job.id, State.QUEUED):
             fall_behind(request)
 
-    def follow(self, request: OpenRequest, kept: KeptJob, job: Job | None = None) -> None:
+    def follow(self, request: OpenRequest, kept: KeptJob, job: Job | None = None, stitch: Stitch | None = None) -> None:
         """From now on ``request`` is given the answer of a job that is on the queue, from its beginning. ``job``: what
-        it asked itself, to be queued again should the queue have lost it."""
+        it asked itself, to be queued again should the queue have lost it. ``stitch``: what makes the answer of the
+        job's frames, if it is not to be given as it is kept."""
         memo = kept.memo
         request.follows = job is None
         request.keep = Keep(self._state.settings.resume_keep_ms, memo)
         request.give(kept.remaining_ms + self._state.settings.longest_deadline_ms)
-        request.stitch = Stitch(
+        request.stitch = stitch or Stitch(
             stream=memo.stream,
             replay_limit_bytes=self._state.settings.replay_bytes,
             on_loss=memo.on_loss,

@@ -21,8 +21,10 @@ class LiveResponse(Stitch):
 
     __slots__ = ("_asked", "_content_type", "_made", "_seq")
 
-    def __init__(self, asked: Asked, *, stream: bool, replay_limit_bytes: int, on_loss: OnLoss) -> None:
-        super().__init__(stream=True, replay_limit_bytes=replay_limit_bytes, on_loss=on_loss, usage=True)
+    def __init__(
+        self, asked: Asked, *, stream: bool, replay_limit_bytes: int, on_loss: OnLoss, stored: bool = False
+    ) -> None:
+        super().__init__(stream=True, replay_limit_bytes=replay_limit_bytes, on_loss=on_loss, usage=True, stored=stored)
         self.stream = stream
         self._asked = asked
         self._made = ResponseEvents(asked)

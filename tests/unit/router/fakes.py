@@ -145,6 +145,11 @@ class FakeQueue:
         rest = [frame for frame in kept.frames if (frame.epoch, frame.seq) >= after]
         return replace(kept, frames=tuple(rest[: self.page_frames]), complete=len(rest) <= self.page_frames)
 
+    async def kept_frames(self, job_id: JobId) -> AsyncIterator[Frame]:
+        kept = self.output.get(job_id)
+        for frame in kept.frames if kept else ():
+            yield frame
+
     async def detach(self, job_id: JobId, listener: Incarnation) -> None:
         self.detached.put_nowait(job_id)
 
