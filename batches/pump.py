@@ -8,7 +8,7 @@ their own, and which lines they hold stands in them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import orjson
 
@@ -102,20 +102,19 @@ class Pump:
 
     async def _go_on(self, until_s: float, *, shared: bool) -> float:
         work, tick = self._work, self._desk.tick_s
-        quiet = False
+        quiet = held = False
         while True:
             await self._read(quiet, shared=shared, until_s=until_s)
             self._look_at_unheard()
+            ending = self._decided()
+            # Lines are opened first: some may have been answered already. They are sent once there is room for answers.
+            if ending is None and self._caught_up:
+                await self._with_input(lambda: in_thread(self._open_lines))
             if self._is_full or (self._results and self._is_stale):
                 await self._store()
-            ending = self._decided()
-            if ending is None:
-                try:
-                    await self._fill()
-                except InputGone:
-                    self._stop(BatchStatus.FAILED)
-                    work.fault(input_deleted(self._batch))
-            elif self._desk.now_s() >= work.stopping_since + self._grace_s(ending):
+            if ending is None and self._caught_up and not held:
+                await self._with_input(self._send_due)
+            elif ending is not None and self._desk.now_s() >= work.stopping_since + self._grace_s(ending):
                 await self._give_up()
                 return 0
             if self._caught_up and not self._in_flight and (ending is not None or work.read_all):
@@ -263,11 +262,17 @@ class Pump:
 
     # Lines
 
-    async def _fill(self) -> None:
+    async def _with_input(self, read: Callable[[], Awaitable[None]]) -> None:
+        """Do what reads the input file, which may have been deleted."""
+        try:
+            await read()
+        except InputGone:
+            if self._work.outcome is None:
+                self._stop(BatchStatus.FAILED)
+                self._work.fault(input_deleted(self._batch))
+
+    async def _send_due(self) -> None:
         """Send what is new, and what was silent for long."""
-        if self._desk.tick_s() < self._hold_until:
-            return
-        await in_thread(self._read_lines)
         long_ago = self._desk.now_s() - self._settings.silence_ms / 1000
         due = [
             number
@@ -278,7 +283,7 @@ class Pump:
             await in_thread(lambda: self._read_bodies(due))
             await self._send(due)
 
-    def _read_lines(self) -> None:
+    def _open_lines(self) -> None:
         """Open as many new lines as there is room for."""
         work, settings = self._work, self._settings
         while self._room:
@@ -293,6 +298,7 @@ class Pump:
                 work.read_all = True
                 return
             work.number, work.offset = raw.number + 1, raw.end
+            early = self._window.early(raw.number)
             if raw.number in work.ahead:
                 work.ahead.discard(raw.number)
                 continue
@@ -300,6 +306,8 @@ class Pump:
             work.open[raw.number] = OpenLine(raw.offset, raw.end, custom_id)
             self._in_flight_bytes += raw.end - raw.offset
             self._window.add(raw.number, 0)
+            if early is not None:
+                self._take(early)
 
     def _read_bodies(self, numbers: Sequence[int]) -> None:
         """The bodies of lines that are to be sent again."""

@@ -144,11 +144,12 @@ class StepQueue:
             return bool(self.connection.set(f"{_KEY}lock:{batch_id}", token, nx=True, px=ttl_ms))
 
     def keep_lock(self, batch_id: str, token: str, ttl_ms: int) -> bool:
-        """Whether the step still has its lock, which it keeps for so long from now."""
+        """Whether no other step has the lock, which this one keeps for so long from now."""
         key = f"{_KEY}lock:{batch_id}"
         with _errors():
             mine = self.connection.get(key) == token.encode()
-            return mine and bool(self.connection.pexpire(key, ttl_ms))
+            kept = mine and bool(self.connection.pexpire(key, ttl_ms))
+            return kept or bool(self.connection.set(key, token, nx=True, px=ttl_ms))
 
     def unlock(self, batch_id: str, token: str) -> None:
         """End a step."""

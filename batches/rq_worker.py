@@ -36,7 +36,8 @@ class _Worker(SimpleWorker):
 
 def run_rq_worker(queue: Queue, connection: redis.Redis, name: str, stop: threading.Event) -> None:
     """Work until ``stop`` is set, a step that runs then to its end. ``connection`` is for this worker alone."""
-    logging.getLogger("rq").setLevel(logging.WARNING)
+    for part in ("worker", "job", "queue", "registry"):
+        logging.getLogger(f"rq.{part}").setLevel(logging.WARNING)
     pause = _FIRST_PAUSE_S
     while not stop.is_set():
         worker: _Worker | None = None

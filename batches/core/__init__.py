@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .ids import custom_id_digest, file_of, mailbox_of, request_of
+from .ids import custom_id_digest, file_of, job_of, mailbox_of, request_of
 from .jsonl import BadLine, BatchLine, LineCutter, RawLine, read_line
 from .merging import Bits, Fold
 from .results import USAGE, Result, answered, pack_chunk, unanswered, unpack_chunk
@@ -35,6 +35,7 @@ __all__ = [
     "custom_id_digest",
     "entry_order",
     "file_of",
+    "job_of",
     "mailbox_of",
     "pack_chunk",
     "pack_run",

@@ -42,14 +42,24 @@ class _Parts:
     pieces: list[bytes] = field(default_factory=list)
 
 
+MOST_EARLY = 4_096
+MOST_EARLY_BYTES = 32 << 20
+
+
 class Window:
-    """Knows the jobs of the open lines. What is not of one of them is nobody's: a line that is done already."""
+    """Knows the jobs of the open lines.
+
+    An answer to none of them may be one to a line that is opened later: a step that was not saved has sent it. A number
+    of such answers is kept at hand (:meth:`early`); the others are of lines that are done, or come again.
+    """
 
     def __init__(self, batch_id: str, shard: int, lines: Mapping[int, OpenLine]) -> None:
         self._batch_id = batch_id
         self._shard = shard
         self._lines: dict[JobId, int] = {}
         self._parts: dict[JobId, _Parts] = {}
+        self._early: dict[JobId, Frame] = {}
+        self._early_bytes = 0
         for number, line in lines.items():
             for generation in range(line.generation + 1):
                 self.add(number, generation)
@@ -59,6 +69,14 @@ class Window:
         job_id = job_of(self._batch_id, self._shard, line, generation)
         self._lines[job_id] = line
         return job_id
+
+    def early(self, line: int) -> Answer | None:
+        """The answer to a line that is opened now, if it has come already."""
+        frame = self._early.pop(job_of(self._batch_id, self._shard, line, 0), None)
+        if frame is None:
+            return None
+        self._early_bytes -= len(frame.data)
+        return Answer(line, frame.status, frame.content_type, frame.data)
 
     def forget(self, line: int, generation: int) -> None:
         """A line is done."""
@@ -73,6 +91,7 @@ class Window:
         for item in news:
             line = self._lines.get(item.job_id)
             if line is None:
+                self._keep_early(item)
                 continue
             if isinstance(item, Marker):
                 self._parts.pop(item.job_id, None)
@@ -81,6 +100,13 @@ class Window:
             elif (answer := self._whole(line, item, before)) is not None:
                 found.append(answer)
         return found
+
+    def _keep_early(self, item: Frame | Marker) -> None:
+        if isinstance(item, Marker) or item.flags & (HEAD | END) != HEAD | END or item.job_id in self._early:
+            return
+        if len(self._early) < MOST_EARLY and self._early_bytes < MOST_EARLY_BYTES:
+            self._early[item.job_id] = item
+            self._early_bytes += len(item.data)
 
     def safe_to_drop(self, through: str) -> str:
         """The last entry up to ``through`` that is not needed any more: of an answer that comes in pieces none is to be

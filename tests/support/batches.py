@@ -86,10 +86,17 @@ class Shelf:
         return file_id
 
     def submit(
-        self, file_id: str, tenant: Tenant = ACME, *, endpoint: str = ENDPOINT, window_s: int = 86_400, **fields: Any
+        self,
+        file_id: str,
+        tenant: Tenant = ACME,
+        *,
+        endpoint: str = ENDPOINT,
+        window_s: int = 86_400,
+        now_s: float = 0,
+        **fields: Any,
     ) -> str:
         """A batch over a file; its id."""
-        now = time.time()
+        now = now_s or time.time()
         batch_id = new_batch_id(int(now * 1000))
         self.batches.create(
             BatchRequest(
@@ -114,11 +121,11 @@ class Shelf:
         assert found is not None
         return found
 
-    def lines(self, file_id: str | None, tenant: Tenant = ACME) -> list[dict[str, Any]]:
+    def lines(self, file_id: str | None, tenant: Tenant = ACME, *, now_s: float = 0) -> list[dict[str, Any]]:
         """What stands in a file, line by line."""
         if file_id is None:
             return []
-        record = self.files.get(tenant, file_id, time.time())
+        record = self.files.get(tenant, file_id, now_s or time.time())
         assert record is not None
         return [json.loads(one) for one in b"".join(self.files.read(record)).splitlines()]
 
@@ -129,10 +136,7 @@ class Shelf:
             batch = self.batch(batch_id, tenant)
             return batch if batch.ended and (tenant, batch_id) not in self.batches.live() else None
 
-        def now() -> str:
-            return f"batch {batch_id} ends"
-
-        found = await eventually(over, now(), limit_s=limit_s, every_s=0.03)
+        found = await eventually(over, f"batch {batch_id} ends", limit_s=limit_s, every_s=0.03)
         assert found is not None
         return found
 
