@@ -59,15 +59,15 @@ async def _proxy(folder: Path, engine_url: str) -> AsyncIterator[System]:
 
 
 @asynccontextmanager
-async def whole_inferq(folder: Path, engine_url: str) -> AsyncIterator[tuple[System, str]]:
-    """Queue, Manager, Router and one Worker; and the queue's URL, for further Routers."""
+async def whole_inferq(folder: Path, engine_url: str, *, slots: int = SLOTS) -> AsyncIterator[tuple[System, str]]:
+    """Queue, Manager, Router and one Worker; and the queue's URL, for whoever else joins."""
     async with queue_and_manager(folder) as (queue, manager_pid, manager_url), AsyncExitStack() as exits:
         port, router_log, worker_log = free_port(), folder / "router.log", folder / "worker.log"
         quiet = ("--log-level", "warning")
         router_options = ("--port", str(port), "--manager-url", manager_url, "--redis-url", queue.url, *quiet)
         router_pid = await exits.enter_async_context(running("router.service", router_options, router_log))
         worker_options = (
-            *("--worker-id", "bench", "--port", "0", "--slots", str(SLOTS)),
+            *("--worker-id", "bench", "--port", "0", "--slots", str(slots)),
             *("--manager-url", f"http://127.0.0.1:{port}", "--engine-url", engine_url, *quiet),
         )
         worker_pid = await exits.enter_async_context(running("worker.service", worker_options, worker_log))
