@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from .core import check_size
 
@@ -15,6 +15,19 @@ DRAIN_LIMIT_S = 10.0
 
 class ClientGone(Exception):
     """The client went away before the answer was complete."""
+
+
+class IncomingBody:
+    """ASGI's ``receive`` that remembers whether the body has ended."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.ended = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.ended = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
 
 
 async def read_body(receive: Receive, limit_bytes: int, take: Callable[[int], None]) -> bytes:

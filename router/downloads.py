@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from storage import FileRecord, ObjectMissing
 from telemetry import get_logger
@@ -49,13 +49,16 @@ class Download(Response):
                 await asyncio.gather(gone, return_exceptions=True)
 
     async def _send_all(self, scope: Scope, send: Send, gone: asyncio.Task[None]) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        head: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         piece, more = self._first, True
         while more and not gone.done():
             self._at += len(piece)
             more = self._at < self._end
             try:
                 async with asyncio.timeout(self._state.settings.client_stall_ms / 1000):
+                    if head:
+                        await send(head)
+                        head = {}
                     await send({"type": "http.response.body", "body": piece, "more_body": more})
             except TimeoutError:
                 log.warning("client_dropped", why="stalled", file_id=self._record.id)

@@ -17,7 +17,7 @@ from storage.names import FILE, is_id
 from telemetry import get_logger
 from telemetry.asgi import error_answer, error_response, error_responses
 
-from .bodies import DRAIN_LIMIT_S, ClientGone, drain_body
+from .bodies import DRAIN_LIMIT_S, ClientGone, IncomingBody, drain_body
 from .core.file_content import disposition, matches, read_range
 from .core.file_form import PURPOSES
 from .downloads import Download
@@ -88,12 +88,13 @@ def file_routes(state: RouterState) -> APIRouter:
         openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
     )
     async def upload(request: Request) -> Response:
+        body = IncomingBody(request.receive)
         try:
-            record = await uploads.take(_tenant(state, request), request.receive, request.headers)
+            record = await uploads.take(_tenant(state, request), body.receive, request.headers)
         except ClientGone:
             return Response(status_code=_CLIENT_GONE)
         except InferqError as error:
-            return _Refusal(error)
+            return error_response(error) if body.ended else _Refusal(error)
         return JSONResponse(_shown(record).model_dump())
 
     @routes.get(FILES_PATH, summary="Your files", responses=error_responses(400, 401, 503))

@@ -65,6 +65,7 @@ class Uploads:
                     claim.grow(size - FORM_BYTES)
                     await incoming.take(piece)
                     state.metrics.file_bytes("in", len(piece))
+                claim.grow(incoming.size)
                 record = await incoming.finish(self._settings.batch_file_life_s)
             except BaseException:
                 incoming.abandon()
@@ -111,6 +112,11 @@ class _Incoming:
         self._record: FileRecord | None = None
         self._under_way = False
         self._discarding = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file so far."""
+        return self._upload.size if self._upload is not None else 0
 
     async def take(self, data: bytes) -> None:
         """The next bytes of the form."""
