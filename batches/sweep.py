@@ -15,7 +15,8 @@ from .desk import Desk, in_thread
 from .rq_queue import StepQueue
 
 STRAY_MS = 3_600_000
-"""A mark without a batch is removed once it is so old: whoever made it did not get further."""
+"""A mark without a batch is removed once it was seen for so long: whoever made it did not get further. Its id does not
+tell: under an idempotency key a new batch has an id as old as its file."""
 
 log = get_logger(__name__)
 
@@ -28,6 +29,8 @@ class Sweep:
         self._steps = steps
         self._seen: set[str] = set()
         self._missing: set[str] = set()
+        self._stray: dict[str, float] = {}
+        """Marks without a batch, by when they were first seen, in ms."""
         self.fault = ""
         """Why the last one could not be done; empty: it could."""
 
@@ -58,12 +61,14 @@ class Sweep:
         ]
         given = [batch_id for batch_id in due if self._give(live[batch_id], batch_id)]
         self._seen = set(live)
+        self._stray = {batch_id: since for batch_id, since in self._stray.items() if batch_id in live}
         self._missing = missing - set(given)
         return given
 
     def _give(self, tenant: Tenant, batch_id: str) -> bool:
         if self._desk.batches.get(tenant, batch_id) is None:
-            if _made_at_ms(batch_id) < self._desk.now_s() * 1000 - STRAY_MS:
+            now_ms = self._desk.now_s() * 1000
+            if now_ms - self._stray.setdefault(batch_id, now_ms) > STRAY_MS:
                 self._desk.batches.retire(tenant, batch_id)
                 log.info("stray_mark_removed", batch=batch_id)
             return False
@@ -71,10 +76,3 @@ class Sweep:
             log.info("batch_taken_up_again", batch=batch_id)
         self._steps.put(tenant, batch_id, "next step", int(self._desk.now_s() * 1000))
         return True
-
-
-def _made_at_ms(batch_id: str) -> int:
-    try:
-        return int(batch_id.partition("_")[2][:12], 16)
-    except ValueError:
-        return 0

@@ -6,6 +6,8 @@ import time
 from typing import Any
 
 import orjson
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +18,7 @@ from .batch_lines import lines_of
 from .batch_watch import EXIT_RUNNING, duration, exit_code, watch
 
 PAGE = 100
+_WIDEST = 400
 _CHARS = 300
 _CLOCK = "%Y-%m-%d %H:%M:%S"
 
@@ -44,8 +47,10 @@ async def list_batches(client: BatchClient, *, limit: int, as_json: bool) -> int
             more = page.has_more and bool(page.data)
     if as_json:
         print_json([fields_of(batch) for batch in found])
+    elif found:
+        _print_table(found)
     else:
-        out.print(_table(found) if found else "There are no batches yet: inferq batch submit FILE")
+        out.print("There are no batches yet: inferq batch submit FILE")
     return 0
 
 
@@ -134,15 +139,16 @@ def _tell_failure(line: dict[str, Any], *, as_json: bool) -> None:
     out.print(visible(f"{line.get('custom_id')}: {text} ({code})"), markup=False)
 
 
-def _table(batches: list[BatchView]) -> Table:
+def _print_table(batches: list[BatchView]) -> None:
+    """As wide as it is, whatever the terminal: ids are there to be copied, and scripts have none."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    # Whole, however narrow the terminal is: it is there to be copied.
-    table.add_column("ID", min_width=len("batch_") + 32, no_wrap=True)
-    for name in ("CREATED", "STATUS", "ENDPOINT", "MODEL", "LINES", "DONE", "FAILED"):
-        table.add_column(name, justify="right" if name in {"LINES", "DONE", "FAILED"} else "left")
+    for name in ("ID", "CREATED", "STATUS", "DONE", "FAILED", "MODEL", "ENDPOINT"):
+        table.add_column(name, justify="right" if name in {"DONE", "FAILED"} else "left", no_wrap=True)
     for batch in batches:
         counts = batch.request_counts
         created = time.strftime(_CLOCK, time.localtime(batch.created_at))
-        texts = (Text(visible(text)) for text in (batch.status, batch.endpoint, batch.model or ""))
-        table.add_row(batch.id, created, *texts, str(counts.total), str(counts.completed), str(counts.failed))
-    return table
+        done = f"{counts.completed}/{counts.total}"
+        texts = (Text(visible(text)) for text in (batch.model or "", batch.endpoint))
+        table.add_row(batch.id, created, Text(visible(batch.status)), done, str(counts.failed), *texts)
+    whole = Measurement.get(out, out.options.update(max_width=_WIDEST), table).maximum
+    Console(width=max(whole, out.width), highlight=False).print(table)
