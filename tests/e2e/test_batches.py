@@ -36,7 +36,7 @@ async def fleet(module_valkey: Server, tmp_path_factory: pytest.TempPathFactory)
     keys = ",".join(f"{hashlib.sha256(key.encode()).hexdigest()}:{key[6:]}" for key in (ACME, RIVAL))
     async with Fleet(tmp_path_factory.mktemp("fleet"), module_valkey, router={"api_keys": keys}) as fleet:
         fleet.session.headers["authorization"] = f"Bearer {ACME}"
-        batcher = add_batcher(fleet, Shelf(fleet.folder / ".inferq" / "store"))
+        batcher = add_batcher(fleet, Shelf(fleet.folder / ".inferq" / "store"), model_wait_ms=200)
         batcher.process.start()
         await fleet.up(workers=2)
         await batcher.ready()
@@ -58,7 +58,7 @@ async def rival(fleet: Fleet) -> AsyncIterator[AsyncOpenAI]:
 
 
 def line(custom_id: str, url: str = CHAT, **body: Any) -> bytes:
-    request = {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": MODEL, **body}}
+    request = {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": MODEL} | body}
     return json.dumps(request).encode() + b"\n"
 
 
@@ -147,15 +147,28 @@ async def test_lines_that_fail_do_not_fail_the_batch(client: AsyncOpenAI) -> Non
 
 
 async def test_a_file_that_is_no_batch_fails_it_with_lines(client: AsyncOpenAI) -> None:
-    """Each error with its line; nothing is run."""
-    wrong = [chat("a", "x"), b"{not json\n", line("b", "/v1/completions", prompt="x")]
-    twice = [chat("a", "x"), chat("b", "x"), chat("a", "again")]
-    for lines, numbers in ((wrong, {2, 3}), (twice, {3})):
-        batch = await ended(client, (await start(client, lines)).id)
+    """Each error with its code and line; nothing is run."""
+    good = json.loads(chat("a", "x"))
+    wrong = {
+        2: (b"{not json\n", "invalid_json_line"),
+        3: (line("b", "/v1/completions", prompt="x"), "invalid_url"),
+        4: (json.dumps(good | {"custom_id": "c", "method": "GET"}).encode() + b"\n", "invalid_method"),
+        5: (json.dumps({"url": CHAT, "method": "POST", "body": {}}).encode() + b"\n", "missing_required_parameter"),
+        6: (chat("d", "x", stream=True), "unsupported_parameter"),
+        7: (chat("e", "x", model="another"), "mismatched_model"),
+    }
+    files = [
+        (wrong, [chat("a", "x"), *(text for text, _ in wrong.values())]),
+        ({3: (b"", "duplicate_custom_id")}, [chat("a", "x"), chat("b", "x"), chat("a", "again")]),
+        ({2: (b"", "invalid_encoding")}, [chat("a", "x"), '{"custom_id": "ä"}\n'.encode("latin-1")]),
+        ({1: (b"", "model_not_found")}, [chat("a", "x", model="none-of-ours")]),
+    ]
+    batches = [await start(client, lines) for _, lines in files]
+    for (expected, _), batch in zip(files, [await ended(client, batch.id) for batch in batches], strict=True):
         assert batch.status == "failed" and batch.failed_at is not None and batch.output_file_id is None
         assert batch.errors is not None and batch.errors.data is not None
-        assert {error.line for error in batch.errors.data} == numbers
-        assert all(error.code and error.message for error in batch.errors.data)
+        assert {error.line: error.code for error in batch.errors.data} == {n: code for n, (_, code) in expected.items()}
+        assert all(error.message for error in batch.errors.data)
 
 
 async def test_cancelling_keeps_what_is_done(client: AsyncOpenAI) -> None:
