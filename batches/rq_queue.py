@@ -92,42 +92,80 @@ class StepJob(OwnJob):
     runs = "batches.steps.advance"
 
 
-class StepQueue:
-    """The steps that wait. All methods raise ``BrokerUnavailable`` when RQ's Redis cannot be reached."""
+class OwnQueue:
+    """A queue of jobs that run one function, and locks by name, for who may run one. All methods raise
+    ``BrokerUnavailable`` when RQ's Redis cannot be reached."""
 
-    def __init__(self, connection: redis.Redis) -> None:
+    def __init__(self, connection: redis.Redis, name: str, job_class: type[OwnJob]) -> None:
         self.connection = connection
+        self._runs = job_class.runs
         self.queue = Queue(
-            BATCHES_QUEUE,
+            name,
             connection=connection,
             serializer=JSONSerializer,
-            job_class=StepJob,
+            job_class=job_class,
             death_penalty_class=TimerDeathPenalty,
         )
 
-    def put(self, tenant: Tenant, batch_id: str, what: str, number: int) -> None:
-        """Put the next step of a batch on the queue; ``number`` makes its id one of its own, ``what`` says for people
-        what it is."""
+    def enqueue(self, job_id: str, description: str, *args: str) -> None:
+        """Put a job on the queue."""
         with _errors():
             self.queue.enqueue_call(
-                func=StepJob.runs,
-                args=(tenant, batch_id),
-                job_id=f"{batch_id}-{number}",
-                description=f"{what} ({batch_id} of {tenant})",
+                func=self._runs,
+                args=args,
+                job_id=job_id,
+                description=description,
                 timeout=STEP_LIMIT_S,
                 result_ttl=0,
                 failure_ttl=FAILURE_TTL_S,
             )
 
+    def locked(self, name: str) -> bool:
+        """Whether somebody has that lock."""
+        with _errors():
+            return bool(self.connection.exists(f"{_KEY}lock:{name}"))
+
+    def lock(self, name: str, token: str, ttl_ms: int) -> bool:
+        """Take the lock, unless somebody has it."""
+        with _errors():
+            return bool(self.connection.set(f"{_KEY}lock:{name}", token, nx=True, px=ttl_ms))
+
+    def keep_lock(self, name: str, token: str, ttl_ms: int) -> bool:
+        """Whether nobody else has the lock, which is ours for so long from now."""
+        key = f"{_KEY}lock:{name}"
+        with _errors():
+            mine = self.connection.get(key) == token.encode()
+            kept = mine and bool(self.connection.pexpire(key, ttl_ms))
+            return kept or bool(self.connection.set(key, token, nx=True, px=ttl_ms))
+
+    def unlock(self, name: str, token: str) -> None:
+        """Let go of the lock."""
+        key = f"{_KEY}lock:{name}"
+        with _errors():
+            if self.connection.get(key) == token.encode():
+                self.connection.delete(key)
+
+    def others_wait(self) -> bool:
+        """Whether any job is on the queue."""
+        with _errors():
+            return bool(self.queue.count)
+
+
+class StepQueue(OwnQueue):
+    """The steps that wait."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        super().__init__(connection, BATCHES_QUEUE, StepJob)
+
+    def put(self, tenant: Tenant, batch_id: str, what: str, number: int) -> None:
+        """Put the next step of a batch on the queue; ``number`` makes its id one of its own, ``what`` says for people
+        what it is."""
+        self.enqueue(f"{batch_id}-{number}", f"{what} ({batch_id} of {tenant})", tenant, batch_id)
+
     def waiting(self) -> set[str]:
         """Batches whose next step is on the queue."""
         with _errors():
             return {job_id.rpartition("-")[0] for job_id in self.queue.get_job_ids()}
-
-    def others_wait(self) -> bool:
-        """Whether any step is on the queue."""
-        with _errors():
-            return bool(self.queue.count)
 
     def held(self, batch_ids: Sequence[str]) -> set[str]:
         """Those of which a step runs, or which are to be left alone for a while."""
@@ -137,26 +175,6 @@ class StepQueue:
         with _errors():
             values: list[Any] = self.connection.mget(keys)
         return {batch_ids[at // 2] for at, value in enumerate(values) if value is not None}
-
-    def lock(self, batch_id: str, token: str, ttl_ms: int) -> bool:
-        """Begin a step, unless one runs already."""
-        with _errors():
-            return bool(self.connection.set(f"{_KEY}lock:{batch_id}", token, nx=True, px=ttl_ms))
-
-    def keep_lock(self, batch_id: str, token: str, ttl_ms: int) -> bool:
-        """Whether no other step has the lock, which this one keeps for so long from now."""
-        key = f"{_KEY}lock:{batch_id}"
-        with _errors():
-            mine = self.connection.get(key) == token.encode()
-            kept = mine and bool(self.connection.pexpire(key, ttl_ms))
-            return kept or bool(self.connection.set(key, token, nx=True, px=ttl_ms))
-
-    def unlock(self, batch_id: str, token: str) -> None:
-        """End a step."""
-        key = f"{_KEY}lock:{batch_id}"
-        with _errors():
-            if self.connection.get(key) == token.encode():
-                self.connection.delete(key)
 
     def pause(self, batch_id: str, pause_ms: int) -> None:
         """Leave a batch alone for a while."""

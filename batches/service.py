@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import cast
 
-import aiohttp
 from fastapi import FastAPI
-from pydantic import ValidationError
 
 from broker import Broker, BrokerSettings
-from broker.link import open_link
 from queue_schemas import (
-    FABRIC_PREFIX,
-    JOIN_TOKEN_HEADER,
-    BrokerAddress,
-    BrokerUnsuitable,
     CannotStart,
-    InferqError,
-    ManagerUnavailable,
 )
 from storage import ObjectStore, StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
@@ -34,8 +23,9 @@ from telemetry.server import bind_socket, run_process, run_server, stop_on_signa
 from .batcher import Batcher
 from .desk import Desk
 from .metrics import BatchMetrics
+from .queue_link import QueueLink
 from .rq_queue import StepQueue, rq_connection
-from .rq_worker import run_rq_worker
+from .rq_thread import RqThread
 from .settings import BatchSettings
 from .steps import serve_steps
 from .sweep import Sweep
@@ -85,6 +75,13 @@ class _Process:
         self._desk = desk
         self._batcher: Batcher | None = None
         self._sweep: Sweep | None = None
+        settings = desk.settings
+        self._link = QueueLink(
+            settings.manager_url,
+            settings.join_token.get_secret_value(),
+            variable="INFERQ_BATCHES_MANAGER_URL",
+            tell=self._not_connected,
+        )
 
     def app(self) -> FastAPI:
         """Health and metrics."""
@@ -97,120 +94,43 @@ class _Process:
         """Why no batch goes on."""
         if self._desk.stopping:
             return ["the batcher is shutting down"]
-        found = [f"the queue cannot be reached: {self._desk.why}"] if self._desk.broker is None else []
+        found = [f"the queue cannot be reached: {self._link.why}"] if self._desk.broker is None else []
         found += [self._sweep.fault] if self._sweep is not None and self._sweep.fault else []
         found += [self._batcher.stalled] if self._batcher is not None and self._batcher.stalled else []
         return found
 
     async def run(self, broker_settings: BrokerSettings, stop: asyncio.Event) -> None:
         """Until ``stop``."""
-        settings = self._desk.settings
-        await asyncio.to_thread(self._desk.store.check)
-        queue = await self._address(broker_settings, stop)
+        desk, settings = self._desk, self._desk.settings
+        await asyncio.to_thread(desk.store.check)
+        queue = await self._link.address(broker_settings, stop)
         if queue is None:
             return
         steps = StepQueue(rq_connection(settings.rq_redis_url, queue))
-        self._batcher, self._sweep = Batcher(self._desk, steps), Sweep(self._desk, steps)
+        self._batcher, self._sweep = Batcher(desk, steps), Sweep(desk, steps)
         serve_steps(self._batcher)
-        ended, ending = asyncio.Event(), threading.Event()
-        loop = asyncio.get_running_loop()
-
-        def work() -> None:
-            try:
-                run_rq_worker(steps.queue, rq_connection(settings.rq_redis_url, queue), settings.batcher_id, ending)
-            except Exception:
-                log.exception("rq_worker_ended")
-            finally:
-                with suppress(RuntimeError):  # the loop is gone: nobody waits
-                    loop.call_soon_threadsafe(ended.set)
-
+        worker = RqThread(steps.queue, rq_connection(settings.rq_redis_url, queue), settings.batcher_id)
         async with asyncio.TaskGroup() as tasks:
-            linked = tasks.create_task(self._keep_link(queue), name="link")
+            linked = tasks.create_task(self._link.keep(queue, desk.metrics.registry, self._connected), name="link")
             sweeping = tasks.create_task(self._sweep.run(), name="sweep")
-            # A daemon: a thread that hangs in a call must not keep the process from ending.
-            threading.Thread(target=work, name="rq worker", daemon=True).start()
+            worker.start()
             stopped = tasks.create_task(stop.wait())
-            died = tasks.create_task(ended.wait())
+            died = tasks.create_task(worker.ended.wait())
             await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
-            self._desk.stopping = True
-            ending.set()
+            desk.stopping = True
             sweeping.cancel()
-            try:
-                async with asyncio.timeout(settings.shutdown_limit_ms / 1000):
-                    await ended.wait()
-            except TimeoutError:
-                log.warning("step_cut_short", limit_ms=settings.shutdown_limit_ms)
+            await worker.end(settings.shutdown_limit_ms / 1000)
             serve_steps(None)
             for task in (linked, stopped, died):
                 task.cancel()
         if not stop.is_set():
             raise CannotStart("RQ's worker ended; the log says why")
 
-    async def _keep_link(self, queue: BrokerSettings) -> None:
-        """Connect to the queue, once it can be; then stay so until cancelled."""
-        pause = _FIRST_PAUSE_S
-        while self._desk.broker is None:
-            try:
-                self._desk.broker = await Broker.connect(queue)
-            except BrokerUnsuitable:
-                raise
-            except InferqError as error:
-                if error.message != self._desk.why:
-                    log.warning("queue_not_connected", error=error.message)
-                self._desk.why = error.message
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE_S)
-        broker = self._desk.broker
-        self._desk.metrics.registry.watch_round_trips(lambda: broker.round_trips)
-        log.info("queue_connected")
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await broker.close()
+    def _connected(self, broker: Broker) -> None:
+        self._desk.broker = broker
 
-    async def _address(self, given: BrokerSettings, stop: asyncio.Event) -> BrokerSettings | None:
-        """Where the queue is: as the settings say, or a Manager, which is asked until it answers or we are to stop."""
-        if not given.redis_url:
-            url = self._desk.settings.manager_url
-            if not url:
-                raise CannotStart(
-                    "say where the queue is: --redis-url (INFERQ_REDIS_URL), or --manager-url "
-                    "(INFERQ_BATCHES_MANAGER_URL) to ask the Manager"
-                )
-            pause = _FIRST_PAUSE_S
-            while not stop.is_set():
-                try:
-                    address = await _ask_manager(url, self._desk.settings.join_token.get_secret_value())
-                except ManagerUnavailable as error:
-                    self._desk.why = error.message
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(pause):
-                            await stop.wait()
-                    pause = min(pause * 2, _LONGEST_PAUSE_S)
-                else:
-                    given = given.model_copy(update={"redis_url": address.broker_url, "shards": address.shards})
-                    break
-            else:
-                return None
-        open_link(given)  # connects to nothing: it only reads the URL
-        return given
-
-
-async def _ask_manager(url: str, token: str) -> BrokerAddress:
-    """Raises ``ManagerUnavailable``, or ``CannotStart`` if it will not have us."""
-    where = f"{url.rstrip('/')}{FABRIC_PREFIX}/broker"
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ASK_LIMIT_S)) as session,
-            session.get(where, headers={JOIN_TOKEN_HEADER: token} if token else {}) as answer,
-        ):
-            if answer.status in (401, 403):
-                raise CannotStart(f"the Manager at {url} refuses our join token: set INFERQ_JOIN_TOKEN to the fleet's")
-            if answer.status != 200:
-                raise ManagerUnavailable(f"the Manager at {url} does not say where Redis is ({answer.status})")
-            return BrokerAddress.model_validate_json(await answer.read())
-    except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
-        raise ManagerUnavailable(f"the Manager at {url} cannot be asked ({type(error).__name__}: {error})") from error
+    def _not_connected(self, why: str) -> None:
+        self._desk.why = why
 
 
 def main(argv: Sequence[str] | None = None) -> int:
