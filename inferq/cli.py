@@ -279,7 +279,7 @@ def workers(
 def config(
     table: Annotated[
         list[str] | None,
-        typer.Argument(help="router, manager, worker, batches, ray, broker, storage, webhooks, telemetry."),
+        typer.Argument(help="router, manager, worker, batches, ray, broker, storage, webhooks, notifier, telemetry."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

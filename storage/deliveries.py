@@ -22,6 +22,8 @@ from .webhook_events import WebhookEvent
 from .webhooks import Webhooks
 
 _SENDING = "sending"
+_FORSAKEN_MS = 7 * 86_400_000
+"""So long after its log would be trimmed, what is still pending has been lost sight of: attempts end within days."""
 
 
 class Outcome(StrEnum):
@@ -145,15 +147,15 @@ class Deliveries:
         return page, False
 
     def trim(self, tenant: Tenant, endpoint_id: str, *, before_ms: int, most: int) -> int:
-        """Forget what was settled of an endpoint's events from before then, and all but its newest ``most``; how many
-        those are."""
+        """Forget what was settled of an endpoint's events from before then, and of all but its newest ``most``; how
+        many those are."""
         events = self._events(tenant, endpoint_id)
         surplus, forgotten = len(events) - most, 0
         for rank, event_id in enumerate(events):
             if rank >= surplus and created_ms(event_id) >= before_ms:
                 break
             key = DeliveryKey(tenant, endpoint_id, event_id)
-            if self.state(key).settled:
+            if self.state(key).settled or created_ms(event_id) < before_ms - _FORSAKEN_MS:
                 self.drop(key)
                 forgotten += 1
         return forgotten

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from queue_schemas import Tenant
+from telemetry import get_logger
 
 from .names import ENDPOINT, folder_of, is_id, is_tenants, tenant_of
 from .objects import ObjectStore
@@ -26,6 +27,8 @@ from .webhook_events import ALL_EVENTS
 SECRET_BYTES = 32
 MOST_EARLIER = 3
 _PREFIX = "whsec_"
+
+log = get_logger(__name__)
 
 
 class _Record(BaseModel):
@@ -151,9 +154,18 @@ class Webhooks:
         return None if found is None else Secrets.model_validate_json(found)
 
     def of(self, tenant: Tenant) -> list[Endpoint]:
-        """All endpoints of a tenant, oldest first: they are few."""
-        found = (self.get(tenant, endpoint_id) for endpoint_id in self.ids(tenant))
-        return [endpoint for endpoint in found if endpoint is not None]
+        """All endpoints of a tenant, oldest first: they are few. One whose record is damaged keeps nothing from the
+        others."""
+        found: list[Endpoint] = []
+        for endpoint_id in self.ids(tenant):
+            try:
+                endpoint = self.get(tenant, endpoint_id)
+            except ValidationError as error:
+                log.error("webhook_endpoint_damaged", endpoint_id=endpoint_id, tenant=tenant, errors=error.error_count())
+                continue
+            if endpoint is not None:
+                found.append(endpoint)
+        return found
 
     def ids(self, tenant: Tenant) -> list[str]:
         """Ids of a tenant's endpoints, oldest first; one may be gone, or not be there yet."""

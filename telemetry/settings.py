@@ -25,7 +25,9 @@ from .redaction import redact_url
 
 SHARED = frozenset({"data_dir", "redis_url", "join_token", "log_level", "log_format"})
 """Fields that are also read from ``INFERQ_<FIELD>``, whichever table they stand in."""
-TABLES = frozenset({"batches", "broker", "manager", "ray", "router", "storage", "telemetry", "webhooks", "worker"})
+TABLES = frozenset(
+    {"batches", "broker", "manager", "notifier", "ray", "router", "storage", "telemetry", "webhooks", "worker"}
+)
 CONFIG_VARIABLE = "INFERQ_CONFIG"
 DEFAULT_CONFIG = "inferq.toml"
 

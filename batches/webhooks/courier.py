@@ -112,10 +112,10 @@ class Courier:
         """
         loop = asyncio.get_running_loop()
         end_s, begun = loop.time() + window_s, 0
-        await self._look()
+        await self.look()
         while True:
             self._changed.clear()
-            due = next_turns(self._next_at_ms, self._running, self._now_ms(), self._settings.limits)
+            due = self._turns()
             claims = await asyncio.gather(*(self._in_thread(partial(self._claim, key)) for key in due))
             for key, (next_at_ms, errand) in zip(due, claims, strict=True):
                 self._remember(key, next_at_ms)
@@ -128,11 +128,16 @@ class Courier:
                 async with asyncio.timeout(min(_PAUSE_S, max(0.0, end_s - loop.time()))):
                     await self._changed.wait()
             except TimeoutError:
-                await self._look()
+                await self.look()
+
+    @property
+    def due(self) -> bool:
+        """Whether there is anything to begin now, as far as this process knows."""
+        return bool(self._turns())
 
     async def tidy(self) -> None:
         """Trim the logs, forget what belongs to no endpoint any more, give up what an endpoint has too much of."""
-        await self._look()
+        await self.look()
         waiting: dict[tuple[str, str], list[DeliveryKey]] = {}
         for key in self._next_at_ms:
             waiting.setdefault((key.tenant, key.endpoint_id), []).append(key)
@@ -143,10 +148,13 @@ class Courier:
                     self._remember(key, None)
         await self._in_thread(self._trim)
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
         """Find what is pending. What is new may be due; of what is known, the time is known."""
         pending = await self._in_thread(self._deliveries.pending)
         self._next_at_ms = {key: self._next_at_ms.get(key, 0) for key in pending}
+
+    def _turns(self) -> list[DeliveryKey]:
+        return next_turns(self._next_at_ms, self._running, self._now_ms(), self._settings.limits)
 
     def _claim(self, key: DeliveryKey) -> tuple[int | None, _Errand | None]:
         """When it is next to be looked at (None: never), and the errand, if it is to be run now. In a thread."""

@@ -1,12 +1,13 @@
 """The notifier's settings. Where webhooks may go is in :class:`storage.WebhookSettings`, RQ's Redis in
-:class:`batches.BatchSettings`."""
+:class:`batches.BatchSettings`, the queue's in :class:`broker.BrokerSettings`."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 
+from queue_schemas import BadMessage, check_worker_id
 from telemetry import RoleSettings
 
 from .core import Limits
@@ -18,9 +19,17 @@ class NotifierSettings(RoleSettings):
     table: ClassVar[str] = "notifier"
 
     host: str = Field("127.0.0.1", description="Address to serve health and metrics on")
-    port: int = Field(9_300, ge=0, le=65_535, description="TCP port of health and metrics; 0 takes a free one")
+    port: int = Field(7_600, ge=0, le=65_535, description="TCP port of health and metrics; 0 takes a free one")
+    notifier_id: str = Field("notifier", description="Name of this notifier in logs and among RQ's workers")
+    manager_url: str = Field(
+        "", description="Base URL of a Manager or Router, which is asked where Redis is unless redis_url says so"
+    )
+    join_token: SecretStr = Field(SecretStr(""), description="Shown to the Manager")
     attempt_limit_ms: int = Field(8_000, ge=50, le=60_000, description="How long one attempt may take in all")
     scan_ms: int = Field(1_000, ge=20, le=60_000, description="How often the store is looked through for what is due")
+    lock_ms: int = Field(
+        10_000, ge=3_000, le=60_000, description="After so long the round of a notifier that died counts as over"
+    )
     tidy_ms: int = Field(600_000, ge=100, description="How often logs of what was delivered are trimmed")
     endpoint_attempts: int = Field(4, ge=1, description="Most attempts at once for one endpoint")
     tenant_attempts: int = Field(16, ge=1, description="Most attempts at once for one tenant")
@@ -30,6 +39,14 @@ class NotifierSettings(RoleSettings):
     )
     keep_days: int = Field(7, ge=1, description="How long what became of a delivery is kept")
     keep_deliveries: int = Field(1_000, ge=1, description="How many deliveries of an endpoint are kept at most")
+
+    @field_validator("notifier_id")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        try:
+            return check_worker_id(value)
+        except BadMessage as error:
+            raise ValueError(error.message) from error
 
     @property
     def limits(self) -> Limits:

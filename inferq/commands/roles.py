@@ -38,6 +38,13 @@ def run_worker(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def run_notifier(arguments: Sequence[str]) -> int:
+    """A notifier; gives its exit code."""
+    from batches.webhooks.service import main  # noqa: PLC0415
+
+    return main(arguments)
+
+
 def run_batcher(arguments: Sequence[str]) -> int:
     """A batcher; gives its exit code."""
     from batches.service import main  # noqa: PLC0415

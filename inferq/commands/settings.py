@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from rich.table import Table
 
 from batches import BatchSettings
+from batches.webhooks import NotifierSettings
 from broker import BrokerSettings
 from inferq.console import out, print_json
 from inferq.on_ray import RaySettings
@@ -29,6 +30,7 @@ TABLES: dict[str, type[RoleSettings]] = {
         BrokerSettings,
         StorageSettings,
         WebhookSettings,
+        NotifierSettings,
         TelemetrySettings,
     )
 }

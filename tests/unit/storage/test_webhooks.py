@@ -65,6 +65,7 @@ def test_an_event_goes_to_whoever_wants_it(store: ObjectStore) -> None:
     everything = endpoint(store, ALICE, "*")
     endpoint(store, ALICE, "response.completed")
     endpoint(store, BOB, "*")
+    store.put(Webhooks.name(ALICE, endpoint(store, ALICE, "*"), "endpoint"), b"{damaged")
     disabled = endpoint(store, ALICE, "*")
     Webhooks(store).disable(ALICE, disabled, Disabled(reason="HTTP 410", at_ms=2_000))
     assert deliveries.emit(event()) == 2
