@@ -215,6 +215,14 @@ def batcher(context: typer.Context) -> None:
     raise typer.Exit(run_batcher(context.args))
 
 
+@app.command(context_settings=_ROLE, add_help_option=False)
+def notifier(context: typer.Context) -> None:
+    """Send webhooks. Options: inferq notifier --help."""
+    from .commands.roles import run_notifier  # noqa: PLC0415
+
+    raise typer.Exit(run_notifier(context.args))
+
+
 @app.command()
 def chat(
     prompt: Annotated[str, typer.Argument(help="One question; without it, a conversation.")] = "",

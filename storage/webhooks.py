@@ -161,7 +161,9 @@ class Webhooks:
             try:
                 endpoint = self.get(tenant, endpoint_id)
             except ValidationError as error:
-                log.error("webhook_endpoint_damaged", endpoint_id=endpoint_id, tenant=tenant, errors=error.error_count())
+                log.error(
+                    "webhook_endpoint_damaged", endpoint_id=endpoint_id, tenant=tenant, errors=error.error_count()
+                )
                 continue
             if endpoint is not None:
                 found.append(endpoint)

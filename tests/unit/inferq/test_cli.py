@@ -93,7 +93,18 @@ def test_config_shows_every_setting_and_where_it_comes_from(monkeypatch: pytest.
     assert facts["router", "port"]["value"] == "18123"
     assert facts["router", "port"]["origin"] == "INFERQ_ROUTER_PORT"
     assert facts["worker", "model"]["value"] == ""
-    expected = {"router", "manager", "worker", "batches", "ray", "broker", "storage", "webhooks", "notifier", "telemetry"}
+    expected = {
+        "router",
+        "manager",
+        "worker",
+        "batches",
+        "ray",
+        "broker",
+        "storage",
+        "webhooks",
+        "notifier",
+        "telemetry",
+    }
     assert {table for table, _ in facts} == expected
     assert all(fact["description"] for fact in facts.values())
 
