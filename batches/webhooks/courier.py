@@ -85,6 +85,7 @@ class Courier:
         """When each pending delivery is due, as far as this process knows: its state in the store decides."""
         self._running: dict[DeliveryKey, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+        self._stopping = False
         self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="file store")
         metrics.watch(
             pending=lambda: len(self._next_at_ms), oldest_s=self._oldest_s, running=lambda: len(self._running)
@@ -105,6 +106,11 @@ class Courier:
                 await asyncio.gather(*late, return_exceptions=True)
             self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._stopping = True
+        self._changed.set()
+
     async def deliver(self, window_s: float) -> int:
         """Begin what is due, for ``window_s`` or until nothing more is; how many attempts were begun.
 
@@ -122,7 +128,7 @@ class Courier:
                 if errand is not None:
                     begun += 1
                     self._running[key] = loop.create_task(self._attempt(errand), name=f"webhook {key.event_id}")
-            if loop.time() >= end_s or not self._running:
+            if loop.time() >= end_s or not self._running or self._stopping:
                 return begun
             try:
                 async with asyncio.timeout(min(_PAUSE_S, max(0.0, end_s - loop.time()))):
@@ -154,6 +160,8 @@ class Courier:
         self._next_at_ms = {key: self._next_at_ms.get(key, 0) for key in pending}
 
     def _turns(self) -> list[DeliveryKey]:
+        if self._stopping:
+            return []
         return next_turns(self._next_at_ms, self._running, self._now_ms(), self._settings.limits)
 
     def _claim(self, key: DeliveryKey) -> tuple[int | None, _Errand | None]:

@@ -124,6 +124,7 @@ class _Process:
             died = tasks.create_task(worker.ended.wait())
             await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
             self._stopping = True
+            self._courier.stop()
             await worker.end(ROUND_S + CLAIM_MARGIN_MS / 1000)
             serve_rounds(None)
             for task in (*running, stopped, died):

@@ -1,0 +1,126 @@
+"""Webhook endpoints as the commands ask a Router for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import orjson
+from pydantic import BaseModel, ConfigDict
+
+from .client import FabricClient
+
+_ENDPOINTS = "/v1/webhook_endpoints"
+_PAGE = 100
+_TEST_LIMIT_S = 30.0
+"""Longer than a Router waits for the endpoint's answer."""
+
+
+class EndpointView(BaseModel):
+    """An endpoint as the Router shows it; ``signing_secret`` only where it is shown."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    url: str
+    event_types: list[str]
+    name: str = ""
+    status: str = ""
+    disabled_reason: str | None = None
+    created_at: int
+    signing_secret: str = ""
+
+
+class AttemptView(BaseModel):
+    at: int
+    status_code: int | None = None
+    duration_ms: int = 0
+    error: str | None = None
+
+
+class DeliveryView(BaseModel):
+    """What became of an event."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    event_type: str
+    created_at: int
+    data: dict[str, Any]
+    status: str
+    next_attempt_at: int | None = None
+    attempts: list[AttemptView] = []
+
+
+class _Endpoints(BaseModel):
+    data: list[EndpointView]
+    has_more: bool = False
+
+
+class _Deliveries(BaseModel):
+    data: list[DeliveryView]
+    has_more: bool = False
+
+
+class _Tested(BaseModel):
+    status_code: int
+
+
+class WebhookClient(FabricClient):
+    """All methods raise :class:`FabricRefused`."""
+
+    async def add(self, url: str, events: Sequence[str], name: str) -> EndpointView:
+        asked = {"url": url, "event_types": list(events), "name": name}
+        return self.parsed(EndpointView, await self._post("", asked))
+
+    async def endpoints(self) -> list[EndpointView]:
+        """All of them, newest first."""
+        found: list[EndpointView] = []
+        while True:
+            after = f"&after={found[-1].id}" if found else ""
+            page = self.parsed(_Endpoints, await self.call("GET", f"{_ENDPOINTS}?limit={_PAGE}{after}"))
+            found += page.data
+            if not page.has_more or not page.data:
+                return found
+
+    async def endpoint(self, endpoint_id: str) -> EndpointView:
+        return self.parsed(EndpointView, await self.call("GET", _ENDPOINTS + _named(endpoint_id)))
+
+    async def change(self, endpoint_id: str, **fields: object) -> EndpointView:
+        return self.parsed(EndpointView, await self._post(_named(endpoint_id), fields))
+
+    async def remove(self, endpoint_id: str) -> None:
+        await self.call("DELETE", _ENDPOINTS + _named(endpoint_id))
+
+    async def rotate(self, endpoint_id: str, keep_s: int) -> EndpointView:
+        path = f"{_named(endpoint_id)}/rotate_secret"
+        return self.parsed(EndpointView, await self._post(path, {"keep_old_secret_s": keep_s}))
+
+    async def test(self, endpoint_id: str, event_type: str) -> int:
+        """The status with which it answered a sample."""
+        limit = aiohttp.ClientTimeout(total=_TEST_LIMIT_S)
+        path = f"{_named(endpoint_id)}/test"
+        return self.parsed(_Tested, await self._post(path, {"event_type": event_type}, timeout=limit)).status_code
+
+    async def deliveries(self, endpoint_id: str, limit: int) -> list[DeliveryView]:
+        """The newest so many."""
+        found: list[DeliveryView] = []
+        while len(found) < limit:
+            after = f"&after={found[-1].id}" if found else ""
+            query = f"?limit={min(_PAGE, limit - len(found))}{after}"
+            path = f"{_ENDPOINTS}{_named(endpoint_id)}/deliveries{query}"
+            page = self.parsed(_Deliveries, await self.call("GET", path))
+            found += page.data
+            if not page.has_more or not page.data:
+                break
+        return found
+
+    async def _post(self, path: str, body: object, **options: Any) -> bytes:
+        headers = {"content-type": "application/json"}
+        return await self.call("POST", _ENDPOINTS + path, data=orjson.dumps(body), headers=headers, **options)
+
+
+def _named(endpoint_id: str) -> str:
+    return f"/{quote(endpoint_id, safe='')}"
