@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote
 
 import aiohttp
 import orjson
 from pydantic import BaseModel, ConfigDict
 
-from .client import FabricClient
+from .client import FabricClient, FabricRefused
 
 _ENDPOINTS = "/v1/webhook_endpoints"
 _PAGE = 100
@@ -73,7 +72,7 @@ class WebhookClient(FabricClient):
 
     async def add(self, url: str, events: Sequence[str], name: str) -> EndpointView:
         asked = {"url": url, "event_types": list(events), "name": name}
-        return self.parsed(EndpointView, await self._post("", asked))
+        return self.parsed(EndpointView, await self._send_json("", asked))
 
     async def endpoints(self) -> list[EndpointView]:
         """All of them, newest first."""
@@ -89,20 +88,20 @@ class WebhookClient(FabricClient):
         return self.parsed(EndpointView, await self.call("GET", _ENDPOINTS + _named(endpoint_id)))
 
     async def change(self, endpoint_id: str, **fields: object) -> EndpointView:
-        return self.parsed(EndpointView, await self._post(_named(endpoint_id), fields))
+        return self.parsed(EndpointView, await self._send_json(_named(endpoint_id), fields))
 
     async def remove(self, endpoint_id: str) -> None:
         await self.call("DELETE", _ENDPOINTS + _named(endpoint_id))
 
     async def rotate(self, endpoint_id: str, keep_s: int) -> EndpointView:
         path = f"{_named(endpoint_id)}/rotate_secret"
-        return self.parsed(EndpointView, await self._post(path, {"keep_old_secret_s": keep_s}))
+        return self.parsed(EndpointView, await self._send_json(path, {"keep_old_secret_s": keep_s}))
 
     async def test(self, endpoint_id: str, event_type: str) -> int:
         """The status with which it answered a sample."""
         limit = aiohttp.ClientTimeout(total=_TEST_LIMIT_S)
         path = f"{_named(endpoint_id)}/test"
-        return self.parsed(_Tested, await self._post(path, {"event_type": event_type}, timeout=limit)).status_code
+        return self.parsed(_Tested, await self._send_json(path, {"event_type": event_type}, timeout=limit)).status_code
 
     async def deliveries(self, endpoint_id: str, limit: int) -> list[DeliveryView]:
         """The newest so many."""
@@ -117,10 +116,15 @@ class WebhookClient(FabricClient):
                 break
         return found
 
-    async def _post(self, path: str, body: object, **options: Any) -> bytes:
+    async def _send_json(self, path: str, body: object, **options: Any) -> bytes:
         headers = {"content-type": "application/json"}
         return await self.call("POST", _ENDPOINTS + path, data=orjson.dumps(body), headers=headers, **options)
 
 
 def _named(endpoint_id: str) -> str:
-    return f"/{quote(endpoint_id, safe='')}"
+    """Only what can be an id becomes part of a path."""
+    if not endpoint_id.replace("_", "").isalnum() or not endpoint_id.isascii():
+        raise FabricRefused(
+            f"{endpoint_id!r} is not the id of an endpoint: `inferq webhooks list` shows them", answered=404
+        )
+    return f"/{endpoint_id}"

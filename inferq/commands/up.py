@@ -107,13 +107,13 @@ def bring_up(options: StackOptions, *, redis_url: str | None, as_json: bool) -> 
 
 
 def with_batcher(options: StackOptions, queue_url: str) -> StackOptions:
-    """Batches are run too, unless the queue's Redis is none that RQ can use and no other was given for it."""
+    """Batches are run and webhooks sent too, unless the queue's Redis is none that RQ can use and there is no other."""
     if not queue_url:
         return options  # the embedded one will do
     try:
         rq_connection(BatchSettings.load().rq_redis_url, BrokerSettings.load(redis_url=queue_url)).close()
     except CannotStart as error:
-        err.print(f"[yellow]Batches will wait: no batcher is started.[/yellow] {escape(error.message)}")
+        err.print(f"[yellow]Batches and webhooks will wait: nothing runs them.[/yellow] {escape(error.message)}")
         return replace(options, batcher=False)
     return options
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from inferq.console import err, out, print_json, visible
 from inferq.webhook_client import DeliveryView, EndpointView, WebhookClient
 
-_SECRET_NOTE = "This secret is not shown again. Receivers check signatures with it:"
+_SHOWN_ONCE = "This secret is not shown again. Receivers check signatures with it:"
 
 
 async def add_endpoint(client: WebhookClient, url: str, events: Sequence[str], name: str, *, as_json: bool) -> int:
@@ -92,7 +92,7 @@ def _print_secret(endpoint: EndpointView, what: str, *, as_json: bool) -> None:
     if as_json:
         print_json(endpoint.model_dump())
         return
-    err.print(visible(f"{what}. {_SECRET_NOTE}"), markup=False, emoji=False)
+    err.print(visible(f"{what}. {_SHOWN_ONCE}"), markup=False, emoji=False)
     sys.stdout.write(f"{endpoint.signing_secret}\n")
 
 
@@ -112,9 +112,8 @@ def _endpoints(found: Sequence[EndpointView]) -> RenderableType:
     table = _table("ID", "STATUS", "EVENTS", "NAME", "URL")
     for one in found:
         status = f"{one.status}: {one.disabled_reason}" if one.disabled_reason else one.status
-        table.add_row(
-            *(Text(visible(text)) for text in (one.id, status, ", ".join(one.event_types), one.name, one.url))
-        )
+        cells = (one.id, status, ", ".join(one.event_types), one.name, one.url)
+        table.add_row(*(Text(visible(text)) for text in cells))
     return table
 
 
@@ -126,15 +125,8 @@ def _deliveries(found: Sequence[DeliveryView]) -> RenderableType:
         last = one.attempts[-1] if one.attempts else None
         answer = "" if last is None else f"HTTP {last.status_code}" if last.status_code else last.error or ""
         following = _clock(one.next_attempt_at) if one.next_attempt_at else ""
-        cells = (
-            one.id,
-            one.event_type,
-            str(one.data.get("id", "")),
-            one.status,
-            str(len(one.attempts)),
-            answer,
-            following,
-        )
+        of, attempts = str(one.data.get("id", "")), str(len(one.attempts))
+        cells = (one.id, one.event_type, of, one.status, attempts, answer, following)
         table.add_row(*(Text(visible(text)) for text in cells))
     return table
 

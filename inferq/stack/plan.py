@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from batches import BatchSettings
+from batches.webhooks import NotifierSettings
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
@@ -43,7 +44,7 @@ class StackOptions:
     worker_port: int | None = None
     data_dir: Path = Path(".inferq")
     batcher: bool = True
-    """Whether batches are run too: that needs a Redis that RQ can use."""
+    """Whether batches are run, and webhooks sent, too: that needs a Redis that RQ can use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class RoleSpec:
 class StackPlan:
     """The processes, in the order in which they are started.
 
-    ``services`` work by themselves on what Routers put into the file store, as the batcher does.
+    ``services`` work by themselves on what Routers put into the file store: the batcher, the notifier.
     """
 
     manager: RoleSpec
@@ -118,7 +119,7 @@ def plan_stack(options: StackOptions, free_port: Callable[[], int]) -> StackPlan
     manager = _manager(options, data_dir, free_port)
     router = _router(options, data_dir, manager, free_port)
     workers = tuple(_workers(options, data_dir, manager, router, free_port))
-    services = (_batcher(data_dir, free_port),) if options.batcher else ()
+    services = (_batcher(data_dir, free_port), _notifier(data_dir, free_port)) if options.batcher else ()
     plan = StackPlan(manager, router, services, workers, data_dir)
     _refuse_shared_ports(plan)
     return plan
@@ -167,6 +168,21 @@ def _batcher(data_dir: Path, free_port: Callable[[], int]) -> RoleSpec:
         port_flag=BatchSettings.variable("port"),
         ready_limit_s=READY_LIMIT_S,
         stop_limit_s=settings.shutdown_limit_ms / 1000 + _MARGIN_S,
+    )
+
+
+def _notifier(data_dir: Path, free_port: Callable[[], int]) -> RoleSpec:
+    settings = NotifierSettings.load()
+    port = (settings.port if "port" in settings.model_fields_set else 0) or free_port()
+    return RoleSpec(
+        name="notifier",
+        module="batches.webhooks.service",
+        flags=("--port", str(port), *store_flags(data_dir)),
+        host=settings.host,
+        port=port,
+        port_flag=NotifierSettings.variable("port"),
+        ready_limit_s=READY_LIMIT_S,
+        stop_limit_s=settings.attempt_limit_ms / 1000 + 2 * _MARGIN_S,
     )
 
 

@@ -100,10 +100,10 @@ def _queue_pids(folder: Path) -> list[int]:
 
 
 async def test_one_command_serves_and_ctrl_c_leaves_nothing(start_up: StartUp, tmp_path: Path) -> None:
-    """Queue, Manager, Router, batcher and two workers answer; SIGINT ends every process, and the exit code is 0."""
+    """Queue, Manager, Router, services and two workers answer; SIGINT ends every process, and the exit code is 0."""
     up = start_up("--workers", "2")
     stack = await up.ready()
-    assert set(stack["pids"]) == {"manager", "router", "batcher", "worker-1", "worker-2"}
+    assert set(stack["pids"]) == {"manager", "router", "batcher", "notifier", "worker-1", "worker-2"}
     async with FabricClient(stack["router_url"]) as client:
         assert (await client.chat("sim", HELLO, max_tokens=8)).text
         assert {worker.worker_id for worker in (await client.workers()).workers} == {"worker-1", "worker-2"}

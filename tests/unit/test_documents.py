@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 import batches.service
+import batches.webhooks.service
 import manager.service
 import router.service
 import worker.service
@@ -26,6 +27,7 @@ ROLES = {
     "router": router.service,
     "worker": worker.service,
     "batcher": batches.service,
+    "notifier": batches.webhooks.service,
 }
 OURS = sorted(name for name, service in COMPOSE.items() if service["command"][0] in ROLES)
 

@@ -13,7 +13,10 @@ from inferq.stack.plan import choose_engine
 from inferq.stack.restarts import EXIT_REFUSED, LONGEST_PAUSE_S, MOST_IN_A_ROW, STEADY_S, Restarts
 from queue_schemas import CannotStart
 
-_BATCHES = ("INFERQ_BATCHES_PORT", "INFERQ_BATCHES_RQ_REDIS_URL", "INFERQ_STORAGE_URL")
+_BATCHES = ("INFERQ_BATCHES_PORT", "INFERQ_NOTIFIER_PORT", "INFERQ_BATCHES_RQ_REDIS_URL", "INFERQ_STORAGE_URL")
+
+
+free = itertools.count(40_001).__next__
 
 
 @pytest.fixture(autouse=True)
@@ -25,20 +28,21 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_ports_that_users_know_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Manager 9000, Router 18000, workers from 7000 up; the batcher has a free one, unless it was given one."""
+    """Manager 9000, Router 18000, workers from 7000 up; batcher and notifier have free ones, unless given one."""
     options = StackOptions(engine="sim", model="sim", workers=3)
-    plan = plan_stack(options, lambda: 1234)
-    assert [role.port for role in plan.roles] == [9000, 18000, 1234, 7000, 7001, 7002]
+    plan = plan_stack(options, itertools.count(1234).__next__)
+    assert [role.port for role in plan.roles] == [9000, 18000, 1234, 1235, 7000, 7001, 7002]
     monkeypatch.setenv("INFERQ_BATCHES_PORT", "7501")
-    assert plan_stack(options, lambda: 1234).services[0].port == 7501
+    monkeypatch.setenv("INFERQ_NOTIFIER_PORT", "7601")
+    assert [role.port for role in plan_stack(options, lambda: 1234).services] == [7501, 7601]
     assert [role.name for role in plan.workers] == ["worker-1", "worker-2", "worker-3"]
 
 
 def test_a_setting_of_a_role_is_the_default_of_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment and inferq.toml count as for the role itself; a flag wins."""
     monkeypatch.setenv("INFERQ_ROUTER_PORT", "18001")
-    assert plan_stack(StackOptions(engine="sim", model="sim"), lambda: 0).router.port == 18001
-    assert plan_stack(StackOptions(engine="sim", model="sim", router_port=18002), lambda: 0).router.port == 18002
+    assert plan_stack(StackOptions(engine="sim", model="sim"), free).router.port == 18001
+    assert plan_stack(StackOptions(engine="sim", model="sim", router_port=18002), free).router.port == 18002
 
 
 def test_port_0_is_a_free_one_for_each() -> None:
@@ -46,7 +50,7 @@ def test_port_0_is_a_free_one_for_each() -> None:
     ports = itertools.count(50_001)
     options = StackOptions(engine="sim", model="sim", workers=2, router_port=0, manager_port=0, worker_port=0)
     plan = plan_stack(options, lambda: next(ports))
-    assert len({role.port for role in plan.roles}) == 5
+    assert len({role.port for role in plan.roles}) == 6
     assert plan.manager.url in plan.router.flags
     assert all(plan.router.url in worker.flags and plan.manager.url in worker.flags for worker in plan.workers)
 
@@ -54,11 +58,11 @@ def test_port_0_is_a_free_one_for_each() -> None:
 def test_router_and_batcher_share_a_store_in_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless a setting names another, which both then read themselves."""
     options = StackOptions(engine="sim", model="sim", data_dir=Path("/data"))
-    plan = plan_stack(options, lambda: 0)
+    plan = plan_stack(options, free)
     for role in (plan.router, *plan.services):
         assert role.flags[-2:] == ("--storage-url", "/data/store")
     monkeypatch.setenv("INFERQ_STORAGE_URL", "s3://bucket/x")
-    plan = plan_stack(options, lambda: 0)
+    plan = plan_stack(options, free)
     assert not any("--storage-url" in role.flags for role in plan.roles)
 
 
@@ -68,7 +72,7 @@ def test_a_queue_that_rq_cannot_use_leaves_the_batcher_out(monkeypatch: pytest.M
     assert with_batcher(options, "").batcher
     assert with_batcher(options, "redis://127.0.0.1:1").batcher
     without = with_batcher(options, "redis+cluster://127.0.0.1:1")
-    assert plan_stack(without, lambda: 0).services == ()
+    assert plan_stack(without, free).services == ()
     monkeypatch.setenv("INFERQ_BATCHES_RQ_REDIS_URL", "redis://127.0.0.1:1")
     assert with_batcher(options, "redis+cluster://127.0.0.1:1").batcher
 
@@ -76,13 +80,13 @@ def test_a_queue_that_rq_cannot_use_leaves_the_batcher_out(monkeypatch: pytest.M
 def test_two_roles_on_one_port_are_refused() -> None:
     """The sentence names both and the flags that part them."""
     with pytest.raises(CannotStart, match="--router-port or --worker-port"):
-        plan_stack(StackOptions(engine="sim", model="sim", router_port=7000), lambda: 0)
+        plan_stack(StackOptions(engine="sim", model="sim", router_port=7000), free)
 
 
 def test_arguments_for_vllm_arrive_whole() -> None:
     """Also those with spaces."""
     options = StackOptions(engine="vllm", model="m", vllm_args=("--override", '{"a": 1}'), engine_threads=3)
-    worker = plan_stack(options, lambda: 0).workers[0]
+    worker = plan_stack(options, free).workers[0]
     assert "--vllm-args=--override '{\"a\": 1}'" in worker.flags
     assert worker.environment == {"OMP_NUM_THREADS": "3"}
 
