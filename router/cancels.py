@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from queue_schemas import Incarnation, InferqError, JobId
 from telemetry import get_logger
 
+from .followers import Followers
 from .ports import QueuePort
 
 LINE = 16_384
@@ -36,10 +37,10 @@ class Canceller:
     """Lets go of jobs on the queue. One whose cancelling fails, or finds the line full, is ended by its deadline; one
     that is not detached from sends what nobody reads."""
 
-    def __init__(self, queue: Callable[[], QueuePort | None], followed: Callable[[JobId], bool]) -> None:
-        """``followed``: whether somebody follows a stored job, perhaps again."""
+    def __init__(self, queue: Callable[[], QueuePort | None], followers: Followers) -> None:
+        """``followers``: who follows stored jobs here, perhaps again."""
         self._queue = queue
-        self._followed = followed
+        self._followers = followers
         self._line: asyncio.Queue[_Farewell] = asyncio.Queue(LINE)
 
     def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> None:
@@ -81,11 +82,14 @@ class Canceller:
             return
         try:
             if farewell.abandoned_ms:
-                if not self._followed(job_id):
+                if job_id not in self._followers:
                     await queue.cancel_abandoned(job_id, farewell.reason, farewell.abandoned_ms)
             elif farewell.listener is None:
                 await queue.cancel(job_id, farewell.reason, unasked=farewell.unasked)
-            elif not self._followed(job_id):
-                await queue.detach(job_id, farewell.listener)
+            elif job_id not in self._followers:
+                try:
+                    await queue.detach(job_id, farewell.listener)
+                finally:  # who came meanwhile may have been attached before that
+                    self._followers.look_again(job_id)
         except InferqError as error:
             log.warning("job_not_cancelled", job_id=job_id, error=error.message)

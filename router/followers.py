@@ -75,6 +75,11 @@ class Followers:
                 for request in requests:
                     fall_behind(request)
 
+    def look_again(self, job_id: JobId) -> None:
+        """This Router may have been taken off the listeners of a job."""
+        for request in self._by_job.get(job_id, ()):
+            fall_behind(request)
+
     def sweep(self, now_s: float) -> None:
         """Look after jobs of which nothing was heard for long."""
         for requests in self._by_job.values():

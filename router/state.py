@@ -48,7 +48,7 @@ class RouterState:
         self.metrics = RouterMetrics()
         self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked)
         self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken)
-        self.canceller = Canceller(lambda: self.link.queue, self.requests.stored.__contains__)
+        self.canceller = Canceller(lambda: self.link.queue, self.requests.stored)
         self.abandoned = Abandoned(settings.resume_grace_ms / 1000, self._give_up)
         self.leaving = False
         """Still serving, but asking clients and load balancers to go elsewhere."""

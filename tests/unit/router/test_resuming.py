@@ -189,3 +189,28 @@ def test_who_left_last_is_given_up_last_and_their_number_is_bounded(monkeypatch:
         abandoned.add(job_id, 20)  # type: ignore[arg-type]
     abandoned.sweep(99)
     assert given_up[2:] == ["d", "e"]
+
+
+async def test_who_comes_back_while_his_router_takes_its_leave_is_not_forgotten() -> None:
+    """A departure may reach the queue behind the return that it crossed: what is kept is read again then."""
+    queue = FakeQueue("m")
+    held, taken = asyncio.Event(), asyncio.Event()
+
+    async def detach(job_id: str, listener: str) -> None:
+        taken.set()
+        await held.wait()
+
+    queue.detach = detach  # type: ignore[method-assign]
+    async with router(queue) as app:
+        client, back = Client(app), Client(app)
+        job, answer = await begun(client, queue)
+        client.gone.set()
+        await answer.done()
+        await taken.wait()
+        followed = back.begin("GET", f"/v1/jobs/{job.id}/events")
+        await followed.until(lambda: followed.body.count(b"\n\n") == 2)
+        read = len(queue.attached)
+        queue.output[job.id] = so_far(job, *EVENTS, over=True)  # sent to nobody: it was taken off the listeners
+        held.set()
+        assert without_ids((await followed.done()).body) == b"".join(EVENTS)
+        assert len(queue.attached) == read + 1

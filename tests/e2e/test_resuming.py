@@ -1,0 +1,22 @@
+"""Background and resumable streams over real processes: any Router, any place, whoever is killed."""
+
+from __future__ import annotations
+
+import random
+
+from tests.runs.resumes import ENGINE, resume_all
+from tests.support.fleet import Fleet
+
+
+async def test_pieces_of_a_stream_from_any_router_are_the_stored_answer(fleet: Fleet) -> None:
+    """Sixty resumes through two Routers, by header and by number, of streams of the background and of clients' own,
+    while a worker is killed: nothing twice, nothing missing, and nothing left when the jobs are forgotten."""
+    other = fleet.another_router("other")
+    await fleet.up(workers=2, **(ENGINE | {"sim_tokens_per_s": 100}))
+    await other.start()
+    result = await resume_all(
+        fleet, [fleet.router, other], random.Random(60), resumes=60, streams=8, tokens=80, kills=1
+    )
+    assert result.resumes >= 60
+    assert result.interrupted > 0, "the killed worker ran something"
+    assert len(result.ways) == 3
