@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +10,7 @@ import typer
 from queue_schemas import BadRequest
 
 from .commands.options import DEFAULT_URL, ApiKey, AsJson, RouterUrl
+from .exit_codes import run_for_code
 
 if TYPE_CHECKING:
     from .batch_client import BatchClient
@@ -72,7 +70,7 @@ def submit_batch(
     )
     asked = Submission(path=file, form=_format(form), shape=shape, window=window, metadata=_pairs(metadata or []))
     client = _client(router_url, api_key)
-    _run(lambda: submit(client, asked, watched=watch, as_json=as_json))
+    run_for_code(lambda: submit(client, asked, watched=watch, as_json=as_json))
 
 
 @batch_app.command("status")
@@ -87,7 +85,7 @@ def batch_status(
     from .commands.batch_show import show_status  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: show_status(client, batch_id, watched=watch, as_json=as_json))
+    run_for_code(lambda: show_status(client, batch_id, watched=watch, as_json=as_json))
 
 
 @batch_app.command("list")
@@ -101,7 +99,7 @@ def batch_list(
     from .commands.batch_show import list_batches  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: list_batches(client, limit=limit, as_json=as_json))
+    run_for_code(lambda: list_batches(client, limit=limit, as_json=as_json))
 
 
 @batch_app.command("cancel")
@@ -112,7 +110,7 @@ def batch_cancel(
     from .commands.batch_show import cancel_batch  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: cancel_batch(client, batch_id, as_json=as_json))
+    run_for_code(lambda: cancel_batch(client, batch_id, as_json=as_json))
 
 
 @batch_app.command("results")
@@ -127,7 +125,7 @@ def batch_results(
     from .commands.batch_results import fetch_results  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: fetch_results(client, batch_id, output, texts=text))
+    run_for_code(lambda: fetch_results(client, batch_id, output, texts=text))
 
 
 @batch_app.command("errors")
@@ -138,30 +136,13 @@ def batch_errors(
     from .commands.batch_show import show_errors  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: show_errors(client, batch_id, as_json=as_json))
+    run_for_code(lambda: show_errors(client, batch_id, as_json=as_json))
 
 
 def _client(router_url: str, api_key: str) -> BatchClient:
     from .batch_client import BatchClient  # noqa: PLC0415
 
     return BatchClient(router_url, api_key=api_key)
-
-
-def _run(work: Callable[[], Awaitable[int]]) -> None:
-    from telemetry.server import run_process  # noqa: PLC0415
-
-    code = 0
-
-    async def keep_code() -> None:
-        nonlocal code
-        code = await work()
-
-    try:
-        raise typer.Exit(run_process(keep_code) or code)
-    except BrokenPipeError:
-        # Whoever read our output has enough of it. Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
 
 
 def _format(text: str) -> Format | None:

@@ -37,6 +37,7 @@ from .commands.options import (
     open_client,
     stack_options,
 )
+from .jobs_cli import jobs_app
 from .webhook_cli import webhook_app
 
 DATA_DIR = Path(".inferq")
@@ -54,6 +55,7 @@ ray_app = typer.Typer(help="The fabric in a Ray cluster: Manager as an actor, Ro
 app.add_typer(ray_app, name="ray", no_args_is_help=True)
 app.add_typer(batch_app, name="batch", no_args_is_help=True)
 app.add_typer(webhook_app, name="webhooks", no_args_is_help=True)
+app.add_typer(jobs_app, name="jobs", no_args_is_help=True)
 dead_app = typer.Typer(help="Requests that were given up after all their attempts.")
 app.add_typer(dead_app, name="dead", no_args_is_help=True)
 

@@ -12,7 +12,7 @@ async def test_pieces_of_a_stream_from_any_router_are_the_stored_answer(fleet: F
     """Sixty resumes through two Routers, by header and by number, of streams of the background and of clients' own,
     while a worker is killed: nothing twice, nothing missing, and nothing left when the jobs are forgotten."""
     other = fleet.another_router("other")
-    await fleet.up(workers=2, **(ENGINE | {"sim_tokens_per_s": 100}))
+    await fleet.up(workers=2, **(ENGINE | {"sim_tokens_per_s": 80, "sim_answer_tokens": 60}))
     await other.start()
     result = await resume_all(
         fleet, [fleet.router, other], random.Random(60), resumes=60, streams=8, tokens=80, kills=1

