@@ -73,7 +73,9 @@ async def real(
                 served_model_name=DEFAULT_MODEL,
                 vllm_command=vllm.command,
                 vllm_device=vllm.device,
-                vllm_args=shlex.join(["--max-model-len", "2048"]),
+                vllm_args=shlex.join(
+                    ["--max-model-len", "2048", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+                ),
                 slots=8,
             )
         for role in (fleet.manager, fleet.router, *fleet.workers):
