@@ -7,11 +7,15 @@ import asyncio
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from batches.webhooks.core import signed_headers
+from queue_schemas import Tenant
+from storage import Secrets, WebhookEvent
 from tests.support.batches import Shelf, add_batcher
 from tests.support.fleet import MODEL, Fleet
 from tests.support.servers import Server
@@ -57,3 +61,18 @@ async def test_batches_with_the_node_sdk(tmp_path: Path, own_valkey: Server) -> 
     assert seen["ended"][:2] == ["ConflictError", 409]
     assert seen["bad"] == ["BadRequestError", 400, "completion_window"]
     assert seen["deleted"] is True
+
+
+async def test_webhooks_with_the_node_sdk(tmp_path: Path) -> None:
+    """What is signed here is unwrapped there: with the secret, with the one before it, and with no other."""
+    for name in ("package.json", "package-lock.json", "webhooks.mjs"):
+        shutil.copy(HERE / name, tmp_path)
+    await _run("npm", "ci", "--no-audit", "--no-fund", folder=tmp_path, limit_s=90)
+    event = WebhookEvent.of(Tenant("acme"), "response.incomplete", "resp_1", 7)
+    old = Secrets.fresh(0)
+    new = old.rotated(0, 60_000)
+    headers = signed_headers(event.id, int(time.time()), event.body(), new.in_force(1))
+    sent = {"body": event.body().decode(), "headers": headers}
+    given = [sent | {"secret": keys.current} for keys in (old, new, Secrets.fresh(0))]
+    text = await _run("node", "webhooks.mjs", json.dumps(given), folder=tmp_path, limit_s=20)
+    assert json.loads(text) == ["response.incomplete", "response.incomplete", "InvalidWebhookSignatureError"]
