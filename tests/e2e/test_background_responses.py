@@ -16,6 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types.responses import Response
 
 from queue_schemas import JobId, ShardKeys
+from tests.runs.responses import resume_responses
 from tests.support.fleet import MODEL, Fleet, Role
 from tests.support.responses import check_stream
 from tests.support.servers import Server
@@ -295,3 +296,13 @@ async def test_a_killed_worker_leaves_no_gap_and_no_repeat(
         assert response.usage is not None
         assert response.usage.output_tokens == 150
     assert "2" in [_of_job(fleet, one, "attempts") for one in begun]
+
+
+@in_module
+async def test_pieces_from_any_router_are_the_stored_response(fleet: Fleet) -> None:
+    """Forty resumes behind random events while a worker is killed, over raw HTTP; then nothing is left of them."""
+    await asyncio.gather(*(worker.start() for worker in fleet.workers if not worker.process.running))
+    await fleet.until_served(2)
+    routers = [fleet.router, fleet.second]  # type: ignore[attr-defined]
+    resumed, _ = await resume_responses(fleet, routers, random.Random(40), resumes=40, responses=4, tokens=100, kills=1)
+    assert resumed >= 40

@@ -165,7 +165,7 @@ async def resume_all(
     background = [await reading.submit(question) for question in questions[::2]]
     own = [(Stream(), question) for question in questions[1::2]]
     over = asyncio.Event()
-    killing = asyncio.create_task(_kill(fleet, rng, kills, over))
+    killing = asyncio.create_task(kill_busy(fleet, rng, kills, over))
     async with asyncio.TaskGroup() as tasks:
         for stream in background:
             tasks.create_task(reading.whole(stream))
@@ -215,7 +215,7 @@ def _answer_of(text: bytes) -> str:
     return answer
 
 
-async def _kill(fleet: Fleet, rng: random.Random, kills: int, over: asyncio.Event) -> int:
+async def kill_busy(fleet: Fleet, rng: random.Random, kills: int, over: asyncio.Event) -> int:
     """SIGKILL a busy worker, and start it again unless it is the last time, so many times unless it is ``over`` before;
     how many times."""
     for done in range(kills):
