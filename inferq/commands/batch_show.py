@@ -102,6 +102,8 @@ def print_end(batch: BatchView) -> None:
 
 def _summary(batch: BatchView) -> str:
     counts = batch.request_counts
+    if batch.status == "failed":
+        return f"{batch.id} failed: its file cannot be run"
     text = f"{batch.id} {batch.status}: {counts.completed} of {counts.total} done, {counts.failed} failed"
     ended = _ended_at(batch)
     if ended is None or batch.in_progress_at is None:

@@ -119,7 +119,7 @@ def plan_stack(options: StackOptions, free_port: Callable[[], int]) -> StackPlan
     manager = _manager(options, data_dir, free_port)
     router = _router(options, data_dir, manager, free_port)
     workers = tuple(_workers(options, data_dir, manager, router, free_port))
-    services = (_batcher(data_dir, free_port), _notifier(data_dir, free_port)) if options.batcher else ()
+    services = _services(data_dir, free_port) if options.batcher else ()
     plan = StackPlan(manager, router, services, workers, data_dir)
     _refuse_shared_ports(plan)
     return plan
@@ -155,34 +155,33 @@ def _router(options: StackOptions, data_dir: Path, manager: RoleSpec, free_port:
     )
 
 
-def _batcher(data_dir: Path, free_port: Callable[[], int]) -> RoleSpec:
-    settings = BatchSettings.load()
-    # Nobody but operators looks there: a free port, unless somebody wants to know it beforehand.
-    port = (settings.port if "port" in settings.model_fields_set else 0) or free_port()
-    return RoleSpec(
-        name="batcher",
-        module="batches.service",
-        flags=("--port", str(port), *store_flags(data_dir)),
-        host=settings.host,
-        port=port,
-        port_flag=BatchSettings.variable("port"),
-        ready_limit_s=READY_LIMIT_S,
-        stop_limit_s=settings.shutdown_limit_ms / 1000 + _MARGIN_S,
+def _services(data_dir: Path, free_port: Callable[[], int]) -> tuple[RoleSpec, ...]:
+    batches, webhooks = BatchSettings.load(), NotifierSettings.load()
+    return (
+        _service("batcher", "batches.service", batches, batches.shutdown_limit_ms, data_dir, free_port),
+        _service("notifier", "batches.webhooks.service", webhooks, webhooks.attempt_limit_ms, data_dir, free_port),
     )
 
 
-def _notifier(data_dir: Path, free_port: Callable[[], int]) -> RoleSpec:
-    settings = NotifierSettings.load()
+def _service(
+    name: str,
+    module: str,
+    settings: BatchSettings | NotifierSettings,
+    last_step_ms: int,
+    data_dir: Path,
+    free_port: Callable[[], int],
+) -> RoleSpec:
+    # Nobody but operators looks there: a free port, unless somebody wants to know it beforehand.
     port = (settings.port if "port" in settings.model_fields_set else 0) or free_port()
     return RoleSpec(
-        name="notifier",
-        module="batches.webhooks.service",
+        name=name,
+        module=module,
         flags=("--port", str(port), *store_flags(data_dir)),
         host=settings.host,
         port=port,
-        port_flag=NotifierSettings.variable("port"),
+        port_flag=settings.variable("port"),
         ready_limit_s=READY_LIMIT_S,
-        stop_limit_s=settings.attempt_limit_ms / 1000 + 2 * _MARGIN_S,
+        stop_limit_s=last_step_ms / 1000 + 2 * _MARGIN_S,
     )
 
 
