@@ -75,12 +75,14 @@ def _read(desk: Desk, batch: Batch, folder: Folder, work: Work, until_s: float) 
         work.fault(_error("file_too_large", f"the input file has {found.bytes} bytes; {most} are the most", None))
         work.read_all = True
         return
-    while not work.read_all and (work.number == 1 or desk.tick_s() < until_s):
+    while not work.read_all:
         records = _read_run(desk, batch, found, work, until_s)
         if records:
             name = f"{len(work.runs):06d}-{secrets.token_hex(6)}"
             desk.store.put(folder.name("ids", name), pack_run(records))
             work.runs.append(name)
+        if desk.tick_s() >= until_s:
+            break
     if work.read_all and not work.total and not work.errors:
         work.fault(_error("empty_file", "the input file has no lines; each line is one request", None))
 
@@ -154,9 +156,7 @@ def _compare(desk: Desk, folder: Folder, work: Work, until_s: float) -> None:
     """Look for ids that stand twice, slice by slice."""
     tables: dict[str, tuple[int, ...]] = {}
     at_once = max(1, SLICES * _RECORDS_AT_ONCE // max(work.total, 1))
-    first_step = True
-    while work.slices < SLICES and not work.full_of_errors and (first_step or desk.tick_s() < until_s):
-        first_step = False
+    while work.slices < SLICES and not work.full_of_errors:
         last = min(SLICES, work.slices + at_once)
         parts = []
         for name in work.runs:
@@ -170,6 +170,8 @@ def _compare(desk: Desk, folder: Folder, work: Work, until_s: float) -> None:
             sentence = f"the custom_id of line {line} stands in line {before} already; give each line one of its own"
             work.fault(BatchError(code="duplicate_custom_id", message=sentence, param="custom_id", line=line))
         work.slices = last
+        if desk.tick_s() >= until_s:
+            break
 
 
 def input_deleted(batch: Batch) -> BatchError:

@@ -62,7 +62,7 @@ class MultiplexedConnection:
             self._watch = loop.call_later(_WATCH_EVERY_S, self._look_for_overdue)
         # Nothing is awaited between the append and the write inside this call: replies come in the same order.
         try:
-            await connection.send_packed_command(hiredis.pack_command(args), check_health=False)
+            await _send(connection, hiredis.pack_command(args))
         except BaseException:
             future.cancel()
             raise
@@ -80,9 +80,7 @@ class MultiplexedConnection:
         if self._watch is None:
             self._watch = loop.call_later(_WATCH_EVERY_S, self._look_for_overdue)
         try:
-            await connection.send_packed_command(
-                b"".join(map(hiredis.pack_command, map(tuple, commands))), check_health=False
-            )
+            await _send(connection, b"".join(map(hiredis.pack_command, map(tuple, commands))))
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -171,6 +169,14 @@ class MultiplexedConnection:
             self._reader.cancel()
             self._reader = None
         self._connection = None
+
+
+async def _send(connection: AbstractConnection, packed: bytes) -> None:
+    try:
+        await connection.send_packed_command(packed, check_health=False)
+    except RuntimeError as error:
+        # uvloop's word for a transport that the server has closed, before the reader was told so.
+        raise RedisConnectionError(f"the connection was closed: {error}") from error
 
 
 def _abort(connection: AbstractConnection) -> None:

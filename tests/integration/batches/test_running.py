@@ -2,28 +2,107 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-from storage import BatchStatus
-from tests.support.batches import Shelf, add_batcher, line
+import pytest
+
+from batches import BatchSettings
+from batches.service import serve
+from broker import BrokerSettings
+from queue_schemas import CannotStart, Tenant
+from storage import BatchStatus, StorageSettings
+from tests.support.batches import ACME, Shelf, add_batcher, line
 from tests.support.fleet import Fleet
+from tests.support.processes import Child
 from tests.support.servers import Server
+from tests.support.waiting import eventually
 
 
-async def test_a_batch_is_validated_run_and_written_out(tmp_path: Path, valkey: Server) -> None:
-    """Each line has its answer in the output file under its custom_id; counts, stamps and usage are those of the whole;
-    what was kept on the way is gone."""
+def rq_info(server: Server) -> str:
+    """What `rq info` says."""
+    command = [sys.executable, "-c", "from rq.cli import main; main()", "info", "--url", server.url, "--raw"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+
+
+async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, valkey: Server) -> None:
+    """Both advance together, each line is written once, `rq info` shows workers and queue, the pages say what was done,
+    and at SIGTERM a batcher ends at once, though a batch runs."""
+    shelf = Shelf(tmp_path / "store")
+    globex = Tenant("globex")
+    async with Fleet(tmp_path, valkey) as fleet:
+        first = add_batcher(fleet, shelf, "first")
+        second = add_batcher(fleet, shelf, "second")
+        for batcher in (first, second):
+            batcher.process.start()
+        await fleet.up(workers=1, slots=8, sim_ttft_ms=5, sim_tokens_per_s=0)
+        await second.ready()
+        ids = {tenant: shelf.run((line(number) for number in range(600)), tenant) for tenant in (ACME, globex)}
+
+        def both_run() -> bool:
+            done = [shelf.batch(ids[tenant], tenant).progress.completed for tenant in ids]
+            return min(done) > 50 and max(done) < 600
+
+        await eventually(both_run, "both batches have lines done before either ends", limit_s=20)
+        told = rq_info(valkey)
+        assert "queue inferq-batches" in told
+        assert told.count("worker first.") + told.count("worker second.") == 2
+        first.process.send(signal.SIGTERM)
+        assert await first.ended(5) == 0
+        for tenant, batch_id in ids.items():
+            batch = await shelf.ended(batch_id, tenant)
+            assert (batch.progress.status, batch.progress.completed) == (BatchStatus.COMPLETED, 600)
+            out = shelf.lines(batch.progress.output_file_id, tenant)
+            assert sorted(one["custom_id"] for one in out) == sorted(f"line-{number}" for number in range(600))
+        page = await second.metrics()
+        assert 'inferq_batch_step_seconds_count{phase="pump"}' in page
+        assert "inferq_batches_live 0.0" in page
+        assert rq_info(valkey).count("worker first.") == 0
+
+
+async def test_a_full_disk_is_waited_for(tmp_path: Path, valkey: Server) -> None:
+    """While the store takes no more, the batch stands still and /readyz says why; with room it ends whole."""
     shelf = Shelf(tmp_path / "store")
     async with Fleet(tmp_path, valkey) as fleet:
         batcher = add_batcher(fleet, shelf)
+        # Writes refused for size are errors to it, as those refused for space are.
+        batcher.process = Child("batcher", ["sh", "-c", 'trap "" XFSZ; exec "$@"', "sh", *batcher.process.args],
+                                tmp_path / "batcher.log", env=dict(os.environ), cwd=tmp_path)  # fmt: skip
         batcher.process.start()
-        await fleet.up(workers=1, sim_ttft_ms=0, sim_tokens_per_s=0)
-        batch_id = shelf.run(line(number) for number in range(300))
+        await fleet.up(workers=1, slots=8, sim_ttft_ms=2, sim_tokens_per_s=0)
+        await batcher.ready()
+        batch_id = shelf.run(line(number) for number in range(1_000))
+        await shelf.done(batch_id, 100)
+        limit_files(batcher.process.pid, 200)
+
+        async def says_why() -> bool:
+            status, body = await batcher.get("/readyz")
+            return status == 503 and b"no room" in body
+
+        await eventually(says_why, "the batcher says that the store is full", limit_s=15)
+        assert shelf.batch(batch_id).progress.status is BatchStatus.IN_PROGRESS
+        limit_files(batcher.process.pid, None)
         batch = await shelf.ended(batch_id)
-        progress = batch.progress
-        assert progress.status is BatchStatus.COMPLETED, progress
-        assert (progress.total, progress.completed, progress.failed) == (300, 300, 0)
-        out = shelf.lines(progress.output_file_id)
-        assert sorted(one["custom_id"] for one in out) == sorted(f"line-{n}" for n in range(300))
-        assert progress.error_file_id is None
-        assert batcher.process.terminate() == 0
+        assert (batch.progress.completed, batch.progress.failed) == (1_000, 0)
+        assert len({one["custom_id"] for one in shelf.lines(batch.progress.output_file_id)}) == 1_000
+        await batcher.ready()
+
+
+def limit_files(pid: int, most_bytes: int | None) -> None:
+    """From now on no file that the process writes may be larger."""
+    limit = resource.RLIM_INFINITY if most_bytes is None else most_bytes
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+async def test_wrong_settings_are_told_in_one_sentence(tmp_path: Path) -> None:
+    """A cluster without a Redis for RQ, or no queue at all: what to set."""
+    store = StorageSettings(url=str(tmp_path))
+    for url, says in (("redis+cluster://127.0.0.1:1", "INFERQ_BATCHES_RQ_REDIS_URL"), ("", "INFERQ_REDIS_URL")):
+        with pytest.raises(ExceptionGroup) as told:
+            await serve(BatchSettings(port=0), BrokerSettings(redis_url=url), store, stop=asyncio.Event())
+        assert told.group_contains(CannotStart, match=says)

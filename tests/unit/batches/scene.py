@@ -73,6 +73,7 @@ class Scene:
     async def step(self, batch_id: str, tenant: Tenant = ACME) -> Batch:
         """One step of it, at once; the batch after it."""
         self.steps.forget([batch_id], "pause")
+        self.steps.queue.empty()
         await self.batcher.advance(tenant, batch_id)
         return self.shelf.batch(batch_id, tenant)
 

@@ -168,3 +168,24 @@ async def test_a_server_that_accepts_but_never_answers_the_log_in_is_given_up() 
             with pytest.raises(TimeoutError):
                 await connection.command(5, "PING")
         await connection.close()
+
+
+async def test_a_write_to_a_connection_that_was_just_closed_is_a_lost_connection() -> None:
+    """uvloop says so with an error of its own kind, before the reader has noticed: the call is one to repeat."""
+
+    class Closed(Connection):
+        async def send_packed_command(self, command: object, check_health: bool = True) -> None:
+            if check_health is False:
+                raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+            await super().send_packed_command(command, check_health)  # type: ignore[arg-type]
+
+    async def pong(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"+PONG\r\n")
+
+    async with scripted_server(pong) as port:
+        connection = MultiplexedConnection(lambda: Closed(host="127.0.0.1", port=port, protocol=2), connect_limit_s=2)
+        with pytest.raises(RedisConnectionError, match="closed"):
+            await connection.command(2, "PING")
+        with pytest.raises(RedisConnectionError, match="closed"):
+            await connection.pipeline(2, [("PING",)])
+        await connection.close()

@@ -1,0 +1,128 @@
+"""Every batch that has not ended has its next step on the queue, and no more than one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from batches.rq_queue import StepJob
+from queue_schemas import BrokerUnavailable
+from storage import new_batch_id
+from tests.support.batches import ACME, line
+
+from .scene import Scene, opened
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    async with opened(tmp_path) as scene:
+        yield scene
+
+
+async def test_a_new_batch_is_given_its_first_step_once(scene: Scene) -> None:
+    """The Router only writes the record; however often the sweep looks, one step waits."""
+    batch_id = scene.submit([line(1)])
+    assert scene.sweep.once() == [batch_id]
+    assert [scene.sweep.once() for _ in range(3)] == [[], [], []]
+    (job_id,) = scene.steps.queue.get_job_ids()
+    job = scene.steps.queue.fetch_job(job_id)
+    assert job is not None
+    assert (job.func_name, job.args) == ("batches.steps.advance", [ACME, batch_id])
+    assert job.description == f"next step ({batch_id} of acme)"
+
+
+async def test_what_redis_lost_is_put_back(scene: Scene) -> None:
+    """FLUSHALL: the second look finds that it is not just between two steps."""
+    batch_id = scene.submit([line(1)])
+    scene.sweep.once()
+    await scene.client().flushall()
+    assert scene.sweep.once() == []
+    assert scene.sweep.once() == [batch_id]
+
+
+async def test_a_batch_whose_step_runs_or_that_pauses_is_left_alone(scene: Scene) -> None:
+    """Until its lock or its pause is over."""
+    batch_id = scene.submit([line(1)])
+    scene.steps.lock(batch_id, "token", 60_000)
+    assert [scene.sweep.once() for _ in range(3)] == [[], [], []]
+    scene.steps.unlock(batch_id, "another's")
+    assert scene.sweep.once() == []
+    scene.steps.unlock(batch_id, "token")
+    scene.steps.pause(batch_id, 60_000)
+    assert scene.sweep.once() == []
+    assert scene.sweep.once() == []
+    scene.steps.forget([batch_id], "pause")
+    assert (scene.sweep.once(), scene.sweep.once()) == ([], [batch_id])
+
+
+async def test_a_mark_without_a_batch_is_removed_when_it_is_old(scene: Scene) -> None:
+    """Whoever made it died before the record; a young one may still get its record."""
+    ids = [new_batch_id(int(scene.now * 1000) - age_ms) for age_ms in (1_000, 2 * 3_600_000)]
+    for batch_id in ids:
+        scene.shelf.store.put(f"live/t-{ACME}~{batch_id}", b"")
+    scene.sweep.once()
+    assert [batch_id for _, batch_id in scene.shelf.batches.live()] == ids[:1]
+    assert scene.steps.waiting() == set()
+
+
+async def test_only_one_step_of_a_batch_runs_at_a_time(scene: Scene) -> None:
+    """Who finds the lock taken does nothing, and puts nothing on the queue."""
+    batch_id = scene.submit([line(1)])
+    scene.steps.lock(batch_id, "token", 60_000)
+    assert await scene.batcher.advance(ACME, batch_id) == "another step of it runs"
+    assert scene.steps.waiting() == set()
+    scene.steps.unlock(batch_id, "token")
+    await scene.batcher.advance(ACME, batch_id)
+    assert scene.steps.waiting() == {batch_id}
+    assert scene.steps.held([batch_id]) == set()
+
+
+async def test_a_step_that_fails_is_tried_later_and_later(scene: Scene) -> None:
+    """The queue is away: nothing waits on RQ's queue meanwhile, and the pause grows to its limit."""
+    batch_id = scene.submit([line(1)])
+    await scene.step(batch_id)
+    scene.desk.broker = None
+    pauses = []
+    for _ in range(12):
+        await scene.step(batch_id)
+        pauses.append(scene.steps.connection.pttl(f"rq:inferq:pause:{batch_id}"))
+    assert scene.batcher.stalled.startswith("the queue cannot be reached")
+    assert pauses[0] <= 10 < pauses[3] <= 80 < pauses[-1] <= scene.settings.longest_retry_ms
+    assert scene.steps.waiting() == set()
+    scene.desk.broker = scene.broker
+    batch = await scene.end(batch_id)
+    assert batch.progress.completed == 1
+
+
+async def test_a_step_that_breaks_does_not_do_so_for_ever(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of ours shows in RQ's failed jobs, is tried again, and fails the batch in the end."""
+    monkeypatch.setattr("batches.batcher.MOST_FAILURES", 3)
+    batch_id = scene.submit([line(1)])
+    scene.shelf.store.put(f"t-{ACME}/batches/{batch_id}/run/work", b"not ours")
+    for _ in range(3):
+        with pytest.raises(ValueError, match="Work"):
+            await scene.batcher.advance(ACME, batch_id)
+        scene.steps.forget([batch_id], "pause")
+    batch = await scene.step(batch_id)
+    assert [error.code for error in batch.progress.errors] == ["internal_error"]
+    assert scene.shelf.batches.live() == []
+
+
+async def test_no_other_code_is_run_whatever_stands_in_redis(scene: Scene) -> None:
+    """Whoever may write to RQ's Redis does not choose what runs here: not as a job, nor as a callback of one."""
+    scene.steps.queue.enqueue_call(func="os.system", args=("true",), job_id="evil")
+    job = StepJob.fetch("evil", connection=scene.steps.connection, serializer=scene.steps.queue.serializer)
+    with pytest.raises(PermissionError, match=r"runs batches\.steps\.advance alone"):
+        job.perform()
+    scene.steps.connection.hset("rq:job:evil", "success_callback_name", "os.system")
+    job.refresh()
+    assert job.success_callback is job.failure_callback is job.stopped_callback is None
+
+
+async def test_an_outage_of_rqs_redis_is_an_error_of_ours(scene: Scene) -> None:
+    """It says what is away."""
+    scene.server.connected = False
+    with pytest.raises(BrokerUnavailable, match="RQ's Redis"):
+        scene.sweep.once()
