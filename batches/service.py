@@ -11,9 +11,7 @@ from typing import cast
 from fastapi import FastAPI
 
 from broker import Broker, BrokerSettings
-from queue_schemas import (
-    CannotStart,
-)
+from queue_schemas import CannotStart
 from storage import ObjectStore, StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
 from telemetry.asgi import health_routes, prepare_app
@@ -29,9 +27,6 @@ from .rq_thread import RqThread
 from .settings import BatchSettings
 from .steps import serve_steps
 from .sweep import Sweep
-
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-_ASK_LIMIT_S = 10.0
 
 log = get_logger("batches.service")
 

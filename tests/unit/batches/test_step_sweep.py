@@ -9,7 +9,6 @@ import pytest
 
 from batches.rq_queue import StepJob
 from queue_schemas import BrokerUnavailable
-from storage import new_batch_id
 from tests.support.batches import ACME, line
 
 from .scene import Scene, opened
@@ -55,16 +54,6 @@ async def test_a_batch_whose_step_runs_or_that_pauses_is_left_alone(scene: Scene
     assert scene.sweep.once() == []
     scene.steps.forget([batch_id], "pause")
     assert (scene.sweep.once(), scene.sweep.once()) == ([], [batch_id])
-
-
-async def test_a_mark_without_a_batch_is_removed_when_it_is_old(scene: Scene) -> None:
-    """Whoever made it died before the record; a young one may still get its record."""
-    ids = [new_batch_id(int(scene.now * 1000) - age_ms) for age_ms in (1_000, 2 * 3_600_000)]
-    for batch_id in ids:
-        scene.shelf.store.put(f"live/t-{ACME}~{batch_id}", b"")
-    scene.sweep.once()
-    assert [batch_id for _, batch_id in scene.shelf.batches.live()] == ids[:1]
-    assert scene.steps.waiting() == set()
 
 
 async def test_only_one_step_of_a_batch_runs_at_a_time(scene: Scene) -> None:
