@@ -4,7 +4,11 @@
 //
 // Prints one line of JSON that says what was seen; ends with a stack trace if a call fails that must not.
 
+import { File } from "node:buffer";
+
 import OpenAI, { toFile } from "openai";
+
+globalThis.File ??= File; // Node 18, as Debian 12 has it, keeps it to itself
 
 const client = new OpenAI({ maxRetries: 0, timeout: 30_000 });
 const endpoint = "/v1/chat/completions";
