@@ -107,6 +107,6 @@ def _chunk_folder(number: int) -> str:
     return f"{number // _CHUNKS_IN_A_FOLDER:07d}"
 
 
-def input_of(files: Files, batch: Batch, now_s: float) -> FileRecord | None:
-    """The input file, if it is there still."""
-    return files.get(Tenant(batch.request.tenant), batch.request.input_file_id, now_s)
+def input_of(files: Files, batch: Batch) -> FileRecord | None:
+    """The input file, if it is there still. One that expires while its batch runs is kept until that has ended."""
+    return files.get(Tenant(batch.request.tenant), batch.request.input_file_id, now_s=0)

@@ -69,7 +69,7 @@ def _rest(desk: Desk, batch: Batch, folder: Folder, work: Work) -> None:
     state = work.merge
     assert state is not None and work.outcome is not None  # noqa: S101 - made by _plan; the phase has an outcome
     code, message = _RESTS[work.outcome]
-    found = input_of(desk.files, batch, desk.now_s())
+    found = input_of(desk.files, batch)
     if found is None:
         work.phase = Phase.END
         return

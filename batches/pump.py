@@ -92,7 +92,7 @@ class Pump:
         await in_thread(self._account_for_chunks)
         self._in_flight_bytes = sum(line.end - line.offset for line in self._work.open.values())
         await self._open()
-        self._input = await in_thread(lambda: input_of(self._desk.files, self._batch, self._desk.now_s()))
+        self._input = await in_thread(lambda: input_of(self._desk.files, self._batch))
         try:
             return await self._go_on(until_s, shared=shared)
         finally:

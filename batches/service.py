@@ -27,6 +27,7 @@ from .rq_thread import RqThread
 from .settings import BatchSettings
 from .steps import serve_steps
 from .sweep import Sweep
+from .upkeep import Upkeep
 
 log = get_logger("batches.service")
 
@@ -109,11 +110,13 @@ class _Process:
             linked = tasks.create_task(self._link.keep(queue, desk.metrics.registry, self._connected), name="link")
             sweeping = tasks.create_task(self._sweep.run(), name="sweep")
             worker.start()
+            upkeep = tasks.create_task(Upkeep(desk).run(), name="upkeep")
             stopped = tasks.create_task(stop.wait())
             died = tasks.create_task(worker.ended.wait())
             await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
             desk.stopping = True
             sweeping.cancel()
+            upkeep.cancel()
             await worker.end(settings.shutdown_limit_ms / 1000)
             serve_steps(None)
             for task in (linked, stopped, died):

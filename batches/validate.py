@@ -65,7 +65,7 @@ def _begin(desk: Desk, work: Work) -> None:
 
 def _read(desk: Desk, batch: Batch, folder: Folder, work: Work, until_s: float) -> None:
     """Look at lines, one by one."""
-    found = input_of(desk.files, batch, desk.now_s())
+    found = input_of(desk.files, batch)
     if found is None:
         work.fault(input_deleted(batch))
         work.read_all = True

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from fsspec.spec import AbstractBufferedFile
+
 from .failures import store_errors
 
 SCRATCH = ".writing"
@@ -117,6 +119,8 @@ class RemoteWriter:
             self._ended = True
             with store_errors(self._name):
                 self._file.discard()
+            if isinstance(self._file, AbstractBufferedFile):
+                self._file.closed = True  # or it would write what it holds when it is collected
 
 
 def make_folder(folder: Path, root: Path) -> None:

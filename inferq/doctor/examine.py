@@ -13,6 +13,7 @@ from .findings import Examined, Finding, Level
 from .host import look_at_disk, look_at_files, look_at_ports, look_at_python, look_at_settings
 from .queue import look_at_queue
 from .ray import look_at_ray
+from .store import look_at_store
 
 _CHECK_LIMIT_S = 15.0
 
@@ -27,6 +28,7 @@ async def examine(examined: Examined) -> list[Finding]:
         ("engine", lambda: look_at_engine(examined)),
         ("files", look_at_files),
         ("disk", lambda: look_at_disk(examined)),
+        ("store", lambda: look_at_store(examined)),
         ("ray", lambda: look_at_ray(examined)),
         ("fabric", lambda: look_at_fabric(examined)),
         ("batches", lambda: look_at_batches(examined)),

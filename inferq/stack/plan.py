@@ -187,8 +187,13 @@ def _service(
 
 def store_flags(data_dir: Path) -> tuple[str, ...]:
     """Where files and batches lie, for every role that asks: in the data folder, unless settings say otherwise."""
+    return () if "url" in StorageSettings.load().model_fields_set else ("--storage-url", store_url(data_dir))
+
+
+def store_url(data_dir: Path) -> str:
+    """Where that is."""
     settings = StorageSettings.load()
-    return () if "url" in settings.model_fields_set else ("--storage-url", str(data_dir / "store"))
+    return settings.url if "url" in settings.model_fields_set else str(data_dir / "store")
 
 
 def _workers(

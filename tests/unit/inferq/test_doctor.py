@@ -149,3 +149,17 @@ def test_the_exit_code_says_whether_something_must_be_mended(capsys: pytest.Capt
     last = json.loads(shown[shown.rindex('{\n  "ok"') :])
     assert last["ok"] is False
     assert [finding["level"] for finding in last["findings"]] == ["warning", "failure"]
+
+
+async def test_the_file_store_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is to be made is not made by looking; one that is there takes an object; else what is wrong."""
+    (finding,) = (await _examined(tmp_path))["store"]
+    assert (finding.level, (tmp_path / "data").exists()) == (Level.OK, False)
+    (tmp_path / "data" / "store").mkdir(parents=True)
+    (finding,) = (await _examined(tmp_path))["store"]
+    assert finding.text.endswith("takes, gives back and removes an object")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("INFERQ_STORAGE_URL", str(tmp_path / "file"))
+    (finding,) = (await _examined(tmp_path))["store"]
+    assert finding.level is Level.FAILURE
+    assert "INFERQ_STORAGE_URL" in finding.mend

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from queue_schemas import CannotStart, StoreFull, StoreUnavailable
 from storage import ObjectMissing, ObjectStore, StorageSettings
@@ -85,6 +87,61 @@ def test_a_full_disk_and_a_refusing_one_have_words_of_ours(tmp_path: Path, monke
     with pytest.raises(StoreUnavailable, match="as ordered"):
         store.put("a", b"1")
     assert store.names("") in ([".writing"], [])
+
+
+def test_what_is_committed_was_brought_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes before the name, then every folder that has a new name in it, up to the one that was there."""
+    order: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        order.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        order.append("renamed")
+        return replace(path, target)
+
+    monkeypatch.setattr(module.os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    store = ObjectStore.open(StorageSettings(url=str(tmp_path / "store")))
+    with store.writer("a/b/one") as writer:
+        writer.write(b"1" * 10)
+    at = order.index("renamed")
+    assert len(order[at - 3]) == 24  # the object's bytes, under its name for the time being
+    assert order[at - 2 : at] == ["store", "a"]
+    assert order[at + 1 :] == ["b"]
+    assert tmp_path.name in order[:at]
+
+
+def test_a_long_object_is_brought_to_the_disk_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its end does not take minutes."""
+    monkeypatch.setattr(module, "_SYNC_BYTES", 10)
+    synced: list[int] = []
+    monkeypatch.setattr(module.os, "fsync", synced.append)
+    store = ObjectStore.open(StorageSettings(url=str(tmp_path)))
+    writer = store.begin("one")
+    before = len(synced)
+    for _ in range(4):
+        writer.write(b"12345")
+    assert len(synced) == before + 2
+    writer.discard()
+
+
+def test_what_a_store_says_of_its_hosts_is_for_the_log() -> None:
+    """A client is told the kind of error; an error of who writes or reads is passed on as it is."""
+
+    class Broken(MemoryFileSystem):
+        def cat_file(self, path: str, **_: Any) -> bytes:
+            raise RuntimeError("http://minio.internal:9000 refused key AKIA")
+
+    store = ObjectStore(Broken(), "/x")
+    with pytest.raises(StoreUnavailable, match="RuntimeError") as told:
+        store.get("one")
+    assert "minio" not in told.value.message
+    store.put("two", b"12")
+    with pytest.raises(ZeroDivisionError), store.reader("two"):
+        raise ZeroDivisionError
 
 
 def test_a_url_that_cannot_be_used_is_told_at_once() -> None:

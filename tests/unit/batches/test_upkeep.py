@@ -1,0 +1,48 @@
+"""The file store's upkeep: what expired goes, what a live batch reads or writes stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batches.core import file_of
+from batches.upkeep import Upkeep
+from storage import BatchStatus, Files
+from tests.support.batches import ACME, line
+
+from .scene import opened
+
+
+async def test_an_input_that_expires_stays_until_its_batch_has_ended(tmp_path: Path) -> None:
+    """Nobody else sees it any more; the batch reads it to its end, and then it goes."""
+    async with opened(tmp_path) as scene:
+        batch_id = scene.submit([line(number) for number in range(60)])
+        batch = await scene.until(batch_id, lambda batch: batch.progress.completed >= 20)
+        files, file_id = scene.shelf.files, batch.request.input_file_id
+        record = files.get(ACME, file_id, scene.now)
+        assert record is not None
+        files.add(record.model_copy(update={"expires_at": int(scene.now) + 1}))
+        scene.now += 2
+        upkeep = Upkeep(scene.desk)
+        upkeep.once()
+        assert files.get(ACME, file_id, scene.now) is None
+        batch = await scene.end(batch_id)
+        assert (batch.progress.status, batch.progress.completed) == (BatchStatus.COMPLETED, 60)
+        upkeep.once()
+        assert files.get(ACME, file_id, 0) is None
+
+
+async def test_leftovers_are_looked_for_once_an_hour(tmp_path: Path) -> None:
+    """Old parts without a record go, but those of an output that is being written."""
+    async with opened(tmp_path) as scene:
+        batch_id = scene.submit([line(1)])
+        output, stray = file_of(batch_id, "output"), "file-" + "0" * 32
+        for file_id in (output, stray):
+            scene.shelf.store.put(Files.part_name(ACME, file_id, 0), b"1")
+        scene.now += 30 * 86_400
+        upkeep = Upkeep(scene.desk)
+        upkeep.once()
+        assert scene.shelf.store.get(Files.part_name(ACME, stray, 0)) == b"1"
+        scene.desk.tick_s = lambda: float("inf")
+        upkeep.once()
+        assert scene.shelf.store.get(Files.part_name(ACME, stray, 0)) is None
+        assert scene.shelf.store.get(Files.part_name(ACME, output, 0)) == b"1"
