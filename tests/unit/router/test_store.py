@@ -54,18 +54,21 @@ async def test_a_store_that_hangs_is_said_and_does_not_spread(hang: threading.Ev
 
 async def test_what_nobody_waits_for_is_undone(hang: threading.Event) -> None:
     """A call that ends after its caller gave up, by its limit or cancelled, is undone afterwards, not meanwhile."""
-    store = make_store(limit_s=0.05)
+    store = make_store(limit_s=0.5)
+    begun: list[int] = []
     done: list[str] = []
 
     def write() -> None:
+        begun.append(1)
         hang.wait()
         done.append("write")
 
-    with pytest.raises(StoreUnavailable):
-        await store.run(write, undo=lambda: done.append("undo"))
+    late = asyncio.ensure_future(store.run(write, undo=lambda: done.append("undo")))
     cancelled = asyncio.ensure_future(store.run(write, limit_s=60, undo=lambda: done.append("undo")))
-    await eventually(lambda: store.open == 2, "both are under way")
+    await eventually(lambda: len(begun) == 2, "both are under way")
     cancelled.cancel()
+    with pytest.raises(StoreUnavailable):
+        await late
     assert done == []
     hang.set()
     await eventually(lambda: len(done) == 4, "both are undone")
