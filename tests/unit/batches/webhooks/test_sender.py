@@ -168,6 +168,15 @@ async def test_the_checked_address_is_connected_to_under_its_name() -> None:
     assert receiver.got[0].headers["host"] == f"hooks.example.com:{receiver.port}"
 
 
+@pytest.mark.parametrize("host", ["Hooks.Example.COM", "127.0.0.1", "[::FFFF:127.0.0.1]", "[::ffff:7f00:1]"])
+async def test_a_host_is_read_alike_everywhere(host: str) -> None:
+    """What was accepted when the endpoint was made can be sent to: letters of either case, addresses of either kind."""
+    async with receiving() as receiver:
+        sender = Sender(LOOPBACK, 2.0, lookups=names(["127.0.0.1"])[0])
+        answer = await sender.send(f"http://{host}:{receiver.port}/", HEADERS, b"{}")
+    assert (answer.status, answer.error) == (200, "")
+
+
 async def test_a_name_server_that_hangs_holds_one_thread() -> None:
     """Attempts for that name end in time; those for others go on meanwhile."""
     hold, asked = threading.Event(), []
