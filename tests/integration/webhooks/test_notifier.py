@@ -23,8 +23,7 @@ async def test_events_are_delivered_signed_and_counted(tmp_path: Path, valkey: S
         notifier = add_notifier(fleet, rack.folder)
         notifier.process.start()
         ids = {rack.emit(f"batch_{number}") for number in range(12)}
-        await eventually(lambda: len(receiver.got) == 12, "every event has come")
-        assert set(receiver.ids) == ids
+        await eventually(lambda: set(receiver.ids) == ids, "every event has come", limit_s=20)
         keys = rack.webhooks.secrets(ACME, endpoint_id)
         assert keys is not None
         for request in receiver.got:
@@ -51,12 +50,14 @@ async def test_a_notifier_that_is_killed_loses_no_event(tmp_path: Path, valkey: 
     async with Fleet(tmp_path, valkey) as fleet, receiving(answer) as receiver:
         endpoint_id = rack.endpoint(receiver.url)
         quick = [rack.emit(f"quick_{number}") for number in range(5)]
-        first = add_notifier(fleet, rack.folder, attempt_limit_ms=1_500)
+        first = add_notifier(fleet, rack.folder, attempt_limit_ms=2_500)
         first.process.start()
-        await eventually(lambda: rack.outcomes(endpoint_id) == ["delivered"] * 5, "what is answered is done")
+        await eventually(
+            lambda: rack.outcomes(endpoint_id) == ["delivered"] * 5, "what is answered is done", limit_s=20
+        )
         hanging = [rack.emit(f"hanging_{number}") for number in range(3)]
         answers |= dict.fromkeys(hanging, HANG)
-        await eventually(lambda: set(hanging) <= set(receiver.ids), "attempts hang")
+        await eventually(lambda: set(hanging) <= set(receiver.ids), "attempts hang", limit_s=20)
         first.process.kill()
         answers.clear()
         valkey.ask("FLUSHALL")
@@ -73,7 +74,7 @@ async def test_two_notifiers_send_nothing_twice(tmp_path: Path, valkey: Server) 
     async with Fleet(tmp_path, valkey) as fleet, receiving() as receiver:
         endpoint_id = rack.endpoint(receiver.url)
         for name in ("notifier-1", "notifier-2"):
-            add_notifier(fleet, rack.folder, name, scan_ms=20).process.start()
+            add_notifier(fleet, rack.folder, name, scan_ms=20, attempt_limit_ms=10_000).process.start()
         ids = [rack.emit(f"batch_{number}") for number in range(20)]
-        await eventually(lambda: rack.outcomes(endpoint_id) == ["delivered"] * 20, "all is delivered")
+        await eventually(lambda: rack.outcomes(endpoint_id) == ["delivered"] * 20, "all is delivered", limit_s=20)
     assert sorted(receiver.ids) == sorted(ids)
