@@ -53,6 +53,8 @@ _BLOCK_MS = 200
 _SHARED_BLOCK_MS = 40
 _HOLD_S = 1.0
 """How long nothing is sent after the queue had no room."""
+_FIRST_CHUNK_S, _CHUNKS_PER_AGE = 2.0, 20
+"""Results are stored after 2 s, or a twentieth of the batch's age, and ``chunk_ms`` at the latest."""
 
 log = get_logger(__name__)
 
@@ -153,7 +155,12 @@ class Pump:
 
     @property
     def _is_stale(self) -> bool:
-        return self._desk.now_s() - self._work.stored_at >= self._settings.chunk_ms / 1000
+        """Whether results are kept back for too long. Early in a batch its owner wants to see it move; later there must
+        not be too many chunks."""
+        now_s = self._desk.now_s()
+        age_s = now_s - self._work.progress.stamps.get("in_progress_at", now_s)
+        limit_s = min(self._settings.chunk_ms / 1000, max(_FIRST_CHUNK_S, age_s / _CHUNKS_PER_AGE))
+        return now_s - self._work.stored_at >= limit_s
 
     def _decided(self) -> BatchStatus | None:
         """How the batch is to end early, if it is."""

@@ -355,3 +355,25 @@ async def test_the_body_reaches_the_engine_as_it_was_written(scene: Scene) -> No
 
     await scene.end(batch_id, engine=engine)
     assert seen == [json.loads(json.dumps(body))]
+
+
+async def test_a_young_batch_shows_that_it_moves(scene: Scene) -> None:
+    """Results of slow lines are counted after seconds at first; after hours so many chunks would be a burden."""
+    batch_id = scene.submit(lines(8))
+
+    async def pause_until_counted(done: int) -> float:
+        await scene.run_jobs(most=1)
+        await scene.step(batch_id)
+        began = scene.now
+        while scene.shelf.batch(batch_id).progress.completed < done:
+            scene.now += 3
+            await scene.step(batch_id)
+        return scene.now - began
+
+    await scene.until(batch_id, lambda batch: batch.progress.status is BatchStatus.IN_PROGRESS)
+    await scene.step(batch_id)
+    assert await pause_until_counted(1) == 3
+    scene.now += 3_600
+    await scene.run_jobs(most=1)
+    await scene.step(batch_id)
+    assert await pause_until_counted(3) == 30
