@@ -42,6 +42,15 @@ async def test_chat_queues_workers_and_doctor_tell_of_a_running_fabric(fleet: Fl
     assert code == 0
     assert [worker["worker_id"] for worker in json.loads(output)["workers"]] == ["worker-1", "worker-2"]
 
+    asked = {"model": "sim", "messages": [{"role": "user", "content": "in the background"}]}
+    background = {"x-inferq-background": "true"}
+    async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=asked, headers=background) as taken:
+        job_id = (await taken.json())["id"]
+    code, output, _ = await inferq(tmp_path, "jobs", "show", job_id, "--wait", *at)
+    assert (code, json.loads(output)["choices"][0]["message"]["content"]) == (0, "in the background")
+    code, output, _ = await inferq(tmp_path, "jobs", "list", "--json", *at)
+    assert (code, [(job["id"], job["status"]) for job in json.loads(output)]) == (0, [(job_id, "completed")])
+
     code, output, _ = await inferq(tmp_path, "doctor", "--json", "--redis-url", fleet.server.url, *at)
     report = json.loads(output)
     assert (code, report["ok"]) == (0, True)
