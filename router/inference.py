@@ -52,6 +52,7 @@ from .core import (
     read_idempotency_key,
     read_on_loss,
 )
+from .core.responses import LiveResponse
 from .exchange import Exchange
 from .jobs import JobMaker, memo_of
 from .kept import KeptJobs
@@ -227,6 +228,8 @@ class Inference:
         """Queue a stored job, or follow the one behind whose event the client wants to go on."""
         if not isinstance(exchange, NumberedExchange):
             await self._stored.enqueue(request, job, exchange)
+            if isinstance(request.stitch, LiveResponse) and request.job is not None:
+                request.stitch.name(request.job.id)
             return
         named = exchange.after.job_id if exchange.after is not None else None
         if named is None or job.idempotency_key:

@@ -2,11 +2,13 @@
 -- ARGV: prefix, tenant, where to go on ('' at the newest, else the place last looked at: only older ones are given), limit
 --       (jobs), states (comma separated, '' for all).
 -- Reply: {'more' or 'end', the place last looked at, what is told of a job, ...}; 'more': the limit, or that of the places
---       looked at in one call, was reached.
+--       looked at or of the bytes told in one call, was reached.
 -- Invariants: 8 bounded memory, 9 isolation.
 
 local LOOKED_AT = 512
 local STEP = 64
+local PAGE_BYTES = 1024 * 1024 -- of memos, past which a call ends
+local MEMO = 21 -- where it stands in what is told of a job
 
 local tenant, place_before, limit = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local key = P .. 'listed:' .. tenant
@@ -14,7 +16,7 @@ local wanted = {}
 for state in string.gmatch(ARGV[5], '[^,]+') do wanted[state] = true end
 
 local answer = { 'more', place_before }
-local looked = 0
+local looked, bytes = 0, 0
 while #answer - 2 < limit and looked < LOOKED_AT do
   local from = answer[2] == '' and '+' or '(' .. answer[2]
   local places = call('ZREVRANGEBYLEX', key, from, '-', 'LIMIT', 0, STEP)
@@ -25,9 +27,11 @@ while #answer - 2 < limit and looked < LOOKED_AT do
       call('ZREM', key, member)
     elseif ARGV[5] == '' or wanted[job[4]] then
       answer[#answer + 1] = job
+      bytes = bytes + string.len(job[MEMO])
     end
     answer[2] = member
     looked = looked + 1
+    if bytes > PAGE_BYTES then return answer end
   end
   if #places < STEP then
     answer[1] = 'end'

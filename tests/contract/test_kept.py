@@ -224,6 +224,20 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
         await broker.kept_jobs(Tenant("rival"), after=jobs[0].id)
 
 
+async def test_large_notes_make_a_list_of_several_calls(broker: Broker) -> None:
+    """No call tells of more than some megabytes; the page is whole all the same."""
+    large = replace(LISTED, memo=replace(MEMO, note=b"x" * 250_000))
+    jobs = [background() for _ in range(12)]
+    for job in jobs:
+        await broker.enqueue_kept(job, large)
+    before = broker.round_trips
+    page, more = await broker.kept_jobs(ACME, limit=20)
+    assert {kept.id for kept in page} == {job.id for job in jobs}
+    assert all(len(kept.memo.note) == 250_000 for kept in page)
+    assert more == ""
+    assert broker.round_trips - before >= 3
+
+
 async def test_a_list_is_filtered_and_cleared(broker: Broker, client: Any) -> None:
     """By state, however many of others stand in between; places whose jobs are gone are cleared away."""
     jobs = [background() for _ in range(600)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import orjson
 
-from queue_schemas import END, HEAD, Frame, OnLoss
+from queue_schemas import END, HEAD, Frame, JobId, OnLoss
 
 from ..stitch import EVENT_STREAM, Head, Stitch
 from .events import ResponseEvents, as_server_sent
@@ -30,6 +32,11 @@ class LiveResponse(Stitch):
         self._made = ResponseEvents(asked)
         self._content_type = ""
         self._seq = 0
+
+    def name(self, job_id: JobId) -> None:
+        """Another request's job answers it; nothing was taken yet."""
+        self._asked = replace(self._asked, job_id=job_id)
+        self._made = ResponseEvents(self._asked)
 
     def take(self) -> bytes:
         """What has come since the last call."""

@@ -213,6 +213,23 @@ async def test_a_key_leads_to_the_response_that_it_made() -> None:
     assert (response.id, response.status, response.output_text) == (f"resp_{job.id}", "completed", "ab")
 
 
+async def test_a_key_gives_one_response_also_to_who_waits() -> None:
+    """Built from a chat, and asked for twice: both are the response of the one job."""
+    queue = FakeQueue("m")
+    ask, key = {"model": "m", "input": "hi"}, {"idempotency-key": "one"}
+    async with router(queue, responses="chat") as app:
+        client = Client(app)
+        first = client.post(ask, PATH, key)
+        job = await queue.job()
+        queue.stream(job, *STORY)
+        await first.done()
+        queue.holder = Enqueued(job.id, State.DONE)
+        queue.output[job.id] = Output(State.DONE, 1, "a1", (1, 4), run_of(job, *STORY), complete=True)
+        again = await client.post(ask, PATH, key).done()
+    assert first.json()["id"] == again.json()["id"] == f"resp_{job.id}"
+    assert check_response(again.json()).output_text == "ab"
+
+
 async def test_cancelling_and_deleting() -> None:
     """Both lead to the job; what is gone is not there for the next."""
     queue = FakeQueue("m")
