@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .client import FabricClient, FabricRefused
 
-_ENDPOINTS = "/v1/webhook_endpoints"
+ENDPOINTS_PATH = "/v1/webhook_endpoints"
 _PAGE = 100
 _TEST_LIMIT_S = 30.0
 """Longer than a Router waits for the endpoint's answer."""
@@ -53,12 +53,12 @@ class DeliveryView(BaseModel):
     attempts: list[AttemptView] = []
 
 
-class _Endpoints(BaseModel):
+class EndpointPage(BaseModel):
     data: list[EndpointView]
     has_more: bool = False
 
 
-class _Deliveries(BaseModel):
+class DeliveryPage(BaseModel):
     data: list[DeliveryView]
     has_more: bool = False
 
@@ -79,19 +79,19 @@ class WebhookClient(FabricClient):
         found: list[EndpointView] = []
         while True:
             after = f"&after={found[-1].id}" if found else ""
-            page = self.parsed(_Endpoints, await self.call("GET", f"{_ENDPOINTS}?limit={_PAGE}{after}"))
+            page = self.parsed(EndpointPage, await self.call("GET", f"{ENDPOINTS_PATH}?limit={_PAGE}{after}"))
             found += page.data
             if not page.has_more or not page.data:
                 return found
 
     async def endpoint(self, endpoint_id: str) -> EndpointView:
-        return self.parsed(EndpointView, await self.call("GET", _ENDPOINTS + _named(endpoint_id)))
+        return self.parsed(EndpointView, await self.call("GET", ENDPOINTS_PATH + _named(endpoint_id)))
 
     async def change(self, endpoint_id: str, **fields: object) -> EndpointView:
         return self.parsed(EndpointView, await self._send_json(_named(endpoint_id), fields))
 
     async def remove(self, endpoint_id: str) -> None:
-        await self.call("DELETE", _ENDPOINTS + _named(endpoint_id))
+        await self.call("DELETE", ENDPOINTS_PATH + _named(endpoint_id))
 
     async def rotate(self, endpoint_id: str, keep_s: int) -> EndpointView:
         path = f"{_named(endpoint_id)}/rotate_secret"
@@ -109,8 +109,8 @@ class WebhookClient(FabricClient):
         while len(found) < limit:
             after = f"&after={found[-1].id}" if found else ""
             query = f"?limit={min(_PAGE, limit - len(found))}{after}"
-            path = f"{_ENDPOINTS}{_named(endpoint_id)}/deliveries{query}"
-            page = self.parsed(_Deliveries, await self.call("GET", path))
+            path = f"{ENDPOINTS_PATH}{_named(endpoint_id)}/deliveries{query}"
+            page = self.parsed(DeliveryPage, await self.call("GET", path))
             found += page.data
             if not page.has_more or not page.data:
                 break
@@ -118,7 +118,7 @@ class WebhookClient(FabricClient):
 
     async def _send_json(self, path: str, body: object, **options: Any) -> bytes:
         headers = {"content-type": "application/json"}
-        return await self.call("POST", _ENDPOINTS + path, data=orjson.dumps(body), headers=headers, **options)
+        return await self.call("POST", ENDPOINTS_PATH + path, data=orjson.dumps(body), headers=headers, **options)
 
 
 def _named(endpoint_id: str) -> str:

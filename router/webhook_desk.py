@@ -79,8 +79,9 @@ class WebhookDesk:
         changes: dict[str, object] = {name: value for name, value in new.items() if value is not None}
         if asked.enabled is not None:
             changes["paused"] = not asked.enabled
-            if asked.enabled and not endpoint.active:
-                changes["enabled_at_ms"] = int(now_s * 1000)
+            if asked.enabled and endpoint.disabled is not None:
+                # Later than that by any clock: the notifier's may be ahead of ours.
+                changes["enabled_at_ms"] = max(int(now_s * 1000), endpoint.disabled.at_ms + 1)
         record = endpoint.record.model_copy(update=changes)
         if record == endpoint.record:
             return endpoint, keys

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
-from queue_schemas import BadRequest, Conflict, NoNotifier, Tenant
+from queue_schemas import BadRequest, Conflict, NoNotifier, OverCapacity, Tenant
 from storage import EVENT_TYPES, DeliveryKey
 from telemetry.asgi import error_response, error_responses
 
@@ -25,6 +26,8 @@ _REPEATS_HEADER = "x-stainless-retry-count"
 """How often the SDK has sent this request before: it sends no key with a repetition, but says that it is one."""
 _TEST_LIMIT_S = 15.0
 _TEST_EVERY_S = 0.2
+_MOST_TESTS = 4
+"""Of one tenant at once: each looks at the store again and again while it waits."""
 
 
 class EndpointCreate(BaseModel):
@@ -55,6 +58,7 @@ def webhook_routes(state: RouterState) -> APIRouter:
     """The paths below ``/v1/webhook_endpoints``."""
     routes = APIRouter(tags=["webhooks"])
     store, rules = state.store, state.webhook_settings.rules
+    tests: Counter[Tenant] = Counter()
     desk = WebhookDesk(store.webhooks, store.deliveries, state.webhook_settings.tenant_endpoints)
 
     @routes.post(
@@ -118,28 +122,29 @@ def webhook_routes(state: RouterState) -> APIRouter:
     @routes.post(
         _ONE + "/test",
         summary="Send a sample event now, once",
-        responses=error_responses(400, 401, 404, 409, 413, 503, 507),
+        responses=error_responses(400, 401, 404, 409, 413, 429, 503, 507),
         openapi_extra=_takes(EndpointTest),
     )
     async def test(webhook_endpoint_id: str, request: Request) -> Response:
         tenant = _tenant(state, request)
         event_type, now_s = read_test(await _body(request)), time.time()
+        if tests[tenant] >= _MOST_TESTS:
+            raise OverCapacity(f"{_MOST_TESTS} tests of yours run now: wait for one", retry_after_s=1)
+        tests[tenant] += 1
         try:
             key = await store.run(lambda: desk.ask_test(tenant, webhook_endpoint_id, event_type, now_s))
+            status = await _tested(state, key)
         except Conflict as error:
             refused = error_response(error)
             # The SDK takes every 409 for a lock that will be free soon, and asks again.
             refused.headers["x-should-retry"] = "false"
             return refused
-        return JSONResponse(
-            {
-                "object": "webhook_endpoint.test",
-                "webhook_endpoint_id": webhook_endpoint_id,
-                "event_type": event_type,
-                "success": True,
-                "status_code": await _tested(state, key),
-            }
-        )
+        finally:
+            tests[tenant] -= 1
+            if not tests[tenant]:
+                del tests[tenant]
+        found = {"object": "webhook_endpoint.test", "webhook_endpoint_id": webhook_endpoint_id}
+        return JSONResponse(found | {"event_type": event_type, "success": True, "status_code": status})
 
     @routes.get(
         _ONE + "/deliveries",

@@ -14,6 +14,7 @@ from .host import look_at_disk, look_at_files, look_at_ports, look_at_python, lo
 from .queue import look_at_queue
 from .ray import look_at_ray
 from .store import look_at_store
+from .webhooks import look_at_webhooks
 
 _CHECK_LIMIT_S = 15.0
 
@@ -32,6 +33,7 @@ async def examine(examined: Examined) -> list[Finding]:
         ("ray", lambda: look_at_ray(examined)),
         ("fabric", lambda: look_at_fabric(examined)),
         ("batches", lambda: look_at_batches(examined)),
+        ("webhooks", lambda: look_at_webhooks(examined)),
     ]
     findings: list[Finding] = []
     for name, check in checks:

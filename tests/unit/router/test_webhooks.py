@@ -214,6 +214,7 @@ async def test_an_endpoint_is_changed_disabled_and_enabled(app: RouterApp) -> No
     shown = (await ask(app, "GET", path)).json()
     assert (shown["status"], shown["disabled_reason"]) == ("disabled", "HTTP 410")
     refused = await ask(app, "POST", f"{path}/test", {"event_type": "batch.completed"})
+    assert (await ask(app, "POST", path, {"enabled": True})).json()["status"] == "enabled"
     assert (refused.status, refused.headers["x-should-retry"]) == (409, "false")
 
 
@@ -257,6 +258,16 @@ async def test_a_test_tells_what_the_endpoint_answered(app: RouterApp, monkeypat
     nobody = await tested(None)
     assert (nobody.status, nobody.error["code"]) == (503, "no_notifier")
     assert deliveries.pending() == []
+
+
+async def test_tests_of_one_tenant_are_bounded(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fifth at once is refused; when the others are over there is room again."""
+    monkeypatch.setattr(module, "_TEST_LIMIT_S", 0.5)
+    endpoint_id = (await create(app))["id"]
+    body = {"event_type": "batch.completed"}
+    answers = await asyncio.gather(*(ask(app, "POST", f"/{endpoint_id}/test", body) for _ in range(5)))
+    assert sorted(answer.status for answer in answers) == [429, 503, 503, 503, 503]
+    assert (await ask(app, "POST", f"/{endpoint_id}/test", body)).status == 503
 
 
 async def test_no_log_line_holds_a_secret(app: RouterApp, caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
