@@ -61,6 +61,17 @@ def test_the_marks_change_with_what_they_stand_for_and_hold_no_secret(monkeypatc
     assert "secret" not in one.app_digest
 
 
+def test_replicas_get_the_file_store_from_who_deploys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is that of who deploys, wherever a replica runs; another store is another application."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFERQ_STORAGE_URL", "files")
+    here = _plan()
+    assert here.storage.url == str(tmp_path / "files")
+    monkeypatch.setenv("INFERQ_STORAGE_URL", "s3://bucket/files")
+    there = _plan()
+    assert (there.storage.url, there.app_digest != here.app_digest) == ("s3://bucket/files", True)
+
+
 def test_the_way_in_is_called_from_this_machine() -> None:
     """All addresses of a machine are reached by loopback."""
     assert way_in_url("0.0.0.0", 8000) == "http://127.0.0.1:8000"  # noqa: S104 - compared, not bound
