@@ -76,3 +76,24 @@ async def test_webhooks_with_the_node_sdk(tmp_path: Path) -> None:
     given = [sent | {"secret": keys.current} for keys in (old, new, Secrets.fresh(0))]
     text = await _run("node", "webhooks.mjs", json.dumps(given), folder=tmp_path, limit_s=20)
     assert json.loads(text) == ["response.incomplete", "response.incomplete", "InvalidWebhookSignatureError"]
+
+
+async def test_background_responses_with_the_node_sdk(tmp_path: Path, own_valkey: Server) -> None:
+    """Created, polled, streamed and gone on with, cancelled, deleted, refused: with the SDK's types, as in Python."""
+    for name in ("package.json", "package-lock.json", "responses.mjs"):
+        shutil.copy(HERE / name, tmp_path)
+    await _run("npm", "ci", "--no-audit", "--no-fund", folder=tmp_path, limit_s=90)
+    (tmp_path / "fleet").mkdir()
+    async with Fleet(tmp_path / "fleet", own_valkey) as fleet:
+        await fleet.up(workers=1)
+        text = await _run(
+            "node", "responses.mjs", folder=tmp_path, limit_s=60,
+            OPENAI_BASE_URL=f"{fleet.router.url}/v1", OPENAI_API_KEY="any", MODEL=MODEL,
+        )  # fmt: skip
+    seen: dict[str, Any] = json.loads(text)
+    assert seen["polled"] == ["queued", "completed", {"from": "node"}, "Tell me."]
+    assert seen["streamed"] == [True, True, "response.completed"]
+    assert seen["items"] == ["message"]
+    assert seen["cancelled"] == ["cancelled", "cancelled"]
+    assert seen["deleted"][:2] == [True, 404]
+    assert seen["refused"] == [True, 400, "previous_response_id"]
