@@ -1,10 +1,11 @@
 """Webhook endpoints as they lie in the store: where to send, what for, and the secrets to sign with.
 
-Each object has one writer. The Router writes ``endpoint`` and ``secrets``, the notifier ``disabled``::
+Each object has one writer. The Router writes ``endpoint`` and ``secrets``, the notifier ``disabled`` and ``failing``::
 
     <tenant>/webhooks/<id>/endpoint   EndpointRecord as JSON; written last, so an endpoint is there whole or not at all
     <tenant>/webhooks/<id>/secrets    Secrets as JSON, for the eyes of the files' owner only
     <tenant>/webhooks/<id>/disabled   Disabled as JSON, once it was; it counts until the Router enables it later
+    <tenant>/webhooks/<id>/failing    since when (Unix ms, as text) it has taken nothing; none while it takes what comes
 """
 
 from __future__ import annotations
@@ -135,6 +136,21 @@ class Webhooks:
     def disable(self, tenant: Tenant, endpoint_id: str, disabled: Disabled) -> None:
         """Send nothing more. For the notifier alone."""
         self._store.put(self.name(tenant, endpoint_id, "disabled"), disabled.model_dump_json().encode())
+
+    def took(self, tenant: Tenant, endpoint_id: str) -> None:
+        """It took something. For the notifier alone, as is the next."""
+        name = self.name(tenant, endpoint_id, "failing")
+        if self._store.get(name) is not None:
+            self._store.delete([name])
+
+    def failed(self, tenant: Tenant, endpoint_id: str, at_ms: int) -> int:
+        """It took nothing: since when it has not."""
+        name = self.name(tenant, endpoint_id, "failing")
+        found = self._store.get(name)
+        if found is None:
+            self._store.put(name, b"%d" % at_ms)
+            return at_ms
+        return int(found)
 
     def get(self, tenant: Tenant, endpoint_id: str) -> Endpoint | None:
         """The endpoint; None if the tenant has none of that id."""

@@ -18,7 +18,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import TypeVar
 
-from queue_schemas import InferqError
+from queue_schemas import InferqError, Tenant
 from storage import (
     Attempt,
     Deliveries,
@@ -45,6 +45,7 @@ CLAIM_MARGIN_MS = 2_000
 STORE_THREADS = 16
 _PAUSE_S = 0.25
 _AFTER_TROUBLE_S = 10
+_DAY_MS = 86_400_000
 _LEFTOVER_MS = 3_600_000
 """How old what belongs to no endpoint is before it is removed."""
 _Answer = TypeVar("_Answer")
@@ -228,14 +229,29 @@ class Courier:
 
     def _note(self, key: DeliveryKey, attempt: Attempt, state: DeliveryState) -> None:
         """Write down what became of an attempt. In a thread."""
-        if self._webhooks.get(key.tenant, key.endpoint_id) is None:  # deleted meanwhile: leave nothing of it
+        endpoint = self._webhooks.get(key.tenant, key.endpoint_id)
+        if endpoint is None:  # deleted meanwhile: leave nothing of it
             self._deliveries.drop(key)
             return
-        if attempt.status == HTTPStatus.GONE:
+        reason = self._why_disable(endpoint, attempt, state)
+        if reason:
             self._metrics.disabled.inc()
-            gone = Disabled(reason="it answered HTTP 410 (Gone)", at_ms=attempt.at_ms)
-            self._webhooks.disable(key.tenant, key.endpoint_id, gone)
+            self._webhooks.disable(key.tenant, key.endpoint_id, Disabled(reason=reason, at_ms=attempt.at_ms))
+            log.warning("webhook_endpoint_disabled", endpoint_id=key.endpoint_id, tenant=key.tenant, why=reason)
         self._deliveries.advance(key, state)
+
+    def _why_disable(self, endpoint: Endpoint, attempt: Attempt, state: DeliveryState) -> str:
+        """Why nothing more is to be sent to it; empty: go on. In a thread."""
+        record, days = endpoint.record, self._settings.disable_after_days
+        tenant = Tenant(record.tenant)
+        if state.outcome is Outcome.DELIVERED:
+            self._webhooks.took(tenant, record.id)
+            return ""
+        if attempt.status == HTTPStatus.GONE:
+            return "it answered HTTP 410 (Gone)"
+        since_ms = max(self._webhooks.failed(tenant, record.id, attempt.at_ms), record.enabled_at_ms)
+        too_long = days and attempt.at_ms - since_ms > days * _DAY_MS
+        return f"it took nothing for {days} days" if too_long and state.settled else ""
 
     def _abandon(self, key: DeliveryKey, why: str) -> None:
         """Give a delivery up. In a thread."""
@@ -244,7 +260,7 @@ class Courier:
         self._metrics.given_up.inc()
 
     def _trim(self) -> None:
-        before_ms = self._now_ms() - self._settings.keep_days * 86_400_000
+        before_ms = self._now_ms() - self._settings.keep_days * _DAY_MS
         for tenant, endpoint_id in self._webhooks.everyone():
             young = created_ms(endpoint_id) > self._now_ms() - _LEFTOVER_MS
             if not young and self._webhooks.get(tenant, endpoint_id) is None:

@@ -21,7 +21,7 @@ class NotifierMetrics:
             "inferq_webhook_deliveries_given_up_total", "Webhooks that were given up after all their attempts"
         )
         self.disabled = registry.counter(
-            "inferq_webhook_endpoints_disabled_total", "Endpoints disabled because they answered 410"
+            "inferq_webhook_endpoints_disabled_total", "Endpoints disabled: they answered 410, or took nothing for days"
         )
         self.events = registry.counter("inferq_webhook_events_total", "Ends of responses that were told to endpoints")
         self.seconds = registry.histogram("inferq_webhook_attempt_seconds", "How long attempts took")

@@ -37,6 +37,11 @@ class NotifierSettings(RoleSettings):
     endpoint_pending: int = Field(
         10_000, ge=1, description="Most deliveries that wait for one endpoint; the oldest beyond it are given up"
     )
+    disable_after_days: int = Field(
+        5,
+        ge=0,
+        description="An endpoint that has taken nothing for so long is disabled when a delivery is given up; 0: never",
+    )
     keep_days: int = Field(7, ge=1, description="How long what became of a delivery is kept")
     keep_deliveries: int = Field(1_000, ge=1, description="How many deliveries of an endpoint are kept at most")
 

@@ -135,6 +135,39 @@ async def test_gone_disables_the_endpoint(bench: Bench) -> None:
     assert bench.deliveries.pending() == []
 
 
+async def test_an_endpoint_that_takes_nothing_for_days_is_disabled(bench: Bench) -> None:
+    """When a delivery is given up; one that takes something in between, or was just enabled, gets its time anew."""
+    answer = [status("500 No")]
+    async with receiving(lambda _: answer[0]) as receiver, bench.courier.running():
+        endpoint_id = bench.endpoint(receiver.url)
+
+        async def sample() -> bool:
+            """Whether the endpoint is enabled behind an attempt that is the only one of its delivery."""
+            event = WebhookEvent.sample(ALICE, "batch.completed", int(bench.now_s * 1000))
+            bench.deliveries.ask(DeliveryKey(ALICE, endpoint_id, event.id), event)
+            await bench.courier.deliver(1.0)
+            found = bench.webhooks.get(ALICE, endpoint_id)
+            return found is not None and found.active
+
+        assert await sample()
+        bench.now_s += 4 * 86_400
+        assert await sample()
+        answer[0] = status("200 OK")
+        assert await sample()
+        answer[0] = status("500 No")
+        bench.now_s += 2 * 86_400
+        assert await sample()
+        bench.now_s += 5 * 86_400 + 1
+        assert not await sample()
+        found = bench.webhooks.get(ALICE, endpoint_id)
+        assert found is not None
+        assert found.disabled is not None
+        assert found.disabled.reason == "it took nothing for 5 days"
+        bench.now_s += 86_400
+        bench.webhooks.update(found.record.model_copy(update={"enabled_at_ms": int(bench.now_s * 1000)}))
+        assert await sample()
+
+
 async def test_a_hanging_endpoint_holds_up_nobody(bench: Bench) -> None:
     """Its attempts run on behind the call; those of others, and of later calls, are done meanwhile."""
     courier = bench.another(settings=SETTINGS.model_copy(update={"attempt_limit_ms": 30_000}))
