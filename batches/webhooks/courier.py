@@ -1,8 +1,7 @@
 """The courier: begins what is due, and notes what became of it.
 
 One call of :meth:`Courier.deliver` is one RQ job: it begins attempts for a while and does not wait for slow ones, which
-run on behind it. RQ runs one such job at a time, so each delivery is claimed, in its state in the store, by one
-process; a claim ends with the time limit of its attempt, whatever became of whoever made it.
+run on behind it. RQ runs one such job at a time, so each delivery is claimed by one process (:mod:`.ledger`).
 """
 
 from __future__ import annotations
@@ -13,55 +12,24 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from typing import TypeVar
 
-from queue_schemas import InferqError, Tenant
-from storage import (
-    Attempt,
-    Deliveries,
-    DeliveryKey,
-    DeliveryState,
-    Disabled,
-    Endpoint,
-    ObjectStore,
-    Outcome,
-    Secrets,
-    WebhookEvent,
-    Webhooks,
-    created_ms,
-)
+from queue_schemas import InferqError
+from storage import Attempt, DeliveryKey, DeliveryState, ObjectStore, Outcome, created_ms
 from telemetry import get_logger
 
-from .core import begin, conclude, give_up, next_turns, retry_after_s, signed_headers
+from .core import conclude, next_turns, retry_after_s, signed_headers
+from .ledger import CLAIM_MARGIN_MS, Errand, Ledger
 from .metrics import NotifierMetrics
 from .sender import Sender
 from .settings import NotifierSettings
 
-CLAIM_MARGIN_MS = 2_000
-"""How much longer a claim lasts than its attempt may take: for writing down what became of it."""
 STORE_THREADS = 16
 _PAUSE_S = 0.25
-_AFTER_TROUBLE_S = 10
-_DAY_MS = 86_400_000
-_LEFTOVER_MS = 3_600_000
-"""How old what belongs to no endpoint is before it is removed."""
 _Answer = TypeVar("_Answer")
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Errand:
-    """A delivery that was claimed, and what its attempt needs."""
-
-    key: DeliveryKey
-    event: WebhookEvent
-    endpoint: Endpoint
-    secrets: Secrets
-    state: DeliveryState
 
 
 class Courier:
@@ -76,8 +44,7 @@ class Courier:
         *,
         now_s: Callable[[], float] = time.time,
     ) -> None:
-        self._deliveries = Deliveries(store)
-        self._webhooks = Webhooks(store)
+        self._ledger = Ledger(store, settings, metrics, self._now_ms)
         self._sender = sender
         self._settings = settings
         self._metrics = metrics
@@ -123,7 +90,7 @@ class Courier:
         while True:
             self._changed.clear()
             due = self._turns()
-            claims = await asyncio.gather(*(self._in_thread(partial(self._claim, key)) for key in due))
+            claims = await asyncio.gather(*(self._in_thread(partial(self._ledger.claim, key)) for key in due))
             for key, (next_at_ms, errand) in zip(due, claims, strict=True):
                 self._remember(key, next_at_ms)
                 if errand is not None:
@@ -151,13 +118,13 @@ class Courier:
         for keys in waiting.values():
             for key in keys[: -self._settings.endpoint_pending]:  # oldest first, as they are listed
                 if key not in self._running:
-                    await self._in_thread(partial(self._abandon, key, "too many later events wait"))
+                    await self._in_thread(partial(self._ledger.abandon, key, "too many later events wait"))
                     self._remember(key, None)
-        await self._in_thread(self._trim)
+        await self._in_thread(self._ledger.trim)
 
     async def look(self) -> None:
         """Find what is pending. What is new may be due; of what is known, the time is known."""
-        pending = await self._in_thread(self._deliveries.pending)
+        pending = await self._in_thread(self._ledger.pending)
         self._next_at_ms = {key: self._next_at_ms.get(key, 0) for key in pending}
 
     def _turns(self) -> list[DeliveryKey]:
@@ -165,47 +132,20 @@ class Courier:
             return []
         return next_turns(self._next_at_ms, self._running, self._now_ms(), self._settings.limits)
 
-    def _claim(self, key: DeliveryKey) -> tuple[int | None, _Errand | None]:
-        """When it is next to be looked at (None: never), and the errand, if it is to be run now. In a thread."""
-        try:
-            return self._claimed(key)
-        except (InferqError, ValueError) as error:  # the store is away, or what it has of this one is damaged
-            log.warning("webhook_not_claimed", event_id=key.event_id, error=str(error), again_in_s=_AFTER_TROUBLE_S)
-            return self._now_ms() + _AFTER_TROUBLE_S * 1000, None
-
-    def _claimed(self, key: DeliveryKey) -> tuple[int | None, _Errand | None]:
-        now_ms = self._now_ms()
-        state = self._deliveries.state(key)
-        if state.settled:  # marked again by whoever saw the end twice, or killed between the two writes
-            self._deliveries.retire(key)
-            return None, None
-        if state.next_at_ms > now_ms:
-            return state.next_at_ms, None
-        endpoint = self._webhooks.get(key.tenant, key.endpoint_id)
-        event = self._deliveries.event(key)
-        keys = self._webhooks.secrets(key.tenant, key.endpoint_id)
-        if endpoint is None or event is None or keys is None:
-            self._deliveries.drop(key)
-            return None, None
-        if not endpoint.active:
-            self._abandon(key, "the endpoint is disabled")
-            return None, None
-        begun = begin(state, now_ms, self._settings.attempt_limit_ms + CLAIM_MARGIN_MS)
-        self._deliveries.advance(key, begun)
-        return begun.next_at_ms, _Errand(key, event, endpoint, keys, begun)
-
-    async def _attempt(self, errand: _Errand) -> None:
+    async def _attempt(self, errand: Errand) -> None:
         key = errand.key
         try:
             self._remember(key, await self._send(errand))
         except InferqError as error:
             # Its claim ends by itself, and then it is sent again: that is what receivers know the id for.
             log.warning("webhook_result_not_written", event_id=key.event_id, error=error.message)
+        except Exception:
+            log.exception("webhook_attempt_broke", event_id=key.event_id)  # as above; its tries are counted, and end
         finally:
             del self._running[key]
             self._changed.set()
 
-    async def _send(self, errand: _Errand) -> int | None:
+    async def _send(self, errand: Errand) -> int | None:
         """Make the attempt; when the next one is due."""
         key, at_ms = errand.key, self._now_ms()
         body = errand.event.body()
@@ -224,49 +164,8 @@ class Courier:
             took_ms=answer.took_ms,
             outcome=state.outcome,
         )
-        await self._in_thread(partial(self._note, errand.key, attempt, state))
+        await self._in_thread(partial(self._ledger.note, errand.key, attempt, state))
         return None if state.settled else state.next_at_ms
-
-    def _note(self, key: DeliveryKey, attempt: Attempt, state: DeliveryState) -> None:
-        """Write down what became of an attempt. In a thread."""
-        endpoint = self._webhooks.get(key.tenant, key.endpoint_id)
-        if endpoint is None:  # deleted meanwhile: leave nothing of it
-            self._deliveries.drop(key)
-            return
-        reason = self._why_disable(endpoint, attempt, state)
-        if reason:
-            self._metrics.disabled.inc()
-            self._webhooks.disable(key.tenant, key.endpoint_id, Disabled(reason=reason, at_ms=attempt.at_ms))
-            log.warning("webhook_endpoint_disabled", endpoint_id=key.endpoint_id, tenant=key.tenant, why=reason)
-        self._deliveries.advance(key, state)
-
-    def _why_disable(self, endpoint: Endpoint, attempt: Attempt, state: DeliveryState) -> str:
-        """Why nothing more is to be sent to it; empty: go on. In a thread."""
-        record, days = endpoint.record, self._settings.disable_after_days
-        tenant = Tenant(record.tenant)
-        if state.outcome is Outcome.DELIVERED:
-            self._webhooks.took(tenant, record.id)
-            return ""
-        if attempt.status == HTTPStatus.GONE:
-            return "it answered HTTP 410 (Gone)"
-        since_ms = max(self._webhooks.failed(tenant, record.id, attempt.at_ms), record.enabled_at_ms)
-        too_long = days and attempt.at_ms - since_ms > days * _DAY_MS
-        return f"it took nothing for {days} days" if too_long and state.settled else ""
-
-    def _abandon(self, key: DeliveryKey, why: str) -> None:
-        """Give a delivery up. In a thread."""
-        note = Attempt(at_ms=self._now_ms(), took_ms=0, error=f"not sent: {why}")
-        self._deliveries.advance(key, give_up(self._deliveries.state(key), note))
-        self._metrics.given_up.inc()
-
-    def _trim(self) -> None:
-        before_ms = self._now_ms() - self._settings.keep_days * _DAY_MS
-        for tenant, endpoint_id in self._webhooks.everyone():
-            young = created_ms(endpoint_id) > self._now_ms() - _LEFTOVER_MS
-            if not young and self._webhooks.get(tenant, endpoint_id) is None:
-                self._webhooks.delete(tenant, endpoint_id)  # whoever deleted or made it was killed midway
-                continue
-            self._deliveries.trim(tenant, endpoint_id, before_ms=before_ms, most=self._settings.keep_deliveries)
 
     def _count(self, attempt: Attempt, state: DeliveryState) -> None:
         self._metrics.seconds.observe(attempt.took_ms / 1000)

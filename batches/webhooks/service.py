@@ -28,8 +28,9 @@ from telemetry.asgi import health_routes, prepare_app
 from telemetry.flags import parse_settings
 from telemetry.server import bind_socket, run_process, run_server, stop_on_signals
 
-from .courier import CLAIM_MARGIN_MS, Courier
+from .courier import Courier
 from .ends import ResponseEnds
+from .ledger import CLAIM_MARGIN_MS
 from .metrics import NotifierMetrics
 from .rounds import ROUND_S, RoundQueue, Rounds, serve_rounds
 from .sender import Sender

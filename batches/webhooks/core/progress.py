@@ -12,8 +12,14 @@ KEPT_ATTEMPTS = 20
 
 
 def begin(state: DeliveryState, now_ms: int, limit_ms: int) -> DeliveryState:
-    """An attempt begins. ``limit_ms`` from now it is over, whatever became of it: from then on it may be sent again."""
-    return state.model_copy(update={"tries": state.tries + 1, "next_at_ms": now_ms + limit_ms})
+    """An attempt begins. ``limit_ms`` from now it is over, whatever became of it: from then on it may be sent again.
+
+    Later than that if attempts before were cut short, too: what kills its sender must not do so again and again.
+    """
+    cut_short = state.tries - len(state.attempts)
+    wait = wait_s(cut_short, 0.0) if cut_short > 0 else 0.0
+    next_at_ms = now_ms + limit_ms + round((wait or 0.0) * 1000)
+    return state.model_copy(update={"tries": state.tries + 1, "next_at_ms": next_at_ms})
 
 
 def conclude(

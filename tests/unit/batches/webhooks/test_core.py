@@ -135,11 +135,14 @@ def test_gone_ends_it_and_a_test_is_sent_once() -> None:
     assert conclude(begun, Attempt(at_ms=0, took_ms=1, status=500), once=True, draw=0).outcome is Outcome.GIVEN_UP
 
 
-def test_attempts_that_a_crash_cut_short_count() -> None:
-    """An endpoint that kills its sender does so a limited number of times."""
-    state = DeliveryState()
+def test_attempts_that_a_crash_cut_short_wait_ever_longer() -> None:
+    """The first is made up for at once; what kills its sender each time does so a limited number of times, in a day."""
+    state, now_ms, waits = DeliveryState(), 0, []
     for _ in range(most_tries(once=False)):
-        state = begin(state, 0, 10)
+        state = begin(state, now_ms, 10_000)
+        waits.append(state.next_at_ms - now_ms - 10_000)
+        now_ms = state.next_at_ms
+    assert waits == [0, *(1_000 * wait for wait in WAITS_S)]
     assert conclude(state, Attempt(at_ms=0, took_ms=1, status=500), once=False, draw=0).settled
 
 

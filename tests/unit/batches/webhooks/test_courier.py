@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from batches.webhooks import Courier, NotifierSettings, Sender
+from batches.webhooks.core import most_tries
 from batches.webhooks.metrics import NotifierMetrics
 from queue_schemas import StoreUnavailable, Tenant
 from storage import (
@@ -204,6 +205,26 @@ async def test_whoever_dies_in_an_attempt_costs_that_attempt(bench: Bench) -> No
             assert await bench.courier.deliver(1.0) == 1
     assert receiver.ids == [event_id] * 2
     assert bench.log(endpoint_id) == [("delivered", [200])]
+
+
+async def test_what_breaks_every_attempt_comes_to_an_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even an error of ours is tried for ever; the delivery is given up and says why."""
+    begun = 0
+
+    async def broken(*_: object) -> None:
+        nonlocal begun
+        begun += 1
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Sender, "send", broken)
+    async with bench.courier.running():
+        endpoint_id = bench.endpoint("http://127.0.0.1:9/")
+        bench.emit()
+        for _ in range(most_tries(once=False) + 3):
+            await bench.courier.deliver(1.0)
+            bench.now_s += 8 * 3600 + 60
+    assert begun == most_tries(once=False)
+    assert bench.log(endpoint_id) == [("given_up", [None])]
 
 
 async def test_a_store_that_fails_at_the_wrong_moment_loses_nothing(
