@@ -85,7 +85,7 @@ class StoredJobs:
         job's frames, if it is not to be given as it is kept."""
         memo = kept.memo
         request.follows = job is None
-        request.keep = Keep(self._state.settings.resume_keep_ms, memo)
+        request.keep = Keep(self._state.settings.resume_keep_ms, replace(memo, note=b""))
         request.give(kept.remaining_ms + self._state.settings.longest_deadline_ms)
         request.stitch = stitch or Stitch(
             stream=memo.stream,
