@@ -74,6 +74,7 @@ class Chat:
 
 def as_chat(request: Json) -> Chat:
     """The streamed chat completion for ``request``, a parsed body. Raises ``BadRequest`` for what it cannot say."""
+    _check_depth(request)
     for name, why in _REFUSED.items():
         if request.get(name) is not None:
             raise wrong(name, why)
@@ -97,6 +98,14 @@ def as_chat(request: Json) -> Chat:
     chat |= {name: value for name, value in asked.items() if value is not None}
     chat |= _tools(request) | _logprobs(request)
     return Chat(orjson.dumps(chat), bool(request.get("stream")))
+
+
+def _check_depth(request: Json) -> None:
+    """It is written again, some levels deeper: in the chat, in the response and in its events."""
+    try:
+        orjson.dumps([[[[[[[[request]]]]]]]])
+    except orjson.JSONEncodeError:
+        raise BadRequest("the request is nested too deeply: write flatter schemas and items") from None
 
 
 def check_metadata(request: Mapping[str, Any]) -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from queue_schemas import BadRequest, JobId
 from queue_schemas.completions import CHAT_PATH
 from router.core import read_fields
-from router.core.responses import Asked, as_chat, listed_input
+from router.core.responses import Asked, ResponseEvents, as_chat, as_server_sent, listed_input, write_note
 
 FUNCTION = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
 CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
@@ -227,6 +229,61 @@ def test_what_cannot_be_said_is_refused_by_name(asked: dict[str, Any], param: st
         as_chat({"model": "m", "input": "hi", **asked})
     assert caught.value.param == param
     assert caught.value.message.startswith(param)
+
+
+@pytest.mark.parametrize("place", ["tools", "input", "text", "reasoning", "top_k"])
+def test_what_is_nested_too_deeply_is_refused(place: str) -> None:
+    """Whatever is taken in can be written again, with all that is put around it."""
+    for depth in (100, 240, 254, 300, 900):
+        deep = orjson.loads(b'{"a":' * depth + b"1" + b"}" * depth)
+        fields: dict[str, Any] = {
+            "tools": [{**FUNCTION, "parameters": deep}],
+            "input": [{"role": "user", "content": "x", "more": deep}],
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": deep}},
+            "reasoning": {"effort": "low", "more": deep},
+            "top_k": deep,
+        }
+        request = {"model": "m", "input": "hi", place: fields[place]}
+        try:
+            as_chat(request)
+        except BadRequest as error:
+            assert depth > 100
+            assert "nested too deeply" in error.message
+        else:
+            made = ResponseEvents(Asked(JobId("0-" + "a" * 32), 1, request))
+            for event in [*made.begin(), *made.cancel("enough")]:
+                as_server_sent(event)
+            write_note(1, request)
+
+
+_NAMES = (
+    "input", "instructions", "metadata", "tools", "tool_choice", "text", "format", "type", "role", "content", "name",
+    "schema", "reasoning", "effort", "include", "top_logprobs", "temperature", "stream", "store", "arguments",
+    "call_id", "output", "image_url", "input_audio", "top_k",
+)  # fmt: skip
+_WORDS = ("message", "function", "function_call", "function_call_output", "input_text", "json_schema", "user", "auto")
+_ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.sampled_from(_WORDS) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_NAMES), inner, max_size=5),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from(_NAMES), _ODD, max_size=8))
+def test_whatever_is_asked_is_said_or_refused(odd: dict[str, Any]) -> None:
+    """Never an error of ours; what is taken in makes a chat, a response and a list of its input."""
+    request = {"model": "m", "input": "hi", "background": True} | odd
+    try:
+        chat = as_chat(orjson.loads(orjson.dumps(request)))
+    except BadRequest as error:
+        assert error.param or "nested" in error.message
+        return
+    assert read_fields(chat.body, "application/json", CHAT_PATH).stream
+    asked = Asked(JobId("0-" + "a" * 32), 1, request)
+    for event in ResponseEvents(asked).begin():
+        as_server_sent(event)
+    assert all(item["id"] for item in listed_input(asked))
 
 
 def test_the_input_is_listed_again_with_ids() -> None:
