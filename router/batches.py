@@ -7,13 +7,13 @@ import time
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
-from starlette.requests import ClientDisconnect
 
-from queue_schemas import BadRequest, Conflict, Tenant
+from queue_schemas import Conflict
 from telemetry.asgi import error_response, error_responses
 
 from .batch_desk import BatchDesk
 from .batch_objects import batch_list, batch_object
+from .bodies import page_body
 from .core import IDEMPOTENCY_HEADER, read_idempotency_key
 from .core.batches import batch_endpoints, check_batch_cursor, read_batch
 from .state import RouterState
@@ -55,10 +55,10 @@ def batch_routes(state: RouterState) -> APIRouter:
         },
     )
     async def create(request: Request) -> JSONResponse:
-        tenant = _tenant(state, request)
+        tenant = state.keys.caller(request)
         header = request.headers.get(IDEMPOTENCY_HEADER)
         key = read_idempotency_key(None if header is None else header.encode("latin-1"))
-        asked = read_batch(await _body(request), endpoints, state.settings.batch_windows)
+        asked = read_batch(await page_body(request), endpoints, state.settings.batch_windows)
         repeated = request.headers.get(_REPEATS_HEADER, "0") != "0"
         now_s = time.time()
         batch = await state.store.run(lambda: desk.create(tenant, asked, key=key, repeated=repeated, now_s=now_s))
@@ -66,14 +66,14 @@ def batch_routes(state: RouterState) -> APIRouter:
 
     @routes.get(_ALL, summary="Your batches, newest first", responses=error_responses(400, 401, 503))
     async def page(request: Request, after: str = Query(""), limit: int = Query(20, ge=1, le=100)) -> JSONResponse:
-        tenant = _tenant(state, request)
+        tenant = state.keys.caller(request)
         cursor = check_batch_cursor(after)
         found, more = await state.store.run(lambda: desk.page(tenant, cursor, limit))
         return JSONResponse(batch_list(found, more=more))
 
     @routes.get(_ALL + "/{batch_id}", summary="How one stands", responses=error_responses(401, 404, 503))
     async def one(batch_id: str, request: Request) -> JSONResponse:
-        tenant = _tenant(state, request)
+        tenant = state.keys.caller(request)
         return JSONResponse(batch_object(await state.store.run(lambda: desk.get(tenant, batch_id))))
 
     @routes.post(
@@ -82,7 +82,7 @@ def batch_routes(state: RouterState) -> APIRouter:
         responses=error_responses(401, 404, 409, 503),
     )
     async def cancel(batch_id: str, request: Request) -> Response:
-        tenant = _tenant(state, request)
+        tenant = state.keys.caller(request)
         now_s = time.time()
         try:
             batch = await state.store.run(lambda: desk.cancel(tenant, batch_id, now_s))
@@ -94,16 +94,3 @@ def batch_routes(state: RouterState) -> APIRouter:
         return JSONResponse(batch_object(batch))
 
     return routes
-
-
-async def _body(request: Request) -> bytes:
-    try:
-        return await request.body()
-    except ClientDisconnect:
-        raise BadRequest("the body broke off before its end") from None
-
-
-def _tenant(state: RouterState, request: Request) -> Tenant:
-    """Whose request it is. Raises ``AuthenticationFailed``."""
-    headers = dict(request.scope["headers"])
-    return state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))

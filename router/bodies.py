@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
+
+from queue_schemas import BadRequest
 
 from .core import check_size
 
@@ -28,6 +31,14 @@ class IncomingBody:
         message = await self._receive()
         self.ended = message["type"] != "http.request" or not message.get("more_body", False)
         return message
+
+
+async def page_body(request: Request) -> bytes:
+    """The body of a request to a page, whose size the app bounds. Raises ``BadRequest`` if it breaks off."""
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise BadRequest("the body broke off before its end") from None
 
 
 async def read_body(receive: Receive, limit_bytes: int, take: Callable[[int], None]) -> bytes:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from queue_schemas import BadRequest, Conflict, InferqError, NotFound, RangeNotSatisfiable, Tenant
+from queue_schemas import BadRequest, Conflict, InferqError, NotFound, RangeNotSatisfiable
 from storage import Batches, FileRecord, Files, ObjectMissing
 from storage.names import FILE, is_id
 from telemetry import get_logger
@@ -90,7 +90,7 @@ def file_routes(state: RouterState) -> APIRouter:
     async def upload(request: Request) -> Response:
         body = IncomingBody(request.receive)
         try:
-            record = await uploads.take(_tenant(state, request), body.receive, request.headers)
+            record = await uploads.take(state.keys.caller(request), body.receive, request.headers)
         except ClientGone:
             return Response(status_code=_CLIENT_GONE)
         except InferqError as error:
@@ -105,7 +105,7 @@ def file_routes(state: RouterState) -> APIRouter:
         order: Literal["asc", "desc"] = "desc",
         purpose: str = Query("", max_length=64),
     ) -> FileList:
-        tenant, now_s = _tenant(state, request), time.time()
+        tenant, now_s = state.keys.caller(request), time.time()
         if after and not is_id(after, FILE):
             raise BadRequest("after must be the id of a file: the last_id of the page before", param="after")
         found, more = await store.run(
@@ -125,7 +125,7 @@ def file_routes(state: RouterState) -> APIRouter:
 
     @routes.delete(_ONE, summary="Remove one", responses=error_responses(401, 404, 409, 503))
     async def remove(file_id: str, request: Request) -> FileDeleted:
-        tenant, record = _tenant(state, request), await _found(state, request, file_id)
+        tenant, record = state.keys.caller(request), await _found(state, request, file_id)
         await store.run(lambda: _remove(files, store.batches, record))
         state.allowance.forget(tenant)
         log.info("file_deleted", file_id=file_id, tenant=tenant)
@@ -212,7 +212,7 @@ def _remove(files: Files, batches: Batches, record: FileRecord) -> None:
 
 
 async def _found(state: RouterState, request: Request, file_id: str) -> FileRecord:
-    tenant, now_s = _tenant(state, request), time.time()
+    tenant, now_s = state.keys.caller(request), time.time()
     record = await state.store.run(lambda: state.store.files.get(tenant, file_id, now_s))
     if record is None:
         raise NotFound(f"there is no file {file_id[:80]!r} of yours", param="file_id")
@@ -228,9 +228,3 @@ def _shown(record: FileRecord) -> FileObject:
         filename=record.filename,
         purpose=record.purpose,
     )
-
-
-def _tenant(state: RouterState, request: Request) -> Tenant:
-    """Whose request it is. Raises ``AuthenticationFailed``."""
-    headers = dict(request.scope["headers"])
-    return state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))

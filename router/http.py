@@ -312,7 +312,7 @@ def _client(state: RouterState) -> Callable[[Request], Awaitable[None]]:
     """Lets API keys in, where keys are required."""
 
     async def check(request: Request) -> None:
-        _check_client(state, request)
+        state.keys.caller(request)
 
     return check
 
@@ -338,16 +338,11 @@ def _operator(state: RouterState) -> Callable[[Request], Awaitable[None]]:
     return check
 
 
-def _check_client(state: RouterState, request: Request) -> None:
-    headers = dict(request.scope["headers"])
-    state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
-
-
 def _check_operator(state: RouterState, request: Request) -> None:
     expected = state.settings.join_token.get_secret_value()
     if is_join_token(expected, request.headers.get(JOIN_TOKEN_HEADER, "").encode()):
         return
     try:
-        _check_client(state, request)
+        state.keys.caller(request)
     except AuthenticationFailed as error:
         raise AuthenticationFailed(f"{error.message}, or the join token as {JOIN_TOKEN_HEADER}") from None

@@ -263,7 +263,7 @@ class Inference:
                 "this router is shutting down; send the request to another one, or again",
                 retry_after_s=RETRY_AFTER_SHUTDOWN_S,
             )
-        tenant = self._state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+        tenant = self._state.keys.tenant(headers)
         check_room(running, self._settings.max_concurrent)
         announced = announced_size(headers.get(b"content-length"))
         check_size(announced, self._settings.max_body_bytes)

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from broker import MOST_LISTED
-from queue_schemas import KEPT_STATES, BadRequest, InferqError, JobNotFound, KeptJob, Tenant
+from queue_schemas import KEPT_STATES, BadRequest, InferqError, JobNotFound, KeptJob
 from telemetry import get_logger
 from telemetry.asgi import ErrorDetail, error_responses
 
@@ -87,12 +87,8 @@ def job_routes(state: RouterState) -> APIRouter:
     routes = APIRouter(tags=["jobs"])
     jobs, giver = KeptJobs(state), Giver(state)
 
-    def caller(request: Request) -> Tenant:
-        headers = dict(request.scope["headers"])
-        return state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
-
     async def found(request: Request, job_id: str) -> KeptJob:
-        kept = await jobs.status(caller(request), job_id)
+        kept = await jobs.status(state.keys.caller(request), job_id)
         if kept is None:
             raise not_found(job_id)
         return kept
@@ -110,7 +106,7 @@ def job_routes(state: RouterState) -> APIRouter:
         status: Annotated[JobStatus | None, Query(description="Only those that are so now")] = None,
     ) -> JSONResponse:
         states = states_of(status) if status else []
-        found, more = await jobs.jobs(caller(request), after=after, limit=limit, states=states)
+        found, more = await jobs.jobs(state.keys.caller(request), after=after, limit=limit, states=states)
         data = [job_object(kept) for kept in found]
         # With a filter a page may end before its limit: it was looked at as many jobs as one call may.
         last = more or (found[-1].id if found else None)
@@ -164,7 +160,7 @@ def job_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND),
     )
     async def cancel(request: Request, job_id: str) -> JSONResponse:
-        kept = await jobs.cancel(caller(request), job_id)
+        kept = await jobs.cancel(state.keys.caller(request), job_id)
         if kept is None:
             raise not_found(job_id)
         return JSONResponse(job_object(kept))
@@ -176,7 +172,7 @@ def job_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND),
     )
     async def delete(request: Request, job_id: str) -> JSONResponse:
-        if not await jobs.delete(caller(request), job_id):
+        if not await jobs.delete(state.keys.caller(request), job_id):
             raise not_found(job_id)
         return JSONResponse({"id": job_id, "object": "job", "deleted": True})
 

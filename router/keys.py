@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from starlette.requests import Request
 
 from queue_schemas import CannotStart, Tenant
 from telemetry import get_logger
@@ -31,9 +34,15 @@ class ApiKeys:
         """Whether requests need a key. A file without keys lets nobody in."""
         return bool(self._given) or self._path is not None
 
-    def tenant(self, authorization: bytes, api_key: bytes) -> Tenant:
-        """Whose request it is. Raises ``AuthenticationFailed``."""
-        return authenticate(self._ring, authorization, api_key) if self.required else DEFAULT_TENANT
+    def tenant(self, headers: Mapping[bytes, bytes]) -> Tenant:
+        """Whose request it is that has these headers. Raises ``AuthenticationFailed``."""
+        if not self.required:
+            return DEFAULT_TENANT
+        return authenticate(self._ring, headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+
+    def caller(self, request: Request) -> Tenant:
+        """The same of a request to a page."""
+        return self.tenant(dict(request.scope["headers"]))
 
     def refresh(self) -> None:
         """Read the file again if it changed."""

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from queue_schemas import BadRequest, Tenant
+from queue_schemas import BadRequest
 from queue_schemas.completions import RESPONSES_PATH
 from telemetry.asgi import error_responses
 
@@ -54,10 +54,6 @@ def response_routes(state: RouterState) -> APIRouter:
     routes = APIRouter(tags=["responses"])
     responses, giver = Responses(state), Giver(state)
 
-    def caller(request: Request) -> Tenant:
-        headers = dict(request.scope["headers"])
-        return state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
-
     @routes.get(
         _ONE,
         summary="A background response as it is now; or its events behind one of them, then as they come",
@@ -70,7 +66,7 @@ def response_routes(state: RouterState) -> APIRouter:
         stream: bool = Query(False, description="Its events instead of its object"),
         starting_after: int | None = Query(None, ge=0, description="Number of the last event that the client has"),
     ) -> Response:
-        tenant = caller(request)
+        tenant = state.keys.caller(request)
         if not stream:
             if starting_after is not None:
                 raise BadRequest("starting_after is of streams: send stream=true, too", param="starting_after")
@@ -86,7 +82,7 @@ def response_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND),
     )
     async def cancel(request: Request, response_id: str) -> JSONResponse:
-        return JSONResponse(await responses.cancel(caller(request), response_id))
+        return JSONResponse(await responses.cancel(state.keys.caller(request), response_id))
 
     @routes.delete(
         _ONE,
@@ -95,7 +91,7 @@ def response_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND),
     )
     async def delete(request: Request, response_id: str) -> JSONResponse:
-        await responses.delete(caller(request), response_id)
+        await responses.delete(state.keys.caller(request), response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     @routes.get(
@@ -111,7 +107,7 @@ def response_routes(state: RouterState) -> APIRouter:
         order: Literal["asc", "desc"] = "desc",
         after: str = Query("", max_length=200, description="The last id of the page before"),
     ) -> JSONResponse:
-        items = await responses.input_items(caller(request), response_id)
+        items = await responses.input_items(state.keys.caller(request), response_id)
         if order == "desc":
             items.reverse()
         ids = [item["id"] for item in items]

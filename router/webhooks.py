@@ -9,12 +9,12 @@ from collections import Counter
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
-from starlette.requests import ClientDisconnect
 
 from queue_schemas import BadRequest, Conflict, NoNotifier, OverCapacity, Tenant
 from storage import EVENT_TYPES, DeliveryKey
 from telemetry.asgi import error_response, error_responses
 
+from .bodies import page_body
 from .core.webhooks import LONGEST_KEEP_S, NAME_CHARS, read_endpoint_change, read_new_endpoint, read_rotation, read_test
 from .state import RouterState
 from .webhook_desk import WebhookDesk
@@ -68,8 +68,8 @@ def webhook_routes(state: RouterState) -> APIRouter:
         openapi_extra=_takes(EndpointCreate),
     )
     async def create(request: Request) -> JSONResponse:
-        tenant = _tenant(state, request)
-        asked = read_new_endpoint(await _body(request), rules)
+        tenant = state.keys.caller(request)
+        asked = read_new_endpoint(await page_body(request), rules)
         repeated, now_s = _repeated(request), time.time()
         made = await store.run(lambda: desk.create(tenant, asked, repeated=repeated, now_s=now_s))
         return JSONResponse(endpoint_object(*made, shown=True))
@@ -78,13 +78,13 @@ def webhook_routes(state: RouterState) -> APIRouter:
     async def page(
         request: Request, after: str = Query("", max_length=80), limit: int = Query(20, ge=1, le=100)
     ) -> JSONResponse:
-        tenant = _tenant(state, request)
+        tenant = state.keys.caller(request)
         found, more = await store.run(lambda: desk.page(tenant, after, limit))
         return JSONResponse(list_object([endpoint_object(*one) for one in found], more=more))
 
     @routes.get(_ONE, summary="One of them", responses=error_responses(401, 404, 503))
     async def one(webhook_endpoint_id: str, request: Request) -> JSONResponse:
-        tenant = _tenant(state, request)
+        tenant = state.keys.caller(request)
         return JSONResponse(endpoint_object(*await store.run(lambda: desk.get(tenant, webhook_endpoint_id))))
 
     @routes.post(
@@ -94,14 +94,14 @@ def webhook_routes(state: RouterState) -> APIRouter:
         openapi_extra=_takes(EndpointChange),
     )
     async def change(webhook_endpoint_id: str, request: Request) -> JSONResponse:
-        tenant = _tenant(state, request)
-        asked, now_s = read_endpoint_change(await _body(request), rules), time.time()
+        tenant = state.keys.caller(request)
+        asked, now_s = read_endpoint_change(await page_body(request), rules), time.time()
         found = await store.run(lambda: desk.change(tenant, webhook_endpoint_id, asked, now_s))
         return JSONResponse(endpoint_object(*found))
 
     @routes.delete(_ONE, summary="Send nothing more, and forget it", responses=error_responses(401, 404, 503))
     async def delete(webhook_endpoint_id: str, request: Request) -> JSONResponse:
-        tenant = _tenant(state, request)
+        tenant = state.keys.caller(request)
         await store.run(lambda: desk.delete(tenant, webhook_endpoint_id))
         return JSONResponse({"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True})
 
@@ -112,8 +112,8 @@ def webhook_routes(state: RouterState) -> APIRouter:
         openapi_extra=_takes(SecretRotation),
     )
     async def rotate(webhook_endpoint_id: str, request: Request) -> JSONResponse:
-        tenant = _tenant(state, request)
-        keep_s, repeated, now_s = read_rotation(await _body(request)), _repeated(request), time.time()
+        tenant = state.keys.caller(request)
+        keep_s, repeated, now_s = read_rotation(await page_body(request)), _repeated(request), time.time()
         found = await store.run(
             lambda: desk.rotate(tenant, webhook_endpoint_id, keep_s, repeated=repeated, now_s=now_s)
         )
@@ -126,8 +126,8 @@ def webhook_routes(state: RouterState) -> APIRouter:
         openapi_extra=_takes(EndpointTest),
     )
     async def test(webhook_endpoint_id: str, request: Request) -> Response:
-        tenant = _tenant(state, request)
-        event_type, now_s = read_test(await _body(request)), time.time()
+        tenant = state.keys.caller(request)
+        event_type, now_s = read_test(await page_body(request)), time.time()
         if tests[tenant] >= _MOST_TESTS:
             raise OverCapacity(f"{_MOST_TESTS} tests of yours run now: wait for one", retry_after_s=1)
         tests[tenant] += 1
@@ -157,13 +157,13 @@ def webhook_routes(state: RouterState) -> APIRouter:
         after: str = Query("", max_length=80),
         limit: int = Query(20, ge=1, le=100),
     ) -> JSONResponse:
-        tenant = _tenant(state, request)
+        tenant = state.keys.caller(request)
         found, more = await store.run(lambda: desk.deliveries(tenant, webhook_endpoint_id, after, limit))
         return JSONResponse(list_object([delivery_object(one) for one in found], more=more))
 
     @routes.get("/v1/webhook_event_types", summary="What can be heard of", responses=error_responses(401))
     async def event_types(request: Request) -> JSONResponse:
-        _tenant(state, request)
+        state.keys.caller(request)
         return JSONResponse({"object": "list", "data": list(EVENT_TYPES)})
 
     return routes
@@ -196,16 +196,3 @@ def _takes(message: type[BaseModel]) -> dict[str, object]:
 
 def _repeated(request: Request) -> bool:
     return request.headers.get(_REPEATS_HEADER, "0") != "0"
-
-
-async def _body(request: Request) -> bytes:
-    try:
-        return await request.body()
-    except ClientDisconnect:
-        raise BadRequest("the body broke off before its end") from None
-
-
-def _tenant(state: RouterState, request: Request) -> Tenant:
-    """Whose request it is. Raises ``AuthenticationFailed``."""
-    headers = dict(request.scope["headers"])
-    return state.keys.tenant(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
