@@ -19,6 +19,7 @@ from .input import InputGone, InputLines
 
 _CHUNKS_AT_ONCE = 64
 _LINES_AT_ONCE = 20_000
+_LINES_IN_A_WRITE = 256
 _RESTS = {
     BatchStatus.EXPIRED: ("batch_expired", "this line was not answered before the batch's completion window ended"),
     BatchStatus.COMPLETED: ("answer_lost", "the line's answer is missing in the file store; send it in another batch"),
@@ -123,8 +124,8 @@ def _part(desk: Desk, batch: Batch, state: Merge, kind: str, number: int, pieces
     first = desk.files.part_name(Tenant(batch.request.tenant), file_id, number)
     name = f"{first}-{state.plan}"
     with desk.store.writer(name) as writer:
-        for piece in pieces:
-            writer.write(piece)
+        for at in range(0, len(pieces), _LINES_IN_A_WRITE):
+            writer.write(b"".join(pieces[at : at + _LINES_IN_A_WRITE]))
     return Part(name=name, size=size_bytes)
 
 

@@ -60,7 +60,7 @@ class BatchSettings(RoleSettings):
     chunk_lines: int = Field(500, ge=1, le=20_000, description="Results at which a chunk of them is stored")
     chunk_bytes: int = Field(MIB, ge=1, le=64 * MIB, description="The same in bytes")
     chunk_ms: int = Field(30_000, ge=50, description="The same in time, for slow batches; sooner while they are young")
-    part_bytes: int = Field(16 * MIB, ge=1, description="Least size of a part of an output file, but for the last")
+    part_bytes: int = Field(8 * MIB, ge=1, description="Least size of a part of an output file, but for the last")
     cancel_grace_ms: int = Field(
         5_000, ge=0, description="How long lines on the queue may take to finish once their batch is to end early"
     )

@@ -26,7 +26,7 @@ from .core import (
 from .desk import Desk, Folder, in_thread, input_of
 from .input import InputGone, InputLines
 
-_RECORDS_AT_ONCE = 200_000
+_RECORDS_AT_ONCE = 25_000
 _LINES_BETWEEN_LOOKS = 64
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -30,14 +31,24 @@ def rq_info(server: Server) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
 
 
-async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, valkey: Server) -> None:
+def url_with_documented_rights(server: Server) -> str:
+    """The URL of a user who may do what docs/topologies.md says that a batcher needs, and nothing else."""
+    page = (Path(__file__).parents[3] / "docs" / "topologies.md").read_text()
+    (found,) = re.findall(r"^ACL SETUSER inferq-batcher (.+)$", page, re.MULTILINE)
+    server.ask("ACL", "SETUSER", "inferq-batcher", *found.replace(">PASSWORD", ">secret").split())
+    return f"redis://inferq-batcher:secret@127.0.0.1:{server.port}/0"
+
+
+async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, own_valkey: Server) -> None:
     """Both advance together, each line is written once, `rq info` shows workers and queue, the pages say what was done,
-    and at SIGTERM a batcher ends at once, though a batch runs."""
+    and at SIGTERM a batcher ends at once, though a batch runs. The rights in the documents are enough."""
     shelf = Shelf(tmp_path / "store")
     globex = Tenant("globex")
+    valkey = own_valkey
+    url = url_with_documented_rights(valkey)
     async with Fleet(tmp_path, valkey) as fleet:
-        first = add_batcher(fleet, shelf, "first")
-        second = add_batcher(fleet, shelf, "second")
+        first = add_batcher(fleet, shelf, "first", redis_url=url)
+        second = add_batcher(fleet, shelf, "second", redis_url=url)
         for batcher in (first, second):
             batcher.process.start()
         await fleet.up(workers=1, slots=8, sim_ttft_ms=5, sim_tokens_per_s=0)
@@ -59,10 +70,15 @@ async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, valk
             assert (batch.progress.status, batch.progress.completed) == (BatchStatus.COMPLETED, 600)
             out = shelf.lines(batch.progress.output_file_id, tenant)
             assert sorted(one["custom_id"] for one in out) == sorted(f"line-{number}" for number in range(600))
-        page = await second.metrics()
-        assert 'inferq_batch_step_seconds_count{phase="pump"}' in page
-        assert "inferq_batches_live 0.0" in page
+        assert 'inferq_batch_step_seconds_count{phase="pump"}' in await second.metrics()
+
+        async def none_live() -> bool:
+            return "inferq_batches_live 0.0" in await second.metrics()
+
+        await eventually(none_live, "no batch is live")
         assert rq_info(valkey).count("worker first.") == 0
+        refused = {bytes(entry[b"object"]) for entry in valkey.ask("ACL", "LOG")}
+        assert refused <= {b"config|get"}, "more than what only serves a warning was refused"
 
 
 async def test_a_full_disk_is_waited_for(tmp_path: Path, valkey: Server) -> None:
