@@ -212,7 +212,7 @@ class Batcher:
             if following.pause_s > 0:
                 await in_thread(lambda: self._steps.pause(batch_id, int(following.pause_s * 1000)))
             await in_thread(lambda: self._steps.unlock(batch_id, token))
-            if following.what and not following.pause_s and not self._desk.stopping:
+            if following.what and not following.pause_s:
                 number = int(self._desk.now_s() * 1000)
                 await in_thread(lambda: self._steps.put(tenant, batch_id, following.what, number))
         except BrokerUnavailable as error:

@@ -29,6 +29,8 @@ from .steps import serve_steps
 from .sweep import Sweep
 from .upkeep import Upkeep
 
+_RETRY_LIMIT_MS = 5_000
+
 log = get_logger("batches.service")
 
 
@@ -102,6 +104,8 @@ class _Process:
         queue = await self._link.address(broker_settings, stop)
         if queue is None:
             return
+        # A step that finds no queue makes way for others: it is tried again anyway.
+        queue = queue.model_copy(update={"retry_limit_ms": min(queue.retry_limit_ms, _RETRY_LIMIT_MS)})
         steps = StepQueue(rq_connection(settings.rq_redis_url, queue))
         self._batcher, self._sweep = Batcher(desk, steps), Sweep(desk, steps)
         serve_steps(self._batcher)

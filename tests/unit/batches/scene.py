@@ -41,7 +41,7 @@ class Scene:
         self.shelf = Shelf(folder)
         self.server = fakeredis.FakeServer()
         self.now = 2_000_000_000.0
-        usual: dict[str, Any] = {"step_ms": 50, "shared_step_ms": 20, "retry_ms": 10, "cancel_grace_ms": 0}
+        usual: dict[str, Any] = {"step_ms": 10, "shared_step_ms": 10, "retry_ms": 10, "cancel_grace_ms": 0}
         self.settings = BatchSettings.load(**(usual | dict(settings)))
         self.broker = Broker.over(self.client(), retry_limit_ms=200)
         self.worker = Puller(self.broker)

@@ -193,17 +193,24 @@ async def test_a_full_disk_loses_nothing(scene: Scene, monkeypatch: pytest.Monke
         if full:
             raise OSError(errno.ENOSPC, "no space")
 
+    answered: Counter[str] = Counter()
+
+    def engine(body: dict[str, Any]) -> tuple[int, Any]:
+        answered[body["messages"][0]["content"]] += 1
+        return 200, {}
+
     monkeypatch.setattr(writing.os, "fsync", fsync)
-    ran = await scene.run_jobs()
+    ran = await scene.run_jobs(engine)
     for _ in range(6):
         await scene.step(batch_id)
         assert "no room" in scene.batcher.stalled
-        ran += await scene.run_jobs()
+        ran += await scene.run_jobs(engine)
     assert ran <= 3 * scene.settings.window_lines
     full = False
-    batch = await scene.end(batch_id)
+    batch = await scene.end(batch_id, engine=engine)
     assert scene.batcher.stalled == ""
     assert set(scene.output(batch)) == names(60)
+    assert set(answered.values()) == {1}, "an answer was let go of before it was stored"
 
 
 async def test_a_step_that_is_never_saved_is_repeated_without_harm(
