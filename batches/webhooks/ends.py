@@ -6,11 +6,10 @@ Whoever dies in between does it again: the same notice makes the same event.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Protocol
 
-from queue_schemas import EndedJob, InferqError, JobId, KeptJob, State, Tenant
+from queue_schemas import BadRequest, EndedJob, InferqError, JobId, KeptJob, State, Tenant
 from queue_schemas.responses import ResponseStatus, response_id
 from storage import Deliveries, Endpoint, ObjectStore, WebhookEvent, Webhooks
 from telemetry import get_logger
@@ -20,9 +19,6 @@ from .metrics import NotifierMetrics
 RESPONSE_WORD = "response"
 """The word in the notices of jobs that are responses."""
 MOST_NOTICES = 100
-KNOWN_FOR_S = 2.0
-"""How long a tenant's endpoints are remembered: one that is made meanwhile hears of nothing that ended before."""
-_MOST_KNOWN = 10_000
 
 log = get_logger(__name__)
 
@@ -42,14 +38,11 @@ class Notices(Protocol):
 class ResponseEnds:
     """For one event loop."""
 
-    def __init__(
-        self, store: ObjectStore, metrics: NotifierMetrics, *, tick_s: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, store: ObjectStore, metrics: NotifierMetrics) -> None:
         self._webhooks = Webhooks(store)
         self._deliveries = Deliveries(store)
         self._metrics = metrics
-        self._tick_s = tick_s
-        self._known: dict[Tenant, tuple[float, list[Endpoint]]] = {}
+        self._known: dict[Tenant, list[Endpoint]] = {}
         self.fault = ""
         """Why notices cannot be taken now; empty: they can."""
 
@@ -73,10 +66,14 @@ class ResponseEnds:
         """Make events of the notices there are, up to a bound; how many there were. Raises what the store and the queue
         raise; what was not dealt with stays."""
         notices = await queue.read_ended(MOST_NOTICES)
+        self._known.clear()  # what is read from now on has every endpoint that was there when one of these ended
         dealt_with: list[str] = []
         try:
             for notice in notices:
-                await self._emit(queue, notice)
+                try:
+                    await self._emit(queue, notice)
+                except BadRequest as error:  # it will be no better the next time, and others wait behind it
+                    log.warning("notice_passed_over", job_id=notice.job_id, tenant=notice.tenant, error=error.message)
                 dealt_with.append(notice.id)
         finally:
             if dealt_with:
@@ -101,11 +98,6 @@ class ResponseEnds:
             self._metrics.events.inc()
 
     async def _endpoints(self, tenant: Tenant) -> list[Endpoint]:
-        now_s = self._tick_s()
-        read_s, endpoints = self._known.get(tenant, (float("-inf"), []))
-        if now_s - read_s > KNOWN_FOR_S:
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            endpoints = await asyncio.to_thread(self._webhooks.of, tenant)
-            self._known[tenant] = (now_s, endpoints)
-        return endpoints
+        if tenant not in self._known:
+            self._known[tenant] = await asyncio.to_thread(self._webhooks.of, tenant)
+        return self._known[tenant]

@@ -73,7 +73,8 @@ class Sender:
     async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, str]:
         target = check_url(url, self._rules)
         destination = URL(url, encoded=True)
-        if (destination.host or "").lower() != target.host or destination.port != target.port:
+        # The raw host is what is written in the URL: the other one is turned back from its xn-- form.
+        if (destination.raw_host or "").lower() != target.host or destination.port != target.port:
             raise _Unfit("the URL's host is not clear")
         addresses = await self._addresses(target)
         connector = aiohttp.TCPConnector(

@@ -15,6 +15,7 @@ from zlib import crc32
 from queue_schemas import BadRequest, JobId, StreamBroken
 
 LAST_EVENT_HEADER = "last-event-id"
+_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n")
 _POSITION = re.compile(r"(?:((?:0|[1-9][0-9]{0,3})-[0-9a-f]{32}):)?([0-9]{1,15})(?:-([0-9a-f]{8}))?")
 
 
@@ -68,8 +69,8 @@ class EventNumbers:
         data = self._held + data if self._held else data
         given: list[bytes] = []
         start = 0
-        while (end := _end_of_event(data, start)) > 0:
-            event, start = data[start:end], end
+        for blank in _BLANK_LINE.finditer(data):
+            event, start = data[start : blank.end()], blank.end()
             self._crc = crc32(event, self._crc)
             if event.isspace() and not self._begun:
                 continue
@@ -114,11 +115,3 @@ class EventNumbers:
 def as_event(body: bytes) -> bytes:
     """``body`` as one event without an id."""
     return b"".join(b"data: %b\n" % line for line in body.splitlines() or (b"",)) + b"\n"
-
-
-def _end_of_event(data: bytes, start: int) -> int:
-    """Where the first event behind ``start`` ends; 0 if it does not."""
-    bare, with_returns = data.find(b"\n\n", start), data.find(b"\r\n\r\n", start)
-    if with_returns >= 0 and not 0 <= bare < with_returns:
-        return with_returns + 4
-    return bare + 2 if bare >= 0 else 0

@@ -93,6 +93,7 @@ def as_chat(request: Json) -> Chat:
         "max_completion_tokens": optional_int(request, "max_output_tokens", 1),
         "user": optional_text(request, "user"),
         "response_format": _response_format(request),
+        "verbosity": optional_text(optional_object(request, "text"), "verbosity", "text."),
         "reasoning_effort": optional_word(optional_object(request, "reasoning"), "effort", _EFFORTS, "reasoning."),
     }
     chat |= {name: value for name, value in asked.items() if value is not None}

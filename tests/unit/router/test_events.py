@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 
 import pytest
 
@@ -58,6 +59,17 @@ def test_every_place_can_be_gone_on_from() -> None:
             for _ in range(20):
                 rest = numbered(cut(STREAM, rng), read_position(value, "starting_after"), "job:")
                 assert rest == behind
+
+
+def test_a_page_of_many_events_is_numbered_in_its_time() -> None:
+    """Time grows with the size of a piece, not with its square: it is time in which nobody else is served."""
+    pages = [b"data: word\n\n" * count for count in (4_000, 64_000)]
+    took_s = []
+    for page in pages:
+        began = time.process_time()
+        EventNumbers().feed(page)
+        took_s.append(time.process_time() - began)
+    assert took_s[1] < 100 * max(took_s[0], 0.002)
 
 
 def test_another_stream_is_not_gone_on_with() -> None:

@@ -50,6 +50,7 @@ def test_text_becomes_a_streamed_chat_that_may_go_on() -> None:
         ({"max_output_tokens": 9}, {"max_completion_tokens": 9}),
         ({"temperature": 0, "top_p": 0.5}, {"temperature": 0, "top_p": 0.5}),
         ({"text": {"format": {"type": "text"}}}, {}),
+        ({"text": {"verbosity": "low"}}, {"verbosity": "low"}),
         ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
         (
             {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}}},

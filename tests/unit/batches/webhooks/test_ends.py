@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batches.webhooks.ends import KNOWN_FOR_S, ResponseEnds
+from batches.webhooks.ends import ResponseEnds
 from batches.webhooks.metrics import NotifierMetrics
 from queue_schemas import BrokerUnavailable, EndedJob, JobId, KeptJob, Lane, Pool, State, StoreUnavailable, Tenant
 from queue_schemas.responses import ResponseStatus
@@ -64,8 +64,7 @@ def notice(number: int, tenant: Tenant = ACME, *, state: State = State.DONE, wor
 class Bench:
     def __init__(self, folder: Path) -> None:
         self.store = ObjectStore.open(StorageSettings(url=str(folder)))
-        self.now_s = 0.0
-        self.ends = ResponseEnds(self.store, NotifierMetrics(MetricsRegistry("notifier")), tick_s=lambda: self.now_s)
+        self.ends = ResponseEnds(self.store, NotifierMetrics(MetricsRegistry("notifier")))
 
     def endpoint(self, *events: str) -> str:
         endpoint_id = new_endpoint_id(1)
@@ -135,15 +134,27 @@ async def test_what_could_not_be_written_stays(bench: Bench, monkeypatch: pytest
     assert len(bench.told()) == 3
 
 
-async def test_endpoints_are_remembered_for_a_moment_only(bench: Bench) -> None:
-    """The store is not asked for each of a thousand responses; a new endpoint hears soon."""
-    queue = Queue(notice(1))
+async def test_endpoints_are_asked_for_once_a_look(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is not asked for each of a hundred responses; a new endpoint hears of the very next one."""
+    asked: list[Tenant] = []
+    of = Webhooks.of
+    monkeypatch.setattr(Webhooks, "of", lambda self, tenant: asked.append(tenant) or of(self, tenant))
+    queue = Queue(notice(1), notice(2))
     await bench.ends.take(queue)
+    assert asked == [ACME]
     bench.endpoint("*")
-    bench.now_s += KNOWN_FOR_S + 0.1
-    queue.notices = [notice(2)]
+    queue.notices = [notice(3)]
     await bench.ends.take(queue)
-    assert len(bench.told()) == 1
+    assert [told[1] for told in bench.told()] == [f"resp_0-{3:032x}"]
+
+
+async def test_a_tenant_that_can_have_no_endpoints_holds_up_nobody(bench: Bench) -> None:
+    """Its name is too long for the store: its notice is passed over, those behind it are taken."""
+    bench.endpoint("*")
+    queue = Queue(notice(1, Tenant("x" * 250)), notice(2))
+    assert await bench.ends.take(queue) == 2
+    assert [told[1] for told in bench.told()] == [f"resp_0-{2:032x}"]
+    assert queue.notices == []
 
 
 async def test_a_queue_that_is_away_is_asked_again(bench: Bench) -> None:

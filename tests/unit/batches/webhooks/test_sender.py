@@ -62,6 +62,15 @@ async def test_an_answer_is_its_status(sent: bytes, found: int | None, error: st
     assert error in answer.error
 
 
+@pytest.mark.parametrize("host", ["xn--bcher-kva.example", "XN--BCHER-KVA.Example", "[::FFFF:127.0.0.1]"])
+async def test_a_host_that_may_be_given_is_sent_to(host: str) -> None:
+    """In its xn-- form, which is what owners of other names are told to give; in capital letters."""
+    async with receiving() as receiver:
+        sender = Sender(LOOPBACK, 5.0, lookups=Lookups(lambda host, port: [ipaddress.ip_address("127.0.0.1")]))
+        answer = await sender.send(f"http://{host}:{receiver.port}/", HEADERS, b"{}")
+    assert (answer.status, answer.error) == (200, "")
+
+
 async def test_a_redirect_is_not_followed() -> None:
     """Neither to another host nor to the same."""
     async with receiving() as other, receiving(lambda _: status("307 Go", f"location: {other.url}")) as receiver:
