@@ -16,6 +16,7 @@ from broker import Broker
 from queue_schemas import (
     TERMINAL,
     BrokerFull,
+    Frame,
     Job,
     JobId,
     Lane,
@@ -48,7 +49,9 @@ from .validate import input_deleted
 
 MOST_GENERATIONS = 100
 """Jobs of one line whose answer was lost; then the line failed."""
-FULL_LETTERS = 128
+_FIRST_LETTERS, _MOST_LETTERS = 16, 128
+_BYTES_READ = 8 << 20
+"""How much is read from the mailbox at once, roughly: an answer may have megabytes."""
 _BLOCK_MS = 200
 _SHARED_BLOCK_MS = 40
 _HOLD_S = 1.0
@@ -82,6 +85,7 @@ class Pump:
         """Lines whose job the queue says has ended, though no answer was read yet."""
         self._last = "0"
         self._caught_up = False
+        self._letters = _FIRST_LETTERS
         self._hold_until = 0.0
         self._input: FileRecord | None = None
         self._lines: InputLines | None = None
@@ -129,6 +133,8 @@ class Pump:
             if held and not self._in_flight:
                 return _HOLD_S
             quiet = self._caught_up and (held or not self._room)
+            if self._unheard:
+                continue  # whether their answers are there is a question of one more look
             if tick() >= until_s or self._desk.stopping or (shared and quiet and not self.moved):
                 return 0
 
@@ -214,13 +220,17 @@ class Pump:
         """Take in what has come; if there is nothing else to do (``quiet``), wait for it a while."""
         longest = _SHARED_BLOCK_MS if shared else _BLOCK_MS
         block_ms = max(1, min(longest, int((until_s - self._desk.tick_s()) * 1000))) if quiet else 1
-        letters = await self._broker.read_mailbox(self._shard, self._mailbox, self._last, block_ms)
+        count = self._letters
+        letters = await self._broker.read_mailbox(self._shard, self._mailbox, self._last, block_ms, count)
         self.moved = False
         for letter in letters:
             for item in self._window.take(letter.news, self._last):
                 self._take(item)
             self._last = letter.entry_id
-        self._caught_up = len(letters) < FULL_LETTERS
+        self._caught_up = len(letters) < count
+        if letters:
+            size = sum(len(item.data) for letter in letters for item in letter.news if isinstance(item, Frame))
+            self._letters = max(1, min(_MOST_LETTERS, 2 * count, _BYTES_READ * len(letters) // max(size, 1)))
 
     def _take(self, item: Answer | Ended) -> None:
         line = self._work.open.get(item.line)
@@ -338,8 +348,10 @@ class Pump:
             else:
                 job_id, state = answer
                 self.moved = True
-                self._work.open[number] = self._work.open[number]._replace(sent_at=self._desk.now_s())
-                if state in TERMINAL:
+                over = state in TERMINAL
+                sent_at = 0 if over else self._desk.now_s()
+                self._work.open[number] = self._work.open[number]._replace(sent_at=sent_at)
+                if over:
                     self._unheard[number] = job_id
                     self._caught_up = False
         if refused is not None:

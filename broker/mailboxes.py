@@ -15,7 +15,7 @@ from .calls import Caller
 from .server import read_run_id
 from .streams import parse_reply, read_stream
 
-_READ_COUNT = 128
+MOST_READ = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,15 @@ class Mailboxes:
         await self._caller.command(key, "PEXPIRE", key, ttl_ms)
         return True
 
-    async def read_mailbox(self, shard: int, name: Incarnation, after: str, block_ms: int) -> list[Letter]:
-        """Up to 128 entries behind the one with the id ``after`` ("0": from the first that is there), waiting up to
-        ``block_ms`` for one. One try: a server that was away since the last call is an error once, for it may be
+    async def read_mailbox(
+        self, shard: int, name: Incarnation, after: str, block_ms: int, count: int = MOST_READ
+    ) -> list[Letter]:
+        """Up to ``count`` entries behind the one with the id ``after`` ("0": from the first that is there), waiting up
+        to ``block_ms`` for one. One try: a server that was away since the last call is an error once, for it may be
         another run of itself. Malformed entries are logged, and have no news. One call at a time on a shard."""
         keys = self._keys[shard]
         entries = await read_stream(
-            self._caller, keys.reply(name), after, _READ_COUNT, block_ms, connection_of=keys.prefix + "mailboxes"
+            self._caller, keys.reply(name), after, count, block_ms, connection_of=keys.prefix + "mailboxes"
         )
         return [Letter(entry_id, tuple(parse_reply(entry_id, fields))) for entry_id, fields in entries]
 

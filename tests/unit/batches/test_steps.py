@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from batches.core import job_of, mailbox_of
-from queue_schemas import JobId, Outcome, StoreFull, Tenant
+from broker import Letter
+from queue_schemas import Incarnation, JobId, Outcome, StoreFull, Tenant
 from queue_schemas.keys import ShardKeys
 from storage import BatchStatus, writing
 from tests.support.batches import jsonl, line
@@ -303,6 +304,24 @@ async def test_jobs_are_cancelled_while_no_mailbox_is_there_and_sent_again(scene
     assert await scene.run_jobs() == 0
     batch = await scene.end(batch_id)
     assert set(scene.output(batch)) == names(3)
+
+
+async def test_large_answers_are_not_all_read_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken from the mailbox at a time is bounded by its size, whatever the engines say."""
+    asked: list[int] = []
+    read = scene.broker.read_mailbox
+
+    async def noted(shard: int, name: Incarnation, after: str, block_ms: int, count: int) -> list[Letter]:
+        asked.append(count)
+        return await read(shard, name, after, block_ms, count)
+
+    monkeypatch.setattr(scene.broker, "read_mailbox", noted)
+    monkeypatch.setattr("batches.pump._FIRST_LETTERS", 3)
+    monkeypatch.setattr("batches.pump._BYTES_READ", 1 << 20)
+    batch = await scene.end(scene.submit(lines(24)), engine=lambda _: (200, {"text": "x" * 400_000}))
+    assert set(scene.output(batch)) == names(24)
+    assert 2 in asked
+    assert max(asked) <= 6
 
 
 async def test_a_tenant_over_its_budget_waits(tmp_path: Path) -> None:
