@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-import orjson
-
 from broker import Broker
 from queue_schemas import (
     TERMINAL,
@@ -39,6 +37,7 @@ from .core import (
     Window,
     Work,
     answered,
+    id_and_body,
     mailbox_of,
     request_of,
     unanswered,
@@ -422,5 +421,4 @@ def _parse(raw: RawLine) -> tuple[str, bytes]:
     """The id of a line, and what its engine gets. It was validated before."""
     if raw.data is None:
         raise InputGone
-    line = orjson.loads(raw.data.strip().removeprefix(b"\xef\xbb\xbf"))
-    return line["custom_id"], orjson.dumps(line["body"])
+    return id_and_body(raw.data.strip().removeprefix(b"\xef\xbb\xbf"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .ids import custom_id_digest, file_of, job_of, mailbox_of, request_of
-from .jsonl import BadLine, BatchLine, LineCutter, RawLine, read_line
+from .jsonl import BadLine, BatchLine, LineCutter, RawLine, id_and_body, read_line
 from .merging import Bits, Fold
 from .results import USAGE, Result, answered, pack_chunk, unanswered, unpack_chunk
 from .runs import MOST_RECORDS, RECORD, SLICES, TABLE, pack_run, record, repeated, slice_bounds
@@ -35,6 +35,7 @@ __all__ = [
     "custom_id_digest",
     "entry_order",
     "file_of",
+    "id_and_body",
     "job_of",
     "mailbox_of",
     "pack_chunk",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batches.core import BadLine, LineCutter, RawLine, read_line
+from batches.core import BadLine, LineCutter, RawLine, id_and_body, read_line
 
 CHAT = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": CHAT, "body": {"model": "m"}}
@@ -91,3 +91,26 @@ def test_no_bytes_break_the_reader(data: bytes) -> None:
         read_line(data, CHAT, 1 << 20)
     except BadLine as bad:
         assert bad.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"seed": 18446744073709551617, "x": [-123456789012345678901234567890]}',
+        b'{"x": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"s": "\\"}{,:[", "body": {"body": 12345678901234567890123}}',
+    ],
+    ids=["long numbers", "deep", "text like structure"],
+)
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"custom_id": "a", "body": %s}',
+        b'{"body" :\t%s , "custom_id": "a", "z": {"body": [{}]}, "y": "body"}',
+        b'{"custom_id": "a", "b\\u006fdy": %s}',
+        b'{"body": {"seed": 1}, "custom_id": "a", "body":%s}',
+    ],
+)
+def test_a_body_means_the_same_to_its_engine(line: bytes, body: bytes) -> None:
+    """What a parser would round, or could not write again, goes on as it was written."""
+    assert id_and_body(line.replace(b"%s", body)) == ("a", body)
