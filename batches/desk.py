@@ -26,6 +26,8 @@ class Desk:
     while the queue cannot be reached, for the reason ``why``."""
 
     settings: BatchSettings
+    input_bytes: int
+    """The largest input file, in bytes."""
     store: ObjectStore
     metrics: BatchMetrics
     now_s: Callable[[], float]

@@ -53,7 +53,7 @@ async def serve(
     listener = bind_socket(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     log.info("batcher_listens", url=f"http://{host}:{port}")
-    desk = Desk(settings, store, BatchMetrics(), time.time, time.monotonic)
+    desk = Desk(settings, storage_settings.batch_input_bytes, store, BatchMetrics(), time.time, time.monotonic)
     process = _Process(desk)
     served = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:

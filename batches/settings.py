@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator
 
 from queue_schemas import BadMessage, check_worker_id
 from telemetry import RoleSettings
@@ -40,7 +40,6 @@ class BatchSettings(RoleSettings):
         10_000, ge=500, le=60_000, description="After so long the step of a batcher that died counts as over"
     )
     max_lines: int = Field(50_000, ge=1, le=100_000_000, description="Most lines of a batch")
-    max_input_bytes: int = Field(200_000_000, ge=1, description="Largest input file of a batch")
     max_line_bytes: int = Field(16 * MIB, ge=1024, le=96 * MIB, description="Longest line of an input file")
     model_wait_ms: int = Field(
         15_000, ge=0, description="How long a model that no worker has named yet is waited for before it is an error"
@@ -75,9 +74,3 @@ class BatchSettings(RoleSettings):
             return check_worker_id(value)
         except BadMessage as error:
             raise ValueError(error.message) from error
-
-    @model_validator(mode="after")
-    def _in_proportion(self) -> Self:
-        if self.max_line_bytes > self.max_input_bytes:
-            raise ValueError("max_line_bytes must not be more than max_input_bytes")
-        return self

@@ -70,7 +70,7 @@ def _read(desk: Desk, batch: Batch, folder: Folder, work: Work, until_s: float) 
         work.fault(input_deleted(batch))
         work.read_all = True
         return
-    most = desk.settings.max_input_bytes
+    most = desk.input_bytes
     if found.bytes > most:
         work.fault(_error("file_too_large", f"the input file has {found.bytes} bytes; {most} are the most", None))
         work.read_all = True

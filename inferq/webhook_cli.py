@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .commands.options import DEFAULT_URL, ApiKey, AsJson, RouterUrl
+from .exit_codes import run_for_code
 
 if TYPE_CHECKING:
     from .webhook_client import WebhookClient
@@ -31,7 +31,7 @@ def webhook_add(
 
     client = _client(router_url, api_key)
     asked = [part.strip() for part in events.split(",") if part.strip()]
-    _run(lambda: add_endpoint(client, url, asked, name, as_json=as_json))
+    run_for_code(lambda: add_endpoint(client, url, asked, name, as_json=as_json))
 
 
 @webhook_app.command("list")
@@ -40,7 +40,7 @@ def webhook_list(router_url: RouterUrl = DEFAULT_URL, api_key: ApiKey = "", as_j
     from .commands.webhooks import list_endpoints  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: list_endpoints(client, as_json=as_json))
+    run_for_code(lambda: list_endpoints(client, as_json=as_json))
 
 
 @webhook_app.command("show")
@@ -51,7 +51,7 @@ def webhook_show(
     from .commands.webhooks import show_endpoint  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: show_endpoint(client, endpoint_id, as_json=as_json))
+    run_for_code(lambda: show_endpoint(client, endpoint_id, as_json=as_json))
 
 
 @webhook_app.command("remove")
@@ -62,7 +62,7 @@ def webhook_remove(
     from .commands.webhooks import remove_endpoint  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: remove_endpoint(client, endpoint_id, as_json=as_json))
+    run_for_code(lambda: remove_endpoint(client, endpoint_id, as_json=as_json))
 
 
 @webhook_app.command("rotate")
@@ -77,7 +77,7 @@ def webhook_rotate(
     from .commands.webhooks import rotate_secret  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: rotate_secret(client, endpoint_id, keep_s, as_json=as_json))
+    run_for_code(lambda: rotate_secret(client, endpoint_id, keep_s, as_json=as_json))
 
 
 @webhook_app.command("enable")
@@ -88,7 +88,7 @@ def webhook_enable(
     from .commands.webhooks import set_enabled  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: set_enabled(client, endpoint_id, enabled=True, as_json=as_json))
+    run_for_code(lambda: set_enabled(client, endpoint_id, enabled=True, as_json=as_json))
 
 
 @webhook_app.command("disable")
@@ -99,7 +99,7 @@ def webhook_disable(
     from .commands.webhooks import set_enabled  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: set_enabled(client, endpoint_id, enabled=False, as_json=as_json))
+    run_for_code(lambda: set_enabled(client, endpoint_id, enabled=False, as_json=as_json))
 
 
 @webhook_app.command("test")
@@ -114,7 +114,7 @@ def webhook_test(
     from .commands.webhooks import test_endpoint  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: test_endpoint(client, endpoint_id, event, as_json=as_json))
+    run_for_code(lambda: test_endpoint(client, endpoint_id, event, as_json=as_json))
 
 
 @webhook_app.command("deliveries")
@@ -129,22 +129,10 @@ def webhook_deliveries(
     from .commands.webhooks import list_deliveries  # noqa: PLC0415
 
     client = _client(router_url, api_key)
-    _run(lambda: list_deliveries(client, endpoint_id, limit, as_json=as_json))
+    run_for_code(lambda: list_deliveries(client, endpoint_id, limit, as_json=as_json))
 
 
 def _client(router_url: str, api_key: str) -> WebhookClient:
     from .webhook_client import WebhookClient  # noqa: PLC0415
 
     return WebhookClient(router_url, api_key=api_key)
-
-
-def _run(work: Callable[[], Awaitable[int]]) -> None:
-    from telemetry.server import run_process  # noqa: PLC0415
-
-    code = 0
-
-    async def keep_code() -> None:
-        nonlocal code
-        code = await work()
-
-    raise typer.Exit(run_process(keep_code) or code)

@@ -150,9 +150,12 @@ def build_router(
         manager = open_manager(settings.manager_url, token, settings.manager_timeout_ms)
     if open_queue is None:
         open_queue = _queue_opener(settings, broker_settings or BrokerSettings.load(), manager)
-    objects = ObjectStore.open(storage_settings or StorageSettings.load())
+    storage_settings = storage_settings or StorageSettings.load()
+    objects = ObjectStore.open(storage_settings)
     store = Store(objects, threads=settings.store_threads, limit_s=settings.store_limit_ms / 1000)
-    state = RouterState(settings, open_queue, manager, store, webhook_settings or WebhookSettings.load())
+    state = RouterState(
+        settings, open_queue, manager, store, storage_settings, webhook_settings or WebhookSettings.load()
+    )
     refuse_unguarded(
         settings.host,
         guarded=state.keys.required,

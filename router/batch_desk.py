@@ -22,8 +22,10 @@ log = get_logger(__name__)
 class BatchDesk:
     """The batches of all tenants. All methods block: they are called in threads."""
 
-    def __init__(self, settings: RouterSettings, files: Files, batches: Batches) -> None:
+    def __init__(self, settings: RouterSettings, input_bytes: int, files: Files, batches: Batches) -> None:
+        """``input_bytes``: the largest input file."""
         self._settings = settings
+        self._input_bytes = input_bytes
         self._files = files
         self._batches = batches
 
@@ -93,7 +95,7 @@ class BatchDesk:
         return next((batch for batch in recent if _same(batch.request, asked)), None)
 
     def _check_input(self, file_id: str, record: FileRecord | None) -> None:
-        param, most = "input_file_id", self._settings.batch_input_bytes
+        param, most = "input_file_id", self._input_bytes
         if record is None:
             raise BadRequest(f"there is no file {file_id[:80]!r} of yours: upload it with POST /v1/files", param=param)
         if record.purpose != INPUT_PURPOSE:

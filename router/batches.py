@@ -40,7 +40,7 @@ class BatchCreate(BaseModel):
 def batch_routes(state: RouterState) -> APIRouter:
     """The paths below ``/v1/batches``."""
     routes = APIRouter(tags=["batches"])
-    desk = BatchDesk(state.settings, state.store.files, state.store.batches)
+    desk = BatchDesk(state.settings, state.storage_settings.batch_input_bytes, state.store.files, state.store.batches)
     endpoints = batch_endpoints(state.settings.paths)
 
     @routes.post(

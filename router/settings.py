@@ -157,9 +157,6 @@ class RouterSettings(RoleSettings):
         min_length=1,
         description="Completion windows that a batch may ask for, such as 24h, 30m or 7d",
     )
-    batch_input_bytes: int = Field(
-        200_000_000, ge=1, description="Largest input file of a batch; the batcher has limits of its own"
-    )
 
     @field_validator("region")
     @classmethod

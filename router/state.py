@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from queue_schemas import InferqError, JobId, ShuttingDown
-from storage import WebhookSettings
+from storage import StorageSettings, WebhookSettings
 from telemetry import get_logger
 
 from .abandoned import Abandoned
@@ -38,9 +38,11 @@ class RouterState:
         open_queue: OpenQueue,
         manager: ManagerPort | None,
         store: Store,
+        storage_settings: StorageSettings,
         webhook_settings: WebhookSettings,
     ) -> None:
         self.settings = settings
+        self.storage_settings = storage_settings
         self.webhook_settings = webhook_settings
         self.manager = manager
         self.store = store

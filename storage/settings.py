@@ -22,6 +22,7 @@ class StorageSettings(RoleSettings):
         description="Folder, or URL of a bucket (s3://bucket/prefix, with inferq[s3]), that every Router and batcher "
         "reaches",
     )
+    batch_input_bytes: int = Field(200_000_000, ge=1, description="Largest input file of a batch")
 
     @field_validator("url")
     @classmethod

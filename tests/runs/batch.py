@@ -77,7 +77,9 @@ async def run(folder: Path, lines: int, *, kill: bool, workers: int) -> Outcome:
     try:
         async with Fleet(folder, server) as fleet:
             flags = {"scan_ms": 1_000, "step_ms": 2_000, "shared_step_ms": 500, "chunk_lines": 500, "chunk_ms": 30_000}
-            batcher = await add_batcher(fleet, shelf, max_lines=10**8, max_input_bytes=10**12, **flags).start()
+            batcher = await add_batcher(
+                fleet, shelf, max_lines=10**8, storage_batch_input_bytes=10**12, **flags
+            ).start()
             await fleet.up(workers=workers, slots=64, sim_ttft_ms=0, sim_tokens_per_s=0)
             file_id = shelf.upload(jsonl(line(number, max_tokens=20) for number in range(lines)))
             peaks = Peaks(batcher, server)

@@ -21,7 +21,7 @@ from storage import BatchStatus, StorageSettings
 from tests.support.batches import ACME, Shelf, add_batcher, line
 from tests.support.fleet import Fleet
 from tests.support.processes import Child
-from tests.support.servers import Server
+from tests.support.servers import Cluster, Server, valkey_binary
 from tests.support.waiting import eventually
 
 
@@ -79,6 +79,27 @@ async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, own_
         assert rq_info(valkey).count("worker first.") == 0
         refused = {bytes(entry[b"object"]) for entry in valkey.ask("ACL", "LOG")}
         assert refused <= {b"config|get"}, "more than what only serves a warning was refused"
+
+
+async def test_a_batch_runs_over_a_cluster(tmp_path: Path, valkey: Server) -> None:
+    """RQ's jobs lie in a plain Redis beside it, lines on the shard of their model; where the cluster is, the Manager says."""
+    binary = valkey_binary()
+    assert binary is not None
+    shelf = Shelf(tmp_path / "store")
+    cluster = Cluster(binary, tmp_path / "cluster")
+    try:
+        fleet = Fleet(tmp_path, cluster.start(), manager={"shards": 3})
+        async with fleet:
+            add_batcher(
+                fleet, shelf, redis_url="", manager_url=fleet.manager.url, rq_redis_url=valkey.url
+            ).process.start()
+            batch_id = shelf.run(line(number) for number in range(300))
+            await fleet.up(workers=1, slots=8, sim_ttft_ms=0, sim_tokens_per_s=0)
+            batch = await shelf.ended(batch_id)
+        out = shelf.lines(batch.progress.output_file_id)
+        assert sorted(one["custom_id"] for one in out) == sorted(f"line-{number}" for number in range(300))
+    finally:
+        cluster.stop()
 
 
 async def test_a_full_disk_is_waited_for(tmp_path: Path, valkey: Server) -> None:

@@ -56,7 +56,13 @@ class Scene:
         import time  # noqa: PLC0415 - beside ``now``
 
         desk = Desk(
-            self.settings, self.shelf.store, BatchMetrics(), lambda: self.now, time.monotonic, broker=self.broker
+            self.settings,
+            10**9,
+            self.shelf.store,
+            BatchMetrics(),
+            lambda: self.now,
+            time.monotonic,
+            broker=self.broker,
         )
         steps = StepQueue(fakeredis.FakeRedis(server=self.server, protocol=2))
         return Batcher(desk, steps), desk, steps

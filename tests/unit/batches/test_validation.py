@@ -73,7 +73,8 @@ async def test_each_bad_file_has_its_code(scene: Scene, data: bytes, code: str, 
 
 async def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     """Its size alone says it."""
-    async with opened(tmp_path, max_input_bytes=2_000, max_line_bytes=2_000) as scene:
+    async with opened(tmp_path) as scene:
+        scene.desk.input_bytes = 2_000
         assert told(await refused(scene, text(*(line(number) for number in range(20))))) == [("file_too_large", None)]
 
 

@@ -28,10 +28,10 @@ EXPIRY = "output_expires_after.seconds"
 async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RouterApp]:
     """A Router with two tenants and small limits."""
     monkeypatch.setenv("INFERQ_STORAGE_URL", str(tmp_path / "store"))
+    monkeypatch.setenv("INFERQ_STORAGE_BATCH_INPUT_BYTES", str(LIMIT_BYTES))
     keys = ",".join(f"{hashlib.sha256(name.encode()).hexdigest()}:{name}" for name in (ACME, RIVAL))
     settings = {
         "api_keys": keys,
-        "batch_input_bytes": LIMIT_BYTES,
         "tenant_batches": LIVE,
         "batch_windows": ["24h", "7d"],
     }
