@@ -82,7 +82,7 @@ async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, own_
 
 
 async def test_a_batch_runs_over_a_cluster(tmp_path: Path, valkey: Server) -> None:
-    """RQ's jobs lie in a plain Redis beside it, lines on the shard of their model; where the cluster is, the Manager says."""
+    """RQ's jobs lie in a plain Redis beside it, lines on their model's shard; the Manager says where the cluster is."""
     binary = valkey_binary()
     assert binary is not None
     shelf = Shelf(tmp_path / "store")
