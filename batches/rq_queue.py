@@ -205,4 +205,6 @@ class _errors:  # noqa: N801 - used as a function
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, redis.RedisError | OSError):
-            raise BrokerUnavailable(f"RQ's Redis cannot be used now ({type(error).__name__}: {error})") from error
+            refused = isinstance(error, redis.exceptions.NoPermissionError | redis.AuthenticationError)
+            mend = "; give batcher and notifier a Redis user of their own, see docs/topologies.md" if refused else ""
+            raise BrokerUnavailable(f"RQ's Redis cannot be used now ({type(error).__name__}: {error}){mend}") from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import fakeredis
 import pytest
+import redis
 
-from batches.rq_queue import StepJob
+from batches.rq_queue import StepJob, StepQueue
 from queue_schemas import BrokerUnavailable
 from tests.support.batches import ACME, line
 
@@ -115,3 +117,15 @@ async def test_an_outage_of_rqs_redis_is_an_error_of_ours(scene: Scene) -> None:
     scene.server.connected = False
     with pytest.raises(BrokerUnavailable, match="RQ's Redis"):
         scene.sweep.once()
+
+
+def test_a_redis_user_without_the_rights_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Manager names the worker's user, which may not touch RQ's keys."""
+    connection = fakeredis.FakeRedis()
+
+    def refuse(*_: object) -> None:
+        raise redis.exceptions.NoPermissionError("this user has no permissions to run the 'exists' command")
+
+    monkeypatch.setattr(connection, "exists", refuse)
+    with pytest.raises(BrokerUnavailable, match=r"a Redis user of their own, see docs/topologies\.md"):
+        StepQueue(connection).locked("batch_1")
