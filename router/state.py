@@ -100,7 +100,8 @@ class RouterState:
                 log.warning("cut_short", open_requests=len(self.requests), transfers=self.transfers.open)
                 self.requests.fail_all(
                     ShuttingDown(
-                        "this router shut down before the answer was complete; send the request again",
+                        "this router shut down before the answer was complete; ask another one for the rest if it is "
+                        "kept, or else send the request again",
                         retry_after_s=RETRY_AFTER_SHUTDOWN_S,
                     )
                 )

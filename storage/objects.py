@@ -16,6 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from queue_schemas import CannotStart, StoreUnavailable
+from telemetry import get_logger
 
 from .failures import ObjectMissing, store_errors
 from .settings import StorageSettings
@@ -23,6 +24,9 @@ from .writing import SCRATCH, LocalWriter, ObjectWriter, RemoteWriter, sync_fold
 
 PIECE_BYTES = 1 << 20
 """How much is read at a time."""
+_DELETE_TRIES = 5
+
+log = get_logger(__name__)
 
 
 class Writer(Protocol):
@@ -141,12 +145,20 @@ class ObjectStore:
             self._sync(folder)
 
     def delete_below(self, folder: str) -> None:
-        """Remove everything below ``folder``, and it."""
-        try:
-            with store_errors(folder, reading=True):
-                self._files.rm(self._path(folder), recursive=True)
-        except ObjectMissing:
-            return
+        """Remove everything below ``folder``, and it, whoever adds to it or takes from it meanwhile."""
+        for left in reversed(range(_DELETE_TRIES)):
+            try:
+                with store_errors(folder, reading=True):
+                    self._files.rm(self._path(folder), recursive=True)
+            except ObjectMissing:
+                log.debug("store_not_there", folder=folder)  # it, or something in it that went meanwhile
+            except StoreUnavailable:
+                if self._folder is None or not left:
+                    raise
+            if self._folder is None or not (self._folder / folder).exists():
+                break
+        else:
+            raise StoreUnavailable("the file store cannot be used now (others write what is removed); try again")
         if self._folder is not None:
             self._sync((self._folder / folder).parent)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from queue_schemas import CannotStart, StoreFull, StoreUnavailable
@@ -68,6 +69,25 @@ def test_names_are_listed_and_removed(store: ObjectStore) -> None:
     store.delete_below("x/c")
     store.delete_below("x/c")
     assert store.names("x") == ["b"]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), OSError(errno.ENOTEMPTY, "Directory not empty")])
+def test_a_folder_goes_whole_whoever_works_in_it_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """What another takes away, or adds, while a folder is removed leaves nothing else of it behind."""
+    store = ObjectStore.open(StorageSettings(url=str(tmp_path)))
+    store.put("x/secrets", b"1")
+    remove, failures = LocalFileSystem.rm, [error]
+
+    def raced(self: LocalFileSystem, path: str, recursive: bool) -> None:
+        if failures:
+            raise failures.pop()
+        remove(self, path, recursive=recursive)
+
+    monkeypatch.setattr(LocalFileSystem, "rm", raced)
+    store.delete_below("x")
+    assert store.names("") == [".writing"]
 
 
 def test_a_full_disk_and_a_refusing_one_have_words_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
