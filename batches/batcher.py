@@ -212,7 +212,8 @@ class Batcher:
             if following.pause_s > 0:
                 await in_thread(lambda: self._steps.pause(batch_id, int(following.pause_s * 1000)))
             await in_thread(lambda: self._steps.unlock(batch_id, token))
-            if following.what and not following.pause_s:
+            # Sweeps of two batchers may both have given it a step: of two that follow each other one is enough.
+            if following.what and not following.pause_s and batch_id not in await in_thread(self._steps.waiting):
                 number = int(self._desk.now_s() * 1000)
                 await in_thread(lambda: self._steps.put(tenant, batch_id, following.what, number))
         except BrokerUnavailable as error:

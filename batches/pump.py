@@ -55,6 +55,8 @@ _BLOCK_MS = 200
 _SHARED_BLOCK_MS = 40
 _HOLD_S = 1.0
 """How long nothing is sent after the queue had no room."""
+_IDLE_S = 0.5
+"""How long a batch is left alone, at least, that has nothing to do while others wait: together they would not rest."""
 _FIRST_CHUNK_S, _CHUNKS_PER_AGE = 2.0, 20
 """Results are stored after 2 s, or a twentieth of the batch's age, and ``chunk_ms`` at the latest."""
 
@@ -134,7 +136,9 @@ class Pump:
             quiet = self._caught_up and (held or not self._room)
             if self._unheard:
                 continue  # whether their answers are there is a question of one more look
-            if tick() >= until_s or self._desk.stopping or (shared and quiet and not self.moved):
+            if shared and quiet and not self.moved:
+                return _IDLE_S
+            if tick() >= until_s or self._desk.stopping:
                 return 0
 
     # What is known

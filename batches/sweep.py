@@ -66,13 +66,13 @@ class Sweep:
         return given
 
     def _give(self, tenant: Tenant, batch_id: str) -> bool:
-        if self._desk.batches.get(tenant, batch_id) is None:
+        if self._desk.batches.asked(tenant, batch_id) is None:
             now_ms = self._desk.now_s() * 1000
             if now_ms - self._stray.setdefault(batch_id, now_ms) > STRAY_MS:
                 self._desk.batches.retire(tenant, batch_id)
                 log.info("stray_mark_removed", batch=batch_id)
             return False
         if batch_id in self._seen:
-            log.info("batch_taken_up_again", batch=batch_id)
+            log.debug("batch_taken_up_again", batch=batch_id)
         self._steps.put(tenant, batch_id, "next step", int(self._desk.now_s() * 1000))
         return True

@@ -49,7 +49,7 @@ class Upkeep:
         found = set()
         for tenant, batch_id in self._desk.batches.live():
             found |= {file_of(batch_id, kind) for kind in ("output", "error")}
-            batch = self._desk.batches.get(tenant, batch_id)
-            if batch is not None:
-                found.add(batch.request.input_file_id)
+            asked = self._desk.batches.asked(tenant, batch_id)
+            if asked is not None:
+                found.add(asked.input_file_id)
         return found

@@ -205,8 +205,11 @@ def _remove(files: Files, batches: Batches, record: FileRecord) -> None:
     for tenant, batch_id in batches.live():
         if tenant != record.tenant:
             continue
+        asked = batches.asked(tenant, batch_id)
+        if asked is None or asked.input_file_id != record.id:
+            continue
         batch = batches.get(tenant, batch_id)
-        if batch is not None and not batch.ended and batch.request.input_file_id == record.id:
+        if batch is not None and not batch.ended:
             raise Conflict(f"{batch_id} still reads it: wait for the batch to end, or cancel it first", param="file_id")
     files.delete(record)
 

@@ -19,14 +19,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from queue_schemas import Tenant
+from telemetry import get_logger
 
 from .names import BATCH, folder_of, is_id, tenant_of
 from .objects import ObjectStore
 
 _LIVE = "live"
+
+log = get_logger(__name__)
 
 
 class BatchStatus(StrEnum):
@@ -122,20 +125,28 @@ class Batches:
         self._store.put(self.name(tenant, request.id, "request"), request.model_dump_json().encode())
 
     def get(self, tenant: Tenant, batch_id: str) -> Batch | None:
-        """The batch; None if the tenant has none of that id."""
-        if not is_id(batch_id, BATCH):
+        """The batch; None if the tenant has none of that id. Raises ``ValidationError`` if what was asked, or its end,
+        is damaged."""
+        data = self._store.get(self.name(tenant, batch_id, "request")) if is_id(batch_id, BATCH) else None
+        if data is None:
             return None
-        asked = self._store.get(self.name(tenant, batch_id, "request"))
-        if asked is None:
-            return None
-        progress = self._store.get(self.name(tenant, batch_id, "end"))
-        progress = progress or self._store.get(self.name(tenant, batch_id, "progress"))
+        request = BatchRequest.model_validate_json(data)
+        end = self._store.get(self.name(tenant, batch_id, "end"))
+        progress = self._progress(tenant, batch_id) if end is None else BatchProgress.model_validate_json(end)
         cancel = self._store.get(self.name(tenant, batch_id, "cancel"))
-        return Batch(
-            BatchRequest.model_validate_json(asked),
-            BatchProgress() if progress is None else BatchProgress.model_validate_json(progress),
-            None if cancel is None else int(cancel),
-        )
+        if cancel is None:
+            return Batch(request, progress, None)
+        return Batch(request, progress, int(cancel) if cancel.isdigit() else request.created_at)
+
+    def asked(self, tenant: Tenant, batch_id: str) -> BatchRequest | None:
+        """What was asked of the batch; for who looks at many, as one that is damaged keeps nothing from the others: it
+        is None too, and the log says so."""
+        data = self._store.get(self.name(tenant, batch_id, "request")) if is_id(batch_id, BATCH) else None
+        try:
+            return None if data is None else BatchRequest.model_validate_json(data)
+        except ValidationError as error:
+            log.error("batch_damaged", batch=batch_id, tenant=tenant, errors=error.error_count())
+            return None
 
     def page(self, tenant: Tenant, *, after: str = "", limit: int = 20) -> tuple[list[Batch], bool]:
         """Up to ``limit`` batches, newest first, behind the one called ``after``, and whether there are more."""
@@ -145,7 +156,11 @@ class Batches:
                 continue
             if len(page) == limit:
                 return page, True
-            batch = self.get(tenant, batch_id)
+            try:
+                batch = self.get(tenant, batch_id)
+            except ValidationError as error:
+                log.error("batch_damaged", batch=batch_id, tenant=tenant, errors=error.error_count())
+                continue
             if batch is not None:
                 page.append(batch)
         return page, False
@@ -175,6 +190,15 @@ class Batches:
     def retire(self, tenant: Tenant, batch_id: str) -> None:
         """Take the mark away of a batch that has ended."""
         self._store.delete([_live(tenant, batch_id)])
+
+    def _progress(self, tenant: Tenant, batch_id: str) -> BatchProgress:
+        """What is damaged counts as none: the batcher writes it anew."""
+        data = self._store.get(self.name(tenant, batch_id, "progress"))
+        try:
+            return BatchProgress() if data is None else BatchProgress.model_validate_json(data)
+        except ValidationError as error:
+            log.error("batch_progress_damaged", batch=batch_id, tenant=tenant, errors=error.error_count())
+            return BatchProgress()
 
     @staticmethod
     def name(tenant: Tenant, batch_id: str, part: str) -> str:

@@ -10,7 +10,9 @@ import pytest
 import redis
 
 from batches.rq_queue import StepJob, StepQueue
+from batches.sweep import STRAY_MS
 from queue_schemas import BrokerUnavailable
+from storage import Batches, BatchStatus
 from tests.support.batches import ACME, line
 
 from .scene import Scene, opened
@@ -129,3 +131,46 @@ def test_a_redis_user_without_the_rights_is_told_what_to_do(monkeypatch: pytest.
     monkeypatch.setattr(connection, "exists", refuse)
     with pytest.raises(BrokerUnavailable, match=r"a Redis user of their own, see docs/topologies\.md"):
         StepQueue(connection).locked("batch_1")
+
+
+async def test_a_damaged_record_keeps_nothing_from_other_batches(scene: Scene) -> None:
+    """Neither the sweep nor a list ends at it; its mark goes like that of a batch that never came."""
+    damaged, whole = scene.submit([line(1)]), scene.submit([line(1)])
+    scene.shelf.store.put(Batches.name(ACME, damaged, "request"), b"\0\0")
+    assert scene.sweep.once() == [whole]
+    assert [batch.request.id for batch in scene.shelf.batches.page(ACME)[0]] == [whole]
+    scene.now += 2 * STRAY_MS / 1000
+    for _ in range(2):
+        scene.sweep.once()
+    assert scene.shelf.batches.live() == [(ACME, whole)]
+
+
+async def test_progress_and_cancel_that_are_damaged_do_no_harm(scene: Scene) -> None:
+    """Progress is written anew; that there is a cancel counts, not what it says."""
+    one, other = scene.submit([line(1)]), scene.submit([line(1)])
+    scene.shelf.store.put(Batches.name(ACME, one, "progress"), b"\0\0")
+    scene.shelf.store.put(Batches.name(ACME, other, "cancel"), b"")
+    assert (await scene.end(one)).progress.completed == 1
+    assert (await scene.end(other)).progress.status is BatchStatus.CANCELLED
+
+
+async def test_batches_that_wait_for_answers_rest(scene: Scene) -> None:
+    """While others have a step on the queue, one that finds nothing to do comes back after a pause, not at once."""
+    first, second = scene.submit([line(1)]), scene.submit([line(1)])
+    await scene.until(first, lambda batch: batch.progress.status is BatchStatus.IN_PROGRESS)
+    for _ in range(2):
+        await scene.step(first)
+    scene.steps.queue.empty()
+    scene.steps.put(ACME, second, "next step", 1)
+    await scene.batcher.advance(ACME, first)
+    assert scene.steps.waiting() == {second}
+    assert scene.steps.held([first]) == {first}
+    assert (await scene.end(first)).progress.completed == 1
+
+
+async def test_a_batch_that_was_given_two_steps_has_one_soon(scene: Scene) -> None:
+    """By the sweeps of two batchers at once: a step that finds another of its batch on the queue leaves it at that."""
+    batch_id = scene.submit([line(1)])
+    scene.steps.put(ACME, batch_id, "next step", 1)
+    await scene.batcher.advance(ACME, batch_id)
+    assert scene.steps.queue.get_job_ids() == [f"{batch_id}-1"]
