@@ -64,7 +64,7 @@ def status_of_output(state: State, frames: Iterable[Frame]) -> ResponseStatus:
     finish: object = None
     for frame in frames:
         for chunk in reader.feed(frame):
-            finish = finish_of(chunk) or finish
+            finish = finish or finish_of(chunk)
     return "failed" if reader.failure else status_of_finish(finish)[0]
 
 

@@ -120,7 +120,7 @@ class ObjectStore:
                 found = self._files.ls(self._path(below), detail=False)
         except ObjectMissing:
             return []
-        names = {PurePosixPath(str(path)).name for path in found}
+        names = {str(path).rstrip("/").rpartition("/")[2] for path in found}  # as there may be very many of them
         return sorted(names - {PurePosixPath(below).name} if self._folder is None else names)
 
     def sizes(self, below: str) -> dict[str, int]:

@@ -21,11 +21,11 @@ class Limits:
 def next_turns(
     next_at_ms: Mapping[DeliveryKey, int], running: Collection[DeliveryKey], now_ms: int, limits: Limits
 ) -> list[DeliveryKey]:
-    """Which of the pending deliveries to begin now, beside those that run."""
+    """Which of the pending deliveries, given oldest first, to begin now, beside those that run."""
     endpoints = Counter((key.tenant, key.endpoint_id) for key in running)
     tenants = Counter(key.tenant for key in running)
     due = [key for key, at_ms in next_at_ms.items() if at_ms <= now_ms and key not in running]
-    due.sort(key=lambda key: (next_at_ms[key], key.event_id))
+    due.sort(key=next_at_ms.__getitem__)  # of one time, as they are given
     chosen: list[DeliveryKey] = []
     for key in due:
         if len(running) + len(chosen) >= limits.all:

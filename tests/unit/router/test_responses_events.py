@@ -256,3 +256,14 @@ def test_whatever_an_engine_says_every_event_is_one(pieces: list[bytes]) -> None
     for event in events:
         check_event(event)
     assert events[-1]["response"]["status"] in ("completed", "incomplete", "failed")
+
+
+@pytest.mark.parametrize("finishes", [("stop", "length"), ("length", "stop"), ("error", "stop")])
+def test_of_several_ends_both_tell_the_first(finishes: tuple[str, str]) -> None:
+    """The response and its webhook do not say different things of an engine that says two."""
+    frames = _frames([*TEXT, *(_chunk({}, finish) for finish in finishes), _usage(), DONE])
+    made = ResponseEvents(Asked(JOB, 1, REQUEST))
+    made.begin()
+    for frame in frames:
+        made.feed(frame)
+    assert made.status == status_of_output(State.DONE, frames)
