@@ -14,6 +14,8 @@ import orjson
 
 USAGE = ("input_tokens", "output_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
 _NO_USAGE = (0,) * len(USAGE)
+_LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
+"""Signs of text where Python's ``splitlines``, and with it the SDK's ``iter_lines``, would cut a line in two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,10 @@ def unanswered(line: int, request_id: str, custom_id: str, code: str, message: s
 
 def _line(request_id: str, custom_id: str, response: Any, error: Any) -> bytes:
     line = {"id": request_id, "custom_id": custom_id, "response": response, "error": error}
-    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    text = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    for sign, escaped in _LINE_ENDS:
+        text = text.replace(sign, escaped)
+    return text
 
 
 def usage_of(answer: Any) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,3 +137,12 @@ def test_both_apis_words_for_usage_are_understood() -> None:
     odd = b'{"usage":{"prompt_tokens":"3","completion_tokens":-1,"total_tokens":true}}'
     found = [answered(1, "r", "c", 200, "application/json", body).usage for body in (chat, response, odd, b"[]")]
     assert found == [(3, 4, 7, 1, 0), (3, 4, 9, 0, 2), (0, 0, 0, 0, 0), (0, 0, 0, 0, 0)]
+
+
+@pytest.mark.parametrize("body", ['{"text": "a\u2028b\u2029c\x85d"}', "a\u2028b\u2029c\x85d"], ids=["JSON", "text"])
+def test_a_line_of_a_file_is_one_line_to_every_reader(body: str) -> None:
+    """The SDK's ``iter_lines`` cuts where ``str.splitlines`` does, also at signs that JSON lets stand."""
+    text = answered(1, "r", "id\u2028", 200, "application/json", body.encode()).text.decode()
+    assert text.splitlines() == [text.removesuffix("\n")]
+    shown = json.loads(text)["response"]["body"]
+    assert (shown["text"] if isinstance(shown, dict) else shown) == "a\u2028b\u2029c\x85d"
