@@ -21,10 +21,13 @@ from .ends import batch_ended
 from .merge import merge, publish_files
 from .pump import Pump
 from .rq_queue import StepQueue
+from .settings import BatchSettings
 from .validate import validate
 
 STEP_LIMIT_S = 60.0
 """After so long a step is given up, wherever it hangs."""
+ROUND_MS, SHORTEST_STEP_MS = 10_000, 50
+"""How long a round of steps, one of each batch that waits, is to take at most, as far as steps of that length allow."""
 MOST_FAILURES = 200
 """Steps that fail one after the other for a reason that we do not understand, until the batch is failed."""
 _WORDS = {
@@ -107,13 +110,13 @@ class Batcher:
     async def _do(self, batch: Batch, folder: Folder, work: Work) -> float:
         """One step's work. The seconds after which to go on."""
         desk, settings = self._desk, self._desk.settings
-        shared = await in_thread(self._steps.others_wait)
-        until = desk.tick_s() + (settings.shared_step_ms if shared else settings.step_ms) / 1000
+        others = await in_thread(self._steps.others_wait)
+        until = desk.tick_s() + step_limit_ms(settings, others) / 1000
         match work.phase:
             case Phase.READ | Phase.COMPARE:
                 return await validate(desk, batch, folder, work, until)
             case Phase.PUMP:
-                return await Pump(desk, batch, folder, work).run(until, shared=shared)
+                return await Pump(desk, batch, folder, work).run(until, shared=others > 0)
             case Phase.MERGE | Phase.REST:
                 await merge(desk, batch, folder, work)
             case Phase.END:
@@ -240,6 +243,13 @@ class Batcher:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+def step_limit_ms(settings: BatchSettings, others: int) -> float:
+    """How long a step takes while so many wait: a small batch's turn comes soon behind however many large ones."""
+    if not others:
+        return settings.step_ms
+    return min(settings.shared_step_ms, max(SHORTEST_STEP_MS, ROUND_MS / others))
 
 
 def _describe(work: Work) -> str:

@@ -145,10 +145,10 @@ class OwnQueue:
             if self.connection.get(key) == token.encode():
                 self.connection.delete(key)
 
-    def others_wait(self) -> bool:
-        """Whether any job is on the queue."""
+    def others_wait(self) -> int:
+        """How many jobs are on the queue."""
         with _errors():
-            return bool(self.queue.count)
+            return int(self.queue.count)
 
 
 class StepQueue(OwnQueue):

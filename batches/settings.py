@@ -35,7 +35,9 @@ class BatchSettings(RoleSettings):
     )
     expiry_scan_ms: int = Field(60_000, ge=20, description="How often files whose time is over are removed")
     step_ms: int = Field(2_000, ge=10, le=8_000, description="How long one step of a batch takes while none else waits")
-    shared_step_ms: int = Field(500, ge=10, le=8_000, description="The same while other batches wait for their step")
+    shared_step_ms: int = Field(
+        500, ge=10, le=8_000, description="The same while other batches wait for their step; less where many do"
+    )
     lock_ms: int = Field(
         10_000, ge=500, le=60_000, description="After so long the step of a batcher that died counts as over"
     )

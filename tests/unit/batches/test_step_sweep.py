@@ -9,6 +9,8 @@ import fakeredis
 import pytest
 import redis
 
+from batches import BatchSettings
+from batches.batcher import step_limit_ms
 from batches.rq_queue import StepJob, StepQueue
 from batches.sweep import STRAY_MS
 from queue_schemas import BrokerUnavailable
@@ -174,3 +176,10 @@ async def test_a_batch_that_was_given_two_steps_has_one_soon(scene: Scene) -> No
     scene.steps.put(ACME, batch_id, "next step", 1)
     await scene.batcher.advance(ACME, batch_id)
     assert scene.steps.queue.get_job_ids() == [f"{batch_id}-1"]
+
+
+def test_a_turn_comes_soon_however_many_batches_are_live() -> None:
+    """Steps are shorter the more batches wait, down to a limit below which they would only begin and end."""
+    settings = BatchSettings(step_ms=2_000, shared_step_ms=500)
+    assert [step_limit_ms(settings, others) for others in (0, 1, 20, 100, 1_000)] == [2_000, 500, 500, 100, 50]
+    assert step_limit_ms(BatchSettings(shared_step_ms=20), 1_000) == 20
