@@ -6,7 +6,7 @@ API does not know (an engine's own, such as ``top_k``) travel along.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,15 @@ MAX_METADATA = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 LOGPROBS = "message.output_text.logprobs"
+_INCLUDES = frozenset(
+    {
+        LOGPROBS, "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
+        "message.input_image.image_url", "reasoning.encrypted_content", "web_search_call.action.sources",
+        "web_search_call.results",
+    }
+)  # fmt: skip
+"""What the vendor's API knows. But for the first they are about what no answer here has."""
+_FORMAT = frozenset({"type", "name", "schema", "strict", "description"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _TIERS = ("auto", "default", "flex", "scale", "priority", "fast", "ultrafast")
 
@@ -137,8 +146,18 @@ def _check_the_rest(request: Json) -> None:
     if optional_bool(request, "store") is False and request.get("background"):
         raise wrong("store", "cannot be false with background, whose answer is kept until it is fetched: leave it out")
     for place, name in enumerate(optional_list(request, "include")):
-        if type(name) is not str:
-            raise wrong(f"include[{place}]", "must be text")
+        if type(name) is not str or name not in _INCLUDES:
+            raise wrong(f"include[{place}]", f"must be one of {', '.join(sorted(_INCLUDES))}")
+    text = optional_object(request, "text")
+    _check_known(text, {"format", "verbosity"}, "text.")
+    _check_known(optional_object(text, "format", "text."), _FORMAT, "text.format.")
+    _check_known(optional_object(request, "reasoning"), {"effort", "summary", "generate_summary"}, "reasoning.")
+
+
+def _check_known(given: Json, names: Collection[str], at: str) -> None:
+    for name in given:
+        if name not in names:
+            raise wrong(f"{at}{name[:80]}", "is not known here: leave it out")
 
 
 def _response_format(request: Json) -> Json | None:
