@@ -51,6 +51,10 @@ MOST_GENERATIONS = 100
 _FIRST_LETTERS, _MOST_LETTERS = 16, 128
 _BYTES_READ = 8 << 20
 """How much is read from the mailbox at once, roughly: an answer may have megabytes."""
+_FIRST_LINES = 64
+"""Handed out before an answer has come, which tells how large they are: that of a short line may have megabytes."""
+_ANSWER_BYTES = 128 << 20
+"""How much the answers of a batch may take in Redis, should all that are expected come at once."""
 _BLOCK_MS = 200
 _SHARED_BLOCK_MS = 40
 _HOLD_S = 1.0
@@ -86,7 +90,7 @@ class Pump:
         """Lines whose job the queue says has ended, though no answer was read yet."""
         self._last = "0"
         self._caught_up = False
-        self._letters = _FIRST_LETTERS
+        self._letters = max(1, min(_FIRST_LETTERS, _BYTES_READ // max(work.answer_bytes, 1)))
         self._hold_until = 0.0
         self._input: FileRecord | None = None
         self._lines: InputLines | None = None
@@ -154,9 +158,15 @@ class Pump:
         return (
             not work.read_all
             and work.outcome is None
-            and self._in_flight < settings.window_lines
+            and self._in_flight < min(settings.window_lines, self._most_answers)
             and self._in_flight_bytes < settings.window_bytes
         )
+
+    @property
+    def _most_answers(self) -> int:
+        """How many answers there is room for in Redis, by the size of those that have come."""
+        size = self._work.answer_bytes
+        return max(1, _ANSWER_BYTES // size) if size else _FIRST_LINES
 
     @property
     def _is_full(self) -> bool:
@@ -256,6 +266,7 @@ class Pump:
     def _keep(self, result: Result, line: OpenLine) -> None:
         """A line has a result, which is to be stored."""
         self._results[result.line] = result
+        self._work.answered(len(result.text))
         self._result_bytes += len(result.text)
         self._in_flight_bytes -= line.end - line.offset
         self._unheard.pop(result.line, None)

@@ -85,6 +85,8 @@ class Work(BaseModel):
     """Lines behind the next one whose result is stored already."""
     chunk: int = 0
     """Chunks with a lower number are accounted for."""
+    answer_bytes: int = 0
+    """The largest answer of late, fading; 0: none has come."""
     stored_at: float = 0
     run_id: str = ""
     """The run of Redis that has the open lines."""
@@ -92,6 +94,10 @@ class Work(BaseModel):
     """When it was decided to hand out no more lines; 0: it was not."""
     outcome: BatchStatus | None = None
     merge: Merge | None = None
+
+    def answered(self, size_bytes: int) -> None:
+        """Note how large an answer was."""
+        self.answer_bytes = max(size_bytes, self.answer_bytes - self.answer_bytes // 16)
 
     def publish(self, status: BatchStatus, **changes: object) -> None:
         """Change what the world sees."""

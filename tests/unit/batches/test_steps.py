@@ -324,6 +324,19 @@ async def test_large_answers_are_not_all_read_at_once(scene: Scene, monkeypatch:
     assert max(asked) <= 6
 
 
+async def test_large_answers_do_not_fill_redis(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many lines are on the queue at once is bounded by the size of their answers, before it is known by a few."""
+    monkeypatch.setattr("batches.pump._FIRST_LINES", 8)
+    monkeypatch.setattr("batches.pump._ANSWER_BYTES", 1_000_000)
+    batch_id = scene.submit(lines(40))
+    most = []
+    while not (await scene.step(batch_id)).ended:
+        most.append(await scene.run_jobs(lambda _: (200, {"text": "x" * 240_000})))
+    assert max(most) == 8
+    assert max(most[most.index(8) + 1 :]) == 4
+    assert set(scene.output(scene.shelf.batch(batch_id))) == names(40)
+
+
 async def test_a_tenant_over_its_budget_waits(tmp_path: Path) -> None:
     """The queue has no room: nothing is lost, and what fits goes on."""
     from broker import Broker, Budgets  # noqa: PLC0415
