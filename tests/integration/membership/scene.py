@@ -198,7 +198,7 @@ class TwoManagers(Fleet):
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
-        self.managers = [self.manager, self._add("manager-2", "manager.service", self._manager_flags | self._second)]
+        self.managers = [self.manager, self.add("manager-2", "manager.service", self._manager_flags | self._second)]
         self.routers = [self.router, self.another_router("router-2", manager_url=self.managers[1].url)]
         return self
 
