@@ -20,10 +20,12 @@ from telemetry import get_logger
 
 from .failures import ObjectMissing, store_errors
 from .settings import StorageSettings
-from .writing import SCRATCH, LocalWriter, ObjectWriter, RemoteWriter, sync_folder
+from .writing import SCRATCH, LocalWriter, ObjectWriter, RemoteWriter, make_folder, sync_folder
 
 PIECE_BYTES = 1 << 20
 """How much is read at a time."""
+MARK = ".inferq-store"
+"""An empty object at the root of a folder: where it is not, the folder is another one, or its disk is not mounted."""
 _DELETE_TRIES = 5
 
 log = get_logger(__name__)
@@ -44,6 +46,7 @@ class ObjectStore:
         self._files = filesystem
         self._root = root.rstrip("/")
         self._folder = Path(root) if isinstance(filesystem, LocalFileSystem) else None
+        self._mark_seen = False
 
     @classmethod
     def open(cls, settings: StorageSettings) -> ObjectStore:
@@ -69,6 +72,7 @@ class ObjectStore:
     def begin(self, name: str, *, private: bool = False) -> ObjectWriter:
         """Write an object piece by piece; whoever begins must commit or discard."""
         if self._folder is not None:
+            self._look_for_mark(writing=True)
             return LocalWriter(self._folder, name, private=private)
         return RemoteWriter(self._files, self._path(name), name)
 
@@ -89,6 +93,7 @@ class ObjectStore:
             with store_errors(name, reading=True):
                 return bytes(self._files.cat_file(self._path(name)))
         except ObjectMissing:
+            self._look_for_mark()
             return None
 
     def get_many(self, names: Sequence[str]) -> list[bytes | None]:
@@ -101,8 +106,12 @@ class ObjectStore:
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes ``start`` to ``end`` (exclusive) of an object. Raises ``ObjectMissing``."""
-        with store_errors(name, reading=True):
-            return bytes(self._files.cat_file(self._path(name), start=start, end=end))
+        try:
+            with store_errors(name, reading=True):
+                return bytes(self._files.cat_file(self._path(name), start=start, end=end))
+        except ObjectMissing:
+            self._look_for_mark()
+            raise
 
     @contextmanager
     def reader(self, name: str, start: int = 0) -> Iterator[BinaryIO]:
@@ -119,16 +128,21 @@ class ObjectStore:
             with store_errors(below, reading=True):
                 found = self._files.ls(self._path(below), detail=False)
         except ObjectMissing:
+            self._look_for_mark()
             return []
         names = {str(path).rstrip("/").rpartition("/")[2] for path in found}  # as there may be very many of them
-        return sorted(names - {PurePosixPath(below).name} if self._folder is None else names)
+        return sorted(names - {MARK if self._folder is not None else PurePosixPath(below).name})
 
     def sizes(self, below: str) -> dict[str, int]:
         """Every object below ``below``, however deep, by its full name, with its size in bytes."""
         with store_errors(below):
             found = self._files.find(self._path(below), detail=True)
+        if not found:
+            self._look_for_mark()
         start = len(self._root) + 1
-        return {str(path)[start:]: int(facts["size"]) for path, facts in found.items()}
+        sizes = {str(path)[start:]: int(facts["size"]) for path, facts in found.items()}
+        sizes.pop(MARK, None)
+        return sizes
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; those that are not there are none to remove."""
@@ -187,6 +201,23 @@ class ObjectStore:
         if self.get(name) != b"inferq":
             raise StoreUnavailable("the file store does not give back what was written to it; check its URL")
         self.delete([name])
+
+    def _look_for_mark(self, *, writing: bool = False) -> None:
+        """A folder that is away must not seem an empty one, nor be made anew where its disk was mounted: called where
+        something is not there, and before anything is written. Raises ``StoreUnavailable``."""
+        if self._folder is None:
+            return
+        mark = self._folder / MARK
+        with store_errors(MARK):
+            if mark.exists():
+                self._mark_seen = True
+            elif self._mark_seen:
+                raise StoreUnavailable("the file store's folder is not there now: is its disk mounted?")
+            elif writing:
+                make_folder(self._folder, self._folder)
+                mark.touch(0o660)
+                sync_folder(self._folder)
+                self._mark_seen = True
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

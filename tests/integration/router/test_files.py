@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from storage.objects import MARK
 from tests.support.processes import Child, free_port
 from tests.support.waiting import eventually
 
@@ -64,7 +65,7 @@ class Process:
 
     def lying(self) -> list[Path]:
         """What lies in the store."""
-        return [path for path in self.store.rglob("*") if path.is_file()]
+        return [path for path in self.store.rglob("*") if path.is_file() and path.name != MARK]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +168,30 @@ def test_a_url_that_cannot_be_used_is_told_at_once() -> None:
     """An unknown scheme is refused with what to give instead."""
     with pytest.raises(CannotStart, match="give a folder"):
         ObjectStore.open(StorageSettings(url="gopher://somewhere/else"))
+
+
+def test_a_folder_that_is_away_is_no_empty_store(tmp_path: Path) -> None:
+    """A disk that is not mounted any more: what was there does not seem gone, and nothing is written in its place. Once
+    it is back, all is as before."""
+    folder = tmp_path / "store"
+    store = ObjectStore.open(StorageSettings(url=str(folder)))
+    store.put("a/b", b"1")
+    for instead in (False, True):
+        folder.rename(tmp_path / "away")
+        if instead:
+            folder.mkdir()
+        calls: list[Callable[[], object]] = [
+            lambda: store.get("a/b"),
+            lambda: store.read("a/b", 0, 1),
+            lambda: store.names("a"),
+            lambda: store.sizes("a"),
+            lambda: store.put("a/c", b"2"),
+        ]
+        for call in calls:
+            with pytest.raises(StoreUnavailable, match="is its disk mounted"):
+                call()
+        if instead:
+            folder.rmdir()
+        (tmp_path / "away").rename(folder)
+        assert store.get("a/b") == b"1"
+        assert store.get("a/c") is None
