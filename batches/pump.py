@@ -47,6 +47,8 @@ from .input import InputGone, InputLines, read_range
 from .validate import input_deleted
 
 MOST_GENERATIONS = 100
+_BUSY = frozenset({429, 502, 503, 504})
+_LONGEST_BUSY_MS = 60_000
 """Jobs of one line whose answer was lost; then the line failed."""
 _FIRST_LETTERS, _MOST_LETTERS = 16, 128
 _BYTES_READ = 8 << 20
@@ -251,13 +253,20 @@ class Pump:
             return
         self.moved = True
         request_id = request_of(self._batch.request.id, item.line)
+        if self._work.outcome is None and _asks_again(item):
+            if item.generation < line.generation:
+                return  # it was sent again since
+            if line.generation + 1 < self._settings.busy_tries:
+                self._again(item.line, line, pause_s=self._busy_pause_s(line.generation))
+                return
         if isinstance(item, Answer):
             answer = answered(item.line, request_id, line.custom_id, item.status, item.content_type, item.body)
         elif item.kind is MarkerKind.DEAD:
             message = f"the line was given up: {item.reason}"
             answer = unanswered(item.line, request_id, line.custom_id, "attempts_exhausted", message)
         elif self._work.outcome is None and item.kind is MarkerKind.CANCELLED:
-            self._again(item.line, line)  # by the queue, while no mailbox was there: not because anybody wanted it
+            if item.generation == line.generation:
+                self._again(item.line, line)  # by the queue, while no mailbox was there: nobody wanted it
             return
         else:
             return  # as the batch ends: what becomes of it is said of all such lines at once
@@ -280,15 +289,21 @@ class Pump:
             if number in self._work.open and number not in self._results:
                 self._again(number, self._work.open[number])
 
-    def _again(self, number: int, line: OpenLine) -> None:
-        """A line's answer is lost: it runs once more, as another job."""
+    def _busy_pause_s(self, tries: int) -> float:
+        doubled: int = self._settings.busy_ms << min(tries, 16)
+        return min(doubled, _LONGEST_BUSY_MS) / 1000
+
+    def _again(self, number: int, line: OpenLine, *, pause_s: float = 0) -> None:
+        """A line has no answer that counts: it runs once more, as another job, after a pause."""
         if line.generation + 1 >= MOST_GENERATIONS:
             request_id = request_of(self._batch.request.id, number)
             sentence = "the line's answer was lost too often; ask an operator to look at the queue's Redis"
             self._keep(unanswered(number, request_id, line.custom_id, "answer_lost", sentence), line)
             return
         self._desk.metrics.sent_again.inc()
-        self._work.open[number] = line._replace(generation=line.generation + 1, sent_at=0)
+        # What was silent for long is sent: a pause is the rest of such a silence.
+        sent_at = self._desk.now_s() - self._settings.silence_ms / 1000 + pause_s if pause_s else 0
+        self._work.open[number] = line._replace(generation=line.generation + 1, sent_at=sent_at)
         self._window.add(number, line.generation + 1)
 
     # Lines
@@ -430,6 +445,11 @@ class Pump:
         await self._store()
         self._work.open = {}
         self._work.phase = Phase.MERGE
+
+
+def _asks_again(item: Answer | Ended) -> bool:
+    """Whether an engine, or what stands before it, says that it is too busy, or not there yet."""
+    return isinstance(item, Answer) and item.status in _BUSY
 
 
 def _parse(raw: RawLine) -> tuple[str, bytes]:

@@ -49,6 +49,12 @@ class BatchSettings(RoleSettings):
     window_lines: int = Field(512, ge=1, le=50_000, description="Most lines of one batch on the queue at once")
     window_bytes: int = Field(8 * MIB, ge=1, description="Most bytes of them (a longer line goes alone)")
     max_attempts: int = Field(3, ge=1, le=100, description="How often a line is started before it is given up")
+    busy_tries: int = Field(
+        10, ge=1, le=50, description="How often a line is sent that engines answer with 429, 502, 503 or 504, in all"
+    )
+    busy_ms: int = Field(
+        1_000, ge=10, le=60_000, description="Pause before it is sent again; doubled each time, up to a minute"
+    )
     silence_ms: int = Field(
         30_000, ge=100, description="A line of which nothing was heard for so long is asked after on the queue"
     )

@@ -13,9 +13,10 @@ from .work import OpenLine
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An engine's whole answer to a line."""
+    """An engine's whole answer to a line; ``generation`` is that of the job which it answers."""
 
     line: int
+    generation: int
     status: int
     content_type: str
     body: bytes
@@ -23,9 +24,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The queue ended a line's job without an answer."""
+    """The queue ended a line's job without an answer; ``generation`` is the job's."""
 
     line: int
+    generation: int
     kind: MarkerKind
     reason: str
 
@@ -56,7 +58,7 @@ class Window:
     def __init__(self, batch_id: str, shard: int, lines: Mapping[int, OpenLine]) -> None:
         self._batch_id = batch_id
         self._shard = shard
-        self._lines: dict[JobId, int] = {}
+        self._jobs: dict[JobId, tuple[int, int]] = {}
         self._parts: dict[JobId, _Parts] = {}
         self._early: dict[JobId, Frame] = {}
         self._early_bytes = 0
@@ -67,7 +69,7 @@ class Window:
     def add(self, line: int, generation: int) -> JobId:
         """A job of a line is to be known; its id."""
         job_id = job_of(self._batch_id, self._shard, line, generation)
-        self._lines[job_id] = line
+        self._jobs[job_id] = (line, generation)
         return job_id
 
     def early(self, line: int) -> Answer | None:
@@ -76,28 +78,28 @@ class Window:
         if frame is None:
             return None
         self._early_bytes -= len(frame.data)
-        return Answer(line, frame.status, frame.content_type, frame.data)
+        return Answer(line, 0, frame.status, frame.content_type, frame.data)
 
     def forget(self, line: int, generation: int) -> None:
         """A line is done."""
         for number in range(generation + 1):
             job_id = job_of(self._batch_id, self._shard, line, number)
-            self._lines.pop(job_id, None)
+            self._jobs.pop(job_id, None)
             self._parts.pop(job_id, None)
 
     def take(self, news: Iterable[Frame | Marker], before: str) -> list[Answer | Ended]:
         """What one entry of the mailbox brings to an end; ``before`` is the id of the entry before it."""
         found: list[Answer | Ended] = []
         for item in news:
-            line = self._lines.get(item.job_id)
-            if line is None:
+            job = self._jobs.get(item.job_id)
+            if job is None:
                 self._keep_early(item)
                 continue
             if isinstance(item, Marker):
                 self._parts.pop(item.job_id, None)
                 if item.kind in (MarkerKind.DEAD, MarkerKind.CANCELLED, MarkerKind.EXPIRED):
-                    found.append(Ended(line, item.kind, item.reason))
-            elif (answer := self._whole(line, item, before)) is not None:
+                    found.append(Ended(*job, item.kind, item.reason))
+            elif (answer := self._whole(*job, item, before)) is not None:
                 found.append(answer)
         return found
 
@@ -114,9 +116,9 @@ class Window:
         kept = [parts.before for parts in self._parts.values()]
         return min((*kept, through), key=entry_order)
 
-    def _whole(self, line: int, frame: Frame, before: str) -> Answer | None:
+    def _whole(self, line: int, generation: int, frame: Frame, before: str) -> Answer | None:
         if frame.flags & HEAD and frame.flags & END:
-            return Answer(line, frame.status, frame.content_type, frame.data)
+            return Answer(line, generation, frame.status, frame.content_type, frame.data)
         parts = self._parts.get(frame.job_id)
         if frame.flags & HEAD:
             if parts is None or frame.epoch >= parts.epoch:
@@ -130,7 +132,7 @@ class Window:
         parts.pieces.append(frame.data)
         if not frame.flags & END:
             return None
-        return Answer(line, parts.status, parts.content_type, b"".join(parts.pieces))
+        return Answer(line, generation, parts.status, parts.content_type, b"".join(parts.pieces))
 
 
 def entry_order(entry_id: str) -> tuple[int, int]:

@@ -108,7 +108,9 @@ def test_an_answer_in_pieces_is_put_together_and_not_let_go_of() -> None:
     assert window.safe_to_drop("9-0") == "6-0"
     assert window.take([frame(job_id, 1, 0, b"x"), frame(job_id, 1, 0, b"b", epoch=2)], "7-0") == []
     assert window.take([frame(job_id, 1, 0, b"b", epoch=2)], "8-0") == []
-    assert window.take([frame(job_id, 2, END, b"c", epoch=2)], "9-0") == [Answer(7, 200, "text/event-stream", b"abc")]
+    assert window.take([frame(job_id, 2, END, b"c", epoch=2)], "9-0") == [
+        Answer(7, 0, 200, "text/event-stream", b"abc")
+    ]
     window.forget(7, 0)
     assert window.safe_to_drop("10-0") == "10-0"
 
@@ -118,9 +120,9 @@ def test_every_generation_of_a_line_may_answer_and_strangers_may_not() -> None:
     window = Window(BATCH, 0, {7: OpenLine(0, 10, "x", 2)})
     for generation in range(3):
         whole = frame(job_of(BATCH, 0, 7, generation), 0, HEAD | END, b"ok")
-        assert [found.line for found in window.take([whole], "0")] == [7]
+        assert [(found.line, found.generation) for found in window.take([whole], "0")] == [(7, generation)]
     dead = Marker(MarkerKind.DEAD, job_of(BATCH, 0, 7, 1), 4, "why")
-    assert window.take([dead], "0") == [Ended(7, MarkerKind.DEAD, "why")]
+    assert window.take([dead], "0") == [Ended(7, 1, MarkerKind.DEAD, "why")]
     assert window.take([Marker(MarkerKind.REQUEUED, dead.job_id, 5, "again")], "0") == []
     assert window.take([frame(job_of(BATCH, 0, 8, 0), 0, HEAD | END, b"early")], "0") == []
     early = window.early(8)

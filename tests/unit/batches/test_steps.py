@@ -15,7 +15,7 @@ from batches.core import job_of, mailbox_of
 from broker import Letter
 from queue_schemas import Incarnation, JobId, Outcome, StoreFull, Tenant
 from queue_schemas.keys import ShardKeys
-from storage import BatchStatus, writing
+from storage import Batch, BatchStatus, writing
 from tests.support.batches import jsonl, line
 from tests.support.queue import Puller
 
@@ -85,6 +85,51 @@ async def test_an_engines_error_is_a_line_of_the_error_file(scene: Scene) -> Non
     assert errors["line-5"]["response"]["status_code"] == 400
     assert errors["line-5"]["response"]["body"] == {"error": {"message": "no"}}
     assert set(scene.output(batch)) == names(20) - set(errors)
+
+
+async def test_an_engine_that_is_too_busy_costs_no_line(scene: Scene) -> None:
+    """A line that is answered with 429 or 503 is sent again after ever longer pauses, and has the answer that it gets
+    then; no sooner, however often the mailbox is read."""
+    asked: Counter[str] = Counter()
+
+    def engine(body: dict[str, Any]) -> tuple[int, Any]:
+        text = body["messages"][0]["content"]
+        asked[text] += 1
+        return (503 if asked[text] == 1 else 429, {"error": "busy"}) if asked[text] < 3 else (200, {"said": text})
+
+    batch_id = scene.submit(lines(6))
+    await scene.until(batch_id, lambda batch: batch.progress.status is BatchStatus.IN_PROGRESS, engine=engine)
+    for tries, pause_s in ((1, 0.9), (2, 1.9)):
+        for _ in range(4):
+            await scene.step(batch_id)
+            await scene.run_jobs(engine)
+        assert set(asked.values()) == {tries}
+        scene.now += pause_s
+        await scene.step(batch_id)
+        assert await scene.run_jobs(engine) == 0
+        scene.now += 0.2
+    batch = await scene.end(batch_id, engine=engine)
+    assert (batch.progress.completed, batch.progress.failed) == (6, 0)
+    assert set(scene.output(batch)) == names(6)
+    assert set(asked.values()) == {3}
+
+
+async def test_an_engine_that_stays_too_busy_is_believed(tmp_path: Path) -> None:
+    """After all its tries a line has that answer, in the error file."""
+    async with opened(tmp_path, busy_tries=3, busy_ms=10) as scene:
+        batch_id, asked = scene.submit(lines(2)), [0]
+
+        def engine(_: dict[str, Any]) -> tuple[int, Any]:
+            asked[0] += 1
+            return 503, {"error": "busy"}
+
+        def ended_later(batch: Batch) -> bool:
+            scene.now += 5
+            return batch.ended
+
+        batch = await scene.until(batch_id, ended_later, engine=engine)
+        assert {one["response"]["status_code"] for one in scene.errors(batch).values()} == {503}
+        assert (batch.progress.failed, asked[0]) == (2, 6)
 
 
 async def test_an_answer_that_is_no_json_does_not_break_the_file(scene: Scene) -> None:
