@@ -47,9 +47,10 @@ from .input import InputGone, InputLines, read_range
 from .validate import input_deleted
 
 MOST_GENERATIONS = 100
-_BUSY = frozenset({429, 502, 503, 504})
-_LONGEST_BUSY_MS = 60_000
 """Jobs of one line whose answer was lost; then the line failed."""
+_BUSY = frozenset({429, 502, 503, 504})
+"""What an engine answers that will take the line later."""
+_LONGEST_BUSY_MS = 60_000
 _FIRST_LETTERS, _MOST_LETTERS = 16, 128
 _BYTES_READ = 8 << 20
 """How much is read from the mailbox at once, roughly: an answer may have megabytes."""

@@ -119,7 +119,7 @@ def test_whole_requests_are_passed_on(tmp_path: Path) -> None:
         ("p.txt", "x", {"endpoint": "/v1/embeddings", "system": "s"}, "--system has no place"),
         ("p.txt", "x", {"endpoint": "/v1/embeddings", "max_tokens": 1}, "--max-tokens has no place"),
         ("g.jsonl.gz", b"not packed", {}, "g.jsonl.gz cannot be read"),
-        ("g.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 99)[:-9], {}, "g.jsonl.gz cannot be read"),
+        ("g.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 99, mtime=0)[:-9], {}, "g.jsonl.gz cannot be read"),
         ("x.parquet", "x", {}, "give --format"),
     ],
 )
