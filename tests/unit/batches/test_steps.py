@@ -351,22 +351,23 @@ async def test_jobs_are_cancelled_while_no_mailbox_is_there_and_sent_again(scene
     assert set(scene.output(batch)) == names(3)
 
 
-async def test_large_answers_are_not_all_read_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_large_answers_are_not_all_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is taken from the mailbox at a time is bounded by its size, whatever the engines say."""
-    asked: list[int] = []
-    read = scene.broker.read_mailbox
+    async with opened(tmp_path, window_lines=8, chunk_lines=5, step_ms=150) as scene:
+        asked: list[int] = []
+        read = scene.broker.read_mailbox
 
-    async def noted(shard: int, name: Incarnation, after: str, block_ms: int, count: int) -> list[Letter]:
-        asked.append(count)
-        return await read(shard, name, after, block_ms, count)
+        async def noted(shard: int, name: Incarnation, after: str, block_ms: int, count: int) -> list[Letter]:
+            asked.append(count)
+            return await read(shard, name, after, block_ms, count)
 
-    monkeypatch.setattr(scene.broker, "read_mailbox", noted)
-    monkeypatch.setattr("batches.pump._FIRST_LETTERS", 3)
-    monkeypatch.setattr("batches.pump._BYTES_READ", 1 << 20)
-    batch = await scene.end(scene.submit(lines(24)), engine=lambda _: (200, {"text": "x" * 400_000}))
-    assert set(scene.output(batch)) == names(24)
-    assert 2 in asked
-    assert max(asked) <= 6
+        monkeypatch.setattr(scene.broker, "read_mailbox", noted)
+        monkeypatch.setattr("batches.pump._FIRST_LETTERS", 3)
+        monkeypatch.setattr("batches.pump._BYTES_READ", 1 << 20)
+        batch = await scene.end(scene.submit(lines(24)), engine=lambda _: (200, {"text": "x" * 400_000}))
+        assert set(scene.output(batch)) == names(24)
+        assert 2 in asked
+        assert max(asked) <= 6
 
 
 async def test_large_answers_do_not_fill_redis(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
