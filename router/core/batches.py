@@ -12,11 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from queue_schemas import BadRequest, Tenant
 
-from .openai import INFERENCE_PATHS, MULTIPART_PATHS, json_type
+from .openai import INFERENCE_PATHS, MULTIPART_PATHS, json_type, read_object
 
 MOST_PAIRS, KEY_CHARS, VALUE_CHARS = 16, 64, 512
 SHORTEST_EXPIRY_S, LONGEST_EXPIRY_S = 3_600, 2_592_000
@@ -59,12 +57,7 @@ def batch_endpoints(paths: Collection[str]) -> tuple[str, ...]:
 
 def read_batch(body: bytes, endpoints: Collection[str], windows: Collection[str]) -> BatchAsked:
     """The batch that ``body`` asks for. Raises ``BadRequest`` that names the field at fault."""
-    try:
-        asked = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error.msg}" if body else "the body is empty") from None
-    if not isinstance(asked, dict):
-        raise BadRequest(f"the body must be a JSON object, not {json_type(asked)}")
+    asked = read_object(body)
     unknown = sorted(asked.keys() - _FIELDS)
     if unknown:
         raise BadRequest(

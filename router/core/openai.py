@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
@@ -175,6 +176,17 @@ def _wrong(param: str, value: object, expected: str, *, required: bool = False) 
     if value is None and required:
         return BadRequest(f"{param} is missing; it must be {expected}", param=param)
     return BadRequest(f"{param} must be {expected}, not {json_type(value)}", param=param)
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a request to one of the Router's own pages has as its body. Raises ``BadRequest``."""
+    try:
+        asked = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error.msg}" if body else "the body is empty") from None
+    if type(asked) is not dict:
+        raise BadRequest(f"the body must be a JSON object, not {json_type(asked)}")
+    return asked
 
 
 def json_type(value: object) -> str:

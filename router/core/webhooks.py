@@ -10,12 +10,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from queue_schemas import BadRequest
 from storage import ALL_EVENTS, EVENT_TYPES, UrlRules, check_url
 
-from .openai import json_type
+from .openai import json_type, read_object
 
 NAME_CHARS = 200
 KEEP_S = 86_400
@@ -77,12 +75,7 @@ def read_test(body: bytes) -> str:
 
 
 def _read(body: bytes, fields: Collection[str]) -> Mapping[str, Any]:
-    try:
-        asked = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error.msg}" if body else "the body is empty") from None
-    if not isinstance(asked, dict):
-        raise BadRequest(f"the body must be a JSON object, not {json_type(asked)}")
+    asked = read_object(body)
     unknown = sorted(asked.keys() - set(fields))
     if unknown:
         raise BadRequest(f"{unknown[0][:80]!r} is no field here: send {', '.join(fields)}", param=unknown[0][:80])
