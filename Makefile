@@ -42,7 +42,7 @@ ARGS ?=
 SECONDS ?=
 SEED ?=
 
-.PHONY: help up demo ray-up ray-down test chaos chaos-long model test-vllm test-node check format bench lock wheel-check install clean
+.PHONY: help up demo ray-up ray-down test chaos chaos-long fuzz model test-vllm test-node check format bench lock wheel-check install clean
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -78,6 +78,9 @@ chaos: $(DEV) ## Kill everything under load and check the history (SECONDS=60 SE
 
 chaos-long: $(DEV) ## The same for an hour
 	$(PY) -m tests.chaos --seconds 3600 $(call option,--seed,SEED) $(ARGS)
+
+fuzz: $(DEV) ## Feed odd inputs to every edge and see that all goes on (SECONDS=60 SEED=...)
+	$(PY) -m tests.fuzz $(call option,--seconds,SECONDS) $(call option,--seed,SEED) $(ARGS)
 
 # What `model` takes: orders of calls on each server, and calls in each.
 EXAMPLES ?= 500

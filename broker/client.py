@@ -32,7 +32,7 @@ from queue_schemas import (
     shard_of_pool,
 )
 from queue_schemas.ids import check_incarnation
-from queue_schemas.keys import META
+from queue_schemas.keys import META, keys_of_job
 from telemetry import get_logger
 
 from .calls import Caller, pairs
@@ -232,7 +232,7 @@ class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCa
         """Put a stream that is lost under ``epoch`` back on its queue, with ``job`` as its envelope: what the next
         attempt needs to go on. Answers ``QUEUED``, also when repeated, or the state if it is another one (``LOST``:
         under a later epoch); None for a job that is unknown."""
-        keys = self._keys[shard_of_job(job.id)]
+        keys = keys_of_job(self._keys, job.id)
         found = await self._caller.script("resume", keys.budget, keys.prefix, job.id, epoch, job.pack())
         return None if found == b"unknown" else State(found.decode())
 
@@ -242,14 +242,14 @@ class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCa
         If it waits, its epoch is raised above ``heard``, the highest that was heard of it (0: none), and above all that
         may have been given out since: an attempt that the lost writes began is told from those to come.
         """
-        keys = self._keys[shard_of_job(job_id)]
+        keys = keys_of_job(self._keys, job_id)
         state, epoch, attempt_id = await self._caller.script("raise_epoch", keys.budget, keys.prefix, job_id, heard)
         return None if state == b"unknown" else Standing(State(state.decode()), int(epoch), attempt_id.decode())
 
     async def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> State | None:
         """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then). ``unasked``:
         nobody waits for it here, so it is left alone if it is stored, or unknown."""
-        keys = self._keys[shard_of_job(job_id)]
+        keys = keys_of_job(self._keys, job_id)
         found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, int(unasked), 0)
         return None if found == b"unknown" else State(found.decode())
 

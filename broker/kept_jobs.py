@@ -21,9 +21,9 @@ from queue_schemas import (
     ShardKeys,
     State,
     Tenant,
-    shard_of_job,
 )
 from queue_schemas.ids import decode_name, encode_name
+from queue_schemas.keys import keys_of_job
 from telemetry import get_logger
 
 from .calls import Caller, pairs
@@ -120,7 +120,7 @@ class KeptJobCalls:
     async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None:
         """Cancel a stored job if no Router has listened to it for ``after_ms``; the state that it was in, None if it is
         unknown."""
-        keys = self._keys[shard_of_job(job_id)]
+        keys = keys_of_job(self._keys, job_id)
         found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, 0, after_ms)
         return None if found == b"unknown" else State(found.decode())
 
@@ -165,10 +165,9 @@ class KeptJobCalls:
     def _keys_of(self, job_id: str) -> ShardKeys | None:
         """The keys of a job's shard; None if it can be no job of ours."""
         try:
-            shard = shard_of_job(job_id)
+            return keys_of_job(self._keys, job_id)
         except BadMessage:
             return None
-        return self._keys[shard] if shard < len(self._keys) else None
 
 
 def _place(at_ms: int, job_id: str) -> str:

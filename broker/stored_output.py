@@ -16,6 +16,7 @@ from queue_schemas import (
     shard_of_job,
     unpack_frames,
 )
+from queue_schemas.keys import keys_of_job
 from queue_schemas.responses import ResponseStatus, status_of_output
 
 from .calls import Caller
@@ -43,7 +44,7 @@ class StoredOutputCalls:
 
     async def detach(self, job_id: JobId, listener: Incarnation) -> None:
         """``listener`` is not sent a stored job's output any more. One try."""
-        keys = self._keys[shard_of_job(job_id)]
+        keys = keys_of_job(self._keys, job_id)
         await self._caller.script("detach", keys.budget, keys.prefix, job_id, listener, retry=False)
 
     async def read_output(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> Output | None:
@@ -67,7 +68,7 @@ class StoredOutputCalls:
         return status_of_output(state, [frame async for frame in self.kept_frames(job_id)])
 
     async def _read_output(self, job_id: JobId, listener: str, after: tuple[int, int]) -> Output | None:
-        keys = self._keys[shard_of_job(job_id)]
+        keys = keys_of_job(self._keys, job_id)
         first = "{}-{}".format(*after) if after > (0, 0) else "-"
         reply = await self._caller.script("attach", keys.budget, keys.prefix, job_id, listener, first)
         if not reply:

@@ -23,6 +23,7 @@ from queue_schemas import (
     shard_of_job,
 )
 from queue_schemas.ids import encode_name
+from queue_schemas.keys import keys_of_job
 from telemetry import get_logger
 
 from .calls import Caller
@@ -175,7 +176,7 @@ class WorkerCalls:
 
     async def clear(self, lease: Lease) -> Settled:
         """Clear a running job of suspicion: it has put out more than before its engine crashed."""
-        keys = self._keys[shard_of_job(lease.job.id)]
+        keys = keys_of_job(self._keys, lease.job.id)
         return Settled((await self._caller.script("clear", keys.budget, keys.prefix, *attempt_of(lease))).decode())
 
     async def read_control(

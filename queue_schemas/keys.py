@@ -6,9 +6,11 @@ them. The scripts build the same names from :meth:`ShardKeys.prefix`; the contra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .ids import encode_name
+from .errors import BadMessage
+from .ids import encode_name, shard_of_job
 from .lanes import Lane
 
 NAMESPACE = "iq"
@@ -175,3 +177,14 @@ class ShardKeys:
     def regional_turns(self) -> str:
         """Hash: the same for places of a region. Expires."""
         return f"{self.prefix}regional_turns"
+
+
+def keys_of_job(keys: Sequence[ShardKeys], job_id: str) -> ShardKeys:
+    """The keys of the shard that holds ``job_id``, out of ``keys`` of all shards.
+
+    Raises ``BadMessage`` for what is no job id, and for an id that names a shard that does not exist.
+    """
+    shard = shard_of_job(job_id)
+    if shard >= len(keys):
+        raise BadMessage(f"no job of this queue: {job_id}; it has {len(keys)} shards")
+    return keys[shard]

@@ -127,7 +127,10 @@ def check_url(url: str, rules: UrlRules) -> Target:
     if port == 0:
         raise _refusal("has the port 0")
     host = (parts.hostname or "").lower()
-    _check_host(host, bracketed=parts.netloc.startswith("["), rules=rules)
+    bracketed = parts.netloc.startswith("[")
+    if parts.netloc.lower() != (f"[{host}]" if bracketed else host) + ("" if port is None else f":{port}"):
+        raise _refusal("cannot be read: behind https:// stands a host, and maybe a colon and a port")
+    _check_host(host, bracketed=bracketed, rules=rules)
     return Target(parts.scheme, host, port or (443 if parts.scheme == "https" else 80))
 
 

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from broker import Broker
-from queue_schemas import Assignment, Control, ControlKind, Incarnation, Outcome, Settled, WorkerInfo, new_job_id
+from queue_schemas import (
+    Assignment,
+    BadMessage,
+    Control,
+    ControlKind,
+    Incarnation,
+    JobId,
+    Outcome,
+    Settled,
+    WorkerInfo,
+    new_job_id,
+)
 from queue_schemas.keys import MANAGER, POOLS, WORKERS, ShardKeys
 from tests.support.queue import MODEL, Puller, make_job
 
@@ -89,3 +102,18 @@ async def test_a_managers_lease_that_is_none_counts_as_no_manager(broker: Broker
     await client.delete(MANAGER)
     assert await broker.act_as_manager("m", 10_000) == 1
     assert await broker.manager_beat() > 0
+
+
+@pytest.mark.parametrize("job_id", ["9999-" + "f" * 32, "no job id", "1-" + "0" * 32])
+async def test_an_id_that_names_no_shard_of_the_queue_is_refused(broker: Broker, job_id: str) -> None:
+    """A frame or a client may name any job: an id outside this queue is an error of its own, never an index out of
+    range, which would end the Router that is told to cancel it."""
+    for call in (
+        broker.cancel(JobId(job_id), "why"),
+        broker.cancel_abandoned(JobId(job_id), "why", 1),
+        broker.raise_epoch(JobId(job_id), 0),
+        broker.read_output(JobId(job_id)),
+        broker.detach(JobId(job_id), RUN),
+    ):
+        with pytest.raises(BadMessage):
+            await call
