@@ -16,7 +16,7 @@ from .rq_queue import StepQueue
 
 STRAY_MS = 3_600_000
 """A mark without a batch is removed once it was seen for so long: whoever made it did not get further. Its id does not
-tell: under an idempotency key a new batch has an id as old as its file."""
+tell: under an idempotency key a batch has an id as old as its first try."""
 
 log = get_logger(__name__)
 

@@ -171,7 +171,8 @@ _NOT_KEPT = ("",) * 6
 def _kept(item: _Enqueue) -> tuple[Any, ...]:
     """What the script takes of a stored job beside what it takes of each."""
     job, keep = item.job, item.keep
-    return keep.keep_ms, key_digest(job), request_digest(job), "1" if keep.listed else "", keep.notify, item.memo
+    request = keep.memo.request or request_digest(job)
+    return keep.keep_ms, key_digest(job), request, "1" if keep.listed else "", keep.notify, item.memo
 
 
 def _is_continued(job: Job) -> bool:

@@ -1,7 +1,7 @@
 """Stored jobs: their answer is kept, for whoever asks again and for as many as listen at once.
 
-A job with an idempotency key is stored: the same key and request of the same tenant, for the same model, leads to that
-job; another request under the key is refused. Its output stands in a stream of its own (``out:<id>``), frame by frame
+A job with an idempotency key is stored: the same key and request of the same tenant leads to that job; another request
+under the key is refused. Its output stands in a stream of its own (``out:<id>``), frame by frame
 under ids ``epoch-seq``, and is at all times one answer: an attempt that begins anew, rather than behind the output so
 far, replaces it.
 """
@@ -21,15 +21,20 @@ KEPT_STATES = frozenset({State.DONE, State.FAILED})
 
 
 def key_digest(job: Job) -> str:
-    """What names the job's idempotency key in Redis: SHA-256 of tenant, model and key; empty without a key."""
+    """What names the job's idempotency key in Redis: SHA-256 of tenant and key; empty without a key."""
     if not job.idempotency_key:
         return ""
-    return _digest(job.tenant.encode(), job.model.encode(), job.idempotency_key.encode())
+    return _digest(job.tenant.encode(), job.idempotency_key.encode())
 
 
 def request_digest(job: Job) -> str:
-    """SHA-256 of what a request asks: its path, content type and body. It tells another request under the same key."""
-    return _digest(job.path.encode(), job.content_type.encode(), job.body)
+    """SHA-256 of what a job asks: its path, content type and body. It tells another request under the same key."""
+    return digest_of(job.path, job.content_type, job.body)
+
+
+def digest_of(path: str, content_type: str, body: bytes) -> str:
+    """The same of a request as its client sent it, of which a job may have been made that asks less."""
+    return _digest(path.encode(), content_type.encode(), body)
 
 
 def _digest(*parts: bytes) -> str:

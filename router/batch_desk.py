@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from queue_schemas import BadRequest, Conflict, IdempotencyKeyReused, NotFound, OverCapacity, Tenant
+from queue_schemas import BadRequest, Conflict, NotFound, OverCapacity, Tenant
 from storage import Batch, Batches, BatchRequest, FileRecord, Files, OutputExpiry, new_batch_id
 from telemetry import get_logger
 
-from .core import IDEMPOTENCY_HEADER
-from .core.batches import BatchAsked, keyed_batch_id
+from .core.batches import BatchAsked
+from .idempotency import Claim, Idempotency, Sent
 from .settings import RouterSettings
 
 INPUT_PURPOSE = "batch"
 RETRY_AFTER_FULL_S = 30
-_REPEATS_WITHIN_S = 660
-"""Longer than the SDK waits for an answer (600 s) before it repeats itself."""
-_REPEATS_AMONG = 20
 
 log = get_logger(__name__)
 
@@ -22,29 +19,36 @@ log = get_logger(__name__)
 class BatchDesk:
     """The batches of all tenants. All methods block: they are called in threads."""
 
-    def __init__(self, settings: RouterSettings, input_bytes: int, files: Files, batches: Batches) -> None:
+    def __init__(
+        self, settings: RouterSettings, input_bytes: int, files: Files, batches: Batches, idempotency: Idempotency
+    ) -> None:
         """``input_bytes``: the largest input file."""
+        self._idempotency = idempotency
         self._settings = settings
         self._input_bytes = input_bytes
         self._files = files
         self._batches = batches
 
-    def create(self, tenant: Tenant, asked: BatchAsked, *, key: str, repeated: bool, now_s: float) -> Batch:
-        """Take a batch in, or give the one that an earlier try of the same request left."""
-        before = self._earlier(tenant, asked, key=key, repeated=repeated, now_s=now_s)
+    def create(self, tenant: Tenant, asked: BatchAsked, sent: Sent, now_s: float) -> tuple[Batch, Claim]:
+        """Take a batch in, or give the one that an earlier try of the same request left.
+
+        Raises ``IdempotencyKeyReused`` for a key that was sent with another request.
+        """
+        claim = self._idempotency.claim(
+            tenant, sent, "create batch", asked, new_batch_id(int(now_s * 1000)), int(now_s * 1000)
+        )
+        before = None if claim.first else self._batches.get(tenant, claim.record.result)
         if before is not None:
-            return before
-        self._check_input(asked.input_file_id, self._files.get(tenant, asked.input_file_id, now_s))
-        live = sum(1 for owner, _ in self._batches.live() if owner == tenant)
-        if live >= self._settings.tenant_batches:
-            raise OverCapacity(
-                f"{live} batches of yours have not ended, the most there may be: wait for one, or cancel one",
-                retry_after_s=RETRY_AFTER_FULL_S,
-            )
+            return before, claim
+        try:
+            self._check(tenant, asked, now_s)
+        except BaseException:
+            self._idempotency.release(claim)
+            raise
         now = int(now_s)
         expiry = asked.output_expiry_s
         request = BatchRequest(
-            id=(keyed_batch_id(tenant, key, asked.input_file_id) if key else "") or new_batch_id(int(now_s * 1000)),
+            id=claim.record.result,
             tenant=tenant,
             input_file_id=asked.input_file_id,
             endpoint=asked.endpoint,
@@ -56,7 +60,7 @@ class BatchDesk:
         )
         self._batches.create(request)
         log.info("batch_created", batch_id=request.id, tenant=tenant, endpoint=request.endpoint)
-        return self.get(tenant, request.id)
+        return self.get(tenant, request.id), claim
 
     def get(self, tenant: Tenant, batch_id: str) -> Batch:
         found = self._batches.get(tenant, batch_id)
@@ -77,22 +81,15 @@ class BatchDesk:
     def page(self, tenant: Tenant, after: str, limit: int) -> tuple[list[Batch], bool]:
         return self._batches.page(tenant, after=after, limit=limit)
 
-    def _earlier(self, tenant: Tenant, asked: BatchAsked, *, key: str, repeated: bool, now_s: float) -> Batch | None:
-        if key:
-            batch_id = keyed_batch_id(tenant, key, asked.input_file_id)
-            found = self._batches.get(tenant, batch_id) if batch_id else None
-            if found is not None and not _same(found.request, asked):
-                raise IdempotencyKeyReused(
-                    f"this {IDEMPOTENCY_HEADER} belongs to another batch of the same file: send a new key, "
-                    "or the same request",
-                    param=IDEMPOTENCY_HEADER,
-                )
-            return found
-        if not repeated:
-            return None
-        newest, _ = self._batches.page(tenant, limit=_REPEATS_AMONG)
-        recent = [batch for batch in newest if batch.request.created_at >= now_s - _REPEATS_WITHIN_S]
-        return next((batch for batch in recent if _same(batch.request, asked)), None)
+    def _check(self, tenant: Tenant, asked: BatchAsked, now_s: float) -> None:
+        """Whether it may be taken in."""
+        self._check_input(asked.input_file_id, self._files.get(tenant, asked.input_file_id, now_s))
+        live = sum(1 for owner, _ in self._batches.live() if owner == tenant)
+        if live >= self._settings.tenant_batches:
+            raise OverCapacity(
+                f"{live} batches of yours have not ended, the most there may be: wait for one, or cancel one",
+                retry_after_s=RETRY_AFTER_FULL_S,
+            )
 
     def _check_input(self, file_id: str, record: FileRecord | None) -> None:
         param, most = "input_file_id", self._input_bytes
@@ -110,14 +107,3 @@ class BatchDesk:
                 f"the file has {record.bytes} bytes, more than the {most} of a batch: split it into several",
                 param=param,
             )
-
-
-def _same(request: BatchRequest, asked: BatchAsked) -> bool:
-    expiry = request.output_expires_after
-    return (
-        request.input_file_id == asked.input_file_id
-        and request.endpoint == asked.endpoint
-        and request.completion_window == asked.completion_window
-        and request.metadata == asked.metadata
-        and (None if expiry is None else expiry.seconds) == asked.output_expiry_s
-    )

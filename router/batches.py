@@ -14,13 +14,11 @@ from telemetry.asgi import error_response, error_responses
 from .batch_desk import BatchDesk
 from .batch_objects import batch_list, batch_object
 from .bodies import page_body
-from .core import IDEMPOTENCY_HEADER, read_idempotency_key
 from .core.batches import batch_endpoints, check_batch_cursor, read_batch
+from .idempotency import Idempotency, read_sent
 from .state import RouterState
 
 _ALL = "/v1/batches"
-_REPEATS_HEADER = "x-stainless-retry-count"
-"""How often the SDK has sent this request before: it sends no key with a repetition, but says that it is one."""
 
 
 class BatchCreate(BaseModel):
@@ -40,7 +38,10 @@ class BatchCreate(BaseModel):
 def batch_routes(state: RouterState) -> APIRouter:
     """The paths below ``/v1/batches``."""
     routes = APIRouter(tags=["batches"])
-    desk = BatchDesk(state.settings, state.storage_settings.batch_input_bytes, state.store.files, state.store.batches)
+    idempotency = Idempotency(state.store.requests, state.settings.keep_answers_ms)
+    desk = BatchDesk(
+        state.settings, state.storage_settings.batch_input_bytes, state.store.files, state.store.batches, idempotency
+    )
     endpoints = batch_endpoints(state.settings.paths)
 
     @routes.post(
@@ -56,13 +57,11 @@ def batch_routes(state: RouterState) -> APIRouter:
     )
     async def create(request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
-        header = request.headers.get(IDEMPOTENCY_HEADER)
-        key = read_idempotency_key(None if header is None else header.encode("latin-1"))
+        sent = read_sent(request)
         asked = read_batch(await page_body(request), endpoints, state.settings.batch_windows)
-        repeated = request.headers.get(_REPEATS_HEADER, "0") != "0"
         now_s = time.time()
-        batch = await state.store.run(lambda: desk.create(tenant, asked, key=key, repeated=repeated, now_s=now_s))
-        return JSONResponse(batch_object(batch))
+        batch, claim = await state.store.run(lambda: desk.create(tenant, asked, sent, now_s))
+        return await idempotency.answer(request, claim, batch_object(batch), state.store.later)
 
     @routes.get(_ALL, summary="Your batches, newest first", responses=error_responses(400, 401, 503))
     async def page(request: Request, after: str = Query(""), limit: int = Query(20, ge=1, le=100)) -> JSONResponse:

@@ -21,6 +21,7 @@ from .bodies import DRAIN_LIMIT_S, ClientGone, IncomingBody, drain_body
 from .core.file_content import disposition, matches, read_range
 from .core.file_form import PURPOSES
 from .downloads import Download
+from .idempotency import read_sent
 from .state import RouterState
 from .uploads import Uploads
 
@@ -84,13 +85,13 @@ def file_routes(state: RouterState) -> APIRouter:
         FILES_PATH,
         summary="Upload a file",
         response_model=FileObject,
-        responses=error_responses(400, 401, 403, 408, 413, 429, 503, 507),
+        responses=error_responses(400, 401, 403, 408, 413, 422, 429, 503, 507),
         openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
     )
     async def upload(request: Request) -> Response:
         body = IncomingBody(request.receive)
         try:
-            record = await uploads.take(state.keys.caller(request), body.receive, request.headers)
+            record = await uploads.take(state.keys.caller(request), body.receive, request.headers, read_sent(request))
         except ClientGone:
             return Response(status_code=_CLIENT_GONE)
         except InferqError as error:

@@ -253,7 +253,8 @@ class Inference:
     def _keep(self, wanted: _Wanted) -> Keep:
         """How the answer to a stored request that somebody waits for is kept. One with a key runs on without him."""
         keyed, settings = bool(wanted.job.idempotency_key), self._settings
-        memo = memo_of(wanted.job, wanted.fields, resumable=wanted.resumable and not keyed)
+        asked = wanted.response.digest if wanted.response is not None and keyed else ""
+        memo = memo_of(wanted.job, wanted.fields, resumable=wanted.resumable and not keyed, request=asked)
         return Keep(settings.keep_answers_ms if keyed else settings.resume_keep_ms, memo)
 
     def _admit(self, request: OpenRequest, headers: dict[bytes, bytes], running: int) -> Tenant:

@@ -85,8 +85,9 @@ class JobMaker:
         return settings.region_patience_ms if near else 0
 
 
-def memo_of(job: Job, fields: RequestFields, *, resumable: bool = False, note: bytes = b"") -> Memo:
-    """What a Router has to know to give the answer of a stored ``job`` again."""
+def memo_of(job: Job, fields: RequestFields, *, resumable: bool = False, note: bytes = b"", request: str = "") -> Memo:
+    """What a Router has to know to give the answer of a stored ``job`` again. ``request`` is the digest of what the
+    client asked, if the job does not say all of it."""
     return Memo(
         path=job.path,
         stream=job.stream,
@@ -94,7 +95,7 @@ def memo_of(job: Job, fields: RequestFields, *, resumable: bool = False, note: b
         usage=fields.usage,
         choices=fields.choices,
         request_id=job.request_id,
-        request=request_digest(job),
+        request=request or request_digest(job),
         resumable=resumable,
         note=note,
     )

@@ -164,10 +164,19 @@ class KeptJobs:
             self._stored.leave(request, request.job)
 
     async def enqueue(
-        self, job: Job, fields: RequestFields, *, keep_ms: int | None = None, notify: str = "", note: bytes = b""
+        self,
+        job: Job,
+        fields: RequestFields,
+        *,
+        keep_ms: int | None = None,
+        notify: str = "",
+        note: bytes = b"",
+        request: str = "",
     ) -> Enqueued:
-        """Put a background job that was made already on the queue; as :meth:`submit` otherwise."""
-        keep = Keep(keep_ms or self._state.settings.keep_jobs_ms, memo_of(job, fields, note=note), True, notify)
+        """Put a background job that was made already on the queue; as :meth:`submit` otherwise. ``request`` is the
+        digest of what its client asked, if the job does not say all of it."""
+        memo = memo_of(job, fields, note=note, request=request)
+        keep = Keep(keep_ms or self._state.settings.keep_jobs_ms, memo, True, notify)
         found = await self._state.link.ready_queue().enqueue_kept(job, keep)
         log.info("job_kept", job_id=found.job_id, request_id=job.request_id, state=found.state.value)
         return found

@@ -24,8 +24,9 @@ from queue_schemas import (
     Tenant,
 )
 from queue_schemas.chat_answer import ChatFailure
-from queue_schemas.completions import CHAT_PATH
+from queue_schemas.completions import CHAT_PATH, RESPONSES_PATH
 from queue_schemas.responses import job_of_response, response_id
+from queue_schemas.stored import digest_of
 
 from .core import Head, RequestFields, ending_error, read_fields
 from .core.responses import (
@@ -55,7 +56,7 @@ _OBJECT = Head(200, "application/json")
 @dataclass(frozen=True, slots=True)
 class AskedResponse:
     """A request for a response that is built from a chat. ``path``, ``body`` and ``fields`` are the chat's; ``stream``
-    is whether the client asked for events, and ``request`` what it sent."""
+    is whether the client asked for events, ``request`` what it sent, and ``sent`` the same as bytes."""
 
     request: Json
     created_at: int
@@ -63,8 +64,14 @@ class AskedResponse:
     fields: RequestFields
     stream: bool
     background: bool
+    sent: bytes
     path: str = CHAT_PATH
     content_type: str = "application/json"
+
+    @property
+    def digest(self) -> str:
+        """What tells another request under the same idempotency key: a chat does not say all that was asked."""
+        return digest_of(RESPONSES_PATH, self.content_type, self.sent)
 
     def of_job(self, job_id: JobId) -> Asked:
         """What is known of the response that ``job_id`` makes."""
@@ -88,7 +95,7 @@ class Responses:
             raise BadRequest("a response is asked for in JSON: send a body of that content type") from None
         chat = as_chat(request)
         fields = read_fields(chat.body, "application/json", CHAT_PATH)
-        return AskedResponse(request, int(time.time()), chat.body, fields, chat.stream, background)
+        return AskedResponse(request, int(time.time()), chat.body, fields, chat.stream, background, body)
 
     def live(self, asked: AskedResponse, job: Job) -> LiveResponse:
         """The answer to one that is waited for."""
@@ -104,7 +111,7 @@ class Responses:
         """Put a background response on the queue and answer with its object. If its events were asked for: True, and
         ``request`` follows them from now on. Raises what :meth:`KeptJobs.enqueue` does."""
         note = write_note(asked.created_at, asked.request)
-        enqueued = self._kept.enqueue(job, asked.fields, notify=NOTIFY, note=note)
+        enqueued = self._kept.enqueue(job, asked.fields, notify=NOTIFY, note=note, request=asked.digest)
         found = await request.within_deadline(enqueued)
         if not asked.stream and not job.idempotency_key:
             shown = response_object(asked.of_job(found.job_id), "queued")

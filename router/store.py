@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from queue_schemas import InferqError, StoreUnavailable
-from storage import Batches, Deliveries, Files, ObjectStore, Webhooks
+from storage import Batches, Deliveries, Files, ObjectStore, RequestRecords, Webhooks
 from telemetry import get_logger
 
 WAITING_PER_THREAD = 16
@@ -43,6 +43,7 @@ class Store:
         self.batches = Batches(objects)
         self.webhooks = Webhooks(objects)
         self.deliveries = Deliveries(objects)
+        self.requests = RequestRecords(objects)
         self._limit_s = limit_s
         self._most_threads = threads
         self._most_open = threads * WAITING_PER_THREAD

@@ -19,8 +19,9 @@ from telemetry import get_logger
 
 from .bodies import ClientGone
 from .core import announced_size, check_size
-from .core.file_form import BATCH_PURPOSE, FORM_BYTES, FileForm
+from .core.file_form import BATCH_PURPOSE, FORM_BYTES, FileAsked, FileForm
 from .core.forms import boundary_of
+from .idempotency import Idempotency, Sent
 from .state import RETRY_AFTER_SHUTDOWN_S, RouterState
 
 PIECE_BYTES = 512 * 1024
@@ -37,7 +38,7 @@ class Uploads:
         self._state = state
         self._settings = state.settings
 
-    async def take(self, tenant: Tenant, receive: Receive, headers: Mapping[str, str]) -> FileRecord:
+    async def take(self, tenant: Tenant, receive: Receive, headers: Mapping[str, str], sent: Sent) -> FileRecord:
         """The file that the request brings, once the store has it.
 
         Raises ``ClientGone`` if the client goes before it is complete, else what the client is to be told. Then nothing
@@ -55,7 +56,7 @@ class Uploads:
         check_size(announced, most_bytes + FORM_BYTES)
         with state.transfers.one():
             claim = await state.allowance.claim(tenant, max(0, announced - FORM_BYTES))
-            incoming = _Incoming(state, tenant, FileForm(boundary))
+            incoming = _Incoming(state, tenant, FileForm(boundary), sent)
             record = None
             try:
                 size = 0
@@ -67,11 +68,13 @@ class Uploads:
                     state.metrics.file_bytes("in", len(piece))
                 claim.grow(incoming.size)
                 record = await incoming.finish(self._settings.batch_file_life_s)
+                if not incoming.made:
+                    incoming.abandon()
             except BaseException:
                 incoming.abandon()
                 raise
             finally:
-                claim.end(None if record is None else record.bytes)
+                claim.end(record.bytes if record is not None and incoming.made else None)
         log.info("file_uploaded", file_id=record.id, tenant=tenant, bytes=record.bytes, purpose=record.purpose)
         return record
 
@@ -102,7 +105,9 @@ class Uploads:
 class _Incoming:
     """One file on its way into the store. Its blocking steps are done in threads, one after the other."""
 
-    def __init__(self, state: RouterState, tenant: Tenant, form: FileForm) -> None:
+    def __init__(self, state: RouterState, tenant: Tenant, form: FileForm, sent: Sent) -> None:
+        self._idempotency = Idempotency(state.store.requests, state.settings.keep_answers_ms)
+        self._sent = sent
         self._store = state.store
         self._most_bytes = state.settings.max_file_bytes
         self._tenant = tenant
@@ -122,8 +127,16 @@ class _Incoming:
         """The next bytes of the form."""
         await self._do(lambda: self._take(data))
 
+    @property
+    def made(self) -> bool:
+        """Whether it has become a file, and not the file of an earlier try of the same request."""
+        return self._record is not None
+
     async def finish(self, batch_life_s: int) -> FileRecord:
-        """The form is complete: make it a file."""
+        """The form is complete: make it a file, or find the one that an earlier try under the same key left.
+
+        Raises ``IdempotencyKeyReused`` for a key that was sent with another file.
+        """
         return await self._do(lambda: self._finish(batch_life_s))
 
     def abandon(self) -> None:
@@ -149,6 +162,9 @@ class _Incoming:
         asked = self._form.finish()
         upload, now = self._opened(), int(time.time())
         lives_s = asked.lives_s or (batch_life_s if asked.purpose == BATCH_PURPOSE else 0)
+        earlier = self._earlier(asked, upload, now) if self._sent.key else None
+        if earlier is not None:
+            return earlier
         upload.commit()
         self._record = FileRecord(
             id=self._id,
@@ -163,6 +179,15 @@ class _Incoming:
         )
         self._store.files.add(self._record)
         return self._record
+
+    def _earlier(self, asked: FileAsked, upload: Upload, now: int) -> FileRecord | None:
+        """The file of an earlier try; None if there is none, or not any more."""
+        what = [asked, upload.size, upload.sha256]
+        claim = self._idempotency.claim(self._tenant, self._sent, "upload file", what, self._id, now * 1000)
+        found = None if claim.first else self._store.files.get(self._tenant, claim.record.result, now)
+        if found is None and not claim.first:
+            self._idempotency.renew(claim, self._id)
+        return found
 
     def _opened(self) -> Upload:
         if self._upload is None:

@@ -17,9 +17,7 @@ from storage import (
 from telemetry import get_logger
 
 from .core.webhooks import EndpointAsked
-
-_REPEATS_WITHIN_S = 660
-"""Longer than the SDK waits for an answer (600 s) before it repeats itself."""
+from .idempotency import Claim, Idempotency, Sent
 
 log = get_logger(__name__)
 
@@ -28,24 +26,33 @@ class WebhookDesk:
     """The endpoints of all tenants. All methods block: they are called in threads. All but ``create`` and ``page``
     raise ``NotFound`` for what is none of the tenant's."""
 
-    def __init__(self, webhooks: Webhooks, deliveries: Deliveries, most_endpoints: int) -> None:
+    def __init__(
+        self, webhooks: Webhooks, deliveries: Deliveries, most_endpoints: int, idempotency: Idempotency
+    ) -> None:
+        self._idempotency = idempotency
         self._webhooks = webhooks
         self._deliveries = deliveries
         self._most_endpoints = most_endpoints
 
     def create(
-        self, tenant: Tenant, asked: EndpointAsked, *, repeated: bool, now_s: float
-    ) -> tuple[Endpoint, Secrets | None]:
-        """A new endpoint, or the one that an earlier try of the same request left. Raises ``OverCapacity``."""
-        now_ms, now, there = int(now_s * 1000), int(now_s), self._webhooks.of(tenant)
-        for endpoint in there if repeated else ():
-            if _same(endpoint.record, asked) and endpoint.record.created_at >= now_s - _REPEATS_WITHIN_S:
-                return endpoint, self._webhooks.secrets(tenant, endpoint.record.id)
-        if len(there) >= self._most_endpoints:
-            raise OverCapacity(f"you have {len(there)} webhook endpoints, the most there may be: remove one")
+        self, tenant: Tenant, asked: EndpointAsked, sent: Sent, now_s: float
+    ) -> tuple[Endpoint, Secrets | None, Claim]:
+        """A new endpoint, or the one that an earlier try of the same request left.
+
+        Raises ``OverCapacity``, and ``IdempotencyKeyReused`` for a key that was sent with another request.
+        """
+        now_ms, now = int(now_s * 1000), int(now_s)
+        claim = self._idempotency.claim(tenant, sent, "create endpoint", asked, new_endpoint_id(now_ms), now_ms)
+        before = None if claim.first else self._webhooks.get(tenant, claim.record.result)
+        if before is not None:
+            return before, self._webhooks.secrets(tenant, before.record.id), claim
+        there = len(self._webhooks.of(tenant))
+        if there >= self._most_endpoints:
+            self._idempotency.release(claim)
+            raise OverCapacity(f"you have {there} webhook endpoints, the most there may be: remove one")
         keys = Secrets.fresh(now_ms)
         record = EndpointRecord(
-            id=new_endpoint_id(now_ms),
+            id=claim.record.result,
             tenant=tenant,
             url=asked.url or "",
             events=asked.events or (),
@@ -56,7 +63,7 @@ class WebhookDesk:
         )
         self._webhooks.create(record, keys)
         log.info("webhook_endpoint_created", endpoint_id=record.id, tenant=tenant)
-        return Endpoint(record, None), keys
+        return Endpoint(record, None), keys, claim
 
     def get(self, tenant: Tenant, endpoint_id: str) -> tuple[Endpoint, Secrets | None]:
         found = self._webhooks.get(tenant, endpoint_id)
@@ -90,19 +97,30 @@ class WebhookDesk:
         return self.get(tenant, endpoint_id)
 
     def rotate(
-        self, tenant: Tenant, endpoint_id: str, keep_s: int, *, repeated: bool, now_s: float
-    ) -> tuple[Endpoint, Secrets | None]:
-        """Sign with a fresh secret, beside which the old one is good for ``keep_s``. A repetition of a request whose
-        answer was lost gives the secret that it made."""
+        self, tenant: Tenant, endpoint_id: str, keep_s: int, sent: Sent, now_s: float
+    ) -> tuple[Endpoint, Secrets | None, Claim]:
+        """Sign with a fresh secret, beside which the old one is good for ``keep_s``. A repetition of a request gives
+        the secret that the first try made.
+
+        Raises ``Conflict`` if that secret was replaced since, and ``IdempotencyKeyReused`` for a key that was sent with
+        another request.
+        """
         endpoint, keys = self.get(tenant, endpoint_id)
         now_ms = int(now_s * 1000)
-        if keys is not None and repeated and keys.made_at_ms >= now_ms - _REPEATS_WITHIN_S * 1000:
-            return endpoint, keys
         fresh = Secrets.fresh(now_ms) if keys is None else keys.rotated(now_ms, keep_s * 1000)
+        claim = self._idempotency.claim(tenant, sent, "rotate secret", [endpoint_id, keep_s], fresh.fingerprint, now_ms)
+        if not claim.first:
+            if keys is not None and keys.fingerprint == claim.record.result:
+                return endpoint, keys, claim
+            if keys is not None and keys.made_at_ms >= claim.record.created_ms:
+                raise Conflict(
+                    "the secret that this request made was replaced by a later rotation: rotate again, as a new request"
+                )
+            claim = self._idempotency.renew(claim, fresh.fingerprint)  # the first try did not get so far
         self._webhooks.rotate(tenant, endpoint_id, fresh)
         self._webhooks.update(endpoint.record.model_copy(update={"updated_at": int(now_s)}))
         log.info("webhook_secret_rotated", endpoint_id=endpoint_id, tenant=tenant, keep_s=keep_s)
-        return self.get(tenant, endpoint_id)[0], fresh
+        return self.get(tenant, endpoint_id)[0], fresh, claim
 
     def delete(self, tenant: Tenant, endpoint_id: str) -> None:
         self.get(tenant, endpoint_id)
@@ -114,16 +132,21 @@ class WebhookDesk:
         self.get(tenant, endpoint_id)
         return self._deliveries.page(tenant, endpoint_id, after=after, limit=limit)
 
-    def ask_test(self, tenant: Tenant, endpoint_id: str, event_type: str, now_s: float) -> DeliveryKey:
-        """Have a sample sent. Raises ``Conflict`` for an endpoint that is disabled."""
+    def ask_test(self, tenant: Tenant, endpoint_id: str, event_type: str, sent: Sent, now_s: float) -> DeliveryKey:
+        """Have a sample sent, once under one key. Raises ``Conflict`` for an endpoint that is disabled."""
         endpoint, _ = self.get(tenant, endpoint_id)
-        if not endpoint.active:
-            raise Conflict('the endpoint is disabled: enable it with {"enabled": true} first')
-        event = WebhookEvent.sample(tenant, event_type, int(now_s * 1000))
+        now_ms = int(now_s * 1000)
+        event = WebhookEvent.sample(tenant, event_type, now_ms)
+        if sent.key:
+            claim = self._idempotency.claim(tenant, sent, "test endpoint", [endpoint_id, event_type], event.id, now_ms)
+            key = DeliveryKey(tenant, endpoint_id, claim.record.result)
+            if not claim.first and self._deliveries.event(key) is not None:
+                return key
+            event = event.model_copy(update={"id": claim.record.result})
         key = DeliveryKey(tenant, endpoint_id, event.id)
+        if not endpoint.active:
+            if sent.key:
+                self._idempotency.release(claim)
+            raise Conflict('the endpoint is disabled: enable it with {"enabled": true} first')
         self._deliveries.ask(key, event)
         return key
-
-
-def _same(record: EndpointRecord, asked: EndpointAsked) -> bool:
-    return (record.url, record.events, record.name) == (asked.url, asked.events, asked.name)

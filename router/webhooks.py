@@ -16,14 +16,13 @@ from telemetry.asgi import error_response, error_responses
 
 from .bodies import page_body
 from .core.webhooks import LONGEST_KEEP_S, NAME_CHARS, read_endpoint_change, read_new_endpoint, read_rotation, read_test
+from .idempotency import Idempotency, read_sent
 from .state import RouterState
 from .webhook_desk import WebhookDesk
 from .webhook_objects import delivery_object, endpoint_object, list_object
 
 _ALL = "/v1/webhook_endpoints"
 _ONE = _ALL + "/{webhook_endpoint_id}"
-_REPEATS_HEADER = "x-stainless-retry-count"
-"""How often the SDK has sent this request before: it sends no key with a repetition, but says that it is one."""
 _TEST_LIMIT_S = 15.0
 _TEST_EVERY_S = 0.2
 _MOST_TESTS = 4
@@ -59,20 +58,21 @@ def webhook_routes(state: RouterState) -> APIRouter:
     routes = APIRouter(tags=["webhooks"])
     store, rules = state.store, state.webhook_settings.rules
     tests: Counter[Tenant] = Counter()
-    desk = WebhookDesk(store.webhooks, store.deliveries, state.webhook_settings.tenant_endpoints)
+    idempotency = Idempotency(store.requests, state.settings.keep_answers_ms)
+    desk = WebhookDesk(store.webhooks, store.deliveries, state.webhook_settings.tenant_endpoints, idempotency)
 
     @routes.post(
         _ALL,
         summary="Have events sent to a URL; the answer shows the secret, once",
-        responses=error_responses(400, 401, 413, 429, 503, 507),
+        responses=error_responses(400, 401, 413, 422, 429, 503, 507),
         openapi_extra=_takes(EndpointCreate),
     )
     async def create(request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
         asked = read_new_endpoint(await page_body(request), rules)
-        repeated, now_s = _repeated(request), time.time()
-        made = await store.run(lambda: desk.create(tenant, asked, repeated=repeated, now_s=now_s))
-        return JSONResponse(endpoint_object(*made, shown=True))
+        sent, now_s = read_sent(request), time.time()
+        endpoint, keys, claim = await store.run(lambda: desk.create(tenant, asked, sent, now_s))
+        return await idempotency.answer(request, claim, endpoint_object(endpoint, keys, shown=True), store.later)
 
     @routes.get(_ALL, summary="Your endpoints, newest first", responses=error_responses(400, 401, 503))
     async def page(
@@ -108,37 +108,37 @@ def webhook_routes(state: RouterState) -> APIRouter:
     @routes.post(
         _ONE + "/rotate_secret",
         summary="Sign with a new secret, and for a while with the old one too",
-        responses=error_responses(400, 401, 404, 413, 503, 507),
+        responses=error_responses(400, 401, 404, 409, 413, 422, 503, 507),
         openapi_extra=_takes(SecretRotation),
     )
-    async def rotate(webhook_endpoint_id: str, request: Request) -> JSONResponse:
+    async def rotate(webhook_endpoint_id: str, request: Request) -> Response:
         tenant = state.keys.caller(request)
-        keep_s, repeated, now_s = read_rotation(await page_body(request)), _repeated(request), time.time()
-        found = await store.run(
-            lambda: desk.rotate(tenant, webhook_endpoint_id, keep_s, repeated=repeated, now_s=now_s)
-        )
-        return JSONResponse(endpoint_object(*found, shown=True))
+        keep_s, sent, now_s = read_rotation(await page_body(request)), read_sent(request), time.time()
+        try:
+            endpoint, keys, claim = await store.run(
+                lambda: desk.rotate(tenant, webhook_endpoint_id, keep_s, sent, now_s)
+            )
+        except Conflict as error:
+            return _final(error)
+        return await idempotency.answer(request, claim, endpoint_object(endpoint, keys, shown=True), store.later)
 
     @routes.post(
         _ONE + "/test",
         summary="Send a sample event now, once",
-        responses=error_responses(400, 401, 404, 409, 413, 429, 503, 507),
+        responses=error_responses(400, 401, 404, 409, 413, 422, 429, 503, 507),
         openapi_extra=_takes(EndpointTest),
     )
     async def test(webhook_endpoint_id: str, request: Request) -> Response:
         tenant = state.keys.caller(request)
-        event_type, now_s = read_test(await page_body(request)), time.time()
+        event_type, sent, now_s = read_test(await page_body(request)), read_sent(request), time.time()
         if tests[tenant] >= _MOST_TESTS:
             raise OverCapacity(f"{_MOST_TESTS} tests of yours run now: wait for one", retry_after_s=1)
         tests[tenant] += 1
         try:
-            key = await store.run(lambda: desk.ask_test(tenant, webhook_endpoint_id, event_type, now_s))
+            key = await store.run(lambda: desk.ask_test(tenant, webhook_endpoint_id, event_type, sent, now_s))
             status = await _tested(state, key)
         except Conflict as error:
-            refused = error_response(error)
-            # The SDK takes every 409 for a lock that will be free soon, and asks again.
-            refused.headers["x-should-retry"] = "false"
-            return refused
+            return _final(error)
         finally:
             tests[tenant] -= 1
             if not tests[tenant]:
@@ -194,5 +194,8 @@ def _takes(message: type[BaseModel]) -> dict[str, object]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _repeated(request: Request) -> bool:
-    return request.headers.get(_REPEATS_HEADER, "0") != "0"
+def _final(error: Conflict) -> Response:
+    """The SDK takes every 409 for a lock that will be free soon, and asks again."""
+    refused = error_response(error)
+    refused.headers["x-should-retry"] = "false"
+    return refused

@@ -12,6 +12,7 @@ from .failures import ObjectMissing
 from .files import FileRecord, Files, Kept, Part, Upload
 from .names import created_ms, folder_of, new_batch_id, new_endpoint_id, new_file_id, tenant_of
 from .objects import ObjectStore, Writer
+from .request_records import RequestRecord, RequestRecords
 from .settings import StorageSettings
 from .sweep import sweep_expired, sweep_leftovers
 from .webhook_events import ALL_EVENTS, EVENT_TYPES, WebhookEvent
@@ -48,6 +49,8 @@ __all__ = [
     "Outcome",
     "OutputExpiry",
     "Part",
+    "RequestRecord",
+    "RequestRecords",
     "Secrets",
     "StorageSettings",
     "Target",

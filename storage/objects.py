@@ -69,6 +69,23 @@ class ObjectStore:
         with self.writer(name, private=private) as writer:
             writer.write(data)
 
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write a small object unless there is one of that name; whether it was written."""
+        if self._folder is None:
+            with store_errors(name):
+                try:
+                    self._files.pipe_file(self._path(name), data, mode="create")
+                except FileExistsError:
+                    return False
+                return True
+        self._look_for_mark(writing=True)
+        writer = LocalWriter(self._folder, name, private=False)
+        try:
+            writer.write(data)
+            return writer.commit(new=True)
+        finally:
+            writer.discard()
+
     def begin(self, name: str, *, private: bool = False) -> ObjectWriter:
         """Write an object piece by piece; whoever begins must commit or discard."""
         if self._folder is not None:

@@ -11,6 +11,7 @@ from telemetry import get_logger
 
 from .files import Files, folder_of_file
 from .names import FILE, created_ms, is_id, is_tenants, tenant_of
+from .request_records import RequestRecords
 
 LEFTOVER_AGE_S = 3 * 86_400
 """How old a file without a record must be to be a leftover: uploads take hours at most, a batch's output its day."""
@@ -36,6 +37,7 @@ def sweep_expired(files: Files, now_s: float, in_use: Collection[str] = ()) -> i
 
 def sweep_leftovers(files: Files, now_s: float, in_use: Collection[str] = ()) -> int:
     """Remove parts that never became a file, but of ids ``in_use`` (outputs that are being written); how many files.
+    Removes expired records of requests, too.
 
     Lists everything there is: for once an hour or so.
     """
@@ -44,6 +46,7 @@ def sweep_leftovers(files: Files, now_s: float, in_use: Collection[str] = ()) ->
     for folder in files.store.names(""):
         if not is_tenants(folder):
             continue
+        files.store.delete(RequestRecords(files.store).expired(tenant_of(folder), int(now_s * 1000)))
         whole, found = set(), set()
         for name in files.store.sizes(f"{folder}/files"):
             file_id, _, part = name.removeprefix(f"{folder}/files/").partition("/")

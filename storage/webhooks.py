@@ -11,6 +11,7 @@ Each object has one writer. The Router writes ``endpoint`` and ``secrets``, the 
 from __future__ import annotations
 
 import base64
+import hashlib
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ class Secrets(_Record):
         """The keys to sign with, the current one first."""
         old = [one.secret for one in self.earlier if now_ms < one.until_ms]
         return [base64.b64decode(secret.removeprefix(_PREFIX)) for secret in (self.current, *old)]
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the current secret from others without showing it."""
+        return hashlib.sha256(self.current.encode()).hexdigest()
 
     @property
     def hint(self) -> str:

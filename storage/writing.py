@@ -32,7 +32,7 @@ class ObjectWriter(Protocol):
 
     def write(self, data: bytes, /) -> object: ...
 
-    def commit(self) -> None: ...
+    def commit(self) -> object: ...
 
     def discard(self) -> None: ...
 
@@ -60,15 +60,23 @@ class LocalWriter:
                 os.fsync(self._open())
                 self._unsynced = 0
 
-    def commit(self) -> None:
+    def commit(self, *, new: bool = False) -> bool:
+        """``new``: unless there is an object of that name, whose place it does not take then. Whether it is there."""
         try:
             with store_errors(self._name):
                 os.fsync(self._open())
                 self._close()
                 target = self._root / self._name
                 make_folder(target.parent, self._root)
-                self._scratch.replace(target)
+                if not new:
+                    self._scratch.replace(target)
+                else:
+                    try:
+                        os.link(self._scratch, target)
+                    except FileExistsError:
+                        return False
                 sync_folder(target.parent)
+                return True
         except BaseException:
             self.discard()
             raise

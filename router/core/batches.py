@@ -6,13 +6,12 @@ refused: what a client asks for must not be dropped unseen.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from queue_schemas import BadRequest, Tenant
+from queue_schemas import BadRequest
 
 from .openai import INFERENCE_PATHS, MULTIPART_PATHS, json_type, read_object
 
@@ -24,7 +23,6 @@ _FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata
 _WINDOW = re.compile(r"([1-9][0-9]{0,4})([mhd])")
 _UNIT_S = {"m": 60, "h": 3_600, "d": 86_400}
 _ID = re.compile(r"batch_[0-9a-f]{32}")
-_FILE_TIME = re.compile(r"file-([0-9a-f]{12})[0-9a-f]{20}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +109,6 @@ def check_batch_cursor(after: str) -> str:
             f"after {after[:80]!r} is not the id of a batch: give the last id of the page before", param="after"
         )
     return after
-
-
-def keyed_batch_id(tenant: Tenant, key: str, input_file_id: str) -> str:
-    """The id of the batch that a tenant creates of a file under an ``Idempotency-Key``: the same at every Router, and
-    each time, so that a create that is sent again finds what the first one left. Empty if there is no such file id.
-
-    It carries the file's time, so that it has its place in the list by age.
-    """
-    found = _FILE_TIME.fullmatch(input_file_id)
-    if found is None:
-        return ""
-    mark = hashlib.sha256(b"\0".join(part.encode() for part in (tenant, key, input_file_id)))
-    return f"batch_{found[1]}{mark.hexdigest()[:20]}"
 
 
 def _text(asked: Mapping[str, Any], name: str) -> str:

@@ -18,9 +18,11 @@ from queue_schemas import (
     IdempotencyKeyReused,
     Job,
     JobId,
+    Keep,
     Lease,
     Marker,
     MarkerKind,
+    Memo,
     Outcome,
     Output,
     OverCapacity,
@@ -75,13 +77,13 @@ async def listening(client: Any) -> Listener:
 
 async def test_one_key_is_one_job(broker: Broker, worker: Puller, listener: Listener) -> None:
     """The same request under the same key leads to the first one's job, whatever its id and however often; other
-    tenants, other models and other keys are on their own."""
+    tenants and other keys are on their own."""
     job = keyed()
     assert await broker.enqueue_stored(job, listener.router) == Enqueued(job.id, State.QUEUED)
     assert await broker.enqueue_stored(job, listener.router) == Enqueued(job.id, State.QUEUED)
     again = replace(job, id=new_job_id(0), request_id="another", ttl_ms=5)
     assert await broker.enqueue_stored(again, NOBODY) == Enqueued(job.id, State.QUEUED)
-    for other in (keyed(tenant="rival"), keyed(idempotency_key="order-18"), keyed(model="m2")):
+    for other in (keyed(tenant="rival"), keyed(idempotency_key="order-18")):
         assert await broker.enqueue_stored(other, NOBODY) == Enqueued(other.id, State.QUEUED)
     assert [lease.job.id for lease in await worker.claim(1)] == [job.id]
     assert (await broker.enqueue_stored(again, NOBODY)).state is State.LEASED
@@ -89,10 +91,17 @@ async def test_one_key_is_one_job(broker: Broker, worker: Puller, listener: List
 
 
 @pytest.mark.parametrize(
-    "other", [{"body": b'{"n":2}'}, {"path": "/v1/completions"}, {"content_type": "application/json; a=b"}]
+    "other",
+    [
+        {"body": b'{"n":2}'},
+        {"path": "/v1/completions"},
+        {"content_type": "application/json; a=b"},
+        {"model": "m2", "body": b'{"model":"m2"}'},
+    ],
 )
 async def test_another_request_under_the_key_is_refused(broker: Broker, worker: Puller, other: dict[str, Any]) -> None:
-    """Body, path and content type make the request; nothing is queued for another one, also once the first is over."""
+    """[D1] Body (model included), path and content type make the request; nothing is queued for another one, also once
+    the first is over."""
     job = keyed()
     await broker.enqueue_stored(job, NOBODY)
     wrong = replace(job, id=new_job_id(0), **other)
@@ -103,6 +112,16 @@ async def test_another_request_under_the_key_is_refused(broker: Broker, worker: 
     with pytest.raises(IdempotencyKeyReused):
         await broker.enqueue_stored(wrong, NOBODY)
     assert await broker.read_output(wrong.id) is None
+
+
+async def test_a_key_is_compared_by_what_its_client_asked(broker: Broker) -> None:
+    """[D1] Where the memo says what was asked, that counts: the same job may be made of two requests."""
+    job = keyed()
+    await broker.enqueue_kept(job, Keep(60_000, Memo(request="one")))
+    again = await broker.enqueue_kept(replace(job, id=new_job_id(0)), Keep(60_000, Memo(request="one")))
+    assert again.job_id == job.id
+    with pytest.raises(IdempotencyKeyReused):
+        await broker.enqueue_kept(replace(job, id=new_job_id(0)), Keep(60_000, Memo(request="another")))
 
 
 async def test_two_routers_that_ask_at_once_get_one_job(connect: Connect, worker: Puller) -> None:

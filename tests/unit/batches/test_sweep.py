@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from batches.sweep import STRAY_MS
-from queue_schemas import Tenant
-from router.core.batches import keyed_batch_id
-from storage import new_file_id
+from storage import new_batch_id
 from storage.batches import Batches
 
 from .scene import ACME, opened
 
 
 async def test_a_mark_is_kept_until_its_batch_has_had_the_time_to_come(tmp_path: Path) -> None:
-    """A batch of an old file, created under a key, has an id as old as the file: its mark, which is there a moment
-    before the batch, stays nevertheless. One without a batch for an hour goes."""
+    """A batch whose first try was made long ago has an id as old as that: its mark, which is there a moment before the
+    batch, stays nevertheless. One without a batch for an hour goes."""
     async with opened(tmp_path) as scene:
-        file_id = new_file_id(int((scene.now - 86_400) * 1000))
-        mark = f"live/t-{ACME}~{keyed_batch_id(Tenant(ACME), 'key', file_id)}"
+        mark = f"live/t-{ACME}~{new_batch_id(int((scene.now - 86_400) * 1000))}"
         scene.shelf.store.put(mark, b"")
         batches = Batches(scene.shelf.store)
         assert scene.sweep.once() == []

@@ -162,17 +162,64 @@ async def test_one_key_is_one_batch(app: RouterApp) -> None:
     assert len(app.state.store.batches.live()) == 2
 
 
-async def test_what_the_sdk_repeats_is_not_run_twice(app: RouterApp) -> None:
-    """It sends no key, but says that it repeats itself. The same asked anew is a batch of its own."""
-    file_id = upload(app)
-    first = await create(app, file_id)
-    again = await ask(app, "POST", "/v1/batches", asked(file_id), headers={"x-stainless-retry-count": "1"})
-    assert again.json()["id"] == first["id"]
-    other = await ask(
-        app, "POST", "/v1/batches", asked(file_id, metadata={"n": "2"}), headers={"x-stainless-retry-count": "1"}
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"endpoint": "/v1/completions"},
+        {"completion_window": "7d"},
+        {"metadata": {"n": "2"}},
+        {"output_expires_after": {"anchor": "created_at", "seconds": 3_600}},
+        {},
+    ],
+    ids=["endpoint", "window", "metadata", "expiry", "file"],
+)
+async def test_another_request_under_the_key_of_a_batch_is_refused(app: RouterApp, other: dict[str, Any]) -> None:
+    """[D1] Another file, endpoint, window, metadata or expiry: 422, and no second batch; the first request is a
+    replay."""
+    file_id, headers = upload(app), {"idempotency-key": "order-17"}
+    first = await ask(app, "POST", "/v1/batches", asked(file_id), headers=headers)
+    changed = asked(file_id, **other) if other else asked(upload(app))
+    answer = await ask(app, "POST", "/v1/batches", changed, headers=headers)
+    assert (answer.status, answer.error["code"]) == (422, "idempotency_key_reused")
+    again = await ask(app, "POST", "/v1/batches", asked(file_id), headers=headers)
+    assert (again.status, again.json()["id"]) == (200, first.json()["id"])
+    assert len(app.state.store.batches.live()) == 1
+
+
+async def test_a_refused_batch_leaves_its_key_free(app: RouterApp) -> None:
+    """[D1] What was refused made nothing: the same key with a request that can be run is the first of its name."""
+    headers = {"idempotency-key": "order-17"}
+    missing = await ask(app, "POST", "/v1/batches", asked(new_file_id(NOW)), headers=headers)
+    assert missing.status == 400
+    assert (await ask(app, "POST", "/v1/batches", asked(upload(app)), headers=headers)).status == 200
+
+
+async def test_one_key_sent_at_once_with_two_requests_makes_one_batch(app: RouterApp) -> None:
+    """[D1] Of two different requests at the same moment one is carried out, and the other is refused."""
+    headers = {"idempotency-key": "race"}
+    files = [upload(app) for _ in range(6)]
+    answers = await asyncio.gather(
+        *(ask(app, "POST", "/v1/batches", asked(file_id), headers=headers) for file_id in files)
     )
-    anew = await ask(app, "POST", "/v1/batches", asked(file_id), headers={"x-stainless-retry-count": "0"})
-    assert len({first["id"], other.json()["id"], anew.json()["id"]}) == 3
+    assert sorted(answer.status for answer in answers) == [200, 422, 422, 422, 422, 422]
+    assert len(app.state.store.batches.live()) == 1
+
+
+async def test_what_the_sdk_repeats_is_not_run_twice(app: RouterApp) -> None:
+    """[D2] It sends no key with a repetition: one whose answer never reached its client is found. The count alone
+    proves nothing: after an answer that was sent, the same request is a batch of its own, as is another one."""
+    file_id, retried = upload(app), {"x-stainless-retry-count": "1"}
+    client = Client(app)
+    lost = client.post(asked(file_id), "/v1/batches", {"authorization": f"Bearer {ACME}"})
+    client.gone.set()
+    await lost.done()
+    again = await ask(app, "POST", "/v1/batches", asked(file_id), headers=retried)
+    assert again.json()["id"] == lost.json()["id"]
+    other = await ask(app, "POST", "/v1/batches", asked(file_id, metadata={"n": "2"}), headers=retried)
+    assert other.json()["id"] != again.json()["id"]
+    await app.state.store.close(1.0)
+    anew = await ask(app, "POST", "/v1/batches", asked(file_id), headers=retried)
+    assert anew.json()["id"] not in {again.json()["id"], other.json()["id"]}
 
 
 async def test_how_far_it_has_come_is_shown(app: RouterApp) -> None:

@@ -94,6 +94,25 @@ async def test_a_file_comes_in_and_goes_out(folder: Path) -> None:
         assert lying(folder) == []
 
 
+async def test_one_key_is_one_file(folder: Path) -> None:
+    """[D1] The same file under the same key is there once; another one gets 422, and leaves nothing."""
+    once = {"idempotency-key": "upload-1"}
+
+    async def sent(data: bytes, who: str = "acme", name: bytes = b"a.jsonl") -> Answer:
+        return await begin(app, [PURPOSE + file_part(data, name) + END], who, **once).done()
+
+    async with router(api_keys=GIVEN) as app:
+        first, again = await sent(b"hello"), await sent(b"hello")
+        assert (first.status, again.json()) == (200, first.json())
+        for other in (await sent(b"hellO"), await sent(b"hello", name=b"b.jsonl")):
+            assert (other.status, other.error["code"]) == (422, "idempotency_key_reused")
+        assert (await sent(b"other", "rival")).status == 200
+        await eventually(lambda: sum(name.endswith("part-000000") for name in lying(folder)) == 2, "no part is left")
+        assert len((await ask(app, "GET", "")).json()["data"]) == 1
+        await ask(app, "DELETE", f"/{first.json()['id']}")
+        assert (await sent(b"hello")).json()["id"] != first.json()["id"]
+
+
 async def test_what_a_client_asks_of_the_content() -> None:
     """A range, a head, a tag it has, a range of another file's, one behind the end."""
     async with router(api_keys=GIVEN) as app:

@@ -230,6 +230,22 @@ async def test_a_key_gives_one_response_also_to_who_waits() -> None:
     assert check_response(again.json()).output_text == "ab"
 
 
+async def test_a_key_tells_responses_apart_that_make_the_same_chat() -> None:
+    """[D1] Metadata, background and whatever else a chat does not say is part of the request that a key stands for."""
+    queue = FakeQueue("m")
+    digests = []
+    async with router(queue, responses="chat") as app:
+        client = Client(app)
+        for fields in ({}, {"metadata": {"a": "c"}}, {"background": False}, {}):
+            client.post(ASK | fields, PATH, {"idempotency-key": "one"})
+            job = await queue.job()
+            digests.append((queue.keeps[job.id].memo.request, job.body))
+    (first, metadata, waited, again), bodies = [digest for digest, _ in digests], {body for _, body in digests}
+    assert len(bodies) == 1
+    assert first == again
+    assert len({first, metadata, waited}) == 3
+
+
 async def test_cancelling_and_deleting() -> None:
     """Both lead to the job; what is gone is not there for the next."""
     queue = FakeQueue("m")

@@ -43,11 +43,26 @@ async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 
 
 async def ask(
-    app: RouterApp, method: str, path: str = "", body: Any = None, *, key: str = ACME, retry: int = 0
+    app: RouterApp,
+    method: str,
+    path: str = "",
+    body: Any = None,
+    *,
+    key: str = ACME,
+    retry: int = 0,
+    once: str = "",
+    lost: bool = False,
 ) -> Answer:
+    """``once`` is an idempotency key; ``lost``: the client is gone before its answer comes."""
     data = b"" if body is None else body if isinstance(body, bytes) else orjson.dumps(body)
     headers = {"authorization": f"Bearer {key}", "x-stainless-retry-count": str(retry)}
-    return await Client(app).request(method, ALL + path, data, headers)
+    client = Client(app)
+    answer = client.begin(method, ALL + path, [data], headers | ({"idempotency-key": once} if once else {}))
+    if lost:
+        client.gone.set()
+    await answer.done()
+    await app.state.store.close(1.0)  # what is done once an answer has been sent is done
+    return answer
 
 
 async def create(app: RouterApp, *, key: str = ACME, **fields: Any) -> dict[str, Any]:
@@ -153,16 +168,64 @@ async def test_endpoints_are_bounded_listed_in_pages_and_removed(app: RouterApp)
 
 
 async def test_a_repeated_request_makes_nothing_twice(app: RouterApp) -> None:
-    """The SDK repeats a request whose answer was lost: it gets the endpoint, or the secret, that the first one made."""
-    made = await create(app)
+    """[D2] The SDK repeats a request whose answer was lost: it gets the endpoint, or the secret, that the first one
+    made. The same request anew makes another one."""
+    made = (await ask(app, "POST", "", HOOK, lost=True)).json()
     again = (await ask(app, "POST", "", HOOK, retry=1)).json()
     assert (again["id"], again["signing_secret"]) == (made["id"], made["signing_secret"])
-    assert (await create(app))["id"] != made["id"]
+    assert (await ask(app, "POST", "", HOOK, retry=1)).json()["id"] != made["id"]
     path = f"/{made['id']}/rotate_secret"
     keep = {"keep_old_secret_active_for_24_hours": True}
-    rotated = (await ask(app, "POST", path, keep)).json()["signing_secret"]
+    rotated = (await ask(app, "POST", path, keep, lost=True)).json()["signing_secret"]
     assert (await ask(app, "POST", path, keep, retry=1)).json()["signing_secret"] == rotated
     assert (await ask(app, "POST", path, keep)).json()["signing_secret"] not in {rotated, made["signing_secret"]}
+
+
+async def test_a_rotation_right_after_the_creation_makes_a_new_secret(app: RouterApp) -> None:
+    """[D2] A retry count says nothing about what happened: no rotation did, so this is the first one. Nor is a retry of
+    a rotation that was answered another one's repetition."""
+    made = await create(app)
+    path, secrets = f"/{made['id']}/rotate_secret", {made["signing_secret"]}
+    for retry in (1, 1, 2):
+        answer = await ask(app, "POST", path, {}, retry=retry)
+        assert answer.status == 200
+        assert answer.json()["signing_secret"] not in secrets
+        secrets.add(answer.json()["signing_secret"])
+
+
+async def test_one_key_is_one_change_of_an_endpoint(app: RouterApp) -> None:
+    """[D1] Creating, rotating and testing take an idempotency key: the same request is a replay, another one gets 422,
+    also one of another kind."""
+    made = (await ask(app, "POST", "", HOOK, once="a")).json()
+    assert (await ask(app, "POST", "", HOOK, once="a")).json()["id"] == made["id"]
+    one = f"/{made['id']}"
+    rotated = (await ask(app, "POST", f"{one}/rotate_secret", {"keep_old_secret_s": 60}, once="b")).json()
+    again = (await ask(app, "POST", f"{one}/rotate_secret", {"keep_old_secret_s": 60}, once="b")).json()
+    assert again["signing_secret"] == rotated["signing_secret"] != made["signing_secret"]
+    for path, body, key in (
+        ("", HOOK | {"name": "other"}, "a"),
+        (f"{one}/rotate_secret", {}, "a"),
+        (f"{one}/rotate_secret", {"keep_old_secret_s": 61}, "b"),
+        (f"{one}/test", {"event_type": "batch.completed"}, "b"),
+    ):
+        refused = await ask(app, "POST", path, body, once=key)
+        assert (refused.status, refused.error["code"]) == (422, "idempotency_key_reused"), path
+    await ask(app, "POST", f"{one}/rotate_secret", {})
+    late = await ask(app, "POST", f"{one}/rotate_secret", {"keep_old_secret_s": 60}, once="b")
+    assert (late.status, late.error["code"], late.headers["x-should-retry"]) == (409, "conflict", "false")
+
+
+async def test_a_test_with_a_key_is_sent_once(app: RouterApp) -> None:
+    """[D1] Its repetition tells what became of the first one."""
+    endpoint_id = (await create(app))["id"]
+    body, deliveries = {"event_type": "batch.completed"}, app.state.store.deliveries
+    asking = asyncio.create_task(ask(app, "POST", f"/{endpoint_id}/test", body, once="t"))
+    (key,) = await eventually(deliveries.pending, "the sample waits")
+    attempt = Attempt(at_ms=1, took_ms=3, status=204)
+    deliveries.advance(key, DeliveryState(outcome=Outcome.DELIVERED, tries=1, attempts=(attempt,)))
+    first, again = await asking, await ask(app, "POST", f"/{endpoint_id}/test", body, once="t")
+    assert (first.status, first.json()) == (200, again.json())
+    assert len((await ask(app, "GET", f"/{endpoint_id}/deliveries")).json()["data"]) == 1
 
 
 @pytest.mark.parametrize(
