@@ -30,7 +30,7 @@ from queue_schemas import (
 from telemetry import get_logger, inject, span_from, tracing_enabled
 
 from .continuing import NotContinuable, plan_continuation, read_delivered
-from .core import Continuation, FrameCutter, Retry, Silence, judge_answer, judge_failure
+from .core import Continuation, FrameCutter, Retry, Silence, is_whole, judge_answer, judge_failure
 from .engines import Engine, EngineAnswer, EngineCall, EngineGone
 from .metrics import WorkerMetrics
 from .outbox import Channel, Outbox
@@ -326,6 +326,11 @@ class Attempts:
         self.seen += 1
         if len(body) > self._max_answer_bytes:
             return _Settle(Outcome.FAILED, attempt.cutter.fail(self._too_large()))
+        if not is_whole(answer.status, answer.content_type, body, delimited=answer.delimited):
+            raise EngineGone(
+                "the engine closed the connection, and nothing proves that its answer is whole: it has neither "
+                "content-length nor chunks, and is no complete JSON"
+            )
         self._metrics.usage(attempt.lease.job.model, body)
         return _Settle(verdict, attempt.cutter.whole(answer.status, answer.content_type, body))
 
@@ -357,7 +362,10 @@ class Attempts:
         silence.reading = False
         self._metrics.usage(job.model, data, events)
         rest = cutter.feed(continuation.end()) if continuation is not None else b""
-        return _Settle(verdict, await channel.close() + rest + cutter.end())
+        last = cutter.finish(delimited=answer.delimited) if verdict is Outcome.DONE else cutter.end()
+        if last is None:
+            raise _cut_short(answer.delimited)
+        return _Settle(verdict, await channel.close() + rest + last)
 
     def _channel(self, attempt: _Attempt) -> Channel:
         job = attempt.lease.job
@@ -466,6 +474,13 @@ class Attempts:
             f"the engine's answer is larger than the {self._max_answer_bytes} bytes that its worker accepts; "
             "ask for less, or raise INFERQ_WORKER_MAX_ANSWER_BYTES"
         )
+
+
+def _cut_short(delimited: bool) -> EngineFailed:
+    """The error for a stream that ended before its end."""
+    if delimited:
+        return EngineFailed("the engine ended the stream without its end marker, and before all of it was said")
+    return EngineGone("the engine closed the connection before the end of the stream")
 
 
 def _facts(lease: Lease) -> dict[str, str | int]:

@@ -7,6 +7,7 @@ from .silence import Silence
 from .slots import Claim, Slots
 from .stand_in import StandIn
 from .verdict import Retry, judge_answer, judge_failure
+from .wholeness import is_whole
 
 __all__ = [
     "LATE_S",
@@ -19,6 +20,7 @@ __all__ = [
     "Silence",
     "Slots",
     "StandIn",
+    "is_whole",
     "judge_answer",
     "judge_failure",
 ]

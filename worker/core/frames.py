@@ -6,12 +6,17 @@ Rules:
   with both.
 * A stream is cut only between server-sent events, so that an attempt that is lost never leaves half an event with a
   client. What follows the last border is kept until its event is complete, up to a limit.
+* The standard allows CR, LF and CRLF as line ends, mixed, and a byte order mark at the beginning. Events leave with LF
+  alone and without the mark: many clients understand nothing else. All else stays as the engine wrote it.
 """
 
 from __future__ import annotations
 
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Lease
 
+from .wholeness import StreamEnd
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_EVENT_BYTES = 1 << 20
 """An event that is longer is passed on in pieces."""
 
@@ -19,7 +24,7 @@ MAX_EVENT_BYTES = 1 << 20
 class FrameCutter:
     """Cuts the answer of one attempt. All results are packed frames, ready to publish or settle."""
 
-    __slots__ = ("_content_type", "_flags", "_lease", "_seq", "_status", "_tail")
+    __slots__ = ("_after_cr", "_content_type", "_end", "_flags", "_lease", "_mid_event", "_seq", "_status", "_tail")
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
@@ -28,6 +33,11 @@ class FrameCutter:
         self._status = 0
         self._content_type = ""
         self._flags = HEAD
+        self._end = StreamEnd(lease.job.path)
+        self._after_cr = False
+        """Whether the last piece ended with CR: an LF that begins the next one belongs to it."""
+        self._mid_event = False
+        """Whether the last frame ended within an event that is too long to be held."""
 
     @property
     def begun(self) -> bool:
@@ -46,19 +56,39 @@ class FrameCutter:
 
     def feed(self, data: bytes) -> bytes:
         """A frame with the events that are complete now; empty if none is."""
+        if self._after_cr or b"\r" in data:
+            data = self._with_line_feeds(data)
         tail = self._tail
         if not tail and data.endswith(b"\n\n"):
-            return self._frame(data, 0)
+            return self._events(data)
         if tail:
             data = tail + data
         border = last_border(data, len(tail))
-        if not border and len(data) > MAX_EVENT_BYTES:
-            border = len(data)
-        self._tail = data[border:]
-        return self._frame(data[:border], 0) if border else b""
+        if border:
+            self._tail = data[border:]
+            return self._events(data[:border])
+        if len(data) > MAX_EVENT_BYTES:
+            self._tail = b""
+            self._mid_event = True
+            self._end.see(data)
+            return self._frame(data, 0)
+        self._tail = data
+        return b""
+
+    def finish(self, *, delimited: bool) -> bytes | None:
+        """The last frame of a stream whose engine has ended it; None if it was cut short. ``delimited``: length or
+        chunks said where it ends."""
+        tail, self._tail = self._tail, b""
+        if self._mid_event:
+            # Most of that event has left unread: only the transport can tell whether this is all of it.
+            return self._frame(tail.rstrip(b"\n") + b"\n\n", END) if delimited else None
+        if not self._seq:
+            tail = tail.removeprefix(BYTE_ORDER_MARK)
+        closing = self._end.closing(tail, self._lease.job.body, delimited=delimited)
+        return None if closing is None else self._frame(closing, END)
 
     def end(self) -> bytes:
-        """The last frame of a stream that is complete, with whatever was kept back."""
+        """The last frame of a stream that is known to be complete, with whatever was kept back."""
         tail, self._tail = self._tail, b""
         return self._frame(tail, END)
 
@@ -68,6 +98,19 @@ class FrameCutter:
         if self.begun:
             return self._frame(b"data: " + error.body() + b"\n\n", END)
         return self.whole(error.status, "application/json", error.body())
+
+    def _with_line_feeds(self, data: bytes) -> bytes:
+        if self._after_cr and data.startswith(b"\n"):
+            data = data[1:]
+        self._after_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _events(self, events: bytes) -> bytes:
+        if not self._seq:
+            events = events.removeprefix(BYTE_ORDER_MARK)
+        self._mid_event = False
+        self._end.see(events)
+        return self._frame(events, 0)
 
     def _frame(self, data: bytes, flags: int) -> bytes:
         lease = self._lease

@@ -43,6 +43,8 @@ class EngineConnection(asyncio.Protocol):
         """Whether the connection stands, as far as is known, and the server is willing to go on."""
         self.silent = False
         """Whether the server has not sent one byte since the request."""
+        self.delimited = True
+        """Whether length or chunks said where the complete answer ends; False: only that the connection was closed."""
         self.idle_since = 0.0
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -77,7 +79,7 @@ class EngineConnection(asyncio.Protocol):
         assert self.drained  # noqa: S101 - else another request's answer would begin this one's
         self.status, self.content_type = 0, "application/octet-stream"
         self.complete = self._has_head = False
-        self.silent = self._ends_with_connection = True
+        self.silent = self.delimited = self._ends_with_connection = True
         self._head_bytes = 0
         if self._transport.is_closing():
             self._fail("the engine broke the connection before it was asked")
@@ -161,6 +163,7 @@ class EngineConnection(asyncio.Protocol):
         self.usable = False
         if self._has_head and not self.complete and self._ends_with_connection and exc is None:
             self.complete = True
+            self.delimited = False
             self._tell()
         else:
             self._lost = not self._error

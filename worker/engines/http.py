@@ -211,6 +211,10 @@ class _Answer:
     def content_type(self) -> str:
         return self._connection.content_type
 
+    @property
+    def delimited(self) -> bool:
+        return self._connection.delimited
+
     async def chunks(self) -> AsyncIterator[bytes]:
         while data := await self._connection.piece():
             yield data

@@ -42,6 +42,12 @@ class EngineAnswer(Protocol):
         """The ``Content-Type`` with its parameters. An answer that starts with ``text/event-stream`` is a stream."""
         ...
 
+    @property
+    def delimited(self) -> bool:
+        """Of an answer that was read to its end: whether its length or chunks said where that is. False: the connection
+        was closed there, as it is when an engine dies."""
+        ...
+
     def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives, in pieces of any size, none empty; what arrived while nobody asked is one piece.
 

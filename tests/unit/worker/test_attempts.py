@@ -42,7 +42,8 @@ ATTEMPT_IDS = itertools.count()
 class Answer:
     """An answer made of pieces; an exception among them is raised, an event is waited for."""
 
-    def __init__(self, status: int, content_type: str, pieces: list[Any]) -> None:
+    def __init__(self, status: int, content_type: str, pieces: list[Any], *, delimited: bool = True) -> None:
+        self.delimited = delimited
         self.status = status
         self.content_type = content_type
         self._pieces = pieces
@@ -264,6 +265,74 @@ async def test_a_stream_that_breaks_is_released_even_on_the_last_attempt() -> No
     assert bench.outbox._bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("path", "pieces"),
+    [
+        ("/v1/chat/completions", [b'data: {"choices": []}\n\n']),
+        ("/v1/completions", [b'data: {"choices": []}\n\n', b"data: [DO"]),
+        ("/v1/messages", [b'event: ping\ndata: {"type": "ping"}\n\n']),
+        ("/v1/responses", [b'data: {"type": "response.created"}\n\n']),
+        ("/v1/audio/transcriptions", [b'data: {"delta": "x"}\n\n']),
+        ("/v1/chat/completions", []),
+    ],
+)
+async def test_a_stream_without_its_end_is_lost_as_if_the_connection_was_reset(path: str, pieces: list[bytes]) -> None:
+    """[C3] The engine closed a connection that had neither length nor chunks: half a text never ends normally, but goes
+    to the next attempt."""
+    bench = Bench(Answer(200, SSE, list(pieces), delimited=False))
+    await bench.run(lease(stream=True, path=path))
+    assert not bench.broker.settled
+    ((crashed,),) = bench.broker.crashes
+    assert crashed.job.path == path
+
+
+async def test_a_stream_that_ends_properly_without_its_end_is_an_engine_failure() -> None:
+    """[C3] Chunks that end are no end of a chat: it is tried again, and the client told if there was nothing before."""
+    half = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": null}]}\n\n'
+    bench = Bench(Answer(200, SSE, [half]))
+    await bench.run(lease(stream=True))
+    ((reason, counted),) = bench.broker.released
+    assert "without its end marker" in reason
+    assert counted
+    nothing = Bench(Answer(200, SSE, []))
+    await nothing.run(lease(stream=True, attempt=3))
+    ((_, outcome, (frame,)),) = nothing.broker.settled
+    assert (outcome, frame.status) == (Outcome.FAILED, 502)
+
+
+async def test_an_engine_that_sends_no_done_is_served_and_its_streams_get_one() -> None:
+    """[C3] Every choice has its finish reason: the text is whole, and clients that wait for ``[DONE]`` get it."""
+    end = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\n'
+    bench = Bench(Answer(200, SSE, [b'data: {"choices": []}\n\n', end], delimited=False))
+    await bench.run(lease(stream=True))
+    ((_, outcome, frames),) = bench.broker.settled
+    assert outcome is Outcome.DONE
+    assert frames[-1].data == b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "whole"),
+    [
+        ("application/json", b'{"choices": []}', True),
+        ("application/json", b'{"choices": [', False),
+        ("application/json", b"12", False),
+        ("application/json", b"", False),
+        ("text/plain", b"half a transcript", False),
+    ],
+)
+async def test_a_plain_answer_that_only_a_closed_connection_ends_must_prove_itself(
+    content_type: str, body: bytes, whole: bool
+) -> None:
+    """[C3] Cut short, it would pass for a shorter answer: JSON that is complete proves it whole, nothing else does."""
+    bench = Bench(Answer(200, content_type, [body], delimited=False))
+    await bench.run(lease())
+    assert (len(bench.broker.settled), len(bench.broker.crashes)) == ((1, 0) if whole else (0, 1))
+    error = Bench(Answer(400, content_type, [body], delimited=False))
+    await error.run(lease())
+    ((_, outcome, (frame,)),) = error.broker.settled
+    assert (outcome, frame.status, frame.data) == (Outcome.FAILED, 400, body)
+
+
 async def test_an_abort_closes_the_engine_call_and_tells_nobody() -> None:
     """The queue has ended the job already: the connection closes, nothing is settled or released."""
     bench = Bench(Answer(200, SSE, [b"data: 1\n\n", asyncio.Event()]))
@@ -419,7 +488,7 @@ async def test_all_that_ran_on_a_crashed_engine_is_ended_together() -> None:
 async def test_one_broken_connection_is_no_crash() -> None:
     """While others go on beside it, the engine lives: the job is released alone."""
     go_on = asyncio.Event()
-    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", go_on, b"data: 2\n\n"]))
+    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", go_on, b"data: [DONE]\n\n"]))
     async with asyncio.TaskGroup() as group:
         bench.attempts.start([lease(stream=True)], group)
         flush = group.create_task(bench.outbox.run())
@@ -461,7 +530,7 @@ def told(text: str, finish: str | None = None) -> bytes:
 async def test_a_stored_stream_is_added_to_its_output() -> None:
     """Its frames go there and to no Router; the last ones with the settle."""
     hold = asyncio.Event()
-    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", hold, b"data: 2\n\n"]))
+    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", hold, b"data: [DONE]\n\n"]))
     async with bench.running(stored_lease()):
         await eventually(lambda: bench.broker.appended, "it is kept", every_s=0.001)
         hold.set()
@@ -469,7 +538,7 @@ async def test_a_stored_stream_is_added_to_its_output() -> None:
     assert outcome is Outcome.DONE
     assert bench.broker.published == []
     frames = {frame.seq: frame for frame in (*bench.broker.appended, *rest)}
-    assert b"".join(frames[seq].data for seq in sorted(frames)) == b"data: 1\n\ndata: 2\n\n"
+    assert b"".join(frames[seq].data for seq in sorted(frames)) == b"data: 1\n\ndata: [DONE]\n\n"
     assert rest[-1].flags & END
 
 
@@ -530,7 +599,7 @@ async def test_a_lost_stored_stream_goes_on_behind_what_was_kept(
 ) -> None:
     """The engine is first asked how it reads the text so far, where there is one that may be continued; else the
     request is made as at first."""
-    bench = Bench(Answer(200, SSE, [b"data: 1\n\n"]))
+    bench = Bench(Answer(200, SSE, [b"data: 1\n\n", b"data: [DONE]\n\n"]))
     job_lease = stored_lease(epoch=2, attempt=2, **fields)
     bench.broker.output = said(job_lease, *events)
     await bench.run(job_lease)

@@ -49,20 +49,15 @@ def test_a_stream_of_a_single_piece_still_has_head_and_end() -> None:
     assert (last.seq, last.flags, last.data) == (0, HEAD | END, b"data: unfinished")
 
 
-def test_events_with_crlf_are_cut_too() -> None:
-    """Servers that end lines with CRLF are served as well, also when the border is cut in two."""
+def test_any_line_end_becomes_lf() -> None:
+    """[C3] CR, CRLF and mixtures end lines as LF does, also when a CRLF is cut in two; events leave with LF."""
     cut = cutter()
     cut.head(200, "text/event-stream")
-    assert cut.feed(b"data: 1\r\n\r") == b""
-    assert one(cut.feed(b"\ndata: 2")).data == b"data: 1\r\n\r\n"
-
-
-def test_a_mixed_line_end_is_no_border() -> None:
-    """Cut only where the Router cuts too: LF CRLF is no end of an event for either."""
-    cut = cutter()
-    cut.head(200, "text/event-stream")
-    assert cut.feed(b"data: 1\n\r\ndata: 2") == b""
-    assert one(cut.end()).data == b"data: 1\n\r\ndata: 2"
+    assert one(cut.feed(b"data: 1\r\n\r")).data == b"data: 1\n\n"
+    assert cut.feed(b"\ndata: 2") == b""
+    assert one(cut.feed(b"\n\r\ndata: 3")).data == b"data: 2\n\n"
+    assert one(cut.feed(b"\r\rdata: 4\r")).data == b"data: 3\n\n"
+    assert one(cut.feed(b"\n\n")).data == b"data: 4\n\n"
 
 
 def test_an_event_without_end_is_passed_on_in_pieces() -> None:
@@ -95,7 +90,8 @@ PARTS = st.sampled_from([b"data: a", b"\n", b"\r\n", b"\n\n", b"b", b"\r\n\r\n",
 
 @given(st.lists(PARTS, max_size=40), st.data())
 def test_frames_concatenate_to_the_stream_and_end_at_borders(parts: list[bytes], data: st.DataObject) -> None:
-    """However the bytes arrive, the frames are the stream, numbered without a gap, cut only between events."""
+    """However the bytes arrive, the frames are the stream with LF as its line end, numbered without a gap, cut only
+    between events."""
     stream = b"".join(parts)
     cut = cutter()
     cut.head(200, "text/event-stream")
@@ -107,6 +103,6 @@ def test_frames_concatenate_to_the_stream_and_end_at_borders(parts: list[bytes],
         rest = rest[size:]
     packed.append(cut.end())
     frames = unpack_frames(b"".join(packed))
-    assert b"".join(frame.data for frame in frames) == stream
+    assert b"".join(frame.data for frame in frames) == stream.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     assert [frame.seq for frame in frames] == list(range(len(frames)))
-    assert all(frame.data.endswith((b"\n\n", b"\r\n\r\n")) for frame in frames[:-1])
+    assert all(frame.data.endswith(b"\n\n") for frame in frames[:-1])

@@ -276,10 +276,15 @@ async def test_a_body_that_is_cut_short_is_an_engine_failure() -> None:
                 await answer.read(100)
 
 
-async def test_a_body_without_a_length_ends_with_its_connection() -> None:
-    """The oldest way to end an answer is understood."""
-    async with engine_that(then_closes(b"HTTP/1.0 200 OK\r\n\r\nold")) as (engine, _), engine.call(CALL) as answer:
-        assert await answer.read(100) == b"old"
+async def test_a_body_without_a_length_ends_with_its_connection_and_says_so() -> None:
+    """[C3] The oldest way to end an answer is understood, and told apart from an answer that says where it ends."""
+    old = b"HTTP/1.0 200 OK\r\n\r\nold"
+    chunked = CHUNKED + b"3\r\nold\r\n0\r\n\r\n"
+    empty = b"HTTP/1.1 204 No Content\r\n\r\n"
+    for whole, body, delimited in ((old, b"old", False), (chunked, b"old", True), (empty, b"", True)):
+        async with engine_that(then_closes(whole)) as (engine, _), engine.call(CALL) as answer:
+            assert await answer.read(100) == body
+            assert answer.delimited is delimited
 
 
 @pytest.mark.parametrize("answer", [b"", b"SMTP ready\r\n\r\n", b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000])

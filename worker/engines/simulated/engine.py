@@ -108,6 +108,8 @@ class SimulatedEngine:
 class _WholeAnswer:
     """An answer that was complete when its head came."""
 
+    delimited = True
+
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
         self.status = reply.status
@@ -125,6 +127,7 @@ class _StreamedAnswer:
     """A stream in the making."""
 
     status = 200
+    delimited = True
 
     def __init__(self, content_type: str, pieces: AsyncGenerator[bytes, None]) -> None:
         self.content_type = content_type

@@ -1,0 +1,160 @@
+"""Whether an engine's answer is whole, or was cut short.
+
+Used by :mod:`worker.attempts` when an answer ends without an error of the transport. A connection that is closed looks
+the same whether the engine had finished or was killed, so an answer that nothing else proves whole counts as lost.
+
+Rules:
+
+* A stream is whole once its API's own end marker was seen: ``data: [DONE]`` for chat and text completions,
+  ``message_stop`` for ``/v1/messages``, ``response.completed``, ``response.failed`` or ``response.incomplete`` for
+  ``/v1/responses``. An error event that the engine sent last ends a stream as well: the client is told.
+* Some engines send no ``[DONE]``. A stream of completions is whole without it when every choice that was asked for has
+  a finish reason, and the usage has come if it was asked for. ``[DONE]`` is then added, because many clients wait for
+  it.
+* A stream of another path has no marker that is known: it is whole if length or chunks delimit it.
+* A plain answer is whole if length or chunks delimit it, or if it is a JSON object or array. An error answer always
+  is: however short, it does not pass for a success.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum, auto
+from typing import Any
+
+import orjson
+
+from queue_schemas.completions import wants_usage
+from queue_schemas.transcript import DONE, event_data, split_events
+
+DONE_EVENT = b"data: " + DONE + b"\n\n"
+
+_DONE_LINE = re.compile(rb"(?:^|\n)data: *\[DONE\]")
+_MESSAGES_END = re.compile(rb'"type"\s*:\s*"message_stop"')
+_RESPONSES_END = re.compile(rb'"type"\s*:\s*"response\.(?:completed|failed|incomplete|cancelled)"')
+
+
+class _Api(Enum):
+    COMPLETIONS = auto()
+    MESSAGES = auto()
+    RESPONSES = auto()
+    OTHER = auto()
+
+
+class StreamEnd:
+    """Watches one stream for its end. Show it whole events with :meth:`see`; their line ends are LF."""
+
+    __slots__ = ("_api", "_finishing", "_last", "_marked")
+
+    def __init__(self, path: str) -> None:
+        self._api = _api_of(path)
+        self._marked = False
+        self._last = b""
+        self._finishing: list[bytes] = []
+        """Events that carry a finish reason, and those behind them that carry usage: read only if no marker comes."""
+
+    def see(self, events: bytes) -> None:
+        """``events`` are passed on. A JSON string holds no bare quote or line end, so no text of a model matches."""
+        if not events.startswith(b":"):
+            self._last = events
+        api = self._api
+        if api is _Api.MESSAGES or api is _Api.RESPONSES:
+            pattern = _MESSAGES_END if api is _Api.MESSAGES else _RESPONSES_END
+            self._marked = self._marked or pattern.search(events) is not None
+            return
+        if b"[DONE]" in events and _DONE_LINE.search(events):
+            self._marked = True
+        elif b'"finish_reason":"' in events or b'"finish_reason": "' in events or self._awaits_usage(events):
+            self._finishing.append(events)
+
+    def closing(self, tail: bytes, body: bytes, *, delimited: bool) -> bytes | None:
+        """What to add to the stream, which has ended, so that it is whole; None if it was cut short.
+
+        ``tail`` is what came behind the last whole event, ``body`` the request's; ``delimited``: length or chunks said
+        where the answer ends.
+        """
+        rest = b""
+        if _is_event(tail) or (tail and delimited and self._api is _Api.OTHER):
+            # Only the blank line behind it is missing, without which no client would see it.
+            rest = tail.rstrip(b"\n") + b"\n\n"
+            self.see(rest)
+        if self._marked or _is_error(self._last):
+            return rest
+        if self._api is _Api.OTHER:
+            return rest if delimited else None
+        if self._api is _Api.COMPLETIONS and self._finished(body):
+            return rest + DONE_EVENT
+        return None
+
+    def _awaits_usage(self, events: bytes) -> bool:
+        return bool(self._finishing) and b'"usage"' in events
+
+    def _finished(self, body: bytes) -> bool:
+        finished: set[int] = set()
+        usage = False
+        for event in split_events(b"".join(self._finishing)):
+            chunk = _json(event_data(event))
+            choices = chunk.get("choices") if isinstance(chunk, dict) else None
+            if not isinstance(chunk, dict) or not isinstance(choices, list):
+                continue
+            usage = usage or bool(chunk.get("usage"))
+            finished.update(
+                choice["index"] if type(choice.get("index")) is int else 0
+                for choice in choices
+                if isinstance(choice, dict) and choice.get("finish_reason")
+            )
+        request = _json(body)
+        asked: dict[str, Any] = request if isinstance(request, dict) else {}
+        return len(finished) >= _choices(asked) and (usage or not wants_usage(asked))
+
+
+def is_whole(status: int, content_type: str, body: bytes, *, delimited: bool) -> bool:
+    """Whether a plain answer is all that the engine had to say."""
+    if delimited or status >= 400:
+        return True
+    if "json" not in content_type.lower():
+        return False
+    return isinstance(_json(body), dict | list)
+
+
+def _api_of(path: str) -> _Api:
+    match path.rstrip("/").rpartition("/")[2]:
+        case "completions":
+            return _Api.COMPLETIONS
+        case "messages":
+            return _Api.MESSAGES
+        case "responses":
+            return _Api.RESPONSES
+        case _:
+            return _Api.OTHER
+
+
+def _choices(request: dict[str, Any]) -> int:
+    """How many choices ``request`` asks for."""
+    n, prompt = request.get("n"), request.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return prompts * (n if type(n) is int and n > 0 else 1)
+
+
+def _is_event(tail: bytes) -> bool:
+    """Whether ``tail`` is an event of which nothing but the blank line is missing."""
+    data = event_data(tail)
+    return data == DONE or isinstance(_json(data), dict | list)
+
+
+def _is_error(events: bytes) -> bool:
+    """Whether the last of ``events`` tells of an error: in OpenAI's form, Anthropic's, or that of older vLLM."""
+    if b'"error"' not in events:
+        return False
+    said = [data for event in split_events(events) if (data := event_data(event))]
+    last = _json(said[-1]) if said else None
+    return isinstance(last, dict) and (
+        bool(last.get("error")) or last.get("type") == "error" or last.get("object") == "error"
+    )
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
