@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import aiohttp
@@ -21,6 +21,7 @@ from queue_schemas import (
     ManagerUnavailable,
 )
 from telemetry import MetricsRegistry, get_logger
+from telemetry.fleet_http import fleet_session
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _ASK_LIMIT_S = 10.0
@@ -32,12 +33,17 @@ class QueueLink:
     """``broker`` is None while the queue cannot be reached, for the reason ``why``."""
 
     def __init__(
-        self, manager_url: str, join_token: str, *, variable: str, tell: Callable[[str], None] = lambda _: None
+        self,
+        manager_urls: Sequence[str],
+        join_token: str,
+        *,
+        variable: str,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``variable`` names what would tell where the Manager is. ``tell`` is told each new ``why``."""
+        """``variable`` names what would tell where the Managers are. ``tell`` is told each new ``why``."""
         self.broker: Broker | None = None
         self.why = "not connected yet"
-        self._manager_url = manager_url
+        self._manager_urls = manager_urls
         self._join_token = join_token
         self._variable = variable
         self._tell = tell
@@ -46,7 +52,7 @@ class QueueLink:
         """Where the queue is: as the settings say, or a Manager, which is asked until it answers or we are to stop.
         Raises ``CannotStart``."""
         if not given.redis_url:
-            if not self._manager_url:
+            if not self._manager_urls:
                 raise CannotStart(
                     "say where the queue is: --redis-url (INFERQ_REDIS_URL), or --manager-url "
                     f"({self._variable}) to ask the Manager"
@@ -54,7 +60,7 @@ class QueueLink:
             pause = _FIRST_PAUSE_S
             while not stop.is_set():
                 try:
-                    address = await _ask_manager(self._manager_url, self._join_token)
+                    address = await _ask_managers(self._manager_urls, self._join_token)
                 except ManagerUnavailable as error:
                     self._cannot(error)
                     with suppress(TimeoutError):
@@ -97,14 +103,24 @@ class QueueLink:
         self._tell(self.why)
 
 
-async def _ask_manager(url: str, token: str) -> BrokerAddress:
-    """Raises ``ManagerUnavailable``, or ``CannotStart`` if it will not have us."""
-    where = f"{url.rstrip('/')}{FABRIC_PREFIX}/broker"
+async def _ask_managers(urls: Sequence[str], token: str) -> BrokerAddress:
+    """What the first says that answers. Raises ``ManagerUnavailable``, or ``CannotStart`` if none will have us."""
+    faults: list[InferqError] = []
+    async with fleet_session(_ASK_LIMIT_S) as session:
+        for url in urls:
+            try:
+                return await _ask_manager(session, url, token)
+            except (ManagerUnavailable, CannotStart) as error:
+                faults.append(error)
+    # One that is away may yet have us: only when all refuse is there nothing to wait for.
+    raise next((fault for fault in faults if isinstance(fault, ManagerUnavailable)), faults[0])
+
+
+async def _ask_manager(session: aiohttp.ClientSession, url: str, token: str) -> BrokerAddress:
+    where = f"{url}{FABRIC_PREFIX}/broker"
+    headers = {JOIN_TOKEN_HEADER: token} if token else {}
     try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ASK_LIMIT_S)) as session,
-            session.get(where, headers={JOIN_TOKEN_HEADER: token} if token else {}) as answer,
-        ):
+        async with session.get(where, headers=headers, allow_redirects=False) as answer:
             if answer.status in (401, 403):
                 raise CannotStart(f"the Manager at {url} refuses our join token: set INFERQ_JOIN_TOKEN to the fleet's")
             if answer.status != 200:

@@ -75,9 +75,9 @@ class _Process:
         self._sweep: Sweep | None = None
         settings = desk.settings
         self._link = QueueLink(
-            settings.manager_url,
+            settings.manager_urls,
             settings.join_token.get_secret_value(),
-            variable="INFERQ_BATCHES_MANAGER_URL",
+            variable="INFERQ_BATCHES_MANAGER_URLS",
             tell=self._not_connected,
         )
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field, SecretStr, field_validator
 
 from queue_schemas import BadMessage, check_worker_id
-from telemetry import RoleSettings
+from telemetry import ManagerUrls, RoleSettings
 
 MIB = 1024 * 1024
 
@@ -17,12 +18,14 @@ class BatchSettings(RoleSettings):
     """Table ``[batches]``, environment ``INFERQ_BATCHES_*``."""
 
     table: ClassVar[str] = "batches"
+    repeatable: ClassVar[Mapping[str, str]] = {"manager_urls": "manager-url"}
 
     host: str = Field("127.0.0.1", description="Address to listen on, for health and metrics")
     port: int = Field(7_500, ge=0, le=65_535, description="TCP port of health and metrics; 0 takes a free one")
     batcher_id: str = Field("batcher", description="Name of this batcher in logs and among RQ's workers")
-    manager_url: str = Field(
-        "", description="Base URL of a Manager or Router, which is asked where Redis is unless redis_url says so"
+    manager_urls: ManagerUrls = Field(
+        default_factory=list,
+        description="Base URLs of Managers or Routers, which are asked in turn where Redis is unless redis_url says so",
     )
     join_token: SecretStr = Field(SecretStr(""), description="Shown to the Manager")
     rq_redis_url: str = Field(

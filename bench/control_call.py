@@ -45,8 +45,8 @@ from queue_schemas import (
 from router.app import open_manager
 from router.core import Directory
 from router.core.directory import build_directory
-from router.ports import FabricCall
 from telemetry import TelemetrySettings
+from telemetry.fabric_calls import FabricCall
 
 from .processes import cpu_seconds, free_port, running, until_answers
 

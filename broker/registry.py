@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 
 from queue_schemas import BadMessage, Pool, WorkerInfo
+from queue_schemas.acting import ActingManager
 from queue_schemas.ids import check_name, check_worker_id
 from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
 from telemetry import get_logger
@@ -16,6 +17,8 @@ from .calls import Caller, pairs
 POOL_MEMORY_MS = 24 * 3600 * 1000
 """How long a pool that nobody declared is remembered after its last worker."""
 
+_MOST_HELD_BYTES = 4_000
+
 log = get_logger(__name__)
 
 
@@ -24,10 +27,13 @@ class RegistryCalls:
 
     _caller: Caller
 
-    async def act_as_manager(self, manager_id: str, ttl_ms: int, above: int = 0) -> int | None:
+    async def act_as_manager(
+        self, manager_id: str, ttl_ms: int, above: int = 0, url: str = "", proof: str = ""
+    ) -> int | None:
         """Take or keep the acting Manager's lease for ``ttl_ms``: its term, higher than ``above``, or None while
-        another holds it."""
-        return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms, above)) or None
+        another holds it. ``url`` and ``proof`` tell the others where the holder is (:mod:`queue_schemas.acting`)."""
+        given = (manager_id, ttl_ms, above, url, proof)
+        return int(await self._caller.script("act_as_manager", MANAGER, *given)) or None
 
     async def resign_manager(self, manager_id: str) -> None:
         """Give up the acting Manager's lease, if held."""
@@ -38,6 +44,13 @@ class RegistryCalls:
         clock); 0 if there is none, or what nobody of ours wrote. One try."""
         until: bytes = await self._caller.once(MANAGER, "HGET", MANAGER, "until") or b""
         return int(until) if until.isdigit() else 0
+
+    async def acting_manager(self) -> ActingManager:
+        """Who holds the acting Manager's lease, and where it says it is. Not to be believed as it stands. One try."""
+        fields = ("holder", "until", "url", "proof")
+        held = [value or b"" for value in await self._caller.once(MANAGER, "HMGET", MANAGER, *fields)]
+        holder, until, url, proof = (value[:_MOST_HELD_BYTES].decode("utf-8", "replace") for value in held)
+        return ActingManager(holder, int(until) if until.isascii() and until.isdigit() else 0, url, proof)
 
     async def load_workers(self) -> dict[str, WorkerInfo]:
         """The registry as the acting Manager last wrote it; entries that cannot be read are left out."""

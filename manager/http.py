@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 
 from queue_schemas import (
     FABRIC_PREFIX,
     BrokerAddress,
     Heartbeat,
     HeartbeatAnswer,
+    Incarnation,
+    ManagerUnavailable,
     PoolDepth,
     PoolList,
     Registration,
     RegistrationAnswer,
     WorkerInfo,
     WorkerList,
+    check_worker_id,
 )
 from queue_schemas.ids import check_incarnation
+from telemetry import get_logger
 from telemetry.asgi import error_responses, health_routes, prepare_app, require_join_token
+from telemetry.fabric_calls import FabricCall
 from telemetry.held import WORKERS_PRESENT, Held
 
-from .office import ManagerService
+from .forwarding import forward_request
+from .office import ManagerService, NotActing
+
+log = get_logger(__name__)
 
 OneRun = Annotated[str, Query(max_length=100, description="the run of the worker that it is about")]
 
@@ -41,15 +50,35 @@ def create_app(service: ManagerService) -> FastAPI:
     )
     registry = service.metrics.registry
     prepare_app(app, registry)
+    app.add_exception_handler(NotActing, partial(_pass_on, service))
     app.include_router(health_routes(registry, service.not_ready, service.show_metrics))
     app.include_router(_worker_routes(service), prefix=FABRIC_PREFIX)
     app.include_router(_pool_routes(service), prefix=FABRIC_PREFIX)
     return app
 
 
+async def _pass_on(service: ManagerService, request: Request, error: Exception) -> Response:
+    assert isinstance(error, NotActing)  # noqa: S101 - what the handler is registered for
+    return await forward_request(service.elsewhere, request, error)
+
+
+async def _doubt(service: ManagerService, worker_id: str, run: Incarnation, request_id: str) -> None:
+    """The connection of a worker that was held here broke: look, or have the acting Manager look."""
+    try:
+        await service.doubt(worker_id, run)
+    except NotActing:
+        path = f"{FABRIC_PREFIX}/workers/{check_worker_id(worker_id)}/doubt"
+        token = service.settings.join_token.get_secret_value()
+        call = FabricCall("POST", path, f"incarnation={run}", token, b"", request_id, by_manager=True)
+        try:
+            await service.elsewhere.forward(call)
+        except ManagerUnavailable as error:
+            log.info("doubt_not_told", worker=worker_id, error=error.message, then="its heartbeats will be missed")
+
+
 def _worker_routes(service: ManagerService) -> APIRouter:
     token = service.settings.join_token.get_secret_value()
-    held = Held(lambda: service.stopping or not service.acting)
+    held = Held(lambda: service.stopping or not service.in_touch)
     service.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
     routes = APIRouter(tags=["workers"], dependencies=[Depends(require_join_token(token))])
 
@@ -96,10 +125,10 @@ def _worker_routes(service: ManagerService) -> APIRouter:
         response_class=Response,
         responses=error_responses(400, 401, 429, 503),
     )
-    async def presence(worker_id: str, incarnation: OneRun) -> Response:
-        service.check_acting()
+    async def presence(worker_id: str, incarnation: OneRun, request: Request) -> Response:
+        service.check_in_touch()
         run = check_incarnation(incarnation)
-        return held.answer(lambda: service.doubt(worker_id, run))
+        return held.answer(lambda: _doubt(service, worker_id, run, request.state.request_id))
 
     @routes.post(
         "/workers/{worker_id}/doubt",

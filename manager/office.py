@@ -31,6 +31,7 @@ from queue_schemas import (
     WorkerList,
     new_incarnation,
 )
+from queue_schemas.acting import prove_address
 from queue_schemas.pools import describe_pools
 from telemetry import (
     MetricsRegistry,
@@ -39,6 +40,7 @@ from telemetry import (
 
 from .deaths import Clock, within
 from .fleet import Fleet
+from .forwarding import ActingElsewhere
 from .metrics import FleetMetrics
 from .ports import QueuePort, WorkerProbe
 from .settings import ManagerSettings
@@ -50,14 +52,19 @@ OpenQueue = Callable[[], AbstractAsyncContextManager[QueuePort]]
 ANOTHER_ACTS = "another Manager acts"
 """Why a Manager stands by that is as it should be."""
 
+
+class NotActing(ManagerUnavailable):
+    """Only the acting Manager may answer this, and this one does not act."""
+
+
 log = get_logger(__name__)
 
 
 class ManagerService:
     """One Manager. :meth:`run` is its life; the other methods answer workers, Routers and people.
 
-    They raise ``ManagerUnavailable`` while the queue cannot be reached and, those that change something, while another
-    Manager acts.
+    They raise ``ManagerUnavailable`` while the queue cannot be reached and, those that change something, ``NotActing``
+    while another Manager acts. ``url`` is where the others reach this one; it is written into Redis while it acts.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class ManagerService:
         probe: WorkerProbe,
         *,
         broker_url: str,
+        url: str = "",
         metrics: MetricsRegistry | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -82,6 +90,10 @@ class ManagerService:
         self._acting_until = 0.0
         self.stopping = False
         """Whether it was told to end."""
+        join_token = settings.join_token.get_secret_value()
+        self._url = url
+        self._proof = prove_address(join_token, self.manager_id, url) if url else ""
+        self.elsewhere = ActingElsewhere(self.manager_id, url, join_token, settings.broker_call_ms)
         self._changed = asyncio.Event()
         self._newcomers = asyncio.Event()
         self._problem = "the queue's Redis has not been reached yet"
@@ -115,6 +127,7 @@ class ManagerService:
             finally:
                 await self._write_down()
                 await self._resign(queue)
+                await self.elsewhere.close()
                 self._queue = None
                 self._problem = "the Manager is shutting down"
 
@@ -144,6 +157,7 @@ class ManagerService:
                 term = await within(min(self.settings.broker_call_ms, ttl_ms), self._act(queue, ttl_ms))
                 if term is None:
                     self._step_down(ANOTHER_ACTS)
+                    await self.elsewhere.look(queue)
                 else:
                     if self._fleet is None or self._fleet.term != term:
                         await self._take_office(queue, term)
@@ -156,7 +170,7 @@ class ManagerService:
 
     async def _act(self, queue: QueuePort, ttl_ms: int) -> int | None:
         outrun = self._fleet.registry.outrun if self._fleet is not None else 0
-        return await queue.act_as_manager(self.manager_id, ttl_ms, outrun)
+        return await queue.act_as_manager(self.manager_id, ttl_ms, outrun, self._url, self._proof)
 
     async def _take_office(self, queue: QueuePort, term: int) -> None:
         fleet = Fleet(self.settings, queue, self._probe, self.metrics, term, self._changed, self._clock)
@@ -166,6 +180,7 @@ class ManagerService:
             # A snapshot of a version that we cannot read: the next heartbeats tell all that is in it.
             log.warning("registry_snapshot_unreadable", error=str(error))
         self._fleet = fleet
+        self.elsewhere.url = ""
         self._newcomers.set()
         self._problem = ""
         self.metrics.acting.set(1)
@@ -277,16 +292,22 @@ class ManagerService:
         member = await self._in_office().drain(worker_id)
         return member.info(self._clock())
 
-    def check_acting(self) -> None:
-        """Raises ``ManagerUnavailable`` in standby."""
-        self._in_office()
+    @property
+    def in_touch(self) -> bool:
+        """Whether what this Manager is told reaches the acting one: it acts, or knows the way to who does."""
+        return self.acting or bool(self.elsewhere.url)
+
+    def check_in_touch(self) -> None:
+        """Raises ``NotActing`` unless :attr:`in_touch`."""
+        if not self.in_touch:
+            self._in_office()
 
     async def doubt(self, worker_id: str, incarnation: Incarnation) -> None:
         """The connection that a worker held open broke: find out now whether it is dead. That is only a hint: nobody is
-        buried whose port or ping answers."""
-        fleet = self._acting()
-        if fleet is None or self.stopping:
+        buried whose port or ping answers. Raises ``NotActing``."""
+        if self.stopping:
             return
+        fleet = self._in_office()
         try:
             await fleet.doubt(worker_id, incarnation)
         except InferqError as error:
@@ -335,7 +356,7 @@ class ManagerService:
     def _in_office(self) -> Fleet:
         fleet = self._acting()
         if fleet is None:
-            raise ManagerUnavailable(f"this Manager does not act now ({self.not_ready()[0]})", retry_after_s=2)
+            raise NotActing(f"this Manager does not act now ({self.not_ready()[0]})", retry_after_s=2)
         return fleet
 
     def _reached(self) -> QueuePort:

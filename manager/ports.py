@@ -7,6 +7,7 @@ from typing import Protocol
 
 from broker import Expired, JobCounts, Reclaimed
 from queue_schemas import Control, Incarnation, Lane, LaneDepth, Pool, WorkerId, WorkerInfo
+from queue_schemas.acting import ActingManager
 
 from .core import Door
 
@@ -30,7 +31,11 @@ class QueuePort(Protocol):
 
     async def expire(self) -> Expired: ...
 
-    async def act_as_manager(self, manager_id: str, ttl_ms: int, above: int = 0) -> int | None: ...
+    async def act_as_manager(
+        self, manager_id: str, ttl_ms: int, above: int = 0, url: str = "", proof: str = ""
+    ) -> int | None: ...
+
+    async def acting_manager(self) -> ActingManager: ...
 
     async def resign_manager(self, manager_id: str) -> None: ...
 

@@ -21,6 +21,7 @@ import ray
 from broker import BrokerSettings
 from broker.link import open_link
 from queue_schemas import RAY_MANAGER, RAY_NAMESPACE, BrokerUnsuitable, CannotStart
+from queue_schemas.acting import RAY_SCHEME
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger
 from telemetry.asgi import call_app
 from telemetry.flags import parse_settings
@@ -62,7 +63,11 @@ class ManagerActor:
         self._digest = digest
         self._probe = HttpWorkerProbe(settings.probe_limit_s)
         self._service = ManagerService(
-            settings, open_broker(broker_settings), self._probe, broker_url=broker_settings.redis_url
+            settings,
+            open_broker(broker_settings),
+            self._probe,
+            broker_url=broker_settings.redis_url,
+            url=settings.advertise_url or f"{RAY_SCHEME}{RAY_MANAGER}",
         )
         self._app = create_app(self._service)
         self._stop = asyncio.Event()

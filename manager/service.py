@@ -12,6 +12,7 @@ from typing import cast
 from broker import Broker, BrokerSettings
 from broker.link import open_link
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
+from telemetry.advertised import advertised_url
 from telemetry.flags import parse_settings
 from telemetry.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 
@@ -69,8 +70,10 @@ async def serve(
             log.info("embedded_queue", port=server.port, data=str(server.data_dir))
             broker_settings = broker_settings.model_copy(update={"redis_url": server.url})
         probe = await exits.enter_async_context(HttpWorkerProbe(settings.probe_limit_s))
-        service = ManagerService(settings, open_broker(broker_settings), probe, broker_url=broker_settings.redis_url)
         host, port = listener.getsockname()[:2]
+        redis_url = broker_settings.redis_url
+        url = settings.advertise_url or await asyncio.to_thread(advertised_url, settings.host, port, redis_url)
+        service = ManagerService(settings, open_broker(broker_settings), probe, broker_url=redis_url, url=url)
         log.info("listening", url=f"http://{host}:{port}")
         served = tasks.create_task(
             run_server(

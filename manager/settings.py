@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from queue_schemas import BadMessage
+from queue_schemas.acting import check_manager_url
 from telemetry import CommaList, RoleSettings
 
 
@@ -20,6 +22,11 @@ class ManagerSettings(RoleSettings):
         SecretStr(""), description="What workers and routers must show to join; needed on a public address"
     )
     insecure: bool = Field(False, description="Listen on a public address without a join token")
+    advertise_url: str = Field(
+        "",
+        description="Where Routers and other Managers reach this one, written into Redis while it acts; empty: from "
+        "host and port (of a wildcard host, its address on the way to Redis)",
+    )
     advertised_redis_url: str = Field(
         "", description="The broker's address as told to workers and routers; empty: the one the Manager uses"
     )
@@ -43,6 +50,14 @@ class ManagerSettings(RoleSettings):
     def probe_limit_s(self) -> float:
         """Limit on a look at a health page: short beside the lease, or looking would interrupt the watch of beats."""
         return min(self.probe_timeout_ms, self.lease_ms / 6) / 1000
+
+    @field_validator("advertise_url")
+    @classmethod
+    def _plain_url(cls, value: str) -> str:
+        try:
+            return check_manager_url(value) if value else value
+        except BadMessage as error:
+            raise ValueError(error.message) from error
 
     @model_validator(mode="after")
     def _in_proportion(self) -> Self:

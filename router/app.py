@@ -15,17 +15,20 @@ from starlette.types import Message, Receive, Scope, Send
 from broker import Broker, BrokerSettings
 from broker.link import open_link
 from queue_schemas import BrokerUnsuitable, CannotStart, MethodNotAllowed, PathNotFound
+from queue_schemas.acting import RAY_SCHEME
 from storage import ObjectStore, StorageSettings, WebhookSettings
 from telemetry.asgi import request_id_from
+from telemetry.fabric_calls import FabricHttp
 from telemetry.server import refuse_unguarded
 
 from .connection import Connection
 from .exchange import Exchange
 from .http import build_pages
 from .inference import Inference
-from .manager_port import HttpManager
+from .manager_port import HttpManager, RemoteManager
+from .manager_route import ManagerRoute
 from .ports import ManagerPort, OpenQueue
-from .ray_manager import SCHEME, RayManager
+from .ray_manager import RayManager
 from .settings import RouterSettings
 from .state import RouterState
 from .store import Store
@@ -146,8 +149,10 @@ def build_router(
     ``BrokerUnsuitable`` for a Redis URL that is none.
     """
     token = settings.join_token.get_secret_value()
-    if manager is None and settings.manager_url:
-        manager = open_manager(settings.manager_url, token, settings.manager_timeout_ms)
+    if manager is None and settings.manager_urls:
+        limit_ms = settings.manager_timeout_ms
+        http = FabricHttp(limit_ms / 1000)
+        manager = ManagerRoute(settings.manager_urls, token, lambda url: open_manager(url, token, limit_ms, http))
     if open_queue is None:
         open_queue = _queue_opener(settings, broker_settings or BrokerSettings.load(), manager)
     storage_settings = storage_settings or StorageSettings.load()
@@ -171,11 +176,12 @@ def build_router(
     return RouterApp(state)
 
 
-def open_manager(url: str, join_token: str, timeout_ms: int) -> ManagerPort:
-    """The Manager that the setting ``manager_url`` means. Connects to nothing yet. Raises ``CannotStart``."""
-    if url.startswith(SCHEME):
-        return RayManager(url.removeprefix(SCHEME), join_token, timeout_ms)
-    return HttpManager(url, join_token, timeout_ms)
+def open_manager(url: str, join_token: str, timeout_ms: int, http: FabricHttp | None = None) -> RemoteManager:
+    """The Manager that one of the setting ``manager_urls`` means; ``http`` is shared by several. Connects to nothing
+    yet. Raises ``CannotStart``."""
+    if url.startswith(RAY_SCHEME):
+        return RayManager(url.removeprefix(RAY_SCHEME), join_token, timeout_ms)
+    return HttpManager(url, join_token, http or FabricHttp(timeout_ms / 1000))
 
 
 def _queue_opener(settings: RouterSettings, broker: BrokerSettings, manager: ManagerPort | None) -> OpenQueue:

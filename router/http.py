@@ -38,13 +38,14 @@ from queue_schemas import (
 from queue_schemas.ids import check_incarnation
 from telemetry import get_logger
 from telemetry.asgi import check_join_token, error_responses, health_routes, prepare_app, require_join_token
+from telemetry.fabric_calls import FabricCall
 from telemetry.held import WORKERS_PRESENT, Held
 
 from .batches import batch_routes
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
 from .files import FILES_PATH, file_routes
 from .job_pages import job_routes
-from .ports import FabricCall, ManagerPort
+from .ports import ManagerPort
 from .response_pages import response_routes
 from .state import RouterState
 from .webhooks import webhook_routes
@@ -68,7 +69,7 @@ def build_pages(state: RouterState) -> FastAPI:
         description="POST requests on inference paths (such as /v1/chat/completions) go through the queue to an engine "
         "as they are; their schema is the engine's. Documented here is what the Router answers itself.",
     )
-    app.include_router(health_routes(state.metrics.registry, state.reasons))
+    app.include_router(health_routes(state.metrics.registry, state.reasons, warnings=state.warnings))
     app.include_router(_models(state))
     app.include_router(file_routes(state))
     app.include_router(job_routes(state))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-import aiohttp
 from pydantic import ValidationError
 
 from queue_schemas import (
@@ -16,11 +14,7 @@ from queue_schemas import (
     CannotStart,
     ManagerUnavailable,
 )
-
-from .ports import FabricCall, Forwarded
-
-_PASSED_ON = ("content-type", "retry-after", "www-authenticate")
-_ANSWER_LIMIT_BYTES = 16 * 1024 * 1024
+from telemetry.fabric_calls import UNREACHABLE, FabricCall, FabricHttp, Forwarded
 
 
 class RemoteManager(abc.ABC):
@@ -60,16 +54,11 @@ class RemoteManager(abc.ABC):
         )
 
 
-def passed_on(status: int, headers: Iterable[tuple[str, str]], body: bytes) -> Forwarded:
-    """The Manager's answer without the headers that concern only the way to it."""
-    kept = tuple((name.lower(), value) for name, value in headers if name.lower() in _PASSED_ON)
-    return Forwarded(status, kept, body)
-
-
 class HttpManager(RemoteManager):
     """The Manager (or another Router) at a base URL."""
 
-    def __init__(self, url: str, join_token: str, timeout_ms: int) -> None:
+    def __init__(self, url: str, join_token: str, http: FabricHttp) -> None:
+        """``http`` may serve several; whoever closes one closes it for all."""
         split = urlsplit(url)
         if split.scheme not in ("http", "https") or not split.hostname:
             raise CannotStart(
@@ -77,28 +66,13 @@ class HttpManager(RemoteManager):
                 "or ray:manager for the one in this Ray cluster"
             )
         super().__init__(url.rstrip("/"), join_token)
-        self._timeout = aiohttp.ClientTimeout(total=timeout_ms / 1000)
-        self._session: aiohttp.ClientSession | None = None
+        self._http = http
 
     async def forward(self, call: FabricCall) -> Forwarded:
-        url = self.where + call.path + (f"?{call.query}" if call.query else "")
         try:
-            async with self._open().request(
-                call.method, url, data=call.body or None, headers=call.headers, allow_redirects=False
-            ) as answer:
-                content = await answer.content.read(_ANSWER_LIMIT_BYTES)
-                while more := await answer.content.read(_ANSWER_LIMIT_BYTES - len(content)):
-                    content += more
-                return passed_on(answer.status, answer.headers.items(), content)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return await self._http.forward(self.where, call)
+        except UNREACHABLE as error:
             raise self.unreachable(error) from error
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=self._timeout)
-        return self._session
+        await self._http.close()

@@ -103,9 +103,17 @@ class RouterMetrics:
         counter.inc()
 
     def watch(
-        self, *, waiting: Callable[[], int], round_trips: Callable[[], int], transfers: Callable[[], int]
+        self,
+        *,
+        waiting: Callable[[], int],
+        round_trips: Callable[[], int],
+        transfers: Callable[[], int],
+        managed: Callable[[], bool],
     ) -> None:
         """Read these when somebody asks for the metrics."""
         self.registry.watch_gauge("inferq_requests_waiting", "Requests that wait for or stream their answer", waiting)
         self.registry.watch_gauge("inferq_file_transfers", "Uploads and downloads under way", transfers)
+        self.registry.watch_gauge(
+            "inferq_manager_reachable", "0 while workers cannot join through this Router", lambda: int(managed())
+        )
         self.registry.watch_round_trips(round_trips)

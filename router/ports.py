@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from broker import DeadLetters, Standing
 from queue_schemas import (
-    JOIN_TOKEN_HEADER,
     BrokerAddress,
     Enqueued,
     Frame,
@@ -27,6 +25,8 @@ from queue_schemas import (
     Tenant,
     WorkerInfo,
 )
+from queue_schemas.acting import ActingManager
+from telemetry.fabric_calls import FabricCall, Forwarded
 
 Deliver = Callable[[list[Frame | Marker]], None]
 
@@ -74,6 +74,8 @@ class QueuePort(Protocol):
 
     async def load_workers(self) -> dict[str, WorkerInfo]: ...
 
+    async def acting_manager(self) -> ActingManager: ...
+
     async def known_pools(self) -> dict[Pool, bool]: ...
 
     async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None: ...
@@ -84,37 +86,6 @@ class QueuePort(Protocol):
     def dead_letters(self) -> DeadLetters: ...
 
     async def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FabricCall:
-    """A call under ``/fabric/v1`` that the Manager answers, as it came."""
-
-    method: str
-    path: str
-    query: str = ""
-    join_token: str = ""
-    body: bytes = b""
-    request_id: str = ""
-
-    @property
-    def headers(self) -> list[tuple[str, str]]:
-        """What the Manager needs of the call's headers, lower case."""
-        given = {
-            "content-type": "application/json" if self.body else "",
-            JOIN_TOKEN_HEADER: self.join_token,
-            "x-request-id": self.request_id,
-        }
-        return [(name, value) for name, value in given.items() if value]
-
-
-@dataclass(frozen=True, slots=True)
-class Forwarded:
-    """The Manager's answer, to be passed on as it is. ``headers`` are lower case."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
 
 
 class ManagerPort(Protocol):

@@ -18,6 +18,7 @@ from queue_schemas import (
     InferqError,
     new_incarnation,
 )
+from queue_schemas.acting import ActingManager
 from telemetry import get_logger
 
 from .core import Directory, build_directory
@@ -46,13 +47,16 @@ class QueueLink:
         deliver: Deliver,
         lost: Callable[[int], None],
         broken: Callable[[InferqError], None],
+        heard: Callable[[ActingManager], None] | None = None,
     ) -> None:
-        """``broken`` is told when a link that stood has to be made anew: what waits on it gets no answer."""
+        """``broken`` is told when a link that stood has to be made anew: what waits on it gets no answer. ``heard`` is
+        told with each refresh of the directory what Redis says of the acting Manager."""
         self._settings = settings
         self._open = open_queue
         self._deliver = deliver
         self._lost = lost
         self._broken = broken
+        self._heard = heard
         self._fault = "not connected to the queue yet"
         self._stale = ""
         self._declared_s = float("-inf")
@@ -153,6 +157,7 @@ class QueueLink:
 
     async def _refresh(self, queue: QueuePort) -> None:
         await self._declare(queue)
+        await self._look_for_manager(queue)
         try:
             fleet: dict[str, WorkerInfo] = await queue.load_workers()
             remembered = await queue.known_pools()
@@ -169,6 +174,15 @@ class QueueLink:
         self._refreshed_s = time.monotonic()
         done, self._refreshed = self._refreshed, asyncio.Event()
         done.set()
+
+    async def _look_for_manager(self, queue: QueuePort) -> None:
+        if self._heard is None:
+            return
+        try:
+            self._heard(await queue.acting_manager())
+        except InferqError as error:
+            # Calls go on to where it was last, or to the configured ones.
+            log.debug("acting_manager_not_read", error=error.message)
 
     async def _declare(self, queue: QueuePort) -> None:
         """Tell others which models the settings declare; this Router knows them whether or not that succeeds."""

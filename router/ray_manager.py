@@ -6,12 +6,10 @@ import asyncio
 from typing import Any
 
 from queue_schemas import RAY_NAMESPACE, CannotStart
+from queue_schemas.acting import RAY_SCHEME
+from telemetry.fabric_calls import FabricCall, Forwarded, passed_on
 
-from .manager_port import RemoteManager, passed_on
-from .ports import FabricCall, Forwarded
-
-SCHEME = "ray:"
-"""``ray:NAME`` in place of the Manager's URL: the actor of that name."""
+from .manager_port import RemoteManager
 
 
 class RayManager(RemoteManager):
@@ -21,13 +19,13 @@ class RayManager(RemoteManager):
         try:
             import ray  # noqa: PLC0415 - needed in this topology only
         except ImportError as error:
-            raise CannotStart(f"{SCHEME}{name} needs Ray: install inferq[ray]") from error
+            raise CannotStart(f"{RAY_SCHEME}{name} needs Ray: install inferq[ray]") from error
         if not ray.is_initialized():
             raise CannotStart(
-                f"{SCHEME}{name} is the Manager of a Ray cluster, and this process is in none: "
+                f"{RAY_SCHEME}{name} is the Manager of a Ray cluster, and this process is in none: "
                 "use `inferq ray up`, or give the Manager's http:// address"
             )
-        super().__init__(f"{SCHEME}{name}", join_token)
+        super().__init__(f"{RAY_SCHEME}{name}", join_token)
         self._name = name
         self._timeout_s = timeout_ms / 1000
         self._actor: Any = None

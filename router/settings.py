@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from broker import Budgets, Durability
 from queue_schemas import BadMessage, OnLoss, check_region
-from telemetry import CommaList, RoleSettings
+from telemetry import CommaList, ManagerUrls, RoleSettings
 
 from .core import OnNoWorker, known_paths
 from .core.batches import window_seconds
@@ -20,14 +21,15 @@ class RouterSettings(RoleSettings):
     """Table ``[router]``, environment ``INFERQ_ROUTER_*``."""
 
     table: ClassVar[str] = "router"
+    repeatable: ClassVar[Mapping[str, str]] = {"manager_urls": "manager-url"}
 
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(18_000, ge=0, le=65_535, description="TCP port to listen on; 0 takes a free one")
     router_id: str = Field("router", description="Name of this Router in logs and on the queue's server")
-    manager_url: str = Field(
-        "",
-        description="Base URL of the Manager, or ray:manager within Ray: workers register through it, and it tells "
-        "where Redis is",
+    manager_urls: ManagerUrls = Field(
+        default_factory=list,
+        description="Base URLs of the Managers, or ray:manager within Ray: workers register through them, and they "
+        "tell where Redis is",
     )
     manager_timeout_ms: int = Field(10_000, ge=50, description="Limit on one call to the Manager")
     join_token: SecretStr = Field(SecretStr(""), description="Shown to the Manager; also opens /fabric/v1 to operators")

@@ -13,6 +13,7 @@ from telemetry import get_logger
 from .abandoned import Abandoned
 from .cancels import Canceller
 from .keys import ApiKeys
+from .manager_route import ManagerRoute
 from .metrics import RouterMetrics
 from .ports import ManagerPort, OpenQueue
 from .queue_link import QueueLink
@@ -49,7 +50,9 @@ class RouterState:
         self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
         self.metrics = RouterMetrics()
         self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked)
-        self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken)
+        self._route = manager if isinstance(manager, ManagerRoute) else None
+        heard = self._route.heard if self._route is not None else None
+        self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken, heard)
         self.canceller = Canceller(lambda: self.link.queue, self.requests.stored)
         self.abandoned = Abandoned(settings.resume_grace_ms / 1000, self._give_up)
         self.leaving = False
@@ -62,11 +65,17 @@ class RouterState:
             waiting=lambda: self.requests.waiting,
             round_trips=lambda: self.link.round_trips,
             transfers=lambda: self.transfers.open,
+            managed=lambda: not self.warnings(),
         )
 
     def reasons(self) -> list[str]:
         """Why the Router is not ready."""
         return ["the router is shutting down"] if self.draining or self.leaving else self.link.reasons
+
+    def warnings(self) -> list[str]:
+        """What is not as it should be, though the Router is ready: requests need no Manager."""
+        trouble = self._route.trouble if self._route is not None else ""
+        return [trouble] if trouble else []
 
     def done(self, request: OpenRequest) -> None:
         """A request is over."""

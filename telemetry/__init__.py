@@ -7,7 +7,7 @@ command-line call does not load a web server.
 from .logs import LogFormat, LogLevel, bind, bound, bound_facts, configure_logging, get_logger
 from .metrics import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry, render_metrics
 from .redaction import redact_url
-from .settings import CommaList, RoleSettings, SettingFact, TelemetrySettings, explain_settings
+from .settings import CommaList, ManagerUrls, RoleSettings, SettingFact, TelemetrySettings, explain_settings
 from .tracing import (
     Span,
     configure_tracing,
@@ -25,6 +25,7 @@ __all__ = [
     "CommaList",
     "LogFormat",
     "LogLevel",
+    "ManagerUrls",
     "MetricsRegistry",
     "RoleSettings",
     "SettingFact",

@@ -235,11 +235,13 @@ def health_routes(
     metrics: MetricsRegistry,
     reasons: Callable[[], Sequence[str]],
     before_scrape: Callable[[], Awaitable[None]] | None = None,
+    warnings: Callable[[], Sequence[str]] = tuple,
 ) -> APIRouter:
     """``/healthz``, ``/readyz`` and ``/metrics``.
 
-    ``reasons`` says in sentences why the role is not ready (none: it is). ``before_scrape`` brings figures up to date
-    that are too dear to keep current all the time; it bounds its own time.
+    ``reasons`` says in sentences why the role is not ready (none: it is), ``warnings`` what an operator should look at
+    though it is: they are in the answer, and take it out of no load balancer. ``before_scrape`` brings figures up to
+    date that are too dear to keep current all the time; it bounds its own time.
     """
     routes = APIRouter(tags=["health"])
 
@@ -250,7 +252,10 @@ def health_routes(
     @routes.get("/readyz", summary="Whether the role can do its work, and if not, why (503)")
     async def readyz() -> JSONResponse:
         why = list(reasons())
-        return JSONResponse({"ready": not why, "reasons": why}, 503 if why else 200)
+        told: dict[str, Any] = {"ready": not why, "reasons": why}
+        if worrying := list(warnings()):
+            told["warnings"] = worrying
+        return JSONResponse(told, 503 if why else 200)
 
     @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
     async def prometheus() -> Response:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from queue_schemas import CannotStart
+from queue_schemas.acting import is_manager_url
 
 from .logs import LogFormat, LogLevel
 from .redaction import redact_url
@@ -40,12 +41,24 @@ CommaList = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 """A list of text: ``a,b`` in the environment or in one flag, an array in the file."""
 
 
+def _check_http_urls(urls: list[str]) -> list[str]:
+    for url in urls:
+        if not url.startswith(("http://", "https://")) and not is_manager_url(url):
+            raise ValueError(f"--manager-url {url} must begin with http:// or https://")
+    return list(dict.fromkeys(url.rstrip("/") for url in urls))
+
+
+ManagerUrls = Annotated[CommaList, AfterValidator(_check_http_urls)]
+"""Base URLs of Managers (or Routers, which lead to them), each once."""
+
+
 class RoleSettings(BaseSettings):
     """The settings of one role (or of the broker, or of telemetry): frozen, each with unit, default and sentence."""
 
     table: ClassVar[str]
     repeatable: ClassVar[Mapping[str, str]] = {}
-    """Lists that have a flag of another name, given once for each entry: field -> flag."""
+    """Lists that have a flag of another name, given once for each entry: field -> flag. The environment and the file
+    may call them by that name, too."""
     prefixed: ClassVar[bool] = False
     """Whether its flags begin with the table's name: ``--storage-url``."""
 
@@ -55,14 +68,21 @@ class RoleSettings(BaseSettings):
     def load(cls, **flags: object) -> Self:
         """The settings with ``flags`` on top; a flag of None was not given. Raises ``CannotStart`` with a sentence."""
         try:
-            return cls(**{name: value for name, value in flags.items() if value is not None})
+            return cls(**cls._by_field({name: value for name, value in flags.items() if value is not None}))
         except ValidationError as error:
             raise CannotStart(_sentence(cls, error)) from error
 
     @classmethod
+    def _by_field(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """``values`` with each repeatable list that goes by its flag's name under its field's."""
+        names = {flag.replace("-", "_"): field for field, flag in cls.repeatable.items()}
+        return {name if (field := names.get(name, name)) in values else field: value for name, value in values.items()}
+
+    @classmethod
     def variable(cls, field: str) -> str:
         """The environment variable of ``field``."""
-        return f"INFERQ_{field.upper()}" if field in SHARED else f"INFERQ_{cls.table.upper()}_{field.upper()}"
+        name = field.replace("-", "_").upper()
+        return f"INFERQ_{name}" if field in SHARED else f"INFERQ_{cls.table.upper()}_{name}"
 
     @classmethod
     def flag(cls, field: str) -> str:
@@ -113,11 +133,12 @@ def explain_settings(settings: RoleSettings, flags: frozenset[str] = frozenset()
     for name, field in cls.model_fields.items():
         own = f"INFERQ_{cls.table.upper()}_{name.upper()}"
         shared = f"INFERQ_{name.upper()}" if name in SHARED else own
+        variables = (own, shared, cls.variable(cls.repeatable.get(name, name)))
         origin = "default"
         if name in flags:
             origin = "flag"
-        elif own in os.environ or shared in os.environ:
-            origin = own if own in os.environ else shared
+        elif variable := next((one for one in variables if one in os.environ), ""):
+            origin = variable
         elif name in in_file:
             origin = str(_config_path())
         value = _shown(getattr(settings, name))
@@ -133,6 +154,8 @@ class _SharedVariables(PydanticBaseSettingsSource):
         values = {
             name: os.environ.get(f"INFERQ_{name.upper()}") for name in SHARED & self.settings_cls.model_fields.keys()
         }
+        if issubclass(cls := self.settings_cls, RoleSettings):
+            values |= {field: os.environ.get(cls.variable(flag)) for field, flag in cls.repeatable.items()}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -152,9 +175,11 @@ class _FileTable(PydanticBaseSettingsSource):
             return {}
         content = _read(path)
         _refuse_unknown(path, "table", content.keys(), TABLES)
-        table = content.get(self._table, {})
+        table: dict[str, Any] = content.get(self._table, {})
         if not isinstance(table, dict):
             raise CannotStart(f"{path}: write [{self._table}] with its settings below it")
+        if issubclass(self.settings_cls, RoleSettings):
+            table = self.settings_cls._by_field(table)
         _refuse_unknown(path, f"setting in [{self._table}]", table.keys(), self.settings_cls.model_fields.keys())
         return table
 

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
 from queue_schemas import BadMessage, check_region, check_worker_id, check_worker_url
-from telemetry import CommaList, RoleSettings
+from telemetry import ManagerUrls, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]
 
@@ -36,7 +36,7 @@ class WorkerSettings(RoleSettings):
     repeatable: ClassVar[Mapping[str, str]] = {"manager_urls": "manager-url"}
 
     worker_id: str = Field("", description="name of this worker, unique in the fleet; empty: made from the host's name")
-    manager_urls: CommaList = Field(
+    manager_urls: ManagerUrls = Field(
         ["http://127.0.0.1:18000"], description="Routers or Managers to register with, the next one when one fails"
     )
     host: str = Field("127.0.0.1", description="address on which the worker's own HTTP service listens")
@@ -97,9 +97,8 @@ class WorkerSettings(RoleSettings):
             raise ValueError("say what to serve: --model MODEL (vLLM), --engine-url URL, or --engine sim")
         if not self.manager_urls:
             raise ValueError("give at least one --manager-url")
-        for url in self.manager_urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"--manager-url {url} must begin with http:// or https://")
+        if ray := [url for url in self.manager_urls if url.startswith("ray:")]:
+            raise ValueError(f"--manager-url {ray[0]}: workers know nothing of Ray; give the Router's http:// address")
         try:
             check_region(self.region)
             if self.advertise_url:

@@ -82,7 +82,7 @@ class _Process:
         self._ends = ResponseEnds(store, metrics)
         self._rounds: Rounds | None = None
         self._link = QueueLink(
-            settings.manager_url, settings.join_token.get_secret_value(), variable="INFERQ_NOTIFIER_MANAGER_URL"
+            settings.manager_urls, settings.join_token.get_secret_value(), variable="INFERQ_NOTIFIER_MANAGER_URLS"
         )
         self._stopping = False
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field, SecretStr, field_validator
 
 from queue_schemas import BadMessage, check_worker_id
-from telemetry import RoleSettings
+from telemetry import ManagerUrls, RoleSettings
 
 from .core import Limits
 
@@ -17,12 +18,14 @@ class NotifierSettings(RoleSettings):
     """Table ``[notifier]``, environment ``INFERQ_NOTIFIER_*``."""
 
     table: ClassVar[str] = "notifier"
+    repeatable: ClassVar[Mapping[str, str]] = {"manager_urls": "manager-url"}
 
     host: str = Field("127.0.0.1", description="Address to serve health and metrics on")
     port: int = Field(7_600, ge=0, le=65_535, description="TCP port of health and metrics; 0 takes a free one")
     notifier_id: str = Field("notifier", description="Name of this notifier in logs and among RQ's workers")
-    manager_url: str = Field(
-        "", description="Base URL of a Manager or Router, which is asked where Redis is unless redis_url says so"
+    manager_urls: ManagerUrls = Field(
+        default_factory=list,
+        description="Base URLs of Managers or Routers, which are asked in turn where Redis is unless redis_url says so",
     )
     join_token: SecretStr = Field(SecretStr(""), description="Shown to the Manager")
     attempt_limit_ms: int = Field(8_000, ge=50, le=60_000, description="How long one attempt may take in all")

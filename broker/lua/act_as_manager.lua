@@ -1,6 +1,7 @@
 -- The acting Manager's lease, on the server's clock: taken if free or run out, kept by its holder.
 -- KEYS[1]: the lease (hash: holder, term, until). ARGV: manager id, ttl_ms (0 gives it up), highest term that workers
--- follow by another's word (0: none): a server that lost its latest writes may have forgotten it.
+-- follow by another's word (0: none): a server that lost its latest writes may have forgotten it; where the holder is
+-- reached ('': not said), and its proof of that. Kept with the lease, so that they are its holder's.
 -- Reply: the term while acting, else 0. The term rises each time the holder changes, and above that one.
 
 local lease = KEYS[1]
@@ -16,5 +17,6 @@ if ttl == 0 then
 end
 if not live then term = term + 1 end
 term = math.max(term, tonumber(ARGV[3]) + 1)
-redis.call('HSET', lease, 'holder', ARGV[1], 'term', string.format('%.0f', term), 'until', string.format('%.0f', now + ttl))
+redis.call('HSET', lease, 'holder', ARGV[1], 'term', string.format('%.0f', term), 'until', string.format('%.0f', now + ttl),
+  'url', ARGV[4] or '', 'proof', ARGV[5] or '')
 return term

@@ -11,6 +11,7 @@ from .batches import look_at_batches
 from .fabric import look_at_engine, look_at_fabric
 from .findings import Examined, Finding, Level
 from .host import look_at_disk, look_at_files, look_at_ports, look_at_python, look_at_settings
+from .managers import look_at_managers
 from .queue import look_at_queue
 from .ray import look_at_ray
 from .store import look_at_store
@@ -26,6 +27,7 @@ async def examine(examined: Examined) -> list[Finding]:
         ("settings", look_at_settings),
         ("queue", lambda: look_at_queue(examined)),
         ("ports", look_at_ports),
+        ("managers", look_at_managers),
         ("engine", lambda: look_at_engine(examined)),
         ("files", look_at_files),
         ("disk", lambda: look_at_disk(examined)),

@@ -45,7 +45,7 @@ class RayPlan:
     @classmethod
     def load(cls, ray: RaySettings, *, redis_url: str | None = None) -> Self:
         """The roles' settings as everywhere, but for the Router's address and Manager."""
-        router = RouterSettings.load(manager_url=f"ray:{RAY_MANAGER}", host=ray.host, port=ray.port)
+        router = RouterSettings.load(manager_urls=f"ray:{RAY_MANAGER}", host=ray.host, port=ray.port)
         if "lame_duck_ms" not in router.model_fields_set:
             router = router.model_copy(update={"lame_duck_ms": ray.lame_duck_ms})
         return cls(

@@ -7,6 +7,7 @@ from typing import Any
 
 from broker import Broker
 from queue_schemas import Assignment, EngineState, WorkerInfo, new_incarnation
+from queue_schemas.acting import ActingManager
 from queue_schemas.keys import POOLS, WORKERS
 
 
@@ -106,3 +107,20 @@ async def test_being_served_does_not_end_a_declaration(broker: Broker, client: A
     assert await broker.known_pools() == {"m": True}
     await client.hset(POOLS, "declared:m", 0)
     assert await broker.known_pools() == {"m": False}
+
+
+async def test_the_acting_manager_says_where_it_is(broker: Broker) -> None:
+    """[A7] Address and proof stand with the lease and are its holder's: the next one replaces them, and a lease that
+    was given up says that nobody acts."""
+    assert await broker.acting_manager() == ActingManager()
+    assert await broker.act_as_manager("a", 60_000, 0, "http://a:9000", "proof of a") == 1
+    said = await broker.acting_manager()
+    assert (said.manager_id, said.url, said.proof) == ("a", "http://a:9000", "proof of a")
+    assert said.beat > 0
+    assert await broker.act_as_manager("b", 60_000, 0, "http://b:9000", "proof of b") is None
+    assert (await broker.acting_manager()).url == "http://a:9000"
+    await broker.resign_manager("a")
+    assert (await broker.acting_manager()).beat == 0
+    assert await broker.act_as_manager("b", 60_000) == 2
+    said = await broker.acting_manager()
+    assert (said.manager_id, said.url, said.proof) == ("b", "", "")

@@ -163,3 +163,13 @@ async def test_the_file_store_is_tried(tmp_path: Path, monkeypatch: pytest.Monke
     (finding,) = (await _examined(tmp_path))["store"]
     assert finding.level is Level.FAILURE
     assert "INFERQ_STORAGE_URL" in finding.mend
+
+
+async def test_the_configured_managers_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[A7] Each of several Managers is named with what it does; that none acts is a warning."""
+    assert "managers" not in await _examined(tmp_path)
+    monkeypatch.setenv("INFERQ_ROUTER_MANAGER_URLS", f"http://127.0.0.1:{free_port()},http://127.0.0.1:{free_port()}")
+    (finding,) = (await _examined(tmp_path))["managers"]
+    assert finding.level is Level.WARNING
+    assert finding.text.startswith("none of the configured Managers acts")
+    assert finding.text.count("does not answer") == 2

@@ -33,7 +33,7 @@ def _plan(**settings: object) -> RayPlan:
 def test_the_routers_settings_are_their_own_but_for_address_and_manager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Host, port and Manager come from the topology, all else as everywhere; the lame duck time where nobody set it."""
     plan = _plan(port=8001, lame_duck_ms=1234)
-    assert (plan.router.port, plan.router.manager_url, plan.router.lame_duck_ms) == (8001, "ray:manager", 1234)
+    assert (plan.router.port, plan.router.manager_urls, plan.router.lame_duck_ms) == (8001, ["ray:manager"], 1234)
     monkeypatch.setenv("INFERQ_ROUTER_LAME_DUCK_MS", "0")
     monkeypatch.setenv("INFERQ_ROUTER_REGION", "eu")
     plan = _plan(lame_duck_ms=1234)

@@ -21,6 +21,7 @@ from queue_schemas import (
     WorkerInfo,
     shard_of_pool,
 )
+from queue_schemas.acting import ActingManager
 
 
 @dataclass
@@ -41,6 +42,7 @@ class FakeQueue:
     waiting: dict[Pool, dict[Lane, LaneDepth]] = field(default_factory=dict)
     counts: JobCounts = field(default_factory=JobCounts)
     holder: str = ""
+    address: tuple[str, str] = ("", "")
     term: int = 0
     sweeps: int = 0
 
@@ -84,14 +86,21 @@ class FakeQueue:
         self.sweeps += 1
         return Expired()
 
-    async def act_as_manager(self, manager_id: str, ttl_ms: int, above: int = 0) -> int | None:
+    async def act_as_manager(
+        self, manager_id: str, ttl_ms: int, above: int = 0, url: str = "", proof: str = ""
+    ) -> int | None:
         self._trip()
         if self.holder not in ("", manager_id):
             return None
         if not self.holder:
             self.holder, self.term = manager_id, self.term + 1
         self.term = max(self.term, above + 1)
+        self.address = (url, proof)
         return self.term
+
+    async def acting_manager(self) -> ActingManager:
+        self._trip()
+        return ActingManager(self.holder, 1 if self.holder else 0, *self.address)
 
     async def resign_manager(self, manager_id: str) -> None:
         self._trip()

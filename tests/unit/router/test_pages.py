@@ -18,7 +18,7 @@ from queue_schemas import (
     ManagerUnavailable,
 )
 from router import RouterSettings, build_router
-from router.ports import FabricCall, Forwarded
+from telemetry.fabric_calls import FabricCall, Forwarded
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import Client, FakeQueue, router
 

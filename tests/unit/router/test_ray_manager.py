@@ -12,8 +12,8 @@ import ray
 from queue_schemas import RAY_MANAGER, RAY_NAMESPACE, AuthenticationFailed, CannotStart, ManagerUnavailable
 from router.app import open_manager
 from router.manager_port import HttpManager
-from router.ports import FabricCall
 from router.ray_manager import RayManager
+from telemetry.fabric_calls import FabricCall
 
 CALL = FabricCall("POST", "/fabric/v1/workers", "a=b", "t0ken", b"{}", "req_1")
 Answer = tuple[int, list[tuple[str, str]], bytes]

@@ -4,9 +4,14 @@ from typing import ClassVar, Self
 import pytest
 from pydantic import Field, SecretStr, model_validator
 
+from batches.settings import BatchSettings
+from batches.webhooks.settings import NotifierSettings
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
+from router.settings import RouterSettings
 from telemetry import CommaList, RoleSettings, TelemetrySettings, explain_settings
+from telemetry.flags import parse_settings
+from worker.settings import WorkerSettings
 
 
 class Sample(RoleSettings):
@@ -129,3 +134,28 @@ def test_telemetry_has_safe_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TelemetrySettings.load().otlp_endpoint == ""
     monkeypatch.setenv("INFERQ_LOG_LEVEL", "debug")
     assert TelemetrySettings.load().log_level == "debug"
+
+
+MANAGERS = ["http://a:9000", "http://b:9000"]
+
+
+@pytest.mark.parametrize("table", [RouterSettings, WorkerSettings, BatchSettings, NotifierSettings])
+@pytest.mark.parametrize("name", ["manager_url", "manager_urls"])
+def test_several_managers_may_be_named_everywhere(
+    table: type[RoleSettings], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[A7] Repeated flags, commas, the environment and the file, by the flag's name or the setting's: every role that
+    asks Managers takes several, and keeps all of them, each once."""
+    engine = ["--engine", "sim"] if table is WorkerSettings else []
+
+    def read(*flags: str) -> object:
+        return getattr(parse_settings("role", "", [*engine, *flags], table)[0], "manager_urls", None)
+
+    assert read("--manager-url", MANAGERS[0], "--manager-url", f"{MANAGERS[1]}/,{MANAGERS[0]}") == MANAGERS
+    Path("inferq.toml").write_text(f'[{table.table}]\n{name} = ["{MANAGERS[1]}"]\n')
+    assert read() == MANAGERS[1:]
+    monkeypatch.setenv(f"INFERQ_{table.table.upper()}_{name.upper()}", ", ".join(MANAGERS))
+    assert read() == MANAGERS
+    assert read("--manager-url", "http://c") == ["http://c"]
+    with pytest.raises(CannotStart, match="must begin with http"):
+        read("--manager-url", "http://a,localhost:9000")

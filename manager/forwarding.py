@@ -1,0 +1,94 @@
+"""A Manager that stands by passes on what only the acting one may decide: workers may be given any Manager's URL."""
+
+from __future__ import annotations
+
+from fastapi import Request, Response
+
+from queue_schemas import JOIN_TOKEN_HEADER, InferqError, ManagerUnavailable
+from queue_schemas.acting import RAY_SCHEME, may_follow
+from telemetry import get_logger
+from telemetry.asgi import error_response
+from telemetry.fabric_calls import FORWARDED_BY_MANAGER, UNREACHABLE, FabricCall, FabricHttp
+
+from .deaths import within
+from .ports import QueuePort
+
+FORWARD_LIMIT_S = 8.0
+"""Limit on one call passed on: a registration may take the acting Manager some seconds."""
+
+log = get_logger(__name__)
+
+
+class ActingElsewhere:
+    """The way from this Manager to the one that acts, as that one says in Redis.
+
+    Its word counts only with a proof that it has our join token (:mod:`queue_schemas.acting`).
+    """
+
+    def __init__(self, manager_id: str, own_url: str, join_token: str, limit_ms: int) -> None:
+        self._manager_id = manager_id
+        self._own_url = own_url
+        self._join_token = join_token
+        self._limit_ms = limit_ms
+        self._http = FabricHttp(FORWARD_LIMIT_S)
+        self._refused = ""
+        self.url = ""
+        """Where it is, as far as known; empty: nowhere that this Manager can pass calls on to."""
+
+    async def look(self, queue: QueuePort) -> None:
+        """Read again where it is. Raises ``BrokerUnavailable``."""
+        acting = await within(self._limit_ms, queue.acting_manager())
+        self.url = ""
+        if not acting.beat or acting.manager_id == self._manager_id or not acting.url:
+            return
+        if not acting.proven(self._join_token):
+            self._refuse(acting.url, "it is not proven with this Manager's join token: give all the same one")
+        elif acting.url.startswith(RAY_SCHEME):
+            self._refuse(acting.url, "it is an actor of a Ray cluster, which only Routers there can reach")
+        elif not may_follow(acting.url, [self._own_url]):
+            self._refuse(acting.url, "that is another machine's loopback address: set advertise_url there")
+        else:
+            self.url, self._refused = acting.url.rstrip("/"), ""
+
+    async def forward(self, call: FabricCall) -> Response:
+        """The acting Manager's answer. Raises ``ManagerUnavailable``."""
+        if not self.url:
+            raise ManagerUnavailable(
+                "no Manager acts that this one can pass calls on to; try again shortly", retry_after_s=2
+            )
+        try:
+            answer = await self._http.forward(self.url, call)
+        except UNREACHABLE as error:
+            log.warning("acting_manager_not_reached", url=self.url, error=f"{type(error).__name__}: {error}")
+            raise ManagerUnavailable(
+                "the acting Manager cannot be reached; try again shortly", retry_after_s=2
+            ) from error
+        return Response(answer.body, answer.status, headers=dict(answer.headers))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.close()
+
+    def _refuse(self, url: str, why: str) -> None:
+        if self._refused != f"{url} {why}":
+            log.warning("acting_manager_not_followed", url=url[:200], why=why)
+        self._refused = f"{url} {why}"
+
+
+async def forward_request(elsewhere: ActingElsewhere, request: Request, refusal: InferqError) -> Response:
+    """The acting Manager's answer to a call that came here; ``refusal`` where there is none to be had."""
+    if FORWARDED_BY_MANAGER in request.headers or not elsewhere.url:
+        return error_response(refusal)
+    call = FabricCall(
+        request.method,
+        request.scope["raw_path"].decode("latin-1"),
+        request.url.query,
+        request.headers.get(JOIN_TOKEN_HEADER, ""),
+        await request.body(),
+        request.state.request_id,
+        by_manager=True,
+    )
+    try:
+        return await elsewhere.forward(call)
+    except ManagerUnavailable as error:
+        return error_response(error)
