@@ -15,7 +15,8 @@ from redis.exceptions import NoScriptError, OutOfMemoryError
 
 from queue_schemas import BrokerFull, BrokerUnavailable, BrokerUnsuitable
 
-from .link import FAILURES, REFUSED, UNREACHABLE, Link
+from .failures import FAILURES, REFUSED, UNREACHABLE
+from .link import Link
 from .scripts import load_scripts
 
 _FIRST_PAUSE_S = 0.05

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
 from queue_schemas import (
-    BadMessage,
-    Control,
+    BrokerUnavailable,
     Enqueued,
     Frame,
     Incarnation,
@@ -31,44 +30,33 @@ from queue_schemas import (
     shard_of_job,
     shard_of_pool,
 )
-from queue_schemas.ids import check_incarnation
 from queue_schemas.keys import META, keys_of_job
 from telemetry import get_logger
 
-from .calls import Caller, pairs
+from .calls import Caller
 from .dead_letters import DeadLetters
-from .durable import DurableCaller, waits_for_disk
+from .durable import DurableCaller
 from .figures import Figures
+from .fitness import Fitness, vet
 from .job_batches import KEEP_MS, ShardBatches
 from .kept_jobs import KeptJobCalls
 from .link import ClientLink, Link, open_link
 from .mailboxes import Mailboxes
 from .registry import RegistryCalls
 from .renewal import Renewer
-from .server import ServerFacts, read_facts, require_suitable, settle_meta
+from .server import ServerFacts, read_facts, settle_meta
 from .settings import BrokerSettings, Budgets, Durability
 from .stored_output import StoredOutputCalls
 from .streams import ReplyReader
+from .upkeep import UpkeepCalls
 from .worker_calls import WorkerCalls
 
+REPLIES_PATIENCE_S = 5.0
+"""How long a Router that starts waits for the shards that do not answer."""
 DURABLE_LINES = 8
 """Batches of one shard that may wait for the same fsync: 1024 jobs."""
-_RECLAIM_STEP = 256
-_EXPIRE_STEP = 256
-_EXPIRE_STEPS = 32
-"""Most calls of one sweep on a shard, made while each meets its limit: a burst is worked off, 8192 jobs a second."""
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Reclaimed:
-    """What became of the jobs of one incarnation. ``lost``: streams that wait for their Routers."""
-
-    requeued: int = 0
-    dead: int = 0
-    cancelled: int = 0
-    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +68,12 @@ class Standing:
     attempt_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Expired:
-    """What one sweep did: jobs ended because their time ran out, workers woken, kept answers forgotten."""
-
-    expired: int = 0
-    woken: int = 0
-    forgotten: int = 0
-
-
 def _is_awaited(job: Job) -> bool:
     """Whether somebody waits for its answer now, who would see to it that it is queued again."""
     return job.lane is Lane.INTERACTIVE and not (job.stored and job.idempotency_key)
 
 
-class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCalls, Figures):
+class Broker(KeptJobCalls, WorkerCalls, UpkeepCalls, StoredOutputCalls, Mailboxes, RegistryCalls, Figures):
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests)."""
 
     def __init__(
@@ -109,6 +88,8 @@ class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCa
         self.shards = shards
         self.replies_ready = asyncio.Event()
         """Set once this Router's reply streams exist; only then may it enqueue."""
+        self._unheard: set[int] = set()
+        """Shards on which this Router's reply stream does not exist yet."""
         self._open_link = open_link
         self._script_flags = script_flags
         self._caller = Caller(open_link(), retry_limit_s=retry_limit_ms / 1000, script_flags=script_flags)
@@ -117,12 +98,14 @@ class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCa
         self.dead_letters = DeadLetters(self._caller, self._keys)
         self._control_read: dict[tuple[int, str], str] = {}
         self._dropped: dict[int, int] = {}
-        self._renewer = Renewer(self._caller, self._keys, self._control_read)
+        self._unjoined: dict[str, set[int]] = {}
+        self._renewer = Renewer(self._caller, self._keys, self._control_read, self._unjoined)
         self._budgets = budgets
         self._retry_limit_s = retry_limit_ms / 1000
         self._durable_callers: list[DurableCaller] = []
         self._durable: list[list[ShardBatches]] = []
         self._turns = itertools.count()
+        self._fitness = Fitness(self._caller, self._keys, disk=False)
 
     @classmethod
     async def connect(
@@ -139,16 +122,14 @@ class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCa
         )
         try:
             await broker._caller.once(META, "PING")
-            facts = await read_facts(broker._caller)
-            require_suitable(facts)
-            if durability == "disk" and waits_for_disk(facts):
+            disk = durability == "disk"
+            if await vet(broker._caller, broker._keys, disk=disk):
                 broker._wait_for_disk(settings)
+            broker._fitness = Fitness(broker._caller, broker._keys, disk=disk)
             await settle_meta(broker._caller, settings.shards)
         except InferqError:
             await broker.close()
             raise
-        for concern in facts.concerns:
-            log.warning("broker_concern", concern=concern)
         return broker
 
     @classmethod
@@ -203,6 +184,11 @@ class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCa
         await self._caller.once(META, "PING")
         return (time.perf_counter() - begin) * 1000
 
+    async def server_faults(self) -> list[str]:
+        """Why the queue's servers cannot be relied on now, in sentences for anybody; empty: they can. Bounded in time;
+        what changes is logged."""
+        return await self._fitness.faults()
+
     async def facts(self) -> ServerFacts:
         """What the server says of itself."""
         return await read_facts(self._caller)
@@ -222,8 +208,13 @@ class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCa
         return await self._line(job).enqueue(job, listener, Keep(keep_ms))
 
     def _line(self, job: Job) -> ShardBatches:
-        """The calls with which a job is enqueued."""
+        """The calls with which a job is enqueued. Raises ``BrokerUnavailable`` where its answer could not be heard."""
         shard = shard_of_job(job.id)
+        if shard in self._unheard:
+            raise BrokerUnavailable(
+                "the part of the queue's Redis that holds this model has not been reached yet; try again shortly",
+                retry_after_s=2,
+            )
         if self._durable and not _is_awaited(job):
             return self._durable[shard][next(self._turns) % DURABLE_LINES]
         return self._batches[shard]
@@ -269,71 +260,26 @@ class Broker(KeptJobCalls, WorkerCalls, StoredOutputCalls, Mailboxes, RegistryCa
         def opened(shard: int) -> Callable[[bool], None]:
             def tell(first: bool) -> None:
                 if first:
-                    made.add(shard)
-                    if len(made) == self.shards:
+                    self._unheard.discard(shard)
+                    if not self._unheard:
                         self.replies_ready.set()
                 elif lost is not None:
                     lost(shard)
 
             return tell
 
-        made: set[int] = set()
+        async def go_on_without() -> None:
+            """A shard that is away keeps no Router from serving the others."""
+            while not self.replies_ready.is_set():
+                await asyncio.sleep(REPLIES_PATIENCE_S)
+                if len(self._unheard) == self.shards:
+                    continue
+                log.warning("reply_streams_missing", shards=sorted(self._unheard), then="the other shards are served")
+                self.replies_ready.set()
+
+        self._unheard = set(range(self.shards))
         async with asyncio.TaskGroup() as group:
+            group.create_task(go_on_without())
             for keys in self._keys:
                 group.create_task(ReplyReader(self._caller, keys, router, deliver, opened(keys.shard)).run())
         raise AssertionError("reply readers run until cancelled")
-
-    # Managers, and workers that leave or stand in for one
-
-    async def leave(self, incarnation: Incarnation) -> Reclaimed:
-        """Leave the fabric; what is still held is handed back as if never started."""
-        return await self._take_back(incarnation, counted=False, reason="its worker left")
-
-    async def beats(self) -> dict[Incarnation, int]:
-        """Renewal numbers by incarnation, summed over the shards. One try."""
-        numbers: dict[Incarnation, int] = {}
-        for keys in self._keys:
-            for name, number in pairs(await self._caller.once(keys.beats, "HGETALL", keys.beats)):
-                try:
-                    incarnation = check_incarnation(name.decode("utf-8", "replace"))
-                    int(number)
-                except (BadMessage, ValueError) as error:
-                    log.debug("beat_unreadable", error=str(error))  # at each sweep: nobody of ours wrote it
-                    continue
-                numbers[incarnation] = numbers.get(incarnation, 0) + int(number)
-        return numbers
-
-    async def send_control(self, incarnation: Incarnation, control: Control) -> bool:
-        """Put a message on a worker's control stream (of shard 0); False if the worker is gone."""
-        key = self._keys[0].control(incarnation)
-        fields = [part for pair in control.fields().items() for part in pair]
-        return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", *fields) is not None
-
-    async def reclaim(self, incarnation: Incarnation) -> Reclaimed:
-        """Declare an incarnation dead: it is fenced, and its jobs wait again or end."""
-        return await self._take_back(incarnation, counted=True, reason="its worker was lost")
-
-    async def _take_back(self, incarnation: Incarnation, *, counted: bool, reason: str) -> Reclaimed:
-        requeued = dead = cancelled = lost = 0
-        for keys in self._keys:
-            left = 1
-            while left:
-                reply = await self._caller.script(
-                    "reclaim", keys.budget, keys.prefix, incarnation, int(counted), _RECLAIM_STEP, reason
-                )
-                requeued, dead, cancelled = requeued + reply[0], dead + reply[1], cancelled + reply[2]
-                left, lost = reply[3], lost + reply[4]
-        for keys in self._keys:
-            self._control_read.pop((keys.shard, incarnation), None)
-        return Reclaimed(requeued, dead, cancelled, lost)
-
-    async def expire(self) -> Expired:
-        """The sweep of each second, on every shard."""
-        expired = woken = forgotten = 0
-        for keys in self._keys:
-            for _ in range(_EXPIRE_STEPS):
-                reply = await self._caller.script("expire", keys.budget, keys.prefix, _EXPIRE_STEP)
-                expired, woken, forgotten = expired + reply[0], woken + reply[1], forgotten + reply[2]
-                if max(reply[0], reply[2]) < _EXPIRE_STEP:
-                    break
-        return Expired(expired, woken, forgotten)

@@ -20,7 +20,8 @@ from queue_schemas import BrokerUnsuitable, NotOnDisk, ShardKeys
 
 from .batching import Batcher
 from .calls import Caller, as_inferq_error
-from .link import FAILURES, UNREACHABLE, Link
+from .failures import FAILURES, UNREACHABLE
+from .link import Link
 from .scripts import Script
 from .server import ServerFacts
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from queue_schemas import Lane, LaneDepth, Pool, ShardKeys
+from queue_schemas import BrokerUnavailable, InferqError, Lane, LaneDepth, Pool, ShardKeys
 from queue_schemas.ids import decode_name
 
 from .calls import Caller, pairs
+from .upkeep import answers_of, on_each
+
+SHARD_LIMIT_S = 1.0
+"""How long a shard may take to say what it holds, where the others go on without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +36,16 @@ class Figures:
     _caller: Caller
     _keys: Sequence[ShardKeys]
 
-    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]:
-        """How much waits and runs, per pool and lane; places with neither are left out."""
+    async def depths(self, away: set[int] | None = None) -> dict[Pool, dict[Lane, LaneDepth]]:
+        """How much waits and runs, per pool and lane; places with neither are left out. With ``away``, shards that do
+        not answer within a second are added to it, and their pools left out, as long as one answers."""
         depths: dict[Pool, dict[Lane, LaneDepth]] = {}
-        for keys in self._keys:
-            for where, waiting, leased, oldest in await self._caller.script("depth", keys.budget, keys.prefix):
+
+        async def ask(keys: ShardKeys) -> Any:
+            return await self._caller.script("depth", keys.budget, keys.prefix, retry=away is None)
+
+        for found in await self._present(ask, away):
+            for where, waiting, leased, oldest in found:
                 pool, lane, region = _place(where.decode())
                 lanes = depths.setdefault(pool, {})
                 so_far = lanes.get(lane, LaneDepth())
@@ -51,16 +62,40 @@ class Figures:
         """What happened to jobs since ever: ``JobCounts.events``."""
         return (await self.job_counts()).events
 
-    async def job_counts(self) -> JobCounts:
-        """What happened to jobs since ever, and why they were stopped."""
+    async def job_counts(self, away: set[int] | None = None) -> JobCounts:
+        """What happened to jobs since ever, and why they were stopped; ``away`` as for :meth:`depths`."""
         counts = JobCounts()
-        for keys in self._keys:
-            for name, count in pairs(await self._caller.once(keys.totals, "HGETALL", keys.totals)):
+
+        async def ask(keys: ShardKeys) -> Any:
+            return await self._caller.once(keys.totals, "HGETALL", keys.totals)
+
+        for found in await self._present(ask, away):
+            for name, count in pairs(found):
                 place, _, event = name.decode().rpartition(":")
                 pool, lane, _ = _place(place)
                 kind = counts.stopped if "/" in event else counts.events
                 kind[pool, lane, event] = kind.get((pool, lane, event), 0) + int(count)
         return counts
+
+    async def _present(self, ask: Callable[[ShardKeys], Awaitable[Any]], away: set[int] | None) -> list[Any]:
+        """What the shards answer; see :meth:`depths`."""
+        if away is None:
+            return answers_of(await on_each(self._keys, ask))
+
+        async def soon(keys: ShardKeys) -> Any:
+            try:
+                async with asyncio.timeout(SHARD_LIMIT_S):
+                    return await ask(keys)
+            except TimeoutError as error:
+                raise BrokerUnavailable("a part of the queue's Redis does not answer", retry_after_s=2) from error
+
+        found = await on_each(self._keys, soon)
+        present = [answer for answer in found if not isinstance(answer, InferqError)]
+        if not present:
+            return answers_of(found)
+        silent = zip(self._keys, found, strict=True)
+        away |= {keys.shard for keys, answer in silent if isinstance(answer, InferqError)}
+        return present
 
 
 def _place(where: str) -> tuple[Pool, Lane, str]:

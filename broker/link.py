@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -19,54 +18,14 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AskError,
-    AuthenticationError,
-    AuthorizationError,
-    BusyLoadingError,
-    ClusterDownError,
-    MasterDownError,
-    MaxConnectionsError,
-    NoPermissionError,
-    ReadOnlyError,
-    RedisClusterException,
-    RedisError,
-    TryAgainError,
-)
-from redis.exceptions import (
-    ConnectionError as RedisConnectionError,
-)
-from redis.exceptions import (
-    TimeoutError as RedisTimeoutError,
-)
+from redis.exceptions import RedisError
 
 from queue_schemas import BrokerUnsuitable
 from telemetry import redact_url
 
+from .cluster import ClusterLink
 from .multiplex import MultiplexedConnection
 from .settings import BrokerSettings
-
-UNREACHABLE: tuple[type[Exception], ...] = (
-    RedisConnectionError,
-    RedisTimeoutError,
-    BusyLoadingError,
-    ReadOnlyError,
-    ClusterDownError,
-    MasterDownError,
-    TryAgainError,
-    MaxConnectionsError,
-    RedisClusterException,
-    ConnectionError,
-    TimeoutError,
-    OSError,
-)
-"""What a server that is away, loading or failing over raises: the same call may succeed in a moment."""
-
-REFUSED: tuple[type[Exception], ...] = (AuthenticationError, AuthorizationError, NoPermissionError)
-"""What a server raises that will not have us: trying again does not help."""
-
-FAILURES: tuple[type[Exception], ...] = (RedisError, RedisClusterException, OSError, TimeoutError)
-"""Everything that a command may raise, the above included."""
 
 
 class Link(Protocol):
@@ -82,6 +41,9 @@ class Link(Protocol):
     async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Send commands in one piece on a connection that only pipelines use, which the last of them may block up to
         ``limit_s``. Refusals are ``ResponseError`` in place of a reply; a lost connection is raised."""
+
+    async def node_of(self, key: str) -> str:
+        """What tells the node that holds ``key`` from others of its topology; empty where there is but one."""
 
     async def close(self) -> None:
         """Close the connections."""
@@ -121,13 +83,16 @@ class MultiplexedLink:
             self._pipelines[key] = MultiplexedConnection(self._open_connection, self._limit_s)
         return await self._pipelines[key].pipeline(limit_s + self._limit_s, commands)
 
+    async def node_of(self, key: str) -> str:
+        return ""
+
     async def close(self) -> None:
         own = (self._shared, *self._readers.values(), *self._pipelines.values())
         await asyncio.gather(*(connection.close() for connection in own))
 
 
 class ClientLink:
-    """A link over any redis-py client: fakeredis in tests, and the ground of :class:`ClusterLink`."""
+    """A link over any redis-py client: fakeredis in tests."""
 
     def __init__(self, client: Any, blocking_client: Any | None = None) -> None:
         self._client = client
@@ -146,66 +111,12 @@ class ClientLink:
             replies: list[Any] = await asyncio.wait_for(pipeline.execute(raise_on_error=False), limit_s + 10)
             return replies
 
+    async def node_of(self, key: str) -> str:
+        return ""
+
     async def close(self) -> None:
         for client in {id(c): c for c in (self._client, self._blocking)}.values():
             await client.aclose()
-
-
-_KEYLESS = frozenset({"CONFIG", "INFO", "PING", "TIME"})
-
-
-@contextmanager
-def _closed_while_sending() -> Iterator[None]:
-    """redis-py trips over a connection that another task closes, because the cluster changed, just as it is used."""
-    try:
-        yield
-    except AttributeError as error:
-        raise RedisConnectionError(f"the connection was closed while a command was sent: {error}") from error
-
-
-class ClusterLink(ClientLink):
-    """A link to a Redis Cluster. Commands without a key of their own go to the node that holds the given one."""
-
-    def __init__(self, client: Any, blocking_client: Any, command_limit_s: float) -> None:
-        super().__init__(client, blocking_client)
-        self._limit_s = command_limit_s
-        # By key: the node that had it when the connection was made.
-        self._pipelines: dict[str, tuple[str, MultiplexedConnection]] = {}
-
-    async def command(self, key: str, *args: Any) -> Any:
-        with _closed_while_sending():
-            if args[0] not in _KEYLESS:
-                return await self._client.execute_command(*args)
-            await self._client.initialize()
-            node = self._client.get_node_from_key(key)
-            return await self._client.execute_command(*args, target_nodes=node)
-
-    async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
-        with _closed_while_sending():
-            return await super().blocking(key, limit_s, *args)
-
-    async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        await self._client.initialize()
-        node = self._client.get_node_from_key(key)
-        connection = self._pipelines.get(key)
-        if connection is None or connection[0] != node.name:
-            if connection is not None:
-                await connection[1].close()
-            own = MultiplexedConnection(lambda: node.connection_class(**node.connection_kwargs), self._limit_s)
-            connection = self._pipelines[key] = (node.name, own)
-        try:
-            replies = await connection[1].pipeline(limit_s + self._limit_s, commands)
-            moved = next((reply for reply in replies if isinstance(reply, AskError)), None)
-            if moved is not None:
-                raise RedisConnectionError(f"the key's slot is on its way to another node: {moved}")
-        except UNREACHABLE:
-            # A command of redis-py's own follows the key to where it is now: the next pipeline goes there.
-            await self.command(key, "EXISTS", key)
-            raise
-        return replies
-
-    async def close(self) -> None:
-        await asyncio.gather(super().close(), *(own.close() for _, own in self._pipelines.values()))
 
 
 def open_link(settings: BrokerSettings) -> Link:
@@ -297,11 +208,8 @@ def _cluster_link(url: str, tls: bool, settings: BrokerSettings) -> Link:
     options = _options(settings, tls=tls) | credentials
     for name in ("retry", "retry_on_error"):
         options.pop(name)
-    options |= {"ssl": tls, "retry": Retry(NoBackoff(), 0)}
-
-    def client(read_limit_s: float | None) -> RedisCluster:
-        nodes = [ClusterNode(host, port) for host, port in _hosts(hosts, 6379)]
-        return RedisCluster(startup_nodes=nodes, **(options | {"socket_timeout": read_limit_s}))
-
+    # The map is read for what it says: a shard without a primary is no reason to leave the others alone.
+    options |= {"ssl": tls, "retry": Retry(NoBackoff(), 0), "require_full_coverage": False}
     limit_s = settings.command_timeout_ms / 1000
-    return ClusterLink(client(limit_s), client(None), limit_s)
+    nodes = [ClusterNode(host, port) for host, port in _hosts(hosts, 6379)]
+    return ClusterLink(RedisCluster(startup_nodes=nodes, **(options | {"socket_timeout": limit_s})), limit_s)

@@ -174,8 +174,9 @@ class MultiplexedConnection:
 async def _send(connection: AbstractConnection, packed: bytes) -> None:
     try:
         await connection.send_packed_command(packed, check_health=False)
-    except RuntimeError as error:
-        # uvloop's word for a transport that the server has closed, before the reader was told so.
+    except (RuntimeError, AttributeError) as error:
+        # What uvloop raises for a transport that the server has closed before the reader was told so, and redis-py for
+        # a connection that was closed while this command waited to be sent.
         raise RedisConnectionError(f"the connection was closed: {error}") from error
 
 

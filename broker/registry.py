@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from queue_schemas import BadMessage, Pool, WorkerInfo
 from queue_schemas.acting import ActingManager
 from queue_schemas.ids import check_name, check_worker_id
-from queue_schemas.keys import MANAGER, META, POOLS, WORKERS
+from queue_schemas.keys import MANAGER, META, POOLS, SWEEPER, WORKERS
 from telemetry import get_logger
 
 from .calls import Caller, pairs
@@ -38,6 +38,11 @@ class RegistryCalls:
     async def resign_manager(self, manager_id: str) -> None:
         """Give up the acting Manager's lease, if held."""
         await self._caller.script("act_as_manager", MANAGER, manager_id, 0, 0)
+
+    async def act_as_sweeper(self, worker: str, ttl_ms: int) -> bool:
+        """Take or keep, for ``ttl_ms``, the lease of the one worker that sweeps while no Manager acts; 0 gives it up.
+        Whether it is held. One try."""
+        return int(await self._caller.script("act_as_manager", SWEEPER, worker, ttl_ms, 0, retry=False)) > 0
 
     async def manager_beat(self) -> int:
         """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
-from queue_schemas import Fenced, Incarnation, ShardKeys
+from queue_schemas import BrokerUnavailable, Fenced, Incarnation, ShardKeys
 
 from .calls import Caller
 
@@ -14,21 +15,55 @@ class Renewer:
     are trimmed.
 
     The Broker's own shares its connection. One made by :meth:`Broker.renewer_apart` has another, for another thread's
-    event loop, and tries each call once: whether to renew is decided anew for the next try.
+    event loop, and tries each call once: whether to renew is decided anew for the next try. Shards are renewed at the
+    same time, and one that does not answer within ``patience_s`` is not waited for. Those in ``unjoined`` are left out.
     """
 
-    def __init__(self, caller: Caller, keys: Sequence[ShardKeys], read_to: Mapping[tuple[int, str], str]) -> None:
+    def __init__(
+        self,
+        caller: Caller,
+        keys: Sequence[ShardKeys],
+        read_to: Mapping[tuple[int, str], str],
+        unjoined: Mapping[str, set[int]],
+        patience_s: float | None = None,
+    ) -> None:
         self._caller = caller
         self._keys = keys
         self._read_to = read_to
+        self._unjoined = unjoined
+        self._patience_s = patience_s
+        self._unanswered: dict[int, asyncio.Task[int]] = {}
 
     async def renew(self, incarnation: Incarnation) -> None:
-        """Keep all leases of ``incarnation``. Raises ``Fenced`` if it was declared dead, and like any call."""
+        """Keep all leases of ``incarnation`` on the shards that answer. Raises ``Fenced`` if it was declared dead, and
+        like any call if no shard answers."""
+        unjoined = self._unjoined.get(incarnation, ())
         for keys in self._keys:
-            read_to = self._read_to.get((keys.shard, incarnation), "0")
-            if await self._caller.script("renew", keys.budget, keys.prefix, incarnation, read_to) < 0:
-                raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+            if keys.shard not in unjoined and keys.shard not in self._unanswered:
+                self._unanswered[keys.shard] = asyncio.create_task(self._renew(keys, incarnation))
+        if not self._unanswered:
+            return
+        await asyncio.wait(self._unanswered.values(), timeout=self._patience_s)
+        done = {shard: task for shard, task in self._unanswered.items() if task.done()}
+        for shard in done:
+            del self._unanswered[shard]
+        failures = [task.exception() for task in done.values()]
+        if any(error is None and task.result() < 0 for error, task in zip(failures, done.values(), strict=True)):
+            raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+        if any(error is None for error in failures):
+            return
+        for error in failures:
+            if error is not None:
+                raise error
+        raise BrokerUnavailable("the queue's Redis does not answer renewals in time", retry_after_s=2)
+
+    async def _renew(self, keys: ShardKeys, incarnation: Incarnation) -> int:
+        read_to = self._read_to.get((keys.shard, incarnation), "0")
+        return int(await self._caller.script("renew", keys.budget, keys.prefix, incarnation, read_to))
 
     async def close(self) -> None:
         """Close the connection."""
+        for task in self._unanswered.values():
+            task.cancel()
+        await asyncio.gather(*self._unanswered.values(), return_exceptions=True)
         await self._caller.link.close()

@@ -10,7 +10,7 @@ from queue_schemas import BrokerUnavailable, BrokerUnsuitable
 from queue_schemas.keys import META
 
 from .calls import Caller, as_inferq_error, pairs
-from .link import FAILURES, UNREACHABLE
+from .failures import FAILURES, UNREACHABLE
 
 CONTRACT = "1"
 """Version of the keys and scripts; a fabric of another one must not share the data."""
@@ -35,15 +35,15 @@ class ServerFacts:
 _OLDEST = {"redis": (7, 0), "valkey": (8, 0)}
 
 
-async def read_facts(caller: Caller) -> ServerFacts:
-    """Ask the server. Raises ``BrokerUnavailable`` or ``BrokerUnsuitable``."""
-    info = _parse_info(await caller.command(META, "INFO"))
+async def read_facts(caller: Caller, key: str = META) -> ServerFacts:
+    """Ask the server that holds ``key``, once. Raises ``BrokerUnavailable`` or ``BrokerUnsuitable``."""
+    info = _parse_info(await caller.once(key, "INFO"))
     kind = "valkey" if "valkey_version" in info else "redis"
     version = info.get("valkey_version") or info.get("redis_version", "0")
-    seconds, micros = await caller.command(META, "TIME")
+    seconds, micros = await caller.once(key, "TIME")
     appendonly = info.get("aof_enabled") == "1"
-    appendfsync = await _config(caller, "appendfsync") if appendonly else ""
-    policy = info.get("maxmemory_policy") or await _config(caller, "maxmemory-policy")
+    appendfsync = await _config(caller, key, "appendfsync") if appendonly else ""
+    policy = info.get("maxmemory_policy") or await _config(caller, key, "maxmemory-policy")
     concerns = []
     if not appendonly:
         concerns.append("the append-only file is off: a restart of Redis loses waiting jobs; set appendonly yes")
@@ -116,10 +116,10 @@ async def read_run_id(caller: Caller, key: str) -> str:
     return _parse_info(info).get("run_id", "")
 
 
-async def _config(caller: Caller, name: str) -> str:
+async def _config(caller: Caller, key: str, name: str) -> str:
     """One CONFIG value; empty where the server does not let us read it (managed services)."""
     try:
-        reply = await caller.once(META, "CONFIG", "GET", name)
+        reply = await caller.once(key, "CONFIG", "GET", name)
     except (BrokerUnsuitable, BrokerUnavailable):
         return ""
     values = {_text(k): _text(v) for k, v in pairs(reply)}

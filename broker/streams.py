@@ -12,7 +12,7 @@ from queue_schemas.frames import FRAME_FIELD, MARKER_FIELD, unpack_frames, unpac
 from telemetry import get_logger
 
 from .calls import Caller, as_inferq_error
-from .link import FAILURES
+from .failures import FAILURES
 from .server import read_run_id
 
 REPLY_TTL_MS = 60_000

@@ -31,9 +31,12 @@ from .job_batches import ShardBatches, attempt_of
 from .link import Link
 from .renewal import Renewer
 from .streams import read_control
+from .upkeep import answers_of, on_each
 
 PARK_MS = 30_000
 """How long a parked worker counts as idle without claiming again."""
+RENEWAL_PATIENCE_S = 1.0
+"""How long a renewal on one shard may hold up the next one on the others."""
 
 log = get_logger(__name__)
 
@@ -46,13 +49,28 @@ class WorkerCalls:
     _batches: Sequence[ShardBatches]
     _renewer: Renewer
     _control_read: dict[tuple[int, str], str]
+    _unjoined: dict[str, set[int]]
     _open_link: Callable[[], Link]
     _script_flags: bool
 
-    async def join(self, incarnation: Incarnation) -> None:
-        """Enter the fabric: from now on ``incarnation`` may claim, on every shard."""
-        for keys in self._keys:
-            await self._caller.script("join", keys.budget, keys.prefix, incarnation)
+    async def join(self, incarnation: Incarnation) -> set[int]:
+        """Enter the fabric: from now on ``incarnation`` may claim, on every shard but those of the answer, which did
+        not answer: there it has to :meth:`join_on`. Raises if none did."""
+        self._unjoined[incarnation] = {keys.shard for keys in self._keys}
+        found = await on_each(self._keys, lambda keys: self.join_on(keys.shard, incarnation))
+        missing = self._unjoined.get(incarnation, set())
+        if len(missing) == len(found):
+            answers_of(found)
+        return set(missing)
+
+    async def join_on(self, shard: int, incarnation: Incarnation) -> None:
+        """:meth:`join` on one shard."""
+        keys = self._keys[shard]
+        await self._caller.script("join", keys.budget, keys.prefix, incarnation)
+        missing = self._unjoined.get(incarnation, set())
+        missing.discard(shard)
+        if not missing:
+            self._unjoined.pop(incarnation, None)
 
     async def claim(
         self,
@@ -112,7 +130,7 @@ class WorkerCalls:
     def renewer_apart(self) -> Renewer:
         """A renewer with a connection of its own, to be used and closed in one event loop, which may be another."""
         caller = Caller(self._open_link(), retry_limit_s=0, script_flags=self._script_flags)
-        return Renewer(caller, self._keys, self._control_read)
+        return Renewer(caller, self._keys, self._control_read, self._unjoined, RENEWAL_PATIENCE_S)
 
     async def hold(self, shard: int, incarnation: Incarnation, seq: int, leases: Sequence[Lease]) -> set[str]:
         """Make ``leases``, all that ``incarnation`` runs on ``shard``, and what Redis says of it the same: after a
@@ -165,13 +183,16 @@ class WorkerCalls:
         every job. All are suspects from now on: a worker is given one of them at a time.
         """
         answers: dict[str, Settled] = {}
-        for keys in self._keys:
+
+        async def end(keys: ShardKeys) -> None:
             here = [lease for lease in leases if shard_of_job(lease.job.id) == keys.shard]
             if here:
                 attempts = [part for lease in here for part in attempt_of(lease)]
                 found = await self._caller.script("crashed", keys.budget, keys.prefix, reason, *attempts)
                 for lease, answer in zip(here, found, strict=True):
                     answers[lease.attempt_id] = Settled(answer.decode())
+
+        answers_of(await on_each(self._keys, end))
         return [answers[lease.attempt_id] for lease in leases]
 
     async def clear(self, lease: Lease) -> Settled:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+from broker import Reclaimed
 from queue_schemas import BrokerUnavailable, Control, ControlKind, Incarnation, InferqError
 from telemetry import get_logger
 
@@ -44,13 +46,16 @@ class Deaths:
         probe: WorkerProbe,
         metrics: FleetMetrics,
         clock: Clock = time.monotonic,
+        away: Callable[[], set[int]] = set,
     ) -> None:
+        """``away``: the shards that do not answer now."""
+        self._away = away
         self._settings = settings
         self._queue = queue
         self._probe = probe
         self._metrics = metrics
         self._clock = clock
-        self._to_reclaim: dict[Incarnation, str] = {}
+        self._to_reclaim: dict[Incarnation, _Dead] = {}
         self._dead: dict[Incarnation, None] = {}
 
     async def look(self, member: Member) -> Door:
@@ -78,16 +83,19 @@ class Deaths:
         return judge(evidence)
 
     async def _ping(self, incarnation: Incarnation) -> tuple[bool, bool]:
-        """Whether the incarnation has a renewal number, and whether it rose within ``ping_ms`` of a ping."""
+        """Whether the incarnation has a renewal number, and whether it rose within ``ping_ms`` of a ping: on the first
+        shard that is not away."""
         limit = self._settings.broker_call_ms
-        before = (await within(limit, self._queue.beats())).get(incarnation)
+        away = self._away()
+        shard = next((shard for shard in range(self._queue.shards) if shard not in away), 0)
+        before = (await within(limit, self._queue.beats_on(shard))).get(incarnation)
         if before is None:
             return False, False
-        await within(limit, self._queue.send_control(incarnation, Control(ControlKind.PING)))
+        await within(limit, self._queue.send_control(incarnation, Control(ControlKind.PING), shard))
         give_up_at = self._clock() + self._settings.ping_ms / 1000
         while self._clock() < give_up_at:
             await asyncio.sleep(_PING_POLL_S)
-            number = (await within(limit, self._queue.beats())).get(incarnation)
+            number = (await within(limit, self._queue.beats_on(shard))).get(incarnation)
             if number != before:
                 return number is not None, number is not None
         return True, False
@@ -96,25 +104,49 @@ class Deaths:
         """An incarnation is dead: what it holds is taken back by :meth:`reclaim`."""
         if incarnation not in self._to_reclaim:
             log.warning("worker_dead", worker=worker_id, incarnation=incarnation, how=how)
-            self._to_reclaim[incarnation] = how
+            self._to_reclaim[incarnation] = _Dead(how, set(range(self._queue.shards)))
 
     async def reclaim(self) -> None:
-        """Take back the jobs of the dead, a few at a time. Raises the first broker error, after trying all of them."""
-        some = list(self._to_reclaim.items())[:RECLAIMS_AT_ONCE]
-        errors = await asyncio.gather(*(self._reclaim_one(incarnation, how) for incarnation, how in some))
+        """Take back the jobs of the dead, a few at a time, on every shard that is not away; on those that are, once
+        they are back. Raises the first broker error, after trying all of them."""
+        away = self._away()
+        due = [(incarnation, dead) for incarnation, dead in self._to_reclaim.items() if dead.shards - away]
+        errors = await asyncio.gather(
+            *(self._reclaim_one(incarnation, dead, away) for incarnation, dead in due[:RECLAIMS_AT_ONCE])
+        )
         for error in errors:
             if error is not None:
                 raise error
 
-    async def _reclaim_one(self, incarnation: Incarnation, how: str) -> InferqError | None:
-        try:
-            taken = await within(self._settings.broker_call_ms, self._queue.reclaim(incarnation))
-        except InferqError as error:
-            return error
-        self._to_reclaim.pop(incarnation, None)
+    async def _reclaim_one(self, incarnation: Incarnation, dead: _Dead, away: set[int]) -> InferqError | None:
+        failures: list[InferqError] = []
+
+        async def on(shard: int) -> None:
+            try:
+                dead.taken += await within(self._settings.broker_call_ms, self._queue.reclaim_on(shard, incarnation))
+            except InferqError as error:
+                failures.append(error)
+            else:
+                dead.shards.discard(shard)
+
+        await asyncio.gather(*(on(shard) for shard in sorted(dead.shards - away)))
+        if failures:
+            return failures[0]
+        if not dead.shards:
+            self._to_reclaim.pop(incarnation, None)
         self._dead[incarnation] = None
         while len(self._dead) > DEAD_REMEMBERED:
             del self._dead[next(iter(self._dead))]
-        self._metrics.dead(how, taken)
-        log.info("worker_reclaimed", incarnation=incarnation, requeued=taken.requeued, dead=taken.dead)
+        self._metrics.dead(dead.how, dead.taken)
+        log.info("worker_reclaimed", incarnation=incarnation, requeued=dead.taken.requeued, dead=dead.taken.dead)
+        dead.taken = Reclaimed()
         return None
+
+
+@dataclass(slots=True)
+class _Dead:
+    """How a death was found, the shards where its jobs are still to be taken back, and what was taken and not told."""
+
+    how: str
+    shards: set[int]
+    taken: Reclaimed = field(default_factory=Reclaimed)

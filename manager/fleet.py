@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
 from queue_schemas import (
-    BeatWatch,
     BrokerUnavailable,
     Control,
     ControlKind,
@@ -29,6 +28,7 @@ from .deaths import Clock, Deaths, within
 from .metrics import FleetMetrics
 from .ports import QueuePort, WorkerProbe
 from .settings import ManagerSettings
+from .shards import ShardSweeps
 
 LOOKS_AT_ONCE = 16
 """Most workers looked at in one sweep: a rack that goes down must not hold the others up."""
@@ -64,12 +64,15 @@ class Fleet:
         self._queue = queue
         self._metrics = metrics
         self._clock = clock
-        self._deaths = Deaths(settings, queue, probe, metrics, clock)
-        self._watch = BeatWatch(settings.lease_ms / 1000)
+        self._shards = ShardSweeps(settings, queue, clock)
+        self._deaths = Deaths(settings, queue, probe, metrics, clock, lambda: self._shards.away)
         self._saved: dict[str, WorkerInfo] = {}
         self._loaded_at: float | None = None
         self._check_at = clock() + SNAPSHOT_CHECK_S
         self._pools_due: dict[str, float] = {}
+        self._pools_at = clock()
+        self._dirty: set[str] = set()
+        """Workers whose entries may differ from those in Redis."""
         self._doubted: set[Incarnation] = set()
         self._meeting = asyncio.Lock()
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -81,6 +84,7 @@ class Fleet:
         self._saved = dict(snapshot)
         self._loaded_at = self._clock()
         self.registry.load(snapshot.values(), self._loaded_at)
+        self._dirty |= snapshot.keys()
         self.changed.set()
 
     # What workers ask for
@@ -101,21 +105,23 @@ class Fleet:
                     await self._deaths.reclaim()
             member = self.registry.join(registration, self._clock())
         log.info("worker_joined", worker=member.worker_id, incarnation=member.incarnation, models=member.status.models)
-        self.changed.set()
+        self._note(member.worker_id)
         return member
 
     def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> Member:
         """Take a heartbeat in. Raises ``UnknownWorker``: register again."""
         before = self.registry.find(worker_id)
         member = self.registry.heartbeat(worker_id, heartbeat, self._clock())
-        if before is None or before.info() != member.info():
-            self.changed.set()
+        if before is None or _says(before) != _says(member):
+            self._note(worker_id)
+        elif before.status != member.status:
+            self._dirty.add(worker_id)  # how busy it is: the next sweep writes that down
         return member
 
     async def drain(self, worker_id: str) -> Member:
         """Ask a worker to drain, by its control stream and by its next heartbeat's answer."""
         member = self.registry.drain(worker_id, self._clock())
-        self.changed.set()
+        self._note(worker_id)
         try:
             call = self._queue.send_control(member.incarnation, Control(ControlKind.DRAIN))
             await within(self._settings.broker_call_ms, call)
@@ -143,7 +149,7 @@ class Fleet:
         if not self.registry.leave(worker_id, incarnation):
             raise UnknownWorker(f"worker {worker_id!r} is not registered here in incarnation {incarnation!r}")
         log.info("worker_left", worker=worker_id, incarnation=incarnation)
-        self.changed.set()
+        self._note(worker_id)
 
     def workers(self) -> list[WorkerInfo]:
         now = self._clock()
@@ -154,51 +160,74 @@ class Fleet:
     async def sweep(self) -> None:
         """One round: renewal numbers, the dead, the doubtful, deadlines, states. Bounded in time.
 
-        Raises ``BrokerUnavailable`` (and then no time of stillness counts) or another broker error.
+        Raises ``BrokerUnavailable`` (and then no time of stillness counts) if no shard answers, or another broker
+        error once what could be done was done.
         """
-        limit = self._settings.broker_call_ms
         await self._look_around()
-        asked_at = self._clock()
-        try:
-            numbers = await within(limit, self._queue.beats())
-        except InferqError:
-            self._watch.restart()
-            raise
-        still = self._watch.observe(numbers, asked_at, self._clock())
-        self.registry.saw_numbers(numbers)
-        for incarnation in still:
+        self.registry.saw_numbers(await self._shards.look())
+        for incarnation in self._shards.still():
             self._bury(incarnation, "still")
-        await self._deaths.reclaim()
         before = {member.worker_id: member.state for member in self.registry.members()}
-        for member in self.registry.sweep(self._clock(), self._watch.__contains__):
+        for member in self.registry.sweep(self._clock(), self._shards.__contains__):
             log.warning("worker_forgotten", worker=member.worker_id, incarnation=member.incarnation)
+            self._note(member.worker_id)
         for member in self.registry.members():
             if before.get(member.worker_id) != member.state:
                 log.warning("worker_state", worker=member.worker_id, state=str(member.state))
-        swept = await within(limit, self._queue.expire())
-        self._metrics.expired.inc(swept.expired)
-        self._metrics.rewoken.inc(swept.woken)
-        self.changed.set()
+                self._note(member.worker_id)
+        if self._dirty or self._clock() >= min(self._check_at, self._pools_at):
+            self.changed.set()
+        try:
+            await self._deaths.reclaim()
+        finally:
+            swept = await self._shards.expire()
+            self._metrics.expired.inc(swept.expired)
+            self._metrics.rewoken.inc(swept.woken)
+
+    @property
+    def shards_away(self) -> set[int]:
+        """The shards that do not answer now."""
+        return self._shards.away
+
+    def close(self) -> None:
+        """Its term is over."""
+        self._shards.close()
 
     async def save(self) -> None:
-        """Write what changed in the registry since the last time, and remember the pools it serves."""
+        """Write the entries of the registry that changed since the last time, and remember the pools it serves."""
+        limit = self._settings.broker_call_ms
         if self._clock() >= self._check_at:
-            self._saved = await within(self._settings.broker_call_ms, self._queue.load_workers())
+            self._saved = await within(limit, self._queue.load_workers())
             self._check_at = self._clock() + SNAPSHOT_CHECK_S
-        now: dict[str, WorkerInfo] = {member.worker_id: member.info() for member in self.registry.members()}
+            self._dirty |= self._saved.keys() | {member.worker_id for member in self.registry.members()}
+        dirty, self._dirty = self._dirty, set()
+        try:
+            await self._write(dirty)
+        except BaseException:
+            self._dirty |= dirty
+            raise
+        if self._clock() >= self._pools_at or dirty:
+            await self._remember_pools({model for member in self.registry.members() for model in member.status.models})
+
+    async def _write(self, worker_ids: set[str]) -> None:
+        found = {worker_id: self.registry.find(worker_id) for worker_id in worker_ids}
+        now = {worker_id: member.info() for worker_id, member in found.items() if member is not None}
         changed = [info for worker_id, info in now.items() if self._saved.get(worker_id) != info]
-        gone = [worker_id for worker_id in self._saved if worker_id not in now]
+        gone = [worker_id for worker_id in worker_ids if worker_id in self._saved and worker_id not in now]
         if changed or gone:
             await within(self._settings.broker_call_ms, self._queue.save_workers(changed, gone))
-            self._saved = now
-        await self._remember_pools({model for info in now.values() for model in info.models})
+        self._saved |= now
+        for worker_id in gone:
+            del self._saved[worker_id]
 
     async def _remember_pools(self, served: set[str]) -> None:
         now, limit = self._clock(), self._settings.broker_call_ms
         declared = set(self._settings.pools)
         due = {model for model in served | declared if now >= self._pools_due.get(model, now)}
+        self._pools_at = min((at for at in self._pools_due.values() if at > now), default=now + POOLS_REFRESH_S)
         if not due:
             return
+        self._pools_at = now  # until that is done
         if due & declared:
             await within(limit, self._queue.remember_pools(sorted(due & declared), declared=True))
         known = await within(limit, self._queue.known_pools())
@@ -208,6 +237,7 @@ class Fleet:
             await within(limit, self._queue.remember_pools(seen))
         still_due = {model: due_at for model, due_at in self._pools_due.items() if model in served | declared}
         self._pools_due = still_due | dict.fromkeys(due, now + POOLS_REFRESH_S)
+        self._pools_at = min(self._pools_due.values())
 
     # Doubt
 
@@ -232,7 +262,7 @@ class Fleet:
     async def _verify(self, member: Member) -> None:
         door = await self._deaths.look(member)
         self.registry.looked(member.incarnation, door, self._clock())
-        self.changed.set()
+        self._note(member.worker_id)
         if door.note and door.note != member.url_note:
             log.warning("worker_url", worker=member.worker_id, note=door.note)
 
@@ -258,6 +288,12 @@ class Fleet:
     def _bury(self, incarnation: Incarnation, how: str) -> None:
         member = self.registry.bury(incarnation)
         self._deaths.note(incarnation, member.worker_id if member is not None else "", how)
+        if member is not None:
+            self._note(member.worker_id)
+
+    def _note(self, worker_id: str) -> None:
+        """Write this entry down soon."""
+        self._dirty.add(worker_id)
         self.changed.set()
 
     @asynccontextmanager
@@ -265,3 +301,12 @@ class Fleet:
         lock = self._joining.setdefault(worker_id, asyncio.Lock())
         async with lock:
             yield
+
+
+def _says(member: Member) -> tuple[object, ...]:
+    """What others act on: how busy a worker is changes with each heartbeat, and nobody waits for that."""
+    status = member.status
+    return (
+        member.state, member.assignment, member.verified, member.url_note, status.engine, status.engine_detail,
+        status.models, status.slots, status.broker_ok,
+    )  # fmt: skip

@@ -46,7 +46,8 @@ from .ports import QueuePort, WorkerProbe
 from .settings import ManagerSettings
 
 FIRST_CONNECT_PAUSE_S, LAST_CONNECT_PAUSE_S = 0.1, 3.0
-SAVE_PAUSE_S, FAILED_SAVE_PAUSE_S = 0.02, 0.5
+SAVE_PAUSE_S, FAILED_SAVE_PAUSE_S = 0.05, 0.5
+VET_EVERY_S = 2.0
 
 OpenQueue = Callable[[], AbstractAsyncContextManager[QueuePort]]
 ANOTHER_ACTS = "another Manager acts"
@@ -97,6 +98,7 @@ class ManagerService:
         self._changed = asyncio.Event()
         self._newcomers = asyncio.Event()
         self._problem = "the queue's Redis has not been reached yet"
+        self._server_faults: list[str] = []
         self.metrics.registry.watch_round_trips(lambda: self._queue.round_trips if self._queue else 0)
 
     # Its life
@@ -119,6 +121,7 @@ class ManagerService:
                         tasks.create_task(self._sweep(), name="manager: sweep"),
                         tasks.create_task(self._meet(), name="manager: newcomers"),
                         tasks.create_task(self._save(), name="manager: snapshot"),
+                        tasks.create_task(self._vet(queue), name="manager: the queue's servers"),
                     ]
                     await stop.wait()
                     self.stopping = True
@@ -190,6 +193,7 @@ class ManagerService:
         self._problem = f"standing by: {why}"
         if self._fleet is not None:
             log.warning("standing_by", why=why)
+            self._fleet.close()
             self._fleet = None
             self.metrics.acting.set(0)
 
@@ -220,6 +224,12 @@ class ManagerService:
                 self._problem = ""
             except InferqError as error:
                 self._trouble("sweep_failed", error)
+
+    async def _vet(self, queue: QueuePort) -> None:
+        """Look whether the queue's servers are still fit."""
+        while True:
+            self._server_faults = await queue.server_faults()
+            await asyncio.sleep(VET_EVERY_S)
 
     async def _meet(self) -> None:
         """Look at newcomers as they come."""
@@ -260,8 +270,9 @@ class ManagerService:
     def not_ready(self) -> list[str]:
         """Why it cannot do its work, in sentences; empty when it can."""
         if self.acting and not self._problem:
-            return []
-        return [self._problem or "standing by: the acting lease was not renewed in time"]
+            return list(self._server_faults)
+        problem = self._problem or "standing by: the acting lease was not renewed in time"
+        return list(dict.fromkeys([problem, *self._server_faults]))
 
     async def register(self, registration: Registration) -> RegistrationAnswer:
         """A worker joins, or joins again. Raises ``WorkerIdTaken``."""
@@ -329,15 +340,20 @@ class ManagerService:
         """Every pool that is known, with what waits, what runs, and who serves it."""
         queue, limit = self._reached(), self.settings.broker_call_ms
         workers = (await self.list_workers()).workers
-        depths = await within(limit, queue.depths())
+        away: set[int] = set()
+        depths = await within(limit, queue.depths(away))
         known = await within(limit, queue.known_pools())
-        return PoolList(pools=describe_pools(depths, workers, known))
+        pools = describe_pools(depths, workers, known)
+        # Of a pool whose shard does not answer nothing is known: least of all that nothing waits there.
+        return PoolList(pools=[pool for pool in pools if queue.shard_of(pool.model) not in away])
 
     async def pool(self, model: str) -> PoolDepth:
         """One of :meth:`pools`. Raises ``ModelNotFound`` for a model nobody knows."""
         for pool in (await self.pools()).pools:
             if pool.model == model:
                 return pool
+        if self._fleet is not None and self._reached().shard_of(model) in self._fleet.shards_away:
+            raise ManagerUnavailable(f"the part of the queue that holds {model!r} does not answer now", retry_after_s=2)
         raise ModelNotFound(f"no pool of model {model!r} is known: see GET /fabric/v1/pools", param="model")
 
     async def show_metrics(self) -> None:
@@ -345,7 +361,7 @@ class ManagerService:
         try:
             self.metrics.show_workers((await self.list_workers()).workers)
             self.metrics.show_pools((await self.pools()).pools)
-            self.metrics.show_counts(await within(self.settings.broker_call_ms, self._reached().job_counts()))
+            self.metrics.show_counts(await within(self.settings.broker_call_ms, self._reached().job_counts(set())))
         except InferqError as error:
             self.metrics.forget_pools()
             log.info("figures_not_had", error=error.message)

@@ -1,6 +1,6 @@
 """The wire contract: messages, key names, lifecycle, errors and codec. Pure: no I/O, no clock."""
 
-from .beats import BeatWatch
+from .beats import BeatWatch, ShardedBeatWatch
 from .control import Control, ControlKind, parse_control
 from .errors import (
     AttemptsExhausted,
@@ -172,6 +172,7 @@ __all__ = [
     "RequestTimeout",
     "Settled",
     "ShardKeys",
+    "ShardedBeatWatch",
     "ShuttingDown",
     "State",
     "StoreFull",

@@ -62,3 +62,39 @@ class BeatWatch:
         """Redis was out of reach: what was seen before says nothing about the time between."""
         self._observed.clear()
         self._last_answer = None
+
+
+class ShardedBeatWatch:
+    """A :class:`BeatWatch` per shard. Who renews on any shard that answers is alive, and shards that are away have no
+    say: a lease is lost when its number stood still on every shard that answers and has one."""
+
+    def __init__(self, lease_s: float, shards: int) -> None:
+        self._watches = [BeatWatch(lease_s) for _ in range(shards)]
+        self._still: dict[int, dict[Incarnation, None]] = {}
+
+    def __contains__(self, incarnation: Incarnation) -> bool:
+        """Whether the incarnation had a renewal number on some shard when that was polled last."""
+        return any(incarnation in watch for watch in self._watches)
+
+    def observe(self, shard: int, numbers: Mapping[Incarnation, int], asked_at: float, answered_at: float) -> None:
+        """Take in one poll of ``shard``, as :meth:`BeatWatch.observe` does."""
+        self._still[shard] = dict.fromkeys(self._watches[shard].observe(numbers, asked_at, answered_at))
+
+    def still(self) -> list[Incarnation]:
+        """The incarnations whose leases are lost, by the latest polls."""
+        found = dict.fromkeys(incarnation for still in self._still.values() for incarnation in still)
+        return [
+            incarnation
+            for incarnation in found
+            if all(incarnation in still or incarnation not in self._watches[at] for at, still in self._still.items())
+        ]
+
+    def away(self, shard: int) -> None:
+        """The shard was out of reach."""
+        self._watches[shard].restart()
+        self._still.pop(shard, None)
+
+    def restart(self) -> None:
+        """All shards were out of reach."""
+        for shard in range(len(self._watches)):
+            self.away(shard)

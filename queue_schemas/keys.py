@@ -22,6 +22,8 @@ POOLS = "iq:pools"
 """Hash: ``seen:<model>`` and ``declared:<model>`` -> when a pool was last served and last declared (server ms)."""
 MANAGER = "iq:manager"
 """Hash: the acting Manager's lease (``holder``, ``term``, ``until`` in server ms)."""
+SWEEPER = "iq:sweeper"
+"""Hash: the same for the one worker that sweeps while no Manager acts."""
 
 
 def place(pool: str, lane: Lane, region: str = "") -> str:

@@ -33,6 +33,7 @@ LONGEST_PAUSE_S = 2.0
 DECLARE_EVERY_S = 600.0
 LEAST_REFRESH_GAP_S = 0.1
 REFRESH_WAIT_S = 2.0
+VET_EVERY_S = 2.0
 
 log = get_logger(__name__)
 
@@ -59,6 +60,7 @@ class QueueLink:
         self._heard = heard
         self._fault = "not connected to the queue yet"
         self._stale = ""
+        self._server_faults: list[str] = []
         self._declared_s = float("-inf")
         self._refresh_wanted = asyncio.Event()
         self._refreshed = asyncio.Event()
@@ -74,7 +76,7 @@ class QueueLink:
             return [self._fault]
         if not self.queue.replies_ready.is_set():
             return ["the reply streams are not open yet"]
-        return [self._stale] if self._stale else []
+        return self._server_faults or ([self._stale] if self._stale else [])
 
     def ready_queue(self) -> QueuePort:
         """The queue, if requests may be put on it; else ``BrokerUnavailable`` that says why not."""
@@ -124,6 +126,13 @@ class QueueLink:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(queue.read_replies(self.incarnation, self._deliver, self._lost), name="replies")
             tasks.create_task(self._keep_directory(queue), name="directory")
+            tasks.create_task(self._vet(queue), name="the queue's servers")
+
+    async def _vet(self, queue: QueuePort) -> None:
+        """Look whether the queue's servers are still fit."""
+        while True:
+            self._server_faults = await queue.server_faults()
+            await asyncio.sleep(VET_EVERY_S)
 
     def _note(self, fault: str) -> None:
         if fault != self._fault:

@@ -84,6 +84,8 @@ class Life:
         self._signals: list[asyncio.Event] = []
         self._unsure: set[int] = set()
         """Shards whose server was away, and may have lost its latest writes."""
+        self._away: set[int] = set()
+        """Shards whose server does not answer now."""
         self._pulse = Pulse(time.monotonic(), settings.loop_stall_limit_ms / 1000)
         self._renewals: Renewals | None = None
         self._renewing: asyncio.Task[None] | None = None
@@ -140,7 +142,7 @@ class Life:
             group.create_task(self._membership.run(), name="heartbeats")
             group.create_task(self._membership.stay_present(self.incarnation), name="presence")
             broker = await self._around.connect(answer)
-            await self._join(broker)
+            unjoined = await self._join(broker)
             outbox = Outbox(
                 broker.publish,
                 broker.append,
@@ -164,16 +166,34 @@ class Life:
             self._renewing = group.create_task(self._renewals.run(), name="renewals")
             group.create_task(self._watch_engine(attempts, lease_s), name="engine's progress")
             group.create_task(self._sweep(attempts), name="sweep")
-            group.create_task(stand_in(broker, self._around.metrics, lease_s), name="standing in")
+            sweeps = stand_in(broker, self.incarnation, self._around.metrics, lease_s)
+            group.create_task(sweeps, name="standing in")
             for shard in range(broker.shards):
-                group.create_task(self._listen(shard, broker, attempts), name=f"control {shard}")
-                group.create_task(self._pull(shard, broker, attempts, group), name=f"claims {shard}")
+                serving = self._serve(shard, broker, attempts, group, joined=shard not in unjoined)
+                group.create_task(serving, name=f"shard {shard}")
             self.engine_changed()
 
-    async def _join(self, broker: Broker) -> None:
+    async def _serve(
+        self, shard: int, broker: Broker, attempts: Attempts, group: asyncio.TaskGroup, *, joined: bool
+    ) -> None:
+        """Listen and claim on one shard, once it is joined. Raises ``Fenced``."""
+        while not joined:
+            await asyncio.sleep(_LONGEST_PAUSE_S)
+            try:
+                await broker.join_on(shard, self.incarnation)
+                joined = True
+            except Fenced:
+                raise
+            except InferqError as error:
+                log.debug("shard_not_joined", shard=shard, error=error.message)
+        group.create_task(self._listen(shard, broker, attempts), name=f"control {shard}")
+        group.create_task(self._pull(shard, broker, attempts, group), name=f"claims {shard}")
+
+    async def _join(self, broker: Broker) -> set[int]:
+        """Join every shard that answers, at least one; those that did not."""
         while True:
             try:
-                await broker.join(self.incarnation)
+                unjoined = await broker.join(self.incarnation)
             except Fenced:
                 raise
             except InferqError as error:
@@ -181,8 +201,10 @@ class Life:
                 log.warning("queue_not_joined", error=error.message)
                 await asyncio.sleep(_LONGEST_PAUSE_S)
             else:
+                if unjoined:
+                    log.warning("shards_not_joined", shards=sorted(unjoined), then="they are joined when they answer")
                 self._reached(True)
-                return
+                return unjoined
 
     async def _pull(self, shard: int, broker: Broker, attempts: Attempts, group: asyncio.TaskGroup) -> NoReturn:
         """Claim on one shard whenever there is a free slot and reason to."""
@@ -249,14 +271,16 @@ class Life:
             except Fenced:
                 raise
             except InferqError as error:
-                if self.broker_ok:
-                    log.warning("queue_not_reached", error=error.message)
-                self._reached(False)
+                if shard not in self._away:
+                    log.warning("queue_not_reached", shard=shard, error=error.message)
+                self._away.add(shard)
+                self._reached(len(self._away) < broker.shards)
                 away = True
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_S)
                 continue
             pause = _FIRST_PAUSE_S
+            self._away.discard(shard)
             self._reached(True)
             if away:
                 away = False

@@ -1,4 +1,7 @@
-"""Standing in for the Manager while none acts: dead peers' jobs are taken back, and what is due by time happens."""
+"""Standing in for the Manager while none acts: dead peers' jobs are taken back, and what is due by time happens.
+
+One worker at a time does so, which holds a lease for it in Redis; the others look after that lease and the Manager's.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import random
 from typing import NoReturn
 
 from broker import Broker
-from queue_schemas import BrokerUnsuitable, InferqError
+from queue_schemas import BrokerUnsuitable, Incarnation, InferqError
 from telemetry import get_logger
 
 from .core import StandIn
@@ -15,46 +18,88 @@ from .metrics import WorkerMetrics
 
 LOOKS_PER_LEASE = 6
 _JITTER = 0.2
-"""Workers that started together look one after the other: the first takes back what the others then do not find."""
 _REFUSED_PAUSE_S = 300.0
+_SHARD_LIMIT_S = 2.0
+"""Limit on what is asked of one shard in one look: a shard that is away must not stop the others."""
 
 log = get_logger(__name__)
 
 
-async def stand_in(broker: Broker, metrics: WorkerMetrics, lease_s: float) -> NoReturn:
-    """Look after the acting Manager, and do what it would do for jobs in its place, until cancelled.
+async def stand_in(broker: Broker, worker: Incarnation, metrics: WorkerMetrics, lease_s: float) -> NoReturn:
+    """Look after the acting Manager, and do what it would do for jobs in its place, until cancelled."""
+    await _StandingIn(broker, worker, metrics, lease_s).run()
 
-    That several workers do so at once is harmless: the scripts look again at what they are told.
-    """
-    state = StandIn(lease_s)
-    while True:
-        pause = lease_s / LOOKS_PER_LEASE * random.uniform(1 - _JITTER, 1 + _JITTER)
-        await asyncio.sleep(pause)
-        was_acting = state.acting
+
+class _StandingIn:
+    def __init__(self, broker: Broker, worker: Incarnation, metrics: WorkerMetrics, lease_s: float) -> None:
+        self._broker = broker
+        self._worker = worker
+        self._metrics = metrics
+        self._lease_s = lease_s
+        self._state = StandIn(lease_s, broker.shards)
+        self._sweeps = False
+        """Whether this worker holds the sweeper's lease, as far as it knows."""
+
+    async def run(self) -> NoReturn:
+        state = self._state
+        while True:
+            await asyncio.sleep(self._lease_s / LOOKS_PER_LEASE * random.uniform(1 - _JITTER, 1 + _JITTER))
+            was_acting = state.acting and self._sweeps
+            try:
+                await self._look()
+            except BrokerUnsuitable as error:
+                log.warning("cannot_stand_in", error=error.message, then="dead peers wait for a Manager")
+                state.restart()
+                await asyncio.sleep(_REFUSED_PAUSE_S)
+            except InferqError as error:
+                log.debug("manager_not_looked_after", error=error.message)
+                state.restart()
+            acting = state.acting and self._sweeps
+            if acting != was_acting:
+                log.warning("standing_in" if acting else "not_standing_in", acting_manager=not state.acting)
+
+    async def _look(self) -> None:
+        now = asyncio.get_running_loop().time
+        asked_at = now()
+        number = await self._broker.manager_beat()
+        if not self._state.saw_manager(number, asked_at, now()):
+            if self._sweeps:
+                self._sweeps = False
+                await self._broker.act_as_sweeper(self._worker, 0)
+            return
+        held = self._sweeps
+        # Held over two looks that were missed; only its holder reads what all workers write.
+        self._sweeps = await self._broker.act_as_sweeper(self._worker, round(self._lease_s * 1000 / 2))
+        if not self._sweeps:
+            if held:
+                self._state.forget_peers()
+            return
+        await asyncio.gather(*(self._observe(shard) for shard in range(self._broker.shards)))
+        dead = self._state.dead_peers()
+        await asyncio.gather(*(self._take_back(shard, dead) for shard in range(self._broker.shards)))
+
+    async def _observe(self, shard: int) -> None:
+        now = asyncio.get_running_loop().time
+        asked_at = now()
         try:
-            await _look(broker, metrics, state)
-        except BrokerUnsuitable as error:
-            log.warning("cannot_stand_in", error=error.message, then="dead peers wait for a Manager")
-            state.restart()
-            await asyncio.sleep(_REFUSED_PAUSE_S)
-        except InferqError as error:
-            log.debug("manager_not_looked_after", error=error.message)
-            state.restart()
-        if state.acting != was_acting:
-            log.warning("standing_in" if state.acting else "not_standing_in", acting_manager=not state.acting)
+            async with asyncio.timeout(_SHARD_LIMIT_S):
+                numbers = await self._broker.beats_on(shard)
+        except (InferqError, TimeoutError) as error:
+            log.debug("shard_not_looked_after", shard=shard, error=str(error))
+            self._state.shard_away(shard)
+        else:
+            self._state.saw_peers(numbers, asked_at, now(), shard)
 
-
-async def _look(broker: Broker, metrics: WorkerMetrics, state: StandIn) -> None:
-    now = asyncio.get_running_loop().time
-    asked_at = now()
-    number = await broker.manager_beat()
-    if not state.saw_manager(number, asked_at, now()):
-        return
-    asked_at = now()
-    beats = await broker.beats()
-    for incarnation in state.saw_peers(beats, asked_at, now()):
-        taken = await broker.reclaim(incarnation)
-        metrics.stood_in.inc(taken.requeued + taken.lost)
-        log.warning("worker_reclaimed", incarnation=incarnation, requeued=taken.requeued + taken.lost, dead=taken.dead)
-    if state.acting:
-        await broker.expire()
+    async def _take_back(self, shard: int, dead: list[Incarnation]) -> None:
+        """What is due on one shard. What fails is done at the next look: it is still due then."""
+        try:
+            async with asyncio.timeout(_SHARD_LIMIT_S):
+                for incarnation in dead:
+                    taken = await self._broker.reclaim_on(shard, incarnation)
+                    requeued = taken.requeued + taken.lost
+                    self._metrics.stood_in.inc(requeued)
+                    log.warning("worker_reclaimed", incarnation=incarnation, requeued=requeued, dead=taken.dead)
+                if self._state.acting:
+                    await self._broker.expire_on(shard)
+        except (InferqError, TimeoutError) as error:
+            log.debug("shard_not_swept", shard=shard, error=str(error))

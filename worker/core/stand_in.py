@@ -1,4 +1,4 @@
-"""Whether this worker stands in for the Manager: any worker does if none acts.
+"""Whether this worker stands in for the Manager: one worker at a time does if none acts.
 
 Rules:
 
@@ -6,14 +6,15 @@ Rules:
   still for a whole lease of a worker, by the rule of :class:`queue_schemas.BeatWatch`: Redis in reach throughout, on
   our own monotonic clock. So a Manager that is late, or a failover to its standby, calls nobody.
 * The workers' numbers are watched from the first look at which the Manager's stood still: whoever dies meanwhile is
-  missed a lease after its death, not a lease after the Manager's was found over.
+  missed a lease after its death, not a lease after the Manager's was found over. That is done by the one worker that
+  holds the sweeper's lease (:mod:`worker.standing_in`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from queue_schemas import BeatWatch, Incarnation
+from queue_schemas import BeatWatch, Incarnation, ShardedBeatWatch
 
 _MANAGER = Incarnation("manager")
 
@@ -21,11 +22,11 @@ _MANAGER = Incarnation("manager")
 class StandIn:
     """What one worker knows of the Manager and of its peers. Times are seconds of one monotonic clock."""
 
-    def __init__(self, lease_s: float) -> None:
+    def __init__(self, lease_s: float, shards: int = 1) -> None:
         self.acting = False
-        """Whether no Manager acts, so that this worker does what cannot wait."""
+        """Whether no Manager acts, so that workers do what cannot wait."""
         self._manager = BeatWatch(lease_s)
-        self._peers = BeatWatch(lease_s)
+        self._peers = ShardedBeatWatch(lease_s, shards)
         self._last: int | None = None
 
     def saw_manager(self, number: int, asked_at: float, answered_at: float) -> bool:
@@ -37,11 +38,23 @@ class StandIn:
         return stood_still
 
     def saw_peers(
-        self, numbers: Mapping[Incarnation, int], asked_at: float, answered_at: float
-    ) -> Sequence[Incarnation]:
-        """Take in the workers' numbers; those whose jobs are to be taken back now. They have been watched for a lease
-        then, and so has the Manager's."""
-        return self._peers.observe(numbers, asked_at, answered_at)
+        self, numbers: Mapping[Incarnation, int], asked_at: float, answered_at: float, shard: int = 0
+    ) -> None:
+        """Take in the workers' numbers on one shard."""
+        self._peers.observe(shard, numbers, asked_at, answered_at)
+
+    def dead_peers(self) -> list[Incarnation]:
+        """Those whose jobs are to be taken back now. They have been watched for a lease then, and so has the
+        Manager's."""
+        return self._peers.still()
+
+    def shard_away(self, shard: int) -> None:
+        """One shard was out of reach."""
+        self._peers.away(shard)
+
+    def forget_peers(self) -> None:
+        """Another worker looks after them now."""
+        self._peers.restart()
 
     def restart(self) -> None:
         """Redis was out of reach: nothing is known of the time between."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from broker import BrokerSettings
-from broker.link import UNREACHABLE, ClientLink, ClusterLink, MultiplexedLink, open_link
+from broker.link import ClientLink, MultiplexedLink, open_link
 from queue_schemas import BrokerUnsuitable
 
 
@@ -48,17 +48,3 @@ def test_a_url_that_is_none_is_refused_without_its_password(url: str) -> None:
         open_link(BrokerSettings(redis_url=url))
     assert "URL" in refused.value.message
     assert "secret" not in refused.value.message
-
-
-async def test_a_connection_that_a_clusters_change_closed_is_one_that_was_lost() -> None:
-    """redis-py answers with an error of its own inner workings then: it ends no Router."""
-
-    class Closed:
-        async def execute_command(self, *args: object) -> None:
-            raise AttributeError("'NoneType' object has no attribute 'writelines'")
-
-    link = ClusterLink(Closed(), Closed(), 1)
-    with pytest.raises(UNREACHABLE):
-        await link.command("k", "GET", "k")
-    with pytest.raises(UNREACHABLE):
-        await link.blocking("k", 1, "XREAD")

@@ -45,6 +45,11 @@ class FakeQueue:
     address: tuple[str, str] = ("", "")
     term: int = 0
     sweeps: int = 0
+    faults: list[str] = field(default_factory=list)
+    away: set[int] = field(default_factory=set)
+    """Shards that do not answer."""
+    reclaimed_on: list[tuple[int, Incarnation]] = field(default_factory=list)
+    swept: list[int] = field(default_factory=list)
 
     def open(self) -> AbstractAsyncContextManager[FakeQueue]:
         @asynccontextmanager
@@ -62,29 +67,41 @@ class FakeQueue:
     def shard_of(self, pool: str) -> int:
         return shard_of_pool(pool, self.shards)
 
-    async def beats(self) -> dict[Incarnation, int]:
+    def _trip_on(self, shard: int) -> None:
         self._trip()
+        if shard in self.away:
+            raise BrokerUnavailable(f"shard {shard} is away")
+
+    async def beats_on(self, shard: int) -> dict[Incarnation, int]:
+        self._trip_on(shard)
         return dict(self.numbers)
 
-    async def send_control(self, incarnation: Incarnation, control: Control) -> bool:
-        self._trip()
+    async def send_control(self, incarnation: Incarnation, control: Control, shard: int = 0) -> bool:
+        self._trip_on(shard)
         self.controls.append((incarnation, control))
         if control.kind is ControlKind.PING and incarnation in self.answers_pings:
             self.numbers[incarnation] += 1
         return incarnation in self.numbers
 
-    async def reclaim(self, incarnation: Incarnation) -> Reclaimed:
-        self._trip()
+    async def reclaim_on(self, shard: int, incarnation: Incarnation) -> Reclaimed:
+        self._trip_on(shard)
         if self.refuses_reclaims:
             raise BrokerUnavailable("Redis is away")
         self.numbers.pop(incarnation, None)
+        self.reclaimed_on.append((shard, incarnation))
+        if incarnation in self.reclaimed:
+            return Reclaimed()
         self.reclaimed.append(incarnation)
         return Reclaimed(requeued=2)
 
-    async def expire(self) -> Expired:
-        self._trip()
-        self.sweeps += 1
+    async def expire_on(self, shard: int) -> Expired:
+        self._trip_on(shard)
+        self.swept.append(shard)
+        self.sweeps = self.swept.count(shard)
         return Expired()
+
+    async def server_faults(self) -> list[str]:
+        return list(self.faults)
 
     async def act_as_manager(
         self, manager_id: str, ttl_ms: int, above: int = 0, url: str = "", proof: str = ""
@@ -126,11 +143,11 @@ class FakeQueue:
         self._trip()
         return dict(self.remembered)
 
-    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]:
+    async def depths(self, away: set[int] | None = None) -> dict[Pool, dict[Lane, LaneDepth]]:
         self._trip()
         return dict(self.waiting)
 
-    async def job_counts(self) -> JobCounts:
+    async def job_counts(self, away: set[int] | None = None) -> JobCounts:
         self._trip()
         return self.counts
 

@@ -174,6 +174,9 @@ class FakeQueue:
         await self._broken.wait()
         raise BrokerUnavailable("the connection broke")
 
+    async def server_faults(self) -> list[str]:
+        return []
+
     async def load_workers(self) -> dict[str, WorkerInfo]:
         if self.down:
             raise BrokerUnavailable("Redis is away")

@@ -90,8 +90,9 @@ class SurprisingBroker:
         if self.calls[name] == 1:
             raise InferqError("a reply that nobody foresaw")
 
-    async def join(self, incarnation: Incarnation) -> None:
+    async def join(self, incarnation: Incarnation) -> set[int]:
         self._called("join")
+        return set()
 
     async def renew(self, incarnation: Incarnation) -> None:
         self._called("renew")

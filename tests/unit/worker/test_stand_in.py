@@ -18,8 +18,10 @@ def look_each_second(
     buried = []
     for second in range(begin, end):
         watched = state.saw_manager(manager(second), second, second + 0.01)
-        if watched and state.saw_peers({PEER: peer(second)}, second, second + 0.01):
-            buried.append(second)
+        if watched:
+            state.saw_peers({PEER: peer(second)}, second, second + 0.01)
+            if state.dead_peers():
+                buried.append(second)
     return buried
 
 
