@@ -7,6 +7,8 @@
     |   +-- BadMessage             400  bad_message            a wire message breaks the contract
     |   +-- UnsupportedVersion     400  unsupported_version    a wire message of another major version
     |   +-- BodyTooLarge           413  request_too_large
+    |   +-- HeadTooLarge           431  headers_too_large      the request's headers
+    |   +-- UnsupportedEncoding    415  unsupported_encoding   a Content-Encoding that is not decoded here
     |   +-- RangeNotSatisfiable    416  range_not_satisfiable  the file ends before the range that is asked for
     |   +-- IdempotencyKeyReused   422  idempotency_key_reused the key belongs to another request
     +-- AuthenticationFailed       401  invalid_api_key
@@ -16,6 +18,7 @@
     +-- PathNotFound               404  unknown_path
     +-- NotFound                   404  not_found              no such file, batch, job, ... of this tenant
     +-- MethodNotAllowed           405  method_not_allowed
+    +-- VersionRefused             505  http_version_not_supported
     +-- RequestTimeout             408  request_timeout        the request's body did not arrive in time
     +-- UnknownWorker              410  unknown_worker         register again
     +-- WorkerIdTaken              409  worker_id_taken
@@ -88,6 +91,16 @@ class BodyTooLarge(BadRequest):
     code = "request_too_large"
 
 
+class HeadTooLarge(BadRequest):
+    status = 431
+    code = "headers_too_large"
+
+
+class UnsupportedEncoding(BadRequest):
+    status = 415
+    code = "unsupported_encoding"
+
+
 class RangeNotSatisfiable(BadRequest):
     status = 416
     code = "range_not_satisfiable"
@@ -137,6 +150,12 @@ class NotFound(InferqError):
 class MethodNotAllowed(InferqError):
     status = 405
     code = "method_not_allowed"
+    type = "invalid_request_error"
+
+
+class VersionRefused(InferqError):
+    status = 505
+    code = "http_version_not_supported"
     type = "invalid_request_error"
 
 

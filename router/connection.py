@@ -6,11 +6,13 @@ One task per request waits for the disconnect that ASGI's ``receive`` reports.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from starlette.types import Receive
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from telemetry.connections import RequestCycle
 
 
 class Connection:
@@ -21,10 +23,10 @@ class Connection:
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._request: asyncio.Task[Any] | None = None
-        self._on_gone: Callable[[], None] | None = None
+        self._on_gone: Callable[[str], None] | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def watch(self, on_gone: Callable[[], None]) -> None:
+    def watch(self, on_gone: Callable[[str], None]) -> None:
         """Begin. The request's body must have been read."""
         self._on_gone = on_gone
         self._request = asyncio.current_task()
@@ -43,21 +45,21 @@ class Connection:
 
     def cut(self) -> None:
         """Drop the connection at once, with what the client has not read."""
-        transport = _transport(self._receive)
-        if transport is not None:
-            transport.abort()
+        cycle = _cycle(self._receive)
+        if cycle is not None:
+            cycle.cut()
         elif self._request is not None:
             self._request.cancel()
 
     async def _wait(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
+        while (message := await self._receive())["type"] != "http.disconnect":
             pass
         on_gone, self._on_gone = self._on_gone, None
         if on_gone is not None:
-            on_gone()
+            on_gone(message.get("why", "left"))
 
 
-def _transport(receive: Receive) -> asyncio.Transport | None:
-    """The connection below uvicorn's ``receive``: ASGI has no way to drop a client that does not read."""
-    cycle = getattr(getattr(receive, "__wrapped__", receive), "__self__", None)
-    return cycle.transport if isinstance(cycle, RequestResponseCycle) else None
+def _cycle(receive: Receive) -> RequestCycle | None:
+    """The server's side of ``receive``: ASGI has no way to drop a client that does not read."""
+    cycle = getattr(inspect.unwrap(receive), "__self__", None)
+    return cycle if isinstance(cycle, RequestCycle) else None

@@ -148,8 +148,10 @@ class OpenRequest:
         self.interrupt()
         self.notify()
 
-    def on_gone(self) -> None:
-        """The client went away."""
+    def on_gone(self, why: str = "left") -> None:
+        """The client went away, or was cut off; the first reason counts."""
+        if not self.gone:
+            self.why_gone = why
         self.gone = True
         self.interrupt()
         self.notify()

@@ -149,8 +149,7 @@ class RouterState:
         job_id = request.job.id if request.job is not None else ""
         log.warning("client_dropped", why=why, job_id=job_id)
         request.sending_since_s = float("inf")
-        request.why_gone = why
-        request.on_gone()
+        request.on_gone(why)
         request.connection.cut()
 
     def _give_up(self, job_id: JobId) -> None:

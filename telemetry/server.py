@@ -18,12 +18,10 @@ from starlette.types import ASGIApp
 
 from queue_schemas import CannotStart, InferqError
 
-from .heads import GuardedHttp
+from .connections import ConnectionLimits, Connections, protocol_for
 from .logs import get_logger
 
 BACKLOG = 2048
-KEEP_ALIVE_S = 75
-"""Longer than the 60 s of common load balancers, so that it is they who close an idle connection."""
 EXIT_REFUSED = 2
 """Exit code of a process that could not start for a reason its user can mend."""
 
@@ -99,18 +97,19 @@ async def run_server(
     stop_accepting: asyncio.Event | None = None,
     shutdown_limit_s: float = 10.0,
     lifespan: Literal["on", "off"] = "off",
+    limits: ConnectionLimits | None = None,
 ) -> None:
     """Serve ``app`` until ``stop`` is set; without ``stop``, until SIGTERM or SIGINT.
 
     Then no connection is accepted, running requests get ``shutdown_limit_s`` (whole seconds, at least one) to finish,
     and what is left is cancelled. From ``stop_accepting`` on the listening socket is closed, and the connections that
-    are open are served on. Without ``sock`` binds ``host:port`` itself (:func:`bind_socket`). Cancelling this
-    call closes the port and cuts running requests off.
+    are open are served on. ``limits`` bounds what clients may do. Without ``sock`` binds ``host:port`` itself
+    (:func:`bind_socket`). Cancelling this call closes the port and cuts running requests off.
     """
     config = uvicorn.Config(
         app,
         interface="asgi3",
-        http=GuardedHttp,
+        http=protocol_for(Connections(limits or ConnectionLimits())),  # type: ignore[arg-type]  # called like a class
         ws="none",
         lifespan=lifespan,
         access_log=False,
@@ -118,7 +117,6 @@ async def run_server(
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(shutdown_limit_s)),
     )
     with contextlib.ExitStack() as exits:

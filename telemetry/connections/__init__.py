@@ -1,0 +1,19 @@
+"""The connections of an HTTP server: one place that bounds what a client may send, how slowly, and what it leaves
+unread. :func:`protocol_for` is what uvicorn's server speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from .cycle import RequestCycle
+from .limits import ConnectionLimits
+from .protocol import HttpConnection
+from .registry import Connections
+
+__all__ = ["ConnectionLimits", "Connections", "HttpConnection", "RequestCycle", "protocol_for"]
+
+
+def protocol_for(connections: Connections) -> Callable[..., HttpConnection]:
+    """What makes the protocol of each connection of one server."""
+    return partial(HttpConnection, connections=connections)
