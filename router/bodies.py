@@ -11,10 +11,6 @@ from queue_schemas import BadRequest
 
 from .core import check_size
 
-DRAIN_BYTES = 64 * 1024 * 1024
-"""How much of a refused body is read and thrown away, so that the client gets to read the refusal."""
-DRAIN_LIMIT_S = 10.0
-
 
 class ClientGone(Exception):
     """The client went away before the answer was complete."""
@@ -64,14 +60,3 @@ async def read_body(receive: Receive, limit_bytes: int, take: Callable[[int], No
             return b"".join(pieces)
         message = await receive()
     raise ClientGone
-
-
-async def drain_body(receive: Receive) -> None:
-    """Read on for a while and forget it. A connection closed on a client that still sends is reset, and the client
-    then may never see why."""
-    drained = 0
-    while drained < DRAIN_BYTES:
-        message = await receive()
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            return
-        drained += len(message.get("body", b""))

@@ -1,4 +1,6 @@
-"""A file's content on its way to the client, read no faster than the client reads."""
+"""A file's content on its way to the client, read no faster than the client reads.
+
+A client that stops reading is dropped by its connection (:mod:`telemetry.connections`)."""
 
 from __future__ import annotations
 
@@ -7,13 +9,10 @@ import asyncio
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from queue_schemas import Tenant
 from storage import FileRecord, ObjectMissing
-from telemetry import get_logger
 
-from .connection import Connection
 from .state import RouterState
-
-log = get_logger(__name__)
 
 
 class Download(Response):
@@ -40,31 +39,24 @@ class Download(Response):
         self._first = first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._state.transfers.one():
+        with self._state.transfers.one(Tenant(self._record.tenant)):
             gone = asyncio.create_task(_until_gone(receive))
             try:
-                await self._send_all(scope, send, gone)
+                await self._send_all(send, gone)
             finally:
                 gone.cancel()
                 await asyncio.gather(gone, return_exceptions=True)
 
-    async def _send_all(self, scope: Scope, send: Send, gone: asyncio.Task[None]) -> None:
+    async def _send_all(self, send: Send, gone: asyncio.Task[None]) -> None:
         head: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         piece, more = self._first, True
         while more and not gone.done():
             self._at += len(piece)
             more = self._at < self._end
-            try:
-                async with asyncio.timeout(self._state.settings.client_stall_ms / 1000):
-                    if head:
-                        await send(head)
-                        head = {}
-                    await send({"type": "http.response.body", "body": piece, "more_body": more})
-            except TimeoutError:
-                log.warning("client_dropped", why="stalled", file_id=self._record.id)
-                connection: Connection = scope["state"]["connection"]
-                connection.cut()
-                return
+            if head:
+                await send(head)
+                head = {}
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
             self._state.metrics.file_bytes("out", len(piece))
             if more:
                 piece = await self._next()

@@ -59,12 +59,12 @@ class Exchange:
             await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
 
     async def fail(
-        self, error: InferqError, *, headers: Iterable[Header] = (), hold: bool = False, mid_event: bool = False
+        self, error: InferqError, *, headers: Iterable[Header] = (), close: bool = False, mid_event: bool = False
     ) -> None:
         """The error object, with ``headers`` of its own; or an event with it where a stream has begun. ``mid_event``:
         half an event was given out, which ends here: the error is one of its own.
 
-        ``hold``: it is sent whole, but the connection ends after it, once :meth:`end` is called.
+        ``close``: the connection ends after it.
         """
         if self.status:
             body = (b"\n\n" if mid_event else b"") + _as_event(error.body()) if self._events else b""
@@ -73,14 +73,10 @@ class Exchange:
         status, general, body = error_answer(error)
         self.status = status
         lines = [*general, *headers, self._id_header, *self._more]
-        if hold:
+        if close:
             lines.append(_CLOSE)
         await self._send({"type": "http.response.start", "status": status, "headers": lines})
-        await self._send({"type": "http.response.body", "body": body, "more_body": hold})
-
-    async def end(self) -> None:
-        """End what ``hold`` kept open."""
-        await self._send({"type": "http.response.body", "body": b""})
+        await self._send({"type": "http.response.body", "body": body})
 
     async def _begin(self, head: Head, length: Header | None) -> None:
         self.status = head.status

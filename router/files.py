@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
 
 from queue_schemas import BadRequest, Conflict, InferqError, NotFound, RangeNotSatisfiable
 from storage import Batches, FileRecord, Files, ObjectMissing
 from storage.names import FILE, is_id
 from telemetry import get_logger
-from telemetry.asgi import error_answer, error_response, error_responses
+from telemetry.asgi import error_response, error_responses
 
-from .bodies import DRAIN_LIMIT_S, ClientGone, IncomingBody, drain_body
+from .bodies import ClientGone, IncomingBody
 from .core.file_content import disposition, matches, read_range
 from .core.file_form import PURPOSES
 from .downloads import Download
@@ -95,7 +93,10 @@ def file_routes(state: RouterState) -> APIRouter:
         except ClientGone:
             return Response(status_code=_CLIENT_GONE)
         except InferqError as error:
-            return error_response(error) if body.ended else _Refusal(error)
+            refusal = error_response(error)
+            if not body.ended:
+                refusal.headers["connection"] = "close"
+            return refusal
         return JSONResponse(_shown(record).model_dump())
 
     @routes.get(FILES_PATH, summary="Your files", responses=error_responses(400, 401, 503))
@@ -180,25 +181,6 @@ async def _content(state: RouterState, request: Request, record: FileRecord) -> 
         log.error("content_missing", file_id=record.id, object=str(error))
         raise NotFound(f"the content of {record.id} is not there any more: upload it again", param="file_id") from error
     return Download(state, record, span, first, headers)
-
-
-class _Refusal(Response):
-    """An error that is told before the body was read: the client is heard out for a while, or it may never read why."""
-
-    def __init__(self, error: InferqError) -> None:
-        super().__init__()
-        self.status_code, self.raw_headers, self.body = error_answer(error)
-        self.raw_headers.append((b"connection", b"close"))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        try:
-            async with asyncio.timeout(DRAIN_LIMIT_S):
-                await drain_body(receive)
-        except TimeoutError:
-            log.debug("body_not_drained")
-        await send({"type": "http.response.body", "body": b""})
 
 
 def _remove(files: Files, batches: Batches, record: FileRecord) -> None:

@@ -12,7 +12,7 @@ from telemetry.asgi import REQUEST_ID_HEADER
 
 from .bodies import ClientGone
 from .connection import Connection
-from .core import Position, Stitch, check_room
+from .core import Position, Stitch
 from .exchange import Exchange
 from .kept import KeptJobs
 from .numbered import EventsExchange
@@ -36,11 +36,10 @@ class Giver:
         connection, requests = Connection(receive), self._state.requests
         request = OpenRequest(connection, asyncio.get_running_loop().time())
         request.commented = isinstance(exchange, EventsExchange)
-        running = len(requests)
         requests.add(request)
         try:
             self._kept.check_open()
-            check_room(running, self._state.settings.max_concurrent)
+            requests.admit(request, kept.tenant)
             self._stored.follow(request, kept, stitch=stitch)
             connection.watch(request.on_gone)
             await self._relay.run(request, exchange)

@@ -30,7 +30,7 @@ from queue_schemas.stored import request_digest
 from telemetry import get_logger, inject, span_for_request, tracing_enabled
 from telemetry.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
 
-from .bodies import DRAIN_LIMIT_S, ClientGone, drain_body, read_body
+from .bodies import ClientGone, read_body
 from .connection import Connection
 from .core import (
     BACKGROUND_HEADER,
@@ -43,7 +43,6 @@ from .core import (
     RequestFields,
     Stitch,
     announced_size,
-    check_room,
     check_size,
     find_position,
     read_deadline,
@@ -58,7 +57,7 @@ from .jobs import JobMaker, memo_of
 from .kept import KeptJobs
 from .numbered import NumberedExchange
 from .relay import Relay
-from .requests import OpenRequest
+from .requests import OpenRequest, too_long
 from .responses import AskedResponse, Responses
 from .state import RETRY_AFTER_SHUTDOWN_S, RouterState
 from .stored import StoredJobs
@@ -120,11 +119,10 @@ class Inference:
         exchange = Exchange(send, request_id.encode())
         connection = Connection(receive)
         request = OpenRequest(connection, self._loop().time())
-        running = len(self._requests)
         self._requests.add(request)
         try:
-            tenant = self._admit(request, headers, running)
-            body = await self._body(request, receive, headers)
+            tenant = self._admit(request, headers)
+            body = await self._body(request, receive)
             wanted = await self._wanted(path, body, headers, tenant, request_id, trace)
             if wanted.background:
                 if await self._accept(wanted, request, exchange):
@@ -145,7 +143,8 @@ class Inference:
         except InferqError as error:
             connection.unwatch()
             log.debug("refused", request_id=request_id, code=error.code, message=error.message)
-            await self._refuse(request, exchange, receive, error)
+            unread = isinstance(error, (BodyTooLarge, RequestTimeout))
+            await exchange.fail(error, close=unread, mid_event=request.stitch is not None and request.stitch.mid_event)
         except ClientGone:
             self._state.metrics.disconnects.labels(request.why_gone).inc()
         except Exception:
@@ -257,7 +256,7 @@ class Inference:
         memo = memo_of(wanted.job, wanted.fields, resumable=wanted.resumable and not keyed, request=asked)
         return Keep(settings.keep_answers_ms if keyed else settings.resume_keep_ms, memo)
 
-    def _admit(self, request: OpenRequest, headers: dict[bytes, bytes], running: int) -> Tenant:
+    def _admit(self, request: OpenRequest, headers: dict[bytes, bytes]) -> Tenant:
         """What can be judged before the body is read."""
         if self._state.draining:
             raise ShuttingDown(
@@ -265,14 +264,14 @@ class Inference:
                 retry_after_s=RETRY_AFTER_SHUTDOWN_S,
             )
         tenant = self._state.keys.tenant(headers)
-        check_room(running, self._settings.max_concurrent)
+        self._requests.admit(request, tenant)
         announced = announced_size(headers.get(b"content-length"))
         check_size(announced, self._settings.max_body_bytes)
-        self._requests.take_body(request, announced)
+        self._requests.check_body(request, announced)
         return tenant
 
-    async def _body(self, request: OpenRequest, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
-        request.guard(request.begun_s + self._settings.body_limit_ms / 1000, self._body_late)
+    async def _body(self, request: OpenRequest, receive: Receive) -> bytes:
+        request.guard(float("inf"), too_long)  # the connection ends a body that is silent or slow
         try:
             return await read_body(
                 receive, self._settings.max_body_bytes, lambda size: self._requests.take_body(request, size)
@@ -283,23 +282,6 @@ class Inference:
             raise request.error or ClientGone from None
         finally:
             request.unguard()
-
-    def _body_late(self) -> InferqError:
-        limit_ms = self._settings.body_limit_ms
-        return RequestTimeout(f"the request's body did not arrive within {limit_ms} ms; send it again")
-
-    async def _refuse(self, request: OpenRequest, exchange: Exchange, receive: Receive, error: InferqError) -> None:
-        if not isinstance(error, (BodyTooLarge, RequestTimeout)) or exchange.status:
-            await exchange.fail(error, mid_event=request.stitch is not None and request.stitch.mid_event)
-            return
-        await exchange.fail(error, hold=True)
-        try:
-            async with asyncio.timeout(DRAIN_LIMIT_S):
-                if isinstance(error, BodyTooLarge):
-                    await drain_body(receive)
-        except TimeoutError:
-            log.debug("body_not_drained")
-        await exchange.end()
 
     def _leave(self, request: OpenRequest, request_id: str) -> None:
         """Whatever happened: nobody waits any more, and a job that goes on has no one to answer to."""

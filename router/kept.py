@@ -32,7 +32,7 @@ from queue_schemas import (
 from telemetry import get_logger
 
 from .connection import Connection
-from .core import Head, RequestFields, check_room, read_deadline, read_fields
+from .core import Head, RequestFields, read_deadline, read_fields
 from .core.job_objects import job_object
 from .exchange import Exchange
 from .jobs import JobMaker, memo_of
@@ -145,13 +145,13 @@ class KeptJobs:
         """
         self.check_open()
         requests = self._state.requests
-        check_room(len(requests), self._state.settings.max_concurrent)
         kept = await self.status(tenant, job_id)
         if kept is None:
             raise not_found(job_id)
         request = OpenRequest(Connection(_silence), asyncio.get_running_loop().time())
         requests.add(request)
         try:
+            requests.admit(request, tenant)
             self._stored.follow(request, kept)
             yield Followed(request, self._stored, kept, self._state.settings.keepalive_ms / 1000)
         finally:

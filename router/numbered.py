@@ -62,11 +62,11 @@ class EventsExchange(NumberedExchange):
         await super().finish(_EVENTS, data)
 
     async def fail(
-        self, error: InferqError, *, headers: Iterable[Header] = (), hold: bool = False, mid_event: bool = False
+        self, error: InferqError, *, headers: Iterable[Header] = (), close: bool = False, mid_event: bool = False
     ) -> None:
         if not self.status and isinstance(error, _ENDINGS):
             await super().write(_EVENTS, b"")
-        await super().fail(error, headers=headers, hold=hold, mid_event=mid_event)
+        await super().fail(error, headers=headers, close=close, mid_event=mid_event)
 
     def _no_events(self, head: Head) -> BadRequest:
         return BadRequest(f"the answer of this job is {head.content_type}, which has no events: read it at /output")

@@ -119,6 +119,7 @@ async def serve_through(door: Door, app: RouterApp, *, listening: asyncio.Event,
             stop=drained,
             stop_accepting=stop_accepting,
             shutdown_limit_s=_LAST_CONNECTIONS_S,
+            limits=app.state.settings.connection_limits,
         )
         tasks.create_task(server, name="http")
         log.info("router_listens", host=door.host, port=door.port)

@@ -92,8 +92,8 @@ class Relay:
             head = stitch.head
             if stitch.ended and head is not None:
                 request.connection.unwatch()
-                request.sending_since_s = request.quiet_since_s
-                await exchange.finish(head, data)
+                self._requests.hold_answer(request, len(data))
+                await exchange.finish(head, data)  # the connection ends a client that does not read it
                 return
             if data and head is not None:
                 request.sending_since_s = request.quiet_since_s

@@ -23,13 +23,14 @@ from queue_schemas import (
     Marker,
     MarkerKind,
     RequestTimeout,
+    Tenant,
     shard_of_job,
 )
 from telemetry import get_logger
 
 from .bodies import ClientGone
 from .connection import Connection
-from .core import Stitch, check_body_room
+from .core import Share, Stitch, tenant_limit
 from .followers import Followers
 from .metrics import RouterMetrics
 from .settings import RouterSettings
@@ -39,7 +40,8 @@ _UNKEPT = Keep(0)
 _T = TypeVar("_T")
 
 
-def _too_long() -> InferqError:
+def too_long() -> InferqError:
+    """What a request is told whose time is up."""
     return RequestTimeout("the request took too long; send it again")
 
 
@@ -84,6 +86,7 @@ class OpenRequest:
         "sending_since_s",
         "stitch",
         "task",
+        "tenant",
         "wake",
         "why_gone",
     )
@@ -94,8 +97,10 @@ class OpenRequest:
         self.job: Job | None = None
         self.stitch: Stitch | None = None
         self.deadline_s = self.limit_s = self.sending_since_s = self.rerun_s = float("inf")
-        self.on_limit: Callable[[], InferqError] = _too_long
+        self.on_limit: Callable[[], InferqError] = too_long
         self.error: InferqError | None = None
+        self.tenant: Tenant | None = None
+        """Whose it is; None until it is admitted."""
         self.task: asyncio.Task[Any] | None = None
         self.wake: asyncio.Future[None] | None = None
         self.news = self.gone = self.interrupted = self.keepalive_due = self.lost = False
@@ -208,15 +213,25 @@ class OpenRequests:
         metrics: RouterMetrics,
         drop: Callable[[OpenRequest, str], None],
         unasked: Callable[[JobId], None],
+        *,
+        alone: bool,
     ) -> None:
         """``drop`` cuts off the client of a request for the reason given; ``unasked`` is told of jobs that run, or
-        will, though nobody waits for them."""
+        will, though nobody waits for them. ``alone``: there is one tenant only, and nobody to keep room for."""
         self._metrics = metrics
         self._drop = drop
         self._unasked = unasked
-        self._body_limit_bytes = settings.max_inflight_body_bytes
-        self.body_bytes = 0
-        """Room taken by the bodies of all open requests."""
+        self._running = Share(
+            settings.max_concurrent,
+            tenant_limit(settings.tenant_concurrent, settings.max_concurrent, alone=alone),
+            what="requests",
+            setting="tenant_concurrent",
+        )
+        most_bytes = settings.max_inflight_body_bytes
+        of_tenant = max(
+            settings.max_body_bytes, tenant_limit(settings.tenant_inflight_body_bytes, most_bytes, alone=alone)
+        )
+        self._bodies = Share(most_bytes, of_tenant, what="bytes of bodies", setting="tenant_inflight_body_bytes")
         self._buffer_bytes = settings.client_buffer_bytes
         self._stall_s = settings.client_stall_ms / 1000
         self._keepalive_s = settings.keepalive_ms / 1000
@@ -234,6 +249,11 @@ class OpenRequests:
         """Requests that have a job on the queue."""
         return len(self._by_job) + len(self.stored)
 
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of the bodies of all open requests, as far as they have arrived, and of answers on their way out."""
+        return self._bodies.used
+
     def now_open(self) -> frozenset[OpenRequest]:
         """The requests that are open at this moment."""
         return frozenset(self._all)
@@ -242,20 +262,37 @@ class OpenRequests:
         """A request came."""
         self._all.add(request)
 
+    def admit(self, request: OpenRequest, tenant: Tenant) -> None:
+        """It is the ``tenant``'s. Raises ``OverCapacity`` if there are too many, of all or of the tenant."""
+        self._running.take(tenant)
+        request.tenant = tenant
+
     def discard(self, request: OpenRequest) -> None:
         """A request is over."""
         if request in self._all:
             self._all.remove(request)
-            self.body_bytes -= request.body_bytes
+            if request.tenant is not None:
+                self._running.give_back(request.tenant)
+                self._bodies.give_back(request.tenant, request.body_bytes)
         self._detach(request)
 
+    def check_body(self, request: OpenRequest, announced_bytes: int) -> None:
+        """Raise ``OverCapacity`` if there is no room for a body. None is taken: what is announced may never come."""
+        if request.tenant is not None:
+            self._bodies.check(request.tenant, announced_bytes)
+
     def take_body(self, request: OpenRequest, size_bytes: int) -> None:
-        """Take room for a body of ``size_bytes`` so far, or as announced. Raises ``OverCapacity`` if there is none."""
+        """Take room for a body of which ``size_bytes`` have arrived. Raises ``OverCapacity`` if there is none."""
         more = size_bytes - request.body_bytes
-        if more > 0:
-            check_body_room(self.body_bytes, more, self._body_limit_bytes)
+        if more > 0 and request.tenant is not None:
+            self._bodies.take(request.tenant, more)
             request.body_bytes = size_bytes
-            self.body_bytes += more
+
+    def hold_answer(self, request: OpenRequest, size_bytes: int) -> None:
+        """An answer of so many bytes waits for its client: until it is taken there is less room for bodies."""
+        if request.tenant is not None:
+            self._bodies.hold(request.tenant, size_bytes)
+            request.body_bytes += size_bytes
 
     def attach(self, request: OpenRequest, job: Job) -> None:
         """From now on ``request`` waits for ``job``, and for no other."""

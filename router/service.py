@@ -47,7 +47,10 @@ async def serve(
     host, port = listener.getsockname()[:2]
     drained = asyncio.Event()
     async with app.state.running(), asyncio.TaskGroup() as tasks:
-        serving = tasks.create_task(run_server(app, sock=listener, stop=drained, shutdown_limit_s=2.0), name="http")
+        serving = tasks.create_task(
+            run_server(app, sock=listener, stop=drained, shutdown_limit_s=2.0, limits=settings.connection_limits),
+            name="http",
+        )
         stopping = tasks.create_task(stop.wait(), name="stop signal")
         log.info("router_listens", url=f"http://{host}:{port}")
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from broker import Budgets, Durability
 from queue_schemas import BadMessage, OnLoss, check_region
 from telemetry import CommaList, ManagerUrls, RoleSettings
+from telemetry.connections import ConnectionLimits
 
 from .core import OnNoWorker, known_paths
 from .core.batches import window_seconds
@@ -70,13 +71,43 @@ class RouterSettings(RoleSettings):
     max_inflight_body_bytes: int = Field(
         1024 * MIB, ge=1024, description="Bodies of all requests served at once, in bytes; beyond it: 429"
     )
-    body_limit_ms: int = Field(60_000, ge=50, description="How long a request's body may take to arrive")
+    tenant_inflight_body_bytes: int = Field(
+        0,
+        ge=0,
+        description="The same for one tenant; 0: three quarters of max_inflight_body_bytes, or all without API keys",
+    )
+    body_idle_timeout_ms: int = Field(
+        30_000,
+        ge=50,
+        description="How long a body, of a request or an upload, may be silent; then it is refused with 408",
+    )
+    min_transfer_bytes_per_s: int = Field(
+        1_024,
+        ge=0,
+        description="Least rate at which a body may arrive (over body_idle_timeout_ms) and an answer that waits be "
+        "read (over client_stall_ms); slower ones are ended",
+    )
+    max_connections: int = Field(
+        16_384,
+        ge=1,
+        description="Open connections; beyond it the one that has been idle for the longest is closed. Never more than "
+        "the open files that the process may have, less 128",
+    )
     max_concurrent: int = Field(4096, ge=1, description="Requests served at once; beyond it: 429")
+    tenant_concurrent: int = Field(
+        0,
+        ge=0,
+        description="Requests of one tenant served at once; 0: three quarters of max_concurrent, or all of it without "
+        "API keys",
+    )
     client_buffer_bytes: int = Field(
         4 * MIB, ge=16 * 1024, description="A client that lags behind by more is disconnected, its request cancelled"
     )
     client_stall_ms: int = Field(
-        120_000, ge=100, description="A client that reads nothing for so long is disconnected, its request cancelled"
+        120_000,
+        ge=100,
+        description="A client that reads nothing of an answer that waits for it, streamed or not, is disconnected "
+        "after so long, its request cancelled",
     )
     on_loss: OnLoss = Field(
         "continue",
@@ -125,8 +156,12 @@ class RouterSettings(RoleSettings):
         20_000, ge=50, description="Limit on one call to the file store; a file is written and read in many"
     )
     max_file_bytes: int = Field(512 * MIB, ge=1, description="Largest file that may be uploaded")
-    file_stall_ms: int = Field(60_000, ge=50, description="How long an upload may be silent before it is refused")
     max_transfers: int = Field(64, ge=1, description="Uploads and downloads at once; beyond it: 429")
+    tenant_transfers: int = Field(
+        0,
+        ge=0,
+        description="The same for one tenant; 0: three quarters of max_transfers, or all without API keys",
+    )
     batch_file_life_s: int = Field(
         2_592_000,
         ge=0,
@@ -187,12 +222,25 @@ class RouterSettings(RoleSettings):
             raise ValueError("default_deadline_ms must not be longer than longest_deadline_ms")
         if self.max_body_bytes > self.max_inflight_body_bytes:
             raise ValueError("max_inflight_body_bytes must not be less than max_body_bytes")
+        if 0 < self.tenant_inflight_body_bytes < self.max_body_bytes:
+            raise ValueError("tenant_inflight_body_bytes must not be less than max_body_bytes")
         return self
 
     @property
     def paths(self) -> frozenset[str]:
         """Every path that reaches an engine."""
         return known_paths(self.extra_paths)
+
+    @property
+    def connection_limits(self) -> ConnectionLimits:
+        """What clients may do to a Router's connections."""
+        return ConnectionLimits(
+            body_idle_timeout_s=self.body_idle_timeout_ms / 1000,
+            write_idle_timeout_s=self.client_stall_ms / 1000,
+            min_transfer_bytes_per_s=self.min_transfer_bytes_per_s,
+            max_connections=self.max_connections,
+            settings_prefix="INFERQ_ROUTER_",
+        )
 
     @property
     def budgets(self) -> Budgets:

@@ -12,6 +12,7 @@ from telemetry import get_logger
 
 from .abandoned import Abandoned
 from .cancels import Canceller
+from .core import tenant_limit
 from .keys import ApiKeys
 from .manager_route import ManagerRoute
 from .metrics import RouterMetrics
@@ -49,7 +50,8 @@ class RouterState:
         self.store = store
         self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
         self.metrics = RouterMetrics()
-        self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked)
+        alone = not self.keys.required
+        self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked, alone=alone)
         self._route = manager if isinstance(manager, ManagerRoute) else None
         heard = self._route.heard if self._route is not None else None
         self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken, heard)
@@ -59,7 +61,11 @@ class RouterState:
         """Still serving, but asking clients and load balancers to go elsewhere."""
         self.draining = False
         self._idle = asyncio.Event()
-        self.transfers = Transfers(settings.max_transfers, self._note_idle)
+        self.transfers = Transfers(
+            settings.max_transfers,
+            tenant_limit(settings.tenant_transfers, settings.max_transfers, alone=alone),
+            self._note_idle,
+        )
         self.allowance = Allowance(store, settings.tenant_files, settings.tenant_file_bytes)
         self.metrics.watch(
             waiting=lambda: self.requests.waiting,

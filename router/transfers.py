@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from queue_schemas import PermissionRefused, Tenant
 from storage import Kept
 
-from .core import check_room
+from .core import Share
 from .store import Store
 
 COUNT_VALID_S = 60.0
@@ -22,20 +22,23 @@ _RECOUNT_AFTER_S = 2.0
 class Transfers:
     """The uploads and downloads of one Router."""
 
-    def __init__(self, most: int, ended: Callable[[], None]) -> None:
-        self._most = most
+    def __init__(self, most: int, most_of_tenant: int, ended: Callable[[], None]) -> None:
+        self._open = Share(most, most_of_tenant, what="uploads and downloads", setting="tenant_transfers")
         self._ended = ended
-        self.open = 0
+
+    @property
+    def open(self) -> int:
+        """How many there are."""
+        return self._open.used
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """One more while the block runs. Raises ``OverCapacity``."""
-        check_room(self.open, self._most)
-        self.open += 1
+    def one(self, tenant: Tenant) -> Iterator[None]:
+        """One more of the tenant's while the block runs. Raises ``OverCapacity``."""
+        self._open.take(tenant)
         try:
             yield
         finally:
-            self.open -= 1
+            self._open.give_back(tenant)
             self._ended()
 
 

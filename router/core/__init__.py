@@ -10,9 +10,7 @@ from .admission import (
     OnNoWorker,
     announced_size,
     authenticate,
-    check_body_room,
     check_model,
-    check_room,
     check_size,
     is_join_token,
     parse_keys,
@@ -24,6 +22,7 @@ from .admission import (
 from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
 from .events import LAST_EVENT_HEADER, EventNumbers, Position, as_event, find_position, read_position
 from .openai import INFERENCE_PATHS, RequestFields, known_paths, read_fields
+from .shares import Share, tenant_limit
 from .stitch import EVENT_STREAM, Head, Stitch, ending_error
 
 __all__ = [
@@ -43,14 +42,13 @@ __all__ = [
     "PoolEntry",
     "Position",
     "RequestFields",
+    "Share",
     "Stitch",
     "announced_size",
     "as_event",
     "authenticate",
     "build_directory",
-    "check_body_room",
     "check_model",
-    "check_room",
     "check_size",
     "ending_error",
     "find_position",
@@ -67,4 +65,5 @@ __all__ = [
     "read_idempotency_key",
     "read_on_loss",
     "read_position",
+    "tenant_limit",
 ]

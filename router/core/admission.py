@@ -17,7 +17,6 @@ from queue_schemas import (
     ModelNotFound,
     NoWorker,
     OnLoss,
-    OverCapacity,
     Tenant,
 )
 from queue_schemas.ids import check_name
@@ -94,22 +93,6 @@ def announced_size(content_length: bytes | None) -> int:
     if not content_length.isdigit() or len(content_length) > 18:
         raise BadRequest("content-length must be a number of bytes")
     return int(content_length)
-
-
-def check_room(running: int, limit: int) -> None:
-    """Refuse one more request than ``limit`` at once with ``OverCapacity``."""
-    if running >= limit:
-        raise OverCapacity(f"this router serves {limit} requests already; try again in a moment", retry_after_s=1)
-
-
-def check_body_room(in_flight_bytes: int, more_bytes: int, limit_bytes: int) -> None:
-    """Refuse ``more_bytes`` of bodies beside those in flight, if both are over the limit, with ``OverCapacity``."""
-    if in_flight_bytes + more_bytes > limit_bytes:
-        raise OverCapacity(
-            f"the bodies of the requests served now fill this router's {limit_bytes} bytes for them; "
-            "try again in a moment",
-            retry_after_s=1,
-        )
 
 
 def read_deadline(header: bytes | None, timeout_s: float | None, default_ms: int, longest_ms: int) -> int:

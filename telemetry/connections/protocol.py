@@ -53,7 +53,7 @@ class HttpConnection(asyncio.Protocol):
         connections: Connections,
     ) -> None:
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made brings it
-        self._app: ASGIApp = config.loaded_app  # type: ignore[assignment]  # uvicorn's name for the same
+        self._app: ASGIApp = config.loaded_app
         self._server = server_state
         self._app_state = app_state
         self._connections = connections
@@ -62,7 +62,12 @@ class HttpConnection(asyncio.Protocol):
         self._peer: Any = None
         self._own: Any = None
         self._parser: Any = self._new_parser()
-        self._begin_head()
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._hosts = 0
+        self._length: int | None = 0
+        self._coding = b""
+        self._expects_continue = False
         # The request that arrives: its head, then its body.
         self._reading_head = True
         self._head_bytes = 0
@@ -102,7 +107,7 @@ class HttpConnection(asyncio.Protocol):
             self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.connections.discard(self)  # type: ignore[arg-type]
+        self._server.connections.discard(self)
         self._connections.discard(self)
         self._parser = None  # it holds us, and we it
         self._behind.clear()
@@ -144,7 +149,7 @@ class HttpConnection(asyncio.Protocol):
             return
         self._heard_s = self._loop.time()
         self._wire_bytes += size
-        in_head, active = self._reading_head, self._active
+        incoming, active = self._incoming if self._reading_head else None, self._active
         if active is not None and not active.receiving and not active.response_complete:
             self._ahead_bytes += size
         self._feed(data)
@@ -152,7 +157,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if not self._reading_head:
             self._check_framing()
-        elif in_head:
+        elif self._incoming is incoming:  # all of it belongs to one head
             self._idle_since_s = _NEVER
             self._head_bytes += size
             if self._head_since_s == _NEVER:
@@ -311,9 +316,9 @@ class HttpConnection(asyncio.Protocol):
 
     def _begin_head(self) -> None:
         self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._headers = []
         self._hosts = 0
-        self._length: int | None = 0
+        self._length = 0
         self._coding = b""
         self._expects_continue = False
 

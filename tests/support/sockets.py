@@ -125,6 +125,14 @@ class RawClient:
             pass
         return sent
 
+    async def answer_to_trickle(self, piece: bytes, *, pause_s: float) -> RawAnswer:
+        """The answer that comes while ``piece`` is sent again and again."""
+        answering = asyncio.ensure_future(self.answer())
+        while not answering.done():
+            self.writer.write(piece)
+            await asyncio.sleep(pause_s)
+        return await answering
+
     async def answer(self, *, head: bool = False) -> RawAnswer:
         """The next answer; ``head``: one without a body, whatever its length says. Interim answers are skipped."""
         async with asyncio.timeout(self._limit_s):

@@ -55,7 +55,9 @@ async def running_router(redis_url: str, *, ready: bool = True, **settings: Any)
     port = app.state.settings.port
     stop = asyncio.Event()
     async with app.running(), asyncio.TaskGroup() as tasks:
-        tasks.create_task(run_server(app, port=port, stop=stop, shutdown_limit_s=1))
+        tasks.create_task(
+            run_server(app, port=port, stop=stop, shutdown_limit_s=1, limits=app.state.settings.connection_limits)
+        )
         try:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
                 router = RunningRouter(app, port, session)

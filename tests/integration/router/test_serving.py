@@ -156,7 +156,7 @@ async def test_a_body_of_100_mb_is_refused(router: RunningRouter) -> None:
 
 async def test_a_body_that_creeps_is_given_up(valkey: Server) -> None:
     """A connection that sends a byte now and then does not hold its place for ever."""
-    async with running_router(valkey.url, body_limit_ms=150) as router:
+    async with running_router(valkey.url, body_idle_timeout_ms=150) as router:
         reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
         async with asyncio.timeout(5):

@@ -13,7 +13,6 @@ from queue_schemas import (
     CannotStart,
     ModelNotFound,
     NoWorker,
-    OverCapacity,
     Pool,
     Tenant,
 )
@@ -22,9 +21,7 @@ from router.core import (
     PoolEntry,
     announced_size,
     authenticate,
-    check_body_room,
     check_model,
-    check_room,
     check_size,
     is_join_token,
     parse_keys,
@@ -69,14 +66,11 @@ def test_an_unset_join_token_opens_nothing() -> None:
     assert not is_join_token("", b"")
 
 
-def test_sizes_and_room_have_limits() -> None:
+def test_sizes_have_limits() -> None:
     """The limit itself passes, one more does not."""
     check_size(10, 10)
-    check_room(9, 10)
     with pytest.raises(BodyTooLarge):
         check_size(11, 10)
-    with pytest.raises(OverCapacity):
-        check_room(10, 10)
     assert announced_size(None) == 0
     assert announced_size(b"12") == 12
     for header in (b"-1", b"x", b"9" * 30):
@@ -112,11 +106,3 @@ def test_models_are_known_served_or_neither() -> None:
     many = Directory({str(n): PoolEntry(0, 0, 1) for n in range(50)})
     with pytest.raises(ModelNotFound, match=r", \.\.\."):
         check_model("none", many, "queue")
-
-
-def test_bodies_have_room_up_to_the_limit() -> None:
-    """Exactly full is accepted, one byte more is 429 with a time to come back."""
-    check_body_room(60, 40, 100)
-    with pytest.raises(OverCapacity) as refused:
-        check_body_room(60, 41, 100)
-    assert refused.value.retry_after_s == 1

@@ -31,7 +31,7 @@ SECOND = b"GET /second HTTP/1.1\r\nHost: test\r\n\r\n"
     ids=["trailer lines", "one trailer", "one extension", "extensions", "zeros", "small chunks"],
 )
 async def test_what_frames_a_body_is_bounded(path: str, beginning: bytes, endless: bytes) -> None:
-    """[B1] Trailers, chunk extensions and chunk sizes without an end are cut, whether the request was refused or is read."""
+    """[B1] Endless trailers, chunk extensions and chunk sizes are cut, whether the request was refused or is read."""
     async with serving(EchoApp(), LIMITS) as port, RawClient.to(port) as client:
         await client.send(chunked(path) + beginning)
         if path == "/ignore":
@@ -93,7 +93,7 @@ UPGRADES = [
 @pytest.mark.parametrize("split", ["whole", "body later", "byte by byte"])
 @pytest.mark.parametrize("coding", ["length", "chunked"])
 async def test_an_offer_to_upgrade_is_ignored(offer: tuple[str, ...], split: str, coding: str) -> None:
-    """[B4] The body of a request with an Upgrade offer belongs to it, however it arrives, and the connection goes on."""
+    """[B4] The body of a request with an Upgrade offer is its own, however it arrives, and the connection goes on."""
     app = EchoApp()
     body = b"POST /hidden HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"
     request = post("/echo", body, *offer)
@@ -162,7 +162,7 @@ async def test_closing_behind_a_pipelined_request_ends_the_first(behind: bytes) 
 
 
 async def test_a_client_that_only_ends_its_side_gets_what_takes_no_waiting() -> None:
-    """[B6] Requests sent before the client shut down its side are answered; one that waits for something is given up."""
+    """[B6] Requests sent before the client shut down its side are answered; one that has to wait is given up."""
     app = EchoApp()
     async with serving(app) as port:
         async with RawClient.to(port) as client:
@@ -252,15 +252,19 @@ async def test_a_head_without_an_end_is_cut() -> None:
 async def test_connections_beyond_the_most_displace_the_longest_idle() -> None:
     """[B9] Connections without a request hold no place that another needs; those with one are kept."""
     app = EchoApp()
-    async with serving(app, replace(LIMITS, max_connections=3)) as port:
-        async with RawClient.to(port) as busy, RawClient.to(port) as idle, RawClient.to(port) as newer:
-            await busy.send(post("/wait"))
-            await eventually(lambda: app.open == 1, "one is served")
-            async with RawClient.to(port) as another:
-                await another.send(post("/echo", b"hi"))
-                assert (await another.answer()).body == b"hi"
-                assert await idle.ended() == b""
-            app.go.set()
-            assert (await busy.answer()).status == 200
-            await newer.send(post("/echo", b"hi"))
-            assert (await newer.answer()).body == b"hi"
+    async with (
+        serving(app, replace(LIMITS, max_connections=3)) as port,
+        RawClient.to(port) as busy,
+        RawClient.to(port) as idle,
+        RawClient.to(port) as newer,
+    ):
+        await busy.send(post("/wait"))
+        await eventually(lambda: app.open == 1, "one is served")
+        async with RawClient.to(port) as another:
+            await another.send(post("/echo", b"hi"))
+            assert (await another.answer()).body == b"hi"
+            assert await idle.ended() == b""
+        app.go.set()
+        assert (await busy.answer()).status == 200
+        await newer.send(post("/echo", b"hi"))
+        assert (await newer.answer()).body == b"hi"
