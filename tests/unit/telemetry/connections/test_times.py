@@ -105,15 +105,17 @@ async def test_an_answer_that_is_not_read_is_dropped(version: str) -> None:
 async def test_an_answer_that_is_read_by_the_byte_is_dropped() -> None:
     """[B2] A client that takes a little now and then does not hold an answer for hours."""
     app = EchoApp()
-    async with serving(app, replace(LIMITS, min_transfer_bytes_per_s=10_000_000)) as port:
-        async with RawClient.to(port, receive_buffer_bytes=4096) as client:
-            await client.send(post("/large"))
-            await eventually(lambda: app.open == 1, "it is served")
-            taken = 0
-            while app.open:
-                taken += len(await client.reader.read(2_000))
-                await asyncio.sleep(0.005)
-            assert 0 < taken < 20_000_000
+    async with (
+        serving(app, replace(LIMITS, min_transfer_bytes_per_s=10_000_000)) as port,
+        RawClient.to(port, receive_buffer_bytes=4096) as client,
+    ):
+        await client.send(post("/large"))
+        await eventually(lambda: app.open == 1, "it is served")
+        taken = 0
+        while app.open:
+            taken += len(await client.reader.read(2_000))
+            await asyncio.sleep(0.005)
+        assert 0 < taken < 20_000_000
 
 
 async def test_a_slow_reader_that_goes_on_gets_all() -> None:
