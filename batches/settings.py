@@ -9,12 +9,12 @@ from typing import ClassVar
 from pydantic import Field, SecretStr, field_validator
 
 from queue_schemas import BadMessage, check_worker_id
-from telemetry import ManagerUrls, RoleSettings
+from telemetry import ManagerUrls, RequestSettings
 
 MIB = 1024 * 1024
 
 
-class BatchSettings(RoleSettings):
+class BatchSettings(RequestSettings):
     """Table ``[batches]``, environment ``INFERQ_BATCHES_*``."""
 
     table: ClassVar[str] = "batches"

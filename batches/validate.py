@@ -91,6 +91,7 @@ def _read_run(desk: Desk, batch: Batch, found: FileRecord, work: Work, until_s: 
     """Look at as many lines as one run holds, or there is time for."""
     settings = desk.settings
     lines = InputLines(desk.files, found, settings.max_line_bytes, number=work.number, offset=work.offset)
+    limits = settings.limits_of(batch.request.tenant)
     records: list[bytes] = []
     try:
         while (raw := lines.next()) is not None:
@@ -101,7 +102,7 @@ def _read_run(desk: Desk, batch: Batch, found: FileRecord, work: Work, until_s: 
                 work.read_all = True
                 return records
             try:
-                line = read_line(raw.data, batch.request.endpoint, settings.max_line_bytes)
+                line = read_line(raw.data, batch.request.endpoint, settings.max_line_bytes, limits)
                 _same_model(work, line.model)
             except BadLine as bad:
                 work.fault(BatchError(code=bad.code, message=bad.message, param=bad.param, line=raw.number))

@@ -162,7 +162,7 @@ class Inference:
         self, path: str, body: bytes, headers: dict[bytes, bytes], tenant: Tenant, request_id: str, trace: str
     ) -> _Wanted:
         settings, content_type = self._settings, _content_type(headers)
-        fields = read_fields(body, content_type, path)
+        fields = read_fields(body, content_type, path, settings.limits_of(tenant))
         background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
         response = None
         if path == RESPONSES_PATH and (fields.background or (settings.responses == "chat" and not background)):

@@ -82,7 +82,7 @@ class KeptJobs:
         """
         self.check_open()
         settings = self._state.settings
-        fields = read_fields(body, content_type, path)
+        fields = read_fields(body, content_type, path, settings.limits_of(tenant))
         longest_ms = settings.background_deadline_ms
         job = await self._jobs.make(
             tenant=tenant,

@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from broker import Budgets, Durability
 from queue_schemas import BadMessage, OnLoss, check_region
-from telemetry import CommaList, ManagerUrls, RoleSettings
+from telemetry import CommaList, ManagerUrls, RequestSettings
 from telemetry.connections import ConnectionLimits
 
 from .core import OnNoWorker, known_paths
@@ -18,7 +18,7 @@ from .core.batches import window_seconds
 MIB = 1024 * 1024
 
 
-class RouterSettings(RoleSettings):
+class RouterSettings(RequestSettings):
     """Table ``[router]``, environment ``INFERQ_ROUTER_*``."""
 
     table: ClassVar[str] = "router"

@@ -7,6 +7,7 @@ command-line call does not load a web server.
 from .logs import LogFormat, LogLevel, bind, bound, bound_facts, configure_logging, get_logger
 from .metrics import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry, render_metrics
 from .redaction import redact_url
+from .request_settings import RequestSettings, TenantLimits
 from .settings import CommaList, ManagerUrls, RoleSettings, SettingFact, TelemetrySettings, explain_settings
 from .tracing import (
     Span,
@@ -27,10 +28,12 @@ __all__ = [
     "LogLevel",
     "ManagerUrls",
     "MetricsRegistry",
+    "RequestSettings",
     "RoleSettings",
     "SettingFact",
     "Span",
     "TelemetrySettings",
+    "TenantLimits",
     "bind",
     "bound",
     "bound_facts",

@@ -24,7 +24,12 @@ from queue_schemas.acting import is_manager_url
 from .logs import LogFormat, LogLevel
 from .redaction import redact_url
 
-SHARED = frozenset({"data_dir", "redis_url", "join_token", "log_level", "log_format"})
+SHARED = frozenset(
+    {
+        *("data_dir", "redis_url", "join_token", "log_level", "log_format"),
+        *("media_domains", "max_choices", "max_entries", "max_logprobs", "max_output_tokens", "tenant_limits"),
+    }
+)
 """Fields that are also read from ``INFERQ_<FIELD>``, whichever table they stand in."""
 TABLES = frozenset(
     {"batches", "broker", "manager", "notifier", "ray", "router", "storage", "telemetry", "webhooks", "worker"}

@@ -60,6 +60,11 @@ class WorkerSettings(RoleSettings):
     sim_args: Arguments = Field([], description="options of the simulated engine, as on its own command line")
     vllm_command: str = Field("", description="the vllm executable; empty: from PATH or .inferq/vllm/bin/vllm")
     vllm_args: Arguments = Field([], description="further arguments of `vllm serve`")
+    media_domains: CommaList = Field(
+        [],
+        description="hosts from which vLLM may fetch media that requests name by URL; empty: none; *: any "
+        "(the same list as the Router's)",
+    )
     vllm_device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: cpu if no accelerator is seen")
     engine_ready_limit_ms: int = Field(
         1_800_000, ge=1_000, description="an engine that takes longer to get ready (downloads included) is restarted"

@@ -13,8 +13,9 @@ from typing import Any
 
 import orjson
 
-from queue_schemas import BadMessage
+from queue_schemas import BadMessage, BadRequest
 from queue_schemas.ids import check_name
+from queue_schemas.request_limits import RequestLimits, check_request
 
 LONGEST_CUSTOM_ID = 512
 _BOM = b"\xef\xbb\xbf"
@@ -106,8 +107,9 @@ class BatchLine:
     body: dict[str, Any]
 
 
-def read_line(data: bytes | None, endpoint: str, max_bytes: int) -> BatchLine:
-    """The line in ``data``, for a batch that asks ``endpoint``. Raises :class:`BadLine`."""
+def read_line(data: bytes | None, endpoint: str, max_bytes: int, limits: RequestLimits | None = None) -> BatchLine:
+    """The line in ``data``, for a batch that asks ``endpoint``. Raises :class:`BadLine`, also for one that asks for
+    more than ``limits``."""
     if data is None:
         raise BadLine("line_too_long", f"the line is longer than {max_bytes} bytes; shorten it, or split the request")
     line = _parsed(data)
@@ -134,6 +136,11 @@ def read_line(data: bytes | None, endpoint: str, max_bytes: int) -> BatchLine:
         check_name(model, "model")
     except BadMessage as error:
         raise BadLine("model_not_found", error.message, "body.model") from None
+    if limits is not None:
+        try:
+            check_request(body, endpoint, limits)
+        except BadRequest as error:
+            raise BadLine("invalid_request", error.message, f"body.{error.param}") from None
     return BatchLine(custom_id, model, body)
 
 

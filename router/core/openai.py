@@ -17,6 +17,7 @@ import orjson
 from queue_schemas import BadMessage, BadRequest, Pool
 from queue_schemas.completions import RESPONSES_PATH, wants_usage
 from queue_schemas.ids import check_name
+from queue_schemas.request_limits import RequestLimits, check_request
 
 from .continuation import choices_of, may_continue
 from .forms import boundary_of, form_fields
@@ -81,18 +82,19 @@ def known_paths(extra: Iterable[str]) -> frozenset[str]:
     return frozenset(INFERENCE_PATHS) | frozenset(extra)
 
 
-def read_fields(body: bytes, content_type: str, path: str) -> RequestFields:
+def read_fields(body: bytes, content_type: str, path: str, limits: RequestLimits | None = None) -> RequestFields:
     """The fields in ``body``, sent to ``path``: a JSON object, or, where ``content_type`` says ``multipart/form-data``,
     a form.
 
-    Raises ``BadRequest`` that names the field or the position at fault.
+    Raises ``BadRequest`` that names the field or the position at fault, also for one that asks for more than
+    ``limits``.
     """
     if content_type[:19].lower() == "multipart/form-data":
         return _from_form(form_fields(body, boundary_of(content_type), _FORM_FIELDS))
-    return _from_json(body, path)
+    return _from_json(body, path, limits)
 
 
-def _from_json(body: bytes, path: str) -> RequestFields:
+def _from_json(body: bytes, path: str, limits: RequestLimits | None) -> RequestFields:
     if len(body) > _MAX_STRUCTURE and sum(map(body.count, (b"[", b"{", b'":'))) > _MAX_STRUCTURE:
         raise BadRequest(
             f"the body has more than {_MAX_STRUCTURE} objects, lists and names; split it into several requests"
@@ -122,6 +124,8 @@ def _from_json(body: bytes, path: str) -> RequestFields:
     background = path == RESPONSES_PATH and request.get("background")
     if background is not None and type(background) is not bool:
         raise _wrong("background", background, "true or false")
+    if limits is not None:
+        check_request(request, path, limits)
     if not stream:
         return RequestFields(
             _checked_model(model), False, priority or 0, timeout_s=timeout, background=bool(background)

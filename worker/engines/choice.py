@@ -35,6 +35,7 @@ def make_engine(settings: WorkerSettings, restarted: Callable[[], None] = lambda
                 settings.model,
                 served_name=settings.served_model_name,
                 device=settings.vllm_device,
+                media_domains=settings.media_domains,
                 arguments=settings.vllm_args,
             )
             name = "vLLM"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from queue_schemas import CannotStart
+from queue_schemas.media import ANY_HOST
 
 from .process import HOST, Launch
 
@@ -21,7 +22,14 @@ OWN_ENVIRONMENT = Path(".inferq/vllm/bin/vllm")
 """Where ``make up`` installs the CPU build."""
 _ACCELERATORS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128")
 
-_ALWAYS = {"VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+_ALWAYS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONUNBUFFERED": "1",
+    # A host that may be fetched from must not send vLLM on to one that may not.
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+}
+_NO_HOST = "media.invalid"
+"""A name that no host can have (RFC 2606): an empty list means every host to vLLM."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -60,9 +68,18 @@ def has_accelerator() -> bool:
 
 
 def vllm_launch(
-    executable: str, model: str, *, served_name: str = "", device: Device = "auto", arguments: Sequence[str] = ()
+    executable: str,
+    model: str,
+    *,
+    served_name: str = "",
+    device: Device = "auto",
+    media_domains: Sequence[str] = (),
+    arguments: Sequence[str] = (),
 ) -> Callable[[int], Launch]:
-    """How to serve ``model`` (a model id or a folder) on a given port. ``arguments`` go to ``vllm serve`` last."""
+    """How to serve ``model`` (a model id or a folder) on a given port. ``arguments`` go to ``vllm serve`` last.
+
+    It fetches media from ``media_domains`` alone, without following redirects; ``*`` is any host.
+    """
     on_cpu = device == "cpu" or (device == "auto" and not has_accelerator())
     local = Path(model).is_dir()
 
@@ -70,6 +87,8 @@ def vllm_launch(
         command = [executable, "serve", model, "--host", HOST, "--port", str(port)]
         if served_name:
             command += ["--served-model-name", served_name]
+        if ANY_HOST not in media_domains:
+            command += ["--allowed-media-domains", *(map(str.lower, media_domains) if media_domains else (_NO_HOST,))]
         if on_cpu:
             command += _CPU_ARGUMENTS
         environment = _ALWAYS | (_OFFLINE if local else {}) | (_ON_CPU if on_cpu else {})

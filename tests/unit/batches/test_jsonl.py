@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batches.core import BadLine, LineCutter, RawLine, id_and_body, read_line
+from queue_schemas.request_limits import RequestLimits
 
 CHAT = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": CHAT, "body": {"model": "m"}}
@@ -114,3 +116,15 @@ def test_no_bytes_break_the_reader(data: bytes) -> None:
 def test_a_body_means_the_same_to_its_engine(line: bytes, body: bytes) -> None:
     """What a parser would round, or could not write again, goes on as it was written."""
     assert id_and_body(line.replace(b"%s", body)) == ("a", body)
+
+
+def test_a_line_is_held_to_the_limits_of_a_request() -> None:
+    """[E1] [E2] Media from anywhere and too many choices are refused in a batch as they are at once, with the field."""
+    for fields, param in (
+        ({"messages": [{"content": [{"image_url": {"url": "http://169.254.169.254/"}}]}]}, "body.image_url"),
+        ({"n": 100_000}, "body.n"),
+    ):
+        line = {"custom_id": "a", "method": "POST", "url": CHAT, "body": {"model": "m", **fields}}
+        with pytest.raises(BadLine) as refused:
+            read_line(orjson.dumps(line), CHAT, 1 << 20, RequestLimits())
+        assert (refused.value.code, refused.value.param) == ("invalid_request", param)

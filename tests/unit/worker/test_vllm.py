@@ -40,6 +40,16 @@ def test_on_an_accelerator_it_is_left_to_vllm() -> None:
     assert not any(name.startswith("VLLM_CPU") for name in launch.environment)
 
 
+def test_it_fetches_media_from_where_the_settings_say_alone() -> None:
+    """[E1] From nowhere unless told so, and without redirects; an empty list of vLLM's own would be every host."""
+    assert vllm_launch("/opt/vllm", "m")(7).environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    for domains, expected in (((), ["media.invalid"]), (("a.example", "B.example"), ["a.example", "b.example"])):
+        command = vllm_launch("/opt/vllm", "m", device="gpu", media_domains=domains)(7).command
+        at = command.index("--allowed-media-domains")
+        assert list(command[at + 1 :]) == expected
+    assert "--allowed-media-domains" not in vllm_launch("/opt/vllm", "m", media_domains=("*",))(7).command
+
+
 def test_a_local_model_needs_no_network(tmp_path: Path) -> None:
     """A folder is served offline."""
     assert vllm_launch("/opt/vllm", str(tmp_path))(7).environment["HF_HUB_OFFLINE"] == "1"

@@ -1,0 +1,85 @@
+"""The limits on one request as settings, the same for Routers and batchers."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_settings import NoDecode
+
+from queue_schemas.media import MediaHosts
+from queue_schemas.request_limits import RequestLimits
+
+from .settings import CommaList, RoleSettings
+
+
+class TenantLimits(BaseModel):
+    """Limits of one tenant, in place of those of all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_choices: int | None = Field(default=None, ge=1)
+    max_entries: int | None = Field(default=None, ge=1)
+    max_logprobs: int | None = Field(default=None, ge=0)
+    max_output_tokens: int | None = Field(default=None, ge=0)
+
+
+def _from_json(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class RequestSettings(RoleSettings):
+    """What one request may ask for. Each field also goes by ``INFERQ_<FIELD>``, for all roles at once."""
+
+    media_domains: CommaList = Field(
+        default_factory=list,
+        description="Hosts from which engines may fetch images, audio, video and files that a request names by URL, by "
+        "their exact names; empty: none, so requests bring media as data: URLs; *: any host",
+    )
+    max_choices: int = Field(128, ge=1, description="Most choices of one request (n, best_of)")
+    max_entries: int = Field(
+        2_048,
+        ge=1,
+        description="Most prompts, inputs, documents or stop words that one request lists, and most answers it has",
+    )
+    max_logprobs: int = Field(20, ge=0, description="Most log probabilities for each token (logprobs, top_logprobs)")
+    max_output_tokens: int = Field(
+        0, ge=0, description="Most tokens that a request may ask for (max_tokens); 0: as many as its model has"
+    )
+    tenant_limits: Annotated[dict[str, TenantLimits], NoDecode, BeforeValidator(_from_json)] = Field(
+        default_factory=dict,
+        description='Other limits for single tenants, as JSON or a table: {"acme": {"max_choices": 512}}',
+    )
+
+    @field_validator("media_domains")
+    @classmethod
+    def _hosts(cls, value: list[str]) -> list[str]:
+        MediaHosts.of(value)
+        return value
+
+    def limits_of(self, tenant: str) -> RequestLimits:
+        """The limits on a request of ``tenant``."""
+        return self._by_tenant.get(tenant, self._limits)
+
+    @cached_property
+    def _limits(self) -> RequestLimits:
+        return self._with(TenantLimits())
+
+    @cached_property
+    def _by_tenant(self) -> dict[str, RequestLimits]:
+        return {tenant: self._with(own) for tenant, own in self.tenant_limits.items()}
+
+    def _with(self, own: TenantLimits) -> RequestLimits:
+        def limit(name: str) -> int:
+            value: int | None = getattr(own, name)
+            return int(getattr(self, name)) if value is None else value
+
+        return RequestLimits(
+            choices=limit("max_choices"),
+            entries=limit("max_entries"),
+            logprobs=limit("max_logprobs"),
+            tokens=limit("max_output_tokens"),
+            media=MediaHosts.of(self.media_domains),
+        )
