@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
 from queue_schemas import BadMessage, check_region, check_worker_id, check_worker_url
-from telemetry import ManagerUrls, RoleSettings
+from telemetry import CommaList, ManagerUrls, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]
 
