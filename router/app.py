@@ -111,14 +111,14 @@ class RouterApp:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _refuse_method(self, scope: Scope, send: Send, path: str) -> None:
-        exchange = Exchange(send, request_id_from(scope["headers"]).encode())
+        exchange = Exchange(send, request_id_from(scope["headers"]).encode(), scope["path"])
         await exchange.fail(
             MethodNotAllowed(f"{path} does not answer {scope['method']}: use POST"), headers=[(b"allow", b"POST")]
         )
         self.state.metrics.answered(path, exchange.status)
 
     async def _refuse_spelling(self, scope: Scope, send: Send) -> None:
-        exchange = Exchange(send, request_id_from(scope["headers"]).encode())
+        exchange = Exchange(send, request_id_from(scope["headers"]).encode(), scope["path"])
         await exchange.fail(PathNotFound("paths must be written plainly, without percent signs"))
         self.state.metrics.answered("unknown", exchange.status)
 

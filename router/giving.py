@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from queue_schemas import InferqError, KeptJob
+from queue_schemas.completions import RESPONSES_PATH
 from telemetry.asgi import REQUEST_ID_HEADER
 
 from .bodies import ClientGone
@@ -82,7 +83,14 @@ class GivenAnswer(Response):
             await send(message)
 
         request_id = str(scope["state"]["request_id"]).encode()
-        exchange = EventsExchange(send_on, request_id, self._after) if self._events else Exchange(send_on, request_id)
+        path = self._kept.memo.path
+        if self._stitch is not None:
+            path = RESPONSES_PATH  # what is kept is a chat, and its client reads a response
+        exchange = (
+            EventsExchange(send_on, request_id, self._after, path)
+            if self._events
+            else Exchange(send_on, request_id, path)
+        )
         if self._after is not None and self._after.job_id is not None and isinstance(exchange, EventsExchange):
             exchange.name(self._after.job_id)
         await self._giver.give(self._kept, receive, exchange, self._stitch)

@@ -116,7 +116,7 @@ class Inference:
         headers = dict(scope["headers"])
         given_id = headers.get(REQUEST_ID_HEADER)
         request_id = new_request_id() if given_id is None else request_id_from(((REQUEST_ID_HEADER, given_id),))
-        exchange = Exchange(send, request_id.encode())
+        exchange = Exchange(send, request_id.encode(), path)
         connection = Connection(receive)
         request = OpenRequest(connection, self._loop().time())
         self._requests.add(request)
@@ -137,7 +137,7 @@ class Inference:
                     request.keep = self._keep(wanted)
                     if wanted.resumable:
                         after = _after(headers, bool(wanted.job.idempotency_key))
-                        exchange = NumberedExchange(send, request_id.encode(), after)
+                        exchange = NumberedExchange(send, request_id.encode(), after, path)
                     await self._open_stored(request, wanted.job, exchange)
                 await self._relay.run(request, exchange)
         except InferqError as error:

@@ -8,7 +8,7 @@ from starlette.types import Send
 
 from queue_schemas import AttemptsExhausted, BadRequest, DeadlineExceeded, InferqError, JobCancelled, JobId
 
-from .core import EVENT_STREAM, EventNumbers, Head, Position, as_event
+from .core import EVENT_STREAM, EventNumbers, Head, Position
 from .exchange import Exchange, Header
 
 _EVENTS = Head(200, f"{EVENT_STREAM}; charset=utf-8")
@@ -19,28 +19,16 @@ _ENDINGS = (AttemptsExhausted, JobCancelled, DeadlineExceeded)
 class NumberedExchange(Exchange):
     """An answer whose events, if it is a stream of them, carry ids; those that the client has are left out."""
 
-    __slots__ = ("_numbers", "after")
+    __slots__ = ("after",)
 
-    def __init__(self, send: Send, request_id: bytes, after: Position | None) -> None:
-        super().__init__(send, request_id)
+    def __init__(self, send: Send, request_id: bytes, after: Position | None, path: str = "") -> None:
+        super().__init__(send, request_id, path)
         self.after = after
-        self._numbers = EventNumbers(after)
+        self._client_events = EventNumbers(after, "", self._dialect, self._request_id)
 
     def name(self, job_id: JobId) -> None:
         """Ids name this job: they say by themselves where to go on."""
-        self._numbers = EventNumbers(self.after, f"{job_id}:")
-
-    async def write(self, head: Head, data: bytes) -> None:
-        if head.is_event_stream:
-            data = self._numbers.feed(data)
-            if not data and self.status:
-                return
-        await super().write(head, data)
-
-    async def finish(self, head: Head, data: bytes) -> None:
-        if head.is_event_stream:
-            data = self._numbers.feed(data) + self._numbers.finish()
-        await super().finish(head, data)
+        self._client_events = EventNumbers(self.after, f"{job_id}:", self._dialect, self._request_id)
 
 
 class EventsExchange(NumberedExchange):
@@ -56,9 +44,9 @@ class EventsExchange(NumberedExchange):
 
     async def finish(self, head: Head, data: bytes) -> None:
         if not head.is_event_stream:
-            if not head.is_text:
+            if not head.is_text and head.status < 400:
                 raise self._no_events(head)
-            data = as_event(data)
+            data = self._as_last_event(head, data)
         await super().finish(_EVENTS, data)
 
     async def fail(

@@ -32,6 +32,7 @@ from queue_schemas import (
     MethodNotAllowed,
     PathNotFound,
 )
+from queue_schemas.error_shapes import Dialect, dialect_of, error_body, facts_of, is_final
 
 from .logs import bind, get_logger
 from .metrics import MetricsRegistry, render_metrics
@@ -72,21 +73,27 @@ def request_id_from(headers: _RawHeaders) -> str:
     return new_request_id()
 
 
-def error_answer(error: InferqError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, raw headers and body of the answer that tells a client of ``error``."""
-    body = error.body()
+def error_answer(
+    error: InferqError, dialect: Dialect = Dialect.OPENAI, request_id: str = ""
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, raw headers and body of the answer that tells a client of ``error``, as the ``dialect`` tells it."""
+    body = error_body(facts_of(error), dialect, request_id)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.status in (429, 503):
         after = DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
         headers.append((b"retry-after", str(after).encode()))
+    if is_final(error):
+        headers.append((b"x-should-retry", b"false"))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return error.status, headers, body
 
 
-def error_response(error: InferqError) -> Response:
-    """:func:`error_answer` for a FastAPI handler."""
-    status, headers, body = error_answer(error)
+def error_response(error: InferqError, request: Request | None = None) -> Response:
+    """:func:`error_answer` for a FastAPI handler; ``request`` says in which API's shape."""
+    dialect = dialect_of(request.url.path) if request is not None else Dialect.OPENAI
+    request_id = getattr(request.state, "request_id", "") if request is not None else ""
+    status, headers, body = error_answer(error, dialect, request_id)
     response = Response(body, status)
     response.raw_headers = list(headers)
     return response
@@ -115,6 +122,7 @@ class RequestContext:
         scope.setdefault("state", {})["request_id"] = request_id
         bind(request_id=request_id)
         begun = perf_counter()
+        dialect = dialect_of(scope["path"])
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -122,6 +130,8 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id.encode())]
+                if dialect is Dialect.ANTHROPIC:
+                    message["headers"].append((b"request-id", request_id.encode()))
             await send(message)
 
         try:
@@ -130,13 +140,13 @@ class RequestContext:
                 receive = _bounded(receive, self._max_body_bytes)
             await self._app(scope, receive, send_with_id)
         except BodyTooLarge as error:
-            await _send_error(error, send_with_id)
+            await _send_error(error, send_with_id, dialect, request_id)
         except Exception:
             log.exception("request_failed", method=scope["method"], path=scope["path"])
             if status:
                 raise  # the answer has begun: only closing the connection can tell the client
             answer = InferqError(f"something went wrong here; the log has it under {request_id}")
-            await _send_error(answer, send_with_id)
+            await _send_error(answer, send_with_id, dialect, request_id)
         finally:
             path = _path_label(scope)
             self._requests.labels(self._role, path, str(status)).inc()
@@ -289,8 +299,8 @@ def _bounded(receive: Receive, limit: int) -> Receive:
     return bounded
 
 
-async def _send_error(error: InferqError, send: Send) -> None:
-    status, headers, body = error_answer(error)
+async def _send_error(error: InferqError, send: Send, dialect: Dialect, request_id: str) -> None:
+    status, headers, body = error_answer(error, dialect, request_id)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -302,33 +312,37 @@ def _path_label(scope: Scope) -> str:
     return str(getattr(route, "path", "")) or "unknown"
 
 
-async def _on_inferq_error(_request: Request, error: Exception) -> Response:
+async def _on_inferq_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, InferqError)  # noqa: S101 - what the handler is registered for
-    return error_response(error)
+    return error_response(error, request)
 
 
-async def _on_invalid_request(_request: Request, error: Exception) -> Response:
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
     param = ".".join(where[1:]) or None
-    return error_response(BadRequest(f"{' '.join(where[:1])} {param or ''}: {first['msg']}".strip(), param=param))
+    return error_response(
+        BadRequest(f"{' '.join(where[:1])} {param or ''}: {first['msg']}".strip(), param=param), request
+    )
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
     method, path = request.method, request.url.path
     if isinstance(error.__cause__, InferqError):
-        return error_response(error.__cause__)  # raised while the body was read, which FastAPI takes for its own
+        return error_response(
+            error.__cause__, request
+        )  # raised while the body was read, which FastAPI takes for its own
     if error.status_code == 404:
-        return error_response(PathNotFound(f"there is no {path} here; see /docs for what there is"))
+        return error_response(PathNotFound(f"there is no {path} here; see /docs for what there is"), request)
     if error.status_code == 405:
-        response = error_response(MethodNotAllowed(f"{path} does not answer {method}"))
+        response = error_response(MethodNotAllowed(f"{path} does not answer {method}"), request)
         response.headers.update(error.headers or {})
         return response
     if error.status_code < 500:
         refused = BadRequest(str(error.detail))
-        response = error_response(refused)
+        response = error_response(refused, request)
         response.status_code = error.status_code
         return response
-    return error_response(InferqError(str(error.detail)))
+    return error_response(InferqError(str(error.detail)), request)

@@ -20,7 +20,8 @@ from .admission import (
     read_on_loss,
 )
 from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
-from .events import LAST_EVENT_HEADER, EventNumbers, Position, as_event, find_position, read_position
+from .event_stream import ClientEvents, as_event
+from .events import LAST_EVENT_HEADER, EventNumbers, Position, find_position, read_position
 from .openai import INFERENCE_PATHS, RequestFields, known_paths, read_fields
 from .shares import Share, tenant_limit
 from .stitch import EVENT_STREAM, Head, Stitch, ending_error
@@ -34,6 +35,7 @@ __all__ = [
     "LAST_EVENT_HEADER",
     "ON_LOSS_HEADER",
     "RESUMABLE_HEADER",
+    "ClientEvents",
     "Directory",
     "EventNumbers",
     "Head",

@@ -9,13 +9,16 @@ number is taken at its word. The ``id`` line stands last in its event (WHATWG HT
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
 from queue_schemas import BadRequest, JobId, StreamBroken
+from queue_schemas.error_shapes import Dialect
+
+from .event_stream import ClientEvents
 
 LAST_EVENT_HEADER = "last-event-id"
-_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n")
 _POSITION = re.compile(r"(?:((?:0|[1-9][0-9]{0,3})-[0-9a-f]{32}):)?([0-9]{1,15})(?:-([0-9a-f]{8}))?")
 
 
@@ -45,64 +48,59 @@ def read_position(value: str, param: str) -> Position:
     return position
 
 
-class EventNumbers:
+class EventNumbers(ClientEvents):
     """Gives the events of one stream their ids, and leaves out those that its reader has.
 
     Feed it the stream as it comes; pieces may end anywhere. Raises ``StreamBroken`` if the stream is not the one of
-    which the reader had the beginning.
+    which the reader had the beginning. Only events with data have numbers; an engine's own ids are replaced.
     """
 
-    __slots__ = ("_after", "_begun", "_crc", "_held", "_prefix", "number")
+    __slots__ = ("_after", "_crc", "_prefix", "number")
 
-    def __init__(self, after: Position | None = None, prefix: str = "") -> None:
+    def __init__(
+        self,
+        after: Position | None = None,
+        prefix: str = "",
+        dialect: Dialect = Dialect.OPENAI,
+        request_id: str = "",
+    ) -> None:
         """``prefix`` stands before every id."""
+        super().__init__(dialect, request_id)
         self.number = 0
         """Events so far, those left out included."""
         self._after = after or Position()
         self._prefix = prefix.encode()
         self._crc = 0
-        self._held = b""
-        self._begun = False
-
-    def feed(self, data: bytes) -> bytes:
-        """What the reader lacks of ``data``, with ids."""
-        data = self._held + data if self._held else data
-        given: list[bytes] = []
-        start = 0
-        for blank in _BLANK_LINE.finditer(data):
-            event, start = data[start : blank.end()], blank.end()
-            self._crc = crc32(event, self._crc)
-            if event.isspace() and not self._begun:
-                continue
-            self._begun = False
-            self.number += 1
-            if self.number > self._after.number:
-                given += self._with_id(event)
-            elif self.number == self._after.number:
-                self._check()
-        rest = data[start:]
-        kept = len(rest.rstrip(b"\r\n"))  # what may be the half of a blank line waits for the other half
-        self._held = rest[kept:]
-        if kept:
-            self._begun = True
-            self._crc = crc32(rest[:kept], self._crc)
-            if self.number >= self._after.number:
-                given.append(rest[:kept])
-        return b"".join(given)
 
     def finish(self) -> bytes:
         """The stream is over: what was held back of it."""
+        rest = super().finish()
         if self.number < self._after.number:
             raise StreamBroken(
                 f"the stream has {self.number} events, not {self._after.number}: it is not the one that you had the "
                 "beginning of; read it from its beginning"
             )
-        held, self._held = self._held, b""
-        return held
+        return rest
 
-    def _with_id(self, event: bytes) -> tuple[bytes, bytes]:
-        blank = 2 if event.endswith(b"\r\n") else 1
-        return event[:-blank], b"id: %b%d-%08x\n%b" % (self._prefix, self.number, self._crc, event[-blank:])
+    def _passes(self, data: bytes) -> bool:
+        return False
+
+    def _seen(self, data: bytes) -> None:
+        self._crc = crc32(data, self._crc)
+
+    def _left_out(self) -> bool:
+        return self.number < self._after.number
+
+    def _number(self) -> bytes | None:
+        self.number += 1
+        if self.number > self._after.number:
+            return b"id: %b%d-%08x\n" % (self._prefix, self.number, self._crc)
+        if self.number == self._after.number:
+            self._check()
+        return None
+
+    def _kept(self, lines: Sequence[bytes]) -> Sequence[bytes]:
+        return [line for line in lines if not line.startswith(b"id:")]
 
     def _check(self) -> None:
         if self._after.check and int(self._after.check, 16) != self._crc:
@@ -110,8 +108,3 @@ class EventNumbers:
                 "the stream cannot go on where you stopped: it began anew since, and says something else up to there; "
                 "read it from its beginning"
             )
-
-
-def as_event(body: bytes) -> bytes:
-    """``body`` as one event without an id."""
-    return b"".join(b"data: %b\n" % line for line in body.splitlines() or (b"",)) + b"\n"

@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Lease
+from queue_schemas.error_shapes import dialect_of, error_body, error_event, facts_of
 
 from .wholeness import StreamEnd
 
@@ -24,12 +25,15 @@ MAX_EVENT_BYTES = 1 << 20
 class FrameCutter:
     """Cuts the answer of one attempt. All results are packed frames, ready to publish or settle."""
 
-    __slots__ = ("_after_cr", "_content_type", "_end", "_flags", "_lease", "_mid_event", "_seq", "_status", "_tail")
+    __slots__ = (
+        "_after_cr", "_content_type", "_end", "_flags", "_lease", "_mid_event", "_sent", "_seq", "_status", "_tail",
+    )  # fmt: skip
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
         self._seq = 0
         self._tail = b""
+        self._sent = b""
         self._status = 0
         self._content_type = ""
         self._flags = HEAD
@@ -95,9 +99,11 @@ class FrameCutter:
     def fail(self, error: InferqError) -> bytes:
         """The last frame of an attempt that ends in ``error``: an answer of its own, or an event in a begun stream."""
         self._tail = b""
+        job, facts = self._lease.job, facts_of(error)
+        dialect = dialect_of(job.path)
         if self.begun:
-            return self._frame(b"data: " + error.body() + b"\n\n", END)
-        return self.whole(error.status, "application/json", error.body())
+            return self._frame(error_event(facts, dialect, job.request_id, self._sent), END)
+        return self.whole(error.status, "application/json", error_body(facts, dialect, job.request_id))
 
     def _with_line_feeds(self, data: bytes) -> bytes:
         if self._after_cr and data.startswith(b"\n"):
@@ -116,6 +122,7 @@ class FrameCutter:
         lease = self._lease
         seq = self._seq
         self._seq = seq + 1
+        self._sent = data or self._sent
         if seq:
             return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, flags, data).pack()
         return Frame(

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from queue_schemas import BadRequest, StreamBroken, new_job_id
-from router.core.events import EventNumbers, Position, as_event, find_position, read_position
+from router.core import as_event
+from router.core.events import EventNumbers, Position, find_position, read_position
 
 EVENTS = [
     b"data: one\n\n",
@@ -19,6 +20,8 @@ EVENTS = [
     b"data: 5\n\n",
 ]
 STREAM = b"".join(EVENTS)
+SENT = [b"data: one\n\n", b"event: x\ndata: two\n\n", b": a comment\n", b"data: \xc3\xbc\ndata:\n\n", b"data: 5\n\n"]
+"""What a client gets of it, without ids: a comment is no event, and has no blank line."""
 _ID = re.compile(rb"^id: (\S+)\n", re.MULTILINE)
 
 
@@ -39,10 +42,10 @@ def bare(stream: bytes) -> bytes:
 
 
 def test_ids_do_not_depend_on_how_the_stream_was_cut() -> None:
-    """Nor does anything else: without them it is what it was."""
+    """Nor does anything else; what is no event has no id, so that no blank line follows an id without data."""
     whole = numbered([STREAM])
-    assert bare(whole) == STREAM
-    assert [given.split(b"-")[0] for given in _ID.findall(whole)] == [b"1", b"2", b"3", b"4", b"5"]
+    assert bare(whole) == b"".join(SENT)
+    assert [given.split(b"-")[0] for given in _ID.findall(whole)] == [b"1", b"2", b"3", b"4"]
     rng = random.Random(7)
     for _ in range(500):
         assert numbered(cut(STREAM, rng)) == whole
@@ -74,24 +77,29 @@ def test_a_page_of_many_events_is_numbered_in_its_time() -> None:
 
 def test_another_stream_is_not_gone_on_with() -> None:
     """One that says something else before the place, or ends before it; a bare number is taken at its word."""
-    last = _ID.findall(numbered(EVENTS[:3]))[-1].decode()
+    last = _ID.findall(numbered(EVENTS[:4]))[-1].decode()
     other = [b"data: uno\n\n", *EVENTS[1:]]
     with pytest.raises(StreamBroken, match="began anew"):
         numbered(other, find_position(last))
-    assert bare(numbered(other, find_position("3"))) == b"".join(EVENTS[3:])
+    assert bare(numbered(other, find_position("3"))) == b"".join(SENT[4:])
     with pytest.raises(StreamBroken, match="has 2 events"):
         numbered(EVENTS[:2], find_position(last))
 
 
 def test_a_long_event_is_passed_on_in_pieces() -> None:
-    """Nothing but the half of a blank line is held back; its id follows with its end."""
+    """Nothing but the half of a blank line is held back; its id follows, that of the whole event."""
+    long = b"data: " + b"x" * 70_000
     numbers = EventNumbers()
-    assert numbers.feed(b"data: " + b"x" * 5_000) == b"data: " + b"x" * 5_000
+    assert numbers.feed(long) == long
     assert numbers.feed(b"y\n") == b"y"
-    assert numbers.feed(b"\n").startswith(b"\nid: 1-")
-    assert numbers.feed(b"data: cut off\r\n") == b"data: cut off"
-    assert numbers.finish() == b"\r\n"
-    assert numbers.number == 1
+    assert numbers.inside
+    end = numbers.feed(b"\n")
+    assert end.startswith(b"\nid: 1-")
+    assert not numbers.inside
+    assert long + b"y" + end == numbered([long + b"y\n\n"])
+    assert numbers.feed(b"data: cut off\r\n") == b""
+    assert bare(numbers.finish()) == b"data: cut off\n\n"
+    assert numbers.number == 2
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "1-2", "1-0123456g", "0-12:3", "9" * 16, "1\n2", "../1"])

@@ -299,11 +299,11 @@ async def test_a_silent_stream_is_kept_alive_with_comments() -> None:
     async with router(queue, keepalive_ms=50) as app:
         answer = Client(app).post(STREAM)
         job = await queue.job()
-        await answer.until(lambda: answer.body.count(b": queued\n\n") >= 2)
+        await answer.until(lambda: answer.body.count(b": queued\n") >= 2)
         assert answer.status == 200
         queue.stream(job, chunk("a"), DONE)
         await answer.done()
-    assert answer.body.replace(b": queued\n\n", b"") == chunk("a") + DONE
+    assert answer.body.replace(b": queued\n", b"") == chunk("a") + DONE
     assert answer.headers["content-type"].startswith("text/event-stream")
 
 
@@ -321,7 +321,7 @@ async def test_an_error_after_comments_is_an_event() -> None:
                 queue.mark(job, MarkerKind.DEAD, reason="gone")
             await answer.done()
             assert answer.complete
-            event = answer.body.replace(b": queued\n\n", b"")
+            event = answer.body.replace(b": queued\n", b"")
             assert event.endswith(b"\n\n")
             lines = event.splitlines()[:-1]
             assert all(line.startswith(b"data: ") for line in lines)

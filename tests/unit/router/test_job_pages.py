@@ -198,9 +198,9 @@ async def test_a_live_job_is_followed_to_its_end() -> None:
         queue.output[job.id] = output(job, EVENTS[0])
         following = client.begin("GET", f"/v1/jobs/{job.id}/events")
         await following.until(lambda: b'"n":1' in following.body)
-        await following.until(lambda: b": queued\n\n" in following.body)
+        await following.until(lambda: b": queued\n" in following.body)
         queue.stream(job, *EVENTS[1:], first=1)
-        assert without_ids((await following.done()).body.replace(b": queued\n\n", b"")) == b"".join(EVENTS)
+        assert without_ids((await following.done()).body.replace(b": queued\n", b"")) == b"".join(EVENTS)
         leaver = Client(app)
         left = leaver.begin("GET", f"/v1/jobs/{job.id}/events")
         await left.until(lambda: b'"n":1' in left.body)
@@ -219,9 +219,9 @@ async def test_a_plain_job_is_one_event() -> None:
         job = await accepted(client, queue)
         queue.output[job.id] = output(job)
         following = client.begin("GET", f"/v1/jobs/{job.id}/events")
-        await following.until(lambda: b": queued\n\n" in following.body)
+        await following.until(lambda: b": queued\n" in following.body)
         queue.answer(job, b'{"a":1}')
-        body = (await following.done()).body.replace(b": queued\n\n", b"")
+        body = (await following.done()).body.replace(b": queued\n", b"")
         assert without_ids(body) == b'data: {"a":1}\n\n'
         ended(queue, job, State.DONE, b'{"a":1}', kind="application/json")
         last = ids_of(body)[0]
