@@ -43,6 +43,7 @@ from telemetry.held import WORKERS_PRESENT, Held
 
 from .batches import batch_routes
 from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
+from .engine_pages import engine_routes
 from .files import FILES_PATH, file_routes
 from .job_pages import job_routes
 from .ports import ManagerPort
@@ -50,6 +51,10 @@ from .response_pages import response_routes
 from .state import RouterState
 from .webhooks import webhook_routes
 
+_UNKNOWN_PATH = (
+    "see /docs for what there is; a path of your engines that is not built in is allowed by the setting extra_paths "
+    "(INFERQ_ROUTER_EXTRA_PATHS)"
+)
 MAX_FABRIC_BODY_BYTES = 1024 * 1024
 _WORKERS = f"{FABRIC_PREFIX}/workers"
 _OF_ONE_RUN = {
@@ -70,6 +75,7 @@ def build_pages(state: RouterState) -> FastAPI:
         "as they are; their schema is the engine's. Documented here is what the Router answers itself.",
     )
     app.include_router(health_routes(state.metrics.registry, state.reasons, warnings=state.warnings))
+    app.include_router(engine_routes(state))
     app.include_router(_models(state))
     app.include_router(file_routes(state))
     app.include_router(job_routes(state))
@@ -79,7 +85,7 @@ def build_pages(state: RouterState) -> FastAPI:
     app.include_router(_pools(state))
     app.include_router(_dead(state))
     app.include_router(_manager(state))
-    return prepare_app(app, state.metrics.registry, unbounded={("POST", FILES_PATH)})
+    return prepare_app(app, state.metrics.registry, unbounded={("POST", FILES_PATH)}, unknown_path=_UNKNOWN_PATH)
 
 
 def _models(state: RouterState) -> APIRouter:

@@ -196,9 +196,12 @@ def prepare_app(
     *,
     max_body_bytes: int = 1024 * 1024,
     unbounded: Collection[tuple[str, str]] = (),
+    unknown_path: str = "see /docs for what there is",
 ) -> FastAPI:
     """Give ``app`` the request context, a limit on bodies, handlers that turn every error into the OpenAI error object,
-    and an OpenAPI document that says so. ``unbounded``: methods and paths that bound their bodies themselves."""
+    and an OpenAPI document that says so. ``unbounded``: methods and paths that bound their bodies themselves.
+    ``unknown_path`` ends the sentence that answers any other path."""
+    app.state.unknown_path = unknown_path
     app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes, unbounded=unbounded)
     app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]  # as FastAPI documents it
     app.add_exception_handler(InferqError, _on_inferq_error)
@@ -335,7 +338,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             error.__cause__, request
         )  # raised while the body was read, which FastAPI takes for its own
     if error.status_code == 404:
-        return error_response(PathNotFound(f"there is no {path} here; see /docs for what there is"), request)
+        return error_response(PathNotFound(f"there is no {path} here; {request.app.state.unknown_path}"), request)
     if error.status_code == 405:
         response = error_response(MethodNotAllowed(f"{path} does not answer {method}"), request)
         response.headers.update(error.headers or {})

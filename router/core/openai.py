@@ -27,16 +27,24 @@ INFERENCE_PATHS: tuple[str, ...] = (
     "/v1/completions",
     "/v1/embeddings",
     "/v1/responses",
-    "/v1/rerank",
-    "/v1/score",
-    "/v1/audio/transcriptions",
     "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/rerank",
+    "/v2/rerank",
+    "/rerank",
+    "/v1/score",
+    "/score",
+    "/v2/embed",
+    "/pooling",
+    "/classify",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
     "/tokenize",
     "/detokenize",
 )
-"""Paths that an engine serves for inference; settings may add to them."""
+"""Paths that an engine serves for inference, vLLM's among them; settings may add to them."""
 
-MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions"})
+MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 """Those that take a form with a file, not JSON."""
 
 _TIMEOUT = "a number of seconds above 0: how long the request may take"
@@ -45,6 +53,7 @@ _MAX_STRUCTURE = 1_000_000
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
 _OWN_PATHS = (
     *("/fabric", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"),
+    *("/health", "/ping", "/version", "/load"),
     *("/v1/models", "/v1/jobs", "/v1/files", "/v1/batches"),
 )
 _FORM_FIELDS = ("model", "stream", "priority", "timeout")

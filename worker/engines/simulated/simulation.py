@@ -11,12 +11,12 @@ import secrets
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import orjson
 
-from . import responses, wire
+from . import responses, scoring, wire
 from .answers import Choice, answer, embedding, packed_embedding
 from .failures import Failure, FailureKind, drawn_failure
 from .prefix_cache import PrefixCache
@@ -72,6 +72,15 @@ class Simulation:
             "/metrics": _Route("GET", lambda _: Reply(200, wire.METRICS, self.metrics())),
             "/version": _Route("GET", lambda _: Reply(200, wire.JSON, b'{"version":"simulated"}')),
         }
+        scored: dict[str, Callable[[bytes, SimulationSettings], Reply]] = {
+            **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), scoring.rerank),
+            **dict.fromkeys(("/score", "/v1/score"), scoring.score),
+            **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/translations"), scoring.hear),
+            "/classify": scoring.classify,
+            "/pooling": scoring.pooling,
+            "/v1/messages/count_tokens": scoring.count_message_tokens,
+        }
+        self._routes |= {path: _Route("POST", partial(_answered, handle, settings)) for path, handle in scored.items()}
         if settings.tokenizes:
             self._routes |= {
                 "/tokenize": _Route("POST", self._tokenize),
@@ -256,6 +265,10 @@ class Simulation:
 
     def _detokenize(self, body: bytes) -> Reply:
         return Reply(200, wire.JSON, orjson.dumps({"prompt": parse_detokenize(body, self.settings)}))
+
+
+def _answered(handle: Callable[[bytes, SimulationSettings], Reply], settings: SimulationSettings, body: bytes) -> Reply:
+    return handle(body, settings)
 
 
 def _refusal(message: str, kind: str, status: int, param: str | None = None) -> Reply:
