@@ -31,7 +31,7 @@ from telemetry import get_logger, inject, span_from, tracing_enabled
 
 from .continuing import NotContinuable, plan_continuation, read_delivered
 from .core import Continuation, FrameCutter, Retry, Silence, is_whole, judge_answer, judge_failure
-from .engines import Engine, EngineAnswer, EngineCall, EngineGone
+from .engines import Engine, EngineAnswer, EngineCall, EngineGone, new_call_id
 from .metrics import WorkerMetrics
 from .outbox import Channel, Outbox
 
@@ -308,7 +308,7 @@ class Attempts:
         """Send ``body`` to the engine. Raises ``NotContinuable`` if it refuses to go on."""
         lease = attempt.lease
         job = lease.job
-        call = EngineCall(job.path, body, job.content_type, job.request_id, inject(job.traceparent))
+        call = EngineCall(job.path, body, job.content_type, new_call_id(job.id), inject(job.traceparent))
         async with self._engine.call(call) as answer:
             self.seen += 1
             verdict = judge_answer(answer.status, lease.attempt, job.max_attempts)

@@ -15,7 +15,7 @@ from queue_schemas.completions import wants_usage
 from queue_schemas.transcript import DONE, Transcript
 
 from .core.continuation import Continuation, continue_request, detokenized, tokenized
-from .engines import Engine, EngineCall
+from .engines import Engine, EngineCall, new_call_id
 
 TOKENIZE_LIMIT_S = 5.0
 _MAX_ANSWER_BYTES = 16 << 20
@@ -87,7 +87,7 @@ async def _ask(engine: Engine, job: Job, path: str, request: bytes) -> dict[str,
     try:
         async with (
             asyncio.timeout(TOKENIZE_LIMIT_S),
-            engine.call(EngineCall(path, request, request_id=job.request_id)) as answer,
+            engine.call(EngineCall(path, request, call_id=new_call_id(job.id))) as answer,
         ):
             status, body = answer.status, await answer.read(_MAX_ANSWER_BYTES)
     except TimeoutError as error:

@@ -1,5 +1,6 @@
 """Engines: what answers the OpenAI API for a worker."""
 
+from .call_ids import new_call_id
 from .port import Engine, EngineAnswer, EngineCall, EngineGone
 
-__all__ = ["Engine", "EngineAnswer", "EngineCall", "EngineGone"]
+__all__ = ["Engine", "EngineAnswer", "EngineCall", "EngineGone", "new_call_id"]

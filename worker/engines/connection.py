@@ -45,7 +45,10 @@ class EngineConnection(asyncio.Protocol):
         """Whether the server has not sent one byte since the request."""
         self.delimited = True
         """Whether length or chunks said where the complete answer ends; False: only that the connection was closed."""
+        self.lost_after_s = 0.0
+        """How long after the request was sent the connection failed, if it did."""
         self.idle_since = 0.0
+        self._sent_at = 0.0
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._parts: list[bytes] = []
@@ -81,6 +84,7 @@ class EngineConnection(asyncio.Protocol):
         self.complete = self._has_head = False
         self.silent = self.delimited = self._ends_with_connection = True
         self._head_bytes = 0
+        self._sent_at = asyncio.get_running_loop().time()
         if self._transport.is_closing():
             self._fail("the engine broke the connection before it was asked")
         else:
@@ -125,6 +129,7 @@ class EngineConnection(asyncio.Protocol):
     def _fail(self, why: str) -> None:
         if not self.complete and not self._error:
             self._error = why
+            self.lost_after_s = asyncio.get_running_loop().time() - self._sent_at
         self.usable = False
         self._tell()
 

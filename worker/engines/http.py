@@ -25,6 +25,11 @@ PROGRESS_LIMIT_S = 2.0
 CHECK_LIMIT_S = 5.0
 _CHECK_READY_S = 5.0
 _CHECK_AWAY_S = 1.0
+REPOST_LIMIT_S = 0.05
+"""How soon after a request a kept connection that closes was closed as idle: the two crossed on their way. An engine that
+closes later had the request, and may have worked on it."""
+HEADERS_REFUSED = frozenset({400, 422, 431})
+"""How an engine may refuse a request because of headers that it does not expect."""
 _MISSES_ALLOWED = 3
 """Health checks in a row that a busy engine may leave unanswered."""
 _MAX_PAGE_BYTES = 16 << 20
@@ -58,6 +63,7 @@ class HttpEngine:
         if api_key:
             self._always += f"authorization: Bearer {_safe(api_key)}\r\n"
         self._pool = ConnectionPool(self.base_url)
+        self._optional = _OptionalHeaders()
         self._answered = 0
         self._misses = 0
 
@@ -71,17 +77,13 @@ class HttpEngine:
             await asyncio.sleep(_CHECK_READY_S if self.state is EngineState.READY else _CHECK_AWAY_S)
 
     def call(self, call: EngineCall) -> _Call:
-        extra = "".join(
-            f"{name}: {value}\r\n"
-            for name, value in (("x-request-id", call.request_id), ("traceparent", call.traceparent))
-            # Ids that serve observers only: one that cannot be sent is left out, not the job.
-            if value and not _UNSAFE.search(value)
-        )
-        head = (
-            f"POST {self._prefix}{_path(call.path)} HTTP/1.1\r\n{self._always}{extra}"
-            f"content-type: {_content_type(call.content_type)}\r\ncontent-length: {len(call.body)}\r\n\r\n"
-        )
-        return _Call(self._pool, head.encode("latin-1") + call.body)
+        begin = f"POST {self._prefix}{_path(call.path)} HTTP/1.1\r\n{self._always}"
+        end = f"content-type: {_content_type(call.content_type)}\r\ncontent-length: {len(call.body)}\r\n\r\n"
+        optional = "" if self._optional.accepted is False else _optional(call)
+        request = f"{begin}{optional}{end}".encode("latin-1") + call.body
+        if not optional or self._optional.accepted:
+            return _Call(self._pool, request)
+        return _Call(self._pool, request, (f"{begin}{end}".encode("latin-1") + call.body, self._optional))
 
     async def progress(self) -> int | None:
         """A digest of vLLM's counters; of a server that shows none, a number that counts its answers."""
@@ -135,6 +137,7 @@ class HttpEngine:
                 self._away(f"{self.base_url} is not well, or lists no models")
                 return
             if self.state is not EngineState.READY:
+                self._optional.accepted = None  # it may be another server now
                 log.info("engine_ready", url=str(self.base_url), models=models)
             self.state, self.detail, self.models = EngineState.READY, "", models
 
@@ -150,28 +153,64 @@ class HttpEngine:
             return answer.status, await answer.read(_MAX_PAGE_BYTES)
 
 
+class _OptionalHeaders:
+    """Whether the engine takes headers that serve observers only: ``x-request-id`` and ``traceparent``. None: unknown
+    until it answered a request that had some."""
+
+    __slots__ = ("accepted",)
+
+    def __init__(self) -> None:
+        self.accepted: bool | None = None
+
+
 class _Call:
-    """One request under way: an async context manager that gives its answer."""
+    """One request under way: an async context manager that gives its answer.
 
-    __slots__ = ("_connection", "_pool", "_request")
+    ``without``: the same request without optional headers, where it is not known yet whether the engine takes them.
+    """
 
-    def __init__(self, pool: ConnectionPool, request: bytes) -> None:
+    __slots__ = ("_connection", "_pool", "_request", "_without")
+
+    def __init__(
+        self, pool: ConnectionPool, request: bytes, without: tuple[bytes, _OptionalHeaders] | None = None
+    ) -> None:
         self._pool = pool
         self._request = request
+        self._without = without
         self._connection: EngineConnection | None = None
 
     async def __aenter__(self) -> EngineAnswer:
+        connection = self._connection = await self._ask(self._request)
+        if self._without is not None:
+            connection = await self._learn(connection, *self._without)
+        return _Answer(connection)
+
+    async def _learn(self, connection: EngineConnection, bare: bytes, optional: _OptionalHeaders) -> EngineConnection:
+        """Find out whether the engine takes optional headers. One that refuses the request, which costs it nothing, is
+        asked again without them; what it then answers is the answer."""
+        if connection.status not in HEADERS_REFUSED:
+            if connection.status < 400:
+                optional.accepted = True
+            return connection
+        connection.close()
+        connection = self._connection = await self._ask(bare)
+        if connection.status not in HEADERS_REFUSED:
+            log.info("engine_takes_no_optional_headers", without=["x-request-id", "traceparent"])
+            optional.accepted = False
+        return connection
+
+    async def _ask(self, request: bytes) -> EngineConnection:
         kept = self._pool.take()
         if kept is not None:
             try:
-                return await self._send(kept)
+                return await _send(kept, request)
             except EngineFailed as error:
-                # Closed as idle just when it was used again. Repeating a POST is right only because not one byte was
-                # answered and the attempt is ours: nobody has seen anything of it, and it is under way nowhere else.
-                if not kept.silent:
+                # Closed as idle just when it was used again. Repeating a POST is right only because the engine cannot
+                # have had it: not one byte was answered, and the end came too soon (RFC 9112, section 9.3.1).
+                if not kept.silent or kept.lost_after_s > REPOST_LIMIT_S:
                     raise
-                return await self._send(await self._connect_again(error))
-        return await self._send(await self._pool.connect())
+                return await _send(await self._connect_again(error), request)
+        return await _send(await self._pool.connect(), request)
 
     async def _connect_again(self, error: EngineFailed) -> EngineConnection:
         try:
@@ -179,16 +218,6 @@ class _Call:
         except EngineFailed:
             # It was no idle connection then: the engine went away with the request.
             raise error from None
-
-    async def _send(self, connection: EngineConnection) -> EngineAnswer:
-        try:
-            connection.send(self._request)
-            await connection.head()
-        except BaseException:
-            connection.close()
-            raise
-        self._connection = connection
-        return _Answer(connection)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -230,6 +259,26 @@ class _Answer:
             parts.append(data)
             size += len(data)
         return b"".join(parts)
+
+
+async def _send(connection: EngineConnection, request: bytes) -> EngineConnection:
+    """Send ``request`` and wait for the head of its answer."""
+    try:
+        connection.send(request)
+        await connection.head()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _optional(call: EngineCall) -> str:
+    """Header lines that serve observers only: one that cannot be sent is left out, not the job."""
+    return "".join(
+        f"{name}: {value}\r\n"
+        for name, value in (("x-request-id", call.call_id), ("traceparent", call.traceparent))
+        if value and not _UNSAFE.search(value)
+    )
 
 
 def _base(url: str) -> str:

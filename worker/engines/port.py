@@ -20,12 +20,15 @@ class EngineGone(EngineFailed):
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """One inference request. ``path`` is absolute (``/v1/chat/completions``); ``body`` are the client's own bytes."""
+    """One inference request. ``path`` is absolute (``/v1/chat/completions``); ``body`` are the client's own bytes.
+
+    ``call_id`` names the call towards the engine: a UUID, another one for each attempt.
+    """
 
     path: str
     body: bytes
     content_type: str = "application/json"
-    request_id: str = ""
+    call_id: str = ""
     traceparent: str = ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -195,7 +196,8 @@ async def test_a_plain_answer_is_settled_in_one_frame() -> None:
     ((settled, outcome, (frame,)),) = bench.broker.settled
     assert (settled, outcome, frame.flags, frame.status) == (job_lease, Outcome.DONE, HEAD | END, 200)
     call = bench.engine.calls[0]
-    assert (call.body, call.request_id, call.traceparent) == (job_lease.job.body, "req_1", "00-a-b-01")
+    assert (call.body, call.traceparent) == (job_lease.job.body, "00-a-b-01")
+    assert uuid.UUID(call.call_id).version == 4
     assert bench.ended == [False]
     assert len(bench.attempts) == 0
 

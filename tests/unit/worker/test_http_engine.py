@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
-from queue_schemas import BadRequest, EngineFailed, EngineState
+from queue_schemas import BadRequest, EngineFailed, EngineState, new_job_id
 from tests.support.processes import free_port
 from tests.support.waiting import eventually
-from worker.engines import EngineCall, http
+from worker.engines import EngineCall, EngineGone, http, new_call_id
 from worker.engines.connection import PAUSE_BYTES
 from worker.engines.http import HttpEngine
 
 Respond = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-CALL = EngineCall("/v1/chat/completions", b'{"n":1}', request_id="req_1", traceparent="00-aa-bb-01")
+CALL = EngineCall(
+    "/v1/chat/completions", b'{"n":1}', call_id="0d4f9c2e-7a51-4b3c-8e2d-000000000001", traceparent="00-aa-bb-01"
+)
 
 
 class RawServer:
@@ -86,7 +89,11 @@ async def test_a_call_carries_body_ids_and_the_engines_own_key() -> None:
         assert await answer.read(100) == b"{}"
     head, _, body = raw.requests[0].partition(b"\r\n\r\n")
     assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
-    for line in (b"authorization: Bearer engine-key", b"x-request-id: req_1", b"traceparent: 00-aa-bb-01"):
+    for line in (
+        b"authorization: Bearer engine-key",
+        b"x-request-id: 0d4f9c2e-7a51-4b3c-8e2d-000000000001",
+        b"traceparent: 00-aa-bb-01",
+    ):
         assert line in head
     assert body == CALL.body
 
@@ -119,8 +126,9 @@ async def test_a_connection_that_the_engine_closed_is_not_used_again() -> None:
         assert raw.connections == 3
 
 
-async def test_a_kept_connection_that_closes_when_used_again_costs_no_attempt() -> None:
+async def test_a_kept_connection_that_closes_when_used_again_costs_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine closed it as idle while the request was on its way: nothing was answered, so it is sent once more."""
+    monkeypatch.setattr(http, "REPOST_LIMIT_S", 5.0)  # a loaded machine is slow to see it
 
     async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(raw.requests) == 2:
@@ -137,9 +145,10 @@ async def test_a_kept_connection_that_closes_when_used_again_costs_no_attempt() 
 
 @pytest.mark.parametrize(("beginning", "requests"), [(b"HTTP/1.1 200", 2), (b"", 3)])
 async def test_a_request_is_repeated_only_if_nothing_was_answered_and_only_once(
-    beginning: bytes, requests: int
+    beginning: bytes, requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a head is an answer that broke; a new connection that closes is an engine that fails."""
+    monkeypatch.setattr(http, "REPOST_LIMIT_S", 5.0)
 
     async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(raw.requests) == 1:
@@ -156,6 +165,88 @@ async def test_a_request_is_repeated_only_if_nothing_was_answered_and_only_once(
             async with engine.call(CALL):
                 pass
         assert len(raw.requests) == requests
+
+
+async def test_a_kept_connection_that_closes_later_was_no_idle_one() -> None:
+    """[D3] The engine has had the request for a while, and may have worked on it: it is not sent again unseen."""
+    assert http.REPOST_LIMIT_S <= 0.05
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(raw.requests) == 1:
+            writer.write(PLAIN)
+        else:
+            await asyncio.sleep(2 * http.REPOST_LIMIT_S)
+            writer.close()
+
+    async with engine_that(respond) as (engine, raw):
+        async with engine.call(CALL) as answer:
+            await answer.read(100)
+        with pytest.raises(EngineGone):
+            async with engine.call(CALL):
+                pass
+        assert (raw.connections, len(raw.requests)) == (1, 2)
+
+
+def refuses(refused: Callable[[bytes], bool], status: bytes = b"400 Bad Request") -> Respond:
+    """An engine that refuses requests whose header lines it does not like, with an empty body."""
+
+    async def respond(request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lines = request.partition(b"\r\n\r\n")[0].split(b"\r\n")[1:]
+        refusal = b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\n\r\n"
+        writer.write(refusal if any(map(refused, lines)) else PLAIN)
+
+    return respond
+
+
+def is_no_uuid(line: bytes) -> bool:
+    name, _, value = line.partition(b": ")
+    if name.lower() != b"x-request-id":
+        return False
+    try:
+        return uuid.UUID(value.decode()).version != 4
+    except ValueError:
+        return True
+
+
+def is_unknown(line: bytes) -> bool:
+    known = (b"host", b"accept", b"authorization", b"content-type", b"content-length")
+    return line.partition(b":")[0].lower() not in known
+
+
+async def test_an_engine_that_wants_a_uuid_as_request_id_gets_one() -> None:
+    """[E3] llama-cpp-python's server answers 400 to any other id."""
+    job_id = new_job_id(3)
+    async with engine_that(refuses(is_no_uuid)) as (engine, raw):
+        for _ in range(3):
+            async with engine.call(EngineCall(CALL.path, CALL.body, call_id=new_call_id(job_id))) as answer:
+                assert answer.status == 200
+    ids = {request.partition(b"x-request-id: ")[2].partition(b"\r\n")[0].decode() for request in raw.requests}
+    assert len(ids) == 3, "no two calls share an id"
+    assert {call_id[:13] for call_id in ids} == {f"{job_id[2:10]}-{job_id[10:14]}"}
+
+
+@pytest.mark.parametrize("status", [b"400 Bad Request", b"422 Unprocessable Content"])
+async def test_an_engine_that_dislikes_headers_is_served_without_them(status: bytes) -> None:
+    """[E3] It refuses the first request, and never again gets what it does not know."""
+    async with engine_that(refuses(is_unknown, status)) as (engine, raw):
+        for _ in range(3):
+            async with engine.call(CALL) as answer:
+                assert (answer.status, await answer.read(100)) == (200, b"{}")
+    assert [b"x-request-id" in request for request in raw.requests] == [True, False, False, False]
+
+
+async def test_a_request_that_is_refused_for_itself_is_not_asked_twice_for_ever() -> None:
+    """[E3] Once an engine has taken optional headers, its 400 is about the request: it is passed on at once."""
+
+    async def respond(request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(PLAIN if request.endswith(b"good") else PLAIN.replace(b"200 OK", b"400 Bad Request"))
+
+    async with engine_that(respond) as (engine, raw):
+        for body, requests in ((b"bad", 2), (b"good", 3), (b"bad", 4)):
+            async with engine.call(EngineCall(CALL.path, body, call_id=CALL.call_id)) as answer:
+                assert (answer.status, await answer.read(100)) == (200 if body == b"good" else 400, b"{}")
+            assert len(raw.requests) == requests
+    assert b"x-request-id" in raw.requests[-1]
 
 
 async def test_a_status_that_there_is_not_is_the_engines_failure() -> None:
@@ -396,7 +487,7 @@ async def test_a_content_type_that_cannot_be_sent_is_the_clients_fault() -> None
 async def test_ids_that_cannot_be_sent_are_left_out() -> None:
     """A request id or trace that would begin another header costs the id, not the job."""
     async with engine_that(says(PLAIN)) as (engine, raw):
-        async with engine.call(EngineCall("/x", b"", request_id="a\r\nx: y", traceparent="é")) as answer:
+        async with engine.call(EngineCall("/x", b"", call_id="a\r\nx: y", traceparent="é")) as answer:
             assert await answer.read(100) == b"{}"
         assert b"x: y" not in raw.requests[0]
         assert b"x-request-id" not in raw.requests[0]

@@ -1,0 +1,18 @@
+"""The id under which an engine gets one call."""
+
+from __future__ import annotations
+
+import secrets
+
+from queue_schemas import JobId
+
+
+def new_call_id(job_id: JobId) -> str:
+    """A fresh UUID (version 4) for one call of ``job_id``. Its digits up to the last group are those of the job id but
+    for version and variant, so that an engine's log can be searched for a job.
+
+    Not the client's own ``x-request-id``: some engines accept only UUIDs, and vLLM names the request by it, so that two
+    clients with the same id, or two attempts of one job, would collide.
+    """
+    digits = job_id.rpartition("-")[2]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{secrets.token_hex(6)}"
