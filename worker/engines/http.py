@@ -26,8 +26,8 @@ CHECK_LIMIT_S = 5.0
 _CHECK_READY_S = 5.0
 _CHECK_AWAY_S = 1.0
 REPOST_LIMIT_S = 0.05
-"""How soon after a request a kept connection that closes was closed as idle: the two crossed on their way. An engine that
-closes later had the request, and may have worked on it."""
+"""A kept connection that closes this soon after a request was closed as idle: the two crossed on their way. An engine
+that closes later had the request, and may have worked on it."""
 HEADERS_REFUSED = frozenset({400, 422, 431})
 """How an engine may refuse a request because of headers that it does not expect."""
 _MISSES_ALLOWED = 3
