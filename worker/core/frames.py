@@ -74,8 +74,7 @@ class FrameCutter:
         if len(data) > MAX_EVENT_BYTES:
             self._tail = b""
             self._mid_event = True
-            self._end.see(data)
-            return self._frame(data, 0)
+            return self._frame(self._end.see(data), 0)
         self._tail = data
         return b""
 
@@ -115,8 +114,8 @@ class FrameCutter:
         if not self._seq:
             events = events.removeprefix(BYTE_ORDER_MARK)
         self._mid_event = False
-        self._end.see(events)
-        return self._frame(events, 0)
+        events = self._end.see(events)
+        return self._frame(events, 0) if events else b""
 
     def _frame(self, data: bytes, flags: int) -> bytes:
         lease = self._lease

@@ -11,6 +11,8 @@ Rules:
 * Some engines send no ``[DONE]``. A stream of completions is whole without it when every choice that was asked for has
   a finish reason, and the usage has come if it was asked for. ``[DONE]`` is then added, because many clients wait for
   it.
+* ``[DONE]`` from an engine that names finish reasons, before it has named any, ends no answer: llama-cpp-python's
+  server sends it when another request interrupts a stream. It is kept from the client: the stream was cut short.
 * A stream of another path has no marker that is known: it is whole if length or chunks delimit it.
 * A plain answer is whole if length or chunks delimit it, or if it is a JSON object or array. An error answer always
   is: however short, it does not pass for a success.
@@ -29,7 +31,7 @@ from queue_schemas.transcript import DONE, event_data, split_events
 
 DONE_EVENT = b"data: " + DONE + b"\n\n"
 
-_DONE_LINE = re.compile(rb"(?:^|\n)data: *\[DONE\]")
+_DONE_LINE = re.compile(rb"^data: *\[DONE\]", re.MULTILINE)
 _MESSAGES_END = re.compile(rb'"type"\s*:\s*"message_stop"')
 _RESPONSES_END = re.compile(rb'"type"\s*:\s*"response\.(?:completed|failed|incomplete|cancelled)"')
 
@@ -42,30 +44,38 @@ class _Api(Enum):
 
 
 class StreamEnd:
-    """Watches one stream for its end. Show it whole events with :meth:`see`; their line ends are LF."""
+    """Watches one stream for its end. Pass whole events through :meth:`see`; their line ends are LF."""
 
-    __slots__ = ("_api", "_finishing", "_last", "_marked")
+    __slots__ = ("_api", "_finishing", "_interrupted", "_last", "_marked")
 
     def __init__(self, path: str) -> None:
         self._api = _api_of(path)
         self._marked = False
+        self._interrupted = False
         self._last = b""
         self._finishing: list[bytes] = []
         """Events that carry a finish reason, and those behind them that carry usage: read only if no marker comes."""
 
-    def see(self, events: bytes) -> None:
-        """``events`` are passed on. A JSON string holds no bare quote or line end, so no text of a model matches."""
+    def see(self, events: bytes) -> bytes:
+        """What may be passed on of ``events``: all but the end marker of a stream that was interrupted."""
+        # A JSON string holds no bare quote or line end, so no text of a model matches what is looked for here.
+        before = self._last
         if not events.startswith(b":"):
             self._last = events
         api = self._api
         if api is _Api.MESSAGES or api is _Api.RESPONSES:
             pattern = _MESSAGES_END if api is _Api.MESSAGES else _RESPONSES_END
             self._marked = self._marked or pattern.search(events) is not None
-            return
-        if b"[DONE]" in events and _DONE_LINE.search(events):
-            self._marked = True
-        elif b'"finish_reason":"' in events or b'"finish_reason": "' in events or self._awaits_usage(events):
+            return events
+        if b'"finish_reason":"' in events or b'"finish_reason": "' in events or self._awaits_usage(events):
             self._finishing.append(events)
+        if b"[DONE]" in events and (done := _DONE_LINE.search(events)):
+            said = events[: done.start()] or before
+            if not self._finishing and b'"finish_reason"' in said and not _is_error(said):
+                self._interrupted = True
+                return events[: done.start()]
+            self._marked = True
+        return events
 
     def closing(self, tail: bytes, body: bytes, *, delimited: bool) -> bytes | None:
         """What to add to the stream, which has ended, so that it is whole; None if it was cut short.
@@ -76,8 +86,9 @@ class StreamEnd:
         rest = b""
         if _is_event(tail) or (tail and delimited and self._api is _Api.OTHER):
             # Only the blank line behind it is missing, without which no client would see it.
-            rest = tail.rstrip(b"\n") + b"\n\n"
-            self.see(rest)
+            rest = self.see(tail.rstrip(b"\n") + b"\n\n")
+        if self._interrupted:
+            return None
         if self._marked or _is_error(self._last):
             return rest
         if self._api is _Api.OTHER:

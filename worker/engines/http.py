@@ -63,7 +63,7 @@ class HttpEngine:
         if api_key:
             self._always += f"authorization: Bearer {_safe(api_key)}\r\n"
         self._pool = ConnectionPool(self.base_url)
-        self._optional = _OptionalHeaders()
+        self._known = _Known()
         self._answered = 0
         self._misses = 0
 
@@ -79,11 +79,12 @@ class HttpEngine:
     def call(self, call: EngineCall) -> _Call:
         begin = f"POST {self._prefix}{_path(call.path)} HTTP/1.1\r\n{self._always}"
         end = f"content-type: {_content_type(call.content_type)}\r\ncontent-length: {len(call.body)}\r\n\r\n"
-        optional = "" if self._optional.accepted is False else _optional(call)
+        known = self._known
+        optional = "" if known.takes_optional is False else _optional(call)
         request = f"{begin}{optional}{end}".encode("latin-1") + call.body
-        if not optional or self._optional.accepted:
-            return _Call(self._pool, request)
-        return _Call(self._pool, request, (f"{begin}{end}".encode("latin-1") + call.body, self._optional))
+        if not optional or known.takes_optional:
+            return _Call(self._pool, request, known)
+        return _Call(self._pool, request, known, f"{begin}{end}".encode("latin-1") + call.body)
 
     async def progress(self) -> int | None:
         """A digest of vLLM's counters; of a server that shows none, a number that counts its answers."""
@@ -105,7 +106,7 @@ class HttpEngine:
     async def healthy(self) -> bool:
         """Whether the engine answers. Raises ``EngineFailed`` if it cannot be reached, ``TimeoutError``."""
         # Servers without /health are judged by their model list.
-        return (await self._get("/health"))[0] < 500
+        return await self._health() < 500
 
     async def answers_well(self) -> bool:
         """Whether ``/health`` and ``/v1/models`` both answer 200: a server that starts is ready then."""
@@ -124,7 +125,11 @@ class HttpEngine:
 
     async def _watch(self) -> None:
         try:
-            models = await self.list_models() if await self.healthy() else ()
+            health = await self._health()
+            if self._spares(health):
+                self._misses = 0
+                return
+            models = await self.list_models() if health < 500 else ()
         except TimeoutError:
             self._misses += 1
             if self._misses >= _MISSES_ALLOWED or self.state is not EngineState.READY:
@@ -137,9 +142,18 @@ class HttpEngine:
                 self._away(f"{self.base_url} is not well, or lists no models")
                 return
             if self.state is not EngineState.READY:
-                self._optional.accepted = None  # it may be another server now
+                self._known.takes_optional = None  # it may be another server now
                 log.info("engine_ready", url=str(self.base_url), models=models)
             self.state, self.detail, self.models = EngineState.READY, "", models
+
+    def _spares(self, health: int) -> bool:
+        """Whether an engine that answered ``health`` should not be asked for its models now: one without ``/health``,
+        while it works. It serves one request at a time perhaps, and llama-cpp-python's even ends a stream for the next
+        request, whatever that asks for."""
+        return health == 404 and self._known.calls > 0 and self.state is EngineState.READY
+
+    async def _health(self) -> int:
+        return (await self._get("/health"))[0]
 
     def _away(self, detail: str) -> None:
         if self.state is not EngineState.FAILED:
@@ -149,54 +163,61 @@ class HttpEngine:
     async def _get(self, path: str) -> tuple[int, bytes]:
         """Status and body of a page."""
         request = f"GET {self._prefix}{path} HTTP/1.1\r\n{self._always}\r\n".encode("latin-1")
-        async with asyncio.timeout(CHECK_LIMIT_S), _Call(self._pool, request) as answer:
+        async with asyncio.timeout(CHECK_LIMIT_S), _Call(self._pool, request, _Known()) as answer:
             return answer.status, await answer.read(_MAX_PAGE_BYTES)
 
 
-class _OptionalHeaders:
-    """Whether the engine takes headers that serve observers only: ``x-request-id`` and ``traceparent``. None: unknown
-    until it answered a request that had some."""
+class _Known:
+    """What is known of an engine. ``calls``: under way now. ``takes_optional``: whether it takes headers that serve
+    observers only, ``x-request-id`` and ``traceparent``; None until it answered a request that had some."""
 
-    __slots__ = ("accepted",)
+    __slots__ = ("calls", "takes_optional")
 
     def __init__(self) -> None:
-        self.accepted: bool | None = None
+        self.calls = 0
+        self.takes_optional: bool | None = None
 
 
 class _Call:
     """One request under way: an async context manager that gives its answer.
 
-    ``without``: the same request without optional headers, where it is not known yet whether the engine takes them.
+    ``bare``: the same request without optional headers, where it is not known yet whether the engine takes them.
     """
 
-    __slots__ = ("_connection", "_pool", "_request", "_without")
+    __slots__ = ("_bare", "_connection", "_known", "_pool", "_request")
 
-    def __init__(
-        self, pool: ConnectionPool, request: bytes, without: tuple[bytes, _OptionalHeaders] | None = None
-    ) -> None:
+    def __init__(self, pool: ConnectionPool, request: bytes, known: _Known, bare: bytes = b"") -> None:
         self._pool = pool
         self._request = request
-        self._without = without
+        self._known = known
+        self._bare = bare
         self._connection: EngineConnection | None = None
 
     async def __aenter__(self) -> EngineAnswer:
-        connection = self._connection = await self._ask(self._request)
-        if self._without is not None:
-            connection = await self._learn(connection, *self._without)
+        self._known.calls += 1
+        try:
+            connection = await self._ask(self._request)
+            if self._bare:
+                connection = await self._learn(connection)
+        except BaseException:
+            self._known.calls -= 1
+            raise
+        self._connection = connection
         return _Answer(connection)
 
-    async def _learn(self, connection: EngineConnection, bare: bytes, optional: _OptionalHeaders) -> EngineConnection:
+    async def _learn(self, connection: EngineConnection) -> EngineConnection:
         """Find out whether the engine takes optional headers. One that refuses the request, which costs it nothing, is
         asked again without them; what it then answers is the answer."""
+        known = self._known
         if connection.status not in HEADERS_REFUSED:
             if connection.status < 400:
-                optional.accepted = True
+                known.takes_optional = True
             return connection
         connection.close()
-        connection = self._connection = await self._ask(bare)
+        connection = await self._ask(self._bare)
         if connection.status not in HEADERS_REFUSED:
             log.info("engine_takes_no_optional_headers", without=["x-request-id", "traceparent"])
-            optional.accepted = False
+            known.takes_optional = False
         return connection
 
     async def _ask(self, request: bytes) -> EngineConnection:
@@ -222,6 +243,7 @@ class _Call:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._known.calls -= 1
         if self._connection is not None:
             self._pool.give_back(self._connection)
 

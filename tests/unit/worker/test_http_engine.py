@@ -521,6 +521,43 @@ async def test_it_becomes_ready_and_follows_the_model_list_and_says_when_the_eng
     running.cancel()
 
 
+@pytest.mark.parametrize(("health", "asks"), [(b"404 Not Found", False), (b"200 OK", True)])
+async def test_an_engine_without_a_health_page_is_not_asked_for_its_models_while_it_works(
+    health: bytes, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[E3] llama-cpp-python's server ends a running stream for the sake of the next request, also if that is only for
+    the list of models. One with a health page is asked, so that new adapters are seen under load."""
+    monkeypatch.setattr(http, "_CHECK_READY_S", 0.02)
+    may_end = asyncio.Event()
+
+    async def respond(request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if request.startswith(b"POST"):
+            writer.write(CHUNKED)
+            await may_end.wait()
+            writer.write(b"0\r\n\r\n")
+        elif b"/health" in request:
+            writer.write(b"HTTP/1.1 " + health + b"\r\ncontent-length: 0\r\n\r\n")
+        else:
+            body = b'{"data":[{"id":"m"}]}'
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+
+    def count(path: bytes) -> int:
+        return sum(path in request for request in raw.requests)
+
+    async with engine_that(respond) as (engine, raw):
+        running = asyncio.create_task(engine.run(lambda: None))
+        await eventually(lambda: engine.state is EngineState.READY, "the engine is ready")
+        async with engine.call(CALL) as answer:
+            models, looks = count(b"/v1/models"), count(b"/health")
+            await eventually(lambda: count(b"/health") > looks + 3, "its health is looked at")
+            assert (count(b"/v1/models") > models + 1) is asks
+            may_end.set()
+            assert await answer.read(1) == b""
+        await eventually(lambda: count(b"/v1/models") > models + 3, "its models are asked for again")
+        assert engine.state is EngineState.READY
+        running.cancel()
+
+
 def metrics_page(*lines: str) -> bytes:
     page = "".join(f"{line}\n" for line in ("# HELP vllm:x y", *lines, "process_cpu_seconds_total 9.5")).encode()
     return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page
