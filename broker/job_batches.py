@@ -61,7 +61,8 @@ class _Settle:
 class _Release:
     lease: Lease
     reason: str
-    counted: bool
+    avoid_ms: int
+    """0: not counted; 1: as long as usual."""
 
 
 class ShardBatches:
@@ -90,8 +91,9 @@ class ShardBatches:
             return await self._ends.submit(_Append(lease, outcome, frames))
         return await self._settles.submit(_Settle(lease, outcome, frames))
 
-    async def release(self, lease: Lease, reason: str, counted: bool) -> Settled:
-        return await self._releases.submit(_Release(lease, reason, counted))
+    async def release(self, lease: Lease, reason: str, counted: bool, avoid_ms: int | None) -> Settled:
+        usual = 1 if avoid_ms is None else max(avoid_ms, 2)
+        return await self._releases.submit(_Release(lease, reason, usual if counted else 0))
 
     async def close(self) -> None:
         """Stop; calls under way are cancelled."""
@@ -142,7 +144,7 @@ class ShardBatches:
     async def _send_releases(self, items: Sequence[_Release]) -> list[Settled | Exception]:
         args: list[Any] = []
         for item in items:
-            args += (*attempt_of(item.lease), int(item.counted), item.reason)
+            args += (*attempt_of(item.lease), item.avoid_ms, item.reason)
         return [Settled(answer.decode()) for answer in await self._run("release", args)]
 
     async def _run(

@@ -168,13 +168,13 @@ class WorkerCalls:
         Router, or those who listen to a stored job, only if the answer is ``OK``."""
         return await self._batches[shard_of_job(lease.job.id)].settle(lease, outcome, frames)
 
-    async def release(self, lease: Lease, reason: str, *, counted: bool) -> Settled:
+    async def release(self, lease: Lease, reason: str, *, counted: bool, avoid_ms: int | None = None) -> Settled:
         """End an attempt without an answer: the job waits again, ahead of new work.
 
-        ``counted``: the attempt is spent, this worker is avoided for two seconds, and a job whose attempts are used up
-        becomes a dead letter. Otherwise it is handed back as if never started.
+        ``counted``: the attempt is spent, this worker is avoided for ``avoid_ms`` (None: two seconds), and a job whose
+        attempts are used up becomes a dead letter. Otherwise it is handed back as if never started.
         """
-        return await self._batches[shard_of_job(lease.job.id)].release(lease, reason, counted)
+        return await self._batches[shard_of_job(lease.job.id)].release(lease, reason, counted, avoid_ms)
 
     async def crashed(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
         """End all attempts that ran on an engine that crashed, in one call per shard.

@@ -24,13 +24,26 @@ from queue_schemas import (
     JobId,
     Lease,
     Outcome,
+    Pool,
     Settled,
     shard_of_job,
 )
 from telemetry import get_logger, inject, span_from, tracing_enabled
 
 from .continuing import NotContinuable, plan_continuation, read_delivered
-from .core import Continuation, FrameCutter, Retry, Silence, is_whole, judge_answer, judge_failure
+from .core import (
+    Continuation,
+    FrameCutter,
+    Retry,
+    RetryLater,
+    Silence,
+    is_whole,
+    judge_answer,
+    judge_failure,
+    judge_server_error,
+    may_hold_back,
+)
+from .core.slots import RETRY_APART_S
 from .engines import Engine, EngineAnswer, EngineCall, EngineGone, new_call_id
 from .metrics import WorkerMetrics
 from .outbox import Channel, Outbox
@@ -63,6 +76,15 @@ class Stop(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class IdleLimits:
+    """How long a stream may stand still while its engine's others go on: of plain text, and of what engines hold back
+    (:mod:`worker.core.silence`)."""
+
+    text_s: float
+    held_back_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Settle:
     outcome: Outcome
     frames: bytes
@@ -72,6 +94,8 @@ class _Settle:
 class _Release:
     reason: str
     counted: bool
+    wait_s: float = RETRY_APART_S
+    """If it is counted: when the job may come back here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +109,7 @@ _Ending = _Settle | _Release | _BrokeOff | None
 
 
 class _Attempt:
-    __slots__ = ("channel", "cutter", "deadline", "ending", "lease", "silence", "stop", "task")
+    __slots__ = ("channel", "cutter", "deadline", "ending", "lease", "may_hold_back", "silence", "stop", "task")
 
     def __init__(self, lease: Lease, deadline: float) -> None:
         self.lease = lease
@@ -97,6 +121,16 @@ class _Attempt:
         self.stop: Stop | None = None
         self.ending = False
         self.silence = Silence()
+        self.may_hold_back: bool | None = None
+        """Whether its engine may be silent for long; None: nobody had to know yet."""
+
+    def idle_limit_s(self, limits: IdleLimits) -> float:
+        """How long its stream may stand still while others go on."""
+        if self.silence.has_said_little:
+            return limits.held_back_s
+        if self.may_hold_back is None:
+            self.may_hold_back = may_hold_back(self.lease.job)
+        return limits.held_back_s if self.may_hold_back else limits.text_s
 
 
 class _Group:
@@ -116,7 +150,11 @@ class _Group:
 
 
 class Attempts:
-    """Runs leases on ``engine``. ``ended(lease, spent)`` is called when one is over, its slot free again."""
+    """Runs leases on ``engine``.
+
+    ``elsewhere(pool)`` says whether another worker serves a model. ``ended(lease, wait_s)`` is called when one is over,
+    its slot free again: the job may come back after ``wait_s`` if its attempt was spent here, else that is None.
+    """
 
     def __init__(
         self,
@@ -126,7 +164,8 @@ class Attempts:
         metrics: WorkerMetrics,
         *,
         max_answer_bytes: int,
-        ended: Callable[[Lease, bool], None],
+        elsewhere: Callable[[Pool], Awaitable[bool]],
+        ended: Callable[[Lease, float | None], None],
     ) -> None:
         self.seen = 0
         """Pieces of output that arrived from the engine so far: while it moves, the engine makes progress."""
@@ -137,6 +176,7 @@ class Attempts:
         self._outbox = outbox
         self._metrics = metrics
         self._max_answer_bytes = max_answer_bytes
+        self._elsewhere = elsewhere
         self._ended = ended
         # By attempt: a job that was released may come back here before the answer to its release was seen.
         self._running: dict[str, _Attempt] = {}
@@ -189,12 +229,16 @@ class Attempts:
             if now >= attempt.deadline:
                 self._stop(attempt, Stop.LATE)
 
-    def stop_stuck(self, now: float, limit_s: float) -> None:
+    def stop_stuck(self, now: float, limits: IdleLimits) -> None:
         """Stop each stream that stands still while others go on."""
         if self.seen != self._seen_before:
             self._seen_before, self._seen_at = self.seen, now
         for attempt in list(self._running.values()):
-            if attempt.silence.is_stuck(now, self._seen_at, limit_s):
+            silence = attempt.silence
+            # The second look, with its own limit, comes only where the first has found something.
+            if silence.is_stuck(now, self._seen_at, limits.text_s) and silence.is_stuck(
+                now, self._seen_at, attempt.idle_limit_s(limits)
+            ):
                 self._stop(attempt, Stop.STUCK)
 
     def hand_back(self) -> None:
@@ -217,7 +261,7 @@ class Attempts:
         lease = attempt.lease
         job = lease.job
         attempt.task = asyncio.current_task()
-        spent = False
+        wait_s: float | None = None
         attributes: dict[str, str | int | float | bool] | None = None
         if tracing_enabled():
             attributes = {"job": job.id, "model": job.model, "attempt": lease.attempt}
@@ -228,11 +272,11 @@ class Attempts:
                 if isinstance(ending, _Settle):
                     await self._settle(attempt, ending)
                 elif isinstance(ending, _BrokeOff):
-                    spent = True
+                    wait_s = RETRY_APART_S
                     span.fail(ending.reason)
                     await self._break_off(attempt, ending)
                 elif ending is not None:
-                    spent = ending.counted
+                    wait_s = ending.wait_s if ending.counted else None
                     span.fail(ending.reason)
                     await self._release(attempt, ending)
         finally:
@@ -241,7 +285,7 @@ class Attempts:
             self._running.pop(lease.attempt_id, None)
             if not self._running:
                 self._idle.set()
-            self._ended(lease, spent)
+            self._ended(lease, wait_s)
 
     async def _answer(self, attempt: _Attempt) -> _Ending:
         """Call the engine and say how the attempt ends."""
@@ -313,13 +357,27 @@ class Attempts:
             self.seen += 1
             verdict = judge_answer(answer.status, lease.attempt, job.max_attempts)
             if verdict is Retry.SPENT:
-                return _Release(f"the engine answered {answer.status}", counted=True)
+                decision = await self._server_error(attempt, answer)
+                if not isinstance(decision, Outcome):
+                    wait_s = decision.wait_s if isinstance(decision, RetryLater) else RETRY_APART_S
+                    return _Release(f"the engine answered {answer.status}", counted=True, wait_s=wait_s)
+                verdict = decision
             is_stream = answer.content_type.startswith(EVENT_STREAM)
             if continuation is not None and not (is_stream and verdict is Outcome.DONE):
                 raise NotContinuable(f"it answers {answer.status}, {answer.content_type}")
             if is_stream:
                 return await self._stream(attempt, answer, verdict, continuation)
             return await self._plain(attempt, answer, verdict)
+
+    async def _server_error(self, attempt: _Attempt, answer: EngineAnswer) -> Outcome | Retry | RetryLater:
+        """What becomes of a 5xx answer that is not the last attempt's."""
+        job = attempt.lease.job
+        return judge_server_error(
+            job,
+            retry_after_s=answer.retry_after_s,
+            remaining_s=attempt.deadline - asyncio.get_running_loop().time(),
+            elsewhere=await self._elsewhere(job.model),
+        )
 
     async def _plain(self, attempt: _Attempt, answer: EngineAnswer, verdict: Outcome) -> _Ending:
         body = await answer.read(self._max_answer_bytes)
@@ -396,10 +454,24 @@ class Attempts:
             case Stop.UNHEARD:
                 return _Release("nobody waits for the answer", counted=False)
             case Stop.STUCK:
-                log.warning("stream_stuck", **_facts(attempt.lease))
-                return _Release("the engine said nothing more of it while it served others", counted=True)
+                return await self._stuck(attempt)
             case Stop.HANDED_BACK:
                 return _Release("its worker stops", counted=False)
+
+    async def _stuck(self, attempt: _Attempt) -> _Ending:
+        """The engine forgot the stream: another engine may do better, once; the same one would do the same."""
+        lease = attempt.lease
+        job = lease.job
+        log.warning("stream_stuck", **_facts(lease))
+        sentence = "the engine said nothing more of the answer while it served others"
+        if job.stored or (lease.attempt == 1 and await self._elsewhere(job.model)):
+            return _Release(sentence, counted=True)
+        setting = "STREAM_HELD_BACK_LIMIT_MS" if attempt.may_hold_back else "STREAM_IDLE_LIMIT_MS"
+        error = EngineFailed(
+            f"{sentence}, for as long as its worker waits (INFERQ_WORKER_{setting}); ask for less, or raise that limit"
+        )
+        unsent = await attempt.channel.close() if attempt.channel is not None else b""
+        return _Settle(Outcome.FAILED, unsent + attempt.cutter.fail(error))
 
     async def _settle(self, attempt: _Attempt, ending: _Settle) -> None:
         lease = attempt.lease
@@ -415,8 +487,11 @@ class Attempts:
 
     async def _release(self, attempt: _Attempt, ending: _Release) -> None:
         lease = attempt.lease
+        avoid_ms = round(ending.wait_s * 1000)
         answer = await self._until_answered(
-            lambda: self._broker.release(lease, ending.reason, counted=ending.counted), "job_not_released", attempt
+            lambda: self._broker.release(lease, ending.reason, counted=ending.counted, avoid_ms=avoid_ms),
+            "job_not_released",
+            attempt,
         )
         if answer is None:
             return

@@ -26,13 +26,14 @@ from queue_schemas import (
 )
 from telemetry import get_logger
 
-from .attempts import Attempts
+from .attempts import Attempts, IdleLimits
 from .core import Claim, Liveness, Pulse, Slots
 from .engines import Engine
 from .fabric import FabricClient
 from .membership import Membership
 from .metrics import WorkerMetrics
 from .outbox import Outbox
+from .peers import Peers
 from .renewals import RENEWALS_PER_LEASE, Renewals
 from .settings import WorkerSettings
 from .standing_in import stand_in
@@ -155,6 +156,7 @@ class Life:
                 outbox,
                 self._around.metrics,
                 max_answer_bytes=self._around.settings.max_answer_bytes,
+                elsewhere=Peers(broker, self.incarnation).serve,
                 ended=self._ended,
             )
             self._signals = [asyncio.Event() for _ in range(broker.shards)]
@@ -321,12 +323,13 @@ class Life:
     async def _sweep(self, attempts: Attempts) -> NoReturn:
         """What is due by time, for all jobs at once; and that this loop turns."""
         now = asyncio.get_running_loop().time
-        stall_limit_s = self._around.settings.engine_stall_limit_ms / 1000
+        settings = self._around.settings
+        limits = IdleLimits(settings.stream_idle_limit_ms / 1000, settings.stream_held_back_limit_ms / 1000)
         while True:
             await asyncio.sleep(SWEEP_S)
             self._pulse.ticked_at = time.monotonic()
             attempts.stop_late(now())
-            attempts.stop_stuck(now(), stall_limit_s)
+            attempts.stop_stuck(now(), limits)
             for shard in self.slots.shards_due(now()):
                 self._signals[shard].set()
 
@@ -366,10 +369,10 @@ class Life:
             log.info("assigned", version=assignment.version, pools=[part.pool for part in assignment.pools])
             self._signal_all()
 
-    def _ended(self, lease: Lease, spent: bool) -> None:
+    def _ended(self, lease: Lease, wait_s: float | None) -> None:
         self.slots.freed()
-        if spent:
-            self.slots.retry_soon(shard_of_job(lease.job.id), asyncio.get_running_loop().time())
+        if wait_s is not None:
+            self.slots.retry_after(shard_of_job(lease.job.id), asyncio.get_running_loop().time(), wait_s)
         self._signal_all()
 
     def _signal_all(self) -> None:

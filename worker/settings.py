@@ -73,8 +73,24 @@ class WorkerSettings(RoleSettings):
     engine_stall_limit_ms: int = Field(
         120_000,
         ge=1_000,
-        description="an engine that produces nothing for so long, with jobs running, loses them; a stream "
-        "that stands still for so long while others go on is given up alone",
+        description="an engine that produces nothing for so long, with jobs running, loses them",
+    )
+    stream_idle_limit_ms: int = Field(
+        120_000,
+        ge=1_000,
+        description="a stream of plain text that stands still for so long while its engine's others go on is given up",
+    )
+    stream_held_back_limit_ms: int = Field(
+        1_800_000,
+        ge=1_000,
+        description="the same for streams that engines hold back: with tools, a response format or reasoning, of other "
+        "APIs, and before the first token; the request's deadline ends them earlier",
+    )
+    engine_steady_after_ms: int = Field(
+        10_000,
+        ge=0,
+        description="an engine that was ready for so long and then crashes is restarted within a second; the wait "
+        "doubles, up to a minute, while it crashes sooner",
     )
     loop_stall_limit_ms: int = Field(
         60_000,

@@ -512,10 +512,10 @@ local function give_up_crashed(job, suspects, weight, reason, now)
 end
 
 -- An attempt that its own worker ended: a repeated call is known by it, and its worker is avoided for a while.
-local function note_ended(job, avoid, now)
+local function note_ended(job, avoid_ms, now)
   call('HSET', P .. 'job:' .. job.id, 'ended', job.epoch .. ':' .. job.aid)
-  if avoid then
-    call('HSET', P .. 'job:' .. job.id, 'avoid', job.owner, 'avoid_until', int(now + RETRY_APART_MS))
+  if avoid_ms > 0 then
+    call('HSET', P .. 'job:' .. job.id, 'avoid', job.owner, 'avoid_until', int(now + avoid_ms))
   end
 end
 

@@ -15,7 +15,7 @@ for i = 3, #ARGV, 3 do
 end
 for _, job in ipairs(jobs) do
   local fate = give_up_crashed(job, suspects, SUSPECT, ARGV[2], now)
-  if fate == 'lost' or fate == 'requeued' then note_ended(job, true, now) end
+  if fate == 'lost' or fate == 'requeued' then note_ended(job, RETRY_APART_MS, now) end
   if fate == 'requeued' then wake_one(place(job), now) end
 end
 return answered(answers)

@@ -222,3 +222,15 @@ async def test_a_claim_that_grows_large_ends_early_and_is_followed_by_another(br
     assert len(await worker.claim(4)) == 2
     assert Control(ControlKind.WAKE) in await worker.told()
     assert len(await worker.claim(4)) == 2
+
+
+async def test_a_worker_is_avoided_for_as_long_as_it_says(broker: Broker, worker: Puller) -> None:
+    """[C8] An engine named when it may be asked again: until then only other workers get the job."""
+    other = Puller(broker)
+    await broker.join(other.incarnation)
+    await broker.enqueue(make_job())
+    await broker.release(await worker.claim_one(), "the engine answered 503", counted=True, avoid_ms=60_000)
+    assert await worker.claim() == []
+    await broker.release(await other.claim_one(), "the engine answered 503", counted=True, avoid_ms=0)
+    await asyncio.sleep(0.01)
+    assert (await other.claim_one()).attempt == 3

@@ -3,10 +3,10 @@
 from .continuation import Continuation
 from .frames import FrameCutter
 from .liveness import LATE_S, Liveness, Pulse
-from .silence import Silence
+from .silence import Silence, may_hold_back
 from .slots import Claim, Slots
 from .stand_in import StandIn
-from .verdict import Retry, judge_answer, judge_failure
+from .verdict import Retry, RetryLater, judge_answer, judge_failure, judge_server_error
 from .wholeness import is_whole
 
 __all__ = [
@@ -17,10 +17,13 @@ __all__ = [
     "Liveness",
     "Pulse",
     "Retry",
+    "RetryLater",
     "Silence",
     "Slots",
     "StandIn",
     "is_whole",
     "judge_answer",
     "judge_failure",
+    "judge_server_error",
+    "may_hold_back",
 ]

@@ -21,8 +21,11 @@ from queue_schemas import Assignment, Lane, Pool
 
 PARK_AGAIN_S = 20.0
 """The broker counts a parked worker as idle for 30 s."""
-RETRY_APART_S = 2.1
-"""A worker that spent an attempt of a job is given it again after 2 s at the earliest; look again just after."""
+RETRY_APART_S = 2.0
+"""A worker that spent an attempt of a job is given it again after so long at the earliest, unless it said otherwise."""
+RETRY_MARGIN_S = 0.1
+"""How long after that it looks for the job."""
+MAX_RETRIES_KNOWN = 1_000
 MAX_CLAIM = 32
 """Most jobs in one claim: their bodies come in one reply."""
 
@@ -50,6 +53,8 @@ class _Shard:
     woken: bool = False
     look_again_at: float = -inf
     """While parked: when to claim without being woken (s)."""
+    retries_at: list[float] = field(default_factory=list)
+    """When jobs may come back whose attempt was spent here."""
 
 
 @dataclass(slots=True)
@@ -113,7 +118,8 @@ class Slots:
         self.busy += jobs
         state.parked_for = claim.pools if jobs < claim.n else None
         look_again_s = inf if look_again_ms is None else look_again_ms / 1000
-        state.look_again_at = now + min(look_again_s, PARK_AGAIN_S)
+        state.retries_at = [due for due in state.retries_at if due > now]
+        state.look_again_at = min([now + look_again_s, now + PARK_AGAIN_S, *state.retries_at])
 
     def last_seq(self, shard: int) -> int:
         """The number of the last claim on ``shard``; 0 before the first."""
@@ -127,10 +133,13 @@ class Slots:
         """A job ended."""
         self.busy -= 1
 
-    def retry_soon(self, shard: int, now: float) -> None:
-        """An attempt on ``shard`` was spent here: the job may come back to this worker."""
+    def retry_after(self, shard: int, now: float, wait_s: float) -> None:
+        """An attempt on ``shard`` was spent here: the job may come back to this worker after ``wait_s``."""
         state = self._shard(shard)
-        state.look_again_at = min(state.look_again_at, now + RETRY_APART_S)
+        due = now + wait_s + RETRY_MARGIN_S
+        if len(state.retries_at) < MAX_RETRIES_KNOWN:
+            state.retries_at.append(due)
+        state.look_again_at = min(state.look_again_at, due)
 
     def due_at(self, shard: int) -> float | None:
         """When :meth:`next_claim` gives a claim on ``shard`` though nothing happens until then; None: it never does."""

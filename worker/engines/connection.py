@@ -37,6 +37,7 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self) -> None:
         self.status = 0
         self.content_type = ""
+        self.retry_after = ""
         self.complete = True
         """Whether the answer has arrived to its end: no exchange is under way."""
         self.usable = True
@@ -80,7 +81,7 @@ class EngineConnection(asyncio.Protocol):
         """Begin an exchange."""
         assert self._transport is not None  # noqa: S101 - connected when it is made
         assert self.drained  # noqa: S101 - else another request's answer would begin this one's
-        self.status, self.content_type = 0, "application/octet-stream"
+        self.status, self.content_type, self.retry_after = 0, "application/octet-stream", ""
         self.complete = self._has_head = False
         self.silent = self.delimited = self._ends_with_connection = True
         self._head_bytes = 0
@@ -187,6 +188,8 @@ class EngineConnection(asyncio.Protocol):
             self.content_type = value.decode("latin-1")
         elif name in (b"content-length", b"transfer-encoding"):
             self._ends_with_connection = False
+        elif name == b"retry-after":
+            self.retry_after = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()

@@ -10,6 +10,8 @@ import json
 import re
 import zlib
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -263,6 +265,10 @@ class _Answer:
         return self._connection.content_type
 
     @property
+    def retry_after_s(self) -> float | None:
+        return _seconds_until(self._connection.retry_after)
+
+    @property
     def delimited(self) -> bool:
         return self._connection.delimited
 
@@ -325,6 +331,20 @@ def _content_type(value: str) -> str:
     if _UNSAFE.search(value.replace(" ", "")):
         raise BadRequest(f"the content type {value[:100]!r} cannot be sent in a header")
     return value
+
+
+def _seconds_until(retry_after: str) -> float | None:
+    """``Retry-After`` in seconds: it is a number of them, or a date. None for anything else."""
+    value = retry_after.strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:12])
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    # RFC 9110: dates are GMT, whether they say so or not.
+    when = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return max((when - datetime.now(UTC)).total_seconds(), 0.0)
 
 
 def _nameable(name: str) -> bool:

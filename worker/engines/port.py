@@ -46,6 +46,11 @@ class EngineAnswer(Protocol):
         ...
 
     @property
+    def retry_after_s(self) -> float | None:
+        """When the engine says (``Retry-After``) that it may be asked again, in seconds from now; None: it does not."""
+        ...
+
+    @property
     def delimited(self) -> bool:
         """Of an answer that was read to its end: whether its length or chunks said where that is. False: the connection
         was closed there, as it is when an engine dies."""

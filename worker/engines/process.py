@@ -31,9 +31,6 @@ _POLL_S = 0.1
 _REFRESH_S = 5.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
-_STEADY_S = 60.0
-"""An engine that was ready for so long has earned a quick restart. The time that it takes to load does not count: one
-that crashes at its first request every time would never be restarted any slower."""
 _TOLD_LINES = 12
 
 log = get_logger(__name__)
@@ -51,7 +48,9 @@ class ProcessEngine:
     """Supervises one engine process. ``launch(port)`` gives the command for a port, anew for each start.
 
     ``ready_limit_s`` bounds a start: an engine that is not ready by then is FAILED, ended and started again, as is one
-    that exits; the pause before doubles from 1 s to 60 s while it fails again and again, which ``detail`` says.
+    that exits; the pause before doubles from 1 s to 60 s while it fails again and again, which ``detail`` says. One
+    that was ready for ``steady_after_s`` begins anew with 1 s. The time that it takes to load does not count: an engine
+    that crashes at its first request every time would never be restarted any slower.
     ``log_file`` gets the process's output.
     """
 
@@ -61,6 +60,7 @@ class ProcessEngine:
         launch: Callable[[int], Launch],
         *,
         ready_limit_s: float,
+        steady_after_s: float,
         log_file: Path | None = None,
         stop_limit_s: float = 10.0,
         restarted: Callable[[], None] = lambda: None,
@@ -74,6 +74,7 @@ class ProcessEngine:
         self.log = LogTail(log_file)
         self._launch = launch
         self._ready_limit_s = ready_limit_s
+        self._steady_after_s = steady_after_s
         self._stop_limit_s = stop_limit_s
         self._restarted = restarted
         self._process: Process | None = None
@@ -114,7 +115,7 @@ class ProcessEngine:
 
     def _note_steadiness(self) -> None:
         """An engine that has been ready for long has its failures behind it."""
-        if self._ready_at is not None and asyncio.get_running_loop().time() - self._ready_at > _STEADY_S:
+        if self._ready_at is not None and asyncio.get_running_loop().time() - self._ready_at > self._steady_after_s:
             self.failures = 0
 
     def _in_a_row(self) -> str:

@@ -240,7 +240,8 @@ async def test_a_hung_engine_loses_its_jobs_to_another_worker(fleet: Fleet, clie
 
 async def test_a_stream_that_its_engine_forgot_is_given_up_alone(fleet: Fleet, client: Client) -> None:
     """One stream stands still while its neighbour goes on: it runs again elsewhere, its neighbour is not touched."""
-    worker = await fleet.worker("w1", "--engine-stall-limit-ms", "1000").until_ready()
+    worker = await fleet.worker("w1", "--stream-idle-limit-ms", "1000").until_ready()
+    await fleet.worker("w2", "--stream-idle-limit-ms", "1000").until_ready()
     neighbour = await client.send(stream=True, max_tokens=400)
     stuck = await client.send(stream=True, order={"fail": "hang", "after_tokens": 3, "times": 1})
     await client.begun(stuck)

@@ -98,6 +98,7 @@ async def test_an_engine_error_is_retried_elsewhere(fleet: LocalFleet, client: C
 async def test_an_engine_error_everywhere_ends_with_the_engines_own_answer(fleet: LocalFleet, client: Client) -> None:
     """After the last attempt the client sees what the engine said."""
     await fleet.worker("w1").until_ready()
+    await fleet.worker("w2").until_ready()
     answer = await client.ask(order={"fail": "503"}, max_attempts=2)
     assert answer.status == 503
     assert [marker.kind for marker in answer.markers] == [MarkerKind.REQUEUED]

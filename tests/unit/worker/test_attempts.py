@@ -23,6 +23,7 @@ from queue_schemas import (
     EngineState,
     Frame,
     Job,
+    Lane,
     Lease,
     Outcome,
     Settled,
@@ -31,7 +32,7 @@ from queue_schemas import (
 from telemetry import MetricsRegistry
 from tests.support.queue import make_job
 from tests.support.waiting import eventually
-from worker.attempts import Attempts
+from worker.attempts import Attempts, IdleLimits
 from worker.engines import EngineAnswer, EngineCall, EngineGone
 from worker.metrics import WorkerMetrics
 from worker.outbox import Outbox
@@ -45,6 +46,7 @@ class Answer:
 
     def __init__(self, status: int, content_type: str, pieces: list[Any], *, delimited: bool = True) -> None:
         self.delimited = delimited
+        self.retry_after_s: float | None = None
         self.status = status
         self.content_type = content_type
         self._pieces = pieces
@@ -103,6 +105,7 @@ class RecordingBroker:
         self.output: list[Frame] = []
         self.unreadable = False
         self.gone: set[str] = set()
+        self.avoided_ms = 0
         self.failures = 0
         self.released_by = asyncio.Event()
         self.released_by.set()
@@ -114,7 +117,8 @@ class RecordingBroker:
         self.settled.append((lease, outcome, unpack_frames(frames)))
         return Settled.OK
 
-    async def release(self, lease: Lease, reason: str, *, counted: bool) -> Settled:
+    async def release(self, lease: Lease, reason: str, *, counted: bool, avoid_ms: int) -> Settled:
+        self.avoided_ms = avoid_ms
         await self.released_by.wait()
         if self.failures:
             self.failures -= 1
@@ -152,7 +156,9 @@ class Bench:
     def __init__(self, answer: Answer | Exception, *, max_answer_bytes: int = 10_000) -> None:
         self.engine = ScriptedEngine(answer)
         self.broker = RecordingBroker()
+        self.elsewhere = True
         self.ended: list[bool] = []
+        self.waits_s: list[float | None] = []
         self.outbox = Outbox(self.broker.publish, self.broker.append, interval_ms=0, limit_bytes=10_000)
         self.attempts = Attempts(
             self.engine,
@@ -160,8 +166,16 @@ class Bench:
             self.outbox,
             WorkerMetrics(MetricsRegistry("worker")),
             max_answer_bytes=max_answer_bytes,
-            ended=lambda _lease, spent: self.ended.append(spent),
+            elsewhere=self._elsewhere,
+            ended=self._end,
         )
+
+    async def _elsewhere(self, _pool: str) -> bool:
+        return self.elsewhere
+
+    def _end(self, _lease: Lease, wait_s: float | None) -> None:
+        self.ended.append(wait_s is not None)
+        self.waits_s.append(wait_s)
 
     @asynccontextmanager
     async def running(self, *leases: Lease) -> AsyncIterator[None]:
@@ -219,6 +233,130 @@ async def test_an_engine_error_is_released_until_the_last_attempt() -> None:
     await bench.run(lease(attempt=2, max_attempts=2))
     ((_, outcome, (frame,)),) = bench.broker.settled
     assert (outcome, frame.status, frame.data) == (Outcome.FAILED, 503, b"busy")
+
+
+@pytest.mark.parametrize("status", [500, 502, 503])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_with_nowhere_else_to_go_an_engine_error_is_the_answer_at_once(status: int, stream: bool) -> None:
+    """[C8] No other worker serves the model: asking the same engine again multiplies its load and the client's wait."""
+    bench = Bench(Answer(status, SSE if stream else "application/json", [b"busy"]))
+    bench.elsewhere = False
+    await bench.run(lease(stream=stream))
+    assert bench.broker.released == []
+    ((_, outcome, frames),) = bench.broker.settled
+    assert (outcome, frames[0].status, b"".join(frame.data for frame in frames)) == (Outcome.FAILED, status, b"busy")
+
+
+@pytest.mark.parametrize("fields", [{"lane": Lane.BATCH}, {"lane": Lane.BACKGROUND}, {"stored": True}])
+async def test_what_nobody_asks_again_is_tried_again_on_the_only_engine(fields: dict[str, Any]) -> None:
+    """[C8] A line of a batch, a background job, an answer that is kept: no client repeats it."""
+    bench = Bench(plain(500))
+    bench.elsewhere = False
+    await bench.run(lease(**fields))
+    assert bench.broker.released == [("the engine answered 500", True)]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+async def test_an_engine_that_says_when_to_come_back_is_not_asked_before(elsewhere: bool) -> None:
+    """[C8] A 503 with ``Retry-After`` waits as said, within the deadline; another worker may take the job meanwhile."""
+    answer = plain(503, b"busy")
+    answer.retry_after_s = 7.0
+    bench = Bench(answer)
+    bench.elsewhere = elsewhere
+    await bench.run(lease(remaining_ms=60_000))
+    assert bench.broker.released == [("the engine answered 503", True)]
+    assert (bench.broker.avoided_ms, bench.waits_s) == (7_000, [7.0])
+    await bench.run(lease(remaining_ms=5_000))
+    if elsewhere:
+        assert bench.broker.avoided_ms == 2_000
+    else:
+        ((_, outcome, (frame,)),) = bench.broker.settled
+        assert (outcome, frame.status) == (Outcome.FAILED, 503)
+    last = Bench(answer)
+    await last.run(lease(attempt=3, max_attempts=3))
+    assert len(last.broker.settled) == 1
+
+
+async def test_a_crash_is_tried_again_on_the_only_engine() -> None:
+    """[C8] A lost connection is no answer: the engine is started again, and asked again."""
+    bench = Bench(EngineGone("it crashed"))
+    bench.elsewhere = False
+    await bench.run(lease())
+    assert len(bench.broker.crashes) == 1
+    assert bench.broker.settled == []
+
+
+LIMITS = IdleLimits(text_s=120.0, held_back_s=1_800.0)
+CHATTING = {"model": "m", "messages": [], "stream": True}
+
+
+@asynccontextmanager
+async def silent_beside_another(bench: Bench, job_lease: Lease) -> AsyncIterator[Callable[[float, float], None]]:
+    """The stream of ``job_lease`` has said two pieces and no more; gives a way to let time pass beside a busy one."""
+    leave = asyncio.Event()
+    bench.engine.answer = Answer(200, SSE, [b"data: 1\n\n", b"data: 2\n\n", leave])
+
+    def pass_time(begin: float, end: float) -> None:
+        for second in range(int(begin), int(end)):
+            bench.attempts.seen += 1
+            bench.attempts.stop_stuck(float(second), LIMITS)
+
+    async with bench.running(job_lease):
+        await eventually(lambda: bench.attempts.seen == 3, "it has begun")
+        try:
+            yield pass_time
+        finally:
+            leave.set()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"response_format": {"type": "json_schema"}},
+        {"reasoning_effort": "high"},
+    ],
+)
+async def test_a_stream_that_engines_hold_back_is_asked_once(asked: dict[str, Any]) -> None:
+    """[C5] With tools, a format or reasoning an engine may say nothing for minutes while its other streams go on."""
+    bench = Bench(plain(200))
+    job_lease = lease(stream=True, body=json.dumps(CHATTING | asked).encode())
+    async with silent_beside_another(bench, job_lease) as pass_time:
+        pass_time(0, 1_700)
+        await asyncio.sleep(0)
+        assert len(bench.attempts) == 1
+    assert len(bench.engine.calls) == 1
+    assert bench.engine.left_early == 0
+
+
+async def test_a_forgotten_stream_is_given_up_once_where_there_is_no_other_engine() -> None:
+    """[C5] The same engine would do the same again: the client is told at once, and which limit it was."""
+    for asked, seconds, setting in (
+        ({}, 122, "STREAM_IDLE_LIMIT_MS"),
+        ({"tools": [{}]}, 1_802, "STREAM_HELD_BACK_LIMIT_MS"),
+    ):
+        bench = Bench(plain(200))
+        bench.elsewhere = False
+        async with silent_beside_another(
+            bench, lease(stream=True, body=json.dumps(CHATTING | asked).encode())
+        ) as pass_time:
+            pass_time(0, seconds)
+            await asyncio.wait_for(bench.attempts.idle(), 10)
+        ((_, outcome, frames),) = bench.broker.settled
+        assert outcome is Outcome.FAILED
+        assert setting.encode() in frames[-1].data
+        assert frames[-1].flags & END
+
+
+@pytest.mark.parametrize(("attempt", "released"), [(1, 1), (2, 0)])
+async def test_a_forgotten_stream_is_tried_elsewhere_once(attempt: int, released: int) -> None:
+    """[C5] Another engine may do better; one that forgets it as well is the last."""
+    bench = Bench(plain(200))
+    job_lease = lease(attempt, stream=True, body=json.dumps(CHATTING).encode())
+    async with silent_beside_another(bench, job_lease) as pass_time:
+        pass_time(0, 122)
+        await asyncio.wait_for(bench.attempts.idle(), 10)
+    assert (len(bench.broker.released), len(bench.broker.settled)) == (released, 1 - released)
 
 
 async def test_no_connection_is_released_and_a_502_at_last() -> None:

@@ -16,7 +16,9 @@ import pytest
 from queue_schemas import EngineState
 from tests.support.waiting import eventually
 from worker.engines import EngineCall, guard, process
+from worker.engines.choice import make_engine
 from worker.engines.process import Launch, ProcessEngine
+from worker.settings import WorkerSettings
 
 GOOD = """
 import http.server, os, sys
@@ -49,7 +51,12 @@ HAS_A_CHILD = "import subprocess\nprint(subprocess.Popen(['sleep', '600']).pid, 
 
 @asynccontextmanager
 async def supervised(
-    script: str, folder: Path, *, ready_limit_s: float = 20.0, restarted: Callable[[], None] = lambda: None
+    script: str,
+    folder: Path,
+    *,
+    ready_limit_s: float = 20.0,
+    steady_after_s: float = 60.0,
+    restarted: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[tuple[ProcessEngine, list[EngineState]]]:
     file = folder / "engine.py"
     file.write_text(script)
@@ -57,6 +64,7 @@ async def supervised(
         "the test engine",
         lambda port: Launch((sys.executable, str(file), str(port)), {"FROM_THE_WORKER": "1"}),
         ready_limit_s=ready_limit_s,
+        steady_after_s=steady_after_s,
         log_file=folder / "logs" / "engine.log",
         stop_limit_s=1.0,
         restarted=restarted,
@@ -129,10 +137,8 @@ async def test_an_engine_that_crashes_again_and_again_is_restarted_ever_more_slo
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that gets ready every time and crashes at its first request, however long it takes to load: the pause
-    doubles, and what the worker tells of it, starting or failed, says how often and why. One that has been well for a
-    while has its failures behind it."""
+    doubles, and what the worker tells of it, starting or failed, says how often and why."""
     monkeypatch.setattr(process, "_FIRST_PAUSE_S", 0.25)
-    monkeypatch.setattr(process, "_STEADY_S", 60.0)
     monkeypatch.setattr(process, "_REFRESH_S", 0.05)
     slow = SERVES.replace("server = ", "import time; time.sleep(0.3)\nserver = ")
     async with supervised(slow, tmp_path) as (engine, _):
@@ -147,8 +153,27 @@ async def test_an_engine_that_crashes_again_and_again_is_restarted_ever_more_slo
         assert "3 times in a row" in engine.detail
         await ready(engine)
         assert engine.detail == ""
-        monkeypatch.setattr(process, "_STEADY_S", 0.1)
-        await eventually(lambda: engine.failures == 0, "its failures are behind it")
+
+
+async def test_an_engine_that_was_well_for_a_while_is_restarted_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[G7] One that crashes now and then does not wait longer each time: its failures are behind it once it was ready
+    for ``engine_steady_after_ms``, 10 s unless set otherwise."""
+    monkeypatch.setattr(process, "_FIRST_PAUSE_S", 0.05)
+    async with supervised(SERVES, tmp_path, steady_after_s=0.3) as (engine, _):
+        for _ in range(4):
+            await ready(engine)
+            await asyncio.sleep(0.4)  # well for longer than that
+            with pytest.raises(Exception, match=GONE):
+                await ask_pid(engine, "/crash")
+            await eventually(lambda: engine.state is EngineState.FAILED, "the crash is seen", every_s=0.001)
+            await eventually(lambda: "starting it again in 0 s" in engine.detail, "no longer pause", every_s=0.001)
+            assert engine.failures == 1
+    settings = WorkerSettings.load(engine="sim-process")
+    made = make_engine(settings)
+    assert isinstance(made, ProcessEngine)
+    assert made._steady_after_s == 10.0
 
 
 async def test_an_engine_that_never_gets_ready_is_ended_and_said_so(tmp_path: Path) -> None:
@@ -166,7 +191,11 @@ async def test_an_engine_that_never_gets_ready_is_ended_and_said_so(tmp_path: Pa
 async def test_a_command_that_does_not_exist_is_a_clear_failure(tmp_path: Path) -> None:
     """The engine is FAILED with a sentence, not with a traceback."""
     engine = ProcessEngine(
-        "nothing", lambda _port: Launch((str(tmp_path / "missing"),), {}), ready_limit_s=5, stop_limit_s=1
+        "nothing",
+        lambda _port: Launch((str(tmp_path / "missing"),), {}),
+        ready_limit_s=5,
+        steady_after_s=10,
+        stop_limit_s=1,
     )
     task = asyncio.create_task(engine.run(lambda: None))
     await eventually(lambda: engine.state is EngineState.FAILED, "the failure is seen")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from worker.core import Silence
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.queue import make_job
+from worker.core import Silence, may_hold_back
 
 
 def test_a_stream_that_stands_still_while_others_go_on_is_stuck() -> None:
@@ -49,3 +55,30 @@ def test_time_in_which_nobody_looked_is_not_the_engines_silence() -> None:
     assert not stream.is_stuck(1.0, 1.0, 10.0)
     assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(200, 210))
     assert stream.is_stuck(210.0, 210.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "holds_back"),
+    [
+        ({}, False),
+        ({"temperature": 1, "stop": ["x"], "n": 2, "tools": None}, False),
+        ({"tools": [{"type": "function"}]}, True),
+        ({"tool_choice": "auto"}, True),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"structured_outputs": {"regex": "a"}}, True),
+        ({"include_reasoning": False}, True),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+    ],
+)
+def test_engines_hold_back_all_but_plain_text(asked: dict[str, Any], holds_back: bool) -> None:
+    """[C5] Parsers of tools, formats and thoughts wait for the whole of what they parse."""
+    body = json.dumps({"model": "m", "messages": []} | asked).encode()
+    assert may_hold_back(make_job(body=body)) is holds_back
+    assert may_hold_back(make_job(body=body, path="/v1/responses"))
+    assert may_hold_back(make_job(body=b"--form", path="/v1/completions"))
+
+
+def test_a_first_piece_may_be_sent_before_the_prompt_is_read() -> None:
+    """[C5] Some engines send the role at once: the long silence of a long prompt comes behind it."""
+    assert Silence(pieces=1).has_said_little
+    assert not Silence(pieces=2).has_said_little

@@ -9,7 +9,7 @@ from hypothesis.strategies import DataObject, data, floats, integers, none, samp
 
 from queue_schemas import LANES, Assignment, Lane, PoolAssignment
 from worker.core import Claim, Slots
-from worker.core.slots import MAX_CLAIM, PARK_AGAIN_S, RETRY_APART_S
+from worker.core.slots import MAX_CLAIM, PARK_AGAIN_S, RETRY_APART_S, RETRY_MARGIN_S
 
 
 def assignment(*pools: tuple[str, int], version: int = 1, term: int = 1) -> Assignment:
@@ -166,9 +166,23 @@ def test_a_spent_attempt_is_looked_for_again_after_two_seconds() -> None:
     assert claim is not None
     slots.answered(claim, 1, 0.0)
     slots.freed()
-    slots.retry_soon(0, 1.0)
-    assert list(slots.shards_due(1.0 + RETRY_APART_S)) == [0]
-    assert slots.next_claim(0, 1.0 + RETRY_APART_S) is not None
+    slots.retry_after(0, 1.0, RETRY_APART_S)
+    assert list(slots.shards_due(1.0 + RETRY_APART_S + RETRY_MARGIN_S)) == [0]
+    assert slots.next_claim(0, 1.0 + RETRY_APART_S + RETRY_MARGIN_S) is not None
+
+
+def test_a_retry_that_is_due_late_is_looked_for_on_time() -> None:
+    """[C8] Also behind claims in between, which happen every 20 s."""
+    slots = ready_slots()
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    slots.answered(claim, 0, 0.0)
+    slots.retry_after(0, 1.0, 30.0)
+    assert list(slots.shards_due(PARK_AGAIN_S)) == [0]
+    again = slots.next_claim(0, PARK_AGAIN_S)
+    assert again is not None
+    slots.answered(again, 0, PARK_AGAIN_S)
+    assert slots.due_at(0) == 31.0 + RETRY_MARGIN_S
 
 
 def test_a_parked_worker_looks_again_when_the_answer_said() -> None:
@@ -250,7 +264,7 @@ class SlotsMachine(RuleBasedStateMachine):
 
     @rule(shard=integers(0, 1))
     def retry(self, shard: int) -> None:
-        self.slots.retry_soon(shard, self.now)
+        self.slots.retry_after(shard, self.now, RETRY_APART_S)
 
     @rule(seconds=floats(0, 30))
     def wait(self, seconds: float) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from queue_schemas import Outcome
-from worker.core import Retry, judge_answer, judge_failure
+from queue_schemas import Lane, Outcome
+from tests.support.queue import make_job
+from worker.core import Retry, RetryLater, judge_answer, judge_failure, judge_server_error
 
 
 @pytest.mark.parametrize("status", [200, 204, 301])
@@ -37,3 +40,26 @@ def test_a_broken_connection_is_tried_elsewhere_and_becomes_an_error_at_last() -
 def test_a_stream_that_broke_after_it_began_is_never_an_answer() -> None:
     """Half a stream is no answer, not even on the last attempt: the queue buries the job."""
     assert judge_failure(True, 2, 2) is Retry.SPENT
+
+
+@pytest.mark.parametrize(
+    ("fields", "retry_after_s", "elsewhere", "verdict"),
+    [
+        ({}, None, True, Retry.SPENT),
+        ({}, None, False, Outcome.FAILED),
+        ({}, 5.0, False, RetryLater(5.0)),
+        ({}, 5.0, True, RetryLater(5.0)),
+        ({}, 0.0, False, RetryLater(0.0)),
+        ({}, 30.0, False, Outcome.FAILED),
+        ({}, 30.0, True, Retry.SPENT),
+        ({"lane": Lane.BATCH}, None, False, Retry.SPENT),
+        ({"lane": Lane.BATCH}, 30.0, False, Retry.SPENT),
+        ({"stored": True}, None, False, Retry.SPENT),
+    ],
+)
+def test_an_engines_error_waits_only_where_that_may_help(
+    fields: dict[str, Any], retry_after_s: float | None, elsewhere: bool, verdict: Outcome | Retry | RetryLater
+) -> None:
+    """[C8] Elsewhere, after the time that the engine named if the deadline allows it, or where no client asks again."""
+    found = judge_server_error(make_job(**fields), retry_after_s=retry_after_s, remaining_s=20.0, elsewhere=elsewhere)
+    assert found == verdict

@@ -109,6 +109,7 @@ class _WholeAnswer:
     """An answer that was complete when its head came."""
 
     delimited = True
+    retry_after_s = None
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
@@ -128,6 +129,7 @@ class _StreamedAnswer:
 
     status = 200
     delimited = True
+    retry_after_s = None
 
     def __init__(self, content_type: str, pieces: AsyncGenerator[bytes, None]) -> None:
         self.content_type = content_type

@@ -1,0 +1,45 @@
+"""Whether another worker of the fleet takes jobs of a model: asked before a failed request is tried elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from broker import Broker
+from queue_schemas import Incarnation, InferqError, Pool, WorkerInfo
+from telemetry import get_logger
+
+CACHE_S = 1.0
+"""How long one look at the registry serves: an engine that fails may fail hundreds of requests at once."""
+
+log = get_logger(__name__)
+
+
+class Peers:
+    """The other workers, by the registry that the acting Manager keeps in Redis.
+
+    Where that cannot be read, or does not even know this worker, there may be others: the answer is yes.
+    """
+
+    def __init__(self, broker: Broker, incarnation: Incarnation) -> None:
+        self._broker = broker
+        self._incarnation = incarnation
+        self._looking = asyncio.Lock()
+        self._looked_at = float("-inf")
+        self._workers: Mapping[str, WorkerInfo] = {}
+
+    async def serve(self, pool: Pool) -> bool:
+        """Whether another worker takes jobs of ``pool``."""
+        async with self._looking:
+            now = asyncio.get_running_loop().time()
+            if now - self._looked_at >= CACHE_S:
+                try:
+                    self._workers = await self._broker.load_workers()
+                except InferqError as error:
+                    log.warning("registry_not_read", error=error.message)
+                    self._workers = {}
+                self._looked_at = now
+        workers = self._workers.values()
+        if not any(info.incarnation == self._incarnation for info in workers):
+            return True
+        return any(info.takes_work and pool in info.models for info in workers if info.incarnation != self._incarnation)
