@@ -9,11 +9,13 @@ next; everything else is a leftover of a lost attempt or a repeat, and is droppe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from . import codec
+from . import headers as passed_on
 from .errors import BadMessage
 from .ids import JobId
 
@@ -33,7 +35,8 @@ class Frame:
     """A piece of an attempt's answer. ``seq`` counts from 0 within the attempt; ``flags`` combine HEAD, END and
     CONTINUED.
 
-    ``status`` and ``content_type`` count only with HEAD. A plain answer is one frame with both flags.
+    ``status``, ``content_type`` and ``headers`` (those that the client is to see: :mod:`queue_schemas.headers`) count
+    only with HEAD. A plain answer is one frame with both flags.
     """
 
     job_id: JobId
@@ -44,31 +47,37 @@ class Frame:
     data: bytes
     status: int = 0
     content_type: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def pack(self) -> bytes:
-        """msgpack array: ``[job_id, epoch, attempt_id, seq, flags, data]``, with HEAD also ``status, content_type``."""
+        """msgpack array: ``[job_id, epoch, attempt_id, seq, flags, data]``, with HEAD also ``status, content_type``,
+        and ``headers`` if there are any."""
         fields: list[Any] = [self.job_id, self.epoch, self.attempt_id, self.seq, self.flags, self.data]
         if self.flags & HEAD:
             fields += (self.status, self.content_type)
+            if self.headers:
+                fields.append(dict(self.headers))
         return codec.encode(fields)
 
 
-_TYPES = (str, int, str, int, int, bytes, int, str)
+_TYPES = (str, int, str, int, int, bytes, int, str, dict)
 
 
 def unpack_frames(data: bytes) -> list[Frame]:
     """The frames packed in ``data``. Raises ``BadMessage`` if any is malformed."""
     frames = []
     for fields in codec.decode_all(data):
-        if type(fields) is not list or len(fields) not in (6, 8):
-            raise BadMessage("a frame is an array of 6 or 8 fields")
+        if type(fields) is not list or len(fields) not in (6, 8, 9):
+            raise BadMessage("a frame is an array of 6, 8 or 9 fields")
         for value, expected in zip(fields, _TYPES, strict=False):
             if type(value) is not expected:
                 raise BadMessage(f"a frame field is {type(value).__name__}, not {expected.__name__}")
-        if bool(fields[4] & HEAD) != (len(fields) == 8):
+        if bool(fields[4] & HEAD) != (len(fields) >= 8):
             raise BadMessage("a frame carries status and content type exactly with HEAD")
         if fields[4] & HEAD and not 200 <= fields[6] <= 599:
             raise BadMessage(f"a frame's status is {fields[6]}; an answer has 200 to 599")
+        if len(fields) == 9:
+            fields[8] = passed_on.read_headers(fields[8], passed_on.CLIENT_HEADERS, passed_on.MAX_ANSWER_BYTES)
         frames.append(Frame(*fields))
     return frames
 

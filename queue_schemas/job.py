@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from . import codec
+from . import headers as passed_on
 from .errors import BadMessage, UnsupportedVersion
 from .ids import JobId, Pool, Tenant, check_name, check_region, shard_of_job
 from .lanes import BANDS, DEFAULT_BAND, Lane
@@ -31,7 +32,10 @@ class Job:
     after some of it was delivered: ``continue`` (the queue asks the Router for what was delivered, and the next attempt
     goes on behind it), ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text that the client
     has of a stream that goes on. ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling.
-    ``request_id`` is what the client sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. Workers of
+    ``request_id`` is what the client sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. ``headers`` are
+    those of the request that the engine is to see (:mod:`queue_schemas.headers`); a job that has them, be they none, is
+    of a Router that reads the headers of answers, which one without does not. ``deadline_from`` names what set
+    ``ttl_ms``. Workers of
     ``region`` go first: others may claim the job once it has waited for ``patience_ms``. Without a region anybody may
     at once.
     """
@@ -58,11 +62,16 @@ class Job:
     region: str = ""
     patience_ms: int = 0
     prefix: str = ""
+    headers: Mapping[str, str] | None = field(default=None, hash=False)
+    deadline_from: str = ""
 
     def pack(self) -> bytes:
         """The envelope as msgpack: a map with ``v`` first. What most jobs lack (a region, a prefix) is left out."""
         regional = {"region": self.region, "patience_ms": self.patience_ms} if self.region else {}
         continued = {"prefix": self.prefix} if self.prefix else {}
+        told: dict[str, Any] = {} if self.headers is None else {"headers": dict(self.headers)}
+        if self.deadline_from:
+            told["deadline_from"] = self.deadline_from
         return codec.encode(
             {
                 "v": ENVELOPE_VERSION,
@@ -88,6 +97,7 @@ class Job:
             }
             | regional
             | continued
+            | told
         )
 
     @classmethod
@@ -135,6 +145,8 @@ _FIELD_TYPES: dict[str, type] = {
     "region": str,
     "patience_ms": int,
     "prefix": str,
+    "headers": dict,
+    "deadline_from": str,
 }
 
 
@@ -147,6 +159,10 @@ def _checked(name: str, value: Any) -> Any:
 
 def _as_it_is(value: Any) -> Any:
     return value
+
+
+def _headers(value: dict[Any, Any]) -> dict[str, str]:
+    return passed_on.read_headers(value, passed_on.ENGINE_HEADERS, passed_on.MAX_REQUEST_BYTES)
 
 
 def _lane(value: str) -> Lane:
@@ -184,6 +200,8 @@ def _at_least_one(name: str) -> Callable[[int], int]:
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
+    "headers": _headers,
+    "deadline_from": lambda value: value[:200],
     "lane": _lane,
     "on_loss": _on_loss,
     "band": _band,

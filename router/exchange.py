@@ -102,6 +102,8 @@ class Exchange:
         self.status = head.status
         self._events = head.is_event_stream
         headers = [(b"content-type", _header_value(head.content_type)), *self._ids, *self._more]
+        if head.headers:
+            headers += [(name.encode(), value.encode()) for name, value in head.headers.items()]
         if length is not None:
             headers.append(length)
         if self._events:

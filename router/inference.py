@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.types import Receive, Scope, Send
 
@@ -26,6 +26,7 @@ from queue_schemas import (
     Tenant,
 )
 from queue_schemas.completions import RESPONSES_PATH
+from queue_schemas.headers import for_engine
 from queue_schemas.stored import request_digest
 from telemetry import get_logger, inject, span_for_request, tracing_enabled
 from telemetry.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
@@ -39,11 +40,13 @@ from .core import (
     LAST_EVENT_HEADER,
     ON_LOSS_HEADER,
     RESUMABLE_HEADER,
+    Deadline,
     Position,
     RequestFields,
     Stitch,
     announced_size,
     check_size,
+    find_deadline,
     find_position,
     read_deadline,
     read_fields,
@@ -68,6 +71,7 @@ _IDEMPOTENCY = IDEMPOTENCY_HEADER.encode()
 _BACKGROUND = BACKGROUND_HEADER.encode()
 _RESUMABLE = RESUMABLE_HEADER.encode()
 _LAST_EVENT = LAST_EVENT_HEADER.encode()
+RawHeaders = list[tuple[bytes, bytes]]
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 log = get_logger(__name__)
@@ -123,7 +127,7 @@ class Inference:
         try:
             tenant = self._admit(request, headers)
             body = await self._body(request, receive)
-            wanted = await self._wanted(path, body, headers, tenant, request_id, trace)
+            wanted = await self._wanted(path, body, scope["headers"], tenant, request_id, trace)
             if wanted.background:
                 if await self._accept(wanted, request, exchange):
                     connection.watch(request.on_gone)
@@ -159,8 +163,9 @@ class Inference:
         return exchange.status
 
     async def _wanted(
-        self, path: str, body: bytes, headers: dict[bytes, bytes], tenant: Tenant, request_id: str, trace: str
+        self, path: str, body: bytes, raw_headers: RawHeaders, tenant: Tenant, request_id: str, trace: str
     ) -> _Wanted:
+        headers = dict(raw_headers)
         settings, content_type = self._settings, _content_type(headers)
         fields = read_fields(body, content_type, path, settings.limits_of(tenant))
         background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
@@ -172,19 +177,22 @@ class Inference:
             fields = response.fields
         resumable = fields.stream and not background and response is None and self._is_resumable(headers)
         key = read_idempotency_key(headers.get(_IDEMPOTENCY))
+        stored = bool(key) or resumable or background
+        asked_stream = fields if response is None else replace(fields, stream=response.stream)
         job = await self._jobs.make(
             tenant=tenant,
             path=path,
             body=body,
             content_type=content_type,
             fields=fields,
-            ttl_ms=self._ttl_ms(headers.get(_DEADLINE), fields, background=background),
+            deadline=self._deadline(headers, asked_stream, background=background, stored=stored),
             on_loss=read_on_loss(headers.get(_ON_LOSS), settings.on_loss),
             idempotency_key=key,
-            stored=bool(key) or resumable or background,
+            stored=stored,
             lane=Lane.BACKGROUND if background else Lane.INTERACTIVE,
             request_id=request_id,
             traceparent=trace or _traceparent(headers),
+            headers=for_engine(raw_headers),
         )
         return _Wanted(job, fields, background, resumable, response)
 
@@ -215,13 +223,18 @@ class Inference:
             return read_flag(headers[_RESUMABLE], RESUMABLE_HEADER)
         return self._settings.resumable_streams
 
-    def _ttl_ms(self, header: bytes | None, fields: RequestFields, *, background: bool) -> int:
+    def _deadline(
+        self, headers: dict[bytes, bytes], fields: RequestFields, *, background: bool, stored: bool
+    ) -> Deadline:
         """How long the request may take."""
         settings = self._settings
-        default_ms, longest_ms = settings.default_deadline_ms, settings.longest_deadline_ms
         if background:
-            default_ms = longest_ms = settings.background_deadline_ms
-        return read_deadline(header, fields.timeout_s, default_ms, longest_ms)
+            longest_ms = settings.background_deadline_ms
+            limit_ms = read_deadline(headers.get(_DEADLINE), fields.timeout_s, longest_ms, longest_ms)
+            return Deadline(limit_ms, f"{limit_ms} ms (at most INFERQ_ROUTER_BACKGROUND_DEADLINE_MS)")
+        default_ms, longest_ms = settings.default_deadline_ms, settings.longest_deadline_ms
+        waits = not (fields.stream or stored)
+        return find_deadline(headers, fields.timeout_s, default_ms, longest_ms, waits=waits)
 
     async def _open_stored(self, request: OpenRequest, job: Job, exchange: Exchange) -> None:
         """Queue a stored job, or follow the one behind whose event the client wants to go on."""

@@ -39,6 +39,7 @@ class JobResponse(BaseModel):
 
     status_code: int
     content_type: str
+    headers: dict[str, str] = Field(description="Those of the engine's that its client was to see")
     body: Any = Field(description="Null if it is too large to be shown here: read it at /output")
     encoding: Literal["json", "text", "base64"] | None
     too_large: bool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from queue_schemas import (
     BrokerUnavailable,
     Job,
@@ -14,7 +16,7 @@ from queue_schemas import (
 )
 from queue_schemas.stored import request_digest
 
-from .core import RequestFields, check_model
+from .core import Deadline, RequestFields, check_model
 from .queue_link import QueueLink
 from .settings import RouterSettings
 
@@ -34,13 +36,14 @@ class JobMaker:
         body: bytes,
         content_type: str,
         fields: RequestFields,
-        ttl_ms: int,
+        deadline: Deadline,
         on_loss: OnLoss,
         idempotency_key: str = "",
         stored: bool = False,
         lane: Lane = Lane.INTERACTIVE,
         request_id: str = "",
         traceparent: str = "",
+        headers: Mapping[str, str] | None = None,
     ) -> Job:
         """The job of a request with ``fields``; one that is not ``stored`` is answered to this Router.
 
@@ -67,11 +70,13 @@ class JobMaker:
             band=band_of_priority(fields.priority),
             stream=fields.stream,
             stored=stored,
-            ttl_ms=ttl_ms,
+            ttl_ms=deadline.limit_ms,
+            deadline_from=deadline.named,
             max_attempts=settings.max_attempts,
             on_loss=on_loss,
             reply_to="" if stored else link.incarnation,
             traceparent=traceparent,
+            headers=headers or {},
             idempotency_key=idempotency_key,
             request_id=request_id,
             region=settings.region,

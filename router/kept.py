@@ -32,7 +32,7 @@ from queue_schemas import (
 from telemetry import get_logger
 
 from .connection import Connection
-from .core import Head, RequestFields, read_deadline, read_fields
+from .core import Deadline, Head, RequestFields, read_deadline, read_fields
 from .core.job_objects import job_object
 from .exchange import Exchange
 from .jobs import JobMaker, memo_of
@@ -84,13 +84,14 @@ class KeptJobs:
         settings = self._state.settings
         fields = read_fields(body, content_type, path, settings.limits_of(tenant))
         longest_ms = settings.background_deadline_ms
+        limit_ms = read_deadline(None, fields.timeout_s, min(deadline_ms or longest_ms, longest_ms), longest_ms)
         job = await self._jobs.make(
             tenant=tenant,
             path=path,
             body=body,
             content_type=content_type,
             fields=fields,
-            ttl_ms=read_deadline(None, fields.timeout_s, min(deadline_ms or longest_ms, longest_ms), longest_ms),
+            deadline=Deadline(limit_ms, f"{limit_ms} ms"),
             on_loss=on_loss or settings.on_loss,
             idempotency_key=idempotency_key,
             stored=True,

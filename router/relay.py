@@ -188,11 +188,14 @@ class Relay:
         return True
 
     def _explained(self, error: InferqError, request: OpenRequest) -> InferqError:
-        """A deadline that passed because nobody serves the model says so."""
+        """A deadline that passed says which limit that was; and that nobody serves the model, if that is why."""
         job = request.job
-        if type(error) is not DeadlineExceeded or job is None or self._state.link.directory.workers_of(job.model):
+        if type(error) is not DeadlineExceeded or job is None or "(set by " in error.message:
             return error
-        return DeadlineExceeded(
-            f"no worker serves {job.model} now, and the request's time of {job.ttl_ms} ms ran out in the queue; "
-            "start a worker for it, or ask for a longer deadline"
-        )
+        limit = job.deadline_from or f"{job.ttl_ms} ms"
+        if not self._state.link.directory.workers_of(job.model):
+            return DeadlineExceeded(
+                f"no worker serves {job.model} now, and the request's time of {limit} ran out in the queue; start a "
+                "worker for it, or ask for a longer deadline"
+            )
+        return DeadlineExceeded(f"{error.message}; its limit was {limit}: allow it more time, or ask for less")

@@ -16,7 +16,6 @@ from typing import TypeVar
 from broker import Broker
 from queue_schemas import (
     BadRequest,
-    DeadlineExceeded,
     EngineFailed,
     EngineState,
     InferqError,
@@ -28,6 +27,7 @@ from queue_schemas import (
     Settled,
     shard_of_job,
 )
+from queue_schemas.deadlines import deadline_passed
 from telemetry import get_logger, inject, span_from, tracing_enabled
 
 from .continuing import NotContinuable, plan_continuation, read_delivered
@@ -352,7 +352,8 @@ class Attempts:
         """Send ``body`` to the engine. Raises ``NotContinuable`` if it refuses to go on."""
         lease = attempt.lease
         job = lease.job
-        call = EngineCall(job.path, body, job.content_type, new_call_id(job.id), inject(job.traceparent))
+        trace = inject(job.traceparent)
+        call = EngineCall(job.path, body, job.content_type, new_call_id(job.id), trace, job.headers or {})
         async with self._engine.call(call) as answer:
             self.seen += 1
             verdict = judge_answer(answer.status, lease.attempt, job.max_attempts)
@@ -390,14 +391,14 @@ class Attempts:
                 "content-length nor chunks, and is no complete JSON"
             )
         self._metrics.usage(attempt.lease.job.model, body)
-        return _Settle(verdict, attempt.cutter.whole(answer.status, answer.content_type, body))
+        return _Settle(verdict, attempt.cutter.whole(answer.status, answer.content_type, body, answer.headers))
 
     async def _stream(
         self, attempt: _Attempt, answer: EngineAnswer, verdict: Outcome, continuation: Continuation | None
     ) -> _Ending:
         job, cutter = attempt.lease.job, attempt.cutter
         attempt.channel = channel = self._channel(attempt)
-        cutter.head(answer.status, answer.content_type, continued=continuation is not None)
+        cutter.head(answer.status, answer.content_type, continued=continuation is not None, headers=answer.headers)
         size = events = 0
         data = b""
         silence = attempt.silence
@@ -448,7 +449,7 @@ class Attempts:
                 return _Release("it was aborted here before", counted=False)
             case Stop.LATE:
                 # The queue expires late jobs as well, but only each second.
-                error = DeadlineExceeded("the request's time ran out while it ran; allow it more, or ask for less")
+                error = deadline_passed("while it ran", attempt.lease.job.deadline_from)
                 unsent = await attempt.channel.close() if attempt.channel is not None else b""
                 return _Settle(Outcome.EXPIRED, unsent + attempt.cutter.fail(error))
             case Stop.UNHEARD:

@@ -19,6 +19,7 @@ from .admission import (
     read_idempotency_key,
     read_on_loss,
 )
+from .deadlines import Deadline, find_deadline
 from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
 from .event_stream import ClientEvents, as_event
 from .events import LAST_EVENT_HEADER, EventNumbers, Position, find_position, read_position
@@ -36,6 +37,7 @@ __all__ = [
     "ON_LOSS_HEADER",
     "RESUMABLE_HEADER",
     "ClientEvents",
+    "Deadline",
     "Directory",
     "EventNumbers",
     "Head",
@@ -53,6 +55,7 @@ __all__ = [
     "check_model",
     "check_size",
     "ending_error",
+    "find_deadline",
     "find_position",
     "is_join_token",
     "known_paths",

@@ -68,6 +68,7 @@ def response_object(head: Head, body: bytes | None) -> dict[str, Any]:
     return {
         "status_code": head.status,
         "content_type": head.content_type,
+        "headers": dict(head.headers),
         "body": shown,
         "encoding": encoding,
         "too_large": body is None,

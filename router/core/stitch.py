@@ -18,8 +18,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from queue_schemas import (
     CONTINUED,
@@ -50,6 +50,8 @@ class Head:
 
     status: int
     content_type: str
+    headers: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Of the engine's, those that the client is to see."""
 
     @property
     def is_event_stream(self) -> bool:
@@ -333,7 +335,7 @@ class Stitch:
         return self._transcript.finished and len(self._transcript.choices) >= self._choices
 
     def _on_head(self, frame: Frame) -> None:
-        head = self._attempt_head = Head(frame.status, frame.content_type)
+        head = self._attempt_head = Head(frame.status, frame.content_type, frame.headers)
         self._streams = self._stream_asked and head.status < 400
         if self.head is None:
             self.head = head if self._streams else None

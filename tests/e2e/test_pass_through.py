@@ -59,6 +59,8 @@ class RecordingEngine:
     """Answers every path with what it was sent; ``seen`` keeps method, path, authorization and size of body of each."""
 
     seen: list[tuple[str, str, str, int]] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of the last request for inference."""
 
     async def answer(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -68,6 +70,12 @@ class RecordingEngine:
             return web.json_response({"object": "list", "data": [{"id": RECORDED, "object": "model"}]})
         if request.method == "GET" and path == "/health":
             return web.Response()
+        self.headers = {name.lower(): value for name, value in request.headers.items()}
+        if "wants-embeddings" in self.headers.get("openai-beta", ""):
+            told = {"metadata": '{"data": [{"start": 0}]}', "set-cookie": "a=b", "x-engine": "1", "keep-alive": "9"}
+            return web.Response(body=b"\x00\xff" * 8, content_type="application/octet-stream", headers=told)
+        if "wants-refusal" in self.headers.get("openai-beta", ""):
+            return web.json_response({"error": {"message": "slow down"}}, status=429, headers={"retry-after": "17"})
         echo = {
             "method": request.method,
             "path": path,
@@ -142,6 +150,38 @@ async def test_an_inference_path_reaches_the_engine_untouched(
         "sha256": hashlib.sha256(body).hexdigest(),
     }
     assert engine[0].asked[before:] == [("POST", path, f"Bearer {ENGINE_KEY}", len(body))]
+
+
+@pytest.mark.parametrize("key", ["", "once-for-headers"])
+async def test_headers_on_the_lists_pass_both_ways(fleet: Fleet, engine: tuple[RecordingEngine, str], key: str) -> None:
+    """[C7] The engine sees the trace and the API's version; the client gets ``metadata``, and no cookie; a kept answer
+    has it too, whenever it is asked for again."""
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    sent = {
+        "traceparent": trace, "tracestate": "vendor=1,other=2", "openai-beta": "wants-embeddings",
+        "anthropic-version": "2023-06-01", "baggage": "user=7", "cookie": "c=1", "content-type": "application/json",
+    }  # fmt: skip
+    for again in (False, True) if key else (False,):
+        headers = sent | ({"idempotency-key": key} if key else {})
+        body = json.dumps({"model": RECORDED, "input": "hi"})
+        async with fleet.session.post(f"{fleet.router.url}/v1/embeddings", data=body, headers=headers) as answer:
+            assert (answer.status, await answer.read()) == (200, b"\x00\xff" * 8)
+            assert answer.headers["metadata"] == '{"data": [{"start": 0}]}'
+            assert not {"set-cookie", "x-engine", "keep-alive"} & {name.lower() for name in answer.headers}
+            assert ("x-inferq-idempotent-replay" in answer.headers) is again
+    seen = engine[0].headers
+    assert {name: seen.get(name) for name in ("traceparent", "tracestate", "anthropic-version")} == {
+        "traceparent": trace, "tracestate": "vendor=1,other=2", "anthropic-version": "2023-06-01",
+    }  # fmt: skip
+    assert not {"baggage", "cookie"} & seen.keys()
+
+
+async def test_an_engines_retry_after_reaches_the_client(fleet: Fleet) -> None:
+    """[C7] As the engine said it, on its own answer."""
+    headers = {"openai-beta": "wants-refusal", "content-type": "application/json"}
+    body = json.dumps({"model": RECORDED, "messages": []})
+    async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", data=body, headers=headers) as answer:
+        assert (answer.status, answer.headers["retry-after"]) == (429, "17")
 
 
 @pytest.mark.parametrize("path", CONTROL_PATHS)

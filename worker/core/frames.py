@@ -12,8 +12,11 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Lease
-from queue_schemas.error_shapes import dialect_of, error_body, error_event, facts_of
+from queue_schemas.error_shapes import dialect_of, error_body, error_event, facts_of, is_final
+from queue_schemas.headers import for_client
 
 from .wholeness import StreamEnd
 
@@ -26,8 +29,18 @@ class FrameCutter:
     """Cuts the answer of one attempt. All results are packed frames, ready to publish or settle."""
 
     __slots__ = (
-        "_after_cr", "_content_type", "_end", "_flags", "_lease", "_mid_event", "_sent", "_seq", "_status", "_tail",
-    )  # fmt: skip
+        "_after_cr",
+        "_content_type",
+        "_end",
+        "_flags",
+        "_headers",
+        "_lease",
+        "_mid_event",
+        "_sent",
+        "_seq",
+        "_status",
+        "_tail",
+    )
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
@@ -36,6 +49,7 @@ class FrameCutter:
         self._sent = b""
         self._status = 0
         self._content_type = ""
+        self._headers: Mapping[str, str] = {}
         self._flags = HEAD
         self._end = StreamEnd(lease.job.path)
         self._after_cr = False
@@ -48,14 +62,18 @@ class FrameCutter:
         """Whether a frame was made: the client may have seen the beginning of an answer."""
         return self._seq > 0
 
-    def whole(self, status: int, content_type: str, body: bytes) -> bytes:
+    def whole(self, status: int, content_type: str, body: bytes, headers: Mapping[str, str] | None = None) -> bytes:
         """The one frame of a plain answer."""
         self._status, self._content_type = status, content_type
+        self._headers = self._told(headers)
         return self._frame(body, END)
 
-    def head(self, status: int, content_type: str, *, continued: bool = False) -> None:
+    def head(
+        self, status: int, content_type: str, *, continued: bool = False, headers: Mapping[str, str] | None = None
+    ) -> None:
         """A stream begins; its first frame will say so, and whether it goes on behind the job's prefix."""
         self._status, self._content_type = status, content_type
+        self._headers = self._told(headers)
         self._flags = HEAD | CONTINUED if continued else HEAD
 
     def feed(self, data: bytes) -> bytes:
@@ -102,7 +120,12 @@ class FrameCutter:
         dialect = dialect_of(job.path)
         if self.begun:
             return self._frame(error_event(facts, dialect, job.request_id, self._sent), END)
-        return self.whole(error.status, "application/json", error_body(facts, dialect, job.request_id))
+        headers = {"x-should-retry": "false"} if is_final(error) else None
+        return self.whole(error.status, "application/json", error_body(facts, dialect, job.request_id), headers)
+
+    def _told(self, headers: Mapping[str, str] | None) -> Mapping[str, str]:
+        """Those of an answer's ``headers`` that go to the Router: none if it would not understand them."""
+        return for_client(headers) if headers and self._lease.job.headers is not None else {}
 
     def _with_line_feeds(self, data: bytes) -> bytes:
         if self._after_cr and data.startswith(b"\n"):
@@ -124,9 +147,9 @@ class FrameCutter:
         self._sent = data or self._sent
         if seq:
             return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, flags, data).pack()
-        return Frame(
-            lease.job.id, lease.epoch, lease.attempt_id, 0, flags | self._flags, data, self._status, self._content_type
-        ).pack()
+        flags |= self._flags
+        head = (self._status, self._content_type, self._headers)
+        return Frame(lease.job.id, lease.epoch, lease.attempt_id, 0, flags, data, *head).pack()
 
 
 def last_border(data: bytes, known: int) -> int:

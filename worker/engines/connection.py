@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from queue_schemas import EngineFailed
+from queue_schemas.headers import CLIENT_HEADERS
 
 from .port import EngineGone
 
@@ -37,7 +38,8 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self) -> None:
         self.status = 0
         self.content_type = ""
-        self.retry_after = ""
+        self.headers: dict[str, str] = {}
+        """Of the answer, those that its client is to see."""
         self.complete = True
         """Whether the answer has arrived to its end: no exchange is under way."""
         self.usable = True
@@ -81,7 +83,8 @@ class EngineConnection(asyncio.Protocol):
         """Begin an exchange."""
         assert self._transport is not None  # noqa: S101 - connected when it is made
         assert self.drained  # noqa: S101 - else another request's answer would begin this one's
-        self.status, self.content_type, self.retry_after = 0, "application/octet-stream", ""
+        self.status, self.content_type = 0, "application/octet-stream"
+        self.headers = {}
         self.complete = self._has_head = False
         self.silent = self.delimited = self._ends_with_connection = True
         self._head_bytes = 0
@@ -188,8 +191,9 @@ class EngineConnection(asyncio.Protocol):
             self.content_type = value.decode("latin-1")
         elif name in (b"content-length", b"transfer-encoding"):
             self._ends_with_connection = False
-        elif name == b"retry-after":
-            self.retry_after = value.decode("latin-1")
+        elif (known := name.decode("latin-1")) in CLIENT_HEADERS:
+            text = value.decode("latin-1")
+            self.headers[known] = f"{self.headers[known]}, {text}" if known in self.headers else text
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()

@@ -9,7 +9,7 @@ import asyncio
 import json
 import re
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -266,7 +266,11 @@ class _Answer:
 
     @property
     def retry_after_s(self) -> float | None:
-        return _seconds_until(self._connection.retry_after)
+        return _seconds_until(self._connection.headers.get("retry-after", ""))
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self._connection.headers
 
     @property
     def delimited(self) -> bool:
@@ -304,8 +308,8 @@ def _optional(call: EngineCall) -> str:
     """Header lines that serve observers only: one that cannot be sent is left out, not the job."""
     return "".join(
         f"{name}: {value}\r\n"
-        for name, value in (("x-request-id", call.call_id), ("traceparent", call.traceparent))
-        if value and not _UNSAFE.search(value)
+        for name, value in (("x-request-id", call.call_id), ("traceparent", call.traceparent), *call.headers.items())
+        if value and not _UNSAFE.search(value.replace(" ", ""))
     )
 
 

@@ -6,9 +6,9 @@ worker) and :mod:`worker.engines.simulated`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from queue_schemas import EngineFailed, EngineState
@@ -30,6 +30,8 @@ class EngineCall:
     content_type: str = "application/json"
     call_id: str = ""
     traceparent: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Further headers of the client's (:mod:`queue_schemas.headers`)."""
 
 
 class EngineAnswer(Protocol):
@@ -38,6 +40,11 @@ class EngineAnswer(Protocol):
     @property
     def status(self) -> int:
         """The HTTP status."""
+        ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers that the client is to see (:mod:`queue_schemas.headers`)."""
         ...
 
     @property

@@ -60,6 +60,11 @@ FULL_JOB = Job(
 SMALL_JOB = Job(id=JOB_ID, tenant=Tenant("t"), model=Pool("m"), path="/v1/embeddings", body=b"\x00\xff")
 REGIONAL_JOB = replace(SMALL_JOB, region="eu-west", patience_ms=500)
 RESUMED_JOB = replace(SMALL_JOB, path="/v1/completions", stream=True, prefix="Il \u00e9tait ")
+TOLD_JOB = replace(
+    SMALL_JOB,
+    headers={"tracestate": "vendor=1", "anthropic-version": "2023-06-01"},
+    deadline_from="600000 ms (set by INFERQ_ROUTER_DEFAULT_DEADLINE_MS)",
+)
 WHOLE_FRAME = Frame(JOB_ID, 1, "a1b2c3d4e5f60", 0, HEAD | END, b'{"id":"x"}', 200, "application/json")
 FRAME_RUN = (
     Frame(JOB_ID, 7, "a1b2c3d4e5f60", 0, HEAD, b"data: 1\n\n", 200, "text/event-stream"),
@@ -67,6 +72,9 @@ FRAME_RUN = (
     Frame(JOB_ID, 7, "a1b2c3d4e5f60", 2, END, b""),
 )
 CONTINUED_FRAME = Frame(JOB_ID, 3, "a1b2c3d4e5f60", 0, HEAD | CONTINUED, b"data: 4\n\n", 200, "text/event-stream")
+TOLD_FRAME = Frame(
+    JOB_ID, 1, "a1b2c3d4e5f60", 0, HEAD | END, b"{}", 429, "application/json", {"retry-after": "7"}
+)  # fmt: skip
 MARKERS = tuple(Marker(kind, JOB_ID, 2, "its worker was lost") for kind in MarkerKind)
 CONTROLS = (
     Control(ControlKind.WAKE),
@@ -86,9 +94,11 @@ MESSAGES = {
     "job_v1_defaults": SMALL_JOB.pack(),
     "job_v1_region": REGIONAL_JOB.pack(),
     "job_v1_resumed": RESUMED_JOB.pack(),
+    "job_v1_headers": TOLD_JOB.pack(),
     "frame_whole": WHOLE_FRAME.pack(),
     "frame_run": b"".join(frame.pack() for frame in FRAME_RUN),
     "frame_continued": CONTINUED_FRAME.pack(),
+    "frame_headers": TOLD_FRAME.pack(),
     **{f"marker_{marker.kind}": marker.pack() for marker in MARKERS},
     **{f"control_{control.kind}": entry(control) for control in CONTROLS},
 }
@@ -117,12 +127,14 @@ def test_jobs_are_read_as_ever() -> None:
     assert Job.unpack(golden("job_v1_defaults")) == SMALL_JOB
     assert Job.unpack(golden("job_v1_region")) == REGIONAL_JOB
     assert Job.unpack(golden("job_v1_resumed")) == RESUMED_JOB
+    assert Job.unpack(golden("job_v1_headers")) == TOLD_JOB
 
 
 def test_frames_and_markers_are_read_as_ever() -> None:
     """Today's reader understands golden answers."""
     assert unpack_frames(golden("frame_whole")) == [WHOLE_FRAME]
     assert unpack_frames(golden("frame_run")) == list(FRAME_RUN)
+    assert unpack_frames(golden("frame_headers")) == [TOLD_FRAME]
     assert unpack_frames(golden("frame_continued")) == [CONTINUED_FRAME]
     for marker in MARKERS:
         assert unpack_marker(golden(f"marker_{marker.kind}")) == marker

@@ -44,6 +44,8 @@ ATTEMPT_IDS = itertools.count()
 class Answer:
     """An answer made of pieces; an exception among them is raised, an event is waited for."""
 
+    headers: Mapping[str, str] = {}
+
     def __init__(self, status: int, content_type: str, pieces: list[Any], *, delimited: bool = True) -> None:
         self.delimited = delimited
         self.retry_after_s: float | None = None

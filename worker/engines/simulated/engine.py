@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 
 from queue_schemas import EngineFailed, EngineState
@@ -110,6 +110,7 @@ class _WholeAnswer:
 
     delimited = True
     retry_after_s = None
+    headers: Mapping[str, str] = {}
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
@@ -130,6 +131,7 @@ class _StreamedAnswer:
     status = 200
     delimited = True
     retry_after_s = None
+    headers: Mapping[str, str] = {}
 
     def __init__(self, content_type: str, pieces: AsyncGenerator[bytes, None]) -> None:
         self.content_type = content_type
