@@ -16,7 +16,8 @@ from worker.engines.simulated import Simulation, SimulationSettings
 from worker.engines.simulated.app import SimulationApp
 from worker.engines.simulated.run import Reply
 
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "minLength": 20}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 ASK = [{"role": "user", "content": "Ask weather."}]
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import secrets
 import struct
@@ -24,6 +23,7 @@ from itertools import product
 
 from .requests import DIGEST_CHARS, Generate, prompt_digest
 from .settings import SimulationSettings
+from .structured import Shape, shaped_text
 from .tokens import CHARS_PER_TOKEN, count_tokens, split_tokens
 
 WORDS: tuple[str, ...] = tuple(f" {a}{b}{c}" for a, b, c in product("bcdfghjklmnprstv", "aeio", "bdnt"))
@@ -58,8 +58,8 @@ def chat_prompt(messages: Iterable[tuple[str, str]]) -> str:
 
 
 def answer(request: Generate, settings: SimulationSettings) -> tuple[Choice, ...]:
-    """The choices of a chat or text completion."""
-    return tuple(_choice(request, settings, index) for index in range(request.choices))
+    """The choices of a request: ``n`` for each prompt, in the order of the prompts."""
+    return tuple(_choice(asked, settings, index) for asked in request.prompts for index in range(asked.choices))
 
 
 def embedding(text: str, model: str, seed: int, dimensions: int) -> list[float]:
@@ -76,13 +76,17 @@ def packed_embedding(vector: list[float]) -> str:
 
 
 def _choice(request: Generate, settings: SimulationSettings, index: int) -> Choice:
-    key = f"{settings.seed}\0{request.model}\0{request.seed}\0{index}\0{request.prompt}"
-    pieces, ended = _rest(request, *_drawn(request, settings, key.encode("utf-8", "surrogatepass")))
+    key = f"{settings.seed}\0{request.model}\0{request.seed}\0{index}\0{request.prompt}".encode(
+        "utf-8", "surrogatepass"
+    )
     if request.call:
-        arguments = split_tokens(json.dumps({"said": "".join(pieces)}))
-        whole = ended and len(arguments) <= request.limit
-        finish = "tool_calls" if whole else "length"
-        return Choice(tuple(arguments[: request.limit]), finish, call=request.call)
+        pieces, ended = _shaped(request, request.call.arguments, key)
+        return Choice(tuple(pieces), "tool_calls" if ended else "length", call=request.call.name)
+    if request.shape:
+        pieces, ended = _shaped(request, request.shape, key)
+    else:
+        pieces, ended = _rest(request, *_drawn(request, settings, key))
+    thoughts = 0 if request.shape else min(request.thoughts, len(pieces) // 2)
     if request.echo:
         pieces = split_tokens(request.prompt) + pieces
     finish = "stop" if ended else "length"
@@ -93,7 +97,14 @@ def _choice(request: Generate, settings: SimulationSettings, index: int) -> Choi
             at, stop = min(found)
             kept = text[: at + len(stop)] if request.keep_stop else text[:at]
             return Choice(tuple(split_tokens(kept)), "stop", stop)
-    return Choice(tuple(pieces), finish, thoughts=min(request.thoughts, len(pieces) // 2))
+    return Choice(tuple(pieces), finish, thoughts=thoughts)
+
+
+def _shaped(request: Generate, shape: Shape, key: bytes) -> tuple[list[str], bool]:
+    """The tokens of a text of that shape behind the prefix, and whether it is complete within the limit."""
+    text = shaped_text(shape, key)
+    pieces = split_tokens(text[len(request.prefix) :] if text.startswith(request.prefix) else text)
+    return pieces[: request.limit], len(pieces) <= request.limit
 
 
 def _rest(request: Generate, pieces: list[str], ended: bool) -> tuple[list[str], bool]:

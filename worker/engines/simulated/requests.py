@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import orjson
 
 from .failures import Failure, parse_order
+from .logprobs import chat_logprobs, completion_logprobs
+from .refusal import Fields, RefusedRequest, refuse_unsimulated
 from .settings import Mode, SimulationSettings
-from .tokens import CHARS_PER_TOKEN, VOCABULARY, count_tokens, decode_tokens
-from .tools import function_to_call, thinking
+from .structured import Shape, shape_of
+from .tokens import CHARS_PER_TOKEN, VOCABULARY, count_tokens, decode_foreign_tokens, decode_tokens
+from .tools import Tool, chat_tools, thinking, tool_to_call
 
 DIGEST_CHARS = 16
 MAX_CHOICES = 128
@@ -20,24 +23,19 @@ MAX_INPUTS = 2048
 _DIGEST = re.compile(r"(?=([0-9a-f]{16}))[0-9a-f]")
 
 
-class RefusedRequest(Exception):
-    """The request is answered with an error object. ``kind`` is vLLM's name for it."""
-
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400, kind: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
-        self.status = status
-        self.kind = kind or ("NotFoundError" if status == 404 else "BadRequestError")
+Api = Literal["chat", "text", "responses", "messages"]
 
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """A chat or text completion, or a response. ``limit`` is in tokens; ``prompt`` is the whole text the engine would
-    read, but for ``prefix``: the beginning of the answer, behind which it is to go on. ``call`` is the function that it
-    calls, if it does; ``thoughts`` is how many tokens it thinks before it speaks."""
+    """A chat or text completion, a response or a message. ``limit`` is in tokens; ``prompt`` is the whole text the
+    engine would read, but for ``prefix``: the beginning of the answer, behind which it is to go on. ``call`` is the
+    tool that it calls, if it does; ``thoughts`` is how many tokens it thinks before it speaks; ``shape`` is what its
+    text must be;
+    ``logprobs`` how many alternatives are told beside each token, None for no log probabilities. ``others`` are the
+    further prompts of the same completion. ``fields`` are those of the request that its answer repeats."""
 
-    api: Literal["chat", "text", "responses"]
+    api: Api
     model: str
     prompt: str
     last_user: str
@@ -53,8 +51,17 @@ class Generate:
     seed: int
     failure: Failure | None
     prefix: str
-    call: str = ""
+    call: Tool | None = None
     thoughts: int = 0
+    shape: Shape | None = None
+    logprobs: int | None = None
+    others: tuple[Generate, ...] = ()
+    fields: Fields = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> tuple[Generate, ...]:
+        """Every prompt with its parameters, this one first."""
+        return (self, *self.others)
 
     @property
     def chat(self) -> bool:
@@ -70,9 +77,6 @@ class Embed:
     dimensions: int
     base64: bool
     failure: Failure | None
-
-
-Fields = dict[str, Any]
 
 
 def parse_object(body: bytes) -> Fields:
@@ -110,20 +114,28 @@ def parse_chat(body: bytes, settings: SimulationSettings) -> Generate:
     if limit is None:
         limit = optional_int(fields, "max_tokens", least=1)
     request = generate(fields, settings, "".join(parts), last_user, limit, api="chat", prefix=prefix)
-    called = function_to_call(fields, last_user if messages[-1]["role"] == "user" else "")
-    return replace(request, call=called, thoughts=thinking(fields))
+    asked = last_user if messages[-1]["role"] == "user" else ""
+    called = tool_to_call(chat_tools(fields), fields.get("tool_choice"), asked)
+    return replace(request, call=called, thoughts=thinking(fields), logprobs=chat_logprobs(fields))
 
 
 def parse_completion(body: bytes, settings: SimulationSettings) -> Generate:
-    """``POST /v1/completions``: one prompt, as text or as token ids."""
+    """``POST /v1/completions``: a prompt, as text or as token ids, or a list of prompts."""
     fields = parse_object(body)
     prompt = fields.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]
-    text = _text_of(prompt, "prompt")
-    limit = optional_int(fields, "max_tokens", least=1)
-    prompt, prefix = _asked_and_said(text, settings.mode)
-    return generate(fields, settings, prompt, prompt, 16 if limit is None else limit, api="text", prefix=prefix)
+    several = isinstance(prompt, list) and not (prompt and all(type(item) is int for item in prompt))
+    prompts = prompt if isinstance(prompt, list) and several else [prompt]
+    choices = len(prompts) * (optional_int(fields, "n", least=1) or 1)
+    if not prompts or choices > MAX_CHOICES:
+        raise RefusedRequest(f"prompt: 1 to {MAX_CHOICES} choices, n for each prompt", param="prompt")
+    limit = optional_int(fields, "max_tokens", least=0 if as_bool(fields, "echo") else 1)
+    limit, logprobs = 16 if limit is None else limit, completion_logprobs(fields)
+    made = []
+    for one in prompts:
+        asked, prefix = _asked_and_said(_text_of(one, "prompt"), settings.mode)
+        request = generate(fields, settings, asked, asked, limit, api="text", prefix=prefix)
+        made.append(replace(request, logprobs=logprobs))
+    return replace(made[0], others=tuple(made[1:]))
 
 
 def parse_embeddings(body: bytes, settings: SimulationSettings) -> Embed:
@@ -190,11 +202,12 @@ def generate(
     last_user: str,
     limit: int | None,
     *,
-    api: Literal["chat", "text", "responses"],
+    api: Api,
     prefix: str = "",
 ) -> Generate:
     """What is asked for behind ``prompt``, with the parameters that all of them know."""
     model = model_of(fields, settings)
+    refuse_unsimulated(fields, api)
     prompt_tokens = count_tokens(prompt) + count_tokens(prefix)
     room = settings.max_model_len - prompt_tokens
     if room < (limit or 1):
@@ -216,7 +229,7 @@ def generate(
         last_user=last_user,
         prompt_tokens=prompt_tokens,
         stream=stream,
-        include_usage=api != "responses" and _include_usage(fields, stream=stream),
+        include_usage=api in ("chat", "text") and _include_usage(fields, stream=stream),
         limit=room if limit is None else limit,
         choices=choices or 1,
         stop=_stop(fields.get("stop")),
@@ -226,6 +239,7 @@ def generate(
         seed=optional_int(fields, "seed") or 0,
         failure=_failure(fields),
         prefix=prefix,
+        shape=shape_of(fields),
     )
 
 
@@ -277,7 +291,7 @@ def _text_of(value: Any, param: str) -> str:
         return value
     if isinstance(value, list) and value and all(type(item) is int for item in value):
         try:
-            return decode_tokens(value)
+            return decode_tokens(value) if param == "tokens" else decode_foreign_tokens(value)
         except ValueError as error:
             raise RefusedRequest(f"{error}; ids are below {VOCABULARY}", param=param) from error
     raise RefusedRequest(f"{param}: Input should be a valid string or a list of token ids", param=param)

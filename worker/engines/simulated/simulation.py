@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import orjson
 
-from . import responses, scoring, wire
+from . import messages, responses, scoring, wire
 from .answers import Choice, answer, embedding, packed_embedding
 from .failures import Failure, FailureKind, drawn_failure
 from .prefix_cache import PrefixCache
+from .refusal import RefusedRequest
 from .requests import (
     Embed,
     Generate,
-    RefusedRequest,
     parse_chat,
     parse_completion,
     parse_detokenize,
@@ -35,7 +35,13 @@ from .schedule import Pace, Slots
 from .settings import SimulationSettings
 from .tokens import count_tokens, encode_tokens
 
-_ANSWER_IDS = {"chat": "chatcmpl-", "text": "cmpl-", "responses": "resp_"}
+_ANSWER_IDS = {"chat": "chatcmpl-", "text": "cmpl-", "responses": "resp_", "messages": "msg_"}
+_WIRES: dict[str, type[wire.AnswerWire]] = {
+    "chat": wire.StreamWire,
+    "text": wire.StreamWire,
+    "responses": responses.ResponseWire,
+    "messages": messages.MessageWire,
+}
 REMEMBERED_ORDERS = 4096
 REMEMBERED_ANSWERS = 1024
 REMEMBERED_BODY_BYTES = 8192
@@ -66,6 +72,8 @@ class Simulation:
             "/v1/chat/completions": _Route("POST", self._generation(parse_chat)),
             "/v1/completions": _Route("POST", self._generation(parse_completion)),
             "/v1/responses": _Route("POST", self._generation(responses.parse_responses)),
+            messages.PATH: _Route("POST", self._generation(messages.parse_messages)),
+            f"{messages.PATH}/count_tokens": _Route("POST", self._count_tokens),
             "/v1/embeddings": _Route("POST", lambda body: self._embed(parse_embeddings(body, settings))),
             "/v1/models": _Route("GET", lambda _: Reply(200, wire.JSON, wire.model_list(settings, self._created))),
             "/health": _Route("GET", lambda _: Reply(200, wire.JSON, b"")),
@@ -131,6 +139,9 @@ class Simulation:
         try:
             return route.handle(body)
         except RefusedRequest as refusal:
+            if path.startswith(messages.PATH):
+                body = messages.error_object(refusal.message, refusal.status)
+                return Reply(refusal.status, wire.JSON, body)
             return _refusal(refusal.message, refusal.kind, refusal.status, refusal.param)
 
     def crash(self) -> None:
@@ -180,17 +191,21 @@ class Simulation:
             return reply
         answer_id = f"{_ANSWER_IDS[request.api]}{self._salt}{self._number:08x}"
         created = int(time.time())
+        prompt_tokens = sum(asked.prompt_tokens for asked in request.prompts)
+
+        def admit() -> int:
+            asked = request.prompts
+            return sum(self._cache.admit(one.model, one.prompt, one.prompt_tokens) for one in asked)
 
         def usage(cached_tokens: int) -> wire.Usage:
             said, thought = (sum(n) for n in zip(*((len(c.pieces), c.thoughts) for c in choices), strict=True))
-            return wire.Usage(request.prompt_tokens, cached_tokens, said, thought)
+            return wire.Usage(prompt_tokens, cached_tokens, said, thought)
 
-        write: type[wire.AnswerWire] = responses.ResponseWire if request.api == "responses" else wire.StreamWire
-
+        write = _WIRES[request.api]
         work = Work(
             number=self._number,
-            prompt_tokens=request.prompt_tokens,
-            admit=lambda: self._cache.admit(request.model, request.prompt, request.prompt_tokens),
+            prompt_tokens=prompt_tokens,
+            admit=admit,
             steps=max(len(choice.pieces) for choice in choices),
             width=len(choices),
             finish=choices[0].finish,
@@ -262,6 +277,10 @@ class Simulation:
         ids = [token for text in parse_tokenize(body, self.settings) for token in encode_tokens(text)]
         fields = {"count": len(ids), "max_model_len": self.settings.max_model_len, "tokens": ids, "token_strs": None}
         return Reply(200, wire.JSON, orjson.dumps(fields))
+
+    def _count_tokens(self, body: bytes) -> Reply:
+        counted = messages.parse_messages(body, self.settings, counting=True)
+        return Reply(200, wire.JSON, orjson.dumps({"input_tokens": counted.prompt_tokens}))
 
     def _detokenize(self, body: bytes) -> Reply:
         return Reply(200, wire.JSON, orjson.dumps({"prompt": parse_detokenize(body, self.settings)}))

@@ -13,6 +13,9 @@ _PIECE = re.compile(r"[\x00-\x7f]{1,4}|[^\x00-\x7f]")
 _BEYOND_ASCII = 1 << 30
 VOCABULARY = _BEYOND_ASCII + 0x110000
 """Ids are below this."""
+FOREIGN_VOCABULARY = 1 << 20
+"""Ids of other tokenizers are below this."""
+_PRIVATE_USE = 0xF0000
 
 
 def count_tokens(text: str) -> int:
@@ -37,6 +40,21 @@ def encode_tokens(text: str) -> list[int]:
 def decode_tokens(ids: Iterable[int]) -> str:
     """The text of ``ids``. Raises ``ValueError`` for a number that is no token."""
     return "".join(_piece_of(token) for token in ids)
+
+
+def decode_foreign_tokens(ids: Iterable[int]) -> str:
+    """The text of ``ids``, where an id that only another tokenizer has stands for one character of a private use area:
+    clients that count tokens themselves send such ids. Raises ``ValueError`` for a number that no tokenizer has."""
+    return "".join(_foreign_piece(token) for token in ids)
+
+
+def _foreign_piece(token: int) -> str:
+    try:
+        return _piece_of(token)
+    except ValueError:
+        if not 0 <= token < FOREIGN_VOCABULARY:
+            raise
+        return chr(_PRIVATE_USE + token % 0xFFFE)
 
 
 def _id_of(piece: str) -> int:

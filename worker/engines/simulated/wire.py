@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import orjson
 
 from .answers import WORDS, Choice
+from .logprobs import chat_content, completion_fields
 from .requests import Generate
 from .settings import SimulationSettings
 
@@ -139,7 +140,7 @@ class StreamWire:
         self._tail = after + b',"logprobs":null,"finish_reason":null}]}\n\n'
         self._heads = [self._head + b'{"index":%d,%b' % (index, before) for index in range(len(choices))]
         self._answer_id, self._created = answer_id, created
-        self._plain = not any(choice.call or choice.thoughts for choice in choices)
+        self._plain = request.logprobs is None and not any(choice.call or choice.thoughts for choice in choices)
         self.steps = max(len(choice.pieces) for choice in choices)
 
     def whole(self, usage: Usage) -> bytes:
@@ -155,7 +156,7 @@ class StreamWire:
                     {
                         "index": index,
                         **({"message": _message(choice, self._answer_id)} if chat else {"text": choice.text}),
-                        "logprobs": None,
+                        "logprobs": self._logprobs(choice, choice.thoughts, len(choice.pieces)),
                         "finish_reason": choice.finish,
                         "stop_reason": choice.stop,
                     }
@@ -194,9 +195,23 @@ class StreamWire:
             if step < len(choice.pieces)
         )
 
+    def _logprobs(self, choice: Choice, start: int, end: int) -> dict[str, Any] | None:
+        """The log probabilities of tokens ``start`` to ``end``, if they were asked for; thoughts have none."""
+        top = self._request.logprobs
+        if top is None or start < choice.thoughts:
+            return None
+        pieces = choice.pieces[start:end]
+        if self._request.chat:
+            return chat_content(pieces, start, top)
+        offset = sum(len(piece) for piece in choice.pieces[:start])
+        return completion_fields(pieces, start, top, offset=offset, whole_prompt=self._request.echo)
+
     def _special(self, index: int, choice: Choice, step: int) -> bytes:
-        """A chunk of a thought, or of a call of a function."""
-        piece = choice.pieces[step]
+        """A chunk with more than plain text: of a thought, of a call of a function, or with log probabilities."""
+        piece, logprobs = choice.pieces[step], self._logprobs(choice, step, step + 1)
+        if not self._request.chat:
+            chunk = {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": None}
+            return self._head + orjson.dumps(chunk) + b"]}\n\n"
         delta: dict[str, Any] = {"content": piece}
         if choice.call:
             begun: dict[str, Any] = {} if step else _called(choice, self._answer_id)
@@ -204,7 +219,7 @@ class StreamWire:
             delta = {"tool_calls": [{"index": 0, **begun, "function": function}]}
         elif step < choice.thoughts:
             delta = {"reasoning": piece}
-        said = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        said = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
         return self._head + orjson.dumps(said) + b"]}\n\n"
 
     def closing(self, usage: Usage) -> bytes:
