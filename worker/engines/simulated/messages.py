@@ -21,9 +21,8 @@ _THOUGHTS = 8
 _ERROR_KINDS = {400: "invalid_request_error", 404: "not_found_error"}
 
 
-def parse_messages(body: bytes, settings: SimulationSettings, *, counting: bool = False) -> Generate:
-    """``POST /v1/messages``, or what ``/v1/messages/count_tokens`` counts. A last message of the assistant is gone on
-    with."""
+def parse_messages(body: bytes, settings: SimulationSettings) -> Generate:
+    """``POST /v1/messages``. A last message of the assistant is the beginning of the answer."""
     fields = parse_object(body)
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -41,7 +40,7 @@ def parse_messages(body: bytes, settings: SimulationSettings, *, counting: bool 
             parts.append(f"<|{role}|>{text}\n")
             asked = text if role == "user" and place == len(messages) else ""
     limit = optional_int(fields, "max_tokens", least=1)
-    if limit is None and not counting:
+    if limit is None:
         raise RefusedRequest("max_tokens: Field required", param="max_tokens")
     known = fields | {"stop": fields.get("stop_sequences")}
     request = generate(known, settings, "".join(parts), asked, limit, api="messages", prefix=prefix)

@@ -11,7 +11,8 @@ import orjson
 
 from . import wire
 from .answers import embedding
-from .requests import Fields, RefusedRequest, model_of, parse_object
+from .refusal import Fields, RefusedRequest
+from .requests import model_of, parse_object
 from .run import Reply
 from .settings import SimulationSettings
 from .tokens import count_tokens

@@ -73,7 +73,6 @@ class Simulation:
             "/v1/completions": _Route("POST", self._generation(parse_completion)),
             "/v1/responses": _Route("POST", self._generation(responses.parse_responses)),
             messages.PATH: _Route("POST", self._generation(messages.parse_messages)),
-            f"{messages.PATH}/count_tokens": _Route("POST", self._count_tokens),
             "/v1/embeddings": _Route("POST", lambda body: self._embed(parse_embeddings(body, settings))),
             "/v1/models": _Route("GET", lambda _: Reply(200, wire.JSON, wire.model_list(settings, self._created))),
             "/health": _Route("GET", lambda _: Reply(200, wire.JSON, b"")),
@@ -277,10 +276,6 @@ class Simulation:
         ids = [token for text in parse_tokenize(body, self.settings) for token in encode_tokens(text)]
         fields = {"count": len(ids), "max_model_len": self.settings.max_model_len, "tokens": ids, "token_strs": None}
         return Reply(200, wire.JSON, orjson.dumps(fields))
-
-    def _count_tokens(self, body: bytes) -> Reply:
-        counted = messages.parse_messages(body, self.settings, counting=True)
-        return Reply(200, wire.JSON, orjson.dumps({"input_tokens": counted.prompt_tokens}))
 
     def _detokenize(self, body: bytes) -> Reply:
         return Reply(200, wire.JSON, orjson.dumps({"prompt": parse_detokenize(body, self.settings)}))
