@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from queue_schemas import MarkerKind
+from queue_schemas import END, MarkerKind
 from tests.support.processes import free_port
 from tests.support.servers import Server
 from tests.support.waiting import eventually
@@ -239,20 +239,35 @@ async def test_a_hung_engine_loses_its_jobs_to_another_worker(fleet: Fleet, clie
 
 
 async def test_a_stream_that_its_engine_forgot_is_given_up_alone(fleet: Fleet, client: Client) -> None:
-    """One stream stands still while its neighbour goes on: it runs again elsewhere, its neighbour is not touched."""
-    worker = await fleet.worker("w1", "--stream-idle-limit-ms", "1000").until_ready()
-    await fleet.worker("w2", "--stream-idle-limit-ms", "1000").until_ready()
-    neighbour = await client.send(stream=True, max_tokens=400)
-    stuck = await client.send(stream=True, order={"fail": "hang", "after_tokens": 3, "times": 1})
-    await client.begun(stuck)
-    answer = await client.answer(stuck, 30)
-    assert complete(answer)
-    assert [marker.kind for marker in answer.markers] == [MarkerKind.REQUEUED]
-    beside = await client.answer(neighbour, 30)
-    assert complete(beside)
-    assert not beside.markers
-    assert "stream_stuck" in worker.process.log_text()
-    assert "inferq_fenced_total 0.0" in worker.metrics()
+    """[C5] Streams stand still on one worker while others there go on: they run again elsewhere, the others stay."""
+    workers = [await fleet.worker(name, "--stream-idle-limit-ms", "1000").until_ready() for name in ("w1", "w2")]
+    neighbours = [await client.send(stream=True, max_tokens=200) for _ in range(6)]
+    for neighbour in neighbours:
+        await client.begun(neighbour)
+    hang = {"fail": "hang", "after_tokens": 3, "on": "w1"}
+    stuck = [await client.send(stream=True, order=hang) for _ in range(6)]
+    answers = [await client.answer(job, 30) for job in stuck]
+    assert all(map(complete, answers))
+    moved = [answer for answer in answers if answer.markers]
+    assert moved, "none of them ran where streams are forgotten"
+    assert all([marker.kind for marker in answer.markers] == [MarkerKind.REQUEUED] for answer in moved)
+    beside = [await client.answer(neighbour, 30) for neighbour in neighbours]
+    assert all(map(complete, beside))
+    assert not any(answer.markers for answer in beside)
+    assert "stream_stuck" in workers[0].process.log_text()
+    assert "inferq_fenced_total 0.0" in workers[0].metrics()
+
+
+async def test_a_stream_that_its_only_engine_forgot_ends_with_an_error(fleet: Fleet, client: Client) -> None:
+    """[C5] The same engine would do the same again: the client is told, once, and by which limit."""
+    await fleet.worker("w1", "--stream-idle-limit-ms", "1000").until_ready()
+    neighbour = await client.send(stream=True, max_tokens=200)
+    await client.begun(neighbour)
+    answer = await client.ask(stream=True, order={"fail": "hang", "after_tokens": 3})
+    assert answer.frames[-1].flags & END
+    assert b"INFERQ_WORKER_STREAM_IDLE_LIMIT_MS" in answer.body
+    assert not answer.markers
+    assert complete(await client.answer(neighbour, 30))
 
 
 async def test_an_unreachable_engine_is_said_and_its_jobs_wait(fleet: Fleet, client: Client) -> None:
