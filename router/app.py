@@ -19,14 +19,17 @@ from queue_schemas.acting import RAY_SCHEME
 from storage import ObjectStore, StorageSettings, WebhookSettings
 from telemetry.asgi import request_id_from
 from telemetry.fabric_calls import FabricHttp
+from telemetry.methods import allow_header, answered_methods
 from telemetry.server import refuse_unguarded
 
 from .connection import Connection
+from .cors import with_cors
 from .exchange import Exchange
 from .http import build_pages
 from .inference import Inference
 from .manager_port import HttpManager, RemoteManager
 from .manager_route import ManagerRoute
+from .own_paths import refuse_own_paths
 from .ports import ManagerPort, OpenQueue
 from .ray_manager import RayManager
 from .settings import RouterSettings
@@ -45,6 +48,8 @@ class RouterApp:
         self._paths = state.settings.paths
         self._inference = Inference(state)
         self._pages = build_pages(state)
+        refuse_own_paths(self._pages, state.settings.extra_paths)
+        self._entry = with_cors(self._serve, state.settings.cors_allow_origins)
         self._leave_by = float("inf")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,6 +58,9 @@ class RouterApp:
             return
         if scope["type"] != "http":
             return
+        await self._entry(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.state.leaving:
             send = _closing(send)
         path: str = scope["path"]
@@ -112,9 +120,14 @@ class RouterApp:
 
     async def _refuse_method(self, scope: Scope, send: Send, path: str) -> None:
         exchange = Exchange(send, request_id_from(scope["headers"]).encode(), scope["path"])
-        await exchange.fail(
-            MethodNotAllowed(f"{path} does not answer {scope['method']}: use POST"), headers=[(b"allow", b"POST")]
-        )
+        allow = (b"allow", allow_header(answered_methods(self._pages, path) | {"OPTIONS", "POST"}).encode())
+        if scope["method"] == "OPTIONS":
+            exchange.add_header(*allow)
+            await exchange.empty(204)
+        else:
+            await exchange.fail(
+                MethodNotAllowed(f"{path} does not answer {scope['method']}: use POST"), headers=[allow]
+            )
         self.state.metrics.answered(path, exchange.status)
 
     async def _refuse_spelling(self, scope: Scope, send: Send) -> None:

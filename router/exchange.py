@@ -58,6 +58,12 @@ class Exchange:
             await self._begin(head, (b"content-length", b"%d" % len(data)))
         await self._send({"type": "http.response.body", "body": data})
 
+    async def empty(self, status: int) -> None:
+        """An answer without a body."""
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": [self._id_header, *self._more]})
+        await self._send({"type": "http.response.body", "body": b""})
+
     async def write(self, head: Head, data: bytes) -> None:
         """A piece of a streamed answer."""
         if head.is_event_stream:

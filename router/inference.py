@@ -30,6 +30,7 @@ from queue_schemas.headers import for_engine
 from queue_schemas.stored import request_digest
 from telemetry import get_logger, inject, span_for_request, tracing_enabled
 from telemetry.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
+from telemetry.content_coding import decoded_body
 
 from .bodies import ClientGone, read_body
 from .connection import Connection
@@ -126,7 +127,7 @@ class Inference:
         self._requests.add(request)
         try:
             tenant = self._admit(request, headers)
-            body = await self._body(request, receive)
+            body = await self._body(request, decoded_body(receive, scope["headers"]))
             wanted = await self._wanted(path, body, scope["headers"], tenant, request_id, trace)
             if wanted.background:
                 if await self._accept(wanted, request, exchange):

@@ -14,6 +14,7 @@ from telemetry.connections import ConnectionLimits
 
 from .core import OnNoWorker, known_paths
 from .core.batches import window_seconds
+from .cors import check_origin
 
 MIB = 1024 * 1024
 
@@ -42,6 +43,11 @@ class RouterSettings(RequestSettings):
     pools: CommaList = Field(default_factory=list, description="Models that are known even before a worker serves them")
     extra_paths: CommaList = Field(
         default_factory=list, description="Paths passed to engines beside the inference paths that are built in"
+    )
+    cors_allow_origins: CommaList = Field(
+        default_factory=list,
+        description="Origins whose web pages may call this Router, such as https://app.example.com, or *; none: no "
+        "answer says so, and browsers refuse it to pages of other origins",
     )
     responses: Literal["engine", "chat"] = Field(
         "engine",
@@ -208,6 +214,11 @@ class RouterSettings(RequestSettings):
     def _plain_paths(cls, value: list[str]) -> list[str]:
         known_paths(value)
         return value
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        return [check_origin(origin) for origin in value]
 
     @field_validator("batch_windows")
     @classmethod

@@ -31,10 +31,13 @@ from queue_schemas import (
     InferqError,
     MethodNotAllowed,
     PathNotFound,
+    UnsupportedEncoding,
 )
 from queue_schemas.error_shapes import Dialect, dialect_of, error_body, facts_of, is_final
 
+from .content_coding import ACCEPT_ENCODING, decoded_body
 from .logs import bind, get_logger
+from .methods import DerivedMethods, allow_header, answered_methods
 from .metrics import MetricsRegistry, render_metrics
 
 REQUEST_ID_HEADER = b"x-request-id"
@@ -86,6 +89,8 @@ def error_answer(
         headers.append((b"x-should-retry", b"false"))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if error.status == 415:
+        headers.append((b"accept-encoding", ACCEPT_ENCODING))
     return error.status, headers, body
 
 
@@ -137,9 +142,11 @@ class RequestContext:
         try:
             if (scope["method"], scope["path"]) not in self._unbounded:
                 _check_length(scope["headers"], self._max_body_bytes)
-                receive = _bounded(receive, self._max_body_bytes)
+                receive = _bounded(decoded_body(receive, scope["headers"]), self._max_body_bytes)
+            else:
+                receive = decoded_body(receive, scope["headers"])
             await self._app(scope, receive, send_with_id)
-        except BodyTooLarge as error:
+        except (BodyTooLarge, UnsupportedEncoding) as error:
             await _send_error(error, send_with_id, dialect, request_id)
         except Exception:
             log.exception("request_failed", method=scope["method"], path=scope["path"])
@@ -202,6 +209,7 @@ def prepare_app(
     and an OpenAPI document that says so. ``unbounded``: methods and paths that bound their bodies themselves.
     ``unknown_path`` ends the sentence that answers any other path."""
     app.state.unknown_path = unknown_path
+    app.add_middleware(DerivedMethods)
     app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes, unbounded=unbounded)
     app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]  # as FastAPI documents it
     app.add_exception_handler(InferqError, _on_inferq_error)
@@ -341,7 +349,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         return error_response(PathNotFound(f"there is no {path} here; {request.app.state.unknown_path}"), request)
     if error.status_code == 405:
         response = error_response(MethodNotAllowed(f"{path} does not answer {method}"), request)
-        response.headers.update(error.headers or {})
+        response.headers["allow"] = allow_header(answered_methods(request.app, path))
         return response
     if error.status_code < 500:
         refused = BadRequest(str(error.detail))

@@ -51,11 +51,6 @@ _TIMEOUT = "a number of seconds above 0: how long the request may take"
 _MAX_STRUCTURE = 1_000_000
 """Objects, lists and names in a JSON body, counted before it is parsed: they, not text, make parsing slow and large."""
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
-_OWN_PATHS = (
-    *("/fabric", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"),
-    *("/health", "/ping", "/version", "/load"),
-    *("/v1/models", "/v1/jobs", "/v1/files", "/v1/batches"),
-)
 _FORM_FIELDS = ("model", "stream", "priority", "timeout")
 _TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
 _FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})
@@ -86,8 +81,6 @@ def known_paths(extra: Iterable[str]) -> frozenset[str]:
     for path in extra:
         if not _PLAIN_PATH.fullmatch(path):
             raise ValueError(f"{path!r} is not a plain path: write it like /v1/classify")
-        if any(path == own or path.startswith(f"{own}/") for own in _OWN_PATHS):
-            raise ValueError(f"{path} is the Router's own path")
     return frozenset(INFERENCE_PATHS) | frozenset(extra)
 
 

@@ -42,9 +42,9 @@ def test_only_a_response_can_be_of_the_background(stream: str) -> None:
         read_fields(b'{"model": "m", "background": 3}', "", "/v1/responses")
 
 
-@pytest.mark.parametrize("extra", ["v1/x", "/v1//x", "/v1/../x", "/v1/x/", "/v1/%78", "/", "/v1/x?y", "/v1/models"])
-def test_extra_paths_must_be_plain_and_not_our_own(extra: str) -> None:
-    """A setting cannot open a path in a spelling that hides another, nor cover one of the Router's."""
+@pytest.mark.parametrize("extra", ["v1/x", "/v1//x", "/v1/../x", "/v1/x/", "/v1/%78", "/", "/v1/x?y"])
+def test_extra_paths_must_be_plain(extra: str) -> None:
+    """A setting cannot open a path in a spelling that hides another."""
     with pytest.raises(ValueError, match=r"path"):
         known_paths([extra])
 

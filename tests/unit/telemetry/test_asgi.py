@@ -92,7 +92,7 @@ async def test_retry_after_and_allow_headers() -> None:
     """429 says when to come back, 405 what would work."""
     async with _client(_app()[0]) as client:
         assert (await client.get("/busy")).headers["retry-after"] == "7"
-        assert (await client.get("/orders")).headers["allow"] == "POST"
+        assert (await client.get("/orders")).headers["allow"] == "OPTIONS, POST"
 
 
 async def test_a_sane_request_id_is_kept_and_bound() -> None:
