@@ -61,7 +61,7 @@ class Exchange:
     async def empty(self, status: int) -> None:
         """An answer without a body."""
         self.status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": [self._id_header, *self._more]})
+        await self._send({"type": "http.response.start", "status": status, "headers": [*self._ids, *self._more]})
         await self._send({"type": "http.response.body", "body": b""})
 
     async def write(self, head: Head, data: bytes) -> None:
