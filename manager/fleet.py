@@ -308,5 +308,5 @@ def _says(member: Member) -> tuple[object, ...]:
     status = member.status
     return (
         member.state, member.assignment, member.verified, member.url_note, status.engine, status.engine_detail,
-        status.models, status.slots, status.broker_ok,
+        status.models, status.cards, status.slots, status.broker_ok,
     )  # fmt: skip

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from .errors import BadMessage
 from .ids import (
@@ -25,6 +25,7 @@ from .ids import (
     check_worker_id,
 )
 from .lanes import LANES, Lane
+from .model_cards import bounded_cards
 
 FABRIC_PREFIX = "/fabric/v1"
 JOIN_TOKEN_HEADER = "x-inferq-join-token"  # noqa: S105 - the name of a header
@@ -74,6 +75,11 @@ def _check_model(value: str) -> str:
 _WorkerName = Annotated[str, _checked(check_worker_id), Field(json_schema_extra={"pattern": f"^{WORKER_ID_PATTERN}$"})]
 _Run = Annotated[str, _checked(check_incarnation), Field(json_schema_extra={"pattern": f"^{INCARNATION_PATTERN}$"})]
 _Model = Annotated[str, _checked(_check_model), Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_BYTES})]
+_Cards = Annotated[
+    dict[str, dict[str, Any]],
+    BeforeValidator(bounded_cards),
+    Field(description="what its engine says of each model: max_model_len, root, parent, ..."),
+]
 _Models = Annotated[list[_Model], Field(max_length=MAX_MODELS)]
 _Region = Annotated[str, _checked(check_region)]
 
@@ -102,6 +108,7 @@ class WorkerStatus(_Message):
 
     incarnation: _Run
     models: _Models = Field(default_factory=list)
+    cards: _Cards = Field(default_factory=dict)
     slots: int = Field(ge=0, le=MAX_SLOTS, description="jobs it can run at once")
     running: int = Field(default=0, ge=0, le=MAX_COUNT, description="jobs it runs now")
     engine: EngineState = EngineState.STARTING
@@ -175,6 +182,7 @@ class WorkerInfo(_Message):
     version: str = ""
     region: str = ""
     models: _Models = Field(default_factory=list)
+    cards: _Cards = Field(default_factory=dict)
     slots: int = Field(default=0, ge=0, le=MAX_SLOTS)
     running: int = Field(default=0, ge=0, le=MAX_COUNT)
     engine: EngineState = EngineState.STARTING

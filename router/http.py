@@ -97,7 +97,7 @@ def _models(state: RouterState) -> APIRouter:
         responses=error_responses(401),
     )
     async def models() -> JSONResponse:
-        return JSONResponse(model_list(state.link.directory))
+        return JSONResponse(model_list(state.link.directory, state.settings.on_no_worker))
 
     @routes.get("/v1/models/{model:path}", summary="One model", responses=error_responses(401, 404))
     async def model(model: str) -> JSONResponse:
@@ -105,7 +105,7 @@ def _models(state: RouterState) -> APIRouter:
         if model not in directory.pools:
             directory = await state.link.fresh_directory()
         check_model(model, directory, "queue")
-        return JSONResponse(model_object(model, directory.pools[model]))
+        return JSONResponse(model_object(model, directory.pools[model], state.settings.on_no_worker))
 
     return routes
 

@@ -25,7 +25,7 @@ from telemetry import get_logger
 
 from .bodies import ClientGone
 from .core import Stitch
-from .exchange import Exchange
+from .exchange import QUEUED, Exchange
 from .metrics import ModelHistogram
 from .requests import OpenRequest
 from .state import RouterState
@@ -111,8 +111,14 @@ class Relay:
                 if stitch.mid_event:
                     continue  # a comment would end up inside the event
                 request.sending_since_s = request.quiet_since_s = time()
-                await exchange.comment()
+                await exchange.comment(self._waits_for(job, stitch))
                 request.sending_since_s = _NEVER
+
+    def _waits_for(self, job: Job, stitch: Stitch) -> str:
+        """What a client of a silent stream is told."""
+        if stitch.untouched and not self._state.link.directory.workers_of(job.model):
+            return f"waiting for a worker that serves {job.model}"
+        return QUEUED
 
     async def _resume(self, request: OpenRequest, epoch: int) -> None:
         """Tell the queue where a stream goes on whose attempt was lost under ``epoch``."""

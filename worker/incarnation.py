@@ -114,6 +114,7 @@ class Life:
         return WorkerStatus(
             incarnation=self.incarnation,
             models=list(engine.models),
+            cards=dict(engine.cards),
             slots=self._around.settings.slots,
             running=self.slots.busy,
             engine=engine.state,

@@ -75,6 +75,7 @@ class Member:
             version=self.version,
             region=self.region,
             models=status.models,
+            cards=status.cards,
             slots=status.slots,
             running=status.running,
             engine=status.engine,

@@ -7,7 +7,6 @@ from .admission import (
     ON_LOSS_HEADER,
     RESUMABLE_HEADER,
     KeyRing,
-    OnNoWorker,
     announced_size,
     authenticate,
     check_model,
@@ -20,7 +19,7 @@ from .admission import (
     read_on_loss,
 )
 from .deadlines import Deadline, find_deadline
-from .directory import Directory, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
+from .directory import Directory, OnNoWorker, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
 from .event_stream import ClientEvents, as_event
 from .events import LAST_EVENT_HEADER, EventNumbers, Position, find_position, read_position
 from .openai import INFERENCE_PATHS, RequestFields, known_paths, read_fields

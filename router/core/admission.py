@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from queue_schemas import (
     AuthenticationFailed,
@@ -21,9 +21,7 @@ from queue_schemas import (
 )
 from queue_schemas.ids import check_name
 
-from .directory import Directory
-
-OnNoWorker = Literal["queue", "refuse"]
+from .directory import Directory, OnNoWorker
 
 DEADLINE_HEADER = "x-inferq-deadline-ms"
 ON_LOSS_HEADER = "x-inferq-on-loss"

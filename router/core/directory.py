@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from queue_schemas import Lane, LaneDepth, Pool, PoolDepth, PoolList, WorkerInfo
+from queue_schemas.model_cards import Card, merged_card
 from queue_schemas.pools import pool_depth
+
+OnNoWorker = Literal["queue", "refuse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,8 @@ class PoolEntry:
     slots: int
     first_seen_s: int
     regions: frozenset[str] = frozenset()
+    card: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What engines say of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +50,13 @@ def build_directory(
     workers: dict[str, int] = dict.fromkeys((*declared, *remembered), 0)
     slots = workers.copy()
     regions: dict[str, set[str]] = {}
+    cards: dict[str, list[tuple[bool, str, Card]]] = {}
     for info in fleet:
         for model in dict.fromkeys(info.models):
             workers.setdefault(model, 0)
             slots.setdefault(model, 0)
+            if model in info.cards:
+                cards.setdefault(model, []).append((not info.takes_work, info.worker_id, info.cards[model]))
             if info.takes_work:
                 workers[model] += 1
                 slots[model] += info.slots
@@ -60,20 +69,35 @@ def build_directory(
                 slots[model],
                 known[model].first_seen_s if model in known else now_s,
                 frozenset(regions.get(model, ())),
+                _card(cards.get(model, ()), known.get(model)),
             )
             for model, count in sorted(workers.items())
         }
     )
 
 
-def model_object(model: str, entry: PoolEntry) -> dict[str, object]:
-    """OpenAI's model object."""
-    return {"id": model, "object": "model", "created": entry.first_seen_s, "owned_by": "inferq"}
+def _card(told: Iterable[tuple[bool, str, Card]], before: PoolEntry | None) -> Mapping[str, Any]:
+    """What workers say of a model: those that serve it now, or else the others, or else what was known."""
+    ordered = sorted(told, key=lambda one: one[:2])
+    if not ordered:
+        return before.card if before is not None else {}
+    return merged_card(card for away, _, card in ordered if away == ordered[0][0])
 
 
-def model_list(directory: Directory) -> dict[str, object]:
-    """OpenAI's list of models."""
-    return {"object": "list", "data": [model_object(model, entry) for model, entry in directory.pools.items()]}
+def model_object(model: str, entry: PoolEntry, on_no_worker: OnNoWorker = "queue") -> dict[str, object]:
+    """OpenAI's model object, with what the engine says of the model, and a hint if no worker serves it now."""
+    shown = {"owned_by": "inferq", **entry.card}
+    shown |= {"id": model, "object": "model", "created": entry.first_seen_s}
+    if not entry.workers:
+        becomes = "are refused" if on_no_worker == "refuse" else "wait in the queue until one does"
+        shown["hint"] = f"no worker serves this model now: requests for it {becomes}"
+    return shown
+
+
+def model_list(directory: Directory, on_no_worker: OnNoWorker = "queue") -> dict[str, object]:
+    """OpenAI's list of models: first those that a worker serves now, as clients take the first one."""
+    pools = sorted(directory.pools.items(), key=lambda pool: (not pool[1].workers, pool[0]))
+    return {"object": "list", "data": [model_object(model, entry, on_no_worker) for model, entry in pools]}
 
 
 def pool_of(model: str, directory: Directory, lanes: Mapping[Lane, LaneDepth]) -> PoolDepth:

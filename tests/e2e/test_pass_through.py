@@ -214,6 +214,8 @@ async def test_an_adapter_is_a_model_of_its_own(fleet: Fleet) -> None:
             said = await answer.json()
             assert answer.status == 200, said
         assert (said["model"], said["choices"][0]["message"]["content"]) == (model, f"to {model}")
+    adapter = await fleet.router.page("/v1/models/tuned-lora")
+    assert (adapter["parent"], adapter["root"], type(adapter["max_model_len"])) == (MODEL, "tuned-lora", int)
     workers = {
         worker["worker_id"]: worker["models"] for worker in (await fleet.router.page("/fabric/v1/workers"))["workers"]
     }

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from queue_schemas import BadMessage, BadRequest, EngineFailed, EngineState
 from queue_schemas.fabric import MAX_MODELS
 from queue_schemas.ids import check_name
+from queue_schemas.model_cards import Card, bounded_cards
 from telemetry import get_logger
 
 from .connection import ConnectionPool, EngineConnection
@@ -57,6 +58,7 @@ class HttpEngine:
     def __init__(self, base_url: str, *, api_key: str = "") -> None:
         self.base_url = _base(base_url)
         self.models: tuple[str, ...] = ()
+        self.cards: dict[str, Card] = {}
         self.state = EngineState.STARTING
         self.detail = f"waiting for {self.base_url} to answer"
         url = urlsplit(self.base_url)
@@ -72,9 +74,9 @@ class HttpEngine:
     async def run(self, changed: Callable[[], None]) -> None:
         """Watch health and models until cancelled."""
         while True:
-            before = (self.state, self.detail, self.models)
+            before = (self.state, self.detail, self.models, self.cards)
             await self._watch()
-            if (self.state, self.detail, self.models) != before:
+            if (self.state, self.detail, self.models, self.cards) != before:
                 changed()
             await asyncio.sleep(_CHECK_READY_S if self.state is EngineState.READY else _CHECK_AWAY_S)
 
@@ -115,15 +117,17 @@ class HttpEngine:
         return (await self._get("/health"))[0] == 200 and (await self._get("/v1/models"))[0] == 200
 
     async def list_models(self) -> tuple[str, ...]:
-        """The model ids of ``/v1/models``. Raises ``EngineFailed`` with what is wrong with the answer."""
+        """The model ids of ``/v1/models``; their cards are noted. Raises ``EngineFailed`` with what is wrong."""
         status, body = await self._get("/v1/models")
         if status != 200:
             raise EngineFailed(f"{self.base_url}/v1/models did not answer with a list of models")
         try:
-            names = [str(model["id"]) for model in json.loads(body)["data"]]
+            listed = {str(model["id"]): model for model in json.loads(body)["data"]}
         except (ValueError, KeyError, TypeError) as error:
             raise EngineFailed(f"{self.base_url}/v1/models answers something else than a list of models") from error
-        return tuple(name for name in names[:MAX_MODELS] if _nameable(name))
+        names = tuple(name for name in list(listed)[:MAX_MODELS] if _nameable(name))
+        self.cards = bounded_cards({name: listed[name] for name in names})
+        return names
 
     async def _watch(self) -> None:
         try:

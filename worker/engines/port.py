@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from queue_schemas import EngineFailed, EngineState
+from queue_schemas.model_cards import Card
 
 
 class EngineGone(EngineFailed):
@@ -99,6 +100,11 @@ class Engine(Protocol):
     @property
     def models(self) -> tuple[str, ...]:
         """The model ids it lists, adapters included. Empty until it was READY once."""
+        ...
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        """What it says of each model beside its id (:mod:`queue_schemas.model_cards`)."""
         ...
 
     async def run(self, changed: Callable[[], None]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from queue_schemas import EngineFailed, EngineState
+from queue_schemas.model_cards import Card
 from telemetry import get_logger
 
 from . import guard
@@ -82,6 +83,11 @@ class ProcessEngine:
         self._last_failure = ""
         self._http = HttpEngine(f"http://{HOST}:0")
         self._changed: Callable[[], None] = lambda: None
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        """What the engine says of its models; nothing while it starts."""
+        return self._http.cards
 
     @property
     def pid(self) -> int | None:
@@ -207,8 +213,9 @@ class ProcessEngine:
             self._note_steadiness()
             # A busy engine may be late with this; that it lives is shown by its process and its output.
             with contextlib.suppress(TimeoutError, EngineFailed):
+                cards = self.cards
                 models = await self._http.list_models()
-                if models and models != self.models:
+                if models and (models != self.models or cards != self.cards):
                     self.models = models
                     self._changed()
 

@@ -50,3 +50,26 @@ def test_it_knows_where_a_model_is_served() -> None:
     assert directory.serves_in("other", "us")
     assert not directory.serves_in("cold", "eu")
     assert not directory.serves_in("unheard of", "eu")
+
+
+def test_a_model_is_shown_as_its_engine_says_it() -> None:
+    """[C9] ``max_model_len``, ``root``, ``parent`` and the rest; id and date are the Router's. What is known
+    stays while no worker serves it."""
+    card = {"max_model_len": 4096, "root": "/models/base", "parent": None, "owned_by": "vllm", "id": "x"}
+    told = worker("m").model_copy(update={"cards": {"m": card}})
+    larger = worker("m").model_copy(update={"worker_id": "w2", "cards": {"m": card | {"max_model_len": 8192}}})
+    directory = build_directory([larger, told], [], [], Directory(), 100)
+    shown = {"id": "m", "object": "model", "created": 100, "owned_by": "vllm"}
+    assert model_list(directory)["data"] == [shown | {"max_model_len": 4096, "root": "/models/base", "parent": None}]
+    [gone] = model_list(build_directory([], [Pool("m")], [], directory, 200))["data"]  # type: ignore[misc]
+    assert gone["max_model_len"] == 4096
+
+
+def test_models_that_are_served_stand_first() -> None:
+    """[C9] Clients take the first one; the others say that nobody serves them, and what becomes of requests."""
+    directory = build_directory([worker("z", "y")], [Pool("b")], ["a"], Directory(), 1)
+    listed = model_list(directory)["data"]
+    assert [one["id"] for one in listed] == ["y", "z", "a", "b"]  # type: ignore[attr-defined]
+    assert ["hint" in one for one in listed] == [False, False, True, True]  # type: ignore[attr-defined]
+    assert "wait in the queue" in listed[2]["hint"]  # type: ignore[index]
+    assert "are refused" in model_list(directory, "refuse")["data"][2]["hint"]  # type: ignore[index]

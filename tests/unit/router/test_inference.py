@@ -307,6 +307,22 @@ async def test_a_silent_stream_is_kept_alive_with_comments() -> None:
     assert answer.headers["content-type"].startswith("text/event-stream")
 
 
+@pytest.mark.parametrize("resumable", ["false", "true"])
+async def test_a_stream_that_waits_for_a_worker_says_so(resumable: str) -> None:
+    """[C9] Its comments name the model that nobody serves, and stop to once somebody does."""
+    queue = FakeQueue("m")
+    waiting = b": waiting for a worker that serves idle\n"
+    async with router(queue, keepalive_ms=50, pools=["idle"]) as app:
+        answer = Client(app).post(STREAM | {"model": "idle"}, headers={"x-inferq-resumable": resumable})
+        job = await queue.job()
+        await answer.until(lambda: answer.body.count(waiting) >= 2)
+        queue.fleet = {"w1": worker("m", "idle")}
+        await answer.until(lambda: b": queued\n" in answer.body)
+        queue.stream(job, chunk("a"), DONE)
+        await answer.done()
+    assert answer.status == 200
+
+
 async def test_an_error_after_comments_is_an_event() -> None:
     """A stream that has begun ends with its error as an event: an error of ours, or the engine's."""
     queue = FakeQueue("m")

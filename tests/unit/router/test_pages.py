@@ -99,7 +99,7 @@ async def test_models_are_listed_as_openai_does() -> None:
         one = (await Client(app).request("GET", "/v1/models/org/m")).json()
         none = await Client(app).request("GET", "/v1/models/none")
     assert listed["object"] == "list"
-    assert [model["id"] for model in listed["data"]] == ["idle", "org/m"]
+    assert [model["id"] for model in listed["data"]] == ["org/m", "idle"]
     assert set(one) == {"id", "object", "created", "owned_by"}
     assert one["object"] == "model"
     assert type(one["created"]) is int

@@ -521,6 +521,34 @@ async def test_it_becomes_ready_and_follows_the_model_list_and_says_when_the_eng
     running.cancel()
 
 
+async def test_it_tells_what_the_engine_says_of_its_models() -> None:
+    """[C9] As the list has it, and again when that changes; what is new at each look only is no change."""
+    length, looks, changes = 4096, 0, 0
+
+    async def respond(request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal looks
+        looks += b"/v1/models" in request
+        body = b'{"data": [{"id": "m", "created": %d, "max_model_len": %d, "root": "/m"}]}' % (looks, length)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+
+    def changed() -> None:
+        nonlocal changes
+        changes += 1
+
+    async with engine_that(respond) as (engine, _):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(http, "_CHECK_READY_S", 0.01)
+            running = asyncio.create_task(engine.run(changed))
+            await eventually(lambda: engine.cards == {"m": {"max_model_len": 4096, "root": "/m"}}, "its card")
+            seen, before = looks, changes
+            await eventually(lambda: looks > seen + 3, "further looks")
+            assert changes == before
+            length = 8192
+            await eventually(lambda: engine.cards["m"]["max_model_len"] == 8192, "its new card")
+            await eventually(lambda: changes > before, "it is said")
+            running.cancel()
+
+
 @pytest.mark.parametrize(("health", "asks"), [(b"404 Not Found", False), (b"200 OK", True)])
 async def test_an_engine_without_a_health_page_is_not_asked_for_its_models_while_it_works(
     health: bytes, asks: bool, monkeypatch: pytest.MonkeyPatch

@@ -7,9 +7,13 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 
+import orjson
+
 from queue_schemas import EngineFailed, EngineState
+from queue_schemas.model_cards import Card, bounded_cards
 
 from ..port import EngineAnswer, EngineCall, EngineGone
+from . import wire
 from .run import ConnectionClosed, EngineCrashed, Reply
 from .settings import SimulationSettings
 from .simulation import Simulation
@@ -30,6 +34,7 @@ class SimulatedEngine:
         self.state = EngineState.STARTING
         self.detail = "the simulated engine is loading its model"
         self.models: tuple[str, ...] = ()
+        self.cards: Mapping[str, Card] = {}
         self.restarts = 0
         self.failures = 0
         self._crashed = asyncio.Event()
@@ -83,6 +88,8 @@ class SimulatedEngine:
         await self.simulation.until_ready()
         self.state, self.detail = EngineState.READY, ""
         self.models = (*self.settings.models, *self.settings.adapters)
+        listed = orjson.loads(wire.model_list(self.settings, 0))["data"]
+        self.cards = bounded_cards({model["id"]: model for model in listed})
 
     async def _guarded(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         async with aclosing(events):
