@@ -31,22 +31,37 @@ ASK_LIMIT_S = 5.0
 DRAIN_LIMIT_S = 60.0
 
 
-def outstanding(router_url: str, model: str) -> int | None:
-    """Requests that wait or run for ``model``; None while nobody can tell: then nothing should change.
+HINTS = {401: "set INFERQ_API_KEY or INFERQ_JOIN_TOKEN, as the Router asks", 503: "the queue cannot be reached now"}
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""The fleet is never asked by way of a proxy, whatever HTTP_PROXY says."""
 
-    A Router with API keys wants one: ``INFERQ_API_KEY``.
+
+class CannotAsk(Exception):
+    """Nobody can tell how much waits, for the reason that it names: then nothing should change."""
+
+
+def outstanding(router_url: str, model: str) -> int:
+    """Requests that wait or run for ``model``. Raises ``CannotAsk``.
+
+    A Router with API keys wants one, or the join token: ``INFERQ_API_KEY``, ``INFERQ_JOIN_TOKEN``.
     """
     url = f"{router_url}/fabric/v1/pools/{urllib.parse.quote(model)}"
     request = urllib.request.Request(url)
     if "INFERQ_API_KEY" in os.environ:
         request.add_header("authorization", f"Bearer {os.environ['INFERQ_API_KEY']}")
+    if "INFERQ_JOIN_TOKEN" in os.environ:
+        request.add_header("x-inferq-join-token", os.environ["INFERQ_JOIN_TOKEN"])
     try:
-        with urllib.request.urlopen(request, timeout=ASK_LIMIT_S) as answer:
+        with DIRECT.open(request, timeout=ASK_LIMIT_S) as answer:
             return int(json.load(answer)["outstanding"])
     except urllib.error.HTTPError as error:
-        return 0 if error.code == 404 else None
-    except (OSError, ValueError, KeyError):
-        return None
+        if error.code == 404:
+            return 0
+        raise CannotAsk(f"{url} answers {error.code}: {HINTS.get(error.code, error.reason)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CannotAsk(f"what answers at {router_url} is no inferq Router: check --router-url") from error
+    except OSError as error:
+        raise CannotAsk(f"no Router answers at {router_url}: {getattr(error, 'reason', error)}") from error
 
 
 class Fleet:
@@ -90,11 +105,19 @@ class Fleet:
 def scale(options: argparse.Namespace, fleet: Fleet, stop: threading.Event) -> None:
     """Follow the queue until ``stop`` is set."""
     enough_since: float | None = None
+    trouble = ""
     while not stop.wait(options.interval_s):
         fleet.reap()
-        jobs = outstanding(options.router_url, options.model)
-        if jobs is None:
+        try:
+            jobs = outstanding(options.router_url, options.model)
+        except CannotAsk as error:
+            if trouble != str(error):
+                print(f"cannot ask, so nothing changes: {error}", file=sys.stderr, flush=True)
+            trouble = str(error)
             continue
+        if trouble:
+            print("the Router answers again", file=sys.stderr, flush=True)
+            trouble = ""
         wanted = min(options.most, max(options.least, math.ceil(jobs / options.per_worker)))
         running = len(fleet.working)
         if wanted >= running:

@@ -27,6 +27,7 @@ from queue_schemas import (
     Removed,
     WorkerList,
 )
+from telemetry.fleet_http import fleet_session
 
 ASK_LIMIT_S = 10.0
 """Limit on an answer of the control plane."""
@@ -79,8 +80,7 @@ class FabricClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=0)
-        self._session = aiohttp.ClientSession(headers=self._headers, connector=connector, read_bufsize=_LINE_BYTES)
+        self._session = fleet_session(headers=self._headers, connections=0, line_bytes=_LINE_BYTES)
         return self
 
     async def __aexit__(

@@ -178,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "python -m manager.ray_actor", "The Manager in a Ray cluster.", argv, *tables
         )
         configure_logging("manager", "warning", "auto")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             ray.init(address="auto", namespace=RAY_NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Mapping
 
 import aiohttp
@@ -27,3 +28,8 @@ def fleet_session(
         read_bufsize=line_bytes,
         trust_env=False,
     )
+
+
+def direct_opener() -> urllib.request.OpenerDirector:
+    """The same without an event loop: what ``urllib.request.urlopen`` would be without proxies."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))

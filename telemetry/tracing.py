@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -116,11 +117,14 @@ def configure_tracing(role: str, endpoint: str, *, exporter: SpanExporter | None
         from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor  # noqa: PLC0415
+        from requests import Session  # noqa: PLC0415 - the exporter's own client
     except ImportError as error:
         raise CannotStart(
             "tracing was asked for (INFERQ_TELEMETRY_OTLP_ENDPOINT) but its packages are missing: "
             "install inferq[otel], or leave the setting empty"
         ) from error
+    from .server import is_loopback  # noqa: PLC0415 - loads a web server
+
     provider = TracerProvider(resource=Resource.create({"service.name": f"inferq-{role}"}))
     if exporter is not None:
         provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -128,7 +132,10 @@ def configure_tracing(role: str, endpoint: str, *, exporter: SpanExporter | None
         url = endpoint.rstrip("/")
         if not url.endswith("/v1/traces"):
             url += "/v1/traces"
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
+        session = Session()
+        # A collector beside us is never reached by way of a proxy; one elsewhere may be.
+        session.trust_env = not is_loopback(urlsplit(url).hostname or "")
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, session=session)))
     _tracing = _Tracing(provider)
 
 

@@ -9,6 +9,7 @@ import aiohttp
 from inferq.client import GIVE_KEY, FabricRefused
 from inferq.vllm_setup import DEFAULT_MODEL, SetupFailed, find_default_model, find_vllm, plan_setup
 from inferq.vllm_setup.environment import read_host
+from telemetry.fleet_http import fleet_session
 
 from .findings import ASK_LIMIT_S, Examined, Finding, Level
 
@@ -33,7 +34,7 @@ async def look_at_engine(examined: Examined) -> list[Finding]:
 async def _attached(url: str) -> Finding:
     try:
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ASK_LIMIT_S)) as session,
+            fleet_session(ASK_LIMIT_S) as session,
             session.get(f"{url.rstrip('/')}/v1/models") as answer,
         ):
             status = answer.status

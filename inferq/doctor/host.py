@@ -14,6 +14,7 @@ from inferq.commands.settings import read_facts
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
+from telemetry.fleet_http import fleet_session
 from worker.settings import WorkerSettings
 
 from .findings import ASK_LIMIT_S, Examined, Finding, Level
@@ -44,7 +45,7 @@ async def look_at_ports() -> list[Finding]:
     fields = WorkerSettings.model_fields
     wanted.append(("worker", str(fields["host"].default), int(fields["port"].default)))
     findings = []
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ASK_LIMIT_S)) as session:
+    async with fleet_session(ASK_LIMIT_S) as session:
         for name, host, port in wanted:
             findings.append(await _port(session, name, host, port))
     return findings

@@ -26,6 +26,7 @@ from telemetry.server import bind_socket
 
 from .processes import boot_id, send, session_members, start_of, until
 from .settings import RaySettings
+from .usage import usage_environment
 
 LOOPBACK = "127.0.0.1"
 STOP_LIMIT_S, KILL_LIMIT_S = 15.0, 10.0
@@ -160,7 +161,7 @@ def stop_head(head: Head, folder: Path) -> None:
 
 def head_command(settings: RaySettings, dashboard_port: int, client_port: int) -> list[str]:
     """How a head is started."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     if settings.node_host:
         command += ["--node-ip-address", settings.node_host]
     for flag, value in (
@@ -185,15 +186,14 @@ def head_environment(token: Path, *, loopback: bool) -> dict[str, str]:
     return {
         **os.environ,
         **driver_environment(str(token), loopback=loopback),
-        "RAY_USAGE_STATS_ENABLED": "0",
         # The fabric is drained before the head is told to end.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
 
 
 def driver_environment(token_file: str, *, loopback: bool) -> Mapping[str, str]:
-    """What a process needs to be let into our own cluster."""
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file}
+    """What a process needs to be let into our own cluster, and to be as silent as it is."""
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file, **usage_environment()}
     if loopback:
         # Ray's word for a cluster of one machine. Without it Ray listens on all addresses of this one, even when told
         # --node-ip-address 127.0.0.1, which it replaces.

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -18,6 +17,7 @@ from manager.office import ANOTHER_ACTS
 from manager.ray_actor import find_manager
 from queue_schemas import CannotStart
 from router.ray_serve import DEPLOYMENT
+from telemetry.fleet_http import direct_opener
 
 from .plan import RayPlan, way_in_url
 
@@ -134,7 +134,7 @@ def read_application() -> AppStatus | None:
 def ask_ready(url: str) -> tuple[str, ...]:
     """Why the Router at ``url`` is not ready; empty if it is."""
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=PAGE_LIMIT_S):  # noqa: S310 - http, see way_in_url
+        with direct_opener().open(f"{url}/readyz", timeout=PAGE_LIMIT_S):
             return ()
     except urllib.error.HTTPError as refusal:
         with refusal:

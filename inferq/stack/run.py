@@ -18,6 +18,7 @@ import aiohttp
 from broker import Broker, BrokerSettings
 from broker.embedded import EmbeddedServer
 from queue_schemas import CannotStart
+from telemetry.fleet_http import fleet_session
 from telemetry.server import bind_socket
 
 from .plan import RoleSpec, StackPlan
@@ -25,6 +26,7 @@ from .process import RoleProcess, ask
 
 QUEUE_CHECK_LIMIT_MS = 5_000
 LISTED_LIMIT_S, LISTED_POLL_S = 15.0, 0.1
+PAGE_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ async def run_stack(
         environment = {**os.environ, "INFERQ_REDIS_URL": url}
         processes = [RoleProcess(role, plan.data_dir / "logs", environment, announcer.trouble) for role in plan.roles]
         exits.push_async_callback(_stop_in_order, plan, processes, announcer)
-        session = await exits.enter_async_context(aiohttp.ClientSession())
+        session = await exits.enter_async_context(fleet_session(PAGE_LIMIT_S))
         starting = watchers.start(_start(plan, processes, session, announcer, watchers), "start of the stack")
         await _first_of(starting, stop, failure)
         if not stop.is_set():

@@ -27,6 +27,7 @@ from typing import Any
 from inferq.on_ray.head import driver_environment, read_head
 
 from .processes import free_port, hold_port
+from .proxies import RecordingProxy
 from .servers import Server
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,7 @@ class RayCluster:
     def __init__(self, folder: Path, server: Server, *, env: Mapping[str, str | None] | None = None) -> None:
         self.folder = folder
         self.server = server
+        self.proxy: RecordingProxy | None = None
         self._port = hold_port()  # it is used long after, when many connections have come and gone
         self.port = int(self._port.getsockname()[1])
         self.dashboard_port = free_port()
@@ -129,6 +131,23 @@ class RayCluster:
     def replicas(self) -> list[int]:
         """The process ids of the Router's replicas."""
         return self.processes("ray::ServeReplica")
+
+    def dashboard_log(self) -> str:
+        """What Ray's dashboard has written, its usage statistics included."""
+        return "".join(
+            file.read_text("utf-8", "replace") for file in self._session.glob("session_latest/logs/dashboard*.log")
+        )
+
+    def variables(self, name: str) -> set[str]:
+        """The values that an environment variable has in the cluster's processes; empty where one has none."""
+        found = set[str]()
+        head = read_head(self.data_dir)
+        for pid in head.processes() if head is not None else ():
+            with contextlib.suppress(OSError):
+                given = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                values = [entry.partition(b"=")[2].decode() for entry in given if entry.startswith(f"{name}=".encode())]
+                found.add(values[0] if values else "")
+        return found
 
     def processes(self, title: str = "") -> list[int]:
         """The process ids of the cluster whose title begins so."""

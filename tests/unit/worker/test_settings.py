@@ -34,13 +34,13 @@ def test_several_manager_urls() -> None:
 
 @pytest.mark.parametrize("role", ["manager", "router", "worker"])
 def test_help_is_that_of_the_command(role: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each role's program names itself as the command line does; the worker's --manager-url is a flag it knows."""
+    """Each role's program names itself as the command line does; --manager-url is a flag of those that ask Managers."""
     with pytest.raises(SystemExit):
         importlib.import_module(f"{role}.service").main(["--help"])
     text = capsys.readouterr().out
     assert text.startswith(f"usage: inferq {role} ")
     assert "--manager-urls" not in text
-    assert ("--manager-url URL" in text) == (role == "worker")
+    assert ("--manager-url URL" in text) == (role != "manager")
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

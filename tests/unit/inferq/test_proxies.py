@@ -1,0 +1,162 @@
+"""Loopback and the fleet are never asked by way of a proxy, whatever the environment says."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from inferq.client import FabricClient
+from inferq.doctor.fabric import look_at_engine
+from inferq.doctor.findings import Examined, Level
+from inferq.on_ray.usage import usage_environment
+from telemetry.fabric_calls import FabricCall, FabricHttp
+from telemetry.fleet_http import direct_opener, fleet_session
+from tests.support.processes import free_port
+from tests.support.proxies import RecordingProxy
+from tests.support.waiting import eventually
+
+ROOT = Path(__file__).parents[3]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+CHECKS = {
+    name: service["healthcheck"]["test"][3]
+    for name, service in COMPOSE.items()
+    if service.get("healthcheck", {}).get("test", ["", ""])[1].startswith("python")
+}
+
+
+class Pages(BaseHTTPRequestHandler):
+    """All the pages that the tests ask for."""
+
+    def do_GET(self) -> None:
+        known = not self.path.endswith("/other")
+        page = {"pools": [], "data": [], "ready": True, "model": "m", "outstanding": 7}
+        body = json.dumps(page).encode()
+        self.send_response(200 if known else 503)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
+
+    def log_message(self, *_words: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingProxy]:
+    """A proxy that every variable names, and that nobody asks until the test ends."""
+    with RecordingProxy() as proxy:
+        for name, value in proxy.env.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+        assert proxy.asked == []
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """Where those pages are."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_the_proxy_is_seen_by_who_heeds_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other tests rely on: Python's own client does ask it."""
+    with RecordingProxy() as proxy:
+        for name, value in proxy.env.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(OSError, match="502"):
+            urllib.request.urlopen(f"{url}/healthz")  # noqa: S310 - of this test
+        assert proxy.asked == [f"GET {url}/healthz HTTP/1.1"]
+
+
+async def test_the_fleets_clients_ask_directly(proxy: RecordingProxy, url: str) -> None:
+    """[G2] Commands, doctor, calls that are passed on, and the look at a Router in Ray."""
+    async with FabricClient(url) as client:
+        assert await client.pools() == []
+    async with fleet_session(5) as session, session.get(f"{url}/x") as answer:
+        assert answer.status == 200
+    http = FabricHttp(5)
+    assert (await http.forward(url, FabricCall("POST", "/fabric/v1/workers", body=b"{}"))).status == 200
+    await http.close()
+    with direct_opener().open(f"{url}/readyz", timeout=5) as page:
+        assert page.status == 200
+    (finding, *_) = await look_at_engine(Examined("", FabricClient(url), Path(), engine_url=url))
+    assert finding.level is Level.OK
+
+
+@pytest.mark.parametrize("service", sorted(CHECKS))
+def test_composes_health_checks_ask_directly(service: str, proxy: RecordingProxy, url: str) -> None:
+    """[G2] Docker hands the host's proxy settings to containers; a container's own loopback is not behind them."""
+    host, _, rest = CHECKS[service].partition("http://127.0.0.1:")
+    port, _, path = rest.partition("/")
+    assert port.isdigit()
+    done = subprocess.run(
+        [sys.executable, "-c", f"{host}{url}/{path}"], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def autoscaler() -> ModuleType:
+    path = ROOT / "examples" / "autoscale_by_queue_depth.py"
+    spec = importlib.util.spec_from_file_location("autoscale_by_queue_depth", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_autoscaler_asks_directly(proxy: RecordingProxy, url: str, autoscaler: ModuleType) -> None:
+    """[G2] The Router is asked, not the proxy."""
+    assert autoscaler.outstanding(url, "m") == 7
+
+
+async def test_the_example_autoscaler_says_why_it_cannot_ask(url: str, tmp_path: Path) -> None:
+    """[G2] Each reason once, on standard error: nobody there, a Router that refuses, something else at that address."""
+    reasons = {
+        (f"http://127.0.0.1:{free_port()}", "m"): "no Router answers at",
+        (url, "other"): "answers 503: the queue cannot be reached now",
+    }
+    for (where, model), reason in reasons.items():
+        script = [sys.executable, str(ROOT / "examples" / "autoscale_by_queue_depth.py"), "--interval-s", "0.05"]
+        log = tmp_path / f"{model}.log"
+        with (
+            log.open("wb") as output,
+            subprocess.Popen(
+                [*script, "--router-url", where, "--model", model, "--", "true"], stderr=output
+            ) as running,
+        ):
+            try:
+                await eventually(lambda log=log: log.read_text().endswith("\n"), "it says why")
+                await asyncio.sleep(0.3)  # some rounds more, in which it has nothing new to say
+            finally:
+                running.terminate()
+        (said,) = log.read_text().splitlines()
+        assert said.startswith("cannot ask, so nothing changes: ")
+        assert reason in said
+
+
+def test_rays_statistics_are_off_unless_the_user_says_on() -> None:
+    """[G12] Off, and led nowhere, for all that gets this environment; a user's own word is left as it is."""
+    off = usage_environment({})
+    assert off["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert not off["RAY_USAGE_STATS_REPORT_URL"].startswith("http")
+    assert usage_environment({"RAY_USAGE_STATS_ENABLED": "1"}) == {"RAY_USAGE_STATS_ENABLED": "1"}
