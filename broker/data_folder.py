@@ -40,6 +40,17 @@ class DataFolder:
         """Whether this object holds the folder's lock."""
         return self._lock_fd is not None
 
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody owns the folder now."""
+        try:
+            os.close(_lock(self.path))
+        except CannotStart:
+            return True
+        except OSError:
+            return False
+        return False
+
     def acquire(self) -> None:
         """Make the folder, or take the one that is there; read its password, or make one.
 

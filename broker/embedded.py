@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import sys
 import time
@@ -22,6 +23,7 @@ from queue_schemas import CannotStart
 from telemetry import get_logger
 
 from .data_folder import DataFolder
+from .queue_log import QueueLog
 
 HOST = "127.0.0.1"
 READY_LIMIT_S = 120.0
@@ -31,6 +33,8 @@ FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
 MAX_FAILED_STARTS = 20
 """Consecutive restarts without a served ping after which the supervisor gives up: about 80 s."""
 _POLL_S = 0.01
+_ABOUT_DATA = re.compile(r"append.?only|aof|rdb|manifest|loading the DB", re.IGNORECASE)
+"""What Valkey speaks of when it ends because of its data."""
 
 _LAUNCHER = """
 import ctypes, os, signal, sys
@@ -61,6 +65,7 @@ class EmbeddedServer:
     ) -> None:
         self.data_dir = Path(data_dir).absolute()
         self._folder = DataFolder(self.data_dir)
+        self._log_files = QueueLog(self.data_dir / "aof")
         self.port = port
         self.restarts = 0
         self._wanted_port = port
@@ -102,6 +107,8 @@ class EmbeddedServer:
         try:
             self._folder.acquire()
             await self._stop_orphan()
+            if done := await asyncio.to_thread(self._log_files.restore_manifest):
+                log.warning("queue_manifest_restored", what=done)
             await self._start_on_a_free_port()
         except OSError as error:
             await self.stop()
@@ -165,6 +172,25 @@ class EmbeddedServer:
         self._folder.remember_port(self.port)
 
     async def _launch(self) -> None:
+        """Start the server; once more, if its data were what kept it from starting and could be mended."""
+        try:
+            await self._launch_once()
+        except CannotStart as error:
+            if not _ABOUT_DATA.search(str(error)):
+                raise
+            mended = await asyncio.to_thread(self._log_files.mend, self._binary)
+            if mended is None:
+                raise
+            log.warning(
+                "queue_log_mended",
+                file=str(mended.path),
+                bytes_cut=mended.bytes_cut,
+                kept=str(mended.kept),
+                why="its end was no command: what was written there in the last moment is lost",
+            )
+            await self._launch_once()
+
+    async def _launch_once(self) -> None:
         config = self._folder.write_config(HOST, self.port, self._max_memory_bytes)
         with self._folder.open_log() as output:
             log_start = output.tell()

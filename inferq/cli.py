@@ -309,13 +309,22 @@ def doctor(
     api_key: ApiKey = "",
     join_token: JoinToken = "",
     data_dir: DataDir = DATA_DIR,
+    repair_queue: Annotated[
+        bool,
+        typer.Option(
+            "--repair-queue",
+            help="Cut the embedded queue's file at its first damage, and keep it as it was beside it.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check what the fabric needs, and say how to mend what is not right. Exit code 1 if something must be."""
     from broker import BrokerSettings  # noqa: PLC0415
 
-    from .commands.doctor import Examined, examine, show_findings  # noqa: PLC0415
+    from .commands.doctor import Examined, examine, repair, show_findings  # noqa: PLC0415
 
+    if repair_queue:
+        repair(data_dir)
     examined = Examined(
         redis_url=BrokerSettings.load(redis_url=redis_url).redis_url,
         client=open_client(router_url, api_key, join_token),

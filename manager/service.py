@@ -60,7 +60,8 @@ async def serve(
         open_link(broker_settings)  # connects to nothing: it only reads the URL
     async with AsyncExitStack() as exits:
         listener = exits.enter_context(bind_socket(settings.host, settings.port))
-        stopped = stop or exits.enter_context(stop_on_signals())
+        hurry = asyncio.Event()
+        stopped = stop or exits.enter_context(stop_on_signals(hurry))
         tasks = await exits.enter_async_context(asyncio.TaskGroup())
         if not broker_settings.redis_url:
             from broker.embedded import EmbeddedServer  # noqa: PLC0415 - needs a POSIX system
@@ -77,7 +78,11 @@ async def serve(
         log.info("listening", url=f"http://{host}:{port}")
         served = tasks.create_task(
             run_server(
-                create_app(service), sock=listener, stop=stopped, shutdown_limit_s=settings.shutdown_limit_ms / 1000
+                create_app(service),
+                sock=listener,
+                stop=stopped,
+                hurry=hurry,
+                shutdown_limit_s=settings.shutdown_limit_ms / 1000,
             )
         )
         await service.run(stopped)

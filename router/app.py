@@ -101,7 +101,7 @@ class RouterApp:
         unwarned = requests.now_open()
         until = time() + lame_duck_s
         self._leave_by = until + settings.shutdown_limit_ms / 1000
-        while (now := time()) < until:
+        while (now := time()) < until and not self.state.hurry.is_set():
             await asyncio.sleep(min(until - now, _LOOK_S))
             if not unwarned.isdisjoint(requests.now_open()):
                 until = min(time() + lame_duck_s, self._leave_by)

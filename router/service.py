@@ -32,17 +32,20 @@ async def serve(
     webhook_settings: WebhookSettings | None = None,
     *,
     stop: asyncio.Event | None = None,
+    hurry: asyncio.Event | None = None,
 ) -> None:
-    """Run a Router until ``stop`` is set, or without it until SIGTERM or SIGINT; then end it in good order.
+    """Run a Router until ``stop`` is set, or without it until SIGTERM or SIGINT; then end it in good order: in time for
+    the open requests, or once ``hurry`` is set (a second signal) with an error for each of them.
 
     Raises ``CannotStart`` if the settings cannot work or the port is taken. Redis, the Manager
     and the file store need not be there.
     """
     if stop is None:
-        with stop_on_signals() as signalled:
-            await serve(settings, broker_settings, storage_settings, webhook_settings, stop=signalled)
+        with stop_on_signals(hurry := asyncio.Event()) as signalled:
+            await serve(settings, broker_settings, storage_settings, webhook_settings, stop=signalled, hurry=hurry)
         return
     app = build_router(settings, broker_settings, storage_settings, webhook_settings)
+    app.state.hurry = hurry or app.state.hurry
     listener = bind_socket(settings.host, settings.port, setting="--port")
     host, port = listener.getsockname()[:2]
     drained = asyncio.Event()

@@ -60,6 +60,8 @@ class RouterState:
         self.leaving = False
         """Still serving, but asking clients and load balancers to go elsewhere."""
         self.draining = False
+        self.hurry = asyncio.Event()
+        """Set once: at the end, wait for no request."""
         self._idle = asyncio.Event()
         self.transfers = Transfers(
             settings.max_transfers,
@@ -120,20 +122,23 @@ class RouterState:
                         retry_after_s=RETRY_AFTER_SHUTDOWN_S,
                     )
                 )
-                await self._idle_within(LAST_WORDS_S if len(self.requests) else 0)
+                await self._idle_within(LAST_WORDS_S if len(self.requests) else 0, hurried=False)
         try:
             async with asyncio.timeout(LAST_WORDS_S):
                 await self.canceller.settled()
         except TimeoutError:
             log.warning("cancels_left", limit_s=LAST_WORDS_S)
 
-    async def _idle_within(self, limit_s: float) -> bool:
+    async def _idle_within(self, limit_s: float, *, hurried: bool = True) -> bool:
+        """Whether nothing is open any more, within ``limit_s`` and, if ``hurried``, until that is asked for."""
+        events = (self._idle, self.hurry) if hurried else (self._idle,)
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
         try:
-            async with asyncio.timeout(limit_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return not self._busy
-        return True
+            await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not self._busy
 
     @property
     def _busy(self) -> bool:

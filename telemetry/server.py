@@ -95,6 +95,7 @@ async def run_server(
     port: int = 0,
     stop: asyncio.Event | None = None,
     stop_accepting: asyncio.Event | None = None,
+    hurry: asyncio.Event | None = None,
     shutdown_limit_s: float = 10.0,
     lifespan: Literal["on", "off"] = "off",
     limits: ConnectionLimits | None = None,
@@ -102,8 +103,9 @@ async def run_server(
     """Serve ``app`` until ``stop`` is set; without ``stop``, until SIGTERM or SIGINT.
 
     Then no connection is accepted, running requests get ``shutdown_limit_s`` (whole seconds, at least one) to finish,
-    and what is left is cancelled. From ``stop_accepting`` on the listening socket is closed, and the connections that
-    are open are served on. ``limits`` bounds what clients may do. Without ``sock`` binds ``host:port`` itself
+    and what is left is cancelled; at once when ``hurry`` is set. From ``stop_accepting`` on the listening socket is
+    closed, and the connections that are open are served on. ``limits`` bounds what clients may do. Without ``sock``
+    binds ``host:port`` itself
     (:func:`bind_socket`). Cancelling this call closes the port and cuts running requests off.
     """
     config = uvicorn.Config(
@@ -122,12 +124,21 @@ async def run_server(
     with contextlib.ExitStack() as exits:
         listener = exits.enter_context(sock or bind_socket(host, port))
         stopped = stop or exits.enter_context(stop_on_signals())
-        await _serve(_Server(config), listener, stopped, stop_accepting)
+        await _serve(_Server(config), listener, stopped, stop_accepting, hurry or asyncio.Event())
 
 
 async def _serve(
-    server: _Server, listener: socket.socket, stop: asyncio.Event, stop_accepting: asyncio.Event | None
+    server: _Server,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    stop_accepting: asyncio.Event | None,
+    hurry: asyncio.Event,
 ) -> None:
+    async def cut_off() -> None:
+        await stop.wait()
+        await hurry.wait()
+        server.force_exit = True
+
     async def close_listener(asked: asyncio.Event) -> None:
         await asked.wait()
         for part in server.servers:
@@ -138,10 +149,13 @@ async def _serve(
             serving = tasks.create_task(server.serve(sockets=[listener]), name="http server")
             waiting = tasks.create_task(stop.wait(), name="stop signal")
             closing = tasks.create_task(close_listener(stop_accepting or asyncio.Event()), name="end of accepting")
+            hurrying = tasks.create_task(cut_off(), name="end of patience")
             await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
             waiting.cancel()
             closing.cancel()
+            await asyncio.wait((serving,))
+            hurrying.cancel()
     finally:
         for part in getattr(server, "servers", ()):
             part.close()
@@ -155,17 +169,22 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[asyncio.Event]:
-    """An event set by the first SIGTERM or SIGINT; the second ends the process at once. For the main thread."""
+def stop_on_signals(hurry: asyncio.Event | None = None) -> Iterator[asyncio.Event]:
+    """An event set by the first SIGTERM or SIGINT. The second sets ``hurry``: give up waiting, hand over, end. The one
+    after that (without ``hurry``, the second) ends the process at once. For the main thread."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
+        if not stop.is_set():
+            log.info("stopping", signal=number.name)
+            stop.set()
+        elif hurry is not None and not hurry.is_set():
+            log.warning("stopping_without_delay", signal=number.name, then="one more signal ends it at once")
+            hurry.set()
+        else:
             log.warning("stopped_at_once", signal=number.name)
             os._exit(128 + number)
-        log.info("stopping", signal=number.name)
-        stop.set()
 
     numbers = (signal.SIGTERM, signal.SIGINT)
     for number in numbers:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from broker import Broker, BrokerSettings
 from queue_schemas import (
@@ -60,6 +60,8 @@ class Surroundings:
     connect: Callable[[RegistrationAnswer], Awaitable[Broker]]
     drain: asyncio.Event
     """Set once: claim no more, finish, end."""
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once: while draining, wait for no running job."""
 
 
 class Life:
@@ -343,7 +345,7 @@ class Life:
         attempts, broker = self._attempts, self._broker
         if attempts is not None and broker is not None:
             log.info("draining", running=len(attempts), limit_s=limit_s)
-            if not await _within(attempts.idle(), limit_s):
+            if not await _within(_first(attempts.idle(), self._around.hurry.wait()), limit_s) or len(attempts):
                 log.warning("jobs_handed_back", jobs=len(attempts))
                 attempts.hand_back()
                 await _within(attempts.idle(), HAND_BACK_LIMIT_S)
@@ -384,6 +386,16 @@ class Life:
         if ok != self.broker_ok:
             self.broker_ok = ok
             self._membership.tell()
+
+
+async def _first(*works: Coroutine[Any, Any, object]) -> None:
+    """Until one of ``works`` is done; the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _within(work: Awaitable[None], limit_s: float) -> bool:

@@ -53,10 +53,19 @@ class Worker:
     ``listener`` is the socket of its HTTP service. The engine is the one of the settings unless given.
     """
 
-    def __init__(self, settings: WorkerSettings, listener: socket.socket, engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        listener: socket.socket,
+        engine: Engine | None = None,
+        *,
+        hurry: asyncio.Event | None = None,
+    ) -> None:
+        """``hurry`` is set by who cannot wait for the jobs that run while it drains."""
         self.settings = settings
         self.registry = MetricsRegistry("worker")
         self.drain = asyncio.Event()
+        self.hurry = hurry or asyncio.Event()
         self._metrics = WorkerMetrics(self.registry)
         self._listener = listener
         self._engine = engine or make_engine(settings, self._metrics.engine_restarts.inc)
@@ -70,6 +79,7 @@ class Worker:
             url=_advertised(settings, listener),
             connect=self._connect,
             drain=self.drain,
+            hurry=self.hurry,
         )
         self._life = Life(self._around, new_incarnation(settings.name))
         self._watch()
@@ -173,15 +183,16 @@ def _advertised(settings: WorkerSettings, listener: socket.socket) -> str | None
 
 
 async def run_worker(settings: WorkerSettings) -> None:
-    """Run one worker until SIGTERM or SIGINT (it drains; a second one ends it at once) or until it is told to drain."""
+    """Run one worker until SIGTERM or SIGINT (it drains; a second one hands over what
+    runs, a third ends it at once) or until it is told to drain."""
     refuse_unguarded(
         settings.host,
         guarded=bool(settings.join_token.get_secret_value()),
         insecure=settings.insecure,
         remedy="set a join token (INFERQ_JOIN_TOKEN)",
     )
-    with bind_socket(settings.host, settings.port) as listener, stop_on_signals() as stop:
-        worker = Worker(settings, listener)
+    with bind_socket(settings.host, settings.port) as listener, stop_on_signals(hurry := asyncio.Event()) as stop:
+        worker = Worker(settings, listener, hurry=hurry)
         log.info(
             "worker_starting",
             worker_id=settings.name,

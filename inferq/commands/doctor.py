@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
-from inferq.console import out, print_json
+from inferq.console import err, out, print_json
 from inferq.doctor import Examined, Finding, Level, examine
+from inferq.doctor.queue import repair_queue
 
 
 def show_findings(findings: Sequence[Finding], *, as_json: bool) -> int:
@@ -29,4 +31,9 @@ def show_findings(findings: Sequence[Finding], *, as_json: bool) -> int:
     return int(worst)
 
 
-__all__ = ["Examined", "examine", "show_findings"]
+def repair(data_dir: Path) -> None:
+    """Mend the embedded queue's data, and say what was done. Raises ``CannotStart``."""
+    err.print(escape(repair_queue(data_dir)))
+
+
+__all__ = ["Examined", "examine", "repair", "show_findings"]

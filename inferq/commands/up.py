@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -94,13 +95,8 @@ def bring_up(options: StackOptions, *, redis_url: str | None, as_json: bool) -> 
     announcer = TerminalAnnouncer(serving, as_json=as_json, set_up_s=time.monotonic() - began)
 
     async def run() -> None:
-        with stop_on_signals() as stop, announcer:
-            await run_stack(
-                plan,
-                announcer,
-                stop,
-                redis_url=queue_url,
-            )
+        with stop_on_signals(hurry := asyncio.Event()) as stop, announcer:
+            await run_stack(plan, announcer, stop, redis_url=queue_url, hurry=hurry)
             announcer.stopped(plan.data_dir)
 
     return run_process(run)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from pathlib import Path
 
 from broker import Broker, BrokerSettings, ServerFacts
-from queue_schemas import InferqError
+from queue_schemas import CannotStart, InferqError
 from router import RouterSettings
 
 from .findings import Examined, Finding, Level
@@ -14,11 +16,12 @@ from .host import nearest_folder
 
 MOST_SKEW_MS = 1_000
 SLOW_PING_MS = 20.0
+MOST_SCANNED_BYTES = 256 << 20
 
 
 async def look_at_queue(examined: Examined) -> list[Finding]:
     if not examined.redis_url:
-        return _embedded(examined)
+        return await _embedded(examined)
     settings = BrokerSettings.load(redis_url=examined.redis_url, retry_limit_ms=2_000)
     durability = RouterSettings.load().durability
     try:
@@ -65,14 +68,59 @@ def about_clock(server_ms: int, before_ms: int, after_ms: int) -> Finding:
     return Finding("clock", Level.OK, f"within {max(skew_ms, after_ms - before_ms)} ms of the queue server's")
 
 
-def _embedded(examined: Examined) -> list[Finding]:
+async def _embedded(examined: Examined) -> list[Finding]:
     from broker.embedded import find_binary  # noqa: PLC0415 - needs a POSIX system
 
     try:
-        find_binary()
+        binary = find_binary()
     except InferqError as error:
         return [Finding("queue", Level.FAILURE, error.message, "set INFERQ_REDIS_URL")]
     folder = nearest_folder(examined.data_dir)
     if not os.access(folder, os.W_OK):
         return [Finding("queue", Level.FAILURE, f"{folder} is not writable", "choose another --data-dir")]
-    return [Finding("queue", Level.OK, "no INFERQ_REDIS_URL: the embedded Valkey is used; good for one machine")]
+    used = Finding("queue", Level.OK, "no INFERQ_REDIS_URL: the embedded Valkey is used; good for one machine")
+    return [used, *await asyncio.to_thread(_look_at_log, examined.data_dir.expanduser().absolute() / "valkey", binary)]
+
+
+def _look_at_log(folder: Path, binary: Path) -> list[Finding]:
+    """Whether the embedded queue's data can be read, where no server has them open."""
+    from broker.data_folder import DataFolder  # noqa: PLC0415 - needs a POSIX system
+    from broker.queue_log import QueueLog  # noqa: PLC0415
+
+    files = QueueLog(folder / "aof")
+    if not files.folder.is_dir() or DataFolder(folder).in_use:
+        return []
+    if problem := files.manifest_problem or files.base_problem(binary):
+        return [Finding("queue", Level.FAILURE, f"the embedded queue's {problem}", files.put_back)]
+    if files.size > MOST_SCANNED_BYTES:
+        text = f"the embedded queue's append-only file has {files.size} bytes: too many to be looked through here"
+        return [Finding("queue", Level.OK, text)]
+    damage = files.find_damage()
+    if damage is None:
+        return [Finding("queue", Level.OK, f"the embedded queue's data ({files.size} bytes) can be read")]
+    text = files.describe(damage)
+    if files.mends_itself(damage):
+        mend = f"the next start cuts off {damage.bytes_cut} bytes there and keeps the file as it was, too"
+        return [Finding("queue", Level.WARNING, text, mend)]
+    return [Finding("queue", Level.FAILURE, text, files.remedy)]
+
+
+def repair_queue(data_dir: Path) -> str:
+    """Cut the embedded queue's file at its first damage; what was done, as a sentence. Raises ``CannotStart``."""
+    from broker.data_folder import DataFolder  # noqa: PLC0415 - needs a POSIX system
+    from broker.embedded import find_binary  # noqa: PLC0415
+    from broker.queue_log import QueueLog  # noqa: PLC0415
+
+    folder = DataFolder(data_dir.expanduser().absolute() / "valkey")
+    files = QueueLog(folder.path / "aof")
+    if not files.folder.is_dir():
+        raise CannotStart(f"there is no embedded queue in {folder.path}: check --data-dir")
+    folder.acquire()
+    try:
+        restored = files.restore_manifest()
+        mended = files.mend(find_binary(), also_behind=True)
+    finally:
+        folder.release()
+    if mended is None:
+        return restored or "the embedded queue's data can be read: nothing was changed"
+    return f"cut off {mended.bytes_cut} bytes of {mended.path}; as it was it is kept as {mended.kept}"

@@ -23,6 +23,7 @@ from .restarts import Restarts
 _POLL_S = 0.1
 _ASK_LIMIT_S = 2.0
 _KILL_LIMIT_S = 5.0
+_SIGNAL_GAP_S = 0.2
 _LAST_WORDS_S = 1.0
 _LINE_LIMIT_BYTES = 1 << 20
 
@@ -90,14 +91,16 @@ class RoleProcess:
             waiting_for(text)
             await asyncio.sleep(_POLL_S)
 
-    async def stop(self) -> None:
-        """SIGTERM, and SIGKILL for all of its process group after its limit. May be repeated."""
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
+        """SIGTERM, once more when ``hurry`` is set, and SIGKILL for all of its process group after its limit. May be
+        repeated."""
         self._stopping = True
         process = self._process
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
+        hurrying = asyncio.create_task(_hurry(process, hurry)) if hurry is not None else None
         try:
             await asyncio.wait_for(process.wait(), self.spec.stop_limit_s)
         except TimeoutError:
@@ -105,6 +108,9 @@ class RoleProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await asyncio.wait_for(process.wait(), _KILL_LIMIT_S)
+        finally:
+            if hurrying is not None:
+                hurrying.cancel()
 
     async def _live(self, log: RoleLog) -> int:
         """One life of the process; its exit code."""
@@ -127,6 +133,14 @@ class RoleProcess:
             await asyncio.wait((reading,), timeout=_LAST_WORDS_S)
             reading.cancel()
         return code
+
+
+async def _hurry(process: asyncio.subprocess.Process, hurry: asyncio.Event) -> None:
+    """The second signal, when it is wanted; a moment after the first, or the kernel might make one of both."""
+    await asyncio.sleep(_SIGNAL_GAP_S)
+    await hurry.wait()
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
 
 
 async def _copy(stream: asyncio.StreamReader, log: RoleLog) -> None:

@@ -69,8 +69,10 @@ async def run_stack(
     stop: asyncio.Event,
     *,
     redis_url: str = "",
+    hurry: asyncio.Event | None = None,
 ) -> None:
-    """Run ``plan`` until ``stop`` is set or a part of it cannot be kept running.
+    """Run ``plan`` until ``stop`` is set or a part of it cannot be kept running. With ``hurry`` set, its processes are
+    told not to wait for what runs.
 
     Without ``redis_url`` an embedded server is started on the data folder. Raises ``CannotStart`` or a broker's error
     with a sentence that says what to mend; whatever had been started is stopped in order first.
@@ -83,7 +85,7 @@ async def run_stack(
         url, queue = await _open_queue(plan, announcer, exits, watchers, redis_url)
         environment = {**os.environ, "INFERQ_REDIS_URL": url}
         processes = [RoleProcess(role, plan.data_dir / "logs", environment, announcer.trouble) for role in plan.roles]
-        exits.push_async_callback(_stop_in_order, plan, processes, announcer)
+        exits.push_async_callback(_stop_in_order, plan, processes, announcer, hurry)
         session = await exits.enter_async_context(fleet_session(PAGE_LIMIT_S))
         starting = watchers.start(_start(plan, processes, session, announcer, watchers), "start of the stack")
         await _first_of(starting, stop, failure)
@@ -155,7 +157,9 @@ def _tell_waiting(announcer: Announcer, role: RoleSpec) -> Callable[[str], None]
     return lambda reason: announcer.starting(f"{role.name}: {reason}")
 
 
-async def _stop_in_order(plan: StackPlan, processes: Sequence[RoleProcess], announcer: Announcer) -> None:
+async def _stop_in_order(
+    plan: StackPlan, processes: Sequence[RoleProcess], announcer: Announcer, hurry: asyncio.Event | None
+) -> None:
     """The Router first, so that nothing new comes in, then who puts more work on the queue, then the workers, which
     finish what they run; the Manager last."""
     order = [
@@ -168,7 +172,7 @@ async def _stop_in_order(plan: StackPlan, processes: Sequence[RoleProcess], anno
         step = [process for process in processes if process.spec in specs]
         if step:
             announcer.stopping(name)
-        await asyncio.gather(*(process.stop() for process in step))
+        await asyncio.gather(*(process.stop(hurry) for process in step))
 
 
 async def _first_of(task: asyncio.Task[None] | None, stop: asyncio.Event, failure: asyncio.Future[None]) -> None:

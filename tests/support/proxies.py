@@ -24,7 +24,10 @@ class RecordingProxy:
             timeout = 5
 
             def handle(self) -> None:
-                asked.append(self.rfile.readline(2_000).decode("latin-1").strip())
+                try:
+                    asked.append(self.rfile.readline(2_000).decode("latin-1").strip())
+                except TimeoutError:  # somebody looked whether the port is taken
+                    return
                 self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
 
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)

@@ -80,6 +80,21 @@ async def test_it_serves_and_ends_cleanly_on_sigterm(start: Start, valkey: Serve
     assert await asyncio.to_thread(child.wait, 15) == 0
 
 
+async def test_a_second_signal_ends_open_requests_with_a_word(start: Start, valkey: Server, broker: Broker) -> None:
+    """[G4] A Router that is told twice waits for no request: each gets an error that says to ask again, not a broken
+    connection, its job is cancelled, and the process ends in good order."""
+    child, port = _serving(start, valkey)
+    async with Speaker.join(valkey.url) as worker:
+        asking = asyncio.ensure_future(_post(port, CHAT))
+        await worker.lease()
+        child.send(signal.SIGTERM)
+        await eventually(lambda: "draining" in child.log_text(), "the router drains")
+        child.send(signal.SIGTERM)
+        status, body = await asking
+        assert (status, orjson.loads(body)["error"]["code"]) == (503, "shutting_down")
+    assert await asyncio.to_thread(child.wait, 10) == 0
+
+
 async def test_a_killed_router_leaves_no_work_behind(start: Start, valkey: Server, broker: Broker) -> None:
     """When a Router dies while clients wait, its waiting jobs are cancelled once its reply stream has run out, and an
     answer on its way finds nobody, without an error."""

@@ -80,15 +80,23 @@ async def test_a_drain_has_an_end_after_which_jobs_are_handed_back_uncounted(fle
     assert [marker.kind for marker in answer.markers] == [MarkerKind.REQUEUED]
 
 
-async def test_a_second_signal_ends_the_worker_at_once(fleet: Fleet, client: Client) -> None:
-    """Whoever does not want to wait for the drain says it again."""
+async def test_a_second_signal_hands_over_at_once_and_uncounted(fleet: Fleet, client: Client) -> None:
+    """[G4] Who does not want to wait for the drain says it again: what runs goes to others as if never started, so that
+    a single attempt is enough for it, and the worker ends in good order."""
     worker = await fleet.worker("w1", "--engine", "sim-process", "--sim-tokens-per-s", "5").until_ready()
-    job = await client.send(stream=True, max_tokens=1_000)
-    await client.begun(job)
+    jobs = [await client.send(stream=stream, max_tokens=100, max_attempts=1) for stream in (True, True, False)]
+    await client.begun(jobs[0])
+    await client.begun(jobs[1])
+    await eventually(lambda: (worker.status() or {"running": 0})["running"] == 3, "all run")
     worker.process.send(signal.SIGTERM)
     await eventually(lambda: (worker.status() or {"draining": True})["draining"], "it drains")
     worker.process.send(signal.SIGINT)
-    assert await worker.ended(2) != 0
+    assert await worker.ended(10) == 0
+    await fleet.worker("w2").until_ready()
+    for answer in [await client.answer(job) for job in jobs]:
+        assert complete(answer)
+        assert {marker.kind for marker in answer.markers} == {MarkerKind.REQUEUED}
+    await client.until_nothing_is_left()
 
 
 async def test_redis_killed_and_back_loses_nothing(fleet: Fleet, client: Client) -> None:

@@ -259,13 +259,13 @@ async def test_a_read_only_folder_is_said(tmp_path: Path) -> None:
         await EmbeddedServer("/proc/inferq").start()
 
 
-async def test_damaged_data_is_said_with_the_servers_own_words(tmp_path: Path) -> None:
-    """A server that ends at its start is quoted, and its log is named; nothing is deleted."""
+async def test_data_that_are_none_are_said_and_nothing_is_deleted(tmp_path: Path) -> None:
+    """A file of which nothing can be read is not thrown away unasked."""
     async with EmbeddedServer(tmp_path) as server, client_of(server) as client:
         await client.set("kept", "yes" * 1_000)
     (damaged,) = (tmp_path / "aof").rglob("*.incr.aof")
     damaged.write_bytes(b"this is no append-only file" * 10)
-    with pytest.raises(CannotStart, match=r"(?s)Bad file format.*valkey\.log"):
+    with pytest.raises(CannotStart, match="is damaged at byte 0 of"):
         await EmbeddedServer(tmp_path).start()
     assert damaged.exists()
 

@@ -140,7 +140,7 @@ async def test_the_example_autoscaler_says_why_it_cannot_ask(url: str, tmp_path:
         log = tmp_path / f"{model}.log"
         with (
             log.open("wb") as output,
-            subprocess.Popen(
+            subprocess.Popen(  # noqa: ASYNC220 - only started here
                 [*script, "--router-url", where, "--model", model, "--", "true"], stderr=output
             ) as running,
         ):

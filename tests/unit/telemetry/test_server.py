@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from queue_schemas import BrokerUnavailable, CannotStart
 from telemetry.server import bind_socket, is_loopback, refuse_unguarded, run_process, run_server, stop_on_signals
+from tests.support.waiting import eventually
 
 
 async def _hello(scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,6 +135,27 @@ async def test_signals_ask_to_stop(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         async with asyncio.timeout(5):
             await stop.wait()
+
+
+async def test_the_second_signal_hurries_and_the_third_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[G4] Each signal asks for less patience; who has nothing to hand over is ended by the second already."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    hurry = asyncio.Event()
+    with stop_on_signals(hurry) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await eventually(stop.is_set, "the first is seen")
+        assert not hurry.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        await eventually(hurry.is_set, "the second is seen")
+        assert codes == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        await eventually(lambda: codes == [128 + signal.SIGTERM], "the third is seen")
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await eventually(stop.is_set, "the first is seen")
+        os.kill(os.getpid(), signal.SIGINT)
+        await eventually(lambda: codes[1:] == [128 + signal.SIGINT], "the second is seen")
 
 
 def test_a_process_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,318 @@
+"""The embedded server's data as it lies on the disk: is it whole, and what can be mended?
+
+Valkey's multi-part append-only file: a manifest names a base (an RDB snapshot) and the files of commands written since.
+A tail that broke off is cut by Valkey itself. A tail of something else, as disks leave it behind after a power cut,
+makes it refuse to start: :meth:`QueueLog.mend` cuts it, and keeps the file as it was. Damage with readable commands
+behind it is cut only if somebody asks for it, since those are lost with it. Blocks: run it in a thread.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from queue_schemas import CannotStart
+
+_NAME = "appendonly.aof"
+_ENTRY = re.compile(r"file (?P<file>\S+) seq (?P<seq>\d+) type (?P<type>[bhi])(?: .*)?")
+_FILE = re.compile(rf"{re.escape(_NAME)}\.(?P<seq>\d+)\.(?P<kind>base\.rdb|base\.aof|incr\.aof)")
+_COMMAND = re.compile(rb"\*([0-9]{1,9})\r\n")
+_ARGUMENT = re.compile(rb"\$([0-9]{1,10})\r\n")
+_ANNOTATION = re.compile(rb"#[^\r\n]{0,1000}\r?\n")
+_RESUMES = re.compile(rb"\*[1-9][0-9]{0,6}\r\n\$[0-9]{1,10}\r\n")
+_MOST_TRIES = 1_000
+_CHECK_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """``path`` is readable up to byte ``at`` of ``size``; ``behind``: whole commands can be read again after that, or
+    further files follow."""
+
+    path: Path
+    at: int
+    size: int
+    behind: bool = False
+
+    @property
+    def bytes_cut(self) -> int:
+        """How much is lost by cutting it."""
+        return self.size - self.at
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """What was cut, and where the file lies as it was."""
+
+    path: Path
+    bytes_cut: int
+    kept: Path
+
+
+class QueueLog:
+    """What lies in ``folder``, the server's working folder. Nothing may be writing to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = folder / "appendonlydir"
+        self._manifest = self._files / f"{_NAME}.manifest"
+
+    def restore_manifest(self) -> str:
+        """Write the manifest anew where it is missing or cannot be read, from the files' names: Valkey would begin with
+        nothing beside them, or not at all. What was done, as a sentence; empty: nothing. Raises ``CannotStart``."""
+        if not self._files.is_dir() or self._entries() is not None:
+            return ""
+        found = [match for file in sorted(self._files.iterdir()) if (match := _FILE.fullmatch(file.name))]
+        bases = [match for match in found if match["kind"].startswith("base")]
+        increments = sorted((match for match in found if match["kind"] == "incr.aof"), key=lambda one: int(one["seq"]))
+        if not found and not self._manifest.exists():
+            return ""
+        if len(bases) > 1 or not found:
+            raise CannotStart(
+                f"the embedded queue's {self._manifest} is missing or damaged, and its files do not say which of them "
+                f"count: {self.put_back}"
+            )
+        kept = self._set_aside(self._manifest) if self._manifest.exists() else None
+        lines = [f"file {one.string} seq {one['seq']} type b" for one in bases]
+        lines += [f"file {one.string} seq {one['seq']} type i" for one in increments]
+        self._write_manifest(lines)
+        was = f"was damaged (it is kept as {kept})" if kept is not None else "was missing"
+        return f"{self._manifest} {was} and has been written anew from the names of {len(found)} files"
+
+    def find_damage(self) -> Damage | None:
+        """The first place that cannot be read; None: all is well, or only the last file breaks off, which Valkey mends.
+        The base is not looked into (:meth:`base_problem`)."""
+        files = self._increments()
+        for file in files:
+            damage = _scan(file, last=file == files[-1])
+            if damage is not None:
+                return damage
+        return None
+
+    def base_problem(self, server: Path) -> str:
+        """What is wrong with the base, as Valkey's own check (within ``server``) says; empty: nothing."""
+        for entry in self._entries() or ():
+            file = self._files / entry["file"]
+            if entry["type"] == "h":
+                continue
+            if not file.exists():
+                return f"{file} is missing"
+            if entry["type"] == "b" and file.suffix == ".rdb":
+                try:
+                    done = subprocess.run(  # noqa: S603 - our own server, under the name that makes it a checker
+                        ["valkey-check-rdb", str(file)],  # noqa: S607
+                        executable=server,
+                        capture_output=True,
+                        timeout=_CHECK_LIMIT_S,
+                        check=False,
+                    )
+                except subprocess.TimeoutExpired:
+                    return ""
+                if done.returncode:
+                    return f"{file} is damaged"
+        return ""
+
+    def mend(self, server: Path, *, also_behind: bool = False) -> Mended | None:
+        """Cut a damaged tail; ``also_behind``: wherever the damage is, with all that is behind it. None: nothing is
+        damaged. Raises ``CannotStart`` with what to do where it cannot be, or must not be, mended."""
+        if problem := self.base_problem(server):
+            raise CannotStart(f"the embedded queue's {problem}, and nothing can mend that: {self.put_back}")
+        damage = self.find_damage()
+        if damage is None:
+            return None
+        if not also_behind and not self.mends_itself(damage):
+            raise CannotStart(f"{self.describe(damage)}: {self.remedy}")
+        return self._cut(damage)
+
+    @staticmethod
+    def mends_itself(damage: Damage) -> bool:
+        """Whether it is cut without being asked: a tail, of a file that can be read up to there."""
+        return damage.at > 0 and not damage.behind
+
+    @property
+    def manifest_problem(self) -> str:
+        """What is wrong with the manifest; empty: nothing, or there are no data."""
+        if not self._files.is_dir() or self._entries() is not None or not any(self._files.iterdir()):
+            return ""
+        return f"{self._manifest} is {'damaged' if self._manifest.exists() else 'missing'}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files of commands."""
+        return sum(file.stat().st_size for file in self._increments())
+
+    def describe(self, damage: Damage) -> str:
+        """Where the damage is, as the beginning of a sentence."""
+        behind = ", and what is behind that can be read again" if damage.behind else ""
+        return f"the embedded queue's {damage.path} is damaged at byte {damage.at} of {damage.size}{behind}"
+
+    @property
+    def remedy(self) -> str:
+        """What may be done about damage that is not mended by itself."""
+        command = f"inferq doctor --repair-queue --data-dir {self.folder.parent.parent}"
+        return f"`{command}` cuts the file there and keeps it as it was, too; or {self.put_back}"
+
+    @property
+    def put_back(self) -> str:
+        """What may be done about anything."""
+        return (
+            f"put back a copy of {self.folder}, or begin with an empty queue: "
+            f"mv {self.folder} {self.folder.with_name('aof-damaged')}"
+        )
+
+    def _cut(self, damage: Damage) -> Mended:
+        if shutil.disk_usage(self._files).free < damage.at:
+            raise CannotStart(f"the disk has no room to mend {damage.path} and keep it as it was: free some space")
+        draft = damage.path.with_name(f"{damage.path.name}.new")
+        with damage.path.open("rb") as whole, draft.open("wb") as part:
+            left = damage.at
+            while left and (piece := whole.read(min(left, 1 << 20))):
+                part.write(piece)
+                left -= len(piece)
+            part.flush()
+            os.fsync(part.fileno())
+        kept = self._set_aside(damage.path)
+        draft.replace(damage.path)
+        cut = damage.bytes_cut
+        entries = self._entries() or []
+        later = [self._files / one["file"] for one in entries if one["type"] == "i"]
+        later = later[later.index(damage.path) + 1 :]
+        for file in later:
+            cut += file.stat().st_size
+            self._set_aside(file)
+        if later:
+            names = {file.name for file in later}
+            self._write_manifest([one.string for one in entries if one["file"] not in names])
+        return Mended(damage.path, cut, kept)
+
+    def _set_aside(self, file: Path) -> Path:
+        """Move a file to where Valkey does not look; where it is then."""
+        folder = self.folder / "damaged"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        kept = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{time.monotonic_ns()}-{file.name}"
+        file.replace(kept)
+        return kept
+
+    def _entries(self) -> list[re.Match[str]] | None:
+        """The manifest's lines; None if it is missing or not one."""
+        try:
+            lines = self._manifest.read_text("utf-8").splitlines()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+        entries = [_ENTRY.fullmatch(line) for line in lines if line and not line.startswith("#")]
+        if not entries or None in entries:
+            return None
+        return [entry for entry in entries if entry is not None and "/" not in entry["file"]]
+
+    def _increments(self) -> list[Path]:
+        entries = [one for one in self._entries() or () if one["type"] == "i"]
+        return [file for one in entries if (file := self._files / one["file"]).exists()]
+
+    def _write_manifest(self, lines: list[str]) -> None:
+        draft = self._manifest.with_name(f"temp-{self._manifest.name}")
+        with draft.open("w") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._manifest)
+
+
+def _scan(file: Path, *, last: bool) -> Damage | None:
+    size = file.stat().st_size
+    if not size:
+        return None
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        good = 0
+        for end, is_last in _transactions(data):
+            if is_last:
+                return None
+            good = end
+        broken = _broken_at(data, good)
+        if broken is None:
+            return None if last else Damage(file, good, size, behind=True)
+        return Damage(file, good, size, behind=not last or _resumes(data, broken))
+
+
+def _transactions(data: mmap.mmap) -> Iterator[tuple[int, bool]]:
+    """The ends of all that is whole: single commands, and from MULTI to EXEC; True with the last if it is the end."""
+    at, open_since, size = 0, None, len(data)
+    while at < size:
+        after, name = _command(data, at)
+        if after is None:
+            return
+        if name == b"MULTI":
+            open_since = at
+        elif name == b"EXEC":
+            open_since = None
+        at = after
+        if open_since is None:
+            yield at, at == size
+
+
+def _command(data: mmap.mmap, at: int) -> tuple[int | None, bytes]:
+    """Where the command (or annotation) at ``at`` ends, and its upper-case name; None if it is none, or not whole."""
+    if data[at : at + 1] == b"#":
+        note = _ANNOTATION.match(data, at)
+        return (note.end() if note else None), b""
+    head = _COMMAND.match(data, at)
+    if head is None:
+        return None, b""
+    at, name = head.end(), b""
+    for number in range(int(head[1])):
+        argument = _ARGUMENT.match(data, at)
+        if argument is None:
+            return None, b""
+        begin = argument.end()
+        at = begin + int(argument[1]) + 2
+        if data[at - 2 : at] != b"\r\n":
+            return None, b""
+        if number == 0:
+            name = data[begin : min(at - 2, begin + 20)].upper()
+    return at, name
+
+
+def _broken_at(data: mmap.mmap, at: int) -> int | None:
+    """Where behind ``at`` something stands that is no command; None if the file only ends too early."""
+    size = len(data)
+    while at < size:
+        after, _ = _command(data, at)
+        if after is None:
+            return None if _is_beginning(data, at) else at
+        at = after
+    return None
+
+
+def _is_beginning(data: mmap.mmap, at: int) -> bool:
+    """Whether what stands at ``at`` is the beginning of a command that the end of the file cut short."""
+    size = len(data)
+    head = _COMMAND.match(data, at)
+    if head is None:
+        return size - at < 12 and re.fullmatch(rb"\*[0-9]{0,9}\r?|#[^\r\n]*", data[at:]) is not None
+    at = head.end()
+    for _ in range(int(head[1])):
+        argument = _ARGUMENT.match(data, at)
+        if argument is None:
+            return size - at < 14 and re.fullmatch(rb"(\$[0-9]{0,10}\r?)?", data[at:]) is not None
+        at = argument.end() + int(argument[1]) + 2
+        if at > size:
+            return data[at - 2 : size] in (b"", b"\r")
+        if data[at - 2 : at] != b"\r\n":
+            return False
+    return False
+
+
+def _resumes(data: mmap.mmap, at: int) -> bool:
+    """Whether a whole command can be read somewhere behind the damage."""
+    for number, found in enumerate(_RESUMES.finditer(data, at + 1)):
+        if number >= _MOST_TRIES:
+            return True
+        if _command(data, found.start())[0] is not None:
+            return True
+    return False
