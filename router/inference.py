@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
@@ -20,10 +21,12 @@ from queue_schemas import (
     JobNotFound,
     Keep,
     Lane,
+    OnLoss,
     RequestTimeout,
     ShuttingDown,
     StreamBroken,
     Tenant,
+    new_job_id,
 )
 from queue_schemas.completions import RESPONSES_PATH
 from queue_schemas.headers import for_engine
@@ -33,6 +36,7 @@ from telemetry.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
 from telemetry.content_coding import decoded_body
 
 from .bodies import ClientGone, read_body
+from .chat_fallback import ChatOnly
 from .connection import Connection
 from .core import (
     BACKGROUND_HEADER,
@@ -88,6 +92,7 @@ class _Wanted:
     background: bool
     resumable: bool
     response: AskedResponse | None
+    on_loss: OnLoss
 
 
 class Inference:
@@ -103,6 +108,7 @@ class Inference:
         self._kept = KeptJobs(state)
         self._responses = Responses(state)
         self._loop = asyncio.get_running_loop
+        self._chat_only = ChatOnly(lambda: self._loop().time())
 
     async def serve(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
         """Answer one request on ``path``, one of the allowlist."""
@@ -137,6 +143,8 @@ class Inference:
                 request.stitch = self._stitch(wanted)
                 connection.watch(request.on_gone)
                 if not wanted.job.stored:
+                    if wanted.job.path == RESPONSES_PATH and self._settings.responses == "auto":
+                        request.fallback = partial(self._as_chat, request, wanted)
                     await self._relay.enqueue(request, wanted.job)
                 else:
                     request.keep = self._keep(wanted)
@@ -171,15 +179,17 @@ class Inference:
         fields = read_fields(body, content_type, path, settings.limits_of(tenant))
         background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
         response = None
-        if path == RESPONSES_PATH and (fields.background or (settings.responses == "chat" and not background)):
-            response = self._responses.read(body, background=fields.background)
+        key = read_idempotency_key(headers.get(_IDEMPOTENCY))
+        if path == RESPONSES_PATH and (fields.background or not background):
+            response = self._response(body, fields, keyed=bool(key))
+        if response is not None:
             background = response.background
             path, body, content_type = response.path, response.body, response.content_type
             fields = response.fields
         resumable = fields.stream and not background and response is None and self._is_resumable(headers)
-        key = read_idempotency_key(headers.get(_IDEMPOTENCY))
         stored = bool(key) or resumable or background
         asked_stream = fields if response is None else replace(fields, stream=response.stream)
+        on_loss = read_on_loss(headers.get(_ON_LOSS), settings.on_loss)
         job = await self._jobs.make(
             tenant=tenant,
             path=path,
@@ -187,7 +197,7 @@ class Inference:
             content_type=content_type,
             fields=fields,
             deadline=self._deadline(headers, asked_stream, background=background, stored=stored),
-            on_loss=read_on_loss(headers.get(_ON_LOSS), settings.on_loss),
+            on_loss=on_loss,
             idempotency_key=key,
             stored=stored,
             lane=Lane.BACKGROUND if background else Lane.INTERACTIVE,
@@ -195,7 +205,45 @@ class Inference:
             traceparent=trace or _traceparent(headers),
             headers=for_engine(raw_headers),
         )
-        return _Wanted(job, fields, background, resumable, response)
+        return _Wanted(job, fields, background, resumable, response, on_loss)
+
+    def _response(self, body: bytes, fields: RequestFields, *, keyed: bool) -> AskedResponse | None:
+        """A request for a response, if it is to be built from a chat at once. The job of an idempotency key is one job:
+        it cannot be asked in another way later, so it is a chat wherever a chat can say it."""
+        setting = self._settings.responses
+        if fields.background or setting == "chat" or (setting == "auto" and fields.model in self._chat_only):
+            return self._responses.read(body, background=fields.background)
+        if setting == "auto" and keyed:
+            try:
+                return self._responses.read(body, background=False)
+            except BadRequest:
+                return None
+        return None
+
+    async def _as_chat(self, request: OpenRequest, wanted: _Wanted) -> bool:
+        """Ask for a response again as a chat: the engine has no Responses API. False for what no chat can say: then the
+        engine's answer stands."""
+        job = wanted.job
+        try:
+            response = self._responses.read(job.body, background=False)
+        except BadRequest:
+            return False
+        self._chat_only.add(job.model)
+        on_loss = "restart" if wanted.on_loss == "continue" and not response.fields.continuable else wanted.on_loss
+        chat = replace(
+            job,
+            id=new_job_id(self._state.link.ready_queue().shard_of(job.model)),
+            path=response.path,
+            body=response.body,
+            content_type=response.content_type,
+            stream=response.fields.stream,
+            on_loss=on_loss,
+            ttl_ms=max(1, int((request.deadline_s - self._loop().time()) * 1000)),
+        )
+        log.info("response_built_from_chat", model=job.model, job_id=chat.id, before=job.id, request_id=job.request_id)
+        request.stitch = self._responses.live(response, chat)
+        await self._relay.enqueue(request, chat)
+        return True
 
     async def _accept(self, wanted: _Wanted, request: OpenRequest, exchange: Exchange) -> bool:
         """Put a request of the background on the queue and say so; True if ``request`` follows it from now on."""

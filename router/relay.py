@@ -24,6 +24,7 @@ from queue_schemas import (
 from telemetry import get_logger
 
 from .bodies import ClientGone
+from .chat_fallback import NO_SUCH_PATH
 from .core import Stitch
 from .exchange import QUEUED, Exchange
 from .metrics import ModelHistogram
@@ -81,6 +82,8 @@ class Relay:
             if request.gone:
                 raise ClientGone
             data = stitch.take()
+            if request.fallback is not None and stitch.head is not None:
+                data, stitch = await self._other_way(request, stitch, data)
             if data or stitch.ended:
                 now = time()
                 if first:
@@ -107,12 +110,30 @@ class Relay:
             if request.behind or stitch.gap or request.lost:
                 await self._recover(request)
             if request.keepalive_due:
-                request.keepalive_due = False
-                if stitch.mid_event:
-                    continue  # a comment would end up inside the event
-                request.sending_since_s = request.quiet_since_s = time()
-                await exchange.comment(self._waits_for(job, stitch))
-                request.sending_since_s = _NEVER
+                await self._comment(request, job, stitch, exchange)
+
+    async def _comment(self, request: OpenRequest, job: Job, stitch: Stitch, exchange: Exchange) -> None:
+        """Keep a silent connection alive, but within an event, where a comment would be a part of it."""
+        request.keepalive_due = False
+        if stitch.mid_event:
+            return
+        request.sending_since_s = request.quiet_since_s = self._loop().time()
+        await exchange.comment(self._waits_for(job, stitch))
+        request.sending_since_s = _NEVER
+
+    async def _other_way(self, request: OpenRequest, stitch: Stitch, data: bytes) -> tuple[bytes, Stitch]:
+        """Hold back an answer that says that the engine has no such path until it is whole, and ask in another way
+        then. What is to be sent, and what makes the answer from now on."""
+        assert stitch.head is not None and request.fallback is not None  # noqa: S101 - looked at by whoever calls
+        refused = stitch.head.status in NO_SUCH_PATH
+        request.held_back += data
+        if refused and not stitch.ended:
+            return b"", stitch
+        fallback, request.fallback = request.fallback, None
+        data, request.held_back = request.held_back, b""
+        if refused and await fallback() and request.stitch is not None:
+            return b"", request.stitch
+        return data, stitch
 
     def _waits_for(self, job: Job, stitch: Stitch) -> str:
         """What a client of a silent stream is told."""

@@ -67,10 +67,12 @@ class OpenRequest:
         "connection",
         "deadline_s",
         "error",
+        "fallback",
         "follows",
         "gone",
         "heard",
         "held",
+        "held_back",
         "interrupted",
         "job",
         "keep",
@@ -99,6 +101,10 @@ class OpenRequest:
         self.deadline_s = self.limit_s = self.sending_since_s = self.rerun_s = float("inf")
         self.on_limit: Callable[[], InferqError] = too_long
         self.error: InferqError | None = None
+        self.fallback: Callable[[], Awaitable[bool]] | None = None
+        """Asks for the same in another way, if the engine has no such path; False: there is none."""
+        self.held_back = b""
+        """What has come of an answer that says so."""
         self.tenant: Tenant | None = None
         """Whose it is; None until it is admitted."""
         self.task: asyncio.Task[Any] | None = None

@@ -49,10 +49,10 @@ class RouterSettings(RequestSettings):
         description="Origins whose web pages may call this Router, such as https://app.example.com, or *; none: no "
         "answer says so, and browsers refuse it to pages of other origins",
     )
-    responses: Literal["engine", "chat"] = Field(
-        "engine",
-        description="POST /v1/responses without background: passed to the engine as it is, or built from a chat "
-        "completion, for engines that do not serve it",
+    responses: Literal["auto", "engine", "chat"] = Field(
+        "auto",
+        description="POST /v1/responses without background: passed to the engine as it is, built from a chat "
+        "completion, or auto: built from one where the engine has no Responses API",
     )
     on_no_worker: OnNoWorker = Field(
         "queue", description="A request for a known model that no worker serves: queue it, or refuse it with 503"

@@ -8,7 +8,8 @@ from typing import Any
 import orjson
 import pytest
 
-from queue_schemas import END, HEAD, Enqueued, Frame, Job, KeptJob, Lane, MarkerKind, Output, State
+from queue_schemas import END, HEAD, Enqueued, Frame, Job, KeptJob, Lane, MarkerKind, Output, Pool, State
+from router.chat_fallback import REMEMBERED_S, ChatOnly
 from tests.support.responses import check_response, check_stream, server_sent
 from tests.support.waiting import eventually
 
@@ -95,6 +96,109 @@ async def test_it_is_built_from_a_chat_where_engines_have_no_responses(stream: b
         assert answer.headers["content-type"] == "application/json"
         response = check_response(answer.json())
     assert (response.output_text, response.background) == ("ab", False)
+
+
+NOT_FOUND = b'{"detail":"Not Found"}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_an_engine_without_responses_is_asked_for_a_chat(stream: bool, status: int) -> None:
+    """[F3] By itself, plain and streamed; the next request for the model is a chat at once, and after a while the
+    engine is asked again."""
+    queue, ask = FakeQueue("m", "n"), {"model": "m", "input": "hi", "stream": stream}
+    async with router(queue) as app:
+        client = Client(app)
+        answer = client.post(ask, PATH)
+        first = await queue.job()
+        queue.deliver(Frame(first.id, 1, "a", 0, HEAD, NOT_FOUND[:5], status, "application/json"))
+        queue.deliver(Frame(first.id, 1, "a", 1, END, NOT_FOUND[5:]))
+        chat = await queue.job()
+        assert (first.path, chat.path, chat.stream) == (PATH, "/v1/chat/completions", True)
+        assert chat.id != first.id and 0 < chat.ttl_ms <= first.ttl_ms
+        queue.stream(chat, *STORY)
+        await answer.done()
+        response = check_stream(server_sent(answer.body)) if stream else check_response(answer.json())
+        assert (answer.status, response.output_text) == (200, "ab")
+        again = client.post(ask, PATH)
+        known = await queue.job()
+        assert known.path == "/v1/chat/completions"
+        queue.stream(known, *STORY)
+        assert (await again.done()).status == 200
+        other = client.post(ask | {"model": "n"}, PATH)
+        unknown = await queue.job()
+        assert unknown.path == PATH
+        queue.answer(unknown, b'{"object": "response"}')
+        await other.done()
+    assert len(app.state.requests) == 0
+
+
+async def test_an_engine_that_serves_responses_is_left_to_it() -> None:
+    """[F3] Its answer passes as it is, in the pieces in which it comes; so does the error of one that knows the
+    path."""
+    queue, ask = FakeQueue("m"), {"model": "m", "input": "hi", "stream": True}
+    async with router(queue) as app:
+        client = Client(app)
+        answer = client.post(ask, PATH)
+        job = await queue.job()
+        queue.stream(job, b"data: 1\n\n", end=False)
+        await answer.until(lambda: b"data: 1" in answer.body)
+        queue.stream(job, b"data: 2\n\n", first=1)
+        await answer.done()
+        refused = client.post(ask, PATH)
+        queue.answer(await queue.job(), b'{"error": {"message": "no"}}', status=400)
+        await refused.done()
+        kept = client.post(ask | {"previous_response_id": "resp_1"}, PATH)
+        queue.answer(await queue.job(), NOT_FOUND, status=404)
+        await kept.done()
+    assert answer.body.startswith(b"data: 1\n\ndata: 2\n\n")
+    assert (refused.status, kept.status, kept.error["message"]) == (400, 404, "Not Found")
+
+
+async def test_a_response_under_a_key_is_one_job() -> None:
+    """[F3] It is a chat from the beginning, as its job cannot be asked in another way later; what no chat can say goes
+    to the engine."""
+    queue, key = FakeQueue("m"), {"idempotency-key": "one"}
+    async with router(queue) as app:
+        client = Client(app)
+        answer = client.post({"model": "m", "input": "hi"}, PATH, key)
+        job = await queue.job()
+        queue.stream(job, *STORY)
+        await answer.done()
+        other = client.post({"model": "m", "input": "hi", "previous_response_id": "resp_1"}, PATH, key)
+        engines = await queue.job()
+        queue.answer(engines, b"{}")
+        await other.done()
+    assert (job.path, engines.path) == ("/v1/chat/completions", PATH)
+    assert check_response(answer.json()).output_text == "ab"
+
+
+async def test_the_deadline_of_a_response_holds_for_its_chat() -> None:
+    """[F3] Asked in another way, a request has no more time than before; its client's leaving ends the chat."""
+    queue, ask = FakeQueue("m"), {"model": "m", "input": "hi"}
+    async with router(queue, deadline_grace_ms=0) as app:
+        client = Client(app)
+        late = client.post(ask, PATH, {"x-inferq-deadline-ms": "300"})
+        queue.answer(await queue.job(), NOT_FOUND, status=404)
+        assert (await queue.job()).ttl_ms <= 300
+        assert (await late.done()).status == 504
+        client = Client(app)
+        gone = client.post(ask, PATH)
+        chat = await queue.job()
+        client.gone.set()
+        while (await queue.cancellation())[0] != chat.id:
+            pass
+        await gone.done()
+
+
+async def test_a_model_is_asked_for_responses_again_after_a_while() -> None:
+    """[F3] What was remembered of its engines grows stale."""
+    now = 0.0
+    models = ChatOnly(lambda: now)
+    models.add(Pool("m"))
+    assert Pool("m") in models and Pool("n") not in models
+    now = REMEMBERED_S
+    assert Pool("m") not in models
 
 
 async def test_its_events_come_as_the_chat_does_and_again_from_anywhere() -> None:

@@ -1,0 +1,41 @@
+"""Which models' engines serve no Responses API: their responses are built from chat completions.
+
+Nothing says so beforehand, and the engines of one model may differ. So a response is asked of an engine first; one that
+has no such path answers 404, 405 or 501, and the request is sent again as a chat. For a while the next requests for
+that model begin there: a chat is served by every engine, also once one of them serves responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from queue_schemas import Pool
+
+NO_SUCH_PATH = frozenset({404, 405, 501})
+"""How servers answer on a path that they do not have."""
+REMEMBERED_S = 300.0
+_MOST_MODELS = 10_000
+
+
+class ChatOnly:
+    """The models whose engines were found without the Responses API a short while ago."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        """``now_s`` is a monotonic clock."""
+        self._now_s = now_s
+        self._until_s: dict[Pool, float] = {}
+
+    def add(self, model: Pool) -> None:
+        """An engine of ``model`` has no such path."""
+        if len(self._until_s) >= _MOST_MODELS:
+            self._until_s.clear()
+        self._until_s[model] = self._now_s() + REMEMBERED_S
+
+    def __contains__(self, model: Pool) -> bool:
+        until_s = self._until_s.get(model)
+        if until_s is None:
+            return False
+        if self._now_s() < until_s:
+            return True
+        del self._until_s[model]
+        return False
