@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from inferq import __version__
-from queue_schemas import BadRequest, InferqError
+from queue_schemas import BadRequest
 
 from .batch_cli import batch_app
 from .commands.options import (
@@ -37,6 +37,7 @@ from .commands.options import (
     open_client,
     stack_options,
 )
+from .invocation import run_command
 from .jobs_cli import jobs_app
 from .webhook_cli import webhook_app
 
@@ -62,13 +63,7 @@ app.add_typer(dead_app, name="dead", no_args_is_help=True)
 
 def main() -> None:
     """The program. An error of ours is one sentence on standard error and exit code 2; anything else is a bug."""
-    try:
-        app(prog_name="inferq")
-    except InferqError as error:
-        sys.stderr.write(f"inferq: {error.message}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(run_command(lambda: app(prog_name="inferq")))
 
 
 def _run(work: Callable[[], Awaitable[None]]) -> None:
@@ -262,7 +257,9 @@ def chat(
 
 @app.command()
 def queues(
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again and again, until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Look again and again, until Ctrl-C or the pipe's end.")
+    ] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
     router_url: RouterUrl = DEFAULT_URL,
     api_key: ApiKey = "",

@@ -9,9 +9,17 @@ from collections.abc import Mapping, Sequence
 import orjson
 from rich.console import Console
 
-out = Console(highlight=False, soft_wrap=True)
+
+class PipeConsole(Console):
+    """A console that leaves it to :func:`inferq.cli.main` what a reader who left the pipe means."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704 - called where the BrokenPipeError is handled
+
+
+out = PipeConsole(highlight=False, soft_wrap=True)
 """Answers."""
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = PipeConsole(stderr=True, highlight=False, soft_wrap=True)
 """Progress and trouble, so that answers can be piped."""
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Awaitable, Callable
 
 import typer
@@ -19,9 +17,4 @@ def run_for_code(work: Callable[[], Awaitable[int]]) -> None:
         nonlocal code
         code = await work()
 
-    try:
-        raise typer.Exit(run_process(keep_code) or code)
-    except BrokenPipeError:
-        # Whoever read our output has enough of it. Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
+    raise typer.Exit(run_process(keep_code) or code)

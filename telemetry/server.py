@@ -20,6 +20,7 @@ from queue_schemas import CannotStart, InferqError
 
 from .connections import ConnectionLimits, Connections, protocol_for
 from .logs import get_logger
+from .signals import take_signals
 
 BACKLOG = 2048
 EXIT_REFUSED = 2
@@ -206,6 +207,7 @@ def run_process(main: Callable[[], Awaitable[None]]) -> int:
     async def run() -> None:
         await main()
 
+    take_signals()
     try:
         if sys.platform == "win32":
             asyncio.run(run())

@@ -6,19 +6,16 @@ import time
 from typing import Any
 
 import orjson
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
 from inferq.batch_client import BatchClient, BatchView, LineError, fields_of
 from inferq.console import err, out, print_json, visible
+from inferq.tables import Column, Row, print_table
 
 from .batch_lines import lines_of
 from .batch_watch import EXIT_RUNNING, duration, exit_code, watch
 
 PAGE = 100
-_WIDEST = 400
 _CHARS = 300
 _CLOCK = "%Y-%m-%d %H:%M:%S"
 
@@ -48,7 +45,7 @@ async def list_batches(client: BatchClient, *, limit: int, as_json: bool) -> int
     if as_json:
         print_json([fields_of(batch) for batch in found])
     elif found:
-        _print_table(found)
+        print_table(_COLUMNS, [_row(batch) for batch in found])
     else:
         out.print("There are no batches yet: inferq batch submit FILE")
     return 0
@@ -141,16 +138,19 @@ def _tell_failure(line: dict[str, Any], *, as_json: bool) -> None:
     out.print(visible(f"{line.get('custom_id')}: {text} ({code})"), markup=False)
 
 
-def _print_table(batches: list[BatchView]) -> None:
-    """As wide as it is, whatever the terminal: ids are there to be copied, and scripts have none."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("ID", "CREATED", "STATUS", "DONE", "FAILED", "MODEL", "ENDPOINT"):
-        table.add_column(name, justify="right" if name in {"DONE", "FAILED"} else "left", no_wrap=True)
-    for batch in batches:
-        counts = batch.request_counts
-        created = time.strftime(_CLOCK, time.localtime(batch.created_at))
-        done = f"{counts.completed}/{counts.total}"
-        texts = (Text(visible(text)) for text in (batch.model or "", batch.endpoint))
-        table.add_row(batch.id, created, Text(visible(batch.status)), done, str(counts.failed), *texts)
-    whole = Measurement.get(out, out.options.update(max_width=_WIDEST), table).maximum
-    Console(width=max(whole, out.width), highlight=False).print(table)
+_COLUMNS = (
+    Column("ID"),
+    Column("CREATED", 3),
+    Column("STATUS", 1),
+    Column("DONE", 2, right=True),
+    Column("FAILED", 4, right=True),
+    Column("MODEL", 5, shrinks=True),
+    Column("ENDPOINT", 6),
+)
+
+
+def _row(batch: BatchView) -> Row:
+    counts = batch.request_counts
+    created = time.strftime(_CLOCK, time.localtime(batch.created_at))
+    done = f"{counts.completed}/{counts.total}"
+    return Row((batch.id, created, batch.status, done, str(counts.failed), batch.model or "", batch.endpoint))

@@ -8,12 +8,9 @@ import time
 from collections.abc import Sequence
 from math import inf
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from inferq.client import FabricClient, FabricRefused
 from inferq.console import err, out, print_json, visible
+from inferq.tables import Column, Row, print_table
 from queue_schemas import DeadLetter, DeadRequest
 
 PAGE = 500
@@ -27,8 +24,10 @@ async def list_letters(client: FabricClient, *, limit: int, as_json: bool) -> No
         letters = await _all(client, limit)
     if as_json:
         print_json([letter.model_dump(mode="json") for letter in letters])
+    elif letters:
+        print_table(_COLUMNS, [_row(letter) for letter in letters])
     else:
-        out.print(_table(letters))
+        out.print("No dead letters: every request was answered, or ended by its client or its deadline.")
 
 
 async def show_letter(client: FabricClient, letter_id: str, *, as_json: bool) -> None:
@@ -108,17 +107,20 @@ def _unbroken(answer: bytes) -> bytes:
     return answer
 
 
-def _table(letters: list[DeadLetter]) -> RenderableType:
-    if not letters:
-        return Text("No dead letters: every request was answered, or ended by its client or its deadline.")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("ID", "AT", "MODEL", "TENANT", "ATTEMPTS", "BYTES", "WORKER", "CAUSE"):
-        table.add_column(name, justify="right" if name in {"ATTEMPTS", "BYTES"} else "left")
-    for letter in letters:
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.at_ms / 1000))
-        model, tenant, worker, cause = (
-            Text(visible(text)) for text in (letter.model, letter.tenant, letter.worker, letter.cause[:_CAUSE_CHARS])
-        )
-        figures = (str(letter.attempts), str(letter.size_bytes))
-        table.add_row(letter.id, at, model, tenant, *figures, worker, cause)
-    return table
+_COLUMNS = (
+    Column("ID"),
+    Column("AT", 4),
+    Column("MODEL", 1, shrinks=True),
+    Column("TENANT", 5, shrinks=True),
+    Column("ATTEMPTS", 6, right=True),
+    Column("BYTES", 7, right=True),
+    Column("WORKER", 3),
+    Column("CAUSE", 2, shrinks=True),
+)
+
+
+def _row(letter: DeadLetter) -> Row:
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.at_ms / 1000))
+    figures = (str(letter.attempts), str(letter.size_bytes))
+    cause = letter.cause[:_CAUSE_CHARS]
+    return Row((letter.id, at, letter.model, letter.tenant, *figures, letter.worker, cause))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import orjson
-from rich.table import Table
-from rich.text import Text
 
 from inferq.console import err, out, print_json, visible
+from inferq.invocation import pause
 from inferq.jobs_client import JobsClient, JobView
+from inferq.tables import Column, Row, print_table
 
 from .batch_watch import EXIT_RUNNING, EXIT_TROUBLE, duration
 
@@ -31,7 +30,7 @@ async def list_jobs(client: JobsClient, *, limit: int, status: str, as_json: boo
     if as_json:
         print_json([job.model_dump(mode="json") for job in found])
     elif found:
-        out.print(_table(found))
+        print_table(_COLUMNS, [_row(job) for job in found])
     else:
         out.print("There are no such jobs: requests with the header X-Inferq-Background: true make them.")
     return 0
@@ -43,7 +42,7 @@ async def show_job(client: JobsClient, job_id: str, *, wait: bool, as_json: bool
         job = await client.job(job_id)
         pause_s = _SHORTEST_LOOK_S
         while wait and not job.ended:
-            await asyncio.sleep(pause_s)
+            await pause(pause_s)
             pause_s = min(pause_s * 1.3, _LONGEST_LOOK_S)
             job = await client.job(job_id)
     if as_json:
@@ -95,16 +94,19 @@ def _summary(job: JobView) -> str:
     return f"{text}, {job.attempts} attempts" if job.attempts > 1 else text
 
 
-def _table(jobs: list[JobView]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    # Whole, however narrow the terminal is: it is there to be copied.
-    table.add_column("ID", min_width=34, no_wrap=True)
-    for name in ("STATUS", "CREATED", "TOOK", "ATTEMPTS", "MODEL", "PATH"):
-        table.add_column(name, justify="right" if name in {"TOOK", "ATTEMPTS"} else "left")
-    for job in jobs:
-        created = time.strftime(_CLOCK, time.localtime(job.created_at))
-        took = duration(job.ended_at - job.created_at) if job.ended_at is not None else "-"
-        style = {"failed": "red", "expired": "red", "cancelled": "yellow"}.get(job.status, "")
-        names = (Text(visible(job.model)), Text(visible(job.path or "-")))
-        table.add_row(job.id, job.status, created, took, str(job.attempts), *names, style=style)
-    return table
+_COLUMNS = (
+    Column("ID"),
+    Column("STATUS", 1),
+    Column("CREATED", 4),
+    Column("TOOK", 3, right=True),
+    Column("ATTEMPTS", 6, right=True),
+    Column("MODEL", 2, shrinks=True),
+    Column("PATH", 5),
+)
+
+
+def _row(job: JobView) -> Row:
+    created = time.strftime(_CLOCK, time.localtime(job.created_at))
+    took = duration(job.ended_at - job.created_at) if job.ended_at is not None else "-"
+    style = {"failed": "red", "expired": "red", "cancelled": "yellow"}.get(job.status, "")
+    return Row((job.id, job.status, created, took, str(job.attempts), job.model, job.path or "-"), style)

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from inferq.client import FabricClient, FabricRefused
-from inferq.console import out, print_json
+from inferq.console import err, out, print_json
+from inferq.invocation import pause
+from inferq.tables import UNLIMITED, Column, Row, fitted_table, output_width, print_whole
 from queue_schemas import PoolDepth, WorkerInfo
 
 
 async def show_queues(client: FabricClient, *, watch: bool, interval_s: float, as_json: bool) -> None:
-    """Print the pools once, or again and again with ``watch`` (as JSON: one line for each look)."""
+    """Print the pools once, or again and again with ``watch``: in place on a terminal, else a table for each look, and
+    as JSON a line for each."""
     async with client:
         if not watch:
             pools = await client.pools()
             if as_json:
                 print_json([pool.model_dump(mode="json") for pool in pools])
             else:
-                out.print(pools_table(pools))
+                _print(pools_table(pools, output_width()))
             return
         if as_json:
             while True:
                 print_json([pool.model_dump(mode="json") for pool in await client.pools()], line=True)
-                await asyncio.sleep(interval_s)
+                await pause(interval_s)
+        if not out.is_terminal:
+            while True:
+                await _print_look(client)
+                await pause(interval_s)
         with Live(console=out, auto_refresh=False, transient=True) as live:
             while True:
                 live.update(await _look(client), refresh=True)
-                await asyncio.sleep(interval_s)
+                await pause(interval_s)
 
 
 async def show_workers(client: FabricClient, *, as_json: bool) -> None:
@@ -41,41 +46,55 @@ async def show_workers(client: FabricClient, *, as_json: bool) -> None:
         if as_json:
             print_json(fleet.model_dump(mode="json"))
         else:
-            out.print(workers_table(fleet.workers))
+            _print(workers_table(fleet.workers, output_width()))
 
 
-def pools_table(pools: list[PoolDepth]) -> RenderableType:
+_POOL_COLUMNS = (
+    Column("MODEL"),
+    Column("LANE", 2),
+    Column("WAITING", 1, right=True),
+    Column("RUNNING", 3, right=True),
+    Column("OLDEST", 4, right=True),
+    Column("WORKERS", 5, right=True),
+    Column("SLOTS", 6, right=True),
+)
+_WORKER_COLUMNS = (
+    Column("WORKER"),
+    Column("STATE", 1),
+    Column("ENGINE", 2, shrinks=True),
+    Column("RUNNING", 3, right=True),
+    Column("HEARTBEAT", 5, right=True),
+    Column("URL", 6),
+    Column("MODELS", 4, shrinks=True),
+)
+
+
+def pools_table(pools: list[PoolDepth], width: int = UNLIMITED) -> RenderableType:
     """One row per lane in use of each model."""
     if not pools:
         return Text("No model is known yet: nothing was asked for, and no worker has joined.")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("MODEL")
-    table.add_column("LANE")
-    for name in ("WAITING", "RUNNING", "OLDEST", "WORKERS", "SLOTS"):
-        table.add_column(name, justify="right")
+    rows = []
     for pool in pools:
         style = "yellow" if pool.waiting and not pool.workers else ""
         lanes = [(lane, depth) for lane, depth in pool.lanes.items() if depth.waiting or depth.leased]
         first, fleet = pool.model, (str(pool.workers), str(pool.slots))
         for lane, depth in lanes:
             figures = (str(depth.waiting), str(depth.leased), _age(depth.oldest_age_ms) if depth.waiting else "-")
-            table.add_row(first, str(lane), *figures, *fleet, style=style)
+            rows.append(Row((first, str(lane), *figures, *fleet), style))
             first, fleet = "", ("", "")
         if not lanes:
-            table.add_row(first, "-", "0", "0", "-", *fleet)
-    return table
+            rows.append(Row((first, "-", "0", "0", "-", *fleet)))
+    return fitted_table(_POOL_COLUMNS, rows, width)
 
 
-def workers_table(workers: list[WorkerInfo]) -> RenderableType:
+def workers_table(workers: list[WorkerInfo], width: int = UNLIMITED) -> RenderableType:
     """One row per worker."""
     if not workers:
         return Text("No worker has joined: start one with `inferq worker`.")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("WORKER", "STATE", "ENGINE", "RUNNING", "HEARTBEAT", "URL", "MODELS"):
-        table.add_column(name, justify="right" if name in {"RUNNING", "HEARTBEAT"} else "left")
+    rows = []
     for worker in workers:
         engine = f"{worker.engine} ({worker.engine_detail})" if worker.engine_detail else str(worker.engine)
-        table.add_row(
+        cells = (
             worker.worker_id,
             str(worker.state),
             engine,
@@ -83,15 +102,31 @@ def workers_table(workers: list[WorkerInfo]) -> RenderableType:
             f"{_age(worker.heartbeat_age_ms)} ago",
             worker.url or "-",
             ", ".join(worker.models) or "-",
-            style="" if worker.takes_work else "yellow",
         )
-    return table
+        rows.append(Row(cells, "" if worker.takes_work else "yellow"))
+    return fitted_table(_WORKER_COLUMNS, rows, width)
+
+
+def _print(shown: RenderableType) -> None:
+    if isinstance(shown, Table):
+        print_whole(shown)
+    else:
+        out.print(shown)
+
+
+async def _print_look(client: FabricClient) -> None:
+    """A table, and an empty line behind it; trouble goes to standard error."""
+    try:
+        _print(pools_table(await client.pools(), output_width()))
+        out.print()
+    except FabricRefused as refused:
+        err.print(refused.message, style="red", markup=False)
 
 
 async def _look(client: FabricClient) -> RenderableType:
     """The current table; a Router that is away for a moment does not end the watch."""
     try:
-        return pools_table(await client.pools())
+        return pools_table(await client.pools(), output_width())
     except FabricRefused as refused:
         return Group(Text(refused.message, style="red"))
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from rich.table import Table
-
 from batches import BatchSettings
 from batches.webhooks import NotifierSettings
 from broker import BrokerSettings
 from inferq.console import out, print_json
 from inferq.on_ray import RaySettings
+from inferq.tables import Column, Row, print_table
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
@@ -35,6 +34,14 @@ TABLES: dict[str, type[RoleSettings]] = {
     )
 }
 
+_COLUMNS = (
+    Column("SETTING"),
+    Column("VALUE", shrinks=True),
+    Column("FROM", 2),
+    Column("VARIABLE", 3),
+    Column("MEANING", 1, shrinks=True),
+)
+
 
 def read_facts(tables: Sequence[str] = ()) -> list[SettingFact]:
     """The settings of ``tables`` (all unless given). Raises ``CannotStart`` for a wrong value or an unknown table."""
@@ -51,14 +58,16 @@ def show_settings(tables: Sequence[str], *, as_json: bool) -> None:
         print_json([asdict(fact) for fact in facts])
         return
     for table in dict.fromkeys(fact.table for fact in facts):
-        grid = Table(title=f"[{table}]", title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for name in ("SETTING", "VALUE", "FROM", "VARIABLE", "MEANING"):
-            grid.add_column(name, overflow="fold")
-        for fact in facts:
-            if fact.table == table:
-                style = "" if fact.origin == "default" else "bold"
-                grid.add_row(fact.name, fact.value, fact.origin, fact.variable, fact.description, style=style)
-        out.print(grid)
+        rows = [
+            Row(
+                (fact.name, fact.value, fact.origin, fact.variable, fact.description),
+                "" if fact.origin == "default" else "bold",
+            )
+            for fact in facts
+            if fact.table == table
+        ]
+        out.print(f"[{table}]", style="bold", markup=False)
+        print_table(_COLUMNS, rows)
         out.print()
 
 

@@ -6,11 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from inferq.console import err, out, print_json, visible
+from inferq.tables import Column, Row, print_table
 from inferq.webhook_client import DeliveryView, EndpointView, WebhookClient
 
 _SHOWN_ONCE = "This secret is not shown again. Receivers check signatures with it:"
@@ -29,8 +26,10 @@ async def list_endpoints(client: WebhookClient, *, as_json: bool) -> int:
         found = await client.endpoints()
     if as_json:
         print_json([one.model_dump(exclude={"signing_secret"}) for one in found])
+    elif found:
+        print_table(_ENDPOINT_COLUMNS, [_endpoint_row(one) for one in found])
     else:
-        out.print(_endpoints(found))
+        out.print("No webhook endpoints: make one with `inferq webhooks add URL`.")
     return 0
 
 
@@ -83,8 +82,10 @@ async def list_deliveries(client: WebhookClient, endpoint_id: str, limit: int, *
         found = await client.deliveries(endpoint_id, limit)
     if as_json:
         print_json([one.model_dump() for one in found])
+    elif found:
+        print_table(_DELIVERY_COLUMNS, [_delivery_row(one) for one in found])
     else:
-        out.print(_deliveries(found))
+        out.print("Nothing was sent to it, or it is forgotten by now.")
     return 0
 
 
@@ -106,36 +107,35 @@ def _show(endpoint: EndpointView, *, as_json: bool) -> None:
             out.print(visible(f"{name}: {shown}"), markup=False, emoji=False)
 
 
-def _endpoints(found: Sequence[EndpointView]) -> RenderableType:
-    if not found:
-        return Text("No webhook endpoints: make one with `inferq webhooks add URL`.")
-    table = _table("ID", "STATUS", "EVENTS", "NAME", "URL")
-    for one in found:
-        status = f"{one.status}: {one.disabled_reason}" if one.disabled_reason else one.status
-        cells = (one.id, status, ", ".join(one.event_types), one.name, one.url)
-        table.add_row(*(Text(visible(text)) for text in cells))
-    return table
+_ENDPOINT_COLUMNS = (
+    Column("ID"),
+    Column("STATUS", 1, shrinks=True),
+    Column("EVENTS", 4, shrinks=True),
+    Column("NAME", 3, shrinks=True),
+    Column("URL", 2, shrinks=True),
+)
+_DELIVERY_COLUMNS = (
+    Column("EVENT"),
+    Column("TYPE", 2),
+    Column("OF", 4),
+    Column("STATUS", 1),
+    Column("ATTEMPTS", 6, right=True),
+    Column("LAST ANSWER", 3, shrinks=True),
+    Column("NEXT", 5),
+)
 
 
-def _deliveries(found: Sequence[DeliveryView]) -> RenderableType:
-    if not found:
-        return Text("Nothing was sent to it, or it is forgotten by now.")
-    table = _table("EVENT", "TYPE", "OF", "STATUS", "ATTEMPTS", "LAST ANSWER", "NEXT")
-    for one in found:
-        last = one.attempts[-1] if one.attempts else None
-        answer = "" if last is None else f"HTTP {last.status_code}" if last.status_code else last.error or ""
-        following = _clock(one.next_attempt_at) if one.next_attempt_at else ""
-        of, attempts = str(one.data.get("id", "")), str(len(one.attempts))
-        cells = (one.id, one.event_type, of, one.status, attempts, answer, following)
-        table.add_row(*(Text(visible(text)) for text in cells))
-    return table
+def _endpoint_row(one: EndpointView) -> Row:
+    status = f"{one.status}: {one.disabled_reason}" if one.disabled_reason else one.status
+    return Row((one.id, status, ", ".join(one.event_types), one.name, one.url))
 
 
-def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        table.add_column(name)
-    return table
+def _delivery_row(one: DeliveryView) -> Row:
+    last = one.attempts[-1] if one.attempts else None
+    answer = "" if last is None else f"HTTP {last.status_code}" if last.status_code else last.error or ""
+    following = _clock(one.next_attempt_at) if one.next_attempt_at else ""
+    of, attempts = str(one.data.get("id", "")), str(len(one.attempts))
+    return Row((one.id, one.event_type, of, one.status, attempts, answer, following))
 
 
 def _clock(at_s: int) -> str:

@@ -318,6 +318,14 @@ async def test_a_broken_off_instance_goes_on_behind_its_beginning(http: httpx.As
     assert (await http.post("/v1/chat/completions", json=rest)).json()["choices"][0]["message"]["content"] == whole[11:]
 
 
+async def test_json_mode_follows_a_schema_in_the_prompt(http: httpx.AsyncClient) -> None:
+    """[F4] Clients without schemas of their own write one into the prompt, for the model to read."""
+    asked = [{"role": "system", "content": f"Answer as JSON:\n```\n{json.dumps(SCHEMA, indent=2)}\n```\n{{x"}, *ASK]
+    request = {"messages": asked, "response_format": {"type": "json_object"}}
+    text = (await http.post("/v1/chat/completions", json=request)).json()["choices"][0]["message"]["content"]
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
 SCHEMAS: list[Any] = [
     {},
     {"type": ["string", "null"]},

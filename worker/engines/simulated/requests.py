@@ -239,7 +239,7 @@ def generate(
         seed=optional_int(fields, "seed") or 0,
         failure=_failure(fields),
         prefix=prefix,
-        shape=shape_of(fields),
+        shape=shape_of(fields, prompt),
     )
 
 

@@ -6,6 +6,7 @@ Understands ``response_format`` and, as vLLM does, ``structured_outputs`` and th
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from .refusal import Fields, RefusedRequest
 
 MAX_NESTING = 64
 MAX_SCHEMA_BYTES = 256 * 1024
+MAX_PROMPTED = 64
+"""Places of a prompt that are looked at for the beginning of a schema."""
 _PLAIN_OBJECT = b'{"type":"object","properties":{"answer":{"type":"string"}},"required":["answer"]}'
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
 _OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern", "disable_fallback")
@@ -31,9 +34,10 @@ class Shape:
     param: str
 
 
-def shape_of(fields: Fields) -> Shape | None:
-    """The shape that a chat, a completion or a response asks for; None for plain text."""
-    found = [shape for shape in (_of_format(fields), *_of_structured(fields)) if shape is not None]
+def shape_of(fields: Fields, prompt: str) -> Shape | None:
+    """The shape that a chat, a completion or a response asks for; None for plain text. In JSON mode, which has no
+    schema of its own, it is that of a schema in the prompt, as clients write it there for a model to read."""
+    found = [shape for shape in (_of_format(fields, prompt), *_of_structured(fields)) if shape is not None]
     if len(found) > 1:
         both = " and ".join(shape.param for shape in found)
         raise RefusedRequest(f"{both} both say what the answer must be: give one of them", param=found[1].param)
@@ -73,7 +77,7 @@ def shaped_text(shape: Shape, key: bytes) -> str:
         raise RefusedRequest(f"{shape.param}: {error}", param=shape.param) from error
 
 
-def _of_format(fields: Fields) -> Shape | None:
+def _of_format(fields: Fields, prompt: str) -> Shape | None:
     asked = fields.get("response_format")
     if asked is None:
         return None
@@ -81,7 +85,7 @@ def _of_format(fields: Fields) -> Shape | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return Shape("json", _PLAIN_OBJECT.decode(), "response_format")
+        return _prompted_shape(prompt) or Shape("json", _PLAIN_OBJECT.decode(), "response_format")
     if kind == "json_schema":
         inner = asked.get("json_schema")
         schema = inner.get("schema", inner.get("json_schema")) if isinstance(inner, dict) else None
@@ -90,6 +94,30 @@ def _of_format(fields: Fields) -> Shape | None:
         "response_format: type should be 'text', 'json_object' or 'json_schema' on a simulated engine",
         param="response_format",
     )
+
+
+def _prompted_shape(prompt: str) -> Shape | None:
+    """The last JSON schema of an object that ``prompt`` contains, if it can be met."""
+    found, decoder, at = None, json.JSONDecoder(), -1
+    for _ in range(MAX_PROMPTED):
+        at = prompt.find("{", at + 1, MAX_SCHEMA_BYTES)
+        if at < 0:
+            break
+        try:
+            value, end = decoder.raw_decode(prompt, at)
+        except (ValueError, RecursionError):
+            continue
+        at = end - 1
+        if isinstance(value.get("properties"), dict):
+            found = value
+    if found is None:
+        return None
+    try:
+        shape = json_shape(found, "response_format")
+        shaped_text(shape, b"")
+    except RefusedRequest:
+        return None
+    return shape
 
 
 def _of_structured(fields: Fields) -> list[Shape]:

@@ -1,0 +1,23 @@
+"""Signals as a process of ours needs them, whatever its parent has ignored or blocked."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+
+
+def take_signals() -> None:
+    """Make SIGINT and SIGTERM end this process again, and children's ends be told, if the parent had it otherwise.
+
+    ``nohup`` and the background jobs of scripts start programs with SIGINT ignored, and what a parent blocks stays
+    blocked. SIGHUP stays ignored, which is what ``nohup`` is for. Does nothing but in the main thread.
+    """
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD))
