@@ -7,7 +7,9 @@ from typing import Any
 
 import orjson
 
+from .error_shapes import ErrorFacts
 from .frames import END, HEAD, Frame
+from .refusals import facts_of_refusal
 from .transcript import DONE, Chunk, end_of_events, event_data, split_events
 
 EVENT_STREAM = "text/event-stream"
@@ -81,11 +83,10 @@ class ChatReader:
             chunk: Any = orjson.loads(data)
         except orjson.JSONDecodeError:
             chunk = None
-        status = self._status if self._status >= 400 else 502
-        if type(chunk) is dict and (chunk.get("error") or status != 502):
-            self._fail(_failure(chunk.get("error"), status))
-        elif status != 502:
-            self._fail(ChatFailure(f"the engine answered with status {status}", status))
+        if self._status >= 400:
+            self._fail(_failure(facts_of_refusal(self._status, data)))
+        elif type(chunk) is dict and (chunk.get("error") or chunk.get("object") == "error"):
+            self._fail(_failure(facts_of_refusal(502, data)))
         elif type(chunk) is dict and type(chunk.get("choices")) is list:
             return chunk | {"choices": [choice for choice in chunk["choices"] if type(choice) is dict]}
         else:
@@ -97,16 +98,5 @@ class ChatReader:
         self.over = True
 
 
-def _failure(error: Any, status: int) -> ChatFailure:
-    if type(error) is not dict:
-        return ChatFailure(str(error)[:1000] if error else f"the engine answered with status {status}", status)
-    code = error.get("code")
-    if type(code) is int and 400 <= code <= 599:
-        status = code
-    kind, param = error.get("type"), error.get("param")
-    return ChatFailure(
-        str(error.get("message") or f"the engine answered with status {status}"),
-        status,
-        kind if type(kind) is str else None,
-        param if type(param) is str else None,
-    )
+def _failure(facts: ErrorFacts) -> ChatFailure:
+    return ChatFailure(facts.message, facts.status, facts.type, facts.param)

@@ -107,13 +107,14 @@ async def test_a_client_that_leaves_removes_its_waiting_job(
 
 
 async def test_a_silent_stream_gets_comments_on_the_wire(valkey: Server, worker: Speaker) -> None:
-    """Before any worker answers, the client already has a 200 and comments."""
+    """Before any worker answers, the client already has a 200 and comments, which say that none is registered."""
+    waiting = f": waiting for a worker that serves {MODEL}\n".encode()
     async with running_router(valkey.url, keepalive_ms=60) as router, router.post(STREAM) as answer:
         assert answer.status == 200
-        assert await answer.content.readuntil(b"\n") == b": queued\n"
+        assert await answer.content.readuntil(b"\n") == waiting
         lease = await worker.lease()
         await worker.end(lease, chunk("a") + DONE)
-        assert (await answer.read()).replace(b": queued\n", b"") == chunk("a") + DONE
+        assert (await answer.read()).replace(waiting, b"") == chunk("a") + DONE
 
 
 async def test_a_lost_worker_does_not_show_in_the_stream(

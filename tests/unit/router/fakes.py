@@ -232,6 +232,30 @@ class FakeQueue:
         self.deliver(Marker(kind, job.id, epoch, reason))
 
 
+class KeptStream:
+    """A stored stream in the making, which is kept as it is said: whoever looks after a silent job finds it there."""
+
+    def __init__(self, queue: FakeQueue, job: Job) -> None:
+        self._queue = queue
+        self._job = job
+        self._frames: tuple[Frame, ...] = ()
+        self._keep(State.LEASED)
+
+    def say(self, *pieces: bytes, end: bool = False) -> None:
+        """Some more of it; ``end``: it is whole then."""
+        first = len(self._frames)
+        for seq, data in enumerate(pieces, first):
+            flags = (0 if seq else HEAD) | (END if end and seq == first + len(pieces) - 1 else 0)
+            head = (0, "") if seq else (200, SSE)
+            self._frames += (Frame(self._job.id, 1, "a1", seq, flags, data, *head),)
+        self._keep(State.DONE if end else State.LEASED)
+        self._queue.deliver(*self._frames[first:])
+
+    def _keep(self, state: State) -> None:
+        last = (1, len(self._frames)) if self._frames else (0, 0)
+        self._queue.output[self._job.id] = Output(state, 1, "a1", last, self._frames, complete=True)
+
+
 @dataclass
 class Answer:
     """One HTTP exchange with the app, as far as it has come."""

@@ -17,7 +17,7 @@ import pytest
 from queue_schemas import BrokerFull, MarkerKind, OverCapacity
 from tests.support.event_streams import single_bytes
 from tests.support.waiting import eventually
-from tests.unit.router.fakes import FakeQueue
+from tests.unit.router.fakes import FakeQueue, KeptStream
 from tests.unit.router.served import Served, served
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
@@ -325,11 +325,11 @@ async def test_a_resumable_stream_with_signs_of_life_is_whole(queue: FakeQueue, 
     chunk = b'data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
     async with served(queue, keepalive_ms=50, resumable_streams=True) as running:
         asking = asyncio.ensure_future(read(running))
-        job = await queue.job()
+        stream = KeptStream(queue, await queue.job())
         await _once_alive(running)
-        queue.stream(job, chunk, b": the engine says hello\n\n", b"retry: 100\n\n", end=False)
+        stream.say(chunk, b": the engine says hello\n\n", b"retry: 100\n\n")
         await _once_alive(running)
-        queue.stream(job, chunk, b"data: [DONE]\n\n", first=3)
+        stream.say(chunk, b"data: [DONE]\n\n", end=True)
         chunks = await asking
     assert [piece.choices[0].delta.content for piece in chunks] == ["a", "a"]
 
@@ -340,7 +340,7 @@ async def test_a_sign_of_life_is_bytes_on_the_wire(queue: FakeQueue) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]))
         body = orjson.dumps({"model": "m", "messages": MESSAGES, "stream": True})
         writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
-        await queue.job()
+        KeptStream(queue, await queue.job())
         async with asyncio.timeout(5):
             await reader.readuntil(b": queued\n")
             await reader.readuntil(b": queued\n")

@@ -11,7 +11,7 @@ import pytest
 from broker import Standing
 from queue_schemas import BrokerFull, MarkerKind, OverCapacity, State
 from tests.support.waiting import eventually
-from tests.unit.router.fakes import Client, FakeQueue, router, worker
+from tests.unit.router.fakes import Client, FakeQueue, KeptStream, router, worker
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 STREAM = CHAT | {"stream": True}
@@ -314,11 +314,11 @@ async def test_a_stream_that_waits_for_a_worker_says_so(resumable: str) -> None:
     waiting = b": waiting for a worker that serves idle\n"
     async with router(queue, keepalive_ms=50, pools=["idle"]) as app:
         answer = Client(app).post(STREAM | {"model": "idle"}, headers={"x-inferq-resumable": resumable})
-        job = await queue.job()
+        stream = KeptStream(queue, await queue.job())
         await answer.until(lambda: answer.body.count(waiting) >= 2)
         queue.fleet = {"w1": worker("m", "idle")}
         await answer.until(lambda: b": queued\n" in answer.body)
-        queue.stream(job, chunk("a"), DONE)
+        stream.say(chunk("a"), DONE, end=True)
         await answer.done()
     assert answer.status == 200
 
