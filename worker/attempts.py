@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
@@ -391,14 +391,17 @@ class Attempts:
                 "content-length nor chunks, and is no complete JSON"
             )
         self._metrics.usage(attempt.lease.job.model, body)
-        return _Settle(verdict, attempt.cutter.whole(answer.status, answer.content_type, body, answer.headers))
+        return _Settle(
+            verdict, attempt.cutter.whole(answer.status, answer.content_type, body, _headers(attempt.lease, answer))
+        )
 
     async def _stream(
         self, attempt: _Attempt, answer: EngineAnswer, verdict: Outcome, continuation: Continuation | None
     ) -> _Ending:
         job, cutter = attempt.lease.job, attempt.cutter
         attempt.channel = channel = self._channel(attempt)
-        cutter.head(answer.status, answer.content_type, continued=continuation is not None, headers=answer.headers)
+        headers = _headers(attempt.lease, answer)
+        cutter.head(answer.status, answer.content_type, continued=continuation is not None, headers=headers)
         size = events = 0
         data = b""
         silence = attempt.silence
@@ -550,6 +553,14 @@ class Attempts:
             f"the engine's answer is larger than the {self._max_answer_bytes} bytes that its worker accepts; "
             "ask for less, or raise INFERQ_WORKER_MAX_ANSWER_BYTES"
         )
+
+
+def _headers(lease: Lease, answer: EngineAnswer) -> Mapping[str, str]:
+    """The headers of ``answer`` that the client is to see. After more than one attempt its own retries would multiply
+    the fabric's."""
+    if answer.status >= 500 and lease.attempt > 1:
+        return {**answer.headers, "x-should-retry": "false"}
+    return answer.headers
 
 
 def _cut_short(delimited: bool) -> EngineFailed:

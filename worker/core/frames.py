@@ -120,7 +120,8 @@ class FrameCutter:
         dialect = dialect_of(job.path)
         if self.begun:
             return self._frame(error_event(facts, dialect, job.request_id, self._sent), END)
-        headers = {"x-should-retry": "false"} if is_final(error) else None
+        # After more than one attempt a client's own retries would multiply the fabric's.
+        headers = {"x-should-retry": "false"} if is_final(error) or self._lease.attempt > 1 else None
         return self.whole(error.status, "application/json", error_body(facts, dialect, job.request_id), headers)
 
     def _told(self, headers: Mapping[str, str] | None) -> Mapping[str, str]:

@@ -270,7 +270,10 @@ class _Answer:
 
     @property
     def retry_after_s(self) -> float | None:
-        return _seconds_until(self._connection.headers.get("retry-after", ""))
+        headers = self._connection.headers
+        if (milliseconds := headers.get("retry-after-ms", "")).isdecimal():
+            return float(milliseconds[:12]) / 1000
+        return _seconds_until(headers.get("retry-after", ""))
 
     @property
     def headers(self) -> Mapping[str, str]:

@@ -279,6 +279,19 @@ async def test_an_engine_that_says_when_to_come_back_is_not_asked_before(elsewhe
     assert len(last.broker.settled) == 1
 
 
+@pytest.mark.parametrize(
+    "answer", [plain(500), Answer(500, SSE, [b"busy"]), EngineFailed("refused")], ids=["plain", "stream", "none"]
+)
+async def test_a_client_is_told_not_to_retry_what_was_retried_already(answer: Answer | Exception) -> None:
+    """[C8] SDKs obey ``x-should-retry``: else their three tries would become nine. After one attempt it is theirs."""
+    told = []
+    for attempt, attempts in ((1, 1), (3, 3)):
+        bench = Bench(answer)
+        await bench.run(lease(attempt, max_attempts=attempts, headers={}))
+        told.append(bench.broker.settled[0][2][0].headers.get("x-should-retry"))
+    assert told == [None, "false"]
+
+
 async def test_a_crash_is_tried_again_on_the_only_engine() -> None:
     """[C8] A lost connection is no answer: the engine is started again, and asked again."""
     bench = Bench(EngineGone("it crashed"))

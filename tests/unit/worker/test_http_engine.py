@@ -8,6 +8,8 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 
@@ -247,6 +249,38 @@ async def test_a_request_that_is_refused_for_itself_is_not_asked_twice_for_ever(
                 assert (answer.status, await answer.read(100)) == (200 if body == b"good" else 400, b"{}")
             assert len(raw.requests) == requests
     assert b"x-request-id" in raw.requests[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "least", "most"),
+    [
+        (b"Retry-After: 7", 7.0, 7.0),
+        (b"retry-after: 0", 0.0, 0.0),
+        (b"Retry-After-Ms: 1500", 1.5, 1.5),
+        (
+            b"Retry-After: " + format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True).encode(),
+            3_000,
+            3_600,
+        ),
+        (b"Retry-After: Wed, 21 Oct 2015 07:28:00 GMT", 0.0, 0.0),
+    ],
+)
+async def test_an_engine_may_say_when_to_come_back(line: bytes, least: float, most: float) -> None:
+    """[C8] In seconds, in milliseconds or as a date, which may be over."""
+    busy = b"HTTP/1.1 503 Service Unavailable\r\n" + line + b"\r\ncontent-length: 0\r\n\r\n"
+    async with engine_that(says(busy)) as (engine, _), engine.call(CALL) as answer:
+        assert answer.retry_after_s is not None
+        assert least <= answer.retry_after_s <= most
+
+
+@pytest.mark.parametrize(
+    "line", [b"x: y", b"Retry-After: soon", b"Retry-After: -1", b"Retry-After: \xb2", b"Retry-After:"]
+)
+async def test_what_says_no_time_is_no_time_to_come_back(line: bytes) -> None:
+    """[C8] Nonsense is as good as nothing."""
+    busy = b"HTTP/1.1 503 Service Unavailable\r\n" + line + b"\r\ncontent-length: 0\r\n\r\n"
+    async with engine_that(says(busy)) as (engine, _), engine.call(CALL) as answer:
+        assert (answer.status, answer.retry_after_s) == (503, None)
 
 
 async def test_a_status_that_there_is_not_is_the_engines_failure() -> None:
