@@ -363,6 +363,8 @@ class Attempts:
                     wait_s = decision.wait_s if isinstance(decision, RetryLater) else RETRY_APART_S
                     return _Release(f"the engine answered {answer.status}", counted=True, wait_s=wait_s)
                 verdict = decision
+            if answer.status >= 500:
+                log.warning("engine_error_passed_on", status=answer.status, **_facts(lease))
             is_stream = answer.content_type.startswith(EVENT_STREAM)
             if continuation is not None and not (is_stream and verdict is Outcome.DONE):
                 raise NotContinuable(f"it answers {answer.status}, {answer.content_type}")

@@ -21,6 +21,7 @@ from queue_schemas.headers import for_client
 from .wholeness import StreamEnd
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_CR = 13
 MAX_EVENT_BYTES = 1 << 20
 """An event that is longer is passed on in pieces."""
 
@@ -78,10 +79,12 @@ class FrameCutter:
 
     def feed(self, data: bytes) -> bytes:
         """A frame with the events that are complete now; empty if none is."""
-        if self._after_cr or b"\r" in data:
+        if _CR in data or self._after_cr:
             data = self._with_line_feeds(data)
         tail = self._tail
         if not tail and data.endswith(b"\n\n"):
+            if self._seq and not self._mid_event:
+                return self._frame(events, 0) if (events := self._end.see(data)) else b""
             return self._events(data)
         if tail:
             data = tail + data

@@ -43,37 +43,46 @@ class _Api(Enum):
     OTHER = auto()
 
 
+_MARKERS = {_Api.MESSAGES: _MESSAGES_END, _Api.RESPONSES: _RESPONSES_END}
+
+
 class StreamEnd:
     """Watches one stream for its end. Pass whole events through :meth:`see`; their line ends are LF."""
 
-    __slots__ = ("_api", "_finishing", "_interrupted", "_last", "_marked")
+    __slots__ = ("_api", "_before", "_finishing", "_interrupted", "_last", "_marked", "_marker")
 
     def __init__(self, path: str) -> None:
         self._api = _api_of(path)
+        self._marker = _MARKERS.get(self._api)
+        """Of an API that ends with an event of its own; None: ``[DONE]`` ends the stream."""
         self._marked = False
         self._interrupted = False
         self._last = b""
+        self._before = b""
         self._finishing: list[bytes] = []
         """Events that carry a finish reason, and those behind them that carry usage: read only if no marker comes."""
 
     def see(self, events: bytes) -> bytes:
         """What may be passed on of ``events``: all but the end marker of a stream that was interrupted."""
         # A JSON string holds no bare quote or line end, so no text of a model matches what is looked for here.
-        before = self._last
-        if not events.startswith(b":"):
-            self._last = events
-        api = self._api
-        if api is _Api.MESSAGES or api is _Api.RESPONSES:
-            pattern = _MESSAGES_END if api is _Api.MESSAGES else _RESPONSES_END
-            self._marked = self._marked or pattern.search(events) is not None
+        self._before = self._last
+        self._last = events
+        if self._marker is not None:
+            self._marked = self._marked or self._marker.search(events) is not None
             return events
-        if b'"finish_reason":"' in events or b'"finish_reason": "' in events or self._awaits_usage(events):
+        # For every event of every stream: ``rfind`` takes a quarter of the time of ``in``.
+        find = events.rfind
+        if (
+            find(b'"finish_reason":"') >= 0
+            or find(b'"finish_reason": "') >= 0
+            or (self._finishing and find(b'"usage"') >= 0)
+        ):
             self._finishing.append(events)
-        if b"[DONE]" in events and (done := _DONE_LINE.search(events)):
-            said = events[: done.start()] or before
-            if not self._finishing and b'"finish_reason"' in said and not _is_error(said):
+        if find(b"[DONE]") >= 0 and (done := _DONE_LINE.search(events)):
+            said = events[: done.start()]
+            if not self._finishing and b'"finish_reason"' in (said or self._before) and not self._failed(said):
                 self._interrupted = True
-                return events[: done.start()]
+                return said
             self._marked = True
         return events
 
@@ -89,7 +98,7 @@ class StreamEnd:
             rest = self.see(tail.rstrip(b"\n") + b"\n\n")
         if self._interrupted:
             return None
-        if self._marked or _is_error(self._last):
+        if self._marked or self._failed(self._last):
             return rest
         if self._api is _Api.OTHER:
             return rest if delimited else None
@@ -97,8 +106,9 @@ class StreamEnd:
             return rest + DONE_EVENT
         return None
 
-    def _awaits_usage(self, events: bytes) -> bool:
-        return bool(self._finishing) and b'"usage"' in events
+    def _failed(self, last: bytes) -> bool:
+        """Whether the engine told of an error at the end, perhaps before a comment."""
+        return _is_error(last) or ((not last or last.startswith(b":")) and _is_error(self._before))
 
     def _finished(self, body: bytes) -> bool:
         finished: set[int] = set()

@@ -122,7 +122,9 @@ class HttpEngine:
         if status != 200:
             raise EngineFailed(f"{self.base_url}/v1/models did not answer with a list of models")
         try:
-            listed = {str(model["id"]): model for model in json.loads(body)["data"]}
+            page = json.loads(body)
+            # Some servers answer with the bare list.
+            listed = {str(model["id"]): model for model in (page if isinstance(page, list) else page["data"])}
         except (ValueError, KeyError, TypeError) as error:
             raise EngineFailed(f"{self.base_url}/v1/models answers something else than a list of models") from error
         names = tuple(name for name in list(listed)[:MAX_MODELS] if _nameable(name))

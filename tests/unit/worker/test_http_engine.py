@@ -620,6 +620,29 @@ async def test_an_engine_without_a_health_page_is_not_asked_for_its_models_while
         running.cancel()
 
 
+@pytest.mark.parametrize(
+    ("page", "models"),
+    [
+        (b'{"object":"list","data":[{"id":"a"},{"id":"b"}]}', ("a", "b")),
+        (b'{"models":[{"name":"a"}],"data":[{"id":"a","meta":null}]}', ("a",)),
+        (b'[{"id":"a","type":"chat"}]', ("a",)),
+        (b"[]", ()),
+    ],
+)
+async def test_lists_of_models_have_several_forms(page: bytes, models: tuple[str, ...]) -> None:
+    """[E3] OpenAI's, llama.cpp's own server's, and a bare list."""
+    async with engine_that(says(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page)) as (engine, _):
+        assert await engine.list_models() == models
+
+
+@pytest.mark.parametrize("page", [b"<html>", b'{"data": null}', b'"a"', b"[1]", b"{}"])
+async def test_what_lists_no_models_is_said(page: bytes) -> None:
+    """[E3] A page of something else makes a sentence, not a fault of ours."""
+    async with engine_that(says(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page)) as (engine, _):
+        with pytest.raises(EngineFailed, match="something else than a list of models"):
+            await engine.list_models()
+
+
 def metrics_page(*lines: str) -> bytes:
     page = "".join(f"{line}\n" for line in ("# HELP vllm:x y", *lines, "process_cpu_seconds_total 9.5")).encode()
     return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page
