@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from broker import Broker, BrokerSettings
 from broker.link import open_link
+from broker.local_password import complete_url
 from queue_schemas import (
     FABRIC_PREFIX,
     JOIN_TOKEN_HEADER,
@@ -68,7 +69,8 @@ class QueueLink:
                             await stop.wait()
                     pause = min(pause * 2, _LONGEST_PAUSE_S)
                 else:
-                    given = given.model_copy(update={"redis_url": address.broker_url, "shards": address.shards})
+                    url = await complete_url(address.broker_url)
+                    given = given.model_copy(update={"redis_url": url, "shards": address.shards})
                     break
             else:
                 return None
@@ -84,7 +86,7 @@ class QueueLink:
             except BrokerUnsuitable:
                 raise
             except InferqError as error:
-                if error.message != self.why:
+                if error.public != self.why:
                     log.warning("queue_not_connected", error=error.message)
                 self._cannot(error)
                 await asyncio.sleep(pause)
@@ -99,7 +101,7 @@ class QueueLink:
             await broker.close()
 
     def _cannot(self, error: InferqError) -> None:
-        self.why = error.message
+        self.why = error.public
         self._tell(self.why)
 
 

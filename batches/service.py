@@ -14,7 +14,7 @@ from broker import Broker, BrokerSettings
 from queue_schemas import CannotStart
 from storage import ObjectStore, StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
-from telemetry.asgi import health_routes, prepare_app
+from telemetry.asgi import health_app
 from telemetry.flags import parse_settings
 from telemetry.server import bind_socket, run_process, run_server, stop_on_signals
 
@@ -83,10 +83,7 @@ class _Process:
 
     def app(self) -> FastAPI:
         """Health and metrics."""
-        app = FastAPI(title="inferq batcher", docs_url=None, redoc_url=None)
-        prepare_app(app, self._desk.metrics.registry)
-        app.include_router(health_routes(self._desk.metrics.registry, self.reasons))
-        return app
+        return health_app("inferq batcher", self._desk.metrics.registry, self.reasons)
 
     def reasons(self) -> list[str]:
         """Why no batch goes on."""

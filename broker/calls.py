@@ -92,7 +92,10 @@ def as_inferq_error(error: BaseException) -> BrokerUnavailable | BrokerUnsuitabl
     text = str(error)
     if isinstance(error, REFUSED) or text.startswith(_REFUSING):
         return BrokerUnsuitable(
-            f"Redis refuses us: {error}; check the user and password in INFERQ_REDIS_URL and the user's ACL rules"
+            f"Redis refuses us: {error}; check the user and password in INFERQ_REDIS_URL and the user's ACL rules (a "
+            "Manager tells the password only to who shows its join token: INFERQ_JOIN_TOKEN; the embedded queue's is "
+            "found in the folder INFERQ_DATA_DIR)",
+            public="the queue's Redis refuses us; the operator finds the reason in the log",
         )
     if any(words in text for words in _REFUSING_SCRIPTS):
         return BrokerUnsuitable(
@@ -106,7 +109,9 @@ def as_inferq_error(error: BaseException) -> BrokerUnavailable | BrokerUnsuitabl
         )
     if isinstance(error, UNREACHABLE):
         return BrokerUnavailable(
-            f"the queue's Redis cannot be reached ({type(error).__name__}: {error}); try again shortly", retry_after_s=2
+            f"the queue's Redis cannot be reached ({type(error).__name__}: {error}); try again shortly",
+            retry_after_s=2,
+            public="the queue's Redis cannot be reached; try again shortly",
         )
     # Whatever else a server says (somebody's slow script runs, it is failing over) may pass: it was fit at the start.
     return BrokerUnavailable(f"the queue's Redis answers with an error: {text}; try again shortly", retry_after_s=2)

@@ -21,6 +21,7 @@ from types import TracebackType
 
 from queue_schemas import CannotStart
 from telemetry import get_logger
+from telemetry.environment import foreign_environment
 
 from .data_folder import DataFolder
 from .queue_log import QueueLog
@@ -200,6 +201,7 @@ class EmbeddedServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                env=foreign_environment(),
             )
         try:
             await self._until_ready(self._process, log_start)

@@ -18,6 +18,7 @@ POOL_MEMORY_MS = 24 * 3600 * 1000
 """How long a pool that nobody declared is remembered after its last worker."""
 
 _MOST_HELD_BYTES = 4_000
+_MOST_DIGITS = 18
 
 log = get_logger(__name__)
 
@@ -27,17 +28,14 @@ class RegistryCalls:
 
     _caller: Caller
 
-    async def act_as_manager(
-        self, manager_id: str, ttl_ms: int, above: int = 0, url: str = "", proof: str = ""
-    ) -> int | None:
-        """Take or keep the acting Manager's lease for ``ttl_ms``: its term, higher than ``above``, or None while
-        another holds it. ``url`` and ``proof`` tell the others where the holder is (:mod:`queue_schemas.acting`)."""
-        given = (manager_id, ttl_ms, above, url, proof)
-        return int(await self._caller.script("act_as_manager", MANAGER, *given)) or None
+    async def act_as_manager(self, manager_id: str, ttl_ms: int, url: str = "", proof: str = "") -> int | None:
+        """Take or keep the acting Manager's lease for ``ttl_ms``: its term, or None while another holds it. ``url`` and
+        ``proof`` tell the others where the holder is (:mod:`queue_schemas.acting`)."""
+        return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms, url, proof)) or None
 
     async def resign_manager(self, manager_id: str) -> None:
         """Give up the acting Manager's lease, if held."""
-        await self._caller.script("act_as_manager", MANAGER, manager_id, 0, 0)
+        await self._caller.script("act_as_manager", MANAGER, manager_id, 0)
 
     async def act_as_sweeper(self, worker: str, ttl_ms: int) -> bool:
         """Take or keep, for ``ttl_ms``, the lease of the one worker that sweeps while no Manager acts; 0 gives it up.
@@ -48,7 +46,7 @@ class RegistryCalls:
         """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a
         clock); 0 if there is none, or what nobody of ours wrote. One try."""
         until: bytes = await self._caller.once(MANAGER, "HGET", MANAGER, "until") or b""
-        return int(until) if until.isdigit() else 0
+        return int(until) if until.isdigit() and len(until) <= _MOST_DIGITS else 0
 
     async def acting_manager(self) -> ActingManager:
         """Who holds the acting Manager's lease, and where it says it is. Not to be believed as it stands. One try."""
@@ -100,7 +98,7 @@ class RegistryCalls:
             kind, _, model = name.decode("utf-8", "backslashreplace").partition(":")
             # What is no entry of ours is forgotten like an old one.
             is_ours = kind in ("declared", "seen") and when.isdigit() and _is_name(model)
-            if is_ours and now - int(when[:18]) < POOL_MEMORY_MS:
+            if is_ours and now - int(when[:_MOST_DIGITS]) < POOL_MEMORY_MS:
                 known[Pool(model)] = known.get(Pool(model), False) or kind == "declared"
             else:
                 await self._caller.once(POOLS, "HDEL", POOLS, name)

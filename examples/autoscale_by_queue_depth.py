@@ -32,7 +32,16 @@ DRAIN_LIMIT_S = 60.0
 
 
 HINTS = {401: "set INFERQ_API_KEY or INFERQ_JOIN_TOKEN, as the Router asks", 503: "the queue cannot be reached now"}
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the API key with it to another host."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
 """The fleet is never asked by way of a proxy, whatever HTTP_PROXY says."""
 
 

@@ -27,6 +27,7 @@ from queue_schemas import (
     Removed,
     WorkerList,
 )
+from telemetry import redact_url
 from telemetry.fleet_http import fleet_session
 
 ASK_LIMIT_S = 10.0
@@ -35,7 +36,7 @@ ANSWER_LIMIT_S = 3600.0
 """Limit on an inference request: requests may wait in the queue."""
 
 GIVE_KEY = "give --api-key / --join-token (INFERQ_API_KEY, INFERQ_JOIN_TOKEN)"
-"""What to do about HTTP 401. Models want the key; pools and workers take either."""
+"""What to do about HTTP 401. Models want the key, workers and dead letters the join token; pools take either."""
 
 _LINE_BYTES = 1 << 20
 _ASK_LIMIT = aiohttp.ClientTimeout(total=ASK_LIMIT_S)
@@ -182,7 +183,9 @@ class FabricClient:
         headers = {"content-type": content_type}
         limit = aiohttp.ClientTimeout(total=ANSWER_LIMIT_S)
         try:
-            async with self._open.post(self.url + path, data=body, headers=headers, timeout=limit) as response:
+            async with self._open.post(
+                self.url + path, data=body, headers=headers, timeout=limit, allow_redirects=False
+            ) as response:
                 yield response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._unreachable(error) from error
@@ -211,10 +214,12 @@ class FabricClient:
         timeout: aiohttp.ClientTimeout = _ASK_LIMIT,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer that is no error, to be read within."""
-        asking = self._open.request(method, self.url + path, data=data, headers=headers, timeout=timeout)
+        asking = self._open.request(
+            method, self.url + path, data=data, headers=headers, timeout=timeout, allow_redirects=False
+        )
         try:
             async with asking as response:
-                if response.status >= 400:
+                if response.status >= 300:
                     await _checked(response)
                 yield response
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -281,8 +286,15 @@ def _reason(error: BaseException) -> str:
 
 async def _checked(response: aiohttp.ClientResponse) -> bytes:
     body = await response.read()
-    if response.status < 400:
+    if response.status < 300:
         return body
+    if response.status < 400:
+        # Not followed: the API key and the join token would go with the request.
+        raise FabricRefused(
+            f"{response.url.path} is redirected to {redact_url(response.headers.get('location', 'nowhere'))}: "
+            "give the Router's own URL with --router-url",
+            answered=response.status,
+        )
     try:
         message = orjson.loads(body)["error"]["message"]
     except (orjson.JSONDecodeError, KeyError, TypeError):

@@ -53,16 +53,14 @@ class ActingElsewhere:
     async def forward(self, call: FabricCall) -> Response:
         """The acting Manager's answer. Raises ``ManagerUnavailable``."""
         if not self.url:
-            raise ManagerUnavailable(
-                "no Manager acts that this one can pass calls on to; try again shortly", retry_after_s=2
-            )
+            why = "no Manager acts that this one can pass calls on to; try again shortly"
+            raise ManagerUnavailable(why, retry_after_s=2, public=why)
         try:
             answer = await self._http.forward(self.url, call)
         except UNREACHABLE as error:
             log.warning("acting_manager_not_reached", url=self.url, error=f"{type(error).__name__}: {error}")
-            raise ManagerUnavailable(
-                "the acting Manager cannot be reached; try again shortly", retry_after_s=2
-            ) from error
+            why = "the acting Manager cannot be reached; try again shortly"
+            raise ManagerUnavailable(why, retry_after_s=2, public=why) from error
         return Response(answer.body, answer.status, headers=dict(answer.headers))
 
     async def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response, params
 
 from queue_schemas import (
     FABRIC_PREFIX,
@@ -24,9 +24,12 @@ from queue_schemas import (
 )
 from queue_schemas.ids import check_incarnation
 from telemetry import get_logger
-from telemetry.asgi import error_responses, health_routes, prepare_app, require_join_token
+from telemetry.access import allow_members
+from telemetry.asgi import error_responses, health_routes, prepare_app
 from telemetry.fabric_calls import FabricCall
 from telemetry.held import WORKERS_PRESENT, Held
+from telemetry.local_callers import LocalCallers
+from telemetry.server import is_loopback
 
 from .forwarding import forward_request
 from .office import ManagerService, NotActing
@@ -76,11 +79,16 @@ async def _doubt(service: ManagerService, worker_id: str, run: Incarnation, requ
             log.info("doubt_not_told", worker=worker_id, error=error.message, then="its heartbeats will be missed")
 
 
+def _members(service: ManagerService) -> params.Depends:
+    settings = service.settings
+    local = LocalCallers(any_host=settings.insecure and not is_loopback(settings.host))
+    return allow_members(settings.join_token.get_secret_value(), local)
+
+
 def _worker_routes(service: ManagerService) -> APIRouter:
-    token = service.settings.join_token.get_secret_value()
     held = Held(lambda: service.stopping or not service.in_touch)
     service.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
-    routes = APIRouter(tags=["workers"], dependencies=[Depends(require_join_token(token))])
+    routes = APIRouter(tags=["workers"], dependencies=[_members(service)])
 
     @routes.post("/workers", summary="Register, or register again", responses=error_responses(400, 401, 409, 413, 503))
     async def register(registration: Registration) -> RegistrationAnswer:
@@ -148,8 +156,7 @@ def _worker_routes(service: ManagerService) -> APIRouter:
 
 
 def _pool_routes(service: ManagerService) -> APIRouter:
-    token = service.settings.join_token.get_secret_value()
-    routes = APIRouter(tags=["pools"], dependencies=[Depends(require_join_token(token))])
+    routes = APIRouter(tags=["pools"], dependencies=[_members(service)])
 
     @routes.get("/pools", summary="Every model's queue", responses=error_responses(401, 503))
     async def pools() -> PoolList:

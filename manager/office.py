@@ -33,10 +33,8 @@ from queue_schemas import (
 )
 from queue_schemas.acting import prove_address
 from queue_schemas.pools import describe_pools
-from telemetry import (
-    MetricsRegistry,
-    get_logger,
-)
+from telemetry import MetricsRegistry, get_logger
+from telemetry.redaction import without_credentials
 
 from .deaths import Clock, within
 from .fleet import Fleet
@@ -84,7 +82,9 @@ class ManagerService:
         self.metrics = FleetMetrics(metrics or MetricsRegistry("manager"))
         self._open_queue = open_queue
         self._probe = probe
-        self._broker_url = settings.advertised_redis_url or broker_url
+        told = settings.advertised_redis_url or broker_url
+        # Without a join token any program of this machine may ask: none is told a password.
+        self._broker_url = told if settings.join_token.get_secret_value() else without_credentials(told)
         self._clock = clock
         self._queue: QueuePort | None = None
         self._fleet: Fleet | None = None
@@ -142,7 +142,7 @@ class ManagerService:
             except BrokerUnsuitable:
                 raise
             except InferqError as error:
-                self._problem = error.message
+                self._problem = error.public
                 log.warning("broker_unavailable", error=error.message, again_in_s=pause)
             try:
                 async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):
@@ -157,7 +157,8 @@ class ManagerService:
         while True:
             begun = self._clock()
             try:
-                term = await within(min(self.settings.broker_call_ms, ttl_ms), self._act(queue, ttl_ms))
+                taking = queue.act_as_manager(self.manager_id, ttl_ms, self._url, self._proof)
+                term = await within(min(self.settings.broker_call_ms, ttl_ms), taking)
                 if term is None:
                     self._step_down(ANOTHER_ACTS)
                     await self.elsewhere.look(queue)
@@ -168,12 +169,8 @@ class ManagerService:
             except InferqError as error:
                 self._trouble("acting_lease_not_renewed", error)
                 if self._clock() >= self._acting_until:
-                    self._step_down(error.message)
+                    self._step_down(error.public)
             await asyncio.sleep(ttl_ms / 3000)
-
-    async def _act(self, queue: QueuePort, ttl_ms: int) -> int | None:
-        outrun = self._fleet.registry.outrun if self._fleet is not None else 0
-        return await queue.act_as_manager(self.manager_id, ttl_ms, outrun, self._url, self._proof)
 
     async def _take_office(self, queue: QueuePort, term: int) -> None:
         fleet = Fleet(self.settings, queue, self._probe, self.metrics, term, self._changed, self._clock)
@@ -243,7 +240,7 @@ class ManagerService:
     def _trouble(self, event: str, error: InferqError) -> None:
         """Note what is wrong; of an outage the first line says all, so the following ones are for debugging."""
         (log.warning if not self._problem else log.debug)(event, error=error.message)
-        self._problem = error.message
+        self._problem = error.public
 
     async def _save(self) -> None:
         while True:
@@ -280,7 +277,8 @@ class ManagerService:
         member = await fleet.register(registration)
         self._newcomers.set()
         if self._in_office() is not fleet:
-            raise ManagerUnavailable("the acting Manager changed meanwhile: register again", retry_after_s=1)
+            why = "the acting Manager changed meanwhile: register again"
+            raise ManagerUnavailable(why, retry_after_s=1, public=why)
         return RegistrationAnswer(
             broker_url=self._broker_url,
             shards=self._reached().shards,
@@ -372,10 +370,11 @@ class ManagerService:
     def _in_office(self) -> Fleet:
         fleet = self._acting()
         if fleet is None:
-            raise NotActing(f"this Manager does not act now ({self.not_ready()[0]})", retry_after_s=2)
+            why = f"this Manager does not act now ({self.not_ready()[0]})"
+            raise NotActing(why, retry_after_s=2, public=why)
         return fleet
 
     def _reached(self) -> QueuePort:
         if self._queue is None:
-            raise ManagerUnavailable(self._problem, retry_after_s=2)
+            raise ManagerUnavailable(self._problem, retry_after_s=2, public=self._problem)
         return self._queue

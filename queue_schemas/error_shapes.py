@@ -63,8 +63,8 @@ class ErrorFacts:
 
 
 def facts_of(error: InferqError) -> ErrorFacts:
-    """The facts of one of our own errors."""
-    return ErrorFacts(error.status, error.message, error.type, error.param, error.code)
+    """The facts of one of our own errors, as clients are told them."""
+    return ErrorFacts(error.status, error.public, error.type, error.param, error.code)
 
 
 def error_body(facts: ErrorFacts, dialect: Dialect, request_id: str) -> bytes:

@@ -9,6 +9,7 @@
     |   +-- BodyTooLarge           413  request_too_large
     |   +-- HeadTooLarge           431  headers_too_large      the request's headers
     |   +-- UnsupportedEncoding    415  unsupported_encoding   a Content-Encoding that is not decoded here
+    |   +-- UnsupportedMediaType   415  unsupported_media_type the body is of a type that is not read here
     |   +-- RangeNotSatisfiable    416  range_not_satisfiable  the file ends before the range that is asked for
     |   +-- IdempotencyKeyReused   422  idempotency_key_reused the key belongs to another request
     +-- AuthenticationFailed       401  invalid_api_key
@@ -42,14 +43,18 @@
     +-- CannotStart                500  cannot_start           a setting, a file or an address keeps us from starting
     +-- Fenced                     409  fenced                 the caller was declared dead and holds nothing
 
-A client sees the OpenAI error object (:meth:`InferqError.body`): the message says what to do next. ``retryable`` says
-whether the same call may succeed later; ``retry_after_s`` is what the ``Retry-After`` header then says.
+A client sees the OpenAI error object (:meth:`InferqError.body`): the message says what to do next. Of errors about the
+fabric's own parts it sees :attr:`InferqError.public`, which names no address: ``message`` has it, for the logs.
+``retryable`` says whether the same call may succeed later; ``retry_after_s`` is what the ``Retry-After`` header then
+says.
 """
 
 from __future__ import annotations
 
 import json
 from typing import ClassVar
+
+from .addresses import hide_addresses
 
 
 class InferqError(Exception):
@@ -59,16 +64,27 @@ class InferqError(Exception):
     code: ClassVar[str] = "internal_error"
     type: ClassVar[str] = "server_error"
     retryable: ClassVar[bool] = False
+    inner: ClassVar[bool] = False
+    """Whether it is about a part of the fabric, so that ``message`` may name where that is."""
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: int | None = None, public: str = ""
+    ) -> None:
+        """``public``: what clients and strangers are told instead of ``message``."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self._public = public
+
+    @property
+    def public(self) -> str:
+        """What clients and strangers are told: no address, port, folder or name of a part of the fabric."""
+        return self._public or (hide_addresses(self.message) if self.inner else self.message)
 
     def body(self) -> bytes:
         """The OpenAI error object as JSON: ``{"error": {"message", "type", "param", "code"}}``."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        error = {"message": self.public, "type": self.type, "param": self.param, "code": self.code}
         return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
 
 
@@ -99,6 +115,11 @@ class HeadTooLarge(BadRequest):
 class UnsupportedEncoding(BadRequest):
     status = 415
     code = "unsupported_encoding"
+
+
+class UnsupportedMediaType(BadRequest):
+    status = 415
+    code = "unsupported_media_type"
 
 
 class RangeNotSatisfiable(BadRequest):
@@ -201,6 +222,7 @@ class BrokerUnavailable(InferqError):
     status = 503
     code = "broker_unavailable"
     retryable = True
+    inner = True
 
 
 class NotOnDisk(BrokerUnavailable):
@@ -211,6 +233,7 @@ class BrokerFull(InferqError):
     status = 503
     code = "broker_full"
     retryable = True
+    inner = True
 
 
 class NoNotifier(InferqError):
@@ -223,18 +246,21 @@ class StoreUnavailable(InferqError):
     status = 503
     code = "store_unavailable"
     retryable = True
+    inner = True
 
 
 class StoreFull(InferqError):
     status = 507
     code = "store_full"
     retryable = True
+    inner = True
 
 
 class ManagerUnavailable(InferqError):
     status = 503
     code = "manager_unavailable"
     retryable = True
+    inner = True
 
 
 class ShuttingDown(InferqError):
@@ -264,6 +290,7 @@ class EngineFailed(InferqError):
     status = 502
     code = "engine_failed"
     retryable = True
+    inner = True
 
 
 class JobCancelled(InferqError):
@@ -273,10 +300,12 @@ class JobCancelled(InferqError):
 
 class BrokerUnsuitable(InferqError):
     code = "broker_unsuitable"
+    inner = True
 
 
 class CannotStart(InferqError):
     code = "cannot_start"
+    inner = True
 
 
 class Fenced(InferqError):

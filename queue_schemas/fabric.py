@@ -33,12 +33,17 @@ RAY_NAMESPACE = "inferq"
 RAY_MANAGER = "manager"
 """Where in a Ray cluster the Manager is found: an actor of this name in that namespace."""
 MAX_MODELS = 1024
-MAX_TERM = 2**40
 """Most models (adapters included) that one worker may serve."""
-
-
+MAX_TERM = 2**40
+"""Terms count Managers; ``act_as_manager.lua`` has the same limit."""
+MAX_VERSION = 2**53
+"""Whole numbers up to here are exact in every JSON reader."""
+MAX_SHARDS = 10_000
 MAX_SLOTS = 65_536
 MAX_COUNT = 2**31
+MAX_MS = 2**53
+MAX_INTERVAL_MS = 24 * 3600 * 1000
+MAX_WORKERS = 100_000
 MAX_URL_LENGTH = 2_000
 MAX_DETAIL_LENGTH = 2_000
 
@@ -132,17 +137,17 @@ class Registration(WorkerStatus):
 class PoolAssignment(_Message):
     """A worker pulls ``lanes`` of ``pool`` on ``shard``."""
 
-    pool: str
-    shard: int
-    lanes: list[Lane] = Field(default_factory=lambda: list(LANES))
+    pool: _Model
+    shard: int = Field(ge=0, lt=MAX_SHARDS)
+    lanes: list[Lane] = Field(default_factory=lambda: list(LANES), max_length=len(LANES))
 
 
 class Assignment(_Message):
     """What one worker pulls. ``(term, version)`` orders assignments; a lower one is ignored."""
 
-    term: int
-    version: int
-    pools: list[PoolAssignment] = Field(default_factory=list)
+    term: int = Field(ge=0, le=MAX_TERM)
+    version: int = Field(ge=0, le=MAX_VERSION)
+    pools: list[PoolAssignment] = Field(default_factory=list, max_length=MAX_MODELS)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -152,10 +157,15 @@ class Assignment(_Message):
 class RegistrationAnswer(_Message):
     """The answer to a registration: everything a worker needs to know."""
 
-    broker_url: str = Field(description="the broker's advertised address")
-    shards: int
-    lease_ms: int = Field(description="a worker whose renewal number stands still for so long has lost its jobs")
-    heartbeat_ms: int = Field(description="how often to send a heartbeat")
+    broker_url: str = Field(
+        max_length=MAX_URL_LENGTH,
+        description="the broker's advertised address; without its password where the Manager has no join token",
+    )
+    shards: int = Field(ge=1, le=MAX_SHARDS)
+    lease_ms: int = Field(
+        ge=1, le=MAX_INTERVAL_MS, description="a worker whose renewal number stands still for so long has lost its jobs"
+    )
+    heartbeat_ms: int = Field(ge=1, le=MAX_INTERVAL_MS, description="how often to send a heartbeat")
     assignment: Assignment
 
 
@@ -173,14 +183,16 @@ class WorkerInfo(_Message):
 
     worker_id: _WorkerName
     incarnation: _Run
-    url: str | None = None
-    url_note: str = Field(default="", description="what is wrong with the URL, if the Manager tried it")
+    url: str | None = Field(default=None, max_length=MAX_URL_LENGTH)
+    url_note: str = Field(
+        default="", max_length=2 * MAX_DETAIL_LENGTH, description="what is wrong with the URL, if the Manager tried it"
+    )
     url_verified: bool = Field(
         default=False,
         description="whether this very worker answered there: only then can its death be certain before its lease ends",
     )
-    version: str = ""
-    region: str = ""
+    version: str = Field(default="", max_length=200)
+    region: _Region = Field(default="", max_length=MAX_REGION_LENGTH)
     models: _Models = Field(default_factory=list)
     cards: _Cards = Field(default_factory=dict)
     slots: int = Field(default=0, ge=0, le=MAX_SLOTS)
@@ -189,7 +201,7 @@ class WorkerInfo(_Message):
     engine_detail: str = Field(default="", max_length=MAX_DETAIL_LENGTH)
     broker_ok: bool = True
     state: WorkerState = WorkerState.ACTIVE
-    heartbeat_age_ms: int = 0
+    heartbeat_age_ms: int = Field(default=0, ge=0, le=MAX_MS)
     assignment: Assignment
 
     @property
@@ -199,19 +211,21 @@ class WorkerInfo(_Message):
 
 
 class WorkerList(_Message):
-    workers: list[WorkerInfo]
-    manager: str = ""
-    term: int = 0
+    workers: list[WorkerInfo] = Field(max_length=MAX_WORKERS)
+    manager: str = Field(default="", max_length=MAX_NAME_BYTES)
+    term: int = Field(default=0, ge=0, le=MAX_TERM)
 
 
 class BrokerAddress(_Message):
-    """``GET /fabric/v1/broker`` (join token needed): where a Router finds the queue."""
+    """``GET /fabric/v1/broker``: where a Router finds the queue; without a join token to show, without its password."""
 
-    broker_url: str
-    shards: int
+    broker_url: str = Field(max_length=MAX_URL_LENGTH)
+    shards: int = Field(ge=1, le=MAX_SHARDS)
 
 
 class LaneDepth(_Message):
+    """Only ever an answer: what the queue counts is told as it is."""
+
     waiting: int = 0
     leased: int = 0
     oldest_age_ms: int = Field(default=0, description="how long the longest-waiting job has waited")
@@ -272,7 +286,7 @@ class DeadRequest(DeadLetter):
 class DeadLetterIds(_Message):
     """``POST /fabric/v1/dead/purge``: the letters to remove."""
 
-    ids: list[str] = Field(max_length=1_000)
+    ids: list[Annotated[str, Field(max_length=60)]] = Field(max_length=1_000)
 
 
 class Removed(_Message):

@@ -14,9 +14,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from broker import Broker, BrokerSettings
 from broker.link import open_link
+from broker.local_password import complete_url
 from queue_schemas import BrokerUnsuitable, CannotStart, MethodNotAllowed, PathNotFound
 from queue_schemas.acting import RAY_SCHEME
 from storage import ObjectStore, StorageSettings, WebhookSettings
+from telemetry.access import DeclaredRoute, declared
 from telemetry.asgi import request_id_from
 from telemetry.fabric_calls import FabricHttp
 from telemetry.methods import allow_header, answered_methods
@@ -76,6 +78,11 @@ class RouterApp:
             return
         scope.setdefault("state", {})["connection"] = Connection(receive)
         await self._pages(scope, receive, send)
+
+    def declared_routes(self) -> list[DeclaredRoute]:
+        """Every method and path that it answers, with who may call it."""
+        inference = [DeclaredRoute("POST", path, Inference.access) for path in sorted(self._paths)]
+        return [*inference, *declared(self._pages)]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -209,7 +216,8 @@ def _queue_opener(settings: RouterSettings, broker: BrokerSettings, manager: Man
             if manager is None:
                 raise BrokerUnsuitable("there is neither a Redis URL nor a Manager to ask")
             address = await manager.broker_address()
-            found = found.model_copy(update={"redis_url": address.broker_url, "shards": address.shards})
+            url = await complete_url(address.broker_url)
+            found = found.model_copy(update={"redis_url": url, "shards": address.shards})
         return await Broker.connect(found, budgets=settings.budgets, durability=settings.durability)
 
     return open_queue

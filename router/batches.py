@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from queue_schemas import Conflict
+from telemetry.access import Access
 from telemetry.asgi import error_response, error_responses
 
 from .batch_desk import BatchDesk
@@ -37,7 +38,7 @@ class BatchCreate(BaseModel):
 
 def batch_routes(state: RouterState) -> APIRouter:
     """The paths below ``/v1/batches``."""
-    routes = APIRouter(tags=["batches"])
+    routes = APIRouter(tags=["batches"], dependencies=[state.gate.allow(Access.CLIENT)])
     idempotency = Idempotency(state.store.requests, state.settings.keep_answers_ms)
     desk = BatchDesk(
         state.settings, state.storage_settings.batch_input_bytes, state.store.files, state.store.batches, idempotency

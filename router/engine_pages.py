@@ -9,6 +9,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from queue_schemas import BrokerUnavailable, ShuttingDown
+from telemetry.access import Access, allow
 from telemetry.asgi import error_responses
 
 from .state import RouterState
@@ -30,7 +31,7 @@ class Load(BaseModel):
 
 def engine_routes(state: RouterState) -> APIRouter:
     """The pages of one Router. They are open, as ``/readyz`` is."""
-    routes = APIRouter(tags=["health"])
+    routes = APIRouter(tags=["health"], dependencies=[allow(Access.PUBLIC)])
 
     async def health() -> Response:
         reasons = state.reasons()

@@ -13,6 +13,7 @@ from queue_schemas import BadRequest, Conflict, InferqError, NotFound, RangeNotS
 from storage import Batches, FileRecord, Files, ObjectMissing
 from storage.names import FILE, is_id
 from telemetry import get_logger
+from telemetry.access import Access
 from telemetry.asgi import error_response, error_responses
 
 from .bodies import ClientGone, IncomingBody
@@ -76,7 +77,7 @@ class FileDeleted(BaseModel):
 
 def file_routes(state: RouterState) -> APIRouter:
     """The paths below ``/v1/files``."""
-    routes = APIRouter(tags=["files"])
+    routes = APIRouter(tags=["files"], dependencies=[state.gate.allow(Access.CLIENT)])
     uploads, store, files = Uploads(state), state.store, state.store.files
 
     @routes.post(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
@@ -15,7 +14,6 @@ from broker import MOST_LETTERS
 from queue_schemas import (
     FABRIC_PREFIX,
     JOIN_TOKEN_HEADER,
-    AuthenticationFailed,
     BadRequest,
     BodyTooLarge,
     BrokerAddress,
@@ -37,12 +35,13 @@ from queue_schemas import (
 )
 from queue_schemas.ids import check_incarnation
 from telemetry import get_logger
-from telemetry.asgi import check_join_token, error_responses, health_routes, prepare_app, require_join_token
+from telemetry.access import Access
+from telemetry.asgi import error_responses, health_routes, prepare_app
 from telemetry.fabric_calls import FabricCall
 from telemetry.held import WORKERS_PRESENT, Held
 
 from .batches import batch_routes
-from .core import check_model, is_join_token, model_list, model_object, pool_list, pool_of
+from .core import check_model, model_list, model_object, pool_list, pool_of
 from .engine_pages import engine_routes
 from .files import FILES_PATH, file_routes
 from .job_pages import job_routes
@@ -89,7 +88,7 @@ def build_pages(state: RouterState) -> FastAPI:
 
 
 def _models(state: RouterState) -> APIRouter:
-    routes = APIRouter(tags=["models"], dependencies=[Depends(_client(state))])
+    routes = APIRouter(tags=["models"], dependencies=[state.gate.allow(Access.CLIENT)])
 
     @routes.get(
         "/v1/models",
@@ -111,7 +110,7 @@ def _models(state: RouterState) -> APIRouter:
 
 
 def _pools(state: RouterState) -> APIRouter:
-    routes = APIRouter(tags=["fabric"], dependencies=[Depends(_operator(state))])
+    routes = APIRouter(tags=["fabric"], dependencies=[state.gate.allow(Access.CLIENT_OR_MEMBER)])
 
     @routes.get(
         f"{FABRIC_PREFIX}/pools",
@@ -138,7 +137,7 @@ def _pools(state: RouterState) -> APIRouter:
 
 def _dead(state: RouterState) -> APIRouter:
     """Dead letters hold what users asked: they are for members of the fleet, not for every API key."""
-    routes = APIRouter(tags=["dead letters"], dependencies=[Depends(_member(state))])
+    routes = APIRouter(tags=["dead letters"], dependencies=[state.gate.allow(Access.MEMBER)])
     one = f"{FABRIC_PREFIX}/dead"
 
     @routes.get(one, summary="Requests that were given up, oldest first", responses=error_responses(400, 401, 503))
@@ -168,13 +167,13 @@ def _dead(state: RouterState) -> APIRouter:
 def _manager(state: RouterState) -> APIRouter:
     """Paths that are the Manager's. The Router asks for the join token itself: its own address may be public where the
     Manager's is not, and a Manager that only this machine reaches may have no token to ask for."""
-    routes = APIRouter(tags=["manager"])
+    routes = APIRouter(tags=["manager"], dependencies=[state.gate.allow(Access.MEMBER)])
     held = Held(lambda: state.draining or state.leaving)
     state.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
 
     @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList, responses=error_responses(401, 503))
     async def workers(request: Request) -> Response:
-        return await _pass_on(state, request, _WORKERS, _listing_token(state, request))
+        return await _forward(state, request, _WORKERS)
 
     @routes.post(
         _WORKERS,
@@ -214,7 +213,6 @@ def _manager(state: RouterState) -> APIRouter:
     )
     async def presence(worker_id: str, incarnation: str, request: Request) -> Response:
         token = request.headers.get(JOIN_TOKEN_HEADER, "")
-        check_join_token(state.settings.join_token.get_secret_value(), token)
         path = f"{_WORKERS}/{check_worker_id(worker_id)}/doubt"
         query = f"incarnation={check_incarnation(incarnation)}"
         call, manager = FabricCall("POST", path, query, token, b"", request.state.request_id), _manager_of(state)
@@ -271,31 +269,14 @@ async def _doubt(manager: ManagerPort, call: FabricCall) -> None:
 
 def _manager_of(state: RouterState) -> ManagerPort:
     if state.manager is None:
-        raise ManagerUnavailable("this router was started without --manager-url: ask the Manager itself")
+        why = "this router was started without --manager-url: ask the Manager itself"
+        raise ManagerUnavailable(why, public=why)
     return state.manager
 
 
 async def _forward(state: RouterState, request: Request, path: str) -> Response:
-    """Pass on what only members of the fleet may ask. Raises ``AuthenticationFailed``."""
+    """Pass on to the Manager what a member of the fleet asks."""
     token = request.headers.get(JOIN_TOKEN_HEADER, "")
-    check_join_token(state.settings.join_token.get_secret_value(), token)
-    return await _pass_on(state, request, path, token)
-
-
-def _listing_token(state: RouterState, request: Request) -> str:
-    """The join token to ask the Manager with for its list of workers: the caller's, or ours for who has an API key."""
-    expected = state.settings.join_token.get_secret_value()
-    given = request.headers.get(JOIN_TOKEN_HEADER, "")
-    if is_join_token(expected, given.encode()):
-        return given
-    if not state.keys.required:
-        check_join_token(expected, given)
-        return given
-    _check_operator(state, request)
-    return expected
-
-
-async def _pass_on(state: RouterState, request: Request, path: str, token: str) -> Response:
     manager = _manager_of(state)
     body = b""
     try:
@@ -313,43 +294,3 @@ async def _pass_on(state: RouterState, request: Request, path: str, token: str) 
     if request.method != "GET" and not path.endswith("/heartbeat"):
         log.info("passed_on", method=request.method, path=path, status=answer.status)
     return Response(answer.body, answer.status, headers=dict(answer.headers))
-
-
-def _client(state: RouterState) -> Callable[[Request], Awaitable[None]]:
-    """Lets API keys in, where keys are required."""
-
-    async def check(request: Request) -> None:
-        state.keys.caller(request)
-
-    return check
-
-
-def _member(state: RouterState) -> Callable[..., Awaitable[None]]:
-    """Lets in whoever shows the join token. Without one everybody, but only where models are open to everybody too."""
-    expected = state.settings.join_token.get_secret_value()
-    if expected or not state.keys.required:
-        return require_join_token(expected)
-
-    async def refuse() -> None:
-        raise AuthenticationFailed("this router asks for API keys and was given no join token: set INFERQ_JOIN_TOKEN")
-
-    return refuse
-
-
-def _operator(state: RouterState) -> Callable[[Request], Awaitable[None]]:
-    """Lets API keys in, and whoever shows the join token."""
-
-    async def check(request: Request) -> None:
-        _check_operator(state, request)
-
-    return check
-
-
-def _check_operator(state: RouterState, request: Request) -> None:
-    expected = state.settings.join_token.get_secret_value()
-    if is_join_token(expected, request.headers.get(JOIN_TOKEN_HEADER, "").encode()):
-        return
-    try:
-        state.keys.caller(request)
-    except AuthenticationFailed as error:
-        raise AuthenticationFailed(f"{error.message}, or the join token as {JOIN_TOKEN_HEADER}") from None

@@ -32,6 +32,7 @@ from queue_schemas.completions import RESPONSES_PATH
 from queue_schemas.headers import for_engine
 from queue_schemas.stored import request_digest
 from telemetry import get_logger, inject, span_for_request, tracing_enabled
+from telemetry.access import Access
 from telemetry.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
 from telemetry.content_coding import decoded_body
 
@@ -97,6 +98,9 @@ class _Wanted:
 
 class Inference:
     """Serves ``POST`` requests on inference paths."""
+
+    access = Access.CLIENT
+    """Who may: :meth:`_admit` asks for the API key before anything is read."""
 
     def __init__(self, state: RouterState) -> None:
         self._state = state

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from broker import MOST_LISTED
 from queue_schemas import KEPT_STATES, BadRequest, InferqError, JobNotFound, KeptJob
 from telemetry import get_logger
+from telemetry.access import Access
 from telemetry.asgi import ErrorDetail, error_responses
 
 from .core import LAST_EVENT_HEADER, Position, read_position
@@ -85,7 +86,7 @@ class JobDeleted(BaseModel):
 
 def job_routes(state: RouterState) -> APIRouter:
     """The pages of one Router."""
-    routes = APIRouter(tags=["jobs"])
+    routes = APIRouter(tags=["jobs"], dependencies=[state.gate.allow(Access.CLIENT)])
     jobs, giver = KeptJobs(state), Giver(state)
 
     async def found(request: Request, job_id: str) -> KeptJob:

@@ -57,7 +57,8 @@ class JobMaker:
         if entry is None or not entry.workers:
             directory = link.directory if entry else await link.fresh_directory()
             if fields.model not in directory.pools and link.reasons:
-                raise BrokerUnavailable(f"the list of models cannot be read: {link.reasons[0]}; try again shortly")
+                why = f"the list of models cannot be read: {link.reasons[0]}; try again shortly"
+                raise BrokerUnavailable(why, public=why)
             check_model(fields.model, directory, settings.on_no_worker)
         return Job(
             id=new_job_id(queue.shard_of(fields.model)),

@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from queue_schemas import CannotStart, Tenant
 from telemetry import get_logger
+from telemetry.local_callers import LocalCallers
 
 from .core import KeyRing, authenticate, parse_keys
 
@@ -21,7 +22,9 @@ log = get_logger(__name__)
 class ApiKeys:
     """The keys in force. Raises ``CannotStart`` if they cannot be read at the start; later the old ones stay."""
 
-    def __init__(self, given: str, file: str) -> None:
+    def __init__(self, given: str, file: str, local: LocalCallers | None = None) -> None:
+        """``local``: who may ask where no keys are required."""
+        self._local = local or LocalCallers()
         self._given = parse_keys(given, "the setting api_keys")
         self._path = Path(file) if file else None
         self._stamp = (0, 0)
@@ -35,8 +38,10 @@ class ApiKeys:
         return bool(self._given) or self._path is not None
 
     def tenant(self, headers: Mapping[bytes, bytes]) -> Tenant:
-        """Whose request it is that has these headers. Raises ``AuthenticationFailed``."""
+        """Whose request it is that has these headers. Raises ``AuthenticationFailed``, or without keys
+        ``PermissionRefused``."""
         if not self.required:
+            self._local.check(headers)
             return DEFAULT_TENANT
         return authenticate(self._ring, headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
 

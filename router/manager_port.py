@@ -14,7 +14,10 @@ from queue_schemas import (
     CannotStart,
     ManagerUnavailable,
 )
+from telemetry import get_logger
 from telemetry.fabric_calls import UNREACHABLE, FabricCall, FabricHttp, Forwarded
+
+log = get_logger(__name__)
 
 
 class RemoteManager(abc.ABC):
@@ -23,6 +26,7 @@ class RemoteManager(abc.ABC):
     def __init__(self, where: str, join_token: str) -> None:
         self.where = where
         self._join_token = join_token
+        self._logged = ""
 
     @abc.abstractmethod
     async def forward(self, call: FabricCall) -> Forwarded:
@@ -46,12 +50,18 @@ class RemoteManager(abc.ABC):
             raise ManagerUnavailable(f"what answers at {self.where} is not a Manager: {error}") from error
 
     def unreachable(self, error: BaseException) -> ManagerUnavailable:
-        """What to raise when the call got no answer."""
+        """What to raise when the call got no answer. The log says where it should have come from, once an outage."""
         told = next(iter(str(error).splitlines()), "")
-        return ManagerUnavailable(
-            f"the Manager at {self.where} cannot be reached ({type(error).__name__}: {told}); try again shortly",
-            retry_after_s=2,
-        )
+        message = f"the Manager at {self.where} cannot be reached ({type(error).__name__}: {told}); try again shortly"
+        if message != self._logged:
+            log.warning("manager_not_reached", error=message)
+            self._logged = message
+        public = "the Manager cannot be reached; try again shortly"
+        return ManagerUnavailable(message, retry_after_s=2, public=public)
+
+    def reached(self) -> None:
+        """It answered."""
+        self._logged = ""
 
 
 class HttpManager(RemoteManager):
@@ -70,9 +80,11 @@ class HttpManager(RemoteManager):
 
     async def forward(self, call: FabricCall) -> Forwarded:
         try:
-            return await self._http.forward(self.where, call)
+            answer = await self._http.forward(self.where, call)
         except UNREACHABLE as error:
             raise self.unreachable(error) from error
+        self.reached()
+        return answer
 
     async def close(self) -> None:
         await self._http.close()

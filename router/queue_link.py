@@ -59,6 +59,7 @@ class QueueLink:
         self._broken = broken
         self._heard = heard
         self._fault = "not connected to the queue yet"
+        self._logged = ""
         self._stale = ""
         self._server_faults: list[str] = []
         self._declared_s = float("-inf")
@@ -71,7 +72,7 @@ class QueueLink:
 
     @property
     def reasons(self) -> list[str]:
-        """Why no request can be taken; none: it can."""
+        """Why no request can be taken, as clients are told; none: it can."""
         if self.queue is None:
             return [self._fault]
         if not self.queue.replies_ready.is_set():
@@ -82,7 +83,8 @@ class QueueLink:
         """The queue, if requests may be put on it; else ``BrokerUnavailable`` that says why not."""
         if self.queue is not None and self.queue.replies_ready.is_set():
             return self.queue
-        raise BrokerUnavailable(f"the queue cannot be reached: {self.reasons[0]}; try again shortly", retry_after_s=2)
+        why = f"the queue cannot be reached: {self.reasons[0]}; try again shortly"
+        raise BrokerUnavailable(why, retry_after_s=2, public=why)
 
     @property
     def round_trips(self) -> int:
@@ -101,7 +103,7 @@ class QueueLink:
             try:
                 queue = await self._open()
             except InferqError as error:
-                self._note(error.message)
+                self._note(error)
                 if never and isinstance(error, BrokerUnsuitable | AuthenticationFailed):
                     raise
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
@@ -112,7 +114,7 @@ class QueueLink:
                 await self._use(queue)
             except* InferqError as group:
                 fault = next(error for error in _leaves(group))
-                self._note(fault.message)
+                self._note(fault)
                 self._broken(fault)
             finally:
                 self.queue = None
@@ -134,10 +136,10 @@ class QueueLink:
             self._server_faults = await queue.server_faults()
             await asyncio.sleep(VET_EVERY_S)
 
-    def _note(self, fault: str) -> None:
-        if fault != self._fault:
-            log.warning("queue_not_connected", error=fault)
-        self._fault = fault
+    def _note(self, fault: InferqError) -> None:
+        if fault.message != self._logged:
+            log.warning("queue_not_connected", error=fault.message)
+        self._logged, self._fault = fault.message, fault.public
 
     async def fresh_directory(self) -> Directory:
         """The directory, read again from now on; the old one if that takes too long."""
@@ -171,7 +173,9 @@ class QueueLink:
             fleet: dict[str, WorkerInfo] = await queue.load_workers()
             remembered = await queue.known_pools()
         except InferqError as error:
-            self._stale = error.message
+            if error.public != self._stale:
+                log.warning("directory_not_read", error=error.message)
+            self._stale = error.public
         except (ValidationError, ValueError) as error:
             # Written by a Manager of another version: the directory at hand is better than none.
             log.warning("directory_not_understood", error=str(error))

@@ -44,4 +44,5 @@ class RayManager(RemoteManager):
         except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
             self._actor = None
             raise self.unreachable(error) from error
+        self.reached()
         return passed_on(status, headers, body)

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from queue_schemas import BadRequest
 from queue_schemas.completions import RESPONSES_PATH
+from telemetry.access import Access
 from telemetry.asgi import error_responses
 
 from .giving import GivenAnswer, Giver
@@ -51,7 +52,7 @@ class InputItems(BaseModel):
 
 def response_routes(state: RouterState) -> APIRouter:
     """The pages of one Router. ``POST /v1/responses`` itself is served with the other inference paths."""
-    routes = APIRouter(tags=["responses"])
+    routes = APIRouter(tags=["responses"], dependencies=[state.gate.allow(Access.CLIENT)])
     responses, giver = Responses(state), Giver(state)
 
     @routes.get(

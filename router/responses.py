@@ -184,9 +184,9 @@ class Responses:
         elif not made.over:
             error = ending_error(MarkerKind(kept.state.value), kept.cause)
             if kept.state is State.CANCELLED:
-                made.cancel(error.message)
+                made.cancel(error.public)
             else:
-                made.fail(ChatFailure(error.message, error.status, error.code))
+                made.fail(ChatFailure(error.public, error.status, error.code))
         return made.response()
 
 

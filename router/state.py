@@ -11,6 +11,7 @@ from storage import StorageSettings, WebhookSettings
 from telemetry import get_logger
 
 from .abandoned import Abandoned
+from .access import Gate, local_callers
 from .cancels import Canceller
 from .core import tenant_limit
 from .keys import ApiKeys
@@ -48,7 +49,9 @@ class RouterState:
         self.webhook_settings = webhook_settings
         self.manager = manager
         self.store = store
-        self.keys = ApiKeys(settings.api_keys, settings.api_keys_file)
+        local = local_callers(settings)
+        self.keys = ApiKeys(settings.api_keys, settings.api_keys_file, local)
+        self.gate = Gate(self.keys, settings.join_token.get_secret_value(), local)
         self.metrics = RouterMetrics()
         alone = not self.keys.required
         self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked, alone=alone)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from queue_schemas import BadRequest, Conflict, NoNotifier, OverCapacity, Tenant
 from storage import EVENT_TYPES, DeliveryKey
+from telemetry.access import Access
 from telemetry.asgi import error_response, error_responses
 
 from .bodies import page_body
@@ -55,7 +56,7 @@ class EndpointTest(BaseModel):
 
 def webhook_routes(state: RouterState) -> APIRouter:
     """The paths below ``/v1/webhook_endpoints``."""
-    routes = APIRouter(tags=["webhooks"])
+    routes = APIRouter(tags=["webhooks"], dependencies=[state.gate.allow(Access.CLIENT)])
     store, rules = state.store, state.webhook_settings.rules
     tests: Counter[Tenant] = Counter()
     idempotency = Idempotency(store.requests, state.settings.keep_answers_ms)

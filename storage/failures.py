@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from queue_schemas import InferqError, StoreFull, StoreUnavailable
+from queue_schemas.addresses import hide_addresses
 from telemetry import get_logger
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -41,4 +42,4 @@ def store_errors(what: str, *, reading: bool = False) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     said = error.strerror if isinstance(error, OSError) else None
-    return said or type(error).__name__
+    return hide_addresses(said) if said else type(error).__name__

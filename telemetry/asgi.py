@@ -1,4 +1,4 @@
-"""What every HTTP service of the fabric has in common: request ids, the error object, join tokens, health pages.
+"""What every HTTP service of the fabric has in common: request ids, the error object, health pages.
 
 For FastAPI apps: :func:`prepare_app` installs all of it. The Router's bare-ASGI hot path takes the same pieces one by
 one (:func:`request_id_from`, :func:`error_answer`). Serving an app on a port is in :mod:`telemetry.server`.
@@ -6,7 +6,6 @@ one (:func:`request_id_from`, :func:`error_answer`). Serving an app on a port is
 
 from __future__ import annotations
 
-import hmac
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -16,7 +15,7 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import unquote
 
-from fastapi import APIRouter, FastAPI, Header, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -24,8 +23,6 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from queue_schemas import (
-    JOIN_TOKEN_HEADER,
-    AuthenticationFailed,
     BadRequest,
     BodyTooLarge,
     InferqError,
@@ -33,8 +30,10 @@ from queue_schemas import (
     PathNotFound,
     UnsupportedEncoding,
 )
+from queue_schemas.addresses import hide_addresses
 from queue_schemas.error_shapes import Dialect, dialect_of, error_body, facts_of, is_final
 
+from .access import Access, allow, declared
 from .content_coding import ACCEPT_ENCODING, decoded_body
 from .logs import bind, get_logger
 from .methods import DerivedMethods, allow_header, answered_methods
@@ -223,33 +222,26 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
+def _refused(status: int) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/ErrorAnswer"}
+    return {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
+
+
 def _openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """FastAPI's document without the 422 answers it announces by itself: ours are 400, in our own shape."""
     document = make()
-    for path in document["paths"].values():
-        for operation in path.values():
-            operation.get("responses", {}).pop("422", None)
+    accesses = {(route.method.lower(), route.path): route.access for route in declared(app)}
+    for name, path in document["paths"].items():
+        for method, operation in path.items():
+            responses = operation.get("responses", {})
+            responses.pop("422", None)
+            if "401" in responses:  # without credentials to ask for, LocalCallers decide
+                responses["403"] = _refused(403)
+            if method != "get" and accesses.get((method, name)) is Access.MEMBER:
+                responses["415"] = _refused(415)
     for unused in ("HTTPValidationError", "ValidationError"):
         document.get("components", {}).get("schemas", {}).pop(unused, None)
     return document
-
-
-def require_join_token(expected: str) -> Callable[[str], Awaitable[None]]:
-    """A FastAPI dependency: the join-token header must equal ``expected``; empty: open to all."""
-
-    async def check(token: str = Header("", alias=JOIN_TOKEN_HEADER)) -> None:
-        check_join_token(expected, token)
-
-    return check
-
-
-def check_join_token(expected: str, given: str) -> None:
-    """Compare in constant time. Raises ``AuthenticationFailed``; an empty ``expected`` is open to all."""
-    if expected and not hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace")):
-        raise AuthenticationFailed(
-            f"the join token is missing or wrong: send the one the Manager was started with "
-            f"(INFERQ_JOIN_TOKEN) in the header {JOIN_TOKEN_HEADER}"
-        )
 
 
 def health_routes(
@@ -261,10 +253,10 @@ def health_routes(
     """``/healthz``, ``/readyz`` and ``/metrics``.
 
     ``reasons`` says in sentences why the role is not ready (none: it is), ``warnings`` what an operator should look at
-    though it is: they are in the answer, and take it out of no load balancer. ``before_scrape`` brings figures up to
-    date that are too dear to keep current all the time; it bounds its own time.
+    though it is: they are in the answer, and take it out of no load balancer. Addresses in both are not shown.
+    ``before_scrape`` brings figures up to date that are too dear to keep current all the time; it bounds its own time.
     """
-    routes = APIRouter(tags=["health"])
+    routes = APIRouter(tags=["health"], dependencies=[allow(Access.PUBLIC)])
 
     @routes.get("/healthz", summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:
@@ -272,9 +264,9 @@ def health_routes(
 
     @routes.get("/readyz", summary="Whether the role can do its work, and if not, why (503)")
     async def readyz() -> JSONResponse:
-        why = list(reasons())
+        why = [_told(reason) for reason in reasons()]
         told: dict[str, Any] = {"ready": not why, "reasons": why}
-        if worrying := list(warnings()):
+        if worrying := [_told(warning) for warning in warnings()]:
             told["warnings"] = worrying
         return JSONResponse(told, 503 if why else 200)
 
@@ -286,6 +278,19 @@ def health_routes(
         return Response(body, headers={"content-type": content_type})
 
     return routes
+
+
+def health_app(title: str, metrics: MetricsRegistry, reasons: Callable[[], Sequence[str]]) -> FastAPI:
+    """The app of a service that answers nothing but its health and metrics."""
+    app = FastAPI(title=title, docs_url=None, redoc_url=None)
+    prepare_app(app, metrics)
+    app.include_router(health_routes(metrics, reasons))
+    return app
+
+
+def _told(reason: str) -> str:
+    """``reason`` for strangers: one line, as more may be what another program wrote."""
+    return hide_addresses(reason.partition("\n")[0])
 
 
 def _check_length(headers: _RawHeaders, limit: int) -> None:

@@ -27,6 +27,7 @@ from queue_schemas import (
     Settled,
     shard_of_job,
 )
+from queue_schemas.addresses import hide_addresses
 from queue_schemas.deadlines import deadline_passed
 from telemetry import get_logger, inject, span_from, tracing_enabled
 
@@ -311,12 +312,12 @@ class Attempts:
         lease = attempt.lease
         log.warning("engine_call_failed", error=error.message, **_facts(lease))
         if isinstance(error, EngineGone):
-            return _BrokeOff(error.message)
+            return _BrokeOff(error.public)
         verdict = judge_failure(attempt.cutter.begun, lease.attempt, lease.job.max_attempts)
         if isinstance(verdict, Outcome) and not lease.job.stored:
             return _Settle(verdict, attempt.cutter.fail(error))
         # What is kept for whoever asks again is an engine's answer, not that there was none.
-        return _Release(error.message, counted=True)
+        return _Release(error.public, counted=True)
 
     async def _call(self, attempt: _Attempt) -> _Ending:
         lease = attempt.lease
@@ -325,7 +326,7 @@ class Attempts:
             try:
                 delivered = await read_delivered(self._broker, job, self._max_answer_bytes)
             except InferqError as error:
-                return _Release(f"what is kept of it could not be read: {error.message}", counted=False)
+                return _Release(f"what is kept of it could not be read: {error.public}", counted=False)
             if delivered.rest is not None:
                 return self._ended_before(attempt, delivered.rest)
             job = replace(job, prefix=delivered.prefix)
@@ -526,7 +527,11 @@ class Attempts:
     async def _crashed(self, attempts: Sequence[_Attempt], reason: str) -> None:
         last = max(attempts, key=lambda attempt: attempt.deadline)
         leases = [attempt.lease for attempt in attempts]
-        reason = f"{reason}; {self._engine.detail}" if self._engine.detail else reason
+        detail = self._engine.detail
+        if detail:
+            log.warning("engine_crashed_under_jobs", jobs=len(leases), detail=detail)
+            # The reason reaches clients: what the engine wrote last, and where it listens, stays in the log.
+            reason = f"{reason}; {hide_addresses(detail.partition('; its last lines')[0])}"
         answers = await self._until_answered(lambda: self._broker.crashed(leases, reason), "crash_not_told", last)
         for lease, answer in zip(leases, answers or (), strict=False):
             self._metrics.settled(answer)

@@ -88,7 +88,7 @@ class FabricClient:
         url = f"{self.url}{FABRIC_PREFIX}/workers/{worker_id}/presence?incarnation={incarnation}"
         limit = aiohttp.ClientTimeout(total=None, sock_connect=CALL_LIMIT_S, sock_read=SILENCE_LIMIT_S)
         try:
-            async with self._open().get(url, timeout=limit) as answer:
+            async with self._open().get(url, timeout=limit, allow_redirects=False) as answer:
                 if answer.status != 200:
                     raise _refusal(answer.status, await _read(answer), self.url, _NO_SUCH_PAGE)
                 while await answer.content.readany():
@@ -133,7 +133,9 @@ class FabricClient:
         headers = {"content-type": "application/json"} if body else {}
         limit = aiohttp.ClientTimeout(total=limit_s)
         try:
-            async with self._open().request(method, url, data=body, headers=headers, timeout=limit) as answer:
+            async with self._open().request(
+                method, url, data=body, headers=headers, timeout=limit, allow_redirects=False
+            ) as answer:
                 content = await _read(answer)
                 status = answer.status
         except TimeoutError as error:
@@ -163,6 +165,9 @@ def _parse(kind: type[_Answer], content: bytes, url: str) -> _Answer:
 
 
 def _refusal(status: int, content: bytes, url: str, unknown: frozenset[int]) -> InferqError:
+    if 300 <= status < 400:
+        # Not followed: the join token would go with the request.
+        return ManagerUnavailable(f"{url} redirects to another address: give the Manager's own URL")
     try:
         error = json.loads(content)["error"]
         code, message = str(error["code"]), str(error["message"])
@@ -174,7 +179,8 @@ def _refusal(status: int, content: bytes, url: str, unknown: frozenset[int]) -> 
         return WorkerIdTaken(message)
     if status == AuthenticationFailed.status:
         return AuthenticationFailed(
-            f"{url} refuses this worker's join token, or that it has none: give it the Manager's INFERQ_JOIN_TOKEN"
+            f"{url} refuses this worker's join token, or that it has none: give it the Manager's INFERQ_JOIN_TOKEN "
+            f"({message})"
         )
     if code and status in (400, 413, 422):
         return BadRequest(message)

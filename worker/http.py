@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from queue_schemas import EngineState, Incarnation
+from queue_schemas.addresses import hide_addresses
 from telemetry import MetricsRegistry
-from telemetry.asgi import health_routes, prepare_app, require_join_token
+from telemetry.access import Access, allow, allow_members
+from telemetry.asgi import health_routes, prepare_app
+from telemetry.local_callers import LocalCallers
 
 
 class Health(BaseModel):
@@ -48,24 +51,39 @@ class DrainAnswer(BaseModel):
 
 
 def make_app(
-    status: Callable[[], Status], drain: Callable[[], None], registry: MetricsRegistry, join_token: str
+    status: Callable[[], Status],
+    drain: Callable[[], None],
+    registry: MetricsRegistry,
+    join_token: str,
+    local: LocalCallers | None = None,
 ) -> FastAPI:
-    """The app; ``status`` is asked for every page, ``drain`` is called by ``POST /drain``."""
+    """The app; ``status`` is asked for every page, ``drain`` is called by ``POST /drain``. ``local``: who
+    may ask for more than health where there is no ``join_token``."""
+    members = allow_members(join_token, local or LocalCallers())
     app = FastAPI(title="inferq worker", docs_url="/docs", redoc_url=None)
     prepare_app(app, registry)
     app.include_router(health_routes(registry, lambda: status().reasons))
 
-    @app.get("/health", summary="Which worker, and which run of it, answers here")
+    @app.get(
+        "/health",
+        summary="Which worker, and which run of it, answers here",
+        dependencies=[allow(Access.PUBLIC)],
+    )
     async def health() -> Health:
         now = status()
         return Health(worker_id=now.worker_id, incarnation=now.incarnation)
 
-    @app.get("/ready", summary="Whether it can run jobs, and if not, why (503)")
+    @app.get(
+        "/ready",
+        summary="Whether it can run jobs, and if not, why (503)",
+        dependencies=[allow(Access.PUBLIC)],
+    )
     async def ready() -> JSONResponse:
         now = status()
-        return JSONResponse({"ready": now.ready, "reasons": now.reasons}, 200 if now.ready else 503)
+        reasons = [hide_addresses(reason.partition("\n")[0]) for reason in now.reasons]
+        return JSONResponse({"ready": now.ready, "reasons": reasons}, 200 if now.ready else 503)
 
-    @app.get("/status", summary="Engine, slots, models, membership")
+    @app.get("/status", summary="Engine, slots, models, membership", dependencies=[members])
     async def show_status() -> Status:
         return status()
 
@@ -73,7 +91,7 @@ def make_app(
         "/drain",
         status_code=202,
         summary="Claim no more, finish what runs, end",
-        dependencies=[Depends(require_join_token(join_token))],
+        dependencies=[members],
     )
     async def begin_drain() -> DrainAnswer:
         drain()

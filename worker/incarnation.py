@@ -367,8 +367,10 @@ class Life:
         except InferqError as error:
             log.warning("not_deregistered", error=error.message)
 
-    def _assigned(self, assignment: Assignment) -> None:
-        if assignment.order != self.slots.order and self.slots.assign(assignment):
+    def _assigned(self, assignment: Assignment, *, registered: bool) -> None:
+        if assignment.order == self.slots.order and not registered:
+            return  # as nearly every heartbeat says
+        if self.slots.assign(assignment, registered=registered):
             log.info("assigned", version=assignment.version, pools=[part.pool for part in assignment.pools])
             self._signal_all()
 

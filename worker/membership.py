@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from queue_schemas import (
     Assignment,
@@ -44,6 +44,12 @@ _REASONS_REMEMBERED = 32
 log = get_logger(__name__)
 
 
+class Assigned(Protocol):
+    """Takes an assignment. ``registered``: it answers a registration, so it holds whatever the one before was."""
+
+    def __call__(self, assignment: Assignment, *, registered: bool) -> None: ...
+
+
 class Membership:
     """Registers one incarnation and keeps it registered.
 
@@ -59,7 +65,7 @@ class Membership:
         region: str,
         metrics: WorkerMetrics,
         status: Callable[[], WorkerStatus],
-        assigned: Callable[[Assignment], None],
+        assigned: Assigned,
         drain: Callable[[], None],
     ) -> None:
         self._client = client
@@ -86,7 +92,7 @@ class Membership:
 
         Raises ``WorkerIdTaken`` when another worker holds the id for 3 s and, the ``first`` time, what cannot be
         mended by waiting: ``AuthenticationFailed``, ``BadRequest``. No URL of several speaks for the others, so that
-        is raised once each has been tried.
+        is raised once each has refused: one that does not answer yet may still let this worker in.
         """
         pause = _FIRST_PAUSE_S
         taken = 0
@@ -105,8 +111,8 @@ class Membership:
                 continue
             except InferqError as error:
                 tried[self._client.url] = error
-                if first and tried.keys() >= self._client.urls and (refusals := _refusals(tried)):
-                    raise refusals[0] from error
+                if first and tried.keys() >= self._client.urls and all(map(_is_refusal, tried.values())):
+                    raise
                 self._lost(error.message)
                 self._client.turn()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
@@ -116,7 +122,7 @@ class Membership:
             self.registered, self.trouble = True, ""
             self._said.clear()
             log.info("registered", manager=self._client.url, pools=len(answer.assignment.pools))
-            self._assigned(answer.assignment)
+            self._assigned(answer.assignment, registered=True)
             return answer
 
     async def run(self) -> NoReturn:
@@ -134,7 +140,7 @@ class Membership:
                 self._client.turn()
                 await self.register(first=False)
             else:
-                self._assigned(answer.assignment)
+                self._assigned(answer.assignment, registered=False)
                 if answer.drain:
                     self._drain()
 
@@ -176,9 +182,9 @@ class Membership:
         self.registered, self.trouble = False, why
 
 
-def _refusals(tried: Mapping[str, InferqError]) -> list[InferqError]:
-    """Of the last answers by URL, those that will not become others by themselves."""
-    return [error for error in tried.values() if isinstance(error, AuthenticationFailed | BadRequest)]
+def _is_refusal(error: InferqError) -> bool:
+    """Whether the answer will not become another by itself."""
+    return isinstance(error, AuthenticationFailed | BadRequest)
 
 
 def _version() -> str:

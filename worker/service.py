@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from broker import Broker
+from broker.local_password import complete_url
 from queue_schemas import (
     BrokerFull,
     BrokerUnavailable,
@@ -30,6 +31,7 @@ from telemetry import (
     shutdown_tracing,
 )
 from telemetry.flags import parse_settings
+from telemetry.local_callers import LocalCallers
 from telemetry.server import bind_socket, is_loopback, refuse_unguarded, run_process, run_server, stop_on_signals
 
 from .engines import Engine
@@ -87,7 +89,9 @@ class Worker:
     async def run(self) -> None:
         """Serve until drained. Raises ``WorkerIdTaken`` and other errors of ours that its user can mend."""
         stop_http = asyncio.Event()
-        app = make_app(self.status, self.drain.set, self.registry, self.settings.join_token.get_secret_value())
+        settings = self.settings
+        local = LocalCallers(any_host=settings.insecure and not is_loopback(settings.host))
+        app = make_app(self.status, self.drain.set, self.registry, settings.join_token.get_secret_value(), local)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(
@@ -150,8 +154,10 @@ class Worker:
         """The broker, opened at the first call; waits for a Redis that is away or full."""
         pause = _FIRST_PAUSE_S
         while self._broker is None:
+            settings = broker_settings(self.settings, answer)
             try:
-                self._broker = await Broker.connect(broker_settings(self.settings, answer))
+                url = await complete_url(settings.redis_url)
+                self._broker = await Broker.connect(settings.model_copy(update={"redis_url": url}))
             except (BrokerUnavailable, BrokerFull) as error:
                 log.warning("queue_not_reached", error=error.message, again_in_s=pause)
                 await asyncio.sleep(pause)

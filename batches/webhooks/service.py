@@ -24,7 +24,7 @@ from telemetry import (
     get_logger,
     shutdown_tracing,
 )
-from telemetry.asgi import health_routes, prepare_app
+from telemetry.asgi import health_app
 from telemetry.flags import parse_settings
 from telemetry.server import bind_socket, run_process, run_server, stop_on_signals
 
@@ -88,10 +88,7 @@ class _Process:
 
     def app(self) -> FastAPI:
         """Health and metrics."""
-        app = FastAPI(title="inferq notifier", docs_url=None, redoc_url=None)
-        prepare_app(app, self._registry)
-        app.include_router(health_routes(self._registry, self.reasons))
-        return app
+        return health_app("inferq notifier", self._registry, self.reasons)
 
     def reasons(self) -> list[str]:
         """Why webhooks are not sent, or ends of responses not heard of."""

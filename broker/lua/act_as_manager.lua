@@ -1,22 +1,23 @@
 -- The acting Manager's lease, on the server's clock: taken if free or run out, kept by its holder.
--- KEYS[1]: the lease (hash: holder, term, until). ARGV: manager id, ttl_ms (0 gives it up), highest term that workers
--- follow by another's word (0: none): a server that lost its latest writes may have forgotten it; where the holder is
--- reached ('': not said), and its proof of that. Kept with the lease, so that they are its holder's.
--- Reply: the term while acting, else 0. The term rises each time the holder changes, and above that one.
+-- KEYS[1]: the lease (hash: holder, term, until). ARGV: manager id, ttl_ms (0 gives it up), where the holder is reached
+-- ('': not said), and its proof of that. Kept with the lease, so that they are its holder's.
+-- Reply: the term while acting, else 0. The term rises each time the holder changes, and comes from here alone. One that
+-- is no count below MAX_TERM (an older version took over what it was told) is begun again: workers are made to follow.
 
+local MAX_TERM = 2 ^ 40
 local lease = KEYS[1]
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local held = redis.call('HMGET', lease, 'holder', 'term', 'until')
 local term, ttl = tonumber(held[2] or 0), tonumber(ARGV[2])
-local live = held[1] and tonumber(held[3] or 0) > now
+if not (term and term >= 0 and term < MAX_TERM and term == math.floor(term)) then term = 0 end
+local live = held[1] and (tonumber(held[3] or 0) or 0) > now
 if live and held[1] ~= ARGV[1] then return 0 end
 if ttl == 0 then
   if live then redis.call('HSET', lease, 'until', '0') end
   return 0
 end
-if not live then term = term + 1 end
-term = math.max(term, tonumber(ARGV[3]) + 1)
+if not live or term == 0 then term = term + 1 end
 redis.call('HSET', lease, 'holder', ARGV[1], 'term', string.format('%.0f', term), 'until', string.format('%.0f', now + ttl),
-  'url', ARGV[4] or '', 'proof', ARGV[5] or '')
+  'url', ARGV[3] or '', 'proof', ARGV[4] or '')
 return term

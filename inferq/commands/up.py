@@ -191,6 +191,8 @@ class TerminalAnnouncer:
         rows += [(name.capitalize(), url) for name, url in stack.service_urls.items()]
         rows += [(name.capitalize(), f"{url}  ({self._serving.engine})") for name, url in stack.worker_urls.items()]
         rows += [("Model", self._serving.model), ("Queue", stack.queue), ("Logs", str(stack.logs))]
+        if stack.join_token_file:
+            rows.append(("Join token", f"{stack.join_token_file}  (workers and operators show it: INFERQ_JOIN_TOKEN)"))
         for name, text in rows:
             out.print(f"  [bold]{name:<11}[/bold]{escape(text)}")
         body = json.dumps(

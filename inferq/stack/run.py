@@ -21,6 +21,7 @@ from queue_schemas import CannotStart
 from telemetry.fleet_http import fleet_session
 from telemetry.server import bind_socket
 
+from .join_token import TOKEN_FILE, kept_join_token, needs_join_token
 from .plan import RoleSpec, StackPlan
 from .process import RoleProcess, ask
 
@@ -41,6 +42,8 @@ class RunningStack:
     logs: Path
     pids: Mapping[str, int]
     ready_after_s: float
+    join_token_file: str = ""
+    """Where the join token lies that was made for this stack; empty if none was."""
 
 
 class Announcer(Protocol):
@@ -84,13 +87,16 @@ async def run_stack(
         watchers = await exits.enter_async_context(_watchers(failure))
         url, queue = await _open_queue(plan, announcer, exits, watchers, redis_url)
         environment = {**os.environ, "INFERQ_REDIS_URL": url}
+        if needs_join_token():
+            environment["INFERQ_JOIN_TOKEN"] = kept_join_token(plan.data_dir)
         processes = [RoleProcess(role, plan.data_dir / "logs", environment, announcer.trouble) for role in plan.roles]
         exits.push_async_callback(_stop_in_order, plan, processes, announcer, hurry)
         session = await exits.enter_async_context(fleet_session(PAGE_LIMIT_S))
         starting = watchers.start(_start(plan, processes, session, announcer, watchers), "start of the stack")
         await _first_of(starting, stop, failure)
         if not stop.is_set():
-            announcer.up(_describe(plan, processes, queue, time.monotonic() - began))
+            token_file = str(plan.data_dir / TOKEN_FILE) if needs_join_token() else ""
+            announcer.up(_describe(plan, processes, queue, token_file, time.monotonic() - began))
             await _first_of(None, stop, failure)
 
 
@@ -234,7 +240,9 @@ def free_port(taken: Iterable[int] = ()) -> int:
             return port
 
 
-def _describe(plan: StackPlan, processes: Sequence[RoleProcess], queue: str, ready_after_s: float) -> RunningStack:
+def _describe(
+    plan: StackPlan, processes: Sequence[RoleProcess], queue: str, token_file: str, ready_after_s: float
+) -> RunningStack:
     return RunningStack(
         router_url=plan.router.url,
         manager_url=plan.manager.url,
@@ -244,4 +252,5 @@ def _describe(plan: StackPlan, processes: Sequence[RoleProcess], queue: str, rea
         logs=plan.data_dir / "logs",
         pids={process.spec.name: process.pid or 0 for process in processes},
         ready_after_s=ready_after_s,
+        join_token_file=token_file,
     )

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from telemetry.environment import foreign_environment
+
 from .plan import SetupFailed
 
 _TICK_S = 1.0
@@ -42,7 +44,7 @@ def run_logged(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
+            env={**foreign_environment(), **(environment or {})},
             pass_fds=(lock_fd,),
             start_new_session=True,
         ) as child,

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from queue_schemas import Assignment, EngineState, PoolAssignment, WorkerState
+from queue_schemas.fabric import MAX_VERSION
 
 
 def wanted_pools(
@@ -36,7 +37,7 @@ def wanted_pools(
 def next_assignment(current: Assignment, term: int, pools: Sequence[PoolAssignment]) -> Assignment:
     """``current`` if it says the same in the same term, else the one that follows it."""
     wanted = list(pools)
-    version = current.version if current.pools == wanted else current.version + 1
+    version = current.version if current.pools == wanted else min(current.version + 1, MAX_VERSION)
     if (term, version) == current.order:
         return current
     return Assignment(term=term, version=version, pools=wanted)

@@ -5,6 +5,9 @@ Rules:
 * A worker id has one member: one incarnation. Whether a newcomer may take the id of another is decided before
   (:func:`manager.core.liveness.judge`); here the newcomer replaces it.
 * A heartbeat of an incarnation that is not the member's is unknown: the worker registers again.
+* So is one of a worker that follows an assignment of this term or a later one which was not given here: a Redis that
+  lost its latest writes has given the term out twice. Registering, the worker follows whatever it is then given. Its
+  word moves no term: terms come from the queue alone.
 * Without a heartbeat for ``suspect_s`` a member is suspect; the next one clears it. It leaves the registry when it
   deregisters, when its incarnation is found dead, or when it is suspect and has no renewal number for a whole lease.
 * Draining is for good: only a new incarnation works again.
@@ -92,9 +95,6 @@ class Registry:
 
     def __init__(self, term: int, shard_of: Callable[[str], int], *, suspect_s: float, lease_s: float) -> None:
         self.term = term
-        self.outrun = 0
-        """The highest term, of this one or a later, that a worker follows and was not given here: a Redis that lost its
-        latest writes has given it out twice, and orders of this term would be ignored or mistaken."""
         self._shard_of = shard_of
         self._suspect_s = suspect_s
         self._lease_s = lease_s
@@ -135,7 +135,6 @@ class Registry:
         """Take a worker in, in place of any other incarnation of its id; a known incarnation keeps what it has."""
         worker_id = WorkerId(registration.worker_id)
         known = self._members.get(worker_id)
-        self._compare_terms(known, registration)
         member = Member(
             worker_id=worker_id,
             status=registration,
@@ -164,17 +163,13 @@ class Registry:
         return self._put(member, now)
 
     def heartbeat(self, worker_id: str, heartbeat: Heartbeat, now: float) -> Member:
-        """Take a heartbeat in. Raises ``UnknownWorker`` unless this incarnation is the member."""
+        """Take a heartbeat in. Raises ``UnknownWorker`` unless this incarnation is the member and follows us."""
         member = self.find(worker_id)
         if member is None or member.incarnation != heartbeat.incarnation:
             raise UnknownWorker(f"worker {worker_id!r} is not registered here in this incarnation: register again")
-        self._compare_terms(member, heartbeat)
+        if heartbeat.term > self.term or (heartbeat.term == self.term and not member.told):
+            raise UnknownWorker(f"worker {worker_id!r} follows an assignment of another Manager: register again")
         return self._put(replace(member, status=heartbeat, heard_at=now, told=True), now)
-
-    def _compare_terms(self, known: Member | None, status: WorkerStatus) -> None:
-        told = known is not None and known.told and known.incarnation == status.incarnation
-        if status.term > self.term or (status.term == self.term and not told):
-            self.outrun = max(self.outrun, status.term)
 
     def drain(self, worker_id: str, now: float) -> Member:
         """Ask a worker to finish what it runs and end. Raises ``UnknownWorker``."""

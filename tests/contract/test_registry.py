@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from broker import Broker
 from queue_schemas import Assignment, EngineState, WorkerInfo, new_incarnation
 from queue_schemas.acting import ActingManager
-from queue_schemas.keys import POOLS, WORKERS
+from queue_schemas.keys import MANAGER, POOLS, WORKERS
 
 
 def info(worker_id: str, **fields: Any) -> WorkerInfo:
@@ -52,15 +54,26 @@ async def test_returning_to_an_expired_lease_is_a_new_reign(broker: Broker) -> N
     assert await broker.act_as_manager("a", 5_000) == 2
 
 
-async def test_a_term_is_raised_above_what_workers_follow(broker: Broker) -> None:
-    """A server that lost its latest writes gives a term out again: told of it, it goes above, once."""
-    assert await broker.act_as_manager("a", 5_000, above=0) == 1
-    for _ in range(2):
-        assert await broker.act_as_manager("a", 5_000, above=1 << 40) == (1 << 40) + 1
-    assert await broker.act_as_manager("b", 5_000, above=1 << 40) is None
-    assert await broker.act_as_manager("a", 5_000) == (1 << 40) + 1
+@pytest.mark.parametrize(
+    "term", [str(1 << 40), str((1 << 40) + 1), str(1 << 63), "1e308", "-1", "1.5", "nan", "inf", "x", ""]
+)
+async def test_a_poisoned_term_is_begun_again(broker: Broker, client: Any, term: str) -> None:
+    """[A2] A store whose term an older version took from a message, or that holds no count at all: a Manager acts on
+    it at once, in a term that workers can say, and keeps it."""
+    await client.hset(MANAGER, mapping={"holder": "gone", "term": term, "until": "0"})
+    assert await broker.act_as_manager("a", 5_000) == 1
+    assert await broker.act_as_manager("a", 5_000) == 1
     await broker.resign_manager("a")
-    assert await broker.act_as_manager("b", 5_000) == (1 << 40) + 2
+    assert await broker.act_as_manager("b", 5_000) == 2
+
+
+async def test_a_term_poisoned_under_its_holder_is_begun_again(broker: Broker, client: Any) -> None:
+    """[A2] The same while a Manager acts: it goes on, in another term."""
+    assert await broker.act_as_manager("a", 5_000) == 1
+    await client.hset(MANAGER, "term", 1 << 63)
+    assert await broker.act_as_manager("a", 5_000) == 1
+    await client.hset(MANAGER, "until", "9" * 5_000)
+    assert await broker.manager_beat() == 0
 
 
 async def test_the_registry_survives_its_manager(broker: Broker) -> None:
@@ -113,11 +126,11 @@ async def test_the_acting_manager_says_where_it_is(broker: Broker) -> None:
     """[A7] Address and proof stand with the lease and are its holder's: the next one replaces them, and a lease that
     was given up says that nobody acts."""
     assert await broker.acting_manager() == ActingManager()
-    assert await broker.act_as_manager("a", 60_000, 0, "http://a:9000", "proof of a") == 1
+    assert await broker.act_as_manager("a", 60_000, "http://a:9000", "proof of a") == 1
     said = await broker.acting_manager()
     assert (said.manager_id, said.url, said.proof) == ("a", "http://a:9000", "proof of a")
     assert said.beat > 0
-    assert await broker.act_as_manager("b", 60_000, 0, "http://b:9000", "proof of b") is None
+    assert await broker.act_as_manager("b", 60_000, "http://b:9000", "proof of b") is None
     assert (await broker.acting_manager()).url == "http://a:9000"
     await broker.resign_manager("a")
     assert (await broker.acting_manager()).beat == 0

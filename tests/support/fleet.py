@@ -60,9 +60,9 @@ class Role:
         except (aiohttp.ClientError, TimeoutError, OSError):
             return 0, b""
 
-    async def page(self, path: str) -> Any:
+    async def page(self, path: str, headers: Mapping[str, str] | None = None) -> Any:
         """A JSON page that must be there."""
-        async with self._fleet.session.get(self.url + path) as answer:
+        async with self._fleet.session.get(self.url + path, headers=headers) as answer:
             assert answer.status == 200, f"{self.name}{path}: {answer.status} {await answer.text()}"
             return await answer.json()
 

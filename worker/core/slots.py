@@ -75,9 +75,12 @@ class Slots:
     def free(self) -> int:
         return self.total - self.busy - self._reserved
 
-    def assign(self, assignment: Assignment) -> bool:
-        """Follow ``assignment`` unless it is older than the one in force; whether it was followed."""
-        if assignment.order < self.order:
+    def assign(self, assignment: Assignment, *, registered: bool = False) -> bool:
+        """Follow ``assignment`` unless it is older than the one in force; whether it was followed.
+
+        The answer to a registration is followed whatever its order: a queue that lost its latest writes, or whose term
+        was reset, counts from a lower term."""
+        if assignment.order < self.order and not registered:
             return False
         self.order = assignment.order
         wanted: dict[int, list[tuple[Pool, tuple[Lane, ...]]]] = {}

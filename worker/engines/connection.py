@@ -243,7 +243,9 @@ class ConnectionPool:
         except TimeoutError as error:
             raise EngineFailed(f"the engine does not accept connections within {CONNECT_LIMIT_S:.0f} s") from error
         except OSError as error:
-            raise EngineFailed(f"the engine cannot be reached: {error}") from error
+            raise EngineFailed(
+                f"the engine cannot be reached: {error}", public="the engine cannot be reached"
+            ) from error
         return connection
 
     def give_back(self, connection: EngineConnection) -> None:

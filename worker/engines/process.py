@@ -1,7 +1,8 @@
 """An engine that is a process of ours: started on a free port, watched, restarted with back-off, ended with us.
 
 The process runs in a group of its own under :mod:`worker.engines.guard`, so that nothing of it is left when this
-worker ends, by SIGKILL or otherwise. Its output goes to a log file and, the last lines of it, into errors.
+worker ends, by SIGKILL or otherwise. It gets no ``INFERQ_*`` variable: settings of ours are no business of its code,
+and some are secrets. Its output goes to a log file and, the last lines of it, into errors.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from queue_schemas import EngineFailed, EngineState
 from queue_schemas.model_cards import Card
 from telemetry import get_logger
+from telemetry.environment import foreign_environment
 
 from . import guard
 from .http import HttpEngine
@@ -171,7 +173,7 @@ class ProcessEngine:
                 self._process = process = await asyncio.create_subprocess_exec(
                     sys.executable, "-I", "-S", guard.__file__, str(self._stop_limit_s), *launch.command,
                     stdin=lifeline_end, stdout=output_end, stderr=output_end, start_new_session=True,
-                    env={**launch.environment, **os.environ},
+                    env={**launch.environment, **foreign_environment()},
                 )  # fmt: skip
             finally:
                 os.close(lifeline_end)

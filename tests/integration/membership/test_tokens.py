@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,11 @@ from tests.support.servers import Server
 from tests.support.waiting import eventually
 
 RIGHT, WRONG = "the-right-token", "not-the-token"
+
+
+async def status_of(worker: Role) -> dict[str, Any]:
+    """The worker's page, which wants the join token."""
+    return dict(await worker.page("/status", {JOIN_TOKEN_HEADER: RIGHT}))
 
 
 def set_token(role: Role, token: str) -> None:
@@ -67,7 +73,7 @@ async def test_a_token_that_becomes_wrong_is_waited_out(roles: Fleet) -> None:
         await fleet.router.start()
         worker = fleet.worker("worker-1", join_token=RIGHT, engine="url", engine_url=engine.url)
         await worker.start()
-        before = (await worker.page("/status"))["incarnation"]
+        before = (await status_of(worker))["incarnation"]
         stream = await LongStream(fleet, fleet.router).begun()
         fleet.manager.process.kill()
         set_token(fleet.manager, WRONG)
@@ -83,7 +89,7 @@ async def test_a_token_that_becomes_wrong_is_waited_out(roles: Fleet) -> None:
         set_token(fleet.manager, RIGHT)
         await fleet.manager.start()
         await worker.ready()
-        status = await worker.page("/status")
+        status = await status_of(worker)
         assert (status["incarnation"], status["running"]) == (before, 1)
         engine.finish()
         await stream.whole()

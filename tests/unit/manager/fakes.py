@@ -103,15 +103,12 @@ class FakeQueue:
     async def server_faults(self) -> list[str]:
         return list(self.faults)
 
-    async def act_as_manager(
-        self, manager_id: str, ttl_ms: int, above: int = 0, url: str = "", proof: str = ""
-    ) -> int | None:
+    async def act_as_manager(self, manager_id: str, ttl_ms: int, url: str = "", proof: str = "") -> int | None:
         self._trip()
         if self.holder not in ("", manager_id):
             return None
         if not self.holder:
             self.holder, self.term = manager_id, self.term + 1
-        self.term = max(self.term, above + 1)
         self.address = (url, proof)
         return self.term
 

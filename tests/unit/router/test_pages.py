@@ -310,15 +310,20 @@ async def test_dead_letters_are_shown_to_no_user(given: dict[str, str], join_tok
             assert (answer.status, answer.error["code"]) == (401, "invalid_api_key"), path
 
 
+@pytest.mark.parametrize("join_token", ["jt", ""])
 @pytest.mark.parametrize("token", [{}, {"x-inferq-join-token": "wrong"}, {"authorization": "Bearer k"}])
-async def test_the_router_itself_asks_for_the_join_token(token: dict[str, str]) -> None:
-    """Without it nothing of the fleet passes, not even to a Manager that asks for none; an API key does not help."""
+async def test_the_router_itself_asks_for_the_join_token(token: dict[str, str], join_token: str) -> None:
+    """[A1] Without it nothing of the fleet passes a Router with API keys, not even to a Manager that asks for none: an
+    API key does not help, and nothing does where the Router has no join token."""
     manager = FakeManager()
     digest = hashlib.sha256(b"k").hexdigest()
-    async with router(FakeQueue("m"), manager, api_keys=f"{digest}:t", join_token="jt") as app:
+    async with router(FakeQueue("m"), manager, api_keys=f"{digest}:t", join_token=join_token) as app:
         for method, path in (
+            ("GET", "/fabric/v1/workers"),
             ("POST", "/fabric/v1/workers"),
             ("POST", "/fabric/v1/workers/w1/heartbeat"),
+            ("GET", "/fabric/v1/workers/w1/presence?incarnation=w1." + "0" * 16),
+            ("POST", "/fabric/v1/workers/w1/doubt?incarnation=w1." + "0" * 16),
             ("POST", "/fabric/v1/workers/w1/drain"),
             ("DELETE", "/fabric/v1/workers/w1?incarnation=w1.00"),
             ("GET", "/fabric/v1/broker"),
@@ -328,18 +333,17 @@ async def test_the_router_itself_asks_for_the_join_token(token: dict[str, str]) 
     assert manager.asked == []
 
 
-async def test_the_fleet_is_listed_to_who_has_a_key_or_the_join_token() -> None:
-    """An API key is enough to list workers: the Manager is asked with the Router's own join token."""
+async def test_an_api_key_does_not_list_the_workers() -> None:
+    """[A5] Ids, addresses and engines of the workers are for who shows the join token, not for each API key."""
     digest = hashlib.sha256(b"k").hexdigest()
-    path = "/fabric/v1/workers"
+    path, key, token = "/fabric/v1/workers", {"authorization": "Bearer k"}, {"x-inferq-join-token": "jt"}
     manager = FakeManager()
     async with router(FakeQueue("m"), manager, api_keys=f"{digest}:t", join_token="jt") as app:
         client = Client(app)
-        assert (await client.request("GET", path)).status == 401
-        assert (await client.request("GET", path, b"", {"x-inferq-join-token": "no"})).status == 401
-        await client.request("GET", path, b"", {"authorization": "Bearer k"})
-        await client.request("GET", path, b"", {"x-inferq-join-token": "jt"})
-    assert manager.asked == [("GET", path, "", "jt", b"")] * 2
+        for given in ({}, {"x-inferq-join-token": "no"}, key):
+            assert (await client.request("GET", path, b"", given)).status == 401
+        await client.request("GET", path, b"", key | token)
+    assert manager.asked == [("GET", path, "", "jt", b"")]
     async with router(FakeQueue("m"), FakeManager(), join_token="jt") as app:
         assert (await Client(app).request("GET", path)).status == 401
 

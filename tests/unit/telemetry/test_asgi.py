@@ -2,19 +2,19 @@ import json
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
 
 from queue_schemas import AuthenticationFailed, ManagerUnavailable, OverCapacity
 from telemetry import MetricsRegistry, bound_facts
+from telemetry.access import allow_members, check_join_token
 from telemetry.asgi import (
-    check_join_token,
     error_answer,
     health_routes,
     prepare_app,
     request_id_from,
-    require_join_token,
 )
+from telemetry.local_callers import LocalCallers
 
 
 class Order(BaseModel):
@@ -38,7 +38,7 @@ def _app(reasons: list[str] | None = None) -> tuple[FastAPI, MetricsRegistry]:
     async def broken() -> None:
         raise RuntimeError("a bug with a secret")
 
-    @app.get("/guarded", dependencies=[Depends(require_join_token("s3cret"))])
+    @app.get("/guarded", dependencies=[allow_members("s3cret", LocalCallers())])
     async def guarded() -> str:
         return "in"
 
@@ -110,11 +110,12 @@ def test_a_wild_request_id_is_replaced(value: bytes) -> None:
 
 
 async def test_the_join_token_opens() -> None:
-    """The right token passes; without a token set, everybody does."""
+    """The right token passes; where none is set, none does."""
     async with _client(_app()[0]) as client:
         assert (await client.get("/guarded", headers={"x-inferq-join-token": "s3cret"})).status_code == 200
         assert (await client.get("/guarded", headers={"x-inferq-join-token": "s3creT"})).status_code == 401
-    check_join_token("", "anything")
+    with pytest.raises(AuthenticationFailed, match="INFERQ_JOIN_TOKEN"):
+        check_join_token("", "")
     with pytest.raises(AuthenticationFailed, match="INFERQ_JOIN_TOKEN"):
         check_join_token("s", "é")
 

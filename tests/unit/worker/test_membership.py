@@ -88,12 +88,15 @@ class Scene:
             region="",
             metrics=WorkerMetrics(MetricsRegistry("worker")),
             status=lambda: WorkerStatus(incarnation=INCARNATION, slots=4, running=2),
-            assigned=lambda assignment: self.assigned.append(assignment.version),
+            assigned=self._assign,
             drain=self._drain,
         )
 
     def _drain(self) -> None:
         self.drained += 1
+
+    def _assign(self, assignment: Assignment, *, registered: bool) -> None:
+        self.assigned.append(assignment.version)
 
     @asynccontextmanager
     async def beating(self) -> AsyncIterator[None]:
@@ -148,10 +151,18 @@ async def test_a_start_ends_only_when_every_url_was_tried() -> None:
     one.manager.places.append("http://other")
     await one.membership.register(first=True)
     assert one.membership.registered
-    two = scene([AuthenticationFailed("wrong"), ManagerUnavailable("away")])
+    two = scene([AuthenticationFailed("wrong"), AuthenticationFailed("wrong here, too")])
     two.manager.places.append("http://other")
     with pytest.raises(AuthenticationFailed):
         await two.membership.register(first=True)
+
+
+async def test_a_start_waits_for_a_manager_behind_a_router_that_refuses() -> None:
+    """[A1] A Router with API keys and no join token refuses workers: one that may also ask the Manager waits for it."""
+    one = scene([AuthenticationFailed("no token here"), ManagerUnavailable("away"), AuthenticationFailed("no"), None])
+    one.manager.places.append("http://other")
+    await one.membership.register(first=True)
+    assert one.membership.registered
 
 
 async def test_answers_that_make_no_sense_end_nothing() -> None:

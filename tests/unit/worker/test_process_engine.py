@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -77,6 +78,23 @@ async def supervised(
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await engine.stop(1)
+
+
+async def test_the_engine_sees_nothing_of_our_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[A6] No INFERQ_* variable reaches it, in whichever case: the join token and Redis's password are among them."""
+    monkeypatch.setenv("INFERQ_JOIN_TOKEN", "s3cret")
+    monkeypatch.setenv("INFERQ_REDIS_URL", "redis://:s3cret@h:1/0")
+    monkeypatch.setenv("inferq_worker_engine_api_key", "s3cret")
+    monkeypatch.setenv("HF_HOME", "/models")
+    monkeypatch.setenv("FROM_THE_WORKER", "its user decides")
+    seen = tmp_path / "seen.json"
+    script = f"import json, os; open({str(seen)!r}, 'w').write(json.dumps(dict(os.environ)))\n" + SERVES
+    async with supervised(script, tmp_path) as (engine, _):
+        await eventually(lambda: engine.state is EngineState.READY, "the engine is ready", limit_s=20)
+    given = json.loads(seen.read_text())
+    assert not [name for name in given if name.upper().startswith("INFERQ_")]
+    assert "s3cret" not in seen.read_text()
+    assert (given["HF_HOME"], given["FROM_THE_WORKER"]) == ("/models", "its user decides")
 
 
 def alive(pid: int) -> bool:

@@ -124,6 +124,16 @@ def test_an_older_assignment_is_ignored_and_a_new_term_counts_more_than_a_versio
     assert claim.pools == (("c", LANES),)
 
 
+def test_the_answer_to_a_registration_is_followed_whatever_its_order() -> None:
+    """[A2] A queue that counts terms from a lower one again takes its workers along: they register, and follow."""
+    slots = Slots(4, ready=True)
+    assert slots.assign(assignment(("a", 0), term=1 << 40, version=5))
+    assert not slots.assign(assignment(("b", 0), term=1, version=6))
+    assert slots.assign(assignment(("b", 0), term=1, version=6), registered=True)
+    assert slots.order == (1, 6)
+    assert slots.assign(assignment(("c", 0), term=1, version=7))
+
+
 def test_only_the_assigned_lanes_are_claimed() -> None:
     """The assignment may leave lanes to other workers."""
     slots = Slots(1, ready=True)

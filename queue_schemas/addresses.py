@@ -1,0 +1,23 @@
+"""Addresses in sentences: hidden from who has no business with them."""
+
+from __future__ import annotations
+
+import re
+
+_ADDRESS = re.compile(
+    r"[a-z][a-z0-9+.-]*://[^\s'\"<>,;)\]]+"  # a URL
+    r"|\((?:'[^']*'|\"[^\"]*\"), ?\d+[^)]*\)"  # Python's ('127.0.0.1', 6379)
+    r"|\b(?:host|port|path)=[^\s,)>]+"
+    r"|\bports? \d+"
+    r"|\[[0-9a-f]*:[0-9a-f:.]+\](?::\d+)?"
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b(?::\d+)?"
+    r"|\b[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?:\d{2,5}\b"  # name:port
+    r"|(?<![\w/.])/(?:[\w.@+~-]+/)+[\w.@+~-]*",  # a path with folders
+    re.IGNORECASE,
+)
+
+
+def hide_addresses(text: str) -> str:
+    """``text`` without URLs, hosts with ports, IP addresses and paths: what strangers may be told of an error that
+    another program or library put into words."""
+    return _ADDRESS.sub("(address)", text)

@@ -1,0 +1,108 @@
+"""Who may call which path: each route declares it once, with what enforces it.
+
+:func:`allow` makes the dependency of a route (or of a whole ``APIRouter``); :func:`declared` reads the declarations of
+an app back, for the table in ``docs/security.md`` and for the tests that call each path as each principal.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from fastapi import FastAPI, Request, params
+from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
+
+from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed
+
+from .local_callers import LocalCallers, check_is_json
+
+_DOCUMENTS = frozenset({"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
+"""FastAPI's own pages, which are of no APIRouter."""
+
+
+class Access(StrEnum):
+    """Who may call a route. Where the credential is not configured, whoever :class:`LocalCallers` lets in may."""
+
+    PUBLIC = "anyone"
+    """The page tells nothing of requests, addresses or credentials."""
+    CLIENT = "client"
+    """An API key; what belongs to a tenant is shown to that tenant's keys only."""
+    CLIENT_OR_MEMBER = "client, member"
+    """An API key or the join token."""
+    MEMBER = "member"
+    """The join token: workers, Routers, Managers and operators."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredRoute:
+    """One method and path of an app. ``access`` is None where the route declares none."""
+
+    method: str
+    path: str
+    access: Access | None
+
+
+def allow(access: Access, check: Callable[[Request], None] = lambda _: None) -> params.Depends:
+    """A route's declaration: ``check`` raises what a caller without that access is answered."""
+
+    async def checked(request: Request) -> None:
+        check(request)
+
+    checked.access = access  # type: ignore[attr-defined]  # what `declared` reads
+    return params.Depends(checked)
+
+
+def allow_members(join_token: str, local: LocalCallers) -> params.Depends:
+    """The declaration of :attr:`Access.MEMBER`: the join token, or without one :class:`LocalCallers`."""
+
+    def check(request: Request) -> None:
+        headers = dict(request.scope["headers"])
+        if join_token:
+            check_join_token(join_token, request.headers.get(JOIN_TOKEN_HEADER, ""))
+        else:
+            local.check(headers)
+        check_is_json(request.method, headers)
+
+    return allow(Access.MEMBER, check)
+
+
+def check_join_token(expected: str, given: str) -> None:
+    """Compare in constant time. Raises ``AuthenticationFailed``, also where no token is ``expected``."""
+    if not expected or not hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace")):
+        raise AuthenticationFailed(
+            f"the join token is missing or wrong: send the one the Manager was started with "
+            f"(INFERQ_JOIN_TOKEN) in the header {JOIN_TOKEN_HEADER}"
+        )
+
+
+def declared(app: FastAPI) -> list[DeclaredRoute]:
+    """Every method and path that ``app`` answers, with its declaration."""
+    return [
+        DeclaredRoute(method, path, access)
+        for path, methods, access in _walk(app.routes)
+        for method in sorted(set(methods or ()) - {"HEAD"} or {"HEAD"})
+    ]
+
+
+def _walk(routes: Iterable[BaseRoute]) -> Iterator[tuple[str, Iterable[str] | None, Access | None]]:
+    for route in routes:
+        if isinstance(route, APIRoute):
+            yield route.path, route.methods, _access_of(route.dependencies)
+        elif hasattr(route, "effective_route_contexts"):  # FastAPI resolves an included router at each call
+            for found in route.effective_route_contexts():
+                yield found.path, found.methods, _access_of(found.dependencies)
+        else:
+            path = str(getattr(route, "path", ""))
+            yield path, getattr(route, "methods", None), Access.PUBLIC if path in _DOCUMENTS else None
+
+
+def _access_of(dependencies: Iterable[Any]) -> Access | None:
+    """The one declaration among ``dependencies``. Raises ``ValueError`` if there are two that differ."""
+    found = {access for each in dependencies if (access := getattr(each.dependency, "access", None)) is not None}
+    if len(found) > 1:
+        raise ValueError(f"a route declares more than one access: {sorted(found)}")
+    return next(iter(found), None)

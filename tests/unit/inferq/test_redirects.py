@@ -1,0 +1,138 @@
+"""No client of ours takes a credential to where an answer redirects it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from batches.queue_link import QueueLink
+from broker import BrokerSettings
+from inferq.client import Answer, FabricClient, FabricRefused
+from manager.probe import HttpWorkerProbe
+from queue_schemas import Heartbeat, Incarnation, InferqError, Registration, WorkerId
+from router.app import open_manager
+from telemetry.fabric_calls import FabricCall
+from worker.engines import EngineCall
+from worker.engines.http import HttpEngine
+from worker.fabric import FabricClient as WorkersClient
+
+RUN = Incarnation("w.0000000000000001")
+EXAMPLE = Path(__file__).parents[3] / "examples" / "autoscale_by_queue_depth.py"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def example() -> ModuleType:
+    """The autoscaler, which is a script."""
+    spec = importlib.util.spec_from_file_location("autoscale_example", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+async def command(url: str) -> None:
+    async with FabricClient(url, api_key="s3cret", join_token="s3cret") as client:
+        for ask in (client.workers, lambda: client.chat("m", HELLO), lambda: client.forget_dead(["0:1-1"])):
+            with pytest.raises(FabricRefused, match="redirected"):
+                await ask()
+        with pytest.raises(FabricRefused, match="redirected"):
+            _ = [piece async for piece in client.stream_chat(Answer(), "m", HELLO)]
+
+
+async def worker(url: str) -> None:
+    client = WorkersClient([url], "s3cret")
+    calls: list[Awaitable[object]] = [
+        client.register(Registration(worker_id="w", incarnation=RUN, slots=1)),
+        client.heartbeat("w", Heartbeat(incarnation=RUN, slots=1)),
+        client.stay_present("w", RUN),
+        client.deregister("w", RUN),
+    ]
+    for call in calls:
+        with pytest.raises(InferqError, match="redirects"):
+            await call
+    await client.close()
+
+
+async def router(url: str) -> None:
+    manager = open_manager(url, "s3cret", 5_000)
+    assert (
+        await manager.forward(FabricCall("POST", "/fabric/v1/workers", join_token="s3cret", body=b"{}"))
+    ).status == 307
+    with pytest.raises(InferqError):
+        await manager.broker_address()
+    await manager.close()
+
+
+async def batcher(url: str) -> None:
+    stop, told = asyncio.Event(), list[str]()
+    link = QueueLink([url], "s3cret", variable="X", tell=lambda why: (told.append(why), stop.set())[0])
+    assert await link.address(BrokerSettings(redis_url=""), stop) is None
+    assert told
+
+
+async def probe(url: str) -> None:
+    async with HttpWorkerProbe(5.0) as asked:
+        await asked.look(url, WorkerId("w"), RUN)
+
+
+async def engine(url: str) -> None:
+    attached = HttpEngine(url, api_key="s3cret")
+    async with attached.call(EngineCall("/v1/chat/completions", b"{}", "application/json", "req_1")) as answer:
+        assert answer.status == 307
+    await attached.stop(0)
+
+
+async def autoscaler(url: str) -> None:
+    os.environ["INFERQ_API_KEY"] = "s3cret"
+    try:
+        module = example()
+        with pytest.raises(module.CannotAsk, match="307"):
+            await asyncio.to_thread(module.outstanding, url, "m")
+    finally:
+        del os.environ["INFERQ_API_KEY"]
+
+
+@contextlib.asynccontextmanager
+async def redirecting() -> AsyncIterator[tuple[str, list[str], list[str]]]:
+    """A server that sends everybody to another one: its URL, what was asked here, what was asked there."""
+    here, there = list[str](), list[str]()
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        there.append(f"{request.method} {request.path} {dict(request.headers)}")
+        return web.json_response({})
+
+    other = TestServer(web.Application(), host="127.0.0.1")
+    other.app.router.add_route("*", "/{path:.*}", elsewhere)
+    await other.start_server()
+
+    async def redirect(request: web.Request) -> web.Response:
+        here.append(str(request.path))
+        return web.Response(status=307, headers={"location": str(other.make_url(request.path))})
+
+    server = TestServer(web.Application(), host="127.0.0.1")
+    server.app.router.add_route("*", "/{path:.*}", redirect)
+    await server.start_server()
+    try:
+        yield str(server.make_url("/")).rstrip("/"), here, there
+    finally:
+        await server.close()
+        await other.close()
+
+
+@pytest.mark.parametrize("client", [command, worker, router, batcher, probe, engine, autoscaler])
+async def test_no_credential_follows_a_redirect(client: Callable[[str], Awaitable[None]]) -> None:
+    """[A6] Whoever answers 307 is left with an error; nobody else is asked."""
+    async with redirecting() as (url, here, there):
+        await client(url)
+    assert here
+    assert there == []
