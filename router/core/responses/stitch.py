@@ -95,9 +95,9 @@ class ResponseStitch(Stitch):
 
     def _end_without_answer(self, kind: MarkerKind, error: InferqError) -> None:
         if kind is MarkerKind.CANCELLED:
-            self._emit(self._made.cancel(error.message))
+            self._emit(self._made.cancel(error.public))
         else:
-            self._emit(self._made.fail(ChatFailure(error.message, error.status, error.code)))
+            self._emit(self._made.fail(ChatFailure(error.public, error.status, error.code)))
         self._end()
 
     def _end(self) -> None:
