@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Receive
+from starlette.types import Receive
 
 from queue_schemas import BadRequest
 
@@ -14,19 +14,6 @@ from .core import check_size
 
 class ClientGone(Exception):
     """The client went away before the answer was complete."""
-
-
-class IncomingBody:
-    """ASGI's ``receive`` that remembers whether the body has ended."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self.ended = False
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self.ended = message["type"] != "http.request" or not message.get("more_body", False)
-        return message
 
 
 async def page_body(request: Request) -> bytes:

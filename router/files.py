@@ -9,14 +9,14 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
-from queue_schemas import BadRequest, Conflict, InferqError, NotFound, RangeNotSatisfiable
+from queue_schemas import BadRequest, Conflict, NotFound, RangeNotSatisfiable
 from storage import Batches, FileRecord, Files, ObjectMissing
 from storage.names import FILE, is_id
 from telemetry import get_logger
 from telemetry.access import Access
 from telemetry.asgi import error_response, error_responses
 
-from .bodies import ClientGone, IncomingBody
+from .bodies import ClientGone
 from .core.file_content import disposition, matches, read_range
 from .core.file_form import PURPOSES
 from .downloads import Download
@@ -88,16 +88,12 @@ def file_routes(state: RouterState) -> APIRouter:
         openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
     )
     async def upload(request: Request) -> Response:
-        body = IncomingBody(request.receive)
         try:
-            record = await uploads.take(state.keys.caller(request), body.receive, request.headers, read_sent(request))
+            record = await uploads.take(
+                state.keys.caller(request), request.receive, request.headers, read_sent(request)
+            )
         except ClientGone:
             return Response(status_code=_CLIENT_GONE)
-        except InferqError as error:
-            refusal = error_response(error)
-            if not body.ended:
-                refusal.headers["connection"] = "close"
-            return refusal
         return JSONResponse(_shown(record).model_dump())
 
     @routes.get(FILES_PATH, summary="Your files", responses=error_responses(400, 401, 503))

@@ -194,7 +194,7 @@ class HttpConnection(asyncio.Protocol):
         elif name == b"content-length":
             self._length = int(value)
         elif name == b"transfer-encoding":
-            self._length, self._coding = None, value
+            self._length, self._coding = None, self._coding + b"," + value if self._coding else value
         else:
             self._expects_continue = value.lower() == b"100-continue"
 

@@ -28,6 +28,8 @@ class Connections:
         self._idle: dict[HttpConnection, None] = {}
         """Those without a request, by how long they are."""
         self._timer: asyncio.TimerHandle | None = None
+        self._due_s = 0.0
+        self._was_late = False
 
     def __len__(self) -> int:
         return len(self._open)
@@ -41,7 +43,7 @@ class Connections:
             next(iter(self._idle)).drop("too_many_connections")
         self._open.add(connection)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self.limits.sweep_s, self._sweep)
+            self._sweep_later()
         return True
 
     def discard(self, connection: HttpConnection) -> None:
@@ -58,15 +60,26 @@ class Connections:
         self._idle.pop(connection, None)
 
     def _sweep(self) -> None:
-        loop = asyncio.get_running_loop()
-        now_s = loop.time()
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._due_s > self.limits.sweep_s and not self._was_late:
+            self._was_late = True  # the loop stood still: what clients sent meanwhile is still to be read
+            self._sweep_later()
+            return
+        self._was_late = False
         for connection in tuple(self._open):
             try:
                 connection.check(now_s)
             except Exception:  # one connection's fault must not keep the others from being checked
                 log.exception("connection_not_checked")
                 connection.transport.abort()
-        self._timer = loop.call_later(self.limits.sweep_s, self._sweep) if self._open else None
+        self._timer = None
+        if self._open:
+            self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._due_s = loop.time() + self.limits.sweep_s
+        self._timer = loop.call_at(self._due_s, self._sweep)
 
 
 def _openable_files() -> int:

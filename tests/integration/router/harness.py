@@ -13,10 +13,11 @@ import aiohttp
 from broker import Broker, BrokerSettings
 from queue_schemas import END, HEAD, Frame, Lease, Outcome, Settled
 from router import RouterApp, RouterSettings, build_router
-from telemetry.server import run_server
+from telemetry.server import bind_socket, run_server
 from tests.support.processes import free_port
 from tests.support.queue import MODEL, Puller
 from tests.support.waiting import eventually
+from tests.unit.router.fakes import FakeQueue, router
 
 SSE = "text/event-stream; charset=utf-8"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -74,6 +75,21 @@ async def running_router(redis_url: str, *, ready: bool = True, **settings: Any)
                 yield router
         finally:
             stop.set()
+
+
+@asynccontextmanager
+async def fake_router(queue: FakeQueue, **settings: Any) -> AsyncIterator[int]:
+    """The port of a Router that listens, over a queue in memory."""
+    stop = asyncio.Event()
+    async with router(queue, **settings) as app:
+        with bind_socket("127.0.0.1", 0) as listener:
+            async with asyncio.TaskGroup() as tasks:
+                limits = app.state.settings.connection_limits
+                tasks.create_task(run_server(app, sock=listener, stop=stop, shutdown_limit_s=1, limits=limits))
+                try:
+                    yield listener.getsockname()[1]
+                finally:
+                    stop.set()
 
 
 @dataclass
