@@ -25,6 +25,7 @@ CLIENT_HEADERS = frozenset(
     }
 )
 """Of an answer, passed to the client."""
+_RAW_ENGINE_HEADERS = frozenset(name.encode() for name in ENGINE_HEADERS)
 MAX_REQUEST_BYTES = 4 * 1024
 MAX_ANSWER_BYTES = 48 * 1024
 """``metadata`` grows with the number of inputs; what a worker accepts as a whole head is little more than this."""
@@ -37,10 +38,12 @@ def for_engine(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     """Those of a request's raw ``headers`` (names in lower case) that its engine is to see."""
     found: dict[str, str] = {}
     for raw_name, raw_value in headers:
-        name = raw_name.decode("latin-1")
-        if name in ENGINE_HEADERS:
+        if raw_name in _RAW_ENGINE_HEADERS:
+            name = raw_name.decode("latin-1")
             value = raw_value.decode("latin-1").replace("\t", " ").strip()
             found[name] = f"{found[name]},{value}" if name in found else value
+    if not found:
+        return found
     if "tracestate" in found:
         found["tracestate"] = _shortened(found["tracestate"])
     return _bounded(found, ENGINE_HEADERS, MAX_REQUEST_BYTES)

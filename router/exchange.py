@@ -12,7 +12,7 @@ from queue_schemas.error_shapes import Dialect, dialect_of, error_event, facts_o
 from queue_schemas.refusals import facts_of_refusal, shaped_refusal
 from telemetry.asgi import error_answer
 
-from .core import EVENT_STREAM, ClientEvents, Head, as_event
+from .core import EVENT_STREAM, ClientEvents, Head, as_event, is_events
 
 Header = tuple[bytes, bytes]
 
@@ -48,7 +48,7 @@ class Exchange:
 
     async def finish(self, head: Head, data: bytes) -> None:
         """The rest of the answer. One that has not begun carries its length."""
-        if head.is_event_stream:
+        if head.is_event_stream and (head.status < 400 or is_events(data)):
             data = self._client_events.feed(data) + self._client_events.finish()
         elif self._events:  # a comment has begun a stream, and the engine answered without one
             data = self._as_last_event(head, data)

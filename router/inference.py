@@ -77,7 +77,6 @@ _IDEMPOTENCY = IDEMPOTENCY_HEADER.encode()
 _BACKGROUND = BACKGROUND_HEADER.encode()
 _RESUMABLE = RESUMABLE_HEADER.encode()
 _LAST_EVENT = LAST_EVENT_HEADER.encode()
-RawHeaders = list[tuple[bytes, bytes]]
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 log = get_logger(__name__)
@@ -138,7 +137,7 @@ class Inference:
         try:
             tenant = self._admit(request, headers)
             body = await self._body(request, decoded_body(receive, scope["headers"]))
-            wanted = await self._wanted(path, body, scope["headers"], tenant, request_id, trace)
+            wanted = await self._wanted(path, body, headers, for_engine(scope["headers"]), tenant, request_id, trace)
             if wanted.background:
                 if await self._accept(wanted, request, exchange):
                     connection.watch(request.on_gone)
@@ -176,9 +175,15 @@ class Inference:
         return exchange.status
 
     async def _wanted(
-        self, path: str, body: bytes, raw_headers: RawHeaders, tenant: Tenant, request_id: str, trace: str
+        self,
+        path: str,
+        body: bytes,
+        headers: dict[bytes, bytes],
+        engine_headers: dict[str, str],
+        tenant: Tenant,
+        request_id: str,
+        trace: str,
     ) -> _Wanted:
-        headers = dict(raw_headers)
         settings, content_type = self._settings, _content_type(headers)
         fields = read_fields(body, content_type, path, settings.limits_of(tenant))
         background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
@@ -207,7 +212,7 @@ class Inference:
             lane=Lane.BACKGROUND if background else Lane.INTERACTIVE,
             request_id=request_id,
             traceparent=trace or _traceparent(headers),
-            headers=for_engine(raw_headers),
+            headers=engine_headers,
         )
         return _Wanted(job, fields, background, resumable, response, on_loss)
 

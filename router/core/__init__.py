@@ -20,7 +20,7 @@ from .admission import (
 )
 from .deadlines import Deadline, find_deadline
 from .directory import Directory, OnNoWorker, PoolEntry, build_directory, model_list, model_object, pool_list, pool_of
-from .event_stream import ClientEvents, as_event
+from .event_stream import ClientEvents, as_event, is_events
 from .events import LAST_EVENT_HEADER, EventNumbers, Position, find_position, read_position
 from .openai import INFERENCE_PATHS, RequestFields, known_paths, read_fields
 from .shares import Share, tenant_limit
@@ -56,6 +56,7 @@ __all__ = [
     "ending_error",
     "find_deadline",
     "find_position",
+    "is_events",
     "is_join_token",
     "known_paths",
     "model_list",

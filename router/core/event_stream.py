@@ -52,7 +52,7 @@ class ClientEvents:
     def finish(self) -> bytes:
         """The stream is over: what is left of it. A body without one line of an event passes as it is."""
         held, self._held = self._held, b""
-        if not self._begun and not self.inside and not _FIELD.search(held):
+        if not self._begun and not self.inside and not is_events(held):
             return held
         return self._region(held + b"\n\n") if held or self.inside else b""
 
@@ -132,6 +132,11 @@ class ClientEvents:
     def _kept(self, lines: Sequence[bytes]) -> Sequence[bytes]:
         """The lines of an event that are passed on."""
         return lines
+
+
+def is_events(body: bytes) -> bool:
+    """Whether ``body`` has one line of an event, whatever its content type says."""
+    return _FIELD.search(body) is not None
 
 
 def as_event(body: bytes) -> bytes:

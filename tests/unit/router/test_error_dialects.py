@@ -202,6 +202,22 @@ async def test_an_engines_refusal_is_an_error_with_its_words(
     assert raised.value.body["message"] == message
 
 
+@pytest.mark.parametrize("read", [_openai_stream, _anthropic_stream])
+@pytest.mark.parametrize("alive", [False, True])
+@pytest.mark.parametrize("kind", ["text/event-stream", "text/html; charset=utf-8", "application/octet-stream", ""])
+async def test_a_refusals_content_type_makes_no_difference(
+    quiet: Served, queue: FakeQueue, read: Read, alive: bool, kind: str
+) -> None:
+    """[C4] An engine that labels its refusal wrongly, as a stream even, is understood all the same."""
+    asking = asyncio.ensure_future(read(quiet))
+    job = await queue.job()
+    if alive:
+        await _once_alive(quiet)
+    queue.answer(job, OLD_SHAPE, status=400, kind=kind)
+    with pytest.raises((openai.APIError, anthropic.APIStatusError), match="the prompt is too long"):
+        await asking
+
+
 @pytest.mark.parametrize("read", OPENAI)
 async def test_a_stream_of_the_openai_api_that_breaks_is_an_error(quiet: Served, queue: FakeQueue, read: Read) -> None:
     """[C2] Chats, completions and responses raise, with message and code."""

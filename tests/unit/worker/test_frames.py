@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,6 +84,34 @@ def test_an_error_in_a_begun_stream_is_an_event_and_drops_half_events() -> None:
     assert (frame.seq, frame.flags) == (1, END)
     assert frame.data.startswith(b'data: {"error"')
     assert frame.data.endswith(b"\n\n")
+
+
+def test_a_workers_error_speaks_the_dialect_of_its_path() -> None:
+    """[C2] Before a stream and within one, for clients of the Messages and of the Responses API."""
+    lease = Lease(replace(make_job(), path="/v1/messages", request_id="r1"), 3, "attempt", 1, 1_000, 5)
+    whole = json.loads(one(FrameCutter(lease).fail(DeadlineExceeded("too late"))).data)
+    assert whole == {"type": "error", "error": {"type": "timeout_error", "message": "too late"}, "request_id": "r1"}
+    cut = FrameCutter(lease)
+    cut.head(200, "text/event-stream")
+    cut.feed(b"data: 1\n\n")
+    assert one(cut.fail(DeadlineExceeded("too late"))).data.startswith(b'event: error\ndata: {"type": "error"')
+    cut = FrameCutter(replace(lease, job=replace(lease.job, path="/v1/responses")))
+    cut.head(200, "text/event-stream")
+    cut.feed(b'event: x\ndata: {"type": "x", "sequence_number": 4}\n\n')
+    assert b'"sequence_number": 5' in one(cut.fail(DeadlineExceeded("too late"))).data
+
+
+def test_headers_go_only_to_routers_that_read_them() -> None:
+    """[C7] A job without ``headers`` is of an older Router, which would refuse a frame with them; cookies go to none."""
+    told = {"retry-after": "7", "set-cookie": "a=b"}
+    for headers, expected in ((None, {}), ({}, {"retry-after": "7"})):
+        lease = Lease(replace(make_job(), headers=headers), 3, "attempt", 1, 1_000, 5)
+        assert one(FrameCutter(lease).whole(429, "application/json", b"{}", told)).headers == expected
+        cut = FrameCutter(lease)
+        cut.head(200, "text/event-stream", headers=told)
+        assert one(cut.feed(b"data: 1\n\n")).headers == expected
+        late = one(FrameCutter(lease).fail(DeadlineExceeded("late")))
+        assert late.headers == ({} if headers is None else {"x-should-retry": "false"})
 
 
 PARTS = st.sampled_from([b"data: a", b"\n", b"\r\n", b"\n\n", b"b", b"\r\n\r\n", b"\r"])
