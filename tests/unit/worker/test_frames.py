@@ -102,7 +102,7 @@ def test_a_workers_error_speaks_the_dialect_of_its_path() -> None:
 
 
 def test_headers_go_only_to_routers_that_read_them() -> None:
-    """[C7] A job without ``headers`` is of an older Router, which would refuse a frame with them; cookies go to none."""
+    """[C7] A job without ``headers`` is of an older Router, which refuses frames that have them; cookies go to none."""
     told = {"retry-after": "7", "set-cookie": "a=b"}
     for headers, expected in ((None, {}), ({}, {"retry-after": "7"})):
         lease = Lease(replace(make_job(), headers=headers), 3, "attempt", 1, 1_000, 5)
