@@ -34,6 +34,7 @@ from queue_schemas.keys import META, keys_of_job
 from telemetry import get_logger
 
 from .calls import Caller
+from .clocks import ServerClocks
 from .dead_letters import DeadLetters
 from .durable import DurableCaller
 from .figures import Figures
@@ -105,6 +106,7 @@ class Broker(KeptJobCalls, WorkerCalls, UpkeepCalls, StoredOutputCalls, Mailboxe
         self._durable_callers: list[DurableCaller] = []
         self._durable: list[list[ShardBatches]] = []
         self._turns = itertools.count()
+        self._clock = ServerClocks()
         self._fitness = Fitness(self._caller, self._keys, disk=False)
 
     @classmethod

@@ -13,7 +13,7 @@ from queue_schemas import Frame, Incarnation, Marker, ShardKeys
 
 from .calls import Caller
 from .server import read_run_id
-from .streams import parse_reply, read_stream
+from .streams import parse_reply, read_stream, tend
 
 MOST_READ = 128
 
@@ -36,12 +36,7 @@ class Mailboxes:
     async def open_mailbox(self, shard: int, name: Incarnation, ttl_ms: int) -> bool:
         """Make a mailbox, or keep the one that is there, for ``ttl_ms`` from now: whether it had to be made. While
         there is none, jobs that name it are cancelled rather than run."""
-        key = self._keys[shard].reply(name)
-        if await self._caller.command(key, "PEXPIRE", key, ttl_ms):
-            return False
-        await self._caller.command(key, "XADD", key, "*", "o", "open")
-        await self._caller.command(key, "PEXPIRE", key, ttl_ms)
-        return True
+        return await tend(self._caller, self._keys[shard], name, ttl_ms)
 
     async def read_mailbox(
         self, shard: int, name: Incarnation, after: str, block_ms: int, count: int = MOST_READ

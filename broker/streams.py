@@ -40,6 +40,8 @@ class ReplyReader:
         opened: Callable[[bool], None],
     ) -> None:
         self._caller = caller
+        self._keys = keys
+        self._router = router
         self._key = keys.reply(router)
         self._deliver = deliver
         self._opened = opened
@@ -87,15 +89,8 @@ class ReplyReader:
     async def _tend(self) -> None:
         """Extend the stream's life and drop what was read; make it if it is not there."""
         self._read_since_trim = 0
-        if await self._caller.command(self._key, "PEXPIRE", self._key, REPLY_TTL_MS):
-            if self._last != "0":
-                await self._caller.command(self._key, "XTRIM", self._key, "MINID", self._last)
-            return
-        self._doubtful = True
-        # Going on from the last id read: with a clock that was set back, new entries would stand before it.
-        entry_id = "*" if self._last == "0" else self._last
-        await self._caller.command(self._key, "XADD", self._key, entry_id, "o", "open")
-        await self._caller.command(self._key, "PEXPIRE", self._key, REPLY_TTL_MS)
+        if await tend(self._caller, self._keys, self._router, REPLY_TTL_MS, self._last):
+            self._doubtful = True
 
     async def _look_at_run(self) -> None:
         """Whether the server was restarted or replaced since we looked last, and may have lost its latest writes."""
@@ -113,6 +108,12 @@ class ReplyReader:
         ):
             # Once only: an entry that came meanwhile stands behind already, and then this one is refused.
             await self._caller.once(self._key, "XADD", self._key, "NOMKSTREAM", self._last, "o", "open")
+
+
+async def tend(caller: Caller, keys: ShardKeys, reader: str, ttl_ms: int, read_to: str = "0") -> bool:
+    """Keep a reply stream for ``ttl_ms`` of the queue's time, without the entries before ``read_to``: whether it had to
+    be made."""
+    return bool(await caller.script("tend", keys.budget, keys.prefix, reader, ttl_ms, read_to))
 
 
 def parse_reply(entry_id: str, fields: dict[bytes, bytes]) -> list[Frame | Marker]:

@@ -13,6 +13,7 @@ from queue_schemas.ids import check_incarnation
 from telemetry import get_logger
 
 from .calls import Caller, pairs
+from .clocks import ServerClocks
 
 _RECLAIM_STEP = 256
 _EXPIRE_STEP = 256
@@ -79,6 +80,7 @@ class UpkeepCalls:
     _caller: Caller
     _keys: Sequence[ShardKeys]
     _control_read: dict[tuple[int, str], str]
+    _clock: ServerClocks
 
     async def leave(self, incarnation: Incarnation) -> Reclaimed:
         """Leave the fabric; what is still held is handed back as if never started. Raises once every shard was
@@ -150,7 +152,10 @@ class UpkeepCalls:
     async def _expire_on(self, keys: ShardKeys) -> Expired:
         swept = Expired()
         for _ in range(_EXPIRE_STEPS):
-            expired, woken, forgotten = await self._caller.script("expire", keys.budget, keys.prefix, _EXPIRE_STEP)
+            expired, woken, forgotten, queue_ms, server_ms = await self._caller.script(
+                "expire", keys.budget, keys.prefix, _EXPIRE_STEP, self._clock.at_least(keys.shard)
+            )
+            self._clock.saw(keys.shard, queue_ms, server_ms)
             swept += Expired(expired, woken, forgotten)
             if max(expired, forgotten) < _EXPIRE_STEP:
                 break

@@ -149,6 +149,17 @@ class ShardKeys:
         return f"{self.prefix}dead"
 
     @property
+    def clock(self) -> str:
+        """String: ``<server ms> <queue ms>``, the server's clock and the queue's own when that was last written. Every
+        time that the scripts keep is one of the queue's clock, which steps of the server's do not move."""
+        return f"{self.prefix}clock"
+
+    @property
+    def readers(self) -> str:
+        """Sorted set: the owners of reply streams, by when those are removed unless they are kept alive."""
+        return f"{self.prefix}readers"
+
+    @property
     def synced(self) -> str:
         """String, empty: written before the disk is asked to confirm what was written before."""
         return f"{self.prefix}synced"

@@ -11,6 +11,12 @@ local call = redis.call
 local unpack = unpack or table.unpack
 local TOMBSTONE_MS = 60000
 local CONTROL_TTL_MS = 60000
+-- The server ends keys by its own clock, which may step. Keys whose end matters are ended by scripts, on the queue's
+-- clock; their expiry is for what nobody removed, and so much later.
+local EXPIRY_SLACK_MS = 86400000
+local CLOCK_GAP_MS = 10000 -- no time that passes between two calls of a fleet is longer: beyond it the clock stepped
+local CLOCK_GAP_COUNTS_MS = 1000 -- what counts of such a gap, until somebody who measured it says more
+local CLOCK_WRITTEN_MS = 200
 local RETRY_APART_MS = 2000
 local REGION_MEMORY_MS = 3600000
 local MAX_REGIONS = 64
@@ -31,9 +37,33 @@ local function int(number)
   return string.format('%.0f', number)
 end
 
-local function now_ms()
+local function server_ms()
   local time = call('TIME')
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+local clock = nil
+
+-- The queue's clock, in ms: it goes on from where it stood when the server's own steps, in either direction, and so
+-- across restarts and failovers. ``clock`` holds the server's time and the queue's when that was last written.
+-- ``at_least``: somebody measured on a clock of his own that it is so late.
+local function now_ms(at_least)
+  if clock and not at_least then return clock end
+  local server = server_ms()
+  local was_server, was = string.match(call('GET', P .. 'clock') or '', '^(%d+) (%d+)$')
+  was_server, was = tonumber(was_server or server), tonumber(was or 0)
+  local passed = server - was_server
+  if passed < 0 then
+    passed = 0
+  elseif passed > CLOCK_GAP_MS then
+    passed = CLOCK_GAP_COUNTS_MS
+  end
+  clock = was == 0 and server or was + passed
+  if at_least then clock = math.max(clock, at_least) end
+  if was == 0 or at_least or server < was_server or server - was_server >= CLOCK_WRITTEN_MS then
+    call('SET', P .. 'clock', int(server) .. ' ' .. int(clock))
+  end
+  return clock
 end
 
 -- The record of a job as a table, without its envelope; nil if there is none.
@@ -118,7 +148,7 @@ local function stored()
   -- From now on a Router is told what becomes of a live job.
   local function listen(id, router, deadline)
     call('SADD', listeners_key(id), router)
-    call('PEXPIRE', listeners_key(id), int(math.max(tonumber(deadline) - now_ms(), 0) + TOMBSTONE_MS))
+    call('PEXPIRE', listeners_key(id), int(math.max(tonumber(deadline) - now_ms(), 0) + EXPIRY_SLACK_MS))
   end
 
   -- Who listens to a job, also after it ended in this call.
@@ -162,7 +192,7 @@ local function stored()
   -- Puts a job among its tenant's for as long as it may be kept.
   local function list(job, at, deadline, keep)
     local key = P .. 'listed:' .. job.tenant
-    local until_ms = tonumber(deadline) - tonumber(at) + tonumber(keep) + TOMBSTONE_MS
+    local until_ms = tonumber(deadline) - tonumber(at) + tonumber(keep) + EXPIRY_SLACK_MS
     call('ZADD', key, 0, list_member(job.id, at))
     if call('PTTL', key) < until_ms then call('PEXPIRE', key, int(until_ms)) end
   end
@@ -192,12 +222,12 @@ local function stored()
       return nil
     end
     call('ZADD', P .. 'kept', int(now + tonumber(keep)), job.id)
-    call('PEXPIRE', P .. 'out:' .. job.id, int(tonumber(keep) + TOMBSTONE_MS))
+    call('PEXPIRE', P .. 'out:' .. job.id, int(tonumber(keep) + EXPIRY_SLACK_MS))
     if not is_answer then
       free_key(job.id, idem)
       idem = ''
     elseif idem ~= '' then
-      call('PEXPIRE', P .. 'idem:' .. idem, keep)
+      call('PEXPIRE', P .. 'idem:' .. idem, int(tonumber(keep) + EXPIRY_SLACK_MS))
     end
     local fields = { 'stored', '1', 'tenant', job.tenant, 'kept', kept, 'idem', idem, 'next', next_frame }
     if memo ~= '' then
@@ -297,7 +327,7 @@ local function regional()
       end
       kept = until_ms + REGION_MEMORY_MS
       call('ZADD', key, int(kept), region)
-      call('PEXPIREAT', key, int(call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]))
+      call('PEXPIRE', key, int(call('ZRANGE', key, -1, -1, 'WITHSCORES')[2] - now + EXPIRY_SLACK_MS))
       regions = nil
     end
     named[region] = kept
@@ -329,7 +359,9 @@ local function regional()
   -- Keeps what is known of a pool's watches until then.
   local function keep_watches(pool, until_ms, now)
     local key = P .. 'abroad:' .. pool
-    if call('PTTL', key) < until_ms - now then call('PEXPIREAT', key, int(until_ms + REGION_MEMORY_MS)) end
+    if call('PTTL', key) < until_ms - now + EXPIRY_SLACK_MS then
+      call('PEXPIRE', key, int(until_ms - now + REGION_MEMORY_MS + EXPIRY_SLACK_MS))
+    end
   end
 
   -- Sees to it that somebody abroad looks at a place when a job there is free for all. Answers who was woken for it.
@@ -415,7 +447,11 @@ local function trim_dead(now)
   for _ = 1, 64 do
     local first = call('XRANGE', dead, '-', '+', 'COUNT', 1)[1]
     if not first then return end
-    local old = tonumber(string.match(first[1], '^%d+')) < now - DEAD_AGE_MS
+    local died_at = tonumber((string.match(first[1], '^%d+')))
+    for i = 1, #first[2], 2 do
+      if first[2][i] == 'at' then died_at = tonumber(first[2][i + 1]) end
+    end
+    local old = died_at < now - DEAD_AGE_MS
     if not old and counter('budget', 'dead:bytes') <= DEAD_BYTES then return end
     call('XDEL', dead, first[1])
     for i = 1, #first[2], 2 do
@@ -429,7 +465,7 @@ local function bury(job, reason, now)
   local envelope = call('HGET', P .. 'job:' .. job.id, 'env')
   leave_lease(job)
   call('XADD', P .. 'dead', '*', 'id', job.id, 'cause', reason, 'worker', job.owner, 'attempts', job.attempts,
-    'pool', job.pool, 'lane', job.lane, 'tenant', job.tenant, 'size', job.size, 'env', envelope)
+    'pool', job.pool, 'lane', job.lane, 'tenant', job.tenant, 'size', job.size, 'at', int(now), 'env', envelope)
   add('budget', 'dead:bytes', tonumber(job.size))
   trim_dead(now)
   job.why = reason

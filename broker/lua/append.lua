@@ -50,7 +50,8 @@ local function keep(job, anew, seq, due, from, number)
   if #frames > 0 then
     stored().count(job, bytes)
     call('HSET', key, 'next', job.epoch .. '-' .. int(seq + number))
-    call('PEXPIRE', out, int(math.max(tonumber(job.deadline) - now, 0) + tonumber(call('HGET', key, 'keep'))))
+    call('PEXPIRE', out,
+      int(math.max(tonumber(job.deadline) - now, 0) + tonumber(call('HGET', key, 'keep')) + EXPIRY_SLACK_MS))
   end
   return frames
 end

@@ -52,7 +52,8 @@ local function store(job, router, deadline, keep, idem, request, listed, notify,
   if memo ~= '' then call('HSET', P .. 'job:' .. job.id, 'memo', memo, 'listed', listed, 'notify', notify) end
   if listed == '1' then stored().list(job, now, deadline, keep) end
   if idem ~= '' then
-    call('SET', P .. 'idem:' .. idem, job.id .. ' ' .. request, 'PX', int(tonumber(deadline) - now + tonumber(keep)))
+    call('SET', P .. 'idem:' .. idem, job.id .. ' ' .. request, 'PX',
+      int(tonumber(deadline) - now + tonumber(keep) + EXPIRY_SLACK_MS))
   end
   if router ~= '' then stored().listen(job.id, router, deadline) end
 end

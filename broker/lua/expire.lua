@@ -1,11 +1,12 @@
 -- The sweep of each second: ends jobs whose time ran out, asks again after lost streams, forgets answers that were kept
 -- long enough, trims dead letters, wakes one worker wherever work and parked workers coexist (a wake may have been lost
 -- with its worker), and one abroad where nobody watches.
--- ARGV: prefix, limit (jobs in this call).
--- Reply: {expired, woken, forgotten}.
+-- ARGV: prefix, limit (jobs in this call), how late it is at least, as the caller measured it (ms; 0: unknown).
+-- Reply: {expired, woken, forgotten, the queue's time, the server's time}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
 
-local now = now_ms()
+local least = tonumber(ARGV[3] or 0)
+local now = now_ms(least > 0 and least or nil)
 local expired, woken, forgotten = 0, 0, 0
 for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', int(now), 'LIMIT', 0, ARGV[2])) do
   local job = load_job(id)
@@ -54,6 +55,12 @@ local function see_watched(pool, part, now)
   return woken
 end
 
+-- The streams of Routers and mailboxes that nobody kept alive.
+for _, router in ipairs(call('ZRANGEBYSCORE', P .. 'readers', '-inf', int(now), 'LIMIT', 0, 64)) do
+  call('DEL', P .. 'reply:' .. router)
+  call('ZREM', P .. 'readers', router)
+end
+
 trim_dead(now)
 local depth = call('HGETALL', P .. 'depth')
 for i = 1, #depth, 2 do
@@ -65,4 +72,4 @@ for i = 1, #depth, 2 do
     if pool and see_watched(pool, part, now) then woken = woken + 1 end
   end
 end
-return answered({ expired, woken, forgotten })
+return answered({ expired, woken, forgotten, now, server_ms() })

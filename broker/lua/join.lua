@@ -7,5 +7,5 @@ local number = tonumber(call('HGET', P .. 'beats', incarnation) or 0)
 if number < 0 then return number end
 local control = P .. 'ctl:' .. incarnation
 if call('EXISTS', control) == 0 then call('XADD', control, '*', 'k', 'hello') end
-call('PEXPIRE', control, CONTROL_TTL_MS)
+call('PEXPIRE', control, int(CONTROL_TTL_MS + EXPIRY_SLACK_MS))
 return call('HINCRBY', P .. 'beats', incarnation, 1)

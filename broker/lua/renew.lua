@@ -5,6 +5,7 @@
 
 local incarnation = ARGV[2]
 if is_fenced(incarnation) then return -1 end
+now_ms() -- the queue's clock goes on also while no Manager acts
 local control = P .. 'ctl:' .. incarnation
 if call('EXISTS', control) == 0 then
   -- Going on from the last id read: with a clock that was set back, new messages would stand before it.
@@ -12,5 +13,5 @@ if call('EXISTS', control) == 0 then
 else
   call('XTRIM', control, 'MINID', ARGV[3])
 end
-call('PEXPIRE', control, CONTROL_TTL_MS)
+call('PEXPIRE', control, int(CONTROL_TTL_MS + EXPIRY_SLACK_MS))
 return call('HINCRBY', P .. 'beats', incarnation, 1)

@@ -25,7 +25,14 @@ class Rewrite(NamedTuple):
     replacement: str
 
 
-CLOCK_OF_TESTS = Rewrite("_shared", "local time = call('TIME')", f"local time = call('HMGET', '{CLOCK}', 's', 'us')")
+CLOCK_OF_TESTS = Rewrite(
+    "_shared",
+    "local function now_ms(at_least)\n",
+    "local function now_ms()\n"
+    f"  local time = call('HMGET', '{CLOCK}', 's', 'us')\n"
+    "  if time then return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) end\n"
+    "  local at_least = nil\n",
+)
 
 
 def rewritten(scripts: Mapping[str, Script], *rewrites: Rewrite) -> dict[str, Script]:

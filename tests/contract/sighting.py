@@ -23,6 +23,8 @@ FAMILIES = {
     "active": "ZRANGE",
     "service": "ZRANGE",
     "leases": "HGETALL",
+    "clock": "GET",
+    "readers": "ZRANGE",
     "claimed": "HGETALL",
     "beats": "HGETALL",
     "parked": "ZRANGE",
@@ -96,7 +98,7 @@ def sight_of(raw: Raw) -> Sight:
     return Sight(
         records={job_id: _record(held, standing.get(job_id)) for (job_id,), held in raw.of("job").items()},
         lines=lines,
-        leases={worker: _numbers(held) for (worker,), held in raw.of("leases").items()},
+        leases={worker: _epochs(held) for (worker,), held in raw.of("leases").items()},
         budgets={_decoded(name): number for name, number in _numbers(raw.one("budget")).items()},
         waiting={_place(*where): n for name, n in depth.items() if (where := name.split(":")).pop() == "waiting"},
         leased={_place(*where): n for name, n in depth.items() if (where := name.split(":")).pop() == "leased"},
@@ -167,6 +169,10 @@ def _decoded(budget: str) -> str:
 
 def _numbers(held: Mapping[bytes, bytes]) -> dict[str, int]:
     return {name.decode(): int(number) for name, number in held.items()}
+
+
+def _epochs(held: Mapping[bytes, bytes]) -> dict[str, int]:
+    return {name.decode(): int(value.split()[0]) for name, value in held.items()}
 
 
 def _scores(held: Sequence[tuple[bytes, float]]) -> dict[str, int]:

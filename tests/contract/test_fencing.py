@@ -332,7 +332,7 @@ async def test_a_half_done_reclaim_is_finished_by_another_manager(
     beats, where the next Manager finds it standing still and takes back the rest."""
     await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(10)))
     await worker.claim(10)
-    monkeypatch.setattr("broker.client._RECLAIM_STEP", 3)
+    monkeypatch.setattr("broker.upkeep._RECLAIM_STEP", 3)
     dying = await connect()
     steps = 0
     send = dying._caller.script

@@ -70,7 +70,7 @@ async def test_every_key_is_one_of_the_contract(
         *(KEYS.control(puller.incarnation) for puller in (worker, idle)),
         *(KEYS.parked(MODEL, lane) for lane in LANES),
         KEYS.reply(listener.router),
-        *(KEYS.beats, KEYS.deadlines, KEYS.dead, KEYS.budget, KEYS.depth, KEYS.totals, KEYS.turns),
+        *(KEYS.clock, KEYS.beats, KEYS.deadlines, KEYS.dead, KEYS.budget, KEYS.depth, KEYS.totals, KEYS.turns),
     }
     stay, expire = await settled_keys(client)
     assert stay | expire <= allowed
@@ -106,7 +106,7 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, listener: Li
         assert await puller.claim(2) == []
         await broker.leave(puller.incarnation)
     stay, expire = await settled_keys(client)
-    assert stay - before <= {KEYS.totals, KEYS.turns, META}
+    assert stay - before <= {KEYS.clock, KEYS.totals, KEYS.turns, META}
     families = {key.removeprefix(KEYS.prefix).split(":")[0] for key in expire}
     assert families <= {"job", "service"}
     assert len([key for key in expire if ":job:" in key]) == 61

@@ -143,9 +143,17 @@ async def test_what_was_read_is_trimmed(broker: Broker, worker: Puller, reader: 
     await eventually(short, "what was read is dropped")
 
 
-async def test_the_stream_of_a_dead_router_expires(reader: Reader, client: Any) -> None:
-    """The stream lives 60 s unless its Router keeps it alive."""
-    assert 30_000 < await client.pttl(ShardKeys(0).reply(reader.router)) <= 60_000
+async def test_the_stream_of_a_dead_router_expires(broker: Broker, reader: Reader, client: Any) -> None:
+    """The stream lives 60 s of the queue's time unless its Router keeps it alive; then the sweep removes it."""
+    keys = ShardKeys(0)
+    now_ms = int((await client.get(keys.clock)).split()[1])
+    assert 30_000 < await client.zscore(keys.readers, reader.router) - now_ms <= 60_000
+    await broker.expire()
+    assert await client.exists(keys.reply(reader.router))
+    await client.zadd(keys.readers, {reader.router: now_ms})
+    await broker.expire()
+    assert not await client.exists(keys.reply(reader.router))
+    assert await client.zcard(keys.readers) == 0
 
 
 async def test_a_stream_that_vanished_is_made_again_and_told(

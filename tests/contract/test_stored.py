@@ -393,7 +393,7 @@ async def test_a_sweep_keeps_up_with_what_is_to_be_forgotten(
     broker: Broker, worker: Puller, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many answers end in the same second, one sweep forgets them: a call with a limit is made again."""
-    monkeypatch.setattr("broker.client._EXPIRE_STEP", 4)
+    monkeypatch.setattr("broker.upkeep._EXPIRE_STEP", 4)
     jobs = [keyed(stream=False, idempotency_key=f"order-{number}") for number in range(14)]
     for job in jobs:
         await broker.enqueue_stored(job, NOBODY, keep_ms=1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from broker import BrokerSettings
-from broker.link import ClientLink, MultiplexedLink, open_link
+from broker.cluster import ClusterLink
+from broker.link import MultiplexedLink, open_link
 from queue_schemas import BrokerUnsuitable
 
 
@@ -17,7 +18,7 @@ from queue_schemas import BrokerUnsuitable
         ("unix:///run/redis.sock", MultiplexedLink),
         ("redis+sentinel://user:secret@a:26379,b/mymaster/0", MultiplexedLink),
         ("rediss+sentinel://a:26379/mymaster", MultiplexedLink),
-        ("redis+cluster://user:secret@a:7000,b:7001", ClientLink),
+        ("redis+cluster://user:secret@a:7000,b:7001", ClusterLink),
     ],
 )
 async def test_every_topology_has_a_url(url: str, kind: type) -> None:
