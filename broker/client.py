@@ -33,6 +33,7 @@ from queue_schemas import (
 from queue_schemas.keys import META, keys_of_job
 from telemetry import get_logger
 
+from .audits import Audits
 from .calls import Caller
 from .clocks import ServerClocks
 from .dead_letters import DeadLetters
@@ -107,6 +108,7 @@ class Broker(KeptJobCalls, WorkerCalls, UpkeepCalls, StoredOutputCalls, Mailboxe
         self._durable: list[list[ShardBatches]] = []
         self._turns = itertools.count()
         self._clock = ServerClocks()
+        self._audits = Audits(self._caller)
         self._fitness = Fitness(self._caller, self._keys, disk=False)
 
     @classmethod

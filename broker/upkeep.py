@@ -12,6 +12,7 @@ from queue_schemas import BadMessage, Control, Incarnation, InferqError, ShardKe
 from queue_schemas.ids import check_incarnation
 from telemetry import get_logger
 
+from .audits import Audits
 from .calls import Caller, pairs
 from .clocks import ServerClocks
 
@@ -81,6 +82,7 @@ class UpkeepCalls:
     _keys: Sequence[ShardKeys]
     _control_read: dict[tuple[int, str], str]
     _clock: ServerClocks
+    _audits: Audits
 
     async def leave(self, incarnation: Incarnation) -> Reclaimed:
         """Leave the fabric; what is still held is handed back as if never started. Raises once every shard was
@@ -142,7 +144,8 @@ class UpkeepCalls:
         return taken
 
     async def expire(self) -> Expired:
-        """The sweep of each second, on every shard. Raises once every shard was tried."""
+        """The sweep of each second, on every shard, and a part of its audit when that is due. Raises once every shard was
+        tried."""
         return sum(answers_of(await on_each(self._keys, self._expire_on)), Expired())
 
     async def expire_on(self, shard: int) -> Expired:
@@ -159,4 +162,5 @@ class UpkeepCalls:
             swept += Expired(expired, woken, forgotten)
             if max(expired, forgotten) < _EXPIRE_STEP:
                 break
+        await self._audits.go_on(keys)
         return swept

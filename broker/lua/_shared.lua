@@ -385,6 +385,38 @@ local function wake_one(where, now)
   return wake_elsewhere(where, nil, now)
 end
 
+-- What an entry of a waiting stream, and a lease, say of their job beside its id and epoch: whose budgets it counts for,
+-- so that they can be given back should its record be gone.
+local function accounts(job)
+  return job.tenant .. ' ' .. job.size
+end
+
+local function give_back(pool, tenant, size)
+  add('budget', 't:' .. tenant .. ':jobs', -1)
+  add('budget', 't:' .. tenant .. ':bytes', -tonumber(size))
+  add('budget', 'p:' .. pool .. ':jobs', -1)
+  add('budget', 'p:' .. pool .. ':bytes', -tonumber(size))
+end
+
+-- Takes an entry out of a waiting stream whose job is not to be found by it: its record was evicted or deleted.
+local function drop_entry(queue, entry)
+  if call('XDEL', P .. queue, entry[1]) == 0 then return end
+  local where = string.match(queue, '^q:(.*):%d:[^:]*$') or string.match(queue, '^%a+:(.*)$')
+  local tenant, size = string.match(entry[2][4] or '', '^(%S+) (%d+)$')
+  add('depth', where .. ':waiting', -1)
+  if tenant then give_back(string.match(where, '^[^:]*'), tenant, size) end
+  if call('XLEN', P .. queue) == 0 then call('DEL', P .. queue) end
+end
+
+-- Takes a lease away whose job is not held by it: its record was evicted or deleted. ``value``: as it stands there.
+local function drop_lease(owner, id, value)
+  if call('HDEL', P .. 'leases:' .. owner, id) == 0 then return end
+  local where, tenant, size = string.match(value or '', '^%S+ (%S+) (%S+) (%d+)$')
+  if not where then return end
+  add('depth', where .. ':leased', -1)
+  give_back(string.match(where, '^[^:]*'), tenant, size)
+end
+
 -- Takes a queued job's entry out of its waiting stream.
 local function leave_queue(job)
   local queue = P .. job.queue
@@ -498,7 +530,7 @@ end
 local function wait_again(job)
   local queue = (is_suspect(job) and 'suspects:' or 'retry:') .. place(job)
   add('depth', place(job) .. ':waiting', 1)
-  return 'state', 'queued', 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id)
+  return 'state', 'queued', 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id, 'of', accounts(job))
 end
 
 -- What becomes of a leased job whose attempt ended unsettled: 'cancelled', 'dead', 'requeued', or 'lost', until its

@@ -90,11 +90,10 @@ end
 local skipped = 0
 
 -- The queued job behind an entry; nil, after cleaning up, if it is not to be run any more.
-local function runnable(id, queue, entry)
-  local job = load_job(id)
-  if not job or job.state ~= 'queued' or job.entry ~= entry then
-    call('XDEL', P .. queue, entry)
-    if call('XLEN', P .. queue) == 0 then call('DEL', P .. queue) end
+local function runnable(queue, entry)
+  local job = load_job(entry[2][2])
+  if not job or job.state ~= 'queued' or job.entry ~= entry[1] then
+    drop_entry(queue, entry)
     skipped = skipped + 1
     return nil
   end
@@ -119,7 +118,7 @@ local function take_from_stream(queue)
   for _ = 1, MAX_SKIPPED / 16 do
     local entries = call('XRANGE', P .. queue, from, '+', 'COUNT', 16)
     for _, entry in ipairs(entries) do
-      local job = runnable(entry[2][2], queue, entry[1])
+      local job = runnable(queue, entry)
       if job and (job.avoid ~= incarnation or tonumber(job.avoid_until) <= now) then return job end
     end
     if #entries < 16 then break end
@@ -167,7 +166,7 @@ local function take_fresh(where, t)
       if not entry then
         call('ZREM', active, tenant)
       else
-        local job = runnable(entry[2][2], queue, entry[1])
+        local job = runnable(queue, entry)
         if job then
           if head[3] then charge(where .. ':' .. band, tenant, tonumber(head[2]), tonumber(head[2])) end
           return job
@@ -251,7 +250,7 @@ local function other_regions()
       end
       local free = tonumber(call('HGET', P .. 'job:' .. entry[2][2], 'free') or 0)
       if free > now then return nil, free end
-      local job = runnable(entry[2][2], queue, entry[1])
+      local job = runnable(queue, entry)
       if job then return job, nil end
     end
     return nil, now
@@ -374,7 +373,7 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
     job.lane = lane_and_region(job.lane)
     call('HSET', P .. 'job:' .. job.id, 'lane', job.lane)
   end
-  call('HSET', P .. 'leases:' .. incarnation, job.id, job.epoch)
+  call('HSET', P .. 'leases:' .. incarnation, job.id, job.epoch .. ' ' .. place(job) .. ' ' .. accounts(job))
   add('depth', place(job) .. ':leased', 1)
   held[#held + 1] = job.id .. ' ' .. job.aid
   if is_suspect(job) then

@@ -102,7 +102,7 @@ for i = 7, #ARGV, 19 do
     local part = of_region and lane .. '@' .. region or lane
     local where = pool .. ':' .. part
     local queue = 'q:' .. where .. ':' .. band .. ':' .. tenant
-    local entry = call('XADD', P .. queue, '*', 'id', id)
+    local entry = call('XADD', P .. queue, '*', 'id', id, 'of', tenant .. ' ' .. int(size))
     activate(where .. ':' .. band, tenant)
     call('HSET', key, 'env', envelope, 'state', 'queued', 'epoch', '1', 'aid', '', 'attempts', '0', 'max', max,
       'pool', pool, 'lane', part, 'band', band, 'tenant', tenant, 'reply', is_stored and '' or reply, 'stored', is_stored and '1' or '0',

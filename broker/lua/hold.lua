@@ -28,7 +28,7 @@ for _, id in ipairs(call('HKEYS', leases)) do
     job.epoch = int((math.floor(tonumber(job.epoch) / RUN_EPOCHS) + 1) * RUN_EPOCHS - 1)
     if give_up(job, false, 'the queue lost what its worker wrote', now) == 'requeued' then wake_one(place(job), now) end
   elseif not runs[id] then
-    call('HDEL', leases, id)
+    drop_lease(incarnation, id, call('HGET', leases, id))
   end
 end
 -- New messages must stand behind the last one read, which may have been lost, on whatever clock.

@@ -33,7 +33,7 @@ for _, id in ipairs(held) do
     counts[fate] = counts[fate] + 1
     if fate == 'requeued' then wake_one(place(job), now) end
   else
-    call('HDEL', leases, id)
+    drop_lease(incarnation, id, call('HGET', leases, id))
   end
 end
 if handled == #held then

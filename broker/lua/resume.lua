@@ -10,7 +10,8 @@ if job.state ~= 'lost' or job.epoch ~= ARGV[3] then return job.state end
 local key, envelope = P .. 'job:' .. job.id, ARGV[4]
 local grown = string.len(envelope) - tonumber(job.size)
 call('ZREM', P .. 'lost', job.id)
-call('HSET', key, 'env', envelope, 'size', int(string.len(envelope)), wait_again(job))
+job.size = int(string.len(envelope))
+call('HSET', key, 'env', envelope, 'size', job.size, wait_again(job))
 add('budget', 't:' .. job.tenant .. ':bytes', grown)
 add('budget', 'p:' .. job.pool .. ':bytes', grown)
 wake_one(place(job), now)

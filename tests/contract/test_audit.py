@@ -1,0 +1,116 @@
+"""Keys that a server evicted, or somebody deleted: the queue's counters come back to what is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from broker import Broker
+from queue_schemas import Lane, Outcome, Settled, State
+from queue_schemas.keys import ShardKeys
+from tests.support.queue import MODEL, Puller, answer_frame, make_job
+
+KEYS = ShardKeys(0)
+
+
+async def audited(broker: Broker) -> int:
+    """What whole rounds of the audit mend until one finds nothing."""
+    mended, quiet = 0, 0
+    for _ in range(200):
+        broker._audits._clock = lambda: 1e9
+        broker._audits._places = {
+            shard: place.__class__(0.0, place.jobs, place.workers, place.place)
+            for shard, place in broker._audits._places.items()
+        }
+        found = await broker._audits.go_on(KEYS)
+        mended, quiet = mended + found, 0 if found else quiet + 1
+        if quiet == 8:
+            return mended
+    raise AssertionError("the audit does not come to an end")
+
+
+async def counters(client: Any) -> dict[str, int]:
+    """All counters of live jobs that are not zero."""
+    found = {**await client.hgetall(KEYS.budget), **await client.hgetall(KEYS.depth)}
+    return {name.decode(): int(value) for name, value in found.items() if int(value)}
+
+
+@pytest.mark.parametrize("number", [20, 600])
+async def test_records_that_vanished_are_not_counted_for_ever(
+    broker: Broker, worker: Puller, client: Any, number: int
+) -> None:
+    """[G6] Waiting and running jobs whose records were evicted are counted down to nothing, few or many."""
+    jobs = [make_job(tenant=f"t{n % 5}", lane=Lane.BATCH) for n in range(number)]
+    for job in jobs:
+        await broker.enqueue(job)
+    await worker.claim(8)
+    survivor = make_job(tenant="survivor")
+    await broker.enqueue(survivor)
+    await client.delete(*(KEYS.job(job.id) for job in jobs))
+    assert await audited(broker) >= number
+    depths = await broker.depths()
+    assert {lane: (depth.waiting, depth.leased) for lane, depth in depths[MODEL].items()} == {Lane.INTERACTIVE: (1, 0)}
+    lease = await worker.claim_one()
+    assert lease.job == survivor
+    assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+    assert await broker.depths() == {}
+    assert await counters(client) == {}
+    assert await client.zcard(KEYS.deadlines) == 0
+
+
+async def test_a_claim_counts_down_what_it_does_not_find(broker: Broker, worker: Puller, client: Any) -> None:
+    """[G6] A worker that meets entries whose records are gone gives back what they counted for, at once."""
+    jobs = [make_job(tenant="t") for _ in range(10)]
+    for job in jobs:
+        await broker.enqueue(job)
+    await client.delete(*(KEYS.job(job.id) for job in jobs))
+    assert await worker.claim(4) == []
+    assert await counters(client) == {}
+    assert await broker.depths() == {}
+
+
+@pytest.mark.parametrize("lost", ["depth", "budget", "queue", "leases", "all counters"])
+async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Puller, client: Any, lost: str) -> None:
+    """[G6] Counters, streams or leases that were evicted come back from the records: every job ends, and nothing is
+    left over."""
+    jobs = [make_job(tenant=f"t{n % 3}") for n in range(12)]
+    for job in jobs:
+        await broker.enqueue(job)
+    running = await worker.claim(4)
+    keys = {
+        "depth": [KEYS.depth],
+        "budget": [KEYS.budget],
+        "queue": [key async for key in client.scan_iter(f"{KEYS.prefix.replace('{', '?').replace('}', '?')}q:*")],
+        "leases": [KEYS.leases(worker.incarnation)],
+        "all counters": [KEYS.depth, KEYS.budget],
+    }[lost]
+    assert keys
+    await client.delete(*keys)
+    assert await audited(broker) > 0
+    depth = (await broker.depths())[MODEL][Lane.INTERACTIVE]
+    assert (depth.waiting, depth.leased) == (8, 4)
+    await broker.reclaim(worker.incarnation)
+    heir = await Puller(broker).join()
+    ended = 0
+    while leases := await heir.claim(4):
+        for lease in leases:
+            assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+            ended += 1
+    assert ended == len(jobs)
+    assert len(running) == 4
+    assert await counters(client) == {}
+
+
+async def test_an_audit_of_a_whole_queue_changes_nothing(broker: Broker, worker: Puller, client: Any) -> None:
+    """[G6] Where nothing was lost nothing is mended, whatever waits, runs, waits again or is kept."""
+    for n in range(30):
+        stored: dict[str, Any] = {"stored": True, "idempotency_key": f"k{n}"} if n % 3 == 0 else {}
+        assert await broker.enqueue(make_job(tenant=f"t{n % 4}", lane=list(Lane)[n % 3], **stored)) is State.QUEUED
+    leases = await worker.claim(9)
+    await broker.release(leases[0], "draining", counted=False)
+    await broker.crashed(leases[1:3], "it crashed")
+    await broker.settle(leases[3], Outcome.DONE, answer_frame(leases[3]))
+    before = await counters(client)
+    assert await audited(broker) == 0
+    assert await counters(client) == before
