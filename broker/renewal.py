@@ -32,21 +32,27 @@ class Renewer:
         self._read_to = read_to
         self._unjoined = unjoined
         self._patience_s = patience_s
-        self._unanswered: dict[int, asyncio.Task[int]] = {}
+        self._unanswered: dict[str, dict[int, asyncio.Task[int]]] = {}
 
     async def renew(self, incarnation: Incarnation) -> None:
         """Keep all leases of ``incarnation`` on the shards that answer. Raises ``Fenced`` if it was declared dead, and
         like any call if no shard answers."""
         unjoined = self._unjoined.get(incarnation, ())
+        own = self._unanswered.setdefault(incarnation, {})
         for keys in self._keys:
-            if keys.shard not in unjoined and keys.shard not in self._unanswered:
-                self._unanswered[keys.shard] = asyncio.create_task(self._renew(keys, incarnation))
-        if not self._unanswered:
+            if keys.shard not in unjoined and keys.shard not in own:
+                own[keys.shard] = asyncio.create_task(self._renew(keys, incarnation))
+        asked = dict(own)
+        if asked:
+            await asyncio.wait(asked.values(), timeout=self._patience_s)
+        done = {shard: task for shard, task in asked.items() if task.done()}
+        for shard, task in done.items():
+            if own.get(shard) is task:
+                del own[shard]
+        if not own:
+            self._unanswered.pop(incarnation, None)
+        if not asked:
             return
-        await asyncio.wait(self._unanswered.values(), timeout=self._patience_s)
-        done = {shard: task for shard, task in self._unanswered.items() if task.done()}
-        for shard in done:
-            del self._unanswered[shard]
         failures = [task.exception() for task in done.values()]
         if any(error is None and task.result() < 0 for error, task in zip(failures, done.values(), strict=True)):
             raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
@@ -63,7 +69,8 @@ class Renewer:
 
     async def close(self) -> None:
         """Close the connection."""
-        for task in self._unanswered.values():
+        tasks = [task for own in self._unanswered.values() for task in own.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._unanswered.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._caller.link.close()

@@ -86,7 +86,7 @@ class UpkeepCalls:
 
     async def leave(self, incarnation: Incarnation) -> Reclaimed:
         """Leave the fabric; what is still held is handed back as if never started. Raises once every shard was
-        tried."""
+        was tried."""
         return await self._take_back(incarnation, counted=False, reason="its worker left")
 
     async def beats(self) -> dict[Incarnation, int]:
@@ -118,7 +118,7 @@ class UpkeepCalls:
 
     async def reclaim(self, incarnation: Incarnation) -> Reclaimed:
         """Declare an incarnation dead: it is fenced, and its jobs wait again or end. Raises once every shard was
-        tried."""
+        was tried."""
         return await self._take_back(incarnation, counted=True, reason="its worker was lost")
 
     async def reclaim_on(self, shard: int, incarnation: Incarnation) -> Reclaimed:
@@ -144,8 +144,8 @@ class UpkeepCalls:
         return taken
 
     async def expire(self) -> Expired:
-        """The sweep of each second, on every shard, and a part of its audit when that is due. Raises once every shard was
-        tried."""
+        """The sweep of each second, on every shard, and a part of its audit when that is due. Raises once every shard
+        was tried."""
         return sum(answers_of(await on_each(self._keys, self._expire_on)), Expired())
 
     async def expire_on(self, shard: int) -> Expired:
