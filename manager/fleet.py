@@ -261,8 +261,11 @@ class Fleet:
 
     async def _verify(self, member: Member) -> None:
         door = await self._deaths.look(member)
+        before = self.registry.find(member.worker_id)
         self.registry.looked(member.incarnation, door, self._clock())
-        self._note(member.worker_id)
+        now = self.registry.find(member.worker_id)
+        if before is None or now is None or _says(before) != _says(now):
+            self._note(member.worker_id)
         if door.note and door.note != member.url_note:
             log.warning("worker_url", worker=member.worker_id, note=door.note)
 

@@ -1,13 +1,23 @@
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 
 from manager.core import Door, DoorState
 from manager.fleet import SNAPSHOT_CHECK_S, Fleet
 from manager.metrics import FleetMetrics
-from queue_schemas import BrokerUnavailable, EngineState, Incarnation, Pool, Registration, WorkerId, WorkerIdTaken
+from queue_schemas import (
+    BrokerUnavailable,
+    EngineState,
+    Heartbeat,
+    Incarnation,
+    Pool,
+    Registration,
+    WorkerId,
+    WorkerIdTaken,
+    WorkerInfo,
+)
 from telemetry import MetricsRegistry
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
@@ -210,3 +220,75 @@ async def test_who_is_only_in_the_snapshot_keeps_no_newcomer_out() -> None:
     after = _fleet(queue, clock)
     await after.load()
     assert (await after.register(again)).incarnation == again.incarnation
+
+
+def _heartbeat(**fields: object) -> Heartbeat:
+    return Heartbeat.model_validate(_registration().model_dump(include=Heartbeat.model_fields.keys()) | fields)
+
+
+async def test_only_entries_that_changed_are_written() -> None:
+    """[G10] Of many workers the one that changed is written at once; how busy they are is written with the next sweep,
+    and heartbeats that say nothing new cause no call at all."""
+    queue, clock = FakeQueue(), Clock()
+    fleet = _fleet(queue, clock)
+    saved: list[list[str]] = []
+    save_workers = queue.save_workers
+
+    async def recording(changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None:
+        changed, gone = list(changed), list(gone)
+        saved.append([*(info.worker_id for info in changed), *gone])
+        await save_workers(changed, gone)
+
+    queue.save_workers = recording  # type: ignore[method-assign]
+    for number in range(50):
+        own = {"worker_id": f"w{number}", "incarnation": f"w{number}.{number:016x}"}
+        await fleet.register(Registration.model_validate(_registration().model_dump() | own))
+    await fleet.save()
+    assert len(saved.pop()) == 50
+    fleet.changed.clear()
+
+    def beat(number: int, **fields: object) -> None:
+        fleet.heartbeat(f"w{number}", _heartbeat(incarnation=f"w{number}.{number:016x}", **fields))
+
+    before = queue.round_trips
+    for number in range(50):
+        beat(number)
+    assert not fleet.changed.is_set()
+    beat(7, running=1)
+    assert not fleet.changed.is_set()
+    assert queue.round_trips == before
+    await fleet.sweep()
+    assert fleet.changed.is_set()
+    await fleet.save()
+    assert saved.pop() == ["w7"]
+    beat(9, engine=EngineState.FAILED)
+    assert fleet.changed.is_set()
+    await fleet.save()
+    fleet.leave("w3", f"w3.{3:016x}")
+    await fleet.save()
+    assert saved == [["w9"], ["w3"]]
+    assert len(queue.workers) == 49
+
+
+async def test_one_shard_that_is_away_does_not_stop_the_others() -> None:
+    """[G8] Renewal numbers, deadlines and reclaims of the shards that answer go on; the dead's jobs on the other
+    shard are taken back once that is back."""
+    queue, clock = FakeQueue(numbers={ONE: 1}), Clock()
+    fleet = _fleet(queue, clock)
+    await _sweep_each_second(fleet, clock, 2)
+    queue.away = {1}
+    queue.swept.clear()
+    await _sweep_each_second(fleet, clock, 20)
+    assert fleet.shards_away == {1}
+    assert queue.reclaimed_on == [(0, ONE)]
+    assert set(queue.swept) == {0}
+    assert len(queue.swept) >= 18
+    queue.away = set()
+
+    async def back() -> bool:
+        await fleet.sweep()
+        return (1, ONE) in queue.reclaimed_on
+
+    await eventually(back, "its jobs on the other shard are taken back", every_s=0.1)
+    assert queue.swept[-1] == 1
+    fleet.close()

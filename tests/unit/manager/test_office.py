@@ -420,3 +420,17 @@ async def test_a_worker_that_follows_its_manager_leaves_the_term_alone() -> None
             await service.register(worker.model_copy(update={"term": term}))
         await asyncio.sleep(0.2)
         assert queue.term == term
+
+
+async def test_a_server_that_is_not_fit_any_more_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[G6] What the look at the queue's servers finds stands on the health page until it is put right."""
+    monkeypatch.setattr("manager.office.VET_EVERY_S", 0.01)
+    queue = FakeQueue()
+    service = _service(queue)
+    async with _alive(service):
+        await eventually(lambda: service.acting and not service.not_ready(), "it acts")
+        queue.faults = ["Redis would evict waiting jobs"]
+        await eventually(lambda: service.not_ready() == queue.faults, "it is said")
+        assert service.acting
+        queue.faults = []
+        await eventually(lambda: not service.not_ready(), "it is forgiven")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from queue_schemas import BeatWatch, Incarnation
+from queue_schemas import BeatWatch, Incarnation, ShardedBeatWatch
 
 A, B = Incarnation("a.0000000000000001"), Incarnation("b.0000000000000002")
 LEASE_S = 15.0
@@ -62,3 +62,19 @@ def test_an_incarnation_without_a_number_is_not_watched() -> None:
     _poll(watch, {}, 10, 11)
     assert A not in watch
     assert not any(_poll(watch, {A: 1}, 11, 20))
+
+
+def test_a_shard_that_is_away_has_no_say() -> None:
+    """[G8] Who renews on any shard that answers is alive; who stands still on all that answer is not; and a shard that
+    comes back is watched for a lease before anybody is missed there."""
+    watch = ShardedBeatWatch(LEASE_S, 2)
+    for second in range(60):
+        watch.observe(0, {A: 4, B: 7}, second, second)
+        if second < 30:
+            watch.away(1)
+        else:
+            watch.observe(1, {A: second, B: 9}, second, second)
+        if second in (20, 46):
+            assert watch.still() == ([A, B] if second == 20 else [B])
+        if second == 31:
+            assert watch.still() == []

@@ -77,3 +77,23 @@ async def test_a_first_refusal_ends_it_and_a_later_one_is_waited_out(
     await eventually(lambda: link.queue is last and not link.reasons, "it is connected again")
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_server_that_is_not_fit_any_more_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[G6] What the look at the queue's servers finds makes the Router not ready, until it is put right; requests are
+    taken as long as the queue takes them."""
+    monkeypatch.setattr(queue_link, "VET_EVERY_S", 0.01)
+    found: list[str] = []
+
+    class Vetted(FakeQueue):
+        async def server_faults(self) -> list[str]:
+            return list(found)
+
+    async with router(Vetted("m")) as app:
+        link = app.state.link
+        await eventually(lambda: not link.reasons, "it is ready")
+        found.append("Redis would evict waiting jobs")
+        await eventually(lambda: link.reasons == found, "it is said")
+        assert link.ready_queue() is link.queue
+        found.clear()
+        await eventually(lambda: not link.reasons, "it is forgiven")

@@ -1,0 +1,64 @@
+"""Workers without a Manager: one of them sweeps for all."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from broker import Broker
+from queue_schemas import Incarnation, new_incarnation
+from telemetry import MetricsRegistry
+from tests.support.queue import Puller, ServerBackend, make_job
+from tests.support.waiting import eventually
+from worker.metrics import WorkerMetrics
+from worker.standing_in import stand_in
+
+LEASE_S = 1.5
+
+
+async def test_one_worker_at_a_time_sweeps(real_backend: ServerBackend) -> None:
+    """[G10] Of five workers without a Manager one reads what all write, takes back what a dead one held and
+    sweeps; when it ends, another does."""
+    looks: dict[Incarnation, int] = {}
+    brokers: dict[Incarnation, Broker] = {}
+    sweeping: dict[Incarnation, asyncio.Task[None]] = {}
+
+    async def look_counted(name: Incarnation) -> None:
+        broker = brokers[name]
+        beats_on = broker.beats_on
+
+        async def counting(shard: int) -> dict[Incarnation, int]:
+            looks[name] += 1
+            return await beats_on(shard)
+
+        broker.beats_on = counting  # type: ignore[method-assign]
+        await stand_in(broker, name, WorkerMetrics(MetricsRegistry("worker")), LEASE_S)
+
+    for _ in range(5):
+        name = new_incarnation("w")
+        brokers[name], looks[name] = await real_backend.connect(), 0
+    first, second = await real_backend.connect(), await real_backend.connect()
+    for name in brokers:
+        sweeping[name] = asyncio.create_task(look_counted(name))
+    dead = await Puller(first).join()
+    await first.enqueue(make_job(max_attempts=3))
+    lease = await dead.claim_one()
+    heir = await Puller(second).join()
+    renewing = asyncio.create_task(_renew(second, heir.incarnation))
+    again = await eventually(lambda: heir.claim(1), "the dead worker's job is taken back", limit_s=15, every_s=0.1)
+    assert again[0].job == lease.job
+    (sweeper,) = [name for name, number in looks.items() if number]
+    sweeping[sweeper].cancel()
+    await eventually(lambda: sum(map(bool, looks.values())) == 2, "another sweeps then", limit_s=15)
+    for task in (renewing, *sweeping.values()):
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    for broker in (first, second, *brokers.values()):
+        await broker.close()
+
+
+async def _renew(broker: Broker, incarnation: Incarnation) -> None:
+    while True:
+        await broker.renew(incarnation)
+        await asyncio.sleep(LEASE_S / 6)
