@@ -40,7 +40,7 @@ class RegistryCalls:
     async def act_as_sweeper(self, worker: str, ttl_ms: int) -> bool:
         """Take or keep, for ``ttl_ms``, the lease of the one worker that sweeps while no Manager acts; 0 gives it up.
         Whether it is held. One try."""
-        return int(await self._caller.script("act_as_manager", SWEEPER, worker, ttl_ms, 0, retry=False)) > 0
+        return int(await self._caller.script("act_as_manager", SWEEPER, worker, ttl_ms, retry=False)) > 0
 
     async def manager_beat(self) -> int:
         """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a

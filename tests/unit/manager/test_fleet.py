@@ -241,7 +241,7 @@ async def test_only_entries_that_changed_are_written() -> None:
 
     queue.save_workers = recording  # type: ignore[method-assign]
     for number in range(50):
-        own = {"worker_id": f"w{number}", "incarnation": f"w{number}.{number:016x}"}
+        own = {"url": None, "worker_id": f"w{number}", "incarnation": f"w{number}.{number:016x}"}
         await fleet.register(Registration.model_validate(_registration().model_dump() | own))
     await fleet.save()
     assert len(saved.pop()) == 50
