@@ -57,12 +57,23 @@ async def test_pages_of_allowed_origins_may_ask_and_read() -> None:
 @pytest.mark.parametrize(("allowed", "said"), [([], ""), ([PAGE], ""), (["*"], "*")])
 async def test_other_origins_are_told_nothing(allowed: list[str], said: str) -> None:
     """[B8] Without the setting, or for an origin that is not in it, no answer allows anything; * allows all."""
-    async with router(FakeQueue("m"), cors_allow_origins=allowed) as app:
-        answer = await Client(app).request("GET", "/v1/models", headers={"origin": "https://other.example"})
+    given = {"origin": "https://other.example", "authorization": "Bearer sk-1"}
+    async with router(FakeQueue("m"), cors_allow_origins=allowed, api_keys=KEYS) as app:
+        answer = await Client(app).request("GET", "/v1/models", headers=given)
         preflight = await Client(app).request("OPTIONS", "/v1/models", headers=PREFLIGHT | {"origin": "https://o.e"})
     assert answer.status == 200
     assert answer.headers.get("access-control-allow-origin", "") == said
     assert preflight.headers.get("access-control-allow-origin", "") == said
+
+
+async def test_without_keys_only_pages_of_allowed_origins_are_let_in() -> None:
+    """[B8] A Router without keys answers them, and refuses pages of other origins whatever they ask."""
+    async with router(FakeQueue("m"), cors_allow_origins=[PAGE]) as app:
+        for origin, status in ((PAGE, 200), ("https://other.example", 403)):
+            headers = {"origin": origin, "host": "127.0.0.1:18000"}
+            answer = await Client(app).request("GET", "/v1/models", headers=headers)
+            assert answer.status == status
+            assert ("access-control-allow-origin" in answer.headers) == (status == 200)
 
 
 @pytest.mark.parametrize("origin", ["app.example.com", "https://app.example.com/", "https://a/b", "https://a b", ""])
