@@ -36,7 +36,12 @@ class BatchSettings(RequestSettings):
     scan_ms: int = Field(
         1_000, ge=20, le=60_000, description="How often new batches, and those whose batcher died, are looked for"
     )
-    expiry_scan_ms: int = Field(60_000, ge=20, description="How often files whose time is over are removed")
+    expiry_scan_ms: int = Field(
+        60_000, ge=20, description="How often files and ended batches whose time is over are removed"
+    )
+    keep_batches_s: int = Field(
+        2_592_000, ge=0, description="How long a batch is listed once it has ended; 0: for ever"
+    )
     step_ms: int = Field(2_000, ge=10, le=8_000, description="How long one step of a batch takes while none else waits")
     shared_step_ms: int = Field(
         500, ge=10, le=8_000, description="The same while other batches wait for their step; less where many do"

@@ -15,12 +15,15 @@ from .core import file_of
 from .desk import Desk, in_thread
 
 LEFTOVERS_EVERY_S = 3_600.0
+MOST_BATCHES = 1_000
+"""How many ended batches one look removes: each costs some calls to the store."""
 
 log = get_logger(__name__)
 
 
 class Upkeep:
-    """Removes files whose time is over, but those that a live batch reads or writes, and leftovers once an hour."""
+    """Removes files whose time is over, but those that a live batch reads or writes, ended batches, and leftovers once
+    an hour."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -40,6 +43,10 @@ class Upkeep:
         desk, now_s = self._desk, self._desk.now_s()
         in_use = self._in_use()
         sweep_expired(desk.files, now_s, in_use)
+        if keep_s := desk.settings.keep_batches_s:
+            removed = desk.batches.forget_ended(now_s - keep_s, MOST_BATCHES)
+            if removed:
+                log.info("ended_batches_removed", batches=removed, after_s=keep_s)
         if desk.tick_s() >= self._leftovers_at_s:
             self._leftovers_at_s = desk.tick_s() + LEFTOVERS_EVERY_S
             sweep_leftovers(desk.files, now_s, in_use)

@@ -6,6 +6,7 @@ Names are plain paths below the root. An object appears whole or not at all (:mo
 from __future__ import annotations
 
 import io
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,7 +144,10 @@ class ObjectStore:
         """The last parts of the names directly below ``below``, sorted; folders count as names."""
         try:
             with store_errors(below, reading=True):
-                found = self._files.ls(self._path(below), detail=False)
+                if self._folder is not None:
+                    found = os.listdir(self._path(below))  # noqa: PTH208 - names only, as there may be very many
+                else:
+                    found = self._files.ls(self._path(below), detail=False)
         except ObjectMissing:
             self._look_for_mark()
             return []

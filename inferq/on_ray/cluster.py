@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from queue_schemas import RAY_NAMESPACE, CannotStart
 
 from .head import Head, driver_environment
-from .usage import usage_environment
+from .usage import direct_environment, usage_environment
 
 AUTO = "auto"
 _CLOSED_LIMIT_S = 3.0
@@ -39,7 +39,7 @@ def require_ray() -> None:
 def connected(target: Target, limit_s: float) -> Iterator[str]:
     """Be a driver of ``target``; gives its address. Raises ``CannotStart`` if it does not let us in in time."""
     require_ray()
-    os.environ.update(usage_environment())
+    os.environ.update(usage_environment() | direct_environment(target.address.rpartition(":")[0]))
     if target.head is not None:
         os.environ.update(driver_environment(target.head.token_file, loopback=target.head.loopback))
     _check_open(target.address, limit_s)

@@ -26,7 +26,7 @@ from telemetry.server import bind_socket
 
 from .processes import boot_id, send, session_members, start_of, until
 from .settings import RaySettings
-from .usage import usage_environment
+from .usage import direct_environment, usage_environment
 
 LOOPBACK = "127.0.0.1"
 STOP_LIMIT_S, KILL_LIMIT_S = 15.0, 10.0
@@ -121,7 +121,7 @@ def start_head(settings: RaySettings) -> Head:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=head_environment(token, loopback=not settings.node_host),
+            env=head_environment(token, loopback=not settings.node_host) | direct_environment(host),
             start_new_session=True,
         )
     head = Head(

@@ -26,3 +26,12 @@ def usage_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]
         # A proxy for these hosts alone, as the library behind Ray's calls (requests) reads its environment.
         variables |= {f"http://{host}_proxy": _NOWHERE_PROXY for host in _METADATA_HOSTS}
     return variables
+
+
+def direct_environment(*hosts: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that keep a proxy of ``environ`` away from loopback and ``hosts``: parts of Ray speak gRPC, which would
+    ask it for them."""
+    given = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    direct = [one.strip() for one in given.split(",") if one.strip()]
+    direct += [host for host in ("localhost", "127.0.0.1", "::1", *hosts) if host and host not in direct]
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(direct))

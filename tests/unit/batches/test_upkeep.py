@@ -46,3 +46,24 @@ async def test_leftovers_are_looked_for_once_an_hour(tmp_path: Path) -> None:
         upkeep.once()
         assert scene.shelf.store.get(Files.part_name(ACME, stray, 0)) is None
         assert scene.shelf.store.get(Files.part_name(ACME, output, 0)) == b"1"
+
+
+async def test_an_ended_batch_goes_when_its_time_is_over_and_its_files_stay(tmp_path: Path) -> None:
+    """[G11] After ``keep_batches_s`` its record is gone from the list and the store; the files have times of their own.
+    Zero keeps all."""
+    async with opened(tmp_path, keep_batches_s=3_600) as scene:
+        batch = await scene.end(scene.submit([line(1)]))
+        upkeep = Upkeep(scene.desk)
+        scene.now += 3_000
+        upkeep.once()
+        assert scene.desk.batches.page(ACME)[0] == [batch]
+        scene.now += 1_000
+        kept = scene.desk.settings
+        scene.desk.settings = kept.model_copy(update={"keep_batches_s": 0})
+        upkeep.once()
+        assert scene.desk.batches.page(ACME)[0] == [batch]
+        scene.desk.settings = kept
+        upkeep.once()
+        assert scene.desk.batches.page(ACME) == ([], False)
+        assert batch.progress.output_file_id is not None
+        assert scene.shelf.files.get(ACME, batch.progress.output_file_id, scene.now) is not None

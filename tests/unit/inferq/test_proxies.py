@@ -21,7 +21,7 @@ import yaml
 from inferq.client import FabricClient
 from inferq.doctor.fabric import look_at_engine
 from inferq.doctor.findings import Examined, Level
-from inferq.on_ray.usage import usage_environment
+from inferq.on_ray.usage import direct_environment, usage_environment
 from telemetry.fabric_calls import FabricCall, FabricHttp
 from telemetry.fleet_http import direct_opener, fleet_session
 from tests.support.processes import free_port
@@ -160,3 +160,9 @@ def test_rays_statistics_are_off_unless_the_user_says_on() -> None:
     assert off["RAY_USAGE_STATS_ENABLED"] == "0"
     assert not off["RAY_USAGE_STATS_REPORT_URL"].startswith("http")
     assert usage_environment({"RAY_USAGE_STATS_ENABLED": "1"}) == {"RAY_USAGE_STATS_ENABLED": "1"}
+
+
+def test_what_a_proxy_is_kept_from_is_added_to_what_the_user_says() -> None:
+    """[G2] Ray's gRPC asks a proxy for loopback, too, unless told otherwise."""
+    made = direct_environment("10.0.0.5", environ={"NO_PROXY": "corp.example, localhost"})
+    assert made["no_proxy"] == made["NO_PROXY"] == "corp.example,localhost,127.0.0.1,::1,10.0.0.5"
