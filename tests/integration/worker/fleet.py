@@ -211,6 +211,15 @@ class Client:
         """Send and wait."""
         return await self.answer(await self.send(**options))
 
+    async def until_listed(self, *names: str) -> None:
+        """The registry says to all that these workers take jobs."""
+
+        async def listed() -> bool:
+            workers = await self.broker.load_workers()
+            return all(name in workers and workers[name].takes_work for name in names)
+
+        await eventually(listed, f"{', '.join(names)} are listed")
+
     async def until_nothing_is_left(self) -> None:
         """Every queue and every lease is empty."""
 

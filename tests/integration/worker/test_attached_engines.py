@@ -64,12 +64,13 @@ def _is_uuid(value: str) -> bool:
 
 
 @asynccontextmanager
-async def attached(fleet: LocalFleet, answer: Answer) -> AsyncIterator[AttachedEngine]:
+async def attached(fleet: LocalFleet, client: Client, answer: Answer) -> AsyncIterator[AttachedEngine]:
     """An engine with the only worker that serves it."""
     engine = AttachedEngine(answer)
     server = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
     engine.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     await fleet.worker("w1", "--engine", "url", "--engine-url", engine.url).until_ready()
+    await client.until_listed("w1")
     try:
         yield engine
     finally:
@@ -99,7 +100,7 @@ async def test_the_only_engines_error_is_passed_on_at_once(fleet: LocalFleet, cl
     async def answer(number: int, writer: asyncio.StreamWriter) -> None:
         writer.write(whole(b'{"error": {}}', status) if number < 3 else whole(b"{}"))
 
-    async with attached(fleet, answer) as engine:
+    async with attached(fleet, client, answer) as engine:
         refused = await client.ask(model="open")
         assert (refused.status, refused.body, len(engine.posts)) == (int(status[:3]), b'{"error": {}}', 1)
         assert not refused.markers
@@ -114,7 +115,7 @@ async def test_an_engine_that_says_when_is_asked_again_then(fleet: LocalFleet, c
         busy = whole(b"{}", b"503 Service Unavailable", b"Retry-After: 1")
         writer.write(whole(b"{}") if number == 2 else busy)
 
-    async with attached(fleet, answer) as engine:
+    async with attached(fleet, client, answer) as engine:
         assert (await client.ask(model="open")).status == 200
         first, second = engine.posts
         assert 1.0 <= second - first < 1.9
@@ -133,7 +134,7 @@ async def test_a_crashing_engine_is_asked_as_often_as_allowed(fleet: LocalFleet,
             await asyncio.sleep(0.2)
             writer.close()
 
-    async with attached(fleet, answer) as engine:
+    async with attached(fleet, client, answer) as engine:
         assert (await client.ask(model="open")).status == 200
         lost = await client.ask(model="open", max_attempts=3)
         assert [marker.kind for marker in lost.markers] == [MarkerKind.REQUEUED] * 2 + [MarkerKind.DEAD]
@@ -151,7 +152,7 @@ async def test_half_a_stream_is_never_a_whole_one(fleet: LocalFleet, client: Cli
         await writer.drain()
         writer.close()
 
-    async with attached(fleet, answer) as engine:
+    async with attached(fleet, client, answer) as engine:
         streamed = await client.ask(model="open", stream=True)
         assert [marker.kind for marker in streamed.markers] == [MarkerKind.REQUEUED]
         assert streamed.body == begin + end + b"data: [DONE]\n\n"

@@ -249,6 +249,7 @@ async def test_a_hung_engine_loses_its_jobs_to_another_worker(fleet: Fleet, clie
 async def test_a_stream_that_its_engine_forgot_is_given_up_alone(fleet: Fleet, client: Client) -> None:
     """[C5] Streams stand still on one worker while others there go on: they run again elsewhere, the others stay."""
     workers = [await fleet.worker(name, "--stream-idle-limit-ms", "1000").until_ready() for name in ("w1", "w2")]
+    await client.until_listed("w1", "w2")
     neighbours = [await client.send(stream=True, max_tokens=200) for _ in range(6)]
     for neighbour in neighbours:
         await client.begun(neighbour)

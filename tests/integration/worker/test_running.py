@@ -88,6 +88,7 @@ async def test_an_engine_error_is_retried_elsewhere(fleet: LocalFleet, client: C
     """A 5xx of one engine is answered by another."""
     await fleet.worker("w1").until_ready()
     await fleet.worker("w2").until_ready()
+    await client.until_listed("w1", "w2")
     for stream in (False, True):
         jobs = [await client.send(stream=stream, order={"fail": "500", "on": "w1"}) for _ in range(6)]
         answers = [await client.answer(job) for job in jobs]
@@ -99,6 +100,7 @@ async def test_an_engine_error_everywhere_ends_with_the_engines_own_answer(fleet
     """After the last attempt the client sees what the engine said."""
     await fleet.worker("w1").until_ready()
     await fleet.worker("w2").until_ready()
+    await client.until_listed("w1", "w2")
     answer = await client.ask(order={"fail": "503"}, max_attempts=2)
     assert answer.status == 503
     assert [marker.kind for marker in answer.markers] == [MarkerKind.REQUEUED]
