@@ -67,8 +67,8 @@ async def test_a_background_request_is_taken_in_and_its_answer_told() -> None:
         told = (await get(client, f"/v1/jobs/{job.id}")).json()
         assert (told["status"], told["ended_at"], told["expires_at"]) == ("completed", 2, 9)
         assert told["response"] == {
-            "status_code": 200, "content_type": "application/json", "body": {"a": 1}, "encoding": "json",
-            "too_large": False,
+            "status_code": 200, "content_type": "application/json", "headers": {}, "body": {"a": 1},
+            "encoding": "json", "too_large": False,
         }  # fmt: skip
         given = await get(client, f"/v1/jobs/{job.id}/output")
         assert (given.status, given.body, given.headers["content-type"]) == (200, b'{"a": 1}', "application/json")
