@@ -66,6 +66,11 @@ def main() -> None:
     sys.exit(run_command(lambda: app(prog_name="inferq")))
 
 
+def _was_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
+
+
 def _run(work: Callable[[], Awaitable[None]]) -> None:
     from telemetry.server import run_process  # noqa: PLC0415
 
@@ -300,6 +305,7 @@ def config(
 
 @app.command()
 def doctor(
+    context: typer.Context,
     redis_url: RedisUrl = None,
     engine_url: EngineUrl = None,
     router_url: RouterUrl = DEFAULT_URL,
@@ -327,6 +333,7 @@ def doctor(
         client=open_client(router_url, api_key, join_token),
         data_dir=data_dir,
         engine_url=engine_url or "",
+        router_named=router_url != DEFAULT_URL or _was_given(context, "router_url"),
     )
     raise typer.Exit(show_findings(asyncio.run(examine(examined)), as_json=as_json))
 

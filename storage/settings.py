@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, field_validator
 
 from telemetry import RoleSettings
+from telemetry.paths import absolute_path
 
 
 class StorageSettings(RoleSettings):
@@ -28,4 +28,4 @@ class StorageSettings(RoleSettings):
     @classmethod
     def _from_the_root(cls, value: str) -> str:
         """A folder is that of who reads the setting, wherever the process that uses it runs."""
-        return value if "://" in value else str(Path(value).expanduser().absolute())
+        return value if "://" in value else str(absolute_path(value))

@@ -8,6 +8,7 @@ A role's settings are a subclass of :class:`RoleSettings` that names its table. 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from queue_schemas.acting import is_manager_url
 
 from .logs import LogFormat, LogLevel
 from .redaction import redact_url
+from .variables import is_given, read_variable, warn_of_misspelt
 
 SHARED = frozenset(
     {
@@ -36,6 +38,8 @@ TABLES = frozenset(
 )
 CONFIG_VARIABLE = "INFERQ_CONFIG"
 DEFAULT_CONFIG = "inferq.toml"
+_MOST_SHOWN = 100
+_SECRET_NAME = re.compile("key|token|secret|password")
 
 
 def _split(value: object) -> object:
@@ -72,6 +76,9 @@ class RoleSettings(BaseSettings):
     @classmethod
     def load(cls, **flags: object) -> Self:
         """The settings with ``flags`` on top; a flag of None was not given. Raises ``CannotStart`` with a sentence."""
+        names = [*cls.model_fields, *cls.repeatable.values()]
+        known = [f"INFERQ_{cls.table.upper()}_{name.replace('-', '_').upper()}" for name in names]
+        warn_of_misspelt(f"INFERQ_{cls.table.upper()}_", known)
         try:
             return cls(**cls._by_field({name: value for name, value in flags.items() if value is not None}))
         except ValidationError as error:
@@ -105,6 +112,7 @@ class RoleSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         own = EnvSettingsSource(settings_cls, env_prefix=f"INFERQ_{cls.table.upper()}_")
+        own.env_vars = {name: value for name, value in own.env_vars.items() if is_given(name.upper(), value)}
         return (init_settings, own, _SharedVariables(settings_cls), _FileTable(settings_cls, cls.table))
 
 
@@ -142,7 +150,7 @@ def explain_settings(settings: RoleSettings, flags: frozenset[str] = frozenset()
         origin = "default"
         if name in flags:
             origin = "flag"
-        elif variable := next((one for one in variables if one in os.environ), ""):
+        elif variable := next((one for one in variables if read_variable(one) is not None), ""):
             origin = variable
         elif name in in_file:
             origin = str(_config_path())
@@ -153,14 +161,14 @@ def explain_settings(settings: RoleSettings, flags: frozenset[str] = frozenset()
 
 class _SharedVariables(PydanticBaseSettingsSource):
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return os.environ.get(f"INFERQ_{field_name.upper()}"), field_name, False
+        return read_variable(f"INFERQ_{field_name.upper()}"), field_name, False
 
     def __call__(self) -> dict[str, Any]:
         values = {
-            name: os.environ.get(f"INFERQ_{name.upper()}") for name in SHARED & self.settings_cls.model_fields.keys()
+            name: read_variable(f"INFERQ_{name.upper()}") for name in SHARED & self.settings_cls.model_fields.keys()
         }
         if issubclass(cls := self.settings_cls, RoleSettings):
-            values |= {field: os.environ.get(cls.variable(flag)) for field, flag in cls.repeatable.items()}
+            values |= {field: read_variable(cls.variable(flag)) for field, flag in cls.repeatable.items()}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -214,13 +222,23 @@ def _refuse_unknown(path: Path, what: str, given: Any, known: Any) -> None:
 
 def _sentence(cls: type[RoleSettings], error: ValidationError) -> str:
     parts = []
-    for fault in error.errors(include_url=False, include_input=False):
+    for fault in error.errors(include_url=False):
         name = ".".join(str(part) for part in fault["loc"])
         field = str(fault["loc"][0]) if fault["loc"] else ""
         where = f" (flag, {cls.variable(field)} or [{cls.table}] {field})" if field in cls.model_fields else ""
-        text = fault["msg"].removeprefix("Value error, ")
+        text = fault["msg"].removeprefix("Value error, ") + _given(cls, field, fault["input"])
         parts.append(f"{name}: {text}{where}" if name else text)
     return f"the settings of {cls.table} are wrong: {'; '.join(parts)}"
+
+
+def _given(cls: type[RoleSettings], field: str, value: object) -> str:
+    """The value that was refused, unless it may be a secret."""
+    known = cls.model_fields.get(field)
+    secret = known is None or "Secret" in str(known.annotation) or _SECRET_NAME.search(field)
+    if secret or not isinstance(value, str | int | float):
+        return ""
+    text = redact_url(str(value))
+    return f", not {text[:_MOST_SHOWN]!r}" if text.strip() else " (it is empty)"
 
 
 def _shown(value: object) -> str:

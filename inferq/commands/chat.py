@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 
 from inferq.client import Answer, FabricClient, FabricRefused, Message
-from inferq.console import err, out, print_json
+from inferq.console import err, out, print_json, visible
 
 
 async def chat_once(
@@ -49,10 +49,13 @@ async def converse(client: FabricClient, model: str, *, system: str, max_tokens:
 
 
 async def choose_model(client: FabricClient) -> str:
-    """The model to talk to when none was named: the first that is served."""
+    """The model to talk to when none was named: the first that is served, which is said where there are several."""
     models = await client.models()
     if not models:
         raise FabricRefused("no worker serves a model now: start one (`inferq worker`), or name the model with --model")
+    if len(models) > 1:
+        others = visible(", ".join(models[1:4])) + (", ..." if len(models) > 4 else "")
+        err.print(f"Using {visible(models[0])}, the first of {len(models)} models (also: {others}).", markup=False)
     return models[0]
 
 

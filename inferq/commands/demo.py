@@ -68,7 +68,7 @@ def run_demo(
     """
     if asyncio.run(_is_running(client)):
         err.print(f"Using the fabric at {client.url}.")
-        return run_process(lambda: _show(client, prompts, as_json=as_json))
+        return run_process(lambda: _show(client, prompts, options.model or "", as_json=as_json))
     err.print(f"No fabric answers at {client.url}: starting one for the demo.")
     # Ports that nobody asked for are free ones, and the data folder is its own: whatever else runs here is left alone.
     options = replace(
@@ -131,21 +131,21 @@ class _QuietAnnouncer(TerminalAnnouncer):
         self.ready.set()
 
 
-async def _show(client: FabricClient, prompts: list[Prompt], *, as_json: bool) -> None:
+async def _show(client: FabricClient, prompts: list[Prompt], named: str = "", *, as_json: bool) -> None:
     async with client:
-        await _show_all(client, prompts, as_json=as_json)
+        await _show_all(client, prompts, named, as_json=as_json)
 
 
-async def _show_all(client: FabricClient, prompts: list[Prompt], *, as_json: bool) -> None:
-    model = await choose_model(client)
+async def _show_all(client: FabricClient, prompts: list[Prompt], named: str, *, as_json: bool) -> None:
+    model = named or await choose_model(client)
     chat = await _plain(client, model, as_json=as_json)
     streamed = await _streamed(client, model, as_json=as_json)
     began = time.monotonic()
     answers = await _together(client, model, prompts, as_json=as_json)
     took = time.monotonic() - began
     if as_json:
-        named = [{"name": prompt.name} | describe(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        print_json({"model": model, "chat": describe(chat), "stream": describe(streamed), "together": named})
+        together = [{"name": prompt.name} | describe(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        print_json({"model": model, "chat": describe(chat), "stream": describe(streamed), "together": together})
     else:
         _print_summary(prompts, answers, took)
 

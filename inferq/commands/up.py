@@ -32,6 +32,7 @@ from inferq.vllm_setup import (
     prepare_vllm,
 )
 from queue_schemas import CannotStart
+from telemetry.paths import absolute_path
 from telemetry.server import run_process, stop_on_signals
 
 SIMULATED_MODEL = "sim"
@@ -118,7 +119,7 @@ def link_environment(options: StackOptions) -> None:
     """Let ``python -m worker.service``, started by hand in this folder, find the prepared vLLM too."""
     if options.vllm_command is None:
         return
-    link = options.data_dir.expanduser() / "vllm"
+    link = absolute_path(options.data_dir) / "vllm"
     target = Path(options.vllm_command).parent.parent
     if link.is_symlink() and link.readlink() != target:
         link.unlink()
@@ -210,7 +211,7 @@ def _own_vllm(options: StackOptions) -> VllmEnvironment | None:
     """The vLLM that the user named, instead of one of ours."""
     if options.vllm_command is None:
         return None
-    command = Path(options.vllm_command).expanduser().absolute()
+    command = absolute_path(options.vllm_command)
     if not command.exists():
         raise CannotStart(f"there is no {command}: mend --vllm-command")
     python = command.with_name("python")

@@ -6,8 +6,9 @@ import shutil
 
 import aiohttp
 
-from inferq.client import GIVE_KEY, FabricRefused
+from inferq.client import GIVE_KEY, FabricClient, FabricRefused
 from inferq.vllm_setup import DEFAULT_MODEL, SetupFailed, find_default_model, find_vllm, plan_setup
+from inferq.vllm_setup.cache import cache_dir
 from inferq.vllm_setup.environment import read_host
 from telemetry.fleet_http import fleet_session
 
@@ -25,6 +26,7 @@ async def look_at_engine(examined: Examined) -> list[Finding]:
         model = "with" if find_default_model() else "without"
         return [Finding("engine", Level.OK, f"vLLM for the {prepared.kind} is prepared, {model} {DEFAULT_MODEL}")]
     try:
+        cache_dir()
         plan_setup(read_host(), "")
     except SetupFailed as error:
         return [Finding("engine", Level.WARNING, error.message.partition("\n")[0], "use --engine sim or --engine-url")]
@@ -47,15 +49,31 @@ async def _attached(url: str) -> Finding:
     return Finding("engine", Level.OK, f"{url} answers")
 
 
+async def _router(client: FabricClient, trouble: Level) -> Finding | None:
+    """What is wrong with what answers at the Router's URL; None if it is a Router."""
+    try:
+        metrics = await client.call("GET", "/metrics")
+    except FabricRefused as refused:
+        if not refused.answered:
+            what, _, mend = refused.message.rpartition(": ")
+            return Finding("fabric", trouble, what, mend)
+    else:
+        if b"inferq" in metrics:
+            return None
+    return Finding("fabric", trouble, f"what answers at {client.url} is not an inferq Router", "correct --router-url")
+
+
 async def look_at_fabric(examined: Examined) -> list[Finding]:
     async with examined.client as client:
-        if not await client.health():
-            return [Finding("fabric", Level.OK, f"no Router runs at {client.url}")]
+        trouble = Level.FAILURE if examined.router_named else Level.WARNING
+        found = await _router(client, trouble)
+        if found is not None:
+            return [found]
         try:
             fleet, pools = await client.workers(), await client.pools()
         except FabricRefused as refused:
             mend = "" if refused.answered == 401 else "look at the Manager"
-            return [Finding("fabric", Level.WARNING, refused.message.removesuffix(f": {GIVE_KEY}"), mend or GIVE_KEY)]
+            return [Finding("fabric", trouble, refused.message.removesuffix(f": {GIVE_KEY}"), mend or GIVE_KEY)]
     working = [worker for worker in fleet.workers if worker.takes_work]
     findings = [Finding("fabric", Level.OK, f"{len(working)} of {len(fleet.workers)} workers take work")]
     findings += [

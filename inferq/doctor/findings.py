@@ -38,3 +38,5 @@ class Examined:
     client: FabricClient
     data_dir: Path
     engine_url: str = ""
+    router_named: bool = False
+    """Whether somebody said where the Router is: then it must be there."""

@@ -15,6 +15,7 @@ from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
 from telemetry.fleet_http import fleet_session
+from telemetry.paths import absolute_path
 from worker.settings import WorkerSettings
 
 from .findings import ASK_LIMIT_S, Examined, Finding, Level
@@ -93,7 +94,7 @@ async def look_at_disk(examined: Examined) -> list[Finding]:
 
 def nearest_folder(folder: Path) -> Path:
     """``folder``, or its nearest ancestor that exists."""
-    folder = folder.expanduser().absolute()
+    folder = absolute_path(folder)
     while not folder.exists():
         folder = folder.parent
     return folder

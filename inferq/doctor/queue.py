@@ -10,6 +10,7 @@ from pathlib import Path
 from broker import Broker, BrokerSettings, ServerFacts
 from queue_schemas import CannotStart, InferqError
 from router import RouterSettings
+from telemetry.paths import absolute_path
 
 from .findings import Examined, Finding, Level
 from .host import nearest_folder
@@ -79,7 +80,7 @@ async def _embedded(examined: Examined) -> list[Finding]:
     if not os.access(folder, os.W_OK):
         return [Finding("queue", Level.FAILURE, f"{folder} is not writable", "choose another --data-dir")]
     used = Finding("queue", Level.OK, "no INFERQ_REDIS_URL: the embedded Valkey is used; good for one machine")
-    return [used, *await asyncio.to_thread(_look_at_log, examined.data_dir.expanduser().absolute() / "valkey", binary)]
+    return [used, *await asyncio.to_thread(_look_at_log, absolute_path(examined.data_dir) / "valkey", binary)]
 
 
 def _look_at_log(folder: Path, binary: Path) -> list[Finding]:
@@ -111,7 +112,7 @@ def repair_queue(data_dir: Path) -> str:
     from broker.embedded import find_binary  # noqa: PLC0415
     from broker.queue_log import QueueLog  # noqa: PLC0415
 
-    folder = DataFolder(data_dir.expanduser().absolute() / "valkey")
+    folder = DataFolder(absolute_path(data_dir) / "valkey")
     files = QueueLog(folder.path / "aof")
     if not files.folder.is_dir():
         raise CannotStart(f"there is no embedded queue in {folder.path}: check --data-dir")

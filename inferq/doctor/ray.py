@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from inferq.on_ray.head import read_head
+from telemetry.paths import absolute_path
 
 from .findings import Examined, Finding, Level
 
 
 async def look_at_ray(examined: Examined) -> list[Finding]:
-    head = read_head(examined.data_dir.expanduser().absolute())
+    head = read_head(absolute_path(examined.data_dir))
     if head is None:
         return []
     if head.runs:

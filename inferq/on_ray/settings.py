@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from telemetry import RoleSettings
+from telemetry.paths import absolute_path
 
 LEAST_OBJECT_STORE_MIB = 76
 """Ray refuses less."""
@@ -70,12 +71,12 @@ class RaySettings(RoleSettings):
 
     @property
     def data_folder(self) -> Path:
-        return Path(self.data_dir).expanduser().absolute()
+        return absolute_path(self.data_dir)
 
     @property
     def session_folder(self) -> Path:
         """Short, as the sockets in it must not have a path of more than 107 bytes."""
         if self.session_dir:
-            return Path(self.session_dir).expanduser().absolute()
+            return absolute_path(self.session_dir)
         mark = hashlib.sha256(str(self.data_folder).encode()).hexdigest()[:8]
         return Path(tempfile.gettempdir()) / f"inferq-ray-{os.getuid()}" / mark

@@ -15,6 +15,7 @@ from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
 from storage import StorageSettings
+from telemetry.paths import absolute_path
 from worker.settings import WorkerSettings
 
 EngineChoice = Literal["vllm", "url", "sim"]
@@ -115,7 +116,7 @@ def plan_stack(options: StackOptions, free_port: Callable[[], int]) -> StackPlan
     """
     if not 0 <= options.workers <= MAX_WORKERS:
         raise CannotStart(f"--workers {options.workers}: up to {MAX_WORKERS} run under one `inferq up`")
-    data_dir = options.data_dir.expanduser().absolute()
+    data_dir = absolute_path(options.data_dir)
     manager = _manager(options, data_dir, free_port)
     router = _router(options, data_dir, manager, free_port)
     workers = tuple(_workers(options, data_dir, manager, router, free_port))

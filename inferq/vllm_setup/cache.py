@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from telemetry.paths import absolute_path
+
 from .plan import SetupFailed
 from .progress import Progress
 
@@ -18,13 +20,28 @@ LOCK_LIMIT_S = 1800.0
 _POLL_S = 0.2
 
 
+class NoCacheFolder(SetupFailed):
+    """There is no place to set anything up; nothing can have been set up either."""
+
+
 def cache_dir() -> Path:
-    """``INFERQ_CACHE_DIR``, else ``inferq`` in the user's cache folder (XDG base directory specification)."""
+    """``INFERQ_CACHE_DIR``, else ``inferq`` in the user's cache folder (XDG base directory specification).
+
+    Raises :class:`NoCacheFolder` for a user without a home.
+    """
     given = os.environ.get("INFERQ_CACHE_DIR")
     if given:
-        return Path(given).expanduser().absolute()
+        return absolute_path(given)
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "inferq"
+    if Path(base).is_absolute():
+        return Path(base) / "inferq"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise NoCacheFolder(
+            "this user has no home directory to keep it in: name a folder with INFERQ_CACHE_DIR, or set HOME."
+        ) from error
+    return home / ".cache" / "inferq"
 
 
 @contextmanager

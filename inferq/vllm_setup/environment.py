@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .cache import cache_dir, locked
+from .cache import NoCacheFolder, cache_dir, locked
 from .plan import VLLM_VERSION, Host, Kind, Plan, SetupFailed, explain_pip, plan_setup
 from .process import run_logged
 from .progress import Progress
@@ -43,7 +43,10 @@ class VllmEnvironment:
 
 def read_host() -> Host:
     """This machine."""
-    folder = cache_dir()
+    try:
+        folder = cache_dir()
+    except NoCacheFolder:
+        folder = Path(sys.prefix)  # nothing will be set up
     while not folder.exists():
         folder = folder.parent
     return Host(

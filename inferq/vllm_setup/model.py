@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .cache import cache_dir, locked
+from .cache import NoCacheFolder, cache_dir, locked
 from .environment import CHECK_LIMIT_S, INSTALL_LIMIT_S, VllmEnvironment
 from .plan import SetupFailed, explain_pip
 from .process import run_logged
@@ -24,7 +24,10 @@ _FOLDER = "SmolLM2-135M-Instruct-0.1.2-bf16"
 
 def find_default_model() -> Path | None:
     """The model's folder, if it was made earlier."""
-    folder = cache_dir() / "models" / _FOLDER
+    try:
+        folder = cache_dir() / "models" / _FOLDER
+    except NoCacheFolder:
+        return None
     return folder if folder.is_dir() else None
 
 

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from inferq.client import FabricClient
+from inferq.commands.chat import choose_model
 from inferq.commands.doctor import show_findings
 from inferq.doctor import Examined, Finding, Level, examine, host
+from inferq.doctor.fabric import look_at_fabric
 from inferq.doctor.queue import about_clock
 from tests.support.processes import free_port
 from tests.support.servers import Server
@@ -173,3 +177,43 @@ async def test_the_configured_managers_are_asked(tmp_path: Path, monkeypatch: py
     assert finding.level is Level.WARNING
     assert finding.text.startswith("none of the configured Managers acts")
     assert finding.text.count("does not answer") == 2
+
+
+@pytest.mark.parametrize(("named", "level"), [(True, Level.FAILURE), (False, Level.WARNING)])
+async def test_a_router_that_is_not_there_is_no_good_news(tmp_path: Path, named: bool, level: Level) -> None:
+    """[F8] Nobody listens, or something else does: a failure where somebody named it, else a warning."""
+    nothing = FabricClient(f"http://127.0.0.1:{free_port()}")
+    (found,) = await look_at_fabric(Examined("", nothing, tmp_path, router_named=named))
+    assert (found.level, "no Router answers at" in found.text, "--router-url" in found.mend) == (level, True, True)
+
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(text="node_cpu 1")
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    async with TestServer(app) as server:
+        other = FabricClient(str(server.make_url("")))
+        (found,) = await look_at_fabric(Examined("", other, tmp_path, router_named=named))
+        assert (found.level, "is not an inferq Router" in found.text) == (level, True)
+        (found,) = await look_at_fabric(
+            Examined("", FabricClient(str(server.make_url("/x"))), tmp_path, router_named=named)
+        )
+        assert (found.level, "is not an inferq Router" in found.text) == (level, True)
+
+
+async def test_the_model_that_nobody_named_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """[F8] Of several models the first is taken and named on standard error; a single one needs no word."""
+
+    class Serving(FabricClient):
+        def __init__(self, *names: str) -> None:
+            super().__init__("http://127.0.0.1:1")
+            self.names = list(names)
+
+        async def models(self) -> list[str]:
+            return self.names
+
+    assert await choose_model(Serving("a", "b")) == "a"
+    said = capsys.readouterr()
+    assert (said.out, "Using a, the first of 2 models" in said.err, "b" in said.err) == ("", True, True)
+    assert await choose_model(Serving("a")) == "a"
+    assert capsys.readouterr().err == ""

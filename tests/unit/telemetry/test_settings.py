@@ -159,3 +159,73 @@ def test_several_managers_may_be_named_everywhere(
     assert read("--manager-url", "http://c") == ["http://c"]
     with pytest.raises(CannotStart, match="must begin with http"):
         read("--manager-url", "http://a,localhost:9000")
+
+
+@pytest.mark.parametrize("settings", [RouterSettings, ManagerSettings, WorkerSettings, BatchSettings, NotifierSettings])
+def test_empty_variables_are_unset(settings: type[RoleSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+    """[G5] Whatever ``${VAR:-}`` leaves empty or blank is at its default and says so, for each setting of a role."""
+    flags = {"model": "m"} if settings is WorkerSettings else {}
+    expected = {fact.name: (fact.value, fact.origin) for fact in explain_settings(settings.load(**flags))}
+    for place, name in enumerate(settings.model_fields):
+        for variable in (settings.variable(name), f"INFERQ_{settings.table.upper()}_{name.upper()}"):
+            monkeypatch.setenv(variable, " " if place % 2 else "")
+    found = settings.load(**flags)
+    assert {fact.name: (fact.value, fact.origin) for fact in explain_settings(found)} == expected
+
+
+@pytest.mark.parametrize("settings", [RouterSettings, ManagerSettings, WorkerSettings])
+def test_links_of_kubernetes_are_no_settings(
+    settings: type[RoleSettings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """[G5] What Kubernetes sets for a Service named as a role is ignored, and said once."""
+    monkeypatch.setattr("telemetry.variables._told", set())
+    flags = {"model": "m"} if settings is WorkerSettings else {}
+    before = settings.load(**flags)
+    prefix = f"INFERQ_{settings.table.upper()}"
+    for name, value in {
+        "PORT": "tcp://10.0.0.1:18000",
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "18000",
+        "SERVICE_PORT_HTTP": "18000",
+        "PORT_18000_TCP": "tcp://10.0.0.1:18000",
+        "PORT_18000_TCP_ADDR": "10.0.0.1",
+    }.items():
+        monkeypatch.setenv(f"{prefix}_{name}", value)
+    assert settings.load(**flags) == settings.load(**flags) == before
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{prefix}_PORT=tcp://10.0.0.1:18000 is ignored" in said
+
+
+def test_a_refused_value_is_shown_with_its_variable_unless_it_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[G5] The sentence has the value, the rule and the variable; passwords and keys stay hidden."""
+    monkeypatch.setenv("INFERQ_MANAGER_PORT", "tcp://10.0.0.1")
+    with pytest.raises(CannotStart, match=r"port: .*valid integer.*'tcp://10\.0\.0\.1' \(flag, INFERQ_MANAGER_PORT or"):
+        Sample.load()
+    monkeypatch.setenv("INFERQ_MANAGER_PORT", "70000")
+    with pytest.raises(CannotStart, match="less than or equal to 65535, not '70000'"):
+        Sample.load()
+    monkeypatch.delenv("INFERQ_MANAGER_PORT")
+    monkeypatch.setenv("inferq_manager_port", "9001")
+    assert Sample.load().port == 9001
+
+    class Secretive(Sample):
+        join_token: SecretStr = Field(SecretStr(""), max_length=3)
+        api_keys: str = Field("", max_length=3)
+        redis_url: str = Field("", max_length=3)
+
+    for name in ("join_token", "api_keys", "redis_url"):
+        with pytest.raises(CannotStart) as refused:
+            Secretive.load(**{name: "redis://user:hunter2@host"})
+        assert "hunter2" not in refused.value.message
+
+
+def test_a_misspelt_variable_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """[G5] A variable that is spelt nearly like a setting is not ignored in silence."""
+    monkeypatch.setattr("telemetry.variables._told", set())
+    monkeypatch.setenv("INFERQ_MANAGER_PROT", "1")
+    assert Sample.load().port == 9000
+    assert (
+        capsys.readouterr().err
+        == "inferq: INFERQ_MANAGER_PROT is not a setting: is it INFERQ_MANAGER_PORT that you mean?\n"
+    )

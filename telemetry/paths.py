@@ -1,0 +1,15 @@
+"""Paths as people write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from queue_schemas import CannotStart
+
+
+def absolute_path(path: Path | str) -> Path:
+    """``path`` with ``~`` as the user's home. Raises ``CannotStart`` for a user who has none."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise CannotStart(f"{path} begins with ~, but this user has no home directory: write it in full") from error
