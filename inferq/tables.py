@@ -78,7 +78,14 @@ def print_table(columns: Sequence[Column], rows: Sequence[Row]) -> None:
 
 def print_whole(table: Table) -> None:
     """Print ``table`` without cutting anything that does not fit."""
-    PipeConsole(width=UNLIMITED, highlight=False).print(table, crop=False)
+    console = PipeConsole(width=UNLIMITED, highlight=False)
+    if console.is_terminal:
+        console.print(table, crop=False)
+        return
+    with console.capture() as captured:
+        console.print(table, crop=False)
+    # Cells are padded to the width of their column, which says nothing behind the last one.
+    out.print("\n".join(line.rstrip() for line in captured.get().splitlines()), markup=False, emoji=False)
 
 
 def _fitted(columns: Sequence[Column], widths: list[int], width: int) -> list[int]:

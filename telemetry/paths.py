@@ -11,5 +11,7 @@ def absolute_path(path: Path | str) -> Path:
     """``path`` with ``~`` as the user's home. Raises ``CannotStart`` for a user who has none."""
     try:
         return Path(path).expanduser().absolute()
+    except FileNotFoundError as error:
+        raise CannotStart(f"{path} cannot be found: the folder that this process was started in is gone") from error
     except RuntimeError as error:
         raise CannotStart(f"{path} begins with ~, but this user has no home directory: write it in full") from error

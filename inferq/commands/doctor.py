@@ -12,6 +12,7 @@ from rich.table import Table
 from inferq.console import err, out, print_json
 from inferq.doctor import Examined, Finding, Level, examine
 from inferq.doctor.queue import repair_queue
+from inferq.tables import UNLIMITED, output_width, print_whole
 
 
 def show_findings(findings: Sequence[Finding], *, as_json: bool) -> int:
@@ -27,7 +28,10 @@ def show_findings(findings: Sequence[Finding], *, as_json: bool) -> int:
     for finding in findings:
         text = escape(finding.text) + (f"\n[dim]-> {escape(finding.mend)}[/dim]" if finding.mend else "")
         table.add_row(marks[finding.level], finding.check, text)
-    out.print(table)
+    if output_width() == UNLIMITED:
+        print_whole(table)
+    else:
+        out.print(table)
     return int(worst)
 
 

@@ -127,6 +127,7 @@ def test_every_setting_is_whole_when_piped(url: str) -> None:
     assert "INFERQ_ROUTER_MANAGER_URLS" in lines["manager_urls"], errors
     assert "\x1b" not in piped
     assert "…" not in piped
+    assert all(line == line.rstrip() for line in piped.splitlines())
 
 
 def test_a_table_drops_the_least_important_columns_first(
