@@ -27,7 +27,6 @@ from typing import Any
 from inferq.on_ray.head import driver_environment, read_head
 
 from .processes import free_port, hold_port
-from .proxies import RecordingProxy
 from .servers import Server
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +47,6 @@ class RayCluster:
     def __init__(self, folder: Path, server: Server, *, env: Mapping[str, str | None] | None = None) -> None:
         self.folder = folder
         self.server = server
-        self.proxy: RecordingProxy | None = None
         self._port = hold_port()  # it is used long after, when many connections have come and gone
         self.port = int(self._port.getsockname()[1])
         self.dashboard_port = free_port()

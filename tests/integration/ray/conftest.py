@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.fleet import Fleet
-from tests.support.proxies import RecordingProxy
 from tests.support.ray_cluster import RayCluster, still_running
 from tests.support.servers import Server, valkey_binary
 
@@ -33,14 +32,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, ray_queue: Server) -> 
     """
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed (pip install 'inferq[ray]')")
-    with RecordingProxy() as proxy:
-        yield from _cluster(tmp_path_factory.mktemp("ray"), ray_queue, proxy)
-
-
-def _cluster(folder: Path, queue: Server, proxy: RecordingProxy) -> Iterator[RayCluster]:
-    # Whatever a process of the cluster asks over HTTP that is not of the fleet, it asks that proxy, which notes it.
-    cluster = RayCluster(folder, queue, env=proxy.env)
-    cluster.proxy = proxy
+    cluster = RayCluster(tmp_path_factory.mktemp("ray"), ray_queue)
     try:
         cluster.up()
         yield cluster
