@@ -20,9 +20,10 @@ from worker.engines.simulated import chat_prompt
 MODEL = "sim"
 TENANTS = ("acme", "globex", "initech")
 POISON, HURRIED, MALFORMED, GARBAGE = "poison", "hurried", "malformed", "engine garbage"
+ENGINE_ERROR = "engine error"
 KINDS = (
     "chat stream", "chat stream", "chat stream", "completion stream", "completion stream", "chat", "chat", "completion",
-    "embedding", "leaver", "slow reader stream", "deadline", "engine error", "engine breaks stream", GARBAGE,
+    "embedding", "leaver", "slow reader stream", "deadline", ENGINE_ERROR, "engine breaks stream", GARBAGE,
     "keyed chat stream", "keyed chat",
 )  # fmt: skip
 """Drawn from by every client. Some order a failure of one engine, which happens once, or garbage."""
@@ -35,7 +36,7 @@ COME_BACK, TWINS = 0.3, 0.3
 """Of requests with a key: share of streams whose client leaves and asks again, and of those sent twice at once."""
 PRIORITIES = (None, None, None, 0, -20, -5, 10)
 _ORDERS: Mapping[str, dict[str, Any]] = {
-    "engine error": {"fail": 500, "times": 1, "on": "worker-1"},
+    ENGINE_ERROR: {"fail": 500, "times": 1, "on": "worker-1"},
     "engine breaks stream": {"fail": "close_midstream", "after_tokens": 3, "times": 1, "on": "worker-2"},
     GARBAGE: {"fail": "garbage"},
     POISON: {"fail": "crash", "after_tokens": 3},

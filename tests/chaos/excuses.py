@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .asks import MALFORMED, POISON
+from .asks import ENGINE_ERROR, MALFORMED, POISON
 from .history import Entry, Request
 from .plan import LEASE_S, Kind
 
@@ -104,6 +104,9 @@ def _end_of_attempts(request: Request, spans: Sequence[Span]) -> str | None:
     if request.code == "stream_broken" and request.on_loss == "fail":
         lost = [span for span in spans if span.meets(request.begun_s, request.ended_s, LEASE_S + 1.0)]
         return "its worker was lost, and it asked to fail then" if _any(lost, _WORKER_LOSSES) else None
+    if request.kind == ENGINE_ERROR and request.status == 500 and not request.text:
+        lost = [span for span in spans if span.meets(request.begun_s, request.ended_s, LEASE_S + 1.0)]
+        return "the engine failed, and no other worker was there" if _any(lost, _WORKER_LOSSES) else None
     if request.code == "attempts_exhausted":
         deaths = sum(span.kind in _DEATHS for span in within)
         return f"it lost {MAX_ATTEMPTS} workers" if deaths >= MAX_ATTEMPTS else None

@@ -102,6 +102,7 @@ def test_each_wrong_is_seen(changes: dict[str, Any], promise: str) -> None:
 CUT: dict[str, Any] = {"end": "cut", "text": TEXT[:8]}
 REFUSED: dict[str, Any] = {"end": "error", "status": 503, "code": "broker_unavailable", "text": ""}
 BROKEN: dict[str, Any] = {"end": "error", "code": "stream_broken", "text": TEXT[:8], "on_loss": "fail"}
+ENGINE_FAILED: dict[str, Any] = {"kind": "engine error", "end": "error", "status": 500, "code": "", "text": ""}
 GIVEN_UP: dict[str, Any] = {"end": "error", "status": 502, "code": "attempts_exhausted", "text": ""}
 
 
@@ -116,6 +117,7 @@ GIVEN_UP: dict[str, Any] = {"end": "error", "status": 502, "code": "attempts_exh
         (GIVEN_UP | {"kind": "poison"}, Kind.POISON, "poison, given up"),
         (REFUSED | {"code": "deadline_exceeded", "deadline_s": 0.3}, Kind.POISON, "its own deadline"),
         (REFUSED | {"kind": "malformed", "status": 400}, Kind.POISON, "malformed, refused"),
+        (ENGINE_FAILED, Kind.KILL_WORKER, "the engine failed, and no other worker was there"),
         ({"end": "left", "text": TEXT[:8]}, Kind.KILL_WORKER, "the client left"),
     ],
 )
