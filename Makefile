@@ -42,7 +42,7 @@ ARGS ?=
 SECONDS ?=
 SEED ?=
 
-.PHONY: help up demo ray-up ray-down test chaos chaos-long fuzz model test-vllm test-node check format bench lock wheel-check install clean
+.PHONY: help up demo ray-up ray-down test schemathesis chaos chaos-long fuzz model test-vllm test-node check format bench lock wheel-check install clean
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -75,6 +75,11 @@ test: $(DEV) ## Run the tests that need no real vLLM
 
 chaos: $(DEV) ## Kill everything under load and check the history (SECONDS=60 SEED=...)
 	$(PY) -m tests.chaos $(call option,--seconds,SECONDS) $(call option,--seed,SEED) $(ARGS)
+
+schemathesis: $(DEV) ## Try a running fleet against its OpenAPI document (URL=http://127.0.0.1:18000 EXAMPLES=100)
+	$(VENV)/bin/schemathesis run $(or $(URL),http://127.0.0.1:18000)/openapi.json --checks not_a_server_error \
+		--max-examples $(or $(EXAMPLES),100) --request-timeout 30 --continue-on-failure \
+		--exclude-path-regex '/presence$$|/output$$|/events$$' $(ARGS)
 
 chaos-long: $(DEV) ## The same for an hour
 	$(PY) -m tests.chaos --seconds 3600 $(call option,--seed,SEED) $(ARGS)

@@ -29,6 +29,7 @@ from telemetry.asgi import error_responses, health_routes, prepare_app
 from telemetry.fabric_calls import FabricCall
 from telemetry.held import WORKERS_PRESENT, Held
 from telemetry.local_callers import LocalCallers
+from telemetry.openapi import FLEET, secure
 from telemetry.server import is_loopback
 
 from .forwarding import forward_request
@@ -45,6 +46,8 @@ def create_app(service: ManagerService) -> FastAPI:
         title="inferq Manager",
         summary="The fleet: who serves which model, and how much waits",
         version="1",
+        docs_url=None,
+        redoc_url=None,
         openapi_tags=[
             {"name": "workers", "description": "Joining, heartbeats, draining. Needs the join token if one is set."},
             {"name": "pools", "description": "Queue depth per model, for people and autoscalers. Needs the token too."},
@@ -52,7 +55,9 @@ def create_app(service: ManagerService) -> FastAPI:
         ],
     )
     registry = service.metrics.registry
-    prepare_app(app, registry)
+    guarded = bool(service.settings.join_token.get_secret_value())
+    fleet = FLEET if guarded else [*FLEET, {}]
+    prepare_app(app, registry, describe=lambda document: secure(document, [(FABRIC_PREFIX, fleet)]))
     app.add_exception_handler(NotActing, partial(_pass_on, service))
     app.include_router(health_routes(registry, service.not_ready, service.show_metrics))
     app.include_router(_worker_routes(service), prefix=FABRIC_PREFIX)

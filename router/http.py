@@ -45,6 +45,7 @@ from .core import check_model, model_list, model_object, pool_list, pool_of
 from .engine_pages import engine_routes
 from .files import FILES_PATH, file_routes
 from .job_pages import job_routes
+from .openapi import describe
 from .ports import ManagerPort
 from .response_pages import response_routes
 from .state import RouterState
@@ -71,7 +72,10 @@ def build_pages(state: RouterState) -> FastAPI:
         title="inferq Router",
         version=version("inferq"),
         description="POST requests on inference paths (such as /v1/chat/completions) go through the queue to an engine "
-        "as they are; their schema is the engine's. Documented here is what the Router answers itself.",
+        "as they are; their schema is the engine's.",
+        summary="An OpenAI-compatible API over a durable queue, in front of a fleet of engines",
+        docs_url=None,
+        redoc_url=None,
     )
     app.include_router(health_routes(state.metrics.registry, state.reasons, warnings=state.warnings))
     app.include_router(engine_routes(state))
@@ -84,7 +88,13 @@ def build_pages(state: RouterState) -> FastAPI:
     app.include_router(_pools(state))
     app.include_router(_dead(state))
     app.include_router(_manager(state))
-    return prepare_app(app, state.metrics.registry, unbounded={("POST", FILES_PATH)}, unknown_path=_UNKNOWN_PATH)
+    return prepare_app(
+        app,
+        state.metrics.registry,
+        unbounded={("POST", FILES_PATH)},
+        unknown_path=_UNKNOWN_PATH,
+        describe=lambda document: describe(document, state.settings),
+    )
 
 
 def _models(state: RouterState) -> APIRouter:
@@ -253,9 +263,8 @@ def _manager(state: RouterState) -> APIRouter:
 
 
 def _takes(message: type[BaseModel]) -> dict[str, Any]:
-    """What the document says of a body that is passed on unread. What it refers to is there for other messages."""
-    schema = message.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    """What the document says of a body that is passed on unread."""
+    schema = message.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

@@ -20,8 +20,8 @@ from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed
 
 from .local_callers import LocalCallers, check_is_json
 
-_DOCUMENTS = frozenset({"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
-"""FastAPI's own pages, which are of no APIRouter."""
+_DOCUMENTS = frozenset({"/openapi.json"})
+"""FastAPI's own page, which is of no APIRouter."""
 
 
 class Access(StrEnum):

@@ -34,10 +34,12 @@ from queue_schemas.addresses import hide_addresses
 from queue_schemas.error_shapes import Dialect, dialect_of, error_body, facts_of, is_final
 
 from .access import Access, allow, declared
+from .browser_pages import add_browser_pages
 from .content_coding import ACCEPT_ENCODING, decoded_body
 from .logs import bind, get_logger
 from .methods import DerivedMethods, allow_header, answered_methods
 from .metrics import MetricsRegistry, render_metrics
+from .openapi import FLEET, Describe, Document, complete, operations, secure
 
 REQUEST_ID_HEADER = b"x-request-id"
 DEFAULT_RETRY_AFTER_S = 1
@@ -203,14 +205,17 @@ def prepare_app(
     max_body_bytes: int = 1024 * 1024,
     unbounded: Collection[tuple[str, str]] = (),
     unknown_path: str = "see /docs for what there is",
+    describe: Describe | None = None,
 ) -> FastAPI:
     """Give ``app`` the request context, a limit on bodies, handlers that turn every error into the OpenAI error object,
     and an OpenAPI document that says so. ``unbounded``: methods and paths that bound their bodies themselves.
-    ``unknown_path`` ends the sentence that answers any other path."""
+    ``unknown_path`` ends the sentence that answers any other path. ``describe`` says in the document who may ask
+    what."""
+    add_browser_pages(app)
     app.state.unknown_path = unknown_path
     app.add_middleware(DerivedMethods)
     app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes, unbounded=unbounded)
-    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]  # as FastAPI documents it
+    app.openapi = partial(_openapi, app, app.openapi, describe)  # type: ignore[method-assign]  # as FastAPI documents it
     app.add_exception_handler(InferqError, _on_inferq_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -227,21 +232,25 @@ def _refused(status: int) -> dict[str, Any]:
     return {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
 
 
-def _openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """FastAPI's document without the 422 answers it announces by itself: ours are 400, in our own shape."""
-    document = make()
-    accesses = {(route.method.lower(), route.path): route.access for route in declared(app)}
-    for name, path in document["paths"].items():
-        for method, operation in path.items():
-            responses = operation.get("responses", {})
-            responses.pop("422", None)
+def _openapi(app: FastAPI, make: Callable[[], Document], describe: Describe | None) -> Document:
+    """FastAPI's document, made whole once."""
+    if app.openapi_schema is None:
+        document = make()
+        complete(document)
+        accesses = {(route.method.lower(), route.path): route.access for route in declared(app)}
+        for path, method, operation in operations(document):
+            responses = operation["responses"]
             if "401" in responses:  # without credentials to ask for, LocalCallers decide
                 responses["403"] = _refused(403)
-            if method != "get" and accesses.get((method, name)) is Access.MEMBER:
+            if method != "get" and accesses.get((method, path)) is Access.MEMBER:
                 responses["415"] = _refused(415)
-    for unused in ("HTTPValidationError", "ValidationError"):
-        document.get("components", {}).get("schemas", {}).pop(unused, None)
-    return document
+        (describe or _without_keys)(document)
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _without_keys(document: Document) -> None:
+    secure(document, [("/drain", FLEET), ("/status", [*FLEET, {}])])
 
 
 def health_routes(

@@ -12,7 +12,7 @@ from queue_schemas import EngineState, Incarnation
 from queue_schemas.addresses import hide_addresses
 from telemetry import MetricsRegistry
 from telemetry.access import Access, allow, allow_members
-from telemetry.asgi import health_routes, prepare_app
+from telemetry.asgi import error_responses, health_routes, prepare_app
 from telemetry.local_callers import LocalCallers
 
 
@@ -60,7 +60,7 @@ def make_app(
     """The app; ``status`` is asked for every page, ``drain`` is called by ``POST /drain``. ``local``: who
     may ask for more than health where there is no ``join_token``."""
     members = allow_members(join_token, local or LocalCallers())
-    app = FastAPI(title="inferq worker", docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="inferq worker", docs_url=None, redoc_url=None)
     prepare_app(app, registry)
     app.include_router(health_routes(registry, lambda: status().reasons))
 
@@ -91,6 +91,7 @@ def make_app(
         "/drain",
         status_code=202,
         summary="Claim no more, finish what runs, end",
+        responses=error_responses(401, 415),
         dependencies=[members],
     )
     async def begin_drain() -> DrainAnswer:
