@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: test\r\n\r\n"
+HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
 """What must never be a request of its own."""
 _EMPTY_CHUNK = b"0\r\n\r\n"
 
 
-def _post(*headers: str, body: bytes, line: str = "POST /echo HTTP/1.1", host: str = "Host: test\r\n") -> bytes:
+def _post(*headers: str, body: bytes, line: str = "POST /echo HTTP/1.1", host: str = "Host: localhost\r\n") -> bytes:
     lines = "".join(f"{header}\r\n" for header in headers)
     return f"{line}\r\n{host}{lines}\r\n".encode("latin-1") + body
 

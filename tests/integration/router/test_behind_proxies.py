@@ -18,7 +18,7 @@ from tests.unit.router.fakes import FakeQueue
 
 from .harness import fake_router
 
-VICTIM = b"GET /v1/models HTTP/1.1\r\nHost: test\r\nX-Request-Id: %b\r\n\r\n"
+VICTIM = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: %b\r\n\r\n"
 CHAT = b"/v1/chat/completions"
 
 
@@ -75,7 +75,7 @@ async def test_what_one_client_sends_is_no_other_clients_request(ways: tuple[Fak
 async def test_a_refused_body_does_not_spoil_a_shared_connection(ways: tuple[FakeQueue, int]) -> None:
     """[B1] [B3] Bodies that are refused as they arrive, that stop or break off: the next clients are served."""
     _, port = ways
-    head = b"POST %b HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 
     async def spoil(size: int, sent: int) -> None:
         async with RawClient.to(port) as client:
@@ -95,7 +95,7 @@ async def test_an_upgrade_offer_and_a_close_are_passed_through(ways: tuple[FakeQ
     """[B4] [B6] Behind a proxy, too, an offer is ignored, and a client that closes has its job aborted."""
     queue, port = ways
     body = orjson.dumps({"model": MODEL, "messages": [], "stream": True})
-    head = b"POST %b HTTP/1.1\r\nHost: test\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n" % CHAT
+    head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n" % CHAT
     async with RawClient.to(port) as client:
         await client.send(head + b"Content-Length: %d\r\n\r\n" % len(body))
         await asyncio.sleep(0.05)

@@ -26,7 +26,7 @@ def post(
     body: bytes, *headers: str, path: str = "/v1/chat/completions", length: int | None = None, version: str = "1.1"
 ) -> bytes:
     length = len(body) if length is None else length
-    lines = [f"POST {path} HTTP/{version}", "Host: test", f"Content-Length: {length}", *headers, "", ""]
+    lines = [f"POST {path} HTTP/{version}", "Host: localhost", f"Content-Length: {length}", *headers, "", ""]
     return "\r\n".join(lines).encode() + body
 
 
@@ -86,7 +86,7 @@ async def test_a_stream_over_http_1_0_has_no_chunk_sizes(queue: FakeQueue) -> No
 
 @pytest.mark.parametrize("body", [CHAT, STREAM])
 @pytest.mark.parametrize(
-    "behind", [b"", b"GET /v1/models HTTP/1.1\r\nHost: test\r\n\r\n", b"GET /v1", post(CHAT) * 400]
+    "behind", [b"", b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /v1", post(CHAT) * 400]
 )
 async def test_a_client_that_closes_has_its_job_aborted(queue: FakeQueue, body: bytes, behind: bytes) -> None:
     """[B6] Whatever was pipelined behind it."""
@@ -139,7 +139,7 @@ async def test_a_download_that_nobody_reads_is_cut(uploading: int) -> None:
     async with RawClient.to(uploading) as client:
         await client.send(form("acme", b"x" * 12_000_000))
         file_id = orjson.loads((await client.answer()).body)["id"]
-    get = f"GET /v1/files/{file_id}/content HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer acme\r\n\r\n".encode()
+    get = f"GET /v1/files/{file_id}/content HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer acme\r\n\r\n".encode()
     async with RawClient.to(uploading, receive_buffer_bytes=4096) as unread, RawClient.to(uploading) as again:
         await unread.send(get)
         assert b" 200 " in await unread.reader.readuntil(b"\r\n\r\n")
