@@ -26,7 +26,8 @@ http {{
   server {{
     listen 127.0.0.1:{port};
     proxy_request_buffering off; proxy_buffering off; client_max_body_size 0;
-    location / {{ proxy_pass http://router; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host; }}
+    location / {{ proxy_pass http://router; proxy_http_version 1.1;
+      proxy_set_header Connection ""; proxy_set_header Host $host; }}
   }}
 }}
 """
