@@ -357,6 +357,11 @@ class Attempts:
         call = EngineCall(job.path, body, job.content_type, new_call_id(job.id), trace, job.headers or {})
         async with self._engine.call(call) as answer:
             self.seen += 1
+            if 300 <= answer.status < 400:
+                raise EngineFailed(
+                    f"the engine answers with a redirect ({answer.status}), which is not followed: give the worker "
+                    "the URL that it leads to"
+                )
             verdict = judge_answer(answer.status, lease.attempt, job.max_attempts)
             if verdict is Retry.SPENT:
                 decision = await self._server_error(attempt, answer)

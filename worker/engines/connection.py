@@ -32,6 +32,10 @@ PAUSE_BYTES = 256 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 
 
+class _Refused(Exception):
+    """Raised by the parser's callbacks with a sentence: it is HTTP, but no answer that can be taken."""
+
+
 class EngineConnection(asyncio.Protocol):
     """A connection that carries one exchange at a time. Made by :class:`ConnectionPool`."""
 
@@ -83,10 +87,9 @@ class EngineConnection(asyncio.Protocol):
         """Begin an exchange."""
         assert self._transport is not None  # noqa: S101 - connected when it is made
         assert self.drained  # noqa: S101 - else another request's answer would begin this one's
-        self.status, self.content_type = 0, "application/octet-stream"
-        self.headers = {}
+        self.status = 0
         self.complete = self._has_head = False
-        self.silent = self.delimited = self._ends_with_connection = True
+        self.silent = self.delimited = True
         self._head_bytes = 0
         self._sent_at = asyncio.get_running_loop().time()
         if self._transport.is_closing():
@@ -154,7 +157,8 @@ class EngineConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(f"the engine does not speak HTTP: {error}")
+            refused = error.__context__  # by a callback of ours
+            self._fail(str(refused) if isinstance(refused, _Refused) else f"the engine does not speak HTTP: {error}")
             self.close()
             return
         if not self._has_head:
@@ -183,14 +187,30 @@ class EngineConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self.complete:
-            raise ValueError("a second answer behind the first")
+            raise _Refused("the engine sent a second answer behind the first")
+        # Nothing that an interim answer (1xx) said holds for the one that follows.
+        self.content_type = "application/octet-stream"
+        self.headers = {}
+        self._ends_with_connection = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._has_head:
+            return  # a trailer: the answer was judged, and perhaps passed on, by its head
         name = name.lower()
         if name == b"content-type":
-            self.content_type = value.decode("latin-1")
-        elif name in (b"content-length", b"transfer-encoding"):
+            kind, semicolon, parameters = value.decode("latin-1").partition(";")
+            self.content_type = kind.strip().lower() + semicolon + parameters
+        elif name == b"content-length":
             self._ends_with_connection = False
+        elif name in (b"transfer-encoding", b"content-encoding"):
+            coding = value.decode("latin-1").strip().lower()
+            if coding == "chunked" and name == b"transfer-encoding":
+                self._ends_with_connection = False
+            elif coding not in ("", "identity"):
+                raise _Refused(
+                    f"the engine answers in the coding {coding[:60]!r}, which nobody asked for: switch compression off "
+                    "in the engine, or in the proxy before it"
+                )
         elif (known := name.decode("latin-1")) in CLIENT_HEADERS:
             text = value.decode("latin-1")
             self.headers[known] = f"{self.headers[known]}, {text}" if known in self.headers else text
@@ -198,7 +218,9 @@ class EngineConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
         if self.status > 599:
-            raise ValueError(f"there is no status {self.status}")
+            raise _Refused(f"the engine does not speak HTTP: there is no status {self.status}")
+        if self.status == 101:
+            raise _Refused("the engine switches to another protocol, which nobody asked for")
         # 1xx: the answer proper follows.
         self._has_head = self.status >= 200
 
@@ -209,7 +231,13 @@ class EngineConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._has_head:
             self.complete = True
-            self.usable = self.usable and self._parser.should_keep_alive()
+            self.usable = self.usable and self._parser.should_keep_alive() and self._is_sent
+
+    @property
+    def _is_sent(self) -> bool:
+        """Whether nothing of the request is left to be sent: an engine that answered before it had read all may never
+        read the rest, and whatever is sent next would wait behind that."""
+        return self._transport is not None and self._transport.get_write_buffer_size() == 0
 
 
 class ConnectionPool:

@@ -120,7 +120,8 @@ class HttpEngine:
         """The model ids of ``/v1/models``; their cards are noted. Raises ``EngineFailed`` with what is wrong."""
         status, body = await self._get("/v1/models")
         if status != 200:
-            raise EngineFailed(f"{self.base_url}/v1/models did not answer with a list of models")
+            redirects = " but with a redirect: give the URL that it leads to" if 300 <= status < 400 else ""
+            raise EngineFailed(f"{self.base_url}/v1/models did not answer with a list of models{redirects}")
         try:
             page = json.loads(body)
             # Some servers answer with the bare list.

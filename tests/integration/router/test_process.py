@@ -136,7 +136,10 @@ def test_a_taken_port_is_one_sentence(start: Start, valkey: Server) -> None:
         ((), "--redis-url"),
         (("--redis-url", "redis://x", "--host", PUBLIC), "API keys"),
         (("--redis-url", "redis://x", "--api-keys", "sk-plain:t"), "sha256sum"),
-        (("--redis-url", "redis://x", "--extra-paths", "/fabric/v1/workers"), "the Router's own path"),
+        (
+            ("--redis-url", "redis://x", "--extra-paths", "/fabric/v1/workers"),
+            "the Router answers /fabric/v1/workers itself",
+        ),
         (("--redis-url", "foo://x"), "Redis URL"),
         (("--manager-url", "localhost:9000"), "http://localhost:9000"),
         (("--redis-url", "redis://x", "--max-body-bytes", "many"), "INFERQ_ROUTER_MAX_BODY_BYTES"),

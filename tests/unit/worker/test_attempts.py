@@ -226,6 +226,21 @@ async def test_a_client_error_is_settled_as_failed_and_passed_on() -> None:
     assert (outcome, frame.status, frame.data) == (Outcome.FAILED, 422, b'{"error": "of the engine"}')
 
 
+@pytest.mark.parametrize("status", [300, 301, 304, 307, 308])
+async def test_a_redirect_is_no_answer(status: int) -> None:
+    """[H44] A client never gets the redirect of an engine, whose Location it could not use: the job is tried elsewhere,
+    and fails at last with the engine's fault."""
+    bench = Bench(plain(status, b""))
+    await bench.run(lease())
+    assert bench.broker.released[0][1] is True
+    assert not bench.broker.settled
+    bench = Bench(plain(status, b""))
+    await bench.run(lease(attempt=3))
+    ((_, outcome, frames),) = bench.broker.settled
+    assert outcome is Outcome.FAILED
+    assert frames[0].status == 502
+
+
 async def test_an_engine_error_is_released_until_the_last_attempt() -> None:
     """A 5xx spends the attempt; the last attempt gives the client the engine's own answer."""
     bench = Bench(plain(503, b"busy"))

@@ -8,6 +8,7 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -425,6 +426,92 @@ async def test_an_interim_answer_is_passed_over() -> None:
     """100 Continue is not the answer."""
     async with engine_that(says(b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN)) as (engine, _), engine.call(CALL) as answer:
         assert (answer.status, await answer.read(100)) == (200, b"{}")
+
+
+async def test_nothing_that_an_interim_answer_says_holds_for_the_one_that_follows() -> None:
+    """[H40] Early hints with a length, a type and a Retry-After change nothing of the answer proper."""
+    hints = b"HTTP/1.1 103 Early Hints\r\nretry-after: 9\r\ncontent-type: text/html\r\ncontent-length: 0\r\n\r\n"
+    answers = hints + b"HTTP/1.1 200 OK\r\n\r\n{}"
+    async with engine_that(then_closes(answers)) as (engine, _), engine.call(CALL) as answer:
+        assert (answer.status, await answer.read(100), answer.delimited) == (200, b"{}", False)
+        assert (answer.content_type, dict(answer.headers)) == ("application/octet-stream", {})
+
+
+async def test_trailers_change_nothing_of_their_answer() -> None:
+    """[H40] What stands behind the last chunk is neither the answer's type nor one of its headers."""
+    trailers = b"2\r\n{}\r\n0\r\nretry-after: 5\r\ncontent-type: x/y\r\n\r\n"
+    async with engine_that(says(CHUNKED + trailers)) as (engine, _), engine.call(CALL) as answer:
+        assert await answer.read(100) == b"{}"
+        assert (answer.content_type, dict(answer.headers)) == ("text/event-stream", {})
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c", "another protocol"),
+        (b"101 Switching Protocols", "another protocol"),
+        (b"200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2", "'gzip', which nobody asked for"),
+        (b"200 OK\r\nContent-Encoding: BR\r\ntransfer-encoding: chunked", "'br', which nobody asked for"),
+        (b"200 OK\r\ntransfer-encoding: gzip, chunked", "'gzip, chunked', which nobody asked for"),
+        (b"200 OK\r\ntransfer-encoding: gzip", "'gzip', which nobody asked for"),
+    ],
+)
+async def test_an_answer_in_a_form_that_nobody_asked_for_is_refused(head: bytes, words: str) -> None:
+    """[H41] Compressed bytes never reach a client as text, nor does another protocol: a sentence says what to change,
+    and the engine is not taken for one that crashed."""
+    async with engine_that(says(b"HTTP/1.1 " + head + b"\r\n\r\n2\r\n{}\r\n0\r\n\r\n")) as (engine, _):
+        with pytest.raises(EngineFailed, match=words) as caught:
+            async with engine.call(CALL) as answer:
+                await answer.read(100)
+        assert not isinstance(caught.value, EngineGone)
+
+
+async def test_the_identity_coding_is_none() -> None:
+    """[H41] Old servers name it, and end the answer with the connection."""
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: identity\r\ncontent-encoding: identity\r\n\r\n"
+    async with engine_that(then_closes(head + b"{}")) as (engine, _), engine.call(CALL) as answer:
+        assert await answer.read(100) == b"{}"
+
+
+async def test_the_case_of_a_content_type_says_nothing() -> None:
+    """[H42] A stream is one however its type is written; parameters stay as they came."""
+    upper = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; Charset=UTF-8\r\ncontent-length: 2\r\n\r\n{}"
+    async with engine_that(says(upper)) as (engine, _), engine.call(CALL) as answer:
+        assert answer.content_type == "text/event-stream; Charset=UTF-8"
+
+
+async def test_a_connection_whose_request_was_not_sent_whole_is_not_used_again() -> None:
+    """[H43] An engine that answers before it has read the request, and reads no more, does not get the next request
+    behind the rest of that one: it has a connection of its own."""
+    heads: list[bytes] = []
+    done = asyncio.Event()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(PLAIN)
+        await done.wait()
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, limit=4096)
+    engine = HttpEngine(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    try:
+        async with asyncio.timeout(10), engine.call(replace(CALL, body=b" " * (32 << 20))) as answer:
+            assert await answer.read(100) == b"{}"
+        async with asyncio.timeout(10), engine.call(CALL) as answer:
+            assert await answer.read(100) == b"{}"
+        assert len(heads) == 2
+    finally:
+        done.set()
+        await engine.stop(1)
+        server.close()
+
+
+async def test_an_engine_behind_a_redirect_is_not_ready_and_says_why() -> None:
+    """[H44] A page that answers from elsewhere is named as such: the operator gives the URL that it leads to."""
+    moved = b"HTTP/1.1 308 Permanent Redirect\r\nlocation: https://there/\r\ncontent-length: 0\r\n\r\n"
+    async with engine_that(says(moved)) as (engine, _):
+        with pytest.raises(EngineFailed, match="redirect: give the URL that it leads to"):
+            await engine.list_models()
 
 
 async def test_nobody_listening_is_an_engine_failure() -> None:
