@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from queue_schemas.addresses import is_loopback
 from telemetry.redaction import has_credentials
-from telemetry.server import is_loopback
 
 DEFAULT_DATA_DIR = ".inferq"
 

@@ -86,7 +86,7 @@ class UpkeepCalls:
 
     async def leave(self, incarnation: Incarnation) -> Reclaimed:
         """Leave the fabric; what is still held is handed back as if never started. Raises once every shard was
-        was tried."""
+        tried."""
         return await self._take_back(incarnation, counted=False, reason="its worker left")
 
     async def beats(self) -> dict[Incarnation, int]:
@@ -118,7 +118,7 @@ class UpkeepCalls:
 
     async def reclaim(self, incarnation: Incarnation) -> Reclaimed:
         """Declare an incarnation dead: it is fenced, and its jobs wait again or end. Raises once every shard was
-        was tried."""
+        tried."""
         return await self._take_back(incarnation, counted=True, reason="its worker was lost")
 
     async def reclaim_on(self, shard: int, incarnation: Incarnation) -> Reclaimed:

@@ -30,7 +30,6 @@ from telemetry.fabric_calls import FabricCall
 from telemetry.held import WORKERS_PRESENT, Held
 from telemetry.local_callers import LocalCallers
 from telemetry.openapi import FLEET, secure
-from telemetry.server import is_loopback
 
 from .forwarding import forward_request
 from .office import ManagerService, NotActing
@@ -86,7 +85,7 @@ async def _doubt(service: ManagerService, worker_id: str, run: Incarnation, requ
 
 def _members(service: ManagerService) -> params.Depends:
     settings = service.settings
-    local = LocalCallers(any_host=settings.insecure and not is_loopback(settings.host))
+    local = LocalCallers.of(settings.host, insecure=settings.insecure)
     return allow_members(settings.join_token.get_secret_value(), local)
 
 

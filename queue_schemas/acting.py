@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from .addresses import is_loopback
 from .errors import BadMessage
 from .fabric import MAX_URL_LENGTH, check_worker_url
 
@@ -83,14 +83,8 @@ def may_follow(url: str, known: Sequence[str]) -> bool:
 
     A loopback address means another place on every machine: only who was given one itself follows to it.
     """
-    return not _is_loopback(url) or any(_is_loopback(one) for one in known)
+    return not _is_local(url) or any(_is_local(one) for one in known)
 
 
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _is_local(url: str) -> bool:
+    return is_loopback(urlsplit(url).hostname or "")

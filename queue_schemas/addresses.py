@@ -1,7 +1,8 @@
-"""Addresses in sentences: hidden from who has no business with them."""
+"""Addresses: which of them only this machine reaches, and how they are hidden in sentences for strangers."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
 
 _ADDRESS = re.compile(
@@ -21,3 +22,18 @@ def hide_addresses(text: str) -> str:
     """``text`` without URLs, hosts with ports, IP addresses and paths: what strangers may be told of an error that
     another program or library put into words."""
     return _ADDRESS.sub("(address)", text)
+
+
+def for_strangers(reason: str) -> str:
+    """The first line of ``reason`` without addresses: further lines may be what another program wrote."""
+    return hide_addresses(reason.partition("\n")[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``. A name other than localhost counts as public."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

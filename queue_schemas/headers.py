@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 ENGINE_HEADERS = frozenset({"tracestate", "anthropic-version", "anthropic-beta", "openai-beta"})
@@ -60,6 +62,19 @@ def read_headers(value: Any, allowed: frozenset[str], limit_bytes: int) -> dict[
         return {}
     texts = {name: text for name, text in value.items() if type(name) is str and type(text) is str}
     return _bounded(texts, allowed, limit_bytes)
+
+
+def retry_after_s(value: str, now_s: float) -> float | None:
+    """Seconds that a ``Retry-After`` (RFC 9110, 10.2.3) asks for: a number of them or a date, which is GMT whether it
+    says so or not. None if it is neither. ``now_s`` is Unix time."""
+    text = value.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        date = parsedate_to_datetime(text)
+        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now_s)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _bounded(headers: Mapping[str, str], allowed: frozenset[str], limit_bytes: int) -> dict[str, str]:

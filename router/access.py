@@ -9,7 +9,6 @@ from fastapi import Request, params
 from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed
 from telemetry.access import Access, allow, check_join_token
 from telemetry.local_callers import LocalCallers, check_is_json
-from telemetry.server import is_loopback
 
 from .core import is_join_token
 from .keys import ApiKeys
@@ -18,8 +17,7 @@ from .settings import RouterSettings
 
 def local_callers(settings: RouterSettings) -> LocalCallers:
     """Whom a Router without API keys lets in. The pages of the allowed origins are clients, never members."""
-    any_host = settings.insecure and not is_loopback(settings.host)
-    return LocalCallers(any_host, frozenset(settings.cors_allow_origins))
+    return LocalCallers.of(settings.host, insecure=settings.insecure, origins=settings.cors_allow_origins)
 
 
 class Gate:

@@ -30,7 +30,7 @@ from queue_schemas import (
     PathNotFound,
     UnsupportedEncoding,
 )
-from queue_schemas.addresses import hide_addresses
+from queue_schemas.addresses import for_strangers
 from queue_schemas.error_shapes import Dialect, dialect_of, error_body, facts_of, is_final
 
 from .access import Access, allow, declared
@@ -148,6 +148,8 @@ class RequestContext:
                 receive = decoded_body(receive, scope["headers"])
             await self._app(scope, receive, send_with_id)
         except (BodyTooLarge, UnsupportedEncoding) as error:
+            if status:
+                raise  # the answer has begun: only closing the connection can tell the client
             await _send_error(error, send_with_id, dialect, request_id)
         except Exception:
             log.exception("request_failed", method=scope["method"], path=scope["path"])
@@ -273,9 +275,9 @@ def health_routes(
 
     @routes.get("/readyz", summary="Whether the role can do its work, and if not, why (503)")
     async def readyz() -> JSONResponse:
-        why = [_told(reason) for reason in reasons()]
+        why = [for_strangers(reason) for reason in reasons()]
         told: dict[str, Any] = {"ready": not why, "reasons": why}
-        if worrying := [_told(warning) for warning in warnings()]:
+        if worrying := [for_strangers(warning) for warning in warnings()]:
             told["warnings"] = worrying
         return JSONResponse(told, 503 if why else 200)
 
@@ -295,11 +297,6 @@ def health_app(title: str, metrics: MetricsRegistry, reasons: Callable[[], Seque
     prepare_app(app, metrics)
     app.include_router(health_routes(metrics, reasons))
     return app
-
-
-def _told(reason: str) -> str:
-    """``reason`` for strangers: one line, as more may be what another program wrote."""
-    return hide_addresses(reason.partition("\n")[0])
 
 
 def _check_length(headers: _RawHeaders, limit: int) -> None:

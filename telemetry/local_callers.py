@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import ip_address
+from typing import Self
 
 from queue_schemas import PermissionRefused, UnsupportedMediaType
+from queue_schemas.addresses import is_loopback
 
 _JSON = b"application/json"
 _UNASKED = frozenset({b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data"})
@@ -28,6 +29,11 @@ class LocalCallers:
 
     any_host: bool = False
     origins: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, host: str, *, insecure: bool, origins: Iterable[str] = ()) -> Self:
+        """The rule of a service that listens on ``host``. ``insecure`` opens what other machines reach to them."""
+        return cls(insecure and not is_loopback(host), frozenset(origins))
 
     def check(self, headers: Mapping[bytes, bytes]) -> None:
         """Raises ``PermissionRefused`` for the headers (lower-case names) of a request that is not let in."""
@@ -62,12 +68,7 @@ def is_loopback_host(host: bytes) -> bool:
         if colon and not port.isdigit():
             return False
     name = name.removesuffix(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return name.endswith(".localhost") or is_loopback(name)
 
 
 def check_is_json(method: str, headers: Mapping[bytes, bytes]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from queue_schemas import CannotStart, InferqError
+from queue_schemas.addresses import is_loopback
 
 from .connections import ConnectionLimits, Connections, protocol_for
 from .logs import get_logger
@@ -27,16 +27,6 @@ EXIT_REFUSED = 2
 """Exit code of a process that could not start for a reason its user can mend."""
 
 log = get_logger(__name__)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``. A name other than localhost counts as public."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def refuse_unguarded(host: str, *, guarded: bool, insecure: bool, remedy: str) -> None:
@@ -106,8 +96,8 @@ async def run_server(
     Then no connection is accepted, running requests get ``shutdown_limit_s`` (whole seconds, at least one) to finish,
     and what is left is cancelled; at once when ``hurry`` is set. From ``stop_accepting`` on the listening socket is
     closed, and the connections that are open are served on. ``limits`` bounds what clients may do. Without ``sock``
-    binds ``host:port`` itself
-    (:func:`bind_socket`). Cancelling this call closes the port and cuts running requests off.
+    binds ``host:port`` itself (:func:`bind_socket`). Cancelling this call closes the port and cuts running requests
+    off.
     """
     config = uvicorn.Config(
         app,

@@ -19,6 +19,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from queue_schemas import CannotStart
+from queue_schemas.addresses import is_loopback
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -123,7 +124,6 @@ def configure_tracing(role: str, endpoint: str, *, exporter: SpanExporter | None
             "tracing was asked for (INFERQ_TELEMETRY_OTLP_ENDPOINT) but its packages are missing: "
             "install inferq[otel], or leave the setting empty"
         ) from error
-    from .server import is_loopback  # noqa: PLC0415 - loads a web server
 
     provider = TracerProvider(resource=Resource.create({"service.name": f"inferq-{role}"}))
     if exporter is not None:

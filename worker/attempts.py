@@ -125,13 +125,18 @@ class _Attempt:
         self.may_hold_back: bool | None = None
         """Whether its engine may be silent for long; None: nobody had to know yet."""
 
-    def idle_limit_s(self, limits: IdleLimits) -> float:
-        """How long its stream may stand still while others go on."""
+    @property
+    def holds_back(self) -> bool:
+        """Whether the limit of streams whose engines hold back their words is its own."""
         if self.silence.has_said_little:
-            return limits.held_back_s
+            return True
         if self.may_hold_back is None:
             self.may_hold_back = may_hold_back(self.lease.job)
-        return limits.held_back_s if self.may_hold_back else limits.text_s
+        return self.may_hold_back
+
+    def idle_limit_s(self, limits: IdleLimits) -> float:
+        """How long its stream may stand still while others go on."""
+        return limits.held_back_s if self.holds_back else limits.text_s
 
 
 class _Group:
@@ -478,7 +483,7 @@ class Attempts:
         sentence = "the engine said nothing more of the answer while it served others"
         if job.stored or (lease.attempt == 1 and await self._elsewhere(job.model)):
             return _Release(sentence, counted=True)
-        setting = "STREAM_HELD_BACK_LIMIT_MS" if attempt.may_hold_back else "STREAM_IDLE_LIMIT_MS"
+        setting = "STREAM_HELD_BACK_LIMIT_MS" if attempt.holds_back else "STREAM_IDLE_LIMIT_MS"
         error = EngineFailed(
             f"{sentence}, for as long as its worker waits (INFERQ_WORKER_{setting}); ask for less, or raise that limit"
         )

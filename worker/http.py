@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from queue_schemas import EngineState, Incarnation
-from queue_schemas.addresses import hide_addresses
+from queue_schemas.addresses import for_strangers
 from telemetry import MetricsRegistry
 from telemetry.access import Access, allow, allow_members
 from telemetry.asgi import error_responses, health_routes, prepare_app
@@ -80,7 +80,7 @@ def make_app(
     )
     async def ready() -> JSONResponse:
         now = status()
-        reasons = [hide_addresses(reason.partition("\n")[0]) for reason in now.reasons]
+        reasons = [for_strangers(reason) for reason in now.reasons]
         return JSONResponse({"ready": now.ready, "reasons": reasons}, 200 if now.ready else 503)
 
     @app.get("/status", summary="Engine, slots, models, membership", dependencies=[members])

@@ -22,6 +22,7 @@ from queue_schemas import (
     RegistrationAnswer,
     new_incarnation,
 )
+from queue_schemas.addresses import is_loopback
 from telemetry import (
     MetricsRegistry,
     TelemetrySettings,
@@ -32,7 +33,7 @@ from telemetry import (
 )
 from telemetry.flags import parse_settings
 from telemetry.local_callers import LocalCallers
-from telemetry.server import bind_socket, is_loopback, refuse_unguarded, run_process, run_server, stop_on_signals
+from telemetry.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 
 from .engines import Engine
 from .engines.choice import make_engine
@@ -90,7 +91,7 @@ class Worker:
         """Serve until drained. Raises ``WorkerIdTaken`` and other errors of ours that its user can mend."""
         stop_http = asyncio.Event()
         settings = self.settings
-        local = LocalCallers(any_host=settings.insecure and not is_loopback(settings.host))
+        local = LocalCallers.of(settings.host, insecure=settings.insecure)
         app = make_app(self.status, self.drain.set, self.registry, settings.join_token.get_secret_value(), local)
         try:
             async with asyncio.TaskGroup() as group:

@@ -16,10 +16,11 @@ from functools import partial
 from typing import TypeVar
 
 from queue_schemas import InferqError
+from queue_schemas.headers import retry_after_s
 from storage import Attempt, DeliveryKey, DeliveryState, ObjectStore, Outcome, created_ms
 from telemetry import get_logger
 
-from .core import conclude, next_turns, retry_after_s, signed_headers
+from .core import conclude, next_turns, signed_headers
 from .ledger import CLAIM_MARGIN_MS, Errand, Ledger
 from .metrics import NotifierMetrics
 from .sender import Sender

@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from types import TracebackType
 from urllib.parse import urlsplit
 
 from queue_schemas import BadMessage, BadRequest, EngineFailed, EngineState
 from queue_schemas.fabric import MAX_MODELS
+from queue_schemas.headers import retry_after_s
 from queue_schemas.ids import check_name
 from queue_schemas.model_cards import Card, bounded_cards
 from telemetry import get_logger
@@ -276,7 +276,7 @@ class _Answer:
         headers = self._connection.headers
         if (milliseconds := headers.get("retry-after-ms", "")).isdecimal():
             return float(milliseconds[:12]) / 1000
-        return _seconds_until(headers.get("retry-after", ""))
+        return retry_after_s(headers.get("retry-after", ""), time.time())
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -345,20 +345,6 @@ def _content_type(value: str) -> str:
     if _UNSAFE.search(value.replace(" ", "")):
         raise BadRequest(f"the content type {value[:100]!r} cannot be sent in a header")
     return value
-
-
-def _seconds_until(retry_after: str) -> float | None:
-    """``Retry-After`` in seconds: it is a number of them, or a date. None for anything else."""
-    value = retry_after.strip()
-    if value.isascii() and value.isdigit():
-        return float(value[:12])
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    # RFC 9110: dates are GMT, whether they say so or not.
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return max((when - datetime.now(UTC)).total_seconds(), 0.0)
 
 
 def _nameable(name: str) -> bool:

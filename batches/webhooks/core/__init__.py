@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .progress import begin, conclude, give_up
-from .schedule import WAITS_S, most_tries, retry_after_s, wait_s
+from .schedule import WAITS_S, most_tries, wait_s
 from .signing import signed_headers
 from .turns import Limits, next_turns
 
@@ -15,7 +15,6 @@ __all__ = [
     "give_up",
     "most_tries",
     "next_turns",
-    "retry_after_s",
     "signed_headers",
     "wait_s",
 ]

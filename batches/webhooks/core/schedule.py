@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC
-from email.utils import parsedate_to_datetime
-
 WAITS_S = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 21_600, 28_800)
 """Seconds behind each attempt but the last; together 22 hours."""
 JITTER = 0.2
@@ -27,15 +24,3 @@ def wait_s(tries: int, draw: float, asked_s: float | None = None) -> float | Non
         return None
     wait = WAITS_S[max(tries, 1) - 1] * (1 + JITTER * draw)
     return max(wait, min(asked_s or 0.0, LONGEST_ASKED_S))
-
-
-def retry_after_s(value: str, now_s: float) -> float | None:
-    """Seconds that a ``Retry-After`` (RFC 9110, 10.2.3) asks for: a number of them or a date; None if it is neither."""
-    text = value.strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:9])
-    try:
-        date = parsedate_to_datetime(text)
-        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now_s)
-    except (ValueError, OverflowError):
-        return None

@@ -15,6 +15,7 @@ from queue_schemas.headers import (
     MAX_REQUEST_BYTES,
     for_client,
     for_engine,
+    retry_after_s,
 )
 from tests.unit.queue_schemas.test_golden import JOB_ID, SMALL_JOB
 
@@ -82,3 +83,25 @@ def test_two_versions_share_a_queue() -> None:
     assert "headers" not in msgpack.unpackb(SMALL_JOB.pack())
     assert Job.unpack(replace(SMALL_JOB, headers={}).pack()).headers == {}
     assert len(msgpack.unpackb(Frame(JOB_ID, 1, "a", 0, HEAD, b"", 200, "x").pack())) == 8
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("120", 120.0),
+        (" 0 ", 0.0),
+        ("Thu, 01 Jan 1970 00:20:00 GMT", 200.0),
+        ("Thu, 01 Jan 1970 00:00:10 GMT", 0.0),
+        ("9" * 5000, 999_999_999.0),
+        ("", None),
+        ("-5", None),
+        ("1.5", None),
+        ("soon", None),
+        ("\u0665", None),
+        ("Thu, 99 Jan 1970 00:20:00 GMT", None),
+        ("Thu, 01 Jan 99999999999999 00:20:00 GMT", None),
+    ],
+)
+def test_retry_after_is_read(value: str, seconds: float | None) -> None:
+    """Seconds or a date, at 1000 s after 1970; anything else asks for nothing."""
+    assert retry_after_s(value, 1_000.0) == seconds

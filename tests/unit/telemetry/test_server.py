@@ -9,7 +9,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from queue_schemas import BrokerUnavailable, CannotStart
-from telemetry.server import bind_socket, is_loopback, refuse_unguarded, run_process, run_server, stop_on_signals
+from queue_schemas.addresses import is_loopback
+from telemetry.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 from tests.support.waiting import eventually
 
 

@@ -321,10 +321,12 @@ CHATTING = {"model": "m", "messages": [], "stream": True}
 
 
 @asynccontextmanager
-async def silent_beside_another(bench: Bench, job_lease: Lease) -> AsyncIterator[Callable[[float, float], None]]:
-    """The stream of ``job_lease`` has said two pieces and no more; gives a way to let time pass beside a busy one."""
+async def silent_beside_another(
+    bench: Bench, job_lease: Lease, pieces: int = 2
+) -> AsyncIterator[Callable[[float, float], None]]:
+    """The stream of ``job_lease`` has said ``pieces`` and no more; gives a way to let time pass beside a busy one."""
     leave = asyncio.Event()
-    bench.engine.answer = Answer(200, SSE, [b"data: 1\n\n", b"data: 2\n\n", leave])
+    bench.engine.answer = Answer(200, SSE, [*[b"data: 1\n\n"] * pieces, leave])
 
     def pass_time(begin: float, end: float) -> None:
         for second in range(int(begin), int(end)):
@@ -332,7 +334,7 @@ async def silent_beside_another(bench: Bench, job_lease: Lease) -> AsyncIterator
             bench.attempts.stop_stuck(float(second), LIMITS)
 
     async with bench.running(job_lease):
-        await eventually(lambda: bench.attempts.seen == 3, "it has begun")
+        await eventually(lambda: bench.attempts.seen == 1 + pieces, "it has begun")
         try:
             yield pass_time
         finally:
@@ -361,14 +363,15 @@ async def test_a_stream_that_engines_hold_back_is_asked_once(asked: dict[str, An
 
 async def test_a_forgotten_stream_is_given_up_once_where_there_is_no_other_engine() -> None:
     """[C5] The same engine would do the same again: the client is told at once, and which limit it was."""
-    for asked, seconds, setting in (
-        ({}, 122, "STREAM_IDLE_LIMIT_MS"),
-        ({"tools": [{}]}, 1_802, "STREAM_HELD_BACK_LIMIT_MS"),
+    for asked, pieces, seconds, setting in (
+        ({}, 2, 122, "STREAM_IDLE_LIMIT_MS"),
+        ({}, 1, 1_802, "STREAM_HELD_BACK_LIMIT_MS"),
+        ({"tools": [{}]}, 2, 1_802, "STREAM_HELD_BACK_LIMIT_MS"),
     ):
         bench = Bench(plain(200))
         bench.elsewhere = False
         async with silent_beside_another(
-            bench, lease(stream=True, body=json.dumps(CHATTING | asked).encode())
+            bench, lease(stream=True, body=json.dumps(CHATTING | asked).encode()), pieces
         ) as pass_time:
             pass_time(0, seconds)
             await asyncio.wait_for(bench.attempts.idle(), 10)

@@ -17,7 +17,6 @@ from batches.webhooks.core import (
     conclude,
     most_tries,
     next_turns,
-    retry_after_s,
     signed_headers,
     wait_s,
 )
@@ -85,27 +84,6 @@ def test_waits_grow_and_make_about_a_day() -> None:
     for tries in range(1, len(WAITS_S)):
         assert wait_s(tries, 0.999, None) < wait_s(tries + 1, 0.0, None)  # type: ignore[operator]
     assert 20 * 3600 < sum(WAITS_S) < sum(WAITS_S) * 1.2 < 27 * 3600
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        ("120", 120.0),
-        (" 0 ", 0.0),
-        ("Thu, 01 Jan 1970 00:20:00 GMT", 200.0),
-        ("Thu, 01 Jan 1970 00:00:10 GMT", 0.0),
-        ("9" * 5000, 999_999_999.0),
-        ("", None),
-        ("-5", None),
-        ("1.5", None),
-        ("soon", None),
-        ("\u0665", None),
-        ("Thu, 99 Jan 1970 00:20:00 GMT", None),
-    ],
-)
-def test_retry_after_is_read(value: str, seconds: float | None) -> None:
-    """Seconds or a date, at 1000 s after 1970; anything else asks for nothing."""
-    assert retry_after_s(value, 1_000.0) == seconds
 
 
 @pytest.mark.parametrize("status", [200, 201, 204, 299])
