@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -23,6 +22,7 @@ from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
 
 from broker import BrokerSettings
+from broker.redis_url import check_connection, check_parts, topology_of
 from queue_schemas import BrokerUnavailable, CannotStart, Tenant
 from telemetry import redact_url
 
@@ -38,23 +38,27 @@ _CONNECT_LIMIT_S, _COMMAND_LIMIT_S = 3.0, 5.0
 def rq_connection(rq_redis_url: str, queue: BrokerSettings) -> redis.Redis:
     """A client of RQ's server; connects on first use. Raises ``CannotStart`` where the queue's own will not do."""
     url = rq_redis_url or queue.redis_url
-    scheme = urlsplit(url).scheme
-    if scheme not in ("redis", "rediss", "unix"):
+    scheme, topology = topology_of(url) if url else ("", "")
+    if topology or not scheme:
         raise CannotStart(
             f"RQ needs a plain Redis, and {redact_url(url)!r} is none (it knows no Cluster and no Sentinel); set "
             "INFERQ_BATCHES_RQ_REDIS_URL to a redis:// URL: what it holds may be lost"
         )
-    options: dict[str, Any] = {"ssl_ca_certs": queue.tls_ca_file} if scheme == "rediss" and queue.tls_ca_file else {}
+    options: dict[str, Any] = {} if scheme == "unix" else {"socket_keepalive": True}
+    if scheme == "rediss" and queue.tls_ca_file:
+        options["ssl_ca_certs"] = queue.tls_ca_file
     try:
-        return redis.Redis.from_url(
+        check_parts(url)
+        client = redis.Redis.from_url(
             url,
             socket_connect_timeout=_CONNECT_LIMIT_S,
             socket_timeout=_COMMAND_LIMIT_S,
-            socket_keepalive=True,
             health_check_interval=15,
             retry=Retry(ExponentialBackoff(0.5, 0.05), 1),
             **options,
         )
+        check_connection(client.connection_pool.make_connection)
+        return client
     except (ValueError, redis.RedisError) as error:
         raise CannotStart(f"the Redis URL {redact_url(url)!r} is not valid: {error}") from error
 

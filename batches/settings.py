@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import Field, SecretStr, field_validator
 
 from queue_schemas import BadMessage, check_worker_id
-from telemetry import ManagerUrls, RequestSettings
+from telemetry import HeaderSecret, ManagerUrls, RequestSettings
 
 MIB = 1024 * 1024
 
@@ -27,7 +27,7 @@ class BatchSettings(RequestSettings):
         default_factory=list,
         description="Base URLs of Managers or Routers, which are asked in turn where Redis is unless redis_url says so",
     )
-    join_token: SecretStr = Field(SecretStr(""), description="Shown to the Manager")
+    join_token: HeaderSecret = Field(SecretStr(""), description="Shown to the Manager")
     rq_redis_url: str = Field(
         "",
         description="Redis of RQ's own jobs: a plain server (RQ knows no Cluster); empty: the queue's Redis, "

@@ -7,7 +7,6 @@ because it cannot know which calls may be repeated.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -20,11 +19,9 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from queue_schemas import BrokerUnsuitable
-from telemetry import redact_url
-
 from .cluster import ClusterLink
 from .multiplex import MultiplexedConnection
+from .redis_url import check_ca_file, check_connection, check_parts, invalid_url, topology_of
 from .settings import BrokerSettings
 
 
@@ -122,43 +119,33 @@ class ClientLink:
 def open_link(settings: BrokerSettings) -> Link:
     """A link to ``settings.redis_url``. Connects on first use. Raises ``BrokerUnsuitable`` for a URL that is none."""
     url = settings.redis_url
-    scheme, _, topology = urlsplit(url).scheme.partition("+")
-    if scheme not in ("redis", "rediss", "unix") or topology not in ("", "sentinel", "cluster"):
-        raise BrokerUnsuitable(
-            f"the Redis URL {redact_url(url)!r} is not understood; use redis://HOST:PORT, rediss://, unix://, "
-            "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE or redis+cluster://HOST:PORT,HOST:PORT"
-        )
+    scheme, topology = topology_of(url)
     try:
-        _check_encoding(url)
+        check_parts(url)
+        if scheme == "rediss" and settings.tls_ca_file:
+            check_ca_file(settings.tls_ca_file)
         if topology == "sentinel":
             return _sentinel_link(url, scheme == "rediss", settings)
         if topology == "cluster":
             return _cluster_link(url, scheme == "rediss", settings)
-        pool = redis.ConnectionPool.from_url(url, **_options(settings, tls=scheme == "rediss"))
+        pool = redis.ConnectionPool.from_url(url, **_options(settings, tls=scheme == "rediss", tcp=scheme != "unix"))
+        check_connection(pool.make_connection)
         return MultiplexedLink(pool.make_connection, settings.command_timeout_ms / 1000)
     except (ValueError, RedisError) as error:
-        raise BrokerUnsuitable(f"the Redis URL {redact_url(url)!r} is not valid: {error}") from error
+        raise invalid_url(url, error) from error
 
 
-def _check_encoding(url: str) -> None:
-    """Refuse a password that breaks the URL apart; whoever parses it further would quote a part of it."""
-    rest = url.partition("://")[2]
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    _, colon, port = authority.rpartition(":")
-    if authority and "@" in rest and "@" not in authority and colon and not port.isdigit():
-        raise ValueError("write the characters / ? # @ in a user or password as %2F %3F %23 %40")
-
-
-def _options(settings: BrokerSettings, *, tls: bool) -> dict[str, Any]:
+def _options(settings: BrokerSettings, *, tls: bool, tcp: bool = True) -> dict[str, Any]:
     options: dict[str, Any] = {
         "protocol": 2,
         "decode_responses": False,
         "socket_connect_timeout": settings.connect_timeout_ms / 1000,
         "socket_timeout": None,
-        "socket_keepalive": True,
         "retry": Retry(NoBackoff(), 0),
         "retry_on_error": [],
     }
+    if tcp:
+        options["socket_keepalive"] = True
     if tls and settings.tls_ca_file:
         options["ssl_ca_certs"] = settings.tls_ca_file
     return options

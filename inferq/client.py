@@ -29,6 +29,7 @@ from queue_schemas import (
 )
 from telemetry import redact_url
 from telemetry.fleet_http import fleet_session
+from telemetry.header_secrets import header_secret
 
 ASK_LIMIT_S = 10.0
 """Limit on an answer of the control plane."""
@@ -74,9 +75,11 @@ class FabricClient:
 
     def __init__(self, url: str, *, api_key: str = "", join_token: str = "") -> None:
         self.url = check_url(url)
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        if join_token:
-            headers[JOIN_TOKEN_HEADER] = join_token
+        key = _sendable(api_key, "API key", "--api-key or INFERQ_API_KEY")
+        token = _sendable(join_token, "join token", "--join-token or INFERQ_JOIN_TOKEN")
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        if token:
+            headers[JOIN_TOKEN_HEADER] = token
         self._headers = headers
         self._session: aiohttp.ClientSession | None = None
 
@@ -252,6 +255,13 @@ def check_url(url: str) -> str:
     if wrong:
         raise FabricRefused(f"the Router's URL {url!r} {wrong}: give one like http://127.0.0.1:18000 with --router-url")
     return url.strip().rstrip("/")
+
+
+def _sendable(secret: str, name: str, where: str) -> str:
+    try:
+        return header_secret(secret)
+    except ValueError as error:
+        raise FabricRefused(f"the {name} ({where}) cannot be sent: {error}") from None
 
 
 def _what_is_wrong(url: str) -> str:

@@ -8,7 +8,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from queue_schemas import BadMessage
 from queue_schemas.acting import check_manager_url
-from telemetry import CommaList, RoleSettings
+from telemetry import CommaList, HeaderSecret, RoleSettings
 
 
 class ManagerSettings(RoleSettings):
@@ -18,7 +18,7 @@ class ManagerSettings(RoleSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(9000, ge=0, le=65_535, description="TCP port to listen on; 0 takes a free one")
-    join_token: SecretStr = Field(
+    join_token: HeaderSecret = Field(
         SecretStr(""), description="What workers and routers must show to join; needed on a public address"
     )
     insecure: bool = Field(False, description="Listen on a public address without a join token")

@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from broker import Budgets, Durability
 from queue_schemas import BadMessage, OnLoss, check_region
-from telemetry import CommaList, ManagerUrls, RequestSettings
+from telemetry import CommaList, HeaderSecret, ManagerUrls, RequestSettings
 from telemetry.connections import ConnectionLimits
 
 from .core import OnNoWorker, known_paths
@@ -34,7 +34,9 @@ class RouterSettings(RequestSettings):
         "tell where Redis is",
     )
     manager_timeout_ms: int = Field(10_000, ge=50, description="Limit on one call to the Manager")
-    join_token: SecretStr = Field(SecretStr(""), description="Shown to the Manager; also opens /fabric/v1 to operators")
+    join_token: HeaderSecret = Field(
+        SecretStr(""), description="Shown to the Manager; also opens /fabric/v1 to operators"
+    )
     insecure: bool = Field(False, description="Listen on a public address without API keys")
     api_keys_file: str = Field(
         "", description="File with one <sha256 of an API key>:<tenant> per line, read again when it changes"

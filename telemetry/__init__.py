@@ -4,6 +4,7 @@ HTTP services find what they share in :mod:`telemetry.asgi` and :mod:`telemetry.
 command-line call does not load a web server.
 """
 
+from .header_secrets import HeaderSecret
 from .logs import LogFormat, LogLevel, bind, bound, bound_facts, configure_logging, get_logger
 from .metrics import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry, render_metrics
 from .redaction import redact_url
@@ -24,6 +25,7 @@ __all__ = [
     "GAP_BUCKETS_S",
     "WAIT_BUCKETS_S",
     "CommaList",
+    "HeaderSecret",
     "LogFormat",
     "LogLevel",
     "ManagerUrls",

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
 from queue_schemas import BadMessage, check_region, check_worker_id, check_worker_url
-from telemetry import CommaList, ManagerUrls, RoleSettings
+from telemetry import CommaList, HeaderSecret, ManagerUrls, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]
 
@@ -43,7 +43,9 @@ class WorkerSettings(RoleSettings):
     port: int = Field(7000, ge=0, le=65_535, description="port of the worker's own HTTP service; 0: a free one")
     advertise_url: str = Field("", description="where the Manager may reach that service; empty: from host and port")
     redis_url: str = Field("", description="where the queue is; empty: as the Manager says")
-    join_token: SecretStr = Field(SecretStr(""), description="the fleet's secret, sent to the Manager and asked of it")
+    join_token: HeaderSecret = Field(
+        SecretStr(""), description="the fleet's secret, sent to the Manager and asked of it"
+    )
     insecure: bool = Field(False, description="listen on a public address without a join token")
     region: str = Field(
         "", description="where this worker stands: it runs jobs of that region's Routers first; empty: no region"
@@ -54,7 +56,7 @@ class WorkerSettings(RoleSettings):
         description="vllm, url, sim (in this process), sim-process (in its own), or auto: url if given, else vllm",
     )
     engine_url: str = Field("", description="base URL of an OpenAI-compatible server that runs already")
-    engine_api_key: SecretStr = Field(SecretStr(""), description="bearer token for that server")
+    engine_api_key: HeaderSecret = Field(SecretStr(""), description="bearer token for that server")
     model: str = Field("", description="model id or folder that vLLM serves; with sim, the simulated models' names")
     served_model_name: str = Field("", description="name under which vLLM serves the model; empty: the model itself")
     sim_args: Arguments = Field([], description="options of the simulated engine, as on its own command line")

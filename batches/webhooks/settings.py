@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import Field, SecretStr, field_validator
 
 from queue_schemas import BadMessage, check_worker_id
-from telemetry import ManagerUrls, RoleSettings
+from telemetry import HeaderSecret, ManagerUrls, RoleSettings
 
 from .core import Limits
 
@@ -27,7 +27,7 @@ class NotifierSettings(RoleSettings):
         default_factory=list,
         description="Base URLs of Managers or Routers, which are asked in turn where Redis is unless redis_url says so",
     )
-    join_token: SecretStr = Field(SecretStr(""), description="Shown to the Manager")
+    join_token: HeaderSecret = Field(SecretStr(""), description="Shown to the Manager")
     attempt_limit_ms: int = Field(8_000, ge=50, le=60_000, description="How long one attempt may take in all")
     scan_ms: int = Field(1_000, ge=20, le=60_000, description="How often the store is looked through for what is due")
     lock_ms: int = Field(

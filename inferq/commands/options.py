@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from queue_schemas import CannotStart
+
 if TYPE_CHECKING:
     from inferq.client import FabricClient
     from inferq.stack import StackOptions
@@ -97,7 +99,7 @@ def stack_options(
         model=model,
         served_model_name=served_model_name,
         vllm_command=vllm_command,
-        vllm_args=tuple(shlex.split(vllm_args)),
+        vllm_args=_words(vllm_args),
         workers=workers,
         slots=slots,
         router_port=router_port,
@@ -105,3 +107,12 @@ def stack_options(
         worker_port=worker_port,
         data_dir=data_dir,
     )
+
+
+def _words(vllm_args: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(vllm_args))
+    except ValueError as error:
+        raise CannotStart(
+            f"--vllm-args (INFERQ_WORKER_VLLM_ARGS) {vllm_args!r} is not written as in a shell: {error}"
+        ) from None

@@ -140,6 +140,14 @@ def test_without_a_router_there_is_one_sentence(command: list[str], capfd: pytes
     assert "Traceback" not in said
 
 
+def test_vllm_arguments_with_an_open_quote_are_a_sentence() -> None:
+    """[H33] `--vllm-args` that no shell would read names the option and what is wrong, instead of a traceback."""
+    result = runner.invoke(app, ["up", "--engine", "sim", "--vllm-args", "--served-model-name it's"])
+    assert isinstance(result.exception, CannotStart)
+    assert "--vllm-args" in result.exception.message
+    assert "quotation" in result.exception.message
+
+
 def test_a_conversation_cannot_be_json() -> None:
     """`inferq chat --json` without a question is a sentence, not a prompt that writes no JSON."""
     result = runner.invoke(app, ["chat", "--json"])

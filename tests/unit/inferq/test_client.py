@@ -164,3 +164,25 @@ async def test_a_missing_key_is_asked_for_by_name(serve: Serve) -> None:
     finding = (await examine(Examined("", client, Path())))[-1]
     assert (finding.check, finding.mend) == ("fabric", GIVE_KEY)
     assert "no valid key" in finding.text
+
+
+@pytest.mark.parametrize("secret", ["two\nlines", "caf\u00e9", "\x00"])
+@pytest.mark.parametrize("name", ["api_key", "join_token"])
+def test_a_secret_that_no_header_can_carry_is_a_sentence(name: str, secret: str) -> None:
+    """[H32] A key or token of several lines, or with letters beyond ASCII, is refused before it is sent, unshown."""
+    with pytest.raises(FabricRefused, match="printable ASCII") as refused:
+        FabricClient("http://127.0.0.1:1", **{name: secret})
+    assert secret not in refused.value.message
+
+
+async def test_a_newline_at_the_end_of_a_secret_is_not_sent(serve: Serve) -> None:
+    """[H32] A key and a token read from files that end with a newline are what stands before it."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        assert request.headers["authorization"] == "Bearer key"
+        assert request.headers["x-inferq-join-token"] == "token"
+        return web.json_response(PoolList(pools=[]).model_dump(mode="json"))
+
+    url = (await serve(handler)).url
+    async with FabricClient(url, api_key="key\n", join_token=" token\r\n") as client:
+        assert await client.pools() == []

@@ -229,3 +229,24 @@ def test_a_misspelt_variable_is_said(monkeypatch: pytest.MonkeyPatch, capsys: py
         capsys.readouterr().err
         == "inferq: INFERQ_MANAGER_PROT is not a setting: is it INFERQ_MANAGER_PORT that you mean?\n"
     )
+
+
+@pytest.mark.parametrize("role", [RouterSettings, ManagerSettings, WorkerSettings, BatchSettings, NotifierSettings])
+def test_a_join_token_is_what_a_header_can_carry(role: type[RoleSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+    """[H32] The newline of a secret file is no part of the token; one that cannot be sent is refused unshown."""
+    flags = {"engine": "sim"} if role is WorkerSettings else {}
+    monkeypatch.setenv("INFERQ_JOIN_TOKEN", "t0ken\n")
+    token = getattr(role.load(**flags), "join_token")  # noqa: B009 - each role has one, their base has none
+    assert token.get_secret_value() == "t0ken"
+    for wrong in ("t0ken\nof two lines", "t\u00f6ken"):
+        monkeypatch.setenv("INFERQ_JOIN_TOKEN", wrong)
+        with pytest.raises(CannotStart, match="join_token: use printable ASCII") as refused:
+            role.load(**flags)
+        assert wrong not in refused.value.message
+
+
+def test_an_engines_key_is_what_a_header_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[H32] The key that a worker sends to its engine follows the same rule."""
+    monkeypatch.setenv("INFERQ_WORKER_ENGINE_API_KEY", "sk-1\n")
+    settings = WorkerSettings.load(engine="sim")
+    assert settings.engine_api_key.get_secret_value() == "sk-1"
