@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -274,12 +275,15 @@ class Broker(KeptJobCalls, WorkerCalls, UpkeepCalls, StoredOutputCalls, Mailboxe
 
         async def go_on_without() -> None:
             """A shard that is away keeps no Router from serving the others."""
-            while not self.replies_ready.is_set():
-                await asyncio.sleep(REPLIES_PATIENCE_S)
+            while True:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.replies_ready.wait(), REPLIES_PATIENCE_S)
+                    return
                 if len(self._unheard) == self.shards:
                     continue
                 log.warning("reply_streams_missing", shards=sorted(self._unheard), then="the other shards are served")
                 self.replies_ready.set()
+                return
 
         self._unheard = set(range(self.shards))
         async with asyncio.TaskGroup() as group:

@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from .cluster import ClusterLink
-from .multiplex import MultiplexedConnection
+from .multiplex import BECAME_REPLICA, MultiplexedConnection
 from .redis_url import check_ca_file, check_connection, check_parts, invalid_url, topology_of
 from .settings import BrokerSettings
 
@@ -58,7 +58,12 @@ class MultiplexedLink:
         self._pipelines: dict[str, MultiplexedConnection] = {}
 
     async def command(self, key: str, *args: Any) -> Any:
-        return await self._shared.command(self._limit_s, *args)
+        try:
+            return await self._shared.command(self._limit_s, *args)
+        except BECAME_REPLICA:
+            # Readers would go on there, and hear nothing of what is written to the primary.
+            await self._close_others()
+            raise
 
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
         reader = self._readers.get(key)
@@ -84,8 +89,13 @@ class MultiplexedLink:
         return ""
 
     async def close(self) -> None:
-        own = (self._shared, *self._readers.values(), *self._pipelines.values())
-        await asyncio.gather(*(connection.close() for connection in own))
+        await self._shared.close()
+        await self._close_others()
+
+    async def _close_others(self) -> None:
+        """Close all connections but the shared one; each opens again when it is used."""
+        others = (*self._readers.values(), *self._pipelines.values())
+        await asyncio.gather(*(connection.close() for connection in others))
 
 
 class ClientLink:

@@ -16,10 +16,12 @@ from typing import Any
 import hiredis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import MasterDownError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 _WATCH_EVERY_S = 0.5
+BECAME_REPLICA = (ReadOnlyError, MasterDownError)
+"""What a server answers that is no primary any more."""
 
 
 class MultiplexedConnection:
@@ -27,7 +29,7 @@ class MultiplexedConnection:
 
     ``open_connection`` makes an unconnected redis-py connection without a socket time-out of its own. Connecting, with
     its log-in, may take ``connect_limit_s``. A lost connection or an overdue reply fails every command
-    under way: whether the server ran them is unknown.
+    under way: whether the server ran them is unknown. A connection whose server became a replica counts as lost.
     """
 
     def __init__(self, open_connection: Callable[[], AbstractConnection], connect_limit_s: float) -> None:
@@ -123,11 +125,15 @@ class MultiplexedConnection:
                     _, future = self._awaited.popleft()
                     if not future.done():
                         future.set_exception(error)
+                    if isinstance(error, BECAME_REPLICA):
+                        # It keeps its connections, while its name may lead to the new primary by now.
+                        await self._lose(RedisConnectionError("the server became a replica"))
+                        return
                 else:
                     _, future = self._awaited.popleft()
                     if not future.done():
                         future.set_result(reply)
-        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+        except (RedisError, OSError) as error:  # also what is no reply at all
             await self._lose(error)
         except IndexError:
             await self._lose(RedisConnectionError("the server sent a reply that nobody asked for"))

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from broker import Broker
 from queue_schemas import (
@@ -224,3 +225,15 @@ async def test_a_stream_made_again_under_a_clock_set_back_is_still_read(connect:
         await eventually(lambda: second in heard, "the second marker is read", limit_s=10)
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_a_router_that_reaches_every_shard_warns_of_none(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[H47] What is logged of reply streams that are missing is so: all were made, and then nothing is said."""
+    monkeypatch.setattr("broker.client.REPLIES_PATIENCE_S", 0.1)
+    with capture_logs() as lines:
+        reading = asyncio.create_task(broker.read_replies(new_incarnation("router"), lambda _news: None))
+        await asyncio.wait_for(broker.replies_ready.wait(), 10)
+        await asyncio.sleep(0.3)  # well past the patience
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    assert lines == []

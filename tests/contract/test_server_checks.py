@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from broker import Broker, BrokerSettings
-from queue_schemas import BrokerUnavailable, BrokerUnsuitable
-from tests.support.faults import ScriptedRedis
+from queue_schemas import BrokerUnavailable, BrokerUnsuitable, Frame, Marker, State, new_incarnation
+from tests.support.faults import FaultProxy, ScriptedRedis
 from tests.support.processes import free_port
+from tests.support.queue import make_job
 from tests.support.servers import PASSWORD, Certificates, Server, redis_binary, valkey_binary
+from tests.support.waiting import eventually
 
 
 async def refusal(url: str, **settings: object) -> str:
@@ -86,6 +89,33 @@ async def test_a_real_replica_is_refused(binary: str, tmp_path: Path) -> None:
     finally:
         replica.stop()
         primary.stop()
+
+
+async def test_a_primary_that_becomes_a_replica_is_left_for_where_its_name_leads(binary: str, tmp_path: Path) -> None:
+    """[H45] A failover that gives the name to another server and leaves old connections open: the next calls go to the
+    new primary, and a Router's replies are read there, also if the old one never hears of them."""
+    old, new = (Server(binary, tmp_path / name).start() for name in ("old", "new"))
+    heard: list[Frame | Marker] = []
+    lost: list[int] = []
+    try:
+        async with FaultProxy(old.port) as proxy:
+            broker = await Broker.connect(BrokerSettings(redis_url=proxy.url, retry_limit_ms=5_000))
+            router = new_incarnation("router")
+            reading = asyncio.create_task(broker.read_replies(router, heard.extend, lost.append))
+            await asyncio.wait_for(broker.replies_ready.wait(), 10)
+            await broker.enqueue(make_job())
+            proxy.lead_to(new.port)
+            old.ask("REPLICAOF", "127.0.0.1", str(free_port()))
+            job = make_job(reply_to=router)
+            assert await broker.enqueue(job) is State.QUEUED
+            await eventually(lambda: lost, "the reply stream is made on the new primary")
+            await broker.cancel(job.id, "over")
+            await eventually(lambda: heard, "the Router hears from the new primary")
+            reading.cancel()
+            await broker.close()
+    finally:
+        old.stop()
+        new.stop()
 
 
 async def test_a_real_server_that_evicts_is_refused(binary: str, tmp_path: Path) -> None:

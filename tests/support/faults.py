@@ -73,6 +73,10 @@ class FaultProxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def lead_to(self, port: int) -> None:
+        """New connections go to another server, as when a name is given a new address; the others stay."""
+        self._target_port = port
+
     def lose_reply(self, marker: bytes, times: int = 1) -> None:
         """Of the next ``times`` requests that contain ``marker``: let the server execute them, then drop the
         connection instead of its reply."""

@@ -141,7 +141,7 @@ def test_a_taken_port_is_one_sentence(start: Start, valkey: Server) -> None:
             "the Router answers /fabric/v1/workers itself",
         ),
         (("--redis-url", "foo://x"), "Redis URL"),
-        (("--manager-url", "localhost:9000"), "http://localhost:9000"),
+        (("--manager-url", "localhost:9000"), "must begin with http:// or https://"),
         (("--redis-url", "redis://x", "--max-body-bytes", "many"), "INFERQ_ROUTER_MAX_BODY_BYTES"),
     ],
 )

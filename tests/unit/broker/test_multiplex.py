@@ -11,7 +11,7 @@ from redis.asyncio.connection import Connection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from broker.link import MultiplexedLink
@@ -188,4 +188,20 @@ async def test_a_write_to_a_connection_that_was_just_closed_is_a_lost_connection
             await connection.command(2, "PING")
         with pytest.raises(RedisConnectionError, match="closed"):
             await connection.pipeline(2, [("PING",)])
+        await connection.close()
+
+
+async def test_what_is_no_reply_ends_the_connection_at_once() -> None:
+    """[H46] Another server's words, or half of something: what is under way fails now, not when its time is up, and the
+    next command has a connection of its own."""
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" if command == b"bad" else b"+ok\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        async with asyncio.timeout(5):
+            with pytest.raises(RedisError):
+                await connection.command(60, "bad")
+            assert await connection.command(60, "good") == b"ok"
         await connection.close()
