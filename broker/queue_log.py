@@ -178,27 +178,38 @@ class QueueLog:
                 left -= len(piece)
             part.flush()
             os.fsync(part.fileno())
-        kept = self._set_aside(damage.path)
-        draft.replace(damage.path)
-        cut = damage.bytes_cut
         entries = self._entries() or []
         later = [self._files / one["file"] for one in entries if one["type"] == "i"]
         later = later[later.index(damage.path) + 1 :]
-        for file in later:
-            cut += file.stat().st_size
-            self._set_aside(file)
+        # A process killed between any two of these steps leaves data that the next start reads or mends: what comes
+        # behind the damage must never be read without what stood at it, and a file of the manifest never be missing.
         if later:
             names = {file.name for file in later}
             self._write_manifest([one.string for one in entries if one["file"] not in names])
+        kept = self._place_aside(damage.path)
+        try:
+            kept.hardlink_to(damage.path)
+        except OSError:  # a file system without links
+            shutil.copy2(damage.path, kept)
+        draft.replace(damage.path)
+        cut = damage.bytes_cut
+        for file in later:
+            if file.exists():
+                cut += file.stat().st_size
+                self._set_aside(file)
         return Mended(damage.path, cut, kept)
 
     def _set_aside(self, file: Path) -> Path:
         """Move a file to where Valkey does not look; where it is then."""
-        folder = self.folder / "damaged"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        kept = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{time.monotonic_ns()}-{file.name}"
+        kept = self._place_aside(file)
         file.replace(kept)
         return kept
+
+    def _place_aside(self, file: Path) -> Path:
+        """A free path for a file, where Valkey does not look."""
+        folder = self.folder / "damaged"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{time.monotonic_ns()}-{file.name}"
 
     def _entries(self) -> list[re.Match[str]] | None:
         """The manifest's lines; None if it is missing or not one."""

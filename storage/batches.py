@@ -245,8 +245,7 @@ class Batches:
                 continue
             if int(at) >= before_s:
                 break
-            live, end = self._store.get_many([_live(tenant_of(folder), batch_id), f"{folder}/batches/{batch_id}/end"])
-            if live is not None or end is None:
+            if self._store.get(_live(tenant_of(folder), batch_id)) is not None:
                 continue  # its batcher died just before it wrote the end, or has not done yet what follows it
             self._store.delete_below(f"{folder}/batches/{batch_id}")
             self._store.delete([f"{_ENDED}/{name}"])

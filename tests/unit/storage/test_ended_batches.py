@@ -115,7 +115,17 @@ def test_a_batch_whose_end_is_not_finished_is_not_removed(store: CountingStore) 
     batch_id = _ended(batches, 1)
     store.put(f"live/t-acme~{batch_id}", b"")
     assert batches.forget_ended(NOW_S + 10, 5) == 0
-    batches.retire(ACME, batch_id)
     store.delete([Batches.name(ACME, batch_id, "end")])
     assert batches.forget_ended(NOW_S + 10, 5) == 0
     assert batches.get(ACME, batch_id) is not None
+
+
+def test_a_removal_that_broke_off_is_finished_by_the_next(store: CountingStore) -> None:
+    """[G11] Whatever of a batch was removed already, the rest of it and its mark go the next time."""
+    batches = Batches(store)
+    for number, gone in enumerate((["end"], ["end", "request", "progress"])):
+        batch_id = _ended(batches, number)
+        store.delete([batches.name(ACME, batch_id, part) for part in gone])
+    assert batches.forget_ended(NOW_S + 1, 10) == 2
+    assert store.names("ended") == []
+    assert batches.page(ACME, limit=PAGE) == ([], False)
