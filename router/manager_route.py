@@ -133,6 +133,6 @@ def _stands_by(answer: Forwarded) -> bool:
         return False
     try:
         code: object = json.loads(answer.body)["error"]["code"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return True
     return code == ManagerUnavailable.code

@@ -171,7 +171,7 @@ def _refusal(status: int, content: bytes, url: str, unknown: frozenset[int]) -> 
     try:
         error = json.loads(content)["error"]
         code, message = str(error["code"]), str(error["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"{url} answers {status}: is it the right URL?"
     if code == UnknownWorker.code or status in unknown:
         return UnknownWorker(message)

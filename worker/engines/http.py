@@ -126,7 +126,7 @@ class HttpEngine:
             page = json.loads(body)
             # Some servers answer with the bare list.
             listed = {str(model["id"]): model for model in (page if isinstance(page, list) else page["data"])}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EngineFailed(f"{self.base_url}/v1/models answers something else than a list of models") from error
         names = tuple(name for name in list(listed)[:MAX_MODELS] if _nameable(name))
         self.cards = bounded_cards({name: listed[name] for name in names})

@@ -59,6 +59,13 @@ async def test_the_acting_manager_is_asked_first_wherever_it_is() -> None:
     assert not route.trouble
 
 
+async def test_a_page_that_is_no_managers_leads_to_the_next_one() -> None:
+    """[H48] A proxy's 503, or one that is nested without an end, is no answer of a Manager that acts."""
+    for body in (b"<html>", b"[" * 200_000):
+        fakes = Fakes(**{ONE: Forwarded(503, (), body), TWO: ACCEPTED})
+        assert await fakes.route(ONE, TWO).forward(CALL) == ACCEPTED
+
+
 async def test_those_that_it_was_given_are_asked_in_turn() -> None:
     """[A7] While Redis says nothing, the first that neither stands by nor is away answers; one that was away is asked
     last for a while."""

@@ -60,9 +60,10 @@ async def test_a_heartbeat_that_nobody_knows_means_register_again(status: int, b
         await client.close()
 
 
-async def test_a_registration_that_finds_nothing_is_no_manager() -> None:
-    """404 to a registration is a wrong URL, said as such."""
-    async with answering(404, b"nothing here") as url:
+@pytest.mark.parametrize("body", [b"nothing here", b"[" * 200_000])
+async def test_a_registration_that_finds_nothing_is_no_manager(body: bytes) -> None:
+    """[H48] 404 to a registration is a wrong URL, said as such, whatever nested page comes with it."""
+    async with answering(404, body) as url:
         client = FabricClient([url])
         with pytest.raises(ManagerUnavailable, match="is it the right URL"):
             await client.register(REGISTRATION)
