@@ -213,6 +213,9 @@ def prepare_app(
     and an OpenAPI document that says so. ``unbounded``: methods and paths that bound their bodies themselves.
     ``unknown_path`` ends the sentence that answers any other path. ``describe`` says in the document who may ask
     what."""
+    # A redirect would name the scheme and host of the request as the app sees them: behind a proxy that ends TLS it
+    # would lead a client, with its key, to plain HTTP.
+    app.router.redirect_slashes = False
     add_browser_pages(app)
     app.state.unknown_path = unknown_path
     app.add_middleware(DerivedMethods)

@@ -95,6 +95,14 @@ async def test_retry_after_and_allow_headers() -> None:
         assert (await client.get("/orders")).headers["allow"] == "OPTIONS, POST"
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
+async def test_a_path_with_a_slash_too_many_is_unknown(method: str) -> None:
+    """[H11] It is a 404, as on inference paths: no redirect leads a client with its key to plain HTTP behind a proxy."""
+    async with _client(_app()[0]) as client:
+        answer = await client.request(method, "/orders/", headers={"x-forwarded-proto": "https"})
+    assert (answer.status_code, answer.headers.get("location")) == (404, None)
+
+
 async def test_a_sane_request_id_is_kept_and_bound() -> None:
     """The caller's id comes back in the answer and stands in the task's logs."""
     async with _client(_app()[0]) as client:

@@ -71,3 +71,17 @@ def test_a_conversation_and_a_recording_are_answered() -> None:
     form = b'--B\r\ncontent-disposition: form-data; name="model"\r\n\r\nm\r\n--B--\r\n'
     assert ask("/v1/audio/translations", form)[1]["text"]
     assert ask("/v1/audio/transcriptions", form.replace(b"\r\nm\r\n", b"\r\nother\r\n"))[0] == 404
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_the_model_of_a_form_is_the_field_of_that_name(model_first: bool) -> None:
+    """[H10] The field named model is read, not the part behind it: the openai SDK sends the recording last."""
+    parts = [
+        b'Content-Disposition: form-data; name="model"\r\n\r\nm',
+        b'Content-Disposition: form-data; name="language"\r\nContent-Type: text/plain\r\n\r\nen',
+        b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\nRIFF\0\r\n\r\nx',
+    ]
+    form = b"".join(b"--B\r\n" + part + b"\r\n" for part in (parts if model_first else parts[::-1])) + b"--B--\r\n"
+    for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
+        assert ask(path, form)[0] == 200
+        assert ask(path, form.replace(b"\r\n\r\nm\r\n", b"\r\n\r\nother\r\n"))[0] == 404

@@ -18,7 +18,7 @@ from .settings import SimulationSettings
 from .tokens import count_tokens
 
 _LABELS = ("LABEL_0", "LABEL_1")
-_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]*\r\n)*\r\n([^\r\n]*)\r\n')
+_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
 
 
 def rerank(body: bytes, settings: SimulationSettings) -> Reply:
