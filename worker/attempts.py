@@ -38,6 +38,7 @@ from .core import (
     Retry,
     RetryLater,
     Silence,
+    is_readable,
     is_whole,
     judge_answer,
     judge_failure,
@@ -403,6 +404,12 @@ class Attempts:
                 "the engine closed the connection, and nothing proves that its answer is whole: it has neither "
                 "content-length nor chunks, and is no complete JSON"
             )
+        if not is_readable(answer.status, answer.content_type, body):
+            unreadable = EngineFailed(
+                f"the engine answered with status {answer.status} and {len(body)} bytes that are no JSON, although "
+                "their content type says so: see the engine's log"
+            )
+            return _Settle(Outcome.FAILED, attempt.cutter.fail(unreadable))
         self._metrics.usage(attempt.lease.job.model, body)
         return _Settle(
             verdict, attempt.cutter.whole(answer.status, answer.content_type, body, _headers(attempt.lease, answer))

@@ -7,7 +7,7 @@ from .silence import Silence, may_hold_back
 from .slots import Claim, Slots
 from .stand_in import StandIn
 from .verdict import Retry, RetryLater, judge_answer, judge_failure, judge_server_error
-from .wholeness import is_whole
+from .wholeness import is_readable, is_whole
 
 __all__ = [
     "LATE_S",
@@ -21,6 +21,7 @@ __all__ = [
     "Silence",
     "Slots",
     "StandIn",
+    "is_readable",
     "is_whole",
     "judge_answer",
     "judge_failure",

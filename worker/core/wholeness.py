@@ -43,6 +43,8 @@ class _Api(Enum):
     OTHER = auto()
 
 
+_JSON_ENDS = {(b"{", b"}"), (b"[", b"]"), (b'"', b'"')}
+_SHORT_BYTES = 64
 _MARKERS = {_Api.MESSAGES: _MESSAGES_END, _Api.RESPONSES: _RESPONSES_END}
 
 
@@ -138,6 +140,16 @@ def is_whole(status: int, content_type: str, body: bytes, *, delimited: bool) ->
     return isinstance(_json(body), dict | list)
 
 
+def is_readable(status: int, content_type: str, body: bytes) -> bool:
+    """Whether a plain answer that passes for a success can be what its content type says: for JSON, a look at both ends
+    is enough to tell an empty body or a text, and costs nothing with large ones."""
+    if not 200 <= status < 300 or "json" not in content_type.lower():
+        return True
+    if len(body) <= _SHORT_BYTES:
+        return _is_json(body)
+    return (body[:_SHORT_BYTES].lstrip()[:1], body[-_SHORT_BYTES:].rstrip()[-1:]) in _JSON_ENDS
+
+
 def _api_of(path: str) -> _Api:
     match path.rstrip("/").rpartition("/")[2]:
         case "completions":
@@ -172,6 +184,14 @@ def _is_error(events: bytes) -> bool:
     return isinstance(last, dict) and (
         bool(last.get("error")) or last.get("type") == "error" or last.get("object") == "error"
     )
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def _json(data: bytes) -> Any:

@@ -113,6 +113,11 @@ class ResponseEvents:
         """The number of the next event."""
         return self._number
 
+    @property
+    def failure(self) -> ChatFailure | None:
+        """Why there is no (whole) answer, once that is known."""
+        return self._failure
+
     def begin(self) -> list[Json]:
         """The events with which every response begins."""
         self._add("response.created", response=self.response())

@@ -7,6 +7,8 @@ from dataclasses import replace
 import orjson
 
 from queue_schemas import END, HEAD, Frame, JobId, OnLoss
+from queue_schemas.chat_answer import ChatFailure
+from queue_schemas.error_shapes import Dialect, ErrorFacts, error_body, openai_type
 
 from ..stitch import EVENT_STREAM, Head, Stitch
 from .events import ResponseEvents, as_server_sent
@@ -49,8 +51,18 @@ class LiveResponse(Stitch):
             return b"".join(map(as_server_sent, events))
         if not self.ended:
             return b""
+        if self._made.failure is not None:
+            # A status of 200 would pass for an answer: SDKs read the text in it, which is cut short, without a word.
+            return self._refusal(self._made.failure)
         self.head = _ONE_OBJECT
         return orjson.dumps(self._made.response())
+
+    def _refusal(self, failure: ChatFailure) -> bytes:
+        """The answer of a chat that failed behind a head of status 200."""
+        status = failure.status if failure.status >= 400 else 502
+        self.head = Head(status, _ONE_OBJECT.content_type)
+        facts = ErrorFacts(status, failure.message, failure.type or openai_type(status), failure.param)
+        return error_body(facts, Dialect.RESPONSES, "")
 
     def _events(self, data: bytes, head: Head) -> list[Json]:
         """The events that ``data`` makes: to them, all attempts are one."""

@@ -103,4 +103,9 @@ class ResponseStitch(Stitch):
     def _end(self) -> None:
         if self._made.number < self._expected[0]:
             raise StreamBroken(_ANEW)
+        if self._after >= self._made.number:
+            raise StreamBroken(
+                f"the response has no event {self._after}, its last is {self._made.number - 1}: it is not the one that "
+                "you had the beginning of; read it without starting_after"
+            )
         self.ended = self.settled = True

@@ -72,10 +72,19 @@ def test_all_events_come_from_the_first_to_the_end() -> None:
     assert stitch.settled
 
 
-@pytest.mark.parametrize("after", range(-1, len(WHOLE) + 1))
+@pytest.mark.parametrize("after", range(-1, len(WHOLE)))
 def test_whatever_the_client_has_it_gets_the_rest(after: int) -> None:
     """Together they are the whole, wherever it was cut."""
     assert WHOLE[: after + 1] + _read(ResponseStitch(ASKED, after, 1), *_whole("a", "b", "c")) == WHOLE
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 99_999])
+def test_a_number_behind_the_last_event_ends_with_an_error(beyond: int) -> None:
+    """[H13] An empty stream would pass for the end of this response, of which the client has seen nothing."""
+    stitch = ResponseStitch(ASKED, len(WHOLE) + beyond, 1)
+    assert _read(stitch, *_whole("a", "b", "c")) == []
+    assert isinstance(stitch.error, StreamBroken)
+    assert f"its last is {len(WHOLE) - 1}" in stitch.error.message
 
 
 def test_an_attempt_that_goes_on_goes_on() -> None:
@@ -190,6 +199,19 @@ def test_a_refusal_of_the_engine_passes_as_it_is(stream: bool) -> None:
     assert live.take() == b'{"error": {}}'
     assert live.head is not None
     assert live.head.status == 400
+
+
+@pytest.mark.parametrize("said", ["", "half a"])
+def test_a_response_whose_chat_fails_on_its_way_is_no_success(said: str) -> None:
+    """[H12] Who waits for one object gets the error with its status: from a 200 SDKs read half a text as the answer."""
+    live = _live(stream=False)
+    body = orjson.dumps({"error": {"message": "boom", "type": "InternalServerError", "param": None, "code": 500}})
+    live.on_frame(_whole(said)[0])
+    live.on_frame(replace(_frame(0, b"data: " + body + b"\n\n"), seq=1, flags=END))
+    data = live.take()
+    assert live.ended and live.head is not None
+    assert (live.head.status >= 500, live.head.content_type) == (True, "application/json")
+    assert orjson.loads(data)["error"]["message"] == "boom"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -97,7 +97,7 @@ async def test_retry_after_and_allow_headers() -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
 async def test_a_path_with_a_slash_too_many_is_unknown(method: str) -> None:
-    """[H11] It is a 404, as on inference paths: no redirect leads a client with its key to plain HTTP behind a proxy."""
+    """[H11] It is a 404, as on inference paths: no redirect leads a client with its key to plain HTTP."""
     async with _client(_app()[0]) as client:
         answer = await client.request(method, "/orders/", headers={"x-forwarded-proto": "https"})
     assert (answer.status_code, answer.headers.get("location")) == (404, None)

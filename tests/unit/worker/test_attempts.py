@@ -506,6 +506,34 @@ async def test_a_plain_answer_that_only_a_closed_connection_ends_must_prove_itse
     assert (outcome, frame.status, frame.data) == (Outcome.FAILED, 400, body)
 
 
+@pytest.mark.parametrize(
+    "body", [b"", b"  ", b"Internal Server Error", b"<html></html>", b'{"choices": [', b"Internal" * 99]
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_success_that_is_not_what_its_type_says_is_a_failure(body: bytes, stream: bool) -> None:
+    """[H14] A status of 200 with JSON that is none: SDKs fail in decoding, and end a stream without a word."""
+    bench = Bench(plain(200, body))
+    await bench.run(lease(stream=stream))
+    ((_, outcome, (frame,)),) = bench.broker.settled
+    assert (outcome, frame.status) == (Outcome.FAILED, 502)
+    assert b"no JSON" in frame.data
+
+
+async def test_an_answer_of_another_type_passes_as_it_is() -> None:
+    """[H14] Texts, recordings and answers without a body are not looked into."""
+    for answer in (
+        Answer(200, "text/plain", [b""]),
+        Answer(200, "application/octet-stream", [b"\x00"]),
+        Answer(204, "", []),
+        Answer(200, "application/json", [b' [1, {"a": 2}]\r\n']),
+        Answer(200, "application/json", [b"null"]),
+        Answer(200, "application/json", [b'"%b"' % (b"heard " * 20)]),
+    ):
+        bench = Bench(answer)
+        await bench.run(lease())
+        assert bench.broker.settled[0][1] is Outcome.DONE
+
+
 async def test_an_abort_closes_the_engine_call_and_tells_nobody() -> None:
     """The queue has ended the job already: the connection closes, nothing is settled or released."""
     bench = Bench(Answer(200, SSE, [b"data: 1\n\n", asyncio.Event()]))

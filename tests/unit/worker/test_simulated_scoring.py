@@ -79,7 +79,7 @@ def test_the_model_of_a_form_is_the_field_of_that_name(model_first: bool) -> Non
     parts = [
         b'Content-Disposition: form-data; name="model"\r\n\r\nm',
         b'Content-Disposition: form-data; name="language"\r\nContent-Type: text/plain\r\n\r\nen',
-        b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\nRIFF\0\r\n\r\nx',
+        b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\nRIFF\0',
     ]
     form = b"".join(b"--B\r\n" + part + b"\r\n" for part in (parts if model_first else parts[::-1])) + b"--B--\r\n"
     for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
