@@ -26,7 +26,7 @@ _CURES = {
 
 
 class DataFolder:
-    """``path`` holds ``aof/`` (the data), ``valkey.conf`` and ``password`` (0600), ``port``, ``lock`` and
+    """``path`` (0700) holds ``aof/`` (the data, 0700), ``valkey.conf`` and ``password`` (0600), ``port``, ``lock`` and
     ``valkey.log``. Methods raise ``OSError``, of which :meth:`problem` makes a sentence."""
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,8 @@ class DataFolder:
 
         Raises ``CannotStart`` naming the process that owns the folder, if another one does.
         """
-        (self.path / "aof").mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.path / "aof"):
+            _make_private(folder)
         self._lock_fd = _lock(self.path)
         file = self.path / "password"
         if not file.exists() or not file.read_text().strip():
@@ -145,6 +146,15 @@ def _lock(path: Path) -> int:
             f"{path} is in use by process {owner}: stop that one, or give this one a data folder of its own"
         ) from error
     return fd
+
+
+def _make_private(folder: Path) -> None:
+    """Make ``folder`` for its owner only, as the server's files, which hold every tenant's prompts, are readable by
+    whoever reaches them. One that is there is closed to others too, unless it belongs to another user."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+        folder.chmod(0o700)
 
 
 def _write_private(path: Path, text: str) -> None:

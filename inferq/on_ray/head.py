@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from queue_schemas import CannotStart
+from telemetry.log_files import open_log
 from telemetry.server import bind_socket
 
 from .processes import boot_id, send, session_members, start_of, until
@@ -112,9 +113,8 @@ def start_head(settings: RaySettings) -> Head:
         bind_socket(host, settings.head_port, setting="--head-port").close()
     _prepare_session(session)
     log_path = folder / "logs" / "ray-head.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
     token = _ensure_token(folder)
-    with log_path.open("ab") as log:
+    with open_log(log_path) as log:
         since = log.tell()
         process = subprocess.Popen(
             head_command(settings, dashboard_port, free_port()),

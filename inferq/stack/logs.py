@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from telemetry.log_files import open_log
+
 MAX_BYTES = 20 << 20
 """At this size the file becomes ``<name>.log.1``: at most twice as much is kept per role."""
 _RAISED = re.compile(r"[\s|+-]*((?:[\w.]*(?:Error|Exception|Group|Interrupt|Exit)|Fenced)\b.*)")
@@ -27,7 +29,6 @@ class RoleLog:
         self._bytes = 0
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
         return self
 
@@ -49,7 +50,7 @@ class RoleLog:
                 self.last_words = told
 
     def _open(self) -> None:
-        self._file = self.path.open("ab", buffering=0)
+        self._file = open_log(self.path)
         self._bytes = self._file.tell()
 
     def _keep(self, text: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from telemetry import get_logger
+from telemetry.log_files import open_log
 
 MAX_FILE_BYTES = 10 * 1024 * 1024
 """A file that is larger becomes ``<name>.1``, replacing the one before."""
@@ -52,8 +53,7 @@ class LogTail:
 
     def _append(self, path: Path, data: bytes) -> None:
         if self._file is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
+            self._file = open_log(path)
             self._size = self._file.tell()
         self._file.write(data)
         self._size += len(data)

@@ -90,6 +90,19 @@ async def test_only_the_password_opens_it_and_only_the_owner_reads_it(tmp_path: 
         assert (tmp_path / "password").read_text().strip() not in command_line(server.pid)
 
 
+@pytest.mark.parametrize("before", [None, 0o755], ids=["a new folder", "one of an earlier version"])
+async def test_only_the_owner_reaches_its_data(tmp_path: Path, before: int | None) -> None:
+    """[H20] Prompts and answers of every tenant stand in the append-only files: no other user of the machine gets to
+    them, nor to what a folder made by an earlier version has left open."""
+    folder = tmp_path / "valkey"
+    if before is not None:
+        (folder / "aof").mkdir(mode=before, parents=True)
+        folder.chmod(before)
+    async with EmbeddedServer(folder):
+        for path in (folder, folder / "aof"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
 async def test_it_listens_on_loopback_alone(tmp_path: Path) -> None:
     """No other address of the machine answers."""
     async with EmbeddedServer(tmp_path) as server:

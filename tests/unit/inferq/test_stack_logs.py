@@ -9,6 +9,7 @@ import pytest
 
 from inferq.stack import logs
 from inferq.stack.logs import RoleLog, readable_error
+from worker.engines.log_tail import LogTail
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,16 @@ def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert path.with_suffix(".log.1").stat().st_size <= 100
     assert path.read_text().endswith("line 49\n")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_users_cannot_read_what_processes_write(tmp_path: Path) -> None:
+    """[H20] Logs have addresses, and what engines print has prompts: neither the folder nor a file, an older part
+    included, is open to everybody."""
+    path = tmp_path / "logs" / "worker-1.log"
+    with RoleLog(path, lambda _: None) as log:
+        log.write(b"a line")
+    engine = LogTail(tmp_path / "engines" / "worker-1-engine.log")
+    engine.write(b"a line\n")
+    engine.close()
+    for folder in (path.parent, tmp_path / "engines"):
+        assert [each.stat().st_mode & 0o007 for each in (folder, *folder.iterdir())] == [0, 0]
