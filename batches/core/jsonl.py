@@ -16,12 +16,11 @@ import orjson
 from queue_schemas import BadMessage, BadRequest
 from queue_schemas.ids import check_name
 from queue_schemas.request_limits import RequestLimits, check_request
+from queue_schemas.structure import TOO_MUCH, has_too_much_structure
 
 LONGEST_CUSTOM_ID = 512
 _BOM = b"\xef\xbb\xbf"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_MAX_STRUCTURE = 1_000_000
-"""Objects, lists and names in one line, counted before it is parsed: they, not text, make parsing slow and large."""
 
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _DEEP = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]')
@@ -175,10 +174,8 @@ def _cut_body(data: bytes) -> bytes:
 def _parsed(data: bytes) -> dict[str, Any]:
     if data.startswith(_WIDE_MARKS) or data[:4].count(0):
         raise BadLine("invalid_encoding", "the file is UTF-16 or UTF-32; save it as UTF-8 and upload it again")
-    if len(data) > _MAX_STRUCTURE and sum(map(data.count, (b"[", b"{", b'":'))) > _MAX_STRUCTURE:
-        raise BadLine(
-            "invalid_json_line", f"the line has more than {_MAX_STRUCTURE} objects, lists and names; split the request"
-        )
+    if has_too_much_structure(data):
+        raise BadLine("invalid_json_line", f"the line has {TOO_MUCH}; split the request")
     try:
         line = orjson.loads(data)
     except orjson.JSONDecodeError as error:

@@ -18,6 +18,7 @@ from queue_schemas import BadMessage, BadRequest, Pool
 from queue_schemas.completions import RESPONSES_PATH, wants_usage
 from queue_schemas.ids import check_name
 from queue_schemas.request_limits import RequestLimits, check_request
+from queue_schemas.structure import TOO_MUCH, has_too_much_structure
 
 from .continuation import choices_of, may_continue
 from .forms import boundary_of, form_fields
@@ -48,8 +49,6 @@ MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations
 """Those that take a form with a file, not JSON."""
 
 _TIMEOUT = "a number of seconds above 0: how long the request may take"
-_MAX_STRUCTURE = 1_000_000
-"""Objects, lists and names in a JSON body, counted before it is parsed: they, not text, make parsing slow and large."""
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
 _FORM_FIELDS = ("model", "stream", "priority", "timeout")
 _TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
@@ -97,10 +96,8 @@ def read_fields(body: bytes, content_type: str, path: str, limits: RequestLimits
 
 
 def _from_json(body: bytes, path: str, limits: RequestLimits | None) -> RequestFields:
-    if len(body) > _MAX_STRUCTURE and sum(map(body.count, (b"[", b"{", b'":'))) > _MAX_STRUCTURE:
-        raise BadRequest(
-            f"the body has more than {_MAX_STRUCTURE} objects, lists and names; split it into several requests"
-        )
+    if has_too_much_structure(body):
+        raise BadRequest(f"the body has {TOO_MUCH}; split it into several requests")
     try:
         request = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -114,3 +114,32 @@ def test_a_body_that_is_all_structure_is_refused_before_it_is_parsed() -> None:
         read_fields(bomb, "application/json", CHAT)
     text = b'{"model":"m","x":"' + b"word, " * 1_000_000 + b'"}'
     assert read_fields(text, "application/json", CHAT).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("item", "times", "within"),
+    [
+        (b'"k" :1,', 1_100_000, b'{%b"k":1}'),
+        (b'"k"\n:1,', 1_100_000, b'{%b"k":1}'),
+        (b'"",', 1_100_000, b'[%b""]'),
+        (rb'"\\",', 2_100_000, b'[%b""]'),
+        (b"1,", 4_100_000, b"[%b1]"),
+        (b"null,", 4_100_000, b"[%b1]"),
+    ],
+    ids=["names before a blank", "names before a line end", "empty texts", "backslashes", "numbers", "nulls"],
+)
+def test_structure_is_counted_however_it_is_written(item: bytes, times: int, within: bytes) -> None:
+    """[H21] A body of millions of names, texts or numbers is refused before it is parsed, whatever stands between
+    them."""
+    with pytest.raises(BadRequest, match="objects, lists and names"):
+        read_fields(b'{"model":"m","x":%b}' % (within % (item * times)), "application/json", CHAT)
+
+
+def test_what_people_send_is_not_taken_for_structure() -> None:
+    """[H21] Prompts of many token ids, source code with escaped quotes, and long prose with commas pass."""
+    ids = b"[" + b",".join([b"12"] * 1_100_000) + b"]"
+    code = b'"' + rb"\"a\"," * 1_100_000 + b'"'
+    prose = b'"' + b"so, " * 1_100_000 + b'"'
+    for prompt in (ids, code, prose):
+        body = b'{"model":"m","prompt":' + prompt + b"}"
+        assert read_fields(body, "application/json", "/v1/completions").model == "m"
