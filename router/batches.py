@@ -64,11 +64,11 @@ def batch_routes(state: RouterState) -> APIRouter:
         batch, claim = await state.store.run(lambda: desk.create(tenant, asked, sent, now_s))
         return await idempotency.answer(request, claim, batch_object(batch), state.store.later)
 
-    @routes.get(_ALL, summary="Your batches, newest first", responses=error_responses(400, 401, 503))
+    @routes.get(_ALL, summary="Your batches, newest first", responses=error_responses(400, 401, 429, 503))
     async def page(request: Request, after: str = Query(""), limit: int = Query(20, ge=1, le=100)) -> JSONResponse:
         tenant = state.keys.caller(request)
         cursor = check_batch_cursor(after)
-        found, more = await state.store.run(lambda: desk.page(tenant, cursor, limit))
+        found, more = await state.store.read_page(tenant, lambda: desk.page(tenant, cursor, limit))
         return JSONResponse(batch_list(found, more=more))
 
     @routes.get(_ALL + "/{batch_id}", summary="How one stands", responses=error_responses(401, 404, 503))

@@ -96,7 +96,7 @@ def file_routes(state: RouterState) -> APIRouter:
             return Response(status_code=_CLIENT_GONE)
         return JSONResponse(_shown(record).model_dump())
 
-    @routes.get(FILES_PATH, summary="Your files", responses=error_responses(400, 401, 503))
+    @routes.get(FILES_PATH, summary="Your files", responses=error_responses(400, 401, 429, 503))
     async def page(
         request: Request,
         after: str = Query("", max_length=64),
@@ -107,8 +107,8 @@ def file_routes(state: RouterState) -> APIRouter:
         tenant, now_s = state.keys.caller(request), time.time()
         if after and not is_id(after, FILE):
             raise BadRequest("after must be the id of a file: the last_id of the page before", param="after")
-        found, more = await store.run(
-            lambda: files.page(tenant, now_s, after=after, limit=limit, order=order, purpose=purpose)
+        found, more = await store.read_page(
+            tenant, lambda: files.page(tenant, now_s, after=after, limit=limit, order=order, purpose=purpose)
         )
         ids = [record.id for record in found]
         return FileList(

@@ -10,15 +10,17 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from queue_schemas import InferqError, StoreUnavailable
+from queue_schemas import InferqError, OverCapacity, StoreUnavailable, Tenant
 from storage import Batches, Deliveries, Files, ObjectStore, RequestRecords, Webhooks
 from telemetry import get_logger
 
 WAITING_PER_THREAD = 16
 """How many calls may wait for each thread; beyond it they are refused."""
+MOST_PAGES_WAITING = 16
+"""How many pages of lists may wait for a tenant's turn; beyond it they are refused."""
 RETRY_AFTER_S = 5
 _Answer = TypeVar("_Answer")
 
@@ -32,6 +34,14 @@ class _Call(Generic[_Answer]):
     answer: asyncio.Future[_Answer] | None
     """None: nobody waits."""
     undo: Callable[[], object] | None = None
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Whose page of one tenant is read, and how many are being read or wait."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    wanted: int = 0
 
 
 class Store:
@@ -48,6 +58,7 @@ class Store:
         self._most_threads = threads
         self._most_open = threads * WAITING_PER_THREAD
         self._threads = 0
+        self._page_turns: dict[Tenant, _Turn] = {}
         self._calls: queue.SimpleQueue[_Call[Any] | None] = queue.SimpleQueue()
         self._idle = asyncio.Event()
         self.open = 0
@@ -80,6 +91,31 @@ class Store:
             raise StoreUnavailable(
                 f"the file store did not answer within {limit_s:g} s; try again", retry_after_s=RETRY_AFTER_S
             ) from None
+
+    async def read_page(self, tenant: Tenant, work: Callable[[], _Answer]) -> _Answer:
+        """:meth:`run` for a page of a tenant's list, which reads many objects: one at a time of each tenant, so that
+        those of one neither fill the threads nor keep the loop from its turn.
+
+        Raises ``OverCapacity`` where too many of the tenant's wait already, or one has waited for the limit.
+        """
+        turn = self._page_turns.setdefault(tenant, _Turn())
+        if turn.wanted > MOST_PAGES_WAITING:
+            raise _too_many_pages()
+        turn.wanted += 1
+        try:
+            try:
+                async with asyncio.timeout(self._limit_s):
+                    await turn.lock.acquire()
+            except TimeoutError:
+                raise _too_many_pages() from None
+            try:
+                return await self.run(work)
+            finally:
+                turn.lock.release()
+        finally:
+            turn.wanted -= 1
+            if not turn.wanted:
+                del self._page_turns[tenant]
 
     def later(self, work: Callable[[], object]) -> None:
         """Do ``work`` in a thread; nobody waits for it. For clearing up, which may fail: then it is logged."""
@@ -132,3 +168,10 @@ class Store:
             log.warning("store_call_failed", error=reason, then="nobody waited for it")
         if call.undo is not None:
             self.later(call.undo)
+
+
+def _too_many_pages() -> OverCapacity:
+    return OverCapacity(
+        f"{MOST_PAGES_WAITING} of your pages of lists wait for another one to be read: ask for one after another",
+        retry_after_s=RETRY_AFTER_S,
+    )

@@ -75,12 +75,12 @@ def webhook_routes(state: RouterState) -> APIRouter:
         endpoint, keys, claim = await store.run(lambda: desk.create(tenant, asked, sent, now_s))
         return await idempotency.answer(request, claim, endpoint_object(endpoint, keys, shown=True), store.later)
 
-    @routes.get(_ALL, summary="Your endpoints, newest first", responses=error_responses(400, 401, 503))
+    @routes.get(_ALL, summary="Your endpoints, newest first", responses=error_responses(400, 401, 429, 503))
     async def page(
         request: Request, after: str = Query("", max_length=80), limit: int = Query(20, ge=1, le=100)
     ) -> JSONResponse:
         tenant = state.keys.caller(request)
-        found, more = await store.run(lambda: desk.page(tenant, after, limit))
+        found, more = await store.read_page(tenant, lambda: desk.page(tenant, after, limit))
         return JSONResponse(list_object([endpoint_object(*one) for one in found], more=more))
 
     @routes.get(_ONE, summary="One of them", responses=error_responses(401, 404, 503))
@@ -150,7 +150,7 @@ def webhook_routes(state: RouterState) -> APIRouter:
     @routes.get(
         _ONE + "/deliveries",
         summary="What was sent to it and what it answered, newest first",
-        responses=error_responses(400, 401, 404, 503),
+        responses=error_responses(400, 401, 404, 429, 503),
     )
     async def deliveries(
         webhook_endpoint_id: str,
@@ -159,7 +159,9 @@ def webhook_routes(state: RouterState) -> APIRouter:
         limit: int = Query(20, ge=1, le=100),
     ) -> JSONResponse:
         tenant = state.keys.caller(request)
-        found, more = await store.run(lambda: desk.deliveries(tenant, webhook_endpoint_id, after, limit))
+        found, more = await store.read_page(
+            tenant, lambda: desk.deliveries(tenant, webhook_endpoint_id, after, limit)
+        )
         return JSONResponse(list_object([delivery_object(one) for one in found], more=more))
 
     @routes.get("/v1/webhook_event_types", summary="What can be heard of", responses=error_responses(401))

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from queue_schemas import CannotStart, StoreUnavailable
+from queue_schemas import CannotStart, OverCapacity, StoreUnavailable, Tenant
 from router import RouterSettings, build_router
-from router.store import WAITING_PER_THREAD, Store
+from router.store import MOST_PAGES_WAITING, WAITING_PER_THREAD, Store
 from storage import ObjectStore, StorageSettings
 from tests.support.waiting import eventually
 
@@ -49,6 +49,30 @@ async def test_a_store_that_hangs_is_said_and_does_not_spread(hang: threading.Ev
     hang.set()
     await eventually(lambda: store.open == 0, "the calls end")
     assert await store.run(lambda: 1) == 1
+    await store.close(1)
+
+
+async def test_pages_of_one_tenant_leave_the_store_to_the_others(hang: threading.Event) -> None:
+    """[H23] Lists are read one at a time of each tenant: a hundred asked for at once hold one thread, what is too many
+    is refused with 429, and another tenant's list and any single object are read meanwhile."""
+    store = make_store(threads=2)
+    greedy, other = Tenant("greedy"), Tenant("other")
+    begun: list[int] = []
+
+    def slow(number: int) -> int:
+        begun.append(number)
+        hang.wait()
+        return number
+
+    asked = [asyncio.ensure_future(store.read_page(greedy, lambda i=i: slow(i))) for i in range(100)]  # type: ignore[misc]
+    await eventually(lambda: begun == [0], "the first page is being read")
+    assert await store.read_page(other, lambda: "theirs") == "theirs"
+    assert await store.run(lambda: "one object") == "one object"
+    assert begun == [0]
+    hang.set()
+    ends = await asyncio.gather(*asked, return_exceptions=True)
+    assert ends[: MOST_PAGES_WAITING + 1] == list(range(MOST_PAGES_WAITING + 1))
+    assert {type(end) for end in ends[MOST_PAGES_WAITING + 1 :]} == {OverCapacity}
     await store.close(1)
 
 
