@@ -217,8 +217,6 @@ def prepare_app(
     # would lead a client, with its key, to plain HTTP.
     app.router.redirect_slashes = False
     add_browser_pages(app)
-    # A redirect would name the host and scheme that the request claims, and credentials would follow it there.
-    app.router.redirect_slashes = False
     app.state.unknown_path = unknown_path
     app.add_middleware(DerivedMethods)
     app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes, unbounded=unbounded)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _FILE_MODE, _FOLDER_MODE = 0o660, 0o770
-"""Before the umask: engines write prompts, and we write addresses, which are nobody else's. A group may collect logs."""
+"""Before the umask: engines write prompts, and we write addresses, nobody else's to read. A group may collect logs."""
 
 
 def open_log(path: Path) -> BinaryIO:

@@ -16,6 +16,8 @@ import orjson
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
+from .redaction import redact_text
+
 LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -102,10 +104,25 @@ def _add_role(role: str) -> Processor:
 def _renderers(console: bool, stream: TextIO) -> list[Processor]:
     if console:
         return [
+            _without_passwords,
             _without_control_characters,
             structlog.dev.ConsoleRenderer(timestamp_key="time", colors=stream.isatty()),
         ]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_to_json)]
+    return [
+        structlog.processors.format_exc_info,
+        _without_passwords,
+        structlog.processors.JSONRenderer(serializer=_to_json),
+    ]
+
+
+def _without_passwords(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """URLs may hold them, and stand in the messages of libraries, too."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = redact_text(value)
+        elif isinstance(value, (list, tuple)):
+            event[name] = [redact_text(part) if isinstance(part, str) else part for part in value]
+    return event
 
 
 def _without_control_characters(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

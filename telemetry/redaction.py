@@ -1,10 +1,39 @@
-"""Passwords in URLs: hidden before a URL is shown, left out of one that is handed out."""
+"""Secrets in URLs, texts and arguments: hidden before they are shown, left out of a URL that is handed out."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _SECRET_PARAMETER = re.compile(r"([?&;][^=&;?#@]*(?:passw|secret|token)[^=&;?#@]*=)[^&#]*", re.IGNORECASE)
+
+_IN_TEXT = re.compile(r"(://[^\s/:@]*):[^\s\"']*@")
+_SECRET_WORDS = ("passw", "secret")
+_SECRET_ENDS = ("api-key", "apikey", "access-key", "auth-key", "-token")
+
+
+def redact_text(text: str) -> str:
+    """``text`` with the passwords of the URLs in it hidden."""
+    return _IN_TEXT.sub(r"\1:***@", text) if "://" in text and "@" in text else text
+
+
+def redact_arguments(arguments: Iterable[str]) -> list[str]:
+    """A command's ``arguments`` without the values of options whose names speak of a secret, and without passwords in
+    URLs."""
+    shown, secret = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            secret = _is_secret(name)
+            shown.append(f"{name}=***" if secret and equals else f"{name}{equals}{redact_url(value)}")
+        else:
+            shown.append("***" if secret else redact_url(argument))
+    return shown
+
+
+def _is_secret(option: str) -> bool:
+    name = option.removeprefix("--").lower().replace("_", "-")
+    return name == "token" or name.endswith(_SECRET_ENDS) or any(word in name for word in _SECRET_WORDS)
 
 
 def redact_url(url: str) -> str:

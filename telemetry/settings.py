@@ -23,7 +23,7 @@ from queue_schemas import CannotStart
 from queue_schemas.acting import is_manager_url
 
 from .logs import LogFormat, LogLevel
-from .redaction import redact_url
+from .redaction import redact_arguments, redact_url
 from .variables import is_given, read_variable, warn_of_misspelt
 
 SHARED = frozenset(
@@ -245,5 +245,5 @@ def _shown(value: object) -> str:
     if isinstance(value, SecretStr):
         return "***" if value.get_secret_value() else ""
     if isinstance(value, (list, tuple)):
-        return ",".join(redact_url(str(part)) for part in value)
+        return ",".join(redact_arguments(map(str, value)))
     return redact_url(str(value))

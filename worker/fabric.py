@@ -25,6 +25,7 @@ from queue_schemas import (
     UnknownWorker,
     WorkerIdTaken,
 )
+from telemetry.redaction import redact_url
 
 CALL_LIMIT_S = 5.0
 """The Manager may have to look for another worker of that id first, and to take back what a dead one held."""
@@ -140,11 +141,13 @@ class FabricClient:
                 status = answer.status
         except TimeoutError as error:
             self._avoided_until[self.url] = time.monotonic() + AVOID_S
-            raise ManagerUnavailable(f"{self.url} does not answer within {limit_s:g} s") from error
+            raise ManagerUnavailable(f"{redact_url(self.url)} does not answer within {limit_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ManagerUnavailable(f"{self.url} does not answer: {error or type(error).__name__}") from error
+            raise ManagerUnavailable(
+                f"{redact_url(self.url)} does not answer: {error or type(error).__name__}"
+            ) from error
         if status >= 300:
-            raise _refusal(status, content, self.url, unknown)
+            raise _refusal(status, content, redact_url(self.url), unknown)
         return content
 
 

@@ -33,6 +33,7 @@ from telemetry import (
 )
 from telemetry.flags import parse_settings
 from telemetry.local_callers import LocalCallers
+from telemetry.redaction import redact_url
 from telemetry.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 
 from .engines import Engine
@@ -125,7 +126,7 @@ class Worker:
             slots=now.slots,
             running=now.running,
             broker_ok=now.broker_ok,
-            manager_url=self._client.url,
+            manager_url=redact_url(self._client.url),
             assignment=life.slots.order,
         )
 

@@ -23,6 +23,7 @@ from queue_schemas import EngineFailed, EngineState
 from queue_schemas.model_cards import Card
 from telemetry import get_logger
 from telemetry.environment import foreign_environment
+from telemetry.redaction import redact_arguments
 
 from . import guard
 from .http import HttpEngine
@@ -147,7 +148,8 @@ class ProcessEngine:
         launch = self._launch(self.port)
         before = f"; before, {self._last_failure}{self._in_a_row()}" if self.failures else ""
         self._become(EngineState.STARTING, f"{self.name} is starting on port {self.port}{before}")
-        log.info("engine_starting", engine=self.name, command=" ".join(launch.command), log_file=str(self.log.path))
+        command = " ".join(redact_arguments(launch.command))
+        log.info("engine_starting", engine=self.name, command=command, log_file=str(self.log.path))
         self._http = HttpEngine(f"http://{HOST}:{self.port}")
         try:
             async with self._started(launch) as process, asyncio.TaskGroup() as group:

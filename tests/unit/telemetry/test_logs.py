@@ -2,6 +2,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import structlog
@@ -110,3 +111,23 @@ def test_what_strangers_sent_commands_no_terminal() -> None:
         assert line.isprintable() or style == "json"
         assert "\x1b" not in line
         assert "2J" in line
+
+
+@pytest.mark.parametrize("fmt", ["json", "console"])
+def test_no_line_has_a_password_of_a_url(fmt: Literal["json", "console"]) -> None:
+    """[H24] Addresses are logged as they were given: in facts, lists, the messages of libraries and tracebacks their
+    passwords are hidden, and the rest stays."""
+    stream = io.StringIO()
+    configure_logging("worker", "info", fmt, stream=stream)
+    url = "http://user:hid/den@manager:9000"
+    get_logger("worker").warning(
+        "no_manager", reason=f"{url} does not answer", managers=[url], shown="a@b http://c:1/d"
+    )
+    logging.getLogger("library").warning("cannot reach redis://:hidden@host:1")
+    if fmt == "json":
+        get_logger("worker").error("broken", exc_info=ValueError(f"{url} is gone"))
+    said = stream.getvalue()
+    assert said.count("user:***@manager:9000") == (3 if fmt == "json" else 2)
+    assert "redis://:***@host:1" in said
+    assert "http://c:1/d" in said
+    assert "hid" not in said
