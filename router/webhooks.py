@@ -159,9 +159,7 @@ def webhook_routes(state: RouterState) -> APIRouter:
         limit: int = Query(20, ge=1, le=100),
     ) -> JSONResponse:
         tenant = state.keys.caller(request)
-        found, more = await store.read_page(
-            tenant, lambda: desk.deliveries(tenant, webhook_endpoint_id, after, limit)
-        )
+        found, more = await store.read_page(tenant, lambda: desk.deliveries(tenant, webhook_endpoint_id, after, limit))
         return JSONResponse(list_object([delivery_object(one) for one in found], more=more))
 
     @routes.get("/v1/webhook_event_types", summary="What can be heard of", responses=error_responses(401))

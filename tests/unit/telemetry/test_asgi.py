@@ -156,14 +156,3 @@ def test_a_503_always_says_when_to_come_back() -> None:
     status, headers, body = error_answer(ManagerUnavailable("standby"))
     assert (status, dict(headers)[b"retry-after"]) == (503, b"1")
     assert json.loads(body)["error"]["code"] == "manager_unavailable"
-
-
-@pytest.mark.parametrize("path", ["/busy/", "/orders/", "/health/", "/healthz/", "/deep"])
-async def test_no_answer_leads_to_the_host_that_a_request_claims(path: str) -> None:
-    """[H22] A path with a slash too many or too few is unknown: no redirect to whatever the Host header says, and over
-    plain http, where the credential would follow."""
-    app, _ = _app()
-    async with _client(app) as client:
-        answer = await client.get(path, headers={"host": "evil.example"})
-    assert answer.status_code in {404, 405}
-    assert "location" not in answer.headers
