@@ -85,7 +85,7 @@ log = get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     """What one request asks. ``job`` is how: of a ``response`` that is built here, a chat. ``background``: nobody waits
-    for it; ``resumable``: its client may come back for the rest of its stream."""
+    for it; ``resumable``: its client may come back for the rest of its stream. ``patience_s`` is its deadline's."""
 
     job: Job
     fields: RequestFields
@@ -93,6 +93,7 @@ class _Wanted:
     resumable: bool
     response: AskedResponse | None
     on_loss: OnLoss
+    patience_s: float
 
 
 class Inference:
@@ -138,6 +139,7 @@ class Inference:
             tenant = self._admit(request, headers)
             body = await self._body(request, decoded_body(receive, scope["headers"]))
             wanted = await self._wanted(path, body, headers, for_engine(scope["headers"]), tenant, request_id, trace)
+            request.patience_s = wanted.patience_s
             if wanted.background:
                 if await self._accept(wanted, request, exchange):
                     connection.watch(request.on_gone)
@@ -199,13 +201,14 @@ class Inference:
         stored = bool(key) or resumable or background
         asked_stream = fields if response is None else replace(fields, stream=response.stream)
         on_loss = read_on_loss(headers.get(_ON_LOSS), settings.on_loss)
+        deadline = self._deadline(headers, asked_stream, background=background, stored=stored)
         job = await self._jobs.make(
             tenant=tenant,
             path=path,
             body=body,
             content_type=content_type,
             fields=fields,
-            deadline=self._deadline(headers, asked_stream, background=background, stored=stored),
+            deadline=deadline,
             on_loss=on_loss,
             idempotency_key=key,
             stored=stored,
@@ -214,7 +217,7 @@ class Inference:
             traceparent=trace or _traceparent(headers),
             headers=engine_headers,
         )
-        return _Wanted(job, fields, background, resumable, response, on_loss)
+        return _Wanted(job, fields, background, resumable, response, on_loss, deadline.patience_s)
 
     def _response(self, body: bytes, fields: RequestFields, *, keyed: bool) -> AskedResponse | None:
         """A request for a response, if it is to be built from a chat at once. The job of an idempotency key is one job:

@@ -82,6 +82,7 @@ class OpenRequest:
         "lost",
         "news",
         "on_limit",
+        "patience_s",
         "quiet_since_s",
         "rerun_s",
         "reruns",
@@ -98,7 +99,7 @@ class OpenRequest:
         self.begun_s = self.quiet_since_s = now_s
         self.job: Job | None = None
         self.stitch: Stitch | None = None
-        self.deadline_s = self.limit_s = self.sending_since_s = self.rerun_s = float("inf")
+        self.deadline_s = self.limit_s = self.sending_since_s = self.rerun_s = self.patience_s = float("inf")
         self.on_limit: Callable[[], InferqError] = too_long
         self.error: InferqError | None = None
         self.fallback: Callable[[], Awaitable[bool]] | None = None
@@ -355,7 +356,7 @@ class OpenRequests:
                 request.fail(request.on_limit())
             elif now_s - request.sending_since_s >= self._stall_s:
                 self._drop(request, "stalled")
-            elif now_s >= request.deadline_s + self._grace_s:
+            elif now_s >= request.deadline_s + min(self._grace_s, request.patience_s):
                 request.fail(DeadlineExceeded("the request was not answered in time: the queue was silent until then"))
             elif now_s >= request.rerun_s and request.stitch is not None:
                 request.rerun_s = float("inf")

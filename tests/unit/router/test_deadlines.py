@@ -29,7 +29,7 @@ READ, WHOLE = b"x-stainless-read-timeout", b"x-stainless-timeout"
         ({READ: b"10"}, None, False, 600_000, "INFERQ_ROUTER_DEFAULT_DEADLINE_MS"),
         ({READ: b"1800"}, None, False, 1_798_000, "x-stainless-read-timeout"),
         ({READ: b"600"}, None, True, 598_000, "x-stainless-read-timeout"),
-        ({WHOLE: b"1800"}, None, True, 1_799_000, "x-stainless-timeout"),
+        ({WHOLE: b"1800"}, None, True, 1_798_000, "x-stainless-timeout"),
         ({WHOLE: b"0"}, None, True, 900, "x-stainless-timeout"),
         ({READ: b"99999"}, None, True, 3_600_000, "INFERQ_ROUTER_LONGEST_DEADLINE_MS"),
         ({READ: b"None"}, None, True, 600_000, "INFERQ_ROUTER_DEFAULT_DEADLINE_MS"),
@@ -79,6 +79,30 @@ async def test_a_request_whose_time_ran_out_is_not_repeated(timeout_s: float | N
     assert raised.value.status_code == 504
     assert limit in raised.value.message
     assert raised.value.response.headers["x-should-retry"] == "false"
+    await queue.job()
+    assert queue.jobs.empty()
+
+
+@pytest.mark.parametrize(
+    ("given", "gives_up_s"),
+    [({READ: b"3"}, 3.0), ({WHOLE: b"3"}, 3.0), ({WHOLE: b"20"}, 20.0), ({READ: b"1800"}, 1800.0)],
+)
+def test_a_deadline_and_its_grace_end_before_the_client_gives_up(given: dict[bytes, bytes], gives_up_s: float) -> None:
+    """[H15] Whole seconds are what the client waits, not a second less than it; other deadlines have no such end."""
+    found = find_deadline(given, None, 600_000, 3_600_000, waits=True)
+    assert found.limit_ms / 1000 + found.patience_s < gives_up_s - 0.1
+    assert find_deadline(given, None, 600_000, 3_600_000, waits=False).patience_s == float("inf")
+    assert find_deadline({}, None, 600_000, 3_600_000, waits=True).patience_s == float("inf")
+
+
+async def test_a_silent_queue_is_not_waited_for_longer_than_the_client_waits() -> None:
+    """[H15] With the default grace, no Manager and no worker that answer: the SDK hears of its limit, and asks once."""
+    queue = FakeQueue("m")
+    async with served(queue) as running, running.openai(timeout=3.0, max_retries=2) as client:
+        with pytest.raises(openai.InternalServerError) as raised:
+            await client.chat.completions.create(model="m", messages=MESSAGES)
+    assert raised.value.status_code == 504
+    assert "x-stainless-read-timeout" in raised.value.message
     await queue.job()
     assert queue.jobs.empty()
 
