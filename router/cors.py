@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from queue_schemas.headers import CLIENT_HEADERS
+
 ANY_ORIGIN = "*"
 EXPOSED_HEADERS = (
-    *("x-request-id", "retry-after", "location", "allow", "accept-encoding"),
-    *("content-disposition", "content-range", "accept-ranges", "etag"),
+    *("x-request-id", "request-id", "location", "allow", "accept-encoding"),
+    *("content-range", "accept-ranges", "etag"),
+    *sorted(CLIENT_HEADERS),
 )
-"""What scripts may read of an answer's headers, beside those that they always may."""
+"""What scripts may read of an answer's headers, beside those that they always may: SDKs in a page act upon them."""
 MAX_AGE_S = 600
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fastapi import FastAPI
 
 from queue_schemas import CannotStart
+from telemetry.access import declared
 from telemetry.methods import answered_methods
 
 from .settings import RouterSettings
@@ -17,7 +18,7 @@ def refuse_own_paths(pages: FastAPI, extra_paths: Sequence[str]) -> None:
     whatever case."""
     if not extra_paths:
         return
-    templates = [template.lower() for template in pages.openapi()["paths"]]
+    templates = {route.path.lower() for route in declared(pages)}
     for path in extra_paths:
         plain = path.lower().rstrip("/")
         steps = plain.split("/")[1:]
