@@ -37,7 +37,7 @@ from .commands.options import (
     open_client,
     stack_options,
 )
-from .invocation import run_command
+from .invocation import check_arguments, run_command
 from .jobs_cli import jobs_app
 from .webhook_cli import webhook_app
 
@@ -63,7 +63,12 @@ app.add_typer(dead_app, name="dead", no_args_is_help=True)
 
 def main() -> None:
     """The program. An error of ours is one sentence on standard error and exit code 2; anything else is a bug."""
-    sys.exit(run_command(lambda: app(prog_name="inferq")))
+    sys.exit(run_command(_command))
+
+
+def _command() -> None:
+    check_arguments(sys.argv[1:])
+    app(prog_name="inferq")
 
 
 def _was_given(context: typer.Context, option: str) -> bool:

@@ -12,11 +12,12 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from queue_schemas import InferqError
+from queue_schemas import BadRequest, InferqError
 from telemetry.signals import take_signals
+from telemetry.variables import drop_blank
 
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -29,6 +30,7 @@ def run_command(command: Callable[[], object]) -> int:
     """Run ``command`` and give the exit code of the process; it is the only thing that this process does."""
     open_streams()
     take_signals()
+    drop_blank()
     code, output = EXIT_REFUSED, sys.stdout
     try:
         command()
@@ -62,6 +64,22 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse text that is not in the encoding of this terminal, as no request can carry it. Raises ``BadRequest``.
+
+    Names of files that are there pass: they may be any bytes.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            if not os.path.lexists(argument):
+                raise BadRequest(
+                    f"{os.fsencode(argument)[:60]!r} is not text in {sys.getfilesystemencoding()}: give it in that "
+                    "encoding, or set LC_ALL=C.UTF-8 where the terminal writes UTF-8"
+                ) from None
 
 
 async def pause(seconds: float) -> None:

@@ -7,7 +7,6 @@ A role's settings are a subclass of :class:`RoleSettings` that names its table. 
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -198,7 +197,7 @@ class _FileTable(PydanticBaseSettingsSource):
 
 
 def _config_path() -> Path | None:
-    given = os.environ.get(CONFIG_VARIABLE)
+    given = read_variable(CONFIG_VARIABLE)
     if given:
         return Path(given)
     default = Path(DEFAULT_CONFIG)

@@ -35,6 +35,13 @@ def is_given(name: str, value: str | None) -> bool:
     return True
 
 
+def drop_blank() -> None:
+    """Unset every variable of ours that is empty or blank, for options that are not read by way of settings."""
+    for name, value in list(os.environ.items()):
+        if name.startswith("INFERQ_") and not value.strip():
+            del os.environ[name]
+
+
 def warn_of_misspelt(prefix: str, known: Iterable[str]) -> None:
     """Say once of each variable that begins with ``prefix``, is none of ``known`` and is spelt nearly like one."""
     names = set(known)

@@ -197,3 +197,26 @@ def test_ctrl_c_works_though_the_parent_ignores_it(url: str) -> None:
         watch.send_signal(signal.SIGINT)
         watch.communicate(timeout=30)
         assert watch.returncode == 130
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_a_blank_variable_of_a_commands_option_is_unset(blank: str, url: str) -> None:
+    """[H34] INFERQ_ROUTER_URL, INFERQ_CONFIG and the like count as unset where a template left them blank."""
+    names = ("INFERQ_CONFIG", "INFERQ_API_KEY", "INFERQ_JOIN_TOKEN", "INFERQ_DATA_DIR", "INFERQ_REDIS_URL")
+    process = _start(["queues"], url, **dict.fromkeys(names, blank))
+    assert process.communicate(timeout=60)[0].startswith("MODEL")
+    process = _start(["queues"], url, INFERQ_ROUTER_URL=blank)
+    said = process.communicate(timeout=60)[1] or ""
+    assert "does not begin with" not in said
+    assert process.returncode in (0, 2)  # whether or not a Router runs at the default address
+
+
+def test_an_argument_that_is_no_text_is_a_sentence(url: str) -> None:
+    """[H35] Bytes that are no text of the terminal's encoding cannot be asked or sent: exit code 2, no traceback."""
+    environment = {**os.environ, "INFERQ_ROUTER_URL": url}
+    for arguments in (["chat", "-m", "m", b"caf\xe9"], ["webhooks", "add", b"https://a.example/\xe9"]):
+        command = [sys.executable, "-m", "inferq", *arguments]
+        ended = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+        assert ended.returncode == 2
+        assert b"is not text in utf-8" in ended.stderr
+        assert b"Traceback" not in ended.stderr
