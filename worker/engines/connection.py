@@ -30,6 +30,7 @@ IDLE_LIMIT_S = 4.0
 PAUSE_BYTES = 256 * 1024
 """Unread bytes of an answer at which reading stops, so that TCP slows the engine."""
 MAX_HEAD_BYTES = 64 * 1024
+"""Of a head, and of chunk framing or trailers without a byte of body between."""
 
 
 class _Refused(Exception):
@@ -60,7 +61,7 @@ class EngineConnection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._parts: list[bytes] = []
         self._size = 0
-        self._head_bytes = 0
+        self._no_body_bytes = 0
         self._has_head = False
         self._ends_with_connection = True
         self._paused = False
@@ -90,7 +91,7 @@ class EngineConnection(asyncio.Protocol):
         self.status = 0
         self.complete = self._has_head = False
         self.silent = self.delimited = True
-        self._head_bytes = 0
+        self._no_body_bytes = 0
         self._sent_at = asyncio.get_running_loop().time()
         if self._transport.is_closing():
             self._fail("the engine broke the connection before it was asked")
@@ -154,6 +155,7 @@ class EngineConnection(asyncio.Protocol):
             self.close()
             return
         self.silent = False
+        size = self._size
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -161,10 +163,11 @@ class EngineConnection(asyncio.Protocol):
             self._fail(str(refused) if isinstance(refused, _Refused) else f"the engine does not speak HTTP: {error}")
             self.close()
             return
-        if not self._has_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._fail("the head of the engine's answer has no end")
+        if self._size == size and not self.complete:
+            self._no_body_bytes += len(data)
+            if self._no_body_bytes > MAX_HEAD_BYTES:
+                where = "what frames its body" if self._has_head else "its head"
+                self._fail(f"the engine's answer has no end in {where}")
                 self.close()
         elif self._size > PAUSE_BYTES and not self.complete and not self._paused and self._transport is not None:
             self._paused = True
@@ -227,6 +230,7 @@ class EngineConnection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         self._parts.append(data)
         self._size += len(data)
+        self._no_body_bytes = 0
 
     def on_message_complete(self) -> None:
         if self._has_head:

@@ -514,6 +514,22 @@ async def test_an_engine_behind_a_redirect_is_not_ready_and_says_why() -> None:
             await engine.list_models()
 
 
+@pytest.mark.parametrize("framing", [b"0\r\nx: ", b"2;x="])
+async def test_framing_without_an_end_is_an_engine_failure(framing: bytes) -> None:
+    """[H49] Trailers and chunk extensions without an end are given up like such a head, and never gathered."""
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + b"2\r\n{}\r\n" + framing)
+        while True:
+            writer.write(b"y" * 16_384)
+            await writer.drain()
+
+    async with engine_that(respond) as (engine, _), asyncio.timeout(10):
+        with pytest.raises(EngineFailed, match="no end in what frames its body"):
+            async with engine.call(CALL) as answer:
+                await answer.read(100)
+
+
 async def test_nobody_listening_is_an_engine_failure() -> None:
     """A refused connection says so."""
     engine = HttpEngine(f"http://127.0.0.1:{free_port()}")
