@@ -1,8 +1,8 @@
-"""How time passes on the queue's servers, measured on this process's monotonic clock by whoever sweeps.
+"""How time passes on the queue's servers, measured on the monotonic clock of the process that sweeps.
 
 The scripts keep a clock of the queue's own, which a step of the server's clock does not move (``now_ms`` in
-broker/lua/_shared.lua). Of a gap in which nobody called, a script cannot tell whether it was a step or an outage: who
-saw the queue's clock before and measured the time since knows, and says how late it is at least.
+broker/lua/_shared.lua). After a gap without calls, a script cannot know whether it was a step or an outage. A process
+that saw the queue's clock before the gap and measured the time since knows, and passes a lower bound of the time.
 """
 
 from __future__ import annotations

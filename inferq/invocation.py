@@ -83,7 +83,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 async def pause(seconds: float) -> None:
-    """Wait so long. Raises ``BrokenPipeError`` as soon as whoever read standard output has gone."""
+    """Wait so long. Raises ``BrokenPipeError`` as soon as the reader of standard output has gone."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         if reader_left():

@@ -22,7 +22,7 @@ log = get_logger(__name__)
 class ActingElsewhere:
     """The way from this Manager to the one that acts, as that one says in Redis.
 
-    Its word counts only with a proof that it has our join token (:mod:`queue_schemas.acting`).
+    The address is used only with a proof that its writer has our join token (:mod:`queue_schemas.acting`).
     """
 
     def __init__(self, manager_id: str, own_url: str, join_token: str, limit_ms: int) -> None:

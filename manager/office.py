@@ -303,7 +303,7 @@ class ManagerService:
 
     @property
     def in_touch(self) -> bool:
-        """Whether what this Manager is told reaches the acting one: it acts, or knows the way to who does."""
+        """Whether calls to this Manager reach the acting one: it acts, or knows the acting one's address."""
         return self.acting or bool(self.elsewhere.url)
 
     def check_in_touch(self) -> None:

@@ -68,7 +68,7 @@ class HttpManager(RemoteManager):
     """The Manager (or another Router) at a base URL."""
 
     def __init__(self, url: str, join_token: str, http: FabricHttp) -> None:
-        """``http`` may serve several; whoever closes one closes it for all."""
+        """``http`` may be shared by several; closing one closes it for all."""
         split = urlsplit(url)
         if split.scheme not in ("http", "https") or not split.hostname:
             raise CannotStart(

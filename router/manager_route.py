@@ -83,7 +83,7 @@ class ManagerRoute(RemoteManager):
         return ""
 
     async def forward(self, call: FabricCall) -> Forwarded:
-        """The first answer that is not "I stand by" or a refusal of our token; else the most telling of the others."""
+        """The first answer that is not "I stand by" or a refusal of our token; else the refusal of lowest status."""
         fault: ManagerUnavailable | None = None
         refusals: list[Forwarded] = []
         for url, manager in self._order():

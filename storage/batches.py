@@ -107,7 +107,7 @@ class BatchProgress(_Record):
 
 
 class BatchEnd(BatchProgress):
-    """How a batch has ended, with what was asked: whoever lists batches reads nothing else of it. ``request`` is None
+    """How a batch has ended, with what was asked: lists of batches read nothing else of it. ``request`` is None
     if it could not be read then, or in the records of a version that did not keep it here."""
 
     request: BatchRequest | None = None

@@ -25,10 +25,10 @@ _DOCUMENTS = frozenset({"/openapi.json"})
 
 
 class Access(StrEnum):
-    """Who may call a route. Where the credential is not configured, whoever :class:`LocalCallers` lets in may."""
+    """Who may call a route. Where the credential is not configured, :class:`LocalCallers` decides."""
 
     PUBLIC = "anyone"
-    """The page tells nothing of requests, addresses or credentials."""
+    """The page shows nothing about requests, addresses or credentials."""
     CLIENT = "client"
     """An API key; what belongs to a tenant is shown to that tenant's keys only."""
     CLIENT_OR_MEMBER = "client, member"

@@ -12,7 +12,7 @@ from queue_schemas import JOIN_TOKEN_HEADER
 from .fleet_http import fleet_session
 
 FORWARDED_BY_MANAGER = "x-inferq-forwarded"
-"""Header of a call that a standby Manager passes on: whoever gets it passes it on no further."""
+"""Header of a call that a standby Manager passes on: its receiver does not pass it on again."""
 UNREACHABLE = (aiohttp.ClientError, TimeoutError, OSError)
 """What :meth:`FabricHttp.forward` raises when no answer comes."""
 _PASSED_ON = ("content-type", "retry-after", "www-authenticate")

@@ -57,8 +57,8 @@ def make_app(
     join_token: str,
     local: LocalCallers | None = None,
 ) -> FastAPI:
-    """The app; ``status`` is asked for every page, ``drain`` is called by ``POST /drain``. ``local``: who
-    may ask for more than health where there is no ``join_token``."""
+    """The app; ``status`` is asked for every page, ``drain`` is called by ``POST /drain``. ``local``:
+    who may read more than health where there is no ``join_token``."""
     members = allow_members(join_token, local or LocalCallers())
     app = FastAPI(title="inferq worker", docs_url=None, redoc_url=None)
     prepare_app(app, registry)

@@ -39,4 +39,4 @@ class Examined:
     data_dir: Path
     engine_url: str = ""
     router_named: bool = False
-    """Whether somebody said where the Router is: then it must be there."""
+    """Whether the user named the Router's URL: then it must answer."""
