@@ -14,6 +14,8 @@ from queue_schemas import (
     Heartbeat,
     Incarnation,
     ManagerUnavailable,
+    Pool,
+    PoolAssignment,
     Registration,
     RegistrationAnswer,
     UnknownWorker,
@@ -125,11 +127,13 @@ async def test_urls_that_all_hang_are_tried_in_turn(monkeypatch: pytest.MonkeyPa
 async def test_an_answer_that_comes_in_pieces_is_read_whole() -> None:
     """A long registration answer arrives in several segments; it is one message all the same."""
     answer = RegistrationAnswer(
-        broker_url="redis://" + "r" * 80_000,
+        broker_url="redis://host",
         shards=1,
         lease_ms=15_000,
         heartbeat_ms=2_000,
-        assignment=Assignment(term=1, version=1),
+        assignment=Assignment(
+            term=1, version=1, pools=[PoolAssignment(pool=Pool(f"{i:0>200}"), shard=0) for i in range(400)]
+        ),
     )
     body = answer.model_dump_json().encode()
 
