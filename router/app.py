@@ -177,7 +177,8 @@ def build_router(
         open_queue = _queue_opener(settings, broker_settings or BrokerSettings.load(), manager)
     storage_settings = storage_settings or StorageSettings.load()
     objects = ObjectStore.open(storage_settings)
-    store = Store(objects, threads=settings.store_threads, limit_s=settings.store_limit_ms / 1000)
+    alone = not (settings.api_keys or settings.api_keys_file)
+    store = Store(objects, threads=settings.store_threads, limit_s=settings.store_limit_ms / 1000, alone=alone)
     state = RouterState(
         settings, open_queue, manager, store, storage_settings, webhook_settings or WebhookSettings.load()
     )

@@ -61,7 +61,7 @@ def batch_routes(state: RouterState) -> APIRouter:
         sent = read_sent(request)
         asked = read_batch(await page_body(request), endpoints, state.settings.batch_windows)
         now_s = time.time()
-        batch, claim = await state.store.run(lambda: desk.create(tenant, asked, sent, now_s))
+        batch, claim = await state.store.run(lambda: desk.create(tenant, asked, sent, now_s), tenant=tenant)
         return await idempotency.answer(request, claim, batch_object(batch), state.store.later)
 
     @routes.get(_ALL, summary="Your batches, newest first", responses=error_responses(400, 401, 429, 503))
@@ -71,21 +71,21 @@ def batch_routes(state: RouterState) -> APIRouter:
         found, more = await state.store.read_page(tenant, lambda: desk.page(tenant, cursor, limit))
         return JSONResponse(batch_list(found, more=more))
 
-    @routes.get(_ALL + "/{batch_id}", summary="How one stands", responses=error_responses(401, 404, 503))
+    @routes.get(_ALL + "/{batch_id}", summary="How one stands", responses=error_responses(401, 404, 429, 503))
     async def one(batch_id: str, request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
-        return JSONResponse(batch_object(await state.store.run(lambda: desk.get(tenant, batch_id))))
+        return JSONResponse(batch_object(await state.store.run(lambda: desk.get(tenant, batch_id), tenant=tenant)))
 
     @routes.post(
         _ALL + "/{batch_id}/cancel",
         summary="End one early; lines that are done are kept",
-        responses=error_responses(401, 404, 409, 503),
+        responses=error_responses(401, 404, 409, 429, 503),
     )
     async def cancel(batch_id: str, request: Request) -> Response:
         tenant = state.keys.caller(request)
         now_s = time.time()
         try:
-            batch = await state.store.run(lambda: desk.cancel(tenant, batch_id, now_s))
+            batch = await state.store.run(lambda: desk.cancel(tenant, batch_id, now_s), tenant=tenant)
         except Conflict as error:
             refused = error_response(error)
             # The SDK takes every 409 for a lock that will be free soon, and asks again.

@@ -118,14 +118,14 @@ def file_routes(state: RouterState) -> APIRouter:
             has_more=more,
         )
 
-    @routes.get(_ONE, summary="One of them", responses=error_responses(401, 404, 503))
+    @routes.get(_ONE, summary="One of them", responses=error_responses(401, 404, 429, 503))
     async def one(file_id: str, request: Request) -> FileObject:
         return _shown(await _found(state, request, file_id))
 
-    @routes.delete(_ONE, summary="Remove one", responses=error_responses(401, 404, 409, 503))
+    @routes.delete(_ONE, summary="Remove one", responses=error_responses(401, 404, 409, 429, 503))
     async def remove(file_id: str, request: Request) -> FileDeleted:
         tenant, record = state.keys.caller(request), await _found(state, request, file_id)
-        await store.run(lambda: _remove(files, store.batches, record))
+        await store.run(lambda: _remove(files, store.batches, record), tenant=tenant)
         state.allowance.forget(tenant)
         log.info("file_deleted", file_id=file_id, tenant=tenant)
         return FileDeleted(id=record.id)
@@ -196,7 +196,7 @@ def _remove(files: Files, batches: Batches, record: FileRecord) -> None:
 
 async def _found(state: RouterState, request: Request, file_id: str) -> FileRecord:
     tenant, now_s = state.keys.caller(request), time.time()
-    record = await state.store.run(lambda: state.store.files.get(tenant, file_id, now_s))
+    record = await state.store.run(lambda: state.store.files.get(tenant, file_id, now_s), tenant=tenant)
     if record is None:
         raise NotFound(f"there is no file {file_id[:80]!r} of yours", param="file_id")
     return record

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class _Call(Generic[_Answer]):
     answer: asyncio.Future[_Answer] | None
     """None: nobody waits."""
     undo: Callable[[], object] | None = None
+    tenant: Tenant | None = None
+    """Whose share of all calls it takes."""
 
 
 @dataclass(slots=True)
@@ -47,7 +50,8 @@ class _Turn:
 class Store:
     """``await store.run(lambda: store.files.get(...))``. For one event loop."""
 
-    def __init__(self, objects: ObjectStore, *, threads: int = 16, limit_s: float = 20.0) -> None:
+    def __init__(self, objects: ObjectStore, *, threads: int = 16, limit_s: float = 20.0, alone: bool = False) -> None:
+        """``alone``: there is but one tenant, to which all belongs."""
         self.objects = objects
         self.files = Files(objects)
         self.batches = Batches(objects)
@@ -57,6 +61,8 @@ class Store:
         self._limit_s = limit_s
         self._most_threads = threads
         self._most_open = threads * WAITING_PER_THREAD
+        self._most_of_tenant = self._most_open if alone else self._most_open // 4
+        self._open_of: Counter[Tenant] = Counter()
         self._threads = 0
         self._page_turns: dict[Tenant, _Turn] = {}
         self._calls: queue.SimpleQueue[_Call[Any] | None] = queue.SimpleQueue()
@@ -70,20 +76,29 @@ class Store:
         *,
         limit_s: float | None = None,
         undo: Callable[[], object] | None = None,
+        tenant: Tenant | None = None,
     ) -> _Answer:
         """What ``work`` answers or raises, done in a thread.
 
         Raises ``StoreUnavailable`` when it takes longer than the limit, or when too many calls wait already. A call
         cannot be broken off: if whoever waits gives up, ``undo`` is run (in a thread) once it has ended.
+
+        ``tenant``: who asked for it. Raises ``OverCapacity`` if too many of its calls have not ended: one tenant's
+        never are all that there may be.
         """
         if self.open >= self._most_open:
             raise StoreUnavailable(
                 "the file store has more to do than it gets done; try again shortly", retry_after_s=RETRY_AFTER_S
             )
+        if tenant is not None and self._open_of.get(tenant, 0) >= self._most_of_tenant:
+            raise OverCapacity(
+                f"{self._most_of_tenant} of your requests wait for the file store: try again shortly",
+                retry_after_s=RETRY_AFTER_S,
+            )
         limit_s = self._limit_s if limit_s is None else limit_s
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[_Answer] = loop.create_future()
-        self._hand_over(_Call(work, loop, answer, undo))
+        self._hand_over(_Call(work, loop, answer, undo, tenant))
         try:
             async with asyncio.timeout(limit_s):
                 return await answer
@@ -109,7 +124,7 @@ class Store:
             except TimeoutError:
                 raise _too_many_pages() from None
             try:
-                return await self.run(work)
+                return await self.run(work, tenant=tenant)
             finally:
                 turn.lock.release()
         finally:
@@ -136,6 +151,8 @@ class Store:
 
     def _hand_over(self, call: _Call[Any]) -> None:
         self.open += 1
+        if call.tenant is not None:
+            self._open_of[call.tenant] += 1
         self._calls.put(call)
         if self._threads < min(self.open, self._most_threads):
             self._threads += 1
@@ -155,6 +172,10 @@ class Store:
 
     def _ended(self, call: _Call[Any], answer: object, error: BaseException | None) -> None:
         self.open -= 1
+        if call.tenant is not None:
+            self._open_of[call.tenant] -= 1
+            if not self._open_of[call.tenant]:
+                del self._open_of[call.tenant]
         if not self.open:
             self._idle.set()
         if call.answer is not None and not call.answer.done():

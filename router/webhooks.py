@@ -72,7 +72,7 @@ def webhook_routes(state: RouterState) -> APIRouter:
         tenant = state.keys.caller(request)
         asked = read_new_endpoint(await page_body(request), rules)
         sent, now_s = read_sent(request), time.time()
-        endpoint, keys, claim = await store.run(lambda: desk.create(tenant, asked, sent, now_s))
+        endpoint, keys, claim = await store.run(lambda: desk.create(tenant, asked, sent, now_s), tenant=tenant)
         return await idempotency.answer(request, claim, endpoint_object(endpoint, keys, shown=True), store.later)
 
     @routes.get(_ALL, summary="Your endpoints, newest first", responses=error_responses(400, 401, 429, 503))
@@ -83,33 +83,35 @@ def webhook_routes(state: RouterState) -> APIRouter:
         found, more = await store.read_page(tenant, lambda: desk.page(tenant, after, limit))
         return JSONResponse(list_object([endpoint_object(*one) for one in found], more=more))
 
-    @routes.get(_ONE, summary="One of them", responses=error_responses(401, 404, 503))
+    @routes.get(_ONE, summary="One of them", responses=error_responses(401, 404, 429, 503))
     async def one(webhook_endpoint_id: str, request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
-        return JSONResponse(endpoint_object(*await store.run(lambda: desk.get(tenant, webhook_endpoint_id))))
+        return JSONResponse(
+            endpoint_object(*await store.run(lambda: desk.get(tenant, webhook_endpoint_id), tenant=tenant))
+        )
 
     @routes.post(
         _ONE,
         summary="Change its URL, events or name; enable or disable it",
-        responses=error_responses(400, 401, 404, 413, 503, 507),
+        responses=error_responses(400, 401, 404, 413, 429, 503, 507),
         openapi_extra=_takes(EndpointChange),
     )
     async def change(webhook_endpoint_id: str, request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
         asked, now_s = read_endpoint_change(await page_body(request), rules), time.time()
-        found = await store.run(lambda: desk.change(tenant, webhook_endpoint_id, asked, now_s))
+        found = await store.run(lambda: desk.change(tenant, webhook_endpoint_id, asked, now_s), tenant=tenant)
         return JSONResponse(endpoint_object(*found))
 
-    @routes.delete(_ONE, summary="Send nothing more, and forget it", responses=error_responses(401, 404, 503))
+    @routes.delete(_ONE, summary="Send nothing more, and forget it", responses=error_responses(401, 404, 429, 503))
     async def delete(webhook_endpoint_id: str, request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
-        await store.run(lambda: desk.delete(tenant, webhook_endpoint_id))
+        await store.run(lambda: desk.delete(tenant, webhook_endpoint_id), tenant=tenant)
         return JSONResponse({"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True})
 
     @routes.post(
         _ONE + "/rotate_secret",
         summary="Sign with a new secret, and for a while with the old one too",
-        responses=error_responses(400, 401, 404, 409, 413, 422, 503, 507),
+        responses=error_responses(400, 401, 404, 409, 413, 422, 429, 503, 507),
         openapi_extra=_takes(SecretRotation),
     )
     async def rotate(webhook_endpoint_id: str, request: Request) -> Response:
@@ -117,7 +119,7 @@ def webhook_routes(state: RouterState) -> APIRouter:
         keep_s, sent, now_s = read_rotation(await page_body(request)), read_sent(request), time.time()
         try:
             endpoint, keys, claim = await store.run(
-                lambda: desk.rotate(tenant, webhook_endpoint_id, keep_s, sent, now_s)
+                lambda: desk.rotate(tenant, webhook_endpoint_id, keep_s, sent, now_s), tenant=tenant
             )
         except Conflict as error:
             return _final(error)
@@ -136,7 +138,9 @@ def webhook_routes(state: RouterState) -> APIRouter:
             raise OverCapacity(f"{_MOST_TESTS} tests of yours run now: wait for one", retry_after_s=1)
         tests[tenant] += 1
         try:
-            key = await store.run(lambda: desk.ask_test(tenant, webhook_endpoint_id, event_type, sent, now_s))
+            key = await store.run(
+                lambda: desk.ask_test(tenant, webhook_endpoint_id, event_type, sent, now_s), tenant=tenant
+            )
             status = await _tested(state, key)
         except Conflict as error:
             return _final(error)

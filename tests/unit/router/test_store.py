@@ -76,6 +76,25 @@ async def test_pages_of_one_tenant_leave_the_store_to_the_others(hang: threading
     await store.close(1)
 
 
+async def test_a_tenant_never_has_all_calls_of_a_slow_store(hang: threading.Event) -> None:
+    """[H25] Of a store that answers slowly one tenant gets a quarter of the calls that may wait, then 429; another
+    tenant's call is taken in, and so is the first one's once some have ended."""
+    store = make_store(threads=2)
+    greedy, other = Tenant("greedy"), Tenant("other")
+    asked = [asyncio.ensure_future(store.run(hang.wait, tenant=greedy)) for _ in range(2 * WAITING_PER_THREAD)]
+    await eventually(lambda: sum(each.done() for each in asked) > 0, "some are refused")
+    last = asyncio.ensure_future(store.run(lambda: "theirs", tenant=other))
+    await asyncio.sleep(0)
+    assert not last.done()
+    hang.set()
+    assert await last == "theirs"
+    ends = await asyncio.gather(*asked, return_exceptions=True)
+    assert ends.count(True) == WAITING_PER_THREAD // 2
+    assert {type(end) for end in ends if end is not True} == {OverCapacity}
+    assert await store.run(lambda: "again", tenant=greedy) == "again"
+    await store.close(1)
+
+
 async def test_what_nobody_waits_for_is_undone(hang: threading.Event) -> None:
     """A call that ends after its caller gave up, by its limit or cancelled, is undone afterwards, not meanwhile."""
     store = make_store(limit_s=0.5)
