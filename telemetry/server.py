@@ -20,7 +20,7 @@ from queue_schemas.addresses import is_loopback
 
 from .connections import ConnectionLimits, Connections, protocol_for
 from .logs import get_logger
-from .signals import take_signals
+from .signals import leave_terminal, take_signals
 
 BACKLOG = 2048
 EXIT_REFUSED = 2
@@ -162,7 +162,8 @@ class _Server(uvicorn.Server):
 @contextlib.contextmanager
 def stop_on_signals(hurry: asyncio.Event | None = None) -> Iterator[asyncio.Event]:
     """An event set by the first SIGTERM or SIGINT. The second sets ``hurry``: give up waiting, hand over, end. The one
-    after that (without ``hurry``, the second) ends the process at once. For the main thread."""
+    after that (without ``hurry``, the second) ends the process at once. A SIGHUP, as of a terminal that is closed,
+    asks to stop too, unless it is ignored. For the main thread."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
@@ -177,9 +178,17 @@ def stop_on_signals(hurry: asyncio.Event | None = None) -> Iterator[asyncio.Even
             log.warning("stopped_at_once", signal=number.name)
             os._exit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    def on_hangup() -> None:
+        leave_terminal()
+        if not stop.is_set():  # a shell and the kernel may both tell of one hangup: it never hurries
+            on_signal(signal.SIGHUP)
+
+    numbers = [signal.SIGTERM, signal.SIGINT]
     for number in numbers:
         loop.add_signal_handler(number, on_signal, number)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # what nohup is for
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        numbers.append(signal.SIGHUP)
     try:
         yield stop
     finally:

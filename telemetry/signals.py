@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import sys
 import threading
 
@@ -21,3 +23,15 @@ def take_signals() -> None:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD))
+
+
+def leave_terminal() -> None:
+    """Send what is still written to a terminal nowhere: to write to one that has hung up is an error."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (1, 2):
+        try:
+            if stat.S_ISCHR(os.fstat(number).st_mode):
+                os.dup2(nowhere, number)
+        except OSError:  # closed by whoever started us
+            continue
+    os.close(nowhere)

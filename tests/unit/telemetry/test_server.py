@@ -138,6 +138,30 @@ async def test_signals_ask_to_stop(number: signal.Signals) -> None:
             await stop.wait()
 
 
+async def test_a_hangup_asks_to_stop_in_order_and_never_hurries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[H36] A terminal that is closed stops a role or `inferq up` as SIGTERM does, however often it is told."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    hurry = asyncio.Event()
+    with stop_on_signals(hurry) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await eventually(stop.is_set, "the hangup is seen")
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await eventually(hurry.is_set, "the second kind of signal is seen")
+    assert codes == []
+
+
+async def test_an_ignored_hangup_stays_ignored() -> None:
+    """[H36] Under nohup the end of the terminal changes nothing."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 async def test_the_second_signal_hurries_and_the_third_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """[G4] Each signal asks for less patience; who has nothing to hand over is ended by the second already."""
     codes: list[int] = []
