@@ -106,7 +106,7 @@ async def test_a_managers_lease_that_is_none_counts_as_no_manager(broker: Broker
 
 @pytest.mark.parametrize("job_id", ["9999-" + "f" * 32, "no job id", "1-" + "0" * 32])
 async def test_an_id_that_names_no_shard_of_the_queue_is_refused(broker: Broker, job_id: str) -> None:
-    """A frame or a client may name any job: an id outside this queue is an error of its own, never an index out of
+    """[H1] A frame or a client may name any job: an id outside this queue is an error of its own, never an index out of
     range, which would end the Router that is told to cancel it."""
     for call in (
         broker.cancel(JobId(job_id), "why"),

@@ -128,7 +128,7 @@ def test_a_host_that_is_not_a_public_one_is_refused(host: str) -> None:
     ],
 )
 def test_a_url_of_another_kind_is_refused_with_its_reason(url: str, why: str) -> None:
-    """Each sentence says what is wrong, and none repeats what may be a secret."""
+    """[H2] Each sentence says what is wrong, and none repeats what may be a secret."""
     with pytest.raises(BadRequest, match=why) as refused:
         check_url(url, PUBLIC)
     assert "secret" not in refused.value.message
