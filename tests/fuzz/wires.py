@@ -29,7 +29,7 @@ _READ_BYTES = 256 * 1024
 _ENTRIES_AT_ONCE = 50
 _SERVER_ERROR = re.compile(rb"(?:\A|\r\n)HTTP/1\.[01] (5\d\d)")
 _MAY_BE_SAID = (b"502", b"503", b"504", b"505")
-"""Of an engine that is away or busy, a queue that is full, a deadline that the input asked for, a version of HTTP that is
+"""Of an engine that is away, a queue that is full, a deadline that the input asked for, a version of HTTP that is
 not spoken. Never 500."""
 _LOOPBACK_URLS = ("http://127.0.0.1:1", "http://127.0.0.1:9/x", "http://[::1]:1", "http://localhost:1", None)
 """Where a fuzzed worker may say it is: the Manager looks there, so nothing else than this machine."""

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, cast
 
 import pytest
@@ -30,6 +31,7 @@ from queue_schemas import (
     RegistrationAnswer,
     Settled,
 )
+from queue_schemas.model_cards import Card
 from telemetry import MetricsRegistry
 from tests.support.waiting import eventually
 from worker import WorkerSettings, incarnation, service
@@ -67,6 +69,7 @@ class Manager:
 
 class IdleEngine:
     state, detail, models = EngineState.READY, "", ("m",)
+    cards: Mapping[str, Card] = {}
 
     async def progress(self) -> int | None:
         return 0
