@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .asks import ENGINE_ERROR, MALFORMED, POISON
+from .asks import ENGINE_ERROR, GARBAGE, MALFORMED, POISON
 from .history import Entry, Request
 from .plan import LEASE_S, Kind
 
@@ -82,6 +82,8 @@ def _own_nature(request: Request) -> str | None:
         return "malformed, refused"
     if request.deadline_s and (request.status == 504 or request.code == "deadline_exceeded"):
         return "its own deadline"
+    if request.kind == GARBAGE and request.code == "engine_failed" and not request.text:
+        return "its engine's answer was garbage, refused"
     if request.kind == POISON and request.code == "attempts_exhausted":
         return POISONED
     return None

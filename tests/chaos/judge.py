@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from tests.support.traffic import Outcome, judge
 from worker.engines.simulated.answers import embedding
 from worker.engines.simulated.tokens import count_tokens
-from worker.engines.simulated.wire import GARBAGE as GARBAGE_BYTES
 
 from .asks import GARBAGE, MALFORMED, MODEL, POISON, name_of, prompt_of, request_id, text_of
 from .history import Request
@@ -84,9 +83,9 @@ def _wrong_poison(request: Request) -> Wrong | None:
 
 
 def _wrong_garbage(request: Request) -> Wrong | None:
-    if request.text in ("", GARBAGE_BYTES.decode("latin-1")):
+    if not request.text:
         return None
-    return Wrong(SPLICE, f"{request.text[:80]!r} in place of the engine's garbage")
+    return Wrong(SPLICE, f"{request.text[:80]!r} in place of an error: its engine's answer was garbage")
 
 
 def _wrong_text(request: Request) -> Wrong | None:

@@ -90,7 +90,7 @@ class Stage:
                 with contextlib.suppress(OSError, RedisError):
                     held: dict[str, int] = {}
                     for key in await client.keys(_KEYS.prefix.replace("{", "[{]") + f"leases:{worker.name}.*"):
-                        held |= {k.decode(): int(v) for k, v in (await client.hgetall(key)).items()}
+                        held |= {k.decode(): int(v.split()[0]) for k, v in (await client.hgetall(key)).items()}
                     if held:
                         return held
                 await asyncio.sleep(0.01)

@@ -280,7 +280,7 @@ def _content(content: Any) -> str:
         return ""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         # Parts that are not text (images, audio) count as their type.
-        texts = [part["text"] if part.get("type") == "text" else f"<|{part.get('type')}|>" for part in content]
+        texts = [part.get("text") if part.get("type") == "text" else f"<|{part.get('type')}|>" for part in content]
         if all(isinstance(text, str) for text in texts):
             return "\n".join(texts)
     raise RefusedRequest("messages: content should be a string or a list of parts", param="messages")
