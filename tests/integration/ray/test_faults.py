@@ -206,7 +206,8 @@ async def test_a_client_that_is_slow_gets_everything(ray: RayFabric, ray_fleet: 
     await serve_ray(ray_fleet, ray)
     text = "".join(f"{number:07} " for number in range(40))
     body = json.dumps({"model": "sim", "messages": [{"role": "user", "content": text}], "stream": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
         slow.setblocking(False)

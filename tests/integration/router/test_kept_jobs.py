@@ -146,7 +146,7 @@ async def test_a_follower_that_reads_nothing_is_cut_off(routers: list[RunningRou
     await say(worker, lease, *[large] * 40)
     await worker.end(lease, DONE)
     reader, writer = await asyncio.open_connection("127.0.0.1", one.port, limit=1024)
-    writer.write(b"GET %b/output HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())
+    writer.write(b"GET %b/output HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % path.encode())
     assert b"200" in await reader.readline()
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     await eventually(lambda: len(one.app.state.requests) == 0, "it is cut off", limit_s=5)

@@ -159,7 +159,7 @@ async def test_a_body_that_creeps_is_given_up(valkey: Server) -> None:
     """A connection that sends a byte now and then does not hold its place for ever."""
     async with running_router(valkey.url, body_idle_timeout_ms=150) as router:
         reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{")
         async with asyncio.timeout(5):
             assert (await reader.readline()).startswith(b"HTTP/1.1 408")
             await reader.read()
@@ -172,7 +172,9 @@ async def test_a_slow_reader_is_cut_off(valkey: Server, worker: Speaker) -> None
         body = orjson.dumps(STREAM)
         # A small window, set before connecting: what piles up does so in the router, not in the kernel.
         reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=1024)
-        writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (PATH.encode(), len(body), body))
+        writer.write(
+            b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%b" % (PATH.encode(), len(body), body)
+        )
         lease = await worker.lease()
         writer.transport.pause_reading()  # type: ignore[attr-defined]
 
@@ -194,7 +196,7 @@ async def test_odd_spellings_on_the_wire_reach_no_engine(router: RunningRouter, 
     """What the server makes of a raw path never becomes an engine's path."""
     reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
     body = orjson.dumps(CHAT)
-    writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body))
+    writer.write(b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body))
     async with asyncio.timeout(5):
         assert b" 404 " in await reader.readline()
     writer.close()
@@ -218,7 +220,9 @@ async def test_pipelined_requests_are_answered_in_order(router: RunningRouter, w
     reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
     for n in (1, 2):
         body = orjson.dumps(CHAT | {"n": n})
-        writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (PATH.encode(), len(body), body))
+        writer.write(
+            b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%b" % (PATH.encode(), len(body), body)
+        )
     async with asyncio.timeout(10):
         for n in (1, 2):
             lease = await worker.lease()

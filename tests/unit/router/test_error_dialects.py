@@ -355,7 +355,8 @@ async def test_a_sign_of_life_is_bytes_on_the_wire(queue: FakeQueue) -> None:
     async with served(queue, keepalive_ms=50, resumable_streams=True) as running:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]))
         body = orjson.dumps({"model": "m", "messages": MESSAGES, "stream": True})
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n" % len(body)
+        writer.write(head + body)
         KeptStream(queue, await queue.job())
         async with asyncio.timeout(5):
             await reader.readuntil(b": queued\n")

@@ -49,7 +49,7 @@ class FakeManager:
 @pytest.mark.parametrize(
     "path",
     [
-        "/sleep", "/v1/load_lora_adapter", "/reset_prefix_cache", "/collective_rpc", "/v1", "/",
+        "/sleep", "/v1/load_lora_adapter", "/reset_prefix_cache", "/collective_rpc", "/v1",
         "//v1/chat/completions", "/v1//chat/completions", "/v1/./chat/completions", "/x/../v1/chat/completions",
         "/v1/chat/completions/", "/v1/chat%2Fcompletions", "/v1/chat/completions%00", "/V1/chat/completions",
         "/v1/chat/completions;x", "/v1/chat/completions/../../sleep", "/fabric/v1/../../sleep",
