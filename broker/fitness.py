@@ -42,7 +42,8 @@ class Fitness:
 
     async def faults(self) -> list[str]:
         """Why the queue cannot be relied on now, in sentences; empty: it can. A server that cannot work is logged, and
-        counts only once none can: the others go on. One that would lose or forget jobs counts at once."""
+        counts only once none can: the others go on. One that would lose or forget jobs counts at once. Full memory
+        never counts: new work is refused with a sentence, while running work ends and answers are read as ever."""
         nodes: dict[str, ShardKeys] = {}
         for keys in self._keys:
             nodes.setdefault(await self._node_of(keys), keys)
@@ -58,7 +59,7 @@ class Fitness:
         unsafe = [fault for fault, is_unsafe in found.values() if fault and is_unsafe]
         if unsafe or not all(fault for fault, _ in found.values()):
             return list(dict.fromkeys(unsafe))
-        return list(dict.fromkeys(fault for fault, _ in found.values()))
+        return list(dict.fromkeys(fault for fault, _ in found.values() if fault != FULL))
 
     async def _node_of(self, keys: ShardKeys) -> str:
         try:
