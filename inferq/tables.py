@@ -42,10 +42,11 @@ class Row:
 
 
 def output_width(console: Console = out) -> int:
-    """How wide a table may be there."""
-    if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
-        return console.width
-    return UNLIMITED
+    """How wide a table may be there: as ``COLUMNS`` says, else as the terminal is; where there is none, any width."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns):
+        return int(columns)
+    return console.width if console.is_terminal else UNLIMITED
 
 
 def fitted_table(columns: Sequence[Column], rows: Sequence[Row], width: int) -> Table:

@@ -241,6 +241,7 @@ def _prepare_session(session: Path) -> None:
 def _ensure_token(folder: Path) -> Path:
     """The file of the secret that the cluster's processes show each other, made if there is none."""
     file = folder / "ray-token"
+    folder.mkdir(parents=True, exist_ok=True)
     if not file.exists() or not file.read_text().strip():
         _write_private(file, secrets.token_hex(32))
     return file

@@ -82,7 +82,7 @@ async def test_an_unmodified_sdk_counts_tokens() -> None:
     async with router(queue) as app:
         transport = httpx2.ASGITransport(app=app)
         async with httpx2.AsyncClient(transport=transport) as http:
-            client = anthropic.AsyncAnthropic(base_url="http://router", api_key="k", http_client=http, max_retries=0)
+            client = anthropic.AsyncAnthropic(base_url="http://127.0.0.1", api_key="k", http_client=http, max_retries=0)
             messages: list[anthropic.types.MessageParam] = [{"role": "user", "content": "hi"}]
             counting = asyncio.create_task(client.messages.count_tokens(model="m", messages=messages))
             job = await queue.job()

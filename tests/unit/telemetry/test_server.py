@@ -143,12 +143,16 @@ async def test_a_hangup_asks_to_stop_in_order_and_never_hurries(monkeypatch: pyt
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     hurry = asyncio.Event()
-    with stop_on_signals(hurry) as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        await eventually(stop.is_set, "the hangup is seen")
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGTERM)
-        await eventually(hurry.is_set, "the second kind of signal is seen")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a parent like nohup ignores it
+    try:
+        with stop_on_signals(hurry) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            await eventually(stop.is_set, "the hangup is seen")
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await eventually(hurry.is_set, "the second kind of signal is seen")
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert codes == []
 
 
