@@ -25,18 +25,21 @@ from tests.support.waiting import eventually
 
 PASSWORD = "of-this-test"
 SCRIPTS = {
-    "worker": ("join", "claim", "renew", "hold", "settle", "append", "attach", "release", "reclaim", "expire"),
+    "worker": (
+        *("join", "claim", "renew", "hold", "settle", "append", "attach", "release", "crashed", "clear"),
+        *("act_as_manager", "reclaim", "expire", "audit"),
+    ),
     "router": (
         *("enqueue", "attach", "detach", "resume", "raise_epoch", "cancel", "depth"),
-        *("show_kept", "list_kept", "forget"),
+        *("show_kept", "list_kept", "forget", "tend", "list_dead", "forget_dead"),
     ),
-    "manager": ("act_as_manager", "reclaim", "expire", "depth"),
+    "manager": ("act_as_manager", "reclaim", "expire", "audit", "depth"),
 }
 """What each role runs of ``broker/lua``; a worker that leaves reclaims itself, and stands in for a missing Manager."""
 ITSELF = {
     "worker": "ping info time hget hgetall hsetnx eval evalsha xread xadd",
-    "router": "ping info time hget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim pexpire srem",
-    "manager": "ping info time hget hsetnx hgetall hset hdel eval evalsha xadd config|get",
+    "router": "ping info time hget hmget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim pexpire srem",
+    "manager": "ping info time hget hmget hsetnx hgetall hset hdel eval evalsha xadd config|get",
 }
 """What each role sends beside scripts."""
 PASSED_OVER = {b"config|get", b"client|setinfo"}
@@ -233,6 +236,20 @@ async def test_a_missing_right_is_named(server_with_users: Server) -> None:
     (finding,) = await look_at_queue(Examined(redis_url=url, client=client, data_dir=Path()))
     assert finding.level is Level.FAILURE
     assert "'info'" in finding.text
+
+
+async def test_a_worker_may_stand_in_for_the_manager(server_with_users: Server) -> None:
+    """With the rules of the document, a worker takes the sweeper's lease, sweeps, and gives it up."""
+    broker = await Broker.connect(BrokerSettings(redis_url=url_of("worker", server_with_users)))
+    try:
+        assert await broker.manager_beat() == 0
+        assert await broker.act_as_sweeper("w", 1_000)
+        await broker.expire_on(0)
+        assert not await broker.act_as_sweeper("w", 0)
+    finally:
+        await broker.close()
+    refusals = {entry[b"object"] for entry in map(_entry, server_with_users.ask("ACL", "LOG"))}
+    assert refusals <= PASSED_OVER
 
 
 async def test_a_cluster_asks_for_two_more_commands(tmp_path: Path) -> None:
