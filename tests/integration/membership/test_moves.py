@@ -11,6 +11,7 @@ from typing import Any
 
 from queue_schemas import FABRIC_PREFIX, UnknownWorker
 from queue_schemas.keys import WORKERS, ShardKeys
+from telemetry.fabric_calls import FORWARDED_BY_MANAGER
 from tests.integration.membership.scene import (
     PATIENCE_S,
     LongStream,
@@ -79,8 +80,14 @@ async def test_workers_follow_the_acting_manager(tmp_path: Path, own_valkey: Ser
         worker = await fleet.workers[0].page("/status")
         beat = {"incarnation": worker["incarnation"], "slots": 1}
         late = f"{second.url}{FABRIC_PREFIX}/workers/worker-1/heartbeat"
-        async with fleet.session.post(late, json=beat) as answer:
+        async with fleet.session.post(late, json=beat, headers={FORWARDED_BY_MANAGER: "1"}) as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (503, "manager_unavailable")
+
+        async def passes_on() -> bool:
+            async with fleet.session.post(late, json=beat) as answer:
+                return answer.status == 200
+
+        await eventually(passes_on, "it passes a worker's call on to the one that acts", limit_s=PATIENCE_S)
         assert await fleet.acts(0)
         assert await fleet.term(0) == term
         assert (await fleet.workers[0].page("/status"))["assignment"] == worker["assignment"]
