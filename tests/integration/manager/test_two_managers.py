@@ -70,12 +70,13 @@ async def test_a_worker_that_knows_only_the_standby_manager_is_registered(fleet:
     _start(standby)
     await standby.ready("/healthz")
     worker = await fleet.worker("w1", manager_url=standby.url).start()
-    await eventually(lambda: _status_is_registered(worker), "it is registered", limit_s=15)
+    await eventually(lambda: _status_is_registered(fleet, worker), "it is registered", limit_s=15)
     assert not await _acts(standby)
 
 
-async def _status_is_registered(worker: Role) -> bool:
-    page = await worker.page("/status")
+async def _status_is_registered(fleet: Fleet, worker: Role) -> bool:
+    async with fleet.session.get(f"{worker.url}/status", headers=MEMBER) as answer:
+        page: dict[str, Any] = await answer.json()
     return bool(page["ready"]) and bool(page["assignment"][0])
 
 
