@@ -247,7 +247,9 @@ class HttpConnection(asyncio.Protocol):
         return self._server.default_headers
 
     def write(self, data: bytes) -> None:
-        """Write a part of an answer."""
+        """Write a part of an answer; nothing once the connection closes, which its request is told of by itself."""
+        if self.transport.is_closing():
+            return
         self._unread.written_bytes += len(data)
         self.transport.write(data)
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -105,6 +106,12 @@ class RawClient:
             yield cls(reader, writer, limit_s)
         finally:
             writer.transport.abort()
+
+    def reset(self) -> None:
+        """End the connection with a RST, as a process that dies with unread bytes does."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)

@@ -280,3 +280,11 @@ def test_a_byte_picks_one_of_the_words_and_each_is_one_token() -> None:
     """The vocabulary has a word for every byte, and a word costs one token."""
     assert len(set(WORDS)) == 256
     assert {count_tokens(word) for word in WORDS} == {1}
+
+
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": None}, {"type": "text", "text": 1}])
+def test_a_text_part_without_its_text_is_refused(part: dict[str, object]) -> None:
+    """[H4] As an engine does it, with 400: an error of another kind would count as a failed attempt."""
+    body = _chat(messages=[{"role": "user", "content": [part]}])
+    with pytest.raises(RefusedRequest, match="content should be"):
+        parse_chat(body, SimulationSettings())

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from queue_schemas import InferqError
 from telemetry.connections import ConnectionLimits
@@ -81,7 +81,7 @@ async def _say(send: Send, body: bytes, status: int = 200) -> None:
 
 
 @asynccontextmanager
-async def serving(app: EchoApp, limits: ConnectionLimits | None = None) -> AsyncIterator[int]:
+async def serving(app: ASGIApp, limits: ConnectionLimits | None = None) -> AsyncIterator[int]:
     """The port on which ``app`` is served."""
     stop = asyncio.Event()
     with bind_socket("127.0.0.1", 0) as listener:

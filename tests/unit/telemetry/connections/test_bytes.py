@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+import uvloop
+from starlette.types import Message, Receive, Scope, Send
 
 from telemetry.connections import ConnectionLimits
 from tests.support.sockets import RawClient
@@ -211,6 +213,35 @@ async def test_continue_is_said_only_when_the_body_is_wanted() -> None:
             await client.send(post("/ignore", b"", "Expect: 100-continue").replace(b"Length: 0", b"Length: 2"))
             answer = await client.answer()
             assert (answer.status, answer.headers["connection"]) == (401, "close")
+
+
+def test_a_client_that_left_before_its_body_was_asked_for_is_gone() -> None:
+    """[H3] Nothing is written to a closed connection: uvloop would raise, and the request end in a traceback."""
+    messages: list[Message] = []
+
+    async def play() -> None:
+        left = asyncio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/other":
+                await EchoApp()(scope, receive, send)
+                return
+            await left.wait()
+            messages.append(await receive())
+
+        async with serving(app) as port:
+            async with RawClient.to(port) as client:
+                await client.send(post("/late", b"", "Expect: 100-continue").replace(b"Length: 0", b"Length: 2"))
+                client.reset()
+            for _ in range(3):  # by then the server has seen the reset, too
+                async with RawClient.to(port) as other:
+                    await other.send(post("/other", b"hi"))
+                    assert (await other.answer()).body == b"hi"
+            left.set()
+            await eventually(lambda: messages, "the app is told")
+
+    uvloop.run(play())
+    assert [message["type"] for message in messages] == ["http.disconnect"]
 
 
 @pytest.mark.parametrize(
