@@ -50,7 +50,9 @@ async def read_events(answer: object, count: int) -> list[bytes]:
         while len(events) < count:
             buffer += await content.readany()
             *whole, buffer = buffer.split(b"\n\n")
-            events += [event for event in whole if not event.startswith(b":")]
+            # A comment is a line of the event that follows it.
+            said = [[line for line in event.split(b"\n") if not line.startswith(b":")] for event in whole]
+            events += [b"\n".join(lines) for lines in said if lines]
     return events
 
 
