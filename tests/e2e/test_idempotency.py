@@ -10,6 +10,7 @@ import aiohttp
 
 from queue_schemas import DEFAULT_BAND, Lane, ShardKeys
 from tests.support.fleet import Fleet, Role
+from tests.support.sse import without_comments
 from tests.support.waiting import eventually
 
 WAITING = ShardKeys(0).queue("sim", Lane.INTERACTIVE, DEFAULT_BAND, "default")
@@ -45,9 +46,9 @@ class Asking:
         async with asyncio.timeout(40):
             await self.task
         assert self.status == 200, self.body
-        *chunks, end = self.body.removesuffix(b"\n\n").split(b"\n\n")
+        *chunks, end = without_comments(self.body).removesuffix(b"\n\n").split(b"\n\n")
         assert end == b"data: [DONE]", self.body[-400:]
-        seen = [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks if not chunk.startswith(b":")]
+        seen = [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
         assert not [chunk for chunk in seen if "error" in chunk]
         choices = [choice for chunk in seen for choice in chunk["choices"]]
         assert len({chunk["id"] for chunk in seen}) == 1

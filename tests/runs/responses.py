@@ -54,9 +54,8 @@ class Reader:
                 buffer += piece
                 while b"\n\n" in buffer and most > 0:
                     event, _, buffer = buffer.partition(b"\n\n")
-                    if not event.startswith(b":"):
-                        self.events.append(orjson.loads(event.partition(b"\ndata: ")[2]))
-                        most -= 1
+                    self.events.append(orjson.loads(event.partition(b"\ndata: ")[2]))
+                    most -= 1
                 if most <= 0:
                     answer.close()
                     return

@@ -10,6 +10,7 @@ import pytest
 from queue_schemas import ControlKind, JobId, Lease, ShardKeys
 from tests.integration.router.harness import CHAT, SSE, STREAM, RunningRouter, Speaker, running_router
 from tests.support.servers import Server
+from tests.support.sse import without_comments
 from tests.support.waiting import eventually
 
 from .test_serving import DONE, chunk
@@ -50,9 +51,7 @@ async def read_events(answer: object, count: int) -> list[bytes]:
         while len(events) < count:
             buffer += await content.readany()
             *whole, buffer = buffer.split(b"\n\n")
-            # A comment is a line of the event that follows it.
-            said = [[line for line in event.split(b"\n") if not line.startswith(b":")] for event in whole]
-            events += [b"\n".join(lines) for lines in said if lines]
+            events += [said for event in whole if (said := without_comments(event))]
     return events
 
 
