@@ -1,4 +1,4 @@
-"""A Manager and a Router on real ports in one thread, over a queue in memory, for clients that know no asyncio."""
+"""A Manager and a Router on real ports in one thread, over a real queue, for clients that know no asyncio."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-import fakeredis
-
-from broker import Broker
+from broker import Broker, BrokerSettings
 from manager import ManagerService, ManagerSettings, create_app
 from manager.probe import HttpWorkerProbe
 from queue_schemas import Pool
@@ -18,6 +16,7 @@ from router import RouterSettings, build_router
 from storage import StorageSettings
 from telemetry.server import run_server
 from tests.support.processes import free_port
+from tests.support.servers import Server
 from tests.support.waiting import eventually
 
 MODEL = Pool("sim/tiny:v1")
@@ -33,7 +32,7 @@ class Fabric:
 
 
 @contextmanager
-def running_fabric(join_token: str = "") -> Iterator[Fabric]:
+def running_fabric(queue: Server, join_token: str = "") -> Iterator[Fabric]:
     """Both, ready, until the block ends; a fault of theirs is raised here."""
     ports = free_port(), free_port()
     fabric = Fabric(*(f"http://127.0.0.1:{port}" for port in ports))
@@ -45,7 +44,7 @@ def running_fabric(join_token: str = "") -> Iterator[Fabric]:
         async def serve() -> None:
             stop = asyncio.Event()
             loops.append((asyncio.get_running_loop(), stop))
-            await _serve(*ports, join_token, stop, ready)
+            await _serve(*ports, queue.url, join_token, stop, ready)
 
         try:
             asyncio.run(serve())
@@ -70,23 +69,25 @@ def running_fabric(join_token: str = "") -> Iterator[Fabric]:
 
 
 async def _serve(
-    manager_port: int, router_port: int, join_token: str, stop: asyncio.Event, ready: threading.Event
+    manager_port: int, router_port: int, queue_url: str, join_token: str, stop: asyncio.Event, ready: threading.Event
 ) -> None:
-    server = fakeredis.FakeServer()
+    async def open_queue() -> Broker:
+        return await Broker.connect(BrokerSettings(redis_url=queue_url, retry_limit_ms=2_000))
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[Broker]:
-        yield Broker.over(fakeredis.FakeAsyncRedis(server=server, protocol=2), retry_limit_ms=2_000)
-
-    async def open_queue() -> Broker:
-        return Broker.over(fakeredis.FakeAsyncRedis(server=server, protocol=2), retry_limit_ms=2_000)
+        broker = await open_queue()
+        try:
+            yield broker
+        finally:
+            await broker.close()
 
     settings = ManagerSettings(join_token=join_token, ping_ms=50, probe_timeout_ms=50)
     async with HttpWorkerProbe(settings.probe_limit_s) as probe:
         service = ManagerService(settings, opened, probe, broker_url="redis://nowhere")
         router = build_router(
             RouterSettings(
-                manager_url=f"http://127.0.0.1:{manager_port}", join_token=join_token, pools=[MODEL], sweep_ms=20
+                manager_urls=[f"http://127.0.0.1:{manager_port}"], join_token=join_token, pools=[MODEL], sweep_ms=20
             ),
             storage_settings=StorageSettings(url=f"memory://strangers-{router_port}"),
             open_queue=open_queue,
