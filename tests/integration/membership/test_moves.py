@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,9 @@ async def test_what_foreign_managers_say_of_heartbeats(tmp_path: Path, own_valke
 
 
 async def test_two_managers_never_both_accept(tmp_path: Path, own_valkey: Server) -> None:
-    """The acting Manager is cut off from Redis, without a word: it takes no registration that begins after the other
-    accepted its first; what workers are assigned only rises; healed, it stands by, and nobody was declared dead."""
+    """The acting Manager is cut off from Redis, without a word: no registration that begins after one of the next term
+    was accepted is accepted in the old one, whichever Manager is asked (the one that stands by passes it on); what
+    workers are assigned only rises; healed, it stands by, and nobody was declared dead."""
     async with FaultProxy(own_valkey.port) as proxy:
         manager = {"acting_ttl_ms": ACTING_TTL_MS, "advertised_redis_url": own_valkey.url}
         async with TwoManagers(tmp_path, own_valkey, manager=manager) as fleet:
@@ -169,7 +171,7 @@ async def test_two_managers_never_both_accept(tmp_path: Path, own_valkey: Server
             await fleet.up(workers=1)
             before = await incarnations(fleet)
             seen: list[tuple[int, int]] = []
-            accepted: list[list[tuple[float, float]]] = [[], []]
+            accepted: list[list[Accepted]] = [[], []]
             async with asyncio.TaskGroup() as group:
                 watching = [
                     group.create_task(_watch_assignment(fleet.workers[0], seen)),
@@ -177,7 +179,11 @@ async def test_two_managers_never_both_accept(tmp_path: Path, own_valkey: Server
                 ]
                 await eventually(lambda: len(accepted[0]) > 5, "the first one accepts", limit_s=PATIENCE_S)
                 proxy.silence()
-                await eventually(lambda: len(accepted[1]) > 5, "the second one accepts", limit_s=PATIENCE_S)
+                before_it = {one.term for one in accepted[0]}
+                await eventually(
+                    lambda: sum(one.term not in before_it for one in accepted[1]) > 5, "the second one accepts",
+                    limit_s=PATIENCE_S,
+                )  # fmt: skip
                 await fleet.settled_at(1)
                 proxy.heal()
                 await eventually(lambda: fleet.stands_by(0), "the first one stands by", limit_s=PATIENCE_S)
@@ -185,23 +191,35 @@ async def test_two_managers_never_both_accept(tmp_path: Path, own_valkey: Server
                 await eventually(lambda: len(accepted[1]) > now + 5, "the second one goes on", limit_s=PATIENCE_S)
                 for task in watching:
                     task.cancel()
-            first_of_the_second = accepted[1][0][1]
-            assert max(begun for begun, _ in accepted[0]) < first_of_the_second
+            (old,) = before_it
+            answers = [*accepted[0], *accepted[1]]
+            next_term_since = min(one.ended_s for one in answers if one.term > old)
+            assert max(one.begun_s for one in answers if one.term == old) < next_term_since
             assert seen == sorted(seen)
             assert seen[0][0] < seen[-1][0]
             assert await incarnations(fleet) == before
             assert await requeued(fleet) == 0
 
 
-async def _keep_joining(fleet: TwoManagers, number: int, accepted: list[tuple[float, float]]) -> None:
-    """Register a worker of its own with one Manager again and again; when each success began and ended."""
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A registration that was answered with 200, and the term of its assignment."""
+
+    begun_s: float
+    ended_s: float
+    term: int
+
+
+async def _keep_joining(fleet: TwoManagers, number: int, accepted: list[Accepted]) -> None:
+    """Register a worker of its own with one Manager again and again."""
     body = {"worker_id": f"probe-{number}", "incarnation": f"probe-{number}.0000000000000001", "slots": 0}
     url = f"{fleet.managers[number].url}{FABRIC_PREFIX}/workers"
     while True:
         begun = time.monotonic()
         async with fleet.session.post(url, json=body) as answer:
             if answer.status == 200:
-                accepted.append((begun, time.monotonic()))
+                term = (await answer.json())["assignment"]["term"]
+                accepted.append(Accepted(begun, time.monotonic(), term))
             else:
                 assert answer.status == 503, await answer.text()
         await asyncio.sleep(0.02)
