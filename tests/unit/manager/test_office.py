@@ -113,7 +113,7 @@ async def test_a_silent_worker_with_a_refused_port_dies_at_once() -> None:
     """Its URL answered before, now refuses, and a ping is not answered: no need to wait for the lease."""
     queue = FakeQueue(numbers={ONE: 1})
     probe = FakeProbe({URL: Door(DoorState.SAME)})
-    service = _service(queue, probe, lease_ms=60_000)
+    service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
     async with _running(service):
         await service.register(_registration())
         await _until(lambda: probe.looks > 0)
@@ -126,7 +126,7 @@ async def test_a_silent_worker_with_a_refused_port_dies_at_once() -> None:
 async def test_a_url_that_points_elsewhere_is_no_evidence(first: Door) -> None:
     """A URL that never answered as the worker kills nobody, however often it refuses; people see what is wrong."""
     queue = FakeQueue(numbers={ONE: 1})
-    service = _service(queue, FakeProbe({URL: first}), lease_ms=60_000)
+    service = _service(queue, FakeProbe({URL: first}), lease_ms=60_000, acting_ttl_ms=5_000)
     async with _running(service):
         await service.register(_registration())
         await _until(lambda: "w" in queue.workers and queue.workers["w"].state is WorkerState.SUSPECT)
@@ -139,7 +139,7 @@ async def test_a_worker_that_answers_pings_is_only_suspect() -> None:
     """Without heartbeats and with a refusing port, an answered ping keeps its work with it."""
     queue = FakeQueue(numbers={ONE: 1}, answers_pings={ONE})
     probe = FakeProbe({URL: Door(DoorState.SAME)})
-    service = _service(queue, probe, lease_ms=60_000)
+    service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
     async with _running(service):
         await service.register(_registration())
         await _until(lambda: probe.looks > 0)
@@ -153,7 +153,7 @@ async def test_a_worker_that_answers_pings_is_only_suspect() -> None:
 async def test_an_id_in_use_by_a_live_worker_is_refused() -> None:
     """A second incarnation is turned away while the first answers, and let in once it has gone silent for good."""
     queue = FakeQueue(numbers={ONE: 1}, answers_pings={ONE})
-    service = _service(queue, lease_ms=60_000)
+    service = _service(queue, lease_ms=60_000, acting_ttl_ms=5_000)
     async with _running(service):
         await service.register(_registration(url=None))
         with pytest.raises(WorkerIdTaken, match="another --worker-id"):
@@ -169,7 +169,7 @@ async def test_a_restarted_worker_gets_its_jobs_freed_at_once() -> None:
     """The port now answers as the new incarnation: the old one is certainly dead."""
     queue = FakeQueue(numbers={ONE: 1})
     probe = FakeProbe({URL: Door(DoorState.SAME)})
-    service = _service(queue, probe, lease_ms=60_000)
+    service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
     async with _running(service):
         await service.register(_registration())
         await _until(lambda: probe.looks > 0)
