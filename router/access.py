@@ -7,10 +7,9 @@ from dataclasses import replace
 from fastapi import Request, params
 
 from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed
-from telemetry.access import Access, allow, check_join_token
-from telemetry.local_callers import LocalCallers, check_is_json
+from telemetry.access import Access, allow, check_member, is_join_token
+from telemetry.local_callers import LocalCallers
 
-from .core import is_join_token
 from .keys import ApiKeys
 from .settings import RouterSettings
 
@@ -42,7 +41,7 @@ class Gate:
         self._keys.caller(request)
 
     def _check_client_or_member(self, request: Request) -> None:
-        if is_join_token(self._join_token, request.headers.get(JOIN_TOKEN_HEADER, "").encode()):
+        if is_join_token(self._join_token, request.headers.get(JOIN_TOKEN_HEADER, "")):
             return
         try:
             self._keys.caller(request)
@@ -50,14 +49,9 @@ class Gate:
             raise AuthenticationFailed(f"{error.message}, or the join token as {JOIN_TOKEN_HEADER}") from None
 
     def _check_member(self, request: Request) -> None:
-        headers = dict(request.scope["headers"])
-        if self._join_token:
-            check_join_token(self._join_token, request.headers.get(JOIN_TOKEN_HEADER, ""))
-        elif self._keys.required:
+        if self._keys.required and not self._join_token:
             raise AuthenticationFailed(
                 "this router asks for API keys and was given no join token, so it opens /fabric/v1 to nobody: "
                 "start it with the fleet's INFERQ_JOIN_TOKEN"
             )
-        else:
-            self._local.check(headers)
-        check_is_json(request.method, headers)
+        check_member(request, self._join_token, self._local)

@@ -59,20 +59,27 @@ def allow(access: Access, check: Callable[[Request], None] = lambda _: None) -> 
 def allow_members(join_token: str, local: LocalCallers) -> params.Depends:
     """The declaration of :attr:`Access.MEMBER`: the join token, or without one :class:`LocalCallers`."""
 
-    def check(request: Request) -> None:
-        headers = dict(request.scope["headers"])
-        if join_token:
-            check_join_token(join_token, request.headers.get(JOIN_TOKEN_HEADER, ""))
-        else:
-            local.check(headers)
-        check_is_json(request.method, headers)
+    return allow(Access.MEMBER, lambda request: check_member(request, join_token, local))
 
-    return allow(Access.MEMBER, check)
+
+def check_member(request: Request, join_token: str, local: LocalCallers) -> None:
+    """Raises what a caller is answered that shows no join token or, where there is none, is not one of ``local``."""
+    headers = dict(request.scope["headers"])
+    if join_token:
+        check_join_token(join_token, request.headers.get(JOIN_TOKEN_HEADER, ""))
+    else:
+        local.check(headers)
+    check_is_json(request.method, headers)
+
+
+def is_join_token(expected: str, given: str) -> bool:
+    """Whether ``given`` is the join token, compared in constant time; never, where none is ``expected``."""
+    return bool(expected) and hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace"))
 
 
 def check_join_token(expected: str, given: str) -> None:
-    """Compare in constant time. Raises ``AuthenticationFailed``, also where no token is ``expected``."""
-    if not expected or not hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace")):
+    """Raises ``AuthenticationFailed`` for what is not the join token."""
+    if not is_join_token(expected, given):
         raise AuthenticationFailed(
             f"the join token is missing or wrong: send the one the Manager was started with "
             f"(INFERQ_JOIN_TOKEN) in the header {JOIN_TOKEN_HEADER}"

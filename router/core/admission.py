@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import re
 from collections.abc import Mapping
 from typing import cast, get_args
@@ -71,11 +70,6 @@ def authenticate(keys: KeyRing, authorization: bytes, api_key: bytes) -> Tenant:
         how = "send it as: Authorization: Bearer KEY"
         raise AuthenticationFailed(f"the API key is {'not known here' if given else 'missing'}; {how}")
     return tenant
-
-
-def is_join_token(expected: str, given: bytes) -> bool:
-    """Whether ``given`` is the join token, compared in constant time; never, where none is set."""
-    return bool(expected) and hmac.compare_digest(expected.encode(), given)
 
 
 def check_size(size_bytes: int, limit_bytes: int) -> None:

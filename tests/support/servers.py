@@ -5,9 +5,11 @@ They start in well under a second, keep their data across :meth:`Server.restart`
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -212,6 +214,19 @@ class Cluster:
         info = node.ask("CLUSTER", "INFO")
         text = info.decode() if isinstance(info, bytes) else str(info)
         return _value(text, "cluster_state") == "ok" and _value(text, "cluster_known_nodes") == str(len(self.nodes))
+
+
+@contextlib.contextmanager
+def partial_cluster(binary: str, folder: Path) -> Iterator[Cluster]:
+    """A cluster whose nodes go on without each other."""
+    cluster = Cluster(binary, folder)
+    try:
+        cluster.start()
+        for node in cluster.nodes:
+            node.ask("CONFIG", "SET", "cluster-require-full-coverage", "no")
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 class Sentinel:

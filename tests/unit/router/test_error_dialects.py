@@ -165,18 +165,26 @@ async def test_a_message_stream_with_pings_is_whole(quiet: Served, queue: FakeQu
     assert events == ["Hello"] or [event.type for event in events][-1] == "message_stop"
 
 
-@pytest.mark.parametrize(("read", "kind"), _refusals(ANTHROPIC))
-@pytest.mark.parametrize("alive", [False, True])
-async def test_an_engines_refusal_of_a_message_is_told_in_its_shape(
-    quiet: Served, queue: FakeQueue, read: Read, kind: str, alive: bool
-) -> None:
-    """[C2] Whatever shape the engine's refusal has, before the stream or after signs of life."""
+async def _refused(
+    quiet: Served, queue: FakeQueue, read: Read, kind: str, *, alive: bool
+) -> tuple[asyncio.Future[Any], str]:
+    """A request that its engine refuses, after signs of life if ``alive``, and what the engine says."""
     body, message = REFUSALS[kind]
     asking = asyncio.ensure_future(read(quiet))
     job = await queue.job()
     if alive:
         await _once_alive(quiet)
     queue.answer(job, body, status=400)
+    return asking, message
+
+
+@pytest.mark.parametrize(("read", "kind"), _refusals(ANTHROPIC))
+@pytest.mark.parametrize("alive", [False, True])
+async def test_an_engines_refusal_of_a_message_is_told_in_its_shape(
+    quiet: Served, queue: FakeQueue, read: Read, kind: str, alive: bool
+) -> None:
+    """[C2] Whatever shape the engine's refusal has, before the stream or after signs of life."""
+    asking, message = await _refused(quiet, queue, read, kind, alive=alive)
     with pytest.raises(anthropic.APIStatusError) as raised:
         await asking
     assert (raised.value.type, raised.value.api_message) == ("invalid_request_error", message)
@@ -189,12 +197,7 @@ async def test_an_engines_refusal_is_an_error_with_its_words(
     quiet: Served, queue: FakeQueue, read: Read, kind: str, alive: bool
 ) -> None:
     """[C4] After signs of life have begun a stream, and before: the SDK raises, and shows what the engine said."""
-    body, message = REFUSALS[kind]
-    asking = asyncio.ensure_future(read(quiet))
-    job = await queue.job()
-    if alive:
-        await _once_alive(quiet)
-    queue.answer(job, body, status=400)
+    asking, message = await _refused(quiet, queue, read, kind, alive=alive)
     with pytest.raises(openai.APIError) as raised:
         await asking
     assert message in raised.value.message

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from queue_schemas import AuthenticationFailed, ManagerUnavailable, OverCapacity
 from telemetry import MetricsRegistry, bound_facts
-from telemetry.access import allow_members, check_join_token
+from telemetry.access import allow_members, check_join_token, is_join_token
 from telemetry.asgi import (
     error_answer,
     health_routes,
@@ -126,6 +126,13 @@ async def test_the_join_token_opens() -> None:
         check_join_token("", "")
     with pytest.raises(AuthenticationFailed, match="INFERQ_JOIN_TOKEN"):
         check_join_token("s", "é")
+
+
+def test_an_unset_join_token_opens_nothing() -> None:
+    """Only a set token, shown exactly, lets an operator in."""
+    assert is_join_token("t", "t")
+    assert not is_join_token("t", "x")
+    assert not is_join_token("", "")
 
 
 async def test_health_pages() -> None:
