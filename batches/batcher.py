@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from broker.rq.queues import StepQueue
 from queue_schemas import BrokerUnavailable, InferqError, Tenant
 from storage import Batch, BatchError, BatchStatus, ObjectMissing
 from telemetry import get_logger
 
+from .context import Desk, Folder, in_thread
 from .core import Phase, Work, mailbox_of
-from .desk import Desk, Folder, in_thread
-from .ends import batch_ended
+from .dispatcher import Pump
+from .end_events import batch_ended
 from .merge import merge, publish_files
-from .pump import Pump
-from .rq_queue import StepQueue
 from .settings import BatchSettings
 from .validate import validate
 

@@ -13,8 +13,8 @@ import orjson
 from queue_schemas import Tenant
 from storage import Batch, BatchStatus, FileRecord, Part
 
+from .context import Desk, Folder, in_thread, input_of
 from .core import USAGE, BadLine, Bits, Fold, Merge, Phase, Work, file_of, read_line, request_of, unanswered
-from .desk import Desk, Folder, in_thread, input_of
 from .input import InputGone, InputLines
 
 _CHUNKS_AT_ONCE = 64

@@ -11,19 +11,19 @@ from typing import cast
 from fastapi import FastAPI
 
 from broker import Broker, BrokerSettings
+from broker.queue_link import QueueLink
+from broker.rq.queues import StepQueue, rq_connection
+from broker.rq.thread import RqThread
 from queue_schemas import CannotStart
 from storage import ObjectStore, StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
-from telemetry.asgi import health_app
 from telemetry.flags import parse_settings
-from telemetry.server import bind_socket, run_process, run_server, stop_on_signals
+from telemetry.http.asgi import health_app
+from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
 
 from .batcher import Batcher
-from .desk import Desk
+from .context import Desk
 from .metrics import BatchMetrics
-from .queue_link import QueueLink
-from .rq_queue import StepQueue, rq_connection
-from .rq_thread import RqThread
 from .settings import BatchSettings
 from .steps import serve_steps
 from .sweep import Sweep
@@ -103,10 +103,10 @@ class _Process:
             return
         # A step that finds no queue makes way for others: it is tried again anyway.
         queue = queue.model_copy(update={"retry_limit_ms": min(queue.retry_limit_ms, _RETRY_LIMIT_MS)})
-        steps = StepQueue(rq_connection(settings.rq_redis_url, queue))
+        steps = StepQueue(rq_connection(queue))
         self._batcher, self._sweep = Batcher(desk, steps), Sweep(desk, steps)
         serve_steps(self._batcher)
-        worker = RqThread(steps.queue, rq_connection(settings.rq_redis_url, queue), settings.batcher_id)
+        worker = RqThread(steps.queue, rq_connection(queue), settings.batcher_id)
         async with asyncio.TaskGroup() as tasks:
             linked = tasks.create_task(self._link.keep(queue, desk.metrics.registry, self._connected), name="link")
             sweeping = tasks.create_task(self._sweep.run(), name="sweep")

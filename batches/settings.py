@@ -28,11 +28,6 @@ class BatchSettings(RequestSettings):
         description="Base URLs of Managers or Routers, which are asked in turn where Redis is unless redis_url says so",
     )
     join_token: HeaderSecret = Field(SecretStr(""), description="Shown to the Manager")
-    rq_redis_url: str = Field(
-        "",
-        description="Redis of RQ's own jobs: a plain server (RQ knows no Cluster); empty: the queue's Redis, "
-        "where that is one",
-    )
     scan_ms: int = Field(
         1_000, ge=20, le=60_000, description="How often new batches, and those whose batcher died, are looked for"
     )

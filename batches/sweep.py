@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 
+from broker.rq.queues import StepQueue
 from queue_schemas import InferqError, Tenant
 from telemetry import get_logger
 
-from .desk import Desk, in_thread
-from .rq_queue import StepQueue
+from .context import Desk, in_thread
 
 STRAY_MS = 3_600_000
 """A mark without a batch is removed once it was seen for so long: whoever made it did not get further. Its id does not

@@ -11,8 +11,8 @@ from queue_schemas import InferqError
 from storage import sweep_expired, sweep_leftovers
 from telemetry import get_logger
 
+from .context import Desk, in_thread
 from .core import file_of
-from .desk import Desk, in_thread
 
 LEFTOVERS_EVERY_S = 3_600.0
 MOST_BATCHES = 1_000

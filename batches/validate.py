@@ -7,6 +7,7 @@ import secrets
 from queue_schemas import Pool
 from storage import Batch, BatchError, BatchStatus, FileRecord
 
+from .context import Desk, Folder, in_thread, input_of
 from .core import (
     MOST_ERRORS,
     MOST_RECORDS,
@@ -23,7 +24,6 @@ from .core import (
     repeated,
     slice_bounds,
 )
-from .desk import Desk, Folder, in_thread, input_of
 from .input import InputGone, InputLines
 
 _RECORDS_AT_ONCE = 25_000

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from broker import BrokerSettings
-from broker.embedded import EmbeddedServer
+from broker.embedded.server import EmbeddedServer
 from manager.ray_actor import ensure_manager
 from manager.settings import ManagerSettings
 from queue_schemas import (
@@ -43,10 +43,9 @@ from queue_schemas import (
     new_incarnation,
 )
 from router.app import open_manager
-from router.core import Directory
-from router.core.directory import build_directory
+from router.model_directory import Directory, build_directory
 from telemetry import TelemetrySettings
-from telemetry.fabric_calls import FabricCall
+from telemetry.http.fabric_calls import FabricCall
 
 from .processes import cpu_seconds, free_port, running, until_answers
 

@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from broker import Broker, BrokerSettings
-from broker.embedded import EmbeddedServer
+from broker.embedded.server import EmbeddedServer
 from manager import ManagerService, ManagerSettings
 from manager.core import Door, DoorState
 from manager.service import open_broker
 from queue_schemas import EngineState, Heartbeat, Incarnation, Registration, WorkerId, new_incarnation
 from telemetry import MetricsRegistry, configure_logging
 from tests.support.waiting import eventually
+from worker.fallback_sweeper import stand_in
 from worker.metrics import WorkerMetrics
-from worker.standing_in import stand_in
 
 HEARTBEAT_S = 2.0
 LEASE_S = 15.0

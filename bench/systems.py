@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from broker.embedded import EmbeddedServer
+from broker.embedded.server import EmbeddedServer
 
 from .processes import free_port, running, until_answers
 

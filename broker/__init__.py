@@ -2,12 +2,12 @@
 
 from .client import Broker, Standing
 from .dead_letters import MOST_LETTERS, DeadLetters
-from .figures import JobCounts
-from .kept_jobs import MOST_LISTED
-from .mailboxes import Letter
+from .durable_replies import Letter
+from .persisted_jobs import MOST_LISTED
+from .redis.server_checks import ServerFacts
 from .renewal import Renewer
-from .server import ServerFacts
 from .settings import BrokerSettings, Budgets, Durability
+from .stats import JobCounts
 from .upkeep import Expired, Reclaimed
 
 __all__ = [

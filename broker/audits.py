@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from queue_schemas import ShardKeys
 from telemetry import get_logger
 
-from .calls import Caller
+from .redis.calls import Caller
 
 EVERY_S = 5.0
 """How often a part of a shard is looked at."""

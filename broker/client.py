@@ -1,8 +1,8 @@
 """The broker: every operation of the queue, for every role.
 
 One object per process. Concurrent calls of the same kind share round trips (:mod:`broker.job_batches`); a call whose
-reply is lost is repeated (:mod:`broker.calls`) and has no second effect. All methods raise ``BrokerUnavailable`` when
-Redis cannot be reached within the limit, ``BrokerUnsuitable`` when it refuses us.
+reply is lost is repeated (:mod:`broker.redis.calls`) and has no second effect. All methods raise ``BrokerUnavailable``
+when Redis cannot be reached within the limit, ``BrokerUnsuitable`` when it refuses us.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from queue_schemas.keys import META, keys_of_job
 from telemetry import get_logger
 
 from .audits import Audits
-from .calls import Caller
-from .clocks import ServerClocks
 from .dead_letters import DeadLetters
-from .durable import DurableCaller
-from .figures import Figures
-from .fitness import Fitness, vet
+from .durable_replies import Mailboxes
 from .job_batches import KEEP_MS, ShardBatches
-from .kept_jobs import KeptJobCalls
-from .link import ClientLink, Link, open_link
-from .mailboxes import Mailboxes
+from .persisted_jobs import KeptJobCalls
+from .persisted_output import StoredOutputCalls
+from .redis.calls import Caller
+from .redis.durable import DurableCaller
+from .redis.fitness import Fitness, vet
+from .redis.link import ClientLink, Link, open_link
+from .redis.server_checks import ServerFacts, read_facts, settle_meta
+from .redis.server_clock import ServerClocks
 from .registry import RegistryCalls
 from .renewal import Renewer
-from .server import ServerFacts, read_facts, settle_meta
+from .reply_streams import ReplyReader
 from .settings import BrokerSettings, Budgets, Durability
-from .stored_output import StoredOutputCalls
-from .streams import ReplyReader
+from .stats import Figures
 from .upkeep import UpkeepCalls
 from .worker_calls import WorkerCalls
 

@@ -22,10 +22,10 @@ from queue_schemas import (
 )
 from queue_schemas.frames import split_frames
 from queue_schemas.ids import encode_name
-from queue_schemas.stored import key_digest, request_digest
+from queue_schemas.persisted_output import key_digest, request_digest
 
-from .batching import Batcher
-from .calls import Caller
+from .redis.batching import Batcher
+from .redis.calls import Caller
 from .settings import Budgets
 
 _OVERHEAD_BYTES = 256

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 
 from queue_schemas import BadMessage, Pool, WorkerInfo
-from queue_schemas.acting import ActingManager
+from queue_schemas.fleet.acting_manager import ActingManager
 from queue_schemas.ids import check_name, check_worker_id
 from queue_schemas.keys import MANAGER, META, POOLS, SWEEPER, WORKERS
 from telemetry import get_logger
 
-from .calls import Caller, pairs
+from .redis.calls import Caller, pairs
 
 POOL_MEMORY_MS = 24 * 3600 * 1000
 """How long a pool that nobody declared is remembered after its last worker."""
@@ -30,7 +30,7 @@ class RegistryCalls:
 
     async def act_as_manager(self, manager_id: str, ttl_ms: int, url: str = "", proof: str = "") -> int | None:
         """Take or keep the acting Manager's lease for ``ttl_ms``: its term, or None while another holds it. ``url`` and
-        ``proof`` tell the others where the holder is (:mod:`queue_schemas.acting`)."""
+        ``proof`` tell the others where the holder is (:mod:`queue_schemas.fleet.acting_manager`)."""
         return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms, url, proof)) or None
 
     async def resign_manager(self, manager_id: str) -> None:

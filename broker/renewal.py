@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from queue_schemas import BrokerUnavailable, Fenced, Incarnation, ShardKeys
 
-from .calls import Caller
+from .redis.calls import Caller
 
 
 class Renewer:

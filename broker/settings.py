@@ -20,6 +20,11 @@ class BrokerSettings(RoleSettings):
         description="redis://, rediss://, unix://, redis+sentinel://HOSTS/SERVICE or redis+cluster://HOSTS "
         "(rediss+... for TLS); empty: ask the Manager, or start the embedded server",
     )
+    rq_redis_url: str = Field(
+        default="",
+        description="Redis of RQ's jobs (batches and webhooks): a plain server, no Cluster and no Sentinel; empty: the "
+        "queue's Redis, where that is one",
+    )
     shards: int = Field(default=1, ge=1, le=1024, description="number of shards, fixed for the life of the data")
     tls_ca_file: str = Field(default="", description="CA certificate to check the server's with; empty: the system's")
     connect_timeout_ms: int = Field(default=3_000, ge=1, description="limit on opening a connection")

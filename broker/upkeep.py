@@ -13,8 +13,8 @@ from queue_schemas.ids import check_incarnation
 from telemetry import get_logger
 
 from .audits import Audits
-from .calls import Caller, pairs
-from .clocks import ServerClocks
+from .redis.calls import Caller, pairs
+from .redis.server_clock import ServerClocks
 
 _RECLAIM_STEP = 256
 _EXPIRE_STEP = 256

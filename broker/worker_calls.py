@@ -26,11 +26,11 @@ from queue_schemas.ids import encode_name
 from queue_schemas.keys import keys_of_job
 from telemetry import get_logger
 
-from .calls import Caller
 from .job_batches import ShardBatches, attempt_of
-from .link import Link
+from .redis.calls import Caller
+from .redis.link import Link
 from .renewal import Renewer
-from .streams import read_control
+from .reply_streams import read_control
 from .upkeep import answers_of, on_each
 
 PARK_MS = 30_000

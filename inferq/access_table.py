@@ -18,9 +18,9 @@ from queue_schemas import CannotStart
 from router import RouterSettings, build_router
 from storage import StorageSettings
 from telemetry import MetricsRegistry
-from telemetry.access import DeclaredRoute, declared
-from telemetry.asgi import health_app
-from worker.http import Status, make_app
+from telemetry.http.access import DeclaredRoute, declared
+from telemetry.http.asgi import health_app
+from worker.routes import Status, make_app
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"
 BEGIN, END = "<!-- access table: python -m inferq.access_table --write -->", "<!-- end of the access table -->"

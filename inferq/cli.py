@@ -13,7 +13,7 @@ import typer
 from inferq import __version__
 from queue_schemas import BadRequest
 
-from .batch_cli import batch_app
+from .batch.cli import batch_app
 from .commands.options import (
     DEFAULT_URL,
     ApiKey,
@@ -38,8 +38,8 @@ from .commands.options import (
     stack_options,
 )
 from .invocation import check_arguments, run_command
-from .jobs_cli import jobs_app
-from .webhook_cli import webhook_app
+from .jobs.cli import jobs_app
+from .webhooks.cli import webhook_app
 
 DATA_DIR = Path(".inferq")
 _ROLE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -77,7 +77,7 @@ def _was_given(context: typer.Context, option: str) -> bool:
 
 
 def _run(work: Callable[[], Awaitable[None]]) -> None:
-    from telemetry.server import run_process  # noqa: PLC0415
+    from telemetry.http.server import run_process  # noqa: PLC0415
 
     raise typer.Exit(run_process(work))
 

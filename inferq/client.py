@@ -28,8 +28,8 @@ from queue_schemas import (
     WorkerList,
 )
 from telemetry import redact_url
-from telemetry.fleet_http import fleet_session
-from telemetry.header_secrets import header_secret
+from telemetry.http.fleet_session import fleet_session
+from telemetry.http.header_secrets import header_secret
 
 ASK_LIMIT_S = 10.0
 """Limit on an answer of the control plane."""

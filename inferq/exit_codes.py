@@ -9,7 +9,7 @@ import typer
 
 def run_for_code(work: Callable[[], Awaitable[int]]) -> None:
     """Run ``work`` and end with the code that it answers; with 2 where it could not be done."""
-    from telemetry.server import run_process  # noqa: PLC0415
+    from telemetry.http.server import run_process  # noqa: PLC0415
 
     code = 0
 

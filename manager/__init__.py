@@ -3,9 +3,9 @@
 Its process, which ``python -m`` runs, is :mod:`manager.service`.
 """
 
-from .http import create_app
-from .office import ManagerService
+from .control_plane import ManagerService
 from .ports import QueuePort, WorkerProbe
+from .routes import create_app
 from .settings import ManagerSettings
 
 __all__ = ["ManagerService", "ManagerSettings", "QueuePort", "WorkerProbe", "create_app"]

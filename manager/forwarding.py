@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from queue_schemas import JOIN_TOKEN_HEADER, InferqError, ManagerUnavailable
-from queue_schemas.acting import RAY_SCHEME, may_follow
+from queue_schemas.fleet.acting_manager import RAY_SCHEME, may_follow
 from telemetry import get_logger
-from telemetry.asgi import error_response
-from telemetry.fabric_calls import FORWARDED_BY_MANAGER, UNREACHABLE, FabricCall, FabricHttp
+from telemetry.http.asgi import error_response
+from telemetry.http.fabric_calls import FORWARDED_BY_MANAGER, UNREACHABLE, FabricCall, FabricHttp
 
-from .deaths import within
+from .failure_detector import within
 from .ports import QueuePort
 
 FORWARD_LIMIT_S = 8.0
@@ -22,7 +22,8 @@ log = get_logger(__name__)
 class ActingElsewhere:
     """The way from this Manager to the one that acts, as that one says in Redis.
 
-    The address is used only with a proof that its writer has our join token (:mod:`queue_schemas.acting`).
+    The address is used only with a proof that its writer has our join token
+    (:mod:`queue_schemas.fleet.acting_manager`).
     """
 
     def __init__(self, manager_id: str, own_url: str, join_token: str, limit_ms: int) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from broker import Expired, JobCounts, Reclaimed
 from queue_schemas import Control, Incarnation, Lane, LaneDepth, Pool, WorkerId, WorkerInfo
-from queue_schemas.acting import ActingManager
+from queue_schemas.fleet.acting_manager import ActingManager
 
 from .core import Door
 

@@ -19,17 +19,17 @@ from typing import Any, cast
 import ray
 
 from broker import BrokerSettings
-from broker.link import open_link
+from broker.redis.link import open_link
 from queue_schemas import RAY_MANAGER, RAY_NAMESPACE, BrokerUnsuitable, CannotStart
-from queue_schemas.acting import RAY_SCHEME
+from queue_schemas.fleet.acting_manager import RAY_SCHEME
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger
-from telemetry.asgi import call_app
 from telemetry.flags import parse_settings
+from telemetry.http.asgi import call_app
 from telemetry.ray_metrics import mirror_metrics
 
-from .http import create_app
-from .office import ManagerService
+from .control_plane import ManagerService
 from .probe import HttpWorkerProbe
+from .routes import create_app
 from .service import open_broker
 from .settings import ManagerSettings
 
@@ -170,7 +170,7 @@ def remove_manager(limit_s: float = 2 * STOP_LIMIT_S) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make sure that the Ray cluster which ``RAY_ADDRESS`` names, or which runs here, has a Manager."""
-    from telemetry.server import run_process  # noqa: PLC0415
+    from telemetry.http.server import run_process  # noqa: PLC0415
 
     async def run() -> None:
         tables = (ManagerSettings, BrokerSettings, TelemetrySettings)

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import cast
 
 from broker import Broker, BrokerSettings
-from broker.link import open_link
+from broker.redis.link import open_link
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
-from telemetry.advertised import advertised_url
 from telemetry.flags import parse_settings
-from telemetry.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
+from telemetry.http.advertised_url import advertised_url
+from telemetry.http.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 
-from .http import create_app
-from .office import ManagerService, OpenQueue
+from .control_plane import ManagerService, OpenQueue
 from .ports import QueuePort
 from .probe import HttpWorkerProbe
+from .routes import create_app
 from .settings import ManagerSettings
 
 __all__ = ["ManagerService", "main", "open_broker", "serve"]
@@ -64,7 +64,7 @@ async def serve(
         stopped = stop or exits.enter_context(stop_on_signals(hurry))
         tasks = await exits.enter_async_context(asyncio.TaskGroup())
         if not broker_settings.redis_url:
-            from broker.embedded import EmbeddedServer  # noqa: PLC0415 - needs a POSIX system
+            from broker.embedded.server import EmbeddedServer  # noqa: PLC0415 - needs a POSIX system
 
             server = await exits.enter_async_context(EmbeddedServer(Path(settings.data_dir) / "valkey"))
             tasks.create_task(server.watch(), name="embedded queue")

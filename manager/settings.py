@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from queue_schemas import BadMessage
-from queue_schemas.acting import check_manager_url
+from queue_schemas.fleet.acting_manager import check_manager_url
 from telemetry import CommaList, HeaderSecret, RoleSettings
 
 

@@ -1,6 +1,5 @@
 """The wire contract: messages, key names, lifecycle, errors and codec. Pure: no I/O, no clock."""
 
-from .beats import BeatWatch, ShardedBeatWatch
 from .control import Control, ControlKind, parse_control
 from .errors import (
     AttemptsExhausted,
@@ -44,7 +43,8 @@ from .errors import (
     VersionRefused,
     WorkerIdTaken,
 )
-from .fabric import (
+from .fleet.lease_watch import BeatWatch, ShardedBeatWatch
+from .fleet.messages import (
     FABRIC_PREFIX,
     JOIN_TOKEN_HEADER,
     RAY_MANAGER,
@@ -86,12 +86,12 @@ from .ids import (
     shard_of_pool,
 )
 from .job import ENVELOPE_VERSION, Job, OnLoss
-from .kept import EndedJob, Keep, KeptJob, Memo
 from .keys import ShardKeys
 from .lanes import BANDS, DEFAULT_BAND, LANES, Lane, band_of_priority
 from .leases import Claimed, Lease, Outcome, Settled
 from .lifecycle import TERMINAL, TRANSITIONS, State, may_follow
-from .stored import KEPT_STATES, Enqueued, Output
+from .persisted_jobs import EndedJob, Keep, KeptJob, Memo
+from .persisted_output import KEPT_STATES, Enqueued, Output
 
 __all__ = [
     "BANDS",

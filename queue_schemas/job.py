@@ -26,7 +26,7 @@ class Job:
     """One request, queued once.
 
     ``path`` is the engine's (``/v1/chat/completions``). ``reply_to`` is the incarnation of the Router that waits, empty
-    for a ``stored`` job, whose answer is kept for any number of listeners (:mod:`queue_schemas.stored`).
+    for a ``stored`` job, whose answer is kept for any number of listeners (:mod:`queue_schemas.persisted_output`).
     ``idempotency_key`` is the client's name for it. ``ttl_ms`` counts from the enqueue on the server's clock.
     ``max_attempts`` bounds how often it is started. ``on_loss`` says what happens to a stream whose attempt was lost
     after some of it was delivered: ``continue`` (the queue asks the Router for what was delivered, and the next attempt

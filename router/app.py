@@ -13,27 +13,28 @@ from contextlib import asynccontextmanager
 from starlette.types import Message, Receive, Scope, Send
 
 from broker import Broker, BrokerSettings
-from broker.link import open_link
-from broker.local_password import complete_url
+from broker.embedded.local_password import complete_url
+from broker.redis.link import open_link
 from queue_schemas import BrokerUnsuitable, CannotStart, MethodNotAllowed, PathNotFound
-from queue_schemas.acting import RAY_SCHEME
-from storage import ObjectStore, StorageSettings, WebhookSettings
-from telemetry.access import DeclaredRoute, declared
-from telemetry.asgi import request_id_from
-from telemetry.fabric_calls import FabricHttp
-from telemetry.methods import allow_header, answered_methods
-from telemetry.server import refuse_unguarded
+from queue_schemas.fleet.acting_manager import RAY_SCHEME
+from storage import ObjectStore, StorageSettings
+from telemetry.http.access import DeclaredRoute, declared
+from telemetry.http.asgi import request_id_from
+from telemetry.http.fabric_calls import FabricHttp
+from telemetry.http.methods import allow_header, answered_methods
+from telemetry.http.server import refuse_unguarded
+from webhooks.url_settings import WebhookSettings
 
-from .connection import Connection
-from .cors import with_cors
-from .exchange import Exchange
-from .http import build_pages
-from .inference import Inference
-from .manager_port import HttpManager, RemoteManager
-from .manager_route import ManagerRoute
-from .own_paths import refuse_own_paths
+from .fleet.manager_client import HttpManager, RemoteManager
+from .fleet.manager_failover import ManagerRoute
+from .fleet.ray_manager import RayManager
+from .fleet.routes import build_pages
+from .http.connection import Connection
+from .http.cors import with_cors
+from .http.own_paths import refuse_own_paths
+from .http.response_writer import Exchange
+from .inference.routes import Inference
 from .ports import ManagerPort, OpenQueue
-from .ray_manager import RayManager
 from .settings import RouterSettings
 from .state import RouterState
 from .store import Store

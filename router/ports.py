@@ -25,8 +25,8 @@ from queue_schemas import (
     Tenant,
     WorkerInfo,
 )
-from queue_schemas.acting import ActingManager
-from telemetry.fabric_calls import FabricCall, Forwarded
+from queue_schemas.fleet.acting_manager import ActingManager
+from telemetry.http.fabric_calls import FabricCall, Forwarded
 
 Deliver = Callable[[list[Frame | Marker]], None]
 

@@ -18,10 +18,10 @@ from queue_schemas import (
     InferqError,
     new_incarnation,
 )
-from queue_schemas.acting import ActingManager
+from queue_schemas.fleet.acting_manager import ActingManager
 from telemetry import get_logger
 
-from .core import Directory, build_directory
+from .model_directory import Directory, build_directory
 from .ports import Deliver, OpenQueue, QueuePort
 from .settings import RouterSettings
 

@@ -1,8 +1,8 @@
 """The Router as a Ray Serve deployment: Serve starts, scales, watches and replaces the replicas.
 
 Two ways in. ``replica``: every replica serves clients itself, with the server of the HTTP topology, and those of one
-machine share one listening socket (:mod:`router.door`). ``serve``: clients come through Serve's own proxy (or its
-HAProxy), to the same app. The first is the default: docs/topologies.md has the figures.
+machine share one listening socket (:mod:`router.http.shared_listener`). ``serve``: clients come through Serve's own
+proxy (or its HAProxy), to the same app. The first is the default: docs/topologies.md has the figures.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ray import serve
 from ray.serve.config import AutoscalingContext
 
 from broker import BrokerSettings
-from storage import StorageSettings, WebhookSettings
+from storage import StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
+from telemetry.http.server import run_server
 from telemetry.ray_metrics import mirror_metrics
-from telemetry.server import run_server
+from webhooks.url_settings import WebhookSettings
 
 from .app import RouterApp, build_router
-from .door import Door
+from .http.shared_listener import Door
 from .settings import RouterSettings
 
 WayIn = Literal["replica", "serve"]

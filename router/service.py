@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from broker import BrokerSettings
-from storage import StorageSettings, WebhookSettings
+from storage import StorageSettings
 from telemetry import (
     TelemetrySettings,
     configure_logging,
@@ -17,7 +17,8 @@ from telemetry import (
     shutdown_tracing,
 )
 from telemetry.flags import parse_settings
-from telemetry.server import bind_socket, run_process, run_server, stop_on_signals
+from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
+from webhooks.url_settings import WebhookSettings
 
 from .app import build_router
 from .settings import RouterSettings

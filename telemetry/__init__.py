@@ -1,10 +1,10 @@
 """Logs, metrics, traces, settings: each set up in one place, the same for every role.
 
-HTTP services find what they share in :mod:`telemetry.asgi` and :mod:`telemetry.server`, imported by name so that a
-command-line call does not load a web server.
+HTTP services find what they share in :mod:`telemetry.http.asgi` and :mod:`telemetry.http.server`, imported by name so
+that a command-line call does not load a web server.
 """
 
-from .header_secrets import HeaderSecret
+from .http.header_secrets import HeaderSecret
 from .logs import LogFormat, LogLevel, bind, bound, bound_facts, configure_logging, get_logger
 from .metrics import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry, render_metrics
 from .redaction import redact_url

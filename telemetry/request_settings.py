@@ -9,8 +9,8 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_settings import NoDecode
 
-from queue_schemas.media import MediaHosts
-from queue_schemas.request_limits import RequestLimits
+from openai_api.media import MediaHosts
+from openai_api.request_limits import RequestLimits
 
 from .settings import CommaList, RoleSettings
 

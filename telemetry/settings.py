@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from queue_schemas import CannotStart
-from queue_schemas.acting import is_manager_url
+from queue_schemas.fleet.acting_manager import is_manager_url
 
 from .logs import LogFormat, LogLevel
 from .redaction import redact_arguments, redact_url

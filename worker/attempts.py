@@ -31,7 +31,7 @@ from queue_schemas.addresses import hide_addresses
 from queue_schemas.deadlines import deadline_passed
 from telemetry import get_logger, inject, span_from, tracing_enabled
 
-from .continuing import NotContinuable, plan_continuation, read_delivered
+from .continuation_planner import NotContinuable, plan_continuation, read_delivered
 from .core import (
     Continuation,
     FrameCutter,
@@ -47,8 +47,8 @@ from .core import (
 )
 from .core.slots import RETRY_APART_S
 from .engines import Engine, EngineAnswer, EngineCall, EngineGone, new_call_id
+from .frame_batcher import Channel, Outbox
 from .metrics import WorkerMetrics
-from .outbox import Channel, Outbox
 
 EVENT_STREAM = "text/event-stream"
 _ABORTS_KEPT = 4_096
@@ -80,7 +80,7 @@ class Stop(StrEnum):
 @dataclass(frozen=True, slots=True)
 class IdleLimits:
     """How long a stream may stand still while its engine's others go on: of plain text, and of what engines hold back
-    (:mod:`worker.core.silence`)."""
+    (:mod:`worker.core.stream_stall`)."""
 
     text_s: float
     held_back_s: float

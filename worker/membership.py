@@ -27,7 +27,7 @@ from queue_schemas import (
 )
 from telemetry import get_logger
 
-from .fabric import FabricClient
+from .manager_client import FabricClient
 from .metrics import WorkerMetrics
 
 _FIRST_PAUSE_S = 0.2

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from broker import Broker
-from broker.local_password import complete_url
+from broker.embedded.local_password import complete_url
 from queue_schemas import (
     BrokerFull,
     BrokerUnavailable,
@@ -32,16 +32,16 @@ from telemetry import (
     shutdown_tracing,
 )
 from telemetry.flags import parse_settings
-from telemetry.local_callers import LocalCallers
+from telemetry.http.local_callers import LocalCallers
+from telemetry.http.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 from telemetry.redaction import redact_url
-from telemetry.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 
 from .engines import Engine
 from .engines.choice import make_engine
-from .fabric import FabricClient
-from .http import Status, make_app
-from .incarnation import Life, Surroundings, broker_settings
+from .manager_client import FabricClient
 from .metrics import WorkerMetrics
+from .routes import Status, make_app
+from .session import Life, Surroundings, broker_settings
 from .settings import WorkerSettings
 
 _FIRST_PAUSE_S = 0.2

@@ -13,10 +13,10 @@ from typing import Any
 
 import orjson
 
+from openai_api.json_complexity import TOO_MUCH, has_too_much_structure
+from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest
 from queue_schemas.ids import check_name
-from queue_schemas.request_limits import RequestLimits, check_request
-from queue_schemas.structure import TOO_MUCH, has_too_much_structure
 
 LONGEST_CUSTOM_ID = 512
 _BOM = b"\xef\xbb\xbf"

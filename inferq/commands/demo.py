@@ -23,7 +23,7 @@ from inferq.stack import RunningStack, StackOptions, plan_stack, run_stack
 from inferq.stack.run import free_port
 from inferq.vllm_setup import ConsoleProgress
 from queue_schemas import BadRequest, ShuttingDown
-from telemetry.server import run_process, stop_on_signals
+from telemetry.http.server import run_process, stop_on_signals
 
 from .chat import choose_model, describe
 from .up import Serving, TerminalAnnouncer, prepare

@@ -16,7 +16,7 @@ from inferq.on_ray.plan import RayPlan
 from inferq.on_ray.settings import RaySettings
 from queue_schemas import CannotStart
 from telemetry import redact_url
-from telemetry.server import bind_socket
+from telemetry.http.server import bind_socket
 
 if TYPE_CHECKING:
     from inferq.on_ray.status import ClusterStatus
@@ -133,7 +133,7 @@ def _plan_with_queue(settings: RaySettings, redis_url: str | None) -> RayPlan:
     plan = RayPlan.load(settings, redis_url=redis_url)
     if plan.broker.redis_url or settings.address:
         return plan
-    from broker.embedded import running_url  # noqa: PLC0415 - needs a POSIX system
+    from broker.embedded.server import running_url  # noqa: PLC0415 - needs a POSIX system
 
     found = asyncio.run(running_url(settings.data_folder / "valkey"))
     if not found:

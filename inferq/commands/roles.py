@@ -40,7 +40,7 @@ def run_worker(arguments: Sequence[str]) -> int:
 
 def run_notifier(arguments: Sequence[str]) -> int:
     """A notifier; gives its exit code."""
-    from batches.webhooks.service import main  # noqa: PLC0415
+    from webhooks.service import main  # noqa: PLC0415
 
     return main(arguments)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from batches import BatchSettings
-from batches.webhooks import NotifierSettings
 from broker import BrokerSettings
 from inferq.console import out, print_json
 from inferq.on_ray import RaySettings
@@ -14,8 +13,10 @@ from inferq.tables import Column, Row, print_table
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
-from storage import StorageSettings, WebhookSettings
+from storage import StorageSettings
 from telemetry import RoleSettings, SettingFact, TelemetrySettings, explain_settings
+from webhooks.settings import NotifierSettings
+from webhooks.url_settings import WebhookSettings
 from worker.settings import WorkerSettings
 
 TABLES: dict[str, type[RoleSettings]] = {

@@ -16,9 +16,8 @@ from types import FrameType
 from rich.markup import escape
 from rich.status import Status
 
-from batches import BatchSettings
-from batches.rq_queue import rq_connection
 from broker import BrokerSettings
+from broker.rq.queues import rq_connection
 from inferq.console import err, out, print_json
 from inferq.stack import RunningStack, StackOptions, plan_stack, run_stack
 from inferq.stack.run import free_port
@@ -32,8 +31,8 @@ from inferq.vllm_setup import (
     prepare_vllm,
 )
 from queue_schemas import CannotStart
+from telemetry.http.server import run_process, stop_on_signals
 from telemetry.paths import absolute_path
-from telemetry.server import run_process, stop_on_signals
 
 SIMULATED_MODEL = "sim"
 DEFAULT_MODEL_CONTEXT = "2048"
@@ -108,7 +107,7 @@ def with_batcher(options: StackOptions, queue_url: str) -> StackOptions:
     if not queue_url:
         return options  # the embedded one will do
     try:
-        rq_connection(BatchSettings.load().rq_redis_url, BrokerSettings.load(redis_url=queue_url)).close()
+        rq_connection(BrokerSettings.load(redis_url=queue_url)).close()
     except CannotStart as error:
         err.print(f"[yellow]Batches and webhooks will wait: nothing runs them.[/yellow] {escape(error.message)}")
         return replace(options, batcher=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from inferq.batch_client import BatchPage
+from inferq.batch.client import BatchPage
 from inferq.client import FabricRefused
 
 from .findings import Examined, Finding, Level

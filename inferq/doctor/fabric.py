@@ -10,7 +10,7 @@ from inferq.client import GIVE_KEY, FabricClient, FabricRefused
 from inferq.vllm_setup import DEFAULT_MODEL, SetupFailed, find_default_model, find_vllm, plan_setup
 from inferq.vllm_setup.cache import cache_dir
 from inferq.vllm_setup.environment import read_host
-from telemetry.fleet_http import fleet_session
+from telemetry.http.fleet_session import fleet_session
 
 from .findings import ASK_LIMIT_S, Examined, Finding, Level
 

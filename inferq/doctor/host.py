@@ -14,7 +14,7 @@ from inferq.commands.settings import read_facts
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
-from telemetry.fleet_http import fleet_session
+from telemetry.http.fleet_session import fleet_session
 from telemetry.paths import absolute_path
 from worker.settings import WorkerSettings
 

@@ -7,7 +7,7 @@ import asyncio
 import aiohttp
 
 from router.settings import RouterSettings
-from telemetry.fleet_http import fleet_session
+from telemetry.http.fleet_session import fleet_session
 
 from .findings import ASK_LIMIT_S, Finding, Level
 

@@ -70,7 +70,7 @@ def about_clock(server_ms: int, before_ms: int, after_ms: int) -> Finding:
 
 
 async def _embedded(examined: Examined) -> list[Finding]:
-    from broker.embedded import find_binary  # noqa: PLC0415 - needs a POSIX system
+    from broker.embedded.server import find_binary  # noqa: PLC0415 - needs a POSIX system
 
     try:
         binary = find_binary()
@@ -85,8 +85,8 @@ async def _embedded(examined: Examined) -> list[Finding]:
 
 def _look_at_log(folder: Path, binary: Path) -> list[Finding]:
     """Whether the embedded queue's data can be read, where no server has them open."""
-    from broker.data_folder import DataFolder  # noqa: PLC0415 - needs a POSIX system
-    from broker.queue_log import QueueLog  # noqa: PLC0415
+    from broker.embedded.data_folder import DataFolder  # noqa: PLC0415 - needs a POSIX system
+    from broker.embedded.queue_log import QueueLog  # noqa: PLC0415
 
     files = QueueLog(folder / "aof")
     if not files.folder.is_dir() or DataFolder(folder).in_use:
@@ -108,9 +108,9 @@ def _look_at_log(folder: Path, binary: Path) -> list[Finding]:
 
 def repair_queue(data_dir: Path) -> str:
     """Cut the embedded queue's file at its first damage; what was done, as a sentence. Raises ``CannotStart``."""
-    from broker.data_folder import DataFolder  # noqa: PLC0415 - needs a POSIX system
-    from broker.embedded import find_binary  # noqa: PLC0415
-    from broker.queue_log import QueueLog  # noqa: PLC0415
+    from broker.embedded.data_folder import DataFolder  # noqa: PLC0415 - needs a POSIX system
+    from broker.embedded.queue_log import QueueLog  # noqa: PLC0415
+    from broker.embedded.server import find_binary  # noqa: PLC0415
 
     folder = DataFolder(absolute_path(data_dir) / "valkey")
     files = QueueLog(folder.path / "aof")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from inferq.client import FabricClient, FabricRefused
-from inferq.webhook_client import ENDPOINTS_PATH, DeliveryPage, DeliveryView, EndpointPage
+from inferq.webhooks.client import ENDPOINTS_PATH, DeliveryPage, DeliveryView, EndpointPage
 
 from .findings import Examined, Finding, Level
 

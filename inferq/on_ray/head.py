@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from queue_schemas import CannotStart
+from telemetry.http.server import bind_socket
 from telemetry.log_files import open_log
-from telemetry.server import bind_socket
 
 from .processes import boot_id, send, session_members, start_of, until
 from .settings import RaySettings

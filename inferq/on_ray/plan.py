@@ -15,8 +15,9 @@ from inferq import __version__
 from manager.settings import ManagerSettings
 from queue_schemas import RAY_MANAGER
 from router.settings import RouterSettings
-from storage import StorageSettings, WebhookSettings
+from storage import StorageSettings
 from telemetry import RoleSettings, TelemetrySettings
+from webhooks.url_settings import WebhookSettings
 
 from .settings import RaySettings
 

@@ -13,11 +13,11 @@ import ray
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
-from manager.office import ANOTHER_ACTS
+from manager.control_plane import ANOTHER_ACTS
 from manager.ray_actor import find_manager
 from queue_schemas import CannotStart
 from router.ray_serve import DEPLOYMENT
-from telemetry.fleet_http import direct_opener
+from telemetry.http.fleet_session import direct_opener
 
 from .plan import RayPlan, way_in_url
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from batches import BatchSettings
-from batches.webhooks import NotifierSettings
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
 from storage import StorageSettings
 from telemetry.paths import absolute_path
+from webhooks.settings import NotifierSettings
 from worker.settings import WorkerSettings
 
 EngineChoice = Literal["vllm", "url", "sim"]
@@ -160,7 +160,7 @@ def _services(data_dir: Path, free_port: Callable[[], int]) -> tuple[RoleSpec, .
     batches, webhooks = BatchSettings.load(), NotifierSettings.load()
     return (
         _service("batcher", "batches.service", batches, batches.shutdown_limit_ms, data_dir, free_port),
-        _service("notifier", "batches.webhooks.service", webhooks, webhooks.attempt_limit_ms, data_dir, free_port),
+        _service("notifier", "webhooks.service", webhooks, webhooks.attempt_limit_ms, data_dir, free_port),
     )
 
 

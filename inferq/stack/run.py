@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import aiohttp
 
 from broker import Broker, BrokerSettings
-from broker.embedded import EmbeddedServer
+from broker.embedded.server import EmbeddedServer
 from queue_schemas import CannotStart
-from telemetry.fleet_http import fleet_session
-from telemetry.server import bind_socket
+from telemetry.http.fleet_session import fleet_session
+from telemetry.http.server import bind_socket
 
 from .join_token import TOKEN_FILE, kept_join_token, needs_join_token
 from .plan import RoleSpec, StackPlan

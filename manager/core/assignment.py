@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from queue_schemas import Assignment, EngineState, PoolAssignment, WorkerState
-from queue_schemas.fabric import MAX_VERSION
+from queue_schemas.fleet.messages import MAX_VERSION
 
 
 def wanted_pools(

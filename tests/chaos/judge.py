@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.support.traffic import Outcome, judge
-from worker.engines.simulated.answers import embedding
+from worker.engines.simulated.api.answers import embedding
 from worker.engines.simulated.tokens import count_tokens
 
 from .asks import GARBAGE, MALFORMED, MODEL, POISON, name_of, prompt_of, request_id, text_of

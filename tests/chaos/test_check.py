@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.faults import Point
 from tests.support.traffic import cells_of
-from worker.engines.simulated.answers import embedding
+from worker.engines.simulated.api.answers import embedding
 from worker.engines.simulated.tokens import count_tokens
 
 from .asks import MODEL, prompt_of

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 
-from broker.scripts import load_scripts
+from broker.redis.scripts import load_scripts
 from tests.support import disks
 from tests.support.faults import FaultProxy
 from tests.support.waiting import eventually

@@ -33,7 +33,7 @@ from queue_schemas import (
 from queue_schemas.frames import unpack_frames
 from queue_schemas.lanes import BAND_STEP, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, may_follow
-from queue_schemas.stored import key_digest, request_digest
+from queue_schemas.persisted_output import key_digest, request_digest
 
 from .model_records import SUSPECT, DeadLetter, Effects, Kept, Line, Live, Place, Run, Sight, Tombstone, require
 

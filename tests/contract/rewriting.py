@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-from broker.scripts import Script
+from broker.redis.scripts import Script
 
 SHARED = (files("broker") / "lua" / "_shared.lua").read_text("utf-8")
 CLOCK = "clock"

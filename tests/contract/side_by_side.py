@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from broker import Broker, Budgets
-from broker.scripts import load_scripts
+from broker.redis.scripts import load_scripts
 from queue_schemas import (
     END,
     ControlKind,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from broker import Broker, BrokerSettings
-from broker.clocks import ServerClocks
+from broker.redis.server_clock import ServerClocks
 from queue_schemas import Frame, Keep, Lane, Marker, MarkerKind, Outcome, Settled, State, new_incarnation
 from tests.support.clocks import HOUR_S, SteppedServer, faketime_library
 from tests.support.queue import MODEL, Puller, answer_frame, make_job

@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from broker import Broker, BrokerSettings
-from broker.fitness import FULL, REPLICA
+from broker.redis.fitness import FULL, REPLICA
 from tests.support.servers import Cluster, Server, partial_cluster, redis_binary, valkey_binary
 
 POLICY = "maxmemory-policy is allkeys-lru: Redis would evict waiting jobs; set maxmemory-policy noeviction"

@@ -13,7 +13,7 @@ import fakeredis
 import pytest
 
 from broker import Broker
-from broker.scripts import load_scripts
+from broker.redis.scripts import load_scripts
 from queue_schemas import Fenced, Job, MarkerKind, Outcome, Settled, State, new_incarnation
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import Puller, answer_frame, make_job

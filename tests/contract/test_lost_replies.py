@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from broker import Broker, BrokerSettings, Expired, Reclaimed
-from broker.scripts import load_scripts
+from broker.redis.scripts import load_scripts
 from queue_schemas import (
     HEAD,
     BrokerUnavailable,

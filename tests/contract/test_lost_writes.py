@@ -216,9 +216,9 @@ async def test_replies_are_heard_on_a_clock_that_is_behind(
     async def run_id(*_: object) -> str:
         return runs[-1]
 
-    monkeypatch.setattr("broker.streams.read_run_id", run_id)
-    monkeypatch.setattr("broker.streams._TEND_EVERY_S", 0.02)
-    monkeypatch.setattr("broker.streams._BLOCK_MS", 50)
+    monkeypatch.setattr("broker.reply_streams.read_run_id", run_id)
+    monkeypatch.setattr("broker.reply_streams._TEND_EVERY_S", 0.02)
+    monkeypatch.setattr("broker.reply_streams._BLOCK_MS", 50)
     broker = await connect()
     router = new_incarnation("router")
     key = KEYS.reply(router)

@@ -583,7 +583,7 @@ async def test_without_regions_the_keys_are_what_they_were(backend: Backend, bro
     assert keys == {
         META, "clock", "beats", "budget", "deadlines", "depth", "totals", "turns", f"service:{where}:2",
         *(f"job:{job.id}" for job in jobs),
-        *(f"{what}:{worker.incarnation}" for what in ("leases", "claimed", "ctl")),
+        *(f"{what}:{worker.session}" for what in ("leases", "claimed", "ctl")),
         *(f"parked:{where.replace('interactive', lane)}" for lane in LANES),
     }  # fmt: skip
     fields = {field.decode() for field in await client.hkeys(KEYS.job(jobs[0].id))}

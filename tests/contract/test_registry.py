@@ -9,7 +9,7 @@ import pytest
 
 from broker import Broker
 from queue_schemas import Assignment, EngineState, WorkerInfo, new_incarnation
-from queue_schemas.acting import ActingManager
+from queue_schemas.fleet.acting_manager import ActingManager
 from queue_schemas.keys import MANAGER, POOLS, WORKERS
 
 

@@ -67,8 +67,8 @@ async def reading(broker: Broker) -> AsyncIterator[Reader]:
 @pytest.fixture(autouse=True)
 def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """fakeredis wakes only one of several blocked readers; and a stopped test need not wait for a block's end."""
-    monkeypatch.setattr("broker.streams._BLOCK_MS", 50)
-    monkeypatch.setattr("broker.streams._TEND_EVERY_S", 0.5)
+    monkeypatch.setattr("broker.reply_streams._BLOCK_MS", 50)
+    monkeypatch.setattr("broker.reply_streams._TEND_EVERY_S", 0.5)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ async def test_a_stream_that_vanished_is_made_again_and_told(
     broker: Broker, worker: Puller, connect: Connect, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a data loss the Router's stream comes back, and the Router is told that answers may be missing."""
-    monkeypatch.setattr("broker.streams._TEND_EVERY_S", 0.02)
+    monkeypatch.setattr("broker.reply_streams._TEND_EVERY_S", 0.02)
     async with reading(await connect()) as reader:
         await client.delete(ShardKeys(0).reply(reader.router))
         await eventually(lambda: reader.lost, "the loss is told")

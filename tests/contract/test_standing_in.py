@@ -10,8 +10,8 @@ from queue_schemas import Incarnation, new_incarnation
 from telemetry import MetricsRegistry
 from tests.support.queue import Puller, ServerBackend, make_job
 from tests.support.waiting import eventually
+from worker.fallback_sweeper import stand_in
 from worker.metrics import WorkerMetrics
-from worker.standing_in import stand_in
 
 LEASE_S = 1.5
 

@@ -21,8 +21,8 @@ from tests.support.load import DIMENSIONS, Load, events_of
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 from worker.engines.simulated import chat_prompt, prompt_digest
-from worker.engines.simulated.answers import WORDS
-from worker.engines.simulated.requests import DIGEST_CHARS
+from worker.engines.simulated.api.answers import WORDS
+from worker.engines.simulated.api.requests import DIGEST_CHARS
 from worker.engines.simulated.tokens import count_tokens
 
 TALE = "a tale of some sixty letters, told in fifteen tokens, number "

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from yarl import URL
 
-from router.core import INFERENCE_PATHS
+from router.inference.request_fields import INFERENCE_PATHS
 from tests.support.fleet import MODEL, Fleet
 from tests.support.servers import Server
 

@@ -13,8 +13,8 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 
 from inferq.client import FabricRefused
-from inferq.commands import webhooks as commands
-from inferq.webhook_client import WebhookClient
+from inferq.webhooks import views as commands
+from inferq.webhooks.client import WebhookClient
 from tests.support.batches import Shelf, add_batcher
 from tests.support.command_line import inferq
 from tests.support.fleet import MODEL, Fleet

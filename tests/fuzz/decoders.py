@@ -14,17 +14,17 @@ from pydantic import BaseModel, ValidationError
 from yarl import URL
 
 from batches.core.jsonl import BadLine, LineCutter, id_and_body, read_line
+from openai_api.chat_chunks import ChatReader
 from queue_schemas import END, HEAD, Frame, Heartbeat, InferqError, Job, Lane, Pool, Registration, Tenant, WorkerInfo
-from queue_schemas.chat_answer import ChatReader
 from queue_schemas.control import parse_control
 from queue_schemas.frames import Marker, MarkerKind, split_frames, unpack_frames, unpack_marker
 from queue_schemas.ids import JobId
-from router.core.file_form import FileForm
-from router.core.openai import read_fields
-from router.core.responses.request import as_chat
-from router.core.stitch import Stitch
-from router.core.webhooks import read_new_endpoint
-from storage.webhook_urls import UrlRules, check_url, is_public
+from router.files.form import FileForm
+from router.inference.attempt_merger import Stitch
+from router.inference.request_fields import read_fields
+from router.responses.request import as_chat
+from router.webhooks.rules import read_new_endpoint
+from webhooks.urls import UrlRules, check_url, is_public
 
 from .mutations import Json, Mutator
 

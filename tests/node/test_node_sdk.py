@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from batches.webhooks.core import signed_headers
 from queue_schemas import Tenant
-from storage import Secrets, WebhookEvent
 from tests.support.batches import Shelf, add_batcher
 from tests.support.fleet import MODEL, Fleet
 from tests.support.servers import Server
+from webhooks.core import signed_headers
+from webhooks.endpoints import Secrets
+from webhooks.events import WebhookEvent
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.node

@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 
-from worker.engines.simulated.answers import embedding
+from worker.engines.simulated.api.answers import embedding
 
 from .waiting import eventually
 

@@ -6,16 +6,10 @@ import time
 from pathlib import Path
 
 from queue_schemas import Tenant
-from storage import (
-    Deliveries,
-    EndpointRecord,
-    ObjectStore,
-    Secrets,
-    StorageSettings,
-    WebhookEvent,
-    Webhooks,
-    new_endpoint_id,
-)
+from storage import ObjectStore, StorageSettings, new_endpoint_id
+from webhooks.deliveries import Deliveries
+from webhooks.endpoints import EndpointRecord, Secrets, Webhooks
+from webhooks.events import WebhookEvent
 
 from .fleet import Fleet, Role
 
@@ -69,4 +63,4 @@ class Rack:
 def add_notifier(fleet: Fleet, folder: Path, name: str = "notifier", **flags: object) -> Role:
     """A notifier's process over the store in ``folder``, not started yet."""
     settings = _NOTIFIER | {"notifier_id": name, "redis_url": fleet.server.url, "storage_url": folder} | flags
-    return fleet.add(name, "batches.webhooks.service", settings)
+    return fleet.add(name, "webhooks.service", settings)

@@ -18,13 +18,13 @@ from manager import ManagerService, create_app
 from queue_schemas import DeadLetterList, Registration
 from router.ports import FabricCall, Forwarded
 from telemetry import MetricsRegistry
-from telemetry.access import Access, DeclaredRoute, allow, declared
-from telemetry.asgi import health_app, prepare_app
+from telemetry.http.access import Access, DeclaredRoute, allow, declared
+from telemetry.http.asgi import health_app, prepare_app
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, fast_settings
 from tests.unit.manager.fakes import FakeQueue as ManagersQueue
 from tests.unit.router.fakes import Client, FakeQueue, router
-from worker.http import Status, make_app
+from worker.routes import Status, make_app
 
 KEY, TOKEN = "a-key", "the-token"
 LOCAL = {"host": "127.0.0.1:18000", "content-type": "application/json"}

@@ -14,7 +14,6 @@ import yaml
 from typer.testing import CliRunner
 
 import batches.service
-import batches.webhooks.service
 import manager.service
 import router.service
 import worker.service

@@ -14,12 +14,12 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from manager import ManagerService, create_app
 from queue_schemas import BrokerUnavailable
-from router.core import INFERENCE_PATHS
+from router.inference.request_fields import INFERENCE_PATHS
 from telemetry import MetricsRegistry
-from telemetry.openapi import operations
+from telemetry.http.openapi import operations
 from tests.unit.manager.fakes import FakeProbe, fast_settings
 from tests.unit.router.fakes import FakeQueue, router
-from worker.http import make_app
+from worker.routes import make_app
 
 SERVICES = ["router", "guarded router", "manager", "worker"]
 _ELSEWHERE = re.compile(r"""(?:src|href|url)\s*[=(:]\s*["']?(?:https?:)?//""")

@@ -1,11 +1,11 @@
 """The worker's decisions, pure: no await, clock, randomness, environment or I/O."""
 
 from .continuation import Continuation
+from .fallback import StandIn
 from .frames import FrameCutter
-from .liveness import LATE_S, Liveness, Pulse
-from .silence import Silence, may_hold_back
+from .loop_watchdog import LATE_S, Liveness, Pulse
 from .slots import Claim, Slots
-from .stand_in import StandIn
+from .stream_stall import Silence, may_hold_back
 from .verdict import Retry, RetryLater, judge_answer, judge_failure, judge_server_error
 from .wholeness import is_readable, is_whole
 

@@ -11,7 +11,7 @@ Rules:
 * The client is to see the figures of one answer. The tokens said so far are those by which the longer prompt exceeds
   the original one; limits are lowered by them, and ``usage`` is put right.
 
-Which requests may be continued at all is decided by the Router (:mod:`router.core.continuation`).
+Which requests may be continued at all is decided by the Router (:mod:`router.inference.continuation`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import orjson
 
+from openai_api.paths import CHAT_PATH, wants_usage
 from queue_schemas import Job
-from queue_schemas.completions import CHAT_PATH, wants_usage
 
 from .frames import last_border
 

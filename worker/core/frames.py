@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from openai_api.errors import dialect_of, error_body, error_event, facts_of, is_final
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Lease
-from queue_schemas.error_shapes import dialect_of, error_body, error_event, facts_of, is_final
 from queue_schemas.headers import for_client
 
 from .wholeness import StreamEnd

@@ -26,8 +26,8 @@ from typing import Any
 
 import orjson
 
-from queue_schemas.completions import wants_usage
-from queue_schemas.transcript import DONE, event_data, split_events
+from openai_api.paths import wants_usage
+from openai_api.transcript import DONE, event_data, split_events
 
 DONE_EVENT = b"data: " + DONE + b"\n\n"
 

@@ -15,10 +15,10 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 from queue_schemas import BadMessage, BadRequest, EngineFailed, EngineState
-from queue_schemas.fabric import MAX_MODELS
+from queue_schemas.fleet.messages import MAX_MODELS
+from queue_schemas.fleet.model_cards import Card, bounded_cards
 from queue_schemas.headers import retry_after_s
 from queue_schemas.ids import check_name
-from queue_schemas.model_cards import Card, bounded_cards
 from telemetry import get_logger
 
 from .connection import ConnectionPool, EngineConnection

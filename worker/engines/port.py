@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from queue_schemas import EngineFailed, EngineState
-from queue_schemas.model_cards import Card
+from queue_schemas.fleet.model_cards import Card
 
 
 class EngineGone(EngineFailed):
@@ -104,7 +104,7 @@ class Engine(Protocol):
 
     @property
     def cards(self) -> Mapping[str, Card]:
-        """What it says of each model beside its id (:mod:`queue_schemas.model_cards`)."""
+        """What it says of each model beside its id (:mod:`queue_schemas.fleet.model_cards`)."""
         ...
 
     async def run(self, changed: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from queue_schemas import EngineFailed, EngineState
-from queue_schemas.model_cards import Card
+from queue_schemas.fleet.model_cards import Card
 from telemetry import get_logger
 from telemetry.environment import foreign_environment
 from telemetry.redaction import redact_arguments

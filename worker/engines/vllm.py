@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from openai_api.media import ANY_HOST
 from queue_schemas import CannotStart
-from queue_schemas.media import ANY_HOST
 
 from .process import HOST, Launch
 

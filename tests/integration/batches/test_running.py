@@ -139,7 +139,7 @@ def limit_files(pid: int, most_bytes: int | None) -> None:
 async def test_wrong_settings_are_told_in_one_sentence(tmp_path: Path) -> None:
     """A cluster without a Redis for RQ, or no queue at all: what to set."""
     store = StorageSettings(url=str(tmp_path))
-    for url, says in (("redis+cluster://127.0.0.1:1", "INFERQ_BATCHES_RQ_REDIS_URL"), ("", "INFERQ_REDIS_URL")):
+    for url, says in (("redis+cluster://127.0.0.1:1", "INFERQ_BROKER_RQ_REDIS_URL"), ("", "INFERQ_REDIS_URL")):
         with pytest.raises(ExceptionGroup) as told:
             await serve(BatchSettings(port=0), BrokerSettings(redis_url=url), store, stop=asyncio.Event())
         assert told.group_contains(CannotStart, match=says)

@@ -36,7 +36,7 @@ from queue_schemas import (
     new_incarnation,
     new_job_id,
 )
-from telemetry.server import bind_socket, run_server
+from telemetry.http.server import bind_socket, run_server
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import fast_settings

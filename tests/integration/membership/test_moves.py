@@ -12,7 +12,7 @@ from typing import Any
 
 from queue_schemas import FABRIC_PREFIX, UnknownWorker
 from queue_schemas.keys import WORKERS, ShardKeys
-from telemetry.fabric_calls import FORWARDED_BY_MANAGER
+from telemetry.http.fabric_calls import FORWARDED_BY_MANAGER
 from tests.integration.membership.scene import (
     PATIENCE_S,
     LongStream,

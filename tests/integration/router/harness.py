@@ -13,7 +13,7 @@ import aiohttp
 from broker import Broker, BrokerSettings
 from queue_schemas import END, HEAD, Frame, Lease, Outcome, Settled
 from router import RouterApp, RouterSettings, build_router
-from telemetry.server import bind_socket, run_server
+from telemetry.http.server import bind_socket, run_server
 from tests.support.processes import free_port
 from tests.support.queue import MODEL, Puller
 from tests.support.waiting import eventually

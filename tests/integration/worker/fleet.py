@@ -30,7 +30,7 @@ from queue_schemas import (
     new_job_id,
 )
 from telemetry import render_metrics
-from telemetry.server import bind_socket
+from telemetry.http.server import bind_socket
 from tests.support.processes import Child, free_port
 from tests.support.servers import Server
 from tests.support.waiting import eventually

@@ -15,11 +15,11 @@ import fakeredis
 
 from batches import BatchSettings
 from batches.batcher import Batcher
-from batches.desk import Desk
+from batches.context import Desk
 from batches.metrics import BatchMetrics
-from batches.rq_queue import StepQueue
 from batches.sweep import Sweep
 from broker import Broker
+from broker.rq.queues import StepQueue
 from queue_schemas import END, HEAD, Frame, Lease, Outcome, Pool, Tenant
 from storage import Batch
 from tests.support.batches import ACME, Shelf

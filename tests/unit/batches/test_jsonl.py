@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batches.core import BadLine, LineCutter, RawLine, id_and_body, read_line
-from queue_schemas.request_limits import RequestLimits
+from openai_api.request_limits import RequestLimits
 
 CHAT = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": CHAT, "body": {"model": "m"}}

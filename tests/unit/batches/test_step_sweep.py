@@ -11,8 +11,8 @@ import redis
 
 from batches import BatchSettings
 from batches.batcher import step_limit_ms
-from batches.rq_queue import StepJob, StepQueue
 from batches.sweep import STRAY_MS
+from broker.rq.queues import StepJob, StepQueue
 from queue_schemas import BrokerUnavailable
 from storage import Batches, BatchStatus
 from tests.support.batches import ACME, line

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from broker.embedded import EmbeddedServer, running_url
+from broker.embedded.server import EmbeddedServer, running_url
 from inferq.cli import app
 from inferq.on_ray import RaySettings
 from inferq.on_ray.cluster import Target, connected, require_ray

@@ -22,8 +22,8 @@ from inferq.client import FabricClient
 from inferq.doctor.fabric import look_at_engine
 from inferq.doctor.findings import Examined, Level
 from inferq.on_ray.usage import direct_environment, usage_environment
-from telemetry.fabric_calls import FabricCall, FabricHttp
-from telemetry.fleet_http import direct_opener, fleet_session
+from telemetry.http.fabric_calls import FabricCall, FabricHttp
+from telemetry.http.fleet_session import direct_opener, fleet_session
 from tests.support.processes import free_port
 from tests.support.proxies import RecordingProxy
 from tests.support.waiting import eventually

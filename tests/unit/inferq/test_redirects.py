@@ -14,16 +14,16 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from batches.queue_link import QueueLink
 from broker import BrokerSettings
+from broker.queue_link import QueueLink
 from inferq.client import Answer, FabricClient, FabricRefused
 from manager.probe import HttpWorkerProbe
 from queue_schemas import Heartbeat, Incarnation, InferqError, Registration, WorkerId
 from router.app import open_manager
-from telemetry.fabric_calls import FabricCall
+from telemetry.http.fabric_calls import FabricCall
 from worker.engines import EngineCall
 from worker.engines.http import HttpEngine
-from worker.fabric import FabricClient as WorkersClient
+from worker.manager_client import FabricClient as WorkersClient
 
 RUN = Incarnation("w.0000000000000001")
 EXAMPLE = Path(__file__).parents[3] / "examples" / "autoscale_by_queue_depth.py"

@@ -13,7 +13,7 @@ from inferq.stack.plan import choose_engine
 from inferq.stack.restarts import EXIT_REFUSED, LONGEST_PAUSE_S, MOST_IN_A_ROW, STEADY_S, Restarts
 from queue_schemas import CannotStart
 
-_BATCHES = ("INFERQ_BATCHES_PORT", "INFERQ_NOTIFIER_PORT", "INFERQ_BATCHES_RQ_REDIS_URL", "INFERQ_STORAGE_URL")
+_BATCHES = ("INFERQ_BATCHES_PORT", "INFERQ_NOTIFIER_PORT", "INFERQ_BROKER_RQ_REDIS_URL", "INFERQ_STORAGE_URL")
 
 
 free = itertools.count(40_001).__next__
@@ -73,7 +73,7 @@ def test_a_queue_that_rq_cannot_use_leaves_the_batcher_out(monkeypatch: pytest.M
     assert with_batcher(options, "redis://127.0.0.1:1").batcher
     without = with_batcher(options, "redis+cluster://127.0.0.1:1")
     assert plan_stack(without, free).services == ()
-    monkeypatch.setenv("INFERQ_BATCHES_RQ_REDIS_URL", "redis://127.0.0.1:1")
+    monkeypatch.setenv("INFERQ_BROKER_RQ_REDIS_URL", "redis://127.0.0.1:1")
     assert with_batcher(options, "redis+cluster://127.0.0.1:1").batcher
 
 

@@ -21,7 +21,7 @@ from queue_schemas import (
     WorkerInfo,
     shard_of_pool,
 )
-from queue_schemas.acting import ActingManager
+from queue_schemas.fleet.acting_manager import ActingManager
 
 
 @dataclass

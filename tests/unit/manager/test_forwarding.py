@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from manager import ManagerService, create_app
-from telemetry.server import bind_socket, run_server
+from telemetry.http.server import bind_socket, run_server
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
 

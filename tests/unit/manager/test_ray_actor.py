@@ -174,7 +174,7 @@ async def test_the_lease_is_handed_back(valkey: Server) -> None:
 _BROKEN = """
 import asyncio, sys
 from manager import ray_actor
-from manager.office import ManagerService
+from manager.control_plane import ManagerService
 from manager.settings import ManagerSettings
 from broker import BrokerSettings
 from telemetry import TelemetrySettings

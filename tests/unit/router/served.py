@@ -12,7 +12,7 @@ import anthropic
 import openai
 
 from router import RouterApp
-from telemetry.server import bind_socket, run_server
+from telemetry.http.server import bind_socket, run_server
 from tests.unit.router.fakes import FakeQueue, router
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from queue_schemas import CannotStart
 from router import RouterSettings, build_router, ray_serve
-from router.door import Door
+from router.http.shared_listener import Door
 from router.ray_serve import serve_through
 from tests.support.processes import free_port
 from tests.support.waiting import eventually

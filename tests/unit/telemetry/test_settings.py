@@ -5,12 +5,12 @@ import pytest
 from pydantic import Field, SecretStr, model_validator
 
 from batches.settings import BatchSettings
-from batches.webhooks.settings import NotifierSettings
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
 from telemetry import CommaList, RoleSettings, TelemetrySettings, explain_settings
 from telemetry.flags import parse_settings
+from webhooks.settings import NotifierSettings
 from worker.settings import WorkerSettings
 
 

@@ -34,8 +34,8 @@ from tests.support.queue import make_job
 from tests.support.waiting import eventually
 from worker.attempts import Attempts, IdleLimits
 from worker.engines import EngineAnswer, EngineCall, EngineGone
+from worker.frame_batcher import Outbox
 from worker.metrics import WorkerMetrics
-from worker.outbox import Outbox
 
 SSE = "text/event-stream; charset=utf-8"
 ATTEMPT_IDS = itertools.count()

@@ -26,7 +26,7 @@ from queue_schemas import (
 from telemetry import MetricsRegistry
 from tests.support.waiting import eventually
 from worker import membership as module
-from worker.fabric import FabricClient
+from worker.manager_client import FabricClient
 from worker.membership import Membership
 from worker.metrics import WorkerMetrics
 

@@ -6,10 +6,10 @@ It runs as a process of its own (``python -m worker.engines.simulated --port 0``
 ``prefix_cache`` and ``failures``; ``simulation`` and ``run`` put them in time; ``app`` and ``engine`` are adapters.
 """
 
-from .answers import chat_prompt
+from .api.answers import chat_prompt
+from .api.requests import prompt_digest
 from .engine import SimulatedEngine
 from .failures import Failure, FailureKind, parse_rates
-from .requests import prompt_digest
 from .settings import SimulationSettings
 from .simulation import Simulation
 

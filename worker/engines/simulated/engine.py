@@ -10,10 +10,10 @@ from contextlib import aclosing, asynccontextmanager
 import orjson
 
 from queue_schemas import EngineFailed, EngineState
-from queue_schemas.model_cards import Card, bounded_cards
+from queue_schemas.fleet.model_cards import Card, bounded_cards
 
 from ..port import EngineAnswer, EngineCall, EngineGone
-from . import wire
+from .api import wire
 from .run import ConnectionClosed, EngineCrashed, Reply
 from .settings import SimulationSettings
 from .simulation import Simulation

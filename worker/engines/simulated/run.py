@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from . import wire
+from .api import wire
 from .failures import Failure, FailureKind
 from .schedule import Pace, Slots
 

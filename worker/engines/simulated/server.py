@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from telemetry.server import bind_socket, run_process, run_server
+from telemetry.http.server import bind_socket, run_process, run_server
 
 from .app import SimulationApp
 from .options import read_options

@@ -16,12 +16,10 @@ from typing import NamedTuple
 
 import orjson
 
-from . import messages, responses, scoring, wire
-from .answers import Choice, answer, embedding, packed_embedding
-from .failures import Failure, FailureKind, drawn_failure
-from .prefix_cache import PrefixCache
-from .refusal import RefusedRequest
-from .requests import (
+from .api import messages, responses, scoring, wire
+from .api.answers import Choice, answer, embedding, packed_embedding
+from .api.refusal import RefusedRequest
+from .api.requests import (
     Embed,
     Generate,
     parse_chat,
@@ -30,6 +28,8 @@ from .requests import (
     parse_embeddings,
     parse_tokenize,
 )
+from .failures import Failure, FailureKind, drawn_failure
+from .prefix_cache import PrefixCache
 from .run import EngineCore, Reply, Run, Work
 from .schedule import Pace, Slots
 from .settings import SimulationSettings

@@ -1,0 +1,230 @@
+"""Kept jobs: queued to be kept, shown, listed, cancelled when abandoned, forgotten; and the notices of their ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from queue_schemas import (
+    BadMessage,
+    BadRequest,
+    EndedJob,
+    Enqueued,
+    Job,
+    JobId,
+    Keep,
+    KeptJob,
+    Lane,
+    Memo,
+    Pool,
+    ShardKeys,
+    State,
+    Tenant,
+)
+from queue_schemas.ids import decode_name, encode_name
+from queue_schemas.keys import keys_of_job
+from telemetry import get_logger
+
+from .job_batches import ShardBatches
+from .redis.calls import Caller, pairs
+
+MOST_LISTED = 100
+"""Jobs in one page of a list."""
+_MOST_CALLS = 64
+"""Calls for one page on one shard: each looks at 512 jobs at most."""
+_NOTICE_ID = re.compile(r"([0-9]{1,4}):([0-9]{1,20}-[0-9]{1,20})")
+
+log = get_logger(__name__)
+
+
+class KeptJobCalls:
+    """The part of :class:`broker.Broker` that is about kept jobs."""
+
+    _caller: Caller
+    _keys: Sequence[ShardKeys]
+    _dropped: dict[int, int]
+
+    def _line(self, job: Job) -> ShardBatches:
+        raise NotImplementedError
+
+    async def enqueue_kept(self, job: Job, keep: Keep, listener: str = "") -> Enqueued:
+        """Put a stored ``job`` on its queue, or find the one that holds its idempotency key; what ``keep`` says is kept
+        of it. ``listener``: the Router that is sent its output, none if empty. Raises like
+        :meth:`broker.Broker.enqueue_stored`."""
+        return await self._line(job).enqueue(job, listener, keep)
+
+    async def kept_job(self, job_id: str) -> KeptJob | None:
+        """What may be told of a stored job: None if it is unknown, or nothing is kept of it. Whoever asks for a tenant
+        compares ``tenant``."""
+        keys = self._keys_of(job_id)
+        if keys is None:
+            return None
+        (told,) = await self._caller.script("show_kept", keys.budget, keys.prefix, job_id)
+        return _kept_job(told) if told else None
+
+    async def kept_jobs(
+        self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
+    ) -> tuple[list[KeptJob], str]:
+        """A page of a tenant's listed jobs, newest first, behind the one called ``after``; only those in ``states``, if
+        any are named. With it the id to go on from: empty, there are no more. Raises ``BadRequest`` if ``after`` is no
+        listed job of the tenant."""
+        before = ""
+        if after:
+            last = await self.kept_job(after)
+            if last is None or last.tenant != tenant or not last.listed:
+                raise BadRequest(f"there is no job {after[:60]!r} to go on behind: begin without after", param="after")
+            before = _place(last.created_ms, last.id)
+        limit, wanted = min(limit, MOST_LISTED), ",".join(states)
+        found: list[KeptJob] = []
+        looked: list[str] = []  # how far each shard was looked at that was not looked at to its end
+        for keys in self._keys:
+            jobs, to = await self._list(keys, tenant, before, limit + 1, wanted)
+            found += jobs
+            looked += [to] if to else []
+        found.sort(key=lambda job: _place(job.created_ms, job.id), reverse=True)
+        # Behind the newest place at which a shard was left there may be more, of that shard, in between.
+        least = max(looked, default="")
+        page = [job for job in found if _place(job.created_ms, job.id) >= least][:limit]
+        cut = len(page) < len(found)
+        if cut and page:
+            return page, page[-1].id
+        return page, least[16:]
+
+    async def _list(
+        self, keys: ShardKeys, tenant: Tenant, before: str, limit: int, states: str
+    ) -> tuple[list[KeptJob], str]:
+        """Up to ``limit`` jobs of a shard, and the place down to which it was looked at: empty, to its end."""
+        jobs: list[KeptJob] = []
+        for _ in range(_MOST_CALLS):
+            told, place, *found = await self._caller.script(
+                "list_kept", keys.budget, keys.prefix, encode_name(tenant), before, limit - len(jobs), states
+            )
+            jobs += map(_kept_job, found)
+            before = place.decode()
+            if told == b"end":
+                return jobs, ""
+            if len(jobs) >= limit:
+                break
+        return jobs, before
+
+    async def forget(self, job_id: str, reason: str) -> State | None:
+        """Forget all that is kept of a stored job, which is cancelled first if it lives; the state that it was in, None
+        if it is unknown."""
+        keys = self._keys_of(job_id)
+        if keys is None:
+            return None
+        found = await self._caller.script("forget", keys.budget, keys.prefix, job_id, reason)
+        return None if found == b"unknown" else State(found.decode())
+
+    async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None:
+        """Cancel a stored job if no Router has listened to it for ``after_ms``; the state that it was in, None if it is
+        unknown."""
+        keys = keys_of_job(self._keys, job_id)
+        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, 0, after_ms)
+        return None if found == b"unknown" else State(found.decode())
+
+    async def read_ended(self, limit: int = 100) -> list[EndedJob]:
+        """Notices of ends that have not been forgotten, oldest first by shard, up to ``limit`` a shard. Who has dealt
+        with one calls :meth:`forget_ended`: until then it is read again, also by others. At most 100,000 are kept a
+        shard; how many were dropped because nobody took them is logged."""
+        notices: list[EndedJob] = []
+        for keys in self._keys:
+            entries = await self._caller.command(keys.ended, "XRANGE", keys.ended, "-", "+", "COUNT", limit)
+            for entry_id, fields in entries:
+                notice = _notice(keys.shard, entry_id.decode(), dict(pairs(fields)))
+                if notice is None:
+                    await self._caller.command(keys.ended, "XDEL", keys.ended, entry_id)
+                else:
+                    notices.append(notice)
+            if entries:
+                await self._note_dropped(keys)
+        return notices
+
+    async def forget_ended(self, notice_ids: Iterable[str]) -> int:
+        """Remove notices that were dealt with, by :attr:`~queue_schemas.EndedJob.id`; how many there were."""
+        by_shard: dict[int, list[str]] = {}
+        for notice_id in notice_ids:
+            match = _NOTICE_ID.fullmatch(notice_id)
+            if match is None or int(match[1]) >= len(self._keys):
+                raise BadRequest(f"{notice_id[:60]!r} is not the id of a notice")
+            by_shard.setdefault(int(match[1]), []).append(match[2])
+        removed = 0
+        for shard, entries in by_shard.items():
+            key = self._keys[shard].ended
+            removed += int(await self._caller.command(key, "XDEL", key, *entries))
+        return removed
+
+    async def _note_dropped(self, keys: ShardKeys) -> None:
+        dropped = int(await self._caller.command(keys.ended_dropped, "HGET", keys.ended_dropped, "dropped") or 0)
+        before = self._dropped.get(keys.shard, 0)
+        if dropped > before:
+            log.warning("notices_dropped", shard=keys.shard, dropped=dropped - before, why="nobody took them in time")
+        self._dropped[keys.shard] = dropped
+
+    def _keys_of(self, job_id: str) -> ShardKeys | None:
+        """The keys of a job's shard; None if it can be no job of ours."""
+        try:
+            return keys_of_job(self._keys, job_id)
+        except BadMessage:
+            return None
+
+
+def _place(at_ms: int, job_id: str) -> str:
+    """Where a job stands in its tenant's list, as the scripts write it."""
+    return f"{at_ms:015d} {job_id}"
+
+
+def _kept_job(told: Sequence[Any]) -> KeptJob:
+    """What the scripts tell of a job: ``describe`` in broker/lua/_shared.lua."""
+    words = [value.decode("utf-8", "replace") for value in told[:-1]]
+    (
+        job_id, now, tenant, state, epoch, attempts, pool, lane, at, started, over, deadline, until, cause, listed,
+        notify, kept, _, begun, replaced,
+    ) = words  # fmt: skip
+    ended_as = State(state)
+    return KeptJob(
+        id=JobId(job_id),
+        tenant=Tenant(decode_name(tenant)),
+        model=Pool(decode_name(pool)),
+        lane=Lane(lane.partition("@")[0] or Lane.INTERACTIVE),
+        state=ended_as,
+        epoch=int(epoch),
+        attempts=int(attempts or 0),
+        now_ms=int(now),
+        created_ms=int(at or 0),
+        deadline_ms=int(deadline or 0),
+        started_ms=int(started) if started else None,
+        ended_ms=int(over) if over else None,
+        expires_ms=int(until) if until else None,
+        cause=cause,
+        listed=listed == "1",
+        notify=notify,
+        kept_bytes=int(kept or 0),
+        begun_epoch=int(begun or 0),
+        replaced=replaced == "1",
+        memo=_memo(told[-1]),
+    )
+
+
+def _memo(data: bytes) -> Memo:
+    try:
+        return Memo.unpack(data)
+    except BadMessage as error:
+        log.warning("memo_unreadable", error=error.message)
+        return Memo()
+
+
+def _notice(shard: int, entry_id: str, fields: dict[bytes, bytes]) -> EndedJob | None:
+    try:
+        return EndedJob(
+            id=f"{shard}:{entry_id}",
+            job_id=JobId(fields[b"id"].decode()),
+            tenant=Tenant(decode_name(fields[b"tenant"].decode())),
+            state=State(fields[b"state"].decode()),
+            notify=fields[b"word"].decode(),
+            at_ms=int(entry_id.partition("-")[0]),
+        )
+    except (KeyError, ValueError) as error:
+        log.warning("notice_unreadable", entry=entry_id, error=str(error), then="it is passed over")
+        return None

@@ -1,0 +1,1 @@
+"""The connection to Redis: multiplexing, scripts, batching, retries, topologies and checks of the server."""

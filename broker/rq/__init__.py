@@ -1,0 +1,1 @@
+"""RQ's queues and worker, as batches and webhooks use them."""

@@ -1,0 +1,105 @@
+"""What waits and runs, and what happened to jobs so far, as the scripts count it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from queue_schemas import BrokerUnavailable, InferqError, Lane, LaneDepth, Pool, ShardKeys
+from queue_schemas.ids import decode_name
+
+from .redis.calls import Caller, pairs
+from .upkeep import answers_of, on_each
+
+SHARD_LIMIT_S = 1.0
+"""How long a shard may take to say what it holds, where the others go on without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobCounts:
+    """Counts since ever, by ``(pool, lane, event)``.
+
+    ``events``: ``enqueued``, ``requeued``, ``lost`` and the terminal states. ``stopped``: those cancelled or expired
+    once more, with what they were doing: ``cancelled/waiting``, ``cancelled/running``, ``cancelled/router_gone`` (the
+    queue found that nobody waits for the answer), ``expired/waiting`` (never started again), ``expired/running``.
+    """
+
+    events: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
+    stopped: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
+
+
+class Figures:
+    """The part of :class:`broker.Broker` that counts."""
+
+    _caller: Caller
+    _keys: Sequence[ShardKeys]
+
+    async def depths(self, away: set[int] | None = None) -> dict[Pool, dict[Lane, LaneDepth]]:
+        """How much waits and runs, per pool and lane; places with neither are left out. With ``away``, shards that do
+        not answer within a second are added to it, and their pools left out, as long as one answers."""
+        depths: dict[Pool, dict[Lane, LaneDepth]] = {}
+
+        async def ask(keys: ShardKeys) -> Any:
+            return await self._caller.script("depth", keys.budget, keys.prefix, retry=away is None)
+
+        for found in await self._present(ask, away):
+            for where, waiting, leased, oldest in found:
+                pool, lane, region = _place(where.decode())
+                lanes = depths.setdefault(pool, {})
+                so_far = lanes.get(lane, LaneDepth())
+                by_region = so_far.by_region | ({region: waiting} if region and waiting else {})
+                lanes[lane] = LaneDepth(
+                    waiting=so_far.waiting + waiting,
+                    leased=so_far.leased + leased,
+                    oldest_age_ms=max(so_far.oldest_age_ms, oldest),
+                    by_region=by_region,
+                )
+        return depths
+
+    async def totals(self) -> dict[tuple[Pool, Lane, str], int]:
+        """What happened to jobs since ever: ``JobCounts.events``."""
+        return (await self.job_counts()).events
+
+    async def job_counts(self, away: set[int] | None = None) -> JobCounts:
+        """What happened to jobs since ever, and why they were stopped; ``away`` as for :meth:`depths`."""
+        counts = JobCounts()
+
+        async def ask(keys: ShardKeys) -> Any:
+            return await self._caller.once(keys.totals, "HGETALL", keys.totals)
+
+        for found in await self._present(ask, away):
+            for name, count in pairs(found):
+                place, _, event = name.decode().rpartition(":")
+                pool, lane, _ = _place(place)
+                kind = counts.stopped if "/" in event else counts.events
+                kind[pool, lane, event] = kind.get((pool, lane, event), 0) + int(count)
+        return counts
+
+    async def _present(self, ask: Callable[[ShardKeys], Awaitable[Any]], away: set[int] | None) -> list[Any]:
+        """What the shards answer; see :meth:`depths`."""
+        if away is None:
+            return answers_of(await on_each(self._keys, ask))
+
+        async def soon(keys: ShardKeys) -> Any:
+            try:
+                async with asyncio.timeout(SHARD_LIMIT_S):
+                    return await ask(keys)
+            except TimeoutError as error:
+                raise BrokerUnavailable("a part of the queue's Redis does not answer", retry_after_s=2) from error
+
+        found = await on_each(self._keys, soon)
+        present = [answer for answer in found if not isinstance(answer, InferqError)]
+        if not present:
+            return answers_of(found)
+        silent = zip(self._keys, found, strict=True)
+        away |= {keys.shard for keys, answer in silent if isinstance(answer, InferqError)}
+        return present
+
+
+def _place(where: str) -> tuple[Pool, Lane, str]:
+    """Pool, lane and region of a place; the region is empty for places of all."""
+    pool, _, rest = where.rpartition(":")
+    lane, _, region = rest.partition("@")
+    return Pool(decode_name(pool)), Lane(lane), decode_name(region)

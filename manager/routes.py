@@ -1,0 +1,173 @@
+"""The Manager's HTTP API (FastAPI, port 9000 by default); its OpenAPI document is at ``/openapi.json``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, FastAPI, Query, Request, Response, params
+
+from queue_schemas import (
+    FABRIC_PREFIX,
+    BrokerAddress,
+    Heartbeat,
+    HeartbeatAnswer,
+    Incarnation,
+    ManagerUnavailable,
+    PoolDepth,
+    PoolList,
+    Registration,
+    RegistrationAnswer,
+    WorkerInfo,
+    WorkerList,
+    check_worker_id,
+)
+from queue_schemas.ids import check_incarnation
+from telemetry import get_logger
+from telemetry.http.access import allow_members
+from telemetry.http.asgi import error_responses, health_routes, prepare_app
+from telemetry.http.fabric_calls import FabricCall
+from telemetry.http.held_connections import WORKERS_PRESENT, Held
+from telemetry.http.local_callers import LocalCallers
+from telemetry.http.openapi import FLEET, secure
+
+from .control_plane import ManagerService, NotActing
+from .forwarding import forward_request
+
+log = get_logger(__name__)
+
+OneRun = Annotated[str, Query(max_length=100, description="the run of the worker that it is about")]
+
+
+def create_app(service: ManagerService) -> FastAPI:
+    """The API of ``service``, which the caller runs."""
+    app = FastAPI(
+        title="inferq Manager",
+        summary="The fleet: who serves which model, and how much waits",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        openapi_tags=[
+            {"name": "workers", "description": "Joining, heartbeats, draining. Needs the join token if one is set."},
+            {"name": "pools", "description": "Queue depth per model, for people and autoscalers. Needs the token too."},
+            {"name": "health", "description": "Liveness, readiness, Prometheus metrics."},
+        ],
+    )
+    registry = service.metrics.registry
+    guarded = bool(service.settings.join_token.get_secret_value())
+    fleet = FLEET if guarded else [*FLEET, {}]
+    prepare_app(app, registry, describe=lambda document: secure(document, [(FABRIC_PREFIX, fleet)]))
+    app.add_exception_handler(NotActing, partial(_pass_on, service))
+    app.include_router(health_routes(registry, service.not_ready, service.show_metrics))
+    app.include_router(_worker_routes(service), prefix=FABRIC_PREFIX)
+    app.include_router(_pool_routes(service), prefix=FABRIC_PREFIX)
+    return app
+
+
+async def _pass_on(service: ManagerService, request: Request, error: Exception) -> Response:
+    assert isinstance(error, NotActing)  # noqa: S101 - what the handler is registered for
+    return await forward_request(service.elsewhere, request, error)
+
+
+async def _doubt(service: ManagerService, worker_id: str, run: Incarnation, request_id: str) -> None:
+    """The connection of a worker that was held here broke: look, or have the acting Manager look."""
+    try:
+        await service.doubt(worker_id, run)
+    except NotActing:
+        path = f"{FABRIC_PREFIX}/workers/{check_worker_id(worker_id)}/doubt"
+        token = service.settings.join_token.get_secret_value()
+        call = FabricCall("POST", path, f"incarnation={run}", token, b"", request_id, by_manager=True)
+        try:
+            await service.elsewhere.forward(call)
+        except ManagerUnavailable as error:
+            log.info("doubt_not_told", worker=worker_id, error=error.message, then="its heartbeats will be missed")
+
+
+def _members(service: ManagerService) -> params.Depends:
+    settings = service.settings
+    local = LocalCallers.of(settings.host, insecure=settings.insecure)
+    return allow_members(settings.join_token.get_secret_value(), local)
+
+
+def _worker_routes(service: ManagerService) -> APIRouter:
+    held = Held(lambda: service.stopping or not service.in_touch)
+    service.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
+    routes = APIRouter(tags=["workers"], dependencies=[_members(service)])
+
+    @routes.post("/workers", summary="Register, or register again", responses=error_responses(400, 401, 409, 413, 503))
+    async def register(registration: Registration) -> RegistrationAnswer:
+        return await service.register(registration)
+
+    @routes.get("/workers", summary="The fleet", responses=error_responses(401, 503))
+    async def list_workers() -> WorkerList:
+        return await service.list_workers()
+
+    @routes.post(
+        "/workers/{worker_id}/heartbeat",
+        summary="Tell how a worker is; answers its assignment",
+        responses=error_responses(400, 401, 410, 413, 503),
+    )
+    async def heartbeat(worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
+        return await service.heartbeat(worker_id, heartbeat)
+
+    @routes.delete(
+        "/workers/{worker_id}",
+        summary="Deregister one incarnation",
+        status_code=204,
+        response_class=Response,
+        responses=error_responses(400, 401, 410, 503),
+    )
+    async def deregister(
+        worker_id: str, incarnation: str = Query(max_length=100, description="the run of the worker that leaves")
+    ) -> None:
+        await service.deregister(worker_id, incarnation)
+
+    @routes.post(
+        "/workers/{worker_id}/drain",
+        summary="Let a worker finish what it runs, then end",
+        status_code=202,
+        responses=error_responses(400, 401, 410, 503),
+    )
+    async def drain(worker_id: str) -> WorkerInfo:
+        return await service.drain(worker_id)
+
+    @routes.get(
+        "/workers/{worker_id}/presence",
+        summary="Held open by a worker while it lives; when it breaks, the worker is doubted at once",
+        response_class=Response,
+        responses=error_responses(400, 401, 429, 503),
+    )
+    async def presence(worker_id: str, incarnation: OneRun, request: Request) -> Response:
+        service.check_in_touch()
+        run = check_incarnation(incarnation)
+        return held.answer(lambda: _doubt(service, worker_id, run, request.state.request_id))
+
+    @routes.post(
+        "/workers/{worker_id}/doubt",
+        summary="Its connection broke: look whether this run of a worker is dead",
+        status_code=202,
+        response_class=Response,
+        responses=error_responses(400, 401, 503),
+    )
+    async def doubt(worker_id: str, incarnation: OneRun) -> None:
+        await service.doubt(worker_id, check_incarnation(incarnation))
+
+    @routes.get("/broker", summary="Where the queue is", responses=error_responses(401, 503))
+    async def broker() -> BrokerAddress:
+        return await service.broker_address()
+
+    return routes
+
+
+def _pool_routes(service: ManagerService) -> APIRouter:
+    routes = APIRouter(tags=["pools"], dependencies=[_members(service)])
+
+    @routes.get("/pools", summary="Every model's queue", responses=error_responses(401, 503))
+    async def pools() -> PoolList:
+        return await service.pools()
+
+    @routes.get("/pools/{model:path}", summary="One model's queue", responses=error_responses(401, 404, 503))
+    async def pool(model: str) -> PoolDepth:
+        return await service.pool(model)
+
+    return routes

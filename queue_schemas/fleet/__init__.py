@@ -1,0 +1,1 @@
+"""Messages of the control plane: registration, heartbeats, assignments, pools, the acting Manager's address."""

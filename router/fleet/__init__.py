@@ -1,0 +1,1 @@
+"""Models, pools, dead letters and the Manager's API as the Router serves them."""

@@ -1,0 +1,62 @@
+"""``/health``, ``/ping``, ``/version`` and ``/load`` as vLLM's server has them, told of the Router itself: probes, load
+balancers and benchmark tools made for one engine work with a fleet of them."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+
+from queue_schemas import BrokerUnavailable, ShuttingDown
+from telemetry.http.access import Access, allow
+from telemetry.http.asgi import error_responses
+
+from ..state import RouterState
+
+_RETRY_AFTER_S = 5
+
+
+class Version(BaseModel):
+    """Of inferq: the engines of a fleet may differ."""
+
+    version: str
+
+
+class Load(BaseModel):
+    """How many requests this Router serves now."""
+
+    server_load: int
+
+
+def engine_routes(state: RouterState) -> APIRouter:
+    """The pages of one Router. They are open, as ``/readyz`` is."""
+    routes = APIRouter(tags=["health"], dependencies=[allow(Access.PUBLIC)])
+
+    async def health() -> Response:
+        reasons = state.reasons()
+        if reasons:
+            error = ShuttingDown if state.draining or state.leaving else BrokerUnavailable
+            raise error(f"the router is not ready: {reasons[0]}", retry_after_s=_RETRY_AFTER_S)
+        return Response(status_code=200)
+
+    for path, methods in (("/health", ("GET",)), ("/ping", ("GET", "POST"))):
+        for method in methods:
+            routes.add_api_route(
+                path,
+                health,
+                methods=[method],
+                summary="Whether requests are served (200), or why not (503)",
+                response_class=Response,
+                responses=error_responses(503),
+            )
+
+    @routes.get("/version", summary="The version of inferq")
+    async def show_version() -> Version:
+        return Version(version=version("inferq"))
+
+    @routes.get("/load", summary="How many requests this Router serves now")
+    async def load() -> Load:
+        return Load(server_load=len(state.requests))
+
+    return routes

@@ -1,0 +1,138 @@
+"""The Router's way to the Manager that acts now, of however many there are: a :class:`~router.ports.ManagerPort`.
+
+The acting Manager says in Redis where it is. Calls go there; while nobody is there, to the configured ones in turn,
+which pass them on themselves where they stand by.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+
+from queue_schemas import CannotStart, ManagerUnavailable
+from queue_schemas.fleet.acting_manager import ActingManager, may_follow
+from telemetry import get_logger
+from telemetry.http.fabric_calls import FabricCall, Forwarded
+
+from .manager_client import RemoteManager
+
+AVOID_S = 10.0
+"""How long one that could not be reached is asked after the others."""
+NOBODY_ACTS_S = 15.0
+"""After so long without a renewed leader lease, a Router says that no Manager acts."""
+MOST_FOLLOWED = 32
+"""How many Managers beside the configured ones are remembered."""
+_REFUSED = (401, 403)
+
+OpenManager = Callable[[str], RemoteManager]
+log = get_logger(__name__)
+
+
+class ManagerRoute(RemoteManager):
+    """Passes calls on to the Managers at ``urls``, and to wherever the acting one proves to be."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        join_token: str,
+        open_manager: OpenManager,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(" or ".join(urls), join_token)
+        self._urls = tuple(urls)
+        self._open = open_manager
+        self._clock = clock
+        self._managers = {url: open_manager(url) for url in urls}
+        self._avoided_until: dict[str, float] = {}
+        self._acting = ""
+        self._not_followed = ""
+        self._beat = 0
+        self._beaten_at = clock()
+        self._unreachable = False
+
+    def heard(self, acting: ActingManager) -> None:
+        """What Redis says of the acting Manager. It is followed if a member of the fleet says so."""
+        if acting.beat != self._beat:
+            self._beat, self._beaten_at = acting.beat, self._clock()
+        url = acting.url.rstrip("/")
+        if not acting.beat or not url or url == self._acting:
+            self._acting = url if acting.beat else ""
+            return None
+        self._acting = ""
+        if url not in self._managers:
+            if not acting.proven(self._join_token):
+                return self._refuse(url, "it is not proven with our join token: give all the same INFERQ_JOIN_TOKEN")
+            if not may_follow(url, self._urls):
+                return self._refuse(url, "that is another machine's loopback address: set advertise_url there")
+            try:
+                self._remember(url)
+            except CannotStart as error:  # an actor of a Ray cluster that this Router is not in
+                return self._refuse(url, error.message)
+        self._acting, self._not_followed = url, ""
+        log.info("manager_followed", url=url)
+        return None
+
+    @property
+    def trouble(self) -> str:
+        """Why workers cannot join through this Router; empty: they can. Requests are served all the same."""
+        if self._unreachable:
+            return "no acting Manager can be reached: workers cannot join through this router, requests go on"
+        if self._clock() - self._beaten_at > NOBODY_ACTS_S:
+            return "no Manager acts: workers cannot join until one does, requests go on"
+        return ""
+
+    async def forward(self, call: FabricCall) -> Forwarded:
+        """The first answer that is not "I stand by" or a refusal of our token; else the refusal of lowest status."""
+        fault: ManagerUnavailable | None = None
+        refusals: list[Forwarded] = []
+        for url, manager in self._order():
+            try:
+                answer = await manager.forward(call)
+            except ManagerUnavailable as error:
+                self._avoided_until[url] = self._clock() + AVOID_S
+                fault = error
+                continue
+            self._avoided_until.pop(url, None)
+            if answer.status not in _REFUSED and not _stands_by(answer):
+                self._unreachable = False
+                return answer
+            refusals.append(answer)
+        self._unreachable = True
+        if refusals:
+            return min(refusals, key=lambda answer: answer.status)
+        raise fault or ManagerUnavailable("no Manager is known here: give --manager-url")
+
+    async def close(self) -> None:
+        for manager in self._managers.values():
+            await manager.close()
+
+    def _remember(self, url: str) -> None:
+        followed = [known for known in self._managers if known not in self._urls]
+        for forgotten in followed[: max(0, len(followed) + 1 - MOST_FOLLOWED)]:
+            del self._managers[forgotten]
+            self._avoided_until.pop(forgotten, None)
+        self._managers[url] = self._open(url)
+
+    def _order(self) -> list[tuple[str, RemoteManager]]:
+        """The acting one first; those that could not be reached a moment ago last."""
+        now = self._clock()
+        urls = dict.fromkeys([self._acting, *self._urls] if self._acting else self._urls)
+        ordered = sorted(urls, key=lambda url: self._avoided_until.get(url, 0.0) > now)
+        return [(url, self._managers[url]) for url in ordered]
+
+    def _refuse(self, url: str, why: str) -> None:
+        if self._not_followed != url:
+            log.warning("acting_manager_not_followed", url=url[:200], why=why)
+        self._not_followed = url
+
+
+def _stands_by(answer: Forwarded) -> bool:
+    """Whether the answer is that of a Manager that does not act."""
+    if answer.status != ManagerUnavailable.status:
+        return False
+    try:
+        code: object = json.loads(answer.body)["error"]["code"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return True
+    return code == ManagerUnavailable.code

@@ -1,0 +1,306 @@
+"""Everything a Router answers beside inference: models, the fabric's pages, health, metrics, our OpenAPI document."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from broker import MOST_LETTERS
+from queue_schemas import (
+    FABRIC_PREFIX,
+    JOIN_TOKEN_HEADER,
+    BadRequest,
+    BodyTooLarge,
+    BrokerAddress,
+    DeadLetterIds,
+    DeadLetterList,
+    DeadRequest,
+    Heartbeat,
+    HeartbeatAnswer,
+    ManagerUnavailable,
+    PathNotFound,
+    PoolDepth,
+    PoolList,
+    Registration,
+    RegistrationAnswer,
+    Removed,
+    WorkerInfo,
+    WorkerList,
+    check_worker_id,
+)
+from queue_schemas.ids import check_incarnation
+from telemetry import get_logger
+from telemetry.http.access import Access
+from telemetry.http.asgi import error_responses, health_routes, prepare_app
+from telemetry.http.fabric_calls import FabricCall
+from telemetry.http.held_connections import WORKERS_PRESENT, Held
+
+from ..batches.routes import batch_routes
+from ..files.routes import FILES_PATH, file_routes
+from ..inference.rules import check_model
+from ..jobs.routes import job_routes
+from ..model_directory import model_list, model_object, pool_list, pool_of
+from ..openapi import describe
+from ..ports import ManagerPort
+from ..responses.routes import response_routes
+from ..state import RouterState
+from ..webhooks.routes import webhook_routes
+from .engine_routes import engine_routes
+
+_UNKNOWN_PATH = (
+    "see /docs for what there is; a path of your engines that is not built in is allowed by the setting extra_paths "
+    "(INFERQ_ROUTER_EXTRA_PATHS)"
+)
+MAX_FABRIC_BODY_BYTES = 1024 * 1024
+_WORKERS = f"{FABRIC_PREFIX}/workers"
+_OF_ONE_RUN = {
+    "parameters": [
+        {"name": "incarnation", "in": "query", "required": True, "schema": {"type": "string", "maxLength": 100}}
+    ]
+}
+
+log = get_logger(__name__)
+
+
+def build_pages(state: RouterState) -> FastAPI:
+    """The FastAPI app of one Router."""
+    app = FastAPI(
+        title="inferq Router",
+        version=version("inferq"),
+        description="POST requests on inference paths (such as /v1/chat/completions) go through the queue to an engine "
+        "as they are; their schema is the engine's.",
+        summary="An OpenAI-compatible API over a durable queue, in front of a fleet of engines",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.include_router(health_routes(state.metrics.registry, state.reasons, warnings=state.warnings))
+    app.include_router(engine_routes(state))
+    app.include_router(_models(state))
+    app.include_router(file_routes(state))
+    app.include_router(job_routes(state))
+    app.include_router(batch_routes(state))
+    app.include_router(webhook_routes(state))
+    app.include_router(response_routes(state))
+    app.include_router(_pools(state))
+    app.include_router(_dead(state))
+    app.include_router(_manager(state))
+    return prepare_app(
+        app,
+        state.metrics.registry,
+        unbounded={("POST", FILES_PATH)},
+        unknown_path=_UNKNOWN_PATH,
+        describe=lambda document: describe(document, state.settings),
+    )
+
+
+def _models(state: RouterState) -> APIRouter:
+    routes = APIRouter(tags=["models"], dependencies=[state.gate.allow(Access.CLIENT)])
+
+    @routes.get(
+        "/v1/models",
+        summary="All models: served now, declared, or remembered for a day",
+        responses=error_responses(401),
+    )
+    async def models() -> JSONResponse:
+        return JSONResponse(model_list(state.link.directory, state.settings.on_no_worker))
+
+    @routes.get("/v1/models/{model:path}", summary="One model", responses=error_responses(401, 404))
+    async def model(model: str) -> JSONResponse:
+        directory = state.link.directory
+        if model not in directory.pools:
+            directory = await state.link.fresh_directory()
+        check_model(model, directory, "queue")
+        return JSONResponse(model_object(model, directory.pools[model], state.settings.on_no_worker))
+
+    return routes
+
+
+def _pools(state: RouterState) -> APIRouter:
+    routes = APIRouter(tags=["fabric"], dependencies=[state.gate.allow(Access.CLIENT_OR_MEMBER)])
+
+    @routes.get(
+        f"{FABRIC_PREFIX}/pools",
+        summary="Queue depth, age, workers and slots of every model",
+        responses=error_responses(401, 503),
+    )
+    async def pools() -> PoolList:
+        return pool_list(state.link.directory, await state.link.ready_queue().depths())
+
+    @routes.get(
+        f"{FABRIC_PREFIX}/pools/{{model:path}}",
+        summary="The same of one model, for autoscalers",
+        responses=error_responses(401, 404, 503),
+    )
+    async def pool(model: str) -> PoolDepth:
+        depths = await state.link.ready_queue().depths()
+        known = {pool: lanes for pool, lanes in depths.items() if pool == model}
+        if not known and model not in state.link.directory.pools:
+            check_model(model, await state.link.fresh_directory(), "queue")
+        return pool_of(model, state.link.directory, next(iter(known.values()), {}))
+
+    return routes
+
+
+def _dead(state: RouterState) -> APIRouter:
+    """Dead letters hold what users asked: they are for members of the fleet, not for every API key."""
+    routes = APIRouter(tags=["dead letters"], dependencies=[state.gate.allow(Access.MEMBER)])
+    one = f"{FABRIC_PREFIX}/dead"
+
+    @routes.get(one, summary="Requests that were given up, oldest first", responses=error_responses(400, 401, 503))
+    async def letters(
+        after: str = Query("", max_length=60), limit: int = Query(100, ge=1, le=MOST_LETTERS)
+    ) -> DeadLetterList:
+        return await state.link.ready_queue().dead_letters.page(after, limit)
+
+    @routes.get(
+        one + "/{letter_id}",
+        summary="One of them, with its request",
+        responses=error_responses(400, 401, 404, 503),
+    )
+    async def letter(letter_id: str) -> DeadRequest:
+        found = await state.link.ready_queue().dead_letters.request(letter_id)
+        if found is None:
+            raise PathNotFound(f"there is no dead letter {letter_id!r} any more")
+        return found
+
+    @routes.post(one + "/purge", summary="Remove some", responses=error_responses(400, 401, 413, 503))
+    async def purge(letters: DeadLetterIds) -> Removed:
+        return Removed(removed=await state.link.ready_queue().dead_letters.forget(letters.ids))
+
+    return routes
+
+
+def _manager(state: RouterState) -> APIRouter:
+    """Paths that are the Manager's. The Router asks for the join token itself: its own address may be public where the
+    Manager's is not, and a Manager that only this machine reaches may have no token to ask for."""
+    routes = APIRouter(tags=["manager"], dependencies=[state.gate.allow(Access.MEMBER)])
+    held = Held(lambda: state.draining or state.leaving)
+    state.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
+
+    @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList, responses=error_responses(401, 503))
+    async def workers(request: Request) -> Response:
+        return await _forward(state, request, _WORKERS)
+
+    @routes.post(
+        _WORKERS,
+        summary="A worker joins",
+        response_model=RegistrationAnswer,
+        responses=error_responses(400, 401, 409, 413, 503),
+        openapi_extra=_takes(Registration),
+    )
+    async def register(request: Request) -> Response:
+        return await _forward(state, request, _WORKERS)
+
+    @routes.post(
+        _WORKERS + "/{worker_id}/heartbeat",
+        summary="A worker reports",
+        response_model=HeartbeatAnswer,
+        responses=error_responses(400, 401, 410, 413, 503),
+        openapi_extra=_takes(Heartbeat),
+    )
+    async def heartbeat(worker_id: str, request: Request) -> Response:
+        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/heartbeat")
+
+    @routes.post(
+        _WORKERS + "/{worker_id}/drain",
+        summary="A worker takes no more work, and ends",
+        status_code=202,
+        response_model=WorkerInfo,
+        responses=error_responses(400, 401, 410, 503),
+    )
+    async def drain(worker_id: str, request: Request) -> Response:
+        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/drain")
+
+    @routes.get(
+        _WORKERS + "/{worker_id}/presence",
+        summary="Held open by a worker while it lives",
+        response_class=Response,
+        responses=error_responses(400, 401, 429, 503),
+    )
+    async def presence(worker_id: str, incarnation: str, request: Request) -> Response:
+        token = request.headers.get(JOIN_TOKEN_HEADER, "")
+        path = f"{_WORKERS}/{check_worker_id(worker_id)}/doubt"
+        query = f"incarnation={check_incarnation(incarnation)}"
+        call, manager = FabricCall("POST", path, query, token, b"", request.state.request_id), _manager_of(state)
+        return held.answer(lambda: _doubt(manager, call))
+
+    @routes.post(
+        _WORKERS + "/{worker_id}/doubt",
+        summary="Its connection broke: is a worker dead?",
+        status_code=202,
+        response_class=Response,
+        responses=error_responses(400, 401, 503),
+        openapi_extra=_OF_ONE_RUN,
+    )
+    async def doubt(worker_id: str, request: Request) -> Response:
+        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/doubt")
+
+    @routes.delete(
+        _WORKERS + "/{worker_id}",
+        summary="A worker leaves",
+        status_code=204,
+        response_class=Response,
+        responses=error_responses(400, 401, 410, 503),
+        openapi_extra=_OF_ONE_RUN,
+    )
+    async def deregister(worker_id: str, request: Request) -> Response:
+        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}")
+
+    @routes.get(
+        f"{FABRIC_PREFIX}/broker",
+        summary="Where the queue is",
+        response_model=BrokerAddress,
+        responses=error_responses(401, 503),
+    )
+    async def broker(request: Request) -> Response:
+        return await _forward(state, request, f"{FABRIC_PREFIX}/broker")
+
+    return routes
+
+
+def _takes(message: type[BaseModel]) -> dict[str, Any]:
+    """What the document says of a body that is passed on unread."""
+    schema = message.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def _doubt(manager: ManagerPort, call: FabricCall) -> None:
+    """The connection of a worker that was held here broke: tell the Manager, which looks for itself."""
+    try:
+        await manager.forward(call)
+    except ManagerUnavailable as error:
+        log.info("doubt_not_told", path=call.path, error=error.message, then="its heartbeats will be missed")
+
+
+def _manager_of(state: RouterState) -> ManagerPort:
+    if state.manager is None:
+        why = "this router was started without --manager-url: ask the Manager itself"
+        raise ManagerUnavailable(why, public=why)
+    return state.manager
+
+
+async def _forward(state: RouterState, request: Request, path: str) -> Response:
+    """Pass on to the Manager what a member of the fleet asks."""
+    token = request.headers.get(JOIN_TOKEN_HEADER, "")
+    manager = _manager_of(state)
+    body = b""
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_FABRIC_BODY_BYTES:
+                raise BodyTooLarge(
+                    f"the body has more than {MAX_FABRIC_BODY_BYTES} bytes: no worker's message has so many"
+                )
+    except ClientDisconnect:
+        raise BadRequest("the body broke off before its end") from None
+    answer = await manager.forward(
+        FabricCall(request.method, path, request.url.query, token, body, request.state.request_id)
+    )
+    if request.method != "GET" and not path.endswith("/heartbeat"):
+        log.info("passed_on", method=request.method, path=path, status=answer.status)
+    return Response(answer.body, answer.status, headers=dict(answer.headers))

@@ -1,0 +1,1 @@
+"""HTTP of the Router: reading bodies, writing responses, credentials, origins."""

@@ -1,0 +1,57 @@
+"""Who may call the Router's pages: an API key, the join token, or without keys programs of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastapi import Request, params
+
+from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed
+from telemetry.http.access import Access, allow, check_member, is_join_token
+from telemetry.http.local_callers import LocalCallers
+
+from ..settings import RouterSettings
+from .api_keys import ApiKeys
+
+
+def local_callers(settings: RouterSettings) -> LocalCallers:
+    """Whom a Router without API keys lets in. The pages of the allowed origins are clients, never members."""
+    return LocalCallers.of(settings.host, insecure=settings.insecure, origins=settings.cors_allow_origins)
+
+
+class Gate:
+    """Makes the declarations of the Router's routes. The join token, if there is one, opens what is the members'."""
+
+    def __init__(self, keys: ApiKeys, join_token: str, local: LocalCallers) -> None:
+        self._keys = keys
+        self._join_token = join_token
+        self._local = replace(local, origins=frozenset())
+
+    def allow(self, access: Access) -> params.Depends:
+        """The declaration of a route. It raises ``AuthenticationFailed`` or ``PermissionRefused`` for other callers."""
+        checks = {
+            Access.PUBLIC: lambda _: None,
+            Access.CLIENT: self._check_client,
+            Access.CLIENT_OR_MEMBER: self._check_client_or_member,
+            Access.MEMBER: self._check_member,
+        }
+        return allow(access, checks[access])
+
+    def _check_client(self, request: Request) -> None:
+        self._keys.caller(request)
+
+    def _check_client_or_member(self, request: Request) -> None:
+        if is_join_token(self._join_token, request.headers.get(JOIN_TOKEN_HEADER, "")):
+            return
+        try:
+            self._keys.caller(request)
+        except AuthenticationFailed as error:
+            raise AuthenticationFailed(f"{error.message}, or the join token as {JOIN_TOKEN_HEADER}") from None
+
+    def _check_member(self, request: Request) -> None:
+        if self._keys.required and not self._join_token:
+            raise AuthenticationFailed(
+                "this router asks for API keys and was given no join token, so it opens /fabric/v1 to nobody: "
+                "start it with the fleet's INFERQ_JOIN_TOKEN"
+            )
+        check_member(request, self._join_token, self._local)

@@ -1,0 +1,49 @@
+"""Reading a request's body within its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from queue_schemas import BadRequest
+
+from ..inference.rules import check_size
+
+
+class ClientGone(Exception):
+    """The client went away before the answer was complete."""
+
+
+async def page_body(request: Request) -> bytes:
+    """The body of a request to a page, whose size the app bounds. Raises ``BadRequest`` if it breaks off."""
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise BadRequest("the body broke off before its end") from None
+
+
+async def read_body(receive: Receive, limit_bytes: int, take: Callable[[int], None]) -> bytes:
+    """The whole body. ``take`` is told its size so far before more is kept, and may refuse.
+
+    Raises ``BodyTooLarge`` as soon as it passes the limit, ``ClientGone`` if it breaks off, and what ``take`` raises.
+    """
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        body: bytes = message.get("body", b"")
+        check_size(len(body), limit_bytes)
+        take(len(body))
+        return body
+    pieces = []
+    size = 0
+    while message["type"] == "http.request":
+        piece = message.get("body", b"")
+        size += len(piece)
+        check_size(size, limit_bytes)
+        take(size)
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+        message = await receive()
+    raise ClientGone

@@ -1,0 +1,65 @@
+"""The client's connection: noticing that it is gone, and cutting it.
+
+One task per request waits for the disconnect that ASGI's ``receive`` reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import Receive
+
+from telemetry.http.connections import RequestCycle
+
+
+class Connection:
+    """Watches one client from :meth:`watch` to :meth:`unwatch`; ``on_gone`` is called at most once."""
+
+    __slots__ = ("_on_gone", "_receive", "_request", "_task")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._request: asyncio.Task[Any] | None = None
+        self._on_gone: Callable[[str], None] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def watch(self, on_gone: Callable[[str], None]) -> None:
+        """Begin. The request's body must have been read."""
+        self._on_gone = on_gone
+        self._request = asyncio.current_task()
+        self._task = asyncio.create_task(self._wait())
+
+    def unwatch(self) -> None:
+        """End, before the last of the answer is sent: from then on the server reports a disconnect in any case."""
+        self._on_gone = None
+        if self._task is not None:
+            self._task.cancel()
+
+    async def closed(self) -> None:
+        """After :meth:`unwatch`: nothing of the watch is left running."""
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Drop the connection at once, with what the client has not read."""
+        cycle = _cycle(self._receive)
+        if cycle is not None:
+            cycle.cut()
+        elif self._request is not None:
+            self._request.cancel()
+
+    async def _wait(self) -> None:
+        while (message := await self._receive())["type"] != "http.disconnect":
+            pass
+        on_gone, self._on_gone = self._on_gone, None
+        if on_gone is not None:
+            on_gone(message.get("why", "left"))
+
+
+def _cycle(receive: Receive) -> RequestCycle | None:
+    """The server's side of ``receive``: ASGI has no way to drop a client that does not read."""
+    cycle = getattr(inspect.unwrap(receive), "__self__", None)
+    return cycle if isinstance(cycle, RequestCycle) else None

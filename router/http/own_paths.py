@@ -1,0 +1,33 @@
+"""Refuses settings that would hide what the Router answers itself behind an engine's path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI
+
+from queue_schemas import CannotStart
+from telemetry.http.access import declared
+from telemetry.http.methods import answered_methods
+
+from ..settings import RouterSettings
+
+
+def refuse_own_paths(pages: FastAPI, extra_paths: Sequence[str]) -> None:
+    """Raise ``CannotStart`` if one of ``extra_paths`` is, begins or lies below a path of the Router's own ``pages``, in
+    whatever case."""
+    if not extra_paths:
+        return
+    templates = {route.path.lower() for route in declared(pages)}
+    for path in extra_paths:
+        plain = path.lower().rstrip("/")
+        steps = plain.split("/")[1:]
+        upwards = ["/" + "/".join(steps[:count]) for count in range(1, len(steps) + 1)]
+        spellings = [*upwards, f"{plain}/", f"{plain}/x", path]
+        if any(answered_methods(pages, each) for each in spellings) or any(
+            template.startswith(f"{plain}/") for template in templates
+        ):
+            raise CannotStart(
+                f"{RouterSettings.variable('extra_paths')}: the Router answers {path} itself, or what lies above or "
+                "below it: remove it; only paths that nothing but an engine answers may be passed on"
+            )

@@ -1,0 +1,141 @@
+"""One answer on its way to the client: what has begun cannot begin again, and an error takes the form that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from starlette.types import Send
+
+from openai_api.engine_errors import facts_of_refusal, shaped_refusal
+from openai_api.errors import Dialect, dialect_of, error_event, facts_of, keepalive
+from openai_api.sse import ClientEvents, as_event, is_events
+from queue_schemas import InferqError
+from telemetry.http.asgi import error_answer
+
+from ..inference.attempt_merger import EVENT_STREAM, Head
+
+Header = tuple[bytes, bytes]
+
+QUEUED = "queued"
+_JSON = "application/json"
+_KEEPALIVE_HEAD = Head(200, f"{EVENT_STREAM}; charset=utf-8")
+_EVENT_STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+_CLOSE = (b"connection", b"close")
+
+
+class Exchange:
+    """Sends one answer. ``status`` is 0 until it has begun. Every answer carries ``x-request-id``.
+
+    ``path`` is that of the API whose clients read the answer: errors and keep-alives are told as that API does."""
+
+    __slots__ = ("_client_events", "_dialect", "_events", "_ids", "_more", "_request_id", "_send", "status")
+
+    def __init__(self, send: Send, request_id: bytes, path: str = "") -> None:
+        self._send = send
+        self._dialect = dialect_of(path)
+        self._request_id = request_id.decode("latin-1")
+        self._ids: tuple[Header, ...] = ((b"x-request-id", request_id),)
+        if self._dialect is Dialect.ANTHROPIC:
+            self._ids += ((b"request-id", request_id),)
+        self._client_events = ClientEvents(self._dialect, self._request_id)
+        self._more: tuple[Header, ...] = ()
+        self._events = False
+        self.status = 0
+
+    def add_header(self, name: bytes, value: bytes) -> None:
+        """A header for the answer, which must not have begun."""
+        self._more = (*self._more, (name, value))
+
+    async def finish(self, head: Head, data: bytes) -> None:
+        """The rest of the answer. One that has not begun carries its length."""
+        if head.is_event_stream and (head.status < 400 or is_events(data)):
+            data = self._client_events.feed(data) + self._client_events.finish()
+        elif self._events:  # a comment has begun a stream, and the engine answered without one
+            data = self._as_last_event(head, data)
+        elif head.status >= 400:
+            head, data = self._refusal(head, data)
+        if not self.status:
+            await self._begin(head, (b"content-length", b"%d" % len(data)))
+        await self._send({"type": "http.response.body", "body": data})
+
+    async def empty(self, status: int) -> None:
+        """An answer without a body."""
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": [*self._ids, *self._more]})
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def write(self, head: Head, data: bytes) -> None:
+        """A piece of a streamed answer."""
+        if head.is_event_stream:
+            data = self._client_events.feed(data)
+            if not data and self.status:
+                return
+        elif self._events:
+            data = as_event(data)
+        if not self.status:
+            await self._begin(head, None)
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def comment(self, text: str = QUEUED) -> None:
+        """A sign of life in an event stream, which begins the answer if need be; nothing in any other answer."""
+        if not self.status:
+            await self._begin(_KEEPALIVE_HEAD, None)
+        if self._events and not self._client_events.inside:
+            body = keepalive(self._dialect, text)
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def fail(
+        self, error: InferqError, *, headers: Iterable[Header] = (), close: bool = False, mid_event: bool = False
+    ) -> None:
+        """The error object, with ``headers`` of its own; or an event with it where a stream has begun. ``mid_event``:
+        half an event was given out, which ends here: the error is one of its own.
+
+        ``close``: the connection ends after it.
+        """
+        if self.status:
+            body = self._error_event(error, mid_event=mid_event) if self._events else b""
+            await self._send({"type": "http.response.body", "body": body})
+            return
+        status, general, body = error_answer(error, self._dialect, self._request_id)
+        self.status = status
+        lines = [*general, *headers, *self._ids, *self._more]
+        if close:
+            lines.append(_CLOSE)
+        await self._send({"type": "http.response.start", "status": status, "headers": lines})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _begin(self, head: Head, length: Header | None) -> None:
+        self.status = head.status
+        self._events = head.is_event_stream
+        headers = [(b"content-type", _header_value(head.content_type)), *self._ids, *self._more]
+        if head.headers:
+            headers += [(name.encode(), value.encode()) for name, value in head.headers.items()]
+        if length is not None:
+            headers.append(length)
+        if self._events:
+            headers += _EVENT_STREAM_HEADERS
+        await self._send({"type": "http.response.start", "status": head.status, "headers": headers})
+
+    def _error_event(self, error: InferqError, *, mid_event: bool) -> bytes:
+        events = self._client_events
+        end_of_half = b"\n\n" if mid_event or events.inside else b""
+        return end_of_half + error_event(facts_of(error), self._dialect, self._request_id, events.last)
+
+    def _as_last_event(self, head: Head, data: bytes) -> bytes:
+        """A plain answer in a stream that has begun: a refusal as the API's error, anything else as it is."""
+        if head.status < 400:
+            return as_event(data)
+        facts = facts_of_refusal(head.status, data)
+        return error_event(facts, self._dialect, self._request_id, self._client_events.last)
+
+    def _refusal(self, head: Head, data: bytes) -> tuple[Head, bytes]:
+        """An engine's refusal, in the API's shape."""
+        shaped = shaped_refusal(head.status, data, self._dialect, self._request_id)
+        return (head, data) if shaped is None else (replace(head, content_type=_JSON), shaped)
+
+
+def _header_value(content_type: str) -> bytes:
+    """A worker's word, made fit for a header."""
+    value = content_type.encode("latin-1", "replace")
+    return value if content_type.isprintable() and value else b"application/octet-stream"

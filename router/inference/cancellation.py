@@ -1,0 +1,95 @@
+"""Letting go of jobs nobody waits for here any more: one task, one bounded line.
+
+An ordinary job is cancelled. A stored one runs on, and this Router is sent nothing more of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from queue_schemas import Incarnation, InferqError, JobId
+from telemetry import get_logger
+
+from ..ports import QueuePort
+from .followers import Followers
+
+LINE = 16_384
+AT_ONCE = 64
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Farewell:
+    """``reason`` is why the job is cancelled, ``unasked`` if nobody asked for it here; ``listener`` is who detaches
+    from it. ``abandoned_ms``: it is cancelled only if no Router has listened to it for so long."""
+
+    job_id: JobId
+    reason: str = ""
+    unasked: bool = False
+    listener: Incarnation | None = None
+    abandoned_ms: int = 0
+
+
+class Canceller:
+    """Lets go of jobs on the queue. One whose cancelling fails, or finds the line full, is ended by its deadline; one
+    that is not detached from sends what nobody reads."""
+
+    def __init__(self, queue: Callable[[], QueuePort | None], followers: Followers) -> None:
+        """``followers``: who follows stored jobs here, perhaps again."""
+        self._queue = queue
+        self._followers = followers
+        self._line: asyncio.Queue[_Farewell] = asyncio.Queue(LINE)
+
+    def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> None:
+        """Have ``job_id`` cancelled soon; ``unasked``: unless it is stored, for who knows who asked for it."""
+        self._put(_Farewell(job_id, reason, unasked))
+
+    def detach(self, job_id: JobId, listener: Incarnation) -> None:
+        """Have ``listener`` forgotten by the stored job ``job_id``, soon and unless somebody follows it then."""
+        self._put(_Farewell(job_id, listener=listener))
+
+    def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> None:
+        """Have the stored job ``job_id`` cancelled soon if nobody, here or elsewhere, has followed it for so long."""
+        self._put(_Farewell(job_id, reason, abandoned_ms=after_ms))
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            batch = [await self._line.get()]
+            while len(batch) < AT_ONCE and not self._line.empty():
+                batch.append(self._line.get_nowait())
+            await asyncio.gather(*map(self._let_go, batch))
+            for _ in batch:
+                self._line.task_done()
+
+    async def settled(self) -> None:
+        """When everything in the line has been dealt with."""
+        await self._line.join()
+
+    def _put(self, farewell: _Farewell) -> None:
+        try:
+            self._line.put_nowait(farewell)
+        except asyncio.QueueFull:
+            log.warning("cancel_line_full", job_id=farewell.job_id)
+
+    async def _let_go(self, farewell: _Farewell) -> None:
+        queue, job_id = self._queue(), farewell.job_id
+        if queue is None:
+            log.warning("job_not_cancelled", job_id=job_id, error="the queue is not connected")
+            return
+        try:
+            if farewell.abandoned_ms:
+                if job_id not in self._followers:
+                    await queue.cancel_abandoned(job_id, farewell.reason, farewell.abandoned_ms)
+            elif farewell.listener is None:
+                await queue.cancel(job_id, farewell.reason, unasked=farewell.unasked)
+            elif job_id not in self._followers:
+                try:
+                    await queue.detach(job_id, farewell.listener)
+                finally:  # who came meanwhile may have been attached before that
+                    self._followers.look_again(job_id)
+        except InferqError as error:
+            log.warning("job_not_cancelled", job_id=job_id, error=error.message)

@@ -1,0 +1,109 @@
+"""Making the job of a request: what it asks, what the settings say, and whether its model is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from queue_schemas import (
+    BrokerUnavailable,
+    Job,
+    Lane,
+    Memo,
+    OnLoss,
+    Tenant,
+    band_of_priority,
+    new_job_id,
+)
+from queue_schemas.persisted_output import request_digest
+
+from ..queue_link import QueueLink
+from ..settings import RouterSettings
+from .deadlines import Deadline
+from .request_fields import RequestFields
+from .rules import check_model
+
+
+class JobMaker:
+    """Makes jobs for one Router."""
+
+    def __init__(self, settings: RouterSettings, link: QueueLink) -> None:
+        self._settings = settings
+        self._link = link
+
+    async def make(
+        self,
+        *,
+        tenant: Tenant,
+        path: str,
+        body: bytes,
+        content_type: str,
+        fields: RequestFields,
+        deadline: Deadline,
+        on_loss: OnLoss,
+        idempotency_key: str = "",
+        stored: bool = False,
+        lane: Lane = Lane.INTERACTIVE,
+        request_id: str = "",
+        traceparent: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> Job:
+        """The job of a request with ``fields``; one that is not ``stored`` is answered to this Router.
+
+        Raises ``ModelNotFound``, ``NoWorker`` or ``BrokerUnavailable``.
+        """
+        settings, link = self._settings, self._link
+        if on_loss == "continue" and not fields.continuable:
+            on_loss = "restart"
+        queue = link.ready_queue()
+        entry = link.directory.pools.get(fields.model)
+        if entry is None or not entry.workers:
+            directory = link.directory if entry else await link.fresh_directory()
+            if fields.model not in directory.pools and link.reasons:
+                why = f"the list of models cannot be read: {link.reasons[0]}; try again shortly"
+                raise BrokerUnavailable(why, public=why)
+            check_model(fields.model, directory, settings.on_no_worker)
+        return Job(
+            id=new_job_id(queue.shard_of(fields.model)),
+            tenant=tenant,
+            model=fields.model,
+            path=path,
+            body=body,
+            content_type=content_type,
+            lane=lane,
+            band=band_of_priority(fields.priority),
+            stream=fields.stream,
+            stored=stored,
+            ttl_ms=deadline.limit_ms,
+            deadline_from=deadline.named,
+            max_attempts=settings.max_attempts,
+            on_loss=on_loss,
+            reply_to="" if stored else link.incarnation,
+            traceparent=traceparent,
+            headers=headers or {},
+            idempotency_key=idempotency_key,
+            request_id=request_id,
+            region=settings.region,
+            patience_ms=self._patience_ms(fields.model),
+        )
+
+    def _patience_ms(self, model: str) -> int:
+        """How long this region's workers go first: not at all where there is none."""
+        settings = self._settings
+        near = settings.region != "" and self._link.directory.serves_in(model, settings.region)
+        return settings.region_patience_ms if near else 0
+
+
+def memo_of(job: Job, fields: RequestFields, *, resumable: bool = False, note: bytes = b"", request: str = "") -> Memo:
+    """What a Router has to know to give the answer of a stored ``job`` again. ``request`` is the digest of what the
+    client asked, if the job does not say all of it."""
+    return Memo(
+        path=job.path,
+        stream=job.stream,
+        on_loss=job.on_loss,
+        usage=fields.usage,
+        choices=fields.choices,
+        request_id=job.request_id,
+        request=request or request_digest(job),
+        resumable=resumable,
+        note=note,
+    )

@@ -1,0 +1,198 @@
+"""What the Router reads of a request: its path, and of its body the model, ``stream``, ``priority`` and ``timeout``.
+
+The body is parsed once, to read, and never written again: the job carries the client's own bytes. A path passes only
+if it is exactly one of a list; encoded, doubled or dotted spellings of the same path are other paths, so no spelling
+leads to an engine's control paths.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from openai_api.json_complexity import TOO_MUCH, has_too_much_structure
+from openai_api.paths import RESPONSES_PATH, wants_usage
+from openai_api.request_limits import RequestLimits, check_request
+from queue_schemas import BadMessage, BadRequest, Pool
+from queue_schemas.ids import check_name
+
+from ..http.forms import boundary_of, form_fields
+from .continuation import choices_of, may_continue
+
+INFERENCE_PATHS: tuple[str, ...] = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/rerank",
+    "/v2/rerank",
+    "/rerank",
+    "/v1/score",
+    "/score",
+    "/v2/embed",
+    "/pooling",
+    "/classify",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+    "/tokenize",
+    "/detokenize",
+)
+"""Paths that an engine serves for inference, vLLM's among them; settings may add to them."""
+
+MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
+"""Those that take a form with a file, not JSON."""
+
+_TIMEOUT = "a number of seconds above 0: how long the request may take"
+_PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
+_FORM_FIELDS = ("model", "stream", "priority", "timeout")
+_TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
+_FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFields:
+    """What the fabric needs to know of a body. ``priority`` is vLLM's: lower is earlier, 0 the default.
+
+    ``timeout_s``: how long the request may take, None if it does not say. That field is the fabric's own, as gateways
+    before engines read it; an engine ignores it, as it does all that it does not know.
+    ``continuable``: a stream that can go on behind what was delivered of it; ``usage``: one that tells it at its end.
+    ``choices``: how many a stream has. ``background``: a response that nobody waits for.
+    """
+
+    model: Pool
+    stream: bool = False
+    priority: int = 0
+    continuable: bool = False
+    usage: bool = False
+    timeout_s: float | None = None
+    choices: int = 1
+    background: bool = False
+
+
+def known_paths(extra: Iterable[str]) -> frozenset[str]:
+    """The allowlist with the settings' ``extra`` paths. Raises ``ValueError`` for one that cannot be an engine's."""
+    for path in extra:
+        if not _PLAIN_PATH.fullmatch(path):
+            raise ValueError(f"{path!r} is not a plain path: write it like /v1/classify")
+    return frozenset(INFERENCE_PATHS) | frozenset(extra)
+
+
+def read_fields(body: bytes, content_type: str, path: str, limits: RequestLimits | None = None) -> RequestFields:
+    """The fields in ``body``, sent to ``path``: a JSON object, or, where ``content_type`` says ``multipart/form-data``,
+    a form.
+
+    Raises ``BadRequest`` that names the field or the position at fault, also for one that asks for more than
+    ``limits``.
+    """
+    if content_type[:19].lower() == "multipart/form-data":
+        return _from_form(form_fields(body, boundary_of(content_type), _FORM_FIELDS))
+    return _from_json(body, path, limits)
+
+
+def _from_json(body: bytes, path: str, limits: RequestLimits | None) -> RequestFields:
+    if has_too_much_structure(body):
+        raise BadRequest(f"the body has {TOO_MUCH}; split it into several requests")
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        if not body:
+            raise BadRequest("the body is empty: send a JSON object") from None
+        raise BadRequest(
+            f"the body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}, byte {error.pos})"
+        ) from None
+    if type(request) is not dict:
+        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
+    model = request.get("model")
+    if type(model) is not str:
+        raise _wrong("model", model, "text: the id of a model, as GET /v1/models lists them", required=True)
+    stream = request.get("stream")
+    if stream is not None and type(stream) is not bool:
+        raise _wrong("stream", stream, "true or false")
+    priority = request.get("priority")
+    if priority is not None and type(priority) is not int:
+        raise _wrong("priority", priority, "a whole number; lower is earlier")
+    timeout = request.get("timeout")
+    if timeout is not None:
+        _check_timeout(timeout)
+    background = path == RESPONSES_PATH and request.get("background")
+    if background is not None and type(background) is not bool:
+        raise _wrong("background", background, "true or false")
+    if limits is not None:
+        check_request(request, path, limits)
+    if not stream:
+        return RequestFields(
+            _checked_model(model), False, priority or 0, timeout_s=timeout, background=bool(background)
+        )
+    return RequestFields(
+        model=_checked_model(model),
+        stream=True,
+        priority=priority or 0,
+        continuable=may_continue(path, request),
+        usage=wants_usage(request),
+        timeout_s=timeout,
+        choices=choices_of(request),
+        background=bool(background),
+    )
+
+
+def _from_form(fields: Mapping[str, str]) -> RequestFields:
+    if "model" not in fields:
+        raise _wrong("model", None, "a field of the form: the id of a model", required=True)
+    word = fields.get("stream", "").strip().lower()
+    if word not in _TRUE_WORDS and word not in _FALSE_WORDS:
+        raise BadRequest(f"stream must be true or false, not {word[:40]!r}", param="stream")
+    try:
+        priority = int(fields.get("priority", "0"))
+    except ValueError:
+        raise BadRequest("priority must be a whole number; lower is earlier", param="priority") from None
+    timeout_s = None
+    if "timeout" in fields:
+        try:
+            timeout_s = float(fields["timeout"])
+        except ValueError:
+            raise _wrong("timeout", fields["timeout"], _TIMEOUT) from None
+        _check_timeout(timeout_s)
+    return RequestFields(_checked_model(fields["model"]), word in _TRUE_WORDS, priority, timeout_s=timeout_s)
+
+
+def _check_timeout(value: object) -> None:
+    if type(value) is not int and type(value) is not float:
+        raise _wrong("timeout", value, _TIMEOUT)
+    if not 0 < value < float("inf"):
+        raise BadRequest(f"timeout must be {_TIMEOUT}", param="timeout")
+
+
+def _checked_model(model: str) -> Pool:
+    try:
+        return Pool(check_name(model, "model"))
+    except BadMessage as error:
+        raise BadRequest(error.message, param="model") from None
+
+
+def _wrong(param: str, value: object, expected: str, *, required: bool = False) -> BadRequest:
+    if value is None and required:
+        return BadRequest(f"{param} is missing; it must be {expected}", param=param)
+    return BadRequest(f"{param} must be {expected}, not {json_type(value)}", param=param)
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a request to one of the Router's own pages has as its body. Raises ``BadRequest``."""
+    try:
+        asked = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error.msg}" if body else "the body is empty") from None
+    if type(asked) is not dict:
+        raise BadRequest(f"the body must be a JSON object, not {json_type(asked)}")
+    return asked
+
+
+def json_type(value: object) -> str:
+    """What a value of parsed JSON is, in words."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
+    return names.get(type(value), "null")

@@ -1,0 +1,1 @@
+"""Persisted jobs: idempotent, resumable and background requests, and `/v1/jobs`."""

@@ -1,0 +1,97 @@
+"""Giving what is kept of a job to a client, over HTTP: what there is, then what comes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from openai_api.paths import RESPONSES_PATH
+from queue_schemas import InferqError, KeptJob
+from telemetry.http.asgi import REQUEST_ID_HEADER
+
+from ..http.bodies import ClientGone
+from ..http.connection import Connection
+from ..http.response_writer import Exchange
+from ..inference.attempt_merger import Stitch
+from ..inference.open_requests import OpenRequest
+from ..inference.relay import Relay
+from ..state import RouterState
+from .event_ids import Position
+from .persisted_requests import StoredJobs
+from .resumable_writer import EventsExchange
+from .service import KeptJobs
+
+
+class Giver:
+    """Gives kept answers, by the ways of any answer: slow clients are cut off, those that leave are let go."""
+
+    def __init__(self, state: RouterState) -> None:
+        self._state = state
+        self._kept = KeptJobs(state)
+        self._stored = StoredJobs(state)
+        self._relay = Relay(state)
+
+    async def give(self, kept: KeptJob, receive: Receive, exchange: Exchange, stitch: Stitch | None = None) -> None:
+        """Answer with what ``kept`` has said and will say; ``stitch``: in which form, if not as it is kept."""
+        connection, requests = Connection(receive), self._state.requests
+        request = OpenRequest(connection, asyncio.get_running_loop().time())
+        request.commented = isinstance(exchange, EventsExchange)
+        requests.add(request)
+        try:
+            self._kept.check_open()
+            requests.admit(request, kept.tenant)
+            self._stored.follow(request, kept, stitch=stitch)
+            connection.watch(request.on_gone)
+            await self._relay.run(request, exchange)
+        except InferqError as error:
+            connection.unwatch()
+            await exchange.fail(error, mid_event=request.stitch is not None and request.stitch.mid_event)
+        except ClientGone:
+            self._state.metrics.disconnects.labels(request.why_gone).inc()
+        finally:
+            connection.unwatch()
+            self._kept.leave(request)
+        await connection.closed()
+
+
+class GivenAnswer(Response):
+    """The answer of a job, as the request itself would have got it; with ``events``, as an event stream of which the
+    client has what is up to ``after``; in the form that ``stitch`` gives it, if there is one."""
+
+    def __init__(
+        self,
+        giver: Giver,
+        kept: KeptJob,
+        *,
+        events: bool = False,
+        after: Position | None = None,
+        stitch: Stitch | None = None,
+    ) -> None:
+        super().__init__()
+        self._giver = giver
+        self._kept = kept
+        self._events = events
+        self._after = after
+        self._stitch = stitch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":  # the service writes the request's id itself
+                headers = [header for header in message["headers"] if header[0] != REQUEST_ID_HEADER]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        request_id = str(scope["state"]["request_id"]).encode()
+        path = self._kept.memo.path
+        if self._stitch is not None:
+            path = RESPONSES_PATH  # what is kept is a chat, and its client reads a response
+        exchange = (
+            EventsExchange(send_on, request_id, self._after, path)
+            if self._events
+            else Exchange(send_on, request_id, path)
+        )
+        if self._after is not None and self._after.job_id is not None and isinstance(exchange, EventsExchange):
+            exchange.name(self._after.job_id)
+        await self._giver.give(self._kept, receive, exchange, self._stitch)

@@ -1,0 +1,112 @@
+"""The directory: which models exist, and who serves them now. Built from what the queue's server knows of the fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from queue_schemas import Lane, LaneDepth, Pool, PoolDepth, PoolList, WorkerInfo
+from queue_schemas.fleet.model_cards import Card, merged_card
+from queue_schemas.fleet.pools import pool_depth
+
+OnNoWorker = Literal["queue", "refuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolEntry:
+    """One model: ``workers`` that take work for it now, their ``slots`` and ``regions``, and when it was
+    ``first_seen_s`` (Unix)."""
+
+    workers: int
+    slots: int
+    first_seen_s: int
+    regions: frozenset[str] = frozenset()
+    card: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What engines say of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """All models: served, declared in settings, or remembered."""
+
+    pools: Mapping[str, PoolEntry] = field(default_factory=dict)
+
+    def workers_of(self, model: str) -> int:
+        """How many workers take work for ``model`` now."""
+        entry = self.pools.get(model)
+        return entry.workers if entry else 0
+
+    def serves_in(self, model: str, region: str) -> bool:
+        """Whether a worker of ``region`` takes work for ``model`` now."""
+        entry = self.pools.get(model)
+        return entry is not None and region in entry.regions
+
+
+def build_directory(
+    fleet: Iterable[WorkerInfo], remembered: Iterable[Pool], declared: Iterable[str], before: Directory, now_s: int
+) -> Directory:
+    """The directory of this moment; ``before`` keeps the dates at which models were first seen."""
+    workers: dict[str, int] = dict.fromkeys((*declared, *remembered), 0)
+    slots = workers.copy()
+    regions: dict[str, set[str]] = {}
+    cards: dict[str, list[tuple[bool, str, Card]]] = {}
+    for info in fleet:
+        for model in dict.fromkeys(info.models):
+            workers.setdefault(model, 0)
+            slots.setdefault(model, 0)
+            if model in info.cards:
+                cards.setdefault(model, []).append((not info.takes_work, info.worker_id, info.cards[model]))
+            if info.takes_work:
+                workers[model] += 1
+                slots[model] += info.slots
+                regions.setdefault(model, set()).add(info.region)
+    known = before.pools
+    return Directory(
+        {
+            model: PoolEntry(
+                count,
+                slots[model],
+                known[model].first_seen_s if model in known else now_s,
+                frozenset(regions.get(model, ())),
+                _card(cards.get(model, ()), known.get(model)),
+            )
+            for model, count in sorted(workers.items())
+        }
+    )
+
+
+def _card(told: Iterable[tuple[bool, str, Card]], before: PoolEntry | None) -> Mapping[str, Any]:
+    """What workers say of a model: those that serve it now, or else the others, or else what was known."""
+    ordered = sorted(told, key=lambda one: one[:2])
+    if not ordered:
+        return before.card if before is not None else {}
+    return merged_card(card for away, _, card in ordered if away == ordered[0][0])
+
+
+def model_object(model: str, entry: PoolEntry, on_no_worker: OnNoWorker = "queue") -> dict[str, object]:
+    """OpenAI's model object, with what the engine says of the model, and a hint if no worker serves it now."""
+    shown = {"owned_by": "inferq", **entry.card}
+    shown |= {"id": model, "object": "model", "created": entry.first_seen_s}
+    if not entry.workers:
+        becomes = "are refused" if on_no_worker == "refuse" else "wait in the queue until one does"
+        shown["hint"] = f"no worker serves this model now: requests for it {becomes}"
+    return shown
+
+
+def model_list(directory: Directory, on_no_worker: OnNoWorker = "queue") -> dict[str, object]:
+    """OpenAI's list of models: first those that a worker serves now, as clients take the first one."""
+    pools = sorted(directory.pools.items(), key=lambda pool: (not pool[1].workers, pool[0]))
+    return {"object": "list", "data": [model_object(model, entry, on_no_worker) for model, entry in pools]}
+
+
+def pool_of(model: str, directory: Directory, lanes: Mapping[Lane, LaneDepth]) -> PoolDepth:
+    """The queue of one model in figures."""
+    entry = directory.pools.get(model)
+    return pool_depth(model, lanes, workers=entry.workers if entry else 0, slots=entry.slots if entry else 0)
+
+
+def pool_list(directory: Directory, depths: Mapping[Pool, Mapping[Lane, LaneDepth]]) -> PoolList:
+    """The queues of all models, those included that only have jobs left."""
+    models = sorted({*directory.pools, *depths})
+    return PoolList(pools=[pool_of(model, directory, depths.get(Pool(model), {})) for model in models])

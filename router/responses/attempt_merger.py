@@ -1,0 +1,111 @@
+"""The events of a kept response as one stream, from the frames and markers of its job's attempts.
+
+Rules, beside those of :mod:`router.inference.attempt_merger` about which frames count:
+
+* Events are built from the frames as they are kept, never from what this client was sent: so they are the same, with
+  the same numbers, for whoever reads them, whenever and wherever.
+* An attempt that begins anew replaces what is kept. Its events must be those that were built so far, to the byte, as
+  many as there were; else the stream ends with an error.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from openai_api.chat_chunks import ChatFailure
+from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Marker, MarkerKind, StreamBroken
+
+from ..inference.attempt_merger import EVENT_STREAM, Head, Stitch
+from .events import ResponseEvents, as_server_sent
+from .fields import Json
+from .schemas import Asked
+
+FIRST_SAID = 3
+"""The number of the first event that depends on what an engine says."""
+_ANEW = (
+    "the response was begun anew after its worker was lost, and may say something else now; read it from its beginning"
+)
+
+
+class ResponseStitch(Stitch):
+    """The events behind number ``after`` (-1: all). ``epoch`` is that in which the answer began when it was looked at
+    (:attr:`~queue_schemas.KeptJob.begun_epoch`): one that began later is another one than that whose events the client
+    has."""
+
+    __slots__ = ("_after", "_asked", "_expected", "_hash", "_known_epoch", "_made")
+
+    def __init__(self, asked: Asked, after: int = -1, epoch: int = 0) -> None:
+        super().__init__(stream=True, replay_limit_bytes=0, stored=True)
+        self.head = Head(200, f"{EVENT_STREAM}; charset=utf-8")
+        self._asked = asked
+        self._after = after
+        self._known_epoch = epoch
+        self._expected: tuple[int, bytes] = (0, b"")
+        """How many events a new attempt must repeat, and their hash."""
+        self._begin()
+
+    @property
+    def response(self) -> Json:
+        """The response as it is now."""
+        return self._made.response()
+
+    def on_marker(self, marker: Marker) -> None:
+        """The queue says what happened to the job."""
+        if self.closed:
+            return
+        super().on_marker(marker)
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                self._end_without_answer(marker.kind, error)
+        except StreamBroken as broken:
+            self.error = broken
+
+    def _begin(self) -> None:
+        self._made = ResponseEvents(self._asked)
+        self._hash = blake2b(digest_size=16)
+        self._emit(self._made.begin())
+
+    def _take_in(self, frame: Frame) -> None:
+        if frame.flags & HEAD and not frame.flags & CONTINUED:
+            if self._made.number >= FIRST_SAID:
+                self._begin_anew()
+            elif self._after >= FIRST_SAID and frame.epoch > self._known_epoch:
+                raise StreamBroken(_ANEW)
+        self._emit(self._made.feed(frame))
+        if frame.flags & END:
+            self._end()
+
+    def _begin_anew(self) -> None:
+        if self._made.number > self._expected[0]:
+            self._expected = (self._made.number, self._hash.digest())
+        self._begin()
+        self.compared += 1
+
+    def _emit(self, events: list[Json]) -> None:
+        repeated, digest = self._expected
+        for event in events:
+            number, data = event["sequence_number"], as_server_sent(event)
+            self._hash.update(data)
+            if number == repeated - 1 and self._hash.digest() != digest:
+                raise StreamBroken(_ANEW)
+            if number >= repeated and number > self._after:
+                self._pending.append(data)
+                self.pending_bytes += len(data)
+
+    def _end_without_answer(self, kind: MarkerKind, error: InferqError) -> None:
+        if kind is MarkerKind.CANCELLED:
+            self._emit(self._made.cancel(error.public))
+        else:
+            self._emit(self._made.fail(ChatFailure(error.public, error.status, error.code)))
+        self._end()
+
+    def _end(self) -> None:
+        if self._made.number < self._expected[0]:
+            raise StreamBroken(_ANEW)
+        if self._after >= self._made.number:
+            raise StreamBroken(
+                f"the response has no event {self._after}, its last is {self._made.number - 1}: it is not the one that "
+                "you had the beginning of; read it without starting_after"
+            )
+        self.ended = self.settled = True

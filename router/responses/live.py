@@ -1,0 +1,74 @@
+"""A response that is waited for, from the chat completion that answers it, as it comes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import orjson
+
+from openai_api.chat_chunks import ChatFailure
+from openai_api.errors import Dialect, ErrorFacts, error_body, openai_type
+from queue_schemas import END, HEAD, Frame, JobId, OnLoss
+
+from ..inference.attempt_merger import EVENT_STREAM, Head, Stitch
+from .events import ResponseEvents, as_server_sent
+from .fields import Json
+from .schemas import Asked
+
+_EVENTS = Head(200, f"{EVENT_STREAM}; charset=utf-8")
+_ONE_OBJECT = Head(200, "application/json")
+
+
+class LiveResponse(Stitch):
+    """What :class:`~router.core.Stitch` makes of the chat's attempts, told as the events of a response, or, unless its
+    client asked for a ``stream``, as the response at the end. An engine's refusal passes as it is."""
+
+    __slots__ = ("_asked", "_content_type", "_made", "_seq")
+
+    def __init__(
+        self, asked: Asked, *, stream: bool, replay_limit_bytes: int, on_loss: OnLoss, stored: bool = False
+    ) -> None:
+        super().__init__(stream=True, replay_limit_bytes=replay_limit_bytes, on_loss=on_loss, usage=True, stored=stored)
+        self.stream = stream
+        self._asked = asked
+        self._made = ResponseEvents(asked)
+        self._content_type = ""
+        self._seq = 0
+
+    def name(self, job_id: JobId) -> None:
+        """Another request's job answers it; nothing was taken yet."""
+        self._asked = replace(self._asked, job_id=job_id)
+        self._made = ResponseEvents(self._asked)
+
+    def take(self) -> bytes:
+        """What has come since the last call."""
+        data = super().take()
+        if self.head is None or not self._streams or not (data or self.ended):
+            return data
+        events = self._events(data, self.head)
+        if self.stream:
+            self.head = _EVENTS
+            return b"".join(map(as_server_sent, events))
+        if not self.ended:
+            return b""
+        if self._made.failure is not None:
+            # A status of 200 would pass for an answer: SDKs read the text in it, which is cut short, without a word.
+            return self._refusal(self._made.failure)
+        self.head = _ONE_OBJECT
+        return orjson.dumps(self._made.response())
+
+    def _refusal(self, failure: ChatFailure) -> bytes:
+        """The answer of a chat that failed behind a head of status 200."""
+        status = failure.status if failure.status >= 400 else 502
+        self.head = Head(status, _ONE_OBJECT.content_type)
+        facts = ErrorFacts(status, failure.message, failure.type or openai_type(status), failure.param)
+        return error_body(facts, Dialect.RESPONSES, "")
+
+    def _events(self, data: bytes, head: Head) -> list[Json]:
+        """The events that ``data`` makes: to them, all attempts are one."""
+        begun = [] if self._seq else self._made.begin()
+        self._content_type = self._content_type or head.content_type
+        flags = (0 if self._seq else HEAD) | (END if self.ended else 0)
+        frame = Frame(self._asked.job_id, 1, "", self._seq, flags, data, 200, self._content_type)
+        self._seq += 1
+        return begun + self._made.feed(frame)

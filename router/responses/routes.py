@@ -1,0 +1,129 @@
+"""The pages of background responses, below /v1/responses: from any Router, until they are forgotten."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from openai_api.paths import RESPONSES_PATH
+from queue_schemas import BadRequest
+from telemetry.http.access import Access
+from telemetry.http.asgi import error_responses
+
+from ..jobs.output_streamer import GivenAnswer, Giver
+from ..state import RouterState
+from .service import Responses
+
+_ONE = RESPONSES_PATH + "/{response_id}"
+_FOUND = (401, 404, 503)
+
+
+class ResponseObject(BaseModel, extra="allow"):
+    """A response, as the OpenAI API reference describes it."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    model: str
+    output: list[dict[str, Any]]
+
+
+class ResponseDeleted(BaseModel):
+    """All that was kept of a response is forgotten."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
+class InputItems(BaseModel):
+    """A page of what was asked. Go on with ``after=last_id`` while ``has_more``."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def response_routes(state: RouterState) -> APIRouter:
+    """The pages of one Router. ``POST /v1/responses`` itself is served with the other inference paths."""
+    routes = APIRouter(tags=["responses"], dependencies=[state.gate.allow(Access.CLIENT)])
+    responses, giver = Responses(state), Giver(state)
+
+    @routes.get(
+        _ONE,
+        summary="A background response as it is now; or its events behind one of them, then as they come",
+        response_model=ResponseObject,
+        responses=error_responses(400, *_FOUND, 429) | {200: {"content": {"text/event-stream": {}}}},
+    )
+    async def retrieve(
+        request: Request,
+        response_id: str,
+        stream: bool = Query(False, description="Its events instead of its object"),
+        starting_after: int | None = Query(None, ge=0, description="Number of the last event that the client has"),
+    ) -> Response:
+        tenant = state.keys.caller(request)
+        if not stream:
+            if starting_after is not None:
+                raise BadRequest("starting_after is of streams: send stream=true, too", param="starting_after")
+            return JSONResponse(await responses.retrieve(tenant, response_id))
+        kept = await responses.find(tenant, response_id)
+        after = -1 if starting_after is None else starting_after
+        return GivenAnswer(giver, kept, stitch=responses.events(kept, after))
+
+    @routes.post(
+        _ONE + "/cancel",
+        summary="End a background response; one that has ended stays as it is",
+        response_model=ResponseObject,
+        responses=error_responses(*_FOUND),
+    )
+    async def cancel(request: Request, response_id: str) -> JSONResponse:
+        return JSONResponse(await responses.cancel(state.keys.caller(request), response_id))
+
+    @routes.delete(
+        _ONE,
+        summary="Forget a background response; one that has not ended is cancelled",
+        response_model=ResponseDeleted,
+        responses=error_responses(*_FOUND),
+    )
+    async def delete(request: Request, response_id: str) -> JSONResponse:
+        await responses.delete(state.keys.caller(request), response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+    @routes.get(
+        _ONE + "/input_items",
+        summary="What was asked",
+        response_model=InputItems,
+        responses=error_responses(400, *_FOUND),
+    )
+    async def input_items(
+        request: Request,
+        response_id: str,
+        limit: int = Query(20, ge=1, le=100),
+        order: Literal["asc", "desc"] = "desc",
+        after: str = Query("", max_length=200, description="The last id of the page before"),
+    ) -> JSONResponse:
+        items = await responses.input_items(state.keys.caller(request), response_id)
+        if order == "desc":
+            items.reverse()
+        ids = [item["id"] for item in items]
+        if after and after not in ids:
+            raise BadRequest(f"there is no item {after[:60]!r} to go on behind: begin without after", param="after")
+        rest = items[ids.index(after) + 1 :] if after else items
+        page = rest[:limit]
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": page,
+                "first_id": page[0]["id"] if page else None,
+                "last_id": page[-1]["id"] if page else None,
+                "has_more": len(rest) > limit,
+            }
+        )
+
+    return routes

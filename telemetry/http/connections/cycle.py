@@ -1,0 +1,250 @@
+"""One request and its answer on a connection, as ASGI's ``receive`` and ``send``."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import struct
+from collections.abc import Iterable, MutableMapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import ASGIApp, Message
+
+from queue_schemas import InferqError
+
+from ...logs import get_logger
+
+if TYPE_CHECKING:
+    from .protocol import HttpConnection
+
+RESUME_BYTES = 64 * 1024
+"""How much of a body waits for the app before the connection is read no further."""
+_UNKNOWN = 1 << 62
+_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_RESET = struct.pack("ii", 1, 0)
+
+log = get_logger(__name__)
+
+
+def _status_line(status: int) -> bytes:
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode()
+
+
+_STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
+
+
+class RequestCycle:
+    """Created when a request's head is complete. Not for use outside its connection, but for :meth:`cut`."""
+
+    __slots__ = (
+        "_chunked",
+        "_connection",
+        "_delivered",
+        "_discard_body",
+        "_http_1_0",
+        "_left_bytes",
+        "body",
+        "disconnected",
+        "expects_continue",
+        "keep_alive",
+        "last",
+        "news",
+        "receiving",
+        "refusal",
+        "response_complete",
+        "response_started",
+        "scope",
+        "to_come_bytes",
+    )
+
+    def __init__(
+        self,
+        connection: HttpConnection,
+        scope: MutableMapping[str, Any],
+        *,
+        keep_alive: bool,
+        to_come_bytes: int | None,
+    ) -> None:
+        """``to_come_bytes``: how much of the body is to come; None if its chunks will tell."""
+        self._connection = connection
+        self.scope = scope
+        self.keep_alive = keep_alive
+        self.last = not keep_alive
+        """It asked for the connection to end behind it."""
+        self.expects_continue = False
+        self.to_come_bytes = _UNKNOWN if to_come_bytes is None else to_come_bytes
+        self.body = bytearray()
+        self.receiving = True
+        """The end of the request has not come."""
+        self.refusal: InferqError | None = None
+        """Why the rest of the body is not going to be read."""
+        self.news = asyncio.Event()
+        self.disconnected = self._delivered = False
+        self.response_started = False
+        self.response_complete = False
+        self._http_1_0 = scope["http_version"] == "1.0"
+        self._discard_body = scope["method"] == "HEAD"
+        self._chunked = False
+        self._left_bytes: int | None = 0
+        """Of an answer that says its length; None: it ends with the connection."""
+
+    async def run(self, app: ASGIApp) -> None:
+        """Let ``app`` answer; whatever it does, the client is told or the connection ends."""
+        try:
+            await app(self.scope, self.receive, self.send)
+        except asyncio.CancelledError:
+            self._break_off()
+            raise
+        except Exception:
+            log.exception("app_failed", path=self.scope["path"])
+            await self._fail()
+        else:
+            if self._gone and not self.response_complete:
+                self._connection.transport.close()
+            elif not self.response_complete:
+                log.error("answer_incomplete", path=self.scope["path"], begun=self.response_started)
+                await self._fail()
+
+    async def receive(self) -> Message:
+        """The next piece of the body. Raises what the connection refuses the body for."""
+        if self.expects_continue:
+            self._connection.write(_CONTINUE)
+            self.expects_continue = False
+        if not (self._gone or self.response_complete or self.refusal):
+            self._connection.resume_reading()
+            await self.news.wait()
+            self.news.clear()
+        if self._gone or self.response_complete:
+            return {"type": "http.disconnect", "why": self._connection.why_lost}
+        if self.refusal is not None:
+            raise self.refusal
+        body, self.body = bytes(self.body), bytearray()
+        self._delivered = not self.receiving
+        return {"type": "http.request", "body": body, "more_body": self.receiving}
+
+    async def send(self, message: Message) -> None:
+        """Write a part of the answer, no faster than it is read; the last part returns once it is all but taken."""
+        connection = self._connection
+        if connection.write_paused and not self.disconnected:
+            await connection.writable()
+        if self.disconnected:
+            return
+        if not self.response_started:
+            self._start(message)
+        elif self.response_complete:
+            raise RuntimeError(f"{message['type']} was sent after the end of the answer")
+        else:
+            self._write(message.get("body", b""), more=message.get("more_body", False))
+            if self.response_complete:
+                connection.on_response_complete(self)
+                if connection.write_paused:
+                    await connection.writable()
+
+    @property
+    def _gone(self) -> bool:
+        """Whether the client is, or has sent all it had to and may be."""
+        return self.disconnected or (self._delivered and self._connection.half_closed)
+
+    def cut(self) -> None:
+        """Drop the connection at once, with what the client has not read."""
+        self._connection.transport.abort()
+
+    def refuse(self, error: InferqError) -> None:
+        """The rest of the body is not going to be read: ``receive`` raises ``error``."""
+        if self.refusal is None:
+            self.refusal = error
+            self.keep_alive = False
+            self.news.set()
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self.disconnected = True
+        self.news.set()
+
+    def _start(self, message: Message) -> None:
+        if message["type"] != "http.response.start":
+            raise RuntimeError(f"the answer began with {message['type']}")
+        status: int = message["status"]
+        self.response_started = True
+        if self.receiving and (self.expects_continue or self.refusal or self.to_come_bytes > RESUME_BYTES):
+            self.keep_alive = False  # what is left of the body is not worth reading
+        self.expects_continue = False
+        head = [_STATUS_LINES[status]]
+        length = self._headers([*self._connection.default_headers, *message.get("headers", ())], head)
+        if status < 200 or status in (204, 304):
+            self._discard_body = True
+        elif length is None:
+            self._chunked = not self._discard_body and not self._http_1_0
+            if self._chunked:
+                head.append(b"transfer-encoding: chunked\r\n")
+            self._left_bytes = None
+        else:
+            self._left_bytes = length
+        head.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        self._connection.write(b"".join(head))
+
+    def _headers(self, headers: Iterable[tuple[bytes, bytes]], head: list[bytes]) -> int | None:
+        """Add ``headers`` to ``head``; the length of the body, if one of them tells it."""
+        length = None
+        for given, value in headers:
+            if _NAME.fullmatch(given) is None or _BAD_VALUE.search(value) is not None:
+                raise RuntimeError(f"the answer has a header that cannot be sent: {given!r}")
+            name = given.lower()
+            if name == b"connection":
+                if b"close" in value.lower():
+                    self.keep_alive = False
+                continue
+            if name == b"transfer-encoding":
+                continue  # the connection decides it
+            if name == b"content-length":
+                length = int(value)
+            head += (name, b": ", value, b"\r\n")
+        return length
+
+    def _write(self, data: bytes, *, more: bool) -> None:
+        write = self._connection.write
+        if self._discard_body:
+            pass
+        elif self._chunked:
+            if data:
+                write(b"%x\r\n%b\r\n" % (len(data), data) if more else b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+            elif not more:
+                write(b"0\r\n\r\n")
+        else:
+            if self._left_bytes is not None:
+                self._left_bytes -= len(data)
+                if self._left_bytes < 0 or (self._left_bytes and not more):
+                    raise RuntimeError("the answer is not as long as its content-length says")
+            if data:
+                write(data)
+        self.response_complete = not more
+
+    async def _fail(self) -> None:
+        if self.response_started or self.disconnected:
+            self._break_off()
+            return
+        body = InferqError("something went wrong here; the log says what").body()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await self.send(
+            {"type": "http.response.start", "status": 500, "headers": [*headers, (b"connection", b"close")]}
+        )
+        await self.send({"type": "http.response.body", "body": body})
+
+    def _break_off(self) -> None:
+        """End the connection so that the client can tell the answer is not whole."""
+        transport = self._connection.transport
+        if self.response_started and not self._chunked and not self.response_complete:
+            connected = transport.get_extra_info("socket")
+            if connected is not None:  # the end of the connection would be the end of the answer: reset it instead
+                connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            transport.abort()
+        else:
+            transport.close()

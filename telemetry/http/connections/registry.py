@@ -1,0 +1,91 @@
+"""All connections of one server: how many there may be, and the one timer that enforces their limits in time."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+from ...logs import get_logger
+from .limits import ConnectionLimits
+
+if TYPE_CHECKING:
+    from .protocol import HttpConnection
+
+_OTHER_FILES = 128
+"""How many of the files that the process may open are kept for other things than connections."""
+
+log = get_logger(__name__)
+
+
+class Connections:
+    """The open connections of one server. For one event loop."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self.limits = limits
+        self._most = min(limits.max_connections, _openable_files() - _OTHER_FILES)
+        self._open: set[HttpConnection] = set()
+        self._idle: dict[HttpConnection, None] = {}
+        """Those without a request, by how long they are."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._due_s = 0.0
+        self._was_late = False
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, connection: HttpConnection) -> bool:
+        """One more. At the limit, the one that has been idle for the longest makes room; False if none is idle."""
+        if len(self._open) >= self._most:
+            if not self._idle:
+                log.warning("connection_refused", open=len(self._open), limit=self._most)
+                return False
+            next(iter(self._idle)).drop("too_many_connections")
+        self._open.add(connection)
+        if self._timer is None:
+            self._sweep_later()
+        return True
+
+    def discard(self, connection: HttpConnection) -> None:
+        """One is closed."""
+        self._open.discard(connection)
+        self._idle.pop(connection, None)
+
+    def idle(self, connection: HttpConnection) -> None:
+        """It has no request."""
+        self._idle[connection] = None
+
+    def busy(self, connection: HttpConnection) -> None:
+        """It has one."""
+        self._idle.pop(connection, None)
+
+    def _sweep(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._due_s > self.limits.sweep_s and not self._was_late:
+            self._was_late = True  # the loop stood still: what clients sent meanwhile is still to be read
+            self._sweep_later()
+            return
+        self._was_late = False
+        for connection in tuple(self._open):
+            try:
+                connection.check(now_s)
+            except Exception:  # one connection's fault must not keep the others from being checked
+                log.exception("connection_not_checked")
+                connection.transport.abort()
+        self._timer = None
+        if self._open:
+            self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._due_s = loop.time() + self.limits.sweep_s
+        self._timer = loop.call_at(self._due_s, self._sweep)
+
+
+def _openable_files() -> int:
+    if sys.platform == "win32":
+        return 1 << 30
+    import resource  # noqa: PLC0415 - not to be had on Windows
+
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 30 if soft == resource.RLIM_INFINITY else max(soft, 2 * _OTHER_FILES)

@@ -1,0 +1,52 @@
+"""A batch's end is told to the webhook endpoints of its tenant, as one event however often it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batches.end_events import batch_ended
+from queue_schemas import Tenant
+from storage import (
+    BATCH_ENDED,
+    Batch,
+    BatchProgress,
+    BatchRequest,
+    BatchStatus,
+    ObjectStore,
+    StorageSettings,
+    new_endpoint_id,
+)
+from webhooks.deliveries import Deliveries
+from webhooks.endpoints import EndpointRecord, Secrets, Webhooks
+from webhooks.events import EVENT_TYPES
+
+ACME = Tenant("acme")
+
+
+@pytest.mark.parametrize("status", sorted(BATCH_ENDED))
+def test_a_batch_that_ended_is_one_event(tmp_path: Path, status: BatchStatus) -> None:
+    """Of the type that its status says, at the time of its end; told again after a crash it is the same."""
+    store = ObjectStore.open(StorageSettings(url=str(tmp_path)))
+    record = EndpointRecord(
+        id=new_endpoint_id(1), tenant=ACME, url="u", events=("*",), created_at=1, updated_at=1, enabled_at_ms=1
+    )
+    Webhooks(store).create(record, Secrets.fresh(1))
+    request = BatchRequest(
+        id="batch_" + "0" * 32,
+        tenant=ACME,
+        input_file_id="f",
+        endpoint="e",
+        completion_window="24h",
+        created_at=5,
+        expires_at=9,
+    )
+    batch = Batch(request, BatchProgress(status=status, stamps={f"{status}_at": 7}), None)
+    batch_ended(store, batch)
+    batch_ended(store, batch)
+    (key,) = Deliveries(store).pending()
+    event = Deliveries(store).event(key)
+    assert event is not None
+    assert (event.type, event.object_id, event.created_at) == (f"batch.{status}", request.id, 7)
+    assert event.type in EVENT_TYPES

@@ -1,0 +1,207 @@
+"""One connection, many callers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from redis.asyncio.connection import Connection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from broker.redis.link import MultiplexedLink
+from broker.redis.multiplexer import MultiplexedConnection
+from tests.support.waiting import eventually
+
+Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def scripted_server(answer: Answer) -> AsyncIterator[int]:
+    """A server that speaks enough RESP: ``answer`` gets the first argument of each command after the handshake."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                args = []
+                for _ in range(int(line[1:])):
+                    size = int((await reader.readline())[1:])
+                    args.append((await reader.readexactly(size + 2))[:-2])
+                if args[0] in (b"CLIENT", b"SELECT", b"HELLO"):
+                    writer.write(b"+OK\r\n")
+                else:
+                    await answer(args[0], writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+def opener(port: int) -> Callable[[], Connection]:
+    def make() -> Connection:
+        return Connection(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=None)
+
+    return make
+
+
+def connection_to(port: int) -> MultiplexedConnection:
+    return MultiplexedConnection(opener(port), connect_limit_s=2)
+
+
+async def test_concurrent_commands_get_their_own_replies() -> None:
+    """Replies are handed out in the order of the commands, errors among them."""
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"-ERR no\r\n" if command == b"c7" else b"+" + command + b"\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        replies = await asyncio.gather(*(connection.command(5, f"c{n}") for n in range(50)), return_exceptions=True)
+        assert isinstance(replies.pop(7), ResponseError)
+        assert replies == [b"c%d" % n for n in range(50) if n != 7]
+        await connection.close()
+
+
+async def test_a_lost_connection_fails_what_is_under_way_and_the_next_command_connects_again() -> None:
+    """Nothing hangs on a connection that is gone, and nothing stays broken."""
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        if command == b"die":
+            writer.close()
+        else:
+            writer.write(b"+ok\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        async with asyncio.timeout(5):
+            lost = await asyncio.gather(*(connection.command(5, "die") for _ in range(3)), return_exceptions=True)
+            assert all(isinstance(error, RedisConnectionError) for error in lost)
+            assert await connection.command(5, "live") == b"ok"
+        await connection.close()
+
+
+async def test_a_reader_hears_that_its_connection_was_lost_between_two_reads() -> None:
+    """A server that answers and dies at once was away all the same: whoever follows a stream has to know, once."""
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"+ok\r\n")
+        if command == b"last":
+            writer.close()
+
+    async with scripted_server(answer) as port:
+        link = MultiplexedLink(opener(port), 2)
+        async with asyncio.timeout(20):
+            assert await link.blocking("stream", 5, "last") == b"ok"
+            await eventually(lambda: not link._readers["stream"].is_open, "the loss is noticed")
+            with pytest.raises(RedisConnectionError):
+                await link.blocking("stream", 5, "next")
+            for _ in range(2):
+                assert await link.blocking("stream", 5, "next") == b"ok"
+        await link.close()
+
+
+async def test_an_overdue_reply_fails_and_never_reaches_the_next_caller() -> None:
+    """After a time-out the connection is given up: a late reply cannot be taken for another command's."""
+    late: list[asyncio.StreamWriter] = []
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        if command == b"slow":
+            late.append(writer)
+        else:
+            writer.write(b"+" + command + b"\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        async with asyncio.timeout(10):
+            with pytest.raises(RedisTimeoutError):
+                await connection.command(0.1, "slow")
+            late[0].write(b"+slow\r\n")
+            assert await connection.command(5, "next") == b"next"
+        await connection.close()
+
+
+async def test_a_cancelled_caller_leaves_the_others_replies_in_order() -> None:
+    """The reply of a caller that left is dropped, not shifted."""
+    gate = asyncio.Event()
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        await gate.wait()
+        writer.write(b"+" + command + b"\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        calls = [asyncio.create_task(connection.command(5, name)) for name in ("a", "b", "c")]
+        await asyncio.sleep(0.05)
+        calls[0].cancel()
+        gate.set()
+        async with asyncio.timeout(5):
+            assert [await calls[1], await calls[2]] == [b"b", b"c"]
+        await connection.close()
+
+
+async def test_a_server_that_accepts_but_never_answers_the_log_in_is_given_up() -> None:
+    """Connecting has a limit, the handshake included."""
+
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        connection = MultiplexedConnection(
+            lambda: Connection(
+                host="127.0.0.1", port=port, protocol=2, username="u", password="p", socket_timeout=None
+            ),
+            connect_limit_s=0.2,
+        )
+        async with asyncio.timeout(5):
+            with pytest.raises(TimeoutError):
+                await connection.command(5, "PING")
+        await connection.close()
+
+
+async def test_a_write_to_a_connection_that_was_just_closed_is_a_lost_connection() -> None:
+    """uvloop says so with an error of its own kind, before the reader has noticed: the call is one to repeat."""
+
+    class Closed(Connection):
+        async def send_packed_command(self, command: object, check_health: bool = True) -> None:
+            if check_health is False:
+                raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+            await super().send_packed_command(command, check_health)  # type: ignore[arg-type]
+
+    async def pong(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"+PONG\r\n")
+
+    async with scripted_server(pong) as port:
+        connection = MultiplexedConnection(lambda: Closed(host="127.0.0.1", port=port, protocol=2), connect_limit_s=2)
+        with pytest.raises(RedisConnectionError, match="closed"):
+            await connection.command(2, "PING")
+        with pytest.raises(RedisConnectionError, match="closed"):
+            await connection.pipeline(2, [("PING",)])
+        await connection.close()
+
+
+async def test_what_is_no_reply_ends_the_connection_at_once() -> None:
+    """[H46] Another server's words, or half of something: what is under way fails now, not when its time is up, and the
+    next command has a connection of its own."""
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" if command == b"bad" else b"+ok\r\n")
+
+    async with scripted_server(answer) as port:
+        connection = connection_to(port)
+        async with asyncio.timeout(5):
+            with pytest.raises(RedisError):
+                await connection.command(60, "bad")
+            assert await connection.command(60, "good") == b"ok"
+        await connection.close()

@@ -1,0 +1,263 @@
+"""Kept jobs as a Router offers them to its own parts: put on the queue, followed by many, told of, forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from queue_schemas import (
+    END,
+    HEAD,
+    AttemptsExhausted,
+    BadRequest,
+    DeadlineExceeded,
+    Frame,
+    InferqError,
+    Job,
+    JobCancelled,
+    JobNotFound,
+    Lane,
+    MarkerKind,
+    ModelNotFound,
+    Output,
+    OverCapacity,
+    ShuttingDown,
+    State,
+    Tenant,
+)
+from router.jobs.service import Followed, KeptJobs
+from tests.support.waiting import eventually
+from tests.unit.router.fakes import SSE, FakeQueue, router
+
+ACME, RIVAL = Tenant("acme"), Tenant("rival")
+CHAT = b'{"model": "m", "stream": true, "messages": [], "stream_options": {"include_usage": true}, "n": 2}'
+PATH = "/v1/chat/completions"
+
+
+@asynccontextmanager
+async def kept_jobs(queue: FakeQueue, **settings: Any) -> AsyncIterator[KeptJobs]:
+    async with router(queue, **settings) as app:
+        yield KeptJobs(app.state)
+
+
+async def submitted(kept: KeptJobs, queue: FakeQueue, body: bytes = CHAT) -> Job:
+    found = await kept.submit(tenant=ACME, path=PATH, body=body, notify="response", note=b"mine", request_id="r1")
+    job = await queue.job()
+    assert found.job_id == job.id
+    return job
+
+
+def frames(job: Job, *pieces: bytes, end: bool = False, status: int = 200, kind: str = SSE) -> tuple[Frame, ...]:
+    """The output of one attempt."""
+    made = []
+    for seq, data in enumerate(pieces):
+        flags = (HEAD if seq == 0 else 0) | (END if end and seq == len(pieces) - 1 else 0)
+        made.append(Frame(job.id, 1, "a1", seq, flags, data, *((status, kind) if flags & HEAD else (0, ""))))
+    return tuple(made)
+
+
+def kept_so_far(job: Job, *pieces: bytes, state: State = State.LEASED, cause: str = "", **options: Any) -> Output:
+    run = frames(job, *pieces, **options)
+    return Output(
+        state,
+        1,
+        "" if state in (State.DEAD, State.CANCELLED, State.EXPIRED) else "a1",
+        (1, len(run)),
+        run,
+        complete=True,
+        cause=cause,
+    )
+
+
+async def read(followed: Followed) -> bytes:
+    """All of it, to its end."""
+    return b"".join([piece async for piece in followed])
+
+
+async def test_a_background_request_is_a_kept_job_of_its_lane() -> None:
+    """Stored for the time that the settings say, listed, with all that is needed to give its answer again."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue, keep_jobs_ms=5_000, background_deadline_ms=70_000) as kept:
+        job = await submitted(kept, queue)
+        assert (job.stored, job.lane, job.reply_to, job.ttl_ms, job.tenant) == (True, Lane.BACKGROUND, "", 70_000, ACME)
+        keep = queue.keeps[job.id]
+        assert (keep.keep_ms, keep.listed, keep.notify) == (5_000, True, "response")
+        memo = keep.memo
+        assert (memo.path, memo.stream, memo.usage, memo.choices, memo.note) == (PATH, True, True, 2, b"mine")
+        assert not memo.resumable
+        with pytest.raises(ModelNotFound):
+            await kept.submit(tenant=ACME, path=PATH, body=b'{"model": "other"}')
+        with pytest.raises(BadRequest):
+            await kept.submit(tenant=ACME, path=PATH, body=b"no JSON")
+        kept._state.draining = True
+        with pytest.raises(ShuttingDown):
+            await kept.submit(tenant=ACME, path=PATH, body=CHAT)
+        kept._state.draining = False
+
+
+async def test_many_follow_one_job_from_its_beginning_each_at_its_pace() -> None:
+    """Whoever comes late reads what is kept first; all get the same; when they are gone the queue is told, and nothing
+    is left here."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue) as kept:
+        job = await submitted(kept, queue)
+        pieces = [b"data: %d\n\n" % number for number in range(6)]
+        queue.output[job.id] = kept_so_far(job, *pieces[:2])
+        async with kept.follow(ACME, job.id) as early:
+            assert await anext(early) == b"".join(pieces[:2])
+            assert (early.head and early.head.status, early.job.id) == (200, job.id)
+            queue.stream(job, *pieces[2:4], end=False, first=2)
+            assert await anext(early) == b"".join(pieces[2:4])
+            queue.output[job.id] = kept_so_far(job, *pieces[:4])
+            async with kept.follow(ACME, job.id) as late:
+                assert await anext(late) == b"".join(pieces[:4])
+                queue.stream(job, *pieces[4:], first=4)
+                queue.output[job.id] = kept_so_far(job, *pieces, end=True, state=State.DONE)
+                assert await read(late) == b"".join(pieces[4:])
+            assert await read(early) == b"".join(pieces[4:])
+            async with kept.follow(ACME, job.id) as after:
+                assert await read(after) == b"".join(pieces)
+        async with kept.follow(ACME, job.id) as left:
+            assert await anext(left)
+        assert len(kept._state.requests) == 0
+        assert len(kept._state.requests.stored) == 0
+
+
+async def test_a_plain_answer_comes_at_its_end() -> None:
+    """With its status and content type; an engine's error is an answer like any other."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue) as kept:
+        job = await submitted(kept, queue, b'{"model": "m"}')
+        queue.output[job.id] = kept_so_far(
+            job, b'{"error": 1}', end=True, state=State.FAILED, status=400, kind="application/json"
+        )
+        async with kept.follow(ACME, job.id) as followed:
+            assert await read(followed) == b'{"error": 1}'
+            assert followed.head is not None
+            assert (followed.head.status, followed.head.is_json) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [(State.DEAD, AttemptsExhausted), (State.CANCELLED, JobCancelled), (State.EXPIRED, DeadlineExceeded)],
+)
+@pytest.mark.parametrize("said", [(), (b"data: half\n\n",)])
+async def test_an_end_without_an_answer_is_an_error_behind_what_was_said(
+    state: State, error: type[InferqError], said: tuple[bytes, ...]
+) -> None:
+    """With its cause, whether it is read afterwards or followed live."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue) as kept:
+        job = await submitted(kept, queue)
+        queue.output[job.id] = kept_so_far(job, *said, state=state, cause="of what happened")
+        async with kept.follow(ACME, job.id) as followed:
+            if said:
+                assert await anext(followed) == said[0]
+            with pytest.raises(error, match="of what happened"):
+                await anext(followed)
+        queue.output[job.id] = kept_so_far(job, *said)
+        async with kept.follow(ACME, job.id) as live:
+            if said:
+                assert await anext(live) == said[0]
+            waiting = asyncio.ensure_future(anext(live))
+            await eventually(lambda: not live._request.behind, "it has caught up")
+            queue.mark(job, MarkerKind(state.value), reason="of what happened")
+            with pytest.raises(error, match="of what happened"):
+                await waiting
+
+
+async def test_silence_is_told_and_a_lost_job_ends() -> None:
+    """An empty piece while nothing comes; an error once the queue knows nothing of the job any more."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue, keepalive_ms=50) as kept:
+        job = await submitted(kept, queue)
+        queue.output[job.id] = kept_so_far(job)
+        async with kept.follow(ACME, job.id) as followed:
+            assert await anext(followed) == b""
+            del queue.output[job.id]
+            with pytest.raises(JobNotFound, match="not kept any more"):
+                assert await read(followed) == b""
+
+
+async def test_a_slow_follower_takes_no_memory() -> None:
+    """What comes live past its buffer is left on the queue, and read from there when it goes on."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue, client_buffer_bytes=16 * 1024) as kept:
+        job = await submitted(kept, queue)
+        queue.output[job.id] = kept_so_far(job)
+        pieces = [b"data: " + b"x" * 4_000 + b"\n\n" for _ in range(40)]
+        async with kept.follow(ACME, job.id) as followed:
+            waiting = asyncio.ensure_future(anext(followed))
+            await eventually(lambda: not followed._request.behind, "it has caught up")
+            queue.stream(job, *pieces, end=True)
+            queue.output[job.id] = kept_so_far(job, *pieces, end=True, state=State.DONE)
+            stitch = followed._request.stitch
+            assert stitch is not None
+            assert stitch.pending_bytes < 32 * 1024
+            assert await waiting + await read(followed) == b"".join(pieces)
+
+
+async def test_another_tenants_job_is_as_unknown_as_one_that_never_was() -> None:
+    """For whatever is asked of it, and in the same words."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue) as kept:
+        job = await submitted(kept, queue)
+        for tenant, job_id in ((RIVAL, job.id), (ACME, job.id[:-1] + "x"), (ACME, "no id")):
+            assert await kept.status(tenant, job_id) is None
+            assert await kept.cancel(tenant, job_id) is None
+            assert not await kept.delete(tenant, job_id)
+            with pytest.raises(JobNotFound, match="there is no job"):
+                async with kept.follow(tenant, job_id):
+                    pass
+        assert queue.cancelled.empty()
+        assert (await kept.status(ACME, job.id)) == queue.kept[job.id]
+        assert await kept.delete(ACME, job.id)
+        assert await kept.status(ACME, job.id) is None
+
+
+async def test_cancelling_on_demand_tells_what_became_of_the_job() -> None:
+    """One that has ended is left as it is."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue) as kept:
+        job = await submitted(kept, queue)
+        assert await kept.cancel(ACME, job.id) is not None
+        assert (await queue.cancellation()) == (job.id, "it was cancelled on demand")
+        queue.kept[job.id] = replace(queue.kept[job.id], state=State.DONE)
+        ended = await kept.cancel(ACME, job.id)
+        assert ended is not None
+        assert ended.state is State.DONE
+        assert queue.cancelled.empty()
+
+
+async def test_followers_count_among_the_requests_of_a_router() -> None:
+    """Past the limit one is refused, and costs nothing."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue, max_concurrent=1) as kept:
+        job = await submitted(kept, queue)
+        queue.output[job.id] = kept_so_far(job)
+        async with kept.follow(ACME, job.id):
+            with pytest.raises(OverCapacity):
+                async with kept.follow(ACME, job.id):
+                    pass
+        assert len(kept._state.requests) == 0
+
+
+async def test_a_follower_that_fell_behind_hears_of_the_end_behind_what_was_kept() -> None:
+    """A cancelled job has no attempt any more: what was read of it is still the beginning of what is kept."""
+    queue = FakeQueue("m")
+    async with kept_jobs(queue, keepalive_ms=50) as kept:
+        job = await submitted(kept, queue)
+        queue.output[job.id] = kept_so_far(job, b"data: 1\n\n")
+        async with kept.follow(ACME, job.id) as followed:
+            assert await anext(followed) == b"data: 1\n\n"
+            queue.output[job.id] = kept_so_far(job, b"data: 1\n\n", b"data: 2\n\n", state=State.CANCELLED, cause="so")
+            pieces = []
+            with pytest.raises(JobCancelled, match="so"):
+                while True:
+                    pieces.append(await anext(followed))
+            assert b"".join(pieces) == b"data: 2\n\n"

@@ -1,0 +1,244 @@
+"""The events of a kept response, from the frames of several attempts."""
+
+from __future__ import annotations
+
+import random
+import string
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import orjson
+import pytest
+
+from queue_schemas import (
+    CONTINUED,
+    END,
+    HEAD,
+    BodyTooLarge,
+    Frame,
+    JobId,
+    Marker,
+    MarkerKind,
+    PathNotFound,
+    StreamBroken,
+)
+from router.responses.attempt_merger import ResponseStitch
+from router.responses.live import LiveResponse
+from router.responses.note import read_note, write_note
+from router.responses.schemas import Asked
+from tests.support.responses import check_response, check_stream, server_sent
+
+JOB = JobId("0-" + "b" * 32)
+ASKED = Asked(JOB, 5, {"model": "m", "input": "hi"})
+
+
+def _says(text: str, finish: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return b"data: " + orjson.dumps({"object": "chat.completion.chunk", "choices": [choice]}) + b"\n\n"
+
+
+def _frame(seq: int, data: bytes, epoch: int = 1, flags: int = 0) -> Frame:
+    flags |= 0 if seq else HEAD
+    return Frame(JOB, epoch, f"attempt{epoch}", seq, flags, data, 200, "text/event-stream")
+
+
+def _whole(*texts: str, epoch: int = 1) -> list[Frame]:
+    pieces = [_says(text) for text in texts] + [_says("", "stop") + b"data: [DONE]\n\n"]
+    return [_frame(at, piece, epoch, END if at == len(pieces) - 1 else 0) for at, piece in enumerate(pieces)]
+
+
+def _read(stitch: ResponseStitch, *items: Frame | Marker) -> list[dict[str, Any]]:
+    for item in items:
+        if isinstance(item, Frame):
+            stitch.on_frame(item)
+        else:
+            stitch.on_marker(item)
+    return server_sent(stitch.take())
+
+
+def _lost(epoch: int) -> Marker:
+    return Marker(MarkerKind.REQUEUED, JOB, epoch, "it was lost")
+
+
+WHOLE = _read(ResponseStitch(ASKED), *_whole("a", "b", "c"))
+
+
+def test_all_events_come_from_the_first_to_the_end() -> None:
+    """The answer may begin at once, before anything is said."""
+    stitch = ResponseStitch(ASKED)
+    assert stitch.head is not None
+    assert [event["type"] for event in _read(stitch)] == ["response.created", "response.queued"]
+    assert check_stream(WHOLE).output_text == "abc"
+    _read(stitch, *_whole("a", "b", "c"))
+    assert stitch.ended
+    assert stitch.settled
+
+
+@pytest.mark.parametrize("after", range(-1, len(WHOLE)))
+def test_whatever_the_client_has_it_gets_the_rest(after: int) -> None:
+    """Together they are the whole, wherever it was cut."""
+    assert WHOLE[: after + 1] + _read(ResponseStitch(ASKED, after, 1), *_whole("a", "b", "c")) == WHOLE
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 99_999])
+def test_a_number_behind_the_last_event_ends_with_an_error(beyond: int) -> None:
+    """[H13] An empty stream would pass for the end of this response, of which the client has seen nothing."""
+    stitch = ResponseStitch(ASKED, len(WHOLE) + beyond, 1)
+    assert _read(stitch, *_whole("a", "b", "c")) == []
+    assert isinstance(stitch.error, StreamBroken)
+    assert f"its last is {len(WHOLE) - 1}" in stitch.error.message
+
+
+def test_an_attempt_that_goes_on_goes_on() -> None:
+    """What is kept is one answer, and so are its events, for who saw the loss and for who did not."""
+    goes_on = [_frame(0, _says("b"), 2, CONTINUED), _frame(1, _says("c"), 2), _whole("x", "y", epoch=2)[2]]
+    frames = [_frame(0, _says("a")), *goes_on]
+    assert _read(ResponseStitch(ASKED), *frames) == WHOLE
+    assert _read(ResponseStitch(ASKED), frames[0], _lost(2), *goes_on) == WHOLE
+    assert WHOLE[:5] + _read(ResponseStitch(ASKED, 4, 1), *frames) == WHOLE
+
+
+@pytest.mark.parametrize("said", [["a"], ["a", "b"], ["a", "b", "c"]])
+def test_an_attempt_that_says_the_same_anew_is_not_noticed(said: list[str]) -> None:
+    """Nothing comes twice, nothing is left out; even when the repeating attempt is lost in its turn."""
+    first = _whole(*said)[:-1]
+    assert _read(ResponseStitch(ASKED), *first, _lost(2), *_whole("a", "b", "c", epoch=2)) == WHOLE
+    second = _whole("a", epoch=2)[:-1]
+    assert _read(ResponseStitch(ASKED), *first, _lost(2), *second, *_whole("a", "b", "c", epoch=3)) == WHOLE
+
+
+@pytest.mark.parametrize("anew", [["a", "x", "c"], ["ab", "c"], ["a"], []])
+def test_an_attempt_that_says_something_else_ends_the_stream(anew: list[str]) -> None:
+    """Other words, other pieces (and so other numbers) or an earlier end: never spliced."""
+    stitch = ResponseStitch(ASKED)
+    before = _read(stitch, *_whole("a", "b", "c")[:2])
+    assert before == WHOLE[: len(before)]
+    after = _read(stitch, *_whole(*anew, epoch=2))
+    assert type(stitch.error) is StreamBroken
+    assert after == []
+
+
+def test_an_answer_that_began_after_the_look_is_not_spliced_behind_an_earlier_one() -> None:
+    """Who has events of an answer that was replaced meanwhile is told to begin again; who has none gets the new one."""
+    stitch = ResponseStitch(ASKED, 5, 1)
+    assert _read(stitch, *_whole("a", "b", "c", epoch=2)) == []
+    assert type(stitch.error) is StreamBroken
+    assert _read(ResponseStitch(ASKED, 2, 1), *_whole("a", "b", "c", epoch=2)) == WHOLE[3:]
+
+
+def test_what_is_read_again_from_its_beginning_is_the_same() -> None:
+    """When the queue has lost what was taken, the events go on where they were if it says the same again."""
+    stitch = ResponseStitch(ASKED)
+    events = _read(stitch, *_whole("a", "b", "c")[:2])
+    again = _whole("a", "b", "c", epoch=2)
+    assert not stitch.reread(2, "attempt2", again[1:])
+    assert events + _read(stitch, *again) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(MarkerKind.CANCELLED, "cancelled"), (MarkerKind.DEAD, "failed"), (MarkerKind.EXPIRED, "failed")],
+)
+def test_an_end_without_an_answer_is_an_event(kind: MarkerKind, status: str) -> None:
+    """The stream ends as one that is whole, and says why in the response; once."""
+    stitch = ResponseStitch(ASKED)
+    marker = Marker(kind, JOB, 1, "somebody wanted that")
+    events = _read(stitch, _whole("a")[0], marker)
+    response = check_stream(events)
+    assert (response.status, stitch.ended, stitch.error) == (status, True, None)
+    assert response.error is not None
+    assert "somebody wanted that" in response.error.message
+    assert _read(stitch, marker, _whole("a")[1]) == []
+
+
+def test_an_attempt_that_dies_before_it_repeated_all_ends_the_stream() -> None:
+    """Its last event would have a number that the client has already."""
+    stitch = ResponseStitch(ASKED)
+    _read(stitch, *_whole("a", "b")[:-1], _lost(2), _whole("a", epoch=2)[0])
+    assert _read(stitch, Marker(MarkerKind.DEAD, JOB, 2, "it died")) == []
+    assert type(stitch.error) is StreamBroken
+
+
+def _live(*, stream: bool) -> LiveResponse:
+    return LiveResponse(ASKED, stream=stream, replay_limit_bytes=1 << 20, on_loss="continue")
+
+
+def test_a_response_that_is_waited_for_comes_as_its_chat_does() -> None:
+    """Each frame gives its events; a continued attempt leaves no trace."""
+    live = _live(stream=True)
+    live.on_frame(_whole("a", "b")[0])
+    events = server_sent(live.take())
+    assert live.head is not None
+    assert live.head.is_event_stream
+    assert events[-1]["delta"] == "a"
+    live.on_marker(Marker(MarkerKind.LOST, JOB, 2, "it was lost"))
+    assert live.offer() == "a"
+    for frame in [_frame(0, _says("b"), 2, CONTINUED), *[replace(f, seq=1) for f in _whole(epoch=2)[-1:]]]:
+        live.on_frame(replace(frame, flags=frame.flags & ~HEAD if frame.seq else frame.flags))
+    events += server_sent(live.take())
+    assert check_stream(events).output_text == "ab"
+    assert live.ended
+
+
+def test_a_response_as_one_object_comes_at_its_end() -> None:
+    """Nothing before, no head of a stream, and then all of it."""
+    live = _live(stream=False)
+    for frame in _whole("a", "b"):
+        assert not live.ended
+        live.on_frame(frame)
+        data = live.take()
+    assert not live.stream
+    assert live.head is not None
+    assert (live.head.status, live.head.content_type) == (200, "application/json")
+    assert check_response(orjson.loads(data)).output_text == "ab"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_of_the_engine_passes_as_it_is(stream: bool) -> None:
+    """Its status and its error object are what the client's library understands."""
+    live = _live(stream=stream)
+    live.on_frame(Frame(JOB, 1, "a", 0, HEAD | END, b'{"error": {}}', 400, "application/json"))
+    assert live.take() == b'{"error": {}}'
+    assert live.head is not None
+    assert live.head.status == 400
+
+
+@pytest.mark.parametrize("said", ["", "half a"])
+def test_a_response_whose_chat_fails_on_its_way_is_no_success(said: str) -> None:
+    """[H12] Who waits for one object gets the error with its status: from a 200 SDKs read half a text as the answer."""
+    live = _live(stream=False)
+    body = orjson.dumps({"error": {"message": "boom", "type": "InternalServerError", "param": None, "code": 500}})
+    live.on_frame(_whole(said)[0])
+    live.on_frame(replace(_frame(0, b"data: " + body + b"\n\n"), seq=1, flags=END))
+    data = live.take()
+    assert live.ended and live.head is not None
+    assert (live.head.status >= 500, live.head.content_type) == (True, "application/json")
+    assert orjson.loads(data)["error"]["message"] == "boom"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_does_not_stream_is_understood(stream: bool) -> None:
+    """Its whole answer is told in the form that the client asked for."""
+    body = orjson.dumps({"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}]})
+    live = _live(stream=stream)
+    live.on_frame(Frame(JOB, 1, "a", 0, HEAD | END, body, 200, "application/json"))
+    data = live.take()
+    response = check_stream(server_sent(data)) if stream else check_response(orjson.loads(data))
+    assert response.output_text == "hi"
+
+
+@pytest.mark.parametrize(("size", "kept"), [(10, True), (400_000, False)])
+def test_what_was_asked_is_read_again_from_the_note(size: int, kept: bool) -> None:
+    """An input without room is left out; everything else must have some."""
+    text = "".join(random.Random(1).choices(string.printable, k=size))
+    request = {"model": "m", "input": text, "metadata": {"a": "b"}}
+    asked = read_note(JOB, write_note(7, request))
+    assert (asked.job_id, asked.created_at, asked.request.get("input")) == (JOB, 7, text if kept else None)
+    assert asked.request["metadata"] == {"a": "b"}
+    if not kept:
+        with pytest.raises(BodyTooLarge, match="send long texts as input"):
+            write_note(7, {"model": "m", "input": "x", "instructions": text})
+    for strange in (b"", b"mine", zlib.compress(b"[]"), zlib.compress(b'{"created_at": 1}')):
+        with pytest.raises(PathNotFound):
+            read_note(JOB, strange)

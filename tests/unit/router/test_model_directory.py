@@ -1,0 +1,75 @@
+"""The directory: which models exist and who serves them."""
+
+from __future__ import annotations
+
+from queue_schemas import EngineState, Lane, LaneDepth, Pool, WorkerState
+from router.model_directory import Directory, build_directory, model_list, pool_list
+from tests.unit.router.fakes import worker
+
+
+def test_models_are_the_union_of_fleet_declared_and_remembered() -> None:
+    """Adapters count as models; only workers that take work count as serving."""
+    fleet = [
+        worker("base", "adapter"),
+        worker("base", slots=2),
+        worker("base", "cold", engine=EngineState.STARTING),
+        worker("base").model_copy(update={"state": WorkerState.DRAINING}),
+    ]
+    directory = build_directory(fleet, [Pool("yesterday")], ["declared"], Directory(), 100)
+    assert list(directory.pools) == ["adapter", "base", "cold", "declared", "yesterday"]
+    assert (directory.pools["base"].workers, directory.pools["base"].slots) == (2, 6)
+    assert directory.workers_of("cold") == directory.workers_of("unheard of") == 0
+
+
+def test_the_date_of_a_model_stays() -> None:
+    """``created`` is when the Router first saw a model, whatever comes and goes."""
+    before = build_directory([worker("m")], [], [], Directory(), 100)
+    later = build_directory([], [Pool("m")], ["new"], before, 200)
+    assert [item["created"] for item in model_list(later)["data"]] == [100, 200]  # type: ignore[index,attr-defined]
+
+
+def test_a_pool_without_a_model_still_shows_its_jobs() -> None:
+    """Jobs of a forgotten model are counted, and sums agree with the lanes."""
+    lanes = {Lane.BATCH: LaneDepth(waiting=3, oldest_age_ms=9), Lane.INTERACTIVE: LaneDepth(waiting=1, leased=2)}
+    pools = pool_list(build_directory([worker("m")], [], [], Directory(), 1), {Pool("old"): lanes}).pools
+    assert [pool.model for pool in pools] == ["m", "old"]
+    assert (pools[1].waiting, pools[1].leased, pools[1].outstanding, pools[1].oldest_age_ms) == (4, 2, 6, 9)
+    assert (pools[0].workers, pools[0].slots, pools[0].lanes[Lane.BATCH].waiting) == (1, 4, 0)
+
+
+def test_it_knows_where_a_model_is_served() -> None:
+    """A region counts while a worker there takes work for the model; one that drains there does not."""
+    fleet = [
+        worker("m").model_copy(update={"region": "eu"}),
+        worker("m").model_copy(update={"region": "us", "state": WorkerState.DRAINING}),
+        worker("other").model_copy(update={"region": "us"}),
+    ]
+    directory = build_directory(fleet, [], ["cold"], Directory(), 1)
+    assert directory.serves_in("m", "eu")
+    assert not directory.serves_in("m", "us")
+    assert directory.serves_in("other", "us")
+    assert not directory.serves_in("cold", "eu")
+    assert not directory.serves_in("unheard of", "eu")
+
+
+def test_a_model_is_shown_as_its_engine_says_it() -> None:
+    """[C9] ``max_model_len``, ``root``, ``parent`` and the rest; id and date are the Router's. What is known
+    stays while no worker serves it."""
+    card = {"max_model_len": 4096, "root": "/models/base", "parent": None, "owned_by": "vllm", "id": "x"}
+    told = worker("m").model_copy(update={"cards": {"m": card}})
+    larger = worker("m").model_copy(update={"worker_id": "w2", "cards": {"m": card | {"max_model_len": 8192}}})
+    directory = build_directory([larger, told], [], [], Directory(), 100)
+    shown = {"id": "m", "object": "model", "created": 100, "owned_by": "vllm"}
+    assert model_list(directory)["data"] == [shown | {"max_model_len": 4096, "root": "/models/base", "parent": None}]
+    [gone] = model_list(build_directory([], [Pool("m")], [], directory, 200))["data"]  # type: ignore[misc]
+    assert gone["max_model_len"] == 4096
+
+
+def test_models_that_are_served_stand_first() -> None:
+    """[C9] Clients take the first one; the others say that nobody serves them, and what becomes of requests."""
+    directory = build_directory([worker("z", "y")], [Pool("b")], ["a"], Directory(), 1)
+    listed = model_list(directory)["data"]
+    assert [one["id"] for one in listed] == ["y", "z", "a", "b"]  # type: ignore[attr-defined]
+    assert ["hint" in one for one in listed] == [False, False, True, True]  # type: ignore[attr-defined]
+    assert "wait in the queue" in listed[2]["hint"]  # type: ignore[index]
+    assert "are refused" in model_list(directory, "refuse")["data"][2]["hint"]  # type: ignore[index]

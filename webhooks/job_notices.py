@@ -1,0 +1,106 @@
+"""Ends of background responses: notices on the queue's server become events in the store, then are forgotten there.
+
+Whoever dies in between does it again: the same notice makes the same event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from openai_api.response_jobs import ResponseStatus, response_id
+from queue_schemas import BadRequest, EndedJob, InferqError, JobId, KeptJob, State, Tenant
+from storage import ObjectStore
+from telemetry import get_logger
+
+from .deliveries import Deliveries
+from .endpoints import Endpoint, Webhooks
+from .events import WebhookEvent
+from .metrics import NotifierMetrics
+
+RESPONSE_WORD = "response"
+"""The word in the notices of jobs that are responses."""
+MOST_NOTICES = 100
+
+log = get_logger(__name__)
+
+
+class Notices(Protocol):
+    """What is asked of the queue; :class:`broker.Broker` is it."""
+
+    async def read_ended(self, limit: int = ...) -> list[EndedJob]: ...
+
+    async def forget_ended(self, notice_ids: list[str]) -> int: ...
+
+    async def kept_job(self, job_id: str) -> KeptJob | None: ...
+
+    async def response_status(self, job_id: JobId, state: State) -> ResponseStatus: ...
+
+
+class ResponseEnds:
+    """For one event loop."""
+
+    def __init__(self, store: ObjectStore, metrics: NotifierMetrics) -> None:
+        self._webhooks = Webhooks(store)
+        self._deliveries = Deliveries(store)
+        self._metrics = metrics
+        self._known: dict[Tenant, list[Endpoint]] = {}
+        self.fault = ""
+        """Why notices cannot be taken now; empty: they can."""
+
+    async def run(self, queue: Callable[[], Notices | None], every_s: float) -> None:
+        """Take notices until cancelled; ``queue`` is None while it cannot be reached."""
+        while True:
+            notices = queue()
+            taken = 0
+            if notices is not None:
+                try:
+                    taken = await self.take(notices)
+                    self.fault = ""
+                except InferqError as error:
+                    if error.message != self.fault:
+                        log.warning("response_ends_not_taken", error=error.message, then="they are tried again")
+                    self.fault = error.message
+            if not taken:
+                await asyncio.sleep(every_s)
+
+    async def take(self, queue: Notices) -> int:
+        """Make events of the notices there are, up to a bound; how many there were. Raises what the store and the queue
+        raise; what was not dealt with stays."""
+        notices = await queue.read_ended(MOST_NOTICES)
+        self._known.clear()  # what is read from now on has every endpoint that was there when one of these ended
+        dealt_with: list[str] = []
+        try:
+            for notice in notices:
+                try:
+                    await self._emit(queue, notice)
+                except BadRequest as error:  # it will be no better the next time, and others wait behind it
+                    log.warning("notice_passed_over", job_id=notice.job_id, tenant=notice.tenant, error=error.message)
+                dealt_with.append(notice.id)
+        finally:
+            if dealt_with:
+                await queue.forget_ended(dealt_with)
+        return len(notices)
+
+    async def _emit(self, queue: Notices, notice: EndedJob) -> None:
+        if notice.notify != RESPONSE_WORD:
+            log.debug("notice_of_another_kind", word=notice.notify, job_id=notice.job_id)
+            return
+        endpoints = await self._endpoints(notice.tenant)
+        if not any(endpoint.active for endpoint in endpoints):
+            return
+        if notice.state is State.DONE and await queue.kept_job(notice.job_id) is None:
+            log.debug("response_is_gone", job_id=notice.job_id)  # deleted: there is nothing left to look at
+            return
+        status = await queue.response_status(notice.job_id, notice.state)
+        event = WebhookEvent.of(notice.tenant, f"response.{status}", response_id(notice.job_id), notice.at_ms // 1000)
+        if not any(endpoint.wants(event.type) for endpoint in endpoints):
+            return
+        if await asyncio.to_thread(self._deliveries.emit, event):
+            self._metrics.events.inc()
+
+    async def _endpoints(self, tenant: Tenant) -> list[Endpoint]:
+        if tenant not in self._known:
+            self._known[tenant] = await asyncio.to_thread(self._webhooks.of, tenant)
+        return self._known[tenant]

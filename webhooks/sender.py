@@ -1,0 +1,175 @@
+"""One attempt to deliver a webhook over HTTP: to a checked address, over a connection of its own, within its time.
+
+The name is looked up once for each attempt, all its addresses must be allowed, and only they are connected to: a name
+that has another address a moment later (DNS rebinding) leads nowhere. No proxies, no redirects, no cookies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import os
+import socket
+import ssl
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from queue_schemas import InferqError
+
+from .dns_lookups import Lookups
+from .urls import Address, Target, UrlRules, check_url
+
+MOST_HEADER_BYTES = 8190
+USER_AGENT = f"inferq-webhooks/{version('inferq')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of an attempt. ``status`` is None if no answer came, and ``error`` says why. Of an answer only its head
+    is read: the status is all that counts."""
+
+    took_ms: int
+    status: int | None = None
+    error: str = ""
+    retry_after: str = ""
+
+
+class _Unfit(Exception):
+    """Not sent; the message says why."""
+
+
+class Sender:
+    """For one event loop. ``limit_s`` bounds an attempt in all. ``tls`` is the context to verify receivers with, by
+    default that of the machine's certificates."""
+
+    def __init__(
+        self, rules: UrlRules, limit_s: float, *, lookups: Lookups | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self._rules = rules
+        self._limit_s = limit_s
+        self._lookups = lookups or Lookups()
+        self._tls = tls or ssl.create_default_context()
+
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """POST ``body``, once."""
+        began = time.monotonic()
+        status, error, retry_after = None, "", ""
+        try:
+            async with asyncio.timeout(self._limit_s):
+                status, retry_after = await self._post(url, headers, body)
+        except TimeoutError:
+            error = f"no answer within {self._limit_s:g} s"
+        except (aiohttp.ClientError, _Unfit, OSError, ssl.SSLError, InferqError) as failure:
+            error = _reason(failure)
+        return Answer(round((time.monotonic() - began) * 1000), status, error, retry_after)
+
+    async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, str]:
+        target = check_url(url, self._rules)
+        destination = URL(url, encoded=True)
+        # The raw host is what is written in the URL: the other one is turned back from its xn-- form.
+        if (destination.raw_host or "").lower() != target.host or destination.port != target.port:
+            raise _Unfit("the URL's host is not clear")
+        addresses = await self._addresses(target)
+        connector = aiohttp.TCPConnector(
+            resolver=_Fixed(addresses),
+            use_dns_cache=False,
+            force_close=True,
+            ssl=self._tls,
+            socket_factory=lambda info: _guarded(info, target, self._rules),
+        )
+        async with (
+            aiohttp.ClientSession(
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=self._limit_s),
+                trust_env=False,
+                auto_decompress=False,
+                max_line_size=MOST_HEADER_BYTES,
+                max_field_size=MOST_HEADER_BYTES,
+            ) as session,
+            session.post(
+                destination,
+                data=body,
+                headers={"content-type": "application/json", "user-agent": USER_AGENT, **headers},
+                allow_redirects=False,
+            ) as answer,
+        ):
+            return answer.status, answer.headers.get("retry-after", "")[:100]
+
+    async def _addresses(self, target: Target) -> Sequence[Address]:
+        literal = target.address
+        found = [literal] if literal is not None else await self._lookup(target)
+        if not found or not all(self._rules.allows(target.host, address) for address in found):
+            # Nothing of what was found: it may be a name of this network.
+            raise _Unfit("the host's address is not on the public internet")
+        return found
+
+    async def _lookup(self, target: Target) -> Sequence[Address]:
+        try:
+            return await self._lookups.addresses(target.host, target.port)
+        except OSError as error:
+            raise _Unfit("the host's name cannot be looked up") from error
+
+
+class _Fixed(AbstractResolver):
+    """Answers with addresses that were found and checked before."""
+
+    def __init__(self, addresses: Sequence[Address]) -> None:
+        self._addresses = addresses
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=str(address),
+                port=port,
+                family=socket.AF_INET if address.version == 4 else socket.AF_INET6,
+                proto=socket.IPPROTO_TCP,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in self._addresses
+        ]
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+def _guarded(info: aiohttp.AddrInfoType, target: Target, rules: UrlRules) -> socket.socket:
+    """The socket for a connection, made only if the very address it is to be connected to is allowed."""
+    family, kind, protocol, _, address = info
+    if not rules.allows(target.host, ipaddress.ip_address(str(address[0]).partition("%")[0])):
+        raise OSError("the host's address is not on the public internet")
+    return socket.socket(family, kind, protocol)
+
+
+_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (aiohttp.ClientConnectorCertificateError, "its TLS certificate is not valid"),
+    (aiohttp.ClientSSLError, "no TLS connection could be made"),
+    (aiohttp.ServerDisconnectedError, "the connection was closed before an answer came"),
+    (aiohttp.ClientPayloadError, "what came is not an HTTP answer"),
+    (aiohttp.ClientResponseError, "what came is not an HTTP answer"),
+)
+
+
+def _reason(error: Exception) -> str:
+    """Why there was no answer, in words for whoever owns the endpoint."""
+    if isinstance(error, InferqError):
+        return error.message
+    if isinstance(error, _Unfit):
+        return str(error)
+    for kind, words in _REASONS:
+        if isinstance(error, kind):
+            return words
+    if isinstance(error, aiohttp.ClientConnectorError):
+        # By its number: its own words name the address, which is nobody's business.
+        return f"no connection: {os.strerror(error.os_error.errno or errno.ECONNREFUSED).lower()}"
+    return "the connection broke"

@@ -1,0 +1,169 @@
+"""The notifier's process: ``python -m webhooks.service``, the same as ``inferq notifier``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+from fastapi import FastAPI
+
+from broker import Broker, BrokerSettings
+from broker.queue_link import QueueLink
+from broker.rq.queues import rq_connection
+from broker.rq.thread import RqThread
+from queue_schemas import CannotStart, InferqError
+from storage import ObjectStore, StorageSettings
+from telemetry import (
+    MetricsRegistry,
+    TelemetrySettings,
+    configure_logging,
+    configure_tracing,
+    get_logger,
+    shutdown_tracing,
+)
+from telemetry.flags import parse_settings
+from telemetry.http.asgi import health_app
+from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
+
+from .delivery_store import CLAIM_MARGIN_MS
+from .dispatcher import Courier
+from .job_notices import ResponseEnds
+from .metrics import NotifierMetrics
+from .rq_jobs import ROUND_S, RoundQueue, Rounds, serve_rounds
+from .sender import Sender
+from .settings import NotifierSettings
+from .url_settings import WebhookSettings
+
+log = get_logger("webhooks.service")
+
+
+async def serve(
+    settings: NotifierSettings,
+    broker_settings: BrokerSettings,
+    storage_settings: StorageSettings,
+    webhook_settings: WebhookSettings,
+    *,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run a notifier until ``stop`` is set, or without it until SIGTERM or SIGINT; attempts that run then end first.
+
+    Raises ``CannotStart`` if the settings cannot work. Redis need not be there; the store must.
+    """
+    if stop is None:
+        with stop_on_signals() as signalled:
+            await serve(settings, broker_settings, storage_settings, webhook_settings, stop=signalled)
+        return
+    process = _Process(settings, ObjectStore.open(storage_settings), webhook_settings)
+    listener = bind_socket(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    log.info("notifier_listens", url=f"http://{host}:{port}")
+    served = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        http = tasks.create_task(run_server(process.app(), sock=listener, stop=served, shutdown_limit_s=1.0))
+        stopping = tasks.create_task(stop.wait())
+        working = tasks.create_task(process.run(broker_settings, stop))
+        await asyncio.wait((http, stopping, working), return_when=asyncio.FIRST_COMPLETED)
+        stop.set()
+        await working
+        served.set()
+
+
+class _Process:
+    """What runs in it: RQ's worker in a thread, the courier, the scan, the link to the queue."""
+
+    def __init__(self, settings: NotifierSettings, store: ObjectStore, webhooks: WebhookSettings) -> None:
+        self._settings = settings
+        self._store = store
+        self._registry = MetricsRegistry("notifier")
+        metrics = NotifierMetrics(self._registry)
+        self._courier = Courier(store, Sender(webhooks.rules, settings.attempt_limit_ms / 1000), settings, metrics)
+        self._ends = ResponseEnds(store, metrics)
+        self._rounds: Rounds | None = None
+        self._link = QueueLink(
+            settings.manager_urls, settings.join_token.get_secret_value(), variable="INFERQ_NOTIFIER_MANAGER_URLS"
+        )
+        self._stopping = False
+
+    def app(self) -> FastAPI:
+        """Health and metrics."""
+        return health_app("inferq notifier", self._registry, self.reasons)
+
+    def reasons(self) -> list[str]:
+        """Why webhooks are not sent, or ends of responses not heard of."""
+        if self._stopping:
+            return ["the notifier is shutting down"]
+        found = [f"the queue cannot be reached: {self._link.why}"] if self._link.broker is None else []
+        found += [self._rounds.fault] if self._rounds is not None and self._rounds.fault else []
+        return found + ([self._ends.fault] if self._ends.fault else [])
+
+    async def run(self, broker_settings: BrokerSettings, stop: asyncio.Event) -> None:
+        """Until ``stop``."""
+        settings, every_s = self._settings, self._settings.scan_ms / 1000
+        await asyncio.to_thread(self._store.check)
+        queue = await self._link.address(broker_settings, stop)
+        if queue is None:
+            return
+        round_queue = RoundQueue(rq_connection(queue), settings.lock_ms)
+        rounds = self._rounds = Rounds(self._courier, round_queue)
+        worker = RqThread(round_queue.queue, rq_connection(queue), settings.notifier_id)
+        async with self._courier.running(), asyncio.TaskGroup() as tasks:
+            serve_rounds(rounds)
+            running = [
+                tasks.create_task(self._link.keep(queue, self._registry, _connected), name="link"),
+                tasks.create_task(rounds.scan(every_s), name="scan"),
+                tasks.create_task(self._ends.run(lambda: self._link.broker, every_s), name="ends of responses"),
+                tasks.create_task(self._tidy(settings.tidy_ms / 1000), name="tidy"),
+            ]
+            worker.start()
+            stopped = tasks.create_task(stop.wait())
+            died = tasks.create_task(worker.ended.wait())
+            await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
+            self._stopping = True
+            self._courier.stop()
+            await worker.end(ROUND_S + CLAIM_MARGIN_MS / 1000)
+            serve_rounds(None)
+            for task in (*running, stopped, died):
+                task.cancel()
+        if not stop.is_set():
+            raise CannotStart("RQ's worker ended; the log says why")
+
+    async def _tidy(self, every_s: float) -> None:
+        """Now and then, until cancelled. Several notifiers may do so at once."""
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self._courier.tidy()
+            except InferqError as error:
+                log.warning("webhooks_not_tidied", error=error.message, again_in_s=every_s)
+
+
+def _connected(_: Broker) -> None:
+    """The link has it: nobody else needs to be told."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read flags, environment and ``inferq.toml``, run a notifier, answer the exit code."""
+
+    async def run() -> None:
+        tables = (NotifierSettings, WebhookSettings, BrokerSettings, StorageSettings, TelemetrySettings)
+        own, webhooks, queue, store, reporting = parse_settings("inferq notifier", "Sends webhooks.", argv, *tables)
+        telemetry = cast(TelemetrySettings, reporting)
+        configure_logging("notifier", telemetry.log_level, telemetry.log_format)
+        configure_tracing("notifier", telemetry.otlp_endpoint)
+        try:
+            await serve(
+                cast(NotifierSettings, own),
+                cast(BrokerSettings, queue),
+                cast(StorageSettings, store),
+                cast(WebhookSettings, webhooks),
+            )
+        finally:
+            shutdown_tracing()
+
+    return run_process(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Going on behind what was delivered of a stream: what that is, where nobody but the queue knows, and asking an engine
+whether, and how, it can."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from broker import Broker
+from openai_api.paths import wants_usage
+from openai_api.transcript import DONE, Transcript
+from queue_schemas import EngineFailed, Job, StreamBroken
+
+from .core.continuation import Continuation, continue_request, detokenized, tokenized
+from .engines import Engine, EngineCall, new_call_id
+
+TOKENIZE_LIMIT_S = 5.0
+_MAX_ANSWER_BYTES = 16 << 20
+
+
+class NotContinuable(Exception):
+    """The engine cannot truthfully go on: the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What earlier attempts of a stored stream have said. ``prefix``: the text behind which it may go on, empty if it
+    has to begin anew. ``rest``: what it lacks if it is all there but for its end, else None."""
+
+    prefix: str = ""
+    rest: bytes | None = None
+
+
+async def read_delivered(broker: Broker, job: Job, limit_bytes: int) -> Delivered:
+    """What is kept of ``job``, up to ``limit_bytes`` of text. Raises what the broker raises."""
+    transcript = Transcript(limit_bytes)
+    async for frame in broker.kept_frames(job.id):
+        transcript.add(frame.data)
+    try:
+        if transcript.complete:
+            return Delivered(rest=b"")
+        if job.on_loss != "continue":
+            return Delivered()  # it may have other choices, which have not begun
+        if transcript.finished and (transcript.usage or not wants_usage(orjson.loads(job.body))):
+            return Delivered(rest=b"data: " + DONE + b"\n\n")
+        return Delivered(prefix=transcript.text or "")
+    except StreamBroken:
+        return Delivered()  # not plain text: nobody can go on behind it
+
+
+async def plan_continuation(engine: Engine, job: Job) -> Continuation:
+    """How ``engine`` goes on behind the prefix of ``job``.
+
+    Raises ``NotContinuable`` if it would not read the prefix as it was delivered, or does not let us find out;
+    ``EngineFailed`` if it cannot be reached, or does not answer in time.
+    """
+    requests = tokenized(job)
+    original = await _tokens(engine, job, requests.original)
+    continued = await _tokens(engine, job, requests.continued)
+    texts = detokenized(job, original, continued)
+    if await _text(engine, job, texts.continued) != await _text(engine, job, texts.original) + job.prefix:
+        raise NotContinuable("its prompt would not be the original one and what was delivered")
+    said = len(continued) - len(original)
+    if said < 0:
+        raise NotContinuable("its prompt would get shorter by what was delivered")
+    return continue_request(job, len(original), said)
+
+
+async def _tokens(engine: Engine, job: Job, request: bytes) -> list[int]:
+    tokens = (await _ask(engine, job, "/tokenize", request)).get("tokens")
+    if type(tokens) is not list or not all(type(token) is int for token in tokens):
+        raise NotContinuable("its /tokenize answers something else than tokens")
+    return tokens
+
+
+async def _text(engine: Engine, job: Job, request: bytes) -> str:
+    text = (await _ask(engine, job, "/detokenize", request)).get("prompt")
+    if type(text) is not str:
+        raise NotContinuable("its /detokenize answers something else than text")
+    return text
+
+
+async def _ask(engine: Engine, job: Job, path: str, request: bytes) -> dict[str, Any]:
+    try:
+        async with (
+            asyncio.timeout(TOKENIZE_LIMIT_S),
+            engine.call(EngineCall(path, request, call_id=new_call_id(job.id))) as answer,
+        ):
+            status, body = answer.status, await answer.read(_MAX_ANSWER_BYTES)
+    except TimeoutError as error:
+        raise EngineFailed(f"the engine's {path} did not answer within {TOKENIZE_LIMIT_S:.0f} s") from error
+    if status != 200:
+        raise NotContinuable(f"its {path} answers {status}")
+    try:
+        answered = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise NotContinuable(f"its {path} does not answer with JSON") from None
+    if type(answered) is not dict:
+        raise NotContinuable(f"its {path} does not answer with an object")
+    return answered
