@@ -16,9 +16,9 @@ from queue_schemas import BrokerUnavailable, InferqError, Tenant
 from storage import Batch, BatchError, BatchStatus, ObjectMissing
 from telemetry import get_logger
 
-from .context import Desk, Folder, in_thread
-from .core import Phase, Work, mailbox_of
-from .dispatcher import Pump
+from .context import BatchContext, Folder, in_thread
+from .core import Phase, Work, reply_stream_of
+from .dispatcher import BatchDispatcher
 from .end_events import batch_ended
 from .merge import merge, publish_files
 from .settings import BatchSettings
@@ -26,9 +26,9 @@ from .validate import validate
 
 STEP_LIMIT_S = 60.0
 """After so long a step is given up, wherever it hangs."""
-ROUND_MS, SHORTEST_STEP_MS = 10_000, 50
+ROUND_MS, MIN_STEP_MS = 10_000, 50
 """How long a round of steps, one of each batch that waits, is to take at most, as far as steps of that length allow."""
-MOST_FAILURES = 200
+MAX_FAILURES = 200
 """Steps that fail one after the other for a reason that we do not understand, until the batch is failed."""
 _WORDS = {
     Phase.READ: "validate",
@@ -53,8 +53,8 @@ class Next:
 class Batcher:
     """Takes batches forward, a step at a time."""
 
-    def __init__(self, desk: Desk, steps: StepQueue) -> None:
-        self._desk = desk
+    def __init__(self, context: BatchContext, steps: StepQueue) -> None:
+        self._context = context
         self._steps = steps
         self.stalled = ""
         """Why the last step could not be done; empty: it could."""
@@ -65,7 +65,7 @@ class Batcher:
         Raises what is a fault of ours; everything that may pass (the store or the queue is away or full) is waited for.
         """
         token = secrets.token_hex(8)
-        if not await in_thread(lambda: self._steps.lock(batch_id, token, self._desk.settings.lock_ms)):
+        if not await in_thread(lambda: self._steps.lock(batch_id, token, self._context.settings.lock_ms)):
             return "another step of it runs"
         following = Next()
         begun = time.perf_counter()
@@ -83,19 +83,19 @@ class Batcher:
         return f"{following.what or 'ended'} after {time.perf_counter() - begun:.2f} s"
 
     async def _step(self, tenant: Tenant, batch_id: str) -> Next:
-        desk = self._desk
-        batch = await in_thread(lambda: desk.batches.get(tenant, batch_id))
+        context = self._context
+        batch = await in_thread(lambda: context.batches.get(tenant, batch_id))
         if batch is None:
             return Next()
-        folder = Folder(desk.store, batch)
+        folder = Folder(context.store, batch)
         if batch.ended:
             await self._finish(batch, folder)
             return Next()
         work, left = await in_thread(folder.load)
         phase = work.phase
-        begun = desk.tick_s()
+        begun = context.tick_s()
         pause = await self._do(batch, folder, work)
-        desk.metrics.step(_WORDS[phase], desk.tick_s() - begun)
+        context.metrics.step(_WORDS[phase], context.tick_s() - begun)
         if work.phase is Phase.END:
             await self._end(batch, folder, work)
             return Next()
@@ -103,39 +103,39 @@ class Batcher:
         if data != left:
             await in_thread(lambda: folder.save(data))
         if work.progress != batch.progress:
-            await in_thread(lambda: desk.batches.advance(tenant, batch_id, work.progress))
+            await in_thread(lambda: context.batches.advance(tenant, batch_id, work.progress))
         await in_thread(lambda: self._steps.forget([batch_id], "failures"))
         return Next(_describe(work), pause)
 
     async def _do(self, batch: Batch, folder: Folder, work: Work) -> float:
         """One step's work. The seconds after which to go on."""
-        desk, settings = self._desk, self._desk.settings
+        context, settings = self._context, self._context.settings
         others = await in_thread(self._steps.others_wait)
-        until = desk.tick_s() + step_limit_ms(settings, others) / 1000
+        until = context.tick_s() + step_limit_ms(settings, others) / 1000
         match work.phase:
             case Phase.READ | Phase.COMPARE:
-                return await validate(desk, batch, folder, work, until)
+                return await validate(context, batch, folder, work, until)
             case Phase.PUMP:
-                return await Pump(desk, batch, folder, work).run(until, shared=others > 0)
+                return await BatchDispatcher(context, batch, folder, work).run(until, shared=others > 0)
             case Phase.MERGE | Phase.REST:
-                await merge(desk, batch, folder, work)
+                await merge(context, batch, folder, work)
             case Phase.END:
                 pass
         return 0
 
     async def _end(self, batch: Batch, folder: Folder, work: Work) -> None:
         """Write the end. Whoever dies on the way begins here again, with the same."""
-        desk, request = self._desk, batch.request
+        context, request = self._context, batch.request
         status = work.outcome or BatchStatus.COMPLETED
         work.publish(status, errors=tuple(work.errors))
         if status is BatchStatus.CANCELLED and batch.cancel_asked_at is not None:
             work.stamp("cancelling_at", batch.cancel_asked_at)
-        work.stamp(f"{status.value}_at", desk.now_s())
-        await in_thread(lambda: publish_files(desk, batch, work))
+        work.stamp(f"{status.value}_at", context.now_s())
+        await in_thread(lambda: publish_files(context, batch, work))
         tenant = Tenant(request.tenant)
-        await in_thread(lambda: desk.batches.end(tenant, request.id, work.progress))
+        await in_thread(lambda: context.batches.end(tenant, request.id, work.progress))
         ended = Batch(request, work.progress, batch.cancel_asked_at)
-        desk.metrics.ended(status.value)
+        context.metrics.ended(status.value)
         progress = work.progress
         log.info(
             "batch_ended",
@@ -149,17 +149,17 @@ class Batcher:
 
     async def _finish(self, batch: Batch, folder: Folder) -> None:
         """What follows an end that is written. Each of it may be done again."""
-        desk, request = self._desk, batch.request
+        context, request = self._context, batch.request
         tenant = Tenant(request.tenant)
-        await in_thread(lambda: batch_ended(desk.store, batch))
-        if batch.progress.model is not None and desk.broker is not None:
-            shard = desk.broker.shard_of(batch.progress.model)
+        await in_thread(lambda: batch_ended(context.store, batch))
+        if batch.progress.model is not None and context.broker is not None:
+            shard = context.broker.shard_of(batch.progress.model)
             try:
-                await desk.broker.close_mailbox(shard, mailbox_of(request.id))
+                await context.broker.close_reply_stream(shard, reply_stream_of(request.id))
             except BrokerUnavailable as error:
                 log.debug("mailbox_left", batch=request.id, error=error.message)  # it expires
         await in_thread(folder.clear)
-        await in_thread(lambda: desk.batches.retire(tenant, request.id))
+        await in_thread(lambda: context.batches.retire(tenant, request.id))
         await in_thread(lambda: self._steps.forget([request.id], "failures", "pause"))
 
     async def _failed(self, batch_id: str, error: Exception) -> Next:
@@ -167,7 +167,7 @@ class Batcher:
         code = error.code if isinstance(error, InferqError) else type(error).__name__
         message = error.message if isinstance(error, InferqError) else f"{type(error).__name__}: {error}"
         self.stalled = message
-        self._desk.metrics.failed(code)
+        self._context.metrics.failed(code)
         pause = await self._pause_s(batch_id)
         log.warning("batch_step_failed", batch=batch_id, error=message, again_in_s=round(pause, 2))
         return Next("again", pause)
@@ -175,39 +175,39 @@ class Batcher:
     async def _broken(self, tenant: Tenant, batch_id: str, error: Exception) -> Next:
         """A step met what it should not have: tried again as well, but not for ever."""
         self.stalled = f"{type(error).__name__}: {error}"
-        self._desk.metrics.failed("internal_error")
+        self._context.metrics.failed("internal_error")
         log.exception("batch_step_broke", batch=batch_id)
         count = await in_thread(lambda: self._steps.failed(batch_id))
-        if count >= MOST_FAILURES:
+        if count >= MAX_FAILURES:
             await in_thread(lambda: self._fail(tenant, batch_id, error))
             return Next("ends", 0)
         return Next("again", self._backoff_s(count))
 
     def _fail(self, tenant: Tenant, batch_id: str, error: Exception) -> None:
         """A batch that nothing takes further ends, with what is known of it; what was stored of it is removed later."""
-        batch = self._desk.batches.get(tenant, batch_id)
+        batch = self._context.batches.get(tenant, batch_id)
         if batch is None or batch.ended:
             return
         what = "the batch could not be run"
         if isinstance(error, ValidationError):
             what = "the batch's own record cannot be read"
         fault = BatchError(code="internal_error", message=f"{what}; the batcher's log says why under its id")
-        stamps = batch.progress.stamps | {"failed_at": int(self._desk.now_s())}
+        stamps = batch.progress.stamps | {"failed_at": int(self._context.now_s())}
         progress = batch.progress.model_copy(
             update={"status": BatchStatus.FAILED, "errors": (*batch.progress.errors, fault), "stamps": stamps}
         )
-        self._desk.batches.end(tenant, batch_id, progress)
+        self._context.batches.end(tenant, batch_id, progress)
 
     async def _pause_s(self, batch_id: str) -> float:
         try:
             return self._backoff_s(await in_thread(lambda: self._steps.failed(batch_id)))
         except BrokerUnavailable:
-            return self._desk.settings.longest_retry_ms / 1000
+            return self._context.settings.max_retry_ms / 1000
 
     def _backoff_s(self, failures: int) -> float:
-        settings = self._desk.settings
+        settings = self._context.settings
         doubled: int = settings.retry_ms << min(max(failures - 1, 0), 16)
-        return min(doubled, settings.longest_retry_ms) / 1000
+        return min(doubled, settings.max_retry_ms) / 1000
 
     async def _leave(self, tenant: Tenant, batch_id: str, token: str, following: Next) -> None:
         """Let go of the batch, and see to its next step; what cannot be done here the sweep does."""
@@ -217,7 +217,7 @@ class Batcher:
             await in_thread(lambda: self._steps.unlock(batch_id, token))
             # Sweeps of two batchers may both have given it a step: of two that follow each other one is enough.
             if following.what and not following.pause_s and batch_id not in await in_thread(self._steps.waiting):
-                number = int(self._desk.now_s() * 1000)
+                number = int(self._context.now_s() * 1000)
                 await in_thread(lambda: self._steps.put(tenant, batch_id, following.what, number))
         except BrokerUnavailable as error:
             log.warning("next_step_left_to_the_sweep", batch=batch_id, error=error.message)
@@ -227,7 +227,7 @@ class Batcher:
         """Keep the lock meanwhile."""
 
         async def keep() -> None:
-            ttl_ms = self._desk.settings.lock_ms
+            ttl_ms = self._context.settings.lock_ms
             while True:
                 await asyncio.sleep(ttl_ms / 3000)
                 try:
@@ -249,7 +249,7 @@ def step_limit_ms(settings: BatchSettings, others: int) -> float:
     """How long a step takes while so many wait: a small batch's turn comes soon behind however many large ones."""
     if not others:
         return settings.step_ms
-    return min(settings.shared_step_ms, max(SHORTEST_STEP_MS, ROUND_MS / others))
+    return min(settings.shared_step_ms, max(MIN_STEP_MS, ROUND_MS / others))
 
 
 def _describe(work: Work) -> str:

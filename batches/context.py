@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(slots=True)
-class Desk:
+class BatchContext:
     """The store, the queue, the settings. ``now_s`` is the wall clock, ``tick_s`` a monotonic one. ``broker`` is None
     while the queue cannot be reached, for the reason ``why``."""
 

@@ -1,8 +1,8 @@
 """The middle steps of a batch: lines to jobs, answers to chunks.
 
-What makes it safe to stop anywhere: an answer stays in the batch's mailbox until the chunk that holds it is stored; a
-line is sent under an id made from batch and line, so that sending it twice is sending it once; chunks have names of
-their own, and which lines they hold stands in them.
+What makes it safe to stop anywhere: an answer stays in the batch's reply stream until the chunk that holds it is
+stored; a line is sent under an id made from batch and line, so that sending it twice is sending it once; chunks have
+names of their own, and which lines they hold stands in them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from queue_schemas import (
 from storage import Batch, BatchStatus, FileRecord
 from telemetry import get_logger
 
-from .context import Desk, Folder, chunk_number, in_thread, input_of
+from .context import BatchContext, Folder, chunk_number, in_thread, input_of
 from .core import (
     Answer,
     Ended,
@@ -39,21 +39,21 @@ from .core import (
     Work,
     answered,
     id_and_body,
-    mailbox_of,
+    reply_stream_of,
     request_of,
     unanswered,
 )
 from .input import InputGone, InputLines, read_range
 from .validate import input_deleted
 
-MOST_GENERATIONS = 100
+MAX_GENERATIONS = 100
 """Jobs of one line whose answer was lost; then the line failed."""
 _BUSY = frozenset({429, 502, 503, 504})
 """What an engine answers that will take the line later."""
-_LONGEST_BUSY_MS = 60_000
-_FIRST_LETTERS, _MOST_LETTERS = 16, 128
+_MAX_BUSY_MS = 60_000
+_FIRST_LETTERS, _MAX_LETTERS = 16, 128
 _BYTES_READ = 8 << 20
-"""How much is read from the mailbox at once, roughly: an answer may have megabytes."""
+"""How much is read from the reply stream at once, roughly: an answer may have megabytes."""
 _FIRST_LINES = 64
 """Handed out before an answer has come, which tells how large they are: that of a short line may have megabytes."""
 _ANSWER_BYTES = 128 << 20
@@ -70,19 +70,19 @@ _FIRST_CHUNK_S, _CHUNKS_PER_AGE = 2.0, 20
 log = get_logger(__name__)
 
 
-class Pump:
+class BatchDispatcher:
     """One step of one batch."""
 
-    def __init__(self, desk: Desk, batch: Batch, folder: Folder, work: Work) -> None:
-        self._desk = desk
-        self._settings = desk.settings
+    def __init__(self, context: BatchContext, batch: Batch, folder: Folder, work: Work) -> None:
+        self._context = context
+        self._settings = context.settings
         self._batch = batch
         self._folder = folder
         self._work = work
-        self._broker: Broker = desk.queue()
+        self._broker: Broker = context.queue()
         self._model = Pool(work.progress.model or "")
         self._shard = self._broker.shard_of(self._model)
-        self._mailbox = mailbox_of(batch.request.id)
+        self._mailbox = reply_stream_of(batch.request.id)
         self._window = Window(batch.request.id, self._shard, work.open)
         self._results: dict[int, Result] = {}
         self._result_bytes = 0
@@ -106,16 +106,16 @@ class Pump:
         await in_thread(self._account_for_chunks)
         self._in_flight_bytes = sum(line.end - line.offset for line in self._work.open.values())
         await self._open()
-        self._input = await in_thread(lambda: input_of(self._desk.files, self._batch))
+        self._input = await in_thread(lambda: input_of(self._context.files, self._batch))
         try:
             return await self._go_on(until_s, shared=shared)
         finally:
             if self._lines is not None:
                 await in_thread(self._lines.close)
-            self._desk.metrics.in_flight.set(self._in_flight)
+            self._context.metrics.in_flight.set(self._in_flight)
 
     async def _go_on(self, until_s: float, *, shared: bool) -> float:
-        work, tick = self._work, self._desk.tick_s
+        work, tick = self._work, self._context.tick_s
         quiet = held = False
         while True:
             await self._read(quiet, shared=shared, until_s=until_s)
@@ -128,7 +128,7 @@ class Pump:
                 await self._store()
             if ending is None and self._caught_up and not held:
                 await self._with_input(self._send_due)
-            elif ending is not None and self._desk.now_s() >= work.stopping_since + self._grace_s(ending):
+            elif ending is not None and self._context.now_s() >= work.stopping_since + self._grace_s(ending):
                 await self._give_up()
                 return 0
             if self._caught_up and not self._in_flight and (ending is not None or work.read_all):
@@ -145,7 +145,7 @@ class Pump:
                 continue  # whether their answers are there is a question of one more look
             if shared and quiet and not self.moved:
                 return _IDLE_S
-            if tick() >= until_s or self._desk.stopping:
+            if tick() >= until_s or self._context.stopping:
                 return 0
 
     # What is known
@@ -161,12 +161,12 @@ class Pump:
         return (
             not work.read_all
             and work.outcome is None
-            and self._in_flight < min(settings.window_lines, self._most_answers)
+            and self._in_flight < min(settings.window_lines, self._max_answers)
             and self._in_flight_bytes < settings.window_bytes
         )
 
     @property
-    def _most_answers(self) -> int:
+    def _max_answers(self) -> int:
         """How many answers there is room for in Redis, by the size of those that have come."""
         size = self._work.answer_bytes
         return max(1, _ANSWER_BYTES // size) if size else _FIRST_LINES
@@ -179,7 +179,7 @@ class Pump:
     def _is_stale(self) -> bool:
         """Whether results are kept back for too long. Early in a batch its owner wants to see it move; later there must
         not be too many chunks."""
-        now_s = self._desk.now_s()
+        now_s = self._context.now_s()
         age_s = now_s - self._work.progress.stamps.get("in_progress_at", now_s)
         limit_s = min(self._settings.chunk_ms / 1000, max(_FIRST_CHUNK_S, age_s / _CHUNKS_PER_AGE))
         return now_s - self._work.stored_at >= limit_s
@@ -191,13 +191,13 @@ class Pump:
             self._stop(BatchStatus.CANCELLED)
             work.publish(BatchStatus.CANCELLING)
             work.stamp("cancelling_at", self._batch.cancel_asked_at)
-        elif work.outcome is None and self._desk.now_s() >= self._batch.request.expires_at:
+        elif work.outcome is None and self._context.now_s() >= self._batch.request.expires_at:
             self._stop(BatchStatus.EXPIRED)
         return work.outcome
 
     def _stop(self, outcome: BatchStatus) -> None:
         self._work.outcome = outcome
-        self._work.stopping_since = self._desk.now_s()
+        self._work.stopping_since = self._context.now_s()
         log.info("batch_stops", batch=self._batch.request.id, outcome=outcome.value, in_flight=self._in_flight)
 
     def _grace_s(self, outcome: BatchStatus) -> float:
@@ -222,8 +222,8 @@ class Pump:
     async def _open(self) -> None:
         """Make sure that answers can arrive, and find out whether Redis may have lost some of what it was given."""
         work = self._work
-        work.stored_at = work.stored_at or self._desk.now_s()
-        made = await self._broker.open_mailbox(self._shard, self._mailbox, self._settings.reply_ttl_ms)
+        work.stored_at = work.stored_at or self._context.now_s()
+        made = await self._broker.open_reply_stream(self._shard, self._mailbox, self._settings.reply_ttl_ms)
         run_id = await self._broker.run_of_server(self._shard)
         if work.open and (made or run_id != work.run_id):
             log.warning("batch_asks_again", batch=self._batch.request.id, lines=len(work.open), mailbox_lost=made)
@@ -235,9 +235,9 @@ class Pump:
     async def _read(self, quiet: bool, *, shared: bool, until_s: float) -> None:
         """Take in what has come; if there is nothing else to do (``quiet``), wait for it a while."""
         longest = _SHARED_BLOCK_MS if shared else _BLOCK_MS
-        block_ms = max(1, min(longest, int((until_s - self._desk.tick_s()) * 1000))) if quiet else 1
+        block_ms = max(1, min(longest, int((until_s - self._context.tick_s()) * 1000))) if quiet else 1
         count = self._letters
-        letters = await self._broker.read_mailbox(self._shard, self._mailbox, self._last, block_ms, count)
+        letters = await self._broker.read_reply_stream(self._shard, self._mailbox, self._last, block_ms, count)
         self.moved = False
         for letter in letters:
             for item in self._window.take(letter.news, self._last):
@@ -246,7 +246,7 @@ class Pump:
         self._caught_up = len(letters) < count
         if letters:
             size = sum(len(item.data) for letter in letters for item in letter.news if isinstance(item, Frame))
-            self._letters = max(1, min(_MOST_LETTERS, 2 * count, _BYTES_READ * len(letters) // max(size, 1)))
+            self._letters = max(1, min(_MAX_LETTERS, 2 * count, _BYTES_READ * len(letters) // max(size, 1)))
 
     def _take(self, item: Answer | Ended) -> None:
         line = self._work.open.get(item.line)
@@ -267,7 +267,7 @@ class Pump:
             answer = unanswered(item.line, request_id, line.custom_id, "attempts_exhausted", message)
         elif self._work.outcome is None and item.kind is MarkerKind.CANCELLED:
             if item.generation == line.generation:
-                self._again(item.line, line)  # by the queue, while no mailbox was there: nobody wanted it
+                self._again(item.line, line)  # by the queue, while no reply stream was there: nobody wanted it
             return
         else:
             return  # as the batch ends: what becomes of it is said of all such lines at once
@@ -282,7 +282,7 @@ class Pump:
         self._unheard.pop(result.line, None)
 
     def _look_at_unheard(self) -> None:
-        """Jobs that had ended when they were sent again, and whose answer is not in the mailbox, read since."""
+        """Jobs that had ended when they were sent again, and whose answer is not in the reply stream, read since."""
         if not self._caught_up:
             return
         for number in list(self._unheard):
@@ -292,18 +292,18 @@ class Pump:
 
     def _busy_pause_s(self, tries: int) -> float:
         doubled: int = self._settings.busy_ms << min(tries, 16)
-        return min(doubled, _LONGEST_BUSY_MS) / 1000
+        return min(doubled, _MAX_BUSY_MS) / 1000
 
     def _again(self, number: int, line: OpenLine, *, pause_s: float = 0) -> None:
         """A line has no answer that counts: it runs once more, as another job, after a pause."""
-        if line.generation + 1 >= MOST_GENERATIONS:
+        if line.generation + 1 >= MAX_GENERATIONS:
             request_id = request_of(self._batch.request.id, number)
             sentence = "the line's answer was lost too often; ask an operator to look at the queue's Redis"
             self._keep(unanswered(number, request_id, line.custom_id, "answer_lost", sentence), line)
             return
-        self._desk.metrics.sent_again.inc()
+        self._context.metrics.sent_again.inc()
         # What was silent for long is sent: a pause is the rest of such a silence.
-        sent_at = self._desk.now_s() - self._settings.silence_ms / 1000 + pause_s if pause_s else 0
+        sent_at = self._context.now_s() - self._settings.silence_ms / 1000 + pause_s if pause_s else 0
         self._work.open[number] = line._replace(generation=line.generation + 1, sent_at=sent_at)
         self._window.add(number, line.generation + 1)
 
@@ -320,7 +320,7 @@ class Pump:
 
     async def _send_due(self) -> None:
         """Send what is new, and what was silent for long."""
-        long_ago = self._desk.now_s() - self._settings.silence_ms / 1000
+        long_ago = self._context.now_s() - self._settings.silence_ms / 1000
         due = [
             number
             for number, line in self._work.open.items()
@@ -338,7 +338,7 @@ class Pump:
                 raise InputGone
             if self._lines is None:
                 self._lines = InputLines(
-                    self._desk.files, self._input, settings.max_line_bytes, number=work.number, offset=work.offset
+                    self._context.files, self._input, settings.max_line_bytes, number=work.number, offset=work.offset
                 )
             raw = self._lines.next()
             if raw is None:
@@ -363,7 +363,7 @@ class Pump:
                 if self._input is None:
                     raise InputGone
                 line = self._work.open[number]
-                data = read_range(self._desk.files, self._input, line.offset, line.end)
+                data = read_range(self._context.files, self._input, line.offset, line.end)
                 _, self._bodies[number] = _parse(RawLine(number, line.offset, line.end, data))
 
     async def _send(self, numbers: Sequence[int]) -> None:
@@ -379,14 +379,14 @@ class Pump:
                 job_id, state = answer
                 self.moved = True
                 over = state in TERMINAL
-                sent_at = 0 if over else self._desk.now_s()
+                sent_at = 0 if over else self._context.now_s()
                 self._work.open[number] = self._work.open[number]._replace(sent_at=sent_at)
                 if over:
                     self._unheard[number] = job_id
                     self._caught_up = False
         if refused is not None:
             log.info("batch_waits_for_room", batch=self._batch.request.id, why=refused.message)
-            self._hold_until = self._desk.tick_s() + _HOLD_S
+            self._hold_until = self._context.tick_s() + _HOLD_S
 
     async def _send_one(self, number: int) -> tuple[JobId, State]:
         request = self._batch.request
@@ -397,7 +397,7 @@ class Pump:
             path=request.endpoint,
             body=self._bodies[number],
             lane=Lane.BATCH,
-            ttl_ms=max(1, int((request.expires_at - self._desk.now_s()) * 1000)),
+            ttl_ms=max(1, int((request.expires_at - self._context.now_s()) * 1000)),
             max_attempts=self._settings.max_attempts,
             reply_to=self._mailbox,
             request_id=request_of(request.id, number),
@@ -409,7 +409,7 @@ class Pump:
     async def _store(self) -> None:
         """Store what has come, and only then let go of it in Redis."""
         work = self._work
-        work.stored_at = self._desk.now_s()
+        work.stored_at = self._context.now_s()
         if not self._results:
             return
         results = list(self._results.values())
@@ -433,7 +433,7 @@ class Pump:
             completed=progress.completed + completed,
             failed=progress.failed + len(results) - completed,
         )
-        self._desk.metrics.lines(completed, len(results) - completed)
+        self._context.metrics.lines(completed, len(results) - completed)
 
     async def _give_up(self) -> None:
         """Take what is left from the queue, and keep what had finished by then."""
@@ -442,7 +442,7 @@ class Pump:
         await asyncio.gather(*(self._broker.cancel(job_id, "its batch ends") for job_id in jobs))
         self._caught_up = False
         while not self._caught_up:
-            await self._read(quiet=False, shared=False, until_s=self._desk.tick_s())
+            await self._read(quiet=False, shared=False, until_s=self._context.tick_s())
         await self._store()
         self._work.open = {}
         self._work.phase = Phase.MERGE

@@ -13,7 +13,7 @@ import orjson
 from queue_schemas import Tenant
 from storage import Batch, BatchStatus, FileRecord, Part
 
-from .context import Desk, Folder, in_thread, input_of
+from .context import BatchContext, Folder, in_thread, input_of
 from .core import USAGE, BadLine, Bits, Fold, Merge, Phase, Work, file_of, read_line, request_of, unanswered
 from .input import InputGone, InputLines
 
@@ -27,56 +27,56 @@ _RESTS = {
 """What is said of lines without a result, by how the batch ends; of others nothing is."""
 
 
-async def merge(desk: Desk, batch: Batch, folder: Folder, work: Work) -> None:
+async def merge(context: BatchContext, batch: Batch, folder: Folder, work: Work) -> None:
     """One step."""
     if work.merge is None:
-        await in_thread(lambda: _plan(desk, batch, folder, work))
+        await in_thread(lambda: _plan(context, batch, folder, work))
     elif work.phase is Phase.MERGE:
-        await in_thread(lambda: _chunks(desk, batch, folder, work))
+        await in_thread(lambda: _chunks(context, batch, folder, work))
     elif work.phase is Phase.REST:
-        await in_thread(lambda: _rest(desk, batch, folder, work))
+        await in_thread(lambda: _rest(context, batch, folder, work))
 
 
-def _plan(desk: Desk, batch: Batch, folder: Folder, work: Work) -> None:
+def _plan(context: BatchContext, batch: Batch, folder: Folder, work: Work) -> None:
     plan = secrets.token_hex(6)
-    desk.store.put(folder.name("plans", plan), "\n".join(folder.chunks()).encode())
-    work.merge = Merge(plan=plan, began_at=int(desk.now_s()), usage=[0] * len(USAGE))
+    context.store.put(folder.name("plans", plan), "\n".join(folder.chunks()).encode())
+    work.merge = Merge(plan=plan, began_at=int(context.now_s()), usage=[0] * len(USAGE))
     if work.outcome is not BatchStatus.CANCELLED:
         work.publish(BatchStatus.FINALIZING)
-    work.stamp("finalizing_at", desk.now_s())
+    work.stamp("finalizing_at", context.now_s())
 
 
-def _chunks(desk: Desk, batch: Batch, folder: Folder, work: Work) -> None:
+def _chunks(context: BatchContext, batch: Batch, folder: Folder, work: Work) -> None:
     """The next chunks, until a part has its size."""
     state = work.merge
     assert state is not None  # noqa: S101 - made by _plan
-    names = [name for name in (desk.store.get(folder.name("plans", state.plan)) or b"").decode().split("\n") if name]
-    fold = _fold(desk, folder, work, state)
-    most = desk.settings.part_bytes
+    names = [name for name in (context.store.get(folder.name("plans", state.plan)) or b"").decode().split("\n") if name]
+    fold = _fold(context, folder, work, state)
+    most = context.settings.part_bytes
     last = min(len(names), state.chunk + _CHUNKS_AT_ONCE)
     at = state.chunk
     while at < last and fold.output_bytes < most and fold.error_bytes < most:
         fold.add(folder.chunk(names[at]))
         at += 1
-    _keep(desk, batch, folder, state, fold)
+    _keep(context, batch, folder, state, fold)
     state.chunk = at
     if at == len(names):
         complete = state.completed + state.failed >= work.total
         work.phase = Phase.END if complete or work.outcome not in _RESTS else Phase.REST
 
 
-def _rest(desk: Desk, batch: Batch, folder: Folder, work: Work) -> None:
+def _rest(context: BatchContext, batch: Batch, folder: Folder, work: Work) -> None:
     """The next lines of the input: those without a result go to the error file."""
     state = work.merge
     assert state is not None and work.outcome is not None  # noqa: S101 - made by _plan; the phase has an outcome
     code, message = _RESTS[work.outcome]
-    found = input_of(desk.files, batch)
+    found = input_of(context.files, batch)
     if found is None:
         work.phase = Phase.END
         return
-    fold = _fold(desk, folder, work, state)
-    settings, endpoint = desk.settings, batch.request.endpoint
-    lines = InputLines(desk.files, found, settings.max_line_bytes, number=state.number, offset=state.offset)
+    fold = _fold(context, folder, work, state)
+    settings, endpoint = context.settings, batch.request.endpoint
+    lines = InputLines(context.files, found, settings.max_line_bytes, number=state.number, offset=state.offset)
     try:
         for _ in range(_LINES_AT_ONCE):
             if (raw := lines.next()) is None or fold.error_bytes >= settings.part_bytes:
@@ -88,7 +88,7 @@ def _rest(desk: Desk, batch: Batch, folder: Folder, work: Work) -> None:
         state.number = 0
     finally:
         lines.close()
-    _keep(desk, batch, folder, state, fold)
+    _keep(context, batch, folder, state, fold)
     if lines.exhausted or not state.number:
         work.phase = Phase.END
 
@@ -100,36 +100,38 @@ def _custom_id(data: bytes | None, endpoint: str) -> str:
         return ""
 
 
-def _fold(desk: Desk, folder: Folder, work: Work, state: Merge) -> Fold:
+def _fold(context: BatchContext, folder: Folder, work: Work, state: Merge) -> Fold:
     """What has been written so far, by its bits."""
-    stored = desk.store.get(folder.name("bits", f"{state.plan}-{state.steps:06d}")) if state.steps else b""
+    stored = context.store.get(folder.name("bits", f"{state.plan}-{state.steps:06d}")) if state.steps else b""
     return Fold(Bits(stored or b"", most=work.last_line))
 
 
-def _keep(desk: Desk, batch: Batch, folder: Folder, state: Merge, fold: Fold) -> None:
+def _keep(context: BatchContext, batch: Batch, folder: Folder, state: Merge, fold: Fold) -> None:
     """Write what a step has found."""
     if fold.output:
-        state.output.append(_part(desk, batch, state, "output", len(state.output), fold.output, fold.output_bytes))
+        state.output.append(_part(context, batch, state, "output", len(state.output), fold.output, fold.output_bytes))
     if fold.errors:
-        state.errors.append(_part(desk, batch, state, "error", len(state.errors), fold.errors, fold.error_bytes))
+        state.errors.append(_part(context, batch, state, "error", len(state.errors), fold.errors, fold.error_bytes))
     state.steps += 1
-    desk.store.put(folder.name("bits", f"{state.plan}-{state.steps:06d}"), fold.bits.pack())
+    context.store.put(folder.name("bits", f"{state.plan}-{state.steps:06d}"), fold.bits.pack())
     state.completed += fold.completed
     state.failed += fold.failed
     state.usage = [a + b for a, b in zip(state.usage, fold.usage, strict=True)]
 
 
-def _part(desk: Desk, batch: Batch, state: Merge, kind: str, number: int, pieces: list[bytes], size_bytes: int) -> Part:
+def _part(
+    context: BatchContext, batch: Batch, state: Merge, kind: str, number: int, pieces: list[bytes], size_bytes: int
+) -> Part:
     file_id = file_of(batch.request.id, kind)
-    first = desk.files.part_name(Tenant(batch.request.tenant), file_id, number)
+    first = context.files.part_name(Tenant(batch.request.tenant), file_id, number)
     name = f"{first}-{state.plan}"
-    with desk.store.writer(name) as writer:
+    with context.store.writer(name) as writer:
         for at in range(0, len(pieces), _LINES_IN_A_WRITE):
             writer.write(b"".join(pieces[at : at + _LINES_IN_A_WRITE]))
     return Part(name=name, size=size_bytes)
 
 
-def publish_files(desk: Desk, batch: Batch, work: Work) -> None:
+def publish_files(context: BatchContext, batch: Batch, work: Work) -> None:
     """The parts become files; again it changes nothing."""
     state = work.merge
     if state is None:
@@ -140,7 +142,7 @@ def publish_files(desk: Desk, batch: Batch, work: Work) -> None:
             continue
         ids[kind] = file_id = file_of(batch.request.id, kind)
         keep = batch.request.output_expires_after
-        desk.files.add(
+        context.files.add(
             FileRecord(
                 id=file_id,
                 tenant=batch.request.tenant,

@@ -22,7 +22,7 @@ from telemetry.http.asgi import health_app
 from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
 
 from .batcher import Batcher
-from .context import Desk
+from .context import BatchContext
 from .metrics import BatchMetrics
 from .settings import BatchSettings
 from .steps import serve_steps
@@ -53,8 +53,10 @@ async def serve(
     listener = bind_socket(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     log.info("batcher_listens", url=f"http://{host}:{port}")
-    desk = Desk(settings, storage_settings.batch_input_bytes, store, BatchMetrics(), time.time, time.monotonic)
-    process = _Process(desk)
+    context = BatchContext(
+        settings, storage_settings.batch_input_bytes, store, BatchMetrics(), time.time, time.monotonic
+    )
+    process = _Process(context)
     served = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
         http = tasks.create_task(run_server(process.app(), sock=listener, stop=served, shutdown_limit_s=1.0))
@@ -69,11 +71,11 @@ async def serve(
 class _Process:
     """What runs in it: RQ's worker in a thread, the sweep, the link to the queue."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, context: BatchContext) -> None:
+        self._context = context
         self._batcher: Batcher | None = None
         self._sweep: Sweep | None = None
-        settings = desk.settings
+        settings = context.settings
         self._link = QueueLink(
             settings.manager_urls,
             settings.join_token.get_secret_value(),
@@ -83,39 +85,39 @@ class _Process:
 
     def app(self) -> FastAPI:
         """Health and metrics."""
-        return health_app("inferq batcher", self._desk.metrics.registry, self.reasons)
+        return health_app("inferq batcher", self._context.metrics.registry, self.reasons)
 
     def reasons(self) -> list[str]:
         """Why no batch goes on."""
-        if self._desk.stopping:
+        if self._context.stopping:
             return ["the batcher is shutting down"]
-        found = [f"the queue cannot be reached: {self._link.why}"] if self._desk.broker is None else []
+        found = [f"the queue cannot be reached: {self._link.why}"] if self._context.broker is None else []
         found += [self._sweep.fault] if self._sweep is not None and self._sweep.fault else []
         found += [self._batcher.stalled] if self._batcher is not None and self._batcher.stalled else []
         return found
 
     async def run(self, broker_settings: BrokerSettings, stop: asyncio.Event) -> None:
         """Until ``stop``."""
-        desk, settings = self._desk, self._desk.settings
-        await asyncio.to_thread(desk.store.check)
+        context, settings = self._context, self._context.settings
+        await asyncio.to_thread(context.store.check)
         queue = await self._link.address(broker_settings, stop)
         if queue is None:
             return
         # A step that finds no queue makes way for others: it is tried again anyway.
         queue = queue.model_copy(update={"retry_limit_ms": min(queue.retry_limit_ms, _RETRY_LIMIT_MS)})
         steps = StepQueue(rq_connection(queue))
-        self._batcher, self._sweep = Batcher(desk, steps), Sweep(desk, steps)
+        self._batcher, self._sweep = Batcher(context, steps), Sweep(context, steps)
         serve_steps(self._batcher)
         worker = RqThread(steps.queue, rq_connection(queue), settings.batcher_id)
         async with asyncio.TaskGroup() as tasks:
-            linked = tasks.create_task(self._link.keep(queue, desk.metrics.registry, self._connected), name="link")
+            linked = tasks.create_task(self._link.keep(queue, context.metrics.registry, self._connected), name="link")
             sweeping = tasks.create_task(self._sweep.run(), name="sweep")
             worker.start()
-            upkeep = tasks.create_task(Upkeep(desk).run(), name="upkeep")
+            upkeep = tasks.create_task(Upkeep(context).run(), name="upkeep")
             stopped = tasks.create_task(stop.wait())
             died = tasks.create_task(worker.ended.wait())
             await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
-            desk.stopping = True
+            context.stopping = True
             sweeping.cancel()
             upkeep.cancel()
             await worker.end(settings.shutdown_limit_ms / 1000)
@@ -126,10 +128,10 @@ class _Process:
             raise CannotStart("RQ's worker ended; the log says why")
 
     def _connected(self, broker: Broker) -> None:
-        self._desk.broker = broker
+        self._context.broker = broker
 
     def _not_connected(self, why: str) -> None:
-        self._desk.why = why
+        self._context.why = why
 
 
 def main(argv: Sequence[str] | None = None) -> int:

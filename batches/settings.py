@@ -75,7 +75,7 @@ class BatchSettings(RequestSettings):
         5_000, ge=0, description="How long lines on the queue may take to finish once their batch is to end early"
     )
     retry_ms: int = Field(500, ge=10, description="Pause before a step that failed is tried again; doubled each time")
-    longest_retry_ms: int = Field(30_000, ge=10, description="Longest such pause")
+    max_retry_ms: int = Field(30_000, ge=10, description="Longest such pause")
     shutdown_limit_ms: int = Field(10_000, ge=100, description="How long the running step may take to end at the end")
 
     @field_validator("batcher_id")

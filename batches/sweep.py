@@ -12,7 +12,7 @@ from broker.rq.queues import StepQueue
 from queue_schemas import InferqError, Tenant
 from telemetry import get_logger
 
-from .context import Desk, in_thread
+from .context import BatchContext, in_thread
 
 STRAY_MS = 3_600_000
 """A mark without a batch is removed once it was seen for so long: whoever made it did not get further. Its id does not
@@ -24,8 +24,8 @@ log = get_logger(__name__)
 class Sweep:
     """Looks at all live batches, again and again. Several processes may do so at once."""
 
-    def __init__(self, desk: Desk, steps: StepQueue) -> None:
-        self._desk = desk
+    def __init__(self, context: BatchContext, steps: StepQueue) -> None:
+        self._context = context
         self._steps = steps
         self._seen: set[str] = set()
         self._missing: set[str] = set()
@@ -44,12 +44,12 @@ class Sweep:
                 if error.message != self.fault:
                     log.warning("sweep_failed", error=error.message)
                 self.fault = error.message
-            await asyncio.sleep(self._desk.settings.scan_ms / 1000)
+            await asyncio.sleep(self._context.settings.scan_ms / 1000)
 
     def once(self) -> list[str]:
         """One sweep; the batches that it gave a step. Blocks."""
-        live = {batch_id: tenant for tenant, batch_id in self._desk.batches.live()}
-        self._desk.metrics.live.set(len(live))
+        live = {batch_id: tenant for tenant, batch_id in self._context.batches.live()}
+        self._context.metrics.live.set(len(live))
         waiting = self._steps.waiting()
         held = self._steps.held([batch_id for batch_id in live if batch_id not in waiting])
         missing = {batch_id for batch_id in live if batch_id not in waiting and batch_id not in held}
@@ -66,13 +66,13 @@ class Sweep:
         return given
 
     def _give(self, tenant: Tenant, batch_id: str) -> bool:
-        if self._desk.batches.asked(tenant, batch_id) is None:
-            now_ms = self._desk.now_s() * 1000
+        if self._context.batches.asked(tenant, batch_id) is None:
+            now_ms = self._context.now_s() * 1000
             if now_ms - self._stray.setdefault(batch_id, now_ms) > STRAY_MS:
-                self._desk.batches.retire(tenant, batch_id)
+                self._context.batches.retire(tenant, batch_id)
                 log.info("stray_mark_removed", batch=batch_id)
             return False
         if batch_id in self._seen:
             log.debug("batch_taken_up_again", batch=batch_id)
-        self._steps.put(tenant, batch_id, "next step", int(self._desk.now_s() * 1000))
+        self._steps.put(tenant, batch_id, "next step", int(self._context.now_s() * 1000))
         return True

@@ -7,10 +7,10 @@ import secrets
 from queue_schemas import Pool
 from storage import Batch, BatchError, BatchStatus, FileRecord
 
-from .context import Desk, Folder, in_thread, input_of
+from .context import BatchContext, Folder, in_thread, input_of
 from .core import (
-    MOST_ERRORS,
-    MOST_RECORDS,
+    MAX_ERRORS,
+    MAX_RECORDS,
     RECORD,
     SLICES,
     TABLE,
@@ -30,22 +30,22 @@ _RECORDS_AT_ONCE = 25_000
 _LINES_BETWEEN_LOOKS = 64
 
 
-async def validate(desk: Desk, batch: Batch, folder: Folder, work: Work, until_s: float) -> float:
+async def validate(context: BatchContext, batch: Batch, folder: Folder, work: Work, until_s: float) -> float:
     """Go on until ``until_s`` (monotonic), or the end. The seconds after which to go on."""
     if batch.cancel_asked_at is not None:
         _end(work, BatchStatus.CANCELLED)
-    elif desk.now_s() >= batch.request.expires_at:
+    elif context.now_s() >= batch.request.expires_at:
         _end(work, BatchStatus.EXPIRED)
     elif work.phase is Phase.READ and not work.read_all:
-        await in_thread(lambda: _read(desk, batch, folder, work, until_s))
+        await in_thread(lambda: _read(context, batch, folder, work, until_s))
     elif work.phase is Phase.READ and not work.errors:
-        return await _check_model(desk, work)
+        return await _check_model(context, work)
     elif work.phase is Phase.COMPARE and work.slices < SLICES and not work.full_of_errors:
-        await in_thread(lambda: _compare(desk, folder, work, until_s))
+        await in_thread(lambda: _compare(context, folder, work, until_s))
     elif work.errors:
         _end(work, BatchStatus.FAILED)
     else:
-        _begin(desk, work)
+        _begin(context, work)
     return 0
 
 
@@ -53,44 +53,44 @@ def _end(work: Work, outcome: BatchStatus) -> None:
     work.outcome, work.phase = outcome, Phase.END
 
 
-def _begin(desk: Desk, work: Work) -> None:
+def _begin(context: BatchContext, work: Work) -> None:
     """All lines can be run."""
     work.publish(BatchStatus.IN_PROGRESS, total=work.total)
-    work.stamp("in_progress_at", desk.now_s())
+    work.stamp("in_progress_at", context.now_s())
     work.last_line = work.number
     work.number, work.offset, work.read_all = 1, 0, False
     work.runs, work.slices = [], 0
     work.phase = Phase.PUMP
 
 
-def _read(desk: Desk, batch: Batch, folder: Folder, work: Work, until_s: float) -> None:
+def _read(context: BatchContext, batch: Batch, folder: Folder, work: Work, until_s: float) -> None:
     """Look at lines, one by one."""
-    found = input_of(desk.files, batch)
+    found = input_of(context.files, batch)
     if found is None:
         work.fault(input_deleted(batch))
         work.read_all = True
         return
-    most = desk.input_bytes
+    most = context.input_bytes
     if found.bytes > most:
         work.fault(_error("file_too_large", f"the input file has {found.bytes} bytes; {most} are the most", None))
         work.read_all = True
         return
     while not work.read_all:
-        records = _read_run(desk, batch, found, work, until_s)
+        records = _read_run(context, batch, found, work, until_s)
         if records:
             name = f"{len(work.runs):06d}-{secrets.token_hex(6)}"
-            desk.store.put(folder.name("ids", name), pack_run(records))
+            context.store.put(folder.name("ids", name), pack_run(records))
             work.runs.append(name)
-        if desk.tick_s() >= until_s:
+        if context.tick_s() >= until_s:
             break
     if work.read_all and not work.total and not work.errors:
         work.fault(_error("empty_file", "the input file has no lines; each line is one request", None))
 
 
-def _read_run(desk: Desk, batch: Batch, found: FileRecord, work: Work, until_s: float) -> list[bytes]:
+def _read_run(context: BatchContext, batch: Batch, found: FileRecord, work: Work, until_s: float) -> list[bytes]:
     """Look at as many lines as one run holds, or there is time for."""
-    settings = desk.settings
-    lines = InputLines(desk.files, found, settings.max_line_bytes, number=work.number, offset=work.offset)
+    settings = context.settings
+    lines = InputLines(context.files, found, settings.max_line_bytes, number=work.number, offset=work.offset)
     limits = settings.limits_of(batch.request.tenant)
     records: list[bytes] = []
     try:
@@ -111,9 +111,9 @@ def _read_run(desk: Desk, batch: Batch, found: FileRecord, work: Work, until_s: 
                     return records
             else:
                 records.append(record(custom_id_digest(line.custom_id), raw.number))
-            if len(records) >= MOST_RECORDS:
+            if len(records) >= MAX_RECORDS:
                 return records
-            if not work.total % _LINES_BETWEEN_LOOKS and desk.tick_s() >= until_s:
+            if not work.total % _LINES_BETWEEN_LOOKS and context.tick_s() >= until_s:
                 return records
     except InputGone:
         work.fault(input_deleted(batch))
@@ -135,17 +135,17 @@ def _same_model(work: Work, model: str) -> None:
         )
 
 
-async def _check_model(desk: Desk, work: Work) -> float:
+async def _check_model(context: BatchContext, work: Work) -> float:
     """An error if no worker has ever named the model; the seconds to wait while one may still do."""
     model = Pool(work.progress.model or "")
-    broker = desk.queue()
+    broker = context.queue()
     known = model in await broker.known_pools()
     if known or any(model in worker.models for worker in (await broker.load_workers()).values()):
         work.phase = Phase.COMPARE
         return 0
-    now = desk.now_s()
+    now = context.now_s()
     work.unknown_since = work.unknown_since or now
-    left = work.unknown_since + desk.settings.model_wait_ms / 1000 - now
+    left = work.unknown_since + context.settings.model_wait_ms / 1000 - now
     if left > 0:
         return min(left, 1.0)
     sentence = f"there is no model {model[:200]!r} here; GET /v1/models lists those that there are"
@@ -153,7 +153,7 @@ async def _check_model(desk: Desk, work: Work) -> float:
     return 0
 
 
-def _compare(desk: Desk, folder: Folder, work: Work, until_s: float) -> None:
+def _compare(context: BatchContext, folder: Folder, work: Work, until_s: float) -> None:
     """Look for ids that stand twice, slice by slice."""
     tables: dict[str, tuple[int, ...]] = {}
     at_once = max(1, SLICES * _RECORDS_AT_ONCE // max(work.total, 1))
@@ -163,15 +163,15 @@ def _compare(desk: Desk, folder: Folder, work: Work, until_s: float) -> None:
         for name in work.runs:
             run = folder.name("ids", name)
             if name not in tables:
-                tables[name] = TABLE.unpack(desk.store.read(run, 0, TABLE.size))
+                tables[name] = TABLE.unpack(context.store.read(run, 0, TABLE.size))
             start, end = slice_bounds(tables[name], work.slices, last)
             if end - start >= RECORD:
-                parts.append(desk.store.read(run, start, end))
-        for line, before in repeated(parts, MOST_ERRORS):
+                parts.append(context.store.read(run, start, end))
+        for line, before in repeated(parts, MAX_ERRORS):
             sentence = f"the custom_id of line {line} stands in line {before} already; give each line one of its own"
             work.fault(BatchError(code="duplicate_custom_id", message=sentence, param="custom_id", line=line))
         work.slices = last
-        if desk.tick_s() >= until_s:
+        if context.tick_s() >= until_s:
             break
 
 

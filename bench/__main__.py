@@ -12,7 +12,7 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 
-from .job_queue import JobFigures, measured_jobs
+from .job_queue import JobStats, measured_jobs
 from .processes import new_folder
 from .report import SYSTEMS, print_summary, summary
 from .scenarios import STAGES, Measurement, Stage, measured
@@ -38,7 +38,7 @@ async def _stage(stage: Stage, options: argparse.Namespace, folder: Path, consol
 
 async def _all(options: argparse.Namespace, console: Console) -> None:
     measurements: list[Measurement] = []
-    jobs: list[JobFigures] = []
+    jobs: list[JobStats] = []
     with tempfile.TemporaryDirectory(prefix="inferq-bench-") as name:
         folder = Path(name)
         for number, stage in enumerate(STAGES):

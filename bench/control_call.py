@@ -40,7 +40,7 @@ from queue_schemas import (
     Heartbeat,
     Registration,
     WorkerInfo,
-    new_incarnation,
+    new_session_id,
 )
 from router.app import open_manager
 from router.model_directory import Directory, build_directory
@@ -57,7 +57,7 @@ LOOKS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class QueueStats:
     """Of one round: times in milliseconds, CPU in microseconds a call (caller's and Manager's processes)."""
 
     p50: float
@@ -69,10 +69,10 @@ class Figures:
 class Caller:
     """What runs in the Serve replica."""
 
-    async def measure(self, where: str, manager_pid: int, incarnation: str, calls: int, at_once: int) -> Figures:
+    async def measure(self, where: str, manager_pid: int, session_id: str, calls: int, at_once: int) -> QueueStats:
         """``calls`` heartbeats to the Manager at ``where``, ``at_once`` at a time."""
         manager = open_manager(where, "", TIMEOUT_MS)
-        beat = Heartbeat(incarnation=incarnation, models=[MODEL], slots=8, engine=EngineState.READY)
+        beat = Heartbeat(session_id=session_id, models=[MODEL], slots=8, engine=EngineState.READY)
         call = FabricCall("POST", f"{FABRIC_PREFIX}/workers/{WORKER}/heartbeat", body=beat.model_dump_json().encode())
         times: list[float] = []
 
@@ -96,7 +96,7 @@ class Caller:
         finally:
             await manager.close()
         cuts = statistics.quantiles(times, n=100)
-        return Figures(cuts[49], cuts[98], spent / len(times) * 1e6, len(times) / passed)
+        return QueueStats(cuts[49], cuts[98], spent / len(times) * 1e6, len(times) / passed)
 
     async def look_up(self, directory: Directory) -> float:
         """Nanoseconds of one look at the cached table, as every request makes it."""
@@ -111,11 +111,11 @@ def _cpu(processes: set[int]) -> float:
 
 
 async def _joined(where: str) -> str:
-    """Register a worker, once the Manager at ``where`` acts; the incarnation."""
+    """Register a worker, once the Manager at ``where`` acts; the session_id."""
     manager = open_manager(where, "", TIMEOUT_MS)
-    incarnation = str(new_incarnation(WORKER))
+    session_id = str(new_session_id(WORKER))
     registration = Registration(
-        worker_id=WORKER, incarnation=incarnation, models=[MODEL], slots=8, engine=EngineState.READY
+        worker_id=WORKER, session_id=session_id, models=[MODEL], slots=8, engine=EngineState.READY
     )
     call = FabricCall("POST", f"{FABRIC_PREFIX}/workers", body=registration.model_dump_json().encode())
     limit = time.monotonic() + 30
@@ -126,7 +126,7 @@ async def _joined(where: str) -> str:
             await asyncio.sleep(0.1)
     finally:
         await manager.close()
-    return incarnation
+    return session_id
 
 
 @asynccontextmanager
@@ -149,13 +149,13 @@ async def _run(options: argparse.Namespace, console: Console) -> None:
         actor_pid = (await actor.facts.remote()).pid
         replica: Any = serve.deployment(Caller)
         caller = serve.run(replica.options(ray_actor_options={"num_cpus": 0}).bind(), name="bench", route_prefix=None)
-        incarnations = [await _joined(where) for where in ("ray:manager", http)]
-        found: dict[tuple[int, str], list[Figures]] = {}
+        sessions = [await _joined(where) for where in ("ray:manager", http)]
+        found: dict[tuple[int, str], list[QueueStats]] = {}
         for number in range(options.rounds):
-            ways = [("Ray", "ray:manager", actor_pid, incarnations[0]), ("HTTP", http, http_pid, incarnations[1])]
+            ways = [("Ray", "ray:manager", actor_pid, sessions[0]), ("HTTP", http, http_pid, sessions[1])]
             for at_once in (1, 16):
-                for name, where, pid, incarnation in ways[:: 1 if number % 2 else -1]:
-                    one = await caller.measure.remote(where, pid, incarnation, options.calls, at_once)
+                for name, where, pid, session_id in ways[:: 1 if number % 2 else -1]:
+                    one = await caller.measure.remote(where, pid, session_id, options.calls, at_once)
                     found.setdefault((at_once, name), []).append(one)
         async with aiohttp.ClientSession() as session, session.get(f"{http}{FABRIC_PREFIX}/workers") as answer:
             fleet = [WorkerInfo.model_validate(info) for info in (await answer.json())["workers"]]
@@ -164,7 +164,7 @@ async def _run(options: argparse.Namespace, console: Console) -> None:
 
 
 def _print(
-    found: dict[tuple[int, str], list[Figures]], look_ns: float, options: argparse.Namespace, console: Console
+    found: dict[tuple[int, str], list[QueueStats]], look_ns: float, options: argparse.Namespace, console: Console
 ) -> None:
     console.print(
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, Ray {ray.__version__}; "
@@ -172,13 +172,13 @@ def _print(
     )
     table = Table("calls at once", "way", "p50 ms", "p99 ms", "CPU us/call", "calls/s")
     for (at_once, name), rounds in found.items():
-        medians = [statistics.median(getattr(one, field) for one in rounds) for field in Figures.__slots__]
+        medians = [statistics.median(getattr(one, field) for one in rounds) for field in QueueStats.__slots__]
         table.add_row(
             str(at_once), name, *(f"{value:,.2f}" for value in medians[:2]), *(f"{v:,.0f}" for v in medians[2:])
         )
     for at_once in (1, 16):
         pairs = list(zip(found[at_once, "Ray"], found[at_once, "HTTP"], strict=True))
-        ratios = [statistics.median(getattr(r, f) / getattr(h, f) for r, h in pairs) for f in Figures.__slots__]
+        ratios = [statistics.median(getattr(r, f) / getattr(h, f) for r, h in pairs) for f in QueueStats.__slots__]
         table.add_row(str(at_once), "Ray : HTTP", *(f"{ratio:.2f}" for ratio in ratios), style="bold")
     console.print(table)
     console.print(

@@ -17,7 +17,7 @@ from .systems import MODEL, queue_and_manager
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobFigures:
+class JobStats:
     """``cpu_us`` is per job, from submit to the last answer, over all processes (Redis and the submitter included)."""
 
     xadd_per_s: float
@@ -27,7 +27,7 @@ class JobFigures:
     cpu_us_of: Mapping[str, float]
 
 
-async def measured_jobs(folder: Path, jobs: int) -> JobFigures:
+async def measured_jobs(folder: Path, jobs: int) -> JobStats:
     """Submit ``jobs`` jobs while the worker sleeps, wake it, and wait for the last answer."""
     async with queue_and_manager(new_folder(folder)) as (queue, manager_pid, manager_url):
         port, log = free_port(), folder / "jobs-worker.log"
@@ -43,7 +43,7 @@ async def measured_jobs(folder: Path, jobs: int) -> JobFigures:
                 return await _dialogue(order, worker_pid, pids)
 
 
-async def _dialogue(order: Order, worker_pid: int, pids: Mapping[str, int]) -> JobFigures:
+async def _dialogue(order: Order, worker_pid: int, pids: Mapping[str, int]) -> JobStats:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bench.jobs", json.dumps(asdict(order))),
         stdin=asyncio.subprocess.PIPE,
@@ -66,7 +66,7 @@ async def _dialogue(order: Order, worker_pid: int, pids: Mapping[str, int]) -> J
         await process.wait()
     spent = {name: (after[name] - before[name]) * 1e6 / order.jobs for name in after}
     spent["submitter"] = (submit["cpu_s"] + drain["cpu_s"]) * 1e6 / order.jobs
-    return JobFigures(
+    return JobStats(
         xadd_per_s=xadd["xadd_per_s"],
         submit_per_s=submit["submit_per_s"],
         drain_per_s=drain["drain_per_s"],

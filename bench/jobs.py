@@ -18,7 +18,7 @@ import redis.asyncio
 import uvloop
 
 from broker import Broker, BrokerSettings
-from queue_schemas import END, Frame, Job, Marker, Pool, Tenant, new_incarnation, new_job_id, shard_of_pool
+from queue_schemas import END, Frame, Job, Marker, Pool, Tenant, new_job_id, new_session_id, shard_of_pool
 
 XADD_PIPELINE = 100
 LIMIT_S = 120.0
@@ -71,7 +71,7 @@ class _Answers:
 async def _main(order: Order) -> None:
     body = json.dumps({"model": order.model, "prompt": "x" * order.body_bytes}).encode()
     broker = await Broker.connect(BrokerSettings(redis_url=order.redis_url))
-    inbox = new_incarnation("bench-jobs")
+    inbox = new_session_id("bench-jobs")
     answers = _Answers(order.jobs)
     async with asyncio.TaskGroup() as tasks:
         reading = tasks.create_task(broker.read_replies(inbox, answers.deliver))

@@ -29,7 +29,7 @@ from broker.embedded.server import EmbeddedServer
 from manager import ManagerService, ManagerSettings
 from manager.core import Door, DoorState
 from manager.service import open_broker
-from queue_schemas import EngineState, Heartbeat, Incarnation, Registration, WorkerId, new_incarnation
+from queue_schemas import EngineState, Heartbeat, Registration, SessionId, WorkerId, new_session_id
 from telemetry import MetricsRegistry, configure_logging
 from tests.support.waiting import eventually
 from worker.fallback_sweeper import stand_in
@@ -52,7 +52,7 @@ class Cost:
 class NoProbe:
     """Every URL is somebody else's problem."""
 
-    async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
+    async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
         return Door(DoorState.UNKNOWN)
 
 
@@ -69,9 +69,9 @@ async def measured(client: redis.asyncio.Redis, seconds: float) -> Cost:
     )
 
 
-def status_of(incarnation: Incarnation) -> dict[str, Any]:
+def status_of(session_id: SessionId) -> dict[str, Any]:
     return {
-        "incarnation": incarnation, "models": ["sim"], "slots": 64, "running": random.randrange(64),
+        "session_id": session_id, "models": ["sim"], "slots": 64, "running": random.randrange(64),
         "engine": EngineState.READY, "broker_ok": True,
     }  # fmt: skip
 
@@ -83,17 +83,17 @@ async def heartbeats(url: str, client: redis.asyncio.Redis, workers: int, second
     stop = asyncio.Event()
     running = asyncio.create_task(service.run(stop))
     await eventually(lambda: service.acting, "it acts")
-    names = {f"w-{number}": new_incarnation(f"w-{number}") for number in range(workers)}
-    for name, incarnation in names.items():
-        await service.register(Registration(worker_id=name, version="bench", **status_of(incarnation)))
+    names = {f"w-{number}": new_session_id(f"w-{number}") for number in range(workers)}
+    for name, session_id in names.items():
+        await service.register(Registration(worker_id=name, version="bench", **status_of(session_id)))
 
-    async def beat(name: str, incarnation: Incarnation) -> None:
+    async def beat(name: str, session_id: SessionId) -> None:
         await asyncio.sleep(random.uniform(0, HEARTBEAT_S))
         while True:
-            await service.heartbeat(name, Heartbeat(**status_of(incarnation)))
+            await service.heartbeat(name, Heartbeat(**status_of(session_id)))
             await asyncio.sleep(HEARTBEAT_S)
 
-    beating = [asyncio.create_task(beat(name, incarnation)) for name, incarnation in names.items()]
+    beating = [asyncio.create_task(beat(name, session_id)) for name, session_id in names.items()]
     await asyncio.sleep(HEARTBEAT_S)
     cost = await measured(client, seconds)
     for task in beating:
@@ -107,10 +107,10 @@ async def alone(url: str, client: redis.asyncio.Redis, workers: int, seconds: fl
     """Workers that renew, and stand in for a Manager that is not there."""
     broker = await Broker.connect(BrokerSettings(redis_url=url))
     metrics = WorkerMetrics(MetricsRegistry("worker"))
-    names = [new_incarnation(f"w-{number}") for number in range(workers)]
+    names = [new_session_id(f"w-{number}") for number in range(workers)]
     await asyncio.gather(*map(broker.join, names))
 
-    async def renew(name: Incarnation) -> None:
+    async def renew(name: SessionId) -> None:
         await asyncio.sleep(random.uniform(0, LEASE_S / 5))
         while True:
             await broker.renew(name)

@@ -1,4 +1,4 @@
-"""Figures of several rounds as medians, as ratios, as a table and as JSON."""
+"""QueueStats of several rounds as medians, as ratios, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .job_queue import JobFigures
+from .job_queue import JobStats
 from .scenarios import STAGES, Measurement, Scenario
 
 SYSTEMS = ("direct", "proxy", "inferq")
@@ -57,7 +57,7 @@ FIGURES = (
 )
 
 
-def summary(measurements: Sequence[Measurement], jobs: Sequence[JobFigures]) -> dict[str, Any]:
+def summary(measurements: Sequence[Measurement], jobs: Sequence[JobStats]) -> dict[str, Any]:
     """Medians over the rounds, the ratios of inferq to the proxy, and the machine."""
     scenarios = {scenario.name: scenario for stage in STAGES for scenario in stage.scenarios}
     lines = []
@@ -124,7 +124,7 @@ def _by_process(measurements: Sequence[Measurement]) -> dict[str, dict[str, floa
     return found
 
 
-def _jobs(jobs: Sequence[JobFigures]) -> dict[str, Any] | None:
+def _jobs(jobs: Sequence[JobStats]) -> dict[str, Any] | None:
     if not jobs:
         return None
     return {

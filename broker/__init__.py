@@ -1,9 +1,9 @@
 """All Redis access: one client, atomic scripts, the queue operations."""
 
 from .client import Broker, Standing
-from .dead_letters import MOST_LETTERS, DeadLetters
-from .durable_replies import Letter
-from .persisted_jobs import MOST_LISTED
+from .dead_letters import MAX_LETTERS, DeadLetters
+from .durable_replies import ReplyMessage
+from .persisted_jobs import MAX_LISTED
 from .redis.server_checks import ServerFacts
 from .renewal import Renewer
 from .settings import BrokerSettings, Budgets, Durability
@@ -11,8 +11,8 @@ from .stats import JobCounts
 from .upkeep import Expired, Reclaimed
 
 __all__ = [
-    "MOST_LETTERS",
-    "MOST_LISTED",
+    "MAX_LETTERS",
+    "MAX_LISTED",
     "Broker",
     "BrokerSettings",
     "Budgets",
@@ -20,9 +20,9 @@ __all__ = [
     "Durability",
     "Expired",
     "JobCounts",
-    "Letter",
     "Reclaimed",
     "Renewer",
+    "ReplyMessage",
     "ServerFacts",
     "Standing",
 ]

@@ -19,13 +19,13 @@ from queue_schemas import (
     BrokerUnavailable,
     Enqueued,
     Frame,
-    Incarnation,
     InferqError,
     Job,
     JobId,
-    Keep,
     Lane,
     Marker,
+    PersistOptions,
+    SessionId,
     ShardKeys,
     State,
     shard_of_job,
@@ -36,10 +36,10 @@ from telemetry import get_logger
 
 from .audits import Audits
 from .dead_letters import DeadLetters
-from .durable_replies import Mailboxes
+from .durable_replies import DurableReplies
 from .job_batches import KEEP_MS, ShardBatches
-from .persisted_jobs import KeptJobCalls
-from .persisted_output import StoredOutputCalls
+from .persisted_jobs import PersistedJobCalls
+from .persisted_output import PersistedOutputCalls
 from .redis.calls import Caller
 from .redis.durable import DurableCaller
 from .redis.fitness import Fitness, vet
@@ -50,7 +50,7 @@ from .registry import RegistryCalls
 from .renewal import Renewer
 from .reply_streams import ReplyReader
 from .settings import BrokerSettings, Budgets, Durability
-from .stats import Figures
+from .stats import QueueStats
 from .upkeep import UpkeepCalls
 from .worker_calls import WorkerCalls
 
@@ -76,7 +76,9 @@ def _is_awaited(job: Job) -> bool:
     return job.lane is Lane.INTERACTIVE and not (job.stored and job.idempotency_key)
 
 
-class Broker(KeptJobCalls, WorkerCalls, UpkeepCalls, StoredOutputCalls, Mailboxes, RegistryCalls, Figures):
+class Broker(
+    PersistedJobCalls, WorkerCalls, UpkeepCalls, PersistedOutputCalls, DurableReplies, RegistryCalls, QueueStats
+):
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests)."""
 
     def __init__(
@@ -206,11 +208,11 @@ class Broker(KeptJobCalls, WorkerCalls, UpkeepCalls, StoredOutputCalls, Mailboxe
         that nobody waits for, where that is to be on the disk first (:meth:`connect`)."""
         return (await self._line(job).enqueue(job)).state
 
-    async def enqueue_stored(self, job: Job, listener: Incarnation, keep_ms: int = KEEP_MS) -> Enqueued:
+    async def enqueue_persisted_request(self, job: Job, listener: SessionId, keep_ms: int = KEEP_MS) -> Enqueued:
         """Put a stored ``job`` on its queue, or find the one that holds its idempotency key. ``listener`` is the Router
         that is sent its output; of another job it has to :meth:`attach` to be. The answer is kept for ``keep_ms`` once
         it is whole. Raises like :meth:`enqueue`, and ``IdempotencyKeyReused`` if the key belongs to another request."""
-        return await self._line(job).enqueue(job, listener, Keep(keep_ms))
+        return await self._line(job).enqueue(job, listener, PersistOptions(keep_ms))
 
     def _line(self, job: Job) -> ShardBatches:
         """The calls with which a job is enqueued. Raises ``BrokerUnavailable`` where its answer could not be heard."""
@@ -242,16 +244,17 @@ class Broker(KeptJobCalls, WorkerCalls, UpkeepCalls, StoredOutputCalls, Mailboxe
         state, epoch, attempt_id = await self._caller.script("raise_epoch", keys.budget, keys.prefix, job_id, heard)
         return None if state == b"unknown" else Standing(State(state.decode()), int(epoch), attempt_id.decode())
 
-    async def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> State | None:
-        """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then). ``unasked``:
+    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
+        """Cancel a job; the state it was in, None if it is unknown (a late enqueue of it is void then).
+        ``if_orphaned``:
         nobody waits for it here, so it is left alone if it is stored, or unknown."""
         keys = keys_of_job(self._keys, job_id)
-        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, int(unasked), 0)
+        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, int(if_orphaned), 0)
         return None if found == b"unknown" else State(found.decode())
 
     async def read_replies(
         self,
-        router: Incarnation,
+        router: SessionId,
         deliver: Callable[[list[Frame | Marker]], None],
         lost: Callable[[int], None] | None = None,
     ) -> NoReturn:

@@ -14,7 +14,7 @@ from .redis.calls import Caller, pairs
 _LETTER_ID = re.compile(r"([0-9]{1,4}):(([0-9]{1,20})-([0-9]{1,20}))")
 _LARGEST_ID = 2**64 - 1
 """Of either part of a stream's entry ids."""
-MOST_LETTERS = 1_000
+MAX_LETTERS = 1_000
 """Letters in one page, or removed by one call."""
 
 
@@ -28,7 +28,7 @@ class DeadLetters:
     async def page(self, after: str, limit: int) -> DeadLetterList:
         """Up to ``limit`` letters behind the one called ``after`` (empty: from the first), oldest first by shard."""
         first, entry = _parts(after) if after else (0, "")
-        room = min(limit, MOST_LETTERS)
+        room = min(limit, MAX_LETTERS)
         letters: list[DeadLetter] = []
         for keys in self._keys[first:]:
             more = True

@@ -1,7 +1,7 @@
-"""Mailboxes: reply streams that outlive the process that reads them.
+"""DurableReplies: reply streams that outlive the process that reads them.
 
 A Router's reply stream is trimmed as it is read, and gone a minute after the Router. Whoever stores what comes before
-it counts as arrived takes a mailbox: entries stay until they are dropped by name, and another process may read on.
+it counts as arrived takes a reply stream: entries stay until they are dropped by name, and another process may read on.
 """
 
 from __future__ import annotations
@@ -9,55 +9,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from queue_schemas import Frame, Incarnation, Marker, ShardKeys
+from queue_schemas import Frame, Marker, SessionId, ShardKeys
 
 from .redis.calls import Caller
 from .redis.server_checks import read_run_id
 from .reply_streams import parse_reply, read_stream, tend
 
-MOST_READ = 128
+MAX_READ = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
-    """One entry of a mailbox: its id, and what came in it."""
+class ReplyMessage:
+    """One entry of a reply stream: its id, and what came in it."""
 
     entry_id: str
     news: tuple[Frame | Marker, ...]
 
 
-class Mailboxes:
-    """The part of :class:`broker.Broker` that is for those who store answers. A mailbox stands on one shard, and jobs
+class DurableReplies:
+    """The part of :class:`broker.Broker` that is for those who store answers. A reply stream stands on one shard, and
+    jobs
     of that shard name it in ``reply_to``. ``reader`` tells apart who reads at the same time over one broker."""
 
     _caller: Caller
     _keys: Sequence[ShardKeys]
 
-    async def open_mailbox(self, shard: int, name: Incarnation, ttl_ms: int) -> bool:
-        """Make a mailbox, or keep the one that is there, for ``ttl_ms`` from now: whether it had to be made. While
+    async def open_reply_stream(self, shard: int, name: SessionId, ttl_ms: int) -> bool:
+        """Make a reply stream, or keep the one that is there, for ``ttl_ms`` from now: whether it had to be made. While
         there is none, jobs that name it are cancelled rather than run."""
         return await tend(self._caller, self._keys[shard], name, ttl_ms)
 
-    async def read_mailbox(
-        self, shard: int, name: Incarnation, after: str, block_ms: int, count: int = MOST_READ
-    ) -> list[Letter]:
+    async def read_reply_stream(
+        self, shard: int, name: SessionId, after: str, block_ms: int, count: int = MAX_READ
+    ) -> list[ReplyMessage]:
         """Up to ``count`` entries behind the one with the id ``after`` ("0": from the first that is there), waiting up
         to ``block_ms`` for one. One try: a server that was away since the last call is an error once, for it may be
         another run of itself. Malformed entries are logged, and have no news. One call at a time on a shard."""
         keys = self._keys[shard]
         entries = await read_stream(
-            self._caller, keys.reply(name), after, count, block_ms, connection_of=keys.prefix + "mailboxes"
+            self._caller, keys.reply(name), after, count, block_ms, connection_of=keys.prefix + "durable_replies"
         )
-        return [Letter(entry_id, tuple(parse_reply(entry_id, fields))) for entry_id, fields in entries]
+        return [ReplyMessage(entry_id, tuple(parse_reply(entry_id, fields))) for entry_id, fields in entries]
 
-    async def drop_letters(self, shard: int, name: Incarnation, through: str) -> None:
+    async def drop_letters(self, shard: int, name: SessionId, through: str) -> None:
         """Remove the entries up to the one with the id ``through``, and it."""
         key = self._keys[shard].reply(name)
         milliseconds, _, number = through.partition("-")
         await self._caller.command(key, "XTRIM", key, "MINID", f"{milliseconds}-{int(number or 0) + 1}")
 
-    async def close_mailbox(self, shard: int, name: Incarnation) -> None:
-        """Remove a mailbox with all that is in it; jobs that name it and still wait are cancelled when their turn
+    async def close_reply_stream(self, shard: int, name: SessionId) -> None:
+        """Remove a reply stream with all that is in it; jobs that name it and still wait are cancelled when their turn
         comes."""
         key = self._keys[shard].reply(name)
         await self._caller.command(key, "DEL", key)

@@ -12,10 +12,10 @@ from queue_schemas import (
     IdempotencyKeyReused,
     Job,
     JobId,
-    Keep,
     Lease,
     Outcome,
     OverCapacity,
+    PersistOptions,
     Settled,
     ShardKeys,
     State,
@@ -39,8 +39,8 @@ class _Enqueue:
     job: Job
     envelope: bytes
     listener: str
-    keep: Keep
-    memo: bytes
+    keep: PersistOptions
+    job_metadata: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,12 @@ class ShardBatches:
         self._ends = Batcher(self._send_ends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._releases = Batcher(self._send_releases, lambda item: len(item.reason) + _OVERHEAD_BYTES)
 
-    async def enqueue(self, job: Job, listener: str = "", keep: Keep | None = None) -> Enqueued:
-        plain = keep is None or keep == Keep(keep.keep_ms)
-        memo = b"" if keep is None or plain else keep.memo.pack()
-        return await self._enqueues.submit(_Enqueue(job, job.pack(), listener or job.reply_to, keep or _KEPT, memo))
+    async def enqueue(self, job: Job, listener: str = "", keep: PersistOptions | None = None) -> Enqueued:
+        plain = keep is None or keep == PersistOptions(keep.keep_ms)
+        job_metadata = b"" if keep is None or plain else keep.job_metadata.pack()
+        return await self._enqueues.submit(
+            _Enqueue(job, job.pack(), listener or job.reply_to, keep or _KEPT, job_metadata)
+        )
 
     async def append(self, lease: Lease, frames: bytes) -> Settled:
         return await self._appends.submit(_Append(lease, None, frames))
@@ -108,14 +110,14 @@ class ShardBatches:
     async def _send_enqueues(self, items: Sequence[_Enqueue]) -> list[Enqueued | Exception]:
         limits = self._budgets
         args: list[Any] = [
-            limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes, limits.tenant_kept_bytes,
+            limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes, limits.tenant_persisted_bytes,
         ]  # fmt: skip
         for item in items:
             job = item.job
             args += (
                 job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
                 item.listener, int(job.stored), job.ttl_ms, job.max_attempts,
-                encode_name(job.region), job.patience_ms, int(_is_continued(job)),
+                encode_name(job.region), job.remote_after_ms, int(_is_continued(job)),
                 *(_kept(item) if job.stored else _NOT_KEPT),
             )  # fmt: skip
         answers = await self._run("enqueue", args, wait_when_full=False)
@@ -163,18 +165,18 @@ def attempt_of(lease: Lease) -> tuple[str, int, str]:
 
 
 def _size(item: _Enqueue) -> int:
-    return len(item.envelope) + len(item.memo) + _OVERHEAD_BYTES
+    return len(item.envelope) + len(item.job_metadata) + _OVERHEAD_BYTES
 
 
-_KEPT = Keep(KEEP_MS)
+_KEPT = PersistOptions(KEEP_MS)
 _NOT_KEPT = ("",) * 6
 
 
 def _kept(item: _Enqueue) -> tuple[Any, ...]:
     """What the script takes of a stored job beside what it takes of each."""
     job, keep = item.job, item.keep
-    request = keep.memo.request or request_digest(job)
-    return keep.keep_ms, key_digest(job), request, "1" if keep.listed else "", keep.notify, item.memo
+    request = keep.job_metadata.request or request_digest(job)
+    return keep.keep_ms, key_digest(job), request, "1" if keep.listed else "", keep.notify, item.job_metadata
 
 
 def _is_continued(job: Job) -> bool:

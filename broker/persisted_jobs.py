@@ -9,14 +9,14 @@ from typing import Any
 from queue_schemas import (
     BadMessage,
     BadRequest,
-    EndedJob,
     Enqueued,
+    FinishedJob,
     Job,
     JobId,
-    Keep,
-    KeptJob,
+    JobMetadata,
     Lane,
-    Memo,
+    PersistedJob,
+    PersistOptions,
     Pool,
     ShardKeys,
     State,
@@ -29,16 +29,16 @@ from telemetry import get_logger
 from .job_batches import ShardBatches
 from .redis.calls import Caller, pairs
 
-MOST_LISTED = 100
+MAX_LISTED = 100
 """Jobs in one page of a list."""
-_MOST_CALLS = 64
+_MAX_CALLS = 64
 """Calls for one page on one shard: each looks at 512 jobs at most."""
 _NOTICE_ID = re.compile(r"([0-9]{1,4}):([0-9]{1,20}-[0-9]{1,20})")
 
 log = get_logger(__name__)
 
 
-class KeptJobCalls:
+class PersistedJobCalls:
     """The part of :class:`broker.Broker` that is about kept jobs."""
 
     _caller: Caller
@@ -48,35 +48,35 @@ class KeptJobCalls:
     def _line(self, job: Job) -> ShardBatches:
         raise NotImplementedError
 
-    async def enqueue_kept(self, job: Job, keep: Keep, listener: str = "") -> Enqueued:
+    async def enqueue_persisted(self, job: Job, keep: PersistOptions, listener: str = "") -> Enqueued:
         """Put a stored ``job`` on its queue, or find the one that holds its idempotency key; what ``keep`` says is kept
         of it. ``listener``: the Router that is sent its output, none if empty. Raises like
-        :meth:`broker.Broker.enqueue_stored`."""
+        :meth:`broker.Broker.enqueue_persisted_request`."""
         return await self._line(job).enqueue(job, listener, keep)
 
-    async def kept_job(self, job_id: str) -> KeptJob | None:
+    async def persisted_job(self, job_id: str) -> PersistedJob | None:
         """What may be told of a stored job: None if it is unknown, or nothing is kept of it. Whoever asks for a tenant
         compares ``tenant``."""
         keys = self._keys_of(job_id)
         if keys is None:
             return None
-        (told,) = await self._caller.script("show_kept", keys.budget, keys.prefix, job_id)
+        (told,) = await self._caller.script("show_persisted", keys.budget, keys.prefix, job_id)
         return _kept_job(told) if told else None
 
-    async def kept_jobs(
+    async def persisted_jobs(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
-    ) -> tuple[list[KeptJob], str]:
+    ) -> tuple[list[PersistedJob], str]:
         """A page of a tenant's listed jobs, newest first, behind the one called ``after``; only those in ``states``, if
         any are named. With it the id to go on from: empty, there are no more. Raises ``BadRequest`` if ``after`` is no
         listed job of the tenant."""
         before = ""
         if after:
-            last = await self.kept_job(after)
+            last = await self.persisted_job(after)
             if last is None or last.tenant != tenant or not last.listed:
                 raise BadRequest(f"there is no job {after[:60]!r} to go on behind: begin without after", param="after")
             before = _place(last.created_ms, last.id)
-        limit, wanted = min(limit, MOST_LISTED), ",".join(states)
-        found: list[KeptJob] = []
+        limit, wanted = min(limit, MAX_LISTED), ",".join(states)
+        found: list[PersistedJob] = []
         looked: list[str] = []  # how far each shard was looked at that was not looked at to its end
         for keys in self._keys:
             jobs, to = await self._list(keys, tenant, before, limit + 1, wanted)
@@ -93,12 +93,12 @@ class KeptJobCalls:
 
     async def _list(
         self, keys: ShardKeys, tenant: Tenant, before: str, limit: int, states: str
-    ) -> tuple[list[KeptJob], str]:
+    ) -> tuple[list[PersistedJob], str]:
         """Up to ``limit`` jobs of a shard, and the place down to which it was looked at: empty, to its end."""
-        jobs: list[KeptJob] = []
-        for _ in range(_MOST_CALLS):
+        jobs: list[PersistedJob] = []
+        for _ in range(_MAX_CALLS):
             told, place, *found = await self._caller.script(
-                "list_kept", keys.budget, keys.prefix, encode_name(tenant), before, limit - len(jobs), states
+                "list_persisted", keys.budget, keys.prefix, encode_name(tenant), before, limit - len(jobs), states
             )
             jobs += map(_kept_job, found)
             before = place.decode()
@@ -124,11 +124,11 @@ class KeptJobCalls:
         found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, 0, after_ms)
         return None if found == b"unknown" else State(found.decode())
 
-    async def read_ended(self, limit: int = 100) -> list[EndedJob]:
+    async def read_ended(self, limit: int = 100) -> list[FinishedJob]:
         """Notices of ends that have not been forgotten, oldest first by shard, up to ``limit`` a shard. Who has dealt
         with one calls :meth:`forget_ended`: until then it is read again, also by others. At most 100,000 are kept a
         shard; how many were dropped because nobody took them is logged."""
-        notices: list[EndedJob] = []
+        notices: list[FinishedJob] = []
         for keys in self._keys:
             entries = await self._caller.command(keys.ended, "XRANGE", keys.ended, "-", "+", "COUNT", limit)
             for entry_id, fields in entries:
@@ -142,7 +142,7 @@ class KeptJobCalls:
         return notices
 
     async def forget_ended(self, notice_ids: Iterable[str]) -> int:
-        """Remove notices that were dealt with, by :attr:`~queue_schemas.EndedJob.id`; how many there were."""
+        """Remove notices that were dealt with, by :attr:`~queue_schemas.FinishedJob.id`; how many there were."""
         by_shard: dict[int, list[str]] = {}
         for notice_id in notice_ids:
             match = _NOTICE_ID.fullmatch(notice_id)
@@ -175,7 +175,7 @@ def _place(at_ms: int, job_id: str) -> str:
     return f"{at_ms:015d} {job_id}"
 
 
-def _kept_job(told: Sequence[Any]) -> KeptJob:
+def _kept_job(told: Sequence[Any]) -> PersistedJob:
     """What the scripts tell of a job: ``describe`` in broker/lua/_shared.lua."""
     words = [value.decode("utf-8", "replace") for value in told[:-1]]
     (
@@ -183,7 +183,7 @@ def _kept_job(told: Sequence[Any]) -> KeptJob:
         notify, kept, _, begun, replaced,
     ) = words  # fmt: skip
     ended_as = State(state)
-    return KeptJob(
+    return PersistedJob(
         id=JobId(job_id),
         tenant=Tenant(decode_name(tenant)),
         model=Pool(decode_name(pool)),
@@ -200,24 +200,24 @@ def _kept_job(told: Sequence[Any]) -> KeptJob:
         cause=cause,
         listed=listed == "1",
         notify=notify,
-        kept_bytes=int(kept or 0),
+        persisted_bytes=int(kept or 0),
         begun_epoch=int(begun or 0),
         replaced=replaced == "1",
-        memo=_memo(told[-1]),
+        job_metadata=_memo(told[-1]),
     )
 
 
-def _memo(data: bytes) -> Memo:
+def _memo(data: bytes) -> JobMetadata:
     try:
-        return Memo.unpack(data)
+        return JobMetadata.unpack(data)
     except BadMessage as error:
         log.warning("memo_unreadable", error=error.message)
-        return Memo()
+        return JobMetadata()
 
 
-def _notice(shard: int, entry_id: str, fields: dict[bytes, bytes]) -> EndedJob | None:
+def _notice(shard: int, entry_id: str, fields: dict[bytes, bytes]) -> FinishedJob | None:
     try:
-        return EndedJob(
+        return FinishedJob(
             id=f"{shard}:{entry_id}",
             job_id=JobId(fields[b"id"].decode()),
             tenant=Tenant(decode_name(fields[b"tenant"].decode())),

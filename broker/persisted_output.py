@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from openai_api.response_jobs import ResponseStatus, status_of_output
 from queue_schemas import (
     Frame,
-    Incarnation,
     JobId,
     Lease,
     Output,
+    SessionId,
     Settled,
     ShardKeys,
     State,
@@ -23,7 +23,7 @@ from .job_batches import ShardBatches
 from .redis.calls import Caller
 
 
-class StoredOutputCalls:
+class PersistedOutputCalls:
     """The part of :class:`broker.Broker` that is about stored output."""
 
     _caller: Caller
@@ -36,13 +36,13 @@ class StoredOutputCalls:
         again is harmless."""
         return await self._batches[shard_of_job(lease.job.id)].append(lease, frames)
 
-    async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None:
+    async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> Output | None:
         """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on, the Router ``listener`` being sent
         what is added from now on. None if the job is unknown. Who goes on reading asks from the last frame it has: if
         the page does not begin with it, the server lost that frame, and what comes next need not be behind it."""
         return await self._read_output(job_id, listener, after)
 
-    async def detach(self, job_id: JobId, listener: Incarnation) -> None:
+    async def detach(self, job_id: JobId, listener: SessionId) -> None:
         """``listener`` is not sent a stored job's output any more. One try."""
         keys = keys_of_job(self._keys, job_id)
         await self._caller.script("detach", keys.budget, keys.prefix, job_id, listener, retry=False)
@@ -51,7 +51,7 @@ class StoredOutputCalls:
         """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on; None if the job is unknown."""
         return await self._read_output(job_id, "", after)
 
-    async def kept_frames(self, job_id: JobId) -> AsyncIterator[Frame]:
+    async def persisted_frames(self, job_id: JobId) -> AsyncIterator[Frame]:
         """All that is kept of a stored job's output now, read a page at a time; nothing if it is unknown."""
         after, complete = (0, 0), False
         while not complete:
@@ -65,7 +65,7 @@ class StoredOutputCalls:
     async def response_status(self, job_id: JobId, state: State) -> ResponseStatus:
         """How the response ended whose job ended in ``state``: the word behind ``response.`` of its webhook. Whether it
         is ``incomplete`` stands in its output, which is read for it; of one that is not kept any more: ``failed``."""
-        return status_of_output(state, [frame async for frame in self.kept_frames(job_id)])
+        return status_of_output(state, [frame async for frame in self.persisted_frames(job_id)])
 
     async def _read_output(self, job_id: JobId, listener: str, after: tuple[int, int]) -> Output | None:
         keys = keys_of_job(self._keys, job_id)

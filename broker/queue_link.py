@@ -24,7 +24,7 @@ from queue_schemas import (
 from telemetry import MetricsRegistry, get_logger
 from telemetry.http.fleet_session import fleet_session
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.1, 2.0
 _ASK_LIMIT_S = 10.0
 
 log = get_logger(__name__)
@@ -67,7 +67,7 @@ class QueueLink:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(pause):
                             await stop.wait()
-                    pause = min(pause * 2, _LONGEST_PAUSE_S)
+                    pause = min(pause * 2, _MAX_PAUSE_S)
                 else:
                     url = await complete_url(address.broker_url)
                     given = given.model_copy(update={"redis_url": url, "shards": address.shards})
@@ -90,7 +90,7 @@ class QueueLink:
                     log.warning("queue_not_connected", error=error.message)
                 self._cannot(error)
                 await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE_S)
+                pause = min(pause * 2, _MAX_PAUSE_S)
         broker = self.broker
         registry.watch_round_trips(lambda: broker.round_trips)
         connected(broker)

@@ -17,8 +17,8 @@ from .redis.calls import Caller, pairs
 POOL_MEMORY_MS = 24 * 3600 * 1000
 """How long a pool that nobody declared is remembered after its last worker."""
 
-_MOST_HELD_BYTES = 4_000
-_MOST_DIGITS = 18
+_MAX_HELD_BYTES = 4_000
+_MAX_DIGITS = 18
 
 log = get_logger(__name__)
 
@@ -46,13 +46,13 @@ class RegistryCalls:
         """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a
         clock); 0 if there is none, or what nobody of ours wrote. One try."""
         until: bytes = await self._caller.once(MANAGER, "HGET", MANAGER, "until") or b""
-        return int(until) if until.isdigit() and len(until) <= _MOST_DIGITS else 0
+        return int(until) if until.isdigit() and len(until) <= _MAX_DIGITS else 0
 
     async def acting_manager(self) -> ActingManager:
         """Who holds the acting Manager's lease, and where it says it is. Not to be believed as it stands. One try."""
         fields = ("holder", "until", "url", "proof")
         held = [value or b"" for value in await self._caller.once(MANAGER, "HMGET", MANAGER, *fields)]
-        holder, until, url, proof = (value[:_MOST_HELD_BYTES].decode("utf-8", "replace") for value in held)
+        holder, until, url, proof = (value[:_MAX_HELD_BYTES].decode("utf-8", "replace") for value in held)
         return ActingManager(holder, int(until) if until.isascii() and until.isdigit() else 0, url, proof)
 
     async def load_workers(self) -> dict[str, WorkerInfo]:
@@ -98,7 +98,7 @@ class RegistryCalls:
             kind, _, model = name.decode("utf-8", "backslashreplace").partition(":")
             # What is no entry of ours is forgotten like an old one.
             is_ours = kind in ("declared", "seen") and when.isdigit() and _is_name(model)
-            if is_ours and now - int(when[:_MOST_DIGITS]) < POOL_MEMORY_MS:
+            if is_ours and now - int(when[:_MAX_DIGITS]) < POOL_MEMORY_MS:
                 known[Pool(model)] = known.get(Pool(model), False) or kind == "declared"
             else:
                 await self._caller.once(POOLS, "HDEL", POOLS, name)

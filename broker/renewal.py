@@ -1,17 +1,17 @@
-"""Renewing: raising an incarnation's number on every shard, which keeps all that it holds."""
+"""Renewing: raising an session_id's number on every shard, which keeps all that it holds."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from queue_schemas import BrokerUnavailable, Fenced, Incarnation, ShardKeys
+from queue_schemas import BrokerUnavailable, Fenced, SessionId, ShardKeys
 
 from .redis.calls import Caller
 
 
 class Renewer:
-    """Renews over ``caller``. ``read_to`` says, per shard and incarnation, which control messages were read: older ones
+    """Renews over ``caller``. ``read_to`` says, per shard and session id, which control messages were read: older ones
     are trimmed.
 
     The Broker's own shares its connection. One made by :meth:`Broker.renewer_apart` has another, for another thread's
@@ -34,14 +34,15 @@ class Renewer:
         self._patience_s = patience_s
         self._unanswered: dict[str, dict[int, asyncio.Task[int]]] = {}
 
-    async def renew(self, incarnation: Incarnation) -> None:
-        """Keep all leases of ``incarnation`` on the shards that answer. Raises ``Fenced`` if it was declared dead, and
+    async def renew(self, session_id: SessionId) -> None:
+        """Keep all leases of ``session_id`` on the shards that answer. Raises ``Fenced`` if it was declared
+        dead, and
         like any call if no shard answers."""
-        unjoined = self._unjoined.get(incarnation, ())
-        own = self._unanswered.setdefault(incarnation, {})
+        unjoined = self._unjoined.get(session_id, ())
+        own = self._unanswered.setdefault(session_id, {})
         for keys in self._keys:
             if keys.shard not in unjoined and keys.shard not in own:
-                own[keys.shard] = asyncio.create_task(self._renew(keys, incarnation))
+                own[keys.shard] = asyncio.create_task(self._renew(keys, session_id))
         asked = dict(own)
         if asked:
             await asyncio.wait(asked.values(), timeout=self._patience_s)
@@ -50,12 +51,12 @@ class Renewer:
             if own.get(shard) is task:
                 del own[shard]
         if not own:
-            self._unanswered.pop(incarnation, None)
+            self._unanswered.pop(session_id, None)
         if not asked:
             return
         failures = [task.exception() for task in done.values()]
         if any(error is None and task.result() < 0 for error, task in zip(failures, done.values(), strict=True)):
-            raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+            raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         if any(error is None for error in failures):
             return
         for error in failures:
@@ -63,9 +64,9 @@ class Renewer:
                 raise error
         raise BrokerUnavailable("the queue's Redis does not answer renewals in time", retry_after_s=2)
 
-    async def _renew(self, keys: ShardKeys, incarnation: Incarnation) -> int:
-        read_to = self._read_to.get((keys.shard, incarnation), "0")
-        return int(await self._caller.script("renew", keys.budget, keys.prefix, incarnation, read_to))
+    async def _renew(self, keys: ShardKeys, session_id: SessionId) -> int:
+        read_to = self._read_to.get((keys.shard, session_id), "0")
+        return int(await self._caller.script("renew", keys.budget, keys.prefix, session_id, read_to))
 
     async def close(self) -> None:
         """Close the connection."""

@@ -21,7 +21,7 @@ _TRIM_AFTER_BYTES = 4 << 20
 _READ_COUNT = 256
 _ENTRY_BYTES = 64
 _BLOCK_MS = 5_000
-_LONGEST_PAUSE_S = 1.0
+_MAX_PAUSE_S = 1.0
 
 log = get_logger(__name__)
 
@@ -74,7 +74,7 @@ class ReplyReader:
             except InferqError as error:
                 log.warning("reply_stream_unreachable", error=error.message)
                 await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE_S)
+                pause = min(pause * 2, _MAX_PAUSE_S)
                 tend_at = 0.0
                 # Perhaps the reply was too large for the time it may take.
                 self._count = max(1, self._count // 2)
@@ -111,7 +111,8 @@ class ReplyReader:
 
 
 async def tend(caller: Caller, keys: ShardKeys, reader: str, ttl_ms: int, read_to: str = "0") -> bool:
-    """Keep a reply stream for ``ttl_ms`` of the queue's time, without the entries before ``read_to``: whether it had to
+    """Keep a reply stream for ``ttl_ms`` of the queue's time, without the entries before ``read_to``: whether
+    it had to
     be made."""
     return bool(await caller.script("tend", keys.budget, keys.prefix, reader, ttl_ms, read_to))
 
@@ -129,10 +130,10 @@ def parse_reply(entry_id: str, fields: dict[bytes, bytes]) -> list[Frame | Marke
 
 
 async def read_control(
-    caller: Caller, keys: ShardKeys, incarnation: str, after: str, block_ms: int
+    caller: Caller, keys: ShardKeys, session_id: str, after: str, block_ms: int
 ) -> list[tuple[str, Control | None]]:
     """Control messages behind ``after`` with their ids; None stands for a kind this version does not know."""
-    entries = await read_stream(caller, keys.control(incarnation), after, _READ_COUNT, block_ms)
+    entries = await read_stream(caller, keys.control(session_id), after, _READ_COUNT, block_ms)
     messages: list[tuple[str, Control | None]] = []
     for entry_id, fields in entries:
         try:

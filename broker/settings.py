@@ -47,4 +47,4 @@ class Budgets:
     tenant_bytes: int = 1 << 30
     pool_jobs: int = 200_000
     pool_bytes: int = 2 << 30
-    tenant_kept_bytes: int = 512 << 20
+    tenant_persisted_bytes: int = 512 << 20

@@ -30,7 +30,7 @@ class JobCounts:
     stopped: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
 
 
-class Figures:
+class QueueStats:
     """The part of :class:`broker.Broker` that counts."""
 
     _caller: Caller

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from queue_schemas import BadMessage, Control, Incarnation, InferqError, ShardKeys
-from queue_schemas.ids import check_incarnation
+from queue_schemas import BadMessage, Control, InferqError, SessionId, ShardKeys
+from queue_schemas.ids import check_session_id
 from telemetry import get_logger
 
 from .audits import Audits
@@ -27,7 +27,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """What became of the jobs of one incarnation. ``lost``: streams that wait for their Routers."""
+    """What became of the jobs of one session_id. ``lost``: streams that wait for their Routers."""
 
     requeued: int = 0
     dead: int = 0
@@ -84,63 +84,61 @@ class UpkeepCalls:
     _clock: ServerClocks
     _audits: Audits
 
-    async def leave(self, incarnation: Incarnation) -> Reclaimed:
+    async def leave(self, session_id: SessionId) -> Reclaimed:
         """Leave the fabric; what is still held is handed back as if never started. Raises once every shard was
         tried."""
-        return await self._take_back(incarnation, counted=False, reason="its worker left")
+        return await self._take_back(session_id, counted=False, reason="its worker left")
 
-    async def beats(self) -> dict[Incarnation, int]:
-        """Renewal numbers by incarnation, summed over the shards. One try."""
-        numbers: dict[Incarnation, int] = {}
+    async def beats(self) -> dict[SessionId, int]:
+        """Renewal numbers by session id, summed over the shards. One try."""
+        numbers: dict[SessionId, int] = {}
         for found in answers_of(await on_each(self._keys, self._beats_on)):
-            for incarnation, number in found.items():
-                numbers[incarnation] = numbers.get(incarnation, 0) + number
+            for session_id, number in found.items():
+                numbers[session_id] = numbers.get(session_id, 0) + number
         return numbers
 
-    async def beats_on(self, shard: int) -> dict[Incarnation, int]:
-        """Renewal numbers by incarnation on one shard. One try."""
+    async def beats_on(self, shard: int) -> dict[SessionId, int]:
+        """Renewal numbers by session id on one shard. One try."""
         return await self._beats_on(self._keys[shard])
 
-    async def _beats_on(self, keys: ShardKeys) -> dict[Incarnation, int]:
-        numbers: dict[Incarnation, int] = {}
+    async def _beats_on(self, keys: ShardKeys) -> dict[SessionId, int]:
+        numbers: dict[SessionId, int] = {}
         for name, number in pairs(await self._caller.once(keys.beats, "HGETALL", keys.beats)):
             try:
-                numbers[check_incarnation(name.decode("utf-8", "replace"))] = int(number)
+                numbers[check_session_id(name.decode("utf-8", "replace"))] = int(number)
             except (BadMessage, ValueError) as error:
                 log.debug("beat_unreadable", error=str(error))  # at each sweep: nobody of ours wrote it
         return numbers
 
-    async def send_control(self, incarnation: Incarnation, control: Control, shard: int = 0) -> bool:
+    async def send_control(self, session_id: SessionId, control: Control, shard: int = 0) -> bool:
         """Put a message on a worker's control stream of a shard; False if the worker is gone."""
-        key = self._keys[shard].control(incarnation)
+        key = self._keys[shard].control(session_id)
         fields = [part for pair in control.fields().items() for part in pair]
         return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", *fields) is not None
 
-    async def reclaim(self, incarnation: Incarnation) -> Reclaimed:
-        """Declare an incarnation dead: it is fenced, and its jobs wait again or end. Raises once every shard was
+    async def reclaim(self, session_id: SessionId) -> Reclaimed:
+        """Declare an session id dead: it is fenced, and its jobs wait again or end. Raises once every shard was
         tried."""
-        return await self._take_back(incarnation, counted=True, reason="its worker was lost")
+        return await self._take_back(session_id, counted=True, reason="its worker was lost")
 
-    async def reclaim_on(self, shard: int, incarnation: Incarnation) -> Reclaimed:
+    async def reclaim_on(self, shard: int, session_id: SessionId) -> Reclaimed:
         """:meth:`reclaim` on one shard."""
-        return await self._take_back_on(self._keys[shard], incarnation, counted=True, reason="its worker was lost")
+        return await self._take_back_on(self._keys[shard], session_id, counted=True, reason="its worker was lost")
 
-    async def _take_back(self, incarnation: Incarnation, *, counted: bool, reason: str) -> Reclaimed:
+    async def _take_back(self, session_id: SessionId, *, counted: bool, reason: str) -> Reclaimed:
         found = await on_each(
-            self._keys, lambda keys: self._take_back_on(keys, incarnation, counted=counted, reason=reason)
+            self._keys, lambda keys: self._take_back_on(keys, session_id, counted=counted, reason=reason)
         )
         return sum(answers_of(found), Reclaimed())
 
-    async def _take_back_on(
-        self, keys: ShardKeys, incarnation: Incarnation, *, counted: bool, reason: str
-    ) -> Reclaimed:
+    async def _take_back_on(self, keys: ShardKeys, session_id: SessionId, *, counted: bool, reason: str) -> Reclaimed:
         taken, left = Reclaimed(), 1
         while left:
             requeued, dead, cancelled, left, lost = await self._caller.script(
-                "reclaim", keys.budget, keys.prefix, incarnation, int(counted), _RECLAIM_STEP, reason
+                "reclaim", keys.budget, keys.prefix, session_id, int(counted), _RECLAIM_STEP, reason
             )
             taken += Reclaimed(requeued, dead, cancelled, lost)
-        self._control_read.pop((keys.shard, incarnation), None)
+        self._control_read.pop((keys.shard, session_id), None)
         return taken
 
     async def expire(self) -> Expired:

@@ -12,12 +12,12 @@ from queue_schemas import (
     Control,
     ControlKind,
     Fenced,
-    Incarnation,
     Job,
     Lane,
     Lease,
     Outcome,
     Pool,
+    SessionId,
     Settled,
     ShardKeys,
     shard_of_job,
@@ -53,29 +53,29 @@ class WorkerCalls:
     _open_link: Callable[[], Link]
     _script_flags: bool
 
-    async def join(self, incarnation: Incarnation) -> set[int]:
-        """Enter the fabric: from now on ``incarnation`` may claim, on every shard but those of the answer, which did
+    async def join(self, session_id: SessionId) -> set[int]:
+        """Enter the fabric: from now on ``session_id`` may claim, on every shard but those of the answer, which did
         not answer: there it has to :meth:`join_on`. Raises if none did."""
-        self._unjoined[incarnation] = {keys.shard for keys in self._keys}
-        found = await on_each(self._keys, lambda keys: self.join_on(keys.shard, incarnation))
-        missing = self._unjoined.get(incarnation, set())
+        self._unjoined[session_id] = {keys.shard for keys in self._keys}
+        found = await on_each(self._keys, lambda keys: self.join_on(keys.shard, session_id))
+        missing = self._unjoined.get(session_id, set())
         if len(missing) == len(found):
             answers_of(found)
         return set(missing)
 
-    async def join_on(self, shard: int, incarnation: Incarnation) -> None:
+    async def join_on(self, shard: int, session_id: SessionId) -> None:
         """:meth:`join` on one shard."""
         keys = self._keys[shard]
-        await self._caller.script("join", keys.budget, keys.prefix, incarnation)
-        missing = self._unjoined.get(incarnation, set())
+        await self._caller.script("join", keys.budget, keys.prefix, session_id)
+        missing = self._unjoined.get(session_id, set())
         missing.discard(shard)
         if not missing:
-            self._unjoined.pop(incarnation, None)
+            self._unjoined.pop(session_id, None)
 
     async def claim(
         self,
         shard: int,
-        incarnation: Incarnation,
+        session_id: SessionId,
         seq: int,
         turn: int,
         n: int,
@@ -88,24 +88,24 @@ class WorkerCalls:
         ``seq`` rises with every new claim: the same one again answers the same leases. ``turn`` is how many jobs the
         worker has claimed so far on the shard; it decides which lane goes first. ``region`` is the worker's: it claims
         that region's jobs and those of none first, others once they have waited their patience. Raises ``Fenced`` if
-        the incarnation was declared dead.
+        the session id was declared dead.
         """
         keys = self._keys[shard]
         wanted: list[str] = []
         for pool, lanes in pools:
             wanted += (encode_name(pool), ",".join(lanes))
         reply = await self._caller.script(
-            "claim", keys.budget, keys.prefix, incarnation, seq, turn, n, secrets.token_hex(6), PARK_MS,
+            "claim", keys.budget, keys.prefix, session_id, seq, turn, n, secrets.token_hex(6), PARK_MS,
             encode_name(region), *wanted,
         )  # fmt: skip
         if reply[0] == b"fenced":
-            raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+            raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         leases = []
         for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, suspect in reply[2:]:
             try:
                 job = Job.unpack(envelope)
             except BadRequest as error:
-                await self._refuse(keys, incarnation, (job_id, epoch, attempt_id), error)
+                await self._refuse(keys, session_id, (job_id, epoch, attempt_id), error)
             else:
                 leases.append(
                     Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms, suspect=bool(suspect))
@@ -113,39 +113,39 @@ class WorkerCalls:
         return Claimed(tuple(leases), reply[1] if reply[1] >= 0 else None)
 
     async def _refuse(
-        self, keys: ShardKeys, incarnation: str, attempt: tuple[bytes, int, bytes], error: BadRequest
+        self, keys: ShardKeys, session_id: str, attempt: tuple[bytes, int, bytes], error: BadRequest
     ) -> None:
         """An envelope that this build cannot read is left to others, and ends as a dead letter if none can."""
         log.warning("envelope_refused", job_id=attempt[0].decode(), error=error.message)
         reason = f"its worker cannot read it: {error.message}"
         await self._caller.script("release", keys.budget, keys.prefix, *attempt, 1, reason)
         # The claim may have given all that was asked for, and so not parked this worker: it has to claim again.
-        control = keys.control(incarnation)
+        control = keys.control(session_id)
         await self._caller.command(control, "XADD", control, "NOMKSTREAM", "*", "k", ControlKind.WAKE.value)
 
-    async def renew(self, incarnation: Incarnation) -> None:
-        """Keep all leases of ``incarnation``. Raises ``Fenced`` if it was declared dead."""
-        await self._renewer.renew(incarnation)
+    async def renew(self, session_id: SessionId) -> None:
+        """Keep all leases of ``session_id``. Raises ``Fenced`` if it was declared dead."""
+        await self._renewer.renew(session_id)
 
     def renewer_apart(self) -> Renewer:
         """A renewer with a connection of its own, to be used and closed in one event loop, which may be another."""
         caller = Caller(self._open_link(), retry_limit_s=0, script_flags=self._script_flags)
         return Renewer(caller, self._keys, self._control_read, self._unjoined, RENEWAL_PATIENCE_S)
 
-    async def hold(self, shard: int, incarnation: Incarnation, seq: int, leases: Sequence[Lease]) -> set[str]:
-        """Make ``leases``, all that ``incarnation`` runs on ``shard``, and what Redis says of it the same: after a
+    async def hold(self, shard: int, session_id: SessionId, seq: int, leases: Sequence[Lease]) -> set[str]:
+        """Make ``leases``, all that ``session_id`` runs on ``shard``, and what Redis says of it the same: after a
         restart or a failover it may have lost its latest writes.
 
         Answers the ids of the attempts that are not this worker's: nobody will take their answers. What it held without
-        running it waits again, uncounted. ``seq`` is that of its last claim. Raises ``Fenced`` if the incarnation was
+        running it waits again, uncounted. ``seq`` is that of its last claim. Raises ``Fenced`` if the session id was
         declared dead.
         """
         keys = self._keys[shard]
-        last_read = self._control_read.get((shard, incarnation), "0")
+        last_read = self._control_read.get((shard, session_id), "0")
         attempts = [part for lease in leases for part in attempt_of(lease)]
-        reply = await self._caller.script("hold", keys.budget, keys.prefix, incarnation, seq, last_read, *attempts)
+        reply = await self._caller.script("hold", keys.budget, keys.prefix, session_id, seq, last_read, *attempts)
         if reply[0] == b"fenced":
-            raise Fenced(f"{incarnation} was declared dead: join again as a new incarnation")
+            raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         return {attempt_id.decode() for attempt_id in reply[1:]}
 
     async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
@@ -201,9 +201,9 @@ class WorkerCalls:
         return Settled((await self._caller.script("clear", keys.budget, keys.prefix, *attempt_of(lease))).decode())
 
     async def read_control(
-        self, shard: int, incarnation: Incarnation, after: str, block_ms: int
+        self, shard: int, session_id: SessionId, after: str, block_ms: int
     ) -> list[tuple[str, Control | None]]:
         """Control messages behind ``after`` ("0" at first) with their ids, waiting up to ``block_ms`` for one."""
-        messages = await read_control(self._caller, self._keys[shard], incarnation, after, block_ms)
-        self._control_read[(shard, incarnation)] = after
+        messages = await read_control(self._caller, self._keys[shard], session_id, after, block_ms)
+        self._control_read[(shard, session_id)] = after
         return messages

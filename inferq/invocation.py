@@ -1,4 +1,4 @@
-"""How a command meets its surroundings: inherited signals, closed or broken output, and its exit code.
+"""How a command meets its context: inherited signals, closed or broken output, and its exit code.
 
 A parent may have made any of it: ``nohup`` and background jobs of scripts ignore SIGINT, service managers start without
 standard streams, and ``| head`` stops reading.

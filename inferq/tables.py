@@ -17,7 +17,7 @@ from rich.text import Text
 
 from .console import PipeConsole, out, visible
 
-LEAST_CHARS = 12
+MIN_CHARS = 12
 """A text is not shortened to fewer characters than this: rather its column is left out."""
 _GAP = 2
 UNLIMITED = 1 << 16
@@ -96,8 +96,8 @@ def _fitted(columns: Sequence[Column], widths: list[int], width: int) -> list[in
         longest = max(
             (place for place in kept if columns[place].shrinks), key=lambda place: widths[place], default=None
         )
-        if longest is not None and widths[longest] > LEAST_CHARS:
-            least = max(LEAST_CHARS, cell_len(columns[longest].name))
+        if longest is not None and widths[longest] > MIN_CHARS:
+            least = max(MIN_CHARS, cell_len(columns[longest].name))
             if widths[longest] - excess >= least:
                 widths[longest] -= excess
                 continue

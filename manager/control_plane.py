@@ -19,7 +19,6 @@ from queue_schemas import (
     BrokerUnsuitable,
     Heartbeat,
     HeartbeatAnswer,
-    Incarnation,
     InferqError,
     ManagerUnavailable,
     ModelNotFound,
@@ -27,9 +26,10 @@ from queue_schemas import (
     PoolList,
     Registration,
     RegistrationAnswer,
+    SessionId,
     WorkerInfo,
     WorkerList,
-    new_incarnation,
+    new_session_id,
 )
 from queue_schemas.fleet.acting_manager import prove_address
 from queue_schemas.fleet.pools import describe_pools
@@ -78,7 +78,7 @@ class ManagerService:
         clock: Clock = time.monotonic,
     ) -> None:
         self.settings = settings
-        self.manager_id = str(new_incarnation("manager"))
+        self.manager_id = str(new_session_id("manager"))
         self.metrics = FleetMetrics(metrics or MetricsRegistry("manager"))
         self._open_queue = open_queue
         self._probe = probe
@@ -292,9 +292,9 @@ class ManagerService:
         member = self._in_office().heartbeat(worker_id, heartbeat)
         return HeartbeatAnswer(assignment=member.assignment, drain=member.drain_asked)
 
-    async def deregister(self, worker_id: str, incarnation: str) -> None:
+    async def deregister(self, worker_id: str, session_id: str) -> None:
         """A worker says goodbye. Raises ``UnknownWorker``."""
-        self._in_office().leave(worker_id, incarnation)
+        self._in_office().leave(worker_id, session_id)
 
     async def drain(self, worker_id: str) -> WorkerInfo:
         """Ask a worker to finish what it runs and end. Raises ``UnknownWorker``."""
@@ -311,14 +311,14 @@ class ManagerService:
         if not self.in_touch:
             self._in_office()
 
-    async def doubt(self, worker_id: str, incarnation: Incarnation) -> None:
+    async def doubt(self, worker_id: str, session_id: SessionId) -> None:
         """The connection that a worker held open broke: find out now whether it is dead. That is only a hint: nobody is
-        buried whose port or ping answers. Raises ``NotActing``."""
+        declared dead whose port or ping answers. Raises ``NotActing``."""
         if self.stopping:
             return
         fleet = self._in_office()
         try:
-            await fleet.doubt(worker_id, incarnation)
+            await fleet.doubt(worker_id, session_id)
         except InferqError as error:
             log.info("worker_not_judged", worker=worker_id, error=error.message, then="the sweep goes on with it")
 

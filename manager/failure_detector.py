@@ -1,4 +1,4 @@
-"""Deaths: examining the doubtful, and taking back what the dead held until that has succeeded."""
+"""FailureDetector: examining the doubtful, and taking back what the dead held until that has succeeded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from broker import Reclaimed
-from queue_schemas import BrokerUnavailable, Control, ControlKind, Incarnation, InferqError
+from queue_schemas import BrokerUnavailable, Control, ControlKind, InferqError, SessionId
 from telemetry import get_logger
 
 from .core import Door, DoorState, Evidence, Member, Verdict, judge
@@ -19,7 +19,7 @@ from .settings import ManagerSettings
 
 RECLAIMS_AT_ONCE = 16
 DEAD_REMEMBERED = 4096
-"""How many reclaimed incarnations are known as such, for a worker that comes back under its id."""
+"""How many reclaimed sessions are known as such, for a worker that comes back under its id."""
 _PING_POLL_S = 0.05
 
 Clock = Callable[[], float]
@@ -36,8 +36,8 @@ async def within(limit_ms: int, call: Awaitable[_T]) -> _T:
         raise BrokerUnavailable(f"the queue's Redis did not answer within {limit_ms} ms", retry_after_s=2) from error
 
 
-class Deaths:
-    """Judges incarnations and reclaims the dead."""
+class FailureDetector:
+    """Judges sessions and reclaims the dead."""
 
     def __init__(
         self,
@@ -55,14 +55,14 @@ class Deaths:
         self._probe = probe
         self._metrics = metrics
         self._clock = clock
-        self._to_reclaim: dict[Incarnation, _Dead] = {}
-        self._dead: dict[Incarnation, None] = {}
+        self._to_reclaim: dict[SessionId, _Dead] = {}
+        self._dead: dict[SessionId, None] = {}
 
     async def look(self, member: Member) -> Door:
         """Who answers at the member's URL."""
         if not member.url:
             return Door(DoorState.UNKNOWN)
-        return await self._probe.look(member.url, member.worker_id, member.incarnation)
+        return await self._probe.look(member.url, member.worker_id, member.session_id)
 
     async def judge(self, member: Member, door: Door, *, heard: bool) -> Verdict:
         """Ping, unless the door has said enough, and weigh what is known. Raises broker errors.
@@ -71,59 +71,59 @@ class Deaths:
         """
         has_number = answered = False
         if door.state is not DoorState.SAME:
-            has_number, answered = await self._ping(member.incarnation)
+            has_number, answered = await self._ping(member.session_id)
         evidence = Evidence(
             door=door.state,
             verified=member.verified,
             ping_answered=answered,
             has_number=has_number,
-            had_number=member.had_number or member.incarnation in self._dead,
+            had_number=member.had_number or member.session_id in self._dead,
             fresh=heard and self._clock() - member.heard_at < self._settings.suspect_ms / 1000,
         )
         return judge(evidence)
 
-    async def _ping(self, incarnation: Incarnation) -> tuple[bool, bool]:
-        """Whether the incarnation has a renewal number, and whether it rose within ``ping_ms`` of a ping: on the first
+    async def _ping(self, session_id: SessionId) -> tuple[bool, bool]:
+        """Whether the session id has a renewal number, and whether it rose within ``ping_ms`` of a ping: on the first
         shard that is not away."""
         limit = self._settings.broker_call_ms
         away = self._away()
         shard = next((shard for shard in range(self._queue.shards) if shard not in away), 0)
-        before = (await within(limit, self._queue.beats_on(shard))).get(incarnation)
+        before = (await within(limit, self._queue.beats_on(shard))).get(session_id)
         if before is None:
             return False, False
-        await within(limit, self._queue.send_control(incarnation, Control(ControlKind.PING), shard))
+        await within(limit, self._queue.send_control(session_id, Control(ControlKind.PING), shard))
         give_up_at = self._clock() + self._settings.ping_ms / 1000
         while self._clock() < give_up_at:
             await asyncio.sleep(_PING_POLL_S)
-            number = (await within(limit, self._queue.beats_on(shard))).get(incarnation)
+            number = (await within(limit, self._queue.beats_on(shard))).get(session_id)
             if number != before:
                 return number is not None, number is not None
         return True, False
 
-    def note(self, incarnation: Incarnation, worker_id: str, how: str) -> None:
-        """An incarnation is dead: what it holds is taken back by :meth:`reclaim`."""
-        if incarnation not in self._to_reclaim:
-            log.warning("worker_dead", worker=worker_id, incarnation=incarnation, how=how)
-            self._to_reclaim[incarnation] = _Dead(how, set(range(self._queue.shards)))
+    def note(self, session_id: SessionId, worker_id: str, how: str) -> None:
+        """An session id is dead: what it holds is taken back by :meth:`reclaim`."""
+        if session_id not in self._to_reclaim:
+            log.warning("worker_dead", worker=worker_id, session_id=session_id, how=how)
+            self._to_reclaim[session_id] = _Dead(how, set(range(self._queue.shards)))
 
     async def reclaim(self) -> None:
         """Take back the jobs of the dead, a few at a time, on every shard that is not away; on those that are, once
         they are back. Raises the first broker error, after trying all of them."""
         away = self._away()
-        due = [(incarnation, dead) for incarnation, dead in self._to_reclaim.items() if dead.shards - away]
+        due = [(session_id, dead) for session_id, dead in self._to_reclaim.items() if dead.shards - away]
         errors = await asyncio.gather(
-            *(self._reclaim_one(incarnation, dead, away) for incarnation, dead in due[:RECLAIMS_AT_ONCE])
+            *(self._reclaim_one(session_id, dead, away) for session_id, dead in due[:RECLAIMS_AT_ONCE])
         )
         for error in errors:
             if error is not None:
                 raise error
 
-    async def _reclaim_one(self, incarnation: Incarnation, dead: _Dead, away: set[int]) -> InferqError | None:
+    async def _reclaim_one(self, session_id: SessionId, dead: _Dead, away: set[int]) -> InferqError | None:
         failures: list[InferqError] = []
 
         async def on(shard: int) -> None:
             try:
-                dead.taken += await within(self._settings.broker_call_ms, self._queue.reclaim_on(shard, incarnation))
+                dead.taken += await within(self._settings.broker_call_ms, self._queue.reclaim_on(shard, session_id))
             except InferqError as error:
                 failures.append(error)
             else:
@@ -133,12 +133,12 @@ class Deaths:
         if failures:
             return failures[0]
         if not dead.shards:
-            self._to_reclaim.pop(incarnation, None)
-        self._dead[incarnation] = None
+            self._to_reclaim.pop(session_id, None)
+        self._dead[session_id] = None
         while len(self._dead) > DEAD_REMEMBERED:
             del self._dead[next(iter(self._dead))]
         self._metrics.dead(dead.how, dead.taken)
-        log.info("worker_reclaimed", incarnation=incarnation, requeued=dead.taken.requeued, dead=dead.taken.dead)
+        log.info("worker_reclaimed", session_id=session_id, requeued=dead.taken.requeued, dead=dead.taken.dead)
         dead.taken = Reclaimed()
         return None
 

@@ -18,8 +18,8 @@ class FleetMetrics:
     def __init__(self, registry: MetricsRegistry) -> None:
         self.registry = registry
         self.acting = registry.gauge("inferq_manager_acting", "1 while this Manager acts, 0 in standby")
-        self._reclaimed = registry.counter("inferq_reclaimed_total", "Incarnations declared dead, by how", ("how",))
-        self._fates = registry.counter("inferq_reclaimed_jobs_total", "Jobs of dead incarnations", ("fate",))
+        self._reclaimed = registry.counter("inferq_reclaimed_total", "Sessions declared dead, by how", ("how",))
+        self._fates = registry.counter("inferq_reclaimed_jobs_total", "Jobs of dead sessions", ("fate",))
         self.expired = registry.counter("inferq_expired_total", "Jobs ended because their time ran out")
         self.rewoken = registry.counter("inferq_rewoken_total", "Workers woken because work and idle workers coexisted")
         self._workers = registry.gauge("inferq_workers", "Workers by model and state", ("model", "state"))
@@ -34,7 +34,7 @@ class FleetMetrics:
         registry.collectors.register(self._counts)
 
     def dead(self, how: str, taken: Reclaimed) -> None:
-        """An incarnation was reclaimed; ``how`` its death was found."""
+        """An session id was reclaimed; ``how`` its death was found."""
         self._reclaimed.labels(how).inc()
         self._fates.labels("requeued").inc(taken.requeued)
         self._fates.labels("dead").inc(taken.dead)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from broker import Expired, JobCounts, Reclaimed
-from queue_schemas import Control, Incarnation, Lane, LaneDepth, Pool, WorkerId, WorkerInfo
+from queue_schemas import Control, Lane, LaneDepth, Pool, SessionId, WorkerId, WorkerInfo
 from queue_schemas.fleet.acting_manager import ActingManager
 
 from .core import Door
@@ -23,11 +23,11 @@ class QueuePort(Protocol):
 
     def shard_of(self, pool: str) -> int: ...
 
-    async def beats_on(self, shard: int) -> dict[Incarnation, int]: ...
+    async def beats_on(self, shard: int) -> dict[SessionId, int]: ...
 
-    async def send_control(self, incarnation: Incarnation, control: Control, shard: int = 0) -> bool: ...
+    async def send_control(self, session_id: SessionId, control: Control, shard: int = 0) -> bool: ...
 
-    async def reclaim_on(self, shard: int, incarnation: Incarnation) -> Reclaimed: ...
+    async def reclaim_on(self, shard: int, session_id: SessionId) -> Reclaimed: ...
 
     async def expire_on(self, shard: int) -> Expired: ...
 
@@ -55,6 +55,6 @@ class QueuePort(Protocol):
 class WorkerProbe(Protocol):
     """Looks at a worker's health page. It never raises and bounds its own time."""
 
-    async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
-        """Who answers at ``url``, asked as the worker ``worker_id`` in that ``incarnation``."""
+    async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
+        """Who answers at ``url``, asked as the worker ``worker_id`` in that ``session_id``."""
         ...

@@ -9,7 +9,7 @@ from typing import Self
 import aiohttp
 import orjson
 
-from queue_schemas import Incarnation, WorkerId
+from queue_schemas import SessionId, WorkerId
 
 from .core import Door, DoorState
 
@@ -40,7 +40,7 @@ class HttpWorkerProbe:
         if self._session is not None:
             await self._session.close()
 
-    async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
+    async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
         if self._session is None:
             raise RuntimeError("enter the probe first")
         try:
@@ -54,16 +54,16 @@ class HttpWorkerProbe:
             return Door(DoorState.UNKNOWN, f"{url} does not answer in time")
         except (aiohttp.ClientError, ValueError, UnicodeError) as error:
             return Door(DoorState.UNKNOWN, f"{url} cannot be asked ({type(error).__name__})")
-        return _who(url, content, worker_id, incarnation)
+        return _who(url, content, worker_id, session_id)
 
 
-def _who(url: str, content: bytes, worker_id: WorkerId, incarnation: Incarnation) -> Door:
+def _who(url: str, content: bytes, worker_id: WorkerId, session_id: SessionId) -> Door:
     try:
         answer = orjson.loads(content)
-        name, run = str(answer["worker_id"]), str(answer["incarnation"])
+        name, run = str(answer["worker_id"]), str(answer["session_id"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return Door(DoorState.UNKNOWN, f"{url} is answered by something that is no worker of this fabric")
-    if run == incarnation:
+    if run == session_id:
         return Door(DoorState.SAME)
     if name == worker_id:
         return Door(DoorState.OTHER, f"{url} is answered by another run of this worker")

@@ -36,7 +36,7 @@ from .settings import ManagerSettings
 CALLS_AT_ONCE = 1_000
 CALL_RETRIES = 3
 """How often Ray repeats a call whose actor died under it, once the actor is there again."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
 STOP_LIMIT_S = 10.0
 
 log = get_logger("manager.ray_actor")
@@ -109,7 +109,7 @@ class ManagerActor:
                 self._unfit = str(unfit.exceptions[0])
                 log.error("broker_unsuitable", error=self._unfit, again_in_s=pause)
                 await self._stopped_within(pause * random.uniform(0.5, 1.0))
-                pause = min(pause * 2, LONGEST_PAUSE_S)
+                pause = min(pause * 2, MAX_PAUSE_S)
 
     async def _stopped_within(self, limit_s: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -12,17 +12,17 @@ from queue_schemas import (
     BrokerAddress,
     Heartbeat,
     HeartbeatAnswer,
-    Incarnation,
     ManagerUnavailable,
     PoolDepth,
     PoolList,
     Registration,
     RegistrationAnswer,
+    SessionId,
     WorkerInfo,
     WorkerList,
     check_worker_id,
 )
-from queue_schemas.ids import check_incarnation
+from queue_schemas.ids import check_session_id
 from telemetry import get_logger
 from telemetry.http.access import allow_members
 from telemetry.http.asgi import error_responses, health_routes, prepare_app
@@ -69,14 +69,14 @@ async def _pass_on(service: ManagerService, request: Request, error: Exception) 
     return await forward_request(service.elsewhere, request, error)
 
 
-async def _doubt(service: ManagerService, worker_id: str, run: Incarnation, request_id: str) -> None:
+async def _doubt(service: ManagerService, worker_id: str, run: SessionId, request_id: str) -> None:
     """The connection of a worker that was held here broke: look, or have the acting Manager look."""
     try:
         await service.doubt(worker_id, run)
     except NotActing:
         path = f"{FABRIC_PREFIX}/workers/{check_worker_id(worker_id)}/doubt"
         token = service.settings.join_token.get_secret_value()
-        call = FabricCall("POST", path, f"incarnation={run}", token, b"", request_id, by_manager=True)
+        call = FabricCall("POST", path, f"session_id={run}", token, b"", request_id, by_manager=True)
         try:
             await service.elsewhere.forward(call)
         except ManagerUnavailable as error:
@@ -112,15 +112,15 @@ def _worker_routes(service: ManagerService) -> APIRouter:
 
     @routes.delete(
         "/workers/{worker_id}",
-        summary="Deregister one incarnation",
+        summary="Deregister one session_id",
         status_code=204,
         response_class=Response,
         responses=error_responses(400, 401, 410, 503),
     )
     async def deregister(
-        worker_id: str, incarnation: str = Query(max_length=100, description="the run of the worker that leaves")
+        worker_id: str, session_id: str = Query(max_length=100, description="the run of the worker that leaves")
     ) -> None:
-        await service.deregister(worker_id, incarnation)
+        await service.deregister(worker_id, session_id)
 
     @routes.post(
         "/workers/{worker_id}/drain",
@@ -137,9 +137,9 @@ def _worker_routes(service: ManagerService) -> APIRouter:
         response_class=Response,
         responses=error_responses(400, 401, 429, 503),
     )
-    async def presence(worker_id: str, incarnation: OneRun, request: Request) -> Response:
+    async def presence(worker_id: str, session_id: OneRun, request: Request) -> Response:
         service.check_in_touch()
-        run = check_incarnation(incarnation)
+        run = check_session_id(session_id)
         return held.answer(lambda: _doubt(service, worker_id, run, request.state.request_id))
 
     @routes.post(
@@ -149,8 +149,8 @@ def _worker_routes(service: ManagerService) -> APIRouter:
         response_class=Response,
         responses=error_responses(400, 401, 503),
     )
-    async def doubt(worker_id: str, incarnation: OneRun) -> None:
-        await service.doubt(worker_id, check_incarnation(incarnation))
+    async def doubt(worker_id: str, session_id: OneRun) -> None:
+        await service.doubt(worker_id, check_session_id(session_id))
 
     @routes.get("/broker", summary="Where the queue is", responses=error_responses(401, 503))
     async def broker() -> BrokerAddress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from broker import Expired
-from queue_schemas import Incarnation, InferqError, ShardedBeatWatch
+from queue_schemas import InferqError, SessionId, ShardedLeaseWatch
 from telemetry import get_logger
 
 from .failure_detector import Clock, within
@@ -25,22 +25,22 @@ class ShardSweeps:
         self._limit_ms = settings.broker_call_ms
         self._queue = queue
         self._clock = clock
-        self._watch = ShardedBeatWatch(settings.lease_ms / 1000, queue.shards)
-        self._numbers: dict[int, dict[Incarnation, int]] = {}
+        self._watch = ShardedLeaseWatch(settings.lease_ms / 1000, queue.shards)
+        self._numbers: dict[int, dict[SessionId, int]] = {}
         self._away: dict[int, InferqError] = {}
         self._asking: dict[int, asyncio.Task[None]] = {}
 
-    def __contains__(self, incarnation: Incarnation) -> bool:
-        """Whether the incarnation had a renewal number when it was looked for last."""
-        return incarnation in self._watch
+    def __contains__(self, session_id: SessionId) -> bool:
+        """Whether the session id had a renewal number when it was looked for last."""
+        return session_id in self._watch
 
     @property
     def away(self) -> set[int]:
         """The shards that do not answer now."""
         return set(self._away)
 
-    async def look(self) -> set[Incarnation]:
-        """Poll the renewal numbers: the incarnations that have one. Raises if no shard answers."""
+    async def look(self) -> set[SessionId]:
+        """Poll the renewal numbers: the sessions that have one. Raises if no shard answers."""
         shards = range(self._queue.shards)
         await asyncio.gather(*(self._poll(shard) for shard in self._present()))
         if len(self._away) == len(shards):
@@ -49,10 +49,10 @@ class ShardSweeps:
         for shard in self._away:
             if shard not in self._asking:
                 self._asking[shard] = asyncio.create_task(self._until_back(shard), name=f"manager: shard {shard}")
-        return {incarnation for shard in shards for incarnation in self._numbers.get(shard, ())}
+        return {session_id for shard in shards for session_id in self._numbers.get(shard, ())}
 
-    def still(self) -> list[Incarnation]:
-        """The incarnations whose leases are lost."""
+    def still(self) -> list[SessionId]:
+        """The sessions whose leases are lost."""
         return self._watch.still()
 
     async def expire(self) -> Expired:

@@ -13,10 +13,10 @@ from queue_schemas import (
     Control,
     ControlKind,
     Heartbeat,
-    Incarnation,
     InferqError,
     Pool,
     Registration,
+    SessionId,
     UnknownWorker,
     WorkerIdTaken,
     WorkerInfo,
@@ -24,7 +24,7 @@ from queue_schemas import (
 from telemetry import get_logger
 
 from .core import Door, DoorState, Member, Registry, Verdict
-from .failure_detector import Clock, Deaths, within
+from .failure_detector import Clock, FailureDetector, within
 from .metrics import FleetMetrics
 from .ports import QueuePort, WorkerProbe
 from .settings import ManagerSettings
@@ -65,7 +65,7 @@ class Fleet:
         self._metrics = metrics
         self._clock = clock
         self._shards = ShardSweeps(settings, queue, clock)
-        self._deaths = Deaths(settings, queue, probe, metrics, clock, lambda: self._shards.away)
+        self._deaths = FailureDetector(settings, queue, probe, metrics, clock, lambda: self._shards.away)
         self._saved: dict[str, WorkerInfo] = {}
         self._loaded_at: float | None = None
         self._check_at = clock() + SNAPSHOT_CHECK_S
@@ -73,7 +73,7 @@ class Fleet:
         self._pools_at = clock()
         self._dirty: set[str] = set()
         """Workers whose entries may differ from those in Redis."""
-        self._doubted: set[Incarnation] = set()
+        self._doubted: set[SessionId] = set()
         self._meeting = asyncio.Lock()
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -90,21 +90,21 @@ class Fleet:
     # What workers ask for
 
     async def register(self, registration: Registration) -> Member:
-        """Take a worker in. Raises ``WorkerIdTaken`` if another live incarnation has its id."""
+        """Take a worker in. Raises ``WorkerIdTaken`` if another live session id has its id."""
         async with self._one_at_a_time(registration.worker_id):
             current = self.registry.find(registration.worker_id)
-            if current is not None and current.incarnation != registration.incarnation:
+            if current is not None and current.session_id != registration.session_id:
                 verdict = await self._judge(current, await self._deaths.look(current))
                 if verdict is Verdict.ALIVE:
                     raise WorkerIdTaken(
-                        f"worker id {registration.worker_id!r} is in use by a live worker ({current.incarnation}): "
+                        f"worker id {registration.worker_id!r} is in use by a live worker ({current.session_id}): "
                         "give this one another --worker-id, or stop that one first"
                     )
                 if verdict is Verdict.DEAD:
-                    self._bury(current.incarnation, "replaced")
+                    self._bury(current.session_id, "replaced")
                     await self._deaths.reclaim()
             member = self.registry.join(registration, self._clock())
-        log.info("worker_joined", worker=member.worker_id, incarnation=member.incarnation, models=member.status.models)
+        log.info("worker_joined", worker=member.worker_id, session_id=member.session_id, models=member.status.models)
         self._note(member.worker_id)
         return member
 
@@ -123,32 +123,32 @@ class Fleet:
         member = self.registry.drain(worker_id, self._clock())
         self._note(worker_id)
         try:
-            call = self._queue.send_control(member.incarnation, Control(ControlKind.DRAIN))
+            call = self._queue.send_control(member.session_id, Control(ControlKind.DRAIN))
             await within(self._settings.broker_call_ms, call)
         except BrokerUnavailable as error:
             log.warning("drain_not_sent", worker=worker_id, error=error.message, then="its next heartbeat tells it")
         return member
 
-    async def doubt(self, worker_id: str, incarnation: Incarnation) -> None:
+    async def doubt(self, worker_id: str, session_id: SessionId) -> None:
         """Look at once whether a worker is dead whose connection broke, and take back what it held if that is certain.
 
-        Raises broker errors. Doubts of the same incarnation meanwhile are passed over.
+        Raises broker errors. Doubts of the same session id meanwhile are passed over.
         """
         member = self.registry.find(worker_id)
-        if member is None or member.incarnation != incarnation or not member.verified or incarnation in self._doubted:
+        if member is None or member.session_id != session_id or not member.verified or session_id in self._doubted:
             return
-        self._doubted.add(incarnation)
+        self._doubted.add(session_id)
         try:
             await self._doubt(member)
             await self._deaths.reclaim()
         finally:
-            self._doubted.discard(incarnation)
+            self._doubted.discard(session_id)
 
-    def leave(self, worker_id: str, incarnation: str) -> None:
-        """A worker says goodbye. Raises ``UnknownWorker`` if the id is another incarnation's."""
-        if not self.registry.leave(worker_id, incarnation):
-            raise UnknownWorker(f"worker {worker_id!r} is not registered here in incarnation {incarnation!r}")
-        log.info("worker_left", worker=worker_id, incarnation=incarnation)
+    def leave(self, worker_id: str, session_id: str) -> None:
+        """A worker says goodbye. Raises ``UnknownWorker`` if the id is another session_id's."""
+        if not self.registry.leave(worker_id, session_id):
+            raise UnknownWorker(f"worker {worker_id!r} is not registered here in session_id {session_id!r}")
+        log.info("worker_left", worker=worker_id, session_id=session_id)
         self._note(worker_id)
 
     def workers(self) -> list[WorkerInfo]:
@@ -165,11 +165,11 @@ class Fleet:
         """
         await self._look_around()
         self.registry.saw_numbers(await self._shards.look())
-        for incarnation in self._shards.still():
-            self._bury(incarnation, "still")
+        for session_id in self._shards.still():
+            self._bury(session_id, "still")
         before = {member.worker_id: member.state for member in self.registry.members()}
         for member in self.registry.sweep(self._clock(), self._shards.__contains__):
-            log.warning("worker_forgotten", worker=member.worker_id, incarnation=member.incarnation)
+            log.warning("worker_forgotten", worker=member.worker_id, session_id=member.session_id)
             self._note(member.worker_id)
         for member in self.registry.members():
             if before.get(member.worker_id) != member.state:
@@ -249,7 +249,7 @@ class Fleet:
                 tasks.create_task(self._verify(member))
 
     async def _look_around(self) -> None:
-        """Verify new URLs, and bury those of the silent whose death is certain."""
+        """Verify new URLs, and declare_dead those of the silent whose death is certain."""
         if not self._meeting.locked():  # who waited for others' looks could watch no renewal numbers meanwhile
             await self.meet()
         now = self._clock()
@@ -262,7 +262,7 @@ class Fleet:
     async def _verify(self, member: Member) -> None:
         door = await self._deaths.look(member)
         before = self.registry.find(member.worker_id)
-        self.registry.looked(member.incarnation, door, self._clock())
+        self.registry.looked(member.session_id, door, self._clock())
         now = self.registry.find(member.worker_id)
         if before is None or now is None or _says(before) != _says(now):
             self._note(member.worker_id)
@@ -278,19 +278,19 @@ class Fleet:
         except InferqError as error:
             log.info("worker_not_judged", worker=member.worker_id, error=error.message)
             return
-        # Meanwhile it may have been heard, have left, or been buried by whoever doubted it as well.
+        # Meanwhile it may have been heard, have left, or been declared dead by whoever doubted it as well.
         now = self.registry.find(member.worker_id)
-        as_before = now is not None and (now.incarnation, now.heard_at) == (member.incarnation, member.heard_at)
+        as_before = now is not None and (now.session_id, now.heard_at) == (member.session_id, member.heard_at)
         if verdict is Verdict.DEAD and as_before:
-            self._bury(member.incarnation, "certain")
+            self._bury(member.session_id, "certain")
 
     async def _judge(self, member: Member, door: Door) -> Verdict:
         # The snapshot says that a worker was there, not that it is: it may have left while no Manager acted.
         return await self._deaths.judge(member, door, heard=member.heard_at != self._loaded_at)
 
-    def _bury(self, incarnation: Incarnation, how: str) -> None:
-        member = self.registry.bury(incarnation)
-        self._deaths.note(incarnation, member.worker_id if member is not None else "", how)
+    def _bury(self, session_id: SessionId, how: str) -> None:
+        member = self.registry.declare_dead(session_id)
+        self._deaths.note(session_id, member.worker_id if member is not None else "", how)
         if member is not None:
             self._note(member.worker_id)
 

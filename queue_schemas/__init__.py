@@ -43,7 +43,7 @@ from .errors import (
     VersionRefused,
     WorkerIdTaken,
 )
-from .fleet.lease_watch import BeatWatch, ShardedBeatWatch
+from .fleet.lease_watch import LeaseWatch, ShardedLeaseWatch
 from .fleet.messages import (
     FABRIC_PREFIX,
     JOIN_TOKEN_HEADER,
@@ -73,15 +73,15 @@ from .fleet.messages import (
 )
 from .frames import CONTINUED, END, HEAD, Frame, Marker, MarkerKind, unpack_frames, unpack_marker
 from .ids import (
-    Incarnation,
     JobId,
     Pool,
+    SessionId,
     Tenant,
     WorkerId,
     check_region,
     check_worker_id,
-    new_incarnation,
     new_job_id,
+    new_session_id,
     shard_of_job,
     shard_of_pool,
 )
@@ -90,8 +90,8 @@ from .keys import ShardKeys
 from .lanes import BANDS, DEFAULT_BAND, LANES, Lane, band_of_priority
 from .leases import Claimed, Lease, Outcome, Settled
 from .lifecycle import TERMINAL, TRANSITIONS, State, may_follow
-from .persisted_jobs import EndedJob, Keep, KeptJob, Memo
-from .persisted_output import KEPT_STATES, Enqueued, Output
+from .persisted_jobs import FinishedJob, JobMetadata, PersistedJob, PersistOptions
+from .persisted_output import PERSISTED_STATES, Enqueued, Output
 
 __all__ = [
     "BANDS",
@@ -102,8 +102,8 @@ __all__ = [
     "FABRIC_PREFIX",
     "HEAD",
     "JOIN_TOKEN_HEADER",
-    "KEPT_STATES",
     "LANES",
+    "PERSISTED_STATES",
     "RAY_MANAGER",
     "RAY_NAMESPACE",
     "TERMINAL",
@@ -113,7 +113,6 @@ __all__ = [
     "AuthenticationFailed",
     "BadMessage",
     "BadRequest",
-    "BeatWatch",
     "BodyTooLarge",
     "BrokerAddress",
     "BrokerFull",
@@ -129,31 +128,29 @@ __all__ = [
     "DeadLetterList",
     "DeadRequest",
     "DeadlineExceeded",
-    "EndedJob",
     "EngineFailed",
     "EngineState",
     "Enqueued",
     "Fenced",
+    "FinishedJob",
     "Frame",
     "HeadTooLarge",
     "Heartbeat",
     "HeartbeatAnswer",
     "IdempotencyKeyReused",
-    "Incarnation",
     "InferqError",
     "Job",
     "JobCancelled",
     "JobId",
+    "JobMetadata",
     "JobNotFound",
-    "Keep",
-    "KeptJob",
     "Lane",
     "LaneDepth",
     "Lease",
+    "LeaseWatch",
     "ManagerUnavailable",
     "Marker",
     "MarkerKind",
-    "Memo",
     "MethodNotAllowed",
     "ModelNotFound",
     "NoNotifier",
@@ -166,6 +163,8 @@ __all__ = [
     "OverCapacity",
     "PathNotFound",
     "PermissionRefused",
+    "PersistOptions",
+    "PersistedJob",
     "Pool",
     "PoolAssignment",
     "PoolDepth",
@@ -175,9 +174,10 @@ __all__ = [
     "RegistrationAnswer",
     "Removed",
     "RequestTimeout",
+    "SessionId",
     "Settled",
     "ShardKeys",
-    "ShardedBeatWatch",
+    "ShardedLeaseWatch",
     "ShuttingDown",
     "State",
     "StoreFull",
@@ -200,8 +200,8 @@ __all__ = [
     "check_worker_id",
     "check_worker_url",
     "may_follow",
-    "new_incarnation",
     "new_job_id",
+    "new_session_id",
     "parse_control",
     "shard_of_job",
     "shard_of_pool",

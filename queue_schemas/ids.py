@@ -17,8 +17,8 @@ from .errors import BadMessage
 
 JobId = NewType("JobId", str)
 WorkerId = NewType("WorkerId", str)
-Incarnation = NewType("Incarnation", str)
-"""One start of one worker or router: ``<name>.<16 hex digits>``. A restart is a new incarnation."""
+SessionId = NewType("SessionId", str)
+"""One start of one worker or router: ``<name>.<16 hex digits>``. A restart is a new session_id."""
 Pool = NewType("Pool", str)
 """A model id as the engine lists it: all workers that serve it form the pool."""
 Tenant = NewType("Tenant", str)
@@ -29,9 +29,9 @@ MAX_REGION_LENGTH = 100
 
 _JOB_ID = re.compile(r"(0|[1-9][0-9]{0,3})-[0-9a-f]{32}")
 WORKER_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
-INCARNATION_PATTERN = WORKER_ID_PATTERN + r"\.[0-9a-f]{16}"
+SESSION_ID_PATTERN = WORKER_ID_PATTERN + r"\.[0-9a-f]{16}"
 _WORKER_ID = re.compile(WORKER_ID_PATTERN)
-_INCARNATION = re.compile(INCARNATION_PATTERN)
+_INCARNATION = re.compile(SESSION_ID_PATTERN)
 
 
 def new_job_id(shard: int) -> JobId:
@@ -51,16 +51,16 @@ def shard_of_pool(pool: str, shards: int) -> int:
     return zlib.crc32(pool.encode()) % shards
 
 
-def new_incarnation(name: str) -> Incarnation:
-    """A fresh incarnation of the worker or router called ``name``."""
-    return Incarnation(f"{check_worker_id(name)}.{secrets.token_hex(8)}")
+def new_session_id(name: str) -> SessionId:
+    """A fresh session id of the worker or router called ``name``."""
+    return SessionId(f"{check_worker_id(name)}.{secrets.token_hex(8)}")
 
 
-def check_incarnation(value: str) -> Incarnation:
-    """``value`` if it has the shape of an incarnation, else ``BadMessage``."""
+def check_session_id(value: str) -> SessionId:
+    """``value`` if it has the shape of an session id, else ``BadMessage``."""
     if not _INCARNATION.fullmatch(value):
-        raise BadMessage(f"not an incarnation: {value[:90]!r}; expected NAME.<16 hex digits>")
-    return Incarnation(value)
+        raise BadMessage(f"not an session_id: {value[:90]!r}; expected NAME.<16 hex digits>")
+    return SessionId(value)
 
 
 def check_worker_id(value: str) -> WorkerId:

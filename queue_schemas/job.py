@@ -25,7 +25,7 @@ OnLoss = Literal["continue", "restart", "fail"]
 class Job:
     """One request, queued once.
 
-    ``path`` is the engine's (``/v1/chat/completions``). ``reply_to`` is the incarnation of the Router that waits, empty
+    ``path`` is the engine's (``/v1/chat/completions``). ``reply_to`` is the session id of the Router that waits, empty
     for a ``stored`` job, whose answer is kept for any number of listeners (:mod:`queue_schemas.persisted_output`).
     ``idempotency_key`` is the client's name for it. ``ttl_ms`` counts from the enqueue on the server's clock.
     ``max_attempts`` bounds how often it is started. ``on_loss`` says what happens to a stream whose attempt was lost
@@ -35,9 +35,8 @@ class Job:
     ``request_id`` is what the client sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. ``headers`` are
     those of the request that the engine is to see (:mod:`queue_schemas.headers`); a job that has them, be they none, is
     of a Router that reads the headers of answers, which one without does not. ``deadline_from`` names what set
-    ``ttl_ms``. Workers of
-    ``region`` go first: others may claim the job once it has waited for ``patience_ms``. Without a region anybody may
-    at once.
+    ``ttl_ms``. Workers of ``region`` go first: others may claim the job once it has waited for ``remote_after_ms``.
+    Without a region anybody may at once.
     """
 
     id: JobId
@@ -60,14 +59,14 @@ class Job:
     idempotency_key: str = ""
     request_id: str = ""
     region: str = ""
-    patience_ms: int = 0
+    remote_after_ms: int = 0
     prefix: str = ""
     headers: Mapping[str, str] | None = field(default=None, hash=False)
     deadline_from: str = ""
 
     def pack(self) -> bytes:
         """The envelope as msgpack: a map with ``v`` first. What most jobs lack (a region, a prefix) is left out."""
-        regional = {"region": self.region, "patience_ms": self.patience_ms} if self.region else {}
+        regional = {"region": self.region, "remote_after_ms": self.remote_after_ms} if self.region else {}
         continued = {"prefix": self.prefix} if self.prefix else {}
         told: dict[str, Any] = {} if self.headers is None else {"headers": dict(self.headers)}
         if self.deadline_from:
@@ -143,7 +142,7 @@ _FIELD_TYPES: dict[str, type] = {
     "idempotency_key": str,
     "request_id": str,
     "region": str,
-    "patience_ms": int,
+    "remote_after_ms": int,
     "prefix": str,
     "headers": dict,
     "deadline_from": str,
@@ -186,7 +185,7 @@ def _band(value: int) -> int:
 
 def _patience_ms(value: int) -> int:
     if value < 0:
-        raise BadMessage(f"patience_ms is {value}; it must not be below 0")
+        raise BadMessage(f"remote_after_ms is {value}; it must not be below 0")
     return value
 
 
@@ -208,5 +207,5 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "ttl_ms": _at_least_one("ttl_ms"),
     "max_attempts": _at_least_one("max_attempts"),
     "region": check_region,
-    "patience_ms": _patience_ms,
+    "remote_after_ms": _patience_ms,
 }

@@ -67,31 +67,31 @@ class ShardKeys:
         """Hash: the record; once terminal, a tombstone with expiry."""
         return f"{self.prefix}job:{job_id}"
 
-    def leases(self, incarnation: str) -> str:
+    def leases(self, session_id: str) -> str:
         """Hash: job id -> epoch, what one run of one worker holds."""
-        return f"{self.prefix}leases:{incarnation}"
+        return f"{self.prefix}leases:{session_id}"
 
-    def claimed(self, incarnation: str) -> str:
-        """Hash: the last claim of an incarnation and its answer, for a repeated call; where it is parked."""
-        return f"{self.prefix}claimed:{incarnation}"
+    def claimed(self, session_id: str) -> str:
+        """Hash: the last claim of an session id and its answer, for a repeated call; where it is parked."""
+        return f"{self.prefix}claimed:{session_id}"
 
     @property
     def beats(self) -> str:
-        """Hash: incarnation -> renewal number. One without, or with a negative one (being reclaimed), is fenced."""
+        """Hash: session id -> renewal number. One without, or with a negative one (being reclaimed), is fenced."""
         return f"{self.prefix}beats"
 
-    def control(self, incarnation: str) -> str:
+    def control(self, session_id: str) -> str:
         """Stream: wakes, aborts, drains and pings for one worker."""
-        return f"{self.prefix}ctl:{incarnation}"
+        return f"{self.prefix}ctl:{session_id}"
 
     def parked(self, pool: str, lane: Lane, region: str = "") -> str:
-        """Sorted set: idle incarnations, those of one region, by expiry (server ms)."""
+        """Sorted set: idle sessions, those of one region, by expiry (server ms)."""
         return f"{self.prefix}parked:{place(pool, lane, region)}"
 
-    def abroad(self, pool: str) -> str:
-        """Hash: ``<lane>@<region>`` -> when somebody abroad looks whether jobs are free for all there (server ms), and
+    def remote(self, pool: str) -> str:
+        """Hash: ``<lane>@<region>`` -> when somebody remote looks whether jobs are free for all there (server ms), and
         who. Expires."""
-        return f"{self.prefix}abroad:{encode_name(pool)}"
+        return f"{self.prefix}remote:{encode_name(pool)}"
 
     @property
     def regions(self) -> str:

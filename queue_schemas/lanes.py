@@ -6,7 +6,7 @@ that every ``BAND_STEP``-th job starts from another band, each of them in turn; 
 before new work except on that same turn.
 
 Where regions are named, a worker claims in each lane what is of its own region or of none (in turns), then what is of
-another region and free for all; on every ``ABROAD_STEP``-th job it is the other way round.
+another region and free for all; on every ``REMOTE_STEP``-th job it is the other way round.
 
 ``broker/lua/claim.lua`` does what these functions say; the contract tests compare the two.
 """
@@ -37,9 +37,9 @@ LANE_CYCLE = 16
 BAND_STEP = 4
 STARVATION_BOUND = LANE_CYCLE * BAND_STEP * (BANDS - 1)
 """With one tenant and one pool, a waiting head of any lane and band is claimed within so many claims of one worker."""
-ABROAD_STEP = 4
-REGIONAL_STARVATION_BOUND = ABROAD_STEP * STARVATION_BOUND
-"""The same where regions are named: at home, and abroad for a head that is free for all, with one other region."""
+REMOTE_STEP = 4
+REGIONAL_STARVATION_BOUND = REMOTE_STEP * STARVATION_BOUND
+"""The same where regions are named: at home, and remote for a head that is free for all, with one other region."""
 
 
 def lane_order(turn: int) -> tuple[Lane, ...]:
@@ -59,10 +59,10 @@ def band_order(turn: int) -> tuple[int, ...]:
     return (first, *(band for band in range(BANDS) if band != first))
 
 
-def abroad_first(turn: int) -> bool:
-    """Whether the ``turn``-th job that a worker claims is looked for abroad first. The step is shifted in each cycle of
+def remote_first(turn: int) -> bool:
+    """Whether the ``turn``-th job that a worker claims is looked for remote first. The step is shifted in each cycle of
     lanes, so that every lane has such turns."""
-    return (turn + turn // LANE_CYCLE) % ABROAD_STEP == ABROAD_STEP - 1
+    return (turn + turn // LANE_CYCLE) % REMOTE_STEP == REMOTE_STEP - 1
 
 
 def region_first(turn: int) -> bool:

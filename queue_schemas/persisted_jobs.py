@@ -1,8 +1,8 @@
 """Kept jobs: what is kept of a stored job beside its answer, what may be told of it, and the notice of its end.
 
-A stored job's record holds, beside what the queue needs, a **memo**: what a Router has to know of the request to give
-its answer again, which the queue passes on unread. A **listed** job (one of the background) is kept however it ends,
-with what it has said so far and why it ended, and stands in its tenant's list until it is forgotten. One with a
+A stored job's record holds, beside what the queue needs, a **job metadata**: what a Router has to know of the request
+to give its answer again, which the queue passes on unread. A **listed** job (one of the background) is kept however it
+ends, with what it has said so far and why it ended, and stands in its tenant's list until it is forgotten. One with a
 ``notify`` word puts a notice of its end on its shard's stream of ends.
 """
 
@@ -20,12 +20,12 @@ from .lanes import Lane
 from .lifecycle import TERMINAL, State
 
 MAX_NOTE_BYTES = 256 * 1024
-"""Largest note of a memo."""
+"""Largest note of a job_metadata."""
 _NOTIFY = re.compile(r"[a-z][a-z0-9_.-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memo:
+class JobMetadata:
     """What is kept of a request beside its answer.
 
     ``path`` to ``choices`` are the request's, as in :class:`~queue_schemas.Job` and the Router's reading of its body;
@@ -63,11 +63,11 @@ class Memo:
         )
 
     @classmethod
-    def unpack(cls, data: bytes) -> Memo:
-        """The memo in ``data``; of one that was never written, or by another version, what can be read."""
+    def unpack(cls, data: bytes) -> JobMetadata:
+        """The job metadata in ``data``; of one that was never written, or by another version, what can be read."""
         fields: Any = codec.decode(data) if data else {}
         if type(fields) is not dict:
-            raise BadMessage("a memo is a map")
+            raise BadMessage("a job_metadata is a map")
         known = {name: fields[name] for name, kind in _FIELDS.items() if type(fields.get(name)) is kind}
         if known.get("on_loss") not in ("continue", "restart", "fail"):
             known.pop("on_loss", None)
@@ -88,12 +88,12 @@ _FIELDS: dict[str, type] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class PersistOptions:
     """How a stored job is kept: for ``keep_ms`` once it has ended. ``listed``: however it ends, and among its tenant's
     jobs. ``notify``: the word of its notice of end; empty for none."""
 
     keep_ms: int
-    memo: Memo = field(default_factory=Memo)
+    job_metadata: JobMetadata = field(default_factory=JobMetadata)
     listed: bool = False
     notify: str = ""
 
@@ -105,11 +105,11 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptJob:
+class PersistedJob:
     """What may be told of a stored job. Times are the server's, in ms since 1970; None where there is none yet.
 
     ``now_ms`` is when it was read. ``expires_ms`` is when it is forgotten. ``cause`` says why it has no answer: of a
-    listed job that is dead, cancelled or expired. ``kept_bytes`` is what it counts for in its tenant's budget.
+    listed job that is dead, cancelled or expired. ``persisted_bytes`` is what it counts for in its tenant's budget.
     ``begun_epoch`` is that of the attempt with which the kept output begins, 0 while nothing was said; ``replaced``: it
     began anew after another one had said something, which is not kept any more.
     """
@@ -130,10 +130,10 @@ class KeptJob:
     cause: str = ""
     listed: bool = False
     notify: str = ""
-    kept_bytes: int = 0
+    persisted_bytes: int = 0
     begun_epoch: int = 0
     replaced: bool = False
-    memo: Memo = field(default_factory=Memo)
+    job_metadata: JobMetadata = field(default_factory=JobMetadata)
 
     @property
     def over(self) -> bool:
@@ -147,7 +147,7 @@ class KeptJob:
 
 
 @dataclass(frozen=True, slots=True)
-class EndedJob:
+class FinishedJob:
     """A notice: a job with a ``notify`` word ended. ``id`` names the notice; ``at_ms`` is the server's time."""
 
     id: str

@@ -16,7 +16,7 @@ from .ids import JobId
 from .job import Job
 from .lifecycle import TERMINAL, State
 
-KEPT_STATES = frozenset({State.DONE, State.FAILED})
+PERSISTED_STATES = frozenset({State.DONE, State.FAILED})
 """How a job ends whose output is kept. One that ends otherwise lets go of its key: asked again, it runs anew."""
 
 

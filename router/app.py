@@ -32,7 +32,7 @@ from .fleet.routes import build_pages
 from .http.connection import Connection
 from .http.cors import with_cors
 from .http.own_paths import refuse_own_paths
-from .http.response_writer import Exchange
+from .http.response_writer import ResponseWriter
 from .inference.routes import Inference
 from .ports import ManagerPort, OpenQueue
 from .settings import RouterSettings
@@ -127,7 +127,7 @@ class RouterApp:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _refuse_method(self, scope: Scope, send: Send, path: str) -> None:
-        exchange = Exchange(send, request_id_from(scope["headers"]).encode(), scope["path"])
+        exchange = ResponseWriter(send, request_id_from(scope["headers"]).encode(), scope["path"])
         allow = (b"allow", allow_header(answered_methods(self._pages, path) | {"OPTIONS", "POST"}).encode())
         if scope["method"] == "OPTIONS":
             exchange.add_header(*allow)
@@ -139,7 +139,7 @@ class RouterApp:
         self.state.metrics.answered(path, exchange.status)
 
     async def _refuse_spelling(self, scope: Scope, send: Send) -> None:
-        exchange = Exchange(send, request_id_from(scope["headers"]).encode(), scope["path"])
+        exchange = ResponseWriter(send, request_id_from(scope["headers"]).encode(), scope["path"])
         await exchange.fail(PathNotFound("paths must be written plainly, without percent signs"))
         self.state.metrics.answered("unknown", exchange.status)
 

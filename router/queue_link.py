@@ -14,9 +14,9 @@ from queue_schemas import (
     AuthenticationFailed,
     BrokerUnavailable,
     BrokerUnsuitable,
-    Incarnation,
     InferqError,
-    new_incarnation,
+    SessionId,
+    new_session_id,
 )
 from queue_schemas.fleet.acting_manager import ActingManager
 from telemetry import get_logger
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from queue_schemas import WorkerInfo
 
 FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 2.0
+MAX_PAUSE_S = 2.0
 DECLARE_EVERY_S = 600.0
-LEAST_REFRESH_GAP_S = 0.1
+MIN_REFRESH_GAP_S = 0.1
 REFRESH_WAIT_S = 2.0
 VET_EVERY_S = 2.0
 
@@ -68,7 +68,7 @@ class QueueLink:
         self._refreshed_s = float("-inf")
         self.queue: QueuePort | None = None
         self.directory = Directory()
-        self.incarnation = Incarnation("")
+        self.session_id = SessionId("")
 
     @property
     def reasons(self) -> list[str]:
@@ -107,7 +107,7 @@ class QueueLink:
                 if never and isinstance(error, BrokerUnsuitable | AuthenticationFailed):
                     raise
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(pause * 2, LONGEST_PAUSE_S)
+                pause = min(pause * 2, MAX_PAUSE_S)
                 continue
             never, pause = False, FIRST_PAUSE_S
             try:
@@ -122,11 +122,11 @@ class QueueLink:
             await asyncio.sleep(pause)
 
     async def _use(self, queue: QueuePort) -> None:
-        self.incarnation = new_incarnation(self._settings.router_id)
+        self.session_id = new_session_id(self._settings.router_id)
         self.queue = queue
-        log.info("queue_connected", router=self.incarnation)
+        log.info("queue_connected", router=self.session_id)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(queue.read_replies(self.incarnation, self._deliver, self._lost), name="replies")
+            tasks.create_task(queue.read_replies(self.session_id, self._deliver, self._lost), name="replies")
             tasks.create_task(self._keep_directory(queue), name="directory")
             tasks.create_task(self._vet(queue), name="the queue's servers")
 
@@ -163,7 +163,7 @@ class QueueLink:
                 pass  # its time has come anyway
             else:
                 # However many ask for models that do not exist, Redis is not asked more often than this.
-                await asyncio.sleep(max(0.0, self._refreshed_s + LEAST_REFRESH_GAP_S - time.monotonic()))
+                await asyncio.sleep(max(0.0, self._refreshed_s + MIN_REFRESH_GAP_S - time.monotonic()))
             self._refresh_wanted.clear()
 
     async def _refresh(self, queue: QueuePort) -> None:

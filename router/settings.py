@@ -65,14 +65,14 @@ class RouterSettings(RequestSettings):
         ge=1,
         description="How long a request may take that does not say so (x-inferq-deadline-ms, or timeout in its body)",
     )
-    longest_deadline_ms: int = Field(3_600_000, ge=1, description="Longest deadline that a request may ask for")
+    max_deadline_ms: int = Field(3_600_000, ge=1, description="Longest deadline that a request may ask for")
     deadline_grace_ms: int = Field(
         5_000, ge=0, description="How long after its deadline a request waits for the queue to say so"
     )
     region: str = Field(
         "", description="Where this Router stands: workers of that region run its requests first; empty: no region"
     )
-    region_patience_ms: int = Field(
+    region_remote_after_ms: int = Field(
         500, ge=0, le=600_000, description="How long a request waits for a worker of this region before any may run it"
     )
     max_attempts: int = Field(3, ge=1, le=100, description="How often a request is started before it is given up")
@@ -189,7 +189,7 @@ class RouterSettings(RequestSettings):
     )
     tenant_jobs: int = Field(100_000, ge=1, description="Most live jobs (waiting or running) of one tenant")
     tenant_bytes: int = Field(1024 * MIB, ge=1, description="Most bytes of live jobs of one tenant")
-    tenant_kept_bytes: int = Field(
+    tenant_persisted_bytes: int = Field(
         512 * MIB,
         ge=0,
         description="Most bytes kept of one tenant's requests (background, resumable, with an Idempotency-Key); "
@@ -232,8 +232,8 @@ class RouterSettings(RequestSettings):
 
     @model_validator(mode="after")
     def _in_proportion(self) -> Self:
-        if self.default_deadline_ms > self.longest_deadline_ms:
-            raise ValueError("default_deadline_ms must not be longer than longest_deadline_ms")
+        if self.default_deadline_ms > self.max_deadline_ms:
+            raise ValueError("default_deadline_ms must not be longer than max_deadline_ms")
         if self.max_body_bytes > self.max_inflight_body_bytes:
             raise ValueError("max_inflight_body_bytes must not be less than max_body_bytes")
         if 0 < self.tenant_inflight_body_bytes < self.max_body_bytes:
@@ -258,4 +258,6 @@ class RouterSettings(RequestSettings):
 
     @property
     def budgets(self) -> Budgets:
-        return Budgets(self.tenant_jobs, self.tenant_bytes, self.pool_jobs, self.pool_bytes, self.tenant_kept_bytes)
+        return Budgets(
+            self.tenant_jobs, self.tenant_bytes, self.pool_jobs, self.pool_bytes, self.tenant_persisted_bytes
+        )

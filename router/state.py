@@ -11,13 +11,13 @@ from storage import StorageSettings
 from telemetry import get_logger
 from webhooks.url_settings import WebhookSettings
 
-from .files.transfers import Allowance, Transfers
+from .files.transfers import StorageQuota, Transfers
 from .fleet.manager_failover import ManagerRoute
 from .http.access import Gate, local_callers
 from .http.api_keys import ApiKeys
 from .inference.cancellation import Canceller
 from .inference.open_requests import OpenRequest, OpenRequests
-from .jobs.disconnect_grace import Abandoned
+from .jobs.disconnect_grace import DisconnectGrace
 from .metrics import RouterMetrics
 from .ports import ManagerPort, OpenQueue
 from .queue_link import QueueLink
@@ -55,12 +55,12 @@ class RouterState:
         self.gate = Gate(self.keys, settings.join_token.get_secret_value(), local)
         self.metrics = RouterMetrics()
         alone = not self.keys.required
-        self.requests = OpenRequests(settings, self.metrics, self._drop, self._unasked, alone=alone)
+        self.requests = OpenRequests(settings, self.metrics, self._drop, self._cancel_orphan, alone=alone)
         self._route = manager if isinstance(manager, ManagerRoute) else None
         heard = self._route.heard if self._route is not None else None
         self.link = QueueLink(settings, open_queue, self.requests.deliver, self.requests.lost, self._broken, heard)
         self.canceller = Canceller(lambda: self.link.queue, self.requests.stored)
-        self.abandoned = Abandoned(settings.resume_grace_ms / 1000, self._give_up)
+        self.abandoned = DisconnectGrace(settings.resume_grace_ms / 1000, self._give_up)
         self.leaving = False
         """Still serving, but asking clients and load balancers to go elsewhere."""
         self.draining = False
@@ -72,7 +72,7 @@ class RouterState:
             tenant_limit(settings.tenant_transfers, settings.max_transfers, alone=alone),
             self._note_idle,
         )
-        self.allowance = Allowance(store, settings.tenant_files, settings.tenant_file_bytes)
+        self.allowance = StorageQuota(store, settings.tenant_files, settings.tenant_file_bytes)
         self.metrics.watch(
             waiting=lambda: self.requests.waiting,
             round_trips=lambda: self.link.round_trips,
@@ -171,8 +171,8 @@ class RouterState:
         grace_ms = self.settings.resume_grace_ms
         self.canceller.cancel_abandoned(job_id, f"its client was away for more than {grace_ms} ms", grace_ms)
 
-    def _unasked(self, job_id: JobId) -> None:
-        self.canceller.cancel(job_id, "nobody waits for the answer", unasked=True)
+    def _cancel_orphan(self, job_id: JobId) -> None:
+        self.canceller.cancel(job_id, "nobody waits for the answer", if_orphaned=True)
 
     def _broken(self, error: InferqError) -> None:
         self.requests.fail_all(error)

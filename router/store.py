@@ -22,7 +22,7 @@ from webhooks.endpoints import Webhooks
 
 WAITING_PER_THREAD = 16
 """How many calls may wait for each thread; beyond it they are refused."""
-MOST_PAGES_WAITING = 16
+MAX_PAGES_WAITING = 16
 """How many pages of lists may wait for a tenant's turn; beyond it they are refused."""
 RETRY_AFTER_S = 5
 _Answer = TypeVar("_Answer")
@@ -61,9 +61,9 @@ class Store:
         self.deliveries = Deliveries(objects)
         self.requests = RequestRecords(objects)
         self._limit_s = limit_s
-        self._most_threads = threads
-        self._most_open = threads * WAITING_PER_THREAD
-        self._most_of_tenant = self._most_open if alone else self._most_open // 4
+        self._max_threads = threads
+        self._max_open = threads * WAITING_PER_THREAD
+        self._max_of_tenant = self._max_open if alone else self._max_open // 4
         self._open_of: Counter[Tenant] = Counter()
         self._threads = 0
         self._page_turns: dict[Tenant, _Turn] = {}
@@ -88,13 +88,13 @@ class Store:
         ``tenant``: who asked for it. Raises ``OverCapacity`` if too many of its calls have not ended: one tenant's
         never are all that there may be.
         """
-        if self.open >= self._most_open:
+        if self.open >= self._max_open:
             raise StoreUnavailable(
                 "the file store has more to do than it gets done; try again shortly", retry_after_s=RETRY_AFTER_S
             )
-        if tenant is not None and self._open_of.get(tenant, 0) >= self._most_of_tenant:
+        if tenant is not None and self._open_of.get(tenant, 0) >= self._max_of_tenant:
             raise OverCapacity(
-                f"{self._most_of_tenant} of your requests wait for the file store: try again shortly",
+                f"{self._max_of_tenant} of your requests wait for the file store: try again shortly",
                 retry_after_s=RETRY_AFTER_S,
             )
         limit_s = self._limit_s if limit_s is None else limit_s
@@ -116,7 +116,7 @@ class Store:
         Raises ``OverCapacity`` where too many of the tenant's wait already, or one has waited for the limit.
         """
         turn = self._page_turns.setdefault(tenant, _Turn())
-        if turn.wanted > MOST_PAGES_WAITING:
+        if turn.wanted > MAX_PAGES_WAITING:
             raise _too_many_pages()
         turn.wanted += 1
         try:
@@ -156,7 +156,7 @@ class Store:
         if call.tenant is not None:
             self._open_of[call.tenant] += 1
         self._calls.put(call)
-        if self._threads < min(self.open, self._most_threads):
+        if self._threads < min(self.open, self._max_threads):
             self._threads += 1
             # A daemon: a store that hangs must not keep the process from ending.
             threading.Thread(target=self._work, name="file store", daemon=True).start()
@@ -195,6 +195,6 @@ class Store:
 
 def _too_many_pages() -> OverCapacity:
     return OverCapacity(
-        f"{MOST_PAGES_WAITING} of your pages of lists wait for another one to be read: ask for one after another",
+        f"{MAX_PAGES_WAITING} of your pages of lists wait for another one to be read: ask for one after another",
         retry_after_s=RETRY_AFTER_S,
     )

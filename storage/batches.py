@@ -33,7 +33,7 @@ _LIVE = "live"
 _ENDED = "ended"
 _PARTS = ("request", "progress", "cancel")
 
-MOST_REMEMBERED = 10_000
+MAX_REMEMBERED = 10_000
 """Ended batches that are kept in memory for lists, some KiB each."""
 
 log = get_logger(__name__)
@@ -209,7 +209,7 @@ class Batches:
         return [batch for batch_id in ids if (batch := found.get(batch_id)) is not None]
 
     def _remember(self, tenant: Tenant, batch: Batch) -> None:
-        while len(self._ended) >= MOST_REMEMBERED:
+        while len(self._ended) >= MAX_REMEMBERED:
             self._ended.pop(next(iter(self._ended), (tenant, "")), None)
         self._ended[tenant, batch.request.id] = batch
 

@@ -73,19 +73,19 @@ class Upload:
     """A file that comes in: ``write`` as often as wanted, then ``commit`` and :meth:`Files.add`; or ``discard``, after
     which nothing is left. ``size`` counts its bytes so far."""
 
-    def __init__(self, writer: ObjectWriter, store: ObjectStore, name: str, most_bytes: int) -> None:
+    def __init__(self, writer: ObjectWriter, store: ObjectStore, name: str, max_bytes: int) -> None:
         self._writer = writer
         self._store = store
         self._name = name
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._hash = hashlib.sha256()
         self.size = 0
 
     def write(self, data: bytes) -> None:
         """Raises ``BodyTooLarge`` past the limit."""
         self.size += len(data)
-        if self.size > self._most_bytes:
-            raise BodyTooLarge(f"the file has more than {self._most_bytes} bytes: split it", param="file")
+        if self.size > self._max_bytes:
+            raise BodyTooLarge(f"the file has more than {self._max_bytes} bytes: split it", param="file")
         self._hash.update(data)
         self._writer.write(data)
 
@@ -116,15 +116,15 @@ class Files:
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
 
-    def begin(self, tenant: Tenant, file_id: str, most_bytes: int) -> Upload:
+    def begin(self, tenant: Tenant, file_id: str, max_bytes: int) -> Upload:
         """Write the one part of a file; :meth:`add` then makes it one."""
         name = self.part_name(tenant, file_id, 0)
-        return Upload(self.store.begin(name), self.store, name, most_bytes)
+        return Upload(self.store.begin(name), self.store, name, max_bytes)
 
     @contextmanager
-    def upload(self, tenant: Tenant, file_id: str, most_bytes: int) -> Iterator[Upload]:
+    def upload(self, tenant: Tenant, file_id: str, max_bytes: int) -> Iterator[Upload]:
         """:meth:`begin`, committed at the end of the block. Left by an error, nothing stays."""
-        upload = self.begin(tenant, file_id, most_bytes)
+        upload = self.begin(tenant, file_id, max_bytes)
         try:
             yield upload
             upload.commit()

@@ -18,7 +18,7 @@ ENDPOINT = "we_"
 EVENT = "evt_"
 _ID = re.compile(r"(?:file-|batch_|evt_|we_)[0-9a-f]{32}")
 _FOLDER = "t-"
-_LONGEST_FOLDER = 190
+_MAX_FOLDER = 190
 """A file's name may have 255 bytes: this, an id, a time and what is between."""
 
 
@@ -55,7 +55,7 @@ def folder_of(tenant: Tenant) -> str:
     Raises ``BadRequest`` for a name that with an id behind it would be too long for a file's.
     """
     folder = _FOLDER + encode_name(tenant)
-    if len(folder) > _LONGEST_FOLDER:
+    if len(folder) > _MAX_FOLDER:
         raise BadRequest("the tenant's name is too long for the file store: it wants one of at most 60 bytes")
     return folder
 

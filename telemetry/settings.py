@@ -37,7 +37,7 @@ TABLES = frozenset(
 )
 CONFIG_VARIABLE = "INFERQ_CONFIG"
 DEFAULT_CONFIG = "inferq.toml"
-_MOST_SHOWN = 100
+_MAX_SHOWN = 100
 _SECRET_NAME = re.compile("key|token|secret|password")
 
 
@@ -237,7 +237,7 @@ def _given(cls: type[RoleSettings], field: str, value: object) -> str:
     if secret or not isinstance(value, str | int | float):
         return ""
     text = redact_url(str(value))
-    return f", not {text[:_MOST_SHOWN]!r}" if text.strip() else " (it is empty)"
+    return f", not {text[:_MAX_SHOWN]!r}" if text.strip() else " (it is empty)"
 
 
 def _shown(value: object) -> str:

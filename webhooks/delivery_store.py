@@ -14,7 +14,7 @@ from queue_schemas import InferqError, Tenant
 from storage import ObjectStore, created_ms
 from telemetry import get_logger
 
-from .core import begin, give_up, most_tries
+from .core import begin, give_up, max_tries
 from .deliveries import Attempt, Deliveries, DeliveryKey, DeliveryState, Outcome
 from .endpoints import Disabled, Endpoint, Secrets, Webhooks
 from .events import WebhookEvent
@@ -32,7 +32,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class DueDelivery:
     """A delivery that was claimed, and what its attempt needs."""
 
     key: DeliveryKey
@@ -42,7 +42,7 @@ class Errand:
     state: DeliveryState
 
 
-class Ledger:
+class DeliveryStore:
     """All methods but :meth:`claim` raise ``StoreUnavailable`` or ``StoreFull``."""
 
     def __init__(
@@ -58,15 +58,15 @@ class Ledger:
         """What has not been settled, oldest first."""
         return self._deliveries.pending()
 
-    def claim(self, key: DeliveryKey) -> tuple[int | None, Errand | None]:
-        """When it is next to be looked at (None: never), and the errand, if it is to be run now."""
+    def claim(self, key: DeliveryKey) -> tuple[int | None, DueDelivery | None]:
+        """When it is next to be looked at (None: never), and the due, if it is to be run now."""
         try:
             return self._claim(key)
         except (InferqError, ValueError) as error:  # the store is away, or what it has of this one is damaged
             log.warning("webhook_not_claimed", event_id=key.event_id, error=str(error), again_in_s=_AFTER_TROUBLE_S)
             return self._now_ms() + _AFTER_TROUBLE_S * 1000, None
 
-    def _claim(self, key: DeliveryKey) -> tuple[int | None, Errand | None]:
+    def _claim(self, key: DeliveryKey) -> tuple[int | None, DueDelivery | None]:
         now_ms = self._now_ms()
         state = self._deliveries.state(key)
         if state.settled:  # marked again by whoever saw the end twice, or killed between the two writes
@@ -83,12 +83,12 @@ class Ledger:
         if not endpoint.active:
             self.abandon(key, "the endpoint is disabled")
             return None, None
-        if state.tries >= most_tries(once=event.once):
+        if state.tries >= max_tries(once=event.once):
             self.abandon(key, "its attempts were cut short, the last one too")
             return None, None
         begun = begin(state, now_ms, self._settings.attempt_limit_ms + CLAIM_MARGIN_MS)
         self._deliveries.advance(key, begun)
-        return begun.next_at_ms, Errand(key, event, endpoint, keys, begun)
+        return begun.next_at_ms, DueDelivery(key, event, endpoint, keys, begun)
 
     def note(self, key: DeliveryKey, attempt: Attempt, state: DeliveryState) -> None:
         """Write down what became of an attempt: the delivery's new ``state``, and what it says about its endpoint."""

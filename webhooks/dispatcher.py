@@ -1,7 +1,8 @@
-"""The courier: begins what is due, and notes what became of it.
+"""The dispatcher: begins what is due, and notes what became of it.
 
-One call of :meth:`Courier.deliver` is one RQ job: it begins attempts for a while and does not wait for slow ones, which
-run on behind it. RQ runs one such job at a time, so each delivery is claimed by one process (:mod:`.ledger`).
+One call of :meth:`Dispatcher.deliver` is one RQ job: it begins attempts for a while and does not wait for slow ones,
+which run on behind it. RQ runs one such job at a time, so each delivery is claimed by one process
+(:mod:`.delivery_store`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from telemetry import get_logger
 
 from .core import conclude, next_turns, signed_headers
 from .deliveries import Attempt, DeliveryKey, DeliveryState, Outcome
-from .delivery_store import CLAIM_MARGIN_MS, Errand, Ledger
+from .delivery_store import CLAIM_MARGIN_MS, DeliveryStore, DueDelivery
 from .metrics import NotifierMetrics
 from .sender import Sender
 from .settings import NotifierSettings
@@ -34,8 +35,8 @@ _Answer = TypeVar("_Answer")
 log = get_logger(__name__)
 
 
-class Courier:
-    """``async with courier.running(): await courier.deliver(2.0)``. For one event loop."""
+class Dispatcher:
+    """``async with dispatcher.running(): await dispatcher.deliver(2.0)``. For one event loop."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Courier:
         *,
         now_s: Callable[[], float] = time.time,
     ) -> None:
-        self._ledger = Ledger(store, settings, metrics, self._now_ms)
+        self._ledger = DeliveryStore(store, settings, metrics, self._now_ms)
         self._sender = sender
         self._settings = settings
         self._metrics = metrics
@@ -93,11 +94,11 @@ class Courier:
             self._changed.clear()
             due = self._turns()
             claims = await asyncio.gather(*(self._in_thread(partial(self._ledger.claim, key)) for key in due))
-            for key, (next_at_ms, errand) in zip(due, claims, strict=True):
+            for key, (next_at_ms, claimed) in zip(due, claims, strict=True):
                 self._remember(key, next_at_ms)
-                if errand is not None:
+                if claimed is not None:
                     begun += 1
-                    self._running[key] = loop.create_task(self._attempt(errand), name=f"webhook {key.event_id}")
+                    self._running[key] = loop.create_task(self._attempt(claimed), name=f"webhook {key.event_id}")
             if loop.time() >= end_s or not self._running or self._stopping:
                 return begun
             try:
@@ -134,10 +135,10 @@ class Courier:
             return []
         return next_turns(self._next_at_ms, self._running, self._now_ms(), self._settings.limits)
 
-    async def _attempt(self, errand: Errand) -> None:
-        key = errand.key
+    async def _attempt(self, due: DueDelivery) -> None:
+        key = due.key
         try:
-            self._remember(key, await self._send(errand))
+            self._remember(key, await self._send(due))
         except InferqError as error:
             # Its claim ends by itself, and then it is sent again: that is what receivers know the id for.
             log.warning("webhook_result_not_written", event_id=key.event_id, error=error.message)
@@ -147,15 +148,15 @@ class Courier:
             del self._running[key]
             self._changed.set()
 
-    async def _send(self, errand: Errand) -> int | None:
+    async def _send(self, due: DueDelivery) -> int | None:
         """Make the attempt; when the next one is due."""
-        key, at_ms = errand.key, self._now_ms()
-        body = errand.event.body()
-        headers = signed_headers(key.event_id, at_ms // 1000, body, errand.secrets.in_force(at_ms))
-        answer = await self._sender.send(errand.endpoint.record.url, headers, body)
+        key, at_ms = due.key, self._now_ms()
+        body = due.event.body()
+        headers = signed_headers(key.event_id, at_ms // 1000, body, due.secrets.in_force(at_ms))
+        answer = await self._sender.send(due.endpoint.record.url, headers, body)
         attempt = Attempt(at_ms=at_ms, took_ms=answer.took_ms, status=answer.status, error=answer.error)
         asked_s = retry_after_s(answer.retry_after, self._now_s()) if answer.status in {429, 503} else None
-        state = conclude(errand.state, attempt, once=errand.event.once, draw=random.random(), asked_s=asked_s)
+        state = conclude(due.state, attempt, once=due.event.once, draw=random.random(), asked_s=asked_s)
         self._count(attempt, state)
         log.info(
             "webhook_sent",
@@ -166,7 +167,7 @@ class Courier:
             took_ms=answer.took_ms,
             outcome=state.outcome,
         )
-        await self._in_thread(partial(self._ledger.note, errand.key, attempt, state))
+        await self._in_thread(partial(self._ledger.note, due.key, attempt, state))
         return None if state.settled else state.next_at_ms
 
     def _count(self, attempt: Attempt, state: DeliveryState) -> None:

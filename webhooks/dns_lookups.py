@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from .urls import Address
 
-MOST_LOOKUPS = 128
+MAX_LOOKUPS = 128
 Lookup = Callable[[str, int], Sequence[Address]]
 """The addresses of a host, for a port. Blocks; raises ``OSError``."""
 
@@ -33,7 +33,7 @@ class Lookups:
         """The addresses of ``host``. Raises ``OSError``. Whoever asks for what is being looked up gets that answer."""
         running = self._running.get((host, port))
         if running is None:
-            if len(self._running) >= MOST_LOOKUPS:
+            if len(self._running) >= MAX_LOOKUPS:
                 raise OSError("too many names are being looked up")
             running = self._begin(host, port)
         return await asyncio.shield(running)

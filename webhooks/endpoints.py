@@ -27,7 +27,7 @@ from telemetry import get_logger
 from .events import ALL_EVENTS
 
 SECRET_BYTES = 32
-MOST_EARLIER = 3
+MAX_EARLIER = 3
 _PREFIX = "whsec_"
 
 log = get_logger(__name__)
@@ -77,7 +77,7 @@ class Secrets(_Record):
         until_ms = now_ms + grace_ms
         old = [EarlierSecret(secret=self.current, until_ms=until_ms)]
         old += [one.model_copy(update={"until_ms": min(one.until_ms, until_ms)}) for one in self.earlier]
-        kept = tuple(one for one in old[:MOST_EARLIER] if one.until_ms > now_ms)
+        kept = tuple(one for one in old[:MAX_EARLIER] if one.until_ms > now_ms)
         return self.fresh(now_ms).model_copy(update={"earlier": kept})
 
     def in_force(self, now_ms: int) -> list[bytes]:

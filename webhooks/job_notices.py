@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from openai_api.response_jobs import ResponseStatus, response_id
-from queue_schemas import BadRequest, EndedJob, InferqError, JobId, KeptJob, State, Tenant
+from queue_schemas import BadRequest, FinishedJob, InferqError, JobId, PersistedJob, State, Tenant
 from storage import ObjectStore
 from telemetry import get_logger
 
@@ -21,7 +21,7 @@ from .metrics import NotifierMetrics
 
 RESPONSE_WORD = "response"
 """The word in the notices of jobs that are responses."""
-MOST_NOTICES = 100
+MAX_NOTICES = 100
 
 log = get_logger(__name__)
 
@@ -29,11 +29,11 @@ log = get_logger(__name__)
 class Notices(Protocol):
     """What is asked of the queue; :class:`broker.Broker` is it."""
 
-    async def read_ended(self, limit: int = ...) -> list[EndedJob]: ...
+    async def read_ended(self, limit: int = ...) -> list[FinishedJob]: ...
 
     async def forget_ended(self, notice_ids: list[str]) -> int: ...
 
-    async def kept_job(self, job_id: str) -> KeptJob | None: ...
+    async def persisted_job(self, job_id: str) -> PersistedJob | None: ...
 
     async def response_status(self, job_id: JobId, state: State) -> ResponseStatus: ...
 
@@ -68,7 +68,7 @@ class ResponseEnds:
     async def take(self, queue: Notices) -> int:
         """Make events of the notices there are, up to a bound; how many there were. Raises what the store and the queue
         raise; what was not dealt with stays."""
-        notices = await queue.read_ended(MOST_NOTICES)
+        notices = await queue.read_ended(MAX_NOTICES)
         self._known.clear()  # what is read from now on has every endpoint that was there when one of these ended
         dealt_with: list[str] = []
         try:
@@ -83,14 +83,14 @@ class ResponseEnds:
                 await queue.forget_ended(dealt_with)
         return len(notices)
 
-    async def _emit(self, queue: Notices, notice: EndedJob) -> None:
+    async def _emit(self, queue: Notices, notice: FinishedJob) -> None:
         if notice.notify != RESPONSE_WORD:
             log.debug("notice_of_another_kind", word=notice.notify, job_id=notice.job_id)
             return
         endpoints = await self._endpoints(notice.tenant)
         if not any(endpoint.active for endpoint in endpoints):
             return
-        if notice.state is State.DONE and await queue.kept_job(notice.job_id) is None:
+        if notice.state is State.DONE and await queue.persisted_job(notice.job_id) is None:
             log.debug("response_is_gone", job_id=notice.job_id)  # deleted: there is nothing left to look at
             return
         status = await queue.response_status(notice.job_id, notice.state)

@@ -29,7 +29,7 @@ class NotifierMetrics:
     def watch(
         self, *, pending: Callable[[], float], oldest_s: Callable[[], float], running: Callable[[], float]
     ) -> None:
-        """Figures that are read when somebody asks."""
+        """QueueStats that are read when somebody asks."""
         self._registry.watch_gauge("inferq_webhook_deliveries_pending", "Webhooks not yet delivered", pending)
         self._registry.watch_gauge(
             "inferq_webhook_oldest_pending_seconds", "Age of the oldest event that is not yet delivered", oldest_s

@@ -18,7 +18,7 @@ from broker.rq.queues import OwnJob, OwnQueue
 from queue_schemas import BrokerUnavailable, CannotStart, InferqError
 from telemetry import get_logger
 
-from .dispatcher import Courier
+from .dispatcher import Dispatcher
 
 WEBHOOKS_QUEUE = "inferq-webhooks"
 ROUND_S = 2.0
@@ -29,18 +29,18 @@ _ROUND_LIMIT_S = 60.0
 log = get_logger(__name__)
 
 
-class RoundJob(OwnJob):
+class RqJob(OwnJob):
     """One round."""
 
     runs = "webhooks.rq_jobs.deliver"
 
 
-class RoundQueue(OwnQueue):
+class RqJobQueue(OwnQueue):
     """The rounds that wait: one at most, but for a race that does no harm."""
 
     def __init__(self, connection: redis.Redis, lock_ms: int) -> None:
         """``lock_ms`` from its beginning, a round counts as over."""
-        super().__init__(connection, WEBHOOKS_QUEUE, RoundJob)
+        super().__init__(connection, WEBHOOKS_QUEUE, RqJob)
         self._lock_ms = lock_ms
 
     def put(self) -> None:
@@ -56,11 +56,11 @@ class RoundQueue(OwnQueue):
         self.unlock(_LOCK, token)
 
 
-class Rounds:
+class RqJobs:
     """Runs rounds in an event loop, and puts the next one on the queue where there is more to do."""
 
-    def __init__(self, courier: Courier, queue: RoundQueue) -> None:
-        self._courier = courier
+    def __init__(self, dispatcher: Dispatcher, queue: RqJobQueue) -> None:
+        self._dispatcher = dispatcher
         self._queue = queue
         self.fault = ""
         """Why the last one could not be done; empty: it could."""
@@ -72,11 +72,11 @@ class Rounds:
             if not await asyncio.to_thread(self._queue.begin, token):
                 return "another round runs"
             try:
-                begun = await self._courier.deliver(ROUND_S)
+                begun = await self._dispatcher.deliver(ROUND_S)
             finally:
                 await asyncio.to_thread(self._queue.end, token)
             self.fault = ""
-            if self._courier.due:
+            if self._dispatcher.due:
                 await asyncio.to_thread(self._queue.put)
         except InferqError as error:
             self.fault = error.message
@@ -88,8 +88,8 @@ class Rounds:
         """Put a round on the queue whenever something is due, until cancelled."""
         while True:
             try:
-                await self._courier.look()
-                if self._courier.due:
+                await self._dispatcher.look()
+                if self._dispatcher.due:
                     await asyncio.to_thread(self._queue.put)
                 self.fault = ""
             except InferqError as error:
@@ -101,14 +101,14 @@ class Rounds:
 
 @dataclass(frozen=True, slots=True)
 class _Process:
-    rounds: Rounds
+    rounds: RqJobs
     loop: asyncio.AbstractEventLoop
 
 
 _process: list[_Process] = []
 
 
-def serve_rounds(rounds: Rounds | None) -> None:
+def serve_rounds(rounds: RqJobs | None) -> None:
     """From now on the jobs of this process run on ``rounds``, in the event loop that calls this; None: on none."""
     _process[:] = [] if rounds is None else [_Process(rounds, asyncio.get_running_loop())]
 

@@ -26,7 +26,7 @@ from queue_schemas import InferqError
 from .dns_lookups import Lookups
 from .urls import Address, Target, UrlRules, check_url
 
-MOST_HEADER_BYTES = 8190
+MAX_HEADER_BYTES = 8190
 USER_AGENT = f"inferq-webhooks/{version('inferq')}"
 
 
@@ -91,8 +91,8 @@ class Sender:
                 timeout=aiohttp.ClientTimeout(total=self._limit_s),
                 trust_env=False,
                 auto_decompress=False,
-                max_line_size=MOST_HEADER_BYTES,
-                max_field_size=MOST_HEADER_BYTES,
+                max_line_size=MAX_HEADER_BYTES,
+                max_field_size=MAX_HEADER_BYTES,
             ) as session,
             session.post(
                 destination,

@@ -28,10 +28,10 @@ from telemetry.http.asgi import health_app
 from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
 
 from .delivery_store import CLAIM_MARGIN_MS
-from .dispatcher import Courier
+from .dispatcher import Dispatcher
 from .job_notices import ResponseEnds
 from .metrics import NotifierMetrics
-from .rq_jobs import ROUND_S, RoundQueue, Rounds, serve_rounds
+from .rq_jobs import ROUND_S, RqJobQueue, RqJobs, serve_rounds
 from .sender import Sender
 from .settings import NotifierSettings
 from .url_settings import WebhookSettings
@@ -71,16 +71,18 @@ async def serve(
 
 
 class _Process:
-    """What runs in it: RQ's worker in a thread, the courier, the scan, the link to the queue."""
+    """What runs in it: RQ's worker in a thread, the dispatcher, the scan, the link to the queue."""
 
     def __init__(self, settings: NotifierSettings, store: ObjectStore, webhooks: WebhookSettings) -> None:
         self._settings = settings
         self._store = store
         self._registry = MetricsRegistry("notifier")
         metrics = NotifierMetrics(self._registry)
-        self._courier = Courier(store, Sender(webhooks.rules, settings.attempt_limit_ms / 1000), settings, metrics)
+        self._dispatcher = Dispatcher(
+            store, Sender(webhooks.rules, settings.attempt_limit_ms / 1000), settings, metrics
+        )
         self._ends = ResponseEnds(store, metrics)
-        self._rounds: Rounds | None = None
+        self._rounds: RqJobs | None = None
         self._link = QueueLink(
             settings.manager_urls, settings.join_token.get_secret_value(), variable="INFERQ_NOTIFIER_MANAGER_URLS"
         )
@@ -105,10 +107,10 @@ class _Process:
         queue = await self._link.address(broker_settings, stop)
         if queue is None:
             return
-        round_queue = RoundQueue(rq_connection(queue), settings.lock_ms)
-        rounds = self._rounds = Rounds(self._courier, round_queue)
+        round_queue = RqJobQueue(rq_connection(queue), settings.lock_ms)
+        rounds = self._rounds = RqJobs(self._dispatcher, round_queue)
         worker = RqThread(round_queue.queue, rq_connection(queue), settings.notifier_id)
-        async with self._courier.running(), asyncio.TaskGroup() as tasks:
+        async with self._dispatcher.running(), asyncio.TaskGroup() as tasks:
             serve_rounds(rounds)
             running = [
                 tasks.create_task(self._link.keep(queue, self._registry, _connected), name="link"),
@@ -121,7 +123,7 @@ class _Process:
             died = tasks.create_task(worker.ended.wait())
             await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
             self._stopping = True
-            self._courier.stop()
+            self._dispatcher.stop()
             await worker.end(ROUND_S + CLAIM_MARGIN_MS / 1000)
             serve_rounds(None)
             for task in (*running, stopped, died):
@@ -134,7 +136,7 @@ class _Process:
         while True:
             await asyncio.sleep(every_s)
             try:
-                await self._courier.tidy()
+                await self._dispatcher.tidy()
             except InferqError as error:
                 log.warning("webhooks_not_tidied", error=error.message, again_in_s=every_s)
 

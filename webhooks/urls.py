@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from queue_schemas import BadRequest
 
-MOST_URL_CHARS = 2048
+MAX_URL_CHARS = 2048
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -107,8 +107,8 @@ def check_url(url: str, rules: UrlRules) -> Target:
 
     Its host's addresses are not looked at here: they may be others at every look.
     """
-    if len(url) > MOST_URL_CHARS:
-        raise _refusal(f"has more than {MOST_URL_CHARS} characters")
+    if len(url) > MAX_URL_CHARS:
+        raise _refusal(f"has more than {MAX_URL_CHARS} characters")
     if not _PLAIN.fullmatch(url):
         raise _refusal("has characters that no URL has: percent-encode its path, write its host in the xn-- form")
     try:

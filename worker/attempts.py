@@ -37,7 +37,7 @@ from .core import (
     FrameCutter,
     Retry,
     RetryLater,
-    Silence,
+    StreamStall,
     is_readable,
     is_whole,
     judge_answer,
@@ -47,7 +47,7 @@ from .core import (
 )
 from .core.slots import RETRY_APART_S
 from .engines import Engine, EngineAnswer, EngineCall, EngineGone, new_call_id
-from .frame_batcher import Channel, Outbox
+from .frame_batcher import Channel, FrameBatcher
 from .metrics import WorkerMetrics
 
 EVENT_STREAM = "text/event-stream"
@@ -122,7 +122,7 @@ class _Attempt:
         """Set by the task itself: one that is cancelled before its first step would never clean up."""
         self.stop: Stop | None = None
         self.ending = False
-        self.silence = Silence()
+        self.silence = StreamStall()
         self.may_hold_back: bool | None = None
         """Whether its engine may be silent for long; None: nobody had to know yet."""
 
@@ -167,7 +167,7 @@ class Attempts:
         self,
         engine: Engine,
         broker: Broker,
-        outbox: Outbox,
+        frame_batcher: FrameBatcher,
         metrics: WorkerMetrics,
         *,
         max_answer_bytes: int,
@@ -180,7 +180,7 @@ class Attempts:
         self._seen_at = 0.0
         self._engine = engine
         self._broker = broker
-        self._outbox = outbox
+        self._frame_batcher = frame_batcher
         self._metrics = metrics
         self._max_answer_bytes = max_answer_bytes
         self._elsewhere = elsewhere
@@ -452,8 +452,8 @@ class Attempts:
     def _channel(self, attempt: _Attempt) -> Channel:
         job = attempt.lease.job
         if job.stored:
-            return self._outbox.open_stored(attempt.lease, lambda: self._stop(attempt, Stop.ENDED))
-        return self._outbox.open(shard_of_job(job.id), job.reply_to, lambda: self._stop(attempt, Stop.UNHEARD))
+            return self._frame_batcher.open_persisted(attempt.lease, lambda: self._stop(attempt, Stop.ENDED))
+        return self._frame_batcher.open(shard_of_job(job.id), job.reply_to, lambda: self._stop(attempt, Stop.UNHEARD))
 
     async def _clear(self, lease: Lease) -> None:
         """What crashed engines before is behind this job now: its worker may hold the next suspect."""

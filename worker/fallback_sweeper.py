@@ -10,10 +10,10 @@ import random
 from typing import NoReturn
 
 from broker import Broker
-from queue_schemas import BrokerUnsuitable, Incarnation, InferqError
+from queue_schemas import BrokerUnsuitable, InferqError, SessionId
 from telemetry import get_logger
 
-from .core import StandIn
+from .core import FallbackSweep
 from .metrics import WorkerMetrics
 
 LOOKS_PER_LEASE = 6
@@ -25,18 +25,18 @@ _SHARD_LIMIT_S = 2.0
 log = get_logger(__name__)
 
 
-async def stand_in(broker: Broker, worker: Incarnation, metrics: WorkerMetrics, lease_s: float) -> NoReturn:
+async def stand_in(broker: Broker, worker: SessionId, metrics: WorkerMetrics, lease_s: float) -> NoReturn:
     """Look after the acting Manager, and do what it would do for jobs in its place, until cancelled."""
     await _StandingIn(broker, worker, metrics, lease_s).run()
 
 
 class _StandingIn:
-    def __init__(self, broker: Broker, worker: Incarnation, metrics: WorkerMetrics, lease_s: float) -> None:
+    def __init__(self, broker: Broker, worker: SessionId, metrics: WorkerMetrics, lease_s: float) -> None:
         self._broker = broker
         self._worker = worker
         self._metrics = metrics
         self._lease_s = lease_s
-        self._state = StandIn(lease_s, broker.shards)
+        self._state = FallbackSweep(lease_s, broker.shards)
         self._sweeps = False
         """Whether this worker holds the sweeper's lease, as far as it knows."""
 
@@ -90,15 +90,15 @@ class _StandingIn:
         else:
             self._state.saw_peers(numbers, asked_at, now(), shard)
 
-    async def _take_back(self, shard: int, dead: list[Incarnation]) -> None:
+    async def _take_back(self, shard: int, dead: list[SessionId]) -> None:
         """What is due on one shard. What fails is done at the next look: it is still due then."""
         try:
             async with asyncio.timeout(_SHARD_LIMIT_S):
-                for incarnation in dead:
-                    taken = await self._broker.reclaim_on(shard, incarnation)
+                for session_id in dead:
+                    taken = await self._broker.reclaim_on(shard, session_id)
                     requeued = taken.requeued + taken.lost
                     self._metrics.stood_in.inc(requeued)
-                    log.warning("worker_reclaimed", incarnation=incarnation, requeued=requeued, dead=taken.dead)
+                    log.warning("worker_reclaimed", session_id=session_id, requeued=requeued, dead=taken.dead)
                 if self._state.acting:
                     await self._broker.expire_on(shard)
         except (InferqError, TimeoutError) as error:

@@ -1,4 +1,4 @@
-"""The outbox: the frames of all running streams, sent together.
+"""The frame batcher: the frames of all running streams, sent together.
 
 One message per Router and flush, one flush at a time: what gathers while a flush is on its way, and for a few
 milliseconds after it began, goes with the next. A stream's first frame does not wait for company.
@@ -22,7 +22,7 @@ from queue_schemas import InferqError, Lease, Settled, shard_of_job
 from telemetry import get_logger
 
 _FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
+_MAX_PAUSE_S = 1.0
 
 Publish = Callable[[int, Mapping[str, bytes]], Awaitable[set[str]]]
 """``Broker.publish``: sends packed frames by Router on one shard, answers the Routers that are gone."""
@@ -36,15 +36,20 @@ log = get_logger(__name__)
 class Channel:
     """The way of one running stream to its Router, or to its stored job's output. Close it when the attempt ends."""
 
-    __slots__ = ("_gone", "_in_flight", "_outbox", "_waiting", "lease", "reply_to", "shard")
+    __slots__ = ("_frame_batcher", "_gone", "_in_flight", "_waiting", "lease", "reply_to", "shard")
 
     def __init__(
-        self, outbox: Outbox, shard: int, reply_to: str, gone: Callable[[], None], lease: Lease | None = None
+        self,
+        frame_batcher: FrameBatcher,
+        shard: int,
+        reply_to: str,
+        gone: Callable[[], None],
+        lease: Lease | None = None,
     ) -> None:
         self.shard = shard
         self.reply_to = reply_to
         self.lease = lease
-        self._outbox = outbox
+        self._frame_batcher = frame_batcher
         self._gone = gone
         self._waiting: list[bytes] = []
         self._in_flight = b""
@@ -52,32 +57,32 @@ class Channel:
     def put(self, frames: bytes, *, urgent: bool = False) -> None:
         """Hand over packed frames for the next flush, which starts at once if they are ``urgent``."""
         self._waiting.append(frames)
-        self._outbox._accept(self, len(frames), urgent)
+        self._frame_batcher._accept(self, len(frames), urgent)
 
     async def sent(self) -> None:
-        """Wait until everything handed over is on its way, and the outbox holds less than its limit."""
+        """Wait until everything handed over is on its way, and the frame batcher holds less than its limit."""
         while self._waiting:
-            await _one_of(self._outbox._until_taken)
-        while self._outbox.full:
-            await _one_of(self._outbox._until_done)
+            await _one_of(self._frame_batcher._until_taken)
+        while self._frame_batcher.full:
+            await _one_of(self._frame_batcher._until_done)
 
     async def close(self) -> bytes:
         """Take back, in order, the frames that are not known to have arrived: they go with the settle."""
-        outbox = self._outbox
-        while self._in_flight and outbox._publishing:
-            await _one_of(outbox._until_done)
+        frame_batcher = self._frame_batcher
+        while self._in_flight and frame_batcher._publishing:
+            await _one_of(frame_batcher._until_done)
         rest = self._in_flight + b"".join(self._waiting)
         self.discard()
         return rest
 
     def discard(self) -> None:
         """Forget what has not been sent: the attempt ends without an answer."""
-        self._outbox._forget(self, len(self._in_flight) + sum(map(len, self._waiting)))
+        self._frame_batcher._forget(self, len(self._in_flight) + sum(map(len, self._waiting)))
         self._in_flight = b""
         self._waiting.clear()
 
 
-class Outbox:
+class FrameBatcher:
     """Collects and flushes. ``interval_ms`` is the least time between flushes, ``limit_bytes`` how much may wait."""
 
     def __init__(self, publish: Publish, append: Append, *, interval_ms: float, limit_bytes: int) -> None:
@@ -103,7 +108,7 @@ class Outbox:
         """A channel for one stream; ``gone`` is called when its Router turns out to be gone."""
         return Channel(self, shard, reply_to, gone)
 
-    def open_stored(self, lease: Lease, fenced: Callable[[], None]) -> Channel:
+    def open_persisted(self, lease: Lease, fenced: Callable[[], None]) -> Channel:
         """A channel to a stored job's output; ``fenced`` is called when the attempt turns out to have lost its job."""
         return Channel(self, shard_of_job(lease.job.id), "", fenced, lease)
 
@@ -121,7 +126,7 @@ class Outbox:
                 pause = _FIRST_PAUSE_S
                 continue
             await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE_S)
+            pause = min(pause * 2, _MAX_PAUSE_S)
             self._wanted.set()
 
     async def _flush(self) -> bool:

@@ -17,11 +17,11 @@ from queue_schemas import (
     BadRequest,
     Heartbeat,
     HeartbeatAnswer,
-    Incarnation,
     InferqError,
     ManagerUnavailable,
     Registration,
     RegistrationAnswer,
+    SessionId,
     UnknownWorker,
     WorkerIdTaken,
 )
@@ -78,15 +78,15 @@ class FabricClient:
         return _parse(RegistrationAnswer, answer, self.url)
 
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
-        """Raises ``UnknownWorker`` if the Manager does not know this incarnation: register again."""
+        """Raises ``UnknownWorker`` if the Manager does not know this session_id: register again."""
         path = f"workers/{worker_id}/heartbeat"
         answer = await self._call("POST", path, heartbeat, limit_s=HEARTBEAT_LIMIT_S, unknown=_NO_SUCH_WORKER)
         return _parse(HeartbeatAnswer, answer, self.url)
 
-    async def stay_present(self, worker_id: str, incarnation: Incarnation) -> None:
+    async def stay_present(self, worker_id: str, session_id: SessionId) -> None:
         """Hold a connection to the URL in use until it ends: whoever holds its other end is told at once when this
         process dies. Raises ``UnknownWorker`` where nobody holds such connections (an older version)."""
-        url = f"{self.url}{FABRIC_PREFIX}/workers/{worker_id}/presence?incarnation={incarnation}"
+        url = f"{self.url}{FABRIC_PREFIX}/workers/{worker_id}/presence?session_id={session_id}"
         limit = aiohttp.ClientTimeout(total=None, sock_connect=CALL_LIMIT_S, sock_read=SILENCE_LIMIT_S)
         try:
             async with self._open().get(url, timeout=limit, allow_redirects=False) as answer:
@@ -97,11 +97,11 @@ class FabricClient:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ManagerUnavailable(f"{self.url} has let go of this worker ({type(error).__name__})") from error
 
-    async def deregister(self, worker_id: str, incarnation: Incarnation) -> None:
+    async def deregister(self, worker_id: str, session_id: SessionId) -> None:
         """Tell the Manager that this worker ends, by way of the first URL that leads to one."""
         for tried in range(1, len(self._urls) + 1):
             try:
-                await self._call("DELETE", f"workers/{worker_id}?incarnation={incarnation}", None)
+                await self._call("DELETE", f"workers/{worker_id}?session_id={session_id}", None)
             except ManagerUnavailable:
                 if tried == len(self._urls):
                     raise

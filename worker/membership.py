@@ -17,10 +17,10 @@ from queue_schemas import (
     AuthenticationFailed,
     BadRequest,
     Heartbeat,
-    Incarnation,
     InferqError,
     Registration,
     RegistrationAnswer,
+    SessionId,
     UnknownWorker,
     WorkerIdTaken,
     WorkerStatus,
@@ -31,12 +31,12 @@ from .manager_client import FabricClient
 from .metrics import WorkerMetrics
 
 _FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 2.0
+_MAX_PAUSE_S = 2.0
 _TAKEN_TRIES = 6
 _TAKEN_PAUSE_S = 0.5
 """A worker that was restarted at once waits so long for its predecessor to be found dead: 3 s in all."""
-_LEAST_GAP_S = 0.1
-_LONGEST_PRESENCE_PAUSE_S = 10.0
+_MIN_GAP_S = 0.1
+_MAX_PRESENCE_PAUSE_S = 10.0
 _NOBODY_HOLDS_PAUSE_S = 300.0
 """How long a worker waits until it asks again a Manager of a version that holds no connections."""
 _REASONS_REMEMBERED = 32
@@ -51,7 +51,7 @@ class Assigned(Protocol):
 
 
 class Membership:
-    """Registers one incarnation and keeps it registered.
+    """Registers one session id and keeps it registered.
 
     ``status()`` is what heartbeats say; ``assigned`` and ``drain`` are called with what the answers bring.
     """
@@ -116,7 +116,7 @@ class Membership:
                 self._lost(error.message)
                 self._client.turn()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(pause * 2, _LONGEST_PAUSE_S)
+                pause = min(pause * 2, _MAX_PAUSE_S)
                 continue
             self._heartbeat_s = answer.heartbeat_ms / 1000
             self.registered, self.trouble = True, ""
@@ -144,27 +144,27 @@ class Membership:
                 if answer.drain:
                     self._drain()
 
-    async def stay_present(self, incarnation: Incarnation) -> NoReturn:
+    async def stay_present(self, session_id: SessionId) -> NoReturn:
         """Hold a connection to whoever this worker is registered with, until cancelled."""
         pause = _FIRST_PAUSE_S
         while True:
             begun = asyncio.get_running_loop().time()
             try:
-                await self._client.stay_present(self._worker_id, incarnation)
+                await self._client.stay_present(self._worker_id, session_id)
             except UnknownWorker:
                 pause = _NOBODY_HOLDS_PAUSE_S
             except InferqError as error:
                 log.debug("presence_not_held", error=error.message)
-            if asyncio.get_running_loop().time() - begun > _LONGEST_PRESENCE_PAUSE_S:
+            if asyncio.get_running_loop().time() - begun > _MAX_PRESENCE_PAUSE_S:
                 pause = _FIRST_PAUSE_S
             # A Router that ends lets go of all its workers at once: they come back one after the other.
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(pause * 2, _LONGEST_PRESENCE_PAUSE_S)
+            pause = min(pause * 2, _MAX_PRESENCE_PAUSE_S)
 
     async def _pause(self) -> None:
-        await asyncio.sleep(_LEAST_GAP_S)
+        await asyncio.sleep(_MIN_GAP_S)
         try:
-            async with asyncio.timeout(max(self._heartbeat_s - _LEAST_GAP_S, 0)):
+            async with asyncio.timeout(max(self._heartbeat_s - _MIN_GAP_S, 0)):
                 await self._changed.wait()
         except TimeoutError:
             pass

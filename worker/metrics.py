@@ -28,8 +28,10 @@ class WorkerMetrics:
             ("model", "kind"),
         )
         settled = registry.counter("inferq_settled_total", "The queue's answers to settled attempts", ("answer",))
-        abroad = registry.counter(
-            "inferq_jobs_from_abroad_total", "Jobs claimed whose Router stands in another region", ("model", "region")
+        remote = registry.counter(
+            "inferq_jobs_from_remote_regions_total",
+            "Jobs claimed whose Router stands in another region",
+            ("model", "region"),
         )
         self.engine_restarts = registry.counter("inferq_engine_restarts_total", "Starts of the engine after the first")
         self.stood_in = registry.counter(
@@ -49,10 +51,10 @@ class WorkerMetrics:
             return tokens.labels(model, kind)
 
         def abroad_of(model: str, region: str) -> Counter:
-            return abroad.labels(model, region)
+            return remote.labels(model, region)
 
         self.wait = cache(wait_of)
-        self.abroad = cache(abroad_of)
+        self.remote = cache(abroad_of)
         self.attempts = cache(attempts_of)
         self._tokens = cache(tokens_of)
         self._settled = {answer: settled.labels(str(answer)) for answer in Settled}

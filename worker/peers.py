@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from broker import Broker
-from queue_schemas import Incarnation, InferqError, Pool, WorkerInfo
+from queue_schemas import InferqError, Pool, SessionId, WorkerInfo
 from telemetry import get_logger
 
 CACHE_S = 1.0
@@ -21,9 +21,9 @@ class Peers:
     Where that cannot be read, or does not even know this worker, there may be others: the answer is yes.
     """
 
-    def __init__(self, broker: Broker, incarnation: Incarnation) -> None:
+    def __init__(self, broker: Broker, session_id: SessionId) -> None:
         self._broker = broker
-        self._incarnation = incarnation
+        self._session_id = session_id
         self._looking = asyncio.Lock()
         self._looked_at = float("-inf")
         self._workers: Mapping[str, WorkerInfo] = {}
@@ -40,6 +40,6 @@ class Peers:
                     self._workers = {}
                 self._looked_at = now
         workers = self._workers.values()
-        if not any(info.incarnation == self._incarnation for info in workers):
+        if not any(info.session_id == self._session_id for info in workers):
             return True
-        return any(info.takes_work and pool in info.models for info in workers if info.incarnation != self._incarnation)
+        return any(info.takes_work and pool in info.models for info in workers if info.session_id != self._session_id)

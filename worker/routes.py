@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from queue_schemas import EngineState, Incarnation
+from queue_schemas import EngineState, SessionId
 from queue_schemas.addresses import for_strangers
 from telemetry import MetricsRegistry
 from telemetry.http.access import Access, allow, allow_members
@@ -21,14 +21,14 @@ class Health(BaseModel):
 
     status: str = "alive"
     worker_id: str
-    incarnation: Incarnation
+    session_id: SessionId
 
 
 class Status(BaseModel):
     """Everything a person wants to know of a worker."""
 
     worker_id: str
-    incarnation: Incarnation
+    session_id: SessionId
     ready: bool
     reasons: list[str]
     draining: bool
@@ -71,7 +71,7 @@ def make_app(
     )
     async def health() -> Health:
         now = status()
-        return Health(worker_id=now.worker_id, incarnation=now.incarnation)
+        return Health(worker_id=now.worker_id, session_id=now.session_id)
 
     @app.get(
         "/ready",

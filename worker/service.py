@@ -1,4 +1,4 @@
-"""The worker's process: engine, HTTP service and one incarnation after the other.
+"""The worker's process: engine, HTTP service and one session id after the other.
 
 ``python -m worker.service --worker-id worker-1 --manager-url http://localhost:18000 --port 7000 --model MODEL``
 """
@@ -20,7 +20,7 @@ from queue_schemas import (
     EngineState,
     Fenced,
     RegistrationAnswer,
-    new_incarnation,
+    new_session_id,
 )
 from queue_schemas.addresses import is_loopback
 from telemetry import (
@@ -41,11 +41,11 @@ from .engines.choice import make_engine
 from .manager_client import FabricClient
 from .metrics import WorkerMetrics
 from .routes import Status, make_app
-from .session import Life, Surroundings, broker_settings
+from .session import WorkerContext, WorkerSession, broker_settings
 from .settings import WorkerSettings
 
 _FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 5.0
+_MAX_PAUSE_S = 5.0
 _SIM_FLAG = "--sim-"
 
 log = get_logger("worker.service")
@@ -75,7 +75,7 @@ class Worker:
         self._engine = engine or make_engine(settings, self._metrics.engine_restarts.inc)
         self._client = FabricClient(settings.manager_urls, settings.join_token.get_secret_value())
         self._broker: Broker | None = None
-        self._around = Surroundings(
+        self._around = WorkerContext(
             settings=settings,
             engine=self._engine,
             client=self._client,
@@ -85,7 +85,7 @@ class Worker:
             drain=self.drain,
             hurry=self.hurry,
         )
-        self._life = Life(self._around, new_incarnation(settings.name))
+        self._life = WorkerSession(self._around, new_session_id(settings.name))
         self._watch()
 
     async def run(self) -> None:
@@ -116,7 +116,7 @@ class Worker:
         reasons = life.trouble
         return Status(
             worker_id=self.settings.name,
-            incarnation=life.incarnation,
+            session_id=life.session_id,
             ready=not reasons,
             reasons=reasons,
             draining=now.draining,
@@ -134,7 +134,7 @@ class Worker:
         self._life.engine_changed()
 
     async def _live(self) -> None:
-        """One incarnation after the other, until one drains."""
+        """One session id after the other, until one drains."""
         first = True
         while True:
             try:
@@ -146,11 +146,11 @@ class Worker:
             else:
                 return
             self._metrics.fenced.inc()
-            log.warning("declared_dead", incarnation=self._life.incarnation, abandoned=self._life.slots.busy)
+            log.warning("declared_dead", session_id=self._life.session_id, abandoned=self._life.slots.busy)
             if self.drain.is_set():
                 return
             first = False
-            self._life = Life(self._around, new_incarnation(self.settings.name))
+            self._life = WorkerSession(self._around, new_session_id(self.settings.name))
 
     async def _connect(self, answer: RegistrationAnswer) -> Broker:
         """The broker, opened at the first call; waits for a Redis that is away or full."""
@@ -163,7 +163,7 @@ class Worker:
             except (BrokerUnavailable, BrokerFull) as error:
                 log.warning("queue_not_reached", error=error.message, again_in_s=pause)
                 await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE_S)
+                pause = min(pause * 2, _MAX_PAUSE_S)
             else:
                 self.registry.watch_round_trips(lambda: self._broker.round_trips if self._broker else 0)
         return self._broker

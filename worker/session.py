@@ -1,4 +1,4 @@
-"""One incarnation of a worker: from its registration until it has drained, or was declared dead."""
+"""One session id of a worker: from its registration until it has drained, or was declared dead."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from queue_schemas import (
     ControlKind,
     EngineState,
     Fenced,
-    Incarnation,
     InferqError,
     Lease,
     RegistrationAnswer,
+    SessionId,
     WorkerStatus,
     shard_of_job,
 )
 from telemetry import get_logger
 
 from .attempts import Attempts, IdleLimits
-from .core import Claim, Liveness, Pulse, Slots
+from .core import Claim, Liveness, LoopWatchdog, Slots
 from .engines import Engine
 from .fallback_sweeper import stand_in
-from .frame_batcher import Outbox
+from .frame_batcher import FrameBatcher
 from .lease_renewals import RENEWALS_PER_LEASE, Renewals
 from .manager_client import FabricClient
 from .membership import Membership
@@ -43,14 +43,14 @@ SWEEP_S = 0.25
 LEAVE_LIMIT_S = 5.0
 HAND_BACK_LIMIT_S = 5.0
 _FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 2.0
+_MAX_PAUSE_S = 2.0
 
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What outlives an incarnation. ``connect`` opens the broker named in a registration's answer, once."""
+class WorkerContext:
+    """What outlives an session_id. ``connect`` opens the broker named in a registration's answer, once."""
 
     settings: WorkerSettings
     engine: Engine
@@ -64,12 +64,12 @@ class Surroundings:
     """Set once: while draining, wait for no running job."""
 
 
-class Life:
-    """Registers, pulls, runs and answers as ``incarnation``."""
+class WorkerSession:
+    """Registers, pulls, runs and answers as ``session_id``."""
 
-    def __init__(self, around: Surroundings, incarnation: Incarnation) -> None:
+    def __init__(self, around: WorkerContext, session_id: SessionId) -> None:
         settings = around.settings
-        self.incarnation = incarnation
+        self.session_id = session_id
         self.slots = Slots(settings.slots)
         self.broker_ok = False
         self._around = around
@@ -89,7 +89,7 @@ class Life:
         """Shards whose server was away, and may have lost its latest writes."""
         self._away: set[int] = set()
         """Shards whose server does not answer now."""
-        self._pulse = Pulse(time.monotonic(), settings.loop_stall_limit_ms / 1000)
+        self._watchdog = LoopWatchdog(time.monotonic(), settings.loop_stall_limit_ms / 1000)
         self._renewals: Renewals | None = None
         self._renewing: asyncio.Task[None] | None = None
         self._broker: Broker | None = None
@@ -114,7 +114,7 @@ class Life:
         """What this worker says of itself."""
         engine = self._around.engine
         return WorkerStatus(
-            incarnation=self.incarnation,
+            session_id=self.session_id,
             models=list(engine.models),
             cards=dict(engine.cards),
             slots=self._around.settings.slots,
@@ -144,34 +144,34 @@ class Life:
         answer = await self._membership.register(first=first)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._membership.run(), name="heartbeats")
-            group.create_task(self._membership.stay_present(self.incarnation), name="presence")
+            group.create_task(self._membership.stay_present(self.session_id), name="presence")
             broker = await self._around.connect(answer)
             unjoined = await self._join(broker)
-            outbox = Outbox(
+            frame_batcher = FrameBatcher(
                 broker.publish,
                 broker.append,
                 interval_ms=self._around.settings.flush_interval_ms,
-                limit_bytes=self._around.settings.outbox_limit_bytes,
+                limit_bytes=self._around.settings.frame_buffer_bytes,
             )
             attempts = Attempts(
                 self._around.engine,
                 broker,
-                outbox,
+                frame_batcher,
                 self._around.metrics,
                 max_answer_bytes=self._around.settings.max_answer_bytes,
-                elsewhere=Peers(broker, self.incarnation).serve,
+                elsewhere=Peers(broker, self.session_id).serve,
                 ended=self._ended,
             )
             self._signals = [asyncio.Event() for _ in range(broker.shards)]
             self._broker, self._attempts = broker, attempts
-            group.create_task(outbox.run(), name="outbox")
+            group.create_task(frame_batcher.run(), name="frame_batcher")
             lease_s = answer.lease_ms / 1000
-            self._pulse.ticked_at = time.monotonic()
-            self._renewals = Renewals(broker.renewer_apart(), self.incarnation, self._pulse, lease_s)
+            self._watchdog.ticked_at = time.monotonic()
+            self._renewals = Renewals(broker.renewer_apart(), self.session_id, self._watchdog, lease_s)
             self._renewing = group.create_task(self._renewals.run(), name="renewals")
             group.create_task(self._watch_engine(attempts, lease_s), name="engine's progress")
             group.create_task(self._sweep(attempts), name="sweep")
-            sweeps = stand_in(broker, self.incarnation, self._around.metrics, lease_s)
+            sweeps = stand_in(broker, self.session_id, self._around.metrics, lease_s)
             group.create_task(sweeps, name="standing in")
             for shard in range(broker.shards):
                 serving = self._serve(shard, broker, attempts, group, joined=shard not in unjoined)
@@ -183,9 +183,9 @@ class Life:
     ) -> None:
         """Listen and claim on one shard, once it is joined. Raises ``Fenced``."""
         while not joined:
-            await asyncio.sleep(_LONGEST_PAUSE_S)
+            await asyncio.sleep(_MAX_PAUSE_S)
             try:
-                await broker.join_on(shard, self.incarnation)
+                await broker.join_on(shard, self.session_id)
                 joined = True
             except Fenced:
                 raise
@@ -198,13 +198,13 @@ class Life:
         """Join every shard that answers, at least one; those that did not."""
         while True:
             try:
-                unjoined = await broker.join(self.incarnation)
+                unjoined = await broker.join(self.session_id)
             except Fenced:
                 raise
             except InferqError as error:
-                # Here and below: whatever Redis says short of a verdict on this incarnation, it may say otherwise soon.
+                # Here and below: whatever Redis says short of a verdict on this session id, it may say otherwise soon.
                 log.warning("queue_not_joined", error=error.message)
-                await asyncio.sleep(_LONGEST_PAUSE_S)
+                await asyncio.sleep(_MAX_PAUSE_S)
             else:
                 if unjoined:
                     log.warning("shards_not_joined", shards=sorted(unjoined), then="they are joined when they answer")
@@ -236,13 +236,13 @@ class Life:
         """Between claims: tell a server that was away what runs here; whether it answered. Raises ``Fenced``."""
         self._unsure.discard(shard)
         try:
-            not_held = await broker.hold(shard, self.incarnation, self.slots.last_seq(shard), attempts.leases(shard))
+            not_held = await broker.hold(shard, self.session_id, self.slots.last_seq(shard), attempts.leases(shard))
         except Fenced:
             raise
         except InferqError as error:
             log.warning("leases_not_compared", shard=shard, error=error.message)
             self._unsure.add(shard)
-            await asyncio.sleep(_LONGEST_PAUSE_S)
+            await asyncio.sleep(_MAX_PAUSE_S)
             return False
         attempts.drop(not_held)
         return True
@@ -251,28 +251,26 @@ class Life:
         """Send ``claim``; None if it was not answered and must be sent again. Raises ``Fenced``."""
         region = self._around.settings.region
         try:
-            return await broker.claim(
-                claim.shard, self.incarnation, claim.seq, claim.turn, claim.n, claim.pools, region
-            )
+            return await broker.claim(claim.shard, self.session_id, claim.seq, claim.turn, claim.n, claim.pools, region)
         except Fenced:
             raise
         except InferqError as error:
             log.warning("claim_not_answered", shard=claim.shard, error=error.message)
-            await asyncio.sleep(_LONGEST_PAUSE_S)
+            await asyncio.sleep(_MAX_PAUSE_S)
             return None
 
     def _count_abroad(self, leases: Sequence[Lease]) -> None:
         for job in (lease.job for lease in leases):
             if job.region and job.region != self._around.settings.region:
-                self._around.metrics.abroad(job.model, job.region).inc()
+                self._around.metrics.remote(job.model, job.region).inc()
 
     async def _listen(self, shard: int, broker: Broker, attempts: Attempts) -> NoReturn:
-        """Follow this incarnation's control stream on one shard."""
+        """Follow this session_id's control stream on one shard."""
         after, pause = "0", _FIRST_PAUSE_S
         away = False
         while True:
             try:
-                messages = await broker.read_control(shard, self.incarnation, after, CONTROL_BLOCK_MS)
+                messages = await broker.read_control(shard, self.session_id, after, CONTROL_BLOCK_MS)
             except Fenced:
                 raise
             except InferqError as error:
@@ -282,7 +280,7 @@ class Life:
                 self._reached(len(self._away) < broker.shards)
                 away = True
                 await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE_S)
+                pause = min(pause * 2, _MAX_PAUSE_S)
                 continue
             pause = _FIRST_PAUSE_S
             self._away.discard(shard)
@@ -312,9 +310,9 @@ class Life:
         """Find out, as often as leases are renewed, whether they may be."""
         while True:
             alive = await self._makes_progress(attempts)
-            if self._pulse.engine_alive and not alive:
+            if self._watchdog.engine_alive and not alive:
                 log.warning("engine_makes_no_progress", running=len(attempts), then="its jobs go to others")
-            self._pulse.engine_alive = alive
+            self._watchdog.engine_alive = alive
             await asyncio.sleep(lease_s / RENEWALS_PER_LEASE)
 
     async def _makes_progress(self, attempts: Attempts) -> bool:
@@ -330,7 +328,7 @@ class Life:
         limits = IdleLimits(settings.stream_idle_limit_ms / 1000, settings.stream_held_back_limit_ms / 1000)
         while True:
             await asyncio.sleep(SWEEP_S)
-            self._pulse.ticked_at = time.monotonic()
+            self._watchdog.ticked_at = time.monotonic()
             attempts.stop_late(now())
             attempts.stop_stuck(now(), limits)
             for shard in self.slots.shards_due(now()):
@@ -357,13 +355,13 @@ class Life:
 
     async def _leave(self, broker: Broker) -> None:
         try:
-            await broker.leave(self.incarnation)
+            await broker.leave(self.session_id)
         except InferqError as error:
             log.warning("queue_not_left", error=error.message)
 
     async def _deregister(self) -> None:
         try:
-            await self._around.client.deregister(self._around.settings.name, self.incarnation)
+            await self._around.client.deregister(self._around.settings.name, self.session_id)
         except InferqError as error:
             log.warning("not_deregistered", error=error.message)
 

@@ -106,7 +106,7 @@ class WorkerSettings(RoleSettings):
         64 << 20, ge=1, le=_LARGEST_BYTES, description="longest answer of an engine, in bytes"
     )
     flush_interval_ms: float = Field(4.0, ge=0, le=1_000, description="least time between flushes of streams")
-    outbox_limit_bytes: int = Field(
+    frame_buffer_bytes: int = Field(
         64 << 20, ge=1, le=_LARGEST_BYTES, description="unsent frames at which reading of engines pauses"
     )
     drain_limit_ms: int = Field(30_000, ge=0, description="how long running jobs may take to finish when draining")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from queue_schemas import Incarnation, JobId
+from queue_schemas import JobId, SessionId
 
 DIGEST_BYTES = 16
 
 
-def mailbox_of(batch_id: str) -> Incarnation:
+def reply_stream_of(batch_id: str) -> SessionId:
     """Where a batch's answers arrive."""
-    return Incarnation(f"{batch_id}.{_digest(batch_id, 'mailbox', size=8)}")
+    return SessionId(f"{batch_id}.{_digest(batch_id, 'reply_stream', size=8)}")
 
 
 def job_of(batch_id: str, shard: int, line: int, generation: int) -> JobId:

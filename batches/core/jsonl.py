@@ -18,7 +18,7 @@ from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest
 from queue_schemas.ids import check_name
 
-LONGEST_CUSTOM_ID = 512
+MAX_CUSTOM_ID = 512
 _BOM = b"\xef\xbb\xbf"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -113,10 +113,10 @@ def read_line(data: bytes | None, endpoint: str, max_bytes: int, limits: Request
         raise BadLine("line_too_long", f"the line is longer than {max_bytes} bytes; shorten it, or split the request")
     line = _parsed(data)
     custom_id = _text(line, "custom_id")
-    if len(custom_id) > LONGEST_CUSTOM_ID:
+    if len(custom_id) > MAX_CUSTOM_ID:
         raise BadLine(
             "invalid_custom_id",
-            f"custom_id has more than {LONGEST_CUSTOM_ID} characters; give a shorter one",
+            f"custom_id has more than {MAX_CUSTOM_ID} characters; give a shorter one",
             "custom_id",
         )
     method = _text(line, "method")

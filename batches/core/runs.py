@@ -18,7 +18,7 @@ from .ids import DIGEST_BYTES
 RECORD = DIGEST_BYTES + 8
 TABLE = struct.Struct(">257I")
 SLICES = 256
-MOST_RECORDS = 25_000
+MAX_RECORDS = 25_000
 """In one run: 0.6 MB, and four times as much while it is made."""
 
 

@@ -44,8 +44,8 @@ class _Parts:
     pieces: list[bytes] = field(default_factory=list)
 
 
-MOST_EARLY = 4_096
-MOST_EARLY_BYTES = 32 << 20
+MAX_EARLY = 4_096
+MAX_EARLY_BYTES = 32 << 20
 
 
 class Window:
@@ -88,7 +88,7 @@ class Window:
             self._parts.pop(job_id, None)
 
     def take(self, news: Iterable[Frame | Marker], before: str) -> list[Answer | Ended]:
-        """What one entry of the mailbox brings to an end; ``before`` is the id of the entry before it."""
+        """What one entry of the reply stream brings to an end; ``before`` is the id of the entry before it."""
         found: list[Answer | Ended] = []
         for item in news:
             job = self._jobs.get(item.job_id)
@@ -106,7 +106,7 @@ class Window:
     def _keep_early(self, item: Frame | Marker) -> None:
         if isinstance(item, Marker) or item.flags & (HEAD | END) != HEAD | END or item.job_id in self._early:
             return
-        if len(self._early) < MOST_EARLY and self._early_bytes < MOST_EARLY_BYTES:
+        if len(self._early) < MAX_EARLY and self._early_bytes < MAX_EARLY_BYTES:
             self._early[item.job_id] = item
             self._early_bytes += len(item.data)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from storage import BatchError, BatchProgress, BatchStatus, Part
 
-MOST_ERRORS = 100
+MAX_ERRORS = 100
 """Told of one batch."""
 
 
@@ -109,9 +109,9 @@ class Work(BaseModel):
 
     def fault(self, error: BatchError) -> None:
         """Something is wrong with the batch; of the most that are told the first count."""
-        if len(self.errors) < MOST_ERRORS:
+        if len(self.errors) < MAX_ERRORS:
             self.errors.append(error)
 
     @property
     def full_of_errors(self) -> bool:
-        return len(self.errors) >= MOST_ERRORS
+        return len(self.errors) >= MAX_ERRORS

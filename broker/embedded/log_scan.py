@@ -16,7 +16,7 @@ _COMMAND = re.compile(rb"\*([0-9]{1,9})\r\n")
 _ARGUMENT = re.compile(rb"\$([0-9]{1,10})\r\n")
 _ANNOTATION = re.compile(rb"#[^\r\n]{0,1000}\r?\n")
 _RESUMES = re.compile(rb"\*[1-9][0-9]{0,6}\r\n\$[0-9]{1,10}\r\n")
-_MOST_TRIES = 1_000
+_MAX_TRIES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _is_beginning(data: mmap.mmap, at: int) -> bool:
 def _resumes(data: mmap.mmap, at: int) -> bool:
     """Whether a whole command can be read somewhere behind the damage."""
     for number, found in enumerate(_RESUMES.finditer(data, at + 1)):
-        if number >= _MOST_TRIES:
+        if number >= _MAX_TRIES:
             return True
         if _command(data, found.start())[0] is not None:
             return True

@@ -236,7 +236,8 @@ class EmbeddedServer:
         log.error("embedded_does_not_end", pid=process.pid)
 
     async def _supervise(self) -> None:
-        """Keep the server running: start it again when it ends, with a growing pause, on the same port and data."""
+        """Keep the server running: start it again when it ends, with a growing pause, on the same port and
+        data."""
         while True:
             assert self._process is not None  # noqa: S101 - the supervisor begins after a start
             code = await self._process.wait()

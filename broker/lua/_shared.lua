@@ -20,14 +20,14 @@ local CLOCK_WRITTEN_MS = 200
 local RETRY_APART_MS = 2000
 local REGION_MEMORY_MS = 3600000
 local MAX_REGIONS = 64
-local LATE_MS = 100 -- how late the worker that watches a region's jobs from abroad may look
+local LATE_MS = 100 -- how late the worker that watches a region's jobs from remote may look
 local LOST_MS = 5000 -- how long until a Router is asked again where a lost stream goes on
 local NOBODY_WAITS = 'nobody waits for the answer'
 local RUN_EPOCHS = 2 ^ 20 -- epochs of one run of the server; those that it lost were never so many
 local SUSPECT = 2 -- suspicion at which a job is run beside no other such job
 local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024
-local STORED_BYTES = 1024 -- what a stored job counts for in its tenant's kept bytes, beside its memo and output
+local STORED_BYTES = 1024 -- what a stored job counts for in its tenant's kept bytes, beside its job_metadata and output
 local MAX_ENDED = 100000 -- notices of ends that nobody has taken; beyond it the oldest are dropped
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
@@ -212,9 +212,9 @@ local function stored()
     local now = now_ms()
     listeners_of(job)
     call('DEL', listeners_key(job.id))
-    local found = call('HMGET', P .. 'job:' .. job.id, 'kept', 'idem', 'keep', 'next', 'listed', 'notify', 'memo', 'started', 'begun', 'replaced')
+    local found = call('HMGET', P .. 'job:' .. job.id, 'kept', 'idem', 'keep', 'next', 'listed', 'notify', 'job_metadata', 'started', 'begun', 'replaced')
     local kept, idem, keep, next_frame = found[1] or '0', found[2] or '', found[3], found[4] or ''
-    local listed, word, memo = found[5] or '', found[6] or '', found[7] or ''
+    local listed, word, job_metadata = found[5] or '', found[6] or '', found[7] or ''
     local is_answer = state == 'done' or state == 'failed'
     if word ~= '' then notice(job, state, word) end
     if not keep or not (is_answer or listed == '1') then
@@ -230,11 +230,11 @@ local function stored()
       call('PEXPIRE', P .. 'idem:' .. idem, int(tonumber(keep) + EXPIRY_SLACK_MS))
     end
     local fields = { 'stored', '1', 'tenant', job.tenant, 'kept', kept, 'idem', idem, 'next', next_frame }
-    if memo ~= '' then
+    if job_metadata ~= '' then
       for i, value in ipairs({ 'pool', job.pool, 'lane', job.lane, 'at', job.at, 'started', found[8] or '', 'deadline',
         job.deadline, 'attempts', job.attempts, 'over', int(now), 'until', int(now + tonumber(keep)), 'cause',
         string.sub(job.why or '', 1, 500), 'listed', listed, 'notify', word, 'begun', found[9] or '',
-        'replaced', found[10] or '', 'memo', memo }) do
+        'replaced', found[10] or '', 'job_metadata', job_metadata }) do
         fields[#fields + 1] = value
       end
     end
@@ -245,7 +245,7 @@ local function stored()
   -- broker/persisted_jobs.py.
   local function describe(id)
     local found = call('HMGET', P .. 'job:' .. id, 'tenant', 'state', 'epoch', 'attempts', 'pool', 'lane', 'at', 'started',
-      'over', 'deadline', 'until', 'cause', 'listed', 'notify', 'kept', 'stored', 'begun', 'replaced', 'memo')
+      'over', 'deadline', 'until', 'cause', 'listed', 'notify', 'kept', 'stored', 'begun', 'replaced', 'job_metadata')
     if not found[1] or found[16] ~= '1' then return {} end
     local told = { id, int(now_ms()) }
     for i = 1, 19 do told[i + 2] = found[i] or '' end
@@ -274,7 +274,7 @@ local function nobody_waits(job)
   return not listening[job.reply]
 end
 
--- Wakes the worker that parked first at a place; those that are gone are dropped. Answers its incarnation.
+-- Wakes the worker that parked first at a place; those that are gone are dropped. Answers its session_id.
 local function wake_parked(where, now)
   local parked = P .. 'parked:' .. where
   for _ = 1, 64 do
@@ -334,13 +334,13 @@ local function regional()
     return true
   end
 
-  -- Jobs of a region that wait are watched from abroad by one worker with a free slot: it was told when to look whether
-  -- they still wait. ``abroad:<pool>`` holds, per lane and region, that time and the watcher ('-': nobody had a free
+  -- Jobs of a region that wait are watched from remote by one worker with a free slot: it was told when to look whether
+  -- they still wait. ``remote:<pool>`` holds, per lane and region, that time and the watcher ('-': nobody had a free
   -- slot; whoever claims next takes over). The time is never behind that at which a job is free for all.
   local watches = {}
 
   local function watch_of(pool, part)
-    local key = P .. 'abroad:' .. pool
+    local key = P .. 'remote:' .. pool
     watches[key] = watches[key] or {}
     if watches[key][part] == nil then
       local at, watcher = string.match(call('HGET', key, part) or '', '^(%d+) (%S+)$')
@@ -350,7 +350,7 @@ local function regional()
   end
 
   local function set_watch(pool, part, at, watcher)
-    local key = P .. 'abroad:' .. pool
+    local key = P .. 'remote:' .. pool
     call('HSET', key, part, int(at) .. ' ' .. watcher)
     watches[key] = watches[key] or {}
     watches[key][part] = { at = at, watcher = watcher }
@@ -358,13 +358,13 @@ local function regional()
 
   -- Keeps what is known of a pool's watches until then.
   local function keep_watches(pool, until_ms, now)
-    local key = P .. 'abroad:' .. pool
+    local key = P .. 'remote:' .. pool
     if call('PTTL', key) < until_ms - now + EXPIRY_SLACK_MS then
       call('PEXPIRE', key, int(until_ms - now + REGION_MEMORY_MS + EXPIRY_SLACK_MS))
     end
   end
 
-  -- Sees to it that somebody abroad looks at a place when a job there is free for all. Answers who was woken for it.
+  -- Sees to it that somebody remote looks at a place when a job there is free for all. Answers who was woken for it.
   local function ensure_watch(pool, part, free, now)
     local watch = watch_of(pool, part)
     if watch and watch.at <= free and (now <= watch.at + LATE_MS or watch.watcher == '-') then return nil end
@@ -493,7 +493,7 @@ local function trim_dead(now)
 end
 
 -- A leased job whose attempts are used up becomes a dead letter.
-local function bury(job, reason, now)
+local function declare_dead(job, reason, now)
   local envelope = call('HGET', P .. 'job:' .. job.id, 'env')
   leave_lease(job)
   call('XADD', P .. 'dead', '*', 'id', job.id, 'cause', reason, 'worker', job.owner, 'attempts', job.attempts,
@@ -543,7 +543,7 @@ local function give_up(job, counted, reason, now)
   local attempts = tonumber(job.attempts)
   if not counted then attempts = attempts - 1 end
   if attempts >= tonumber(job.max) then
-    bury(job, reason, now)
+    declare_dead(job, reason, now)
     return 'dead'
   end
   leave_lease(job)
@@ -587,10 +587,10 @@ local function note_ended(job, avoid_ms, now)
   end
 end
 
--- Whether an incarnation was declared dead, or never joined. While a reclaim is under way its number is negative: another
+-- Whether an session id was declared dead, or never joined. While a reclaim is under way its number is negative: another
 -- Manager finds it standing still, and finishes what the first one began.
-local function is_fenced(incarnation)
-  local number = call('HGET', P .. 'beats', incarnation)
+local function is_fenced(session_id)
+  local number = call('HGET', P .. 'beats', session_id)
   return not number or tonumber(number) < 0
 end
 

@@ -35,7 +35,7 @@ local function keep(job, anew, seq, due, from, number)
   if anew and due == 0 and number > 0 then
     call('HSET', key, 'begun', job.epoch)
     if call('DEL', out) > 0 then
-      local found = call('HMGET', key, 'kept', 'memo')
+      local found = call('HMGET', key, 'kept', 'job_metadata')
       stored().count(job, STORED_BYTES + string.len(found[2] or '') - tonumber(found[1]))
       call('HSET', key, 'replaced', '1')
     end

@@ -9,7 +9,7 @@
 
 local PAGE_FRAMES = 512
 local PAGE_BYTES = 1024 * 1024 -- past which a page ends; one frame may be larger
-local LEAST_FRAMES = 2 -- of a page, however large: one may be known to its reader
+local MIN_FRAMES = 2 -- of a page, however large: one may be known to its reader
 local STEP = 16
 
 local id, router, first = ARGV[2], ARGV[3], ARGV[4]
@@ -20,10 +20,10 @@ if router ~= '' and job.stored == '1' and not TERMINAL[job.state] then stored().
 local found = call('HMGET', P .. 'job:' .. id, 'next', 'cause')
 local answer = { job.state, tonumber(job.epoch), job.aid, found[1] or '', 0, found[2] or '' }
 local bytes, number = 0, 0
-while answer[5] == 0 and (bytes < PAGE_BYTES or number < LEAST_FRAMES) and number < PAGE_FRAMES do
+while answer[5] == 0 and (bytes < PAGE_BYTES or number < MIN_FRAMES) and number < PAGE_FRAMES do
   local entries = call('XRANGE', P .. 'out:' .. id, first, '+', 'COUNT', STEP)
   for at, entry in ipairs(entries) do
-    if bytes >= PAGE_BYTES and number >= LEAST_FRAMES then
+    if bytes >= PAGE_BYTES and number >= MIN_FRAMES then
       entries = nil
       break
     end

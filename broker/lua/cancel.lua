@@ -5,11 +5,11 @@
 --       (nothing changed), or 'unknown' (a tombstone stands now, so that a late enqueue is void, unless it was unasked).
 -- Invariants: 10 deadline and cancel, 12 conservation.
 
-local id, reason, unasked, abandoned_ms = ARGV[2], ARGV[3], ARGV[4] == '1', tonumber(ARGV[5])
+local id, reason, if_orphaned, abandoned_ms = ARGV[2], ARGV[3], ARGV[4] == '1', tonumber(ARGV[5])
 local abandoned = abandoned_ms > 0
 local job = load_job(id)
-if (unasked or abandoned) and not job then return 'unknown' end
-if unasked and job.stored == '1' then return job.state end
+if (if_orphaned or abandoned) and not job then return 'unknown' end
+if if_orphaned and job.stored == '1' then return job.state end
 if abandoned then
   local left = tonumber(call('HGET', P .. 'job:' .. id, 'left') or 0)
   if now_ms() - left < abandoned_ms then return job.state end

@@ -1,30 +1,30 @@
 -- Gives a worker up to n jobs, or parks it.
--- ARGV: prefix, incarnation, seq, turn, n, attempt id base, park_ms, region ('' for none), then pairs: pool, lanes
+-- ARGV: prefix, session id, seq, turn, n, attempt id base, park_ms, region ('' for none), then pairs: pool, lanes
 --       (comma separated).
--- Reply: {'fenced'} if the incarnation was declared dead (or never joined); else {'ok', look_again_ms, job, ...}, each
+-- Reply: {'fenced'} if the session id was declared dead (or never joined); else {'ok', look_again_ms, job, ...}, each
 --       job {id, envelope, epoch, attempt id, attempt, remaining_ms, waited_ms, suspect (1 or 0)}. Fewer than n jobs: the worker is
 --       parked, and should claim again in look_again_ms without being woken (-1: no need), because jobs of another
---       region wait that are free for all then. The same (incarnation, seq) again answers the same leases, as far as
+--       region wait that are free for all then. The same (session id, seq) again answers the same leases, as far as
 --       they are still held (if some are not, a wake tells the worker to claim again); an older seq nothing. A reply that grows large ends early, and a wake tells the worker to
 --       claim again.
--- The order of lanes and bands, and of home and abroad, is that of queue_schemas/lanes.py.
--- Invariants: 3 fence (a reclaimed incarnation gets nothing), 5 order, 6 bounded starvation, 10 no start after expiry,
+-- The order of lanes and bands, and of home and remote, is that of queue_schemas/lanes.py.
+-- Invariants: 3 fence (a reclaimed session id gets nothing), 5 order, 6 bounded starvation, 10 no start after expiry,
 --       13 liveness (what is left wakes the next worker).
 
-local incarnation, seq, turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local session_id, seq, turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local attempt_base, park_ms, region = ARGV[6], tonumber(ARGV[7]), ARGV[8]
 local LANES = { 'interactive', 'background', 'batch' }
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply, past which the worker claims again
-local MAX_HEADS = 16 -- tenants of a band that are looked at from abroad
-local NEXT_LOOK_MS = 3 -- least time from one look abroad to the next
+local MAX_HEADS = 16 -- tenants of a band that are looked at from remote
+local NEXT_LOOK_MS = 3 -- least time from one look remote to the next
 local BEHIND_WATCHER_MS = 250 -- how long after the watcher others look, should it have died
 local now = now_ms()
 
-if is_fenced(incarnation) then return { 'fenced' } end
+if is_fenced(session_id) then return { 'fenced' } end
 
 local answer = { 'ok', -1 }
-local claimed_key = P .. 'claimed:' .. incarnation
+local claimed_key = P .. 'claimed:' .. session_id
 local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked', 'look', 'suspect')
 
 local function give(job)
@@ -46,7 +46,7 @@ if last[1] == seq then
     end
   end
   -- With less than it asked for it takes itself for parked, and may not be.
-  if over then call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake') end
+  if over then call('XADD', P .. 'ctl:' .. session_id, 'NOMKSTREAM', '*', 'k', 'wake') end
   if last[4] then answer[2] = math.max(tonumber(last[4]) - now, 1) end
   return answer
 end
@@ -119,7 +119,7 @@ local function take_from_stream(queue)
     local entries = call('XRANGE', P .. queue, from, '+', 'COUNT', 16)
     for _, entry in ipairs(entries) do
       local job = runnable(queue, entry)
-      if job and (job.avoid ~= incarnation or tonumber(job.avoid_until) <= now) then return job end
+      if job and (job.avoid ~= session_id or tonumber(job.avoid_until) <= now) then return job end
     end
     if #entries < 16 then break end
     from = '(' .. entries[16][1]
@@ -220,9 +220,9 @@ end
 -- What a claim has to do with other regions: ``take`` a job there, say when to ``look`` again, ``hand_over`` the watch.
 local function other_regions()
   -- Where their jobs wait, by the place without region: what is known of each, longest free for all first.
-  local abroad, watched = {}, {}
+  local remote, watched = {}, {}
   for _, pool in ipairs(pools) do
-    local found = call('HGETALL', P .. 'abroad:' .. pool)
+    local found = call('HGETALL', P .. 'remote:' .. pool)
     for i = 1, #found, 2 do
       local lane, theirs = lane_and_region(found[i])
       local base = pool .. ':' .. lane
@@ -230,17 +230,17 @@ local function other_regions()
       if at and theirs and theirs ~= region and waiting[base] then
         local place_abroad = { pool = pool, part = found[i], where = base .. '@' .. theirs, at = tonumber(at),
           watcher = watcher }
-        abroad[base] = abroad[base] or {}
-        table.insert(abroad[base], place_abroad)
+        remote[base] = remote[base] or {}
+        table.insert(remote[base], place_abroad)
         watched[#watched + 1] = place_abroad
       end
     end
   end
-  for _, those in pairs(abroad) do
+  for _, those in pairs(remote) do
     table.sort(those, function(a, b) return a.at < b.at end)
   end
 
-  -- The first job of a tenant at a place abroad, if it is free for all by now; else when it will be, nil if none waits.
+  -- The first job of a tenant at a place remote, if it is free for all by now; else when it will be, nil if none waits.
   local function free_head(queue, active, tenant)
     while skipped < MAX_SKIPPED do
       local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
@@ -256,7 +256,7 @@ local function other_regions()
     return nil, now
   end
 
-  -- A job abroad that is free for all, of the tenant that was served least among those who have one. If there is none,
+  -- A job remote that is free for all, of the tenant that was served least among those who have one. If there is none,
   -- ``next_free`` of the place is when there may be one; nil if nothing waits there.
   local function take_free(place_abroad, t)
     place_abroad.next_free = nil
@@ -278,7 +278,7 @@ local function other_regions()
   end
 
   local function take(where)
-    for _, place_abroad in ipairs(abroad[where] or {}) do
+    for _, place_abroad in ipairs(remote[where] or {}) do
       if place_abroad.at <= now and not place_abroad.none_free and skipped < MAX_SKIPPED then
         local job = take_free(place_abroad, turn_of(place_abroad.where, 'regional_turns'))
         if job then
@@ -291,22 +291,22 @@ local function other_regions()
     return nil
   end
 
-  -- When this worker, parked, is to look abroad again: when a job is free for all if it is the one that watches, a
+  -- When this worker, parked, is to look remote again: when a job is free for all if it is the one that watches, a
   -- little later if another does. Who looked last watches.
   local function look()
     local soonest = nil
     for _, watch in ipairs(watched) do
       local at = nil
       if watch.none_free and not watch.next_free then
-        call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
+        call('HDEL', P .. 'remote:' .. watch.pool, watch.part)
       elseif watch.none_free then
         at = math.max(watch.next_free, now + NEXT_LOOK_MS)
-        regional().set_watch(watch.pool, watch.part, at, incarnation)
-      elseif watch.watcher == incarnation then
+        regional().set_watch(watch.pool, watch.part, at, session_id)
+      elseif watch.watcher == session_id then
         at = watch.at
       elseif watch.watcher == '-' then
         at = watch.at
-        regional().set_watch(watch.pool, watch.part, at, incarnation)
+        regional().set_watch(watch.pool, watch.part, at, session_id)
       else
         at = watch.at + BEHIND_WATCHER_MS
       end
@@ -318,10 +318,10 @@ local function other_regions()
   -- This worker has no free slot to watch with: somebody else has to.
   local function hand_over()
     for _, watch in ipairs(watched) do
-      if watch.watcher == incarnation or watch.at <= now then
+      if watch.watcher == session_id or watch.at <= now then
         local lane, theirs = lane_and_region(watch.part)
         if counter('depth', watch.where .. ':waiting') == 0 then
-          call('HDEL', P .. 'abroad:' .. watch.pool, watch.part)
+          call('HDEL', P .. 'remote:' .. watch.pool, watch.part)
         else
           local woken = wake_elsewhere(watch.pool .. ':' .. lane, theirs, now)
           regional().set_watch(watch.pool, watch.part, watch.at, woken or '-')
@@ -334,8 +334,8 @@ local function other_regions()
 end
 
 -- None are known where none are named, which costs a claim one look.
-local abroad = #pools > 0 and #known_regions() > 0 and other_regions()
-if abroad and not abroad.known then abroad = nil end
+local remote = #pools > 0 and #known_regions() > 0 and other_regions()
+if remote and not remote.known then remote = nil end
 
 local function take_from(lane, t, take_at)
   for p = 0, #pools - 1 do
@@ -349,10 +349,10 @@ local function take_from(lane, t, take_at)
 end
 
 local function next_job(t)
-  local far_first = abroad and (t + math.floor(t / 16)) % 4 == 3
+  local far_first = remote and (t + math.floor(t / 16)) % 4 == 3
   for _, lane in ipairs(lane_order(t)) do
-    local job = far_first and take_from(lane, t, abroad.take) or take_from(lane, t, take_home)
-    if not job and abroad and not far_first then job = take_from(lane, t, abroad.take) end
+    local job = far_first and take_from(lane, t, remote.take) or take_from(lane, t, take_home)
+    if not job and remote and not far_first then job = take_from(lane, t, remote.take) end
     if job then return job end
   end
   return nil
@@ -367,13 +367,13 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   if waiting[where] then waiting[where] = waiting[where] - 1 end
   job.attempts = int(tonumber(job.attempts) + 1)
   job.aid = attempt_base .. int(#held)
-  call('HSET', P .. 'job:' .. job.id, 'state', 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', incarnation)
+  call('HSET', P .. 'job:' .. job.id, 'state', 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', session_id)
   if job.stored == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   if string.find(job.lane, '@', 1, true) then
     job.lane = lane_and_region(job.lane)
     call('HSET', P .. 'job:' .. job.id, 'lane', job.lane)
   end
-  call('HSET', P .. 'leases:' .. incarnation, job.id, job.epoch .. ' ' .. place(job) .. ' ' .. accounts(job))
+  call('HSET', P .. 'leases:' .. session_id, job.id, job.epoch .. ' ' .. place(job) .. ' ' .. accounts(job))
   add('depth', place(job) .. ':leased', 1)
   held[#held + 1] = job.id .. ' ' .. job.aid
   if is_suspect(job) then
@@ -396,13 +396,13 @@ end
 
 local function leave_parking()
   if not last[3] then return end
-  for where in string.gmatch(last[3], '%S+') do call('ZREM', P .. 'parked:' .. where, incarnation) end
+  for where in string.gmatch(last[3], '%S+') do call('ZREM', P .. 'parked:' .. where, session_id) end
   call('HDEL', claimed_key, 'parked')
 end
 
 local look = nil
 if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
-  call('XADD', P .. 'ctl:' .. incarnation, 'NOMKSTREAM', '*', 'k', 'wake')
+  call('XADD', P .. 'ctl:' .. session_id, 'NOMKSTREAM', '*', 'k', 'wake')
 elseif #held < wanted then
   local at = serves
   if region ~= '' and regional().name(region, now + park_ms, now) then
@@ -415,12 +415,12 @@ elseif #held < wanted then
     call('HSET', claimed_key, 'parked', all)
   end
   for _, where in ipairs(at) do
-    call('ZADD', P .. 'parked:' .. where, int(now + park_ms), incarnation)
+    call('ZADD', P .. 'parked:' .. where, int(now + park_ms), session_id)
   end
-  look = abroad and abroad.look()
+  look = remote and remote.look()
 else
   leave_parking()
-  if abroad then abroad.hand_over() end
+  if remote then remote.hand_over() end
   for _, where in ipairs(places) do
     if waiting[where] > 0 and wake_one(where, now) then break end
   end

@@ -1,11 +1,11 @@
 -- Puts jobs on their queues and wakes one parked worker for each, of the job's region if it has one. Then somebody
--- abroad is told to look when the job's patience is over, unless somebody was told already.
+-- remote is told to look when the job's patience is over, unless somebody was told already.
 -- ARGV: prefix, tenant_jobs, tenant_bytes, pool_jobs, pool_bytes (limits on live jobs and bytes), tenant_kept (limit on
 --       kept bytes of stored jobs), then per job: id, envelope, pool, lane, band, tenant, reply (of a stored job: its
---       first listener), stored, ttl_ms, max_attempts, region, patience_ms, resume (1: when an attempt is lost, its Router
+--       first listener), stored, ttl_ms, max_attempts, region, remote_after_ms, resume (1: when an attempt is lost, its Router
 --       says where it goes on), and for stored jobs, else empty: keep_ms, digest of the idempotency key ('' for none),
 --       digest of the request, listed (1: it is kept however it ends, and stands in its tenant's list), notify (a word:
---       its end is put on the shard's stream of ends), memo (what is kept of the request, opaque).
+--       its end is put on the shard's stream of ends), job metadata (what is kept of the request, opaque).
 -- Reply: per job 'queued', or the state of a job of that id that is already known (tombstones included: a job
 --       cancelled before it came is void), or 'over <budget>' where nothing was written. Where another job holds the
 --       idempotency key: 'other <job id> <state>', or 'mismatch' if its request is another one.
@@ -45,11 +45,11 @@ local function holder(idem, request)
 end
 
 -- What a new stored job has beside its record.
-local function store(job, router, deadline, keep, idem, request, listed, notify, memo)
+local function store(job, router, deadline, keep, idem, request, listed, notify, job_metadata)
   call('DEL', P .. 'out:' .. job.id, P .. 'listeners:' .. job.id)
   call('HSET', P .. 'job:' .. job.id, 'keep', keep, 'idem', idem)
-  stored().count(job, STORED_BYTES + string.len(memo))
-  if memo ~= '' then call('HSET', P .. 'job:' .. job.id, 'memo', memo, 'listed', listed, 'notify', notify) end
+  stored().count(job, STORED_BYTES + string.len(job_metadata))
+  if job_metadata ~= '' then call('HSET', P .. 'job:' .. job.id, 'job_metadata', job_metadata, 'listed', listed, 'notify', notify) end
   if listed == '1' then stored().list(job, now, deadline, keep) end
   if idem ~= '' then
     call('SET', P .. 'idem:' .. idem, job.id .. ' ' .. request, 'PX',
@@ -77,14 +77,14 @@ for i = 7, #ARGV, 19 do
   local tenant, reply, is_stored, ttl, max = ARGV[i + 5], ARGV[i + 6], ARGV[i + 7] == '1', ARGV[i + 8], ARGV[i + 9]
   local region, patience, resume = ARGV[i + 10], ARGV[i + 11], ARGV[i + 12]
   local keep, idem, request = ARGV[i + 13], ARGV[i + 14], ARGV[i + 15]
-  local listed, notify, memo = ARGV[i + 16], ARGV[i + 17], ARGV[i + 18]
+  local listed, notify, job_metadata = ARGV[i + 16], ARGV[i + 17], ARGV[i + 18]
   local key = P .. 'job:' .. id
   local size = string.len(envelope)
   local known = call('HGET', key, 'state')
   local other = not known and idem ~= '' and holder(idem, request)
   local over = not (known or other) and over_budget(tenant, pool, size)
   if is_stored and not (known or other or over)
-    and counter('budget', 't:' .. tenant .. ':kept') + STORED_BYTES + string.len(memo) > kept_limit then
+    and counter('budget', 't:' .. tenant .. ':kept') + STORED_BYTES + string.len(job_metadata) > kept_limit then
     over = 'tenant_kept'
   end
   if known then
@@ -108,7 +108,7 @@ for i = 7, #ARGV, 19 do
       'pool', pool, 'lane', part, 'band', band, 'tenant', tenant, 'reply', is_stored and '' or reply, 'stored', is_stored and '1' or '0',
       'deadline', deadline, 'size', int(size), 'at', int(now), 'queue', queue, 'entry', entry)
     if resume == '1' then call('HSET', key, 'resume', resume) end
-    if is_stored then store({ id = id, tenant = tenant }, reply, deadline, keep, idem, request, listed, notify, memo) end
+    if is_stored then store({ id = id, tenant = tenant }, reply, deadline, keep, idem, request, listed, notify, job_metadata) end
     call('ZADD', P .. 'deadlines', deadline, id)
     spend('t:' .. tenant, size)
     spend('p:' .. pool, size)

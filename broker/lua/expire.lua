@@ -1,6 +1,6 @@
 -- The sweep of each second: ends jobs whose time ran out, asks again after lost streams, forgets answers that were kept
 -- long enough, trims dead letters, wakes one worker wherever work and parked workers coexist (a wake may have been lost
--- with its worker), and one abroad where nobody watches.
+-- with its worker), and one remote where nobody watches.
 -- ARGV: prefix, limit (jobs in this call), how late it is at least, as the caller measured it (ms; 0: unknown).
 -- Reply: {expired, woken, forgotten, the queue's time, the server's time}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
@@ -55,7 +55,7 @@ local function see_watched(pool, part, now)
   return woken
 end
 
--- The streams of Routers and mailboxes that nobody kept alive.
+-- The streams of Routers and durable replies that nobody kept alive.
 for _, router in ipairs(call('ZRANGEBYSCORE', P .. 'readers', '-inf', int(now), 'LIMIT', 0, 64)) do
   call('DEL', P .. 'reply:' .. router)
   call('ZREM', P .. 'readers', router)

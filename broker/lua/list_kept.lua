@@ -7,7 +7,7 @@
 
 local LOOKED_AT = 512
 local STEP = 64
-local PAGE_BYTES = 1024 * 1024 -- past which an answer ends; one memo may be as large as that
+local PAGE_BYTES = 1024 * 1024 -- past which an answer ends; one job_metadata may be as large as that
 
 local tenant, place_before, limit = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local key = P .. 'listed:' .. tenant
@@ -28,7 +28,7 @@ while #answer - 2 < limit and looked < LOOKED_AT and bytes < PAGE_BYTES do
     elseif ARGV[5] == '' or wanted[found[3]] then
       local job = stored().describe(id)
       answer[#answer + 1] = job
-      bytes = bytes + string.len(job[#job]) -- its memo
+      bytes = bytes + string.len(job[#job]) -- its job_metadata
     end
     answer[2] = member
     looked = looked + 1

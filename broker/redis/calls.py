@@ -20,7 +20,7 @@ from .link import Link
 from .scripts import load_scripts
 
 _FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
+_MAX_PAUSE_S = 1.0
 _REFUSING = ("NOAUTH", "WRONGPASS", "NOPERM")
 _REFUSING_SCRIPTS = ("ACL failure in script", "The user executing the script can't")
 """Redis 7.0 does not name the command that its user may not send within a script."""
@@ -84,7 +84,7 @@ class Caller:
                     raise failure from error
             self.retries += 1
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, _LONGEST_PAUSE_S)
+            pause = min(pause * 2, _MAX_PAUSE_S)
 
 
 def as_inferq_error(error: BaseException) -> BrokerUnavailable | BrokerUnsuitable | BrokerFull:

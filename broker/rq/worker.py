@@ -21,14 +21,14 @@ from telemetry import get_logger
 IDLE_S = 1
 """How often an idle worker looks whether it is to stop."""
 _WORKER_TTL_S = 30
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.1, 2.0
 
 log = get_logger(__name__)
 
 
 class _Worker(SimpleWorker):
     death_penalty_class = TimerDeathPenalty
-    max_connection_wait_time = _LONGEST_PAUSE_S
+    max_connection_wait_time = _MAX_PAUSE_S
 
     def procline(self, message: str) -> None:
         """The process's title is not ours alone to change."""
@@ -57,7 +57,7 @@ def run_rq_worker(queue: Queue, connection: redis.Redis, name: str, stop: thread
         except (redis.RedisError, OSError) as error:
             log.warning("rq_worker_interrupted", error=f"{type(error).__name__}: {error}", again_in_s=pause)
             stop.wait(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE_S)
+            pause = min(pause * 2, _MAX_PAUSE_S)
         finally:
             if worker is not None:
                 _leave(worker)

@@ -17,7 +17,7 @@ from ..client import ASK_LIMIT_S, FabricClient, FabricRefused
 SILENCE_LIMIT_S = 120.0
 """How long an upload or a download may stand still."""
 TRIES = 5
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 8.0
 _PASSING = frozenset({0, 408, 429, 500, 502, 503, 504})
 _PIECE_BYTES = 1 << 18
 _BATCHES, _FILES = "/v1/batches", "/v1/files"
@@ -168,7 +168,7 @@ async def again(attempt: Callable[[], Awaitable[_Answer]]) -> _Answer:
 
 
 def _pause_s(failures: int) -> float:
-    return min(_FIRST_PAUSE_S * float(2 ** (failures - 1)), _LONGEST_PAUSE_S)
+    return min(_FIRST_PAUSE_S * float(2 ** (failures - 1)), _MAX_PAUSE_S)
 
 
 def _named(batch_id: str) -> str:

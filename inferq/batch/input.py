@@ -34,7 +34,7 @@ _BY_SUFFIX: Mapping[str, Format] = {
 }
 _IDS = ("custom_id", "task_id", "id")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
-_LONGEST_CELL = 64 << 20
+_MAX_CELL = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +273,7 @@ def _rows(path: Path, lines: Iterator[tuple[int, str]], form: Format) -> Iterato
 
 
 def _table_rows(path: Path, lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[_Row]:
-    csv.field_size_limit(_LONGEST_CELL)
+    csv.field_size_limit(_MAX_CELL)
     at = 0
 
     def texts() -> Iterator[str]:

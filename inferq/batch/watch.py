@@ -15,7 +15,7 @@ from inferq.console import err, visible
 
 OUTAGE_LIMIT_S = 600.0
 """How long no Router may answer before the watching, not the batch, ends."""
-_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.25, 5.0
+_MIN_LOOK_S, _MAX_LOOK_S = 0.25, 5.0
 _FIRST_WAIT_S = 1.0
 _TELL_EVERY_S = 10.0
 _SAMPLES, _SAMPLE_EVERY_S = 30, 1.0
@@ -101,7 +101,7 @@ async def _watch(client: BatchClient, batch_id: str) -> BatchView:
                 teller.tell(now, batch, text)
             if batch.ended:
                 return batch
-            await asyncio.sleep(min(max((now - began) / 20, _SHORTEST_LOOK_S), _LONGEST_LOOK_S))
+            await asyncio.sleep(min(max((now - began) / 20, _MIN_LOOK_S), _MAX_LOOK_S))
 
 
 class _Teller:
@@ -135,4 +135,4 @@ async def _look(client: BatchClient, batch_id: str, bar: Progress) -> BatchView:
                 raise FabricRefused(
                     f"{refused.message}. The batch goes on by itself: inferq batch status {batch_id} --watch"
                 ) from refused
-            await asyncio.sleep(_LONGEST_LOOK_S if now - failing_since > _LONGEST_LOOK_S else _FIRST_WAIT_S)
+            await asyncio.sleep(_MAX_LOOK_S if now - failing_since > _MAX_LOOK_S else _FIRST_WAIT_S)

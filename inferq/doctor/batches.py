@@ -9,7 +9,7 @@ from inferq.client import FabricRefused
 
 from .findings import Examined, Finding, Level
 
-LONGEST_START_S = 60
+MAX_START_S = 60
 """A batcher looks for new batches every second; one that nobody has looked at for so long has none."""
 
 
@@ -26,7 +26,7 @@ async def look_at_batches(examined: Examined) -> list[Finding]:
             return [Finding("batches", Level.FAILURE, refused.message, mend)]
     now_s = time.time()
     live = [batch for batch in page.data if not batch.ended]
-    waiting = [batch for batch in live if batch.status == "validating" and now_s - batch.created_at > LONGEST_START_S]
+    waiting = [batch for batch in live if batch.status == "validating" and now_s - batch.created_at > MAX_START_S]
     if waiting:
         since_s = max(now_s - batch.created_at for batch in waiting)
         text = f"{len(waiting)} batches have waited up to {since_s:.0f} s for somebody to look at them"

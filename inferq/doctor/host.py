@@ -20,8 +20,8 @@ from worker.settings import WorkerSettings
 
 from .findings import ASK_LIMIT_S, Examined, Finding, Level
 
-LEAST_FILES = 4096
-LEAST_DISK_BYTES, COMFORTABLE_DISK_BYTES = 1 << 30, 5 << 30
+MIN_FILES = 4096
+MIN_DISK_BYTES, COMFORTABLE_DISK_BYTES = 1 << 30, 5 << 30
 
 
 async def look_at_python() -> list[Finding]:
@@ -74,8 +74,8 @@ async def _port(session: aiohttp.ClientSession, name: str, host: str, port: int)
 
 async def look_at_files() -> list[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < LEAST_FILES:
-        mend = f"raise it: ulimit -n {max(LEAST_FILES, 65_536)} (systemd: LimitNOFILE); each client takes one"
+    if soft != resource.RLIM_INFINITY and soft < MIN_FILES:
+        mend = f"raise it: ulimit -n {max(MIN_FILES, 65_536)} (systemd: LimitNOFILE); each client takes one"
         return [Finding("files", Level.WARNING, f"this process may open {soft} files (at most {hard})", mend)]
     return [Finding("files", Level.OK, f"this process may open {soft} files")]
 
@@ -85,7 +85,7 @@ async def look_at_disk(examined: Examined) -> list[Finding]:
     free = shutil.disk_usage(folder).free
     text = f"{free / (1 << 30):.1f} GiB are free at {folder}"
     mend = "free some: the queue's append-only file and the logs live there"
-    if free < LEAST_DISK_BYTES:
+    if free < MIN_DISK_BYTES:
         return [Finding("disk", Level.FAILURE, text, mend)]
     return [
         Finding("disk", Level.WARNING, text, mend) if free < COMFORTABLE_DISK_BYTES else Finding("disk", Level.OK, text)

@@ -15,9 +15,9 @@ from telemetry.paths import absolute_path
 from .findings import Examined, Finding, Level
 from .host import nearest_folder
 
-MOST_SKEW_MS = 1_000
+MAX_SKEW_MS = 1_000
 SLOW_PING_MS = 20.0
-MOST_SCANNED_BYTES = 256 << 20
+MAX_SCANNED_BYTES = 256 << 20
 
 
 async def look_at_queue(examined: Examined) -> list[Finding]:
@@ -62,7 +62,7 @@ def _about_server(facts: ServerFacts, ping_ms: float) -> list[Finding]:
 def about_clock(server_ms: int, before_ms: int, after_ms: int) -> Finding:
     """How far this machine's clock is from the server's, which was asked between ``before_ms`` and ``after_ms``."""
     skew_ms = 0 if before_ms <= server_ms <= after_ms else min(abs(server_ms - before_ms), abs(server_ms - after_ms))
-    if skew_ms > MOST_SKEW_MS:
+    if skew_ms > MAX_SKEW_MS:
         text = f"this machine's clock is {skew_ms / 1000:.1f} s off the queue server's"
         mend = "run NTP on both; deadlines and leases do not depend on it, timestamps in logs and answers do"
         return Finding("clock", Level.WARNING, text, mend)
@@ -93,7 +93,7 @@ def _look_at_log(folder: Path, binary: Path) -> list[Finding]:
         return []
     if problem := files.manifest_problem or files.base_problem(binary):
         return [Finding("queue", Level.FAILURE, f"the embedded queue's {problem}", files.put_back)]
-    if files.size > MOST_SCANNED_BYTES:
+    if files.size > MAX_SCANNED_BYTES:
         text = f"the embedded queue's append-only file has {files.size} bytes: too many to be looked through here"
         return [Finding("queue", Level.OK, text)]
     damage = files.find_damage()

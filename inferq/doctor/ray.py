@@ -15,4 +15,4 @@ async def look_at_ray(examined: Examined) -> list[Finding]:
     if head.runs:
         return [Finding("ray", Level.OK, f"a Ray cluster of our own runs at {head.address}")]
     mend = "`inferq ray up` starts another; `inferq ray down` ends what this one has left"
-    return [Finding("ray", Level.WARNING, f"the Ray cluster at {head.address} has ended unasked", mend)]
+    return [Finding("ray", Level.WARNING, f"the Ray cluster at {head.address} has ended if_orphaned", mend)]

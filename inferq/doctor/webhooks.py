@@ -9,7 +9,7 @@ from inferq.webhooks.client import ENDPOINTS_PATH, DeliveryPage, DeliveryView, E
 
 from .findings import Examined, Finding, Level
 
-LONGEST_WAIT_S = 60
+MAX_WAIT_S = 60
 """A notifier begins what is due within seconds; an event that nobody began to send for so long has none."""
 
 
@@ -26,9 +26,9 @@ async def look_at_webhooks(examined: Examined) -> list[Finding]:
             mend = "check INFERQ_STORAGE_URL of the Routers, and the store behind it"
             return [Finding("webhooks", Level.FAILURE, refused.message, mend)]
     waiting = [one for one in newest if one.status == "pending" and not one.attempts]
-    longest_s = max((time.time() - one.created_at for one in waiting), default=0.0)
-    if longest_s > LONGEST_WAIT_S:
-        text = f"{len(waiting)} events have waited up to {longest_s:.0f} s for somebody to send them"
+    max_s = max((time.time() - one.created_at for one in waiting), default=0.0)
+    if max_s > MAX_WAIT_S:
+        text = f"{len(waiting)} events have waited up to {max_s:.0f} s for somebody to send them"
         mend = "start `inferq notifier`, or look at the log of the one that runs"
         return [Finding("webhooks", Level.WARNING, text, mend)]
     disabled = sum(endpoint.status == "disabled" for endpoint in page.data)

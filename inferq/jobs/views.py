@@ -14,7 +14,7 @@ from inferq.tables import Column, Row, print_table
 from ..batch.watch import EXIT_RUNNING, EXIT_TROUBLE, duration
 
 PAGE = 100
-_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.2, 3.0
+_MIN_LOOK_S, _MAX_LOOK_S = 0.2, 3.0
 _CLOCK = "%Y-%m-%d %H:%M:%S"
 
 
@@ -40,10 +40,10 @@ async def show_job(client: JobsClient, job_id: str, *, wait: bool, as_json: bool
     """One of them, with its answer; with ``wait`` once it has ended. The exit code says how it stands."""
     async with client:
         job = await client.job(job_id)
-        pause_s = _SHORTEST_LOOK_S
+        pause_s = _MIN_LOOK_S
         while wait and not job.ended:
             await pause(pause_s)
-            pause_s = min(pause_s * 1.3, _LONGEST_LOOK_S)
+            pause_s = min(pause_s * 1.3, _MAX_LOOK_S)
             job = await client.job(job_id)
     if as_json:
         print_json(job.model_dump(mode="json"))

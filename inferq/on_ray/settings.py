@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from telemetry import RoleSettings
 from telemetry.paths import absolute_path
 
-LEAST_OBJECT_STORE_MIB = 76
+MIN_OBJECT_STORE_MIB = 76
 """Ray refuses less."""
 
 
@@ -47,8 +47,8 @@ class RaySettings(RoleSettings):
         8265, ge=0, le=65_535, description="Port of our own cluster's dashboard, on loopback; 0 takes a free one"
     )
     object_store_mib: int = Field(
-        LEAST_OBJECT_STORE_MIB,
-        ge=LEAST_OBJECT_STORE_MIB,
+        MIN_OBJECT_STORE_MIB,
+        ge=MIN_OBJECT_STORE_MIB,
         description="Memory of our own cluster's object store; the fabric puts nothing there",
     )
     session_dir: str = Field(

@@ -51,7 +51,8 @@ class RoleProcess:
         return process.pid if process is not None and process.returncode is None else None
 
     async def run(self) -> None:
-        """Keep the process running until :meth:`stop`, or until it leaves on order (a worker that was drained).
+        """Keep the process running until :meth:`stop`, or until it leaves on order (a worker that was
+        drained).
 
         Raises ``CannotStart``, with what the process said last, when it refuses to start or keeps ending.
         """

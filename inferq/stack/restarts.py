@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 15.0
 STEADY_S = 60.0
 """A role that ran for so long has earned a fresh start."""
-MOST_IN_A_ROW = 8
+MAX_IN_A_ROW = 8
 """Ends in a row, none after a steady run, upon which we give up: after a minute or so."""
 EXIT_REFUSED = 2
 """A role's exit code for what its user must mend."""
@@ -29,6 +29,6 @@ class Restarts:
         )
         # What never served and says that it must not start will not be helped by trying again.
         hopeless = exit_code == EXIT_REFUSED and not state.was_ready
-        if hopeless or state.in_a_row >= MOST_IN_A_ROW:
+        if hopeless or state.in_a_row >= MAX_IN_A_ROW:
             return state, None
-        return state, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (state.in_a_row - 1))
+        return state, min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (state.in_a_row - 1))

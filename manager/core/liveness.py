@@ -2,9 +2,9 @@
 
 Rules:
 
-* A lease is lost when the renewal number of its incarnation stood still for a whole lease: see
-  :class:`queue_schemas.BeatWatch`.
-* Sooner only when death is certain (:func:`judge`): the health port, which once answered as this very incarnation,
+* A lease is lost when the renewal number of its session id stood still for a whole lease: see
+  :class:`queue_schemas.LeaseWatch`.
+* Sooner only when death is certain (:func:`judge`): the health port, which once answered as this very session id,
   refuses or answers as another one, and a ping on the control stream stays unanswered.
 * Missed heartbeats alone prove nothing: they make a worker suspect, see :mod:`manager.core.registry`.
 """
@@ -19,7 +19,7 @@ class DoorState(StrEnum):
     """What a worker's health port says."""
 
     SAME = "same"
-    """It answers as the incarnation asked for."""
+    """It answers as the session id asked for."""
     OTHER = "other"
     """Somebody else answers."""
     REFUSED = "refused"
@@ -38,9 +38,9 @@ class Door:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of an incarnation that is doubted.
+    """What is known of an session id that is doubted.
 
-    ``verified``: its URL answered as this incarnation before; until then the URL may belong to anybody, and what is
+    ``verified``: its URL answered as this session id before; until then the URL may belong to anybody, and what is
     found there proves nothing. ``has_number``: it has a renewal number now; ``had_number``: it had one before.
     ``fresh``: a heartbeat came not long ago.
     """
@@ -62,7 +62,7 @@ class Verdict(StrEnum):
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """Whether the incarnation is alive, certainly dead, or neither can be said."""
+    """Whether the session id is alive, certainly dead, or neither can be said."""
     if evidence.ping_answered or evidence.door is DoorState.SAME:
         return Verdict.ALIVE
     if evidence.had_number and not evidence.has_number:

@@ -2,15 +2,15 @@
 
 Rules:
 
-* A worker id has one member: one incarnation. Whether a newcomer may take the id of another is decided before
+* A worker id has one member: one session_id. Whether a newcomer may take the id of another is decided before
   (:func:`manager.core.liveness.judge`); here the newcomer replaces it.
-* A heartbeat of an incarnation that is not the member's is unknown: the worker registers again.
+* A heartbeat of an session id that is not the member's is unknown: the worker registers again.
 * So is one of a worker that follows an assignment of this term or a later one which was not given here: a Redis that
   lost its latest writes has given the term out twice. Registering, the worker follows whatever it is then given. Its
   word moves no term: terms come from the queue alone.
 * Without a heartbeat for ``suspect_s`` a member is suspect; the next one clears it. It leaves the registry when it
-  deregisters, when its incarnation is found dead, or when it is suspect and has no renewal number for a whole lease.
-* Draining is for good: only a new incarnation works again.
+  deregisters, when its session id is found dead, or when it is suspect and has no renewal number for a whole lease.
+* Draining is for good: only a new session id works again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from queue_schemas import (
     Assignment,
     Heartbeat,
-    Incarnation,
     Registration,
+    SessionId,
     UnknownWorker,
     WorkerId,
     WorkerInfo,
@@ -42,7 +42,7 @@ class Member:
     """One worker. Times are monotonic seconds of the Manager that holds it.
 
     ``had_number``: its renewal number was seen, so it has joined the queue. ``verified``: its URL answered as this
-    incarnation. ``look_at``, ``look_pause_s``: when its unverified URL is tried again, and the pause after that.
+    session_id. ``look_at``, ``look_pause_s``: when its unverified URL is tried again, and the pause after that.
     ``told``: it was given an assignment of this term.
     """
 
@@ -63,15 +63,15 @@ class Member:
     assignment: Assignment = field(default=_NO_ASSIGNMENT)
 
     @property
-    def incarnation(self) -> Incarnation:
-        return Incarnation(self.status.incarnation)
+    def session_id(self) -> SessionId:
+        return SessionId(self.status.session_id)
 
     def info(self, now: float | None = None) -> WorkerInfo:
         """The member as others see it; without ``now`` as it is written down, where an age would soon be wrong."""
         status = self.status
         return WorkerInfo(
             worker_id=self.worker_id,
-            incarnation=status.incarnation,
+            session_id=status.session_id,
             url=self.url,
             url_note=self.url_note,
             url_verified=self.verified,
@@ -132,7 +132,7 @@ class Registry:
         return member
 
     def join(self, registration: Registration, now: float) -> Member:
-        """Take a worker in, in place of any other incarnation of its id; a known incarnation keeps what it has."""
+        """Take a worker in, in place of any other session id of its id; a known session id keeps what it has."""
         worker_id = WorkerId(registration.worker_id)
         known = self._members.get(worker_id)
         member = Member(
@@ -145,7 +145,7 @@ class Registry:
             look_at=now,
             told=True,
         )
-        if known is not None and known.incarnation == member.incarnation:
+        if known is not None and known.session_id == member.session_id:
             member = replace(
                 member,
                 drain_asked=known.drain_asked,
@@ -163,10 +163,10 @@ class Registry:
         return self._put(member, now)
 
     def heartbeat(self, worker_id: str, heartbeat: Heartbeat, now: float) -> Member:
-        """Take a heartbeat in. Raises ``UnknownWorker`` unless this incarnation is the member and follows us."""
+        """Take a heartbeat in. Raises ``UnknownWorker`` unless this session id is the member and follows us."""
         member = self.find(worker_id)
-        if member is None or member.incarnation != heartbeat.incarnation:
-            raise UnknownWorker(f"worker {worker_id!r} is not registered here in this incarnation: register again")
+        if member is None or member.session_id != heartbeat.session_id:
+            raise UnknownWorker(f"worker {worker_id!r} is not registered here in this session_id: register again")
         if heartbeat.term > self.term or (heartbeat.term == self.term and not member.told):
             raise UnknownWorker(f"worker {worker_id!r} follows an assignment of another Manager: register again")
         return self._put(replace(member, status=heartbeat, heard_at=now, told=True), now)
@@ -175,32 +175,32 @@ class Registry:
         """Ask a worker to finish what it runs and end. Raises ``UnknownWorker``."""
         return self._put(replace(self.get(worker_id), drain_asked=True), now)
 
-    def leave(self, worker_id: str, incarnation: str) -> bool:
-        """Forget a worker that says goodbye; False if that incarnation is no member (any more)."""
+    def leave(self, worker_id: str, session_id: str) -> bool:
+        """Forget a worker that says goodbye; False if that session id is no member (any more)."""
         member = self.find(worker_id)
-        if member is None or member.incarnation != incarnation:
+        if member is None or member.session_id != session_id:
             return False
         del self._members[member.worker_id]
         return True
 
-    def bury(self, incarnation: Incarnation) -> Member | None:
-        """Forget an incarnation that was found dead; the member it was, if any."""
+    def declare_dead(self, session_id: SessionId) -> Member | None:
+        """Forget an session id that was found dead; the member it was, if any."""
         for member in self._members.values():
-            if member.incarnation == incarnation:
+            if member.session_id == session_id:
                 return self._members.pop(member.worker_id)
         return None
 
-    def saw_numbers(self, incarnations: Iterable[Incarnation]) -> None:
-        """These incarnations have a renewal number: they have joined the queue."""
-        seen = set(incarnations)
+    def saw_numbers(self, sessions: Iterable[SessionId]) -> None:
+        """These sessions have a renewal number: they have joined the queue."""
+        seen = set(sessions)
         for worker_id, member in self._members.items():
-            if not member.had_number and member.incarnation in seen:
+            if not member.had_number and member.session_id in seen:
                 self._members[worker_id] = replace(member, had_number=True)
 
-    def looked(self, incarnation: Incarnation, door: Door, now: float) -> None:
-        """Take in a look at a worker's URL. Only an answer as this very incarnation verifies it."""
+    def looked(self, session_id: SessionId, door: Door, now: float) -> None:
+        """Take in a look at a worker's URL. Only an answer as this very session id verifies it."""
         for member in self._members.values():
-            if member.incarnation == incarnation:
+            if member.session_id == session_id:
                 verified = member.verified or door.state is DoorState.SAME
                 self._members[member.worker_id] = replace(
                     member,
@@ -221,7 +221,7 @@ class Registry:
         silent = [m for m in self._members.values() if m.verified and now - m.heard_at >= silent_s]
         return sorted(silent, key=lambda member: member.heard_at)[:limit]
 
-    def sweep(self, now: float, has_number: Callable[[Incarnation], bool]) -> list[Member]:
+    def sweep(self, now: float, has_number: Callable[[SessionId], bool]) -> list[Member]:
         """Bring every state up to date; the members that left because nothing is to be expected of them.
 
         A suspect without a renewal number holds no job, so no lease will ever run out for it.
@@ -229,7 +229,7 @@ class Registry:
         lost = [
             member
             for member in self._members.values()
-            if now - member.heard_at >= self._suspect_s + self._lease_s and not has_number(member.incarnation)
+            if now - member.heard_at >= self._suspect_s + self._lease_s and not has_number(member.session_id)
         ]
         for member in lost:
             del self._members[member.worker_id]

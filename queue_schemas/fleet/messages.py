@@ -15,13 +15,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ..errors import BadMessage
 from ..ids import (
-    INCARNATION_PATTERN,
     MAX_NAME_BYTES,
     MAX_REGION_LENGTH,
+    SESSION_ID_PATTERN,
     WORKER_ID_PATTERN,
-    check_incarnation,
     check_name,
     check_region,
+    check_session_id,
     check_worker_id,
 )
 from ..lanes import LANES, Lane
@@ -78,7 +78,7 @@ def _check_model(value: str) -> str:
 
 
 _WorkerName = Annotated[str, _checked(check_worker_id), Field(json_schema_extra={"pattern": f"^{WORKER_ID_PATTERN}$"})]
-_Run = Annotated[str, _checked(check_incarnation), Field(json_schema_extra={"pattern": f"^{INCARNATION_PATTERN}$"})]
+_Run = Annotated[str, _checked(check_session_id), Field(json_schema_extra={"pattern": f"^{SESSION_ID_PATTERN}$"})]
 _Model = Annotated[str, _checked(_check_model), Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_BYTES})]
 _Cards = Annotated[
     dict[str, dict[str, Any]],
@@ -111,7 +111,7 @@ class WorkerState(StrEnum):
 class WorkerStatus(_Message):
     """What a worker says of itself, at registration and in every heartbeat."""
 
-    incarnation: _Run
+    session_id: _Run
     models: _Models = Field(default_factory=list)
     cards: _Cards = Field(default_factory=dict)
     slots: int = Field(ge=0, le=MAX_SLOTS, description="jobs it can run at once")
@@ -182,7 +182,7 @@ class WorkerInfo(_Message):
     """One entry of ``GET /fabric/v1/workers``, and of the registry snapshot in Redis."""
 
     worker_id: _WorkerName
-    incarnation: _Run
+    session_id: _Run
     url: str | None = Field(default=None, max_length=MAX_URL_LENGTH)
     url_note: str = Field(
         default="", max_length=2 * MAX_DETAIL_LENGTH, description="what is wrong with the URL, if the Manager tried it"
@@ -252,7 +252,7 @@ class PoolList(_Message):
 
 
 class DeadLetter(_Message):
-    """A job whose attempts were used up. ``worker`` ran the last of them, as this incarnation."""
+    """A job whose attempts were used up. ``worker`` ran the last of them, as this session_id."""
 
     id: str = Field(description="shard and place: 0:1795538964155-0")
     job_id: str

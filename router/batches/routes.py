@@ -17,7 +17,7 @@ from ..idempotency import Idempotency, read_sent
 from ..state import RouterState
 from .rules import batch_endpoints, check_batch_cursor, read_batch
 from .schemas import batch_list, batch_object
-from .service import BatchDesk
+from .service import BatchService
 
 _ALL = "/v1/batches"
 
@@ -40,7 +40,7 @@ def batch_routes(state: RouterState) -> APIRouter:
     """The paths below ``/v1/batches``."""
     routes = APIRouter(tags=["batches"], dependencies=[state.gate.allow(Access.CLIENT)])
     idempotency = Idempotency(state.store.requests, state.settings.keep_answers_ms)
-    desk = BatchDesk(
+    context = BatchService(
         state.settings, state.storage_settings.batch_input_bytes, state.store.files, state.store.batches, idempotency
     )
     endpoints = batch_endpoints(state.settings.paths)
@@ -61,20 +61,20 @@ def batch_routes(state: RouterState) -> APIRouter:
         sent = read_sent(request)
         asked = read_batch(await page_body(request), endpoints, state.settings.batch_windows)
         now_s = time.time()
-        batch, claim = await state.store.run(lambda: desk.create(tenant, asked, sent, now_s), tenant=tenant)
+        batch, claim = await state.store.run(lambda: context.create(tenant, asked, sent, now_s), tenant=tenant)
         return await idempotency.answer(request, claim, batch_object(batch), state.store.later)
 
     @routes.get(_ALL, summary="Your batches, newest first", responses=error_responses(400, 401, 429, 503))
     async def page(request: Request, after: str = Query(""), limit: int = Query(20, ge=1, le=100)) -> JSONResponse:
         tenant = state.keys.caller(request)
         cursor = check_batch_cursor(after)
-        found, more = await state.store.read_page(tenant, lambda: desk.page(tenant, cursor, limit))
+        found, more = await state.store.read_page(tenant, lambda: context.page(tenant, cursor, limit))
         return JSONResponse(batch_list(found, more=more))
 
     @routes.get(_ALL + "/{batch_id}", summary="How one stands", responses=error_responses(401, 404, 429, 503))
     async def one(batch_id: str, request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
-        return JSONResponse(batch_object(await state.store.run(lambda: desk.get(tenant, batch_id), tenant=tenant)))
+        return JSONResponse(batch_object(await state.store.run(lambda: context.get(tenant, batch_id), tenant=tenant)))
 
     @routes.post(
         _ALL + "/{batch_id}/cancel",
@@ -85,7 +85,7 @@ def batch_routes(state: RouterState) -> APIRouter:
         tenant = state.keys.caller(request)
         now_s = time.time()
         try:
-            batch = await state.store.run(lambda: desk.cancel(tenant, batch_id, now_s), tenant=tenant)
+            batch = await state.store.run(lambda: context.cancel(tenant, batch_id, now_s), tenant=tenant)
         except Conflict as error:
             refused = error_response(error)
             # The SDK takes every 409 for a lock that will be free soon, and asks again.

@@ -15,9 +15,9 @@ from queue_schemas import BadRequest
 
 from ..inference.request_fields import INFERENCE_PATHS, MULTIPART_PATHS, json_type, read_object
 
-MOST_PAIRS, KEY_CHARS, VALUE_CHARS = 16, 64, 512
-SHORTEST_EXPIRY_S, LONGEST_EXPIRY_S = 3_600, 2_592_000
-LONGEST_WINDOW_S = 30 * 86_400
+MAX_PAIRS, KEY_CHARS, VALUE_CHARS = 16, 64, 512
+MIN_EXPIRY_S, MAX_EXPIRY_S = 3_600, 2_592_000
+MAX_WINDOW_S = 30 * 86_400
 
 _FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
 _WINDOW = re.compile(r"([1-9][0-9]{0,4})([mhd])")
@@ -26,7 +26,7 @@ _ID = re.compile(r"batch_[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
-class BatchAsked:
+class BatchParams:
     """What the body says. ``window_s``: how long the batch may take; ``output_expiry_s``: how long its output stays,
     None if it does not say."""
 
@@ -42,7 +42,7 @@ def window_seconds(window: str) -> int:
     """``30m``, ``24h``, ``7d`` in seconds. Raises ``ValueError`` with a sentence."""
     found = _WINDOW.fullmatch(window)
     seconds = int(found[1]) * _UNIT_S[found[2]] if found else 0
-    if not 0 < seconds <= LONGEST_WINDOW_S:
+    if not 0 < seconds <= MAX_WINDOW_S:
         raise ValueError(f"{window!r} is no completion window: write a number and m, h or d, up to 30d, as in 24h")
     return seconds
 
@@ -53,7 +53,7 @@ def batch_endpoints(paths: Collection[str]) -> tuple[str, ...]:
     return tuple(path for path in [*known, *sorted(set(paths) - set(known))] if path not in MULTIPART_PATHS)
 
 
-def read_batch(body: bytes, endpoints: Collection[str], windows: Collection[str]) -> BatchAsked:
+def read_batch(body: bytes, endpoints: Collection[str], windows: Collection[str]) -> BatchParams:
     """The batch that ``body`` asks for. Raises ``BadRequest`` that names the field at fault."""
     asked = read_object(body)
     unknown = sorted(asked.keys() - _FIELDS)
@@ -72,7 +72,7 @@ def read_batch(body: bytes, endpoints: Collection[str], windows: Collection[str]
             f"completion_window {window[:80]!r} is not offered here: choose {_listed(windows)}",
             param="completion_window",
         )
-    return BatchAsked(
+    return BatchParams(
         _text(asked, "input_file_id"),
         endpoint,
         window,
@@ -88,8 +88,8 @@ def read_metadata(value: object) -> dict[str, str] | None:
         return None
     if not isinstance(value, dict):
         raise BadRequest(f"metadata must be an object of texts, not {json_type(value)}", param="metadata")
-    if len(value) > MOST_PAIRS:
-        raise BadRequest(f"metadata has {len(value)} pairs: {MOST_PAIRS} are the most", param="metadata")
+    if len(value) > MAX_PAIRS:
+        raise BadRequest(f"metadata has {len(value)} pairs: {MAX_PAIRS} are the most", param="metadata")
     for key, text in value.items():
         if len(key) > KEY_CHARS:
             raise BadRequest(
@@ -127,9 +127,9 @@ def _output_expiry(value: object) -> int | None:
     if not isinstance(value, dict) or value.keys() != {"anchor", "seconds"} or value["anchor"] != "created_at":
         raise BadRequest(f'{param} must be {{"anchor": "created_at", "seconds": ...}}', param=param)
     seconds = value["seconds"]
-    if type(seconds) is not int or not SHORTEST_EXPIRY_S <= seconds <= LONGEST_EXPIRY_S:
+    if type(seconds) is not int or not MIN_EXPIRY_S <= seconds <= MAX_EXPIRY_S:
         raise BadRequest(
-            f"{param}.seconds must be a whole number from {SHORTEST_EXPIRY_S} to {LONGEST_EXPIRY_S}",
+            f"{param}.seconds must be a whole number from {MIN_EXPIRY_S} to {MAX_EXPIRY_S}",
             param=f"{param}.seconds",
         )
     return seconds

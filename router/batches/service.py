@@ -8,7 +8,7 @@ from telemetry import get_logger
 
 from ..idempotency import Claim, Idempotency, Sent
 from ..settings import RouterSettings
-from .rules import BatchAsked
+from .rules import BatchParams
 
 INPUT_PURPOSE = "batch"
 RETRY_AFTER_FULL_S = 30
@@ -16,7 +16,7 @@ RETRY_AFTER_FULL_S = 30
 log = get_logger(__name__)
 
 
-class BatchDesk:
+class BatchService:
     """The batches of all tenants. All methods block: they are called in threads."""
 
     def __init__(
@@ -29,7 +29,7 @@ class BatchDesk:
         self._files = files
         self._batches = batches
 
-    def create(self, tenant: Tenant, asked: BatchAsked, sent: Sent, now_s: float) -> tuple[Batch, Claim]:
+    def create(self, tenant: Tenant, asked: BatchParams, sent: Sent, now_s: float) -> tuple[Batch, Claim]:
         """Take a batch in, or give the one that an earlier try of the same request left.
 
         Raises ``IdempotencyKeyReused`` for a key that was sent with another request.
@@ -81,7 +81,7 @@ class BatchDesk:
     def page(self, tenant: Tenant, after: str, limit: int) -> tuple[list[Batch], bool]:
         return self._batches.page(tenant, after=after, limit=limit)
 
-    def _check(self, tenant: Tenant, asked: BatchAsked, now_s: float) -> None:
+    def _check(self, tenant: Tenant, asked: BatchParams, now_s: float) -> None:
         """Whether it may be taken in."""
         self._check_input(asked.input_file_id, self._files.get(tenant, asked.input_file_id, now_s))
         live = sum(1 for owner, _ in self._batches.live() if owner == tenant)

@@ -19,7 +19,7 @@ from ..http.forms import MAX_FIELD_BYTES, MAX_PARTS
 BATCH_PURPOSE = "batch"
 PURPOSES = (BATCH_PURPOSE, "assistants", "fine-tune", "vision", "user_data", "evals")
 """What a client may upload a file for."""
-LEAST_LIFE_S, LONGEST_LIFE_S = 3_600, 2_592_000
+MIN_LIFE_S, MAX_LIFE_S = 3_600, 2_592_000
 FORM_BYTES = 128 * 1024
 """What a form may have beside its file: its fields, their headers and boundaries."""
 _MAX_NAME_CHARACTERS, _MAX_NAME_BYTES = 255, 1_024
@@ -30,7 +30,7 @@ _PLAIN_ENCODINGS = frozenset({b"", b"7bit", b"8bit", b"binary"})
 
 
 @dataclass(frozen=True, slots=True)
-class FileAsked:
+class FileParams:
     """What the form says of its file. ``lives_s``: None if it does not."""
 
     filename: str
@@ -75,7 +75,7 @@ class FileForm:
         pieces, self._pieces = self._pieces, []
         return pieces
 
-    def finish(self) -> FileAsked:
+    def finish(self) -> FileParams:
         """What the whole form says."""
         if not self._ended:
             raise BadRequest("the form is cut short: its last boundary is missing; send it again")
@@ -83,7 +83,7 @@ class FileForm:
             raise BadRequest("file is missing: send it as a part of the form with a filename", param=_FILE)
         if _PURPOSE not in self._fields:
             raise BadRequest(f"purpose is missing: give one of {', '.join(PURPOSES)}", param=_PURPOSE)
-        return FileAsked(self._filename, self._fields[_PURPOSE], self._life_s())
+        return FileParams(self._filename, self._fields[_PURPOSE], self._life_s())
 
     def _begin_part(self) -> None:
         self._parts += 1
@@ -153,9 +153,9 @@ class FileForm:
         if anchor != "created_at":
             raise BadRequest(f"{_ANCHOR} must be created_at", param=_ANCHOR)
         whole = seconds is not None and seconds.isascii() and seconds.isdigit() and len(seconds) < 10
-        if seconds is None or not whole or not LEAST_LIFE_S <= int(seconds) <= LONGEST_LIFE_S:
+        if seconds is None or not whole or not MIN_LIFE_S <= int(seconds) <= MAX_LIFE_S:
             raise BadRequest(
-                f"{_SECONDS} must be a whole number from {LEAST_LIFE_S} (an hour) to {LONGEST_LIFE_S} (30 days)",
+                f"{_SECONDS} must be a whole number from {MIN_LIFE_S} (an hour) to {MAX_LIFE_S} (30 days)",
                 param=_SECONDS,
             )
         return int(seconds)

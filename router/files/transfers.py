@@ -22,8 +22,8 @@ _RECOUNT_AFTER_S = 2.0
 class Transfers:
     """The uploads and downloads of one Router."""
 
-    def __init__(self, most: int, most_of_tenant: int, ended: Callable[[], None]) -> None:
-        self._open = Share(most, most_of_tenant, what="uploads and downloads", setting="tenant_transfers")
+    def __init__(self, most: int, max_of_tenant: int, ended: Callable[[], None]) -> None:
+        self._open = Share(most, max_of_tenant, what="uploads and downloads", setting="tenant_transfers")
         self._ended = ended
 
     @property
@@ -54,7 +54,7 @@ class _Count:
 class Claim:
     """Room for one file that comes in."""
 
-    def __init__(self, allowance: Allowance, count: _Count) -> None:
+    def __init__(self, allowance: StorageQuota, count: _Count) -> None:
         self._allowance = allowance
         self._count = count
         self._bytes = 0
@@ -67,23 +67,23 @@ class Claim:
         self._count.coming_bytes += more
         self._allowance.check(self._count)
 
-    def end(self, kept_bytes: int | None) -> None:
+    def end(self, persisted_bytes: int | None) -> None:
         """It is kept, with so many bytes; None: it is not."""
         count = self._count
         count.coming_files -= 1
         count.coming_bytes -= self._bytes
-        if kept_bytes is not None:
-            count.kept = Kept(count.kept.files + 1, count.kept.bytes + kept_bytes)
+        if persisted_bytes is not None:
+            count.kept = Kept(count.kept.files + 1, count.kept.bytes + persisted_bytes)
 
 
-class Allowance:
+class StorageQuota:
     """How much each tenant may keep. Counted in the store by each Router for itself, now and then: several may together
     let in what each has room for until they count again."""
 
-    def __init__(self, store: Store, most_files: int, most_bytes: int) -> None:
+    def __init__(self, store: Store, max_files: int, max_bytes: int) -> None:
         self._store = store
-        self._most_files = most_files
-        self._most_bytes = most_bytes
+        self._max_files = max_files
+        self._max_bytes = max_bytes
         self._counts: dict[Tenant, _Count] = {}
 
     async def claim(self, tenant: Tenant, announced_bytes: int) -> Claim:
@@ -97,14 +97,14 @@ class Allowance:
         return self._claim(count, announced_bytes)
 
     def check(self, count: _Count) -> None:
-        if count.kept.files + count.coming_files > self._most_files:
+        if count.kept.files + count.coming_files > self._max_files:
             raise PermissionRefused(
-                f"you keep {count.kept.files} files, and may keep {self._most_files}: delete some (DELETE /v1/files/ID)"
+                f"you keep {count.kept.files} files, and may keep {self._max_files}: delete some (DELETE /v1/files/ID)"
             )
-        if count.kept.bytes + count.coming_bytes > self._most_bytes:
+        if count.kept.bytes + count.coming_bytes > self._max_bytes:
             raise PermissionRefused(
                 f"your files have {count.kept.bytes} bytes, and with this one they would have more than the "
-                f"{self._most_bytes} that you may keep: delete some (DELETE /v1/files/ID)"
+                f"{self._max_bytes} that you may keep: delete some (DELETE /v1/files/ID)"
             )
 
     def forget(self, tenant: Tenant) -> None:

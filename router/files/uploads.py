@@ -21,7 +21,7 @@ from ..http.forms import boundary_of
 from ..idempotency import Idempotency, Sent
 from ..inference.rules import announced_size, check_size
 from ..state import RETRY_AFTER_SHUTDOWN_S, RouterState
-from .form import BATCH_PURPOSE, FORM_BYTES, FileAsked, FileForm
+from .form import BATCH_PURPOSE, FORM_BYTES, FileForm, FileParams
 
 PIECE_BYTES = 512 * 1024
 """How much of a body is gathered before a thread takes it to the store."""
@@ -43,7 +43,7 @@ class Uploads:
         Raises ``ClientGone`` if the client goes before it is complete, else what the client is to be told. Then nothing
         of it stays in the store.
         """
-        state, most_bytes = self._state, self._settings.max_file_bytes
+        state, max_bytes = self._state, self._settings.max_file_bytes
         if state.draining:
             raise ShuttingDown("this router is shutting down; upload again", retry_after_s=RETRY_AFTER_SHUTDOWN_S)
         content_type = headers.get("content-type", "")
@@ -52,7 +52,7 @@ class Uploads:
         boundary = boundary_of(content_type)
         length = headers.get("content-length")
         announced = announced_size(None if length is None else length.encode("latin-1"))
-        check_size(announced, most_bytes + FORM_BYTES)
+        check_size(announced, max_bytes + FORM_BYTES)
         with state.transfers.one(tenant):
             claim = await state.allowance.claim(tenant, max(0, announced - FORM_BYTES))
             incoming = _Incoming(state, tenant, FileForm(boundary), sent)
@@ -61,7 +61,7 @@ class Uploads:
                 size = 0
                 async for piece in self._pieces(receive):
                     size += len(piece)
-                    check_size(size, most_bytes + FORM_BYTES)
+                    check_size(size, max_bytes + FORM_BYTES)
                     claim.grow(size - FORM_BYTES)
                     await incoming.take(piece)
                     state.metrics.file_bytes("in", len(piece))
@@ -103,7 +103,7 @@ class _Incoming:
         self._idempotency = Idempotency(state.store.requests, state.settings.keep_answers_ms)
         self._sent = sent
         self._store = state.store
-        self._most_bytes = state.settings.max_file_bytes
+        self._max_bytes = state.settings.max_file_bytes
         self._tenant = tenant
         self._form = form
         self._id = new_file_id(time.time_ns() // 1_000_000)
@@ -174,7 +174,7 @@ class _Incoming:
         self._store.files.add(self._record)
         return self._record
 
-    def _earlier(self, asked: FileAsked, upload: Upload, now: int) -> FileRecord | None:
+    def _earlier(self, asked: FileParams, upload: Upload, now: int) -> FileRecord | None:
         """The file of an earlier try; None if there is none, or not any more."""
         what = [asked, upload.size, upload.sha256]
         claim = self._idempotency.claim(self._tenant, self._sent, "upload file", what, self._id, now * 1000)
@@ -185,7 +185,7 @@ class _Incoming:
 
     def _opened(self) -> Upload:
         if self._upload is None:
-            self._upload = self._store.files.begin(self._tenant, self._id, self._most_bytes)
+            self._upload = self._store.files.begin(self._tenant, self._id, self._max_bytes)
         return self._upload
 
     def _discard(self) -> None:

@@ -21,7 +21,7 @@ AVOID_S = 10.0
 """How long one that could not be reached is asked after the others."""
 NOBODY_ACTS_S = 15.0
 """After so long without a renewed leader lease, a Router says that no Manager acts."""
-MOST_FOLLOWED = 32
+MAX_FOLLOWED = 32
 """How many Managers beside the configured ones are remembered."""
 _REFUSED = (401, 403)
 
@@ -109,7 +109,7 @@ class ManagerRoute(RemoteManager):
 
     def _remember(self, url: str) -> None:
         followed = [known for known in self._managers if known not in self._urls]
-        for forgotten in followed[: max(0, len(followed) + 1 - MOST_FOLLOWED)]:
+        for forgotten in followed[: max(0, len(followed) + 1 - MAX_FOLLOWED)]:
             del self._managers[forgotten]
             self._avoided_until.pop(forgotten, None)
         self._managers[url] = self._open(url)

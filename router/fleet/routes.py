@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
-from broker import MOST_LETTERS
+from broker import MAX_LETTERS
 from queue_schemas import (
     FABRIC_PREFIX,
     JOIN_TOKEN_HEADER,
@@ -33,7 +33,7 @@ from queue_schemas import (
     WorkerList,
     check_worker_id,
 )
-from queue_schemas.ids import check_incarnation
+from queue_schemas.ids import check_session_id
 from telemetry import get_logger
 from telemetry.http.access import Access
 from telemetry.http.asgi import error_responses, health_routes, prepare_app
@@ -60,7 +60,7 @@ MAX_FABRIC_BODY_BYTES = 1024 * 1024
 _WORKERS = f"{FABRIC_PREFIX}/workers"
 _OF_ONE_RUN = {
     "parameters": [
-        {"name": "incarnation", "in": "query", "required": True, "schema": {"type": "string", "maxLength": 100}}
+        {"name": "session_id", "in": "query", "required": True, "schema": {"type": "string", "maxLength": 100}}
     ]
 }
 
@@ -153,7 +153,7 @@ def _dead(state: RouterState) -> APIRouter:
 
     @routes.get(one, summary="Requests that were given up, oldest first", responses=error_responses(400, 401, 503))
     async def letters(
-        after: str = Query("", max_length=60), limit: int = Query(100, ge=1, le=MOST_LETTERS)
+        after: str = Query("", max_length=60), limit: int = Query(100, ge=1, le=MAX_LETTERS)
     ) -> DeadLetterList:
         return await state.link.ready_queue().dead_letters.page(after, limit)
 
@@ -222,10 +222,10 @@ def _manager(state: RouterState) -> APIRouter:
         response_class=Response,
         responses=error_responses(400, 401, 429, 503),
     )
-    async def presence(worker_id: str, incarnation: str, request: Request) -> Response:
+    async def presence(worker_id: str, session_id: str, request: Request) -> Response:
         token = request.headers.get(JOIN_TOKEN_HEADER, "")
         path = f"{_WORKERS}/{check_worker_id(worker_id)}/doubt"
-        query = f"incarnation={check_incarnation(incarnation)}"
+        query = f"session_id={check_session_id(session_id)}"
         call, manager = FabricCall("POST", path, query, token, b"", request.state.request_id), _manager_of(state)
         return held.answer(lambda: _doubt(manager, call))
 

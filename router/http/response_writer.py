@@ -24,7 +24,7 @@ _EVENT_STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering",
 _CLOSE = (b"connection", b"close")
 
 
-class Exchange:
+class ResponseWriter:
     """Sends one answer. ``status`` is 0 until it has begun. Every answer carries ``x-request-id``.
 
     ``path`` is that of the API whose clients read the answer: errors and keep-alives are told as that API does."""

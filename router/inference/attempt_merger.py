@@ -5,15 +5,15 @@ Rules:
 * A frame counts if its epoch and attempt are the newest seen and its ``seq`` is the next. Older epochs and repeats are
   dropped; a ``seq`` that skips one means that frames were lost on the way, and the job has to run again (``gap``).
 * A plain answer is handed out when it is complete. Of a stream, whole events are handed out as they come: half an
-  event that a lost attempt left behind was never delivered. Only an event longer than ``LONGEST_EVENT_BYTES`` passes in
+  event that a lost attempt left behind was never delivered. Only an event longer than ``MAX_EVENT_BYTES`` passes in
   pieces, and with it the stream can no longer go on with another attempt.
 * A lost attempt that delivered nothing leaves no trace. After one that did, the next one goes on behind what was
-  delivered, if it says that it does and was offered just that (:meth:`Stitch.offer`). One that begins anew is checked
-  against what was delivered, and followed where the first one stopped (:mod:`router.inference.replay_verifier`). Or the
-  stream ends with an explicit error. * The frames of a stored job can be read again from what is kept of it, so it
-  never has to run again for their sake, and a continued attempt goes on behind the frames before it, however many: the
-  next worker read the same. If the client had more of an earlier attempt that was replaced, it is compared until it has
-  said as much.
+  delivered, if it says that it does and was offered just that (:meth:`AttemptMerger.offer`). One that begins anew is
+  checked against what was delivered, and followed where the first one stopped
+  (:mod:`router.inference.replay_verifier`). Or the stream ends with an explicit error. * The frames of a stored job can
+  be read again from what is kept of it, so it never has to run again for their sake, and a continued attempt goes on
+  behind the frames before it, however many: the next worker read the same. If the client had more of an earlier attempt
+  that was replaced, it is compared until it has said as much.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from queue_schemas import (
     StreamBroken,
 )
 
-from .replay_verifier import Following, Replay, Sequel
+from .replay_verifier import ContinuationVerifier, Following, ReplayVerifier
 
 EVENT_STREAM = "text/event-stream"
-LONGEST_EVENT_BYTES = 1 << 20
+MAX_EVENT_BYTES = 1 << 20
 """How much of an event is held back until it is whole."""
 
 
@@ -67,7 +67,7 @@ class Head:
         return self.is_json or self.content_type.startswith("text/")
 
 
-class Stitch:
+class AttemptMerger:
     """The answer to one request, as far as it has come.
 
     Feed it with :meth:`on_frame` and :meth:`on_marker`. ``head`` is set once the answer may begin, :meth:`take` gives
@@ -355,11 +355,11 @@ class Stitch:
             raise StreamBroken("the stream cannot go on: its new attempt goes on behind something else; send it again")
         if continued:
             # The attempt before a stored job's may have said less than the client had from one that it replaced.
-            compared = self._before if self._stored and isinstance(self._before, Replay) else None
-            self._following = compared or Sequel(self._transcript)
+            compared = self._before if self._stored and isinstance(self._before, ReplayVerifier) else None
+            self._following = compared or ContinuationVerifier(self._transcript)
             self.continued += 1
         elif self._delivered:
-            self._following = Replay(self._transcript)
+            self._following = ReplayVerifier(self._transcript)
             self.compared += 1
 
     def _on_data(self, data: bytes) -> None:
@@ -380,18 +380,18 @@ class Stitch:
             self.mid_event = self.mid_event and not end
             self._partial = data[end:]
             data = data[:end]
-            if len(self._partial) > LONGEST_EVENT_BYTES:
+            if len(self._partial) > MAX_EVENT_BYTES:
                 if self._following is not None:
                     raise StreamBroken(
                         "the stream cannot go on: its worker was lost, and the new attempt has an event of more than "
-                        f"{LONGEST_EVENT_BYTES} bytes, too long to be compared; send the request again"
+                        f"{MAX_EVENT_BYTES} bytes, too long to be compared; send the request again"
                     )
                 # Half an event passes as it is; from here no other attempt can take over.
                 data, self._partial, self.mid_event = data + self._partial, b"", True
                 self._transcript.lose(
                     StreamBroken(
                         f"the stream cannot go on: its worker was lost, and it had an event of more than "
-                        f"{LONGEST_EVENT_BYTES} bytes; send the request again"
+                        f"{MAX_EVENT_BYTES} bytes; send the request again"
                     )
                 )
         if self._following is not None:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from queue_schemas import Incarnation, InferqError, JobId
+from queue_schemas import InferqError, JobId, SessionId
 from telemetry import get_logger
 
 from ..ports import QueuePort
@@ -22,14 +22,14 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Farewell:
-    """``reason`` is why the job is cancelled, ``unasked`` if nobody asked for it here; ``listener`` is who detaches
+class _CancelCommand:
+    """``reason`` is why the job is cancelled, ``if_orphaned`` if nobody asked for it here; ``listener`` is who detaches
     from it. ``abandoned_ms``: it is cancelled only if no Router has listened to it for so long."""
 
     job_id: JobId
     reason: str = ""
-    unasked: bool = False
-    listener: Incarnation | None = None
+    if_orphaned: bool = False
+    listener: SessionId | None = None
     abandoned_ms: int = 0
 
 
@@ -41,19 +41,19 @@ class Canceller:
         """``followers``: who follows stored jobs here, perhaps again."""
         self._queue = queue
         self._followers = followers
-        self._line: asyncio.Queue[_Farewell] = asyncio.Queue(LINE)
+        self._line: asyncio.Queue[_CancelCommand] = asyncio.Queue(LINE)
 
-    def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> None:
-        """Have ``job_id`` cancelled soon; ``unasked``: unless it is stored, for who knows who asked for it."""
-        self._put(_Farewell(job_id, reason, unasked))
+    def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> None:
+        """Have ``job_id`` cancelled soon; ``if_orphaned``: unless it is stored, for who knows who asked for it."""
+        self._put(_CancelCommand(job_id, reason, if_orphaned))
 
-    def detach(self, job_id: JobId, listener: Incarnation) -> None:
+    def detach(self, job_id: JobId, listener: SessionId) -> None:
         """Have ``listener`` forgotten by the stored job ``job_id``, soon and unless somebody follows it then."""
-        self._put(_Farewell(job_id, listener=listener))
+        self._put(_CancelCommand(job_id, listener=listener))
 
     def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> None:
         """Have the stored job ``job_id`` cancelled soon if nobody, here or elsewhere, has followed it for so long."""
-        self._put(_Farewell(job_id, reason, abandoned_ms=after_ms))
+        self._put(_CancelCommand(job_id, reason, abandoned_ms=after_ms))
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -69,13 +69,13 @@ class Canceller:
         """When everything in the line has been dealt with."""
         await self._line.join()
 
-    def _put(self, farewell: _Farewell) -> None:
+    def _put(self, farewell: _CancelCommand) -> None:
         try:
             self._line.put_nowait(farewell)
         except asyncio.QueueFull:
             log.warning("cancel_line_full", job_id=farewell.job_id)
 
-    async def _let_go(self, farewell: _Farewell) -> None:
+    async def _let_go(self, farewell: _CancelCommand) -> None:
         queue, job_id = self._queue(), farewell.job_id
         if queue is None:
             log.warning("job_not_cancelled", job_id=job_id, error="the queue is not connected")
@@ -85,7 +85,7 @@ class Canceller:
                 if job_id not in self._followers:
                     await queue.cancel_abandoned(job_id, farewell.reason, farewell.abandoned_ms)
             elif farewell.listener is None:
-                await queue.cancel(job_id, farewell.reason, unasked=farewell.unasked)
+                await queue.cancel(job_id, farewell.reason, if_orphaned=farewell.if_orphaned)
             elif job_id not in self._followers:
                 try:
                     await queue.detach(job_id, farewell.listener)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from .rules import DEADLINE_HEADER, read_deadline
 
 DEFAULT_SETTING = "INFERQ_ROUTER_DEFAULT_DEADLINE_MS"
-LONGEST_SETTING = "INFERQ_ROUTER_LONGEST_DEADLINE_MS"
+MAX_SETTING = "INFERQ_ROUTER_MAX_DEADLINE_MS"
 READ_TIMEOUT_HEADER = "x-stainless-read-timeout"
 """Seconds for which openai and anthropic for Python wait for the next byte: of a plain answer, for all of it."""
 WHOLE_TIMEOUT_HEADER = "x-stainless-timeout"
 """The same of openai for Node, in whole seconds, rounded down: the earliest that the client may give up."""
 _SECONDS = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
-_EARLIER_PART, _MOST_EARLIER_S = 0.1, 2.0
+_EARLIER_PART, _MAX_EARLIER_S = 0.1, 2.0
 """How much earlier than its client's time-out a request ends here. A client that hears why it failed does not repeat a
 request that would fail again; one that gave up by itself does, by default twice."""
 
@@ -42,16 +42,16 @@ def client_timeout_s(headers: Mapping[bytes, bytes]) -> tuple[float, str] | None
 
 
 def find_deadline(
-    headers: Mapping[bytes, bytes], timeout_s: float | None, default_ms: int, longest_ms: int, *, waits: bool
+    headers: Mapping[bytes, bytes], timeout_s: float | None, default_ms: int, max_ms: int, *, waits: bool
 ) -> Deadline:
     """The deadline of a request: its ``x-inferq-deadline-ms``, or else the ``timeout`` of its body, or else the
-    time-out of its client, or else ``default_ms``; at most ``longest_ms``.
+    time-out of its client, or else ``default_ms``; at most ``max_ms``.
 
     ``waits``: it ends when its client's time-out does, because nothing is sent before the whole answer and nobody reads
     it later. Otherwise a client's time-out only makes the default longer. Raises ``BadRequest``.
     """
     given = headers.get(DEADLINE_HEADER.encode())
-    limit_ms = read_deadline(given, timeout_s, default_ms, longest_ms)
+    limit_ms = read_deadline(given, timeout_s, default_ms, max_ms)
     patience_s = float("inf")
     if given is not None:
         source, asked_ms = DEADLINE_HEADER, float(given)
@@ -62,12 +62,12 @@ def find_deadline(
         client = client_timeout_s(headers)
         if client is not None:
             seconds, header = client
-            ends_ms = max(1.0, 1000 * (seconds - min(_MOST_EARLIER_S, seconds * _EARLIER_PART)))
+            ends_ms = max(1.0, 1000 * (seconds - min(_MAX_EARLIER_S, seconds * _EARLIER_PART)))
             if waits or ends_ms > default_ms:
                 source, asked_ms = f"the client's time-out, {header}", ends_ms
                 if waits:
                     patience_s = (seconds - ends_ms / 1000) / 2
-        limit_ms = max(1, int(min(asked_ms, longest_ms)))
-    if asked_ms > longest_ms:
-        source, patience_s = LONGEST_SETTING, float("inf")
+        limit_ms = max(1, int(min(asked_ms, max_ms)))
+    if asked_ms > max_ms:
+        source, patience_s = MAX_SETTING, float("inf")
     return Deadline(limit_ms, f"{limit_ms} ms (set by {source})", patience_s)

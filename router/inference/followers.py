@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .open_requests import OpenRequest
 
 
-MOST_HELD = 1_024
+MAX_HELD = 1_024
 """Frames of one job that are held while a page of it is on its way; past that another page is read."""
 
 
@@ -58,7 +58,7 @@ class Followers:
                 self._feed(request, item)
             elif request.held is not None:
                 request.held.append(item)
-                if len(request.held) > MOST_HELD:
+                if len(request.held) > MAX_HELD:
                     request.held = None
         return True
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from queue_schemas import (
     BrokerUnavailable,
     Job,
+    JobMetadata,
     Lane,
-    Memo,
     OnLoss,
     Tenant,
     band_of_priority,
@@ -77,26 +77,28 @@ class JobMaker:
             deadline_from=deadline.named,
             max_attempts=settings.max_attempts,
             on_loss=on_loss,
-            reply_to="" if stored else link.incarnation,
+            reply_to="" if stored else link.session_id,
             traceparent=traceparent,
             headers=headers or {},
             idempotency_key=idempotency_key,
             request_id=request_id,
             region=settings.region,
-            patience_ms=self._patience_ms(fields.model),
+            remote_after_ms=self._patience_ms(fields.model),
         )
 
     def _patience_ms(self, model: str) -> int:
         """How long this region's workers go first: not at all where there is none."""
         settings = self._settings
         near = settings.region != "" and self._link.directory.serves_in(model, settings.region)
-        return settings.region_patience_ms if near else 0
+        return settings.region_remote_after_ms if near else 0
 
 
-def memo_of(job: Job, fields: RequestFields, *, resumable: bool = False, note: bytes = b"", request: str = "") -> Memo:
+def job_metadata_of(
+    job: Job, fields: RequestFields, *, resumable: bool = False, note: bytes = b"", request: str = ""
+) -> JobMetadata:
     """What a Router has to know to give the answer of a stored ``job`` again. ``request`` is the digest of what the
     client asked, if the job does not say all of it."""
-    return Memo(
+    return JobMetadata(
         path=job.path,
         stream=job.stream,
         on_loss=job.on_loss,

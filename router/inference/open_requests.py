@@ -19,9 +19,9 @@ from queue_schemas import (
     InferqError,
     Job,
     JobId,
-    Keep,
     Marker,
     MarkerKind,
+    PersistOptions,
     RequestTimeout,
     Tenant,
     shard_of_job,
@@ -33,11 +33,11 @@ from ..http.connection import Connection
 from ..metrics import RouterMetrics
 from ..settings import RouterSettings
 from ..tenant_limits import Share, tenant_limit
-from .attempt_merger import Stitch
+from .attempt_merger import AttemptMerger
 from .followers import Followers
 
 log = get_logger(__name__)
-_UNKEPT = Keep(0)
+_UNKEPT = PersistOptions(0)
 _T = TypeVar("_T")
 
 
@@ -99,7 +99,7 @@ class OpenRequest:
         self.connection = connection
         self.begun_s = self.quiet_since_s = now_s
         self.job: Job | None = None
-        self.stitch: Stitch | None = None
+        self.stitch: AttemptMerger | None = None
         self.deadline_s = self.limit_s = self.sending_since_s = self.rerun_s = self.patience_s = float("inf")
         self.on_limit: Callable[[], InferqError] = too_long
         self.error: InferqError | None = None
@@ -143,7 +143,7 @@ class OpenRequest:
             if not wake.done():
                 wake.set_result(None)
 
-    def take_in(self, stitch: Stitch, item: Frame | Marker) -> None:
+    def take_in(self, stitch: AttemptMerger, item: Frame | Marker) -> None:
         """Something of its answer came."""
         try:
             if type(item) is Frame:
@@ -220,26 +220,26 @@ class OpenRequests:
         settings: RouterSettings,
         metrics: RouterMetrics,
         drop: Callable[[OpenRequest, str], None],
-        unasked: Callable[[JobId], None],
+        if_orphaned: Callable[[JobId], None],
         *,
         alone: bool,
     ) -> None:
-        """``drop`` cuts off the client of a request for the reason given; ``unasked`` is told of jobs that run, or
+        """``drop`` cuts off the client of a request for the reason given; ``if_orphaned`` is told of jobs that run, or
         will, though nobody waits for them. ``alone``: there is one tenant only, and nobody to keep room for."""
         self._metrics = metrics
         self._drop = drop
-        self._unasked = unasked
+        self._cancel_orphan = if_orphaned
         self._running = Share(
             settings.max_concurrent,
             tenant_limit(settings.tenant_concurrent, settings.max_concurrent, alone=alone),
             what="requests",
             setting="tenant_concurrent",
         )
-        most_bytes = settings.max_inflight_body_bytes
+        max_bytes = settings.max_inflight_body_bytes
         of_tenant = max(
-            settings.max_body_bytes, tenant_limit(settings.tenant_inflight_body_bytes, most_bytes, alone=alone)
+            settings.max_body_bytes, tenant_limit(settings.tenant_inflight_body_bytes, max_bytes, alone=alone)
         )
-        self._bodies = Share(most_bytes, of_tenant, what="bytes of bodies", setting="tenant_inflight_body_bytes")
+        self._bodies = Share(max_bytes, of_tenant, what="bytes of bodies", setting="tenant_inflight_body_bytes")
         self._buffer_bytes = settings.client_buffer_bytes
         self._stall_s = settings.client_stall_ms / 1000
         self._keepalive_s = settings.keepalive_ms / 1000
@@ -327,7 +327,7 @@ class OpenRequests:
                 if not self.stored.deliver(item):
                     self._metrics.strays.inc()
                     if request is None and _begins(item):
-                        self._unasked(item.job_id)
+                        self._cancel_orphan(item.job_id)
                 continue
             stitch = request.stitch
             request.take_in(stitch, item)

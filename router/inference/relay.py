@@ -24,12 +24,12 @@ from queue_schemas import (
 from telemetry import get_logger
 
 from ..http.bodies import ClientGone
-from ..http.response_writer import QUEUED, Exchange
-from ..jobs.persisted_requests import StoredJobs
+from ..http.response_writer import QUEUED, ResponseWriter
+from ..jobs.persisted_requests import PersistedRequests
 from ..metrics import ModelHistogram
 from ..responses.chat_only_engines import NO_SUCH_PATH
 from ..state import RouterState
-from .attempt_merger import Stitch
+from .attempt_merger import AttemptMerger
 from .open_requests import OpenRequest
 
 MAX_RERUNS = 3
@@ -50,7 +50,7 @@ class Relay:
     def __init__(self, state: RouterState) -> None:
         self._state = state
         self._requests = state.requests
-        self._stored = StoredJobs(state)
+        self._stored = PersistedRequests(state)
         self._loop = asyncio.get_running_loop
 
     async def enqueue(self, request: OpenRequest, job: Job) -> State:
@@ -68,7 +68,7 @@ class Relay:
             request.rerun_s = self._loop().time() + RERUN_AFTER_S
         return state
 
-    async def run(self, request: OpenRequest, exchange: Exchange) -> None:
+    async def run(self, request: OpenRequest, exchange: ResponseWriter) -> None:
         """Pass the answer on as it comes."""
         stitch = request.stitch
         job = request.job
@@ -112,7 +112,7 @@ class Relay:
             if request.keepalive_due:
                 await self._comment(request, job, stitch, exchange)
 
-    async def _comment(self, request: OpenRequest, job: Job, stitch: Stitch, exchange: Exchange) -> None:
+    async def _comment(self, request: OpenRequest, job: Job, stitch: AttemptMerger, exchange: ResponseWriter) -> None:
         """Keep a silent connection alive, but within an event, where a comment would be a part of it."""
         request.keepalive_due = False
         if stitch.mid_event:
@@ -121,7 +121,7 @@ class Relay:
         await exchange.comment(self._waits_for(job, stitch))
         request.sending_since_s = _NEVER
 
-    async def _other_way(self, request: OpenRequest, stitch: Stitch, data: bytes) -> tuple[bytes, Stitch]:
+    async def _other_way(self, request: OpenRequest, stitch: AttemptMerger, data: bytes) -> tuple[bytes, AttemptMerger]:
         """Hold back an answer that says that the engine has no such path until it is whole, and ask in another way
         then. What is to be sent, and what makes the answer from now on."""
         assert stitch.head is not None and request.fallback is not None  # noqa: S101 - looked at by whoever calls
@@ -135,7 +135,7 @@ class Relay:
             return b"", request.stitch
         return data, stitch
 
-    def _waits_for(self, job: Job, stitch: Stitch) -> str:
+    def _waits_for(self, job: Job, stitch: AttemptMerger) -> str:
         """What a client of a silent stream is told."""
         if stitch.untouched and not self._state.link.directory.workers_of(job.model):
             return f"waiting for a worker that serves {job.model}"
@@ -193,7 +193,7 @@ class Relay:
         log.info("request_runs_again", job_id=again.id, before=job.id, request_id=job.request_id)
         await self.enqueue(request, again)
 
-    async def _stands(self, request: OpenRequest, job: Job, stitch: Stitch) -> bool:
+    async def _stands(self, request: OpenRequest, job: Job, stitch: AttemptMerger) -> bool:
         """Put a job on the queue again under its own id: it is one job, whether the queue still knows it or not. False
         if what was heard of it and what the queue knows do not go together: it must run anew, under another id."""
         state = await self.enqueue(request, job)

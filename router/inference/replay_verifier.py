@@ -1,10 +1,10 @@
 """Following another attempt of a stream, after one that was lost when part of it was delivered.
 
-:class:`Replay` is for an attempt that began anew: text that the client has is suppressed, roles and finish reasons
-appear once, and the moment the new attempt says something else, :class:`~queue_schemas.StreamBroken` is raised.
-:class:`Sequel` is for one that goes on behind what was delivered (:mod:`router.inference.continuation`): only what
-every attempt says at its beginning is left out. Either way ``id`` and ``created`` stay the first attempt's, and nothing
-is ever spliced unseen.
+:class:`ReplayVerifier` is for an attempt that began anew: text that the client has is suppressed, roles and finish
+reasons appear once, and the moment the new attempt says something else, :class:`~queue_schemas.StreamBroken` is raised.
+:class:`ContinuationVerifier` is for one that goes on behind what was delivered (:mod:`router.inference.continuation`):
+only what every attempt says at its beginning is left out. Either way ``id`` and ``created`` stay the first attempt's,
+and nothing is ever spliced unseen.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Choice:
         return all(self.said.get(channel, 0) == len(text) for channel, text in self.texts.items())
 
 
-class Replay:
+class ReplayVerifier:
     """Compares with what was ``delivered``; raises ``StreamBroken`` if that cannot be done."""
 
     def __init__(self, delivered: Transcript) -> None:
@@ -119,7 +119,7 @@ class Replay:
         return not self._usage_sent
 
 
-class Sequel:
+class ContinuationVerifier:
     """Passes on what an attempt says that began where the ``delivered`` text ends."""
 
     def __init__(self, delivered: Transcript) -> None:

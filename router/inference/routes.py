@@ -20,9 +20,9 @@ from queue_schemas import (
     InferqError,
     Job,
     JobNotFound,
-    Keep,
     Lane,
     OnLoss,
+    PersistOptions,
     RequestTimeout,
     ShuttingDown,
     StreamBroken,
@@ -38,18 +38,18 @@ from telemetry.http.content_coding import decoded_body
 
 from ..http.bodies import ClientGone, read_body
 from ..http.connection import Connection
-from ..http.response_writer import Exchange
+from ..http.response_writer import ResponseWriter
 from ..jobs.event_ids import LAST_EVENT_HEADER, Position, find_position
-from ..jobs.persisted_requests import StoredJobs
-from ..jobs.resumable_writer import NumberedExchange
-from ..jobs.service import KeptJobs
+from ..jobs.persisted_requests import PersistedRequests
+from ..jobs.resumable_writer import ResumableWriter
+from ..jobs.service import PersistedJobs
 from ..responses.chat_only_engines import ChatOnly
 from ..responses.live import LiveResponse
-from ..responses.service import AskedResponse, Responses
+from ..responses.service import ResponseParams, Responses
 from ..state import RETRY_AFTER_SHUTDOWN_S, RouterState
-from .attempt_merger import Stitch
+from .attempt_merger import AttemptMerger
 from .deadlines import Deadline, find_deadline
-from .job_builder import JobMaker, memo_of
+from .job_builder import JobMaker, job_metadata_of
 from .open_requests import OpenRequest, too_long
 from .relay import Relay
 from .request_fields import RequestFields, read_fields
@@ -79,7 +79,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _InferenceRequest:
     """What one request asks. ``job`` is how: of a ``response`` that is built here, a chat. ``background``: nobody waits
     for it; ``resumable``: its client may come back for the rest of its stream. ``patience_s`` is its deadline's."""
 
@@ -87,7 +87,7 @@ class _Wanted:
     fields: RequestFields
     background: bool
     resumable: bool
-    response: AskedResponse | None
+    response: ResponseParams | None
     on_loss: OnLoss
     patience_s: float
 
@@ -103,9 +103,9 @@ class Inference:
         self._settings = state.settings
         self._requests = state.requests
         self._jobs = JobMaker(state.settings, state.link)
-        self._stored = StoredJobs(state)
+        self._stored = PersistedRequests(state)
         self._relay = Relay(state)
-        self._kept = KeptJobs(state)
+        self._kept = PersistedJobs(state)
         self._responses = Responses(state)
         self._loop = asyncio.get_running_loop
         self._chat_only = ChatOnly(lambda: self._loop().time())
@@ -127,7 +127,7 @@ class Inference:
         headers = dict(scope["headers"])
         given_id = headers.get(REQUEST_ID_HEADER)
         request_id = new_request_id() if given_id is None else request_id_from(((REQUEST_ID_HEADER, given_id),))
-        exchange = Exchange(send, request_id.encode(), path)
+        exchange = ResponseWriter(send, request_id.encode(), path)
         connection = Connection(receive)
         request = OpenRequest(connection, self._loop().time())
         self._requests.add(request)
@@ -151,7 +151,7 @@ class Inference:
                     request.keep = self._keep(wanted)
                     if wanted.resumable:
                         after = _after(headers, bool(wanted.job.idempotency_key))
-                        exchange = NumberedExchange(send, request_id.encode(), after, path)
+                        exchange = ResumableWriter(send, request_id.encode(), after, path)
                     await self._open_stored(request, wanted.job, exchange)
                 await self._relay.run(request, exchange)
         except InferqError as error:
@@ -181,7 +181,7 @@ class Inference:
         tenant: Tenant,
         request_id: str,
         trace: str,
-    ) -> _Wanted:
+    ) -> _InferenceRequest:
         settings, content_type = self._settings, _content_type(headers)
         fields = read_fields(body, content_type, path, settings.limits_of(tenant))
         background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
@@ -213,9 +213,9 @@ class Inference:
             traceparent=trace or _traceparent(headers),
             headers=engine_headers,
         )
-        return _Wanted(job, fields, background, resumable, response, on_loss, deadline.patience_s)
+        return _InferenceRequest(job, fields, background, resumable, response, on_loss, deadline.patience_s)
 
-    def _response(self, body: bytes, fields: RequestFields, *, keyed: bool) -> AskedResponse | None:
+    def _response(self, body: bytes, fields: RequestFields, *, keyed: bool) -> ResponseParams | None:
         """A request for a response, if it is to be built from a chat at once. The job of an idempotency key is one job:
         it cannot be asked in another way later, so it is a chat wherever a chat can say it."""
         setting = self._settings.responses
@@ -228,7 +228,7 @@ class Inference:
                 return None
         return None
 
-    async def _as_chat(self, request: OpenRequest, wanted: _Wanted) -> bool:
+    async def _as_chat(self, request: OpenRequest, wanted: _InferenceRequest) -> bool:
         """Ask for a response again as a chat: the engine has no Responses API. False for what no chat can say: then the
         engine's answer stands."""
         job = wanted.job
@@ -253,19 +253,19 @@ class Inference:
         await self._relay.enqueue(request, chat)
         return True
 
-    async def _accept(self, wanted: _Wanted, request: OpenRequest, exchange: Exchange) -> bool:
+    async def _accept(self, wanted: _InferenceRequest, request: OpenRequest, exchange: ResponseWriter) -> bool:
         """Put a request of the background on the queue and say so; True if ``request`` follows it from now on."""
         if wanted.response is not None:
             return await self._responses.accept(wanted.response, wanted.job, request, exchange)
         await self._kept.accept(wanted.job, wanted.fields, request, exchange)
         return False
 
-    def _stitch(self, wanted: _Wanted) -> Stitch:
+    def _stitch(self, wanted: _InferenceRequest) -> AttemptMerger:
         """What makes the answer of the job's attempts."""
         job, fields = wanted.job, wanted.fields
         if wanted.response is not None:
             return self._responses.live(wanted.response, job)
-        return Stitch(
+        return AttemptMerger(
             stream=job.stream,
             replay_limit_bytes=self._settings.replay_bytes,
             on_loss=job.on_loss,
@@ -286,16 +286,16 @@ class Inference:
         """How long the request may take."""
         settings = self._settings
         if background:
-            longest_ms = settings.background_deadline_ms
-            limit_ms = read_deadline(headers.get(_DEADLINE), fields.timeout_s, longest_ms, longest_ms)
+            max_ms = settings.background_deadline_ms
+            limit_ms = read_deadline(headers.get(_DEADLINE), fields.timeout_s, max_ms, max_ms)
             return Deadline(limit_ms, f"{limit_ms} ms (at most INFERQ_ROUTER_BACKGROUND_DEADLINE_MS)")
-        default_ms, longest_ms = settings.default_deadline_ms, settings.longest_deadline_ms
+        default_ms, max_ms = settings.default_deadline_ms, settings.max_deadline_ms
         waits = not (fields.stream or stored)
-        return find_deadline(headers, fields.timeout_s, default_ms, longest_ms, waits=waits)
+        return find_deadline(headers, fields.timeout_s, default_ms, max_ms, waits=waits)
 
-    async def _open_stored(self, request: OpenRequest, job: Job, exchange: Exchange) -> None:
+    async def _open_stored(self, request: OpenRequest, job: Job, exchange: ResponseWriter) -> None:
         """Queue a stored job, or follow the one behind whose event the client wants to go on."""
-        if not isinstance(exchange, NumberedExchange):
+        if not isinstance(exchange, ResumableWriter):
             await self._stored.enqueue(request, job, exchange)
             if isinstance(request.stitch, LiveResponse) and request.job is not None:
                 request.stitch.name(request.job.id)
@@ -304,10 +304,10 @@ class Inference:
         if named is None or job.idempotency_key:
             await self._stored.enqueue(request, job, exchange)
         else:
-            kept = await request.within_deadline(self._state.link.ready_queue().kept_job(named))
+            kept = await request.within_deadline(self._state.link.ready_queue().persisted_job(named))
             if kept is None or kept.tenant != job.tenant:
                 raise _not_kept(named)
-            if kept.memo.request != request_digest(job):
+            if kept.job_metadata.request != request_digest(job):
                 raise BadRequest(
                     f"{LAST_EVENT_HEADER} names the stream of another request: its path, content type or body was not "
                     "the same",
@@ -319,12 +319,14 @@ class Inference:
             raise _not_kept(named)
         exchange.name(request.job.id)
 
-    def _keep(self, wanted: _Wanted) -> Keep:
+    def _keep(self, wanted: _InferenceRequest) -> PersistOptions:
         """How the answer to a stored request that somebody waits for is kept. One with a key runs on without him."""
         keyed, settings = bool(wanted.job.idempotency_key), self._settings
         asked = wanted.response.digest if wanted.response is not None and keyed else ""
-        memo = memo_of(wanted.job, wanted.fields, resumable=wanted.resumable and not keyed, request=asked)
-        return Keep(settings.keep_answers_ms if keyed else settings.resume_keep_ms, memo)
+        job_metadata = job_metadata_of(
+            wanted.job, wanted.fields, resumable=wanted.resumable and not keyed, request=asked
+        )
+        return PersistOptions(settings.keep_answers_ms if keyed else settings.resume_keep_ms, job_metadata)
 
     def _admit(self, request: OpenRequest, headers: dict[bytes, bytes]) -> Tenant:
         """What can be judged before the body is read."""

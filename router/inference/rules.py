@@ -87,16 +87,16 @@ def announced_size(content_length: bytes | None) -> int:
     return int(content_length)
 
 
-def read_deadline(header: bytes | None, timeout_s: float | None, default_ms: int, longest_ms: int) -> int:
+def read_deadline(header: bytes | None, timeout_s: float | None, default_ms: int, max_ms: int) -> int:
     """How long the request may take, in ms: the caller's ``x-inferq-deadline-ms``, or else the body's ``timeout``
-    (seconds, above 0), or else ``default_ms``; at most ``longest_ms``."""
+    (seconds, above 0), or else ``default_ms``; at most ``max_ms``."""
     if header is None and timeout_s is not None:
-        return max(1, int(min(timeout_s * 1000, longest_ms)))
+        return max(1, int(min(timeout_s * 1000, max_ms)))
     if header is None:
         return default_ms
     if not header.isdigit() or len(header) > 15 or int(header) < 1:
         raise BadRequest(f"{DEADLINE_HEADER} must be a whole number of milliseconds, at least 1", param=DEADLINE_HEADER)
-    return min(int(header), longest_ms)
+    return min(int(header), max_ms)
 
 
 def read_on_loss(header: bytes | None, default: OnLoss) -> OnLoss:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from queue_schemas import JobId
 from telemetry import get_logger
 
-MOST_AWAITED = 16_384
+MAX_AWAITED = 16_384
 """Streams that may wait for their clients; beyond it the one that has waited longest runs to its end."""
 LATE_S = 1.0
 """How long after its grace a stream is given up: so long its departure may take to reach the queue."""
@@ -15,7 +15,7 @@ LATE_S = 1.0
 log = get_logger(__name__)
 
 
-class Abandoned:
+class DisconnectGrace:
     """The streams that nobody follows here any more. Times are the event loop's, in seconds.
 
     Kept in memory: a stream whose Router ends meanwhile simply runs to its end.
@@ -34,7 +34,7 @@ class Abandoned:
         """The client of ``job_id`` left."""
         self._due.pop(job_id, None)
         self._due[job_id] = now_s + self._grace_s
-        if len(self._due) > MOST_AWAITED:
+        if len(self._due) > MAX_AWAITED:
             forgotten = next(iter(self._due))
             del self._due[forgotten]
             log.warning("too_many_abandoned", job_id=forgotten, then="it runs to its end")

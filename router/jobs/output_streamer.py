@@ -8,36 +8,38 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from openai_api.paths import RESPONSES_PATH
-from queue_schemas import InferqError, KeptJob
+from queue_schemas import InferqError, PersistedJob
 from telemetry.http.asgi import REQUEST_ID_HEADER
 
 from ..http.bodies import ClientGone
 from ..http.connection import Connection
-from ..http.response_writer import Exchange
-from ..inference.attempt_merger import Stitch
+from ..http.response_writer import ResponseWriter
+from ..inference.attempt_merger import AttemptMerger
 from ..inference.open_requests import OpenRequest
 from ..inference.relay import Relay
 from ..state import RouterState
 from .event_ids import Position
-from .persisted_requests import StoredJobs
-from .resumable_writer import EventsExchange
-from .service import KeptJobs
+from .persisted_requests import PersistedRequests
+from .resumable_writer import EventStreamWriter
+from .service import PersistedJobs
 
 
-class Giver:
+class OutputStreamer:
     """Gives kept answers, by the ways of any answer: slow clients are cut off, those that leave are let go."""
 
     def __init__(self, state: RouterState) -> None:
         self._state = state
-        self._kept = KeptJobs(state)
-        self._stored = StoredJobs(state)
+        self._kept = PersistedJobs(state)
+        self._stored = PersistedRequests(state)
         self._relay = Relay(state)
 
-    async def give(self, kept: KeptJob, receive: Receive, exchange: Exchange, stitch: Stitch | None = None) -> None:
+    async def give(
+        self, kept: PersistedJob, receive: Receive, exchange: ResponseWriter, stitch: AttemptMerger | None = None
+    ) -> None:
         """Answer with what ``kept`` has said and will say; ``stitch``: in which form, if not as it is kept."""
         connection, requests = Connection(receive), self._state.requests
         request = OpenRequest(connection, asyncio.get_running_loop().time())
-        request.commented = isinstance(exchange, EventsExchange)
+        request.commented = isinstance(exchange, EventStreamWriter)
         requests.add(request)
         try:
             self._kept.check_open()
@@ -56,18 +58,18 @@ class Giver:
         await connection.closed()
 
 
-class GivenAnswer(Response):
+class PersistedResponse(Response):
     """The answer of a job, as the request itself would have got it; with ``events``, as an event stream of which the
     client has what is up to ``after``; in the form that ``stitch`` gives it, if there is one."""
 
     def __init__(
         self,
-        giver: Giver,
-        kept: KeptJob,
+        giver: OutputStreamer,
+        kept: PersistedJob,
         *,
         events: bool = False,
         after: Position | None = None,
-        stitch: Stitch | None = None,
+        stitch: AttemptMerger | None = None,
     ) -> None:
         super().__init__()
         self._giver = giver
@@ -84,14 +86,14 @@ class GivenAnswer(Response):
             await send(message)
 
         request_id = str(scope["state"]["request_id"]).encode()
-        path = self._kept.memo.path
+        path = self._kept.job_metadata.path
         if self._stitch is not None:
             path = RESPONSES_PATH  # what is kept is a chat, and its client reads a response
         exchange = (
-            EventsExchange(send_on, request_id, self._after, path)
+            EventStreamWriter(send_on, request_id, self._after, path)
             if self._events
-            else Exchange(send_on, request_id, path)
+            else ResponseWriter(send_on, request_id, path)
         )
-        if self._after is not None and self._after.job_id is not None and isinstance(exchange, EventsExchange):
+        if self._after is not None and self._after.job_id is not None and isinstance(exchange, EventStreamWriter):
             exchange.name(self._after.job_id)
         await self._giver.give(self._kept, receive, exchange, self._stitch)

@@ -12,7 +12,7 @@ import asyncio
 from dataclasses import replace
 
 from queue_schemas import (
-    KEPT_STATES,
+    PERSISTED_STATES,
     TERMINAL,
     BrokerFull,
     BrokerUnavailable,
@@ -21,19 +21,19 @@ from queue_schemas import (
     IdempotencyKeyReused,
     Job,
     JobNotFound,
-    Keep,
-    KeptJob,
     Marker,
     MarkerKind,
     Output,
     OverCapacity,
+    PersistedJob,
+    PersistOptions,
     State,
     StreamBroken,
 )
 from telemetry import get_logger
 
-from ..http.response_writer import Exchange
-from ..inference.attempt_merger import Stitch
+from ..http.response_writer import ResponseWriter
+from ..inference.attempt_merger import AttemptMerger
 from ..inference.followers import fall_behind
 from ..inference.open_requests import OpenRequest
 from ..state import RouterState
@@ -42,20 +42,20 @@ REPLAY_HEADER = (b"x-inferq-idempotent-replay", b"true")
 """On an answer that another request's job gives."""
 READ_AGAIN_S = 1.0
 """How long until a request whose answer could not be read tries again."""
-MOST_LOSSES = 3
+MAX_LOSSES = 3
 """How often a stored job that the queue has lost is put there again for one request."""
 
 log = get_logger(__name__)
 
 
-class StoredJobs:
+class PersistedRequests:
     """The way of a request to its stored job, and of that job's answer to the request."""
 
     def __init__(self, state: RouterState) -> None:
         self._state = state
         self._requests = state.requests
 
-    async def enqueue(self, request: OpenRequest, job: Job, exchange: Exchange | None = None) -> None:
+    async def enqueue(self, request: OpenRequest, job: Job, exchange: ResponseWriter | None = None) -> None:
         """Queue ``job`` for ``request``, kept as it says, or follow the one that holds its key; ``exchange`` says then
         that it is one.
 
@@ -66,7 +66,9 @@ class StoredJobs:
         self._requests.attach(request, job)
         link = self._state.link
         try:
-            found = await request.within_deadline(link.ready_queue().enqueue_kept(job, request.keep, link.incarnation))
+            found = await request.within_deadline(
+                link.ready_queue().enqueue_persisted(job, request.keep, link.session_id)
+            )
         except (IdempotencyKeyReused, OverCapacity, BrokerFull):
             if request.stitch is not None:
                 request.stitch.settled = True  # nothing was written: there is nothing to detach from
@@ -79,27 +81,32 @@ class StoredJobs:
         if found != Enqueued(job.id, State.QUEUED):
             fall_behind(request)
 
-    def follow(self, request: OpenRequest, kept: KeptJob, job: Job | None = None, stitch: Stitch | None = None) -> None:
+    def follow(
+        self, request: OpenRequest, kept: PersistedJob, job: Job | None = None, stitch: AttemptMerger | None = None
+    ) -> None:
         """From now on ``request`` is given the answer of a job that is on the queue, from its beginning. ``job``: what
         it asked itself, to be queued again should the queue have lost it. ``stitch``: what makes the answer of the
         job's frames, if it is not to be given as it is kept."""
-        memo = kept.memo
+        job_metadata = kept.job_metadata
         request.follows = job is None
-        request.keep = Keep(self._state.settings.resume_keep_ms, replace(memo, note=b""))
-        request.give(kept.remaining_ms + self._state.settings.longest_deadline_ms)
-        request.stitch = stitch or Stitch(
-            stream=memo.stream,
+        request.keep = PersistOptions(self._state.settings.resume_keep_ms, replace(job_metadata, note=b""))
+        request.give(kept.remaining_ms + self._state.settings.max_deadline_ms)
+        request.stitch = stitch or AttemptMerger(
+            stream=job_metadata.stream,
             replay_limit_bytes=self._state.settings.replay_bytes,
-            on_loss=memo.on_loss,
-            usage=memo.usage,
-            choices=memo.choices,
+            on_loss=job_metadata.on_loss,
+            usage=job_metadata.usage,
+            choices=job_metadata.choices,
             stored=True,
         )
         followed = job or Job(
-            id=kept.id, tenant=kept.tenant, model=kept.model, path=memo.path, body=b"", lane=kept.lane
+            id=kept.id, tenant=kept.tenant, model=kept.model, path=job_metadata.path, body=b"", lane=kept.lane
         )
         self._requests.attach(
-            request, replace(followed, id=kept.id, stream=memo.stream, stored=True, on_loss=memo.on_loss, reply_to="")
+            request,
+            replace(
+                followed, id=kept.id, stream=job_metadata.stream, stored=True, on_loss=job_metadata.on_loss, reply_to=""
+            ),
         )
         fall_behind(request)
 
@@ -109,7 +116,7 @@ class StoredJobs:
         assert stitch is not None and job is not None  # noqa: S101 - set by enqueue
         request.held = []
         try:
-            page = await request.within_deadline(link.ready_queue().attach(job.id, link.incarnation, stitch.position))
+            page = await request.within_deadline(link.ready_queue().attach(job.id, link.session_id, stitch.position))
         except BrokerUnavailable as error:
             log.warning("answer_not_read", job_id=job.id, error=error.message, then="it is tried again")
             request.held = None
@@ -123,7 +130,7 @@ class StoredJobs:
         if page is None:
             await self._queue_again(request, job)
             return
-        given_up = page.state in TERMINAL and page.state not in KEPT_STATES
+        given_up = page.state in TERMINAL and page.state not in PERSISTED_STATES
         if given_up and not page.frames:
             self._ended(request, job, page)
         elif stitch.reread(page.epoch, page.attempt_id, page.frames, given_up=given_up):
@@ -139,8 +146,8 @@ class StoredJobs:
     def leave(self, request: OpenRequest, job: Job) -> None:
         """A request for ``job`` is over: the job runs on for whoever asks again, or follows it here still; a stream
         that may be resumed for its grace."""
-        self._state.canceller.detach(job.id, self._state.link.incarnation)
-        if request.keep.memo.resumable:
+        self._state.canceller.detach(job.id, self._state.link.session_id)
+        if request.keep.job_metadata.resumable:
             self._state.abandoned.add(job.id, asyncio.get_running_loop().time())
 
     def _ended(self, request: OpenRequest, job: Job, page: Output) -> None:
@@ -159,7 +166,7 @@ class StoredJobs:
         stitch.restart()
         if stitch.closed:
             return
-        if request.reruns >= MOST_LOSSES:
+        if request.reruns >= MAX_LOSSES:
             broken = StreamBroken if stitch.head is not None else EngineFailed
             raise broken("the request was lost on the queue too often; send it again")
         request.reruns += 1

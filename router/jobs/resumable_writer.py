@@ -8,7 +8,7 @@ from starlette.types import Send
 
 from queue_schemas import AttemptsExhausted, BadRequest, DeadlineExceeded, InferqError, JobCancelled, JobId
 
-from ..http.response_writer import Exchange, Header
+from ..http.response_writer import Header, ResponseWriter
 from ..inference.attempt_merger import EVENT_STREAM, Head
 from .event_ids import EventNumbers, Position
 
@@ -17,7 +17,7 @@ _ENDINGS = (AttemptsExhausted, JobCancelled, DeadlineExceeded)
 """How a job ends without an answer."""
 
 
-class NumberedExchange(Exchange):
+class ResumableWriter(ResponseWriter):
     """An answer whose events, if it is a stream of them, carry ids; those that the client has are left out."""
 
     __slots__ = ("after",)
@@ -32,7 +32,7 @@ class NumberedExchange(Exchange):
         self._client_events = EventNumbers(self.after, f"{job_id}:", self._dialect, self._request_id)
 
 
-class EventsExchange(NumberedExchange):
+class EventStreamWriter(ResumableWriter):
     """A job's answer as an event stream, whatever it is: a plain one is one event; an end without an answer is an event
     with the error."""
 

@@ -8,19 +8,19 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from broker import MOST_LISTED
-from queue_schemas import KEPT_STATES, BadRequest, InferqError, JobNotFound, KeptJob
+from broker import MAX_LISTED
+from queue_schemas import PERSISTED_STATES, BadRequest, InferqError, JobNotFound, PersistedJob
 from telemetry import get_logger
 from telemetry.http.access import Access
 from telemetry.http.asgi import ErrorDetail, error_responses
 
 from ..state import RouterState
 from .event_ids import LAST_EVENT_HEADER, Position, read_position
-from .output_streamer import GivenAnswer, Giver
+from .output_streamer import OutputStreamer, PersistedResponse
 from .schemas import job_object, response_object, states_of
-from .service import JOBS_PATH, KeptJobs, not_found
+from .service import JOBS_PATH, PersistedJobs, not_found
 
-MOST_SHOWN_BYTES = 4 << 20
+MAX_SHOWN_BYTES = 4 << 20
 """Largest answer that is shown in a job's object; larger ones are read at /output."""
 _ONE = JOBS_PATH + "/{job_id}"
 _FOUND = (401, 404, 503)
@@ -87,9 +87,9 @@ class JobDeleted(BaseModel):
 def job_routes(state: RouterState) -> APIRouter:
     """The pages of one Router."""
     routes = APIRouter(tags=["jobs"], dependencies=[state.gate.allow(Access.CLIENT)])
-    jobs, giver = KeptJobs(state), Giver(state)
+    jobs, giver = PersistedJobs(state), OutputStreamer(state)
 
-    async def found(request: Request, job_id: str) -> KeptJob:
+    async def found(request: Request, job_id: str) -> PersistedJob:
         kept = await jobs.status(state.keys.caller(request), job_id)
         if kept is None:
             raise not_found(job_id)
@@ -103,7 +103,7 @@ def job_routes(state: RouterState) -> APIRouter:
     )
     async def page(
         request: Request,
-        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 20,
+        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
         after: Annotated[str, Query(max_length=60, description="The last id of the page before")] = "",
         status: Annotated[JobStatus | None, Query(description="Only those that are so now")] = None,
     ) -> JSONResponse:
@@ -123,7 +123,7 @@ def job_routes(state: RouterState) -> APIRouter:
     )  # fmt: skip
     async def job(request: Request, job_id: str) -> JSONResponse:
         kept = await found(request, job_id)
-        if kept.state not in KEPT_STATES:
+        if kept.state not in PERSISTED_STATES:
             return JSONResponse(job_object(kept))
         try:
             return JSONResponse(job_object(kept, await _answer(jobs, kept)))
@@ -137,7 +137,7 @@ def job_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND, 429) | _GIVEN,
     )
     async def output(request: Request, job_id: str) -> Response:
-        return GivenAnswer(giver, await found(request, job_id))
+        return PersistedResponse(giver, await found(request, job_id))
 
     @routes.get(
         _ONE + "/events",
@@ -153,7 +153,7 @@ def job_routes(state: RouterState) -> APIRouter:
         ),
     ) -> Response:
         after = _after(request.headers.get(LAST_EVENT_HEADER, ""), starting_after, job_id)
-        return GivenAnswer(giver, await found(request, job_id), events=True, after=after)
+        return PersistedResponse(giver, await found(request, job_id), events=True, after=after)
 
     @routes.post(
         _ONE + "/cancel",
@@ -181,14 +181,14 @@ def job_routes(state: RouterState) -> APIRouter:
     return routes
 
 
-async def _answer(jobs: KeptJobs, kept: KeptJob) -> dict[str, Any] | None:
+async def _answer(jobs: PersistedJobs, kept: PersistedJob) -> dict[str, Any] | None:
     """The answer of a job that has one; None if it cannot be put together any more."""
     pieces, size = [], 0
     async with jobs.follow(kept.tenant, kept.id) as followed:
         try:
             async for piece in followed:
                 size += len(piece)
-                if size > MOST_SHOWN_BYTES:
+                if size > MAX_SHOWN_BYTES:
                     break
                 pieces.append(piece)
         except JobNotFound:
@@ -197,7 +197,7 @@ async def _answer(jobs: KeptJobs, kept: KeptJob) -> dict[str, Any] | None:
             log.info("answer_not_shown", job_id=kept.id, code=error.code, error=error.message)
         if followed.head is None:
             return None
-        return response_object(followed.head, b"".join(pieces) if size <= MOST_SHOWN_BYTES else None)
+        return response_object(followed.head, b"".join(pieces) if size <= MAX_SHOWN_BYTES else None)
 
 
 def _after(header: str, query: str, job_id: str) -> Position | None:

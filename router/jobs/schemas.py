@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from queue_schemas import InferqError, KeptJob, MarkerKind, State
+from queue_schemas import InferqError, MarkerKind, PersistedJob, State
 
 from ..inference.attempt_merger import Head, ending_error
 
@@ -29,14 +29,14 @@ def states_of(status: str) -> list[State]:
     return [state for state, told in STATUSES.items() if told == status]
 
 
-def error_of(kept: KeptJob) -> InferqError | None:
+def error_of(kept: PersistedJob) -> InferqError | None:
     """Why a job has no answer; None if it has one, or may get one."""
     if kept.state not in (State.DEAD, State.CANCELLED, State.EXPIRED):
         return None
     return ending_error(MarkerKind(kept.state.value), kept.cause)
 
 
-def job_object(kept: KeptJob, response: dict[str, Any] | None = None) -> dict[str, Any]:
+def job_object(kept: PersistedJob, response: dict[str, Any] | None = None) -> dict[str, Any]:
     """A job as JSON. Times in seconds since 1970, null where there is none yet."""
     error = error_of(kept)
     return {
@@ -44,9 +44,9 @@ def job_object(kept: KeptJob, response: dict[str, Any] | None = None) -> dict[st
         "object": "job",
         "status": STATUSES[kept.state],
         "model": kept.model,
-        "path": kept.memo.path or None,
-        "stream": kept.memo.stream,
-        "request_id": kept.memo.request_id or None,
+        "path": kept.job_metadata.path or None,
+        "stream": kept.job_metadata.stream,
+        "request_id": kept.job_metadata.request_id or None,
         "attempts": kept.attempts,
         "created_at": kept.created_ms // 1000,
         "started_at": _seconds(kept.started_ms),

@@ -1,10 +1,10 @@
 """Kept jobs: requests of the background, whose answers anybody of their tenant may read, from any Router, as often as
 wanted, until they are forgotten.
 
-:class:`KeptJobs` is the way to them for whatever else the Router offers over such jobs: :meth:`KeptJobs.submit` puts
-one on the queue, :meth:`KeptJobs.follow` gives its answer from its beginning, :meth:`KeptJobs.status`,
-:meth:`KeptJobs.cancel` and :meth:`KeptJobs.delete` do what they say. All methods raise ``BrokerUnavailable`` while the
-queue cannot be reached.
+:class:`PersistedJobs` is the way to them for whatever else the Router offers over such jobs:
+:meth:`PersistedJobs.submit` puts one on the queue, :meth:`PersistedJobs.follow` gives its answer from its beginning,
+:meth:`PersistedJobs.status`, :meth:`PersistedJobs.cancel` and :meth:`PersistedJobs.delete` do what they say. All
+methods raise ``BrokerUnavailable`` while the queue cannot be reached.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from queue_schemas import (
     Enqueued,
     Job,
     JobNotFound,
-    Keep,
-    KeptJob,
     Lane,
     OnLoss,
+    PersistedJob,
+    PersistOptions,
     ShuttingDown,
     State,
     Tenant,
@@ -32,15 +32,15 @@ from queue_schemas import (
 from telemetry import get_logger
 
 from ..http.connection import Connection
-from ..http.response_writer import Exchange
+from ..http.response_writer import ResponseWriter
 from ..inference.attempt_merger import Head
 from ..inference.deadlines import Deadline
-from ..inference.job_builder import JobMaker, memo_of
+from ..inference.job_builder import JobMaker, job_metadata_of
 from ..inference.open_requests import OpenRequest
 from ..inference.request_fields import RequestFields, read_fields
 from ..inference.rules import read_deadline
 from ..state import RETRY_AFTER_SHUTDOWN_S, RouterState
-from .persisted_requests import StoredJobs
+from .persisted_requests import PersistedRequests
 from .schemas import job_object
 
 JOBS_PATH = "/v1/jobs"
@@ -48,13 +48,13 @@ JOBS_PATH = "/v1/jobs"
 log = get_logger(__name__)
 
 
-class KeptJobs:
+class PersistedJobs:
     """The kept jobs of all tenants, as this Router reaches them."""
 
     def __init__(self, state: RouterState) -> None:
         self._state = state
         self._jobs = JobMaker(state.settings, state.link)
-        self._stored = StoredJobs(state)
+        self._stored = PersistedRequests(state)
 
     async def submit(
         self,
@@ -77,8 +77,8 @@ class KeptJobs:
         ``path``, ``body`` and ``content_type`` are what the engine gets; model, ``stream`` and ``priority`` are read
         from the body. It may take ``deadline_ms`` (setting ``background_deadline_ms``) and is kept for ``keep_ms``
         (setting ``keep_jobs_ms``) once it has ended, however. ``note`` (256 KiB at most; it counts among its tenant's
-        kept bytes) comes back as :attr:`KeptJob.memo.note`. With a ``notify`` word, a notice of its end is put where
-        ``Broker.read_ended`` finds it.
+        kept bytes) comes back as :attr:`PersistedJob.job_metadata.note`. With a ``notify`` word, a notice of its end is
+        put where ``Broker.read_ended`` finds it.
 
         Raises ``BadRequest``, ``ModelNotFound``, ``NoWorker``, ``OverCapacity``, ``BrokerFull``, ``NotOnDisk``,
         ``IdempotencyKeyReused`` and ``ShuttingDown``.
@@ -86,8 +86,8 @@ class KeptJobs:
         self.check_open()
         settings = self._state.settings
         fields = read_fields(body, content_type, path, settings.limits_of(tenant))
-        longest_ms = settings.background_deadline_ms
-        limit_ms = read_deadline(None, fields.timeout_s, min(deadline_ms or longest_ms, longest_ms), longest_ms)
+        max_ms = settings.background_deadline_ms
+        limit_ms = read_deadline(None, fields.timeout_s, min(deadline_ms or max_ms, max_ms), max_ms)
         job = await self._jobs.make(
             tenant=tenant,
             path=path,
@@ -104,28 +104,28 @@ class KeptJobs:
         )
         return await self.enqueue(job, fields, keep_ms=keep_ms, notify=notify, note=note)
 
-    async def accept(self, job: Job, fields: RequestFields, request: OpenRequest, exchange: Exchange) -> None:
+    async def accept(self, job: Job, fields: RequestFields, request: OpenRequest, exchange: ResponseWriter) -> None:
         """Put the background request on the queue and say where it is: 202 with its object."""
         found = await request.within_deadline(self.enqueue(job, fields))
-        kept = await request.within_deadline(self._state.link.ready_queue().kept_job(found.job_id))
+        kept = await request.within_deadline(self._state.link.ready_queue().persisted_job(found.job_id))
         if kept is None:
             raise JobNotFound(f"the job {found.job_id} was deleted meanwhile")
         exchange.add_header(b"location", f"{JOBS_PATH}/{kept.id}".encode())
         await exchange.finish(Head(202, "application/json"), orjson.dumps(job_object(kept)))
 
-    async def status(self, tenant: Tenant, job_id: str) -> KeptJob | None:
+    async def status(self, tenant: Tenant, job_id: str) -> PersistedJob | None:
         """What may be told of a job; None if there is none of that id, or it is not the tenant's."""
-        kept = await self._state.link.ready_queue().kept_job(job_id)
+        kept = await self._state.link.ready_queue().persisted_job(job_id)
         return kept if kept is not None and kept.tenant == tenant else None
 
     async def jobs(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
-    ) -> tuple[list[KeptJob], str]:
+    ) -> tuple[list[PersistedJob], str]:
         """A page of the tenant's background jobs, newest first, behind the one called ``after``; and the id to go on
         from, empty at the end. Raises ``BadRequest`` if ``after`` is none of them."""
-        return await self._state.link.ready_queue().kept_jobs(tenant, after=after, limit=limit, states=states)
+        return await self._state.link.ready_queue().persisted_jobs(tenant, after=after, limit=limit, states=states)
 
-    async def cancel(self, tenant: Tenant, job_id: str) -> KeptJob | None:
+    async def cancel(self, tenant: Tenant, job_id: str) -> PersistedJob | None:
         """Cancel a job, which may have ended already; what is to be told of it then, None as for :meth:`status`."""
         kept = await self.status(tenant, job_id)
         if kept is None or kept.over:
@@ -179,9 +179,9 @@ class KeptJobs:
     ) -> Enqueued:
         """Put a background job that was made already on the queue; as :meth:`submit` otherwise. ``request`` is the
         digest of what its client asked, if the job does not say all of it."""
-        memo = memo_of(job, fields, note=note, request=request)
-        keep = Keep(keep_ms or self._state.settings.keep_jobs_ms, memo, True, notify)
-        found = await self._state.link.ready_queue().enqueue_kept(job, keep)
+        job_metadata = job_metadata_of(job, fields, note=note, request=request)
+        keep = PersistOptions(keep_ms or self._state.settings.keep_jobs_ms, job_metadata, True, notify)
+        found = await self._state.link.ready_queue().enqueue_persisted(job, keep)
         log.info("job_kept", job_id=found.job_id, request_id=job.request_id, state=found.state.value)
         return found
 
@@ -194,7 +194,7 @@ class KeptJobs:
 
 
 class Followed:
-    """One reader's way along the answer of a job: iterate over it, within :meth:`KeptJobs.follow`.
+    """One reader's way along the answer of a job: iterate over it, within :meth:`PersistedJobs.follow`.
 
     Yields the bytes of the answer in order: of an event stream whole events (but for one of more than 1 MiB, which
     comes in pieces), of a plain answer the body at its end. An empty piece says that nothing came for ``keepalive_ms``.
@@ -205,7 +205,7 @@ class Followed:
     ``StreamBroken`` if its stream cannot be given truthfully, ``JobNotFound`` if it was forgotten meanwhile.
     """
 
-    def __init__(self, request: OpenRequest, stored: StoredJobs, job: KeptJob, keepalive_s: float) -> None:
+    def __init__(self, request: OpenRequest, stored: PersistedRequests, job: PersistedJob, keepalive_s: float) -> None:
         self.job = job
         self.head: Head | None = None
         self._request = request

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from openai_api.chat_chunks import ChatFailure
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Marker, MarkerKind, StreamBroken
 
-from ..inference.attempt_merger import EVENT_STREAM, Head, Stitch
+from ..inference.attempt_merger import EVENT_STREAM, AttemptMerger, Head
 from .events import ResponseEvents, as_server_sent
 from .fields import Json
 from .schemas import Asked
@@ -27,10 +27,10 @@ _ANEW = (
 )
 
 
-class ResponseStitch(Stitch):
+class ResponseMerger(AttemptMerger):
     """The events behind number ``after`` (-1: all). ``epoch`` is that in which the answer began when it was looked at
-    (:attr:`~queue_schemas.KeptJob.begun_epoch`): one that began later is another one than that whose events the client
-    has."""
+    (:attr:`~queue_schemas.PersistedJob.begun_epoch`): one that began later is another one than that whose events the
+    client has."""
 
     __slots__ = ("_after", "_asked", "_expected", "_hash", "_known_epoch", "_made")
 

@@ -14,7 +14,7 @@ from queue_schemas import Pool
 NO_SUCH_PATH = frozenset({404, 405, 501})
 """How servers answer on a path that they do not have."""
 REMEMBERED_S = 300.0
-_MOST_MODELS = 10_000
+_MAX_MODELS = 10_000
 
 
 class ChatOnly:
@@ -27,7 +27,7 @@ class ChatOnly:
 
     def add(self, model: Pool) -> None:
         """An engine of ``model`` has no such path."""
-        if len(self._until_s) >= _MOST_MODELS:
+        if len(self._until_s) >= _MAX_MODELS:
             self._until_s.clear()
         self._until_s[model] = self._now_s() + REMEMBERED_S
 

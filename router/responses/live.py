@@ -10,7 +10,7 @@ from openai_api.chat_chunks import ChatFailure
 from openai_api.errors import Dialect, ErrorFacts, error_body, openai_type
 from queue_schemas import END, HEAD, Frame, JobId, OnLoss
 
-from ..inference.attempt_merger import EVENT_STREAM, Head, Stitch
+from ..inference.attempt_merger import EVENT_STREAM, AttemptMerger, Head
 from .events import ResponseEvents, as_server_sent
 from .fields import Json
 from .schemas import Asked
@@ -19,8 +19,9 @@ _EVENTS = Head(200, f"{EVENT_STREAM}; charset=utf-8")
 _ONE_OBJECT = Head(200, "application/json")
 
 
-class LiveResponse(Stitch):
-    """What :class:`~router.core.Stitch` makes of the chat's attempts, told as the events of a response, or, unless its
+class LiveResponse(AttemptMerger):
+    """What :class:`~router.core.AttemptMerger` makes of the chat's attempts, told as the events of a response, or,
+    unless its
     client asked for a ``stream``, as the response at the end. An engine's refusal passes as it is."""
 
     __slots__ = ("_asked", "_content_type", "_made", "_seq")

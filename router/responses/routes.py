@@ -13,7 +13,7 @@ from queue_schemas import BadRequest
 from telemetry.http.access import Access
 from telemetry.http.asgi import error_responses
 
-from ..jobs.output_streamer import GivenAnswer, Giver
+from ..jobs.output_streamer import OutputStreamer, PersistedResponse
 from ..state import RouterState
 from .service import Responses
 
@@ -53,7 +53,7 @@ class InputItems(BaseModel):
 def response_routes(state: RouterState) -> APIRouter:
     """The pages of one Router. ``POST /v1/responses`` itself is served with the other inference paths."""
     routes = APIRouter(tags=["responses"], dependencies=[state.gate.allow(Access.CLIENT)])
-    responses, giver = Responses(state), Giver(state)
+    responses, giver = Responses(state), OutputStreamer(state)
 
     @routes.get(
         _ONE,
@@ -74,7 +74,7 @@ def response_routes(state: RouterState) -> APIRouter:
             return JSONResponse(await responses.retrieve(tenant, response_id))
         kept = await responses.find(tenant, response_id)
         after = -1 if starting_after is None else starting_after
-        return GivenAnswer(giver, kept, stitch=responses.events(kept, after))
+        return PersistedResponse(giver, kept, stitch=responses.events(kept, after))
 
     @routes.post(
         _ONE + "/cancel",

@@ -15,27 +15,27 @@ from openai_api.chat_chunks import ChatFailure
 from openai_api.paths import CHAT_PATH, RESPONSES_PATH
 from openai_api.response_jobs import job_of_response, response_id
 from queue_schemas import (
-    KEPT_STATES,
+    PERSISTED_STATES,
     BadMessage,
     BadRequest,
     Job,
     JobId,
-    KeptJob,
     MarkerKind,
     NotFound,
+    PersistedJob,
     State,
     Tenant,
 )
 from queue_schemas.persisted_output import digest_of
 
-from ..http.response_writer import Exchange
+from ..http.response_writer import ResponseWriter
 from ..inference.attempt_merger import Head, ending_error
 from ..inference.open_requests import OpenRequest
 from ..inference.request_fields import RequestFields, read_fields
-from ..jobs.persisted_requests import StoredJobs
-from ..jobs.service import KeptJobs
+from ..jobs.persisted_requests import PersistedRequests
+from ..jobs.service import PersistedJobs
 from ..state import RouterState
-from .attempt_merger import FIRST_SAID, ResponseStitch
+from .attempt_merger import FIRST_SAID, ResponseMerger
 from .events import ResponseEvents
 from .fields import Json
 from .live import LiveResponse
@@ -49,7 +49,7 @@ _OBJECT = Head(200, "application/json")
 
 
 @dataclass(frozen=True, slots=True)
-class AskedResponse:
+class ResponseParams:
     """A request for a response that is built from a chat. ``path``, ``body`` and ``fields`` are the chat's; ``stream``
     is whether the client asked for events, ``request`` what it sent, and ``sent`` the same as bytes."""
 
@@ -79,10 +79,10 @@ class Responses:
 
     def __init__(self, state: RouterState) -> None:
         self._state = state
-        self._kept = KeptJobs(state)
-        self._stored = StoredJobs(state)
+        self._kept = PersistedJobs(state)
+        self._stored = PersistedRequests(state)
 
-    def read(self, body: bytes, *, background: bool) -> AskedResponse:
+    def read(self, body: bytes, *, background: bool) -> ResponseParams:
         """What a Responses request asks, as a chat. Raises ``BadRequest`` for what no chat can say."""
         try:
             request: Json = orjson.loads(body)
@@ -90,9 +90,9 @@ class Responses:
             raise BadRequest("a response is asked for in JSON: send a body of that content type") from None
         chat = as_chat(request)
         fields = read_fields(chat.body, "application/json", CHAT_PATH)
-        return AskedResponse(request, int(time.time()), chat.body, fields, chat.stream, background, body)
+        return ResponseParams(request, int(time.time()), chat.body, fields, chat.stream, background, body)
 
-    def live(self, asked: AskedResponse, job: Job) -> LiveResponse:
+    def live(self, asked: ResponseParams, job: Job) -> LiveResponse:
         """The answer to one that is waited for."""
         return LiveResponse(
             asked.of_job(job.id),
@@ -102,9 +102,9 @@ class Responses:
             stored=job.stored,
         )
 
-    async def accept(self, asked: AskedResponse, job: Job, request: OpenRequest, exchange: Exchange) -> bool:
+    async def accept(self, asked: ResponseParams, job: Job, request: OpenRequest, exchange: ResponseWriter) -> bool:
         """Put a background response on the queue and answer with its object. If its events were asked for: True, and
-        ``request`` follows them from now on. Raises what :meth:`KeptJobs.enqueue` does."""
+        ``request`` follows them from now on. Raises what :meth:`PersistedJobs.enqueue` does."""
         note = write_note(asked.created_at, asked.request)
         enqueued = self._kept.enqueue(job, asked.fields, notify=NOTIFY, note=note, request=asked.digest)
         found = await request.within_deadline(enqueued)
@@ -119,7 +119,7 @@ class Responses:
         await exchange.finish(_OBJECT, orjson.dumps(shown))
         return False
 
-    async def find(self, tenant: Tenant, name: str) -> KeptJob:
+    async def find(self, tenant: Tenant, name: str) -> PersistedJob:
         """The job of a response."""
         try:
             kept = await self._kept.status(tenant, job_of_response(name))
@@ -148,12 +148,12 @@ class Responses:
     async def input_items(self, tenant: Tenant, name: str) -> list[Json]:
         """What was asked, oldest first."""
         kept = await self.find(tenant, name)
-        asked = read_note(kept.id, kept.memo.note)
+        asked = read_note(kept.id, kept.job_metadata.note)
         if "input" not in asked.request:
             raise NotFound(f"the input of {name} was too large to be kept beside its answer")
         return listed_input(asked)
 
-    def events(self, kept: KeptJob, after: int = -1) -> ResponseStitch:
+    def events(self, kept: PersistedJob, after: int = -1) -> ResponseMerger:
         """What makes the events behind number ``after`` of its job's frames.
 
         Raises ``BadRequest`` if they cannot be those of which the client has the beginning.
@@ -164,17 +164,17 @@ class Responses:
                 "to starting_after: read it without starting_after",
                 param="starting_after",
             )
-        return ResponseStitch(read_note(kept.id, kept.memo.note), after, kept.begun_epoch)
+        return ResponseMerger(read_note(kept.id, kept.job_metadata.note), after, kept.begun_epoch)
 
-    async def _shown(self, kept: KeptJob) -> Json:
-        asked = read_note(kept.id, kept.memo.note)
+    async def _shown(self, kept: PersistedJob) -> Json:
+        asked = read_note(kept.id, kept.job_metadata.note)
         if not kept.over:
             return response_object(asked, "queued" if kept.state is State.QUEUED else "in_progress")
         made = ResponseEvents(asked)
         made.begin()
-        async for frame in self._state.link.ready_queue().kept_frames(kept.id):
+        async for frame in self._state.link.ready_queue().persisted_frames(kept.id):
             made.feed(frame)
-        if not made.over and kept.state in KEPT_STATES:
+        if not made.over and kept.state in PERSISTED_STATES:
             made.fail(ChatFailure("a part of the answer is not kept any more; send the request again"))
         elif not made.over:
             error = ending_error(MarkerKind(kept.state.value), kept.cause)

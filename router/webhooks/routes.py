@@ -19,15 +19,15 @@ from webhooks.events import EVENT_TYPES
 from ..http.bodies import page_body
 from ..idempotency import Idempotency, read_sent
 from ..state import RouterState
-from .rules import LONGEST_KEEP_S, NAME_CHARS, read_endpoint_change, read_new_endpoint, read_rotation, read_test
+from .rules import MAX_KEEP_S, NAME_CHARS, read_endpoint_change, read_new_endpoint, read_rotation, read_test
 from .schemas import delivery_object, endpoint_object, list_object
-from .service import WebhookDesk
+from .service import WebhookService
 
 _ALL = "/v1/webhook_endpoints"
 _ONE = _ALL + "/{webhook_endpoint_id}"
 _TEST_LIMIT_S = 15.0
 _TEST_EVERY_S = 0.2
-_MOST_TESTS = 4
+_MAX_TESTS = 4
 """Of one tenant at once: each looks at the store again and again while it waits."""
 
 
@@ -48,7 +48,7 @@ class EndpointChange(BaseModel):
 
 class SecretRotation(BaseModel):
     keep_old_secret_active_for_24_hours: bool = False
-    keep_old_secret_s: int | None = Field(None, ge=0, le=LONGEST_KEEP_S)
+    keep_old_secret_s: int | None = Field(None, ge=0, le=MAX_KEEP_S)
 
 
 class EndpointTest(BaseModel):
@@ -61,7 +61,7 @@ def webhook_routes(state: RouterState) -> APIRouter:
     store, rules = state.store, state.webhook_settings.rules
     tests: Counter[Tenant] = Counter()
     idempotency = Idempotency(store.requests, state.settings.keep_answers_ms)
-    desk = WebhookDesk(store.webhooks, store.deliveries, state.webhook_settings.tenant_endpoints, idempotency)
+    context = WebhookService(store.webhooks, store.deliveries, state.webhook_settings.tenant_endpoints, idempotency)
 
     @routes.post(
         _ALL,
@@ -73,7 +73,7 @@ def webhook_routes(state: RouterState) -> APIRouter:
         tenant = state.keys.caller(request)
         asked = read_new_endpoint(await page_body(request), rules)
         sent, now_s = read_sent(request), time.time()
-        endpoint, keys, claim = await store.run(lambda: desk.create(tenant, asked, sent, now_s), tenant=tenant)
+        endpoint, keys, claim = await store.run(lambda: context.create(tenant, asked, sent, now_s), tenant=tenant)
         return await idempotency.answer(request, claim, endpoint_object(endpoint, keys, shown=True), store.later)
 
     @routes.get(_ALL, summary="Your endpoints, newest first", responses=error_responses(400, 401, 429, 503))
@@ -81,14 +81,14 @@ def webhook_routes(state: RouterState) -> APIRouter:
         request: Request, after: str = Query("", max_length=80), limit: int = Query(20, ge=1, le=100)
     ) -> JSONResponse:
         tenant = state.keys.caller(request)
-        found, more = await store.read_page(tenant, lambda: desk.page(tenant, after, limit))
+        found, more = await store.read_page(tenant, lambda: context.page(tenant, after, limit))
         return JSONResponse(list_object([endpoint_object(*one) for one in found], more=more))
 
     @routes.get(_ONE, summary="One of them", responses=error_responses(401, 404, 429, 503))
     async def one(webhook_endpoint_id: str, request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
         return JSONResponse(
-            endpoint_object(*await store.run(lambda: desk.get(tenant, webhook_endpoint_id), tenant=tenant))
+            endpoint_object(*await store.run(lambda: context.get(tenant, webhook_endpoint_id), tenant=tenant))
         )
 
     @routes.post(
@@ -100,13 +100,13 @@ def webhook_routes(state: RouterState) -> APIRouter:
     async def change(webhook_endpoint_id: str, request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
         asked, now_s = read_endpoint_change(await page_body(request), rules), time.time()
-        found = await store.run(lambda: desk.change(tenant, webhook_endpoint_id, asked, now_s), tenant=tenant)
+        found = await store.run(lambda: context.change(tenant, webhook_endpoint_id, asked, now_s), tenant=tenant)
         return JSONResponse(endpoint_object(*found))
 
     @routes.delete(_ONE, summary="Send nothing more, and forget it", responses=error_responses(401, 404, 429, 503))
     async def delete(webhook_endpoint_id: str, request: Request) -> JSONResponse:
         tenant = state.keys.caller(request)
-        await store.run(lambda: desk.delete(tenant, webhook_endpoint_id), tenant=tenant)
+        await store.run(lambda: context.delete(tenant, webhook_endpoint_id), tenant=tenant)
         return JSONResponse({"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True})
 
     @routes.post(
@@ -120,7 +120,7 @@ def webhook_routes(state: RouterState) -> APIRouter:
         keep_s, sent, now_s = read_rotation(await page_body(request)), read_sent(request), time.time()
         try:
             endpoint, keys, claim = await store.run(
-                lambda: desk.rotate(tenant, webhook_endpoint_id, keep_s, sent, now_s), tenant=tenant
+                lambda: context.rotate(tenant, webhook_endpoint_id, keep_s, sent, now_s), tenant=tenant
             )
         except Conflict as error:
             return _final(error)
@@ -135,12 +135,12 @@ def webhook_routes(state: RouterState) -> APIRouter:
     async def test(webhook_endpoint_id: str, request: Request) -> Response:
         tenant = state.keys.caller(request)
         event_type, sent, now_s = read_test(await page_body(request)), read_sent(request), time.time()
-        if tests[tenant] >= _MOST_TESTS:
-            raise OverCapacity(f"{_MOST_TESTS} tests of yours run now: wait for one", retry_after_s=1)
+        if tests[tenant] >= _MAX_TESTS:
+            raise OverCapacity(f"{_MAX_TESTS} tests of yours run now: wait for one", retry_after_s=1)
         tests[tenant] += 1
         try:
             key = await store.run(
-                lambda: desk.ask_test(tenant, webhook_endpoint_id, event_type, sent, now_s), tenant=tenant
+                lambda: context.ask_test(tenant, webhook_endpoint_id, event_type, sent, now_s), tenant=tenant
             )
             status = await _tested(state, key)
         except Conflict as error:
@@ -164,7 +164,9 @@ def webhook_routes(state: RouterState) -> APIRouter:
         limit: int = Query(20, ge=1, le=100),
     ) -> JSONResponse:
         tenant = state.keys.caller(request)
-        found, more = await store.read_page(tenant, lambda: desk.deliveries(tenant, webhook_endpoint_id, after, limit))
+        found, more = await store.read_page(
+            tenant, lambda: context.deliveries(tenant, webhook_endpoint_id, after, limit)
+        )
         return JSONResponse(list_object([delivery_object(one) for one in found], more=more))
 
     @routes.get("/v1/webhook_event_types", summary="What can be heard of", responses=error_responses(401))

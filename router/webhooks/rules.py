@@ -18,14 +18,14 @@ from ..inference.request_fields import json_type, read_object
 
 NAME_CHARS = 200
 KEEP_S = 86_400
-LONGEST_KEEP_S = 7 * 86_400
+MAX_KEEP_S = 7 * 86_400
 
 _ENDPOINT = ("url", "event_types", "name")
 _KEEP, _KEEP_DAY = "keep_old_secret_s", "keep_old_secret_active_for_24_hours"
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointAsked:
+class EndpointParams:
     """What is asked of an endpoint; None: it stays as it is."""
 
     url: str | None = None
@@ -34,22 +34,22 @@ class EndpointAsked:
     enabled: bool | None = None
 
 
-def read_new_endpoint(body: bytes, rules: UrlRules) -> EndpointAsked:
+def read_new_endpoint(body: bytes, rules: UrlRules) -> EndpointParams:
     """Of an endpoint that is made. Raises ``BadRequest``, which names the field at fault."""
     asked = _read(body, _ENDPOINT)
     for name in ("url", "event_types"):
         if asked.get(name) is None:
             raise BadRequest(f"{name} is missing", param=name)
-    return EndpointAsked(_url(asked, rules), _events(asked), _name(asked) or "", None)
+    return EndpointParams(_url(asked, rules), _events(asked), _name(asked) or "", None)
 
 
-def read_endpoint_change(body: bytes, rules: UrlRules) -> EndpointAsked:
+def read_endpoint_change(body: bytes, rules: UrlRules) -> EndpointParams:
     """Of one that is changed. Raises ``BadRequest``."""
     asked = _read(body, (*_ENDPOINT, "enabled"))
     enabled = asked.get("enabled")
     if enabled is not None and not isinstance(enabled, bool):
         raise BadRequest(f"enabled must be true or false, not {json_type(enabled)}", param="enabled")
-    return EndpointAsked(_url(asked, rules), _events(asked), _name(asked), enabled)
+    return EndpointParams(_url(asked, rules), _events(asked), _name(asked), enabled)
 
 
 def read_rotation(body: bytes) -> int:
@@ -61,8 +61,8 @@ def read_rotation(body: bytes) -> int:
     seconds = asked.get(_KEEP)
     if seconds is None:
         return KEEP_S if day else 0
-    if type(seconds) is not int or not 0 <= seconds <= LONGEST_KEEP_S:
-        raise BadRequest(f"{_KEEP} must be a whole number from 0 to {LONGEST_KEEP_S}", param=_KEEP)
+    if type(seconds) is not int or not 0 <= seconds <= MAX_KEEP_S:
+        raise BadRequest(f"{_KEEP} must be a whole number from 0 to {MAX_KEEP_S}", param=_KEEP)
     return seconds
 
 

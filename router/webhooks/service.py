@@ -10,25 +10,25 @@ from webhooks.endpoints import Endpoint, EndpointRecord, Secrets, Webhooks
 from webhooks.events import WebhookEvent
 
 from ..idempotency import Claim, Idempotency, Sent
-from .rules import EndpointAsked
+from .rules import EndpointParams
 
 log = get_logger(__name__)
 
 
-class WebhookDesk:
+class WebhookService:
     """The endpoints of all tenants. All methods block: they are called in threads. All but ``create`` and ``page``
     raise ``NotFound`` for what is none of the tenant's."""
 
     def __init__(
-        self, webhooks: Webhooks, deliveries: Deliveries, most_endpoints: int, idempotency: Idempotency
+        self, webhooks: Webhooks, deliveries: Deliveries, max_endpoints: int, idempotency: Idempotency
     ) -> None:
         self._idempotency = idempotency
         self._webhooks = webhooks
         self._deliveries = deliveries
-        self._most_endpoints = most_endpoints
+        self._max_endpoints = max_endpoints
 
     def create(
-        self, tenant: Tenant, asked: EndpointAsked, sent: Sent, now_s: float
+        self, tenant: Tenant, asked: EndpointParams, sent: Sent, now_s: float
     ) -> tuple[Endpoint, Secrets | None, Claim]:
         """A new endpoint, or the one that an earlier try of the same request left.
 
@@ -40,7 +40,7 @@ class WebhookDesk:
         if before is not None:
             return before, self._webhooks.secrets(tenant, before.record.id), claim
         there = len(self._webhooks.of(tenant))
-        if there >= self._most_endpoints:
+        if there >= self._max_endpoints:
             self._idempotency.release(claim)
             raise OverCapacity(f"you have {there} webhook endpoints, the most there may be: remove one")
         keys = Secrets.fresh(now_ms)
@@ -71,7 +71,7 @@ class WebhookDesk:
         return page, len(there) > limit
 
     def change(
-        self, tenant: Tenant, endpoint_id: str, asked: EndpointAsked, now_s: float
+        self, tenant: Tenant, endpoint_id: str, asked: EndpointParams, now_s: float
     ) -> tuple[Endpoint, Secrets | None]:
         """Change what is asked, and only that."""
         endpoint, keys = self.get(tenant, endpoint_id)

@@ -14,7 +14,7 @@ _JSON = b"application/json"
 _UNASKED = frozenset({b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data"})
 """What a page may send to any site (Fetch standard, CORS-safelisted)."""
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
-_LONGEST_HOST = 300
+_MAX_HOST = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class LocalCallers:
     def check(self, headers: Mapping[bytes, bytes]) -> None:
         """Raises ``PermissionRefused`` for the headers (lower-case names) of a request that is not let in."""
         host, origin = headers.get(b"host", b""), headers.get(b"origin")
-        if not self.any_host and host and not (len(host) <= _LONGEST_HOST and is_loopback_host(host)):
+        if not self.any_host and host and not (len(host) <= _MAX_HOST and is_loopback_host(host)):
             raise PermissionRefused(
                 "without credentials this service answers to loopback names only, such as http://127.0.0.1 or "
                 "http://localhost: call it by one, or configure API keys and a join token (docs/security.md)"

@@ -36,7 +36,7 @@ async def look(stage: Stage) -> None:
 
 def _let_dead_routers_expire(stage: Stage) -> None:
     """The reply streams of killed Routers live for a minute; that much time is passed over."""
-    alive = {logs.incarnation_of(router) for router in stage.routers}
+    alive = {logs.session_of(router) for router in stage.routers}
     for key in _keys(stage, "reply:*"):
         if key.rpartition("reply:")[2] not in alive:
             stage.server.ask("PEXPIRE", key, "1")

@@ -27,7 +27,7 @@ KINDS = (
     "keyed chat stream", "keyed chat",
 )  # fmt: skip
 """Drawn from by every client. Some order a failure of one engine, which happens once, or garbage."""
-MOST_COMPLETION_CELLS = 60
+MAX_COMPLETION_CELLS = 60
 """Cells repeat after 62 places; an echoed prompt that repeats itself looks like one that is half answered."""
 NAMES = 62**3
 POISON_CELLS = 60
@@ -83,7 +83,7 @@ def make_ask(number: int, kind: str, rng: random.Random) -> Ask:
     streams = "stream" in kind or kind in ("leaver", HURRIED) or (kind == POISON and rng.random() < 0.5)
     cells = rng.choice((8, 20, 60, 120)) if streams else rng.choice((4, 12, 30))
     if kind.startswith("completion"):
-        cells = min(cells, MOST_COMPLETION_CELLS)
+        cells = min(cells, MAX_COMPLETION_CELLS)
     if kind == POISON:
         cells = POISON_CELLS
     tenant = TENANTS[number % len(TENANTS)]

@@ -77,7 +77,7 @@ class Verdict:
     """Both only of faults beside which no other was under way."""
     heal_to_start_s: list[float] = field(default_factory=list)
     leave_to_abort_s: list[float] = field(default_factory=list)
-    longest_s: float = 0.0
+    max_s: float = 0.0
     """Of the requests that were answered."""
     faults: int = 0
     violations: list[Violation] = field(default_factory=list)
@@ -122,7 +122,7 @@ def _judge(request: Request, spans: Sequence[Span], verdict: Verdict, *, migrate
     elif request.end == "answered":
         verdict.acknowledged += 1
         verdict.completed += 1
-        verdict.longest_s = max(verdict.longest_s, request.ended_s - request.begun_s)
+        verdict.max_s = max(verdict.max_s, request.ended_s - request.begun_s)
         verdict.migrated += migrated
     elif (why := explanation(request, spans)) is not None:
         verdict.explained[why] += 1

@@ -14,7 +14,7 @@ from tests.support.fleet import Role
 from .history import Entry, History
 
 _OF_THE_FLEET = ("worker_dead", "worker_reclaimed", "declared_dead", "acting", "engine_failed", "queue_connected")
-_TOLD = ("attempt", "epoch", "answer", "reason", "error", "delivered", "how", "worker", "incarnation", "router")
+_TOLD = ("attempt", "epoch", "answer", "reason", "error", "delivered", "how", "worker", "session_id", "router")
 
 
 def lines_of(role: Role) -> Iterator[dict[str, Any]]:
@@ -47,7 +47,7 @@ def add_said(history: History, roles: Sequence[Role]) -> None:
 
 
 def count(roles: Sequence[Role]) -> Counter[str]:
-    """Figures of the whole run."""
+    """QueueStats of the whole run."""
     counts: Counter[str] = Counter()
     for role in roles:
         for said in lines_of(role):
@@ -62,7 +62,7 @@ def shows_canary(role: Role) -> bool:
     return "canary." in role.process.log_text()
 
 
-def incarnation_of(router: Role) -> str:
+def session_of(router: Role) -> str:
     """What a Router's present run is called on the queue; empty if it was never connected."""
     return next(
         (str(said["router"]) for said in reversed(list(lines_of(router))) if said.get("event") == "queue_connected"), ""

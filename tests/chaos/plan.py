@@ -24,7 +24,7 @@ OPENING_S = 22.0
 """What the opening takes of a run, about."""
 EVERY_S = 2.0
 """Between faults that are drawn, when each kind was there once."""
-SHORTEST_S = 40.0
+MIN_S = 40.0
 """A shorter run has no room for each kind, and need not prove anything."""
 
 
@@ -103,7 +103,7 @@ _ALSO = ("claim", "publish", "append", "settle")
 
 def opening(seed: int, seconds: float) -> Sequence[Fault]:
     """What is done first, one after the other; nothing in a run too short for it."""
-    if seconds < SHORTEST_S:
+    if seconds < MIN_S:
         return []
     first, second, third = _shuffled(random.Random(seed), list(range(WORKERS)))
     return [
@@ -118,7 +118,7 @@ def opening(seed: int, seconds: float) -> Sequence[Fault]:
 def draw(seed: int, seconds: float) -> Sequence[Fault]:
     """The faults behind the opening of a run of ``seconds``, in order of time."""
     rng = random.Random(seed)
-    if seconds < SHORTEST_S:
+    if seconds < MIN_S:
         kinds = _shuffled(rng, list(Kind))
         count = max(1, int((seconds - 2 * CALM_S) / EVERY_S))
         return _at(rng, kinds[:count], 0.0, EVERY_S)

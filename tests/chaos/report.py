@@ -42,7 +42,7 @@ def rows(verdict: Verdict) -> list[tuple[str, str]]:
         (f"hang to the next start (at most {LEASE_S + SCAN_S:g} s)", _times(verdict.hang_to_start_s)),
         ("healed to the next start", _times(verdict.heal_to_start_s)),
         ("client gone to its engine's slot free", _times(verdict.leave_to_abort_s)),
-        ("the longest that a request took", f"{verdict.longest_s:.1f} s"),
+        ("the longest that a request took", f"{verdict.max_s:.1f} s"),
         ("invariants, and how often they could have been broken", shown),
     ]
 

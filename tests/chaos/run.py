@@ -13,7 +13,7 @@ from . import aftermath, faults
 from .check import Verdict, check
 from .clients import Clients
 from .history import Entry, History
-from .plan import CALM_S, SHORTEST_S, draw, opening
+from .plan import CALM_S, MIN_S, draw, opening
 from .stage import Stage, staged
 
 MUST_PROVE = (
@@ -50,7 +50,7 @@ async def play(folder: Path, *, seed: int, seconds: float) -> Outcome:
     finally:
         history.close()
         server.stop()
-    proves = MUST_PROVE if seconds >= SHORTEST_S else ()
+    proves = MUST_PROVE if seconds >= MIN_S else ()
     return Outcome(check(history.entries, must_prove=proves), history.entries)
 
 

@@ -57,7 +57,7 @@ def broken(entries: list[Entry]) -> list[str]:
 def test_a_right_answer_is_completed() -> None:
     """Nothing is wrong with it."""
     verdict = check(history(right()))
-    assert (verdict.acknowledged, verdict.completed, verdict.longest_s, verdict.violations) == (1, 1, 1.0, [])
+    assert (verdict.acknowledged, verdict.completed, verdict.max_s, verdict.violations) == (1, 1, 1.0, [])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from broker import Broker
-from queue_schemas import Frame, Incarnation, Marker, MarkerKind, new_incarnation
+from queue_schemas import Frame, Marker, MarkerKind, SessionId, new_session_id
 from queue_schemas.frames import unpack_frames, unpack_marker
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import Backend, FakeBackend, Puller, ServerBackend
@@ -71,7 +71,7 @@ class Listener:
     """The reply stream of a Router, read by hand."""
 
     def __init__(self, client: Any) -> None:
-        self.router: Incarnation = new_incarnation("router")
+        self.router: SessionId = new_session_id("router")
         self._client = client
         self._key = ShardKeys(0).reply(self.router)
         self._last: Any = "0"

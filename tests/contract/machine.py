@@ -24,13 +24,13 @@ from queue_schemas import (
     HEAD,
     LANES,
     Frame,
-    Incarnation,
     Job,
     JobId,
     Lane,
     Lease,
     Outcome,
     Pool,
+    SessionId,
     Tenant,
 )
 from tests.support.queue import Backend, FakeBackend
@@ -42,7 +42,7 @@ from .side_by_side import SideBySide
 BUDGETS = Budgets(tenant_jobs=9, tenant_bytes=6_000, pool_jobs=14, pool_bytes=8_000)
 POOLS = (Pool("m"), Pool("sim/tiny:v1"))
 TENANTS = ("a", "b", "c:{d} é")
-MOST_WORKERS = 4
+MAX_WORKERS = 4
 DAY_MS = 24 * 3600 * 1000
 WAITS_MS = (1, 500, 2_001, 5_001, 31_000)
 Served = tuple[tuple[Pool, tuple[Lane, ...]], ...]
@@ -94,11 +94,11 @@ class QueueMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.both = SideBySide(self.backend, BUDGETS, self.rewrites)
         self.runner.run(self.both.open())
-        self.workers: list[Incarnation] = []
-        self.dead: list[Incarnation] = []
-        self.seqs: dict[Incarnation, int] = {}
-        self.turns: dict[Incarnation, int] = {}
-        self.routers = [_incarnation("router", number) for number in range(2)]
+        self.workers: list[SessionId] = []
+        self.dead: list[SessionId] = []
+        self.seqs: dict[SessionId, int] = {}
+        self.turns: dict[SessionId, int] = {}
+        self.routers = [_session_id("router", number) for number in range(2)]
         self.jobs: list[Job] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.failed = False
@@ -134,7 +134,7 @@ class QueueMachine(RuleBasedStateMachine):
         """All that was ever leased."""
         return [lease for lease, _ in self.both.history.leases.values()]
 
-    def half_dead(self) -> list[Incarnation]:
+    def half_dead(self) -> list[SessionId]:
         """Workers whose reclaim is under way."""
         return [worker for worker in self.dead if worker in self.model.runs]
 
@@ -148,8 +148,8 @@ class QueueMachine(RuleBasedStateMachine):
         for _ in range(2):
             self._new_worker()
 
-    def _new_worker(self) -> Incarnation:
-        worker = _incarnation("worker", len(self.workers) + len(self.dead))
+    def _new_worker(self) -> SessionId:
+        worker = _session_id("worker", len(self.workers) + len(self.dead))
         self.workers.append(worker)
         self.seqs[worker] = self.turns[worker] = 0
         self.play("join", worker)
@@ -213,7 +213,7 @@ class QueueMachine(RuleBasedStateMachine):
         """A worker asks for all that there is for it."""
         self._claim(pick(self.workers, number), 4, SERVED[1])
 
-    def _claim(self, worker: Incarnation, n: int, served: Served) -> list[Lease]:
+    def _claim(self, worker: SessionId, n: int, served: Served) -> list[Lease]:
         self.seqs[worker] += 1
         leases: list[Lease] = self.play("claim", worker, self.seqs[worker], self.turns[worker], n, served)
         self.turns[worker] += len(leases)
@@ -297,7 +297,7 @@ class QueueMachine(RuleBasedStateMachine):
         """A worker renews, alive or declared dead; one that was declared dead asks for work; another one comes."""
         if what == "claim" and self.dead:
             self._claim(pick(self.dead, number), 1, SERVED[0])
-        elif what == "join" and len(self.workers) < MOST_WORKERS:
+        elif what == "join" and len(self.workers) < MAX_WORKERS:
             self._new_worker()
         else:
             self.play("renew", pick(self.dead + self.workers, number))
@@ -348,7 +348,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def _again(self, number: int) -> None:
         name, args = pick(self.calls, number)
-        # Who is declared dead and forgotten would be let in once more: each start of a worker is a new incarnation.
+        # Who is declared dead and forgotten would be let in once more: each start of a worker is a new session_id.
         if name != "join" or args[0] in self.model.runs:
             self.once(name, *args)
 
@@ -399,8 +399,8 @@ def _brief(value: object) -> str:
     return str(value)
 
 
-def _incarnation(role: str, number: int) -> Incarnation:
-    return Incarnation(f"{role}-{number}.{number:016x}")
+def _session_id(role: str, number: int) -> SessionId:
+    return SessionId(f"{role}-{number}.{number:016x}")
 
 
 def _job_id(number: int) -> JobId:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from broker import Budgets
 from queue_schemas import (
     CONTINUED,
-    KEPT_STATES,
+    PERSISTED_STATES,
     Frame,
     IdempotencyKeyReused,
     InferqError,
@@ -547,7 +547,7 @@ class Model:
         self._enter(live, state)
         require(state in TERMINAL, f"{state} is no end")
         del self.live[live.job.id]
-        if live.job.stored and state in KEPT_STATES:
+        if live.job.stored and state in PERSISTED_STATES:
             self.kept[live.job.id] = Kept(live.job, live.output, self.now + KEEP_MS)
         elif live.job.stored:
             self._free_key(live.job)

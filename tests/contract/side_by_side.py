@@ -18,7 +18,6 @@ from queue_schemas import (
     ControlKind,
     Fenced,
     Frame,
-    Incarnation,
     InferqError,
     Job,
     JobId,
@@ -28,6 +27,7 @@ from queue_schemas import (
     MarkerKind,
     Outcome,
     Pool,
+    SessionId,
     Settled,
     State,
 )
@@ -49,12 +49,12 @@ class History:
     """What the calls said, judged without any model of the queue."""
 
     def __init__(self) -> None:
-        self.leases: dict[str, tuple[Lease, Incarnation]] = {}
+        self.leases: dict[str, tuple[Lease, SessionId]] = {}
         self._newest: dict[str, Lease] = {}
         self._ended: set[str] = set()
         self._told_of_the_end: Counter[tuple[str, str]] = Counter()
 
-    def leased(self, lease: Lease, worker: Incarnation) -> None:
+    def leased(self, lease: Lease, worker: SessionId) -> None:
         """An attempt began, or is said once more."""
         if lease.attempt_id in self.leases:
             require(self.leases[lease.attempt_id][1] == worker, "two workers were given one attempt")
@@ -125,12 +125,12 @@ class SideBySide:
     async def wait(self, ms: int) -> None:
         self.model.now += ms
 
-    async def open_replies(self, router: Incarnation) -> None:
+    async def open_replies(self, router: SessionId) -> None:
         """A Router makes its reply stream, or makes it again."""
         self.model.listening.add(router)
         await self._client.xadd(KEYS.reply(router), {"o": "open"})
 
-    async def lose_replies(self, router: Incarnation) -> None:
+    async def lose_replies(self, router: SessionId) -> None:
         """A Router's reply stream is gone, with what was in it."""
         self.model.listening.discard(router)
         self._read_to.pop(("reply", router), None)
@@ -153,7 +153,7 @@ class SideBySide:
             fits = type(answer) is expected if isinstance(expected, type) else answer is expected
             require(fits, f"enqueue of {job.id} answers {answer!r}, should be {expected}")
 
-    async def attach(self, job_id: JobId, router: Incarnation) -> None:
+    async def attach(self, job_id: JobId, router: SessionId) -> None:
         page, expected = await self.broker.attach(job_id, router), self.model.attach(job_id, router)
         places = [(frame.epoch, frame.seq) for frame in page.frames] if page else []
         _same("attach", page and (page.state, page.epoch, page.attempt_id, places), expected)
@@ -169,16 +169,16 @@ class SideBySide:
     async def cancel(self, job_id: JobId, reason: str) -> None:
         _same("cancel", await self.broker.cancel(job_id, reason), self.model.cancel(job_id, reason))
 
-    async def join(self, worker: Incarnation) -> None:
+    async def join(self, worker: SessionId) -> None:
         await self.broker.join(worker)
         self.model.join(worker)
 
-    async def renew(self, worker: Incarnation) -> None:
+    async def renew(self, worker: SessionId) -> None:
         if await self._is_refused(self.broker.renew(worker), worker) is False:
             self.model.renew(worker)
 
     async def claim(
-        self, worker: Incarnation, seq: int, turn: int, n: int, pools: Sequence[tuple[Pool, Sequence[Lane]]]
+        self, worker: SessionId, seq: int, turn: int, n: int, pools: Sequence[tuple[Pool, Sequence[Lane]]]
     ) -> list[Lease]:
         if self.model.is_fenced(worker):
             await self._is_refused(self.broker.claim(0, worker, seq, turn, n, pools), worker)
@@ -191,7 +191,7 @@ class SideBySide:
             self.history.leased(lease, worker)
         return list(claimed.leases)
 
-    async def hold(self, worker: Incarnation, seq: int, *leases: Lease) -> None:
+    async def hold(self, worker: SessionId, seq: int, *leases: Lease) -> None:
         call = self.broker.hold(0, worker, seq, leases)
         if self.model.is_fenced(worker):
             await self._is_refused(call, worker)
@@ -227,13 +227,13 @@ class SideBySide:
     async def clear(self, lease: Lease) -> None:
         _same("clear", await self.broker.clear(lease), self.model.clear(lease))
 
-    async def reclaim(self, worker: Incarnation, counted: bool) -> None:
+    async def reclaim(self, worker: SessionId, counted: bool) -> None:
         """Whole: what the Manager does, or the worker that leaves."""
         fates = await (self.broker.reclaim(worker) if counted else self.broker.leave(worker))
         told = [fates.requeued, fates.dead, fates.cancelled, 0, fates.lost]
         await self._taken(worker, told, counted, WHOLE, "its worker was lost" if counted else "its worker left")
 
-    async def reclaim_step(self, worker: Incarnation, counted: bool, limit: int) -> None:
+    async def reclaim_step(self, worker: SessionId, counted: bool, limit: int) -> None:
         """Whoever reclaims dies behind its first step."""
         reason = "its worker was lost" if counted else "its worker left"
         told = await self.broker._caller.script(
@@ -245,12 +245,12 @@ class SideBySide:
         expired = await self.broker.expire()
         _same("expire", (expired.expired, expired.woken), (self.model.expire(), self.model.effects.wakes.total()))
 
-    async def _taken(self, worker: Incarnation, told: list[int], counted: bool, limit: int, reason: str) -> None:
+    async def _taken(self, worker: SessionId, told: list[int], counted: bool, limit: int, reason: str) -> None:
         taken = await self._no_more_held(worker)
         model = self.model.reclaim(worker, reason, counted=counted, limit=limit, taken=taken)
         _same("reclaim", told, model)
 
-    async def _no_more_held(self, worker: Incarnation) -> list[str]:
+    async def _no_more_held(self, worker: SessionId) -> list[str]:
         """The jobs that a call took from a worker, in the order in which they wait again."""
         real = sight_of(await self._look())
         still = real.leases.get(worker, {})
@@ -258,7 +258,7 @@ class SideBySide:
         gone = [job_id for job_id in self.model.held(worker) if job_id not in still]
         return sorted(gone, key=lambda job_id: order.get(job_id, -1))
 
-    async def _is_refused(self, call: Any, worker: Incarnation) -> bool:
+    async def _is_refused(self, call: Any, worker: SessionId) -> bool:
         """Whether a call of a worker was fenced, which must be if and only if it is."""
         try:
             await call

@@ -102,7 +102,7 @@ def sight_of(raw: Raw) -> Sight:
         budgets={_decoded(name): number for name, number in _numbers(raw.one("budget")).items()},
         waiting={_place(*where): n for name, n in depth.items() if (where := name.split(":")).pop() == "waiting"},
         leased={_place(*where): n for name, n in depth.items() if (where := name.split(":")).pop() == "leased"},
-        # Figures that split one of these further have a slash.
+        # QueueStats that split one of these further have a slash.
         totals={(*_place(*name.split(":")[:2]), name.split(":")[2]): n
                 for name, n in _numbers(raw.one("totals")).items() if "/" not in name},
         turns={_place(*name.split(":")): n for name, n in _numbers(raw.one("turns")).items()},

@@ -82,7 +82,7 @@ async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Pull
         "depth": [KEYS.depth],
         "budget": [KEYS.budget],
         "queue": [key async for key in client.scan_iter(f"{KEYS.prefix.replace('{', '?').replace('}', '?')}q:*")],
-        "leases": [KEYS.leases(worker.incarnation)],
+        "leases": [KEYS.leases(worker.session_id)],
         "all counters": [KEYS.depth, KEYS.budget],
     }[lost]
     assert keys
@@ -90,7 +90,7 @@ async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Pull
     assert await audited(broker) > 0
     depth = (await broker.depths())[MODEL][Lane.INTERACTIVE]
     assert (depth.waiting, depth.leased) == (8, 4)
-    await broker.reclaim(worker.incarnation)
+    await broker.reclaim(worker.session_id)
     heir = await Puller(broker).join()
     ended = 0
     while leases := await heir.claim(4):

@@ -20,7 +20,7 @@ from queue_schemas import (
     Pool,
     Settled,
     State,
-    new_incarnation,
+    new_session_id,
 )
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import MODEL, Puller, make_job
@@ -51,16 +51,16 @@ async def test_two_workers_never_hold_one_job(broker: Broker) -> None:
 
 
 async def test_repeating_a_claim_gives_the_same_leases(broker: Broker, worker: Puller) -> None:
-    """The same (incarnation, seq) again answers the same jobs under the same attempts, and claims nothing more."""
+    """The same (session id, seq) again answers the same jobs under the same attempts, and claims nothing more."""
     await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(6)))
     pools = [(Pool(MODEL), [Lane.INTERACTIVE])]
-    first = (await broker.claim(0, worker.incarnation, 7, 0, 3, pools)).leases
-    again = (await broker.claim(0, worker.incarnation, 7, 0, 3, pools)).leases
+    first = (await broker.claim(0, worker.session_id, 7, 0, 3, pools)).leases
+    again = (await broker.claim(0, worker.session_id, 7, 0, 3, pools)).leases
     assert [(lease.job.id, lease.attempt_id, lease.epoch) for lease in again] == [
         (lease.job.id, lease.attempt_id, lease.epoch) for lease in first
     ]
     assert (await broker.depths())[MODEL][Lane.INTERACTIVE].leased == 3
-    assert len((await broker.claim(0, worker.incarnation, 8, 3, 5, pools)).leases) == 3
+    assert len((await broker.claim(0, worker.session_id, 8, 3, 5, pools)).leases) == 3
 
 
 async def test_a_repeated_claim_leaves_out_what_has_ended_since(broker: Broker, worker: Puller) -> None:
@@ -68,10 +68,10 @@ async def test_a_repeated_claim_leaves_out_what_has_ended_since(broker: Broker, 
     for _ in range(3):
         await broker.enqueue(make_job())
     pools = [(Pool(MODEL), [Lane.INTERACTIVE])]
-    first = (await broker.claim(0, worker.incarnation, 1, 0, 3, pools)).leases
+    first = (await broker.claim(0, worker.session_id, 1, 0, 3, pools)).leases
     await broker.settle(first[0], Outcome.DONE)
     await broker.cancel(first[1].job.id, "gone")
-    again = (await broker.claim(0, worker.incarnation, 1, 0, 3, pools)).leases
+    again = (await broker.claim(0, worker.session_id, 1, 0, 3, pools)).leases
     assert [lease.job.id for lease in again] == [first[2].job.id]
 
 
@@ -82,7 +82,7 @@ async def test_who_never_joined_is_fenced(broker: Broker) -> None:
     with pytest.raises(Fenced):
         await stranger.claim()
     with pytest.raises(Fenced):
-        await broker.renew(stranger.incarnation)
+        await broker.renew(stranger.session_id)
 
 
 async def test_a_job_whose_time_ran_out_is_not_started(broker: Broker, worker: Puller, listener: Listener) -> None:
@@ -199,7 +199,7 @@ async def test_attempts_have_ids_of_their_own(broker: Broker) -> None:
             ids.add(lease.attempt_id)
             assert await broker.release(lease, "draining", counted=False) is Settled.OK
     assert len(ids) == 60
-    assert new_incarnation("x") != new_incarnation("x")
+    assert new_session_id("x") != new_session_id("x")
 
 
 async def test_a_late_copy_of_an_older_claim_takes_nothing(broker: Broker, worker: Puller) -> None:
@@ -209,7 +209,7 @@ async def test_a_late_copy_of_an_older_claim_takes_nothing(broker: Broker, worke
     assert await worker.claim(1) == []
     job = make_job()
     await broker.enqueue(job)
-    late = await broker.claim(0, worker.incarnation, old, 0, 1, [(MODEL, LANES)])
+    late = await broker.claim(0, worker.session_id, old, 0, 1, [(MODEL, LANES)])
     assert late == Claimed()
     assert [lease.job.id for lease in await worker.claim(1)] == [job.id]
 
@@ -227,7 +227,7 @@ async def test_a_claim_that_grows_large_ends_early_and_is_followed_by_another(br
 async def test_a_worker_is_avoided_for_as_long_as_it_says(broker: Broker, worker: Puller) -> None:
     """[C8] An engine named when it may be asked again: until then only other workers get the job."""
     other = Puller(broker)
-    await broker.join(other.incarnation)
+    await broker.join(other.session_id)
     await broker.enqueue(make_job())
     await broker.release(await worker.claim_one(), "the engine answered 503", counted=True, avoid_ms=60_000)
     assert await worker.claim() == []

@@ -12,7 +12,7 @@ import pytest
 
 from broker import Broker, BrokerSettings
 from broker.redis.server_clock import ServerClocks
-from queue_schemas import Frame, Keep, Lane, Marker, MarkerKind, Outcome, Settled, State, new_incarnation
+from queue_schemas import Frame, Lane, Marker, MarkerKind, Outcome, PersistOptions, Settled, State, new_session_id
 from tests.support.clocks import HOUR_S, SteppedServer, faketime_library
 from tests.support.queue import MODEL, Puller, answer_frame, make_job
 from tests.support.servers import valkey_binary
@@ -61,7 +61,7 @@ async def test_durations_survive_a_step(
     """[G9] An hour ahead or behind: what waits and runs goes on with the time that it had, its Router is there, what is
     kept stays, the acting Manager stays it, deadlines are held, and a dead Manager is replaced."""
     news: list[Frame | Marker] = []
-    router = new_incarnation("router")
+    router = new_session_id("router")
     reading = asyncio.create_task(broker.read_replies(router, news.extend))
     await asyncio.wait_for(broker.replies_ready.wait(), 10)
     worker = await Puller(broker).join()
@@ -70,7 +70,7 @@ async def test_durations_survive_a_step(
     lease = await worker.claim_one()
     assert await broker.enqueue(waiting) is State.QUEUED
     stored = make_job(tenant="keeper", lane=Lane.BACKGROUND, stored=True, idempotency_key="k", ttl_ms=600_000)
-    await broker.enqueue_kept(stored, Keep(600_000, listed=True))
+    await broker.enqueue_persisted(stored, PersistOptions(600_000, listed=True))
     term = await broker.act_as_manager("one", TTL_MS)
     assert term
     await broker.expire()
@@ -81,9 +81,9 @@ async def test_durations_survive_a_step(
     assert (swept.expired, swept.forgotten) == (0, 0)
     assert await broker.act_as_manager("two", TTL_MS) is None
     assert await broker.act_as_manager("one", TTL_MS) == term
-    if worker.incarnation not in await broker.beats():
+    if worker.session_id not in await broker.beats():
         pytest.fail("the worker is not known any more")
-    await broker.renew(worker.incarnation)
+    await broker.renew(worker.session_id)
     assert (await broker.depths())[MODEL][Lane.INTERACTIVE].waiting == 1
     assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
     second = await worker.claim_one(lanes=[Lane.INTERACTIVE])
@@ -91,7 +91,7 @@ async def test_durations_survive_a_step(
     assert 580_000 < second.remaining_ms <= 600_000
     assert await broker.settle(second, Outcome.DONE, answer_frame(second)) is Settled.OK
     await eventually(lambda: len([item for item in news if isinstance(item, Frame)]) == 2, "both answers arrive")
-    kept = await broker.kept_job(stored.id)
+    kept = await broker.persisted_job(stored.id)
     assert kept is not None
     assert 580_000 < kept.deadline_ms - kept.now_ms <= 600_000
 

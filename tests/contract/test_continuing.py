@@ -26,7 +26,7 @@ async def lose(broker: Broker, worker: Puller, job: Job) -> None:
     """Enqueue and claim a job, then lose its worker."""
     await broker.enqueue(job)
     await worker.claim_one()
-    assert (await broker.reclaim(worker.incarnation)).lost == 1
+    assert (await broker.reclaim(worker.session_id)).lost == 1
 
 
 async def test_a_lost_stream_waits_for_its_router(broker: Broker, worker: Puller, listener: Listener) -> None:
@@ -66,7 +66,7 @@ async def test_other_jobs_are_run_again_at_once(
     """Only unstored streams that are to be continued wait for their Router."""
     await broker.enqueue(replace(make_stream(listener), **fields))
     await worker.claim_one()
-    assert await broker.reclaim(worker.incarnation) == Reclaimed(requeued=1)
+    assert await broker.reclaim(worker.session_id) == Reclaimed(requeued=1)
     await listener.hears(MarkerKind.REQUEUED)
 
 
@@ -92,7 +92,7 @@ async def test_a_resume_for_an_earlier_loss_is_void(broker: Broker, worker: Pull
     await broker.resume(replace(job, prefix="Once"), 2)
     second = await Puller(broker).join()
     await second.claim_one()
-    await broker.reclaim(second.incarnation)
+    await broker.reclaim(second.session_id)
     assert await broker.resume(replace(job, prefix="Once"), 2) is State.LOST
     third = await Puller(broker).join()
     assert await third.claim() == []
@@ -161,7 +161,7 @@ async def test_attempts_of_a_continued_stream_are_bounded(broker: Broker, listen
     for epoch in (2, 3):
         worker = await Puller(broker).join()
         await worker.claim_one()
-        taken = await broker.reclaim(worker.incarnation)
+        taken = await broker.reclaim(worker.session_id)
         if epoch == 2:
             await listener.hears(MarkerKind.LOST)
             await broker.resume(job, 2)

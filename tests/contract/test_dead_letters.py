@@ -15,7 +15,7 @@ from tests.support.queue import MODEL, Puller, ServerBackend, make_job
 KEYS = ShardKeys(0)
 
 
-async def bury(broker: Broker, worker: Puller, n: int, **fields: Any) -> list[Job]:
+async def declare_dead(broker: Broker, worker: Puller, n: int, **fields: Any) -> list[Job]:
     """Jobs that end as dead letters."""
     jobs = [make_job(max_attempts=1, **fields) for _ in range(n)]
     for job in jobs:
@@ -26,12 +26,12 @@ async def bury(broker: Broker, worker: Puller, n: int, **fields: Any) -> list[Jo
 
 async def test_a_letter_tells_what_happened_and_what_was_asked(broker: Broker, worker: Puller) -> None:
     """Names are those that people know, the body is the client's own bytes."""
-    (job,) = await bury(
+    (job,) = await declare_dead(
         broker, worker, 1, tenant="a:b \u00fc", body=b"\x00\xff", path="/v1/embeddings", request_id="req_1"
     )
     (letter,) = (await broker.dead_letters.page("", 10)).letters
     assert (letter.job_id, letter.model, letter.tenant) == (job.id, MODEL, "a:b \u00fc")
-    assert (letter.cause, letter.worker, letter.attempts) == ("the engine failed: \u00fc", worker.incarnation, 1)
+    assert (letter.cause, letter.worker, letter.attempts) == ("the engine failed: \u00fc", worker.session_id, 1)
     found = await broker.dead_letters.request(letter.id)
     assert found is not None
     assert (found.path, found.request_id, base64.b64decode(found.body_base64)) == (
@@ -43,7 +43,7 @@ async def test_a_letter_tells_what_happened_and_what_was_asked(broker: Broker, w
 
 async def test_pages_cover_all_letters_once(broker: Broker, worker: Puller) -> None:
     """In order, whatever their size."""
-    jobs = await bury(broker, worker, 7)
+    jobs = await declare_dead(broker, worker, 7)
     seen, after = [], ""
     for _ in range(4):
         page = await broker.dead_letters.page(after, 3)
@@ -57,7 +57,7 @@ async def test_pages_cover_all_letters_once(broker: Broker, worker: Puller) -> N
 async def test_a_list_leaves_the_requests_where_they_are(real_backend: ServerBackend) -> None:
     """They may be many megabytes each, and travel on the connection that all requests use."""
     broker, client = await real_backend.connect(), real_backend.client()
-    jobs = await bury(broker, await Puller(broker).join(), 5, body=b"x" * (5 << 20))
+    jobs = await declare_dead(broker, await Puller(broker).join(), 5, body=b"x" * (5 << 20))
     before = (await client.info("stats"))["total_net_output_bytes"]
     page = await broker.dead_letters.page("", 4)
     rest = await broker.dead_letters.page(page.next, 4)
@@ -71,7 +71,7 @@ async def test_a_list_leaves_the_requests_where_they_are(real_backend: ServerBac
 
 async def test_removed_letters_give_their_bytes_back_once(broker: Broker, worker: Puller, client: Any) -> None:
     """What is gone already counts for nothing."""
-    await bury(broker, worker, 3)
+    await declare_dead(broker, worker, 3)
     ids = [letter.id for letter in (await broker.dead_letters.page("", 10)).letters]
     assert await broker.dead_letters.forget(ids[:2]) == 2
     assert await broker.dead_letters.forget(ids) == 1
@@ -82,7 +82,7 @@ async def test_removed_letters_give_their_bytes_back_once(broker: Broker, worker
 
 async def test_a_letter_that_cannot_be_read_is_shown_all_the_same(broker: Broker, worker: Puller, client: Any) -> None:
     """Of another version, say: it is named, and says why."""
-    await bury(broker, worker, 1)
+    await declare_dead(broker, worker, 1)
     ((entry, fields),) = await client.xrange(KEYS.dead)
     await client.delete(KEYS.dead)
     await client.xadd(KEYS.dead, fields | {b"env": b"\x81\xa1v\x09"}, id=entry)

@@ -77,7 +77,7 @@ async def test_what_somebody_waits_for_does_not_wait_for_the_disk(server: Server
         assert await broker.enqueue(make_job(stored=True, stream=True)) is State.QUEUED, "a stream that may be resumed"
         worker = await Puller(broker).join()
         assert (await worker.claim_one()).job.lane is Lane.INTERACTIVE
-        await broker.renew(worker.incarnation)
+        await broker.renew(worker.session_id)
     assert not any(task.done() for task in waiting)
     before = broker.round_trips
     server.ask("CONFIG", "SET", "appendfsync", "always")

@@ -146,7 +146,7 @@ async def test_an_abandoned_job_is_cancelled_when_its_worker_dies(
     await broker.enqueue(job)
     await worker.claim_one()
     await listener.leave()
-    assert (await broker.reclaim(worker.incarnation)).cancelled == 1
+    assert (await broker.reclaim(worker.session_id)).cancelled == 1
     assert await broker.enqueue(job) is State.CANCELLED
 
 
@@ -183,7 +183,7 @@ async def test_a_dead_letter_holds_the_cause_and_the_whole_job(
     await broker.release(await worker.claim_one(), "the engine answered 500", counted=True)
     ((_, letter),) = await client.xrange(ShardKeys(0).dead)
     assert letter[b"cause"] == b"the engine answered 500"
-    assert letter[b"worker"].decode() == worker.incarnation
+    assert letter[b"worker"].decode() == worker.session_id
     assert (letter[b"attempts"], letter[b"lane"]) == (b"1", b"batch")
     assert Job.unpack(letter[b"env"]) == job
     marker = await listener.marker()

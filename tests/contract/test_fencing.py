@@ -34,11 +34,11 @@ Loss = Callable[[Broker, Puller, Lease], Awaitable[object]]
 
 
 async def _reclaimed(broker: Broker, worker: Puller, lease: Lease) -> object:
-    return await broker.reclaim(worker.incarnation)
+    return await broker.reclaim(worker.session_id)
 
 
 async def _left(broker: Broker, worker: Puller, lease: Lease) -> object:
-    return await broker.leave(worker.incarnation)
+    return await broker.leave(worker.session_id)
 
 
 async def _cancelled(broker: Broker, worker: Puller, lease: Lease) -> object:
@@ -91,7 +91,7 @@ async def test_only_the_newest_attempt_may_answer(broker: Broker, worker: Puller
     """The first attempt was lost and comes back late, while the second runs: only the second's answer is taken."""
     await broker.enqueue(make_job(reply_to=listener.router))
     late = await worker.claim_one()
-    await broker.reclaim(worker.incarnation)
+    await broker.reclaim(worker.session_id)
     second = await Puller(broker).join()
     lease = await second.claim_one()
     assert (lease.epoch, lease.attempt) == (late.epoch + 1, 2)
@@ -191,15 +191,15 @@ async def test_one_refused_item_does_not_spoil_its_batch(broker: Broker, worker:
 
 
 async def test_a_reclaimed_worker_gets_and_keeps_nothing(broker: Broker, worker: Puller) -> None:
-    """After a reclaim the incarnation can neither claim nor renew; a new incarnation of it can."""
+    """After a reclaim the session id can neither claim nor renew; a new session id of it can."""
     for _ in range(2):
         await broker.enqueue(make_job())
     await worker.claim(1)
-    await broker.reclaim(worker.incarnation)
+    await broker.reclaim(worker.session_id)
     with pytest.raises(Fenced):
         await worker.claim()
     with pytest.raises(Fenced):
-        await broker.renew(worker.incarnation)
+        await broker.renew(worker.session_id)
     reborn = await Puller(broker).join()
     assert len(await reborn.claim(2)) == 2
 
@@ -208,7 +208,7 @@ async def test_a_reclaimed_workers_repeat_gives_nothing(broker: Broker, worker: 
     """Even the repeat of a claim that had been answered is refused to the dead."""
     await broker.enqueue(make_job())
     await worker.claim_one()
-    await broker.reclaim(worker.incarnation)
+    await broker.reclaim(worker.session_id)
     worker.seq -= 1
     with pytest.raises(Fenced):
         await worker.claim()
@@ -218,7 +218,7 @@ async def test_a_reclaimed_attempt_is_fenced_also_when_it_was_the_last(broker: B
     """Its worker did not end the job itself, so its late answer is no repeat of anything."""
     await broker.enqueue(make_job(max_attempts=1))
     lease = await worker.claim_one()
-    assert await broker.reclaim(worker.incarnation) == Reclaimed(dead=1)
+    assert await broker.reclaim(worker.session_id) == Reclaimed(dead=1)
     assert await broker.settle(lease, Outcome.DONE) is Settled.FENCED
     assert await broker.release(lease, "the engine failed", counted=True) is Settled.FENCED
 
@@ -229,8 +229,8 @@ async def test_a_reclaim_takes_everything_and_repeats_harmlessly(broker: Broker,
     held = 0
     while held < 600:
         held += len(await worker.claim(100))
-    assert await broker.reclaim(worker.incarnation) == Reclaimed(requeued=600)
-    assert await broker.reclaim(worker.incarnation) == Reclaimed()
+    assert await broker.reclaim(worker.session_id) == Reclaimed(requeued=600)
+    assert await broker.reclaim(worker.session_id) == Reclaimed()
     depth = (await broker.depths())[MODEL][Lane.INTERACTIVE]
     assert (depth.waiting, depth.leased) == (600, 0)
 
@@ -239,7 +239,7 @@ async def test_two_managers_that_reclaim_at_once_do_no_harm(broker: Broker, work
     """Scripts recheck the facts: each job waits again once and spends one attempt."""
     await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(20)))
     await worker.claim(20)
-    results = await asyncio.gather(*(broker.reclaim(worker.incarnation) for _ in range(3)))
+    results = await asyncio.gather(*(broker.reclaim(worker.session_id) for _ in range(3)))
     assert sum(result.requeued for result in results) == 20
     other = await Puller(broker).join()
     leases = await other.claim(30)
@@ -247,12 +247,12 @@ async def test_two_managers_that_reclaim_at_once_do_no_harm(broker: Broker, work
 
 
 async def test_a_renewal_raises_the_number_that_the_manager_watches(broker: Broker, worker: Puller) -> None:
-    """Liveness is a number per incarnation that grows, on nobody's wall clock."""
-    before = (await broker.beats())[worker.incarnation]
-    await broker.renew(worker.incarnation)
-    assert (await broker.beats())[worker.incarnation] > before
-    await broker.leave(worker.incarnation)
-    assert worker.incarnation not in await broker.beats()
+    """Liveness is a number per session id that grows, on nobody's wall clock."""
+    before = (await broker.beats())[worker.session_id]
+    await broker.renew(worker.session_id)
+    assert (await broker.beats())[worker.session_id] > before
+    await broker.leave(worker.session_id)
+    assert worker.session_id not in await broker.beats()
 
 
 # Attempts
@@ -265,7 +265,7 @@ async def test_attempts_are_bounded(broker: Broker, worker: Puller, listener: Li
     for attempt in (1, 2, 3):
         puller = await Puller(broker).join()
         assert (await puller.claim_one()).attempt == attempt
-        fate = await broker.reclaim(puller.incarnation)
+        fate = await broker.reclaim(puller.session_id)
         assert fate == (Reclaimed(requeued=1) if attempt < 3 else Reclaimed(dead=1))
     assert await worker.claim() == []
     assert await broker.enqueue(job) is State.DEAD
@@ -286,7 +286,7 @@ async def test_a_worker_that_leaves_spends_no_attempts(broker: Broker, worker: P
     """What a leaving worker still held is handed back as if never started."""
     await broker.enqueue(make_job(max_attempts=1))
     await worker.claim_one()
-    assert await broker.leave(worker.incarnation) == Reclaimed(requeued=1)
+    assert await broker.leave(worker.session_id) == Reclaimed(requeued=1)
     other = await Puller(broker).join()
     assert (await other.claim_one()).attempt == 1
 
@@ -301,12 +301,12 @@ async def test_a_poisoned_job_does_not_take_its_neighbours_along(broker: Broker)
         puller = await Puller(broker).join()
         leases = await puller.claim(4)
         if any(lease.job.id == poison.id for lease in leases):
-            await broker.reclaim(puller.incarnation)
+            await broker.reclaim(puller.session_id)
             continue
         for lease in leases:
             await broker.settle(lease, Outcome.DONE)
             done.add(lease.job.id)
-        await broker.leave(puller.incarnation)
+        await broker.leave(puller.session_id)
     assert done == {job.id for job in neighbours}
     assert await broker.enqueue(poison) is State.DEAD
 
@@ -346,16 +346,16 @@ async def test_a_half_done_reclaim_is_finished_by_another_manager(
 
     monkeypatch.setattr(dying._caller, "script", dies_after_one_step)
     with pytest.raises(BrokerUnavailable):
-        await dying.reclaim(worker.incarnation)
+        await dying.reclaim(worker.session_id)
     assert await waiting(broker) == 3
     with pytest.raises(Fenced):
         await worker.claim()
     with pytest.raises(Fenced):
-        await broker.renew(worker.incarnation)
-    assert worker.incarnation in await broker.beats()
-    await broker.join(worker.incarnation)  # a late copy does not let it in again
+        await broker.renew(worker.session_id)
+    assert worker.session_id in await broker.beats()
+    await broker.join(worker.session_id)  # a late copy does not let it in again
     with pytest.raises(Fenced):
         await worker.claim()
-    assert (await broker.reclaim(worker.incarnation)).requeued == 7
+    assert (await broker.reclaim(worker.session_id)).requeued == 7
     assert await waiting(broker) == 10
-    assert worker.incarnation not in await broker.beats()
+    assert worker.session_id not in await broker.beats()

@@ -12,9 +12,9 @@ from queue_schemas import (
     BadMessage,
     Control,
     ControlKind,
-    Incarnation,
     JobId,
     Outcome,
+    SessionId,
     Settled,
     WorkerInfo,
     new_job_id,
@@ -23,21 +23,21 @@ from queue_schemas.keys import MANAGER, POOLS, WORKERS, ShardKeys
 from tests.support.queue import MODEL, Puller, make_job
 
 KEYS = ShardKeys(0)
-RUN = Incarnation("w.0000000000000001")
+RUN = SessionId("w.0000000000000001")
 
 
 async def test_control_messages_that_cannot_be_read_are_passed_over(
     broker: Broker, worker: Puller, client: Any
 ) -> None:
     """Unknown kinds, aborts of no job or of bytes that are none: the next message is read as ever."""
-    key = KEYS.control(worker.incarnation)
+    key = KEYS.control(worker.session_id)
     for fields in (
         {"k": b"\xff\xfe"}, {"k": "abort"}, {"k": "abort", "job": b"\xff"}, {"k": "abort", "job": "all"},
         {"k": "abort", "job": "0-" + "0" * 32, "why": b"\x1b[2J\xff"}, {"\x00": b"\x00"},
     ):  # fmt: skip
         assert await client.xadd(key, fields, nomkstream=True)
     job_id = new_job_id(0)
-    assert await broker.send_control(worker.incarnation, Control(ControlKind.ABORT, job_id, "gone"))
+    assert await broker.send_control(worker.session_id, Control(ControlKind.ABORT, job_id, "gone"))
     told = await worker.told()
     assert [control.job_id for control in told] == ["0-" + "0" * 32, job_id]
 
@@ -77,7 +77,7 @@ async def test_an_envelope_that_cannot_be_read_ends_as_a_dead_letter(
 
 async def test_a_registry_with_junk_in_it_is_read_all_the_same(broker: Broker, client: Any) -> None:
     """Names, records, pools and renewal numbers that cannot be are left out; what is right is there."""
-    known = WorkerInfo(worker_id="w", incarnation=RUN, assignment=Assignment(term=1, version=1))
+    known = WorkerInfo(worker_id="w", session_id=RUN, assignment=Assignment(term=1, version=1))
     await broker.save_workers([known], [])
     record = known.model_dump_json()
     junk = {

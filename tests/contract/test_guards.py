@@ -14,7 +14,7 @@ import pytest
 
 from broker import Broker
 from broker.redis.scripts import load_scripts
-from queue_schemas import Fenced, Job, MarkerKind, Outcome, Settled, State, new_incarnation
+from queue_schemas import Fenced, Job, MarkerKind, Outcome, Settled, State, new_session_id
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import Puller, answer_frame, make_job
 
@@ -51,7 +51,7 @@ async def the_epoch_fences(scene: Scene) -> None:
     """An attempt whose job runs again elsewhere cannot settle it."""
     await scene.broker.enqueue(scene.job())
     lease = await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.incarnation)
+    await scene.broker.reclaim(scene.worker.session_id)
     again = await (await scene.another()).claim_one()
     late = replace(lease, attempt_id=again.attempt_id)
     assert await scene.broker.settle(late, Outcome.DONE, answer_frame(late)) is Settled.FENCED
@@ -113,14 +113,14 @@ async def the_dead_do_not_renew(scene: Scene) -> None:
     """Who was declared dead learns it, and does not hold the leases of its next job."""
     await scene.broker.enqueue(scene.job())
     await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.incarnation)
+    await scene.broker.reclaim(scene.worker.session_id)
     with pytest.raises(Fenced):
-        await scene.broker.renew(scene.worker.incarnation)
+        await scene.broker.renew(scene.worker.session_id)
 
 
 async def the_dead_claim_nothing(scene: Scene) -> None:
     """Nobody would ever take its jobs back."""
-    await scene.broker.reclaim(scene.worker.incarnation)
+    await scene.broker.reclaim(scene.worker.session_id)
     await scene.broker.enqueue(scene.job())
     with pytest.raises(Fenced):
         await scene.worker.claim()
@@ -137,14 +137,14 @@ async def attempts_end(scene: Scene) -> None:
     """A job is started so often and no more."""
     await scene.broker.enqueue(scene.job(max_attempts=1))
     await scene.worker.claim_one()
-    assert (await scene.broker.reclaim(scene.worker.incarnation)).dead == 1
+    assert (await scene.broker.reclaim(scene.worker.session_id)).dead == 1
 
 
 async def a_lost_stream_waits(scene: Scene) -> None:
     """Run at once, it would repeat what was delivered."""
     await scene.broker.enqueue(scene.job(stream=True, on_loss="continue"))
     await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.incarnation)
+    await scene.broker.reclaim(scene.worker.session_id)
     assert await (await scene.another()).claim() == []
 
 
@@ -155,7 +155,7 @@ async def an_old_resume_is_void(scene: Scene) -> None:
     for epoch in (2, 3):
         worker = await scene.another()
         await worker.claim_one()
-        await scene.broker.reclaim(worker.incarnation)
+        await scene.broker.reclaim(worker.session_id)
         if epoch == 2:
             await scene.broker.resume(job, 2)
     assert await scene.broker.resume(job, 2) is State.LOST
@@ -189,7 +189,7 @@ async def what_does_not_run_is_handed_back(scene: Scene) -> None:
     """Redis lost that an attempt ended: its worker says so, and the job waits again."""
     await scene.broker.enqueue(scene.job())
     await scene.worker.claim_one()
-    await scene.broker.hold(0, scene.worker.incarnation, scene.worker.seq, ())
+    await scene.broker.hold(0, scene.worker.session_id, scene.worker.seq, ())
     await (await scene.another()).claim_one()
 
 
@@ -198,7 +198,7 @@ async def a_late_comparison_takes_nothing(scene: Scene) -> None:
     await scene.broker.enqueue(scene.job())
     seq = scene.worker.seq
     lease = await scene.worker.claim_one()
-    await scene.broker.hold(0, scene.worker.incarnation, seq, ())
+    await scene.broker.hold(0, scene.worker.session_id, seq, ())
     assert await scene.broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
 
 
@@ -206,7 +206,7 @@ async def no_epoch_of_a_lost_attempt_comes_again(scene: Scene) -> None:
     """Redis lost epoch 2 and who had it: what is handed back begins far above."""
     await scene.broker.enqueue(scene.job())
     await scene.worker.claim_one()
-    await scene.broker.hold(0, scene.worker.incarnation, scene.worker.seq, ())
+    await scene.broker.hold(0, scene.worker.session_id, scene.worker.seq, ())
     assert (await scene.worker.claim_one()).epoch > 2
 
 
@@ -222,7 +222,7 @@ async def the_router_is_told(scene: Scene) -> None:
     """Whoever listens hears that an attempt ended, or it would wait for frames of it."""
     await scene.broker.enqueue(scene.job())
     await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.incarnation)
+    await scene.broker.reclaim(scene.worker.session_id)
     assert [item.kind for item in await scene.listener.news()] == [MarkerKind.REQUEUED]  # type: ignore[union-attr]
 
 
@@ -230,7 +230,7 @@ async def a_new_attempt_has_a_new_epoch(scene: Scene) -> None:
     """By it a Router tells old frames from new ones."""
     await scene.broker.enqueue(scene.job())
     lease = await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.incarnation)
+    await scene.broker.reclaim(scene.worker.session_id)
     assert (await (await scene.another()).claim_one()).epoch > lease.epoch
 
 
@@ -246,7 +246,7 @@ async def nothing_starts_again_for_nobody(scene: Scene) -> None:
     await scene.broker.enqueue(scene.job())
     await scene.worker.claim_one()
     await scene.listener.leave()
-    assert (await scene.broker.reclaim(scene.worker.incarnation)).cancelled == 1
+    assert (await scene.broker.reclaim(scene.worker.session_id)).cancelled == 1
 
 
 async def neighbours_of_a_suspect_go_free(scene: Scene) -> None:
@@ -276,7 +276,7 @@ async def the_dying_do_not_join(scene: Scene) -> None:
     for _ in range(3):
         await scene.broker.enqueue(scene.job())
     await scene.worker.claim(2)
-    name = scene.worker.incarnation
+    name = scene.worker.session_id
     await scene.broker._caller.script("reclaim", KEYS.budget, KEYS.prefix, name, 1, 1, "its worker was lost")
     await scene.broker.join(name)
     with pytest.raises(Fenced):
@@ -284,10 +284,10 @@ async def the_dying_do_not_join(scene: Scene) -> None:
 
 
 async def the_last_attempt_is_fenced(scene: Scene) -> None:
-    """An attempt that was taken away, and its job buried, did not end it by its own word."""
+    """An attempt that was taken away, and its job declared dead, did not end it by its own word."""
     await scene.broker.enqueue(scene.job(max_attempts=1))
     lease = await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.incarnation)
+    await scene.broker.reclaim(scene.worker.session_id)
     assert await scene.broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
 
 
@@ -302,15 +302,15 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (a_cancel_that_comes_first_stands, Rewrite("cancel", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)")),
     (a_repeated_claim_gives_the_same, Rewrite("claim", "if last[1] == seq then", "if false then")),
     (a_late_claim_gives_nothing, Rewrite("claim", "tonumber(seq) < tonumber(last[1])", "false")),
-    (the_dead_do_not_renew, Rewrite("renew", "if is_fenced(incarnation) then return -1 end", "")),
-    (the_dead_claim_nothing, Rewrite("claim", "if is_fenced(incarnation) then return { 'fenced' } end", "")),
+    (the_dead_do_not_renew, Rewrite("renew", "if is_fenced(session_id) then return -1 end", "")),
+    (the_dead_claim_nothing, Rewrite("claim", "if is_fenced(session_id) then return { 'fenced' } end", "")),
     (nothing_starts_late, Rewrite("claim", "if tonumber(job.deadline) <= now then", "if false then")),
     (attempts_end, Rewrite("_shared", "if attempts >= tonumber(job.max) then", "if false then")),
     (a_lost_stream_waits, Rewrite("_shared", "job.resume == '1' and 'lost' or 'requeued'", "'requeued'")),
     (an_old_resume_is_void, Rewrite("resume", "job.state ~= 'lost' or job.epoch ~= ARGV[3]", "job.state ~= 'lost'")),
     (a_worker_holds_one_suspect, Rewrite("claim", "not held_suspect and take_from_stream", "take_from_stream")),
     (a_repeated_release_is_known, Rewrite("_shared", RELEASED, "")),
-    (what_does_not_run_is_handed_back, Rewrite("hold", "job.state == 'leased' and job.owner == incarnation", "false")),
+    (what_does_not_run_is_handed_back, Rewrite("hold", "job.state == 'leased' and job.owner == session_id", "false")),
     (a_late_comparison_takes_nothing, Rewrite("hold", "if claimed > tonumber(ARGV[3]) then return answer end", "")),
     (no_epoch_of_a_lost_attempt_comes_again, Rewrite("hold", "RUN_EPOCHS) + 1) * RUN_EPOCHS - 1", "1))")),
     (what_waits_is_raised, Rewrite("raise_epoch", "if job.state == 'queued' and epoch < above then", "if false then")),
@@ -334,7 +334,7 @@ async def play(scenario: Scenario, *rewrites: Rewrite) -> None:
     client = fakeredis.FakeAsyncRedis(server=server, protocol=2)
     try:
         await set_clock(client, START_MS)
-        worker = await Puller(queue, new_incarnation("worker")).join()
+        worker = await Puller(queue, new_session_id("worker")).join()
         await scenario(Scene(queue, worker, await Listener(client).open(), client))
     finally:
         await queue.close()

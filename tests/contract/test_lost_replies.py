@@ -19,8 +19,8 @@ from queue_schemas import (
     Outcome,
     Settled,
     State,
-    new_incarnation,
     new_job_id,
+    new_session_id,
 )
 from queue_schemas.keys import ShardKeys
 from tests.support.faults import FaultProxy
@@ -136,7 +136,7 @@ async def test_resume(faulty: Faulty) -> None:
     await faulty.sound.enqueue(job)
     worker = await Puller(faulty.sound).join()
     await worker.claim_one()
-    await faulty.sound.reclaim(worker.incarnation)
+    await faulty.sound.reclaim(worker.session_id)
     faulty.lose("resume")
     assert await faulty.broker.resume(replace(job, prefix="Once"), 2) is State.QUEUED
     assert await faulty.counts() == (1, 0)
@@ -147,16 +147,16 @@ async def test_enqueue_under_a_key(faulty: Faulty) -> None:
     """There is one job and one listener, and its key leads to it."""
     job = make_job(stored=True, idempotency_key="order-17")
     faulty.lose("enqueue", 2)
-    assert await faulty.broker.enqueue_stored(job, faulty.listener.router) == Enqueued(job.id, State.QUEUED)
+    assert await faulty.broker.enqueue_persisted_request(job, faulty.listener.router) == Enqueued(job.id, State.QUEUED)
     assert await faulty.counts() == (1, 0)
     again = replace(job, id=new_job_id(0))
-    assert await faulty.sound.enqueue_stored(again, faulty.listener.router) == Enqueued(job.id, State.QUEUED)
+    assert await faulty.sound.enqueue_persisted_request(again, faulty.listener.router) == Enqueued(job.id, State.QUEUED)
 
 
 async def test_append_and_its_end(faulty: Faulty) -> None:
     """Frames are kept and sent on once: those of an append that is in doubt and sent again, and the last ones."""
     job = make_job(stored=True, stream=True)
-    await faulty.sound.enqueue_stored(job, faulty.listener.router)
+    await faulty.sound.enqueue_persisted_request(job, faulty.listener.router)
     lease = await (await Puller(faulty.sound).join()).claim_one()
     run = [Frame(job.id, 1, lease.attempt_id, 0, HEAD, b"x", 200, "text/event-stream")]
     run += [Frame(job.id, 1, lease.attempt_id, seq, 0, b"x") for seq in (1, 2)]
@@ -176,7 +176,7 @@ async def test_append_and_its_end(faulty: Faulty) -> None:
 async def test_attach(faulty: Faulty) -> None:
     """The Router is one listener, and is sent each frame once."""
     job = make_job(stored=True)
-    await faulty.sound.enqueue_stored(job, new_incarnation("other"))
+    await faulty.sound.enqueue_persisted_request(job, new_session_id("other"))
     faulty.lose("attach")
     assert await faulty.broker.attach(job.id, faulty.listener.router) is not None
     lease = await (await Puller(faulty.sound).join()).claim_one()
@@ -259,7 +259,7 @@ async def test_reclaim(faulty: Faulty) -> None:
     worker = await Puller(faulty.sound).join()
     await worker.claim(3)
     faulty.lose("reclaim")
-    assert await faulty.broker.reclaim(worker.incarnation) in (Reclaimed(requeued=3), Reclaimed())
+    assert await faulty.broker.reclaim(worker.session_id) in (Reclaimed(requeued=3), Reclaimed())
     assert await faulty.counts() == (3, 0)
     assert len(await faulty.listener.news()) == 3
     leases = await (await Puller(faulty.sound).join()).claim(3)
@@ -281,9 +281,9 @@ async def test_join_and_renew(faulty: Faulty) -> None:
     faulty.lose("join")
     await worker.join()
     faulty.lose("renew")
-    await faulty.broker.renew(worker.incarnation)
+    await faulty.broker.renew(worker.session_id)
     assert faulty.proxy.replies_lost == 2
-    assert set(await faulty.sound.beats()) == {worker.incarnation}
+    assert set(await faulty.sound.beats()) == {worker.session_id}
 
 
 async def test_hold(faulty: Faulty) -> None:
@@ -292,7 +292,7 @@ async def test_hold(faulty: Faulty) -> None:
     worker = await Puller(faulty.broker).join()
     await worker.claim_one()
     faulty.lose("hold")
-    assert await faulty.broker.hold(0, worker.incarnation, worker.seq, ()) == set()
+    assert await faulty.broker.hold(0, worker.session_id, worker.seq, ()) == set()
     assert await faulty.counts() == (1, 0)
     assert len(await faulty.listener.news()) == 1
     assert (await worker.claim_one()).attempt == 1
@@ -321,5 +321,5 @@ async def test_leave(faulty: Faulty) -> None:
     worker = await Puller(faulty.broker).join()
     await worker.claim_one()
     faulty.lose("reclaim")
-    await faulty.broker.leave(worker.incarnation)
+    await faulty.broker.leave(worker.session_id)
     assert await faulty.counts() == (1, 0)

@@ -24,8 +24,8 @@ from queue_schemas import (
     Outcome,
     Settled,
     State,
-    new_incarnation,
     new_job_id,
+    new_session_id,
 )
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import MODEL, Puller, answer_frame, make_job
@@ -56,7 +56,7 @@ async def counts(broker: Broker) -> tuple[int, int]:
 
 async def hold(worker: Puller, *leases: Lease) -> set[str]:
     """What a worker does that finds its server back."""
-    return await worker.broker.hold(0, worker.incarnation, worker.seq, leases)
+    return await worker.broker.hold(0, worker.session_id, worker.seq, leases)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ async def test_a_late_copy_of_a_comparison_takes_nothing(broker: Broker, worker:
     await broker.enqueue(job)
     seq = worker.seq
     lease = await worker.claim_one()
-    assert await broker.hold(0, worker.incarnation, seq, ()) == set()
+    assert await broker.hold(0, worker.session_id, seq, ()) == set()
     assert await broker.settle(lease, Outcome.DONE) is Settled.OK
 
 
@@ -159,8 +159,8 @@ async def test_a_claim_whose_answer_is_awaited_gives_nothing_that_was_given_back
 
 
 async def test_the_dead_hold_nothing(broker: Broker, worker: Puller) -> None:
-    """An incarnation that was declared dead hears it."""
-    await broker.reclaim(worker.incarnation)
+    """An session id that was declared dead hears it."""
+    await broker.reclaim(worker.session_id)
     with pytest.raises(Fenced):
         await hold(worker)
 
@@ -199,7 +199,7 @@ async def test_a_control_stream_that_was_cut_further_breaks_no_comparison(
     await broker.enqueue(job)
     await worker.claim_one()
     await worker.told()
-    control = KEYS.control(worker.incarnation)
+    control = KEYS.control(worker.session_id)
     await client.xadd(control, {"k": "hello"}, id=f"{(await client.time())[0] * 1000 + 3_600_000}-0")
     await client.xtrim(control, maxlen=0)
     assert await hold(worker) == set()
@@ -220,7 +220,7 @@ async def test_replies_are_heard_on_a_clock_that_is_behind(
     monkeypatch.setattr("broker.reply_streams._TEND_EVERY_S", 0.02)
     monkeypatch.setattr("broker.reply_streams._BLOCK_MS", 50)
     broker = await connect()
-    router = new_incarnation("router")
+    router = new_session_id("router")
     key = KEYS.reply(router)
     heard: list[Frame | Marker] = []
     told: list[int] = []

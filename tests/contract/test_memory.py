@@ -65,9 +65,9 @@ async def test_every_key_is_one_of_the_contract(
         KEYS.active(MODEL, Lane.INTERACTIVE, band),
         KEYS.service(MODEL, Lane.INTERACTIVE, band),
         *(KEYS.job(job.id) for job in (*jobs, rival)),
-        *(KEYS.leases(puller.incarnation) for puller in (worker, idle)),
-        *(KEYS.claimed(puller.incarnation) for puller in (worker, idle)),
-        *(KEYS.control(puller.incarnation) for puller in (worker, idle)),
+        *(KEYS.leases(puller.session_id) for puller in (worker, idle)),
+        *(KEYS.claimed(puller.session_id) for puller in (worker, idle)),
+        *(KEYS.control(puller.session_id) for puller in (worker, idle)),
         *(KEYS.parked(MODEL, lane) for lane in LANES),
         KEYS.reply(listener.router),
         *(KEYS.clock, KEYS.beats, KEYS.deadlines, KEYS.dead, KEYS.budget, KEYS.depth, KEYS.totals, KEYS.turns),
@@ -104,7 +104,7 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, listener: Li
                     ended += 1
     for puller in pullers:
         assert await puller.claim(2) == []
-        await broker.leave(puller.incarnation)
+        await broker.leave(puller.session_id)
     stay, expire = await settled_keys(client)
     assert stay - before <= {KEYS.clock, KEYS.totals, KEYS.turns, META}
     families = {key.removeprefix(KEYS.prefix).split(":")[0] for key in expire}
@@ -135,7 +135,7 @@ async def test_full_memory_refuses_new_work_and_finishes_the_old(full: Server) -
     assert refusal.value.retry_after_s
     newcomer = await Puller(broker).join()
     running += await newcomer.claim(4)
-    await broker.renew(worker.incarnation)
+    await broker.renew(worker.session_id)
     for lease in running:
         assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
     assert len(await listener.news()) == 8

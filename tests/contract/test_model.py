@@ -28,7 +28,7 @@ MUTANTS = {
     "marker": Rewrite("_shared", "if job.reply ~= '' then", "if false then"),
     "tombstone": Rewrite("_shared", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)"),
     "idempotent claim": Rewrite("claim", "if last[1] == seq then", "if false then"),
-    "renewal stop": Rewrite("renew", "if is_fenced(incarnation) then return -1 end", ""),
+    "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),
     "deadline check": Rewrite("claim", "if tonumber(job.deadline) <= now then", "if false then"),
     "budget": Rewrite("_shared", "add('budget', 't:' .. job.tenant .. ':jobs', -1)", ""),
 }

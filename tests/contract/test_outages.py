@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from broker import Broker, BrokerSettings
-from queue_schemas import BrokerUnavailable, Frame, Marker, Outcome, Settled, State, new_incarnation
+from queue_schemas import BrokerUnavailable, Frame, Marker, Outcome, Settled, State, new_session_id
 from tests.support.faults import FaultProxy
 from tests.support.queue import Puller, answer_frame, make_job
 from tests.support.servers import Server, redis_binary, valkey_binary
@@ -74,7 +74,7 @@ async def test_leases_survive_a_restart_of_the_server(server: Server, broker: Br
     worker = await Puller(broker).join()
     lease = await worker.claim_one()
     server.restart()
-    await broker.renew(worker.incarnation)
+    await broker.renew(worker.session_id)
     assert await broker.settle(lease, Outcome.DONE) is Settled.OK
 
 
@@ -112,7 +112,7 @@ async def test_a_router_reads_on_after_a_restart(server: Server, broker: Broker)
     """The reader reconnects by itself, says at once that answers may be missing; those settled after come."""
     news: list[Frame | Marker] = []
     told: list[int] = []
-    router = new_incarnation("router")
+    router = new_session_id("router")
     reading = asyncio.create_task(broker.read_replies(router, news.extend, told.append))
     async with asyncio.timeout(20):
         await broker.replies_ready.wait()
@@ -213,7 +213,7 @@ async def test_a_server_busy_with_a_foreign_script_is_waited_for(server: Server,
 async def test_another_run_of_the_server_is_told_to_the_router(server: Server, broker: Broker) -> None:
     """After a restart the newest writes may be missing: the Router is told, though its stream is still there."""
     lost: list[int] = []
-    router = new_incarnation("router")
+    router = new_session_id("router")
     reading = asyncio.create_task(broker.read_replies(router, lambda _: None, lost.append))
     async with asyncio.timeout(20):
         await broker.replies_ready.wait()

@@ -35,15 +35,15 @@ async def kept(scene: Scene, job: Job) -> list[tuple[int, int]]:
 async def one_key_is_one_job(scene: Scene) -> None:
     """However many ask for it."""
     first = keyed()
-    await scene.broker.enqueue_stored(first, scene.listener.router)
-    assert (await scene.broker.enqueue_stored(keyed(), scene.listener.router)).job_id == first.id
+    await scene.broker.enqueue_persisted_request(first, scene.listener.router)
+    assert (await scene.broker.enqueue_persisted_request(keyed(), scene.listener.router)).job_id == first.id
 
 
 async def a_key_is_of_one_request(scene: Scene) -> None:
     """Nobody is given the answer to another question."""
-    await scene.broker.enqueue_stored(keyed(), scene.listener.router)
+    await scene.broker.enqueue_persisted_request(keyed(), scene.listener.router)
     try:
-        await scene.broker.enqueue_stored(keyed(body=b"{}"), scene.listener.router)
+        await scene.broker.enqueue_persisted_request(keyed(body=b"{}"), scene.listener.router)
     except IdempotencyKeyReused:
         return
     pytest.fail("another request was taken for the same")
@@ -52,15 +52,15 @@ async def a_key_is_of_one_request(scene: Scene) -> None:
 async def a_job_without_an_answer_frees_its_key(scene: Scene) -> None:
     """A retry runs, instead of being told for a day that there is no answer."""
     job, again = keyed(), keyed()
-    await scene.broker.enqueue_stored(job, scene.listener.router)
+    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
     await scene.broker.cancel(job.id, "its tenant wanted that")
-    assert (await scene.broker.enqueue_stored(again, scene.listener.router)).job_id == again.id
+    assert (await scene.broker.enqueue_persisted_request(again, scene.listener.router)).job_id == again.id
 
 
 async def no_answer_is_kept_with_a_hole(scene: Scene) -> None:
     """The server lost frames that their worker has not any more."""
     job = keyed()
-    await scene.broker.enqueue_stored(job, scene.listener.router)
+    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
     lease = await scene.worker.claim_one()
     await scene.broker.append(lease, piece(lease, 0))
     await scene.broker.append(lease, piece(lease, 2))
@@ -70,7 +70,7 @@ async def no_answer_is_kept_with_a_hole(scene: Scene) -> None:
 async def what_is_kept_is_one_answer(scene: Scene) -> None:
     """An attempt that begins anew leaves nothing of an earlier one to be read in front of it."""
     job = keyed()
-    await scene.broker.enqueue_stored(job, scene.listener.router)
+    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
     lease = await scene.worker.claim_one()
     await scene.broker.append(lease, piece(lease, 0))
     await scene.broker.release(lease, "draining", counted=False)
@@ -81,7 +81,7 @@ async def what_is_kept_is_one_answer(scene: Scene) -> None:
 
 async def nobody_makes_a_listeners_stream(scene: Scene) -> None:
     """A Router that followed a stored job and is gone stays gone."""
-    await scene.broker.enqueue_stored(keyed(), scene.listener.router)
+    await scene.broker.enqueue_persisted_request(keyed(), scene.listener.router)
     lease = await scene.worker.claim_one()
     await scene.listener.leave()
     await scene.broker.append(lease, piece(lease, 0))
@@ -91,7 +91,7 @@ async def nobody_makes_a_listeners_stream(scene: Scene) -> None:
 async def kept_bytes_are_given_back(scene: Scene) -> None:
     """What is forgotten counts no more."""
     job = keyed()
-    await scene.broker.enqueue_stored(job, scene.listener.router)
+    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
     await scene.broker.cancel(job.id, "its tenant wanted that")
     assert not await scene.client.exists(KEYS.budget)
 
@@ -99,8 +99,8 @@ async def kept_bytes_are_given_back(scene: Scene) -> None:
 async def a_stray_beginning_cancels_no_stored_job(scene: Scene) -> None:
     """A Router that is sent something of a job which nobody follows there speaks for itself only."""
     job = keyed()
-    await scene.broker.enqueue_stored(job, scene.listener.router)
-    await scene.broker.cancel(job.id, "nobody waits", unasked=True)
+    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
+    await scene.broker.cancel(job.id, "nobody waits", if_orphaned=True)
     assert len(await scene.worker.claim()) == 1
 
 
@@ -113,7 +113,7 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (what_is_kept_is_one_answer, Rewrite("append", "if anew and due == 0", "if false")),
     (nobody_makes_a_listeners_stream, Rewrite("_shared", "'NOMKSTREAM', '*', field", "'*', field")),
     (kept_bytes_are_given_back, Rewrite("_shared", "-tonumber(kept or 0)", "0")),
-    (a_stray_beginning_cancels_no_stored_job, Rewrite("cancel", "unasked and job.stored == '1'", "false")),
+    (a_stray_beginning_cancels_no_stored_job, Rewrite("cancel", "if_orphaned and job.stored == '1'", "false")),
 ]  # fmt: skip
 
 

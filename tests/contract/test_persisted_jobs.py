@@ -17,19 +17,19 @@ from queue_schemas import (
     Enqueued,
     Frame,
     Job,
-    Keep,
-    KeptJob,
+    JobMetadata,
     Lane,
     Lease,
     MarkerKind,
-    Memo,
     Outcome,
     OverCapacity,
+    PersistedJob,
+    PersistOptions,
     Settled,
     State,
     Tenant,
-    new_incarnation,
     new_job_id,
+    new_session_id,
 )
 from queue_schemas.keys import ShardKeys
 from tests.contract.conftest import Connect, Listener
@@ -38,9 +38,11 @@ from tests.support.queue import MODEL, Puller, answer_frame, make_job
 
 KEYS = ShardKeys(0)
 ACME = Tenant("acme")
-MEMO = Memo(path="/v1/chat/completions", stream=True, on_loss="continue", choices=2, request_id="req_1", note=b"mine")
+MEMO = JobMetadata(
+    path="/v1/chat/completions", stream=True, on_loss="continue", choices=2, request_id="req_1", note=b"mine"
+)
 DAY_MS = 24 * 3600 * 1000
-LISTED = Keep(DAY_MS, MEMO, listed=True, notify="response")
+LISTED = PersistOptions(DAY_MS, MEMO, listed=True, notify="response")
 
 
 def background(**fields: Any) -> Job:
@@ -55,8 +57,8 @@ def piece(lease: Lease, seq: int, data: bytes) -> bytes:
     return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, HEAD if seq == 0 else 0, data, *head).pack()
 
 
-async def told(broker: Broker, job: Job) -> KeptJob:
-    found = await broker.kept_job(job.id)
+async def told(broker: Broker, job: Job) -> PersistedJob:
+    found = await broker.persisted_job(job.id)
     assert found is not None
     return found
 
@@ -84,12 +86,12 @@ def lasting(ending: State) -> dict[str, Any]:
 
 
 async def test_a_live_job_is_told_of(broker: Broker, worker: Puller) -> None:
-    """Whose it is, when it came and began, what its Router noted; the memo is passed on as it is."""
+    """Whose it is, when it came and began, what its Router noted; the job metadata is passed on as it is."""
     job = background()
-    assert await broker.enqueue_kept(job, LISTED) == Enqueued(job.id, State.QUEUED)
+    assert await broker.enqueue_persisted(job, LISTED) == Enqueued(job.id, State.QUEUED)
     waiting = await told(broker, job)
     assert (waiting.tenant, waiting.model, waiting.lane, waiting.state) == (ACME, MODEL, Lane.BACKGROUND, State.QUEUED)
-    assert (waiting.memo, waiting.notify, waiting.listed) == (MEMO, "response", True)
+    assert (waiting.job_metadata, waiting.notify, waiting.listed) == (MEMO, "response", True)
     assert (waiting.started_ms, waiting.ended_ms, waiting.expires_ms, waiting.attempts) == (None, None, None, 0)
     assert waiting.created_ms + job.ttl_ms == waiting.deadline_ms
     lease = await worker.claim_one()
@@ -107,10 +109,16 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
     """Its state, cause and what it said stay for the keep time, counted among its tenant's bytes; then nothing is
     left, and its end was told once."""
     job = background(**lasting(ending))
-    await broker.enqueue_kept(job, replace(LISTED, keep_ms=80))
+    await broker.enqueue_persisted(job, replace(LISTED, keep_ms=80))
     await ended_as(broker, worker, job, ending)
     kept = await told(broker, job)
-    assert (kept.state, kept.memo, kept.tenant, kept.attempts, kept.lane) == (ending, MEMO, ACME, 1, Lane.BACKGROUND)
+    assert (kept.state, kept.job_metadata, kept.tenant, kept.attempts, kept.lane) == (
+        ending,
+        MEMO,
+        ACME,
+        1,
+        Lane.BACKGROUND,
+    )
     assert kept.ended_ms is not None
     assert kept.expires_ms == kept.ended_ms + 80
     assert bool(kept.cause) == (ending not in (State.DONE, State.FAILED))
@@ -118,9 +126,9 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
     assert page is not None
     assert (page.state, page.over, page.cause) == (ending, True, kept.cause)
     assert len(page.frames) == 1
-    assert int(await client.hget(KEYS.budget, "t:acme:kept")) == kept.kept_bytes
-    assert kept.kept_bytes == 1_024 + len(MEMO.pack()) + len(page.frames[0].pack())
-    assert [job.id for job in (await broker.kept_jobs(ACME))[0]] == [job.id]
+    assert int(await client.hget(KEYS.budget, "t:acme:kept")) == kept.persisted_bytes
+    assert kept.persisted_bytes == 1_024 + len(MEMO.pack()) + len(page.frames[0].pack())
+    assert [job.id for job in (await broker.persisted_jobs(ACME))[0]] == [job.id]
     (notice,) = await broker.read_ended()
     assert (notice.job_id, notice.tenant, notice.state, notice.notify) == (job.id, ACME, ending, "response")
     assert await broker.forget_ended([notice.id]) == 1
@@ -128,7 +136,7 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
 
     await asyncio.sleep(0.1)
     assert (await broker.expire()).forgotten == 1
-    assert await broker.kept_job(job.id) is None
+    assert await broker.persisted_job(job.id) is None
     for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.kept, KEYS.listeners(job.id)):
         assert not await client.exists(key), key
     left = await client.hgetall(KEYS.budget)
@@ -138,23 +146,23 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
 async def test_only_an_answer_keeps_its_key(broker: Broker) -> None:
     """A listed job that was cancelled is still told of, and the same request under its key is another job."""
     job = background(idempotency_key="order-17")
-    await broker.enqueue_kept(job, LISTED)
+    await broker.enqueue_persisted(job, LISTED)
     again = replace(job, id=new_job_id(0))
-    assert (await broker.enqueue_kept(again, LISTED)).job_id == job.id
+    assert (await broker.enqueue_persisted(again, LISTED)).job_id == job.id
     await broker.cancel(job.id, "its tenant wanted that")
-    assert (await broker.enqueue_kept(again, LISTED)).job_id == again.id
+    assert (await broker.enqueue_persisted(again, LISTED)).job_id == again.id
     assert (await told(broker, job)).state is State.CANCELLED
-    assert {one.id for one in (await broker.kept_jobs(ACME))[0]} == {again.id, job.id}
+    assert {one.id for one in (await broker.persisted_jobs(ACME))[0]} == {again.id, job.id}
 
 
 async def test_what_is_not_listed_is_not_kept_without_an_answer(broker: Broker, client: Any) -> None:
     """A stream that a client may resume leaves nothing once it was cancelled, but is told of while it lives."""
     job = background(lane=Lane.INTERACTIVE)
-    await broker.enqueue_kept(job, Keep(1_000, Memo(resumable=True)))
-    assert (await told(broker, job)).memo.resumable
-    assert (await broker.kept_jobs(ACME))[0] == []
+    await broker.enqueue_persisted(job, PersistOptions(1_000, JobMetadata(resumable=True)))
+    assert (await told(broker, job)).job_metadata.resumable
+    assert (await broker.persisted_jobs(ACME))[0] == []
     await broker.cancel(job.id, "its client left")
-    assert await broker.kept_job(job.id) is None
+    assert await broker.persisted_job(job.id) is None
     assert not await client.exists(KEYS.budget)
     assert await broker.read_ended() == []
 
@@ -165,7 +173,7 @@ async def test_a_job_is_forgotten_on_demand(
 ) -> None:
     """Whatever it does: it ends, who listens is told, every byte is given back, and late words of it are refused."""
     job = background()
-    await broker.enqueue_kept(job, LISTED, listener.router)
+    await broker.enqueue_persisted(job, LISTED, listener.router)
     lease = await worker.claim_one() if state in ("leased", "done") else None
     if lease and state == "done":
         await broker.settle(lease, Outcome.DONE, answer_frame(lease))
@@ -176,8 +184,8 @@ async def test_a_job_is_forgotten_on_demand(
     await listener.news()
     assert await broker.forget(job.id, "deleted") is State(state)
     assert await broker.forget(job.id, "deleted") is None
-    assert await broker.kept_job(job.id) is None
-    assert (await broker.kept_jobs(ACME))[0] == []
+    assert await broker.persisted_job(job.id) is None
+    assert (await broker.persisted_jobs(ACME))[0] == []
     if state in ("queued", "leased"):
         await listener.hears(MarkerKind.CANCELLED)
     if lease:
@@ -186,7 +194,7 @@ async def test_a_job_is_forgotten_on_demand(
     for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.kept, KEYS.budget, KEYS.listeners(job.id)):
         assert not await client.exists(key), key
     assert 0 < await client.pttl(KEYS.job(job.id)) <= 60_000
-    assert (await broker.enqueue_kept(job, LISTED)).state in (State.CANCELLED, State.DONE)
+    assert (await broker.enqueue_persisted(job, LISTED)).state in (State.CANCELLED, State.DONE)
     assert len(await broker.read_ended()) == 1
 
 
@@ -195,7 +203,7 @@ async def test_what_is_no_kept_job_is_not_told_of(broker: Broker) -> None:
     ordinary = make_job()
     await broker.enqueue(ordinary)
     for job_id in (ordinary.id, new_job_id(0), new_job_id(7), "job", "0-" + "x" * 32, "../../x"):
-        assert await broker.kept_job(job_id) is None
+        assert await broker.persisted_job(job_id) is None
         assert await broker.forget(job_id, "deleted") is None
     assert (await broker.cancel(ordinary.id, "it is still there")) is State.QUEUED
 
@@ -205,14 +213,14 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
     none of others nor those that are stored for a key alone."""
     broker = await connect(shards=3)
     jobs = [background(model="abcd"[number % 4], shards=3) for number in range(30)]
-    await asyncio.gather(*(broker.enqueue_kept(job, LISTED) for job in jobs))
-    await broker.enqueue_kept(background(tenant="rival", shards=3), LISTED)
-    await broker.enqueue_stored(background(shards=3), new_incarnation("nobody"))
+    await asyncio.gather(*(broker.enqueue_persisted(job, LISTED) for job in jobs))
+    await broker.enqueue_persisted(background(tenant="rival", shards=3), LISTED)
+    await broker.enqueue_persisted_request(background(shards=3), new_session_id("nobody"))
     for size in (1, 7, 29, 30, 100):
-        seen: list[KeptJob] = []
+        seen: list[PersistedJob] = []
         after, more = "", True
         while more:
-            page, after = await broker.kept_jobs(ACME, after=after, limit=size)
+            page, after = await broker.persisted_jobs(ACME, after=after, limit=size)
             assert 0 < len(page) <= size
             seen += page
             more = bool(after)
@@ -220,19 +228,19 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
         order = [(job.created_ms, job.id) for job in seen]
         assert order == sorted(set(order), reverse=True)
     with pytest.raises(BadRequest, match="go on behind"):
-        await broker.kept_jobs(Tenant("rival"), after=jobs[0].id)
+        await broker.persisted_jobs(Tenant("rival"), after=jobs[0].id)
 
 
 async def test_large_notes_make_a_list_of_several_calls(broker: Broker) -> None:
     """No call tells of more than some megabytes; the page is whole all the same."""
-    large = replace(LISTED, memo=replace(MEMO, note=b"x" * 250_000))
+    large = replace(LISTED, job_metadata=replace(MEMO, note=b"x" * 250_000))
     jobs = [background() for _ in range(12)]
     for job in jobs:
-        await broker.enqueue_kept(job, large)
+        await broker.enqueue_persisted(job, large)
     before = broker.round_trips
-    page, more = await broker.kept_jobs(ACME, limit=20)
+    page, more = await broker.persisted_jobs(ACME, limit=20)
     assert {kept.id for kept in page} == {job.id for job in jobs}
-    assert all(len(kept.memo.note) == 250_000 for kept in page)
+    assert all(len(kept.job_metadata.note) == 250_000 for kept in page)
     assert more == ""
     assert broker.round_trips - before >= 3
 
@@ -240,30 +248,30 @@ async def test_large_notes_make_a_list_of_several_calls(broker: Broker) -> None:
 async def test_a_list_is_filtered_and_cleared(broker: Broker, client: Any) -> None:
     """By state, however many of others stand in between; places whose jobs are gone are cleared away."""
     jobs = [background() for _ in range(600)]
-    await asyncio.gather(*(broker.enqueue_kept(job, LISTED) for job in jobs))
+    await asyncio.gather(*(broker.enqueue_persisted(job, LISTED) for job in jobs))
     oldest = (await client.zrange(KEYS.listed("acme"), 0, 0))[0].decode()[16:]
     await broker.cancel(oldest, "one of many")
-    page, after = await broker.kept_jobs(ACME, limit=5, states=[State.CANCELLED, State.EXPIRED])
+    page, after = await broker.persisted_jobs(ACME, limit=5, states=[State.CANCELLED, State.EXPIRED])
     assert ([job.id for job in page], after) == ([oldest], "")
     await client.delete(*(KEYS.job(job.id) for job in jobs[:300]))
-    page, after = await broker.kept_jobs(ACME, limit=5)
+    page, after = await broker.persisted_jobs(ACME, limit=5)
     assert len(page) == 5
     while after:
-        _, after = await broker.kept_jobs(ACME, limit=100, after=after)
+        _, after = await broker.persisted_jobs(ACME, limit=100, after=after)
     assert await client.zcard(KEYS.listed("acme")) == 300
 
 
 async def test_notes_and_words_are_bounded(connect: Connect) -> None:
     """A note counts among its tenant's kept bytes; one that is too large, or a word of its own kind, is refused."""
-    broker = await connect(budgets=Budgets(tenant_kept_bytes=10_000))
-    large = Keep(1_000, Memo(note=b"x" * 8_000), listed=True)
-    assert (await broker.enqueue_kept(background(), large)).state is State.QUEUED
+    broker = await connect(budgets=Budgets(tenant_persisted_bytes=10_000))
+    large = PersistOptions(1_000, JobMetadata(note=b"x" * 8_000), listed=True)
+    assert (await broker.enqueue_persisted(background(), large)).state is State.QUEUED
     with pytest.raises(OverCapacity, match="what is kept for your account"):
-        await broker.enqueue_kept(background(), large)
+        await broker.enqueue_persisted(background(), large)
     with pytest.raises(BadMessage, match="note"):
-        await broker.enqueue_kept(background(), Keep(1_000, Memo(note=b"x" * 300_000)))
+        await broker.enqueue_persisted(background(), PersistOptions(1_000, JobMetadata(note=b"x" * 300_000)))
     with pytest.raises(BadMessage, match="notify"):
-        Keep(1_000, notify="two words")
+        PersistOptions(1_000, notify="two words")
 
 
 async def test_only_an_abandoned_job_is_cancelled_as_one(
@@ -272,7 +280,7 @@ async def test_only_an_abandoned_job_is_cancelled_as_one(
     """While a Router that lives listens, or did a moment ago, it is left alone; one that is gone without a word does
     not count."""
     job = background(lane=Lane.INTERACTIVE)
-    await broker.enqueue_kept(job, Keep(1_000, Memo(resumable=True)), listener.router)
+    await broker.enqueue_persisted(job, PersistOptions(1_000, JobMetadata(resumable=True)), listener.router)
     await worker.claim_one()
     other = await Listener(client).open()
     await broker.attach(job.id, other.router)
@@ -284,7 +292,7 @@ async def test_only_an_abandoned_job_is_cancelled_as_one(
     assert (await told(broker, job)).state is State.LEASED
     await asyncio.sleep(0.01)
     assert await broker.cancel_abandoned(job.id, "its client left", 1) is State.LEASED
-    assert await broker.kept_job(job.id) is None
+    assert await broker.persisted_job(job.id) is None
     assert await broker.cancel_abandoned(new_job_id(0), "its client left", 1) is None
     await broker.detach(job.id, other.router)
     assert 0 < await client.pttl(KEYS.job(job.id)) <= 60_000
@@ -297,7 +305,7 @@ async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any
     await client.xadd(KEYS.ended, {"id": "nobody's"}, id="1-1")
     jobs = [background() for _ in range(5)]
     for job in jobs:
-        await broker.enqueue_kept(job, LISTED)
+        await broker.enqueue_persisted(job, LISTED)
         await broker.cancel(job.id, "it ends")
     assert await client.hget(KEYS.ended_dropped, "dropped") == b"2"
     assert [notice.job_id for notice in await broker.read_ended(3)] == [job.id for job in jobs[1:4]]
@@ -311,14 +319,14 @@ async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any
 async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Puller) -> None:
     """Once an attempt began anew after another one had said something, also when the job has ended; not before."""
     job = background()
-    await broker.enqueue_kept(job, LISTED)
+    await broker.enqueue_persisted(job, LISTED)
     await broker.release(await worker.claim_one(), "nothing was said yet", counted=False)
     lost = await worker.claim_one()
     assert (await told(broker, job)).begun_epoch == 0
     await broker.append(lost, piece(lost, 0, b"half"))
     before = await told(broker, job)
     assert (before.begun_epoch, before.replaced) == (lost.epoch, False)
-    await broker.reclaim(worker.incarnation)
+    await broker.reclaim(worker.session_id)
     lease = await (await Puller(broker).join()).claim_one()
     await broker.append(lease, piece(lease, 0, b"another"))
     assert (await told(broker, job)).replaced
@@ -330,7 +338,7 @@ async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Pu
 async def test_a_notice_is_enough_to_tell_how_a_response_ended(broker: Broker, worker: Puller) -> None:
     """Its job and state lead to the finish reason of the chat that it is."""
     job = background()
-    await broker.enqueue_kept(job, LISTED)
+    await broker.enqueue_persisted(job, LISTED)
     lease = await worker.claim_one()
     ends = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
     end = Frame(job.id, lease.epoch, lease.attempt_id, 1, END, ends).pack()

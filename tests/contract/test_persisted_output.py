@@ -18,18 +18,18 @@ from queue_schemas import (
     IdempotencyKeyReused,
     Job,
     JobId,
-    Keep,
+    JobMetadata,
     Lease,
     Marker,
     MarkerKind,
-    Memo,
     Outcome,
     Output,
     OverCapacity,
+    PersistOptions,
     Settled,
     State,
-    new_incarnation,
     new_job_id,
+    new_session_id,
 )
 from queue_schemas.keys import ShardKeys
 from queue_schemas.persisted_output import key_digest
@@ -39,7 +39,7 @@ from tests.support.waiting import eventually
 
 KEYS = ShardKeys(0)
 SSE = "text/event-stream"
-NOBODY = new_incarnation("nobody")
+NOBODY = new_session_id("nobody")
 
 
 def keyed(**fields: Any) -> Job:
@@ -78,14 +78,14 @@ async def test_one_key_is_one_job(broker: Broker, worker: Puller, listener: List
     """The same request under the same key leads to the first one's job, whatever its id and however often; other
     tenants and other keys are on their own."""
     job = keyed()
-    assert await broker.enqueue_stored(job, listener.router) == Enqueued(job.id, State.QUEUED)
-    assert await broker.enqueue_stored(job, listener.router) == Enqueued(job.id, State.QUEUED)
+    assert await broker.enqueue_persisted_request(job, listener.router) == Enqueued(job.id, State.QUEUED)
+    assert await broker.enqueue_persisted_request(job, listener.router) == Enqueued(job.id, State.QUEUED)
     again = replace(job, id=new_job_id(0), request_id="another", ttl_ms=5)
-    assert await broker.enqueue_stored(again, NOBODY) == Enqueued(job.id, State.QUEUED)
+    assert await broker.enqueue_persisted_request(again, NOBODY) == Enqueued(job.id, State.QUEUED)
     for other in (keyed(tenant="rival"), keyed(idempotency_key="order-18")):
-        assert await broker.enqueue_stored(other, NOBODY) == Enqueued(other.id, State.QUEUED)
+        assert await broker.enqueue_persisted_request(other, NOBODY) == Enqueued(other.id, State.QUEUED)
     assert [lease.job.id for lease in await worker.claim(1)] == [job.id]
-    assert (await broker.enqueue_stored(again, NOBODY)).state is State.LEASED
+    assert (await broker.enqueue_persisted_request(again, NOBODY)).state is State.LEASED
     assert len(await worker.claim(9)) == 2
 
 
@@ -102,32 +102,38 @@ async def test_another_request_under_the_key_is_refused(broker: Broker, worker: 
     """[D1] Body (model included), path and content type make the request; nothing is queued for another one, also once
     the first is over."""
     job = keyed()
-    await broker.enqueue_stored(job, NOBODY)
+    await broker.enqueue_persisted_request(job, NOBODY)
     wrong = replace(job, id=new_job_id(0), **other)
     with pytest.raises(IdempotencyKeyReused, match="another request"):
-        await broker.enqueue_stored(wrong, NOBODY)
+        await broker.enqueue_persisted_request(wrong, NOBODY)
     lease = await worker.claim_one()
     await broker.settle(lease, Outcome.DONE, packed(frames(lease, b"a", end=True)))
     with pytest.raises(IdempotencyKeyReused):
-        await broker.enqueue_stored(wrong, NOBODY)
+        await broker.enqueue_persisted_request(wrong, NOBODY)
     assert await broker.read_output(wrong.id) is None
 
 
 async def test_a_key_is_compared_by_what_its_client_asked(broker: Broker) -> None:
-    """[D1] Where the memo says what was asked, that counts: the same job may be made of two requests."""
+    """[D1] Where the job metadata says what was asked, that counts: the same job may be made of two requests."""
     job = keyed()
-    await broker.enqueue_kept(job, Keep(60_000, Memo(request="one")))
-    again = await broker.enqueue_kept(replace(job, id=new_job_id(0)), Keep(60_000, Memo(request="one")))
+    await broker.enqueue_persisted(job, PersistOptions(60_000, JobMetadata(request="one")))
+    again = await broker.enqueue_persisted(
+        replace(job, id=new_job_id(0)), PersistOptions(60_000, JobMetadata(request="one"))
+    )
     assert again.job_id == job.id
     with pytest.raises(IdempotencyKeyReused):
-        await broker.enqueue_kept(replace(job, id=new_job_id(0)), Keep(60_000, Memo(request="another")))
+        await broker.enqueue_persisted(
+            replace(job, id=new_job_id(0)), PersistOptions(60_000, JobMetadata(request="another"))
+        )
 
 
 async def test_two_routers_that_ask_at_once_get_one_job(connect: Connect, worker: Puller) -> None:
     """Fifty requests with one key through two processes at the same moment are one job."""
     routers = [await connect(), await connect()]
     jobs = [keyed(id=new_job_id(0)) for _ in range(50)]
-    found = await asyncio.gather(*(routers[number % 2].enqueue_stored(job, NOBODY) for number, job in enumerate(jobs)))
+    found = await asyncio.gather(
+        *(routers[number % 2].enqueue_persisted_request(job, NOBODY) for number, job in enumerate(jobs))
+    )
     assert len({answer.job_id for answer in found}) == 1
     assert len(await worker.claim(9)) == 1
 
@@ -137,7 +143,7 @@ async def test_output_reaches_all_who_listen_and_stays(
 ) -> None:
     """Both Routers get every frame once it is there, the end included, and whoever comes later reads the same."""
     job = keyed()
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     lease = await worker.claim_one()
     begin = frames(lease, b"one", b"two")
     assert await broker.append(lease, packed(begin)) is Settled.OK
@@ -154,7 +160,7 @@ async def test_output_reaches_all_who_listen_and_stays(
         State.DONE, 1, lease.attempt_id, (1, 4), tuple(begin + rest), complete=True
     )
     assert (await whole(broker, job.id)).over
-    assert await broker.enqueue_stored(keyed(), NOBODY) == Enqueued(job.id, State.DONE)
+    assert await broker.enqueue_persisted_request(keyed(), NOBODY) == Enqueued(job.id, State.DONE)
     assert not await client.exists(KEYS.listeners(job.id))
     assert await client.hget(KEYS.job(job.id), "env") is None
 
@@ -164,7 +170,7 @@ async def test_repeated_and_overlapping_appends_add_nothing_twice(
 ) -> None:
     """Frames in doubt are sent again together with new ones: only the new ones are kept, and sent on."""
     job = keyed()
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     lease = await worker.claim_one()
     run = frames(lease, b"0", b"1", b"2", b"3")
     await broker.append(lease, packed(run[:2]))
@@ -184,10 +190,10 @@ async def test_repeated_and_overlapping_appends_add_nothing_twice(
 async def test_an_attempt_that_lost_its_job_adds_nothing(broker: Broker, worker: Puller, listener: Listener) -> None:
     """Appends of a reclaimed, unknown or cancelled attempt are refused, and reach nobody."""
     job = keyed()
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     lease = await worker.claim_one()
     await broker.append(lease, packed(frames(lease, b"0")))
-    await broker.reclaim(worker.incarnation)
+    await broker.reclaim(worker.session_id)
     late = packed(frames(lease, b"1", first=1))
     assert await broker.append(lease, late) is Settled.FENCED
     assert await broker.settle(lease, Outcome.DONE, late) is Settled.FENCED
@@ -205,11 +211,11 @@ async def test_a_lost_stream_waits_again_at_once_and_the_next_worker_finds_what_
 ) -> None:
     """No Router has to say where it goes on: that stands in the output, and a continued attempt adds to it."""
     job = keyed()
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     lost = await worker.claim_one()
     said = frames(lost, b"Once ", b"upon ")
     await broker.append(lost, packed(said))
-    assert (await broker.reclaim(worker.incarnation)).requeued == 1
+    assert (await broker.reclaim(worker.session_id)).requeued == 1
     lease = await (await Puller(broker).join()).claim_one()
     assert (lease.epoch, lease.job) == (2, job)
     assert (await whole(broker, job.id)).frames == tuple(said)
@@ -226,10 +232,10 @@ async def test_an_attempt_that_begins_anew_replaces_what_was_kept(
 ) -> None:
     """Whoever comes late reads one answer, not the beginnings of others; their bytes are given back."""
     job = keyed()
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     lost = await worker.claim_one()
     await broker.append(lost, packed(frames(lost, b"x" * 5_000, b"y")))
-    await broker.reclaim(worker.incarnation)
+    await broker.reclaim(worker.session_id)
     lease = await (await Puller(broker).join()).claim_one()
     anew = frames(lease, b"It ", b"was", end=True)
     await broker.append(lease, packed(anew[:1]))
@@ -243,7 +249,7 @@ async def test_an_attempt_that_begins_anew_replaces_what_was_kept(
 async def test_output_is_read_in_pages(broker: Broker, worker: Puller) -> None:
     """A page has at most some 1 MiB or 512 frames, however much there is; all pages together are the whole, once."""
     job = keyed()
-    await broker.enqueue_stored(job, NOBODY)
+    await broker.enqueue_persisted_request(job, NOBODY)
     lease = await worker.claim_one()
     run = frames(lease, *([b"x" * 300_000] * 9), *([b"y"] * 1_200))
     for start in range(0, len(run), 100):
@@ -262,8 +268,8 @@ async def test_output_is_read_in_pages(broker: Broker, worker: Puller) -> None:
         pages += 1
     assert found == run
     assert pages > 4
-    assert [frame async for frame in broker.kept_frames(job.id)] == run
-    assert [frame async for frame in broker.kept_frames(new_job_id(0))] == []
+    assert [frame async for frame in broker.persisted_frames(job.id)] == run
+    assert [frame async for frame in broker.persisted_frames(new_job_id(0))] == []
     behind = await broker.read_output(job.id, (1, len(run)))
     assert behind is not None
     assert behind.frames == ()
@@ -273,7 +279,7 @@ async def test_output_is_read_in_pages(broker: Broker, worker: Puller) -> None:
 async def test_a_page_goes_beyond_the_frame_that_its_reader_has(broker: Broker, worker: Puller) -> None:
     """However large that is: a reader which asks from its last frame gets on."""
     job = keyed()
-    await broker.enqueue_stored(job, NOBODY)
+    await broker.enqueue_persisted_request(job, NOBODY)
     lease = await worker.claim_one()
     run = frames(lease, b"x" * 1_200_000, b"y" * 1_200_000, b"z")
     assert await broker.append(lease, packed(run)) is Settled.OK
@@ -288,7 +294,7 @@ async def test_a_router_that_is_gone_is_forgotten(
 ) -> None:
     """Output goes on without it, and no stream is made for it; one that detached is sent nothing more."""
     job = keyed()
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     stays = await listening(client)
     await broker.attach(job.id, stays.router)
     lease = await worker.claim_one()
@@ -306,14 +312,14 @@ async def test_a_stray_beginning_cancels_no_stored_job(broker: Broker, worker: P
     """A Router that is sent something of a job nobody asked for there has an ordinary one cancelled; one that is stored
     has others who wait, and one that is lost may be queued again by them."""
     job, ordinary = keyed(), make_job(reply_to=listener.router)
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     await broker.enqueue(ordinary)
-    assert await broker.cancel(job.id, "nobody waits", unasked=True) is State.QUEUED
-    assert await broker.cancel(ordinary.id, "nobody waits", unasked=True) is State.QUEUED
+    assert await broker.cancel(job.id, "nobody waits", if_orphaned=True) is State.QUEUED
+    assert await broker.cancel(ordinary.id, "nobody waits", if_orphaned=True) is State.QUEUED
     assert [lease.job.id for lease in await worker.claim(5)] == [job.id]
     lost = keyed(idempotency_key="lost")
-    assert await broker.cancel(lost.id, "nobody waits", unasked=True) is None
-    assert await broker.enqueue_stored(lost, NOBODY) == Enqueued(lost.id, State.QUEUED)
+    assert await broker.cancel(lost.id, "nobody waits", if_orphaned=True) is None
+    assert await broker.enqueue_persisted_request(lost, NOBODY) == Enqueued(lost.id, State.QUEUED)
 
 
 async def test_a_late_answer_is_sent_but_not_kept(
@@ -321,14 +327,14 @@ async def test_a_late_answer_is_sent_but_not_kept(
 ) -> None:
     """A worker that noticed the deadline says so to all who listen; the same key may be tried again."""
     job = keyed(stream=False)
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     lease = await worker.claim_one()
     assert await broker.settle(lease, Outcome.EXPIRED, answer_frame(lease)) is Settled.OK
     assert len(await listener.news()) == 1
     assert (await whole(broker, job.id)).frames == ()
     assert await client.hget(KEYS.budget, "t:acme:kept") is None
     again = keyed(stream=False)
-    assert await broker.enqueue_stored(again, NOBODY) == Enqueued(again.id, State.QUEUED)
+    assert await broker.enqueue_persisted_request(again, NOBODY) == Enqueued(again.id, State.QUEUED)
 
 
 @pytest.mark.parametrize("ending", ["cancelled", "expired", "dead"])
@@ -337,7 +343,7 @@ async def test_a_job_without_an_answer_lets_go_of_its_key(
 ) -> None:
     """All who listen are told, nothing is kept, and the same key runs anew."""
     job = keyed(max_attempts=1, ttl_ms=300 if ending == "expired" else 60_000)
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     other = await listening(client)
     await broker.attach(job.id, other.router)
     lease = await worker.claim_one()
@@ -361,14 +367,14 @@ async def test_a_job_without_an_answer_lets_go_of_its_key(
     assert (await whole(broker, job.id)).frames == ()
     assert await client.hget(KEYS.budget, "t:acme:kept") is None
     again = keyed()
-    assert await broker.enqueue_stored(again, NOBODY) == Enqueued(again.id, State.QUEUED)
+    assert await broker.enqueue_persisted_request(again, NOBODY) == Enqueued(again.id, State.QUEUED)
 
 
 @pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.FAILED])
 async def test_what_is_kept_is_forgotten_in_time(broker: Broker, worker: Puller, client: Any, outcome: Outcome) -> None:
     """After its time the sweep leaves nothing of an answer: no record, output, key or byte of the budget."""
     job = keyed(stream=False)
-    await broker.enqueue_stored(job, NOBODY, keep_ms=100)
+    await broker.enqueue_persisted_request(job, NOBODY, keep_ms=100)
     lease = await worker.claim_one()
     assert await broker.settle(lease, outcome, answer_frame(lease)) is Settled.OK
     forgotten = 0
@@ -385,7 +391,7 @@ async def test_what_is_kept_is_forgotten_in_time(broker: Broker, worker: Puller,
     gone = {KEYS.job(job.id), KEYS.out(job.id), KEYS.idempotency(key_digest(job)), KEYS.kept, KEYS.budget}
     assert not left & (gone | {KEYS.listeners(job.id), KEYS.deadlines})
     again = keyed(stream=False)
-    assert await broker.enqueue_stored(again, NOBODY) == Enqueued(again.id, State.QUEUED)
+    assert await broker.enqueue_persisted_request(again, NOBODY) == Enqueued(again.id, State.QUEUED)
 
 
 async def test_a_sweep_keeps_up_with_what_is_to_be_forgotten(
@@ -395,7 +401,7 @@ async def test_a_sweep_keeps_up_with_what_is_to_be_forgotten(
     monkeypatch.setattr("broker.upkeep._EXPIRE_STEP", 4)
     jobs = [keyed(stream=False, idempotency_key=f"order-{number}") for number in range(14)]
     for job in jobs:
-        await broker.enqueue_stored(job, NOBODY, keep_ms=1)
+        await broker.enqueue_persisted_request(job, NOBODY, keep_ms=1)
     for lease in await worker.claim(len(jobs)):
         assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
 
@@ -413,17 +419,17 @@ async def test_a_sweep_keeps_up_with_what_is_to_be_forgotten(
 async def test_kept_bytes_are_bounded_per_tenant(connect: Connect, client: Any) -> None:
     """Past the limit a new keyed request is refused, with the reason; what holds a key already is found, ordinary
     requests and other tenants go on."""
-    broker = await connect(budgets=Budgets(tenant_kept_bytes=3_000))
+    broker = await connect(budgets=Budgets(tenant_persisted_bytes=3_000))
     worker = await Puller(broker).join()
     first = keyed(stream=False)
-    await broker.enqueue_stored(first, NOBODY)
+    await broker.enqueue_persisted_request(first, NOBODY)
     lease = await worker.claim_one()
     await broker.settle(lease, Outcome.DONE, answer_frame(lease, b"x" * 2_000))
     with pytest.raises(OverCapacity, match=r"Idempotency-Key\) fills its limit"):
-        await broker.enqueue_stored(keyed(idempotency_key="other"), NOBODY)
-    assert await broker.enqueue_stored(keyed(stream=False), NOBODY) == Enqueued(first.id, State.DONE)
+        await broker.enqueue_persisted_request(keyed(idempotency_key="other"), NOBODY)
+    assert await broker.enqueue_persisted_request(keyed(stream=False), NOBODY) == Enqueued(first.id, State.DONE)
     assert await broker.enqueue(make_job()) is State.QUEUED
-    assert (await broker.enqueue_stored(keyed(tenant="rival"), NOBODY)).state is State.QUEUED
+    assert (await broker.enqueue_persisted_request(keyed(tenant="rival"), NOBODY)).state is State.QUEUED
 
 
 async def test_output_that_the_server_lost_is_not_passed_over(
@@ -431,7 +437,7 @@ async def test_output_that_the_server_lost_is_not_passed_over(
 ) -> None:
     """An attempt whose earlier frames are not there any more loses its job, so that no answer is kept with a hole."""
     job = keyed()
-    await broker.enqueue_stored(job, listener.router)
+    await broker.enqueue_persisted_request(job, listener.router)
     lease = await worker.claim_one()
     run = frames(lease, b"0", b"1", b"2")
     await broker.append(lease, packed(run[:1]))
@@ -451,13 +457,15 @@ async def test_routers_that_wait_for_a_job_the_server_lost_end_with_one(
     with the key: one job, and both listen to it."""
     one, two = await connect(), await connect()
     job = keyed()
-    await one.enqueue_stored(job, listener.router)
+    await one.enqueue_persisted_request(job, listener.router)
     other = await listening(client)
     await client.delete(KEYS.job(job.id), KEYS.idempotency(key_digest(job)), KEYS.listeners(job.id))
     assert await one.attach(job.id, listener.router) is None
-    answers = await asyncio.gather(one.enqueue_stored(job, listener.router), two.enqueue_stored(job, other.router))
+    answers = await asyncio.gather(
+        one.enqueue_persisted_request(job, listener.router), two.enqueue_persisted_request(job, other.router)
+    )
     assert answers == [Enqueued(job.id, State.QUEUED)] * 2
-    assert (await two.enqueue_stored(keyed(), NOBODY)).job_id == job.id
+    assert (await two.enqueue_persisted_request(keyed(), NOBODY)).job_id == job.id
     lease = (await worker.claim(9))[-1]
     run = frames(lease, b"0")
     await one.append(lease, packed(run))
@@ -468,5 +476,5 @@ async def test_routers_that_wait_for_a_job_the_server_lost_end_with_one(
 async def test_a_lost_job_gives_way_to_the_one_that_took_its_key(broker: Broker) -> None:
     """Where another client asked first, the Routers that still wait for the lost job are led to the new one."""
     lost, new = keyed(), keyed()
-    await broker.enqueue_stored(new, NOBODY)
-    assert await broker.enqueue_stored(lost, NOBODY) == Enqueued(new.id, State.QUEUED)
+    await broker.enqueue_persisted_request(new, NOBODY)
+    assert await broker.enqueue_persisted_request(lost, NOBODY) == Enqueued(new.id, State.QUEUED)

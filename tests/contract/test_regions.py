@@ -28,10 +28,10 @@ from queue_schemas.keys import META, ShardKeys
 from queue_schemas.lanes import (
     LANE_CYCLE,
     REGIONAL_STARVATION_BOUND,
-    abroad_first,
     band_order,
     lane_order,
     region_first,
+    remote_first,
 )
 from tests.support.queue import MODEL, Backend, Puller, make_job
 
@@ -55,8 +55,8 @@ async def parked(broker: Broker, region: str, **options: Any) -> Puller:
     return worker
 
 
-def job_of(region: str, patience_ms: int = LONG_MS, **fields: Any) -> Job:
-    return make_job(region=region, patience_ms=patience_ms, **fields)
+def job_of(region: str, remote_after_ms: int = LONG_MS, **fields: Any) -> Job:
+    return make_job(region=region, remote_after_ms=remote_after_ms, **fields)
 
 
 async def enqueue_all(broker: Broker, jobs: Iterable[Job]) -> None:
@@ -101,7 +101,7 @@ async def test_a_region_s_own_worker_claims_at_once_and_others_do_not(broker: Br
 async def test_abroad_a_job_starts_when_its_patience_is_over_and_not_before(broker: Broker, region: str) -> None:
     """With no worker at home and no Manager, looking again when told is all it takes."""
     worker = await parked(broker, region)
-    await broker.enqueue(job := job_of("eu", patience_ms=150))
+    await broker.enqueue(job := job_of("eu", remote_after_ms=150))
     assert await worker.told() == [WAKE]
     lease = await look_until_given(worker)
     assert lease.job == job
@@ -112,7 +112,7 @@ async def test_abroad_a_job_starts_when_its_patience_is_over_and_not_before(brok
 async def test_without_patience_anybody_may_claim_at_once(broker: Broker, region: str) -> None:
     """A Router that knows of no worker in its region does not make its jobs wait for one."""
     worker = await joined(broker, region)
-    await broker.enqueue(job := job_of("eu", patience_ms=0))
+    await broker.enqueue(job := job_of("eu", remote_after_ms=0))
     assert (await worker.claim_one()).job == job
 
 
@@ -126,15 +126,15 @@ async def test_jobs_of_no_region_are_anybodys(broker: Broker) -> None:
 async def test_home_goes_first(broker: Broker) -> None:
     """What is free for all elsewhere waits while there is work at home, but for every fourth job."""
     await enqueue_all(broker, [job_of("eu") for _ in range(20)])
-    await enqueue_all(broker, [job_of("us", patience_ms=0) for _ in range(20)])
+    await enqueue_all(broker, [job_of("us", remote_after_ms=0) for _ in range(20)])
     jobs = await claim_jobs(await joined(broker, "eu"), 12, step=5)
-    expected = ["us" if abroad_first(turn) else "eu" for turn in range(12)]
+    expected = ["us" if remote_first(turn) else "eu" for turn in range(12)]
     assert [job.region for job in jobs] == expected
     assert expected.count("us") == 3
 
 
 async def test_the_order_of_places_is_that_of_the_contract(broker: Broker) -> None:
-    """Lane by lane, the script's order of home and abroad is ``lanes.abroad_first`` and ``lanes.region_first``."""
+    """Lane by lane, the script's order of home and remote is ``lanes.remote_first`` and ``lanes.region_first``."""
     turns = 4 * LANE_CYCLE
     regions = {"eu": LONG_MS, "": 0, "us": 0}
     await enqueue_all(
@@ -148,7 +148,7 @@ async def test_the_order_of_places_is_that_of_the_contract(broker: Broker) -> No
     )
     jobs = await claim_jobs(await joined(broker, "eu"), turns, step=7)
     home = [("eu" if region_first(turn) else "") for turn in range(turns)]
-    expected = [(lane_order(turn)[0], "us" if abroad_first(turn) else home[turn]) for turn in range(turns)]
+    expected = [(lane_order(turn)[0], "us" if remote_first(turn) else home[turn]) for turn in range(turns)]
     assert [(job.lane, job.region) for job in jobs] == expected
 
 
@@ -156,14 +156,14 @@ async def test_a_lane_goes_before_the_distance(broker: Broker) -> None:
     """Somebody who waits elsewhere, free for all, goes before a batch at home."""
     worker = await joined(broker, "eu")
     await broker.enqueue(job_of("eu", lane=Lane.BATCH))
-    await broker.enqueue(abroad := job_of("us", patience_ms=0))
-    assert (await worker.claim_one()).job == abroad
+    await broker.enqueue(remote := job_of("us", remote_after_ms=0))
+    assert (await worker.claim_one()).job == remote
 
 
 async def test_a_saturated_home_does_not_starve_abroad(broker: Broker) -> None:
-    """While work of every kind keeps coming at home, a free job of abroad's last lane and band is claimed in time."""
+    """While work of every kind keeps coming at home, a free job of remote's last lane and band is claimed in time."""
     worker = await joined(broker, "eu")
-    await broker.enqueue(patient := job_of("us", patience_ms=0, lane=Lane.BATCH, band=BANDS - 1))
+    await broker.enqueue(patient := job_of("us", remote_after_ms=0, lane=Lane.BATCH, band=BANDS - 1))
     claims = 0
     claimed = False
     while not claimed:
@@ -180,25 +180,27 @@ async def test_a_saturated_home_does_not_starve_abroad(broker: Broker) -> None:
 
 @pytest.mark.parametrize("region", ["eu", "us"])
 async def test_a_tenants_jobs_keep_their_order(broker: Broker, region: str) -> None:
-    """Within region, band and tenant: first in, first claimed, at home and abroad."""
-    await enqueue_all(broker, jobs := [job_of("eu", patience_ms=0) for _ in range(20)])
+    """Within region, band and tenant: first in, first claimed, at home and remote."""
+    await enqueue_all(broker, jobs := [job_of("eu", remote_after_ms=0) for _ in range(20)])
     assert await claim_jobs(await joined(broker, region), 20, step=3) == jobs
 
 
 @pytest.mark.parametrize("region", ["eu", "us"])
 async def test_tenants_take_turns(broker: Broker, region: str) -> None:
-    """At home and abroad alike."""
-    await enqueue_all(broker, [job_of("eu", patience_ms=0, tenant="big") for _ in range(20)])
-    await enqueue_all(broker, [job_of("eu", patience_ms=0, tenant="small") for _ in range(5)])
+    """At home and remote alike."""
+    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="big") for _ in range(20)])
+    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="small") for _ in range(5)])
     jobs = await claim_jobs(await joined(broker, region), 10)
     assert [job.tenant for job in jobs].count(Tenant("small")) == 5
 
 
 @pytest.mark.parametrize("region", ["eu", "us"])
 async def test_bands_keep_their_shares(broker: Broker, region: str) -> None:
-    """At home and abroad alike."""
+    """At home and remote alike."""
     turns = 24
-    await enqueue_all(broker, [job_of("eu", patience_ms=0, band=band) for band in range(BANDS) for _ in range(turns)])
+    await enqueue_all(
+        broker, [job_of("eu", remote_after_ms=0, band=band) for band in range(BANDS) for _ in range(turns)]
+    )
     jobs = await claim_jobs(await joined(broker, region), turns, step=5)
     assert [job.band for job in jobs] == [band_order(turn)[0] for turn in range(turns)]
 
@@ -206,15 +208,15 @@ async def test_bands_keep_their_shares(broker: Broker, region: str) -> None:
 async def test_a_fresh_head_does_not_hide_a_patient_one(broker: Broker) -> None:
     """The least-served tenant's job is not free for all yet; another tenant's is, and is claimed."""
     await broker.enqueue(job_of("eu", tenant="fresh"))
-    await broker.enqueue(patient := job_of("eu", patience_ms=0, tenant="patient"))
+    await broker.enqueue(patient := job_of("eu", remote_after_ms=0, tenant="patient"))
     worker = await joined(broker, "us")
     assert [lease.job for lease in await worker.claim(3)] == [patient]
     assert worker.look_again_ms is not None
 
 
 async def test_a_tenant_served_abroad_pays_for_it_at_home(broker: Broker) -> None:
-    """A tenant whose jobs were run abroad has had its turns when its own region's workers choose."""
-    await enqueue_all(broker, [job_of("eu", patience_ms=0, tenant="impatient") for _ in range(8)])
+    """A tenant whose jobs were run remote has had its turns when its own region's workers choose."""
+    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="impatient") for _ in range(8)])
     await enqueue_all(broker, [job_of("eu", tenant="local") for _ in range(8)])
     assert {job.tenant for job in await claim_jobs(await joined(broker, "us"), 4)} == {Tenant("impatient")}
     jobs = await claim_jobs(await joined(broker, "eu"), 4)
@@ -222,9 +224,9 @@ async def test_a_tenant_served_abroad_pays_for_it_at_home(broker: Broker) -> Non
 
 
 async def test_what_ran_abroad_holds_no_newcomer_up(broker: Broker) -> None:
-    """A tenant whose turn came early abroad does not move the band's clock: newcomers start with those who wait."""
+    """A tenant whose turn came early remote does not move the band's clock: newcomers start with those who wait."""
     await broker.enqueue(job_of("eu", tenant="waits"))
-    await enqueue_all(broker, [job_of("eu", patience_ms=0, tenant="impatient") for _ in range(6)])
+    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="impatient") for _ in range(6)])
     await claim_jobs(await joined(broker, "us"), 5)
     await enqueue_all(broker, [job_of("eu", tenant="waits") for _ in range(3)])
     await enqueue_all(broker, [job_of("eu", tenant="newcomer") for _ in range(4)])
@@ -235,7 +237,7 @@ async def test_what_ran_abroad_holds_no_newcomer_up(broker: Broker) -> None:
 async def test_several_regions_abroad_are_served_by_age(broker: Broker) -> None:
     """No region is passed over because of its name."""
     for region in ("c", "a", "b"):
-        await broker.enqueue(job_of(region, patience_ms=0))
+        await broker.enqueue(job_of(region, remote_after_ms=0))
         await asyncio.sleep(0.005)  # so that they are free at different times, whatever the clock's grain
     jobs = await claim_jobs(await joined(broker, "us"), 3)
     assert [job.region for job in jobs] == ["c", "a", "b"]
@@ -259,7 +261,7 @@ async def test_lost_work_is_anybodys_at_once(broker: Broker) -> None:
     home = await joined(broker, "eu")
     await home.claim_one()
     far = await parked(broker, "us")
-    await broker.reclaim(home.incarnation)
+    await broker.reclaim(home.session_id)
     assert await far.told() == [WAKE]
     assert (await far.claim_one()).job == job
 
@@ -331,7 +333,7 @@ async def test_a_job_wakes_a_worker_of_its_region(broker: Broker) -> None:
 
 
 async def test_one_worker_abroad_is_told_and_no_more(broker: Broker) -> None:
-    """However many jobs come while it watches, the others abroad sleep on."""
+    """However many jobs come while it watches, the others remote sleep on."""
     far = [await parked(broker, region) for region in ("us", "asia", "")]
     for _ in range(5):
         await broker.enqueue(job_of("eu"))
@@ -344,7 +346,7 @@ async def test_a_job_with_less_patience_tells_the_watcher_earlier(broker: Broker
     await broker.enqueue(job_of("eu", tenant="slow"))
     assert await far.told() == [WAKE]
     assert await far.claim() == []
-    await broker.enqueue(quick := job_of("eu", patience_ms=100, tenant="quick"))
+    await broker.enqueue(quick := job_of("eu", remote_after_ms=100, tenant="quick"))
     assert await far.told() == [WAKE]
     assert (await look_until_given(far)).job == quick
 
@@ -364,9 +366,9 @@ async def test_all_idle_workers_of_all_regions_are_woken_by_jobs_of_none(broker:
 
 
 async def test_a_watcher_without_a_free_slot_hands_the_watch_over(broker: Broker) -> None:
-    """It took other work: the next idle one abroad is told, and starts the job when its patience is over."""
+    """It took other work: the next idle one remote is told, and starts the job when its patience is over."""
     watcher = await parked(broker, "us")
-    await broker.enqueue(job := job_of("eu", patience_ms=200))
+    await broker.enqueue(job := job_of("eu", remote_after_ms=200))
     assert await watcher.told() == [WAKE]
     assert await watcher.claim() == []
     await broker.enqueue(job_of("us"))
@@ -379,7 +381,7 @@ async def test_a_watcher_without_a_free_slot_hands_the_watch_over(broker: Broker
 async def test_a_handed_over_watch_wakes_the_next(broker: Broker) -> None:
     """A watcher that leaves the parked (it drains) passes its watch on at once."""
     first = await parked(broker, "us")
-    await broker.enqueue(job := job_of("eu", patience_ms=200))
+    await broker.enqueue(job := job_of("eu", remote_after_ms=200))
     assert await first.told() == [WAKE]
     assert await first.claim() == []
     second = await parked(broker, "us")
@@ -389,9 +391,9 @@ async def test_a_handed_over_watch_wakes_the_next(broker: Broker) -> None:
 
 
 async def test_a_dead_watcher_is_made_up_for_by_others_that_claimed(broker: Broker) -> None:
-    """Without a Manager: whoever abroad claimed meanwhile looks too, a little later."""
+    """Without a Manager: whoever remote claimed meanwhile looks too, a little later."""
     dead, other = await parked(broker, "us"), await joined(broker, "us")
-    await broker.enqueue(job := job_of("eu", patience_ms=100))
+    await broker.enqueue(job := job_of("eu", remote_after_ms=100))
     assert await dead.told() == [WAKE]
     assert await dead.claim() == []
     assert (await look_until_given(other)).job == job
@@ -401,20 +403,20 @@ async def test_a_dead_watcher_is_made_up_for_by_the_next_job(broker: Broker) -> 
     """A watcher that did not look in time is replaced when another job comes."""
     dead = await parked(broker, "us")
     sleeper = await parked(broker, "asia")
-    await broker.enqueue(job_of("eu", patience_ms=1))
+    await broker.enqueue(job_of("eu", remote_after_ms=1))
     if WAKE in await sleeper.told():
         dead, sleeper = sleeper, dead
     await asyncio.sleep(0.15)
-    await broker.enqueue(job_of("eu", patience_ms=0))
+    await broker.enqueue(job_of("eu", remote_after_ms=0))
     assert await sleeper.told() == [WAKE]
     assert len(await sleeper.claim(2)) == 2
 
 
 async def test_the_sweep_wakes_home_and_then_abroad(broker: Broker) -> None:
-    """It wakes a worker of the region while there is one asleep, and one abroad if the watch has lapsed."""
+    """It wakes a worker of the region while there is one asleep, and one remote if the watch has lapsed."""
     homes = [await parked(broker, "eu") for _ in range(2)]
     fars = [await parked(broker, "us") for _ in range(2)]
-    await broker.enqueue(job_of("eu", patience_ms=1))
+    await broker.enqueue(job_of("eu", remote_after_ms=1))
     told = [len(await worker.told()) for worker in (*homes, *fars)]
     assert (sum(told[:2]), sum(told[2:])) == (1, 1)
     await asyncio.sleep(0.15)
@@ -424,7 +426,7 @@ async def test_the_sweep_wakes_home_and_then_abroad(broker: Broker) -> None:
 
 
 async def test_the_sweep_leaves_a_living_watch_alone(broker: Broker) -> None:
-    """Nobody abroad is woken each second for a job that is not free yet."""
+    """Nobody remote is woken each second for a job that is not free yet."""
     fars = [await parked(broker, "us") for _ in range(2)]
     await broker.enqueue(job_of("eu"))
     assert sum([len(await worker.told()) for worker in fars]) == 1
@@ -434,7 +436,7 @@ async def test_the_sweep_leaves_a_living_watch_alone(broker: Broker) -> None:
 async def test_a_chain_of_wakes_and_looks_empties_every_region(broker: Broker) -> None:
     """Workers of two regions that claim only when woken or when told to look: nothing stays, without any sweep."""
     workers = [await parked(broker, region) for region in ("us", "us", "asia")]
-    jobs = [job_of("eu", patience_ms=patience, tenant=str(patience)) for patience in (0, 30, 60) for _ in range(4)]
+    jobs = [job_of("eu", remote_after_ms=patience, tenant=str(patience)) for patience in (0, 30, 60) for _ in range(4)]
     await enqueue_all(broker, [*jobs, make_job(), job_of("us"), job_of("asia")])
     taken: list[str] = []
 
@@ -456,10 +458,10 @@ async def test_a_chain_of_wakes_and_looks_empties_every_region(broker: Broker) -
 async def test_a_repeated_claim_says_the_same(broker: Broker) -> None:
     """A claim whose answer was lost gives the same leases and the same time to look, and no more jobs."""
     worker = await joined(broker, "us")
-    await enqueue_all(broker, [job_of("us"), job_of("eu", patience_ms=5_000)])
+    await enqueue_all(broker, [job_of("us"), job_of("eu", remote_after_ms=5_000)])
     pools = [(MODEL, LANES)]
-    first = await broker.claim(0, worker.incarnation, 1, 0, 3, pools, "us")
-    again = await broker.claim(0, worker.incarnation, 1, 0, 3, pools, "us")
+    first = await broker.claim(0, worker.session_id, 1, 0, 3, pools, "us")
+    again = await broker.claim(0, worker.session_id, 1, 0, 3, pools, "us")
     assert [lease.attempt_id for lease in again.leases] == [lease.attempt_id for lease in first.leases]
     assert len(first.leases) == 1
     assert first.look_again_ms is not None
@@ -471,8 +473,8 @@ async def test_a_worker_that_left_is_parked_nowhere(broker: Broker, client: Any)
     """Neither a leave nor a reclaim nor a full slot leaves a mark among the parked of a region."""
     workers = [await parked(broker, "eu") for _ in range(3)]
     assert await client.zcard(KEYS.parked(MODEL, Lane.INTERACTIVE, "eu")) == 3
-    await broker.leave(workers[0].incarnation)
-    await broker.reclaim(workers[1].incarnation)
+    await broker.leave(workers[0].session_id)
+    await broker.reclaim(workers[1].session_id)
     await broker.enqueue(job_of("eu"))
     await workers[2].claim_one()
     for lane in LANES:
@@ -524,11 +526,11 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, client: Any)
                 await broker.settle(lease, Outcome.DONE)
     for worker in workers:
         assert await worker.claim(2) == []
-        await broker.leave(worker.incarnation)
+        await broker.leave(worker.session_id)
     stay, expire = await settled_keys(client)
     assert stay - before <= {KEYS.clock, KEYS.totals, KEYS.turns, META}
     families = {key.removeprefix(KEYS.prefix).split(":")[0] for key in expire}
-    assert families <= {"job", "service", "regions", "regional_turns", "abroad"}
+    assert families <= {"job", "service", "regions", "regional_turns", "remote"}
     for key in (KEYS.totals, KEYS.turns):
         assert not any(b"@" in field for field in await client.hkeys(key))
     assert await client.pttl(KEYS.regions) < 26 * 3_600_000
@@ -548,9 +550,9 @@ async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> 
         *(KEYS.queue(MODEL, Lane.INTERACTIVE, band, name, region) for name in (tenant, "rival")),
         KEYS.active(MODEL, Lane.INTERACTIVE, band, region),
         KEYS.service(MODEL, Lane.INTERACTIVE, band, region),
-        KEYS.abroad(MODEL),
+        KEYS.remote(MODEL),
         *(KEYS.job(job.id) for job in jobs),
-        *(key(puller.incarnation) for puller in (home, far) for key in (KEYS.leases, KEYS.claimed, KEYS.control)),
+        *(key(puller.session_id) for puller in (home, far) for key in (KEYS.leases, KEYS.claimed, KEYS.control)),
         *(KEYS.parked(MODEL, lane, name) for lane in LANES for name in (region, "us")),
         *(
             KEYS.clock,
@@ -565,7 +567,7 @@ async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> 
     }
     stay, expire = await settled_keys(client)
     assert stay | expire <= allowed
-    assert {KEYS.abroad(MODEL), KEYS.service(MODEL, Lane.INTERACTIVE, band, region)} <= expire
+    assert {KEYS.remote(MODEL), KEYS.service(MODEL, Lane.INTERACTIVE, band, region)} <= expire
 
 
 async def test_without_regions_the_keys_are_what_they_were(backend: Backend, broker: Broker, client: Any) -> None:
@@ -591,7 +593,7 @@ async def test_without_regions_the_keys_are_what_they_were(backend: Backend, bro
         "env", "state", "epoch", "aid", "attempts", "max", "owner", "pool", "lane", "band", "tenant", "reply", "stored",
         "deadline", "size", "at", "queue", "entry",
     }  # fmt: skip
-    assert {field.decode() for field in await client.hkeys(KEYS.claimed(worker.incarnation))} == {
+    assert {field.decode() for field in await client.hkeys(KEYS.claimed(worker.session_id))} == {
         "seq", "jobs", "parked",
     }  # fmt: skip
     assert {field.decode() for field in await client.hkeys(KEYS.depth)} == {f"{where}:leased"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from broker import Broker
-from queue_schemas import Assignment, EngineState, WorkerInfo, new_incarnation
+from queue_schemas import Assignment, EngineState, WorkerInfo, new_session_id
 from queue_schemas.fleet.acting_manager import ActingManager
 from queue_schemas.keys import MANAGER, POOLS, WORKERS
 
@@ -17,7 +17,7 @@ def info(worker_id: str, **fields: Any) -> WorkerInfo:
     """A registry entry."""
     return WorkerInfo(
         worker_id=worker_id,
-        incarnation=new_incarnation(worker_id),
+        session_id=new_session_id(worker_id),
         assignment=Assignment(term=1, version=1),
         **fields,
     )

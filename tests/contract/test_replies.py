@@ -16,14 +16,14 @@ from queue_schemas import (
     END,
     HEAD,
     Frame,
-    Incarnation,
     JobId,
     Lease,
     Marker,
     MarkerKind,
     Outcome,
-    new_incarnation,
+    SessionId,
     new_job_id,
+    new_session_id,
 )
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import Puller, answer_frame, make_job
@@ -36,7 +36,7 @@ class Reader:
     """A Router's reading task, its news gathered."""
 
     def __init__(self, broker: Broker) -> None:
-        self.router: Incarnation = new_incarnation("router")
+        self.router: SessionId = new_session_id("router")
         self.broker = broker
         self.news: list[Frame | Marker] = []
         self.lost: list[int] = []
@@ -109,7 +109,7 @@ async def test_a_stream_arrives_in_order(broker: Broker, worker: Puller, reader:
 
 async def test_publishing_names_the_routers_that_are_gone(broker: Broker, worker: Puller, reader: Reader) -> None:
     """Frames for a dead Router create nothing, and the worker learns that nobody listens."""
-    gone = new_incarnation("gone")
+    gone = new_session_id("gone")
     await broker.enqueue(make_job(reply_to=reader.router))
     lease = await worker.claim_one()
     packed = frame(lease, 0, b"x", HEAD)
@@ -204,7 +204,7 @@ async def test_a_batch_of_settles_reaches_every_router(broker: Broker, worker: P
 async def test_a_stream_made_again_under_a_clock_set_back_is_still_read(connect: Connect, client: Any) -> None:
     """Entries go on behind the last one read, whatever the server's clock says."""
     broker = await connect()
-    router = new_incarnation("router")
+    router = new_session_id("router")
     heard: list[Frame | Marker] = []
     key = ShardKeys(0).reply(router)
     reading = asyncio.create_task(broker.read_replies(router, heard.extend))
@@ -231,7 +231,7 @@ async def test_a_router_that_reaches_every_shard_warns_of_none(broker: Broker, m
     """[H47] What is logged of reply streams that are missing is so: all were made, and then nothing is said."""
     monkeypatch.setattr("broker.client.REPLIES_PATIENCE_S", 0.1)
     with capture_logs() as lines:
-        reading = asyncio.create_task(broker.read_replies(new_incarnation("router"), lambda _news: None))
+        reading = asyncio.create_task(broker.read_replies(new_session_id("router"), lambda _news: None))
         await asyncio.wait_for(broker.replies_ready.wait(), 10)
         await asyncio.sleep(0.3)  # well past the patience
         reading.cancel()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from broker import Broker, BrokerSettings
-from queue_schemas import BrokerUnavailable, BrokerUnsuitable, Frame, Marker, State, new_incarnation
+from queue_schemas import BrokerUnavailable, BrokerUnsuitable, Frame, Marker, State, new_session_id
 from tests.support.faults import FaultProxy, ScriptedRedis
 from tests.support.processes import free_port
 from tests.support.queue import make_job
@@ -100,7 +100,7 @@ async def test_a_primary_that_becomes_a_replica_is_left_for_where_its_name_leads
     try:
         async with FaultProxy(old.port) as proxy:
             broker = await Broker.connect(BrokerSettings(redis_url=proxy.url, retry_limit_ms=5_000))
-            router = new_incarnation("router")
+            router = new_session_id("router")
             reading = asyncio.create_task(broker.read_replies(router, heard.extend, lost.append))
             await asyncio.wait_for(broker.replies_ready.wait(), 10)
             await broker.enqueue(make_job())

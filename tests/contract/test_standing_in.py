@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 
 from broker import Broker
-from queue_schemas import Incarnation, new_incarnation
+from queue_schemas import SessionId, new_session_id
 from telemetry import MetricsRegistry
 from tests.support.queue import Puller, ServerBackend, make_job
 from tests.support.waiting import eventually
@@ -19,15 +19,15 @@ LEASE_S = 1.5
 async def test_one_worker_at_a_time_sweeps(real_backend: ServerBackend) -> None:
     """[G10] Of five workers without a Manager one reads what all write, takes back what a dead one held and
     sweeps; when it ends, another does."""
-    looks: dict[Incarnation, int] = {}
-    brokers: dict[Incarnation, Broker] = {}
-    sweeping: dict[Incarnation, asyncio.Task[None]] = {}
+    looks: dict[SessionId, int] = {}
+    brokers: dict[SessionId, Broker] = {}
+    sweeping: dict[SessionId, asyncio.Task[None]] = {}
 
-    async def look_counted(name: Incarnation) -> None:
+    async def look_counted(name: SessionId) -> None:
         broker = brokers[name]
         beats_on = broker.beats_on
 
-        async def counting(shard: int) -> dict[Incarnation, int]:
+        async def counting(shard: int) -> dict[SessionId, int]:
             looks[name] += 1
             return await beats_on(shard)
 
@@ -35,7 +35,7 @@ async def test_one_worker_at_a_time_sweeps(real_backend: ServerBackend) -> None:
         await stand_in(broker, name, WorkerMetrics(MetricsRegistry("worker")), LEASE_S)
 
     for _ in range(5):
-        name = new_incarnation("w")
+        name = new_session_id("w")
         brokers[name], looks[name] = await real_backend.connect(), 0
     first, second = await real_backend.connect(), await real_backend.connect()
     for name in brokers:
@@ -44,7 +44,7 @@ async def test_one_worker_at_a_time_sweeps(real_backend: ServerBackend) -> None:
     await first.enqueue(make_job(max_attempts=3))
     lease = await dead.claim_one()
     heir = await Puller(second).join()
-    renewing = asyncio.create_task(_renew(second, heir.incarnation))
+    renewing = asyncio.create_task(_renew(second, heir.session_id))
     again = await eventually(lambda: heir.claim(1), "the dead worker's job is taken back", limit_s=15, every_s=0.1)
     assert again[0].job == lease.job
     (sweeper,) = [name for name, number in looks.items() if number]
@@ -58,7 +58,7 @@ async def test_one_worker_at_a_time_sweeps(real_backend: ServerBackend) -> None:
         await broker.close()
 
 
-async def _renew(broker: Broker, incarnation: Incarnation) -> None:
+async def _renew(broker: Broker, session_id: SessionId) -> None:
     while True:
-        await broker.renew(incarnation)
+        await broker.renew(session_id)
         await asyncio.sleep(LEASE_S / 6)

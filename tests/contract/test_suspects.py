@@ -219,9 +219,9 @@ async def test_a_worker_that_dies_makes_suspects_only_the_second_time(broker: Br
     ids = await enqueue(broker, 3)
     first, second, third = await pullers(broker, 3)
     await first.claim(3)
-    assert await broker.reclaim(first.incarnation) == Reclaimed(requeued=3)
+    assert await broker.reclaim(first.session_id) == Reclaimed(requeued=3)
     assert [lease.suspect for lease in await second.claim(3)] == [False] * 3
-    await broker.reclaim(second.incarnation)
+    await broker.reclaim(second.session_id)
     assert await attempts_of(client, ids) == [2, 2, 2]
     assert [lease.suspect for lease in await third.claim(3)] == [True]
 
@@ -233,14 +233,14 @@ async def test_a_dead_workers_suspect_is_charged_alone(broker: Broker, worker: P
     neighbours = await enqueue(broker, 300)
     first, second = await pullers(broker, 2)
     assert len(await first.claim(301)) == 301
-    await broker.reclaim(first.incarnation)
+    await broker.reclaim(first.session_id)
     assert await attempts_of(client, [poison, *neighbours]) == [2] + [0] * 300
     lease = await second.claim_one()
     assert lease.suspect
     await broker.settle(lease, Outcome.DONE, answer_frame(lease))
     others = await enqueue(broker, 2, model="another")
     assert len(await second.claim(2, models=["another"])) == 2
-    await broker.reclaim(second.incarnation)
+    await broker.reclaim(second.session_id)
     assert await attempts_of(client, others) == [1, 1]
 
 

@@ -19,7 +19,7 @@ from queue_schemas import (
     Outcome,
     Settled,
     State,
-    new_incarnation,
+    new_session_id,
     shard_of_pool,
 )
 from tests.support.queue import Puller, answer_frame, make_job
@@ -84,15 +84,15 @@ def models(shards: int) -> list[str]:
 
 async def pullers(broker: Broker) -> list[Puller]:
     """One worker as every shard sees it."""
-    incarnation = new_incarnation("w")
-    await broker.join(incarnation)
-    return [Puller(broker, incarnation, shard) for shard in range(broker.shards)]
+    session_id = new_session_id("w")
+    await broker.join(session_id)
+    return [Puller(broker, session_id, shard) for shard in range(broker.shards)]
 
 
 async def test_jobs_go_through_every_shard_and_answers_come_back(broker: Broker) -> None:
     """Enqueue, claim, publish, settle and the way back, on all shards at once; a repeat is a duplicate."""
     news: list[Frame | Marker] = []
-    router = new_incarnation("router")
+    router = new_session_id("router")
     reading = asyncio.create_task(broker.read_replies(router, news.extend))
     async with asyncio.timeout(20):
         await broker.replies_ready.wait()
@@ -106,14 +106,14 @@ async def test_jobs_go_through_every_shard_and_answers_come_back(broker: Broker)
         assert sum(lanes[Lane.INTERACTIVE].waiting for lanes in (await broker.depths()).values()) == 40
         for worker, name in zip(workers, names, strict=True):
             for lease in await worker.claim(40, models=(name,)):
-                assert await broker.publish(worker.shard, {router: b"", new_incarnation("gone"): b""})
+                assert await broker.publish(worker.shard, {router: b"", new_session_id("gone"): b""})
                 assert (
                     await broker.settle(lease, Outcome.DONE, answer_frame(lease, lease.job.id.encode())) is Settled.OK
                 )
                 assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.DUPLICATE
         await eventually(lambda: len(news) == 40, "every answer comes back")
         assert {frame.data.decode() for frame in news if isinstance(frame, Frame)} == {job.id for job in jobs}
-        await broker.leave(workers[0].incarnation)
+        await broker.leave(workers[0].session_id)
     reading.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await reading
@@ -128,19 +128,19 @@ async def test_a_parked_worker_is_woken_and_a_dead_one_reclaimed(broker: Broker)
         await broker.enqueue(make_job(model=name, shards=broker.shards, max_attempts=2))
         assert Control(ControlKind.WAKE) in await worker.told(block_ms=2_000)
         late = await worker.claim_one(models=(name,))
-        await broker.renew(worker.incarnation)
-        assert worker.incarnation in await broker.beats()
+        await broker.renew(worker.session_id)
+        assert worker.session_id in await broker.beats()
         heir = Puller(broker, shard=worker.shard)
         await heir.join()
-        assert (await broker.reclaim(worker.incarnation)).requeued == 1
+        assert (await broker.reclaim(worker.session_id)).requeued == 1
         assert await broker.settle(late, Outcome.DONE) is Settled.FENCED
         lease = await heir.claim_one(models=(name,))
         assert (lease.job, lease.attempt) == (late.job, 2)
         assert await broker.settle(lease, Outcome.DONE) is Settled.OK
-        await broker.leave(heir.incarnation)
+        await broker.leave(heir.session_id)
         for other in workers:
-            await broker.join(other.incarnation)
-    await broker.leave(workers[0].incarnation)
+            await broker.join(other.session_id)
+    await broker.leave(workers[0].session_id)
 
 
 async def test_cancel_expire_and_the_managers_lease(broker: Broker) -> None:
@@ -191,15 +191,15 @@ async def test_the_queue_follows_a_failover(broker: Broker, topology: Topology) 
 async def test_leases_are_renewed_from_another_threads_loop(broker: Broker) -> None:
     """A renewer apart has a connection of its own there, raises the number on every shard, and leaves nothing open."""
     worker = await Puller(broker).join()
-    before = (await broker.beats())[worker.incarnation]
+    before = (await broker.beats())[worker.session_id]
     renewer = broker.renewer_apart()
 
     async def renew() -> None:
         try:
-            await renewer.renew(worker.incarnation)
+            await renewer.renew(worker.session_id)
         finally:
             await renewer.close()
 
     await asyncio.to_thread(asyncio.run, renew())
-    assert (await broker.beats())[worker.incarnation] == before + broker.shards
-    await broker.leave(worker.incarnation)
+    assert (await broker.beats())[worker.session_id] == before + broker.shards
+    await broker.leave(worker.session_id)

@@ -22,12 +22,12 @@ from queue_schemas import (
     LANES,
     ControlKind,
     Frame,
-    Incarnation,
     Job,
     Lease,
     Marker,
     MarkerKind,
     Outcome,
+    SessionId,
     parse_control,
 )
 from queue_schemas.ids import encode_name
@@ -42,16 +42,16 @@ _ATTEMPTS = itertools.count(1)
 
 
 class Version(Protocol):
-    """What one version's roles do to a queue. A worker's incarnation belongs to the version that it runs."""
+    """What one version's roles do to a queue. A worker's session id belongs to the version that it runs."""
 
-    async def join(self, worker: Incarnation) -> None: ...
+    async def join(self, worker: SessionId) -> None: ...
     async def enqueue(self, job: Job) -> str: ...
     async def cancel(self, job: Job) -> str: ...
-    async def claim(self, worker: Incarnation) -> list[Lease]: ...
-    async def renew(self, worker: Incarnation) -> bool: ...
+    async def claim(self, worker: SessionId) -> list[Lease]: ...
+    async def renew(self, worker: SessionId) -> bool: ...
     async def settle(self, lease: Lease) -> str: ...
     async def release(self, lease: Lease, *, counted: bool) -> str: ...
-    async def reclaim(self, worker: Incarnation) -> int: ...
+    async def reclaim(self, worker: SessionId) -> int: ...
     async def expire(self) -> int: ...
     async def act(self, manager: str) -> int: ...
 
@@ -61,9 +61,9 @@ class Present:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._pullers: dict[Incarnation, Puller] = {}
+        self._pullers: dict[SessionId, Puller] = {}
 
-    async def join(self, worker: Incarnation) -> None:
+    async def join(self, worker: SessionId) -> None:
         self._pullers[worker] = await Puller(self._broker, worker).join()
 
     async def enqueue(self, job: Job) -> str:
@@ -72,10 +72,10 @@ class Present:
     async def cancel(self, job: Job) -> str:
         return str(await self._broker.cancel(job.id, "the client left"))
 
-    async def claim(self, worker: Incarnation) -> list[Lease]:
+    async def claim(self, worker: SessionId) -> list[Lease]:
         return await self._pullers[worker].claim(1)
 
-    async def renew(self, worker: Incarnation) -> bool:
+    async def renew(self, worker: SessionId) -> bool:
         await self._broker.renew(worker)
         return True
 
@@ -85,7 +85,7 @@ class Present:
     async def release(self, lease: Lease, *, counted: bool) -> str:
         return await self._broker.release(lease, "it drains", counted=counted)
 
-    async def reclaim(self, worker: Incarnation) -> int:
+    async def reclaim(self, worker: SessionId) -> int:
         taken = await self._broker.reclaim(worker)
         return taken.requeued + taken.lost
 
@@ -106,13 +106,13 @@ class Previous:
         self._scripts = {
             name: text if name == "act_as_manager" else f"{shared}\n{text}" for name, text in texts.items()
         }
-        self._claims: dict[Incarnation, tuple[int, int]] = {}
+        self._claims: dict[SessionId, tuple[int, int]] = {}
 
     async def _run(self, name: str, *args: Any, key: str = KEYS.budget) -> Any:
         given = args if name == "act_as_manager" else (KEYS.prefix, *args)
         return await self._client.eval(self._scripts[name], 1, key, *given)
 
-    async def join(self, worker: Incarnation) -> None:
+    async def join(self, worker: SessionId) -> None:
         self._claims[worker] = (0, 0)
         await self._run("join", worker)
 
@@ -120,14 +120,14 @@ class Previous:
         (answer,) = await self._run(
             "enqueue", 100, 1 << 30, 100, 1 << 30,
             job.id, job.pack(), encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
-            job.reply_to, int(job.stored), job.ttl_ms, job.max_attempts, encode_name(job.region), job.patience_ms,
+            job.reply_to, int(job.stored), job.ttl_ms, job.max_attempts, encode_name(job.region), job.remote_after_ms,
         )  # fmt: skip
         return str(answer.decode())
 
     async def cancel(self, job: Job) -> str:
         return str((await self._run("cancel", job.id, "the client left")).decode())
 
-    async def claim(self, worker: Incarnation) -> list[Lease]:
+    async def claim(self, worker: SessionId) -> list[Lease]:
         seq, turn = self._claims[worker]
         base = f"previous{next(_ATTEMPTS)}"
         lanes = ",".join(LANES)
@@ -140,7 +140,7 @@ class Previous:
         self._claims[worker] = (seq + 1, turn + len(leases))
         return leases
 
-    async def renew(self, worker: Incarnation) -> bool:
+    async def renew(self, worker: SessionId) -> bool:
         return int(await self._run("renew", worker, "0")) > 0
 
     async def settle(self, lease: Lease) -> str:
@@ -153,7 +153,7 @@ class Previous:
         (answer,) = await self._run("release", *attempt, int(counted), "it drains")
         return str(answer.decode())
 
-    async def reclaim(self, worker: Incarnation) -> int:
+    async def reclaim(self, worker: SessionId) -> int:
         requeued, _, _, left = await self._run("reclaim", worker, 1, 256, "its worker is dead")
         assert left == 0
         return int(requeued)
@@ -183,9 +183,9 @@ class Fabric:
         self.client = client
         self._number = itertools.count(1)
 
-    async def worker(self, version: str) -> Incarnation:
+    async def worker(self, version: str) -> SessionId:
         """A worker of that version, joined."""
-        worker = Incarnation(f"{version}.{next(self._number):016x}")
+        worker = SessionId(f"{version}.{next(self._number):016x}")
         await self.versions[version].join(worker)
         return worker
 

@@ -97,8 +97,8 @@ async def test_a_worker_is_woken_only_for_what_it_serves(broker: Broker) -> None
 async def test_a_parked_worker_that_is_gone_is_passed_over(broker: Broker) -> None:
     """The wake goes to one that is alive."""
     workers = await parked(broker, 3)
-    await broker.reclaim(workers[0].incarnation)
-    await broker.leave(workers[1].incarnation)
+    await broker.reclaim(workers[0].session_id)
+    await broker.leave(workers[1].session_id)
     await broker.enqueue(make_job())
     assert await woken(workers[2:]) == workers[2:]
 
@@ -108,7 +108,7 @@ async def test_the_sweep_wakes_where_work_and_sleepers_coexist(broker: Broker) -
     workers = await parked(broker, 2)
     await broker.enqueue(make_job())
     (dead,) = await woken(workers)
-    await broker.reclaim(dead.incarnation)
+    await broker.reclaim(dead.session_id)
     alive = [worker for worker in workers if worker is not dead]
     assert await woken(alive) == []
     assert (await broker.expire()).woken == 1
@@ -120,7 +120,7 @@ async def test_lost_work_wakes_a_worker(broker: Broker, worker: Puller) -> None:
     await broker.enqueue(make_job())
     await worker.claim_one()
     idle = await parked(broker, 1)
-    await broker.reclaim(worker.incarnation)
+    await broker.reclaim(worker.session_id)
     assert await woken(idle) == idle
     await broker.release(await idle[0].claim_one(), "draining", counted=False)
     other = await parked(broker, 1, models=("another",))
@@ -134,7 +134,7 @@ async def test_the_dead_are_not_woken_for_what_they_held(broker: Broker) -> None
         await broker.enqueue(make_job())
         assert len(await gone.claim(2)) == 1
         idle = await parked(broker, 1)
-        await how(gone.incarnation)
+        await how(gone.session_id)
         assert await woken(idle) == idle
         assert len(await idle[0].claim(1)) == 1
 
@@ -161,37 +161,37 @@ async def test_the_wake_of_a_blocked_reader_arrives_at_once(broker: Broker) -> N
 
 async def test_control_messages_are_read_once_by_position(broker: Broker, worker: Puller) -> None:
     """Reading on from the last id skips nothing and repeats nothing; reading again from an old id repeats."""
-    await broker.send_control(worker.incarnation, Control(ControlKind.PING))
-    await broker.send_control(worker.incarnation, Control(ControlKind.DRAIN))
-    first = await broker.read_control(0, worker.incarnation, "0", 1)
+    await broker.send_control(worker.session_id, Control(ControlKind.PING))
+    await broker.send_control(worker.session_id, Control(ControlKind.DRAIN))
+    first = await broker.read_control(0, worker.session_id, "0", 1)
     assert [message for _, message in first if message][-2:] == [Control(ControlKind.PING), Control(ControlKind.DRAIN)]
-    assert await broker.read_control(0, worker.incarnation, first[-1][0], 1) == []
-    assert await broker.read_control(0, worker.incarnation, first[-2][0], 1) == first[-1:]
+    assert await broker.read_control(0, worker.session_id, first[-1][0], 1) == []
+    assert await broker.read_control(0, worker.session_id, first[-2][0], 1) == first[-1:]
 
 
 async def test_renewing_trims_what_was_read(broker: Broker, worker: Puller, client: Any) -> None:
     """A control stream does not grow over a worker's life."""
     for _ in range(50):
-        await broker.send_control(worker.incarnation, Control(ControlKind.PING))
+        await broker.send_control(worker.session_id, Control(ControlKind.PING))
     await worker.told()
     await worker.told()
-    await broker.renew(worker.incarnation)
-    assert await client.xlen(ShardKeys(0).control(worker.incarnation)) <= 1
-    assert 0 < await client.pttl(ShardKeys(0).control(worker.incarnation)) <= 25 * 3_600_000
+    await broker.renew(worker.session_id)
+    assert await client.xlen(ShardKeys(0).control(worker.session_id)) <= 1
+    assert 0 < await client.pttl(ShardKeys(0).control(worker.session_id)) <= 25 * 3_600_000
 
 
 async def test_nothing_is_sent_to_a_worker_that_is_gone(broker: Broker, worker: Puller, client: Any) -> None:
     """A control message does not bring a left worker's stream back to life."""
-    await broker.leave(worker.incarnation)
-    assert await broker.send_control(worker.incarnation, Control(ControlKind.PING)) is False
-    assert not await client.exists(ShardKeys(0).control(worker.incarnation))
+    await broker.leave(worker.session_id)
+    assert await broker.send_control(worker.session_id, Control(ControlKind.PING)) is False
+    assert not await client.exists(ShardKeys(0).control(worker.session_id))
 
 
 async def test_a_worker_that_left_is_parked_nowhere(broker: Broker, client: Any) -> None:
     """Neither a leave nor a reclaim leaves a mark among the parked."""
     workers = await parked(broker, 2)
-    await broker.leave(workers[0].incarnation)
-    await broker.reclaim(workers[1].incarnation)
+    await broker.leave(workers[0].session_id)
+    await broker.reclaim(workers[1].session_id)
     assert await client.zcard(ShardKeys(0).parked(MODEL, Lane.INTERACTIVE)) == 0
 
 

@@ -45,7 +45,7 @@ async def _registered(fleet: Fleet) -> bool:
     mine = await fleet.workers[0].page("/status")
     listed = (await fleet.manager.page("/fabric/v1/workers"))["workers"]
     return mine["ready"] and any(
-        worker["incarnation"] == mine["incarnation"] and worker["models"] == [MODEL] for worker in listed
+        worker["session_id"] == mine["session_id"] and worker["models"] == [MODEL] for worker in listed
     )
 
 
@@ -55,12 +55,12 @@ async def test_extreme_messages_end_nothing(fleet: Fleet) -> None:
     fleet serves on, also once its Manager starts again on the same data."""
     await fleet.up(workers=1)
     status = await fleet.workers[0].page("/status")
-    incarnation, term = status["incarnation"], int(fleet.server.ask("HGET", MANAGER, "term"))
+    session_id, term = status["session_id"], int(fleet.server.ask("HGET", MANAGER, "term"))
     running = {"slots": 32, "models": [MODEL], "engine": "ready", "running": 0, "term": term}
     answered = Counter[int]()
 
     @settings(bounded, max_examples=CALLS)
-    @given(control_calls("worker-1", incarnation, running), st.booleans())
+    @given(control_calls("worker-1", session_id, running), st.booleans())
     def call(made: Call, by_router: bool) -> None:
         url = (fleet.router if by_router else fleet.manager).url + made.path
         # Not by requests' own encoder: it knows no number of 400 digits.
@@ -99,18 +99,18 @@ async def test_extreme_messages_end_nothing(fleet: Fleet) -> None:
     fleet.manager.process.kill()
     await fleet.manager.start()
     await serves_as_before(fleet)
-    assert (await fleet.workers[0].page("/status"))["incarnation"] == incarnation
+    assert (await fleet.workers[0].page("/status"))["session_id"] == session_id
 
 
 async def test_a_fleet_comes_back_from_a_poisoned_store(fleet: Fleet) -> None:
     """[A2] Redis holds a term that an older version took from a message: a Manager acts on it at once, and the worker,
     which follows that term, follows the new one as the same run."""
     await fleet.up(workers=1)
-    before = (await fleet.workers[0].page("/status"))["incarnation"]
+    before = (await fleet.workers[0].page("/status"))["session_id"]
     fleet.manager.process.kill()
     fleet.server.ask("HSET", MANAGER, "term", str(2**63), "until", "0")
     await fleet.manager.start()
     await serves_as_before(fleet)
     status = await fleet.workers[0].page("/status")
-    assert status["incarnation"] == before
+    assert status["session_id"] == before
     assert status["assignment"][0] == int(fleet.server.ask("HGET", MANAGER, "term")) == 1

@@ -55,7 +55,7 @@ async def test_a_failover_that_loses_writes_costs_no_request(tmp_path: Path, sen
     primary, replica = sentinel.primary, sentinel.replica
     async with Fleet(tmp_path, primary, manager={"redis_url": sentinel.url}) as fleet:
         await fleet.up(workers=2, slots=6)
-        before = {worker["incarnation"] for worker in (await fleet.manager.page("/fabric/v1/workers"))["workers"]}
+        before = {worker["session_id"] for worker in (await fleet.manager.page("/fabric/v1/workers"))["workers"]}
         async with Traffic([fleet.router.url], clients=16) as traffic:
             await traffic.streaming()
             sentinel.cut_replication()
@@ -72,7 +72,7 @@ async def test_a_failover_that_loses_writes_costs_no_request(tmp_path: Path, sen
         assert lost["enqueued"] > 0
         assert lost["done"] > 0
         await until_drained(replica)
-        after = {worker["incarnation"] for worker in (await fleet.manager.page("/fabric/v1/workers"))["workers"]}
+        after = {worker["session_id"] for worker in (await fleet.manager.page("/fabric/v1/workers"))["workers"]}
         assert after == before, "no worker was declared dead"
 
 

@@ -104,7 +104,7 @@ async def test_serving_goes_on_without_the_manager(fleet: Fleet) -> None:
     """With the Manager gone for longer than leases and heartbeats last, all requests are answered; back again, it knows
     its fleet, and nobody was declared dead."""
     await fleet.up(workers=2, sim_embedding_dimensions=DIMENSIONS)
-    before = {worker["incarnation"] for worker in (await fleet.router.page("/fabric/v1/workers"))["workers"]}
+    before = {worker["session_id"] for worker in (await fleet.router.page("/fabric/v1/workers"))["workers"]}
     fleet.manager.process.kill()
     begin = time.monotonic()
     while time.monotonic() - begin < 6:
@@ -114,7 +114,7 @@ async def test_serving_goes_on_without_the_manager(fleet: Fleet) -> None:
         await asyncio.sleep(0.5)
     await fleet.manager.start()
     await fleet.until_served(2)
-    after = {worker["incarnation"] for worker in (await fleet.manager.page("/fabric/v1/workers"))["workers"]}
+    after = {worker["session_id"] for worker in (await fleet.manager.page("/fabric/v1/workers"))["workers"]}
     assert after == before
     assert await ended(fleet, "requeued") == 0
     assert (await ask(fleet, chat("hello")))[0] == 200

@@ -20,7 +20,7 @@ from queue_schemas.control import parse_control
 from queue_schemas.frames import Marker, MarkerKind, split_frames, unpack_frames, unpack_marker
 from queue_schemas.ids import JobId
 from router.files.form import FileForm
-from router.inference.attempt_merger import Stitch
+from router.inference.attempt_merger import AttemptMerger
 from router.inference.request_fields import read_fields
 from router.responses.request import as_chat
 from router.webhooks.rules import read_new_endpoint
@@ -212,7 +212,7 @@ def frames(mutator: Mutator) -> None:
         run = mutator.bytes_of(run)
     marker = mutator.bytes_of(Marker(mutator.pick(tuple(MarkerKind)), _JOB_ID, 1, "why").pack())
     _answer_or_refuse(lambda: split_frames(run))
-    stitch = Stitch(stream=True, replay_limit_bytes=4_096, on_loss="restart")
+    stitch = AttemptMerger(stream=True, replay_limit_bytes=4_096, on_loss="restart")
     reader = ChatReader()
 
     def play() -> None:

@@ -9,7 +9,7 @@ import pytest
 from .run import play
 
 SEED, SECONDS = 7, 15.0
-LEAST_INPUTS = 10_000
+MIN_INPUTS = 10_000
 
 
 @pytest.mark.timeout(120)
@@ -19,6 +19,6 @@ async def test_no_input_ends_a_process_or_makes_it_grow(tmp_path: Path) -> None:
     outcome = await play(tmp_path, seconds=SECONDS, seed=SEED)
     print(outcome.table())
     assert not outcome.broken, "\n\n".join([*outcome.broken, f"again: make fuzz SECONDS={SECONDS:g} SEED={SEED}"])
-    assert outcome.total > LEAST_INPUTS
+    assert outcome.total > MIN_INPUTS
     live = ("HTTP bytes", "HTTP bodies", "control-plane requests", "stream entries")
     assert all(outcome.counts[edge] for edge in live)

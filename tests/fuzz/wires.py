@@ -154,7 +154,7 @@ class Wires:
         message = mutator.pick((Registration, Heartbeat))
         schema = self._schemas[message]
         value = mutator.of_schema(schema, schema.get("$defs", {}))
-        value |= {"incarnation": run} if mutator.chance(0.8) else {}
+        value |= {"session_id": run} if mutator.chance(0.8) else {}
         path = "/fabric/v1/workers"
         if message is Registration:
             value["url"] = mutator.pick(_LOOPBACK_URLS)
@@ -165,7 +165,7 @@ class Wires:
         if message is Heartbeat and mutator.chance(0.3):
             path, kind = f"/fabric/v1/workers/{name}", mutator.pick(("doubt", "DELETE"))
             method, path = ("DELETE", path) if kind == "DELETE" else ("POST", f"{path}/{kind}")
-            await self._ask(method, path, headers, {"incarnation": run}, b"", role.url)
+            await self._ask(method, path, headers, {"session_id": run}, b"", role.url)
         else:
             await self._ask("POST", path, headers, {}, json.dumps(value).encode(), role.url)
         return 1

@@ -12,7 +12,7 @@ import pytest
 
 from queue_schemas import Job, MarkerKind
 from tests.node.test_node_sdk import HERE, _run
-from tests.unit.router.fakes import FakeQueue, KeptStream
+from tests.unit.router.fakes import FakeQueue, PersistedStream
 from tests.unit.router.served import Served, served
 
 pytestmark = pytest.mark.node
@@ -53,7 +53,7 @@ async def test_a_resumable_stream_with_signs_of_life_is_whole(folder: Path) -> N
     async with served(queue, keepalive_ms=50, resumable_streams=True) as running:
         asking = asyncio.ensure_future(_ask(running, folder, "chat"))
         async with asyncio.timeout(20):
-            stream = KeptStream(queue, await queue.jobs.get())
+            stream = PersistedStream(queue, await queue.jobs.get())
         await asyncio.sleep(0.3)
         stream.say(CHUNK, b": the engine says hello\n\n", b"retry: 9\n\n", b"event: tick\n\n")
         await asyncio.sleep(0.3)

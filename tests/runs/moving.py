@@ -104,9 +104,9 @@ async def next_step(traffic: Traffic, name: str, dwell_s: float) -> None:
 
 
 async def registered(router: Role) -> Mapping[str, str]:
-    """Incarnations by worker, as a Router's page has them."""
+    """Sessions by worker, as a Router's page has them."""
     page = await router.page("/fabric/v1/workers")
-    return {worker["worker_id"]: worker["incarnation"] for worker in page["workers"]}
+    return {worker["worker_id"]: worker["session_id"] for worker in page["workers"]}
 
 
 async def stands_by(manager: Role) -> bool:

@@ -38,7 +38,7 @@ class Step:
         return Counter(asked.outcome for asked in self.asked)[outcome]
 
     def row(self) -> tuple[str, ...]:
-        silences = sorted(asked.longest_silence_s * 1000 for asked in self.asked if asked.outcome is Outcome.RIGHT)
+        silences = sorted(asked.max_silence_s * 1000 for asked in self.asked if asked.outcome is Outcome.RIGHT)
         failed = self.count(Outcome.FAILED) + self.count(Outcome.UNANSWERED) - self.excused
         numbers = (len(self.asked), self.streams_across, failed, self.excused)
         wrong = (self.count(Outcome.MIXED_UP), self.count(Outcome.BROKEN))

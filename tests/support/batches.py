@@ -39,7 +39,7 @@ _BATCHER = {
     "model_wait_ms": 10_000,
     "silence_ms": 3_000,
     "retry_ms": 50,
-    "longest_retry_ms": 500,
+    "max_retry_ms": 500,
 }
 """Settings in tests, as flags; a test may give others."""
 

@@ -71,16 +71,16 @@ def extremes_of(message: type[BaseModel], valid: dict[str, Any]) -> st.SearchStr
     return made()
 
 
-def control_calls(worker_id: str, incarnation: str, status: dict[str, Any]) -> st.SearchStrategy[Call]:
+def control_calls(worker_id: str, session_id: str, status: dict[str, Any]) -> st.SearchStrategy[Call]:
     """Calls about a worker that lives: as itself, as another run of it, and as somebody else."""
     workers = f"{FABRIC_PREFIX}/workers"
-    runs = st.sampled_from([incarnation, f"{worker_id}.{'0' * 16}", "stranger.0000000000000001"])
+    runs = st.sampled_from([session_id, f"{worker_id}.{'0' * 16}", "stranger.0000000000000001"])
     named = st.sampled_from([worker_id, "stranger", "x" * 63, "x" * 64, ".", "%2e%2e", "0"])
 
     @st.composite
     def made(draw: st.DrawFn) -> Call:
         run, name = draw(runs), draw(named)
-        valid = {**status, "incarnation": run}
+        valid = {**status, "session_id": run}
         match draw(st.sampled_from(["register", "heartbeat", "heartbeat", "drain", "doubt", "leave", "list"])):
             case "register":
                 valid["worker_id"] = run.rpartition(".")[0]
@@ -90,9 +90,9 @@ def control_calls(worker_id: str, incarnation: str, status: dict[str, Any]) -> s
             case "drain":  # of the live worker it would be followed
                 return Call("POST", f"{workers}/{'stranger' if name == worker_id else name}/drain")
             case "doubt":
-                return Call("POST", f"{workers}/{name}/doubt?incarnation={draw(st.sampled_from([run, *ODD_RUNS]))}")
+                return Call("POST", f"{workers}/{name}/doubt?session_id={draw(st.sampled_from([run, *ODD_RUNS]))}")
             case "leave":
-                return Call("DELETE", f"{workers}/{name}?incarnation={draw(st.sampled_from(ODD_RUNS))}")
+                return Call("DELETE", f"{workers}/{name}?session_id={draw(st.sampled_from(ODD_RUNS))}")
         return Call("GET", workers)
 
     return made()

@@ -15,14 +15,14 @@ from queue_schemas import (
     LANES,
     Control,
     Frame,
-    Incarnation,
     Job,
     Lane,
     Lease,
     Pool,
+    SessionId,
     Tenant,
-    new_incarnation,
     new_job_id,
+    new_session_id,
     shard_of_pool,
 )
 
@@ -49,7 +49,7 @@ class Puller:
     """A worker without an engine: joins, claims with a rising ``seq`` and counts its turns, as real ones do."""
 
     broker: Broker
-    incarnation: Incarnation = field(default_factory=lambda: new_incarnation("puller"))
+    session_id: SessionId = field(default_factory=lambda: new_session_id("puller"))
     shard: int = 0
     seq: int = 0
     turn: int = 0
@@ -60,7 +60,7 @@ class Puller:
 
     async def join(self) -> Puller:
         """Enter the fabric; nothing that was said before is read."""
-        await self.broker.join(self.incarnation)
+        await self.broker.join(self.session_id)
         await self.told()
         return self
 
@@ -68,7 +68,7 @@ class Puller:
         """A new claim."""
         self.seq += 1
         pools = [(Pool(model), lanes) for model in models]
-        claimed = await self.broker.claim(self.shard, self.incarnation, self.seq, self.turn, n, pools, self.region)
+        claimed = await self.broker.claim(self.shard, self.session_id, self.seq, self.turn, n, pools, self.region)
         self.turn += len(claimed.leases)
         self.look_again_ms = claimed.look_again_ms
         return list(claimed.leases)
@@ -80,7 +80,7 @@ class Puller:
 
     async def told(self, block_ms: int = 1) -> list[Control]:
         """The control messages since the last call."""
-        messages = await self.broker.read_control(self.shard, self.incarnation, self._read_to, block_ms)
+        messages = await self.broker.read_control(self.shard, self.session_id, self._read_to, block_ms)
         if messages:
             self._read_to = messages[-1][0]
         return [message for _, message in messages if message is not None]

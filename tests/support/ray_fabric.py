@@ -80,11 +80,11 @@ class RayFabric:
             return 0, str(error)
 
     async def acting(self) -> dict[str, str] | None:
-        """Incarnations by worker, if the Manager in this cluster acts; else None."""
+        """Sessions by worker, if the Manager in this cluster acts; else None."""
         status, page = await self.page("/fabric/v1/workers")
         if status != 200 or not page.get("manager"):
             return None
-        return {worker["worker_id"]: worker["incarnation"] for worker in page["workers"]}
+        return {worker["worker_id"]: worker["session_id"] for worker in page["workers"]}
 
     async def until_acting(self, workers: Mapping[str, str], limit_s: float = 60.0) -> None:
         """Wait until this cluster's Manager acts and has registered exactly these workers."""

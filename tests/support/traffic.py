@@ -76,7 +76,7 @@ class Asked:
     port: int = 0
     connected_s: float = 0.0
     heard_s: float = 0.0
-    longest_silence_s: float = 0.0
+    max_silence_s: float = 0.0
     end_s: float = 0.0
     text: str = ""
     outcome: Outcome = Outcome.UNANSWERED
@@ -88,7 +88,7 @@ class Asked:
     def hear(self, piece: str) -> None:
         """More of the answer came."""
         now = time.monotonic()
-        self.longest_silence_s = max(self.longest_silence_s, now - (self.heard_s or self.begin_s))
+        self.max_silence_s = max(self.max_silence_s, now - (self.heard_s or self.begin_s))
         self.heard_s = now
         self.text += piece
 

@@ -111,7 +111,7 @@ async def service(name: str, given: Setting) -> AsyncIterator[tuple[Any, list[De
         yield made, declared(made)
     else:
         status = Status(
-            worker_id="w", incarnation="w.0000000000000001", ready=True, reasons=[], draining=False, engine="ready",
+            worker_id="w", session_id="w.0000000000000001", ready=True, reasons=[], draining=False, engine="ready",
             engine_detail="", models=[], slots=1, running=0, broker_ok=True, manager_url="http://m", assignment=(0, 0),
         )  # fmt: skip
         made = make_app(lambda: status, lambda: None, MetricsRegistry("worker"), token)
@@ -121,7 +121,7 @@ async def service(name: str, given: Setting) -> AsyncIterator[tuple[Any, list[De
 async def status_of(app: Any, route: DeclaredRoute, headers: Mapping[str, str]) -> int:
     """What the call is answered; one that is let in may then be refused for what it asks."""
     path = re.sub(r"\{(\w+)[^}]*\}", lambda found: "w" if found[1] == "worker_id" else "m", route.path)
-    query = "?incarnation=w.0000000000000001" if "workers/" in path else ""
+    query = "?session_id=w.0000000000000001" if "workers/" in path else ""
     client = Client(app)
     answer = client.begin(route.method, path + query, [b"{}" if route.method == "POST" else b""], headers)
     try:
@@ -211,7 +211,7 @@ async def test_no_password_leaves_to_who_shows_no_token(token: str, advertised: 
     running = asyncio.create_task(manager.run(stop))
     try:
         await eventually(lambda: manager.acting, "the Manager acts")
-        joined = await manager.register(Registration(worker_id="w", incarnation="w.0000000000000001", slots=1))
+        joined = await manager.register(Registration(worker_id="w", session_id="w.0000000000000001", slots=1))
         told = {joined.broker_url, (await manager.broker_address()).broker_url}
     finally:
         stop.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .fair_order import Limits, next_turns
 from .progress import begin, conclude, give_up
-from .schedule import WAITS_S, most_tries, wait_s
+from .schedule import WAITS_S, max_tries, wait_s
 from .signing import signed_headers
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "begin",
     "conclude",
     "give_up",
-    "most_tries",
+    "max_tries",
     "next_turns",
     "signed_headers",
     "wait_s",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 
 from ..deliveries import Attempt, DeliveryState, Outcome
-from .schedule import most_tries, wait_s
+from .schedule import max_tries, wait_s
 
 KEPT_ATTEMPTS = 20
 
@@ -30,7 +30,7 @@ def conclude(
     if attempt.status is not None and 200 <= attempt.status < 300:
         return done.model_copy(update={"outcome": Outcome.DELIVERED})
     wait = wait_s(state.tries, draw, asked_s)
-    if wait is None or state.tries >= most_tries(once=once) or attempt.status == HTTPStatus.GONE:
+    if wait is None or state.tries >= max_tries(once=once) or attempt.status == HTTPStatus.GONE:
         return give_up(done)
     return done.model_copy(update={"next_at_ms": attempt.at_ms + attempt.took_ms + round(wait * 1000)})
 

@@ -6,11 +6,11 @@ WAITS_S = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 21_600, 28_800)
 """Seconds behind each attempt but the last; together 22 hours."""
 JITTER = 0.2
 """Each wait is longer by up to this share, so that what failed together does not come back together."""
-LONGEST_ASKED_S = 6 * 3_600
+MAX_ASKED_S = 6 * 3_600
 """As long as a receiver may ask us to wait."""
 
 
-def most_tries(*, once: bool) -> int:
+def max_tries(*, once: bool) -> int:
     """How often a delivery is attempted at most."""
     return 1 if once else len(WAITS_S) + 1
 
@@ -23,4 +23,4 @@ def wait_s(tries: int, draw: float, asked_s: float | None = None) -> float | Non
     if tries > len(WAITS_S):
         return None
     wait = WAITS_S[max(tries, 1) - 1] * (1 + JITTER * draw)
-    return max(wait, min(asked_s or 0.0, LONGEST_ASKED_S))
+    return max(wait, min(asked_s or 0.0, MAX_ASKED_S))

@@ -1,11 +1,11 @@
 """The worker's decisions, pure: no await, clock, randomness, environment or I/O."""
 
 from .continuation import Continuation
-from .fallback import StandIn
+from .fallback import FallbackSweep
 from .frames import FrameCutter
-from .loop_watchdog import LATE_S, Liveness, Pulse
+from .loop_watchdog import LATE_S, Liveness, LoopWatchdog
 from .slots import Claim, Slots
-from .stream_stall import Silence, may_hold_back
+from .stream_stall import StreamStall, may_hold_back
 from .verdict import Retry, RetryLater, judge_answer, judge_failure, judge_server_error
 from .wholeness import is_readable, is_whole
 
@@ -13,14 +13,14 @@ __all__ = [
     "LATE_S",
     "Claim",
     "Continuation",
+    "FallbackSweep",
     "FrameCutter",
     "Liveness",
-    "Pulse",
+    "LoopWatchdog",
     "Retry",
     "RetryLater",
-    "Silence",
     "Slots",
-    "StandIn",
+    "StreamStall",
     "is_readable",
     "is_whole",
     "judge_answer",

@@ -3,7 +3,7 @@
 Rules:
 
 * The acting Manager is known by its lease in Redis, which it extends all the time. No Manager acts once that stood
-  still for a whole lease of a worker, by the rule of :class:`queue_schemas.BeatWatch`: Redis in reach throughout, on
+  still for a whole lease of a worker, by the rule of :class:`queue_schemas.LeaseWatch`: Redis in reach throughout, on
   our own monotonic clock. So a Manager that is late, or a failover to its standby, calls nobody.
 * The workers' numbers are watched from the first look at which the Manager's stood still: whoever dies meanwhile is
   missed a lease after its death, not a lease after the Manager's was found over. That is done by the one worker that
@@ -14,19 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from queue_schemas import BeatWatch, Incarnation, ShardedBeatWatch
+from queue_schemas import LeaseWatch, SessionId, ShardedLeaseWatch
 
-_MANAGER = Incarnation("manager")
+_MANAGER = SessionId("manager")
 
 
-class StandIn:
+class FallbackSweep:
     """What one worker knows of the Manager and of its peers. Times are seconds of one monotonic clock."""
 
     def __init__(self, lease_s: float, shards: int = 1) -> None:
         self.acting = False
         """Whether no Manager acts, so that workers do what cannot wait."""
-        self._manager = BeatWatch(lease_s)
-        self._peers = ShardedBeatWatch(lease_s, shards)
+        self._manager = LeaseWatch(lease_s)
+        self._peers = ShardedLeaseWatch(lease_s, shards)
         self._last: int | None = None
 
     def saw_manager(self, number: int, asked_at: float, answered_at: float) -> bool:
@@ -37,13 +37,11 @@ class StandIn:
             self._peers.restart()
         return stood_still
 
-    def saw_peers(
-        self, numbers: Mapping[Incarnation, int], asked_at: float, answered_at: float, shard: int = 0
-    ) -> None:
+    def saw_peers(self, numbers: Mapping[SessionId, int], asked_at: float, answered_at: float, shard: int = 0) -> None:
         """Take in the workers' numbers on one shard."""
         self._peers.observe(shard, numbers, asked_at, answered_at)
 
-    def dead_peers(self) -> list[Incarnation]:
+    def dead_peers(self) -> list[SessionId]:
         """Those whose jobs are to be taken back now. They have been watched for a lease then, and so has the
         Manager's."""
         return self._peers.still()

@@ -47,7 +47,7 @@ LATE_S = 0.3
 
 
 @dataclass(slots=True)
-class Pulse:
+class LoopWatchdog:
     """What the serving loop tells whoever renews for it, in another thread: each field is written by the loop alone, in
     one store. ``engine_alive``: whether :class:`Liveness` says that the leases may be kept."""
 

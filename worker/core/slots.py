@@ -59,7 +59,7 @@ class _Shard:
 
 @dataclass(slots=True)
 class Slots:
-    """The slots of one incarnation and its claims. Times are seconds of one monotonic clock."""
+    """The slots of one session id and its claims. Times are seconds of one monotonic clock."""
 
     total: int
     busy: int = 0

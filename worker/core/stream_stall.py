@@ -22,7 +22,7 @@ import orjson
 from openai_api.paths import CHAT_PATH, COMPLETIONS_PATH
 from queue_schemas import Job
 
-_LONGEST_GAP, _LEAST_GAP_S = 1 / 3, 1.0
+_MAX_GAP, _MIN_GAP_S = 1 / 3, 1.0
 """Part of the limit that may pass between two looks (always a second: a busy loop is late); after a longer one nothing
 is known of the time between."""
 
@@ -46,7 +46,7 @@ def may_hold_back(job: Job) -> bool:
 
 
 @dataclass(slots=True)
-class Silence:
+class StreamStall:
     """One stream. ``pieces`` counts what came of it and ``reading`` says whether somebody waits for more: both are
     written where the stream is read, and looked at from time to time."""
 
@@ -63,7 +63,7 @@ class Silence:
 
     def is_stuck(self, now: float, others_at: float, limit_s: float) -> bool:
         """Look at ``now`` (s); ``others_at`` is when anything last came of any stream or answer of this worker."""
-        unseen = now - self._looked > max(limit_s * _LONGEST_GAP, _LEAST_GAP_S)
+        unseen = now - self._looked > max(limit_s * _MAX_GAP, _MIN_GAP_S)
         self._looked = now
         if self.pieces != self._counted or not self.reading or unseen:
             self._counted = self.pieces

@@ -281,7 +281,7 @@ class ConnectionPool:
         return connection
 
     def give_back(self, connection: EngineConnection) -> None:
-        """Keep ``connection`` for the next exchange if nothing is left of its last one; else close it."""
+        """PersistOptions ``connection`` for the next exchange if nothing is left of its last one; else close it."""
         if connection.drained and connection.usable and not self._closed:
             connection.idle_since = asyncio.get_running_loop().time()
             self._idle.append(connection)

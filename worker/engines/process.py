@@ -34,7 +34,7 @@ HOST = "127.0.0.1"
 _POLL_S = 0.1
 _REFRESH_S = 5.0
 _FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 60.0
+_MAX_PAUSE_S = 60.0
 _TOLD_LINES = 12
 
 log = get_logger(__name__)
@@ -109,7 +109,7 @@ class ProcessEngine:
                 self._note_steadiness()
                 self.failures += 1
                 self._last_failure = error.message
-                pause = min(_FIRST_PAUSE_S * 2 ** min(self.failures - 1, 16), _LONGEST_PAUSE_S)
+                pause = min(_FIRST_PAUSE_S * 2 ** min(self.failures - 1, 16), _MAX_PAUSE_S)
                 again = f"starting it again in {pause:.0f} s{self._in_a_row()}"
                 self._become(EngineState.FAILED, f"{error.message}; {again}")
                 log.error(

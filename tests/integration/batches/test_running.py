@@ -130,9 +130,9 @@ async def test_a_full_disk_is_waited_for(tmp_path: Path, valkey: Server) -> None
         await batcher.ready()
 
 
-def limit_files(pid: int, most_bytes: int | None) -> None:
+def limit_files(pid: int, max_bytes: int | None) -> None:
     """From now on no file that the process writes may be larger."""
-    limit = resource.RLIM_INFINITY if most_bytes is None else most_bytes
+    limit = resource.RLIM_INFINITY if max_bytes is None else max_bytes
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 

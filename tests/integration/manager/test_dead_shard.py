@@ -19,7 +19,7 @@ from queue_schemas import (
     Outcome,
     Settled,
     State,
-    new_incarnation,
+    new_session_id,
     shard_of_job,
     shard_of_pool,
 )
@@ -79,10 +79,10 @@ async def test_the_other_shards_of_a_dead_primary_are_served(cluster: Cluster) -
     settings = BrokerSettings(redis_url=cluster.url, shards=SHARDS, retry_limit_ms=1_000)
     news: list[Frame | Marker] = []
     async with connected(settings) as broker, acting(settings) as manager:
-        router = new_incarnation("router")
+        router = new_session_id("router")
         reading = asyncio.create_task(broker.read_replies(router, news.extend))
         await asyncio.wait_for(broker.replies_ready.wait(), 10)
-        lost = new_incarnation("w")
+        lost = new_session_id("w")
         assert await broker.join(lost) == set()
         held = {}
         for shard in (1, DEAD):
@@ -91,7 +91,7 @@ async def test_the_other_shards_of_a_dead_primary_are_served(cluster: Cluster) -
             held[shard] = await Puller(broker, lost, shard).claim_one(models=(job.model,))
         cluster.nodes[0].kill()
 
-        live = new_incarnation("live")
+        live = new_session_id("live")
         assert await broker.join(live) == {DEAD}
         renewer = broker.renewer_apart()
 
@@ -129,7 +129,7 @@ async def test_the_other_shards_of_a_dead_primary_are_served(cluster: Cluster) -
             await manager.pool(model_of(DEAD))
 
         async with connected(settings) as another:  # a Router that starts now
-            second = asyncio.create_task(another.read_replies(new_incarnation("router"), news.extend))
+            second = asyncio.create_task(another.read_replies(new_session_id("router"), news.extend))
             await asyncio.wait_for(another.replies_ready.wait(), 20)
             with pytest.raises(InferqError, match="not been reached yet"):
                 await another.enqueue(make_job(model=model_of(DEAD), shards=SHARDS))

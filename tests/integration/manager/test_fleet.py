@@ -20,7 +20,6 @@ from queue_schemas import (
     ControlKind,
     EngineState,
     Heartbeat,
-    Incarnation,
     InferqError,
     Job,
     Lease,
@@ -28,13 +27,14 @@ from queue_schemas import (
     Outcome,
     Pool,
     Registration,
+    SessionId,
     Settled,
     Tenant,
     UnknownWorker,
     WorkerIdTaken,
     WorkerState,
-    new_incarnation,
     new_job_id,
+    new_session_id,
 )
 from telemetry.http.server import bind_socket, run_server
 from tests.support.servers import Server
@@ -51,7 +51,7 @@ class MiniWorker:
     def __init__(self, service: ManagerService, broker: Broker, worker_id: str = "w") -> None:
         self.service = service
         self.worker_id = worker_id
-        self.incarnation = new_incarnation(worker_id)
+        self.session_id = new_session_id(worker_id)
         self.url: str | None = None
         self.drain_heard = False
         self._broker = broker
@@ -60,7 +60,7 @@ class MiniWorker:
         self._close_door = asyncio.Event()
 
     async def start(self) -> MiniWorker:
-        await self._broker.join(self.incarnation)
+        await self._broker.join(self.session_id)
         self._tasks["renew"] = asyncio.create_task(self._renew())
         self._tasks["control"] = asyncio.create_task(self._control())
         await self.register()
@@ -87,26 +87,26 @@ class MiniWorker:
     async def claim(self) -> Lease | None:
         self._seq += 1
         shard = self._broker.shard_of(MODEL)
-        claimed = await self._broker.claim(shard, self.incarnation, self._seq, self._seq, 1, [(MODEL, LANES)])
+        claimed = await self._broker.claim(shard, self.session_id, self._seq, self._seq, 1, [(MODEL, LANES)])
         return claimed.leases[0] if claimed.leases else None
 
     def status(self) -> Heartbeat:
-        return Heartbeat(incarnation=self.incarnation, models=[MODEL], slots=2, engine=EngineState.READY)
+        return Heartbeat(session_id=self.session_id, models=[MODEL], slots=2, engine=EngineState.READY)
 
     async def _renew(self) -> None:
         while True:
             with contextlib.suppress(InferqError):
-                await self._broker.renew(self.incarnation)
+                await self._broker.renew(self.session_id)
             await asyncio.sleep(BEAT_S)
 
     async def _control(self) -> None:
         after = "0"
         while True:
             with contextlib.suppress(InferqError):
-                for entry_id, message in await self._broker.read_control(0, self.incarnation, after, 1000):
+                for entry_id, message in await self._broker.read_control(0, self.session_id, after, 1000):
                     after = entry_id
                     if message is not None and message.kind is ControlKind.PING:
-                        await self._broker.renew(self.incarnation)
+                        await self._broker.renew(self.session_id)
                     self.drain_heard |= message is not None and message.kind is ControlKind.DRAIN
             await asyncio.sleep(0)
 
@@ -121,7 +121,7 @@ class MiniWorker:
             await asyncio.sleep(self.service.settings.heartbeat_ms / 1000)
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = orjson.dumps({"worker_id": self.worker_id, "incarnation": self.incarnation})
+        body = orjson.dumps({"worker_id": self.worker_id, "session_id": self.session_id})
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": body})
 
@@ -160,7 +160,7 @@ async def _enqueue(broker: Broker) -> Job:
     return job
 
 
-async def _beats(broker: Broker) -> set[Incarnation]:
+async def _beats(broker: Broker) -> set[SessionId]:
     return set(await broker.beats())
 
 
@@ -183,7 +183,7 @@ async def test_a_dead_workers_job_waits_again_after_a_still_lease(valkey: Server
 
 
 async def _gone(broker: Broker, mini: MiniWorker) -> bool:
-    return mini.incarnation not in await _beats(broker)
+    return mini.session_id not in await _beats(broker)
 
 
 async def test_a_refused_port_and_an_unanswered_ping_are_certain(valkey: Server, broker: Broker) -> None:
@@ -236,7 +236,7 @@ async def test_a_new_manager_goes_on_where_the_last_one_stopped(valkey: Server, 
             await first_run.aclose()
             async with manager(valkey) as second:
                 (after,) = (await second.list_workers()).workers
-                assert (after.incarnation, after.models, after.slots) == (mini.incarnation, [MODEL], 2)
+                assert (after.session_id, after.models, after.slots) == (mini.session_id, [MODEL], 2)
                 assert after.assignment.order > before.assignment.order
                 answer = await second.heartbeat("w", mini.status())
                 assert answer.assignment.pools == before.assignment.pools
@@ -253,7 +253,7 @@ async def test_only_one_of_two_managers_acts(valkey: Server, broker: Broker) -> 
             assert not standby.acting
             async with worker(acting, broker):
                 with pytest.raises(ManagerUnavailable):
-                    await standby.heartbeat("w", Heartbeat(incarnation="w.0000000000000001", slots=1))
+                    await standby.heartbeat("w", Heartbeat(session_id="w.0000000000000001", slots=1))
                 await eventually(broker.load_workers, "the registry was written down")
                 assert [info.worker_id for info in (await standby.list_workers()).workers] == ["w"]
         await eventually(lambda: second.acting, "the one that is left acts")
@@ -268,7 +268,7 @@ async def test_an_id_in_use_is_refused_while_its_worker_answers(valkey: Server, 
         await first.die()
         await second.register()
         (info,) = (await service.list_workers()).workers
-        assert info.incarnation == second.incarnation
+        assert info.session_id == second.session_id
 
 
 async def test_a_restarted_worker_frees_its_jobs_at_once(valkey: Server, broker: Broker) -> None:
@@ -278,7 +278,7 @@ async def test_a_restarted_worker_frees_its_jobs_at_once(valkey: Server, broker:
         await _enqueue(broker)
         assert await mini.claim() is not None
         await mini.die("renew", "control", "heartbeat")
-        old, mini.incarnation = mini.incarnation, new_incarnation("w")
+        old, mini.session_id = mini.session_id, new_session_id("w")
         await mini.start()
         assert old not in await _beats(broker)
         again = await mini.claim()
@@ -307,7 +307,7 @@ async def test_redis_killed_and_back_kills_nobody(own_valkey: Server) -> None:
             own_valkey.restart()
             await eventually(lambda: service.acting and not service.not_ready(), "the Manager acts again", limit_s=20)
             await eventually(lambda: _state(service, WorkerState.ACTIVE), "the worker is heard again")
-            assert mini.incarnation in await _beats(broker)
+            assert mini.session_id in await _beats(broker)
             assert lease is not None
             assert await broker.settle(lease, Outcome.DONE) is Settled.OK
     finally:

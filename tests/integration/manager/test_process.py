@@ -46,7 +46,7 @@ def _ready(port: int) -> bool:
 
 
 def _register(port: int, worker_id: str = "w") -> httpx.Response:
-    body = {"worker_id": worker_id, "incarnation": f"{worker_id}.0000000000000001", "models": ["m"], "slots": 1}
+    body = {"worker_id": worker_id, "session_id": f"{worker_id}.0000000000000001", "models": ["m"], "slots": 1}
     return httpx.post(f"http://127.0.0.1:{port}/fabric/v1/workers", json=body, timeout=5)
 
 

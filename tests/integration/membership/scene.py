@@ -84,7 +84,7 @@ async def open_ended_engine() -> AsyncIterator[OpenEndedEngine]:
 
 class ForeignManager:
     """Answers workers as the test says: registrations with ``assignment``, heartbeats with what ``heartbeats`` holds
-    next, then with ``assignment``. ``registered`` are the incarnations that came, ``beats`` counts heartbeats."""
+    next, then with ``assignment``. ``registered`` are the sessions that came, ``beats`` counts heartbeats."""
 
     def __init__(self, broker_url: str) -> None:
         self.url = ""
@@ -95,7 +95,7 @@ class ForeignManager:
         self.beats = 0
 
     async def register(self, request: web.Request) -> web.Response:
-        self.registered.append((await request.json())["incarnation"])
+        self.registered.append((await request.json())["session_id"])
         fixed = {"broker_url": self.broker_url, "shards": 1, "lease_ms": 15_000, "heartbeat_ms": 100}
         return web.json_response(fixed | {"assignment": self.assignment})
 

@@ -28,7 +28,7 @@ class FleetWithClocks(Fleet):
 
 
 async def test_an_hour_ahead_or_behind_changes_nothing(tmp_path: Path, own_valkey: Server) -> None:
-    """Two workers, an hour ahead and an hour behind, serve for longer than a lease, keep their incarnations, and hold
+    """Two workers, an hour ahead and an hour behind, serve for longer than a lease, keep their sessions, and hold
     deadlines; only their logs tell another time."""
     manager = {"lease_ms": int(LEASE_S * 1000), "probe_timeout_ms": 200, "ping_ms": 200}
     async with FleetWithClocks(tmp_path, own_valkey, manager=manager) as fleet:
@@ -39,13 +39,13 @@ async def test_an_hour_ahead_or_behind_changes_nothing(tmp_path: Path, own_valke
             role.process.start()
         await asyncio.gather(*(role.ready() for role in (fleet.manager, fleet.router, *fleet.workers)))
         await asyncio.gather(*(fleet.until_served(1, name) for name in offs))
-        before = [(await worker.page("/status"))["incarnation"] for worker in fleet.workers]
+        before = [(await worker.page("/status"))["session_id"] for worker in fleet.workers]
         begin = time.monotonic()
         while time.monotonic() - begin < 2 * LEASE_S:
             for name in offs:
                 assert await _ask(fleet, name, "hello there") == (200, "hello there")
         await asyncio.gather(*(_runs_out(fleet, name) for name in offs))
-        assert [(await worker.page("/status"))["incarnation"] for worker in fleet.workers] == before
+        assert [(await worker.page("/status"))["session_id"] for worker in fleet.workers] == before
         totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).totals)
         assert [name for name in totals if name.endswith(b":requeued")] == []
         assert "worker_dead" not in fleet.manager.process.log_text()

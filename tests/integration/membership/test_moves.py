@@ -33,9 +33,9 @@ SLACK_S = 2.0
 """What a busy machine may add: the processes share two cores with other tests."""
 
 
-async def incarnations(fleet: Fleet) -> list[str]:
+async def sessions(fleet: Fleet) -> list[str]:
     """Who the workers are."""
-    return [(await worker.page("/status"))["incarnation"] for worker in fleet.workers]
+    return [(await worker.page("/status"))["session_id"] for worker in fleet.workers]
 
 
 async def requeued(fleet: Fleet) -> int:
@@ -46,14 +46,14 @@ async def requeued(fleet: Fleet) -> int:
 
 async def test_workers_follow_the_acting_manager(tmp_path: Path, own_valkey: Server) -> None:
     """The acting Manager resigns, freezes, is killed: each time the other acts within its lease, all workers are there
-    by themselves, in a higher term, the same incarnations; a stream through each Router runs across it all in one
+    by themselves, in a higher term, the same sessions; a stream through each Router runs across it all in one
     attempt; and the frozen one, awake again, changes nothing."""
     async with (
         open_ended_engine() as engine,
         TwoManagers(tmp_path, own_valkey, manager={"acting_ttl_ms": ACTING_TTL_MS}) as fleet,
     ):
         await fleet.up(workers=2, engine="url", engine_url=engine.url)
-        before, term = await incarnations(fleet), await fleet.term(0)
+        before, term = await sessions(fleet), await fleet.term(0)
         streams = [await LongStream(fleet, router).begun() for router in fleet.routers]
 
         async def moves(to: int, end: Callable[[], None], limit_s: float) -> int:
@@ -79,7 +79,7 @@ async def test_workers_follow_the_acting_manager(tmp_path: Path, own_valkey: Ser
         second.process.resume()
         await eventually(lambda: fleet.stands_by(1), "the frozen one knows that it acts no more", limit_s=PATIENCE_S)
         worker = await fleet.workers[0].page("/status")
-        beat = {"incarnation": worker["incarnation"], "slots": 1}
+        beat = {"session_id": worker["session_id"], "slots": 1}
         late = f"{second.url}{FABRIC_PREFIX}/workers/worker-1/heartbeat"
         async with fleet.session.post(late, json=beat, headers={FORWARDED_BY_MANAGER: "1"}) as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (503, "manager_unavailable")
@@ -94,7 +94,7 @@ async def test_workers_follow_the_acting_manager(tmp_path: Path, own_valkey: Ser
         assert (await fleet.workers[0].page("/status"))["assignment"] == worker["assignment"]
 
         term = await moves(1, first.process.kill, TAKE_OVER_S)
-        assert await incarnations(fleet) == before
+        assert await sessions(fleet) == before
         engine.finish()
         for stream in streams:
             await stream.whole()
@@ -108,7 +108,7 @@ async def test_a_manager_that_forgot_its_workers_is_told_again(tmp_path: Path, o
         await fleet.manager.start()
         await fleet.router.start()
         await fleet.worker("worker-1", engine="url", engine_url=engine.url).start()
-        before = await incarnations(fleet)
+        before = await sessions(fleet)
         stream = await LongStream(fleet, fleet.router).begun()
         fleet.manager.process.kill()
         await asyncio.to_thread(fleet.server.ask, "DEL", WORKERS)
@@ -116,7 +116,7 @@ async def test_a_manager_that_forgot_its_workers_is_told_again(tmp_path: Path, o
 
         async def known() -> bool:
             workers = (await fleet.manager.page(f"{FABRIC_PREFIX}/workers"))["workers"]
-            return [worker["incarnation"] for worker in workers] == before
+            return [worker["session_id"] for worker in workers] == before
 
         await eventually(known, "the worker is known again", limit_s=PATIENCE_S)
         await fleet.workers[0].ready()
@@ -130,7 +130,7 @@ def _assignment(term: int, version: int, *pools: str) -> dict[str, Any]:
 
 
 async def test_what_foreign_managers_say_of_heartbeats(tmp_path: Path, own_valkey: Server) -> None:
-    """404 and 410, with our error or somebody else's, all mean register again, as the same incarnation; an answer of an
+    """404 and 410, with our error or somebody else's, all mean register again, as the same session id; an answer of an
     older term, or an older version, changes nothing."""
     unknown: dict[str, Any] = {"error": {"code": UnknownWorker.code, "message": "who are you?"}}
     async with foreign_manager(own_valkey.url) as manager, Fleet(tmp_path, own_valkey) as fleet:
@@ -148,7 +148,7 @@ async def test_what_foreign_managers_say_of_heartbeats(tmp_path: Path, own_valke
         for number, answer in enumerate(((404, unknown), (410, unknown), (404, {"detail": "Not Found"})), 2):
             manager.heartbeats = [answer]
             await registered(number)
-        assert set(manager.registered) == {(await worker.page("/status"))["incarnation"]}
+        assert set(manager.registered) == {(await worker.page("/status"))["session_id"]}
         for older in (_assignment(4, 99), _assignment(5, 1)):
             manager.heartbeats = [(200, {"assignment": older})] * 1_000
             await answered(3)
@@ -169,7 +169,7 @@ async def test_two_managers_never_both_accept(tmp_path: Path, own_valkey: Server
             arguments = fleet.managers[0].process.args
             arguments[arguments.index("--redis-url") + 1] = proxy.url
             await fleet.up(workers=1)
-            before = await incarnations(fleet)
+            before = await sessions(fleet)
             seen: list[tuple[int, int]] = []
             accepted: list[list[Accepted]] = [[], []]
             async with asyncio.TaskGroup() as group:
@@ -197,7 +197,7 @@ async def test_two_managers_never_both_accept(tmp_path: Path, own_valkey: Server
             assert max(one.begun_s for one in answers if one.term == old) < next_term_since
             assert seen == sorted(seen)
             assert seen[0][0] < seen[-1][0]
-            assert await incarnations(fleet) == before
+            assert await sessions(fleet) == before
             assert await requeued(fleet) == 0
 
 
@@ -212,7 +212,7 @@ class Accepted:
 
 async def _keep_joining(fleet: TwoManagers, number: int, accepted: list[Accepted]) -> None:
     """Register a worker of its own with one Manager again and again."""
-    body = {"worker_id": f"probe-{number}", "incarnation": f"probe-{number}.0000000000000001", "slots": 0}
+    body = {"worker_id": f"probe-{number}", "session_id": f"probe-{number}.0000000000000001", "slots": 0}
     url = f"{fleet.managers[number].url}{FABRIC_PREFIX}/workers"
     while True:
         begun = time.monotonic()

@@ -15,7 +15,7 @@ from broker import Broker, BrokerSettings
 from inferq.client import FabricClient
 from inferq.doctor import Examined, Level
 from inferq.doctor.queue import look_at_queue
-from queue_schemas import FABRIC_PREFIX, BrokerUnsuitable, new_incarnation
+from queue_schemas import FABRIC_PREFIX, BrokerUnsuitable, new_session_id
 from tests.integration.membership.scene import PATIENCE_S, LongStream, open_ended_engine
 from tests.support.faults import FaultProxy
 from tests.support.fleet import ROOT, Fleet, Role
@@ -31,7 +31,7 @@ SCRIPTS = {
     ),
     "router": (
         *("enqueue", "attach", "detach", "resume", "raise_epoch", "cancel", "depth"),
-        *("show_kept", "list_kept", "forget", "tend", "list_dead", "forget_dead"),
+        *("show_persisted", "list_persisted", "forget", "tend", "list_dead", "forget_dead"),
     ),
     "manager": ("act_as_manager", "reclaim", "expire", "audit", "depth"),
 }
@@ -219,14 +219,14 @@ async def test_a_missing_right_is_named(server_with_users: Server) -> None:
     url = url_of("worker", server_with_users)
     broker = await Broker.connect(BrokerSettings(redis_url=url))
     try:
-        incarnation = new_incarnation("w")
-        await broker.join(incarnation)
+        session_id = new_session_id("w")
+        await broker.join(session_id)
         server_with_users.ask("ACL", "SETUSER", "inferq-worker", "-hincrby")
         with pytest.raises(BrokerUnsuitable, match="ACL LOG"):
-            await broker.renew(incarnation)
+            await broker.renew(session_id)
         server_with_users.ask("ACL", "SETUSER", "inferq-worker", "-xread")
         with pytest.raises(BrokerUnsuitable, match="'xread'"):
-            await broker.read_control(0, incarnation, "0", 10)
+            await broker.read_control(0, session_id, "0", 10)
     finally:
         await broker.close()
     server_with_users.ask("ACL", "SETUSER", "inferq-worker", "-info")
@@ -276,13 +276,13 @@ async def test_a_cluster_asks_for_two_more_commands(tmp_path: Path) -> None:
             )
             for role in SCRIPTS
         }
-        incarnation = new_incarnation("w")
-        await brokers["worker"].join(incarnation)
-        await brokers["worker"].renew(incarnation)
-        assert incarnation in await brokers["manager"].beats()
+        session_id = new_session_id("w")
+        await brokers["worker"].join(session_id)
+        await brokers["worker"].renew(session_id)
+        assert session_id in await brokers["manager"].beats()
         assert await brokers["manager"].act_as_manager("m", 1_000)
         assert await brokers["router"].depths() == {}
-        await brokers["worker"].leave(incarnation)
+        await brokers["worker"].leave(session_id)
         for broker in brokers.values():
             await broker.close()
     finally:

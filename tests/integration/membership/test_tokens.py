@@ -56,7 +56,7 @@ async def test_a_wrong_token_at_the_start_is_one_sentence(roles: Fleet) -> None:
             assert "Traceback" not in log
             assert fleet.server.url not in log
         headers = {JOIN_TOKEN_HEADER: WRONG}
-        body = {"worker_id": "w", "incarnation": "w.0000000000000001", "slots": 1}
+        body = {"worker_id": "w", "session_id": "w.0000000000000001", "slots": 1}
         for role in (fleet.router, fleet.manager):
             for method, path in (("POST", "workers"), ("GET", "broker")):
                 url = f"{role.url}{FABRIC_PREFIX}/{path}"
@@ -67,13 +67,13 @@ async def test_a_wrong_token_at_the_start_is_one_sentence(roles: Fleet) -> None:
 
 async def test_a_token_that_becomes_wrong_is_waited_out(roles: Fleet) -> None:
     """The Manager is restarted with another token: the worker keeps its stream, says on /ready what is wrong, and is a
-    member again, as the same incarnation, when the token is right again."""
+    member again, as the same session id, when the token is right again."""
     async with roles as fleet, open_ended_engine() as engine:
         await fleet.manager.start()
         await fleet.router.start()
         worker = fleet.worker("worker-1", join_token=RIGHT, engine="url", engine_url=engine.url)
         await worker.start()
-        before = (await status_of(worker))["incarnation"]
+        before = (await status_of(worker))["session_id"]
         stream = await LongStream(fleet, fleet.router).begun()
         fleet.manager.process.kill()
         set_token(fleet.manager, WRONG)
@@ -90,7 +90,7 @@ async def test_a_token_that_becomes_wrong_is_waited_out(roles: Fleet) -> None:
         await fleet.manager.start()
         await worker.ready()
         status = await status_of(worker)
-        assert (status["incarnation"], status["running"]) == (before, 1)
+        assert (status["session_id"], status["running"]) == (before, 1)
         engine.finish()
         await stream.whole()
         assert engine.calls == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from queue_schemas import new_incarnation
+from queue_schemas import new_session_id
 from tests.support.fleet import Fleet
 from tests.support.ray_cluster import RayCluster
 from tests.support.waiting import eventually
@@ -42,7 +42,7 @@ async def test_figures_and_request_ids_are_where_rays_are(ray_cluster: RayCluste
     """Ray's own metrics page shows ours, of Routers and Manager; the logs of the replica that took a registration and
     of the actor that answered it carry its id."""
     asked = {"x-request-id": "registration-that-is-followed"}
-    joining = {"worker_id": "somebody", "incarnation": str(new_incarnation("somebody")), "models": [], "slots": 1}
+    joining = {"worker_id": "somebody", "session_id": str(new_session_id("somebody")), "models": [], "slots": 1}
     async with ray_fleet.session.post(f"{ray_cluster.url}/fabric/v1/workers", json=joining, headers=asked) as answer:
         assert answer.status == 200, await answer.text()
 
@@ -63,7 +63,7 @@ async def test_figures_and_request_ids_are_where_rays_are(ray_cluster: RayCluste
         return bool(manager and router)
 
     await eventually(shown, "Ray's page shows our figures", limit_s=40, every_s=0.5)
-    leaving = f"{ray_cluster.url}/fabric/v1/workers/somebody?incarnation={joining['incarnation']}"
+    leaving = f"{ray_cluster.url}/fabric/v1/workers/somebody?session_id={joining['session_id']}"
     async with ray_fleet.session.delete(leaving) as answer:
         assert answer.status == 204
 

@@ -121,7 +121,7 @@ async def test_two_managers_and_either_dies(tmp_path: Path, ray: RayFabric) -> N
             status, body = await fleet.manager.get(f"{FABRIC_PREFIX}/workers")
             page = json.loads(body) if status == 200 else {}
             if page.get("manager"):
-                return {one["worker_id"]: one["incarnation"] for one in page["workers"]} == workers
+                return {one["worker_id"]: one["session_id"] for one in page["workers"]} == workers
             # Ray may start another actor before the lease of the killed one is over: whoever asks first then acts.
             for pid in set(ray.cluster.processes(MANAGER)) - killed:
                 os.kill(pid, signal.SIGKILL)

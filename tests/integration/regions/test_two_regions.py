@@ -46,7 +46,7 @@ class Scene:
     async def from_abroad(self, worker: str) -> int:
         """How many jobs of other regions a worker has claimed."""
         page = await self.workers[worker].metrics()
-        return int(sum(map(float, re.findall(r"inferq_jobs_from_abroad_total\{[^}]*\} (\S+)", page))))
+        return int(sum(map(float, re.findall(r"inferq_jobs_from_remote_regions_total\{[^}]*\} (\S+)", page))))
 
     async def all_run(self, jobs: int) -> bool:
         """Whether so many jobs run now, wherever, and none waits."""
@@ -71,7 +71,7 @@ async def scene(tmp_path: Path, own_valkey: Server) -> AsyncIterator[Scene]:
         routers, workers = {}, {}
         for region, redis_url in links.items():
             routers[region] = fleet.another_router(
-                f"router-{region}", region=region, redis_url=redis_url, region_patience_ms=int(PATIENCE_S * 1000)
+                f"router-{region}", region=region, redis_url=redis_url, region_remote_after_ms=int(PATIENCE_S * 1000)
             )
             workers[region] = fleet.worker(
                 f"worker-{region}", region=region, redis_url=redis_url, manager_url=fleet.manager.url, slots=SLOTS,
@@ -88,7 +88,7 @@ async def scene(tmp_path: Path, own_valkey: Server) -> AsyncIterator[Scene]:
 
 
 async def test_near_capacity_first_and_far_capacity_never_wasted(scene: Scene) -> None:
-    """With room at home every job runs there; what home has no room for runs abroad when its patience is over, with no
+    """With room at home every job runs there; what home has no room for runs remote when its patience is over, with no
     Manager alive; with home dead all of it does. Nothing is lost."""
     for turn in range(4):
         await asyncio.gather(scene.ask("eu", f"eu {turn}"), scene.ask("us", f"us {turn}"))
@@ -99,7 +99,7 @@ async def test_near_capacity_first_and_far_capacity_never_wasted(scene: Scene) -
     long = [asyncio.create_task(scene.ask("eu", LONG)) for _ in range(SLOTS)]
     await eventually(lambda: scene.all_run(SLOTS), "home runs what fills its slots")
     overflow = await asyncio.gather(*(scene.ask("eu", f"over {number}") for number in range(2 * SLOTS)))
-    assert not any(task.done() for task in long), "abroad was quicker than waiting for home"
+    assert not any(task.done() for task in long), "remote was quicker than waiting for home"
     assert min(overflow) >= PATIENCE_S
     assert max(overflow) < PATIENCE_S + 4
     assert await scene.from_abroad("us") == 2 * SLOTS

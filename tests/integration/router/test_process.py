@@ -191,7 +191,7 @@ def test_it_learns_from_its_manager_where_redis_is(start: Start, valkey: Server,
     try:
         router.until(lambda: _answers(ports[0], "/readyz"), 30)
         url = f"http://127.0.0.1:{ports[0]}/fabric/v1/workers"
-        body = {"worker_id": "w", "incarnation": "w.0000000000000001", "models": ["m"], "slots": 1, "engine": "ready"}
+        body = {"worker_id": "w", "session_id": "w.0000000000000001", "models": ["m"], "slots": 1, "engine": "ready"}
         assert httpx.post(url, json=body).status_code == 401
         registered = httpx.post(url, json=body, headers={"x-inferq-join-token": "jt"})
         assert registered.status_code == 200

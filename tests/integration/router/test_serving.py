@@ -125,7 +125,7 @@ async def test_a_lost_worker_does_not_show_in_the_stream(
     async def speak() -> None:
         lost = await worker.lease()
         await worker.say(lost, chunk("The capi"))
-        await worker.broker.reclaim(worker.puller.incarnation)
+        await worker.broker.reclaim(worker.puller.session_id)
         await worker.say(lost, chunk("WRONG"))
         async with Speaker.join(valkey.url) as other:
             lease = await other.lease()

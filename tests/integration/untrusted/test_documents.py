@@ -24,7 +24,7 @@ from tests.integration.untrusted.fabric import Fabric, running_fabric
 from tests.support.servers import Server
 
 LIMIT_S = 20.0
-ANYTHING = {"ids": [], "worker_id": "w", "incarnation": "w.0000000000000001", "slots": 1}
+ANYTHING = {"ids": [], "worker_id": "w", "session_id": "w.0000000000000001", "slots": 1}
 """A body that every operation with a body takes."""
 EXAMPLES = 6
 """For each operation, right requests and as many wrong ones."""
@@ -92,6 +92,6 @@ def test_without_the_token_only_the_public_pages_answer(guarded: Fabric, role: s
     inner = [(path, method) for path in sorted(paths) for method in document["paths"][path]]
     assert len(inner) > 5
     for path, method in inner:
-        asked = url + path.format(worker_id="w", model="m", letter_id="0:1-1") + "?incarnation=w.0000000000000001"
+        asked = url + path.format(worker_id="w", model="m", letter_id="0:1-1") + "?session_id=w.0000000000000001"
         answer = requests.request(method, asked, json=ANYTHING, timeout=LIMIT_S)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), f"{method} {path}"

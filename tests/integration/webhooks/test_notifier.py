@@ -69,7 +69,7 @@ async def test_a_notifier_that_is_killed_loses_no_event(tmp_path: Path, valkey: 
 
 
 async def test_two_notifiers_send_nothing_twice(tmp_path: Path, valkey: Server) -> None:
-    """Rounds are run by one at a time, and what one has claimed the other leaves alone."""
+    """RqJobs are run by one at a time, and what one has claimed the other leaves alone."""
     rack = Rack(tmp_path / "store")
     async with Fleet(tmp_path, valkey) as fleet, receiving() as receiver:
         endpoint_id = rack.endpoint(receiver.url)

@@ -19,15 +19,15 @@ from queue_schemas import (
     END,
     HEAD,
     Frame,
-    Incarnation,
     Job,
     JobId,
     Marker,
     MarkerKind,
     Pool,
+    SessionId,
     Tenant,
-    new_incarnation,
     new_job_id,
+    new_session_id,
 )
 from telemetry import render_metrics
 from telemetry.http.server import bind_socket
@@ -165,7 +165,7 @@ class Client:
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
-        self.incarnation: Incarnation = new_incarnation("router")
+        self.session_id: SessionId = new_session_id("router")
         self.answers: dict[JobId, Answer] = {}
 
     def deliver(self, items: list[Frame | Marker]) -> None:
@@ -187,7 +187,7 @@ class Client:
             path="/v1/chat/completions",
             body=json.dumps(body).encode(),
             stream=stream,
-            reply_to=self.incarnation,
+            reply_to=self.session_id,
             request_id=f"req_{len(self.answers)}",
             **fields,
         )
@@ -306,7 +306,7 @@ async def client_on(server: Server) -> AsyncIterator[Client]:
     """A client whose replies are read."""
     broker = await Broker.connect(BrokerSettings(redis_url=server.url))
     client = Client(broker)
-    reading = asyncio.create_task(broker.read_replies(client.incarnation, client.deliver))
+    reading = asyncio.create_task(broker.read_replies(client.session_id, client.deliver))
     try:
         await asyncio.wait_for(broker.replies_ready.wait(), 10)
         yield client

@@ -146,10 +146,10 @@ async def test_serving_goes_on_without_a_manager(fleet: Fleet, client: Client) -
     for stream in (False, True):
         assert complete(await client.ask(stream=stream))
     assert (await client.ask(max_tokens=5_000, ttl_ms=600)).status == 504
-    incarnation = worker.status()["incarnation"]
+    session_id = worker.status()["session_id"]
     await fleet.start_manager()
     await worker.until_ready()
-    assert worker.status()["incarnation"] == incarnation
+    assert worker.status()["session_id"] == session_id
     assert complete(await client.ask())
 
 
@@ -206,7 +206,7 @@ async def test_a_worker_that_was_killed_may_come_back_under_its_id_at_once(fleet
 async def test_a_worker_declared_dead_lets_go_and_starts_anew(fleet: Fleet, client: Client) -> None:
     """Paused for longer than its lease, it finds itself fenced: its late answers are dropped, it joins as another."""
     paused = await fleet.worker("w1").until_ready()
-    before = paused.status()["incarnation"]
+    before = paused.status()["session_id"]
     job = await client.send(stream=True, max_tokens=400)
     await client.begun(job)
     paused.process.pause()
@@ -215,7 +215,7 @@ async def test_a_worker_declared_dead_lets_go_and_starts_anew(fleet: Fleet, clie
     answer = client.answers[job]
     await eventually(lambda: answer.markers, "the job is taken back", limit_s=LEASE_MS / 1_000 + 30)
     paused.process.resume()
-    await eventually(lambda: (paused.status() or {}).get("incarnation") not in (None, before), "a new incarnation")
+    await eventually(lambda: (paused.status() or {}).get("session_id") not in (None, before), "a new session_id")
     assert complete(await client.answer(job, 40))
     assert answer.frames[0].epoch == answer.markers[-1].epoch
     await paused.until_ready()
@@ -226,13 +226,13 @@ async def test_a_router_that_vanished_frees_the_slot(fleet: Fleet, client: Clien
     """Nobody reads the answer any more: the engine call is closed and the job ends, instead of running to its end."""
     worker = await fleet.worker("w1", "--slots", "1").until_ready()
     gone = Client(client.broker)
-    reading = asyncio.create_task(client.broker.read_replies(gone.incarnation, gone.deliver))
-    await eventually(lambda: fleet.server.ask("EXISTS", f"iq:{{0}}:reply:{gone.incarnation}"), "its stream exists")
+    reading = asyncio.create_task(client.broker.read_replies(gone.session_id, gone.deliver))
+    await eventually(lambda: fleet.server.ask("EXISTS", f"iq:{{0}}:reply:{gone.session_id}"), "its stream exists")
     job = await gone.send(stream=True, max_tokens=5_000)
     await gone.begun(job)
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
-    fleet.server.ask("DEL", f"iq:{{0}}:reply:{gone.incarnation}")
+    fleet.server.ask("DEL", f"iq:{{0}}:reply:{gone.session_id}")
     await eventually(lambda: worker.status()["running"] == 0, "the slot is free", limit_s=5)
     await client.until_nothing_is_left()
 

@@ -125,7 +125,8 @@ async def test_a_job_that_breaks_every_engine_is_buried(fleet: LocalFleet, clien
 
 
 async def test_a_crash_of_the_engine_process_costs_an_attempt_not_an_answer(fleet: LocalFleet, client: Client) -> None:
-    """A job ends the engine's process: it is buried, the engine is started again, and its neighbour is answered."""
+    """A job ends the engine's process: it is declared dead, the engine is started again, and its neighbour is
+    answered."""
     worker = await fleet.worker("w1", "--engine", "sim-process").until_ready()
     bystander = await client.send(max_tokens=100)
     await eventually(lambda: worker.running == 1, "the bystander runs")
@@ -169,4 +170,4 @@ async def test_metrics_and_pages_say_what_happened(fleet: LocalFleet, client: Cl
     ):
         # The client has its answer a moment before the worker hears that it was taken.
         await eventually(lambda line=line: line in worker.metrics(), line)
-    assert worker.worker.status().incarnation.startswith("w1.")
+    assert worker.worker.status().session_id.startswith("w1.")

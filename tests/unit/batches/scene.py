@@ -15,7 +15,7 @@ import fakeredis
 
 from batches import BatchSettings
 from batches.batcher import Batcher
-from batches.context import Desk
+from batches.context import BatchContext
 from batches.metrics import BatchMetrics
 from batches.sweep import Sweep
 from broker import Broker
@@ -45,17 +45,17 @@ class Scene:
         self.settings = BatchSettings.load(**(usual | dict(settings)))
         self.broker = Broker.over(self.client(), retry_limit_ms=200)
         self.worker = Puller(self.broker)
-        self.batcher, self.desk, self.steps = self.another()
-        self.sweep = Sweep(self.desk, self.steps)
+        self.batcher, self.context, self.steps = self.another()
+        self.sweep = Sweep(self.context, self.steps)
 
     def client(self) -> fakeredis.FakeAsyncRedis:
         return fakeredis.FakeAsyncRedis(server=self.server, protocol=2)
 
-    def another(self) -> tuple[Batcher, Desk, StepQueue]:
+    def another(self) -> tuple[Batcher, BatchContext, StepQueue]:
         """Another batcher, over the same store and queue."""
         import time  # noqa: PLC0415 - beside ``now``
 
-        desk = Desk(
+        context = BatchContext(
             self.settings,
             10**9,
             self.shelf.store,
@@ -65,7 +65,7 @@ class Scene:
             broker=self.broker,
         )
         steps = StepQueue(fakeredis.FakeRedis(server=self.server, protocol=2))
-        return Batcher(desk, steps), desk, steps
+        return Batcher(context, steps), context, steps
 
     async def serve(self, model: str = "sim") -> None:
         """A worker joins."""

@@ -22,16 +22,16 @@ from batches.core import (
     custom_id_digest,
     file_of,
     job_of,
-    mailbox_of,
     pack_chunk,
     pack_run,
     record,
     repeated,
+    reply_stream_of,
     slice_bounds,
     unpack_chunk,
 )
 from queue_schemas import END, HEAD, Frame, JobId, Marker, MarkerKind
-from queue_schemas.ids import check_incarnation, shard_of_job
+from queue_schemas.ids import check_session_id, shard_of_job
 from storage.names import FILE, is_id
 
 BATCH = "batch_" + "0123456789abcdef" * 2
@@ -88,9 +88,9 @@ def test_of_a_line_that_was_stored_twice_the_first_counts() -> None:
 
 
 def test_names_have_the_shapes_that_others_check() -> None:
-    """Job ids, mailboxes and file ids pass where any other would."""
+    """Job ids, durable replies and file ids pass where any other would."""
     assert shard_of_job(job_of(BATCH, 3, 1, 0)) == 3
-    check_incarnation(mailbox_of(BATCH))
+    check_session_id(reply_stream_of(BATCH))
     assert is_id(file_of(BATCH, "output"), FILE)
     assert file_of(BATCH, "output") != file_of(BATCH, "error")
 

@@ -78,22 +78,22 @@ async def test_a_step_that_fails_is_tried_later_and_later(scene: Scene) -> None:
     """The queue is away: nothing waits on RQ's queue meanwhile, and the pause grows to its limit."""
     batch_id = scene.submit([line(1)])
     await scene.step(batch_id)
-    scene.desk.broker = None
+    scene.context.broker = None
     pauses = []
     for _ in range(12):
         await scene.step(batch_id)
         pauses.append(scene.steps.connection.pttl(f"rq:inferq:pause:{batch_id}"))
     assert scene.batcher.stalled.startswith("the queue cannot be reached")
-    assert pauses[0] <= 10 < pauses[3] <= 80 < pauses[-1] <= scene.settings.longest_retry_ms
+    assert pauses[0] <= 10 < pauses[3] <= 80 < pauses[-1] <= scene.settings.max_retry_ms
     assert scene.steps.waiting() == set()
-    scene.desk.broker = scene.broker
+    scene.context.broker = scene.broker
     batch = await scene.end(batch_id)
     assert batch.progress.completed == 1
 
 
 async def test_a_step_that_breaks_does_not_do_so_for_ever(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault of ours shows in RQ's failed jobs, is tried again, and fails the batch in the end."""
-    monkeypatch.setattr("batches.batcher.MOST_FAILURES", 3)
+    monkeypatch.setattr("batches.batcher.MAX_FAILURES", 3)
     batch_id = scene.submit([line(1)])
     scene.shelf.store.put(f"t-{ACME}/batches/{batch_id}/run/work", b"not ours")
     for _ in range(3):

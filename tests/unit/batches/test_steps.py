@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from batches.core import job_of, mailbox_of
-from broker import Letter
-from queue_schemas import Incarnation, JobId, Outcome, StoreFull, Tenant
+from batches.core import job_of, reply_stream_of
+from broker import ReplyMessage
+from queue_schemas import JobId, Outcome, SessionId, StoreFull, Tenant
 from queue_schemas.keys import ShardKeys
 from storage import Batch, BatchStatus, writing
 from tests.support.batches import jsonl, line
@@ -66,8 +66,8 @@ async def test_nothing_is_left_but_the_record_and_the_end(scene: Scene) -> None:
     await scene.end(batch_id)
     assert scene.shelf.batches.live() == []
     assert scene.shelf.store.names(f"t-{ACME}/batches/{batch_id}") == ["end", "progress", "request"]
-    mailbox = ShardKeys(0).reply(mailbox_of(batch_id))
-    assert not await scene.client().exists(mailbox)
+    reply_stream = ShardKeys(0).reply(reply_stream_of(batch_id))
+    assert not await scene.client().exists(reply_stream)
     assert not [key for key in await scene.client().keys("*") if b"inferq" in key and b"queue" not in key]
 
 
@@ -89,7 +89,7 @@ async def test_an_engines_error_is_a_line_of_the_error_file(scene: Scene) -> Non
 
 async def test_an_engine_that_is_too_busy_costs_no_line(scene: Scene) -> None:
     """A line that is answered with 429 or 503 is sent again after ever longer pauses, and has the answer that it gets
-    then; no sooner, however often the mailbox is read."""
+    then; no sooner, however often the reply stream is read."""
     asked: Counter[str] = Counter()
 
     def engine(body: dict[str, Any]) -> tuple[int, Any]:
@@ -229,7 +229,8 @@ async def test_a_batch_whose_input_is_deleted_fails_and_keeps_what_was_done(scen
 
 
 async def test_a_full_disk_loses_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the store has no room, steps fail and are tried again, answers stay in the mailbox, and no line is sent
+    """While the store has no room, steps fail and are tried again, answers stay in the reply stream, and no line is
+    sent
     beyond two windows; with room again the batch ends whole."""
     batch_id = scene.submit(lines(60))
     await scene.until(batch_id, lambda batch: batch.progress.completed >= 10)
@@ -329,7 +330,8 @@ async def test_answers_that_were_lost_are_asked_for_again(scene: Scene) -> None:
 
 
 async def test_a_job_that_ended_unheard_runs_again_as_another(scene: Scene) -> None:
-    """Its answer never came to the mailbox, and the queue says that it is over: silence alone would last for ever."""
+    """Its answer never came to the reply stream, and the queue says that it is over: silence alone would last for
+    ever."""
     batch_id = scene.submit(lines(3))
     await scene.until(batch_id, lambda batch: batch.progress.status is BatchStatus.IN_PROGRESS)
     await scene.step(batch_id)
@@ -341,27 +343,27 @@ async def test_a_job_that_ended_unheard_runs_again_as_another(scene: Scene) -> N
 
 
 async def test_jobs_are_cancelled_while_no_mailbox_is_there_and_sent_again(scene: Scene) -> None:
-    """A batcher that was away for longer than its mailbox lives: nothing ran for nobody, and nothing is lost."""
+    """A batcher that was away for longer than its reply stream lives: nothing ran for nobody, and nothing is lost."""
     batch_id = scene.submit(lines(3))
     await scene.until(batch_id, lambda batch: batch.progress.status is BatchStatus.IN_PROGRESS)
     await scene.step(batch_id)
-    await scene.client().delete(ShardKeys(0).reply(mailbox_of(batch_id)))
+    await scene.client().delete(ShardKeys(0).reply(reply_stream_of(batch_id)))
     assert await scene.run_jobs() == 0
     batch = await scene.end(batch_id)
     assert set(scene.output(batch)) == names(3)
 
 
 async def test_large_answers_are_not_all_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is taken from the mailbox at a time is bounded by its size, whatever the engines say."""
+    """What is taken from the reply stream at a time is bounded by its size, whatever the engines say."""
     async with opened(tmp_path, window_lines=8, chunk_lines=5, step_ms=150) as scene:
         asked: list[int] = []
-        read = scene.broker.read_mailbox
+        read = scene.broker.read_reply_stream
 
-        async def noted(shard: int, name: Incarnation, after: str, block_ms: int, count: int) -> list[Letter]:
+        async def noted(shard: int, name: SessionId, after: str, block_ms: int, count: int) -> list[ReplyMessage]:
             asked.append(count)
             return await read(shard, name, after, block_ms, count)
 
-        monkeypatch.setattr(scene.broker, "read_mailbox", noted)
+        monkeypatch.setattr(scene.broker, "read_reply_stream", noted)
         monkeypatch.setattr("batches.dispatcher._FIRST_LETTERS", 3)
         monkeypatch.setattr("batches.dispatcher._BYTES_READ", 1 << 20)
         batch = await scene.end(scene.submit(lines(24)), engine=lambda _: (200, {"text": "x" * 400_000}))
@@ -388,10 +390,10 @@ async def test_a_tenant_over_its_budget_waits(tmp_path: Path) -> None:
     from broker import Broker, Budgets  # noqa: PLC0415
 
     async with opened(tmp_path, window_lines=8) as scene:
-        scene.desk.broker = Broker.over(scene.client(), budgets=Budgets(tenant_jobs=3), retry_limit_ms=200)
+        scene.context.broker = Broker.over(scene.client(), budgets=Budgets(tenant_jobs=3), retry_limit_ms=200)
         batch = await scene.end(scene.submit(lines(20)))
         assert set(scene.output(batch)) == names(20)
-        await scene.desk.broker.close()
+        await scene.context.broker.close()
 
 
 async def test_an_output_expires_when_it_was_asked_to(scene: Scene) -> None:

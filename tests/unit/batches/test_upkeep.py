@@ -22,7 +22,7 @@ async def test_an_input_that_expires_stays_until_its_batch_has_ended(tmp_path: P
         assert record is not None
         files.add(record.model_copy(update={"expires_at": int(scene.now) + 1}))
         scene.now += 2
-        upkeep = Upkeep(scene.desk)
+        upkeep = Upkeep(scene.context)
         upkeep.once()
         assert files.get(ACME, file_id, scene.now) is None
         batch = await scene.end(batch_id)
@@ -39,10 +39,10 @@ async def test_leftovers_are_looked_for_once_an_hour(tmp_path: Path) -> None:
         for file_id in (output, stray):
             scene.shelf.store.put(Files.part_name(ACME, file_id, 0), b"1")
         scene.now += 30 * 86_400
-        upkeep = Upkeep(scene.desk)
+        upkeep = Upkeep(scene.context)
         upkeep.once()
         assert scene.shelf.store.get(Files.part_name(ACME, stray, 0)) == b"1"
-        scene.desk.tick_s = lambda: float("inf")
+        scene.context.tick_s = lambda: float("inf")
         upkeep.once()
         assert scene.shelf.store.get(Files.part_name(ACME, stray, 0)) is None
         assert scene.shelf.store.get(Files.part_name(ACME, output, 0)) == b"1"
@@ -53,17 +53,17 @@ async def test_an_ended_batch_goes_when_its_time_is_over_and_its_files_stay(tmp_
     Zero keeps all."""
     async with opened(tmp_path, keep_batches_s=3_600) as scene:
         batch = await scene.end(scene.submit([line(1)]))
-        upkeep = Upkeep(scene.desk)
+        upkeep = Upkeep(scene.context)
         scene.now += 3_000
         upkeep.once()
-        assert scene.desk.batches.page(ACME)[0] == [batch]
+        assert scene.context.batches.page(ACME)[0] == [batch]
         scene.now += 1_000
-        kept = scene.desk.settings
-        scene.desk.settings = kept.model_copy(update={"keep_batches_s": 0})
+        kept = scene.context.settings
+        scene.context.settings = kept.model_copy(update={"keep_batches_s": 0})
         upkeep.once()
-        assert scene.desk.batches.page(ACME)[0] == [batch]
-        scene.desk.settings = kept
+        assert scene.context.batches.page(ACME)[0] == [batch]
+        scene.context.settings = kept
         upkeep.once()
-        assert scene.desk.batches.page(ACME) == ([], False)
+        assert scene.context.batches.page(ACME) == ([], False)
         assert batch.progress.output_file_id is not None
         assert scene.shelf.files.get(ACME, batch.progress.output_file_id, scene.now) is not None

@@ -175,7 +175,7 @@ def test_the_fleet_is_one_line_per_worker() -> None:
     """Who, in which state, how busy, since when unheard."""
     worker = WorkerInfo(
         worker_id="gpu-1",
-        incarnation="gpu-1.0123456789abcdef",
+        session_id="gpu-1.0123456789abcdef",
         models=["m"],
         slots=8,
         running=3,

@@ -126,7 +126,7 @@ async def test_few_files_are_a_warning(tmp_path: Path, monkeypatch: pytest.Monke
 
 async def test_a_full_disk_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queue's log could not grow."""
-    monkeypatch.setattr(host, "LEAST_DISK_BYTES", 1 << 62)
+    monkeypatch.setattr(host, "MIN_DISK_BYTES", 1 << 62)
     assert (await _examined(tmp_path))["disk"][0].level is Level.FAILURE
 
 

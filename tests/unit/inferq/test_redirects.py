@@ -18,14 +18,14 @@ from broker import BrokerSettings
 from broker.queue_link import QueueLink
 from inferq.client import Answer, FabricClient, FabricRefused
 from manager.probe import HttpWorkerProbe
-from queue_schemas import Heartbeat, Incarnation, InferqError, Registration, WorkerId
+from queue_schemas import Heartbeat, InferqError, Registration, SessionId, WorkerId
 from router.app import open_manager
 from telemetry.http.fabric_calls import FabricCall
 from worker.engines import EngineCall
 from worker.engines.http import HttpEngine
 from worker.manager_client import FabricClient as WorkersClient
 
-RUN = Incarnation("w.0000000000000001")
+RUN = SessionId("w.0000000000000001")
 EXAMPLE = Path(__file__).parents[3] / "examples" / "autoscale_by_queue_depth.py"
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -52,8 +52,8 @@ async def command(url: str) -> None:
 async def worker(url: str) -> None:
     client = WorkersClient([url], "s3cret")
     calls: list[Awaitable[object]] = [
-        client.register(Registration(worker_id="w", incarnation=RUN, slots=1)),
-        client.heartbeat("w", Heartbeat(incarnation=RUN, slots=1)),
+        client.register(Registration(worker_id="w", session_id=RUN, slots=1)),
+        client.heartbeat("w", Heartbeat(session_id=RUN, slots=1)),
         client.stay_present("w", RUN),
         client.deregister("w", RUN),
     ]

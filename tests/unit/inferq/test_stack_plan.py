@@ -10,7 +10,7 @@ import pytest
 from inferq.commands.up import with_batcher
 from inferq.stack import StackOptions, plan_stack
 from inferq.stack.plan import choose_engine
-from inferq.stack.restarts import EXIT_REFUSED, LONGEST_PAUSE_S, MOST_IN_A_ROW, STEADY_S, Restarts
+from inferq.stack.restarts import EXIT_REFUSED, MAX_IN_A_ROW, MAX_PAUSE_S, STEADY_S, Restarts
 from queue_schemas import CannotStart
 
 _BATCHES = ("INFERQ_BATCHES_PORT", "INFERQ_NOTIFIER_PORT", "INFERQ_BROKER_RQ_REDIS_URL", "INFERQ_STORAGE_URL")
@@ -115,15 +115,15 @@ def test_pauses_grow_and_end() -> None:
         if pause is None:
             break
         pauses.append(pause)
-    assert len(pauses) == MOST_IN_A_ROW - 1
+    assert len(pauses) == MAX_IN_A_ROW - 1
     assert pauses == sorted(pauses)
-    assert pauses[-1] == LONGEST_PAUSE_S
+    assert pauses[-1] == MAX_PAUSE_S
 
 
 def test_a_steady_run_earns_a_fresh_start() -> None:
     """What crashes once a day is started again at once, however often."""
     state = Restarts()
-    for _ in range(5 * MOST_IN_A_ROW):
+    for _ in range(5 * MAX_IN_A_ROW):
         state, pause = state.ended(1, STEADY_S + 1, ready=True)
         assert pause is not None
         assert pause < 1

@@ -1,4 +1,4 @@
-"""The Manager's surroundings in memory: a queue and a fleet of doors, both to order."""
+"""The Manager's context in memory: a queue and a fleet of doors, both to order."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from queue_schemas import (
     BrokerUnavailable,
     Control,
     ControlKind,
-    Incarnation,
     Lane,
     LaneDepth,
     Pool,
+    SessionId,
     WorkerId,
     WorkerInfo,
     shard_of_pool,
@@ -33,10 +33,10 @@ class FakeQueue:
     round_trips: int = 0
     down: bool = False
     refuses_reclaims: bool = False
-    numbers: dict[Incarnation, int] = field(default_factory=dict)
+    numbers: dict[SessionId, int] = field(default_factory=dict)
     answers_pings: set[str] = field(default_factory=set)
-    controls: list[tuple[Incarnation, Control]] = field(default_factory=list)
-    reclaimed: list[Incarnation] = field(default_factory=list)
+    controls: list[tuple[SessionId, Control]] = field(default_factory=list)
+    reclaimed: list[SessionId] = field(default_factory=list)
     workers: dict[str, WorkerInfo] = field(default_factory=dict)
     remembered: dict[Pool, bool] = field(default_factory=dict)
     waiting: dict[Pool, dict[Lane, LaneDepth]] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class FakeQueue:
     faults: list[str] = field(default_factory=list)
     away: set[int] = field(default_factory=set)
     """Shards that do not answer."""
-    reclaimed_on: list[tuple[int, Incarnation]] = field(default_factory=list)
+    reclaimed_on: list[tuple[int, SessionId]] = field(default_factory=list)
     swept: list[int] = field(default_factory=list)
 
     def open(self) -> AbstractAsyncContextManager[FakeQueue]:
@@ -72,26 +72,26 @@ class FakeQueue:
         if shard in self.away:
             raise BrokerUnavailable(f"shard {shard} is away")
 
-    async def beats_on(self, shard: int) -> dict[Incarnation, int]:
+    async def beats_on(self, shard: int) -> dict[SessionId, int]:
         self._trip_on(shard)
         return dict(self.numbers)
 
-    async def send_control(self, incarnation: Incarnation, control: Control, shard: int = 0) -> bool:
+    async def send_control(self, session_id: SessionId, control: Control, shard: int = 0) -> bool:
         self._trip_on(shard)
-        self.controls.append((incarnation, control))
-        if control.kind is ControlKind.PING and incarnation in self.answers_pings:
-            self.numbers[incarnation] += 1
-        return incarnation in self.numbers
+        self.controls.append((session_id, control))
+        if control.kind is ControlKind.PING and session_id in self.answers_pings:
+            self.numbers[session_id] += 1
+        return session_id in self.numbers
 
-    async def reclaim_on(self, shard: int, incarnation: Incarnation) -> Reclaimed:
+    async def reclaim_on(self, shard: int, session_id: SessionId) -> Reclaimed:
         self._trip_on(shard)
         if self.refuses_reclaims:
             raise BrokerUnavailable("Redis is away")
-        self.numbers.pop(incarnation, None)
-        self.reclaimed_on.append((shard, incarnation))
-        if incarnation in self.reclaimed:
+        self.numbers.pop(session_id, None)
+        self.reclaimed_on.append((shard, session_id))
+        if session_id in self.reclaimed:
             return Reclaimed()
-        self.reclaimed.append(incarnation)
+        self.reclaimed.append(session_id)
         return Reclaimed(requeued=2)
 
     async def expire_on(self, shard: int) -> Expired:
@@ -157,7 +157,7 @@ class FakeProbe:
     looks: int = 0
     while_looking: Callable[[], None] | None = None
 
-    async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
+    async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
         self.looks += 1
         if self.while_looking is not None:
             self.while_looking()

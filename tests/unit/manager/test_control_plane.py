@@ -12,13 +12,13 @@ from queue_schemas import (
     ControlKind,
     EngineState,
     Heartbeat,
-    Incarnation,
     Lane,
     LaneDepth,
     ManagerUnavailable,
     ModelNotFound,
     Pool,
     Registration,
+    SessionId,
     UnknownWorker,
     WorkerId,
     WorkerIdTaken,
@@ -28,7 +28,7 @@ from queue_schemas.fleet.messages import MAX_TERM
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
 
-ONE, TWO = Incarnation("w.0000000000000001"), Incarnation("w.0000000000000002")
+ONE, TWO = SessionId("w.0000000000000001"), SessionId("w.0000000000000002")
 URL = "http://127.0.0.1:7000"
 
 
@@ -60,13 +60,13 @@ async def _until(condition: Callable[[], bool]) -> None:
     await eventually(condition, "the state that the test waits for")
 
 
-def _registration(incarnation: str = ONE, **fields: object) -> Registration:
+def _registration(session_id: str = ONE, **fields: object) -> Registration:
     given = {"models": ["m"], "slots": 4, "engine": EngineState.READY, "url": URL} | fields
-    return Registration.model_validate({"worker_id": "w", "incarnation": incarnation, **given})
+    return Registration.model_validate({"worker_id": "w", "session_id": session_id, **given})
 
 
-def _heartbeat(incarnation: str = ONE) -> Heartbeat:
-    return Heartbeat(incarnation=incarnation, models=["m"], slots=4, engine=EngineState.READY)
+def _heartbeat(session_id: str = ONE) -> Heartbeat:
+    return Heartbeat(session_id=session_id, models=["m"], slots=4, engine=EngineState.READY)
 
 
 async def test_a_worker_learns_everything_from_its_registration() -> None:
@@ -151,22 +151,22 @@ async def test_a_worker_that_answers_pings_is_only_suspect() -> None:
 
 
 async def test_an_id_in_use_by_a_live_worker_is_refused() -> None:
-    """A second incarnation is turned away while the first answers, and let in once it has gone silent for good."""
+    """A second session id is turned away while the first answers, and let in once it has gone silent for good."""
     queue = FakeQueue(numbers={ONE: 1}, answers_pings={ONE})
     service = _service(queue, lease_ms=60_000, acting_ttl_ms=5_000)
     async with _running(service):
         await service.register(_registration(url=None))
         with pytest.raises(WorkerIdTaken, match="another --worker-id"):
             await service.register(_registration(TWO, url=None))
-        assert (await service.list_workers()).workers[0].incarnation == ONE
+        assert (await service.list_workers()).workers[0].session_id == ONE
         queue.answers_pings.clear()
         await service.register(_registration(TWO, url=None))
-        assert (await service.list_workers()).workers[0].incarnation == TWO
+        assert (await service.list_workers()).workers[0].session_id == TWO
         assert queue.reclaimed == [], "an unproven death is the lease's business"
 
 
 async def test_a_restarted_worker_gets_its_jobs_freed_at_once() -> None:
-    """The port now answers as the new incarnation: the old one is certainly dead."""
+    """The port now answers as the new session_id: the old one is certainly dead."""
     queue = FakeQueue(numbers={ONE: 1})
     probe = FakeProbe({URL: Door(DoorState.SAME)})
     service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
@@ -267,7 +267,7 @@ async def test_a_drain_is_told_both_ways() -> None:
         await service.register(_registration())
         info = await service.drain("w")
         assert (info.state, info.assignment.pools) == (WorkerState.DRAINING, [])
-        assert (ONE, ControlKind.DRAIN) in [(incarnation, control.kind) for incarnation, control in queue.controls]
+        assert (ONE, ControlKind.DRAIN) in [(session_id, control.kind) for session_id, control in queue.controls]
         assert (await service.heartbeat("w", _heartbeat())).drain
         with pytest.raises(UnknownWorker):
             await service.drain("nobody")
@@ -373,7 +373,7 @@ async def test_sweeps_go_on_while_newcomers_are_looked_at() -> None:
     asked, answers = asyncio.Event(), asyncio.Event()
 
     class SlowProbe(FakeProbe):
-        async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
+        async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
             asked.set()
             await answers.wait()
             return Door(DoorState.SAME)
@@ -395,14 +395,14 @@ async def test_no_word_of_a_worker_moves_the_term(ahead: int) -> None:
     queue = FakeQueue()
     service = _service(queue)
     async with _running(service):
-        await service.register(Registration(worker_id="w", incarnation=ONE, slots=1, models=["m"]))
+        await service.register(Registration(worker_id="w", session_id=ONE, slots=1, models=["m"]))
         term = queue.term
         said = min(term + ahead, MAX_TERM)
-        other = Registration(worker_id="x", incarnation=TWO, slots=1, models=["m"], term=said)
+        other = Registration(worker_id="x", session_id=TWO, slots=1, models=["m"], term=said)
         assert (await service.register(other)).assignment.term == term
         with pytest.raises(UnknownWorker, match="register again"):
-            await service.heartbeat("x", Heartbeat(incarnation=TWO, slots=1, models=["m"], term=said))
-        follows = Heartbeat(incarnation=TWO, slots=1, models=["m"], term=term)
+            await service.heartbeat("x", Heartbeat(session_id=TWO, slots=1, models=["m"], term=said))
+        follows = Heartbeat(session_id=TWO, slots=1, models=["m"], term=term)
         assert (await service.heartbeat("x", follows)).assignment.term == term
         await asyncio.sleep(0.2)  # longer than the lease is renewed apart
         assert queue.term == term
@@ -413,10 +413,10 @@ async def test_a_worker_that_follows_its_manager_leaves_the_term_alone() -> None
     queue = FakeQueue()
     service = _service(queue)
     async with _running(service):
-        worker = Registration(worker_id="w", incarnation=ONE, slots=1, models=["m"])
+        worker = Registration(worker_id="w", session_id=ONE, slots=1, models=["m"])
         term = (await service.register(worker)).assignment.term
         for _ in range(2):
-            await service.heartbeat("w", Heartbeat(incarnation=ONE, slots=1, models=["m"], term=term))
+            await service.heartbeat("w", Heartbeat(session_id=ONE, slots=1, models=["m"], term=term))
             await service.register(worker.model_copy(update={"term": term}))
         await asyncio.sleep(0.2)
         assert queue.term == term

@@ -15,7 +15,7 @@ from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
 
 TOKEN = "the fleet's secret"
-WORKER = {"worker_id": "w", "incarnation": "w.0000000000000001", "models": ["m"], "slots": 1, "engine": "ready"}
+WORKER = {"worker_id": "w", "session_id": "w.0000000000000001", "models": ["m"], "slots": 1, "engine": "ready"}
 MEMBER = {"x-inferq-join-token": TOKEN}
 
 
@@ -58,7 +58,7 @@ async def test_a_standby_leads_a_worker_to_the_acting_manager(
         assert (await client.post("/workers", json=WORKER)).status_code == 200
         assert [one.worker_id for one in (await acting.list_workers()).workers] == ["w"]
         assert (await client.post("/workers/w/heartbeat", json=WORKER)).status_code == 200
-        assert (await client.delete(f"/workers/w?incarnation={WORKER['incarnation']}")).status_code == 204
+        assert (await client.delete(f"/workers/w?session_id={WORKER['session_id']}")).status_code == 204
         assert (await acting.list_workers()).workers == []
         assert (await client.post("/workers/w/heartbeat", json=WORKER)).status_code == 410
         assert not standby.acting
@@ -91,11 +91,11 @@ async def test_the_death_of_a_worker_that_a_standby_holds_is_told_to_the_acting_
     acting, _, url = two
     told: list[str] = []
 
-    async def doubt(worker_id: str, _incarnation: str) -> None:
+    async def doubt(worker_id: str, _session_id: str) -> None:
         told.append(worker_id)
 
     monkeypatch.setattr(acting, "doubt", doubt)
     async with httpx.AsyncClient(base_url=f"{url}/fabric/v1", headers=MEMBER, trust_env=False) as client:
-        async with client.stream("GET", f"/workers/w/presence?incarnation={WORKER['incarnation']}") as held:
+        async with client.stream("GET", f"/workers/w/presence?session_id={WORKER['session_id']}") as held:
             assert held.status_code == 200
         await eventually(lambda: told == ["w"], "the acting Manager was told")

@@ -8,10 +8,10 @@ import pytest
 
 from manager.core import DoorState
 from manager.probe import HttpWorkerProbe
-from queue_schemas import Incarnation, WorkerId
+from queue_schemas import SessionId, WorkerId
 
 W = WorkerId("w")
-ONE = Incarnation("w.0000000000000001")
+ONE = SessionId("w.0000000000000001")
 
 
 @asynccontextmanager
@@ -36,8 +36,8 @@ def _http(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
     return f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
-def _health(worker_id: str, incarnation: str) -> bytes:
-    return _http(json.dumps({"worker_id": worker_id, "incarnation": incarnation}).encode())
+def _health(worker_id: str, session_id: str) -> bytes:
+    return _http(json.dumps({"worker_id": worker_id, "session_id": session_id}).encode())
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def _health(worker_id: str, incarnation: str) -> bytes:
     ],
 )
 async def test_who_answers(answer: bytes | None, state: DoorState, note: str) -> None:
-    """Only a health page of this very incarnation is the same; anything odd is no evidence."""
+    """Only a health page of this very session id is the same; anything odd is no evidence."""
     async with _door(answer) as url, HttpWorkerProbe(0.3) as probe:
         door = await probe.look(url, W, ONE)
     assert door.state is state

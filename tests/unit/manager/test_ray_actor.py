@@ -28,7 +28,7 @@ from tests.support.servers import Server
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import fast_settings
 
-REGISTRATION = {"worker_id": "w", "incarnation": "w.0000000000000001", "models": ["m"], "slots": 2, "engine": "ready"}
+REGISTRATION = {"worker_id": "w", "session_id": "w.0000000000000001", "models": ["m"], "slots": 2, "engine": "ready"}
 JSON = [("content-type", "application/json")]
 OLD = "redis_version:5.0.0\r\n"
 
@@ -93,7 +93,7 @@ async def test_it_answers_what_the_http_api_answers(valkey: Server) -> None:
         )
         assert (status, json.loads(body)["error"]["code"]) == (410, "unknown_worker")
         assert (await one.answer("GET", "/nowhere", "", [], b""))[0] == 404
-        query = f"incarnation={REGISTRATION['incarnation']}"
+        query = f"session_id={REGISTRATION['session_id']}"
         assert (await one.answer("DELETE", "/fabric/v1/workers/w", query, [], b""))[0] == 204
 
 

@@ -4,8 +4,8 @@ from manager.core import Door, DoorState, Registry
 from queue_schemas import (
     EngineState,
     Heartbeat,
-    Incarnation,
     Registration,
+    SessionId,
     UnknownWorker,
     WorkerState,
     shard_of_pool,
@@ -18,14 +18,14 @@ def _registry(term: int = 1) -> Registry:
     return Registry(term, lambda pool: shard_of_pool(pool, 1), suspect_s=6.0, lease_s=15.0)
 
 
-def _registration(incarnation: str = ONE, **fields: object) -> Registration:
+def _registration(session_id: str = ONE, **fields: object) -> Registration:
     given = {"models": ["m"], "slots": 4, "engine": EngineState.READY, "url": "http://127.0.0.1:1"} | fields
-    return Registration.model_validate({"worker_id": "w", "incarnation": incarnation, **given})
+    return Registration.model_validate({"worker_id": "w", "session_id": session_id, **given})
 
 
-def _heartbeat(incarnation: str = ONE, **fields: object) -> Heartbeat:
+def _heartbeat(session_id: str = ONE, **fields: object) -> Heartbeat:
     given = {"models": ["m"], "slots": 4, "engine": EngineState.READY} | fields
-    return Heartbeat.model_validate({"incarnation": incarnation, **given})
+    return Heartbeat.model_validate({"session_id": session_id, **given})
 
 
 def test_a_worker_that_joins_is_assigned_its_models() -> None:
@@ -38,7 +38,7 @@ def test_a_worker_that_joins_is_assigned_its_models() -> None:
 
 
 def test_heartbeats_of_strangers_are_unknown() -> None:
-    """An id nobody registered, and an incarnation that is not the member's, must register again."""
+    """An id nobody registered, and an session id that is not the member's, must register again."""
     registry = _registry()
     with pytest.raises(UnknownWorker):
         registry.heartbeat("w", _heartbeat(), 0.0)
@@ -89,7 +89,7 @@ def test_a_suspect_without_renewal_number_is_forgotten() -> None:
 
 
 def test_draining_is_for_good() -> None:
-    """A drained worker is assigned nothing, also when it registers again; only a new incarnation works again."""
+    """A drained worker is assigned nothing, also when it registers again; only a new session id works again."""
     registry = _registry()
     registry.join(_registration(), 0.0)
     assert registry.drain("w", 1.0).assignment.pools == []
@@ -119,26 +119,26 @@ def test_leaving_needs_the_right_incarnation() -> None:
 
 
 def test_the_dead_are_forgotten_by_incarnation() -> None:
-    """Burying an incarnation leaves a newer one of the same id alone."""
+    """Burying an session id leaves a newer one of the same id alone."""
     registry = _registry()
     registry.join(_registration(TWO), 0.0)
-    assert registry.bury(Incarnation(ONE)) is None
-    buried = registry.bury(Incarnation(TWO))
-    assert buried is not None and buried.worker_id == "w"
+    assert registry.declare_dead(SessionId(ONE)) is None
+    declared_dead = registry.declare_dead(SessionId(TWO))
+    assert declared_dead is not None and declared_dead.worker_id == "w"
     assert registry.members() == []
 
 
 def test_a_url_is_verified_by_an_answer_only() -> None:
-    """Until the URL answered as this incarnation it is looked at again, ever more rarely, with a note for people."""
+    """Until the URL answered as this session id it is looked at again, ever more rarely, with a note for people."""
     registry = _registry()
     member = registry.join(_registration(), 0.0)
     assert registry.to_look_at(0.0, 5) == [member]
-    registry.looked(member.incarnation, Door(DoorState.OTHER, "answered by worker 'x'"), 0.0)
+    registry.looked(member.session_id, Door(DoorState.OTHER, "answered by worker 'x'"), 0.0)
     assert registry.get("w").info().url_note == "answered by worker 'x'"
     assert registry.to_look_at(0.5, 5) == []
     assert len(registry.to_look_at(1.0, 5)) == 1
     assert registry.to_doubt(100.0, 4.0, 5) == []
-    registry.looked(member.incarnation, Door(DoorState.SAME), 1.0)
+    registry.looked(member.session_id, Door(DoorState.SAME), 1.0)
     assert registry.get("w").info().url_note == ""
     assert registry.to_look_at(100.0, 5) == []
     assert len(registry.to_doubt(100.0, 4.0, 5)) == 1
@@ -149,8 +149,8 @@ def test_registering_again_keeps_what_is_known() -> None:
     """The same run at the same URL stays verified; at another URL it is looked at anew."""
     registry = _registry()
     member = registry.join(_registration(), 0.0)
-    registry.looked(member.incarnation, Door(DoorState.SAME), 0.0)
-    registry.saw_numbers([member.incarnation])
+    registry.looked(member.session_id, Door(DoorState.SAME), 0.0)
+    registry.saw_numbers([member.session_id])
     again = registry.join(_registration(), 1.0)
     assert (again.verified, again.had_number, again.assignment) == (True, True, member.assignment)
     moved = registry.join(_registration(url="http://127.0.0.1:2"), 2.0)
@@ -161,7 +161,7 @@ def test_a_snapshot_restores_the_fleet_under_a_new_term() -> None:
     """A new Manager begins with everybody just heard, the same content under its own term, and drains remembered."""
     old = _registry(term=1)
     old.join(_registration(), 0.0)
-    old.join(_registration(worker_id="d", incarnation="d.0000000000000003"), 0.0)
+    old.join(_registration(worker_id="d", session_id="d.0000000000000003"), 0.0)
     old.drain("d", 0.0)
     new = _registry(term=2)
     new.load([member.info() for member in old.members()], 1000.0)

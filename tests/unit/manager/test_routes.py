@@ -6,13 +6,13 @@ import httpx
 import pytest
 
 from manager import ManagerService, create_app
-from queue_schemas import Incarnation, Lane, LaneDepth, Pool
+from queue_schemas import Lane, LaneDepth, Pool, SessionId
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
 
-ONE = Incarnation("w.0000000000000001")
+ONE = SessionId("w.0000000000000001")
 TOKEN = {"x-inferq-join-token": "t0ken"}
-REGISTRATION = {"worker_id": "w", "incarnation": ONE, "models": ["org/m"], "slots": 2, "engine": "ready"}
+REGISTRATION = {"worker_id": "w", "session_id": ONE, "models": ["org/m"], "slots": 2, "engine": "ready"}
 
 
 @pytest.fixture
@@ -46,16 +46,16 @@ async def test_the_life_of_a_worker(client: httpx.AsyncClient) -> None:
     assert [worker["worker_id"] for worker in listed["workers"]] == ["w"]
     assert listed["term"] == 1
     assert (await client.post("/fabric/v1/workers/w/drain")).status_code == 202
-    assert (await client.delete("/fabric/v1/workers/w", params={"incarnation": ONE})).status_code == 204
+    assert (await client.delete("/fabric/v1/workers/w", params={"session_id": ONE})).status_code == 204
     gone = await client.post("/fabric/v1/workers/w/heartbeat", json=heartbeat)
     assert (gone.status_code, gone.json()["error"]["code"]) == (410, "unknown_worker")
 
 
 async def test_a_live_id_is_409(client: httpx.AsyncClient, queue: FakeQueue) -> None:
-    """A second incarnation of an id whose worker answers pings gets worker_id_taken."""
+    """A second session id of an id whose worker answers pings gets worker_id_taken."""
     queue.answers_pings.add(ONE)
     await client.post("/fabric/v1/workers", json=REGISTRATION)
-    other = await client.post("/fabric/v1/workers", json=REGISTRATION | {"incarnation": "w.0000000000000002"})
+    other = await client.post("/fabric/v1/workers", json=REGISTRATION | {"session_id": "w.0000000000000002"})
     assert (other.status_code, other.json()["error"]["code"]) == (409, "worker_id_taken")
 
 
@@ -70,7 +70,7 @@ async def test_without_the_join_token_nothing_of_the_fleet_is_told(
         ("GET", "/fabric/v1/workers"),
         ("POST", "/fabric/v1/workers/w/heartbeat"),
         ("POST", "/fabric/v1/workers/w/drain"),
-        ("DELETE", f"/fabric/v1/workers/w?incarnation={ONE}"),
+        ("DELETE", f"/fabric/v1/workers/w?session_id={ONE}"),
         ("GET", "/fabric/v1/broker"),
         ("GET", "/fabric/v1/pools"),
         ("GET", "/fabric/v1/pools/org/m"),
@@ -85,7 +85,7 @@ async def test_without_the_join_token_nothing_of_the_fleet_is_told(
     [
         {"worker_id": "../etc"},
         {"worker_id": ""},
-        {"incarnation": "nonsense"},
+        {"session_id": "nonsense"},
         {"models": ["m"] * 2000},
         {"models": "m"},
         {"slots": -1},
@@ -178,7 +178,7 @@ ODD_FIELDS: list[dict[str, object]] = [
     {"url": "http://h:99999"}, {"url": "http://[::1"}, {"url": "http://h:0"}, {"url": "http://"}, {"url": "//h:1"},
     {"url": "http://h:1/" + "a" * 3_000}, {"url": 5}, {"url": "http://hö:1"}, {"url": ""},
     {"worker_id": "w\x1b[2J"}, {"worker_id": "w" * 64}, {"worker_id": "../w"}, {"worker_id": None},
-    {"incarnation": "w"}, {"incarnation": "w.0000000000000001\n"}, {"incarnation": ["w"]},
+    {"session_id": "w"}, {"session_id": "w.0000000000000001\n"}, {"session_id": ["w"]},
     {"models": ["m\n"]}, {"models": ["m" * 300]}, {"models": [str(n) for n in range(2_000)]}, {"models": "m"},
     {"slots": -1}, {"slots": 1e400}, {"slots": "many"}, {"slots": 10**30}, {"running": -1}, {"engine": "warp"},
     {"engine_detail": "x" * 5_000}, {"version": "x" * 5_000}, {"region": "\x00"}, {"draining": "perhaps"},
@@ -202,7 +202,7 @@ async def test_an_odd_registration_is_refused_by_field(client: httpx.AsyncClient
 @pytest.mark.parametrize(
     "body",
     [b"", b"[", b"null", b"[]", b"\xff", b"{" * 100_000, b"[" * 100_000, b"9" * 10_000, b'{"a":' * 100_000, b"NaN",
-     b'"\\ud800"', b'{"worker_id":"\\ud800","incarnation":"w","slots":1}', "{}".encode("utf-16"), b"\x00" * 100_000],
+     b'"\\ud800"', b'{"worker_id":"\\ud800","session_id":"w","slots":1}', "{}".encode("utf-16"), b"\x00" * 100_000],
 )  # fmt: skip
 async def test_what_is_no_registration_is_refused(client: httpx.AsyncClient, body: bytes) -> None:
     """Bytes that are no JSON object, or too deep a one, are a 400 of a few words."""

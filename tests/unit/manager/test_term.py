@@ -11,9 +11,9 @@ from queue_schemas import (
     BrokerUnavailable,
     EngineState,
     Heartbeat,
-    Incarnation,
     Pool,
     Registration,
+    SessionId,
     WorkerId,
     WorkerIdTaken,
     WorkerInfo,
@@ -22,7 +22,7 @@ from telemetry import MetricsRegistry
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, FakeQueue, fast_settings
 
-ONE = Incarnation("w.0000000000000001")
+ONE = SessionId("w.0000000000000001")
 URL = "http://127.0.0.1:7000"
 
 
@@ -43,7 +43,7 @@ def _fleet(queue: FakeQueue, clock: Callable[[], float], probe: FakeProbe | None
 
 
 def _registration() -> Registration:
-    return Registration(worker_id="w", incarnation=ONE, models=["m"], slots=1, engine=EngineState.READY, url=URL)
+    return Registration(worker_id="w", session_id=ONE, models=["m"], slots=1, engine=EngineState.READY, url=URL)
 
 
 async def _sweep_each_second(fleet: Fleet, clock: Clock, seconds: int) -> None:
@@ -134,13 +134,13 @@ async def test_a_doubt_is_looked_into_at_once() -> None:
 
 async def test_who_is_doubted_twice_is_buried_once() -> None:
     """The sweep misses a worker's heartbeats, and looks at it, when its connection breaks: it is one death."""
-    buried = asyncio.Event()
+    declared_dead = asyncio.Event()
 
     class SlowAtFirst(FakeProbe):
-        async def look(self, url: str, worker_id: WorkerId, incarnation: Incarnation) -> Door:
-            door = await super().look(url, worker_id, incarnation)
+        async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
+            door = await super().look(url, worker_id, session_id)
             if self.looks == seen + 1:
-                await buried.wait()
+                await declared_dead.wait()
             return door
 
     seen = 1_000
@@ -154,7 +154,7 @@ async def test_who_is_doubted_twice_is_buried_once() -> None:
     sweep = asyncio.create_task(fleet.sweep())
     await eventually(lambda: probe.looks > seen, "the sweep looks")
     await fleet.doubt("w", ONE)
-    buried.set()
+    declared_dead.set()
     await sweep
     assert queue.reclaimed == [ONE]
 
@@ -171,7 +171,7 @@ async def test_a_doubt_alone_buries_nobody(proof: str) -> None:
         probe.doors[URL] = Door(DoorState.REFUSED, "refuses")
     if proof == "its ping":
         queue.answers_pings.add(ONE)
-    run = Incarnation("w.0000000000000002") if proof == "another run" else ONE
+    run = SessionId("w.0000000000000002") if proof == "another run" else ONE
     await fleet.doubt("stranger" if proof == "unknown" else "w", run)
     assert queue.reclaimed == []
     assert fleet.registry.find("w") is not None
@@ -214,12 +214,12 @@ async def test_who_is_only_in_the_snapshot_keeps_no_newcomer_out() -> None:
     before = _fleet(queue, clock)
     await before.register(_registration())
     await before.save()
-    again = _registration().model_copy(update={"incarnation": "w.0000000000000002"})
+    again = _registration().model_copy(update={"session_id": "w.0000000000000002"})
     with pytest.raises(WorkerIdTaken):
         await before.register(again)
     after = _fleet(queue, clock)
     await after.load()
-    assert (await after.register(again)).incarnation == again.incarnation
+    assert (await after.register(again)).session_id == again.session_id
 
 
 def _heartbeat(**fields: object) -> Heartbeat:
@@ -241,14 +241,14 @@ async def test_only_entries_that_changed_are_written() -> None:
 
     queue.save_workers = recording  # type: ignore[method-assign]
     for number in range(50):
-        own = {"url": None, "worker_id": f"w{number}", "incarnation": f"w{number}.{number:016x}"}
+        own = {"url": None, "worker_id": f"w{number}", "session_id": f"w{number}.{number:016x}"}
         await fleet.register(Registration.model_validate(_registration().model_dump() | own))
     await fleet.save()
     assert len(saved.pop()) == 50
     fleet.changed.clear()
 
     def beat(number: int, **fields: object) -> None:
-        fleet.heartbeat(f"w{number}", _heartbeat(incarnation=f"w{number}.{number:016x}", **fields))
+        fleet.heartbeat(f"w{number}", _heartbeat(session_id=f"w{number}.{number:016x}", **fields))
 
     before = queue.round_trips
     for number in range(50):

@@ -15,12 +15,12 @@ from queue_schemas import (
     check_region,
     check_worker_id,
     keys,
-    new_incarnation,
     new_job_id,
+    new_session_id,
     shard_of_job,
     shard_of_pool,
 )
-from queue_schemas.ids import MAX_NAME_BYTES, check_incarnation, check_name, decode_name, encode_name
+from queue_schemas.ids import MAX_NAME_BYTES, check_name, check_session_id, decode_name, encode_name
 
 names = st.text(st.characters(exclude_categories=("Cs", "Cc", "Cn")), min_size=1, max_size=30)
 tricky = names | st.sampled_from(["a", "a:b", "a:b:c", "{0}", "}", "%", "%3A", "*", "a%3Ab", "interactive", "0", "ü:ß"])
@@ -93,7 +93,7 @@ def test_a_place_is_a_pools_lane_and_perhaps_a_region(region: str, suffix: str) 
 def test_worker_ids_that_may_be(worker_id: str) -> None:
     """Letters, digits, dot, underscore, dash."""
     assert check_worker_id(worker_id) == worker_id
-    assert check_incarnation(new_incarnation(worker_id)).startswith(f"{worker_id}.")
+    assert check_session_id(new_session_id(worker_id)).startswith(f"{worker_id}.")
 
 
 @pytest.mark.parametrize("worker_id", ["", "-a", ".a", "a b", "a/b", "a:b", "x" * 64, "ü", "a\n", "../x"])
@@ -107,7 +107,7 @@ def test_worker_ids_that_may_not_be(worker_id: str) -> None:
 def test_what_is_no_incarnation_is_refused(text: str) -> None:
     """A name, a dot and 16 hex digits."""
     with pytest.raises(BadMessage):
-        check_incarnation(text)
+        check_session_id(text)
 
 
 places = st.tuples(tricky, st.sampled_from(LANES), st.integers(0, BANDS - 1), tricky, st.just("") | tricky)
@@ -122,7 +122,7 @@ def all_keys(shard: int, pool: str, lane: Lane, band: int, tenant: str, region: 
         f"active {pool!r} {lane} {band} {region!r}": keys.active(pool, lane, band, region),
         f"service {pool!r} {lane} {band} {region!r}": keys.service(pool, lane, band, region),
         f"parked {pool!r} {lane} {region!r}": keys.parked(pool, lane, region),
-        f"abroad {pool!r}": keys.abroad(pool),
+        f"remote {pool!r}": keys.remote(pool),
         f"job {ident}": keys.job(ident),
         f"leases {ident}": keys.leases(ident),
         f"claimed {ident}": keys.claimed(ident),

@@ -37,7 +37,7 @@ GOLDEN = [
     bytes.fromhex("".join(line.partition("#")[0] for line in path.read_text().splitlines()))
     for path in sorted((Path(__file__).parents[2] / "golden").glob("*.hex"))
 ]
-LONGEST_ERROR = 1_000
+MAX_ERROR = 1_000
 
 any_value = st.recursive(
     st.none()
@@ -114,7 +114,7 @@ def test_any_bytes_are_a_message_or_are_refused_with_a_short_sentence(data: byte
         try:
             read(data)
         except (BadMessage, UnsupportedVersion) as error:
-            assert len(error.message) < LONGEST_ERROR
+            assert len(error.message) < MAX_ERROR
             assert error.message.isprintable()
 
 
@@ -124,7 +124,7 @@ def test_a_long_wrong_field_makes_a_short_error(field: str) -> None:
     envelope = codec.decode(make_job().pack()) | {field: "\x1b" + "x" * 100_000}
     with pytest.raises((BadMessage, UnsupportedVersion)) as refusal:
         Job.unpack(codec.encode(envelope))
-    assert len(refusal.value.message) < LONGEST_ERROR
+    assert len(refusal.value.message) < MAX_ERROR
     assert refusal.value.message.isprintable()
 
 

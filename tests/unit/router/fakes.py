@@ -19,18 +19,18 @@ from queue_schemas import (
     EngineState,
     Enqueued,
     Frame,
-    Incarnation,
     InferqError,
     Job,
     JobId,
-    Keep,
-    KeptJob,
     Lane,
     LaneDepth,
     Marker,
     MarkerKind,
     Output,
+    PersistedJob,
+    PersistOptions,
     Pool,
+    SessionId,
     State,
     Tenant,
     WorkerInfo,
@@ -44,18 +44,20 @@ LIMIT_S = 5.0
 
 def worker(*models: str, engine: EngineState = EngineState.READY, slots: int = 4) -> WorkerInfo:
     return WorkerInfo(
-        worker_id="w1", incarnation="w1." + "0" * 16, models=list(models), slots=slots, engine=engine,
+        worker_id="w1", session_id="w1." + "0" * 16, models=list(models), slots=slots, engine=engine,
         assignment=Assignment(term=1, version=1),
     )  # fmt: skip
 
 
-def kept_job(job: Job, keep: Keep, state: State = State.QUEUED, **fields: Any) -> KeptJob:
+def persisted_job(job: Job, keep: PersistOptions, state: State = State.QUEUED, **fields: Any) -> PersistedJob:
     """What the queue tells of a job that it keeps."""
     defaults: dict[str, Any] = {
         "epoch": 1, "attempts": 0, "now_ms": 2_000, "created_ms": 1_000, "deadline_ms": 1_000 + job.ttl_ms,
-        "listed": keep.listed, "notify": keep.notify, "memo": keep.memo,
+        "listed": keep.listed, "notify": keep.notify, "job_metadata": keep.job_metadata,
     }  # fmt: skip
-    return KeptJob(id=job.id, tenant=job.tenant, model=job.model, lane=job.lane, state=state, **(defaults | fields))
+    return PersistedJob(
+        id=job.id, tenant=job.tenant, model=job.model, lane=job.lane, state=state, **(defaults | fields)
+    )
 
 
 class FakeQueue:
@@ -74,9 +76,9 @@ class FakeQueue:
         self.refusal: InferqError | None = None
         self.holder: Enqueued | None = None
         """Who holds the idempotency key of the next stored requests."""
-        self.keeps: dict[JobId, Keep] = {}
+        self.keeps: dict[JobId, PersistOptions] = {}
         """How what was queued is to be kept."""
-        self.kept: dict[JobId, KeptJob] = {}
+        self.kept: dict[JobId, PersistedJob] = {}
         self.output: dict[JobId, Output] = {}
         """What is kept, as if each job's frames fitted a page."""
         self.page_frames = 1_000
@@ -107,19 +109,19 @@ class FakeQueue:
         self.jobs.put_nowait(job)
         return self.state
 
-    async def enqueue_kept(self, job: Job, keep: Keep, listener: str = "") -> Enqueued:
+    async def enqueue_persisted(self, job: Job, keep: PersistOptions, listener: str = "") -> Enqueued:
         state = await self.enqueue(job)
         self.keeps[job.id] = keep
         found = self.holder or Enqueued(job.id, state)
-        self.kept.setdefault(found.job_id, kept_job(job, keep))
+        self.kept.setdefault(found.job_id, persisted_job(job, keep))
         return found
 
-    async def kept_job(self, job_id: str) -> KeptJob | None:
+    async def persisted_job(self, job_id: str) -> PersistedJob | None:
         return self.kept.get(JobId(job_id))
 
-    async def kept_jobs(
+    async def persisted_jobs(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
-    ) -> tuple[list[KeptJob], str]:
+    ) -> tuple[list[PersistedJob], str]:
         wanted = set(states)
         mine = [job for job in self.kept.values() if job.tenant == tenant and (not wanted or job.state in wanted)]
         behind = [job.id for job in mine].index(JobId(after)) + 1 if after else 0
@@ -134,7 +136,7 @@ class FakeQueue:
         self.cancelled.put_nowait((job_id, reason))
         return State.LEASED
 
-    async def attach(self, job_id: JobId, listener: Incarnation, after: tuple[int, int] = (0, 0)) -> Output | None:
+    async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> Output | None:
         self.attached.append((job_id, after))
         await self.attach_held.wait()
         if self.attach_refusals:
@@ -145,12 +147,12 @@ class FakeQueue:
         rest = [frame for frame in kept.frames if (frame.epoch, frame.seq) >= after]
         return replace(kept, frames=tuple(rest[: self.page_frames]), complete=len(rest) <= self.page_frames)
 
-    async def kept_frames(self, job_id: JobId) -> AsyncIterator[Frame]:
+    async def persisted_frames(self, job_id: JobId) -> AsyncIterator[Frame]:
         kept = self.output.get(job_id)
         for frame in kept.frames if kept else ():
             yield frame
 
-    async def detach(self, job_id: JobId, listener: Incarnation) -> None:
+    async def detach(self, job_id: JobId, listener: SessionId) -> None:
         self.detached.put_nowait(job_id)
 
     async def resume(self, job: Job, epoch: int) -> State | None:
@@ -162,12 +164,12 @@ class FakeQueue:
     async def raise_epoch(self, job_id: JobId, heard: int) -> Standing | None:
         return self.standing or Standing(self.state, heard + 1, "")
 
-    async def cancel(self, job_id: JobId, reason: str, *, unasked: bool = False) -> State | None:
+    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
         self.cancelled.put_nowait((job_id, reason))
         return State.LEASED
 
     async def read_replies(
-        self, router: Incarnation, deliver: Deliver, lost: Callable[[int], None] | None = None
+        self, router: SessionId, deliver: Deliver, lost: Callable[[int], None] | None = None
     ) -> NoReturn:
         self._deliver, self._lost = deliver, lost
         self.replies_ready.set()
@@ -232,7 +234,7 @@ class FakeQueue:
         self.deliver(Marker(kind, job.id, epoch, reason))
 
 
-class KeptStream:
+class PersistedStream:
     """A stored stream in the making, which is kept as it is said: whoever looks after a silent job finds it there."""
 
     def __init__(self, queue: FakeQueue, job: Job) -> None:

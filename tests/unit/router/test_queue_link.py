@@ -26,7 +26,7 @@ class CountingQueue(FakeQueue):
 
 async def test_a_directory_that_was_asked_for_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wish for a fresh directory is fulfilled by the next reading; it does not keep Redis busy after that."""
-    monkeypatch.setattr(queue_link, "LEAST_REFRESH_GAP_S", 0.0)
+    monkeypatch.setattr(queue_link, "MIN_REFRESH_GAP_S", 0.0)
     queue = CountingQueue("m")
 
     async def let_others_run() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from queue_schemas import CannotStart, OverCapacity, StoreUnavailable, Tenant
 from router import RouterSettings, build_router
-from router.store import MOST_PAGES_WAITING, WAITING_PER_THREAD, Store
+from router.store import MAX_PAGES_WAITING, WAITING_PER_THREAD, Store
 from storage import ObjectStore, StorageSettings
 from tests.support.waiting import eventually
 
@@ -71,8 +71,8 @@ async def test_pages_of_one_tenant_leave_the_store_to_the_others(hang: threading
     assert begun == [0]
     hang.set()
     ends = await asyncio.gather(*asked, return_exceptions=True)
-    assert ends[: MOST_PAGES_WAITING + 1] == list(range(MOST_PAGES_WAITING + 1))
-    assert {type(end) for end in ends[MOST_PAGES_WAITING + 1 :]} == {OverCapacity}
+    assert ends[: MAX_PAGES_WAITING + 1] == list(range(MAX_PAGES_WAITING + 1))
+    assert {type(end) for end in ends[MAX_PAGES_WAITING + 1 :]} == {OverCapacity}
     await store.close(1)
 
 

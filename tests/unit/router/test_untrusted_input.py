@@ -17,7 +17,7 @@ from tests.unit.router.fakes import LIMIT_S, FakeQueue, router
 
 CHAT = "/v1/chat/completions"
 FORM = "multipart/form-data; boundary=B"
-LONGEST_ERROR = 4_096
+MAX_ERROR = 4_096
 ASK = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'
 
 any_json = st.recursive(
@@ -102,7 +102,7 @@ def check(body: bytes, job: Job | None, status: int, answer: bytes) -> None:
     error = json.loads(answer)["error"]
     assert 400 <= status < 500, error
     assert error.keys() == {"message", "type", "param", "code"}
-    assert len(answer) < LONGEST_ERROR
+    assert len(answer) < MAX_ERROR
 
 
 def test_any_request_is_passed_on_as_it_is_or_refused() -> None:

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from openai_api.response_jobs import ResponseStatus
-from queue_schemas import BrokerUnavailable, EndedJob, JobId, KeptJob, Lane, Pool, State, StoreUnavailable, Tenant
+from queue_schemas import (
+    BrokerUnavailable,
+    FinishedJob,
+    JobId,
+    Lane,
+    PersistedJob,
+    Pool,
+    State,
+    StoreUnavailable,
+    Tenant,
+)
 from storage import ObjectStore, StorageSettings, new_endpoint_id
 from telemetry import MetricsRegistry
 from tests.support.waiting import eventually
@@ -23,20 +33,20 @@ ACME, RIVAL = Tenant("acme"), Tenant("rival")
 class Queue:
     """Notices as the queue's server keeps them; each response ended as ``status`` says."""
 
-    def __init__(self, *notices: EndedJob, status: ResponseStatus = "completed") -> None:
+    def __init__(self, *notices: FinishedJob, status: ResponseStatus = "completed") -> None:
         self.notices = list(notices)
         self.status = status
         self.asked: list[str] = []
         self.gone = False
 
-    async def read_ended(self, limit: int = 100) -> list[EndedJob]:
+    async def read_ended(self, limit: int = 100) -> list[FinishedJob]:
         return self.notices[:limit]
 
     async def forget_ended(self, notice_ids: list[str]) -> int:
         self.notices = [notice for notice in self.notices if notice.id not in notice_ids]
         return len(notice_ids)
 
-    async def kept_job(self, job_id: str) -> KeptJob | None:
+    async def persisted_job(self, job_id: str) -> PersistedJob | None:
         return None if self.gone else kept(job_id)
 
     async def response_status(self, job_id: JobId, state: State) -> ResponseStatus:
@@ -44,8 +54,8 @@ class Queue:
         return self.status
 
 
-def kept(job_id: str) -> KeptJob:
-    return KeptJob(
+def kept(job_id: str) -> PersistedJob:
+    return PersistedJob(
         id=JobId(job_id),
         tenant=ACME,
         model=Pool("m"),
@@ -59,8 +69,8 @@ def kept(job_id: str) -> KeptJob:
     )
 
 
-def notice(number: int, tenant: Tenant = ACME, *, state: State = State.DONE, word: str = "response") -> EndedJob:
-    return EndedJob(f"0:{number}-0", JobId(f"0-{number:032x}"), tenant, state, word, 7_000 + number)
+def notice(number: int, tenant: Tenant = ACME, *, state: State = State.DONE, word: str = "response") -> FinishedJob:
+    return FinishedJob(f"0:{number}-0", JobId(f"0-{number:032x}"), tenant, state, word, 7_000 + number)
 
 
 class Bench:
@@ -166,7 +176,7 @@ async def test_a_queue_that_is_away_is_asked_again(bench: Bench) -> None:
     class Away(Queue):
         failures = 2
 
-        async def read_ended(self, limit: int = 100) -> list[EndedJob]:
+        async def read_ended(self, limit: int = 100) -> list[FinishedJob]:
             if self.failures:
                 self.failures -= 1
                 raise BrokerUnavailable("Redis is away")

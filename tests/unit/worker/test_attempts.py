@@ -34,7 +34,7 @@ from tests.support.queue import make_job
 from tests.support.waiting import eventually
 from worker.attempts import Attempts, IdleLimits
 from worker.engines import EngineAnswer, EngineCall, EngineGone
-from worker.frame_batcher import Outbox
+from worker.frame_batcher import FrameBatcher
 from worker.metrics import WorkerMetrics
 
 SSE = "text/event-stream; charset=utf-8"
@@ -139,7 +139,7 @@ class RecordingBroker:
         self.appended += unpack_frames(frames)
         return self.append_answer
 
-    async def kept_frames(self, job_id: str) -> AsyncIterator[Frame]:
+    async def persisted_frames(self, job_id: str) -> AsyncIterator[Frame]:
         """What earlier attempts said."""
         if self.unreadable:
             raise BrokerUnavailable("away")
@@ -161,11 +161,11 @@ class Bench:
         self.elsewhere = True
         self.ended: list[bool] = []
         self.waits_s: list[float | None] = []
-        self.outbox = Outbox(self.broker.publish, self.broker.append, interval_ms=0, limit_bytes=10_000)
+        self.frame_batcher = FrameBatcher(self.broker.publish, self.broker.append, interval_ms=0, limit_bytes=10_000)
         self.attempts = Attempts(
             self.engine,
             cast(Broker, self.broker),
-            self.outbox,
+            self.frame_batcher,
             WorkerMetrics(MetricsRegistry("worker")),
             max_answer_bytes=max_answer_bytes,
             elsewhere=self._elsewhere,
@@ -182,7 +182,7 @@ class Bench:
     @asynccontextmanager
     async def running(self, *leases: Lease) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as group:
-            flusher = group.create_task(self.outbox.run())
+            flusher = group.create_task(self.frame_batcher.run())
             self.attempts.start(leases, group)
             try:
                 yield
@@ -435,7 +435,7 @@ async def test_a_stream_that_breaks_is_released_even_on_the_last_attempt() -> No
     await bench.run(lease(stream=True, attempt=3, max_attempts=3))
     assert bench.broker.released == [("broke", True)]
     assert not bench.broker.settled
-    assert bench.outbox._bytes == 0
+    assert bench.frame_batcher._bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -692,7 +692,7 @@ async def test_one_broken_connection_is_no_crash() -> None:
     bench = Bench(Answer(200, SSE, [b"data: 1\n\n", go_on, b"data: [DONE]\n\n"]))
     async with asyncio.TaskGroup() as group:
         bench.attempts.start([lease(stream=True)], group)
-        flush = group.create_task(bench.outbox.run())
+        flush = group.create_task(bench.frame_batcher.run())
         await eventually(lambda: len(bench.broker.published) == 1, "one stream has begun")
         bench.engine.answer = Answer(200, SSE, [EngineGone("the connection broke")])
         bench.attempts.start([lease(stream=True)], group)

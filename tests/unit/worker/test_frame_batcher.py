@@ -1,4 +1,4 @@
-"""The outbox: frames of all streams, sent together."""
+"""The frame batcher: frames of all streams, sent together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from queue_schemas import BrokerUnavailable, Lease, Settled
 from tests.support.queue import make_job
 from tests.support.waiting import eventually
-from worker.frame_batcher import Channel, Outbox
+from worker.frame_batcher import Channel, FrameBatcher
 
 
 class Wire:
-    """Where the outbox publishes to: records messages; may be held, fail, or know of Routers that are gone."""
+    """Where the frame batcher publishes to: records messages; may be held, fail, or know of Routers that are gone."""
 
     def __init__(self) -> None:
         self.messages: list[tuple[int, dict[str, bytes]]] = []
@@ -51,25 +51,25 @@ async def wire() -> Wire:
 
 
 @pytest.fixture
-async def outbox(wire: Wire) -> AsyncIterator[Outbox]:
-    box = Outbox(wire.publish, wire.append, interval_ms=5, limit_bytes=1_000)
+async def frame_batcher(wire: Wire) -> AsyncIterator[FrameBatcher]:
+    box = FrameBatcher(wire.publish, wire.append, interval_ms=5, limit_bytes=1_000)
     task = asyncio.create_task(box.run())
     yield box
     task.cancel()
 
 
-def channel(outbox: Outbox, to: str = "router", shard: int = 0) -> Channel:
-    return outbox.open(shard, to, lambda: None)
+def channel(frame_batcher: FrameBatcher, to: str = "router", shard: int = 0) -> Channel:
+    return frame_batcher.open(shard, to, lambda: None)
 
 
-async def test_frames_of_many_streams_share_a_message(outbox: Outbox, wire: Wire) -> None:
+async def test_frames_of_many_streams_share_a_message(frame_batcher: FrameBatcher, wire: Wire) -> None:
     """One message per Router and shard, whatever the number of streams."""
     wire.open.clear()
-    first = channel(outbox)
+    first = channel(frame_batcher)
     first.put(b"0", urgent=True)
     await first.sent()
     for name, to, shard in (("a", "router", 0), ("b", "router", 0), ("c", "other", 0), ("d", "router", 1)):
-        channel(outbox, to, shard).put(name.encode())
+        channel(frame_batcher, to, shard).put(name.encode())
     wire.open.set()
     await wire.until(3)
     assert wire.messages[0] == (0, {"router": b"0"})
@@ -78,7 +78,7 @@ async def test_frames_of_many_streams_share_a_message(outbox: Outbox, wire: Wire
 
 async def test_the_first_frame_does_not_wait_for_the_interval(wire: Wire) -> None:
     """An urgent frame leaves at once, though the last flush was just now and the interval is long."""
-    box = Outbox(wire.publish, wire.append, interval_ms=60_000, limit_bytes=1_000)
+    box = FrameBatcher(wire.publish, wire.append, interval_ms=60_000, limit_bytes=1_000)
     task = asyncio.create_task(box.run())
     one, two = channel(box), channel(box)
     one.put(b"1", urgent=True)
@@ -90,10 +90,10 @@ async def test_the_first_frame_does_not_wait_for_the_interval(wire: Wire) -> Non
     task.cancel()
 
 
-async def test_a_stream_reads_on_only_when_its_frames_are_on_their_way(outbox: Outbox, wire: Wire) -> None:
+async def test_a_stream_reads_on_only_when_its_frames_are_on_their_way(frame_batcher: FrameBatcher, wire: Wire) -> None:
     """``sent`` waits for the flush that takes the frames: what arrives meanwhile becomes one frame."""
     wire.open.clear()
-    one = channel(outbox)
+    one = channel(frame_batcher)
     one.put(b"1", urgent=True)
     await one.sent()
     one.put(b"2")
@@ -104,36 +104,36 @@ async def test_a_stream_reads_on_only_when_its_frames_are_on_their_way(outbox: O
     await asyncio.wait_for(waiting, 5)
 
 
-async def test_a_full_outbox_holds_all_readers(outbox: Outbox, wire: Wire) -> None:
+async def test_a_full_outbox_holds_all_readers(frame_batcher: FrameBatcher, wire: Wire) -> None:
     """Past the byte limit nobody reads on until frames have arrived."""
     wire.open.clear()
-    one = channel(outbox)
+    one = channel(frame_batcher)
     one.put(b"x" * 1_000, urgent=True)
     waiting = asyncio.create_task(one.sent())
     await asyncio.sleep(0.02)
-    assert outbox.full
+    assert frame_batcher.full
     assert not waiting.done()
     wire.open.set()
     await asyncio.wait_for(waiting, 5)
-    assert not outbox.full
+    assert not frame_batcher.full
 
 
-async def test_frames_in_doubt_are_sent_again_before_later_ones(outbox: Outbox, wire: Wire) -> None:
+async def test_frames_in_doubt_are_sent_again_before_later_ones(frame_batcher: FrameBatcher, wire: Wire) -> None:
     """A message whose arrival is unknown is repeated with what came after it, in order."""
     wire.failures = 2
-    one = channel(outbox)
+    one = channel(frame_batcher)
     one.put(b"1", urgent=True)
     await wire.until(1)
     one.put(b"2")
     await wire.until(3)
     assert wire.messages[-1][1]["router"] == b"12"
-    assert not outbox.full
-    assert outbox._bytes == 0
+    assert not frame_batcher.full
+    assert frame_batcher._bytes == 0
 
 
-async def test_closing_takes_back_what_did_not_arrive(outbox: Outbox, wire: Wire) -> None:
+async def test_closing_takes_back_what_did_not_arrive(frame_batcher: FrameBatcher, wire: Wire) -> None:
     """What is not known to have arrived goes with the settle; what has, does not."""
-    one = channel(outbox)
+    one = channel(frame_batcher)
     one.put(b"1", urgent=True)
     await wire.until(1)
     await one.sent()
@@ -146,15 +146,15 @@ async def test_closing_takes_back_what_did_not_arrive(outbox: Outbox, wire: Wire
     await asyncio.sleep(0)
     wire.open.set()
     assert await asyncio.wait_for(closing, 5) == b"23"
-    assert outbox._bytes == 0
+    assert frame_batcher._bytes == 0
 
 
 async def test_closing_while_frames_are_on_their_way_waits_to_hear_that_they_arrived(
-    outbox: Outbox, wire: Wire
+    frame_batcher: FrameBatcher, wire: Wire
 ) -> None:
     """What a flush under way delivers is not sent a second time with the settle."""
     wire.open.clear()
-    one = channel(outbox)
+    one = channel(frame_batcher)
     one.put(b"1", urgent=True)
     await one.sent()
     closing = asyncio.create_task(one.close())
@@ -163,12 +163,12 @@ async def test_closing_while_frames_are_on_their_way_waits_to_hear_that_they_arr
     assert await asyncio.wait_for(closing, 5) == b""
 
 
-async def test_a_router_that_is_gone_is_told_to_its_streams(outbox: Outbox, wire: Wire) -> None:
+async def test_a_router_that_is_gone_is_told_to_its_streams(frame_batcher: FrameBatcher, wire: Wire) -> None:
     """Only the streams of that Router hear of it."""
     wire.gone = {"router"}
     told: list[str] = []
-    mine = outbox.open(0, "router", lambda: told.append("router"))
-    other = outbox.open(0, "other", lambda: told.append("other"))
+    mine = frame_batcher.open(0, "router", lambda: told.append("router"))
+    other = frame_batcher.open(0, "other", lambda: told.append("other"))
     mine.put(b"1")
     other.put(b"1", urgent=True)
     await wire.until(1)
@@ -177,13 +177,13 @@ async def test_a_router_that_is_gone_is_told_to_its_streams(outbox: Outbox, wire
     assert told == ["router"]
 
 
-async def test_cancelling_one_stream_leaves_the_others_waiting(outbox: Outbox, wire: Wire) -> None:
+async def test_cancelling_one_stream_leaves_the_others_waiting(frame_batcher: FrameBatcher, wire: Wire) -> None:
     """Each stream waits on its own: an abort of one does not end the wait of its neighbours."""
     wire.open.clear()
-    first = channel(outbox)
+    first = channel(frame_batcher)
     first.put(b"1", urgent=True)
     await first.sent()
-    one, two = channel(outbox), channel(outbox)
+    one, two = channel(frame_batcher), channel(frame_batcher)
     one.put(b"a")
     two.put(b"b")
     waits = [asyncio.create_task(one.sent()), asyncio.create_task(two.sent())]
@@ -196,22 +196,22 @@ async def test_cancelling_one_stream_leaves_the_others_waiting(outbox: Outbox, w
     assert wire.messages[1][1]["router"] == b"b"
 
 
-def stored(outbox: Outbox, lost: list[str] | None = None) -> tuple[Lease, Channel]:
+def stored(frame_batcher: FrameBatcher, lost: list[str] | None = None) -> tuple[Lease, Channel]:
     """A lease of a stored job, and the channel to its output."""
     lease = Lease(make_job(stored=True), 1, "a1", 1, 60_000, 0)
-    return lease, outbox.open_stored(lease, lambda: (lost if lost is not None else []).append(lease.job.id))
+    return lease, frame_batcher.open_persisted(lease, lambda: (lost if lost is not None else []).append(lease.job.id))
 
 
-async def test_frames_of_stored_jobs_are_added_to_their_output(outbox: Outbox, wire: Wire) -> None:
+async def test_frames_of_stored_jobs_are_added_to_their_output(frame_batcher: FrameBatcher, wire: Wire) -> None:
     """They go with the same flush as those for Routers, each job's to its own output."""
     wire.open.clear()
-    channel(outbox).put(b"0", urgent=True)
+    channel(frame_batcher).put(b"0", urgent=True)
     await asyncio.sleep(0)
-    (one, first), (two, second) = stored(outbox), stored(outbox)
+    (one, first), (two, second) = stored(frame_batcher), stored(frame_batcher)
     first.put(b"1")
     first.put(b"2")
     second.put(b"3")
-    channel(outbox).put(b"4")
+    channel(frame_batcher).put(b"4")
     wire.open.set()
     await eventually(lambda: len(wire.appended) == 2, "both are kept", every_s=0.001)
     assert sorted(wire.appended) == sorted([(one.job.id, b"12"), (two.job.id, b"3")])
@@ -219,16 +219,18 @@ async def test_frames_of_stored_jobs_are_added_to_their_output(outbox: Outbox, w
     assert wire.messages[-1] == (0, {"router": b"4"})
 
 
-async def test_stored_frames_in_doubt_are_sent_again_or_go_with_the_settle(outbox: Outbox, wire: Wire) -> None:
+async def test_stored_frames_in_doubt_are_sent_again_or_go_with_the_settle(
+    frame_batcher: FrameBatcher, wire: Wire
+) -> None:
     """What may not have arrived is sent again with what came since; what is left at the end is given back."""
     wire.failures = 1
-    lease, channel = stored(outbox)
+    lease, channel = stored(frame_batcher)
     channel.put(b"1", urgent=True)
     await eventually(lambda: len(wire.appended) == 2, "it is sent again", every_s=0.001)
     assert wire.appended == [(lease.job.id, b"1")] * 2
     assert await channel.close() == b""
     wire.failures = 10_000
-    lease, channel = stored(outbox)
+    lease, channel = stored(frame_batcher)
     channel.put(b"5", urgent=True)
     await eventually(lambda: len(wire.appended) == 3, "it is sent", every_s=0.001)
     channel.put(b"6")
@@ -236,10 +238,12 @@ async def test_stored_frames_in_doubt_are_sent_again_or_go_with_the_settle(outbo
 
 
 @pytest.mark.parametrize("answer", [Settled.FENCED, Settled.GONE, Settled.DUPLICATE])
-async def test_an_attempt_that_lost_its_stored_job_is_told(outbox: Outbox, wire: Wire, answer: Settled) -> None:
+async def test_an_attempt_that_lost_its_stored_job_is_told(
+    frame_batcher: FrameBatcher, wire: Wire, answer: Settled
+) -> None:
     """An append that is refused stops the attempt, once."""
     wire.answer = answer
     lost: list[str] = []
-    lease, channel = stored(outbox, lost)
+    lease, channel = stored(frame_batcher, lost)
     channel.put(b"1", urgent=True)
     await eventually(lambda: lost == [lease.job.id], "it is told", every_s=0.001)

@@ -12,19 +12,19 @@ from queue_schemas import (
     Assignment,
     AuthenticationFailed,
     Heartbeat,
-    Incarnation,
     ManagerUnavailable,
     Pool,
     PoolAssignment,
     Registration,
     RegistrationAnswer,
+    SessionId,
     UnknownWorker,
 )
 from worker import manager_client as fabric
 from worker.manager_client import FabricClient
 
-INCARNATION = Incarnation("w1.0123456789abcdef")
-REGISTRATION = Registration(worker_id="w1", incarnation=INCARNATION, slots=1)
+SESSION_ID = SessionId("w1.0123456789abcdef")
+REGISTRATION = Registration(worker_id="w1", session_id=SESSION_ID, slots=1)
 
 
 @asynccontextmanager
@@ -48,7 +48,7 @@ async def answering(status: int, body: bytes = b"", *, hang: bool = False) -> As
 
 
 def beat() -> Heartbeat:
-    return Heartbeat(incarnation=INCARNATION, slots=1)
+    return Heartbeat(session_id=SESSION_ID, slots=1)
 
 
 @pytest.mark.parametrize("status", [404, 410])
@@ -85,12 +85,12 @@ async def test_a_goodbye_is_said_where_somebody_listens() -> None:
     """A worker that ends while Managers change tells the one that acts; with none, it says that it could not."""
     async with answering(503, b"{}") as standing_by, answering(204) as acting:
         client = FabricClient([standing_by, acting])
-        await client.deregister("w1", INCARNATION)
+        await client.deregister("w1", SESSION_ID)
         assert client.url == acting
         await client.close()
         nobody = FabricClient([standing_by, standing_by])
         with pytest.raises(ManagerUnavailable):
-            await nobody.deregister("w1", INCARNATION)
+            await nobody.deregister("w1", SESSION_ID)
         await nobody.close()
 
 

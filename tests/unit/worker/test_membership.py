@@ -15,10 +15,10 @@ from queue_schemas import (
     AuthenticationFailed,
     Heartbeat,
     HeartbeatAnswer,
-    Incarnation,
     ManagerUnavailable,
     Registration,
     RegistrationAnswer,
+    SessionId,
     UnknownWorker,
     WorkerIdTaken,
     WorkerStatus,
@@ -30,7 +30,7 @@ from worker.manager_client import FabricClient
 from worker.membership import Membership
 from worker.metrics import WorkerMetrics
 
-INCARNATION = "w1.0123456789abcdef"
+SESSION_ID = "w1.0123456789abcdef"
 
 
 class ScriptedManager:
@@ -73,7 +73,7 @@ class ScriptedManager:
             raise answer
         return HeartbeatAnswer(assignment=Assignment(term=1, version=100), drain=answer is True)
 
-    async def deregister(self, worker_id: str, incarnation: Incarnation) -> None: ...
+    async def deregister(self, worker_id: str, session_id: SessionId) -> None: ...
 
 
 class Scene:
@@ -87,7 +87,7 @@ class Scene:
             url="http://w1",
             region="",
             metrics=WorkerMetrics(MetricsRegistry("worker")),
-            status=lambda: WorkerStatus(incarnation=INCARNATION, slots=4, running=2),
+            status=lambda: WorkerStatus(session_id=SESSION_ID, slots=4, running=2),
             assigned=self._assign,
             drain=self._drain,
         )
@@ -111,8 +111,8 @@ class Scene:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TAKEN_PAUSE_S", 0.01)
     monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 0.02)
-    monkeypatch.setattr(module, "_LEAST_GAP_S", 0.01)
+    monkeypatch.setattr(module, "_MAX_PAUSE_S", 0.02)
+    monkeypatch.setattr(module, "_MIN_GAP_S", 0.01)
 
 
 def scene(registrations: list[Any] | None = None, heartbeats: list[Any] | None = None) -> Scene:
@@ -182,11 +182,11 @@ async def test_each_reason_is_logged_once() -> None:
 
 
 async def test_an_unknown_worker_registers_again_as_the_same_incarnation() -> None:
-    """A Manager that forgot us hears the same incarnation, with what runs: nothing is dropped."""
+    """A Manager that forgot us hears the same session id, with what runs: nothing is dropped."""
     one = scene(heartbeats=[None, UnknownWorker("who")])
     async with one.beating():
         await eventually(lambda: len(one.manager.registered) == 2, "it registers again")
-    assert {r.incarnation for r in one.manager.registered} == {INCARNATION}
+    assert {r.session_id for r in one.manager.registered} == {SESSION_ID}
     assert one.manager.registered[1].running == 2
     assert one.manager.turns == 0
 

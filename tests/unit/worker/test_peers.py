@@ -15,12 +15,12 @@ from queue_schemas import (
     Pool,
     WorkerInfo,
     WorkerState,
-    new_incarnation,
+    new_session_id,
 )
 from worker import peers
 from worker.peers import Peers
 
-ME = new_incarnation("me")
+ME = new_session_id("me")
 
 
 class Registry:
@@ -39,7 +39,7 @@ class Registry:
 
 
 def worker(name: str, **fields: Any) -> WorkerInfo:
-    defaults = {"incarnation": new_incarnation(name), "models": ["m"], "engine": EngineState.READY}
+    defaults = {"session_id": new_session_id(name), "models": ["m"], "engine": EngineState.READY}
     return WorkerInfo(worker_id=name, assignment=Assignment(term=1, version=1), **(defaults | fields))
 
 
@@ -60,13 +60,13 @@ def peers_of(registry: Registry) -> Peers:
 )
 async def test_another_worker_counts_if_it_takes_jobs_of_the_model(other: dict[str, Any], serves: bool) -> None:
     """[C8] One that drains, cannot be heard or whose engine is away is no place to go to."""
-    registry = Registry(worker("me", incarnation=ME), worker("other", **other))
+    registry = Registry(worker("me", session_id=ME), worker("other", **other))
     assert await peers_of(registry).serve(Pool("m")) is serves
 
 
 async def test_alone_is_who_finds_nobody_else_in_the_registry() -> None:
     """[C8] This worker itself is not elsewhere."""
-    assert not await peers_of(Registry(worker("me", incarnation=ME))).serve(Pool("m"))
+    assert not await peers_of(Registry(worker("me", session_id=ME))).serve(Pool("m"))
 
 
 async def test_a_registry_that_proves_nothing_means_that_there_may_be_others() -> None:
@@ -80,7 +80,7 @@ async def test_a_registry_that_proves_nothing_means_that_there_may_be_others() -
 async def test_the_registry_is_read_once_for_many_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     """[C8] An engine that fails all its requests costs Redis one look a second."""
     monkeypatch.setattr(peers, "CACHE_S", 60.0)
-    registry = Registry(worker("me", incarnation=ME))
+    registry = Registry(worker("me", session_id=ME))
     alone = peers_of(registry)
     assert not any([await alone.serve(Pool("m")) for _ in range(100)])
     assert registry.looks == 1

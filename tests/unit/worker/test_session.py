@@ -1,4 +1,4 @@
-"""One incarnation against a queue that answers with surprises."""
+"""One session id against a queue that answers with surprises."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from queue_schemas import (
     Fenced,
     Heartbeat,
     HeartbeatAnswer,
-    Incarnation,
     InferqError,
     Lane,
     PoolAssignment,
     Registration,
     RegistrationAnswer,
+    SessionId,
     Settled,
 )
 from queue_schemas.fleet.model_cards import Card
 from telemetry import MetricsRegistry
 from tests.support.waiting import eventually
 from worker import WorkerSettings, service
-from worker import session as incarnation
+from worker import session as session_id
 from worker.engines import Engine
 from worker.manager_client import FabricClient
 from worker.metrics import WorkerMetrics
-from worker.session import Life, Surroundings
+from worker.session import WorkerContext, WorkerSession
 
 ASSIGNMENT = Assignment(term=1, version=1, pools=[PoolAssignment(pool="m", shard=0, lanes=list(Lane))])
 REGISTERED = RegistrationAnswer(broker_url="redis://r", shards=1, lease_ms=100, heartbeat_ms=100, assignment=ASSIGNMENT)
@@ -62,9 +62,9 @@ class Manager:
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
         return HeartbeatAnswer(assignment=ASSIGNMENT)
 
-    async def deregister(self, worker_id: str, incarnation: Incarnation) -> None: ...
+    async def deregister(self, worker_id: str, session_id: SessionId) -> None: ...
 
-    async def stay_present(self, worker_id: str, incarnation: Incarnation) -> None:
+    async def stay_present(self, worker_id: str, session_id: SessionId) -> None:
         await asyncio.Event().wait()
 
 
@@ -94,11 +94,11 @@ class SurprisingBroker:
         if self.calls[name] == 1:
             raise InferqError("a reply that nobody foresaw")
 
-    async def join(self, incarnation: Incarnation) -> set[int]:
+    async def join(self, session_id: SessionId) -> set[int]:
         self._called("join")
         return set()
 
-    async def renew(self, incarnation: Incarnation) -> None:
+    async def renew(self, session_id: SessionId) -> None:
         self._called("renew")
 
     def renewer_apart(self) -> SurprisingBroker:
@@ -132,7 +132,7 @@ class SurprisingBroker:
     async def publish(self, *arguments: Any) -> set[str]:
         return set()
 
-    async def leave(self, incarnation: Incarnation) -> None: ...
+    async def leave(self, session_id: SessionId) -> None: ...
 
 
 class SlowToRenew(SurprisingBroker):
@@ -144,7 +144,7 @@ class SlowToRenew(SurprisingBroker):
         self._reply_after_s = reply_after_s
         self._replied_at = 0.0
 
-    async def renew(self, incarnation: Incarnation) -> None:
+    async def renew(self, session_id: SessionId) -> None:
         now = asyncio.get_running_loop().time
         if not self._replied_at:
             await asyncio.sleep(self._reply_after_s)
@@ -173,12 +173,12 @@ class SlowToClaim(SurprisingBroker):
 
 def life_on(
     broker: SurprisingBroker, registered: RegistrationAnswer = REGISTERED, **settings: object
-) -> tuple[Life, asyncio.Event]:
+) -> tuple[WorkerSession, asyncio.Event]:
     async def connect(answer: RegistrationAnswer) -> Broker:
         return cast(Broker, broker)
 
     drain = asyncio.Event()
-    around = Surroundings(
+    around = WorkerContext(
         settings=WorkerSettings.load(engine="sim", worker_id="w1", **settings),
         engine=cast(Engine, IdleEngine()),
         client=cast(FabricClient, Manager(registered)),
@@ -187,13 +187,13 @@ def life_on(
         connect=connect,
         drain=drain,
     )
-    return Life(around, Incarnation("w1.0123456789abcdef")), drain
+    return WorkerSession(around, SessionId("w1.0123456789abcdef")), drain
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(incarnation, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(incarnation, "_LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(session_id, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(session_id, "_MAX_PAUSE_S", 0.02)
     monkeypatch.setattr(service, "_FIRST_PAUSE_S", 0.01)
 
 
@@ -215,7 +215,7 @@ async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() 
 
 async def test_a_parked_worker_looks_again_when_the_queue_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """It wakes itself at the time that a claim's answer named: neither a message nor the sweep is needed."""
-    monkeypatch.setattr(incarnation, "SWEEP_S", 3_600)
+    monkeypatch.setattr(session_id, "SWEEP_S", 3_600)
     broker = SurprisingBroker()
     broker.look_again_ms = 5
     life, drain = life_on(broker)
@@ -230,7 +230,7 @@ async def test_a_parked_worker_looks_again_when_the_queue_said(monkeypatch: pyte
 async def test_a_renewal_that_was_long_under_way_is_followed_by_the_next_at_once() -> None:
     """Its number rose when it was sent: a whole interval more of waiting would use the lease up."""
     interval_s = 0.4
-    lease_ms = int(interval_s * incarnation.RENEWALS_PER_LEASE * 1000)
+    lease_ms = int(interval_s * session_id.RENEWALS_PER_LEASE * 1000)
     broker = SlowToRenew(interval_s + 0.05)
     life, drain = life_on(broker, REGISTERED.model_copy(update={"lease_ms": lease_ms}))
     running = asyncio.create_task(life.run(first=True))

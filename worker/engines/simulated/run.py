@@ -14,7 +14,7 @@ from .failures import Failure, FailureKind
 from .schedule import Pace, Slots
 
 HANG_LIMIT_S = 3600.0
-LONGEST_TIMER_S = 86_400.0
+MAX_TIMER_S = 86_400.0
 COUNT_INTERVAL_S = 0.25
 """How often a plain answer, which nobody sees before its end, counts the tokens it has so far."""
 
@@ -103,7 +103,7 @@ class EngineCore:
             waiter = loop.create_future()
             self._sleepers.add(waiter)
             # Event loops count in milliseconds: rounding up spares a wake-up just before the time.
-            timer = loop.call_later(math.ceil(min(left, LONGEST_TIMER_S) * 1e3) / 1e3, _wake, waiter)
+            timer = loop.call_later(math.ceil(min(left, MAX_TIMER_S) * 1e3) / 1e3, _wake, waiter)
             try:
                 await self._wait(waiter)
             finally:
@@ -215,15 +215,15 @@ class Run:
         self._first_at = self._pace.first_token_at(engine.clock(), work.prompt_tokens, cached)
         return cached
 
-    async def _advance(self, least_wait_s: float) -> tuple[int, int] | None:
-        """The next range of engine steps, once it is due; None at the limit. A wait lasts ``least_wait_s`` if the rest
+    async def _advance(self, min_wait_s: float) -> tuple[int, int] | None:
+        """The next range of engine steps, once it is due; None at the limit. A wait lasts ``min_wait_s`` if the rest
         of the answer does."""
         engine, pace, start, limit = self._engine, self._pace, self._done, self._limit
         if start == limit:
             return None
         while (due := pace.tokens_due(self._first_at, engine.clock(), limit)) == start:
             last_at = pace.token_at(self._first_at, limit - 1)
-            await engine.until(max(pace.token_at(self._first_at, start), min(engine.clock() + least_wait_s, last_at)))
+            await engine.until(max(pace.token_at(self._first_at, start), min(engine.clock() + min_wait_s, last_at)))
         engine.generated_tokens += (due - start) * self._work.width
         self._done = due
         return start, due

@@ -85,7 +85,8 @@ async def test_a_file_that_breaks_off_loses_no_more_than_its_last_write(data: Pa
 
 
 async def test_damage_in_the_middle_is_cut_only_by_command(data: Path) -> None:
-    """[G1] With readable commands behind it, nothing is thrown away unasked: one sentence names the file, the place and
+    """[G1] With readable commands behind it, nothing is thrown away unasked: one sentence names the file, the place
+    and
     a command, and that command does what it says."""
     file = _file(data)
     before = file.read_bytes()

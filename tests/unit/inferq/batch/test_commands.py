@@ -126,7 +126,7 @@ class FakeRouter:
 async def fake(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[FakeRouter, BatchClient]]:
     """A server, and a client of it; pauses between tries are short."""
     monkeypatch.setattr(batch_client, "_FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(batch_watch, "_SHORTEST_LOOK_S", 0.001)
+    monkeypatch.setattr(batch_watch, "_MIN_LOOK_S", 0.001)
     monkeypatch.setattr(batch_watch, "_FIRST_WAIT_S", 0.001)
     router = FakeRouter()
     server = TestServer(router.app(), host="127.0.0.1")

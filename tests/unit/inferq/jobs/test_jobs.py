@@ -55,7 +55,7 @@ async def test_the_exit_code_says_how_a_job_stands(status: str, code: int) -> No
 
 async def test_waiting_ends_with_the_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """And shows what became of it."""
-    monkeypatch.setattr("inferq.jobs.views._SHORTEST_LOOK_S", 0.001)
+    monkeypatch.setattr("inferq.jobs.views._MIN_LOOK_S", 0.001)
     fabric = Fabric(job_of("queued"), job_of("in_progress"), job_of("completed"))
     assert await show_job(fabric, "x", wait=True, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "completed"

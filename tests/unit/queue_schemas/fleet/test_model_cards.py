@@ -37,7 +37,7 @@ def test_strange_cards_refuse_no_worker() -> None:
     """[C9] A worker whose engine says nonsense is a worker all the same."""
     for cards in (None, 3, [], {"m": 3}, {3: {}}, {"m": {"x": {1, 2}}}):
         assert set(bounded_cards(cards)) <= {"m"}
-    strange = {"worker_id": "w", "incarnation": "w." + "0" * 16, "cards": [1], "assignment": {"term": 1, "version": 1}}
+    strange = {"worker_id": "w", "session_id": "w." + "0" * 16, "cards": [1], "assignment": {"term": 1, "version": 1}}
     assert WorkerInfo.model_validate(strange).cards == {}
 
 

@@ -5,7 +5,7 @@ from queue_schemas.fleet.pools import describe_pools
 def _worker(worker_id: str, *models: str, **fields: object) -> WorkerInfo:
     given = {"slots": 4, "engine": EngineState.READY, "assignment": Assignment(term=1, version=1)} | fields
     return WorkerInfo.model_validate(
-        {"worker_id": worker_id, "incarnation": f"{worker_id}.0000000000000001", "models": list(models), **given}
+        {"worker_id": worker_id, "session_id": f"{worker_id}.0000000000000001", "models": list(models), **given}
     )
 
 

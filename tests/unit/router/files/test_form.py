@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from queue_schemas import BadRequest
-from router.files.form import FileAsked, FileForm
+from router.files.form import FileForm, FileParams
 
 B = b"bound"
 FILE = b'Content-Disposition: form-data; name="file"; filename="a.jsonl"\r\nContent-Type: application/jsonl'
@@ -21,7 +21,7 @@ def form(*parts: tuple[bytes, bytes], end: bytes = b"--" + B + b"--\r\n") -> byt
     return b"".join(b"--%b\r\n%b\r\n\r\n%b\r\n" % (B, head, content) for head, content in parts) + end
 
 
-def read(body: bytes, cuts: list[int] | None = None) -> tuple[bytes, FileAsked]:
+def read(body: bytes, cuts: list[int] | None = None) -> tuple[bytes, FileParams]:
     """The file and what the form says of it, fed in pieces that end at ``cuts``."""
     reader, ends = FileForm(B), [*sorted(cuts or []), len(body)]
     pieces, at = [], 0
@@ -44,14 +44,14 @@ def test_any_chunking_gives_the_same_file(content: bytes, data: st.DataObject, b
     parts = [field("purpose", b"batch"), (FILE, content)]
     body = form(*(parts if before else reversed(parts)))
     cuts = data.draw(st.lists(st.integers(0, len(body)), max_size=20))
-    assert read(body, cuts) == (content, FileAsked("a.jsonl", "batch", None))
+    assert read(body, cuts) == (content, FileParams("a.jsonl", "batch", None))
     assert read(body, list(range(len(body))))[0] == content
 
 
 def test_what_follows_the_end_and_unknown_fields_mean_nothing() -> None:
     """A newer client's field is no error, nor is an epilogue."""
     body = form((FILE, b"1"), field("purpose", b"evals"), field("new", b"?")) + b"epilogue"
-    assert read(body) == (b"1", FileAsked("a.jsonl", "evals", None))
+    assert read(body) == (b"1", FileParams("a.jsonl", "evals", None))
 
 
 def test_an_expiry_is_read() -> None:

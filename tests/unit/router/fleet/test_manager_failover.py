@@ -7,7 +7,7 @@ import pytest
 from queue_schemas import CannotStart, ManagerUnavailable
 from queue_schemas.fleet.acting_manager import ActingManager, prove_address
 from router.fleet.manager_client import RemoteManager
-from router.fleet.manager_failover import MOST_FOLLOWED, NOBODY_ACTS_S, ManagerRoute
+from router.fleet.manager_failover import MAX_FOLLOWED, NOBODY_ACTS_S, ManagerRoute
 from telemetry.http.fabric_calls import FabricCall, Forwarded
 
 TOKEN = "the fleet's secret"
@@ -137,6 +137,6 @@ async def test_however_often_the_manager_moves_few_are_remembered() -> None:
     """[A7] Each restart may have another address; a Router keeps a bounded number."""
     fakes = Fakes()
     route = fakes.route(ONE)
-    for port in range(1, 3 * MOST_FOLLOWED):
+    for port in range(1, 3 * MAX_FOLLOWED):
         route.heard(said(f"http://10.0.0.9:{port}", beat=port))
-    assert len(route._managers) <= MOST_FOLLOWED + 1
+    assert len(route._managers) <= MAX_FOLLOWED + 1

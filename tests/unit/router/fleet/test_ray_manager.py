@@ -109,7 +109,7 @@ async def test_an_actor_that_was_replaced_is_found_again(cluster: Cluster) -> No
 
 @pytest.mark.parametrize("actor", [hanging(), failing(ray.exceptions.ActorUnavailableError("x", None)), None])
 async def test_an_actor_that_does_not_answer_is_unavailable(cluster: Cluster, actor: Actor | None) -> None:
-    """Silence beyond the limit, an actor that restarts, no actor at all: 503 that says when to come again."""
+    """StreamStall beyond the limit, an actor that restarts, no actor at all: 503 that says when to come again."""
     cluster.actor = actor
     with pytest.raises(ManagerUnavailable, match=r"cannot be reached .*try again shortly") as raised:
         await RayManager(RAY_MANAGER, "", 50).forward(CALL)

@@ -131,14 +131,14 @@ async def test_worker_calls_are_passed_on_unchanged() -> None:
         answer = await client.request("POST", "/fabric/v1/workers", b'{"a": 1}', token)
         await client.request("POST", "/fabric/v1/workers/w1/heartbeat", b"{}")
         await client.request("POST", "/fabric/v1/workers/w1/drain")
-        await client.request("DELETE", "/fabric/v1/workers/w1?incarnation=w1.00")
+        await client.request("DELETE", "/fabric/v1/workers/w1?session_id=w1.00")
         strange = await client.request("DELETE", "/fabric/v1/workers/..%2f")
     assert manager.asked == [
         ("GET", "/fabric/v1/workers", "", "t", b""),
         ("POST", "/fabric/v1/workers", "", "t", b'{"a": 1}'),
         ("POST", "/fabric/v1/workers/w1/heartbeat", "", "", b"{}"),
         ("POST", "/fabric/v1/workers/w1/drain", "", "", b""),
-        ("DELETE", "/fabric/v1/workers/w1", "incarnation=w1.00", "", b""),
+        ("DELETE", "/fabric/v1/workers/w1", "session_id=w1.00", "", b""),
     ]
     assert (answer.status, answer.json()) == (409, {"error": {"code": "worker_id_taken"}})
     assert strange.status == 400
@@ -326,10 +326,10 @@ async def test_the_router_itself_asks_for_the_join_token(token: dict[str, str], 
             ("GET", "/fabric/v1/workers"),
             ("POST", "/fabric/v1/workers"),
             ("POST", "/fabric/v1/workers/w1/heartbeat"),
-            ("GET", "/fabric/v1/workers/w1/presence?incarnation=w1." + "0" * 16),
-            ("POST", "/fabric/v1/workers/w1/doubt?incarnation=w1." + "0" * 16),
+            ("GET", "/fabric/v1/workers/w1/presence?session_id=w1." + "0" * 16),
+            ("POST", "/fabric/v1/workers/w1/doubt?session_id=w1." + "0" * 16),
             ("POST", "/fabric/v1/workers/w1/drain"),
-            ("DELETE", "/fabric/v1/workers/w1?incarnation=w1.00"),
+            ("DELETE", "/fabric/v1/workers/w1?session_id=w1.00"),
             ("GET", "/fabric/v1/broker"),
         ):
             answer = await Client(app).request(method, path, b"", token)

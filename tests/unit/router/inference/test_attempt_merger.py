@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from queue_schemas import CONTINUED, END, HEAD, Frame, JobId, Marker, MarkerKind, StreamBroken
-from router.inference.attempt_merger import Stitch
+from router.inference.attempt_merger import AttemptMerger
 
 JOB = JobId("0-" + "a" * 32)
 SSE = "text/event-stream; charset=utf-8"
@@ -54,11 +54,11 @@ def requeued(epoch: int) -> Marker:
     return Marker(MarkerKind.REQUEUED, JOB, epoch, "its worker was lost")
 
 
-def stream(limit: int = 1 << 20) -> Stitch:
-    return Stitch(stream=True, replay_limit_bytes=limit)
+def stream(limit: int = 1 << 20) -> AttemptMerger:
+    return AttemptMerger(stream=True, replay_limit_bytes=limit)
 
 
-def feed(stitch: Stitch, news: list[Frame | Marker]) -> bytes:
+def feed(stitch: AttemptMerger, news: list[Frame | Marker]) -> bytes:
     got = b""
     for item in news:
         if isinstance(item, Frame):
@@ -141,7 +141,7 @@ def test_an_attempt_whose_first_frame_is_missing_is_a_gap() -> None:
 
 def test_a_plain_answer_is_given_out_when_it_is_complete() -> None:
     """Nothing of a plain answer shows before its end, so that its length is known and a loss leaves no trace."""
-    stitch = Stitch(stream=False, replay_limit_bytes=0)
+    stitch = AttemptMerger(stream=False, replay_limit_bytes=0)
     lost = attempt([b'{"a"', b":1}"], kind="application/json", name="lost")
     whole = attempt([b'{"b"', b":2}"], kind="application/json", name="new", epoch=2, status=201)
     assert feed(stitch, [lost[0], requeued(2), whole[0]]) == b""
@@ -417,8 +417,8 @@ def continued(pieces: list[bytes], *, epoch: int, name: str) -> list[Frame]:
     return [replace(first, flags=first.flags | CONTINUED), *rest]
 
 
-def continuable(*, usage: bool = False, limit: int = 1 << 20) -> Stitch:
-    return Stitch(stream=True, replay_limit_bytes=limit, on_loss="continue", usage=usage)
+def continuable(*, usage: bool = False, limit: int = 1 << 20) -> AttemptMerger:
+    return AttemptMerger(stream=True, replay_limit_bytes=limit, on_loss="continue", usage=usage)
 
 
 def test_a_continued_stream_shows_no_seam() -> None:
@@ -529,7 +529,7 @@ def test_choices_that_have_not_begun_are_not_taken_for_ended() -> None:
     """Of several prompts, one may be answered before another one begins: its stream lacks more than its end."""
     first = [chunk("A", finish="stop"), chunk("B", index=1), chunk(None, index=1, finish="stop"), DONE]
     again = [chunk("A", ident="b", finish="stop"), chunk("B", ident="b", index=1, finish="stop"), DONE]
-    stitch = Stitch(stream=True, replay_limit_bytes=1 << 20, choices=2)
+    stitch = AttemptMerger(stream=True, replay_limit_bytes=1 << 20, choices=2)
     got = feed(stitch, [*attempt(first)[:1], requeued(2)])
     assert not stitch.ended
     got += feed(stitch, [*attempt(again, epoch=2, name="b")])
@@ -539,7 +539,7 @@ def test_choices_that_have_not_begun_are_not_taken_for_ended() -> None:
 
 def test_a_stream_that_is_to_fail_says_so() -> None:
     """Only once something was delivered; before, it simply runs again."""
-    stitch = Stitch(stream=True, replay_limit_bytes=1 << 20, on_loss="fail")
+    stitch = AttemptMerger(stream=True, replay_limit_bytes=1 << 20, on_loss="fail")
     frames = attempt([role(), chunk("Hi"), DONE], epoch=2, name="b")
     feed(stitch, [requeued(2), *frames[:2], requeued(3)])
     assert isinstance(stitch.error, StreamBroken)
@@ -575,8 +575,8 @@ def test_long_streams_are_kept_as_text() -> None:
     assert stitch.offer() == text_of(got)
 
 
-def stored(limit: int = 1 << 20) -> Stitch:
-    return Stitch(stream=True, replay_limit_bytes=limit, on_loss="continue", stored=True)
+def stored(limit: int = 1 << 20) -> AttemptMerger:
+    return AttemptMerger(stream=True, replay_limit_bytes=limit, on_loss="continue", stored=True)
 
 
 def test_a_stored_stream_goes_on_behind_what_was_read() -> None:

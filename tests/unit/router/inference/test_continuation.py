@@ -19,7 +19,7 @@ from queue_schemas import (
     MarkerKind,
     State,
 )
-from router.inference.attempt_merger import LONGEST_EVENT_BYTES
+from router.inference.attempt_merger import MAX_EVENT_BYTES
 from router.inference.request_fields import RequestFields, read_fields
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, Client, FakeQueue, router
@@ -277,7 +277,7 @@ async def test_an_error_behind_half_an_event_is_an_event_of_its_own() -> None:
     """Half an event that is too long to be held back passes as it is; when its worker is lost, the error that ends the
     stream does not become part of it."""
     queue = FakeQueue("m")
-    half = b"data: " + b"x" * (LONGEST_EVENT_BYTES + 1)
+    half = b"data: " + b"x" * (MAX_EVENT_BYTES + 1)
     async with router(queue, client_buffer_bytes=8 << 20) as app:
         answer = Client(app).post(ASK)
         job = await queue.job()

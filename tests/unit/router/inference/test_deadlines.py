@@ -31,7 +31,7 @@ READ, WHOLE = b"x-stainless-read-timeout", b"x-stainless-timeout"
         ({READ: b"600"}, None, True, 598_000, "x-stainless-read-timeout"),
         ({WHOLE: b"1800"}, None, True, 1_798_000, "x-stainless-timeout"),
         ({WHOLE: b"0"}, None, True, 900, "x-stainless-timeout"),
-        ({READ: b"99999"}, None, True, 3_600_000, "INFERQ_ROUTER_LONGEST_DEADLINE_MS"),
+        ({READ: b"99999"}, None, True, 3_600_000, "INFERQ_ROUTER_MAX_DEADLINE_MS"),
         ({READ: b"None"}, None, True, 600_000, "INFERQ_ROUTER_DEFAULT_DEADLINE_MS"),
         ({READ: b"inf"}, None, True, 600_000, "INFERQ_ROUTER_DEFAULT_DEADLINE_MS"),
         ({READ: b"-1"}, None, True, 600_000, "INFERQ_ROUTER_DEFAULT_DEADLINE_MS"),
@@ -39,7 +39,7 @@ READ, WHOLE = b"x-stainless-read-timeout", b"x-stainless-timeout"
         ({WHOLE: b"NOT_GIVEN"}, None, True, 600_000, "INFERQ_ROUTER_DEFAULT_DEADLINE_MS"),
         ({READ: b"1800"}, 30.0, True, 30_000, "timeout in the request's body"),
         ({READ: b"1800", b"x-inferq-deadline-ms": b"50"}, 30.0, True, 50, "x-inferq-deadline-ms"),
-        ({b"x-inferq-deadline-ms": b"4000000"}, None, True, 3_600_000, "INFERQ_ROUTER_LONGEST_DEADLINE_MS"),
+        ({b"x-inferq-deadline-ms": b"4000000"}, None, True, 3_600_000, "INFERQ_ROUTER_MAX_DEADLINE_MS"),
     ],
 )
 def test_whose_limit_counts(

@@ -17,7 +17,7 @@ import pytest
 from queue_schemas import BrokerFull, MarkerKind, OverCapacity
 from tests.support.event_streams import single_bytes
 from tests.support.waiting import eventually
-from tests.unit.router.fakes import FakeQueue, KeptStream
+from tests.unit.router.fakes import FakeQueue, PersistedStream
 from tests.unit.router.served import Served, served
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
@@ -344,7 +344,7 @@ async def test_a_resumable_stream_with_signs_of_life_is_whole(queue: FakeQueue, 
     chunk = b'data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
     async with served(queue, keepalive_ms=50, resumable_streams=True) as running:
         asking = asyncio.ensure_future(read(running))
-        stream = KeptStream(queue, await queue.job())
+        stream = PersistedStream(queue, await queue.job())
         await _once_alive(running)
         stream.say(chunk, b": the engine says hello\n\n", b"retry: 100\n\n")
         await _once_alive(running)
@@ -360,7 +360,7 @@ async def test_a_sign_of_life_is_bytes_on_the_wire(queue: FakeQueue) -> None:
         body = orjson.dumps({"model": "m", "messages": MESSAGES, "stream": True})
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n" % len(body)
         writer.write(head + body)
-        KeptStream(queue, await queue.job())
+        PersistedStream(queue, await queue.job())
         async with asyncio.timeout(5):
             await reader.readuntil(b": queued\n")
             await reader.readuntil(b": queued\n")

@@ -11,7 +11,7 @@ import pytest
 from broker import Standing
 from queue_schemas import BrokerFull, MarkerKind, OverCapacity, State
 from tests.support.waiting import eventually
-from tests.unit.router.fakes import Client, FakeQueue, KeptStream, router, worker
+from tests.unit.router.fakes import Client, FakeQueue, PersistedStream, router, worker
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 STREAM = CHAT | {"stream": True}
@@ -34,24 +34,24 @@ async def test_a_plain_request_is_queued_and_answered() -> None:
         await answer.done()
     assert (job.body, job.content_type, job.path) == (raw, "application/json; a=b", "/v1/chat/completions")
     assert (job.model, job.tenant, job.stream, job.band, job.request_id) == ("m", "default", False, 0, "mine-1")
-    assert job.reply_to == app.state.link.incarnation
+    assert job.reply_to == app.state.link.session_id
     assert (answer.status, answer.body, answer.complete) == (200, b'{"ok": true}', True)
     assert answer.headers == {"content-type": "application/json", "content-length": "12", "x-request-id": "mine-1"}
     assert queue.cancelled.empty()
     assert len(app.state.requests) == 0
 
 
-@pytest.mark.parametrize(("near", "patience_ms"), [(True, 700), (False, 0)])
-async def test_a_request_is_of_its_routers_region(near: bool, patience_ms: int) -> None:
+@pytest.mark.parametrize(("near", "remote_after_ms"), [(True, 700), (False, 0)])
+async def test_a_request_is_of_its_routers_region(near: bool, remote_after_ms: int) -> None:
     """Workers of the region go first for as long as the settings say; where there is none, nobody is waited for."""
     queue = FakeQueue("m")
     queue.fleet = {"w1": worker("m").model_copy(update={"region": "eu" if near else "us"})}
-    async with router(queue, region="eu", region_patience_ms=700) as app:
+    async with router(queue, region="eu", region_remote_after_ms=700) as app:
         answer = Client(app).post(CHAT)
         job = await queue.job()
         queue.answer(job, b"{}")
         await answer.done()
-    assert (job.region, job.patience_ms) == ("eu", patience_ms)
+    assert (job.region, job.remote_after_ms) == ("eu", remote_after_ms)
 
 
 async def test_a_router_without_a_region_asks_nobody_for_patience() -> None:
@@ -62,7 +62,7 @@ async def test_a_router_without_a_region_asks_nobody_for_patience() -> None:
         job = await queue.job()
         queue.answer(job, b"{}")
         await answer.done()
-    assert (job.region, job.patience_ms) == ("", 0)
+    assert (job.region, job.remote_after_ms) == ("", 0)
 
 
 async def test_an_engine_error_passes_as_it_is() -> None:
@@ -174,7 +174,7 @@ async def test_a_timeout_in_the_body_is_the_requests_deadline() -> None:
         b'--B\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % field
         for field in ((b"model", b"m"), (b"timeout", b"2.5"))
     )
-    async with router(queue, default_deadline_ms=7_000, longest_deadline_ms=9_000) as app:
+    async with router(queue, default_deadline_ms=7_000, max_deadline_ms=9_000) as app:
         answers = [Client(app).post(body) for body in bodies]
         answers.append(Client(app).post(bodies[0], headers={"x-inferq-deadline-ms": "600"}))
         kind = {"content-type": "multipart/form-data; boundary=B"}
@@ -314,7 +314,7 @@ async def test_a_stream_that_waits_for_a_worker_says_so(resumable: str) -> None:
     waiting = b": waiting for a worker that serves idle\n"
     async with router(queue, keepalive_ms=50, pools=["idle"]) as app:
         answer = Client(app).post(STREAM | {"model": "idle"}, headers={"x-inferq-resumable": resumable})
-        stream = KeptStream(queue, await queue.job())
+        stream = PersistedStream(queue, await queue.job())
         await answer.until(lambda: answer.body.count(waiting) >= 2)
         queue.fleet = {"w1": worker("m", "idle")}
         await answer.until(lambda: b": queued\n" in answer.body)

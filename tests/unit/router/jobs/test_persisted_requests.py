@@ -75,7 +75,7 @@ async def test_a_request_with_a_key_is_a_stored_job() -> None:
         await other.done()
     assert (job.stored, job.idempotency_key, job.reply_to) == (True, "order-17", "")
     assert (unkeyed.stored, unkeyed.idempotency_key) == (False, "")
-    assert unkeyed.reply_to == app.state.link.incarnation
+    assert unkeyed.reply_to == app.state.link.session_id
     assert (answer.status, answer.body) == (200, b'{"ok": true}')
     assert REPLAY not in answer.headers
     assert queue.attached == []
@@ -327,7 +327,7 @@ async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
 
 async def test_what_is_held_while_a_page_is_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the bound another page is read instead."""
-    monkeypatch.setattr(followers, "MOST_HELD", 2)
+    monkeypatch.setattr(followers, "MAX_HELD", 2)
     queue = FakeQueue("m")
     holder = new_job_id(0)
     queue.holder = Enqueued(holder, State.LEASED)

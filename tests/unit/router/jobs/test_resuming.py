@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from queue_schemas import END, HEAD, Frame, Job, Keep, Lane, Output, State
-from router.jobs.disconnect_grace import LATE_S, Abandoned
-from tests.unit.router.fakes import SSE, Answer, Client, FakeQueue, kept_job, router
+from queue_schemas import END, HEAD, Frame, Job, Lane, Output, PersistOptions, State
+from router.jobs.disconnect_grace import LATE_S, DisconnectGrace
+from tests.unit.router.fakes import SSE, Answer, Client, FakeQueue, persisted_job, router
 from tests.unit.router.jobs.test_routes import EVENTS, ids_of, without_ids
 
 STREAM = {"model": "m", "messages": [], "stream": True}
@@ -41,7 +41,7 @@ async def test_every_event_says_where_to_go_on() -> None:
         job, answer = await begun(Client(app), queue)
         assert (job.stored, job.lane, job.reply_to, job.idempotency_key) == (True, Lane.INTERACTIVE, "", "")
         keep = queue.keeps[job.id]
-        assert (keep.keep_ms, keep.listed, keep.memo.resumable) == (7_000, False, True)
+        assert (keep.keep_ms, keep.listed, keep.job_metadata.resumable) == (7_000, False, True)
         queue.stream(job, EVENTS[2], first=2)
         await answer.done()
         assert without_ids(answer.body) == b"".join(EVENTS)
@@ -118,7 +118,7 @@ async def test_nobody_goes_on_with_what_is_not_his() -> None:
         assert (gone.status, gone.error["code"]) == (404, "job_not_found")
         kept = queue.kept[job.id]
         rival = Job(**{name: getattr(job, name) for name in Job.__slots__} | {"tenant": "rival"})
-        queue.kept[job.id] = kept_job(rival, Keep(1, kept.memo))
+        queue.kept[job.id] = persisted_job(rival, PersistOptions(1, kept.job_metadata))
         foreign = await client.post(STREAM, headers=RESUMABLE | {"last-event-id": last}).done()
         assert (foreign.status, foreign.error["message"].replace(job.id, "")) == (
             404, gone.error["message"].replace(f"0-{'a' * 32}", ""),
@@ -156,7 +156,7 @@ async def test_a_stream_without_its_client_is_given_up_after_its_grace(monkeypat
 
         keyed, back = Client(app), Client(app)
         other, answer = await begun(keyed, queue, **{"idempotency-key": "k"})
-        assert not queue.keeps[other.id].memo.resumable
+        assert not queue.keeps[other.id].job_metadata.resumable
         keyed.gone.set()
         await answer.done()
         left = Client(app)
@@ -175,9 +175,9 @@ async def test_a_stream_without_its_client_is_given_up_after_its_grace(monkeypat
 
 def test_who_left_last_is_given_up_last_and_their_number_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaving again begins the grace anew; past the bound the oldest is left to run."""
-    monkeypatch.setattr("router.jobs.disconnect_grace.MOST_AWAITED", 2)
+    monkeypatch.setattr("router.jobs.disconnect_grace.MAX_AWAITED", 2)
     given_up: list[str] = []
-    abandoned = Abandoned(10, given_up.append)
+    abandoned = DisconnectGrace(10, given_up.append)
     for at, job_id in enumerate("aba"):
         abandoned.add(job_id, at)  # type: ignore[arg-type]
     abandoned.sweep(11 + LATE_S)

@@ -30,7 +30,7 @@ from queue_schemas import (
     State,
     Tenant,
 )
-from router.jobs.service import Followed, KeptJobs
+from router.jobs.service import Followed, PersistedJobs
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, FakeQueue, router
 
@@ -40,12 +40,12 @@ PATH = "/v1/chat/completions"
 
 
 @asynccontextmanager
-async def kept_jobs(queue: FakeQueue, **settings: Any) -> AsyncIterator[KeptJobs]:
+async def persisted_jobs(queue: FakeQueue, **settings: Any) -> AsyncIterator[PersistedJobs]:
     async with router(queue, **settings) as app:
-        yield KeptJobs(app.state)
+        yield PersistedJobs(app.state)
 
 
-async def submitted(kept: KeptJobs, queue: FakeQueue, body: bytes = CHAT) -> Job:
+async def submitted(kept: PersistedJobs, queue: FakeQueue, body: bytes = CHAT) -> Job:
     found = await kept.submit(tenant=ACME, path=PATH, body=body, notify="response", note=b"mine", request_id="r1")
     job = await queue.job()
     assert found.job_id == job.id
@@ -82,14 +82,20 @@ async def read(followed: Followed) -> bytes:
 async def test_a_background_request_is_a_kept_job_of_its_lane() -> None:
     """Stored for the time that the settings say, listed, with all that is needed to give its answer again."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue, keep_jobs_ms=5_000, background_deadline_ms=70_000) as kept:
+    async with persisted_jobs(queue, keep_jobs_ms=5_000, background_deadline_ms=70_000) as kept:
         job = await submitted(kept, queue)
         assert (job.stored, job.lane, job.reply_to, job.ttl_ms, job.tenant) == (True, Lane.BACKGROUND, "", 70_000, ACME)
         keep = queue.keeps[job.id]
         assert (keep.keep_ms, keep.listed, keep.notify) == (5_000, True, "response")
-        memo = keep.memo
-        assert (memo.path, memo.stream, memo.usage, memo.choices, memo.note) == (PATH, True, True, 2, b"mine")
-        assert not memo.resumable
+        job_metadata = keep.job_metadata
+        assert (
+            job_metadata.path,
+            job_metadata.stream,
+            job_metadata.usage,
+            job_metadata.choices,
+            job_metadata.note,
+        ) == (PATH, True, True, 2, b"mine")
+        assert not job_metadata.resumable
         with pytest.raises(ModelNotFound):
             await kept.submit(tenant=ACME, path=PATH, body=b'{"model": "other"}')
         with pytest.raises(BadRequest):
@@ -104,7 +110,7 @@ async def test_many_follow_one_job_from_its_beginning_each_at_its_pace() -> None
     """Whoever comes late reads what is kept first; all get the same; when they are gone the queue is told, and nothing
     is left here."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue) as kept:
+    async with persisted_jobs(queue) as kept:
         job = await submitted(kept, queue)
         pieces = [b"data: %d\n\n" % number for number in range(6)]
         queue.output[job.id] = kept_so_far(job, *pieces[:2])
@@ -131,7 +137,7 @@ async def test_many_follow_one_job_from_its_beginning_each_at_its_pace() -> None
 async def test_a_plain_answer_comes_at_its_end() -> None:
     """With its status and content type; an engine's error is an answer like any other."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue) as kept:
+    async with persisted_jobs(queue) as kept:
         job = await submitted(kept, queue, b'{"model": "m"}')
         queue.output[job.id] = kept_so_far(
             job, b'{"error": 1}', end=True, state=State.FAILED, status=400, kind="application/json"
@@ -152,7 +158,7 @@ async def test_an_end_without_an_answer_is_an_error_behind_what_was_said(
 ) -> None:
     """With its cause, whether it is read afterwards or followed live."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue) as kept:
+    async with persisted_jobs(queue) as kept:
         job = await submitted(kept, queue)
         queue.output[job.id] = kept_so_far(job, *said, state=state, cause="of what happened")
         async with kept.follow(ACME, job.id) as followed:
@@ -174,7 +180,7 @@ async def test_an_end_without_an_answer_is_an_error_behind_what_was_said(
 async def test_silence_is_told_and_a_lost_job_ends() -> None:
     """An empty piece while nothing comes; an error once the queue knows nothing of the job any more."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue, keepalive_ms=50) as kept:
+    async with persisted_jobs(queue, keepalive_ms=50) as kept:
         job = await submitted(kept, queue)
         queue.output[job.id] = kept_so_far(job)
         async with kept.follow(ACME, job.id) as followed:
@@ -187,7 +193,7 @@ async def test_silence_is_told_and_a_lost_job_ends() -> None:
 async def test_a_slow_follower_takes_no_memory() -> None:
     """What comes live past its buffer is left on the queue, and read from there when it goes on."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue, client_buffer_bytes=16 * 1024) as kept:
+    async with persisted_jobs(queue, client_buffer_bytes=16 * 1024) as kept:
         job = await submitted(kept, queue)
         queue.output[job.id] = kept_so_far(job)
         pieces = [b"data: " + b"x" * 4_000 + b"\n\n" for _ in range(40)]
@@ -205,7 +211,7 @@ async def test_a_slow_follower_takes_no_memory() -> None:
 async def test_another_tenants_job_is_as_unknown_as_one_that_never_was() -> None:
     """For whatever is asked of it, and in the same words."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue) as kept:
+    async with persisted_jobs(queue) as kept:
         job = await submitted(kept, queue)
         for tenant, job_id in ((RIVAL, job.id), (ACME, job.id[:-1] + "x"), (ACME, "no id")):
             assert await kept.status(tenant, job_id) is None
@@ -223,7 +229,7 @@ async def test_another_tenants_job_is_as_unknown_as_one_that_never_was() -> None
 async def test_cancelling_on_demand_tells_what_became_of_the_job() -> None:
     """One that has ended is left as it is."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue) as kept:
+    async with persisted_jobs(queue) as kept:
         job = await submitted(kept, queue)
         assert await kept.cancel(ACME, job.id) is not None
         assert (await queue.cancellation()) == (job.id, "it was cancelled on demand")
@@ -237,7 +243,7 @@ async def test_cancelling_on_demand_tells_what_became_of_the_job() -> None:
 async def test_followers_count_among_the_requests_of_a_router() -> None:
     """Past the limit one is refused, and costs nothing."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue, max_concurrent=1) as kept:
+    async with persisted_jobs(queue, max_concurrent=1) as kept:
         job = await submitted(kept, queue)
         queue.output[job.id] = kept_so_far(job)
         async with kept.follow(ACME, job.id):
@@ -250,7 +256,7 @@ async def test_followers_count_among_the_requests_of_a_router() -> None:
 async def test_a_follower_that_fell_behind_hears_of_the_end_behind_what_was_kept() -> None:
     """A cancelled job has no attempt any more: what was read of it is still the beginning of what is kept."""
     queue = FakeQueue("m")
-    async with kept_jobs(queue, keepalive_ms=50) as kept:
+    async with persisted_jobs(queue, keepalive_ms=50) as kept:
         job = await submitted(kept, queue)
         queue.output[job.id] = kept_so_far(job, b"data: 1\n\n")
         async with kept.follow(ACME, job.id) as followed:

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from queue_schemas import END, HEAD, Enqueued, Frame, Job, KeptJob, Lane, MarkerKind, Output, Pool, State
+from queue_schemas import END, HEAD, Enqueued, Frame, Job, Lane, MarkerKind, Output, PersistedJob, Pool, State
 from router.responses.chat_only_engines import REMEMBERED_S, ChatOnly
 from tests.support.responses import check_response, check_stream, server_sent
 from tests.support.waiting import eventually
@@ -35,7 +35,7 @@ def run_of(job: Job, *pieces: bytes, end: bool = True) -> tuple[Frame, ...]:
     )
 
 
-def end_as(queue: FakeQueue, job: Job, state: State, *pieces: bytes, cause: str = "", **fields: Any) -> KeptJob:
+def end_as(queue: FakeQueue, job: Job, state: State, *pieces: bytes, cause: str = "", **fields: Any) -> PersistedJob:
     """The job has ended, or stands, with this output kept of it."""
     frames = run_of(job, *pieces, end=state in (State.DONE, State.FAILED))
     attempt = "a1" if state in (State.DONE, State.FAILED, State.LEASED) else ""
@@ -342,7 +342,7 @@ async def test_a_key_tells_responses_apart_that_make_the_same_chat() -> None:
         for fields in ({}, {"metadata": {"a": "c"}}, {"background": False}, {}):
             client.post(ASK | fields, PATH, {"idempotency-key": "one"})
             job = await queue.job()
-            digests.append((queue.keeps[job.id].memo.request, job.body))
+            digests.append((queue.keeps[job.id].job_metadata.request, job.body))
     (first, metadata, waited, again), bodies = [digest for digest, _ in digests], {body for _, body in digests}
     assert len(bodies) == 1
     assert first == again

@@ -13,7 +13,7 @@ from telemetry.http.held_connections import Held
 from tests.support.waiting import eventually
 
 
-class Exchange:
+class ResponseWriter:
     """One held answer, as a server sees it."""
 
     def __init__(self, held: Held) -> None:
@@ -36,7 +36,7 @@ class Exchange:
 async def test_a_client_that_goes_is_told_of_once() -> None:
     """At once, and nothing is sent to it any more."""
     held = Held(lambda: False)
-    exchange = Exchange(held)
+    exchange = ResponseWriter(held)
     await eventually(lambda: held.count == 1, "it is held")
     exchange.left.set()
     await asyncio.wait_for(exchange.task, 1)
@@ -48,7 +48,7 @@ async def test_a_server_that_ends_lets_go_and_doubts_nobody() -> None:
     """The answer ends in order; its client has not gone."""
     ending = False
     held = Held(lambda: ending)
-    exchange = Exchange(held)
+    exchange = ResponseWriter(held)
     await eventually(lambda: held.count == 1, "it is held")
     ending = True
     await asyncio.wait_for(exchange.task, 2)
@@ -60,7 +60,7 @@ async def test_a_held_connection_carries_a_byte_now_and_then(monkeypatch: pytest
     """So that nothing in between takes it for idle."""
     monkeypatch.setattr(module, "BEAT_S", 0.05)
     monkeypatch.setattr(module, "LOOK_S", 0.01)
-    exchange = Exchange(Held(lambda: False))
+    exchange = ResponseWriter(Held(lambda: False))
     await eventually(lambda: len(exchange.sent) >= 4, "beats come")
     exchange.left.set()
     await exchange.task
@@ -70,9 +70,9 @@ async def test_their_number_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """One too many is refused with an error that says what to do."""
     monkeypatch.setattr(module, "_MOST", 1)
     held = Held(lambda: False)
-    exchange = Exchange(held)
+    exchange = ResponseWriter(held)
     await eventually(lambda: held.count == 1, "it is held")
     with pytest.raises(OverCapacity):
-        Exchange(held)
+        ResponseWriter(held)
     exchange.left.set()
     await exchange.task

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from openai import InvalidWebhookSignatureError, OpenAI
 
 from queue_schemas import Tenant
-from webhooks.core import WAITS_S, Limits, begin, conclude, most_tries, next_turns, signed_headers, wait_s
+from webhooks.core import WAITS_S, Limits, begin, conclude, max_tries, next_turns, signed_headers, wait_s
 from webhooks.deliveries import Attempt, DeliveryKey, DeliveryState, Outcome
 from webhooks.endpoints import Secrets
 from webhooks.events import EVENT_TYPES, WebhookEvent
@@ -96,7 +96,7 @@ def test_anything_else_is_tried_again_until_the_end(status: int | None) -> None:
         state = conclude(state, Attempt(at_ms=now_ms, took_ms=5, status=status), once=False, draw=0.5)
         assert state.settled or state.next_at_ms > now_ms
         now_ms, made = state.next_at_ms, made + 1
-    assert (state.outcome, made) == (Outcome.GIVEN_UP, most_tries(once=False))
+    assert (state.outcome, made) == (Outcome.GIVEN_UP, max_tries(once=False))
 
 
 def test_gone_ends_it_and_a_test_is_sent_once() -> None:
@@ -109,7 +109,7 @@ def test_gone_ends_it_and_a_test_is_sent_once() -> None:
 def test_attempts_that_a_crash_cut_short_wait_ever_longer() -> None:
     """The first is made up for at once; what kills its sender each time does so a limited number of times, in a day."""
     state, now_ms, waits = DeliveryState(), 0, []
-    for _ in range(most_tries(once=False)):
+    for _ in range(max_tries(once=False)):
         state = begin(state, now_ms, 10_000)
         waits.append(state.next_at_ms - now_ms - 10_000)
         now_ms = state.next_at_ms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.core import Liveness, Pulse
+from worker.core import Liveness, LoopWatchdog
 
 
 def test_an_idle_worker_is_alive_whatever_its_engine_says() -> None:
@@ -51,13 +51,13 @@ def test_an_engine_that_answers_but_produces_nothing_is_believed_for_a_while() -
 
 def test_the_pulse_of_the_serving_loop() -> None:
     """Renewals go on while it is late, and end when it stood still for its limit or the engine is given up."""
-    pulse = Pulse(ticked_at=100.0, loop_limit_s=60.0)
-    assert pulse.may_renew(100.2)
-    assert not pulse.late(100.2)
-    assert pulse.late(101.0)
-    assert pulse.may_renew(159.9)
-    assert not pulse.may_renew(160.0)
-    pulse.ticked_at = 160.0
-    assert pulse.may_renew(160.0)
-    pulse.engine_alive = False
-    assert not pulse.may_renew(160.0)
+    watchdog = LoopWatchdog(ticked_at=100.0, loop_limit_s=60.0)
+    assert watchdog.may_renew(100.2)
+    assert not watchdog.late(100.2)
+    assert watchdog.late(101.0)
+    assert watchdog.may_renew(159.9)
+    assert not watchdog.may_renew(160.0)
+    watchdog.ticked_at = 160.0
+    assert watchdog.may_renew(160.0)
+    watchdog.engine_alive = False
+    assert not watchdog.may_renew(160.0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from queue_schemas import END, Lease, unpack_frames
-from router.inference.attempt_merger import Stitch
+from router.inference.attempt_merger import AttemptMerger
 from tests.support.queue import make_job
 from worker.core import FrameCutter
 from worker.core.frames import MAX_EVENT_BYTES
@@ -27,7 +27,7 @@ def passed_on(case: dict[str, Any], *pieces: bytes) -> tuple[bytes, bool]:
     cutter.head(200, "text/event-stream")
     packed = [frame for piece in pieces if (frame := cutter.feed(piece))]
     last = cutter.finish(delimited=case["delimited"])
-    stitch = Stitch(stream=True, replay_limit_bytes=1 << 24)
+    stitch = AttemptMerger(stream=True, replay_limit_bytes=1 << 24)
     for frame in unpack_frames(b"".join([*packed, last or b""])):
         stitch.on_frame(frame)
     assert stitch.ended == (last is not None)

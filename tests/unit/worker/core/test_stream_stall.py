@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from tests.support.queue import make_job
-from worker.core import Silence, may_hold_back
+from worker.core import StreamStall, may_hold_back
 
 
 def test_a_stream_that_stands_still_while_others_go_on_is_stuck() -> None:
     """Not before something came of others a whole limit after the last of it."""
-    stream = Silence(pieces=3, reading=True)
+    stream = StreamStall(pieces=3, reading=True)
     assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(1, 11))
     assert not stream.is_stuck(10.9, 10.9, 10.0)
     assert stream.is_stuck(11.0, 11.0, 10.0)
@@ -21,7 +21,7 @@ def test_a_stream_that_stands_still_while_others_go_on_is_stuck() -> None:
 
 def test_a_stream_that_goes_on_is_not_stuck() -> None:
     """Every piece begins its time anew."""
-    stream = Silence(reading=True)
+    stream = StreamStall(reading=True)
     for second in range(40):
         if second % 9 == 0:
             stream.pieces += 1
@@ -30,19 +30,19 @@ def test_a_stream_that_goes_on_is_not_stuck() -> None:
 
 def test_silence_with_nobody_else_to_serve_is_the_engines() -> None:
     """Perhaps all of it stalls, perhaps a parser holds back what it says: this stream alone is not to blame."""
-    stream = Silence(pieces=1, reading=True)
+    stream = StreamStall(pieces=1, reading=True)
     assert not any(stream.is_stuck(float(second), 1.0, 10.0) for second in range(1, 100))
 
 
 def test_what_has_not_begun_is_not_stuck() -> None:
     """A long prompt and a plain answer are silent by nature."""
-    stream = Silence(reading=True)
+    stream = StreamStall(reading=True)
     assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(100))
 
 
 def test_time_in_which_nobody_reads_is_not_the_engines_silence() -> None:
     """A slow Router makes the worker wait, not the engine."""
-    stream = Silence(pieces=1)
+    stream = StreamStall(pieces=1)
     assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(50))
     stream.reading = True
     assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(50, 59))
@@ -51,7 +51,7 @@ def test_time_in_which_nobody_reads_is_not_the_engines_silence() -> None:
 
 def test_time_in_which_nobody_looked_is_not_the_engines_silence() -> None:
     """Worker and engine were stopped and go on: whose next piece comes a moment after the others' is not forgotten."""
-    stream = Silence(pieces=3, reading=True)
+    stream = StreamStall(pieces=3, reading=True)
     assert not stream.is_stuck(1.0, 1.0, 10.0)
     assert not any(stream.is_stuck(float(second), float(second), 10.0) for second in range(200, 210))
     assert stream.is_stuck(210.0, 210.0, 10.0)
@@ -80,5 +80,5 @@ def test_engines_hold_back_all_but_plain_text(asked: dict[str, Any], holds_back:
 
 def test_a_first_piece_may_be_sent_before_the_prompt_is_read() -> None:
     """[C5] Some engines send the role at once: the long silence of a long prompt comes behind it."""
-    assert Silence(pieces=1).has_said_little
-    assert not Silence(pieces=2).has_said_little
+    assert StreamStall(pieces=1).has_said_little
+    assert not StreamStall(pieces=2).has_said_little
