@@ -183,7 +183,7 @@ def _band(value: int) -> int:
     return value
 
 
-def _patience_ms(value: int) -> int:
+def _remote_after_ms(value: int) -> int:
     if value < 0:
         raise BadMessage(f"remote_after_ms is {value}; it must not be below 0")
     return value
@@ -207,5 +207,5 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "ttl_ms": _at_least_one("ttl_ms"),
     "max_attempts": _at_least_one("max_attempts"),
     "region": check_region,
-    "remote_after_ms": _patience_ms,
+    "remote_after_ms": _remote_after_ms,
 }

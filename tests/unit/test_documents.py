@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import batches.service
 import manager.service
 import router.service
+import webhooks.service
 import worker.service
 from inferq.cli import app
 
@@ -26,7 +27,7 @@ ROLES = {
     "router": router.service,
     "worker": worker.service,
     "batcher": batches.service,
-    "notifier": batches.webhooks.service,
+    "notifier": webhooks.service,
 }
 OURS = sorted(name for name, service in COMPOSE.items() if service["command"][0] in ROLES)
 

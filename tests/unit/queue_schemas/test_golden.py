@@ -58,7 +58,7 @@ FULL_JOB = Job(
     request_id="req-42",
 )
 SMALL_JOB = Job(id=JOB_ID, tenant=Tenant("t"), model=Pool("m"), path="/v1/embeddings", body=b"\x00\xff")
-REGIONAL_JOB = replace(SMALL_JOB, region="eu-west", patience_ms=500)
+REGIONAL_JOB = replace(SMALL_JOB, region="eu-west", remote_after_ms=500)
 RESUMED_JOB = replace(SMALL_JOB, path="/v1/completions", stream=True, prefix="Il \u00e9tait ")
 TOLD_JOB = replace(
     SMALL_JOB,
@@ -174,7 +174,7 @@ def test_another_major_version_is_refused(version: object) -> None:
         ("id", "no-id"), ("id", 7), ("tenant", ""), ("tenant", "a\nb"), ("model", "x" * 300), ("lane", "express"),
         ("band", 4), ("band", -1), ("band", True), ("stream", 1), ("ttl_ms", 0), ("max_attempts", 0), ("body", "text"),
         ("on_loss", "shrug"), ("on_loss", 3), ("path", b"/v1"), ("ttl_ms", 1.5),
-        ("region", 5), ("region", "a\nb"), ("region", "x" * 101), ("patience_ms", -1), ("patience_ms", "500"),
+        ("region", 5), ("region", "a\nb"), ("region", "x" * 101), ("remote_after_ms", -1), ("remote_after_ms", "500"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_named(field: str, value: object) -> None:
