@@ -83,7 +83,7 @@ class FabricClient:
         answer = await self._call("POST", path, heartbeat, limit_s=HEARTBEAT_LIMIT_S, unknown=_NO_SUCH_WORKER)
         return _parse(HeartbeatAnswer, answer, self.url)
 
-    async def stay_present(self, worker_id: str, session_id: SessionId) -> None:
+    async def hold_session_connection(self, worker_id: str, session_id: SessionId) -> None:
         """Hold a connection to the URL in use until it ends: whoever holds its other end is told at once when this
         process dies. Raises ``UnknownWorker`` where nobody holds such connections (an older version)."""
         url = f"{self.url}{FABRIC_PREFIX}/workers/{worker_id}/presence?session_id={session_id}"

@@ -83,7 +83,7 @@ class Membership:
         self.trouble = "not registered with a Manager yet"
         """Why it is not registered, for people; empty when it is."""
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Something the Manager should know has changed: send a heartbeat soon."""
         self._changed.set()
 
@@ -144,13 +144,13 @@ class Membership:
                 if answer.drain:
                     self._drain()
 
-    async def stay_present(self, session_id: SessionId) -> NoReturn:
+    async def hold_session_connection(self, session_id: SessionId) -> NoReturn:
         """Hold a connection to whoever this worker is registered with, until cancelled."""
         pause = _FIRST_PAUSE_S
         while True:
             begun = asyncio.get_running_loop().time()
             try:
-                await self._client.stay_present(self._worker_id, session_id)
+                await self._client.hold_session_connection(self._worker_id, session_id)
             except UnknownWorker:
                 pause = _NOBODY_HOLDS_PAUSE_S
             except InferqError as error:

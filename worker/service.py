@@ -1,4 +1,4 @@
-"""The worker's process: engine, HTTP service and one session id after the other.
+"""The worker's process: engine, HTTP service and one session after the other.
 
 ``python -m worker.service --worker-id worker-1 --manager-url http://localhost:18000 --port 7000 --model MODEL``
 """
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from broker import Broker
+from broker import Broker, BrokerSettings
 from broker.embedded.local_password import complete_url
 from queue_schemas import (
     BrokerFull,
@@ -36,12 +36,13 @@ from telemetry.http.local_callers import LocalCallers
 from telemetry.http.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 from telemetry.redaction import redact_url
 
+from .context import WorkerContext
 from .engines import Engine
 from .engines.choice import make_engine
 from .manager_client import FabricClient
 from .metrics import WorkerMetrics
 from .routes import Status, make_app
-from .session import WorkerContext, WorkerSession, broker_settings
+from .session import WorkerSession
 from .settings import WorkerSettings
 
 _FIRST_PAUSE_S = 0.2
@@ -75,7 +76,7 @@ class Worker:
         self._engine = engine or make_engine(settings, self._metrics.engine_restarts.inc)
         self._client = FabricClient(settings.manager_urls, settings.join_token.get_secret_value())
         self._broker: Broker | None = None
-        self._around = WorkerContext(
+        self._context = WorkerContext(
             settings=settings,
             engine=self._engine,
             client=self._client,
@@ -85,7 +86,7 @@ class Worker:
             drain=self.drain,
             hurry=self.hurry,
         )
-        self._life = WorkerSession(self._around, new_session_id(settings.name))
+        self._session = WorkerSession(self._context, new_session_id(settings.name))
         self._watch()
 
     async def run(self) -> None:
@@ -100,7 +101,7 @@ class Worker:
                     run_server(app, sock=self._listener, stop=stop_http, shutdown_limit_s=1.0), name="http"
                 )
                 engine = group.create_task(self._engine.run(self._engine_changed), name="engine")
-                await self._live()
+                await self._run_sessions()
                 engine.cancel()
                 stop_http.set()
         finally:
@@ -112,11 +113,11 @@ class Worker:
 
     def status(self) -> Status:
         """The page ``GET /status``."""
-        life, now = self._life, self._life.status()
-        reasons = life.trouble
+        session, now = self._session, self._session.status()
+        reasons = session.problems
         return Status(
             worker_id=self.settings.name,
-            session_id=life.session_id,
+            session_id=session.session_id,
             ready=not reasons,
             reasons=reasons,
             draining=now.draining,
@@ -127,18 +128,18 @@ class Worker:
             running=now.running,
             broker_ok=now.broker_ok,
             manager_url=redact_url(self._client.url),
-            assignment=life.slots.order,
+            assignment=session.slots.order,
         )
 
     def _engine_changed(self) -> None:
-        self._life.engine_changed()
+        self._session.engine_changed()
 
-    async def _live(self) -> None:
-        """One session id after the other, until one drains."""
+    async def _run_sessions(self) -> None:
+        """One session after the other, until one drains."""
         first = True
         while True:
             try:
-                await self._life.run(first=first)
+                await self._session.run(first=first)
             except BaseExceptionGroup as failures:
                 fenced, others = failures.split(Fenced)
                 if fenced is None or others is not None:
@@ -146,20 +147,19 @@ class Worker:
             else:
                 return
             self._metrics.fenced.inc()
-            log.warning("declared_dead", session_id=self._life.session_id, abandoned=self._life.slots.busy)
+            log.warning("declared_dead", session_id=self._session.session_id, abandoned=self._session.slots.busy)
             if self.drain.is_set():
                 return
             first = False
-            self._life = WorkerSession(self._around, new_session_id(self.settings.name))
+            self._session = WorkerSession(self._context, new_session_id(self.settings.name))
 
     async def _connect(self, answer: RegistrationAnswer) -> Broker:
         """The broker, opened at the first call; waits for a Redis that is away or full."""
         pause = _FIRST_PAUSE_S
         while self._broker is None:
-            settings = broker_settings(self.settings, answer)
             try:
-                url = await complete_url(settings.redis_url)
-                self._broker = await Broker.connect(settings.model_copy(update={"redis_url": url}))
+                url = await complete_url(self.settings.redis_url or answer.broker_url)
+                self._broker = await Broker.connect(BrokerSettings.load(redis_url=url, shards=answer.shards))
             except (BrokerUnavailable, BrokerFull) as error:
                 log.warning("queue_not_reached", error=error.message, again_in_s=pause)
                 await asyncio.sleep(pause)
@@ -171,7 +171,7 @@ class Worker:
     def _watch(self) -> None:
         slots = self.registry.gauge("inferq_slots", "Jobs that can run at once, and that do", ("state",))
         slots.labels("total").set_function(lambda: self.settings.slots)
-        slots.labels("busy").set_function(lambda: self._life.slots.busy)
+        slots.labels("busy").set_function(lambda: self._session.slots.busy)
         ready = self.registry.gauge("inferq_engine_ready", "1 while the engine takes calls")
         ready.set_function(lambda: self._engine.state is EngineState.READY)
         failures = self.registry.gauge(

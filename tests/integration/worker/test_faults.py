@@ -263,7 +263,7 @@ async def test_a_stream_that_its_engine_forgot_is_given_up_alone(fleet: Fleet, c
     beside = [await client.answer(neighbour, 30) for neighbour in neighbours]
     assert all(map(complete, beside))
     assert not any(answer.markers for answer in beside)
-    assert "stream_stuck" in workers[0].process.log_text()
+    assert "stream_stalled" in workers[0].process.log_text()
     assert "inferq_fenced_total 0.0" in workers[0].metrics()
 
 

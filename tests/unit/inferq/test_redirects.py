@@ -54,7 +54,7 @@ async def worker(url: str) -> None:
     calls: list[Awaitable[object]] = [
         client.register(Registration(worker_id="w", session_id=RUN, slots=1)),
         client.heartbeat("w", Heartbeat(session_id=RUN, slots=1)),
-        client.stay_present("w", RUN),
+        client.hold_session_connection("w", RUN),
         client.deregister("w", RUN),
     ]
     for call in calls:

@@ -32,7 +32,7 @@ from queue_schemas import (
 from telemetry import MetricsRegistry
 from tests.support.queue import make_job
 from tests.support.waiting import eventually
-from worker.attempts import Attempts, IdleLimits
+from worker.attempts import Attempts, StreamTimeouts
 from worker.engines import EngineAnswer, EngineCall, EngineGone
 from worker.frame_batcher import FrameBatcher
 from worker.metrics import WorkerMetrics
@@ -316,7 +316,7 @@ async def test_a_crash_is_tried_again_on_the_only_engine() -> None:
     assert bench.broker.settled == []
 
 
-LIMITS = IdleLimits(text_s=120.0, held_back_s=1_800.0)
+LIMITS = StreamTimeouts(text_s=120.0, held_back_s=1_800.0)
 CHATTING = {"model": "m", "messages": [], "stream": True}
 
 
@@ -330,11 +330,11 @@ async def silent_beside_another(
 
     def pass_time(begin: float, end: float) -> None:
         for second in range(int(begin), int(end)):
-            bench.attempts.seen += 1
-            bench.attempts.stop_stuck(float(second), LIMITS)
+            bench.attempts._relay.output_count += 1
+            bench.attempts.stop_stalled(float(second), LIMITS)
 
     async with bench.running(job_lease):
-        await eventually(lambda: bench.attempts.seen == 1 + pieces, "it has begun")
+        await eventually(lambda: bench.attempts.output_count == 1 + pieces, "it has begun")
         try:
             yield pass_time
         finally:

@@ -214,7 +214,7 @@ async def test_a_change_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     await one.membership.register(first=True)
     one.membership._heartbeat_s = 60
     task = asyncio.create_task(one.membership.run())
-    one.membership.tell()
+    one.membership.notify()
     await eventually(lambda: one.manager.beats, "the news is told")
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

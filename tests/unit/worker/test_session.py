@@ -1,4 +1,4 @@
-"""One session id against a queue that answers with surprises."""
+"""A worker session against a queue that answers with surprises."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ from queue_schemas import (
 from queue_schemas.fleet.model_cards import Card
 from telemetry import MetricsRegistry
 from tests.support.waiting import eventually
-from worker import WorkerSettings, service
-from worker import session as session_id
+from worker import WorkerSettings, lease_renewals, service, shard_consumer
+from worker import session as session_module
+from worker.context import WorkerContext
 from worker.engines import Engine
 from worker.manager_client import FabricClient
 from worker.metrics import WorkerMetrics
-from worker.session import WorkerContext, WorkerSession
+from worker.session import WorkerSession
 
 ASSIGNMENT = Assignment(term=1, version=1, pools=[PoolAssignment(pool="m", shard=0, lanes=list(Lane))])
 REGISTERED = RegistrationAnswer(broker_url="redis://r", shards=1, lease_ms=100, heartbeat_ms=100, assignment=ASSIGNMENT)
@@ -64,7 +65,7 @@ class Manager:
 
     async def deregister(self, worker_id: str, session_id: SessionId) -> None: ...
 
-    async def stay_present(self, worker_id: str, session_id: SessionId) -> None:
+    async def hold_session_connection(self, worker_id: str, session_id: SessionId) -> None:
         await asyncio.Event().wait()
 
 
@@ -171,14 +172,14 @@ class SlowToClaim(SurprisingBroker):
         return await super().hold(*arguments)
 
 
-def life_on(
+def session_on(
     broker: SurprisingBroker, registered: RegistrationAnswer = REGISTERED, **settings: object
 ) -> tuple[WorkerSession, asyncio.Event]:
     async def connect(answer: RegistrationAnswer) -> Broker:
         return cast(Broker, broker)
 
     drain = asyncio.Event()
-    around = WorkerContext(
+    context = WorkerContext(
         settings=WorkerSettings.load(engine="sim", worker_id="w1", **settings),
         engine=cast(Engine, IdleEngine()),
         client=cast(FabricClient, Manager(registered)),
@@ -187,13 +188,14 @@ def life_on(
         connect=connect,
         drain=drain,
     )
-    return WorkerSession(around, SessionId("w1.0123456789abcdef")), drain
+    return WorkerSession(context, SessionId("w1.0123456789abcdef")), drain
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_id, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(session_id, "_MAX_PAUSE_S", 0.02)
+    monkeypatch.setattr(session_module, "_JOIN_PAUSE_S", 0.02)
+    monkeypatch.setattr(shard_consumer, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(shard_consumer, "_MAX_PAUSE_S", 0.02)
     monkeypatch.setattr(service, "_FIRST_PAUSE_S", 0.01)
 
 
@@ -201,12 +203,12 @@ async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() 
     """Joining, claiming, listening, renewing, comparing leases and standing in all go on after an error of no kind they
     know."""
     broker = SurprisingBroker()
-    life, drain = life_on(broker)
-    running = asyncio.create_task(life.run(first=True))
+    session, drain = session_on(broker)
+    running = asyncio.create_task(session.run(first=True))
 
     def all_went_on() -> bool:
         assert not running.done(), running.exception()
-        return life.broker_ok and all(broker.calls[name] > 1 for name in LOOPS)
+        return session.broker_ok and all(broker.calls[name] > 1 for name in LOOPS)
 
     await eventually(all_went_on, "every loop has called again")
     drain.set()
@@ -215,14 +217,14 @@ async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() 
 
 async def test_a_parked_worker_looks_again_when_the_queue_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """It wakes itself at the time that a claim's answer named: neither a message nor the sweep is needed."""
-    monkeypatch.setattr(session_id, "SWEEP_S", 3_600)
+    monkeypatch.setattr(session_module, "SWEEP_S", 3_600)
     broker = SurprisingBroker()
     broker.look_again_ms = 5
-    life, drain = life_on(broker)
-    running = asyncio.create_task(life.run(first=True))
+    session, drain = session_on(broker)
+    running = asyncio.create_task(session.run(first=True))
     await eventually(lambda: broker.calls["claim"] >= 10, "it claims again and again")
     broker.look_again_ms = None
-    await eventually(lambda: life.slots.due_at(0) is not None, "it is parked")
+    await eventually(lambda: session.slots.due_at(0) is not None, "it is parked")
     drain.set()
     await running
 
@@ -230,10 +232,10 @@ async def test_a_parked_worker_looks_again_when_the_queue_said(monkeypatch: pyte
 async def test_a_renewal_that_was_long_under_way_is_followed_by_the_next_at_once() -> None:
     """Its number rose when it was sent: a whole interval more of waiting would use the lease up."""
     interval_s = 0.4
-    lease_ms = int(interval_s * session_id.RENEWALS_PER_LEASE * 1000)
+    lease_ms = int(interval_s * lease_renewals.RENEWALS_PER_LEASE * 1000)
     broker = SlowToRenew(interval_s + 0.05)
-    life, drain = life_on(broker, REGISTERED.model_copy(update={"lease_ms": lease_ms}))
-    running = asyncio.create_task(life.run(first=True))
+    session, drain = session_on(broker, REGISTERED.model_copy(update={"lease_ms": lease_ms}))
+    running = asyncio.create_task(session.run(first=True))
     await eventually(lambda: broker.next_after_s is not None, "two renewals")
     assert broker.next_after_s is not None
     assert broker.next_after_s < interval_s * 0.9
@@ -244,8 +246,8 @@ async def test_a_renewal_that_was_long_under_way_is_followed_by_the_next_at_once
 async def test_leases_are_compared_when_no_claim_is_unanswered() -> None:
     """What an unanswered claim gave is not known yet: it would be taken back, though its repeat could bring it."""
     broker = SlowToClaim()
-    life, drain = life_on(broker)
-    running = asyncio.create_task(life.run(first=True))
+    session, drain = session_on(broker)
+    running = asyncio.create_task(session.run(first=True))
     await eventually(lambda: "hold" in broker.order, "leases are compared")
     assert broker.order[:3] == ["claim", "claim", "hold"]
     drain.set()
@@ -253,13 +255,13 @@ async def test_leases_are_compared_when_no_claim_is_unanswered() -> None:
 
 
 @pytest.mark.parametrize("call", ["join", "claim", "renew", "hold"])
-async def test_a_verdict_ends_the_incarnation(call: str) -> None:
+async def test_being_fenced_ends_the_session(call: str) -> None:
     """Declared dead is declared dead: it is not tried again."""
     broker = SurprisingBroker()
     broker.fenced = call
-    life, _ = life_on(broker)
+    session, _ = session_on(broker)
     with pytest.raises(ExceptionGroup) as failure:
-        await asyncio.wait_for(life.run(first=True), 10)
+        await asyncio.wait_for(session.run(first=True), 10)
     assert failure.value.split(Fenced)[1] is None
     assert broker.calls[call] == 1
 
@@ -268,8 +270,8 @@ async def test_leases_are_kept_while_the_serving_loop_is_blocked_and_not_for_eve
     """A loop that stands still for many leases costs none of them; one that does for longer than its limit loses them,
     and once it turns again they are kept again."""
     broker = SurprisingBroker()
-    life, drain = life_on(broker, loop_stall_limit_ms=1_000)
-    running = asyncio.create_task(life.run(first=True))
+    session, drain = session_on(broker, loop_stall_limit_ms=1_000)
+    running = asyncio.create_task(session.run(first=True))
     await eventually(lambda: broker.calls["renew"] > 2, "it renews")
     before = broker.calls["renew"]
     time.sleep(0.9)  # noqa: ASYNC251 - the block is what is tested
@@ -288,8 +290,8 @@ async def test_a_ping_is_answered_at_once_also_by_a_blocked_loop() -> None:
     """A loop that is too busy to see a ping is one whose number rises without it, well within a ping's time."""
     broker = SurprisingBroker()
     registered = REGISTERED.model_copy(update={"lease_ms": 600_000})
-    life, drain = life_on(broker, registered=registered)
-    running = asyncio.create_task(life.run(first=True))
+    session, drain = session_on(broker, registered=registered)
+    running = asyncio.create_task(session.run(first=True))
     await eventually(lambda: broker.calls["renew"] > 1, "it has renewed")
     before = broker.calls["renew"]
     broker.pings = 1

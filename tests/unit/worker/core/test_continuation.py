@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from queue_schemas import EngineState, Job
 from tests.support.queue import make_job
-from worker.continuation_planner import NotContinuable, plan_continuation
+from worker.attempts.continuation_planner import NotContinuable, plan_continuation
 from worker.core import Continuation
 from worker.engines import EngineCall
 from worker.engines.simulated import SimulatedEngine, SimulationSettings

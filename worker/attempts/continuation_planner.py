@@ -14,8 +14,8 @@ from openai_api.paths import wants_usage
 from openai_api.transcript import DONE, Transcript
 from queue_schemas import EngineFailed, Job, StreamBroken
 
-from .core.continuation import Continuation, continue_request, detokenized, tokenized
-from .engines import Engine, EngineCall, new_call_id
+from ..core.continuation import Continuation, continue_request, detokenized, tokenized
+from ..engines import Engine, EngineCall, new_call_id
 
 TOKENIZE_LIMIT_S = 5.0
 _MAX_ANSWER_BYTES = 16 << 20

@@ -1,0 +1,122 @@
+"""Relay an engine's answer to the Router that waits or to the job's output, and say how the attempt ends with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from broker import Broker
+from queue_schemas import EngineFailed, InferqError, Lease, Outcome, shard_of_job
+from telemetry import get_logger
+
+from ..core import Continuation, is_readable, is_whole
+from ..engines import EngineAnswer, EngineGone
+from ..frame_batcher import Channel, FrameBatcher
+from ..metrics import WorkerMetrics
+from .attempt import Attempt, Ending, Settle, StopReason, log_fields
+
+log = get_logger(__name__)
+
+
+class AnswerRelay:
+    """Reads answers, plain and streamed, of at most ``max_answer_bytes``."""
+
+    def __init__(
+        self, broker: Broker, frame_batcher: FrameBatcher, metrics: WorkerMetrics, max_answer_bytes: int
+    ) -> None:
+        self.output_count = 0
+        """Pieces of output that arrived from the engine so far."""
+        self.max_answer_bytes = max_answer_bytes
+        self._broker = broker
+        self._frame_batcher = frame_batcher
+        self._metrics = metrics
+
+    async def plain(self, attempt: Attempt, answer: EngineAnswer, verdict: Outcome) -> Ending:
+        """An answer that is no stream. Raises ``EngineGone`` if nothing proves that it is whole."""
+        body = await answer.read(self.max_answer_bytes)
+        self.output_count += 1
+        if len(body) > self.max_answer_bytes:
+            return Settle(Outcome.FAILED, attempt.cutter.fail(self._too_large()))
+        if not is_whole(answer.status, answer.content_type, body, delimited=answer.delimited):
+            raise EngineGone(
+                "the engine closed the connection, and nothing proves that its answer is whole: it has neither "
+                "content-length nor chunks, and is no complete JSON"
+            )
+        if not is_readable(answer.status, answer.content_type, body):
+            unreadable = EngineFailed(
+                f"the engine answered with status {answer.status} and {len(body)} bytes that are no JSON, although "
+                "their content type says so: see the engine's log"
+            )
+            return Settle(Outcome.FAILED, attempt.cutter.fail(unreadable))
+        self._metrics.usage(attempt.lease.job.model, body)
+        headers = _headers(attempt.lease, answer)
+        return Settle(verdict, attempt.cutter.whole(answer.status, answer.content_type, body, headers))
+
+    async def stream(
+        self, attempt: Attempt, answer: EngineAnswer, verdict: Outcome, continuation: Continuation | None
+    ) -> Ending:
+        """A stream, frame by frame. Raises ``EngineFailed`` if it ends before its end."""
+        job, cutter = attempt.lease.job, attempt.cutter
+        attempt.channel = channel = self._channel(attempt)
+        headers = _headers(attempt.lease, answer)
+        cutter.head(answer.status, answer.content_type, continued=continuation is not None, headers=headers)
+        size = events = 0
+        data = b""
+        stall = attempt.stall
+        stall.reading = True
+        async for data in answer.chunks():
+            self.output_count += 1
+            stall.pieces += 1
+            stall.reading = False
+            size += len(data)
+            events += data.count(b"\n\n")
+            if size > self.max_answer_bytes:
+                return Settle(Outcome.FAILED, await channel.close() + cutter.fail(self._too_large()))
+            urgent = not cutter.begun
+            if frame := cutter.feed(data if continuation is None else continuation.feed(data)):
+                channel.put(frame, urgent=urgent)
+                await channel.sent()
+                if urgent and continuation is not None and attempt.lease.suspect:
+                    await self._clear_suspicion(attempt.lease)
+            stall.reading = True
+        stall.reading = False
+        self._metrics.usage(job.model, data, events)
+        rest = cutter.feed(continuation.end()) if continuation is not None else b""
+        last = cutter.finish(delimited=answer.delimited) if verdict is Outcome.DONE else cutter.end()
+        if last is None:
+            raise _cut_short(answer.delimited)
+        return Settle(verdict, await channel.close() + rest + last)
+
+    def _channel(self, attempt: Attempt) -> Channel:
+        job = attempt.lease.job
+        if job.stored:
+            return self._frame_batcher.open_persisted(attempt.lease, lambda: attempt.stop(StopReason.JOB_ENDED))
+        shard = shard_of_job(job.id)
+        return self._frame_batcher.open(shard, job.reply_to, lambda: attempt.stop(StopReason.ROUTER_GONE))
+
+    async def _clear_suspicion(self, lease: Lease) -> None:
+        """What crashed engines before is behind this job now: its worker may hold the next suspect."""
+        try:
+            await self._broker.clear(lease)
+        except InferqError as error:
+            log.warning("suspicion_not_cleared", error=error.message, **log_fields(lease))
+
+    def _too_large(self) -> EngineFailed:
+        return EngineFailed(
+            f"the engine's answer is larger than the {self.max_answer_bytes} bytes that its worker accepts; "
+            "ask for less, or raise INFERQ_WORKER_MAX_ANSWER_BYTES"
+        )
+
+
+def _headers(lease: Lease, answer: EngineAnswer) -> Mapping[str, str]:
+    """The headers of ``answer`` that the client is to see. After more than one attempt its own retries would multiply
+    the queue's."""
+    if answer.status >= 500 and lease.attempt > 1:
+        return {**answer.headers, "x-should-retry": "false"}
+    return answer.headers
+
+
+def _cut_short(delimited: bool) -> EngineFailed:
+    """The error for a stream that ended before its end."""
+    if delimited:
+        return EngineFailed("the engine ended the stream without its end marker, and before all of it was said")
+    return EngineGone("the engine closed the connection before the end of the stream")

@@ -1,0 +1,114 @@
+"""One attempt at a job: its state while it runs, the reasons for which it is stopped, and the ways in which it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from enum import StrEnum
+
+from queue_schemas import Lease, Outcome
+
+from ..core import FrameCutter, StreamStall, may_hold_back
+from ..core.slots import RETRY_APART_S
+from ..frame_batcher import Channel
+
+
+class StopReason(StrEnum):
+    """Why a running attempt is stopped from outside."""
+
+    JOB_ENDED = "job_ended"
+    """The queue has ended the job: nobody takes its answer."""
+    ENDED_BEFORE_START = "ended_before_start"
+    """The queue had ended the job before it began here, unless the queue has lost that since."""
+    DEADLINE = "deadline"
+    """Its time ran out."""
+    ROUTER_GONE = "router_gone"
+    """The Router that waited is gone."""
+    WORKER_STOPS = "worker_stops"
+    """This worker hands its jobs back."""
+    STREAM_STALLED = "stream_stalled"
+    """The engine forgot it while it served others."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTimeouts:
+    """How long a stream may stand still while its engine's others go on: of plain text, and of what engines hold back
+    (:mod:`worker.core.stream_stall`)."""
+
+    text_s: float
+    held_back_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """The attempt has an answer: ``frames`` are what of it has not been sent."""
+
+    outcome: Outcome
+    frames: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The job runs again elsewhere; ``counted``: this attempt is one of its ``max_attempts``."""
+
+    reason: str
+    counted: bool
+    wait_s: float = RETRY_APART_S
+    """If it is counted: when the job may come back here."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """The engine went away with the request."""
+
+    reason: str
+
+
+Ending = Settle | Release | EngineLost | None
+"""How an attempt ends; None: the queue has ended its job already."""
+
+
+class Attempt:
+    """One lease that runs here. ``deadline`` is a time of the event loop (s)."""
+
+    __slots__ = ("channel", "cutter", "deadline", "ending", "lease", "may_hold_back", "stall", "stop_reason", "task")
+
+    def __init__(self, lease: Lease, deadline: float) -> None:
+        self.lease = lease
+        self.deadline = deadline
+        self.cutter = FrameCutter(lease)
+        self.channel: Channel | None = None
+        self.task: asyncio.Task[None] | None = None
+        """Set by the task itself: one that is cancelled before its first step would never clean up."""
+        self.stop_reason: StopReason | None = None
+        self.ending = False
+        """Whether the queue is being told how it ended: from then on the queue's answer decides."""
+        self.stall = StreamStall()
+        self.may_hold_back: bool | None = None
+        """Whether its engine may be silent for long; None: not needed yet."""
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the timeout of streams whose engines hold back their words applies."""
+        if self.stall.has_said_little:
+            return True
+        if self.may_hold_back is None:
+            self.may_hold_back = may_hold_back(self.lease.job)
+        return self.may_hold_back
+
+    def idle_timeout_s(self, timeouts: StreamTimeouts) -> float:
+        """How long its stream may stand still while others go on."""
+        return timeouts.held_back_s if self.holds_back else timeouts.text_s
+
+    def stop(self, reason: StopReason) -> None:
+        """Cancel its task, unless it is stopped or ending already."""
+        if self.stop_reason is None and not self.ending:
+            self.stop_reason = reason
+            if self.task is not None:
+                self.task.cancel()
+
+
+def log_fields(lease: Lease) -> dict[str, str | int]:
+    """What every log line about a job says. Not bound to its task: that would cost each job what few of them log."""
+    job = lease.job
+    return {"job_id": job.id, "request_id": job.request_id, "attempt": lease.attempt, "epoch": lease.epoch}

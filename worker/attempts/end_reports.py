@@ -1,0 +1,83 @@
+"""Report to the queue how attempts ended, until it answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from broker import Broker
+from queue_schemas import InferqError, Settled
+from telemetry import get_logger
+
+from ..metrics import WorkerMetrics
+from .attempt import Attempt, Release, Settle, log_fields
+
+_RETRY_PAUSE_S = 1.0
+_T = TypeVar("_T")
+
+log = get_logger(__name__)
+
+
+class EndReports:
+    """Settles, releases and reports crashes, and counts how attempts ended.
+
+    An answer is worth more than the time it waits for Redis, and a lease that nobody ends stays with a worker that
+    lives and renews it: so each report is repeated until the queue answers or the job's time is over. Repeats are safe:
+    the queue's fence passes only the first.
+    """
+
+    def __init__(self, broker: Broker, metrics: WorkerMetrics) -> None:
+        self._broker = broker
+        self._metrics = metrics
+
+    async def settle(self, attempt: Attempt, ending: Settle) -> None:
+        """The job has its answer."""
+        lease = attempt.lease
+        answer = await self._until_answered(
+            lambda: self._broker.settle(lease, ending.outcome, ending.frames), "settle_failed", attempt
+        )
+        if answer is None:
+            return
+        self._metrics.settled(answer)
+        self._metrics.attempts(lease.job.model, ending.outcome.value).inc()
+        if answer is not Settled.OK:
+            log.info("answer_dropped", answer=answer.value, **log_fields(lease))
+
+    async def release(self, attempt: Attempt, ending: Release) -> None:
+        """The job is to run again."""
+        lease = attempt.lease
+        avoid_ms = round(ending.wait_s * 1000)
+        answer = await self._until_answered(
+            lambda: self._broker.release(lease, ending.reason, counted=ending.counted, avoid_ms=avoid_ms),
+            "release_failed",
+            attempt,
+        )
+        if answer is None:
+            return
+        self._metrics.settled(answer)
+        self._metrics.attempts(lease.job.model, "spent" if ending.counted else "handed_back").inc()
+        log.info("job_released", reason=ending.reason, counted=ending.counted, answer=answer.value, **log_fields(lease))
+
+    async def crashed(self, attempts: Sequence[Attempt], reason: str) -> None:
+        """The engine crashed under all of ``attempts``."""
+        last = max(attempts, key=lambda attempt: attempt.deadline)
+        leases = [attempt.lease for attempt in attempts]
+        answers = await self._until_answered(lambda: self._broker.crashed(leases, reason), "crash_report_failed", last)
+        for lease, answer in zip(leases, answers or (), strict=False):
+            self._metrics.settled(answer)
+            self._metrics.attempts(lease.job.model, "spent").inc()
+            log.info("job_crashed", reason=reason, answer=answer.value, suspect=lease.suspect, **log_fields(lease))
+
+    async def _until_answered(self, send: Callable[[], Awaitable[_T]], failure: str, attempt: Attempt) -> _T | None:
+        """The queue's answer; None if the job's time ran out before it came. ``failure``: the log event of a try."""
+        while True:
+            try:
+                answer = await send()
+            except InferqError as error:
+                log.error(failure, error=error.message, **log_fields(attempt.lease))
+            else:
+                return answer
+            if asyncio.get_running_loop().time() >= attempt.deadline:
+                return None
+            await asyncio.sleep(_RETRY_PAUSE_S)

@@ -1,0 +1,162 @@
+"""Attempts: run the leases that a worker session has claimed, one task each, and stop them when they must stop.
+
+Every attempt ends in exactly one of three ways: settled with an answer, released to be run again, or dropped because
+the queue has ended it already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from broker import Broker
+from queue_schemas import JobId, Lease, Pool, shard_of_job
+from telemetry import get_logger, span_from, tracing_enabled
+
+from ..core.slots import RETRY_APART_S
+from ..engines import Engine
+from ..frame_batcher import FrameBatcher
+from ..metrics import WorkerMetrics
+from .answer_relay import AnswerRelay
+from .attempt import Attempt, EngineLost, Settle, StopReason, StreamTimeouts, log_fields
+from .end_reports import EndReports
+from .engine_losses import EngineLosses
+from .runner import AttemptRunner
+
+_MAX_ABORTS_REMEMBERED = 4_096
+
+log = get_logger(__name__)
+
+
+class Attempts:
+    """Runs leases on ``engine``.
+
+    ``elsewhere(pool)`` says whether another worker serves a model. ``ended(lease, wait_s)`` is called when one is over,
+    its slot free again: the job may come back after ``wait_s`` if its attempt was spent here, else that is None.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        broker: Broker,
+        frame_batcher: FrameBatcher,
+        metrics: WorkerMetrics,
+        *,
+        max_answer_bytes: int,
+        elsewhere: Callable[[Pool], Awaitable[bool]],
+        ended: Callable[[Lease, float | None], None],
+    ) -> None:
+        self._metrics = metrics
+        self._ended = ended
+        self._relay = AnswerRelay(broker, frame_batcher, metrics, max_answer_bytes)
+        self._runner = AttemptRunner(engine, broker, self._relay, metrics, elsewhere)
+        self._reports = EndReports(broker, metrics)
+        self._engine_losses = EngineLosses(engine, self._reports)
+        # By attempt: a job that was released may come back here before the answer to its release was seen.
+        self._running: dict[str, Attempt] = {}
+        self._aborted: OrderedDict[JobId, None] = OrderedDict()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._output_before = 0
+        self._output_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    @property
+    def output_count(self) -> int:
+        """Pieces of output that arrived from the engine so far: while it rises, the engine makes progress."""
+        return self._relay.output_count
+
+    def start(self, leases: Sequence[Lease], group: asyncio.TaskGroup) -> None:
+        """Run each lease in a task of ``group``."""
+        now = asyncio.get_running_loop().time()
+        for lease in leases:
+            attempt = Attempt(lease, now + lease.remaining_ms / 1000)
+            job = lease.job
+            self._metrics.wait(job.model, job.lane.value).observe(lease.waited_ms / 1000)
+            self._running[lease.attempt_id] = attempt
+            self._idle.clear()
+            if job.id in self._aborted:
+                del self._aborted[job.id]
+                attempt.stop_reason = StopReason.ENDED_BEFORE_START
+            group.create_task(self._run(attempt))
+
+    def abort(self, job_id: JobId, reason: str) -> None:
+        """The queue has ended ``job_id``: close its engine connection. It may be a job whose claim is on its way."""
+        self._aborted[job_id] = None
+        if len(self._aborted) > _MAX_ABORTS_REMEMBERED:
+            self._aborted.popitem(last=False)
+        for attempt in list(self._running.values()):
+            if attempt.lease.job.id == job_id:
+                log.info("job_aborted", reason=reason, **log_fields(attempt.lease))
+                attempt.stop(StopReason.JOB_ENDED)
+
+    def leases(self, shard: int) -> list[Lease]:
+        """The leases of ``shard`` that run."""
+        return [one.lease for one in self._running.values() if shard_of_job(one.lease.job.id) == shard]
+
+    def drop(self, attempt_ids: Iterable[str]) -> None:
+        """Stop attempts that the queue does not know, or whose jobs it gave to others: it refuses their answers."""
+        for attempt_id in attempt_ids:
+            if (attempt := self._running.get(attempt_id)) is not None:
+                log.info("attempt_dropped", reason="the queue does not know it any more", **log_fields(attempt.lease))
+                attempt.stop(StopReason.JOB_ENDED)
+
+    def stop_late(self, now: float) -> None:
+        """Stop every attempt whose deadline has passed."""
+        for attempt in list(self._running.values()):
+            if now >= attempt.deadline:
+                attempt.stop(StopReason.DEADLINE)
+
+    def stop_stalled(self, now: float, timeouts: StreamTimeouts) -> None:
+        """Stop each stream that stands still while others go on."""
+        if self.output_count != self._output_before:
+            self._output_before, self._output_at = self.output_count, now
+        for attempt in list(self._running.values()):
+            stall = attempt.stall
+            # The second look, with its own limit, comes only where the first has found something.
+            if stall.is_stuck(now, self._output_at, timeouts.text_s) and stall.is_stuck(
+                now, self._output_at, attempt.idle_timeout_s(timeouts)
+            ):
+                attempt.stop(StopReason.STREAM_STALLED)
+
+    def hand_back(self) -> None:
+        """Stop all attempts; their jobs go to other workers as if they had not been started."""
+        for attempt in list(self._running.values()):
+            attempt.stop(StopReason.WORKER_STOPS)
+
+    async def idle(self) -> None:
+        """Wait until nothing runs."""
+        await self._idle.wait()
+
+    async def _run(self, attempt: Attempt) -> None:
+        lease = attempt.lease
+        job = lease.job
+        attempt.task = asyncio.current_task()
+        wait_s: float | None = None
+        attributes: dict[str, str | int | float | bool] | None = None
+        if tracing_enabled():
+            attributes = {"job": job.id, "model": job.model, "attempt": lease.attempt}
+        try:
+            with span_from(job.traceparent, "attempt", attributes) as span:
+                ending = await self._runner.run(attempt)
+                attempt.ending = True
+                if isinstance(ending, Settle):
+                    await self._reports.settle(attempt, ending)
+                elif isinstance(ending, EngineLost):
+                    wait_s = RETRY_APART_S
+                    span.fail(ending.reason)
+                    await self._engine_losses.end(attempt, ending, self._running.values())
+                elif ending is not None:
+                    wait_s = ending.wait_s if ending.counted else None
+                    span.fail(ending.reason)
+                    await self._reports.release(attempt, ending)
+        finally:
+            if attempt.channel is not None:
+                attempt.channel.discard()
+            self._running.pop(lease.attempt_id, None)
+            if not self._running:
+                self._idle.set()
+            self._ended(lease, wait_s)

@@ -1,0 +1,32 @@
+"""What all sessions of one worker share: its settings, engine, way to the Manager, metrics, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from broker import Broker
+from queue_schemas import RegistrationAnswer
+
+from .engines import Engine
+from .manager_client import FabricClient
+from .metrics import WorkerMetrics
+from .settings import WorkerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """What outlives a session. ``connect`` opens the broker named in a registration's answer, once."""
+
+    settings: WorkerSettings
+    engine: Engine
+    client: FabricClient
+    metrics: WorkerMetrics
+    url: str | None
+    """Where the Manager may reach this worker's HTTP service."""
+    connect: Callable[[RegistrationAnswer], Awaitable[Broker]]
+    drain: asyncio.Event
+    """Set once: claim no more, finish, end."""
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once: while draining, wait for no running job."""

@@ -1,0 +1,172 @@
+"""Consume one shard of the queue: claim jobs whenever a slot is free, and follow the session's control stream there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from broker import Broker
+from queue_schemas import Claimed, Control, ControlKind, Fenced, InferqError, Lease, SessionId
+from telemetry import get_logger
+
+from .attempts import Attempts
+from .context import WorkerContext
+from .core import Claim, Slots
+
+CONTROL_BLOCK_MS = 5_000
+_FIRST_PAUSE_S = 0.1
+_MAX_PAUSE_S = 2.0
+
+log = get_logger(__name__)
+
+
+class ShardConsumer:
+    """Serves ``shard`` for one session; what it claims runs in ``attempts``.
+
+    ``reachable(shard, ok)`` is called whenever the shard's server answers or stays silent; ``answer_ping`` when the
+    Manager asks whether this session lives.
+    """
+
+    def __init__(
+        self,
+        shard: int,
+        broker: Broker,
+        session_id: SessionId,
+        slots: Slots,
+        attempts: Attempts,
+        context: WorkerContext,
+        *,
+        reachable: Callable[[int, bool], None],
+        answer_ping: Callable[[], None],
+    ) -> None:
+        self._shard = shard
+        self._broker = broker
+        self._session_id = session_id
+        self._slots = slots
+        self._attempts = attempts
+        self._context = context
+        self._reachable = reachable
+        self._answer_ping = answer_ping
+        self._signal = asyncio.Event()
+        self._must_reconcile = False
+        """Whether the server was away, and may have lost its latest writes."""
+
+    def look_again(self) -> None:
+        """Something changed that may allow a claim: a slot is free, the engine is ready, other queues are assigned."""
+        self._signal.set()
+
+    async def run(self, group: asyncio.TaskGroup, *, joined: bool) -> None:
+        """Join the shard unless that is done, then claim and listen in tasks of ``group``. Raises ``Fenced``."""
+        while not joined:
+            await asyncio.sleep(_MAX_PAUSE_S)
+            try:
+                await self._broker.join_on(self._shard, self._session_id)
+                joined = True
+            except Fenced:
+                raise
+            except InferqError as error:
+                log.debug("shard_not_joined", shard=self._shard, error=error.message)
+        group.create_task(self._follow_control(), name=f"control {self._shard}")
+        group.create_task(self._claim_jobs(group), name=f"claims {self._shard}")
+
+    async def _claim_jobs(self, group: asyncio.TaskGroup) -> NoReturn:
+        """Claim whenever there is a free slot and reason to."""
+        shard, signal, slots, now = self._shard, self._signal, self._slots, asyncio.get_running_loop().time
+        while True:
+            signal.clear()
+            # Not while a claim is unanswered: what it gave would be taken back, and its repeat leave us unparked.
+            if self._must_reconcile and not slots.is_claiming(shard) and not await self._reconcile_leases():
+                continue
+            claim = slots.next_claim(shard, now())
+            if claim is None:
+                # To the millisecond: a job of another region may be claimed here then.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(slots.due_at(shard)):
+                        await signal.wait()
+                continue
+            claimed = await self._claim(claim)
+            if claimed is not None:
+                slots.answered(claim, len(claimed.leases), now(), claimed.look_again_ms)
+                self._count_remote(claimed.leases)
+                self._attempts.start(claimed.leases, group)
+
+    async def _reconcile_leases(self) -> bool:
+        """Tell a server that was away what runs here; whether it answered. Raises ``Fenced``."""
+        shard = self._shard
+        self._must_reconcile = False
+        try:
+            not_held = await self._broker.hold(
+                shard, self._session_id, self._slots.last_seq(shard), self._attempts.leases(shard)
+            )
+        except Fenced:
+            raise
+        except InferqError as error:
+            log.warning("leases_not_reconciled", shard=shard, error=error.message)
+            self._must_reconcile = True
+            await asyncio.sleep(_MAX_PAUSE_S)
+            return False
+        self._attempts.drop(not_held)
+        return True
+
+    async def _claim(self, claim: Claim) -> Claimed | None:
+        """Send ``claim``; None if it was not answered and must be sent again. Raises ``Fenced``."""
+        region = self._context.settings.region
+        try:
+            return await self._broker.claim(
+                claim.shard, self._session_id, claim.seq, claim.turn, claim.n, claim.pools, region
+            )
+        except Fenced:
+            raise
+        except InferqError as error:
+            log.warning("claim_not_answered", shard=claim.shard, error=error.message)
+            await asyncio.sleep(_MAX_PAUSE_S)
+            return None
+
+    def _count_remote(self, leases: Sequence[Lease]) -> None:
+        own = self._context.settings.region
+        for job in (lease.job for lease in leases):
+            if job.region and job.region != own:
+                self._context.metrics.remote(job.model, job.region).inc()
+
+    async def _follow_control(self) -> NoReturn:
+        """Follow the session's control stream. Raises ``Fenced``."""
+        shard = self._shard
+        after, pause = "0", _FIRST_PAUSE_S
+        away = False
+        while True:
+            try:
+                messages = await self._broker.read_control(shard, self._session_id, after, CONTROL_BLOCK_MS)
+            except Fenced:
+                raise
+            except InferqError as error:
+                if not away:
+                    log.warning("queue_not_reached", shard=shard, error=error.message)
+                away = True
+                self._reachable(shard, False)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _MAX_PAUSE_S)
+                continue
+            pause = _FIRST_PAUSE_S
+            self._reachable(shard, True)
+            if away:
+                away = False
+                self._must_reconcile = True
+                self._signal.set()
+            for message_id, message in messages:
+                after = message_id
+                if message is not None:
+                    self._obey(message)
+
+    def _obey(self, message: Control) -> None:
+        match message.kind:
+            case ControlKind.WAKE:
+                self._slots.wake(self._shard)
+                self._signal.set()
+            case ControlKind.ABORT if message.job_id is not None:
+                self._attempts.abort(message.job_id, message.reason)
+            case ControlKind.DRAIN:
+                self._context.drain.set()
+            case ControlKind.PING:
+                self._answer_ping()
