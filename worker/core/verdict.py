@@ -4,7 +4,8 @@ Rules:
 
 * An answer below 500 is the job's answer, errors included: the engine says that the request is at fault, and another
   engine would say the same.
-* A redirect is no answer: it says that the engine is elsewhere, to nobody who follows it (:mod:`worker.attempts.runner`).
+* A redirect is no answer: it says that the engine is elsewhere, and nobody follows it
+  (:mod:`worker.attempts.runner`).
 * A 5xx answer, or none, is the engine's fault: the job is tried elsewhere. On the last attempt the engine's own answer
   is better than none, so it is given to the client.
 * If no other worker serves the model, a client that waits gets a 5xx at once: the same engine would be asked again, and
