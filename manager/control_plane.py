@@ -7,10 +7,9 @@ methods take and give messages of :mod:`queue_schemas`. The whole process is in 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 
 from pydantic import ValidationError
 
@@ -34,6 +33,7 @@ from queue_schemas import (
 from queue_schemas.fleet.acting_manager import prove_address
 from queue_schemas.fleet.pools import describe_pools
 from telemetry import MetricsRegistry, get_logger
+from telemetry.backoff import Backoff
 from telemetry.redaction import without_credentials
 
 from .failure_detector import Clock, within
@@ -43,7 +43,7 @@ from .ports import QueuePort, WorkerProbe
 from .settings import ManagerSettings
 from .term import Fleet
 
-FIRST_CONNECT_PAUSE_S, LAST_CONNECT_PAUSE_S = 0.1, 3.0
+_CONNECT_BACKOFF = Backoff(0.1, 3.0)
 SAVE_PAUSE_S, FAILED_SAVE_PAUSE_S = 0.05, 0.5
 VET_EVERY_S = 2.0
 
@@ -135,7 +135,7 @@ class ManagerService:
                 self._problem = "the Manager is shutting down"
 
     async def _connect(self, exits: AsyncExitStack, stop: asyncio.Event) -> QueuePort | None:
-        pause = FIRST_CONNECT_PAUSE_S
+        failures = 0
         while not stop.is_set():
             try:
                 return await exits.enter_async_context(self._open_queue())
@@ -143,12 +143,12 @@ class ManagerService:
                 raise
             except InferqError as error:
                 self._problem = error.public
+                failures += 1
+                pause = _CONNECT_BACKOFF.pause_s(failures)
                 log.warning("broker_unavailable", error=error.message, again_in_s=pause)
-            try:
-                async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
                     await stop.wait()
-            except TimeoutError:
-                pause = min(pause * 2, LAST_CONNECT_PAUSE_S)
         return None
 
     async def _hold_office(self, queue: QueuePort) -> None:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from broker.redis.link import open_link
 from queue_schemas import RAY_MANAGER, RAY_NAMESPACE, BrokerUnsuitable, CannotStart
 from queue_schemas.fleet.acting_manager import RAY_SCHEME
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger
+from telemetry.backoff import Backoff
 from telemetry.flags import parse_settings
 from telemetry.http.asgi import call_app
 from telemetry.ray_metrics import mirror_metrics
@@ -36,7 +36,7 @@ from .settings import ManagerSettings
 CALLS_AT_ONCE = 1_000
 CALL_RETRIES = 3
 """How often Ray repeats a call whose actor died under it, once the actor is there again."""
-FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
+_BACKOFF = Backoff(1.0, 30.0)
 STOP_LIMIT_S = 10.0
 
 log = get_logger("manager.ray_actor")
@@ -99,7 +99,7 @@ class ManagerActor:
             figures.cancel()
 
     async def _serve(self) -> None:
-        pause = FIRST_PAUSE_S
+        failures = 0
         while not self._stop.is_set():
             self._unfit = ""
             try:
@@ -107,9 +107,10 @@ class ManagerActor:
             except* BrokerUnsuitable as unfit:
                 # A process would end with this sentence; here Ray would only start the actor again, at once.
                 self._unfit = str(unfit.exceptions[0])
+                failures += 1
+                pause = _BACKOFF.pause_s(failures)
                 log.error("broker_unsuitable", error=self._unfit, again_in_s=pause)
-                await self._stopped_within(pause * random.uniform(0.5, 1.0))
-                pause = min(pause * 2, MAX_PAUSE_S)
+                await self._stopped_within(pause)
 
     async def _stopped_within(self, limit_s: float) -> None:
         with contextlib.suppress(TimeoutError):

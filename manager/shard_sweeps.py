@@ -7,12 +7,13 @@ import asyncio
 from broker import Expired
 from queue_schemas import InferqError, SessionId, ShardedLeaseWatch
 from telemetry import get_logger
+from telemetry.backoff import Backoff
 
 from .failure_detector import Clock, within
 from .ports import QueuePort
 from .settings import ManagerSettings
 
-FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 8.0
+_BACKOFF = Backoff(1.0, 8.0)
 
 log = get_logger(__name__)
 
@@ -99,9 +100,9 @@ class ShardSweeps:
             self._watch.observe(shard, numbers, asked_at, self._clock())
 
     async def _until_back(self, shard: int) -> None:
-        pause = FIRST_PAUSE_S
+        tries = 0
         while shard in self._away:
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, LAST_PAUSE_S)
+            tries += 1
+            await asyncio.sleep(_BACKOFF.pause_s(tries))
             await self._poll(shard)
         del self._asking[shard]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from queue_schemas import (
 )
 from queue_schemas.fleet.acting_manager import ActingManager
 from telemetry import get_logger
+from telemetry.backoff import Backoff
 
 from .model_directory import Directory, build_directory
 from .ports import Deliver, OpenQueue, QueuePort
@@ -28,8 +28,7 @@ from .settings import RouterSettings
 if TYPE_CHECKING:
     from queue_schemas import WorkerInfo
 
-FIRST_PAUSE_S = 0.1
-MAX_PAUSE_S = 2.0
+_BACKOFF = Backoff(0.1, 2.0)
 DECLARE_EVERY_S = 600.0
 MIN_REFRESH_GAP_S = 0.1
 REFRESH_WAIT_S = 2.0
@@ -97,8 +96,7 @@ class QueueLink:
         the Manager refuses our join token: that is for somebody to mend. A Redis that was fit and is no more (a replica
         after a failover) and a token that was right are waited for.
         """
-        never = True
-        pause = FIRST_PAUSE_S
+        never, failures = True, 0
         while True:
             try:
                 queue = await self._open()
@@ -106,10 +104,10 @@ class QueueLink:
                 self._note(error)
                 if never and isinstance(error, BrokerUnsuitable | AuthenticationFailed):
                     raise
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(pause * 2, MAX_PAUSE_S)
+                failures += 1
+                await asyncio.sleep(_BACKOFF.pause_s(failures))
                 continue
-            never, pause = False, FIRST_PAUSE_S
+            never, failures = False, 0
             try:
                 await self._use(queue)
             except* InferqError as group:
@@ -119,7 +117,7 @@ class QueueLink:
             finally:
                 self.queue = None
                 await queue.close()
-            await asyncio.sleep(pause)
+            await asyncio.sleep(_BACKOFF.pause_s(1))
 
     async def _use(self, queue: QueuePort) -> None:
         self.session_id = new_session_id(self._settings.router_id)

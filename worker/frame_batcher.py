@@ -20,9 +20,9 @@ from typing import NoReturn
 
 from queue_schemas import InferqError, Lease, Settled, shard_of_job
 from telemetry import get_logger
+from telemetry.backoff import Backoff
 
-_FIRST_PAUSE_S = 0.05
-_MAX_PAUSE_S = 1.0
+_BACKOFF = Backoff(0.05, 1.0)
 
 Publish = Callable[[int, Mapping[str, bytes]], Awaitable[set[str]]]
 """``Broker.publish``: sends packed frames by Router on one shard, answers the Routers that are gone."""
@@ -114,7 +114,7 @@ class FrameBatcher:
 
     async def run(self) -> NoReturn:
         """Flush until cancelled."""
-        pause = _FIRST_PAUSE_S
+        failures = 0
         while True:
             await self._wanted.wait()
             self._wanted.clear()
@@ -123,10 +123,10 @@ class FrameBatcher:
                 self._timer = None
             self._flushed_at = asyncio.get_running_loop().time()
             if await self._flush():
-                pause = _FIRST_PAUSE_S
+                failures = 0
                 continue
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _MAX_PAUSE_S)
+            failures += 1
+            await asyncio.sleep(_BACKOFF.pause_s(failures))
             self._wanted.set()
 
     async def _flush(self) -> bool:

@@ -6,7 +6,6 @@ What a worker runs does not depend on it: while no Manager answers, jobs are pul
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -26,18 +25,19 @@ from queue_schemas import (
     WorkerStatus,
 )
 from telemetry import get_logger
+from telemetry.backoff import Backoff
 
 from .manager_client import FabricClient
 from .metrics import WorkerMetrics
 
-_FIRST_PAUSE_S = 0.2
-_MAX_PAUSE_S = 2.0
+_BACKOFF = Backoff(0.2, 2.0)
 _TAKEN_TRIES = 6
 _TAKEN_PAUSE_S = 0.5
 """A worker that was restarted at once waits so long for its predecessor to be found dead: 3 s in all."""
 _MIN_GAP_S = 0.1
-_MAX_PRESENCE_PAUSE_S = 10.0
-_NOBODY_HOLDS_PAUSE_S = 300.0
+_STEADY_PRESENCE_S = 10.0
+_PRESENCE_BACKOFF = Backoff(0.3, 15.0)
+_NOBODY_HOLDS_BACKOFF = Backoff(450.0, 450.0)
 """How long a worker waits until it asks again a Manager of a version that holds no connections."""
 _REASONS_REMEMBERED = 32
 
@@ -94,8 +94,7 @@ class Membership:
         mended by waiting: ``AuthenticationFailed``, ``BadRequest``. No URL of several speaks for the others, so that
         is raised once each has refused: one that does not answer yet may still let this worker in.
         """
-        pause = _FIRST_PAUSE_S
-        taken = 0
+        failures = taken = 0
         tried: dict[str, InferqError] = {}
         while True:
             try:
@@ -115,8 +114,8 @@ class Membership:
                     raise
                 self._lost(error.message)
                 self._client.turn()
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(pause * 2, _MAX_PAUSE_S)
+                failures += 1
+                await asyncio.sleep(_BACKOFF.pause_s(failures))
                 continue
             self._heartbeat_s = answer.heartbeat_ms / 1000
             self.registered, self.trouble = True, ""
@@ -146,20 +145,21 @@ class Membership:
 
     async def hold_session_connection(self, session_id: SessionId) -> NoReturn:
         """Hold a connection to whoever this worker is registered with, until cancelled."""
-        pause = _FIRST_PAUSE_S
+        failures = 0
         while True:
             begun = asyncio.get_running_loop().time()
+            failures += 1
+            backoff = _PRESENCE_BACKOFF
             try:
                 await self._client.hold_session_connection(self._worker_id, session_id)
             except UnknownWorker:
-                pause = _NOBODY_HOLDS_PAUSE_S
+                backoff = _NOBODY_HOLDS_BACKOFF
             except InferqError as error:
                 log.debug("presence_not_held", error=error.message)
-            if asyncio.get_running_loop().time() - begun > _MAX_PRESENCE_PAUSE_S:
-                pause = _FIRST_PAUSE_S
-            # A Router that ends lets go of all its workers at once: they come back one after the other.
-            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(pause * 2, _MAX_PRESENCE_PAUSE_S)
+            if asyncio.get_running_loop().time() - begun > _STEADY_PRESENCE_S:
+                failures = 1
+            # A Router that ends drops the connections of all its workers at once: jitter spreads their return.
+            await asyncio.sleep(backoff.pause_s(failures))
 
     async def _pause(self) -> None:
         await asyncio.sleep(_MIN_GAP_S)

@@ -31,6 +31,7 @@ from telemetry import (
     get_logger,
     shutdown_tracing,
 )
+from telemetry.backoff import Backoff
 from telemetry.flags import parse_settings
 from telemetry.http.local_callers import LocalCallers
 from telemetry.http.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
@@ -45,8 +46,7 @@ from .routes import Status, make_app
 from .session import WorkerSession
 from .settings import WorkerSettings
 
-_FIRST_PAUSE_S = 0.2
-_MAX_PAUSE_S = 5.0
+_BACKOFF = Backoff(0.2, 5.0)
 _SIM_FLAG = "--sim-"
 
 log = get_logger("worker.service")
@@ -155,17 +155,18 @@ class Worker:
 
     async def _connect(self, answer: RegistrationAnswer) -> Broker:
         """The broker, opened at the first call; waits for a Redis that is away or full."""
-        pause = _FIRST_PAUSE_S
-        while self._broker is None:
-            try:
+        if self._broker is None:
+
+            async def connect() -> Broker:
                 url = await complete_url(self.settings.redis_url or answer.broker_url)
-                self._broker = await Broker.connect(BrokerSettings.load(redis_url=url, shards=answer.shards))
-            except (BrokerUnavailable, BrokerFull) as error:
-                log.warning("queue_not_reached", error=error.message, again_in_s=pause)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _MAX_PAUSE_S)
-            else:
-                self.registry.watch_round_trips(lambda: self._broker.round_trips if self._broker else 0)
+                return await Broker.connect(BrokerSettings.load(redis_url=url, shards=answer.shards))
+
+            broker = self._broker = await _BACKOFF.retry(
+                connect,
+                when=lambda error: isinstance(error, BrokerUnavailable | BrokerFull),
+                failed=lambda error, pause_s: log.warning("queue_not_reached", error=str(error), again_in_s=pause_s),
+            )
+            self.registry.watch_round_trips(lambda: broker.round_trips)
         return self._broker
 
     def _watch(self) -> None:

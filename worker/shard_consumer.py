@@ -10,14 +10,15 @@ from typing import NoReturn
 from broker import Broker
 from queue_schemas import Claimed, Control, ControlKind, Fenced, InferqError, Lease, SessionId
 from telemetry import get_logger
+from telemetry.backoff import Backoff
 
 from .attempts import Attempts
 from .context import WorkerContext
 from .core import Claim, Slots
 
 CONTROL_BLOCK_MS = 5_000
-_FIRST_PAUSE_S = 0.1
-_MAX_PAUSE_S = 2.0
+_BACKOFF = Backoff(0.1, 2.0)
+_RETRY_S = 2.0
 
 log = get_logger(__name__)
 
@@ -60,7 +61,7 @@ class ShardConsumer:
     async def run(self, group: asyncio.TaskGroup, *, joined: bool) -> None:
         """Join the shard unless that is done, then claim and listen in tasks of ``group``. Raises ``Fenced``."""
         while not joined:
-            await asyncio.sleep(_MAX_PAUSE_S)
+            await asyncio.sleep(_RETRY_S)
             try:
                 await self._broker.join_on(self._shard, self._session_id)
                 joined = True
@@ -105,7 +106,7 @@ class ShardConsumer:
         except InferqError as error:
             log.warning("leases_not_reconciled", shard=shard, error=error.message)
             self._must_reconcile = True
-            await asyncio.sleep(_MAX_PAUSE_S)
+            await asyncio.sleep(_RETRY_S)
             return False
         self._attempts.drop(not_held)
         return True
@@ -121,7 +122,7 @@ class ShardConsumer:
             raise
         except InferqError as error:
             log.warning("claim_not_answered", shard=claim.shard, error=error.message)
-            await asyncio.sleep(_MAX_PAUSE_S)
+            await asyncio.sleep(_RETRY_S)
             return None
 
     def _count_remote(self, leases: Sequence[Lease]) -> None:
@@ -133,25 +134,22 @@ class ShardConsumer:
     async def _follow_control(self) -> NoReturn:
         """Follow the session's control stream. Raises ``Fenced``."""
         shard = self._shard
-        after, pause = "0", _FIRST_PAUSE_S
-        away = False
+        after, failures = "0", 0
         while True:
             try:
                 messages = await self._broker.read_control(shard, self._session_id, after, CONTROL_BLOCK_MS)
             except Fenced:
                 raise
             except InferqError as error:
-                if not away:
+                if not failures:
                     log.warning("queue_not_reached", shard=shard, error=error.message)
-                away = True
+                failures += 1
                 self._reachable(shard, False)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _MAX_PAUSE_S)
+                await asyncio.sleep(_BACKOFF.pause_s(failures))
                 continue
-            pause = _FIRST_PAUSE_S
             self._reachable(shard, True)
-            if away:
-                away = False
+            if failures:
+                failures = 0
                 self._must_reconcile = True
                 self._signal.set()
             for message_id, message in messages:

@@ -12,12 +12,14 @@ import aiohttp
 import orjson
 from pydantic import BaseModel, ConfigDict
 
+from telemetry.backoff import Backoff
+
 from ..client import ASK_LIMIT_S, FabricClient, FabricRefused
 
 SILENCE_LIMIT_S = 120.0
 """How long an upload or a download may stand still."""
 TRIES = 5
-_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 8.0
+_BACKOFF = Backoff(0.5, 8.0)
 _PASSING = frozenset({0, 408, 429, 500, 502, 503, 504})
 _PIECE_BYTES = 1 << 18
 _BATCHES, _FILES = "/v1/batches", "/v1/files"
@@ -131,7 +133,7 @@ class BatchClient(FabricClient):
                 failures += 1
                 if not passing(refused) or failures >= TRIES:
                     raise
-                await asyncio.sleep(_pause_s(failures))
+                await asyncio.sleep(_BACKOFF.pause_s(failures))
 
     async def _content_from(self, file_id: str, start: int, size: int) -> AsyncIterator[bytes]:
         limit = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S, sock_connect=ASK_LIMIT_S)
@@ -157,18 +159,9 @@ def passing(refused: FabricRefused) -> bool:
 
 async def again(attempt: Callable[[], Awaitable[_Answer]]) -> _Answer:
     """What ``attempt`` answers, tried up to ``TRIES`` times while what keeps it from succeeding may pass."""
-    for failures in range(1, TRIES):
-        try:
-            return await attempt()
-        except FabricRefused as refused:
-            if not passing(refused):
-                raise
-            await asyncio.sleep(_pause_s(failures))
-    return await attempt()
-
-
-def _pause_s(failures: int) -> float:
-    return min(_FIRST_PAUSE_S * float(2 ** (failures - 1)), _MAX_PAUSE_S)
+    return await _BACKOFF.retry(
+        attempt, when=lambda error: isinstance(error, FabricRefused) and passing(error), max_attempts=TRIES
+    )
 
 
 def _named(batch_id: str) -> str:

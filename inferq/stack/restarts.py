@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 15.0
+from telemetry.backoff import Backoff
+
+MAX_PAUSE_S = 15.0
+_BACKOFF = Backoff(0.5, MAX_PAUSE_S, jitter=0)
 STEADY_S = 60.0
 """A role that ran for so long has earned a fresh start."""
 MAX_IN_A_ROW = 8
@@ -31,4 +34,4 @@ class Restarts:
         hopeless = exit_code == EXIT_REFUSED and not state.was_ready
         if hopeless or state.in_a_row >= MAX_IN_A_ROW:
             return state, None
-        return state, min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (state.in_a_row - 1))
+        return state, _BACKOFF.pause_s(state.in_a_row)

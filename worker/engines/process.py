@@ -22,6 +22,7 @@ from pathlib import Path
 from queue_schemas import EngineFailed, EngineState
 from queue_schemas.fleet.model_cards import Card
 from telemetry import get_logger
+from telemetry.backoff import Backoff
 from telemetry.environment import foreign_environment
 from telemetry.redaction import redact_arguments
 
@@ -33,8 +34,7 @@ from .port import EngineAnswer, EngineCall
 HOST = "127.0.0.1"
 _POLL_S = 0.1
 _REFRESH_S = 5.0
-_FIRST_PAUSE_S = 1.0
-_MAX_PAUSE_S = 60.0
+_BACKOFF = Backoff(1.0, 60.0, jitter=0)
 _TOLD_LINES = 12
 
 log = get_logger(__name__)
@@ -101,7 +101,6 @@ class ProcessEngine:
     async def run(self, changed: Callable[[], None]) -> None:
         """Keep one process running until cancelled."""
         self._changed = changed
-        pause = _FIRST_PAUSE_S
         while True:
             try:
                 await self._live()
@@ -109,7 +108,7 @@ class ProcessEngine:
                 self._note_steadiness()
                 self.failures += 1
                 self._last_failure = error.message
-                pause = min(_FIRST_PAUSE_S * 2 ** min(self.failures - 1, 16), _MAX_PAUSE_S)
+                pause = _BACKOFF.pause_s(self.failures)
                 again = f"starting it again in {pause:.0f} s{self._in_a_row()}"
                 self._become(EngineState.FAILED, f"{error.message}; {again}")
                 log.error(
@@ -119,7 +118,7 @@ class ProcessEngine:
                     restart_in_s=pause,
                     failures_in_a_row=self.failures,
                 )
-            await asyncio.sleep(pause)
+                await asyncio.sleep(pause)
             self._restarted()
 
     def _note_steadiness(self) -> None:

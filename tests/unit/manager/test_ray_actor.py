@@ -22,6 +22,7 @@ from manager.ray_actor import ManagerActor, ensure_manager
 from manager.settings import ManagerSettings
 from queue_schemas import BrokerUnsuitable, CannotStart
 from telemetry import TelemetrySettings, configure_logging
+from telemetry.backoff import Backoff
 from tests.support.faults import ScriptedRedis
 from tests.support.processes import free_port
 from tests.support.servers import Server
@@ -130,7 +131,7 @@ async def test_without_redis_it_waits_and_says_so() -> None:
 async def test_a_redis_that_cannot_carry_the_queue_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not end, since Ray would only start it again: it says why, looks again with growing pauses, and works
     once the server has been replaced."""
-    monkeypatch.setattr(ray_actor, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(ray_actor, "_BACKOFF", Backoff(0.05, 30.0))
     async with ScriptedRedis(OLD) as old, actor(old.url) as one:
 
         async def told() -> list[str]:
@@ -154,7 +155,7 @@ async def test_a_redis_that_cannot_carry_the_queue_is_tried_again(monkeypatch: p
 
 async def test_it_stops_at_once_in_the_longest_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pause before the next try does not hold up its end."""
-    monkeypatch.setattr(ray_actor, "FIRST_PAUSE_S", 60.0)
+    monkeypatch.setattr(ray_actor, "_BACKOFF", Backoff(60.0, 60.0))
     async with ScriptedRedis(OLD) as old, actor(old.url) as one:
         await eventually(lambda: one._unfit != "", "it waits for the next try")
         async with asyncio.timeout(2):

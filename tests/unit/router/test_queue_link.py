@@ -10,6 +10,7 @@ import pytest
 from queue_schemas import AuthenticationFailed, BrokerUnsuitable, InferqError, WorkerInfo
 from router import RouterSettings, queue_link
 from router.queue_link import QueueLink
+from telemetry.backoff import Backoff
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import FakeQueue, router
 
@@ -66,7 +67,7 @@ async def test_a_first_refusal_ends_it_and_a_later_one_is_waited_out(
 ) -> None:
     """What a Router is told at its start is for somebody to mend; one that has served says why it does not, and goes on
     as soon as it can."""
-    monkeypatch.setattr(queue_link, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(queue_link, "_BACKOFF", Backoff(0.01, 2.0))
     with pytest.raises(type(refusal)):
         await _link(refusal).run()
     first, last = FakeQueue("m"), FakeQueue("m")

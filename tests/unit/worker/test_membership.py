@@ -24,6 +24,7 @@ from queue_schemas import (
     WorkerStatus,
 )
 from telemetry import MetricsRegistry
+from telemetry.backoff import Backoff
 from tests.support.waiting import eventually
 from worker import membership as module
 from worker.manager_client import FabricClient
@@ -110,8 +111,8 @@ class Scene:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TAKEN_PAUSE_S", 0.01)
-    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(module, "_MAX_PAUSE_S", 0.02)
+    monkeypatch.setattr(module, "_BACKOFF", Backoff(0.01, 0.02))
+    monkeypatch.setattr(module, "_PRESENCE_BACKOFF", Backoff(0.015, 15.0))
     monkeypatch.setattr(module, "_MIN_GAP_S", 0.01)
 
 

@@ -33,6 +33,7 @@ from queue_schemas import (
 )
 from queue_schemas.fleet.model_cards import Card
 from telemetry import MetricsRegistry
+from telemetry.backoff import Backoff
 from tests.support.waiting import eventually
 from worker import WorkerSettings, lease_renewals, service, shard_consumer
 from worker import session as session_module
@@ -194,9 +195,9 @@ def session_on(
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "_JOIN_PAUSE_S", 0.02)
-    monkeypatch.setattr(shard_consumer, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(shard_consumer, "_MAX_PAUSE_S", 0.02)
-    monkeypatch.setattr(service, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(shard_consumer, "_BACKOFF", Backoff(0.01, 0.02))
+    monkeypatch.setattr(shard_consumer, "_RETRY_S", 0.02)
+    monkeypatch.setattr(service, "_BACKOFF", Backoff(0.01, 5.0))
 
 
 async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() -> None:

@@ -11,6 +11,7 @@ import orjson
 
 from queue_schemas import EngineFailed, EngineState
 from queue_schemas.fleet.model_cards import Card, bounded_cards
+from telemetry.backoff import Backoff
 
 from ..port import EngineAnswer, EngineCall, EngineGone
 from .api import wire
@@ -18,8 +19,7 @@ from .run import ConnectionClosed, EngineCrashed, Reply
 from .settings import SimulationSettings
 from .simulation import Simulation
 
-RESTART_S = 0.1
-RESTART_LIMIT_S = 5.0
+_RESTART_BACKOFF = Backoff(0.1, 5.0, jitter=0)
 """How long a crashed engine is gone: the first after the first crash, twice as long after each that follows soon."""
 STABLE_S = 10.0
 """An engine that lived as long has proved well."""
@@ -41,7 +41,6 @@ class SimulatedEngine:
 
     async def run(self, changed: Callable[[], None]) -> None:
         """Start the engine, and again whenever it crashed, until cancelled."""
-        pause_s = RESTART_S
         while True:
             await self._start()
             changed()
@@ -50,9 +49,7 @@ class SimulatedEngine:
             changed()
             stable = time.monotonic() - ready_at > STABLE_S
             self.failures = 1 if stable else self.failures + 1
-            pause_s = RESTART_S if stable else pause_s
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, RESTART_LIMIT_S)
+            await asyncio.sleep(_RESTART_BACKOFF.pause_s(self.failures))
             self._crashed.clear()
             self.simulation = Simulation(self.settings)
             self.restarts += 1

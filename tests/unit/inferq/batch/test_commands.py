@@ -28,6 +28,7 @@ from inferq.client import FabricRefused
 from inferq.doctor import Examined, Level
 from inferq.doctor.batches import look_at_batches
 from queue_schemas import BadRequest
+from telemetry.backoff import Backoff
 from tests.support.processes import free_port
 from tests.support.waiting import eventually
 
@@ -125,7 +126,7 @@ class FakeRouter:
 @pytest.fixture
 async def fake(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[FakeRouter, BatchClient]]:
     """A server, and a client of it; pauses between tries are short."""
-    monkeypatch.setattr(batch_client, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(batch_client, "_BACKOFF", Backoff(0.001, 8.0))
     monkeypatch.setattr(batch_watch, "_MIN_LOOK_S", 0.001)
     monkeypatch.setattr(batch_watch, "_FIRST_WAIT_S", 0.001)
     router = FakeRouter()

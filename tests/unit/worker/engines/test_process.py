@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from queue_schemas import EngineState
+from telemetry.backoff import Backoff
 from tests.support.waiting import eventually
 from worker.engines import EngineCall, guard, process
 from worker.engines.choice import make_engine
@@ -156,7 +157,7 @@ async def test_an_engine_that_crashes_again_and_again_is_restarted_ever_more_slo
 ) -> None:
     """Also one that gets ready every time and crashes at its first request, however long it takes to load: the pause
     doubles, and what the worker tells of it, starting or failed, says how often and why."""
-    monkeypatch.setattr(process, "_FIRST_PAUSE_S", 0.25)
+    monkeypatch.setattr(process, "_BACKOFF", Backoff(0.25, 60.0, jitter=0))
     monkeypatch.setattr(process, "_REFRESH_S", 0.05)
     slow = SERVES.replace("server = ", "import time; time.sleep(0.3)\nserver = ")
     async with supervised(slow, tmp_path) as (engine, _):
@@ -178,7 +179,7 @@ async def test_an_engine_that_was_well_for_a_while_is_restarted_at_once(
 ) -> None:
     """[G7] One that crashes now and then does not wait longer each time: its failures are behind it once it was ready
     for ``engine_steady_after_ms``, 10 s unless set otherwise."""
-    monkeypatch.setattr(process, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(process, "_BACKOFF", Backoff(0.05, 60.0, jitter=0))
     async with supervised(SERVES, tmp_path, steady_after_s=0.3) as (engine, _):
         for _ in range(4):
             await ready(engine)
