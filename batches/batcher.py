@@ -155,7 +155,7 @@ class Batcher:
         if batch.progress.model is not None and context.broker is not None:
             shard = context.broker.shard_of(batch.progress.model)
             try:
-                await context.broker.close_reply_stream(shard, reply_stream_of(request.id))
+                await context.broker.durable_replies.close(shard, reply_stream_of(request.id))
             except BrokerUnavailable as error:
                 log.debug("mailbox_left", batch=request.id, error=error.message)  # it expires
         await in_thread(folder.clear)

@@ -223,8 +223,8 @@ class BatchDispatcher:
         """Make sure that answers can arrive, and find out whether Redis may have lost some of what it was given."""
         work = self._work
         work.stored_at = work.stored_at or self._context.now_s()
-        made = await self._broker.open_reply_stream(self._shard, self._mailbox, self._settings.reply_ttl_ms)
-        run_id = await self._broker.run_of_server(self._shard)
+        made = await self._broker.durable_replies.open(self._shard, self._mailbox, self._settings.reply_ttl_ms)
+        run_id = await self._broker.durable_replies.server_run_id(self._shard)
         if work.open and (made or run_id != work.run_id):
             log.warning("batch_asks_again", batch=self._batch.request.id, lines=len(work.open), mailbox_lost=made)
             work.open = {number: line._replace(sent_at=0) for number, line in work.open.items()}
@@ -237,7 +237,7 @@ class BatchDispatcher:
         longest = _SHARED_BLOCK_MS if shared else _BLOCK_MS
         block_ms = max(1, min(longest, int((until_s - self._context.tick_s()) * 1000))) if quiet else 1
         count = self._letters
-        letters = await self._broker.read_reply_stream(self._shard, self._mailbox, self._last, block_ms, count)
+        letters = await self._broker.durable_replies.read(self._shard, self._mailbox, self._last, block_ms, count)
         self.moved = False
         for letter in letters:
             for item in self._window.take(letter.news, self._last):
@@ -402,7 +402,7 @@ class BatchDispatcher:
             reply_to=self._mailbox,
             request_id=request_of(request.id, number),
         )
-        return job.id, await self._broker.enqueue(job)
+        return job.id, await self._broker.jobs.enqueue(job)
 
     # Storing
 
@@ -423,7 +423,7 @@ class BatchDispatcher:
         if self._last != "0":
             through = self._window.safe_to_drop(self._last)
             if through != "0":
-                await self._broker.drop_letters(self._shard, self._mailbox, through)
+                await self._broker.durable_replies.trim(self._shard, self._mailbox, through)
 
     def _count(self, results: Sequence[Result]) -> None:
         completed = sum(result.ok for result in results)
@@ -439,7 +439,7 @@ class BatchDispatcher:
         """Take what is left from the queue, and keep what had finished by then."""
         left = [number for number in self._work.open if number not in self._results]
         jobs = [self._window.add(number, self._work.open[number].generation) for number in left]
-        await asyncio.gather(*(self._broker.cancel(job_id, "its batch ends") for job_id in jobs))
+        await asyncio.gather(*(self._broker.jobs.cancel(job_id, "its batch ends") for job_id in jobs))
         self._caught_up = False
         while not self._caught_up:
             await self._read(quiet=False, shared=False, until_s=self._context.tick_s())

@@ -139,8 +139,8 @@ async def _check_model(context: BatchContext, work: Work) -> float:
     """An error if no worker has ever named the model; the seconds to wait while one may still do."""
     model = Pool(work.progress.model or "")
     broker = context.queue()
-    known = model in await broker.known_pools()
-    if known or any(model in worker.models for worker in (await broker.load_workers()).values()):
+    known = model in await broker.fleet.known_pools()
+    if known or any(model in worker.models for worker in (await broker.fleet.load_workers()).values()):
         work.phase = Phase.COMPARE
         return 0
     now = context.now_s()

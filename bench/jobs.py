@@ -74,14 +74,14 @@ async def _main(order: Order) -> None:
     inbox = new_session_id("bench-jobs")
     answers = _Answers(order.jobs)
     async with asyncio.TaskGroup() as tasks:
-        reading = tasks.create_task(broker.read_replies(inbox, answers.deliver))
-        await asyncio.wait_for(broker.replies_ready.wait(), LIMIT_S)
+        reading = tasks.create_task(broker.replies.read(inbox, answers.deliver))
+        await asyncio.wait_for(broker.replies.ready.wait(), LIMIT_S)
         jobs = [_job(order, body, inbox, broker.shards) for _ in range(order.jobs)]
         _say({"xadd_per_s": await xadd_rate(order, jobs[0].pack())})
 
         await _told()
         spent, begun = _cpu_s(), perf_counter()
-        await asyncio.gather(*map(broker.enqueue, jobs))
+        await asyncio.gather(*map(broker.jobs.enqueue, jobs))
         took = perf_counter() - begun
         _say({"submit_per_s": order.jobs / took, "cpu_s": _cpu_s() - spent})
 

@@ -108,12 +108,12 @@ async def alone(url: str, client: redis.asyncio.Redis, workers: int, seconds: fl
     broker = await Broker.connect(BrokerSettings(redis_url=url))
     metrics = WorkerMetrics(MetricsRegistry("worker"))
     names = [new_session_id(f"w-{number}") for number in range(workers)]
-    await asyncio.gather(*map(broker.join, names))
+    await asyncio.gather(*map(broker.workers.join, names))
 
     async def renew(name: SessionId) -> None:
         await asyncio.sleep(random.uniform(0, LEASE_S / 5))
         while True:
-            await broker.renew(name)
+            await broker.workers.renew(name)
             await asyncio.sleep(LEASE_S / 5)
 
     tasks = [asyncio.create_task(renew(name)) for name in names]

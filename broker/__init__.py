@@ -1,14 +1,15 @@
 """All Redis access: one client, atomic scripts, the queue operations."""
 
-from .client import Broker, Standing
-from .dead_letters import MAX_LETTERS, DeadLetters
-from .durable_replies import ReplyMessage
-from .persisted_jobs import MAX_LISTED
+from .client import Broker
+from .operations.dead_letters import MAX_LETTERS, DeadLetters
+from .operations.durable_replies import ReplyMessage
+from .operations.jobs import JobStatus
+from .operations.maintenance import Expired, Reclaimed
+from .operations.persisted_jobs import MAX_LISTED
+from .operations.renewal import Renewer
+from .operations.stats import JobCounts
 from .redis.server_checks import ServerFacts
-from .renewal import Renewer
 from .settings import BrokerSettings, Budgets, Durability
-from .stats import JobCounts
-from .upkeep import Expired, Reclaimed
 
 __all__ = [
     "MAX_LETTERS",
@@ -20,9 +21,9 @@ __all__ = [
     "Durability",
     "Expired",
     "JobCounts",
+    "JobStatus",
     "Reclaimed",
     "Renewer",
     "ReplyMessage",
     "ServerFacts",
-    "Standing",
 ]

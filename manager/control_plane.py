@@ -157,7 +157,7 @@ class ManagerService:
         while True:
             begun = self._clock()
             try:
-                taking = queue.act_as_manager(self.manager_id, ttl_ms, self._url, self._proof)
+                taking = queue.fleet.acquire_leader_lease(self.manager_id, ttl_ms, self._url, self._proof)
                 term = await within(min(self.settings.broker_call_ms, ttl_ms), taking)
                 if term is None:
                     self._step_down(ANOTHER_ACTS)
@@ -206,7 +206,7 @@ class ManagerService:
     async def _resign(self, queue: QueuePort) -> None:
         self._step_down("the Manager is shutting down")
         try:
-            await within(self.settings.broker_call_ms, queue.resign_manager(self.manager_id))
+            await within(self.settings.broker_call_ms, queue.fleet.release_leader_lease(self.manager_id))
         except InferqError as error:
             log.info("not_resigned", error=error.message, then="the lease runs out by itself")
 
@@ -327,7 +327,7 @@ class ManagerService:
         fleet = self._acting()
         if fleet is not None:
             return WorkerList(workers=fleet.workers(), manager=self.manager_id, term=fleet.term)
-        snapshot = await within(self.settings.broker_call_ms, self._reached().load_workers())
+        snapshot = await within(self.settings.broker_call_ms, self._reached().fleet.load_workers())
         return WorkerList(workers=[snapshot[worker_id] for worker_id in sorted(snapshot)])
 
     async def broker_address(self) -> BrokerAddress:
@@ -339,8 +339,8 @@ class ManagerService:
         queue, limit = self._reached(), self.settings.broker_call_ms
         workers = (await self.list_workers()).workers
         away: set[int] = set()
-        depths = await within(limit, queue.depths(away))
-        known = await within(limit, queue.known_pools())
+        depths = await within(limit, queue.stats.depths(away))
+        known = await within(limit, queue.fleet.known_pools())
         pools = describe_pools(depths, workers, known)
         # Of a pool whose shard does not answer nothing is known: least of all that nothing waits there.
         return PoolList(pools=[pool for pool in pools if queue.shard_of(pool.model) not in away])
@@ -359,7 +359,9 @@ class ManagerService:
         try:
             self.metrics.show_workers((await self.list_workers()).workers)
             self.metrics.show_pools((await self.pools()).pools)
-            self.metrics.show_counts(await within(self.settings.broker_call_ms, self._reached().job_counts(set())))
+            self.metrics.show_counts(
+                await within(self.settings.broker_call_ms, self._reached().stats.job_counts(set()))
+            )
         except InferqError as error:
             self.metrics.forget_pools()
             log.info("figures_not_had", error=error.message)

@@ -88,14 +88,14 @@ class FailureDetector:
         limit = self._settings.broker_call_ms
         away = self._away()
         shard = next((shard for shard in range(self._queue.shards) if shard not in away), 0)
-        before = (await within(limit, self._queue.beats_on(shard))).get(session_id)
+        before = (await within(limit, self._queue.maintenance.renewal_counters(shard))).get(session_id)
         if before is None:
             return False, False
-        await within(limit, self._queue.send_control(session_id, Control(ControlKind.PING), shard))
+        await within(limit, self._queue.fleet.send_control(session_id, Control(ControlKind.PING), shard))
         give_up_at = self._clock() + self._settings.ping_ms / 1000
         while self._clock() < give_up_at:
             await asyncio.sleep(_PING_POLL_S)
-            number = (await within(limit, self._queue.beats_on(shard))).get(session_id)
+            number = (await within(limit, self._queue.maintenance.renewal_counters(shard))).get(session_id)
             if number != before:
                 return number is not None, number is not None
         return True, False
@@ -123,7 +123,9 @@ class FailureDetector:
 
         async def on(shard: int) -> None:
             try:
-                dead.taken += await within(self._settings.broker_call_ms, self._queue.reclaim_on(shard, session_id))
+                dead.taken += await within(
+                    self._settings.broker_call_ms, self._queue.maintenance.reclaim(session_id, shard)
+                )
             except InferqError as error:
                 failures.append(error)
             else:

@@ -38,7 +38,7 @@ class ActingElsewhere:
 
     async def look(self, queue: QueuePort) -> None:
         """Read again where it is. Raises ``BrokerUnavailable``."""
-        acting = await within(self._limit_ms, queue.acting_manager())
+        acting = await within(self._limit_ms, queue.fleet.acting_manager())
         self.url = ""
         if not acting.beat or acting.manager_id == self._manager_id or not acting.url:
             return

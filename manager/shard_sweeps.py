@@ -63,7 +63,7 @@ class ShardSweeps:
         async def one(shard: int) -> None:
             nonlocal swept
             try:
-                swept += await within(self._limit_ms, self._queue.expire_on(shard))
+                swept += await within(self._limit_ms, self._queue.maintenance.expire(shard))
             except InferqError as error:
                 errors.append(error)
 
@@ -86,7 +86,7 @@ class ShardSweeps:
     async def _poll(self, shard: int) -> None:
         asked_at = self._clock()
         try:
-            numbers = await within(self._limit_ms, self._queue.beats_on(shard))
+            numbers = await within(self._limit_ms, self._queue.maintenance.renewal_counters(shard))
         except InferqError as error:
             if shard not in self._away and self._queue.shards > 1:
                 log.warning("shard_away", shard=shard, error=error.message, then="the others are looked after")

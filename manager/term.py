@@ -80,7 +80,7 @@ class Fleet:
     async def load(self) -> None:
         """Begin with what the last Manager wrote down."""
         limit = self._settings.broker_call_ms
-        snapshot = await within(limit, self._queue.load_workers())
+        snapshot = await within(limit, self._queue.fleet.load_workers())
         self._saved = dict(snapshot)
         self._loaded_at = self._clock()
         self.registry.load(snapshot.values(), self._loaded_at)
@@ -123,7 +123,7 @@ class Fleet:
         member = self.registry.drain(worker_id, self._clock())
         self._note(worker_id)
         try:
-            call = self._queue.send_control(member.session_id, Control(ControlKind.DRAIN))
+            call = self._queue.fleet.send_control(member.session_id, Control(ControlKind.DRAIN))
             await within(self._settings.broker_call_ms, call)
         except BrokerUnavailable as error:
             log.warning("drain_not_sent", worker=worker_id, error=error.message, then="its next heartbeat tells it")
@@ -197,7 +197,7 @@ class Fleet:
         """Write the entries of the registry that changed since the last time, and remember the pools it serves."""
         limit = self._settings.broker_call_ms
         if self._clock() >= self._check_at:
-            self._saved = await within(limit, self._queue.load_workers())
+            self._saved = await within(limit, self._queue.fleet.load_workers())
             self._check_at = self._clock() + SNAPSHOT_CHECK_S
             self._dirty |= self._saved.keys() | {member.worker_id for member in self.registry.members()}
         dirty, self._dirty = self._dirty, set()
@@ -215,7 +215,7 @@ class Fleet:
         changed = [info for worker_id, info in now.items() if self._saved.get(worker_id) != info]
         gone = [worker_id for worker_id in worker_ids if worker_id in self._saved and worker_id not in now]
         if changed or gone:
-            await within(self._settings.broker_call_ms, self._queue.save_workers(changed, gone))
+            await within(self._settings.broker_call_ms, self._queue.fleet.save_workers(changed, gone))
         self._saved |= now
         for worker_id in gone:
             del self._saved[worker_id]
@@ -229,12 +229,12 @@ class Fleet:
             return
         self._pools_at = now  # until that is done
         if due & declared:
-            await within(limit, self._queue.remember_pools(sorted(due & declared), declared=True))
-        known = await within(limit, self._queue.known_pools())
+            await within(limit, self._queue.fleet.remember_pools(sorted(due & declared), declared=True))
+        known = await within(limit, self._queue.fleet.known_pools())
         # Remembering a pool that another process declared would end its declaration.
         seen = sorted(model for model in due - declared if not known.get(Pool(model), False))
         if seen:
-            await within(limit, self._queue.remember_pools(seen))
+            await within(limit, self._queue.fleet.remember_pools(seen))
         still_due = {model: due_at for model, due_at in self._pools_due.items() if model in served | declared}
         self._pools_due = still_due | dict.fromkeys(due, now + POOLS_REFRESH_S)
         self._pools_at = min(self._pools_due.values())

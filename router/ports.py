@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import NoReturn, Protocol
 
-from broker import DeadLetters, Standing
+from broker import DeadLetters, JobStatus
 from queue_schemas import (
     BrokerAddress,
     Enqueued,
@@ -31,61 +31,105 @@ from telemetry.http.fabric_calls import FabricCall, Forwarded
 Deliver = Callable[[list[Frame | Marker]], None]
 
 
+class JobsPort(Protocol):
+    """:class:`broker.operations.jobs.Jobs`."""
+
+    async def enqueue(self, job: Job) -> State: ...
+
+    async def enqueue_persisted(
+        self, job: Job, options: PersistOptions | None = None, listener: str = ""
+    ) -> Enqueued: ...
+
+    async def resume(self, job: Job, epoch: int) -> State | None: ...
+
+    async def raise_epoch(self, job_id: JobId, heard: int) -> JobStatus | None: ...
+
+    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None: ...
+
+    async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None: ...
+
+
+class RepliesPort(Protocol):
+    """:class:`broker.operations.replies.Replies`."""
+
+    ready: asyncio.Event
+    """Set once this Router's reply streams exist: only then may it enqueue."""
+
+    async def read(
+        self, router: SessionId, deliver: Deliver, lost: Callable[[int], None] | None = None
+    ) -> NoReturn: ...
+
+
+class OutputPort(Protocol):
+    """:class:`broker.operations.output.PersistedOutput`."""
+
+    async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> Output | None: ...
+
+    async def detach(self, job_id: JobId, listener: SessionId) -> None: ...
+
+    def frames(self, job_id: JobId) -> AsyncIterator[Frame]: ...
+
+
+class PersistedJobsPort(Protocol):
+    """:class:`broker.operations.persisted_jobs.PersistedJobs`."""
+
+    async def get(self, job_id: str) -> PersistedJob | None: ...
+
+    async def page(
+        self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
+    ) -> tuple[list[PersistedJob], str]: ...
+
+    async def delete(self, job_id: str, reason: str) -> State | None: ...
+
+
+class FleetPort(Protocol):
+    """:class:`broker.operations.fleet.Fleet`."""
+
+    async def load_workers(self) -> dict[str, WorkerInfo]: ...
+
+    async def acting_manager(self) -> ActingManager: ...
+
+    async def known_pools(self) -> dict[Pool, bool]: ...
+
+    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None: ...
+
+
+class StatsPort(Protocol):
+    """:class:`broker.operations.stats.QueueStats`."""
+
+    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]: ...
+
+
 class QueuePort(Protocol):
     """The Router's side of :class:`broker.Broker`; errors as there."""
 
-    replies_ready: asyncio.Event
-    """Set once this Router's reply streams exist: only then may it enqueue."""
+    @property
+    def jobs(self) -> JobsPort: ...
+
+    @property
+    def replies(self) -> RepliesPort: ...
+
+    @property
+    def output(self) -> OutputPort: ...
+
+    @property
+    def persisted_jobs(self) -> PersistedJobsPort: ...
+
+    @property
+    def fleet(self) -> FleetPort: ...
+
+    @property
+    def stats(self) -> StatsPort: ...
+
+    @property
+    def dead_letters(self) -> DeadLetters: ...
 
     @property
     def round_trips(self) -> int: ...
 
     def shard_of(self, pool: str) -> int: ...
 
-    async def enqueue(self, job: Job) -> State: ...
-
-    async def enqueue_persisted(self, job: Job, keep: PersistOptions, listener: str = "") -> Enqueued: ...
-
-    async def persisted_job(self, job_id: str) -> PersistedJob | None: ...
-
-    async def persisted_jobs(
-        self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
-    ) -> tuple[list[PersistedJob], str]: ...
-
-    async def forget(self, job_id: str, reason: str) -> State | None: ...
-
-    async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None: ...
-
-    async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> Output | None: ...
-
-    def persisted_frames(self, job_id: JobId) -> AsyncIterator[Frame]: ...
-
-    async def detach(self, job_id: JobId, listener: SessionId) -> None: ...
-
-    async def resume(self, job: Job, epoch: int) -> State | None: ...
-
-    async def raise_epoch(self, job_id: JobId, heard: int) -> Standing | None: ...
-
-    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None: ...
-
-    async def read_replies(
-        self, router: SessionId, deliver: Deliver, lost: Callable[[int], None] | None = None
-    ) -> NoReturn: ...
-
-    async def load_workers(self) -> dict[str, WorkerInfo]: ...
-
-    async def acting_manager(self) -> ActingManager: ...
-
     async def server_faults(self) -> list[str]: ...
-
-    async def known_pools(self) -> dict[Pool, bool]: ...
-
-    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None: ...
-
-    async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]: ...
-
-    @property
-    def dead_letters(self) -> DeadLetters: ...
 
     async def close(self) -> None: ...
 

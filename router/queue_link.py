@@ -74,13 +74,13 @@ class QueueLink:
         """Why no request can be taken, as clients are told; none: it can."""
         if self.queue is None:
             return [self._fault]
-        if not self.queue.replies_ready.is_set():
+        if not self.queue.replies.ready.is_set():
             return ["the reply streams are not open yet"]
         return self._server_faults or ([self._stale] if self._stale else [])
 
     def ready_queue(self) -> QueuePort:
         """The queue, if requests may be put on it; else ``BrokerUnavailable`` that says why not."""
-        if self.queue is not None and self.queue.replies_ready.is_set():
+        if self.queue is not None and self.queue.replies.ready.is_set():
             return self.queue
         why = f"the queue cannot be reached: {self.reasons[0]}; try again shortly"
         raise BrokerUnavailable(why, retry_after_s=2, public=why)
@@ -124,7 +124,7 @@ class QueueLink:
         self.queue = queue
         log.info("queue_connected", router=self.session_id)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(queue.read_replies(self.session_id, self._deliver, self._lost), name="replies")
+            tasks.create_task(queue.replies.read(self.session_id, self._deliver, self._lost), name="replies")
             tasks.create_task(self._keep_directory(queue), name="directory")
             tasks.create_task(self._vet(queue), name="the queue's servers")
 
@@ -168,8 +168,8 @@ class QueueLink:
         await self._declare(queue)
         await self._look_for_manager(queue)
         try:
-            fleet: dict[str, WorkerInfo] = await queue.load_workers()
-            remembered = await queue.known_pools()
+            fleet: dict[str, WorkerInfo] = await queue.fleet.load_workers()
+            remembered = await queue.fleet.known_pools()
         except InferqError as error:
             if error.public != self._stale:
                 log.warning("directory_not_read", error=error.message)
@@ -190,7 +190,7 @@ class QueueLink:
         if self._heard is None:
             return
         try:
-            self._heard(await queue.acting_manager())
+            self._heard(await queue.fleet.acting_manager())
         except InferqError as error:
             # Calls go on to where it was last, or to the configured ones.
             log.debug("acting_manager_not_read", error=error.message)
@@ -200,7 +200,7 @@ class QueueLink:
         if not self._settings.pools or time.monotonic() - self._declared_s < DECLARE_EVERY_S:
             return
         try:
-            await queue.remember_pools(self._settings.pools, declared=True)
+            await queue.fleet.remember_pools(self._settings.pools, declared=True)
         except InferqError as error:
             log.warning("pools_not_declared", error=error.message)
         self._declared_s = time.monotonic()

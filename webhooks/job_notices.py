@@ -26,16 +26,30 @@ MAX_NOTICES = 100
 log = get_logger(__name__)
 
 
-class Notices(Protocol):
-    """What is asked of the queue; :class:`broker.Broker` is it."""
+class FinishedJobsPort(Protocol):
+    """:class:`broker.operations.persisted_jobs.PersistedJobs`."""
 
-    async def read_ended(self, limit: int = ...) -> list[FinishedJob]: ...
+    async def get(self, job_id: str) -> PersistedJob | None: ...
 
-    async def forget_ended(self, notice_ids: list[str]) -> int: ...
+    async def read_finished(self, limit: int = ...) -> list[FinishedJob]: ...
 
-    async def persisted_job(self, job_id: str) -> PersistedJob | None: ...
+    async def acknowledge_finished(self, notice_ids: list[str]) -> int: ...
+
+
+class OutputPort(Protocol):
+    """:class:`broker.operations.output.PersistedOutput`."""
 
     async def response_status(self, job_id: JobId, state: State) -> ResponseStatus: ...
+
+
+class QueuePort(Protocol):
+    """The notifier's side of :class:`broker.Broker`."""
+
+    @property
+    def persisted_jobs(self) -> FinishedJobsPort: ...
+
+    @property
+    def output(self) -> OutputPort: ...
 
 
 class ResponseEnds:
@@ -49,7 +63,7 @@ class ResponseEnds:
         self.fault = ""
         """Why notices cannot be taken now; empty: they can."""
 
-    async def run(self, queue: Callable[[], Notices | None], every_s: float) -> None:
+    async def run(self, queue: Callable[[], QueuePort | None], every_s: float) -> None:
         """Take notices until cancelled; ``queue`` is None while it cannot be reached."""
         while True:
             notices = queue()
@@ -65,10 +79,10 @@ class ResponseEnds:
             if not taken:
                 await asyncio.sleep(every_s)
 
-    async def take(self, queue: Notices) -> int:
+    async def take(self, queue: QueuePort) -> int:
         """Make events of the notices there are, up to a bound; how many there were. Raises what the store and the queue
         raise; what was not dealt with stays."""
-        notices = await queue.read_ended(MAX_NOTICES)
+        notices = await queue.persisted_jobs.read_finished(MAX_NOTICES)
         self._known.clear()  # what is read from now on has every endpoint that was there when one of these ended
         dealt_with: list[str] = []
         try:
@@ -80,20 +94,20 @@ class ResponseEnds:
                 dealt_with.append(notice.id)
         finally:
             if dealt_with:
-                await queue.forget_ended(dealt_with)
+                await queue.persisted_jobs.acknowledge_finished(dealt_with)
         return len(notices)
 
-    async def _emit(self, queue: Notices, notice: FinishedJob) -> None:
+    async def _emit(self, queue: QueuePort, notice: FinishedJob) -> None:
         if notice.notify != RESPONSE_WORD:
             log.debug("notice_of_another_kind", word=notice.notify, job_id=notice.job_id)
             return
         endpoints = await self._endpoints(notice.tenant)
         if not any(endpoint.active for endpoint in endpoints):
             return
-        if notice.state is State.DONE and await queue.persisted_job(notice.job_id) is None:
+        if notice.state is State.DONE and await queue.persisted_jobs.get(notice.job_id) is None:
             log.debug("response_is_gone", job_id=notice.job_id)  # deleted: there is nothing left to look at
             return
-        status = await queue.response_status(notice.job_id, notice.state)
+        status = await queue.output.response_status(notice.job_id, notice.state)
         event = WebhookEvent.of(notice.tenant, f"response.{status}", response_id(notice.job_id), notice.at_ms // 1000)
         if not any(endpoint.wants(event.type) for endpoint in endpoints):
             return

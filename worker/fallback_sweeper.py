@@ -61,15 +61,15 @@ class _StandingIn:
     async def _look(self) -> None:
         now = asyncio.get_running_loop().time
         asked_at = now()
-        number = await self._broker.manager_beat()
+        number = await self._broker.fleet.leader_lease_until()
         if not self._state.saw_manager(number, asked_at, now()):
             if self._sweeps:
                 self._sweeps = False
-                await self._broker.act_as_sweeper(self._worker, 0)
+                await self._broker.fleet.acquire_sweeper_lease(self._worker, 0)
             return
         held = self._sweeps
         # Held over two looks that were missed; only its holder reads what all workers write.
-        self._sweeps = await self._broker.act_as_sweeper(self._worker, round(self._lease_s * 1000 / 2))
+        self._sweeps = await self._broker.fleet.acquire_sweeper_lease(self._worker, round(self._lease_s * 1000 / 2))
         if not self._sweeps:
             if held:
                 self._state.forget_peers()
@@ -83,7 +83,7 @@ class _StandingIn:
         asked_at = now()
         try:
             async with asyncio.timeout(_SHARD_LIMIT_S):
-                numbers = await self._broker.beats_on(shard)
+                numbers = await self._broker.maintenance.renewal_counters(shard)
         except (InferqError, TimeoutError) as error:
             log.debug("shard_not_looked_after", shard=shard, error=str(error))
             self._state.shard_away(shard)
@@ -95,11 +95,11 @@ class _StandingIn:
         try:
             async with asyncio.timeout(_SHARD_LIMIT_S):
                 for session_id in dead:
-                    taken = await self._broker.reclaim_on(shard, session_id)
+                    taken = await self._broker.maintenance.reclaim(session_id, shard)
                     requeued = taken.requeued + taken.lost
                     self._metrics.stood_in.inc(requeued)
                     log.warning("worker_reclaimed", session_id=session_id, requeued=requeued, dead=taken.dead)
                 if self._state.acting:
-                    await self._broker.expire_on(shard)
+                    await self._broker.maintenance.expire(shard)
         except (InferqError, TimeoutError) as error:
             log.debug("shard_not_swept", shard=shard, error=str(error))

@@ -25,10 +25,10 @@ from telemetry.backoff import Backoff
 _BACKOFF = Backoff(0.05, 1.0)
 
 Publish = Callable[[int, Mapping[str, bytes]], Awaitable[set[str]]]
-"""``Broker.publish``: sends packed frames by Router on one shard, answers the Routers that are gone."""
+"""``broker.attempts.publish``: sends packed frames by Router on one shard, answers the Routers that are gone."""
 
 Append = Callable[[Lease, bytes], Awaitable[Settled]]
-"""``Broker.append``: adds packed frames to a stored job's output; calls at the same time share a round trip."""
+"""``broker.attempts.append``: adds packed frames to a persisted job's output; concurrent calls share a round trip."""
 
 log = get_logger(__name__)
 

@@ -34,7 +34,7 @@ class Peers:
             now = asyncio.get_running_loop().time()
             if now - self._looked_at >= CACHE_S:
                 try:
-                    self._workers = await self._broker.load_workers()
+                    self._workers = await self._broker.fleet.load_workers()
                 except InferqError as error:
                     log.warning("registry_not_read", error=error.message)
                     self._workers = {}

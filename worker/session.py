@@ -110,8 +110,8 @@ class WorkerSession:
             broker = await self._context.connect(answer)
             unjoined = await self._join(broker)
             frame_batcher = FrameBatcher(
-                broker.publish,
-                broker.append,
+                broker.attempts.publish,
+                broker.attempts.append,
                 interval_ms=self._context.settings.flush_interval_ms,
                 limit_bytes=self._context.settings.frame_buffer_bytes,
             )
@@ -128,7 +128,7 @@ class WorkerSession:
             group.create_task(frame_batcher.run(), name="frame_batcher")
             lease_s = answer.lease_ms / 1000
             self._watchdog.ticked_at = time.monotonic()
-            renewals = Renewals(broker.renewer_apart(), self.session_id, self._watchdog, lease_s)
+            renewals = Renewals(broker.workers.renewer_apart(), self.session_id, self._watchdog, lease_s)
             self._renewing = group.create_task(renewals.run(), name="renewals")
             group.create_task(self._watch_engine(attempts, lease_s), name="engine's progress")
             group.create_task(self._sweep(attempts), name="sweep")
@@ -155,7 +155,7 @@ class WorkerSession:
         """Join every shard that answers, at least one; those that did not."""
         while True:
             try:
-                unjoined = await broker.join(self.session_id)
+                unjoined = await broker.workers.join(self.session_id)
             except Fenced:
                 raise
             except InferqError as error:
@@ -217,7 +217,7 @@ class WorkerSession:
 
     async def _leave(self, broker: Broker) -> None:
         try:
-            await broker.leave(self.session_id)
+            await broker.workers.leave(self.session_id)
         except InferqError as error:
             log.warning("queue_not_left", error=error.message)
 

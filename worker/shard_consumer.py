@@ -63,7 +63,7 @@ class ShardConsumer:
         while not joined:
             await asyncio.sleep(_RETRY_S)
             try:
-                await self._broker.join_on(self._shard, self._session_id)
+                await self._broker.workers.join_on(self._shard, self._session_id)
                 joined = True
             except Fenced:
                 raise
@@ -98,7 +98,7 @@ class ShardConsumer:
         shard = self._shard
         self._must_reconcile = False
         try:
-            not_held = await self._broker.hold(
+            not_held = await self._broker.workers.reconcile_leases(
                 shard, self._session_id, self._slots.last_seq(shard), self._attempts.leases(shard)
             )
         except Fenced:
@@ -115,7 +115,7 @@ class ShardConsumer:
         """Send ``claim``; None if it was not answered and must be sent again. Raises ``Fenced``."""
         region = self._context.settings.region
         try:
-            return await self._broker.claim(
+            return await self._broker.workers.claim(
                 claim.shard, self._session_id, claim.seq, claim.turn, claim.n, claim.pools, region
             )
         except Fenced:
@@ -137,7 +137,7 @@ class ShardConsumer:
         after, failures = "0", 0
         while True:
             try:
-                messages = await self._broker.read_control(shard, self._session_id, after, CONTROL_BLOCK_MS)
+                messages = await self._broker.workers.read_control(shard, self._session_id, after, CONTROL_BLOCK_MS)
             except Fenced:
                 raise
             except InferqError as error:

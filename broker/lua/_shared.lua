@@ -242,7 +242,7 @@ local function stored()
   end
 
   -- What may be told of a stored job: {} if it is unknown, or nothing is kept of it. The order is that of
-  -- broker/persisted_jobs.py.
+  -- broker/operations/persisted_jobs.py.
   local function describe(id)
     local found = call('HMGET', P .. 'job:' .. id, 'tenant', 'state', 'epoch', 'attempts', 'pool', 'lane', 'at', 'started',
       'over', 'deadline', 'until', 'cause', 'listed', 'notify', 'kept', 'stored', 'begun', 'replaced', 'job_metadata')

@@ -1,7 +1,7 @@
 -- What may be told of stored jobs, live or kept.
 -- ARGV: prefix, then job ids.
 -- Reply: per job {} if it is unknown, not stored, or nothing is kept of it; else its id, the server's time, and fields of
---       its record in the order of broker/persisted_jobs.py.
+--       its record in the order of broker/operations/persisted_jobs.py.
 -- Invariant: 9 isolation (whoever asks compares the tenant).
 
 local answers = {}

@@ -129,7 +129,7 @@ def _pools(state: RouterState) -> APIRouter:
         responses=error_responses(401, 503),
     )
     async def pools() -> PoolList:
-        return pool_list(state.link.directory, await state.link.ready_queue().depths())
+        return pool_list(state.link.directory, await state.link.ready_queue().stats.depths())
 
     @routes.get(
         f"{FABRIC_PREFIX}/pools/{{model:path}}",
@@ -137,7 +137,7 @@ def _pools(state: RouterState) -> APIRouter:
         responses=error_responses(401, 404, 503),
     )
     async def pool(model: str) -> PoolDepth:
-        depths = await state.link.ready_queue().depths()
+        depths = await state.link.ready_queue().stats.depths()
         known = {pool: lanes for pool, lanes in depths.items() if pool == model}
         if not known and model not in state.link.directory.pools:
             check_model(model, await state.link.fresh_directory(), "queue")

@@ -83,12 +83,12 @@ class Canceller:
         try:
             if farewell.abandoned_ms:
                 if job_id not in self._followers:
-                    await queue.cancel_abandoned(job_id, farewell.reason, farewell.abandoned_ms)
+                    await queue.jobs.cancel_abandoned(job_id, farewell.reason, farewell.abandoned_ms)
             elif farewell.listener is None:
-                await queue.cancel(job_id, farewell.reason, if_orphaned=farewell.if_orphaned)
+                await queue.jobs.cancel(job_id, farewell.reason, if_orphaned=farewell.if_orphaned)
             elif job_id not in self._followers:
                 try:
-                    await queue.detach(job_id, farewell.listener)
+                    await queue.output.detach(job_id, farewell.listener)
                 finally:  # who came meanwhile may have been attached before that
                     self._followers.look_again(job_id)
         except InferqError as error:

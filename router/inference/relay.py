@@ -59,7 +59,7 @@ class Relay:
         self._requests.attach(request, job)
         queue = self._state.link.ready_queue()
         try:
-            state = await request.within_deadline(queue.enqueue(job))
+            state = await request.within_deadline(queue.jobs.enqueue(job))
         except (OverCapacity, BrokerFull):
             if request.stitch is not None:
                 request.stitch.settled = True  # nothing was written: there is nothing to cancel
@@ -148,7 +148,7 @@ class Relay:
         prefix = stitch.offer()
         queue = self._state.link.ready_queue()
         try:
-            state = await request.within_deadline(queue.resume(replace(job, prefix=prefix), epoch))
+            state = await request.within_deadline(queue.jobs.resume(replace(job, prefix=prefix), epoch))
         except (BrokerUnavailable, BrokerFull) as error:
             log.warning("stream_not_resumed", job_id=job.id, error=error.message, then="the queue asks again")
             stitch.heard(epoch)
@@ -199,7 +199,7 @@ class Relay:
         state = await self.enqueue(request, job)
         if state in TERMINAL:
             return True  # its end may still be on its way; if it does not come, that is a gap
-        standing = await request.within_deadline(self._state.link.ready_queue().raise_epoch(job.id, stitch.epoch))
+        standing = await request.within_deadline(self._state.link.ready_queue().jobs.raise_epoch(job.id, stitch.epoch))
         if standing is None or standing.state in TERMINAL:
             request.rerun_s = self._loop().time() + RERUN_AFTER_S
             return True

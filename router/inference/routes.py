@@ -304,7 +304,7 @@ class Inference:
         if named is None or job.idempotency_key:
             await self._stored.enqueue(request, job, exchange)
         else:
-            kept = await request.within_deadline(self._state.link.ready_queue().persisted_job(named))
+            kept = await request.within_deadline(self._state.link.ready_queue().persisted_jobs.get(named))
             if kept is None or kept.tenant != job.tenant:
                 raise _not_kept(named)
             if kept.job_metadata.request != request_digest(job):

@@ -67,7 +67,7 @@ class PersistedRequests:
         link = self._state.link
         try:
             found = await request.within_deadline(
-                link.ready_queue().enqueue_persisted(job, request.keep, link.session_id)
+                link.ready_queue().jobs.enqueue_persisted(job, request.keep, link.session_id)
             )
         except (IdempotencyKeyReused, OverCapacity, BrokerFull):
             if request.stitch is not None:
@@ -116,7 +116,9 @@ class PersistedRequests:
         assert stitch is not None and job is not None  # noqa: S101 - set by enqueue
         request.held = []
         try:
-            page = await request.within_deadline(link.ready_queue().attach(job.id, link.session_id, stitch.position))
+            page = await request.within_deadline(
+                link.ready_queue().output.attach(job.id, link.session_id, stitch.position)
+            )
         except BrokerUnavailable as error:
             log.warning("answer_not_read", job_id=job.id, error=error.message, then="it is tried again")
             request.held = None

@@ -78,7 +78,7 @@ class PersistedJobs:
         from the body. It may take ``deadline_ms`` (setting ``background_deadline_ms``) and is kept for ``keep_ms``
         (setting ``keep_jobs_ms``) once it has ended, however. ``note`` (256 KiB at most; it counts among its tenant's
         kept bytes) comes back as :attr:`PersistedJob.job_metadata.note`. With a ``notify`` word, a notice of its end is
-        put where ``Broker.read_ended`` finds it.
+        put where ``broker.persisted_jobs.read_finished`` finds it.
 
         Raises ``BadRequest``, ``ModelNotFound``, ``NoWorker``, ``OverCapacity``, ``BrokerFull``, ``NotOnDisk``,
         ``IdempotencyKeyReused`` and ``ShuttingDown``.
@@ -107,7 +107,7 @@ class PersistedJobs:
     async def accept(self, job: Job, fields: RequestFields, request: OpenRequest, exchange: ResponseWriter) -> None:
         """Put the background request on the queue and say where it is: 202 with its object."""
         found = await request.within_deadline(self.enqueue(job, fields))
-        kept = await request.within_deadline(self._state.link.ready_queue().persisted_job(found.job_id))
+        kept = await request.within_deadline(self._state.link.ready_queue().persisted_jobs.get(found.job_id))
         if kept is None:
             raise JobNotFound(f"the job {found.job_id} was deleted meanwhile")
         exchange.add_header(b"location", f"{JOBS_PATH}/{kept.id}".encode())
@@ -115,7 +115,7 @@ class PersistedJobs:
 
     async def status(self, tenant: Tenant, job_id: str) -> PersistedJob | None:
         """What may be told of a job; None if there is none of that id, or it is not the tenant's."""
-        kept = await self._state.link.ready_queue().persisted_job(job_id)
+        kept = await self._state.link.ready_queue().persisted_jobs.get(job_id)
         return kept if kept is not None and kept.tenant == tenant else None
 
     async def jobs(
@@ -123,14 +123,14 @@ class PersistedJobs:
     ) -> tuple[list[PersistedJob], str]:
         """A page of the tenant's background jobs, newest first, behind the one called ``after``; and the id to go on
         from, empty at the end. Raises ``BadRequest`` if ``after`` is none of them."""
-        return await self._state.link.ready_queue().persisted_jobs(tenant, after=after, limit=limit, states=states)
+        return await self._state.link.ready_queue().persisted_jobs.page(tenant, after=after, limit=limit, states=states)
 
     async def cancel(self, tenant: Tenant, job_id: str) -> PersistedJob | None:
         """Cancel a job, which may have ended already; what is to be told of it then, None as for :meth:`status`."""
         kept = await self.status(tenant, job_id)
         if kept is None or kept.over:
             return kept
-        await self._state.link.ready_queue().cancel(kept.id, "it was cancelled on demand")
+        await self._state.link.ready_queue().jobs.cancel(kept.id, "it was cancelled on demand")
         # A job that was not listed leaves nothing when it is cancelled.
         return await self.status(tenant, job_id) or replace(kept, state=State.CANCELLED)
 
@@ -138,7 +138,10 @@ class PersistedJobs:
         """Forget all that is kept of a job, which is cancelled first if it lives; False if there is none, as for
         :meth:`status`."""
         kept = await self.status(tenant, job_id)
-        return kept is not None and await self._state.link.ready_queue().forget(kept.id, "it was deleted") is not None
+        return (
+            kept is not None
+            and await self._state.link.ready_queue().persisted_jobs.delete(kept.id, "it was deleted") is not None
+        )
 
     @asynccontextmanager
     async def follow(self, tenant: Tenant, job_id: str) -> AsyncIterator[Followed]:
@@ -181,7 +184,7 @@ class PersistedJobs:
         digest of what its client asked, if the job does not say all of it."""
         job_metadata = job_metadata_of(job, fields, note=note, request=request)
         keep = PersistOptions(keep_ms or self._state.settings.keep_jobs_ms, job_metadata, True, notify)
-        found = await self._state.link.ready_queue().enqueue_persisted(job, keep)
+        found = await self._state.link.ready_queue().jobs.enqueue_persisted(job, keep)
         log.info("job_kept", job_id=found.job_id, request_id=job.request_id, state=found.state.value)
         return found
 

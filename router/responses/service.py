@@ -172,7 +172,7 @@ class Responses:
             return response_object(asked, "queued" if kept.state is State.QUEUED else "in_progress")
         made = ResponseEvents(asked)
         made.begin()
-        async for frame in self._state.link.ready_queue().persisted_frames(kept.id):
+        async for frame in self._state.link.ready_queue().output.frames(kept.id):
             made.feed(frame)
         if not made.over and kept.state in PERSISTED_STATES:
             made.fail(ChatFailure("a part of the answer is not kept any more; send the request again"))

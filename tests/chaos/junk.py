@@ -78,7 +78,7 @@ async def _enqueue_unreadable(server: Server) -> None:
             id=new_job_id(0), tenant=Tenant("stranger"), model=Pool(MODEL), path="/v1/chat/completions", body=b"{}",
             max_attempts=ATTEMPTS,
         )  # fmt: skip
-        await broker.enqueue(job)
+        await broker.jobs.enqueue(job)
     finally:
         await broker.close()
 

@@ -147,43 +147,43 @@ class SideBySide:
 
     async def enqueue(self, *jobs: Job) -> None:
         """In one batch."""
-        answers = await asyncio.gather(*map(self.broker.enqueue, jobs), return_exceptions=True)
+        answers = await asyncio.gather(*map(self.broker.jobs.enqueue, jobs), return_exceptions=True)
         for job, answer in zip(jobs, answers, strict=True):
             expected = self.model.enqueue(job)
             fits = type(answer) is expected if isinstance(expected, type) else answer is expected
             require(fits, f"enqueue of {job.id} answers {answer!r}, should be {expected}")
 
     async def attach(self, job_id: JobId, router: SessionId) -> None:
-        page, expected = await self.broker.attach(job_id, router), self.model.attach(job_id, router)
+        page, expected = await self.broker.output.attach(job_id, router), self.model.attach(job_id, router)
         places = [(frame.epoch, frame.seq) for frame in page.frames] if page else []
         _same("attach", page and (page.state, page.epoch, page.attempt_id, places), expected)
 
     async def resume(self, job: Job, epoch: int) -> None:
-        _same("resume", await self.broker.resume(job, epoch), self.model.resume(job, epoch))
+        _same("resume", await self.broker.jobs.resume(job, epoch), self.model.resume(job, epoch))
 
     async def raise_epoch(self, job_id: JobId, heard: int) -> None:
-        found = await self.broker.raise_epoch(job_id, heard)
+        found = await self.broker.jobs.raise_epoch(job_id, heard)
         standing = found and (found.state, found.epoch, found.attempt_id)
         _same("raise_epoch", standing, self.model.raise_epoch(job_id, heard))
 
     async def cancel(self, job_id: JobId, reason: str) -> None:
-        _same("cancel", await self.broker.cancel(job_id, reason), self.model.cancel(job_id, reason))
+        _same("cancel", await self.broker.jobs.cancel(job_id, reason), self.model.cancel(job_id, reason))
 
     async def join(self, worker: SessionId) -> None:
-        await self.broker.join(worker)
+        await self.broker.workers.join(worker)
         self.model.join(worker)
 
     async def renew(self, worker: SessionId) -> None:
-        if await self._is_refused(self.broker.renew(worker), worker) is False:
+        if await self._is_refused(self.broker.workers.renew(worker), worker) is False:
             self.model.renew(worker)
 
     async def claim(
         self, worker: SessionId, seq: int, turn: int, n: int, pools: Sequence[tuple[Pool, Sequence[Lane]]]
     ) -> list[Lease]:
         if self.model.is_fenced(worker):
-            await self._is_refused(self.broker.claim(0, worker, seq, turn, n, pools), worker)
+            await self._is_refused(self.broker.workers.claim(0, worker, seq, turn, n, pools), worker)
             return []
-        claimed = await self.broker.claim(0, worker, seq, turn, n, pools)
+        claimed = await self.broker.workers.claim(0, worker, seq, turn, n, pools)
         states = {job_id: record[0] for job_id, record in sight_of(await self._look()).records.items()}
         dropped = {job_id: State(states[job_id]) for job_id in self.model.doomed() if states.get(job_id) in TERMINAL}
         self.model.claim(worker, seq, turn, n, pools, claimed.leases, dropped)
@@ -192,7 +192,7 @@ class SideBySide:
         return list(claimed.leases)
 
     async def hold(self, worker: SessionId, seq: int, *leases: Lease) -> None:
-        call = self.broker.hold(0, worker, seq, leases)
+        call = self.broker.workers.reconcile_leases(0, worker, seq, leases)
         if self.model.is_fenced(worker):
             await self._is_refused(call, worker)
             return
@@ -201,15 +201,15 @@ class SideBySide:
         _same("hold", told, self.model.hold(worker, seq, leases, taken))
 
     async def publish(self, router: str, frames: bytes) -> None:
-        gone = await self.broker.publish(0, {router: frames})
+        gone = await self.broker.attempts.publish(0, {router: frames})
         _same("publish", gone, set() if self.model.publish(router, frames) else {router})
 
     async def append(self, lease: Lease, frames: bytes) -> None:
-        _same("append", await self.broker.append(lease, frames), self.model.append(lease, frames))
+        _same("append", await self.broker.attempts.append(lease, frames), self.model.append(lease, frames))
 
     async def settle(self, *answers: tuple[Lease, Outcome, bytes]) -> None:
         """In one batch."""
-        told = await asyncio.gather(*(self.broker.settle(*answer) for answer in answers))
+        told = await asyncio.gather(*(self.broker.attempts.settle(*answer) for answer in answers))
         for answer, verdict in zip(answers, told, strict=True):
             _same(f"settle of {answer[0].job.id}", verdict, self.model.settle(*answer))
             if verdict is Settled.OK:
@@ -217,19 +217,21 @@ class SideBySide:
 
     async def release(self, reason: str, *leases: tuple[Lease, bool]) -> None:
         """In one batch."""
-        told = await asyncio.gather(*(self.broker.release(lease, reason, counted=spent) for lease, spent in leases))
+        told = await asyncio.gather(
+            *(self.broker.attempts.release(lease, reason, counted=spent) for lease, spent in leases)
+        )
         for (lease, counted), verdict in zip(leases, told, strict=True):
             _same(f"release of {lease.job.id}", verdict, self.model.release(lease, reason, counted=counted))
 
     async def crashed(self, reason: str, *leases: Lease) -> None:
-        _same("crashed", await self.broker.crashed(leases, reason), self.model.crashed(leases, reason))
+        _same("crashed", await self.broker.attempts.report_crash(leases, reason), self.model.crashed(leases, reason))
 
     async def clear(self, lease: Lease) -> None:
-        _same("clear", await self.broker.clear(lease), self.model.clear(lease))
+        _same("clear", await self.broker.attempts.clear_suspicion(lease), self.model.clear(lease))
 
     async def reclaim(self, worker: SessionId, counted: bool) -> None:
         """Whole: what the Manager does, or the worker that leaves."""
-        fates = await (self.broker.reclaim(worker) if counted else self.broker.leave(worker))
+        fates = await (self.broker.maintenance.reclaim(worker) if counted else self.broker.workers.leave(worker))
         told = [fates.requeued, fates.dead, fates.cancelled, 0, fates.lost]
         await self._taken(worker, told, counted, WHOLE, "its worker was lost" if counted else "its worker left")
 
@@ -242,7 +244,7 @@ class SideBySide:
         await self._taken(worker, told, counted, limit, reason)
 
     async def expire(self) -> None:
-        expired = await self.broker.expire()
+        expired = await self.broker.maintenance.expire()
         _same("expire", (expired.expired, expired.woken), (self.model.expire(), self.model.effects.wakes.total()))
 
     async def _taken(self, worker: SessionId, told: list[int], counted: bool, limit: int, reason: str) -> None:

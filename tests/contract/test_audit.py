@@ -18,12 +18,12 @@ async def audited(broker: Broker) -> int:
     """What whole rounds of the audit mend until one finds nothing."""
     mended, quiet = 0, 0
     for _ in range(200):
-        broker._audits._clock = lambda: 1e9
-        broker._audits._places = {
+        broker.maintenance._auditor._clock = lambda: 1e9
+        broker.maintenance._auditor._places = {
             shard: place.__class__(0.0, place.jobs, place.workers, place.place)
-            for shard, place in broker._audits._places.items()
+            for shard, place in broker.maintenance._auditor._places.items()
         }
-        found = await broker._audits.go_on(KEYS)
+        found = await broker.maintenance._auditor.audit_next_part(KEYS)
         mended, quiet = mended + found, 0 if found else quiet + 1
         if quiet == 8:
             return mended
@@ -43,18 +43,18 @@ async def test_records_that_vanished_are_not_counted_for_ever(
     """[G6] Waiting and running jobs whose records were evicted are counted down to nothing, few or many."""
     jobs = [make_job(tenant=f"t{n % 5}", lane=Lane.BATCH) for n in range(number)]
     for job in jobs:
-        await broker.enqueue(job)
+        await broker.jobs.enqueue(job)
     await worker.claim(8)
     survivor = make_job(tenant="survivor")
-    await broker.enqueue(survivor)
+    await broker.jobs.enqueue(survivor)
     await client.delete(*(KEYS.job(job.id) for job in jobs))
     assert await audited(broker) >= number
-    depths = await broker.depths()
+    depths = await broker.stats.depths()
     assert {lane: (depth.waiting, depth.leased) for lane, depth in depths[MODEL].items()} == {Lane.INTERACTIVE: (1, 0)}
     lease = await worker.claim_one()
     assert lease.job == survivor
-    assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
-    assert await broker.depths() == {}
+    assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+    assert await broker.stats.depths() == {}
     assert await counters(client) == {}
     assert await client.zcard(KEYS.deadlines) == 0
 
@@ -63,11 +63,11 @@ async def test_a_claim_counts_down_what_it_does_not_find(broker: Broker, worker:
     """[G6] A worker that meets entries whose records are gone gives back what they counted for, at once."""
     jobs = [make_job(tenant="t") for _ in range(10)]
     for job in jobs:
-        await broker.enqueue(job)
+        await broker.jobs.enqueue(job)
     await client.delete(*(KEYS.job(job.id) for job in jobs))
     assert await worker.claim(4) == []
     assert await counters(client) == {}
-    assert await broker.depths() == {}
+    assert await broker.stats.depths() == {}
 
 
 @pytest.mark.parametrize("lost", ["depth", "budget", "queue", "leases", "all counters"])
@@ -76,7 +76,7 @@ async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Pull
     left over."""
     jobs = [make_job(tenant=f"t{n % 3}") for n in range(12)]
     for job in jobs:
-        await broker.enqueue(job)
+        await broker.jobs.enqueue(job)
     running = await worker.claim(4)
     keys = {
         "depth": [KEYS.depth],
@@ -88,14 +88,14 @@ async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Pull
     assert keys
     await client.delete(*keys)
     assert await audited(broker) > 0
-    depth = (await broker.depths())[MODEL][Lane.INTERACTIVE]
+    depth = (await broker.stats.depths())[MODEL][Lane.INTERACTIVE]
     assert (depth.waiting, depth.leased) == (8, 4)
-    await broker.reclaim(worker.session_id)
+    await broker.maintenance.reclaim(worker.session_id)
     heir = await Puller(broker).join()
     ended = 0
     while leases := await heir.claim(4):
         for lease in leases:
-            assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+            assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
             ended += 1
     assert ended == len(jobs)
     assert len(running) == 4
@@ -106,11 +106,11 @@ async def test_an_audit_of_a_whole_queue_changes_nothing(broker: Broker, worker:
     """[G6] Where nothing was lost nothing is mended, whatever waits, runs, waits again or is kept."""
     for n in range(30):
         stored: dict[str, Any] = {"stored": True, "idempotency_key": f"k{n}"} if n % 3 == 0 else {}
-        assert await broker.enqueue(make_job(tenant=f"t{n % 4}", lane=list(Lane)[n % 3], **stored)) is State.QUEUED
+        assert await broker.jobs.enqueue(make_job(tenant=f"t{n % 4}", lane=list(Lane)[n % 3], **stored)) is State.QUEUED
     leases = await worker.claim(9)
-    await broker.release(leases[0], "draining", counted=False)
-    await broker.crashed(leases[1:3], "it crashed")
-    await broker.settle(leases[3], Outcome.DONE, answer_frame(leases[3]))
+    await broker.attempts.release(leases[0], "draining", counted=False)
+    await broker.attempts.report_crash(leases[1:3], "it crashed")
+    await broker.attempts.settle(leases[3], Outcome.DONE, answer_frame(leases[3]))
     before = await counters(client)
     assert await audited(broker) == 0
     assert await counters(client) == before

@@ -62,52 +62,52 @@ async def test_durations_survive_a_step(
     kept stays, the acting Manager stays it, deadlines are held, and a dead Manager is replaced."""
     news: list[Frame | Marker] = []
     router = new_session_id("router")
-    reading = asyncio.create_task(broker.read_replies(router, news.extend))
-    await asyncio.wait_for(broker.replies_ready.wait(), 10)
+    reading = asyncio.create_task(broker.replies.read(router, news.extend))
+    await asyncio.wait_for(broker.replies.ready.wait(), 10)
     worker = await Puller(broker).join()
     running, waiting = (make_job(reply_to=router, ttl_ms=600_000) for _ in "ab")
-    assert await broker.enqueue(running) is State.QUEUED
+    assert await broker.jobs.enqueue(running) is State.QUEUED
     lease = await worker.claim_one()
-    assert await broker.enqueue(waiting) is State.QUEUED
+    assert await broker.jobs.enqueue(waiting) is State.QUEUED
     stored = make_job(tenant="keeper", lane=Lane.BACKGROUND, stored=True, idempotency_key="k", ttl_ms=600_000)
-    await broker.enqueue_persisted(stored, PersistOptions(600_000, listed=True))
-    term = await broker.act_as_manager("one", TTL_MS)
+    await broker.jobs.enqueue_persisted(stored, PersistOptions(600_000, listed=True))
+    term = await broker.fleet.acquire_leader_lease("one", TTL_MS)
     assert term
-    await broker.expire()
+    await broker.maintenance.expire()
 
     happens(server, seconds)
 
-    swept = await broker.expire()
+    swept = await broker.maintenance.expire()
     assert (swept.expired, swept.forgotten) == (0, 0)
-    assert await broker.act_as_manager("two", TTL_MS) is None
-    assert await broker.act_as_manager("one", TTL_MS) == term
-    if worker.session_id not in await broker.beats():
+    assert await broker.fleet.acquire_leader_lease("two", TTL_MS) is None
+    assert await broker.fleet.acquire_leader_lease("one", TTL_MS) == term
+    if worker.session_id not in await broker.maintenance.renewal_counters():
         pytest.fail("the worker is not known any more")
-    await broker.renew(worker.session_id)
-    assert (await broker.depths())[MODEL][Lane.INTERACTIVE].waiting == 1
-    assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+    await broker.workers.renew(worker.session_id)
+    assert (await broker.stats.depths())[MODEL][Lane.INTERACTIVE].waiting == 1
+    assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
     second = await worker.claim_one(lanes=[Lane.INTERACTIVE])
     assert second.job == waiting
     assert 580_000 < second.remaining_ms <= 600_000
-    assert await broker.settle(second, Outcome.DONE, answer_frame(second)) is Settled.OK
+    assert await broker.attempts.settle(second, Outcome.DONE, answer_frame(second)) is Settled.OK
     await eventually(lambda: len([item for item in news if isinstance(item, Frame)]) == 2, "both answers arrive")
-    kept = await broker.persisted_job(stored.id)
+    kept = await broker.persisted_jobs.get(stored.id)
     assert kept is not None
     assert 580_000 < kept.deadline_ms - kept.now_ms <= 600_000
 
     late = make_job(reply_to=router, ttl_ms=1_500)
     began = time.monotonic()
-    assert await broker.enqueue(late) is State.QUEUED
+    assert await broker.jobs.enqueue(late) is State.QUEUED
 
     async def expired() -> bool:
-        await broker.expire()
+        await broker.maintenance.expire()
         return any(isinstance(item, Marker) and item.kind is MarkerKind.EXPIRED for item in news)
 
     await eventually(expired, "its deadline is held", every_s=0.1)
     assert 1.2 < time.monotonic() - began < 5
 
     async def taken_over() -> bool:
-        return await broker.act_as_manager("two", TTL_MS) == term + 1
+        return await broker.fleet.acquire_leader_lease("two", TTL_MS) == term + 1
 
     await eventually(taken_over, "the Manager that acted is silent", every_s=0.2)
     assert time.monotonic() - began > TTL_MS / 1000 * 0.3
@@ -120,11 +120,11 @@ async def test_a_silent_manager_is_replaced_though_the_clock_was_set_back(
     server: SteppedServer, broker: Broker
 ) -> None:
     """[G9] The Manager dies and the clock goes back an hour: another takes over after the lease, not after the hour."""
-    term = await broker.act_as_manager("one", TTL_MS)
+    term = await broker.fleet.acquire_leader_lease("one", TTL_MS)
     server.step_to(-HOUR_S)
 
     async def taken_over() -> bool:
-        return await broker.act_as_manager("two", TTL_MS) == (term or 0) + 1
+        return await broker.fleet.acquire_leader_lease("two", TTL_MS) == (term or 0) + 1
 
     began = time.monotonic()
     await eventually(taken_over, "it takes over", every_s=0.2)
@@ -144,8 +144,8 @@ def test_time_that_was_measured_counts() -> None:
 async def test_an_outage_counts_for_deadlines(server: SteppedServer, broker: Broker) -> None:
     """[G9] A server that was away for longer than it believes possible is told so by who sweeps: time does not stand
     still with it."""
-    await broker.expire()
+    await broker.maintenance.expire()
     job = make_job(ttl_ms=60_000)
-    assert await broker.enqueue(job) is State.QUEUED
-    broker._clock._clock = lambda: time.monotonic() + 61
-    assert (await broker.expire()).expired == 1
+    assert await broker.jobs.enqueue(job) is State.QUEUED
+    broker.maintenance._clock._clock = lambda: time.monotonic() + 61
+    assert (await broker.maintenance.expire()).expired == 1

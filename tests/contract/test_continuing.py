@@ -24,9 +24,9 @@ def make_stream(listener: Listener, **fields: Any) -> Job:
 
 async def lose(broker: Broker, worker: Puller, job: Job) -> None:
     """Enqueue and claim a job, then lose its worker."""
-    await broker.enqueue(job)
+    await broker.jobs.enqueue(job)
     await worker.claim_one()
-    assert (await broker.reclaim(worker.session_id)).lost == 1
+    assert (await broker.maintenance.reclaim(worker.session_id)).lost == 1
 
 
 async def test_a_lost_stream_waits_for_its_router(broker: Broker, worker: Puller, listener: Listener) -> None:
@@ -36,7 +36,7 @@ async def test_a_lost_stream_waits_for_its_router(broker: Broker, worker: Puller
     assert await listener.marker() == Marker(MarkerKind.LOST, job.id, 2, "its worker was lost")
     other = await Puller(broker).join()
     assert await other.claim() == []
-    assert await broker.resume(replace(job, prefix="Once upon"), 2) is State.QUEUED
+    assert await broker.jobs.resume(replace(job, prefix="Once upon"), 2) is State.QUEUED
     lease = await other.claim_one()
     assert (lease.job.prefix, lease.epoch, lease.attempt) == ("Once upon", 2, 2)
 
@@ -47,12 +47,12 @@ async def test_a_stream_that_its_worker_gives_back_waits_too(
 ) -> None:
     """However its attempt ended, what was delivered must not be delivered again; a repeated call changes nothing."""
     job = make_stream(listener)
-    await broker.enqueue(job)
+    await broker.jobs.enqueue(job)
     lease = await worker.claim_one()
-    assert await broker.release(lease, "draining", counted=counted) is Settled.OK
-    assert await broker.release(lease, "draining", counted=counted) is Settled.DUPLICATE
+    assert await broker.attempts.release(lease, "draining", counted=counted) is Settled.OK
+    assert await broker.attempts.release(lease, "draining", counted=counted) is Settled.DUPLICATE
     await listener.hears(MarkerKind.LOST)
-    assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
+    assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ async def test_other_jobs_are_run_again_at_once(
     broker: Broker, worker: Puller, listener: Listener, fields: dict[str, Any]
 ) -> None:
     """Only unstored streams that are to be continued wait for their Router."""
-    await broker.enqueue(replace(make_stream(listener), **fields))
+    await broker.jobs.enqueue(replace(make_stream(listener), **fields))
     await worker.claim_one()
-    assert await broker.reclaim(worker.session_id) == Reclaimed(requeued=1)
+    assert await broker.maintenance.reclaim(worker.session_id) == Reclaimed(requeued=1)
     await listener.hears(MarkerKind.REQUEUED)
 
 
@@ -75,35 +75,35 @@ async def test_resume_is_idempotent(broker: Broker, worker: Puller, listener: Li
     job = make_stream(listener)
     await lose(broker, worker, job)
     for _ in range(2):
-        assert await broker.resume(replace(job, prefix="Once"), 2) is State.QUEUED
-    assert (await broker.depths())[Pool(MODEL)][Lane.INTERACTIVE].waiting == 1
+        assert await broker.jobs.resume(replace(job, prefix="Once"), 2) is State.QUEUED
+    assert (await broker.stats.depths())[Pool(MODEL)][Lane.INTERACTIVE].waiting == 1
     other = await Puller(broker).join()
     lease = await other.claim_one()
-    assert await broker.resume(replace(job, prefix="Once upon a time"), 2) is State.LEASED
+    assert await broker.jobs.resume(replace(job, prefix="Once upon a time"), 2) is State.LEASED
     assert await other.claim() == []
-    assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
-    assert await broker.resume(job, 2) is State.DONE
+    assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+    assert await broker.jobs.resume(job, 2) is State.DONE
 
 
 async def test_a_resume_for_an_earlier_loss_is_void(broker: Broker, worker: Puller, listener: Listener) -> None:
     """It would have the next attempt repeat what was delivered since."""
     job = make_stream(listener)
     await lose(broker, worker, job)
-    await broker.resume(replace(job, prefix="Once"), 2)
+    await broker.jobs.resume(replace(job, prefix="Once"), 2)
     second = await Puller(broker).join()
     await second.claim_one()
-    await broker.reclaim(second.session_id)
-    assert await broker.resume(replace(job, prefix="Once"), 2) is State.LOST
+    await broker.maintenance.reclaim(second.session_id)
+    assert await broker.jobs.resume(replace(job, prefix="Once"), 2) is State.LOST
     third = await Puller(broker).join()
     assert await third.claim() == []
-    assert await broker.resume(replace(job, prefix="Once upon"), 3) is State.QUEUED
+    assert await broker.jobs.resume(replace(job, prefix="Once upon"), 3) is State.QUEUED
     assert (await third.claim_one()).job.prefix == "Once upon"
 
 
 async def test_resume_of_an_unknown_job(broker: Broker, listener: Listener) -> None:
     """The Router is told, and writes nothing."""
-    assert await broker.resume(make_stream(listener), 1) is None
-    assert await broker.depths() == {}
+    assert await broker.jobs.resume(make_stream(listener), 1) is None
+    assert await broker.stats.depths() == {}
 
 
 async def test_a_lost_stream_that_nobody_waits_for_is_cancelled(
@@ -113,8 +113,8 @@ async def test_a_lost_stream_that_nobody_waits_for_is_cancelled(
     await lose(broker, worker, make_stream(listener))
     await client.zadd(KEYS.lost, dict.fromkeys(await client.zrange(KEYS.lost, 0, -1), 0))
     await listener.leave()
-    await broker.expire()
-    assert (await broker.totals())[(Pool(MODEL), Lane.INTERACTIVE, "cancelled")] == 1
+    await broker.maintenance.expire()
+    assert (await broker.stats.job_counts()).events[(Pool(MODEL), Lane.INTERACTIVE, "cancelled")] == 1
     assert not await client.exists(KEYS.lost, KEYS.budget, KEYS.deadlines)
 
 
@@ -125,15 +125,15 @@ async def test_a_router_that_did_not_answer_is_asked_again(
     job = make_stream(listener)
     await lose(broker, worker, job)
     await listener.hears(MarkerKind.LOST)
-    await broker.expire()
+    await broker.maintenance.expire()
     assert await listener.news() == []
     await client.zadd(KEYS.lost, {job.id: 0})
-    await broker.expire()
+    await broker.maintenance.expire()
     again = await listener.marker()
     assert (again.kind, again.epoch) == (MarkerKind.LOST, 2)
-    await broker.expire()
+    await broker.maintenance.expire()
     assert await listener.news() == []
-    assert await broker.resume(job, 2) is State.QUEUED
+    assert await broker.jobs.resume(job, 2) is State.QUEUED
 
 
 @pytest.mark.parametrize("how", ["cancel", "expire"])
@@ -143,28 +143,28 @@ async def test_a_lost_stream_can_end(broker: Broker, worker: Puller, listener: L
     await lose(broker, worker, job)
     await listener.hears(MarkerKind.LOST)
     if how == "cancel":
-        assert await broker.cancel(job.id, "its client went away") is State.LOST
+        assert await broker.jobs.cancel(job.id, "its client went away") is State.LOST
         await listener.hears(MarkerKind.CANCELLED)
     else:
         await client.hset(KEYS.job(job.id), "deadline", 1)
         await client.zadd(KEYS.deadlines, {job.id: 1})
-        assert (await broker.expire()).expired == 1
+        assert (await broker.maintenance.expire()).expired == 1
         await listener.hears(MarkerKind.EXPIRED)
     assert not await client.exists(KEYS.lost, KEYS.budget, KEYS.deadlines)
-    assert await broker.resume(job, 2) is (State.CANCELLED if how == "cancel" else State.EXPIRED)
+    assert await broker.jobs.resume(job, 2) is (State.CANCELLED if how == "cancel" else State.EXPIRED)
 
 
 async def test_attempts_of_a_continued_stream_are_bounded(broker: Broker, listener: Listener) -> None:
     """Its last attempt lost, it is dead, and not asked for."""
     job = make_stream(listener, max_attempts=2)
-    await broker.enqueue(job)
+    await broker.jobs.enqueue(job)
     for epoch in (2, 3):
         worker = await Puller(broker).join()
         await worker.claim_one()
-        taken = await broker.reclaim(worker.session_id)
+        taken = await broker.maintenance.reclaim(worker.session_id)
         if epoch == 2:
             await listener.hears(MarkerKind.LOST)
-            await broker.resume(job, 2)
+            await broker.jobs.resume(job, 2)
     assert taken == Reclaimed(dead=1)
     await listener.hears(MarkerKind.DEAD)
 
@@ -177,11 +177,11 @@ async def test_a_longer_envelope_counts_in_the_budget_and_is_given_back(
     await lose(broker, worker, job)
     before = int(await client.hget(KEYS.budget, "t:acme:bytes"))
     resumed = replace(job, prefix="x" * 5_000)
-    await broker.resume(resumed, 2)
+    await broker.jobs.resume(resumed, 2)
     grown = len(resumed.pack()) - len(job.pack())
     assert int(await client.hget(KEYS.budget, "t:acme:bytes")) == before + grown
     lease = await (await Puller(broker).join()).claim_one()
-    await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+    await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
     assert not await client.exists(KEYS.budget)
 
 
@@ -191,7 +191,7 @@ async def test_a_resumed_stream_wakes_a_parked_worker(broker: Broker, worker: Pu
     job = make_stream(listener)
     await lose(broker, worker, job)
     assert await idle.claim() == []
-    assert await broker.depths() == {}
-    await broker.resume(job, 2)
+    assert await broker.stats.depths() == {}
+    await broker.jobs.resume(job, 2)
     assert [message.kind.value for message in await idle.told(200)] == ["wake"]
-    assert (await broker.depths())[Pool(MODEL)][Lane.INTERACTIVE].waiting == 1
+    assert (await broker.stats.depths())[Pool(MODEL)][Lane.INTERACTIVE].waiting == 1

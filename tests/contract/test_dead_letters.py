@@ -19,8 +19,8 @@ async def declare_dead(broker: Broker, worker: Puller, n: int, **fields: Any) ->
     """Jobs that end as dead letters."""
     jobs = [make_job(max_attempts=1, **fields) for _ in range(n)]
     for job in jobs:
-        await broker.enqueue(job)
-        await broker.release(await worker.claim_one(), "the engine failed: \u00fc", counted=True)
+        await broker.jobs.enqueue(job)
+        await broker.attempts.release(await worker.claim_one(), "the engine failed: \u00fc", counted=True)
     return jobs
 
 

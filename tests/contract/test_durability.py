@@ -56,9 +56,9 @@ async def test_it_is_taken_in_once_it_is_on_the_disk(
 ) -> None:
     """Redis has the job, and could lose it in a crash: it is not acknowledged. When the disk has it, it is."""
     job = make_job(**fields)
-    asked = asyncio.create_task(brokers[0].enqueue(job))
+    asked = asyncio.create_task(brokers[0].jobs.enqueue(job))
     await eventually(lambda: kept(server, job), "Redis has the job")
-    again = asyncio.create_task(brokers[1].enqueue(job))
+    again = asyncio.create_task(brokers[1].jobs.enqueue(job))
     await asyncio.sleep(0.3)
     assert not asked.done()
     assert not again.done(), "a repeated call writes nothing, and waits for what the first one wrote"
@@ -71,13 +71,15 @@ async def test_it_is_taken_in_once_it_is_on_the_disk(
 
 async def test_what_somebody_waits_for_does_not_wait_for_the_disk(server: Server, broker: Broker) -> None:
     """Its Router queues it again should Redis lose it; and while others wait for the disk, nothing else does."""
-    waiting = [asyncio.create_task(broker.enqueue(make_job(lane=Lane.BATCH))) for _ in range(200)]
+    waiting = [asyncio.create_task(broker.jobs.enqueue(make_job(lane=Lane.BATCH))) for _ in range(200)]
     async with asyncio.timeout(1.2):
-        assert await broker.enqueue(make_job()) is State.QUEUED
-        assert await broker.enqueue(make_job(stored=True, stream=True)) is State.QUEUED, "a stream that may be resumed"
+        assert await broker.jobs.enqueue(make_job()) is State.QUEUED
+        assert await broker.jobs.enqueue(make_job(stored=True, stream=True)) is State.QUEUED, (
+            "a stream that may be resumed"
+        )
         worker = await Puller(broker).join()
         assert (await worker.claim_one()).job.lane is Lane.INTERACTIVE
-        await broker.renew(worker.session_id)
+        await broker.workers.renew(worker.session_id)
     assert not any(task.done() for task in waiting)
     before = broker.round_trips
     server.ask("CONFIG", "SET", "appendfsync", "always")
@@ -93,7 +95,7 @@ async def test_a_disk_that_does_not_confirm_is_said(server: Server, broker: Brok
         NotOnDisk, match="its disk did not confirm it within 3 s: it may be run, and a crash may lose it"
     ):
         async with asyncio.timeout(15):
-            await broker.enqueue(job)
+            await broker.jobs.enqueue(job)
     assert kept(server, job)
 
 
@@ -101,7 +103,7 @@ async def test_a_restart_meanwhile_confirms_nothing_that_it_lost(server: Server,
     """The server that comes back without the job is given it again, before it is acknowledged."""
     size = {path: path.stat().st_size for path in (server.folder / "appendonlydir").iterdir()}
     job = make_job(lane=Lane.BATCH)
-    asked = asyncio.create_task(broker.enqueue(job))
+    asked = asyncio.create_task(broker.jobs.enqueue(job))
     await eventually(lambda: kept(server, job), "Redis has the job")
     server.kill()
     for path, before in size.items():
@@ -118,7 +120,7 @@ async def test_full_memory_is_said_at_once(server: Server, broker: Broker) -> No
     server.ask("CONFIG", "SET", "maxmemory", "1")
     with pytest.raises(BrokerFull):
         async with asyncio.timeout(1.2):
-            await broker.enqueue(make_job(lane=Lane.BATCH))
+            await broker.jobs.enqueue(make_job(lane=Lane.BATCH))
 
 
 async def refusal(server: Server) -> str:
@@ -153,7 +155,7 @@ async def test_redis_70_has_to_sync_always(tmp_path: Path) -> None:
         assert "set appendfsync always there, upgrade it, or set durability to memory here" in await refusal(server)
         server.ask("CONFIG", "SET", "appendfsync", "always")
         broker = await Broker.connect(BrokerSettings(redis_url=server.url), durability="disk")
-        assert await broker.enqueue(make_job(lane=Lane.BATCH)) is State.QUEUED
+        assert await broker.jobs.enqueue(make_job(lane=Lane.BATCH)) is State.QUEUED
         await broker.close()
     finally:
         server.stop()

@@ -22,16 +22,16 @@ def name() -> SessionId:
 
 async def answered(broker: Broker, worker: Puller, name: SessionId, data: bytes) -> JobId:
     """A job whose answer went to the reply stream."""
-    await broker.enqueue(make_job(reply_to=name))
+    await broker.jobs.enqueue(make_job(reply_to=name))
     lease = await worker.claim_one()
-    await broker.settle(lease, Outcome.DONE, answer_frame(lease, data))
+    await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease, data))
     return lease.job.id
 
 
 async def read(broker: Broker, name: SessionId, after: str = "0") -> list[tuple[str, bytes]]:
     """Entry ids and the data of their one frame."""
     found = []
-    for letter in await broker.read_reply_stream(0, name, after, 1):
+    for letter in await broker.durable_replies.read(0, name, after, 1):
         for item in letter.news:
             assert isinstance(item, Frame)
             found.append((letter.entry_id, item.data))
@@ -42,16 +42,16 @@ async def test_answers_stay_until_they_are_dropped(
     broker: Broker, worker: Puller, name: SessionId, connect: Connect
 ) -> None:
     """Another process reads the same ones again; what is dropped, by the id of an entry, is gone, and no more."""
-    assert await broker.open_reply_stream(0, name, HOUR_MS)
+    assert await broker.durable_replies.open(0, name, HOUR_MS)
     for number in range(5):
         await answered(broker, worker, name, b"%d" % number)
     first = await read(broker, name)
     other = await connect()
-    assert not await other.open_reply_stream(0, name, HOUR_MS)
+    assert not await other.durable_replies.open(0, name, HOUR_MS)
     assert await read(other, name) == first
     assert [data for _, data in first] == [b"0", b"1", b"2", b"3", b"4"]
-    await broker.drop_letters(0, name, first[2][0])
-    await broker.drop_letters(0, name, first[2][0])
+    await broker.durable_replies.trim(0, name, first[2][0])
+    await broker.durable_replies.trim(0, name, first[2][0])
     assert await read(other, name) == first[3:]
     assert await read(broker, name, first[3][0]) == first[4:]
 
@@ -59,28 +59,28 @@ async def test_answers_stay_until_they_are_dropped(
 async def test_a_mailbox_lives_as_long_as_it_is_kept(broker: Broker, name: SessionId, client: Any) -> None:
     """Opening it again extends its time, also when it is empty; closing ends it."""
     key = ShardKeys(0).reply(name)
-    await broker.open_reply_stream(0, name, 20_000)
+    await broker.durable_replies.open(0, name, 20_000)
     now_ms = int((await client.get(ShardKeys(0).clock)).split()[1])
     assert 10_000 < await client.zscore(ShardKeys(0).readers, name) - now_ms <= 20_000
-    (letter,) = await broker.read_reply_stream(0, name, "0", 1)
+    (letter,) = await broker.durable_replies.read(0, name, "0", 1)
     assert letter.news == ()
-    await broker.drop_letters(0, name, letter.entry_id)
-    assert not await broker.open_reply_stream(0, name, HOUR_MS)
+    await broker.durable_replies.trim(0, name, letter.entry_id)
+    assert not await broker.durable_replies.open(0, name, HOUR_MS)
     assert await client.zscore(ShardKeys(0).readers, name) - now_ms > 30_000
-    await broker.close_reply_stream(0, name)
+    await broker.durable_replies.close(0, name)
     assert not await client.exists(key)
-    assert await broker.open_reply_stream(0, name, HOUR_MS)
+    assert await broker.durable_replies.open(0, name, HOUR_MS)
 
 
 async def test_without_a_mailbox_nothing_is_run(broker: Broker, worker: Puller, name: SessionId) -> None:
     """Jobs that name one that is gone are cancelled, not run for nobody; and told to a reply stream that is there."""
-    await broker.enqueue(make_job(reply_to=name))
+    await broker.jobs.enqueue(make_job(reply_to=name))
     assert await worker.claim(5) == []
-    await broker.open_reply_stream(0, name, HOUR_MS)
+    await broker.durable_replies.open(0, name, HOUR_MS)
     job = make_job(reply_to=name)
-    await broker.enqueue(job)
-    await broker.cancel(job.id, "as ordered")
-    news = [item for letter in await broker.read_reply_stream(0, name, "0", 1) for item in letter.news]
+    await broker.jobs.enqueue(job)
+    await broker.jobs.cancel(job.id, "as ordered")
+    news = [item for letter in await broker.durable_replies.read(0, name, "0", 1) for item in letter.news]
     assert [(item.kind, item.job_id) for item in news if isinstance(item, Marker)] == [(MarkerKind.CANCELLED, job.id)]
 
 
@@ -91,15 +91,15 @@ async def test_reading_waits_for_the_first_entry_and_no_longer(
     other."""
     others = [new_session_id("batch_y") for _ in range(3)]
     for one in (name, *others):
-        await broker.open_reply_stream(0, one, HOUR_MS)
-    last = (await broker.read_reply_stream(0, name, "0", 1))[-1].entry_id
-    assert await broker.read_reply_stream(0, name, last, 30) == []
+        await broker.durable_replies.open(0, one, HOUR_MS)
+    last = (await broker.durable_replies.read(0, name, "0", 1))[-1].entry_id
+    assert await broker.durable_replies.read(0, name, last, 30) == []
     await answered(await connect(), worker, name, b"x")
     assert [data for _, data in await read(broker, name, last)] == [b"x"]
-    assert [len(await broker.read_reply_stream(0, one, "0", 1)) for one in others] == [1, 1, 1]
+    assert [len(await broker.durable_replies.read(0, one, "0", 1)) for one in others] == [1, 1, 1]
 
 
 async def test_the_run_of_the_server_is_told(broker: Broker) -> None:
     """The same as long as it is the same; where it cannot be told, empty."""
     assert broker.shard_of(MODEL) == 0
-    assert await broker.run_of_server(0) == await broker.run_of_server(0)
+    assert await broker.durable_replies.server_run_id(0) == await broker.durable_replies.server_run_id(0)

@@ -49,52 +49,52 @@ class Scene:
 
 async def the_epoch_fences(scene: Scene) -> None:
     """An attempt whose job runs again elsewhere cannot settle it."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     lease = await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.session_id)
+    await scene.broker.maintenance.reclaim(scene.worker.session_id)
     again = await (await scene.another()).claim_one()
     late = replace(lease, attempt_id=again.attempt_id)
-    assert await scene.broker.settle(late, Outcome.DONE, answer_frame(late)) is Settled.FENCED
+    assert await scene.broker.attempts.settle(late, Outcome.DONE, answer_frame(late)) is Settled.FENCED
 
 
 async def the_attempt_id_fences(scene: Scene) -> None:
     """The right epoch is not enough: it may be guessed, or be that of a job put on the queue anew."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     lease = replace(await scene.worker.claim_one(), attempt_id="somebody")
-    assert await scene.broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
+    assert await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
 
 
 async def nobody_makes_a_reply_stream(scene: Scene) -> None:
     """A Router that is gone stays gone: nothing is written for it that nobody would ever read or trim."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     lease = await scene.worker.claim_one()
     await scene.listener.leave()
-    await scene.broker.settle(lease, Outcome.DONE, answer_frame(lease))
+    await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
     assert not await scene.client.exists(KEYS.reply(scene.listener.router))
 
 
 async def a_tombstone_stands(scene: Scene) -> None:
     """A late copy of an enqueue does not run a job again that has ended."""
     job = scene.job()
-    await scene.broker.enqueue(job)
+    await scene.broker.jobs.enqueue(job)
     lease = await scene.worker.claim_one()
-    await scene.broker.settle(lease, Outcome.DONE, answer_frame(lease))
-    assert await scene.broker.enqueue(job) is State.DONE
+    await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
+    assert await scene.broker.jobs.enqueue(job) is State.DONE
     assert await scene.worker.claim() == []
 
 
 async def a_cancel_that_comes_first_stands(scene: Scene) -> None:
     """A client that was faster than its own request is not served."""
     job = scene.job()
-    await scene.broker.cancel(job.id, "the client left")
-    assert await scene.broker.enqueue(job) is State.CANCELLED
+    await scene.broker.jobs.cancel(job.id, "the client left")
+    assert await scene.broker.jobs.enqueue(job) is State.CANCELLED
     assert await scene.worker.claim() == []
 
 
 async def a_repeated_claim_gives_the_same(scene: Scene) -> None:
     """Its reply was lost: the jobs must not be leased to nobody, nor more of them given."""
     for _ in range(2):
-        await scene.broker.enqueue(scene.job())
+        await scene.broker.jobs.enqueue(scene.job())
     lease = await scene.worker.claim_one()
     scene.worker.seq -= 1
     assert (await scene.worker.claim_one()).attempt_id == lease.attempt_id
@@ -104,191 +104,191 @@ async def a_late_claim_gives_nothing(scene: Scene) -> None:
     """A copy of an older claim, from a connection that was given up: its jobs would be leased to nobody."""
     assert await scene.worker.claim() == []
     assert await scene.worker.claim() == []
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     scene.worker.seq -= 2
     assert await scene.worker.claim() == []
 
 
 async def the_dead_do_not_renew(scene: Scene) -> None:
     """Who was declared dead learns it, and does not hold the leases of its next job."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.session_id)
+    await scene.broker.maintenance.reclaim(scene.worker.session_id)
     with pytest.raises(Fenced):
-        await scene.broker.renew(scene.worker.session_id)
+        await scene.broker.workers.renew(scene.worker.session_id)
 
 
 async def the_dead_claim_nothing(scene: Scene) -> None:
     """Nobody would ever take its jobs back."""
-    await scene.broker.reclaim(scene.worker.session_id)
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.maintenance.reclaim(scene.worker.session_id)
+    await scene.broker.jobs.enqueue(scene.job())
     with pytest.raises(Fenced):
         await scene.worker.claim()
 
 
 async def nothing_starts_late(scene: Scene) -> None:
     """A job whose time ran out in the queue is not started."""
-    await scene.broker.enqueue(scene.job(ttl_ms=20))
+    await scene.broker.jobs.enqueue(scene.job(ttl_ms=20))
     await scene.wait(20)
     assert await scene.worker.claim() == []
 
 
 async def attempts_end(scene: Scene) -> None:
     """A job is started so often and no more."""
-    await scene.broker.enqueue(scene.job(max_attempts=1))
+    await scene.broker.jobs.enqueue(scene.job(max_attempts=1))
     await scene.worker.claim_one()
-    assert (await scene.broker.reclaim(scene.worker.session_id)).dead == 1
+    assert (await scene.broker.maintenance.reclaim(scene.worker.session_id)).dead == 1
 
 
 async def a_lost_stream_waits(scene: Scene) -> None:
     """Run at once, it would repeat what was delivered."""
-    await scene.broker.enqueue(scene.job(stream=True, on_loss="continue"))
+    await scene.broker.jobs.enqueue(scene.job(stream=True, on_loss="continue"))
     await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.session_id)
+    await scene.broker.maintenance.reclaim(scene.worker.session_id)
     assert await (await scene.another()).claim() == []
 
 
 async def an_old_resume_is_void(scene: Scene) -> None:
     """Said of an earlier loss, it would repeat what was delivered since."""
     job = scene.job(stream=True, on_loss="continue")
-    await scene.broker.enqueue(job)
+    await scene.broker.jobs.enqueue(job)
     for epoch in (2, 3):
         worker = await scene.another()
         await worker.claim_one()
-        await scene.broker.reclaim(worker.session_id)
+        await scene.broker.maintenance.reclaim(worker.session_id)
         if epoch == 2:
-            await scene.broker.resume(job, 2)
-    assert await scene.broker.resume(job, 2) is State.LOST
+            await scene.broker.jobs.resume(job, 2)
+    assert await scene.broker.jobs.resume(job, 2) is State.LOST
 
 
 async def a_worker_holds_one_suspect(scene: Scene) -> None:
     """Two at once, and a crash would not tell which of them did it."""
     for _ in range(2):
-        await scene.broker.enqueue(scene.job())
-    await scene.broker.crashed(await scene.worker.claim(2), "it crashed")
+        await scene.broker.jobs.enqueue(scene.job())
+    await scene.broker.attempts.report_crash(await scene.worker.claim(2), "it crashed")
     assert len(await (await scene.another()).claim(2)) == 1
 
 
 async def a_repeated_release_is_known(scene: Scene) -> None:
     """A job that was handed back, and the reply lost, is not handed back once more by whoever has it now."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     lease = await scene.worker.claim_one()
-    await scene.broker.release(lease, "draining", counted=False)
-    assert await scene.broker.release(lease, "draining", counted=False) is Settled.DUPLICATE
+    await scene.broker.attempts.release(lease, "draining", counted=False)
+    assert await scene.broker.attempts.release(lease, "draining", counted=False) is Settled.DUPLICATE
 
 
 async def the_budget_holds(scene: Scene) -> None:
     """What ends gives its room back, once."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     lease = await scene.worker.claim_one()
-    await scene.broker.settle(lease, Outcome.DONE, answer_frame(lease))
+    await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
     assert not await scene.client.exists(KEYS.budget)
 
 
 async def what_does_not_run_is_handed_back(scene: Scene) -> None:
     """Redis lost that an attempt ended: its worker says so, and the job waits again."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     await scene.worker.claim_one()
-    await scene.broker.hold(0, scene.worker.session_id, scene.worker.seq, ())
+    await scene.broker.workers.reconcile_leases(0, scene.worker.session_id, scene.worker.seq, ())
     await (await scene.another()).claim_one()
 
 
 async def a_late_comparison_takes_nothing(scene: Scene) -> None:
     """What was claimed since a worker compared is not in what it said."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     seq = scene.worker.seq
     lease = await scene.worker.claim_one()
-    await scene.broker.hold(0, scene.worker.session_id, seq, ())
-    assert await scene.broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+    await scene.broker.workers.reconcile_leases(0, scene.worker.session_id, seq, ())
+    assert await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
 
 
 async def no_epoch_of_a_lost_attempt_comes_again(scene: Scene) -> None:
     """Redis lost epoch 2 and who had it: what is handed back begins far above."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     await scene.worker.claim_one()
-    await scene.broker.hold(0, scene.worker.session_id, scene.worker.seq, ())
+    await scene.broker.workers.reconcile_leases(0, scene.worker.session_id, scene.worker.seq, ())
     assert (await scene.worker.claim_one()).epoch > 2
 
 
 async def what_waits_is_raised(scene: Scene) -> None:
     """Redis lost that a job ran: its next attempt is not of the epoch that the Router has heard frames of."""
     job = scene.job()
-    await scene.broker.enqueue(job)
-    await scene.broker.raise_epoch(job.id, 1)
+    await scene.broker.jobs.enqueue(job)
+    await scene.broker.jobs.raise_epoch(job.id, 1)
     assert (await scene.worker.claim_one()).epoch > 1
 
 
 async def the_router_is_told(scene: Scene) -> None:
     """Whoever listens hears that an attempt ended, or it would wait for frames of it."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.session_id)
+    await scene.broker.maintenance.reclaim(scene.worker.session_id)
     assert [item.kind for item in await scene.listener.news()] == [MarkerKind.REQUEUED]  # type: ignore[union-attr]
 
 
 async def a_new_attempt_has_a_new_epoch(scene: Scene) -> None:
     """By it a Router tells old frames from new ones."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     lease = await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.session_id)
+    await scene.broker.maintenance.reclaim(scene.worker.session_id)
     assert (await (await scene.another()).claim_one()).epoch > lease.epoch
 
 
 async def nothing_starts_for_nobody(scene: Scene) -> None:
     """A job whose Router is gone would cost an engine's time, and its answer be read by nobody."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     await scene.listener.leave()
     assert await scene.worker.claim() == []
 
 
 async def nothing_starts_again_for_nobody(scene: Scene) -> None:
     """The same when its attempt was lost."""
-    await scene.broker.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
     await scene.worker.claim_one()
     await scene.listener.leave()
-    assert (await scene.broker.reclaim(scene.worker.session_id)).cancelled == 1
+    assert (await scene.broker.maintenance.reclaim(scene.worker.session_id)).cancelled == 1
 
 
 async def neighbours_of_a_suspect_go_free(scene: Scene) -> None:
     """A crash is the suspect's: who ran beside it spends no attempt."""
-    await scene.broker.enqueue(scene.job())
-    await scene.broker.crashed([await scene.worker.claim_one()], "it crashed")
+    await scene.broker.jobs.enqueue(scene.job())
+    await scene.broker.attempts.report_crash([await scene.worker.claim_one()], "it crashed")
     neighbour = scene.job(max_attempts=1)
-    await scene.broker.enqueue(neighbour)
-    await scene.broker.crashed(await (await scene.another()).claim(2), "it crashed")
-    assert await scene.broker.enqueue(neighbour) is State.QUEUED
+    await scene.broker.jobs.enqueue(neighbour)
+    await scene.broker.attempts.report_crash(await (await scene.another()).claim(2), "it crashed")
+    assert await scene.broker.jobs.enqueue(neighbour) is State.QUEUED
 
 
 async def a_suspect_is_cleared_by_itself(scene: Scene) -> None:
     """Clearing another job does not give its worker a second suspect."""
     for _ in range(2):
-        await scene.broker.enqueue(scene.job())
-    await scene.broker.crashed(await scene.worker.claim(2), "it crashed")
-    await scene.broker.enqueue(scene.job())
+        await scene.broker.jobs.enqueue(scene.job())
+    await scene.broker.attempts.report_crash(await scene.worker.claim(2), "it crashed")
+    await scene.broker.jobs.enqueue(scene.job())
     other = await scene.another()
     (plain,) = [lease for lease in await other.claim(2) if not lease.suspect]
-    await scene.broker.clear(plain)
+    await scene.broker.attempts.clear_suspicion(plain)
     assert await other.claim(2) == []
 
 
 async def the_dying_do_not_join(scene: Scene) -> None:
     """A late copy of a join does not let in who is being reclaimed."""
     for _ in range(3):
-        await scene.broker.enqueue(scene.job())
+        await scene.broker.jobs.enqueue(scene.job())
     await scene.worker.claim(2)
     name = scene.worker.session_id
     await scene.broker._caller.script("reclaim", KEYS.budget, KEYS.prefix, name, 1, 1, "its worker was lost")
-    await scene.broker.join(name)
+    await scene.broker.workers.join(name)
     with pytest.raises(Fenced):
         await scene.worker.claim()
 
 
 async def the_last_attempt_is_fenced(scene: Scene) -> None:
     """An attempt that was taken away, and its job declared dead, did not end it by its own word."""
-    await scene.broker.enqueue(scene.job(max_attempts=1))
+    await scene.broker.jobs.enqueue(scene.job(max_attempts=1))
     lease = await scene.worker.claim_one()
-    await scene.broker.reclaim(scene.worker.session_id)
-    assert await scene.broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
+    await scene.broker.maintenance.reclaim(scene.worker.session_id)
+    assert await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
 
 
 Scenario = Callable[[Scene], Awaitable[None]]

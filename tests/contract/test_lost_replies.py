@@ -47,7 +47,7 @@ class Faulty:
 
     async def counts(self) -> tuple[int, int]:
         """Waiting and leased jobs of the model."""
-        lanes = (await self.sound.depths()).get(MODEL, {})
+        lanes = (await self.sound.stats.depths()).get(MODEL, {})
         depth = lanes.get(Lane.INTERACTIVE)
         return (depth.waiting, depth.leased) if depth else (0, 0)
 
@@ -75,7 +75,7 @@ async def test_enqueue(faulty: Faulty, times: int) -> None:
     """The job is queued once, however many replies are lost."""
     job = make_job()
     faulty.lose("enqueue", times)
-    assert await faulty.broker.enqueue(job) is State.QUEUED
+    assert await faulty.broker.jobs.enqueue(job) is State.QUEUED
     assert faulty.proxy.replies_lost == times
     worker = await Puller(faulty.sound).join()
     assert [lease.job for lease in await worker.claim(5)] == [job]
@@ -84,14 +84,14 @@ async def test_enqueue(faulty: Faulty, times: int) -> None:
 async def test_claim(faulty: Faulty) -> None:
     """The retried claim gives the leases that the first one took: none is lost until the worker dies, none doubled."""
     for _ in range(6):
-        await faulty.sound.enqueue(make_job())
+        await faulty.sound.jobs.enqueue(make_job())
     worker = await Puller(faulty.broker).join()
     faulty.lose("claim")
     leases = await worker.claim(4)
     assert len(leases) == 4
     assert await faulty.counts() == (2, 4)
     for lease in leases:
-        assert await faulty.broker.settle(lease, Outcome.DONE) is Settled.OK
+        assert await faulty.broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
 
 
 async def test_claim_that_parks(faulty: Faulty) -> None:
@@ -99,18 +99,21 @@ async def test_claim_that_parks(faulty: Faulty) -> None:
     worker = await Puller(faulty.broker).join()
     faulty.lose("claim")
     assert await worker.claim() == []
-    await faulty.sound.enqueue(make_job())
-    await faulty.sound.enqueue(make_job())
+    await faulty.sound.jobs.enqueue(make_job())
+    await faulty.sound.jobs.enqueue(make_job())
     assert [message.kind for message in await worker.told()] == [ControlKind.WAKE]
 
 
 async def test_settle(faulty: Faulty) -> None:
     """The answer is published once; the worker learns that its own first call did it."""
-    await faulty.sound.enqueue(make_job(reply_to=faulty.listener.router))
+    await faulty.sound.jobs.enqueue(make_job(reply_to=faulty.listener.router))
     worker = await Puller(faulty.broker).join()
     lease = await worker.claim_one()
     faulty.lose("settle")
-    assert await faulty.broker.settle(lease, Outcome.DONE, answer_frame(lease)) in (Settled.OK, Settled.DUPLICATE)
+    assert await faulty.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) in (
+        Settled.OK,
+        Settled.DUPLICATE,
+    )
     assert len(await faulty.listener.news()) == 1
     assert await faulty.counts() == (0, 0)
 
@@ -118,11 +121,11 @@ async def test_settle(faulty: Faulty) -> None:
 @pytest.mark.parametrize("counted", [True, False])
 async def test_release(faulty: Faulty, counted: bool) -> None:
     """The job waits once more, one attempt spent or none, one marker sent."""
-    await faulty.sound.enqueue(make_job(reply_to=faulty.listener.router))
+    await faulty.sound.jobs.enqueue(make_job(reply_to=faulty.listener.router))
     worker = await Puller(faulty.broker).join()
     lease = await worker.claim_one()
     faulty.lose("release")
-    answer = await faulty.broker.release(lease, "draining", counted=counted)
+    answer = await faulty.broker.attempts.release(lease, "draining", counted=counted)
     assert answer in (Settled.OK, Settled.DUPLICATE)
     assert await faulty.counts() == (1, 0)
     assert len(await faulty.listener.news()) == 1
@@ -133,12 +136,12 @@ async def test_release(faulty: Faulty, counted: bool) -> None:
 async def test_resume(faulty: Faulty) -> None:
     """A lost stream waits once more, behind what was delivered."""
     job = make_job(reply_to=faulty.listener.router, stream=True, on_loss="continue")
-    await faulty.sound.enqueue(job)
+    await faulty.sound.jobs.enqueue(job)
     worker = await Puller(faulty.sound).join()
     await worker.claim_one()
-    await faulty.sound.reclaim(worker.session_id)
+    await faulty.sound.maintenance.reclaim(worker.session_id)
     faulty.lose("resume")
-    assert await faulty.broker.resume(replace(job, prefix="Once"), 2) is State.QUEUED
+    assert await faulty.broker.jobs.resume(replace(job, prefix="Once"), 2) is State.QUEUED
     assert await faulty.counts() == (1, 0)
     assert (await (await Puller(faulty.sound).join()).claim_one()).job.prefix == "Once"
 
@@ -147,27 +150,31 @@ async def test_enqueue_under_a_key(faulty: Faulty) -> None:
     """There is one job and one listener, and its key leads to it."""
     job = make_job(stored=True, idempotency_key="order-17")
     faulty.lose("enqueue", 2)
-    assert await faulty.broker.enqueue_persisted_request(job, faulty.listener.router) == Enqueued(job.id, State.QUEUED)
+    assert await faulty.broker.jobs.enqueue_persisted(job, listener=faulty.listener.router) == Enqueued(
+        job.id, State.QUEUED
+    )
     assert await faulty.counts() == (1, 0)
     again = replace(job, id=new_job_id(0))
-    assert await faulty.sound.enqueue_persisted_request(again, faulty.listener.router) == Enqueued(job.id, State.QUEUED)
+    assert await faulty.sound.jobs.enqueue_persisted(again, listener=faulty.listener.router) == Enqueued(
+        job.id, State.QUEUED
+    )
 
 
 async def test_append_and_its_end(faulty: Faulty) -> None:
     """Frames are kept and sent on once: those of an append that is in doubt and sent again, and the last ones."""
     job = make_job(stored=True, stream=True)
-    await faulty.sound.enqueue_persisted_request(job, faulty.listener.router)
+    await faulty.sound.jobs.enqueue_persisted(job, listener=faulty.listener.router)
     lease = await (await Puller(faulty.sound).join()).claim_one()
     run = [Frame(job.id, 1, lease.attempt_id, 0, HEAD, b"x", 200, "text/event-stream")]
     run += [Frame(job.id, 1, lease.attempt_id, seq, 0, b"x") for seq in (1, 2)]
     faulty.lose("append")
     with pytest.raises(BrokerUnavailable):
-        await faulty.broker.append(lease, run[0].pack())
-    assert await faulty.broker.append(lease, run[0].pack() + run[1].pack()) is Settled.OK
+        await faulty.broker.attempts.append(lease, run[0].pack())
+    assert await faulty.broker.attempts.append(lease, run[0].pack() + run[1].pack()) is Settled.OK
     faulty.lose("append")
-    assert await faulty.broker.settle(lease, Outcome.DONE, run[2].pack()) in (Settled.OK, Settled.DUPLICATE)
+    assert await faulty.broker.attempts.settle(lease, Outcome.DONE, run[2].pack()) in (Settled.OK, Settled.DUPLICATE)
     assert await faulty.listener.news() == run
-    page = await faulty.sound.read_output(job.id)
+    page = await faulty.sound.output.read(job.id)
     assert page is not None
     assert page.frames == tuple(run)
     assert await faulty.counts() == (0, 0)
@@ -176,22 +183,22 @@ async def test_append_and_its_end(faulty: Faulty) -> None:
 async def test_attach(faulty: Faulty) -> None:
     """The Router is one listener, and is sent each frame once."""
     job = make_job(stored=True)
-    await faulty.sound.enqueue_persisted_request(job, new_session_id("other"))
+    await faulty.sound.jobs.enqueue_persisted(job, listener=new_session_id("other"))
     faulty.lose("attach")
-    assert await faulty.broker.attach(job.id, faulty.listener.router) is not None
+    assert await faulty.broker.output.attach(job.id, faulty.listener.router) is not None
     lease = await (await Puller(faulty.sound).join()).claim_one()
-    await faulty.sound.settle(lease, Outcome.DONE, answer_frame(lease))
+    await faulty.sound.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
     assert len(await faulty.listener.news()) == 1
 
 
 async def test_crashed(faulty: Faulty) -> None:
     """Each job is charged once, and waits once more."""
     for _ in range(3):
-        await faulty.sound.enqueue(make_job())
+        await faulty.sound.jobs.enqueue(make_job())
     worker = await Puller(faulty.sound).join()
     leases = await worker.claim(3)
     faulty.lose("crashed")
-    assert set(await faulty.broker.crashed(leases, "it crashed")) <= {Settled.OK, Settled.DUPLICATE}
+    assert set(await faulty.broker.attempts.report_crash(leases, "it crashed")) <= {Settled.OK, Settled.DUPLICATE}
     assert await faulty.counts() == (3, 0)
     again = await (await Puller(faulty.sound).join()).claim_one()
     assert (again.epoch, again.attempt, again.suspect) == (2, 2, True)
@@ -199,24 +206,24 @@ async def test_crashed(faulty: Faulty) -> None:
 
 async def test_clear(faulty: Faulty) -> None:
     """A job that was cleared stays so."""
-    await faulty.sound.enqueue(make_job())
+    await faulty.sound.jobs.enqueue(make_job())
     worker = await Puller(faulty.sound).join()
-    await faulty.sound.crashed([await worker.claim_one()], "it crashed")
+    await faulty.sound.attempts.report_crash([await worker.claim_one()], "it crashed")
     again = await (await Puller(faulty.sound).join()).claim_one()
     faulty.lose("clear")
-    assert await faulty.broker.clear(again) is Settled.OK
-    assert await faulty.sound.settle(again, Outcome.DONE) is Settled.OK
+    assert await faulty.broker.attempts.clear_suspicion(again) is Settled.OK
+    assert await faulty.sound.attempts.settle(again, Outcome.DONE) is Settled.OK
 
 
 async def test_release_that_buries(faulty: Faulty) -> None:
     """A job whose last attempt ended becomes one dead letter."""
     job = make_job(max_attempts=1, reply_to=faulty.listener.router)
-    await faulty.sound.enqueue(job)
+    await faulty.sound.jobs.enqueue(job)
     worker = await Puller(faulty.broker).join()
     lease = await worker.claim_one()
     faulty.lose("release")
-    await faulty.broker.release(lease, "the engine failed", counted=True)
-    assert await faulty.sound.enqueue(job) is State.DEAD
+    await faulty.broker.attempts.release(lease, "the engine failed", counted=True)
+    assert await faulty.sound.jobs.enqueue(job) is State.DEAD
     client = faulty.backend.client()
     assert await client.xlen(ShardKeys(0).dead) == 1
     await client.aclose()
@@ -226,21 +233,21 @@ async def test_release_that_buries(faulty: Faulty) -> None:
 async def test_cancel_of_a_waiting_job(faulty: Faulty) -> None:
     """It is removed once, one marker is sent, its budget returned once."""
     job = make_job(reply_to=faulty.listener.router)
-    await faulty.sound.enqueue(job)
+    await faulty.sound.jobs.enqueue(job)
     faulty.lose("cancel")
-    assert await faulty.broker.cancel(job.id, "gone") in (State.QUEUED, State.CANCELLED)
+    assert await faulty.broker.jobs.cancel(job.id, "gone") in (State.QUEUED, State.CANCELLED)
     assert len(await faulty.listener.news()) == 1
-    assert (await faulty.sound.totals())[(MODEL, Lane.INTERACTIVE, "cancelled")] == 1
+    assert (await faulty.sound.stats.job_counts()).events[(MODEL, Lane.INTERACTIVE, "cancelled")] == 1
 
 
 async def test_cancel_of_a_running_job(faulty: Faulty) -> None:
     """Its worker is told once."""
     job = make_job()
-    await faulty.sound.enqueue(job)
+    await faulty.sound.jobs.enqueue(job)
     worker = await Puller(faulty.sound).join()
     await worker.claim_one()
     faulty.lose("cancel")
-    await faulty.broker.cancel(job.id, "gone")
+    await faulty.broker.jobs.cancel(job.id, "gone")
     assert len(await worker.told()) == 1
 
 
@@ -248,18 +255,18 @@ async def test_cancel_of_an_unknown_job(faulty: Faulty) -> None:
     """The late enqueue stays void."""
     job = make_job()
     faulty.lose("cancel")
-    await faulty.broker.cancel(job.id, "gone")
-    assert await faulty.sound.enqueue(job) is State.CANCELLED
+    await faulty.broker.jobs.cancel(job.id, "gone")
+    assert await faulty.sound.jobs.enqueue(job) is State.CANCELLED
 
 
 async def test_reclaim(faulty: Faulty) -> None:
     """Each job waits again once and spends one attempt."""
     for _ in range(3):
-        await faulty.sound.enqueue(make_job(reply_to=faulty.listener.router))
+        await faulty.sound.jobs.enqueue(make_job(reply_to=faulty.listener.router))
     worker = await Puller(faulty.sound).join()
     await worker.claim(3)
     faulty.lose("reclaim")
-    assert await faulty.broker.reclaim(worker.session_id) in (Reclaimed(requeued=3), Reclaimed())
+    assert await faulty.broker.maintenance.reclaim(worker.session_id) in (Reclaimed(requeued=3), Reclaimed())
     assert await faulty.counts() == (3, 0)
     assert len(await faulty.listener.news()) == 3
     leases = await (await Puller(faulty.sound).join()).claim(3)
@@ -268,11 +275,11 @@ async def test_reclaim(faulty: Faulty) -> None:
 
 async def test_expire(faulty: Faulty) -> None:
     """Jobs end once."""
-    await faulty.sound.enqueue(make_job(ttl_ms=1, reply_to=faulty.listener.router))
+    await faulty.sound.jobs.enqueue(make_job(ttl_ms=1, reply_to=faulty.listener.router))
     faulty.lose("expire")
-    assert isinstance(await faulty.broker.expire(), Expired)
+    assert isinstance(await faulty.broker.maintenance.expire(), Expired)
     assert len(await faulty.listener.news()) == 1
-    assert (await faulty.sound.totals())[(MODEL, Lane.INTERACTIVE, "expired")] == 1
+    assert (await faulty.sound.stats.job_counts()).events[(MODEL, Lane.INTERACTIVE, "expired")] == 1
 
 
 async def test_join_and_renew(faulty: Faulty) -> None:
@@ -281,18 +288,18 @@ async def test_join_and_renew(faulty: Faulty) -> None:
     faulty.lose("join")
     await worker.join()
     faulty.lose("renew")
-    await faulty.broker.renew(worker.session_id)
+    await faulty.broker.workers.renew(worker.session_id)
     assert faulty.proxy.replies_lost == 2
-    assert set(await faulty.sound.beats()) == {worker.session_id}
+    assert set(await faulty.sound.maintenance.renewal_counters()) == {worker.session_id}
 
 
 async def test_hold(faulty: Faulty) -> None:
     """What a worker does not run is handed back once, unspent."""
-    await faulty.sound.enqueue(make_job(reply_to=faulty.listener.router))
+    await faulty.sound.jobs.enqueue(make_job(reply_to=faulty.listener.router))
     worker = await Puller(faulty.broker).join()
     await worker.claim_one()
     faulty.lose("hold")
-    assert await faulty.broker.hold(0, worker.session_id, worker.seq, ()) == set()
+    assert await faulty.broker.workers.reconcile_leases(0, worker.session_id, worker.seq, ()) == set()
     assert await faulty.counts() == (1, 0)
     assert len(await faulty.listener.news()) == 1
     assert (await worker.claim_one()).attempt == 1
@@ -301,9 +308,9 @@ async def test_hold(faulty: Faulty) -> None:
 async def test_raise_epoch(faulty: Faulty) -> None:
     """The epoch rises once: the Router expects the attempt that will come."""
     job = make_job()
-    await faulty.sound.enqueue(job)
+    await faulty.sound.jobs.enqueue(job)
     faulty.lose("raise_epoch")
-    standing = await faulty.broker.raise_epoch(job.id, 0)
+    standing = await faulty.broker.jobs.raise_epoch(job.id, 0)
     assert standing is not None
     assert (await (await Puller(faulty.sound).join()).claim_one()).epoch == standing.epoch
 
@@ -311,15 +318,15 @@ async def test_raise_epoch(faulty: Faulty) -> None:
 async def test_act_as_manager(faulty: Faulty) -> None:
     """The lease is taken once: the term does not run away."""
     faulty.lose("act_as_manager")
-    assert await faulty.broker.act_as_manager("manager-1", 5_000) == 1
-    assert await faulty.sound.act_as_manager("manager-2", 5_000) is None
+    assert await faulty.broker.fleet.acquire_leader_lease("manager-1", 5_000) == 1
+    assert await faulty.sound.fleet.acquire_leader_lease("manager-2", 5_000) is None
 
 
 async def test_leave(faulty: Faulty) -> None:
     """What was held is handed back once, unspent."""
-    await faulty.sound.enqueue(make_job(max_attempts=1))
+    await faulty.sound.jobs.enqueue(make_job(max_attempts=1))
     worker = await Puller(faulty.broker).join()
     await worker.claim_one()
     faulty.lose("reclaim")
-    await faulty.broker.leave(worker.session_id)
+    await faulty.broker.workers.leave(worker.session_id)
     assert await faulty.counts() == (1, 0)

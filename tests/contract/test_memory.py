@@ -46,14 +46,14 @@ async def test_every_key_is_one_of_the_contract(
     tenant = "a:b{c} ü%"
     jobs = [make_job(tenant=tenant, reply_to=listener.router, max_attempts=1) for _ in range(5)]
     for job in jobs:
-        await broker.enqueue(job)
+        await broker.jobs.enqueue(job)
     leases = await worker.claim(3)
-    await broker.release(leases[0], "draining", counted=False)
-    await broker.release(leases[1], "broken", counted=True)
+    await broker.attempts.release(leases[0], "draining", counted=False)
+    await broker.attempts.release(leases[1], "broken", counted=True)
     idle = await Puller(broker).join()
     assert await idle.claim(lanes=[Lane.BATCH]) == []
     rival = make_job(tenant="rival")
-    await broker.enqueue(rival)
+    await broker.jobs.enqueue(rival)
     await worker.claim(1)
     await worker.claim(1)
     band = jobs[0].band
@@ -89,22 +89,22 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, listener: Li
         make_job(tenant=f"t{turn % 5}", lane=LANES[turn % 3], band=turn % BANDS, reply_to=listener.router)
         for turn in range(60)
     ]
-    await asyncio.gather(*map(broker.enqueue, jobs))
-    await broker.cancel(jobs[0].id, "gone")
-    await broker.cancel(new_job_id(0), "unknown")
+    await asyncio.gather(*map(broker.jobs.enqueue, jobs))
+    await broker.jobs.cancel(jobs[0].id, "gone")
+    await broker.jobs.cancel(new_job_id(0), "unknown")
     ended, handed_back = 1, set()
     while ended < 60:
         for puller in pullers:
             for turn, lease in enumerate(await puller.claim(4)):
                 if turn == 0 and lease.job.id not in handed_back:
                     handed_back.add(lease.job.id)
-                    await broker.release(lease, "draining", counted=False)
+                    await broker.attempts.release(lease, "draining", counted=False)
                 else:
-                    await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+                    await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
                     ended += 1
     for puller in pullers:
         assert await puller.claim(2) == []
-        await broker.leave(puller.session_id)
+        await broker.workers.leave(puller.session_id)
     stay, expire = await settled_keys(client)
     assert stay - before <= {KEYS.clock, KEYS.totals, KEYS.turns, META}
     families = {key.removeprefix(KEYS.prefix).split(":")[0] for key in expire}
@@ -126,22 +126,22 @@ async def test_full_memory_refuses_new_work_and_finishes_the_old(full: Server) -
     client = full.client(protocol=2)
     listener = await Listener(client).open()
     jobs = [make_job(body=b"x" * 20_000, reply_to=listener.router) for _ in range(8)]
-    await asyncio.gather(*map(broker.enqueue, jobs))
+    await asyncio.gather(*map(broker.jobs.enqueue, jobs))
     running = await worker.claim(4)
     full.ask("CONFIG", "SET", "maxmemory", "1")
     refused = make_job()
     with pytest.raises(BrokerFull, match="free memory") as refusal:
-        await broker.enqueue(refused)
+        await broker.jobs.enqueue(refused)
     assert refusal.value.retry_after_s
     newcomer = await Puller(broker).join()
     running += await newcomer.claim(4)
-    await broker.renew(worker.session_id)
+    await broker.workers.renew(worker.session_id)
     for lease in running:
-        assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+        assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
     assert len(await listener.news()) == 8
-    assert await broker.depths() == {}
+    assert await broker.stats.depths() == {}
     full.ask("CONFIG", "SET", "maxmemory", "0")
-    assert await broker.enqueue(refused) is State.QUEUED
+    assert await broker.jobs.enqueue(refused) is State.QUEUED
     await client.aclose()
     await broker.close()
 
@@ -149,20 +149,20 @@ async def test_full_memory_refuses_new_work_and_finishes_the_old(full: Server) -
 async def test_dead_letters_are_bounded(broker: Broker, worker: Puller, client: Any) -> None:
     """Past their bytes the oldest dead letters go first; their bytes are counted exactly."""
     for number in range(3):
-        await broker.enqueue(make_job(max_attempts=1, body=b"%d" % number))
-        await broker.release(await worker.claim_one(), "broken", counted=True)
+        await broker.jobs.enqueue(make_job(max_attempts=1, body=b"%d" % number))
+        await broker.attempts.release(await worker.claim_one(), "broken", counted=True)
     letters = [fields for _, fields in await client.xrange(KEYS.dead)]
     sizes = [int(fields[b"size"]) for fields in letters]
     assert int(await client.hget(KEYS.budget, "dead:bytes")) == sum(sizes)
     # As if much larger letters had come before: the sweep drops the oldest until the bound holds.
     await client.hset(KEYS.budget, "dead:bytes", 256 * 1024 * 1024 + sizes[0])
-    await broker.expire()
+    await broker.maintenance.expire()
     assert [Job.unpack(fields[b"env"]).body for _, fields in await client.xrange(KEYS.dead)] == [b"1", b"2"]
 
 
 async def test_a_larger_attempt_bound_is_each_jobs_own(broker: Broker, worker: Puller) -> None:
     """``max_attempts`` travels with the job."""
     job = replace(make_job(), max_attempts=1)
-    await broker.enqueue(job)
-    await broker.release(await worker.claim_one(), "broken", counted=True)
-    assert await broker.enqueue(job) is State.DEAD
+    await broker.jobs.enqueue(job)
+    await broker.attempts.release(await worker.claim_one(), "broken", counted=True)
+    assert await broker.jobs.enqueue(job) is State.DEAD

@@ -16,7 +16,7 @@ from tests.support.queue import MODEL, Puller, make_job
 
 async def enqueue_all(broker: Broker, jobs: list[Job]) -> None:
     """Enqueue in order: one batch keeps the order in which its items were given."""
-    await asyncio.gather(*map(broker.enqueue, jobs))
+    await asyncio.gather(*map(broker.jobs.enqueue, jobs))
 
 
 async def claim_all(worker: Puller, n: int, *, step: int = 1, **options: object) -> list[Job]:
@@ -48,13 +48,13 @@ async def test_tenants_take_turns(broker: Broker, worker: Puller) -> None:
 async def test_leaving_and_returning_gains_nothing(broker: Broker, worker: Puller) -> None:
     """A tenant that enqueues one job whenever its last was claimed gets no more turns than one that keeps a queue."""
     await enqueue_all(broker, [make_job(tenant="patient") for _ in range(40)])
-    await broker.enqueue(make_job(tenant="trickster"))
+    await broker.jobs.enqueue(make_job(tenant="trickster"))
     claimed: Counter[str] = Counter()
     for _ in range(20):
         job = (await worker.claim_one()).job
         claimed[job.tenant] += 1
         if job.tenant == "trickster":
-            await broker.enqueue(make_job(tenant="trickster"))
+            await broker.jobs.enqueue(make_job(tenant="trickster"))
     assert claimed["trickster"] <= 10
 
 
@@ -93,7 +93,7 @@ async def test_lanes_go_in_the_order_of_the_contract(broker: Broker, worker: Pul
 async def test_no_head_of_any_lane_or_band_starves(broker: Broker, worker: Puller) -> None:
     """While urgent work keeps coming, a job of the last band of the last lane is claimed within the bound."""
     patient = make_job(lane=Lane.BATCH, band=BANDS - 1)
-    await broker.enqueue(patient)
+    await broker.jobs.enqueue(patient)
     claims = 0
     claimed = None
     while claimed != patient:
@@ -102,7 +102,7 @@ async def test_no_head_of_any_lane_or_band_starves(broker: Broker, worker: Pulle
         for lease in await worker.claim(16):
             claims += 1
             claimed = lease.job if claimed != patient else claimed
-            await broker.settle(lease, Outcome.DONE)
+            await broker.attempts.settle(lease, Outcome.DONE)
         assert claims <= STARVATION_BOUND + 16
 
 
@@ -129,8 +129,8 @@ async def test_only_asked_pools_are_claimed(broker: Broker, worker: Puller) -> N
 async def test_lost_work_goes_before_new_work(broker: Broker, worker: Puller) -> None:
     """A job handed back is claimed before those that never started, ahead even of the first band."""
     first = make_job(band=3)
-    await broker.enqueue(first)
-    await broker.release(await worker.claim_one(), "draining", counted=False)
+    await broker.jobs.enqueue(first)
+    await broker.attempts.release(await worker.claim_one(), "draining", counted=False)
     await enqueue_all(broker, [make_job(band=0) for _ in range(5)])
     assert (await worker.claim_one()).job == first
 
@@ -139,16 +139,16 @@ async def test_lost_work_leaves_new_work_a_share(broker: Broker, worker: Puller)
     """However much was lost, every fourth job of a lane is a new one."""
     await enqueue_all(broker, [make_job(tenant="lost") for _ in range(24)])
     for lease in await worker.claim(24):
-        await broker.release(lease, "draining", counted=False)
+        await broker.attempts.release(lease, "draining", counted=False)
     await enqueue_all(broker, [make_job(tenant="new") for _ in range(24)])
     assert Counter(job.tenant for job in await claim_all(worker, 24)) == {"lost": 18, "new": 6}
 
 
 async def test_lost_work_of_one_lane_does_not_overtake_another(broker: Broker, worker: Puller) -> None:
     """A lost batch job waits at the head of its own lane, behind interactive work."""
-    await broker.enqueue(make_job(lane=Lane.BATCH))
-    await broker.release(await worker.claim_one(), "draining", counted=False)
-    await broker.enqueue(make_job(lane=Lane.INTERACTIVE))
+    await broker.jobs.enqueue(make_job(lane=Lane.BATCH))
+    await broker.attempts.release(await worker.claim_one(), "draining", counted=False)
+    await broker.jobs.enqueue(make_job(lane=Lane.INTERACTIVE))
     assert (await worker.claim_one()).job.lane is Lane.INTERACTIVE
 
 
@@ -157,7 +157,7 @@ async def test_lost_work_keeps_its_order(broker: Broker, worker: Puller) -> None
     jobs = [make_job() for _ in range(6)]
     await enqueue_all(broker, jobs)
     for lease in await worker.claim(6):
-        await broker.release(lease, "draining", counted=False)
+        await broker.attempts.release(lease, "draining", counted=False)
     again = await claim_all(worker, 6)
     assert again == jobs
 
@@ -165,10 +165,10 @@ async def test_lost_work_keeps_its_order(broker: Broker, worker: Puller) -> None
 async def test_a_depth_names_the_longest_wait(broker: Broker, worker: Puller) -> None:
     """Waiting, leased and the oldest age per pool and lane are what the streams hold."""
     await enqueue_all(broker, [make_job() for _ in range(3)])
-    await broker.enqueue(make_job(lane=Lane.BATCH, tenant="other"))
+    await broker.jobs.enqueue(make_job(lane=Lane.BATCH, tenant="other"))
     await worker.claim(1)
     await asyncio.sleep(0.02)
-    depths = await broker.depths()
+    depths = await broker.stats.depths()
     assert (depths[MODEL][Lane.INTERACTIVE].waiting, depths[MODEL][Lane.INTERACTIVE].leased) == (2, 1)
     assert (depths[MODEL][Lane.BATCH].waiting, depths[MODEL][Lane.BATCH].leased) == (1, 0)
     assert 20 <= depths[MODEL][Lane.BATCH].oldest_age_ms < 10_000
@@ -179,10 +179,10 @@ async def test_a_newcomer_waits_its_turn_also_after_the_clock_was_forgotten(
 ) -> None:
     """When a band had no competition for an hour its clock is gone: a newcomer starts beside those who wait."""
     for tenant in ("a", "b") * 10:
-        await broker.enqueue(make_job(tenant=tenant))
+        await broker.jobs.enqueue(make_job(tenant=tenant))
     await worker.claim(10)
     await client.delete(ShardKeys(0).service(MODEL, Lane.INTERACTIVE, DEFAULT_BAND))
     for _ in range(10):
-        await broker.enqueue(make_job(tenant="c"))
+        await broker.jobs.enqueue(make_job(tenant="c"))
     first = [lease.job.tenant for lease in await worker.claim(6)]
     assert first.count(Tenant("c")) <= 3, first

@@ -45,19 +45,19 @@ async def test_flushed_scripts_are_loaded_again(server: Server, broker: Broker) 
     worker = await Puller(broker).join()
     for _ in range(3):
         server.ask("SCRIPT", "FLUSH")
-        await broker.enqueue(make_job())
+        await broker.jobs.enqueue(make_job())
         server.ask("SCRIPT", "FLUSH")
         lease = await worker.claim_one()
         server.ask("SCRIPT", "FLUSH")
-        assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+        assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
 
 
 async def test_calls_wait_for_a_server_that_comes_back(server: Server, broker: Broker) -> None:
     """kill -9 in the middle: concurrent calls are retried until the server is back, and none is lost or doubled."""
-    await broker.enqueue(make_job())
+    await broker.jobs.enqueue(make_job())
     server.kill()
     jobs = [make_job() for _ in range(50)]
-    calls = [asyncio.create_task(broker.enqueue(job)) for job in jobs]
+    calls = [asyncio.create_task(broker.jobs.enqueue(job)) for job in jobs]
     await asyncio.sleep(0.2)
     assert not any(call.done() for call in calls)
     server.start()
@@ -70,12 +70,12 @@ async def test_calls_wait_for_a_server_that_comes_back(server: Server, broker: B
 async def test_leases_survive_a_restart_of_the_server(server: Server, broker: Broker) -> None:
     """A job that was running when Redis was killed is settled after it is back: nobody was declared dead."""
     job = make_job()
-    await broker.enqueue(job)
+    await broker.jobs.enqueue(job)
     worker = await Puller(broker).join()
     lease = await worker.claim_one()
     server.restart()
-    await broker.renew(worker.session_id)
-    assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+    await broker.workers.renew(worker.session_id)
+    assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
 
 
 async def test_a_server_that_stays_away_is_said_within_the_limit(server: Server) -> None:
@@ -84,7 +84,7 @@ async def test_a_server_that_stays_away_is_said_within_the_limit(server: Server)
     server.kill()
     begin = time.monotonic()
     with pytest.raises(BrokerUnavailable) as error:
-        await broker.enqueue(make_job())
+        await broker.jobs.enqueue(make_job())
     assert 0.2 < time.monotonic() - begin < 3
     assert error.value.retry_after_s
     with pytest.raises(BrokerUnavailable):
@@ -99,7 +99,7 @@ async def test_a_silent_server_is_given_up_and_found_again(server: Server, broke
     try:
         with pytest.raises(BrokerUnavailable):
             await broker.ping()
-        call = asyncio.create_task(broker.enqueue(make_job()))
+        call = asyncio.create_task(broker.jobs.enqueue(make_job()))
         await asyncio.sleep(0.3)
         assert not call.done()
     finally:
@@ -113,17 +113,17 @@ async def test_a_router_reads_on_after_a_restart(server: Server, broker: Broker)
     news: list[Frame | Marker] = []
     told: list[int] = []
     router = new_session_id("router")
-    reading = asyncio.create_task(broker.read_replies(router, news.extend, told.append))
+    reading = asyncio.create_task(broker.replies.read(router, news.extend, told.append))
     async with asyncio.timeout(20):
-        await broker.replies_ready.wait()
-        await broker.enqueue(make_job(reply_to=router))
+        await broker.replies.ready.wait()
+        await broker.jobs.enqueue(make_job(reply_to=router))
         worker = await Puller(broker).join()
         lease = await worker.claim_one()
         server.kill()
         # Away for longer than the first tries to reach it again take.
         await asyncio.sleep(0.5)
         await asyncio.to_thread(server.start)
-        assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+        assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
         await eventually(lambda: news, "the answer arrives")
         await eventually(lambda: told == [0], "the Router hears of the restart", limit_s=6)
         assert len(news) == 1
@@ -143,7 +143,7 @@ async def test_a_blocked_worker_notices_the_outage(server: Server, broker: Broke
             await blocked
     server.start()
     assert await worker.claim() == []
-    await broker.enqueue(make_job())
+    await broker.jobs.enqueue(make_job())
     assert len(await worker.told(block_ms=2_000)) == 1
 
 
@@ -154,14 +154,14 @@ async def test_a_cancelled_call_does_not_disturb_others(server: Server) -> None:
         worker = await Puller(broker).join()
         proxy.latency_s = 0.01
         for turn in range(10):
-            given_up = asyncio.create_task(broker.depths())
+            given_up = asyncio.create_task(broker.stats.depths())
             await asyncio.sleep(0.002 * turn)
             given_up.cancel()
             job = make_job()
-            assert await broker.enqueue(job) is State.QUEUED
+            assert await broker.jobs.enqueue(job) is State.QUEUED
             lease = await worker.claim_one()
             assert lease.job == job
-            assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+            assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
         await broker.close()
 
 
@@ -177,7 +177,7 @@ async def test_a_cut_line_in_the_middle_of_a_burst_loses_and_doubles_nothing(ser
         async def pull() -> None:
             while len(done) < len(jobs):
                 for lease in await worker.claim(8):
-                    assert await broker.settle(lease, Outcome.DONE) in (Settled.OK, Settled.DUPLICATE)
+                    assert await broker.attempts.settle(lease, Outcome.DONE) in (Settled.OK, Settled.DUPLICATE)
                     done.append(lease.job.id)
 
         async def cut() -> None:
@@ -191,9 +191,9 @@ async def test_a_cut_line_in_the_middle_of_a_burst_loses_and_doubles_nothing(ser
             group.create_task(cut())
             group.create_task(pull())
             for chunk in range(0, 200, 20):
-                await asyncio.gather(*map(broker.enqueue, jobs[chunk : chunk + 20]))
+                await asyncio.gather(*map(broker.jobs.enqueue, jobs[chunk : chunk + 20]))
         assert sorted(done) == sorted(job.id for job in jobs)
-        assert await sound.depths() == {}
+        assert await sound.stats.depths() == {}
         assert broker.retries > 0
         await broker.close()
         await sound.close()
@@ -206,7 +206,7 @@ async def test_a_server_busy_with_a_foreign_script_is_waited_for(server: Server,
     blocker = asyncio.create_task(asyncio.to_thread(server.ask, "EVAL", slow, "0"))
     await asyncio.sleep(0.2)
     async with asyncio.timeout(20):
-        assert await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(5))) == [State.QUEUED] * 5
+        assert await asyncio.gather(*(broker.jobs.enqueue(make_job()) for _ in range(5))) == [State.QUEUED] * 5
         await blocker
 
 
@@ -214,9 +214,9 @@ async def test_another_run_of_the_server_is_told_to_the_router(server: Server, b
     """After a restart the newest writes may be missing: the Router is told, though its stream is still there."""
     lost: list[int] = []
     router = new_session_id("router")
-    reading = asyncio.create_task(broker.read_replies(router, lambda _: None, lost.append))
+    reading = asyncio.create_task(broker.replies.read(router, lambda _: None, lost.append))
     async with asyncio.timeout(20):
-        await broker.replies_ready.wait()
+        await broker.replies.ready.wait()
         server.restart()
         await eventually(lambda: lost == [0], "the router is told")
     reading.cancel()

@@ -28,22 +28,22 @@ def piece(lease: Lease, seq: int) -> bytes:
 
 async def kept(scene: Scene, job: Job) -> list[tuple[int, int]]:
     """Which frames are kept of a job."""
-    page = await scene.broker.read_output(job.id)
+    page = await scene.broker.output.read(job.id)
     return [(frame.epoch, frame.seq) for frame in page.frames] if page else []
 
 
 async def one_key_is_one_job(scene: Scene) -> None:
     """However many ask for it."""
     first = keyed()
-    await scene.broker.enqueue_persisted_request(first, scene.listener.router)
-    assert (await scene.broker.enqueue_persisted_request(keyed(), scene.listener.router)).job_id == first.id
+    await scene.broker.jobs.enqueue_persisted(first, listener=scene.listener.router)
+    assert (await scene.broker.jobs.enqueue_persisted(keyed(), listener=scene.listener.router)).job_id == first.id
 
 
 async def a_key_is_of_one_request(scene: Scene) -> None:
     """Nobody is given the answer to another question."""
-    await scene.broker.enqueue_persisted_request(keyed(), scene.listener.router)
+    await scene.broker.jobs.enqueue_persisted(keyed(), listener=scene.listener.router)
     try:
-        await scene.broker.enqueue_persisted_request(keyed(body=b"{}"), scene.listener.router)
+        await scene.broker.jobs.enqueue_persisted(keyed(body=b"{}"), listener=scene.listener.router)
     except IdempotencyKeyReused:
         return
     pytest.fail("another request was taken for the same")
@@ -52,55 +52,55 @@ async def a_key_is_of_one_request(scene: Scene) -> None:
 async def a_job_without_an_answer_frees_its_key(scene: Scene) -> None:
     """A retry runs, instead of being told for a day that there is no answer."""
     job, again = keyed(), keyed()
-    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
-    await scene.broker.cancel(job.id, "its tenant wanted that")
-    assert (await scene.broker.enqueue_persisted_request(again, scene.listener.router)).job_id == again.id
+    await scene.broker.jobs.enqueue_persisted(job, listener=scene.listener.router)
+    await scene.broker.jobs.cancel(job.id, "its tenant wanted that")
+    assert (await scene.broker.jobs.enqueue_persisted(again, listener=scene.listener.router)).job_id == again.id
 
 
 async def no_answer_is_kept_with_a_hole(scene: Scene) -> None:
     """The server lost frames that their worker has not any more."""
     job = keyed()
-    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
+    await scene.broker.jobs.enqueue_persisted(job, listener=scene.listener.router)
     lease = await scene.worker.claim_one()
-    await scene.broker.append(lease, piece(lease, 0))
-    await scene.broker.append(lease, piece(lease, 2))
+    await scene.broker.attempts.append(lease, piece(lease, 0))
+    await scene.broker.attempts.append(lease, piece(lease, 2))
     assert await kept(scene, job) == [(1, 0)]
 
 
 async def what_is_kept_is_one_answer(scene: Scene) -> None:
     """An attempt that begins anew leaves nothing of an earlier one to be read in front of it."""
     job = keyed()
-    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
+    await scene.broker.jobs.enqueue_persisted(job, listener=scene.listener.router)
     lease = await scene.worker.claim_one()
-    await scene.broker.append(lease, piece(lease, 0))
-    await scene.broker.release(lease, "draining", counted=False)
+    await scene.broker.attempts.append(lease, piece(lease, 0))
+    await scene.broker.attempts.release(lease, "draining", counted=False)
     again = await (await scene.another()).claim_one()
-    await scene.broker.append(again, piece(again, 0))
+    await scene.broker.attempts.append(again, piece(again, 0))
     assert await kept(scene, job) == [(2, 0)]
 
 
 async def nobody_makes_a_listeners_stream(scene: Scene) -> None:
     """A Router that followed a stored job and is gone stays gone."""
-    await scene.broker.enqueue_persisted_request(keyed(), scene.listener.router)
+    await scene.broker.jobs.enqueue_persisted(keyed(), listener=scene.listener.router)
     lease = await scene.worker.claim_one()
     await scene.listener.leave()
-    await scene.broker.append(lease, piece(lease, 0))
+    await scene.broker.attempts.append(lease, piece(lease, 0))
     assert not await scene.client.exists(KEYS.reply(scene.listener.router))
 
 
 async def kept_bytes_are_given_back(scene: Scene) -> None:
     """What is forgotten counts no more."""
     job = keyed()
-    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
-    await scene.broker.cancel(job.id, "its tenant wanted that")
+    await scene.broker.jobs.enqueue_persisted(job, listener=scene.listener.router)
+    await scene.broker.jobs.cancel(job.id, "its tenant wanted that")
     assert not await scene.client.exists(KEYS.budget)
 
 
 async def a_stray_beginning_cancels_no_stored_job(scene: Scene) -> None:
     """A Router that is sent something of a job which nobody follows there speaks for itself only."""
     job = keyed()
-    await scene.broker.enqueue_persisted_request(job, scene.listener.router)
-    await scene.broker.cancel(job.id, "nobody waits", if_orphaned=True)
+    await scene.broker.jobs.enqueue_persisted(job, listener=scene.listener.router)
+    await scene.broker.jobs.cancel(job.id, "nobody waits", if_orphaned=True)
     assert len(await scene.worker.claim()) == 1
 
 

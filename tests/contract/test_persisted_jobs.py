@@ -58,7 +58,7 @@ def piece(lease: Lease, seq: int, data: bytes) -> bytes:
 
 
 async def told(broker: Broker, job: Job) -> PersistedJob:
-    found = await broker.persisted_job(job.id)
+    found = await broker.persisted_jobs.get(job.id)
     assert found is not None
     return found
 
@@ -68,16 +68,16 @@ async def ended_as(broker: Broker, worker: Puller, job: Job, ending: State) -> N
     lease = await worker.claim_one()
     assert lease.job.id == job.id
     if ending in (State.DONE, State.FAILED):
-        assert await broker.settle(lease, Outcome(ending.value), answer_frame(lease)) is Settled.OK
+        assert await broker.attempts.settle(lease, Outcome(ending.value), answer_frame(lease)) is Settled.OK
         return
-    await broker.append(lease, piece(lease, 0, b"half"))
+    await broker.attempts.append(lease, piece(lease, 0, b"half"))
     if ending is State.CANCELLED:
-        await broker.cancel(job.id, "its tenant wanted that")
+        await broker.jobs.cancel(job.id, "its tenant wanted that")
     elif ending is State.EXPIRED:
         await asyncio.sleep(0.12)
-        assert (await broker.expire()).expired == 1
+        assert (await broker.maintenance.expire()).expired == 1
     else:
-        await broker.release(lease, "the engine broke", counted=True)
+        await broker.attempts.release(lease, "the engine broke", counted=True)
 
 
 def lasting(ending: State) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def lasting(ending: State) -> dict[str, Any]:
 async def test_a_live_job_is_told_of(broker: Broker, worker: Puller) -> None:
     """Whose it is, when it came and began, what its Router noted; the job metadata is passed on as it is."""
     job = background()
-    assert await broker.enqueue_persisted(job, LISTED) == Enqueued(job.id, State.QUEUED)
+    assert await broker.jobs.enqueue_persisted(job, listener=LISTED) == Enqueued(job.id, State.QUEUED)
     waiting = await told(broker, job)
     assert (waiting.tenant, waiting.model, waiting.lane, waiting.state) == (ACME, MODEL, Lane.BACKGROUND, State.QUEUED)
     assert (waiting.job_metadata, waiting.notify, waiting.listed) == (MEMO, "response", True)
@@ -99,7 +99,7 @@ async def test_a_live_job_is_told_of(broker: Broker, worker: Puller) -> None:
     assert (running.state, running.attempts) == (State.LEASED, 1)
     assert running.started_ms is not None
     assert running.created_ms <= running.started_ms <= running.now_ms
-    await broker.release(lease, "its worker leaves", counted=False)
+    await broker.attempts.release(lease, "its worker leaves", counted=False)
     await worker.claim_one()
     assert (await told(broker, job)).started_ms == running.started_ms
 
@@ -109,7 +109,7 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
     """Its state, cause and what it said stay for the keep time, counted among its tenant's bytes; then nothing is
     left, and its end was told once."""
     job = background(**lasting(ending))
-    await broker.enqueue_persisted(job, replace(LISTED, keep_ms=80))
+    await broker.jobs.enqueue_persisted(job, replace(LISTED, keep_ms=80))
     await ended_as(broker, worker, job, ending)
     kept = await told(broker, job)
     assert (kept.state, kept.job_metadata, kept.tenant, kept.attempts, kept.lane) == (
@@ -122,21 +122,21 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
     assert kept.ended_ms is not None
     assert kept.expires_ms == kept.ended_ms + 80
     assert bool(kept.cause) == (ending not in (State.DONE, State.FAILED))
-    page = await broker.read_output(job.id)
+    page = await broker.output.read(job.id)
     assert page is not None
     assert (page.state, page.over, page.cause) == (ending, True, kept.cause)
     assert len(page.frames) == 1
     assert int(await client.hget(KEYS.budget, "t:acme:kept")) == kept.persisted_bytes
     assert kept.persisted_bytes == 1_024 + len(MEMO.pack()) + len(page.frames[0].pack())
-    assert [job.id for job in (await broker.persisted_jobs(ACME))[0]] == [job.id]
-    (notice,) = await broker.read_ended()
+    assert [job.id for job in (await broker.persisted_jobs.page(ACME))[0]] == [job.id]
+    (notice,) = await broker.persisted_jobs.read_finished()
     assert (notice.job_id, notice.tenant, notice.state, notice.notify) == (job.id, ACME, ending, "response")
-    assert await broker.forget_ended([notice.id]) == 1
-    assert await broker.read_ended() == []
+    assert await broker.persisted_jobs.acknowledge_finished([notice.id]) == 1
+    assert await broker.persisted_jobs.read_finished() == []
 
     await asyncio.sleep(0.1)
-    assert (await broker.expire()).forgotten == 1
-    assert await broker.persisted_job(job.id) is None
+    assert (await broker.maintenance.expire()).forgotten == 1
+    assert await broker.persisted_jobs.get(job.id) is None
     for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.kept, KEYS.listeners(job.id)):
         assert not await client.exists(key), key
     left = await client.hgetall(KEYS.budget)
@@ -146,25 +146,25 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
 async def test_only_an_answer_keeps_its_key(broker: Broker) -> None:
     """A listed job that was cancelled is still told of, and the same request under its key is another job."""
     job = background(idempotency_key="order-17")
-    await broker.enqueue_persisted(job, LISTED)
+    await broker.jobs.enqueue_persisted(job, listener=LISTED)
     again = replace(job, id=new_job_id(0))
-    assert (await broker.enqueue_persisted(again, LISTED)).job_id == job.id
-    await broker.cancel(job.id, "its tenant wanted that")
-    assert (await broker.enqueue_persisted(again, LISTED)).job_id == again.id
+    assert (await broker.jobs.enqueue_persisted(again, listener=LISTED)).job_id == job.id
+    await broker.jobs.cancel(job.id, "its tenant wanted that")
+    assert (await broker.jobs.enqueue_persisted(again, listener=LISTED)).job_id == again.id
     assert (await told(broker, job)).state is State.CANCELLED
-    assert {one.id for one in (await broker.persisted_jobs(ACME))[0]} == {again.id, job.id}
+    assert {one.id for one in (await broker.persisted_jobs.page(ACME))[0]} == {again.id, job.id}
 
 
 async def test_what_is_not_listed_is_not_kept_without_an_answer(broker: Broker, client: Any) -> None:
     """A stream that a client may resume leaves nothing once it was cancelled, but is told of while it lives."""
     job = background(lane=Lane.INTERACTIVE)
-    await broker.enqueue_persisted(job, PersistOptions(1_000, JobMetadata(resumable=True)))
+    await broker.jobs.enqueue_persisted(job, PersistOptions(1_000, JobMetadata(resumable=True)))
     assert (await told(broker, job)).job_metadata.resumable
-    assert (await broker.persisted_jobs(ACME))[0] == []
-    await broker.cancel(job.id, "its client left")
-    assert await broker.persisted_job(job.id) is None
+    assert (await broker.persisted_jobs.page(ACME))[0] == []
+    await broker.jobs.cancel(job.id, "its client left")
+    assert await broker.persisted_jobs.get(job.id) is None
     assert not await client.exists(KEYS.budget)
-    assert await broker.read_ended() == []
+    assert await broker.persisted_jobs.read_finished() == []
 
 
 @pytest.mark.parametrize("state", ["queued", "leased", "done", "cancelled"])
@@ -173,39 +173,39 @@ async def test_a_job_is_forgotten_on_demand(
 ) -> None:
     """Whatever it does: it ends, who listens is told, every byte is given back, and late words of it are refused."""
     job = background()
-    await broker.enqueue_persisted(job, LISTED, listener.router)
+    await broker.jobs.enqueue_persisted(job, LISTED, listener.router)
     lease = await worker.claim_one() if state in ("leased", "done") else None
     if lease and state == "done":
-        await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+        await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
     elif lease:
-        await broker.append(lease, piece(lease, 0, b"half"))
+        await broker.attempts.append(lease, piece(lease, 0, b"half"))
     elif state == "cancelled":
-        await broker.cancel(job.id, "before")
+        await broker.jobs.cancel(job.id, "before")
     await listener.news()
-    assert await broker.forget(job.id, "deleted") is State(state)
-    assert await broker.forget(job.id, "deleted") is None
-    assert await broker.persisted_job(job.id) is None
-    assert (await broker.persisted_jobs(ACME))[0] == []
+    assert await broker.persisted_jobs.delete(job.id, "deleted") is State(state)
+    assert await broker.persisted_jobs.delete(job.id, "deleted") is None
+    assert await broker.persisted_jobs.get(job.id) is None
+    assert (await broker.persisted_jobs.page(ACME))[0] == []
     if state in ("queued", "leased"):
         await listener.hears(MarkerKind.CANCELLED)
     if lease:
-        late = await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+        late = await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
         assert late is (Settled.DUPLICATE if state == "done" else Settled.FENCED)
     for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.kept, KEYS.budget, KEYS.listeners(job.id)):
         assert not await client.exists(key), key
     assert 0 < await client.pttl(KEYS.job(job.id)) <= 60_000
-    assert (await broker.enqueue_persisted(job, LISTED)).state in (State.CANCELLED, State.DONE)
-    assert len(await broker.read_ended()) == 1
+    assert (await broker.jobs.enqueue_persisted(job, listener=LISTED)).state in (State.CANCELLED, State.DONE)
+    assert len(await broker.persisted_jobs.read_finished()) == 1
 
 
 async def test_what_is_no_kept_job_is_not_told_of(broker: Broker) -> None:
     """An ordinary job, an unknown id, one of a shard that is not there, one that is none."""
     ordinary = make_job()
-    await broker.enqueue(ordinary)
+    await broker.jobs.enqueue(ordinary)
     for job_id in (ordinary.id, new_job_id(0), new_job_id(7), "job", "0-" + "x" * 32, "../../x"):
-        assert await broker.persisted_job(job_id) is None
-        assert await broker.forget(job_id, "deleted") is None
-    assert (await broker.cancel(ordinary.id, "it is still there")) is State.QUEUED
+        assert await broker.persisted_jobs.get(job_id) is None
+        assert await broker.persisted_jobs.delete(job_id, "deleted") is None
+    assert (await broker.jobs.cancel(ordinary.id, "it is still there")) is State.QUEUED
 
 
 async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
@@ -213,14 +213,14 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
     none of others nor those that are stored for a key alone."""
     broker = await connect(shards=3)
     jobs = [background(model="abcd"[number % 4], shards=3) for number in range(30)]
-    await asyncio.gather(*(broker.enqueue_persisted(job, LISTED) for job in jobs))
-    await broker.enqueue_persisted(background(tenant="rival", shards=3), LISTED)
-    await broker.enqueue_persisted_request(background(shards=3), new_session_id("nobody"))
+    await asyncio.gather(*(broker.jobs.enqueue_persisted(job, listener=LISTED) for job in jobs))
+    await broker.jobs.enqueue_persisted(background(tenant="rival", shards=3), listener=LISTED)
+    await broker.jobs.enqueue_persisted(background(shards=3), listener=new_session_id("nobody"))
     for size in (1, 7, 29, 30, 100):
         seen: list[PersistedJob] = []
         after, more = "", True
         while more:
-            page, after = await broker.persisted_jobs(ACME, after=after, limit=size)
+            page, after = await broker.persisted_jobs.page(ACME, after=after, limit=size)
             assert 0 < len(page) <= size
             seen += page
             more = bool(after)
@@ -228,7 +228,7 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
         order = [(job.created_ms, job.id) for job in seen]
         assert order == sorted(set(order), reverse=True)
     with pytest.raises(BadRequest, match="go on behind"):
-        await broker.persisted_jobs(Tenant("rival"), after=jobs[0].id)
+        await broker.persisted_jobs.page(Tenant("rival"), after=jobs[0].id)
 
 
 async def test_large_notes_make_a_list_of_several_calls(broker: Broker) -> None:
@@ -236,9 +236,9 @@ async def test_large_notes_make_a_list_of_several_calls(broker: Broker) -> None:
     large = replace(LISTED, job_metadata=replace(MEMO, note=b"x" * 250_000))
     jobs = [background() for _ in range(12)]
     for job in jobs:
-        await broker.enqueue_persisted(job, large)
+        await broker.jobs.enqueue_persisted(job, listener=large)
     before = broker.round_trips
-    page, more = await broker.persisted_jobs(ACME, limit=20)
+    page, more = await broker.persisted_jobs.page(ACME, limit=20)
     assert {kept.id for kept in page} == {job.id for job in jobs}
     assert all(len(kept.job_metadata.note) == 250_000 for kept in page)
     assert more == ""
@@ -248,16 +248,16 @@ async def test_large_notes_make_a_list_of_several_calls(broker: Broker) -> None:
 async def test_a_list_is_filtered_and_cleared(broker: Broker, client: Any) -> None:
     """By state, however many of others stand in between; places whose jobs are gone are cleared away."""
     jobs = [background() for _ in range(600)]
-    await asyncio.gather(*(broker.enqueue_persisted(job, LISTED) for job in jobs))
+    await asyncio.gather(*(broker.jobs.enqueue_persisted(job, listener=LISTED) for job in jobs))
     oldest = (await client.zrange(KEYS.listed("acme"), 0, 0))[0].decode()[16:]
-    await broker.cancel(oldest, "one of many")
-    page, after = await broker.persisted_jobs(ACME, limit=5, states=[State.CANCELLED, State.EXPIRED])
+    await broker.jobs.cancel(oldest, "one of many")
+    page, after = await broker.persisted_jobs.page(ACME, limit=5, states=[State.CANCELLED, State.EXPIRED])
     assert ([job.id for job in page], after) == ([oldest], "")
     await client.delete(*(KEYS.job(job.id) for job in jobs[:300]))
-    page, after = await broker.persisted_jobs(ACME, limit=5)
+    page, after = await broker.persisted_jobs.page(ACME, limit=5)
     assert len(page) == 5
     while after:
-        _, after = await broker.persisted_jobs(ACME, limit=100, after=after)
+        _, after = await broker.persisted_jobs.page(ACME, limit=100, after=after)
     assert await client.zcard(KEYS.listed("acme")) == 300
 
 
@@ -265,11 +265,11 @@ async def test_notes_and_words_are_bounded(connect: Connect) -> None:
     """A note counts among its tenant's kept bytes; one that is too large, or a word of its own kind, is refused."""
     broker = await connect(budgets=Budgets(tenant_persisted_bytes=10_000))
     large = PersistOptions(1_000, JobMetadata(note=b"x" * 8_000), listed=True)
-    assert (await broker.enqueue_persisted(background(), large)).state is State.QUEUED
+    assert (await broker.jobs.enqueue_persisted(background(), listener=large)).state is State.QUEUED
     with pytest.raises(OverCapacity, match="what is kept for your account"):
-        await broker.enqueue_persisted(background(), large)
+        await broker.jobs.enqueue_persisted(background(), listener=large)
     with pytest.raises(BadMessage, match="note"):
-        await broker.enqueue_persisted(background(), PersistOptions(1_000, JobMetadata(note=b"x" * 300_000)))
+        await broker.jobs.enqueue_persisted(background(), PersistOptions(1_000, JobMetadata(note=b"x" * 300_000)))
     with pytest.raises(BadMessage, match="notify"):
         PersistOptions(1_000, notify="two words")
 
@@ -280,21 +280,21 @@ async def test_only_an_abandoned_job_is_cancelled_as_one(
     """While a Router that lives listens, or did a moment ago, it is left alone; one that is gone without a word does
     not count."""
     job = background(lane=Lane.INTERACTIVE)
-    await broker.enqueue_persisted(job, PersistOptions(1_000, JobMetadata(resumable=True)), listener.router)
+    await broker.jobs.enqueue_persisted(job, PersistOptions(1_000, JobMetadata(resumable=True)), listener.router)
     await worker.claim_one()
     other = await Listener(client).open()
-    await broker.attach(job.id, other.router)
-    await broker.detach(job.id, other.router)
-    assert await broker.cancel_abandoned(job.id, "its client left", 1) is State.LEASED
+    await broker.output.attach(job.id, other.router)
+    await broker.output.detach(job.id, other.router)
+    assert await broker.jobs.cancel_abandoned(job.id, "its client left", 1) is State.LEASED
     assert (await told(broker, job)).state is State.LEASED
     await listener.leave()
-    assert await broker.cancel_abandoned(job.id, "its client left", 60_000) is State.LEASED
+    assert await broker.jobs.cancel_abandoned(job.id, "its client left", 60_000) is State.LEASED
     assert (await told(broker, job)).state is State.LEASED
     await asyncio.sleep(0.01)
-    assert await broker.cancel_abandoned(job.id, "its client left", 1) is State.LEASED
-    assert await broker.persisted_job(job.id) is None
-    assert await broker.cancel_abandoned(new_job_id(0), "its client left", 1) is None
-    await broker.detach(job.id, other.router)
+    assert await broker.jobs.cancel_abandoned(job.id, "its client left", 1) is State.LEASED
+    assert await broker.persisted_jobs.get(job.id) is None
+    assert await broker.jobs.cancel_abandoned(new_job_id(0), "its client left", 1) is None
+    await broker.output.detach(job.id, other.router)
     assert 0 < await client.pttl(KEYS.job(job.id)) <= 60_000
 
 
@@ -305,32 +305,32 @@ async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any
     await client.xadd(KEYS.ended, {"id": "nobody's"}, id="1-1")
     jobs = [background() for _ in range(5)]
     for job in jobs:
-        await broker.enqueue_persisted(job, LISTED)
-        await broker.cancel(job.id, "it ends")
+        await broker.jobs.enqueue_persisted(job, listener=LISTED)
+        await broker.jobs.cancel(job.id, "it ends")
     assert await client.hget(KEYS.ended_dropped, "dropped") == b"2"
-    assert [notice.job_id for notice in await broker.read_ended(3)] == [job.id for job in jobs[1:4]]
+    assert [notice.job_id for notice in await broker.persisted_jobs.read_finished(3)] == [job.id for job in jobs[1:4]]
     await client.xadd(KEYS.ended, {"id": "nobody's"})
-    assert [notice.job_id for notice in await broker.read_ended()] == [job.id for job in jobs[1:]]
+    assert [notice.job_id for notice in await broker.persisted_jobs.read_finished()] == [job.id for job in jobs[1:]]
     assert await client.xlen(KEYS.ended) == 4
     with pytest.raises(BadRequest):
-        await broker.forget_ended(["9:1-1"])
+        await broker.persisted_jobs.acknowledge_finished(["9:1-1"])
 
 
 async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Puller) -> None:
     """Once an attempt began anew after another one had said something, also when the job has ended; not before."""
     job = background()
-    await broker.enqueue_persisted(job, LISTED)
-    await broker.release(await worker.claim_one(), "nothing was said yet", counted=False)
+    await broker.jobs.enqueue_persisted(job, listener=LISTED)
+    await broker.attempts.release(await worker.claim_one(), "nothing was said yet", counted=False)
     lost = await worker.claim_one()
     assert (await told(broker, job)).begun_epoch == 0
-    await broker.append(lost, piece(lost, 0, b"half"))
+    await broker.attempts.append(lost, piece(lost, 0, b"half"))
     before = await told(broker, job)
     assert (before.begun_epoch, before.replaced) == (lost.epoch, False)
-    await broker.reclaim(worker.session_id)
+    await broker.maintenance.reclaim(worker.session_id)
     lease = await (await Puller(broker).join()).claim_one()
-    await broker.append(lease, piece(lease, 0, b"another"))
+    await broker.attempts.append(lease, piece(lease, 0, b"another"))
     assert (await told(broker, job)).replaced
-    await broker.cancel(job.id, "enough")
+    await broker.jobs.cancel(job.id, "enough")
     after = await told(broker, job)
     assert (after.begun_epoch, after.replaced) == (lease.epoch, True)
 
@@ -338,15 +338,15 @@ async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Pu
 async def test_a_notice_is_enough_to_tell_how_a_response_ended(broker: Broker, worker: Puller) -> None:
     """Its job and state lead to the finish reason of the chat that it is."""
     job = background()
-    await broker.enqueue_persisted(job, LISTED)
+    await broker.jobs.enqueue_persisted(job, listener=LISTED)
     lease = await worker.claim_one()
     ends = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
     end = Frame(job.id, lease.epoch, lease.attempt_id, 1, END, ends).pack()
-    await broker.append(lease, piece(lease, 0, b'data: {"choices": []}\n\n'))
-    await broker.settle(lease, Outcome.DONE, end)
-    (notice,) = await broker.read_ended()
+    await broker.attempts.append(lease, piece(lease, 0, b'data: {"choices": []}\n\n'))
+    await broker.attempts.settle(lease, Outcome.DONE, end)
+    (notice,) = await broker.persisted_jobs.read_finished()
     assert (notice.job_id, notice.notify) == (job.id, "response")
-    assert await broker.response_status(notice.job_id, notice.state) == "incomplete"
-    assert await broker.response_status(notice.job_id, State.CANCELLED) == "cancelled"
-    await broker.forget(job.id, "its tenant wanted that")
-    assert await broker.response_status(notice.job_id, notice.state) == "failed"
+    assert await broker.output.response_status(notice.job_id, notice.state) == "incomplete"
+    assert await broker.output.response_status(notice.job_id, State.CANCELLED) == "cancelled"
+    await broker.persisted_jobs.delete(job.id, "its tenant wanted that")
+    assert await broker.output.response_status(notice.job_id, notice.state) == "failed"

@@ -61,7 +61,7 @@ def job_of(region: str, remote_after_ms: int = LONG_MS, **fields: Any) -> Job:
 
 async def enqueue_all(broker: Broker, jobs: Iterable[Job]) -> None:
     """Enqueue in order: one batch keeps the order in which its items were given."""
-    await asyncio.gather(*map(broker.enqueue, jobs))
+    await asyncio.gather(*map(broker.jobs.enqueue, jobs))
 
 
 async def claim_jobs(worker: Puller, n: int, step: int = 1) -> list[Job]:
@@ -88,7 +88,7 @@ async def look_until_given(worker: Puller, limit_s: float = 10.0) -> Lease:
 
 async def test_a_region_s_own_worker_claims_at_once_and_others_do_not(broker: Broker) -> None:
     """Neither a worker of another region nor one of none gets a job before its patience is over."""
-    await broker.enqueue(job := job_of("eu"))
+    await broker.jobs.enqueue(job := job_of("eu"))
     for region in ("us", ""):
         worker = await joined(broker, region)
         assert await worker.claim(4) == []
@@ -101,7 +101,7 @@ async def test_a_region_s_own_worker_claims_at_once_and_others_do_not(broker: Br
 async def test_abroad_a_job_starts_when_its_patience_is_over_and_not_before(broker: Broker, region: str) -> None:
     """With no worker at home and no Manager, looking again when told is all it takes."""
     worker = await parked(broker, region)
-    await broker.enqueue(job := job_of("eu", remote_after_ms=150))
+    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=150))
     assert await worker.told() == [WAKE]
     lease = await look_until_given(worker)
     assert lease.job == job
@@ -112,7 +112,7 @@ async def test_abroad_a_job_starts_when_its_patience_is_over_and_not_before(brok
 async def test_without_patience_anybody_may_claim_at_once(broker: Broker, region: str) -> None:
     """A Router that knows of no worker in its region does not make its jobs wait for one."""
     worker = await joined(broker, region)
-    await broker.enqueue(job := job_of("eu", remote_after_ms=0))
+    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=0))
     assert (await worker.claim_one()).job == job
 
 
@@ -155,15 +155,15 @@ async def test_the_order_of_places_is_that_of_the_contract(broker: Broker) -> No
 async def test_a_lane_goes_before_the_distance(broker: Broker) -> None:
     """Somebody who waits elsewhere, free for all, goes before a batch at home."""
     worker = await joined(broker, "eu")
-    await broker.enqueue(job_of("eu", lane=Lane.BATCH))
-    await broker.enqueue(remote := job_of("us", remote_after_ms=0))
+    await broker.jobs.enqueue(job_of("eu", lane=Lane.BATCH))
+    await broker.jobs.enqueue(remote := job_of("us", remote_after_ms=0))
     assert (await worker.claim_one()).job == remote
 
 
 async def test_a_saturated_home_does_not_starve_abroad(broker: Broker) -> None:
     """While work of every kind keeps coming at home, a free job of remote's last lane and band is claimed in time."""
     worker = await joined(broker, "eu")
-    await broker.enqueue(patient := job_of("us", remote_after_ms=0, lane=Lane.BATCH, band=BANDS - 1))
+    await broker.jobs.enqueue(patient := job_of("us", remote_after_ms=0, lane=Lane.BATCH, band=BANDS - 1))
     claims = 0
     claimed = False
     while not claimed:
@@ -171,7 +171,7 @@ async def test_a_saturated_home_does_not_starve_abroad(broker: Broker) -> None:
         for lease in await worker.claim(12):
             claims += 1
             claimed = claimed or lease.job == patient
-            await broker.settle(lease, Outcome.DONE)
+            await broker.attempts.settle(lease, Outcome.DONE)
         assert claims <= REGIONAL_STARVATION_BOUND + 12
 
 
@@ -207,8 +207,8 @@ async def test_bands_keep_their_shares(broker: Broker, region: str) -> None:
 
 async def test_a_fresh_head_does_not_hide_a_patient_one(broker: Broker) -> None:
     """The least-served tenant's job is not free for all yet; another tenant's is, and is claimed."""
-    await broker.enqueue(job_of("eu", tenant="fresh"))
-    await broker.enqueue(patient := job_of("eu", remote_after_ms=0, tenant="patient"))
+    await broker.jobs.enqueue(job_of("eu", tenant="fresh"))
+    await broker.jobs.enqueue(patient := job_of("eu", remote_after_ms=0, tenant="patient"))
     worker = await joined(broker, "us")
     assert [lease.job for lease in await worker.claim(3)] == [patient]
     assert worker.look_again_ms is not None
@@ -225,7 +225,7 @@ async def test_a_tenant_served_abroad_pays_for_it_at_home(broker: Broker) -> Non
 
 async def test_what_ran_abroad_holds_no_newcomer_up(broker: Broker) -> None:
     """A tenant whose turn came early remote does not move the band's clock: newcomers start with those who wait."""
-    await broker.enqueue(job_of("eu", tenant="waits"))
+    await broker.jobs.enqueue(job_of("eu", tenant="waits"))
     await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="impatient") for _ in range(6)])
     await claim_jobs(await joined(broker, "us"), 5)
     await enqueue_all(broker, [job_of("eu", tenant="waits") for _ in range(3)])
@@ -237,7 +237,7 @@ async def test_what_ran_abroad_holds_no_newcomer_up(broker: Broker) -> None:
 async def test_several_regions_abroad_are_served_by_age(broker: Broker) -> None:
     """No region is passed over because of its name."""
     for region in ("c", "a", "b"):
-        await broker.enqueue(job_of(region, remote_after_ms=0))
+        await broker.jobs.enqueue(job_of(region, remote_after_ms=0))
         await asyncio.sleep(0.005)  # so that they are free at different times, whatever the clock's grain
     jobs = await claim_jobs(await joined(broker, "us"), 3)
     assert [job.region for job in jobs] == ["c", "a", "b"]
@@ -249,19 +249,19 @@ async def test_several_regions_abroad_are_served_by_age(broker: Broker) -> None:
 @pytest.mark.parametrize("counted", [True, False])
 async def test_work_handed_back_is_anybodys_at_once(broker: Broker, counted: bool) -> None:
     """A job that was started once does not wait for its region again."""
-    await broker.enqueue(job := job_of("eu"))
-    await broker.release(await (await joined(broker, "eu")).claim_one(), "draining", counted=counted)
+    await broker.jobs.enqueue(job := job_of("eu"))
+    await broker.attempts.release(await (await joined(broker, "eu")).claim_one(), "draining", counted=counted)
     lease = await (await joined(broker, "us")).claim_one()
     assert (lease.job, lease.epoch) == (job, 2)
 
 
 async def test_lost_work_is_anybodys_at_once(broker: Broker) -> None:
     """With the worker the region may be gone; whoever is idle is woken, wherever it stands."""
-    await broker.enqueue(job := job_of("eu"))
+    await broker.jobs.enqueue(job := job_of("eu"))
     home = await joined(broker, "eu")
     await home.claim_one()
     far = await parked(broker, "us")
-    await broker.reclaim(home.session_id)
+    await broker.maintenance.reclaim(home.session_id)
     assert await far.told() == [WAKE]
     assert (await far.claim_one()).job == job
 
@@ -271,17 +271,21 @@ async def test_waiting_jobs_end_as_others_do(broker: Broker, listener: Listener,
     cancelled = job_of("eu", reply_to=listener.router)
     swept, late = (job_of("eu", ttl_ms=5, reply_to=listener.router, tenant=tenant) for tenant in ("a", "b"))
     await enqueue_all(broker, [cancelled, swept])
-    assert await broker.cancel(cancelled.id, "gone") is State.QUEUED
+    assert await broker.jobs.cancel(cancelled.id, "gone") is State.QUEUED
     await listener.hears(MarkerKind.CANCELLED)
     await asyncio.sleep(0.02)
-    assert (await broker.expire()).expired == 1
+    assert (await broker.maintenance.expire()).expired == 1
     await listener.hears(MarkerKind.EXPIRED)
-    await broker.enqueue(late)
+    await broker.jobs.enqueue(late)
     await asyncio.sleep(0.02)
     assert await (await joined(broker, "eu")).claim(2) == []
     await listener.hears(MarkerKind.EXPIRED)
-    assert await broker.depths() == {}
-    totals = {event: count for (_, lane, event), count in (await broker.totals()).items() if lane is Lane.INTERACTIVE}
+    assert await broker.stats.depths() == {}
+    totals = {
+        event: count
+        for (_, lane, event), count in (await broker.stats.job_counts()).events.items()
+        if lane is Lane.INTERACTIVE
+    }
     assert totals == {"enqueued": 3, "cancelled": 1, "expired": 2}
     assert not any(b"@" in field for field in await client.hkeys(KEYS.totals)), "counters grow with regions"
     assert not [key async for key in client.scan_iter(match=f"{KEYS.prefix}q:*")]
@@ -294,28 +298,28 @@ async def test_a_claim_abroad_ends_what_is_not_to_be_run(broker: Broker, listene
     await listener.leave()
     await asyncio.sleep(0.02)
     assert [lease.job for lease in await (await joined(broker, "us")).claim(3)] == [kept]
-    assert await broker.enqueue(orphan) is State.CANCELLED
+    assert await broker.jobs.enqueue(orphan) is State.CANCELLED
 
 
 async def test_a_dead_letter_is_of_its_lane(broker: Broker, client: Any) -> None:
     """What is written of a job that used up its attempts does not depend on where it waited."""
-    await broker.enqueue(job_of("eu", max_attempts=1))
-    await broker.release(await (await joined(broker, "eu")).claim_one(), "broken", counted=True)
+    await broker.jobs.enqueue(job_of("eu", max_attempts=1))
+    await broker.attempts.release(await (await joined(broker, "eu")).claim_one(), "broken", counted=True)
     ((_, letter),) = await client.xrange(KEYS.dead)
     assert letter[b"lane"] == b"interactive"
-    assert (await broker.totals())[MODEL, Lane.INTERACTIVE, "dead"] == 1
+    assert (await broker.stats.job_counts()).events[MODEL, Lane.INTERACTIVE, "dead"] == 1
 
 
 async def test_depths_add_the_regions_up(broker: Broker) -> None:
     """A lane's figures are of all its regions, with those waiting by region; what runs is of the lane."""
     await enqueue_all(broker, [job_of("eu"), job_of("eu"), job_of("a:b @c"), make_job()])
     await (await joined(broker, "eu")).claim(1)
-    lanes = (await broker.depths())[MODEL]
+    lanes = (await broker.stats.depths())[MODEL]
     assert set(lanes) == {Lane.INTERACTIVE}
     depth = lanes[Lane.INTERACTIVE]
     assert (depth.waiting, depth.leased, depth.by_region) == (3, 1, {"eu": 1, "a:b @c": 1})
     await (await joined(broker, "a:b @c")).claim(2)
-    assert (await broker.depths())[MODEL][Lane.INTERACTIVE].by_region == {"eu": 1}
+    assert (await broker.stats.depths())[MODEL][Lane.INTERACTIVE].by_region == {"eu": 1}
 
 
 # Parking and waking
@@ -325,10 +329,10 @@ async def test_a_job_wakes_a_worker_of_its_region(broker: Broker) -> None:
     """Whoever parked first, a near one is woken for each job as long as there is one."""
     await parked(broker, "us")
     homes = [await parked(broker, "eu") for _ in range(2)]
-    await broker.enqueue(job_of("eu"))
+    await broker.jobs.enqueue(job_of("eu"))
     assert sorted([len(await worker.told()) for worker in homes]) == [0, 1]
-    await broker.enqueue(job_of("eu"))
-    await broker.enqueue(job_of("eu"))
+    await broker.jobs.enqueue(job_of("eu"))
+    await broker.jobs.enqueue(job_of("eu"))
     assert sum([len(await worker.told()) for worker in homes]) == 1
 
 
@@ -336,17 +340,17 @@ async def test_one_worker_abroad_is_told_and_no_more(broker: Broker) -> None:
     """However many jobs come while it watches, the others remote sleep on."""
     far = [await parked(broker, region) for region in ("us", "asia", "")]
     for _ in range(5):
-        await broker.enqueue(job_of("eu"))
+        await broker.jobs.enqueue(job_of("eu"))
     assert sorted([len(await worker.told()) for worker in far]) == [0, 0, 1]
 
 
 async def test_a_job_with_less_patience_tells_the_watcher_earlier(broker: Broker) -> None:
     """Somebody looks when the first of a region's jobs is free, whichever came first."""
     far = await parked(broker, "us")
-    await broker.enqueue(job_of("eu", tenant="slow"))
+    await broker.jobs.enqueue(job_of("eu", tenant="slow"))
     assert await far.told() == [WAKE]
     assert await far.claim() == []
-    await broker.enqueue(quick := job_of("eu", remote_after_ms=100, tenant="quick"))
+    await broker.jobs.enqueue(quick := job_of("eu", remote_after_ms=100, tenant="quick"))
     assert await far.told() == [WAKE]
     assert (await look_until_given(far)).job == quick
 
@@ -354,7 +358,7 @@ async def test_a_job_with_less_patience_tells_the_watcher_earlier(broker: Broker
 async def test_a_job_of_no_region_wakes_a_worker_of_any(broker: Broker) -> None:
     """Workers of regions park apart, and are found."""
     far = await parked(broker, "us")
-    await broker.enqueue(make_job())
+    await broker.jobs.enqueue(make_job())
     assert await far.told() == [WAKE]
 
 
@@ -368,10 +372,10 @@ async def test_all_idle_workers_of_all_regions_are_woken_by_jobs_of_none(broker:
 async def test_a_watcher_without_a_free_slot_hands_the_watch_over(broker: Broker) -> None:
     """It took other work: the next idle one remote is told, and starts the job when its patience is over."""
     watcher = await parked(broker, "us")
-    await broker.enqueue(job := job_of("eu", remote_after_ms=200))
+    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=200))
     assert await watcher.told() == [WAKE]
     assert await watcher.claim() == []
-    await broker.enqueue(job_of("us"))
+    await broker.jobs.enqueue(job_of("us"))
     idle = await parked(broker, "asia")
     assert (await watcher.claim_one()).job.region == "us"
     assert await idle.told() == [WAKE]
@@ -381,7 +385,7 @@ async def test_a_watcher_without_a_free_slot_hands_the_watch_over(broker: Broker
 async def test_a_handed_over_watch_wakes_the_next(broker: Broker) -> None:
     """A watcher that leaves the parked (it drains) passes its watch on at once."""
     first = await parked(broker, "us")
-    await broker.enqueue(job := job_of("eu", remote_after_ms=200))
+    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=200))
     assert await first.told() == [WAKE]
     assert await first.claim() == []
     second = await parked(broker, "us")
@@ -393,7 +397,7 @@ async def test_a_handed_over_watch_wakes_the_next(broker: Broker) -> None:
 async def test_a_dead_watcher_is_made_up_for_by_others_that_claimed(broker: Broker) -> None:
     """Without a Manager: whoever remote claimed meanwhile looks too, a little later."""
     dead, other = await parked(broker, "us"), await joined(broker, "us")
-    await broker.enqueue(job := job_of("eu", remote_after_ms=100))
+    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=100))
     assert await dead.told() == [WAKE]
     assert await dead.claim() == []
     assert (await look_until_given(other)).job == job
@@ -403,11 +407,11 @@ async def test_a_dead_watcher_is_made_up_for_by_the_next_job(broker: Broker) -> 
     """A watcher that did not look in time is replaced when another job comes."""
     dead = await parked(broker, "us")
     sleeper = await parked(broker, "asia")
-    await broker.enqueue(job_of("eu", remote_after_ms=1))
+    await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
     if WAKE in await sleeper.told():
         dead, sleeper = sleeper, dead
     await asyncio.sleep(0.15)
-    await broker.enqueue(job_of("eu", remote_after_ms=0))
+    await broker.jobs.enqueue(job_of("eu", remote_after_ms=0))
     assert await sleeper.told() == [WAKE]
     assert len(await sleeper.claim(2)) == 2
 
@@ -416,11 +420,11 @@ async def test_the_sweep_wakes_home_and_then_abroad(broker: Broker) -> None:
     """It wakes a worker of the region while there is one asleep, and one remote if the watch has lapsed."""
     homes = [await parked(broker, "eu") for _ in range(2)]
     fars = [await parked(broker, "us") for _ in range(2)]
-    await broker.enqueue(job_of("eu", remote_after_ms=1))
+    await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
     told = [len(await worker.told()) for worker in (*homes, *fars)]
     assert (sum(told[:2]), sum(told[2:])) == (1, 1)
     await asyncio.sleep(0.15)
-    assert (await broker.expire()).woken == 2
+    assert (await broker.maintenance.expire()).woken == 2
     told = [len(await worker.told()) for worker in (*homes, *fars)]
     assert (sum(told[:2]), sum(told[2:])) == (1, 1)
 
@@ -428,9 +432,9 @@ async def test_the_sweep_wakes_home_and_then_abroad(broker: Broker) -> None:
 async def test_the_sweep_leaves_a_living_watch_alone(broker: Broker) -> None:
     """Nobody remote is woken each second for a job that is not free yet."""
     fars = [await parked(broker, "us") for _ in range(2)]
-    await broker.enqueue(job_of("eu"))
+    await broker.jobs.enqueue(job_of("eu"))
     assert sum([len(await worker.told()) for worker in fars]) == 1
-    assert (await broker.expire()).woken == 0
+    assert (await broker.maintenance.expire()).woken == 0
 
 
 async def test_a_chain_of_wakes_and_looks_empties_every_region(broker: Broker) -> None:
@@ -460,8 +464,8 @@ async def test_a_repeated_claim_says_the_same(broker: Broker) -> None:
     worker = await joined(broker, "us")
     await enqueue_all(broker, [job_of("us"), job_of("eu", remote_after_ms=5_000)])
     pools = [(MODEL, LANES)]
-    first = await broker.claim(0, worker.session_id, 1, 0, 3, pools, "us")
-    again = await broker.claim(0, worker.session_id, 1, 0, 3, pools, "us")
+    first = await broker.workers.claim(0, worker.session_id, 1, 0, 3, pools, "us")
+    again = await broker.workers.claim(0, worker.session_id, 1, 0, 3, pools, "us")
     assert [lease.attempt_id for lease in again.leases] == [lease.attempt_id for lease in first.leases]
     assert len(first.leases) == 1
     assert first.look_again_ms is not None
@@ -473,9 +477,9 @@ async def test_a_worker_that_left_is_parked_nowhere(broker: Broker, client: Any)
     """Neither a leave nor a reclaim nor a full slot leaves a mark among the parked of a region."""
     workers = [await parked(broker, "eu") for _ in range(3)]
     assert await client.zcard(KEYS.parked(MODEL, Lane.INTERACTIVE, "eu")) == 3
-    await broker.leave(workers[0].session_id)
-    await broker.reclaim(workers[1].session_id)
-    await broker.enqueue(job_of("eu"))
+    await broker.workers.leave(workers[0].session_id)
+    await broker.maintenance.reclaim(workers[1].session_id)
+    await broker.jobs.enqueue(job_of("eu"))
     await workers[2].claim_one()
     for lane in LANES:
         assert await client.zcard(KEYS.parked(MODEL, lane, "eu")) == 0
@@ -485,10 +489,10 @@ async def test_regions_are_bounded(broker: Broker, client: Any) -> None:
     """Past the bound a job is of no region: anybody may claim it at once, and nothing grows."""
     await enqueue_all(broker, [job_of(f"r{number}") for number in range(70)])
     assert await client.zcard(KEYS.regions) == 64
-    assert len((await broker.depths())[MODEL][Lane.INTERACTIVE].by_region) == 64
+    assert len((await broker.stats.depths())[MODEL][Lane.INTERACTIVE].by_region) == 64
     stranger = await joined(broker, "elsewhere")
     assert len(await stranger.claim(10)) == 6
-    await broker.enqueue(job := job_of("elsewhere"))
+    await broker.jobs.enqueue(job := job_of("elsewhere"))
     assert await stranger.told() == [WAKE]
     assert (await stranger.claim_one()).job == job
 
@@ -523,10 +527,10 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, client: Any)
         for worker in workers:
             for lease in await worker.claim(4):
                 ended += 1
-                await broker.settle(lease, Outcome.DONE)
+                await broker.attempts.settle(lease, Outcome.DONE)
     for worker in workers:
         assert await worker.claim(2) == []
-        await broker.leave(worker.session_id)
+        await broker.workers.leave(worker.session_id)
     stay, expire = await settled_keys(client)
     assert stay - before <= {KEYS.clock, KEYS.totals, KEYS.turns, META}
     families = {key.removeprefix(KEYS.prefix).split(":")[0] for key in expire}
@@ -576,7 +580,7 @@ async def test_without_regions_the_keys_are_what_they_were(backend: Backend, bro
     await enqueue_all(broker, jobs := [make_job(tenant=tenant) for tenant in ("a", "b", "a")])
     await worker.claim(1)
     lease = await worker.claim_one()
-    await broker.release(lease, "draining", counted=False)
+    await broker.attempts.release(lease, "draining", counted=False)
     assert len(await worker.claim(4)) == 2
     where = "sim%2Ftiny%3Av1:interactive"
     keys = {key.decode().removeprefix(KEYS.prefix) async for key in client.scan_iter(count=1_000)}
@@ -585,7 +589,7 @@ async def test_without_regions_the_keys_are_what_they_were(backend: Backend, bro
     assert keys == {
         META, "clock", "beats", "budget", "deadlines", "depth", "totals", "turns", f"service:{where}:2",
         *(f"job:{job.id}" for job in jobs),
-        *(f"{what}:{worker.session}" for what in ("leases", "claimed", "ctl")),
+        *(f"{what}:{worker.session_id}" for what in ("leases", "claimed", "ctl")),
         *(f"parked:{where.replace('interactive', lane)}" for lane in LANES),
     }  # fmt: skip
     fields = {field.decode() for field in await client.hkeys(KEYS.job(jobs[0].id))}
@@ -599,4 +603,4 @@ async def test_without_regions_the_keys_are_what_they_were(backend: Backend, bro
     assert {field.decode() for field in await client.hkeys(KEYS.depth)} == {f"{where}:leased"}
     assert {field.decode() for field in await client.hkeys(KEYS.turns)} == {where}
     assert b"region" not in await client.hget(KEYS.job(jobs[0].id), "env")
-    assert (await broker.depths())[MODEL] == {Lane.INTERACTIVE: LaneDepth(leased=3)}
+    assert (await broker.stats.depths())[MODEL] == {Lane.INTERACTIVE: LaneDepth(leased=3)}

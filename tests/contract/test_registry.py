@@ -25,33 +25,33 @@ def info(worker_id: str, **fields: Any) -> WorkerInfo:
 
 async def test_one_manager_acts_at_a_time(broker: Broker) -> None:
     """The lease belongs to one; the other stands by; the term names the reign."""
-    assert await broker.act_as_manager("a", 5_000) == 1
-    assert await broker.act_as_manager("b", 5_000) is None
-    assert await broker.act_as_manager("a", 5_000) == 1
+    assert await broker.fleet.acquire_leader_lease("a", 5_000) == 1
+    assert await broker.fleet.acquire_leader_lease("b", 5_000) is None
+    assert await broker.fleet.acquire_leader_lease("a", 5_000) == 1
 
 
 async def test_a_resigned_manager_is_followed_at_once(broker: Broker) -> None:
     """A clean shutdown does not make the fleet wait, and the next reign has a higher term."""
-    assert await broker.act_as_manager("a", 60_000) == 1
-    await broker.resign_manager("b")
-    assert await broker.act_as_manager("b", 60_000) is None
-    await broker.resign_manager("a")
-    assert await broker.act_as_manager("b", 60_000) == 2
+    assert await broker.fleet.acquire_leader_lease("a", 60_000) == 1
+    await broker.fleet.release_leader_lease("b")
+    assert await broker.fleet.acquire_leader_lease("b", 60_000) is None
+    await broker.fleet.release_leader_lease("a")
+    assert await broker.fleet.acquire_leader_lease("b", 60_000) == 2
 
 
 async def test_a_manager_that_died_is_followed_after_its_lease(broker: Broker) -> None:
     """The lease runs out on the server's clock; who comes back stands by."""
-    assert await broker.act_as_manager("a", 30) == 1
+    assert await broker.fleet.acquire_leader_lease("a", 30) == 1
     await asyncio.sleep(0.05)
-    assert await broker.act_as_manager("b", 5_000) == 2
-    assert await broker.act_as_manager("a", 5_000) is None
+    assert await broker.fleet.acquire_leader_lease("b", 5_000) == 2
+    assert await broker.fleet.acquire_leader_lease("a", 5_000) is None
 
 
 async def test_returning_to_an_expired_lease_is_a_new_reign(broker: Broker) -> None:
     """After a gap somebody else may have acted: the same Manager gets a higher term."""
-    assert await broker.act_as_manager("a", 20) == 1
+    assert await broker.fleet.acquire_leader_lease("a", 20) == 1
     await asyncio.sleep(0.04)
-    assert await broker.act_as_manager("a", 5_000) == 2
+    assert await broker.fleet.acquire_leader_lease("a", 5_000) == 2
 
 
 @pytest.mark.parametrize(
@@ -61,79 +61,79 @@ async def test_a_poisoned_term_is_begun_again(broker: Broker, client: Any, term:
     """[A2] A store whose term an older version took from a message, or that holds no count at all: a Manager acts on
     it at once, in a term that workers can say, and keeps it."""
     await client.hset(MANAGER, mapping={"holder": "gone", "term": term, "until": "0"})
-    assert await broker.act_as_manager("a", 5_000) == 1
-    assert await broker.act_as_manager("a", 5_000) == 1
-    await broker.resign_manager("a")
-    assert await broker.act_as_manager("b", 5_000) == 2
+    assert await broker.fleet.acquire_leader_lease("a", 5_000) == 1
+    assert await broker.fleet.acquire_leader_lease("a", 5_000) == 1
+    await broker.fleet.release_leader_lease("a")
+    assert await broker.fleet.acquire_leader_lease("b", 5_000) == 2
 
 
 async def test_a_term_poisoned_under_its_holder_is_begun_again(broker: Broker, client: Any) -> None:
     """[A2] The same while a Manager acts: it goes on, in another term."""
-    assert await broker.act_as_manager("a", 5_000) == 1
+    assert await broker.fleet.acquire_leader_lease("a", 5_000) == 1
     await client.hset(MANAGER, "term", 1 << 63)
-    assert await broker.act_as_manager("a", 5_000) == 1
+    assert await broker.fleet.acquire_leader_lease("a", 5_000) == 1
     await client.hset(MANAGER, "until", "9" * 5_000)
-    assert await broker.manager_beat() == 0
+    assert await broker.fleet.leader_lease_until() == 0
 
 
 async def test_the_registry_survives_its_manager(broker: Broker) -> None:
     """What one Manager saved, the next one loads; who is gone is gone."""
     first, second = info("w-1", models=["m"], slots=4, engine=EngineState.READY), info("w-2")
-    await broker.save_workers([first, second], [])
-    assert await broker.load_workers() == {"w-1": first, "w-2": second}
+    await broker.fleet.save_workers([first, second], [])
+    assert await broker.fleet.load_workers() == {"w-1": first, "w-2": second}
     changed = first.model_copy(update={"running": 3})
-    await broker.save_workers([changed], ["w-2"])
-    assert await broker.load_workers() == {"w-1": changed}
-    await broker.save_workers([], [])
-    await broker.save_workers([], ["never-there"])
-    assert await broker.load_workers() == {"w-1": changed}
+    await broker.fleet.save_workers([changed], ["w-2"])
+    assert await broker.fleet.load_workers() == {"w-1": changed}
+    await broker.fleet.save_workers([], [])
+    await broker.fleet.save_workers([], ["never-there"])
+    assert await broker.fleet.load_workers() == {"w-1": changed}
 
 
 async def test_an_entry_that_cannot_be_read_is_left_out(broker: Broker, client: Any) -> None:
     """What another version wrote costs the Manager that entry, not its start."""
     known = info("w-1")
-    await broker.save_workers([known], [])
+    await broker.fleet.save_workers([known], [])
     await client.hset(WORKERS, mapping={"w-2": "{", "w-3": "{}"})
-    assert await broker.load_workers() == {"w-1": known}
+    assert await broker.fleet.load_workers() == {"w-1": known}
 
 
 async def test_pools_are_remembered(broker: Broker) -> None:
     """Declared pools and those seen within a day are known, also without any worker."""
-    await broker.remember_pools(["declared"], declared=True)
-    await broker.remember_pools(["seen", "sim/ä:{x}"])
-    assert await broker.known_pools() == {"declared": True, "seen": False, "sim/ä:{x}": False}
-    await broker.remember_pools([])
+    await broker.fleet.remember_pools(["declared"], declared=True)
+    await broker.fleet.remember_pools(["seen", "sim/ä:{x}"])
+    assert await broker.fleet.known_pools() == {"declared": True, "seen": False, "sim/ä:{x}": False}
+    await broker.fleet.remember_pools([])
 
 
 async def test_pools_not_seen_for_a_day_are_forgotten(broker: Broker, client: Any) -> None:
     """The memory of a pool that nobody declared ends, and leaves nothing."""
-    await broker.remember_pools(["declared"], declared=True)
+    await broker.fleet.remember_pools(["declared"], declared=True)
     await client.hset(POOLS, mapping={"seen:old": 0, "declared:older": 0})
-    assert await broker.known_pools() == {"declared": True}
+    assert await broker.fleet.known_pools() == {"declared": True}
     assert await client.hkeys(POOLS) == [b"declared:declared"]
 
 
 async def test_being_served_does_not_end_a_declaration(broker: Broker, client: Any) -> None:
     """One role's declaration stands while another only remembers; when it is a day old, the pool is like any other."""
-    await broker.remember_pools(["m"], declared=True)
-    await broker.remember_pools(["m"])
-    assert await broker.known_pools() == {"m": True}
+    await broker.fleet.remember_pools(["m"], declared=True)
+    await broker.fleet.remember_pools(["m"])
+    assert await broker.fleet.known_pools() == {"m": True}
     await client.hset(POOLS, "declared:m", 0)
-    assert await broker.known_pools() == {"m": False}
+    assert await broker.fleet.known_pools() == {"m": False}
 
 
 async def test_the_acting_manager_says_where_it_is(broker: Broker) -> None:
     """[A7] Address and proof stand with the lease and are its holder's: the next one replaces them, and a lease that
     was given up says that nobody acts."""
-    assert await broker.acting_manager() == ActingManager()
-    assert await broker.act_as_manager("a", 60_000, "http://a:9000", "proof of a") == 1
-    said = await broker.acting_manager()
+    assert await broker.fleet.acting_manager() == ActingManager()
+    assert await broker.fleet.acquire_leader_lease("a", 60_000, "http://a:9000", "proof of a") == 1
+    said = await broker.fleet.acting_manager()
     assert (said.manager_id, said.url, said.proof) == ("a", "http://a:9000", "proof of a")
     assert said.beat > 0
-    assert await broker.act_as_manager("b", 60_000, "http://b:9000", "proof of b") is None
-    assert (await broker.acting_manager()).url == "http://a:9000"
-    await broker.resign_manager("a")
-    assert (await broker.acting_manager()).beat == 0
-    assert await broker.act_as_manager("b", 60_000) == 2
-    said = await broker.acting_manager()
+    assert await broker.fleet.acquire_leader_lease("b", 60_000, "http://b:9000", "proof of b") is None
+    assert (await broker.fleet.acting_manager()).url == "http://a:9000"
+    await broker.fleet.release_leader_lease("a")
+    assert (await broker.fleet.acting_manager()).beat == 0
+    assert await broker.fleet.acquire_leader_lease("b", 60_000) == 2
+    said = await broker.fleet.acting_manager()
     assert (said.manager_id, said.url, said.proof) == ("b", "", "")

@@ -42,7 +42,7 @@ class Reader:
         self.lost: list[int] = []
 
     async def run(self) -> None:
-        await self.broker.read_replies(self.router, self.news.extend, self.lost.append)
+        await self.broker.replies.read(self.router, self.news.extend, self.lost.append)
 
     @property
     def frames(self) -> list[Frame]:
@@ -56,7 +56,7 @@ async def reading(broker: Broker) -> AsyncIterator[Reader]:
     task = asyncio.create_task(reader.run())
     try:
         async with asyncio.timeout(10):
-            await broker.replies_ready.wait()
+            await broker.replies.ready.wait()
         yield reader
     finally:
         task.cancel()
@@ -67,8 +67,8 @@ async def reading(broker: Broker) -> AsyncIterator[Reader]:
 @pytest.fixture(autouse=True)
 def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """fakeredis wakes only one of several blocked readers; and a stopped test need not wait for a block's end."""
-    monkeypatch.setattr("broker.reply_streams._BLOCK_MS", 50)
-    monkeypatch.setattr("broker.reply_streams._TEND_EVERY_S", 0.5)
+    monkeypatch.setattr("broker.operations.replies._BLOCK_MS", 50)
+    monkeypatch.setattr("broker.operations.replies._EXTEND_EVERY_S", 0.5)
 
 
 @pytest.fixture
@@ -86,9 +86,9 @@ def frame(lease: Lease, seq: int, data: bytes, flags: int = 0) -> bytes:
 
 async def test_an_answer_reaches_the_router_that_waits(broker: Broker, worker: Puller, reader: Reader) -> None:
     """The frame of a settle arrives with its bytes, status and type."""
-    await broker.enqueue(make_job(reply_to=reader.router))
+    await broker.jobs.enqueue(make_job(reply_to=reader.router))
     lease = await worker.claim_one()
-    await broker.settle(lease, Outcome.DONE, answer_frame(lease, b'{"choices":[]}'))
+    await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease, b'{"choices":[]}'))
     await eventually(lambda: reader.news, "the answer arrives")
     (got,) = reader.frames
     assert (got.job_id, got.data, got.status, got.flags) == (lease.job.id, b'{"choices":[]}', 200, HEAD | END)
@@ -96,13 +96,13 @@ async def test_an_answer_reaches_the_router_that_waits(broker: Broker, worker: P
 
 async def test_a_stream_arrives_in_order(broker: Broker, worker: Puller, reader: Reader) -> None:
     """Published frames and the settle's last one come in the order of ``seq``."""
-    await broker.enqueue(make_job(reply_to=reader.router, stream=True))
+    await broker.jobs.enqueue(make_job(reply_to=reader.router, stream=True))
     lease = await worker.claim_one()
-    assert await broker.publish(0, {reader.router: frame(lease, 0, b"a", HEAD)}) == set()
+    assert await broker.attempts.publish(0, {reader.router: frame(lease, 0, b"a", HEAD)}) == set()
     for seq in range(1, 40, 2):
         two = frame(lease, seq, b"b") + frame(lease, seq + 1, b"c")
-        assert await broker.publish(0, {reader.router: two}) == set()
-    await broker.settle(lease, Outcome.DONE, frame(lease, 41, b"z", END))
+        assert await broker.attempts.publish(0, {reader.router: two}) == set()
+    await broker.attempts.settle(lease, Outcome.DONE, frame(lease, 41, b"z", END))
     await eventually(lambda: reader.frames and reader.frames[-1].flags & END, "the last frame arrives")
     assert [got.seq for got in reader.frames] == list(range(42))
 
@@ -110,12 +110,12 @@ async def test_a_stream_arrives_in_order(broker: Broker, worker: Puller, reader:
 async def test_publishing_names_the_routers_that_are_gone(broker: Broker, worker: Puller, reader: Reader) -> None:
     """Frames for a dead Router create nothing, and the worker learns that nobody listens."""
     gone = new_session_id("gone")
-    await broker.enqueue(make_job(reply_to=reader.router))
+    await broker.jobs.enqueue(make_job(reply_to=reader.router))
     lease = await worker.claim_one()
     packed = frame(lease, 0, b"x", HEAD)
-    assert await broker.publish(0, {gone: packed, reader.router: packed}) == {gone}
+    assert await broker.attempts.publish(0, {gone: packed, reader.router: packed}) == {gone}
     await eventually(lambda: reader.frames, "the living Router gets its frame")
-    assert await broker.publish(0, {}) == set()
+    assert await broker.attempts.publish(0, {}) == set()
 
 
 async def test_a_malformed_entry_is_passed_over(broker: Broker, worker: Puller, reader: Reader, client: Any) -> None:
@@ -123,19 +123,19 @@ async def test_a_malformed_entry_is_passed_over(broker: Broker, worker: Puller, 
     key = ShardKeys(0).reply(reader.router)
     for fields in ({"f": b"\xc1\xff"}, {"m": b"what is this"}, {"unknown": b"field"}, {"f": b"\x93\x01\x02\x03"}):
         await client.xadd(key, fields, nomkstream=True)
-    await broker.enqueue(make_job(reply_to=reader.router))
+    await broker.jobs.enqueue(make_job(reply_to=reader.router))
     lease = await worker.claim_one()
-    await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+    await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
     await eventually(lambda: reader.news, "the good entry arrives")
     assert [got.job_id for got in reader.frames] == [lease.job.id]
 
 
 async def test_what_was_read_is_trimmed(broker: Broker, worker: Puller, reader: Reader, client: Any) -> None:
     """A long stream does not pile up in Redis while it is being read."""
-    await broker.enqueue(make_job(reply_to=reader.router))
+    await broker.jobs.enqueue(make_job(reply_to=reader.router))
     lease = await worker.claim_one()
     for seq in range(700):
-        await broker.publish(0, {reader.router: frame(lease, seq, b"x" * 100, HEAD if seq == 0 else 0)})
+        await broker.attempts.publish(0, {reader.router: frame(lease, seq, b"x" * 100, HEAD if seq == 0 else 0)})
     await eventually(lambda: len(reader.frames) == 700, "everything arrives")
 
     async def short() -> bool:
@@ -149,10 +149,10 @@ async def test_the_stream_of_a_dead_router_expires(broker: Broker, reader: Reade
     keys = ShardKeys(0)
     now_ms = int((await client.get(keys.clock)).split()[1])
     assert 30_000 < await client.zscore(keys.readers, reader.router) - now_ms <= 60_000
-    await broker.expire()
+    await broker.maintenance.expire()
     assert await client.exists(keys.reply(reader.router))
     await client.zadd(keys.readers, {reader.router: now_ms})
-    await broker.expire()
+    await broker.maintenance.expire()
     assert not await client.exists(keys.reply(reader.router))
     assert await client.zcard(keys.readers) == 0
 
@@ -161,13 +161,13 @@ async def test_a_stream_that_vanished_is_made_again_and_told(
     broker: Broker, worker: Puller, connect: Connect, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a data loss the Router's stream comes back, and the Router is told that answers may be missing."""
-    monkeypatch.setattr("broker.reply_streams._TEND_EVERY_S", 0.02)
+    monkeypatch.setattr("broker.operations.replies._EXTEND_EVERY_S", 0.02)
     async with reading(await connect()) as reader:
         await client.delete(ShardKeys(0).reply(reader.router))
         await eventually(lambda: reader.lost, "the loss is told")
-        await broker.enqueue(make_job(reply_to=reader.router))
+        await broker.jobs.enqueue(make_job(reply_to=reader.router))
         lease = await worker.claim_one()
-        await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+        await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
         await eventually(lambda: reader.frames, "answers arrive again")
         assert reader.lost == [0]
 
@@ -180,9 +180,9 @@ async def test_two_routers_hear_only_their_own(broker: Broker, worker: Puller, c
         for turn in range(10):
             job = make_job(reply_to=readers[turn % 2].router)
             owners[job.id] = readers[turn % 2]
-            await broker.enqueue(job)
+            await broker.jobs.enqueue(job)
         for lease in await worker.claim(10):
-            await broker.settle(lease, Outcome.DONE, answer_frame(lease, lease.job.id.encode()))
+            await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease, lease.job.id.encode()))
         await eventually(lambda: len(first.news) + len(second.news) == 10, "all answers arrive")
         for reader in readers:
             assert {got.job_id for got in reader.frames} == {job for job, owner in owners.items() if owner is reader}
@@ -193,10 +193,10 @@ async def test_a_batch_of_settles_reaches_every_router(broker: Broker, worker: P
     """Many settles in one round trip: one entry per Router, all frames in it."""
     async with reading(await connect()) as first, reading(await connect()) as second:
         for turn in range(60):
-            await broker.enqueue(make_job(reply_to=(first, second)[turn % 2].router))
+            await broker.jobs.enqueue(make_job(reply_to=(first, second)[turn % 2].router))
         leases = await worker.claim(60)
         before = broker.round_trips
-        await asyncio.gather(*(broker.settle(lease, Outcome.DONE, answer_frame(lease)) for lease in leases))
+        await asyncio.gather(*(broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) for lease in leases))
         assert broker.round_trips - before <= 5
         await eventually(lambda: len(first.frames) == len(second.frames) == 30, "all answers arrive")
 
@@ -207,9 +207,9 @@ async def test_a_stream_made_again_under_a_clock_set_back_is_still_read(connect:
     router = new_session_id("router")
     heard: list[Frame | Marker] = []
     key = ShardKeys(0).reply(router)
-    reading = asyncio.create_task(broker.read_replies(router, heard.extend))
+    reading = asyncio.create_task(broker.replies.read(router, heard.extend))
     async with asyncio.timeout(20):
-        await broker.replies_ready.wait()
+        await broker.replies.ready.wait()
         hour_ahead = int(time.time() * 1000) + 3_600_000
         marker = Marker(MarkerKind.DEAD, new_job_id(0), 2, "one")
         await client.xadd(key, {"m": marker.pack()}, id=f"{hour_ahead}-0")
@@ -229,10 +229,10 @@ async def test_a_stream_made_again_under_a_clock_set_back_is_still_read(connect:
 
 async def test_a_router_that_reaches_every_shard_warns_of_none(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     """[H47] What is logged of reply streams that are missing is so: all were made, and then nothing is said."""
-    monkeypatch.setattr("broker.client.REPLIES_PATIENCE_S", 0.1)
+    monkeypatch.setattr("broker.operations.replies.START_TIMEOUT_S", 0.1)
     with capture_logs() as lines:
-        reading = asyncio.create_task(broker.read_replies(new_session_id("router"), lambda _news: None))
-        await asyncio.wait_for(broker.replies_ready.wait(), 10)
+        reading = asyncio.create_task(broker.replies.read(new_session_id("router"), lambda _news: None))
+        await asyncio.wait_for(broker.replies.ready.wait(), 10)
         await asyncio.sleep(0.3)  # well past the patience
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)

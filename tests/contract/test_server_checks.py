@@ -101,15 +101,15 @@ async def test_a_primary_that_becomes_a_replica_is_left_for_where_its_name_leads
         async with FaultProxy(old.port) as proxy:
             broker = await Broker.connect(BrokerSettings(redis_url=proxy.url, retry_limit_ms=5_000))
             router = new_session_id("router")
-            reading = asyncio.create_task(broker.read_replies(router, heard.extend, lost.append))
-            await asyncio.wait_for(broker.replies_ready.wait(), 10)
-            await broker.enqueue(make_job())
+            reading = asyncio.create_task(broker.replies.read(router, heard.extend, lost.append))
+            await asyncio.wait_for(broker.replies.ready.wait(), 10)
+            await broker.jobs.enqueue(make_job())
             proxy.lead_to(new.port)
             old.ask("REPLICAOF", "127.0.0.1", str(free_port()))
             job = make_job(reply_to=router)
-            assert await broker.enqueue(job) is State.QUEUED
+            assert await broker.jobs.enqueue(job) is State.QUEUED
             await eventually(lambda: lost, "the reply stream is made on the new primary")
-            await broker.cancel(job.id, "over")
+            await broker.jobs.cancel(job.id, "over")
             await eventually(lambda: heard, "the Router hears from the new primary")
             reading.cancel()
             await broker.close()

@@ -25,13 +25,13 @@ async def test_one_worker_at_a_time_sweeps(real_backend: ServerBackend) -> None:
 
     async def look_counted(name: SessionId) -> None:
         broker = brokers[name]
-        beats_on = broker.beats_on
+        renewal_counters = broker.maintenance.renewal_counters
 
         async def counting(shard: int) -> dict[SessionId, int]:
             looks[name] += 1
-            return await beats_on(shard)
+            return await renewal_counters(shard)
 
-        broker.beats_on = counting  # type: ignore[method-assign]
+        broker.maintenance.renewal_counters = counting  # type: ignore[method-assign]
         await stand_in(broker, name, WorkerMetrics(MetricsRegistry("worker")), LEASE_S)
 
     for _ in range(5):
@@ -41,7 +41,7 @@ async def test_one_worker_at_a_time_sweeps(real_backend: ServerBackend) -> None:
     for name in brokers:
         sweeping[name] = asyncio.create_task(look_counted(name))
     dead = await Puller(first).join()
-    await first.enqueue(make_job(max_attempts=3))
+    await first.jobs.enqueue(make_job(max_attempts=3))
     lease = await dead.claim_one()
     heir = await Puller(second).join()
     renewing = asyncio.create_task(_renew(second, heir.session_id))
@@ -60,5 +60,5 @@ async def test_one_worker_at_a_time_sweeps(real_backend: ServerBackend) -> None:
 
 async def _renew(broker: Broker, session_id: SessionId) -> None:
     while True:
-        await broker.renew(session_id)
+        await broker.workers.renew(session_id)
         await asyncio.sleep(LEASE_S / 6)

@@ -21,7 +21,7 @@ async def enqueue(broker: Broker, n: int, **fields: Any) -> list[JobId]:
     """Put jobs on the queue; their ids."""
     jobs = [make_job(**fields) for _ in range(n)]
     for job in jobs:
-        await broker.enqueue(job)
+        await broker.jobs.enqueue(job)
     return [job.id for job in jobs]
 
 
@@ -37,7 +37,7 @@ async def pullers(broker: Broker, n: int) -> list[Puller]:
 
 async def crash(broker: Broker, leases: Sequence[Lease]) -> None:
     """The engine of a live worker crashes."""
-    assert await broker.crashed(leases, REASON) == [Settled.OK] * len(leases)
+    assert await broker.attempts.report_crash(leases, REASON) == [Settled.OK] * len(leases)
 
 
 async def test_the_first_crash_is_charged_to_all(broker: Broker, worker: Puller, client: Any) -> None:
@@ -74,7 +74,7 @@ async def test_a_worker_holds_one_suspect_at_a_time(broker: Broker, worker: Pull
     assert await other.claim(1) == []
     await other.told()
     (suspect,) = [lease for lease in leases if lease.suspect]
-    await broker.settle(suspect, Outcome.DONE, answer_frame(suspect))
+    await broker.attempts.settle(suspect, Outcome.DONE, answer_frame(suspect))
     assert [message.kind.value for message in await other.told(200)] == ["wake"]
     assert (await other.claim_one()).suspect
 
@@ -87,7 +87,7 @@ async def test_a_cleared_job_is_no_suspect(broker: Broker, worker: Puller, clien
     first = await other.claim_one()
     assert await other.claim(1) == []
     await other.told()
-    assert await broker.clear(first) is Settled.OK
+    assert await broker.attempts.clear_suspicion(first) is Settled.OK
     assert [message.kind.value for message in await other.told(200)] == ["wake"]
     second = await other.claim_one()
     assert second.suspect
@@ -100,7 +100,7 @@ async def claim_of(broker: Broker, puller: Puller, job_id: str) -> Lease:
     """The lease of one job; those claimed before it are handed back."""
     lease = await puller.claim_one()
     while lease.job.id != job_id:
-        await broker.release(lease, "handed back", counted=False)
+        await broker.attempts.release(lease, "handed back", counted=False)
         lease = await puller.claim_one()
     return lease
 
@@ -111,7 +111,7 @@ async def test_nobody_goes_free_twice(broker: Broker, worker: Puller, client: An
     await crash(broker, await worker.claim(4))
     (other,) = await pullers(broker, 1)
     lease = await claim_of(broker, other, poison)
-    assert await broker.clear(lease) is Settled.OK
+    assert await broker.attempts.clear_suspicion(lease) is Settled.OK
     beside = await other.claim_one()
     assert beside.suspect
     await crash(broker, [lease, beside])
@@ -125,13 +125,13 @@ async def test_nobody_is_cleared_twice(broker: Broker, worker: Puller, client: A
     await crash(broker, await worker.claim(4))
     first, *later = await pullers(broker, 3)
     lease = await claim_of(broker, first, poison)
-    assert await broker.clear(lease) is Settled.OK
+    assert await broker.attempts.clear_suspicion(lease) is Settled.OK
     await crash(broker, [lease, await first.claim_one()])
     charged = sum(await attempts_of(client, others))
     for number, puller in enumerate(later, 2):
         lease = await claim_of(broker, puller, poison)
         assert lease.suspect
-        assert await broker.clear(lease) is Settled.OK
+        assert await broker.attempts.clear_suspicion(lease) is Settled.OK
         assert await puller.claim(1) == []
         await crash(broker, [lease])
         assert await attempts_of(client, ids[:1]) == [number]
@@ -145,7 +145,7 @@ async def test_clearing_a_job_of_nothing_leaves_the_suspect_beside_it(broker: Br
     await enqueue(broker, 1)
     (other,) = await pullers(broker, 1)
     (plain,) = [lease for lease in await other.claim(3) if not lease.suspect]
-    assert await broker.clear(plain) is Settled.OK
+    assert await broker.attempts.clear_suspicion(plain) is Settled.OK
     assert await other.claim(1) == []
 
 
@@ -155,10 +155,10 @@ async def test_a_repeated_clear_leaves_the_suspect_taken_since(broker: Broker, w
     await crash(broker, await worker.claim(3))
     (other,) = await pullers(broker, 1)
     first = await other.claim_one()
-    assert await broker.clear(first) is Settled.OK
+    assert await broker.attempts.clear_suspicion(first) is Settled.OK
     assert (await other.claim_one()).suspect
     await other.told()
-    assert await broker.clear(first) is Settled.OK
+    assert await broker.attempts.clear_suspicion(first) is Settled.OK
     assert await other.claim(1) == []
     assert await other.told() == []
 
@@ -168,12 +168,12 @@ async def test_only_its_owner_clears_a_job(broker: Broker, worker: Puller) -> No
     await enqueue(broker, 1)
     (lease,) = await worker.claim(1)
     await crash(broker, [lease])
-    assert await broker.clear(lease) is Settled.FENCED
+    assert await broker.attempts.clear_suspicion(lease) is Settled.FENCED
     (other,) = await pullers(broker, 1)
     again = await other.claim_one()
     assert again.suspect
-    await broker.settle(again, Outcome.DONE, answer_frame(again))
-    assert await broker.clear(again) is Settled.DUPLICATE
+    await broker.attempts.settle(again, Outcome.DONE, answer_frame(again))
+    assert await broker.attempts.clear_suspicion(again) is Settled.DUPLICATE
 
 
 async def test_a_repeated_crash_report_changes_nothing(broker: Broker, worker: Puller, client: Any) -> None:
@@ -181,7 +181,7 @@ async def test_a_repeated_crash_report_changes_nothing(broker: Broker, worker: P
     ids = await enqueue(broker, 2)
     leases = await worker.claim(2)
     await crash(broker, leases)
-    assert await broker.crashed(leases, REASON) == [Settled.DUPLICATE] * 2
+    assert await broker.attempts.report_crash(leases, REASON) == [Settled.DUPLICATE] * 2
     assert await attempts_of(client, ids) == [1, 1]
 
 
@@ -202,7 +202,7 @@ async def test_poison_ends_as_a_dead_letter_and_its_neighbours_finish(
                 await crash(broker, leases)
                 continue
             for lease in leases:
-                assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+                assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
                 done.add(lease.job.id)
         if len(done) == 8 and starts[poison] == 3:
             break
@@ -211,7 +211,7 @@ async def test_poison_ends_as_a_dead_letter_and_its_neighbours_finish(
     assert starts[poison] == 3
     assert max(starts[job_id] for job_id in neighbours) <= 3
     assert await client.xlen(KEYS.dead) == 1
-    assert await broker.cancel(poison, "asked") is State.DEAD
+    assert await broker.jobs.cancel(poison, "asked") is State.DEAD
 
 
 async def test_a_worker_that_dies_makes_suspects_only_the_second_time(broker: Broker, client: Any) -> None:
@@ -219,9 +219,9 @@ async def test_a_worker_that_dies_makes_suspects_only_the_second_time(broker: Br
     ids = await enqueue(broker, 3)
     first, second, third = await pullers(broker, 3)
     await first.claim(3)
-    assert await broker.reclaim(first.session_id) == Reclaimed(requeued=3)
+    assert await broker.maintenance.reclaim(first.session_id) == Reclaimed(requeued=3)
     assert [lease.suspect for lease in await second.claim(3)] == [False] * 3
-    await broker.reclaim(second.session_id)
+    await broker.maintenance.reclaim(second.session_id)
     assert await attempts_of(client, ids) == [2, 2, 2]
     assert [lease.suspect for lease in await third.claim(3)] == [True]
 
@@ -233,14 +233,14 @@ async def test_a_dead_workers_suspect_is_charged_alone(broker: Broker, worker: P
     neighbours = await enqueue(broker, 300)
     first, second = await pullers(broker, 2)
     assert len(await first.claim(301)) == 301
-    await broker.reclaim(first.session_id)
+    await broker.maintenance.reclaim(first.session_id)
     assert await attempts_of(client, [poison, *neighbours]) == [2] + [0] * 300
     lease = await second.claim_one()
     assert lease.suspect
-    await broker.settle(lease, Outcome.DONE, answer_frame(lease))
+    await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
     others = await enqueue(broker, 2, model="another")
     assert len(await second.claim(2, models=["another"])) == 2
-    await broker.reclaim(second.session_id)
+    await broker.maintenance.reclaim(second.session_id)
     assert await attempts_of(client, others) == [1, 1]
 
 
@@ -264,10 +264,10 @@ async def test_an_engine_may_crash_with_thousands_of_jobs(real_backend: ServerBa
         await real_backend.connect(budgets=Budgets(tenant_jobs=many, pool_jobs=many)),
         real_backend.client(),
     )
-    await asyncio.gather(*(broker.enqueue(make_job()) for _ in range(many)))
+    await asyncio.gather(*(broker.jobs.enqueue(make_job()) for _ in range(many)))
     leases = await (await Puller(broker).join()).claim(many)
     assert len(leases) == many
-    assert set(await broker.crashed(leases, REASON)) == {Settled.OK}
+    assert set(await broker.attempts.report_crash(leases, REASON)) == {Settled.OK}
     assert await client.keys("iq:*leases:*") == []
     await client.aclose()
     await broker.close()

@@ -85,7 +85,7 @@ def models(shards: int) -> list[str]:
 async def pullers(broker: Broker) -> list[Puller]:
     """One worker as every shard sees it."""
     session_id = new_session_id("w")
-    await broker.join(session_id)
+    await broker.workers.join(session_id)
     return [Puller(broker, session_id, shard) for shard in range(broker.shards)]
 
 
@@ -93,27 +93,28 @@ async def test_jobs_go_through_every_shard_and_answers_come_back(broker: Broker)
     """Enqueue, claim, publish, settle and the way back, on all shards at once; a repeat is a duplicate."""
     news: list[Frame | Marker] = []
     router = new_session_id("router")
-    reading = asyncio.create_task(broker.read_replies(router, news.extend))
+    reading = asyncio.create_task(broker.replies.read(router, news.extend))
     async with asyncio.timeout(20):
-        await broker.replies_ready.wait()
+        await broker.replies.ready.wait()
         workers = await pullers(broker)
         names = models(broker.shards)
         jobs = [
             make_job(model=names[n % broker.shards], shards=broker.shards, reply_to=router, tenant=f"t{n % 3}")
             for n in range(40)
         ]
-        assert await asyncio.gather(*map(broker.enqueue, jobs)) == [State.QUEUED] * 40
-        assert sum(lanes[Lane.INTERACTIVE].waiting for lanes in (await broker.depths()).values()) == 40
+        assert await asyncio.gather(*map(broker.jobs.enqueue, jobs)) == [State.QUEUED] * 40
+        assert sum(lanes[Lane.INTERACTIVE].waiting for lanes in (await broker.stats.depths()).values()) == 40
         for worker, name in zip(workers, names, strict=True):
             for lease in await worker.claim(40, models=(name,)):
-                assert await broker.publish(worker.shard, {router: b"", new_session_id("gone"): b""})
+                assert await broker.attempts.publish(worker.shard, {router: b"", new_session_id("gone"): b""})
                 assert (
-                    await broker.settle(lease, Outcome.DONE, answer_frame(lease, lease.job.id.encode())) is Settled.OK
+                    await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease, lease.job.id.encode()))
+                    is Settled.OK
                 )
-                assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.DUPLICATE
+                assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.DUPLICATE
         await eventually(lambda: len(news) == 40, "every answer comes back")
         assert {frame.data.decode() for frame in news if isinstance(frame, Frame)} == {job.id for job in jobs}
-        await broker.leave(workers[0].session_id)
+        await broker.workers.leave(workers[0].session_id)
     reading.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await reading
@@ -125,22 +126,22 @@ async def test_a_parked_worker_is_woken_and_a_dead_one_reclaimed(broker: Broker)
     for worker, name in zip(workers, models(broker.shards), strict=True):
         await worker.told()
         assert await worker.claim(models=(name,)) == []
-        await broker.enqueue(make_job(model=name, shards=broker.shards, max_attempts=2))
+        await broker.jobs.enqueue(make_job(model=name, shards=broker.shards, max_attempts=2))
         assert Control(ControlKind.WAKE) in await worker.told(block_ms=2_000)
         late = await worker.claim_one(models=(name,))
-        await broker.renew(worker.session_id)
-        assert worker.session_id in await broker.beats()
+        await broker.workers.renew(worker.session_id)
+        assert worker.session_id in await broker.maintenance.renewal_counters()
         heir = Puller(broker, shard=worker.shard)
         await heir.join()
-        assert (await broker.reclaim(worker.session_id)).requeued == 1
-        assert await broker.settle(late, Outcome.DONE) is Settled.FENCED
+        assert (await broker.maintenance.reclaim(worker.session_id)).requeued == 1
+        assert await broker.attempts.settle(late, Outcome.DONE) is Settled.FENCED
         lease = await heir.claim_one(models=(name,))
         assert (lease.job, lease.attempt) == (late.job, 2)
-        assert await broker.settle(lease, Outcome.DONE) is Settled.OK
-        await broker.leave(heir.session_id)
+        assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
+        await broker.workers.leave(heir.session_id)
         for other in workers:
-            await broker.join(other.session_id)
-    await broker.leave(workers[0].session_id)
+            await broker.workers.join(other.session_id)
+    await broker.workers.leave(workers[0].session_id)
 
 
 async def test_cancel_expire_and_the_managers_lease(broker: Broker) -> None:
@@ -148,16 +149,16 @@ async def test_cancel_expire_and_the_managers_lease(broker: Broker) -> None:
     for name in models(broker.shards):
         cancelled = make_job(model=name, shards=broker.shards)
         late = make_job(model=name, shards=broker.shards, ttl_ms=1)
-        await broker.enqueue(cancelled)
-        await broker.enqueue(late)
-        assert await broker.cancel(cancelled.id, "gone") is State.QUEUED
+        await broker.jobs.enqueue(cancelled)
+        await broker.jobs.enqueue(late)
+        assert await broker.jobs.cancel(cancelled.id, "gone") is State.QUEUED
         await asyncio.sleep(0.005)
-        assert (await broker.expire()).expired == 1
-        assert await broker.enqueue(late) is State.EXPIRED
-    assert await broker.act_as_manager("m", 50)
-    await broker.remember_pools(["a"], declared=True)
-    assert (await broker.known_pools())["a"] is True  # type: ignore[index]
-    await broker.resign_manager("m")
+        assert (await broker.maintenance.expire()).expired == 1
+        assert await broker.jobs.enqueue(late) is State.EXPIRED
+    assert await broker.fleet.acquire_leader_lease("m", 50)
+    await broker.fleet.remember_pools(["a"], declared=True)
+    assert (await broker.fleet.known_pools())["a"] is True  # type: ignore[index]
+    await broker.fleet.release_leader_lease("m")
     assert (await broker.facts()).maxmemory_policy in ("noeviction", "")
 
 
@@ -167,9 +168,9 @@ async def test_work_is_on_the_disk_of_every_shard(topology: Topology) -> None:
     broker = await Broker.connect(topology.settings, durability="disk")
     jobs = [make_job(model=name, shards=broker.shards, lane=Lane.BATCH) for name in models(broker.shards) for _ in "ab"]
     async with asyncio.timeout(15):
-        assert await asyncio.gather(*map(broker.enqueue, jobs)) == [State.QUEUED] * len(jobs)
+        assert await asyncio.gather(*map(broker.jobs.enqueue, jobs)) == [State.QUEUED] * len(jobs)
     for job in jobs:
-        await broker.cancel(job.id, "done with")
+        await broker.jobs.cancel(job.id, "done with")
     await broker.close()
 
 
@@ -179,20 +180,20 @@ async def test_the_queue_follows_a_failover(broker: Broker, topology: Topology) 
     sentinel = topology.server
     assert isinstance(sentinel, Sentinel)
     job = make_job(model="failover")
-    await broker.enqueue(job)
+    await broker.jobs.enqueue(job)
     await eventually(lambda: sentinel.replica.ask("EXISTS", f"iq:{{0}}:job:{job.id}"), "the replica has the job")
     sentinel.primary.kill()
     worker = await Puller(broker).join()
     lease = await worker.claim_one(models=("failover",))
     assert lease.job == job
-    assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+    assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
 
 
 async def test_leases_are_renewed_from_another_threads_loop(broker: Broker) -> None:
     """A renewer apart has a connection of its own there, raises the number on every shard, and leaves nothing open."""
     worker = await Puller(broker).join()
-    before = (await broker.beats())[worker.session_id]
-    renewer = broker.renewer_apart()
+    before = (await broker.maintenance.renewal_counters())[worker.session_id]
+    renewer = broker.workers.renewer_apart()
 
     async def renew() -> None:
         try:
@@ -201,5 +202,5 @@ async def test_leases_are_renewed_from_another_threads_loop(broker: Broker) -> N
             await renewer.close()
 
     await asyncio.to_thread(asyncio.run, renew())
-    assert (await broker.beats())[worker.session_id] == before + broker.shards
-    await broker.leave(worker.session_id)
+    assert (await broker.maintenance.renewal_counters())[worker.session_id] == before + broker.shards
+    await broker.workers.leave(worker.session_id)

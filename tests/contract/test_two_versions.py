@@ -67,33 +67,33 @@ class Present:
         self._pullers[worker] = await Puller(self._broker, worker).join()
 
     async def enqueue(self, job: Job) -> str:
-        return await self._broker.enqueue(job)
+        return await self._broker.jobs.enqueue(job)
 
     async def cancel(self, job: Job) -> str:
-        return str(await self._broker.cancel(job.id, "the client left"))
+        return str(await self._broker.jobs.cancel(job.id, "the client left"))
 
     async def claim(self, worker: SessionId) -> list[Lease]:
         return await self._pullers[worker].claim(1)
 
     async def renew(self, worker: SessionId) -> bool:
-        await self._broker.renew(worker)
+        await self._broker.workers.renew(worker)
         return True
 
     async def settle(self, lease: Lease) -> str:
-        return await self._broker.settle(lease, Outcome.DONE, answer_frame(lease))
+        return await self._broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
 
     async def release(self, lease: Lease, *, counted: bool) -> str:
-        return await self._broker.release(lease, "it drains", counted=counted)
+        return await self._broker.attempts.release(lease, "it drains", counted=counted)
 
     async def reclaim(self, worker: SessionId) -> int:
-        taken = await self._broker.reclaim(worker)
+        taken = await self._broker.maintenance.reclaim(worker)
         return taken.requeued + taken.lost
 
     async def expire(self) -> int:
-        return (await self._broker.expire()).expired
+        return (await self._broker.maintenance.expire()).expired
 
     async def act(self, manager: str) -> int:
-        return await self._broker.act_as_manager(manager, 50) or 0
+        return await self._broker.fleet.acquire_leader_lease(manager, 50) or 0
 
 
 class Previous:

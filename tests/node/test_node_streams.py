@@ -42,7 +42,7 @@ async def _ask(of: Served, folder: Path, kind: str) -> dict[str, Any]:
 async def _alive(of: Served, queue: FakeQueue) -> Job:
     """The next job, once its stream was sent a sign of life."""
     async with asyncio.timeout(20):
-        job = await queue.jobs.get()
+        job = await queue.enqueued.get()
     await asyncio.sleep(0.3)
     return job
 
@@ -53,7 +53,7 @@ async def test_a_resumable_stream_with_signs_of_life_is_whole(folder: Path) -> N
     async with served(queue, keepalive_ms=50, resumable_streams=True) as running:
         asking = asyncio.ensure_future(_ask(running, folder, "chat"))
         async with asyncio.timeout(20):
-            stream = PersistedStream(queue, await queue.jobs.get())
+            stream = PersistedStream(queue, await queue.enqueued.get())
         await asyncio.sleep(0.3)
         stream.say(CHUNK, b": the engine says hello\n\n", b"retry: 9\n\n", b"event: tick\n\n")
         await asyncio.sleep(0.3)

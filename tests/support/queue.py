@@ -60,7 +60,7 @@ class Puller:
 
     async def join(self) -> Puller:
         """Enter the fabric; nothing that was said before is read."""
-        await self.broker.join(self.session_id)
+        await self.broker.workers.join(self.session_id)
         await self.told()
         return self
 
@@ -68,7 +68,9 @@ class Puller:
         """A new claim."""
         self.seq += 1
         pools = [(Pool(model), lanes) for model in models]
-        claimed = await self.broker.claim(self.shard, self.session_id, self.seq, self.turn, n, pools, self.region)
+        claimed = await self.broker.workers.claim(
+            self.shard, self.session_id, self.seq, self.turn, n, pools, self.region
+        )
         self.turn += len(claimed.leases)
         self.look_again_ms = claimed.look_again_ms
         return list(claimed.leases)
@@ -80,7 +82,7 @@ class Puller:
 
     async def told(self, block_ms: int = 1) -> list[Control]:
         """The control messages since the last call."""
-        messages = await self.broker.read_control(self.shard, self.session_id, self._read_to, block_ms)
+        messages = await self.broker.workers.read_control(self.shard, self.session_id, self._read_to, block_ms)
         if messages:
             self._read_to = messages[-1][0]
         return [message for _, message in messages if message is not None]

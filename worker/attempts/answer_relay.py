@@ -96,7 +96,7 @@ class AnswerRelay:
     async def _clear_suspicion(self, lease: Lease) -> None:
         """What crashed engines before is behind this job now: its worker may hold the next suspect."""
         try:
-            await self._broker.clear(lease)
+            await self._broker.attempts.clear_suspicion(lease)
         except InferqError as error:
             log.warning("suspicion_not_cleared", error=error.message, **log_fields(lease))
 

@@ -37,7 +37,7 @@ class Delivered:
 async def read_delivered(broker: Broker, job: Job, limit_bytes: int) -> Delivered:
     """What is kept of ``job``, up to ``limit_bytes`` of text. Raises what the broker raises."""
     transcript = Transcript(limit_bytes)
-    async for frame in broker.persisted_frames(job.id):
+    async for frame in broker.output.frames(job.id):
         transcript.add(frame.data)
     try:
         if transcript.complete:

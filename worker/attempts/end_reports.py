@@ -35,7 +35,7 @@ class EndReports:
         """The job has its answer."""
         lease = attempt.lease
         answer = await self._until_answered(
-            lambda: self._broker.settle(lease, ending.outcome, ending.frames), "settle_failed", attempt
+            lambda: self._broker.attempts.settle(lease, ending.outcome, ending.frames), "settle_failed", attempt
         )
         if answer is None:
             return
@@ -49,7 +49,7 @@ class EndReports:
         lease = attempt.lease
         avoid_ms = round(ending.wait_s * 1000)
         answer = await self._until_answered(
-            lambda: self._broker.release(lease, ending.reason, counted=ending.counted, avoid_ms=avoid_ms),
+            lambda: self._broker.attempts.release(lease, ending.reason, counted=ending.counted, avoid_ms=avoid_ms),
             "release_failed",
             attempt,
         )
@@ -63,7 +63,9 @@ class EndReports:
         """The engine crashed under all of ``attempts``."""
         last = max(attempts, key=lambda attempt: attempt.deadline)
         leases = [attempt.lease for attempt in attempts]
-        answers = await self._until_answered(lambda: self._broker.crashed(leases, reason), "crash_report_failed", last)
+        answers = await self._until_answered(
+            lambda: self._broker.attempts.report_crash(leases, reason), "crash_report_failed", last
+        )
         for lease, answer in zip(leases, answers or (), strict=False):
             self._metrics.settled(answer)
             self._metrics.attempts(lease.job.model, "spent").inc()

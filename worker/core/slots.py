@@ -34,7 +34,7 @@ Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One claim to send: the arguments of ``Broker.claim``. ``n`` is 0 for a worker that leaves the parked."""
+    """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that leaves the parked."""
 
     shard: int
     seq: int

@@ -80,20 +80,20 @@ async def test_the_other_shards_of_a_dead_primary_are_served(cluster: Cluster) -
     news: list[Frame | Marker] = []
     async with connected(settings) as broker, acting(settings) as manager:
         router = new_session_id("router")
-        reading = asyncio.create_task(broker.read_replies(router, news.extend))
-        await asyncio.wait_for(broker.replies_ready.wait(), 10)
+        reading = asyncio.create_task(broker.replies.read(router, news.extend))
+        await asyncio.wait_for(broker.replies.ready.wait(), 10)
         lost = new_session_id("w")
-        assert await broker.join(lost) == set()
+        assert await broker.workers.join(lost) == set()
         held = {}
         for shard in (1, DEAD):
             job = make_job(model=model_of(shard), shards=SHARDS, reply_to=router, max_attempts=3)
-            assert await broker.enqueue(job) is State.QUEUED
+            assert await broker.jobs.enqueue(job) is State.QUEUED
             held[shard] = await Puller(broker, lost, shard).claim_one(models=(job.model,))
         cluster.nodes[0].kill()
 
         live = new_session_id("live")
-        assert await broker.join(live) == {DEAD}
-        renewer = broker.renewer_apart()
+        assert await broker.workers.join(live) == {DEAD}
+        renewer = broker.workers.renewer_apart()
 
         async def renew() -> None:
             while True:
@@ -102,26 +102,26 @@ async def test_the_other_shards_of_a_dead_primary_are_served(cluster: Cluster) -
 
         renewing = asyncio.create_task(renew())
         late = make_job(model=model_of(2), shards=SHARDS, reply_to=router, ttl_ms=300)
-        assert await broker.enqueue(late) is State.QUEUED
+        assert await broker.jobs.enqueue(late) is State.QUEUED
         await eventually(
             lambda: any(isinstance(item, Marker) and item.job_id == late.id for item in news), "it expires"
         )
         heir = Puller(broker, live, 1)
 
         async def waits_again() -> bool:
-            depths = await broker.depths(set())
+            depths = await broker.stats.depths(set())
             return depths[held[1].job.model][Lane.INTERACTIVE].waiting == 1
 
         await eventually(waits_again, "what the dead worker held waits again")
         lease = await heir.claim_one(models=(held[1].job.model,))
         assert lease.attempt == 2
-        assert await broker.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+        assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
         await eventually(lambda: any(isinstance(item, Frame) for item in news), "the answer arrives")
         assert not renewing.done()
         assert await broker.server_faults() == []
         assert manager.not_ready() == []
         away: set[int] = set()
-        assert model_of(DEAD) not in await broker.depths(away)
+        assert model_of(DEAD) not in await broker.stats.depths(away)
         assert away == {DEAD}
         pools = [pool.model for pool in (await manager.pools()).pools]
         assert model_of(DEAD) not in pools
@@ -129,10 +129,10 @@ async def test_the_other_shards_of_a_dead_primary_are_served(cluster: Cluster) -
             await manager.pool(model_of(DEAD))
 
         async with connected(settings) as another:  # a Router that starts now
-            second = asyncio.create_task(another.read_replies(new_session_id("router"), news.extend))
-            await asyncio.wait_for(another.replies_ready.wait(), 20)
+            second = asyncio.create_task(another.replies.read(new_session_id("router"), news.extend))
+            await asyncio.wait_for(another.replies.ready.wait(), 20)
             with pytest.raises(InferqError, match="not been reached yet"):
-                await another.enqueue(make_job(model=model_of(DEAD), shards=SHARDS))
+                await another.jobs.enqueue(make_job(model=model_of(DEAD), shards=SHARDS))
             second.cancel()
             with suppress(asyncio.CancelledError):
                 await second
@@ -140,7 +140,7 @@ async def test_the_other_shards_of_a_dead_primary_are_served(cluster: Cluster) -
         await asyncio.to_thread(cluster.nodes[0].start)
 
         async def back() -> bool:
-            depths = await broker.depths(set())
+            depths = await broker.stats.depths(set())
             return depths.get(held[DEAD].job.model, {}).get(Lane.INTERACTIVE) is not None and (
                 depths[held[DEAD].job.model][Lane.INTERACTIVE].waiting == 1
             )

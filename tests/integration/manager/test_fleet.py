@@ -60,7 +60,7 @@ class MiniWorker:
         self._close_door = asyncio.Event()
 
     async def start(self) -> MiniWorker:
-        await self._broker.join(self.session_id)
+        await self._broker.workers.join(self.session_id)
         self._tasks["renew"] = asyncio.create_task(self._renew())
         self._tasks["control"] = asyncio.create_task(self._control())
         await self.register()
@@ -87,7 +87,7 @@ class MiniWorker:
     async def claim(self) -> Lease | None:
         self._seq += 1
         shard = self._broker.shard_of(MODEL)
-        claimed = await self._broker.claim(shard, self.session_id, self._seq, self._seq, 1, [(MODEL, LANES)])
+        claimed = await self._broker.workers.claim(shard, self.session_id, self._seq, self._seq, 1, [(MODEL, LANES)])
         return claimed.leases[0] if claimed.leases else None
 
     def status(self) -> Heartbeat:
@@ -96,17 +96,17 @@ class MiniWorker:
     async def _renew(self) -> None:
         while True:
             with contextlib.suppress(InferqError):
-                await self._broker.renew(self.session_id)
+                await self._broker.workers.renew(self.session_id)
             await asyncio.sleep(BEAT_S)
 
     async def _control(self) -> None:
         after = "0"
         while True:
             with contextlib.suppress(InferqError):
-                for entry_id, message in await self._broker.read_control(0, self.session_id, after, 1000):
+                for entry_id, message in await self._broker.workers.read_control(0, self.session_id, after, 1000):
                     after = entry_id
                     if message is not None and message.kind is ControlKind.PING:
-                        await self._broker.renew(self.session_id)
+                        await self._broker.workers.renew(self.session_id)
                     self.drain_heard |= message is not None and message.kind is ControlKind.DRAIN
             await asyncio.sleep(0)
 
@@ -156,12 +156,12 @@ async def worker(service: ManagerService, broker: Broker, *, door: bool = False)
 
 async def _enqueue(broker: Broker) -> Job:
     job = Job(id=new_job_id(0), tenant=Tenant("t"), model=MODEL, path="/v1/completions", body=b"{}", stored=True)
-    await broker.enqueue(job)
+    await broker.jobs.enqueue(job)
     return job
 
 
 async def _beats(broker: Broker) -> set[SessionId]:
-    return set(await broker.beats())
+    return set(await broker.maintenance.renewal_counters())
 
 
 async def test_a_dead_workers_job_waits_again_after_a_still_lease(valkey: Server, broker: Broker) -> None:
@@ -178,8 +178,8 @@ async def test_a_dead_workers_job_waits_again_after_a_still_lease(valkey: Server
             again = await other.claim()
             assert again is not None
             assert (again.job.id, again.epoch, again.attempt) == (lease.job.id, lease.epoch + 1, 2)
-            assert await broker.settle(lease, Outcome.DONE) is Settled.FENCED
-            assert await broker.settle(again, Outcome.DONE) is Settled.OK
+            assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.FENCED
+            assert await broker.attempts.settle(again, Outcome.DONE) is Settled.OK
 
 
 async def _gone(broker: Broker, mini: MiniWorker) -> bool:
@@ -216,7 +216,7 @@ async def test_a_worker_that_only_the_manager_cannot_hear_keeps_its_work(valkey:
         assert (await service.pool(MODEL)).workers == 0
         await asyncio.sleep(2 * service.settings.lease_ms / 1000)  # the behaviour is that nothing happens meanwhile
         assert await _state(service, WorkerState.SUSPECT)
-        assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+        assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
 
 
 async def _state(service: ManagerService, state: WorkerState) -> bool:
@@ -230,7 +230,7 @@ async def test_a_new_manager_goes_on_where_the_last_one_stopped(valkey: Server, 
         async with worker(first, broker) as mini:
             await _enqueue(broker)
             lease = await mini.claim()
-            await eventually(broker.load_workers, "the registry was written down")
+            await eventually(broker.fleet.load_workers, "the registry was written down")
             before = (await first.list_workers()).workers[0]
             await mini.die("heartbeat")
             await first_run.aclose()
@@ -241,7 +241,7 @@ async def test_a_new_manager_goes_on_where_the_last_one_stopped(valkey: Server, 
                 answer = await second.heartbeat("w", mini.status())
                 assert answer.assignment.pools == before.assignment.pools
                 assert lease is not None
-                assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+                assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
 
 
 async def test_only_one_of_two_managers_acts(valkey: Server, broker: Broker) -> None:
@@ -254,7 +254,7 @@ async def test_only_one_of_two_managers_acts(valkey: Server, broker: Broker) -> 
             async with worker(acting, broker):
                 with pytest.raises(ManagerUnavailable):
                     await standby.heartbeat("w", Heartbeat(session_id="w.0000000000000001", slots=1))
-                await eventually(broker.load_workers, "the registry was written down")
+                await eventually(broker.fleet.load_workers, "the registry was written down")
                 assert [info.worker_id for info in (await standby.list_workers()).workers] == ["w"]
         await eventually(lambda: second.acting, "the one that is left acts")
 
@@ -309,6 +309,6 @@ async def test_redis_killed_and_back_kills_nobody(own_valkey: Server) -> None:
             await eventually(lambda: _state(service, WorkerState.ACTIVE), "the worker is heard again")
             assert mini.session_id in await _beats(broker)
             assert lease is not None
-            assert await broker.settle(lease, Outcome.DONE) is Settled.OK
+            assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
     finally:
         await broker.close()

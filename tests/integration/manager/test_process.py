@@ -76,7 +76,7 @@ async def test_a_signal_ends_it_cleanly(start: Start, valkey: Server, broker: Br
     manager.until(lambda: _ready(port), 30)
     manager.send(number)
     assert manager.wait(15) == 0
-    assert await broker.act_as_manager("other", 1_000) is not None
+    assert await broker.fleet.acquire_leader_lease("other", 1_000) is not None
     lines = [json.loads(line) for line in manager.log_text().splitlines()]
     assert {line["role"] for line in lines} == {"manager"}
 

@@ -220,13 +220,13 @@ async def test_a_missing_right_is_named(server_with_users: Server) -> None:
     broker = await Broker.connect(BrokerSettings(redis_url=url))
     try:
         session_id = new_session_id("w")
-        await broker.join(session_id)
+        await broker.workers.join(session_id)
         server_with_users.ask("ACL", "SETUSER", "inferq-worker", "-hincrby")
         with pytest.raises(BrokerUnsuitable, match="ACL LOG"):
-            await broker.renew(session_id)
+            await broker.workers.renew(session_id)
         server_with_users.ask("ACL", "SETUSER", "inferq-worker", "-xread")
         with pytest.raises(BrokerUnsuitable, match="'xread'"):
-            await broker.read_control(0, session_id, "0", 10)
+            await broker.workers.read_control(0, session_id, "0", 10)
     finally:
         await broker.close()
     server_with_users.ask("ACL", "SETUSER", "inferq-worker", "-info")
@@ -242,10 +242,10 @@ async def test_a_worker_may_stand_in_for_the_manager(server_with_users: Server) 
     """With the rules of the document, a worker takes the sweeper's lease, sweeps, and gives it up."""
     broker = await Broker.connect(BrokerSettings(redis_url=url_of("worker", server_with_users)))
     try:
-        assert await broker.manager_beat() == 0
-        assert await broker.act_as_sweeper("w", 1_000)
-        await broker.expire_on(0)
-        assert not await broker.act_as_sweeper("w", 0)
+        assert await broker.fleet.leader_lease_until() == 0
+        assert await broker.fleet.acquire_sweeper_lease("w", 1_000)
+        await broker.maintenance.expire(0)
+        assert not await broker.fleet.acquire_sweeper_lease("w", 0)
     finally:
         await broker.close()
     refusals = {entry[b"object"] for entry in map(_entry, server_with_users.ask("ACL", "LOG"))}
@@ -277,12 +277,12 @@ async def test_a_cluster_asks_for_two_more_commands(tmp_path: Path) -> None:
             for role in SCRIPTS
         }
         session_id = new_session_id("w")
-        await brokers["worker"].join(session_id)
-        await brokers["worker"].renew(session_id)
-        assert session_id in await brokers["manager"].beats()
-        assert await brokers["manager"].act_as_manager("m", 1_000)
-        assert await brokers["router"].depths() == {}
-        await brokers["worker"].leave(session_id)
+        await brokers["worker"].workers.join(session_id)
+        await brokers["worker"].workers.renew(session_id)
+        assert session_id in await brokers["manager"].maintenance.renewal_counters()
+        assert await brokers["manager"].fleet.acquire_leader_lease("m", 1_000)
+        assert await brokers["router"].stats.depths() == {}
+        await brokers["worker"].workers.leave(session_id)
         for broker in brokers.values():
             await broker.close()
     finally:

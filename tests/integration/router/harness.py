@@ -129,11 +129,11 @@ class Speaker:
 
     async def say(self, lease: Lease, data: bytes) -> None:
         """A piece of a streamed answer."""
-        await self.broker.publish(0, {lease.job.reply_to: self.frame(lease, data)})
+        await self.broker.attempts.publish(0, {lease.job.reply_to: self.frame(lease, data)})
 
     async def end(self, lease: Lease, data: bytes = b"", kind: str = SSE) -> Settled:
         """The last piece."""
-        return await self.broker.settle(lease, Outcome.DONE, self.frame(lease, data, end=True, kind=kind))
+        return await self.broker.attempts.settle(lease, Outcome.DONE, self.frame(lease, data, end=True, kind=kind))
 
     async def answer(self, lease: Lease, data: bytes = b'{"ok":1}') -> Settled:
         """A whole plain answer."""

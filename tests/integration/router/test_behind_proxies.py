@@ -69,7 +69,7 @@ async def test_what_one_client_sends_is_no_other_clients_request(ways: tuple[Fak
             assert [model["id"] for model in orjson.loads(answer.body)["data"]] == [MODEL]
             await asyncio.sleep(0.005)
     await asyncio.gather(*attackers)
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_a_refused_body_does_not_spoil_a_shared_connection(ways: tuple[FakeQueue, int]) -> None:

@@ -56,9 +56,9 @@ async def test_a_plain_answer_that_nobody_reads_counts_until_it_is_cut(queue: Fa
 
         async def served() -> bool:
             await again.send(post(CHAT, "Authorization: Bearer acme"))
-            if queue.jobs.empty():
+            if queue.enqueued.empty():
                 await asyncio.sleep(0.1)
-            if not queue.jobs.empty():
+            if not queue.enqueued.empty():
                 queue.answer(await queue.job(), b"{}")
             return (await again.answer()).status == 200
 

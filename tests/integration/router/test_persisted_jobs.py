@@ -38,7 +38,7 @@ async def worker(valkey: Server) -> AsyncIterator[Speaker]:
 async def say(worker: Speaker, lease: Lease, *pieces: bytes) -> None:
     """A stored stream goes on."""
     for piece in pieces:
-        await worker.broker.append(lease, worker.frame(lease, piece))
+        await worker.broker.attempts.append(lease, worker.frame(lease, piece))
 
 
 async def read_events(answer: object, count: int) -> list[bytes]:
@@ -166,7 +166,7 @@ async def test_nothing_is_left_of_jobs_whose_time_is_over(valkey: Server, worker
             assert lease.job.id == job_id
             await worker.end(lease, DONE)
         await asyncio.sleep(0.12)
-        assert (await worker.broker.expire()).forgotten == 2
+        assert (await worker.broker.maintenance.expire()).forgotten == 2
     left = [key.decode() for key in valkey.ask("KEYS", KEYS.prefix.replace("{", "[{]") + "*")]
     mine = ("out:", "idem:", "listed:", "listeners:", "kept", "job:", "budget", "ended")
     assert [key for key in left if key.removeprefix(KEYS.prefix).startswith(mine)] == []

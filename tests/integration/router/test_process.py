@@ -105,7 +105,7 @@ async def test_a_killed_router_leaves_no_work_behind(start: Start, valkey: Serve
         waiting = asyncio.ensure_future(_post(port, CHAT))
 
         async def one_waits() -> bool:
-            return (await broker.depths())[MODEL][Lane.INTERACTIVE].waiting == 1
+            return (await broker.stats.depths())[MODEL][Lane.INTERACTIVE].waiting == 1
 
         await eventually(one_waits, "a job waits")
         child.kill()
@@ -116,9 +116,9 @@ async def test_a_killed_router_leaves_no_work_behind(start: Start, valkey: Serve
         stream = f"iq:{{0}}:reply:{lease.job.reply_to}"
         assert 0 < valkey.ask("PTTL", stream) <= 25 * 3_600_000
         valkey.ask("DEL", stream)
-        assert await broker.publish(0, {lease.job.reply_to: worker.frame(lease, b"x")}) == {lease.job.reply_to}
+        assert await broker.attempts.publish(0, {lease.job.reply_to: worker.frame(lease, b"x")}) == {lease.job.reply_to}
         assert await worker.puller.claim(4) == []
-        assert (await broker.totals())[(MODEL, Lane.INTERACTIVE, "cancelled")] == 1
+        assert (await broker.stats.job_counts()).events[(MODEL, Lane.INTERACTIVE, "cancelled")] == 1
 
 
 def test_a_taken_port_is_one_sentence(start: Start, valkey: Server) -> None:

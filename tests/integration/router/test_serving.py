@@ -93,7 +93,7 @@ async def test_a_client_that_leaves_removes_its_waiting_job(
     asking = asyncio.ensure_future(router.plain())
 
     async def waiting() -> int:
-        depths = await worker.broker.depths()
+        depths = await worker.broker.stats.depths()
         return sum(depth.waiting for lanes in depths.values() for depth in lanes.values())
 
     await eventually(waiting, "the job waits")
@@ -125,7 +125,7 @@ async def test_a_lost_worker_does_not_show_in_the_stream(
     async def speak() -> None:
         lost = await worker.lease()
         await worker.say(lost, chunk("The capi"))
-        await worker.broker.reclaim(worker.puller.session_id)
+        await worker.broker.maintenance.reclaim(worker.puller.session_id)
         await worker.say(lost, chunk("WRONG"))
         async with Speaker.join(valkey.url) as other:
             lease = await other.lease()
@@ -206,7 +206,7 @@ async def test_odd_spellings_on_the_wire_reach_no_engine(router: RunningRouter, 
 async def test_models_follow_the_fleet(router: RunningRouter, worker: Speaker) -> None:
     """A model that joins can be asked for at once, and is listed."""
     info: WorkerInfo = worker_info("fresh")
-    await worker.broker.save_workers([info], [])
+    await worker.broker.fleet.save_workers([info], [])
     asking = asyncio.ensure_future(router.plain({"model": "fresh"}))
     leases = await eventually(lambda: worker.puller.claim(1, ["fresh"]), "the job is there")
     await worker.answer(leases[0])

@@ -192,7 +192,7 @@ class Client:
             **fields,
         )
         self.answers[job.id] = Answer()
-        await self.broker.enqueue(job)
+        await self.broker.jobs.enqueue(job)
         return job.id
 
     async def answer(self, job_id: JobId, limit_s: float = 20.0) -> Answer:
@@ -215,7 +215,7 @@ class Client:
         """The registry says to all that these workers take jobs."""
 
         async def listed() -> bool:
-            workers = await self.broker.load_workers()
+            workers = await self.broker.fleet.load_workers()
             return all(name in workers and workers[name].takes_work for name in names)
 
         await eventually(listed, f"{', '.join(names)} are listed")
@@ -225,7 +225,9 @@ class Client:
 
         async def empty() -> bool:
             return not any(
-                lane.waiting or lane.leased for pool in (await self.broker.depths()).values() for lane in pool.values()
+                lane.waiting or lane.leased
+                for pool in (await self.broker.stats.depths()).values()
+                for lane in pool.values()
             )
 
         await eventually(empty, "no job waits or runs")
@@ -306,9 +308,9 @@ async def client_on(server: Server) -> AsyncIterator[Client]:
     """A client whose replies are read."""
     broker = await Broker.connect(BrokerSettings(redis_url=server.url))
     client = Client(broker)
-    reading = asyncio.create_task(broker.read_replies(client.session_id, client.deliver))
+    reading = asyncio.create_task(broker.replies.read(client.session_id, client.deliver))
     try:
-        await asyncio.wait_for(broker.replies_ready.wait(), 10)
+        await asyncio.wait_for(broker.replies.ready.wait(), 10)
         yield client
     finally:
         reading.cancel()

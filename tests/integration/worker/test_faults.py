@@ -226,7 +226,7 @@ async def test_a_router_that_vanished_frees_the_slot(fleet: Fleet, client: Clien
     """Nobody reads the answer any more: the engine call is closed and the job ends, instead of running to its end."""
     worker = await fleet.worker("w1", "--slots", "1").until_ready()
     gone = Client(client.broker)
-    reading = asyncio.create_task(client.broker.read_replies(gone.session_id, gone.deliver))
+    reading = asyncio.create_task(client.broker.replies.read(gone.session_id, gone.deliver))
     await eventually(lambda: fleet.server.ask("EXISTS", f"iq:{{0}}:reply:{gone.session_id}"), "its stream exists")
     job = await gone.send(stream=True, max_tokens=5_000)
     await gone.begun(job)

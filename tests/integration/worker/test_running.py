@@ -142,7 +142,7 @@ async def test_a_cancelled_job_frees_its_slot(fleet: LocalFleet, client: Client)
     worker = await fleet.worker("w1", "--slots", "1").until_ready()
     job = await client.send(stream=True, max_tokens=5_000)
     await client.begun(job)
-    await client.broker.cancel(job, "the client went away")
+    await client.broker.jobs.cancel(job, "the client went away")
     await eventually(lambda: worker.running == 0, "the slot is free", limit_s=3)
     assert (await client.ask()).status == 200
     assert client.answers[job].markers[-1].kind is MarkerKind.CANCELLED

@@ -70,7 +70,7 @@ class Scene:
     async def serve(self, model: str = "sim") -> None:
         """A worker joins."""
         await self.worker.join()
-        await self.broker.remember_pools([model])
+        await self.broker.fleet.remember_pools([model])
 
     def submit(self, lines: Iterable[Mapping[str, Any]], tenant: Tenant = ACME, **fields: Any) -> str:
         """A batch over these lines."""
@@ -100,7 +100,7 @@ class Scene:
         status, answer = engine(json.loads(lease.job.body))
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         frame = Frame(lease.job.id, lease.epoch, lease.attempt_id, 0, HEAD | END, data, status, "application/json")
-        await self.broker.settle(lease, Outcome.DONE if status < 400 else Outcome.FAILED, frame.pack())
+        await self.broker.attempts.settle(lease, Outcome.DONE if status < 400 else Outcome.FAILED, frame.pack())
 
     async def until(
         self, batch_id: str, far: Callable[[Batch], bool], tenant: Tenant = ACME, **engine: Engine

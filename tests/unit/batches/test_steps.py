@@ -152,7 +152,7 @@ async def test_a_line_that_used_up_its_attempts_is_an_error(scene: Scene) -> Non
     for _ in range(scene.settings.max_attempts):
         worker = await Puller(scene.broker).join()  # the one that failed is spared the same job for a while
         for lease in await worker.claim(8, models=["sim"]):
-            await scene.broker.release(lease, "the engine broke", counted=True)
+            await scene.broker.attempts.release(lease, "the engine broke", counted=True)
     batch = await scene.end(batch_id)
     errors = scene.errors(batch)
     assert set(errors) == names(3)
@@ -167,11 +167,11 @@ async def test_the_window_bounds_what_is_on_the_queue(scene: Scene) -> None:
     await scene.until(batch_id, lambda batch: batch.progress.status is BatchStatus.IN_PROGRESS)
     for _ in range(3):
         await scene.step(batch_id)
-        ((_, lanes),) = (await scene.broker.depths()).items()
+        ((_, lanes),) = (await scene.broker.stats.depths()).items()
         assert lanes["batch"].waiting == 8  # type: ignore[index]
     await scene.run_jobs(most=3)
     await scene.step(batch_id)
-    ((_, lanes),) = (await scene.broker.depths()).items()
+    ((_, lanes),) = (await scene.broker.stats.depths()).items()
     assert lanes["batch"].waiting == 8  # type: ignore[index]
 
 
@@ -187,7 +187,7 @@ async def test_a_cancelled_batch_keeps_what_was_done(scene: Scene) -> None:
     assert 20 <= len(output) == batch.progress.completed < 60
     assert batch.progress.total == 60
     assert batch.progress.error_file_id is None
-    assert await scene.broker.depths() == {}
+    assert await scene.broker.stats.depths() == {}
 
 
 async def test_a_batch_that_is_cancelled_before_it_began_has_no_files(scene: Scene) -> None:
@@ -336,7 +336,7 @@ async def test_a_job_that_ended_unheard_runs_again_as_another(scene: Scene) -> N
     await scene.until(batch_id, lambda batch: batch.progress.status is BatchStatus.IN_PROGRESS)
     await scene.step(batch_id)
     for lease in await scene.worker.claim(8, models=["sim"]):
-        await scene.broker.settle(lease, Outcome.DONE, b"")
+        await scene.broker.attempts.settle(lease, Outcome.DONE, b"")
     scene.now += 3_600
     batch = await scene.end(batch_id)
     assert set(scene.output(batch)) == names(3)
@@ -357,13 +357,13 @@ async def test_large_answers_are_not_all_read_at_once(tmp_path: Path, monkeypatc
     """What is taken from the reply stream at a time is bounded by its size, whatever the engines say."""
     async with opened(tmp_path, window_lines=8, chunk_lines=5, step_ms=150) as scene:
         asked: list[int] = []
-        read = scene.broker.read_reply_stream
+        read = scene.broker.durable_replies.read
 
         async def noted(shard: int, name: SessionId, after: str, block_ms: int, count: int) -> list[ReplyMessage]:
             asked.append(count)
             return await read(shard, name, after, block_ms, count)
 
-        monkeypatch.setattr(scene.broker, "read_reply_stream", noted)
+        monkeypatch.setattr(scene.broker.durable_replies, "read", noted)
         monkeypatch.setattr("batches.dispatcher._FIRST_LETTERS", 3)
         monkeypatch.setattr("batches.dispatcher._BYTES_READ", 1 << 20)
         batch = await scene.end(scene.submit(lines(24)), engine=lambda _: (200, {"text": "x" * 400_000}))

@@ -27,7 +27,7 @@ async def refused(scene: Scene, data: bytes) -> Batch:
     assert batch.progress.status is BatchStatus.FAILED
     assert batch.progress.stamps == {"failed_at": int(scene.now)}
     assert (batch.progress.total, batch.progress.output_file_id, batch.progress.error_file_id) == (0, None, None)
-    assert await scene.broker.depths() == {}
+    assert await scene.broker.stats.depths() == {}
     assert scene.shelf.batches.live() == []
     return batch
 
@@ -108,7 +108,7 @@ async def test_a_model_that_nobody_has_named_yet_is_waited_for(tmp_path: Path) -
         for _ in range(5):
             batch = await scene.step(batch_id)
         assert batch.progress.status is BatchStatus.VALIDATING
-        await scene.broker.remember_pools(["late"])
+        await scene.broker.fleet.remember_pools(["late"])
         batch = await scene.until(batch_id, lambda batch: batch.progress.status is not BatchStatus.VALIDATING)
         assert batch.progress.status is BatchStatus.IN_PROGRESS
         late = scene.submit([line(1, model="later")])

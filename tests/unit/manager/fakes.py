@@ -26,7 +26,8 @@ from queue_schemas.fleet.acting_manager import ActingManager
 
 @dataclass
 class FakeQueue:
-    """``broker.Broker`` as the Manager sees it. ``answers_pings``: who renews when pinged. ``down``: Redis is away;
+    """``broker.Broker`` as the Manager sees it, and each part of it. ``answers_pings``: who renews when pinged.
+    ``down``: Redis is away;
     ``refuses_reclaims``: only for reclaims."""
 
     shards: int = 2
@@ -51,6 +52,9 @@ class FakeQueue:
     reclaimed_on: list[tuple[int, SessionId]] = field(default_factory=list)
     swept: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.fleet = self.maintenance = self.stats = self
+
     def open(self) -> AbstractAsyncContextManager[FakeQueue]:
         @asynccontextmanager
         async def opened() -> AsyncIterator[FakeQueue]:
@@ -72,7 +76,7 @@ class FakeQueue:
         if shard in self.away:
             raise BrokerUnavailable(f"shard {shard} is away")
 
-    async def beats_on(self, shard: int) -> dict[SessionId, int]:
+    async def renewal_counters(self, shard: int) -> dict[SessionId, int]:
         self._trip_on(shard)
         return dict(self.numbers)
 
@@ -83,7 +87,7 @@ class FakeQueue:
             self.numbers[session_id] += 1
         return session_id in self.numbers
 
-    async def reclaim_on(self, shard: int, session_id: SessionId) -> Reclaimed:
+    async def reclaim(self, session_id: SessionId, shard: int) -> Reclaimed:
         self._trip_on(shard)
         if self.refuses_reclaims:
             raise BrokerUnavailable("Redis is away")
@@ -94,7 +98,7 @@ class FakeQueue:
         self.reclaimed.append(session_id)
         return Reclaimed(requeued=2)
 
-    async def expire_on(self, shard: int) -> Expired:
+    async def expire(self, shard: int) -> Expired:
         self._trip_on(shard)
         self.swept.append(shard)
         self.sweeps = self.swept.count(shard)
@@ -103,7 +107,7 @@ class FakeQueue:
     async def server_faults(self) -> list[str]:
         return list(self.faults)
 
-    async def act_as_manager(self, manager_id: str, ttl_ms: int, url: str = "", proof: str = "") -> int | None:
+    async def acquire_leader_lease(self, manager_id: str, ttl_ms: int, url: str = "", proof: str = "") -> int | None:
         self._trip()
         if self.holder not in ("", manager_id):
             return None
@@ -116,7 +120,7 @@ class FakeQueue:
         self._trip()
         return ActingManager(self.holder, 1 if self.holder else 0, *self.address)
 
-    async def resign_manager(self, manager_id: str) -> None:
+    async def release_leader_lease(self, manager_id: str) -> None:
         self._trip()
         if self.holder == manager_id:
             self.holder = ""

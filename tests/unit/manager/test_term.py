@@ -232,14 +232,14 @@ async def test_only_entries_that_changed_are_written() -> None:
     queue, clock = FakeQueue(), Clock()
     fleet = _fleet(queue, clock)
     saved: list[list[str]] = []
-    save_workers = queue.save_workers
+    save_workers = queue.fleet.save_workers
 
     async def recording(changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None:
         changed, gone = list(changed), list(gone)
         saved.append([*(info.worker_id for info in changed), *gone])
         await save_workers(changed, gone)
 
-    queue.save_workers = recording  # type: ignore[method-assign]
+    queue.fleet.save_workers = recording  # type: ignore[method-assign]
     for number in range(50):
         own = {"url": None, "worker_id": f"w{number}", "session_id": f"w{number}.{number:016x}"}
         await fleet.register(Registration.model_validate(_registration().model_dump() | own))

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from broker import Standing
+from broker import JobStatus
 from queue_schemas import (
     END,
     HEAD,
@@ -61,14 +61,16 @@ def persisted_job(job: Job, keep: PersistOptions, state: State = State.QUEUED, *
 
 
 class FakeQueue:
-    """The Router's side of the broker. Tests play the worker: they take ``jobs`` and call :meth:`answer`."""
+    """The Router's side of the broker, and each part of it. Tests play the worker: they take what was ``enqueued`` and
+    call :meth:`answer`."""
 
     def __init__(self, *models: str) -> None:
-        self.replies_ready = asyncio.Event()
+        self.jobs = self.replies = self.persisted_jobs = self.output = self.fleet = self.stats = self
+        self.ready = asyncio.Event()
         self.round_trips = 0
-        self.fleet = {"w1": worker(*models)} if models else {}
+        self.workers = {"w1": worker(*models)} if models else {}
         self.pools: dict[Pool, bool] = {}
-        self.jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self.enqueued: asyncio.Queue[Job] = asyncio.Queue()
         self.cancelled: asyncio.Queue[tuple[JobId, str]] = asyncio.Queue()
         self.resumed: asyncio.Queue[tuple[Job, int]] = asyncio.Queue()
         self.resume_state: State | None = State.QUEUED
@@ -79,7 +81,7 @@ class FakeQueue:
         self.keeps: dict[JobId, PersistOptions] = {}
         """How what was queued is to be kept."""
         self.kept: dict[JobId, PersistedJob] = {}
-        self.output: dict[JobId, Output] = {}
+        self.outputs: dict[JobId, Output] = {}
         """What is kept, as if each job's frames fitted a page."""
         self.page_frames = 1_000
         self.attached: list[tuple[JobId, tuple[int, int]]] = []
@@ -89,7 +91,7 @@ class FakeQueue:
         """What the next readings of an output end with."""
         self.detached: asyncio.Queue[JobId] = asyncio.Queue()
         self.state = State.QUEUED
-        self.standing: Standing | None = None
+        self.standing: JobStatus | None = None
         """Where jobs stand; None: they wait, above what was heard of them."""
         self.hold_enqueue = False
         self.down = False
@@ -106,20 +108,21 @@ class FakeQueue:
             await asyncio.Event().wait()
         if self.refusal is not None:
             raise self.refusal
-        self.jobs.put_nowait(job)
+        self.enqueued.put_nowait(job)
         return self.state
 
-    async def enqueue_persisted(self, job: Job, keep: PersistOptions, listener: str = "") -> Enqueued:
+    async def enqueue_persisted(self, job: Job, options: PersistOptions | None = None, listener: str = "") -> Enqueued:
+        assert options is not None
         state = await self.enqueue(job)
-        self.keeps[job.id] = keep
+        self.keeps[job.id] = options
         found = self.holder or Enqueued(job.id, state)
-        self.kept.setdefault(found.job_id, persisted_job(job, keep))
+        self.kept.setdefault(found.job_id, persisted_job(job, options))
         return found
 
-    async def persisted_job(self, job_id: str) -> PersistedJob | None:
+    async def get(self, job_id: str) -> PersistedJob | None:
         return self.kept.get(JobId(job_id))
 
-    async def persisted_jobs(
+    async def page(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
     ) -> tuple[list[PersistedJob], str]:
         wanted = set(states)
@@ -128,7 +131,7 @@ class FakeQueue:
         page = mine[behind : behind + limit]
         return page, page[-1].id if mine[behind + limit :] else ""
 
-    async def forget(self, job_id: str, reason: str) -> State | None:
+    async def delete(self, job_id: str, reason: str) -> State | None:
         gone = self.kept.pop(JobId(job_id), None)
         return gone.state if gone else None
 
@@ -141,14 +144,14 @@ class FakeQueue:
         await self.attach_held.wait()
         if self.attach_refusals:
             raise self.attach_refusals.pop(0)
-        kept = self.output.get(job_id)
+        kept = self.outputs.get(job_id)
         if kept is None:
             return None
         rest = [frame for frame in kept.frames if (frame.epoch, frame.seq) >= after]
         return replace(kept, frames=tuple(rest[: self.page_frames]), complete=len(rest) <= self.page_frames)
 
-    async def persisted_frames(self, job_id: JobId) -> AsyncIterator[Frame]:
-        kept = self.output.get(job_id)
+    async def frames(self, job_id: JobId) -> AsyncIterator[Frame]:
+        kept = self.outputs.get(job_id)
         for frame in kept.frames if kept else ():
             yield frame
 
@@ -161,18 +164,16 @@ class FakeQueue:
             raise self.resume_refusal
         return self.resume_state
 
-    async def raise_epoch(self, job_id: JobId, heard: int) -> Standing | None:
-        return self.standing or Standing(self.state, heard + 1, "")
+    async def raise_epoch(self, job_id: JobId, heard: int) -> JobStatus | None:
+        return self.standing or JobStatus(self.state, heard + 1, "")
 
     async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
         self.cancelled.put_nowait((job_id, reason))
         return State.LEASED
 
-    async def read_replies(
-        self, router: SessionId, deliver: Deliver, lost: Callable[[int], None] | None = None
-    ) -> NoReturn:
+    async def read(self, router: SessionId, deliver: Deliver, lost: Callable[[int], None] | None = None) -> NoReturn:
         self._deliver, self._lost = deliver, lost
-        self.replies_ready.set()
+        self.ready.set()
         await self._broken.wait()
         raise BrokerUnavailable("the connection broke")
 
@@ -182,7 +183,7 @@ class FakeQueue:
     async def load_workers(self) -> dict[str, WorkerInfo]:
         if self.down:
             raise BrokerUnavailable("Redis is away")
-        return self.fleet
+        return self.workers
 
     async def known_pools(self) -> dict[Pool, bool]:
         return self.pools
@@ -199,7 +200,7 @@ class FakeQueue:
     async def job(self) -> Job:
         """The next job the Router enqueued."""
         async with asyncio.timeout(LIMIT_S):
-            return await self.jobs.get()
+            return await self.enqueued.get()
 
     async def cancellation(self) -> tuple[JobId, str]:
         async with asyncio.timeout(LIMIT_S):
@@ -255,7 +256,7 @@ class PersistedStream:
 
     def _keep(self, state: State) -> None:
         last = (1, len(self._frames)) if self._frames else (0, 0)
-        self._queue.output[self._job.id] = Output(state, 1, "a1", last, self._frames, complete=True)
+        self._queue.outputs[self._job.id] = Output(state, 1, "a1", last, self._frames, complete=True)
 
 
 @dataclass
@@ -365,6 +366,6 @@ async def router(
     async with app.running():
         if isinstance(queue, FakeQueue):
             async with asyncio.timeout(LIMIT_S):
-                await queue.replies_ready.wait()
+                await queue.replies.ready.wait()
                 await app.state.link.fresh_directory()
         yield app

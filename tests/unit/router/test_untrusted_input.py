@@ -80,7 +80,7 @@ async def send(
         nonlocal job
         if pieces:
             return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
-        job = await queue.jobs.get()
+        job = await queue.enqueued.get()
         queue.answer(job, b'{"ok":1}')
         return await asyncio.Event().wait()
 

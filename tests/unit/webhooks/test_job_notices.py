@@ -38,15 +38,16 @@ class Queue:
         self.status = status
         self.asked: list[str] = []
         self.gone = False
+        self.persisted_jobs = self.output = self
 
-    async def read_ended(self, limit: int = 100) -> list[FinishedJob]:
+    async def read_finished(self, limit: int = 100) -> list[FinishedJob]:
         return self.notices[:limit]
 
-    async def forget_ended(self, notice_ids: list[str]) -> int:
+    async def acknowledge_finished(self, notice_ids: list[str]) -> int:
         self.notices = [notice for notice in self.notices if notice.id not in notice_ids]
         return len(notice_ids)
 
-    async def persisted_job(self, job_id: str) -> PersistedJob | None:
+    async def get(self, job_id: str) -> PersistedJob | None:
         return None if self.gone else kept(job_id)
 
     async def response_status(self, job_id: JobId, state: State) -> ResponseStatus:
@@ -176,12 +177,12 @@ async def test_a_queue_that_is_away_is_asked_again(bench: Bench) -> None:
     class Away(Queue):
         failures = 2
 
-        async def read_ended(self, limit: int = 100) -> list[FinishedJob]:
+        async def read_finished(self, limit: int = 100) -> list[FinishedJob]:
             if self.failures:
                 self.failures -= 1
                 raise BrokerUnavailable("Redis is away")
             assert bench.ends.fault == "Redis is away"
-            return await super().read_ended(limit)
+            return await super().read_finished(limit)
 
     queue = Away(notice(1))
     running = asyncio.create_task(bench.ends.run(lambda: queue, 0.01))

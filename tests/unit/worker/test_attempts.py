@@ -98,13 +98,14 @@ class RecordingBroker:
     """Takes what attempts end with."""
 
     def __init__(self) -> None:
+        self.attempts = self.output = self
         self.settled: list[tuple[Lease, Outcome, list[Frame]]] = []
         self.released: list[tuple[str, bool]] = []
         self.crashes: list[list[Lease]] = []
         self.published: list[Frame] = []
         self.appended: list[Frame] = []
         self.append_answer = Settled.OK
-        self.output: list[Frame] = []
+        self.kept: list[Frame] = []
         self.unreadable = False
         self.gone: set[str] = set()
         self.avoided_ms = 0
@@ -128,7 +129,7 @@ class RecordingBroker:
         self.released.append((reason, counted))
         return Settled.OK
 
-    async def crashed(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
+    async def report_crash(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
         if self.failures:
             self.failures -= 1
             raise BrokerUnavailable("away")
@@ -139,11 +140,11 @@ class RecordingBroker:
         self.appended += unpack_frames(frames)
         return self.append_answer
 
-    async def persisted_frames(self, job_id: str) -> AsyncIterator[Frame]:
+    async def frames(self, job_id: str) -> AsyncIterator[Frame]:
         """What earlier attempts said."""
         if self.unreadable:
             raise BrokerUnavailable("away")
-        for frame in self.output:
+        for frame in self.kept:
             yield frame
 
     async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
@@ -161,7 +162,9 @@ class Bench:
         self.elsewhere = True
         self.ended: list[bool] = []
         self.waits_s: list[float | None] = []
-        self.frame_batcher = FrameBatcher(self.broker.publish, self.broker.append, interval_ms=0, limit_bytes=10_000)
+        self.frame_batcher = FrameBatcher(
+            self.broker.attempts.publish, self.broker.attempts.append, interval_ms=0, limit_bytes=10_000
+        )
         self.attempts = Attempts(
             self.engine,
             cast(Broker, self.broker),
@@ -775,7 +778,7 @@ async def test_an_answer_that_lacks_only_its_end_is_not_asked_for_again(
     bench = Bench(plain(500))
     body = {"model": "m", "messages": [], "stream_options": {"include_usage": usage}}
     job_lease = stored_lease(epoch=2, attempt=2, body=json.dumps(body).encode())
-    bench.broker.output = said(job_lease, *events)
+    bench.broker.kept = said(job_lease, *events)
     await bench.run(job_lease)
     ((_, outcome, frames),) = bench.broker.settled
     assert outcome is Outcome.DONE
@@ -802,7 +805,7 @@ async def test_a_lost_stored_stream_goes_on_behind_what_was_kept(
     request is made as at first."""
     bench = Bench(Answer(200, SSE, [b"data: 1\n\n", b"data: [DONE]\n\n"]))
     job_lease = stored_lease(epoch=2, attempt=2, **fields)
-    bench.broker.output = said(job_lease, *events)
+    bench.broker.kept = said(job_lease, *events)
     await bench.run(job_lease)
     assert bench.engine.calls[0].path == asks
     assert bench.engine.calls[-1].body == job_lease.job.body  # what this engine answers to /tokenize is not tokens

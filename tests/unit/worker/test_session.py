@@ -47,7 +47,7 @@ ASSIGNMENT = Assignment(term=1, version=1, pools=[PoolAssignment(pool="m", shard
 REGISTERED = RegistrationAnswer(broker_url="redis://r", shards=1, lease_ms=100, heartbeat_ms=100, assignment=ASSIGNMENT)
 
 
-LOOPS = ("join", "claim", "read_control", "renew", "hold", "manager_beat")
+LOOPS = ("join", "claim", "read_control", "renew", "reconcile_leases", "leader_lease_until")
 
 
 class Manager:
@@ -85,6 +85,7 @@ class SurprisingBroker:
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
+        self.workers = self.attempts = self.fleet = self
         self.fenced = ""
         self.look_again_ms: int | None = None
         self.pings = 0
@@ -108,9 +109,9 @@ class SurprisingBroker:
 
     async def close(self) -> None: ...
 
-    async def manager_beat(self) -> int:
-        self._called("manager_beat")
-        return self.calls["manager_beat"]
+    async def leader_lease_until(self) -> int:
+        self._called("leader_lease_until")
+        return self.calls["leader_lease_until"]
 
     async def claim(self, *arguments: Any) -> Claimed:
         self._called("claim")
@@ -124,8 +125,8 @@ class SurprisingBroker:
             return [("1-1", Control(ControlKind.PING))]
         return []
 
-    async def hold(self, *arguments: Any) -> set[str]:
-        self._called("hold")
+    async def reconcile_leases(self, *arguments: Any) -> set[str]:
+        self._called("reconcile_leases")
         return set()
 
     async def append(self, *arguments: Any) -> Settled:
@@ -168,9 +169,9 @@ class SlowToClaim(SurprisingBroker):
             await eventually(lambda: self.calls["read_control"] > 2, "the control stream is read again")
         return await super().claim(*arguments)
 
-    async def hold(self, *arguments: Any) -> set[str]:
-        self.order.append("hold")
-        return await super().hold(*arguments)
+    async def reconcile_leases(self, *arguments: Any) -> set[str]:
+        self.order.append("reconcile_leases")
+        return await super().reconcile_leases(*arguments)
 
 
 def session_on(
@@ -249,13 +250,13 @@ async def test_leases_are_compared_when_no_claim_is_unanswered() -> None:
     broker = SlowToClaim()
     session, drain = session_on(broker)
     running = asyncio.create_task(session.run(first=True))
-    await eventually(lambda: "hold" in broker.order, "leases are compared")
-    assert broker.order[:3] == ["claim", "claim", "hold"]
+    await eventually(lambda: "reconcile_leases" in broker.order, "leases are compared")
+    assert broker.order[:3] == ["claim", "claim", "reconcile_leases"]
     drain.set()
     await asyncio.wait_for(running, 10)
 
 
-@pytest.mark.parametrize("call", ["join", "claim", "renew", "hold"])
+@pytest.mark.parametrize("call", ["join", "claim", "renew", "reconcile_leases"])
 async def test_being_fenced_ends_the_session(call: str) -> None:
     """Declared dead is declared dead: it is not tried again."""
     broker = SurprisingBroker()

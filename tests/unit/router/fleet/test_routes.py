@@ -62,7 +62,7 @@ async def test_other_paths_reach_no_engine(path: str) -> None:
         answer = await Client(app).request("POST", path, b'{"model": "m"}')
         assert (answer.status, answer.error["code"]) == (404, "unknown_path")
         assert "x-request-id" in answer.headers
-        assert queue.jobs.empty()
+        assert queue.enqueued.empty()
 
 
 async def test_an_encoded_spelling_of_a_good_path_is_another_path() -> None:
@@ -80,7 +80,7 @@ async def test_an_encoded_spelling_of_a_good_path_is_another_path() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
         await app(scope | {"raw_path": b"/v1/%63ompletions"}, receive, send)  # type: ignore[arg-type]
     assert sent[0]["status"] == 404
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE"])
@@ -373,7 +373,7 @@ async def test_the_app_runs_under_a_lifespan() -> None:
     async with asyncio.timeout(5):
         await messages.put({"type": "lifespan.startup"})
         assert (await sent.get())["type"] == "lifespan.startup.complete"
-        await queue.replies_ready.wait()
+        await queue.replies.ready.wait()
         await messages.put({"type": "lifespan.shutdown"})
         assert (await sent.get())["type"] == "lifespan.shutdown.complete"
         await life

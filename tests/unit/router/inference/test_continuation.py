@@ -166,7 +166,7 @@ async def test_an_unknown_policy_is_refused() -> None:
         answer = await Client(app).post(ASK, headers={"x-inferq-on-loss": "ignore"}).done()
     assert (answer.status, answer.error["param"]) == (400, "x-inferq-on-loss")
     assert "continue, restart or fail" in answer.error["message"]
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 def chunk(text: str, ident: str = "one") -> bytes:

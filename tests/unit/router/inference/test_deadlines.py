@@ -64,7 +64,7 @@ async def test_a_slow_plain_answer_is_waited_for_as_long_as_the_sdk_waits() -> N
         await asyncio.sleep(0.5)  # past the default
         queue.answer(job, b'{"id": "x", "object": "chat.completion", "choices": []}')
         assert (await asking).id == "x"
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 @pytest.mark.parametrize("timeout_s", [None, 3.0])
@@ -80,7 +80,7 @@ async def test_a_request_whose_time_ran_out_is_not_repeated(timeout_s: float | N
     assert limit in raised.value.message
     assert raised.value.response.headers["x-should-retry"] == "false"
     await queue.job()
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ async def test_a_silent_queue_is_not_waited_for_longer_than_the_client_waits() -
     assert raised.value.status_code == 504
     assert "x-stainless-read-timeout" in raised.value.message
     await queue.job()
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_every_way_out_of_time_names_its_limit() -> None:

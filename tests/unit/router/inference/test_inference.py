@@ -8,7 +8,7 @@ import hashlib
 import orjson
 import pytest
 
-from broker import Standing
+from broker import JobStatus
 from queue_schemas import BrokerFull, MarkerKind, OverCapacity, State
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import Client, FakeQueue, PersistedStream, router, worker
@@ -45,7 +45,7 @@ async def test_a_plain_request_is_queued_and_answered() -> None:
 async def test_a_request_is_of_its_routers_region(near: bool, remote_after_ms: int) -> None:
     """Workers of the region go first for as long as the settings say; where there is none, nobody is waited for."""
     queue = FakeQueue("m")
-    queue.fleet = {"w1": worker("m").model_copy(update={"region": "eu" if near else "us"})}
+    queue.workers = {"w1": worker("m").model_copy(update={"region": "eu" if near else "us"})}
     async with router(queue, region="eu", region_remote_after_ms=700) as app:
         answer = Client(app).post(CHAT)
         job = await queue.job()
@@ -137,7 +137,7 @@ async def test_a_wrong_body_is_refused_precisely(body: bytes, param: str | None,
     assert words in answer.error["message"]
     assert set(answer.error) == {"message", "type", "param", "code"}
     assert answer.headers["x-request-id"].startswith("req_")
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_an_unknown_model_is_not_found() -> None:
@@ -147,7 +147,7 @@ async def test_an_unknown_model_is_not_found() -> None:
         answer = await Client(app).post({"model": "nope"}).done()
         assert (answer.status, answer.error["code"], answer.error["param"]) == (404, "model_not_found", "model")
         assert "known are: m" in answer.error["message"]
-        queue.fleet = {"w1": worker("m", "late")}
+        queue.workers = {"w1": worker("m", "late")}
         late = Client(app).post({"model": "late"})
         queue.answer(await queue.job(), b"1")
         assert (await late.done()).status == 200
@@ -229,7 +229,7 @@ async def test_no_worker_is_refused_where_the_setting_says_so() -> None:
     async with router(queue, pools=["m"], on_no_worker="refuse") as app:
         answer = await Client(app).post(CHAT).done()
     assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (503, "no_worker", "5")
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_markers_are_answered_with_their_errors() -> None:
@@ -316,7 +316,7 @@ async def test_a_stream_that_waits_for_a_worker_says_so(resumable: str) -> None:
         answer = Client(app).post(STREAM | {"model": "idle"}, headers={"x-inferq-resumable": resumable})
         stream = PersistedStream(queue, await queue.job())
         await answer.until(lambda: answer.body.count(waiting) >= 2)
-        queue.fleet = {"w1": worker("m", "idle")}
+        queue.workers = {"w1": worker("m", "idle")}
         await answer.until(lambda: b": queued\n" in answer.body)
         stream.say(chunk("a"), DONE, end=True)
         await answer.done()
@@ -487,7 +487,7 @@ async def test_a_body_too_large_is_refused_before_it_is_read() -> None:
         assert (answer.status, answer.error["code"]) == (413, "request_too_large")
         assert answer.headers["connection"] == "close"
         assert answer.complete
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_more_requests_than_the_limit_are_refused() -> None:
@@ -639,7 +639,7 @@ async def test_headers_that_cannot_travel_are_mended_ignored_or_refused() -> Non
         for wrong in ("application/json\x01", "application/jsön"):
             refused = await Client(app).post(CHAT, headers={"content-type": wrong}).done()
             assert (refused.status, refused.error["code"]) == (400, "invalid_request")
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_a_stream_that_runs_on_is_not_disturbed_by_a_restart_of_redis() -> None:
@@ -649,7 +649,7 @@ async def test_a_stream_that_runs_on_is_not_disturbed_by_a_restart_of_redis() ->
         answer = Client(app).post(STREAM)
         job = await queue.job()
         queue.stream(job, chunk("a"), end=False)
-        queue.state, queue.standing = State.LEASED, Standing(State.LEASED, 1, "a1")
+        queue.state, queue.standing = State.LEASED, JobStatus(State.LEASED, 1, "a1")
         queue.lose_replies()
         assert (await queue.job()).id == job.id
         queue.stream(job, chunk("b"), first=1)

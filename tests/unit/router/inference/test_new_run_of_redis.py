@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from broker import Standing
+from broker import JobStatus
 from queue_schemas import END, HEAD, Frame, Marker, MarkerKind, State
 from tests.unit.router.fakes import SSE, Client, FakeQueue, router
 
@@ -29,7 +29,7 @@ async def test_an_attempt_that_redis_forgot_is_not_taken_for_that_of_the_new_run
     async with router(queue) as app:
         answer = Client(app).post(body)
         job = await queue.job()
-        queue.standing = Standing(State.QUEUED, 1 << 20, "")
+        queue.standing = JobStatus(State.QUEUED, 1 << 20, "")
         queue.lose_replies()
         assert (await queue.job()).id == job.id
         await _settle_down()
@@ -44,7 +44,7 @@ async def test_of_two_attempts_of_one_epoch_the_one_that_redis_knows_counts() ->
     async with router(queue) as app:
         answer = Client(app).post(STREAM)
         job = await queue.job()
-        queue.state, queue.standing = State.LEASED, Standing(State.LEASED, 1, "held")
+        queue.state, queue.standing = State.LEASED, JobStatus(State.LEASED, 1, "held")
         queue.lose_replies()
         assert (await queue.job()).id == job.id
         await _settle_down()
@@ -54,8 +54,8 @@ async def test_of_two_attempts_of_one_epoch_the_one_that_redis_knows_counts() ->
     assert queue.cancelled.empty()
 
 
-@pytest.mark.parametrize("known", [Standing(State.LEASED, 1, "before"), Standing(State.LEASED, 2, "other")])
-async def test_a_stream_whose_attempt_redis_does_not_know_runs_again(known: Standing) -> None:
+@pytest.mark.parametrize("known", [JobStatus(State.LEASED, 1, "before"), JobStatus(State.LEASED, 2, "other")])
+async def test_a_stream_whose_attempt_redis_does_not_know_runs_again(known: JobStatus) -> None:
     """What was heard is not what the queue says runs, or is newer than that: the job is cancelled and made anew."""
     queue = FakeQueue("m")
     async with router(queue) as app:

@@ -40,7 +40,7 @@ async def test_media_by_url_is_refused(path: str, fields: dict[str, Any], header
         answer = await Client(app).post(fields, path, headers).done()
     assert answer.status == 400
     assert "media_domains" in answer.body.decode()
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_media_of_an_allowed_host_passes() -> None:

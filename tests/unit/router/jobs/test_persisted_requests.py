@@ -57,7 +57,7 @@ async def test_a_key_that_cannot_be_is_refused(key: str) -> None:
         answer = await Client(app).post(CHAT, headers={"idempotency-key": key}).done()
     assert (answer.status, answer.error["param"]) == (400, "idempotency-key")
     assert "1 to 255 printable" in answer.error["message"]
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_a_request_with_a_key_is_a_stored_job() -> None:
@@ -103,7 +103,7 @@ async def test_an_answer_that_is_kept_is_given_again(stream: bool) -> None:
     holder = new_job_id(0)
     queue.holder = Enqueued(holder, State.DONE)
     pieces = [chunk("a"), chunk("b"), chunk("c"), chunk("d"), DONE]
-    queue.output[holder] = kept(run_of(holder, *pieces))
+    queue.outputs[holder] = kept(run_of(holder, *pieces))
     async with router(queue) as app:
         answer = await Client(app).post(STREAM if stream else CHAT, headers=KEY).done()
     assert (answer.status, answer.body, answer.headers[REPLAY]) == (200, b"".join(pieces), "true")
@@ -117,7 +117,7 @@ async def test_a_request_joins_a_stream_that_runs() -> None:
     holder = new_job_id(0)
     queue.holder = Enqueued(holder, State.LEASED)
     run = run_of(holder, chunk("a"), chunk("b"), chunk("c"), chunk("d"), DONE)
-    queue.output[holder] = kept(run[:2], State.LEASED)
+    queue.outputs[holder] = kept(run[:2], State.LEASED)
     queue.attach_held.clear()
     async with router(queue) as app:
         answer = Client(app).post(STREAM, headers=KEY)
@@ -138,11 +138,11 @@ async def test_requests_of_one_router_share_a_job() -> None:
     async with router(queue) as app:
         first = Client(app).post(STREAM, headers=KEY)
         job = await queue.job()
-        queue.output[job.id] = kept(run_of(job.id, chunk("a"), end=False), State.LEASED)
+        queue.outputs[job.id] = kept(run_of(job.id, chunk("a"), end=False), State.LEASED)
         queue.stream(job, chunk("a"), end=False)
         await first.until(lambda: first.body == chunk("a"))
         queue.holder = Enqueued(job.id, State.LEASED)
-        queue.output[job.id] = kept(run_of(job.id, chunk("a"), attempt="a1", end=False), State.LEASED)
+        queue.outputs[job.id] = kept(run_of(job.id, chunk("a"), attempt="a1", end=False), State.LEASED)
         others = [Client(app).post(STREAM, headers=KEY) for _ in range(3)]
         for other in others:
             await other.until(lambda other=other: other.body == chunk("a"))  # type: ignore[misc]
@@ -168,12 +168,12 @@ async def test_frames_that_were_lost_are_read_again() -> None:
         answer = Client(app).post(STREAM, headers=KEY)
         job = await queue.job()
         run = run_of(job.id, chunk("a"), chunk("b"), chunk("c"), DONE, attempt="a1")
-        queue.output[job.id] = kept(run)
+        queue.outputs[job.id] = kept(run)
         queue.deliver(run[0], run[2])
         await answer.done()
     assert answer.body == b"".join(frame.data for frame in run)
     assert queue.attached == [(job.id, (1, 0))]
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_after_its_reply_stream_was_lost_a_router_reads_what_it_lacks() -> None:
@@ -185,7 +185,7 @@ async def test_after_its_reply_stream_was_lost_a_router_reads_what_it_lacks() ->
         run = run_of(job.id, chunk("a"), chunk("b"), DONE, attempt="a1")
         queue.deliver(run[0])
         await answer.until(lambda: answer.body == chunk("a"))
-        queue.output[job.id] = kept(run)
+        queue.outputs[job.id] = kept(run)
         queue.lose_replies()
         await answer.done()
     assert answer.body == b"".join(frame.data for frame in run)
@@ -225,7 +225,7 @@ async def test_nothing_goes_on_behind_frames_that_the_server_lost(heard: bool, n
             queue.mark(job, MarkerKind.REQUEUED, epoch=2)
         left = run_of(job.id, chunk("a"), chunk("b"), end=False, attempt=name)
         rest = run_of(job.id, chunk("c"), chunk("d"), DONE, epoch=2, attempt="c", flags=HEAD | CONTINUED)
-        queue.output[job.id] = kept((*left, *rest))
+        queue.outputs[job.id] = kept((*left, *rest))
         queue.lose_replies()
         await answer.done()
     assert answer.body == chunk("a") + chunk("b") + chunk("c") + chunk("d") + DONE
@@ -239,7 +239,7 @@ async def test_a_lost_job_whose_key_went_to_another_leads_there() -> None:
         await queue.job()
         new = new_job_id(0)
         queue.holder = Enqueued(new, State.LEASED)
-        queue.output[new] = kept(run_of(new, b'{"ok": 1}'))
+        queue.outputs[new] = kept(run_of(new, b'{"ok": 1}'))
         queue.lose_replies()
         await answer.done()
     assert answer.body == b'{"ok": 1}'
@@ -260,7 +260,7 @@ async def test_a_job_that_ended_without_an_answer_is_an_error(state: State, stat
         told, asks = Client(app).post(CHAT, headers=KEY), Client(app).post(CHAT, headers=KEY)
         first, second = await queue.job(), await queue.job()
         queue.mark(first, MarkerKind(state))
-        queue.output[second.id] = Output(state, 1, "", (0, 0), (), complete=True)
+        queue.outputs[second.id] = Output(state, 1, "", (0, 0), (), complete=True)
         queue.lose_replies()
         for answer in (told, asks):
             await answer.done()
@@ -274,7 +274,7 @@ async def test_silence_is_looked_into() -> None:
     async with router(queue, keepalive_ms=50) as app:
         answer = Client(app).post(CHAT, headers=KEY)
         job = await queue.job()
-        queue.output[job.id] = kept(run_of(job.id, b'{"ok": 1}'))
+        queue.outputs[job.id] = kept(run_of(job.id, b'{"ok": 1}'))
         await answer.done()
     assert answer.body == b'{"ok": 1}'
 
@@ -290,7 +290,7 @@ async def test_who_waits_for_a_kept_answer_outlasts_redis(monkeypatch: pytest.Mo
         run = run_of(job.id, chunk("a"), chunk("b"), DONE, attempt="a1")
         queue.deliver(run[0])
         await answer.until(lambda: answer.body == chunk("a"))
-        queue.output[job.id] = kept(run)
+        queue.outputs[job.id] = kept(run)
         queue.lose_replies()
         await answer.done()
         late = Client(app).post(CHAT, headers=KEY | {"x-inferq-deadline-ms": "50"})
@@ -311,7 +311,7 @@ async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
         answer = client.post(STREAM, headers=KEY)
         job = await queue.job()
         run = run_of(job.id, *[chunk("x" * 9_000) for _ in range(20)], DONE, attempt="a1")
-        queue.output[job.id] = kept(run)
+        queue.outputs[job.id] = kept(run)
         client.reading.clear()
         for frame in run:
             queue.deliver(frame)
@@ -332,7 +332,7 @@ async def test_what_is_held_while_a_page_is_read_is_bounded(monkeypatch: pytest.
     holder = new_job_id(0)
     queue.holder = Enqueued(holder, State.LEASED)
     run = run_of(holder, *[chunk(str(number)) for number in range(6)], DONE)
-    queue.output[holder] = kept(run[:1], State.LEASED)
+    queue.outputs[holder] = kept(run[:1], State.LEASED)
     queue.attach_held.clear()
     async with router(queue) as app:
         answer = Client(app).post(STREAM, headers=KEY)
@@ -341,7 +341,7 @@ async def test_what_is_held_while_a_page_is_read_is_bounded(monkeypatch: pytest.
         (request,) = app.state.requests.now_open()
         assert not request.held
         queue.attach_held.set()
-        queue.output[holder] = kept(run)
+        queue.outputs[holder] = kept(run)
         await answer.done()
     assert answer.body == b"".join(frame.data for frame in run)
 
@@ -353,7 +353,7 @@ async def test_output_with_a_hole_is_an_error() -> None:
         answer = Client(app).post(STREAM, headers=KEY)
         job = await queue.job()
         run = run_of(job.id, chunk("a"), chunk("b"), chunk("c"), DONE, attempt="a1")
-        queue.output[job.id] = kept((run[0], *run[2:]))
+        queue.outputs[job.id] = kept((run[0], *run[2:]))
         queue.deliver(run[0], run[2])
         await answer.done()
     assert answer.body.startswith(chunk("a"))
@@ -372,11 +372,11 @@ async def test_a_stored_stream_goes_on_however_long_it_is(live: bool) -> None:
     lost = run_of(holder, *said, end=False)
     rest = run_of(holder, chunk("a time", "two"), DONE, epoch=2, attempt="b", flags=HEAD | CONTINUED)
     if not live:
-        queue.output[holder] = kept((*lost, *rest))
+        queue.outputs[holder] = kept((*lost, *rest))
     async with router(queue, replay_bytes=0) as app:
         answer = Client(app).post(STREAM, headers=KEY)
         if live:
-            queue.output[holder] = kept(lost, State.LEASED)
+            queue.outputs[holder] = kept(lost, State.LEASED)
             await answer.until(lambda: answer.body == b"".join(said))
             queue.deliver(Marker(MarkerKind.REQUEUED, holder, 2, "its worker was lost"), *rest)
         await answer.done()
@@ -406,7 +406,7 @@ async def test_a_continued_stream_is_passed_on_as_one() -> None:
     queue.holder = Enqueued(holder, State.DONE)
     lost = run_of(holder, chunk("Once "), chunk("upon "), end=False)
     rest = run_of(holder, chunk("a time", "two"), DONE, epoch=2, attempt="b", flags=HEAD | CONTINUED)
-    queue.output[holder] = kept((*lost, *rest))
+    queue.outputs[holder] = kept((*lost, *rest))
     async with router(queue) as app:
         answer = await Client(app).post(STREAM, headers=KEY).done()
     assert answer.body == chunk("Once ") + chunk("upon ") + chunk("a time") + DONE

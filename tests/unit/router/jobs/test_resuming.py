@@ -29,7 +29,7 @@ async def begun(client: Client, queue: FakeQueue, **headers: str) -> tuple[Job, 
     answer = client.post(STREAM, headers=RESUMABLE | headers)
     job = await queue.job()
     queue.stream(job, *EVENTS[:2], end=False)
-    queue.output[job.id] = so_far(job, *EVENTS[:2])
+    queue.outputs[job.id] = so_far(job, *EVENTS[:2])
     await answer.until(lambda: answer.body.count(b"\n\n") == 2)
     return job, answer
 
@@ -90,7 +90,7 @@ async def test_a_client_that_comes_back_is_given_the_rest(way: str) -> None:
         client.gone.set()
         await answer.done()
         assert await queue.detached.get() == job.id
-        elsewhere.kept, elsewhere.output = queue.kept, queue.output
+        elsewhere.kept, elsewhere.outputs = queue.kept, queue.outputs
         last = {"last-event-id": ids_of(answer.body)[-1]}
         if way == "POST":
             back = again.post(STREAM, headers=RESUMABLE | last)
@@ -102,7 +102,7 @@ async def test_a_client_that_comes_back_is_given_the_rest(way: str) -> None:
         assert without_ids(answer.body + back.body) == b"".join(EVENTS)
         assert ids_of(back.body)[0].startswith(f"{job.id}:3-")
         assert queue.cancelled.empty()
-        assert elsewhere.jobs.empty()
+        assert elsewhere.enqueued.empty()
 
 
 async def test_nobody_goes_on_with_what_is_not_his() -> None:
@@ -124,7 +124,7 @@ async def test_nobody_goes_on_with_what_is_not_his() -> None:
             404, gone.error["message"].replace(f"0-{'a' * 32}", ""),
         )  # fmt: skip
         queue.kept[job.id] = kept
-        queue.output[job.id] = so_far(job, b"data: another\n\n", *EVENTS[1:], over=True)
+        queue.outputs[job.id] = so_far(job, b"data: another\n\n", *EVENTS[1:], over=True)
         spliced = await client.post(STREAM, headers=RESUMABLE | {"last-event-id": last}).done()
         assert (spliced.status, spliced.error["code"]) == (502, "stream_broken")
 
@@ -199,7 +199,7 @@ async def test_who_comes_back_while_his_router_takes_its_leave_is_not_forgotten(
         taken.set()
         await held.wait()
 
-    queue.detach = detach  # type: ignore[method-assign]
+    queue.output.detach = detach  # type: ignore[method-assign]
     async with router(queue) as app:
         client, back = Client(app), Client(app)
         job, answer = await begun(client, queue)
@@ -209,7 +209,7 @@ async def test_who_comes_back_while_his_router_takes_its_leave_is_not_forgotten(
         followed = back.begin("GET", f"/v1/jobs/{job.id}/events")
         await followed.until(lambda: followed.body.count(b"\n\n") == 2)
         read = len(queue.attached)
-        queue.output[job.id] = so_far(job, *EVENTS, over=True)  # sent to nobody: it was taken off the listeners
+        queue.outputs[job.id] = so_far(job, *EVENTS, over=True)  # sent to nobody: it was taken off the listeners
         held.set()
         assert without_ids((await followed.done()).body) == b"".join(EVENTS)
         assert len(queue.attached) == read + 1

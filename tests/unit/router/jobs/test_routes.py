@@ -36,7 +36,7 @@ def ended(queue: FakeQueue, job: Job, state: State, *pieces: bytes, **fields: An
     queue.kept[job.id] = replace(
         queue.kept[job.id], state=state, started_ms=1_500, ended_ms=2_500, expires_ms=9_000, attempts=1, cause=cause
     )
-    queue.output[job.id] = output(job, *pieces, state=state, **fields)
+    queue.outputs[job.id] = output(job, *pieces, state=state, **fields)
 
 
 async def accepted(client: Client, queue: FakeQueue, fields: Any = CHAT, **headers: str) -> Job:
@@ -194,7 +194,7 @@ async def test_a_live_job_is_followed_to_its_end() -> None:
     async with router(queue, keepalive_ms=50) as app:
         client = Client(app)
         job = await accepted(client, queue, CHAT | {"stream": True})
-        queue.output[job.id] = output(job, EVENTS[0])
+        queue.outputs[job.id] = output(job, EVENTS[0])
         following = client.begin("GET", f"/v1/jobs/{job.id}/events")
         await following.until(lambda: b'"n":1' in following.body)
         await following.until(lambda: b": queued\n" in following.body)
@@ -216,7 +216,7 @@ async def test_a_plain_job_is_one_event() -> None:
     async with router(queue, keepalive_ms=50) as app:
         client = Client(app)
         job = await accepted(client, queue)
-        queue.output[job.id] = output(job)
+        queue.outputs[job.id] = output(job)
         following = client.begin("GET", f"/v1/jobs/{job.id}/events")
         await following.until(lambda: b": queued\n" in following.body)
         queue.answer(job, b'{"a":1}')
@@ -308,7 +308,7 @@ async def test_a_follower_that_reads_nothing_is_cut_off() -> None:
     async with router(queue, client_stall_ms=100) as app:
         client = Client(app)
         job = await accepted(client, queue, CHAT | {"stream": True})
-        queue.output[job.id] = output(job, EVENTS[0])
+        queue.outputs[job.id] = output(job, EVENTS[0])
         client.reading.clear()
         stuck = client.begin("GET", f"/v1/jobs/{job.id}/events")
         await eventually(stuck.task.done, "it is cut off")

@@ -113,17 +113,17 @@ async def test_many_follow_one_job_from_its_beginning_each_at_its_pace() -> None
     async with persisted_jobs(queue) as kept:
         job = await submitted(kept, queue)
         pieces = [b"data: %d\n\n" % number for number in range(6)]
-        queue.output[job.id] = kept_so_far(job, *pieces[:2])
+        queue.outputs[job.id] = kept_so_far(job, *pieces[:2])
         async with kept.follow(ACME, job.id) as early:
             assert await anext(early) == b"".join(pieces[:2])
             assert (early.head and early.head.status, early.job.id) == (200, job.id)
             queue.stream(job, *pieces[2:4], end=False, first=2)
             assert await anext(early) == b"".join(pieces[2:4])
-            queue.output[job.id] = kept_so_far(job, *pieces[:4])
+            queue.outputs[job.id] = kept_so_far(job, *pieces[:4])
             async with kept.follow(ACME, job.id) as late:
                 assert await anext(late) == b"".join(pieces[:4])
                 queue.stream(job, *pieces[4:], first=4)
-                queue.output[job.id] = kept_so_far(job, *pieces, end=True, state=State.DONE)
+                queue.outputs[job.id] = kept_so_far(job, *pieces, end=True, state=State.DONE)
                 assert await read(late) == b"".join(pieces[4:])
             assert await read(early) == b"".join(pieces[4:])
             async with kept.follow(ACME, job.id) as after:
@@ -139,7 +139,7 @@ async def test_a_plain_answer_comes_at_its_end() -> None:
     queue = FakeQueue("m")
     async with persisted_jobs(queue) as kept:
         job = await submitted(kept, queue, b'{"model": "m"}')
-        queue.output[job.id] = kept_so_far(
+        queue.outputs[job.id] = kept_so_far(
             job, b'{"error": 1}', end=True, state=State.FAILED, status=400, kind="application/json"
         )
         async with kept.follow(ACME, job.id) as followed:
@@ -160,13 +160,13 @@ async def test_an_end_without_an_answer_is_an_error_behind_what_was_said(
     queue = FakeQueue("m")
     async with persisted_jobs(queue) as kept:
         job = await submitted(kept, queue)
-        queue.output[job.id] = kept_so_far(job, *said, state=state, cause="of what happened")
+        queue.outputs[job.id] = kept_so_far(job, *said, state=state, cause="of what happened")
         async with kept.follow(ACME, job.id) as followed:
             if said:
                 assert await anext(followed) == said[0]
             with pytest.raises(error, match="of what happened"):
                 await anext(followed)
-        queue.output[job.id] = kept_so_far(job, *said)
+        queue.outputs[job.id] = kept_so_far(job, *said)
         async with kept.follow(ACME, job.id) as live:
             if said:
                 assert await anext(live) == said[0]
@@ -182,10 +182,10 @@ async def test_silence_is_told_and_a_lost_job_ends() -> None:
     queue = FakeQueue("m")
     async with persisted_jobs(queue, keepalive_ms=50) as kept:
         job = await submitted(kept, queue)
-        queue.output[job.id] = kept_so_far(job)
+        queue.outputs[job.id] = kept_so_far(job)
         async with kept.follow(ACME, job.id) as followed:
             assert await anext(followed) == b""
-            del queue.output[job.id]
+            del queue.outputs[job.id]
             with pytest.raises(JobNotFound, match="not kept any more"):
                 assert await read(followed) == b""
 
@@ -195,13 +195,13 @@ async def test_a_slow_follower_takes_no_memory() -> None:
     queue = FakeQueue("m")
     async with persisted_jobs(queue, client_buffer_bytes=16 * 1024) as kept:
         job = await submitted(kept, queue)
-        queue.output[job.id] = kept_so_far(job)
+        queue.outputs[job.id] = kept_so_far(job)
         pieces = [b"data: " + b"x" * 4_000 + b"\n\n" for _ in range(40)]
         async with kept.follow(ACME, job.id) as followed:
             waiting = asyncio.ensure_future(anext(followed))
             await eventually(lambda: not followed._request.behind, "it has caught up")
             queue.stream(job, *pieces, end=True)
-            queue.output[job.id] = kept_so_far(job, *pieces, end=True, state=State.DONE)
+            queue.outputs[job.id] = kept_so_far(job, *pieces, end=True, state=State.DONE)
             stitch = followed._request.stitch
             assert stitch is not None
             assert stitch.pending_bytes < 32 * 1024
@@ -245,7 +245,7 @@ async def test_followers_count_among_the_requests_of_a_router() -> None:
     queue = FakeQueue("m")
     async with persisted_jobs(queue, max_concurrent=1) as kept:
         job = await submitted(kept, queue)
-        queue.output[job.id] = kept_so_far(job)
+        queue.outputs[job.id] = kept_so_far(job)
         async with kept.follow(ACME, job.id):
             with pytest.raises(OverCapacity):
                 async with kept.follow(ACME, job.id):
@@ -258,10 +258,10 @@ async def test_a_follower_that_fell_behind_hears_of_the_end_behind_what_was_kept
     queue = FakeQueue("m")
     async with persisted_jobs(queue, keepalive_ms=50) as kept:
         job = await submitted(kept, queue)
-        queue.output[job.id] = kept_so_far(job, b"data: 1\n\n")
+        queue.outputs[job.id] = kept_so_far(job, b"data: 1\n\n")
         async with kept.follow(ACME, job.id) as followed:
             assert await anext(followed) == b"data: 1\n\n"
-            queue.output[job.id] = kept_so_far(job, b"data: 1\n\n", b"data: 2\n\n", state=State.CANCELLED, cause="so")
+            queue.outputs[job.id] = kept_so_far(job, b"data: 1\n\n", b"data: 2\n\n", state=State.CANCELLED, cause="so")
             pieces = []
             with pytest.raises(JobCancelled, match="so"):
                 while True:

@@ -39,7 +39,7 @@ def end_as(queue: FakeQueue, job: Job, state: State, *pieces: bytes, cause: str 
     """The job has ended, or stands, with this output kept of it."""
     frames = run_of(job, *pieces, end=state in (State.DONE, State.FAILED))
     attempt = "a1" if state in (State.DONE, State.FAILED, State.LEASED) else ""
-    queue.output[job.id] = Output(state, 1, attempt, (1, len(frames)), frames, complete=True, cause=cause)
+    queue.outputs[job.id] = Output(state, 1, attempt, (1, len(frames)), frames, complete=True, cause=cause)
     defaults: dict[str, Any] = {"begun_epoch": 1 if frames else 0}
     queue.kept[job.id] = replace(queue.kept[job.id], state=state, cause=cause, **(defaults | fields))
     return queue.kept[job.id]
@@ -208,7 +208,7 @@ async def test_its_events_come_as_the_chat_does_and_again_from_anywhere() -> Non
         queue.attach_held.clear()
         answer = client.post(ASK | {"stream": True}, PATH)
         job = await queue.job()
-        queue.output[job.id] = Output(State.QUEUED, 1, "", (0, 0), (), complete=True)
+        queue.outputs[job.id] = Output(State.QUEUED, 1, "", (0, 0), (), complete=True)
         queue.attach_held.set()
         await answer.until(lambda: b"response.queued" in answer.body)
         queue.stream(job, *STORY)
@@ -327,7 +327,7 @@ async def test_a_key_gives_one_response_also_to_who_waits() -> None:
         queue.stream(job, *STORY)
         await first.done()
         queue.holder = Enqueued(job.id, State.DONE)
-        queue.output[job.id] = Output(State.DONE, 1, "a1", (1, 4), run_of(job, *STORY), complete=True)
+        queue.outputs[job.id] = Output(State.DONE, 1, "a1", (1, 4), run_of(job, *STORY), complete=True)
         again = await client.post(ask, PATH, key).done()
     assert first.json()["id"] == again.json()["id"] == f"resp_{job.id}"
     assert check_response(again.json()).output_text == "ab"
@@ -392,7 +392,7 @@ async def test_what_cannot_be_answered_is_refused_and_not_queued(fields: dict[st
     async with router(queue) as app:
         answer = await Client(app).post(ASK | fields, PATH).done()
     assert (answer.status, answer.error["param"]) == (400, param)
-    assert queue.jobs.empty()
+    assert queue.enqueued.empty()
 
 
 async def test_the_page_refuses_what_makes_no_sense() -> None:

@@ -1,4 +1,4 @@
-"""What waits and runs, and what happened to jobs so far, as the scripts count it."""
+"""Queue depths and job counts, as the scripts keep them, for metrics and for Managers that assign work."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from queue_schemas import BrokerUnavailable, InferqError, Lane, LaneDepth, Pool, ShardKeys
 from queue_schemas.ids import decode_name
 
-from .redis.calls import Caller, pairs
-from .upkeep import answers_of, on_each
+from ..redis.calls import Caller, pairs
+from ..redis.shards import answers_of, on_each
 
 SHARD_LIMIT_S = 1.0
 """How long a shard may take to say what it holds, where the others go on without it."""
@@ -31,10 +31,11 @@ class JobCounts:
 
 
 class QueueStats:
-    """The part of :class:`broker.Broker` that counts."""
+    """Depths and counts over all shards."""
 
-    _caller: Caller
-    _keys: Sequence[ShardKeys]
+    def __init__(self, caller: Caller, keys: Sequence[ShardKeys]) -> None:
+        self._caller = caller
+        self._keys = keys
 
     async def depths(self, away: set[int] | None = None) -> dict[Pool, dict[Lane, LaneDepth]]:
         """How much waits and runs, per pool and lane; places with neither are left out. With ``away``, shards that do
@@ -57,10 +58,6 @@ class QueueStats:
                     by_region=by_region,
                 )
         return depths
-
-    async def totals(self) -> dict[tuple[Pool, Lane, str], int]:
-        """What happened to jobs since ever: ``JobCounts.events``."""
-        return (await self.job_counts()).events
 
     async def job_counts(self, away: set[int] | None = None) -> JobCounts:
         """What happened to jobs since ever, and why they were stopped; ``away`` as for :meth:`depths`."""

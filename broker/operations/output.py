@@ -1,4 +1,4 @@
-"""The output of stored jobs: kept, sent to those who listen, and read by who comes late."""
+"""Read the output of persisted jobs, and subscribe Routers to it."""
 
 from __future__ import annotations
 
@@ -8,33 +8,23 @@ from openai_api.response_jobs import ResponseStatus, status_of_output
 from queue_schemas import (
     Frame,
     JobId,
-    Lease,
     Output,
     SessionId,
-    Settled,
     ShardKeys,
     State,
-    shard_of_job,
     unpack_frames,
 )
 from queue_schemas.keys import keys_of_job
 
-from .job_batches import ShardBatches
-from .redis.calls import Caller
+from ..redis.calls import Caller
 
 
-class PersistedOutputCalls:
-    """The part of :class:`broker.Broker` that is about stored output."""
+class PersistedOutput:
+    """The output streams of persisted jobs."""
 
-    _caller: Caller
-    _keys: Sequence[ShardKeys]
-    _batches: Sequence[ShardBatches]
-
-    async def append(self, lease: Lease, frames: bytes) -> Settled:
-        """Add packed frames of an attempt to its stored job's output, and send them to those who listen. ``OK`` also
-        for frames that are there already. One try: on ``BrokerUnavailable`` they may or may not be there; sending them
-        again is harmless."""
-        return await self._batches[shard_of_job(lease.job.id)].append(lease, frames)
+    def __init__(self, caller: Caller, keys: Sequence[ShardKeys]) -> None:
+        self._caller = caller
+        self._keys = keys
 
     async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> Output | None:
         """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on, the Router ``listener`` being sent
@@ -47,11 +37,11 @@ class PersistedOutputCalls:
         keys = keys_of_job(self._keys, job_id)
         await self._caller.script("detach", keys.budget, keys.prefix, job_id, listener, retry=False)
 
-    async def read_output(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> Output | None:
+    async def read(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> Output | None:
         """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on; None if the job is unknown."""
         return await self._read_output(job_id, "", after)
 
-    async def persisted_frames(self, job_id: JobId) -> AsyncIterator[Frame]:
+    async def frames(self, job_id: JobId) -> AsyncIterator[Frame]:
         """All that is kept of a stored job's output now, read a page at a time; nothing if it is unknown."""
         after, complete = (0, 0), False
         while not complete:
@@ -65,7 +55,7 @@ class PersistedOutputCalls:
     async def response_status(self, job_id: JobId, state: State) -> ResponseStatus:
         """How the response ended whose job ended in ``state``: the word behind ``response.`` of its webhook. Whether it
         is ``incomplete`` stands in its output, which is read for it; of one that is not kept any more: ``failed``."""
-        return status_of_output(state, [frame async for frame in self.persisted_frames(job_id)])
+        return status_of_output(state, [frame async for frame in self.frames(job_id)])
 
     async def _read_output(self, job_id: JobId, listener: str, after: tuple[int, int]) -> Output | None:
         keys = keys_of_job(self._keys, job_id)

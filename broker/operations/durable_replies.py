@@ -1,7 +1,7 @@
-"""DurableReplies: reply streams that outlive the process that reads them.
+"""Reply streams that outlive their reader, for batches: entries stay until they are trimmed by id.
 
-A Router's reply stream is trimmed as it is read, and gone a minute after the Router. Whoever stores what comes before
-it counts as arrived takes a reply stream: entries stay until they are dropped by name, and another process may read on.
+A Router's reply stream is trimmed as it is read and expires a minute after the Router. A batch stores what comes before
+it counts as received, so its stream keeps entries until it drops them, and another process can read on.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from queue_schemas import Frame, Marker, SessionId, ShardKeys
 
-from .redis.calls import Caller
-from .redis.server_checks import read_run_id
-from .reply_streams import parse_reply, read_stream, tend
+from ..redis.calls import Caller
+from ..redis.server_checks import read_run_id
+from ..redis.streams import read_stream
+from .replies import extend_reply_stream, parse_reply
 
 MAX_READ = 128
 
@@ -27,19 +28,18 @@ class ReplyMessage:
 
 
 class DurableReplies:
-    """The part of :class:`broker.Broker` that is for those who store answers. A reply stream stands on one shard, and
-    jobs
-    of that shard name it in ``reply_to``. ``reader`` tells apart who reads at the same time over one broker."""
+    """Durable reply streams. Each is on one shard, whose jobs name it in ``reply_to``."""
 
-    _caller: Caller
-    _keys: Sequence[ShardKeys]
+    def __init__(self, caller: Caller, keys: Sequence[ShardKeys]) -> None:
+        self._caller = caller
+        self._keys = keys
 
-    async def open_reply_stream(self, shard: int, name: SessionId, ttl_ms: int) -> bool:
+    async def open(self, shard: int, name: SessionId, ttl_ms: int) -> bool:
         """Make a reply stream, or keep the one that is there, for ``ttl_ms`` from now: whether it had to be made. While
         there is none, jobs that name it are cancelled rather than run."""
-        return await tend(self._caller, self._keys[shard], name, ttl_ms)
+        return await extend_reply_stream(self._caller, self._keys[shard], name, ttl_ms)
 
-    async def read_reply_stream(
+    async def read(
         self, shard: int, name: SessionId, after: str, block_ms: int, count: int = MAX_READ
     ) -> list[ReplyMessage]:
         """Up to ``count`` entries behind the one with the id ``after`` ("0": from the first that is there), waiting up
@@ -51,19 +51,19 @@ class DurableReplies:
         )
         return [ReplyMessage(entry_id, tuple(parse_reply(entry_id, fields))) for entry_id, fields in entries]
 
-    async def drop_letters(self, shard: int, name: SessionId, through: str) -> None:
+    async def trim(self, shard: int, name: SessionId, through: str) -> None:
         """Remove the entries up to the one with the id ``through``, and it."""
         key = self._keys[shard].reply(name)
         milliseconds, _, number = through.partition("-")
         await self._caller.command(key, "XTRIM", key, "MINID", f"{milliseconds}-{int(number or 0) + 1}")
 
-    async def close_reply_stream(self, shard: int, name: SessionId) -> None:
+    async def close(self, shard: int, name: SessionId) -> None:
         """Remove a reply stream with all that is in it; jobs that name it and still wait are cancelled when their turn
         comes."""
         key = self._keys[shard].reply(name)
         await self._caller.command(key, "DEL", key)
 
-    async def run_of_server(self, shard: int) -> str:
+    async def server_run_id(self, shard: int) -> str:
         """What tells one run of the shard's server from the next, which may have lost the latest writes; empty where it
         does not say. One try."""
         return await read_run_id(self._caller, self._keys[shard].budget)

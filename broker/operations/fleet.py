@@ -1,18 +1,19 @@
-"""What stands beside the shards: the acting Manager's lease, the snapshot of the registry, the pools that are known."""
+"""The fleet's shared state: the acting Manager's leader lease, the registry of workers, the known pools, and control
+messages to workers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
-from queue_schemas import BadMessage, Pool, WorkerInfo
+from queue_schemas import BadMessage, Control, Pool, SessionId, ShardKeys, WorkerInfo
 from queue_schemas.fleet.acting_manager import ActingManager
 from queue_schemas.ids import check_name, check_worker_id
 from queue_schemas.keys import MANAGER, META, POOLS, SWEEPER, WORKERS
 from telemetry import get_logger
 
-from .redis.calls import Caller, pairs
+from ..redis.calls import Caller, pairs
 
 POOL_MEMORY_MS = 24 * 3600 * 1000
 """How long a pool that nobody declared is remembered after its last worker."""
@@ -23,26 +24,28 @@ _MAX_DIGITS = 18
 log = get_logger(__name__)
 
 
-class RegistryCalls:
-    """The part of :class:`broker.Broker` that is about the fleet."""
+class Fleet:
+    """What Managers write about the fleet, and Routers and workers read."""
 
-    _caller: Caller
+    def __init__(self, caller: Caller, keys: Sequence[ShardKeys]) -> None:
+        self._caller = caller
+        self._keys = keys
 
-    async def act_as_manager(self, manager_id: str, ttl_ms: int, url: str = "", proof: str = "") -> int | None:
+    async def acquire_leader_lease(self, manager_id: str, ttl_ms: int, url: str = "", proof: str = "") -> int | None:
         """Take or keep the acting Manager's lease for ``ttl_ms``: its term, or None while another holds it. ``url`` and
         ``proof`` tell the others where the holder is (:mod:`queue_schemas.fleet.acting_manager`)."""
         return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms, url, proof)) or None
 
-    async def resign_manager(self, manager_id: str) -> None:
+    async def release_leader_lease(self, manager_id: str) -> None:
         """Give up the acting Manager's lease, if held."""
         await self._caller.script("act_as_manager", MANAGER, manager_id, 0)
 
-    async def act_as_sweeper(self, worker: str, ttl_ms: int) -> bool:
+    async def acquire_sweeper_lease(self, worker: str, ttl_ms: int) -> bool:
         """Take or keep, for ``ttl_ms``, the lease of the one worker that sweeps while no Manager acts; 0 gives it up.
         Whether it is held. One try."""
         return int(await self._caller.script("act_as_manager", SWEEPER, worker, ttl_ms, retry=False)) > 0
 
-    async def manager_beat(self) -> int:
+    async def leader_lease_until(self) -> int:
         """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a
         clock); 0 if there is none, or what nobody of ours wrote. One try."""
         until: bytes = await self._caller.once(MANAGER, "HGET", MANAGER, "until") or b""
@@ -54,6 +57,12 @@ class RegistryCalls:
         held = [value or b"" for value in await self._caller.once(MANAGER, "HMGET", MANAGER, *fields)]
         holder, until, url, proof = (value[:_MAX_HELD_BYTES].decode("utf-8", "replace") for value in held)
         return ActingManager(holder, int(until) if until.isascii() and until.isdigit() else 0, url, proof)
+
+    async def send_control(self, session_id: SessionId, control: Control, shard: int = 0) -> bool:
+        """Put a message on a worker's control stream of a shard; False if the worker is gone."""
+        key = self._keys[shard].control(session_id)
+        fields = [part for pair in control.fields().items() for part in pair]
+        return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", *fields) is not None
 
     async def load_workers(self) -> dict[str, WorkerInfo]:
         """The registry as the acting Manager last wrote it; entries that cannot be read are left out."""

@@ -1,4 +1,4 @@
-"""Kept jobs: queued to be kept, shown, listed, cancelled when abandoned, forgotten; and the notices of their ends."""
+"""Persisted jobs: get one, list a tenant's, delete one, and read the notices of those that finished."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any
 from queue_schemas import (
     BadMessage,
     BadRequest,
-    Enqueued,
     FinishedJob,
-    Job,
     JobId,
     JobMetadata,
     Lane,
     PersistedJob,
-    PersistOptions,
     Pool,
     ShardKeys,
     State,
@@ -26,8 +23,8 @@ from queue_schemas.ids import decode_name, encode_name
 from queue_schemas.keys import keys_of_job
 from telemetry import get_logger
 
-from .job_batches import ShardBatches
-from .redis.calls import Caller, pairs
+from ..redis.calls import Caller, pairs
+from .jobs import state_or_none
 
 MAX_LISTED = 100
 """Jobs in one page of a list."""
@@ -38,23 +35,15 @@ _NOTICE_ID = re.compile(r"([0-9]{1,4}):([0-9]{1,20}-[0-9]{1,20})")
 log = get_logger(__name__)
 
 
-class PersistedJobCalls:
-    """The part of :class:`broker.Broker` that is about kept jobs."""
+class PersistedJobs:
+    """The records of persisted jobs."""
 
-    _caller: Caller
-    _keys: Sequence[ShardKeys]
-    _dropped: dict[int, int]
+    def __init__(self, caller: Caller, keys: Sequence[ShardKeys]) -> None:
+        self._caller = caller
+        self._keys = keys
+        self._dropped: dict[int, int] = {}
 
-    def _line(self, job: Job) -> ShardBatches:
-        raise NotImplementedError
-
-    async def enqueue_persisted(self, job: Job, keep: PersistOptions, listener: str = "") -> Enqueued:
-        """Put a stored ``job`` on its queue, or find the one that holds its idempotency key; what ``keep`` says is kept
-        of it. ``listener``: the Router that is sent its output, none if empty. Raises like
-        :meth:`broker.Broker.enqueue_persisted_request`."""
-        return await self._line(job).enqueue(job, listener, keep)
-
-    async def persisted_job(self, job_id: str) -> PersistedJob | None:
+    async def get(self, job_id: str) -> PersistedJob | None:
         """What may be told of a stored job: None if it is unknown, or nothing is kept of it. Whoever asks for a tenant
         compares ``tenant``."""
         keys = self._keys_of(job_id)
@@ -63,7 +52,7 @@ class PersistedJobCalls:
         (told,) = await self._caller.script("show_persisted", keys.budget, keys.prefix, job_id)
         return _kept_job(told) if told else None
 
-    async def persisted_jobs(
+    async def page(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
     ) -> tuple[list[PersistedJob], str]:
         """A page of a tenant's listed jobs, newest first, behind the one called ``after``; only those in ``states``, if
@@ -71,7 +60,7 @@ class PersistedJobCalls:
         listed job of the tenant."""
         before = ""
         if after:
-            last = await self.persisted_job(after)
+            last = await self.get(after)
             if last is None or last.tenant != tenant or not last.listed:
                 raise BadRequest(f"there is no job {after[:60]!r} to go on behind: begin without after", param="after")
             before = _place(last.created_ms, last.id)
@@ -108,26 +97,18 @@ class PersistedJobCalls:
                 break
         return jobs, before
 
-    async def forget(self, job_id: str, reason: str) -> State | None:
+    async def delete(self, job_id: str, reason: str) -> State | None:
         """Forget all that is kept of a stored job, which is cancelled first if it lives; the state that it was in, None
         if it is unknown."""
         keys = self._keys_of(job_id)
         if keys is None:
             return None
-        found = await self._caller.script("forget", keys.budget, keys.prefix, job_id, reason)
-        return None if found == b"unknown" else State(found.decode())
+        return state_or_none(await self._caller.script("forget", keys.budget, keys.prefix, job_id, reason))
 
-    async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None:
-        """Cancel a stored job if no Router has listened to it for ``after_ms``; the state that it was in, None if it is
-        unknown."""
-        keys = keys_of_job(self._keys, job_id)
-        found = await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, 0, after_ms)
-        return None if found == b"unknown" else State(found.decode())
-
-    async def read_ended(self, limit: int = 100) -> list[FinishedJob]:
+    async def read_finished(self, limit: int = 100) -> list[FinishedJob]:
         """Notices of ends that have not been forgotten, oldest first by shard, up to ``limit`` a shard. Who has dealt
-        with one calls :meth:`forget_ended`: until then it is read again, also by others. At most 100,000 are kept a
-        shard; how many were dropped because nobody took them is logged."""
+        with one calls :meth:`acknowledge_finished`: until then it is read again, also by others. At most 100,000 are
+        kept a shard; how many were dropped because nobody took them is logged."""
         notices: list[FinishedJob] = []
         for keys in self._keys:
             entries = await self._caller.command(keys.ended, "XRANGE", keys.ended, "-", "+", "COUNT", limit)
@@ -141,7 +122,7 @@ class PersistedJobCalls:
                 await self._note_dropped(keys)
         return notices
 
-    async def forget_ended(self, notice_ids: Iterable[str]) -> int:
+    async def acknowledge_finished(self, notice_ids: Iterable[str]) -> int:
         """Remove notices that were dealt with, by :attr:`~queue_schemas.FinishedJob.id`; how many there were."""
         by_shard: dict[int, list[str]] = {}
         for notice_id in notice_ids:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from queue_schemas import ShardKeys
 from telemetry import get_logger
 
-from .redis.calls import Caller
+from ..redis.calls import Caller
 
 EVERY_S = 5.0
 """How often a part of a shard is looked at."""
@@ -31,7 +31,7 @@ class _Place:
     place: int = 0
 
 
-class Audits:
+class Auditor:
     """Audits each shard a part at a time, when it is due."""
 
     def __init__(self, caller: Caller, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,7 +39,7 @@ class Audits:
         self._clock = clock
         self._places: dict[int, _Place] = {}
 
-    async def go_on(self, keys: ShardKeys) -> int:
+    async def audit_next_part(self, keys: ShardKeys) -> int:
         """Audit the next part of a shard, if that is due: how many records, entries and counters were mended."""
         now, place = self._clock(), self._places.get(keys.shard, _Place())
         if now < place.due_at:

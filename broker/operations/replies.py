@@ -1,22 +1,25 @@
-"""Blocking reads: a Router's replies and a worker's control messages, each on a connection of its own."""
+"""Read a Router's reply streams, one per shard, and keep them alive and short while it does."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
 
-from queue_schemas import BadMessage, Control, Frame, InferqError, Marker, ShardKeys, parse_control
+from queue_schemas import BadMessage, Frame, InferqError, Marker, SessionId, ShardKeys
 from queue_schemas.frames import FRAME_FIELD, MARKER_FIELD, unpack_frames, unpack_marker
 from telemetry import get_logger
 
-from .redis.calls import Caller, as_inferq_error
-from .redis.failures import FAILURES
-from .redis.server_checks import read_run_id
+from ..redis.calls import Caller
+from ..redis.server_checks import read_run_id
+from ..redis.streams import read_stream
 
 REPLY_TTL_MS = 60_000
-_TEND_EVERY_S = 10.0
+START_TIMEOUT_S = 5.0
+"""How long a Router that starts waits for shards that do not answer."""
+_EXTEND_EVERY_S = 10.0
 _TRIM_AFTER_BYTES = 4 << 20
 _READ_COUNT = 256
 _ENTRY_BYTES = 64
@@ -25,7 +28,60 @@ _MAX_PAUSE_S = 1.0
 
 log = get_logger(__name__)
 
-Entries = list[tuple[str, dict[bytes, bytes]]]
+
+class Replies:
+    """The reply streams of one Router, or of none yet."""
+
+    def __init__(self, caller: Caller, keys: Sequence[ShardKeys]) -> None:
+        self._caller = caller
+        self._keys = keys
+        self.ready = asyncio.Event()
+        """Set once this Router's reply streams exist; only then may it enqueue."""
+        self.missing: set[int] = set()
+        """Shards on which this Router's reply stream does not exist yet."""
+
+    async def read(
+        self,
+        router: SessionId,
+        deliver: Callable[[list[Frame | Marker]], None],
+        lost: Callable[[int], None] | None = None,
+    ) -> NoReturn:
+        """Read this Router's reply streams until cancelled; ``deliver`` gets what comes, in order per job.
+
+        ``lost(shard)`` is called when the stream of a shard had vanished and was made again, or the server is another
+        run of itself: answers to jobs of that shard, or jobs, may be missing. Malformed entries are logged and passed
+        over.
+        """
+
+        def opened(shard: int) -> Callable[[bool], None]:
+            def tell(first: bool) -> None:
+                if first:
+                    self.missing.discard(shard)
+                    if not self.missing:
+                        self.ready.set()
+                elif lost is not None:
+                    lost(shard)
+
+            return tell
+
+        async def serve_without_missing() -> None:
+            """A shard that is away keeps no Router from serving the others."""
+            while True:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.ready.wait(), START_TIMEOUT_S)
+                    return
+                if len(self.missing) == len(self._keys):
+                    continue
+                log.warning("reply_streams_missing", shards=sorted(self.missing), then="the other shards are served")
+                self.ready.set()
+                return
+
+        self.missing = set(range(len(self._keys)))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(serve_without_missing())
+            for keys in self._keys:
+                group.create_task(ReplyReader(self._caller, keys, router, deliver, opened(keys.shard)).run())
+        raise AssertionError("reply readers run until cancelled")
 
 
 class ReplyReader:
@@ -57,17 +113,17 @@ class ReplyReader:
         was in it may be lost: it had to be made again, or the server is another run of itself."""
         pause = 0.05
         first = True
-        tend_at = 0.0
+        extend_at = 0.0
         while True:
             try:
-                if time.monotonic() >= tend_at:
+                if time.monotonic() >= extend_at:
                     await self._look_at_run()
-                    await self._tend()
+                    await self._extend()
                     if self._doubtful:
                         self._doubtful = False
                         self._opened(first)
                         first = False
-                    tend_at = time.monotonic() + _TEND_EVERY_S
+                    extend_at = time.monotonic() + _EXTEND_EVERY_S
                 entries = await read_stream(self._caller, self._key, self._last, self._count, _BLOCK_MS)
                 pause = 0.05
                 self._count = _READ_COUNT
@@ -75,7 +131,7 @@ class ReplyReader:
                 log.warning("reply_stream_unreachable", error=error.message)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _MAX_PAUSE_S)
-                tend_at = 0.0
+                extend_at = 0.0
                 # Perhaps the reply was too large for the time it may take.
                 self._count = max(1, self._count // 2)
                 continue
@@ -84,12 +140,12 @@ class ReplyReader:
                 self._deliver([item for entry_id, fields in entries for item in parse_reply(entry_id, fields)])
                 self._read_since_trim += sum(_ENTRY_BYTES + len(fields.get(FRAME_FIELD, b"")) for _, fields in entries)
                 if self._read_since_trim >= _TRIM_AFTER_BYTES:
-                    tend_at = 0.0
+                    extend_at = 0.0
 
-    async def _tend(self) -> None:
+    async def _extend(self) -> None:
         """Extend the stream's life and drop what was read; make it if it is not there."""
         self._read_since_trim = 0
-        if await tend(self._caller, self._keys, self._router, REPLY_TTL_MS, self._last):
+        if await extend_reply_stream(self._caller, self._keys, self._router, REPLY_TTL_MS, self._last):
             self._doubtful = True
 
     async def _look_at_run(self) -> None:
@@ -110,7 +166,7 @@ class ReplyReader:
             await self._caller.once(self._key, "XADD", self._key, "NOMKSTREAM", self._last, "o", "open")
 
 
-async def tend(caller: Caller, keys: ShardKeys, reader: str, ttl_ms: int, read_to: str = "0") -> bool:
+async def extend_reply_stream(caller: Caller, keys: ShardKeys, reader: str, ttl_ms: int, read_to: str = "0") -> bool:
     """Keep a reply stream for ``ttl_ms`` of the queue's time, without the entries before ``read_to``: whether
     it had to
     be made."""
@@ -127,62 +183,3 @@ def parse_reply(entry_id: str, fields: dict[bytes, bytes]) -> list[Frame | Marke
     except BadMessage as error:
         log.warning("reply_entry_malformed", entry=entry_id, error=error.message)
     return []
-
-
-async def read_control(
-    caller: Caller, keys: ShardKeys, session_id: str, after: str, block_ms: int
-) -> list[tuple[str, Control | None]]:
-    """Control messages behind ``after`` with their ids; None stands for a kind this version does not know."""
-    entries = await read_stream(caller, keys.control(session_id), after, _READ_COUNT, block_ms)
-    messages: list[tuple[str, Control | None]] = []
-    for entry_id, fields in entries:
-        try:
-            messages.append((entry_id, parse_control(fields)))
-        except BadMessage as error:
-            log.warning("control_entry_malformed", entry=entry_id, error=error.message)
-            messages.append((entry_id, None))
-    return messages
-
-
-async def read_stream(
-    caller: Caller, key: str, after: str, count: int, block_ms: int, *, connection_of: str = ""
-) -> Entries:
-    """Entries of one stream behind ``after``, waiting up to ``block_ms`` for the first. Raises like a call, once. Each
-    stream has a connection of its own, unless it shares that of ``connection_of``, another key of its shard."""
-    caller.round_trips += 1
-    try:
-        reply: Any = await caller.link.blocking(
-            connection_of or key,
-            block_ms / 1000,
-            "XREAD",
-            "COUNT",
-            count,
-            "BLOCK",
-            max(block_ms, 1),
-            "STREAMS",
-            key,
-            after,
-        )
-    except FAILURES as error:
-        raise as_inferq_error(error) from error
-    if not reply:
-        return []
-    streams = list(reply.values()) if isinstance(reply, dict) else [entries for _, entries in reply]
-    return [(_id(entry[0]), _fields(entry[1])) for entry in _flat(streams[0])]
-
-
-def _flat(entries: Any) -> Any:
-    """redis-py wraps a stream's entries once more under some protocols."""
-    return (
-        entries[0] if entries and isinstance(entries[0], list) and isinstance(entries[0][0], (list, tuple)) else entries
-    )
-
-
-def _id(raw: Any) -> str:
-    return raw.decode() if isinstance(raw, bytes) else str(raw)
-
-
-def _fields(raw: Any) -> dict[bytes, bytes]:
-    if isinstance(raw, dict):
-        return raw
-    return dict(zip(raw[::2], raw[1::2], strict=True))

@@ -1,12 +1,12 @@
-"""What workers ask of the queue: joining, claiming, keeping leases, sending output, ending attempts."""
+"""A worker session's calls: join, claim jobs, renew and reconcile leases, read control messages, leave."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from queue_schemas import (
+    BadMessage,
     BadRequest,
     Claimed,
     Control,
@@ -15,47 +15,53 @@ from queue_schemas import (
     Job,
     Lane,
     Lease,
-    Outcome,
     Pool,
     SessionId,
-    Settled,
     ShardKeys,
-    shard_of_job,
+    parse_control,
 )
 from queue_schemas.ids import encode_name
-from queue_schemas.keys import keys_of_job
 from telemetry import get_logger
 
-from .job_batches import ShardBatches, attempt_of
-from .redis.calls import Caller
-from .redis.link import Link
+from ..redis.calls import Caller
+from ..redis.shards import answers_of, on_each
+from ..redis.streams import read_stream
+from .job_batches import attempt_of
+from .maintenance import Maintenance, Reclaimed
 from .renewal import Renewer
-from .reply_streams import read_control
-from .upkeep import answers_of, on_each
 
+_CONTROL_COUNT = 256
 PARK_MS = 30_000
 """How long a parked worker counts as idle without claiming again."""
-RENEWAL_PATIENCE_S = 1.0
-"""How long a renewal on one shard may hold up the next one on the others."""
+RENEWAL_SHARD_TIMEOUT_S = 1.0
+"""How long a renewal on one shard may delay the next one on the others."""
 
 log = get_logger(__name__)
 
 
-class WorkerCalls:
-    """The part of :class:`broker.Broker` that is for workers."""
+class Workers:
+    """The sessions of workers. ``control_read`` says per shard and session up to where control messages were read;
+    ``open_caller`` opens a connection of its own, for :meth:`renewer_apart`."""
 
-    _caller: Caller
-    _keys: Sequence[ShardKeys]
-    _batches: Sequence[ShardBatches]
-    _renewer: Renewer
-    _control_read: dict[tuple[int, str], str]
-    _unjoined: dict[str, set[int]]
-    _open_link: Callable[[], Link]
-    _script_flags: bool
+    def __init__(
+        self,
+        caller: Caller,
+        keys: Sequence[ShardKeys],
+        maintenance: Maintenance,
+        control_read: dict[tuple[int, str], str],
+        open_caller: Callable[[], Caller],
+    ) -> None:
+        self._caller = caller
+        self._keys = keys
+        self._maintenance = maintenance
+        self._control_read = control_read
+        self._open_caller = open_caller
+        self._unjoined: dict[str, set[int]] = {}
+        self._renewer = Renewer(caller, keys, control_read, self._unjoined)
 
     async def join(self, session_id: SessionId) -> set[int]:
-        """Enter the fabric: from now on ``session_id`` may claim, on every shard but those of the answer, which did
-        not answer: there it has to :meth:`join_on`. Raises if none did."""
+        """Join the fleet: from now on ``session_id`` may claim. Returns the shards that did not answer, on which it has
+        to :meth:`join_on` later. Raises if none did."""
         self._unjoined[session_id] = {keys.shard for keys in self._keys}
         found = await on_each(self._keys, lambda keys: self.join_on(keys.shard, session_id))
         missing = self._unjoined.get(session_id, set())
@@ -129,16 +135,15 @@ class WorkerCalls:
 
     def renewer_apart(self) -> Renewer:
         """A renewer with a connection of its own, to be used and closed in one event loop, which may be another."""
-        caller = Caller(self._open_link(), retry_limit_s=0, script_flags=self._script_flags)
-        return Renewer(caller, self._keys, self._control_read, self._unjoined, RENEWAL_PATIENCE_S)
+        return Renewer(self._open_caller(), self._keys, self._control_read, self._unjoined, RENEWAL_SHARD_TIMEOUT_S)
 
-    async def hold(self, shard: int, session_id: SessionId, seq: int, leases: Sequence[Lease]) -> set[str]:
-        """Make ``leases``, all that ``session_id`` runs on ``shard``, and what Redis says of it the same: after a
-        restart or a failover it may have lost its latest writes.
+    async def reconcile_leases(self, shard: int, session_id: SessionId, seq: int, leases: Sequence[Lease]) -> set[str]:
+        """Compare ``leases``, all that ``session_id`` runs on ``shard``, with what Redis knows, which may have lost its
+        latest writes in a restart or a failover.
 
-        Answers the ids of the attempts that are not this worker's: nobody will take their answers. What it held without
-        running it waits again, uncounted. ``seq`` is that of its last claim. Raises ``Fenced`` if the session id was
-        declared dead.
+        Returns the ids of attempts that this worker no longer owns: their answers would be rejected. Jobs leased to it
+        that it does not run wait again, uncounted. ``seq`` is that of its last claim. Raises ``Fenced`` if the session
+        was declared dead.
         """
         keys = self._keys[shard]
         last_read = self._control_read.get((shard, session_id), "0")
@@ -148,62 +153,24 @@ class WorkerCalls:
             raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         return {attempt_id.decode() for attempt_id in reply[1:]}
 
-    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
-        """Send packed frames to Routers (``reply_to`` -> bytes) and answer those that are gone.
-
-        One try: on ``BrokerUnavailable`` the frames may or may not have arrived; sending them again is harmless,
-        because a Router drops repeats by ``seq``.
-        """
-        keys = self._keys[shard]
-
-        async def send(reply_to: str, packed: bytes) -> bool:
-            key = keys.reply(reply_to)
-            return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", "f", packed) is None
-
-        gone = await asyncio.gather(*(send(reply_to, packed) for reply_to, packed in frames.items()))
-        return {reply_to for reply_to, is_gone in zip(frames, gone, strict=True) if is_gone}
-
-    async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
-        """End an attempt with its answer. ``frames`` (packed; those not yet published, the last with END) reach the
-        Router, or those who listen to a stored job, only if the answer is ``OK``."""
-        return await self._batches[shard_of_job(lease.job.id)].settle(lease, outcome, frames)
-
-    async def release(self, lease: Lease, reason: str, *, counted: bool, avoid_ms: int | None = None) -> Settled:
-        """End an attempt without an answer: the job waits again, ahead of new work.
-
-        ``counted``: the attempt is spent, this worker is avoided for ``avoid_ms`` (None: two seconds), and a job whose
-        attempts are used up becomes a dead letter. Otherwise it is handed back as if never started.
-        """
-        return await self._batches[shard_of_job(lease.job.id)].release(lease, reason, counted, avoid_ms)
-
-    async def crashed(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
-        """End all attempts that ran on an engine that crashed, in one call per shard.
-
-        Which job did it cannot be known: if there are suspects among them, each of those is charged an attempt, else
-        every job. All are suspects from now on: a worker is given one of them at a time.
-        """
-        answers: dict[str, Settled] = {}
-
-        async def end(keys: ShardKeys) -> None:
-            here = [lease for lease in leases if shard_of_job(lease.job.id) == keys.shard]
-            if here:
-                attempts = [part for lease in here for part in attempt_of(lease)]
-                found = await self._caller.script("crashed", keys.budget, keys.prefix, reason, *attempts)
-                for lease, answer in zip(here, found, strict=True):
-                    answers[lease.attempt_id] = Settled(answer.decode())
-
-        answers_of(await on_each(self._keys, end))
-        return [answers[lease.attempt_id] for lease in leases]
-
-    async def clear(self, lease: Lease) -> Settled:
-        """Clear a running job of suspicion: it has put out more than before its engine crashed."""
-        keys = keys_of_job(self._keys, lease.job.id)
-        return Settled((await self._caller.script("clear", keys.budget, keys.prefix, *attempt_of(lease))).decode())
+    async def leave(self, session_id: SessionId) -> Reclaimed:
+        """Leave the fleet; leased jobs wait again as if never started. Raises once every shard was tried."""
+        return await self._maintenance.hand_back(session_id)
 
     async def read_control(
         self, shard: int, session_id: SessionId, after: str, block_ms: int
     ) -> list[tuple[str, Control | None]]:
         """Control messages behind ``after`` ("0" at first) with their ids, waiting up to ``block_ms`` for one."""
-        messages = await read_control(self._caller, self._keys[shard], session_id, after, block_ms)
+        key = self._keys[shard].control(session_id)
+        entries = await read_stream(self._caller, key, after, _CONTROL_COUNT, block_ms)
         self._control_read[(shard, session_id)] = after
-        return messages
+        return [(entry_id, _control_of(entry_id, fields)) for entry_id, fields in entries]
+
+
+def _control_of(entry_id: str, fields: dict[bytes, bytes]) -> Control | None:
+    """The control message in a stream entry; None for a kind this version does not know, and for a malformed one."""
+    try:
+        return parse_control(fields)
+    except BadMessage as error:
+        log.warning("control_entry_malformed", entry=entry_id, error=error.message)
+        return None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from queue_schemas import BadRequest, DeadLetter, DeadLetterList, DeadRequest, InferqError, Job, Lane, ShardKeys
 from queue_schemas.ids import decode_name
 
-from .redis.calls import Caller, pairs
+from ..redis.calls import Caller, pairs
 
 _LETTER_ID = re.compile(r"([0-9]{1,4}):(([0-9]{1,20})-([0-9]{1,20}))")
 _LARGEST_ID = 2**64 - 1

@@ -24,9 +24,9 @@ from queue_schemas.frames import split_frames
 from queue_schemas.ids import encode_name
 from queue_schemas.persisted_output import key_digest, request_digest
 
-from .redis.batching import Batcher
-from .redis.calls import Caller
-from .settings import Budgets
+from ..redis.batching import Batcher
+from ..redis.calls import Caller
+from ..settings import Budgets
 
 _OVERHEAD_BYTES = 256
 """What a job costs in a call besides its own bytes, roughly."""

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from queue_schemas import BrokerUnavailable, Fenced, SessionId, ShardKeys
 
-from .redis.calls import Caller
+from ..redis.calls import Caller
 
 
 class Renewer:
     """Renews over ``caller``. ``read_to`` says, per shard and session id, which control messages were read: older ones
     are trimmed.
 
-    The Broker's own shares its connection. One made by :meth:`Broker.renewer_apart` has another, for another thread's
+    The Broker's own shares its connection. One made by :meth:`Workers.renewer_apart` has another, for another thread's
     event loop, and tries each call once: whether to renew is decided anew for the next try. Shards are renewed at the
     same time, and one that does not answer within ``patience_s`` is not waited for. Those in ``unjoined`` are left out.
     """

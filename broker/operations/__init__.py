@@ -1,0 +1,1 @@
+"""The parts of ``Broker``: each module holds the queue operations of one kind of caller, one method per operation."""

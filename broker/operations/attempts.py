@@ -1,0 +1,80 @@
+"""A running attempt's calls: send its output, settle or release it, report the crash of its engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from queue_schemas import Lease, Outcome, Settled, ShardKeys, shard_of_job
+from queue_schemas.keys import keys_of_job
+
+from ..redis.calls import Caller
+from ..redis.shards import answers_of, on_each
+from .job_batches import ShardBatches, attempt_of
+
+
+class Attempts:
+    """The attempts that a worker runs, each named by its lease. Concurrent calls share round trips."""
+
+    def __init__(self, caller: Caller, keys: Sequence[ShardKeys], batches: Sequence[ShardBatches]) -> None:
+        self._caller = caller
+        self._keys = keys
+        self._batches = batches
+
+    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
+        """Send packed frames to Routers (``reply_to`` -> bytes) and answer those that are gone.
+
+        One try: on ``BrokerUnavailable`` the frames may or may not have arrived; sending them again is harmless,
+        because a Router drops repeats by ``seq``.
+        """
+        keys = self._keys[shard]
+
+        async def send(reply_to: str, packed: bytes) -> bool:
+            key = keys.reply(reply_to)
+            return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", "f", packed) is None
+
+        gone = await asyncio.gather(*(send(reply_to, packed) for reply_to, packed in frames.items()))
+        return {reply_to for reply_to, is_gone in zip(frames, gone, strict=True) if is_gone}
+
+    async def append(self, lease: Lease, frames: bytes) -> Settled:
+        """Add packed frames of an attempt to its stored job's output, and send them to those who listen. ``OK`` also
+        for frames that are there already. One try: on ``BrokerUnavailable`` they may or may not be there; sending them
+        again is harmless."""
+        return await self._batches[shard_of_job(lease.job.id)].append(lease, frames)
+
+    async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
+        """End an attempt with its answer. ``frames`` (packed; those not yet published, the last with END) reach the
+        Router, or those who listen to a stored job, only if the answer is ``OK``."""
+        return await self._batches[shard_of_job(lease.job.id)].settle(lease, outcome, frames)
+
+    async def release(self, lease: Lease, reason: str, *, counted: bool, avoid_ms: int | None = None) -> Settled:
+        """End an attempt without an answer: the job waits again, ahead of new work.
+
+        ``counted``: the attempt is spent, this worker is avoided for ``avoid_ms`` (None: two seconds), and a job whose
+        attempts are used up becomes a dead letter. Otherwise it is handed back as if never started.
+        """
+        return await self._batches[shard_of_job(lease.job.id)].release(lease, reason, counted, avoid_ms)
+
+    async def report_crash(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
+        """End all attempts that ran on an engine that crashed, in one call per shard.
+
+        Which job did it cannot be known: if there are suspects among them, each of those is charged an attempt, else
+        every job. All are suspects from now on: a worker is given one of them at a time.
+        """
+        answers: dict[str, Settled] = {}
+
+        async def end(keys: ShardKeys) -> None:
+            here = [lease for lease in leases if shard_of_job(lease.job.id) == keys.shard]
+            if here:
+                attempts = [part for lease in here for part in attempt_of(lease)]
+                found = await self._caller.script("crashed", keys.budget, keys.prefix, reason, *attempts)
+                for lease, answer in zip(here, found, strict=True):
+                    answers[lease.attempt_id] = Settled(answer.decode())
+
+        answers_of(await on_each(self._keys, end))
+        return [answers[lease.attempt_id] for lease in leases]
+
+    async def clear_suspicion(self, lease: Lease) -> Settled:
+        """Clear a running job of suspicion: it has put out more than before its engine crashed."""
+        keys = keys_of_job(self._keys, lease.job.id)
+        return Settled((await self._caller.script("clear", keys.budget, keys.prefix, *attempt_of(lease))).decode())

@@ -1,0 +1,127 @@
+"""Put jobs on the queue, resume and cancel them: what Routers and the batcher call for the jobs they wait for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from queue_schemas import (
+    BrokerUnavailable,
+    Enqueued,
+    Job,
+    JobId,
+    Lane,
+    PersistOptions,
+    ShardKeys,
+    State,
+    shard_of_job,
+)
+from queue_schemas.keys import keys_of_job
+
+from ..redis.calls import Caller
+from .job_batches import ShardBatches
+from .replies import Replies
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """The state of a job and its current attempt. ``attempt_id`` is empty unless the job runs."""
+
+    state: State
+    epoch: int
+    attempt_id: str
+
+
+class Jobs:
+    """The jobs of Routers and of the batcher. ``durable``: per shard, batches whose jobs are on the server's disk
+    before they count as enqueued; empty where memory is enough."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        keys: Sequence[ShardKeys],
+        batches: Sequence[ShardBatches],
+        durable: Sequence[Sequence[ShardBatches]],
+        replies: Replies,
+    ) -> None:
+        self._caller = caller
+        self._keys = keys
+        self._batches = batches
+        self._durable = durable
+        self._replies = replies
+        self._next_durable = itertools.count()
+
+    async def enqueue(self, job: Job) -> State:
+        """Put ``job`` on its queue. Returns ``QUEUED``, or the state of a job of that id that is already known
+        (``CANCELLED`` for one that was cancelled before it came).
+
+        Raises ``OverCapacity``, ``BrokerFull``, and ``NotOnDisk`` for background jobs where durability is disk.
+        """
+        return (await self._batches_for(job).enqueue(job)).state
+
+    async def enqueue_persisted(self, job: Job, options: PersistOptions | None = None, listener: str = "") -> Enqueued:
+        """Put a persisted ``job`` on its queue, or find the job that holds its idempotency key.
+
+        ``options`` say what is kept of it, by default its answer for a day. ``listener`` is the session id of the
+        Router that its output is sent to; for an earlier job found by its key, call ``output.attach``. Raises like
+        :meth:`enqueue`, and ``IdempotencyKeyReused`` if the key belongs to another request.
+        """
+        return await self._batches_for(job).enqueue(job, listener, options)
+
+    async def resume(self, job: Job, epoch: int) -> State | None:
+        """Put a stream that was lost under ``epoch`` back on its queue with ``job`` as its envelope, whose ``prefix``
+        says what was delivered.
+
+        Returns ``QUEUED``, also when repeated, or the job's state if it is another one (``LOST``: under a later epoch);
+        None for an unknown job.
+        """
+        keys = keys_of_job(self._keys, job.id)
+        return state_or_none(await self._caller.script("resume", keys.budget, keys.prefix, job.id, epoch, job.pack()))
+
+    async def raise_epoch(self, job_id: JobId, heard: int) -> JobStatus | None:
+        """The status of a job after Redis may have lost its latest writes; None if it is unknown.
+
+        If the job waits, its epoch is raised above ``heard``, the highest epoch the caller has seen (0: none), and
+        above all that may have been given out since, so that late frames of lost attempts are recognized.
+        """
+        keys = keys_of_job(self._keys, job_id)
+        state, epoch, attempt_id = await self._caller.script("raise_epoch", keys.budget, keys.prefix, job_id, heard)
+        return None if state == b"unknown" else JobStatus(State(state.decode()), int(epoch), attempt_id.decode())
+
+    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
+        """Cancel a job. Returns the state it was in, None if it is unknown (a later enqueue of it is void then).
+        ``if_orphaned`` leaves persisted and unknown jobs alone."""
+        keys = keys_of_job(self._keys, job_id)
+        return state_or_none(
+            await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, int(if_orphaned), 0)
+        )
+
+    async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None:
+        """Cancel a persisted job if no Router has listened to it for ``after_ms``. Returns the state it was in, None if
+        it is unknown."""
+        keys = keys_of_job(self._keys, job_id)
+        return state_or_none(await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, 0, after_ms))
+
+    def _batches_for(self, job: Job) -> ShardBatches:
+        """The batches that enqueue ``job``. Raises ``BrokerUnavailable`` where its answer could not be received."""
+        shard = shard_of_job(job.id)
+        if shard in self._replies.missing:
+            raise BrokerUnavailable(
+                "the part of the queue's Redis that holds this model has not been reached yet; try again shortly",
+                retry_after_s=2,
+            )
+        if self._durable and not _is_awaited(job):
+            lines = self._durable[shard]
+            return lines[next(self._next_durable) % len(lines)]
+        return self._batches[shard]
+
+
+def state_or_none(found: bytes) -> State | None:
+    """The state in a script's reply; None for a job that is unknown."""
+    return None if found == b"unknown" else State(found.decode())
+
+
+def _is_awaited(job: Job) -> bool:
+    """Whether a client waits for the answer, so that its Router enqueues the job again if Redis loses it."""
+    return job.lane is Lane.INTERACTIVE and not (job.stored and job.idempotency_key)
