@@ -88,7 +88,7 @@ def lasting(ending: State) -> dict[str, Any]:
 async def test_a_live_job_is_told_of(broker: Broker, worker: Puller) -> None:
     """Whose it is, when it came and began, what its Router noted; the job metadata is passed on as it is."""
     job = background()
-    assert await broker.jobs.enqueue_persisted(job, listener=LISTED) == Enqueued(job.id, State.QUEUED)
+    assert await broker.jobs.enqueue_persisted(job, LISTED) == Enqueued(job.id, State.QUEUED)
     waiting = await told(broker, job)
     assert (waiting.tenant, waiting.model, waiting.lane, waiting.state) == (ACME, MODEL, Lane.BACKGROUND, State.QUEUED)
     assert (waiting.job_metadata, waiting.notify, waiting.listed) == (MEMO, "response", True)
@@ -146,11 +146,11 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
 async def test_only_an_answer_keeps_its_key(broker: Broker) -> None:
     """A listed job that was cancelled is still told of, and the same request under its key is another job."""
     job = background(idempotency_key="order-17")
-    await broker.jobs.enqueue_persisted(job, listener=LISTED)
+    await broker.jobs.enqueue_persisted(job, LISTED)
     again = replace(job, id=new_job_id(0))
-    assert (await broker.jobs.enqueue_persisted(again, listener=LISTED)).job_id == job.id
+    assert (await broker.jobs.enqueue_persisted(again, LISTED)).job_id == job.id
     await broker.jobs.cancel(job.id, "its tenant wanted that")
-    assert (await broker.jobs.enqueue_persisted(again, listener=LISTED)).job_id == again.id
+    assert (await broker.jobs.enqueue_persisted(again, LISTED)).job_id == again.id
     assert (await told(broker, job)).state is State.CANCELLED
     assert {one.id for one in (await broker.persisted_jobs.page(ACME))[0]} == {again.id, job.id}
 
@@ -194,7 +194,7 @@ async def test_a_job_is_forgotten_on_demand(
     for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.kept, KEYS.budget, KEYS.listeners(job.id)):
         assert not await client.exists(key), key
     assert 0 < await client.pttl(KEYS.job(job.id)) <= 60_000
-    assert (await broker.jobs.enqueue_persisted(job, listener=LISTED)).state in (State.CANCELLED, State.DONE)
+    assert (await broker.jobs.enqueue_persisted(job, LISTED)).state in (State.CANCELLED, State.DONE)
     assert len(await broker.persisted_jobs.read_finished()) == 1
 
 
@@ -213,8 +213,8 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
     none of others nor those that are stored for a key alone."""
     broker = await connect(shards=3)
     jobs = [background(model="abcd"[number % 4], shards=3) for number in range(30)]
-    await asyncio.gather(*(broker.jobs.enqueue_persisted(job, listener=LISTED) for job in jobs))
-    await broker.jobs.enqueue_persisted(background(tenant="rival", shards=3), listener=LISTED)
+    await asyncio.gather(*(broker.jobs.enqueue_persisted(job, LISTED) for job in jobs))
+    await broker.jobs.enqueue_persisted(background(tenant="rival", shards=3), LISTED)
     await broker.jobs.enqueue_persisted(background(shards=3), listener=new_session_id("nobody"))
     for size in (1, 7, 29, 30, 100):
         seen: list[PersistedJob] = []
@@ -236,7 +236,7 @@ async def test_large_notes_make_a_list_of_several_calls(broker: Broker) -> None:
     large = replace(LISTED, job_metadata=replace(MEMO, note=b"x" * 250_000))
     jobs = [background() for _ in range(12)]
     for job in jobs:
-        await broker.jobs.enqueue_persisted(job, listener=large)
+        await broker.jobs.enqueue_persisted(job, large)
     before = broker.round_trips
     page, more = await broker.persisted_jobs.page(ACME, limit=20)
     assert {kept.id for kept in page} == {job.id for job in jobs}
@@ -248,7 +248,7 @@ async def test_large_notes_make_a_list_of_several_calls(broker: Broker) -> None:
 async def test_a_list_is_filtered_and_cleared(broker: Broker, client: Any) -> None:
     """By state, however many of others stand in between; places whose jobs are gone are cleared away."""
     jobs = [background() for _ in range(600)]
-    await asyncio.gather(*(broker.jobs.enqueue_persisted(job, listener=LISTED) for job in jobs))
+    await asyncio.gather(*(broker.jobs.enqueue_persisted(job, LISTED) for job in jobs))
     oldest = (await client.zrange(KEYS.listed("acme"), 0, 0))[0].decode()[16:]
     await broker.jobs.cancel(oldest, "one of many")
     page, after = await broker.persisted_jobs.page(ACME, limit=5, states=[State.CANCELLED, State.EXPIRED])
@@ -265,9 +265,9 @@ async def test_notes_and_words_are_bounded(connect: Connect) -> None:
     """A note counts among its tenant's kept bytes; one that is too large, or a word of its own kind, is refused."""
     broker = await connect(budgets=Budgets(tenant_persisted_bytes=10_000))
     large = PersistOptions(1_000, JobMetadata(note=b"x" * 8_000), listed=True)
-    assert (await broker.jobs.enqueue_persisted(background(), listener=large)).state is State.QUEUED
+    assert (await broker.jobs.enqueue_persisted(background(), large)).state is State.QUEUED
     with pytest.raises(OverCapacity, match="what is kept for your account"):
-        await broker.jobs.enqueue_persisted(background(), listener=large)
+        await broker.jobs.enqueue_persisted(background(), large)
     with pytest.raises(BadMessage, match="note"):
         await broker.jobs.enqueue_persisted(background(), PersistOptions(1_000, JobMetadata(note=b"x" * 300_000)))
     with pytest.raises(BadMessage, match="notify"):
@@ -305,7 +305,7 @@ async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any
     await client.xadd(KEYS.ended, {"id": "nobody's"}, id="1-1")
     jobs = [background() for _ in range(5)]
     for job in jobs:
-        await broker.jobs.enqueue_persisted(job, listener=LISTED)
+        await broker.jobs.enqueue_persisted(job, LISTED)
         await broker.jobs.cancel(job.id, "it ends")
     assert await client.hget(KEYS.ended_dropped, "dropped") == b"2"
     assert [notice.job_id for notice in await broker.persisted_jobs.read_finished(3)] == [job.id for job in jobs[1:4]]
@@ -319,7 +319,7 @@ async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any
 async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Puller) -> None:
     """Once an attempt began anew after another one had said something, also when the job has ended; not before."""
     job = background()
-    await broker.jobs.enqueue_persisted(job, listener=LISTED)
+    await broker.jobs.enqueue_persisted(job, LISTED)
     await broker.attempts.release(await worker.claim_one(), "nothing was said yet", counted=False)
     lost = await worker.claim_one()
     assert (await told(broker, job)).begun_epoch == 0
@@ -338,7 +338,7 @@ async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Pu
 async def test_a_notice_is_enough_to_tell_how_a_response_ended(broker: Broker, worker: Puller) -> None:
     """Its job and state lead to the finish reason of the chat that it is."""
     job = background()
-    await broker.jobs.enqueue_persisted(job, listener=LISTED)
+    await broker.jobs.enqueue_persisted(job, LISTED)
     lease = await worker.claim_one()
     ends = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
     end = Frame(job.id, lease.epoch, lease.attempt_id, 1, END, ends).pack()
