@@ -93,7 +93,7 @@ def test_a_name_is_made_from_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"engine": "sim", "worker_id": "a b"}, "not a worker id"),
         ({"engine": "sim", "slots": 0}, "slots"),
         ({"engine": "sim", "max_answer_bytes": (96 << 20) + 1}, "max.answer.bytes"),
-        ({"engine": "sim", "frame_buffer_bytes": (96 << 20) + 1}, "frame_batcher.limit.bytes"),
+        ({"engine": "sim", "frame_buffer_bytes": (96 << 20) + 1}, "frame.buffer.bytes"),
     ],
 )
 def test_wrong_settings_are_refused_with_a_sentence(given: dict[str, object], sentence: str) -> None:
