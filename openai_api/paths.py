@@ -1,13 +1,48 @@
-"""Chat and text completions, and responses: where an engine serves them, and what a request for one asks."""
+"""The inference paths that engines serve, and what a completion request on one of them asks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 RESPONSES_PATH = "/v1/responses"
+INFERENCE_PATHS: tuple[str, ...] = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/rerank",
+    "/v2/rerank",
+    "/rerank",
+    "/v1/score",
+    "/score",
+    "/v2/embed",
+    "/pooling",
+    "/classify",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+    "/tokenize",
+    "/detokenize",
+)
+"""Paths that an engine serves for inference, vLLM's among them; settings may add to them."""
+
+MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
+"""Those that take a form with a file, not JSON."""
+
+_PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
+
+
+def known_paths(extra: Iterable[str]) -> frozenset[str]:
+    """The allowlist with the settings' ``extra`` paths. Raises ``ValueError`` for one that cannot be an engine's."""
+    for path in extra:
+        if not _PLAIN_PATH.fullmatch(path):
+            raise ValueError(f"{path!r} is not a plain path: write it like /v1/classify")
+    return frozenset(INFERENCE_PATHS) | frozenset(extra)
 
 
 def wants_usage(request: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from starlette.background import BackgroundTask
 from queue_schemas import IdempotencyKeyReused, Tenant
 from storage import RequestRecord, RequestRecords
 
-from .inference.rules import IDEMPOTENCY_HEADER, read_idempotency_key
+from .http.rules import IDEMPOTENCY_HEADER, read_idempotency_key
 
 _RETRY_HEADER = "x-stainless-retry-count"
 _UNANSWERED_MS = 660_000

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from queue_schemas import Lane, LaneDepth, Pool, PoolDepth, PoolList, WorkerInfo
+from queue_schemas import Lane, LaneDepth, ModelNotFound, NoWorker, Pool, PoolDepth, PoolList, WorkerInfo
 from queue_schemas.fleet.model_cards import Card, merged_card
 from queue_schemas.fleet.pools import pool_depth
 
 OnNoWorker = Literal["queue", "refuse"]
+NO_WORKER_RETRY_S = 5
+_MAX_NAMES_IN_ERROR = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +112,19 @@ def pool_list(directory: Directory, depths: Mapping[Pool, Mapping[Lane, LaneDept
     """The queues of all models, those included that only have jobs left."""
     models = sorted({*directory.pools, *depths})
     return PoolList(pools=[pool_of(model, directory, depths.get(Pool(model), {})) for model in models])
+
+
+def check_model(model: str, directory: Directory, on_no_worker: OnNoWorker) -> None:
+    """Refuse a model nobody knows with ``ModelNotFound``, and with ``NoWorker`` one that no worker serves now, where
+    ``on_no_worker`` says so."""
+    if model not in directory.pools:
+        known = sorted(directory.pools)
+        names = ", ".join(known[:_MAX_NAMES_IN_ERROR]) + (", ..." if len(known) > _MAX_NAMES_IN_ERROR else "")
+        there_are = f"known are: {names}" if known else "no worker has registered a model yet"
+        raise ModelNotFound(f"the model {model!r} does not exist here; {there_are}", param="model")
+    if on_no_worker == "refuse" and not directory.pools[model].workers:
+        raise NoWorker(
+            f"no worker serves {model} now; try again later, or start one",
+            param="model",
+            retry_after_s=NO_WORKER_RETRY_S,
+        )

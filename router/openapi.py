@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from openai_api.paths import INFERENCE_PATHS, MULTIPART_PATHS
 from queue_schemas import FABRIC_PREFIX
 from telemetry.http.asgi import error_responses
 from telemetry.http.openapi import API_KEYS, FLEET, Document, secure
 
-from .inference.request_fields import INFERENCE_PATHS, MULTIPART_PATHS
-from .inference.rules import IDEMPOTENCY_HEADER
+from .http.rules import IDEMPOTENCY_HEADER
 from .settings import RouterSettings
 
 _ERRORS = (400, 401, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)

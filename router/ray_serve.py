@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import math
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,7 +90,7 @@ class ServingReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve asks for, to scale by."""
-        return {OPEN_REQUESTS: float(len(self._app.state.requests))}
+        return {OPEN_REQUESTS: float(len(self._app.services.requests))}
 
     async def __del__(self) -> None:
         """Serve's word that this replica is to end, awaited within its graceful shutdown."""
@@ -120,7 +119,7 @@ async def serve_through(door: Door, app: RouterApp, *, listening: asyncio.Event,
             stop=drained,
             stop_accepting=stop_accepting,
             shutdown_limit_s=_LAST_CONNECTIONS_S,
-            limits=app.state.settings.connection_limits,
+            limits=app.services.settings.connection_limits,
         )
         tasks.create_task(server, name="http")
         log.info("router_listens", host=door.host, port=door.port)
@@ -142,25 +141,12 @@ async def _ready_within(app: RouterApp, limit_s: float) -> None:
     """Return once the app is ready, or after ``limit_s``: then somebody must answer, if only why it is not ready."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit_s):
-            while app.state.reasons():  # noqa: ASYNC110 - many reasons, no one event
+            while app.services.not_ready_reasons():  # noqa: ASYNC110 - many reasons, no one event
                 await asyncio.sleep(_READY_LOOK_S)
 
 
 class ProxiedReplica:
     """A replica that answers what Serve's proxy hands it: ``serve.ingress`` gives it the app."""
-
-
-class ReplicaApp(RouterApp):
-    """The app that also runs in a process of its own; while it runs here, its figures are among Ray's."""
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        async with super().running(), asyncio.TaskGroup() as tasks:
-            mirror = tasks.create_task(mirror_metrics(self.state.metrics.registry), name="metrics")
-            try:
-                yield
-            finally:
-                mirror.cancel()
 
 
 def _make_app(
@@ -169,13 +155,15 @@ def _make_app(
     storage: StorageSettings,
     webhooks: WebhookSettings,
     telemetry: TelemetrySettings,
-) -> ReplicaApp:
+) -> RouterApp:
     """The ASGI app of a replica."""
     configure_logging("router", telemetry.log_level, "json")
     configure_tracing("router", telemetry.otlp_endpoint)
     replica = serve.get_replica_context().replica_id.unique_id
     named = settings.model_copy(update={"router_id": f"{settings.router_id}-{replica}"})
-    return ReplicaApp(build_router(named, broker, storage, webhooks).state)
+    app = build_router(named, broker, storage, webhooks)
+    app.add_background(lambda: mirror_metrics(app.services.metrics.registry))
+    return app
 
 
 def application(
@@ -191,7 +179,7 @@ def application(
     """The Serve application of one fabric's Routers."""
     scale = scale or Scale()
 
-    def make_app() -> ReplicaApp:
+    def make_app() -> RouterApp:
         return _make_app(settings, broker, storage, webhooks, telemetry)
 
     own = way_in == "replica"

@@ -45,12 +45,11 @@ async def serve(
         with stop_on_signals(hurry := asyncio.Event()) as signalled:
             await serve(settings, broker_settings, storage_settings, webhook_settings, stop=signalled, hurry=hurry)
         return
-    app = build_router(settings, broker_settings, storage_settings, webhook_settings)
-    app.state.hurry = hurry or app.state.hurry
+    app = build_router(settings, broker_settings, storage_settings, webhook_settings, hurry=hurry)
     listener = bind_socket(settings.host, settings.port, setting="--port")
     host, port = listener.getsockname()[:2]
     drained = asyncio.Event()
-    async with app.state.running(), asyncio.TaskGroup() as tasks:
+    async with app.running(), asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(
             run_server(app, sock=listener, stop=drained, shutdown_limit_s=2.0, limits=settings.connection_limits),
             name="http",

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from broker import Budgets, Durability
+from openai_api.paths import known_paths
 from queue_schemas import BadMessage, OnLoss, check_region
 from telemetry import CommaList, HeaderSecret, ManagerUrls, RequestSettings
 from telemetry.http.connections import ConnectionLimits
 
 from .batches.rules import window_seconds
 from .http.cors import check_origin
-from .inference.request_fields import known_paths
 from .model_directory import OnNoWorker
 
 MIB = 1024 * 1024

@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from openai_api.paths import INFERENCE_PATHS, MULTIPART_PATHS
 from queue_schemas import BadRequest
 
-from ..inference.request_fields import INFERENCE_PATHS, MULTIPART_PATHS, json_type, read_object
+from ..http.rules import json_type, read_object
 
 MAX_PAIRS, KEY_CHARS, VALUE_CHARS = 16, 64, 512
 MIN_EXPIRY_S, MAX_EXPIRY_S = 3_600, 2_592_000

@@ -12,15 +12,15 @@ from typing import TypeVar
 
 from starlette.types import Message, Receive
 
-from queue_schemas import BadRequest, ShuttingDown, Tenant
+from queue_schemas import BadRequest, Tenant
 from storage import FileRecord, Upload, new_file_id
 from telemetry import get_logger
 
 from ..http.bodies import ClientGone
 from ..http.forms import boundary_of
+from ..http.rules import announced_size, check_size
 from ..idempotency import Idempotency, Sent
-from ..inference.rules import announced_size, check_size
-from ..state import RETRY_AFTER_SHUTDOWN_S, RouterState
+from ..state import RouterState
 from .form import BATCH_PURPOSE, FORM_BYTES, FileForm, FileParams
 
 PIECE_BYTES = 512 * 1024
@@ -44,8 +44,7 @@ class Uploads:
         of it stays in the store.
         """
         state, max_bytes = self._state, self._settings.max_file_bytes
-        if state.draining:
-            raise ShuttingDown("this router is shutting down; upload again", retry_after_s=RETRY_AFTER_SHUTDOWN_S)
+        state.lifecycle.ensure_accepting()
         content_type = headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("send the file as multipart/form-data with the fields file and purpose")

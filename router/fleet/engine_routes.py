@@ -36,7 +36,7 @@ def engine_routes(state: RouterState) -> APIRouter:
     async def health() -> Response:
         reasons = state.reasons()
         if reasons:
-            error = ShuttingDown if state.draining or state.leaving else BrokerUnavailable
+            error = ShuttingDown if state.lifecycle.shutting_down else BrokerUnavailable
             raise error(f"the router is not ready: {reasons[0]}", retry_after_s=_RETRY_AFTER_S)
         return Response(status_code=200)
 

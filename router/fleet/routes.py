@@ -1,11 +1,10 @@
-"""Everything a Router answers beside inference: models, the fabric's pages, health, metrics, our OpenAPI document."""
+"""Models, pools, dead letters, and what is passed on to the Manager: the paths of the fleet."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
@@ -36,26 +35,14 @@ from queue_schemas import (
 from queue_schemas.ids import check_session_id
 from telemetry import get_logger
 from telemetry.http.access import Access
-from telemetry.http.asgi import error_responses, health_routes, prepare_app
+from telemetry.http.asgi import error_responses
 from telemetry.http.fabric_calls import FabricCall
 from telemetry.http.held_connections import WORKERS_PRESENT, Held
 
-from ..batches.routes import batch_routes
-from ..files.routes import FILES_PATH, file_routes
-from ..inference.rules import check_model
-from ..jobs.routes import job_routes
-from ..model_directory import model_list, model_object, pool_list, pool_of
-from ..openapi import describe
+from ..model_directory import check_model, model_list, model_object, pool_list, pool_of
 from ..ports import ManagerPort
-from ..responses.routes import response_routes
 from ..state import RouterState
-from ..webhooks.routes import webhook_routes
-from .engine_routes import engine_routes
 
-_UNKNOWN_PATH = (
-    "see /docs for what there is; a path of your engines that is not built in is allowed by the setting extra_paths "
-    "(INFERQ_ROUTER_EXTRA_PATHS)"
-)
 MAX_FABRIC_BODY_BYTES = 1024 * 1024
 _WORKERS = f"{FABRIC_PREFIX}/workers"
 _OF_ONE_RUN = {
@@ -67,38 +54,7 @@ _OF_ONE_RUN = {
 log = get_logger(__name__)
 
 
-def build_pages(state: RouterState) -> FastAPI:
-    """The FastAPI app of one Router."""
-    app = FastAPI(
-        title="inferq Router",
-        version=version("inferq"),
-        description="POST requests on inference paths (such as /v1/chat/completions) go through the queue to an engine "
-        "as they are; their schema is the engine's.",
-        summary="An OpenAI-compatible API over a durable queue, in front of a fleet of engines",
-        docs_url=None,
-        redoc_url=None,
-    )
-    app.include_router(health_routes(state.metrics.registry, state.reasons, warnings=state.warnings))
-    app.include_router(engine_routes(state))
-    app.include_router(_models(state))
-    app.include_router(file_routes(state))
-    app.include_router(job_routes(state))
-    app.include_router(batch_routes(state))
-    app.include_router(webhook_routes(state))
-    app.include_router(response_routes(state))
-    app.include_router(_pools(state))
-    app.include_router(_dead(state))
-    app.include_router(_manager(state))
-    return prepare_app(
-        app,
-        state.metrics.registry,
-        unbounded={("POST", FILES_PATH)},
-        unknown_path=_UNKNOWN_PATH,
-        describe=lambda document: describe(document, state.settings),
-    )
-
-
-def _models(state: RouterState) -> APIRouter:
+def model_routes(state: RouterState) -> APIRouter:
     routes = APIRouter(tags=["models"], dependencies=[state.gate.allow(Access.CLIENT)])
 
     @routes.get(
@@ -120,7 +76,7 @@ def _models(state: RouterState) -> APIRouter:
     return routes
 
 
-def _pools(state: RouterState) -> APIRouter:
+def pool_routes(state: RouterState) -> APIRouter:
     routes = APIRouter(tags=["fabric"], dependencies=[state.gate.allow(Access.CLIENT_OR_MEMBER)])
 
     @routes.get(
@@ -146,7 +102,7 @@ def _pools(state: RouterState) -> APIRouter:
     return routes
 
 
-def _dead(state: RouterState) -> APIRouter:
+def dead_letter_routes(state: RouterState) -> APIRouter:
     """Dead letters hold what users asked: they are for members of the fleet, not for every API key."""
     routes = APIRouter(tags=["dead letters"], dependencies=[state.gate.allow(Access.MEMBER)])
     one = f"{FABRIC_PREFIX}/dead"
@@ -175,11 +131,11 @@ def _dead(state: RouterState) -> APIRouter:
     return routes
 
 
-def _manager(state: RouterState) -> APIRouter:
+def manager_routes(state: RouterState) -> APIRouter:
     """Paths that are the Manager's. The Router asks for the join token itself: its own address may be public where the
     Manager's is not, and a Manager that only this machine reaches may have no token to ask for."""
     routes = APIRouter(tags=["manager"], dependencies=[state.gate.allow(Access.MEMBER)])
-    held = Held(lambda: state.draining or state.leaving)
+    held = Held(lambda: state.lifecycle.shutting_down)
     state.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
 
     @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList, responses=error_responses(401, 503))

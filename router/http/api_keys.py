@@ -11,7 +11,7 @@ from queue_schemas import CannotStart, Tenant
 from telemetry import get_logger
 from telemetry.http.local_callers import LocalCallers
 
-from ..inference.rules import KeyRing, authenticate, parse_keys
+from .rules import KeyRing, authenticate, parse_keys
 
 DEFAULT_TENANT = Tenant("default")
 """Whose requests are those of a Router without keys."""

@@ -9,7 +9,7 @@ from starlette.types import Receive
 
 from queue_schemas import BadRequest
 
-from ..inference.rules import check_size
+from .rules import check_size
 
 
 class ClientGone(Exception):

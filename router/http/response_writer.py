@@ -13,13 +13,13 @@ from openai_api.sse import ClientEvents, as_event, is_events
 from queue_schemas import InferqError
 from telemetry.http.asgi import error_answer
 
-from ..inference.attempt_merger import EVENT_STREAM, Head
+from .response_head import EVENT_STREAM, ResponseHead
 
 Header = tuple[bytes, bytes]
 
 QUEUED = "queued"
 _JSON = "application/json"
-_KEEPALIVE_HEAD = Head(200, f"{EVENT_STREAM}; charset=utf-8")
+_KEEPALIVE_HEAD = ResponseHead(200, f"{EVENT_STREAM}; charset=utf-8")
 _EVENT_STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 _CLOSE = (b"connection", b"close")
 
@@ -47,7 +47,7 @@ class ResponseWriter:
         """A header for the answer, which must not have begun."""
         self._more = (*self._more, (name, value))
 
-    async def finish(self, head: Head, data: bytes) -> None:
+    async def finish(self, head: ResponseHead, data: bytes) -> None:
         """The rest of the answer. One that has not begun carries its length."""
         if head.is_event_stream and (head.status < 400 or is_events(data)):
             data = self._client_events.feed(data) + self._client_events.finish()
@@ -65,7 +65,7 @@ class ResponseWriter:
         await self._send({"type": "http.response.start", "status": status, "headers": [*self._ids, *self._more]})
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def write(self, head: Head, data: bytes) -> None:
+    async def write(self, head: ResponseHead, data: bytes) -> None:
         """A piece of a streamed answer."""
         if head.is_event_stream:
             data = self._client_events.feed(data)
@@ -105,7 +105,7 @@ class ResponseWriter:
         await self._send({"type": "http.response.start", "status": status, "headers": lines})
         await self._send({"type": "http.response.body", "body": body})
 
-    async def _begin(self, head: Head, length: Header | None) -> None:
+    async def _begin(self, head: ResponseHead, length: Header | None) -> None:
         self.status = head.status
         self._events = head.is_event_stream
         headers = [(b"content-type", _header_value(head.content_type)), *self._ids, *self._more]
@@ -122,14 +122,14 @@ class ResponseWriter:
         end_of_half = b"\n\n" if mid_event or events.inside else b""
         return end_of_half + error_event(facts_of(error), self._dialect, self._request_id, events.last)
 
-    def _as_last_event(self, head: Head, data: bytes) -> bytes:
+    def _as_last_event(self, head: ResponseHead, data: bytes) -> bytes:
         """A plain answer in a stream that has begun: a refusal as the API's error, anything else as it is."""
         if head.status < 400:
             return as_event(data)
         facts = facts_of_refusal(head.status, data)
         return error_event(facts, self._dialect, self._request_id, self._client_events.last)
 
-    def _refusal(self, head: Head, data: bytes) -> tuple[Head, bytes]:
+    def _refusal(self, head: ResponseHead, data: bytes) -> tuple[ResponseHead, bytes]:
         """An engine's refusal, in the API's shape."""
         shaped = shaped_refusal(head.status, data, self._dialect, self._request_id)
         return (head, data) if shaped is None else (replace(head, content_type=_JSON), shaped)

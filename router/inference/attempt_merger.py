@@ -18,8 +18,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from openai_api.transcript import DONE, Transcript, end_of_events, split_events
 from queue_schemas import (
@@ -37,34 +36,11 @@ from queue_schemas import (
     StreamBroken,
 )
 
+from ..http.response_head import ResponseHead
 from .replay_verifier import ContinuationVerifier, Following, ReplayVerifier
 
-EVENT_STREAM = "text/event-stream"
 MAX_EVENT_BYTES = 1 << 20
 """How much of an event is held back until it is whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """How the answer begins."""
-
-    status: int
-    content_type: str
-    headers: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Of the engine's, those that the client is to see."""
-
-    @property
-    def is_event_stream(self) -> bool:
-        return self.content_type.startswith(EVENT_STREAM)
-
-    @property
-    def is_json(self) -> bool:
-        return self.content_type.partition(";")[0].strip().endswith(("/json", "+json"))
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it can be shown as text."""
-        return self.is_json or self.content_type.startswith("text/")
 
 
 class AttemptMerger:
@@ -123,7 +99,7 @@ class AttemptMerger:
     ) -> None:
         """``usage``: the client wants the usage at the end of its stream; ``choices``: how many it asked for;
         ``stored``: its job's output is kept."""
-        self.head: Head | None = None
+        self.head: ResponseHead | None = None
         self.ended = False
         self.error: InferqError | None = None
         self.settled = False
@@ -143,7 +119,7 @@ class AttemptMerger:
         self._next_seq = 0
         self._last = (0, 0, "")
         """The last frame taken of an attempt that is over: its epoch, seq and attempt."""
-        self._attempt_head: Head | None = None
+        self._attempt_head: ResponseHead | None = None
         self._streams = False
         self._pending: list[bytes] = []
         self._collected: list[bytes] = []
@@ -335,7 +311,7 @@ class AttemptMerger:
         return self._transcript.finished and len(self._transcript.choices) >= self._choices
 
     def _on_head(self, frame: Frame) -> None:
-        head = self._attempt_head = Head(frame.status, frame.content_type, frame.headers)
+        head = self._attempt_head = ResponseHead(frame.status, frame.content_type, frame.headers)
         self._streams = self._stream_asked and head.status < 400
         if self.head is None:
             self.head = head if self._streams else None

@@ -55,6 +55,10 @@ class Canceller:
         """Have the stored job ``job_id`` cancelled soon if nobody, here or elsewhere, has followed it for so long."""
         self._put(_CancelCommand(job_id, reason, abandoned_ms=after_ms))
 
+    def cancel_orphan(self, job_id: JobId) -> None:
+        """Have ``job_id`` cancelled soon unless it is persisted: no request waits for it."""
+        self.cancel(job_id, "nobody waits for the answer", if_orphaned=True)
+
     async def run(self) -> None:
         """Work until cancelled."""
         while True:

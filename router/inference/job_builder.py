@@ -16,14 +16,14 @@ from queue_schemas import (
 )
 from queue_schemas.persisted_output import request_digest
 
+from ..model_directory import check_model
 from ..queue_link import QueueLink
 from ..settings import RouterSettings
 from .deadlines import Deadline
 from .request_fields import RequestFields
-from .rules import check_model
 
 
-class JobMaker:
+class JobBuilder:
     """Makes jobs for one Router."""
 
     def __init__(self, settings: RouterSettings, link: QueueLink) -> None:

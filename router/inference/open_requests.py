@@ -169,6 +169,13 @@ class OpenRequest:
         self.interrupt()
         self.notify()
 
+    def drop(self, why: str) -> None:
+        """Cut off the client, which is too slow or stalled."""
+        log.warning("client_dropped", why=why, job_id=self.job.id if self.job is not None else "")
+        self.sending_since_s = float("inf")
+        self.on_gone(why)
+        self.connection.cut()
+
     def give(self, ttl_ms: int) -> None:
         """Its time begins to run, unless it does already."""
         if self.deadline_s == float("inf"):
@@ -219,25 +226,28 @@ class OpenRequests:
         self,
         settings: RouterSettings,
         metrics: RouterMetrics,
-        drop: Callable[[OpenRequest, str], None],
-        if_orphaned: Callable[[JobId], None],
+        followers: Followers,
+        cancel_orphan: Callable[[JobId], None],
+        on_closed: Callable[[], None],
         *,
-        alone: bool,
+        single_tenant: bool,
     ) -> None:
-        """``drop`` cuts off the client of a request for the reason given; ``if_orphaned`` is told of jobs that run, or
-        will, though nobody waits for them. ``alone``: there is one tenant only, and nobody to keep room for."""
+        """``followers``: the requests for persisted jobs. ``cancel_orphan`` cancels a job that runs, or will, though
+        nobody waits for it. ``on_closed`` is called after each request. ``single_tenant``: there are no other tenants
+        to keep room for."""
         self._metrics = metrics
-        self._drop = drop
-        self._cancel_orphan = if_orphaned
+        self.followers = followers
+        self._cancel_orphan = cancel_orphan
+        self._on_closed = on_closed
         self._running = Share(
             settings.max_concurrent,
-            tenant_limit(settings.tenant_concurrent, settings.max_concurrent, alone=alone),
+            tenant_limit(settings.tenant_concurrent, settings.max_concurrent, alone=single_tenant),
             what="requests",
             setting="tenant_concurrent",
         )
         max_bytes = settings.max_inflight_body_bytes
         of_tenant = max(
-            settings.max_body_bytes, tenant_limit(settings.tenant_inflight_body_bytes, max_bytes, alone=alone)
+            settings.max_body_bytes, tenant_limit(settings.tenant_inflight_body_bytes, max_bytes, alone=single_tenant)
         )
         self._bodies = Share(max_bytes, of_tenant, what="bytes of bodies", setting="tenant_inflight_body_bytes")
         self._buffer_bytes = settings.client_buffer_bytes
@@ -246,8 +256,6 @@ class OpenRequests:
         self._grace_s = settings.deadline_grace_ms / 1000
         self._all: set[OpenRequest] = set()
         self._by_job: dict[JobId, OpenRequest] = {}
-        self.stored = Followers(self._buffer_bytes, self._keepalive_s)
-        """Those that wait for a stored job."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -255,7 +263,7 @@ class OpenRequests:
     @property
     def waiting(self) -> int:
         """Requests that have a job on the queue."""
-        return len(self._by_job) + len(self.stored)
+        return len(self._by_job) + len(self.followers)
 
     @property
     def body_bytes(self) -> int:
@@ -283,6 +291,7 @@ class OpenRequests:
                 self._running.give_back(request.tenant)
                 self._bodies.give_back(request.tenant, request.body_bytes)
         self._detach(request)
+        self._on_closed()
 
     def check_body(self, request: OpenRequest, announced_bytes: int) -> None:
         """Raise ``OverCapacity`` if there is no room for a body. None is taken: what is announced may never come."""
@@ -307,14 +316,14 @@ class OpenRequests:
         self._detach(request)
         request.job = job
         if job.stored:
-            self.stored.add(request, job)
+            self.followers.add(request, job)
         else:
             self._by_job[job.id] = request
 
     def _detach(self, request: OpenRequest) -> None:
         job = request.job
         if job is not None and job.stored:
-            self.stored.discard(request, job)
+            self.followers.discard(request, job)
         elif job is not None:
             self._by_job.pop(job.id, None)
 
@@ -324,7 +333,7 @@ class OpenRequests:
         for item in news:
             request = by_job.get(item.job_id)
             if request is None or request.stitch is None:
-                if not self.stored.deliver(item):
+                if not self.followers.deliver(item):
                     self._metrics.strays.inc()
                     if request is None and _begins(item):
                         self._cancel_orphan(item.job_id)
@@ -334,7 +343,7 @@ class OpenRequests:
             if not request.news:
                 request.notify()
             if stitch.pending_bytes > self._buffer_bytes and request.sending_since_s < float("inf"):
-                self._drop(request, "slow")
+                request.drop("slow")
 
     def lost(self, shard: int) -> None:
         """The reply stream of ``shard`` was lost: what was on it did not arrive."""
@@ -342,7 +351,7 @@ class OpenRequests:
             if shard_of_job(job_id) == shard:
                 request.lost = True
                 request.notify()
-        self.stored.lost(shard)
+        self.followers.lost(shard)
 
     def fail_all(self, error: InferqError) -> None:
         """End every open request with ``error``."""
@@ -351,12 +360,12 @@ class OpenRequests:
 
     def sweep(self, now_s: float) -> None:
         """Enforce every limit in time."""
-        self.stored.sweep(now_s)
+        self.followers.sweep(now_s)
         for request in tuple(self._all):
             if now_s >= request.limit_s:
                 request.fail(request.on_limit())
             elif now_s - request.sending_since_s >= self._stall_s:
-                self._drop(request, "stalled")
+                request.drop("stalled")
             elif now_s >= request.deadline_s + min(self._grace_s, request.patience_s):
                 request.fail(DeadlineExceeded("the request was not answered in time: the queue was silent until then"))
             elif now_s >= request.rerun_s and request.stitch is not None:

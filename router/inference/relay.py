@@ -26,11 +26,12 @@ from telemetry import get_logger
 from ..http.bodies import ClientGone
 from ..http.response_writer import QUEUED, ResponseWriter
 from ..jobs.persisted_requests import PersistedRequests
-from ..metrics import ModelHistogram
+from ..metrics import ModelHistogram, RouterMetrics
+from ..queue_link import QueueLink
 from ..responses.chat_only_engines import NO_SUCH_PATH
-from ..state import RouterState
 from .attempt_merger import AttemptMerger
-from .open_requests import OpenRequest
+from .cancellation import Canceller
+from .open_requests import OpenRequest, OpenRequests
 
 MAX_RERUNS = 3
 """How often a request is put on the queue anew because frames of its answer were lost on the way."""
@@ -47,17 +48,26 @@ log = get_logger(__name__)
 class Relay:
     """Passes answers on."""
 
-    def __init__(self, state: RouterState) -> None:
-        self._state = state
-        self._requests = state.requests
-        self._stored = PersistedRequests(state)
+    def __init__(
+        self,
+        link: QueueLink,
+        requests: OpenRequests,
+        canceller: Canceller,
+        metrics: RouterMetrics,
+        persisted: PersistedRequests,
+    ) -> None:
+        self._link = link
+        self._requests = requests
+        self._canceller = canceller
+        self._metrics = metrics
+        self._persisted = persisted
         self._loop = asyncio.get_running_loop
 
     async def enqueue(self, request: OpenRequest, job: Job) -> State:
         """Queue an ordinary ``job`` for ``request``. Raises ``OverCapacity`` and whatever the queue raises."""
         request.give(job.ttl_ms)
         self._requests.attach(request, job)
-        queue = self._state.link.ready_queue()
+        queue = self._link.ready_queue()
         try:
             state = await request.within_deadline(queue.jobs.enqueue(job))
         except (OverCapacity, BrokerFull):
@@ -73,7 +83,7 @@ class Relay:
         stitch = request.stitch
         job = request.job
         assert stitch is not None and job is not None  # noqa: S101 - set by _enqueue
-        metrics = self._state.metrics
+        metrics = self._metrics
         ttft, itl = (_UNSEEN, _UNSEEN) if request.follows else (metrics.ttft, metrics.itl)
         time = self._loop().time
         first = True
@@ -137,7 +147,7 @@ class Relay:
 
     def _waits_for(self, job: Job, stitch: AttemptMerger) -> str:
         """What a client of a silent stream is told."""
-        if stitch.untouched and not self._state.link.directory.workers_of(job.model):
+        if stitch.untouched and not self._link.directory.workers_of(job.model):
             return f"waiting for a worker that serves {job.model}"
         return QUEUED
 
@@ -146,7 +156,7 @@ class Relay:
         stitch, job = request.stitch, request.job
         assert stitch is not None and job is not None  # noqa: S101 - set by _enqueue
         prefix = stitch.offer()
-        queue = self._state.link.ready_queue()
+        queue = self._link.ready_queue()
         try:
             state = await request.within_deadline(queue.jobs.resume(replace(job, prefix=prefix), epoch))
         except (BrokerUnavailable, BrokerFull) as error:
@@ -161,7 +171,7 @@ class Relay:
     async def _recover(self, request: OpenRequest) -> None:
         """What has come is not all that there was."""
         if request.behind:
-            await self._stored.catch_up(request)
+            await self._persisted.catch_up(request)
         else:
             await self._again(request)
 
@@ -172,8 +182,8 @@ class Relay:
         request.lost, request.rerun_s = False, _NEVER
         if not stitch.gap and await self._stands(request, job, stitch):
             return
-        self._state.canceller.cancel(job.id, "frames of its answer were lost")
-        self._state.metrics.cancelled("frames_lost")
+        self._canceller.cancel(job.id, "frames of its answer were lost")
+        self._metrics.cancelled("frames_lost")
         if request.reruns >= MAX_RERUNS:
             broken = StreamBroken if stitch.head is not None else EngineFailed
             raise broken("the answer was lost on its way here too often; send the request again")
@@ -182,11 +192,11 @@ class Relay:
             request.notify()
             return
         request.reruns += 1
-        self._state.metrics.reruns.inc()
+        self._metrics.reruns.inc()
         remaining_ms = max(1, int((request.deadline_s - self._loop().time()) * 1000))
         again = replace(
             job,
-            id=new_job_id(self._state.link.ready_queue().shard_of(job.model)),
+            id=new_job_id(self._link.ready_queue().shard_of(job.model)),
             ttl_ms=remaining_ms,
             prefix=stitch.offer(),
         )
@@ -199,7 +209,7 @@ class Relay:
         state = await self.enqueue(request, job)
         if state in TERMINAL:
             return True  # its end may still be on its way; if it does not come, that is a gap
-        standing = await request.within_deadline(self._state.link.ready_queue().jobs.raise_epoch(job.id, stitch.epoch))
+        standing = await request.within_deadline(self._link.ready_queue().jobs.raise_epoch(job.id, stitch.epoch))
         if standing is None or standing.state in TERMINAL:
             request.rerun_s = self._loop().time() + RERUN_AFTER_S
             return True
@@ -220,7 +230,7 @@ class Relay:
         if type(error) is not DeadlineExceeded or job is None or "(set by " in error.message:
             return error
         limit = job.deadline_from or f"{job.ttl_ms} ms"
-        if not self._state.link.directory.workers_of(job.model):
+        if not self._link.directory.workers_of(job.model):
             return DeadlineExceeded(
                 f"no worker serves {job.model} now, and the request's time of {limit} ran out in the queue; start a "
                 "worker for it, or ask for a longer deadline"

@@ -7,10 +7,8 @@ leads to an engine's control paths.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
 
@@ -21,35 +19,10 @@ from queue_schemas import BadMessage, BadRequest, Pool
 from queue_schemas.ids import check_name
 
 from ..http.forms import boundary_of, form_fields
+from ..http.rules import json_type
 from .continuation import choices_of, may_continue
 
-INFERENCE_PATHS: tuple[str, ...] = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/embeddings",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/rerank",
-    "/v2/rerank",
-    "/rerank",
-    "/v1/score",
-    "/score",
-    "/v2/embed",
-    "/pooling",
-    "/classify",
-    "/v1/audio/transcriptions",
-    "/v1/audio/translations",
-    "/tokenize",
-    "/detokenize",
-)
-"""Paths that an engine serves for inference, vLLM's among them; settings may add to them."""
-
-MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
-"""Those that take a form with a file, not JSON."""
-
 _TIMEOUT = "a number of seconds above 0: how long the request may take"
-_PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
 _FORM_FIELDS = ("model", "stream", "priority", "timeout")
 _TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
 _FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})
@@ -73,14 +46,6 @@ class RequestFields:
     timeout_s: float | None = None
     choices: int = 1
     background: bool = False
-
-
-def known_paths(extra: Iterable[str]) -> frozenset[str]:
-    """The allowlist with the settings' ``extra`` paths. Raises ``ValueError`` for one that cannot be an engine's."""
-    for path in extra:
-        if not _PLAIN_PATH.fullmatch(path):
-            raise ValueError(f"{path!r} is not a plain path: write it like /v1/classify")
-    return frozenset(INFERENCE_PATHS) | frozenset(extra)
 
 
 def read_fields(body: bytes, content_type: str, path: str, limits: RequestLimits | None = None) -> RequestFields:
@@ -179,20 +144,3 @@ def _wrong(param: str, value: object, expected: str, *, required: bool = False) 
     if value is None and required:
         return BadRequest(f"{param} is missing; it must be {expected}", param=param)
     return BadRequest(f"{param} must be {expected}, not {json_type(value)}", param=param)
-
-
-def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a request to one of the Router's own pages has as its body. Raises ``BadRequest``."""
-    try:
-        asked = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error.msg}" if body else "the body is empty") from None
-    if type(asked) is not dict:
-        raise BadRequest(f"the body must be a JSON object, not {json_type(asked)}")
-    return asked
-
-
-def json_type(value: object) -> str:
-    """What a value of parsed JSON is, in words."""
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
-    return names.get(type(value), "null")

@@ -24,7 +24,6 @@ from queue_schemas import (
     OnLoss,
     PersistOptions,
     RequestTimeout,
-    ShuttingDown,
     StreamBroken,
     Tenant,
     new_job_id,
@@ -36,34 +35,36 @@ from telemetry.http.access import Access
 from telemetry.http.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
 from telemetry.http.content_coding import decoded_body
 
+from ..http.api_keys import ApiKeys
 from ..http.bodies import ClientGone, read_body
 from ..http.connection import Connection
 from ..http.response_writer import ResponseWriter
+from ..http.rules import IDEMPOTENCY_HEADER, announced_size, check_size, read_idempotency_key
 from ..jobs.event_ids import LAST_EVENT_HEADER, Position, find_position
 from ..jobs.persisted_requests import PersistedRequests
 from ..jobs.resumable_writer import ResumableWriter
 from ..jobs.service import PersistedJobs
+from ..lifecycle import Lifecycle
+from ..metrics import RouterMetrics
+from ..queue_link import QueueLink
 from ..responses.chat_only_engines import ChatOnly
 from ..responses.live import LiveResponse
 from ..responses.service import ResponseParams, Responses
-from ..state import RETRY_AFTER_SHUTDOWN_S, RouterState
+from ..settings import RouterSettings
 from .attempt_merger import AttemptMerger
+from .cancellation import Canceller
 from .deadlines import Deadline, find_deadline
-from .job_builder import JobMaker, job_metadata_of
-from .open_requests import OpenRequest, too_long
+from .job_builder import JobBuilder, job_metadata_of
+from .open_requests import OpenRequest, OpenRequests, too_long
 from .relay import Relay
 from .request_fields import RequestFields, read_fields
 from .rules import (
     BACKGROUND_HEADER,
     DEADLINE_HEADER,
-    IDEMPOTENCY_HEADER,
     ON_LOSS_HEADER,
     RESUMABLE_HEADER,
-    announced_size,
-    check_size,
     read_deadline,
     read_flag,
-    read_idempotency_key,
     read_on_loss,
 )
 
@@ -98,15 +99,33 @@ class Inference:
     access = Access.CLIENT
     """Who may: :meth:`_admit` asks for the API key before anything is read."""
 
-    def __init__(self, state: RouterState) -> None:
-        self._state = state
-        self._settings = state.settings
-        self._requests = state.requests
-        self._jobs = JobMaker(state.settings, state.link)
-        self._stored = PersistedRequests(state)
-        self._relay = Relay(state)
-        self._kept = PersistedJobs(state)
-        self._responses = Responses(state)
+    def __init__(
+        self,
+        settings: RouterSettings,
+        keys: ApiKeys,
+        link: QueueLink,
+        requests: OpenRequests,
+        canceller: Canceller,
+        metrics: RouterMetrics,
+        lifecycle: Lifecycle,
+        builder: JobBuilder,
+        relay: Relay,
+        persisted: PersistedRequests,
+        jobs: PersistedJobs,
+        responses: Responses,
+    ) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._link = link
+        self._requests = requests
+        self._canceller = canceller
+        self._metrics = metrics
+        self._lifecycle = lifecycle
+        self._builder = builder
+        self._relay = relay
+        self._persisted = persisted
+        self._jobs = jobs
+        self._responses = responses
         self._loop = asyncio.get_running_loop
         self._chat_only = ChatOnly(lambda: self._loop().time())
 
@@ -160,7 +179,7 @@ class Inference:
             unread = isinstance(error, (BodyTooLarge, RequestTimeout))
             await exchange.fail(error, close=unread, mid_event=request.stitch is not None and request.stitch.mid_event)
         except ClientGone:
-            self._state.metrics.disconnects.labels(request.why_gone).inc()
+            self._metrics.disconnects.labels(request.why_gone).inc()
         except Exception:
             connection.unwatch()
             log.exception("request_failed", request_id=request_id, path=path)
@@ -169,7 +188,7 @@ class Inference:
             connection.unwatch()
             self._leave(request, request_id)
         await connection.closed()
-        self._state.metrics.answered(path, exchange.status)
+        self._metrics.answered(path, exchange.status)
         return exchange.status
 
     async def _wanted(
@@ -198,7 +217,7 @@ class Inference:
         asked_stream = fields if response is None else replace(fields, stream=response.stream)
         on_loss = read_on_loss(headers.get(_ON_LOSS), settings.on_loss)
         deadline = self._deadline(headers, asked_stream, background=background, stored=stored)
-        job = await self._jobs.make(
+        job = await self._builder.make(
             tenant=tenant,
             path=path,
             body=body,
@@ -240,7 +259,7 @@ class Inference:
         on_loss = "restart" if wanted.on_loss == "continue" and not response.fields.continuable else wanted.on_loss
         chat = replace(
             job,
-            id=new_job_id(self._state.link.ready_queue().shard_of(job.model)),
+            id=new_job_id(self._link.ready_queue().shard_of(job.model)),
             path=response.path,
             body=response.body,
             content_type=response.content_type,
@@ -257,7 +276,7 @@ class Inference:
         """Put a request of the background on the queue and say so; True if ``request`` follows it from now on."""
         if wanted.response is not None:
             return await self._responses.accept(wanted.response, wanted.job, request, exchange)
-        await self._kept.accept(wanted.job, wanted.fields, request, exchange)
+        await self._jobs.accept(wanted.job, wanted.fields, request, exchange)
         return False
 
     def _stitch(self, wanted: _InferenceRequest) -> AttemptMerger:
@@ -296,15 +315,15 @@ class Inference:
     async def _open_stored(self, request: OpenRequest, job: Job, exchange: ResponseWriter) -> None:
         """Queue a stored job, or follow the one behind whose event the client wants to go on."""
         if not isinstance(exchange, ResumableWriter):
-            await self._stored.enqueue(request, job, exchange)
+            await self._persisted.enqueue(request, job, exchange)
             if isinstance(request.stitch, LiveResponse) and request.job is not None:
                 request.stitch.name(request.job.id)
             return
         named = exchange.after.job_id if exchange.after is not None else None
         if named is None or job.idempotency_key:
-            await self._stored.enqueue(request, job, exchange)
+            await self._persisted.enqueue(request, job, exchange)
         else:
-            kept = await request.within_deadline(self._state.link.ready_queue().persisted_jobs.get(named))
+            kept = await request.within_deadline(self._link.ready_queue().persisted_jobs.get(named))
             if kept is None or kept.tenant != job.tenant:
                 raise _not_kept(named)
             if kept.job_metadata.request != request_digest(job):
@@ -313,7 +332,7 @@ class Inference:
                     "the same",
                     param=LAST_EVENT_HEADER,
                 )
-            self._stored.follow(request, kept, job)
+            self._persisted.follow(request, kept, job)
         assert request.job is not None  # noqa: S101 - it is enqueued or followed
         if named not in (None, request.job.id):
             raise _not_kept(named)
@@ -330,12 +349,8 @@ class Inference:
 
     def _admit(self, request: OpenRequest, headers: dict[bytes, bytes]) -> Tenant:
         """What can be judged before the body is read."""
-        if self._state.draining:
-            raise ShuttingDown(
-                "this router is shutting down; send the request to another one, or again",
-                retry_after_s=RETRY_AFTER_SHUTDOWN_S,
-            )
-        tenant = self._state.keys.tenant(headers)
+        self._lifecycle.ensure_accepting()
+        tenant = self._keys.tenant(headers)
         self._requests.admit(request, tenant)
         announced = announced_size(headers.get(b"content-length"))
         check_size(announced, self._settings.max_body_bytes)
@@ -359,22 +374,22 @@ class Inference:
         """Whatever happened: nobody waits any more, and a job that goes on has no one to answer to."""
         job, stitch = request.job, request.stitch
         if stitch is not None and (stitch.continued or stitch.compared or type(stitch.error) is StreamBroken):
-            self._state.metrics.interrupted(
+            self._metrics.interrupted(
                 continued=stitch.continued > 0,
                 compared=stitch.compared > 0,
                 broken=type(stitch.error) is StreamBroken,
             )
         if job is not None and job.stored:
-            self._state.done(request)
+            self._requests.discard(request)
             if stitch is not None and not stitch.settled:
-                self._stored.leave(request, job)
+                self._persisted.leave(request, job)
             return
         if job is not None and stitch is not None and not stitch.settled:
             why = f"client_{request.why_gone}" if request.gone else "given_up"
             log.info("job_cancelled", job_id=job.id, request_id=request_id, why=why)
-            self._state.canceller.cancel(job.id, "its client went away" if request.gone else "its router gave it up")
-            self._state.metrics.cancelled(why)
-        self._state.done(request)
+            self._canceller.cancel(job.id, "its client went away" if request.gone else "its router gave it up")
+            self._metrics.cancelled(why)
+        self._requests.discard(request)
 
 
 def _after(headers: dict[bytes, bytes], keyed: bool) -> Position | None:

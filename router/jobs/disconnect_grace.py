@@ -21,10 +21,11 @@ class DisconnectGrace:
     Kept in memory: a stream whose Router ends meanwhile simply runs to its end.
     """
 
-    def __init__(self, grace_s: float, give_up: Callable[[JobId], None]) -> None:
-        """``give_up`` is told of each whose grace is over; whether somebody follows it elsewhere is for it to see."""
-        self._grace_s = grace_s + LATE_S
-        self._give_up = give_up
+    def __init__(self, grace_ms: int, cancel_abandoned: Callable[[JobId, str, int], None]) -> None:
+        """``cancel_abandoned(job_id, reason, after_ms)`` cancels a job unless some Router followed it within
+        ``after_ms``."""
+        self._grace_ms = grace_ms
+        self._cancel_abandoned = cancel_abandoned
         self._due: dict[JobId, float] = {}
 
     def __len__(self) -> int:
@@ -33,7 +34,7 @@ class DisconnectGrace:
     def add(self, job_id: JobId, now_s: float) -> None:
         """The client of ``job_id`` left."""
         self._due.pop(job_id, None)
-        self._due[job_id] = now_s + self._grace_s
+        self._due[job_id] = now_s + self._grace_ms / 1000 + LATE_S
         if len(self._due) > MAX_AWAITED:
             forgotten = next(iter(self._due))
             del self._due[forgotten]
@@ -46,4 +47,5 @@ class DisconnectGrace:
             if due_s > now_s:
                 return
             del self._due[job_id]
-            self._give_up(job_id)
+            reason = f"its client was away for more than {self._grace_ms} ms"
+            self._cancel_abandoned(job_id, reason, self._grace_ms)

@@ -15,9 +15,10 @@ from ..http.bodies import ClientGone
 from ..http.connection import Connection
 from ..http.response_writer import ResponseWriter
 from ..inference.attempt_merger import AttemptMerger
-from ..inference.open_requests import OpenRequest
+from ..inference.open_requests import OpenRequest, OpenRequests
 from ..inference.relay import Relay
-from ..state import RouterState
+from ..lifecycle import Lifecycle
+from ..metrics import RouterMetrics
 from .event_ids import Position
 from .persisted_requests import PersistedRequests
 from .resumable_writer import EventStreamWriter
@@ -27,34 +28,44 @@ from .service import PersistedJobs
 class OutputStreamer:
     """Gives kept answers, by the ways of any answer: slow clients are cut off, those that leave are let go."""
 
-    def __init__(self, state: RouterState) -> None:
-        self._state = state
-        self._kept = PersistedJobs(state)
-        self._stored = PersistedRequests(state)
-        self._relay = Relay(state)
+    def __init__(
+        self,
+        requests: OpenRequests,
+        persisted: PersistedRequests,
+        relay: Relay,
+        jobs: PersistedJobs,
+        lifecycle: Lifecycle,
+        metrics: RouterMetrics,
+    ) -> None:
+        self._requests = requests
+        self._persisted = persisted
+        self._relay = relay
+        self._jobs = jobs
+        self._lifecycle = lifecycle
+        self._metrics = metrics
 
     async def give(
         self, kept: PersistedJob, receive: Receive, exchange: ResponseWriter, stitch: AttemptMerger | None = None
     ) -> None:
         """Answer with what ``kept`` has said and will say; ``stitch``: in which form, if not as it is kept."""
-        connection, requests = Connection(receive), self._state.requests
+        connection, requests = Connection(receive), self._requests
         request = OpenRequest(connection, asyncio.get_running_loop().time())
         request.commented = isinstance(exchange, EventStreamWriter)
         requests.add(request)
         try:
-            self._kept.check_open()
+            self._lifecycle.ensure_accepting()
             requests.admit(request, kept.tenant)
-            self._stored.follow(request, kept, stitch=stitch)
+            self._persisted.follow(request, kept, stitch=stitch)
             connection.watch(request.on_gone)
             await self._relay.run(request, exchange)
         except InferqError as error:
             connection.unwatch()
             await exchange.fail(error, mid_event=request.stitch is not None and request.stitch.mid_event)
         except ClientGone:
-            self._state.metrics.disconnects.labels(request.why_gone).inc()
+            self._metrics.disconnects.labels(request.why_gone).inc()
         finally:
             connection.unwatch()
-            self._kept.leave(request)
+            self._jobs.leave(request)
         await connection.closed()
 
 

@@ -34,9 +34,13 @@ from telemetry import get_logger
 
 from ..http.response_writer import ResponseWriter
 from ..inference.attempt_merger import AttemptMerger
+from ..inference.cancellation import Canceller
 from ..inference.followers import fall_behind
-from ..inference.open_requests import OpenRequest
-from ..state import RouterState
+from ..inference.open_requests import OpenRequest, OpenRequests
+from ..metrics import RouterMetrics
+from ..queue_link import QueueLink
+from ..settings import RouterSettings
+from .disconnect_grace import DisconnectGrace
 
 REPLAY_HEADER = (b"x-inferq-idempotent-replay", b"true")
 """On an answer that another request's job gives."""
@@ -51,9 +55,21 @@ log = get_logger(__name__)
 class PersistedRequests:
     """The way of a request to its stored job, and of that job's answer to the request."""
 
-    def __init__(self, state: RouterState) -> None:
-        self._state = state
-        self._requests = state.requests
+    def __init__(
+        self,
+        settings: RouterSettings,
+        link: QueueLink,
+        requests: OpenRequests,
+        canceller: Canceller,
+        disconnect_grace: DisconnectGrace,
+        metrics: RouterMetrics,
+    ) -> None:
+        self._settings = settings
+        self._link = link
+        self._requests = requests
+        self._canceller = canceller
+        self._disconnect_grace = disconnect_grace
+        self._metrics = metrics
 
     async def enqueue(self, request: OpenRequest, job: Job, exchange: ResponseWriter | None = None) -> None:
         """Queue ``job`` for ``request``, kept as it says, or follow the one that holds its key; ``exchange`` says then
@@ -64,7 +80,7 @@ class PersistedRequests:
         request.give(job.ttl_ms)
         request.behind = False
         self._requests.attach(request, job)
-        link = self._state.link
+        link = self._link
         try:
             found = await request.within_deadline(
                 link.ready_queue().jobs.enqueue_persisted(job, request.keep, link.session_id)
@@ -89,11 +105,11 @@ class PersistedRequests:
         job's frames, if it is not to be given as it is kept."""
         job_metadata = kept.job_metadata
         request.follows = job is None
-        request.keep = PersistOptions(self._state.settings.resume_keep_ms, replace(job_metadata, note=b""))
-        request.give(kept.remaining_ms + self._state.settings.max_deadline_ms)
+        request.keep = PersistOptions(self._settings.resume_keep_ms, replace(job_metadata, note=b""))
+        request.give(kept.remaining_ms + self._settings.max_deadline_ms)
         request.stitch = stitch or AttemptMerger(
             stream=job_metadata.stream,
-            replay_limit_bytes=self._state.settings.replay_bytes,
+            replay_limit_bytes=self._settings.replay_bytes,
             on_loss=job_metadata.on_loss,
             usage=job_metadata.usage,
             choices=job_metadata.choices,
@@ -112,7 +128,7 @@ class PersistedRequests:
 
     async def catch_up(self, request: OpenRequest) -> None:
         """Read on in what is kept of the job; what came live meanwhile follows the last page."""
-        stitch, job, link = request.stitch, request.job, self._state.link
+        stitch, job, link = request.stitch, request.job, self._link
         assert stitch is not None and job is not None  # noqa: S101 - set by enqueue
         request.held = []
         try:
@@ -143,14 +159,14 @@ class PersistedRequests:
             elif stitch.gap or (page.over and not stitch.closed):
                 stitch.error = StreamBroken("a part of the answer is not kept any more; send the request again")
             elif page.complete and held is not None:
-                self._requests.stored.caught_up(request, held)
+                self._requests.followers.caught_up(request, held)
 
     def leave(self, request: OpenRequest, job: Job) -> None:
         """A request for ``job`` is over: the job runs on for whoever asks again, or follows it here still; a stream
         that may be resumed for its grace."""
-        self._state.canceller.detach(job.id, self._state.link.session_id)
+        self._canceller.detach(job.id, self._link.session_id)
         if request.keep.job_metadata.resumable:
-            self._state.abandoned.add(job.id, asyncio.get_running_loop().time())
+            self._disconnect_grace.add(job.id, asyncio.get_running_loop().time())
 
     def _ended(self, request: OpenRequest, job: Job, page: Output) -> None:
         """The job ended without an answer; what it had said was given."""
@@ -172,7 +188,7 @@ class PersistedRequests:
             broken = StreamBroken if stitch.head is not None else EngineFailed
             raise broken("the request was lost on the queue too often; send it again")
         request.reruns += 1
-        self._state.metrics.reruns.inc()
+        self._metrics.reruns.inc()
         log.info("request_runs_again", job_id=job.id, before=job.id, request_id=job.request_id)
         left_ms = max(1, int((request.deadline_s - asyncio.get_running_loop().time()) * 1000))
         await self.enqueue(request, replace(job, ttl_ms=left_ms))

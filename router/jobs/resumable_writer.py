@@ -8,11 +8,11 @@ from starlette.types import Send
 
 from queue_schemas import AttemptsExhausted, BadRequest, DeadlineExceeded, InferqError, JobCancelled, JobId
 
+from ..http.response_head import EVENT_STREAM, ResponseHead
 from ..http.response_writer import Header, ResponseWriter
-from ..inference.attempt_merger import EVENT_STREAM, Head
 from .event_ids import EventNumbers, Position
 
-_EVENTS = Head(200, f"{EVENT_STREAM}; charset=utf-8")
+_EVENTS = ResponseHead(200, f"{EVENT_STREAM}; charset=utf-8")
 _ENDINGS = (AttemptsExhausted, JobCancelled, DeadlineExceeded)
 """How a job ends without an answer."""
 
@@ -38,12 +38,12 @@ class EventStreamWriter(ResumableWriter):
 
     __slots__ = ()
 
-    async def write(self, head: Head, data: bytes) -> None:
+    async def write(self, head: ResponseHead, data: bytes) -> None:
         if not head.is_event_stream:
             raise self._no_events(head)
         await super().write(head, data)
 
-    async def finish(self, head: Head, data: bytes) -> None:
+    async def finish(self, head: ResponseHead, data: bytes) -> None:
         if not head.is_event_stream:
             if not head.is_text and head.status < 400:
                 raise self._no_events(head)
@@ -57,5 +57,5 @@ class EventStreamWriter(ResumableWriter):
             await super().write(_EVENTS, b"")
         await super().fail(error, headers=headers, close=close, mid_event=mid_event)
 
-    def _no_events(self, head: Head) -> BadRequest:
+    def _no_events(self, head: ResponseHead) -> BadRequest:
         return BadRequest(f"the answer of this job is {head.content_type}, which has no events: read it at /output")

@@ -14,7 +14,8 @@ from telemetry import get_logger
 from telemetry.http.access import Access
 from telemetry.http.asgi import ErrorDetail, error_responses
 
-from ..state import RouterState
+from ..http.access import Gate
+from ..http.api_keys import ApiKeys
 from .event_ids import LAST_EVENT_HEADER, Position, read_position
 from .output_streamer import OutputStreamer, PersistedResponse
 from .schemas import job_object, response_object, states_of
@@ -84,13 +85,12 @@ class JobDeleted(BaseModel):
     deleted: bool
 
 
-def job_routes(state: RouterState) -> APIRouter:
-    """The pages of one Router."""
-    routes = APIRouter(tags=["jobs"], dependencies=[state.gate.allow(Access.CLIENT)])
-    jobs, giver = PersistedJobs(state), OutputStreamer(state)
+def job_routes(gate: Gate, keys: ApiKeys, jobs: PersistedJobs, streamer: OutputStreamer) -> APIRouter:
+    """The paths below ``/v1/jobs``."""
+    routes = APIRouter(tags=["jobs"], dependencies=[gate.allow(Access.CLIENT)])
 
     async def found(request: Request, job_id: str) -> PersistedJob:
-        kept = await jobs.status(state.keys.caller(request), job_id)
+        kept = await jobs.status(keys.caller(request), job_id)
         if kept is None:
             raise not_found(job_id)
         return kept
@@ -108,7 +108,7 @@ def job_routes(state: RouterState) -> APIRouter:
         status: Annotated[JobStatus | None, Query(description="Only those that are so now")] = None,
     ) -> JSONResponse:
         states = states_of(status) if status else []
-        found, more = await jobs.jobs(state.keys.caller(request), after=after, limit=limit, states=states)
+        found, more = await jobs.jobs(keys.caller(request), after=after, limit=limit, states=states)
         data = [job_object(kept) for kept in found]
         # With a filter a page may end before its limit: it was looked at as many jobs as one call may.
         last = more or (found[-1].id if found else None)
@@ -137,7 +137,7 @@ def job_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND, 429) | _GIVEN,
     )
     async def output(request: Request, job_id: str) -> Response:
-        return PersistedResponse(giver, await found(request, job_id))
+        return PersistedResponse(streamer, await found(request, job_id))
 
     @routes.get(
         _ONE + "/events",
@@ -153,7 +153,7 @@ def job_routes(state: RouterState) -> APIRouter:
         ),
     ) -> Response:
         after = _after(request.headers.get(LAST_EVENT_HEADER, ""), starting_after, job_id)
-        return PersistedResponse(giver, await found(request, job_id), events=True, after=after)
+        return PersistedResponse(streamer, await found(request, job_id), events=True, after=after)
 
     @routes.post(
         _ONE + "/cancel",
@@ -162,7 +162,7 @@ def job_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND),
     )
     async def cancel(request: Request, job_id: str) -> JSONResponse:
-        kept = await jobs.cancel(state.keys.caller(request), job_id)
+        kept = await jobs.cancel(keys.caller(request), job_id)
         if kept is None:
             raise not_found(job_id)
         return JSONResponse(job_object(kept))
@@ -174,7 +174,7 @@ def job_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND),
     )
     async def delete(request: Request, job_id: str) -> JSONResponse:
-        if not await jobs.delete(state.keys.caller(request), job_id):
+        if not await jobs.delete(keys.caller(request), job_id):
             raise not_found(job_id)
         return JSONResponse({"id": job_id, "object": "job", "deleted": True})
 

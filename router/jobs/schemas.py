@@ -9,7 +9,8 @@ import orjson
 
 from queue_schemas import InferqError, MarkerKind, PersistedJob, State
 
-from ..inference.attempt_merger import Head, ending_error
+from ..http.response_head import ResponseHead
+from ..inference.attempt_merger import ending_error
 
 STATUSES: dict[State, str] = {
     State.QUEUED: "queued",
@@ -58,7 +59,7 @@ def job_object(kept: PersistedJob, response: dict[str, Any] | None = None) -> di
     }
 
 
-def response_object(head: Head, body: bytes | None) -> dict[str, Any]:
+def response_object(head: ResponseHead, body: bytes | None) -> dict[str, Any]:
     """An answer as JSON: JSON as it is, text as text, all else in base64. ``body`` is None if it is too large to be
     shown here."""
     encoding: str | None = None
@@ -75,7 +76,7 @@ def response_object(head: Head, body: bytes | None) -> dict[str, Any]:
     }
 
 
-def _shown(head: Head, body: bytes) -> tuple[Any, str | None]:
+def _shown(head: ResponseHead, body: bytes) -> tuple[Any, str | None]:
     if head.is_json:
         try:
             return orjson.loads(body), "json"

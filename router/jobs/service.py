@@ -25,21 +25,22 @@ from queue_schemas import (
     OnLoss,
     PersistedJob,
     PersistOptions,
-    ShuttingDown,
     State,
     Tenant,
 )
 from telemetry import get_logger
 
 from ..http.connection import Connection
+from ..http.response_head import ResponseHead
 from ..http.response_writer import ResponseWriter
-from ..inference.attempt_merger import Head
 from ..inference.deadlines import Deadline
-from ..inference.job_builder import JobMaker, job_metadata_of
-from ..inference.open_requests import OpenRequest
+from ..inference.job_builder import JobBuilder, job_metadata_of
+from ..inference.open_requests import OpenRequest, OpenRequests
 from ..inference.request_fields import RequestFields, read_fields
 from ..inference.rules import read_deadline
-from ..state import RETRY_AFTER_SHUTDOWN_S, RouterState
+from ..lifecycle import Lifecycle
+from ..queue_link import QueueLink
+from ..settings import RouterSettings
 from .persisted_requests import PersistedRequests
 from .schemas import job_object
 
@@ -51,10 +52,21 @@ log = get_logger(__name__)
 class PersistedJobs:
     """The kept jobs of all tenants, as this Router reaches them."""
 
-    def __init__(self, state: RouterState) -> None:
-        self._state = state
-        self._jobs = JobMaker(state.settings, state.link)
-        self._stored = PersistedRequests(state)
+    def __init__(
+        self,
+        settings: RouterSettings,
+        link: QueueLink,
+        requests: OpenRequests,
+        persisted: PersistedRequests,
+        builder: JobBuilder,
+        lifecycle: Lifecycle,
+    ) -> None:
+        self._settings = settings
+        self._link = link
+        self._requests = requests
+        self._persisted = persisted
+        self._builder = builder
+        self._lifecycle = lifecycle
 
     async def submit(
         self,
@@ -83,12 +95,12 @@ class PersistedJobs:
         Raises ``BadRequest``, ``ModelNotFound``, ``NoWorker``, ``OverCapacity``, ``BrokerFull``, ``NotOnDisk``,
         ``IdempotencyKeyReused`` and ``ShuttingDown``.
         """
-        self.check_open()
-        settings = self._state.settings
+        self._lifecycle.ensure_accepting()
+        settings = self._settings
         fields = read_fields(body, content_type, path, settings.limits_of(tenant))
         max_ms = settings.background_deadline_ms
         limit_ms = read_deadline(None, fields.timeout_s, min(deadline_ms or max_ms, max_ms), max_ms)
-        job = await self._jobs.make(
+        job = await self._builder.make(
             tenant=tenant,
             path=path,
             body=body,
@@ -107,15 +119,15 @@ class PersistedJobs:
     async def accept(self, job: Job, fields: RequestFields, request: OpenRequest, exchange: ResponseWriter) -> None:
         """Put the background request on the queue and say where it is: 202 with its object."""
         found = await request.within_deadline(self.enqueue(job, fields))
-        kept = await request.within_deadline(self._state.link.ready_queue().persisted_jobs.get(found.job_id))
+        kept = await request.within_deadline(self._link.ready_queue().persisted_jobs.get(found.job_id))
         if kept is None:
             raise JobNotFound(f"the job {found.job_id} was deleted meanwhile")
         exchange.add_header(b"location", f"{JOBS_PATH}/{kept.id}".encode())
-        await exchange.finish(Head(202, "application/json"), orjson.dumps(job_object(kept)))
+        await exchange.finish(ResponseHead(202, "application/json"), orjson.dumps(job_object(kept)))
 
     async def status(self, tenant: Tenant, job_id: str) -> PersistedJob | None:
         """What may be told of a job; None if there is none of that id, or it is not the tenant's."""
-        kept = await self._state.link.ready_queue().persisted_jobs.get(job_id)
+        kept = await self._link.ready_queue().persisted_jobs.get(job_id)
         return kept if kept is not None and kept.tenant == tenant else None
 
     async def jobs(
@@ -123,14 +135,14 @@ class PersistedJobs:
     ) -> tuple[list[PersistedJob], str]:
         """A page of the tenant's background jobs, newest first, behind the one called ``after``; and the id to go on
         from, empty at the end. Raises ``BadRequest`` if ``after`` is none of them."""
-        return await self._state.link.ready_queue().persisted_jobs.page(tenant, after=after, limit=limit, states=states)
+        return await self._link.ready_queue().persisted_jobs.page(tenant, after=after, limit=limit, states=states)
 
     async def cancel(self, tenant: Tenant, job_id: str) -> PersistedJob | None:
         """Cancel a job, which may have ended already; what is to be told of it then, None as for :meth:`status`."""
         kept = await self.status(tenant, job_id)
         if kept is None or kept.over:
             return kept
-        await self._state.link.ready_queue().jobs.cancel(kept.id, "it was cancelled on demand")
+        await self._link.ready_queue().jobs.cancel(kept.id, "it was cancelled on demand")
         # A job that was not listed leaves nothing when it is cancelled.
         return await self.status(tenant, job_id) or replace(kept, state=State.CANCELLED)
 
@@ -140,7 +152,7 @@ class PersistedJobs:
         kept = await self.status(tenant, job_id)
         return (
             kept is not None
-            and await self._state.link.ready_queue().persisted_jobs.delete(kept.id, "it was deleted") is not None
+            and await self._link.ready_queue().persisted_jobs.delete(kept.id, "it was deleted") is not None
         )
 
     @asynccontextmanager
@@ -150,8 +162,8 @@ class PersistedJobs:
         Any number of readers may follow one job, each at its own pace and in bounded memory. Raises ``JobNotFound``,
         ``OverCapacity`` (this Router serves as many requests as it may) and ``ShuttingDown``.
         """
-        self.check_open()
-        requests = self._state.requests
+        self._lifecycle.ensure_accepting()
+        requests = self._requests
         kept = await self.status(tenant, job_id)
         if kept is None:
             raise not_found(job_id)
@@ -159,16 +171,16 @@ class PersistedJobs:
         requests.add(request)
         try:
             requests.admit(request, tenant)
-            self._stored.follow(request, kept)
-            yield Followed(request, self._stored, kept, self._state.settings.keepalive_ms / 1000)
+            self._persisted.follow(request, kept)
+            yield Followed(request, self._persisted, kept, self._settings.keepalive_ms / 1000)
         finally:
             self.leave(request)
 
     def leave(self, request: OpenRequest) -> None:
         """A follower is over."""
-        self._state.done(request)
+        self._requests.discard(request)
         if request.job is not None and request.stitch is not None and not request.stitch.settled:
-            self._stored.leave(request, request.job)
+            self._persisted.leave(request, request.job)
 
     async def enqueue(
         self,
@@ -183,17 +195,10 @@ class PersistedJobs:
         """Put a background job that was made already on the queue; as :meth:`submit` otherwise. ``request`` is the
         digest of what its client asked, if the job does not say all of it."""
         job_metadata = job_metadata_of(job, fields, note=note, request=request)
-        keep = PersistOptions(keep_ms or self._state.settings.keep_jobs_ms, job_metadata, True, notify)
-        found = await self._state.link.ready_queue().jobs.enqueue_persisted(job, keep)
+        keep = PersistOptions(keep_ms or self._settings.keep_jobs_ms, job_metadata, True, notify)
+        found = await self._link.ready_queue().jobs.enqueue_persisted(job, keep)
         log.info("job_kept", job_id=found.job_id, request_id=job.request_id, state=found.state.value)
         return found
-
-    def check_open(self) -> None:
-        """Refuse what is new while this Router shuts down, with ``ShuttingDown``."""
-        if self._state.draining:
-            raise ShuttingDown(
-                "this router is shutting down; ask another one, or again", retry_after_s=RETRY_AFTER_SHUTDOWN_S
-            )
 
 
 class Followed:
@@ -210,7 +215,7 @@ class Followed:
 
     def __init__(self, request: OpenRequest, stored: PersistedRequests, job: PersistedJob, keepalive_s: float) -> None:
         self.job = job
-        self.head: Head | None = None
+        self.head: ResponseHead | None = None
         self._request = request
         self._stored = stored
         self._keepalive_s = keepalive_s

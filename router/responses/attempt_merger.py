@@ -15,7 +15,8 @@ from hashlib import blake2b
 from openai_api.chat_chunks import ChatFailure
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Marker, MarkerKind, StreamBroken
 
-from ..inference.attempt_merger import EVENT_STREAM, AttemptMerger, Head
+from ..http.response_head import EVENT_STREAM, ResponseHead
+from ..inference.attempt_merger import AttemptMerger
 from .events import ResponseEvents, as_server_sent
 from .fields import Json
 from .schemas import Asked
@@ -36,7 +37,7 @@ class ResponseMerger(AttemptMerger):
 
     def __init__(self, asked: Asked, after: int = -1, epoch: int = 0) -> None:
         super().__init__(stream=True, replay_limit_bytes=0, stored=True)
-        self.head = Head(200, f"{EVENT_STREAM}; charset=utf-8")
+        self.head = ResponseHead(200, f"{EVENT_STREAM}; charset=utf-8")
         self._asked = asked
         self._after = after
         self._known_epoch = epoch

@@ -10,13 +10,14 @@ from openai_api.chat_chunks import ChatFailure
 from openai_api.errors import Dialect, ErrorFacts, error_body, openai_type
 from queue_schemas import END, HEAD, Frame, JobId, OnLoss
 
-from ..inference.attempt_merger import EVENT_STREAM, AttemptMerger, Head
+from ..http.response_head import EVENT_STREAM, ResponseHead
+from ..inference.attempt_merger import AttemptMerger
 from .events import ResponseEvents, as_server_sent
 from .fields import Json
 from .schemas import Asked
 
-_EVENTS = Head(200, f"{EVENT_STREAM}; charset=utf-8")
-_ONE_OBJECT = Head(200, "application/json")
+_EVENTS = ResponseHead(200, f"{EVENT_STREAM}; charset=utf-8")
+_ONE_OBJECT = ResponseHead(200, "application/json")
 
 
 class LiveResponse(AttemptMerger):
@@ -61,11 +62,11 @@ class LiveResponse(AttemptMerger):
     def _refusal(self, failure: ChatFailure) -> bytes:
         """The answer of a chat that failed behind a head of status 200."""
         status = failure.status if failure.status >= 400 else 502
-        self.head = Head(status, _ONE_OBJECT.content_type)
+        self.head = ResponseHead(status, _ONE_OBJECT.content_type)
         facts = ErrorFacts(status, failure.message, failure.type or openai_type(status), failure.param)
         return error_body(facts, Dialect.RESPONSES, "")
 
-    def _events(self, data: bytes, head: Head) -> list[Json]:
+    def _events(self, data: bytes, head: ResponseHead) -> list[Json]:
         """The events that ``data`` makes: to them, all attempts are one."""
         begun = [] if self._seq else self._made.begin()
         self._content_type = self._content_type or head.content_type

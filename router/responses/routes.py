@@ -13,8 +13,9 @@ from queue_schemas import BadRequest
 from telemetry.http.access import Access
 from telemetry.http.asgi import error_responses
 
+from ..http.access import Gate
+from ..http.api_keys import ApiKeys
 from ..jobs.output_streamer import OutputStreamer, PersistedResponse
-from ..state import RouterState
 from .service import Responses
 
 _ONE = RESPONSES_PATH + "/{response_id}"
@@ -50,10 +51,9 @@ class InputItems(BaseModel):
     has_more: bool
 
 
-def response_routes(state: RouterState) -> APIRouter:
+def response_routes(gate: Gate, keys: ApiKeys, responses: Responses, streamer: OutputStreamer) -> APIRouter:
     """The pages of one Router. ``POST /v1/responses`` itself is served with the other inference paths."""
-    routes = APIRouter(tags=["responses"], dependencies=[state.gate.allow(Access.CLIENT)])
-    responses, giver = Responses(state), OutputStreamer(state)
+    routes = APIRouter(tags=["responses"], dependencies=[gate.allow(Access.CLIENT)])
 
     @routes.get(
         _ONE,
@@ -67,14 +67,14 @@ def response_routes(state: RouterState) -> APIRouter:
         stream: bool = Query(False, description="Its events instead of its object"),
         starting_after: int | None = Query(None, ge=0, description="Number of the last event that the client has"),
     ) -> Response:
-        tenant = state.keys.caller(request)
+        tenant = keys.caller(request)
         if not stream:
             if starting_after is not None:
                 raise BadRequest("starting_after is of streams: send stream=true, too", param="starting_after")
             return JSONResponse(await responses.retrieve(tenant, response_id))
         kept = await responses.find(tenant, response_id)
         after = -1 if starting_after is None else starting_after
-        return PersistedResponse(giver, kept, stitch=responses.events(kept, after))
+        return PersistedResponse(streamer, kept, stitch=responses.events(kept, after))
 
     @routes.post(
         _ONE + "/cancel",
@@ -83,7 +83,7 @@ def response_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND),
     )
     async def cancel(request: Request, response_id: str) -> JSONResponse:
-        return JSONResponse(await responses.cancel(state.keys.caller(request), response_id))
+        return JSONResponse(await responses.cancel(keys.caller(request), response_id))
 
     @routes.delete(
         _ONE,
@@ -92,7 +92,7 @@ def response_routes(state: RouterState) -> APIRouter:
         responses=error_responses(*_FOUND),
     )
     async def delete(request: Request, response_id: str) -> JSONResponse:
-        await responses.delete(state.keys.caller(request), response_id)
+        await responses.delete(keys.caller(request), response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     @routes.get(
@@ -108,7 +108,7 @@ def response_routes(state: RouterState) -> APIRouter:
         order: Literal["asc", "desc"] = "desc",
         after: str = Query("", max_length=200, description="The last id of the page before"),
     ) -> JSONResponse:
-        items = await responses.input_items(state.keys.caller(request), response_id)
+        items = await responses.input_items(keys.caller(request), response_id)
         if order == "desc":
             items.reverse()
         ids = [item["id"] for item in items]

@@ -28,13 +28,15 @@ from queue_schemas import (
 )
 from queue_schemas.persisted_output import digest_of
 
+from ..http.response_head import ResponseHead
 from ..http.response_writer import ResponseWriter
-from ..inference.attempt_merger import Head, ending_error
+from ..inference.attempt_merger import ending_error
 from ..inference.open_requests import OpenRequest
 from ..inference.request_fields import RequestFields, read_fields
 from ..jobs.persisted_requests import PersistedRequests
 from ..jobs.service import PersistedJobs
-from ..state import RouterState
+from ..queue_link import QueueLink
+from ..settings import RouterSettings
 from .attempt_merger import FIRST_SAID, ResponseMerger
 from .events import ResponseEvents
 from .fields import Json
@@ -45,7 +47,7 @@ from .schemas import Asked, listed_input, response_object
 
 NOTIFY = "response"
 """The word of the notices of responses' ends."""
-_OBJECT = Head(200, "application/json")
+_OBJECT = ResponseHead(200, "application/json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,13 @@ class Responses:
     """The responses that are built here. Its methods raise ``NotFound`` for what is no background response of the
     tenant's, and ``BrokerUnavailable`` while the queue cannot be reached."""
 
-    def __init__(self, state: RouterState) -> None:
-        self._state = state
-        self._kept = PersistedJobs(state)
-        self._stored = PersistedRequests(state)
+    def __init__(
+        self, settings: RouterSettings, link: QueueLink, jobs: PersistedJobs, persisted: PersistedRequests
+    ) -> None:
+        self._settings = settings
+        self._link = link
+        self._jobs = jobs
+        self._persisted = persisted
 
     def read(self, body: bytes, *, background: bool) -> ResponseParams:
         """What a Responses request asks, as a chat. Raises ``BadRequest`` for what no chat can say."""
@@ -97,7 +102,7 @@ class Responses:
         return LiveResponse(
             asked.of_job(job.id),
             stream=asked.stream,
-            replay_limit_bytes=self._state.settings.replay_bytes,
+            replay_limit_bytes=self._settings.replay_bytes,
             on_loss=job.on_loss,
             stored=job.stored,
         )
@@ -106,14 +111,14 @@ class Responses:
         """Put a background response on the queue and answer with its object. If its events were asked for: True, and
         ``request`` follows them from now on. Raises what :meth:`PersistedJobs.enqueue` does."""
         note = write_note(asked.created_at, asked.request)
-        enqueued = self._kept.enqueue(job, asked.fields, notify=NOTIFY, note=note, request=asked.digest)
+        enqueued = self._jobs.enqueue(job, asked.fields, notify=NOTIFY, note=note, request=asked.digest)
         found = await request.within_deadline(enqueued)
         if not asked.stream and not job.idempotency_key:
             shown = response_object(asked.of_job(found.job_id), "queued")
         else:
             kept = await request.within_deadline(self.find(job.tenant, response_id(found.job_id)))
             if asked.stream:
-                self._stored.follow(request, kept, stitch=self.events(kept))
+                self._persisted.follow(request, kept, stitch=self.events(kept))
                 return True
             shown = await request.within_deadline(self._shown(kept))
         await exchange.finish(_OBJECT, orjson.dumps(shown))
@@ -122,7 +127,7 @@ class Responses:
     async def find(self, tenant: Tenant, name: str) -> PersistedJob:
         """The job of a response."""
         try:
-            kept = await self._kept.status(tenant, job_of_response(name))
+            kept = await self._jobs.status(tenant, job_of_response(name))
         except BadMessage:
             kept = None
         if kept is None or kept.notify != NOTIFY:
@@ -135,14 +140,14 @@ class Responses:
 
     async def cancel(self, tenant: Tenant, name: str) -> Json:
         """End it, and tell how it stands then; one that has ended stays as it is."""
-        kept = await self._kept.cancel(tenant, (await self.find(tenant, name)).id)
+        kept = await self._jobs.cancel(tenant, (await self.find(tenant, name)).id)
         if kept is None:
             raise _not_found(name)
         return await self._shown(kept)
 
     async def delete(self, tenant: Tenant, name: str) -> None:
         """Forget it; one that lives is cancelled first."""
-        if not await self._kept.delete(tenant, (await self.find(tenant, name)).id):
+        if not await self._jobs.delete(tenant, (await self.find(tenant, name)).id):
             raise _not_found(name)
 
     async def input_items(self, tenant: Tenant, name: str) -> list[Json]:
@@ -172,7 +177,7 @@ class Responses:
             return response_object(asked, "queued" if kept.state is State.QUEUED else "in_progress")
         made = ResponseEvents(asked)
         made.begin()
-        async for frame in self._state.link.ready_queue().output.frames(kept.id):
+        async for frame in self._link.ready_queue().output.frames(kept.id):
             made.feed(frame)
         if not made.over and kept.state in PERSISTED_STATES:
             made.fail(ChatFailure("a part of the answer is not kept any more; send the request again"))

@@ -14,7 +14,7 @@ from queue_schemas import BadRequest
 from webhooks.events import ALL_EVENTS, EVENT_TYPES
 from webhooks.urls import UrlRules, check_url
 
-from ..inference.request_fields import json_type, read_object
+from ..http.rules import json_type, read_object
 
 NAME_CHARS = 200
 KEEP_S = 86_400

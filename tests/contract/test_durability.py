@@ -142,7 +142,7 @@ async def test_a_router_that_is_to_wait_for_the_disk_does(server: Server) -> Non
     server.ask("CONFIG", "SET", "appendfsync", "no")
     app = build_router(RouterSettings(durability="disk"), BrokerSettings(redis_url=server.url))
     with pytest.raises(ExceptionGroup) as ended:
-        async with asyncio.timeout(10), app.state.running():
+        async with asyncio.timeout(10), app.running():
             await asyncio.Event().wait()
     assert "durability is disk" in str(ended.value.exceptions[0])
 

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from yarl import URL
 
-from router.inference.request_fields import INFERENCE_PATHS
+from openai_api.paths import INFERENCE_PATHS
 from tests.support.fleet import MODEL, Fleet
 from tests.support.servers import Server
 

@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from manager import ManagerService, create_app
+from openai_api.paths import INFERENCE_PATHS
 from queue_schemas import BrokerUnavailable
-from router.inference.request_fields import INFERENCE_PATHS
 from telemetry import MetricsRegistry
 from telemetry.http.openapi import operations
 from tests.unit.manager.fakes import FakeProbe, fast_settings

@@ -53,11 +53,11 @@ async def running_router(redis_url: str, *, ready: bool = True, **settings: Any)
     """A Router with short intervals, its model declared."""
     fields = {"pools": [MODEL], "sweep_ms": 20, "directory_ms": 100, "shutdown_limit_ms": 200} | settings
     app = build_router(RouterSettings(port=free_port(), **fields), BrokerSettings(redis_url=redis_url))
-    port = app.state.settings.port
+    port = app.services.settings.port
     stop = asyncio.Event()
     async with app.running(), asyncio.TaskGroup() as tasks:
         tasks.create_task(
-            run_server(app, port=port, stop=stop, shutdown_limit_s=1, limits=app.state.settings.connection_limits)
+            run_server(app, port=port, stop=stop, shutdown_limit_s=1, limits=app.services.settings.connection_limits)
         )
         try:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
@@ -71,7 +71,7 @@ async def running_router(redis_url: str, *, ready: bool = True, **settings: Any)
 
                 await eventually(listens, "the router listens")
                 if ready:
-                    await eventually(lambda: not app.state.reasons(), "the router is ready")
+                    await eventually(lambda: not app.services.not_ready_reasons(), "the router is ready")
                 yield router
         finally:
             stop.set()
@@ -84,7 +84,7 @@ async def fake_router(queue: FakeQueue, **settings: Any) -> AsyncIterator[int]:
     async with router(queue, **settings) as app:
         with bind_socket("127.0.0.1", 0) as listener:
             async with asyncio.TaskGroup() as tasks:
-                limits = app.state.settings.connection_limits
+                limits = app.services.settings.connection_limits
                 tasks.create_task(run_server(app, sock=listener, stop=stop, shutdown_limit_s=1, limits=limits))
                 try:
                     yield listener.getsockname()[1]

@@ -149,7 +149,7 @@ async def test_a_follower_that_reads_nothing_is_cut_off(routers: list[RunningRou
     writer.write(b"GET %b/output HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % path.encode())
     assert b"200" in await reader.readline()
     writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await eventually(lambda: len(one.app.state.requests) == 0, "it is cut off", limit_s=5)
+    await eventually(lambda: len(one.app.services.requests) == 0, "it is cut off", limit_s=5)
     writer.transport.abort()
     async with one.session.get(f"{one.url}{path}/output") as given:
         assert await given.read() == large * 40 + DONE

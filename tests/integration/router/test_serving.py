@@ -83,7 +83,7 @@ async def test_a_client_that_leaves_aborts_its_running_job(router: RunningRouter
         return any(control.kind is ControlKind.ABORT and control.job_id == lease.job.id for control in told)
 
     await eventually(aborted, "the worker is told to abort")
-    await eventually(lambda: not len(router.app.state.requests), "the request is over")
+    await eventually(lambda: not len(router.app.services.requests), "the request is over")
 
 
 async def test_a_client_that_leaves_removes_its_waiting_job(
@@ -152,7 +152,7 @@ async def test_a_body_of_100_mb_is_refused(router: RunningRouter) -> None:
         async with router.session.post(router.url + PATH, data=data) as answer:
             assert answer.status == 413
             assert (await answer.json())["error"]["code"] == "request_too_large"
-    await eventually(lambda: not len(router.app.state.requests), "the refused requests are over")
+    await eventually(lambda: not len(router.app.services.requests), "the refused requests are over")
 
 
 async def test_a_body_that_creeps_is_given_up(valkey: Server) -> None:
@@ -239,7 +239,7 @@ async def test_redis_killed_and_back_loses_no_request(own_valkey: Server) -> Non
         lease = await worker.lease()
         await asyncio.sleep(1.2)  # appendfsync everysec: what is older is on disk
         own_valkey.kill()
-        await eventually(router.app.state.reasons, "not ready")
+        await eventually(router.app.services.not_ready_reasons, "not ready")
         assert (await router.get("/readyz"))[0] == 503
         coming = asyncio.ensure_future(router.plain(CHAT | {"n": 2}))
         own_valkey.start()
@@ -247,7 +247,7 @@ async def test_redis_killed_and_back_loses_no_request(own_valkey: Server) -> Non
         assert await waiting == (200, b"one")
         await worker.answer(await worker.lease(), b"two")
         assert await coming == (200, b"two")
-        await eventually(lambda: not router.app.state.reasons(), "ready again")
+        await eventually(lambda: not router.app.services.not_ready_reasons(), "ready again")
 
 
 async def test_a_redis_that_forgot_everything_is_filled_again(own_valkey: Server) -> None:
@@ -273,7 +273,7 @@ async def test_redis_that_comes_late_is_found(own_valkey: Server) -> None:
         assert status == 503
         assert "Redis" in page["reasons"][0]
         own_valkey.start()
-        await eventually(lambda: not router.app.state.reasons(), "ready")
+        await eventually(lambda: not router.app.services.not_ready_reasons(), "ready")
         async with Speaker.join(own_valkey.url) as worker:
             asking = asyncio.ensure_future(router.plain())
             await worker.answer(await worker.lease())
@@ -284,7 +284,7 @@ async def test_redis_gone_for_good_ends_requests_at_their_deadline(own_valkey: S
     """No client hangs: without Redis a request ends a grace after its deadline."""
     async with running_router(own_valkey.url, deadline_grace_ms=100) as router:
         asking = asyncio.ensure_future(router.plain(headers={"x-inferq-deadline-ms": "900"}))
-        await eventually(lambda: router.app.state.requests.waiting, "the job is queued")
+        await eventually(lambda: router.app.services.requests.waiting, "the job is queued")
         own_valkey.kill()
         status, _body = await asyncio.wait_for(asking, 5)
         assert status == 504

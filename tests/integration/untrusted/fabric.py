@@ -96,5 +96,7 @@ async def _serve(
             tasks.create_task(service.run(stop))
             for app, port in ((create_app(service), manager_port), (router, router_port)):
                 tasks.create_task(run_server(app, port=port, stop=stop, shutdown_limit_s=1))
-            await eventually(lambda: service.acting and not router.state.reasons(), "both are ready", limit_s=LIMIT_S)
+            await eventually(
+                lambda: service.acting and not router.services.not_ready_reasons(), "both are ready", limit_s=LIMIT_S
+            )
             ready.set()

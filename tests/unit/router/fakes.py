@@ -367,5 +367,5 @@ async def router(
         if isinstance(queue, FakeQueue):
             async with asyncio.timeout(LIMIT_S):
                 await queue.replies.ready.wait()
-                await app.state.link.fresh_directory()
+                await app.services.link.fresh_directory()
         yield app

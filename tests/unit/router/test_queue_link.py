@@ -37,7 +37,7 @@ async def test_a_directory_that_was_asked_for_is_read_once(monkeypatch: pytest.M
     async with router(queue, directory_ms=60_000) as app:
         await let_others_run()
         before = queue.reads
-        await app.state.link.fresh_directory()
+        await app.services.link.fresh_directory()
         await let_others_run()
         assert queue.reads == before + 1
 
@@ -91,7 +91,7 @@ async def test_a_server_that_is_not_fit_any_more_is_said_to_be(monkeypatch: pyte
             return list(found)
 
     async with router(Vetted("m")) as app:
-        link = app.state.link
+        link = app.services.link
         await eventually(lambda: not link.reasons, "it is ready")
         found.append("Redis would evict waiting jobs")
         await eventually(lambda: link.reasons == found, "it is said")

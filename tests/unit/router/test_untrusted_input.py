@@ -125,7 +125,7 @@ def test_any_request_is_passed_on_as_it_is_or_refused() -> None:
 
             await asyncio.to_thread(ask)
             assert taken > 50, "hardly anything was let through: the test shows little"
-            assert (len(app.state.requests), app.state.requests.body_bytes) == (0, 0)
+            assert (len(app.services.requests), app.services.requests.body_bytes) == (0, 0)
 
     asyncio.run(live())
 

@@ -44,7 +44,7 @@ def upload(app: RouterApp, tenant: Tenant = ACME, *, purpose: str = "batch", siz
     record = FileRecord(
         id=new_file_id(NOW * 1000), tenant=tenant, filename="in.jsonl", purpose=purpose, created_at=NOW, bytes=size
     )
-    app.state.store.files.add(record)
+    app.services.store.files.add(record)
     return record.id
 
 
@@ -76,10 +76,10 @@ async def test_a_new_batch_is_what_the_sdk_calls_a_batch(app: RouterApp) -> None
     assert (typed.status, typed.object, typed.metadata) == ("validating", "batch", metadata)
     assert typed.expires_at == typed.created_at + 7 * 86_400
     assert typed.request_counts is not None and typed.request_counts.total == 0
-    stored = app.state.store.batches.get(ACME, typed.id)
+    stored = app.services.store.batches.get(ACME, typed.id)
     assert stored is not None and stored.request.output_expires_after is not None
     assert stored.request.output_expires_after.seconds == 3600
-    assert (ACME, typed.id) in app.state.store.batches.live()
+    assert (ACME, typed.id) in app.services.store.batches.live()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ async def test_a_refused_batch_leaves_nothing(app: RouterApp) -> None:
     for body in (b"", b"{", b"[]", b"null", b"\xff", orjson.dumps(asked(upload(app), metadata={"k": 1}))):
         answer = await ask(app, "POST", "/v1/batches", body)
         assert (answer.status, answer.error["code"]) == (400, "invalid_request")
-    assert not app.state.store.batches.live()
+    assert not app.services.store.batches.live()
 
 
 async def test_files_that_cannot_be_run_are_refused_at_once(app: RouterApp) -> None:
@@ -144,7 +144,7 @@ async def test_live_batches_of_a_tenant_are_bounded(app: RouterApp) -> None:
     assert (refused.status, refused.error["code"]) == (429, "over_capacity")
     assert int(refused.headers["retry-after"]) > 0
     await create(app, upload(app, RIVAL), key=RIVAL)
-    app.state.store.batches.retire(ACME, first["id"])
+    app.services.store.batches.retire(ACME, first["id"])
     await create(app, file_id)
 
 
@@ -159,7 +159,7 @@ async def test_one_key_is_one_batch(app: RouterApp) -> None:
     assert (other.status, other.error["code"]) == (422, "idempotency_key_reused")
     rival = await ask(app, "POST", "/v1/batches", asked(upload(app, RIVAL)), key=RIVAL, headers=headers)
     assert rival.json()["id"] != answers[0].json()["id"]
-    assert len(app.state.store.batches.live()) == 2
+    assert len(app.services.store.batches.live()) == 2
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ async def test_another_request_under_the_key_of_a_batch_is_refused(app: RouterAp
     assert (answer.status, answer.error["code"]) == (422, "idempotency_key_reused")
     again = await ask(app, "POST", "/v1/batches", asked(file_id), headers=headers)
     assert (again.status, again.json()["id"]) == (200, first.json()["id"])
-    assert len(app.state.store.batches.live()) == 1
+    assert len(app.services.store.batches.live()) == 1
 
 
 async def test_a_refused_batch_leaves_its_key_free(app: RouterApp) -> None:
@@ -202,7 +202,7 @@ async def test_one_key_sent_at_once_with_two_requests_makes_one_batch(app: Route
         *(ask(app, "POST", "/v1/batches", asked(file_id), headers=headers) for file_id in files)
     )
     assert sorted(answer.status for answer in answers) == [200, 422, 422, 422, 422, 422]
-    assert len(app.state.store.batches.live()) == 1
+    assert len(app.services.store.batches.live()) == 1
 
 
 async def test_what_the_sdk_repeats_is_not_run_twice(app: RouterApp) -> None:
@@ -217,7 +217,7 @@ async def test_what_the_sdk_repeats_is_not_run_twice(app: RouterApp) -> None:
     assert again.json()["id"] == lost.json()["id"]
     other = await ask(app, "POST", "/v1/batches", asked(file_id, metadata={"n": "2"}), headers=retried)
     assert other.json()["id"] != again.json()["id"]
-    await app.state.store.close(1.0)
+    await app.services.store.close(1.0)
     anew = await ask(app, "POST", "/v1/batches", asked(file_id), headers=retried)
     assert anew.json()["id"] not in {again.json()["id"], other.json()["id"]}
 
@@ -237,7 +237,7 @@ async def test_how_far_it_has_come_is_shown(app: RouterApp) -> None:
         error_file_id="file-2",
         usage={"input_tokens": 5, "output_tokens": 7, "total_tokens": 12},
     )
-    app.state.store.batches.advance(ACME, batch_id, progress)
+    app.services.store.batches.advance(ACME, batch_id, progress)
     batch = openai.types.Batch.model_validate((await ask(app, "GET", f"/v1/batches/{batch_id}")).json())
     assert (batch.status, batch.model, batch.completed_at, batch.failed_at) == ("completed", "m", NOW + 3, None)
     assert batch.request_counts is not None and batch.request_counts.failed == 1
@@ -255,7 +255,7 @@ async def test_a_cancel_shows_before_the_batcher_has_noticed(app: RouterApp) -> 
     assert first["cancelling_at"] >= first["created_at"]
     assert (await ask(app, "POST", path)).json() == first
     ended = BatchProgress(status=BatchStatus.CANCELLED, stamps={"cancelled_at": NOW + 9})
-    app.state.store.batches.advance(ACME, batch_id, ended)
+    app.services.store.batches.advance(ACME, batch_id, ended)
     shown = (await ask(app, "GET", f"/v1/batches/{batch_id}")).json()
     assert (shown["status"], shown["cancelled_at"]) == ("cancelled", NOW + 9)
     assert shown["cancelling_at"] == first["cancelling_at"]
@@ -265,7 +265,7 @@ async def test_what_has_ended_cannot_be_cancelled(app: RouterApp) -> None:
     """409, and the word to the SDK not to try again, which it otherwise does with every 409."""
     batch_id = (await create(app, upload(app)))["id"]
     for status in BATCH_ENDED:
-        app.state.store.batches.advance(ACME, batch_id, BatchProgress(status=status))
+        app.services.store.batches.advance(ACME, batch_id, BatchProgress(status=status))
         answer = await ask(app, "POST", f"/v1/batches/{batch_id}/cancel")
         assert (answer.status, answer.error["code"]) == (409, "conflict")
         assert answer.headers["x-should-retry"] == "false"
@@ -301,7 +301,7 @@ async def test_a_batch_of_somebody_else_is_none(app: RouterApp) -> None:
             answer = await ask(app, method, f"/v1/batches/{batch_id}{action}")
             assert (answer.status, answer.error["code"]) == (404, "not_found")
             assert answer.error["message"] == f"there is no batch {batch_id!r} of yours"
-    found = app.state.store.batches.get(RIVAL, theirs)
+    found = app.services.store.batches.get(RIVAL, theirs)
     assert found is not None and found.cancel_asked_at is None
 
 

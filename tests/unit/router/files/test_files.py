@@ -80,7 +80,7 @@ async def test_a_file_comes_in_and_goes_out(folder: Path) -> None:
         shown = answer.json()
         assert (answer.status, shown["bytes"], shown["filename"]) == (200, len(data), "a.jsonl")
         assert shown["expires_at"] - shown["created_at"] == 2_592_000
-        record = app.state.store.files.get(Tenant("acme"), shown["id"], 0)
+        record = app.services.store.files.get(Tenant("acme"), shown["id"], 0)
         assert record is not None and record.sha256 == hashlib.sha256(data).hexdigest()
         assert (await ask(app, "GET", f"/{shown['id']}")).json() == shown
         content = await ask(app, "GET", f"/{shown['id']}/content")
@@ -185,8 +185,8 @@ async def test_what_is_refused_leaves_nothing(
         answer = await begin(app, pieces, **more).done()
         assert (answer.status, answer.complete) == (status, True)
         assert words in answer.error["message"]
-        await eventually(lambda: not lying(folder) and not app.state.store.open, "nothing is left")
-        assert app.state.transfers.open == 0
+        await eventually(lambda: not lying(folder) and not app.services.store.open, "nothing is left")
+        assert app.services.transfers.open == 0
 
 
 async def test_an_upload_that_breaks_off_leaves_nothing(folder: Path) -> None:
@@ -197,7 +197,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(folder: Path) -> None:
         await eventually(lambda: lying(folder), "some of it is being written")
         gone.client.gone.set()
         await gone.done()
-        await eventually(lambda: not lying(folder) and not app.state.store.open, "nothing is left")
+        await eventually(lambda: not lying(folder) and not app.services.store.open, "nothing is left")
 
 
 async def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ async def test_a_store_that_hangs_stops_files_and_nothing_else(monkeypatch: pyte
         queue.answer(await queue.job(), b"{}")
         assert (await asked.done()).status == 200
         hang.set()
-        await eventually(lambda: not app.state.store.open, "everything has ended")
+        await eventually(lambda: not app.services.store.open, "everything has ended")
         assert (await ask(app, "GET", "")).json()["data"] == []
 
 
@@ -281,7 +281,7 @@ async def test_a_tenant_keeps_no_more_than_it_may(folder: Path, monkeypatch: pyt
         await upload(app, who="rival")
         assert (await ask(app, "DELETE", f"/{first['id']}")).status == 200
         await upload(app)
-        app.state.store.files.delete(app.state.store.files.page(Tenant("acme"), 0)[0][0])
+        app.services.store.files.delete(app.services.store.files.page(Tenant("acme"), 0)[0][0])
         await upload(app)
 
 
@@ -289,7 +289,7 @@ async def test_so_many_at_once_and_no_more() -> None:
     """Uploads beyond the bound get 429; when one ends there is room."""
     async with router(api_keys=GIVEN, max_transfers=1) as app:
         first = begin(app, [PURPOSE], unfinished=True)
-        await eventually(lambda: app.state.transfers.open == 1, "one is under way")
+        await eventually(lambda: app.services.transfers.open == 1, "one is under way")
         second = await begin(app, [PURPOSE + file_part(b"1") + END]).done()
         assert (second.status, second.error["code"]) == (429, "over_capacity")
         first.client.gone.set()
@@ -300,7 +300,7 @@ async def test_so_many_at_once_and_no_more() -> None:
 async def test_a_file_that_a_live_batch_reads_stays() -> None:
     """409 with the batch's id until it has ended; batches of others do not count."""
     async with router(api_keys=GIVEN) as app:
-        file_id, batches = (await upload(app))["id"], app.state.store.batches
+        file_id, batches = (await upload(app))["id"], app.services.store.batches
         now_s = int(time.time())
         for tenant in ("rival", "acme"):
             request = BatchRequest(
@@ -322,13 +322,13 @@ async def test_a_download_whose_client_leaves_ends() -> None:
         client = Client(app)
         client.reading.clear()
         answer = client.begin("GET", path, headers=sent_by())
-        await eventually(lambda: app.state.transfers.open == 1, "it is under way")
+        await eventually(lambda: app.services.transfers.open == 1, "it is under way")
         client.gone.set()
         await asyncio.sleep(0)
         client.reading.set()
         await answer.done()
         assert len(answer.body) < 3_000_000
-        assert app.state.transfers.open == 0
+        assert app.services.transfers.open == 0
 
 
 async def test_a_router_that_ends_lets_uploads_finish() -> None:
@@ -336,7 +336,7 @@ async def test_a_router_that_ends_lets_uploads_finish() -> None:
     async with router(api_keys=GIVEN, shutdown_limit_ms=5_000) as app:
         client = Client(app)
         open_one = client.begin("POST", FILES, [PURPOSE], sent_by(), unfinished=True)
-        await eventually(lambda: app.state.transfers.open == 1, "it is under way")
+        await eventually(lambda: app.services.transfers.open == 1, "it is under way")
         ending = asyncio.ensure_future(app.drain())
         await asyncio.sleep(0)
         refused = await begin(app, [PURPOSE + file_part(b"1") + END]).done()

@@ -67,7 +67,7 @@ async def test_a_router_without_redis_and_manager_says_so_without_addresses(
     json_key = key | {"content-type": "application/json"}
     told = []
     async with app.running():
-        await eventually(lambda: "reached" in str(app.state.reasons()), "it has tried")
+        await eventually(lambda: "reached" in str(app.services.not_ready_reasons()), "it has tried")
         for method, path, body, headers in (
             ("GET", "/readyz", b"", {}),
             ("GET", "/healthz", b"", {}),

@@ -8,8 +8,8 @@ import anthropic
 import httpx2
 import pytest
 
+from openai_api.paths import INFERENCE_PATHS
 from queue_schemas import MarkerKind
-from router.inference.request_fields import INFERENCE_PATHS
 from tests.unit.router.fakes import Client, FakeQueue, router
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -21,7 +21,7 @@ async def test_health_is_the_routers_own(method: str, path: str) -> None:
     async with router(FakeQueue("m"), api_keys="0" * 64 + ":acme", lame_duck_ms=0) as app:
         client = Client(app)
         well = await client.request(method, path)
-        app.state.leaving = True
+        app.services.lifecycle.leaving = True
         leaving = await client.request(method, path)
     assert (well.status, well.body) == (200, b"")
     assert (leaving.status, leaving.error["code"]) == (503, "shutting_down")

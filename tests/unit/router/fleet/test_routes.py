@@ -188,7 +188,7 @@ async def test_readiness_says_why_not() -> None:
     """Not connected, cut off, or shutting down: /readyz is 503 with the reason, /healthz stays 200."""
     async with router(BrokerUnavailable("Redis is loading")) as app:
         client = Client(app)
-        await eventually(lambda: app.state.reasons() == ["Redis is loading"], "the reason is known")
+        await eventually(lambda: app.services.not_ready_reasons() == ["Redis is loading"], "the reason is known")
         answer = await client.request("GET", "/readyz")
         assert (answer.status, answer.json()["reasons"]) == (503, ["Redis is loading"])
         assert (await client.request("GET", "/healthz")).status == 200
@@ -197,7 +197,7 @@ async def test_readiness_says_why_not() -> None:
         client = Client(app)
         assert (await client.request("GET", "/readyz")).status == 200
         queue.down = True
-        await eventually(app.state.reasons, "not ready")
+        await eventually(app.services.not_ready_reasons, "not ready")
         answer = await client.request("GET", "/readyz")
         assert (answer.status, answer.json()["reasons"]) == (503, ["Redis is away"])
         await app.drain()
@@ -225,10 +225,10 @@ async def test_a_redis_that_became_unfit_is_waited_for() -> None:
 
     app = build_router(RouterSettings(directory_ms=20), open_queue=open_queue)
     async with asyncio.timeout(10), app.running():
-        await eventually(lambda: not app.state.reasons(), "connected")
+        await eventually(lambda: not app.services.not_ready_reasons(), "connected")
         faults.append(BrokerUnsuitable("this is a replica"))
         queues[0].break_replies()
-        await eventually(lambda: len(queues) == 2 and not app.state.reasons(), "connected again")
+        await eventually(lambda: len(queues) == 2 and not app.services.not_ready_reasons(), "connected again")
     assert not faults
 
 
@@ -265,7 +265,7 @@ async def test_keys_are_read_again_when_their_file_changes(tmp_path: Path) -> No
         file.write_text(f"{one}:a\n{two}:b\n")
         await eventually(lambda: allowed(client, "2"), "the new key works")
         file.write_text("broken\n")
-        app.state.keys.refresh()
+        app.services.keys.refresh()
         assert await allowed(client, "1")
         file.write_text(f"{two}:b\n")
         await eventually(lambda: refused(client, "1"), "the removed key is out")

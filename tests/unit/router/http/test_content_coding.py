@@ -81,7 +81,7 @@ async def test_bombs_stop_at_the_limit_of_bodies(members: int, path: str) -> Non
     bomb = gzip.compress(b"x" * (20_000_000 // members)) * members
     async with router(FakeQueue("m"), max_body_bytes=1 << 20) as app:
         refused = await Client(app).request("POST", path, bomb, {"content-encoding": "gzip"})
-        assert app.state.requests.body_bytes == 0
+        assert app.services.requests.body_bytes == 0
     assert (refused.status, refused.error["code"]) == (413, "request_too_large")
 
 
@@ -99,7 +99,7 @@ async def test_what_decodes_counts_for_its_tenant() -> None:
             return client.begin("POST", PATH, [encoded], headers, unfinished=unfinished)
 
         held = ask("acme", unfinished=True)
-        await eventually(lambda: app.state.requests.body_bytes == len(BODY), "what it decodes to is counted")
+        await eventually(lambda: app.services.requests.body_bytes == len(BODY), "what it decodes to is counted")
         refused = await ask("acme").done()
         assert (refused.status, "tenant_inflight_body_bytes" in refused.error["message"]) == (429, True)
         served = ask("rival")

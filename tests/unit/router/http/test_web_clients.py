@@ -159,4 +159,4 @@ def test_a_router_does_not_start_that_would_hide_its_own_pages() -> None:
         build_router(RouterSettings(extra_paths=["/v1/webhook_endpoints"]), open_queue=no_queue)
     other = ["/v1/classify", "/v1/messages", "/v1/other", "/invocations", "/v2/models", "/v1/modelsx"]
     app = build_router(RouterSettings(extra_paths=other), open_queue=no_queue)
-    assert app.state.settings.paths.issuperset(other)
+    assert app.services.settings.paths.issuperset(other)

@@ -270,7 +270,7 @@ async def test_a_client_that_leaves_a_lost_stream_cancels_it() -> None:
         client.gone.set()
         assert (await queue.cancellation())[0] == job.id
         await answer.done()
-        await eventually(lambda: len(app.state.requests) == 0, "the request is over")
+        await eventually(lambda: len(app.services.requests) == 0, "the request is over")
 
 
 async def test_an_error_behind_half_an_event_is_an_event_of_its_own() -> None:

@@ -132,4 +132,4 @@ async def test_a_stream_is_not_cut_at_its_clients_read_timeout() -> None:
         assert (await queue.job()).ttl_ms == 600_000
         answer.client.gone.set()
         keyed.client.gone.set()
-        await eventually(lambda: len(app.state.requests) == 0, "both are over")
+        await eventually(lambda: len(app.services.requests) == 0, "both are over")

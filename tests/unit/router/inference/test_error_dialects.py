@@ -129,7 +129,7 @@ async def quiet(queue: FakeQueue) -> AsyncIterator[Served]:
 
 async def _once_alive(of: Served) -> None:
     """Until each open stream was sent a sign of life."""
-    requests = of.app.state.requests
+    requests = of.app.services.requests
     await eventually(lambda: all(one.quiet_since_s > one.begun_s for one in requests.now_open()), "a sign of life")
 
 

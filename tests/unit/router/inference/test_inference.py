@@ -34,11 +34,11 @@ async def test_a_plain_request_is_queued_and_answered() -> None:
         await answer.done()
     assert (job.body, job.content_type, job.path) == (raw, "application/json; a=b", "/v1/chat/completions")
     assert (job.model, job.tenant, job.stream, job.band, job.request_id) == ("m", "default", False, 0, "mine-1")
-    assert job.reply_to == app.state.link.session_id
+    assert job.reply_to == app.services.link.session_id
     assert (answer.status, answer.body, answer.complete) == (200, b'{"ok": true}', True)
     assert answer.headers == {"content-type": "application/json", "content-length": "12", "x-request-id": "mine-1"}
     assert queue.cancelled.empty()
-    assert len(app.state.requests) == 0
+    assert len(app.services.requests) == 0
 
 
 @pytest.mark.parametrize(("near", "remote_after_ms"), [(True, 700), (False, 0)])
@@ -277,7 +277,7 @@ async def test_a_client_that_leaves_cancels_its_job() -> None:
             await answer.done()
             assert await queue.cancellation() == (job.id, "its client went away")
         assert queue.cancelled.empty()
-        assert len(app.state.requests) == 0
+        assert len(app.services.requests) == 0
 
 
 async def test_a_client_that_leaves_while_its_job_is_queued_cancels_it() -> None:
@@ -600,10 +600,10 @@ async def test_bodies_in_flight_are_bounded_in_bytes(announced: bool) -> None:
         refused = await client.begin("POST", path, [body[:500], body[500:]], headers).done()
         assert (refused.status, refused.error["code"]) == (429, "over_capacity")
         assert int(refused.headers["retry-after"]) >= 1
-        assert app.state.requests.body_bytes == len(body)
+        assert app.services.requests.body_bytes == len(body)
         queue.answer(job, b"{}")
         assert (await first.done()).status == 200
-        assert app.state.requests.body_bytes == 0
+        assert app.services.requests.body_bytes == 0
         again = client.begin("POST", path, [body], headers)
         queue.answer(await queue.job(), b"{}")
         assert (await again.done()).status == 200
@@ -615,13 +615,13 @@ async def test_what_is_announced_takes_no_room() -> None:
         client = Client(app)
         nothing = client.begin("POST", "/v1/completions", [b""], {"content-length": "2048"}, unfinished=True)
         part = client.begin("POST", "/v1/completions", [b"x" * 1500], {"content-length": "1600"}, unfinished=True)
-        await eventually(lambda: app.state.requests.body_bytes == 1500, "what has arrived counts")
+        await eventually(lambda: app.services.requests.body_bytes == 1500, "what has arrived counts")
         refused = client.begin("POST", "/v1/completions", [b""], {"content-length": "600"}, unfinished=True)
         assert (await refused.done()).status == 429
         client.gone.set()
         await nothing.done()
         await part.done()
-        assert app.state.requests.body_bytes == 0
+        assert app.services.requests.body_bytes == 0
 
 
 async def test_headers_that_cannot_travel_are_mended_ignored_or_refused() -> None:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openai_api.paths import INFERENCE_PATHS, known_paths
 from queue_schemas import BadRequest
-from router.inference.request_fields import INFERENCE_PATHS, known_paths, read_fields
+from router.inference.request_fields import read_fields
 
 
 def form(*parts: tuple[str, bytes], boundary: str = "B", end: str = "--B--") -> bytes:

@@ -16,8 +16,9 @@ from queue_schemas import (
     Pool,
     Tenant,
 )
-from router.inference.rules import announced_size, authenticate, check_model, check_size, parse_keys, read_deadline
-from router.model_directory import Directory, PoolEntry
+from router.http.rules import announced_size, authenticate, check_size, parse_keys
+from router.inference.rules import read_deadline
+from router.model_directory import Directory, PoolEntry, check_model
 
 
 def digest(key: str) -> str:

@@ -75,12 +75,12 @@ async def test_a_request_with_a_key_is_a_stored_job() -> None:
         await other.done()
     assert (job.stored, job.idempotency_key, job.reply_to) == (True, "order-17", "")
     assert (unkeyed.stored, unkeyed.idempotency_key) == (False, "")
-    assert unkeyed.reply_to == app.state.link.session_id
+    assert unkeyed.reply_to == app.services.link.session_id
     assert (answer.status, answer.body) == (200, b'{"ok": true}')
     assert REPLAY not in answer.headers
     assert queue.attached == []
     assert queue.detached.empty()
-    assert len(app.state.requests) == app.state.requests.waiting == 0
+    assert len(app.services.requests) == app.services.requests.waiting == 0
 
 
 async def test_another_request_under_the_key_is_refused() -> None:
@@ -146,7 +146,7 @@ async def test_requests_of_one_router_share_a_job() -> None:
         others = [Client(app).post(STREAM, headers=KEY) for _ in range(3)]
         for other in others:
             await other.until(lambda other=other: other.body == chunk("a"))  # type: ignore[misc]
-        assert app.state.requests.waiting == 4
+        assert app.services.requests.waiting == 4
         others[0].client.gone.set()
         await others[0].done()
         queue.stream(job, chunk("b"), end=False, first=1)
@@ -316,7 +316,7 @@ async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
         for frame in run:
             queue.deliver(frame)
             await asyncio.sleep(0)
-        (request,) = app.state.requests.now_open()
+        (request,) = app.services.requests.now_open()
         assert request.stitch is not None
         assert request.stitch.pending_bytes < 40_000
         client.reading.set()
@@ -338,7 +338,7 @@ async def test_what_is_held_while_a_page_is_read_is_bounded(monkeypatch: pytest.
         answer = Client(app).post(STREAM, headers=KEY)
         await eventually(lambda: queue.attached, "it reads", every_s=0.001)
         queue.deliver(*run[1:5])
-        (request,) = app.state.requests.now_open()
+        (request,) = app.services.requests.now_open()
         assert not request.held
         queue.attach_held.set()
         queue.outputs[holder] = kept(run)

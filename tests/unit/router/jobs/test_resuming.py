@@ -167,7 +167,7 @@ async def test_a_stream_without_its_client_is_given_up_after_its_grace(monkeypat
         await followed.until(lambda: followed.status == 200)
         await asyncio.sleep(0.4)
         assert queue.cancelled.empty()
-        assert len(app.state.abandoned) == 0
+        assert len(app.services.disconnect_grace) == 0
         back.gone.set()
         await followed.done()
         assert (await queue.cancellation())[0] == third.id

@@ -72,7 +72,7 @@ async def test_a_background_request_is_taken_in_and_its_answer_told() -> None:
         given = await get(client, f"/v1/jobs/{job.id}/output")
         assert (given.status, given.body, given.headers["content-type"]) == (200, b'{"a": 1}', "application/json")
         assert given.headers["x-request-id"]
-        assert len(app.state.requests) == 0
+        assert len(app.services.requests) == 0
 
 
 @pytest.mark.parametrize("word", ["yes", "", "1"])
@@ -313,6 +313,6 @@ async def test_a_follower_that_reads_nothing_is_cut_off() -> None:
         stuck = client.begin("GET", f"/v1/jobs/{job.id}/events")
         await eventually(stuck.task.done, "it is cut off")
         await asyncio.gather(stuck.task, return_exceptions=True)
-        assert len(app.state.requests) == 0
+        assert len(app.services.requests) == 0
         queue.mark(job, MarkerKind.REQUEUED, epoch=2)
         assert queue.cancelled.empty()

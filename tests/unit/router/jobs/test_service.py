@@ -42,7 +42,7 @@ PATH = "/v1/chat/completions"
 @asynccontextmanager
 async def persisted_jobs(queue: FakeQueue, **settings: Any) -> AsyncIterator[PersistedJobs]:
     async with router(queue, **settings) as app:
-        yield PersistedJobs(app.state)
+        yield app.services.jobs
 
 
 async def submitted(kept: PersistedJobs, queue: FakeQueue, body: bytes = CHAT) -> Job:
@@ -131,7 +131,7 @@ async def test_many_follow_one_job_from_its_beginning_each_at_its_pace() -> None
         async with kept.follow(ACME, job.id) as left:
             assert await anext(left)
         assert len(kept._state.requests) == 0
-        assert len(kept._state.requests.stored) == 0
+        assert len(kept._requests.followers) == 0
 
 
 async def test_a_plain_answer_comes_at_its_end() -> None:

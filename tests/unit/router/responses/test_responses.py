@@ -129,7 +129,7 @@ async def test_an_engine_without_responses_is_asked_for_a_chat(stream: bool, sta
         assert unknown.path == PATH
         queue.answer(unknown, b'{"object": "response"}')
         await other.done()
-    assert len(app.state.requests) == 0
+    assert len(app.services.requests) == 0
 
 
 async def test_an_engine_that_serves_responses_is_left_to_it() -> None:
@@ -217,7 +217,7 @@ async def test_its_events_come_as_the_chat_does_and_again_from_anywhere() -> Non
         end_as(queue, job, State.LEASED, *STORY[:1])
         for after in range(len(whole)):
             later = client.begin("GET", f"{PATH}/resp_{job.id}?stream=true&starting_after={after}")
-            await eventually(lambda: job.id in app.state.requests.stored, "it is followed")
+            await eventually(lambda: job.id in app.services.requests.followers, "it is followed")
             queue.deliver(*run_of(job, *STORY)[1:])
             assert server_sent((await later.done()).body) == whole[after + 1 :]
 

@@ -64,7 +64,7 @@ async def ask(
     if lost:
         client.gone.set()
     await answer.done()
-    await app.state.store.close(1.0)  # what is done once an answer has been sent is done
+    await app.services.store.close(1.0)  # what is done once an answer has been sent is done
     return answer
 
 
@@ -221,7 +221,7 @@ async def test_one_key_is_one_change_of_an_endpoint(app: RouterApp) -> None:
 async def test_a_test_with_a_key_is_sent_once(app: RouterApp) -> None:
     """[D1] Its repetition tells what became of the first one."""
     endpoint_id = (await create(app))["id"]
-    body, deliveries = {"event_type": "batch.completed"}, app.state.store.deliveries
+    body, deliveries = {"event_type": "batch.completed"}, app.services.store.deliveries
     asking = asyncio.create_task(ask(app, "POST", f"/{endpoint_id}/test", body, once="t"))
     (key,) = await eventually(deliveries.pending, "the sample waits")
     attempt = Attempt(at_ms=1, took_ms=3, status=204)
@@ -257,7 +257,7 @@ async def test_a_rotation_keeps_the_old_secret_for_as_long_as_asked(app: RouterA
     """The new one is in the answer; both are in force until then."""
     made = await create(app)
     answer = await ask(app, "POST", f"/{made['id']}/rotate_secret", {"keep_old_secret_s": 60})
-    keys = app.state.store.webhooks.secrets(ACME, made["id"])
+    keys = app.services.store.webhooks.secrets(ACME, made["id"])
     assert keys is not None
     assert answer.json()["signing_secret"] == keys.current != made["signing_secret"]
     assert [(one.secret, one.until_ms - keys.made_at_ms) for one in keys.earlier] == [(made["signing_secret"], 60_000)]
@@ -276,7 +276,7 @@ async def test_an_endpoint_is_changed_disabled_and_enabled(app: RouterApp) -> No
     paused = (await ask(app, "POST", path, {"enabled": False})).json()
     assert (paused["status"], paused["disabled_reason"]) == ("disabled", "by its owner")
     assert (await ask(app, "POST", path, {"enabled": True})).json()["status"] == "enabled"
-    app.state.store.webhooks.disable(ACME, made["id"], Disabled(reason="HTTP 410", at_ms=2**52))
+    app.services.store.webhooks.disable(ACME, made["id"], Disabled(reason="HTTP 410", at_ms=2**52))
     shown = (await ask(app, "GET", path)).json()
     assert (shown["status"], shown["disabled_reason"]) == ("disabled", "HTTP 410")
     refused = await ask(app, "POST", f"{path}/test", {"event_type": "batch.completed"})
@@ -289,9 +289,9 @@ async def test_deliveries_are_shown(app: RouterApp) -> None:
     endpoint_id = (await create(app))["id"]
     event = WebhookEvent.of(ACME, "batch.completed", "batch_1", 7)
     key = DeliveryKey(ACME, endpoint_id, event.id)
-    app.state.store.deliveries.ask(key, event)
+    app.services.store.deliveries.ask(key, event)
     attempts = (Attempt(at_ms=8_000, took_ms=9, error="no answer"), Attempt(at_ms=9_000, took_ms=3, status=500))
-    app.state.store.deliveries.advance(key, DeliveryState(tries=2, next_at_ms=60_000, attempts=attempts))
+    app.services.store.deliveries.advance(key, DeliveryState(tries=2, next_at_ms=60_000, attempts=attempts))
     page = (await ask(app, "GET", f"/{endpoint_id}/deliveries")).json()
     (one,) = page["data"]
     assert (one["id"], one["status"], one["next_attempt_at"]) == (event.id, "pending", 60)
@@ -303,7 +303,7 @@ async def test_deliveries_are_shown(app: RouterApp) -> None:
 async def test_a_test_tells_what_the_endpoint_answered(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its status; that nothing answered; or that nobody sends, and then the sample is not sent later."""
     endpoint_id = (await create(app))["id"]
-    deliveries = app.state.store.deliveries
+    deliveries = app.services.store.deliveries
     assert (await ask(app, "POST", f"/{endpoint_id}/test", {"event_type": "x"})).error["param"] == "event_type"
 
     async def tested(attempt: Attempt | None) -> Answer:

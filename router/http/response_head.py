@@ -1,0 +1,31 @@
+"""The head of an answer: status, content type and headers, as the engine sent them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+EVENT_STREAM = "text/event-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """Sent before the first byte of the body."""
+
+    status: int
+    content_type: str
+    headers: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Of the engine's, those that the client is to see."""
+
+    @property
+    def is_event_stream(self) -> bool:
+        return self.content_type.startswith(EVENT_STREAM)
+
+    @property
+    def is_json(self) -> bool:
+        return self.content_type.partition(";")[0].strip().endswith(("/json", "+json"))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it can be shown as text."""
+        return self.is_json or self.content_type.startswith("text/")
