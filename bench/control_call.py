@@ -42,7 +42,7 @@ from queue_schemas import (
     WorkerInfo,
     new_session_id,
 )
-from router.app import open_manager
+from router.composition import open_manager
 from router.model_directory import Directory, build_directory
 from telemetry import TelemetrySettings
 from telemetry.http.fabric_calls import FabricCall

@@ -19,7 +19,7 @@ from broker.queue_link import QueueLink
 from inferq.client import Answer, FabricClient, FabricRefused
 from manager.probe import HttpWorkerProbe
 from queue_schemas import Heartbeat, InferqError, Registration, SessionId, WorkerId
-from router.app import open_manager
+from router.composition import open_manager
 from telemetry.http.fabric_calls import FabricCall
 from worker.engines import EngineCall
 from worker.engines.http import HttpEngine

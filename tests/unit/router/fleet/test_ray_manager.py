@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from queue_schemas import RAY_MANAGER, RAY_NAMESPACE, AuthenticationFailed, CannotStart, ManagerUnavailable
-from router.app import open_manager
+from router.composition import open_manager
 from router.fleet.manager_client import HttpManager
 from router.fleet.ray_manager import RayManager
 from telemetry.http.fabric_calls import FabricCall
