@@ -177,16 +177,16 @@ def test_who_left_last_is_given_up_last_and_their_number_is_bounded(monkeypatch:
     """Leaving again begins the grace anew; past the bound the oldest is left to run."""
     monkeypatch.setattr("router.jobs.disconnect_grace.MAX_AWAITED", 2)
     given_up: list[str] = []
-    abandoned = DisconnectGrace(10, given_up.append)
+    grace = DisconnectGrace(10_000, lambda job_id, reason, after_ms: given_up.append(job_id))
     for at, job_id in enumerate("aba"):
-        abandoned.add(job_id, at)  # type: ignore[arg-type]
-    abandoned.sweep(11 + LATE_S)
+        grace.add(job_id, at)  # type: ignore[arg-type]
+    grace.sweep(11 + LATE_S)
     assert given_up == ["b"]
-    abandoned.sweep(12 + LATE_S)
+    grace.sweep(12 + LATE_S)
     assert given_up == ["b", "a"]
     for job_id in "cde":
-        abandoned.add(job_id, 20)  # type: ignore[arg-type]
-    abandoned.sweep(99)
+        grace.add(job_id, 20)  # type: ignore[arg-type]
+    grace.sweep(99)
     assert given_up[2:] == ["d", "e"]
 
 

@@ -100,10 +100,10 @@ async def test_a_background_request_is_a_kept_job_of_its_lane() -> None:
             await kept.submit(tenant=ACME, path=PATH, body=b'{"model": "other"}')
         with pytest.raises(BadRequest):
             await kept.submit(tenant=ACME, path=PATH, body=b"no JSON")
-        kept._state.draining = True
+        kept._lifecycle.draining = True
         with pytest.raises(ShuttingDown):
             await kept.submit(tenant=ACME, path=PATH, body=CHAT)
-        kept._state.draining = False
+        kept._lifecycle.draining = False
 
 
 async def test_many_follow_one_job_from_its_beginning_each_at_its_pace() -> None:
@@ -130,7 +130,7 @@ async def test_many_follow_one_job_from_its_beginning_each_at_its_pace() -> None
                 assert await read(after) == b"".join(pieces)
         async with kept.follow(ACME, job.id) as left:
             assert await anext(left)
-        assert len(kept._state.requests) == 0
+        assert len(kept._requests) == 0
         assert len(kept._requests.followers) == 0
 
 
@@ -250,7 +250,7 @@ async def test_followers_count_among_the_requests_of_a_router() -> None:
             with pytest.raises(OverCapacity):
                 async with kept.follow(ACME, job.id):
                     pass
-        assert len(kept._state.requests) == 0
+        assert len(kept._requests) == 0
 
 
 async def test_a_follower_that_fell_behind_hears_of_the_end_behind_what_was_kept() -> None:
