@@ -11,9 +11,9 @@ from queue_schemas.frames import END, HEAD, Frame
 
 from .engine_errors import facts_of_refusal
 from .errors import ErrorFacts
-from .transcript import DONE, Chunk, end_of_events, event_data, split_events
+from .sse import DONE, EVENT_STREAM, end_of_events, event_data, split_events
+from .transcript import Chunk
 
-EVENT_STREAM = "text/event-stream"
 _NO_COMPLETION = "the engine's answer is not a chat completion"
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from queue_schemas.errors import AttemptsExhausted, Conflict, DeadlineExceeded, InferqError
 
+from .sse import encode_event
+
 _MESSAGES_PATH = "/v1/messages"
 _RESPONSES_PATH = "/v1/responses"
 _ANTHROPIC_TYPES = {
@@ -31,6 +33,7 @@ _ANTHROPIC_TYPES = {
 }  # fmt: skip
 _FINAL = (DeadlineExceeded, AttemptsExhausted, Conflict)
 """Errors with a status that SDKs retry by themselves, although the same request would end the same way."""
+_PING = encode_event(b'{"type": "ping"}', "ping")
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?([0-9]{1,15})')
 
 
@@ -78,13 +81,13 @@ def error_body(facts: ErrorFacts, dialect: Dialect, request_id: str) -> bytes:
 def error_event(facts: ErrorFacts, dialect: Dialect, request_id: str, sent: bytes = b"") -> bytes:
     """The error as the last event of a stream; ``sent`` is what was sent of the stream last."""
     if dialect is Dialect.OPENAI:
-        return b"data: %b\n\n" % error_body(facts, dialect, request_id)
+        return encode_event(error_body(facts, dialect, request_id))
     if dialect is Dialect.ANTHROPIC:
-        return b"event: error\ndata: %b\n\n" % error_body(facts, dialect, request_id)
+        return encode_event(error_body(facts, dialect, request_id), "error")
     error = _openai(facts)
     fields = {"type": "error", "sequence_number": _next_number(sent), "error": error}
     body = _json(fields | {name: error[name] for name in ("code", "message", "param")})
-    return b"event: error\ndata: %b\n\n" % body
+    return encode_event(body, "error")
 
 
 def keepalive(dialect: Dialect, comment: str) -> bytes:
@@ -94,7 +97,7 @@ def keepalive(dialect: Dialect, comment: str) -> bytes:
     (openai for Python) or check nothing (openai for Go before 2026) report an event without data, and fail on it.
     """
     line = b": %b\n" % " ".join(comment.split()).encode("utf-8", "replace")
-    return line + b'event: ping\ndata: {"type": "ping"}\n\n' if dialect is Dialect.ANTHROPIC else line
+    return line + _PING if dialect is Dialect.ANTHROPIC else line
 
 
 def is_final(error: InferqError) -> bool:

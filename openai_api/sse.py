@@ -1,148 +1,64 @@
-"""An event stream in the form that every client's decoder reads alike, wherever the bytes are cut on their way.
+"""Build and split server-sent events (WHATWG HTML, 9.2): an event from its data, the events of a stream, their data.
 
-Engines send what the standard allows and SDKs fail on (WHATWG HTML, 9.2): comments, ``retry`` lines or blank lines by
-themselves, events without data, CR LF, errors where the API's clients do not look. :class:`ClientEvents` passes on
-what is plain and rewrites the rest:
-
-* Only an event with data ends in a blank line. A comment or a ``retry`` line by itself becomes a line before the next
-  event; an event without data is dropped. The standard ignores both, openai for Python and Node do not.
-* Lines end in LF, and the last event has its blank line.
-* An error is told in the API's dialect (:mod:`openai_api.errors`).
+For every role that writes or reads an event stream. Events are built with LF line ends; streams may end lines with LF
+or CRLF, and :mod:`worker.core.frames` turns a bare CR into LF first.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from typing import Any
 
-from .engine_errors import shaped_event
-from .errors import Dialect
+import orjson
 
-MAX_HELD_BYTES = 64 * 1024
-"""So much of an event waits for its end; a longer one is passed on in pieces, as it is."""
-_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n")
-_PLAIN = re.compile(rb'(?:(?:event: ?[^\r\n]+\n)?data: ?[\[{"][^\r\n]*\n\n)*')
+EVENT_STREAM = "text/event-stream"
+"""The content type of an event stream."""
+DONE = b"[DONE]"
+"""The data of the last event of a stream of chat or text completions."""
+DONE_EVENT = b"data: [DONE]\n\n"
+_LINE_END = re.compile(rb"[\r\n]")
 _FIELD = re.compile(rb"^(?:\xef\xbb\xbf)?(?::|data|event|id|retry)", re.MULTILINE)
-_BOM = b"\xef\xbb\xbf"
 
 
-class ClientEvents:
-    """The events of one answer. Feed it the stream as it comes; pieces may end anywhere, and whole events are best.
-
-    ``inside``: a piece of a long event was given out, and nothing but its rest may follow. ``last`` is what was given
-    out last."""
-
-    __slots__ = ("_begun", "_dialect", "_held", "_request_id", "inside", "last")
-
-    def __init__(self, dialect: Dialect = Dialect.OPENAI, request_id: str = "") -> None:
-        self.inside = False
-        self.last = b""
-        self._dialect = dialect
-        self._request_id = request_id
-        self._held = b""
-        self._begun = False
-
-    def feed(self, data: bytes) -> bytes:
-        """What may be sent of ``data`` now."""
-        if self._held or self.inside or not self._passes(data):
-            data = self._cut(self._held + data)
-        self.last = data or self.last
-        return data
-
-    def finish(self) -> bytes:
-        """The stream is over: what is left of it. A body without one line of an event passes as it is."""
-        held, self._held = self._held, b""
-        if not self._begun and not self.inside and not is_events(held):
-            return held
-        return self._region(held + b"\n\n") if held or self.inside else b""
-
-    def _passes(self, data: bytes) -> bool:
-        """Whether ``data`` is whole events in the plainest form."""
-        return b'"error"' not in data and _PLAIN.fullmatch(data) is not None
-
-    def _cut(self, data: bytes) -> bytes:
-        given: list[bytes] = []
-        start = 0
-        for blank in _BLANK_LINE.finditer(data):
-            given.append(self._region(data[start : blank.end()]))
-            start = blank.end()
-        rest = data[start:]
-        if self.inside or len(rest) > MAX_HELD_BYTES:
-            kept = len(rest.rstrip(b"\r\n"))  # what may be the half of a blank line waits for the other half
-            if kept:
-                given.append(self._piece(rest[:kept]))
-                rest = rest[kept:]
-        self._held = rest
-        return b"".join(given)
-
-    def _region(self, data: bytes) -> bytes:
-        """Bytes up to a blank line. There may be blank lines of mixed line ends in them, too."""
-        self._seen(data)
-        if self.inside:
-            self.inside = False
-            number = self._number()
-            return b"" if number is None else data.rstrip(b"\r\n") + b"\n" + number + b"\n"
-        if not self._begun:
-            self._begun = True
-            data = data.removeprefix(_BOM)
-        given: list[bytes] = []
-        lines: list[bytes] = []
-        for line in (*data.splitlines(), b""):
-            if line:
-                lines.append(line)
-            elif lines:
-                given.append(self._event(lines))
-                lines = []
-        return b"".join(given)
-
-    def _piece(self, data: bytes) -> bytes:
-        """A part of an event that is too long to wait for."""
-        self._seen(data)
-        self.inside = True
-        return b"" if self._left_out() else data
-
-    def _event(self, lines: Sequence[bytes]) -> bytes:
-        data = [_value(line) for line in lines if line.startswith(b"data:")]
-        if not any(value.strip() for value in data):
-            quiet = [line + b"\n" for line in lines if line.startswith((b":", b"retry:"))]
-            return b"" if self._left_out() else b"".join(quiet)
-        number = self._number()
-        if number is None:
-            return b""
-        if any(b'"error"' in value for value in data):
-            name = b"".join(_value(line) for line in lines if line.startswith(b"event:"))
-            shaped = shaped_event(name, b"\n".join(data), self._dialect, self._request_id)
-            if shaped is not None:
-                return shaped[:-1] + number + b"\n"
-        return b"\n".join(self._kept(lines)) + b"\n" + number + b"\n"
-
-    # What numbers the events (router.jobs.event_ids) does otherwise.
-
-    def _seen(self, data: bytes) -> None:
-        """``data`` was read, whether or not it is given out."""
-
-    def _left_out(self) -> bool:
-        """Whether the reader has what stands here already."""
-        return False
-
-    def _number(self) -> bytes | None:
-        """An event ends here: the line with its id, or None if the reader has it already."""
-        return b""
-
-    def _kept(self, lines: Sequence[bytes]) -> Sequence[bytes]:
-        """The lines of an event that are passed on."""
-        return lines
+def encode_event(data: bytes, name: str = "") -> bytes:
+    """One event with each line of ``data``; without a ``name``, it has no ``event`` field."""
+    field = b"event: %b\n" % name.encode() if name else b""
+    if _LINE_END.search(data):
+        return field + b"".join(b"data: %b\n" % line for line in data.splitlines()) + b"\n"
+    return b"%bdata: %b\n\n" % (field, data)
 
 
-def is_events(body: bytes) -> bool:
-    """Whether ``body`` has one line of an event, whatever its content type says."""
-    return _FIELD.search(body) is not None
+def encode_json(value: Any, name: str = "") -> bytes:
+    """One event whose data is ``value`` as JSON."""
+    return encode_event(orjson.dumps(value), name)
 
 
-def as_event(body: bytes) -> bytes:
-    """``body`` as one event without an id."""
-    return b"".join(b"data: %b\n" % line for line in body.splitlines() or (b"",)) + b"\n"
+def end_of_events(data: bytes, known: int = 0) -> int:
+    """The index behind the last blank line of ``data`` (LF LF or CRLF CRLF); 0 if there is none.
+
+    The first ``known`` bytes are known to hold none; one may begin in the last three of them.
+    """
+    start = max(known - 3, 0)
+    lf = data.rfind(b"\n\n", start)
+    crlf = data.rfind(b"\r\n\r\n", start)
+    return max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
 
 
-def _value(line: bytes) -> bytes:
+def split_events(stream: bytes) -> list[bytes]:
+    """The events of ``stream``, each with the blank line that ends it, with LF line ends."""
+    return [event + b"\n\n" for event in stream.replace(b"\r\n", b"\n").split(b"\n\n") if event.strip()]
+
+
+def event_data(event: bytes) -> bytes:
+    """The data of an event; empty for a comment."""
+    return b"\n".join(field_value(line) for line in event.splitlines() if line.startswith(b"data:")).strip()
+
+
+def field_value(line: bytes) -> bytes:
+    """The value in one line of an event, without the space that may follow the colon."""
     return line.partition(b":")[2].removeprefix(b" ")
+
+
+def has_event_field(body: bytes) -> bool:
+    """Whether ``body`` has a line of an event, whatever its content type says."""
+    return _FIELD.search(body) is not None

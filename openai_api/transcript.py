@@ -16,7 +16,8 @@ import orjson
 
 from queue_schemas.errors import StreamBroken
 
-DONE = b"[DONE]"
+from .sse import DONE, event_data, split_events
+
 FOLD_BYTES = 64 * 1024
 """So much of a stream is kept unread. An event of one token is some 250 bytes for some 4 of text."""
 IDENTITY = ("id", "created", "model", "system_fingerprint")
@@ -176,28 +177,6 @@ class Transcript:
             said.finish = said.finish or choice.get("finish_reason")
         if not chunk["choices"] and chunk.get("usage"):
             self._usage = True
-
-
-def split_events(stream: bytes) -> list[bytes]:
-    """The events of an SSE stream, each with the blank line that ends it."""
-    return [event + b"\n\n" for event in stream.replace(b"\r\n", b"\n").split(b"\n\n") if event.strip()]
-
-
-def end_of_events(data: bytes) -> int:
-    """Where the last whole event of ``data`` ends; 0 if there is none."""
-    bare, with_returns = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
-    return max(bare + 2 if bare >= 0 else 0, with_returns + 4 if with_returns >= 0 else 0)
-
-
-def event_data(event: bytes) -> bytes:
-    """The data of an event; empty for a comment."""
-    lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
-    return b"\n".join(lines).strip()
-
-
-def as_event(chunk: Chunk) -> bytes:
-    """A chunk as an event."""
-    return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
 
 def read_chunk(data: bytes) -> Chunk:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-EVENT_STREAM = "text/event-stream"
+from openai_api.sse import EVENT_STREAM
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from starlette.types import Send
 
 from openai_api.engine_errors import facts_of_refusal, shaped_refusal
 from openai_api.errors import Dialect, dialect_of, error_event, facts_of, keepalive
-from openai_api.sse import ClientEvents, as_event, is_events
+from openai_api.event_normalizer import EventNormalizer
+from openai_api.sse import EVENT_STREAM, encode_event, has_event_field
 from queue_schemas import InferqError
 from telemetry.http.asgi import error_answer
 
-from .response_head import EVENT_STREAM, ResponseHead
+from .response_head import ResponseHead
 
 Header = tuple[bytes, bytes]
 
@@ -38,7 +39,7 @@ class ResponseWriter:
         self._ids: tuple[Header, ...] = ((b"x-request-id", request_id),)
         if self._dialect is Dialect.ANTHROPIC:
             self._ids += ((b"request-id", request_id),)
-        self._client_events = ClientEvents(self._dialect, self._request_id)
+        self._client_events = EventNormalizer(self._dialect, self._request_id)
         self._more: tuple[Header, ...] = ()
         self._events = False
         self.status = 0
@@ -49,7 +50,7 @@ class ResponseWriter:
 
     async def finish(self, head: ResponseHead, data: bytes) -> None:
         """The rest of the answer. One that has not begun carries its length."""
-        if head.is_event_stream and (head.status < 400 or is_events(data)):
+        if head.is_event_stream and (head.status < 400 or has_event_field(data)):
             data = self._client_events.feed(data) + self._client_events.finish()
         elif self._events:  # a comment has begun a stream, and the engine answered without one
             data = self._as_last_event(head, data)
@@ -72,7 +73,7 @@ class ResponseWriter:
             if not data and self.status:
                 return
         elif self._events:
-            data = as_event(data)
+            data = encode_event(data)
         if not self.status:
             await self._begin(head, None)
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
@@ -125,7 +126,7 @@ class ResponseWriter:
     def _as_last_event(self, head: ResponseHead, data: bytes) -> bytes:
         """A plain answer in a stream that has begun: a refusal as the API's error, anything else as it is."""
         if head.status < 400:
-            return as_event(data)
+            return encode_event(data)
         facts = facts_of_refusal(head.status, data)
         return error_event(facts, self._dialect, self._request_id, self._client_events.last)
 

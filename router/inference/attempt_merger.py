@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openai_api.transcript import DONE, Transcript, end_of_events, split_events
+from openai_api.sse import DONE_EVENT, end_of_events, split_events
+from openai_api.transcript import Transcript
 from queue_schemas import (
     CONTINUED,
     END,
@@ -299,7 +300,7 @@ class AttemptMerger:
         if transcript.complete:
             self.ended = True
         elif self._has_all_choices() and (transcript.usage or not self._usage):
-            self._pending.append(b"data: " + DONE + b"\n\n")
+            self._pending.append(DONE_EVENT)
             self.ended = True
         elif self._on_loss == "fail":
             raise StreamBroken(

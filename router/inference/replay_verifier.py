@@ -14,13 +14,11 @@ from typing import Any, Protocol
 
 import orjson
 
+from openai_api.sse import DONE, encode_json, event_data
 from openai_api.transcript import (
-    DONE,
     Chunk,
     Transcript,
-    as_event,
     differs,
-    event_data,
     incomparable,
     parts_of,
     read_chunk,
@@ -78,7 +76,7 @@ class ReplayVerifier:
         if not missing and not self._is_new_usage(chunk):
             return b""
         chunk["choices"] = missing
-        return as_event(chunk | self._identity)
+        return encode_json(chunk | self._identity)
 
     def finish(self) -> None:
         """It must have said all that the client has."""
@@ -147,7 +145,7 @@ class ContinuationVerifier:
         if chunk["choices"] and not spoken:
             return b""
         chunk["choices"] = spoken
-        return as_event(chunk | self._identity)
+        return encode_json(chunk | self._identity)
 
 
 def _speaks(choice: Chunk) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from openai_api.errors import Dialect
-from openai_api.sse import ClientEvents
+from openai_api.event_normalizer import EventNormalizer
 from queue_schemas import BadRequest, JobId, StreamBroken
 
 LAST_EVENT_HEADER = "last-event-id"
@@ -47,7 +47,7 @@ def read_position(value: str, param: str) -> Position:
     return position
 
 
-class EventNumbers(ClientEvents):
+class EventNumbers(EventNormalizer):
     """Gives the events of one stream their ids, and leaves out those that its reader has.
 
     Feed it the stream as it comes; pieces may end anywhere. Raises ``StreamBroken`` if the stream is not the one of

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from starlette.types import Send
 
+from openai_api.sse import EVENT_STREAM
 from queue_schemas import AttemptsExhausted, BadRequest, DeadlineExceeded, InferqError, JobCancelled, JobId
 
-from ..http.response_head import EVENT_STREAM, ResponseHead
+from ..http.response_head import ResponseHead
 from ..http.response_writer import Header, ResponseWriter
 from .event_ids import EventNumbers, Position
 

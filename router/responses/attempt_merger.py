@@ -13,11 +13,12 @@ from __future__ import annotations
 from hashlib import blake2b
 
 from openai_api.chat_chunks import ChatFailure
+from openai_api.sse import EVENT_STREAM, encode_json
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Marker, MarkerKind, StreamBroken
 
-from ..http.response_head import EVENT_STREAM, ResponseHead
+from ..http.response_head import ResponseHead
 from ..inference.attempt_merger import AttemptMerger
-from .events import ResponseEvents, as_server_sent
+from .events import ResponseEvents
 from .fields import Json
 from .schemas import Asked
 
@@ -86,7 +87,7 @@ class ResponseMerger(AttemptMerger):
     def _emit(self, events: list[Json]) -> None:
         repeated, digest = self._expected
         for event in events:
-            number, data = event["sequence_number"], as_server_sent(event)
+            number, data = event["sequence_number"], encode_json(event, event["type"])
             self._hash.update(data)
             if number == repeated - 1 and self._hash.digest() != digest:
                 raise StreamBroken(_ANEW)

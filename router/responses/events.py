@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 from openai_api.chat_chunks import ChatFailure, ChatReader
 from openai_api.response_jobs import ResponseStatus, finish_of, status_of_finish
 from queue_schemas import HEAD, Frame
@@ -295,8 +293,3 @@ class ResponseEvents:
     def _taken(self) -> list[Json]:
         events, self._events = self._events, []
         return events
-
-
-def as_server_sent(event: Json) -> bytes:
-    """An event on the wire."""
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))

@@ -8,11 +8,12 @@ import orjson
 
 from openai_api.chat_chunks import ChatFailure
 from openai_api.errors import Dialect, ErrorFacts, error_body, openai_type
+from openai_api.sse import EVENT_STREAM, encode_json
 from queue_schemas import END, HEAD, Frame, JobId, OnLoss
 
-from ..http.response_head import EVENT_STREAM, ResponseHead
+from ..http.response_head import ResponseHead
 from ..inference.attempt_merger import AttemptMerger
-from .events import ResponseEvents, as_server_sent
+from .events import ResponseEvents
 from .fields import Json
 from .schemas import Asked
 
@@ -50,7 +51,7 @@ class LiveResponse(AttemptMerger):
         events = self._events(data, self.head)
         if self.stream:
             self.head = _EVENTS
-            return b"".join(map(as_server_sent, events))
+            return b"".join(encode_json(event, event["type"]) for event in events)
         if not self.ended:
             return b""
         if self._made.failure is not None:

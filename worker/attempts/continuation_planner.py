@@ -11,7 +11,8 @@ import orjson
 
 from broker import Broker
 from openai_api.paths import wants_usage
-from openai_api.transcript import DONE, Transcript
+from openai_api.sse import DONE_EVENT
+from openai_api.transcript import Transcript
 from queue_schemas import EngineFailed, Job, StreamBroken
 
 from ..core.continuation import Continuation, continue_request, detokenized, tokenized
@@ -45,7 +46,7 @@ async def read_delivered(broker: Broker, job: Job, limit_bytes: int) -> Delivere
         if job.on_loss != "continue":
             return Delivered()  # it may have other choices, which have not begun
         if transcript.finished and (transcript.usage or not wants_usage(orjson.loads(job.body))):
-            return Delivered(rest=b"data: " + DONE + b"\n\n")
+            return Delivered(rest=DONE_EVENT)
         return Delivered(prefix=transcript.text or "")
     except StreamBroken:
         return Delivered()  # not plain text: nobody can go on behind it

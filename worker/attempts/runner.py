@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from broker import Broker
+from openai_api.sse import EVENT_STREAM
 from queue_schemas import BadRequest, EngineFailed, InferqError, Job, Outcome, Pool
 from queue_schemas.deadlines import deadline_passed
 from telemetry import get_logger, inject
@@ -18,8 +19,6 @@ from ..metrics import WorkerMetrics
 from .answer_relay import AnswerRelay
 from .attempt import Attempt, Ending, EngineLost, Release, Settle, StopReason, log_fields
 from .continuation_planner import NotContinuable, plan_continuation, read_delivered
-
-EVENT_STREAM = "text/event-stream"
 
 log = get_logger(__name__)
 

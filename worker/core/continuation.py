@@ -22,9 +22,8 @@ from typing import Any
 import orjson
 
 from openai_api.paths import CHAT_PATH, wants_usage
+from openai_api.sse import DONE_EVENT, encode_json, end_of_events
 from queue_schemas import Job
-
-from .frames import last_border
 
 COMPLETION_TOKENS = 16
 """What a completion without ``max_tokens`` may say, by the OpenAI API; a chat may fill the context."""
@@ -114,7 +113,7 @@ class Continuation:
         """What to pass on of the answer's next bytes; what follows the last whole event waits for the rest of it."""
         known = len(self._tail)
         data = self._tail + data
-        border = last_border(data, known)
+        border = end_of_events(data, known)
         self._tail = data[border:]
         whole = data[:border]
         if b'"usage"' not in whole:
@@ -140,7 +139,7 @@ class Continuation:
         chunks = [base | {"choices": [{"index": 0, **said, "finish_reason": "length"}]}]
         if wants_usage(orjson.loads(self._job.body)):
             chunks.append(base | {"choices": [], "usage": self._whole_usage({"completion_tokens": 0})})
-        return b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
+        return b"".join(map(encode_json, chunks)) + DONE_EVENT
 
     def _with_usage(self, event: bytes) -> bytes:
         prefix, separator, data = event.partition(b"data:")

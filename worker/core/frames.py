@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from openai_api.errors import dialect_of, error_body, error_event, facts_of, is_final
+from openai_api.sse import end_of_events
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Lease
 from queue_schemas.headers import for_client
 
@@ -88,7 +89,7 @@ class FrameCutter:
             return self._events(data)
         if tail:
             data = tail + data
-        border = last_border(data, len(tail))
+        border = end_of_events(data, len(tail))
         if border:
             self._tail = data[border:]
             return self._events(data[:border])
@@ -154,14 +155,3 @@ class FrameCutter:
         flags |= self._flags
         head = (self._status, self._content_type, self._headers)
         return Frame(lease.job.id, lease.epoch, lease.attempt_id, 0, flags, data, *head).pack()
-
-
-def last_border(data: bytes, known: int) -> int:
-    """The index behind the last blank line of ``data`` (LF LF or CRLF CRLF, as the Router cuts), 0 if there is none.
-
-    The first ``known`` bytes hold none; a border may begin in the last three of them.
-    """
-    start = max(known - 3, 0)
-    lf = data.rfind(b"\n\n", start)
-    crlf = data.rfind(b"\r\n\r\n", start)
-    return max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)

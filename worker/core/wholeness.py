@@ -27,9 +27,7 @@ from typing import Any
 import orjson
 
 from openai_api.paths import wants_usage
-from openai_api.transcript import DONE, event_data, split_events
-
-DONE_EVENT = b"data: " + DONE + b"\n\n"
+from openai_api.sse import DONE, DONE_EVENT, event_data, split_events
 
 _DONE_LINE = re.compile(rb"^data: *\[DONE\]", re.MULTILINE)
 _MESSAGES_END = re.compile(rb'"type"\s*:\s*"message_stop"')

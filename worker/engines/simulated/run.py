@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from openai_api.sse import DONE_EVENT, encode_event
+
 from .api import wire
 from .failures import Failure, FailureKind
 from .schedule import Pace, Slots
@@ -205,7 +207,7 @@ class Run:
                 yield wire.GARBAGE
                 return
             error = await self._error()
-            yield b"data: " + error + b"\n\n" + wire.DONE
+            yield encode_event(error) + DONE_EVENT
 
     def _begin(self) -> int:
         """The request has its slot: from here its time counts. Returns the prompt tokens that the cache held."""

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from openai_api.sse import as_event
+from openai_api.sse import encode_event
 from queue_schemas import BadRequest, StreamBroken, new_job_id
 from router.jobs.event_ids import EventNumbers, Position, find_position, read_position
 
@@ -119,5 +119,5 @@ def test_an_id_may_name_its_job() -> None:
 
 def test_a_body_is_one_event() -> None:
     """Each of its lines a line of data."""
-    assert as_event(b"a\nb") == b"data: a\ndata: b\n\n"
-    assert as_event(b"") == b"data: \n\n"
+    assert encode_event(b"a\nb") == b"data: a\ndata: b\n\n"
+    assert encode_event(b"") == b"data: \n\n"

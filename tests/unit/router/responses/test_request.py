@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openai_api.paths import CHAT_PATH
+from openai_api.sse import encode_json
 from queue_schemas import BadRequest, JobId
 from router.inference.request_fields import read_fields
-from router.responses.events import ResponseEvents, as_server_sent
+from router.responses.events import ResponseEvents
 from router.responses.note import write_note
 from router.responses.request import as_chat
 from router.responses.schemas import Asked, listed_input
@@ -259,7 +260,7 @@ def test_what_is_nested_too_deeply_is_refused(place: str) -> None:
         else:
             made = ResponseEvents(Asked(JobId("0-" + "a" * 32), 1, request))
             for event in [*made.begin(), *made.cancel("enough")]:
-                as_server_sent(event)
+                encode_json(event, event["type"])
             write_note(1, request)
 
 
@@ -289,7 +290,7 @@ def test_whatever_is_asked_is_said_or_refused(odd: dict[str, Any]) -> None:
     assert read_fields(chat.body, "application/json", CHAT_PATH).stream
     asked = Asked(JobId("0-" + "a" * 32), 1, request)
     for event in ResponseEvents(asked).begin():
-        as_server_sent(event)
+        encode_json(event, event["type"])
     assert all(item["id"] for item in listed_input(asked))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import orjson
 
+from openai_api.sse import encode_json
+
 from ..settings import SimulationSettings
 from .answers import Choice
 from .refusal import Fields, RefusedRequest
@@ -208,4 +210,4 @@ def _usage(usage: Usage) -> Fields:
 
 
 def _event(kind: str, **fields: Any) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps({"type": kind, **fields}))
+    return encode_json({"type": kind, **fields}, kind)

@@ -11,6 +11,8 @@ from typing import Any
 
 import orjson
 
+from openai_api.sse import encode_json
+
 from ..settings import SimulationSettings
 from .answers import Choice
 from .refusal import Fields, RefusedRequest
@@ -183,7 +185,7 @@ class ResponseWire:
     def _event(self, kind: str, **fields: Any) -> bytes:
         event = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(event))
+        return encode_json(event, kind)
 
 
 def _part(text: str) -> dict[str, Any]:

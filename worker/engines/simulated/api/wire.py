@@ -11,15 +11,16 @@ from typing import Any, Protocol
 
 import orjson
 
+from openai_api.sse import DONE_EVENT, EVENT_STREAM
+
 from ..settings import SimulationSettings
 from .answers import WORDS, Choice
 from .logprobs import chat_content, completion_fields
 from .requests import Generate
 
 JSON = "application/json"
-EVENTS = "text/event-stream; charset=utf-8"
+EVENTS = f"{EVENT_STREAM}; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
-DONE = b"data: [DONE]\n\n"
 GARBAGE = b'\x00\xff\xfe{"choices": [<<<\x80 not json, not an event\n\n'
 
 _ESCAPED: dict[str, bytes] = {word: word.encode() for word in WORDS}
@@ -237,7 +238,7 @@ class StreamWire:
             parts.append(self._head + orjson.dumps(end) + b"]}\n\n")
         if self._request.include_usage:
             parts.append(self._head + b'],"usage":' + orjson.dumps(usage.fields()) + b"}\n\n")
-        return b"".join((*parts, DONE))
+        return b"".join((*parts, DONE_EVENT))
 
 
 def metrics_text(samples: Mapping[str, float], model: str) -> bytes:
