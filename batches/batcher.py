@@ -11,21 +11,20 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from broker.rq.queues import StepQueue
 from queue_schemas import BrokerUnavailable, InferqError, Tenant
 from storage import Batch, BatchError, BatchStatus, ObjectMissing
 from telemetry import get_logger
+from telemetry.threads import in_thread
 
-from .context import BatchContext, Folder, in_thread
+from .context import BatchContext, Folder
 from .core import Phase, Work, reply_stream_of
 from .dispatcher import BatchDispatcher
 from .end_events import batch_ended
 from .merge import merge, publish_files
+from .rq_jobs import STEP_LIMIT_S, StepQueue
 from .settings import BatchSettings
 from .validate import validate
 
-STEP_LIMIT_S = 60.0
-"""After so long a step is given up, wherever it hangs."""
 ROUND_MS, MIN_STEP_MS = 10_000, 50
 """How long a round of steps, one of each batch that waits, is to take at most, as far as steps of that length allow."""
 MAX_FAILURES = 200
@@ -59,13 +58,13 @@ class Batcher:
         self.stalled = ""
         """Why the last step could not be done; empty: it could."""
 
-    async def advance(self, tenant: Tenant, batch_id: str) -> str:
+    async def advance(self, tenant_name: str, batch_id: str) -> str:
         """Do a step, and put the next one on the queue. What was done, for people.
 
         Raises what is a fault of ours; everything that may pass (the store or the queue is away or full) is waited for.
         """
-        token = secrets.token_hex(8)
-        if not await in_thread(lambda: self._steps.lock(batch_id, token, self._context.settings.lock_ms)):
+        tenant, token = Tenant(tenant_name), secrets.token_hex(8)
+        if not await in_thread(lambda: self._steps.lock(batch_id, token, self._context.settings.lock_ttl_ms)):
             return "another step of it runs"
         following = Next()
         begun = time.perf_counter()
@@ -110,7 +109,7 @@ class Batcher:
     async def _do(self, batch: Batch, folder: Folder, work: Work) -> float:
         """One step's work. The seconds after which to go on."""
         context, settings = self._context, self._context.settings
-        others = await in_thread(self._steps.others_wait)
+        others = await in_thread(self._steps.waiting_count)
         until = context.tick_s() + step_limit_ms(settings, others) / 1000
         match work.phase:
             case Phase.READ | Phase.COMPARE:
@@ -177,7 +176,7 @@ class Batcher:
         self.stalled = f"{type(error).__name__}: {error}"
         self._context.metrics.failed("internal_error")
         log.exception("batch_step_broke", batch=batch_id)
-        count = await in_thread(lambda: self._steps.failed(batch_id))
+        count = await in_thread(lambda: self._steps.count_failure(batch_id))
         if count >= MAX_FAILURES:
             await in_thread(lambda: self._fail(tenant, batch_id, error))
             return Next("ends", 0)
@@ -200,14 +199,14 @@ class Batcher:
 
     async def _pause_s(self, batch_id: str) -> float:
         try:
-            return self._backoff_s(await in_thread(lambda: self._steps.failed(batch_id)))
+            return self._backoff_s(await in_thread(lambda: self._steps.count_failure(batch_id)))
         except BrokerUnavailable:
-            return self._context.settings.max_retry_ms / 1000
+            return self._context.settings.max_retry_backoff_ms / 1000
 
     def _backoff_s(self, failures: int) -> float:
         settings = self._context.settings
-        doubled: int = settings.retry_ms << min(max(failures - 1, 0), 16)
-        return min(doubled, settings.max_retry_ms) / 1000
+        doubled: int = settings.retry_backoff_ms << min(max(failures - 1, 0), 16)
+        return min(doubled, settings.max_retry_backoff_ms) / 1000
 
     async def _leave(self, tenant: Tenant, batch_id: str, token: str, following: Next) -> None:
         """Let go of the batch, and see to its next step; what cannot be done here the sweep does."""
@@ -227,11 +226,11 @@ class Batcher:
         """Keep the lock meanwhile."""
 
         async def keep() -> None:
-            ttl_ms = self._context.settings.lock_ms
+            ttl_ms = self._context.settings.lock_ttl_ms
             while True:
                 await asyncio.sleep(ttl_ms / 3000)
                 try:
-                    if not await in_thread(lambda: self._steps.keep_lock(batch_id, token, ttl_ms)):
+                    if not await in_thread(lambda: self._steps.renew_lock(batch_id, token, ttl_ms)):
                         log.warning("batch_lock_lost", batch=batch_id)  # two steps of one batch harm nothing
                         return
                 except BrokerUnavailable as error:

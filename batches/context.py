@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from broker import Broker
 from queue_schemas import BrokerUnavailable, Tenant
@@ -17,7 +15,6 @@ from .metrics import BatchMetrics
 from .settings import BatchSettings
 
 _CHUNKS_IN_A_FOLDER = 1_000
-_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -50,11 +47,6 @@ class BatchContext:
         if self.broker is None:
             raise BrokerUnavailable(f"the queue cannot be reached: {self.why}", retry_after_s=2)
         return self.broker
-
-
-async def in_thread(call: Callable[[], _T]) -> _T:
-    """What ``call``, which blocks, answers."""
-    return await asyncio.to_thread(call)
 
 
 class Folder:

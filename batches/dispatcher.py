@@ -26,8 +26,9 @@ from queue_schemas import (
 )
 from storage import Batch, BatchStatus, FileRecord
 from telemetry import get_logger
+from telemetry.threads import in_thread
 
-from .context import BatchContext, Folder, chunk_number, in_thread, input_of
+from .context import BatchContext, Folder, chunk_number, input_of
 from .core import (
     Answer,
     Ended,
@@ -257,7 +258,7 @@ class BatchDispatcher:
         if self._work.outcome is None and _asks_again(item):
             if item.generation < line.generation:
                 return  # it was sent again since
-            if line.generation + 1 < self._settings.busy_tries:
+            if line.generation + 1 < self._settings.max_busy_tries:
                 self._again(item.line, line, pause_s=self._busy_pause_s(line.generation))
                 return
         if isinstance(item, Answer):
@@ -291,7 +292,7 @@ class BatchDispatcher:
                 self._again(number, self._work.open[number])
 
     def _busy_pause_s(self, tries: int) -> float:
-        doubled: int = self._settings.busy_ms << min(tries, 16)
+        doubled: int = self._settings.busy_backoff_ms << min(tries, 16)
         return min(doubled, _MAX_BUSY_MS) / 1000
 
     def _again(self, number: int, line: OpenLine, *, pause_s: float = 0) -> None:
@@ -303,7 +304,7 @@ class BatchDispatcher:
             return
         self._context.metrics.sent_again.inc()
         # What was silent for long is sent: a pause is the rest of such a silence.
-        sent_at = self._context.now_s() - self._settings.silence_ms / 1000 + pause_s if pause_s else 0
+        sent_at = self._context.now_s() - self._settings.resend_after_ms / 1000 + pause_s if pause_s else 0
         self._work.open[number] = line._replace(generation=line.generation + 1, sent_at=sent_at)
         self._window.add(number, line.generation + 1)
 
@@ -320,7 +321,7 @@ class BatchDispatcher:
 
     async def _send_due(self) -> None:
         """Send what is new, and what was silent for long."""
-        long_ago = self._context.now_s() - self._settings.silence_ms / 1000
+        long_ago = self._context.now_s() - self._settings.resend_after_ms / 1000
         due = [
             number
             for number, line in self._work.open.items()

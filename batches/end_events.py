@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from queue_schemas import Tenant
 from storage import Batch, ObjectStore
-from webhooks.deliveries import Deliveries
+from webhooks.delivery_store import DeliveryStore
 from webhooks.events import WebhookEvent
 
 
@@ -17,4 +17,4 @@ def batch_ended(store: ObjectStore, batch: Batch) -> None:
     ``StoreUnavailable`` or ``StoreFull`` if it cannot now: it is called again."""
     request, status = batch.request, batch.progress.status.value
     ended_at_s = batch.progress.stamps.get(f"{status}_at", request.created_at)
-    Deliveries(store).emit(WebhookEvent.of(Tenant(request.tenant), f"batch.{status}", request.id, ended_at_s))
+    DeliveryStore(store).emit(WebhookEvent.of(Tenant(request.tenant), f"batch.{status}", request.id, ended_at_s))

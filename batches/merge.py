@@ -12,8 +12,9 @@ import orjson
 
 from queue_schemas import Tenant
 from storage import Batch, BatchStatus, FileRecord, Part
+from telemetry.threads import in_thread
 
-from .context import BatchContext, Folder, in_thread, input_of
+from .context import BatchContext, Folder, input_of
 from .core import USAGE, BadLine, Bits, Fold, Merge, Phase, Work, file_of, read_line, request_of, unanswered
 from .input import InputGone, InputLines
 
@@ -52,7 +53,7 @@ def _chunks(context: BatchContext, batch: Batch, folder: Folder, work: Work) -> 
     assert state is not None  # noqa: S101 - made by _plan
     names = [name for name in (context.store.get(folder.name("plans", state.plan)) or b"").decode().split("\n") if name]
     fold = _fold(context, folder, work, state)
-    most = context.settings.part_bytes
+    most = context.settings.min_part_bytes
     last = min(len(names), state.chunk + _CHUNKS_AT_ONCE)
     at = state.chunk
     while at < last and fold.output_bytes < most and fold.error_bytes < most:
@@ -79,7 +80,7 @@ def _rest(context: BatchContext, batch: Batch, folder: Folder, work: Work) -> No
     lines = InputLines(context.files, found, settings.max_line_bytes, number=state.number, offset=state.offset)
     try:
         for _ in range(_LINES_AT_ONCE):
-            if (raw := lines.next()) is None or fold.error_bytes >= settings.part_bytes:
+            if (raw := lines.next()) is None or fold.error_bytes >= settings.min_part_bytes:
                 break
             state.number, state.offset = raw.number + 1, raw.end
             request_id = request_of(batch.request.id, raw.number)

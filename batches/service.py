@@ -12,20 +12,20 @@ from fastapi import FastAPI
 
 from broker import Broker, BrokerSettings
 from broker.queue_link import QueueLink
-from broker.rq.queues import StepQueue, rq_connection
-from broker.rq.thread import RqThread
-from queue_schemas import CannotStart
+from broker.rq.queues import rq_connection
+from broker.rq.worker import RqWorkerThread
 from storage import ObjectStore, StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
 from telemetry.flags import parse_settings
 from telemetry.http.asgi import health_app
 from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
+from telemetry.threads import in_thread
 
 from .batcher import Batcher
 from .context import BatchContext
 from .metrics import BatchMetrics
+from .rq_jobs import StepQueue, step_jobs
 from .settings import BatchSettings
-from .steps import serve_steps
 from .sweep import Sweep
 from .upkeep import Upkeep
 
@@ -99,33 +99,32 @@ class _Process:
     async def run(self, broker_settings: BrokerSettings, stop: asyncio.Event) -> None:
         """Until ``stop``."""
         context, settings = self._context, self._context.settings
-        await asyncio.to_thread(context.store.check)
-        queue = await self._link.address(broker_settings, stop)
-        if queue is None:
+        await in_thread(context.store.check)
+        queue_settings = await self._link.address(broker_settings, stop)
+        if queue_settings is None:
             return
-        # A step that finds no queue makes way for others: it is tried again anyway.
-        queue = queue.model_copy(update={"retry_limit_ms": min(queue.retry_limit_ms, _RETRY_LIMIT_MS)})
-        steps = StepQueue(rq_connection(queue))
-        self._batcher, self._sweep = Batcher(context, steps), Sweep(context, steps)
-        serve_steps(self._batcher)
-        worker = RqThread(steps.queue, rq_connection(queue), settings.batcher_id)
+        # A step that cannot reach the queue makes way for others: it is tried again anyway.
+        retry_limit_ms = min(queue_settings.retry_limit_ms, _RETRY_LIMIT_MS)
+        queue_settings = queue_settings.model_copy(update={"retry_limit_ms": retry_limit_ms})
+        steps = StepQueue(rq_connection(queue_settings))
+        batcher, sweep = self._batcher, self._sweep = Batcher(context, steps), Sweep(context, steps)
+        worker = RqWorkerThread(steps.queue, rq_connection(queue_settings), settings.batcher_id)
         async with asyncio.TaskGroup() as tasks:
-            linked = tasks.create_task(self._link.keep(queue, context.metrics.registry, self._connected), name="link")
-            sweeping = tasks.create_task(self._sweep.run(), name="sweep")
-            worker.start()
-            upkeep = tasks.create_task(Upkeep(context).run(), name="upkeep")
-            stopped = tasks.create_task(stop.wait())
-            died = tasks.create_task(worker.ended.wait())
-            await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
-            context.stopping = True
-            sweeping.cancel()
-            upkeep.cancel()
-            await worker.end(settings.shutdown_limit_ms / 1000)
-            serve_steps(None)
-            for task in (linked, stopped, died):
-                task.cancel()
-        if not stop.is_set():
-            raise CannotStart("RQ's worker ended; the log says why")
+            step_jobs.serve(batcher.advance)
+            link = tasks.create_task(self._link.keep(queue_settings, context.metrics.registry, self._connected))
+            sweeps = [tasks.create_task(sweep.run()), tasks.create_task(Upkeep(context).run())]
+
+            def on_stop() -> None:
+                context.stopping = True
+                for task in sweeps:
+                    task.cancel()
+
+            try:
+                await worker.run(stop, on_stop=on_stop, limit_s=settings.shutdown_limit_ms / 1000)
+            finally:
+                step_jobs.serve(None)
+                for task in (link, *sweeps):
+                    task.cancel()
 
     def _connected(self, broker: Broker) -> None:
         self._context.broker = broker

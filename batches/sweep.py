@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 
-from broker.rq.queues import StepQueue
 from queue_schemas import InferqError, Tenant
 from telemetry import get_logger
+from telemetry.threads import in_thread
 
-from .context import BatchContext, in_thread
+from .context import BatchContext
+from .rq_jobs import StepQueue
 
 STRAY_MS = 3_600_000
 """A mark without a batch is removed once it was seen for so long: whoever made it did not get further. Its id does not
@@ -44,14 +45,14 @@ class Sweep:
                 if error.message != self.fault:
                     log.warning("sweep_failed", error=error.message)
                 self.fault = error.message
-            await asyncio.sleep(self._context.settings.scan_ms / 1000)
+            await asyncio.sleep(self._context.settings.scan_interval_ms / 1000)
 
     def once(self) -> list[str]:
         """One sweep; the batches that it gave a step. Blocks."""
         live = {batch_id: tenant for tenant, batch_id in self._context.batches.live()}
         self._context.metrics.live.set(len(live))
         waiting = self._steps.waiting()
-        held = self._steps.held([batch_id for batch_id in live if batch_id not in waiting])
+        held = self._steps.busy([batch_id for batch_id in live if batch_id not in waiting])
         missing = {batch_id for batch_id in live if batch_id not in waiting and batch_id not in held}
         # One that was seen before may just be between the queue and its lock: it is looked at once more.
         due = [

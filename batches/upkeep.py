@@ -10,8 +10,9 @@ import asyncio
 from queue_schemas import InferqError
 from storage import sweep_expired, sweep_leftovers
 from telemetry import get_logger
+from telemetry.threads import in_thread
 
-from .context import BatchContext, in_thread
+from .context import BatchContext
 from .core import file_of
 
 LEFTOVERS_EVERY_S = 3_600.0
@@ -32,7 +33,7 @@ class Upkeep:
     async def run(self) -> None:
         """Until cancelled. A store that cannot be used is the sweep's to tell of."""
         while True:
-            await asyncio.sleep(self._context.settings.expiry_scan_ms / 1000)
+            await asyncio.sleep(self._context.settings.expiry_interval_ms / 1000)
             try:
                 await in_thread(self.once)
             except InferqError as error:
@@ -43,7 +44,7 @@ class Upkeep:
         context, now_s = self._context, self._context.now_s()
         in_use = self._in_use()
         sweep_expired(context.files, now_s, in_use)
-        if keep_s := context.settings.keep_batches_s:
+        if keep_s := context.settings.keep_ended_s:
             removed = context.batches.forget_ended(now_s - keep_s, MAX_BATCHES)
             if removed:
                 log.info("ended_batches_removed", batches=removed, after_s=keep_s)

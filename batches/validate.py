@@ -6,8 +6,9 @@ import secrets
 
 from queue_schemas import Pool
 from storage import Batch, BatchError, BatchStatus, FileRecord
+from telemetry.threads import in_thread
 
-from .context import BatchContext, Folder, in_thread, input_of
+from .context import BatchContext, Folder, input_of
 from .core import (
     MAX_ERRORS,
     MAX_RECORDS,

@@ -20,7 +20,7 @@ from telemetry.http.access import DeclaredRoute, declared
 from telemetry.http.asgi import request_id_from
 from telemetry.http.methods import allow_header, answered_methods
 from telemetry.http.server import refuse_unguarded
-from webhooks.url_settings import WebhookSettings
+from webhooks.settings import WebhookSettings
 
 from .composition import RouterServices, build_pages, build_services, manager_of, queue_opener
 from .http.connection import Connection

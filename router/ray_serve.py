@@ -24,7 +24,7 @@ from storage import StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
 from telemetry.http.server import run_server
 from telemetry.ray_metrics import mirror_metrics
-from webhooks.url_settings import WebhookSettings
+from webhooks.settings import WebhookSettings
 
 from .app import RouterApp, build_router
 from .http.shared_listener import Door

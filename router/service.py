@@ -18,7 +18,7 @@ from telemetry import (
 )
 from telemetry.flags import parse_settings
 from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
-from webhooks.url_settings import WebhookSettings
+from webhooks.settings import WebhookSettings
 
 from .app import build_router
 from .settings import RouterSettings

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from storage import StorageSettings
-from webhooks.url_settings import WebhookSettings
+from webhooks.settings import WebhookSettings
 
 from .files.transfers import StorageQuota, Transfers
 from .http.access import Gate

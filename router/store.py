@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 from queue_schemas import InferqError, OverCapacity, StoreUnavailable, Tenant
 from storage import Batches, Files, ObjectStore, RequestRecords
 from telemetry import get_logger
-from webhooks.deliveries import Deliveries
-from webhooks.endpoints import Webhooks
+from webhooks.delivery_store import DeliveryStore
+from webhooks.endpoints import EndpointStore
 
 WAITING_PER_THREAD = 16
 """How many calls may wait for each thread; beyond it they are refused."""
@@ -57,8 +57,8 @@ class Store:
         self.objects = objects
         self.files = Files(objects)
         self.batches = Batches(objects)
-        self.webhooks = Webhooks(objects)
-        self.deliveries = Deliveries(objects)
+        self.webhooks = EndpointStore(objects)
+        self.deliveries = DeliveryStore(objects)
         self.requests = RequestRecords(objects)
         self._limit_s = limit_s
         self._max_threads = threads

@@ -1,7 +1,7 @@
-"""The file store: uploads, batches, webhooks and what became of them, as they lie in a folder or an object store.
+"""The file store: objects in a folder or bucket, and the files, batches and request records kept in them.
 
-What is here survives everything that Redis may lose. An object is written once, or by one writer only: stores of
-objects can neither append nor compare and swap.
+Its data survives the loss of Redis. Each object is written once, or by one writer only: object stores can neither
+append nor compare and swap.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from .batches import BATCH_ENDED, Batch, BatchError, Batches, BatchProgress, BatchRequest, BatchStatus, OutputExpiry
 from .failures import ObjectMissing
 from .files import FileRecord, Files, Kept, Part, Upload
-from .names import created_ms, folder_of, new_batch_id, new_endpoint_id, new_file_id, tenant_of
+from .names import created_ms, folder_of, new_batch_id, new_file_id, tenant_of
 from .objects import ObjectStore, Writer
 from .request_records import RequestRecord, RequestRecords
 from .settings import StorageSettings
@@ -40,7 +40,6 @@ __all__ = [
     "created_ms",
     "folder_of",
     "new_batch_id",
-    "new_endpoint_id",
     "new_file_id",
     "sweep_expired",
     "sweep_leftovers",

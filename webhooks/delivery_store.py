@@ -1,133 +1,125 @@
-"""What is written down about deliveries: claimed before an attempt, noted behind it, forgotten in the end. All blocks.
+"""Store the deliveries of webhooks, one for each event and each endpoint subscribed to it, in the file store.
 
-A delivery is claimed by one process, in its state in the store; the claim ends with the time limit of its attempt,
-whatever became of whoever made it.
+The process that saw something end writes ``event`` and the pending mark; the notifier writes ``state`` and removes the
+mark::
+
+    <tenant>/webhooks/<endpoint>/deliveries/<event>/event   WebhookEvent as JSON; writing it again changes nothing
+    <tenant>/webhooks/<endpoint>/deliveries/<event>/state   DeliveryState as JSON; absent before the first attempt
+    sending/<tenant>~<endpoint>~<event>                     the pending mark, an empty object; absent once settled
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from http import HTTPStatus
+from queue_schemas import Tenant
+from storage import ObjectStore, created_ms, folder_of, tenant_of
+from storage.names import is_id
 
-from queue_schemas import InferqError, Tenant
-from storage import ObjectStore, created_ms
-from telemetry import get_logger
+from .deliveries import Delivery, DeliveryKey, DeliveryState
+from .endpoints import ENDPOINT, EndpointStore
+from .events import EVENT, WebhookEvent
 
-from .core import begin, give_up, max_tries
-from .deliveries import Attempt, Deliveries, DeliveryKey, DeliveryState, Outcome
-from .endpoints import Disabled, Endpoint, Secrets, Webhooks
-from .events import WebhookEvent
-from .metrics import NotifierMetrics
-from .settings import NotifierSettings
-
-CLAIM_MARGIN_MS = 2_000
-"""How much longer a claim lasts than its attempt may take: for writing down what became of it."""
-_AFTER_TROUBLE_S = 10
-_DAY_MS = 86_400_000
-_LEFTOVER_MS = 3_600_000
-"""How old what belongs to no endpoint is before it is removed."""
-
-log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class DueDelivery:
-    """A delivery that was claimed, and what its attempt needs."""
-
-    key: DeliveryKey
-    event: WebhookEvent
-    endpoint: Endpoint
-    secrets: Secrets
-    state: DeliveryState
+_PENDING = "sending"
+_ABANDONED_MS = 7 * 86_400_000
+"""A delivery that is still pending so long after its log would be trimmed is abandoned: attempts end within days."""
 
 
 class DeliveryStore:
-    """All methods but :meth:`claim` raise ``StoreUnavailable`` or ``StoreFull``."""
+    """The deliveries of all tenants. Errors as in :class:`ObjectStore`. Reads no clock."""
 
-    def __init__(
-        self, store: ObjectStore, settings: NotifierSettings, metrics: NotifierMetrics, now_ms: Callable[[], int]
-    ) -> None:
-        self._deliveries = Deliveries(store)
-        self._webhooks = Webhooks(store)
-        self._settings = settings
-        self._metrics = metrics
-        self._now_ms = now_ms
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._endpoints = EndpointStore(store)
+
+    def emit(self, event: WebhookEvent) -> int:
+        """Queue ``event`` for every subscribed endpoint of its tenant; how many there are.
+
+        Call it before what ended is forgotten, and again after a crash: receivers see one event.
+        """
+        subscribed = [one for one in self._endpoints.of(Tenant(event.tenant)) if one.wants(event.type)]
+        for endpoint in subscribed:
+            self.add(DeliveryKey(Tenant(event.tenant), endpoint.record.id, event.id), event)
+        return len(subscribed)
+
+    def add(self, key: DeliveryKey, event: WebhookEvent) -> None:
+        """Queue ``event`` for one endpoint. A crash midway leaves an event without a mark; calling it again mends
+        that."""
+        self._store.put(self._name(key, "event"), event.model_dump_json().encode())
+        if not self.state(key).settled:
+            self._store.put(_mark(key), b"")
 
     def pending(self) -> list[DeliveryKey]:
-        """What has not been settled, oldest first."""
-        return self._deliveries.pending()
+        """Deliveries that are not settled, oldest first; the endpoint or event of one may be gone."""
+        found = []
+        for name in self._store.names(_PENDING):
+            folder, endpoint_id, event_id = (["", "", *name.rsplit("~", 2)])[-3:]
+            if is_id(endpoint_id, ENDPOINT) and is_id(event_id, EVENT):
+                found.append(DeliveryKey(tenant_of(folder), endpoint_id, event_id))
+        return sorted(found, key=lambda key: key.event_id)
 
-    def claim(self, key: DeliveryKey) -> tuple[int | None, DueDelivery | None]:
-        """When it is next to be looked at (None: never), and the due, if it is to be run now."""
-        try:
-            return self._claim(key)
-        except (InferqError, ValueError) as error:  # the store is away, or what it has of this one is damaged
-            log.warning("webhook_not_claimed", event_id=key.event_id, error=str(error), again_in_s=_AFTER_TROUBLE_S)
-            return self._now_ms() + _AFTER_TROUBLE_S * 1000, None
+    def event(self, key: DeliveryKey) -> WebhookEvent | None:
+        found = self._store.get(self._name(key, "event"))
+        return None if found is None else WebhookEvent.model_validate_json(found)
 
-    def _claim(self, key: DeliveryKey) -> tuple[int | None, DueDelivery | None]:
-        now_ms = self._now_ms()
-        state = self._deliveries.state(key)
-        if state.settled:  # marked again by whoever saw the end twice, or killed between the two writes
-            self._deliveries.retire(key)
-            return None, None
-        if state.next_at_ms > now_ms:
-            return state.next_at_ms, None
-        endpoint = self._webhooks.get(key.tenant, key.endpoint_id)
-        event = self._deliveries.event(key)
-        keys = self._webhooks.secrets(key.tenant, key.endpoint_id)
-        if endpoint is None or event is None or keys is None:
-            self._deliveries.drop(key)
-            return None, None
-        if not endpoint.active:
-            self.abandon(key, "the endpoint is disabled")
-            return None, None
-        if state.tries >= max_tries(once=event.once):
-            self.abandon(key, "its attempts were cut short, the last one too")
-            return None, None
-        begun = begin(state, now_ms, self._settings.attempt_limit_ms + CLAIM_MARGIN_MS)
-        self._deliveries.advance(key, begun)
-        return begun.next_at_ms, DueDelivery(key, event, endpoint, keys, begun)
+    def state(self, key: DeliveryKey) -> DeliveryState:
+        found = self._store.get(self._name(key, "state"))
+        return DeliveryState() if found is None else DeliveryState.model_validate_json(found)
 
-    def note(self, key: DeliveryKey, attempt: Attempt, state: DeliveryState) -> None:
-        """Write down what became of an attempt: the delivery's new ``state``, and what it says about its endpoint."""
-        endpoint = self._webhooks.get(key.tenant, key.endpoint_id)
-        if endpoint is None:  # deleted meanwhile: leave nothing of it
-            self._deliveries.drop(key)
-            return
-        reason = self._why_disable(endpoint, attempt, state)
-        if reason:
-            self._metrics.disabled.inc()
-            self._webhooks.disable(key.tenant, key.endpoint_id, Disabled(reason=reason, at_ms=attempt.at_ms))
-            log.warning("webhook_endpoint_disabled", endpoint_id=key.endpoint_id, tenant=key.tenant, why=reason)
-        self._deliveries.advance(key, state)
+    def set_state(self, key: DeliveryKey, state: DeliveryState) -> None:
+        """Write the state; a settled delivery loses its mark. Only the notifier calls this."""
+        self._store.put(self._name(key, "state"), state.model_dump_json().encode())
+        if state.settled:
+            self.unmark(key)
 
-    def abandon(self, key: DeliveryKey, why: str) -> None:
-        """Give a delivery up."""
-        note = Attempt(at_ms=self._now_ms(), took_ms=0, error=f"not sent: {why}")
-        self._deliveries.advance(key, give_up(self._deliveries.state(key), note))
-        self._metrics.given_up.inc()
+    def unmark(self, key: DeliveryKey) -> None:
+        """Remove the pending mark: nothing more is sent."""
+        self._store.delete([_mark(key)])
 
-    def trim(self) -> None:
-        """Forget what is old, or more than is kept, or belongs to no endpoint any more."""
-        before_ms = self._now_ms() - self._settings.keep_days * _DAY_MS
-        for tenant, endpoint_id in self._webhooks.everyone():
-            young = created_ms(endpoint_id) > self._now_ms() - _LEFTOVER_MS
-            if not young and self._webhooks.get(tenant, endpoint_id) is None:
-                self._webhooks.delete(tenant, endpoint_id)  # whoever deleted or made it was killed midway
+    def page(
+        self, tenant: Tenant, endpoint_id: str, *, after: str = "", limit: int = 20
+    ) -> tuple[list[Delivery], bool]:
+        """Up to ``limit`` deliveries, newest first, that follow the event ``after``, and whether there are more."""
+        page: list[Delivery] = []
+        for event_id in reversed(self._events(tenant, endpoint_id)):
+            if after and event_id >= after:
                 continue
-            self._deliveries.trim(tenant, endpoint_id, before_ms=before_ms, most=self._settings.keep_deliveries)
+            if len(page) == limit:
+                return page, True
+            key = DeliveryKey(tenant, endpoint_id, event_id)
+            event = self.event(key)
+            if event is not None:
+                page.append(Delivery(event, self.state(key)))
+        return page, False
 
-    def _why_disable(self, endpoint: Endpoint, attempt: Attempt, state: DeliveryState) -> str:
-        """Why nothing more is to be sent to it; empty: go on."""
-        record, days = endpoint.record, self._settings.disable_after_days
-        tenant = Tenant(record.tenant)
-        if state.outcome is Outcome.DELIVERED:
-            self._webhooks.took(tenant, record.id)
-            return ""
-        if attempt.status == HTTPStatus.GONE:
-            return "it answered HTTP 410 (Gone)"
-        since_ms = max(self._webhooks.failed(tenant, record.id, attempt.at_ms), record.enabled_at_ms)
-        too_long = days and attempt.at_ms - since_ms > days * _DAY_MS
-        return f"it took nothing for {days} days" if too_long and state.settled else ""
+    def trim(self, tenant: Tenant, endpoint_id: str, *, before_ms: int, max_count: int) -> int:
+        """Delete settled deliveries of events from before ``before_ms``, and all but the newest ``max_count``; how many
+        were deleted."""
+        events = self._events(tenant, endpoint_id)
+        surplus, deleted = len(events) - max_count, 0
+        for rank, event_id in enumerate(events):
+            if rank >= surplus and created_ms(event_id) >= before_ms:
+                break
+            key = DeliveryKey(tenant, endpoint_id, event_id)
+            if self.state(key).settled or created_ms(event_id) < before_ms - _ABANDONED_MS:
+                self.delete(key)
+                deleted += 1
+        return deleted
+
+    def delete(self, key: DeliveryKey) -> None:
+        """Delete a delivery, sent or not."""
+        self.unmark(key)
+        self._store.delete_below(f"{_folder(key.tenant, key.endpoint_id)}/{key.event_id}")
+
+    def _events(self, tenant: Tenant, endpoint_id: str) -> list[str]:
+        return [name for name in self._store.names(_folder(tenant, endpoint_id)) if is_id(name, EVENT)]
+
+    @staticmethod
+    def _name(key: DeliveryKey, part: str) -> str:
+        return f"{_folder(key.tenant, key.endpoint_id)}/{key.event_id}/{part}"
+
+
+def _folder(tenant: Tenant, endpoint_id: str) -> str:
+    return EndpointStore.name(tenant, endpoint_id, "deliveries")
+
+
+def _mark(key: DeliveryKey) -> str:
+    return f"{_PENDING}/{folder_of(key.tenant)}~{key.endpoint_id}~{key.event_id}"

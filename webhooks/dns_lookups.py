@@ -1,15 +1,15 @@
-"""Looking up names, each in a thread of its own: a name server that hangs holds that thread and nothing else."""
+"""Look up host names for the sender, in threads of their own: a name server that hangs delays nothing else."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import socket
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
-from .urls import Address
+from telemetry.threads import DaemonThreads
+
+from .core.url_rules import Address
 
 MAX_LOOKUPS = 128
 Lookup = Callable[[str, int], Sequence[Address]]
@@ -17,56 +17,40 @@ Lookup = Callable[[str, int], Sequence[Address]]
 
 
 def system_lookup(host: str, port: int) -> list[Address]:
-    """What this machine's resolver says."""
+    """Ask this machine's resolver."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
 
 
-class Lookups:
-    """For one event loop."""
+class DnsLookups:
+    """Concurrent lookups, one at a time of each host. For one event loop."""
 
     def __init__(self, lookup: Lookup = system_lookup) -> None:
         self._lookup = lookup
-        self._running: dict[tuple[str, int], asyncio.Future[Sequence[Address]]] = {}
+        self._threads = DaemonThreads("name lookup", MAX_LOOKUPS)
+        self._running: dict[tuple[str, int], asyncio.Task[Sequence[Address]]] = {}
 
     async def addresses(self, host: str, port: int) -> Sequence[Address]:
-        """The addresses of ``host``. Raises ``OSError``. Whoever asks for what is being looked up gets that answer."""
+        """The addresses of ``host``; concurrent calls share one lookup. Raises ``OSError``."""
         running = self._running.get((host, port))
         if running is None:
             if len(self._running) >= MAX_LOOKUPS:
                 raise OSError("too many names are being looked up")
-            running = self._begin(host, port)
+            running = asyncio.create_task(self._look_up(host, port), name=f"lookup of {host}")
+            running.add_done_callback(_retrieve)
+            self._running[host, port] = running
         return await asyncio.shield(running)
 
-    def _begin(self, host: str, port: int) -> asyncio.Future[Sequence[Address]]:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Sequence[Address]] = loop.create_future()
-        answer.add_done_callback(self._retrieved)
-        self._running[host, port] = answer
-
-        def settle(found: Sequence[Address], error: OSError | None) -> None:
+    async def _look_up(self, host: str, port: int) -> Sequence[Address]:
+        try:
+            return await self._threads.run(lambda: list(self._lookup(host, port)))
+        except (UnicodeError, ValueError) as error:
+            raise OSError(str(error)) from error
+        finally:
             del self._running[host, port]
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(found)
 
-        def look() -> None:
-            found, error = list[Address](), None
-            try:
-                found = list(self._lookup(host, port))
-            except OSError as failed:
-                error = failed
-            except (UnicodeError, ValueError) as failed:
-                error = OSError(str(failed))
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-                loop.call_soon_threadsafe(settle, found, error)
 
-        # A daemon: a name server that hangs must not keep the process from ending.
-        threading.Thread(target=look, name="name lookup", daemon=True).start()
-        return answer
-
-    @staticmethod
-    def _retrieved(answer: asyncio.Future[Sequence[Address]]) -> None:
-        """Whoever asked may have given up: its error is nobody's then."""
-        answer.exception()
+def _retrieve(lookup: asyncio.Task[Sequence[Address]]) -> None:
+    """Its callers may have timed out: then its error is logged by nobody."""
+    if not lookup.cancelled():
+        lookup.exception()

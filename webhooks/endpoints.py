@@ -1,11 +1,11 @@
-"""Webhook endpoints as they lie in the store: where to send, what for, and the secrets to sign with.
+"""Store webhook endpoints: the URL, the subscribed events and the signing secrets of each.
 
 Each object has one writer. The Router writes ``endpoint`` and ``secrets``, the notifier ``disabled`` and ``failing``::
 
-    <tenant>/webhooks/<id>/endpoint   EndpointRecord as JSON; written last, so an endpoint is there whole or not at all
-    <tenant>/webhooks/<id>/secrets    Secrets as JSON, for the eyes of the files' owner only
-    <tenant>/webhooks/<id>/disabled   Disabled as JSON, once it was; it counts until the Router enables it later
-    <tenant>/webhooks/<id>/failing    since when (Unix ms, as text) it has taken nothing; none while it takes what comes
+    <tenant>/webhooks/<id>/endpoint   EndpointRecord as JSON; written last, so that an endpoint is complete or absent
+    <tenant>/webhooks/<id>/secrets    Secrets as JSON; in a folder, only the files' owner can read it
+    <tenant>/webhooks/<id>/disabled   Disabled as JSON; in force until the Router enables the endpoint at a later time
+    <tenant>/webhooks/<id>/failing    Unix ms, as text, of the first failure in a row; absent while deliveries succeed
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from queue_schemas import Tenant
-from storage.names import ENDPOINT, folder_of, is_id, is_tenants, tenant_of
-from storage.objects import ObjectStore
+from storage import ObjectStore, folder_of, tenant_of
+from storage.names import is_id, is_tenants, new_id
 from telemetry import get_logger
 
 from .events import ALL_EVENTS
 
+ENDPOINT = "we_"
+"""Prefix of endpoint ids."""
 SECRET_BYTES = 32
 MAX_EARLIER = 3
 _PREFIX = "whsec_"
 
 log = get_logger(__name__)
+
+
+def new_endpoint_id(now_ms: int) -> str:
+    return new_id(ENDPOINT, now_ms)
 
 
 class _Record(BaseModel):
@@ -39,7 +45,7 @@ class _Record(BaseModel):
 
 class EndpointRecord(_Record):
     """Where to send which events. ``events`` may be ``*`` alone. ``*_at`` are Unix seconds; ``enabled_at_ms`` is when
-    it was last made or enabled; ``paused``: its owner wants nothing sent."""
+    the endpoint was last created or enabled; ``paused``: its owner disabled it."""
 
     id: str
     tenant: str
@@ -53,14 +59,14 @@ class EndpointRecord(_Record):
 
 
 class EarlierSecret(_Record):
-    """A secret that was replaced, and until when it signs too."""
+    """A secret that was replaced but still signs until ``until_ms``."""
 
     secret: str = Field(repr=False)
     until_ms: int
 
 
 class Secrets(_Record):
-    """What is signed with, since ``made_at_ms``; and the newest few from before, for receivers that change over."""
+    """The signing secret, created at ``made_at_ms``, and the latest earlier ones while receivers change over."""
 
     current: str = Field(repr=False)
     made_at_ms: int
@@ -72,8 +78,8 @@ class Secrets(_Record):
         return cls(current=secret, made_at_ms=now_ms)
 
     def rotated(self, now_ms: int, grace_ms: int) -> Self:
-        """A fresh secret, beside which this one is good for ``grace_ms``, and earlier ones for no longer. Without a
-        grace only the fresh one counts."""
+        """A fresh secret. This one stays valid for ``grace_ms``, earlier ones for no longer; with a grace of 0 only the
+        fresh one is valid."""
         until_ms = now_ms + grace_ms
         old = [EarlierSecret(secret=self.current, until_ms=until_ms)]
         old += [one.model_copy(update={"until_ms": min(one.until_ms, until_ms)}) for one in self.earlier]
@@ -81,23 +87,23 @@ class Secrets(_Record):
         return self.fresh(now_ms).model_copy(update={"earlier": kept})
 
     def in_force(self, now_ms: int) -> list[bytes]:
-        """The keys to sign with, the current one first."""
+        """The keys to sign with now, the current one first."""
         old = [one.secret for one in self.earlier if now_ms < one.until_ms]
         return [base64.b64decode(secret.removeprefix(_PREFIX)) for secret in (self.current, *old)]
 
     @property
     def fingerprint(self) -> str:
-        """What tells the current secret from others without showing it."""
+        """Identifies the current secret without revealing it."""
         return hashlib.sha256(self.current.encode()).hexdigest()
 
     @property
     def hint(self) -> str:
-        """What may be shown of the current secret, to tell it from others."""
+        """The part of the current secret that may be shown, so that its owner recognises it."""
         return f"{_PREFIX}...{self.current[-4:]}"
 
 
 class Disabled(_Record):
-    """Nothing more is sent, and why."""
+    """Why and when the notifier disabled an endpoint."""
 
     reason: str
     at_ms: int
@@ -105,52 +111,52 @@ class Disabled(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An endpoint as it stands. ``disabled`` says why the notifier stopped sending, if it did."""
+    """An endpoint in its current state. ``disabled`` is set if the notifier disabled it."""
 
     record: EndpointRecord
     disabled: Disabled | None
 
     @property
     def active(self) -> bool:
-        """Whether anything is sent to it."""
+        """Whether events are sent to it."""
         return self.disabled is None and not self.record.paused
 
     def wants(self, event_type: str) -> bool:
-        """Whether events of that type are for it."""
+        """Whether it is active and subscribed to events of that type."""
         return self.active and (event_type in self.record.events or ALL_EVENTS in self.record.events)
 
 
-class Webhooks:
-    """The endpoints of all tenants. Errors as in :class:`ObjectStore`. Nothing here looks at a clock."""
+class EndpointStore:
+    """The endpoints of all tenants. Errors as in :class:`ObjectStore`. Reads no clock."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
 
     def create(self, record: EndpointRecord, keys: Secrets) -> None:
-        """It gets events from now on."""
+        """Create an endpoint; it receives events from now on."""
         self.rotate(Tenant(record.tenant), record.id, keys)
         self.update(record)
 
     def update(self, record: EndpointRecord) -> None:
-        """Write it anew. Of several at once the last counts."""
+        """Replace the record; of concurrent writers the last one wins."""
         self._store.put(self.name(Tenant(record.tenant), record.id, "endpoint"), record.model_dump_json().encode())
 
     def rotate(self, tenant: Tenant, endpoint_id: str, keys: Secrets) -> None:
-        """Sign with those from now on."""
+        """Replace the signing secrets."""
         self._store.put(self.name(tenant, endpoint_id, "secrets"), keys.model_dump_json().encode(), private=True)
 
     def disable(self, tenant: Tenant, endpoint_id: str, disabled: Disabled) -> None:
-        """Send nothing more. For the notifier alone."""
+        """Stop sending. Only the notifier calls this."""
         self._store.put(self.name(tenant, endpoint_id, "disabled"), disabled.model_dump_json().encode())
 
-    def took(self, tenant: Tenant, endpoint_id: str) -> None:
-        """It took something. For the notifier alone, as is the next."""
+    def clear_failing(self, tenant: Tenant, endpoint_id: str) -> None:
+        """A delivery succeeded. Only the notifier calls this."""
         name = self.name(tenant, endpoint_id, "failing")
         if self._store.get(name) is not None:
             self._store.delete([name])
 
-    def failed(self, tenant: Tenant, endpoint_id: str, at_ms: int) -> int:
-        """It took nothing: since when it has not."""
+    def mark_failing(self, tenant: Tenant, endpoint_id: str, at_ms: int) -> int:
+        """An attempt failed; the time in Unix ms since which all have. Only the notifier calls this."""
         name = self.name(tenant, endpoint_id, "failing")
         found = self._store.get(name)
         if found is None:
@@ -159,7 +165,7 @@ class Webhooks:
         return int(found)
 
     def get(self, tenant: Tenant, endpoint_id: str) -> Endpoint | None:
-        """The endpoint; None if the tenant has none of that id."""
+        """The endpoint; None if the tenant has none with that id."""
         if not is_id(endpoint_id, ENDPOINT):
             return None
         found = self._store.get(self.name(tenant, endpoint_id, "endpoint"))
@@ -171,13 +177,12 @@ class Webhooks:
         return Endpoint(record, None if disabled is None or disabled.at_ms < record.enabled_at_ms else disabled)
 
     def secrets(self, tenant: Tenant, endpoint_id: str) -> Secrets | None:
-        """What is signed with; None for an endpoint that is not there."""
+        """The signing secrets; None if there is no such endpoint."""
         found = self._store.get(self.name(tenant, endpoint_id, "secrets")) if is_id(endpoint_id, ENDPOINT) else None
         return None if found is None else Secrets.model_validate_json(found)
 
     def of(self, tenant: Tenant) -> list[Endpoint]:
-        """All endpoints of a tenant, oldest first: they are few. One whose record is damaged keeps nothing from the
-        others."""
+        """All endpoints of a tenant, oldest first: they are few. Damaged records are logged and skipped."""
         found: list[Endpoint] = []
         for endpoint_id in self.ids(tenant):
             try:
@@ -192,18 +197,18 @@ class Webhooks:
         return found
 
     def ids(self, tenant: Tenant) -> list[str]:
-        """Ids of a tenant's endpoints, oldest first; one may be gone, or not be there yet."""
+        """Ids of a tenant's endpoints, oldest first; the record of one may be gone, or not written yet."""
         return [name for name in self._store.names(f"{folder_of(tenant)}/webhooks") if is_id(name, ENDPOINT)]
 
-    def everyone(self) -> Iterator[tuple[Tenant, str]]:
-        """The ids of all endpoints."""
+    def all_ids(self) -> Iterator[tuple[Tenant, str]]:
+        """The tenant and id of every endpoint."""
         for folder in self._store.names(""):
             if is_tenants(folder):
                 tenant = tenant_of(folder)
                 yield from ((tenant, endpoint_id) for endpoint_id in self.ids(tenant))
 
     def delete(self, tenant: Tenant, endpoint_id: str) -> None:
-        """Forget it and what was sent to it; what is still to be sent is not."""
+        """Delete an endpoint with its deliveries, pending ones included."""
         self._store.delete([self.name(tenant, endpoint_id, "endpoint")])
         self._store.delete_below(f"{folder_of(tenant)}/webhooks/{endpoint_id}")
 

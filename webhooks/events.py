@@ -1,6 +1,6 @@
-"""What webhooks tell: the events, and how one is written down. Pure, but for the random id of a test.
+"""Webhook events: their types, ids and JSON bodies. Pure, except for the random id of a test event.
 
-The names and the shape are the vendor's; the bytes of :meth:`WebhookEvent.body` are what is signed and sent.
+Types and shape are those of OpenAI's webhooks; the bytes of :meth:`WebhookEvent.body` are signed and sent.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from queue_schemas import Tenant
-from storage.names import EVENT, new_id
+from storage.names import new_id
 
+EVENT = "evt_"
+"""Prefix of event ids."""
 EVENT_TYPES = (
     "batch.completed",
     "batch.failed",
@@ -28,8 +30,8 @@ ALL_EVENTS = "*"
 
 
 class WebhookEvent(BaseModel):
-    """Something has ended. ``object_id`` says what, ``created_at`` (Unix seconds) when. ``once``: it is sent once, and
-    not again if that fails."""
+    """A batch or response (``object_id``) ended at ``created_at`` (Unix seconds). ``once``: a failed attempt is not
+    repeated."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,26 +44,26 @@ class WebhookEvent(BaseModel):
 
     @classmethod
     def of(cls, tenant: Tenant, event_type: str, object_id: str, ended_at_s: int) -> Self:
-        """The event of that end. However often it is made, it is the same one, by its id too."""
+        """The event for that end. Deterministic, id included, so that emitting it twice delivers one event."""
         what = f"{tenant}\n{event_type}\n{object_id}\n{ended_at_s}"
         event_id = f"{EVENT}{ended_at_s * 1000:012x}{hashlib.sha256(what.encode()).hexdigest()[:20]}"
         return cls(id=event_id, tenant=tenant, type=event_type, created_at=ended_at_s, object_id=object_id)
 
     @classmethod
     def sample(cls, tenant: Tenant, event_type: str, now_ms: int) -> Self:
-        """An event of nothing that ended, to try an endpoint with."""
+        """A sample event with which its owner tests an endpoint."""
         kind = "batch_" if event_type.startswith("batch.") else "resp_"
         at_s = now_ms // 1000
         event_id, sample = new_id(EVENT, now_ms), f"{kind}test"
         return cls(id=event_id, tenant=tenant, type=event_type, created_at=at_s, object_id=sample, once=True)
 
     def body(self) -> bytes:
-        """What is sent, byte for byte the same at every attempt."""
-        told = {
+        """The request body, byte for byte the same at every attempt."""
+        message = {
             "id": self.id,
             "object": "event",
             "type": self.type,
             "created_at": self.created_at,
             "data": {"id": self.object_id},
         }
-        return json.dumps(told, separators=(",", ":")).encode()
+        return json.dumps(message, separators=(",", ":")).encode()

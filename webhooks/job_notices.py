@@ -1,6 +1,7 @@
-"""Ends of background responses: notices on the queue's server become events in the store, then are forgotten there.
+"""Turn the notices of ended background responses, which the queue keeps, into webhook events in the file store.
 
-Whoever dies in between does it again: the same notice makes the same event.
+A notice is removed from the queue once its event is stored. After a crash in between, the same notice makes the same
+event again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from openai_api.response_jobs import ResponseStatus, response_id
 from queue_schemas import BadRequest, FinishedJob, InferqError, JobId, PersistedJob, State, Tenant
 from storage import ObjectStore
 from telemetry import get_logger
+from telemetry.threads import in_thread
 
-from .deliveries import Deliveries
-from .endpoints import Endpoint, Webhooks
+from .delivery_store import DeliveryStore
+from .endpoints import Endpoint, EndpointStore
 from .events import WebhookEvent
 from .metrics import NotifierMetrics
 
@@ -52,16 +54,16 @@ class QueuePort(Protocol):
     def output(self) -> OutputPort: ...
 
 
-class ResponseEnds:
+class ResponseNotices:
     """For one event loop."""
 
     def __init__(self, store: ObjectStore, metrics: NotifierMetrics) -> None:
-        self._webhooks = Webhooks(store)
-        self._deliveries = Deliveries(store)
+        self._endpoint_store = EndpointStore(store)
+        self._deliveries = DeliveryStore(store)
         self._metrics = metrics
-        self._known: dict[Tenant, list[Endpoint]] = {}
+        self._endpoints: dict[Tenant, list[Endpoint]] = {}
         self.fault = ""
-        """Why notices cannot be taken now; empty: they can."""
+        """Why notices cannot be taken now; empty if they can."""
 
     async def run(self, queue: Callable[[], QueuePort | None], every_s: float) -> None:
         """Take notices until cancelled; ``queue`` is None while it cannot be reached."""
@@ -74,47 +76,47 @@ class ResponseEnds:
                     self.fault = ""
                 except InferqError as error:
                     if error.message != self.fault:
-                        log.warning("response_ends_not_taken", error=error.message, then="they are tried again")
+                        log.warning("response_notices_not_taken", error=error.message, then="they are tried again")
                     self.fault = error.message
             if not taken:
                 await asyncio.sleep(every_s)
 
     async def take(self, queue: QueuePort) -> int:
-        """Make events of the notices there are, up to a bound; how many there were. Raises what the store and the queue
-        raise; what was not dealt with stays."""
+        """Make events of up to ``MAX_NOTICES`` notices; how many there were. Raises errors of the store and the queue;
+        notices without an event then stay."""
         notices = await queue.persisted_jobs.read_finished(MAX_NOTICES)
-        self._known.clear()  # what is read from now on has every endpoint that was there when one of these ended
-        dealt_with: list[str] = []
+        self._endpoints.clear()  # read again, so that it has every endpoint that existed when these jobs ended
+        handled: list[str] = []
         try:
             for notice in notices:
                 try:
                     await self._emit(queue, notice)
-                except BadRequest as error:  # it will be no better the next time, and others wait behind it
-                    log.warning("notice_passed_over", job_id=notice.job_id, tenant=notice.tenant, error=error.message)
-                dealt_with.append(notice.id)
+                except BadRequest as error:  # it would fail the next time too, and others wait behind it
+                    log.warning("notice_skipped", job_id=notice.job_id, tenant=notice.tenant, error=error.message)
+                handled.append(notice.id)
         finally:
-            if dealt_with:
-                await queue.persisted_jobs.acknowledge_finished(dealt_with)
+            if handled:
+                await queue.persisted_jobs.acknowledge_finished(handled)
         return len(notices)
 
     async def _emit(self, queue: QueuePort, notice: FinishedJob) -> None:
         if notice.notify != RESPONSE_WORD:
             log.debug("notice_of_another_kind", word=notice.notify, job_id=notice.job_id)
             return
-        endpoints = await self._endpoints(notice.tenant)
+        endpoints = await self._endpoints_of(notice.tenant)
         if not any(endpoint.active for endpoint in endpoints):
             return
         if notice.state is State.DONE and await queue.persisted_jobs.get(notice.job_id) is None:
-            log.debug("response_is_gone", job_id=notice.job_id)  # deleted: there is nothing left to look at
+            log.debug("response_is_gone", job_id=notice.job_id)  # deleted meanwhile: nobody could retrieve it
             return
         status = await queue.output.response_status(notice.job_id, notice.state)
         event = WebhookEvent.of(notice.tenant, f"response.{status}", response_id(notice.job_id), notice.at_ms // 1000)
         if not any(endpoint.wants(event.type) for endpoint in endpoints):
             return
-        if await asyncio.to_thread(self._deliveries.emit, event):
+        if await in_thread(lambda: self._deliveries.emit(event)):
             self._metrics.events.inc()
 
-    async def _endpoints(self, tenant: Tenant) -> list[Endpoint]:
-        if tenant not in self._known:
-            self._known[tenant] = await asyncio.to_thread(self._webhooks.of, tenant)
-        return self._known[tenant]
+    async def _endpoints_of(self, tenant: Tenant) -> list[Endpoint]:
+        if tenant not in self._endpoints:
+            self._endpoints[tenant] = await in_thread(lambda: self._endpoint_store.of(tenant))
+        return self._endpoints[tenant]

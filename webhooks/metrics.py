@@ -1,4 +1,4 @@
-"""The notifier's figures."""
+"""The notifier's Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from telemetry import MetricsRegistry
 
 
 class NotifierMetrics:
-    """What a notifier counts."""
+    """All metrics of a notifier."""
 
     def __init__(self, registry: MetricsRegistry) -> None:
         self._registry = registry
-        attempts = registry.counter(
-            "inferq_webhook_attempts_total", "Attempts to deliver webhooks by their result", ["result"]
-        )
+        attempts = registry.counter("inferq_webhook_attempts_total", "Delivery attempts, by result", ["result"])
         self.delivered = attempts.labels("delivered")
         self.failed = attempts.labels("failed")
         self.given_up = registry.counter(
-            "inferq_webhook_deliveries_given_up_total", "Webhooks that were given up after all their attempts"
+            "inferq_webhook_deliveries_given_up_total", "Deliveries given up after all their attempts"
         )
         self.disabled = registry.counter(
-            "inferq_webhook_endpoints_disabled_total", "Endpoints disabled: they answered 410, or took nothing for days"
+            "inferq_webhook_endpoints_disabled_total", "Endpoints disabled because they answered 410 or failed for days"
         )
-        self.events = registry.counter("inferq_webhook_events_total", "Ends of responses that were told to endpoints")
-        self.seconds = registry.histogram("inferq_webhook_attempt_seconds", "How long attempts took")
+        self.events = registry.counter(
+            "inferq_webhook_events_total", "Events of ended responses that were queued for endpoints"
+        )
+        self.seconds = registry.histogram("inferq_webhook_attempt_seconds", "Duration of attempts")
 
     def watch(
         self, *, pending: Callable[[], float], oldest_s: Callable[[], float], running: Callable[[], float]
     ) -> None:
-        """QueueStats that are read when somebody asks."""
-        self._registry.watch_gauge("inferq_webhook_deliveries_pending", "Webhooks not yet delivered", pending)
+        """Add gauges that are read when the metrics are scraped."""
+        self._registry.watch_gauge("inferq_webhook_deliveries_pending", "Deliveries that are not settled", pending)
         self._registry.watch_gauge(
-            "inferq_webhook_oldest_pending_seconds", "Age of the oldest event that is not yet delivered", oldest_s
+            "inferq_webhook_oldest_pending_seconds", "Age of the oldest event with a pending delivery", oldest_s
         )
-        self._registry.watch_gauge("inferq_webhook_attempts_running", "Attempts that run", running)
+        self._registry.watch_gauge("inferq_webhook_attempts_running", "Attempts that run now", running)

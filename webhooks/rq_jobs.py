@@ -1,7 +1,7 @@
-"""RQ's side of webhooks: rounds of deliveries on a queue of their own, one at a time whoever runs it.
+"""Delivery jobs of the notifier on RQ: one runs at a time, however many notifiers there are.
 
-A round begins what is due and does not wait for slow receivers. What is lost here is put back by the scan, which finds
-in the store what is due.
+A job starts the attempts that are due and does not wait for slow receivers. A job that is lost in Redis is replaced by
+the scan, which finds in the file store what is due.
 """
 
 from __future__ import annotations
@@ -9,118 +9,99 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
 
 import redis
 
-from broker.rq.queues import OwnJob, OwnQueue
-from queue_schemas import BrokerUnavailable, CannotStart, InferqError
+from broker.rq.handler import JobHandler
+from broker.rq.queues import RqJob, RqQueue
+from queue_schemas import InferqError
 from telemetry import get_logger
+from telemetry.threads import in_thread
 
 from .dispatcher import Dispatcher
 
 WEBHOOKS_QUEUE = "inferq-webhooks"
-ROUND_S = 2.0
-"""How long a round takes while there is more to do."""
+JOB_S = 2.0
+"""How long a job starts attempts while there are more."""
 _LOCK = "webhooks"
-_ROUND_LIMIT_S = 60.0
 
 log = get_logger(__name__)
 
+delivery_jobs = JobHandler(
+    "webhooks are sent by `inferq notifier` (python -m webhooks.service), not by `rq worker`", limit_s=60.0
+)
 
-class RqJob(OwnJob):
-    """One round."""
+
+def deliver() -> str:
+    """The function of a delivery job; what it did, for people. Blocks."""
+    return delivery_jobs.call()
+
+
+class DeliveryJob(RqJob):
+    """Starts the attempts that are due."""
 
     runs = "webhooks.rq_jobs.deliver"
 
 
-class RqJobQueue(OwnQueue):
-    """The rounds that wait: one at most, but for a race that does no harm."""
+class DeliveryQueue(RqQueue):
+    """The delivery jobs that wait: at most one, except after a harmless race."""
 
-    def __init__(self, connection: redis.Redis, lock_ms: int) -> None:
-        """``lock_ms`` from its beginning, a round counts as over."""
-        super().__init__(connection, WEBHOOKS_QUEUE, RqJob)
-        self._lock_ms = lock_ms
+    def __init__(self, connection: redis.Redis, lock_ttl_ms: int) -> None:
+        """A job whose process died counts as ended after ``lock_ttl_ms``."""
+        super().__init__(connection, WEBHOOKS_QUEUE, DeliveryJob)
+        self._lock_ms = lock_ttl_ms
 
     def put(self) -> None:
-        """Put a round on the queue, unless one waits there or runs."""
-        if not self.others_wait() and not self.locked(_LOCK):
+        """Enqueue a job, unless one waits or runs."""
+        if not self.waiting_count() and not self.is_locked(_LOCK):
             self.enqueue(f"webhooks-{time.time_ns()}", "deliver the webhooks that are due")
 
     def begin(self, token: str) -> bool:
-        """Begin a round, unless one runs."""
+        """Whether the job may run: no other does."""
         return self.lock(_LOCK, token, self._lock_ms)
 
     def end(self, token: str) -> None:
         self.unlock(_LOCK, token)
 
 
-class RqJobs:
-    """Runs rounds in an event loop, and puts the next one on the queue where there is more to do."""
+class DeliveryJobs:
+    """Runs delivery jobs on an event loop, and enqueues the next one while deliveries are due."""
 
-    def __init__(self, dispatcher: Dispatcher, queue: RqJobQueue) -> None:
+    def __init__(self, dispatcher: Dispatcher, queue: DeliveryQueue) -> None:
         self._dispatcher = dispatcher
         self._queue = queue
         self.fault = ""
-        """Why the last one could not be done; empty: it could."""
+        """Why the last job or scan failed; empty if it succeeded."""
 
     async def run(self) -> str:
-        """One round; what was done, for people. What fails here is tried again by the scan."""
+        """Run one job; what it did, for people. After a failure the scan tries again."""
         token = secrets.token_hex(8)
         try:
-            if not await asyncio.to_thread(self._queue.begin, token):
-                return "another round runs"
+            if not await in_thread(lambda: self._queue.begin(token)):
+                return "another delivery job runs"
             try:
-                begun = await self._dispatcher.deliver(ROUND_S)
+                started = await self._dispatcher.deliver(JOB_S)
             finally:
-                await asyncio.to_thread(self._queue.end, token)
+                await in_thread(lambda: self._queue.end(token))
             self.fault = ""
-            if self._dispatcher.due:
-                await asyncio.to_thread(self._queue.put)
+            if self._dispatcher.has_due:
+                await in_thread(self._queue.put)
         except InferqError as error:
             self.fault = error.message
-            log.warning("webhook_round_failed", error=error.message, then="the next scan tries again")
+            log.warning("webhook_job_failed", error=error.message, then="the next scan tries again")
             return error.message
-        return f"{begun} attempts begun"
+        return f"{started} attempts started"
 
     async def scan(self, every_s: float) -> None:
-        """Put a round on the queue whenever something is due, until cancelled."""
+        """Enqueue a job whenever a delivery is due, until cancelled."""
         while True:
             try:
-                await self._dispatcher.look()
-                if self._dispatcher.due:
-                    await asyncio.to_thread(self._queue.put)
+                await self._dispatcher.find_pending()
+                if self._dispatcher.has_due:
+                    await in_thread(self._queue.put)
                 self.fault = ""
             except InferqError as error:
                 if error.message != self.fault:
                     log.warning("webhook_scan_failed", error=error.message)
                 self.fault = error.message
             await asyncio.sleep(every_s)
-
-
-@dataclass(frozen=True, slots=True)
-class _Process:
-    rounds: RqJobs
-    loop: asyncio.AbstractEventLoop
-
-
-_process: list[_Process] = []
-
-
-def serve_rounds(rounds: RqJobs | None) -> None:
-    """From now on the jobs of this process run on ``rounds``, in the event loop that calls this; None: on none."""
-    _process[:] = [] if rounds is None else [_Process(rounds, asyncio.get_running_loop())]
-
-
-def deliver() -> str:
-    """One round. Blocks; for RQ's worker within `inferq notifier`."""
-    if not _process:
-        raise CannotStart("webhooks are sent by `inferq notifier` (python -m webhooks.service), not by `rq worker`")
-    process = _process[0]
-    running = asyncio.run_coroutine_threadsafe(process.rounds.run(), process.loop)
-    try:
-        return running.result(_ROUND_LIMIT_S)
-    except FutureTimeoutError:
-        running.cancel()
-        raise BrokerUnavailable(f"the round did not end within {_ROUND_LIMIT_S:g} s") from None

@@ -1,7 +1,7 @@
-"""One attempt to deliver a webhook over HTTP: to a checked address, over a connection of its own, within its time.
+"""Make one attempt to deliver a webhook: an HTTP POST to a checked address, on its own connection, within a time limit.
 
-The name is looked up once for each attempt, all its addresses must be allowed, and only they are connected to: a name
-that has another address a moment later (DNS rebinding) leads nowhere. No proxies, no redirects, no cookies.
+Each attempt resolves the host once, requires all its addresses to be allowed, and connects to these addresses only: DNS
+rebinding has no effect. No proxies, no redirects, no cookies.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from yarl import URL
 
 from queue_schemas import InferqError
 
-from .dns_lookups import Lookups
-from .urls import Address, Target, UrlRules, check_url
+from .core.url_rules import Address, Target, UrlRules, check_url
+from .dns_lookups import DnsLookups
 
 MAX_HEADER_BYTES = 8190
 USER_AGENT = f"inferq-webhooks/{version('inferq')}"
@@ -32,8 +32,9 @@ USER_AGENT = f"inferq-webhooks/{version('inferq')}"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of an attempt. ``status`` is None if no answer came, and ``error`` says why. Of an answer only its head
-    is read: the status is all that counts."""
+    """The result of an attempt. ``status`` is None if no answer came, and ``error`` says why. Only the head of an
+    answer
+    is read: its status decides."""
 
     took_ms: int
     status: int | None = None
@@ -41,20 +42,20 @@ class Answer:
     retry_after: str = ""
 
 
-class _Unfit(Exception):
-    """Not sent; the message says why."""
+class _NotSendable(Exception):
+    """The request was not sent; the message says why."""
 
 
 class Sender:
-    """For one event loop. ``limit_s`` bounds an attempt in all. ``tls`` is the context to verify receivers with, by
-    default that of the machine's certificates."""
+    """For one event loop. ``timeout_s`` bounds each attempt. ``tls`` verifies receivers, by default with the machine's
+    certificates."""
 
     def __init__(
-        self, rules: UrlRules, limit_s: float, *, lookups: Lookups | None = None, tls: ssl.SSLContext | None = None
+        self, rules: UrlRules, timeout_s: float, *, lookups: DnsLookups | None = None, tls: ssl.SSLContext | None = None
     ) -> None:
         self._rules = rules
-        self._limit_s = limit_s
-        self._lookups = lookups or Lookups()
+        self._timeout_s = timeout_s
+        self._lookups = lookups or DnsLookups()
         self._tls = tls or ssl.create_default_context()
 
     async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
@@ -62,33 +63,33 @@ class Sender:
         began = time.monotonic()
         status, error, retry_after = None, "", ""
         try:
-            async with asyncio.timeout(self._limit_s):
+            async with asyncio.timeout(self._timeout_s):
                 status, retry_after = await self._post(url, headers, body)
         except TimeoutError:
-            error = f"no answer within {self._limit_s:g} s"
-        except (aiohttp.ClientError, _Unfit, OSError, ssl.SSLError, InferqError) as failure:
+            error = f"no answer within {self._timeout_s:g} s"
+        except (aiohttp.ClientError, _NotSendable, OSError, ssl.SSLError, InferqError) as failure:
             error = _reason(failure)
         return Answer(round((time.monotonic() - began) * 1000), status, error, retry_after)
 
     async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, str]:
         target = check_url(url, self._rules)
         destination = URL(url, encoded=True)
-        # The raw host is what is written in the URL: the other one is turned back from its xn-- form.
+        # Compare the raw host: the other form is decoded from xn--.
         if (destination.raw_host or "").lower() != target.host or destination.port != target.port:
-            raise _Unfit("the URL's host is not clear")
+            raise _NotSendable("the URL's host is ambiguous")
         addresses = await self._addresses(target)
         connector = aiohttp.TCPConnector(
-            resolver=_Fixed(addresses),
+            resolver=_FixedResolver(addresses),
             use_dns_cache=False,
             force_close=True,
             ssl=self._tls,
-            socket_factory=lambda info: _guarded(info, target, self._rules),
+            socket_factory=lambda info: _checked_socket(info, target, self._rules),
         )
         async with (
             aiohttp.ClientSession(
                 connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=self._limit_s),
+                timeout=aiohttp.ClientTimeout(total=self._timeout_s),
                 trust_env=False,
                 auto_decompress=False,
                 max_line_size=MAX_HEADER_BYTES,
@@ -107,19 +108,19 @@ class Sender:
         literal = target.address
         found = [literal] if literal is not None else await self._lookup(target)
         if not found or not all(self._rules.allows(target.host, address) for address in found):
-            # Nothing of what was found: it may be a name of this network.
-            raise _Unfit("the host's address is not on the public internet")
+            # The addresses are not told: the name may be one of the operator's network.
+            raise _NotSendable("the host's address is not on the public internet")
         return found
 
     async def _lookup(self, target: Target) -> Sequence[Address]:
         try:
             return await self._lookups.addresses(target.host, target.port)
         except OSError as error:
-            raise _Unfit("the host's name cannot be looked up") from error
+            raise _NotSendable("the host's name cannot be resolved") from error
 
 
-class _Fixed(AbstractResolver):
-    """Answers with addresses that were found and checked before."""
+class _FixedResolver(AbstractResolver):
+    """Returns addresses that were resolved and checked before."""
 
     def __init__(self, addresses: Sequence[Address]) -> None:
         self._addresses = addresses
@@ -140,11 +141,11 @@ class _Fixed(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""
 
 
-def _guarded(info: aiohttp.AddrInfoType, target: Target, rules: UrlRules) -> socket.socket:
-    """The socket for a connection, made only if the very address it is to be connected to is allowed."""
+def _checked_socket(info: aiohttp.AddrInfoType, target: Target, rules: UrlRules) -> socket.socket:
+    """The socket for a connection. Raises ``OSError`` if its address is not allowed."""
     family, kind, protocol, _, address = info
     if not rules.allows(target.host, ipaddress.ip_address(str(address[0]).partition("%")[0])):
         raise OSError("the host's address is not on the public internet")
@@ -155,21 +156,21 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (aiohttp.ClientConnectorCertificateError, "its TLS certificate is not valid"),
     (aiohttp.ClientSSLError, "no TLS connection could be made"),
     (aiohttp.ServerDisconnectedError, "the connection was closed before an answer came"),
-    (aiohttp.ClientPayloadError, "what came is not an HTTP answer"),
-    (aiohttp.ClientResponseError, "what came is not an HTTP answer"),
+    (aiohttp.ClientPayloadError, "the reply is not an HTTP answer"),
+    (aiohttp.ClientResponseError, "the reply is not an HTTP answer"),
 )
 
 
 def _reason(error: Exception) -> str:
-    """Why there was no answer, in words for whoever owns the endpoint."""
+    """Why there was no answer, as a phrase for the endpoint's owner."""
     if isinstance(error, InferqError):
         return error.message
-    if isinstance(error, _Unfit):
+    if isinstance(error, _NotSendable):
         return str(error)
     for kind, words in _REASONS:
         if isinstance(error, kind):
             return words
     if isinstance(error, aiohttp.ClientConnectorError):
-        # By its number: its own words name the address, which is nobody's business.
+        # By its number: its message names the address, which the tenant must not learn.
         return f"no connection: {os.strerror(error.os_error.errno or errno.ECONNREFUSED).lower()}"
     return "the connection broke"

@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from broker import Broker, BrokerSettings
 from broker.queue_link import QueueLink
 from broker.rq.queues import rq_connection
-from broker.rq.thread import RqThread
-from queue_schemas import CannotStart, InferqError
+from broker.rq.worker import RqWorkerThread
+from queue_schemas import InferqError
 from storage import ObjectStore, StorageSettings
 from telemetry import (
     MetricsRegistry,
@@ -26,15 +26,15 @@ from telemetry import (
 from telemetry.flags import parse_settings
 from telemetry.http.asgi import health_app
 from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
+from telemetry.threads import in_thread
 
-from .delivery_store import CLAIM_MARGIN_MS
+from .claims import CLAIM_MARGIN_MS
 from .dispatcher import Dispatcher
-from .job_notices import ResponseEnds
+from .job_notices import ResponseNotices
 from .metrics import NotifierMetrics
-from .rq_jobs import ROUND_S, RqJobQueue, RqJobs, serve_rounds
+from .rq_jobs import JOB_S, DeliveryJobs, DeliveryQueue, delivery_jobs
 from .sender import Sender
-from .settings import NotifierSettings
-from .url_settings import WebhookSettings
+from .settings import NotifierSettings, WebhookSettings
 
 log = get_logger("webhooks.service")
 
@@ -47,9 +47,9 @@ async def serve(
     *,
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Run a notifier until ``stop`` is set, or without it until SIGTERM or SIGINT; attempts that run then end first.
+    """Run a notifier until ``stop`` is set, by default until SIGTERM or SIGINT; running attempts finish first.
 
-    Raises ``CannotStart`` if the settings cannot work. Redis need not be there; the store must.
+    Raises ``CannotStart`` if the settings cannot work. The file store must be available, Redis need not be.
     """
     if stop is None:
         with stop_on_signals() as signalled:
@@ -71,7 +71,7 @@ async def serve(
 
 
 class _Process:
-    """What runs in it: RQ's worker in a thread, the dispatcher, the scan, the link to the queue."""
+    """The parts of a notifier: RQ's worker in a thread, the dispatcher, the scan, the link to the queue."""
 
     def __init__(self, settings: NotifierSettings, store: ObjectStore, webhooks: WebhookSettings) -> None:
         self._settings = settings
@@ -79,10 +79,10 @@ class _Process:
         self._registry = MetricsRegistry("notifier")
         metrics = NotifierMetrics(self._registry)
         self._dispatcher = Dispatcher(
-            store, Sender(webhooks.rules, settings.attempt_limit_ms / 1000), settings, metrics
+            store, Sender(webhooks.rules, settings.attempt_timeout_ms / 1000), settings, metrics
         )
-        self._ends = ResponseEnds(store, metrics)
-        self._rounds: RqJobs | None = None
+        self._notices = ResponseNotices(store, metrics)
+        self._jobs: DeliveryJobs | None = None
         self._link = QueueLink(
             settings.manager_urls, settings.join_token.get_secret_value(), variable="INFERQ_NOTIFIER_MANAGER_URLS"
         )
@@ -93,56 +93,54 @@ class _Process:
         return health_app("inferq notifier", self._registry, self.reasons)
 
     def reasons(self) -> list[str]:
-        """Why webhooks are not sent, or ends of responses not heard of."""
+        """Why the notifier is not ready; empty if it is."""
         if self._stopping:
             return ["the notifier is shutting down"]
         found = [f"the queue cannot be reached: {self._link.why}"] if self._link.broker is None else []
-        found += [self._rounds.fault] if self._rounds is not None and self._rounds.fault else []
-        return found + ([self._ends.fault] if self._ends.fault else [])
+        found += [self._jobs.fault] if self._jobs is not None and self._jobs.fault else []
+        return found + ([self._notices.fault] if self._notices.fault else [])
 
     async def run(self, broker_settings: BrokerSettings, stop: asyncio.Event) -> None:
         """Until ``stop``."""
-        settings, every_s = self._settings, self._settings.scan_ms / 1000
-        await asyncio.to_thread(self._store.check)
-        queue = await self._link.address(broker_settings, stop)
-        if queue is None:
+        settings, every_s = self._settings, self._settings.scan_interval_ms / 1000
+        await in_thread(self._store.check)
+        queue_settings = await self._link.address(broker_settings, stop)
+        if queue_settings is None:
             return
-        round_queue = RqJobQueue(rq_connection(queue), settings.lock_ms)
-        rounds = self._rounds = RqJobs(self._dispatcher, round_queue)
-        worker = RqThread(round_queue.queue, rq_connection(queue), settings.notifier_id)
+        queue = DeliveryQueue(rq_connection(queue_settings), settings.lock_ttl_ms)
+        jobs = self._jobs = DeliveryJobs(self._dispatcher, queue)
+        worker = RqWorkerThread(queue.queue, rq_connection(queue_settings), settings.notifier_id)
         async with self._dispatcher.running(), asyncio.TaskGroup() as tasks:
-            serve_rounds(rounds)
-            running = [
-                tasks.create_task(self._link.keep(queue, self._registry, _connected), name="link"),
-                tasks.create_task(rounds.scan(every_s), name="scan"),
-                tasks.create_task(self._ends.run(lambda: self._link.broker, every_s), name="ends of responses"),
-                tasks.create_task(self._tidy(settings.tidy_ms / 1000), name="tidy"),
+            delivery_jobs.serve(jobs.run)
+            background = [
+                tasks.create_task(self._link.keep(queue_settings, self._registry, _connected), name="link"),
+                tasks.create_task(jobs.scan(every_s), name="scan"),
+                tasks.create_task(self._notices.run(lambda: self._link.broker, every_s), name="response notices"),
+                tasks.create_task(self._tidy(settings.tidy_interval_ms / 1000), name="tidy"),
             ]
-            worker.start()
-            stopped = tasks.create_task(stop.wait())
-            died = tasks.create_task(worker.ended.wait())
-            await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
-            self._stopping = True
-            self._dispatcher.stop()
-            await worker.end(ROUND_S + CLAIM_MARGIN_MS / 1000)
-            serve_rounds(None)
-            for task in (*running, stopped, died):
-                task.cancel()
-        if not stop.is_set():
-            raise CannotStart("RQ's worker ended; the log says why")
+            try:
+                await worker.run(stop, on_stop=self._stop, limit_s=JOB_S + CLAIM_MARGIN_MS / 1000)
+            finally:
+                delivery_jobs.serve(None)
+                for task in background:
+                    task.cancel()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._dispatcher.stop()
 
     async def _tidy(self, every_s: float) -> None:
-        """Now and then, until cancelled. Several notifiers may do so at once."""
+        """Tidy now and then, until cancelled. Several notifiers may do so at once."""
         while True:
             await asyncio.sleep(every_s)
             try:
                 await self._dispatcher.tidy()
             except InferqError as error:
-                log.warning("webhooks_not_tidied", error=error.message, again_in_s=every_s)
+                log.warning("webhooks_not_tidied", error=error.message, retry_in_s=every_s)
 
 
 def _connected(_: Broker) -> None:
-    """The link has it: nobody else needs to be told."""
+    """The link holds the broker, and no other part needs it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,7 @@ from queue_schemas import CannotStart
 from router.settings import RouterSettings
 from storage import StorageSettings
 from telemetry import RoleSettings, SettingFact, TelemetrySettings, explain_settings
-from webhooks.settings import NotifierSettings
-from webhooks.url_settings import WebhookSettings
+from webhooks.settings import NotifierSettings, WebhookSettings
 from worker.settings import WorkerSettings
 
 TABLES: dict[str, type[RoleSettings]] = {

@@ -17,7 +17,7 @@ from queue_schemas import RAY_MANAGER
 from router.settings import RouterSettings
 from storage import StorageSettings
 from telemetry import RoleSettings, TelemetrySettings
-from webhooks.url_settings import WebhookSettings
+from webhooks.settings import WebhookSettings
 
 from .settings import RaySettings
 

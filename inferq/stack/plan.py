@@ -160,7 +160,7 @@ def _services(data_dir: Path, free_port: Callable[[], int]) -> tuple[RoleSpec, .
     batches, webhooks = BatchSettings.load(), NotifierSettings.load()
     return (
         _service("batcher", "batches.service", batches, batches.shutdown_limit_ms, data_dir, free_port),
-        _service("notifier", "webhooks.service", webhooks, webhooks.attempt_limit_ms, data_dir, free_port),
+        _service("notifier", "webhooks.service", webhooks, webhooks.attempt_timeout_ms, data_dir, free_port),
     )
 
 

@@ -61,7 +61,7 @@ def webhook_routes(state: RouterState) -> APIRouter:
     store, rules = state.store, state.webhook_settings.rules
     tests: Counter[Tenant] = Counter()
     idempotency = Idempotency(store.requests, state.settings.keep_answers_ms)
-    context = WebhookService(store.webhooks, store.deliveries, state.webhook_settings.tenant_endpoints, idempotency)
+    context = WebhookService(store.webhooks, store.deliveries, state.webhook_settings.max_tenant_endpoints, idempotency)
 
     @routes.post(
         _ALL,
@@ -186,7 +186,7 @@ async def _tested(state: RouterState, key: DeliveryKey) -> int:
             while not (found := await state.store.run(lambda: deliveries.state(key))).settled:  # noqa: ASYNC110
                 await asyncio.sleep(_TEST_EVERY_S)
     except TimeoutError:
-        await state.store.run(lambda: deliveries.drop(key))
+        await state.store.run(lambda: deliveries.delete(key))
         raise NoNotifier(
             f"nothing sent the test within {_TEST_LIMIT_S:g} s: is an `inferq notifier` running, with this file store?",
             retry_after_s=5,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from queue_schemas import BadRequest
+from webhooks.core.url_rules import UrlRules, check_url
 from webhooks.events import ALL_EVENTS, EVENT_TYPES
-from webhooks.urls import UrlRules, check_url
 
 from ..http.rules import json_type, read_object
 

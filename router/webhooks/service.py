@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from queue_schemas import Conflict, NotFound, OverCapacity, Tenant
-from storage import new_endpoint_id
 from telemetry import get_logger
-from webhooks.deliveries import Deliveries, Delivery, DeliveryKey
-from webhooks.endpoints import Endpoint, EndpointRecord, Secrets, Webhooks
+from webhooks.deliveries import Delivery, DeliveryKey
+from webhooks.delivery_store import DeliveryStore
+from webhooks.endpoints import Endpoint, EndpointRecord, EndpointStore, Secrets, new_endpoint_id
 from webhooks.events import WebhookEvent
 
 from ..idempotency import Claim, Idempotency, Sent
@@ -20,7 +20,7 @@ class WebhookService:
     raise ``NotFound`` for what is none of the tenant's."""
 
     def __init__(
-        self, webhooks: Webhooks, deliveries: Deliveries, max_endpoints: int, idempotency: Idempotency
+        self, webhooks: EndpointStore, deliveries: DeliveryStore, max_endpoints: int, idempotency: Idempotency
     ) -> None:
         self._idempotency = idempotency
         self._webhooks = webhooks
@@ -141,5 +141,5 @@ class WebhookService:
             if sent.key:
                 self._idempotency.release(claim)
             raise Conflict('the endpoint is disabled: enable it with {"enabled": true} first')
-        self._deliveries.ask(key, event)
+        self._deliveries.add(key, event)
         return key

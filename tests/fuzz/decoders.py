@@ -24,7 +24,7 @@ from router.inference.attempt_merger import AttemptMerger
 from router.inference.request_fields import read_fields
 from router.responses.request import as_chat
 from router.webhooks.rules import read_new_endpoint
-from webhooks.urls import UrlRules, check_url, is_public
+from webhooks.core.url_rules import UrlRules, check_url, is_public
 
 from .mutations import Json, Mutator
 

@@ -76,7 +76,13 @@ async def run(folder: Path, lines: int, *, kill: bool, workers: int) -> Outcome:
     shelf = Shelf(folder / "store")
     try:
         async with Fleet(folder, server) as fleet:
-            flags = {"scan_ms": 1_000, "step_ms": 2_000, "shared_step_ms": 500, "chunk_lines": 500, "chunk_ms": 30_000}
+            flags = {
+                "scan_interval_ms": 1_000,
+                "step_ms": 2_000,
+                "shared_step_ms": 500,
+                "chunk_lines": 500,
+                "chunk_ms": 30_000,
+            }
             batcher = await add_batcher(
                 fleet, shelf, max_lines=10**8, storage_batch_input_bytes=10**12, **flags
             ).start()

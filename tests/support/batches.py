@@ -29,17 +29,17 @@ ACME = Tenant("acme")
 ENDPOINT = "/v1/chat/completions"
 
 _BATCHER = {
-    "scan_ms": 100,
+    "scan_interval_ms": 100,
     "step_ms": 500,
     "shared_step_ms": 100,
-    "lock_ms": 1_500,
+    "lock_ttl_ms": 1_500,
     "chunk_lines": 100,
     "chunk_ms": 1_000,
     "cancel_grace_ms": 300,
     "model_wait_ms": 10_000,
-    "silence_ms": 3_000,
-    "retry_ms": 50,
-    "max_retry_ms": 500,
+    "resend_after_ms": 3_000,
+    "retry_backoff_ms": 50,
+    "max_retry_backoff_ms": 500,
 }
 """Settings in tests, as flags; a test may give others."""
 

@@ -6,18 +6,18 @@ import time
 from pathlib import Path
 
 from queue_schemas import Tenant
-from storage import ObjectStore, StorageSettings, new_endpoint_id
-from webhooks.deliveries import Deliveries
-from webhooks.endpoints import EndpointRecord, Secrets, Webhooks
+from storage import ObjectStore, StorageSettings
+from webhooks.delivery_store import DeliveryStore
+from webhooks.endpoints import EndpointRecord, EndpointStore, Secrets, new_endpoint_id
 from webhooks.events import WebhookEvent
 
 from .fleet import Fleet, Role
 
 ACME = Tenant("acme")
 _NOTIFIER = {
-    "scan_ms": 50,
-    "attempt_limit_ms": 1_000,
-    "lock_ms": 3_000,
+    "scan_interval_ms": 50,
+    "attempt_timeout_ms": 1_000,
+    "lock_ttl_ms": 3_000,
     "webhooks_allow_http": True,
     "webhooks_allow_private": "127.0.0.0/8",
 }
@@ -30,8 +30,8 @@ class Rack:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.store = ObjectStore.open(StorageSettings(url=str(folder)))
-        self.webhooks = Webhooks(self.store)
-        self.deliveries = Deliveries(self.store)
+        self.webhooks = EndpointStore(self.store)
+        self.deliveries = DeliveryStore(self.store)
 
     def endpoint(self, url: str, *, tenant: Tenant = ACME) -> str:
         """An endpoint for all events; its id."""

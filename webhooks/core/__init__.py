@@ -1,8 +1,8 @@
-"""What is decided about webhooks without touching the world: signatures, when to send again, what is sent next."""
+"""Decisions about webhooks, without I/O: which URLs are allowed, what is sent next, when to retry, how to sign."""
 
 from __future__ import annotations
 
-from .fair_order import Limits, next_turns
+from .fair_order import Limits, choose_next
 from .progress import begin, conclude, give_up
 from .schedule import WAITS_S, max_tries, wait_s
 from .signing import signed_headers
@@ -11,10 +11,10 @@ __all__ = [
     "WAITS_S",
     "Limits",
     "begin",
+    "choose_next",
     "conclude",
     "give_up",
     "max_tries",
-    "next_turns",
     "signed_headers",
     "wait_s",
 ]

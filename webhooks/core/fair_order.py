@@ -1,4 +1,4 @@
-"""Whose turn it is: what is due longest goes first, and no endpoint and no tenant takes all the room."""
+"""Choose which due deliveries to attempt next: the longest due first, within limits for each endpoint and tenant."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ..deliveries import DeliveryKey
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Most attempts at once."""
+    """Maximum concurrent attempts."""
 
     endpoint: int
     tenant: int
     all: int
 
 
-def next_turns(
+def choose_next(
     next_at_ms: Mapping[DeliveryKey, int], running: Collection[DeliveryKey], now_ms: int, limits: Limits
 ) -> list[DeliveryKey]:
-    """Which of the pending deliveries, given oldest first, to begin now, beside those that run."""
+    """The pending deliveries (``next_at_ms``, oldest first) to attempt now, in addition to those that run."""
     endpoints = Counter((key.tenant, key.endpoint_id) for key in running)
     tenants = Counter(key.tenant for key in running)
     due = [key for key, at_ms in next_at_ms.items() if at_ms <= now_ms and key not in running]
-    due.sort(key=next_at_ms.__getitem__)  # of one time, as they are given
+    due.sort(key=next_at_ms.__getitem__)  # stable: the oldest first among equals
     chosen: list[DeliveryKey] = []
     for key in due:
         if len(running) + len(chosen) >= limits.all:

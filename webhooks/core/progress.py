@@ -1,4 +1,5 @@
-"""What an attempt makes of a delivery. What is begun is written down first: a crash costs an attempt, no event."""
+"""How an attempt changes a delivery's state. Beginnings are recorded first: a crash costs an attempt, never an
+event."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ from http import HTTPStatus
 from ..deliveries import Attempt, DeliveryState, Outcome
 from .schedule import max_tries, wait_s
 
-KEPT_ATTEMPTS = 20
+MAX_ATTEMPT_RECORDS = 20
 
 
 def begin(state: DeliveryState, now_ms: int, limit_ms: int) -> DeliveryState:
-    """An attempt begins. ``limit_ms`` from now it is over, whatever became of it: from then on it may be sent again.
+    """An attempt begins. It counts as ended after ``limit_ms``; then the next one may begin.
 
-    Later than that if attempts before were cut short, too: what kills its sender must not do so again and again.
+    After attempts that were cut short the wait is longer: a delivery that crashes its sender must not do so in a loop.
     """
     cut_short = state.tries - len(state.attempts)
     wait = wait_s(cut_short, 0.0) if cut_short > 0 else 0.0
@@ -24,8 +25,8 @@ def begin(state: DeliveryState, now_ms: int, limit_ms: int) -> DeliveryState:
 def conclude(
     state: DeliveryState, attempt: Attempt, *, once: bool, draw: float, asked_s: float | None = None
 ) -> DeliveryState:
-    """The attempt that was begun last is over. ``draw`` and ``asked_s`` as in :func:`wait_s`."""
-    attempts = (*state.attempts, attempt)[-KEPT_ATTEMPTS:]
+    """The latest attempt has ended. ``draw`` and ``asked_s`` as in :func:`wait_s`."""
+    attempts = (*state.attempts, attempt)[-MAX_ATTEMPT_RECORDS:]
     done = state.model_copy(update={"attempts": attempts})
     if attempt.status is not None and 200 <= attempt.status < 300:
         return done.model_copy(update={"outcome": Outcome.DELIVERED})
@@ -36,6 +37,6 @@ def conclude(
 
 
 def give_up(state: DeliveryState, why: Attempt | None = None) -> DeliveryState:
-    """Nothing more is sent; ``why`` is noted as an attempt that was not made."""
-    attempts = state.attempts if why is None else (*state.attempts, why)[-KEPT_ATTEMPTS:]
+    """Stop attempting; ``why`` is recorded as an attempt that was not made."""
+    attempts = state.attempts if why is None else (*state.attempts, why)[-MAX_ATTEMPT_RECORDS:]
     return state.model_copy(update={"outcome": Outcome.GIVEN_UP, "attempts": attempts})

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 
 def signed_headers(event_id: str, at_s: int, body: bytes, keys: Sequence[bytes]) -> dict[str, str]:
-    """The three headers that let a receiver check ``body``: one signature for each of ``keys``, any of which will do.
+    """The three headers with which a receiver verifies ``body``: one signature for each of ``keys``, any of which is
+    valid.
 
-    ``at_s`` is the Unix time of this attempt: receivers refuse what is older than some minutes.
+    ``at_s`` is the Unix time of this attempt: receivers reject signatures that are older than some minutes.
     """
     signed = b"%s.%d.%s" % (event_id.encode(), at_s, body)
     signatures = (base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode() for key in keys)

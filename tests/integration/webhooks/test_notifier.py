@@ -50,7 +50,7 @@ async def test_a_notifier_that_is_killed_loses_no_event(tmp_path: Path, valkey: 
     async with Fleet(tmp_path, valkey) as fleet, receiving(answer) as receiver:
         endpoint_id = rack.endpoint(receiver.url)
         quick = [rack.emit(f"quick_{number}") for number in range(5)]
-        first = add_notifier(fleet, rack.folder, attempt_limit_ms=2_500)
+        first = add_notifier(fleet, rack.folder, attempt_timeout_ms=2_500)
         first.process.start()
         await eventually(
             lambda: rack.outcomes(endpoint_id) == ["delivered"] * 5, "what is answered is done", limit_s=20
@@ -74,7 +74,7 @@ async def test_two_notifiers_send_nothing_twice(tmp_path: Path, valkey: Server) 
     async with Fleet(tmp_path, valkey) as fleet, receiving() as receiver:
         endpoint_id = rack.endpoint(receiver.url)
         for name in ("notifier-1", "notifier-2"):
-            add_notifier(fleet, rack.folder, name, scan_ms=20, attempt_limit_ms=10_000).process.start()
+            add_notifier(fleet, rack.folder, name, scan_interval_ms=20, attempt_timeout_ms=10_000).process.start()
         ids = [rack.emit(f"batch_{number}") for number in range(20)]
         await eventually(lambda: rack.outcomes(endpoint_id) == ["delivered"] * 20, "all is delivered", limit_s=20)
     assert sorted(receiver.ids) == sorted(ids)

@@ -17,9 +17,9 @@ from batches import BatchSettings
 from batches.batcher import Batcher
 from batches.context import BatchContext
 from batches.metrics import BatchMetrics
+from batches.rq_jobs import StepQueue
 from batches.sweep import Sweep
 from broker import Broker
-from broker.rq.queues import StepQueue
 from queue_schemas import END, HEAD, Frame, Lease, Outcome, Pool, Tenant
 from storage import Batch
 from tests.support.batches import ACME, Shelf
@@ -41,7 +41,7 @@ class Scene:
         self.shelf = Shelf(folder)
         self.server = fakeredis.FakeServer()
         self.now = 2_000_000_000.0
-        usual: dict[str, Any] = {"step_ms": 10, "shared_step_ms": 10, "retry_ms": 10, "cancel_grace_ms": 0}
+        usual: dict[str, Any] = {"step_ms": 10, "shared_step_ms": 10, "retry_backoff_ms": 10, "cancel_grace_ms": 0}
         self.settings = BatchSettings.load(**(usual | dict(settings)))
         self.broker = Broker.over(self.client(), retry_limit_ms=200)
         self.worker = Puller(self.broker)

@@ -8,18 +8,9 @@ import pytest
 
 from batches.end_events import batch_ended
 from queue_schemas import Tenant
-from storage import (
-    BATCH_ENDED,
-    Batch,
-    BatchProgress,
-    BatchRequest,
-    BatchStatus,
-    ObjectStore,
-    StorageSettings,
-    new_endpoint_id,
-)
-from webhooks.deliveries import Deliveries
-from webhooks.endpoints import EndpointRecord, Secrets, Webhooks
+from storage import BATCH_ENDED, Batch, BatchProgress, BatchRequest, BatchStatus, ObjectStore, StorageSettings
+from webhooks.delivery_store import DeliveryStore
+from webhooks.endpoints import EndpointRecord, EndpointStore, Secrets, new_endpoint_id
 from webhooks.events import EVENT_TYPES
 
 ACME = Tenant("acme")
@@ -32,7 +23,7 @@ def test_a_batch_that_ended_is_one_event(tmp_path: Path, status: BatchStatus) ->
     record = EndpointRecord(
         id=new_endpoint_id(1), tenant=ACME, url="u", events=("*",), created_at=1, updated_at=1, enabled_at_ms=1
     )
-    Webhooks(store).create(record, Secrets.fresh(1))
+    EndpointStore(store).create(record, Secrets.fresh(1))
     request = BatchRequest(
         id="batch_" + "0" * 32,
         tenant=ACME,
@@ -45,8 +36,8 @@ def test_a_batch_that_ended_is_one_event(tmp_path: Path, status: BatchStatus) ->
     batch = Batch(request, BatchProgress(status=status, stamps={f"{status}_at": 7}), None)
     batch_ended(store, batch)
     batch_ended(store, batch)
-    (key,) = Deliveries(store).pending()
-    event = Deliveries(store).event(key)
+    (key,) = DeliveryStore(store).pending()
+    event = DeliveryStore(store).event(key)
     assert event is not None
     assert (event.type, event.object_id, event.created_at) == (f"batch.{status}", request.id, 7)
     assert event.type in EVENT_TYPES

@@ -11,8 +11,8 @@ import redis
 
 from batches import BatchSettings
 from batches.batcher import step_limit_ms
+from batches.rq_jobs import StepJob, StepQueue
 from batches.sweep import STRAY_MS
-from broker.rq.queues import StepJob, StepQueue
 from queue_schemas import BrokerUnavailable
 from storage import Batches, BatchStatus
 from tests.support.batches import ACME, line
@@ -34,7 +34,7 @@ async def test_a_new_batch_is_given_its_first_step_once(scene: Scene) -> None:
     (job_id,) = scene.steps.queue.get_job_ids()
     job = scene.steps.queue.fetch_job(job_id)
     assert job is not None
-    assert (job.func_name, job.args) == ("batches.steps.advance", [ACME, batch_id])
+    assert (job.func_name, job.args) == ("batches.rq_jobs.advance", [ACME, batch_id])
     assert job.description == f"next step ({batch_id} of acme)"
 
 
@@ -71,7 +71,7 @@ async def test_only_one_step_of_a_batch_runs_at_a_time(scene: Scene) -> None:
     scene.steps.unlock(batch_id, "token")
     await scene.batcher.advance(ACME, batch_id)
     assert scene.steps.waiting() == {batch_id}
-    assert scene.steps.held([batch_id]) == set()
+    assert scene.steps.busy([batch_id]) == set()
 
 
 async def test_a_step_that_fails_is_tried_later_and_later(scene: Scene) -> None:
@@ -84,7 +84,7 @@ async def test_a_step_that_fails_is_tried_later_and_later(scene: Scene) -> None:
         await scene.step(batch_id)
         pauses.append(scene.steps.connection.pttl(f"rq:inferq:pause:{batch_id}"))
     assert scene.batcher.stalled.startswith("the queue cannot be reached")
-    assert pauses[0] <= 10 < pauses[3] <= 80 < pauses[-1] <= scene.settings.max_retry_ms
+    assert pauses[0] <= 10 < pauses[3] <= 80 < pauses[-1] <= scene.settings.max_retry_backoff_ms
     assert scene.steps.waiting() == set()
     scene.context.broker = scene.broker
     batch = await scene.end(batch_id)
@@ -132,7 +132,7 @@ def test_a_redis_user_without_the_rights_is_told_what_to_do(monkeypatch: pytest.
 
     monkeypatch.setattr(connection, "exists", refuse)
     with pytest.raises(BrokerUnavailable, match=r"a Redis user of their own, see docs/topologies\.md"):
-        StepQueue(connection).locked("batch_1")
+        StepQueue(connection).is_locked("batch_1")
 
 
 async def test_a_damaged_record_keeps_nothing_from_other_batches(scene: Scene) -> None:
@@ -166,7 +166,7 @@ async def test_batches_that_wait_for_answers_rest(scene: Scene) -> None:
     scene.steps.put(ACME, second, "next step", 1)
     await scene.batcher.advance(ACME, first)
     assert scene.steps.waiting() == {second}
-    assert scene.steps.held([first]) == {first}
+    assert scene.steps.busy([first]) == {first}
     assert (await scene.end(first)).progress.completed == 1
 
 

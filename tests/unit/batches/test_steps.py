@@ -24,7 +24,7 @@ from .scene import ACME, Scene, opened
 
 @pytest.fixture
 async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
-    async with opened(tmp_path, window_lines=8, chunk_lines=5, part_bytes=2_000) as scene:
+    async with opened(tmp_path, window_lines=8, chunk_lines=5, min_part_bytes=2_000) as scene:
         yield scene
 
 
@@ -116,7 +116,7 @@ async def test_an_engine_that_is_too_busy_costs_no_line(scene: Scene) -> None:
 
 async def test_an_engine_that_stays_too_busy_is_believed(tmp_path: Path) -> None:
     """After all its tries a line has that answer, in the error file."""
-    async with opened(tmp_path, busy_tries=3, busy_ms=10) as scene:
+    async with opened(tmp_path, max_busy_tries=3, busy_backoff_ms=10) as scene:
         batch_id, asked = scene.submit(lines(2)), [0]
 
         def engine(_: dict[str, Any]) -> tuple[int, Any]:

@@ -49,9 +49,9 @@ async def test_leftovers_are_looked_for_once_an_hour(tmp_path: Path) -> None:
 
 
 async def test_an_ended_batch_goes_when_its_time_is_over_and_its_files_stay(tmp_path: Path) -> None:
-    """[G11] After ``keep_batches_s`` its record is gone from the list and the store; the files have times of their own.
+    """[G11] After ``keep_ended_s`` its record is gone from the list and the store; the files have times of their own.
     Zero keeps all."""
-    async with opened(tmp_path, keep_batches_s=3_600) as scene:
+    async with opened(tmp_path, keep_ended_s=3_600) as scene:
         batch = await scene.end(scene.submit([line(1)]))
         upkeep = Upkeep(scene.context)
         scene.now += 3_000
@@ -59,7 +59,7 @@ async def test_an_ended_batch_goes_when_its_time_is_over_and_its_files_stay(tmp_
         assert scene.context.batches.page(ACME)[0] == [batch]
         scene.now += 1_000
         kept = scene.context.settings
-        scene.context.settings = kept.model_copy(update={"keep_batches_s": 0})
+        scene.context.settings = kept.model_copy(update={"keep_ended_s": 0})
         upkeep.once()
         assert scene.context.batches.page(ACME)[0] == [batch]
         scene.context.settings = kept

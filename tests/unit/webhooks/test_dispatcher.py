@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 
 from queue_schemas import StoreUnavailable, Tenant
-from storage import ObjectStore, StorageSettings, new_endpoint_id
+from storage import ObjectStore, StorageSettings
 from telemetry import MetricsRegistry, render_metrics
 from tests.support.receiver import HANG, Received, receiving, status
 from tests.support.waiting import eventually
 from webhooks.core import max_tries
-from webhooks.deliveries import Deliveries, DeliveryKey, DeliveryState
+from webhooks.core.url_rules import UrlRules
+from webhooks.deliveries import DeliveryKey, DeliveryState
+from webhooks.delivery_store import DeliveryStore
 from webhooks.dispatcher import Dispatcher
-from webhooks.endpoints import Disabled, EndpointRecord, Secrets, Webhooks
+from webhooks.endpoints import Disabled, EndpointRecord, EndpointStore, Secrets, new_endpoint_id
 from webhooks.events import WebhookEvent
 from webhooks.metrics import NotifierMetrics
 from webhooks.sender import Sender
 from webhooks.settings import NotifierSettings
-from webhooks.urls import UrlRules
 
 ALICE = Tenant("alice")
-SETTINGS = NotifierSettings(attempt_limit_ms=400, scan_ms=20, endpoint_pending=3, keep_deliveries=2)
+SETTINGS = NotifierSettings(attempt_timeout_ms=400, scan_interval_ms=20, max_endpoint_pending=3, keep_deliveries=2)
 
 
 class Bench:
@@ -32,13 +33,13 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.store = ObjectStore.open(StorageSettings(url=str(folder)))
-        self.webhooks, self.deliveries = Webhooks(self.store), Deliveries(self.store)
+        self.webhooks, self.deliveries = EndpointStore(self.store), DeliveryStore(self.store)
         self.now_s = 1_000.0
         self.metrics = MetricsRegistry("notifier")
         self.dispatcher = self.another(self.metrics)
 
     def another(self, metrics: MetricsRegistry | None = None, settings: NotifierSettings = SETTINGS) -> Dispatcher:
-        sender = Sender(UrlRules.allowing(["127.0.0.0/8"], allow_http=True), settings.attempt_limit_ms / 1000)
+        sender = Sender(UrlRules.allowing(["127.0.0.0/8"], allow_http=True), settings.attempt_timeout_ms / 1000)
         figures = NotifierMetrics(metrics or MetricsRegistry("notifier"))
         return Dispatcher(self.store, sender, settings, figures, now_s=lambda: self.now_s)
 
@@ -120,7 +121,7 @@ async def test_gone_disables_the_endpoint(bench: Bench) -> None:
         bench.emit("batch_1")
         await bench.dispatcher.deliver(1.0)
         late = WebhookEvent.of(ALICE, "batch.failed", "batch_2", 1)
-        bench.deliveries.ask(DeliveryKey(ALICE, endpoint_id, late.id), late)
+        bench.deliveries.add(DeliveryKey(ALICE, endpoint_id, late.id), late)
         await bench.dispatcher.deliver(1.0)
     found = bench.webhooks.get(ALICE, endpoint_id)
     assert found is not None
@@ -139,7 +140,7 @@ async def test_an_endpoint_that_takes_nothing_for_days_is_disabled(bench: Bench)
         async def sample() -> bool:
             """Whether the endpoint is enabled behind an attempt that is the only one of its delivery."""
             event = WebhookEvent.sample(ALICE, "batch.completed", int(bench.now_s * 1000))
-            bench.deliveries.ask(DeliveryKey(ALICE, endpoint_id, event.id), event)
+            bench.deliveries.add(DeliveryKey(ALICE, endpoint_id, event.id), event)
             await bench.dispatcher.deliver(1.0)
             found = bench.webhooks.get(ALICE, endpoint_id)
             return found is not None and found.active
@@ -157,7 +158,7 @@ async def test_an_endpoint_that_takes_nothing_for_days_is_disabled(bench: Bench)
         found = bench.webhooks.get(ALICE, endpoint_id)
         assert found is not None
         assert found.disabled is not None
-        assert found.disabled.reason == "it took nothing for 5 days"
+        assert found.disabled.reason == "every delivery failed for 5 days"
         bench.now_s += 86_400
         bench.webhooks.update(found.record.model_copy(update={"enabled_at_ms": int(bench.now_s * 1000)}))
         assert await sample()
@@ -165,7 +166,7 @@ async def test_an_endpoint_that_takes_nothing_for_days_is_disabled(bench: Bench)
 
 async def test_a_hanging_endpoint_holds_up_nobody(bench: Bench) -> None:
     """Its attempts run on behind the call; those of others, and of later calls, are done meanwhile."""
-    dispatcher = bench.another(settings=SETTINGS.model_copy(update={"attempt_limit_ms": 30_000}))
+    dispatcher = bench.another(settings=SETTINGS.model_copy(update={"attempt_timeout_ms": 30_000}))
     async with receiving(lambda _: HANG) as slow, receiving() as quick, dispatcher.running():
         bench.endpoint(slow.url, Tenant("bob"))
         bench.endpoint(quick.url)
@@ -177,7 +178,7 @@ async def test_a_hanging_endpoint_holds_up_nobody(bench: Bench) -> None:
             while len(receiver_ids := quick.ids) < 30:
                 await dispatcher.deliver(0.05)
         assert sorted(receiver_ids) == sorted(ids)
-        assert slow.connections == SETTINGS.endpoint_attempts
+        assert slow.connections == SETTINGS.endpoint_concurrency
         for task in dispatcher._running.values():
             task.cancel()
 
@@ -215,7 +216,7 @@ async def test_what_breaks_every_attempt_comes_to_an_end(bench: Bench, monkeypat
         endpoint_id = bench.endpoint("http://127.0.0.1:9/")
         bench.emit()
         (key,) = bench.deliveries.pending()
-        bench.deliveries.advance(key, DeliveryState(tries=max_tries(once=False) - 2))
+        bench.deliveries.set_state(key, DeliveryState(tries=max_tries(once=False) - 2))
         for _ in range(5):
             await bench.dispatcher.deliver(1.0)
             bench.now_s += 8 * 3600 + 60
@@ -227,14 +228,14 @@ async def test_a_store_that_fails_at_the_wrong_moment_loses_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The result of an attempt cannot be written down: the event is sent again once its claim has ended."""
-    advance, fail = Deliveries.advance, []
+    advance, fail = DeliveryStore.set_state, []
 
-    def failing(self: Deliveries, key: DeliveryKey, state: object) -> None:
+    def failing(self: DeliveryStore, key: DeliveryKey, state: object) -> None:
         if fail and fail.pop():
             raise StoreUnavailable("as ordered")
         advance(self, key, state)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Deliveries, "advance", failing)
+    monkeypatch.setattr(DeliveryStore, "set_state", failing)
     async with receiving() as receiver, bench.dispatcher.running():
         endpoint_id = bench.endpoint(receiver.url)
         bench.emit()
@@ -252,7 +253,7 @@ async def test_a_damaged_record_keeps_no_other_from_its_turn(bench: Bench) -> No
     async with receiving() as receiver, bench.dispatcher.running():
         endpoint_id = bench.endpoint(receiver.url)
         damaged, whole = bench.emit("batch_1"), bench.emit("batch_2")
-        bench.store.put(f"{Webhooks.name(ALICE, endpoint_id, 'deliveries')}/{damaged}/state", b"{")
+        bench.store.put(f"{EndpointStore.name(ALICE, endpoint_id, 'deliveries')}/{damaged}/state", b"{")
         bench.store.put("sending/stray", b"")
         await bench.dispatcher.deliver(1.0)
     assert receiver.ids == [whole]
@@ -277,7 +278,7 @@ async def test_a_deleted_endpoint_gets_nothing_more_and_leaves_nothing(bench: Be
         assert bench.webhooks.get(ALICE, during) is None
         bench.now_s += 7_200
         await bench.dispatcher.tidy()
-    assert list(bench.webhooks.everyone()) == []
+    assert list(bench.webhooks.all_ids()) == []
 
 
 async def test_too_much_for_one_endpoint_is_given_up_and_logs_are_trimmed(bench: Bench) -> None:

@@ -10,9 +10,10 @@ import fsspec
 import pytest
 
 from queue_schemas import StoreUnavailable, Tenant
-from storage import ObjectStore, StorageSettings, new_endpoint_id
-from webhooks.deliveries import Attempt, Deliveries, DeliveryKey, DeliveryState, Outcome
-from webhooks.endpoints import Disabled, EndpointRecord, Secrets, Webhooks
+from storage import ObjectStore, StorageSettings
+from webhooks.deliveries import Attempt, DeliveryKey, DeliveryState, Outcome
+from webhooks.delivery_store import DeliveryStore
+from webhooks.endpoints import Disabled, EndpointRecord, EndpointStore, Secrets, new_endpoint_id
 from webhooks.events import WebhookEvent
 
 ALICE, BOB = Tenant("a~li/ce %2e"), Tenant("bob")
@@ -37,7 +38,7 @@ def endpoint(store: ObjectStore, tenant: Tenant, *events: str, now_ms: int = 1_0
         updated_at=1,
         enabled_at_ms=now_ms,
     )
-    Webhooks(store).create(record, Secrets.fresh(now_ms))
+    EndpointStore(store).create(record, Secrets.fresh(now_ms))
     return record.id
 
 
@@ -47,16 +48,16 @@ def event(object_id: str = "batch_1", at_s: int = 5, tenant: Tenant = ALICE) -> 
 
 def test_an_event_goes_to_whoever_wants_it(store: ObjectStore) -> None:
     """To endpoints of its tenant that are enabled and name its type or all; without any, nothing is written."""
-    deliveries = Deliveries(store)
+    deliveries = DeliveryStore(store)
     assert deliveries.emit(event()) == 0
     assert store.names("") == []
     wanted = endpoint(store, ALICE, "batch.completed", "batch.failed")
     everything = endpoint(store, ALICE, "*")
     endpoint(store, ALICE, "response.completed")
     endpoint(store, BOB, "*")
-    store.put(Webhooks.name(ALICE, endpoint(store, ALICE, "*"), "endpoint"), b"{damaged")
+    store.put(EndpointStore.name(ALICE, endpoint(store, ALICE, "*"), "endpoint"), b"{damaged")
     disabled = endpoint(store, ALICE, "*")
-    Webhooks(store).disable(ALICE, disabled, Disabled(reason="HTTP 410", at_ms=2_000))
+    EndpointStore(store).disable(ALICE, disabled, Disabled(reason="HTTP 410", at_ms=2_000))
     assert deliveries.emit(event()) == 2
     assert {key.endpoint_id for key in deliveries.pending()} == {wanted, everything}
     assert {key.tenant for key in deliveries.pending()} == {ALICE}
@@ -64,7 +65,7 @@ def test_an_event_goes_to_whoever_wants_it(store: ObjectStore) -> None:
 
 def test_an_end_told_twice_is_one_event(store: ObjectStore) -> None:
     """After a crash the same end makes the same event, bytes and id; what was settled meanwhile is not sent again."""
-    deliveries = Deliveries(store)
+    deliveries = DeliveryStore(store)
     endpoint_id = endpoint(store, ALICE, "*")
     deliveries.emit(event())
     deliveries.emit(event())
@@ -76,7 +77,7 @@ def test_an_end_told_twice_is_one_event(store: ObjectStore) -> None:
         b'{"id":"%s","object":"event","type":"batch.completed","created_at":5,"data":{"id":"batch_1"}}'
         % key.event_id.encode()
     )
-    deliveries.advance(key, DeliveryState(outcome=Outcome.DELIVERED, tries=1))
+    deliveries.set_state(key, DeliveryState(outcome=Outcome.DELIVERED, tries=1))
     deliveries.emit(event())
     assert deliveries.pending() == []
     assert [one.state.outcome for one in deliveries.page(ALICE, endpoint_id)[0]] == ["delivered"]
@@ -86,7 +87,7 @@ def test_an_end_told_twice_is_one_event(store: ObjectStore) -> None:
 
 def test_a_crash_midway_loses_no_event(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever write is the last that succeeds, emitting again leaves the event pending, once."""
-    deliveries = Deliveries(store)
+    deliveries = DeliveryStore(store)
     endpoint(store, ALICE, "*")
     put = ObjectStore.put
     for written in range(2):
@@ -108,7 +109,7 @@ def test_a_crash_midway_loses_no_event(store: ObjectStore, monkeypatch: pytest.M
 
 def test_an_endpoint_is_disabled_until_it_is_enabled_later(store: ObjectStore) -> None:
     """The mark of the notifier and the record of the Router have one writer each; the later one counts."""
-    webhooks = Webhooks(store)
+    webhooks = EndpointStore(store)
     endpoint_id = endpoint(store, BOB, "*")
     webhooks.disable(BOB, endpoint_id, Disabled(reason="HTTP 410", at_ms=2_000))
     found = webhooks.get(BOB, endpoint_id)
@@ -123,7 +124,7 @@ def test_an_endpoint_is_disabled_until_it_is_enabled_later(store: ObjectStore) -
 
 def test_what_is_not_an_id_reaches_no_object(store: ObjectStore) -> None:
     """Paths, other kinds of ids and other tenants' ids name nothing."""
-    webhooks = Webhooks(store)
+    webhooks = EndpointStore(store)
     endpoint_id = endpoint(store, BOB, "*")
     for name in (
         "",
@@ -143,9 +144,9 @@ def test_secrets_are_for_their_owner(tmp_path: Path) -> None:
     """In a folder only the files' owner reads them; no text form of the record shows them."""
     store = ObjectStore.open(StorageSettings(url=str(tmp_path)))
     endpoint_id = endpoint(store, BOB, "*")
-    path = tmp_path / Webhooks.name(BOB, endpoint_id, "secrets")
+    path = tmp_path / EndpointStore.name(BOB, endpoint_id, "secrets")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    keys = Webhooks(store).secrets(BOB, endpoint_id)
+    keys = EndpointStore(store).secrets(BOB, endpoint_id)
     assert keys is not None
     assert keys.current[10:-4] not in f"{keys!r} {keys} {keys.hint}"
 
@@ -169,7 +170,7 @@ def test_earlier_secrets_sign_until_their_grace_ends() -> None:
 
 def test_deliveries_are_listed_newest_first_in_pages(store: ObjectStore) -> None:
     """Pages follow each other without a gap."""
-    deliveries = Deliveries(store)
+    deliveries = DeliveryStore(store)
     endpoint_id = endpoint(store, ALICE, "*")
     for at_s in range(1, 6):
         deliveries.emit(event(at_s=at_s))
@@ -184,29 +185,29 @@ def test_deliveries_are_listed_newest_first_in_pages(store: ObjectStore) -> None
 
 def test_the_log_is_trimmed_and_what_is_pending_stays(store: ObjectStore) -> None:
     """By age and by number; never what is still to be sent."""
-    deliveries = Deliveries(store)
+    deliveries = DeliveryStore(store)
     endpoint_id = endpoint(store, ALICE, "*")
     for at_s in range(1, 8):
         deliveries.emit(event(at_s=at_s))
     for key in deliveries.pending()[1:]:
         attempt = Attempt(at_ms=1, took_ms=1, status=200)
-        deliveries.advance(key, DeliveryState(outcome=Outcome.DELIVERED, tries=1, attempts=(attempt,)))
-    assert deliveries.trim(ALICE, endpoint_id, before_ms=3_000, most=100) == 1
-    assert deliveries.trim(ALICE, endpoint_id, before_ms=0, most=3) == 2
+        deliveries.set_state(key, DeliveryState(outcome=Outcome.DELIVERED, tries=1, attempts=(attempt,)))
+    assert deliveries.trim(ALICE, endpoint_id, before_ms=3_000, max_count=100) == 1
+    assert deliveries.trim(ALICE, endpoint_id, before_ms=0, max_count=3) == 2
     assert [one.event.created_at for one in deliveries.page(ALICE, endpoint_id)[0]] == [7, 6, 5, 1]
 
 
 def test_a_deleted_endpoint_leaves_nothing(store: ObjectStore) -> None:
     """Its secrets and its log go with it; a mark that stays names an event that is gone."""
-    webhooks, deliveries = Webhooks(store), Deliveries(store)
+    webhooks, deliveries = EndpointStore(store), DeliveryStore(store)
     endpoint_id = endpoint(store, ALICE, "*")
     deliveries.emit(event())
-    assert list(webhooks.everyone()) == [(ALICE, endpoint_id)]
+    assert list(webhooks.all_ids()) == [(ALICE, endpoint_id)]
     webhooks.delete(ALICE, endpoint_id)
     assert webhooks.secrets(ALICE, endpoint_id) is None
-    assert list(webhooks.everyone()) == []
+    assert list(webhooks.all_ids()) == []
     (key,) = deliveries.pending()
     assert deliveries.event(key) is None
-    deliveries.drop(key)
+    deliveries.delete(key)
     assert deliveries.pending() == []
     assert DeliveryKey(ALICE, endpoint_id, event().id) == key

@@ -19,12 +19,12 @@ from queue_schemas import (
     StoreUnavailable,
     Tenant,
 )
-from storage import ObjectStore, StorageSettings, new_endpoint_id
+from storage import ObjectStore, StorageSettings
 from telemetry import MetricsRegistry
 from tests.support.waiting import eventually
-from webhooks.deliveries import Deliveries
-from webhooks.endpoints import EndpointRecord, Secrets, Webhooks
-from webhooks.job_notices import ResponseEnds
+from webhooks.delivery_store import DeliveryStore
+from webhooks.endpoints import EndpointRecord, EndpointStore, Secrets, new_endpoint_id
+from webhooks.job_notices import ResponseNotices
 from webhooks.metrics import NotifierMetrics
 
 ACME, RIVAL = Tenant("acme"), Tenant("rival")
@@ -77,18 +77,18 @@ def notice(number: int, tenant: Tenant = ACME, *, state: State = State.DONE, wor
 class Bench:
     def __init__(self, folder: Path) -> None:
         self.store = ObjectStore.open(StorageSettings(url=str(folder)))
-        self.ends = ResponseEnds(self.store, NotifierMetrics(MetricsRegistry("notifier")))
+        self.ends = ResponseNotices(self.store, NotifierMetrics(MetricsRegistry("notifier")))
 
     def endpoint(self, *events: str) -> str:
         endpoint_id = new_endpoint_id(1)
         record = EndpointRecord(
             id=endpoint_id, tenant=ACME, url="u", events=events, created_at=1, updated_at=1, enabled_at_ms=1
         )
-        Webhooks(self.store).create(record, Secrets.fresh(1))
+        EndpointStore(self.store).create(record, Secrets.fresh(1))
         return endpoint_id
 
     def told(self) -> list[tuple[str, str, int]]:
-        deliveries = Deliveries(self.store)
+        deliveries = DeliveryStore(self.store)
         events = [deliveries.event(key) for key in deliveries.pending()]
         return [(event.type, event.object_id, event.created_at) for event in events if event is not None]
 
@@ -130,15 +130,15 @@ async def test_what_could_not_be_written_stays(bench: Bench, monkeypatch: pytest
     """A store that fails keeps the notice where it is, and those behind it; what was dealt with is forgotten."""
     bench.endpoint("*")
     queue = Queue(notice(1), notice(2), notice(3))
-    emit, left = Deliveries.emit, [1]
+    emit, left = DeliveryStore.emit, [1]
 
-    def failing(self: Deliveries, event: object) -> int:
+    def failing(self: DeliveryStore, event: object) -> int:
         if not left[0]:
             raise StoreUnavailable("as ordered")
         left[0] -= 1
         return emit(self, event)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Deliveries, "emit", failing)
+    monkeypatch.setattr(DeliveryStore, "emit", failing)
     with pytest.raises(StoreUnavailable):
         await bench.ends.take(queue)
     assert [one.id for one in queue.notices] == [notice(2).id, notice(3).id]
@@ -150,8 +150,8 @@ async def test_what_could_not_be_written_stays(bench: Bench, monkeypatch: pytest
 async def test_endpoints_are_asked_for_once_a_look(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is not asked for each of a hundred responses; a new endpoint hears of the very next one."""
     asked: list[Tenant] = []
-    of = Webhooks.of
-    monkeypatch.setattr(Webhooks, "of", lambda self, tenant: asked.append(tenant) or of(self, tenant))
+    of = EndpointStore.of
+    monkeypatch.setattr(EndpointStore, "of", lambda self, tenant: asked.append(tenant) or of(self, tenant))
     queue = Queue(notice(1), notice(2))
     await bench.ends.take(queue)
     assert asked == [ACME]

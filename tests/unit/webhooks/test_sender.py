@@ -13,9 +13,9 @@ import pytest
 
 from tests.support.receiver import CLOSE, HANG, Receiver, receiving, status
 from tests.support.servers import Certificates
-from webhooks.dns_lookups import Lookups
+from webhooks.core.url_rules import Address, UrlRules
+from webhooks.dns_lookups import DnsLookups
 from webhooks.sender import Answer, Sender
-from webhooks.urls import Address, UrlRules
 
 LOOPBACK = UrlRules.allowing(["127.0.0.0/8"], allow_http=True)
 HEADERS = {"webhook-id": "evt_1", "webhook-signature": "v1,x"}
@@ -66,7 +66,7 @@ async def test_an_answer_is_its_status(sent: bytes, found: int | None, error: st
 async def test_a_host_that_may_be_given_is_sent_to(host: str) -> None:
     """In its xn-- form, which is what owners of other names are told to give; in capital letters."""
     async with receiving() as receiver:
-        sender = Sender(LOOPBACK, 5.0, lookups=Lookups(lambda host, port: [ipaddress.ip_address("127.0.0.1")]))
+        sender = Sender(LOOPBACK, 5.0, lookups=DnsLookups(lambda host, port: [ipaddress.ip_address("127.0.0.1")]))
         answer = await sender.send(f"http://{host}:{receiver.port}/", HEADERS, b"{}")
     assert (answer.status, answer.error) == (200, "")
 
@@ -109,7 +109,7 @@ async def test_no_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPat
     assert proxy.connections == 0
 
 
-def names(*answers: Sequence[str]) -> tuple[Lookups, list[str]]:
+def names(*answers: Sequence[str]) -> tuple[DnsLookups, list[str]]:
     """A resolver that gives one answer after the other, the last again and again, and what it was asked."""
     asked: list[str] = []
 
@@ -117,7 +117,7 @@ def names(*answers: Sequence[str]) -> tuple[Lookups, list[str]]:
         asked.append(host)
         return [ipaddress.ip_address(text) for text in answers[min(len(asked), len(answers)) - 1]]
 
-    return Lookups(lookup), asked
+    return DnsLookups(lookup), asked
 
 
 @pytest.mark.parametrize(
@@ -153,15 +153,15 @@ async def test_a_name_that_changes_its_address_leads_nowhere() -> None:
     assert (answer.status, asked, receiver.connections) == (None, ["hooks.example.com"], 0)
 
 
-async def test_the_socket_itself_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_socket_itself_is_checked_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if the HTTP library came to another address by itself, no socket would be made for it."""
     from webhooks import sender as module  # noqa: PLC0415
 
-    class Lying(module._Fixed):
+    class Lying(module._FixedResolver):
         def __init__(self, addresses: Sequence[Address]) -> None:
             super().__init__([ipaddress.ip_address("127.0.0.1")])
 
-    monkeypatch.setattr(module, "_Fixed", Lying)
+    monkeypatch.setattr(module, "_FixedResolver", Lying)
     async with receiving() as receiver:
         sender = Sender(UrlRules(allow_http=True), 2.0, lookups=names(["8.8.8.8"])[0])
         answer = await sender.send(f"http://hooks.example.com:{receiver.port}/", HEADERS, b"{}")
@@ -197,7 +197,7 @@ async def test_a_name_server_that_hangs_holds_one_thread() -> None:
         return [ipaddress.ip_address("127.0.0.1")]
 
     async with receiving() as receiver:
-        sender = Sender(LOOPBACK, 0.3, lookups=Lookups(lookup))
+        sender = Sender(LOOPBACK, 0.3, lookups=DnsLookups(lookup))
         slow = [sender.send(f"http://slow.example.com:{receiver.port}/", HEADERS, b"{}") for _ in range(5)]
         *late, quick = await asyncio.gather(
             *slow, sender.send(f"http://quick.example.com:{receiver.port}/", HEADERS, b"{}")

@@ -7,8 +7,8 @@ import ipaddress
 import pytest
 
 from queue_schemas import BadRequest
-from webhooks.url_settings import WebhookSettings
-from webhooks.urls import Target, UrlRules, check_url, is_public
+from webhooks.core.url_rules import Target, UrlRules, check_url, is_public
+from webhooks.settings import WebhookSettings
 
 PUBLIC = UrlRules()
 OPEN = UrlRules.allowing(["hooks.corp", "127.0.0.0/8", "fd00::/8"], allow_http=True)

@@ -25,10 +25,10 @@ from router.webhooks import routes as module
 from router.webhooks.rules import read_new_endpoint, read_rotation
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import Answer, Client, FakeQueue, router
+from webhooks.core.url_rules import UrlRules
 from webhooks.deliveries import Attempt, DeliveryKey, DeliveryState, Outcome
 from webhooks.endpoints import Disabled
 from webhooks.events import WebhookEvent
-from webhooks.urls import UrlRules
 
 ACME, RIVAL = Tenant("acme"), Tenant("rival")
 ALL = "/v1/webhook_endpoints"
@@ -39,7 +39,7 @@ HOOK = {"url": "https://hooks.example.com/a?token=1", "event_types": ["batch.com
 async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RouterApp]:
     """A Router with two tenants and room for three endpoints each."""
     monkeypatch.setenv("INFERQ_STORAGE_URL", str(tmp_path / "store"))
-    monkeypatch.setenv("INFERQ_WEBHOOKS_TENANT_ENDPOINTS", "3")
+    monkeypatch.setenv("INFERQ_WEBHOOKS_MAX_TENANT_ENDPOINTS", "3")
     keys = ",".join(f"{hashlib.sha256(name.encode()).hexdigest()}:{name}" for name in (ACME, RIVAL))
     async with router(FakeQueue("m"), api_keys=keys) as app:
         yield app
@@ -225,7 +225,7 @@ async def test_a_test_with_a_key_is_sent_once(app: RouterApp) -> None:
     asking = asyncio.create_task(ask(app, "POST", f"/{endpoint_id}/test", body, once="t"))
     (key,) = await eventually(deliveries.pending, "the sample waits")
     attempt = Attempt(at_ms=1, took_ms=3, status=204)
-    deliveries.advance(key, DeliveryState(outcome=Outcome.DELIVERED, tries=1, attempts=(attempt,)))
+    deliveries.set_state(key, DeliveryState(outcome=Outcome.DELIVERED, tries=1, attempts=(attempt,)))
     first, again = await asking, await ask(app, "POST", f"/{endpoint_id}/test", body, once="t")
     assert (first.status, first.json()) == (200, again.json())
     assert len((await ask(app, "GET", f"/{endpoint_id}/deliveries")).json()["data"]) == 1
@@ -289,9 +289,9 @@ async def test_deliveries_are_shown(app: RouterApp) -> None:
     endpoint_id = (await create(app))["id"]
     event = WebhookEvent.of(ACME, "batch.completed", "batch_1", 7)
     key = DeliveryKey(ACME, endpoint_id, event.id)
-    app.services.store.deliveries.ask(key, event)
+    app.services.store.deliveries.add(key, event)
     attempts = (Attempt(at_ms=8_000, took_ms=9, error="no answer"), Attempt(at_ms=9_000, took_ms=3, status=500))
-    app.services.store.deliveries.advance(key, DeliveryState(tries=2, next_at_ms=60_000, attempts=attempts))
+    app.services.store.deliveries.set_state(key, DeliveryState(tries=2, next_at_ms=60_000, attempts=attempts))
     page = (await ask(app, "GET", f"/{endpoint_id}/deliveries")).json()
     (one,) = page["data"]
     assert (one["id"], one["status"], one["next_attempt_at"]) == (event.id, "pending", 60)
@@ -313,7 +313,7 @@ async def test_a_test_tells_what_the_endpoint_answered(app: RouterApp, monkeypat
         assert event is not None
         assert (event.type, event.object_id, event.once) == ("response.failed", "resp_test", True)
         if attempt is not None:
-            deliveries.advance(key, DeliveryState(outcome=Outcome.DELIVERED, tries=1, attempts=(attempt,)))
+            deliveries.set_state(key, DeliveryState(outcome=Outcome.DELIVERED, tries=1, attempts=(attempt,)))
         return await asking
 
     result = WebhookEndpointTestResult.model_validate((await tested(Attempt(at_ms=1, took_ms=1, status=404))).json())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from openai import InvalidWebhookSignatureError, OpenAI
 
 from queue_schemas import Tenant
-from webhooks.core import WAITS_S, Limits, begin, conclude, max_tries, next_turns, signed_headers, wait_s
+from webhooks.core import WAITS_S, Limits, begin, choose_next, conclude, max_tries, signed_headers, wait_s
 from webhooks.deliveries import Attempt, DeliveryKey, DeliveryState, Outcome
 from webhooks.endpoints import Secrets
 from webhooks.events import EVENT_TYPES, WebhookEvent
@@ -126,14 +126,14 @@ def test_no_endpoint_and_no_tenant_takes_all_the_room() -> None:
     limits = Limits(endpoint=2, tenant=3, all=5)
     flood = {key("a", f"we_{number % 3}", number): number for number in range(50)}
     others = {key("b", "we_9", 100): 90, key("c", "we_8", 101): 80, key("c", "we_8", 102): 5_000}
-    turns = next_turns(flood | others, [], 1_000, limits)
+    turns = choose_next(flood | others, [], 1_000, limits)
     assert [one.tenant for one in turns] == ["a", "a", "a", "c", "b"]
-    assert next_turns(flood | others, turns, 1_000, limits) == []
+    assert choose_next(flood | others, turns, 1_000, limits) == []
     running = [key("a", "we_0", 0)]
-    assert key("a", "we_0", 0) not in next_turns(flood, running, 1_000, limits)
-    assert [one.endpoint_id for one in next_turns(flood, running, 1_000, limits)] == ["we_1", "we_2"]
+    assert key("a", "we_0", 0) not in choose_next(flood, running, 1_000, limits)
+    assert [one.endpoint_id for one in choose_next(flood, running, 1_000, limits)] == ["we_1", "we_2"]
 
 
 def test_nothing_is_begun_before_its_time() -> None:
     """A delivery that waits for its next attempt takes no turn."""
-    assert next_turns({key("a", "we_1", 1): 1_001}, [], 1_000, Limits(1, 1, 1)) == []
+    assert choose_next({key("a", "we_1", 1): 1_001}, [], 1_000, Limits(1, 1, 1)) == []

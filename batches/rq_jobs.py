@@ -1,0 +1,83 @@
+"""Steps of batches as RQ jobs: the one queue of steps, and which batches have a step that waits, runs or pauses.
+
+Nothing here is needed to recover: the sweep puts lost steps back from the file store. Keys beside RQ's own:
+``rq:inferq:lock:<batch>`` (a step runs), ``rq:inferq:pause:<batch>`` (no step before it expires),
+``rq:inferq:failures:<batch>`` (steps that failed in a row). All expire. All calls block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import redis
+
+from broker.rq.handler import JobHandler
+from broker.rq.queues import KEY_PREFIX, RqJob, RqQueue, rq_errors
+from queue_schemas import Tenant
+
+BATCHES_QUEUE = "inferq-batches"
+STEP_LIMIT_S = 60.0
+"""A step is cancelled after so long."""
+_FAILURES_TTL_S = 3_600
+
+step_jobs = JobHandler(
+    "steps of batches are run by `inferq batcher` (python -m batches.service), not by `rq worker`",
+    limit_s=STEP_LIMIT_S + 30,
+)
+
+
+def advance(tenant: str, batch_id: str) -> str:
+    """The function of a step's job; what it did, for people. Blocks."""
+    return step_jobs.call(tenant, batch_id)
+
+
+class StepJob(RqJob):
+    """One step of a batch."""
+
+    runs = "batches.rq_jobs.advance"
+
+
+class StepQueue(RqQueue):
+    """The steps that wait."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        super().__init__(connection, BATCHES_QUEUE, StepJob)
+
+    def put(self, tenant: Tenant, batch_id: str, what: str, number: int) -> None:
+        """Enqueue the next step of a batch. ``number`` makes the job's id unique; ``what`` describes it for people."""
+        self.enqueue(f"{batch_id}-{number}", f"{what} ({batch_id} of {tenant})", tenant, batch_id)
+
+    def waiting(self) -> set[str]:
+        """Batches whose next step is on the queue."""
+        with rq_errors():
+            return {job_id.rpartition("-")[0] for job_id in self.queue.get_job_ids()}
+
+    def busy(self, batch_ids: Sequence[str]) -> set[str]:
+        """Those of ``batch_ids`` with a step that runs or a pause."""
+        if not batch_ids:
+            return set()
+        keys = [f"{KEY_PREFIX}{kind}:{batch_id}" for batch_id in batch_ids for kind in ("lock", "pause")]
+        with rq_errors():
+            values: list[Any] = self.connection.mget(keys)
+        return {batch_ids[at // 2] for at, value in enumerate(values) if value is not None}
+
+    def pause(self, batch_id: str, pause_ms: int) -> None:
+        """Run no step of a batch for a while."""
+        with rq_errors():
+            self.connection.set(f"{KEY_PREFIX}pause:{batch_id}", "", px=max(pause_ms, 1))
+
+    def count_failure(self, batch_id: str) -> int:
+        """Count a failed step; how many have failed in a row."""
+        key = f"{KEY_PREFIX}failures:{batch_id}"
+        with rq_errors():
+            count: Any = self.connection.incr(key)
+            self.connection.expire(key, _FAILURES_TTL_S)
+            return int(count)
+
+    def forget(self, batch_ids: Iterable[str], *kinds: str) -> None:
+        """Remove the keys of these ``kinds`` (``pause``, ``failures``)."""
+        keys = [f"{KEY_PREFIX}{kind}:{batch_id}" for batch_id in batch_ids for kind in kinds]
+        if keys:
+            with rq_errors():
+                self.connection.delete(*keys)
