@@ -109,7 +109,7 @@ async def test_no_other_code_is_run_whatever_stands_in_redis(scene: Scene) -> No
     """Whoever may write to RQ's Redis does not choose what runs here: not as a job, nor as a callback of one."""
     scene.steps.queue.enqueue_call(func="os.system", args=("true",), job_id="evil")
     job = StepJob.fetch("evil", connection=scene.steps.connection, serializer=scene.steps.queue.serializer)
-    with pytest.raises(PermissionError, match=r"runs batches\.steps\.advance alone"):
+    with pytest.raises(PermissionError, match=r"runs batches\.rq_jobs\.advance only"):
         job.perform()
     scene.steps.connection.hset("rq:job:evil", "success_callback_name", "os.system")
     job.refresh()
