@@ -20,7 +20,7 @@ from queue_schemas.fleet.acting_manager import RAY_SCHEME
 from storage import ObjectStore, StorageSettings
 from telemetry.http.asgi import health_routes, prepare_app
 from telemetry.http.fabric_calls import FabricHttp
-from webhooks.url_settings import WebhookSettings
+from webhooks.settings import WebhookSettings
 
 from .batches.routes import batch_routes
 from .files.routes import FILES_PATH, file_routes
