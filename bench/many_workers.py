@@ -27,7 +27,7 @@ from rich.table import Table
 from broker import Broker, BrokerSettings
 from broker.embedded.server import EmbeddedServer
 from manager import ManagerService, ManagerSettings
-from manager.core import Door, DoorState
+from manager.core import ProbeResult, ProbeStatus
 from manager.service import open_broker
 from queue_schemas import EngineState, Heartbeat, Registration, SessionId, WorkerId, new_session_id
 from telemetry import MetricsRegistry, configure_logging
@@ -52,8 +52,8 @@ class Cost:
 class NoProbe:
     """Every URL is somebody else's problem."""
 
-    async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
-        return Door(DoorState.UNKNOWN)
+    async def ask(self, url: str, worker_id: WorkerId, session_id: SessionId) -> ProbeResult:
+        return ProbeResult(ProbeStatus.UNKNOWN)
 
 
 async def measured(client: redis.asyncio.Redis, seconds: float) -> Cost:

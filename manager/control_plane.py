@@ -1,4 +1,4 @@
-"""The Manager: connects, acts while it holds the lease in Redis, stands by while another does.
+"""The Manager: connects to the queue, competes for the leader lease, and answers workers, Routers and people.
 
 :class:`ManagerService` is what serves its API (:func:`manager.routes.create_app`) and what an actor may wrap: its
 methods take and give messages of :mod:`queue_schemas`. The whole process is in :mod:`manager.service`.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
-
-from pydantic import ValidationError
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 from queue_schemas import (
     BrokerAddress,
@@ -30,37 +28,30 @@ from queue_schemas import (
     WorkerList,
     new_session_id,
 )
-from queue_schemas.fleet.acting_manager import prove_address
 from queue_schemas.fleet.pools import describe_pools
 from telemetry import MetricsRegistry, get_logger
 from telemetry.backoff import Backoff
 from telemetry.redaction import without_credentials
 
-from .failure_detector import Clock, within
 from .forwarding import ActingElsewhere
+from .leadership import ANOTHER_ACTS, Leadership, NotActing
 from .metrics import FleetMetrics
-from .ports import QueuePort, WorkerProbe
+from .ports import Clock, QueuePort, WorkerProbe, call_queue
 from .settings import ManagerSettings
-from .term import Fleet
+from .term import Term
 
-_CONNECT_BACKOFF = Backoff(0.1, 3.0)
-SAVE_PAUSE_S, FAILED_SAVE_PAUSE_S = 0.05, 0.5
+__all__ = ["ANOTHER_ACTS", "ManagerService", "NotActing", "OpenQueue"]
+
 VET_EVERY_S = 2.0
+_CONNECT = Backoff(0.1, 3.0)
 
 OpenQueue = Callable[[], AbstractAsyncContextManager[QueuePort]]
-ANOTHER_ACTS = "another Manager acts"
-"""Why a Manager stands by that is as it should be."""
-
-
-class NotActing(ManagerUnavailable):
-    """Only the acting Manager may answer this, and this one does not act."""
-
 
 log = get_logger(__name__)
 
 
 class ManagerService:
-    """One Manager. :meth:`run` is its life; the other methods answer workers, Routers and people.
+    """One Manager. :meth:`run` works until it is told to stop; the other methods answer workers, Routers and people.
 
     They raise ``ManagerUnavailable`` while the queue cannot be reached and, those that change something, ``NotActing``
     while another Manager acts. ``url`` is where the others reach this one; it is written into Redis while it acts.
@@ -80,31 +71,24 @@ class ManagerService:
         self.settings = settings
         self.manager_id = str(new_session_id("manager"))
         self.metrics = FleetMetrics(metrics or MetricsRegistry("manager"))
-        self._open_queue = open_queue
-        self._probe = probe
-        told = settings.advertised_redis_url or broker_url
-        # Without a join token any program of this machine may ask: none is told a password.
-        self._broker_url = told if settings.join_token.get_secret_value() else without_credentials(told)
-        self._clock = clock
-        self._queue: QueuePort | None = None
-        self._fleet: Fleet | None = None
-        self._acting_until = 0.0
+        join_token = settings.join_token.get_secret_value()
+        self.elsewhere = ActingElsewhere(self.manager_id, url, join_token, settings.broker_call_ms)
         self.stopping = False
         """Whether it was told to end."""
-        join_token = settings.join_token.get_secret_value()
-        self._url = url
-        self._proof = prove_address(join_token, self.manager_id, url) if url else ""
-        self.elsewhere = ActingElsewhere(self.manager_id, url, join_token, settings.broker_call_ms)
-        self._changed = asyncio.Event()
-        self._newcomers = asyncio.Event()
-        self._problem = "the queue's Redis has not been reached yet"
+        self._open_queue = open_queue
+        advertised = settings.advertised_redis_url or broker_url
+        # Without a join token any program of this machine may ask: none is told a password.
+        self._broker_url = advertised if join_token else without_credentials(advertised)
+        self._clock = clock
+        self._queue: QueuePort | None = None
+        self._leadership = Leadership(
+            settings, probe, self.metrics, self.elsewhere, manager_id=self.manager_id, url=url, clock=clock
+        )
         self._server_faults: list[str] = []
         self.metrics.registry.watch_round_trips(lambda: self._queue.round_trips if self._queue else 0)
 
-    # Its life
-
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until ``stop`` is set, then hand the acting lease back.
+        """Work until ``stop`` is set, then release the leader lease.
 
         Waits for a Redis that is not there and survives one that goes away. Raises ``BrokerUnsuitable`` if the Redis
         that answers cannot carry the queue.
@@ -116,23 +100,16 @@ class ManagerService:
             self._queue = queue
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    loops = [
-                        tasks.create_task(self._hold_office(queue), name="manager: acting lease"),
-                        tasks.create_task(self._sweep(), name="manager: sweep"),
-                        tasks.create_task(self._meet(), name="manager: newcomers"),
-                        tasks.create_task(self._save(), name="manager: snapshot"),
-                        tasks.create_task(self._vet(queue), name="manager: the queue's servers"),
-                    ]
+                    leading = tasks.create_task(self._leadership.run(queue), name="manager: leadership")
+                    vetting = tasks.create_task(self._vet(queue), name="manager: the queue's servers")
                     await stop.wait()
                     self.stopping = True
-                    for loop in loops:
-                        loop.cancel()
+                    leading.cancel()
+                    vetting.cancel()
             finally:
-                await self._write_down()
-                await self._resign(queue)
                 await self.elsewhere.close()
                 self._queue = None
-                self._problem = "the Manager is shutting down"
+                self._leadership.problem = "the Manager is shutting down"
 
     async def _connect(self, exits: AsyncExitStack, stop: asyncio.Event) -> QueuePort | None:
         failures = 0
@@ -142,141 +119,54 @@ class ManagerService:
             except BrokerUnsuitable:
                 raise
             except InferqError as error:
-                self._problem = error.public
                 failures += 1
-                pause = _CONNECT_BACKOFF.pause_s(failures)
-                log.warning("broker_unavailable", error=error.message, again_in_s=pause)
-            with suppress(TimeoutError):
+                pause = _CONNECT.pause_s(failures)
+                self._leadership.problem = error.public
+                log.warning("broker_unavailable", error=error.message, again_in_s=round(pause, 1))
+            try:
                 async with asyncio.timeout(pause):
                     await stop.wait()
+            except TimeoutError:
+                continue
         return None
 
-    async def _hold_office(self, queue: QueuePort) -> None:
-        """Take or keep the acting lease, three times within its life."""
-        ttl_ms = self.settings.acting_ttl_ms
-        while True:
-            begun = self._clock()
-            try:
-                taking = queue.fleet.acquire_leader_lease(self.manager_id, ttl_ms, self._url, self._proof)
-                term = await within(min(self.settings.broker_call_ms, ttl_ms), taking)
-                if term is None:
-                    self._step_down(ANOTHER_ACTS)
-                    await self.elsewhere.look(queue)
-                else:
-                    if self._fleet is None or self._fleet.term != term:
-                        await self._take_office(queue, term)
-                    self._acting_until = begun + ttl_ms / 1000
-            except InferqError as error:
-                self._trouble("acting_lease_not_renewed", error)
-                if self._clock() >= self._acting_until:
-                    self._step_down(error.public)
-            await asyncio.sleep(ttl_ms / 3000)
-
-    async def _take_office(self, queue: QueuePort, term: int) -> None:
-        fleet = Fleet(self.settings, queue, self._probe, self.metrics, term, self._changed, self._clock)
-        try:
-            await fleet.load()
-        except ValidationError as error:
-            # A snapshot of a version that we cannot read: the next heartbeats tell all that is in it.
-            log.warning("registry_snapshot_unreadable", error=str(error))
-        self._fleet = fleet
-        self.elsewhere.url = ""
-        self._newcomers.set()
-        self._problem = ""
-        self.metrics.acting.set(1)
-        log.info("acting", term=term, workers=len(fleet.registry.members()))
-
-    def _step_down(self, why: str) -> None:
-        self._problem = f"standing by: {why}"
-        if self._fleet is not None:
-            log.warning("standing_by", why=why)
-            self._fleet.close()
-            self._fleet = None
-            self.metrics.acting.set(0)
-
-    async def _write_down(self) -> None:
-        """The last changes: of workers that said goodbye a moment ago the next Manager must not wait for more."""
-        fleet = self._acting()
-        if fleet is not None:
-            try:
-                await fleet.save()
-            except InferqError as error:
-                log.info("registry_not_saved", error=error.message, then="the next heartbeats tell what is in it")
-
-    async def _resign(self, queue: QueuePort) -> None:
-        self._step_down("the Manager is shutting down")
-        try:
-            await within(self.settings.broker_call_ms, queue.fleet.release_leader_lease(self.manager_id))
-        except InferqError as error:
-            log.info("not_resigned", error=error.message, then="the lease runs out by itself")
-
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.sweep_ms / 1000)
-            fleet = self._acting()
-            if fleet is None:
-                continue
-            try:
-                await fleet.sweep()
-                self._problem = ""
-            except InferqError as error:
-                self._trouble("sweep_failed", error)
-
     async def _vet(self, queue: QueuePort) -> None:
-        """Look whether the queue's servers are still fit."""
+        """Find out again and again whether the queue's servers are still fit."""
         while True:
             self._server_faults = await queue.server_faults()
             await asyncio.sleep(VET_EVERY_S)
 
-    async def _meet(self) -> None:
-        """Look at newcomers as they come."""
-        while True:
-            await self._newcomers.wait()
-            self._newcomers.clear()
-            fleet = self._acting()
-            if fleet is not None:
-                await fleet.meet()
-
-    def _trouble(self, event: str, error: InferqError) -> None:
-        """Note what is wrong; of an outage the first line says all, so the following ones are for debugging."""
-        (log.warning if not self._problem else log.debug)(event, error=error.message)
-        self._problem = error.public
-
-    async def _save(self) -> None:
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            pause = SAVE_PAUSE_S
-            fleet = self._acting()
-            if fleet is not None:
-                try:
-                    await fleet.save()
-                except InferqError as error:
-                    log.warning("registry_not_saved", error=error.message)
-                    self._changed.set()
-                    pause = FAILED_SAVE_PAUSE_S
-            await asyncio.sleep(pause)
-
-    # What it answers
-
     @property
     def acting(self) -> bool:
         """Whether this Manager decides now."""
-        return self._acting() is not None
+        return self._leadership.term is not None
+
+    @property
+    def reaches_acting(self) -> bool:
+        """Whether calls to this Manager reach the acting one: it acts, or knows the acting one's address."""
+        return self.acting or bool(self.elsewhere.url)
+
+    def require_acting_reached(self) -> None:
+        """Raises ``NotActing`` unless :attr:`reaches_acting`."""
+        if not self.reaches_acting:
+            self._acting_term()
 
     def not_ready(self) -> list[str]:
         """Why it cannot do its work, in sentences; empty when it can."""
-        if self.acting and not self._problem:
+        problem = self._leadership.problem
+        if self.acting and not problem:
             return list(self._server_faults)
-        problem = self._problem or "standing by: the acting lease was not renewed in time"
+        problem = problem or "standing by: the leader lease was not renewed in time"
         return list(dict.fromkeys([problem, *self._server_faults]))
+
+    # Calls of workers
 
     async def register(self, registration: Registration) -> RegistrationAnswer:
         """A worker joins, or joins again. Raises ``WorkerIdTaken``."""
-        fleet = self._in_office()
-        member = await fleet.register(registration)
-        self._newcomers.set()
-        if self._in_office() is not fleet:
+        term = self._acting_term()
+        member = await term.register(registration)
+        self._leadership.verify_newcomers()
+        if self._acting_term() is not term:
             why = "the acting Manager changed meanwhile: register again"
             raise ManagerUnavailable(why, retry_after_s=1, public=why)
         return RegistrationAnswer(
@@ -289,45 +179,37 @@ class ManagerService:
 
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
         """Raises ``UnknownWorker``: the worker registers again and keeps its jobs."""
-        member = self._in_office().heartbeat(worker_id, heartbeat)
+        member = self._acting_term().heartbeat(worker_id, heartbeat)
         return HeartbeatAnswer(assignment=member.assignment, drain=member.drain_asked)
 
     async def deregister(self, worker_id: str, session_id: str) -> None:
-        """A worker says goodbye. Raises ``UnknownWorker``."""
-        self._in_office().leave(worker_id, session_id)
+        """A worker deregisters. Raises ``UnknownWorker``."""
+        self._acting_term().leave(worker_id, session_id)
 
     async def drain(self, worker_id: str) -> WorkerInfo:
         """Ask a worker to finish what it runs and end. Raises ``UnknownWorker``."""
-        member = await self._in_office().drain(worker_id)
+        member = await self._acting_term().drain(worker_id)
         return member.info(self._clock())
 
-    @property
-    def in_touch(self) -> bool:
-        """Whether calls to this Manager reach the acting one: it acts, or knows the acting one's address."""
-        return self.acting or bool(self.elsewhere.url)
-
-    def check_in_touch(self) -> None:
-        """Raises ``NotActing`` unless :attr:`in_touch`."""
-        if not self.in_touch:
-            self._in_office()
-
-    async def doubt(self, worker_id: str, session_id: SessionId) -> None:
-        """The connection that a worker held open broke: find out now whether it is dead. That is only a hint: nobody is
-        declared dead whose port or ping answers. Raises ``NotActing``."""
+    async def check(self, worker_id: str, session_id: SessionId) -> None:
+        """The connection that a session held open broke: find out now whether it is dead. The broken connection is only
+        a hint: no session is declared dead whose port or ping answers. Raises ``NotActing``."""
         if self.stopping:
             return
-        fleet = self._in_office()
+        term = self._acting_term()
         try:
-            await fleet.doubt(worker_id, session_id)
+            await term.check(worker_id, session_id)
         except InferqError as error:
-            log.info("worker_not_judged", worker=worker_id, error=error.message, then="the sweep goes on with it")
+            log.info("worker_check_failed", worker=worker_id, error=error.message, then="the sweeps go on with it")
+
+    # The fleet and the queue, for people, Routers and autoscalers
 
     async def list_workers(self) -> WorkerList:
         """The fleet; in standby as the acting Manager last wrote it down."""
-        fleet = self._acting()
-        if fleet is not None:
-            return WorkerList(workers=fleet.workers(), manager=self.manager_id, term=fleet.term)
-        snapshot = await within(self.settings.broker_call_ms, self._reached().fleet.load_workers())
+        term = self._leadership.term
+        if term is not None:
+            return WorkerList(workers=term.workers(), manager=self.manager_id, term=term.number)
+        snapshot = await call_queue(self.settings.broker_call_ms, self._reached().fleet.load_workers())
         return WorkerList(workers=[snapshot[worker_id] for worker_id in sorted(snapshot)])
 
     async def broker_address(self) -> BrokerAddress:
@@ -339,8 +221,8 @@ class ManagerService:
         queue, limit = self._reached(), self.settings.broker_call_ms
         workers = (await self.list_workers()).workers
         away: set[int] = set()
-        depths = await within(limit, queue.stats.depths(away))
-        known = await within(limit, queue.fleet.known_pools())
+        depths = await call_queue(limit, queue.stats.depths(away))
+        known = await call_queue(limit, queue.fleet.known_pools())
         pools = describe_pools(depths, workers, known)
         # Of a pool whose shard does not answer nothing is known: least of all that nothing waits there.
         return PoolList(pools=[pool for pool in pools if queue.shard_of(pool.model) not in away])
@@ -350,7 +232,7 @@ class ManagerService:
         for pool in (await self.pools()).pools:
             if pool.model == model:
                 return pool
-        if self._fleet is not None and self._reached().shard_of(model) in self._fleet.shards_away:
+        if self._reached().shard_of(model) in self._leadership.shards_away:
             raise ManagerUnavailable(f"the part of the queue that holds {model!r} does not answer now", retry_after_s=2)
         raise ModelNotFound(f"no pool of model {model!r} is known: see GET /fabric/v1/pools", param="model")
 
@@ -359,24 +241,21 @@ class ManagerService:
         try:
             self.metrics.show_workers((await self.list_workers()).workers)
             self.metrics.show_pools((await self.pools()).pools)
-            self.metrics.show_counts(
-                await within(self.settings.broker_call_ms, self._reached().stats.job_counts(set()))
-            )
+            counting = self._reached().stats.job_counts(set())
+            self.metrics.show_counts(await call_queue(self.settings.broker_call_ms, counting))
         except InferqError as error:
             self.metrics.forget_pools()
-            log.info("figures_not_had", error=error.message)
+            log.info("metrics_not_updated", error=error.message)
 
-    def _acting(self) -> Fleet | None:
-        return self._fleet if self._fleet is not None and self._clock() < self._acting_until else None
-
-    def _in_office(self) -> Fleet:
-        fleet = self._acting()
-        if fleet is None:
+    def _acting_term(self) -> Term:
+        term = self._leadership.term
+        if term is None:
             why = f"this Manager does not act now ({self.not_ready()[0]})"
             raise NotActing(why, retry_after_s=2, public=why)
-        return fleet
+        return term
 
     def _reached(self) -> QueuePort:
         if self._queue is None:
-            raise ManagerUnavailable(self._problem, retry_after_s=2, public=self._problem)
+            why = self._leadership.problem
+            raise ManagerUnavailable(why, retry_after_s=2, public=why)
         return self._queue

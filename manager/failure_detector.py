@@ -1,154 +1,174 @@
-"""FailureDetector: examining the doubtful, and taking back what the dead held until that has succeeded."""
+"""The failure detector: find dead worker sessions for the acting Manager, and declare them dead in its registry.
+
+A session is checked when the connection that it holds open breaks (:meth:`FailureDetector.check`), when its heartbeats
+are overdue, and when another session asks for its worker id. A check probes its health port and, unless the port
+answers as this session, pings it through its control stream; :mod:`manager.core.liveness` says what that proves. So a
+killed worker is found within a second, where its lease would take far longer. Whatever no check can prove is found by
+the lease: renewal counters that stand still (:mod:`manager.shard_sweeps`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable
 
-from broker import Reclaimed
-from queue_schemas import BrokerUnavailable, Control, ControlKind, InferqError, SessionId
+from queue_schemas import Control, ControlKind, InferqError, SessionId
 from telemetry import get_logger
 
-from .core import Door, DoorState, Evidence, Member, Verdict, judge
-from .metrics import FleetMetrics
-from .ports import QueuePort, WorkerProbe
+from .core import Evidence, Liveness, Member, ProbeResult, ProbeStatus, Registry, assess_liveness
+from .ports import Clock, QueuePort, WorkerProbe, call_queue
 from .settings import ManagerSettings
+from .shard_sweeps import ShardSweeps
 
-RECLAIMS_AT_ONCE = 16
-DEAD_REMEMBERED = 4096
-"""How many reclaimed sessions are known as such, for a worker that comes back under its id."""
+MAX_PROBES_PER_SWEEP = 16
+"""Most workers probed in one sweep: a rack that goes down must not hold the others up."""
 _PING_POLL_S = 0.05
 
-Clock = Callable[[], float]
-_T = TypeVar("_T")
 log = get_logger(__name__)
 
 
-async def within(limit_ms: int, call: Awaitable[_T]) -> _T:
-    """The answer of a broker call; ``BrokerUnavailable`` if it takes longer than ``limit_ms``."""
-    try:
-        async with asyncio.timeout(limit_ms / 1000):
-            return await call
-    except TimeoutError as error:
-        raise BrokerUnavailable(f"the queue's Redis did not answer within {limit_ms} ms", retry_after_s=2) from error
-
-
 class FailureDetector:
-    """Judges sessions and reclaims the dead."""
+    """Checks sessions of ``registry``; the jobs of the dead go to ``shards`` for reclaiming.
+
+    ``changed(worker_id)`` is called when a member's entry has changed.
+    """
 
     def __init__(
         self,
         settings: ManagerSettings,
         queue: QueuePort,
         probe: WorkerProbe,
-        metrics: FleetMetrics,
+        registry: Registry,
+        shards: ShardSweeps,
+        changed: Callable[[str], None],
         clock: Clock = time.monotonic,
-        away: Callable[[], set[int]] = set,
     ) -> None:
-        """``away``: the shards that do not answer now."""
-        self._away = away
         self._settings = settings
         self._queue = queue
         self._probe = probe
-        self._metrics = metrics
+        self._registry = registry
+        self._shards = shards
+        self._changed = changed
         self._clock = clock
-        self._to_reclaim: dict[SessionId, _Dead] = {}
-        self._dead: dict[SessionId, None] = {}
+        self._checking: set[SessionId] = set()
+        self._verifying = asyncio.Lock()
 
-    async def look(self, member: Member) -> Door:
+    # Checks
+
+    async def check(self, worker_id: str, session_id: SessionId) -> None:
+        """Check a session whose connection broke, and reclaim its jobs if it is certainly dead.
+
+        Raises broker errors. A session that is being checked for this reason is not checked twice at once.
+        """
+        member = self._registry.find(worker_id)
+        if member is None or member.session_id != session_id or not member.verified or session_id in self._checking:
+            return
+        self._checking.add(session_id)
+        try:
+            await self._check(member)
+            await self._shards.reclaim()
+        finally:
+            self._checking.discard(session_id)
+
+    async def check_overdue(self) -> None:
+        """Check those whose heartbeats are missing, the most silent first."""
+        silent_s = 2 * self._settings.heartbeat_ms / 1000
+        overdue = self._registry.overdue(self._clock(), silent_s, MAX_PROBES_PER_SWEEP)
+        async with asyncio.TaskGroup() as tasks:
+            for member in overdue:
+                tasks.create_task(self._check(member))
+
+    async def assess(self, member: Member) -> Liveness:
+        """Whether the session of ``member`` is alive. Raises broker errors."""
+        return await self._assess(member, await self._ask(member))
+
+    def declare_dead(self, session_id: SessionId, cause: str) -> None:
+        """Forget the session, and have its jobs reclaimed by the next :meth:`ShardSweeps.reclaim`."""
+        member = self._registry.declare_dead(session_id)
+        self._shards.add_dead(session_id, member.worker_id if member is not None else "", cause)
+        if member is not None:
+            self._changed(member.worker_id)
+
+    async def _check(self, member: Member) -> None:
+        probe = await self._ask(member)
+        if probe.status not in (ProbeStatus.REFUSED, ProbeStatus.OTHER):
+            return
+        try:
+            liveness = await self._assess(member, probe)
+        except InferqError as error:
+            log.info("worker_check_failed", worker=member.worker_id, error=error.message)
+            return
+        # Meanwhile it may have been heard, have left, or been declared dead by another check.
+        now = self._registry.find(member.worker_id)
+        as_before = now is not None and (now.session_id, now.heard_at) == (member.session_id, member.heard_at)
+        if liveness is Liveness.DEAD and as_before:
+            self.declare_dead(member.session_id, "proven")
+
+    async def _assess(self, member: Member, probe: ProbeResult) -> Liveness:
+        has_counter = answered = False
+        if probe.status is not ProbeStatus.SAME:
+            has_counter, answered = await self._ping(member.session_id)
+        # A member that is only in the snapshot was there, and may have left while no Manager acted: it is not fresh.
+        fresh = member.heard and self._clock() - member.heard_at < self._settings.suspect_ms / 1000
+        return assess_liveness(
+            Evidence(
+                probe=probe.status,
+                verified=member.verified,
+                ping_answered=answered,
+                has_counter=has_counter,
+                had_counter=member.had_counter or self._shards.was_reclaimed(member.session_id),
+                fresh=fresh,
+            )
+        )
+
+    async def _ask(self, member: Member) -> ProbeResult:
         """Who answers at the member's URL."""
         if not member.url:
-            return Door(DoorState.UNKNOWN)
-        return await self._probe.look(member.url, member.worker_id, member.session_id)
-
-    async def judge(self, member: Member, door: Door, *, heard: bool) -> Verdict:
-        """Ping, unless the door has said enough, and weigh what is known. Raises broker errors.
-
-        ``heard``: this Manager has heard of the member from itself.
-        """
-        has_number = answered = False
-        if door.state is not DoorState.SAME:
-            has_number, answered = await self._ping(member.session_id)
-        evidence = Evidence(
-            door=door.state,
-            verified=member.verified,
-            ping_answered=answered,
-            has_number=has_number,
-            had_number=member.had_number or member.session_id in self._dead,
-            fresh=heard and self._clock() - member.heard_at < self._settings.suspect_ms / 1000,
-        )
-        return judge(evidence)
+            return ProbeResult(ProbeStatus.UNKNOWN)
+        return await self._probe.ask(member.url, member.worker_id, member.session_id)
 
     async def _ping(self, session_id: SessionId) -> tuple[bool, bool]:
-        """Whether the session id has a renewal number, and whether it rose within ``ping_ms`` of a ping: on the first
+        """Whether the session has a renewal counter, and whether it rose within ``ping_ms`` of a ping: on the first
         shard that is not away."""
         limit = self._settings.broker_call_ms
-        away = self._away()
+        away = self._shards.away
         shard = next((shard for shard in range(self._queue.shards) if shard not in away), 0)
-        before = (await within(limit, self._queue.maintenance.renewal_counters(shard))).get(session_id)
+        before = (await call_queue(limit, self._queue.maintenance.renewal_counters(shard))).get(session_id)
         if before is None:
             return False, False
-        await within(limit, self._queue.fleet.send_control(session_id, Control(ControlKind.PING), shard))
+        await call_queue(limit, self._queue.fleet.send_control(session_id, Control(ControlKind.PING), shard))
         give_up_at = self._clock() + self._settings.ping_ms / 1000
         while self._clock() < give_up_at:
             await asyncio.sleep(_PING_POLL_S)
-            number = (await within(limit, self._queue.maintenance.renewal_counters(shard))).get(session_id)
-            if number != before:
-                return number is not None, number is not None
+            counter = (await call_queue(limit, self._queue.maintenance.renewal_counters(shard))).get(session_id)
+            if counter != before:
+                return counter is not None, counter is not None
         return True, False
 
-    def note(self, session_id: SessionId, worker_id: str, how: str) -> None:
-        """An session id is dead: what it holds is taken back by :meth:`reclaim`."""
-        if session_id not in self._to_reclaim:
-            log.warning("worker_dead", worker=worker_id, session_id=session_id, how=how)
-            self._to_reclaim[session_id] = _Dead(how, set(range(self._queue.shards)))
+    # URLs
 
-    async def reclaim(self) -> None:
-        """Take back the jobs of the dead, a few at a time, on every shard that is not away; on those that are, once
-        they are back. Raises the first broker error, after trying all of them."""
-        away = self._away()
-        due = [(session_id, dead) for session_id, dead in self._to_reclaim.items() if dead.shards - away]
-        errors = await asyncio.gather(
-            *(self._reclaim_one(session_id, dead, away) for session_id, dead in due[:RECLAIMS_AT_ONCE])
-        )
-        for error in errors:
-            if error is not None:
-                raise error
+    async def verify_urls(self) -> None:
+        """Probe the URLs that are not verified yet.
 
-    async def _reclaim_one(self, session_id: SessionId, dead: _Dead, away: set[int]) -> InferqError | None:
-        failures: list[InferqError] = []
+        A worker that dies before its URL was verified once is found by its lease only: so newcomers are verified as
+        they come, not at the next sweep.
+        """
+        async with self._verifying, asyncio.TaskGroup() as tasks:
+            for member in self._registry.to_verify(self._clock(), MAX_PROBES_PER_SWEEP):
+                tasks.create_task(self._verify(member))
 
-        async def on(shard: int) -> None:
-            try:
-                dead.taken += await within(
-                    self._settings.broker_call_ms, self._queue.maintenance.reclaim(session_id, shard)
-                )
-            except InferqError as error:
-                failures.append(error)
-            else:
-                dead.shards.discard(shard)
+    async def verify_urls_unless_busy(self) -> None:
+        """:meth:`verify_urls`, or nothing while it runs: a sweep that waited could watch no renewal counters."""
+        if not self._verifying.locked():
+            await self.verify_urls()
 
-        await asyncio.gather(*(on(shard) for shard in sorted(dead.shards - away)))
-        if failures:
-            return failures[0]
-        if not dead.shards:
-            self._to_reclaim.pop(session_id, None)
-        self._dead[session_id] = None
-        while len(self._dead) > DEAD_REMEMBERED:
-            del self._dead[next(iter(self._dead))]
-        self._metrics.dead(dead.how, dead.taken)
-        log.info("worker_reclaimed", session_id=session_id, requeued=dead.taken.requeued, dead=dead.taken.dead)
-        dead.taken = Reclaimed()
-        return None
-
-
-@dataclass(slots=True)
-class _Dead:
-    """How a death was found, the shards where its jobs are still to be taken back, and what was taken and not told."""
-
-    how: str
-    shards: set[int]
-    taken: Reclaimed = field(default_factory=Reclaimed)
+    async def _verify(self, member: Member) -> None:
+        probe = await self._ask(member)
+        before = self._registry.find(member.worker_id)
+        self._registry.record_probe(member.session_id, probe, self._clock())
+        now = self._registry.find(member.worker_id)
+        if before is None or now is None or before.visible != now.visible:
+            self._changed(member.worker_id)
+        if probe.note and probe.note != member.url_note:
+            log.warning("worker_url_wrong", worker=member.worker_id, note=probe.note)

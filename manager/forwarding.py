@@ -10,8 +10,7 @@ from telemetry import get_logger
 from telemetry.http.asgi import error_response
 from telemetry.http.fabric_calls import FORWARDED_BY_MANAGER, UNREACHABLE, FabricCall, FabricHttp
 
-from .failure_detector import within
-from .ports import QueuePort
+from .ports import QueuePort, call_queue
 
 FORWARD_LIMIT_S = 8.0
 """Limit on one call passed on: a registration may take the acting Manager some seconds."""
@@ -36,9 +35,9 @@ class ActingElsewhere:
         self.url = ""
         """Where it is, as far as known; empty: nowhere that this Manager can pass calls on to."""
 
-    async def look(self, queue: QueuePort) -> None:
+    async def poll(self, queue: QueuePort) -> None:
         """Read again where it is. Raises ``BrokerUnavailable``."""
-        acting = await within(self._limit_ms, queue.fleet.acting_manager())
+        acting = await call_queue(self._limit_ms, queue.fleet.acting_manager())
         self.url = ""
         if not acting.beat or acting.manager_id == self._manager_id or not acting.url:
             return

@@ -1,15 +1,20 @@
-"""Where the Manager meets the outside: the queue, and the workers' HTTP services."""
+"""What the Manager needs from outside: the queue, probes of workers, a clock; and the limit on calls to the queue."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, TypeVar
 
 from broker import Expired, JobCounts, Reclaimed
-from queue_schemas import Control, Lane, LaneDepth, Pool, SessionId, WorkerId, WorkerInfo
+from queue_schemas import BrokerUnavailable, Control, Lane, LaneDepth, Pool, SessionId, WorkerId, WorkerInfo
 from queue_schemas.fleet.acting_manager import ActingManager
 
-from .core import Door
+from .core import ProbeResult
+
+Clock = Callable[[], float]
+"""Monotonic seconds."""
+_T = TypeVar("_T")
 
 
 class FleetPort(Protocol):
@@ -76,8 +81,17 @@ class QueuePort(Protocol):
 
 
 class WorkerProbe(Protocol):
-    """Looks at a worker's health page. It never raises and bounds its own time."""
+    """Asks a worker's health page. It never raises and bounds its own time."""
 
-    async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
+    async def ask(self, url: str, worker_id: WorkerId, session_id: SessionId) -> ProbeResult:
         """Who answers at ``url``, asked as the worker ``worker_id`` in that ``session_id``."""
         ...
+
+
+async def call_queue(timeout_ms: int, call: Awaitable[_T]) -> _T:
+    """The answer of a broker call; ``BrokerUnavailable`` if it takes longer than ``timeout_ms``."""
+    try:
+        async with asyncio.timeout(timeout_ms / 1000):
+            return await call
+    except TimeoutError as error:
+        raise BrokerUnavailable(f"the queue's Redis did not answer within {timeout_ms} ms", retry_after_s=2) from error

@@ -1,4 +1,4 @@
-"""The worker probe over HTTP."""
+"""Probe a worker's health port over HTTP: which session answers there, if any (for the failure detector)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import orjson
 
 from queue_schemas import SessionId, WorkerId
 
-from .core import Door, DoorState
+from .core import ProbeResult, ProbeStatus
 
 MAX_ANSWER_BYTES = 65_536
 
@@ -19,8 +19,8 @@ MAX_ANSWER_BYTES = 65_536
 class HttpWorkerProbe:
     """Asks ``GET <url>/health``; use it as ``async with``.
 
-    The URL comes from whoever registered, so the answer is bounded, redirects are not followed, and nothing of it is
-    handed on but who answered.
+    The URL comes from whoever registered, so the answer is bounded, redirects are not followed, and only who answered
+    is returned.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -40,7 +40,7 @@ class HttpWorkerProbe:
         if self._session is not None:
             await self._session.close()
 
-    async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
+    async def ask(self, url: str, worker_id: WorkerId, session_id: SessionId) -> ProbeResult:
         if self._session is None:
             raise RuntimeError("enter the probe first")
         try:
@@ -48,23 +48,27 @@ class HttpWorkerProbe:
                 content = await answer.content.read(MAX_ANSWER_BYTES)
         except aiohttp.ClientConnectorError as error:
             if error.os_error.errno == errno.ECONNREFUSED:
-                return Door(DoorState.REFUSED, f"{url} refuses connections from here")
-            return Door(DoorState.UNKNOWN, f"{url} cannot be reached from here ({error.os_error.strerror or error})")
+                return ProbeResult(ProbeStatus.REFUSED, f"{url} refuses connections from here")
+            return ProbeResult(
+                ProbeStatus.UNKNOWN, f"{url} cannot be reached from here ({error.os_error.strerror or error})"
+            )
         except TimeoutError:
-            return Door(DoorState.UNKNOWN, f"{url} does not answer in time")
+            return ProbeResult(ProbeStatus.UNKNOWN, f"{url} does not answer in time")
         except (aiohttp.ClientError, ValueError, UnicodeError) as error:
-            return Door(DoorState.UNKNOWN, f"{url} cannot be asked ({type(error).__name__})")
-        return _who(url, content, worker_id, session_id)
+            return ProbeResult(ProbeStatus.UNKNOWN, f"{url} cannot be asked ({type(error).__name__})")
+        return _identify(url, content, worker_id, session_id)
 
 
-def _who(url: str, content: bytes, worker_id: WorkerId, session_id: SessionId) -> Door:
+def _identify(url: str, content: bytes, worker_id: WorkerId, session_id: SessionId) -> ProbeResult:
     try:
         answer = orjson.loads(content)
-        name, run = str(answer["worker_id"]), str(answer["session_id"])
+        name, session = str(answer["worker_id"]), str(answer["session_id"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return Door(DoorState.UNKNOWN, f"{url} is answered by something that is no worker of this fabric")
-    if run == session_id:
-        return Door(DoorState.SAME)
+        return ProbeResult(ProbeStatus.UNKNOWN, f"{url} is answered by something that is no worker of this fabric")
+    if session == session_id:
+        return ProbeResult(ProbeStatus.SAME)
     if name == worker_id:
-        return Door(DoorState.OTHER, f"{url} is answered by another run of this worker")
-    return Door(DoorState.OTHER, f"{url} is answered by worker {name[:63]!r}: give this one the URL it listens on")
+        return ProbeResult(ProbeStatus.OTHER, f"{url} is answered by another session of this worker")
+    return ProbeResult(
+        ProbeStatus.OTHER, f"{url} is answered by worker {name[:63]!r}: give this one the URL it listens on"
+    )

@@ -31,12 +31,13 @@ from telemetry.http.held_connections import WORKERS_PRESENT, Held
 from telemetry.http.local_callers import LocalCallers
 from telemetry.http.openapi import FLEET, secure
 
-from .control_plane import ManagerService, NotActing
+from .control_plane import ManagerService
 from .forwarding import forward_request
+from .leadership import NotActing
 
 log = get_logger(__name__)
 
-OneRun = Annotated[str, Query(max_length=100, description="the run of the worker that it is about")]
+SessionParameter = Annotated[str, Query(max_length=100, description="the session of the worker")]
 
 
 def create_app(service: ManagerService) -> FastAPI:
@@ -69,18 +70,18 @@ async def _pass_on(service: ManagerService, request: Request, error: Exception) 
     return await forward_request(service.elsewhere, request, error)
 
 
-async def _doubt(service: ManagerService, worker_id: str, run: SessionId, request_id: str) -> None:
-    """The connection of a worker that was held here broke: look, or have the acting Manager look."""
+async def _check_session(service: ManagerService, worker_id: str, session_id: SessionId, request_id: str) -> None:
+    """The connection that a worker session held here broke: check it, or have the acting Manager do so."""
     try:
-        await service.doubt(worker_id, run)
+        await service.check(worker_id, session_id)
     except NotActing:
-        path = f"{FABRIC_PREFIX}/workers/{check_worker_id(worker_id)}/doubt"
+        path = f"{FABRIC_PREFIX}/workers/{check_worker_id(worker_id)}/check"
         token = service.settings.join_token.get_secret_value()
-        call = FabricCall("POST", path, f"session_id={run}", token, b"", request_id, by_manager=True)
+        call = FabricCall("POST", path, f"session_id={session_id}", token, b"", request_id, by_manager=True)
         try:
             await service.elsewhere.forward(call)
         except ManagerUnavailable as error:
-            log.info("doubt_not_told", worker=worker_id, error=error.message, then="its heartbeats will be missed")
+            log.info("check_not_requested", worker=worker_id, error=error.message, then="its heartbeats become overdue")
 
 
 def _members(service: ManagerService) -> params.Depends:
@@ -90,8 +91,8 @@ def _members(service: ManagerService) -> params.Depends:
 
 
 def _worker_routes(service: ManagerService) -> APIRouter:
-    held = Held(lambda: service.stopping or not service.in_touch)
-    service.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
+    held = Held(lambda: service.stopping or not service.reaches_acting)
+    service.metrics.registry.watch_gauge("inferq_session_connections", WORKERS_PRESENT, lambda: held.count)
     routes = APIRouter(tags=["workers"], dependencies=[_members(service)])
 
     @routes.post("/workers", summary="Register, or register again", responses=error_responses(400, 401, 409, 413, 503))
@@ -112,14 +113,12 @@ def _worker_routes(service: ManagerService) -> APIRouter:
 
     @routes.delete(
         "/workers/{worker_id}",
-        summary="Deregister one session_id",
+        summary="Deregister one session",
         status_code=204,
         response_class=Response,
         responses=error_responses(400, 401, 410, 503),
     )
-    async def deregister(
-        worker_id: str, session_id: str = Query(max_length=100, description="the run of the worker that leaves")
-    ) -> None:
+    async def deregister(worker_id: str, session_id: SessionParameter) -> None:
         await service.deregister(worker_id, session_id)
 
     @routes.post(
@@ -132,25 +131,25 @@ def _worker_routes(service: ManagerService) -> APIRouter:
         return await service.drain(worker_id)
 
     @routes.get(
-        "/workers/{worker_id}/presence",
-        summary="Held open by a worker while it lives; when it breaks, the worker is doubted at once",
+        "/workers/{worker_id}/session",
+        summary="Held open by a worker session while it lives; when it breaks, the session is checked at once",
         response_class=Response,
         responses=error_responses(400, 401, 429, 503),
     )
-    async def presence(worker_id: str, session_id: OneRun, request: Request) -> Response:
-        service.check_in_touch()
-        run = check_session_id(session_id)
-        return held.answer(lambda: _doubt(service, worker_id, run, request.state.request_id))
+    async def hold_session_connection(worker_id: str, session_id: SessionParameter, request: Request) -> Response:
+        service.require_acting_reached()
+        session = check_session_id(session_id)
+        return held.answer(lambda: _check_session(service, worker_id, session, request.state.request_id))
 
     @routes.post(
-        "/workers/{worker_id}/doubt",
-        summary="Its connection broke: look whether this run of a worker is dead",
+        "/workers/{worker_id}/check",
+        summary="The connection of this worker session broke: find out whether it is dead",
         status_code=202,
         response_class=Response,
         responses=error_responses(400, 401, 503),
     )
-    async def doubt(worker_id: str, session_id: OneRun) -> None:
-        await service.doubt(worker_id, check_session_id(session_id))
+    async def check(worker_id: str, session_id: SessionParameter) -> None:
+        await service.check(worker_id, check_session_id(session_id))
 
     @routes.get("/broker", summary="Where the queue is", responses=error_responses(401, 503))
     async def broker() -> BrokerAddress:

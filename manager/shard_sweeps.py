@@ -1,69 +1,124 @@
-"""What a sweep does shard by shard: renewal numbers, deadlines. A shard that is away stops no other."""
+"""The acting Manager's regular work on the queue, shard by shard: renewal counters, deadlines, jobs of the dead.
+
+A shard that does not answer stops no other.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
-from broker import Expired
+from broker import Expired, Reclaimed
 from queue_schemas import InferqError, SessionId, ShardedLeaseWatch
 from telemetry import get_logger
 from telemetry.backoff import Backoff
 
-from .failure_detector import Clock, within
-from .ports import QueuePort
+from .metrics import FleetMetrics
+from .ports import Clock, QueuePort, call_queue
 from .settings import ManagerSettings
 
-_BACKOFF = Backoff(1.0, 8.0)
+RECLAIM_CONCURRENCY = 16
+MAX_RECLAIMED_REMEMBERED = 4096
+"""How many reclaimed sessions are known as such, for a worker that comes back under its id."""
+_POLL_AWAY = Backoff(1.0, 8.0)
 
 log = get_logger(__name__)
 
 
 class ShardSweeps:
-    """Polls and sweeps the shards of one term. One that does not answer is left out of the sweeps, and asked beside
-    them, with pauses that grow, until it does: however long it takes to say nothing, the others do not wait."""
+    """Polls, expires and reclaims on the shards of one term. One that does not answer is left out of the sweeps, and
+    polled beside them, with growing pauses, until it does: however long it stays silent, the others do not wait."""
 
-    def __init__(self, settings: ManagerSettings, queue: QueuePort, clock: Clock) -> None:
-        self._limit_ms = settings.broker_call_ms
+    def __init__(self, settings: ManagerSettings, queue: QueuePort, metrics: FleetMetrics, clock: Clock) -> None:
+        self._timeout_ms = settings.broker_call_ms
         self._queue = queue
+        self._metrics = metrics
         self._clock = clock
         self._watch = ShardedLeaseWatch(settings.lease_ms / 1000, queue.shards)
-        self._numbers: dict[int, dict[SessionId, int]] = {}
+        self._counters: dict[int, dict[SessionId, int]] = {}
         self._away: dict[int, InferqError] = {}
-        self._asking: dict[int, asyncio.Task[None]] = {}
-
-    def __contains__(self, session_id: SessionId) -> bool:
-        """Whether the session id had a renewal number when it was looked for last."""
-        return session_id in self._watch
+        self._polling_away: dict[int, asyncio.Task[None]] = {}
+        self._to_reclaim: dict[SessionId, _Dead] = {}
+        self._reclaimed: dict[SessionId, None] = {}
 
     @property
     def away(self) -> set[int]:
         """The shards that do not answer now."""
         return set(self._away)
 
-    async def look(self) -> set[SessionId]:
-        """Poll the renewal numbers: the sessions that have one. Raises if no shard answers."""
+    def close(self) -> None:
+        """Poll no shard any more."""
+        for task in self._polling_away.values():
+            task.cancel()
+        self._polling_away.clear()
+
+    # Renewal counters
+
+    def has_counter(self, session_id: SessionId) -> bool:
+        """Whether the session had a renewal counter at the last poll."""
+        return session_id in self._watch
+
+    async def poll(self) -> set[SessionId]:
+        """Read the renewal counters: the sessions that have one. Raises if no shard answers."""
         shards = range(self._queue.shards)
         await asyncio.gather(*(self._poll(shard) for shard in self._present()))
         if len(self._away) == len(shards):
             self.close()
             raise next(iter(self._away.values()))
         for shard in self._away:
-            if shard not in self._asking:
-                self._asking[shard] = asyncio.create_task(self._until_back(shard), name=f"manager: shard {shard}")
-        return {session_id for shard in shards for session_id in self._numbers.get(shard, ())}
+            if shard not in self._polling_away:
+                task = asyncio.create_task(self._poll_until_back(shard), name=f"manager: shard {shard}")
+                self._polling_away[shard] = task
+        return {session_id for shard in shards for session_id in self._counters.get(shard, ())}
 
-    def still(self) -> list[SessionId]:
-        """The sessions whose leases are lost."""
+    def lost_leases(self) -> list[SessionId]:
+        """The sessions whose counters stood still for a whole lease."""
         return self._watch.still()
 
+    def _present(self) -> list[int]:
+        """The shards to ask now: those that answered last, or all if none did."""
+        shards = range(self._queue.shards)
+        return [shard for shard in shards if shard not in self._away] or list(shards)
+
+    async def _poll(self, shard: int) -> None:
+        asked_at = self._clock()
+        try:
+            counters = await call_queue(self._timeout_ms, self._queue.maintenance.renewal_counters(shard))
+        except InferqError as error:
+            if shard not in self._away and self._queue.shards > 1:
+                log.warning("shard_away", shard=shard, error=error.message, then="the sweeps go on with the others")
+            self._away[shard] = error
+            self._counters.pop(shard, None)
+            self._watch.away(shard)
+        else:
+            if self._away.pop(shard, None) is not None and self._queue.shards > 1:
+                log.warning("shard_back", shard=shard)
+            self._counters[shard] = counters
+            self._watch.observe(shard, counters, asked_at, self._clock())
+
+    async def _poll_until_back(self, shard: int) -> None:
+        polls = 0
+        while shard in self._away:
+            polls += 1
+            await asyncio.sleep(_POLL_AWAY.pause_s(polls))
+            try:
+                await self._poll(shard)
+            except Exception:
+                # An answer that we cannot read is no reason to give the shard up.
+                log.exception("shard_poll_failed", shard=shard)
+        del self._polling_away[shard]
+
+    # Deadlines
+
     async def expire(self) -> Expired:
-        """Sweep every shard that answers. Raises the first error, after trying all of them."""
+        """End the jobs whose deadlines passed, on every shard that answers. Raises the first error, after trying all of
+        them."""
         swept, errors = Expired(), list[InferqError]()
 
         async def one(shard: int) -> None:
             nonlocal swept
             try:
-                swept += await within(self._limit_ms, self._queue.maintenance.expire(shard))
+                swept += await call_queue(self._timeout_ms, self._queue.maintenance.expire(shard))
             except InferqError as error:
                 errors.append(error)
 
@@ -72,37 +127,60 @@ class ShardSweeps:
             raise errors[0]
         return swept
 
-    def close(self) -> None:
-        """Ask nobody any more."""
-        for task in self._asking.values():
-            task.cancel()
-        self._asking.clear()
+    # Jobs of the dead
 
-    def _present(self) -> list[int]:
-        """The shards to be asked now: those that answered last, or all if none did."""
-        shards = range(self._queue.shards)
-        return [shard for shard in shards if shard not in self._away] or list(shards)
+    def add_dead(self, session_id: SessionId, worker_id: str, cause: str) -> None:
+        """A session is dead: :meth:`reclaim` takes its jobs back."""
+        if session_id not in self._to_reclaim:
+            log.warning("session_declared_dead", worker=worker_id, session_id=session_id, cause=cause)
+            self._to_reclaim[session_id] = _Dead(cause, set(range(self._queue.shards)))
 
-    async def _poll(self, shard: int) -> None:
-        asked_at = self._clock()
-        try:
-            numbers = await within(self._limit_ms, self._queue.maintenance.renewal_counters(shard))
-        except InferqError as error:
-            if shard not in self._away and self._queue.shards > 1:
-                log.warning("shard_away", shard=shard, error=error.message, then="the others are looked after")
-            self._away[shard] = error
-            self._numbers.pop(shard, None)
-            self._watch.away(shard)
-        else:
-            if self._away.pop(shard, None) is not None and self._queue.shards > 1:
-                log.warning("shard_back", shard=shard)
-            self._numbers[shard] = numbers
-            self._watch.observe(shard, numbers, asked_at, self._clock())
+    def was_reclaimed(self, session_id: SessionId) -> bool:
+        """Whether the jobs of that session were taken back not long ago."""
+        return session_id in self._reclaimed
 
-    async def _until_back(self, shard: int) -> None:
-        tries = 0
-        while shard in self._away:
-            tries += 1
-            await asyncio.sleep(_BACKOFF.pause_s(tries))
-            await self._poll(shard)
-        del self._asking[shard]
+    async def reclaim(self) -> None:
+        """Take back the jobs of the dead, a few sessions at a time, on every shard that is not away; on those that are,
+        once they are back. Raises the first broker error, after trying all of them."""
+        away = self.away
+        due = [(session_id, dead) for session_id, dead in self._to_reclaim.items() if dead.shards - away]
+        errors = await asyncio.gather(
+            *(self._reclaim_one(session_id, dead, away) for session_id, dead in due[:RECLAIM_CONCURRENCY])
+        )
+        for error in errors:
+            if error is not None:
+                raise error
+
+    async def _reclaim_one(self, session_id: SessionId, dead: _Dead, away: set[int]) -> InferqError | None:
+        failures: list[InferqError] = []
+
+        async def on(shard: int) -> None:
+            try:
+                dead.reclaimed += await call_queue(self._timeout_ms, self._queue.maintenance.reclaim(session_id, shard))
+            except InferqError as error:
+                failures.append(error)
+            else:
+                dead.shards.discard(shard)
+
+        await asyncio.gather(*(on(shard) for shard in sorted(dead.shards - away)))
+        if failures:
+            return failures[0]
+        if not dead.shards:
+            self._to_reclaim.pop(session_id, None)
+        self._reclaimed[session_id] = None
+        while len(self._reclaimed) > MAX_RECLAIMED_REMEMBERED:
+            del self._reclaimed[next(iter(self._reclaimed))]
+        self._metrics.dead(dead.cause, dead.reclaimed)
+        log.info("session_reclaimed", session_id=session_id, requeued=dead.reclaimed.requeued, dead=dead.reclaimed.dead)
+        dead.reclaimed = Reclaimed()
+        return None
+
+
+@dataclass(slots=True)
+class _Dead:
+    """Why a session was declared dead, the shards where its jobs are still to be reclaimed, and what was reclaimed and
+    not counted yet."""
+
+    cause: str
+    shards: set[int]
+    reclaimed: Reclaimed = field(default_factory=Reclaimed)

@@ -84,9 +84,9 @@ class FabricClient:
         return _parse(HeartbeatAnswer, answer, self.url)
 
     async def hold_session_connection(self, worker_id: str, session_id: SessionId) -> None:
-        """Hold a connection to the URL in use until it ends: whoever holds its other end is told at once when this
-        process dies. Raises ``UnknownWorker`` where nobody holds such connections (an older version)."""
-        url = f"{self.url}{FABRIC_PREFIX}/workers/{worker_id}/presence?session_id={session_id}"
+        """Hold a connection to the URL in use until it ends: its other end notices at once when this process
+        dies. Raises ``UnknownWorker`` where nobody holds such connections (an older version)."""
+        url = f"{self.url}{FABRIC_PREFIX}/workers/{worker_id}/session?session_id={session_id}"
         limit = aiohttp.ClientTimeout(total=None, sock_connect=CALL_LIMIT_S, sock_read=SILENCE_LIMIT_S)
         try:
             async with self._open().get(url, timeout=limit, allow_redirects=False) as answer:

@@ -1,17 +1,17 @@
 """The Manager's decisions, pure: ``now`` (monotonic seconds) comes as an argument, effects go back to the caller."""
 
 from .assignment import next_assignment, wanted_pools
-from .liveness import Door, DoorState, Evidence, Verdict, judge
+from .liveness import Evidence, Liveness, ProbeResult, ProbeStatus, assess_liveness
 from .registry import Member, Registry
 
 __all__ = [
-    "Door",
-    "DoorState",
     "Evidence",
+    "Liveness",
     "Member",
+    "ProbeResult",
+    "ProbeStatus",
     "Registry",
-    "Verdict",
-    "judge",
+    "assess_liveness",
     "next_assignment",
     "wanted_pools",
 ]

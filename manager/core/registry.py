@@ -2,15 +2,15 @@
 
 Rules:
 
-* A worker id has one member: one session_id. Whether a newcomer may take the id of another is decided before
-  (:func:`manager.core.liveness.judge`); here the newcomer replaces it.
-* A heartbeat of an session id that is not the member's is unknown: the worker registers again.
+* A worker id has one member: one session. Whether a newcomer may take the id of another is decided before
+  (:func:`manager.core.liveness.assess_liveness`); here the newcomer replaces it.
+* A heartbeat of a session that is not the member's is unknown: the worker registers again.
 * So is one of a worker that follows an assignment of this term or a later one which was not given here: a Redis that
-  lost its latest writes has given the term out twice. Registering, the worker follows whatever it is then given. Its
-  word moves no term: terms come from the queue alone.
+  lost its latest writes has given the term out twice. After registering, the worker follows the assignment of the
+  answer. No worker's message moves the term: terms come from the queue alone.
 * Without a heartbeat for ``suspect_s`` a member is suspect; the next one clears it. It leaves the registry when it
-  deregisters, when its session id is found dead, or when it is suspect and has no renewal number for a whole lease.
-* Draining is for good: only a new session id works again.
+  deregisters, when its session is declared dead, or when it is suspect and has no renewal counter for a whole lease.
+* Draining is for good: only a new session works again.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from queue_schemas import (
 )
 
 from .assignment import next_assignment, wanted_pools
-from .liveness import Door, DoorState
+from .liveness import ProbeResult, ProbeStatus
 
-FIRST_LOOK_AGAIN_S, LAST_LOOK_AGAIN_S = 1.0, 60.0
+FIRST_VERIFY_PAUSE_S, MAX_VERIFY_PAUSE_S = 1.0, 60.0
 _NO_ASSIGNMENT = Assignment(term=0, version=0)
 
 
@@ -41,9 +41,10 @@ _NO_ASSIGNMENT = Assignment(term=0, version=0)
 class Member:
     """One worker. Times are monotonic seconds of the Manager that holds it.
 
-    ``had_number``: its renewal number was seen, so it has joined the queue. ``verified``: its URL answered as this
-    session_id. ``look_at``, ``look_pause_s``: when its unverified URL is tried again, and the pause after that.
-    ``told``: it was given an assignment of this term.
+    ``heard_at``: when it registered or sent a heartbeat last; of one that only the snapshot knows, when that was read.
+    ``heard``: it did so in this term, so it has an assignment of this term. ``had_counter``: its renewal counter was
+    seen, so it has joined the queue. ``verified``: its URL answered as this session. ``verify_at``,
+    ``verify_pause_s``: when its unverified URL is tried again, and the pause after that.
     """
 
     worker_id: WorkerId
@@ -54,17 +55,26 @@ class Member:
     region: str = ""
     state: WorkerState = WorkerState.ACTIVE
     drain_asked: bool = False
-    had_number: bool = False
-    told: bool = False
+    had_counter: bool = False
+    heard: bool = False
     verified: bool = False
     url_note: str = ""
-    look_at: float = 0.0
-    look_pause_s: float = FIRST_LOOK_AGAIN_S
+    verify_at: float = 0.0
+    verify_pause_s: float = FIRST_VERIFY_PAUSE_S
     assignment: Assignment = field(default=_NO_ASSIGNMENT)
 
     @property
     def session_id(self) -> SessionId:
         return SessionId(self.status.session_id)
+
+    @property
+    def visible(self) -> tuple[object, ...]:
+        """What others act on. How busy a worker is changes with each heartbeat, and nobody waits for that."""
+        status = self.status
+        return (
+            self.state, self.assignment, self.verified, self.url_note, status.engine, status.engine_detail,
+            status.models, status.cards, status.slots, status.broker_ok,
+        )  # fmt: skip
 
     def info(self, now: float | None = None) -> WorkerInfo:
         """The member as others see it; without ``now`` as it is written down, where an age would soon be wrong."""
@@ -101,7 +111,7 @@ class Registry:
         self._members: dict[WorkerId, Member] = {}
 
     def load(self, snapshot: Iterable[WorkerInfo], now: float) -> None:
-        """Begin with what the last Manager wrote down. Everybody counts as just heard: the next heartbeats decide."""
+        """Begin with what the last Manager wrote down. All count as just heard: the next heartbeats decide."""
         for info in snapshot:
             status = WorkerStatus.model_validate(info.model_dump())
             member = Member(
@@ -112,7 +122,7 @@ class Registry:
                 version=info.version,
                 region=info.region,
                 drain_asked=info.state is WorkerState.DRAINING,
-                look_at=now,
+                verify_at=now,
                 assignment=info.assignment,
             )
             self._put(member, now)
@@ -132,7 +142,7 @@ class Registry:
         return member
 
     def join(self, registration: Registration, now: float) -> Member:
-        """Take a worker in, in place of any other session id of its id; a known session id keeps what it has."""
+        """Take a worker in, in place of any other session of its id; a known session keeps what it has."""
         worker_id = WorkerId(registration.worker_id)
         known = self._members.get(worker_id)
         member = Member(
@@ -142,14 +152,14 @@ class Registry:
             url=registration.url,
             version=registration.version,
             region=registration.region,
-            look_at=now,
-            told=True,
+            verify_at=now,
+            heard=True,
         )
         if known is not None and known.session_id == member.session_id:
             member = replace(
                 member,
                 drain_asked=known.drain_asked,
-                had_number=known.had_number,
+                had_counter=known.had_counter,
                 assignment=known.assignment,
             )
             if known.url == member.url:
@@ -157,26 +167,27 @@ class Registry:
                     member,
                     verified=known.verified,
                     url_note=known.url_note,
-                    look_at=known.look_at,
-                    look_pause_s=known.look_pause_s,
+                    verify_at=known.verify_at,
+                    verify_pause_s=known.verify_pause_s,
                 )
         return self._put(member, now)
 
     def heartbeat(self, worker_id: str, heartbeat: Heartbeat, now: float) -> Member:
-        """Take a heartbeat in. Raises ``UnknownWorker`` unless this session id is the member and follows us."""
+        """Take a heartbeat in. Raises ``UnknownWorker`` unless this session is the member and follows this
+        Manager."""
         member = self.find(worker_id)
         if member is None or member.session_id != heartbeat.session_id:
-            raise UnknownWorker(f"worker {worker_id!r} is not registered here in this session_id: register again")
-        if heartbeat.term > self.term or (heartbeat.term == self.term and not member.told):
+            raise UnknownWorker(f"worker {worker_id!r} is not registered here in this session: register again")
+        if heartbeat.term > self.term or (heartbeat.term == self.term and not member.heard):
             raise UnknownWorker(f"worker {worker_id!r} follows an assignment of another Manager: register again")
-        return self._put(replace(member, status=heartbeat, heard_at=now, told=True), now)
+        return self._put(replace(member, status=heartbeat, heard_at=now, heard=True), now)
 
     def drain(self, worker_id: str, now: float) -> Member:
         """Ask a worker to finish what it runs and end. Raises ``UnknownWorker``."""
         return self._put(replace(self.get(worker_id), drain_asked=True), now)
 
     def leave(self, worker_id: str, session_id: str) -> bool:
-        """Forget a worker that says goodbye; False if that session id is no member (any more)."""
+        """Forget a worker that deregisters; False if that session is no member (any more)."""
         member = self.find(worker_id)
         if member is None or member.session_id != session_id:
             return False
@@ -184,52 +195,52 @@ class Registry:
         return True
 
     def declare_dead(self, session_id: SessionId) -> Member | None:
-        """Forget an session id that was found dead; the member it was, if any."""
+        """Forget a session that is dead; the member it was, if any."""
         for member in self._members.values():
             if member.session_id == session_id:
                 return self._members.pop(member.worker_id)
         return None
 
-    def saw_numbers(self, sessions: Iterable[SessionId]) -> None:
-        """These sessions have a renewal number: they have joined the queue."""
+    def saw_counters(self, sessions: Iterable[SessionId]) -> None:
+        """These sessions have a renewal counter: they have joined the queue."""
         seen = set(sessions)
         for worker_id, member in self._members.items():
-            if not member.had_number and member.session_id in seen:
-                self._members[worker_id] = replace(member, had_number=True)
+            if not member.had_counter and member.session_id in seen:
+                self._members[worker_id] = replace(member, had_counter=True)
 
-    def looked(self, session_id: SessionId, door: Door, now: float) -> None:
-        """Take in a look at a worker's URL. Only an answer as this very session id verifies it."""
+    def record_probe(self, session_id: SessionId, probe: ProbeResult, now: float) -> None:
+        """Take in a probe of a worker's URL. Only an answer as this very session verifies it."""
         for member in self._members.values():
             if member.session_id == session_id:
-                verified = member.verified or door.state is DoorState.SAME
+                verified = member.verified or probe.status is ProbeStatus.SAME
                 self._members[member.worker_id] = replace(
                     member,
                     verified=verified,
-                    url_note="" if door.state is DoorState.SAME else door.note,
-                    look_at=now + member.look_pause_s,
-                    look_pause_s=min(member.look_pause_s * 2, LAST_LOOK_AGAIN_S),
+                    url_note="" if probe.status is ProbeStatus.SAME else probe.note,
+                    verify_at=now + member.verify_pause_s,
+                    verify_pause_s=min(member.verify_pause_s * 2, MAX_VERIFY_PAUSE_S),
                 )
                 return
 
-    def to_look_at(self, now: float, limit: int) -> list[Member]:
+    def to_verify(self, now: float, limit: int) -> list[Member]:
         """Up to ``limit`` members whose URL is to be verified now, the longest overdue first."""
-        due = [m for m in self._members.values() if m.url and not m.verified and m.look_at <= now]
-        return sorted(due, key=lambda member: member.look_at)[:limit]
+        due = [m for m in self._members.values() if m.url and not m.verified and m.verify_at <= now]
+        return sorted(due, key=lambda member: member.verify_at)[:limit]
 
-    def to_doubt(self, now: float, silent_s: float, limit: int) -> list[Member]:
-        """Up to ``limit`` members not heard for ``silent_s`` whose URL may prove them dead, the most silent first."""
+    def overdue(self, now: float, silent_s: float, limit: int) -> list[Member]:
+        """Up to ``limit`` members not heard for ``silent_s`` whose URL may prove their death, the most silent first."""
         silent = [m for m in self._members.values() if m.verified and now - m.heard_at >= silent_s]
         return sorted(silent, key=lambda member: member.heard_at)[:limit]
 
-    def sweep(self, now: float, has_number: Callable[[SessionId], bool]) -> list[Member]:
-        """Bring every state up to date; the members that left because nothing is to be expected of them.
+    def sweep(self, now: float, has_counter: Callable[[SessionId], bool]) -> list[Member]:
+        """Bring every state up to date; returns the members that were removed.
 
-        A suspect without a renewal number holds no job, so no lease will ever run out for it.
+        A suspect without a renewal counter holds no job, so no lease will ever run out for it.
         """
         lost = [
             member
             for member in self._members.values()
-            if now - member.heard_at >= self._suspect_s + self._lease_s and not has_number(member.session_id)
+            if now - member.heard_at >= self._suspect_s + self._lease_s and not has_counter(member.session_id)
         ]
         for member in lost:
             del self._members[member.worker_id]

@@ -136,7 +136,7 @@ def manager_routes(state: RouterState) -> APIRouter:
     Manager's is not, and a Manager that only this machine reaches may have no token to ask for."""
     routes = APIRouter(tags=["manager"], dependencies=[state.gate.allow(Access.MEMBER)])
     held = Held(lambda: state.lifecycle.shutting_down)
-    state.metrics.registry.watch_gauge("inferq_workers_present", WORKERS_PRESENT, lambda: held.count)
+    state.metrics.registry.watch_gauge("inferq_session_connections", WORKERS_PRESENT, lambda: held.count)
 
     @routes.get(_WORKERS, summary="The fleet", response_model=WorkerList, responses=error_responses(401, 503))
     async def workers(request: Request) -> Response:
@@ -173,28 +173,28 @@ def manager_routes(state: RouterState) -> APIRouter:
         return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/drain")
 
     @routes.get(
-        _WORKERS + "/{worker_id}/presence",
-        summary="Held open by a worker while it lives",
+        _WORKERS + "/{worker_id}/session",
+        summary="Held open by a worker session while it lives",
         response_class=Response,
         responses=error_responses(400, 401, 429, 503),
     )
-    async def presence(worker_id: str, session_id: str, request: Request) -> Response:
+    async def hold_session_connection(worker_id: str, session_id: str, request: Request) -> Response:
         token = request.headers.get(JOIN_TOKEN_HEADER, "")
-        path = f"{_WORKERS}/{check_worker_id(worker_id)}/doubt"
+        path = f"{_WORKERS}/{check_worker_id(worker_id)}/check"
         query = f"session_id={check_session_id(session_id)}"
         call, manager = FabricCall("POST", path, query, token, b"", request.state.request_id), _manager_of(state)
-        return held.answer(lambda: _doubt(manager, call))
+        return held.answer(lambda: _request_check(manager, call))
 
     @routes.post(
-        _WORKERS + "/{worker_id}/doubt",
+        _WORKERS + "/{worker_id}/check",
         summary="Its connection broke: is a worker dead?",
         status_code=202,
         response_class=Response,
         responses=error_responses(400, 401, 503),
         openapi_extra=_OF_ONE_RUN,
     )
-    async def doubt(worker_id: str, request: Request) -> Response:
-        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/doubt")
+    async def check(worker_id: str, request: Request) -> Response:
+        return await _forward(state, request, f"{_WORKERS}/{check_worker_id(worker_id)}/check")
 
     @routes.delete(
         _WORKERS + "/{worker_id}",
@@ -225,12 +225,12 @@ def _takes(message: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-async def _doubt(manager: ManagerPort, call: FabricCall) -> None:
+async def _request_check(manager: ManagerPort, call: FabricCall) -> None:
     """The connection of a worker that was held here broke: tell the Manager, which looks for itself."""
     try:
         await manager.forward(call)
     except ManagerUnavailable as error:
-        log.info("doubt_not_told", path=call.path, error=error.message, then="its heartbeats will be missed")
+        log.info("check_not_requested", path=call.path, error=error.message, then="its heartbeats become overdue")
 
 
 def _manager_of(state: RouterState) -> ManagerPort:

@@ -182,7 +182,7 @@ async def _certainly_missed(fleet: Fleet, workers: int) -> bool:
     known = (await fleet.router.page("/fabric/v1/workers"))["workers"]
     # A worker is present at the Router or at the Manager: whichever was ready first when it joined.
     pages = await fleet.router.metrics() + await fleet.manager.metrics()
-    present = sum(float(count) for count in re.findall(r"^inferq_workers_present ([\d.]+)$", pages, re.MULTILINE))
+    present = sum(float(count) for count in re.findall(r"^inferq_session_connections ([\d.]+)$", pages, re.MULTILINE))
     return present == workers and sum(worker["url_verified"] for worker in known) == workers
 
 

@@ -163,7 +163,7 @@ class Wires:
             path = f"{path}/{name}/heartbeat"
         headers = {"content-type": "application/json"}
         if message is Heartbeat and mutator.chance(0.3):
-            path, kind = f"/fabric/v1/workers/{name}", mutator.pick(("doubt", "DELETE"))
+            path, kind = f"/fabric/v1/workers/{name}", mutator.pick(("check", "DELETE"))
             method, path = ("DELETE", path) if kind == "DELETE" else ("POST", f"{path}/{kind}")
             await self._ask(method, path, headers, {"session_id": run}, b"", role.url)
         else:

@@ -81,7 +81,7 @@ def control_calls(worker_id: str, session_id: str, status: dict[str, Any]) -> st
     def made(draw: st.DrawFn) -> Call:
         run, name = draw(runs), draw(named)
         valid = {**status, "session_id": run}
-        match draw(st.sampled_from(["register", "heartbeat", "heartbeat", "drain", "doubt", "leave", "list"])):
+        match draw(st.sampled_from(["register", "heartbeat", "heartbeat", "drain", "check", "leave", "list"])):
             case "register":
                 valid["worker_id"] = run.rpartition(".")[0]
                 return Call("POST", workers, draw(extremes_of(Registration, valid)))
@@ -89,8 +89,8 @@ def control_calls(worker_id: str, session_id: str, status: dict[str, Any]) -> st
                 return Call("POST", f"{workers}/{name}/heartbeat", draw(extremes_of(Heartbeat, valid)))
             case "drain":  # of the live worker it would be followed
                 return Call("POST", f"{workers}/{'stranger' if name == worker_id else name}/drain")
-            case "doubt":
-                return Call("POST", f"{workers}/{name}/doubt?session_id={draw(st.sampled_from([run, *ODD_RUNS]))}")
+            case "check":
+                return Call("POST", f"{workers}/{name}/check?session_id={draw(st.sampled_from([run, *ODD_RUNS]))}")
             case "leave":
                 return Call("DELETE", f"{workers}/{name}?session_id={draw(st.sampled_from(ODD_RUNS))}")
         return Call("GET", workers)

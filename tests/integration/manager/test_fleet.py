@@ -199,8 +199,8 @@ async def test_a_refused_port_and_an_unanswered_ping_are_certain(valkey: Server,
 
 
 async def _verified(service: ManagerService) -> bool:
-    fleet = service._fleet
-    return fleet is not None and any(member.verified for member in fleet.registry.members())
+    term = service._leadership.term
+    return term is not None and any(member.verified for member in term.registry.members())
 
 
 async def test_a_worker_that_only_the_manager_cannot_hear_keeps_its_work(valkey: Server, broker: Broker) -> None:

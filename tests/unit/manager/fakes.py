@@ -1,4 +1,4 @@
-"""The Manager's context in memory: a queue and a fleet of doors, both to order."""
+"""The Manager's context in memory: a queue, and what probes of workers find, both to order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from broker import Expired, JobCounts, Reclaimed
 from manager import ManagerSettings
-from manager.core import Door, DoorState
+from manager.core import ProbeResult, ProbeStatus
 from queue_schemas import (
     BrokerUnavailable,
     Control,
@@ -27,8 +27,7 @@ from queue_schemas.fleet.acting_manager import ActingManager
 @dataclass
 class FakeQueue:
     """``broker.Broker`` as the Manager sees it, and each part of it. ``answers_pings``: who renews when pinged.
-    ``down``: Redis is away;
-    ``refuses_reclaims``: only for reclaims."""
+    ``down``: Redis is away; ``refuses_reclaims``: only for reclaims."""
 
     shards: int = 2
     round_trips: int = 0
@@ -155,17 +154,17 @@ class FakeQueue:
 
 @dataclass
 class FakeProbe:
-    """Doors by URL; a URL not named does not answer. ``while_looking`` happens during each look."""
+    """Results by URL; a URL not named does not answer. ``while_probing`` is called during each probe."""
 
-    doors: dict[str, Door] = field(default_factory=dict)
-    looks: int = 0
-    while_looking: Callable[[], None] | None = None
+    results: dict[str, ProbeResult] = field(default_factory=dict)
+    probes: int = 0
+    while_probing: Callable[[], None] | None = None
 
-    async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
-        self.looks += 1
-        if self.while_looking is not None:
-            self.while_looking()
-        return self.doors.get(url, Door(DoorState.UNKNOWN, "no answer"))
+    async def ask(self, url: str, worker_id: WorkerId, session_id: SessionId) -> ProbeResult:
+        self.probes += 1
+        if self.while_probing is not None:
+            self.while_probing()
+        return self.results.get(url, ProbeResult(ProbeStatus.UNKNOWN, "no answer"))
 
 
 def fast_settings(**fields: object) -> ManagerSettings:

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from manager import ManagerService
-from manager.core import Door, DoorState
+from manager.core import ProbeResult, ProbeStatus
 from queue_schemas import (
     BrokerUnsuitable,
     ControlKind,
@@ -112,18 +112,20 @@ async def test_unknown_incarnations_are_watched_too() -> None:
 async def test_a_silent_worker_with_a_refused_port_dies_at_once() -> None:
     """Its URL answered before, now refuses, and a ping is not answered: no need to wait for the lease."""
     queue = FakeQueue(numbers={ONE: 1})
-    probe = FakeProbe({URL: Door(DoorState.SAME)})
+    probe = FakeProbe({URL: ProbeResult(ProbeStatus.SAME)})
     service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
     async with _running(service):
         await service.register(_registration())
-        await _until(lambda: probe.looks > 0)
-        probe.doors[URL] = Door(DoorState.REFUSED, "refuses")
+        await _until(lambda: probe.probes > 0)
+        probe.results[URL] = ProbeResult(ProbeStatus.REFUSED, "refuses")
         await _until(lambda: set(queue.reclaimed) == {ONE})
         assert (await service.list_workers()).workers == []
 
 
-@pytest.mark.parametrize("first", [Door(DoorState.OTHER, "answered by worker 'x'"), Door(DoorState.REFUSED, "refuses")])
-async def test_a_url_that_points_elsewhere_is_no_evidence(first: Door) -> None:
+@pytest.mark.parametrize(
+    "first", [ProbeResult(ProbeStatus.OTHER, "answered by worker 'x'"), ProbeResult(ProbeStatus.REFUSED, "refuses")]
+)
+async def test_a_url_that_points_elsewhere_is_no_evidence(first: ProbeResult) -> None:
     """A URL that never answered as the worker kills nobody, however often it refuses; people see what is wrong."""
     queue = FakeQueue(numbers={ONE: 1})
     service = _service(queue, FakeProbe({URL: first}), lease_ms=60_000, acting_ttl_ms=5_000)
@@ -138,12 +140,12 @@ async def test_a_url_that_points_elsewhere_is_no_evidence(first: Door) -> None:
 async def test_a_worker_that_answers_pings_is_only_suspect() -> None:
     """Without heartbeats and with a refusing port, an answered ping keeps its work with it."""
     queue = FakeQueue(numbers={ONE: 1}, answers_pings={ONE})
-    probe = FakeProbe({URL: Door(DoorState.SAME)})
+    probe = FakeProbe({URL: ProbeResult(ProbeStatus.SAME)})
     service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
     async with _running(service):
         await service.register(_registration())
-        await _until(lambda: probe.looks > 0)
-        probe.doors[URL] = Door(DoorState.REFUSED, "refuses")
+        await _until(lambda: probe.probes > 0)
+        probe.results[URL] = ProbeResult(ProbeStatus.REFUSED, "refuses")
         await _until(lambda: len(queue.controls) > 2)
         assert {control.kind for _, control in queue.controls} == {ControlKind.PING}
         assert queue.reclaimed == []
@@ -168,12 +170,12 @@ async def test_an_id_in_use_by_a_live_worker_is_refused() -> None:
 async def test_a_restarted_worker_gets_its_jobs_freed_at_once() -> None:
     """The port now answers as the new session_id: the old one is certainly dead."""
     queue = FakeQueue(numbers={ONE: 1})
-    probe = FakeProbe({URL: Door(DoorState.SAME)})
+    probe = FakeProbe({URL: ProbeResult(ProbeStatus.SAME)})
     service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
     async with _running(service):
         await service.register(_registration())
-        await _until(lambda: probe.looks > 0)
-        probe.doors[URL] = Door(DoorState.OTHER, "another run")
+        await _until(lambda: probe.probes > 0)
+        probe.results[URL] = ProbeResult(ProbeStatus.OTHER, "another session")
         await service.register(_registration(TWO))
         assert set(queue.reclaimed) == {ONE}
 
@@ -356,11 +358,11 @@ async def test_a_cancelled_manager_resigns() -> None:
 
 async def test_a_newcomer_is_looked_at_at_once() -> None:
     """Not at the next sweep: until its URL was verified once, its death would be missed by its lease only."""
-    probe = FakeProbe({URL: Door(DoorState.SAME)})
+    probe = FakeProbe({URL: ProbeResult(ProbeStatus.SAME)})
     service = _service(FakeQueue(), probe, lease_ms=20_000, sweep_ms=5_000)
     async with _running(service):
         await service.register(_registration())
-        await eventually(lambda: probe.looks, "it is looked at", limit_s=3)
+        await eventually(lambda: probe.probes, "it is looked at", limit_s=3)
 
         async def verified() -> bool:
             return (await service.list_workers()).workers[0].url_verified
@@ -373,10 +375,10 @@ async def test_sweeps_go_on_while_newcomers_are_looked_at() -> None:
     asked, answers = asyncio.Event(), asyncio.Event()
 
     class SlowProbe(FakeProbe):
-        async def look(self, url: str, worker_id: WorkerId, session_id: SessionId) -> Door:
+        async def ask(self, url: str, worker_id: WorkerId, session_id: SessionId) -> ProbeResult:
             asked.set()
             await answers.wait()
-            return Door(DoorState.SAME)
+            return ProbeResult(ProbeStatus.SAME)
 
     queue = FakeQueue()
     service = _service(queue, SlowProbe(), lease_ms=20_000, sweep_ms=200)

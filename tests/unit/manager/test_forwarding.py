@@ -91,11 +91,11 @@ async def test_the_death_of_a_worker_that_a_standby_holds_is_told_to_the_acting_
     acting, _, url = two
     told: list[str] = []
 
-    async def doubt(worker_id: str, _session_id: str) -> None:
+    async def check(worker_id: str, _session_id: str) -> None:
         told.append(worker_id)
 
-    monkeypatch.setattr(acting, "doubt", doubt)
+    monkeypatch.setattr(acting, "check", check)
     async with httpx.AsyncClient(base_url=f"{url}/fabric/v1", headers=MEMBER, trust_env=False) as client:
-        async with client.stream("GET", f"/workers/w/presence?session_id={WORKER['session_id']}") as held:
+        async with client.stream("GET", f"/workers/w/session?session_id={WORKER['session_id']}") as held:
             assert held.status_code == 200
         await eventually(lambda: told == ["w"], "the acting Manager was told")

@@ -1,38 +1,41 @@
 import pytest
 
-from manager.core import DoorState, Evidence, Verdict, judge
+from manager.core import Evidence, Liveness, ProbeStatus, assess_liveness
 
 
 def _evidence(
-    door: DoorState = DoorState.UNKNOWN,
+    probe: ProbeStatus = ProbeStatus.UNKNOWN,
     *,
     verified: bool = False,
     ping_answered: bool = False,
-    has_number: bool = True,
-    had_number: bool = True,
+    has_counter: bool = True,
+    had_counter: bool = True,
     fresh: bool = False,
 ) -> Evidence:
-    return Evidence(door, verified, ping_answered, has_number, had_number, fresh)
+    return Evidence(probe, verified, ping_answered, has_counter, had_counter, fresh)
 
 
 @pytest.mark.parametrize(
-    ("evidence", "verdict"),
+    ("evidence", "liveness"),
     [
-        (_evidence(DoorState.REFUSED, verified=True), Verdict.DEAD),
-        (_evidence(DoorState.OTHER, verified=True), Verdict.DEAD),
-        (_evidence(DoorState.REFUSED, verified=True, ping_answered=True), Verdict.ALIVE),
-        (_evidence(DoorState.REFUSED), Verdict.SILENT),
-        (_evidence(DoorState.OTHER), Verdict.SILENT),
-        (_evidence(DoorState.UNKNOWN, verified=True), Verdict.SILENT),
-        (_evidence(DoorState.SAME), Verdict.ALIVE),
-        (_evidence(DoorState.UNKNOWN, fresh=True), Verdict.SILENT),
-        (_evidence(has_number=False), Verdict.DEAD),
-        (_evidence(DoorState.SAME, has_number=False), Verdict.ALIVE),
-        (_evidence(has_number=False, had_number=False, fresh=True), Verdict.ALIVE),
-        (_evidence(DoorState.REFUSED, verified=True, has_number=False, had_number=False, fresh=True), Verdict.DEAD),
-        (_evidence(has_number=False, had_number=False), Verdict.SILENT),
+        (_evidence(ProbeStatus.REFUSED, verified=True), Liveness.DEAD),
+        (_evidence(ProbeStatus.OTHER, verified=True), Liveness.DEAD),
+        (_evidence(ProbeStatus.REFUSED, verified=True, ping_answered=True), Liveness.ALIVE),
+        (_evidence(ProbeStatus.REFUSED), Liveness.UNDECIDED),
+        (_evidence(ProbeStatus.OTHER), Liveness.UNDECIDED),
+        (_evidence(ProbeStatus.UNKNOWN, verified=True), Liveness.UNDECIDED),
+        (_evidence(ProbeStatus.SAME), Liveness.ALIVE),
+        (_evidence(ProbeStatus.UNKNOWN, fresh=True), Liveness.UNDECIDED),
+        (_evidence(has_counter=False), Liveness.DEAD),
+        (_evidence(ProbeStatus.SAME, has_counter=False), Liveness.ALIVE),
+        (_evidence(has_counter=False, had_counter=False, fresh=True), Liveness.ALIVE),
+        (
+            _evidence(ProbeStatus.REFUSED, verified=True, has_counter=False, had_counter=False, fresh=True),
+            Liveness.DEAD,
+        ),
+        (_evidence(has_counter=False, had_counter=False), Liveness.UNDECIDED),
     ],
 )
-def test_the_verdict_needs_certainty(evidence: Evidence, verdict: Verdict) -> None:
+def test_a_death_needs_certainty(evidence: Evidence, liveness: Liveness) -> None:
     """Dead at once only with a verified URL that refuses or is another's and no answer to a ping, or when fenced."""
-    assert judge(evidence) is verdict
+    assert assess_liveness(evidence) is liveness

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from manager.core import DoorState
+from manager.core import ProbeStatus
 from manager.probe import HttpWorkerProbe
 from queue_schemas import SessionId, WorkerId
 
@@ -15,7 +15,7 @@ ONE = SessionId("w.0000000000000001")
 
 
 @asynccontextmanager
-async def _door(answer: bytes | None) -> AsyncIterator[str]:
+async def _server(answer: bytes | None) -> AsyncIterator[str]:
     """A server that answers every connection with ``answer``; None: it accepts and keeps silent."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -43,22 +43,22 @@ def _health(worker_id: str, session_id: str) -> bytes:
 @pytest.mark.parametrize(
     ("answer", "state", "note"),
     [
-        (_health("w", ONE), DoorState.SAME, ""),
-        (_health("w", "w.0000000000000002"), DoorState.OTHER, "another run of this worker"),
-        (_health("x", "x.0000000000000003"), DoorState.OTHER, "answered by worker 'x'"),
-        (_http(b"<html>"), DoorState.UNKNOWN, "no worker of this fabric"),
-        (_http(b"[1]"), DoorState.UNKNOWN, "no worker of this fabric"),
-        (_http(b"", "302 Found", "location: http://127.0.0.1:1/\r\n"), DoorState.UNKNOWN, "no worker of this fabric"),
-        (b"SSH-2.0-x\r\n", DoorState.UNKNOWN, "cannot be asked"),
-        (None, DoorState.UNKNOWN, "does not answer in time"),
+        (_health("w", ONE), ProbeStatus.SAME, ""),
+        (_health("w", "w.0000000000000002"), ProbeStatus.OTHER, "another session of this worker"),
+        (_health("x", "x.0000000000000003"), ProbeStatus.OTHER, "answered by worker 'x'"),
+        (_http(b"<html>"), ProbeStatus.UNKNOWN, "no worker of this fabric"),
+        (_http(b"[1]"), ProbeStatus.UNKNOWN, "no worker of this fabric"),
+        (_http(b"", "302 Found", "location: http://127.0.0.1:1/\r\n"), ProbeStatus.UNKNOWN, "no worker of this fabric"),
+        (b"SSH-2.0-x\r\n", ProbeStatus.UNKNOWN, "cannot be asked"),
+        (None, ProbeStatus.UNKNOWN, "does not answer in time"),
     ],
 )
-async def test_who_answers(answer: bytes | None, state: DoorState, note: str) -> None:
+async def test_who_answers(answer: bytes | None, state: ProbeStatus, note: str) -> None:
     """Only a health page of this very session id is the same; anything odd is no evidence."""
-    async with _door(answer) as url, HttpWorkerProbe(0.3) as probe:
-        door = await probe.look(url, W, ONE)
-    assert door.state is state
-    assert note in door.note
+    async with _server(answer) as url, HttpWorkerProbe(0.3) as probe:
+        result = await probe.ask(url, W, ONE)
+    assert result.status is state
+    assert note in result.note
 
 
 async def test_a_closed_port_refuses() -> None:
@@ -67,7 +67,7 @@ async def test_a_closed_port_refuses() -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     async with HttpWorkerProbe(1.0) as probe:
-        assert (await probe.look(f"http://127.0.0.1:{port}", W, ONE)).state is DoorState.REFUSED
+        assert (await probe.ask(f"http://127.0.0.1:{port}", W, ONE)).status is ProbeStatus.REFUSED
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ async def test_a_closed_port_refuses() -> None:
 async def test_a_url_that_is_none_is_unknown(url: str) -> None:
     """Whatever a worker registers as its URL, looking at it raises nothing and proves nothing."""
     async with HttpWorkerProbe(1.0) as probe:
-        assert (await probe.look(url, W, ONE)).state is DoorState.UNKNOWN
+        assert (await probe.ask(url, W, ONE)).status is ProbeStatus.UNKNOWN
 
 
 async def test_a_health_page_without_end_is_cut() -> None:
     """Of an endless answer only a bounded part is read."""
-    async with _door(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 1_000_000) as url, HttpWorkerProbe(2.0) as probe:
-        assert (await probe.look(url, W, ONE)).state is DoorState.UNKNOWN
+    async with _server(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 1_000_000) as url, HttpWorkerProbe(2.0) as probe:
+        assert (await probe.ask(url, W, ONE)).status is ProbeStatus.UNKNOWN

@@ -1,6 +1,6 @@
 import pytest
 
-from manager.core import Door, DoorState, Registry
+from manager.core import ProbeResult, ProbeStatus, Registry
 from queue_schemas import (
     EngineState,
     Heartbeat,
@@ -119,7 +119,7 @@ def test_leaving_needs_the_right_incarnation() -> None:
 
 
 def test_the_dead_are_forgotten_by_incarnation() -> None:
-    """Burying an session id leaves a newer one of the same id alone."""
+    """Declaring a session dead leaves a newer one of the same id alone."""
     registry = _registry()
     registry.join(_registration(TWO), 0.0)
     assert registry.declare_dead(SessionId(ONE)) is None
@@ -132,29 +132,29 @@ def test_a_url_is_verified_by_an_answer_only() -> None:
     """Until the URL answered as this session id it is looked at again, ever more rarely, with a note for people."""
     registry = _registry()
     member = registry.join(_registration(), 0.0)
-    assert registry.to_look_at(0.0, 5) == [member]
-    registry.looked(member.session_id, Door(DoorState.OTHER, "answered by worker 'x'"), 0.0)
+    assert registry.to_verify(0.0, 5) == [member]
+    registry.record_probe(member.session_id, ProbeResult(ProbeStatus.OTHER, "answered by worker 'x'"), 0.0)
     assert registry.get("w").info().url_note == "answered by worker 'x'"
-    assert registry.to_look_at(0.5, 5) == []
-    assert len(registry.to_look_at(1.0, 5)) == 1
-    assert registry.to_doubt(100.0, 4.0, 5) == []
-    registry.looked(member.session_id, Door(DoorState.SAME), 1.0)
+    assert registry.to_verify(0.5, 5) == []
+    assert len(registry.to_verify(1.0, 5)) == 1
+    assert registry.overdue(100.0, 4.0, 5) == []
+    registry.record_probe(member.session_id, ProbeResult(ProbeStatus.SAME), 1.0)
     assert registry.get("w").info().url_note == ""
-    assert registry.to_look_at(100.0, 5) == []
-    assert len(registry.to_doubt(100.0, 4.0, 5)) == 1
-    assert registry.to_doubt(3.9, 4.0, 5) == []
+    assert registry.to_verify(100.0, 5) == []
+    assert len(registry.overdue(100.0, 4.0, 5)) == 1
+    assert registry.overdue(3.9, 4.0, 5) == []
 
 
 def test_registering_again_keeps_what_is_known() -> None:
     """The same run at the same URL stays verified; at another URL it is looked at anew."""
     registry = _registry()
     member = registry.join(_registration(), 0.0)
-    registry.looked(member.session_id, Door(DoorState.SAME), 0.0)
-    registry.saw_numbers([member.session_id])
+    registry.record_probe(member.session_id, ProbeResult(ProbeStatus.SAME), 0.0)
+    registry.saw_counters([member.session_id])
     again = registry.join(_registration(), 1.0)
-    assert (again.verified, again.had_number, again.assignment) == (True, True, member.assignment)
+    assert (again.verified, again.had_counter, again.assignment) == (True, True, member.assignment)
     moved = registry.join(_registration(url="http://127.0.0.1:2"), 2.0)
-    assert (moved.verified, moved.had_number) == (False, True)
+    assert (moved.verified, moved.had_counter) == (False, True)
 
 
 def test_a_snapshot_restores_the_fleet_under_a_new_term() -> None:
