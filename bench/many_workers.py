@@ -32,7 +32,7 @@ from manager.service import open_broker
 from queue_schemas import EngineState, Heartbeat, Registration, SessionId, WorkerId, new_session_id
 from telemetry import MetricsRegistry, configure_logging
 from tests.support.waiting import eventually
-from worker.fallback_sweeper import stand_in
+from worker.fallback_sweeper import FallbackSweeper
 from worker.metrics import WorkerMetrics
 
 HEARTBEAT_S = 2.0
@@ -117,7 +117,7 @@ async def alone(url: str, client: redis.asyncio.Redis, workers: int, seconds: fl
             await asyncio.sleep(LEASE_S / 5)
 
     tasks = [asyncio.create_task(renew(name)) for name in names]
-    tasks += [asyncio.create_task(stand_in(broker, name, metrics, LEASE_S)) for name in names]
+    tasks += [asyncio.create_task(FallbackSweeper(broker, name, metrics, LEASE_S).run()) for name in names]
     await asyncio.sleep(LEASE_S * 1.5)
     cost = await measured(client, seconds)
     for task in tasks:

@@ -1,6 +1,6 @@
-"""Standing in for the Manager while none acts: dead peers' jobs are taken back, and what is due by time happens.
+"""The fallback sweeper: while no Manager acts, one worker reclaims dead peers' jobs and ends jobs past their deadline.
 
-One worker at a time does so, which holds a lease for it in Redis; the others look after that lease and the Manager's.
+That worker holds the sweeper's lease in Redis; the others watch that lease and the acting Manager's.
 """
 
 from __future__ import annotations
@@ -13,93 +13,96 @@ from broker import Broker
 from queue_schemas import BrokerUnsuitable, InferqError, SessionId
 from telemetry import get_logger
 
-from .core import FallbackSweep
+from .core import FallbackWatch
 from .metrics import WorkerMetrics
 
-LOOKS_PER_LEASE = 6
+POLLS_PER_LEASE = 6
 _JITTER = 0.2
 _REFUSED_PAUSE_S = 300.0
-_SHARD_LIMIT_S = 2.0
-"""Limit on what is asked of one shard in one look: a shard that is away must not stop the others."""
+_SHARD_TIMEOUT_S = 2.0
+"""Limit on the calls to one shard in one round: a shard that is away must not stop the others."""
 
 log = get_logger(__name__)
 
 
-async def stand_in(broker: Broker, worker: SessionId, metrics: WorkerMetrics, lease_s: float) -> NoReturn:
-    """Look after the acting Manager, and do what it would do for jobs in its place, until cancelled."""
-    await _StandingIn(broker, worker, metrics, lease_s).run()
+class FallbackSweeper:
+    """Watches the acting Manager for the session ``session_id``, and takes its place for what cannot wait."""
 
-
-class _StandingIn:
-    def __init__(self, broker: Broker, worker: SessionId, metrics: WorkerMetrics, lease_s: float) -> None:
+    def __init__(self, broker: Broker, session_id: SessionId, metrics: WorkerMetrics, lease_s: float) -> None:
         self._broker = broker
-        self._worker = worker
+        self._session_id = session_id
         self._metrics = metrics
         self._lease_s = lease_s
-        self._state = FallbackSweep(lease_s, broker.shards)
-        self._sweeps = False
+        self._watch = FallbackWatch(lease_s, broker.shards)
+        self._holds_lease = False
         """Whether this worker holds the sweeper's lease, as far as it knows."""
 
     async def run(self) -> NoReturn:
-        state = self._state
+        """Watch, and sweep while no Manager acts, until cancelled."""
+        watch = self._watch
         while True:
-            await asyncio.sleep(self._lease_s / LOOKS_PER_LEASE * random.uniform(1 - _JITTER, 1 + _JITTER))
-            was_acting = state.acting and self._sweeps
+            await asyncio.sleep(self._lease_s / POLLS_PER_LEASE * random.uniform(1 - _JITTER, 1 + _JITTER))
+            was_sweeping = self._sweeping
             try:
-                await self._look()
+                await self._round()
             except BrokerUnsuitable as error:
-                log.warning("cannot_stand_in", error=error.message, then="dead peers wait for a Manager")
-                state.restart()
+                log.warning("fallback_sweep_refused", error=error.message, then="dead peers wait for a Manager")
+                watch.restart()
                 await asyncio.sleep(_REFUSED_PAUSE_S)
             except InferqError as error:
-                log.debug("manager_not_looked_after", error=error.message)
-                state.restart()
-            acting = state.acting and self._sweeps
-            if acting != was_acting:
-                log.warning("standing_in" if acting else "not_standing_in", acting_manager=not state.acting)
+                log.debug("acting_manager_not_polled", error=error.message)
+                watch.restart()
+            if self._sweeping != was_sweeping:
+                event = "fallback_sweep_started" if self._sweeping else "fallback_sweep_ended"
+                log.warning(event, acting_manager=not watch.manager_absent)
 
-    async def _look(self) -> None:
+    @property
+    def _sweeping(self) -> bool:
+        return self._watch.manager_absent and self._holds_lease
+
+    async def _round(self) -> None:
         now = asyncio.get_running_loop().time
         asked_at = now()
-        number = await self._broker.fleet.leader_lease_until()
-        if not self._state.saw_manager(number, asked_at, now()):
-            if self._sweeps:
-                self._sweeps = False
-                await self._broker.fleet.acquire_sweeper_lease(self._worker, 0)
+        lease_until = await self._broker.fleet.leader_lease_until()
+        if not self._watch.saw_manager(lease_until, asked_at, now()):
+            if self._holds_lease:
+                self._holds_lease = False
+                await self._broker.fleet.acquire_sweeper_lease(self._session_id, 0)
             return
-        held = self._sweeps
-        # Held over two looks that were missed; only its holder reads what all workers write.
-        self._sweeps = await self._broker.fleet.acquire_sweeper_lease(self._worker, round(self._lease_s * 1000 / 2))
-        if not self._sweeps:
+        held = self._holds_lease
+        # Held over two rounds that were missed; only its holder reads the renewal counters of all workers.
+        ttl_ms = round(self._lease_s * 1000 / 2)
+        self._holds_lease = await self._broker.fleet.acquire_sweeper_lease(self._session_id, ttl_ms)
+        if not self._holds_lease:
             if held:
-                self._state.forget_peers()
+                self._watch.forget_peers()
             return
-        await asyncio.gather(*(self._observe(shard) for shard in range(self._broker.shards)))
-        dead = self._state.dead_peers()
-        await asyncio.gather(*(self._take_back(shard, dead) for shard in range(self._broker.shards)))
+        await asyncio.gather(*(self._poll_peers(shard) for shard in range(self._broker.shards)))
+        dead = self._watch.dead_peers()
+        await asyncio.gather(*(self._sweep(shard, dead) for shard in range(self._broker.shards)))
 
-    async def _observe(self, shard: int) -> None:
+    async def _poll_peers(self, shard: int) -> None:
         now = asyncio.get_running_loop().time
         asked_at = now()
         try:
-            async with asyncio.timeout(_SHARD_LIMIT_S):
-                numbers = await self._broker.maintenance.renewal_counters(shard)
+            async with asyncio.timeout(_SHARD_TIMEOUT_S):
+                counters = await self._broker.maintenance.renewal_counters(shard)
         except (InferqError, TimeoutError) as error:
-            log.debug("shard_not_looked_after", shard=shard, error=str(error))
-            self._state.shard_away(shard)
+            log.debug("shard_not_polled", shard=shard, error=str(error))
+            self._watch.shard_away(shard)
         else:
-            self._state.saw_peers(numbers, asked_at, now(), shard)
+            self._watch.saw_peers(counters, asked_at, now(), shard)
 
-    async def _take_back(self, shard: int, dead: list[SessionId]) -> None:
-        """What is due on one shard. What fails is done at the next look: it is still due then."""
+    async def _sweep(self, shard: int, dead: list[SessionId]) -> None:
+        """Reclaim and expire on one shard. What fails is done in the next round: it is still due then."""
         try:
-            async with asyncio.timeout(_SHARD_LIMIT_S):
+            async with asyncio.timeout(_SHARD_TIMEOUT_S):
                 for session_id in dead:
-                    taken = await self._broker.maintenance.reclaim(session_id, shard)
-                    requeued = taken.requeued + taken.lost
-                    self._metrics.stood_in.inc(requeued)
-                    log.warning("worker_reclaimed", session_id=session_id, requeued=requeued, dead=taken.dead)
-                if self._state.acting:
+                    reclaimed = await self._broker.maintenance.reclaim(session_id, shard)
+                    requeued = reclaimed.requeued + reclaimed.lost
+                    self._metrics.fallback_reclaimed.inc(requeued)
+                    log.warning("session_reclaimed", session_id=session_id, requeued=requeued, dead=reclaimed.dead)
+                if self._watch.manager_absent:
                     await self._broker.maintenance.expire(shard)
         except (InferqError, TimeoutError) as error:
             log.debug("shard_not_swept", shard=shard, error=str(error))

@@ -1,9 +1,9 @@
-"""Renewals: the leases of one session id are kept by a thread of their own.
+"""Renew the leases of one worker session from a thread of their own.
 
-The loop that serves jobs may be busy for longer than a lease while process and engine are well: what it runs must not
-be lost for that. So another thread, with an event loop and a connection of its own, raises the renewal number as long
-as :class:`~worker.core.LoopWatchdog` allows. While the serving loop is late it renews so often that every ping finds
-the number risen, though nobody has read it.
+The loop that serves jobs may be busy for longer than a lease while process and engine are well: that must not cost the
+leases. So another thread, with an event loop and a connection of its own, raises the renewal counter as long as
+:class:`~worker.core.LoopWatchdog` allows. While the serving loop is late it renews so often that every ping finds the
+counter risen, though nobody has read the ping.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from telemetry import get_logger
 from .core import LoopWatchdog
 
 RENEWALS_PER_LEASE = 5
-LOOK_S = 0.1
-"""How often the watchdog is looked at: with the time until a loop counts as late, well within a ping's half second."""
+POLL_S = 0.1
+"""How often the watchdog is read: with the time until a loop counts as late, well within a ping's half second."""
 RETRY_S = 0.5
-END_LIMIT_S = 5.0
+END_TIMEOUT_S = 5.0
 
 log = get_logger(__name__)
 
 
-class Renewals:
+class LeaseRenewals:
     """Keeps the leases of ``session_id`` while ``watchdog`` allows it. ``renewer`` is used and closed in the thread."""
 
     def __init__(self, renewer: Renewer, session_id: SessionId, watchdog: LoopWatchdog, lease_s: float) -> None:
@@ -39,39 +39,39 @@ class Renewals:
         self._pinged = threading.Event()
         self._stopping = threading.Event()
         self._due_at = 0.0
-        self._complained = False
+        self._paused = False
 
     def answer_ping(self) -> None:
         """Renew at once. From any thread."""
         self._pinged.set()
 
     async def run(self) -> None:
-        """Renew until cancelled. Raises ``Fenced`` when the session id was declared dead."""
+        """Renew until cancelled. Raises ``Fenced`` when the session was declared dead."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[BaseException | None] = loop.create_future()
 
-        def tell(error: BaseException | None) -> None:
+        def notify(error: BaseException | None) -> None:
             if not ended.done():
                 ended.set_result(error)
 
-        def live() -> None:
+        def renew() -> None:
             error: BaseException | None = None
             try:
                 asyncio.run(self._renew())
             except BaseException as failure:  # noqa: BLE001 - handed over to the serving loop
                 error = failure
-            with contextlib.suppress(RuntimeError):  # the serving loop is gone: so is whoever wanted to know
-                loop.call_soon_threadsafe(tell, error)
+            with contextlib.suppress(RuntimeError):  # the serving loop is gone, and its tasks with it
+                loop.call_soon_threadsafe(notify, error)
 
-        # A daemon: nobody waits for it in a process that ends in a hurry.
-        threading.Thread(target=live, name="renewals", daemon=True).start()
+        # A daemon: a process that ends in a hurry does not wait for it.
+        threading.Thread(target=renew, name="lease renewals", daemon=True).start()
         try:
             error = await asyncio.shield(ended)
         finally:
             self._stopping.set()
             if not ended.done():
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(END_LIMIT_S):
+                    async with asyncio.timeout(END_TIMEOUT_S):
                         await asyncio.shield(ended)
         if error is not None:
             raise error
@@ -81,19 +81,19 @@ class Renewals:
             while not self._stopping.is_set():
                 if self._is_due(time.monotonic()):
                     await self._renew_once()
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_S)
         finally:
             await self._renewer.close()
 
     def _is_due(self, now: float) -> bool:
-        """Whether to renew now, and complain once about what forbids it."""
+        """Whether to renew now; logs once that the serving loop is stuck."""
         watchdog = self._watchdog
         if not watchdog.may_renew(now):
-            if not self._complained and watchdog.stuck(now):
-                log.error("serving_loop_stuck", limit_s=watchdog.loop_limit_s, then="its jobs go to others")
-            self._complained = True
+            if not self._paused and watchdog.stuck(now):
+                log.error("serving_loop_stuck", timeout_s=watchdog.loop_stall_timeout_s, then="its jobs go to others")
+            self._paused = True
             return False
-        self._complained = False
+        self._paused = False
         pinged = self._pinged.is_set()
         if pinged:  # cleared without it, a ping that comes between the two lines would be lost
             self._pinged.clear()
@@ -106,7 +106,7 @@ class Renewals:
         except Fenced:
             raise
         except InferqError as error:
-            # Whatever Redis says short of a verdict on this session id, it may say otherwise soon.
+            # Whatever Redis says short of a verdict on this session, it may say otherwise soon.
             log.warning("leases_not_renewed", error=error.message)
             self._due_at = begun + RETRY_S
             await asyncio.sleep(RETRY_S)

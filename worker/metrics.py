@@ -1,4 +1,4 @@
-"""What a worker counts."""
+"""The metrics of a worker: waits, attempts, tokens, and what it does beside them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,16 @@ class WorkerMetrics:
             ("model", "region"),
         )
         self.engine_restarts = registry.counter("inferq_engine_restarts_total", "Starts of the engine after the first")
-        self.stood_in = registry.counter(
-            "inferq_jobs_taken_back_total", "Jobs of dead workers taken back by this one because no Manager acted"
+        self.fallback_reclaimed = registry.counter(
+            "inferq_fallback_reclaimed_jobs_total",
+            "Jobs of dead workers that this one put back on the queue because no Manager acted",
         )
-        self.fenced = registry.counter("inferq_fenced_total", "Times this worker was declared dead while it lived")
-        self.heartbeats_failed = registry.counter("inferq_heartbeats_failed_total", "Heartbeats no Manager answered")
+        self.fenced = registry.counter(
+            "inferq_sessions_fenced_total", "Sessions of this worker that were declared dead while they lived"
+        )
+        self.heartbeats_failed = registry.counter(
+            "inferq_heartbeats_failed_total", "Heartbeats that no Manager answered"
+        )
 
         # Children are looked up once: labels() costs more than the count itself.
         def wait_of(model: str, lane: str) -> Histogram:
@@ -50,11 +55,11 @@ class WorkerMetrics:
         def tokens_of(model: str, kind: str) -> Counter:
             return tokens.labels(model, kind)
 
-        def abroad_of(model: str, region: str) -> Counter:
+        def remote_of(model: str, region: str) -> Counter:
             return remote.labels(model, region)
 
         self.wait = cache(wait_of)
-        self.remote = cache(abroad_of)
+        self.remote = cache(remote_of)
         self.attempts = cache(attempts_of)
         self._tokens = cache(tokens_of)
         self._settled = {answer: settled.labels(str(answer)) for answer in Settled}

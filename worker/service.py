@@ -147,7 +147,7 @@ class Worker:
             else:
                 return
             self._metrics.fenced.inc()
-            log.warning("declared_dead", session_id=self._session.session_id, abandoned=self._session.slots.busy)
+            log.warning("session_fenced", session_id=self._session.session_id, abandoned=self._session.slots.busy)
             if self.drain.is_set():
                 return
             first = False

@@ -13,10 +13,10 @@ from telemetry import get_logger
 
 from .attempts import Attempts, StreamTimeouts
 from .context import WorkerContext
-from .core import Liveness, LoopWatchdog, Slots
-from .fallback_sweeper import stand_in
+from .core import EngineProgress, LoopWatchdog, Slots
+from .fallback_sweeper import FallbackSweeper
 from .frame_batcher import FrameBatcher
-from .lease_renewals import RENEWALS_PER_LEASE, Renewals
+from .lease_renewals import RENEWALS_PER_LEASE, LeaseRenewals
 from .membership import Membership
 from .peers import Peers
 from .shard_consumer import ShardConsumer
@@ -48,7 +48,7 @@ class WorkerSession:
             assigned=self._assigned,
             drain=context.drain.set,
         )
-        self._liveness = Liveness(settings.engine_stall_limit_ms / 1000)
+        self._engine_progress = EngineProgress(settings.engine_stall_limit_ms / 1000)
         self._consumers: list[ShardConsumer] = []
         self._shards_away: set[int] = set()
         """Shards whose server does not answer now."""
@@ -125,15 +125,15 @@ class WorkerSession:
                 ended=self._ended,
             )
             self._broker, self._attempts = broker, attempts
-            group.create_task(frame_batcher.run(), name="frame_batcher")
+            group.create_task(frame_batcher.run(), name="frame batcher")
             lease_s = answer.lease_ms / 1000
             self._watchdog.ticked_at = time.monotonic()
-            renewals = Renewals(broker.workers.renewer_apart(), self.session_id, self._watchdog, lease_s)
-            self._renewing = group.create_task(renewals.run(), name="renewals")
+            renewals = LeaseRenewals(broker.workers.renewer_apart(), self.session_id, self._watchdog, lease_s)
+            self._renewing = group.create_task(renewals.run(), name="lease renewals")
             group.create_task(self._watch_engine(attempts, lease_s), name="engine's progress")
             group.create_task(self._sweep(attempts), name="sweep")
-            sweeps = stand_in(broker, self.session_id, self._context.metrics, lease_s)
-            group.create_task(sweeps, name="standing in")
+            sweeper = FallbackSweeper(broker, self.session_id, self._context.metrics, lease_s)
+            group.create_task(sweeper.run(), name="fallback sweeper")
             self._consumers = [
                 ShardConsumer(
                     shard,
@@ -179,9 +179,9 @@ class WorkerSession:
 
     async def _makes_progress(self, attempts: Attempts) -> bool:
         now = asyncio.get_running_loop().time
-        if self._liveness.moved(len(attempts), attempts.output_count, now()):
+        if self._engine_progress.shown_by_output(len(attempts), attempts.output_count, now()):
             return True
-        return self._liveness.believes(await self._context.engine.progress(), now())
+        return self._engine_progress.believed(await self._context.engine.progress(), now())
 
     async def _sweep(self, attempts: Attempts) -> NoReturn:
         """What is due by time, for all jobs at once; and that this loop turns."""

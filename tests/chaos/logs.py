@@ -13,7 +13,14 @@ from tests.support.fleet import Role
 
 from .history import Entry, History
 
-_OF_THE_FLEET = ("worker_dead", "worker_reclaimed", "declared_dead", "acting", "engine_failed", "queue_connected")
+_OF_THE_FLEET = (
+    "session_declared_dead",
+    "session_reclaimed",
+    "session_fenced",
+    "acting",
+    "engine_failed",
+    "queue_connected",
+)
 _TOLD = ("attempt", "epoch", "answer", "reason", "error", "delivered", "how", "worker", "session_id", "router")
 
 
@@ -52,7 +59,7 @@ def count(roles: Sequence[Role]) -> Counter[str]:
     for role in roles:
         for said in lines_of(role):
             event = said.get("event")
-            counts["declared dead"] += event == "declared_dead"
+            counts["declared dead"] += event == "session_fenced"
             counts["jobs crashed"] += event == "job_crashed"
     return counts
 

@@ -119,7 +119,7 @@ async def test_a_worker_whose_url_is_anothers_works_and_outlives_it(fleet: Fleet
 def _buried(fleet: Fleet) -> set[str]:
     """The workers that the Manager has declared dead."""
     lines = [json.loads(line) for line in fleet.manager.process.log_text().splitlines()]
-    return {line["worker"] for line in lines if line.get("event") == "worker_dead"}
+    return {line["worker"] for line in lines if line.get("event") == "session_declared_dead"}
 
 
 async def _chat(fleet: Fleet, model: str, text: str) -> tuple[int, str]:

@@ -1,9 +1,10 @@
 """The worker's decisions, pure: no await, clock, randomness, environment or I/O."""
 
 from .continuation import Continuation
-from .fallback import FallbackSweep
+from .engine_progress import EngineProgress
+from .fallback import FallbackWatch
 from .frames import FrameCutter
-from .loop_watchdog import LATE_S, Liveness, LoopWatchdog
+from .loop_watchdog import LATE_S, LoopWatchdog
 from .slots import Claim, Slots
 from .stream_stall import StreamStall, may_hold_back
 from .verdict import Retry, RetryLater, judge_answer, judge_failure, judge_server_error
@@ -13,9 +14,9 @@ __all__ = [
     "LATE_S",
     "Claim",
     "Continuation",
-    "FallbackSweep",
+    "EngineProgress",
+    "FallbackWatch",
     "FrameCutter",
-    "Liveness",
     "LoopWatchdog",
     "Retry",
     "RetryLater",

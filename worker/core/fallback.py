@@ -1,13 +1,13 @@
-"""Whether this worker stands in for the Manager: one worker at a time does if none acts.
+"""Whether this worker sweeps in place of the Manager: one worker at a time does while no Manager acts.
 
 Rules:
 
-* The acting Manager is known by its lease in Redis, which it extends all the time. No Manager acts once that stood
-  still for a whole lease of a worker, by the rule of :class:`queue_schemas.LeaseWatch`: Redis in reach throughout, on
-  our own monotonic clock. So a Manager that is late, or a failover to its standby, calls nobody.
-* The workers' numbers are watched from the first look at which the Manager's stood still: whoever dies meanwhile is
-  missed a lease after its death, not a lease after the Manager's was found over. That is done by the one worker that
-  holds the sweeper's lease (:mod:`worker.fallback_sweeper`).
+* The acting Manager is known by its leader lease in Redis, which it extends all the time. No Manager acts once that
+  stood still for a whole lease of a worker, by the rule of :class:`queue_schemas.LeaseWatch`: Redis in reach
+  throughout, on our own monotonic clock. So a Manager that is late, or a failover to its standby, starts no sweep.
+* The workers' renewal counters are watched from the first poll at which the Manager's lease stood still: a worker that
+  dies meanwhile is found a lease after its death, not a lease after the Manager's was found. That is done by the one
+  worker that holds the sweeper's lease (:mod:`worker.fallback_sweeper`).
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from queue_schemas import LeaseWatch, SessionId, ShardedLeaseWatch
 _MANAGER = SessionId("manager")
 
 
-class FallbackSweep:
+class FallbackWatch:
     """What one worker knows of the Manager and of its peers. Times are seconds of one monotonic clock."""
 
     def __init__(self, lease_s: float, shards: int = 1) -> None:
-        self.acting = False
+        self.manager_absent = False
         """Whether no Manager acts, so that workers do what cannot wait."""
         self._manager = LeaseWatch(lease_s)
         self._peers = ShardedLeaseWatch(lease_s, shards)
         self._last: int | None = None
 
-    def saw_manager(self, number: int, asked_at: float, answered_at: float) -> bool:
-        """Take in the Manager's number; whether the workers' numbers are to be looked at as well."""
-        stood_still, self._last = number == self._last, number
-        self.acting = bool(self._manager.observe({_MANAGER: number}, asked_at, answered_at))
+    def saw_manager(self, lease_until: int, asked_at: float, answered_at: float) -> bool:
+        """Take in until when the leader lease lasts, by the queue's clock; whether to poll the workers' counters."""
+        stood_still, self._last = lease_until == self._last, lease_until
+        self.manager_absent = bool(self._manager.observe({_MANAGER: lease_until}, asked_at, answered_at))
         if not stood_still:
             self._peers.restart()
         return stood_still
 
-    def saw_peers(self, numbers: Mapping[SessionId, int], asked_at: float, answered_at: float, shard: int = 0) -> None:
-        """Take in the workers' numbers on one shard."""
-        self._peers.observe(shard, numbers, asked_at, answered_at)
+    def saw_peers(self, counters: Mapping[SessionId, int], asked_at: float, answered_at: float, shard: int = 0) -> None:
+        """Take in the workers' renewal counters on one shard."""
+        self._peers.observe(shard, counters, asked_at, answered_at)
 
     def dead_peers(self) -> list[SessionId]:
-        """Those whose jobs are to be taken back now. They have been watched for a lease then, and so has the
-        Manager's."""
+        """The sessions whose jobs are to be reclaimed now. They have been watched for a lease then, and so has the
+        Manager."""
         return self._peers.still()
 
     def shard_away(self, shard: int) -> None:
@@ -51,12 +51,12 @@ class FallbackSweep:
         self._peers.away(shard)
 
     def forget_peers(self) -> None:
-        """Another worker looks after them now."""
+        """Another worker watches them now."""
         self._peers.restart()
 
     def restart(self) -> None:
         """Redis was out of reach: nothing is known of the time between."""
-        self.acting = False
+        self.manager_absent = False
         self._last = None
         self._manager.restart()
         self._peers.restart()

@@ -10,7 +10,7 @@ Rules:
 * Time in which this worker did not read (its Router is slow), or nobody looked (its process, perhaps with the engine,
   was stopped), is not the engine's silence.
 * What has not begun, plain answers above all, says nothing until its end: only its deadline ends it, or the stall of
-  the whole engine (:mod:`worker.core.loop_watchdog`).
+  the whole engine (:mod:`worker.core.engine_progress`).
 """
 
 from __future__ import annotations

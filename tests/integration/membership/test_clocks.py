@@ -48,7 +48,7 @@ async def test_an_hour_ahead_or_behind_changes_nothing(tmp_path: Path, own_valke
         assert [(await worker.page("/status"))["session_id"] for worker in fleet.workers] == before
         totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).totals)
         assert [name for name in totals if name.endswith(b":requeued")] == []
-        assert "worker_dead" not in fleet.manager.process.log_text()
+        assert "session_declared_dead" not in fleet.manager.process.log_text()
         for worker, seconds in zip(fleet.workers, offs.values(), strict=True):
             first = json.loads(worker.process.log_text().splitlines()[0])
             told = datetime.fromisoformat(first["time"])

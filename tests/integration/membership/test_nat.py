@@ -146,7 +146,7 @@ async def test_a_worker_that_nobody_reaches_serves(tmp_path: Path, tls_redis: Se
 
         await eventually(noted, "the Manager notes that it cannot reach the worker", limit_s=PATIENCE_S)
         assert await _echo(fleet, "still here") == "still here"
-        assert "worker_dead" not in fleet.manager.process.log_text()
+        assert "session_declared_dead" not in fleet.manager.process.log_text()
         refusals = {entry[b"object"] for entry in map(_entry, tls_redis.ask("ACL", "LOG"))}
         assert refusals <= PASSED_OVER
         assert b"config|get" in refusals, "the log of refusals shows what is refused"

@@ -166,12 +166,12 @@ async def test_without_a_manager_the_workers_miss_each_other(fleet: Fleet, clien
     answers = [await client.answer(job, 60) for job in jobs]
     assert all(complete(answer) for answer in answers)
     assert all(answer.markers for answer in answers)
-    assert "standing_in" in other.process.log_text()
-    assert "inferq_jobs_taken_back_total 4.0" in other.metrics()
+    assert "fallback_sweep_started" in other.process.log_text()
+    assert "inferq_fallback_reclaimed_jobs_total 4.0" in other.metrics()
     assert [marker.kind for marker in (await client.answer(unserved)).markers] == [MarkerKind.EXPIRED]
     await client.until_nothing_is_left()
     await fleet.start_manager()
-    await eventually(lambda: "not_standing_in" in other.process.log_text(), "it leaves the work to the Manager")
+    await eventually(lambda: "fallback_sweep_ended" in other.process.log_text(), "it leaves the work to the Manager")
 
 
 async def test_it_goes_on_with_the_next_manager_url(fleet: Fleet, client: Client) -> None:
@@ -219,7 +219,7 @@ async def test_a_worker_declared_dead_lets_go_and_starts_anew(fleet: Fleet, clie
     assert complete(await client.answer(job, 40))
     assert answer.frames[0].epoch == answer.markers[-1].epoch
     await paused.until_ready()
-    assert "inferq_fenced_total 1.0" in paused.metrics()
+    assert "inferq_sessions_fenced_total 1.0" in paused.metrics()
 
 
 async def test_a_router_that_vanished_frees_the_slot(fleet: Fleet, client: Client) -> None:
@@ -264,7 +264,7 @@ async def test_a_stream_that_its_engine_forgot_is_given_up_alone(fleet: Fleet, c
     assert all(map(complete, beside))
     assert not any(answer.markers for answer in beside)
     assert "stream_stalled" in workers[0].process.log_text()
-    assert "inferq_fenced_total 0.0" in workers[0].metrics()
+    assert "inferq_sessions_fenced_total 0.0" in workers[0].metrics()
 
 
 async def test_a_stream_that_its_only_engine_forgot_ends_with_an_error(fleet: Fleet, client: Client) -> None:

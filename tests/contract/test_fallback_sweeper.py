@@ -10,7 +10,7 @@ from queue_schemas import SessionId, new_session_id
 from telemetry import MetricsRegistry
 from tests.support.queue import Puller, ServerBackend, make_job
 from tests.support.waiting import eventually
-from worker.fallback_sweeper import stand_in
+from worker.fallback_sweeper import FallbackSweeper
 from worker.metrics import WorkerMetrics
 
 LEASE_S = 1.5
@@ -32,7 +32,7 @@ async def test_one_worker_at_a_time_sweeps(real_backend: ServerBackend) -> None:
             return await renewal_counters(shard)
 
         broker.maintenance.renewal_counters = counting  # type: ignore[method-assign]
-        await stand_in(broker, name, WorkerMetrics(MetricsRegistry("worker")), LEASE_S)
+        await FallbackSweeper(broker, name, WorkerMetrics(MetricsRegistry("worker")), LEASE_S).run()
 
     for _ in range(5):
         name = new_session_id("w")
