@@ -42,7 +42,7 @@ class RouterApp:
         self.services = services
         self._paths = services.settings.paths
         self._pages = build_pages(services)
-        refuse_own_paths(self._pages, services.settings.extra_paths)
+        refuse_own_paths(self._pages, services.settings.extra_paths, variable=services.settings.variable("extra_paths"))
         self._entry = with_cors(self._serve, services.settings.cors_allow_origins)
         self._background: list[Callable[[], Coroutine[Any, Any, None]]] = [
             services.link.run,

@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from broker import Broker, BrokerSettings
 from broker.embedded.local_password import complete_url
@@ -20,18 +20,29 @@ from queue_schemas.fleet.acting_manager import RAY_SCHEME
 from storage import ObjectStore, StorageSettings
 from telemetry.http.asgi import health_routes, prepare_app
 from telemetry.http.fabric_calls import FabricHttp
+from telemetry.http.local_callers import LocalCallers
 from webhooks.settings import WebhookSettings
 
 from .batches.routes import batch_routes
+from .batches.rules import batch_endpoints
+from .batches.service import BatchService
+from .files.downloads import Downloads
+from .files.quota import StorageQuota
 from .files.routes import FILES_PATH, file_routes
-from .files.transfers import StorageQuota, Transfers
-from .fleet.engine_routes import engine_routes
+from .files.service import FileService
+from .files.transfers import Transfers
+from .files.uploads import Uploads
+from .fleet.dead_letter_routes import dead_letter_routes
 from .fleet.manager_client import HttpManager, RemoteManager
 from .fleet.manager_failover import ManagerRoute
+from .fleet.manager_routes import manager_routes
+from .fleet.model_routes import model_routes
+from .fleet.pool_routes import pool_routes
 from .fleet.ray_manager import RayManager
-from .fleet.routes import dead_letter_routes, manager_routes, model_routes, pool_routes
-from .http.access import Gate, local_callers
+from .fleet.vllm_routes import vllm_routes
+from .http.access import Gate
 from .http.api_keys import ApiKeys
+from .idempotency import Idempotency
 from .inference.cancellation import Canceller
 from .inference.followers import Followers
 from .inference.job_builder import JobBuilder
@@ -52,10 +63,11 @@ from .responses.routes import response_routes
 from .responses.service import Responses
 from .settings import RouterSettings
 from .shutdown import GracefulShutdown
-from .state import RouterState
-from .store import Store
+from .store import AsyncStore
 from .tenant_limits import tenant_limit
+from .webhooks.endpoint_tests import EndpointTests
 from .webhooks.routes import webhook_routes
+from .webhooks.service import WebhookService
 
 _UNKNOWN_PATH = (
     "see /docs for what there is; a path of your engines that is not built in is allowed by the setting extra_paths "
@@ -71,7 +83,7 @@ class RouterServices:
     storage_settings: StorageSettings
     webhook_settings: WebhookSettings
     manager: ManagerPort | None
-    store: Store
+    store: AsyncStore
     keys: ApiKeys
     gate: Gate
     metrics: RouterMetrics
@@ -112,14 +124,14 @@ def build_services(
     Raises ``CannotStart`` for settings that cannot work.
     """
     metrics, lifecycle = RouterMetrics(), Lifecycle()
-    local = local_callers(settings)
+    local = LocalCallers.of(settings.host, insecure=settings.insecure, origins=settings.cors_allow_origins)
     keys = ApiKeys(settings.api_keys, settings.api_keys_file, local)
     single_tenant = not keys.required
-    store = Store(
+    store = AsyncStore(
         ObjectStore.open(storage_settings),
         threads=settings.store_threads,
-        limit_s=settings.store_limit_ms / 1000,
-        alone=single_tenant,
+        timeout_s=settings.store_timeout_ms / 1000,
+        single_tenant=single_tenant,
     )
 
     def on_closed() -> None:
@@ -137,7 +149,7 @@ def build_services(
     )
     transfers = Transfers(
         settings.max_transfers,
-        tenant_limit(settings.tenant_transfers, settings.max_transfers, alone=single_tenant),
+        tenant_limit(settings.tenant_transfers, settings.max_transfers, single_tenant=single_tenant),
         on_closed,
     )
     shutdown = GracefulShutdown(
@@ -201,34 +213,17 @@ def build_pages(services: RouterServices) -> FastAPI:
         redoc_url=None,
     )
     settings, metrics, keys, gate = services.settings, services.metrics, services.keys, services.gate
-    state = RouterState(
-        settings=settings,
-        storage_settings=services.storage_settings,
-        webhook_settings=services.webhook_settings,
-        manager=services.manager,
-        store=services.store,
-        keys=keys,
-        gate=gate,
-        metrics=metrics,
-        link=services.link,
-        requests=services.requests,
-        lifecycle=services.lifecycle,
-        transfers=services.transfers,
-        allowance=services.quota,
-        reasons=services.not_ready_reasons,
-    )
+    link, lifecycle = services.link, services.lifecycle
     for routes in (
         health_routes(metrics.registry, services.not_ready_reasons, warnings=services.warnings),
-        engine_routes(state),
-        model_routes(state),
-        file_routes(state),
+        vllm_routes(services.not_ready_reasons, lifecycle, lambda: len(services.requests)),
+        model_routes(link, gate, settings.on_no_worker),
+        *_store_routes(services),
         job_routes(gate, keys, services.jobs, services.streamer),
-        batch_routes(state),
-        webhook_routes(state),
         response_routes(gate, keys, services.responses, services.streamer),
-        pool_routes(state),
-        dead_letter_routes(state),
-        manager_routes(state),
+        pool_routes(link, gate),
+        dead_letter_routes(link, gate),
+        manager_routes(services.manager, gate, metrics.registry, lifecycle),
     ):
         app.include_router(routes)
     metrics.watch(
@@ -244,6 +239,32 @@ def build_pages(services: RouterServices) -> FastAPI:
         unknown_path=_UNKNOWN_PATH,
         describe=lambda document: describe(document, settings),
     )
+
+
+def _store_routes(services: RouterServices) -> list[APIRouter]:
+    """The routes over the file store: files, batches, webhooks."""
+    settings, gate, store = services.settings, services.gate, services.store
+    metrics, transfers, quota = services.metrics, services.transfers, services.quota
+    idempotency = Idempotency(store, settings.keep_answers_ms)
+    files = FileService(store.files, store.batches)
+    uploads = Uploads(settings, store, idempotency, transfers, quota, metrics, services.lifecycle)
+    batches = BatchService(
+        store.files,
+        store.batches,
+        idempotency,
+        max_input_bytes=services.storage_settings.batch_input_bytes,
+        max_live=settings.tenant_batches,
+    )
+    endpoints = batch_endpoints(settings.paths)
+    webhooks = WebhookService(
+        store.endpoints, store.deliveries, services.webhook_settings.max_tenant_endpoints, idempotency
+    )
+    tests = EndpointTests(store, store.deliveries, webhooks)
+    return [
+        file_routes(files, store, uploads, Downloads(store, files, transfers, metrics), quota, gate),
+        batch_routes(batches, store, idempotency, gate, endpoints=endpoints, windows=settings.batch_windows),
+        webhook_routes(webhooks, tests, store, idempotency, gate, services.webhook_settings.rules),
+    ]
 
 
 def open_manager(url: str, join_token: str, timeout_ms: int, http: FabricHttp | None = None) -> RemoteManager:

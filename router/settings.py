@@ -8,12 +8,12 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from broker import Budgets, Durability
+from openai_api.batch_windows import window_seconds
 from openai_api.paths import known_paths
 from queue_schemas import BadMessage, OnLoss, check_region
 from telemetry import CommaList, HeaderSecret, ManagerUrls, RequestSettings
 from telemetry.http.connections import ConnectionLimits
 
-from .batches.rules import window_seconds
 from .http.cors import check_origin
 from .model_directory import OnNoWorker
 
@@ -161,7 +161,7 @@ class RouterSettings(RequestSettings):
     )
     shutdown_limit_ms: int = Field(30_000, ge=0, description="How long running requests may take to finish at the end")
     store_threads: int = Field(16, ge=1, le=256, description="How many calls to the file store run at once")
-    store_limit_ms: int = Field(
+    store_timeout_ms: int = Field(
         20_000, ge=50, description="Limit on one call to the file store; a file is written and read in many"
     )
     max_file_bytes: int = Field(512 * MIB, ge=1, description="Largest file that may be uploaded")

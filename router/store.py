@@ -1,6 +1,6 @@
-"""The file store as a Router's loop may use it: its calls block, so they run in threads of their own.
+"""Runs blocking calls to the file store in threads of their own, for the Router's event loop.
 
-A store that hangs takes these threads and nothing else: inference goes on, and whoever wants a file is told.
+A store that hangs blocks these threads and nothing else: inference goes on, and requests for files get an error.
 """
 
 from __future__ import annotations
@@ -23,70 +23,72 @@ from webhooks.endpoints import EndpointStore
 WAITING_PER_THREAD = 16
 """How many calls may wait for each thread; beyond it they are refused."""
 MAX_PAGES_WAITING = 16
-"""How many pages of lists may wait for a tenant's turn; beyond it they are refused."""
+"""How many pages of lists may wait for a tenant; beyond it they are refused."""
 RETRY_AFTER_S = 5
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 log = get_logger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Call(Generic[_Answer]):
-    work: Callable[[], _Answer]
+class _Call(Generic[_Result]):
+    work: Callable[[], _Result]
     loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[_Answer] | None
-    """None: nobody waits."""
+    result: asyncio.Future[_Result] | None
+    """None: nobody awaits it."""
     undo: Callable[[], object] | None = None
     tenant: Tenant | None = None
-    """Whose share of all calls it takes."""
+    """Whose share of the calls it counts in."""
 
 
 @dataclass(slots=True)
-class _Turn:
-    """Whose page of one tenant is read, and how many are being read or wait."""
+class _PageLock:
+    """The lock that pages of one tenant take, and how many hold it or wait for it."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    wanted: int = 0
+    users: int = 0
 
 
-class Store:
+class AsyncStore:
     """``await store.run(lambda: store.files.get(...))``. For one event loop."""
 
-    def __init__(self, objects: ObjectStore, *, threads: int = 16, limit_s: float = 20.0, alone: bool = False) -> None:
-        """``alone``: there is but one tenant, to which all belongs."""
+    def __init__(
+        self, objects: ObjectStore, *, threads: int = 16, timeout_s: float = 20.0, single_tenant: bool = False
+    ) -> None:
+        """``single_tenant``: everything belongs to one tenant, which needs no share of its own."""
         self.objects = objects
         self.files = Files(objects)
         self.batches = Batches(objects)
-        self.webhooks = EndpointStore(objects)
+        self.endpoints = EndpointStore(objects)
         self.deliveries = DeliveryStore(objects)
         self.requests = RequestRecords(objects)
-        self._limit_s = limit_s
+        self._timeout_s = timeout_s
         self._max_threads = threads
         self._max_open = threads * WAITING_PER_THREAD
-        self._max_of_tenant = self._max_open if alone else self._max_open // 4
+        self._max_of_tenant = self._max_open if single_tenant else self._max_open // 4
         self._open_of: Counter[Tenant] = Counter()
         self._threads = 0
-        self._page_turns: dict[Tenant, _Turn] = {}
+        self._page_locks: dict[Tenant, _PageLock] = {}
         self._calls: queue.SimpleQueue[_Call[Any] | None] = queue.SimpleQueue()
         self._idle = asyncio.Event()
         self.open = 0
-        """Calls that have not ended, those that nobody waits for any more included."""
+        """Calls that have not ended, including those that nobody awaits any more."""
 
     async def run(
         self,
-        work: Callable[[], _Answer],
+        work: Callable[[], _Result],
         *,
-        limit_s: float | None = None,
+        timeout_s: float | None = None,
         undo: Callable[[], object] | None = None,
         tenant: Tenant | None = None,
-    ) -> _Answer:
-        """What ``work`` answers or raises, done in a thread.
+    ) -> _Result:
+        """Run ``work`` in a thread; return or raise what it does.
 
-        Raises ``StoreUnavailable`` when it takes longer than the limit, or when too many calls wait already. A call
-        cannot be broken off: if whoever waits gives up, ``undo`` is run (in a thread) once it has ended.
+        Raises ``StoreUnavailable`` after ``timeout_s``, or when too many calls wait already. A call cannot be
+        interrupted: if its caller gives up, ``undo`` runs (in a thread) once the call has ended.
 
-        ``tenant``: who asked for it. Raises ``OverCapacity`` if too many of its calls have not ended: one tenant's
-        never are all that there may be.
+        ``tenant``: who asked for it. Raises ``OverCapacity`` if too many of its calls have not ended, so that one
+        tenant cannot use all of them.
         """
         if self.open >= self._max_open:
             raise StoreUnavailable(
@@ -97,51 +99,51 @@ class Store:
                 f"{self._max_of_tenant} of your requests wait for the file store: try again shortly",
                 retry_after_s=RETRY_AFTER_S,
             )
-        limit_s = self._limit_s if limit_s is None else limit_s
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[_Answer] = loop.create_future()
-        self._hand_over(_Call(work, loop, answer, undo, tenant))
+        future: asyncio.Future[_Result] = loop.create_future()
+        self._hand_over(_Call(work, loop, future, undo, tenant))
         try:
-            async with asyncio.timeout(limit_s):
-                return await answer
+            async with asyncio.timeout(timeout_s):
+                return await future
         except TimeoutError:
             raise StoreUnavailable(
-                f"the file store did not answer within {limit_s:g} s; try again", retry_after_s=RETRY_AFTER_S
+                f"the file store did not answer within {timeout_s:g} s; try again", retry_after_s=RETRY_AFTER_S
             ) from None
 
-    async def read_page(self, tenant: Tenant, work: Callable[[], _Answer]) -> _Answer:
+    async def read_page(self, tenant: Tenant, work: Callable[[], _Result]) -> _Result:
         """:meth:`run` for a page of a tenant's list, which reads many objects: one at a time of each tenant, so that
-        those of one neither fill the threads nor keep the loop from its turn.
+        those of one neither fill the threads nor keep the loop from its page.
 
         Raises ``OverCapacity`` where too many of the tenant's wait already, or one has waited for the limit.
         """
-        turn = self._page_turns.setdefault(tenant, _Turn())
-        if turn.wanted > MAX_PAGES_WAITING:
+        page = self._page_locks.setdefault(tenant, _PageLock())
+        if page.users > MAX_PAGES_WAITING:
             raise _too_many_pages()
-        turn.wanted += 1
+        page.users += 1
         try:
             try:
-                async with asyncio.timeout(self._limit_s):
-                    await turn.lock.acquire()
+                async with asyncio.timeout(self._timeout_s):
+                    await page.lock.acquire()
             except TimeoutError:
                 raise _too_many_pages() from None
             try:
                 return await self.run(work, tenant=tenant)
             finally:
-                turn.lock.release()
+                page.lock.release()
         finally:
-            turn.wanted -= 1
-            if not turn.wanted:
-                del self._page_turns[tenant]
+            page.users -= 1
+            if not page.users:
+                del self._page_locks[tenant]
 
-    def later(self, work: Callable[[], object]) -> None:
-        """Do ``work`` in a thread; nobody waits for it. For clearing up, which may fail: then it is logged."""
+    def in_background(self, work: Callable[[], object]) -> None:
+        """Run ``work`` in a thread without waiting for it. For clean-up: a failure is logged."""
         self._hand_over(_Call(work, asyncio.get_running_loop(), None))
 
-    async def close(self, limit_s: float) -> None:
-        """Let what is under way come to its end, for ``limit_s`` at most."""
+    async def close(self, timeout_s: float) -> None:
+        """Wait for the calls that run, for ``timeout_s`` at most."""
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(timeout_s):
                 while self.open:
                     self._idle.clear()
                     await self._idle.wait()
@@ -163,16 +165,16 @@ class Store:
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
-            answer, error = None, None
-            if call.answer is None or not call.answer.done():
+            result, error = None, None
+            if call.result is None or not call.result.done():
                 try:
-                    answer = call.work()
-                except BaseException as caught:  # noqa: BLE001 - raised where it is waited for
+                    result = call.work()
+                except BaseException as caught:  # noqa: BLE001 - raised where it is awaited
                     error = caught
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-                call.loop.call_soon_threadsafe(self._ended, call, answer, error)
+            with suppress(RuntimeError):  # the loop has ended, and with it who awaited it
+                call.loop.call_soon_threadsafe(self._ended, call, result, error)
 
-    def _ended(self, call: _Call[Any], answer: object, error: BaseException | None) -> None:
+    def _ended(self, call: _Call[Any], result: object, error: BaseException | None) -> None:
         self.open -= 1
         if call.tenant is not None:
             self._open_of[call.tenant] -= 1
@@ -180,17 +182,17 @@ class Store:
                 del self._open_of[call.tenant]
         if not self.open:
             self._idle.set()
-        if call.answer is not None and not call.answer.done():
+        if call.result is not None and not call.result.done():
             if error is None:
-                call.answer.set_result(answer)
+                call.result.set_result(result)
             else:
-                call.answer.set_exception(error)
+                call.result.set_exception(error)
             return
         if error is not None:
             reason = error.message if isinstance(error, InferqError) else repr(error)
-            log.warning("store_call_failed", error=reason, then="nobody waited for it")
+            log.warning("store_call_failed", error=reason, then="nobody awaited it")
         if call.undo is not None:
-            self.later(call.undo)
+            self.in_background(call.undo)
 
 
 def _too_many_pages() -> OverCapacity:

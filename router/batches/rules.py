@@ -1,106 +1,44 @@
-"""What may be asked of ``POST /v1/batches``: the body read, with a sentence for everything that is wrong with it.
+"""Which batches this Router accepts: endpoints, completion windows, input files. Pure.
 
-Fields, limits and words are those of the vendor's API reference (Batches, 2026-08). A field that is not known is
-refused: what a client asks for must not be dropped unseen.
+Fields and limits are those of OpenAI's API reference (Batches, 2026-08).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection
 
 from openai_api.paths import INFERENCE_PATHS, MULTIPART_PATHS
 from queue_schemas import BadRequest
+from storage import FileRecord
 
-from ..http.rules import json_type, read_object
+from ..http.json_body import read_body_as
+from .schemas import BatchCreate
 
-MAX_PAIRS, KEY_CHARS, VALUE_CHARS = 16, 64, 512
-MIN_EXPIRY_S, MAX_EXPIRY_S = 3_600, 2_592_000
-MAX_WINDOW_S = 30 * 86_400
-
-_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
-_WINDOW = re.compile(r"([1-9][0-9]{0,4})([mhd])")
-_UNIT_S = {"m": 60, "h": 3_600, "d": 86_400}
+INPUT_PURPOSE = "batch"
 _ID = re.compile(r"batch_[0-9a-f]{32}")
 
 
-@dataclass(frozen=True, slots=True)
-class BatchParams:
-    """What the body says. ``window_s``: how long the batch may take; ``output_expiry_s``: how long its output stays,
-    None if it does not say."""
-
-    input_file_id: str
-    endpoint: str
-    completion_window: str
-    window_s: int
-    metadata: dict[str, str] | None = None
-    output_expiry_s: int | None = None
-
-
-def window_seconds(window: str) -> int:
-    """``30m``, ``24h``, ``7d`` in seconds. Raises ``ValueError`` with a sentence."""
-    found = _WINDOW.fullmatch(window)
-    seconds = int(found[1]) * _UNIT_S[found[2]] if found else 0
-    if not 0 < seconds <= MAX_WINDOW_S:
-        raise ValueError(f"{window!r} is no completion window: write a number and m, h or d, up to 30d, as in 24h")
-    return seconds
-
-
 def batch_endpoints(paths: Collection[str]) -> tuple[str, ...]:
-    """Those of a Router's paths that a batch can ask: all that take JSON, in the order in which people know them."""
+    """Those of a Router's inference ``paths`` that a batch may use: all that take JSON, well-known ones first."""
     known = [path for path in INFERENCE_PATHS if path in paths]
     return tuple(path for path in [*known, *sorted(set(paths) - set(known))] if path not in MULTIPART_PATHS)
 
 
-def read_batch(body: bytes, endpoints: Collection[str], windows: Collection[str]) -> BatchParams:
+def read_batch(body: bytes, endpoints: Collection[str], windows: Collection[str]) -> BatchCreate:
     """The batch that ``body`` asks for. Raises ``BadRequest`` that names the field at fault."""
-    asked = read_object(body)
-    unknown = sorted(asked.keys() - _FIELDS)
-    if unknown:
+    params = read_body_as(body, BatchCreate)
+    if params.endpoint not in endpoints:
         raise BadRequest(
-            f"{unknown[0][:80]!r} is no field of a batch: send {_listed(sorted(_FIELDS))}", param=unknown[0][:80]
+            f"endpoint {params.endpoint[:80]!r} cannot be used by a batch: choose {_listed(endpoints)}",
+            param="endpoint",
         )
-    endpoint = _text(asked, "endpoint")
-    if endpoint not in endpoints:
+    if params.completion_window not in windows:
         raise BadRequest(
-            f"endpoint {endpoint[:80]!r} cannot be asked by a batch: choose {_listed(endpoints)}", param="endpoint"
-        )
-    window = _text(asked, "completion_window")
-    if window not in windows:
-        raise BadRequest(
-            f"completion_window {window[:80]!r} is not offered here: choose {_listed(windows)}",
+            f"completion_window {params.completion_window[:80]!r} is not offered here: choose {_listed(windows)}",
             param="completion_window",
         )
-    return BatchParams(
-        _text(asked, "input_file_id"),
-        endpoint,
-        window,
-        window_seconds(window),
-        read_metadata(asked.get("metadata")),
-        _output_expiry(asked.get("output_expires_after")),
-    )
-
-
-def read_metadata(value: object) -> dict[str, str] | None:
-    """Up to 16 pairs of text. Raises ``BadRequest``."""
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise BadRequest(f"metadata must be an object of texts, not {json_type(value)}", param="metadata")
-    if len(value) > MAX_PAIRS:
-        raise BadRequest(f"metadata has {len(value)} pairs: {MAX_PAIRS} are the most", param="metadata")
-    for key, text in value.items():
-        if len(key) > KEY_CHARS:
-            raise BadRequest(
-                f"metadata: the key {key[:20]!r}... has more than {KEY_CHARS} characters", param="metadata"
-            )
-        if not isinstance(text, str):
-            raise BadRequest(f"metadata.{key} must be text, not {json_type(text)}", param=f"metadata.{key}")
-        if len(text) > VALUE_CHARS:
-            raise BadRequest(f"metadata.{key} has more than {VALUE_CHARS} characters", param=f"metadata.{key}")
-    return value
+    return params
 
 
 def check_batch_cursor(after: str) -> str:
@@ -112,28 +50,19 @@ def check_batch_cursor(after: str) -> str:
     return after
 
 
-def _text(asked: Mapping[str, Any], name: str) -> str:
-    value = asked.get(name)
-    if isinstance(value, str) and value:
-        return value
-    if value is None:
-        raise BadRequest(f"{name} is missing", param=name)
-    raise BadRequest(f"{name} must be text, not {'empty' if value == '' else json_type(value)}", param=name)
-
-
-def _output_expiry(value: object) -> int | None:
-    if value is None:
-        return None
-    param = "output_expires_after"
-    if not isinstance(value, dict) or value.keys() != {"anchor", "seconds"} or value["anchor"] != "created_at":
-        raise BadRequest(f'{param} must be {{"anchor": "created_at", "seconds": ...}}', param=param)
-    seconds = value["seconds"]
-    if type(seconds) is not int or not MIN_EXPIRY_S <= seconds <= MAX_EXPIRY_S:
-        raise BadRequest(
-            f"{param}.seconds must be a whole number from {MIN_EXPIRY_S} to {MAX_EXPIRY_S}",
-            param=f"{param}.seconds",
-        )
-    return seconds
+def check_input_file(file_id: str, record: FileRecord | None, max_bytes: int) -> None:
+    """Whether a batch can read the file that its tenant knows as ``file_id``. Raises ``BadRequest``."""
+    if record is None:
+        fault = f"there is no file {file_id[:80]!r} of yours: upload it with POST /v1/files"
+    elif record.purpose != INPUT_PURPOSE:
+        fault = f"the file was uploaded with purpose {record.purpose!r}: upload it with purpose {INPUT_PURPOSE!r}"
+    elif record.bytes == 0:
+        fault = "the file is empty: a batch needs at least one line"
+    elif record.bytes > max_bytes:
+        fault = f"the file has {record.bytes} bytes, more than the {max_bytes} of a batch: split it into several"
+    else:
+        return
+    raise BadRequest(fault, param="input_file_id")
 
 
 def _listed(words: Collection[str]) -> str:

@@ -1,16 +1,39 @@
-"""A batch as the vendor's API shows it (``openai.types.Batch``)."""
+"""Batches as clients ask for them and see them (``openai.types.Batch``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator, Field
+
+from openai_api.metadata import check_metadata
 from storage import Batch, BatchStatus
+
+from ..http.json_body import RequestBody
+
+MIN_EXPIRY_S, MAX_EXPIRY_S = 3_600, 2_592_000
 
 _STAMPS = (
     *("in_progress_at", "finalizing_at", "completed_at", "failed_at"),
     *("expired_at", "cancelling_at", "cancelled_at"),
 )
+
+
+class OutputExpiresAfter(RequestBody):
+    """When the output and error files expire, counted from their creation."""
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=MIN_EXPIRY_S, le=MAX_EXPIRY_S)
+
+
+class BatchCreate(RequestBody):
+    """The body of ``POST /v1/batches``."""
+
+    input_file_id: str = Field(min_length=1)
+    endpoint: str = Field(min_length=1)
+    completion_window: str = Field(min_length=1)
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(check_metadata)] = None
+    output_expires_after: OutputExpiresAfter | None = None
 
 
 def batch_object(batch: Batch) -> dict[str, Any]:
@@ -39,15 +62,8 @@ def batch_object(batch: Batch) -> dict[str, Any]:
     }
 
 
-def batch_list(page: Sequence[Batch], *, more: bool) -> dict[str, Any]:
-    """A page of them, newest first."""
-    data = [batch_object(batch) for batch in page]
-    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": data, **ends, "has_more": more}
-
-
 def shown_status(batch: Batch) -> BatchStatus:
-    """What the batcher says, but for a cancel that it has not noticed yet."""
+    """The status that the batcher wrote, or ``cancelling`` if it has not noticed a cancel yet."""
     cancelling = batch.cancel_asked_at is not None and not batch.ended
     return BatchStatus.CANCELLING if cancelling else batch.progress.status
 

@@ -31,11 +31,11 @@ _PLAIN_ENCODINGS = frozenset({b"", b"7bit", b"8bit", b"binary"})
 
 @dataclass(frozen=True, slots=True)
 class FileParams:
-    """What the form says of its file. ``lives_s``: None if it does not."""
+    """What the form says of its file. ``life_s``: None if it does not."""
 
     filename: str
     purpose: str
-    lives_s: int | None
+    life_s: int | None
 
 
 class FileForm:

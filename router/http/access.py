@@ -1,4 +1,4 @@
-"""Who may call the Router's pages: an API key, the join token, or without keys programs of this machine."""
+"""Access checks of the Router's routes: an API key, the join token, or without keys any program on this machine."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ from dataclasses import replace
 
 from fastapi import Request, params
 
-from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed
+from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed, Tenant
 from telemetry.http.access import Access, allow, check_member, is_join_token
 from telemetry.http.local_callers import LocalCallers
 
-from ..settings import RouterSettings
 from .api_keys import ApiKeys
 
 
-def local_callers(settings: RouterSettings) -> LocalCallers:
-    """Whom a Router without API keys lets in. The pages of the allowed origins are clients, never members."""
-    return LocalCallers.of(settings.host, insecure=settings.insecure, origins=settings.cors_allow_origins)
-
-
 class Gate:
-    """Makes the declarations of the Router's routes. The join token, if there is one, opens what is the members'."""
+    """Makes the dependencies that check who calls a route. Members show the join token, if there is one."""
 
     def __init__(self, keys: ApiKeys, join_token: str, local: LocalCallers) -> None:
+        """``local``: who may call where no credential is configured. Its web origins are clients, never members."""
         self._keys = keys
         self._join_token = join_token
         self._local = replace(local, origins=frozenset())
 
+    def tenant_of(self, request: Request) -> Tenant:
+        """The tenant whose API key the request has. Raises as :meth:`ApiKeys.tenant`."""
+        return self._keys.caller(request)
+
     def allow(self, access: Access) -> params.Depends:
-        """The declaration of a route. It raises ``AuthenticationFailed`` or ``PermissionRefused`` for other callers."""
+        """A route's dependency, which raises ``AuthenticationFailed`` or ``PermissionRefused`` for other callers."""
         checks = {
             Access.PUBLIC: lambda _: None,
             Access.CLIENT: self._check_client,

@@ -1,4 +1,4 @@
-"""Refuses settings that would hide what the Router answers itself behind an engine's path."""
+"""Rejects extra inference paths that would shadow a route of the Router's own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from queue_schemas import CannotStart
 from telemetry.http.access import declared
 from telemetry.http.methods import answered_methods
 
-from ..settings import RouterSettings
 
-
-def refuse_own_paths(pages: FastAPI, extra_paths: Sequence[str]) -> None:
+def refuse_own_paths(pages: FastAPI, extra_paths: Sequence[str], variable: str) -> None:
     """Raise ``CannotStart`` if one of ``extra_paths`` is, begins or lies below a path of the Router's own ``pages``, in
-    whatever case."""
+    any case. ``variable`` names the setting in the error."""
     if not extra_paths:
         return
     templates = {route.path.lower() for route in declared(pages)}
@@ -28,6 +26,6 @@ def refuse_own_paths(pages: FastAPI, extra_paths: Sequence[str]) -> None:
             template.startswith(f"{plain}/") for template in templates
         ):
             raise CannotStart(
-                f"{RouterSettings.variable('extra_paths')}: the Router answers {path} itself, or what lies above or "
+                f"{variable}: the Router answers {path} itself, or what lies above or "
                 "below it: remove it; only paths that nothing but an engine answers may be passed on"
             )

@@ -1,13 +1,10 @@
-"""Decides on the parts every HTTP request has: API key, size, idempotency key, JSON body. Returns values or raises."""
+"""Decides on the parts every HTTP request has: API key, size, idempotency key. Returns values or raises."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import orjson
 
 from queue_schemas import AuthenticationFailed, BadMessage, BadRequest, BodyTooLarge, CannotStart, Tenant
 from queue_schemas.ids import check_name
@@ -81,20 +78,3 @@ def read_idempotency_key(header: bytes | None) -> str:
             param=IDEMPOTENCY_HEADER,
         )
     return header.decode("ascii")
-
-
-def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a request to one of the Router's own pages has as its body. Raises ``BadRequest``."""
-    try:
-        asked = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error.msg}" if body else "the body is empty") from None
-    if type(asked) is not dict:
-        raise BadRequest(f"the body must be a JSON object, not {json_type(asked)}")
-    return asked
-
-
-def json_type(value: object) -> str:
-    """What a value of parsed JSON is, in words."""
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
-    return names.get(type(value), "null")

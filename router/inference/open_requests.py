@@ -32,7 +32,7 @@ from ..http.bodies import ClientGone
 from ..http.connection import Connection
 from ..metrics import RouterMetrics
 from ..settings import RouterSettings
-from ..tenant_limits import Share, tenant_limit
+from ..tenant_limits import TenantLimiter, tenant_limit
 from .attempt_merger import AttemptMerger
 from .followers import Followers
 
@@ -239,17 +239,18 @@ class OpenRequests:
         self.followers = followers
         self._cancel_orphan = cancel_orphan
         self._on_closed = on_closed
-        self._running = Share(
+        self._running = TenantLimiter(
             settings.max_concurrent,
-            tenant_limit(settings.tenant_concurrent, settings.max_concurrent, alone=single_tenant),
+            tenant_limit(settings.tenant_concurrent, settings.max_concurrent, single_tenant=single_tenant),
             what="requests",
             setting="tenant_concurrent",
         )
         max_bytes = settings.max_inflight_body_bytes
         of_tenant = max(
-            settings.max_body_bytes, tenant_limit(settings.tenant_inflight_body_bytes, max_bytes, alone=single_tenant)
+            settings.max_body_bytes,
+            tenant_limit(settings.tenant_inflight_body_bytes, max_bytes, single_tenant=single_tenant),
         )
-        self._bodies = Share(max_bytes, of_tenant, what="bytes of bodies", setting="tenant_inflight_body_bytes")
+        self._bodies = TenantLimiter(max_bytes, of_tenant, what="bytes of bodies", setting="tenant_inflight_body_bytes")
         self._buffer_bytes = settings.client_buffer_bytes
         self._stall_s = settings.client_stall_ms / 1000
         self._keepalive_s = settings.keepalive_ms / 1000
@@ -280,7 +281,7 @@ class OpenRequests:
 
     def admit(self, request: OpenRequest, tenant: Tenant) -> None:
         """It is the ``tenant``'s. Raises ``OverCapacity`` if there are too many, of all or of the tenant."""
-        self._running.take(tenant)
+        self._running.acquire(tenant)
         request.tenant = tenant
 
     def discard(self, request: OpenRequest) -> None:
@@ -288,8 +289,8 @@ class OpenRequests:
         if request in self._all:
             self._all.remove(request)
             if request.tenant is not None:
-                self._running.give_back(request.tenant)
-                self._bodies.give_back(request.tenant, request.body_bytes)
+                self._running.release(request.tenant)
+                self._bodies.release(request.tenant, request.body_bytes)
         self._detach(request)
         self._on_closed()
 
@@ -302,13 +303,13 @@ class OpenRequests:
         """Take room for a body of which ``size_bytes`` have arrived. Raises ``OverCapacity`` if there is none."""
         more = size_bytes - request.body_bytes
         if more > 0 and request.tenant is not None:
-            self._bodies.take(request.tenant, more)
+            self._bodies.acquire(request.tenant, more)
             request.body_bytes = size_bytes
 
     def hold_answer(self, request: OpenRequest, size_bytes: int) -> None:
         """An answer of so many bytes waits for its client: until it is taken there is less room for bodies."""
         if request.tenant is not None:
-            self._bodies.hold(request.tenant, size_bytes)
+            self._bodies.force(request.tenant, size_bytes)
             request.body_bytes += size_bytes
 
     def attach(self, request: OpenRequest, job: Job) -> None:

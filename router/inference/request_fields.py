@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import orjson
 
 from openai_api.json_complexity import TOO_MUCH, has_too_much_structure
+from openai_api.json_types import json_type
 from openai_api.paths import RESPONSES_PATH, wants_usage
 from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest, Pool
 from queue_schemas.ids import check_name
 
 from ..http.forms import boundary_of, form_fields
-from ..http.rules import json_type
 from .continuation import choices_of, may_continue
 
 _TIMEOUT = "a number of seconds above 0: how long the request may take"

@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from openai_api.metadata import check_metadata
 from queue_schemas import BadRequest
 
 from .fields import (
@@ -28,9 +29,6 @@ from .fields import (
 )
 from .messages import chat_messages
 
-MAX_METADATA = 16
-MAX_METADATA_KEY = 64
-MAX_METADATA_VALUE = 512
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDES = frozenset(
     {
@@ -87,7 +85,7 @@ def as_chat(request: Json) -> Chat:
     for name, why in _REFUSED.items():
         if request.get(name) is not None:
             raise wrong(name, why)
-    check_metadata(request)
+    check_metadata(request.get("metadata"))
     _check_the_rest(request)
     chat: Json = {name: value for name, value in request.items() if name not in _OWN and name not in _REFUSED}
     chat |= {
@@ -116,22 +114,6 @@ def _check_depth(request: Json) -> None:
         orjson.dumps([[[[[[[[request]]]]]]]])
     except orjson.JSONEncodeError:
         raise BadRequest("the request is nested too deeply: write flatter schemas and items") from None
-
-
-def check_metadata(request: Mapping[str, Any]) -> None:
-    """Raises ``BadRequest`` unless ``metadata`` is up to 16 pairs of short texts, or not there."""
-    metadata = request.get("metadata")
-    if metadata is None:
-        return
-    if type(metadata) is not dict or len(metadata) > MAX_METADATA:
-        raise wrong("metadata", f"must be an object of at most {MAX_METADATA} pairs")
-    for key, value in metadata.items():
-        if len(key) > MAX_METADATA_KEY:
-            raise wrong("metadata", f"has a key of more than {MAX_METADATA_KEY} characters: {key[:MAX_METADATA_KEY]}")
-        if type(value) is not str or len(value) > MAX_METADATA_VALUE:
-            raise BadRequest(
-                f"metadata.{key} must be text of at most {MAX_METADATA_VALUE} characters", param=f"metadata.{key}"
-            )
 
 
 def _check_the_rest(request: Json) -> None:

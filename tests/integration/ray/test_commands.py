@@ -51,7 +51,10 @@ async def test_figures_and_request_ids_are_where_rays_are(ray_cluster: RayCluste
         return [json.loads(line) for line in found]
 
     await eventually(lambda: len(lines()) >= 2, "both have written of it", limit_s=10)
-    assert {line["event"]: line["role"] for line in lines()} == {"passed_on": "router", "worker_joined": "manager"}
+    assert {line["event"]: line["role"] for line in lines()} == {
+        "forwarded_to_manager": "router",
+        "worker_joined": "manager",
+    }
 
     port = await asyncio.to_thread(ray_cluster.ask, "answer = ray.nodes()[0]['MetricsExportPort']")
 

@@ -10,7 +10,7 @@ import pytest
 
 from queue_schemas import CannotStart, OverCapacity, StoreUnavailable, Tenant
 from router import RouterSettings, build_router
-from router.store import MAX_PAGES_WAITING, WAITING_PER_THREAD, Store
+from router.store import MAX_PAGES_WAITING, WAITING_PER_THREAD, AsyncStore
 from storage import ObjectStore, StorageSettings
 from tests.support.waiting import eventually
 
@@ -23,8 +23,8 @@ def hang() -> Iterator[threading.Event]:
     event.set()
 
 
-def make_store(threads: int = 2, limit_s: float = 5.0) -> Store:
-    return Store(ObjectStore.open(StorageSettings(url="memory://unused")), threads=threads, limit_s=limit_s)
+def make_store(threads: int = 2, timeout_s: float = 5.0) -> AsyncStore:
+    return AsyncStore(ObjectStore.open(StorageSettings(url="memory://unused")), threads=threads, timeout_s=timeout_s)
 
 
 async def test_a_call_is_done_in_a_thread_and_its_error_comes_back() -> None:
@@ -38,7 +38,7 @@ async def test_a_call_is_done_in_a_thread_and_its_error_comes_back() -> None:
 
 async def test_a_store_that_hangs_is_said_and_does_not_spread(hang: threading.Event) -> None:
     """A call past its limit is refused with 503, those that wait behind it too, and beyond the bound at once."""
-    store = make_store(threads=1, limit_s=0.05)
+    store = make_store(threads=1, timeout_s=0.05)
     with pytest.raises(StoreUnavailable, match="did not answer within"):
         await store.run(hang.wait)
     waiting = [asyncio.ensure_future(store.run(hang.wait)) for _ in range(WAITING_PER_THREAD - 1)]
@@ -97,7 +97,7 @@ async def test_a_tenant_never_has_all_calls_of_a_slow_store(hang: threading.Even
 
 async def test_what_nobody_waits_for_is_undone(hang: threading.Event) -> None:
     """A call that ends after its caller gave up, by its limit or cancelled, is undone afterwards, not meanwhile."""
-    store = make_store(limit_s=0.5)
+    store = make_store(timeout_s=0.5)
     begun: list[int] = []
     done: list[str] = []
 
@@ -107,7 +107,7 @@ async def test_what_nobody_waits_for_is_undone(hang: threading.Event) -> None:
         done.append("write")
 
     late = asyncio.ensure_future(store.run(write, undo=lambda: done.append("undo")))
-    cancelled = asyncio.ensure_future(store.run(write, limit_s=60, undo=lambda: done.append("undo")))
+    cancelled = asyncio.ensure_future(store.run(write, timeout_s=60, undo=lambda: done.append("undo")))
     await eventually(lambda: len(begun) == 2, "both are under way")
     cancelled.cancel()
     with pytest.raises(StoreUnavailable):
@@ -123,11 +123,11 @@ async def test_the_end_waits_for_what_is_under_way_within_its_limit(hang: thread
     """Closing lets a clean-up finish; a store that hangs does not keep the Router."""
     store = make_store()
     done: list[int] = []
-    store.later(lambda: done.append(1))
-    store.later(lambda: 1 // 0)
+    store.in_background(lambda: done.append(1))
+    store.in_background(lambda: 1 // 0)
     await store.close(5)
     assert done == [1]
-    store.later(hang.wait)
+    store.in_background(hang.wait)
     await store.close(0.05)
 
 

@@ -12,9 +12,10 @@ import openai.types
 import orjson
 import pytest
 
+from openai_api.batch_windows import window_seconds
 from queue_schemas import BadRequest, Tenant
 from router import RouterApp, RouterSettings
-from router.batches.rules import batch_endpoints, read_batch, window_seconds
+from router.batches.rules import batch_endpoints, read_batch
 from storage import BATCH_ENDED, BatchError, BatchProgress, BatchStatus, FileRecord, new_file_id
 from tests.unit.router.fakes import Answer, Client, FakeQueue, router
 
@@ -88,7 +89,7 @@ async def test_a_new_batch_is_what_the_sdk_calls_a_batch(app: RouterApp) -> None
         ({"input_file_id": None}, "input_file_id", "is missing"),
         ({"input_file_id": 7}, "input_file_id", "must be text, not a number"),
         ({"endpoint": "/v1/sleep"}, "endpoint", "choose /v1/chat/completions"),
-        ({"endpoint": "/v1/audio/transcriptions"}, "endpoint", "cannot be asked by a batch"),
+        ({"endpoint": "/v1/audio/transcriptions"}, "endpoint", "cannot be used by a batch"),
         ({"endpoint": ""}, "endpoint", "must be text, not empty"),
         ({"completion_window": "1h"}, "completion_window", "choose 24h or 7d"),
         ({"completion_window": 24}, "completion_window", "must be text"),
@@ -96,12 +97,13 @@ async def test_a_new_batch_is_what_the_sdk_calls_a_batch(app: RouterApp) -> None
         ({"metadata": {"k": 1}}, "metadata.k", "must be text, not a number"),
         ({"metadata": {"k" * 65: ""}}, "metadata", "more than 64 characters"),
         ({"metadata": {"k": "v" * 513}}, "metadata.k", "more than 512 characters"),
-        ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "17 pairs: 16 are the most"),
-        ({"output_expires_after": {"seconds": 3600}}, "output_expires_after", "anchor"),
-        ({"output_expires_after": {"anchor": "now", "seconds": 3600}}, "output_expires_after", "created_at"),
-        ({"output_expires_after": {"anchor": "created_at", "seconds": 3599}}, EXPIRY, "3600 to"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "17 pairs: send 16 at most"),
+        ({"output_expires_after": {"seconds": 3600}}, "output_expires_after.anchor", "is missing"),
+        ({"output_expires_after": "1h"}, "output_expires_after", "must be an object, not text"),
+        ({"output_expires_after": {"anchor": "now", "seconds": 3600}}, "output_expires_after.anchor", "created_at"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 3599}}, EXPIRY, "at least 3600"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": True}}, EXPIRY, "whole"),
-        ({"metdata": {}}, "metdata", "is no field of a batch"),
+        ({"metdata": {}}, "metdata", "is no field here"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused_with_its_field(fields: dict[str, Any], param: str, words: str) -> None:

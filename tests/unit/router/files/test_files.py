@@ -243,7 +243,7 @@ async def test_a_store_that_hangs_stops_files_and_nothing_else(monkeypatch: pyte
         hang.wait(20)
         really(files, record)
 
-    async with router(queue, api_keys=GIVEN, store_limit_ms=100, store_threads=2) as app:
+    async with router(queue, api_keys=GIVEN, store_timeout_ms=100, store_threads=2) as app:
         monkeypatch.setattr(Files, "add", add)
         answers = await asyncio.gather(*(begin(app, [PURPOSE + file_part(b"1") + END]).done() for _ in range(3)))
         assert {(answer.status, answer.error["code"]) for answer in answers} == {(503, "store_unavailable")}
@@ -267,7 +267,7 @@ async def test_a_store_that_cannot_be_used_is_said(folder: Path) -> None:
 
 async def test_a_tenant_keeps_no_more_than_it_may(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past its files or bytes an upload is refused, announced or not; what was deleted makes room; others are free."""
-    monkeypatch.setattr("router.files.transfers._RECOUNT_AFTER_S", 0)
+    monkeypatch.setattr("router.files.quota._MEASURE_AGAIN_AFTER_S", 0)
     async with router(api_keys=GIVEN, tenant_files=2, tenant_file_bytes=400_000) as app:
         first = await upload(app)
         for size in (399_999, 600_000):

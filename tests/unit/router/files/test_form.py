@@ -57,7 +57,7 @@ def test_what_follows_the_end_and_unknown_fields_mean_nothing() -> None:
 def test_an_expiry_is_read() -> None:
     """Both of its fields, as the SDK writes them."""
     expiry = field("expires_after[anchor]", b"created_at"), field("expires_after[seconds]", b"3600")
-    assert read(form((FILE, b"1"), field("purpose", b"batch"), *expiry))[1].lives_s == 3_600
+    assert read(form((FILE, b"1"), field("purpose", b"batch"), *expiry))[1].life_s == 3_600
 
 
 @pytest.mark.parametrize(

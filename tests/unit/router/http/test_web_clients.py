@@ -150,7 +150,7 @@ def test_the_routers_own_paths_cannot_be_given_away(pages: FastAPI) -> None:
     assert len(own) > 60
     for path in own:
         with pytest.raises(CannotStart, match=r"INFERQ_ROUTER_EXTRA_PATHS: the Router answers \S+ itself.*remove it"):
-            refuse_own_paths(pages, ["/v1/fine", path])
+            refuse_own_paths(pages, ["/v1/fine", path], RouterSettings.variable("extra_paths"))
 
 
 def test_a_router_does_not_start_that_would_hide_its_own_pages() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from queue_schemas import RangeNotSatisfiable
-from router.files.content import disposition, matches, read_range
+from router.files.rules import content_disposition, etag_matches, read_range
 
 
 @pytest.mark.parametrize(
@@ -33,10 +33,10 @@ def test_a_range_behind_the_end_is_refused(header: str, size: int) -> None:
 
 def test_a_tag_is_found_among_others() -> None:
     """Weak, in a list, or any."""
-    assert matches('"a", W/"b"', '"b"')
-    assert matches("*", '"b"')
-    assert not matches('"a"', '"b"')
-    assert not matches(None, '"b"')
+    assert etag_matches('"a", W/"b"', '"b"')
+    assert etag_matches("*", '"b"')
+    assert not etag_matches('"a"', '"b"')
+    assert not etag_matches(None, '"b"')
 
 
 @given(st.text(min_size=1))
@@ -46,7 +46,7 @@ def test_a_name_cannot_break_out_of_its_header(name: str) -> None:
         name.encode()
     except UnicodeEncodeError:
         return
-    header = disposition(name)
+    header = content_disposition(name)
     assert header.isascii()
     assert header.isprintable()
     assert header.count('"') == 2

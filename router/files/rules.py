@@ -1,4 +1,4 @@
-"""What a request for a file's content asks for: all of it, a part (RFC 9110, section 14), or nothing new."""
+"""Reads the conditional and range headers of a download (RFC 9110) and names the file for browsers (RFC 6266). Pure."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def read_range(header: str | None, size: int) -> tuple[int, int] | None:
     return start, end
 
 
-def matches(header: str | None, etag: str) -> bool:
+def etag_matches(header: str | None, etag: str) -> bool:
     """Whether ``If-None-Match`` names ``etag``."""
     if header is None:
         return False
     return any(given.strip().removeprefix("W/") in {etag, "*"} for given in header.split(","))
 
 
-def disposition(filename: str) -> str:
+def content_disposition(filename: str) -> str:
     """A ``content-disposition`` under which any browser saves the file by its name (RFC 6266)."""
     if _PLAIN.fullmatch(filename):
         return f'attachment; filename="{filename}"'

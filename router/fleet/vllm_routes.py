@@ -1,8 +1,10 @@
-"""``/health``, ``/ping``, ``/version`` and ``/load`` as vLLM's server has them, told of the Router itself: probes, load
-balancers and benchmark tools made for one engine work with a fleet of them."""
+"""``/health``, ``/ping``, ``/version`` and ``/load`` as vLLM's server has them, about the Router itself, so that
+probes, load
+balancers and benchmark tools made for one vLLM work with a fleet."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from fastapi import APIRouter, Response
@@ -12,7 +14,7 @@ from queue_schemas import BrokerUnavailable, ShuttingDown
 from telemetry.http.access import Access, allow
 from telemetry.http.asgi import error_responses
 
-from ..state import RouterState
+from ..lifecycle import Lifecycle
 
 _RETRY_AFTER_S = 5
 
@@ -29,15 +31,16 @@ class Load(BaseModel):
     server_load: int
 
 
-def engine_routes(state: RouterState) -> APIRouter:
-    """The pages of one Router. They are open, as ``/readyz`` is."""
+def vllm_routes(
+    reasons: Callable[[], Sequence[str]], lifecycle: Lifecycle, open_requests: Callable[[], int]
+) -> APIRouter:
+    """Public routes, as ``/readyz`` is. ``reasons``: why the Router is not ready."""
     routes = APIRouter(tags=["health"], dependencies=[allow(Access.PUBLIC)])
 
     async def health() -> Response:
-        reasons = state.reasons()
-        if reasons:
-            error = ShuttingDown if state.lifecycle.shutting_down else BrokerUnavailable
-            raise error(f"the router is not ready: {reasons[0]}", retry_after_s=_RETRY_AFTER_S)
+        if why := reasons():
+            error = ShuttingDown if lifecycle.shutting_down else BrokerUnavailable
+            raise error(f"the router is not ready: {why[0]}", retry_after_s=_RETRY_AFTER_S)
         return Response(status_code=200)
 
     for path, methods in (("/health", ("GET",)), ("/ping", ("GET", "POST"))):
@@ -57,6 +60,6 @@ def engine_routes(state: RouterState) -> APIRouter:
 
     @routes.get("/load", summary="How many requests this Router serves now")
     async def load() -> Load:
-        return Load(server_load=len(state.requests))
+        return Load(server_load=open_requests())
 
     return routes
