@@ -1,7 +1,7 @@
-# Every command of the README is a target here. `make` alone lists them.
+# Targets for the commands of README.md and CONTRIBUTING.md. `make` alone lists them.
 #
-# The targets need only make and Python 3.11 to 3.13: they create .venv and install the locked versions into it once,
-# and again when a lock changes. Variables are given as `make up ENGINE=sim WORKERS=2`.
+# They need only make and Python 3.11 to 3.13. They create .venv and install the locked versions there, again when a lock
+# changes. Set variables like this: make up ENGINE=sim WORKERS=2
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -13,7 +13,7 @@ RUNTIME := $(VENV)/.installed-runtime
 RAY := $(VENV)/.installed-ray
 DEV := $(VENV)/.installed-dev
 
-# What `up` and `demo` take. Each is also an option of `inferq up`; an empty one means its default.
+# Variables of `up` and `demo`, each also an option of `inferq up`. An empty one means the default.
 ENGINE ?=
 MODEL ?=
 WORKERS ?=
@@ -30,15 +30,15 @@ UP_OPTIONS = $(call option,--engine,ENGINE) $(call option,--model,MODEL) $(call 
 	$(call option,--worker-port,WORKER_PORT) $(call option,--redis-url,REDIS_URL) \
 	$(call option,--engine-url,ENGINE_URL) $(call option,--data-dir,DATA_DIR)
 
-# What `ray-up` takes beside REDIS_URL and DATA_DIR: options of `inferq ray up`.
+# Variables of `ray-up` besides REDIS_URL and DATA_DIR: options of `inferq ray up`.
 ADDRESS ?=
 PORT ?=
 RAY_OPTIONS = $(call option,--address,ADDRESS) $(call option,--data-dir,DATA_DIR)
 
-# What `test` and `bench` hand on: make test ARGS="-k settle -x"
+# Further arguments of `test`, `chaos`, `bench` and others: make test ARGS="-k settle -x"
 ARGS ?=
 
-# What `chaos` takes; without a seed it draws one and says which.
+# Variables of `chaos` and `fuzz`. Without a seed they draw one and print it.
 SECONDS ?=
 SEED ?=
 
@@ -47,22 +47,22 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-up: $(RUNTIME) ## Start the whole fabric here (ENGINE=sim for the simulated engine)
+up: $(RUNTIME) ## Start every role on this machine (ENGINE=sim for the simulated engine)
 	@exec $(PY) -m inferq up $(UP_OPTIONS)
 
-# HumanEval (openai/human-eval, MIT), where it lies beside the checkout; without it the demo asks prompts of its own.
-PROMPTS ?= $(wildcard ../shared/data/humaneval.jsonl.gz)
+# A file of prompts for the demo (.jsonl or .jsonl.gz). Empty: the package's own.
+PROMPTS ?=
 
-demo: $(RUNTIME) ## Show it at work: a chat, a streamed chat, 20 prompts at once (PROMPTS=file)
+demo: $(RUNTIME) ## Run a chat, a streamed chat and 20 prompts at once (PROMPTS=file)
 	@exec $(PY) -m inferq demo $(UP_OPTIONS) $(call option,--prompts,PROMPTS)
 
-ray-up: $(RAY) ## The same in Ray: Manager and Routers, for workers to join (REDIS_URL=...)
+ray-up: $(RAY) ## Start Manager and Routers in Ray, for workers to join (REDIS_URL=...)
 	@exec $(PY) -m inferq ray up $(RAY_OPTIONS) $(call option,--redis-url,REDIS_URL) $(call option,--port,PORT)
 
-ray-down: $(RAY) ## Take it out of Ray again
+ray-down: $(RAY) ## Stop what ray-up started
 	@exec $(PY) -m inferq ray down $(RAY_OPTIONS)
 
-# pytest's exit code where ARGS choose no test of a part: that is none to fail, unless both parts have none.
+# pytest's exit code if ARGS select no test of a part. It is an error only if both parts have none.
 NO_TESTS := 5
 
 or_none = && chosen=0 || { code=$$?; [ $$code -eq $(NO_TESTS) ] || exit $$code; }
@@ -73,25 +73,25 @@ test: $(DEV) ## Run the tests that need no real vLLM
 	$(PY) -m pytest -m "not vllm and not node and alone" $(ARGS) $(or_none); \
 	exit $$chosen
 
-chaos: $(DEV) ## Kill everything under load and check the history (SECONDS=60 SEED=...)
+chaos: $(DEV) ## Kill everything under load and judge the history (SECONDS=60 SEED=...)
 	$(PY) -m tests.chaos $(call option,--seconds,SECONDS) $(call option,--seed,SEED) $(ARGS)
 
-schemathesis: $(DEV) ## Try a running fleet against its OpenAPI document (URL=http://127.0.0.1:18000 EXAMPLES=100)
+schemathesis: $(DEV) ## Test a running fleet against its OpenAPI document (URL=http://127.0.0.1:18000 EXAMPLES=100)
 	$(VENV)/bin/schemathesis run $(or $(URL),http://127.0.0.1:18000)/openapi.json --checks not_a_server_error \
 		--max-examples $(or $(EXAMPLES),100) --request-timeout 30 --continue-on-failure \
 		--exclude-path-regex '/presence$$|/output$$|/events$$' $(ARGS)
 
-chaos-long: $(DEV) ## The same for an hour
+chaos-long: $(DEV) ## Run chaos for an hour
 	$(PY) -m tests.chaos --seconds 3600 $(call option,--seed,SEED) $(ARGS)
 
-fuzz: $(DEV) ## Feed odd inputs to every edge and see that all goes on (SECONDS=60 SEED=...)
+fuzz: $(DEV) ## Send odd inputs to every edge of a live fleet (SECONDS=60 SEED=...)
 	$(PY) -m tests.fuzz $(call option,--seconds,SECONDS) $(call option,--seed,SEED) $(ARGS)
 
-# What `model` takes: orders of calls on each server, and calls in each.
+# Variables of `model`: sequences of calls on each server, and calls in each sequence.
 EXAMPLES ?= 500
 STEPS ?= 60
 
-model: $(DEV) ## Compare the queue with its model, longer than the tests do (EXAMPLES=500 STEPS=60 SEED=...)
+model: $(DEV) ## Compare the queue with its reference model, longer than the tests (EXAMPLES=500 STEPS=60 SEED=...)
 	INFERQ_MODEL_EXAMPLES=$(EXAMPLES) INFERQ_MODEL_STEPS=$(STEPS) $(PY) -m pytest \
 		$(if $(SEED),--hypothesis-seed='$(SEED)') tests/contract/test_model.py -k any_order $(ARGS)
 
@@ -101,29 +101,29 @@ test-vllm: $(DEV) ## Run the tests against real vLLM (installs it the first time
 test-node: $(DEV) ## Run the tests with the openai package for Node (needs node, npm and its registry)
 	$(PY) -m pytest -m node tests/node $(ARGS)
 
-check: $(DEV) ## Formatting, lint, types, floors
+check: $(DEV) ## Check formatting, lint, types and imports
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy examples
 	$(VENV)/bin/lint-imports
 
-format: $(DEV) ## Format and mend what lint can mend
+format: $(DEV) ## Format, and fix what ruff can fix
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(DEV) ## Measure against the direct engine and a proxy without a queue
+bench: $(DEV) ## Measure, beside the engine alone and a proxy without a queue
 	$(PY) -m bench $(ARGS)
 
 wheel-check: $(DEV) ## Build the wheel and run it from another folder
 	sh scripts/wheel_check.sh $(PY)
 
-lock: $(DEV) ## Write requirements/*.lock anew from pyproject.toml
+lock: $(DEV) ## Rewrite requirements/*.lock from pyproject.toml
 	@sh scripts/lock.sh $(PY)
 
-install: $(DEV) ## Only set up .venv
+install: $(DEV) ## Set up .venv only
 
-clean: ## Remove .venv, caches and build outputs; data in .inferq stays
+clean: ## Remove .venv, caches and build outputs, but not the data in .inferq
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.inferq/*' -prune -exec rm -rf {} +
 

@@ -1,15 +1,15 @@
 """Start and drain workers by the depth of one model's queue, from none and back to none.
 
-    python examples/autoscale_by_queue_depth.py --model Qwen/Qwen3-8B --most 4 -- \
+    python examples/autoscale_by_queue_depth.py --model Qwen/Qwen3-8B --max-workers 4 -- \
         inferq worker --manager-url http://127.0.0.1:18000 --model Qwen/Qwen3-8B
 
-What follows ``--`` starts one worker; ``--worker-id`` and ``--port 0`` are added. The rule, once per interval: one
-worker for every ``--per-worker`` requests that wait or run, within ``--least`` and ``--most``; more at once, fewer only
-after the queue has asked for fewer during the whole cooldown, one at a time. A worker that is drained (SIGTERM) takes
-nothing new and finishes what it runs. Requests for a model at zero workers wait in the queue, if the Router knows the
-model: a worker served it within a day, or ``INFERQ_ROUTER_POOLS`` names it.
+The command after ``--`` starts one worker; the script adds ``--worker-id`` and ``--port 0``. Once per interval it wants
+one worker for every ``--per-worker`` requests that wait or run, between ``--min-workers`` and ``--max-workers``. It
+starts missing workers at once. It drains one worker at a time, after the queue has needed fewer for the whole cooldown.
+A drained worker (SIGTERM) takes nothing new and finishes what it runs. Requests for a model without workers wait in the
+queue if the Router knows the model: a worker served it within a day, or ``INFERQ_ROUTER_POOLS`` names it.
 
-It needs nothing but Python: copy it and change the two lines that start and end a worker to whatever you run them on.
+The script needs nothing but Python. Copy it and change the two lines that start and stop a worker to your platform's.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ HINTS = {401: "set INFERQ_API_KEY or INFERQ_JOIN_TOKEN, as the Router asks", 503
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the API key with it to another host."""
+    """Follows no redirect, which would take the API key to another host."""
 
     def redirect_request(self, *_: object) -> None:
         return None
 
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
-"""The fleet is never asked by way of a proxy, whatever HTTP_PROXY says."""
+"""Calls the Router directly, whatever HTTP_PROXY says."""
 
 
-class CannotAsk(Exception):
-    """Nobody can tell how much waits, for the reason that it names: then nothing should change."""
+class DepthUnknown(Exception):
+    """The queue depth is unknown, for the reason in the message. Scaling should change nothing then."""
 
 
 def outstanding(router_url: str, model: str) -> int:
-    """Requests that wait or run for ``model``. Raises ``CannotAsk``.
+    """Requests that wait or run for ``model``. Raises ``DepthUnknown``.
 
     A Router with API keys wants one, or the join token: ``INFERQ_API_KEY``, ``INFERQ_JOIN_TOKEN``.
     """
@@ -66,15 +66,15 @@ def outstanding(router_url: str, model: str) -> int:
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return 0
-        raise CannotAsk(f"{url} answers {error.code}: {HINTS.get(error.code, error.reason)}") from error
+        raise DepthUnknown(f"{url} answers {error.code}: {HINTS.get(error.code, error.reason)}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CannotAsk(f"what answers at {router_url} is no inferq Router: check --router-url") from error
+        raise DepthUnknown(f"{router_url} is not an inferq Router: check --router-url") from error
     except OSError as error:
-        raise CannotAsk(f"no Router answers at {router_url}: {getattr(error, 'reason', error)}") from error
+        raise DepthUnknown(f"no Router answers at {router_url}: {getattr(error, 'reason', error)}") from error
 
 
 class Fleet:
-    """The workers that this script started. Those that drain do not count, but are waited for."""
+    """The workers that this script started. Draining workers do not count, but the script waits for them."""
 
     def __init__(self, command: list[str], name: str) -> None:
         self._command = command
@@ -94,12 +94,12 @@ class Fleet:
         self._draining.append(worker)
 
     def reap(self) -> None:
-        """Forget those that have ended, however they did: the rule starts others if they are needed."""
+        """Forget workers that have ended, for whatever reason; the rule starts others if needed."""
         self.working = [worker for worker in self.working if worker.poll() is None]
         self._draining = [worker for worker in self._draining if worker.poll() is None]
 
     def end(self) -> None:
-        """Drain all of them; kill what has not ended within the limit."""
+        """Drain all workers; kill those that do not end within the limit."""
         while self.working:
             self.drain()
         limit = time.monotonic() + DRAIN_LIMIT_S
@@ -119,15 +119,15 @@ def scale(options: argparse.Namespace, fleet: Fleet, stop: threading.Event) -> N
         fleet.reap()
         try:
             jobs = outstanding(options.router_url, options.model)
-        except CannotAsk as error:
+        except DepthUnknown as error:
             if trouble != str(error):
-                print(f"cannot ask, so nothing changes: {error}", file=sys.stderr, flush=True)
+                print(f"cannot read the queue depth, so nothing changes: {error}", file=sys.stderr, flush=True)
             trouble = str(error)
             continue
         if trouble:
             print("the Router answers again", file=sys.stderr, flush=True)
             trouble = ""
-        wanted = min(options.most, max(options.least, math.ceil(jobs / options.per_worker)))
+        wanted = min(options.max_workers, max(options.min_workers, math.ceil(jobs / options.per_worker)))
         running = len(fleet.working)
         if wanted >= running:
             enough_since = None
@@ -146,8 +146,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Start and drain workers by queue depth.")
     parser.add_argument("--router-url", default="http://127.0.0.1:18000")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--least", type=int, default=0, help="workers that always run")
-    parser.add_argument("--most", type=int, default=4, help="workers at most")
+    parser.add_argument("--min-workers", type=int, default=0, help="workers that always run")
+    parser.add_argument("--max-workers", type=int, default=4, help="workers that run at most")
     parser.add_argument("--per-worker", type=int, default=16, help="requests that justify one worker")
     parser.add_argument("--interval-s", type=float, default=1.0)
     parser.add_argument("--cooldown-s", type=float, default=60.0)

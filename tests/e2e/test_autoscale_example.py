@@ -15,14 +15,14 @@ from tests.support.waiting import eventually
 
 MODEL = "scaled"
 REQUESTS = 60
-MOST = 2
+MAX_WORKERS = 2
 _SCRIPT = ROOT / "examples" / "autoscale_by_queue_depth.py"
 
 
 def _autoscaler(fleet: Fleet, folder: Path) -> Child:
     worker = [sys.executable, "-m", "worker.service", "--manager-url", fleet.router.url, "--engine", "sim"]
     worker += ["--model", MODEL, "--slots", "4", "--sim-mode", "echo", "--sim-ttft-ms", "100"]
-    rule = ["--router-url", fleet.router.url, "--model", MODEL, "--most", str(MOST), "--per-worker", "10"]
+    rule = ["--router-url", fleet.router.url, "--model", MODEL, "--max-workers", str(MAX_WORKERS), "--per-worker", "10"]
     rule += ["--interval-s", "0.1", "--cooldown-s", "0.5"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
     args = [sys.executable, str(_SCRIPT), *rule, "--", *worker]
@@ -60,10 +60,10 @@ async def test_from_zero_workers_up_and_back_while_every_request_is_answered(
             finally:
                 script.terminate(limit_s=90)  # a kill would leave its workers behind
         assert [task.result() for task in asked] == [f"request {number}" for number in range(REQUESTS)]
-        assert max(seen) == MOST, f"workers seen: {seen}"
+        assert max(seen) == MAX_WORKERS, f"workers seen: {seen}"
         assert script.returncode == 0
         log = script.log_text()
-        assert f"0 -> {MOST} workers" in log
+        assert f"0 -> {MAX_WORKERS} workers" in log
         assert "1 -> 0 workers" in log
 
 

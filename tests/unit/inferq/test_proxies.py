@@ -151,7 +151,7 @@ async def test_the_example_autoscaler_says_why_it_cannot_ask(url: str, tmp_path:
             finally:
                 running.terminate()
         (said,) = log.read_text().splitlines()
-        assert said.startswith("cannot ask, so nothing changes: ")
+        assert said.startswith("cannot read the queue depth, so nothing changes: ")
         assert reason in said
 
 

@@ -96,7 +96,7 @@ async def autoscaler(url: str) -> None:
     os.environ["INFERQ_API_KEY"] = "s3cret"
     try:
         module = example()
-        with pytest.raises(module.CannotAsk, match="307"):
+        with pytest.raises(module.DepthUnknown, match="307"):
             await asyncio.to_thread(module.outstanding, url, "m")
     finally:
         del os.environ["INFERQ_API_KEY"]
