@@ -212,15 +212,15 @@ def build_pages(services: RouterServices) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    settings, metrics, keys, gate = services.settings, services.metrics, services.keys, services.gate
+    settings, metrics, gate = services.settings, services.metrics, services.gate
     link, lifecycle = services.link, services.lifecycle
     for routes in (
         health_routes(metrics.registry, services.not_ready_reasons, warnings=services.warnings),
         vllm_routes(services.not_ready_reasons, lifecycle, lambda: len(services.requests)),
         model_routes(link, gate, settings.on_no_worker),
         *_store_routes(services),
-        job_routes(gate, keys, services.jobs, services.streamer),
-        response_routes(gate, keys, services.responses, services.streamer),
+        job_routes(gate, services.jobs, services.streamer),
+        response_routes(gate, services.responses, services.streamer),
         pool_routes(link, gate),
         dead_letter_routes(link, gate),
         manager_routes(services.manager, gate, metrics.registry, lifecycle),

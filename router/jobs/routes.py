@@ -9,13 +9,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from broker import MAX_LISTED
+from openai_api.pages import Page, page_of
 from queue_schemas import PERSISTED_STATES, BadRequest, InferqError, JobNotFound, PersistedJob
 from telemetry import get_logger
 from telemetry.http.access import Access
 from telemetry.http.asgi import ErrorDetail, error_responses
 
 from ..http.access import Gate
-from ..http.api_keys import ApiKeys
 from .event_ids import LAST_EVENT_HEADER, Position, read_position
 from .output_streamer import OutputStreamer, PersistedResponse
 from .schemas import job_object, response_object, states_of
@@ -67,16 +67,6 @@ class JobObject(BaseModel):
     response: JobResponse | None = Field(description="Its answer, once it has ended; never in a list")
 
 
-class JobPage(BaseModel):
-    """A page of jobs, newest first. Go on with ``after=last_id`` while ``has_more``."""
-
-    object: Literal["list"]
-    data: list[JobObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
 class JobDeleted(BaseModel):
     """All that was kept of a job is forgotten."""
 
@@ -85,12 +75,12 @@ class JobDeleted(BaseModel):
     deleted: bool
 
 
-def job_routes(gate: Gate, keys: ApiKeys, jobs: PersistedJobs, streamer: OutputStreamer) -> APIRouter:
+def job_routes(gate: Gate, jobs: PersistedJobs, streamer: OutputStreamer) -> APIRouter:
     """The paths below ``/v1/jobs``."""
     routes = APIRouter(tags=["jobs"], dependencies=[gate.allow(Access.CLIENT)])
 
     async def found(request: Request, job_id: str) -> PersistedJob:
-        kept = await jobs.status(keys.caller(request), job_id)
+        kept = await jobs.status(gate.tenant_of(request), job_id)
         if kept is None:
             raise not_found(job_id)
         return kept
@@ -98,7 +88,7 @@ def job_routes(gate: Gate, keys: ApiKeys, jobs: PersistedJobs, streamer: OutputS
     @routes.get(
         JOBS_PATH,
         summary="Background jobs, newest first",
-        response_model=JobPage,
+        response_model=Page[JobObject],
         responses=error_responses(400, 401, 503),
     )
     async def page(
@@ -108,14 +98,9 @@ def job_routes(gate: Gate, keys: ApiKeys, jobs: PersistedJobs, streamer: OutputS
         status: Annotated[JobStatus | None, Query(description="Only those that are so now")] = None,
     ) -> JSONResponse:
         states = states_of(status) if status else []
-        found, more = await jobs.jobs(keys.caller(request), after=after, limit=limit, states=states)
-        data = [job_object(kept) for kept in found]
-        # With a filter a page may end before its limit: it was looked at as many jobs as one call may.
-        last = more or (found[-1].id if found else None)
-        first = found[0].id if found else None
-        return JSONResponse(
-            {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": bool(more)}
-        )
+        found, more = await jobs.jobs(gate.tenant_of(request), after=after, limit=limit, states=states)
+        # With a filter a page may have fewer jobs than its limit: one call examines a limited number of jobs.
+        return JSONResponse(page_of([job_object(kept) for kept in found], has_more=bool(more), last_id=more or None))
 
     @routes.get(
         _ONE, summary="A job, with its answer once it has ended", response_model=JobObject,
@@ -162,7 +147,7 @@ def job_routes(gate: Gate, keys: ApiKeys, jobs: PersistedJobs, streamer: OutputS
         responses=error_responses(*_FOUND),
     )
     async def cancel(request: Request, job_id: str) -> JSONResponse:
-        kept = await jobs.cancel(keys.caller(request), job_id)
+        kept = await jobs.cancel(gate.tenant_of(request), job_id)
         if kept is None:
             raise not_found(job_id)
         return JSONResponse(job_object(kept))
@@ -174,7 +159,7 @@ def job_routes(gate: Gate, keys: ApiKeys, jobs: PersistedJobs, streamer: OutputS
         responses=error_responses(*_FOUND),
     )
     async def delete(request: Request, job_id: str) -> JSONResponse:
-        if not await jobs.delete(keys.caller(request), job_id):
+        if not await jobs.delete(gate.tenant_of(request), job_id):
             raise not_found(job_id)
         return JSONResponse({"id": job_id, "object": "job", "deleted": True})
 

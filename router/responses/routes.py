@@ -8,13 +8,13 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from openai_api.pages import Page, page_of
 from openai_api.paths import RESPONSES_PATH
 from queue_schemas import BadRequest
 from telemetry.http.access import Access
 from telemetry.http.asgi import error_responses
 
 from ..http.access import Gate
-from ..http.api_keys import ApiKeys
 from ..jobs.output_streamer import OutputStreamer, PersistedResponse
 from .service import Responses
 
@@ -41,17 +41,7 @@ class ResponseDeleted(BaseModel):
     deleted: bool
 
 
-class InputItems(BaseModel):
-    """A page of what was asked. Go on with ``after=last_id`` while ``has_more``."""
-
-    object: Literal["list"]
-    data: list[dict[str, Any]]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
-def response_routes(gate: Gate, keys: ApiKeys, responses: Responses, streamer: OutputStreamer) -> APIRouter:
+def response_routes(gate: Gate, responses: Responses, streamer: OutputStreamer) -> APIRouter:
     """The pages of one Router. ``POST /v1/responses`` itself is served with the other inference paths."""
     routes = APIRouter(tags=["responses"], dependencies=[gate.allow(Access.CLIENT)])
 
@@ -67,7 +57,7 @@ def response_routes(gate: Gate, keys: ApiKeys, responses: Responses, streamer: O
         stream: bool = Query(False, description="Its events instead of its object"),
         starting_after: int | None = Query(None, ge=0, description="Number of the last event that the client has"),
     ) -> Response:
-        tenant = keys.caller(request)
+        tenant = gate.tenant_of(request)
         if not stream:
             if starting_after is not None:
                 raise BadRequest("starting_after is of streams: send stream=true, too", param="starting_after")
@@ -83,7 +73,7 @@ def response_routes(gate: Gate, keys: ApiKeys, responses: Responses, streamer: O
         responses=error_responses(*_FOUND),
     )
     async def cancel(request: Request, response_id: str) -> JSONResponse:
-        return JSONResponse(await responses.cancel(keys.caller(request), response_id))
+        return JSONResponse(await responses.cancel(gate.tenant_of(request), response_id))
 
     @routes.delete(
         _ONE,
@@ -92,13 +82,13 @@ def response_routes(gate: Gate, keys: ApiKeys, responses: Responses, streamer: O
         responses=error_responses(*_FOUND),
     )
     async def delete(request: Request, response_id: str) -> JSONResponse:
-        await responses.delete(keys.caller(request), response_id)
+        await responses.delete(gate.tenant_of(request), response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     @routes.get(
         _ONE + "/input_items",
         summary="What was asked",
-        response_model=InputItems,
+        response_model=Page[dict[str, Any]],
         responses=error_responses(400, *_FOUND),
     )
     async def input_items(
@@ -108,22 +98,13 @@ def response_routes(gate: Gate, keys: ApiKeys, responses: Responses, streamer: O
         order: Literal["asc", "desc"] = "desc",
         after: str = Query("", max_length=200, description="The last id of the page before"),
     ) -> JSONResponse:
-        items = await responses.input_items(keys.caller(request), response_id)
+        items = await responses.input_items(gate.tenant_of(request), response_id)
         if order == "desc":
             items.reverse()
         ids = [item["id"] for item in items]
         if after and after not in ids:
             raise BadRequest(f"there is no item {after[:60]!r} to go on behind: begin without after", param="after")
         rest = items[ids.index(after) + 1 :] if after else items
-        page = rest[:limit]
-        return JSONResponse(
-            {
-                "object": "list",
-                "data": page,
-                "first_id": page[0]["id"] if page else None,
-                "last_id": page[-1]["id"] if page else None,
-                "has_more": len(rest) > limit,
-            }
-        )
+        return JSONResponse(page_of(rest[:limit], has_more=len(rest) > limit))
 
     return routes
