@@ -6,10 +6,7 @@ only this machine reaches may have no token to ask for.
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from queue_schemas import (
@@ -35,6 +32,7 @@ from telemetry.http.fabric_calls import FabricCall
 from telemetry.http.held_connections import WORKERS_PRESENT, Held
 
 from ..http.access import Gate
+from ..http.json_body import body_schema
 from ..lifecycle import Lifecycle
 from ..ports import ManagerPort
 
@@ -71,7 +69,7 @@ def manager_routes(
         summary="A worker joins",
         response_model=RegistrationAnswer,
         responses=error_responses(400, 401, 409, 413, 503),
-        openapi_extra=_takes(Registration),
+        openapi_extra=body_schema(Registration),
     )
     async def register(request: Request) -> Response:
         return await forward(request, _WORKERS)
@@ -81,7 +79,7 @@ def manager_routes(
         summary="A worker reports",
         response_model=HeartbeatAnswer,
         responses=error_responses(400, 401, 410, 413, 503),
-        openapi_extra=_takes(Heartbeat),
+        openapi_extra=body_schema(Heartbeat),
     )
     async def heartbeat(worker_id: str, request: Request) -> Response:
         return await forward(request, f"{_WORKERS}/{check_worker_id(worker_id)}/heartbeat")
@@ -142,12 +140,6 @@ def manager_routes(
         return await forward(request, f"{FABRIC_PREFIX}/broker")
 
     return routes
-
-
-def _takes(message: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI schema of a body that is passed on unread."""
-    schema = message.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 async def _request_check(manager: ManagerPort, call: FabricCall) -> None:

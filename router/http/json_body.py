@@ -66,7 +66,7 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """``openapi_extra`` of a route that reads a body as ``model`` itself."""
+    """``openapi_extra`` of a route whose body FastAPI does not parse: it is read as ``model``, or passed on."""
     schema = model.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
