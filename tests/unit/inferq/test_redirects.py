@@ -82,7 +82,7 @@ async def batcher(url: str) -> None:
 
 async def probe(url: str) -> None:
     async with HttpWorkerProbe(5.0) as asked:
-        await asked.probe(url, WorkerId("w"), RUN)
+        await asked.ask(url, WorkerId("w"), RUN)
 
 
 async def engine(url: str) -> None:
