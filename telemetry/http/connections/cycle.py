@@ -8,16 +8,13 @@ import socket
 import struct
 from collections.abc import Iterable, MutableMapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message
 
 from queue_schemas import InferqError
 
 from ...logs import get_logger
-
-if TYPE_CHECKING:
-    from .protocol import HttpConnection
 
 RESUME_BYTES = 64 * 1024
 """How much of a body waits for the app before the connection is read no further."""
@@ -41,6 +38,26 @@ def _status_line(status: int) -> bytes:
 _STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
 
 
+class ClientConnection(Protocol):
+    """What a request uses of the connection it came on."""
+
+    transport: asyncio.Transport
+    half_closed: bool
+    write_paused: bool
+    why_lost: str
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    async def writable(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def on_response_complete(self, cycle: RequestCycle) -> None: ...
+
+
 class RequestCycle:
     """Created when a request's head is complete. Not for use outside its connection, but for :meth:`cut`."""
 
@@ -52,41 +69,41 @@ class RequestCycle:
         "_http_1_0",
         "_left_bytes",
         "body",
+        "changed",
         "disconnected",
         "expects_continue",
         "keep_alive",
         "last",
-        "news",
         "receiving",
         "refusal",
+        "remaining_bytes",
         "response_complete",
         "response_started",
         "scope",
-        "to_come_bytes",
     )
 
     def __init__(
         self,
-        connection: HttpConnection,
+        connection: ClientConnection,
         scope: MutableMapping[str, Any],
         *,
         keep_alive: bool,
-        to_come_bytes: int | None,
+        remaining_bytes: int | None,
     ) -> None:
-        """``to_come_bytes``: how much of the body is to come; None if its chunks will tell."""
+        """``remaining_bytes``: how much of the body is to come; None if its chunks will tell."""
         self._connection = connection
         self.scope = scope
         self.keep_alive = keep_alive
         self.last = not keep_alive
         """It asked for the connection to end behind it."""
         self.expects_continue = False
-        self.to_come_bytes = _UNKNOWN if to_come_bytes is None else to_come_bytes
+        self.remaining_bytes = _UNKNOWN if remaining_bytes is None else remaining_bytes
         self.body = bytearray()
         self.receiving = True
         """The end of the request has not come."""
         self.refusal: InferqError | None = None
         """Why the rest of the body is not going to be read."""
-        self.news = asyncio.Event()
+        self.changed = asyncio.Event()
         self.disconnected = self._delivered = False
         self.response_started = False
         self.response_complete = False
@@ -120,8 +137,8 @@ class RequestCycle:
             self.expects_continue = False
         if not (self._gone or self.response_complete or self.refusal):
             self._connection.resume_reading()
-            await self.news.wait()
-            self.news.clear()
+            await self.changed.wait()
+            self.changed.clear()
         if self._gone or self.response_complete:
             return {"type": "http.disconnect", "why": self._connection.why_lost}
         if self.refusal is not None:
@@ -162,19 +179,19 @@ class RequestCycle:
         if self.refusal is None:
             self.refusal = error
             self.keep_alive = False
-            self.news.set()
+            self.changed.set()
 
     def leave(self) -> None:
         """The client is gone."""
         self.disconnected = True
-        self.news.set()
+        self.changed.set()
 
     def _start(self, message: Message) -> None:
         if message["type"] != "http.response.start":
             raise RuntimeError(f"the answer began with {message['type']}")
         status: int = message["status"]
         self.response_started = True
-        if self.receiving and (self.expects_continue or self.refusal or self.to_come_bytes > RESUME_BYTES):
+        if self.receiving and (self.expects_continue or self.refusal or self.remaining_bytes > RESUME_BYTES):
             self.keep_alive = False  # what is left of the body is not worth reading
         self.expects_continue = False
         head = [_STATUS_LINES[status]]

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ...logs import get_logger
 from .limits import ConnectionLimits
-
-if TYPE_CHECKING:
-    from .protocol import HttpConnection
 
 _OTHER_FILES = 128
 """How many of the files that the process may open are kept for other things than connections."""
 
 log = get_logger(__name__)
+
+
+class OpenConnection(Protocol):
+    """What the registry asks of a connection."""
+
+    transport: asyncio.Transport
+
+    def drop(self, why: str) -> None: ...
+
+    def check(self, now_s: float) -> None: ...
 
 
 class Connections:
@@ -24,8 +31,8 @@ class Connections:
     def __init__(self, limits: ConnectionLimits) -> None:
         self.limits = limits
         self._most = min(limits.max_connections, _openable_files() - _OTHER_FILES)
-        self._open: set[HttpConnection] = set()
-        self._idle: dict[HttpConnection, None] = {}
+        self._open: set[OpenConnection] = set()
+        self._idle: dict[OpenConnection, None] = {}
         """Those without a request, by how long they are."""
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0
@@ -34,7 +41,7 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, connection: HttpConnection) -> bool:
+    def add(self, connection: OpenConnection) -> bool:
         """One more. At the limit, the one that has been idle for the longest makes room; False if none is idle."""
         if len(self._open) >= self._most:
             if not self._idle:
@@ -46,16 +53,16 @@ class Connections:
             self._sweep_later()
         return True
 
-    def discard(self, connection: HttpConnection) -> None:
+    def discard(self, connection: OpenConnection) -> None:
         """One is closed."""
         self._open.discard(connection)
         self._idle.pop(connection, None)
 
-    def idle(self, connection: HttpConnection) -> None:
+    def idle(self, connection: OpenConnection) -> None:
         """It has no request."""
         self._idle[connection] = None
 
-    def busy(self, connection: HttpConnection) -> None:
+    def busy(self, connection: OpenConnection) -> None:
         """It has one."""
         self._idle.pop(connection, None)
 
