@@ -19,7 +19,7 @@ from router import RouterSettings, build_router
 from storage import StorageSettings
 from telemetry import MetricsRegistry
 from telemetry.http.access import DeclaredRoute, declared
-from telemetry.http.asgi import health_app
+from telemetry.http.app import health_app
 from worker.routes import Status, make_app
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"

@@ -7,7 +7,7 @@ from fastapi import Request, Response
 from queue_schemas import JOIN_TOKEN_HEADER, InferqError, ManagerUnavailable
 from queue_schemas.fleet.acting_manager import RAY_SCHEME, may_follow
 from telemetry import get_logger
-from telemetry.http.asgi import error_response
+from telemetry.http.error_answers import error_response
 from telemetry.http.fabric_calls import FORWARDED_BY_MANAGER, UNREACHABLE, FabricCall, FabricHttp
 
 from .ports import QueuePort, call_queue

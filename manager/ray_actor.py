@@ -24,7 +24,7 @@ from queue_schemas.fleet.acting_manager import RAY_SCHEME
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger
 from telemetry.backoff import Backoff
 from telemetry.flags import parse_settings
-from telemetry.http.asgi import call_app
+from telemetry.http.app import call_app
 from telemetry.ray_metrics import mirror_metrics
 
 from .control_plane import ManagerService

@@ -25,11 +25,12 @@ from queue_schemas import (
 from queue_schemas.ids import check_session_id
 from telemetry import get_logger
 from telemetry.http.access import allow_members
-from telemetry.http.asgi import error_responses, health_routes, prepare_app
+from telemetry.http.app import health_routes, prepare_app
+from telemetry.http.error_answers import error_responses
 from telemetry.http.fabric_calls import FabricCall
-from telemetry.http.held_connections import WORKERS_PRESENT, Held
-from telemetry.http.local_callers import LocalCallers
+from telemetry.http.loopback_access import LoopbackAccess
 from telemetry.http.openapi import FLEET, secure
+from telemetry.http.session_connections import OPEN_SESSIONS, SessionConnections
 
 from .control_plane import ManagerService
 from .forwarding import forward_request
@@ -86,13 +87,13 @@ async def _check_session(service: ManagerService, worker_id: str, session_id: Se
 
 def _members(service: ManagerService) -> params.Depends:
     settings = service.settings
-    local = LocalCallers.of(settings.host, insecure=settings.insecure)
+    local = LoopbackAccess.of(settings.host, insecure=settings.insecure)
     return allow_members(settings.join_token.get_secret_value(), local)
 
 
 def _worker_routes(service: ManagerService) -> APIRouter:
-    held = Held(lambda: service.stopping or not service.reaches_acting)
-    service.metrics.registry.watch_gauge("inferq_session_connections", WORKERS_PRESENT, lambda: held.count)
+    connections = SessionConnections(lambda: service.stopping or not service.reaches_acting)
+    service.metrics.registry.watch_gauge("inferq_session_connections", OPEN_SESSIONS, lambda: connections.count)
     routes = APIRouter(tags=["workers"], dependencies=[_members(service)])
 
     @routes.post("/workers", summary="Register, or register again", responses=error_responses(400, 401, 409, 413, 503))
@@ -139,7 +140,7 @@ def _worker_routes(service: ManagerService) -> APIRouter:
     async def hold_session_connection(worker_id: str, session_id: SessionParameter, request: Request) -> Response:
         service.require_acting_reached()
         session = check_session_id(session_id)
-        return held.answer(lambda: _check_session(service, worker_id, session, request.state.request_id))
+        return connections.answer(lambda: _check_session(service, worker_id, session, request.state.request_id))
 
     @routes.post(
         "/workers/{worker_id}/check",

@@ -1,4 +1,4 @@
-"""Addresses: which of them only this machine reaches, and how they are hidden in sentences for strangers."""
+"""Hide addresses in messages for the public, and tell loopback addresses from others."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ADDRESS = re.compile(
 
 
 def hide_addresses(text: str) -> str:
-    """``text`` without URLs, hosts with ports, IP addresses and paths: what strangers may be told of an error that
-    another program or library put into words."""
+    """``text`` without URLs, hosts with ports, IP addresses and paths: for public messages about
+    errors that another program or library worded."""
     return _ADDRESS.sub("(address)", text)
 
 
-def for_strangers(reason: str) -> str:
+def public_message(reason: str) -> str:
     """The first line of ``reason`` without addresses: further lines may be what another program wrote."""
     return hide_addresses(reason.partition("\n")[0])
 

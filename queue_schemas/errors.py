@@ -70,7 +70,7 @@ class InferqError(Exception):
     def __init__(
         self, message: str, *, param: str | None = None, retry_after_s: int | None = None, public: str = ""
     ) -> None:
-        """``public``: what clients and strangers are told instead of ``message``."""
+        """``public``: the message for clients, instead of ``message``."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -79,7 +79,7 @@ class InferqError(Exception):
 
     @property
     def public(self) -> str:
-        """What clients and strangers are told: no address, port, folder or name of a part of the fabric."""
+        """The message for clients: without addresses, ports, folders or names of the fabric's parts."""
         return self._public or (hide_addresses(self.message) if self.inner else self.message)
 
     def body(self) -> bytes:
@@ -311,3 +311,12 @@ class CannotStart(InferqError):
 class Fenced(InferqError):
     status = 409
     code = "fenced"
+
+
+def deadline_passed(where: str, limit: str) -> DeadlineExceeded:
+    """``where`` says where the time ran out ("in the queue"); ``limit`` is the job's ``deadline_from``."""
+    named = f" of {limit}" if limit else ""
+    return DeadlineExceeded(
+        f"the request's time{named} ran out {where}; the same request would end the same way: allow it more time "
+        "(x-inferq-deadline-ms, or the client's own time-out), or ask for less"
+    )

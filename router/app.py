@@ -17,8 +17,8 @@ from broker import BrokerSettings
 from queue_schemas import MethodNotAllowed, PathNotFound
 from storage import StorageSettings
 from telemetry.http.access import DeclaredRoute, declared
-from telemetry.http.asgi import request_id_from
 from telemetry.http.methods import allow_header, answered_methods
+from telemetry.http.request_context import request_id_from
 from telemetry.http.server import refuse_unguarded
 from webhooks.settings import WebhookSettings
 

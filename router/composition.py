@@ -18,9 +18,9 @@ from broker.redis.link import open_link
 from queue_schemas import BrokerUnsuitable, CannotStart
 from queue_schemas.fleet.acting_manager import RAY_SCHEME
 from storage import ObjectStore, StorageSettings
-from telemetry.http.asgi import health_routes, prepare_app
+from telemetry.http.app import health_routes, prepare_app
 from telemetry.http.fabric_calls import FabricHttp
-from telemetry.http.local_callers import LocalCallers
+from telemetry.http.loopback_access import LoopbackAccess
 from webhooks.settings import WebhookSettings
 
 from .batches.routes import batch_routes
@@ -124,7 +124,7 @@ def build_services(
     Raises ``CannotStart`` for settings that cannot work.
     """
     metrics, lifecycle = RouterMetrics(), Lifecycle()
-    local = LocalCallers.of(settings.host, insecure=settings.insecure, origins=settings.cors_allow_origins)
+    local = LoopbackAccess.of(settings.host, insecure=settings.insecure, origins=settings.cors_allow_origins)
     keys = ApiKeys(settings.api_keys, settings.api_keys_file, local)
     single_tenant = not keys.required
     store = AsyncStore(

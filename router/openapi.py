@@ -6,7 +6,7 @@ from typing import Any
 
 from openai_api.paths import INFERENCE_PATHS, MULTIPART_PATHS
 from queue_schemas import FABRIC_PREFIX
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 from telemetry.http.openapi import API_KEYS, FLEET, Document, secure
 
 from .http.rules import IDEMPOTENCY_HEADER

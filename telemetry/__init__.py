@@ -1,6 +1,6 @@
 """Logs, metrics, traces, settings: each set up in one place, the same for every role.
 
-HTTP services find what they share in :mod:`telemetry.http.asgi` and :mod:`telemetry.http.server`, imported by name so
+HTTP services find what they share in :mod:`telemetry.http.app` and :mod:`telemetry.http.server`, imported by name so
 that a command-line call does not load a web server.
 """
 

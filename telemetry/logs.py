@@ -126,7 +126,7 @@ def _without_passwords(_logger: WrappedLogger, _method: str, event: EventDict) -
 
 
 def _without_control_characters(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """What strangers sent must not reach a terminal as commands to it, nor begin a line of its own."""
+    """Untrusted input must not reach a terminal as control sequences, nor begin a log line of its own."""
     for name, value in event.items():
         if isinstance(value, str) and not value.isprintable() and name not in _TRACEBACKS:
             event[name] = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in value)

@@ -24,7 +24,7 @@ from telemetry import (
     shutdown_tracing,
 )
 from telemetry.flags import parse_settings
-from telemetry.http.asgi import health_app
+from telemetry.http.app import health_app
 from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
 from telemetry.threads import in_thread
 

@@ -9,11 +9,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from queue_schemas import EngineState, SessionId
-from queue_schemas.addresses import for_strangers
+from queue_schemas.addresses import public_message
 from telemetry import MetricsRegistry
 from telemetry.http.access import Access, allow, allow_members
-from telemetry.http.asgi import error_responses, health_routes, prepare_app
-from telemetry.http.local_callers import LocalCallers
+from telemetry.http.app import health_routes, prepare_app
+from telemetry.http.error_answers import error_responses
+from telemetry.http.loopback_access import LoopbackAccess
 
 
 class Health(BaseModel):
@@ -55,11 +56,11 @@ def make_app(
     drain: Callable[[], None],
     registry: MetricsRegistry,
     join_token: str,
-    local: LocalCallers | None = None,
+    local: LoopbackAccess | None = None,
 ) -> FastAPI:
     """The app; ``status`` is asked for every page, ``drain`` is called by ``POST /drain``. ``local``:
     who may read more than health where there is no ``join_token``."""
-    members = allow_members(join_token, local or LocalCallers())
+    members = allow_members(join_token, local or LoopbackAccess())
     app = FastAPI(title="inferq worker", docs_url=None, redoc_url=None)
     prepare_app(app, registry)
     app.include_router(health_routes(registry, lambda: status().reasons))
@@ -80,7 +81,7 @@ def make_app(
     )
     async def ready() -> JSONResponse:
         now = status()
-        reasons = [for_strangers(reason) for reason in now.reasons]
+        reasons = [public_message(reason) for reason in now.reasons]
         return JSONResponse({"ready": now.ready, "reasons": reasons}, 200 if now.ready else 503)
 
     @app.get("/status", summary="Engine, slots, models, membership", dependencies=[members])

@@ -33,7 +33,7 @@ from telemetry import (
 )
 from telemetry.backoff import Backoff
 from telemetry.flags import parse_settings
-from telemetry.http.local_callers import LocalCallers
+from telemetry.http.loopback_access import LoopbackAccess
 from telemetry.http.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 from telemetry.redaction import redact_url
 
@@ -93,7 +93,7 @@ class Worker:
         """Serve until drained. Raises ``WorkerIdTaken`` and other errors of ours that its user can mend."""
         stop_http = asyncio.Event()
         settings = self.settings
-        local = LocalCallers.of(settings.host, insecure=settings.insecure)
+        local = LoopbackAccess.of(settings.host, insecure=settings.insecure)
         app = make_app(self.status, self.drain.set, self.registry, settings.join_token.get_secret_value(), local)
         try:
             async with asyncio.TaskGroup() as group:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from openai_api.pages import page_of
 from telemetry.http.access import Access
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 
 from ..http.access import Gate
 from ..http.bodies import page_body

@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from queue_schemas import NotFound, RangeNotSatisfiable, Tenant
 from storage import FileRecord
-from telemetry.http.asgi import error_response
+from telemetry.http.error_answers import error_response
 
 from ..metrics import RouterMetrics
 from ..store import AsyncStore

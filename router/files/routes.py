@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from openai_api.pages import Page, page_of
 from storage import FileRecord
 from telemetry.http.access import Access
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 
 from ..http.access import Gate
 from ..http.bodies import ClientGone

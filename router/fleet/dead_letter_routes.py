@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from broker import MAX_LETTERS
 from queue_schemas import FABRIC_PREFIX, DeadLetterIds, DeadLetterList, DeadRequest, PathNotFound, Removed
 from telemetry.http.access import Access
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 
 from ..http.access import Gate
 from ..queue_link import QueueLink

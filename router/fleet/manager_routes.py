@@ -27,9 +27,9 @@ from queue_schemas import (
 from queue_schemas.ids import check_session_id
 from telemetry import MetricsRegistry, get_logger
 from telemetry.http.access import Access
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 from telemetry.http.fabric_calls import FabricCall
-from telemetry.http.held_connections import WORKERS_PRESENT, Held
+from telemetry.http.session_connections import OPEN_SESSIONS, SessionConnections
 
 from ..http.access import Gate
 from ..http.json_body import body_schema
@@ -54,8 +54,8 @@ def manager_routes(
     """``manager`` is None for a Router without one: every call is then refused with ``ManagerUnavailable``. A shutdown
     ends the session connections that workers hold open."""
     routes = APIRouter(tags=["manager"], dependencies=[gate.allow(Access.MEMBER)])
-    held = Held(lambda: lifecycle.shutting_down)
-    registry.watch_gauge("inferq_session_connections", WORKERS_PRESENT, lambda: held.count)
+    connections = SessionConnections(lambda: lifecycle.shutting_down)
+    registry.watch_gauge("inferq_session_connections", OPEN_SESSIONS, lambda: connections.count)
 
     async def forward(request: Request, path: str) -> Response:
         return await _forward(_present(manager), request, path)
@@ -106,7 +106,7 @@ def manager_routes(
         query = f"session_id={check_session_id(session_id)}"
         call = FabricCall("POST", path, query, token, b"", request.state.request_id)
         found = _present(manager)
-        return held.answer(lambda: _request_check(found, call))
+        return connections.answer(lambda: _request_check(found, call))
 
     @routes.post(
         _WORKER + "/check",

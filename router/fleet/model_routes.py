@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from telemetry.http.access import Access
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 
 from ..http.access import Gate
 from ..model_directory import OnNoWorker, check_model, model_list, model_object

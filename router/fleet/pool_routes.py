@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from queue_schemas import FABRIC_PREFIX, PoolDepth, PoolList
 from telemetry.http.access import Access
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 
 from ..http.access import Gate
 from ..model_directory import check_model, pool_list, pool_of

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from queue_schemas import BrokerUnavailable, ShuttingDown
 from telemetry.http.access import Access, allow
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 
 from ..lifecycle import Lifecycle
 

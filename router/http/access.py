@@ -8,7 +8,7 @@ from fastapi import Request, params
 
 from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed, Tenant
 from telemetry.http.access import Access, allow, check_member, is_join_token
-from telemetry.http.local_callers import LocalCallers
+from telemetry.http.loopback_access import LoopbackAccess
 
 from .api_keys import ApiKeys
 
@@ -16,7 +16,7 @@ from .api_keys import ApiKeys
 class Gate:
     """Makes the dependencies that check who calls a route. Members show the join token, if there is one."""
 
-    def __init__(self, keys: ApiKeys, join_token: str, local: LocalCallers) -> None:
+    def __init__(self, keys: ApiKeys, join_token: str, local: LoopbackAccess) -> None:
         """``local``: who may call where no credential is configured. Its web origins are clients, never members."""
         self._keys = keys
         self._join_token = join_token

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from queue_schemas import CannotStart, Tenant
 from telemetry import get_logger
-from telemetry.http.local_callers import LocalCallers
+from telemetry.http.loopback_access import LoopbackAccess
 
 from .rules import KeyRing, authenticate, parse_keys
 
@@ -22,9 +22,9 @@ log = get_logger(__name__)
 class ApiKeys:
     """The keys in force. Raises ``CannotStart`` if they cannot be read at the start; later the old ones stay."""
 
-    def __init__(self, given: str, file: str, local: LocalCallers | None = None) -> None:
+    def __init__(self, given: str, file: str, local: LoopbackAccess | None = None) -> None:
         """``local``: who may ask where no keys are required."""
-        self._local = local or LocalCallers()
+        self._local = local or LoopbackAccess()
         self._given = parse_keys(given, "the setting api_keys")
         self._path = Path(file) if file else None
         self._stamp = (0, 0)

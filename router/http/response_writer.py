@@ -12,7 +12,7 @@ from openai_api.errors import Dialect, dialect_of, error_event, facts_of, keepal
 from openai_api.event_normalizer import EventNormalizer
 from openai_api.sse import EVENT_STREAM, encode_event, has_event_field
 from queue_schemas import InferqError
-from telemetry.http.asgi import error_answer
+from telemetry.http.error_answers import error_answer
 
 from .response_head import ResponseHead
 

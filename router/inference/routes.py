@@ -32,8 +32,8 @@ from queue_schemas.headers import for_engine
 from queue_schemas.persisted_output import request_digest
 from telemetry import get_logger, inject, span_for_request, tracing_enabled
 from telemetry.http.access import Access
-from telemetry.http.asgi import REQUEST_ID_HEADER, new_request_id, request_id_from
 from telemetry.http.content_coding import decoded_body
+from telemetry.http.request_context import REQUEST_ID_HEADER, new_request_id, request_id_from
 
 from ..http.api_keys import ApiKeys
 from ..http.bodies import ClientGone, read_body

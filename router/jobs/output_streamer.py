@@ -9,7 +9,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from openai_api.paths import RESPONSES_PATH
 from queue_schemas import InferqError, PersistedJob
-from telemetry.http.asgi import REQUEST_ID_HEADER
+from telemetry.http.request_context import REQUEST_ID_HEADER
 
 from ..http.bodies import ClientGone
 from ..http.connection import Connection

@@ -13,7 +13,7 @@ from openai_api.pages import Page, page_of
 from queue_schemas import PERSISTED_STATES, BadRequest, InferqError, JobNotFound, PersistedJob
 from telemetry import get_logger
 from telemetry.http.access import Access
-from telemetry.http.asgi import ErrorDetail, error_responses
+from telemetry.http.error_answers import ErrorDetail, error_responses
 
 from ..http.access import Gate
 from .event_ids import LAST_EVENT_HEADER, Position, read_position

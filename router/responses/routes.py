@@ -12,7 +12,7 @@ from openai_api.pages import Page, page_of
 from openai_api.paths import RESPONSES_PATH
 from queue_schemas import BadRequest
 from telemetry.http.access import Access
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 
 from ..http.access import Gate
 from ..jobs.output_streamer import OutputStreamer, PersistedResponse

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from openai_api.pages import page_of
 from telemetry.http.access import Access
-from telemetry.http.asgi import error_responses
+from telemetry.http.error_answers import error_responses
 from webhooks.core.url_rules import UrlRules
 from webhooks.events import EVENT_TYPES
 

@@ -18,14 +18,14 @@ from starlette.routing import BaseRoute
 
 from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed
 
-from .local_callers import LocalCallers, check_is_json
+from .loopback_access import LoopbackAccess, check_is_json
 
 _DOCUMENTS = frozenset({"/openapi.json"})
 """FastAPI's own page, which is of no APIRouter."""
 
 
 class Access(StrEnum):
-    """Who may call a route. Where the credential is not configured, :class:`LocalCallers` decides."""
+    """Who may call a route. Where the credential is not configured, :class:`LoopbackAccess` decides."""
 
     PUBLIC = "anyone"
     """The page shows nothing about requests, addresses or credentials."""
@@ -56,13 +56,13 @@ def allow(access: Access, check: Callable[[Request], None] = lambda _: None) -> 
     return params.Depends(checked)
 
 
-def allow_members(join_token: str, local: LocalCallers) -> params.Depends:
-    """The declaration of :attr:`Access.MEMBER`: the join token, or without one :class:`LocalCallers`."""
+def allow_members(join_token: str, local: LoopbackAccess) -> params.Depends:
+    """The declaration of :attr:`Access.MEMBER`: the join token, or without one :class:`LoopbackAccess`."""
 
     return allow(Access.MEMBER, lambda request: check_member(request, join_token, local))
 
 
-def check_member(request: Request, join_token: str, local: LocalCallers) -> None:
+def check_member(request: Request, join_token: str, local: LoopbackAccess) -> None:
     """Raises what a caller is answered that shows no join token or, where there is none, is not one of ``local``."""
     headers = dict(request.scope["headers"])
     if join_token:

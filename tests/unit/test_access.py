@@ -19,7 +19,7 @@ from queue_schemas import DeadLetterList, Registration
 from router.ports import FabricCall, Forwarded
 from telemetry import MetricsRegistry
 from telemetry.http.access import Access, DeclaredRoute, allow, declared
-from telemetry.http.asgi import health_app, prepare_app
+from telemetry.http.app import health_app, prepare_app
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, fast_settings
 from tests.unit.manager.fakes import FakeQueue as ManagersQueue

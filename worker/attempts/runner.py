@@ -9,7 +9,7 @@ from dataclasses import replace
 from broker import Broker
 from openai_api.sse import EVENT_STREAM
 from queue_schemas import BadRequest, EngineFailed, InferqError, Job, Outcome, Pool
-from queue_schemas.deadlines import deadline_passed
+from queue_schemas.errors import deadline_passed
 from telemetry import get_logger, inject
 
 from ..core import Continuation, Retry, RetryLater, judge_answer, judge_failure, judge_server_error

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from telemetry import MetricsRegistry
-from telemetry.http.asgi import call_app, prepare_app
+from telemetry.http.app import call_app, prepare_app
 
 
 def _app() -> FastAPI:

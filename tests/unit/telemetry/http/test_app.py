@@ -8,8 +8,10 @@ from pydantic import BaseModel
 from queue_schemas import AuthenticationFailed, ManagerUnavailable, OverCapacity
 from telemetry import MetricsRegistry, bound_facts
 from telemetry.http.access import allow_members, check_join_token, is_join_token
-from telemetry.http.asgi import error_answer, health_routes, prepare_app, request_id_from
-from telemetry.http.local_callers import LocalCallers
+from telemetry.http.app import health_routes, prepare_app
+from telemetry.http.error_answers import error_answer
+from telemetry.http.loopback_access import LoopbackAccess
+from telemetry.http.request_context import request_id_from
 
 
 class Order(BaseModel):
@@ -33,7 +35,7 @@ def _app(reasons: list[str] | None = None) -> tuple[FastAPI, MetricsRegistry]:
     async def broken() -> None:
         raise RuntimeError("a bug with a secret")
 
-    @app.get("/guarded", dependencies=[allow_members("s3cret", LocalCallers())])
+    @app.get("/guarded", dependencies=[allow_members("s3cret", LoopbackAccess())])
     async def guarded() -> str:
         return "in"
 

@@ -6,7 +6,7 @@ import pytest
 
 from queue_schemas import PermissionRefused
 from queue_schemas.addresses import hide_addresses
-from telemetry.http.local_callers import LocalCallers, is_loopback_host
+from telemetry.http.loopback_access import LoopbackAccess, is_loopback_host
 from telemetry.redaction import has_credentials, without_credentials
 
 LOOPBACK = [
@@ -24,7 +24,7 @@ FOREIGN = [
 def test_loopback_names_are_let_in(host: str) -> None:
     """[A3] Every way to write this machine in a Host header."""
     assert is_loopback_host(host.encode())
-    LocalCallers().check({b"host": host.encode()})
+    LoopbackAccess().check({b"host": host.encode()})
 
 
 @pytest.mark.parametrize("host", FOREIGN)
@@ -33,25 +33,25 @@ def test_every_other_name_is_refused(host: str) -> None:
     header = host.encode("utf-8")
     for headers in ({b"host": header}, {b"host": header, b"origin": b"http://" + header}):
         with pytest.raises(PermissionRefused, match="loopback names only"):
-            LocalCallers().check(headers)
+            LoopbackAccess().check(headers)
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "", "http://localhost:3000", "http://127.0.0.1"])
 def test_a_foreign_origin_is_refused(origin: str) -> None:
     """[A3] A page of another origin, another port of this machine included, unless the origin is allowed."""
     headers = {b"host": b"127.0.0.1:18000", b"origin": origin.encode()}
-    for callers in (LocalCallers(), LocalCallers(any_host=True)):
+    for callers in (LoopbackAccess(), LoopbackAccess(any_host=True)):
         with pytest.raises(PermissionRefused, match="another origin"):
             callers.check(headers)
     for allowed in (origin, "*"):
-        LocalCallers(origins=frozenset({allowed})).check(headers)
+        LoopbackAccess(origins=frozenset({allowed})).check(headers)
 
 
 def test_its_own_pages_and_insecure_ones_are_let_in() -> None:
     """The service's own documentation page may call it; with --insecure on a public address it has any name."""
-    LocalCallers().check({b"host": b"LocalHost:18000", b"origin": b"http://localhost:18000"})
-    LocalCallers().check({})
-    LocalCallers(any_host=True).check({b"host": b"router.internal"})
+    LoopbackAccess().check({b"host": b"LocalHost:18000", b"origin": b"http://localhost:18000"})
+    LoopbackAccess().check({})
+    LoopbackAccess(any_host=True).check({b"host": b"router.internal"})
 
 
 @pytest.mark.parametrize(

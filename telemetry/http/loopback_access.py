@@ -1,4 +1,4 @@
-"""The rule for services without credentials: only programs of this machine call them, no web page of another site."""
+"""Access to services without credentials: programs that address a loopback name, and no web page of another origin."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ _MAX_HOST = 300
 
 
 @dataclass(frozen=True, slots=True)
-class LocalCallers:
-    """The rule where no credential is configured: programs that address this machine by a loopback name, and no web
-    page of another origin.
+class LoopbackAccess:
+    """Decides who may call where no credential is configured.
 
     The Host header defeats DNS rebinding, where a page's own name is made to resolve to 127.0.0.1; the Origin header
     names the page that sends a cross-site request. ``any_host``: whoever reaches the port may call it by any name
