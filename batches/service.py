@@ -59,7 +59,7 @@ async def serve(
     process = _Process(context)
     served = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        http = tasks.create_task(run_server(process.app(), sock=listener, stop=served, shutdown_limit_s=1.0))
+        http = tasks.create_task(run_server(process.app(), sock=listener, stop=served, shutdown_timeout_s=1.0))
         stopping = tasks.create_task(stop.wait())
         working = tasks.create_task(process.run(broker_settings, stop))
         await asyncio.wait((http, stopping, working), return_when=asyncio.FIRST_COMPLETED)
@@ -120,7 +120,7 @@ class _Process:
                     task.cancel()
 
             try:
-                await worker.run(stop, on_stop=on_stop, limit_s=settings.shutdown_limit_ms / 1000)
+                await worker.run(stop, on_stop=on_stop, limit_s=settings.shutdown_timeout_ms / 1000)
             finally:
                 step_jobs.serve(None)
                 for task in (link, *sweeps):

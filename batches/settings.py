@@ -80,7 +80,9 @@ class BatchSettings(RequestSettings):
         500, ge=10, description="First pause before a failed step is retried; doubled each time"
     )
     max_retry_backoff_ms: int = Field(30_000, ge=10, description="Longest such pause")
-    shutdown_limit_ms: int = Field(10_000, ge=100, description="How long the running step may take to end at shutdown")
+    shutdown_timeout_ms: int = Field(
+        10_000, ge=100, description="How long the running step may take to end at shutdown"
+    )
 
     @field_validator("batcher_id")
     @classmethod

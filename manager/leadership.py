@@ -149,7 +149,7 @@ class Leadership:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.sweep_ms / 1000)
+            await asyncio.sleep(self._settings.sweep_interval_ms / 1000)
             term = self.term
             if term is None:
                 continue

@@ -82,7 +82,7 @@ async def serve(
                 sock=listener,
                 stop=stopped,
                 hurry=hurry,
-                shutdown_limit_s=settings.shutdown_limit_ms / 1000,
+                shutdown_timeout_s=settings.shutdown_timeout_ms / 1000,
             )
         )
         await service.run(stopped)

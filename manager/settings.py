@@ -38,13 +38,13 @@ class ManagerSettings(RoleSettings):
     heartbeat_ms: int = Field(2_000, ge=50, description="How often workers send a heartbeat")
     suspect_ms: int = Field(6_000, ge=100, description="Without a heartbeat for so long, a worker gets no new queues")
     acting_ttl_ms: int = Field(6_000, ge=200, description="How long the acting Manager's own lease lasts unrenewed")
-    sweep_ms: int = Field(
+    sweep_interval_ms: int = Field(
         1_000, ge=20, le=5_000, description="How often renewal numbers are read and deadlines enforced"
     )
     ping_ms: int = Field(500, ge=50, le=5_000, description="How long a doubted worker may take to answer a ping")
     probe_timeout_ms: int = Field(1_000, ge=50, le=10_000, description="Limit on a look at a worker's health page")
     broker_call_ms: int = Field(2_000, ge=50, description="Limit on one call to the broker by the Manager's loops")
-    shutdown_limit_ms: int = Field(5_000, ge=1_000, description="How long running requests may take at the end")
+    shutdown_timeout_ms: int = Field(5_000, ge=1_000, description="How long running requests may take at the end")
 
     @property
     def probe_limit_s(self) -> float:
@@ -63,6 +63,6 @@ class ManagerSettings(RoleSettings):
     def _in_proportion(self) -> Self:
         if self.suspect_ms < 2 * self.heartbeat_ms:
             raise ValueError("suspect_ms must be at least twice heartbeat_ms: one late heartbeat is no reason to doubt")
-        if self.sweep_ms * 4 > self.lease_ms:
-            raise ValueError("sweep_ms must be at most a quarter of lease_ms: a lease is watched, not guessed")
+        if self.sweep_interval_ms * 4 > self.lease_ms:
+            raise ValueError("sweep_interval_ms must be at most a quarter of lease_ms: a lease is watched, not guessed")
         return self

@@ -116,7 +116,7 @@ class RouterApp:
         """Enforce the limits in time that no timer of their own watches."""
         services, time = self.services, asyncio.get_running_loop().time
         while True:
-            await asyncio.sleep(services.settings.sweep_ms / 1000)
+            await asyncio.sleep(services.settings.sweep_interval_ms / 1000)
             services.requests.sweep(time())
             services.disconnect_grace.sweep(time())
             services.keys.refresh()

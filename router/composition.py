@@ -137,7 +137,7 @@ def build_services(
     def on_closed() -> None:
         shutdown.work_ended()
 
-    followers = Followers(settings.client_buffer_bytes, settings.keepalive_ms / 1000)
+    followers = Followers(settings.max_client_buffer_bytes, settings.keepalive_interval_ms / 1000)
     canceller = Canceller(lambda: link.queue, followers)
     requests = OpenRequests(
         settings,
@@ -148,8 +148,10 @@ def build_services(
         single_tenant=single_tenant,
     )
     transfers = Transfers(
-        settings.max_transfers,
-        tenant_limit(settings.tenant_transfers, settings.max_transfers, single_tenant=single_tenant),
+        settings.max_concurrent_transfers,
+        tenant_limit(
+            settings.max_tenant_concurrent_transfers, settings.max_concurrent_transfers, single_tenant=single_tenant
+        ),
         on_closed,
     )
     shutdown = GracefulShutdown(
@@ -158,7 +160,7 @@ def build_services(
         transfers,
         canceller,
         lame_duck_s=settings.lame_duck_ms / 1000,
-        limit_s=settings.shutdown_limit_ms / 1000,
+        limit_s=settings.shutdown_timeout_ms / 1000,
         hurry=hurry,
     )
     link = QueueLink(
@@ -191,7 +193,7 @@ def build_services(
         canceller=canceller,
         disconnect_grace=disconnect_grace,
         transfers=transfers,
-        quota=StorageQuota(store, settings.tenant_files, settings.tenant_file_bytes),
+        quota=StorageQuota(store, settings.max_tenant_files, settings.max_tenant_file_bytes),
         jobs=jobs,
         responses=responses,
         streamer=OutputStreamer(requests, persisted, relay, jobs, lifecycle, metrics),
@@ -245,7 +247,7 @@ def _store_routes(services: RouterServices) -> list[APIRouter]:
     """The routes over the file store: files, batches, webhooks."""
     settings, gate, store = services.settings, services.gate, services.store
     metrics, transfers, quota = services.metrics, services.transfers, services.quota
-    idempotency = Idempotency(store, settings.keep_answers_ms)
+    idempotency = Idempotency(store, settings.idempotency_retention_ms)
     files = FileService(store.files, store.batches)
     uploads = Uploads(settings, store, idempotency, transfers, quota, metrics, services.lifecycle)
     batches = BatchService(
@@ -253,7 +255,7 @@ def _store_routes(services: RouterServices) -> list[APIRouter]:
         store.batches,
         idempotency,
         max_input_bytes=services.storage_settings.batch_input_bytes,
-        max_live=settings.tenant_batches,
+        max_live=settings.max_tenant_batches,
     )
     endpoints = batch_endpoints(settings.paths)
     webhooks = WebhookService(

@@ -155,7 +155,7 @@ class QueueLink:
         while True:
             await self._refresh(queue)
             try:
-                async with asyncio.timeout(self._settings.directory_ms / 1000):
+                async with asyncio.timeout(self._settings.directory_interval_ms / 1000):
                     await self._refresh_wanted.wait()
             except TimeoutError:
                 pass  # its time has come anyway

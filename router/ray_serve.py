@@ -118,7 +118,7 @@ async def serve_through(door: Door, app: RouterApp, *, listening: asyncio.Event,
             sock=door.listener,
             stop=drained,
             stop_accepting=stop_accepting,
-            shutdown_limit_s=_LAST_CONNECTIONS_S,
+            shutdown_timeout_s=_LAST_CONNECTIONS_S,
             limits=app.services.settings.connection_limits,
         )
         tasks.create_task(server, name="http")
@@ -184,7 +184,7 @@ def application(
 
     own = way_in == "replica"
     replica: Any = ServingReplica if own else serve.ingress(make_app)(ProxiedReplica)
-    drain_s = (settings.lame_duck_ms + settings.shutdown_limit_ms) / 1000 + _LAST_CONNECTIONS_S
+    drain_s = (settings.lame_duck_ms + settings.shutdown_timeout_ms) / 1000 + _LAST_CONNECTIONS_S
     autoscaling: dict[str, Any] = {
         "min_replicas": scale.min_replicas,
         "max_replicas": scale.max_replicas,
@@ -198,7 +198,7 @@ def application(
         autoscaling["policy"] = {"policy_function": replicas_for}
     made = serve.deployment(
         name=DEPLOYMENT,
-        max_ongoing_requests=settings.max_concurrent + 1,  # the Router itself says when it has too many
+        max_ongoing_requests=settings.max_concurrent_requests + 1,  # the Router itself says when it has too many
         graceful_shutdown_timeout_s=drain_s + _MARGIN_S,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2.0,

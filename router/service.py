@@ -51,7 +51,7 @@ async def serve(
     drained = asyncio.Event()
     async with app.running(), asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(
-            run_server(app, sock=listener, stop=drained, shutdown_limit_s=2.0, limits=settings.connection_limits),
+            run_server(app, sock=listener, stop=drained, shutdown_timeout_s=2.0, limits=settings.connection_limits),
             name="http",
         )
         stopping = tasks.create_task(stop.wait(), name="stop signal")

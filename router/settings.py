@@ -31,31 +31,31 @@ class RouterSettings(RequestSettings):
     router_id: str = Field("router", description="Name of this Router in logs and on the queue's server")
     manager_urls: ManagerUrls = Field(
         default_factory=list,
-        description="Base URLs of the Managers, or ray:manager within Ray: workers register through them, and they "
-        "tell where Redis is",
+        description="Base URLs of the Managers, or ray:manager within Ray: workers register through them, and they say "
+        "where Redis is",
     )
-    manager_timeout_ms: int = Field(10_000, ge=50, description="Limit on one call to the Manager")
+    manager_timeout_ms: int = Field(10_000, ge=50, description="Timeout of one call to the Manager")
     join_token: HeaderSecret = Field(
-        SecretStr(""), description="Shown to the Manager; also opens /fabric/v1 to operators"
+        SecretStr(""), description="Sent to the Manager; whoever sends it to this Router may call /fabric/v1"
     )
     insecure: bool = Field(False, description="Listen on a public address without API keys")
     api_keys_file: str = Field(
         "", description="File with one <sha256 of an API key>:<tenant> per line, read again when it changes"
     )
     api_keys: str = Field("", description="The same lines, separated by line ends or commas")
-    pools: CommaList = Field(default_factory=list, description="Models that are known even before a worker serves them")
+    pools: CommaList = Field(default_factory=list, description="Models that exist even before a worker serves them")
     extra_paths: CommaList = Field(
-        default_factory=list, description="Paths passed to engines beside the inference paths that are built in"
+        default_factory=list, description="Paths passed to engines beside the built-in inference paths"
     )
     cors_allow_origins: CommaList = Field(
         default_factory=list,
-        description="Origins whose web pages may call this Router, such as https://app.example.com, or *; none: no "
-        "answer says so, and browsers refuse it to pages of other origins",
+        description="Origins whose web pages may call this Router (CORS), such as https://app.example.com, or *; none: "
+        "browsers refuse pages of other origins",
     )
     responses: Literal["auto", "engine", "chat"] = Field(
         "auto",
-        description="POST /v1/responses without background: passed to the engine as it is, built from a chat "
-        "completion, or auto: built from one where the engine has no Responses API",
+        description="POST /v1/responses without background: engine passes it on, chat builds it from a chat "
+        "completion, auto builds it where the engine has no Responses API",
     )
     on_no_worker: OnNoWorker = Field(
         "queue", description="A request for a known model that no worker serves: queue it, or refuse it with 503"
@@ -63,141 +63,154 @@ class RouterSettings(RequestSettings):
     default_deadline_ms: int = Field(
         600_000,
         ge=1,
-        description="How long a request may take that does not say so (x-inferq-deadline-ms, or timeout in its body)",
+        description="Deadline of a request that names none (x-inferq-deadline-ms, or timeout in its body)",
     )
     max_deadline_ms: int = Field(3_600_000, ge=1, description="Longest deadline that a request may ask for")
     deadline_grace_ms: int = Field(
-        5_000, ge=0, description="How long after its deadline a request waits for the queue to say so"
+        5_000, ge=0, description="How long after its deadline a request waits for the queue to end it"
     )
-    region: str = Field(
-        "", description="Where this Router stands: workers of that region run its requests first; empty: no region"
-    )
+    region: str = Field("", description="Region of this Router, whose workers run its requests first; empty: no region")
     region_remote_after_ms: int = Field(
-        500, ge=0, le=600_000, description="How long a request waits for a worker of this region before any may run it"
+        500,
+        ge=0,
+        le=600_000,
+        description="How long a request waits for a worker of this region before workers of others may run it",
     )
-    max_attempts: int = Field(3, ge=1, le=100, description="How often a request is started before it is given up")
+    max_attempts: int = Field(3, ge=1, le=100, description="Attempts of a request before it becomes a dead letter")
     max_body_bytes: int = Field(32 * MIB, ge=1024, le=100 * MIB, description="Largest request body")
     max_inflight_body_bytes: int = Field(
-        1024 * MIB, ge=1024, description="Bodies of all requests served at once, in bytes; beyond it: 429"
+        1024 * MIB, ge=1024, description="Bytes of the bodies of all open requests; beyond it: 429"
     )
-    tenant_inflight_body_bytes: int = Field(
+    max_tenant_inflight_body_bytes: int = Field(
         0,
         ge=0,
-        description="The same for one tenant; 0: three quarters of max_inflight_body_bytes, or all without API keys",
+        description="The same for one tenant; 0: three quarters of max_inflight_body_bytes, or all of it without API "
+        "keys",
     )
     body_idle_timeout_ms: int = Field(
         30_000,
         ge=50,
-        description="How long a body, of a request or an upload, may be silent; then it is refused with 408",
+        description="How long the body of a request or upload may stall; then 408",
     )
     min_transfer_bytes_per_s: int = Field(
         1_024,
         ge=0,
-        description="Least rate at which a body may arrive (over body_idle_timeout_ms) and an answer that waits be "
-        "read (over client_stall_ms); slower ones are ended",
+        description="Lowest rate at which a body may arrive (over body_idle_timeout_ms) and a client read a response "
+        "(over client_stall_timeout_ms); slower ones are ended",
     )
     max_connections: int = Field(
         16_384,
         ge=1,
-        description="Open connections; beyond it the one that has been idle for the longest is closed. Never more than "
-        "the open files that the process may have, less 128",
+        description="Open connections; beyond it the one that has been idle the longest is closed. Never more than the "
+        "process's limit on open files, less 128",
     )
-    max_concurrent: int = Field(4096, ge=1, description="Requests served at once; beyond it: 429")
-    tenant_concurrent: int = Field(
+    max_concurrent_requests: int = Field(4096, ge=1, description="Open requests; beyond it: 429")
+    max_tenant_concurrent_requests: int = Field(
         0,
         ge=0,
-        description="Requests of one tenant served at once; 0: three quarters of max_concurrent, or all of it without "
+        description="Open requests of one tenant; 0: three quarters of max_concurrent_requests, or all of it without "
         "API keys",
     )
-    client_buffer_bytes: int = Field(
-        4 * MIB, ge=16 * 1024, description="A client that lags behind by more is disconnected, its request cancelled"
+    max_client_buffer_bytes: int = Field(
+        4 * MIB,
+        ge=16 * 1024,
+        description="A client that lags behind its stream by more is disconnected and its request cancelled",
     )
-    client_stall_ms: int = Field(
+    client_stall_timeout_ms: int = Field(
         120_000,
         ge=100,
-        description="A client that reads nothing of an answer that waits for it, streamed or not, is disconnected "
-        "after so long, its request cancelled",
+        description="A client that reads nothing of a response for so long, streamed or not, is disconnected and its "
+        "request cancelled",
     )
     on_loss: OnLoss = Field(
         "continue",
-        description="A stream whose worker is lost goes on where it stopped, is run again and compared, or fails "
-        "(x-inferq-on-loss)",
+        description="What a stream does whose worker is lost: continue where it stopped, restart and be compared, or "
+        "fail (x-inferq-on-loss)",
     )
-    replay_bytes: int = Field(
+    max_replay_bytes: int = Field(
         MIB,
         ge=0,
-        description="How much text of each stream is kept (beside 64 KiB) to go on after a lost worker; beyond it: "
-        "stream_broken, except of a stored stream that goes on where it stopped",
+        description="Text of each stream kept in memory (beside 64 KiB) to continue after a lost worker; beyond it: "
+        "stream_broken, except for persisted jobs, which continue where they stopped",
     )
-    keep_answers_ms: int = Field(
+    idempotency_retention_ms: int = Field(
         86_400_000,
         ge=1,
-        description="How long the answer to a request with an Idempotency-Key is kept for repeats of it",
+        description="How long the response to a request with an Idempotency-Key is kept for its repetitions",
     )
     background_deadline_ms: int = Field(
         86_400_000,
         ge=1,
-        description="How long a background request may wait and run, and the longest deadline that one may ask for",
+        description="Default and longest deadline of a background job",
     )
-    keep_jobs_ms: int = Field(
-        86_400_000, ge=1, description="How long a background request is kept once it has ended, with its answer"
+    background_retention_ms: int = Field(
+        86_400_000, ge=1, description="How long a background job and its response are kept once it has ended"
     )
     resumable_streams: bool = Field(
-        False, description="Every stream may be resumed, not only those that ask for it (x-inferq-resumable: true)"
+        False, description="Make every stream resumable, not only those that ask for it (x-inferq-resumable: true)"
     )
     resume_grace_ms: int = Field(
         30_000, ge=100, description="How long a resumable stream runs on without its client before it is cancelled"
     )
-    resume_keep_ms: int = Field(
-        300_000, ge=1, description="How long the answer of a resumable stream is kept once it is whole"
+    resumable_retention_ms: int = Field(
+        300_000, ge=1, description="How long the response of a resumable stream is kept once it is complete"
     )
-    keepalive_ms: int = Field(
-        15_000, ge=50, description="A stream that is silent for so long gets a comment, so that nothing cuts it"
+    keepalive_interval_ms: int = Field(
+        15_000, ge=50, description="A stream that is silent for so long gets a comment, so that no proxy closes it"
     )
-    directory_ms: int = Field(1_000, ge=20, le=60_000, description="How often the list of models is refreshed")
-    sweep_ms: int = Field(1_000, ge=10, le=5_000, description="How often deadlines, keep-alives and stalls are checked")
+    directory_interval_ms: int = Field(
+        1_000, ge=20, le=60_000, description="How often the model directory is refreshed"
+    )
+    sweep_interval_ms: int = Field(
+        1_000, ge=10, le=5_000, description="How often deadlines, keep-alives and stalls are checked"
+    )
     lame_duck_ms: int = Field(
-        0, ge=0, description="How long, at the end, it serves on while /readyz says no, for load balancers to notice"
+        0, ge=0, description="At shutdown, how long it serves on while /readyz fails, for load balancers to notice"
     )
-    shutdown_limit_ms: int = Field(30_000, ge=0, description="How long running requests may take to finish at the end")
-    store_threads: int = Field(16, ge=1, le=256, description="How many calls to the file store run at once")
+    shutdown_timeout_ms: int = Field(30_000, ge=0, description="At shutdown, how long open requests may take to finish")
+    store_threads: int = Field(16, ge=1, le=256, description="Concurrent calls to the file store")
     store_timeout_ms: int = Field(
-        20_000, ge=50, description="Limit on one call to the file store; a file is written and read in many"
+        20_000, ge=50, description="Timeout of one call to the file store; a file is written and read in many"
     )
     max_file_bytes: int = Field(512 * MIB, ge=1, description="Largest file that may be uploaded")
-    max_transfers: int = Field(64, ge=1, description="Uploads and downloads at once; beyond it: 429")
-    tenant_transfers: int = Field(
+    max_concurrent_transfers: int = Field(64, ge=1, description="Concurrent uploads and downloads; beyond it: 429")
+    max_tenant_concurrent_transfers: int = Field(
         0,
         ge=0,
-        description="The same for one tenant; 0: three quarters of max_transfers, or all without API keys",
+        description="The same for one tenant; 0: three quarters of max_concurrent_transfers, or all of it without API "
+        "keys",
     )
-    batch_file_life_s: int = Field(
+    batch_file_expiry_s: int = Field(
         2_592_000,
         ge=0,
-        description="When a file uploaded for batches expires that does not say so itself; 0: never",
+        description="When a file uploaded for batches expires, unless its upload says; 0: never",
     )
-    tenant_files: int = Field(10_000, ge=1, description="Most files of one tenant; beyond it uploads are refused")
-    tenant_file_bytes: int = Field(
+    max_tenant_files: int = Field(10_000, ge=1, description="Files of one tenant; beyond it uploads are refused")
+    max_tenant_file_bytes: int = Field(
         100 * 1024 * MIB,
         ge=1,
-        description="Most bytes in the file store of one tenant; beyond it uploads are refused",
+        description="Bytes of one tenant in the file store; beyond it uploads are refused",
     )
     durability: Durability = Field(
         "memory",
-        description="When work that nobody waits for (stored, background and batch requests) is taken in: once Redis "
-        "has it (memory), or once its append-only file is on the disk (disk; up to 2 s later)",
+        description="When persisted jobs (background, with an Idempotency-Key, of batches) count as accepted: once "
+        "Redis has them (memory), or once its append-only file is on the disk (disk; up to 2 s later)",
     )
-    tenant_jobs: int = Field(100_000, ge=1, description="Most live jobs (waiting or running) of one tenant")
-    tenant_bytes: int = Field(1024 * MIB, ge=1, description="Most bytes of live jobs of one tenant")
-    tenant_persisted_bytes: int = Field(
+    max_tenant_jobs: int = Field(
+        100_000, ge=1, description="Live jobs (waiting or running) of one tenant; beyond it: 429"
+    )
+    max_tenant_job_bytes: int = Field(1024 * MIB, ge=1, description="Bytes of live jobs of one tenant; beyond it: 429")
+    max_tenant_persisted_bytes: int = Field(
         512 * MIB,
         ge=0,
-        description="Most bytes kept of one tenant's requests (background, resumable, with an Idempotency-Key); "
-        "beyond it: 429",
+        description="Bytes of one tenant's persisted jobs (background, resumable, with an Idempotency-Key); beyond it: "
+        "429",
     )
-    pool_jobs: int = Field(200_000, ge=1, description="Most live jobs of one model")
-    pool_bytes: int = Field(2048 * MIB, ge=1, description="Most bytes of live jobs of one model")
-    tenant_batches: int = Field(1_000, ge=1, description="Most batches of one tenant that have not ended; beyond: 429")
+    max_pool_jobs: int = Field(200_000, ge=1, description="Live jobs of one model; beyond it: 429")
+    max_pool_job_bytes: int = Field(2048 * MIB, ge=1, description="Bytes of live jobs of one model; beyond it: 429")
+    max_tenant_batches: int = Field(
+        1_000, ge=1, description="Batches of one tenant that have not ended; beyond it: 429"
+    )
     batch_windows: CommaList = Field(
         default_factory=lambda: ["24h"],
         min_length=1,
@@ -236,8 +249,8 @@ class RouterSettings(RequestSettings):
             raise ValueError("default_deadline_ms must not be longer than max_deadline_ms")
         if self.max_body_bytes > self.max_inflight_body_bytes:
             raise ValueError("max_inflight_body_bytes must not be less than max_body_bytes")
-        if 0 < self.tenant_inflight_body_bytes < self.max_body_bytes:
-            raise ValueError("tenant_inflight_body_bytes must not be less than max_body_bytes")
+        if 0 < self.max_tenant_inflight_body_bytes < self.max_body_bytes:
+            raise ValueError("max_tenant_inflight_body_bytes must not be less than max_body_bytes")
         return self
 
     @property
@@ -250,7 +263,7 @@ class RouterSettings(RequestSettings):
         """What clients may do to a Router's connections."""
         return ConnectionLimits(
             body_idle_timeout_s=self.body_idle_timeout_ms / 1000,
-            write_idle_timeout_s=self.client_stall_ms / 1000,
+            write_idle_timeout_s=self.client_stall_timeout_ms / 1000,
             min_transfer_bytes_per_s=self.min_transfer_bytes_per_s,
             max_connections=self.max_connections,
             settings_prefix="INFERQ_ROUTER_",
@@ -259,5 +272,9 @@ class RouterSettings(RequestSettings):
     @property
     def budgets(self) -> Budgets:
         return Budgets(
-            self.tenant_jobs, self.tenant_bytes, self.pool_jobs, self.pool_bytes, self.tenant_persisted_bytes
+            self.max_tenant_jobs,
+            self.max_tenant_job_bytes,
+            self.max_pool_jobs,
+            self.max_pool_job_bytes,
+            self.max_tenant_persisted_bytes,
         )

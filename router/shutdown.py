@@ -21,7 +21,7 @@ log = get_logger(__name__)
 
 
 class GracefulShutdown:
-    """:meth:`leave`, then :meth:`drain`: ``lame_duck_ms`` and ``shutdown_limit_ms`` at most, together."""
+    """:meth:`leave`, then :meth:`drain`: ``lame_duck_ms`` and ``shutdown_timeout_ms`` at most, together."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ class TenantLimiter:
     """Counts how much of a limited amount each tenant holds."""
 
     def __init__(self, limit: int, max_of_tenant: int, *, what: str, setting: str) -> None:
-        """``what`` and the names of the two settings go into errors: ``setting`` of one tenant, ``max_...`` of all."""
+        """``what`` is limited and the ``setting`` of one tenant's limit go into errors."""
         self.used = 0
         self._limit = limit
         self._max_of_tenant = max_of_tenant

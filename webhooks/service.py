@@ -61,7 +61,7 @@ async def serve(
     log.info("notifier_listens", url=f"http://{host}:{port}")
     served = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        http = tasks.create_task(run_server(process.app(), sock=listener, stop=served, shutdown_limit_s=1.0))
+        http = tasks.create_task(run_server(process.app(), sock=listener, stop=served, shutdown_timeout_s=1.0))
         stopping = tasks.create_task(stop.wait())
         working = tasks.create_task(process.run(broker_settings, stop))
         await asyncio.wait((http, stopping, working), return_when=asyncio.FIRST_COMPLETED)

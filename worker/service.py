@@ -98,7 +98,7 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(
-                    run_server(app, sock=self._listener, stop=stop_http, shutdown_limit_s=1.0), name="http"
+                    run_server(app, sock=self._listener, stop=stop_http, shutdown_timeout_s=1.0), name="http"
                 )
                 engine = group.create_task(self._engine.run(self._engine_changed), name="engine")
                 await self._run_sessions()

@@ -137,7 +137,7 @@ def _manager(options: StackOptions, data_dir: Path, free_port: Callable[[], int]
         port=port,
         port_flag="--manager-port",
         ready_limit_s=READY_LIMIT_S,
-        stop_limit_s=settings.shutdown_limit_ms / 1000 + _MARGIN_S,
+        stop_limit_s=settings.shutdown_timeout_ms / 1000 + _MARGIN_S,
     )
 
 
@@ -152,14 +152,14 @@ def _router(options: StackOptions, data_dir: Path, manager: RoleSpec, free_port:
         port=port,
         port_flag="--router-port",
         ready_limit_s=READY_LIMIT_S,
-        stop_limit_s=settings.shutdown_limit_ms / 1000 + _MARGIN_S,
+        stop_limit_s=settings.shutdown_timeout_ms / 1000 + _MARGIN_S,
     )
 
 
 def _services(data_dir: Path, free_port: Callable[[], int]) -> tuple[RoleSpec, ...]:
     batches, webhooks = BatchSettings.load(), NotifierSettings.load()
     return (
-        _service("batcher", "batches.service", batches, batches.shutdown_limit_ms, data_dir, free_port),
+        _service("batcher", "batches.service", batches, batches.shutdown_timeout_ms, data_dir, free_port),
         _service("notifier", "webhooks.service", webhooks, webhooks.attempt_timeout_ms, data_dir, free_port),
     )
 

@@ -13,9 +13,12 @@ from ..tenant_limits import TenantLimiter
 class Transfers:
     """The uploads and downloads of one Router. ``on_end`` is called after each."""
 
-    def __init__(self, max_transfers: int, max_of_tenant: int, on_end: Callable[[], None]) -> None:
+    def __init__(self, max_concurrent_transfers: int, max_of_tenant: int, on_end: Callable[[], None]) -> None:
         self._limiter = TenantLimiter(
-            max_transfers, max_of_tenant, what="uploads and downloads", setting="tenant_transfers"
+            max_concurrent_transfers,
+            max_of_tenant,
+            what="uploads and downloads",
+            setting="max_tenant_concurrent_transfers",
         )
         self._on_end = on_end
 

@@ -49,7 +49,7 @@ class Uploads:
         lifecycle: Lifecycle,
     ) -> None:
         self._max_bytes = settings.max_file_bytes
-        self._batch_file_life_s = settings.batch_file_life_s
+        self._batch_file_life_s = settings.batch_file_expiry_s
         self._store = store
         self._idempotency = idempotency
         self._transfers = transfers

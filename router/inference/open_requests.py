@@ -240,20 +240,24 @@ class OpenRequests:
         self._cancel_orphan = cancel_orphan
         self._on_closed = on_closed
         self._running = TenantLimiter(
-            settings.max_concurrent,
-            tenant_limit(settings.tenant_concurrent, settings.max_concurrent, single_tenant=single_tenant),
+            settings.max_concurrent_requests,
+            tenant_limit(
+                settings.max_tenant_concurrent_requests, settings.max_concurrent_requests, single_tenant=single_tenant
+            ),
             what="requests",
-            setting="tenant_concurrent",
+            setting="max_tenant_concurrent_requests",
         )
         max_bytes = settings.max_inflight_body_bytes
         of_tenant = max(
             settings.max_body_bytes,
-            tenant_limit(settings.tenant_inflight_body_bytes, max_bytes, single_tenant=single_tenant),
+            tenant_limit(settings.max_tenant_inflight_body_bytes, max_bytes, single_tenant=single_tenant),
         )
-        self._bodies = TenantLimiter(max_bytes, of_tenant, what="bytes of bodies", setting="tenant_inflight_body_bytes")
-        self._buffer_bytes = settings.client_buffer_bytes
-        self._stall_s = settings.client_stall_ms / 1000
-        self._keepalive_s = settings.keepalive_ms / 1000
+        self._bodies = TenantLimiter(
+            max_bytes, of_tenant, what="bytes of bodies", setting="max_tenant_inflight_body_bytes"
+        )
+        self._buffer_bytes = settings.max_client_buffer_bytes
+        self._stall_s = settings.client_stall_timeout_ms / 1000
+        self._keepalive_s = settings.keepalive_interval_ms / 1000
         self._grace_s = settings.deadline_grace_ms / 1000
         self._all: set[OpenRequest] = set()
         self._by_job: dict[JobId, OpenRequest] = {}

@@ -286,7 +286,7 @@ class Inference:
             return self._responses.live(wanted.response, job)
         return AttemptMerger(
             stream=job.stream,
-            replay_limit_bytes=self._settings.replay_bytes,
+            replay_limit_bytes=self._settings.max_replay_bytes,
             on_loss=job.on_loss,
             usage=fields.usage,
             choices=fields.choices,
@@ -345,7 +345,9 @@ class Inference:
         job_metadata = job_metadata_of(
             wanted.job, wanted.fields, resumable=wanted.resumable and not keyed, request=asked
         )
-        return PersistOptions(settings.keep_answers_ms if keyed else settings.resume_keep_ms, job_metadata)
+        return PersistOptions(
+            settings.idempotency_retention_ms if keyed else settings.resumable_retention_ms, job_metadata
+        )
 
     def _admit(self, request: OpenRequest, headers: dict[bytes, bytes]) -> Tenant:
         """What can be judged before the body is read."""

@@ -105,11 +105,11 @@ class PersistedRequests:
         job's frames, if it is not to be given as it is kept."""
         job_metadata = kept.job_metadata
         request.follows = job is None
-        request.keep = PersistOptions(self._settings.resume_keep_ms, replace(job_metadata, note=b""))
+        request.keep = PersistOptions(self._settings.resumable_retention_ms, replace(job_metadata, note=b""))
         request.give(kept.remaining_ms + self._settings.max_deadline_ms)
         request.stitch = stitch or AttemptMerger(
             stream=job_metadata.stream,
-            replay_limit_bytes=self._settings.replay_bytes,
+            replay_limit_bytes=self._settings.max_replay_bytes,
             on_loss=job_metadata.on_loss,
             usage=job_metadata.usage,
             choices=job_metadata.choices,

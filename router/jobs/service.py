@@ -88,9 +88,9 @@ class PersistedJobs:
 
         ``path``, ``body`` and ``content_type`` are what the engine gets; model, ``stream`` and ``priority`` are read
         from the body. It may take ``deadline_ms`` (setting ``background_deadline_ms``) and is kept for ``keep_ms``
-        (setting ``keep_jobs_ms``) once it has ended, however. ``note`` (256 KiB at most; it counts among its tenant's
-        kept bytes) comes back as :attr:`PersistedJob.job_metadata.note`. With a ``notify`` word, a notice of its end is
-        put where ``broker.persisted_jobs.read_finished`` finds it.
+        (setting ``background_retention_ms``) once it has ended, however. ``note`` (256 KiB at most; it counts among its
+        tenant's kept bytes) comes back as :attr:`PersistedJob.job_metadata.note`. With a ``notify`` word, a notice of
+        its end is put where ``broker.persisted_jobs.read_finished`` finds it.
 
         Raises ``BadRequest``, ``ModelNotFound``, ``NoWorker``, ``OverCapacity``, ``BrokerFull``, ``NotOnDisk``,
         ``IdempotencyKeyReused`` and ``ShuttingDown``.
@@ -172,7 +172,7 @@ class PersistedJobs:
         try:
             requests.admit(request, tenant)
             self._persisted.follow(request, kept)
-            yield Followed(request, self._persisted, kept, self._settings.keepalive_ms / 1000)
+            yield Followed(request, self._persisted, kept, self._settings.keepalive_interval_ms / 1000)
         finally:
             self.leave(request)
 
@@ -195,7 +195,7 @@ class PersistedJobs:
         """Put a background job that was made already on the queue; as :meth:`submit` otherwise. ``request`` is the
         digest of what its client asked, if the job does not say all of it."""
         job_metadata = job_metadata_of(job, fields, note=note, request=request)
-        keep = PersistOptions(keep_ms or self._settings.keep_jobs_ms, job_metadata, True, notify)
+        keep = PersistOptions(keep_ms or self._settings.background_retention_ms, job_metadata, True, notify)
         found = await self._link.ready_queue().jobs.enqueue_persisted(job, keep)
         log.info("job_kept", job_id=found.job_id, request_id=job.request_id, state=found.state.value)
         return found
@@ -205,7 +205,8 @@ class Followed:
     """One reader's way along the answer of a job: iterate over it, within :meth:`PersistedJobs.follow`.
 
     Yields the bytes of the answer in order: of an event stream whole events (but for one of more than 1 MiB, which
-    comes in pieces), of a plain answer the body at its end. An empty piece says that nothing came for ``keepalive_ms``.
+    comes in pieces), of a plain answer the body at its end. An empty piece says that nothing came for
+    ``keepalive_interval_ms``.
     ``head`` (status, content type) is set with the first piece that is not empty, and at the end. ``job`` is the job as
     it was when the reader came.
 

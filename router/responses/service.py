@@ -102,7 +102,7 @@ class Responses:
         return LiveResponse(
             asked.of_job(job.id),
             stream=asked.stream,
-            replay_limit_bytes=self._settings.replay_bytes,
+            replay_limit_bytes=self._settings.max_replay_bytes,
             on_loss=job.on_loss,
             stored=job.stored,
         )

@@ -87,13 +87,13 @@ async def run_server(
     stop: asyncio.Event | None = None,
     stop_accepting: asyncio.Event | None = None,
     hurry: asyncio.Event | None = None,
-    shutdown_limit_s: float = 10.0,
+    shutdown_timeout_s: float = 10.0,
     lifespan: Literal["on", "off"] = "off",
     limits: ConnectionLimits | None = None,
 ) -> None:
     """Serve ``app`` until ``stop`` is set; without ``stop``, until SIGTERM or SIGINT.
 
-    Then no connection is accepted, running requests get ``shutdown_limit_s`` (whole seconds, at least one) to finish,
+    Then no connection is accepted, running requests get ``shutdown_timeout_s`` (whole seconds, at least one) to finish,
     and what is left is cancelled; at once when ``hurry`` is set. From ``stop_accepting`` on the listening socket is
     closed, and the connections that are open are served on. ``limits`` bounds what clients may do. Without ``sock``
     binds ``host:port`` itself (:func:`bind_socket`). Cancelling this call closes the port and cuts running requests
@@ -110,7 +110,7 @@ async def run_server(
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        timeout_graceful_shutdown=max(1, round(shutdown_limit_s)),
+        timeout_graceful_shutdown=max(1, round(shutdown_timeout_s)),
     )
     with contextlib.ExitStack() as exits:
         listener = exits.enter_context(sock or bind_socket(host, port))

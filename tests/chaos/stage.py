@@ -126,7 +126,7 @@ async def staged(folder: Path, server: Server, history: History) -> AsyncIterato
     """All roles started, serving; ended with the block."""
     keys = ",".join(f"{hashlib.sha256(tenant.encode()).hexdigest()}:{tenant}" for tenant in TENANTS)
     router = {"api_keys": keys, "max_attempts": MAX_ATTEMPTS, "max_body_bytes": 4 << 20}
-    manager = {"lease_ms": int(LEASE_S * 1000), "sweep_ms": int(SWEEP_S * 1000)}
+    manager = {"lease_ms": int(LEASE_S * 1000), "sweep_interval_ms": int(SWEEP_S * 1000)}
     ahead, behind = clock_off_by(HOUR_S, folder), clock_off_by(-HOUR_S, folder)
     async with AsyncExitStack() as exits:
 

@@ -27,7 +27,7 @@ SAY = "The capital of France is Paris."
 async def fleet(module_valkey: Server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
     """One fleet for all: a Router with API keys and a small body limit, two workers."""
     keys = f"{hashlib.sha256(KEY.encode()).hexdigest()}:acme"
-    router = {"api_keys": keys, "max_body_bytes": MAX_BODY, "pools": "known-but-unserved", "tenant_jobs": 200}
+    router = {"api_keys": keys, "max_body_bytes": MAX_BODY, "pools": "known-but-unserved", "max_tenant_jobs": 200}
     async with Fleet(tmp_path_factory.mktemp("fleet"), module_valkey, router=router) as fleet:
         fleet.session.headers["authorization"] = f"Bearer {KEY}"
         yield await fleet.up(workers=2)

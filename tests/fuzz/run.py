@@ -35,9 +35,11 @@ _DECODER_SLICE_S = 0.02
 _PAUSE_S = 0.1
 _MAX_TOLD = 20
 _ROUTER: Mapping[str, object] = {
-    "keep_jobs_ms": 2_000, "keep_answers_ms": 2_000, "resume_keep_ms": 2_000, "resume_grace_ms": 500,
-    "background_deadline_ms": 5_000, "default_deadline_ms": 10_000, "tenant_files": 200, "tenant_file_bytes": 1 << 24,
-    "tenant_jobs": 2_000,
+    "background_retention_ms": 2_000, "idempotency_retention_ms": 2_000, "resumable_retention_ms": 2_000,
+    "resume_grace_ms": 500,
+    "background_deadline_ms": 5_000, "default_deadline_ms": 10_000,
+    "max_tenant_files": 200, "max_tenant_file_bytes": 1 << 24,
+    "max_tenant_jobs": 2_000,
 }  # fmt: skip
 
 

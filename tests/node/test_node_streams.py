@@ -50,7 +50,7 @@ async def _alive(of: Served, queue: FakeQueue) -> Job:
 async def test_a_resumable_stream_with_signs_of_life_is_whole(folder: Path) -> None:
     """[C1] Events with ids, comments of ours and of the engine: Node reads the text to its end."""
     queue = FakeQueue("m")
-    async with served(queue, keepalive_ms=50, resumable_streams=True) as running:
+    async with served(queue, keepalive_interval_ms=50, resumable_streams=True) as running:
         asking = asyncio.ensure_future(_ask(running, folder, "chat"))
         async with asyncio.timeout(20):
             stream = PersistedStream(queue, await queue.enqueued.get())
@@ -65,7 +65,7 @@ async def test_a_resumable_stream_with_signs_of_life_is_whole(folder: Path) -> N
 async def test_a_stream_that_breaks_is_an_error(folder: Path, kind: str) -> None:
     """[C2] Node throws its own error with message and code."""
     queue = FakeQueue("m")
-    async with served(queue, keepalive_ms=50) as running:
+    async with served(queue, keepalive_interval_ms=50) as running:
         asking = asyncio.ensure_future(_ask(running, folder, kind))
         job = await _alive(running, queue)
         queue.stream(job, CHUNK, end=False)
@@ -79,7 +79,7 @@ async def test_a_stream_that_breaks_is_an_error(folder: Path, kind: str) -> None
 async def test_an_engines_older_refusal_shows_its_words(folder: Path, kind: str, alive: bool) -> None:
     """[C4] Before a stream and after signs of life, where Node showed no message or no error at all."""
     queue = FakeQueue("m")
-    async with served(queue, keepalive_ms=50 if alive else 60_000) as running:
+    async with served(queue, keepalive_interval_ms=50 if alive else 60_000) as running:
         asking = asyncio.ensure_future(_ask(running, folder, kind))
         job = await _alive(running, queue)
         queue.answer(job, OLD_SHAPE, status=400)

@@ -51,7 +51,7 @@ async def kill(ray: RayFabric, traffic: Traffic, dwell_s: float) -> tuple[Held, 
     await next_step(traffic, "inferq ray up with a changed setting", dwell_s)
     before = ray.replicas()
     begun = time.monotonic()
-    ray.cluster.env["INFERQ_ROUTER_KEEPALIVE_MS"] = "14000"
+    ray.cluster.env["INFERQ_ROUTER_KEEPALIVE_INTERVAL_MS"] = "14000"
     told = await ray.up()
     assert any("Router" in change for change in told["changed"]), told
     await eventually(lambda: not set(before) & set(ray.replicas()), "no old replica listens", limit_s=60, every_s=0.1)

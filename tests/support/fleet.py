@@ -28,8 +28,14 @@ ROOT = Path(__file__).parents[2]
 READY_LIMIT_S = 30.0
 MODEL = "sim"
 
-_MANAGER = {"lease_ms": 3_000, "heartbeat_ms": 300, "suspect_ms": 1_000, "acting_ttl_ms": 1_500, "sweep_ms": 200}
-_ROUTER = {"directory_ms": 100, "sweep_ms": 50, "deadline_grace_ms": 1_000}
+_MANAGER = {
+    "lease_ms": 3_000,
+    "heartbeat_ms": 300,
+    "suspect_ms": 1_000,
+    "acting_ttl_ms": 1_500,
+    "sweep_interval_ms": 200,
+}
+_ROUTER = {"directory_interval_ms": 100, "sweep_interval_ms": 50, "deadline_grace_ms": 1_000}
 _WORKER = {"engine": "sim", "sim_mode": "echo", "sim_ttft_ms": 5, "sim_tokens_per_s": 400}
 """Settings of each role in tests, as flags; a test may give others."""
 

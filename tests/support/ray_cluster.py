@@ -31,8 +31,14 @@ from .servers import Server
 
 ROOT = Path(__file__).parents[2]
 UP_LIMIT_S, ASK_LIMIT_S = 180.0, 60.0
-_MANAGER = {"LEASE_MS": 3_000, "HEARTBEAT_MS": 300, "SUSPECT_MS": 1_000, "ACTING_TTL_MS": 1_500, "SWEEP_MS": 200}
-_ROUTER = {"DIRECTORY_MS": 100, "SWEEP_MS": 50, "DEADLINE_GRACE_MS": 1_000}
+_MANAGER = {
+    "LEASE_MS": 3_000,
+    "HEARTBEAT_MS": 300,
+    "SUSPECT_MS": 1_000,
+    "ACTING_TTL_MS": 1_500,
+    "SWEEP_INTERVAL_MS": 200,
+}
+_ROUTER = {"DIRECTORY_INTERVAL_MS": 100, "SWEEP_INTERVAL_MS": 50, "DEADLINE_GRACE_MS": 1_000}
 """The same short times as in :mod:`tests.support.fleet`."""
 
 _DRIVER = """

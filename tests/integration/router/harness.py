@@ -51,13 +51,18 @@ class RunningRouter:
 @asynccontextmanager
 async def running_router(redis_url: str, *, ready: bool = True, **settings: Any) -> AsyncIterator[RunningRouter]:
     """A Router with short intervals, its model declared."""
-    fields = {"pools": [MODEL], "sweep_ms": 20, "directory_ms": 100, "shutdown_limit_ms": 200} | settings
+    fields = {
+        "pools": [MODEL],
+        "sweep_interval_ms": 20,
+        "directory_interval_ms": 100,
+        "shutdown_timeout_ms": 200,
+    } | settings
     app = build_router(RouterSettings(port=free_port(), **fields), BrokerSettings(redis_url=redis_url))
     port = app.services.settings.port
     stop = asyncio.Event()
     async with app.running(), asyncio.TaskGroup() as tasks:
         tasks.create_task(
-            run_server(app, port=port, stop=stop, shutdown_limit_s=1, limits=app.services.settings.connection_limits)
+            run_server(app, port=port, stop=stop, shutdown_timeout_s=1, limits=app.services.settings.connection_limits)
         )
         try:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
@@ -85,7 +90,7 @@ async def fake_router(queue: FakeQueue, **settings: Any) -> AsyncIterator[int]:
         with bind_socket("127.0.0.1", 0) as listener:
             async with asyncio.TaskGroup() as tasks:
                 limits = app.services.settings.connection_limits
-                tasks.create_task(run_server(app, sock=listener, stop=stop, shutdown_limit_s=1, limits=limits))
+                tasks.create_task(run_server(app, sock=listener, stop=stop, shutdown_timeout_s=1, limits=limits))
                 try:
                     yield listener.getsockname()[1]
                 finally:

@@ -36,8 +36,8 @@ def queue() -> FakeQueue:
 
 
 async def test_a_plain_answer_that_nobody_reads_counts_until_it_is_cut(queue: FakeQueue) -> None:
-    """[B2] [B9] It takes room among its tenant's bytes and requests; the client is dropped after client_stall_ms."""
-    limits = {"client_stall_ms": 1_000, "max_body_bytes": 1 << 20, "tenant_inflight_body_bytes": 1 << 21}
+    """[B2] [B9] It counts among its tenant's bytes and requests; the client is dropped after its stall timeout."""
+    limits = {"client_stall_timeout_ms": 1_000, "max_body_bytes": 1 << 20, "max_tenant_inflight_body_bytes": 1 << 21}
     async with (
         fake_router(queue, api_keys=KEYS, **limits) as port,
         RawClient.to(port, receive_buffer_bytes=4096) as unread,
@@ -67,7 +67,7 @@ async def test_a_plain_answer_that_nobody_reads_counts_until_it_is_cut(queue: Fa
 
 async def test_a_stream_over_http_1_0_has_no_chunk_sizes(queue: FakeQueue) -> None:
     """[B5] Comments, pieces and the end are the stream's own bytes; the connection ends with it. So does an error's."""
-    async with fake_router(queue, keepalive_ms=50, sweep_ms=10) as port:
+    async with fake_router(queue, keepalive_interval_ms=50, sweep_interval_ms=10) as port:
         async with RawClient.to(port) as client:
             await client.send(post(STREAM, "Connection: keep-alive", version="1.0"))
             job = await queue.job()
@@ -102,7 +102,12 @@ async def test_a_client_that_closes_has_its_job_aborted(queue: FakeQueue, body: 
 async def uploading(queue: FakeQueue, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[int]:
     """The port of a Router that lets uploads be silent for 300 ms, two at once and one a tenant."""
     monkeypatch.setenv("INFERQ_STORAGE_URL", str(tmp_path / "store"))
-    limits = {"body_idle_timeout_ms": 300, "client_stall_ms": 300, "max_transfers": 2, "tenant_transfers": 1}
+    limits = {
+        "body_idle_timeout_ms": 300,
+        "client_stall_timeout_ms": 300,
+        "max_concurrent_transfers": 2,
+        "max_tenant_concurrent_transfers": 1,
+    }
     async with fake_router(queue, api_keys=KEYS, **limits) as port:
         yield port
 
@@ -124,7 +129,7 @@ async def test_an_upload_that_creeps_ends_and_keeps_nobody_out(uploading: int, t
         await asyncio.sleep(0.05)
         await same.send(form("acme", b"1"))
         refused = await same.answer()
-        assert (refused.status, b"tenant_transfers" in refused.body) == (429, True)
+        assert (refused.status, b"max_tenant_concurrent_transfers" in refused.body) == (429, True)
         await other.send(form("rival", b"1"))
         assert (await other.answer()).status == 200
         answer = await slow.answer_to_trickle(trickle, pause_s=0.05)

@@ -24,7 +24,7 @@ PIECES = [chunk(text) for text in ("Once ", "upon ", "a ", "time")]
 @pytest.fixture
 async def routers(valkey: Server) -> AsyncIterator[list[RunningRouter]]:
     """Two of them."""
-    options = {"resume_grace_ms": GRACE_MS, "client_stall_ms": 300, "keepalive_ms": 200}
+    options = {"resume_grace_ms": GRACE_MS, "client_stall_timeout_ms": 300, "keepalive_interval_ms": 200}
     async with running_router(valkey.url, **options) as one, running_router(valkey.url, **options) as other:
         yield [one, other]
 
@@ -158,7 +158,7 @@ async def test_a_follower_that_reads_nothing_is_cut_off(routers: list[RunningRou
 
 async def test_nothing_is_left_of_jobs_whose_time_is_over(valkey: Server, worker: Speaker) -> None:
     """After their keep time Redis holds nothing of them but counters."""
-    async with running_router(valkey.url, keep_jobs_ms=100) as router:
+    async with running_router(valkey.url, background_retention_ms=100) as router:
         for fields in (CHAT, STREAM):
             async with router.post(fields, headers=BACKGROUND | {"idempotency-key": str(fields)}) as answer:
                 job_id = JobId(answer.headers["location"].rpartition("/")[2])

@@ -109,7 +109,7 @@ async def test_a_client_that_leaves_removes_its_waiting_job(
 async def test_a_silent_stream_gets_comments_on_the_wire(valkey: Server, worker: Speaker) -> None:
     """Before any worker answers, the client already has a 200 and comments, which say that none is registered."""
     waiting = f": waiting for a worker that serves {MODEL}\n".encode()
-    async with running_router(valkey.url, keepalive_ms=60) as router, router.post(STREAM) as answer:
+    async with running_router(valkey.url, keepalive_interval_ms=60) as router, router.post(STREAM) as answer:
         assert answer.status == 200
         assert await answer.content.readuntil(b"\n") == waiting
         lease = await worker.lease()
@@ -168,7 +168,7 @@ async def test_a_body_that_creeps_is_given_up(valkey: Server) -> None:
 
 async def test_a_slow_reader_is_cut_off(valkey: Server, worker: Speaker) -> None:
     """A client that stops reading a long stream is disconnected and its job aborted; others go on."""
-    async with running_router(valkey.url, client_buffer_bytes=64 * 1024) as router:
+    async with running_router(valkey.url, max_client_buffer_bytes=64 * 1024) as router:
         body = orjson.dumps(STREAM)
         # A small window, set before connecting: what piles up does so in the router, not in the kernel.
         reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=1024)
@@ -320,7 +320,7 @@ async def test_a_hundred_clients_at_once_are_not_mixed_up(router: RunningRouter,
 
 async def test_a_shutdown_finishes_what_runs(valkey: Server, worker: Speaker) -> None:
     """An open request gets its answer during the drain, and a stream that takes too long an error event."""
-    async with running_router(valkey.url, shutdown_limit_ms=400) as router:
+    async with running_router(valkey.url, shutdown_timeout_ms=400) as router:
         plain = asyncio.ensure_future(router.plain())
         lease = await worker.lease()
         streaming = asyncio.ensure_future(router.plain(STREAM))

@@ -87,7 +87,10 @@ async def _serve(
         service = ManagerService(settings, opened, probe, broker_url="redis://nowhere")
         router = build_router(
             RouterSettings(
-                manager_urls=[f"http://127.0.0.1:{manager_port}"], join_token=join_token, pools=[MODEL], sweep_ms=20
+                manager_urls=[f"http://127.0.0.1:{manager_port}"],
+                join_token=join_token,
+                pools=[MODEL],
+                sweep_interval_ms=20,
             ),
             storage_settings=StorageSettings(url=f"memory://strangers-{router_port}"),
             open_queue=open_queue,
@@ -95,7 +98,7 @@ async def _serve(
         async with router.running(), asyncio.TaskGroup() as tasks:
             tasks.create_task(service.run(stop))
             for app, port in ((create_app(service), manager_port), (router, router_port)):
-                tasks.create_task(run_server(app, port=port, stop=stop, shutdown_limit_s=1))
+                tasks.create_task(run_server(app, port=port, stop=stop, shutdown_timeout_s=1))
             await eventually(
                 lambda: service.acting and not router.services.not_ready_reasons(), "both are ready", limit_s=LIMIT_S
             )

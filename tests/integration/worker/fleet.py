@@ -98,7 +98,7 @@ class Fleet:
         self.manager_url = f"http://127.0.0.1:{self.manager_port}"
         self.workers: list[Worker] = []
         command = [sys.executable, "-m", "manager.service", "--port", str(self.manager_port)]
-        command += ["--redis-url", server.url, "--lease-ms", str(LEASE_MS), "--sweep-ms", "200"]
+        command += ["--redis-url", server.url, "--lease-ms", str(LEASE_MS), "--sweep-interval-ms", "200"]
         command += ["--heartbeat-ms", "200", "--suspect-ms", "1000"]
         # A look at a paused worker must not outlast the third of a lease in which renewal numbers are read again.
         command += ["--probe-timeout-ms", "200", "--ping-ms", "200"]
@@ -270,7 +270,9 @@ class LocalFleet:
 
     async def start_manager(self) -> None:
         port = free_port()
-        settings = ManagerSettings.load(port=port, sweep_ms=200, heartbeat_ms=200, suspect_ms=1_000, lease_ms=LEASE_MS)
+        settings = ManagerSettings.load(
+            port=port, sweep_interval_ms=200, heartbeat_ms=200, suspect_ms=1_000, lease_ms=LEASE_MS
+        )
         self._group.create_task(serve_manager(settings, BrokerSettings(redis_url=self._server.url), stop=self._stop))
         self.manager_url = f"http://127.0.0.1:{port}"
         ready = f"{self.manager_url}/readyz"

@@ -170,7 +170,8 @@ class FakeProbe:
 def fast_settings(**fields: object) -> ManagerSettings:
     """Everything some thirty times as fast as it is by default."""
     fast = {
-        "lease_ms": 600, "heartbeat_ms": 60, "suspect_ms": 200, "acting_ttl_ms": 300, "sweep_ms": 20, "ping_ms": 100,
+        "lease_ms": 600, "heartbeat_ms": 60, "suspect_ms": 200, "acting_ttl_ms": 300, "sweep_interval_ms": 20,
+        "ping_ms": 100,
         "probe_timeout_ms": 200, "broker_call_ms": 1000,
     }  # fmt: skip
     return ManagerSettings.load(**(fast | fields))

@@ -359,7 +359,7 @@ async def test_a_cancelled_manager_resigns() -> None:
 async def test_a_newcomer_is_looked_at_at_once() -> None:
     """Not at the next sweep: until its URL was verified once, its death would be missed by its lease only."""
     probe = FakeProbe({URL: ProbeResult(ProbeStatus.SAME)})
-    service = _service(FakeQueue(), probe, lease_ms=20_000, sweep_ms=5_000)
+    service = _service(FakeQueue(), probe, lease_ms=20_000, sweep_interval_ms=5_000)
     async with _running(service):
         await service.register(_registration())
         await eventually(lambda: probe.probes, "it is looked at", limit_s=3)
@@ -381,7 +381,7 @@ async def test_sweeps_go_on_while_newcomers_are_looked_at() -> None:
             return ProbeResult(ProbeStatus.SAME)
 
     queue = FakeQueue()
-    service = _service(queue, SlowProbe(), lease_ms=20_000, sweep_ms=200)
+    service = _service(queue, SlowProbe(), lease_ms=20_000, sweep_interval_ms=200)
     async with _running(service):
         await service.register(_registration())
         await asked.wait()

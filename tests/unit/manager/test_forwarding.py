@@ -30,7 +30,7 @@ async def serving(queue: FakeQueue, token: str = TOKEN) -> AsyncIterator[tuple[M
         )
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
             tasks.create_task(service.run(stop))
-            tasks.create_task(run_server(create_app(service), sock=listener, stop=stop, shutdown_limit_s=1))
+            tasks.create_task(run_server(create_app(service), sock=listener, stop=stop, shutdown_timeout_s=1))
             try:
                 yield service, url
             finally:

@@ -355,7 +355,7 @@ async def router(
     queue: FakeQueue | InferqError | None = None, manager: ManagerPort | None = None, **settings: Any
 ) -> AsyncIterator[RouterApp]:
     """A running Router over ``queue``; without one, or with an error, the queue cannot be reached."""
-    settings = {"sweep_ms": 10, "directory_ms": 20, "shutdown_limit_ms": 100} | settings
+    settings = {"sweep_interval_ms": 10, "directory_interval_ms": 20, "shutdown_timeout_ms": 100} | settings
 
     async def open_queue() -> FakeQueue:
         if isinstance(queue, FakeQueue):

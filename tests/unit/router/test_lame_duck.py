@@ -47,7 +47,12 @@ async def replica(folder: Path, port: int = 0, **settings: int) -> AsyncIterator
         return queue
 
     port = port or free_port()
-    given = {"lame_duck_ms": 400, "shutdown_limit_ms": 3_000, "directory_ms": 20, "sweep_ms": 10} | settings
+    given = {
+        "lame_duck_ms": 400,
+        "shutdown_timeout_ms": 3_000,
+        "directory_interval_ms": 20,
+        "sweep_interval_ms": 10,
+    } | settings
     app = build_router(RouterSettings(port=port, **given), open_queue=open_queue)  # type: ignore[arg-type]
     listening, leave = asyncio.Event(), asyncio.Event()
     life = asyncio.create_task(
@@ -114,7 +119,7 @@ async def test_a_request_on_an_open_connection_is_answered_while_it_leaves(tmp_p
 
 async def test_a_stream_that_was_not_told_keeps_its_connection_for_one_more_request(tmp_path: Path) -> None:
     """A stream began before, ends long after: its connection is used again at once, and that request is served."""
-    async with replica(tmp_path, lame_duck_ms=300, shutdown_limit_ms=5_000) as one:
+    async with replica(tmp_path, lame_duck_ms=300, shutdown_timeout_ms=5_000) as one:
         asked = asyncio.create_task(one.client.post(f"{one.url}/v1/chat/completions", json=STREAM))
         job = await one.queue.job()
         one.queue.stream(job, b"data: 1\n\n", end=False)
@@ -134,7 +139,7 @@ async def test_a_stream_that_was_not_told_keeps_its_connection_for_one_more_requ
 
 async def test_a_stream_without_an_end_does_not_hold_it_for_ever(tmp_path: Path) -> None:
     """The limit of a drain bounds it: then the stream ends with an error event, and its job is cancelled."""
-    async with replica(tmp_path, lame_duck_ms=100, shutdown_limit_ms=300) as one:
+    async with replica(tmp_path, lame_duck_ms=100, shutdown_timeout_ms=300) as one:
         asked = asyncio.create_task(one.client.post(f"{one.url}/v1/chat/completions", json=STREAM))
         job = await one.queue.job()
         one.queue.stream(job, b"data: 1\n\n", end=False)

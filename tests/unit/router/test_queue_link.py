@@ -34,7 +34,7 @@ async def test_a_directory_that_was_asked_for_is_read_once(monkeypatch: pytest.M
         for _ in range(100):
             await asyncio.sleep(0)
 
-    async with router(queue, directory_ms=60_000) as app:
+    async with router(queue, directory_interval_ms=60_000) as app:
         await let_others_run()
         before = queue.reads
         await app.services.link.fresh_directory()

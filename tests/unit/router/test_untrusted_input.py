@@ -110,7 +110,7 @@ def test_any_request_is_passed_on_as_it_is_or_refused() -> None:
 
     async def live() -> None:
         queue = FakeQueue("m")
-        async with router(queue, directory_ms=60_000) as app:
+        async with router(queue, directory_interval_ms=60_000) as app:
             loop = asyncio.get_running_loop()
             taken = 0
 
@@ -155,7 +155,7 @@ def test_any_request_is_passed_on_as_it_is_or_refused() -> None:
 async def test_shapes_that_break_parsers_are_refused_or_passed_on(body: bytes, status: int) -> None:
     """Nesting, huge numbers, doubled names, other encodings: no more memory than some times the body, and no crash."""
     queue = FakeQueue("m")
-    async with router(queue, directory_ms=60_000) as app:
+    async with router(queue, directory_interval_ms=60_000) as app:
         tracemalloc.start()
         try:
             job, answered, answer = await send(app, queue, body, {b"content-type": b"application/json"})

@@ -12,7 +12,7 @@ from .app import SimulationApp
 from .options import read_options
 from .simulation import Simulation
 
-SHUTDOWN_LIMIT_S = 1.0
+SHUTDOWN_TIMEOUT_S = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listener = bind_socket(host, port)
         sys.stdout.write(f"simulated engine on http://{host}:{listener.getsockname()[1]}\n")
         sys.stdout.flush()
-        await run_server(SimulationApp(Simulation(settings)), sock=listener, shutdown_limit_s=SHUTDOWN_LIMIT_S)
+        await run_server(SimulationApp(Simulation(settings)), sock=listener, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S)
 
     return run_process(serve)
 

@@ -33,7 +33,7 @@ async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     keys = ",".join(f"{hashlib.sha256(name.encode()).hexdigest()}:{name}" for name in (ACME, RIVAL))
     settings = {
         "api_keys": keys,
-        "tenant_batches": LIVE,
+        "max_tenant_batches": LIVE,
         "batch_windows": ["24h", "7d"],
     }
     async with router(FakeQueue("m"), **settings) as app:

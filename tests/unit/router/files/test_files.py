@@ -268,7 +268,7 @@ async def test_a_store_that_cannot_be_used_is_said(folder: Path) -> None:
 async def test_a_tenant_keeps_no_more_than_it_may(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past its files or bytes an upload is refused, announced or not; what was deleted makes room; others are free."""
     monkeypatch.setattr("router.files.quota._MEASURE_AGAIN_AFTER_S", 0)
-    async with router(api_keys=GIVEN, tenant_files=2, tenant_file_bytes=400_000) as app:
+    async with router(api_keys=GIVEN, max_tenant_files=2, max_tenant_file_bytes=400_000) as app:
         first = await upload(app)
         for size in (399_999, 600_000):
             too_much = await begin(app, [PURPOSE + file_part(b"x" * size) + END]).done()
@@ -287,7 +287,7 @@ async def test_a_tenant_keeps_no_more_than_it_may(folder: Path, monkeypatch: pyt
 
 async def test_so_many_at_once_and_no_more() -> None:
     """Uploads beyond the bound get 429; when one ends there is room."""
-    async with router(api_keys=GIVEN, max_transfers=1) as app:
+    async with router(api_keys=GIVEN, max_concurrent_transfers=1) as app:
         first = begin(app, [PURPOSE], unfinished=True)
         await eventually(lambda: app.services.transfers.open == 1, "one is under way")
         second = await begin(app, [PURPOSE + file_part(b"1") + END]).done()
@@ -333,7 +333,7 @@ async def test_a_download_whose_client_leaves_ends() -> None:
 
 async def test_a_router_that_ends_lets_uploads_finish() -> None:
     """They count as open requests: new ones are sent elsewhere, what is under way has the same time to end."""
-    async with router(api_keys=GIVEN, shutdown_limit_ms=5_000) as app:
+    async with router(api_keys=GIVEN, shutdown_timeout_ms=5_000) as app:
         client = Client(app)
         open_one = client.begin("POST", FILES, [PURPOSE], sent_by(), unfinished=True)
         await eventually(lambda: app.services.transfers.open == 1, "it is under way")

@@ -58,7 +58,7 @@ async def test_a_router_without_redis_and_manager_says_so_without_addresses(
     digest = hashlib.sha256(b"k").hexdigest()
     app = build_router(
         RouterSettings.load(
-            api_keys=f"{digest}:t", join_token="jt", manager_urls=[f"http://127.0.0.1:{manager}"], shutdown_limit_ms=0
+            api_keys=f"{digest}:t", join_token="jt", manager_urls=[f"http://127.0.0.1:{manager}"], shutdown_timeout_ms=0
         ),
         BrokerSettings.load(redis_url=f"redis://127.0.0.1:{redis}/0", retry_limit_ms=100),
         StorageSettings.load(url="memory://addresses"),

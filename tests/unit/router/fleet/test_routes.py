@@ -223,7 +223,7 @@ async def test_a_redis_that_became_unfit_is_waited_for() -> None:
         queues.append(FakeQueue("m"))
         return queues[-1]
 
-    app = build_router(RouterSettings(directory_ms=20), open_queue=open_queue)
+    app = build_router(RouterSettings(directory_interval_ms=20), open_queue=open_queue)
     async with asyncio.timeout(10), app.running():
         await eventually(lambda: not app.services.not_ready_reasons(), "connected")
         faults.append(BrokerUnsuitable("this is a replica"))

@@ -89,7 +89,7 @@ async def test_what_decodes_counts_for_its_tenant() -> None:
     """[B7] [B9] Decoded bytes count against what a tenant may hold, and others are served meanwhile."""
     keys = ",".join(f"{hashlib.sha256(name).hexdigest()}:{name.decode()}" for name in (b"acme", b"rival"))
     queue = FakeQueue("m")
-    limits = {"max_body_bytes": 300_000, "tenant_inflight_body_bytes": 300_000, "max_inflight_body_bytes": 600_000}
+    limits = {"max_body_bytes": 300_000, "max_tenant_inflight_body_bytes": 300_000, "max_inflight_body_bytes": 600_000}
     async with router(queue, api_keys=keys, **limits) as app:
         encoded = ENCODED["gzip"]
         client = Client(app)
@@ -101,7 +101,7 @@ async def test_what_decodes_counts_for_its_tenant() -> None:
         held = ask("acme", unfinished=True)
         await eventually(lambda: app.services.requests.body_bytes == len(BODY), "what it decodes to is counted")
         refused = await ask("acme").done()
-        assert (refused.status, "tenant_inflight_body_bytes" in refused.error["message"]) == (429, True)
+        assert (refused.status, "max_tenant_inflight_body_bytes" in refused.error["message"]) == (429, True)
         served = ask("rival")
         queue.answer(await queue.job(), b"1")
         assert (await served.done()).status == 200

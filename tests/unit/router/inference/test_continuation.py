@@ -224,7 +224,7 @@ async def test_a_queue_that_has_lost_the_job_is_given_it_again(state: State | No
     """Redis forgot it: it runs under another id, behind what was delivered."""
     queue = FakeQueue("m")
     queue.resume_state = state
-    async with router(queue, sweep_ms=10) as app:
+    async with router(queue, sweep_interval_ms=10) as app:
         answer = Client(app).post(ASK)
         job = await queue.job()
         queue.stream(job, chunk("Once "), end=False)
@@ -278,7 +278,7 @@ async def test_an_error_behind_half_an_event_is_an_event_of_its_own() -> None:
     stream does not become part of it."""
     queue = FakeQueue("m")
     half = b"data: " + b"x" * (MAX_EVENT_BYTES + 1)
-    async with router(queue, client_buffer_bytes=8 << 20) as app:
+    async with router(queue, max_client_buffer_bytes=8 << 20) as app:
         answer = Client(app).post(ASK)
         job = await queue.job()
         queue.stream(job, half, end=False)

@@ -123,7 +123,7 @@ async def queue() -> FakeQueue:
 @pytest.fixture
 async def quiet(queue: FakeQueue) -> AsyncIterator[Served]:
     """A Router whose streams show signs of life at once."""
-    async with served(queue, keepalive_ms=50) as running:
+    async with served(queue, keepalive_interval_ms=50) as running:
         yield running
 
 
@@ -264,7 +264,7 @@ _KEY = {"api_keys": f"{hashlib.sha256(b'key').hexdigest()}:acme"}
         ({}, _KEY, anthropic.AuthenticationError, "authentication_error"),
         ({"extra_body": {"x": "y" * 3_000}}, {"max_body_bytes": 1024}, anthropic.ContentTooLargeError,
          "request_too_large"),
-        ({}, {"max_concurrent": 1}, anthropic.RateLimitError, "rate_limit_error"),
+        ({}, {"max_concurrent_requests": 1}, anthropic.RateLimitError, "rate_limit_error"),
         ({"extra_headers": {"x-inferq-deadline-ms": "50"}}, {"deadline_grace_ms": 0}, anthropic.GatewayTimeoutError,
          "timeout_error"),
     ],
@@ -276,7 +276,7 @@ async def test_a_refused_message_raises_the_sdks_own_error(
     """[C2] Before a stream begins: 400, 401, 404, 413, 429 and 504 are the SDK's typed errors, with the API's type."""
     async with served(queue, **settings) as running, running.anthropic(api_key="another") as client:
         held = None
-        if "max_concurrent" in settings:
+        if "max_concurrent_requests" in settings:
             held = asyncio.ensure_future(_anthropic_stream(running))
             await queue.job()
         with pytest.raises(error) as raised:
@@ -342,7 +342,7 @@ async def test_other_pages_speak_openais_dialect(queue: FakeQueue) -> None:
 async def test_a_resumable_stream_with_signs_of_life_is_whole(queue: FakeQueue, read: Read) -> None:
     """[C1] Events with ids, a silent engine, an engine's own comments: openai for Python reads the text to its end."""
     chunk = b'data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
-    async with served(queue, keepalive_ms=50, resumable_streams=True) as running:
+    async with served(queue, keepalive_interval_ms=50, resumable_streams=True) as running:
         asking = asyncio.ensure_future(read(running))
         stream = PersistedStream(queue, await queue.job())
         await _once_alive(running)
@@ -355,7 +355,7 @@ async def test_a_resumable_stream_with_signs_of_life_is_whole(queue: FakeQueue, 
 
 async def test_a_sign_of_life_is_bytes_on_the_wire(queue: FakeQueue) -> None:
     """[C1] It is sent when it is due, not with the next event: it is what keeps proxies from closing the connection."""
-    async with served(queue, keepalive_ms=50, resumable_streams=True) as running:
+    async with served(queue, keepalive_interval_ms=50, resumable_streams=True) as running:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]))
         body = orjson.dumps({"model": "m", "messages": MESSAGES, "stream": True})
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n" % len(body)

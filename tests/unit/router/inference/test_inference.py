@@ -143,7 +143,7 @@ async def test_a_wrong_body_is_refused_precisely(body: bytes, param: str | None,
 async def test_an_unknown_model_is_not_found() -> None:
     """The answer names the models there are; one that joined just now is found at once."""
     queue = FakeQueue("m")
-    async with router(queue, directory_ms=60_000) as app:
+    async with router(queue, directory_interval_ms=60_000) as app:
         answer = await Client(app).post({"model": "nope"}).done()
         assert (answer.status, answer.error["code"], answer.error["param"]) == (404, "model_not_found", "model")
         assert "known are: m" in answer.error["message"]
@@ -296,7 +296,7 @@ async def test_a_client_that_leaves_while_its_job_is_queued_cancels_it() -> None
 async def test_a_silent_stream_is_kept_alive_with_comments() -> None:
     """After the wait the answer begins with 200 and comments; the engine's stream follows, without another head."""
     queue = FakeQueue("m")
-    async with router(queue, keepalive_ms=50) as app:
+    async with router(queue, keepalive_interval_ms=50) as app:
         answer = Client(app).post(STREAM)
         job = await queue.job()
         await answer.until(lambda: answer.body.count(b": queued\n") >= 2)
@@ -312,7 +312,7 @@ async def test_a_stream_that_waits_for_a_worker_says_so(resumable: str) -> None:
     """[C9] Its comments name the model that nobody serves, and stop to once somebody does."""
     queue = FakeQueue("m")
     waiting = b": waiting for a worker that serves idle\n"
-    async with router(queue, keepalive_ms=50, pools=["idle"]) as app:
+    async with router(queue, keepalive_interval_ms=50, pools=["idle"]) as app:
         answer = Client(app).post(STREAM | {"model": "idle"}, headers={"x-inferq-resumable": resumable})
         stream = PersistedStream(queue, await queue.job())
         await answer.until(lambda: answer.body.count(waiting) >= 2)
@@ -326,7 +326,7 @@ async def test_a_stream_that_waits_for_a_worker_says_so(resumable: str) -> None:
 async def test_an_error_after_comments_is_an_event() -> None:
     """A stream that has begun ends with its error as an event: an error of ours, or the engine's."""
     queue = FakeQueue("m")
-    async with router(queue, keepalive_ms=50) as app:
+    async with router(queue, keepalive_interval_ms=50) as app:
         for engine in (False, True):
             answer = Client(app).post(STREAM)
             job = await queue.job()
@@ -348,7 +348,7 @@ async def test_an_error_after_comments_is_an_event() -> None:
 async def test_a_plain_request_is_not_begun_early() -> None:
     """Comments are for streams: a plain answer keeps its status to itself until it is known."""
     queue = FakeQueue("m")
-    async with router(queue, keepalive_ms=50, deadline_grace_ms=0) as app:
+    async with router(queue, keepalive_interval_ms=50, deadline_grace_ms=0) as app:
         answer = await Client(app).post(CHAT, headers={"x-inferq-deadline-ms": "150"}).done()
     assert answer.status == 504
 
@@ -446,7 +446,7 @@ async def test_answers_lost_again_and_again_are_given_up() -> None:
 async def test_a_slow_reader_loses_its_job() -> None:
     """A client that lets more than its buffer pile up is cut off, and its job is cancelled."""
     queue = FakeQueue("m")
-    async with router(queue, client_buffer_bytes=16 * 1024) as app:
+    async with router(queue, max_client_buffer_bytes=16 * 1024) as app:
         client = Client(app)
         answer = client.post(STREAM)
         job = await queue.job()
@@ -463,7 +463,7 @@ async def test_a_slow_reader_loses_its_job() -> None:
 async def test_a_client_that_stalls_loses_its_job() -> None:
     """A client that reads nothing for too long is cut off even when little waits for it."""
     queue = FakeQueue("m")
-    async with router(queue, client_stall_ms=100) as app:
+    async with router(queue, client_stall_timeout_ms=100) as app:
         client = Client(app)
         answer = client.post(STREAM)
         job = await queue.job()
@@ -493,7 +493,7 @@ async def test_a_body_too_large_is_refused_before_it_is_read() -> None:
 async def test_more_requests_than_the_limit_are_refused() -> None:
     """One request too many gets 429 with Retry-After, and room is made when one ends."""
     queue = FakeQueue("m")
-    async with router(queue, max_concurrent=1) as app:
+    async with router(queue, max_concurrent_requests=1) as app:
         first = Client(app).post(CHAT)
         job = await queue.job()
         second = await Client(app).post(CHAT).done()
@@ -533,7 +533,7 @@ async def test_before_the_queue_is_there_requests_are_refused_clearly() -> None:
 async def test_shutting_down_finishes_what_runs_and_refuses_the_new() -> None:
     """While draining, an open request gets its answer, a new one 503, and one that takes too long an error."""
     queue = FakeQueue("m")
-    async with router(queue, shutdown_limit_ms=300) as app:
+    async with router(queue, shutdown_timeout_ms=300) as app:
         good, late = Client(app).post(CHAT), Client(app).post(STREAM)
         jobs = [await queue.job(), await queue.job()]
         queue.stream(jobs[1], chunk("a"), end=False)

@@ -271,7 +271,7 @@ async def test_a_job_that_ended_without_an_answer_is_an_error(state: State, stat
 async def test_silence_is_looked_into() -> None:
     """Should this Router not be sent what it waits for, whatever the reason, it finds it by itself."""
     queue = FakeQueue("m")
-    async with router(queue, keepalive_ms=50) as app:
+    async with router(queue, keepalive_interval_ms=50) as app:
         answer = Client(app).post(CHAT, headers=KEY)
         job = await queue.job()
         queue.outputs[job.id] = kept(run_of(job.id, b'{"ok": 1}'))
@@ -306,7 +306,7 @@ async def test_who_waits_for_a_kept_answer_outlasts_redis(monkeypatch: pytest.Mo
 async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
     """What it does not take in time is read again from what is kept, instead of filling this Router's memory."""
     queue = FakeQueue("m")
-    async with router(queue, client_buffer_bytes=16 * 1024) as app:
+    async with router(queue, max_client_buffer_bytes=16 * 1024) as app:
         client = Client(app)
         answer = client.post(STREAM, headers=KEY)
         job = await queue.job()
@@ -373,7 +373,7 @@ async def test_a_stored_stream_goes_on_however_long_it_is(live: bool) -> None:
     rest = run_of(holder, chunk("a time", "two"), DONE, epoch=2, attempt="b", flags=HEAD | CONTINUED)
     if not live:
         queue.outputs[holder] = kept((*lost, *rest))
-    async with router(queue, replay_bytes=0) as app:
+    async with router(queue, max_replay_bytes=0) as app:
         answer = Client(app).post(STREAM, headers=KEY)
         if live:
             queue.outputs[holder] = kept(lost, State.LEASED)
@@ -386,7 +386,7 @@ async def test_a_stored_stream_goes_on_however_long_it_is(live: bool) -> None:
 async def test_a_stored_stream_that_is_too_long_to_be_compared_is_not_spliced() -> None:
     """An attempt that begins anew could say something else: the client is told."""
     queue = FakeQueue("m")
-    async with router(queue, replay_bytes=0) as app:
+    async with router(queue, max_replay_bytes=0) as app:
         answer = Client(app).post(STREAM, headers=KEY)
         job = await queue.job()
         queue.deliver(*run_of(job.id, chunk("a"), end=False))

@@ -37,7 +37,7 @@ async def begun(client: Client, queue: FakeQueue, **headers: str) -> tuple[Job, 
 async def test_every_event_says_where_to_go_on() -> None:
     """Its job and number; the job is a stored one, of the interactive lane, and nobody's background job."""
     queue = FakeQueue("m")
-    async with router(queue, resume_keep_ms=7_000) as app:
+    async with router(queue, resumable_retention_ms=7_000) as app:
         job, answer = await begun(Client(app), queue)
         assert (job.stored, job.lane, job.reply_to, job.idempotency_key) == (True, Lane.INTERACTIVE, "", "")
         keep = queue.keeps[job.id]

@@ -191,7 +191,7 @@ async def test_what_cannot_be_gone_on_with_is_said() -> None:
 async def test_a_live_job_is_followed_to_its_end() -> None:
     """What is kept, then live; comments while it is silent; and when its client leaves, it runs on."""
     queue = FakeQueue("m")
-    async with router(queue, keepalive_ms=50) as app:
+    async with router(queue, keepalive_interval_ms=50) as app:
         client = Client(app)
         job = await accepted(client, queue, CHAT | {"stream": True})
         queue.outputs[job.id] = output(job, EVENTS[0])
@@ -213,7 +213,7 @@ async def test_a_live_job_is_followed_to_its_end() -> None:
 async def test_a_plain_job_is_one_event() -> None:
     """At its end, comments before; an answer that is no text is refused with the way to it."""
     queue = FakeQueue("m")
-    async with router(queue, keepalive_ms=50) as app:
+    async with router(queue, keepalive_interval_ms=50) as app:
         client = Client(app)
         job = await accepted(client, queue)
         queue.outputs[job.id] = output(job)
@@ -305,7 +305,7 @@ async def test_a_job_is_cancelled_and_forgotten_on_demand() -> None:
 async def test_a_follower_that_reads_nothing_is_cut_off() -> None:
     """After the same time as any client; the job is left alone."""
     queue = FakeQueue("m")
-    async with router(queue, client_stall_ms=100) as app:
+    async with router(queue, client_stall_timeout_ms=100) as app:
         client = Client(app)
         job = await accepted(client, queue, CHAT | {"stream": True})
         queue.outputs[job.id] = output(job, EVENTS[0])

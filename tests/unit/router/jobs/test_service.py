@@ -82,7 +82,7 @@ async def read(followed: Followed) -> bytes:
 async def test_a_background_request_is_a_kept_job_of_its_lane() -> None:
     """Stored for the time that the settings say, listed, with all that is needed to give its answer again."""
     queue = FakeQueue("m")
-    async with persisted_jobs(queue, keep_jobs_ms=5_000, background_deadline_ms=70_000) as kept:
+    async with persisted_jobs(queue, background_retention_ms=5_000, background_deadline_ms=70_000) as kept:
         job = await submitted(kept, queue)
         assert (job.stored, job.lane, job.reply_to, job.ttl_ms, job.tenant) == (True, Lane.BACKGROUND, "", 70_000, ACME)
         keep = queue.keeps[job.id]
@@ -180,7 +180,7 @@ async def test_an_end_without_an_answer_is_an_error_behind_what_was_said(
 async def test_silence_is_told_and_a_lost_job_ends() -> None:
     """An empty piece while nothing comes; an error once the queue knows nothing of the job any more."""
     queue = FakeQueue("m")
-    async with persisted_jobs(queue, keepalive_ms=50) as kept:
+    async with persisted_jobs(queue, keepalive_interval_ms=50) as kept:
         job = await submitted(kept, queue)
         queue.outputs[job.id] = kept_so_far(job)
         async with kept.follow(ACME, job.id) as followed:
@@ -193,7 +193,7 @@ async def test_silence_is_told_and_a_lost_job_ends() -> None:
 async def test_a_slow_follower_takes_no_memory() -> None:
     """What comes live past its buffer is left on the queue, and read from there when it goes on."""
     queue = FakeQueue("m")
-    async with persisted_jobs(queue, client_buffer_bytes=16 * 1024) as kept:
+    async with persisted_jobs(queue, max_client_buffer_bytes=16 * 1024) as kept:
         job = await submitted(kept, queue)
         queue.outputs[job.id] = kept_so_far(job)
         pieces = [b"data: " + b"x" * 4_000 + b"\n\n" for _ in range(40)]
@@ -243,7 +243,7 @@ async def test_cancelling_on_demand_tells_what_became_of_the_job() -> None:
 async def test_followers_count_among_the_requests_of_a_router() -> None:
     """Past the limit one is refused, and costs nothing."""
     queue = FakeQueue("m")
-    async with persisted_jobs(queue, max_concurrent=1) as kept:
+    async with persisted_jobs(queue, max_concurrent_requests=1) as kept:
         job = await submitted(kept, queue)
         queue.outputs[job.id] = kept_so_far(job)
         async with kept.follow(ACME, job.id):
@@ -256,7 +256,7 @@ async def test_followers_count_among_the_requests_of_a_router() -> None:
 async def test_a_follower_that_fell_behind_hears_of_the_end_behind_what_was_kept() -> None:
     """A cancelled job has no attempt any more: what was read of it is still the beginning of what is kept."""
     queue = FakeQueue("m")
-    async with persisted_jobs(queue, keepalive_ms=50) as kept:
+    async with persisted_jobs(queue, keepalive_interval_ms=50) as kept:
         job = await submitted(kept, queue)
         queue.outputs[job.id] = kept_so_far(job, b"data: 1\n\n")
         async with kept.follow(ACME, job.id) as followed:

@@ -72,7 +72,7 @@ async def test_a_server_serves_until_told_to_stop() -> None:
     port = listener.getsockname()[1]
     stop = asyncio.Event()
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
-        serving = tasks.create_task(run_server(_hello, sock=listener, stop=stop, shutdown_limit_s=1))
+        serving = tasks.create_task(run_server(_hello, sock=listener, stop=stop, shutdown_timeout_s=1))
         async with httpx.AsyncClient() as client:
             assert (await client.get(f"http://127.0.0.1:{port}/")).text == "hi"
         stop.set()
@@ -108,7 +108,7 @@ async def test_a_running_request_finishes_within_the_limit() -> None:
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
     stop = asyncio.Event()
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks, httpx.AsyncClient() as client:
-        tasks.create_task(run_server(slow, sock=listener, stop=stop, shutdown_limit_s=5))
+        tasks.create_task(run_server(slow, sock=listener, stop=stop, shutdown_timeout_s=5))
         request = tasks.create_task(client.get(url))
         await begun.wait()
         stop.set()

@@ -86,7 +86,7 @@ async def serving(app: ASGIApp, limits: ConnectionLimits | None = None) -> Async
     stop = asyncio.Event()
     with bind_socket("127.0.0.1", 0) as listener:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(run_server(app, sock=listener, stop=stop, shutdown_limit_s=1.0, limits=limits))
+            tasks.create_task(run_server(app, sock=listener, stop=stop, shutdown_timeout_s=1.0, limits=limits))
             try:
                 yield listener.getsockname()[1]
             finally:
