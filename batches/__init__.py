@@ -1,4 +1,4 @@
-"""Batch work: validating, running and finishing batches over the queue, as RQ jobs; delivering webhooks."""
+"""The batcher: validate, run and finish the batches in the file store, step by step, as RQ jobs."""
 
 from __future__ import annotations
 

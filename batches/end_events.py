@@ -1,7 +1,7 @@
-"""What is to be done once a batch has ended, beside what the batch itself needs.
+"""Emit the webhook event of a batch that has ended.
 
-Called after its end stands in the store and before its mark is taken away: whoever dies in between calls it again. So
-whatever it does must come out the same when it is done twice (an event's id is made from the batch's).
+Called after its end is stored and before its live mark is removed: after a crash in between it is called again, and
+makes the same event, because an event's id is made from the batch's.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from webhooks.delivery_store import DeliveryStore
 from webhooks.events import WebhookEvent
 
 
-def batch_ended(store: ObjectStore, batch: Batch) -> None:
-    """Tell who wants to know that ``batch`` has ended; ``batch.progress.status`` says how. Blocks. Raises
-    ``StoreUnavailable`` or ``StoreFull`` if it cannot now: it is called again."""
+def emit_batch_ended(store: ObjectStore, batch: Batch) -> None:
+    """Queue an event for every endpoint that is subscribed to this end (``batch.progress.status``). Blocks.
+
+    Raises ``StoreUnavailable`` or ``StoreFull``: call it again then.
+    """
     request, status = batch.request, batch.progress.status.value
     ended_at_s = batch.progress.stamps.get(f"{status}_at", request.created_at)
     DeliveryStore(store).emit(WebhookEvent.of(Tenant(request.tenant), f"batch.{status}", request.id, ended_at_s))

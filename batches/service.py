@@ -21,13 +21,13 @@ from telemetry.http.app import health_app
 from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
 from telemetry.threads import in_thread
 
-from .batcher import Batcher
 from .context import BatchContext
+from .expiry import ExpirySweep
 from .metrics import BatchMetrics
 from .rq_jobs import StepQueue, step_jobs
 from .settings import BatchSettings
-from .sweep import Sweep
-from .upkeep import Upkeep
+from .step_runner import StepRunner
+from .step_sweep import StepSweep
 
 _RETRY_LIMIT_MS = 5_000
 
@@ -41,9 +41,9 @@ async def serve(
     *,
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Run a batcher until ``stop`` is set, or without it until SIGTERM or SIGINT; the step that runs then ends first.
+    """Run a batcher until ``stop`` is set, by default until SIGTERM or SIGINT; the running step ends first.
 
-    Raises ``CannotStart`` if the settings cannot work. Redis need not be there; the store must.
+    Raises ``CannotStart`` if the settings cannot work. The file store must be available, Redis need not be.
     """
     if stop is None:
         with stop_on_signals() as signalled:
@@ -54,7 +54,7 @@ async def serve(
     host, port = listener.getsockname()[:2]
     log.info("batcher_listens", url=f"http://{host}:{port}")
     context = BatchContext(
-        settings, storage_settings.batch_input_bytes, store, BatchMetrics(), time.time, time.monotonic
+        settings, storage_settings.max_batch_input_bytes, store, BatchMetrics(), time.time, time.monotonic
     )
     process = _Process(context)
     served = asyncio.Event()
@@ -69,12 +69,12 @@ async def serve(
 
 
 class _Process:
-    """What runs in it: RQ's worker in a thread, the sweep, the link to the queue."""
+    """The parts of a batcher: RQ's worker in a thread, the sweeps, the link to the queue."""
 
     def __init__(self, context: BatchContext) -> None:
         self._context = context
-        self._batcher: Batcher | None = None
-        self._sweep: Sweep | None = None
+        self._runner: StepRunner | None = None
+        self._sweep: StepSweep | None = None
         settings = context.settings
         self._link = QueueLink(
             settings.manager_urls,
@@ -88,12 +88,12 @@ class _Process:
         return health_app("inferq batcher", self._context.metrics.registry, self.reasons)
 
     def reasons(self) -> list[str]:
-        """Why no batch goes on."""
+        """Why the batcher is not ready; empty if it is."""
         if self._context.stopping:
             return ["the batcher is shutting down"]
         found = [f"the queue cannot be reached: {self._link.why}"] if self._context.broker is None else []
         found += [self._sweep.fault] if self._sweep is not None and self._sweep.fault else []
-        found += [self._batcher.stalled] if self._batcher is not None and self._batcher.stalled else []
+        found += [self._runner.fault] if self._runner is not None and self._runner.fault else []
         return found
 
     async def run(self, broker_settings: BrokerSettings, stop: asyncio.Event) -> None:
@@ -107,12 +107,12 @@ class _Process:
         retry_limit_ms = min(queue_settings.retry_limit_ms, _RETRY_LIMIT_MS)
         queue_settings = queue_settings.model_copy(update={"retry_limit_ms": retry_limit_ms})
         steps = StepQueue(rq_connection(queue_settings))
-        batcher, sweep = self._batcher, self._sweep = Batcher(context, steps), Sweep(context, steps)
+        runner, sweep = self._runner, self._sweep = StepRunner(context, steps), StepSweep(context, steps)
         worker = RqWorkerThread(steps.queue, rq_connection(queue_settings), settings.batcher_id)
         async with asyncio.TaskGroup() as tasks:
-            step_jobs.serve(batcher.advance)
+            step_jobs.serve(runner.advance)
             link = tasks.create_task(self._link.keep(queue_settings, context.metrics.registry, self._connected))
-            sweeps = [tasks.create_task(sweep.run()), tasks.create_task(Upkeep(context).run())]
+            sweeps = [tasks.create_task(sweep.run()), tasks.create_task(ExpirySweep(context).run())]
 
             def on_stop() -> None:
                 context.stopping = True

@@ -1,4 +1,4 @@
-"""The first steps of a batch: every line is looked at before any is run."""
+"""Validate the input of a batch: its first steps check every line before any is run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from queue_schemas import Pool
 from storage import Batch, BatchError, BatchStatus, FileRecord
 from telemetry.threads import in_thread
 
-from .context import BatchContext, Folder, input_of
+from .context import BatchContext
 from .core import (
     MAX_ERRORS,
     MAX_RECORDS,
@@ -16,169 +16,180 @@ from .core import (
     SLICES,
     TABLE,
     BadLine,
+    Checkpoint,
     Phase,
-    Work,
     custom_id_digest,
+    find_duplicates,
     pack_run,
     read_line,
     record,
-    repeated,
     slice_bounds,
 )
-from .input import InputGone, InputLines
+from .input import InputDeleted, InputLines, input_deleted, input_of
+from .run_folder import RunFolder
 
-_RECORDS_AT_ONCE = 25_000
-_LINES_BETWEEN_LOOKS = 64
+_SLICE_RECORDS = 25_000
+_LINES_BETWEEN_CHECKS = 64
 
 
-async def validate(context: BatchContext, batch: Batch, folder: Folder, work: Work, until_s: float) -> float:
-    """Go on until ``until_s`` (monotonic), or the end. The seconds after which to go on."""
+async def validate(
+    context: BatchContext, batch: Batch, folder: RunFolder, checkpoint: Checkpoint, until_s: float
+) -> float:
+    """Go on until ``until_s`` (monotonic) or the end of the phase; the seconds to wait before the next step."""
     if batch.cancel_asked_at is not None:
-        _end(work, BatchStatus.CANCELLED)
+        _end(checkpoint, BatchStatus.CANCELLED)
     elif context.now_s() >= batch.request.expires_at:
-        _end(work, BatchStatus.EXPIRED)
-    elif work.phase is Phase.READ and not work.read_all:
-        await in_thread(lambda: _read(context, batch, folder, work, until_s))
-    elif work.phase is Phase.READ and not work.errors:
-        return await _check_model(context, work)
-    elif work.phase is Phase.COMPARE and work.slices < SLICES and not work.full_of_errors:
-        await in_thread(lambda: _compare(context, folder, work, until_s))
-    elif work.errors:
-        _end(work, BatchStatus.FAILED)
+        _end(checkpoint, BatchStatus.EXPIRED)
+    elif checkpoint.phase is Phase.READ and not checkpoint.read_all:
+        await in_thread(lambda: _read(context, batch, folder, checkpoint, until_s))
+    elif checkpoint.phase is Phase.READ and not checkpoint.errors:
+        return await _check_model(context, checkpoint)
+    elif (
+        checkpoint.phase is Phase.COMPARE_IDS and checkpoint.compared_slices < SLICES and not checkpoint.full_of_errors
+    ):
+        await in_thread(lambda: _compare(context, folder, checkpoint, until_s))
+    elif checkpoint.errors:
+        _end(checkpoint, BatchStatus.FAILED)
     else:
-        _begin(context, work)
+        _begin(context, checkpoint)
     return 0
 
 
-def _end(work: Work, outcome: BatchStatus) -> None:
-    work.outcome, work.phase = outcome, Phase.END
+def _end(checkpoint: Checkpoint, outcome: BatchStatus) -> None:
+    checkpoint.outcome, checkpoint.phase = outcome, Phase.END
 
 
-def _begin(context: BatchContext, work: Work) -> None:
-    """All lines can be run."""
-    work.publish(BatchStatus.IN_PROGRESS, total=work.total)
-    work.stamp("in_progress_at", context.now_s())
-    work.last_line = work.number
-    work.number, work.offset, work.read_all = 1, 0, False
-    work.runs, work.slices = [], 0
-    work.phase = Phase.PUMP
+def _begin(context: BatchContext, checkpoint: Checkpoint) -> None:
+    """The input is valid: begin to run its lines."""
+    checkpoint.publish(BatchStatus.IN_PROGRESS, total=checkpoint.total)
+    checkpoint.stamp("in_progress_at", context.now_s())
+    checkpoint.line_count = checkpoint.number
+    checkpoint.number, checkpoint.offset, checkpoint.read_all = 1, 0, False
+    checkpoint.id_runs, checkpoint.compared_slices = [], 0
+    checkpoint.phase = Phase.DISPATCH
 
 
-def _read(context: BatchContext, batch: Batch, folder: Folder, work: Work, until_s: float) -> None:
-    """Look at lines, one by one."""
+def _read(context: BatchContext, batch: Batch, folder: RunFolder, checkpoint: Checkpoint, until_s: float) -> None:
+    """Check lines, one by one."""
     found = input_of(context.files, batch)
     if found is None:
-        work.fault(input_deleted(batch))
-        work.read_all = True
+        checkpoint.add_error(input_deleted(batch))
+        checkpoint.read_all = True
         return
-    most = context.input_bytes
-    if found.bytes > most:
-        work.fault(_error("file_too_large", f"the input file has {found.bytes} bytes; {most} are the most", None))
-        work.read_all = True
+    if found.bytes > context.max_input_bytes:
+        checkpoint.add_error(
+            _error(
+                "file_too_large",
+                f"the input file has {found.bytes} bytes; the maximum is {context.max_input_bytes}",
+                None,
+            )
+        )
+        checkpoint.read_all = True
         return
-    while not work.read_all:
-        records = _read_run(context, batch, found, work, until_s)
+    while not checkpoint.read_all:
+        records = _read_run(context, batch, found, checkpoint, until_s)
         if records:
-            name = f"{len(work.runs):06d}-{secrets.token_hex(6)}"
+            name = f"{len(checkpoint.id_runs):06d}-{secrets.token_hex(6)}"
             context.store.put(folder.name("ids", name), pack_run(records))
-            work.runs.append(name)
+            checkpoint.id_runs.append(name)
         if context.tick_s() >= until_s:
             break
-    if work.read_all and not work.total and not work.errors:
-        work.fault(_error("empty_file", "the input file has no lines; each line is one request", None))
+    if checkpoint.read_all and not checkpoint.total and not checkpoint.errors:
+        checkpoint.add_error(_error("empty_file", "the input file has no lines; each line is one request", None))
 
 
-def _read_run(context: BatchContext, batch: Batch, found: FileRecord, work: Work, until_s: float) -> list[bytes]:
-    """Look at as many lines as one run holds, or there is time for."""
+def _read_run(
+    context: BatchContext, batch: Batch, found: FileRecord, checkpoint: Checkpoint, until_s: float
+) -> list[bytes]:
+    """Check as many lines as one run of ids holds, or there is time for; their records."""
     settings = context.settings
-    lines = InputLines(context.files, found, settings.max_line_bytes, number=work.number, offset=work.offset)
+    lines = InputLines(
+        context.files, found, settings.max_line_bytes, number=checkpoint.number, offset=checkpoint.offset
+    )
     limits = settings.limits_of(batch.request.tenant)
     records: list[bytes] = []
     try:
         while (raw := lines.next()) is not None:
-            work.number, work.offset = raw.number + 1, raw.end
-            work.total += 1
-            if work.total > settings.max_lines:
-                work.fault(_error("too_many_lines", f"the input file has more than {settings.max_lines} lines", None))
-                work.read_all = True
+            checkpoint.number, checkpoint.offset = raw.number + 1, raw.end
+            checkpoint.total += 1
+            if checkpoint.total > settings.max_lines:
+                checkpoint.add_error(
+                    _error("too_many_lines", f"the input file has more than {settings.max_lines} lines", None)
+                )
+                checkpoint.read_all = True
                 return records
             try:
                 line = read_line(raw.data, batch.request.endpoint, settings.max_line_bytes, limits)
-                _same_model(work, line.model)
+                _same_model(checkpoint, line.model)
             except BadLine as bad:
-                work.fault(BatchError(code=bad.code, message=bad.message, param=bad.param, line=raw.number))
-                if work.full_of_errors or bad.code == "invalid_encoding":
-                    work.read_all = True
+                checkpoint.add_error(BatchError(code=bad.code, message=bad.message, param=bad.param, line=raw.number))
+                if checkpoint.full_of_errors or bad.code == "invalid_encoding":
+                    checkpoint.read_all = True
                     return records
             else:
                 records.append(record(custom_id_digest(line.custom_id), raw.number))
             if len(records) >= MAX_RECORDS:
                 return records
-            if not work.total % _LINES_BETWEEN_LOOKS and context.tick_s() >= until_s:
+            if not checkpoint.total % _LINES_BETWEEN_CHECKS and context.tick_s() >= until_s:
                 return records
-    except InputGone:
-        work.fault(input_deleted(batch))
+    except InputDeleted:
+        checkpoint.add_error(input_deleted(batch))
     finally:
         lines.close()
-    work.read_all = True
+    checkpoint.read_all = True
     return records
 
 
-def _same_model(work: Work, model: str) -> None:
-    known = work.progress.model
+def _same_model(checkpoint: Checkpoint, model: str) -> None:
+    known = checkpoint.progress.model
     if known is None:
-        work.publish(work.progress.status, model=model)
+        checkpoint.publish(checkpoint.progress.status, model=model)
     elif model != known:
         raise BadLine(
             "mismatched_model",
-            f"all lines of a batch ask the same model: {known[:200]!r}, not {model[:200]!r}",
+            f"all lines of a batch must name the same model: {known[:200]!r}, not {model[:200]!r}",
             "body.model",
         )
 
 
-async def _check_model(context: BatchContext, work: Work) -> float:
-    """An error if no worker has ever named the model; the seconds to wait while one may still do."""
-    model = Pool(work.progress.model or "")
+async def _check_model(context: BatchContext, checkpoint: Checkpoint) -> float:
+    """Report an error if no worker serves or served the model; the seconds to wait while one may still join."""
+    model = Pool(checkpoint.progress.model or "")
     broker = context.queue()
     known = model in await broker.fleet.known_pools()
     if known or any(model in worker.models for worker in (await broker.fleet.load_workers()).values()):
-        work.phase = Phase.COMPARE
+        checkpoint.phase = Phase.COMPARE_IDS
         return 0
     now = context.now_s()
-    work.unknown_since = work.unknown_since or now
-    left = work.unknown_since + context.settings.model_wait_ms / 1000 - now
+    checkpoint.unknown_since = checkpoint.unknown_since or now
+    left = checkpoint.unknown_since + context.settings.model_wait_ms / 1000 - now
     if left > 0:
         return min(left, 1.0)
-    sentence = f"there is no model {model[:200]!r} here; GET /v1/models lists those that there are"
-    work.fault(BatchError(code="model_not_found", message=sentence, param="body.model", line=1))
+    sentence = f"there is no model {model[:200]!r} here; GET /v1/models lists the models"
+    checkpoint.add_error(BatchError(code="model_not_found", message=sentence, param="body.model", line=1))
     return 0
 
 
-def _compare(context: BatchContext, folder: Folder, work: Work, until_s: float) -> None:
-    """Look for ids that stand twice, slice by slice."""
+def _compare(context: BatchContext, folder: RunFolder, checkpoint: Checkpoint, until_s: float) -> None:
+    """Look for ids that occur twice, slice by slice."""
     tables: dict[str, tuple[int, ...]] = {}
-    at_once = max(1, SLICES * _RECORDS_AT_ONCE // max(work.total, 1))
-    while work.slices < SLICES and not work.full_of_errors:
-        last = min(SLICES, work.slices + at_once)
+    step = max(1, SLICES * _SLICE_RECORDS // max(checkpoint.total, 1))
+    while checkpoint.compared_slices < SLICES and not checkpoint.full_of_errors:
+        last = min(SLICES, checkpoint.compared_slices + step)
         parts = []
-        for name in work.runs:
+        for name in checkpoint.id_runs:
             run = folder.name("ids", name)
             if name not in tables:
                 tables[name] = TABLE.unpack(context.store.read(run, 0, TABLE.size))
-            start, end = slice_bounds(tables[name], work.slices, last)
+            start, end = slice_bounds(tables[name], checkpoint.compared_slices, last)
             if end - start >= RECORD:
                 parts.append(context.store.read(run, start, end))
-        for line, before in repeated(parts, MAX_ERRORS):
-            sentence = f"the custom_id of line {line} stands in line {before} already; give each line one of its own"
-            work.fault(BatchError(code="duplicate_custom_id", message=sentence, param="custom_id", line=line))
-        work.slices = last
+        for line, before in find_duplicates(parts, MAX_ERRORS):
+            sentence = f"line {line} has the same custom_id as line {before}; give each line a unique one"
+            checkpoint.add_error(BatchError(code="duplicate_custom_id", message=sentence, param="custom_id", line=line))
+        checkpoint.compared_slices = last
         if context.tick_s() >= until_s:
             break
-
-
-def input_deleted(batch: Batch) -> BatchError:
-    file_id = batch.request.input_file_id
-    return _error("input_file_deleted", f"the input file {file_id} was deleted before the batch ended", "input_file_id")
 
 
 def _error(code: str, message: str, param: str | None) -> BatchError:

@@ -254,7 +254,7 @@ def _store_routes(services: RouterServices) -> list[APIRouter]:
         store.files,
         store.batches,
         idempotency,
-        max_input_bytes=services.storage_settings.batch_input_bytes,
+        max_input_bytes=services.storage_settings.max_batch_input_bytes,
         max_live=settings.max_tenant_batches,
     )
     endpoints = batch_endpoints(settings.paths)

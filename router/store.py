@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from queue_schemas import InferqError, OverCapacity, StoreUnavailable, Tenant
-from storage import Batches, Files, ObjectStore, RequestRecords
+from storage import BatchStore, FileStore, ObjectStore, RequestRecords
 from telemetry import get_logger
 from webhooks.delivery_store import DeliveryStore
 from webhooks.endpoints import EndpointStore
@@ -57,8 +57,8 @@ class AsyncStore:
     ) -> None:
         """``single_tenant``: everything belongs to one tenant, which needs no share of its own."""
         self.objects = objects
-        self.files = Files(objects)
-        self.batches = Batches(objects)
+        self.files = FileStore(objects)
+        self.batches = BatchStore(objects)
         self.endpoints = EndpointStore(objects)
         self.deliveries = DeliveryStore(objects)
         self.requests = RequestRecords(objects)

@@ -6,9 +6,18 @@ append nor compare and swap.
 
 from __future__ import annotations
 
-from .batches import BATCH_ENDED, Batch, BatchError, Batches, BatchProgress, BatchRequest, BatchStatus, OutputExpiry
+from .batches import (
+    ENDED_STATUSES,
+    Batch,
+    BatchError,
+    BatchProgress,
+    BatchRequest,
+    BatchStatus,
+    BatchStore,
+    OutputExpiry,
+)
 from .failures import ObjectMissing
-from .files import FileRecord, Files, Kept, Part, Upload
+from .files import FileRecord, FileStore, Part, StorageUsage, Upload
 from .names import created_ms, folder_of, new_batch_id, new_file_id, tenant_of
 from .objects import ObjectStore, Writer
 from .request_records import RequestRecord, RequestRecords
@@ -17,16 +26,15 @@ from .sweep import sweep_expired, sweep_leftovers
 from .writing import ObjectWriter
 
 __all__ = [
-    "BATCH_ENDED",
+    "ENDED_STATUSES",
     "Batch",
     "BatchError",
     "BatchProgress",
     "BatchRequest",
     "BatchStatus",
-    "Batches",
+    "BatchStore",
     "FileRecord",
-    "Files",
-    "Kept",
+    "FileStore",
     "ObjectMissing",
     "ObjectStore",
     "ObjectWriter",
@@ -35,6 +43,7 @@ __all__ = [
     "RequestRecord",
     "RequestRecords",
     "StorageSettings",
+    "StorageUsage",
     "Upload",
     "Writer",
     "created_ms",

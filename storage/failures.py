@@ -1,4 +1,4 @@
-"""Whatever a store says, as an error of ours."""
+"""Map the errors of a file store to ``StoreUnavailable``, ``StoreFull`` and ``ObjectMissing``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ log = get_logger(__name__)
 
 
 class ObjectMissing(Exception):
-    """There is no such object; the message is its name."""
+    """The object does not exist; the message is its name."""
 
 
 @contextmanager
 def store_errors(what: str, *, reading: bool = False) -> Iterator[None]:
-    """Around calls of a store alone, about the object ``what``: raises ``StoreFull``, ``StoreUnavailable``, and
-    ``ObjectMissing`` where it is read.
+    """Wrap calls of the store about the object ``what``: raises ``StoreFull``, ``StoreUnavailable``, and with
+    ``reading`` ``ObjectMissing``.
 
-    Stores of objects raise what their client libraries have, of no common kind: all of it means that the store did not
-    do it. A client is told no more than the kind, as such errors name hosts and buckets; the log has the rest.
+    Client libraries of object stores raise errors without a common base class: any error means that the call failed.
+    Clients are told its class only, because such errors name hosts and buckets; the log has the rest.
     """
     try:
         yield
@@ -41,5 +41,5 @@ def store_errors(what: str, *, reading: bool = False) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    said = error.strerror if isinstance(error, OSError) else None
-    return hide_addresses(said) if said else type(error).__name__
+    reason = error.strerror if isinstance(error, OSError) else None
+    return hide_addresses(reason) if reason else type(error).__name__

@@ -1,13 +1,13 @@
-"""Files: what clients upload, and what batches give out.
+"""Store files: uploads of clients, and outputs of batches.
 
-A file is a record and its parts, immutable objects that follow each other: however large an output grows, no part of
-it is copied again. The record is written last and removed first, so a file is there whole or not at all.
+A file is a record and its parts, immutable objects in a row: however large an output grows, no part is copied again.
+The record is written last and removed first, so that a file is complete or absent.
 
 ::
 
     <tenant>/files/<id>/record        FileRecord as JSON
     <tenant>/files/<id>/part-000000   ...
-    expiring/<seconds>~<tenant>~<id>  an empty object for each file that expires
+    expiring/<seconds>~<tenant>~<id>  an empty object for each file that expires, by its Unix time
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .writing import ObjectWriter
 
 Order = Literal["asc", "desc"]
 EXPIRING = "expiring"
-_AT_ONCE = 100
-"""Records that are read together."""
+_READ_TOGETHER = 100
+"""Records to read in one call."""
 
 
 class Part(BaseModel):
-    """One object of a file, by its full name in the store; ``size`` in bytes."""
+    """One object of a file, by its full name in the store; ``size`` is in bytes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,7 +43,7 @@ class Part(BaseModel):
 
 
 class FileRecord(BaseModel):
-    """A file. Times are Unix seconds; ``sha256`` is of uploads only."""
+    """A file. Times are Unix seconds; only uploads have a ``sha256``."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -62,16 +62,17 @@ class FileRecord(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What the store holds of one tenant: files, and the bytes of everything."""
+class StorageUsage:
+    """What one tenant stores: the number of files, and the bytes of all its objects."""
 
     files: int
     bytes: int
 
 
 class Upload:
-    """A file that comes in: ``write`` as often as wanted, then ``commit`` and :meth:`Files.add`; or ``discard``, after
-    which nothing is left. ``size`` counts its bytes so far."""
+    """A file that is being uploaded: call ``write`` repeatedly, then ``commit`` and :meth:`FileStore.add`; or
+    ``discard``,
+    which leaves nothing. ``size`` is the number of bytes so far."""
 
     def __init__(self, writer: ObjectWriter, store: ObjectStore, name: str, max_bytes: int) -> None:
         self._writer = writer
@@ -90,11 +91,11 @@ class Upload:
         self._writer.write(data)
 
     def commit(self) -> None:
-        """Its one part is in the store from now on."""
+        """Store its one part."""
         self._writer.commit()
 
     def discard(self) -> None:
-        """Whatever has become of it, its part is not in the store from now on."""
+        """Remove its part from the store, committed or not."""
         self._writer.discard()
         self._store.delete([self._name])
 
@@ -107,17 +108,17 @@ class Upload:
         return self._hash.hexdigest()
 
 
-class Files:
-    """The files of all tenants. Errors as in :class:`ObjectStore`. Nothing here looks at a clock.
+class FileStore:
+    """The files of all tenants. Errors as in :class:`ObjectStore`. Reads no clock.
 
-    Removing what expired or was left over is :mod:`storage.sweep`'s.
+    :mod:`storage.sweep` removes expired files and leftovers.
     """
 
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
 
     def begin(self, tenant: Tenant, file_id: str, max_bytes: int) -> Upload:
-        """Write the one part of a file; :meth:`add` then makes it one."""
+        """Begin to write the one part of a file; :meth:`add` makes it a file."""
         name = self.part_name(tenant, file_id, 0)
         return Upload(self.store.begin(name), self.store, name, max_bytes)
 
@@ -133,14 +134,15 @@ class Files:
             raise
 
     def add(self, record: FileRecord) -> None:
-        """The file is there from now on. Its parts must be. Again with the same record it changes nothing."""
+        """Make the file visible. Its parts must be stored. A second call with the same record changes nothing."""
         if record.expires_at is not None:
             self.store.put(_expiring(record), b"")
         self.store.put(_record(Tenant(record.tenant), record.id), record.model_dump_json().encode())
 
     def get(self, tenant: Tenant, file_id: str, now_s: float) -> FileRecord | None:
-        """The file; None if the tenant has none of that id, or not any more. ``now_s`` 0: also one that has expired
-        and was not removed yet."""
+        """The file; None if the tenant has none with that id, or it has expired. With ``now_s`` 0 expired files that
+        are
+        not removed yet count too."""
         if not is_id(file_id, FILE):
             return None
         record = _parsed(self.store.get(_record(tenant, file_id)))
@@ -156,16 +158,16 @@ class Files:
         order: Order = "desc",
         purpose: str = "",
     ) -> tuple[list[FileRecord], bool]:
-        """Up to ``limit`` files by age behind the one called ``after``, and whether there are more."""
+        """Up to ``limit`` files, by age, that follow the one with the id ``after``; and whether there are more."""
         ids = [name for name in self.store.names(f"{folder_of(tenant)}/files") if is_id(name, FILE)]
         if order == "desc":
             ids.reverse()
         if after:
             ids = [name for name in ids if (name < after if order == "desc" else name > after)]
         page: list[FileRecord] = []
-        at_once = min(_AT_ONCE, limit + 1)
-        for first in range(0, len(ids), at_once):
-            names = [_record(tenant, file_id) for file_id in ids[first : first + at_once]]
+        step = min(_READ_TOGETHER, limit + 1)
+        for first in range(0, len(ids), step):
+            names = [_record(tenant, file_id) for file_id in ids[first : first + step]]
             for found in self.store.get_many(names):
                 record = _parsed(found)
                 if record is None or record.expired(now_s) or (purpose and record.purpose != purpose):
@@ -175,15 +177,15 @@ class Files:
                 page.append(record)
         return page, False
 
-    def kept(self, tenant: Tenant) -> Kept:
-        """What the store holds of the tenant now."""
+    def usage(self, tenant: Tenant) -> StorageUsage:
+        """What the tenant stores now. Lists all its objects."""
         sizes = self.store.sizes(folder_of(tenant))
         records = f"{folder_of(tenant)}/files/"
         files = sum(1 for name in sizes if name.startswith(records) and name.endswith("/record"))
-        return Kept(files, sum(sizes.values()))
+        return StorageUsage(files, sum(sizes.values()))
 
     def delete(self, record: FileRecord) -> None:
-        """Remove a file, its record first: half a file is none."""
+        """Remove a file, its record first, so that no partial file is visible."""
         tenant = Tenant(record.tenant)
         self.store.delete([_record(tenant, record.id)])
         folder = folder_of_file(tenant, record.id)
@@ -193,7 +195,7 @@ class Files:
             self.store.delete([_expiring(record)])
 
     def expired(self, now_s: float) -> list[FileRecord]:
-        """Files whose time is over, of all tenants."""
+        """The expired files of all tenants."""
         found = []
         for name in self.store.names(EXPIRING):
             at, _, rest = name.partition("~")
@@ -210,8 +212,9 @@ class Files:
         return found
 
     def piece(self, record: FileRecord, start: int, end: int) -> bytes:
-        """Bytes of the file from ``start`` on, before ``end``: as many as one call gives (``PIECE_BYTES`` at most),
-        and none only where there are none. Raises ``ObjectMissing``."""
+        """Bytes of the file from ``start`` to at most ``end`` (exclusive): up to ``PIECE_BYTES`` of one part; empty
+        only
+        at the end. Raises ``ObjectMissing``."""
         at = 0
         for part in record.parts:
             if start < at + part.size and start < end:
@@ -224,7 +227,8 @@ class Files:
         return b""
 
     def read(self, record: FileRecord, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """Bytes ``start`` to ``end`` (exclusive; None: the end) in pieces. Raises ``ObjectMissing`` if any is gone."""
+        """Bytes ``start`` to ``end`` (exclusive; None: the end) in pieces. Raises ``ObjectMissing`` if a part is
+        gone."""
         stop = record.bytes if end is None else min(end, record.bytes)
         while piece := self.piece(record, start, stop):
             start += len(piece)
@@ -232,12 +236,12 @@ class Files:
 
     @staticmethod
     def part_name(tenant: Tenant, file_id: str, number: int) -> str:
-        """The full name of a file's part: write it, then name it in the record."""
+        """The full name of a file's part."""
         return f"{folder_of_file(tenant, file_id)}/part-{number:06d}"
 
 
 def folder_of_file(tenant: Tenant, file_id: str) -> str:
-    """Where the objects of one file lie."""
+    """The folder of one file's objects."""
     return f"{folder_of(tenant)}/files/{file_id}"
 
 

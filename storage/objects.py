@@ -1,17 +1,16 @@
-"""Objects by name, over fsspec: a local folder, S3, or whatever else fsspec knows.
+"""Store objects by name, with fsspec: in a local folder, in S3, or in any other file system that fsspec supports.
 
-Names are plain paths below the root. An object appears whole or not at all (:mod:`storage.writing`). All calls block.
+Names are plain paths below the root. Writes are atomic (:mod:`storage.writing`). All calls block.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -24,26 +23,28 @@ from .settings import StorageSettings
 from .writing import SCRATCH, LocalWriter, ObjectWriter, RemoteWriter, make_folder, sync_folder
 
 PIECE_BYTES = 1 << 20
-"""How much is read at a time."""
+"""Maximum size of one read."""
 MARK = ".inferq-store"
-"""An empty object at the root of a folder: where it is not, the folder is another one, or its disk is not mounted."""
+"""An empty object at the root of a folder. If it is missing, the folder's disk is not mounted, or it is a new
+folder."""
 _DELETE_TRIES = 5
 
 log = get_logger(__name__)
 
 
 class Writer(Protocol):
-    """What an object is written with, piece by piece."""
+    """Writes an object piece by piece."""
 
     def write(self, data: bytes, /) -> object: ...
 
 
 class ObjectStore:
-    """All methods raise ``StoreUnavailable`` when the store cannot be reached or refuses us, ``StoreFull`` when there
-    is no room."""
+    """All methods raise ``StoreUnavailable`` if the store cannot be reached or refuses the call, and ``StoreFull`` if
+    it
+    has no room."""
 
     def __init__(self, filesystem: Any, root: str) -> None:
-        """``filesystem`` is fsspec's; ``root`` a path in it."""
+        """``filesystem`` is one of fsspec, ``root`` a path in it."""
         self._files = filesystem
         self._root = root.rstrip("/")
         self._folder = Path(root) if isinstance(filesystem, LocalFileSystem) else None
@@ -51,7 +52,7 @@ class ObjectStore:
 
     @classmethod
     def open(cls, settings: StorageSettings) -> ObjectStore:
-        """The store that the settings name. Reaches for nothing yet. Raises ``CannotStart``."""
+        """The store that the settings name. Connects to nothing yet. Raises ``CannotStart``."""
         try:
             filesystem, root = fsspec.url_to_fs(settings.url, use_listings_cache=False, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
@@ -62,7 +63,7 @@ class ObjectStore:
         return cls(filesystem, root)
 
     def put(self, name: str, data: bytes, *, private: bool = False) -> None:
-        """Write a small object, in place of any of that name. ``private``: in a folder, only its owner may read it."""
+        """Write a small object, replacing one of that name. ``private``: in a folder, only its owner may read it."""
         if self._folder is None:
             with store_errors(name):
                 self._files.pipe_file(self._path(name), data)
@@ -71,7 +72,7 @@ class ObjectStore:
             writer.write(data)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Write a small object unless there is one of that name; whether it was written."""
+        """Write a small object unless one of that name exists; whether it was written."""
         if self._folder is None:
             with store_errors(name):
                 try:
@@ -79,7 +80,7 @@ class ObjectStore:
                 except FileExistsError:
                     return False
                 return True
-        self._look_for_mark(writing=True)
+        self._check_mark(writing=True)
         writer = LocalWriter(self._folder, name, private=False)
         try:
             writer.write(data)
@@ -88,15 +89,15 @@ class ObjectStore:
             writer.discard()
 
     def begin(self, name: str, *, private: bool = False) -> ObjectWriter:
-        """Write an object piece by piece; whoever begins must commit or discard."""
+        """Write an object piece by piece; the caller must commit or discard it."""
         if self._folder is not None:
-            self._look_for_mark(writing=True)
+            self._check_mark(writing=True)
             return LocalWriter(self._folder, name, private=private)
         return RemoteWriter(self._files, self._path(name), name)
 
     @contextmanager
     def writer(self, name: str, *, private: bool = False) -> Iterator[Writer]:
-        """Write an object piece by piece. It is there once the block is left; left by an error, nothing is."""
+        """Write an object piece by piece. It appears at the end of the block, unless the block raises."""
         writer = self.begin(name, private=private)
         try:
             yield writer
@@ -106,16 +107,16 @@ class ObjectStore:
         writer.commit()
 
     def get(self, name: str) -> bytes | None:
-        """A small object; None if there is none."""
+        """A small object; None if it does not exist."""
         try:
             with store_errors(name, reading=True):
                 return bytes(self._files.cat_file(self._path(name)))
         except ObjectMissing:
-            self._look_for_mark()
+            self._check_mark()
             return None
 
     def get_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """Small objects, None for those that are not there: at once where each takes a round trip."""
+        """Small objects, None for those that do not exist; concurrently where each takes a round trip."""
         if self._folder is not None or not names:
             return [self.get(name) for name in names]
         with store_errors(names[0]):
@@ -128,45 +129,36 @@ class ObjectStore:
             with store_errors(name, reading=True):
                 return bytes(self._files.cat_file(self._path(name), start=start, end=end))
         except ObjectMissing:
-            self._look_for_mark()
+            self._check_mark()
             raise
 
-    @contextmanager
-    def reader(self, name: str, start: int = 0) -> Iterator[BinaryIO]:
-        """Read an object from ``start`` on. Raises ``ObjectMissing``."""
-        with store_errors(name, reading=True):
-            file = self._files.open(self._path(name), "rb", block_size=PIECE_BYTES)
-            file.seek(start)
-        with file, io.BufferedReader(_Reading(file, name), PIECE_BYTES) as buffered:
-            yield buffered
-
     def names(self, below: str) -> list[str]:
-        """The last parts of the names directly below ``below``, sorted; folders count as names."""
+        """The last parts of the names directly below ``below``, sorted, folders included."""
         try:
             with store_errors(below, reading=True):
                 if self._folder is not None:
-                    found = os.listdir(self._path(below))  # noqa: PTH208 - names only, as there may be very many
+                    found = os.listdir(self._path(below))  # noqa: PTH208 - names only: there may be very many
                 else:
                     found = self._files.ls(self._path(below), detail=False)
         except ObjectMissing:
-            self._look_for_mark()
+            self._check_mark()
             return []
-        names = {str(path).rstrip("/").rpartition("/")[2] for path in found}  # as there may be very many of them
+        names = {str(path).rstrip("/").rpartition("/")[2] for path in found}
         return sorted(names - {MARK if self._folder is not None else PurePosixPath(below).name})
 
     def sizes(self, below: str) -> dict[str, int]:
-        """Every object below ``below``, however deep, by its full name, with its size in bytes."""
+        """The size in bytes of every object below ``below``, at any depth, by its full name."""
         with store_errors(below):
             found = self._files.find(self._path(below), detail=True)
         if not found:
-            self._look_for_mark()
+            self._check_mark()
         start = len(self._root) + 1
         sizes = {str(path)[start:]: int(facts["size"]) for path, facts in found.items()}
         sizes.pop(MARK, None)
         return sizes
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; those that are not there are none to remove."""
+        """Remove objects. Missing ones are ignored."""
         folders = set()
         for name in names:
             try:
@@ -180,27 +172,29 @@ class ObjectStore:
             self._sync(folder)
 
     def delete_below(self, folder: str) -> None:
-        """Remove everything below ``folder``, and it, whoever adds to it or takes from it meanwhile."""
+        """Remove ``folder`` and everything below it, even while others write there."""
         for left in reversed(range(_DELETE_TRIES)):
             try:
                 with store_errors(folder, reading=True):
                     self._files.rm(self._path(folder), recursive=True)
             except ObjectMissing:
-                log.debug("store_not_there", folder=folder)  # it, or something in it that went meanwhile
+                log.debug("store_not_there", folder=folder)  # the folder, or something in it, was removed meanwhile
             except StoreUnavailable:
                 if self._folder is None or not left:
                     raise
             if self._folder is None or not (self._folder / folder).exists():
                 break
         else:
-            raise StoreUnavailable("the file store cannot be used now (others write what is removed); try again")
+            raise StoreUnavailable(
+                "the file store cannot be used now (others write to the folder being removed); try again"
+            )
         if self._folder is not None:
             self._sync((self._folder / folder).parent)
 
     def clear_scratch(self, before_s: float) -> int:
-        """Remove what processes that died left half written in a folder, untouched since that Unix time; how much.
+        """Remove half-written objects of processes that died, untouched since that Unix time, from a folder; how many.
 
-        An object store clears up by a rule of the bucket about incomplete multipart uploads.
+        In an object store a lifecycle rule of the bucket does so for incomplete multipart uploads.
         """
         cleared = 0
         if self._folder is None or not (self._folder / SCRATCH).is_dir():
@@ -212,20 +206,23 @@ class ObjectStore:
                         path.unlink()
                         cleared += 1
             except ObjectMissing:
-                continue  # it was finished in between
+                continue  # it was finished meanwhile
         return cleared
 
     def check(self) -> None:
-        """Write, read and remove an object. Raises what keeps the store from being used."""
+        """Write, read and remove an object. Raises if the store cannot be used."""
         name = f"{SCRATCH}-check-{secrets.token_hex(6)}"
         self.put(name, b"inferq")
         if self.get(name) != b"inferq":
-            raise StoreUnavailable("the file store does not give back what was written to it; check its URL")
+            raise StoreUnavailable("the file store does not return what was written to it; check its URL")
         self.delete([name])
 
-    def _look_for_mark(self, *, writing: bool = False) -> None:
-        """A folder that is away must not seem an empty one, nor be made anew where its disk was mounted: called where
-        something is not there, and before anything is written. Raises ``StoreUnavailable``."""
+    def _check_mark(self, *, writing: bool = False) -> None:
+        """Raise ``StoreUnavailable`` if the folder's disk is not mounted any more.
+
+        An unmounted folder must not look empty, nor be created again: called when an object is missing, and before a
+        write.
+        """
         if self._folder is None:
             return
         mark = self._folder / MARK
@@ -233,7 +230,7 @@ class ObjectStore:
             if mark.exists():
                 self._mark_seen = True
             elif self._mark_seen:
-                raise StoreUnavailable("the file store's folder is not there now: is its disk mounted?")
+                raise StoreUnavailable("the file store's folder is missing: is its disk mounted?")
             elif writing:
                 make_folder(self._folder, self._folder)
                 mark.touch(0o660)
@@ -258,21 +255,4 @@ class ObjectStore:
             with store_errors(folder.name, reading=True):
                 sync_folder(folder)
         except ObjectMissing:
-            return  # removed in between, and what was in it with it
-
-
-class _Reading(io.RawIOBase):
-    """An object that is read: what goes wrong is an error of ours."""
-
-    def __init__(self, file: Any, name: str) -> None:
-        self._file = file
-        self._name = name
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        with store_errors(self._name, reading=True):
-            data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+            return  # removed meanwhile, with everything in it

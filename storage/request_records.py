@@ -1,7 +1,7 @@
-"""Requests that changed the store, by their idempotency key: which request a key was sent with, and what it made.
+"""Store which request an idempotency key was sent with, and what that request created, so that retries find it.
 
-A request without a key is recorded under its own digest until its answer has been sent, so that a repetition of one
-whose answer was lost finds what it made::
+A request without a key is recorded under its own digest until its response is sent, so that a retry after a lost
+response finds what the request created::
 
     <tenant>/requests/key-<sha256 of the key>         RequestRecord as JSON
     <tenant>/requests/unanswered-<digest of it>       RequestRecord as JSON
@@ -19,12 +19,12 @@ from queue_schemas import Tenant
 from .names import folder_of
 from .objects import ObjectStore
 
-_AT_ONCE = 100
-"""Records that are read together."""
+_READ_TOGETHER = 100
+"""Records to read in one call."""
 
 
 class RequestRecord(BaseModel):
-    """``request`` is the digest of what was asked, ``result`` names what it made. Times are Unix milliseconds."""
+    """``request`` is the digest of the request, ``result`` the id of what it created. Times are Unix milliseconds."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,7 +35,7 @@ class RequestRecord(BaseModel):
 
 
 class RequestRecords:
-    """The records of all tenants. Errors as in :class:`ObjectStore`. Nothing here looks at a clock."""
+    """The records of all tenants. Errors as in :class:`ObjectStore`. Reads no clock."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
@@ -51,8 +51,8 @@ class RequestRecords:
         return f"unanswered-{digest}"
 
     def claim(self, tenant: Tenant, name: str, record: RequestRecord, now_ms: int) -> RequestRecord:
-        """Write ``record`` unless there is one that has not expired; the one that holds the name then. Of several
-        claims at once, at any number of Routers, one wins."""
+        """Write ``record`` unless the name has one that has not expired; the record that holds the name then. Of
+        concurrent claims, by any number of Routers, one wins."""
         path, data = _path(tenant, name), record.model_dump_json().encode()
         if self._store.put_new(path, data):
             return record
@@ -63,11 +63,11 @@ class RequestRecords:
         return record
 
     def put(self, tenant: Tenant, name: str, record: RequestRecord) -> None:
-        """Write ``record`` in place of any of that name."""
+        """Write ``record``, replacing one of that name."""
         self._store.put(_path(tenant, name), record.model_dump_json().encode())
 
     def get(self, tenant: Tenant, name: str) -> RequestRecord | None:
-        """The record of that name; None if there is none, or it is damaged."""
+        """The record of that name; None if it does not exist or is damaged."""
         return _parsed(self._store.get(_path(tenant, name)))
 
     def release(self, tenant: Tenant, name: str, record: RequestRecord) -> None:
@@ -78,8 +78,8 @@ class RequestRecords:
     def expired(self, tenant: Tenant, now_ms: int) -> Iterator[str]:
         """The full names of the objects of records that have expired or are damaged."""
         names = self._store.names(f"{folder_of(tenant)}/requests")
-        for first in range(0, len(names), _AT_ONCE):
-            paths = [_path(tenant, name) for name in names[first : first + _AT_ONCE]]
+        for first in range(0, len(names), _READ_TOGETHER):
+            paths = [_path(tenant, name) for name in names[first : first + _READ_TOGETHER]]
             for path, data in zip(paths, self._store.get_many(paths), strict=True):
                 record = _parsed(data)
                 if record is None or record.expires_ms <= now_ms:

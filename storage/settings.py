@@ -1,4 +1,4 @@
-"""Where files and batches lie."""
+"""Settings of the file store, for every role that uses it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from telemetry.paths import absolute_path
 
 
 class StorageSettings(RoleSettings):
-    """Table ``[storage]``, environment ``INFERQ_STORAGE_*``: the same for every Router and batcher."""
+    """Table ``[storage]``, environment ``INFERQ_STORAGE_*``. Give Routers, batchers and notifiers the same."""
 
     table: ClassVar[str] = "storage"
     prefixed: ClassVar[bool] = True
@@ -19,13 +19,13 @@ class StorageSettings(RoleSettings):
     url: str = Field(
         ".inferq/store",
         min_length=1,
-        description="Folder, or URL of a bucket (s3://bucket/prefix, with inferq[s3]), that every Router and batcher "
-        "reaches",
+        description="Folder, or URL of a bucket (s3://bucket/prefix, with inferq[s3]), shared by all Routers, batchers "
+        "and notifiers",
     )
-    batch_input_bytes: int = Field(200_000_000, ge=1, description="Largest input file of a batch")
+    max_batch_input_bytes: int = Field(200_000_000, ge=1, description="Maximum size of a batch's input file")
 
     @field_validator("url")
     @classmethod
     def _from_the_root(cls, value: str) -> str:
-        """A folder is that of who reads the setting, wherever the process that uses it runs."""
+        """A relative folder is resolved where the setting is read, not where it is used."""
         return value if "://" in value else str(absolute_path(value))

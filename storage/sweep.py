@@ -1,6 +1,6 @@
-"""Removing what has expired, and what processes left that died: for whoever runs all the time, now and then.
+"""Remove expired files, and what processes that died left in the file store; the batcher calls it now and then.
 
-All of it may be done by several at once, and broken off anywhere.
+Several processes may do so at once, and each may stop anywhere.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from collections.abc import Collection
 
 from telemetry import get_logger
 
-from .files import Files, folder_of_file
+from .files import FileStore, folder_of_file
 from .names import FILE, created_ms, is_id, is_tenants, tenant_of
 from .request_records import RequestRecords
 
 LEFTOVER_AGE_S = 3 * 86_400
-"""How old a file without a record must be to be a leftover: uploads take hours at most, a batch's output its day."""
+"""Age at which a file without a record is a leftover: uploads take hours at most, a batch's output a day."""
 _SCRATCH_AGE_S = 86_400
 
 log = get_logger(__name__)
 
 
-def sweep_expired(files: Files, now_s: float, in_use: Collection[str] = ()) -> int:
-    """Remove files whose time is over, but those whose ids are ``in_use`` (inputs of live batches); how many.
+def sweep_expired(files: FileStore, now_s: float, in_use: Collection[str] = ()) -> int:
+    """Remove expired files, except those whose ids are ``in_use`` (inputs of live batches); how many.
 
-    One listing, and some calls for each file. Readers do not see expired files in any case.
+    One listing, and some calls for each file. Expired files are invisible before they are removed.
     """
     removed = 0
     for record in files.expired(now_s):
@@ -35,11 +35,11 @@ def sweep_expired(files: Files, now_s: float, in_use: Collection[str] = ()) -> i
     return removed
 
 
-def sweep_leftovers(files: Files, now_s: float, in_use: Collection[str] = ()) -> int:
-    """Remove parts that never became a file, but of ids ``in_use`` (outputs that are being written); how many files.
+def sweep_leftovers(files: FileStore, now_s: float, in_use: Collection[str] = ()) -> int:
+    """Remove parts that never became a file, except of ids ``in_use`` (outputs that are being written); how many files.
     Removes expired records of requests, too.
 
-    Lists everything there is: for once an hour or so.
+    Lists everything in the store: call it about once an hour.
     """
     removed = files.store.clear_scratch(now_s - _SCRATCH_AGE_S)
     before_ms = (now_s - LEFTOVER_AGE_S) * 1000

@@ -1,7 +1,7 @@
-"""Writing one object: it is there whole once it is committed, or not at all.
+"""Write one object atomically: it appears once it is committed.
 
-In a folder it is written beside, brought to the disk, renamed, and the folder brought to the disk; object stores show
-an object once its last part has come.
+In a folder: write to a scratch file, fsync it, rename it, fsync the folder. Object stores make an object visible when
+its last part has arrived.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from fsspec.spec import AbstractBufferedFile
 from .failures import store_errors
 
 SCRATCH = ".writing"
-"""Where in a folder objects are written before they are renamed."""
+"""Folder of the scratch files."""
 REMOTE_PART_BYTES = 8 << 20
-"""How much of an object is held in memory before it goes to an object store. 10,000 such parts make 80 GB."""
+"""Size of an upload part, held in memory. An object store takes up to 10,000 parts: 80 GB."""
 _SYNC_BYTES = 64 << 20
-"""A long object is brought to the disk in steps, so that the last one does not take minutes."""
+"""A large object is fsynced in steps, so that the last one does not take minutes."""
 _FILE_MODE, _PRIVATE_MODE, _FOLDER_MODE = 0o660, 0o600, 0o770
-"""Before the umask: what clients upload is nobody else's."""
+"""Before the umask. Uploads of clients are not readable by other users."""
 
 
 class ObjectWriter(Protocol):
-    """``write`` as often as wanted, then ``commit``. ``discard`` at any time: before a commit nothing stays; after it
-    nothing happens. Methods raise as those of the store."""
+    """Call ``write`` repeatedly, then ``commit``. ``discard`` leaves nothing before a commit, and does nothing after
+    it.
+    Methods raise the errors of :class:`storage.ObjectStore`."""
 
     def write(self, data: bytes, /) -> object: ...
 
@@ -38,7 +39,7 @@ class ObjectWriter(Protocol):
 
 
 class LocalWriter:
-    """In the folder ``root``, for ``root/name``."""
+    """Writes ``root/name`` in a local folder."""
 
     def __init__(self, root: Path, name: str, *, private: bool) -> None:
         self._root = root
@@ -61,7 +62,7 @@ class LocalWriter:
                 self._unsynced = 0
 
     def commit(self, *, new: bool = False) -> bool:
-        """``new``: unless there is an object of that name, whose place it does not take then. Whether it is there."""
+        """With ``new``, do not replace an object of that name. Whether the object was written."""
         try:
             with store_errors(self._name):
                 os.fsync(self._open())
@@ -90,7 +91,7 @@ class LocalWriter:
 
     def _open(self) -> int:
         if self._descriptor is None:
-            raise OSError("written to after its end")
+            raise OSError("written to after it was closed")
         return self._descriptor
 
     def _close(self) -> None:
@@ -100,7 +101,7 @@ class LocalWriter:
 
 
 class RemoteWriter:
-    """In whatever else fsspec knows; ``path`` is its full one."""
+    """Writes to any other file system of fsspec; ``path`` is the full path."""
 
     def __init__(self, filesystem: Any, path: str, name: str) -> None:
         self._name = name
@@ -128,22 +129,22 @@ class RemoteWriter:
             with store_errors(self._name):
                 self._file.discard()
             if isinstance(self._file, AbstractBufferedFile):
-                self._file.closed = True  # or it would write what it holds when it is collected
+                self._file.closed = True  # or it would write its buffer when it is garbage-collected
 
 
 def make_folder(folder: Path, root: Path) -> None:
-    """Make a folder and what is above it, each brought to the disk: a rename into one that a crash forgets is lost."""
+    """Make a folder and its parents, and fsync each: a rename into a folder that a crash loses would be lost."""
     if folder.is_dir():
         return
     if folder != root:
         make_folder(folder.parent, root)
-    with suppress(FileExistsError):  # made by another in between
+    with suppress(FileExistsError):  # another process made it meanwhile
         folder.mkdir(mode=_FOLDER_MODE, parents=folder == root)
     sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring to the disk what was made, renamed and removed in it."""
+    """Make creations, renames and removals in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,14 +1,14 @@
-"""What a batch decides, without I/O."""
+"""Decisions about batches, without I/O: reading lines, matching answers to them, results, merging, the checkpoint."""
 
 from __future__ import annotations
 
+from .checkpoint import MAX_ERRORS, Checkpoint, MergeState, OpenLine, Phase
+from .duplicate_ids import MAX_RECORDS, RECORD, SLICES, TABLE, find_duplicates, pack_run, record, slice_bounds
 from .ids import custom_id_digest, file_of, job_of, reply_stream_of, request_of
-from .jsonl import BadLine, BatchLine, LineCutter, RawLine, id_and_body, read_line
-from .merging import Bits, Fold
+from .jsonl import BadLine, BatchLine, LineSplitter, RawLine, id_and_body, read_line
+from .merging import LineBitmap, MergedLines
 from .results import USAGE, Result, answered, pack_chunk, unanswered, unpack_chunk
-from .runs import MAX_RECORDS, RECORD, SLICES, TABLE, pack_run, record, repeated, slice_bounds
-from .window import Answer, Ended, Window, entry_order
-from .work import MAX_ERRORS, Merge, OpenLine, Phase, Work
+from .window import Answer, EndedJob, JobWindow, entry_order
 
 __all__ = [
     "MAX_ERRORS",
@@ -20,28 +20,28 @@ __all__ = [
     "Answer",
     "BadLine",
     "BatchLine",
-    "Bits",
-    "Ended",
-    "Fold",
-    "LineCutter",
-    "Merge",
+    "Checkpoint",
+    "EndedJob",
+    "JobWindow",
+    "LineBitmap",
+    "LineSplitter",
+    "MergeState",
+    "MergedLines",
     "OpenLine",
     "Phase",
     "RawLine",
     "Result",
-    "Window",
-    "Work",
     "answered",
     "custom_id_digest",
     "entry_order",
     "file_of",
+    "find_duplicates",
     "id_and_body",
     "job_of",
     "pack_chunk",
     "pack_run",
     "read_line",
     "record",
-    "repeated",
     "reply_stream_of",
     "request_of",
     "slice_bounds",

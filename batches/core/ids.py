@@ -1,4 +1,4 @@
-"""Names made from a batch's id: whoever runs the same line again uses the same ones."""
+"""Ids derived from a batch's id: running the same line again uses the same ids, so that nothing is done twice."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ DIGEST_BYTES = 16
 
 
 def reply_stream_of(batch_id: str) -> SessionId:
-    """Where a batch's answers arrive."""
+    """The reply stream of a batch's jobs."""
     return SessionId(f"{batch_id}.{_digest(batch_id, 'reply_stream', size=8)}")
 
 
 def job_of(batch_id: str, shard: int, line: int, generation: int) -> JobId:
-    """The job of a line. Another ``generation`` is another job: the one before has ended, and its answer is lost."""
+    """The id of a line's job. A new ``generation`` is a new job, after the one before ended and its answer was lost."""
     return JobId(f"{shard}-{_digest(batch_id, f'{line}/{generation}', size=16)}")
 
 
 def request_of(batch_id: str, line: int) -> str:
-    """What names a line's request in logs and in the output."""
+    """The request id of a line, in logs and in the output."""
     return f"batch_req_{_digest(batch_id, str(line), size=16)}"
 
 
 def file_of(batch_id: str, kind: str) -> str:
-    """The id of a batch's output (``kind`` "output") or error file: as old as the batch, so that it has its place
-    among files by age."""
+    """The id of a batch's output or error file (``kind``: ``output``, ``error``). It is as old as the batch, which
+    places it among the files by age."""
     _, _, digits = batch_id.partition("_")
     return f"file-{digits[:12]}{_digest(batch_id, kind, size=10)}"
 
 
 def custom_id_digest(custom_id: str) -> bytes:
-    """What stands for a ``custom_id`` where those of all lines are compared."""
+    """The digest of a ``custom_id``, to compare those of all lines."""
     return blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 

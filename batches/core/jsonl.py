@@ -1,7 +1,7 @@
-"""The lines of a batch's input: how a file is cut into them, and what each must say.
+"""Split the input file of a batch into lines, and validate each.
 
-The vendor's format (Batch API, 2026-08): UTF-8, one JSON object a line, ``{"custom_id", "method", "url", "body"}``.
-Blank lines and a byte order mark at the beginning are passed over. A fault's ``code`` is the vendor's where it has one.
+The format is OpenAI's (Batch API, 2026-08): UTF-8, one JSON object a line, ``{"custom_id", "method", "url", "body"}``.
+Blank lines and a byte order mark at the beginning are skipped. Error codes are OpenAI's where it has one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _DEEP = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]')
 _TOP = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}:,]')
-"""What tells where a value of a line ends: texts and brackets; among its own fields also what is between those."""
+"""Tokens that show where a JSON value ends: strings and brackets; at the top level of the line also ``:`` and ``,``."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawLine:
-    """A line that is not blank, without its end. ``number`` counts from 1, blank lines included; ``offset`` is where it
-    begins in the file, ``end`` where the next one does. ``data`` is None of a line that is too long."""
+    """A line that is not blank, without its newline. ``number`` counts from 1, blank lines included; ``offset`` and
+    ``end`` are the bytes at which it and the next line begin. ``data`` is None if the line is too long."""
 
     number: int
     offset: int
@@ -39,10 +39,10 @@ class RawLine:
     data: bytes | None
 
 
-class LineCutter:
-    """Cuts a file, fed piece by piece, into lines. Holds no more than one line, and of one that is too long nothing.
+class LineSplitter:
+    """Splits a file, fed in pieces, into lines. It holds at most one line, and nothing of one that is too long.
 
-    ``number`` and ``offset`` are those of the next line: a cutter that is made with them goes on there.
+    ``number`` and ``offset`` are those of the next line: a splitter made with them continues there.
     """
 
     def __init__(self, max_bytes: int, *, number: int = 1, offset: int = 0) -> None:
@@ -54,7 +54,7 @@ class LineCutter:
         self._too_long = False
 
     def feed(self, piece: bytes) -> Iterator[RawLine]:
-        """The lines that end in ``piece``. To be exhausted before the next piece."""
+        """The lines that end in ``piece``. Exhaust it before the next call."""
         start = 0
         while (at := piece.find(b"\n", start)) >= 0:
             self._hold(piece[start:at])
@@ -64,7 +64,7 @@ class LineCutter:
             self._hold(piece[start:])
 
     def end(self) -> Iterator[RawLine]:
-        """The last line, if the file does not end with one's end."""
+        """The last line, if the file does not end with a newline."""
         if self._held_bytes:
             yield from self._cut(0)
 
@@ -88,7 +88,7 @@ class LineCutter:
 
 
 class BadLine(Exception):
-    """What is wrong with a line, in the words of the API's error object."""
+    """Why a line is invalid: the fields of the API's error object."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -99,7 +99,7 @@ class BadLine(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """A line that can be run. ``body`` is what the engine gets."""
+    """A valid line. ``body`` is sent to the engine."""
 
     custom_id: str
     model: str
@@ -107,8 +107,8 @@ class BatchLine:
 
 
 def read_line(data: bytes | None, endpoint: str, max_bytes: int, limits: RequestLimits | None = None) -> BatchLine:
-    """The line in ``data``, for a batch that asks ``endpoint``. Raises :class:`BadLine`, also for one that asks for
-    more than ``limits``."""
+    """Parse and validate a line of a batch for ``endpoint``. Raises :class:`BadLine`, also for a request that exceeds
+    ``limits``."""
     if data is None:
         raise BadLine("line_too_long", f"the line is longer than {max_bytes} bytes; shorten it, or split the request")
     line = _parsed(data)
@@ -129,7 +129,7 @@ def read_line(data: bytes | None, endpoint: str, max_bytes: int, limits: Request
     if type(body) is not dict:
         raise BadLine("invalid_type", f"body must be a JSON object, not {_json_type(body)}", "body")
     if body.get("stream"):
-        raise BadLine("unsupported_parameter", "a line of a batch cannot be streamed: take out stream", "body.stream")
+        raise BadLine("unsupported_parameter", "a batch line cannot be streamed: remove stream", "body.stream")
     model = _text(body, "model", "body.model")
     try:
         check_name(model, "model")
@@ -144,18 +144,18 @@ def read_line(data: bytes | None, endpoint: str, max_bytes: int, limits: Request
 
 
 def id_and_body(data: bytes) -> tuple[str, bytes]:
-    """The ``custom_id`` of a line that was read before, and what its engine gets: the body, meaning what it meant."""
+    """The ``custom_id`` of a line that is known to be valid, and the body for the engine, unchanged in meaning."""
     line = orjson.loads(data)
-    if not _LONG_NUMBER.search(data):  # one that is longer than 64 bits would become a fraction
+    if not _LONG_NUMBER.search(data):  # orjson would turn an integer of more than 64 bits into a float
         try:
             return line["custom_id"], orjson.dumps(line["body"])
         except orjson.JSONEncodeError:
-            pass  # it writes less deep than it reads
+            pass  # orjson writes less deeply nested values than it reads
     return line["custom_id"], _cut_body(data)
 
 
 def _cut_body(data: bytes) -> bytes:
-    """The body byte for byte. Slower. Of several the last counts, as for any reader."""
+    """The body byte for byte. Slower. Of several fields ``body`` the last one counts, as for JSON parsers."""
     depth = at = begin = 0
     key = body = b""
     while token := (_TOP if depth == 1 else _DEEP).search(data, at):

@@ -1,4 +1,4 @@
-"""Chunks to files: each line once, by a bit for each."""
+"""Merge chunks of results into the lines of the output and error files, each line of the input once."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from .results import USAGE, Result
 
 
-class Bits:
-    """One bit for each line of the input, by its number from 0."""
+class LineBitmap:
+    """The lines that are in the files already: one bit for each line of the input, by its number."""
 
-    def __init__(self, data: bytes = b"", *, most: int = 0) -> None:
-        self._bytes = bytearray(data) or bytearray(most // 8 + 1)
+    def __init__(self, data: bytes = b"", *, line_count: int = 0) -> None:
+        self._bytes = bytearray(data) or bytearray(line_count // 8 + 1)
 
-    def set(self, number: int) -> bool:
-        """Set a bit; False if it was, or if there is none of that number."""
+    def add(self, number: int) -> bool:
+        """Add a line; False if it was added before, or the input has no such line."""
         at, bit = number >> 3, 1 << (number & 7)
         if at >= len(self._bytes) or self._bytes[at] & bit:
             return False
@@ -25,11 +25,11 @@ class Bits:
         return bytes(self._bytes)
 
 
-class Fold:
-    """What a step adds to the files: ``output`` and ``errors`` are lines of them, in pieces."""
+class MergedLines:
+    """The lines that one merge step adds to the files: pieces of ``output`` and ``errors``, their sizes and counts."""
 
-    def __init__(self, bits: Bits) -> None:
-        self.bits = bits
+    def __init__(self, merged: LineBitmap) -> None:
+        self.merged = merged
         self.output: list[bytes] = []
         self.errors: list[bytes] = []
         self.output_bytes = self.error_bytes = 0
@@ -37,9 +37,9 @@ class Fold:
         self.usage = [0] * len(USAGE)
 
     def add(self, results: Iterable[Result]) -> None:
-        """Take in what was not there yet."""
+        """Add the results of lines that are not in the files yet."""
         for result in results:
-            if not self.bits.set(result.line):
+            if not self.merged.add(result.line):
                 continue
             if result.ok:
                 self.output.append(result.text)

@@ -1,7 +1,7 @@
-"""Lines of the output and error files, and the chunks in which they are kept until the batch ends.
+"""Build the lines of the output and error files, and pack them into the chunks that hold them until the batch ends.
 
-A chunk is one line of JSON, ``{"lines", "sizes", "ok", "usage"}``, lists of the same length, then the lines themselves
-one behind the other. It is written once; that a line stands in two chunks is allowed: the first counts.
+A chunk is one line of JSON, ``{"lines", "sizes", "ok", "usage"}``, lists of the same length, followed by the lines
+themselves. It is written once. A line may be in two chunks: the first one counts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import orjson
 USAGE = ("input_tokens", "output_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
 _NO_USAGE = (0,) * len(USAGE)
 _LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
-"""Signs of text where Python's ``splitlines``, and with it the SDK's ``iter_lines``, would cut a line in two."""
+"""Characters at which Python's ``splitlines``, and with it the SDK's ``iter_lines``, would split a line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a line: ``text`` is a line of the output file (``ok``) or of the error file, its end included.
+    """The result of a line: ``text`` is a line of the output file (``ok``) or of the error file, newline included.
     ``usage`` is in the order of :data:`USAGE`."""
 
     line: int
@@ -30,7 +30,7 @@ class Result:
 
 
 def answered(line: int, request_id: str, custom_id: str, status: int, content_type: str, body: bytes) -> Result:
-    """An engine answered: the body as it came if it is JSON, else as text."""
+    """The result of an engine's answer: its body byte for byte if it is JSON, else as text."""
     parsed: Any
     try:
         parsed = orjson.loads(body)
@@ -46,7 +46,7 @@ def answered(line: int, request_id: str, custom_id: str, status: int, content_ty
 
 
 def unanswered(line: int, request_id: str, custom_id: str, code: str, message: str) -> Result:
-    """No engine's answer is there for a line."""
+    """The result of a line that no engine answered."""
     return Result(line, False, _line(request_id, custom_id, None, {"code": code, "message": message}))
 
 
@@ -59,7 +59,7 @@ def _line(request_id: str, custom_id: str, response: Any, error: Any) -> bytes:
 
 
 def usage_of(answer: Any) -> tuple[int, ...]:
-    """The tokens that an answer says it cost, in either API's words."""
+    """The token counts of an answer, with the field names of either API."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     if not isinstance(usage, dict):
         return _NO_USAGE
@@ -85,7 +85,7 @@ def _detail(usage: dict[str, Any], places: Sequence[str], name: str) -> int:
 
 
 def pack_chunk(results: Sequence[Result]) -> bytes:
-    """The chunk that holds these."""
+    """The chunk of these results."""
     header = {
         "lines": [result.line for result in results],
         "sizes": [len(result.text) for result in results],
@@ -96,7 +96,7 @@ def pack_chunk(results: Sequence[Result]) -> bytes:
 
 
 def unpack_chunk(data: bytes) -> list[Result]:
-    """What a chunk holds. Raises ``ValueError`` for one that is not whole."""
+    """The results of a chunk. Raises ``ValueError`` if it is incomplete."""
     head, found, rest = data.partition(b"\n")
     if not found:
         raise ValueError("a chunk begins with its header")
@@ -107,5 +107,5 @@ def unpack_chunk(data: bytes) -> list[Result]:
         results.append(Result(line, ok, rest[at : at + size], tuple(usage) or _NO_USAGE))
         at += size
     if at != len(rest):
-        raise ValueError(f"a chunk's header promises {at} bytes, and {len(rest)} are there")
+        raise ValueError(f"the chunk has {len(rest)} bytes, and its header says {at}")
     return results

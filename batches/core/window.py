@@ -1,4 +1,4 @@
-"""The lines that are on the queue: which line a job is of, and what its frames and markers come to."""
+"""Match what arrives in a batch's reply stream to its open lines: frames to whole answers, markers to ended jobs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from queue_schemas import END, HEAD, Frame, JobId, Marker, MarkerKind
 
+from .checkpoint import OpenLine
 from .ids import job_of
-from .work import OpenLine
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An engine's whole answer to a line; ``generation`` is that of the job which it answers."""
+    """An engine's whole answer to a line; ``generation`` is that of the job that it answers."""
 
     line: int
     generation: int
@@ -23,8 +23,8 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """The queue ended a line's job without an answer; ``generation`` is the job's."""
+class EndedJob:
+    """The queue ended a line's job without an answer; ``generation`` is that of the job."""
 
     line: int
     generation: int
@@ -33,8 +33,8 @@ class Ended:
 
 
 @dataclass(slots=True)
-class _Parts:
-    """An answer that comes in pieces. ``before``: the entry that came before its first."""
+class _PartialAnswer:
+    """An answer of which some frames have arrived. ``before``: the stream entry before that of its first frame."""
 
     before: str
     epoch: int
@@ -48,18 +48,19 @@ MAX_EARLY = 4_096
 MAX_EARLY_BYTES = 32 << 20
 
 
-class Window:
-    """Knows the jobs of the open lines.
+class JobWindow:
+    """The jobs of the open lines, which are the window of the batch that is on the queue.
 
-    An answer to none of them may be one to a line that is opened later: a step that was not saved has sent it. A number
-    of such answers is kept at hand (:meth:`early`); the others are of lines that are done, or come again.
+    An answer to another job may be for a line that is opened later: a step whose checkpoint was not saved has sent it.
+    A bounded number of such early answers is kept (:meth:`early`); others are of lines that are done, or are sent
+    again.
     """
 
     def __init__(self, batch_id: str, shard: int, lines: Mapping[int, OpenLine]) -> None:
         self._batch_id = batch_id
         self._shard = shard
         self._jobs: dict[JobId, tuple[int, int]] = {}
-        self._parts: dict[JobId, _Parts] = {}
+        self._partial: dict[JobId, _PartialAnswer] = {}
         self._early: dict[JobId, Frame] = {}
         self._early_bytes = 0
         for number, line in lines.items():
@@ -67,41 +68,48 @@ class Window:
                 self.add(number, generation)
 
     def add(self, line: int, generation: int) -> JobId:
-        """A job of a line is to be known; its id."""
+        """Expect answers to a job of a line; the job's id."""
         job_id = job_of(self._batch_id, self._shard, line, generation)
         self._jobs[job_id] = (line, generation)
         return job_id
 
     def early(self, line: int) -> Answer | None:
-        """The answer to a line that is opened now, if it has come already."""
+        """Take the answer to a line that is being opened, if it has arrived already."""
         frame = self._early.pop(job_of(self._batch_id, self._shard, line, 0), None)
         if frame is None:
             return None
         self._early_bytes -= len(frame.data)
         return Answer(line, 0, frame.status, frame.content_type, frame.data)
 
-    def forget(self, line: int, generation: int) -> None:
-        """A line is done."""
+    def remove(self, line: int, generation: int) -> None:
+        """Expect no more answers to a line."""
         for number in range(generation + 1):
             job_id = job_of(self._batch_id, self._shard, line, number)
             self._jobs.pop(job_id, None)
-            self._parts.pop(job_id, None)
+            self._partial.pop(job_id, None)
 
-    def take(self, news: Iterable[Frame | Marker], before: str) -> list[Answer | Ended]:
-        """What one entry of the reply stream brings to an end; ``before`` is the id of the entry before it."""
-        found: list[Answer | Ended] = []
-        for item in news:
+    def receive(self, items: Iterable[Frame | Marker], before: str) -> list[Answer | EndedJob]:
+        """The answers and ended jobs that one entry of the reply stream completes; ``before`` is the id of the entry
+        before it."""
+        found: list[Answer | EndedJob] = []
+        for item in items:
             job = self._jobs.get(item.job_id)
             if job is None:
                 self._keep_early(item)
                 continue
             if isinstance(item, Marker):
-                self._parts.pop(item.job_id, None)
+                self._partial.pop(item.job_id, None)
                 if item.kind in (MarkerKind.DEAD, MarkerKind.CANCELLED, MarkerKind.EXPIRED):
-                    found.append(Ended(*job, item.kind, item.reason))
-            elif (answer := self._whole(*job, item, before)) is not None:
+                    found.append(EndedJob(*job, item.kind, item.reason))
+            elif (answer := self._complete(*job, item, before)) is not None:
                 found.append(answer)
         return found
+
+    def safe_to_trim(self, through: str) -> str:
+        """The last entry up to ``through`` that may be removed: the entries of a partial answer stay until it is
+        whole."""
+        needed = [partial.before for partial in self._partial.values()]
+        return min((*needed, through), key=entry_order)
 
     def _keep_early(self, item: Frame | Marker) -> None:
         if isinstance(item, Marker) or item.flags & (HEAD | END) != HEAD | END or item.job_id in self._early:
@@ -110,32 +118,28 @@ class Window:
             self._early[item.job_id] = item
             self._early_bytes += len(item.data)
 
-    def safe_to_drop(self, through: str) -> str:
-        """The last entry up to ``through`` that is not needed any more: of an answer that comes in pieces none is to be
-        dropped before the last has come."""
-        kept = [parts.before for parts in self._parts.values()]
-        return min((*kept, through), key=entry_order)
-
-    def _whole(self, line: int, generation: int, frame: Frame, before: str) -> Answer | None:
+    def _complete(self, line: int, generation: int, frame: Frame, before: str) -> Answer | None:
+        """The answer, if ``frame`` is its only or its last one."""
         if frame.flags & HEAD and frame.flags & END:
             return Answer(line, generation, frame.status, frame.content_type, frame.data)
-        parts = self._parts.get(frame.job_id)
+        partial = self._partial.get(frame.job_id)
         if frame.flags & HEAD:
-            if parts is None or frame.epoch >= parts.epoch:
-                parts = _Parts(before, frame.epoch, frame.attempt_id, frame.status, frame.content_type, [frame.data])
-                self._parts[frame.job_id] = parts
+            if partial is None or frame.epoch >= partial.epoch:
+                self._partial[frame.job_id] = _PartialAnswer(
+                    before, frame.epoch, frame.attempt_id, frame.status, frame.content_type, [frame.data]
+                )
             return None
-        if parts is None or (frame.epoch, frame.attempt_id) != (parts.epoch, parts.attempt_id):
+        if partial is None or (frame.epoch, frame.attempt_id) != (partial.epoch, partial.attempt_id):
             return None
-        if frame.seq != len(parts.pieces):
-            return None  # a repeat; or a gap, after which the end is not its end either
-        parts.pieces.append(frame.data)
+        if frame.seq != len(partial.pieces):
+            return None  # a repeat; or a gap, after which the last frame does not complete it
+        partial.pieces.append(frame.data)
         if not frame.flags & END:
             return None
-        return Answer(line, generation, parts.status, parts.content_type, b"".join(parts.pieces))
+        return Answer(line, generation, partial.status, partial.content_type, b"".join(partial.pieces))
 
 
 def entry_order(entry_id: str) -> tuple[int, int]:
-    """By what entries of a stream are in order."""
+    """Sort key of stream entry ids."""
     milliseconds, _, number = entry_id.partition("-")
     return int(milliseconds), int(number or 0)

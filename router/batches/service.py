@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from openai_api.batch_windows import window_seconds
 from queue_schemas import Conflict, NotFound, OverCapacity, Tenant
-from storage import Batch, Batches, BatchRequest, Files, OutputExpiry, new_batch_id
+from storage import Batch, BatchStore, BatchRequest, FileStore, OutputExpiry, new_batch_id
 from telemetry import get_logger
 
 from ..idempotency import Execution, Idempotency, RequestKey
@@ -20,7 +20,7 @@ class BatchService:
     """The batches of all tenants. All methods block: call them in threads."""
 
     def __init__(
-        self, files: Files, batches: Batches, idempotency: Idempotency, *, max_input_bytes: int, max_live: int
+        self, files: FileStore, batches: BatchStore, idempotency: Idempotency, *, max_input_bytes: int, max_live: int
     ) -> None:
         """``max_input_bytes``: the largest input file; ``max_live``: batches of one tenant that have not ended."""
         self._files = files

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from queue_schemas import PermissionRefused, Tenant
-from storage import Kept
+from storage import StorageUsage
 
 from ..store import AsyncStore
 
@@ -20,7 +20,7 @@ _MEASURE_AGAIN_AFTER_S = 2.0
 class _Usage:
     """What a tenant keeps, as measured at ``measured_s``, and what its uploads have reserved since."""
 
-    kept: Kept = field(default_factory=lambda: Kept(0, 0))
+    kept: StorageUsage = field(default_factory=lambda: StorageUsage(0, 0))
     measured_s: float = float("-inf")
     reserved_files: int = 0
     reserved_bytes: int = 0
@@ -49,7 +49,7 @@ class Reservation:
         usage.reserved_files -= 1
         usage.reserved_bytes -= self._bytes
         if kept_bytes is not None:
-            usage.kept = Kept(usage.kept.files + 1, usage.kept.bytes + kept_bytes)
+            usage.kept = StorageUsage(usage.kept.files + 1, usage.kept.bytes + kept_bytes)
 
 
 class StorageQuota:
@@ -103,5 +103,5 @@ class StorageQuota:
         time = asyncio.get_running_loop().time
         async with usage.measuring:
             if time() - usage.measured_s > valid_s:
-                usage.kept = await self._store.run(lambda: self._store.files.kept(tenant))
+                usage.kept = await self._store.run(lambda: self._store.files.usage(tenant))
                 usage.measured_s = time()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from queue_schemas import BadRequest, Conflict, NotFound, Tenant
-from storage import Batches, FileRecord, Files, ObjectMissing
+from storage import BatchStore, FileRecord, FileStore, ObjectMissing
 from storage.names import FILE, is_id
 from telemetry import get_logger
 
@@ -15,7 +15,7 @@ log = get_logger(__name__)
 class FileService:
     """All methods block: call them in threads (:meth:`router.store.AsyncStore.run`)."""
 
-    def __init__(self, files: Files, batches: Batches) -> None:
+    def __init__(self, files: FileStore, batches: BatchStore) -> None:
         self._files = files
         self._batches = batches
 
@@ -56,7 +56,7 @@ class FileService:
         log.info("file_deleted", file_id=file_id, tenant=tenant)
 
     def _reads(self, tenant: Tenant, batch_id: str, file_id: str) -> bool:
-        request = self._batches.asked(tenant, batch_id)
+        request = self._batches.request(tenant, batch_id)
         if request is None or request.input_file_id != file_id:
             return False
         batch = self._batches.get(tenant, batch_id)

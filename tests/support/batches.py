@@ -11,10 +11,10 @@ from typing import Any
 from queue_schemas import Tenant
 from storage import (
     Batch,
-    Batches,
     BatchRequest,
+    BatchStore,
     FileRecord,
-    Files,
+    FileStore,
     ObjectStore,
     Part,
     StorageSettings,
@@ -62,8 +62,8 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.store = ObjectStore.open(StorageSettings(url=str(folder)))
-        self.files = Files(self.store)
-        self.batches = Batches(self.store)
+        self.files = FileStore(self.store)
+        self.batches = BatchStore(self.store)
 
     def upload(self, data: Iterable[bytes], tenant: Tenant = ACME) -> str:
         """A file of one part; its id."""

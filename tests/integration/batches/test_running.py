@@ -70,7 +70,7 @@ async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, own_
             assert (batch.progress.status, batch.progress.completed) == (BatchStatus.COMPLETED, 600)
             out = shelf.lines(batch.progress.output_file_id, tenant)
             assert sorted(one["custom_id"] for one in out) == sorted(f"line-{number}" for number in range(600))
-        assert 'inferq_batch_step_seconds_count{phase="pump"}' in await second.metrics()
+        assert 'inferq_batch_step_seconds_count{phase="dispatch"}' in await second.metrics()
 
         async def none_live() -> bool:
             return "inferq_batches_live 0.0" in await second.metrics()

@@ -14,11 +14,11 @@ from typing import Any
 import fakeredis
 
 from batches import BatchSettings
-from batches.batcher import Batcher
 from batches.context import BatchContext
 from batches.metrics import BatchMetrics
 from batches.rq_jobs import StepQueue
-from batches.sweep import Sweep
+from batches.step_runner import StepRunner
+from batches.step_sweep import StepSweep
 from broker import Broker
 from queue_schemas import END, HEAD, Frame, Lease, Outcome, Pool, Tenant
 from storage import Batch
@@ -46,12 +46,12 @@ class Scene:
         self.broker = Broker.over(self.client(), retry_limit_ms=200)
         self.worker = Puller(self.broker)
         self.batcher, self.context, self.steps = self.another()
-        self.sweep = Sweep(self.context, self.steps)
+        self.sweep = StepSweep(self.context, self.steps)
 
     def client(self) -> fakeredis.FakeAsyncRedis:
         return fakeredis.FakeAsyncRedis(server=self.server, protocol=2)
 
-    def another(self) -> tuple[Batcher, BatchContext, StepQueue]:
+    def another(self) -> tuple[StepRunner, BatchContext, StepQueue]:
         """Another batcher, over the same store and queue."""
         import time  # noqa: PLC0415 - beside ``now``
 
@@ -65,7 +65,7 @@ class Scene:
             broker=self.broker,
         )
         steps = StepQueue(fakeredis.FakeRedis(server=self.server, protocol=2))
-        return Batcher(context, steps), context, steps
+        return StepRunner(context, steps), context, steps
 
     async def serve(self, model: str = "sim") -> None:
         """A worker joins."""

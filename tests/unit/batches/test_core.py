@@ -1,4 +1,4 @@
-"""Runs of ids, chunks of results, bits of lines, answers in pieces."""
+"""Duplicate ids, chunks of results, merging them, answers that arrive in several frames."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from batches.core import (
     SLICES,
     TABLE,
     Answer,
-    Bits,
-    Ended,
-    Fold,
+    EndedJob,
+    JobWindow,
+    LineBitmap,
+    MergedLines,
     OpenLine,
     Result,
-    Window,
     answered,
     custom_id_digest,
     file_of,
+    find_duplicates,
     job_of,
     pack_chunk,
     pack_run,
     record,
-    repeated,
     reply_stream_of,
     slice_bounds,
     unpack_chunk,
@@ -48,7 +48,7 @@ def test_ids_that_stand_twice_are_found_in_any_runs_and_slices(ids: list[str], r
         for run in packed:
             start, end = slice_bounds(TABLE.unpack(run[: TABLE.size]), first, min(first + step, SLICES))
             parts.append(run[start:end])
-        found += repeated(parts, 100)
+        found += find_duplicates(parts, 100)
     expected = set()
     last: dict[str, int] = {}
     for number, name in enumerate(ids, 1):
@@ -78,12 +78,12 @@ def test_half_a_chunk_is_none() -> None:
 
 def test_of_a_line_that_was_stored_twice_the_first_counts() -> None:
     """Counts, usage and text are those of one result a line, also across steps."""
-    fold = Fold(Bits(most=20))
-    fold.add([Result(3, True, b"a\n", (1, 2, 3, 0, 0)), Result(3, False, b"b\n"), Result(20, False, b"c\n")])
-    again = Fold(Bits(fold.bits.pack()))
+    first = MergedLines(LineBitmap(line_count=20))
+    first.add([Result(3, True, b"a\n", (1, 2, 3, 0, 0)), Result(3, False, b"b\n"), Result(20, False, b"c\n")])
+    again = MergedLines(LineBitmap(first.merged.pack()))
     again.add([Result(3, True, b"d\n"), Result(4, True, b"e\n", (1, 1, 2, 0, 0)), Result(10_000, True, b"f\n")])
-    assert (fold.output, fold.errors, fold.completed, fold.failed) == ([b"a\n"], [b"c\n"], 1, 1)
-    assert fold.usage == [1, 2, 3, 0, 0]
+    assert (first.output, first.errors, first.completed, first.failed) == ([b"a\n"], [b"c\n"], 1, 1)
+    assert first.usage == [1, 2, 3, 0, 0]
     assert (again.output, again.errors) == ([b"e\n"], [])
 
 
@@ -101,30 +101,30 @@ def frame(job_id: JobId, seq: int, flags: int, data: bytes, epoch: int = 1, atte
 
 def test_an_answer_in_pieces_is_put_together_and_not_let_go_of() -> None:
     """Nothing of it is dropped before its end; pieces of a lost attempt, repeats and gaps do not get into it."""
-    window = Window(BATCH, 0, {7: OpenLine(0, 10, "x")})
+    window = JobWindow(BATCH, 0, {7: OpenLine(0, 10, "x")})
     job_id = job_of(BATCH, 0, 7, 0)
-    assert window.take([frame(job_id, 0, HEAD, b"lost")], "5-0") == []
-    assert window.take([frame(job_id, 0, HEAD, b"a", epoch=2)], "6-0") == []
-    assert window.safe_to_drop("9-0") == "6-0"
-    assert window.take([frame(job_id, 1, 0, b"x"), frame(job_id, 1, 0, b"b", epoch=2)], "7-0") == []
-    assert window.take([frame(job_id, 1, 0, b"b", epoch=2)], "8-0") == []
-    assert window.take([frame(job_id, 2, END, b"c", epoch=2)], "9-0") == [
+    assert window.receive([frame(job_id, 0, HEAD, b"lost")], "5-0") == []
+    assert window.receive([frame(job_id, 0, HEAD, b"a", epoch=2)], "6-0") == []
+    assert window.safe_to_trim("9-0") == "6-0"
+    assert window.receive([frame(job_id, 1, 0, b"x"), frame(job_id, 1, 0, b"b", epoch=2)], "7-0") == []
+    assert window.receive([frame(job_id, 1, 0, b"b", epoch=2)], "8-0") == []
+    assert window.receive([frame(job_id, 2, END, b"c", epoch=2)], "9-0") == [
         Answer(7, 0, 200, "text/event-stream", b"abc")
     ]
-    window.forget(7, 0)
-    assert window.safe_to_drop("10-0") == "10-0"
+    window.remove(7, 0)
+    assert window.safe_to_trim("10-0") == "10-0"
 
 
 def test_every_generation_of_a_line_may_answer_and_strangers_may_not() -> None:
     """A late answer of an earlier job is as good; a marker tells how a job ended."""
-    window = Window(BATCH, 0, {7: OpenLine(0, 10, "x", 2)})
+    window = JobWindow(BATCH, 0, {7: OpenLine(0, 10, "x", 2)})
     for generation in range(3):
         whole = frame(job_of(BATCH, 0, 7, generation), 0, HEAD | END, b"ok")
-        assert [(found.line, found.generation) for found in window.take([whole], "0")] == [(7, generation)]
+        assert [(found.line, found.generation) for found in window.receive([whole], "0")] == [(7, generation)]
     dead = Marker(MarkerKind.DEAD, job_of(BATCH, 0, 7, 1), 4, "why")
-    assert window.take([dead], "0") == [Ended(7, 1, MarkerKind.DEAD, "why")]
-    assert window.take([Marker(MarkerKind.REQUEUED, dead.job_id, 5, "again")], "0") == []
-    assert window.take([frame(job_of(BATCH, 0, 8, 0), 0, HEAD | END, b"early")], "0") == []
+    assert window.receive([dead], "0") == [EndedJob(7, 1, MarkerKind.DEAD, "why")]
+    assert window.receive([Marker(MarkerKind.REQUEUED, dead.job_id, 5, "again")], "0") == []
+    assert window.receive([frame(job_of(BATCH, 0, 8, 0), 0, HEAD | END, b"early")], "0") == []
     early = window.early(8)
     assert early is not None
     assert early.body == b"early"

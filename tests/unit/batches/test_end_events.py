@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from batches.end_events import batch_ended
+from batches.end_events import emit_batch_ended
 from queue_schemas import Tenant
-from storage import BATCH_ENDED, Batch, BatchProgress, BatchRequest, BatchStatus, ObjectStore, StorageSettings
+from storage import ENDED_STATUSES, Batch, BatchProgress, BatchRequest, BatchStatus, ObjectStore, StorageSettings
 from webhooks.delivery_store import DeliveryStore
 from webhooks.endpoints import EndpointRecord, EndpointStore, Secrets, new_endpoint_id
 from webhooks.events import EVENT_TYPES
@@ -16,7 +16,7 @@ from webhooks.events import EVENT_TYPES
 ACME = Tenant("acme")
 
 
-@pytest.mark.parametrize("status", sorted(BATCH_ENDED))
+@pytest.mark.parametrize("status", sorted(ENDED_STATUSES))
 def test_a_batch_that_ended_is_one_event(tmp_path: Path, status: BatchStatus) -> None:
     """Of the type that its status says, at the time of its end; told again after a crash it is the same."""
     store = ObjectStore.open(StorageSettings(url=str(tmp_path)))
@@ -34,8 +34,8 @@ def test_a_batch_that_ended_is_one_event(tmp_path: Path, status: BatchStatus) ->
         expires_at=9,
     )
     batch = Batch(request, BatchProgress(status=status, stamps={f"{status}_at": 7}), None)
-    batch_ended(store, batch)
-    batch_ended(store, batch)
+    emit_batch_ended(store, batch)
+    emit_batch_ended(store, batch)
     (key,) = DeliveryStore(store).pending()
     event = DeliveryStore(store).event(key)
     assert event is not None

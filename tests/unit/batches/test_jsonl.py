@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batches.core import BadLine, LineCutter, RawLine, id_and_body, read_line
+from batches.core import BadLine, LineSplitter, RawLine, id_and_body, read_line
 from openai_api.request_limits import RequestLimits
 
 CHAT = "/v1/chat/completions"
@@ -18,7 +18,7 @@ GOOD: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": CHAT, "body":
 
 
 def cut(pieces: list[bytes], max_bytes: int = 100) -> list[RawLine]:
-    cutter = LineCutter(max_bytes)
+    cutter = LineSplitter(max_bytes)
     return [raw for piece in pieces for raw in cutter.feed(piece)] + list(cutter.end())
 
 
@@ -32,7 +32,7 @@ def test_lines_are_those_of_the_file_wherever_its_pieces_end(parts: list[bytes],
     for raw in found:
         assert text[raw.offset : raw.end].strip().removeprefix(b"\xef\xbb\xbf" if raw.number == 1 else b"") == raw.data
         assert text[: raw.offset].count(b"\n") == raw.number - 1
-        again = LineCutter(100, number=raw.number, offset=raw.offset)
+        again = LineSplitter(100, number=raw.number, offset=raw.offset)
         assert next(iter([*again.feed(text[raw.offset :]), *again.end()])) == raw
     assert [raw.number for raw in found] == [n for n, part in enumerate(parts, 1) if part.strip()]
 

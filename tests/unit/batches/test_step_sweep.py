@@ -10,11 +10,11 @@ import pytest
 import redis
 
 from batches import BatchSettings
-from batches.batcher import step_limit_ms
 from batches.rq_jobs import StepJob, StepQueue
-from batches.sweep import STRAY_MS
+from batches.step_runner import step_limit_ms
+from batches.step_sweep import ORPHAN_MS
 from queue_schemas import BrokerUnavailable
-from storage import Batches, BatchStatus
+from storage import BatchStatus, BatchStore
 from tests.support.batches import ACME, line
 
 from .scene import Scene, opened
@@ -83,7 +83,7 @@ async def test_a_step_that_fails_is_tried_later_and_later(scene: Scene) -> None:
     for _ in range(12):
         await scene.step(batch_id)
         pauses.append(scene.steps.connection.pttl(f"rq:inferq:pause:{batch_id}"))
-    assert scene.batcher.stalled.startswith("the queue cannot be reached")
+    assert scene.batcher.fault.startswith("the queue cannot be reached")
     assert pauses[0] <= 10 < pauses[3] <= 80 < pauses[-1] <= scene.settings.max_retry_backoff_ms
     assert scene.steps.waiting() == set()
     scene.context.broker = scene.broker
@@ -93,11 +93,11 @@ async def test_a_step_that_fails_is_tried_later_and_later(scene: Scene) -> None:
 
 async def test_a_step_that_breaks_does_not_do_so_for_ever(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault of ours shows in RQ's failed jobs, is tried again, and fails the batch in the end."""
-    monkeypatch.setattr("batches.batcher.MAX_FAILURES", 3)
+    monkeypatch.setattr("batches.step_runner.MAX_FAILURES", 3)
     batch_id = scene.submit([line(1)])
-    scene.shelf.store.put(f"t-{ACME}/batches/{batch_id}/run/work", b"not ours")
+    scene.shelf.store.put(f"t-{ACME}/batches/{batch_id}/run/checkpoint", b"not ours")
     for _ in range(3):
-        with pytest.raises(ValueError, match="Work"):
+        with pytest.raises(ValueError, match="Checkpoint"):
             await scene.batcher.advance(ACME, batch_id)
         scene.steps.forget([batch_id], "pause")
     batch = await scene.step(batch_id)
@@ -138,10 +138,10 @@ def test_a_redis_user_without_the_rights_is_told_what_to_do(monkeypatch: pytest.
 async def test_a_damaged_record_keeps_nothing_from_other_batches(scene: Scene) -> None:
     """Neither the sweep nor a list ends at it; its mark goes like that of a batch that never came."""
     damaged, whole = scene.submit([line(1)]), scene.submit([line(1)])
-    scene.shelf.store.put(Batches.name(ACME, damaged, "request"), b"\0\0")
+    scene.shelf.store.put(BatchStore.name(ACME, damaged, "request"), b"\0\0")
     assert scene.sweep.once() == [whole]
     assert [batch.request.id for batch in scene.shelf.batches.page(ACME)[0]] == [whole]
-    scene.now += 2 * STRAY_MS / 1000
+    scene.now += 2 * ORPHAN_MS / 1000
     for _ in range(2):
         scene.sweep.once()
     assert scene.shelf.batches.live() == [(ACME, whole)]
@@ -150,8 +150,8 @@ async def test_a_damaged_record_keeps_nothing_from_other_batches(scene: Scene) -
 async def test_progress_and_cancel_that_are_damaged_do_no_harm(scene: Scene) -> None:
     """Progress is written anew; that there is a cancel counts, not what it says."""
     one, other = scene.submit([line(1)]), scene.submit([line(1)])
-    scene.shelf.store.put(Batches.name(ACME, one, "progress"), b"\0\0")
-    scene.shelf.store.put(Batches.name(ACME, other, "cancel"), b"")
+    scene.shelf.store.put(BatchStore.name(ACME, one, "progress"), b"\0\0")
+    scene.shelf.store.put(BatchStore.name(ACME, other, "cancel"), b"")
     assert (await scene.end(one)).progress.completed == 1
     assert (await scene.end(other)).progress.status is BatchStatus.CANCELLED
 

@@ -250,12 +250,12 @@ async def test_a_full_disk_loses_nothing(scene: Scene, monkeypatch: pytest.Monke
     ran = await scene.run_jobs(engine)
     for _ in range(6):
         await scene.step(batch_id)
-        assert "no room" in scene.batcher.stalled
+        assert "no room" in scene.batcher.fault
         ran += await scene.run_jobs(engine)
     assert ran <= 3 * scene.settings.window_lines
     full = False
     batch = await scene.end(batch_id, engine=engine)
-    assert scene.batcher.stalled == ""
+    assert scene.batcher.fault == ""
     assert set(scene.output(batch)) == names(60)
     assert set(answered.values()) == {1}, "an answer was let go of before it was stored"
 
@@ -277,7 +277,7 @@ async def test_a_step_that_is_never_saved_is_repeated_without_harm(
     await scene.until(batch_id, lambda batch: batch.progress.completed >= 10, engine=engine)
     for _ in range(3):
         with monkeypatch.context() as broken:
-            broken.setattr("batches.context.Folder.save", die)
+            broken.setattr("batches.run_folder.RunFolder.save", die)
             await scene.step(batch_id)
         await scene.run_jobs(engine)
     batch = await scene.end(batch_id, engine=engine)
@@ -314,7 +314,7 @@ async def test_a_late_batcher_does_not_undo_an_end(scene: Scene) -> None:
     batch_id = scene.submit(lines(5))
     before = await scene.until(batch_id, lambda batch: batch.progress.status is BatchStatus.IN_PROGRESS)
     await scene.end(batch_id)
-    scene.shelf.batches.advance(ACME, batch_id, before.progress)
+    scene.shelf.batches.set_progress(ACME, batch_id, before.progress)
     assert scene.shelf.batch(batch_id).progress.status is BatchStatus.COMPLETED
 
 
@@ -342,7 +342,7 @@ async def test_a_job_that_ended_unheard_runs_again_as_another(scene: Scene) -> N
     assert set(scene.output(batch)) == names(3)
 
 
-async def test_jobs_are_cancelled_while_no_mailbox_is_there_and_sent_again(scene: Scene) -> None:
+async def test_jobs_are_cancelled_while_there_is_no_reply_stream_and_sent_again(scene: Scene) -> None:
     """A batcher that was away for longer than its reply stream lives: nothing ran for nobody, and nothing is lost."""
     batch_id = scene.submit(lines(3))
     await scene.until(batch_id, lambda batch: batch.progress.status is BatchStatus.IN_PROGRESS)
@@ -364,8 +364,8 @@ async def test_large_answers_are_not_all_read_at_once(tmp_path: Path, monkeypatc
             return await read(shard, name, after, block_ms, count)
 
         monkeypatch.setattr(scene.broker.durable_replies, "read", noted)
-        monkeypatch.setattr("batches.dispatcher._FIRST_LETTERS", 3)
-        monkeypatch.setattr("batches.dispatcher._BYTES_READ", 1 << 20)
+        monkeypatch.setattr("batches.dispatcher._FIRST_MESSAGES", 3)
+        monkeypatch.setattr("batches.dispatcher._READ_BYTES", 1 << 20)
         batch = await scene.end(scene.submit(lines(24)), engine=lambda _: (200, {"text": "x" * 400_000}))
         assert set(scene.output(batch)) == names(24)
         assert 2 in asked
@@ -374,8 +374,8 @@ async def test_large_answers_are_not_all_read_at_once(tmp_path: Path, monkeypatc
 
 async def test_large_answers_do_not_fill_redis(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many lines are on the queue at once is bounded by the size of their answers, before it is known by a few."""
-    monkeypatch.setattr("batches.dispatcher._FIRST_LINES", 8)
-    monkeypatch.setattr("batches.dispatcher._ANSWER_BYTES", 1_000_000)
+    monkeypatch.setattr("batches.open_lines._FIRST_LINES", 8)
+    monkeypatch.setattr("batches.open_lines._ANSWER_BYTES", 1_000_000)
     batch_id = scene.submit(lines(40))
     most = []
     while not (await scene.step(batch_id)).ended:

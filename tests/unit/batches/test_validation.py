@@ -74,7 +74,7 @@ async def test_each_bad_file_has_its_code(scene: Scene, data: bytes, code: str, 
 async def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     """Its size alone says it."""
     async with opened(tmp_path) as scene:
-        scene.context.input_bytes = 2_000
+        scene.context.max_input_bytes = 2_000
         assert told(await refused(scene, text(*(line(number) for number in range(20))))) == [("file_too_large", None)]
 
 
@@ -88,7 +88,7 @@ async def test_no_more_than_a_hundred_faults_are_told(tmp_path: Path) -> None:
 async def test_repeats_are_found_across_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long file is read in many steps, each leaving a run; an id of the first stands in the last."""
     monkeypatch.setattr("batches.validate.MAX_RECORDS", 64)
-    monkeypatch.setattr("batches.validate._RECORDS_AT_ONCE", 100)
+    monkeypatch.setattr("batches.validate._SLICE_RECORDS", 100)
     async with opened(tmp_path) as scene:
         scene.context.tick_s = iter(range(0, 10**9, 7)).__next__  # each look at the clock finds the step's time over
         data = text(*(line(number) for number in range(500)), line(3), line(250))
@@ -98,7 +98,7 @@ async def test_repeats_are_found_across_steps(tmp_path: Path, monkeypatch: pytes
             steps += 1
         assert steps > 8
         assert sorted(told(batch)) == [("duplicate_custom_id", 501), ("duplicate_custom_id", 502)]
-        assert "line 501 stands in line 4 already" in " ".join(error.message for error in batch.progress.errors)
+        assert "line 501 has the same custom_id as line 4" in " ".join(error.message for error in batch.progress.errors)
 
 
 async def test_a_model_that_nobody_has_named_yet_is_waited_for(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from queue_schemas import BadRequest, BodyTooLarge, Tenant
 from storage import (
     FileRecord,
-    Files,
+    FileStore,
     ObjectMissing,
     ObjectStore,
     Part,
@@ -32,16 +32,22 @@ A, B = Tenant("a~b/../ä"), Tenant("b")
 
 
 @pytest.fixture(params=["folder", "memory"])
-def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Files]:
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FileStore]:
     if request.param == "folder":
-        yield Files(ObjectStore.open(StorageSettings(url=str(tmp_path / "store"))))
+        yield FileStore(ObjectStore.open(StorageSettings(url=str(tmp_path / "store"))))
         return
-    yield Files(ObjectStore.open(StorageSettings(url="memory://inferq-files")))
+    yield FileStore(ObjectStore.open(StorageSettings(url="memory://inferq-files")))
     fsspec.filesystem("memory").store.clear()
 
 
 def put(
-    files: Files, tenant: Tenant = A, data: bytes = b"x", *, at_s: int = NOW_S, purpose: str = "batch", lives_s: int = 0
+    files: FileStore,
+    tenant: Tenant = A,
+    data: bytes = b"x",
+    *,
+    at_s: int = NOW_S,
+    purpose: str = "batch",
+    lives_s: int = 0,
 ) -> FileRecord:
     """A file with these bytes, made at that time."""
     file_id = new_file_id(at_s * 1000)
@@ -55,11 +61,11 @@ def put(
     return record
 
 
-def everything(files: Files) -> list[str]:
+def everything(files: FileStore) -> list[str]:
     return sorted(files.store.sizes(""))
 
 
-def test_a_file_is_there_once_it_is_added_and_gone_once_deleted(files: Files) -> None:
+def test_a_file_is_there_once_it_is_added_and_gone_once_deleted(files: FileStore) -> None:
     """Its record is what makes it a file; only its tenant has it; after its end nothing is left of it."""
     record = put(files, data=b"hello", lives_s=60)
     assert files.get(A, record.id, NOW_S) == record
@@ -75,12 +81,12 @@ def test_a_file_is_there_once_it_is_added_and_gone_once_deleted(files: Files) ->
 
 
 @pytest.mark.parametrize("file_id", ["", "file-", "file-../../x", "batch_" + "0" * 32, "file-" + "0" * 31 + "G"])
-def test_only_ids_become_names(files: Files, file_id: str) -> None:
+def test_only_ids_become_names(files: FileStore, file_id: str) -> None:
     """What is no id is no file, and never part of a path."""
     assert files.get(A, file_id, NOW_S) is None
 
 
-def test_an_upload_that_breaks_off_or_grows_too_large_leaves_nothing(files: Files) -> None:
+def test_an_upload_that_breaks_off_or_grows_too_large_leaves_nothing(files: FileStore) -> None:
     """Before its commit and after it, discarding leaves no object; nor does a file past its limit."""
     file_id = new_file_id(NOW_S * 1000)
     with pytest.raises(BodyTooLarge, match="more than 3 bytes"), files.upload(A, file_id, 3) as upload:
@@ -96,11 +102,11 @@ def test_an_upload_that_breaks_off_or_grows_too_large_leaves_nothing(files: File
 @given(sizes=st.lists(st.integers(0, 7), max_size=6), start=st.integers(0, 20), length=st.none() | st.integers(0, 20))
 def test_any_range_of_a_file_in_parts_is_read(sizes: list[int], start: int, length: int | None) -> None:
     """Whatever its parts, a range gives the bytes of the whole."""
-    files = Files(ObjectStore.open(StorageSettings(url="memory://inferq-ranges")))
+    files = FileStore(ObjectStore.open(StorageSettings(url="memory://inferq-ranges")))
     whole = bytes(range(sum(sizes)))
     parts, at = [], 0
     for number, size in enumerate(sizes):
-        name = Files.part_name(A, "file-" + "0" * 32, number)
+        name = FileStore.part_name(A, "file-" + "0" * 32, number)
         files.store.put(name, whole[at : at + size])
         parts.append(Part(name=name, size=size))
         at += size
@@ -112,7 +118,7 @@ def test_any_range_of_a_file_in_parts_is_read(sizes: list[int], start: int, leng
     fsspec.filesystem("memory").store.clear()
 
 
-def test_a_list_goes_by_age_in_pages_and_by_purpose(files: Files) -> None:
+def test_a_list_goes_by_age_in_pages_and_by_purpose(files: FileStore) -> None:
     """Newest first or oldest first, behind any id, a deleted one included; expired files are not in it."""
     records = [put(files, at_s=NOW_S + number, purpose="batch" if number % 2 else "vision") for number in range(7)]
     put(files, B)
@@ -128,17 +134,17 @@ def test_a_list_goes_by_age_in_pages_and_by_purpose(files: Files) -> None:
     assert files.page(Tenant("nobody"), NOW_S) == ([], False)
 
 
-def test_what_a_tenant_keeps_is_counted(files: Files) -> None:
+def test_what_a_tenant_keeps_is_counted(files: FileStore) -> None:
     """Files and all bytes, parts that have no record yet included."""
     put(files, data=b"12345")
-    files.store.put(Files.part_name(A, new_file_id(NOW_S * 1000), 0), b"1234567")
-    kept = files.kept(A)
+    files.store.put(FileStore.part_name(A, new_file_id(NOW_S * 1000), 0), b"1234567")
+    kept = files.usage(A)
     assert kept.files == 1
     assert 12 < kept.bytes < 1_000
-    assert files.kept(B).bytes == 0
+    assert files.usage(B).bytes == 0
 
 
-def test_expired_files_are_removed_but_those_in_use(files: Files) -> None:
+def test_expired_files_are_removed_but_those_in_use(files: FileStore) -> None:
     """Readers do not see them in any case; a live batch's input stays until it is not in use; late marks go too."""
     used, old, young = put(files, lives_s=5), put(files, lives_s=5), put(files, lives_s=500)
     assert files.get(A, used.id, NOW_S + 5) is None
@@ -155,11 +161,11 @@ def test_expired_files_are_removed_but_those_in_use(files: Files) -> None:
 
 def test_leftovers_of_a_death_are_removed_in_time(tmp_path: Path) -> None:
     """Parts without a record and what was half written go when they are old, unless their id is in use; files stay."""
-    files = Files(ObjectStore.open(StorageSettings(url=str(tmp_path / "store"))))
+    files = FileStore(ObjectStore.open(StorageSettings(url=str(tmp_path / "store"))))
     whole = put(files, at_s=NOW_S - 10 * 86_400)
     old, used, young = (new_file_id((NOW_S - days * 86_400) * 1000) for days in (4, 4, 1))
     for file_id in (old, used, young):
-        files.store.put(Files.part_name(A, file_id, 0), b"1")
+        files.store.put(FileStore.part_name(A, file_id, 0), b"1")
     begun = files.begin(A, young, 10)
     begun.write(b"half")
     (scratch,) = (tmp_path / "store" / ".writing").iterdir()

@@ -16,7 +16,7 @@ from openai_api.batch_windows import window_seconds
 from queue_schemas import BadRequest, Tenant
 from router import RouterApp, RouterSettings
 from router.batches.rules import batch_endpoints, read_batch
-from storage import BATCH_ENDED, BatchError, BatchProgress, BatchStatus, FileRecord, new_file_id
+from storage import ENDED_STATUSES, BatchError, BatchProgress, BatchStatus, FileRecord, new_file_id
 from tests.unit.router.fakes import Answer, Client, FakeQueue, router
 
 ACME, RIVAL = Tenant("acme"), Tenant("rival")
@@ -29,7 +29,7 @@ EXPIRY = "output_expires_after.seconds"
 async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RouterApp]:
     """A Router with two tenants and small limits."""
     monkeypatch.setenv("INFERQ_STORAGE_URL", str(tmp_path / "store"))
-    monkeypatch.setenv("INFERQ_STORAGE_BATCH_INPUT_BYTES", str(LIMIT_BYTES))
+    monkeypatch.setenv("INFERQ_STORAGE_MAX_BATCH_INPUT_BYTES", str(LIMIT_BYTES))
     keys = ",".join(f"{hashlib.sha256(name.encode()).hexdigest()}:{name}" for name in (ACME, RIVAL))
     settings = {
         "api_keys": keys,
@@ -146,7 +146,7 @@ async def test_live_batches_of_a_tenant_are_bounded(app: RouterApp) -> None:
     assert (refused.status, refused.error["code"]) == (429, "over_capacity")
     assert int(refused.headers["retry-after"]) > 0
     await create(app, upload(app, RIVAL), key=RIVAL)
-    app.services.store.batches.retire(ACME, first["id"])
+    app.services.store.batches.unmark(ACME, first["id"])
     await create(app, file_id)
 
 
@@ -239,7 +239,7 @@ async def test_how_far_it_has_come_is_shown(app: RouterApp) -> None:
         error_file_id="file-2",
         usage={"input_tokens": 5, "output_tokens": 7, "total_tokens": 12},
     )
-    app.services.store.batches.advance(ACME, batch_id, progress)
+    app.services.store.batches.set_progress(ACME, batch_id, progress)
     batch = openai.types.Batch.model_validate((await ask(app, "GET", f"/v1/batches/{batch_id}")).json())
     assert (batch.status, batch.model, batch.completed_at, batch.failed_at) == ("completed", "m", NOW + 3, None)
     assert batch.request_counts is not None and batch.request_counts.failed == 1
@@ -257,7 +257,7 @@ async def test_a_cancel_shows_before_the_batcher_has_noticed(app: RouterApp) -> 
     assert first["cancelling_at"] >= first["created_at"]
     assert (await ask(app, "POST", path)).json() == first
     ended = BatchProgress(status=BatchStatus.CANCELLED, stamps={"cancelled_at": NOW + 9})
-    app.services.store.batches.advance(ACME, batch_id, ended)
+    app.services.store.batches.set_progress(ACME, batch_id, ended)
     shown = (await ask(app, "GET", f"/v1/batches/{batch_id}")).json()
     assert (shown["status"], shown["cancelled_at"]) == ("cancelled", NOW + 9)
     assert shown["cancelling_at"] == first["cancelling_at"]
@@ -266,8 +266,8 @@ async def test_a_cancel_shows_before_the_batcher_has_noticed(app: RouterApp) -> 
 async def test_what_has_ended_cannot_be_cancelled(app: RouterApp) -> None:
     """409, and the word to the SDK not to try again, which it otherwise does with every 409."""
     batch_id = (await create(app, upload(app)))["id"]
-    for status in BATCH_ENDED:
-        app.services.store.batches.advance(ACME, batch_id, BatchProgress(status=status))
+    for status in ENDED_STATUSES:
+        app.services.store.batches.set_progress(ACME, batch_id, BatchProgress(status=status))
         answer = await ask(app, "POST", f"/v1/batches/{batch_id}/cancel")
         assert (answer.status, answer.error["code"]) == (409, "conflict")
         assert answer.headers["x-should-retry"] == "false"

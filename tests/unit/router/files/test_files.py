@@ -17,7 +17,7 @@ import pytest
 from queue_schemas import StoreUnavailable, Tenant
 from router import RouterApp
 from router.files.uploads import PIECE_BYTES
-from storage import BatchProgress, BatchRequest, BatchStatus, Files, new_batch_id, writing
+from storage import BatchProgress, BatchRequest, BatchStatus, FileStore, new_batch_id, writing
 from storage.objects import MARK
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import Answer, Client, FakeQueue, router
@@ -224,10 +224,10 @@ async def test_a_record_that_cannot_be_written_takes_the_part_with_it(
 ) -> None:
     """The part is in the store already: it goes again."""
 
-    def add(files: Files, record: Any) -> None:
+    def add(files: FileStore, record: Any) -> None:
         raise StoreUnavailable("as ordered")
 
-    monkeypatch.setattr(Files, "add", add)
+    monkeypatch.setattr(FileStore, "add", add)
     async with router(api_keys=GIVEN) as app:
         answer = await begin(app, [PURPOSE + file_part(b"1") + END]).done()
         assert answer.status == 503
@@ -237,14 +237,14 @@ async def test_a_record_that_cannot_be_written_takes_the_part_with_it(
 async def test_a_store_that_hangs_stops_files_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uploads, lists and contents answer 503 within their limit; inference is served meanwhile; nothing half stays."""
     hang, queue = threading.Event(), FakeQueue("m")
-    really = Files.add
+    really = FileStore.add
 
-    def add(files: Files, record: Any) -> None:
+    def add(files: FileStore, record: Any) -> None:
         hang.wait(20)
         really(files, record)
 
     async with router(queue, api_keys=GIVEN, store_timeout_ms=100, store_threads=2) as app:
-        monkeypatch.setattr(Files, "add", add)
+        monkeypatch.setattr(FileStore, "add", add)
         answers = await asyncio.gather(*(begin(app, [PURPOSE + file_part(b"1") + END]).done() for _ in range(3)))
         assert {(answer.status, answer.error["code"]) for answer in answers} == {(503, "store_unavailable")}
         assert (await ask(app, "GET", "")).status == 503
@@ -311,7 +311,7 @@ async def test_a_file_that_a_live_batch_reads_stays() -> None:
         refused = await ask(app, "DELETE", f"/{file_id}")
         assert (refused.status, refused.error["code"]) == (409, "conflict")
         assert request.id in refused.error["message"]
-        batches.advance(Tenant("acme"), request.id, BatchProgress(status=BatchStatus.COMPLETED))
+        batches.set_progress(Tenant("acme"), request.id, BatchProgress(status=BatchStatus.COMPLETED))
         assert (await ask(app, "DELETE", f"/{file_id}")).status == 200
 
 

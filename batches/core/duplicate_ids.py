@@ -1,9 +1,9 @@
-"""Which ``custom_id`` stands twice in a file of millions of lines, in little memory.
+"""Find each ``custom_id`` that occurs twice in a file of millions of lines, in little memory, as an external sort does.
 
-Each piece of the file leaves a sorted run of fixed records, a digest and its line. Runs are then compared slice by
-slice: all records whose digest begins with the same byte, from all runs.
+Each piece of the file becomes a sorted run of records of fixed size: a digest and its line. Runs are then compared
+slice by slice: from all runs, the records whose digest begins with the same byte.
 
-A run is a table of 257 numbers (where the records begin whose digest starts with byte n, and where all end, counted in
+A run is a table of 257 numbers (the index of the first record whose digest begins with byte n, and the number of
 records), then the records.
 """
 
@@ -19,7 +19,7 @@ RECORD = DIGEST_BYTES + 8
 TABLE = struct.Struct(">257I")
 SLICES = 256
 MAX_RECORDS = 25_000
-"""In one run: 0.6 MB, and four times as much while it is made."""
+"""Records of one run: 0.6 MB, and four times as much while it is being made."""
 
 
 def record(digest: bytes, line: int) -> bytes:
@@ -27,7 +27,7 @@ def record(digest: bytes, line: int) -> bytes:
 
 
 def pack_run(records: list[bytes]) -> bytes:
-    """The run of these records, which are sorted in place."""
+    """The run of these records; sorts them in place."""
     records.sort()
     counts = [0] * SLICES
     for one in records:
@@ -36,13 +36,13 @@ def pack_run(records: list[bytes]) -> bytes:
 
 
 def slice_bounds(table: Sequence[int], first: int, last: int) -> tuple[int, int]:
-    """Where in a run the records of slices ``first`` to ``last`` (exclusive) lie: the bytes from and to."""
+    """The bytes, from and to, of a run's slices ``first`` to ``last`` (exclusive)."""
     return TABLE.size + table[first] * RECORD, TABLE.size + table[last] * RECORD
 
 
-def repeated(parts: Iterable[bytes], most: int) -> list[tuple[int, int]]:
-    """``(line, line before)`` of up to ``most`` lines whose digest stands before theirs too; ``parts`` are the same
-    slices of all runs."""
+def find_duplicates(parts: Iterable[bytes], max_count: int) -> list[tuple[int, int]]:
+    """``(line, earlier line)`` of up to ``max_count`` lines that share their digest with an earlier line; ``parts`` are
+    the same slices of all runs."""
     records: list[bytes] = []
     for part in parts:
         records += (part[at : at + RECORD] for at in range(0, len(part), RECORD))
@@ -51,7 +51,7 @@ def repeated(parts: Iterable[bytes], most: int) -> list[tuple[int, int]]:
     for before, after in pairwise(records):
         if before[:DIGEST_BYTES] == after[:DIGEST_BYTES]:
             found.append((_line(after), _line(before)))
-            if len(found) == most:
+            if len(found) == max_count:
                 break
     return found
 

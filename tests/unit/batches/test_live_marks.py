@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batches.sweep import STRAY_MS
+from batches.step_sweep import ORPHAN_MS
 from storage import new_batch_id
-from storage.batches import Batches
+from storage.batches import BatchStore
 
 from .scene import ACME, opened
 
@@ -17,10 +17,10 @@ async def test_a_mark_is_kept_until_its_batch_has_had_the_time_to_come(tmp_path:
     async with opened(tmp_path) as scene:
         mark = f"live/t-{ACME}~{new_batch_id(int((scene.now - 86_400) * 1000))}"
         scene.shelf.store.put(mark, b"")
-        batches = Batches(scene.shelf.store)
+        batches = BatchStore(scene.shelf.store)
         assert scene.sweep.once() == []
         assert len(batches.live()) == 1
-        scene.now += STRAY_MS / 1000 - 1
+        scene.now += ORPHAN_MS / 1000 - 1
         scene.sweep.once()
         assert len(batches.live()) == 1
         scene.now += 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from batches.core import file_of
-from batches.upkeep import Upkeep
-from storage import BatchStatus, Files
+from batches.expiry import ExpirySweep
+from storage import BatchStatus, FileStore
 from tests.support.batches import ACME, line
 
 from .scene import opened
@@ -22,7 +22,7 @@ async def test_an_input_that_expires_stays_until_its_batch_has_ended(tmp_path: P
         assert record is not None
         files.add(record.model_copy(update={"expires_at": int(scene.now) + 1}))
         scene.now += 2
-        upkeep = Upkeep(scene.context)
+        upkeep = ExpirySweep(scene.context)
         upkeep.once()
         assert files.get(ACME, file_id, scene.now) is None
         batch = await scene.end(batch_id)
@@ -37,15 +37,15 @@ async def test_leftovers_are_looked_for_once_an_hour(tmp_path: Path) -> None:
         batch_id = scene.submit([line(1)])
         output, stray = file_of(batch_id, "output"), "file-" + "0" * 32
         for file_id in (output, stray):
-            scene.shelf.store.put(Files.part_name(ACME, file_id, 0), b"1")
+            scene.shelf.store.put(FileStore.part_name(ACME, file_id, 0), b"1")
         scene.now += 30 * 86_400
-        upkeep = Upkeep(scene.context)
+        upkeep = ExpirySweep(scene.context)
         upkeep.once()
-        assert scene.shelf.store.get(Files.part_name(ACME, stray, 0)) == b"1"
+        assert scene.shelf.store.get(FileStore.part_name(ACME, stray, 0)) == b"1"
         scene.context.tick_s = lambda: float("inf")
         upkeep.once()
-        assert scene.shelf.store.get(Files.part_name(ACME, stray, 0)) is None
-        assert scene.shelf.store.get(Files.part_name(ACME, output, 0)) == b"1"
+        assert scene.shelf.store.get(FileStore.part_name(ACME, stray, 0)) is None
+        assert scene.shelf.store.get(FileStore.part_name(ACME, output, 0)) == b"1"
 
 
 async def test_an_ended_batch_goes_when_its_time_is_over_and_its_files_stay(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ async def test_an_ended_batch_goes_when_its_time_is_over_and_its_files_stay(tmp_
     Zero keeps all."""
     async with opened(tmp_path, keep_ended_s=3_600) as scene:
         batch = await scene.end(scene.submit([line(1)]))
-        upkeep = Upkeep(scene.context)
+        upkeep = ExpirySweep(scene.context)
         scene.now += 3_000
         upkeep.once()
         assert scene.context.batches.page(ACME)[0] == [batch]
