@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from openai_api.batch_windows import window_seconds
 from queue_schemas import Conflict, NotFound, OverCapacity, Tenant
-from storage import Batch, BatchStore, BatchRequest, FileStore, OutputExpiry, new_batch_id
+from storage import Batch, BatchRequest, BatchStore, FileStore, OutputExpiry, new_batch_id
 from telemetry import get_logger
 
 from ..idempotency import Execution, Idempotency, RequestKey

@@ -84,7 +84,7 @@ async def run(folder: Path, lines: int, *, kill: bool, workers: int) -> Outcome:
                 "chunk_ms": 30_000,
             }
             batcher = await add_batcher(
-                fleet, shelf, max_lines=10**8, storage_batch_input_bytes=10**12, **flags
+                fleet, shelf, max_lines=10**8, storage_max_batch_input_bytes=10**12, **flags
             ).start()
             await fleet.up(workers=workers, slots=64, sim_ttft_ms=0, sim_tokens_per_s=0)
             file_id = shelf.upload(jsonl(line(number, max_tokens=20) for number in range(lines)))
