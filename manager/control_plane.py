@@ -72,7 +72,7 @@ class ManagerService:
         self.manager_id = str(new_session_id("manager"))
         self.metrics = FleetMetrics(metrics or MetricsRegistry("manager"))
         join_token = settings.join_token.get_secret_value()
-        self.elsewhere = ActingElsewhere(self.manager_id, url, join_token, settings.broker_call_ms)
+        self.elsewhere = ActingElsewhere(self.manager_id, url, join_token, settings.broker_timeout_ms)
         self.stopping = False
         """Whether it was told to end."""
         self._open_queue = open_queue
@@ -173,7 +173,7 @@ class ManagerService:
             broker_url=self._broker_url,
             shards=self._reached().shards,
             lease_ms=self.settings.lease_ms,
-            heartbeat_ms=self.settings.heartbeat_ms,
+            heartbeat_interval_ms=self.settings.heartbeat_interval_ms,
             assignment=member.assignment,
         )
 
@@ -209,7 +209,7 @@ class ManagerService:
         term = self._leadership.term
         if term is not None:
             return WorkerList(workers=term.workers(), manager=self.manager_id, term=term.number)
-        snapshot = await call_queue(self.settings.broker_call_ms, self._reached().fleet.load_workers())
+        snapshot = await call_queue(self.settings.broker_timeout_ms, self._reached().fleet.load_workers())
         return WorkerList(workers=[snapshot[worker_id] for worker_id in sorted(snapshot)])
 
     async def broker_address(self) -> BrokerAddress:
@@ -218,7 +218,7 @@ class ManagerService:
 
     async def pools(self) -> PoolList:
         """Every pool that is known, with what waits, what runs, and who serves it."""
-        queue, limit = self._reached(), self.settings.broker_call_ms
+        queue, limit = self._reached(), self.settings.broker_timeout_ms
         workers = (await self.list_workers()).workers
         away: set[int] = set()
         depths = await call_queue(limit, queue.stats.depths(away))
@@ -242,7 +242,7 @@ class ManagerService:
             self.metrics.show_workers((await self.list_workers()).workers)
             self.metrics.show_pools((await self.pools()).pools)
             counting = self._reached().stats.job_counts(set())
-            self.metrics.show_counts(await call_queue(self.settings.broker_call_ms, counting))
+            self.metrics.show_counts(await call_queue(self.settings.broker_timeout_ms, counting))
         except InferqError as error:
             self.metrics.forget_pools()
             log.info("metrics_not_updated", error=error.message)

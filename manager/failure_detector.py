@@ -73,7 +73,7 @@ class FailureDetector:
 
     async def check_overdue(self) -> None:
         """Check those whose heartbeats are missing, the most silent first."""
-        silent_s = 2 * self._settings.heartbeat_ms / 1000
+        silent_s = 2 * self._settings.heartbeat_interval_ms / 1000
         overdue = self._registry.overdue(self._clock(), silent_s, MAX_PROBES_PER_SWEEP)
         async with asyncio.TaskGroup() as tasks:
             for member in overdue:
@@ -110,7 +110,7 @@ class FailureDetector:
         if probe.status is not ProbeStatus.SAME:
             has_counter, answered = await self._ping(member.session_id)
         # A member that is only in the snapshot was there, and may have left while no Manager acted: it is not fresh.
-        fresh = member.heard and self._clock() - member.heard_at < self._settings.suspect_ms / 1000
+        fresh = member.heard and self._clock() - member.heard_at < self._settings.suspect_after_ms / 1000
         return assess_liveness(
             Evidence(
                 probe=probe.status,
@@ -129,16 +129,16 @@ class FailureDetector:
         return await self._probe.ask(member.url, member.worker_id, member.session_id)
 
     async def _ping(self, session_id: SessionId) -> tuple[bool, bool]:
-        """Whether the session has a renewal counter, and whether it rose within ``ping_ms`` of a ping: on the first
-        shard that is not away."""
-        limit = self._settings.broker_call_ms
+        """Whether the session has a renewal counter, and whether it rose within ``ping_timeout_ms`` of a ping: on the
+        first shard that is not away."""
+        limit = self._settings.broker_timeout_ms
         away = self._shards.away
         shard = next((shard for shard in range(self._queue.shards) if shard not in away), 0)
         before = (await call_queue(limit, self._queue.maintenance.renewal_counters(shard))).get(session_id)
         if before is None:
             return False, False
         await call_queue(limit, self._queue.fleet.send_control(session_id, Control(ControlKind.PING), shard))
-        give_up_at = self._clock() + self._settings.ping_ms / 1000
+        give_up_at = self._clock() + self._settings.ping_timeout_ms / 1000
         while self._clock() < give_up_at:
             await asyncio.sleep(_PING_POLL_S)
             counter = (await call_queue(limit, self._queue.maintenance.renewal_counters(shard))).get(session_id)

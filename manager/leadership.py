@@ -88,12 +88,12 @@ class Leadership:
 
     async def _keep_lease(self, queue: QueuePort) -> None:
         """Take or keep the leader lease, three times within its life."""
-        ttl_ms = self._settings.acting_ttl_ms
+        ttl_ms = self._settings.leader_lease_ms
         while True:
             begun = self._clock()
             try:
                 taking = queue.fleet.acquire_leader_lease(self._manager_id, ttl_ms, self._url, self._proof)
-                number = await call_queue(min(self._settings.broker_call_ms, ttl_ms), taking)
+                number = await call_queue(min(self._settings.broker_timeout_ms, ttl_ms), taking)
                 if number is None:
                     self._stand_by(ANOTHER_ACTS)
                     await self._elsewhere.poll(queue)
@@ -141,7 +141,7 @@ class Leadership:
     async def _resign(self, queue: QueuePort) -> None:
         self._stand_by("the Manager is shutting down")
         try:
-            await call_queue(self._settings.broker_call_ms, queue.fleet.release_leader_lease(self._manager_id))
+            await call_queue(self._settings.broker_timeout_ms, queue.fleet.release_leader_lease(self._manager_id))
         except InferqError as error:
             log.info("leader_lease_not_released", error=error.message, then="it expires by itself")
 

@@ -61,7 +61,7 @@ class ManagerActor:
         configure_logging("manager", telemetry.log_level, "json")
         configure_tracing("manager", telemetry.otlp_endpoint)
         self._digest = digest
-        self._probe = HttpWorkerProbe(settings.probe_limit_s)
+        self._probe = HttpWorkerProbe(settings.probe_timeout_s)
         self._service = ManagerService(
             settings,
             open_broker(broker_settings),

@@ -45,7 +45,7 @@ class RegistrySnapshot:
 
     async def load(self) -> Iterable[WorkerInfo]:
         """What the last Manager wrote down."""
-        snapshot = await call_queue(self._settings.broker_call_ms, self._queue.fleet.load_workers())
+        snapshot = await call_queue(self._settings.broker_timeout_ms, self._queue.fleet.load_workers())
         self._saved = dict(snapshot)
         self._dirty |= snapshot.keys()
         self._changed.set()
@@ -69,7 +69,7 @@ class RegistrySnapshot:
         """Write the entries that changed since the last time, and remember the pools that are served."""
         registry, now = self._registry, self._clock()
         if now >= self._check_at:
-            self._saved = await call_queue(self._settings.broker_call_ms, self._queue.fleet.load_workers())
+            self._saved = await call_queue(self._settings.broker_timeout_ms, self._queue.fleet.load_workers())
             self._check_at = self._clock() + SNAPSHOT_CHECK_S
             self._dirty |= self._saved.keys() | {member.worker_id for member in registry.members()}
         dirty, self._dirty = self._dirty, set()
@@ -87,13 +87,13 @@ class RegistrySnapshot:
         changed = [info for worker_id, info in now.items() if self._saved.get(worker_id) != info]
         gone = [worker_id for worker_id in worker_ids if worker_id in self._saved and worker_id not in now]
         if changed or gone:
-            await call_queue(self._settings.broker_call_ms, self._queue.fleet.save_workers(changed, gone))
+            await call_queue(self._settings.broker_timeout_ms, self._queue.fleet.save_workers(changed, gone))
         self._saved |= now
         for worker_id in gone:
             del self._saved[worker_id]
 
     async def _remember_pools(self, served: set[str]) -> None:
-        now, limit = self._clock(), self._settings.broker_call_ms
+        now, limit = self._clock(), self._settings.broker_timeout_ms
         declared = set(self._settings.pools)
         due = {model for model in served | declared if now >= self._pools_due.get(model, now)}
         self._pools_at = min((at for at in self._pools_due.values() if at > now), default=now + POOLS_REFRESH_S)

@@ -70,7 +70,7 @@ async def serve(
             tasks.create_task(server.watch(), name="embedded queue")
             log.info("embedded_queue", port=server.port, data=str(server.data_dir))
             broker_settings = broker_settings.model_copy(update={"redis_url": server.url})
-        probe = await exits.enter_async_context(HttpWorkerProbe(settings.probe_limit_s))
+        probe = await exits.enter_async_context(HttpWorkerProbe(settings.probe_timeout_s))
         host, port = listener.getsockname()[:2]
         redis_url = broker_settings.redis_url
         url = settings.advertise_url or await asyncio.to_thread(advertised_url, settings.host, port, redis_url)

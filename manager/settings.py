@@ -1,4 +1,4 @@
-"""The Manager's settings. The broker's are in :class:`broker.BrokerSettings`."""
+"""The Manager's settings, from files, environment and flags. Those of the queue are :class:`broker.BrokerSettings`."""
 
 from __future__ import annotations
 
@@ -19,36 +19,44 @@ class ManagerSettings(RoleSettings):
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(9000, ge=0, le=65_535, description="TCP port to listen on; 0 takes a free one")
     join_token: HeaderSecret = Field(
-        SecretStr(""), description="What workers and routers must show to join; needed on a public address"
+        SecretStr(""), description="Secret that workers and Routers must show; required on a public address"
     )
     insecure: bool = Field(False, description="Listen on a public address without a join token")
     advertise_url: str = Field(
         "",
-        description="Where Routers and other Managers reach this one, written into Redis while it acts; empty: from "
-        "host and port (of a wildcard host, its address on the way to Redis)",
+        description="URL at which Routers and other Managers reach this one, written into Redis while it acts; empty: "
+        "from host and port (for a wildcard host, its address on the way to Redis)",
     )
     advertised_redis_url: str = Field(
-        "", description="The broker's address as told to workers and routers; empty: the one the Manager uses"
+        "", description="Redis URL that workers and Routers are given; empty: the one that the Manager uses"
     )
     pools: CommaList = Field(default_factory=list, description="Models that are known even before a worker serves them")
     data_dir: str = Field(".inferq", description="Folder of the embedded queue server, when no Redis URL is given")
     lease_ms: int = Field(
-        15_000, ge=300, description="A worker whose renewal number stands still for so long has lost its jobs"
+        15_000, ge=300, description="A worker whose renewal counter stands still for this long loses its jobs"
     )
-    heartbeat_ms: int = Field(2_000, ge=50, description="How often workers send a heartbeat")
-    suspect_ms: int = Field(6_000, ge=100, description="Without a heartbeat for so long, a worker gets no new queues")
-    acting_ttl_ms: int = Field(6_000, ge=200, description="How long the acting Manager's own lease lasts unrenewed")
+    heartbeat_interval_ms: int = Field(2_000, ge=50, description="How often workers send a heartbeat")
+    suspect_after_ms: int = Field(
+        6_000, ge=100, description="A worker without a heartbeat for this long is suspect: it is given no new queues"
+    )
+    leader_lease_ms: int = Field(
+        6_000, ge=200, description="How long the acting Manager's leader lease lasts without a renewal"
+    )
     sweep_interval_ms: int = Field(
-        1_000, ge=20, le=5_000, description="How often renewal numbers are read and deadlines enforced"
+        1_000, ge=20, le=5_000, description="How often renewal counters are read and deadlines enforced"
     )
-    ping_ms: int = Field(500, ge=50, le=5_000, description="How long a doubted worker may take to answer a ping")
-    probe_timeout_ms: int = Field(1_000, ge=50, le=10_000, description="Limit on a look at a worker's health page")
-    broker_call_ms: int = Field(2_000, ge=50, description="Limit on one call to the broker by the Manager's loops")
-    shutdown_timeout_ms: int = Field(5_000, ge=1_000, description="How long running requests may take at the end")
+    ping_timeout_ms: int = Field(
+        500, ge=50, le=5_000, description="How long a worker that is checked may take to answer a ping"
+    )
+    probe_timeout_ms: int = Field(1_000, ge=50, le=10_000, description="Limit on a probe of a worker's health page")
+    broker_timeout_ms: int = Field(2_000, ge=50, description="Limit on one call of the Manager to the queue's Redis")
+    shutdown_timeout_ms: int = Field(
+        5_000, ge=1_000, description="How long running requests may take to finish at shutdown"
+    )
 
     @property
-    def probe_limit_s(self) -> float:
-        """Limit on a look at a health page: short beside the lease, or looking would interrupt the watch of beats."""
+    def probe_timeout_s(self) -> float:
+        """Limit on a probe: short beside the lease, or probes would interrupt the watch of the renewal counters."""
         return min(self.probe_timeout_ms, self.lease_ms / 6) / 1000
 
     @field_validator("advertise_url")
@@ -61,8 +69,12 @@ class ManagerSettings(RoleSettings):
 
     @model_validator(mode="after")
     def _in_proportion(self) -> Self:
-        if self.suspect_ms < 2 * self.heartbeat_ms:
-            raise ValueError("suspect_ms must be at least twice heartbeat_ms: one late heartbeat is no reason to doubt")
+        if self.suspect_after_ms < 2 * self.heartbeat_interval_ms:
+            raise ValueError(
+                "suspect_after_ms must be at least twice heartbeat_interval_ms: one late heartbeat makes nobody suspect"
+            )
         if self.sweep_interval_ms * 4 > self.lease_ms:
-            raise ValueError("sweep_interval_ms must be at most a quarter of lease_ms: a lease is watched, not guessed")
+            raise ValueError(
+                "sweep_interval_ms must be at most a quarter of lease_ms: each lease is checked several times"
+            )
         return self

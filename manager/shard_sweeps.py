@@ -30,7 +30,7 @@ class ShardSweeps:
     polled beside them, with growing pauses, until it does: however long it stays silent, the others do not wait."""
 
     def __init__(self, settings: ManagerSettings, queue: QueuePort, metrics: FleetMetrics, clock: Clock) -> None:
-        self._timeout_ms = settings.broker_call_ms
+        self._timeout_ms = settings.broker_timeout_ms
         self._queue = queue
         self._metrics = metrics
         self._clock = clock

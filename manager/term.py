@@ -49,7 +49,7 @@ class Term:
         self.changed = changed
         """Set when the registry may differ from its snapshot in Redis."""
         self.registry = Registry(
-            number, queue.shard_of, suspect_s=settings.suspect_ms / 1000, lease_s=settings.lease_ms / 1000
+            number, queue.shard_of, suspect_s=settings.suspect_after_ms / 1000, lease_s=settings.lease_ms / 1000
         )
         self._settings = settings
         self._queue = queue
@@ -116,7 +116,7 @@ class Term:
         self._snapshot.save_soon(worker_id)
         try:
             call = self._queue.fleet.send_control(member.session_id, Control(ControlKind.DRAIN))
-            await call_queue(self._settings.broker_call_ms, call)
+            await call_queue(self._settings.broker_timeout_ms, call)
         except BrokerUnavailable as error:
             log.warning(
                 "drain_not_sent", worker=worker_id, error=error.message, then="its next heartbeat is answered so"

@@ -117,7 +117,7 @@ class Membership:
                 failures += 1
                 await asyncio.sleep(_BACKOFF.pause_s(failures))
                 continue
-            self._heartbeat_s = answer.heartbeat_ms / 1000
+            self._heartbeat_s = answer.heartbeat_interval_ms / 1000
             self.registered, self.trouble = True, ""
             self._said.clear()
             log.info("registered", manager=self._client.url, pools=len(answer.assignment.pools))

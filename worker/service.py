@@ -105,7 +105,7 @@ class Worker:
                 engine.cancel()
                 stop_http.set()
         finally:
-            await self._engine.stop(self.settings.engine_stop_limit_ms / 1000)
+            await self._engine.stop(self.settings.engine_stop_timeout_ms / 1000)
             await self._client.close()
             if self._broker is not None:
                 await self._broker.close()

@@ -48,11 +48,11 @@ class WorkerSession:
             assigned=self._assigned,
             drain=context.drain.set,
         )
-        self._engine_progress = EngineProgress(settings.engine_stall_limit_ms / 1000)
+        self._engine_progress = EngineProgress(settings.engine_stall_timeout_ms / 1000)
         self._consumers: list[ShardConsumer] = []
         self._shards_away: set[int] = set()
         """Shards whose server does not answer now."""
-        self._watchdog = LoopWatchdog(time.monotonic(), settings.loop_stall_limit_ms / 1000)
+        self._watchdog = LoopWatchdog(time.monotonic(), settings.loop_stall_timeout_ms / 1000)
         self._renewing: asyncio.Task[None] | None = None
         self._broker: Broker | None = None
         self._attempts: Attempts | None = None
@@ -187,7 +187,7 @@ class WorkerSession:
         """What is due by time, for all jobs at once; and that this loop turns."""
         now = asyncio.get_running_loop().time
         settings = self._context.settings
-        timeouts = StreamTimeouts(settings.stream_idle_limit_ms / 1000, settings.stream_held_back_limit_ms / 1000)
+        timeouts = StreamTimeouts(settings.stream_idle_timeout_ms / 1000, settings.buffered_stream_timeout_ms / 1000)
         while True:
             await asyncio.sleep(SWEEP_S)
             self._watchdog.ticked_at = time.monotonic()
@@ -198,7 +198,7 @@ class WorkerSession:
 
     async def _finish(self) -> None:
         """Claim no more, let running jobs end, hand the rest back, leave."""
-        timeout_s = self._context.settings.drain_limit_ms / 1000
+        timeout_s = self._context.settings.drain_timeout_ms / 1000
         self.slots.draining = True
         self._look_again()
         self._membership.notify()

@@ -1,4 +1,4 @@
-"""The worker's settings: table ``[worker]``, environment ``INFERQ_WORKER_*``."""
+"""The worker's settings, from table ``[worker]``, environment ``INFERQ_WORKER_*`` and flags."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from telemetry import CommaList, HeaderSecret, ManagerUrls, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]
 
-_LARGEST_BYTES = 96 << 20
+_MAX_BYTES = 96 << 20
 """What one message may carry, with room for its envelope below the wire format's 128 MiB."""
 
 
@@ -30,25 +30,27 @@ Arguments = Annotated[list[str], NoDecode, BeforeValidator(_words)]
 
 
 class WorkerSettings(RoleSettings):
-    """One worker: who it is, where its Manager and its engine are, and its limits."""
+    """One worker: its name, its Manager, its engine, and its limits."""
 
     table: ClassVar[str] = "worker"
     repeatable: ClassVar[Mapping[str, str]] = {"manager_urls": "manager-url"}
 
     worker_id: str = Field("", description="name of this worker, unique in the fleet; empty: made from the host's name")
     manager_urls: ManagerUrls = Field(
-        ["http://127.0.0.1:18000"], description="Routers or Managers to register with, the next one when one fails"
+        ["http://127.0.0.1:18000"], description="Routers or Managers to register with; if one fails, the next is tried"
     )
     host: str = Field("127.0.0.1", description="address on which the worker's own HTTP service listens")
     port: int = Field(7000, ge=0, le=65_535, description="port of the worker's own HTTP service; 0: a free one")
-    advertise_url: str = Field("", description="where the Manager may reach that service; empty: from host and port")
-    redis_url: str = Field("", description="where the queue is; empty: as the Manager says")
+    advertise_url: str = Field(
+        "", description="URL at which the Manager reaches that service; empty: from host and port"
+    )
+    redis_url: str = Field("", description="URL of the queue's Redis; empty: as the Manager says")
     join_token: HeaderSecret = Field(
-        SecretStr(""), description="the fleet's secret, sent to the Manager and asked of it"
+        SecretStr(""), description="the fleet's secret, sent to the Manager and required of callers of the worker"
     )
     insecure: bool = Field(False, description="listen on a public address without a join token")
     region: str = Field(
-        "", description="where this worker stands: it runs jobs of that region's Routers first; empty: no region"
+        "", description="region of this worker, whose jobs it runs before those of other regions; empty: no region"
     )
 
     engine: Literal["auto"] | EngineKind = Field(
@@ -68,48 +70,44 @@ class WorkerSettings(RoleSettings):
         "(the same list as the Router's)",
     )
     vllm_device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: cpu if no accelerator is seen")
-    engine_ready_limit_ms: int = Field(
+    engine_ready_timeout_ms: int = Field(
         1_800_000, ge=1_000, description="an engine that takes longer to get ready (downloads included) is restarted"
     )
-    engine_stop_limit_ms: int = Field(10_000, ge=100, description="from SIGTERM to SIGKILL of the engine")
-    engine_stall_limit_ms: int = Field(
+    engine_stop_timeout_ms: int = Field(10_000, ge=100, description="time from SIGTERM to SIGKILL of the engine")
+    engine_stall_timeout_ms: int = Field(
+        120_000, ge=1_000, description="an engine that produces nothing for this long while it has jobs loses them"
+    )
+    stream_idle_timeout_ms: int = Field(
         120_000,
         ge=1_000,
-        description="an engine that produces nothing for so long, with jobs running, loses them",
+        description="a stream of plain text that stands still for this long while its engine's others go on is stopped",
     )
-    stream_idle_limit_ms: int = Field(
-        120_000,
-        ge=1_000,
-        description="a stream of plain text that stands still for so long while its engine's others go on is given up",
-    )
-    stream_held_back_limit_ms: int = Field(
+    buffered_stream_timeout_ms: int = Field(
         1_800_000,
         ge=1_000,
-        description="the same for streams that engines hold back: with tools, a response format or reasoning, of other "
-        "APIs, and before the first token; the request's deadline ends them earlier",
+        description="the same for streams whose engine may buffer output: with tools, a response format or reasoning, "
+        "of other APIs, and before the first token; the request's deadline may end them earlier",
     )
-    engine_steady_after_ms: int = Field(
+    engine_stable_after_ms: int = Field(
         10_000,
         ge=0,
-        description="an engine that was ready for so long and then crashes is restarted within a second; the wait "
-        "doubles, up to a minute, while it crashes sooner",
+        description="an engine that crashes after it was ready for this long is restarted within a second; if it "
+        "crashes sooner, the pause doubles, up to a minute",
     )
-    loop_stall_limit_ms: int = Field(
-        60_000,
-        ge=1_000,
-        description="a worker whose event loop stands still for so long serves nobody: it loses its jobs",
+    loop_stall_timeout_ms: int = Field(
+        60_000, ge=1_000, description="a worker whose event loop stands still for this long loses its jobs"
     )
-    engine_log_dir: Path = Field(Path(".inferq/logs"), description="folder for what the engine writes")
+    engine_log_dir: Path = Field(Path(".inferq/logs"), description="folder for the engine's output")
 
-    slots: int = Field(32, ge=1, le=65_536, description="jobs run at once")
-    max_answer_bytes: int = Field(
-        64 << 20, ge=1, le=_LARGEST_BYTES, description="longest answer of an engine, in bytes"
-    )
-    flush_interval_ms: float = Field(4.0, ge=0, le=1_000, description="least time between flushes of streams")
+    slots: int = Field(32, ge=1, le=65_536, description="most jobs that run at once")
+    max_answer_bytes: int = Field(64 << 20, ge=1, le=_MAX_BYTES, description="largest answer of an engine, in bytes")
+    flush_interval_ms: float = Field(4.0, ge=0, le=1_000, description="shortest time between flushes of streams")
     frame_buffer_bytes: int = Field(
-        64 << 20, ge=1, le=_LARGEST_BYTES, description="unsent frames at which reading of engines pauses"
+        64 << 20, ge=1, le=_MAX_BYTES, description="bytes of unsent frames at which reading from engines pauses"
     )
-    drain_limit_ms: int = Field(30_000, ge=0, description="how long running jobs may take to finish when draining")
+    drain_timeout_ms: int = Field(
+        30_000, ge=0, description="how long running jobs may take to finish when the worker drains"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -121,7 +119,7 @@ class WorkerSettings(RoleSettings):
         if not self.manager_urls:
             raise ValueError("give at least one --manager-url")
         if ray := [url for url in self.manager_urls if url.startswith("ray:")]:
-            raise ValueError(f"--manager-url {ray[0]}: workers know nothing of Ray; give the Router's http:// address")
+            raise ValueError(f"--manager-url {ray[0]}: workers do not use Ray; give the Router's http:// address")
         try:
             check_region(self.region)
             if self.advertise_url:

@@ -228,10 +228,10 @@ def _workers(
             host=settings.host,
             port=port,
             port_flag="--worker-port",
-            ready_limit_s=settings.engine_ready_limit_ms / 1000 + READY_LIMIT_S,
+            ready_limit_s=settings.engine_ready_timeout_ms / 1000 + READY_LIMIT_S,
             environment={"OMP_NUM_THREADS": str(options.engine_threads)} if options.engine_threads else {},
             may_leave=True,
-            stop_limit_s=(settings.drain_limit_ms + settings.engine_stop_limit_ms) / 1000 + _MARGIN_S,
+            stop_limit_s=(settings.drain_timeout_ms + settings.engine_stop_timeout_ms) / 1000 + _MARGIN_S,
         )
         for number in range(1, options.workers + 1)
         for port in (settings.port + number - 1 if settings.port else free_port(),)

@@ -165,7 +165,7 @@ class RegistrationAnswer(_Message):
     lease_ms: int = Field(
         ge=1, le=MAX_INTERVAL_MS, description="a worker whose renewal number stands still for so long has lost its jobs"
     )
-    heartbeat_ms: int = Field(ge=1, le=MAX_INTERVAL_MS, description="how often to send a heartbeat")
+    heartbeat_interval_ms: int = Field(ge=1, le=MAX_INTERVAL_MS, description="how often to send a heartbeat")
     assignment: Assignment
 
 

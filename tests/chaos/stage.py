@@ -167,7 +167,7 @@ def _add_worker(stage: Stage, number: int) -> None:
     urls = ",".join(f"http://127.0.0.1:{link.port}" for link in stage.fabric_links[number])
     stage.fleet.worker(
         f"worker-{number + 1}", engine="sim-process", slots=SLOTS, manager_url=urls,
-        redis_url=stage.worker_links[number].url, sim_tokens_per_s=40, sim_ttft_ms=20, drain_limit_ms=2_000,
+        redis_url=stage.worker_links[number].url, sim_tokens_per_s=40, sim_ttft_ms=20, drain_timeout_ms=2_000,
         sim_embedding_dimensions=DIMENSIONS,
     )  # fmt: skip
 

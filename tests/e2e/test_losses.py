@@ -160,7 +160,10 @@ async def test_a_plain_request_answers_late_but_right_when_its_worker_is_killed(
 async def test_a_killed_worker_is_missed_at_once(tmp_path: Path, own_valkey: Server) -> None:
     """With the intervals of production: the connection that it held to the Router broke, its port refuses, its ping is
     not answered. Its job starts elsewhere before a single heartbeat was missed twice, let alone its lease."""
-    usual = {name: ManagerSettings.model_fields[name].default for name in ("lease_ms", "heartbeat_ms", "suspect_ms")}
+    usual = {
+        name: ManagerSettings.model_fields[name].default
+        for name in ("lease_ms", "heartbeat_interval_ms", "suspect_after_ms")
+    }
     async with Fleet(tmp_path, own_valkey, manager=usual) as fleet:
         # As many slots as requests: both workers have their share.
         await fleet.up(workers=2, sim_tokens_per_s=4, slots=3)
@@ -173,7 +176,7 @@ async def test_a_killed_worker_is_missed_at_once(tmp_path: Path, own_valkey: Ser
         victim.process.kill()
         begin = time.monotonic()
         await eventually(partial(requeued, fleet), "its jobs wait again", limit_s=15, every_s=0.01)
-        assert time.monotonic() - begin < 2 * usual["heartbeat_ms"] / 1000
+        assert time.monotonic() - begin < 2 * usual["heartbeat_interval_ms"] / 1000
         assert {status for status, _ in await asyncio.gather(*asked)} == {200}
 
 

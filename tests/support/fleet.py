@@ -30,9 +30,9 @@ MODEL = "sim"
 
 _MANAGER = {
     "lease_ms": 3_000,
-    "heartbeat_ms": 300,
-    "suspect_ms": 1_000,
-    "acting_ttl_ms": 1_500,
+    "heartbeat_interval_ms": 300,
+    "suspect_after_ms": 1_000,
+    "leader_lease_ms": 1_500,
     "sweep_interval_ms": 200,
 }
 _ROUTER = {"directory_interval_ms": 100, "sweep_interval_ms": 50, "deadline_grace_ms": 1_000}

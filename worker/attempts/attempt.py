@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from queue_schemas import Lease, Outcome
 
-from ..core import FrameCutter, StreamStall, may_hold_back
+from ..core import FrameCutter, StreamStall, may_buffer
 from ..core.slots import RETRY_APART_S
 from ..frame_batcher import Channel
 
@@ -32,11 +32,11 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StreamTimeouts:
-    """How long a stream may stand still while its engine's others go on: of plain text, and of what engines hold back
+    """How long a stream may stand still while its engine's others go on: of plain text, and where engines buffer output
     (:mod:`worker.core.stream_stall`)."""
 
     text_s: float
-    held_back_s: float
+    buffered_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ Ending = Settle | Release | EngineLost | None
 class Attempt:
     """One lease that runs here. ``deadline`` is a time of the event loop (s)."""
 
-    __slots__ = ("channel", "cutter", "deadline", "ending", "lease", "may_hold_back", "stall", "stop_reason", "task")
+    __slots__ = ("channel", "cutter", "deadline", "ending", "lease", "may_buffer", "stall", "stop_reason", "task")
 
     def __init__(self, lease: Lease, deadline: float) -> None:
         self.lease = lease
@@ -84,21 +84,21 @@ class Attempt:
         self.ending = False
         """Whether the queue is being told how it ended: from then on the queue's answer decides."""
         self.stall = StreamStall()
-        self.may_hold_back: bool | None = None
+        self.may_buffer: bool | None = None
         """Whether its engine may be silent for long; None: not needed yet."""
 
     @property
-    def holds_back(self) -> bool:
-        """Whether the timeout of streams whose engines hold back their words applies."""
-        if self.stall.has_said_little:
+    def buffers(self) -> bool:
+        """Whether the timeout of streams whose engines buffer output applies."""
+        if self.stall.has_only_begun:
             return True
-        if self.may_hold_back is None:
-            self.may_hold_back = may_hold_back(self.lease.job)
-        return self.may_hold_back
+        if self.may_buffer is None:
+            self.may_buffer = may_buffer(self.lease.job)
+        return self.may_buffer
 
     def idle_timeout_s(self, timeouts: StreamTimeouts) -> float:
         """How long its stream may stand still while others go on."""
-        return timeouts.held_back_s if self.holds_back else timeouts.text_s
+        return timeouts.buffered_s if self.buffers else timeouts.text_s
 
     def stop(self, reason: StopReason) -> None:
         """Cancel its task, unless it is stopped or ending already."""

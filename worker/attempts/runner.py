@@ -173,7 +173,7 @@ class AttemptRunner:
         sentence = "the engine said nothing more of the answer while it served others"
         if job.stored or (lease.attempt == 1 and await self._elsewhere(job.model)):
             return Release(sentence, counted=True)
-        setting = "STREAM_HELD_BACK_LIMIT_MS" if attempt.holds_back else "STREAM_IDLE_LIMIT_MS"
+        setting = "BUFFERED_STREAM_TIMEOUT_MS" if attempt.buffers else "STREAM_IDLE_TIMEOUT_MS"
         error = EngineFailed(
             f"{sentence}, for as long as its worker waits (INFERQ_WORKER_{setting}); ask for less, or raise that limit"
         )

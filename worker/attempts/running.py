@@ -117,7 +117,7 @@ class Attempts:
         for attempt in list(self._running.values()):
             stall = attempt.stall
             # The second look, with its own limit, comes only where the first has found something.
-            if stall.is_stuck(now, self._output_at, timeouts.text_s) and stall.is_stuck(
+            if stall.is_stalled(now, self._output_at, timeouts.text_s) and stall.is_stalled(
                 now, self._output_at, attempt.idle_timeout_s(timeouts)
             ):
                 attempt.stop(StopReason.STREAM_STALLED)

@@ -6,7 +6,7 @@ from .fallback import FallbackWatch
 from .frames import FrameCutter
 from .loop_watchdog import LATE_S, LoopWatchdog
 from .slots import Claim, Slots
-from .stream_stall import StreamStall, may_hold_back
+from .stream_stall import StreamStall, may_buffer
 from .verdict import Retry, RetryLater, judge_answer, judge_failure, judge_server_error
 from .wholeness import is_readable, is_whole
 
@@ -27,5 +27,5 @@ __all__ = [
     "judge_answer",
     "judge_failure",
     "judge_server_error",
-    "may_hold_back",
+    "may_buffer",
 ]

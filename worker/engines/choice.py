@@ -42,9 +42,9 @@ def make_engine(settings: WorkerSettings, restarted: Callable[[], None] = lambda
     return ProcessEngine(
         name,
         launch,
-        ready_limit_s=settings.engine_ready_limit_ms / 1000,
-        steady_after_s=settings.engine_steady_after_ms / 1000,
-        stop_limit_s=settings.engine_stop_limit_ms / 1000,
+        ready_timeout_s=settings.engine_ready_timeout_ms / 1000,
+        stable_after_s=settings.engine_stable_after_ms / 1000,
+        stop_timeout_s=settings.engine_stop_timeout_ms / 1000,
         log_file=settings.engine_log_dir / f"{settings.name}.engine.log",
         restarted=restarted,
     )

@@ -1,8 +1,8 @@
-"""An engine that is a process of ours: started on a free port, watched, restarted with back-off, ended with us.
+"""Supervise an engine as a subprocess: start it on a free port, watch it, restart it with back-off, end it with us.
 
 The process runs in a group of its own under :mod:`worker.engines.guard`, so that nothing of it is left when this
-worker ends, by SIGKILL or otherwise. It gets no ``INFERQ_*`` variable: settings of ours are no business of its code,
-and some are secrets. Its output goes to a log file and, the last lines of it, into errors.
+worker ends, by SIGKILL or otherwise. It gets no ``INFERQ_*`` variable: some are secrets, and its code needs none. Its
+output goes to a log file and, the last lines of it, into errors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HOST = "127.0.0.1"
 _POLL_S = 0.1
 _REFRESH_S = 5.0
 _BACKOFF = Backoff(1.0, 60.0, jitter=0)
-_TOLD_LINES = 12
+_REPORTED_LINES = 12
 
 log = get_logger(__name__)
 
@@ -51,10 +51,10 @@ class Launch:
 class ProcessEngine:
     """Supervises one engine process. ``launch(port)`` gives the command for a port, anew for each start.
 
-    ``ready_limit_s`` bounds a start: an engine that is not ready by then is FAILED, ended and started again, as is one
-    that exits; the pause before doubles from 1 s to 60 s while it fails again and again, which ``detail`` says. One
-    that was ready for ``steady_after_s`` begins anew with 1 s. The time that it takes to load does not count: an engine
-    that crashes at its first request every time would never be restarted any slower.
+    ``ready_timeout_s`` bounds a start: an engine that is not ready by then is FAILED, ended and started again, as is
+    one that exits. The pause before a restart doubles from 1 s to 60 s while it fails again and again, which ``detail``
+    says; after it was ready for ``stable_after_s`` the pauses begin anew. The time that it takes to load does not
+    count: else an engine that crashes at its first request every time would never be restarted any slower.
     ``log_file`` gets the process's output.
     """
 
@@ -63,10 +63,10 @@ class ProcessEngine:
         name: str,
         launch: Callable[[int], Launch],
         *,
-        ready_limit_s: float,
-        steady_after_s: float,
+        ready_timeout_s: float,
+        stable_after_s: float,
         log_file: Path | None = None,
-        stop_limit_s: float = 10.0,
+        stop_timeout_s: float = 10.0,
         restarted: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
@@ -77,9 +77,9 @@ class ProcessEngine:
         self.failures = 0
         self.log = LogTail(log_file)
         self._launch = launch
-        self._ready_limit_s = ready_limit_s
-        self._steady_after_s = steady_after_s
-        self._stop_limit_s = stop_limit_s
+        self._ready_timeout_s = ready_timeout_s
+        self._stable_after_s = stable_after_s
+        self._stop_timeout_s = stop_timeout_s
         self._restarted = restarted
         self._process: Process | None = None
         self._ready_at: float | None = None
@@ -105,7 +105,7 @@ class ProcessEngine:
             try:
                 await self._live()
             except EngineFailed as error:
-                self._note_steadiness()
+                self._note_stability()
                 self.failures += 1
                 self._last_failure = error.message
                 pause = _BACKOFF.pause_s(self.failures)
@@ -121,9 +121,9 @@ class ProcessEngine:
                 await asyncio.sleep(pause)
             self._restarted()
 
-    def _note_steadiness(self) -> None:
+    def _note_stability(self) -> None:
         """An engine that has been ready for long has its failures behind it."""
-        if self._ready_at is not None and asyncio.get_running_loop().time() - self._ready_at > self._steady_after_s:
+        if self._ready_at is not None and asyncio.get_running_loop().time() - self._ready_at > self._stable_after_s:
             self.failures = 0
 
     def _in_a_row(self) -> str:
@@ -172,7 +172,7 @@ class ProcessEngine:
             try:
                 # In a group of its own, away from our terminal: Ctrl-C is for the worker, which then drains.
                 self._process = process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-I", "-S", guard.__file__, str(self._stop_limit_s), *launch.command,
+                    sys.executable, "-I", "-S", guard.__file__, str(self._stop_timeout_s), *launch.command,
                     stdin=lifeline_end, stdout=output_end, stderr=output_end, start_new_session=True,
                     env={**launch.environment, **foreign_environment()},
                 )  # fmt: skip
@@ -185,7 +185,7 @@ class ProcessEngine:
             try:
                 yield process
             finally:
-                await asyncio.shield(self._end(self._stop_limit_s))
+                await asyncio.shield(self._end(self._stop_timeout_s))
                 transport.close()
         finally:
             os.close(lifeline)
@@ -195,17 +195,17 @@ class ProcessEngine:
         if self.state is EngineState.READY:
             # At once: every job claimed from here on would spend an attempt on an engine that is not there.
             self._become(EngineState.FAILED, f"{self.name} ended with exit code {code}")
-        await asyncio.sleep(_POLL_S)  # for the last words of the process
-        raise EngineFailed(f"{self.name} ended with exit code {code}{self._last_words()}")
+        await asyncio.sleep(_POLL_S)  # for the last output of the process
+        raise EngineFailed(f"{self.name} ended with exit code {code}{self._last_output()}")
 
     async def _watch_health(self) -> None:
         try:
-            async with asyncio.timeout(self._ready_limit_s):
+            async with asyncio.timeout(self._ready_timeout_s):
                 await self._until_up()
                 models = await self._http.list_models()
         except TimeoutError as error:
             raise EngineFailed(
-                f"{self.name} was not ready within {self._ready_limit_s:.0f} s{self._last_words()}"
+                f"{self.name} was not ready within {self._ready_timeout_s:.0f} s{self._last_output()}"
             ) from error
         self.models = models
         self._ready_at = asyncio.get_running_loop().time()
@@ -213,7 +213,7 @@ class ProcessEngine:
         log.info("engine_ready", engine=self.name, port=self.port, models=models)
         while True:
             await asyncio.sleep(_REFRESH_S)
-            self._note_steadiness()
+            self._note_stability()
             # A busy engine may be late with this; that it lives is shown by its process and its output.
             with contextlib.suppress(TimeoutError, EngineFailed):
                 cards = self.cards
@@ -246,8 +246,8 @@ class ProcessEngine:
         self.state, self.detail = state, detail[:2_000]
         self._changed()
 
-    def _last_words(self) -> str:
-        lines = self.log.last(_TOLD_LINES)
+    def _last_output(self) -> str:
+        lines = self.log.last(_REPORTED_LINES)
         where = f" (all of it in {self.log.path})" if self.log.path else ""
         return f"; its last lines{where}:\n" + "\n".join(lines) if lines else f"; it wrote nothing{where}"
 

@@ -118,7 +118,7 @@ class MiniWorker:
                 await self.register()
             except ManagerUnavailable:
                 pass
-            await asyncio.sleep(self.service.settings.heartbeat_ms / 1000)
+            await asyncio.sleep(self.service.settings.heartbeat_interval_ms / 1000)
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = orjson.dumps({"worker_id": self.worker_id, "session_id": self.session_id})

@@ -17,7 +17,7 @@ from tests.support.processes import Child, free_port
 from tests.support.servers import Server
 
 Start = Callable[..., Child]
-FAST = ("--acting-ttl-ms", "600", "--sweep-interval-ms", "50", "--lease-ms", "1000")
+FAST = ("--leader-lease-ms", "600", "--sweep-interval-ms", "50", "--lease-ms", "1000")
 
 
 @pytest.fixture

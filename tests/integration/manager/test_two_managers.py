@@ -14,7 +14,7 @@ from tests.support.waiting import eventually
 
 TOKEN = "a-long-join-token-for-this-test"
 MEMBER = {"x-inferq-join-token": TOKEN}
-FAST = {"acting_ttl_ms": 900}
+FAST = {"leader_lease_ms": 900}
 
 
 @pytest.fixture

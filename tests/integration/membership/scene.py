@@ -96,7 +96,7 @@ class ForeignManager:
 
     async def register(self, request: web.Request) -> web.Response:
         self.registered.append((await request.json())["session_id"])
-        fixed = {"broker_url": self.broker_url, "shards": 1, "lease_ms": 15_000, "heartbeat_ms": 100}
+        fixed = {"broker_url": self.broker_url, "shards": 1, "lease_ms": 15_000, "heartbeat_interval_ms": 100}
         return web.json_response(fixed | {"assignment": self.assignment})
 
     async def heartbeat(self, _request: web.Request) -> web.Response:

@@ -30,7 +30,7 @@ class FleetWithClocks(Fleet):
 async def test_an_hour_ahead_or_behind_changes_nothing(tmp_path: Path, own_valkey: Server) -> None:
     """Two workers, an hour ahead and an hour behind, serve for longer than a lease, keep their sessions, and hold
     deadlines; only their logs tell another time."""
-    manager = {"lease_ms": int(LEASE_S * 1000), "probe_timeout_ms": 200, "ping_ms": 200}
+    manager = {"lease_ms": int(LEASE_S * 1000), "probe_timeout_ms": 200, "ping_timeout_ms": 200}
     async with FleetWithClocks(tmp_path, own_valkey, manager=manager) as fleet:
         offs = {"ahead": HOUR_S, "behind": -HOUR_S}
         for name, seconds in offs.items():

@@ -25,10 +25,10 @@ from tests.support.fleet import Fleet, Role
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 
-ACTING_TTL_MS = 2_400
-TAKE_OVER_S = ACTING_TTL_MS / 1000 * 4 / 3
+LEADER_LEASE_MS = 2_400
+TAKE_OVER_S = LEADER_LEASE_MS / 1000 * 4 / 3
 """A lease that nobody renews runs out, and is tried for three times within its life."""
-RESIGNED_S = ACTING_TTL_MS / 1000 / 3
+RESIGNED_S = LEADER_LEASE_MS / 1000 / 3
 SLACK_S = 2.0
 """What a busy machine may add: the processes share two cores with other tests."""
 
@@ -50,7 +50,7 @@ async def test_workers_follow_the_acting_manager(tmp_path: Path, own_valkey: Ser
     attempt; and the frozen one, awake again, changes nothing."""
     async with (
         open_ended_engine() as engine,
-        TwoManagers(tmp_path, own_valkey, manager={"acting_ttl_ms": ACTING_TTL_MS}) as fleet,
+        TwoManagers(tmp_path, own_valkey, manager={"leader_lease_ms": LEADER_LEASE_MS}) as fleet,
     ):
         await fleet.up(workers=2, engine="url", engine_url=engine.url)
         before, term = await sessions(fleet), await fleet.term(0)
@@ -164,7 +164,7 @@ async def test_two_managers_never_both_accept(tmp_path: Path, own_valkey: Server
     was accepted is accepted in the old one, whichever Manager is asked (the one that stands by passes it on); what
     workers are assigned only rises; healed, it stands by, and nobody was declared dead."""
     async with FaultProxy(own_valkey.port) as proxy:
-        manager = {"acting_ttl_ms": ACTING_TTL_MS, "advertised_redis_url": own_valkey.url}
+        manager = {"leader_lease_ms": LEADER_LEASE_MS, "advertised_redis_url": own_valkey.url}
         async with TwoManagers(tmp_path, own_valkey, manager=manager) as fleet:
             arguments = fleet.managers[0].process.args
             arguments[arguments.index("--redis-url") + 1] = proxy.url

@@ -82,8 +82,8 @@ async def _serve(
         finally:
             await broker.close()
 
-    settings = ManagerSettings(join_token=join_token, ping_ms=50, probe_timeout_ms=50)
-    async with HttpWorkerProbe(settings.probe_limit_s) as probe:
+    settings = ManagerSettings(join_token=join_token, ping_timeout_ms=50, probe_timeout_ms=50)
+    async with HttpWorkerProbe(settings.probe_timeout_s) as probe:
         service = ManagerService(settings, opened, probe, broker_url="redis://nowhere")
         router = build_router(
             RouterSettings(

@@ -69,7 +69,7 @@ async def test_sigterm_drains(fleet: Fleet, client: Client) -> None:
 
 async def test_a_drain_has_an_end_after_which_jobs_are_handed_back_uncounted(fleet: Fleet, client: Client) -> None:
     """What does not finish within the limit runs elsewhere, as if never started: one attempt is enough for it."""
-    worker = await fleet.worker("w1", "--drain-limit-ms", "300", "--sim-tokens-per-s", "5").until_ready()
+    worker = await fleet.worker("w1", "--drain-timeout-ms", "300", "--sim-tokens-per-s", "5").until_ready()
     job = await client.send(stream=True, max_tokens=40, max_attempts=1)
     await client.begun(job)
     assert worker.post("/drain") == 202
@@ -239,7 +239,7 @@ async def test_a_router_that_vanished_frees_the_slot(fleet: Fleet, client: Clien
 
 async def test_a_hung_engine_loses_its_jobs_to_another_worker(fleet: Fleet, client: Client) -> None:
     """An engine that answers health checks but produces nothing: after the stall limit its jobs run elsewhere."""
-    await fleet.worker("w1", "--engine-stall-limit-ms", "1000").until_ready()
+    await fleet.worker("w1", "--engine-stall-timeout-ms", "1000").until_ready()
     job = await client.send(stream=True, order={"fail": "hang", "after_tokens": 3, "on": "w1"})
     await client.begun(job)
     await fleet.worker("w2").until_ready()
@@ -248,7 +248,7 @@ async def test_a_hung_engine_loses_its_jobs_to_another_worker(fleet: Fleet, clie
 
 async def test_a_stream_that_its_engine_forgot_is_given_up_alone(fleet: Fleet, client: Client) -> None:
     """[C5] Streams stand still on one worker while others there go on: they run again elsewhere, the others stay."""
-    workers = [await fleet.worker(name, "--stream-idle-limit-ms", "1000").until_ready() for name in ("w1", "w2")]
+    workers = [await fleet.worker(name, "--stream-idle-timeout-ms", "1000").until_ready() for name in ("w1", "w2")]
     await client.until_listed("w1", "w2")
     neighbours = [await client.send(stream=True, max_tokens=200) for _ in range(6)]
     for neighbour in neighbours:
@@ -269,12 +269,12 @@ async def test_a_stream_that_its_engine_forgot_is_given_up_alone(fleet: Fleet, c
 
 async def test_a_stream_that_its_only_engine_forgot_ends_with_an_error(fleet: Fleet, client: Client) -> None:
     """[C5] The same engine would do the same again: the client is told, once, and by which limit."""
-    await fleet.worker("w1", "--stream-idle-limit-ms", "1000").until_ready()
+    await fleet.worker("w1", "--stream-idle-timeout-ms", "1000").until_ready()
     neighbour = await client.send(stream=True, max_tokens=200)
     await client.begun(neighbour)
     answer = await client.ask(stream=True, order={"fail": "hang", "after_tokens": 3})
     assert answer.frames[-1].flags & END
-    assert b"INFERQ_WORKER_STREAM_IDLE_LIMIT_MS" in answer.body
+    assert b"INFERQ_WORKER_STREAM_IDLE_TIMEOUT_MS" in answer.body
     assert not answer.markers
     assert complete(await client.answer(neighbour, 30))
 

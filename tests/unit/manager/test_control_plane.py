@@ -76,7 +76,7 @@ async def test_a_worker_learns_everything_from_its_registration() -> None:
     async with _running(service):
         answer = await service.register(_registration())
         assert (answer.broker_url, answer.shards) == ("redis://advertised", 2)
-        assert (answer.lease_ms, answer.heartbeat_ms) == (600, 60)
+        assert (answer.lease_ms, answer.heartbeat_interval_ms) == (600, 60)
         assert [(pool.pool, pool.shard) for pool in answer.assignment.pools] == [("m", queue.shard_of("m"))]
         assert (await service.heartbeat("w", _heartbeat())).assignment == answer.assignment
         await _until(lambda: "w" in queue.workers and queue.remembered == {"m": False})
@@ -113,7 +113,7 @@ async def test_a_silent_worker_with_a_refused_port_dies_at_once() -> None:
     """Its URL answered before, now refuses, and a ping is not answered: no need to wait for the lease."""
     queue = FakeQueue(numbers={ONE: 1})
     probe = FakeProbe({URL: ProbeResult(ProbeStatus.SAME)})
-    service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
+    service = _service(queue, probe, lease_ms=60_000, leader_lease_ms=5_000)
     async with _running(service):
         await service.register(_registration())
         await _until(lambda: probe.probes > 0)
@@ -128,7 +128,7 @@ async def test_a_silent_worker_with_a_refused_port_dies_at_once() -> None:
 async def test_a_url_that_points_elsewhere_is_no_evidence(first: ProbeResult) -> None:
     """A URL that never answered as the worker kills nobody, however often it refuses; people see what is wrong."""
     queue = FakeQueue(numbers={ONE: 1})
-    service = _service(queue, FakeProbe({URL: first}), lease_ms=60_000, acting_ttl_ms=5_000)
+    service = _service(queue, FakeProbe({URL: first}), lease_ms=60_000, leader_lease_ms=5_000)
     async with _running(service):
         await service.register(_registration())
         await _until(lambda: "w" in queue.workers and queue.workers["w"].state is WorkerState.SUSPECT)
@@ -141,7 +141,7 @@ async def test_a_worker_that_answers_pings_is_only_suspect() -> None:
     """Without heartbeats and with a refusing port, an answered ping keeps its work with it."""
     queue = FakeQueue(numbers={ONE: 1}, answers_pings={ONE})
     probe = FakeProbe({URL: ProbeResult(ProbeStatus.SAME)})
-    service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
+    service = _service(queue, probe, lease_ms=60_000, leader_lease_ms=5_000)
     async with _running(service):
         await service.register(_registration())
         await _until(lambda: probe.probes > 0)
@@ -155,7 +155,7 @@ async def test_a_worker_that_answers_pings_is_only_suspect() -> None:
 async def test_an_id_in_use_by_a_live_worker_is_refused() -> None:
     """A second session id is turned away while the first answers, and let in once it has gone silent for good."""
     queue = FakeQueue(numbers={ONE: 1}, answers_pings={ONE})
-    service = _service(queue, lease_ms=60_000, acting_ttl_ms=5_000)
+    service = _service(queue, lease_ms=60_000, leader_lease_ms=5_000)
     async with _running(service):
         await service.register(_registration(url=None))
         with pytest.raises(WorkerIdTaken, match="another --worker-id"):
@@ -171,7 +171,7 @@ async def test_a_restarted_worker_gets_its_jobs_freed_at_once() -> None:
     """The port now answers as the new session_id: the old one is certainly dead."""
     queue = FakeQueue(numbers={ONE: 1})
     probe = FakeProbe({URL: ProbeResult(ProbeStatus.SAME)})
-    service = _service(queue, probe, lease_ms=60_000, acting_ttl_ms=5_000)
+    service = _service(queue, probe, lease_ms=60_000, leader_lease_ms=5_000)
     async with _running(service):
         await service.register(_registration())
         await _until(lambda: probe.probes > 0)
@@ -183,7 +183,7 @@ async def test_a_restarted_worker_gets_its_jobs_freed_at_once() -> None:
 async def test_a_fenced_worker_may_come_back_as_a_new_incarnation() -> None:
     """After a reclaim its id is free for the next run at once, even if it registered under the old one meanwhile."""
     queue = FakeQueue(numbers={ONE: 1})
-    service = _service(queue, suspect_ms=60_000)
+    service = _service(queue, suspect_after_ms=60_000)
     async with _running(service):
         await service.register(_registration(url=None))
         await _until(lambda: set(queue.reclaimed) == {ONE})
@@ -255,7 +255,7 @@ async def test_a_manager_that_hung_knows_that_it_acts_no_more() -> None:
         clock=lambda: time.monotonic() + ahead_s,
     )
     async with _running(service):
-        ahead_s = service.settings.acting_ttl_ms / 1000
+        ahead_s = service.settings.leader_lease_ms / 1000
         with pytest.raises(ManagerUnavailable, match="not renewed in time"):
             await service.heartbeat("w", _heartbeat())
         await _until(lambda: service.acting)

@@ -165,7 +165,7 @@ async def test_it_stops_at_once_in_the_longest_pause(monkeypatch: pytest.MonkeyP
 
 async def test_the_lease_is_handed_back(valkey: Server) -> None:
     """The next Manager acts at once, not when the lease has run out."""
-    slow = fast_settings(acting_ttl_ms=30_000)
+    slow = fast_settings(leader_lease_ms=30_000)
     async with actor(valkey.url, slow) as one:
         await acting(one)
     async with actor(valkey.url, slow) as two:

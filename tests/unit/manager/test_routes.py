@@ -22,7 +22,7 @@ async def queue() -> FakeQueue:
 
 @pytest.fixture
 async def client(queue: FakeQueue) -> AsyncIterator[httpx.AsyncClient]:
-    settings = fast_settings(join_token="t0ken", lease_ms=60_000, acting_ttl_ms=5_000)
+    settings = fast_settings(join_token="t0ken", lease_ms=60_000, leader_lease_ms=5_000)
     service = ManagerService(settings, queue.open, FakeProbe(), broker_url="redis://:pw@here")
     stop = asyncio.Event()
     async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:

@@ -319,7 +319,7 @@ async def test_a_crash_is_tried_again_on_the_only_engine() -> None:
     assert bench.broker.settled == []
 
 
-LIMITS = StreamTimeouts(text_s=120.0, held_back_s=1_800.0)
+LIMITS = StreamTimeouts(text_s=120.0, buffered_s=1_800.0)
 CHATTING = {"model": "m", "messages": [], "stream": True}
 
 
@@ -367,9 +367,9 @@ async def test_a_stream_that_engines_hold_back_is_asked_once(asked: dict[str, An
 async def test_a_forgotten_stream_is_given_up_once_where_there_is_no_other_engine() -> None:
     """[C5] The same engine would do the same again: the client is told at once, and which limit it was."""
     for asked, pieces, seconds, setting in (
-        ({}, 2, 122, "STREAM_IDLE_LIMIT_MS"),
-        ({}, 1, 1_802, "STREAM_HELD_BACK_LIMIT_MS"),
-        ({"tools": [{}]}, 2, 1_802, "STREAM_HELD_BACK_LIMIT_MS"),
+        ({}, 2, 122, "STREAM_IDLE_TIMEOUT_MS"),
+        ({}, 1, 1_802, "BUFFERED_STREAM_TIMEOUT_MS"),
+        ({"tools": [{}]}, 2, 1_802, "BUFFERED_STREAM_TIMEOUT_MS"),
     ):
         bench = Bench(plain(200))
         bench.elsewhere = False

@@ -130,7 +130,7 @@ async def test_an_answer_that_comes_in_pieces_is_read_whole() -> None:
         broker_url="redis://host",
         shards=1,
         lease_ms=15_000,
-        heartbeat_ms=2_000,
+        heartbeat_interval_ms=2_000,
         assignment=Assignment(
             term=1, version=1, pools=[PoolAssignment(pool=Pool(f"{i:0>200}"), shard=0) for i in range(400)]
         ),

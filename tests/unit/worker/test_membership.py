@@ -64,7 +64,7 @@ class ScriptedManager:
             raise answer
         assignment = Assignment(term=1, version=len(self.registered))
         return RegistrationAnswer(
-            broker_url="redis://r", shards=1, lease_ms=15_000, heartbeat_ms=100, assignment=assignment
+            broker_url="redis://r", shards=1, lease_ms=15_000, heartbeat_interval_ms=100, assignment=assignment
         )
 
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:

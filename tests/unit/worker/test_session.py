@@ -44,7 +44,9 @@ from worker.metrics import WorkerMetrics
 from worker.session import WorkerSession
 
 ASSIGNMENT = Assignment(term=1, version=1, pools=[PoolAssignment(pool="m", shard=0, lanes=list(Lane))])
-REGISTERED = RegistrationAnswer(broker_url="redis://r", shards=1, lease_ms=100, heartbeat_ms=100, assignment=ASSIGNMENT)
+REGISTERED = RegistrationAnswer(
+    broker_url="redis://r", shards=1, lease_ms=100, heartbeat_interval_ms=100, assignment=ASSIGNMENT
+)
 
 
 LOOPS = ("join", "claim", "read_control", "renew", "reconcile_leases", "leader_lease_until")
@@ -272,7 +274,7 @@ async def test_leases_are_kept_while_the_serving_loop_is_blocked_and_not_for_eve
     """A loop that stands still for many leases costs none of them; one that does for longer than its limit loses them,
     and once it turns again they are kept again."""
     broker = SurprisingBroker()
-    session, drain = session_on(broker, loop_stall_limit_ms=1_000)
+    session, drain = session_on(broker, loop_stall_timeout_ms=1_000)
     running = asyncio.create_task(session.run(first=True))
     await eventually(lambda: broker.calls["renew"] > 2, "it renews")
     before = broker.calls["renew"]

@@ -56,8 +56,8 @@ async def supervised(
     script: str,
     folder: Path,
     *,
-    ready_limit_s: float = 20.0,
-    steady_after_s: float = 60.0,
+    ready_timeout_s: float = 20.0,
+    stable_after_s: float = 60.0,
     restarted: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[tuple[ProcessEngine, list[EngineState]]]:
     file = folder / "engine.py"
@@ -65,10 +65,10 @@ async def supervised(
     engine = ProcessEngine(
         "the test engine",
         lambda port: Launch((sys.executable, str(file), str(port)), {"FROM_THE_WORKER": "1"}),
-        ready_limit_s=ready_limit_s,
-        steady_after_s=steady_after_s,
+        ready_timeout_s=ready_timeout_s,
+        stable_after_s=stable_after_s,
         log_file=folder / "logs" / "engine.log",
-        stop_limit_s=1.0,
+        stop_timeout_s=1.0,
         restarted=restarted,
     )
     states: list[EngineState] = []
@@ -178,9 +178,9 @@ async def test_an_engine_that_was_well_for_a_while_is_restarted_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """[G7] One that crashes now and then does not wait longer each time: its failures are behind it once it was ready
-    for ``engine_steady_after_ms``, 10 s unless set otherwise."""
+    for ``engine_stable_after_ms``, 10 s unless set otherwise."""
     monkeypatch.setattr(process, "_BACKOFF", Backoff(0.05, 60.0, jitter=0))
-    async with supervised(SERVES, tmp_path, steady_after_s=0.3) as (engine, _):
+    async with supervised(SERVES, tmp_path, stable_after_s=0.3) as (engine, _):
         for _ in range(4):
             await ready(engine)
             await asyncio.sleep(0.4)  # well for longer than that
@@ -192,12 +192,12 @@ async def test_an_engine_that_was_well_for_a_while_is_restarted_at_once(
     settings = WorkerSettings.load(engine="sim-process")
     made = make_engine(settings)
     assert isinstance(made, ProcessEngine)
-    assert made._steady_after_s == 10.0
+    assert made._stable_after_s == 10.0
 
 
 async def test_an_engine_that_never_gets_ready_is_ended_and_said_so(tmp_path: Path) -> None:
     """After the limit the engine is FAILED with its last lines, and its process is gone."""
-    async with supervised(NEVER_READY, tmp_path, ready_limit_s=0.7) as (engine, _):
+    async with supervised(NEVER_READY, tmp_path, ready_timeout_s=0.7) as (engine, _):
         await eventually(lambda: engine.pid, "the process runs")
         pid = engine.pid
         assert pid is not None
@@ -212,9 +212,9 @@ async def test_a_command_that_does_not_exist_is_a_clear_failure(tmp_path: Path) 
     engine = ProcessEngine(
         "nothing",
         lambda _port: Launch((str(tmp_path / "missing"),), {}),
-        ready_limit_s=5,
-        steady_after_s=10,
-        stop_limit_s=1,
+        ready_timeout_s=5,
+        stable_after_s=10,
+        stop_timeout_s=1,
     )
     task = asyncio.create_task(engine.run(lambda: None))
     await eventually(lambda: engine.state is EngineState.FAILED, "the failure is seen")
