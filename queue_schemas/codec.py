@@ -75,10 +75,12 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 
 def _check_depth(value: Any, depth: int = 0) -> None:
-    if not isinstance(value, (list, dict)):
+    kind = type(value)  # what msgpack unpacks is a list or a dict itself, never a subclass
+    if kind is not list and kind is not dict:
         return
     if depth >= MAX_DEPTH:
         raise BadMessage(f"nested deeper than {MAX_DEPTH} levels")
-    for item in value.values() if isinstance(value, dict) else value:
-        if isinstance(item, (list, dict)):
+    for item in value.values() if kind is dict else value:
+        kind_of_item = type(item)
+        if kind_of_item is list or kind_of_item is dict:
             _check_depth(item, depth + 1)

@@ -60,7 +60,8 @@ class Frame:
         return codec.encode(fields)
 
 
-_TYPES = (str, int, str, int, int, bytes, int, str, dict)
+_FIELDS = (str, int, str, int, int, bytes, int, str, dict)
+_TYPES = {length: _FIELDS[:length] for length in (6, 8, 9)}
 
 
 def unpack_frames(data: bytes) -> list[Frame]:
@@ -69,9 +70,8 @@ def unpack_frames(data: bytes) -> list[Frame]:
     for fields in codec.decode_all(data):
         if type(fields) is not list or len(fields) not in (6, 8, 9):
             raise BadMessage("a frame is an array of 6, 8 or 9 fields")
-        for value, expected in zip(fields, _TYPES, strict=False):
-            if type(value) is not expected:
-                raise BadMessage(f"a frame field is {type(value).__name__}, not {expected.__name__}")
+        if tuple(map(type, fields)) != _TYPES[len(fields)]:
+            raise _wrong_type(fields)
         if bool(fields[4] & HEAD) != (len(fields) >= 8):
             raise BadMessage("a frame carries status and content type exactly with HEAD")
         if fields[4] & HEAD and not 200 <= fields[6] <= 599:
@@ -80,6 +80,13 @@ def unpack_frames(data: bytes) -> list[Frame]:
             fields[8] = passed_on.read_headers(fields[8], passed_on.CLIENT_HEADERS, passed_on.MAX_ANSWER_BYTES)
         frames.append(Frame(*fields))
     return frames
+
+
+def _wrong_type(fields: list[Any]) -> BadMessage:
+    found, expected = next(
+        (type(value), expected) for value, expected in zip(fields, _FIELDS, strict=False) if type(value) is not expected
+    )
+    return BadMessage(f"a frame field is {found.__name__}, not {expected.__name__}")
 
 
 @dataclass(frozen=True, slots=True)
