@@ -40,7 +40,8 @@ Durability = Literal["memory", "disk"]
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Limits on live jobs (waiting or running), their envelopes' bytes, and the bytes that are kept of stored jobs and
+    """Limits on live jobs (waiting or running), their envelopes' bytes, and the bytes that are kept of persisted jobs
+    and
     their output, checked at every enqueue."""
 
     tenant_jobs: int = 100_000

@@ -91,7 +91,7 @@ from .lanes import BANDS, DEFAULT_BAND, LANES, Lane, band_of_priority
 from .leases import Claimed, Lease, Outcome, Settled
 from .lifecycle import TERMINAL, TRANSITIONS, State, may_follow
 from .persisted_jobs import FinishedJob, JobMetadata, PersistedJob, PersistOptions
-from .persisted_output import PERSISTED_STATES, Enqueued, Output
+from .persisted_output import PERSISTED_STATES, Enqueued, OutputPage
 
 __all__ = [
     "BANDS",
@@ -159,7 +159,7 @@ __all__ = [
     "NotOnDisk",
     "OnLoss",
     "Outcome",
-    "Output",
+    "OutputPage",
     "OverCapacity",
     "PathNotFound",
     "PermissionRefused",

@@ -1,4 +1,4 @@
-"""Control messages: what a worker reads on its own stream ``ctl:<session id>``.
+"""Control messages to workers: wake, abort, drain and ping, read from the session's stream ``ctl:<session id>``.
 
 An entry has field ``k`` (the kind) and, for an abort, ``job`` and ``why``. Reading is by position (XREAD), so a message
 may be read twice: acting on one twice is harmless. Unknown kinds are ignored: a newer Manager may send them.

@@ -1,4 +1,4 @@
-"""What travels back: frames of answers, and markers about attempts.
+"""Frames of answers and markers about attempts: what workers and scripts send to Routers, packed and unpacked.
 
 An entry of a reply stream holds either field ``f``, a run of packed frames one behind the other (written by workers
 and by the settle script), or field ``m``, one marker as text (written by scripts, which do not speak msgpack).
@@ -24,7 +24,7 @@ HEAD = 1
 END = 2
 """The frame is the attempt's last: the answer is complete."""
 CONTINUED = 4
-"""With HEAD: the attempt goes on behind the job's ``prefix``. Without it, it begins anew."""
+"""With HEAD: the attempt continues the job's ``prefix``. Without it, the attempt starts the answer again."""
 
 FRAME_FIELD = b"f"
 MARKER_FIELD = b"m"
@@ -91,16 +91,16 @@ def _wrong_type(fields: list[Any]) -> BadMessage:
 
 @dataclass(frozen=True, slots=True)
 class FrameRun:
-    """Frames of one attempt that follow each other. ``anew``: the first of them begins the answer, not behind anything
-    that an earlier attempt said."""
+    """Consecutive frames of one attempt. ``starts_answer``: the first one starts the answer, rather than continuing
+    the output of an earlier attempt."""
 
     first_seq: int = 0
     frames: tuple[bytes, ...] = ()
-    anew: bool = False
+    starts_answer: bool = False
 
 
 def split_frames(data: bytes) -> FrameRun:
-    """The packed frames of one attempt in ``data``, each by itself."""
+    """The packed frames of one attempt in ``data``, each packed separately."""
     frames = unpack_frames(data)
     if not frames:
         return FrameRun()
@@ -108,7 +108,7 @@ def split_frames(data: bytes) -> FrameRun:
     return FrameRun(
         first.seq,
         tuple(frame.pack() for frame in frames),
-        anew=bool(first.flags & HEAD and not first.flags & CONTINUED),
+        starts_answer=bool(first.flags & HEAD and not first.flags & CONTINUED),
     )
 
 
@@ -118,7 +118,7 @@ class MarkerKind(StrEnum):
     REQUEUED = "requeued"
     """The attempt ended unsettled; the job waits again under a higher epoch."""
     LOST = "lost"
-    """The same for a stream that is to be continued: it waits until its Router says what was delivered."""
+    """The same for a stream to be continued: it waits until its Router says what was delivered (``resume``)."""
     DEAD = "dead"
     CANCELLED = "cancelled"
     EXPIRED = "expired"
@@ -126,7 +126,7 @@ class MarkerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """News about a job that is no answer. ``epoch`` is the job's epoch after the event."""
+    """An event of a job other than a frame of its answer. ``epoch`` is the job's epoch after the event."""
 
     kind: MarkerKind
     job_id: JobId

@@ -26,17 +26,16 @@ class Job:
     """One request, queued once.
 
     ``path`` is the engine's (``/v1/chat/completions``). ``reply_to`` is the session id of the Router that waits, empty
-    for a ``stored`` job, whose answer is kept for any number of listeners (:mod:`queue_schemas.persisted_output`).
+    for a ``persisted`` job, whose output any number of Routers read (:mod:`queue_schemas.persisted_output`).
     ``idempotency_key`` is the client's name for it. ``ttl_ms`` counts from the enqueue on the server's clock.
     ``max_attempts`` bounds how often it is started. ``on_loss`` says what happens to a stream whose attempt was lost
     after some of it was delivered: ``continue`` (the queue asks the Router for what was delivered, and the next attempt
-    goes on behind it), ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text that the client
-    has of a stream that goes on. ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling.
+    continues it), ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text that was delivered of
+    a stream to be continued. ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling.
     ``request_id`` is what the client sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. ``headers`` are
-    those of the request that the engine is to see (:mod:`queue_schemas.headers`); a job that has them, be they none, is
-    of a Router that reads the headers of answers, which one without does not. ``deadline_from`` names what set
-    ``ttl_ms``. Workers of ``region`` go first: others may claim the job once it has waited for ``remote_after_ms``.
-    Without a region anybody may at once.
+    the request headers passed to the engine (:mod:`queue_schemas.headers`); None from a Router that reads no headers of
+    answers. ``deadline_from`` names the setting or header that ``ttl_ms`` comes from. Workers of ``region`` claim the
+    job first, others once it has waited for ``remote_after_ms``; without a region any worker may at once.
     """
 
     id: JobId
@@ -48,7 +47,7 @@ class Job:
     lane: Lane = Lane.INTERACTIVE
     band: int = DEFAULT_BAND
     stream: bool = False
-    stored: bool = False
+    persisted: bool = False
     ttl_ms: int = 600_000
     max_attempts: int = 3
     on_loss: OnLoss = "restart"
@@ -65,7 +64,7 @@ class Job:
     deadline_from: str = ""
 
     def pack(self) -> bytes:
-        """The envelope as msgpack: a map with ``v`` first. What most jobs lack (a region, a prefix) is left out."""
+        """The envelope as msgpack: a map with ``v`` first. Empty region and prefix are omitted."""
         regional = {"region": self.region, "remote_after_ms": self.remote_after_ms} if self.region else {}
         continued = {"prefix": self.prefix} if self.prefix else {}
         told: dict[str, Any] = {} if self.headers is None else {"headers": dict(self.headers)}
@@ -83,7 +82,7 @@ class Job:
                 "body": self.body,
                 "content_type": self.content_type,
                 "stream": self.stream,
-                "stored": self.stored,
+                "persisted": self.persisted,
                 "ttl_ms": self.ttl_ms,
                 "max_attempts": self.max_attempts,
                 "on_loss": self.on_loss,
@@ -131,7 +130,7 @@ _FIELD_TYPES: dict[str, type] = {
     "body": bytes,
     "content_type": str,
     "stream": bool,
-    "stored": bool,
+    "persisted": bool,
     "ttl_ms": int,
     "max_attempts": int,
     "on_loss": str,

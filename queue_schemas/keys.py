@@ -113,11 +113,11 @@ class ShardKeys:
         return f"{self.prefix}reply:{router}"
 
     def out(self, job_id: str) -> str:
-        """Stream: what is kept of a stored job's answer, one packed frame an entry, ids ``epoch-seq``. Expires."""
+        """Stream: what is kept of a persisted job's answer, one packed frame an entry, ids ``epoch-seq``. Expires."""
         return f"{self.prefix}out:{job_id}"
 
     def listeners(self, job_id: str) -> str:
-        """Set: Routers that are sent what is added to a stored job's output. Expires."""
+        """Set: Routers that are sent what is added to a persisted job's output. Expires."""
         return f"{self.prefix}listeners:{job_id}"
 
     def idempotency(self, digest: str) -> str:
@@ -140,7 +140,7 @@ class ShardKeys:
 
     @property
     def kept(self) -> str:
-        """Sorted set: ended stored jobs by when they are forgotten (server ms)."""
+        """Sorted set: ended persisted jobs by when they are forgotten (server ms)."""
         return f"{self.prefix}kept"
 
     @property
@@ -167,7 +167,7 @@ class ShardKeys:
     @property
     def budget(self) -> str:
         """Hash: live jobs and bytes per tenant (``t:<tenant>:jobs``) and pool (``p:<pool>:jobs``), and what is kept of
-        a tenant's stored jobs (``t:<tenant>:kept``, bytes)."""
+        a tenant's persisted jobs (``t:<tenant>:kept``, bytes)."""
         return f"{self.prefix}budget"
 
     @property

@@ -1,4 +1,4 @@
-"""What a claim gives and what settling it answers."""
+"""Leases: what a claim returns to a worker, and what the queue answers when an attempt ends."""
 
 from __future__ import annotations
 

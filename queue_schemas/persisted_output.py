@@ -1,9 +1,8 @@
-"""Stored jobs: their answer is kept, for whoever asks again and for as many as listen at once.
+"""The output of persisted jobs, for any number of readers: digests that find a job by its idempotency key, and pages.
 
-A job with an idempotency key is stored: the same key and request of the same tenant leads to that job; another request
-under the key is refused. Its output stands in a stream of its own (``out:<id>``), frame by frame
-under ids ``epoch-seq``, and is at all times one answer: an attempt that begins anew, rather than behind the output so
-far, replaces it.
+A job with an idempotency key is persisted: the same key and request of the same tenant leads to that job; another
+request under the key is refused. Its output is a Redis stream (``out:<id>``), one frame per entry under the id
+``epoch-seq``. It is always one answer: an attempt that starts again, rather than continuing the output, replaces it.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from .job import Job
 from .lifecycle import TERMINAL, State
 
 PERSISTED_STATES = frozenset({State.DONE, State.FAILED})
-"""How a job ends whose output is kept. One that ends otherwise lets go of its key: asked again, it runs anew."""
+"""States in which a job keeps its output and its key. A job that ends otherwise releases its key."""
 
 
 def key_digest(job: Job) -> str:
-    """What names the job's idempotency key in Redis: SHA-256 of tenant and key; empty without a key."""
+    """The name of the job's idempotency key in Redis: SHA-256 of tenant and key; empty without a key."""
     if not job.idempotency_key:
         return ""
     return _digest(job.tenant.encode(), job.idempotency_key.encode())
 
 
 def request_digest(job: Job) -> str:
-    """SHA-256 of what a job asks: its path, content type and body. It tells another request under the same key."""
+    """SHA-256 of a job's path, content type and body, to recognize another request under the same key."""
     return digest_of(job.path, job.content_type, job.body)
 
 
 def digest_of(path: str, content_type: str, body: bytes) -> str:
-    """The same of a request as its client sent it, of which a job may have been made that asks less."""
+    """The digest of a request as its client sent it; the job made of it may have another body."""
     return _digest(path.encode(), content_type.encode(), body)
 
 
@@ -47,19 +46,19 @@ def _digest(*parts: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Enqueued:
-    """The job that answers a stored request: the one that was queued, or the one that holds its idempotency key."""
+    """The job that answers a persisted request: the one enqueued, or the one that holds its idempotency key."""
 
     job_id: JobId
     state: State
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """A page of what is kept of a stored job.
+class OutputPage:
+    """A page of a persisted job's output.
 
     ``epoch`` and ``attempt_id`` are the job's (empty while it waits), ``end`` is ``(epoch, seq)`` of the frame that
-    will be written next, ``(0, 0)`` if none was ever. ``complete``: there are no more frames behind this page now.
-    ``cause``: why a job ended of which something is kept though it has no answer.
+    will be written next, ``(0, 0)`` if there is no frame yet. ``complete``: no more frames follow this page now.
+    ``cause``: why a background job ended without an answer.
     """
 
     state: State
@@ -72,5 +71,5 @@ class Output:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the job has finished and no more frames follow."""
         return self.complete and self.state in TERMINAL

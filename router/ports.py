@@ -16,7 +16,7 @@ from queue_schemas import (
     Lane,
     LaneDepth,
     Marker,
-    Output,
+    OutputPage,
     PersistedJob,
     PersistOptions,
     Pool,
@@ -63,7 +63,9 @@ class RepliesPort(Protocol):
 class OutputPort(Protocol):
     """:class:`broker.operations.output.PersistedOutput`."""
 
-    async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> Output | None: ...
+    async def attach(
+        self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)
+    ) -> OutputPage | None: ...
 
     async def detach(self, job_id: JobId, listener: SessionId) -> None: ...
 

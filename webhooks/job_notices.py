@@ -100,8 +100,8 @@ class ResponseNotices:
         return len(notices)
 
     async def _emit(self, queue: QueuePort, notice: FinishedJob) -> None:
-        if notice.notify != RESPONSE_WORD:
-            log.debug("notice_of_another_kind", word=notice.notify, job_id=notice.job_id)
+        if notice.topic != RESPONSE_WORD:
+            log.debug("notice_of_another_kind", word=notice.topic, job_id=notice.job_id)
             return
         endpoints = await self._endpoints_of(notice.tenant)
         if not any(endpoint.active for endpoint in endpoints):

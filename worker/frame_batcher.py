@@ -8,7 +8,7 @@ engine sends meanwhile is one read and one frame, however many tokens it is. Whi
 a limit at which reading stops and TCP slows the engines; frames whose arrival is in doubt are sent again, and a Router
 drops repeats by their number.
 
-Frames of a stored job do not go to a Router but are added to the job's output, which the queue sends on; repeats are
+Frames of a persisted job do not go to a Router but are added to the job's output, which the queue sends on; repeats are
 dropped there.
 """
 
@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 
 class Channel:
-    """The way of one running stream to its Router, or to its stored job's output. Close it when the attempt ends."""
+    """The way of one running stream to its Router, or to its persisted job's output. Close it when the attempt ends."""
 
     __slots__ = ("_frame_batcher", "_gone", "_in_flight", "_waiting", "lease", "reply_to", "shard")
 
@@ -109,7 +109,8 @@ class FrameBatcher:
         return Channel(self, shard, reply_to, gone)
 
     def open_persisted(self, lease: Lease, fenced: Callable[[], None]) -> Channel:
-        """A channel to a stored job's output; ``fenced`` is called when the attempt turns out to have lost its job."""
+        """A channel to a persisted job's output; ``fenced`` is called when the attempt turns out to have lost its
+        job."""
         return Channel(self, shard_of_job(lease.job.id), "", fenced, lease)
 
     async def run(self) -> NoReturn:
@@ -177,7 +178,7 @@ class FrameBatcher:
             return None
 
     async def _keep(self, channel: Channel) -> Settled | None:
-        assert channel.lease is not None  # noqa: S101 - only those of stored jobs
+        assert channel.lease is not None  # noqa: S101 - only those of persisted jobs
         try:
             return await self._append(channel.lease, channel._in_flight)
         except InferqError as error:

@@ -37,14 +37,14 @@ class Attempts:
         return {reply_to for reply_to, is_gone in zip(frames, gone, strict=True) if is_gone}
 
     async def append(self, lease: Lease, frames: bytes) -> Settled:
-        """Add packed frames of an attempt to its stored job's output, and send them to those who listen. ``OK`` also
+        """Add packed frames of an attempt to its persisted job's output, and send them to those who listen. ``OK`` also
         for frames that are there already. One try: on ``BrokerUnavailable`` they may or may not be there; sending them
         again is harmless."""
         return await self._batches[shard_of_job(lease.job.id)].append(lease, frames)
 
     async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
         """End an attempt with its answer. ``frames`` (packed; those not yet published, the last with END) reach the
-        Router, or those who listen to a stored job, only if the answer is ``OK``."""
+        Router, or those who listen to a persisted job, only if the answer is ``OK``."""
         return await self._batches[shard_of_job(lease.job.id)].settle(lease, outcome, frames)
 
     async def release(self, lease: Lease, reason: str, *, counted: bool, avoid_ms: int | None = None) -> Settled:

@@ -31,7 +31,7 @@ from ..settings import Budgets
 _OVERHEAD_BYTES = 256
 """What a job costs in a call besides its own bytes, roughly."""
 KEEP_MS = 24 * 3600 * 1000
-"""How long the answer of a stored job is kept unless its Router says otherwise."""
+"""How long the answer of a persisted job is kept unless its Router says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class _Enqueue:
     envelope: bytes
     listener: str
     keep: PersistOptions
-    job_metadata: bytes
+    metadata: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,8 @@ class ShardBatches:
         self._releases = Batcher(self._send_releases, lambda item: len(item.reason) + _OVERHEAD_BYTES)
 
     async def enqueue(self, job: Job, listener: str = "", keep: PersistOptions | None = None) -> Enqueued:
-        plain = keep is None or keep == PersistOptions(keep.keep_ms)
-        job_metadata = b"" if keep is None or plain else keep.job_metadata.pack()
+        plain = keep is None or keep == PersistOptions(keep.retention_ms)
+        job_metadata = b"" if keep is None or plain else keep.metadata.pack()
         return await self._enqueues.submit(
             _Enqueue(job, job.pack(), listener or job.reply_to, keep or _KEPT, job_metadata)
         )
@@ -89,7 +89,7 @@ class ShardBatches:
         return await self._appends.submit(_Append(lease, None, frames))
 
     async def settle(self, lease: Lease, outcome: Outcome, frames: bytes) -> Settled:
-        if lease.job.stored:
+        if lease.job.persisted:
             return await self._ends.submit(_Append(lease, outcome, frames))
         return await self._settles.submit(_Settle(lease, outcome, frames))
 
@@ -116,9 +116,9 @@ class ShardBatches:
             job = item.job
             args += (
                 job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
-                item.listener, int(job.stored), job.ttl_ms, job.max_attempts,
+                item.listener, int(job.persisted), job.ttl_ms, job.max_attempts,
                 encode_name(job.region), job.remote_after_ms, int(_is_continued(job)),
-                *(_kept(item) if job.stored else _NOT_KEPT),
+                *(_kept(item) if job.persisted else _NOT_KEPT),
             )  # fmt: skip
         answers = await self._run("enqueue", args, wait_when_full=False)
         return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
@@ -139,7 +139,7 @@ class ShardBatches:
         args: list[Any] = []
         for item in items:
             run = split_frames(item.frames)
-            args += (*attempt_of(item.lease), item.outcome.value if item.outcome else "", int(run.anew))
+            args += (*attempt_of(item.lease), item.outcome.value if item.outcome else "", int(run.starts_answer))
             args += (run.first_seq, len(run.frames), *run.frames)
         return [Settled(answer.decode()) for answer in await self._run("append", args, retry=retry)]
 
@@ -165,7 +165,7 @@ def attempt_of(lease: Lease) -> tuple[str, int, str]:
 
 
 def _size(item: _Enqueue) -> int:
-    return len(item.envelope) + len(item.job_metadata) + _OVERHEAD_BYTES
+    return len(item.envelope) + len(item.metadata) + _OVERHEAD_BYTES
 
 
 _KEPT = PersistOptions(KEEP_MS)
@@ -173,15 +173,15 @@ _NOT_KEPT = ("",) * 6
 
 
 def _kept(item: _Enqueue) -> tuple[Any, ...]:
-    """What the script takes of a stored job beside what it takes of each."""
+    """What the script takes of a persisted job beside what it takes of each."""
     job, keep = item.job, item.keep
-    request = keep.job_metadata.request or request_digest(job)
-    return keep.keep_ms, key_digest(job), request, "1" if keep.listed else "", keep.notify, item.job_metadata
+    request = keep.metadata.request_digest or request_digest(job)
+    return keep.retention_ms, key_digest(job), request, "1" if keep.background else "", keep.topic, item.metadata
 
 
 def _is_continued(job: Job) -> bool:
     """Whether a lost attempt of ``job`` waits for the Router to say what was delivered."""
-    return job.on_loss == "continue" and job.stream and not job.stored and bool(job.reply_to)
+    return job.on_loss == "continue" and job.stream and not job.persisted and bool(job.reply_to)
 
 
 _BUDGET_SENTENCES = {

@@ -124,4 +124,4 @@ def state_or_none(found: bytes) -> State | None:
 
 def _is_awaited(job: Job) -> bool:
     """Whether a client waits for the answer, so that its Router enqueues the job again if Redis loses it."""
-    return job.lane is Lane.INTERACTIVE and not (job.stored and job.idempotency_key)
+    return job.lane is Lane.INTERACTIVE and not (job.persisted and job.idempotency_key)

@@ -8,7 +8,7 @@ from openai_api.response_jobs import ResponseStatus, status_of_output
 from queue_schemas import (
     Frame,
     JobId,
-    Output,
+    OutputPage,
     SessionId,
     ShardKeys,
     State,
@@ -26,23 +26,23 @@ class PersistedOutput:
         self._caller = caller
         self._keys = keys
 
-    async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> Output | None:
-        """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on, the Router ``listener`` being sent
+    async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> OutputPage | None:
+        """A page of what is kept of a persisted job, from frame ``(epoch, seq)`` on, the Router ``listener`` being sent
         what is added from now on. None if the job is unknown. Who goes on reading asks from the last frame it has: if
         the page does not begin with it, the server lost that frame, and what comes next need not be behind it."""
         return await self._read_output(job_id, listener, after)
 
     async def detach(self, job_id: JobId, listener: SessionId) -> None:
-        """``listener`` is not sent a stored job's output any more. One try."""
+        """``listener`` is not sent a persisted job's output any more. One try."""
         keys = keys_of_job(self._keys, job_id)
         await self._caller.script("detach", keys.budget, keys.prefix, job_id, listener, retry=False)
 
-    async def read(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> Output | None:
-        """A page of what is kept of a stored job, from frame ``(epoch, seq)`` on; None if the job is unknown."""
+    async def read(self, job_id: JobId, after: tuple[int, int] = (0, 0)) -> OutputPage | None:
+        """A page of what is kept of a persisted job, from frame ``(epoch, seq)`` on; None if the job is unknown."""
         return await self._read_output(job_id, "", after)
 
     async def frames(self, job_id: JobId) -> AsyncIterator[Frame]:
-        """All that is kept of a stored job's output now, read a page at a time; nothing if it is unknown."""
+        """All that is kept of a persisted job's output now, read a page at a time; nothing if it is unknown."""
         after, complete = (0, 0), False
         while not complete:
             page = await self._read_output(job_id, "", after)
@@ -57,7 +57,7 @@ class PersistedOutput:
         is ``incomplete`` stands in its output, which is read for it; of one that is not kept any more: ``failed``."""
         return status_of_output(state, [frame async for frame in self.frames(job_id)])
 
-    async def _read_output(self, job_id: JobId, listener: str, after: tuple[int, int]) -> Output | None:
+    async def _read_output(self, job_id: JobId, listener: str, after: tuple[int, int]) -> OutputPage | None:
         keys = keys_of_job(self._keys, job_id)
         first = "{}-{}".format(*after) if after > (0, 0) else "-"
         reply = await self._caller.script("attach", keys.budget, keys.prefix, job_id, listener, first)
@@ -65,7 +65,7 @@ class PersistedOutput:
             return None
         state, epoch, attempt_id, end, complete, cause, *frames = reply
         end_epoch, _, end_seq = end.decode().partition("-")
-        return Output(
+        return OutputPage(
             State(state.decode()),
             epoch,
             attempt_id.decode(),

@@ -44,7 +44,8 @@ class PersistedJobs:
         self._dropped: dict[int, int] = {}
 
     async def get(self, job_id: str) -> PersistedJob | None:
-        """What may be told of a stored job: None if it is unknown, or nothing is kept of it. Whoever asks for a tenant
+        """What may be told of a persisted job: None if it is unknown, or nothing is kept of it. Whoever asks for a
+        tenant
         compares ``tenant``."""
         keys = self._keys_of(job_id)
         if keys is None:
@@ -61,7 +62,7 @@ class PersistedJobs:
         before = ""
         if after:
             last = await self.get(after)
-            if last is None or last.tenant != tenant or not last.listed:
+            if last is None or last.tenant != tenant or not last.background:
                 raise BadRequest(f"there is no job {after[:60]!r} to go on behind: begin without after", param="after")
             before = _place(last.created_ms, last.id)
         limit, wanted = min(limit, MAX_LISTED), ",".join(states)
@@ -98,7 +99,8 @@ class PersistedJobs:
         return jobs, before
 
     async def delete(self, job_id: str, reason: str) -> State | None:
-        """Forget all that is kept of a stored job, which is cancelled first if it lives; the state that it was in, None
+        """Forget all that is kept of a persisted job, which is cancelled first if it lives; the state that it was in,
+        None
         if it is unknown."""
         keys = self._keys_of(job_id)
         if keys is None:
@@ -179,12 +181,12 @@ def _kept_job(told: Sequence[Any]) -> PersistedJob:
         ended_ms=int(over) if over else None,
         expires_ms=int(until) if until else None,
         cause=cause,
-        listed=listed == "1",
-        notify=notify,
+        background=listed == "1",
+        topic=notify,
         persisted_bytes=int(kept or 0),
-        begun_epoch=int(begun or 0),
-        replaced=replaced == "1",
-        job_metadata=_memo(told[-1]),
+        output_epoch=int(begun or 0),
+        output_replaced=replaced == "1",
+        metadata=_memo(told[-1]),
     )
 
 
@@ -203,7 +205,7 @@ def _notice(shard: int, entry_id: str, fields: dict[bytes, bytes]) -> FinishedJo
             job_id=JobId(fields[b"id"].decode()),
             tenant=Tenant(decode_name(fields[b"tenant"].decode())),
             state=State(fields[b"state"].decode()),
-            notify=fields[b"word"].decode(),
+            topic=fields[b"word"].decode(),
             at_ms=int(entry_id.partition("-")[0]),
         )
     except (KeyError, ValueError) as error:

@@ -10,10 +10,10 @@ Rules:
 * A lost attempt that delivered nothing leaves no trace. After one that did, the next one goes on behind what was
   delivered, if it says that it does and was offered just that (:meth:`AttemptMerger.offer`). One that begins anew is
   checked against what was delivered, and followed where the first one stopped
-  (:mod:`router.inference.replay_verifier`). Or the stream ends with an explicit error. * The frames of a stored job can
-  be read again from what is kept of it, so it never has to run again for their sake, and a continued attempt goes on
-  behind the frames before it, however many: the next worker read the same. If the client had more of an earlier attempt
-  that was replaced, it is compared until it has said as much.
+  (:mod:`router.inference.replay_verifier`). Or the stream ends with an explicit error. * The frames of a persisted job
+  can be read again from what is kept of it, so it never has to run again for their sake, and a continued attempt goes
+  on behind the frames before it, however many: the next worker read the same. If the client had more of an earlier
+  attempt that was replaced, it is compared until it has said as much.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class AttemptMerger:
     Feed it with :meth:`on_frame` and :meth:`on_marker`. ``head`` is set once the answer may begin, :meth:`take` gives
     the bytes that may follow. Then either ``ended`` (all of it was given out), or ``error``. ``settled`` says that the
     queue has nothing left of the job. ``mid_event`` says that half an event was given out: nothing but its rest may
-    follow. ``gap`` says that the job must run again under another id: call :meth:`restart`; or, if it is stored, that
-    its output is to be read from :attr:`position` on: call :meth:`reread`. ``lost_epoch`` is not 0 while the queue
+    follow. ``gap`` says that the job must run again under another id: call :meth:`restart`; or, if it is persisted,
+    that its output is to be read from :attr:`position` on: call :meth:`reread`. ``lost_epoch`` is not 0 while the queue
     waits to hear where the stream goes on: tell it :meth:`offer`.
     """
 
@@ -70,7 +70,7 @@ class AttemptMerger:
         "_on_loss",
         "_partial",
         "_pending",
-        "_stored",
+        "_persisted",
         "_stream_asked",
         "_streams",
         "_transcript",
@@ -96,10 +96,10 @@ class AttemptMerger:
         on_loss: OnLoss = "restart",
         usage: bool = False,
         choices: int = 1,
-        stored: bool = False,
+        persisted: bool = False,
     ) -> None:
         """``usage``: the client wants the usage at the end of its stream; ``choices``: how many it asked for;
-        ``stored``: its job's output is kept."""
+        ``persisted``: its job's output is persisted."""
         self.head: ResponseHead | None = None
         self.ended = False
         self.error: InferqError | None = None
@@ -114,7 +114,7 @@ class AttemptMerger:
         self._on_loss = on_loss
         self._usage = usage
         self._choices = choices
-        self._stored = stored
+        self._persisted = persisted
         self._epoch = 0
         self._attempt_id = ""
         self._next_seq = 0
@@ -215,7 +215,7 @@ class AttemptMerger:
         self._forget_attempt(0)
 
     def reread(self, epoch: int, attempt_id: str, frames: Sequence[Frame], *, given_up: bool = False) -> bool:
-        """The output of the stored job, now in ``epoch`` and this attempt, was read from :attr:`position` on: the
+        """The output of the persisted job, now in ``epoch`` and this attempt, was read from :attr:`position` on: the
         ``frames`` are there. ``given_up``: the job ended without an answer, and has no attempt any more. False if it
         has to be read from its beginning: the queue has lost what was taken."""
         self.gap = False
@@ -295,7 +295,7 @@ class AttemptMerger:
     def _take_stock(self) -> None:
         """What is there to do about a stream that was lost after some of it was delivered?"""
         transcript = self._transcript
-        if self._stored and transcript.too_long and self._on_loss != "fail":
+        if self._persisted and transcript.too_long and self._on_loss != "fail":
             return  # an attempt that goes on can do without it; one that begins anew will find it missing
         if transcript.complete:
             self.ended = True
@@ -328,11 +328,11 @@ class AttemptMerger:
 
     def _follow(self, *, continued: bool) -> None:
         """How the attempt that begins now becomes what the client still lacks."""
-        if continued and not (self._offered or (self._stored and self._delivered)):
+        if continued and not (self._offered or (self._persisted and self._delivered)):
             raise StreamBroken("the stream cannot go on: its new attempt goes on behind something else; send it again")
         if continued:
-            # The attempt before a stored job's may have said less than the client had from one that it replaced.
-            compared = self._before if self._stored and isinstance(self._before, ReplayVerifier) else None
+            # The attempt before a persisted job's may have said less than the client had from one that it replaced.
+            compared = self._before if self._persisted and isinstance(self._before, ReplayVerifier) else None
             self._following = compared or ContinuationVerifier(self._transcript)
             self.continued += 1
         elif self._delivered:

@@ -1,6 +1,6 @@
 """Letting go of jobs nobody waits for here any more: one task, one bounded line.
 
-An ordinary job is cancelled. A stored one runs on, and this Router is sent nothing more of it.
+An ordinary job is cancelled. A persisted one runs on, and this Router is sent nothing more of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Canceller:
     that is not detached from sends what nobody reads."""
 
     def __init__(self, queue: Callable[[], QueuePort | None], followers: Followers) -> None:
-        """``followers``: who follows stored jobs here, perhaps again."""
+        """``followers``: who follows persisted jobs here, perhaps again."""
         self._queue = queue
         self._followers = followers
         self._line: asyncio.Queue[_CancelCommand] = asyncio.Queue(LINE)
@@ -48,11 +48,12 @@ class Canceller:
         self._put(_CancelCommand(job_id, reason, if_orphaned))
 
     def detach(self, job_id: JobId, listener: SessionId) -> None:
-        """Have ``listener`` forgotten by the stored job ``job_id``, soon and unless somebody follows it then."""
+        """Have ``listener`` forgotten by the persisted job ``job_id``, soon and unless somebody follows it then."""
         self._put(_CancelCommand(job_id, listener=listener))
 
     def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> None:
-        """Have the stored job ``job_id`` cancelled soon if nobody, here or elsewhere, has followed it for so long."""
+        """Have the persisted job ``job_id`` cancelled soon if nobody, here or elsewhere, has followed it for so
+        long."""
         self._put(_CancelCommand(job_id, reason, abandoned_ms=after_ms))
 
     def cancel_orphan(self, job_id: JobId) -> None:

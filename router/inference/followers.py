@@ -1,8 +1,8 @@
-"""Stored jobs and the requests that follow them: any number of them one job, each at its own pace.
+"""Persisted jobs and the requests that follow them: any number of them one job, each at its own pace.
 
-What a stored job says is kept, so a request may fall behind what comes live: then nothing is fed to it but what is read
-from there, page by page (:mod:`router.jobs.persisted_requests`), until it has caught up. So a reader that is slow loses
-nothing, and takes no memory. Nothing here awaits.
+What a persisted job says is kept, so a request may fall behind what comes live: then nothing is fed to it but what is
+read from there, page by page (:mod:`router.jobs.persisted_requests`), until it has caught up. So a reader that is slow
+loses nothing, and takes no memory. Nothing here awaits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_HELD = 1_024
 
 
 class Followers:
-    """The open requests of each stored job."""
+    """The open requests of each persisted job."""
 
     def __init__(self, buffer_bytes: int, check_s: float) -> None:
         """``buffer_bytes``: what may wait for a client; ``check_s``: how long a job may be silent until it is looked at
@@ -49,7 +49,7 @@ class Followers:
                 del self._by_job[job.id]
 
     def deliver(self, item: Frame | Marker) -> bool:
-        """Hand on what came of a stored job; False if nobody here follows it."""
+        """Hand on what came of a persisted job; False if nobody here follows it."""
         requests = self._by_job.get(item.job_id)
         if requests is None:
             return False

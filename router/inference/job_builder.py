@@ -41,13 +41,13 @@ class JobBuilder:
         deadline: Deadline,
         on_loss: OnLoss,
         idempotency_key: str = "",
-        stored: bool = False,
+        persisted: bool = False,
         lane: Lane = Lane.INTERACTIVE,
         request_id: str = "",
         traceparent: str = "",
         headers: Mapping[str, str] | None = None,
     ) -> Job:
-        """The job of a request with ``fields``; one that is not ``stored`` is answered to this Router.
+        """The job of a request with ``fields``; one that is not ``persisted`` is answered to this Router.
 
         Raises ``ModelNotFound``, ``NoWorker`` or ``BrokerUnavailable``.
         """
@@ -72,12 +72,12 @@ class JobBuilder:
             lane=lane,
             band=band_of_priority(fields.priority),
             stream=fields.stream,
-            stored=stored,
+            persisted=persisted,
             ttl_ms=deadline.limit_ms,
             deadline_from=deadline.named,
             max_attempts=settings.max_attempts,
             on_loss=on_loss,
-            reply_to="" if stored else link.session_id,
+            reply_to="" if persisted else link.session_id,
             traceparent=traceparent,
             headers=headers or {},
             idempotency_key=idempotency_key,
@@ -102,10 +102,10 @@ def job_metadata_of(
         path=job.path,
         stream=job.stream,
         on_loss=job.on_loss,
-        usage=fields.usage,
+        include_usage=fields.usage,
         choices=fields.choices,
         request_id=job.request_id,
-        request=request or request_digest(job),
+        request_digest=request or request_digest(job),
         resumable=resumable,
         note=note,
     )

@@ -1,8 +1,8 @@
 """Open requests: what waits for an answer, and what wakes it.
 
 Each open request is one coroutine, woken through one future: by frames (:meth:`OpenRequests.deliver`, called by the
-reader of the reply streams), by the sweep of each second, by a client that went away. Those that wait for a stored job,
-which may be many for one, are in :mod:`router.inference.followers`.
+reader of the reply streams), by the sweep of each second, by a client that went away. Those that wait for a persisted
+job, which may be many for one, are in :mod:`router.inference.followers`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class OpenRequest:
         self.reruns = 0
         self.body_bytes = 0
         self.why_gone = "left"
-        # Of a stored job: whether what is kept of it is to be read first, what came while a page of that was on its
+        # Of a persisted job: whether what is kept of it is to be read first, what came while a page of that was on its
         # way, whether anything came since it was last looked after, and when that was.
         self.behind = self.heard = False
         self.held: list[Frame | Marker] | None = None
@@ -123,7 +123,7 @@ class OpenRequest:
         self.keep = _UNKEPT
         """How what it waits for is kept, if it is."""
         self.follows = False
-        """It follows a stored job that it did not put on the queue, and could not put there again."""
+        """It follows a persisted job that it did not put on the queue, and could not put there again."""
         self.commented = False
         """It is answered with an event stream whatever its job is."""
 
@@ -320,14 +320,14 @@ class OpenRequests:
         """From now on ``request`` waits for ``job``, and for no other."""
         self._detach(request)
         request.job = job
-        if job.stored:
+        if job.persisted:
             self.followers.add(request, job)
         else:
             self._by_job[job.id] = request
 
     def _detach(self, request: OpenRequest) -> None:
         job = request.job
-        if job is not None and job.stored:
+        if job is not None and job.persisted:
             self.followers.discard(request, job)
         elif job is not None:
             self._by_job.pop(job.id, None)

@@ -162,7 +162,7 @@ class Inference:
             else:
                 request.stitch = self._stitch(wanted)
                 connection.watch(request.on_gone)
-                if not wanted.job.stored:
+                if not wanted.job.persisted:
                     if wanted.job.path == RESPONSES_PATH and self._settings.responses == "auto":
                         request.fallback = partial(self._as_chat, request, wanted)
                     await self._relay.enqueue(request, wanted.job)
@@ -171,7 +171,7 @@ class Inference:
                     if wanted.resumable:
                         after = _after(headers, bool(wanted.job.idempotency_key))
                         exchange = ResumableWriter(send, request_id.encode(), after, path)
-                    await self._open_stored(request, wanted.job, exchange)
+                    await self._open_persisted(request, wanted.job, exchange)
                 await self._relay.run(request, exchange)
         except InferqError as error:
             connection.unwatch()
@@ -213,10 +213,10 @@ class Inference:
             path, body, content_type = response.path, response.body, response.content_type
             fields = response.fields
         resumable = fields.stream and not background and response is None and self._is_resumable(headers)
-        stored = bool(key) or resumable or background
+        persisted = bool(key) or resumable or background
         asked_stream = fields if response is None else replace(fields, stream=response.stream)
         on_loss = read_on_loss(headers.get(_ON_LOSS), settings.on_loss)
-        deadline = self._deadline(headers, asked_stream, background=background, stored=stored)
+        deadline = self._deadline(headers, asked_stream, background=background, persisted=persisted)
         job = await self._builder.make(
             tenant=tenant,
             path=path,
@@ -226,7 +226,7 @@ class Inference:
             deadline=deadline,
             on_loss=on_loss,
             idempotency_key=key,
-            stored=stored,
+            persisted=persisted,
             lane=Lane.BACKGROUND if background else Lane.INTERACTIVE,
             request_id=request_id,
             traceparent=trace or _traceparent(headers),
@@ -290,7 +290,7 @@ class Inference:
             on_loss=job.on_loss,
             usage=fields.usage,
             choices=fields.choices,
-            stored=job.stored,
+            persisted=job.persisted,
         )
 
     def _is_resumable(self, headers: dict[bytes, bytes]) -> bool:
@@ -300,7 +300,7 @@ class Inference:
         return self._settings.resumable_streams
 
     def _deadline(
-        self, headers: dict[bytes, bytes], fields: RequestFields, *, background: bool, stored: bool
+        self, headers: dict[bytes, bytes], fields: RequestFields, *, background: bool, persisted: bool
     ) -> Deadline:
         """How long the request may take."""
         settings = self._settings
@@ -309,11 +309,11 @@ class Inference:
             limit_ms = read_deadline(headers.get(_DEADLINE), fields.timeout_s, max_ms, max_ms)
             return Deadline(limit_ms, f"{limit_ms} ms (at most INFERQ_ROUTER_BACKGROUND_DEADLINE_MS)")
         default_ms, max_ms = settings.default_deadline_ms, settings.max_deadline_ms
-        waits = not (fields.stream or stored)
+        waits = not (fields.stream or persisted)
         return find_deadline(headers, fields.timeout_s, default_ms, max_ms, waits=waits)
 
-    async def _open_stored(self, request: OpenRequest, job: Job, exchange: ResponseWriter) -> None:
-        """Queue a stored job, or follow the one behind whose event the client wants to go on."""
+    async def _open_persisted(self, request: OpenRequest, job: Job, exchange: ResponseWriter) -> None:
+        """Queue a persisted job, or follow the one behind whose event the client wants to go on."""
         if not isinstance(exchange, ResumableWriter):
             await self._persisted.enqueue(request, job, exchange)
             if isinstance(request.stitch, LiveResponse) and request.job is not None:
@@ -326,7 +326,7 @@ class Inference:
             kept = await request.within_deadline(self._link.ready_queue().persisted_jobs.get(named))
             if kept is None or kept.tenant != job.tenant:
                 raise _not_kept(named)
-            if kept.job_metadata.request != request_digest(job):
+            if kept.metadata.request_digest != request_digest(job):
                 raise BadRequest(
                     f"{LAST_EVENT_HEADER} names the stream of another request: its path, content type or body was not "
                     "the same",
@@ -339,7 +339,7 @@ class Inference:
         exchange.name(request.job.id)
 
     def _keep(self, wanted: _InferenceRequest) -> PersistOptions:
-        """How the answer to a stored request that somebody waits for is kept. One with a key runs on without him."""
+        """How the answer to a persisted request that somebody waits for is kept. One with a key runs on without him."""
         keyed, settings = bool(wanted.job.idempotency_key), self._settings
         asked = wanted.response.digest if wanted.response is not None and keyed else ""
         job_metadata = job_metadata_of(
@@ -381,7 +381,7 @@ class Inference:
                 compared=stitch.compared > 0,
                 broken=type(stitch.error) is StreamBroken,
             )
-        if job is not None and job.stored:
+        if job is not None and job.persisted:
             self._requests.discard(request)
             if stitch is not None and not stitch.settled:
                 self._persisted.leave(request, job)

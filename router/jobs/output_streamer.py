@@ -97,7 +97,7 @@ class PersistedResponse(Response):
             await send(message)
 
         request_id = str(scope["state"]["request_id"]).encode()
-        path = self._kept.job_metadata.path
+        path = self._kept.metadata.path
         if self._stitch is not None:
             path = RESPONSES_PATH  # what is kept is a chat, and its client reads a response
         exchange = (

@@ -1,4 +1,4 @@
-"""Requests for stored jobs: those with an idempotency key, which lead to one job, whoever asked for it first and
+"""Requests for persisted jobs: those with an idempotency key, which lead to one job, whoever asked for it first and
 wherever; those whose stream may be resumed; and those that only follow a job that was put on the queue before.
 
 The one that creates the job gets its answer as it comes, at no more cost than any other request. Whoever comes later,
@@ -23,7 +23,7 @@ from queue_schemas import (
     JobNotFound,
     Marker,
     MarkerKind,
-    Output,
+    OutputPage,
     OverCapacity,
     PersistedJob,
     PersistOptions,
@@ -47,13 +47,13 @@ REPLAY_HEADER = (b"x-inferq-idempotent-replay", b"true")
 READ_AGAIN_S = 1.0
 """How long until a request whose answer could not be read tries again."""
 MAX_LOSSES = 3
-"""How often a stored job that the queue has lost is put there again for one request."""
+"""How often a persisted job that the queue has lost is put there again for one request."""
 
 log = get_logger(__name__)
 
 
 class PersistedRequests:
-    """The way of a request to its stored job, and of that job's answer to the request."""
+    """The way of a request to its persisted job, and of that job's answer to the request."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class PersistedRequests:
         """From now on ``request`` is given the answer of a job that is on the queue, from its beginning. ``job``: what
         it asked itself, to be queued again should the queue have lost it. ``stitch``: what makes the answer of the
         job's frames, if it is not to be given as it is kept."""
-        job_metadata = kept.job_metadata
+        job_metadata = kept.metadata
         request.follows = job is None
         request.keep = PersistOptions(self._settings.resumable_retention_ms, replace(job_metadata, note=b""))
         request.give(kept.remaining_ms + self._settings.max_deadline_ms)
@@ -111,9 +111,9 @@ class PersistedRequests:
             stream=job_metadata.stream,
             replay_limit_bytes=self._settings.max_replay_bytes,
             on_loss=job_metadata.on_loss,
-            usage=job_metadata.usage,
+            usage=job_metadata.include_usage,
             choices=job_metadata.choices,
-            stored=True,
+            persisted=True,
         )
         followed = job or Job(
             id=kept.id, tenant=kept.tenant, model=kept.model, path=job_metadata.path, body=b"", lane=kept.lane
@@ -121,7 +121,12 @@ class PersistedRequests:
         self._requests.attach(
             request,
             replace(
-                followed, id=kept.id, stream=job_metadata.stream, stored=True, on_loss=job_metadata.on_loss, reply_to=""
+                followed,
+                id=kept.id,
+                stream=job_metadata.stream,
+                persisted=True,
+                on_loss=job_metadata.on_loss,
+                reply_to="",
             ),
         )
         fall_behind(request)
@@ -165,10 +170,10 @@ class PersistedRequests:
         """A request for ``job`` is over: the job runs on for whoever asks again, or follows it here still; a stream
         that may be resumed for its grace."""
         self._canceller.detach(job.id, self._link.session_id)
-        if request.keep.job_metadata.resumable:
+        if request.keep.metadata.resumable:
             self._disconnect_grace.add(job.id, asyncio.get_running_loop().time())
 
-    def _ended(self, request: OpenRequest, job: Job, page: Output) -> None:
+    def _ended(self, request: OpenRequest, job: Job, page: OutputPage) -> None:
         """The job ended without an answer; what it had said was given."""
         stitch = request.stitch
         assert stitch is not None  # noqa: S101 - set by who follows

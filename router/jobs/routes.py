@@ -1,4 +1,4 @@
-"""The pages of kept jobs, under /v1/jobs: any job of a tenant, from any Router, until it is forgotten."""
+"""The pages of persisted jobs, under /v1/jobs: any job of a tenant, from any Router, until it is forgotten."""
 
 from __future__ import annotations
 

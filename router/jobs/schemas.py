@@ -1,4 +1,4 @@
-"""Kept jobs as their clients see them: the object, its states, and its answer as JSON."""
+"""Persisted jobs as their clients see them: the object, its states, and its answer as JSON."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def job_object(kept: PersistedJob, response: dict[str, Any] | None = None) -> di
         "object": "job",
         "status": STATUSES[kept.state],
         "model": kept.model,
-        "path": kept.job_metadata.path or None,
-        "stream": kept.job_metadata.stream,
-        "request_id": kept.job_metadata.request_id or None,
+        "path": kept.metadata.path or None,
+        "stream": kept.metadata.stream,
+        "request_id": kept.metadata.request_id or None,
         "attempts": kept.attempts,
         "created_at": kept.created_ms // 1000,
         "started_at": _seconds(kept.started_ms),

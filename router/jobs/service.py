@@ -1,4 +1,5 @@
-"""Kept jobs: requests of the background, whose answers anybody of their tenant may read, from any Router, as often as
+"""Persisted jobs: requests of the background, whose answers anybody of their tenant may read, from any Router, as often
+as
 wanted, until they are forgotten.
 
 :class:`PersistedJobs` is the way to them for whatever else the Router offers over such jobs:
@@ -50,7 +51,7 @@ log = get_logger(__name__)
 
 
 class PersistedJobs:
-    """The kept jobs of all tenants, as this Router reaches them."""
+    """The persisted jobs of all tenants, as this Router reaches them."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class PersistedJobs:
             deadline=Deadline(limit_ms, f"{limit_ms} ms"),
             on_loss=on_loss or settings.on_loss,
             idempotency_key=idempotency_key,
-            stored=True,
+            persisted=True,
             lane=Lane.BACKGROUND,
             request_id=request_id,
             traceparent=traceparent,

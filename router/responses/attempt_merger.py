@@ -37,7 +37,7 @@ class ResponseMerger(AttemptMerger):
     __slots__ = ("_after", "_asked", "_expected", "_hash", "_known_epoch", "_made")
 
     def __init__(self, asked: Asked, after: int = -1, epoch: int = 0) -> None:
-        super().__init__(stream=True, replay_limit_bytes=0, stored=True)
+        super().__init__(stream=True, replay_limit_bytes=0, persisted=True)
         self.head = ResponseHead(200, f"{EVENT_STREAM}; charset=utf-8")
         self._asked = asked
         self._after = after

@@ -29,9 +29,11 @@ class LiveResponse(AttemptMerger):
     __slots__ = ("_asked", "_content_type", "_made", "_seq")
 
     def __init__(
-        self, asked: Asked, *, stream: bool, replay_limit_bytes: int, on_loss: OnLoss, stored: bool = False
+        self, asked: Asked, *, stream: bool, replay_limit_bytes: int, on_loss: OnLoss, persisted: bool = False
     ) -> None:
-        super().__init__(stream=True, replay_limit_bytes=replay_limit_bytes, on_loss=on_loss, usage=True, stored=stored)
+        super().__init__(
+            stream=True, replay_limit_bytes=replay_limit_bytes, on_loss=on_loss, usage=True, persisted=persisted
+        )
         self.stream = stream
         self._asked = asked
         self._made = ResponseEvents(asked)

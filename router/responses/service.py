@@ -104,7 +104,7 @@ class Responses:
             stream=asked.stream,
             replay_limit_bytes=self._settings.max_replay_bytes,
             on_loss=job.on_loss,
-            stored=job.stored,
+            persisted=job.persisted,
         )
 
     async def accept(self, asked: ResponseParams, job: Job, request: OpenRequest, exchange: ResponseWriter) -> bool:
@@ -130,7 +130,7 @@ class Responses:
             kept = await self._jobs.status(tenant, job_of_response(name))
         except BadMessage:
             kept = None
-        if kept is None or kept.notify != NOTIFY:
+        if kept is None or kept.topic != NOTIFY:
             raise _not_found(name)
         return kept
 
@@ -153,7 +153,7 @@ class Responses:
     async def input_items(self, tenant: Tenant, name: str) -> list[Json]:
         """What was asked, oldest first."""
         kept = await self.find(tenant, name)
-        asked = read_note(kept.id, kept.job_metadata.note)
+        asked = read_note(kept.id, kept.metadata.note)
         if "input" not in asked.request:
             raise NotFound(f"the input of {name} was too large to be kept beside its answer")
         return listed_input(asked)
@@ -163,16 +163,16 @@ class Responses:
 
         Raises ``BadRequest`` if they cannot be those of which the client has the beginning.
         """
-        if after >= FIRST_SAID and (kept.replaced or not kept.begun_epoch):
+        if after >= FIRST_SAID and (kept.output_replaced or not kept.output_epoch):
             raise BadRequest(
                 "the response was begun anew after its worker was lost, and may say something else than the events up "
                 "to starting_after: read it without starting_after",
                 param="starting_after",
             )
-        return ResponseMerger(read_note(kept.id, kept.job_metadata.note), after, kept.begun_epoch)
+        return ResponseMerger(read_note(kept.id, kept.metadata.note), after, kept.output_epoch)
 
     async def _shown(self, kept: PersistedJob) -> Json:
-        asked = read_note(kept.id, kept.job_metadata.note)
+        asked = read_note(kept.id, kept.metadata.note)
         if not kept.over:
             return response_object(asked, "queued" if kept.state is State.QUEUED else "in_progress")
         made = ResponseEvents(asked)

@@ -66,7 +66,7 @@ def pick(items: Sequence[Item], number: int) -> Item:
 @st.composite
 def jobs(draw: Any) -> dict[str, Any]:
     """Fields of a job, most of one place so that lines form. ``router``: whose it is, -1 for nobody's."""
-    kind = draw(st.sampled_from(["plain", "plain", "continued", "stored", "nobody's"]))
+    kind = draw(st.sampled_from(["plain", "plain", "continued", "persisted", "nobody's"]))
     return {
         "tenant": draw(st.sampled_from(TENANTS)),
         "model": draw(st.sampled_from((POOLS[0], *POOLS))),
@@ -77,8 +77,8 @@ def jobs(draw: Any) -> dict[str, Any]:
         "body": b"x" * draw(st.sampled_from([0, 0, 0, 2_000])),
         "stream": kind == "continued",
         "on_loss": "continue" if kind == "continued" else "restart",
-        "stored": kind == "stored",
-        "idempotency_key": draw(st.sampled_from(["", "", "one"])) if kind == "stored" else "",
+        "persisted": kind == "persisted",
+        "idempotency_key": draw(st.sampled_from(["", "", "one"])) if kind == "persisted" else "",
         "router": -1 if kind == "nobody's" else draw(st.integers(0, 1)),
     }
 
@@ -226,12 +226,12 @@ class QueueMachine(RuleBasedStateMachine):
         lease = pick(self.running(), number)
         self.play("settle", *[(lease, outcome, _frame(lease, last=True))] * times)
 
-    @precondition(lambda self: any(lease.job.stored for lease in self.ever()))
+    @precondition(lambda self: any(lease.job.persisted for lease in self.ever()))
     @rule(number=picks, router=st.integers(-1, 1), continued=st.booleans())
     def follow(self, number: int, router: int, continued: bool) -> None:
-        """A worker adds to the output of a stored job, which it may have lost; or a Router reads what is kept of it,
+        """A worker adds to the output of a persisted job, which it may have lost; or a Router reads what is kept of it,
         and listens from then on."""
-        lease = pick([lease for lease in self.ever() if lease.job.stored], number)
+        lease = pick([lease for lease in self.ever() if lease.job.persisted], number)
         if router >= 0:
             self.play("attach", lease.job.id, self.routers[router])
             return

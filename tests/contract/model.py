@@ -44,7 +44,7 @@ RUN_EPOCHS = 1 << 20
 """Epochs of one run of the server: those that its lost writes may have given out were never so many."""
 KEEP_MS = 24 * 3600 * 1000
 STORED_BYTES = 1_024
-"""What a stored job counts for beside its output."""
+"""What a persisted job counts for beside its output."""
 FAIR_LEAD = 2
 """How many jobs one tenant may be ahead of another while both wait (start-time fair queueing with unit jobs)."""
 
@@ -82,7 +82,7 @@ class Model:
         if job.id in self.live:
             self._listen(job.id, job.reply_to)
             return self.live[job.id].state
-        if job.stored and key_digest(job) in self.keys:
+        if job.persisted and key_digest(job) in self.keys:
             holder, request = self.keys[key_digest(job)]
             found = self.live.get(holder) or self.ended[holder]
             return found.state if request == request_digest(job) else IdempotencyKeyReused
@@ -99,7 +99,7 @@ class Model:
         place = Place(job.model, job.lane)
         live = self.live[job.id] = Live(job, self.now + job.ttl_ms, self.now, None)
         self._listen(job.id, job.reply_to)
-        if job.stored and job.idempotency_key:
+        if job.persisted and job.idempotency_key:
             self.keys[key_digest(job)] = (job.id, request_digest(job))
         self._stand(live, Line("fresh", place, job.band, job.tenant))
         self.totals[(*place, "enqueued")] += 1
@@ -107,7 +107,7 @@ class Model:
         return State.QUEUED
 
     def attach(self, job_id: str, router: str) -> tuple[object, ...] | None:
-        """State, epoch and attempt of a job, and what is kept of it; a stored one is listened to from now on."""
+        """State, epoch and attempt of a job, and what is kept of it; a persisted one is listened to from now on."""
         self._listen(job_id, router)
         found = self.live.get(job_id) or self.ended.get(job_id)
         if found is None:
@@ -244,10 +244,10 @@ class Model:
         verdict = self._verdict(lease)
         if verdict is Settled.OK:
             live = self.live[lease.job.id]
-            if live.job.stored:
+            if live.job.persisted:
                 self._keep(live, unpack_frames(frames))
             self._end(live, State(outcome.value), live.attempt_id)
-            if frames and not live.job.stored:
+            if frames and not live.job.persisted:
                 self._send(live.job.reply_to, unpack_frames(frames))
         return verdict
 
@@ -382,7 +382,7 @@ class Model:
         )
 
     def _stored(self) -> list[tuple[Job, list[tuple[int, int, int]]]]:
-        live = [(live.job, live.output) for live in self.live.values() if live.job.stored]
+        live = [(live.job, live.output) for live in self.live.values() if live.job.persisted]
         return live + [(kept.job, kept.output) for kept in self.kept.values()]
 
     def _outputs(self) -> dict[str, list[tuple[int, int]]]:
@@ -458,7 +458,7 @@ class Model:
         return State.CANCELLED if self._nobody_waits(live) else None
 
     def _nobody_waits(self, live: Live) -> bool:
-        return bool(live.job.reply_to) and not live.job.stored and live.job.reply_to not in self.listening
+        return bool(live.job.reply_to) and not live.job.persisted and live.job.reply_to not in self.listening
 
     def _lease(self, worker: str, lease: Lease) -> None:
         live = self.live[lease.job.id]
@@ -547,9 +547,9 @@ class Model:
         self._enter(live, state)
         require(state in TERMINAL, f"{state} is no end")
         del self.live[live.job.id]
-        if live.job.stored and state in PERSISTED_STATES:
+        if live.job.persisted and state in PERSISTED_STATES:
             self.kept[live.job.id] = Kept(live.job, live.output, self.now + KEEP_MS)
-        elif live.job.stored:
+        elif live.job.persisted:
             self._free_key(live.job)
         self.ended[live.job.id] = Tombstone(state, live.epoch, attempt_id)
         self.totals[(*live.place, state.value)] += 1
@@ -608,7 +608,7 @@ class Model:
 
     def _listen(self, job_id: str, router: str) -> None:
         live = self.live.get(job_id)
-        if live is not None and live.job.stored and router:
+        if live is not None and live.job.persisted and router:
             live.listeners.add(router)
 
     def _send_listeners(self, live: Live, news: Sequence[Frame | Marker]) -> None:
@@ -619,7 +619,7 @@ class Model:
 
     def _tell(self, live: Live, kind: MarkerKind, reason: str) -> None:
         marker = Marker(kind, live.job.id, live.epoch, reason)
-        if live.job.stored:
+        if live.job.persisted:
             self._send_listeners(live, [marker])
         else:
             self._send(live.job.reply_to, [marker])

@@ -59,9 +59,9 @@ class Live:
     held_as_suspect: bool = False
     ask_at: int = 0
     listeners: set[str] = field(default_factory=set)
-    """Routers that are sent what a stored job says."""
+    """Routers that are sent what a persisted job says."""
     output: list[tuple[int, int, int]] = field(default_factory=list)
-    """What is kept of a stored job's answer: epoch, seq and bytes of each frame."""
+    """What is kept of a persisted job's answer: epoch, seq and bytes of each frame."""
 
     @property
     def place(self) -> Place:
@@ -77,7 +77,7 @@ class Live:
 
     @property
     def is_continued(self) -> bool:
-        return self.job.stream and self.job.on_loss == "continue" and not self.job.stored and bool(self.job.reply_to)
+        return self.job.stream and self.job.on_loss == "continue" and not self.job.persisted and bool(self.job.reply_to)
 
 
 class Tombstone(NamedTuple):
@@ -90,7 +90,7 @@ class Tombstone(NamedTuple):
 
 @dataclass
 class Kept:
-    """What is kept of a stored job that has ended, and until when."""
+    """What is kept of a persisted job that has ended, and until when."""
 
     job: Job
     output: list[tuple[int, int, int]]

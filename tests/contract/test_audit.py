@@ -105,7 +105,7 @@ async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Pull
 async def test_an_audit_of_a_whole_queue_changes_nothing(broker: Broker, worker: Puller, client: Any) -> None:
     """[G6] Where nothing was lost nothing is mended, whatever waits, runs, waits again or is kept."""
     for n in range(30):
-        stored: dict[str, Any] = {"stored": True, "idempotency_key": f"k{n}"} if n % 3 == 0 else {}
+        stored: dict[str, Any] = {"persisted": True, "idempotency_key": f"k{n}"} if n % 3 == 0 else {}
         assert await broker.jobs.enqueue(make_job(tenant=f"t{n % 4}", lane=list(Lane)[n % 3], **stored)) is State.QUEUED
     leases = await worker.claim(9)
     await broker.attempts.release(leases[0], "draining", counted=False)

@@ -108,7 +108,7 @@ async def test_a_job_that_nobody_waits_for_is_cancelled(broker: Broker, worker: 
 
 async def test_a_stored_job_runs_without_its_router(broker: Broker, worker: Puller, listener: Listener) -> None:
     """Nobody needs to listen for a job whose answer is kept."""
-    job = make_job(reply_to=listener.router, stored=True, lane=Lane.BACKGROUND)
+    job = make_job(reply_to=listener.router, persisted=True, lane=Lane.BACKGROUND)
     await broker.jobs.enqueue(job)
     await listener.leave()
     assert (await worker.claim_one()).job == job

@@ -69,8 +69,8 @@ async def test_durations_survive_a_step(
     assert await broker.jobs.enqueue(running) is State.QUEUED
     lease = await worker.claim_one()
     assert await broker.jobs.enqueue(waiting) is State.QUEUED
-    stored = make_job(tenant="keeper", lane=Lane.BACKGROUND, stored=True, idempotency_key="k", ttl_ms=600_000)
-    await broker.jobs.enqueue_persisted(stored, PersistOptions(600_000, listed=True))
+    stored = make_job(tenant="keeper", lane=Lane.BACKGROUND, persisted=True, idempotency_key="k", ttl_ms=600_000)
+    await broker.jobs.enqueue_persisted(stored, PersistOptions(600_000, background=True))
     term = await broker.fleet.acquire_leader_lease("one", TTL_MS)
     assert term
     await broker.maintenance.expire()

@@ -57,8 +57,8 @@ async def test_a_stream_that_its_worker_gives_back_waits_too(
 
 @pytest.mark.parametrize(
     "fields",
-    [{"on_loss": "restart"}, {"on_loss": "fail"}, {"stream": False}, {"stored": True}],
-    ids=["restart", "fail", "plain", "stored"],
+    [{"on_loss": "restart"}, {"on_loss": "fail"}, {"stream": False}, {"persisted": True}],
+    ids=["restart", "fail", "plain", "persisted"],
 )
 async def test_other_jobs_are_run_again_at_once(
     broker: Broker, worker: Puller, listener: Listener, fields: dict[str, Any]

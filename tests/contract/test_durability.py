@@ -49,7 +49,7 @@ def kept(server: Server, job: Job) -> bool:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"lane": Lane.BACKGROUND}, {"lane": Lane.BATCH}, {"stored": True, "idempotency_key": "order-17"}]
+    "fields", [{"lane": Lane.BACKGROUND}, {"lane": Lane.BATCH}, {"persisted": True, "idempotency_key": "order-17"}]
 )
 async def test_it_is_taken_in_once_it_is_on_the_disk(
     server: Server, brokers: list[Broker], fields: dict[str, object]
@@ -74,7 +74,7 @@ async def test_what_somebody_waits_for_does_not_wait_for_the_disk(server: Server
     waiting = [asyncio.create_task(broker.jobs.enqueue(make_job(lane=Lane.BATCH))) for _ in range(200)]
     async with asyncio.timeout(1.2):
         assert await broker.jobs.enqueue(make_job()) is State.QUEUED
-        assert await broker.jobs.enqueue(make_job(stored=True, stream=True)) is State.QUEUED, (
+        assert await broker.jobs.enqueue(make_job(persisted=True, stream=True)) is State.QUEUED, (
             "a stream that may be resumed"
         )
         worker = await Puller(broker).join()

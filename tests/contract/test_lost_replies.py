@@ -148,7 +148,7 @@ async def test_resume(faulty: Faulty) -> None:
 
 async def test_enqueue_under_a_key(faulty: Faulty) -> None:
     """There is one job and one listener, and its key leads to it."""
-    job = make_job(stored=True, idempotency_key="order-17")
+    job = make_job(persisted=True, idempotency_key="order-17")
     faulty.lose("enqueue", 2)
     assert await faulty.broker.jobs.enqueue_persisted(job, listener=faulty.listener.router) == Enqueued(
         job.id, State.QUEUED
@@ -162,7 +162,7 @@ async def test_enqueue_under_a_key(faulty: Faulty) -> None:
 
 async def test_append_and_its_end(faulty: Faulty) -> None:
     """Frames are kept and sent on once: those of an append that is in doubt and sent again, and the last ones."""
-    job = make_job(stored=True, stream=True)
+    job = make_job(persisted=True, stream=True)
     await faulty.sound.jobs.enqueue_persisted(job, listener=faulty.listener.router)
     lease = await (await Puller(faulty.sound).join()).claim_one()
     run = [Frame(job.id, 1, lease.attempt_id, 0, HEAD, b"x", 200, "text/event-stream")]
@@ -182,7 +182,7 @@ async def test_append_and_its_end(faulty: Faulty) -> None:
 
 async def test_attach(faulty: Faulty) -> None:
     """The Router is one listener, and is sent each frame once."""
-    job = make_job(stored=True)
+    job = make_job(persisted=True)
     await faulty.sound.jobs.enqueue_persisted(job, listener=new_session_id("other"))
     faulty.lose("attach")
     assert await faulty.broker.output.attach(job.id, faulty.listener.router) is not None

@@ -1,4 +1,4 @@
-"""The guards of stored jobs: with each a scenario holds, and with it taken out the same scenario fails."""
+"""The guards of persisted jobs: with each a scenario holds, and with it taken out the same scenario fails."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ KEYS = ShardKeys(0)
 
 
 def keyed(**fields: Any) -> Job:
-    """A stored stream under one key."""
-    return make_job(stored=True, idempotency_key="order-17", stream=True, **fields)
+    """A persisted stream under one key."""
+    return make_job(persisted=True, idempotency_key="order-17", stream=True, **fields)
 
 
 def piece(lease: Lease, seq: int) -> bytes:
@@ -80,7 +80,7 @@ async def what_is_kept_is_one_answer(scene: Scene) -> None:
 
 
 async def nobody_makes_a_listeners_stream(scene: Scene) -> None:
-    """A Router that followed a stored job and is gone stays gone."""
+    """A Router that followed a persisted job and is gone stays gone."""
     await scene.broker.jobs.enqueue_persisted(keyed(), listener=scene.listener.router)
     lease = await scene.worker.claim_one()
     await scene.listener.leave()

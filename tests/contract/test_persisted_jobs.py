@@ -1,4 +1,4 @@
-"""Kept jobs: retrievable however they end, listed, forgotten with all their bytes, and their ends told."""
+"""Persisted jobs: retrievable however they end, listed, forgotten with all their bytes, and their ends told."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ MEMO = JobMetadata(
     path="/v1/chat/completions", stream=True, on_loss="continue", choices=2, request_id="req_1", note=b"mine"
 )
 DAY_MS = 24 * 3600 * 1000
-LISTED = PersistOptions(DAY_MS, MEMO, listed=True, notify="response")
+LISTED = PersistOptions(DAY_MS, MEMO, background=True, topic="response")
 
 
 def background(**fields: Any) -> Job:
-    """A stored job that nobody waits for."""
+    """A persisted job that nobody waits for."""
     defaults: dict[str, Any] = {"stored": True, "lane": Lane.BACKGROUND, "stream": True}
     return make_job(**(defaults | fields))
 
@@ -91,7 +91,7 @@ async def test_a_live_job_is_told_of(broker: Broker, worker: Puller) -> None:
     assert await broker.jobs.enqueue_persisted(job, LISTED) == Enqueued(job.id, State.QUEUED)
     waiting = await told(broker, job)
     assert (waiting.tenant, waiting.model, waiting.lane, waiting.state) == (ACME, MODEL, Lane.BACKGROUND, State.QUEUED)
-    assert (waiting.job_metadata, waiting.notify, waiting.listed) == (MEMO, "response", True)
+    assert (waiting.metadata, waiting.topic, waiting.background) == (MEMO, "response", True)
     assert (waiting.started_ms, waiting.ended_ms, waiting.expires_ms, waiting.attempts) == (None, None, None, 0)
     assert waiting.created_ms + job.ttl_ms == waiting.deadline_ms
     lease = await worker.claim_one()
@@ -109,10 +109,10 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
     """Its state, cause and what it said stay for the keep time, counted among its tenant's bytes; then nothing is
     left, and its end was told once."""
     job = background(**lasting(ending))
-    await broker.jobs.enqueue_persisted(job, replace(LISTED, keep_ms=80))
+    await broker.jobs.enqueue_persisted(job, replace(LISTED, retention_ms=80))
     await ended_as(broker, worker, job, ending)
     kept = await told(broker, job)
-    assert (kept.state, kept.job_metadata, kept.tenant, kept.attempts, kept.lane) == (
+    assert (kept.state, kept.metadata, kept.tenant, kept.attempts, kept.lane) == (
         ending,
         MEMO,
         ACME,
@@ -130,7 +130,7 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
     assert kept.persisted_bytes == 1_024 + len(MEMO.pack()) + len(page.frames[0].pack())
     assert [job.id for job in (await broker.persisted_jobs.page(ACME))[0]] == [job.id]
     (notice,) = await broker.persisted_jobs.read_finished()
-    assert (notice.job_id, notice.tenant, notice.state, notice.notify) == (job.id, ACME, ending, "response")
+    assert (notice.job_id, notice.tenant, notice.state, notice.topic) == (job.id, ACME, ending, "response")
     assert await broker.persisted_jobs.acknowledge_finished([notice.id]) == 1
     assert await broker.persisted_jobs.read_finished() == []
 
@@ -159,7 +159,7 @@ async def test_what_is_not_listed_is_not_kept_without_an_answer(broker: Broker, 
     """A stream that a client may resume leaves nothing once it was cancelled, but is told of while it lives."""
     job = background(lane=Lane.INTERACTIVE)
     await broker.jobs.enqueue_persisted(job, PersistOptions(1_000, JobMetadata(resumable=True)))
-    assert (await told(broker, job)).job_metadata.resumable
+    assert (await told(broker, job)).metadata.resumable
     assert (await broker.persisted_jobs.page(ACME))[0] == []
     await broker.jobs.cancel(job.id, "its client left")
     assert await broker.persisted_jobs.get(job.id) is None
@@ -233,14 +233,14 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
 
 async def test_large_notes_make_a_list_of_several_calls(broker: Broker) -> None:
     """No call tells of more than some megabytes; the page is whole all the same."""
-    large = replace(LISTED, job_metadata=replace(MEMO, note=b"x" * 250_000))
+    large = replace(LISTED, metadata=replace(MEMO, note=b"x" * 250_000))
     jobs = [background() for _ in range(12)]
     for job in jobs:
         await broker.jobs.enqueue_persisted(job, large)
     before = broker.round_trips
     page, more = await broker.persisted_jobs.page(ACME, limit=20)
     assert {kept.id for kept in page} == {job.id for job in jobs}
-    assert all(len(kept.job_metadata.note) == 250_000 for kept in page)
+    assert all(len(kept.metadata.note) == 250_000 for kept in page)
     assert more == ""
     assert broker.round_trips - before >= 3
 
@@ -264,14 +264,14 @@ async def test_a_list_is_filtered_and_cleared(broker: Broker, client: Any) -> No
 async def test_notes_and_words_are_bounded(connect: Connect) -> None:
     """A note counts among its tenant's kept bytes; one that is too large, or a word of its own kind, is refused."""
     broker = await connect(budgets=Budgets(tenant_persisted_bytes=10_000))
-    large = PersistOptions(1_000, JobMetadata(note=b"x" * 8_000), listed=True)
+    large = PersistOptions(1_000, JobMetadata(note=b"x" * 8_000), background=True)
     assert (await broker.jobs.enqueue_persisted(background(), large)).state is State.QUEUED
     with pytest.raises(OverCapacity, match="what is kept for your account"):
         await broker.jobs.enqueue_persisted(background(), large)
     with pytest.raises(BadMessage, match="note"):
         await broker.jobs.enqueue_persisted(background(), PersistOptions(1_000, JobMetadata(note=b"x" * 300_000)))
-    with pytest.raises(BadMessage, match="notify"):
-        PersistOptions(1_000, notify="two words")
+    with pytest.raises(BadMessage, match="topic"):
+        PersistOptions(1_000, topic="two words")
 
 
 async def test_only_an_abandoned_job_is_cancelled_as_one(
@@ -322,17 +322,17 @@ async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Pu
     await broker.jobs.enqueue_persisted(job, LISTED)
     await broker.attempts.release(await worker.claim_one(), "nothing was said yet", counted=False)
     lost = await worker.claim_one()
-    assert (await told(broker, job)).begun_epoch == 0
+    assert (await told(broker, job)).output_epoch == 0
     await broker.attempts.append(lost, piece(lost, 0, b"half"))
     before = await told(broker, job)
-    assert (before.begun_epoch, before.replaced) == (lost.epoch, False)
+    assert (before.output_epoch, before.output_replaced) == (lost.epoch, False)
     await broker.maintenance.reclaim(worker.session_id)
     lease = await (await Puller(broker).join()).claim_one()
     await broker.attempts.append(lease, piece(lease, 0, b"another"))
-    assert (await told(broker, job)).replaced
+    assert (await told(broker, job)).output_replaced
     await broker.jobs.cancel(job.id, "enough")
     after = await told(broker, job)
-    assert (after.begun_epoch, after.replaced) == (lease.epoch, True)
+    assert (after.output_epoch, after.output_replaced) == (lease.epoch, True)
 
 
 async def test_a_notice_is_enough_to_tell_how_a_response_ended(broker: Broker, worker: Puller) -> None:
@@ -345,7 +345,7 @@ async def test_a_notice_is_enough_to_tell_how_a_response_ended(broker: Broker, w
     await broker.attempts.append(lease, piece(lease, 0, b'data: {"choices": []}\n\n'))
     await broker.attempts.settle(lease, Outcome.DONE, end)
     (notice,) = await broker.persisted_jobs.read_finished()
-    assert (notice.job_id, notice.notify) == (job.id, "response")
+    assert (notice.job_id, notice.topic) == (job.id, "response")
     assert await broker.output.response_status(notice.job_id, notice.state) == "incomplete"
     assert await broker.output.response_status(notice.job_id, State.CANCELLED) == "cancelled"
     await broker.persisted_jobs.delete(job.id, "its tenant wanted that")

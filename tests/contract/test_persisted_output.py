@@ -1,4 +1,4 @@
-"""Stored jobs: one job per idempotency key, output that is kept and sent to all who listen, budgets that return."""
+"""Persisted jobs: one job per idempotency key, output that is kept and sent to all who listen, budgets that return."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from queue_schemas import (
     Marker,
     MarkerKind,
     Outcome,
-    Output,
+    OutputPage,
     OverCapacity,
     PersistOptions,
     Settled,
@@ -43,7 +43,7 @@ NOBODY = new_session_id("nobody")
 
 
 def keyed(**fields: Any) -> Job:
-    """A stored stream under a key."""
+    """A persisted stream under a key."""
     defaults = {"stored": True, "idempotency_key": "order-17", "stream": True, "on_loss": "continue"}
     return make_job(**(defaults | fields))
 
@@ -62,7 +62,7 @@ def packed(run: list[Frame]) -> bytes:
     return b"".join(frame.pack() for frame in run)
 
 
-async def whole(broker: Broker, job_id: JobId) -> Output:
+async def whole(broker: Broker, job_id: JobId) -> OutputPage:
     """All that is kept of a job, which must fit a page."""
     page = await broker.output.read(job_id)
     assert page is not None
@@ -116,14 +116,14 @@ async def test_another_request_under_the_key_is_refused(broker: Broker, worker: 
 async def test_a_key_is_compared_by_what_its_client_asked(broker: Broker) -> None:
     """[D1] Where the job metadata says what was asked, that counts: the same job may be made of two requests."""
     job = keyed()
-    await broker.jobs.enqueue_persisted(job, PersistOptions(60_000, JobMetadata(request="one")))
+    await broker.jobs.enqueue_persisted(job, PersistOptions(60_000, JobMetadata(request_digest="one")))
     again = await broker.jobs.enqueue_persisted(
-        replace(job, id=new_job_id(0)), PersistOptions(60_000, JobMetadata(request="one"))
+        replace(job, id=new_job_id(0)), PersistOptions(60_000, JobMetadata(request_digest="one"))
     )
     assert again.job_id == job.id
     with pytest.raises(IdempotencyKeyReused):
         await broker.jobs.enqueue_persisted(
-            replace(job, id=new_job_id(0)), PersistOptions(60_000, JobMetadata(request="another"))
+            replace(job, id=new_job_id(0)), PersistOptions(60_000, JobMetadata(request_digest="another"))
         )
 
 
@@ -148,7 +148,7 @@ async def test_output_reaches_all_who_listen_and_stays(
     begin = frames(lease, b"one", b"two")
     assert await broker.attempts.append(lease, packed(begin)) is Settled.OK
     other = await listening(client)
-    assert await broker.output.attach(job.id, other.router) == Output(
+    assert await broker.output.attach(job.id, other.router) == OutputPage(
         State.LEASED, 1, lease.attempt_id, (1, 2), tuple(begin), complete=True
     )
     rest = frames(lease, b"three", b"four", first=2, end=True)
@@ -156,7 +156,7 @@ async def test_output_reaches_all_who_listen_and_stays(
     assert await broker.attempts.settle(lease, Outcome.DONE, packed(rest[1:])) is Settled.OK
     assert await listener.news() == begin + rest
     assert await other.news() == rest
-    assert await whole(broker, job.id) == Output(
+    assert await whole(broker, job.id) == OutputPage(
         State.DONE, 1, lease.attempt_id, (1, 4), tuple(begin + rest), complete=True
     )
     assert (await whole(broker, job.id)).over

@@ -120,7 +120,8 @@ class Previous:
         (answer,) = await self._run(
             "enqueue", 100, 1 << 30, 100, 1 << 30,
             job.id, job.pack(), encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
-            job.reply_to, int(job.stored), job.ttl_ms, job.max_attempts, encode_name(job.region), job.remote_after_ms,
+            job.reply_to, int(job.persisted), job.ttl_ms, job.max_attempts,
+            encode_name(job.region), job.remote_after_ms,
         )  # fmt: skip
         return str(answer.decode())
 

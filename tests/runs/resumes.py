@@ -192,7 +192,7 @@ async def resume_all(
 
 
 def kept_of(server: Server) -> dict[bytes, Any]:
-    """What Redis holds of kept jobs: budgets, outputs, lists, times."""
+    """What Redis holds of persisted jobs: budgets, outputs, lists, times."""
     keys = ShardKeys(0)
     budget = {name: value for name, value in server.ask("HGETALL", keys.budget).items() if b":kept" in name}
     for pattern in ("out:*", "listed:*", "listeners:*", "kept"):

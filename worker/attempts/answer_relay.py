@@ -88,7 +88,7 @@ class AnswerRelay:
 
     def _channel(self, attempt: Attempt) -> Channel:
         job = attempt.lease.job
-        if job.stored:
+        if job.persisted:
             return self._frame_batcher.open_persisted(attempt.lease, lambda: attempt.stop(StopReason.JOB_ENDED))
         shard = shard_of_job(job.id)
         return self._frame_batcher.open(shard, job.reply_to, lambda: attempt.stop(StopReason.ROUTER_GONE))

@@ -28,7 +28,8 @@ class NotContinuable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What earlier attempts of a stored stream have said. ``prefix``: the text behind which it may go on, empty if it
+    """What earlier attempts of a persisted stream have said. ``prefix``: the text behind which it may go on, empty if
+    it
     has to begin anew. ``rest``: what it lacks if it is all there but for its end, else None."""
 
     prefix: str = ""

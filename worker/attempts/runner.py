@@ -71,7 +71,7 @@ class AttemptRunner:
         if isinstance(error, EngineGone):
             return EngineLost(error.public)
         verdict = judge_failure(attempt.cutter.begun, lease.attempt, lease.job.max_attempts)
-        if isinstance(verdict, Outcome) and not lease.job.stored:
+        if isinstance(verdict, Outcome) and not lease.job.persisted:
             return Settle(verdict, attempt.cutter.fail(error))
         # A persisted job keeps an engine's answer, not that there was none.
         return Release(error.public, counted=True)
@@ -79,7 +79,7 @@ class AttemptRunner:
     async def _call(self, attempt: Attempt) -> Ending:
         lease = attempt.lease
         job = lease.job
-        if job.stored and job.stream and lease.epoch > 1:
+        if job.persisted and job.stream and lease.epoch > 1:
             try:
                 delivered = await read_delivered(self._broker, job, self._relay.max_answer_bytes)
             except InferqError as error:
@@ -171,7 +171,7 @@ class AttemptRunner:
         job = lease.job
         log.warning("stream_stalled", **log_fields(lease))
         sentence = "the engine said nothing more of the answer while it served others"
-        if job.stored or (lease.attempt == 1 and await self._elsewhere(job.model)):
+        if job.persisted or (lease.attempt == 1 and await self._elsewhere(job.model)):
             return Release(sentence, counted=True)
         setting = "BUFFERED_STREAM_TIMEOUT_MS" if attempt.buffers else "STREAM_IDLE_TIMEOUT_MS"
         error = EngineFailed(

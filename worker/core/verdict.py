@@ -52,7 +52,7 @@ def judge_server_error(
     whether another worker serves the model."""
     if retry_after_s is not None and retry_after_s < remaining_s:
         return RetryLater(retry_after_s)
-    if elsewhere or job.stored or job.lane is not Lane.INTERACTIVE:
+    if elsewhere or job.persisted or job.lane is not Lane.INTERACTIVE:
         return Retry.SPENT
     return Outcome.FAILED
 

@@ -155,7 +155,7 @@ async def worker(service: ManagerService, broker: Broker, *, door: bool = False)
 
 
 async def _enqueue(broker: Broker) -> Job:
-    job = Job(id=new_job_id(0), tenant=Tenant("t"), model=MODEL, path="/v1/completions", body=b"{}", stored=True)
+    job = Job(id=new_job_id(0), tenant=Tenant("t"), model=MODEL, path="/v1/completions", body=b"{}", persisted=True)
     await broker.jobs.enqueue(job)
     return job
 

@@ -1,4 +1,4 @@
-"""Kept jobs over two Routers, on real sockets and a real Valkey: read anywhere, given up when nobody follows."""
+"""Persisted jobs over two Routers, on real sockets and a real Valkey: read anywhere, given up when nobody follows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def worker(valkey: Server) -> AsyncIterator[Speaker]:
 
 
 async def say(worker: Speaker, lease: Lease, *pieces: bytes) -> None:
-    """A stored stream goes on."""
+    """A persisted stream goes on."""
     for piece in pieces:
         await worker.broker.attempts.append(lease, worker.frame(lease, piece))
 

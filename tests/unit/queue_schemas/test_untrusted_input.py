@@ -57,7 +57,7 @@ jobs = st.builds(
     Job, id=job_ids, tenant=names.map(Tenant), model=names.map(Pool),
     path=st.from_regex(r"/[a-z0-9_/-]{1,30}", fullmatch=True), body=st.binary(max_size=60),
     content_type=st.sampled_from(["application/json", "multipart/form-data; boundary=x"]), lane=st.sampled_from(Lane),
-    band=st.integers(0, BANDS - 1), stream=st.booleans(), stored=st.booleans(), ttl_ms=st.integers(1, 2**40),
+    band=st.integers(0, BANDS - 1), stream=st.booleans(), persisted=st.booleans(), ttl_ms=st.integers(1, 2**40),
     max_attempts=st.integers(1, 100), on_loss=st.sampled_from(["continue", "restart", "fail"]), prefix=text,
     request_id=st.from_regex(r"[A-Za-z0-9_.:-]{0,40}", fullmatch=True), cost_estimate=counts,
 )  # fmt: skip

@@ -26,7 +26,7 @@ from queue_schemas import (
     LaneDepth,
     Marker,
     MarkerKind,
-    Output,
+    OutputPage,
     PersistedJob,
     PersistOptions,
     Pool,
@@ -53,7 +53,7 @@ def persisted_job(job: Job, keep: PersistOptions, state: State = State.QUEUED, *
     """What the queue tells of a job that it keeps."""
     defaults: dict[str, Any] = {
         "epoch": 1, "attempts": 0, "now_ms": 2_000, "created_ms": 1_000, "deadline_ms": 1_000 + job.ttl_ms,
-        "listed": keep.listed, "notify": keep.notify, "job_metadata": keep.job_metadata,
+        "background": keep.background, "topic": keep.topic, "metadata": keep.metadata,
     }  # fmt: skip
     return PersistedJob(
         id=job.id, tenant=job.tenant, model=job.model, lane=job.lane, state=state, **(defaults | fields)
@@ -77,11 +77,11 @@ class FakeQueue:
         self.resume_refusal: InferqError | None = None
         self.refusal: InferqError | None = None
         self.holder: Enqueued | None = None
-        """Who holds the idempotency key of the next stored requests."""
+        """Who holds the idempotency key of the next persisted requests."""
         self.keeps: dict[JobId, PersistOptions] = {}
         """How what was queued is to be kept."""
         self.kept: dict[JobId, PersistedJob] = {}
-        self.outputs: dict[JobId, Output] = {}
+        self.outputs: dict[JobId, OutputPage] = {}
         """What is kept, as if each job's frames fitted a page."""
         self.page_frames = 1_000
         self.attached: list[tuple[JobId, tuple[int, int]]] = []
@@ -139,7 +139,7 @@ class FakeQueue:
         self.cancelled.put_nowait((job_id, reason))
         return State.LEASED
 
-    async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> Output | None:
+    async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> OutputPage | None:
         self.attached.append((job_id, after))
         await self.attach_held.wait()
         if self.attach_refusals:
@@ -236,7 +236,8 @@ class FakeQueue:
 
 
 class PersistedStream:
-    """A stored stream in the making, which is kept as it is said: whoever looks after a silent job finds it there."""
+    """A persisted stream in the making, which is kept as it is said: whoever looks after a silent job finds it
+    there."""
 
     def __init__(self, queue: FakeQueue, job: Job) -> None:
         self._queue = queue
@@ -256,7 +257,7 @@ class PersistedStream:
 
     def _keep(self, state: State) -> None:
         last = (1, len(self._frames)) if self._frames else (0, 0)
-        self._queue.outputs[self._job.id] = Output(state, 1, "a1", last, self._frames, complete=True)
+        self._queue.outputs[self._job.id] = OutputPage(state, 1, "a1", last, self._frames, complete=True)
 
 
 @dataclass

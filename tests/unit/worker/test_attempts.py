@@ -267,7 +267,7 @@ async def test_with_nowhere_else_to_go_an_engine_error_is_the_answer_at_once(sta
     assert (outcome, frames[0].status, b"".join(frame.data for frame in frames)) == (Outcome.FAILED, status, b"busy")
 
 
-@pytest.mark.parametrize("fields", [{"lane": Lane.BATCH}, {"lane": Lane.BACKGROUND}, {"stored": True}])
+@pytest.mark.parametrize("fields", [{"lane": Lane.BATCH}, {"lane": Lane.BACKGROUND}, {"persisted": True}])
 async def test_what_nobody_asks_again_is_tried_again_on_the_only_engine(fields: dict[str, Any]) -> None:
     """[C8] A line of a batch, a background job, an answer that is kept: no client repeats it."""
     bench = Bench(plain(500))
@@ -709,9 +709,9 @@ async def test_one_broken_connection_is_no_crash() -> None:
 
 
 def stored_lease(*, epoch: int = 1, attempt: int = 1, remaining_ms: int = 60_000, **fields: Any) -> Lease:
-    """A lease of a stored stream."""
+    """A lease of a persisted stream."""
     asked = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
-    defaults = {"stored": True, "stream": True, "on_loss": "continue", "body": json.dumps(asked).encode()}
+    defaults = {"persisted": True, "stream": True, "on_loss": "continue", "body": json.dumps(asked).encode()}
     job = make_job(**(defaults | fields))
     return Lease(job, epoch, f"attempt-{next(ATTEMPT_IDS)}", attempt, remaining_ms, 5)
 

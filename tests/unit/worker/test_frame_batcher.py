@@ -197,8 +197,8 @@ async def test_cancelling_one_stream_leaves_the_others_waiting(frame_batcher: Fr
 
 
 def stored(frame_batcher: FrameBatcher, lost: list[str] | None = None) -> tuple[Lease, Channel]:
-    """A lease of a stored job, and the channel to its output."""
-    lease = Lease(make_job(stored=True), 1, "a1", 1, 60_000, 0)
+    """A lease of a persisted job, and the channel to its output."""
+    lease = Lease(make_job(persisted=True), 1, "a1", 1, 60_000, 0)
     return lease, frame_batcher.open_persisted(lease, lambda: (lost if lost is not None else []).append(lease.job.id))
 
 

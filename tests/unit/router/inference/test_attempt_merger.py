@@ -576,7 +576,7 @@ def test_long_streams_are_kept_as_text() -> None:
 
 
 def stored(limit: int = 1 << 20) -> AttemptMerger:
-    return AttemptMerger(stream=True, replay_limit_bytes=limit, on_loss="continue", stored=True)
+    return AttemptMerger(stream=True, replay_limit_bytes=limit, on_loss="continue", persisted=True)
 
 
 def test_a_stored_stream_goes_on_behind_what_was_read() -> None:

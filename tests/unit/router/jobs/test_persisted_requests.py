@@ -17,7 +17,7 @@ from queue_schemas import (
     JobId,
     Marker,
     MarkerKind,
-    Output,
+    OutputPage,
     State,
     new_job_id,
 )
@@ -43,10 +43,10 @@ def run_of(
     return tuple(frames)
 
 
-def kept(frames: tuple[Frame, ...], state: State = State.DONE) -> Output:
+def kept(frames: tuple[Frame, ...], state: State = State.DONE) -> OutputPage:
     """All that is kept of a job."""
     last = frames[-1]
-    return Output(state, last.epoch, last.attempt_id, (last.epoch, last.seq + 1), frames, complete=True)
+    return OutputPage(state, last.epoch, last.attempt_id, (last.epoch, last.seq + 1), frames, complete=True)
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "t\u00e4g", "a\tb"])
@@ -73,8 +73,8 @@ async def test_a_request_with_a_key_is_a_stored_job() -> None:
         unkeyed = await queue.job()
         queue.answer(unkeyed, b"{}")
         await other.done()
-    assert (job.stored, job.idempotency_key, job.reply_to) == (True, "order-17", "")
-    assert (unkeyed.stored, unkeyed.idempotency_key) == (False, "")
+    assert (job.persisted, job.idempotency_key, job.reply_to) == (True, "order-17", "")
+    assert (unkeyed.persisted, unkeyed.idempotency_key) == (False, "")
     assert unkeyed.reply_to == app.services.link.session_id
     assert (answer.status, answer.body) == (200, b'{"ok": true}')
     assert REPLAY not in answer.headers
@@ -260,7 +260,7 @@ async def test_a_job_that_ended_without_an_answer_is_an_error(state: State, stat
         told, asks = Client(app).post(CHAT, headers=KEY), Client(app).post(CHAT, headers=KEY)
         first, second = await queue.job(), await queue.job()
         queue.mark(first, MarkerKind(state))
-        queue.outputs[second.id] = Output(state, 1, "", (0, 0), (), complete=True)
+        queue.outputs[second.id] = OutputPage(state, 1, "", (0, 0), (), complete=True)
         queue.lose_replies()
         for answer in (told, asks):
             await answer.done()

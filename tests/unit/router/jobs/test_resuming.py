@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from queue_schemas import END, HEAD, Frame, Job, Lane, Output, PersistOptions, State
+from queue_schemas import END, HEAD, Frame, Job, Lane, OutputPage, PersistOptions, State
 from router.jobs.disconnect_grace import LATE_S, DisconnectGrace
 from tests.unit.router.fakes import SSE, Answer, Client, FakeQueue, persisted_job, router
 from tests.unit.router.jobs.test_routes import EVENTS, ids_of, without_ids
@@ -16,12 +16,12 @@ STREAM = {"model": "m", "messages": [], "stream": True}
 RESUMABLE = {"x-inferq-resumable": "true"}
 
 
-def so_far(job: Job, *pieces: bytes, over: bool = False) -> Output:
+def so_far(job: Job, *pieces: bytes, over: bool = False) -> OutputPage:
     frames = []
     for seq, data in enumerate(pieces):
         flags = (HEAD if seq == 0 else 0) | (END if over and seq == len(pieces) - 1 else 0)
         frames.append(Frame(job.id, 1, "a1", seq, flags, data, *((200, SSE) if flags & HEAD else (0, ""))))
-    return Output(State.DONE if over else State.LEASED, 1, "a1", (1, len(frames)), tuple(frames), complete=True)
+    return OutputPage(State.DONE if over else State.LEASED, 1, "a1", (1, len(frames)), tuple(frames), complete=True)
 
 
 async def begun(client: Client, queue: FakeQueue, **headers: str) -> tuple[Job, Answer]:
@@ -35,13 +35,13 @@ async def begun(client: Client, queue: FakeQueue, **headers: str) -> tuple[Job, 
 
 
 async def test_every_event_says_where_to_go_on() -> None:
-    """Its job and number; the job is a stored one, of the interactive lane, and nobody's background job."""
+    """Its job and number; the job is a persisted one, of the interactive lane, and nobody's background job."""
     queue = FakeQueue("m")
     async with router(queue, resumable_retention_ms=7_000) as app:
         job, answer = await begun(Client(app), queue)
-        assert (job.stored, job.lane, job.reply_to, job.idempotency_key) == (True, Lane.INTERACTIVE, "", "")
+        assert (job.persisted, job.lane, job.reply_to, job.idempotency_key) == (True, Lane.INTERACTIVE, "", "")
         keep = queue.keeps[job.id]
-        assert (keep.keep_ms, keep.listed, keep.job_metadata.resumable) == (7_000, False, True)
+        assert (keep.retention_ms, keep.background, keep.metadata.resumable) == (7_000, False, True)
         queue.stream(job, EVENTS[2], first=2)
         await answer.done()
         assert without_ids(answer.body) == b"".join(EVENTS)
@@ -58,12 +58,12 @@ async def test_who_does_not_ask_gets_a_stream_as_ever(fields: dict[str, Any]) ->
         client = Client(app)
         answer = client.post(STREAM, headers=fields["headers"])
         job = await queue.job()
-        assert not job.stored
+        assert not job.persisted
         queue.stream(job, *EVENTS)
         assert (await answer.done()).body == b"".join(EVENTS)
         plain = client.post({"model": "m"}, headers=RESUMABLE)
         job = await queue.job()
-        assert not job.stored
+        assert not job.persisted
         queue.answer(job, b"{}")
         assert (await plain.done()).body == b"{}"
 
@@ -74,7 +74,7 @@ async def test_the_setting_makes_every_stream_resumable() -> None:
     async with router(queue, resumable_streams=True) as app:
         answer = Client(app).post(STREAM)
         job = await queue.job()
-        assert job.stored
+        assert job.persisted
         queue.stream(job, *EVENTS)
         assert len(ids_of((await answer.done()).body)) == 3
 
@@ -118,7 +118,7 @@ async def test_nobody_goes_on_with_what_is_not_his() -> None:
         assert (gone.status, gone.error["code"]) == (404, "job_not_found")
         kept = queue.kept[job.id]
         rival = Job(**{name: getattr(job, name) for name in Job.__slots__} | {"tenant": "rival"})
-        queue.kept[job.id] = persisted_job(rival, PersistOptions(1, kept.job_metadata))
+        queue.kept[job.id] = persisted_job(rival, PersistOptions(1, kept.metadata))
         foreign = await client.post(STREAM, headers=RESUMABLE | {"last-event-id": last}).done()
         assert (foreign.status, foreign.error["message"].replace(job.id, "")) == (
             404, gone.error["message"].replace(f"0-{'a' * 32}", ""),
@@ -156,7 +156,7 @@ async def test_a_stream_without_its_client_is_given_up_after_its_grace(monkeypat
 
         keyed, back = Client(app), Client(app)
         other, answer = await begun(keyed, queue, **{"idempotency-key": "k"})
-        assert not queue.keeps[other.id].job_metadata.resumable
+        assert not queue.keeps[other.id].metadata.resumable
         keyed.gone.set()
         await answer.done()
         left = Client(app)

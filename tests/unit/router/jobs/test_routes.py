@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from queue_schemas import END, HEAD, Enqueued, Frame, Job, Lane, MarkerKind, Output, State
+from queue_schemas import END, HEAD, Enqueued, Frame, Job, Lane, MarkerKind, OutputPage, State
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, Client, FakeQueue, router
 
@@ -21,13 +21,13 @@ EVENTS = (b'data: {"n":1}\n\n', b'data: {"n":2}\n\n', b"data: [DONE]\n\n")
 
 def output(
     job: Job, *pieces: bytes, state: State = State.LEASED, kind: str = SSE, status: int = 200, cause: str = ""
-) -> Output:
+) -> OutputPage:
     over = state in (State.DONE, State.FAILED)
     frames = []
     for seq, data in enumerate(pieces):
         flags = (HEAD if seq == 0 else 0) | (END if over and seq == len(pieces) - 1 else 0)
         frames.append(Frame(job.id, 1, "a1", seq, flags, data, *((status, kind) if flags & HEAD else (0, ""))))
-    return Output(state, 1, "a1", (1, len(frames)), tuple(frames), complete=True, cause=cause)
+    return OutputPage(state, 1, "a1", (1, len(frames)), tuple(frames), complete=True, cause=cause)
 
 
 def ended(queue: FakeQueue, job: Job, state: State, *pieces: bytes, **fields: Any) -> None:
@@ -58,7 +58,7 @@ async def test_a_background_request_is_taken_in_and_its_answer_told() -> None:
     async with router(queue) as app:
         client = Client(app)
         job = await accepted(client, queue)
-        assert (job.lane, job.stored, job.reply_to, job.ttl_ms) == (Lane.BACKGROUND, True, "", 86_400_000)
+        assert (job.lane, job.persisted, job.reply_to, job.ttl_ms) == (Lane.BACKGROUND, True, "", 86_400_000)
         told = (await get(client, f"/v1/jobs/{job.id}")).json()
         assert (told["object"], told["status"], told["model"], told["path"]) == ("job", "queued", "m", PATH)
         assert (told["created_at"], told["response"], told["error"], told["ended_at"]) == (1, None, None, None)
@@ -89,7 +89,7 @@ async def test_false_is_an_ordinary_request() -> None:
     async with router(queue) as app:
         answer = Client(app).post(CHAT, headers={"x-inferq-background": "false"})
         job = await queue.job()
-        assert (job.stored, job.lane) == (False, Lane.INTERACTIVE)
+        assert (job.persisted, job.lane) == (False, Lane.INTERACTIVE)
         queue.answer(job, b"{}")
         assert (await answer.done()).status == 200
 

@@ -1,4 +1,4 @@
-"""Kept jobs as a Router offers them to its own parts: put on the queue, followed by many, told of, forgotten."""
+"""Persisted jobs as a Router offers them to its own parts: put on the queue, followed by many, told of, forgotten."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from queue_schemas import (
     Lane,
     MarkerKind,
     ModelNotFound,
-    Output,
+    OutputPage,
     OverCapacity,
     ShuttingDown,
     State,
@@ -61,9 +61,9 @@ def frames(job: Job, *pieces: bytes, end: bool = False, status: int = 200, kind:
     return tuple(made)
 
 
-def kept_so_far(job: Job, *pieces: bytes, state: State = State.LEASED, cause: str = "", **options: Any) -> Output:
+def kept_so_far(job: Job, *pieces: bytes, state: State = State.LEASED, cause: str = "", **options: Any) -> OutputPage:
     run = frames(job, *pieces, **options)
-    return Output(
+    return OutputPage(
         state,
         1,
         "" if state in (State.DEAD, State.CANCELLED, State.EXPIRED) else "a1",
@@ -84,14 +84,20 @@ async def test_a_background_request_is_a_kept_job_of_its_lane() -> None:
     queue = FakeQueue("m")
     async with persisted_jobs(queue, background_retention_ms=5_000, background_deadline_ms=70_000) as kept:
         job = await submitted(kept, queue)
-        assert (job.stored, job.lane, job.reply_to, job.ttl_ms, job.tenant) == (True, Lane.BACKGROUND, "", 70_000, ACME)
+        assert (job.persisted, job.lane, job.reply_to, job.ttl_ms, job.tenant) == (
+            True,
+            Lane.BACKGROUND,
+            "",
+            70_000,
+            ACME,
+        )
         keep = queue.keeps[job.id]
-        assert (keep.keep_ms, keep.listed, keep.notify) == (5_000, True, "response")
-        job_metadata = keep.job_metadata
+        assert (keep.retention_ms, keep.background, keep.topic) == (5_000, True, "response")
+        job_metadata = keep.metadata
         assert (
             job_metadata.path,
             job_metadata.stream,
-            job_metadata.usage,
+            job_metadata.include_usage,
             job_metadata.choices,
             job_metadata.note,
         ) == (PATH, True, True, 2, b"mine")

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from queue_schemas import END, HEAD, Enqueued, Frame, Job, Lane, MarkerKind, Output, PersistedJob, Pool, State
+from queue_schemas import END, HEAD, Enqueued, Frame, Job, Lane, MarkerKind, OutputPage, PersistedJob, Pool, State
 from router.responses.chat_only_engines import REMEMBERED_S, ChatOnly
 from tests.support.responses import check_response, check_stream, server_sent
 from tests.support.waiting import eventually
@@ -39,8 +39,8 @@ def end_as(queue: FakeQueue, job: Job, state: State, *pieces: bytes, cause: str 
     """The job has ended, or stands, with this output kept of it."""
     frames = run_of(job, *pieces, end=state in (State.DONE, State.FAILED))
     attempt = "a1" if state in (State.DONE, State.FAILED, State.LEASED) else ""
-    queue.outputs[job.id] = Output(state, 1, attempt, (1, len(frames)), frames, complete=True, cause=cause)
-    defaults: dict[str, Any] = {"begun_epoch": 1 if frames else 0}
+    queue.outputs[job.id] = OutputPage(state, 1, attempt, (1, len(frames)), frames, complete=True, cause=cause)
+    defaults: dict[str, Any] = {"output_epoch": 1 if frames else 0}
     queue.kept[job.id] = replace(queue.kept[job.id], state=state, cause=cause, **(defaults | fields))
     return queue.kept[job.id]
 
@@ -58,11 +58,11 @@ async def test_it_is_queued_as_a_chat_that_is_kept() -> None:
     assert answer.status == 200
     response = check_response(answer.json())
     assert (response.id, response.status, response.metadata) == (f"resp_{job.id}", "queued", {"a": "b"})
-    assert (job.path, job.lane, job.stream, job.stored, job.on_loss) == (
+    assert (job.path, job.lane, job.stream, job.persisted, job.on_loss) == (
         "/v1/chat/completions", Lane.BACKGROUND, True, True, "continue",
     )  # fmt: skip
     assert orjson.loads(job.body)["messages"] == [{"role": "user", "content": "hi"}]
-    assert (queue.keeps[job.id].notify, queue.keeps[job.id].listed) == ("response", True)
+    assert (queue.keeps[job.id].topic, queue.keeps[job.id].background) == ("response", True)
 
 
 async def test_without_background_the_body_passes_untouched() -> None:
@@ -74,7 +74,7 @@ async def test_without_background_the_body_passes_untouched() -> None:
         job = await queue.job()
         queue.answer(job, b'{"object": "response"}')
         await answer.done()
-    assert (job.path, job.body, job.stored, job.lane) == (PATH, body, False, Lane.INTERACTIVE)
+    assert (job.path, job.body, job.persisted, job.lane) == (PATH, body, False, Lane.INTERACTIVE)
     assert answer.body == b'{"object": "response"}'
 
 
@@ -87,7 +87,7 @@ async def test_it_is_built_from_a_chat_where_engines_have_no_responses(stream: b
         job = await queue.job()
         queue.stream(job, *STORY)
         await answer.done()
-    assert (job.path, job.stored) == ("/v1/chat/completions", False)
+    assert (job.path, job.persisted) == ("/v1/chat/completions", False)
     if stream:
         assert answer.headers["content-type"].startswith("text/event-stream")
         response = check_stream(server_sent(answer.body))
@@ -208,7 +208,7 @@ async def test_its_events_come_as_the_chat_does_and_again_from_anywhere() -> Non
         queue.attach_held.clear()
         answer = client.post(ASK | {"stream": True}, PATH)
         job = await queue.job()
-        queue.outputs[job.id] = Output(State.QUEUED, 1, "", (0, 0), (), complete=True)
+        queue.outputs[job.id] = OutputPage(State.QUEUED, 1, "", (0, 0), (), complete=True)
         queue.attach_held.set()
         await answer.until(lambda: b"response.queued" in answer.body)
         queue.stream(job, *STORY)
@@ -228,7 +228,7 @@ async def test_who_has_events_of_an_answer_that_was_replaced_begins_again() -> N
     async with router(queue) as app:
         client = Client(app)
         _, job = await created(client, queue)
-        end_as(queue, job, State.DONE, *STORY, replaced=True)
+        end_as(queue, job, State.DONE, *STORY, output_replaced=True)
         for after, status in ((3, 400), (7, 400), (2, 200), (0, 200)):
             answer = await client.request("GET", f"{PATH}/resp_{job.id}?stream=true&starting_after={after}")
             assert answer.status == status
@@ -327,7 +327,7 @@ async def test_a_key_gives_one_response_also_to_who_waits() -> None:
         queue.stream(job, *STORY)
         await first.done()
         queue.holder = Enqueued(job.id, State.DONE)
-        queue.outputs[job.id] = Output(State.DONE, 1, "a1", (1, 4), run_of(job, *STORY), complete=True)
+        queue.outputs[job.id] = OutputPage(State.DONE, 1, "a1", (1, 4), run_of(job, *STORY), complete=True)
         again = await client.post(ask, PATH, key).done()
     assert first.json()["id"] == again.json()["id"] == f"resp_{job.id}"
     assert check_response(again.json()).output_text == "ab"
@@ -342,7 +342,7 @@ async def test_a_key_tells_responses_apart_that_make_the_same_chat() -> None:
         for fields in ({}, {"metadata": {"a": "c"}}, {"background": False}, {}):
             client.post(ASK | fields, PATH, {"idempotency-key": "one"})
             job = await queue.job()
-            digests.append((queue.keeps[job.id].job_metadata.request, job.body))
+            digests.append((queue.keeps[job.id].metadata.request_digest, job.body))
     (first, metadata, waited, again), bodies = [digest for digest, _ in digests], {body for _, body in digests}
     assert len(bodies) == 1
     assert first == again

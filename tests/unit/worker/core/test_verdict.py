@@ -54,7 +54,7 @@ def test_a_stream_that_broke_after_it_began_is_never_an_answer() -> None:
         ({}, 30.0, True, Retry.SPENT),
         ({"lane": Lane.BATCH}, None, False, Retry.SPENT),
         ({"lane": Lane.BATCH}, 30.0, False, Retry.SPENT),
-        ({"stored": True}, None, False, Retry.SPENT),
+        ({"persisted": True}, None, False, Retry.SPENT),
     ],
 )
 def test_an_engines_error_waits_only_where_that_may_help(
