@@ -47,7 +47,7 @@ LISTED = PersistOptions(DAY_MS, MEMO, background=True, topic="response")
 
 def background(**fields: Any) -> Job:
     """A persisted job that nobody waits for."""
-    defaults: dict[str, Any] = {"stored": True, "lane": Lane.BACKGROUND, "stream": True}
+    defaults: dict[str, Any] = {"persisted": True, "lane": Lane.BACKGROUND, "stream": True}
     return make_job(**(defaults | fields))
 
 

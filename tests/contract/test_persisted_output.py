@@ -44,7 +44,7 @@ NOBODY = new_session_id("nobody")
 
 def keyed(**fields: Any) -> Job:
     """A persisted stream under a key."""
-    defaults = {"stored": True, "idempotency_key": "order-17", "stream": True, "on_loss": "continue"}
+    defaults = {"persisted": True, "idempotency_key": "order-17", "stream": True, "on_loss": "continue"}
     return make_job(**(defaults | fields))
 
 

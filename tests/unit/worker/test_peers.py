@@ -27,6 +27,7 @@ class Registry:
     """The registry in Redis; counts how often it is read."""
 
     def __init__(self, *workers: WorkerInfo) -> None:
+        self.fleet = self
         self.workers = workers
         self.error: InferqError | None = None
         self.looks = 0
