@@ -11,7 +11,7 @@ from typing import cast
 from fastapi import FastAPI
 
 from broker import Broker, BrokerSettings
-from broker.queue_link import QueueLink
+from broker.connector import BrokerConnector
 from broker.rq.queues import rq_connection
 from broker.rq.worker import RqWorkerThread
 from storage import ObjectStore, StorageSettings
@@ -76,11 +76,11 @@ class _Process:
         self._runner: StepRunner | None = None
         self._sweep: StepSweep | None = None
         settings = context.settings
-        self._link = QueueLink(
+        self._connector = BrokerConnector(
             settings.manager_urls,
             settings.join_token.get_secret_value(),
             variable="INFERQ_BATCHES_MANAGER_URLS",
-            tell=self._not_connected,
+            on_fault=self._not_connected,
         )
 
     def app(self) -> FastAPI:
@@ -91,7 +91,7 @@ class _Process:
         """Why the batcher is not ready; empty if it is."""
         if self._context.stopping:
             return ["the batcher is shutting down"]
-        found = [f"the queue cannot be reached: {self._link.why}"] if self._context.broker is None else []
+        found = [f"the queue cannot be reached: {self._connector.fault}"] if self._context.broker is None else []
         found += [self._sweep.fault] if self._sweep is not None and self._sweep.fault else []
         found += [self._runner.fault] if self._runner is not None and self._runner.fault else []
         return found
@@ -100,7 +100,7 @@ class _Process:
         """Until ``stop``."""
         context, settings = self._context, self._context.settings
         await in_thread(context.store.check)
-        queue_settings = await self._link.address(broker_settings, stop)
+        queue_settings = await self._connector.find(broker_settings, stop)
         if queue_settings is None:
             return
         # A step that cannot reach the queue makes way for others: it is tried again anyway.
@@ -111,7 +111,7 @@ class _Process:
         worker = RqWorkerThread(steps.queue, rq_connection(queue_settings), settings.batcher_id)
         async with asyncio.TaskGroup() as tasks:
             step_jobs.serve(runner.advance)
-            link = tasks.create_task(self._link.keep(queue_settings, context.metrics.registry, self._connected))
+            link = tasks.create_task(self._connector.run(queue_settings, context.metrics.registry, self._connected))
             sweeps = [tasks.create_task(sweep.run()), tasks.create_task(ExpirySweep(context).run())]
 
             def on_stop() -> None:

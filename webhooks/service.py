@@ -10,7 +10,7 @@ from typing import cast
 from fastapi import FastAPI
 
 from broker import Broker, BrokerSettings
-from broker.queue_link import QueueLink
+from broker.connector import BrokerConnector
 from broker.rq.queues import rq_connection
 from broker.rq.worker import RqWorkerThread
 from queue_schemas import InferqError
@@ -83,7 +83,7 @@ class _Process:
         )
         self._notices = ResponseNotices(store, metrics)
         self._jobs: DeliveryJobs | None = None
-        self._link = QueueLink(
+        self._connector = BrokerConnector(
             settings.manager_urls, settings.join_token.get_secret_value(), variable="INFERQ_NOTIFIER_MANAGER_URLS"
         )
         self._stopping = False
@@ -96,7 +96,7 @@ class _Process:
         """Why the notifier is not ready; empty if it is."""
         if self._stopping:
             return ["the notifier is shutting down"]
-        found = [f"the queue cannot be reached: {self._link.why}"] if self._link.broker is None else []
+        found = [f"the queue cannot be reached: {self._connector.fault}"] if self._connector.broker is None else []
         found += [self._jobs.fault] if self._jobs is not None and self._jobs.fault else []
         return found + ([self._notices.fault] if self._notices.fault else [])
 
@@ -104,7 +104,7 @@ class _Process:
         """Until ``stop``."""
         settings, every_s = self._settings, self._settings.scan_interval_ms / 1000
         await in_thread(self._store.check)
-        queue_settings = await self._link.address(broker_settings, stop)
+        queue_settings = await self._connector.find(broker_settings, stop)
         if queue_settings is None:
             return
         queue = DeliveryQueue(rq_connection(queue_settings), settings.lock_ttl_ms)
@@ -113,9 +113,9 @@ class _Process:
         async with self._dispatcher.running(), asyncio.TaskGroup() as tasks:
             delivery_jobs.serve(jobs.run)
             background = [
-                tasks.create_task(self._link.keep(queue_settings, self._registry, _connected), name="link"),
+                tasks.create_task(self._connector.run(queue_settings, self._registry, _connected), name="link"),
                 tasks.create_task(jobs.scan(every_s), name="scan"),
-                tasks.create_task(self._notices.run(lambda: self._link.broker, every_s), name="response notices"),
+                tasks.create_task(self._notices.run(lambda: self._connector.broker, every_s), name="response notices"),
                 tasks.create_task(self._tidy(settings.tidy_interval_ms / 1000), name="tidy"),
             ]
             try:

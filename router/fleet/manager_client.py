@@ -1,21 +1,20 @@
-"""The ways to the Manager: what they have in common, and the one over HTTP. The one within Ray: ``ray_manager``."""
+"""Clients of the Manager: what they share, and the one over HTTP. The one within Ray is in ``ray_manager``."""
 
 from __future__ import annotations
 
 import abc
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-
-from queue_schemas import (
-    FABRIC_PREFIX,
-    AuthenticationFailed,
-    BrokerAddress,
-    CannotStart,
-    ManagerUnavailable,
-)
+from queue_schemas import BrokerAddress, CannotStart, ManagerUnavailable
 from telemetry import get_logger
-from telemetry.http.fabric_calls import UNREACHABLE, FabricCall, FabricHttp, Forwarded
+from telemetry.http.fabric_calls import (
+    UNREACHABLE,
+    FabricCall,
+    FabricHttp,
+    Forwarded,
+    broker_address_call,
+    read_broker_address,
+)
 
 log = get_logger(__name__)
 
@@ -37,24 +36,15 @@ class RemoteManager(abc.ABC):
         return
 
     async def broker_address(self) -> BrokerAddress:
-        answer = await self.forward(FabricCall("GET", f"{FABRIC_PREFIX}/broker", join_token=self._join_token))
-        if answer.status in (401, 403):
-            raise AuthenticationFailed(
-                f"the Manager at {self.where} refuses our join token: give both the same INFERQ_JOIN_TOKEN"
-            )
-        try:
-            if answer.status != 200:
-                raise ManagerUnavailable(f"the Manager at {self.where} does not say where Redis is ({answer.status})")
-            return BrokerAddress.model_validate_json(answer.body)
-        except ValidationError as error:
-            raise ManagerUnavailable(f"what answers at {self.where} is not a Manager: {error}") from error
+        """As :meth:`~router.ports.ManagerPort.broker_address`."""
+        return read_broker_address(await self.forward(broker_address_call(self._join_token)), self.where)
 
     def unreachable(self, error: BaseException) -> ManagerUnavailable:
-        """What to raise when the call got no answer. The log says where it should have come from, once an outage."""
-        told = next(iter(str(error).splitlines()), "")
-        message = f"the Manager at {self.where} cannot be reached ({type(error).__name__}: {told}); try again shortly"
+        """The error of a call without an answer; logged once per outage, with the Manager's address."""
+        cause = next(iter(str(error).splitlines()), "")
+        message = f"the Manager at {self.where} cannot be reached ({type(error).__name__}: {cause}); try again shortly"
         if message != self._logged:
-            log.warning("manager_not_reached", error=message)
+            log.warning("manager_unreachable", error=message)
             self._logged = message
         public = "the Manager cannot be reached; try again shortly"
         return ManagerUnavailable(message, retry_after_s=2, public=public)

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import aiohttp
+from pydantic import ValidationError
 
-from queue_schemas import JOIN_TOKEN_HEADER
+from queue_schemas import FABRIC_PREFIX, JOIN_TOKEN_HEADER, AuthenticationFailed, BrokerAddress, ManagerUnavailable
 
 from .fleet_session import fleet_session
 
@@ -57,6 +58,26 @@ def passed_on(status: int, headers: Iterable[tuple[str, str]], body: bytes) -> F
     """The Manager's answer without the headers that concern only the way to it."""
     kept = tuple((name.lower(), value) for name, value in headers if name.lower() in _PASSED_ON)
     return Forwarded(status, kept, body)
+
+
+def broker_address_call(join_token: str) -> FabricCall:
+    """The call that asks a Manager where Redis is; :func:`read_broker_address` reads its answer."""
+    return FabricCall("GET", f"{FABRIC_PREFIX}/broker", join_token=join_token)
+
+
+def read_broker_address(answer: Forwarded, manager: str) -> BrokerAddress:
+    """Where Redis is, as ``manager`` (its URL or name) answers. Raises ``AuthenticationFailed`` if it refuses the join
+    token, and ``ManagerUnavailable`` for any other answer."""
+    if answer.status in (401, 403):
+        raise AuthenticationFailed(
+            f"the Manager at {manager} refuses our join token: set INFERQ_JOIN_TOKEN to the fleet's"
+        )
+    if answer.status != 200:
+        raise ManagerUnavailable(f"the Manager at {manager} does not say where Redis is ({answer.status})")
+    try:
+        return BrokerAddress.model_validate_json(answer.body)
+    except ValidationError as error:
+        raise ManagerUnavailable(f"what answers at {manager} is not a Manager: {error}") from error
 
 
 class FabricHttp:

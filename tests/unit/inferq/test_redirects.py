@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from broker import BrokerSettings
-from broker.queue_link import QueueLink
+from broker.connector import BrokerConnector
 from inferq.client import Answer, FabricClient, FabricRefused
 from manager.probe import HttpWorkerProbe
 from queue_schemas import Heartbeat, InferqError, Registration, SessionId, WorkerId
@@ -74,10 +74,12 @@ async def router(url: str) -> None:
 
 
 async def batcher(url: str) -> None:
-    stop, told = asyncio.Event(), list[str]()
-    link = QueueLink([url], "s3cret", variable="X", tell=lambda why: (told.append(why), stop.set())[0])
-    assert await link.address(BrokerSettings(redis_url=""), stop) is None
-    assert told
+    stop, faults = asyncio.Event(), list[str]()
+    connector = BrokerConnector(
+        [url], "s3cret", variable="X", on_fault=lambda fault: (faults.append(fault), stop.set())[0]
+    )
+    assert await connector.find(BrokerSettings(redis_url=""), stop) is None
+    assert faults
 
 
 async def probe(url: str) -> None:
