@@ -33,6 +33,8 @@ OURS = sorted(name for name, service in COMPOSE.items() if service["command"][0]
 
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`[^`\n]*`")
+_PROOF = re.compile(r"`([a-z]\w*/[\w/]*\.py)(?:::(\w+))?`")
+_SOURCE = re.compile(r"`([a-z]\w*/[\w/]*\.(?:py|lua))(?:::\w+)?`")
 _LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)|^\[[^\]]+\]:\s*(\S+)", re.MULTILINE)
 
 
@@ -77,6 +79,32 @@ def test_every_relative_link_exists(document: Path) -> None:
         if not inside or (anchor and target.suffix == ".md" and anchor not in _anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    """Each row of the guarantees names a test, by its file or by file and function, which is there."""
+    promises = (ROOT / "GUARANTEES.md").read_text().partition("## What can still be lost")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| **")]
+    assert rows
+    unproved = [row for row in rows if not _PROOF.search(row.rpartition(" | ")[2])]
+    missing = [f"{path}::{name}" for path, name in _PROOF.findall(promises) if not _is_test(path, name)]
+    assert (unproved, missing) == ([], [])
+
+
+def _is_test(path: str, name: str) -> bool:
+    file = ROOT / "tests" / path
+    return file.is_file() and (not name or re.search(rf"def {name}\(", file.read_text()) is not None)
+
+
+def test_every_path_of_the_source_that_a_document_names_exists() -> None:
+    """Modules, scripts and tests in the text of the documents, relative to the root or to ``tests/``."""
+    missing = [
+        f"{document.relative_to(ROOT)}: {path}"
+        for document in _documents()
+        for path in _SOURCE.findall(document.read_text())
+        if not any((root / path).exists() for root in (ROOT, ROOT / "tests"))
+    ]
+    assert missing == []
 
 
 def _given(value: str) -> str:
