@@ -110,7 +110,7 @@ class FailureDetector:
         if probe.status is not ProbeStatus.SAME:
             has_counter, answered = await self._ping(member.session_id)
         # A member that is only in the snapshot was there, and may have left while no Manager acted: it is not fresh.
-        fresh = member.heard and self._clock() - member.heard_at < self._settings.suspect_after_ms / 1000
+        fresh = member.heard and self._clock() - member.heard_at < self._settings.unresponsive_after_ms / 1000
         return assess_liveness(
             Evidence(
                 probe=probe.status,

@@ -36,8 +36,8 @@ class ManagerSettings(RoleSettings):
         15_000, ge=300, description="A worker whose renewal counter stands still for this long loses its jobs"
     )
     heartbeat_interval_ms: int = Field(2_000, ge=50, description="How often workers send a heartbeat")
-    suspect_after_ms: int = Field(
-        6_000, ge=100, description="A worker without a heartbeat for this long is suspect: it is given no new queues"
+    unresponsive_after_ms: int = Field(
+        6_000, ge=100, description="A worker without a heartbeat for this long is given no new queues"
     )
     leader_lease_ms: int = Field(
         6_000, ge=200, description="How long the acting Manager's leader lease lasts without a renewal"
@@ -69,9 +69,9 @@ class ManagerSettings(RoleSettings):
 
     @model_validator(mode="after")
     def _in_proportion(self) -> Self:
-        if self.suspect_after_ms < 2 * self.heartbeat_interval_ms:
+        if self.unresponsive_after_ms < 2 * self.heartbeat_interval_ms:
             raise ValueError(
-                "suspect_after_ms must be at least twice heartbeat_interval_ms: one late heartbeat makes nobody suspect"
+                "unresponsive_after_ms must be at least twice heartbeat_interval_ms: one heartbeat may be late"
             )
         if self.sweep_interval_ms * 4 > self.lease_ms:
             raise ValueError(

@@ -71,7 +71,7 @@ class ShardSweeps:
                 self._polling_away[shard] = task
         return {session_id for shard in shards for session_id in self._counters.get(shard, ())}
 
-    def lost_leases(self) -> list[SessionId]:
+    def expired_leases(self) -> list[SessionId]:
         """The sessions whose counters stood still for a whole lease."""
         return self._watch.still()
 

@@ -49,7 +49,10 @@ class Term:
         self.changed = changed
         """Set when the registry may differ from its snapshot in Redis."""
         self.registry = Registry(
-            number, queue.shard_of, suspect_s=settings.suspect_after_ms / 1000, lease_s=settings.lease_ms / 1000
+            number,
+            queue.shard_of,
+            unresponsive_s=settings.unresponsive_after_ms / 1000,
+            lease_s=settings.lease_ms / 1000,
         )
         self._settings = settings
         self._queue = queue
@@ -155,7 +158,7 @@ class Term:
         await self._failure_detector.verify_urls_unless_busy()
         await self._failure_detector.check_overdue()
         self.registry.saw_counters(await self._shards.poll())
-        for session_id in self._shards.lost_leases():
+        for session_id in self._shards.expired_leases():
             self._failure_detector.declare_dead(session_id, "lease")
         self._update_states()
         self._snapshot.save_if_due()

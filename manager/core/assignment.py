@@ -3,11 +3,11 @@
 Rules:
 
 * A ready, active worker pulls every lane of every model it serves, on the shard of the model's pool.
-* A worker whose engine is not ready, or which is suspect, is given nothing new; what it has stays, as far as it still
-  serves it, so that a short trouble moves no queue.
+* A worker whose engine is not ready, or which is unresponsive, is given nothing new; what it has stays, as far as it
+  still serves it, so that a short trouble moves no queue.
 * A draining worker pulls nothing.
 * ``(term, version)`` orders assignments. The version rises exactly when the content changes; the term is that of the
-  Manager that answers, so that a deposed Manager's word never wins.
+  Manager that answers, so that a deposed Manager's assignment never wins.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Rules:
   :class:`queue_schemas.LeaseWatch`.
 * It is declared dead sooner only when that is certain (:func:`assess_liveness`): its health port, which once answered
   as this very session, refuses or answers as another one, and a ping on its control stream stays unanswered.
-* Missed heartbeats alone prove nothing: they make a worker suspect, see :mod:`manager.core.registry`.
+* Missed heartbeats alone prove nothing: they make a worker unresponsive, see :mod:`manager.core.registry`.
 """
 
 from __future__ import annotations

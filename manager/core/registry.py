@@ -8,8 +8,9 @@ Rules:
 * So is one of a worker that follows an assignment of this term or a later one which was not given here: a Redis that
   lost its latest writes has given the term out twice. After registering, the worker follows the assignment of the
   answer. No worker's message moves the term: terms come from the queue alone.
-* Without a heartbeat for ``suspect_s`` a member is suspect; the next one clears it. It leaves the registry when it
-  deregisters, when its session is declared dead, or when it is suspect and has no renewal counter for a whole lease.
+* Without a heartbeat for ``unresponsive_s`` a member is unresponsive; the next one clears it. It leaves the
+  registry when it deregisters, when its session is declared dead, or when it is unresponsive and has no renewal counter
+  for a whole lease.
 * Draining is for good: only a new session works again.
 """
 
@@ -103,10 +104,10 @@ class Member:
 class Registry:
     """The members and their assignments, of one term of one acting Manager. Durations in seconds."""
 
-    def __init__(self, term: int, shard_of: Callable[[str], int], *, suspect_s: float, lease_s: float) -> None:
+    def __init__(self, term: int, shard_of: Callable[[str], int], *, unresponsive_s: float, lease_s: float) -> None:
         self.term = term
         self._shard_of = shard_of
-        self._suspect_s = suspect_s
+        self._unresponsive_s = unresponsive_s
         self._lease_s = lease_s
         self._members: dict[WorkerId, Member] = {}
 
@@ -235,12 +236,12 @@ class Registry:
     def sweep(self, now: float, has_counter: Callable[[SessionId], bool]) -> list[Member]:
         """Bring every state up to date; returns the members that were removed.
 
-        A suspect without a renewal counter holds no job, so no lease will ever run out for it.
+        An unresponsive member without a renewal counter holds no job, so no lease will ever run out for it.
         """
         lost = [
             member
             for member in self._members.values()
-            if now - member.heard_at >= self._suspect_s + self._lease_s and not has_counter(member.session_id)
+            if now - member.heard_at >= self._unresponsive_s + self._lease_s and not has_counter(member.session_id)
         ]
         for member in lost:
             del self._members[member.worker_id]
@@ -252,8 +253,8 @@ class Registry:
         state = WorkerState.ACTIVE
         if member.drain_asked or member.status.draining:
             state = WorkerState.DRAINING
-        elif now - member.heard_at >= self._suspect_s:
-            state = WorkerState.SUSPECT
+        elif now - member.heard_at >= self._unresponsive_s:
+            state = WorkerState.UNRESPONSIVE
         member = replace(member, state=state)
         if member.assignment.term != self.term or not self._same_inputs(member):
             pools = wanted_pools(

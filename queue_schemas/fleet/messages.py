@@ -103,7 +103,7 @@ class WorkerState(StrEnum):
     """How the Manager sees a worker. The dead are forgotten, so they have no state."""
 
     ACTIVE = "active"
-    SUSPECT = "suspect"
+    UNRESPONSIVE = "unresponsive"
     """Its heartbeats stopped: it gets no new assignment, its running work goes on."""
     DRAINING = "draining"
 

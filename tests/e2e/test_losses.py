@@ -162,7 +162,7 @@ async def test_a_killed_worker_is_missed_at_once(tmp_path: Path, own_valkey: Ser
     not answered. Its job starts elsewhere before a single heartbeat was missed twice, let alone its lease."""
     usual = {
         name: ManagerSettings.model_fields[name].default
-        for name in ("lease_ms", "heartbeat_interval_ms", "suspect_after_ms")
+        for name in ("lease_ms", "heartbeat_interval_ms", "unresponsive_after_ms")
     }
     async with Fleet(tmp_path, own_valkey, manager=usual) as fleet:
         # As many slots as requests: both workers have their share.

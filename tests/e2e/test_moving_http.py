@@ -52,7 +52,7 @@ async def _goes_on(load: Load) -> None:
 async def test_a_worker_restarted_while_no_manager_was_there_comes_back(tmp_path: Path, own_valkey: Server) -> None:
     """It could say goodbye to nobody, so the next Manager finds it in the snapshot: that keeps no newcomer of its id
     out."""
-    async with Fleet(tmp_path, own_valkey, manager={"suspect_after_ms": 20_000}) as fleet:
+    async with Fleet(tmp_path, own_valkey, manager={"unresponsive_after_ms": 20_000}) as fleet:
         await fleet.up(workers=1)
         worker = fleet.workers[0]
         fleet.manager.process.kill()

@@ -17,7 +17,7 @@ from tests.support.servers import Server, valkey_binary
 
 TOKENS_PER_S = 50
 """So that a long stream of 200 tokens takes four seconds."""
-_TIMES = ("lease_ms", "heartbeat_interval_ms", "suspect_after_ms", "leader_lease_ms", "sweep_interval_ms")
+_TIMES = ("lease_ms", "heartbeat_interval_ms", "unresponsive_after_ms", "leader_lease_ms", "sweep_interval_ms")
 
 
 @asynccontextmanager

@@ -31,7 +31,7 @@ MODEL = "sim"
 _MANAGER = {
     "lease_ms": 3_000,
     "heartbeat_interval_ms": 300,
-    "suspect_after_ms": 1_000,
+    "unresponsive_after_ms": 1_000,
     "leader_lease_ms": 1_500,
     "sweep_interval_ms": 200,
 }

@@ -21,7 +21,7 @@ ENGINE_READY_LIMIT_S = 300.0
 _PRODUCTION_TIMES = {
     "lease_ms": 15_000,
     "heartbeat_interval_ms": 2_000,
-    "suspect_after_ms": 6_000,
+    "unresponsive_after_ms": 6_000,
     "leader_lease_ms": 6_000,
 }
 """Engines use every core: with the short times of other tests, a busy machine would look like a dead worker."""

@@ -58,13 +58,13 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineLost:
+class EngineDisconnected:
     """The engine went away with the request."""
 
     reason: str
 
 
-Ending = Settle | Release | EngineLost | None
+Ending = Settle | Release | EngineDisconnected | None
 """How an attempt ends; None: the queue has ended its job already."""
 
 

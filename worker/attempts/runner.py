@@ -17,7 +17,7 @@ from ..core.slots import RETRY_APART_S
 from ..engines import Engine, EngineAnswer, EngineCall, EngineGone, new_call_id
 from ..metrics import WorkerMetrics
 from .answer_relay import AnswerRelay
-from .attempt import Attempt, Ending, EngineLost, Release, Settle, StopReason, log_fields
+from .attempt import Attempt, Ending, EngineDisconnected, Release, Settle, StopReason, log_fields
 from .continuation_planner import NotContinuable, plan_continuation, read_delivered
 
 log = get_logger(__name__)
@@ -69,7 +69,7 @@ class AttemptRunner:
         lease = attempt.lease
         log.warning("engine_call_failed", error=error.message, **log_fields(lease))
         if isinstance(error, EngineGone):
-            return EngineLost(error.public)
+            return EngineDisconnected(error.public)
         verdict = judge_failure(attempt.cutter.begun, lease.attempt, lease.job.max_attempts)
         if isinstance(verdict, Outcome) and not lease.job.persisted:
             return Settle(verdict, attempt.cutter.fail(error))

@@ -19,9 +19,9 @@ from ..engines import Engine
 from ..frame_batcher import FrameBatcher
 from ..metrics import WorkerMetrics
 from .answer_relay import AnswerRelay
-from .attempt import Attempt, EngineLost, Settle, StopReason, StreamTimeouts, log_fields
+from .attempt import Attempt, EngineDisconnected, Settle, StopReason, StreamTimeouts, log_fields
 from .end_reports import EndReports
-from .engine_losses import EngineLosses
+from .engine_disconnects import EngineDisconnects
 from .runner import AttemptRunner
 
 _MAX_ABORTS_REMEMBERED = 4_096
@@ -52,7 +52,7 @@ class Attempts:
         self._relay = AnswerRelay(broker, frame_batcher, metrics, max_answer_bytes)
         self._runner = AttemptRunner(engine, broker, self._relay, metrics, elsewhere)
         self._reports = EndReports(broker, metrics)
-        self._engine_losses = EngineLosses(engine, self._reports)
+        self._engine_disconnects = EngineDisconnects(engine, self._reports)
         # By attempt: a job that was released may come back here before the answer to its release was seen.
         self._running: dict[str, Attempt] = {}
         self._aborted: OrderedDict[JobId, None] = OrderedDict()
@@ -145,10 +145,10 @@ class Attempts:
                 attempt.ending = True
                 if isinstance(ending, Settle):
                     await self._reports.settle(attempt, ending)
-                elif isinstance(ending, EngineLost):
+                elif isinstance(ending, EngineDisconnected):
                     wait_s = RETRY_APART_S
                     span.fail(ending.reason)
-                    await self._engine_losses.end(attempt, ending, self._running.values())
+                    await self._engine_disconnects.end(attempt, ending, self._running.values())
                 elif ending is not None:
                     wait_s = ending.wait_s if ending.counted else None
                     span.fail(ending.reason)

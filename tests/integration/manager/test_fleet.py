@@ -204,18 +204,18 @@ async def _verified(service: ManagerService) -> bool:
 
 
 async def test_a_worker_that_only_the_manager_cannot_hear_keeps_its_work(valkey: Server, broker: Broker) -> None:
-    """Without heartbeats and with its port closed, but renewing: suspect, still leased after several leases, its result
-    accepted."""
+    """Without heartbeats and with its port closed, but renewing: unresponsive, still leased after several leases, its
+    result accepted."""
     async with manager(valkey) as service, worker(service, broker, door=True) as cut_off:
         await eventually(lambda: _verified(service), "its URL was verified")
         await _enqueue(broker)
         lease = await cut_off.claim()
         assert lease is not None
         await cut_off.die("heartbeat", "door")
-        await eventually(lambda: _state(service, WorkerState.SUSPECT), "it is suspect")
+        await eventually(lambda: _state(service, WorkerState.UNRESPONSIVE), "it is unresponsive")
         assert (await service.pool(MODEL)).workers == 0
         await asyncio.sleep(2 * service.settings.lease_ms / 1000)  # the behaviour is that nothing happens meanwhile
-        assert await _state(service, WorkerState.SUSPECT)
+        assert await _state(service, WorkerState.UNRESPONSIVE)
         assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
 
 

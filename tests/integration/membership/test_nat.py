@@ -99,7 +99,7 @@ async def test_a_worker_that_nobody_reaches_serves(tmp_path: Path, tls_redis: Se
     assert tls_redis.certificates is not None
     env = {"INFERQ_BROKER_TLS_CA_FILE": str(tls_redis.certificates.ca)}
     # With heartbeats so far apart, only the control stream can tell a worker anything.
-    slow = {"heartbeat_interval_ms": 30_000, "suspect_after_ms": 60_000}
+    slow = {"heartbeat_interval_ms": 30_000, "unresponsive_after_ms": 60_000}
     manager = slow | {
         "redis_url": url_of("manager", tls_redis),
         "advertised_redis_url": url_of("worker", tls_redis),

@@ -99,7 +99,7 @@ class Fleet:
         self.workers: list[Worker] = []
         command = [sys.executable, "-m", "manager.service", "--port", str(self.manager_port)]
         command += ["--redis-url", server.url, "--lease-ms", str(LEASE_MS), "--sweep-interval-ms", "200"]
-        command += ["--heartbeat-interval-ms", "200", "--suspect-after-ms", "1000"]
+        command += ["--heartbeat-interval-ms", "200", "--unresponsive-after-ms", "1000"]
         # A look at a paused worker must not outlast the third of a lease in which renewal numbers are read again.
         command += ["--probe-timeout-ms", "200", "--ping-timeout-ms", "200"]
         self.manager = Child("manager", command, folder / "manager.log", cwd=folder)
@@ -271,7 +271,7 @@ class LocalFleet:
     async def start_manager(self) -> None:
         port = free_port()
         settings = ManagerSettings.load(
-            port=port, sweep_interval_ms=200, heartbeat_interval_ms=200, suspect_after_ms=1_000, lease_ms=LEASE_MS
+            port=port, sweep_interval_ms=200, heartbeat_interval_ms=200, unresponsive_after_ms=1_000, lease_ms=LEASE_MS
         )
         self._group.create_task(serve_manager(settings, BrokerSettings(redis_url=self._server.url), stop=self._stop))
         self.manager_url = f"http://127.0.0.1:{port}"

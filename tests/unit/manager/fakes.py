@@ -170,7 +170,7 @@ class FakeProbe:
 def fast_settings(**fields: object) -> ManagerSettings:
     """Everything some thirty times as fast as it is by default."""
     fast = {
-        "lease_ms": 600, "heartbeat_interval_ms": 60, "suspect_after_ms": 200, "leader_lease_ms": 300,
+        "lease_ms": 600, "heartbeat_interval_ms": 60, "unresponsive_after_ms": 200, "leader_lease_ms": 300,
         "sweep_interval_ms": 20, "ping_timeout_ms": 100, "probe_timeout_ms": 200, "broker_timeout_ms": 1000,
     }  # fmt: skip
     return ManagerSettings.load(**(fast | fields))

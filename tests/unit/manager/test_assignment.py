@@ -22,10 +22,10 @@ def test_a_ready_worker_pulls_what_it_serves() -> None:
 
 
 def test_the_doubtful_get_nothing_new_and_keep_what_they_have() -> None:
-    """A suspect worker, or one whose engine is not ready, keeps what it still serves; a draining one has nothing."""
+    """An unresponsive worker, or one without a ready engine, keeps what it still serves; a draining one has nothing."""
     current = _pools("old", "kept")
     for state, engine in (
-        (WorkerState.SUSPECT, EngineState.READY),
+        (WorkerState.UNRESPONSIVE, EngineState.READY),
         (WorkerState.ACTIVE, EngineState.STARTING),
         (WorkerState.ACTIVE, EngineState.FAILED),
     ):

@@ -131,7 +131,7 @@ async def test_a_url_that_points_elsewhere_is_no_evidence(first: ProbeResult) ->
     service = _service(queue, FakeProbe({URL: first}), lease_ms=60_000, leader_lease_ms=5_000)
     async with _running(service):
         await service.register(_registration())
-        await _until(lambda: "w" in queue.workers and queue.workers["w"].state is WorkerState.SUSPECT)
+        await _until(lambda: "w" in queue.workers and queue.workers["w"].state is WorkerState.UNRESPONSIVE)
         await _until(lambda: queue.sweeps > 30)
         assert queue.reclaimed == []
         assert queue.workers["w"].url_note == first.note
@@ -149,7 +149,7 @@ async def test_a_worker_that_answers_pings_is_only_suspect() -> None:
         await _until(lambda: len(queue.controls) > 2)
         assert {control.kind for _, control in queue.controls} == {ControlKind.PING}
         assert queue.reclaimed == []
-        assert (await service.list_workers()).workers[0].state is WorkerState.SUSPECT
+        assert (await service.list_workers()).workers[0].state is WorkerState.UNRESPONSIVE
 
 
 async def test_an_id_in_use_by_a_live_worker_is_refused() -> None:
@@ -183,7 +183,7 @@ async def test_a_restarted_worker_gets_its_jobs_freed_at_once() -> None:
 async def test_a_fenced_worker_may_come_back_as_a_new_incarnation() -> None:
     """After a reclaim its id is free for the next run at once, even if it registered under the old one meanwhile."""
     queue = FakeQueue(numbers={ONE: 1})
-    service = _service(queue, suspect_after_ms=60_000)
+    service = _service(queue, unresponsive_after_ms=60_000)
     async with _running(service):
         await service.register(_registration(url=None))
         await _until(lambda: set(queue.reclaimed) == {ONE})

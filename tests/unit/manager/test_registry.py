@@ -15,7 +15,7 @@ ONE, TWO = "w.0000000000000001", "w.0000000000000002"
 
 
 def _registry(term: int = 1) -> Registry:
-    return Registry(term, lambda pool: shard_of_pool(pool, 1), suspect_s=6.0, lease_s=15.0)
+    return Registry(term, lambda pool: shard_of_pool(pool, 1), unresponsive_s=6.0, lease_s=15.0)
 
 
 def _registration(session_id: str = ONE, **fields: object) -> Registration:
@@ -65,16 +65,16 @@ def test_a_worker_that_does_not_reach_redis_is_not_counted_on() -> None:
 
 
 def test_missed_heartbeats_make_suspect_and_one_clears_it() -> None:
-    """A suspect keeps its assignment and is active again with the next heartbeat."""
+    """An unresponsive worker keeps its assignment and is active again with the next heartbeat."""
     registry = _registry()
     before = registry.join(_registration(), 0.0)
     registry.sweep(5.9, lambda _: True)
     assert registry.get("w").state is WorkerState.ACTIVE
     registry.sweep(6.0, lambda _: True)
-    suspect = registry.get("w")
-    assert suspect.state is WorkerState.SUSPECT
-    assert not suspect.info().takes_work
-    assert suspect.assignment == before.assignment
+    unresponsive = registry.get("w")
+    assert unresponsive.state is WorkerState.UNRESPONSIVE
+    assert not unresponsive.info().takes_work
+    assert unresponsive.assignment == before.assignment
     assert registry.heartbeat("w", _heartbeat(), 7.0).state is WorkerState.ACTIVE
 
 

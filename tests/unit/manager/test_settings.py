@@ -5,16 +5,16 @@ from queue_schemas import CannotStart
 
 
 def test_defaults_are_the_contracts() -> None:
-    """Lease 15 s, heartbeat 2 s, suspect after 6 s, on loopback :9000."""
+    """Lease 15 s, heartbeat 2 s, unresponsive after 6 s, on loopback :9000."""
     settings = ManagerSettings.load()
-    assert (settings.lease_ms, settings.heartbeat_interval_ms, settings.suspect_after_ms) == (15_000, 2_000, 6_000)
+    assert (settings.lease_ms, settings.heartbeat_interval_ms, settings.unresponsive_after_ms) == (15_000, 2_000, 6_000)
     assert (settings.host, settings.port) == ("127.0.0.1", 9000)
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"suspect_after_ms": 3_000}, "at least twice heartbeat_interval_ms"),
+        ({"unresponsive_after_ms": 3_000}, "at least twice heartbeat_interval_ms"),
         ({"lease_ms": 3_000}, "at most a quarter of lease_ms"),
         ({"port": 70_000}, "INFERQ_MANAGER_PORT"),
     ],

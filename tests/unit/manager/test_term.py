@@ -40,7 +40,7 @@ class Clock:
 
 
 def _term(queue: FakeQueue, clock: Callable[[], float], probe: FakeProbe | None = None, declared: str = "") -> Term:
-    settings = fast_settings(lease_ms=15_000, heartbeat_interval_ms=2_000, suspect_after_ms=6_000, pools=declared)
+    settings = fast_settings(lease_ms=15_000, heartbeat_interval_ms=2_000, unresponsive_after_ms=6_000, pools=declared)
     metrics = FleetMetrics(MetricsRegistry("manager"))
     return Term(settings, queue, probe or FakeProbe(), metrics, 1, asyncio.Event(), clock)
 

@@ -55,7 +55,7 @@ def peers_of(registry: Registry) -> Peers:
         ({"models": ["another"]}, False),
         ({"engine": EngineState.FAILED}, False),
         ({"state": WorkerState.DRAINING}, False),
-        ({"state": WorkerState.SUSPECT}, False),
+        ({"state": WorkerState.UNRESPONSIVE}, False),
         ({"broker_ok": False}, False),
     ],
 )

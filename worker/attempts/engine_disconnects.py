@@ -1,4 +1,4 @@
-"""End the attempts whose engine went away: all together after a crash, or alone if only connections broke."""
+"""End the attempts whose engine disconnected: all together after a crash, or alone if only connections broke."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from queue_schemas.addresses import hide_addresses
 from telemetry import get_logger
 
 from ..engines import Engine
-from .attempt import Attempt, EngineLost, Release
+from .attempt import Attempt, EngineDisconnected, Release
 from .end_reports import EndReports
 
 GATHER_S = 0.25
-"""How long after one attempt lost its engine others may, as part of the same crash."""
+"""How long after one attempt was disconnected others may be, as part of the same crash."""
 
 log = get_logger(__name__)
 
 
 class _Group:
-    """Attempts that lost their engine at about the same time. ``beside``: what ran when the first one did."""
+    """Attempts that were disconnected at about the same time. ``beside``: what ran when the first one did."""
 
     __slots__ = ("attempts", "beside", "ended")
 
@@ -35,7 +35,7 @@ class _Group:
         return all(attempt.ending for attempt in self.beside)
 
 
-class EngineLosses:
+class EngineDisconnects:
     """Tells a crash of ``engine`` from single broken connections, and reports either to the queue.
 
     A crash is one event: its jobs are reported together, so that the queue can tell which of them may have caused it.
@@ -46,7 +46,7 @@ class EngineLosses:
         self._reports = reports
         self._group: _Group | None = None
 
-    async def end(self, attempt: Attempt, ending: EngineLost, running: Iterable[Attempt]) -> None:
+    async def end(self, attempt: Attempt, ending: EngineDisconnected, running: Iterable[Attempt]) -> None:
         """End ``attempt`` with all that ran beside it (``running``) if the engine crashed, or alone if it only closed
         this connection."""
         group = self._group
