@@ -19,14 +19,14 @@ META = "iq:meta"
 WORKERS = "iq:workers"
 """Hash: worker id -> JSON of the registry's entry, written by the acting Manager."""
 POOLS = "iq:pools"
-"""Hash: ``seen:<model>`` and ``declared:<model>`` -> when a pool was last served and last declared (server ms)."""
+"""Hash: ``seen:<model>`` and ``declared:<model>`` -> when a pool was last served and last declared (queue ms)."""
 MANAGER = "iq:manager"
-"""Hash: the acting Manager's lease (``holder``, ``term``, ``until`` in server ms)."""
+"""Hash: the acting Manager's lease (``holder``, ``term``, ``until`` by the lease's own ``clock``)."""
 SWEEPER = "iq:sweeper"
 """Hash: the same for the one worker that sweeps while no Manager acts."""
 
 
-def place(pool: str, lane: Lane, region: str = "") -> str:
+def queue_key(pool: str, lane: Lane, region: str = "") -> str:
     """Where a job waits, as it stands inside keys: ``<pool>:<lane>``, or ``<pool>:<lane>@<region>`` if workers of that
     region go first."""
     at = f"@{encode_name(region)}" if region else ""
@@ -45,7 +45,7 @@ class ShardKeys:
 
     def queue(self, pool: str, lane: Lane, band: int, tenant: str, region: str = "") -> str:
         """Stream of waiting jobs, entries ``id <job id>``. XLEN is the depth. Deleted when empty."""
-        return f"{self.prefix}q:{place(pool, lane, region)}:{band}:{encode_name(tenant)}"
+        return f"{self.prefix}q:{queue_key(pool, lane, region)}:{band}:{encode_name(tenant)}"
 
     def retry(self, pool: str, lane: Lane) -> str:
         """Stream of jobs whose attempt was lost or handed back."""
@@ -57,11 +57,11 @@ class ShardKeys:
 
     def active(self, pool: str, lane: Lane, band: int, region: str = "") -> str:
         """Sorted set: tenants with waiting jobs by virtual service time."""
-        return f"{self.prefix}active:{place(pool, lane, region)}:{band}"
+        return f"{self.prefix}active:{queue_key(pool, lane, region)}:{band}"
 
     def service(self, pool: str, lane: Lane, band: int, region: str = "") -> str:
         """Sorted set: tenant -> virtual time at which its last job ended; member ``*`` is the band's clock. Expires."""
-        return f"{self.prefix}service:{place(pool, lane, region)}:{band}"
+        return f"{self.prefix}service:{queue_key(pool, lane, region)}:{band}"
 
     def job(self, job_id: str) -> str:
         """Hash: the record; once terminal, a tombstone with expiry."""
@@ -85,27 +85,22 @@ class ShardKeys:
         return f"{self.prefix}ctl:{session_id}"
 
     def parked(self, pool: str, lane: Lane, region: str = "") -> str:
-        """Sorted set: idle sessions, those of one region, by expiry (server ms)."""
-        return f"{self.prefix}parked:{place(pool, lane, region)}"
-
-    def remote(self, pool: str) -> str:
-        """Hash: ``<lane>@<region>`` -> when somebody remote looks whether jobs are free for all there (server ms), and
-        who. Expires."""
-        return f"{self.prefix}remote:{encode_name(pool)}"
+        """Sorted set: idle sessions, all or those of one region, by expiry (queue ms)."""
+        return f"{self.prefix}parked:{queue_key(pool, lane, region)}"
 
     @property
-    def regions(self) -> str:
-        """Sorted set: regions that jobs or workers have named, by expiry (server ms). Expires."""
-        return f"{self.prefix}regions"
+    def remote(self) -> str:
+        """Sorted set: queue keys of regions, by when a job there may first be run anywhere (queue ms)."""
+        return f"{self.prefix}remote"
 
     @property
     def deadlines(self) -> str:
-        """Sorted set: live job ids by deadline (server ms)."""
+        """Sorted set: live job ids by deadline (queue ms)."""
         return f"{self.prefix}deadlines"
 
     @property
     def lost(self) -> str:
-        """Sorted set: streams that wait for their Router, by when it is asked again (server ms)."""
+        """Sorted set: streams that wait for their Router, by when it is asked again (queue ms)."""
         return f"{self.prefix}lost"
 
     def reply(self, router: str) -> str:
@@ -139,14 +134,18 @@ class ShardKeys:
         return f"{self.prefix}ended_dropped"
 
     @property
-    def kept(self) -> str:
-        """Sorted set: ended persisted jobs by when they are forgotten (server ms)."""
-        return f"{self.prefix}kept"
+    def persisted(self) -> str:
+        """Sorted set: persisted jobs that ended, by when they are forgotten (queue ms)."""
+        return f"{self.prefix}persisted"
 
     @property
     def dead(self) -> str:
-        """Stream: dead letters with cause and full record."""
+        """Stream: dead letters with their cause."""
         return f"{self.prefix}dead"
+
+    def dead_request(self, entry_id: str) -> str:
+        """String: the request of the dead letter ``entry_id``."""
+        return f"{self.prefix}dead_request:{entry_id}"
 
     @property
     def clock(self) -> str:
@@ -167,29 +166,16 @@ class ShardKeys:
     @property
     def budget(self) -> str:
         """Hash: live jobs and bytes per tenant (``t:<tenant>:jobs``) and pool (``p:<pool>:jobs``), and what is kept of
-        a tenant's persisted jobs (``t:<tenant>:kept``, bytes)."""
+        a tenant's persisted jobs (``t:<tenant>:persisted``, bytes)."""
         return f"{self.prefix}budget"
 
     @property
-    def depth(self) -> str:
-        """Hash: ``<place>:waiting`` and ``<pool>:<lane>:leased``, kept by the scripts."""
-        return f"{self.prefix}depth"
-
-    @property
-    def totals(self) -> str:
-        """Hash: ``<pool>:<lane>:enqueued`` and one counter per terminal state and per requeue, since
-        ever; for what was cancelled or expired also by what it was doing (``expired/running``)."""
-        return f"{self.prefix}totals"
-
-    @property
-    def turns(self) -> str:
-        """Hash: ``<pool>:<lane>`` -> jobs claimed so far, which decides the next one's band order."""
-        return f"{self.prefix}turns"
-
-    @property
-    def regional_turns(self) -> str:
-        """Hash: the same for places of a region. Expires."""
-        return f"{self.prefix}regional_turns"
+    def counters(self) -> str:
+        """Hash: ``<queue key>:waiting``, ``<queue key>:turn`` (jobs claimed there since nothing waited last, which
+        decides the next one's band order) and ``<pool>:<lane>:leased``; and since ever ``<pool>:<lane>:enqueued`` and
+        one counter per terminal state and per requeue, for what was cancelled or expired also by what it was doing
+        (``expired/running``)."""
+        return f"{self.prefix}counters"
 
 
 def keys_of_job(keys: Sequence[ShardKeys], job_id: str) -> ShardKeys:

@@ -6,7 +6,7 @@ that every ``BAND_STEP``-th job starts from another band, each of them in turn; 
 before new work except on that same turn.
 
 Where regions are named, a worker claims in each lane what is of its own region or of none (in turns), then what is of
-another region and free for all; on every ``REMOTE_STEP``-th job it is the other way round.
+another region and has waited long enough to be run anywhere; on every ``REMOTE_STEP``-th job it is the other way round.
 
 ``broker/lua/claim.lua`` does what these functions say; the contract tests compare the two.
 """
@@ -39,7 +39,7 @@ STARVATION_BOUND = LANE_CYCLE * BAND_STEP * (BANDS - 1)
 """With one tenant and one pool, a waiting head of any lane and band is claimed within so many claims of one worker."""
 REMOTE_STEP = 4
 REGIONAL_STARVATION_BOUND = REMOTE_STEP * STARVATION_BOUND
-"""The same where regions are named: at home, and remote for a head that is free for all, with one other region."""
+"""The same where regions are named: locally, and remote for a head that may be run anywhere, with one other region."""
 
 
 def lane_order(turn: int) -> tuple[Lane, ...]:
@@ -66,7 +66,7 @@ def remote_first(turn: int) -> bool:
 
 
 def region_first(turn: int) -> bool:
-    """Whether, at home, the ``turn``-th job is looked for where the worker's own region goes first."""
+    """Whether the ``turn``-th local job is first looked for in the worker's own region, not in none."""
     return (turn + turn // LANE_CYCLE) % 2 == 0
 
 

@@ -28,11 +28,9 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The answer to a claim. ``look_again_ms``: when a parked worker should claim again without being woken, because
-    jobs of another region wait that are free for all then; None if there is no need."""
+    """The answer to a claim."""
 
     leases: tuple[Lease, ...] = ()
-    look_again_ms: int | None = None
 
 
 class Outcome(StrEnum):

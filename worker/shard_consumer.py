@@ -82,14 +82,13 @@ class ShardConsumer:
                 continue
             claim = slots.next_claim(shard, now())
             if claim is None:
-                # To the millisecond: a job of another region may be claimed here then.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(slots.due_at(shard)):
                         await signal.wait()
                 continue
             claimed = await self._claim(claim)
             if claimed is not None:
-                slots.answered(claim, len(claimed.leases), now(), claimed.look_again_ms)
+                slots.answered(claim, len(claimed.leases), now())
                 self._count_remote(claimed.leases)
                 self._attempts.start(claimed.leases, group)
 

@@ -1,24 +1,23 @@
--- Adds to the output of stored jobs, sends it to their listeners, and ends attempts that have said all.
--- ARGV: prefix, then per attempt: job id, epoch, attempt id, outcome ('' while it goes on, done, failed or expired), anew (1: its
---       first frame begins the answer anew, and what is kept of earlier attempts is dropped), seq of the first frame,
+-- Adds to the output of persisted jobs, sends it to their listeners, and ends attempts that have said all.
+-- ARGV: prefix, then per attempt: job id, epoch, attempt id, outcome ('' while it goes on, done, failed or expired), anew (1:
+--       its first frame begins the answer anew, and what is kept of earlier attempts is dropped), seq of the first frame,
 --       number of frames, the packed frames.
--- Reply: per attempt 'ok' (frames that are there already change nothing), 'duplicate' (this attempt itself ended the
---       job), 'fenced' or 'gone'. Frames go out only with 'ok', those for one Router in one entry. An attempt with a gap
---       before its first frame (the server lost its latest writes) is taken its job, and fenced.
+-- Reply: per attempt 'ok' (frames that are there already change nothing), 'duplicate' (this attempt itself ended the job),
+--       'fenced' or 'gone'. Frames go out only with 'ok', those for one Router in one entry. An attempt with a gap before
+--       its first frame (the server lost its latest writes) loses its job, and is fenced.
 -- Invariants: 2 one result, 3 fence, 4 idempotency, 7 streams, 8 bounded memory, 12 conservation.
+-- uses: attempts, fence
 
 local now = now_ms()
 local outgoing, order = {}, {}
 
 local function forward(job, frames)
-  if #frames == 0 then return end
-  local packed = table.concat(frames)
-  for _, router in ipairs(stored().listeners_of(job)) do
+  for _, router in ipairs(#frames > 0 and listeners_of(job) or {}) do
     if not outgoing[router] then
       outgoing[router] = { frames = {}, ids = {} }
       order[#order + 1] = router
     end
-    table.insert(outgoing[router].frames, packed)
+    table.insert(outgoing[router].frames, table.concat(frames))
     table.insert(outgoing[router].ids, job.id)
   end
 end
@@ -35,8 +34,8 @@ local function keep(job, anew, seq, due, from, number)
   if anew and due == 0 and number > 0 then
     call('HSET', key, 'begun', job.epoch)
     if call('DEL', out) > 0 then
-      local found = call('HMGET', key, 'kept', 'job_metadata')
-      stored().count(job, STORED_BYTES + string.len(found[2] or '') - tonumber(found[1]))
+      local found = call('HMGET', key, 'persisted_bytes', 'job_metadata')
+      count_bytes(job, PERSISTED_BYTES + string.len(found[2] or '') - tonumber(found[1]))
       call('HSET', key, 'replaced', '1')
     end
   end
@@ -48,26 +47,24 @@ local function keep(job, anew, seq, due, from, number)
     bytes = bytes + string.len(frame)
   end
   if #frames > 0 then
-    stored().count(job, bytes)
+    count_bytes(job, bytes)
     call('HSET', key, 'next', job.epoch .. '-' .. int(seq + number))
-    call('PEXPIRE', out,
-      int(math.max(tonumber(job.deadline) - now, 0) + tonumber(call('HGET', key, 'keep')) + EXPIRY_SLACK_MS))
+    local left_ms = math.max(tonumber(job.deadline) - now, 0)
+    call('PEXPIRE', out, int(left_ms + tonumber(call('HGET', key, 'keep_ms')) + EXPIRY_SLACK_MS))
   end
   return frames
 end
 
-local answers = {}
-local i = 2
+local answers, i = {}, 2
 while i <= #ARGV do
-  local outcome, anew, seq, number = ARGV[i + 3], ARGV[i + 4] == '1', tonumber(ARGV[i + 5]), tonumber(ARGV[i + 6])
+  local outcome, seq, number = ARGV[i + 3], tonumber(ARGV[i + 5]), tonumber(ARGV[i + 6])
   local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2])
   local due = job and expected(job)
   if job and seq > due then
-    local fate = give_up(job, false, 'a part of its output was lost', now)
-    if fate == 'requeued' then wake_one(place(job), now) end
+    end_attempt(job, false, 'a part of its output was lost', now)
     refusal = 'fenced'
   elseif job then
-    forward(job, keep(job, anew, seq, due, i + 7, number))
+    forward(job, keep(job, ARGV[i + 4] == '1', seq, due, i + 7, number))
     if outcome ~= '' then
       leave_lease(job)
       if outcome == 'expired' then job.why = 'its time ran out while it ran' end
@@ -78,6 +75,6 @@ while i <= #ARGV do
   i = i + 7 + number
 end
 for _, router in ipairs(order) do
-  stored().send(router, 'f', table.concat(outgoing[router].frames), outgoing[router].ids)
+  send(router, 'f', table.concat(outgoing[router].frames), outgoing[router].ids)
 end
 return answered(answers)

@@ -1,38 +1,32 @@
--- How much waits and runs, per pool and lane, and since when the longest-waiting job waits.
--- ARGV: prefix. Reply: {{'<pool>:<lane>', waiting, leased, oldest_age_ms}, ...}; places with neither are left out.
+-- How much waits and runs, per queue key, and since when the longest-waiting job waits.
+-- ARGV: prefix. Reply: {{queue key, waiting, leased, oldest_age_ms}, ...}; keys with neither are left out.
+-- uses: clock, queue
 
-local now = now_ms()
 local MAX_TENANTS = 256
-local places, order = {}, {}
-local depth = call('HGETALL', P .. 'depth')
-for i = 1, #depth, 2 do
-  local where, kind = string.match(depth[i], '^(.*):(%a+)$')
-  if not places[where] then
-    places[where] = { waiting = 0, leased = 0 }
-    order[#order + 1] = where
-  end
-  places[where][kind] = tonumber(depth[i + 1])
-end
+local now = now_ms()
 
-local function head_time(queue)
-  local entry = call('XRANGE', queue, '-', '+', 'COUNT', 1)[1]
+-- How long the first job of a stream has waited.
+local function age(queue)
+  local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
   local at = entry and call('HGET', P .. 'job:' .. entry[2][2], 'at')
-  return at and tonumber(at) or now
+  return at and now - tonumber(at) or 0
 end
 
-local function oldest(where)
-  local since = math.min(head_time(P .. 'retry:' .. where), head_time(P .. 'suspects:' .. where))
-  for band = 0, 3 do
-    for _, tenant in ipairs(call('ZRANGE', P .. 'active:' .. where .. ':' .. band, 0, MAX_TENANTS - 1)) do
-      since = math.min(since, head_time(P .. 'q:' .. where .. ':' .. band .. ':' .. tenant))
-    end
+local depths, order = {}, {}
+local counters = call('HGETALL', P .. 'counters')
+for i = 1, #counters, 2 do
+  local key, kind = string.match(counters[i], '^(.*):(%a+)$')
+  if kind == 'waiting' or kind == 'leased' then
+    if not depths[key] then order[#order + 1] = key end
+    depths[key] = depths[key] or { waiting = 0, leased = 0 }
+    depths[key][kind] = tonumber(counters[i + 1])
   end
-  return now - since
 end
-
-local answer = {}
-for _, where in ipairs(order) do
-  local found = places[where]
-  answer[#answer + 1] = { where, found.waiting, found.leased, found.waiting > 0 and oldest(where) or 0 }
+for i, key in ipairs(order) do
+  local found, oldest = depths[key], 0
+  for _, queue in ipairs(found.waiting > 0 and streams_at(key, MAX_TENANTS) or {}) do
+    oldest = math.max(oldest, age(queue))
+  end
+  order[i] = { key, found.waiting, found.leased, oldest }
 end
-return answer
+return order

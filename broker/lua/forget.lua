@@ -1,25 +1,22 @@
--- Forgets all that is kept of a stored job, at once; one that lives is cancelled first.
+-- Forgets all that is kept of a persisted job, at once; one that lives is cancelled first.
 -- ARGV: prefix, job id, reason.
 -- Reply: the state it was in, 'unknown' if nothing is kept of it. A tombstone stands for a while, as after any end.
 -- Invariants: 8 bounded memory, 10 deadline and cancel, 12 conservation.
+-- uses: endings
 
 local id, reason = ARGV[2], ARGV[3]
 local key = P .. 'job:' .. id
 local job = load_job(id)
-if not job or job.stored ~= '1' then return 'unknown' end
+if not job or job.persisted ~= '1' then return 'unknown' end
 local before = job.state
-if before == 'queued' or before == 'lost' then
-  cancel_waiting(job, 'cancelled', reason)
-elseif before == 'leased' then
-  cancel_leased(job, 'cancelled', reason)
+if not TERMINAL[before] then
+  job.is_forgotten = true
+  stop(job, 'cancelled', reason)
+  return answered(before)
 end
-local found = call('HMGET', key, 'tenant', 'kept', 'idem', 'listed', 'at')
-if found[1] then
-  call('ZREM', P .. 'kept', id)
-  stored().forget(id, unpack(found))
-  call('DEL', key)
-  local ended = TERMINAL[before]
-  call('HSET', key, 'state', ended and before or 'cancelled', 'epoch', job.epoch, 'aid', ended and job.aid or '')
-  call('PEXPIRE', key, TOMBSTONE_MS)
-end
+forget(id, unpack(call('HMGET', key, 'tenant', 'persisted_bytes', 'idem', 'listed', 'at')))
+call('ZREM', P .. 'persisted', id)
+call('DEL', key)
+call('HSET', key, 'state', before, 'epoch', job.epoch, 'aid', job.aid)
+call('PEXPIRE', key, TOMBSTONE_MS)
 return answered(before)

@@ -1,37 +1,32 @@
--- Takes back what an session id holds: it is dead (its attempts are spent) or leaves (they are not).
+-- Takes back what a worker session holds: it is dead (its attempts are spent) or leaves (they are not).
 -- ARGV: prefix, session id, counted (1 or 0), limit (jobs in this call), reason.
--- Reply: {requeued, dead, cancelled, left, lost}. Call again while ``left`` is above 0. From the first call on, the
---       session id is fenced: it can neither claim nor renew.
+-- Reply: {requeued, dead, cancelled, left, lost}. Call again while ``left`` is above 0. From the first call on, the session
+--       is fenced: it can neither claim nor renew.
 -- Invariants: 1 no lost job, 3 fence, 11 poison bound.
+-- uses: attempts, fence
 
 local now = now_ms()
-local session_id, counted = ARGV[2], ARGV[3] == '1'
-local leases = P .. 'leases:' .. session_id
+local session_id, counted, limit, reason = ARGV[2], ARGV[3] == '1', tonumber(ARGV[4]), ARGV[5]
+local leases, claimed = P .. 'leases:' .. session_id, P .. 'claimed:' .. session_id
 local held = call('HKEYS', leases)
+local last = call('HMGET', claimed, 'suspect', 'parked')
 -- Once a reclaim is under way, its suspect may be among those that were taken back.
-local suspect = call('HGET', P .. 'claimed:' .. session_id, 'suspect')
-local suspects = suspect and (call('HGET', P .. 'beats', session_id) == '-1' or still_runs(suspect))
--- Nobody wakes it any more, least of all for what it held.
-local claimed = P .. 'claimed:' .. session_id
-for where in string.gmatch(call('HGET', claimed, 'parked') or '', '%S+') do
-  call('ZREM', P .. 'parked:' .. where, session_id)
-end
-call('HDEL', claimed, 'parked')
+local is_under_way = call('HGET', P .. 'beats', session_id) == '-1'
+local suspects = last[1] and (is_under_way or still_runs(last[1]))
+unpark(session_id, last[2]) -- nobody wakes it any more, least of all for what it held
 if #held > 0 then
   call('HSET', P .. 'beats', session_id, '-1')
-  if suspect and not suspects then call('HDEL', P .. 'claimed:' .. session_id, 'suspect') end
+  if last[1] and not suspects then call('HDEL', claimed, 'suspect') end
 end
 local counts = { requeued = 0, dead = 0, cancelled = 0, lost = 0 }
-local handled = 0
-for _, id in ipairs(held) do
-  if handled >= tonumber(ARGV[4]) then break end
-  handled = handled + 1
+local handled = math.min(#held, limit)
+for i = 1, handled do
+  local id = held[i]
   local job = load_job(id)
   if job and job.state == 'leased' and job.owner == session_id then
     job.aid = '' -- should it die: what its worker says of it from now on is fenced, no repeat of its own word
-    local fate = counted and give_up_crashed(job, suspects, 1, ARGV[5], now) or give_up(job, false, ARGV[5], now)
+    local fate = counted and end_crashed(job, suspects, 1, reason, now) or end_attempt(job, false, reason, now)
     counts[fate] = counts[fate] + 1
-    if fate == 'requeued' then wake_one(place(job), now) end
   else
     drop_lease(session_id, id, call('HGET', leases, id))
   end

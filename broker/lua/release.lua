@@ -1,21 +1,29 @@
 -- Ends attempts without an answer: the jobs wait again, ahead of new work.
 -- ARGV: prefix, then per attempt: job id, epoch, attempt id, counted (0: handed back as if never started; 1: the attempt is
---       spent and its worker avoided for a while; more: avoided for so many ms), reason.
+--       spent and its worker avoided for a while; more: avoided for so many ms; 'crashed': its engine crashed, with all
+--       others of this call that say so), reason.
 -- Reply: per attempt 'ok', 'duplicate', 'fenced' or 'gone'.
 -- Invariants: 1 no lost job, 3 fence, 11 poison bound.
+-- uses: attempts, fence
 
 local now = now_ms()
-local answers = {}
+local answers, crashed, suspects = {}, {}, false
 for i = 2, #ARGV, 5 do
   local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2], true)
-  if job then
-    local avoid_ms = tonumber(ARGV[i + 3])
-    local counted = avoid_ms > 0
-    if avoid_ms == 1 then avoid_ms = RETRY_APART_MS end
-    local fate = give_up(job, counted, ARGV[i + 4], now)
-    if fate == 'lost' or fate == 'requeued' then note_ended(job, avoid_ms, now) end
-    if fate == 'requeued' then wake_one(place(job), now) end
+  local counted, reason = ARGV[i + 3], ARGV[i + 4]
+  if job and counted == 'crashed' then
+    job.reason = reason
+    crashed[#crashed + 1] = job
+    suspects = suspects or is_suspect(job)
+  elseif job then
+    local avoid_ms = tonumber(counted)
+    local fate = end_attempt(job, avoid_ms > 0, reason, now)
+    note_handed_back(job, fate, avoid_ms == 1 and RETRY_APART_MS or avoid_ms, now)
   end
   answers[#answers + 1] = refusal or 'ok'
+end
+for _, job in ipairs(crashed) do
+  local fate = end_crashed(job, suspects, SUSPECT, job.reason, now)
+  note_handed_back(job, fate, RETRY_APART_MS, now)
 end
 return answered(answers)

@@ -66,8 +66,8 @@ class Attempts:
         async def end(keys: ShardKeys) -> None:
             here = [lease for lease in leases if shard_of_job(lease.job.id) == keys.shard]
             if here:
-                attempts = [part for lease in here for part in attempt_of(lease)]
-                found = await self._caller.script("crashed", keys.budget, keys.prefix, reason, *attempts)
+                attempts = [part for lease in here for part in (*attempt_of(lease), "crashed", reason)]
+                found = await self._caller.script("release", keys.budget, keys.prefix, *attempts)
                 for lease, answer in zip(here, found, strict=True):
                     answers[lease.attempt_id] = Settled(answer.decode())
 

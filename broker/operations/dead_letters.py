@@ -31,13 +31,10 @@ class DeadLetters:
         room = min(limit, MAX_LETTERS)
         letters: list[DeadLetter] = []
         for keys in self._keys[first:]:
-            more = True
-            while more and len(letters) < room:
+            if len(letters) < room:
                 start, left = f"({entry}" if entry else "-", room - len(letters)
-                told, *found = await self._caller.script("list_dead", keys.budget, keys.prefix, start, left)
-                more = told == b"more"
+                found = await self._caller.command(keys.dead, "XRANGE", keys.dead, start, "+", "COUNT", left)
                 letters += [_letter(keys.shard, entry_id, dict(pairs(fields))) for entry_id, fields in found]
-                entry = found[-1][0].decode() if found else entry
             entry = ""
         return DeadLetterList(letters=letters, next=letters[-1].id if len(letters) >= room else "")
 
@@ -50,10 +47,10 @@ class DeadLetters:
         found = await self._caller.command(key, "XRANGE", key, entry, entry)
         if not found:
             return None
-        fields = dict(pairs(found[0][1]))
-        letter = _letter(shard, found[0][0], fields)
+        letter = _letter(shard, found[0][0], dict(pairs(found[0][1])))
+        request_key = self._keys[shard].dead_request(entry)
         try:
-            job = Job.unpack(fields[b"env"])
+            job = Job.unpack(await self._caller.command(request_key, "GET", request_key) or b"")
         except InferqError as error:
             return DeadRequest(**letter.model_dump(), unreadable=error.message)
         return DeadRequest(

@@ -195,7 +195,7 @@ _BUDGET_SENTENCES = {
 def _enqueued(answer: str, job: Job) -> Enqueued | Exception:
     what, _, rest = answer.partition(" ")
     match what:
-        case "over" if rest == "tenant_kept":
+        case "over" if rest == "tenant_persisted":
             return OverCapacity(
                 "what is kept for your account (background jobs, answers to requests with an Idempotency-Key) fills "
                 "its limit; delete what you do not need, or try again when some of it has expired",

@@ -19,7 +19,7 @@ from queue_schemas import (
     State,
     Tenant,
 )
-from queue_schemas.ids import decode_name, encode_name
+from queue_schemas.ids import decode_name
 from queue_schemas.keys import keys_of_job
 from telemetry import get_logger
 
@@ -28,8 +28,10 @@ from .jobs import state_or_none
 
 MAX_LISTED = 100
 """Jobs in one page of a list."""
-_MAX_CALLS = 64
-"""Calls for one page on one shard: each looks at 512 jobs at most."""
+_LIST_STEP = 64
+"""Jobs of a list looked at in one call, whose reply ends early if it grows large."""
+_MAX_CALLS = 1_024
+"""Calls for one page on one shard."""
 _NOTICE_ID = re.compile(r"([0-9]{1,4}):([0-9]{1,20}-[0-9]{1,20})")
 
 log = get_logger(__name__)
@@ -65,7 +67,7 @@ class PersistedJobs:
             if last is None or last.tenant != tenant or not last.background:
                 raise BadRequest(f"there is no job {after[:60]!r} to go on behind: begin without after", param="after")
             before = _place(last.created_ms, last.id)
-        limit, wanted = min(limit, MAX_LISTED), ",".join(states)
+        limit, wanted = min(limit, MAX_LISTED), frozenset(states)
         found: list[PersistedJob] = []
         looked: list[str] = []  # how far each shard was looked at that was not looked at to its end
         for keys in self._keys:
@@ -82,20 +84,29 @@ class PersistedJobs:
         return page, least[16:]
 
     async def _list(
-        self, keys: ShardKeys, tenant: Tenant, before: str, limit: int, states: str
+        self, keys: ShardKeys, tenant: Tenant, before: str, limit: int, states: frozenset[State]
     ) -> tuple[list[PersistedJob], str]:
-        """Up to ``limit`` jobs of a shard, and the place down to which it was looked at: empty, to its end."""
+        """Up to ``limit`` jobs of a shard, and the position down to which it was searched: empty, to its end."""
         jobs: list[PersistedJob] = []
+        key = keys.listed(tenant)
         for _ in range(_MAX_CALLS):
-            told, place, *found = await self._caller.script(
-                "list_persisted", keys.budget, keys.prefix, encode_name(tenant), before, limit - len(jobs), states
-            )
-            jobs += map(_kept_job, found)
-            before = place.decode()
-            if told == b"end":
+            start = f"({before}" if before else "+"
+            members = await self._caller.command(key, "ZREVRANGEBYLEX", key, start, "-", "LIMIT", 0, _LIST_STEP)
+            if not members:
                 return jobs, ""
-            if len(jobs) >= limit:
-                break
+            ids = [member.decode()[16:] for member in members]
+            found = await self._caller.script("show_persisted", keys.budget, keys.prefix, *ids)
+            for member, told in zip(members, found, strict=False):
+                if len(jobs) >= limit:
+                    return jobs, before
+                job = _kept_job(told) if told else None
+                if job is None or job.tenant != tenant or not job.background:
+                    await self._caller.command(key, "ZREM", key, member)
+                elif not states or job.state in states:
+                    jobs.append(job)
+                before = member.decode()
+            if len(found) == len(members) < _LIST_STEP:
+                return jobs, ""
         return jobs, before
 
     async def delete(self, job_id: str, reason: str) -> State | None:
@@ -159,7 +170,7 @@ def _place(at_ms: int, job_id: str) -> str:
 
 
 def _kept_job(told: Sequence[Any]) -> PersistedJob:
-    """What the scripts tell of a job: ``describe`` in broker/lua/_shared.lua."""
+    """What the scripts tell of a job: ``show_persisted.lua``."""
     words = [value.decode("utf-8", "replace") for value in told[:-1]]
     (
         job_id, now, tenant, state, epoch, attempts, pool, lane, at, started, over, deadline, until, cause, listed,

@@ -167,10 +167,9 @@ class ReplyReader:
 
 
 async def extend_reply_stream(caller: Caller, keys: ShardKeys, reader: str, ttl_ms: int, read_to: str = "0") -> bool:
-    """Keep a reply stream for ``ttl_ms`` of the queue's time, without the entries before ``read_to``: whether
-    it had to
-    be made."""
-    return bool(await caller.script("tend", keys.budget, keys.prefix, reader, ttl_ms, read_to))
+    """Keep a reply stream for ``ttl_ms`` of the queue's time, without the entries before ``read_to``: whether it
+    had to be made."""
+    return bool(await caller.script("keep_reply_stream", keys.budget, keys.prefix, reader, ttl_ms, read_to))
 
 
 def parse_reply(entry_id: str, fields: dict[bytes, bytes]) -> list[Frame | Marker]:

@@ -13,6 +13,7 @@ from queue_schemas.ids import decode_name
 from ..redis.calls import Caller, pairs
 from ..redis.shards import answers_of, on_each
 
+_NOT_EVENTS = ("waiting", "leased", "turn")
 SHARD_LIMIT_S = 1.0
 """How long a shard may take to say what it holds, where the others go on without it."""
 
@@ -38,7 +39,7 @@ class QueueStats:
         self._keys = keys
 
     async def depths(self, away: set[int] | None = None) -> dict[Pool, dict[Lane, LaneDepth]]:
-        """How much waits and runs, per pool and lane; places with neither are left out. With ``away``, shards that do
+        """How much waits and runs, per pool and lane; lanes with neither are left out. With ``away``, shards that do
         not answer within a second are added to it, and their pools left out, as long as one answers."""
         depths: dict[Pool, dict[Lane, LaneDepth]] = {}
 
@@ -46,8 +47,8 @@ class QueueStats:
             return await self._caller.script("depth", keys.budget, keys.prefix, retry=away is None)
 
         for found in await self._present(ask, away):
-            for where, waiting, leased, oldest in found:
-                pool, lane, region = _place(where.decode())
+            for queue_key, waiting, leased, oldest in found:
+                pool, lane, region = _parts(queue_key.decode())
                 lanes = depths.setdefault(pool, {})
                 so_far = lanes.get(lane, LaneDepth())
                 by_region = so_far.by_region | ({region: waiting} if region and waiting else {})
@@ -64,12 +65,14 @@ class QueueStats:
         counts = JobCounts()
 
         async def ask(keys: ShardKeys) -> Any:
-            return await self._caller.once(keys.totals, "HGETALL", keys.totals)
+            return await self._caller.once(keys.counters, "HGETALL", keys.counters)
 
         for found in await self._present(ask, away):
             for name, count in pairs(found):
-                place, _, event = name.decode().rpartition(":")
-                pool, lane, _ = _place(place)
+                queue_key, _, event = name.decode().rpartition(":")
+                if event in _NOT_EVENTS:
+                    continue
+                pool, lane, _ = _parts(queue_key)
                 kind = counts.stopped if "/" in event else counts.events
                 kind[pool, lane, event] = kind.get((pool, lane, event), 0) + int(count)
         return counts
@@ -95,8 +98,8 @@ class QueueStats:
         return present
 
 
-def _place(where: str) -> tuple[Pool, Lane, str]:
-    """Pool, lane and region of a place; the region is empty for places of all."""
-    pool, _, rest = where.rpartition(":")
+def _parts(queue_key: str) -> tuple[Pool, Lane, str]:
+    """Pool, lane and region of a queue key; the region is empty for one of all."""
+    pool, _, rest = queue_key.rpartition(":")
     lane, _, region = rest.partition("@")
     return Pool(decode_name(pool)), Lane(lane), decode_name(region)

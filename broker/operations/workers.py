@@ -88,13 +88,13 @@ class Workers:
         pools: Sequence[tuple[Pool, Sequence[Lane]]],
         region: str = "",
     ) -> Claimed:
-        """Up to ``n`` jobs of ``pools`` on ``shard``; with fewer than ``n`` the worker is parked until it is woken, or
-        until ``look_again_ms`` of the answer have passed.
+        """Up to ``n`` jobs of ``pools`` on ``shard``; with fewer than ``n`` the worker is parked until it is
+        woken.
 
         ``seq`` rises with every new claim: the same one again answers the same leases. ``turn`` is how many jobs the
         worker has claimed so far on the shard; it decides which lane goes first. ``region`` is the worker's: it claims
-        that region's jobs and those of none first, others once they have waited their patience. Raises ``Fenced`` if
-        the session id was declared dead.
+        that region's jobs and those of none first, others once they have waited ``remote_after_ms``. Raises ``Fenced``
+        if the session was declared dead.
         """
         keys = self._keys[shard]
         wanted: list[str] = []
@@ -107,7 +107,7 @@ class Workers:
         if reply[0] == b"fenced":
             raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         leases = []
-        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, suspect in reply[2:]:
+        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, suspect in reply[1:]:
             try:
                 job = Job.unpack(envelope)
             except BadRequest as error:
@@ -116,7 +116,7 @@ class Workers:
                 leases.append(
                     Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms, suspect=bool(suspect))
                 )
-        return Claimed(tuple(leases), reply[1] if reply[1] >= 0 else None)
+        return Claimed(tuple(leases))
 
     async def _refuse(
         self, keys: ShardKeys, session_id: str, attempt: tuple[bytes, int, bytes], error: BadRequest
@@ -148,7 +148,9 @@ class Workers:
         keys = self._keys[shard]
         last_read = self._control_read.get((shard, session_id), "0")
         attempts = [part for lease in leases for part in attempt_of(lease)]
-        reply = await self._caller.script("hold", keys.budget, keys.prefix, session_id, seq, last_read, *attempts)
+        reply = await self._caller.script(
+            "reconcile_leases", keys.budget, keys.prefix, session_id, seq, last_read, *attempts
+        )
         if reply[0] == b"fenced":
             raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         return {attempt_id.decode() for attempt_id in reply[1:]}

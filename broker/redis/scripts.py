@@ -1,37 +1,92 @@
-"""The Lua scripts: loaded from ``lua/``, addressed by content (EVALSHA), so that two versions can share a server."""
+"""The Lua scripts of ``broker/lua``, each composed with the libraries that it uses, and addressed by content.
+
+A script or library says ``-- uses: fence, queue`` in its header; libraries are the files of ``lua/lib``, and
+``transitions``, which is made from :mod:`queue_schemas.lifecycle`. Scripts are called by the SHA-1 of their text
+(EVALSHA), so two versions can share a server.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 
 _REFUSED_IN_FULL_MEMORY = frozenset({"enqueue"})
 """What takes in more work. Finishing must work when the server's memory is full."""
-_WITHOUT_SHARED = frozenset({"act_as_manager"})
+_USES = re.compile(r"^-- uses: (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """One script. ``sha`` is the SHA-1 of ``source``, as the server computes it."""
+    """One script. ``parts``: its libraries and its own text, by name. ``sha`` is the SHA-1 of ``source``, as the server
+    computes it."""
 
     name: str
+    parts: Mapping[str, str]
     source: str
     sha: str
+
+    @classmethod
+    def of(cls, name: str, parts: Mapping[str, str]) -> Script:
+        """The script made of ``parts``, in their order."""
+        source = "\n".join(parts.values())
+        return cls(name, parts, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
 def load_scripts(*, flags: bool) -> dict[str, Script]:
     """All scripts by name. ``flags``: with the ``#!lua`` line that real servers honour and fakeredis refuses."""
     folder = files("broker") / "lua"
-    shared = (folder / "_shared.lua").read_text("utf-8")
+    libraries = _texts(folder / "lib") | {"transitions": _transitions()}
     scripts = {}
-    for entry in folder.iterdir():
-        name = entry.name.removesuffix(".lua")
-        if name.startswith("_") or name == entry.name:
-            continue
-        body = entry.read_text("utf-8")
-        source = body if name in _WITHOUT_SHARED else f"{shared}\n{body}"
+    for name, text in _texts(folder).items():
+        parts = compose(name, text, libraries)
         if flags:
-            source = f"#!lua{'' if name in _REFUSED_IN_FULL_MEMORY else ' flags=allow-oom'}\n{source}"
-        scripts[name] = Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+            parts = {"flags": f"#!lua{'' if name in _REFUSED_IN_FULL_MEMORY else ' flags=allow-oom'}"} | parts
+        scripts[name] = Script.of(name, parts)
     return scripts
+
+
+def compose(name: str, text: str, libraries: Mapping[str, str]) -> dict[str, str]:
+    """The parts of a script: each library that it uses, itself or by another one, before those that use it. Raises
+    ``ValueError`` for a library that does not exist, or that needs itself."""
+    parts: dict[str, str] = {}
+
+    def add(part: str, source: str, users: tuple[str, ...]) -> None:
+        for used in _used(source):
+            if used in (*users, part):
+                raise ValueError(f"{' -> '.join((*users, part, used))}: libraries of broker/lua/lib need each other")
+            if used not in libraries:
+                raise ValueError(f"{part} uses {used}, which is no library; there are {', '.join(sorted(libraries))}")
+            if used not in parts:
+                add(used, libraries[used], (*users, part))
+        parts[part] = source
+
+    add(name, text, ())
+    return parts
+
+
+def _used(source: str) -> list[str]:
+    found = _USES.search(source)
+    return [name.strip() for name in found[1].split(",")] if found else []
+
+
+def _texts(folder: Traversable) -> dict[str, str]:
+    return {
+        entry.name.removesuffix(".lua"): entry.read_text("utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".lua")
+    }
+
+
+def _transitions() -> str:
+    """The lifecycle's table in Lua: ``TRANSITIONS['queued leased']``, ``TERMINAL['done']``."""
+    moves = ", ".join(
+        f"['{state} {following}'] = true" for state, after in TRANSITIONS.items() for following in sorted(after)
+    )
+    ends = ", ".join(f"{state} = true" for state in sorted(TERMINAL))
+    return f"local TRANSITIONS = {{ {moves} }}\nlocal TERMINAL = {{ {ends} }}\n"

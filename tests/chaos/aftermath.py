@@ -9,6 +9,7 @@ from typing import Any
 
 from queue_schemas import InferqError, Job
 from queue_schemas.keys import ShardKeys
+from tests.support.queue import live_counts
 from tests.support.waiting import eventually
 
 from . import logs
@@ -56,9 +57,9 @@ async def _left(stage: Stage) -> dict[str, Any]:
         "budget": {
             name: value
             for name, value in budget.items()
-            if value and name != "dead:bytes" and not name.endswith(":kept")
+            if value and name != "dead:bytes" and not name.endswith(":persisted")
         },
-        "depth": {k.decode(): int(v) for k, v in ask("HGETALL", _KEYS.depth).items() if int(v)},
+        "waiting or leased": live_counts(ask("HGETALL", _KEYS.counters)),
         "queues": [key for pattern in ("q:*", "retry:*", "suspects:*") for key in _keys(stage, pattern)],
         "leases": _keys(stage, "leases:*"),
         "deadlines": int(ask("ZCARD", _KEYS.deadlines)),
@@ -74,10 +75,10 @@ def _keys(stage: Stage, pattern: str) -> list[str]:
 def _letters(stage: Stage) -> list[dict[str, Any]]:
     letters = []
     fields: Mapping[bytes, bytes]
-    for _, fields in stage.server.ask("XRANGE", _KEYS.dead, "-", "+"):
+    for entry, fields in stage.server.ask("XRANGE", _KEYS.dead, "-", "+"):
         request_id, allowed = "", ATTEMPTS
         with contextlib.suppress(InferqError):
-            job = Job.unpack(fields[b"env"])
+            job = Job.unpack(stage.server.ask("GET", _KEYS.dead_request(entry.decode())))
             request_id, allowed = job.request_id, job.max_attempts
         letters.append(
             {
@@ -108,7 +109,7 @@ def _counts(stage: Stage) -> dict[str, int]:
     counts["fenced"] = answers + counts.get("declared dead", 0)
     counts["duplicate"] = sum(link.seen[DUPLICATE] for link in links)
     counts["replies lost"] = sum(link.replies_lost for link in links)
-    totals = {k.decode(): int(v) for k, v in stage.server.ask("HGETALL", _KEYS.totals).items()}
+    totals = {k.decode(): int(v) for k, v in stage.server.ask("HGETALL", _KEYS.counters).items()}
     for event in ("requeued", "lost", "enqueued", *_STATES):
         counts[event] = sum(n for name, n in totals.items() if name.endswith(f":{event}"))
     counts["recovered"] = counts["requeued"] + counts["lost"]

@@ -377,7 +377,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.once("wait", DAY_MS)
         self.once("expire")
         seen = self.model.sight()
-        kept = [name for name in seen.budgets if name.endswith(":kept")]
+        kept = [name for name in seen.budgets if name.endswith(":persisted")]
         require(not (kept or seen.kept or seen.keys or seen.outputs or seen.listeners), "answers are kept for ever")
         require(not (seen.lines or seen.leases or seen.deadlines or seen.lost), "something is left over")
         enqueued = sum(n for (*_, event), n in seen.totals.items() if event == "enqueued")

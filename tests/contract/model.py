@@ -346,13 +346,15 @@ class Model:
         return {i for i, live in self.live.items() if live.state is State.QUEUED and self._doom(live) is not None}
 
     def sight(self) -> Sight:
+        for place in [place for place in self.turns if not self.waiting(place)]:
+            del self.turns[place]  # they begin anew where nothing waits any more
         budgets: Counter[str] = Counter()
         for live in self.live.values():
             for who in (f"t:{live.job.tenant}", f"p:{live.job.model}"):
                 budgets[f"{who}:jobs"] += 1
                 budgets[f"{who}:bytes"] += live.size
         for job, output in self._stored():
-            budgets[f"t:{job.tenant}:kept"] += STORED_BYTES + sum(size for _, _, size in output)
+            budgets[f"t:{job.tenant}:persisted"] += STORED_BYTES + sum(size for _, _, size in output)
         if self.dead_bytes:
             budgets["dead:bytes"] = self.dead_bytes
         leases: dict[str, dict[str, int]] = defaultdict(dict)

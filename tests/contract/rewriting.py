@@ -5,20 +5,17 @@ A text must occur exactly once, so that a rewrite cannot rot unnoticed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 from broker.redis.scripts import Script
 
-SHARED = (files("broker") / "lua" / "_shared.lua").read_text("utf-8")
 CLOCK = "clock"
 """Key of the clock that stands instead of the server's."""
 
 
 class Rewrite(NamedTuple):
-    """``text`` of ``part`` (a script, or ``_shared``) is replaced."""
+    """``text`` of ``part`` (a script or a library) is replaced, in every script that has the part."""
 
     part: str
     text: str
@@ -26,7 +23,7 @@ class Rewrite(NamedTuple):
 
 
 CLOCK_OF_TESTS = Rewrite(
-    "_shared",
+    "clock",
     "local function now_ms(at_least)\n",
     "local function now_ms()\n"
     f"  local time = call('HMGET', '{CLOCK}', 's', 'us')\n"
@@ -36,22 +33,16 @@ CLOCK_OF_TESTS = Rewrite(
 
 
 def rewritten(scripts: Mapping[str, Script], *rewrites: Rewrite) -> dict[str, Script]:
-    """All scripts, rewritten. What is not a script of the shared text stays as it is."""
-    parted = {name: list(script.source.partition(SHARED)) for name, script in scripts.items()}
-    parted = {name: parts for name, parts in parted.items() if parts[1]}
+    """All scripts, rewritten."""
+    parted = {name: dict(script.parts) for name, script in scripts.items()}
     for part, text, replacement in rewrites:
-        assert part == "_shared" or part in parted, f"there is no script {part}"
-        at = 1 if part == "_shared" else 2
-        for name, parts in parted.items():
-            if part in ("_shared", name):
-                found = parts[at].count(text)
-                assert found == 1, f"{part} has {found} times {text!r}: adapt the rewrite"
-                parts[at] = parts[at].replace(text, replacement)
-    return dict(scripts) | {name: _script(name, "".join(parts)) for name, parts in parted.items()}
-
-
-def _script(name: str, source: str) -> Script:
-    return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+        having = [parts for parts in parted.values() if part in parts]
+        assert having, f"there is no script or library {part}"
+        for parts in having:
+            found = parts[part].count(text)
+            assert found == 1, f"{part} has {found} times {text!r}: adapt the rewrite"
+            parts[part] = parts[part].replace(text, replacement)
+    return {name: Script.of(name, parts) for name, parts in parted.items()}
 
 
 async def set_clock(client: Any, now_ms: int) -> None:

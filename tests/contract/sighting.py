@@ -33,13 +33,12 @@ FAMILIES = {
     "lost": "ZRANGE",
     "reply": "XRANGE",
     "dead": "XRANGE",
+    "dead_request": "GET",
     "budget": "HGETALL",
-    "depth": "HGETALL",
-    "totals": "HGETALL",
-    "turns": "HGETALL",
+    "counters": "HGETALL",
     "listeners": "SMEMBERS",
     "out": "XRANGE",
-    "kept": "ZRANGE",
+    "persisted": "ZRANGE",
     "idem": "GET",
 }
 """How to read each family of keys. There are no others: jobs of regions have a suite of their own."""
@@ -94,18 +93,20 @@ def sight_of(raw: Raw) -> Sight:
     require(active == fresh, f"tenants with waiting jobs are {fresh}, those in turn {active}")
     standing = {job_id: line for line, jobs in lines.items() for job_id in jobs}
     require(len(standing) == sum(map(len, lines.values())), "a job waits in two places")
-    depth, dead = _numbers(raw.one("depth")), [entry for _, entry in raw.one("dead")]
+    counters, dead = _counters(raw), [entry for _, entry in raw.one("dead")]
+    letters = {(entry_id.decode(),) for entry_id, _ in raw.one("dead")}
+    require(letters == set(raw.of("dead_request")), "each dead letter has its request")
     return Sight(
         records={job_id: _record(held, standing.get(job_id)) for (job_id,), held in raw.of("job").items()},
         lines=lines,
         leases={worker: _epochs(held) for (worker,), held in raw.of("leases").items()},
         budgets={_decoded(name): number for name, number in _numbers(raw.one("budget")).items()},
-        waiting={_place(*where): n for name, n in depth.items() if (where := name.split(":")).pop() == "waiting"},
-        leased={_place(*where): n for name, n in depth.items() if (where := name.split(":")).pop() == "leased"},
-        # QueueStats that split one of these further have a slash.
-        totals={(*_place(*name.split(":")[:2]), name.split(":")[2]): n
-                for name, n in _numbers(raw.one("totals")).items() if "/" not in name},
-        turns={_place(*name.split(":")): n for name, n in _numbers(raw.one("turns")).items()},
+        waiting=counters.pop("waiting", {}),
+        leased=counters.pop("leased", {}),
+        turns=counters.pop("turn", {}),
+        # Totals that split one of these further have a slash.
+        totals={(*place, event): n for event, by_place in counters.items() if "/" not in event
+                for place, n in by_place.items()},
         deadlines=_scores(raw.one("deadlines")),
         lost=_scores(raw.one("lost")),
         parked={_place(*where): _scores(held) for where, held in raw.of("parked").items()},
@@ -115,7 +116,7 @@ def sight_of(raw: Raw) -> Sight:
         listeners={job_id: {router.decode() for router in held} for (job_id,), held in raw.of("listeners").items()},
         outputs={job_id: [(frame.epoch, frame.seq) for _, entry in held for frame in unpack_frames(entry[b"f"])]
                  for (job_id,), held in raw.of("out").items()},
-        kept=_scores(raw.one("kept")),
+        kept=_scores(raw.one("persisted")),
         keys={digest: held.decode().partition(" ")[0] for (digest,), held in raw.of("idem").items()},
     )  # fmt: skip
 
@@ -159,6 +160,15 @@ def _parts(name: str) -> list[str]:
 
 def _place(pool: str, lane: str) -> Place:
     return Place(decode_name(pool), Lane(lane))
+
+
+def _counters(raw: Raw) -> dict[str, dict[Place, int]]:
+    """What is counted, by kind and place."""
+    counters: dict[str, dict[Place, int]] = {}
+    for name, number in _numbers(raw.one("counters")).items():
+        pool, lane, kind = name.split(":")
+        counters.setdefault(kind, {})[_place(pool, lane)] = number
+    return counters
 
 
 def _decoded(budget: str) -> str:

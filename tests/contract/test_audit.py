@@ -9,7 +9,7 @@ import pytest
 from broker import Broker
 from queue_schemas import Lane, Outcome, Settled, State
 from queue_schemas.keys import ShardKeys
-from tests.support.queue import MODEL, Puller, answer_frame, make_job
+from tests.support.queue import MODEL, Puller, answer_frame, live_counts, make_job
 
 KEYS = ShardKeys(0)
 
@@ -32,8 +32,8 @@ async def audited(broker: Broker) -> int:
 
 async def counters(client: Any) -> dict[str, int]:
     """All counters of live jobs that are not zero."""
-    found = {**await client.hgetall(KEYS.budget), **await client.hgetall(KEYS.depth)}
-    return {name.decode(): int(value) for name, value in found.items() if int(value)}
+    budget = {name.decode(): int(value) for name, value in (await client.hgetall(KEYS.budget)).items() if int(value)}
+    return budget | live_counts(await client.hgetall(KEYS.counters))
 
 
 @pytest.mark.parametrize("number", [20, 600])
@@ -70,7 +70,7 @@ async def test_a_claim_counts_down_what_it_does_not_find(broker: Broker, worker:
     assert await broker.stats.depths() == {}
 
 
-@pytest.mark.parametrize("lost", ["depth", "budget", "queue", "leases", "all counters"])
+@pytest.mark.parametrize("lost", ["counters", "budget", "queue", "leases", "all counters"])
 async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Puller, client: Any, lost: str) -> None:
     """[G6] Counters, streams or leases that were evicted come back from the records: every job ends, and nothing is
     left over."""
@@ -79,11 +79,11 @@ async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Pull
         await broker.jobs.enqueue(job)
     running = await worker.claim(4)
     keys = {
-        "depth": [KEYS.depth],
+        "counters": [KEYS.counters],
         "budget": [KEYS.budget],
         "queue": [key async for key in client.scan_iter(f"{KEYS.prefix.replace('{', '?').replace('}', '?')}q:*")],
         "leases": [KEYS.leases(worker.session_id)],
-        "all counters": [KEYS.depth, KEYS.budget],
+        "all counters": [KEYS.counters, KEYS.budget],
     }[lost]
     assert keys
     await client.delete(*keys)

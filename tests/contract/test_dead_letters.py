@@ -83,9 +83,8 @@ async def test_removed_letters_give_their_bytes_back_once(broker: Broker, worker
 async def test_a_letter_that_cannot_be_read_is_shown_all_the_same(broker: Broker, worker: Puller, client: Any) -> None:
     """Of another version, say: it is named, and says why."""
     await declare_dead(broker, worker, 1)
-    ((entry, fields),) = await client.xrange(KEYS.dead)
-    await client.delete(KEYS.dead)
-    await client.xadd(KEYS.dead, fields | {b"env": b"\x81\xa1v\x09"}, id=entry)
+    ((entry, _),) = await client.xrange(KEYS.dead)
+    await client.set(KEYS.dead_request(entry.decode()), b"\x81\xa1v\x09")
     (letter,) = (await broker.dead_letters.page("", 10)).letters
     found = await broker.dead_letters.request(letter.id)
     assert found is not None

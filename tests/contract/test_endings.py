@@ -181,11 +181,11 @@ async def test_a_dead_letter_holds_the_cause_and_the_whole_job(
     job = make_job(max_attempts=1, reply_to=listener.router, lane=Lane.BATCH)
     await broker.jobs.enqueue(job)
     await broker.attempts.release(await worker.claim_one(), "the engine answered 500", counted=True)
-    ((_, letter),) = await client.xrange(ShardKeys(0).dead)
+    ((entry, letter),) = await client.xrange(ShardKeys(0).dead)
     assert letter[b"cause"] == b"the engine answered 500"
     assert letter[b"worker"].decode() == worker.session_id
     assert (letter[b"attempts"], letter[b"lane"]) == (b"1", b"batch")
-    assert Job.unpack(letter[b"env"]) == job
+    assert Job.unpack(await client.get(ShardKeys(0).dead_request(entry.decode()))) == job
     marker = await listener.marker()
     assert (marker.kind, marker.reason) == (MarkerKind.DEAD, "the engine answered 500")
 

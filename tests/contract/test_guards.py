@@ -293,33 +293,33 @@ async def the_last_attempt_is_fenced(scene: Scene) -> None:
 
 Scenario = Callable[[Scene], Awaitable[None]]
 SAME = "local same = job.epoch == epoch and job.aid == aid"
-RELEASED = "if releasing and job.ended == epoch .. ':' .. aid then return nil, 'duplicate' end"
+RELEASED = "if releasing and job.handed_back == epoch .. ':' .. aid then return nil, 'duplicate' end"
 GUARDS: list[tuple[Scenario, Rewrite]] = [
-    (the_epoch_fences, Rewrite("_shared", SAME, "local same = job.aid == aid")),
-    (the_attempt_id_fences, Rewrite("_shared", SAME, "local same = job.epoch == epoch")),
+    (the_epoch_fences, Rewrite("fence", SAME, "local same = job.aid == aid")),
+    (the_attempt_id_fences, Rewrite("fence", SAME, "local same = job.epoch == epoch")),
     (nobody_makes_a_reply_stream, Rewrite("settle", "'NOMKSTREAM', '*', 'f'", "'*', 'f'")),
-    (a_tombstone_stands, Rewrite("_shared", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)")),
+    (a_tombstone_stands, Rewrite("lifecycle", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)")),
     (a_cancel_that_comes_first_stands, Rewrite("cancel", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)")),
     (a_repeated_claim_gives_the_same, Rewrite("claim", "if last[1] == seq then", "if false then")),
     (a_late_claim_gives_nothing, Rewrite("claim", "tonumber(seq) < tonumber(last[1])", "false")),
     (the_dead_do_not_renew, Rewrite("renew", "if is_fenced(session_id) then return -1 end", "")),
     (the_dead_claim_nothing, Rewrite("claim", "if is_fenced(session_id) then return { 'fenced' } end", "")),
-    (nothing_starts_late, Rewrite("claim", "if tonumber(job.deadline) <= now then", "if false then")),
-    (attempts_end, Rewrite("_shared", "if attempts >= tonumber(job.max) then", "if false then")),
-    (a_lost_stream_waits, Rewrite("_shared", "job.resume == '1' and 'lost' or 'requeued'", "'requeued'")),
-    (an_old_resume_is_void, Rewrite("resume", "job.state ~= 'lost' or job.epoch ~= ARGV[3]", "job.state ~= 'lost'")),
+    (nothing_starts_late, Rewrite("claim", "elseif tonumber(job.deadline) <= now then", "elseif false then")),
+    (attempts_end, Rewrite("attempts", "if attempts >= tonumber(job.max) then", "if false then")),
+    (a_lost_stream_waits, Rewrite("attempts", "job.resume == '1' and 'lost' or 'requeued'", "'requeued'")),
+    (an_old_resume_is_void, Rewrite("resume", "job.state ~= 'lost' or job.epoch ~= epoch", "job.state ~= 'lost'")),
     (a_worker_holds_one_suspect, Rewrite("claim", "not held_suspect and take_from_stream", "take_from_stream")),
-    (a_repeated_release_is_known, Rewrite("_shared", RELEASED, "")),
-    (what_does_not_run_is_handed_back, Rewrite("hold", "job.state == 'leased' and job.owner == session_id", "false")),
-    (a_late_comparison_takes_nothing, Rewrite("hold", "if claimed > tonumber(ARGV[3]) then return answer end", "")),
-    (no_epoch_of_a_lost_attempt_comes_again, Rewrite("hold", "RUN_EPOCHS) + 1) * RUN_EPOCHS - 1", "1))")),
+    (a_repeated_release_is_known, Rewrite("fence", RELEASED, "")),
+    (what_does_not_run_is_handed_back, Rewrite("reconcile_leases", "if job and job.state", "if false and job.state")),
+    (a_late_comparison_takes_nothing, Rewrite("reconcile_leases", "'seq') or 0) > seq", "'seq') or 0) < 0")),
+    (no_epoch_of_a_lost_attempt_comes_again, Rewrite("reconcile_leases", "next_run(job.epoch) - 1", "job.epoch")),
     (what_waits_is_raised, Rewrite("raise_epoch", "if job.state == 'queued' and epoch < above then", "if false then")),
-    (the_budget_holds, Rewrite("_shared", "add('budget', 't:' .. job.tenant .. ':jobs', -1)", "")),
-    (the_router_is_told, Rewrite("_shared", "if job.reply ~= '' then", "if false then")),
-    (a_new_attempt_has_a_new_epoch, Rewrite("_shared", "int(tonumber(job.epoch) + 1)", "job.epoch")),
+    (the_budget_holds, Rewrite("endings", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", "")),
+    (the_router_is_told, Rewrite("notify", "elseif job.reply ~= '' then", "elseif false then")),
+    (a_new_attempt_has_a_new_epoch, Rewrite("attempts", "int(tonumber(job.epoch) + 1)", "job.epoch")),
     (nothing_starts_for_nobody, Rewrite("claim", "elseif nobody_waits(job) then", "elseif false then")),
-    (nothing_starts_again_for_nobody, Rewrite("_shared", "if nobody_waits(job) then", "if false then")),
-    (neighbours_of_a_suspect_go_free, Rewrite("_shared", "not suspects or is_suspect(job)", "true")),
+    (nothing_starts_again_for_nobody, Rewrite("attempts", "if nobody_waits(job) then", "if false then")),
+    (neighbours_of_a_suspect_go_free, Rewrite("attempts", "not suspects or is_suspect(job)", "true")),
     (a_suspect_is_cleared_by_itself, Rewrite("clear", "if not is_suspect(job) then return 'ok' end", "")),
     (the_dying_do_not_join, Rewrite("join", "if number < 0 then return number end", "")),
     (the_last_attempt_is_fenced, Rewrite("reclaim", "job.aid = ''", "")),
@@ -352,23 +352,22 @@ async def test_a_guard_is_needed(scenario: Scenario, without: Rewrite) -> None:
 @pytest.mark.parametrize(
     "stale",
     [
-        Rewrite("_shared", "a text that is not there", ""),
+        Rewrite("fence", "a text that is not there", ""),
         Rewrite("claim", "local now = now_ms()\n\nif true then", ""),
-        Rewrite("_shared", "return nil", ""),
+        Rewrite("fence", "return nil", ""),
         Rewrite("unclaim", "local", ""),
     ],
     ids=["nowhere", "changed", "more than once", "no such script"],
 )
 def test_a_rewrite_that_does_not_apply_is_refused(stale: Rewrite) -> None:
     """A guard whose text has changed is not left unproved in silence."""
-    with pytest.raises(AssertionError, match=r"adapt the rewrite|no script"):
+    with pytest.raises(AssertionError, match=r"adapt the rewrite|no script or library"):
         rewritten(load_scripts(flags=True), stale)
 
 
 def test_a_rewrite_changes_what_is_sent() -> None:
-    """Every script of a shared text gets another source and another name; those without it keep theirs."""
+    """Every script that uses a library which changes gets another source and another name; the others keep theirs."""
     before, after = load_scripts(flags=True), rewritten(load_scripts(flags=True), CLOCK_OF_TESTS)
-    assert {name for name in before if before[name] == after[name]} == {"act_as_manager"}
-    assert not {script.sha for script in after.values()} & {before[name].sha for name in before} - {
-        before["act_as_manager"].sha
-    }
+    same = {name for name in before if before[name].sha == after[name].sha}
+    assert same == {name for name in before if "clock" not in before[name].parts}
+    assert same

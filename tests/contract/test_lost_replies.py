@@ -197,7 +197,7 @@ async def test_crashed(faulty: Faulty) -> None:
         await faulty.sound.jobs.enqueue(make_job())
     worker = await Puller(faulty.sound).join()
     leases = await worker.claim(3)
-    faulty.lose("crashed")
+    faulty.lose("release")
     assert set(await faulty.broker.attempts.report_crash(leases, "it crashed")) <= {Settled.OK, Settled.DUPLICATE}
     assert await faulty.counts() == (3, 0)
     again = await (await Puller(faulty.sound).join()).claim_one()
@@ -298,7 +298,7 @@ async def test_hold(faulty: Faulty) -> None:
     await faulty.sound.jobs.enqueue(make_job(reply_to=faulty.listener.router))
     worker = await Puller(faulty.broker).join()
     await worker.claim_one()
-    faulty.lose("hold")
+    faulty.lose("reconcile_leases")
     assert await faulty.broker.workers.reconcile_leases(0, worker.session_id, worker.seq, ()) == set()
     assert await faulty.counts() == (1, 0)
     assert len(await faulty.listener.news()) == 1

@@ -22,7 +22,7 @@ from queue_schemas import (
     new_job_id,
 )
 from queue_schemas.keys import META, ShardKeys
-from tests.support.queue import MODEL, Puller, ServerBackend, answer_frame, make_job
+from tests.support.queue import MODEL, Puller, ServerBackend, answer_frame, live_counts, make_job
 from tests.support.servers import Server
 
 from .conftest import Listener
@@ -70,8 +70,9 @@ async def test_every_key_is_one_of_the_contract(
         *(KEYS.control(puller.session_id) for puller in (worker, idle)),
         *(KEYS.parked(MODEL, lane) for lane in LANES),
         KEYS.reply(listener.router),
-        *(KEYS.clock, KEYS.beats, KEYS.deadlines, KEYS.dead, KEYS.budget, KEYS.depth, KEYS.totals, KEYS.turns),
+        *(KEYS.clock, KEYS.beats, KEYS.deadlines, KEYS.dead, KEYS.budget, KEYS.counters),
     }
+    allowed |= {KEYS.dead_request(entry.decode()) for entry, _ in await client.xrange(KEYS.dead)}
     stay, expire = await settled_keys(client)
     assert stay | expire <= allowed
     assert {KEYS.queue(MODEL, Lane.INTERACTIVE, band, tenant), KEYS.service(MODEL, Lane.INTERACTIVE, band)} <= (
@@ -106,7 +107,8 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, listener: Li
         assert await puller.claim(2) == []
         await broker.workers.leave(puller.session_id)
     stay, expire = await settled_keys(client)
-    assert stay - before <= {KEYS.clock, KEYS.totals, KEYS.turns, META}
+    assert stay - before <= {KEYS.clock, KEYS.counters, META}
+    assert live_counts(await client.hgetall(KEYS.counters)) == {}
     families = {key.removeprefix(KEYS.prefix).split(":")[0] for key in expire}
     assert families <= {"job", "service"}
     assert len([key for key in expire if ":job:" in key]) == 61
@@ -151,13 +153,16 @@ async def test_dead_letters_are_bounded(broker: Broker, worker: Puller, client: 
     for number in range(3):
         await broker.jobs.enqueue(make_job(max_attempts=1, body=b"%d" % number))
         await broker.attempts.release(await worker.claim_one(), "broken", counted=True)
-    letters = [fields for _, fields in await client.xrange(KEYS.dead)]
-    sizes = [int(fields[b"size"]) for fields in letters]
+    letters = await client.xrange(KEYS.dead)
+    sizes = [int(fields[b"size"]) for _, fields in letters]
     assert int(await client.hget(KEYS.budget, "dead:bytes")) == sum(sizes)
     # As if much larger letters had come before: the sweep drops the oldest until the bound holds.
     await client.hset(KEYS.budget, "dead:bytes", 256 * 1024 * 1024 + sizes[0])
     await broker.maintenance.expire()
-    assert [Job.unpack(fields[b"env"]).body for _, fields in await client.xrange(KEYS.dead)] == [b"1", b"2"]
+    left = [entry.decode() for entry, _ in await client.xrange(KEYS.dead)]
+    requests = [Job.unpack(await client.get(KEYS.dead_request(entry))) for entry in left]
+    assert [request.body for request in requests] == [b"1", b"2"]
+    assert not await client.exists(KEYS.dead_request(letters[0][0].decode()))
 
 
 async def test_a_larger_attempt_bound_is_each_jobs_own(broker: Broker, worker: Puller) -> None:

@@ -24,13 +24,13 @@ EXAMPLES = int(os.environ.get("INFERQ_MODEL_EXAMPLES", "0"))
 STEPS = int(os.environ.get("INFERQ_MODEL_STEPS", "40"))
 FEW = {"fakeredis": 25, "valkey": 25, "redis7": 15}
 MUTANTS = {
-    "fence": Rewrite("_shared", "local same = job.epoch == epoch and job.aid == aid", "local same = true"),
-    "marker": Rewrite("_shared", "if job.reply ~= '' then", "if false then"),
-    "tombstone": Rewrite("_shared", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)"),
+    "fence": Rewrite("fence", "local same = job.epoch == epoch and job.aid == aid", "local same = true"),
+    "marker": Rewrite("notify", "elseif job.reply ~= '' then", "elseif false then"),
+    "tombstone": Rewrite("lifecycle", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)"),
     "idempotent claim": Rewrite("claim", "if last[1] == seq then", "if false then"),
     "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),
-    "deadline check": Rewrite("claim", "if tonumber(job.deadline) <= now then", "if false then"),
-    "budget": Rewrite("_shared", "add('budget', 't:' .. job.tenant .. ':jobs', -1)", ""),
+    "deadline check": Rewrite("claim", "elseif tonumber(job.deadline) <= now then", "elseif false then"),
+    "budget": Rewrite("endings", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", ""),
 }
 
 

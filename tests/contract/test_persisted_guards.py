@@ -108,12 +108,12 @@ FREED = "if holder and string.sub(holder, 1, string.len(id) + 1) == id .. ' ' th
 GUARDS: list[tuple[Scenario, Rewrite]] = [
     (one_key_is_one_job, Rewrite("enqueue", "idem ~= '' and holder(idem, request)", "false")),
     (a_key_is_of_one_request, Rewrite("enqueue", "theirs == request", "true")),
-    (a_job_without_an_answer_frees_its_key, Rewrite("_shared", FREED, "")),
+    (a_job_without_an_answer_frees_its_key, Rewrite("persisted", FREED, "")),
     (no_answer_is_kept_with_a_hole, Rewrite("append", "if job and seq > due then", "if false then")),
     (what_is_kept_is_one_answer, Rewrite("append", "if anew and due == 0", "if false")),
-    (nobody_makes_a_listeners_stream, Rewrite("_shared", "'NOMKSTREAM', '*', field", "'*', field")),
-    (kept_bytes_are_given_back, Rewrite("_shared", "-tonumber(kept or 0)", "0")),
-    (a_stray_beginning_cancels_no_stored_job, Rewrite("cancel", "if_orphaned and job.stored == '1'", "false")),
+    (nobody_makes_a_listeners_stream, Rewrite("listeners", "'NOMKSTREAM', '*', field", "'*', field")),
+    (kept_bytes_are_given_back, Rewrite("persisted", "-tonumber(bytes or 0)", "0")),
+    (a_stray_beginning_cancels_no_stored_job, Rewrite("cancel", "if_orphaned and job.persisted == '1'", "false")),
 ]  # fmt: skip
 
 

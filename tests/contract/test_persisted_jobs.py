@@ -126,7 +126,7 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
     assert page is not None
     assert (page.state, page.over, page.cause) == (ending, True, kept.cause)
     assert len(page.frames) == 1
-    assert int(await client.hget(KEYS.budget, "t:acme:kept")) == kept.persisted_bytes
+    assert int(await client.hget(KEYS.budget, "t:acme:persisted")) == kept.persisted_bytes
     assert kept.persisted_bytes == 1_024 + len(MEMO.pack()) + len(page.frames[0].pack())
     assert [job.id for job in (await broker.persisted_jobs.page(ACME))[0]] == [job.id]
     (notice,) = await broker.persisted_jobs.read_finished()
@@ -137,7 +137,7 @@ async def test_a_listed_job_is_kept_however_it_ends(broker: Broker, worker: Pull
     await asyncio.sleep(0.1)
     assert (await broker.maintenance.expire()).forgotten == 1
     assert await broker.persisted_jobs.get(job.id) is None
-    for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.kept, KEYS.listeners(job.id)):
+    for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.persisted, KEYS.listeners(job.id)):
         assert not await client.exists(key), key
     left = await client.hgetall(KEYS.budget)
     assert set(left) <= ({b"dead:bytes"} if ending is State.DEAD else set())
@@ -191,7 +191,7 @@ async def test_a_job_is_forgotten_on_demand(
     if lease:
         late = await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
         assert late is (Settled.DUPLICATE if state == "done" else Settled.FENCED)
-    for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.kept, KEYS.budget, KEYS.listeners(job.id)):
+    for key in (KEYS.out(job.id), KEYS.listed("acme"), KEYS.persisted, KEYS.budget, KEYS.listeners(job.id)):
         assert not await client.exists(key), key
     assert 0 < await client.pttl(KEYS.job(job.id)) <= 60_000
     assert (await broker.jobs.enqueue_persisted(job, LISTED)).state in (State.CANCELLED, State.DONE)
@@ -300,7 +300,7 @@ async def test_only_an_abandoned_job_is_cancelled_as_one(
 
 async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any) -> None:
     """The oldest are dropped and counted; what is no notice of ours is passed over."""
-    few = Rewrite("_shared", "MAX_ENDED = 100000", "MAX_ENDED = 4")
+    few = Rewrite("persisted", "MAX_ENDED = 100000", "MAX_ENDED = 4")
     broker._caller._scripts = rewritten(broker._caller._scripts, few)
     await client.xadd(KEYS.ended, {"id": "nobody's"}, id="1-1")
     jobs = [background() for _ in range(5)]

@@ -243,7 +243,7 @@ async def test_an_attempt_that_begins_anew_replaces_what_was_kept(
     await broker.attempts.append(lease, packed(anew[:1]))
     await broker.attempts.settle(lease, Outcome.DONE, packed(anew[1:]))
     assert (await whole(broker, job.id)).frames == tuple(anew)
-    assert int(await client.hget(KEYS.budget, "t:acme:kept")) == 1024 + len(packed(anew))
+    assert int(await client.hget(KEYS.budget, "t:acme:persisted")) == 1024 + len(packed(anew))
 
 
 async def test_output_is_read_in_pages(broker: Broker, worker: Puller) -> None:
@@ -332,7 +332,7 @@ async def test_a_late_answer_is_sent_but_not_kept(
     assert await broker.attempts.settle(lease, Outcome.EXPIRED, answer_frame(lease)) is Settled.OK
     assert len(await listener.news()) == 1
     assert (await whole(broker, job.id)).frames == ()
-    assert await client.hget(KEYS.budget, "t:acme:kept") is None
+    assert await client.hget(KEYS.budget, "t:acme:persisted") is None
     again = keyed(stream=False)
     assert await broker.jobs.enqueue_persisted(again, listener=NOBODY) == Enqueued(again.id, State.QUEUED)
 
@@ -365,7 +365,7 @@ async def test_a_job_without_an_answer_lets_go_of_its_key(
         assert isinstance(news, Marker)
         assert news.kind == ending
     assert (await whole(broker, job.id)).frames == ()
-    assert await client.hget(KEYS.budget, "t:acme:kept") is None
+    assert await client.hget(KEYS.budget, "t:acme:persisted") is None
     again = keyed()
     assert await broker.jobs.enqueue_persisted(again, listener=NOBODY) == Enqueued(again.id, State.QUEUED)
 
@@ -388,7 +388,7 @@ async def test_what_is_kept_is_forgotten_in_time(broker: Broker, worker: Puller,
     assert forgotten == 1
     assert await broker.output.read(job.id) is None
     left = {key.decode() async for key in client.scan_iter()}
-    gone = {KEYS.job(job.id), KEYS.out(job.id), KEYS.idempotency(key_digest(job)), KEYS.kept, KEYS.budget}
+    gone = {KEYS.job(job.id), KEYS.out(job.id), KEYS.idempotency(key_digest(job)), KEYS.persisted, KEYS.budget}
     assert not left & (gone | {KEYS.listeners(job.id), KEYS.deadlines})
     again = keyed(stream=False)
     assert await broker.jobs.enqueue_persisted(again, listener=NOBODY) == Enqueued(again.id, State.QUEUED)
@@ -406,14 +406,14 @@ async def test_a_sweep_keeps_up_with_what_is_to_be_forgotten(
         assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
 
     async def all_are_due() -> bool:
-        last = await client.zrange(KEYS.kept, -1, -1, withscores=True)
+        last = await client.zrange(KEYS.persisted, -1, -1, withscores=True)
         seconds, microseconds = await client.time()
         return int(last[0][1]) < seconds * 1000 + microseconds // 1000
 
     await eventually(all_are_due, "their time is over")
     assert (await broker.maintenance.expire()).forgotten == len(jobs)
-    assert not await client.exists(KEYS.kept)
-    assert await client.hget(KEYS.budget, "t:acme:kept") is None
+    assert not await client.exists(KEYS.persisted)
+    assert await client.hget(KEYS.budget, "t:acme:persisted") is None
 
 
 async def test_kept_bytes_are_bounded_per_tenant(connect: Connect, client: Any) -> None:

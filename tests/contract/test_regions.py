@@ -18,7 +18,6 @@ from queue_schemas import (
     Job,
     Lane,
     LaneDepth,
-    Lease,
     MarkerKind,
     Outcome,
     State,
@@ -33,7 +32,7 @@ from queue_schemas.lanes import (
     region_first,
     remote_first,
 )
-from tests.support.queue import MODEL, Backend, Puller, make_job
+from tests.support.queue import MODEL, Backend, Puller, live_counts, make_job
 
 from .conftest import Listener
 
@@ -74,13 +73,12 @@ async def claim_jobs(worker: Puller, n: int, step: int = 1) -> list[Job]:
     return jobs
 
 
-async def look_until_given(worker: Puller, limit_s: float = 10.0) -> Lease:
-    """Claim whenever the last answer said so, as a real worker without wakes does; it must lead to a job."""
+async def sweep_until_woken(broker: Broker, worker: Puller, limit_s: float = 10.0) -> None:
+    """Sweep as a Manager does, only faster, until the parked ``worker`` is woken."""
     async with asyncio.timeout(limit_s):
-        while not (leases := await worker.claim(1)):
-            assert worker.look_again_ms is not None, "nothing says when to look again"
-            await asyncio.sleep(worker.look_again_ms / 1000)
-    return leases[0]
+        while WAKE not in await worker.told():
+            await asyncio.sleep(0.02)
+            await broker.maintenance.expire()
 
 
 # Who may claim when
@@ -92,20 +90,41 @@ async def test_a_region_s_own_worker_claims_at_once_and_others_do_not(broker: Br
     for region in ("us", ""):
         worker = await joined(broker, region)
         assert await worker.claim(4) == []
-        assert worker.look_again_ms is not None
-        assert 0 < worker.look_again_ms <= LONG_MS + 1_000
+    await broker.maintenance.expire()
     assert (await (await joined(broker, "eu")).claim_one()).job == job
 
 
 @pytest.mark.parametrize("region", ["us", ""])
-async def test_abroad_a_job_starts_when_its_patience_is_over_and_not_before(broker: Broker, region: str) -> None:
-    """With no worker at home and no Manager, looking again when told is all it takes."""
+async def test_a_sweep_offers_a_job_to_other_regions_once_it_has_waited(broker: Broker, region: str) -> None:
+    """With no worker in its own region: not before ``remote_after_ms``, and with the next sweep after it."""
     worker = await parked(broker, region)
     await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=150))
-    assert await worker.told() == [WAKE]
-    lease = await look_until_given(worker)
+    assert (await broker.maintenance.expire()).woken == 0
+    assert await worker.told() == []
+    assert await worker.claim() == []
+    await sweep_until_woken(broker, worker)
+    lease = await worker.claim_one()
     assert lease.job == job
     assert lease.waited_ms >= 150
+
+
+@pytest.mark.parametrize("region", ["us", ""])
+async def test_a_claim_that_comes_later_needs_no_sweep(broker: Broker, region: str) -> None:
+    """A worker whose slot is free then looks into other regions by itself."""
+    worker = await joined(broker, region)
+    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=300))
+    assert await worker.claim() == []
+    await asyncio.sleep(0.3)
+    assert (await worker.claim_one()).job == job
+
+
+@pytest.mark.parametrize("region", ["us", ""])
+async def test_without_a_worker_of_its_region_a_job_wakes_any(broker: Broker, region: str) -> None:
+    """A job that any worker may run at once waits for no sweep."""
+    worker = await parked(broker, region)
+    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=0))
+    assert await worker.told() == [WAKE]
+    assert (await worker.claim_one()).job == job
 
 
 @pytest.mark.parametrize("region", ["us", ""])
@@ -211,7 +230,6 @@ async def test_a_fresh_head_does_not_hide_a_patient_one(broker: Broker) -> None:
     await broker.jobs.enqueue(patient := job_of("eu", remote_after_ms=0, tenant="patient"))
     worker = await joined(broker, "us")
     assert [lease.job for lease in await worker.claim(3)] == [patient]
-    assert worker.look_again_ms is not None
 
 
 async def test_a_tenant_served_abroad_pays_for_it_at_home(broker: Broker) -> None:
@@ -287,7 +305,7 @@ async def test_waiting_jobs_end_as_others_do(broker: Broker, listener: Listener,
         if lane is Lane.INTERACTIVE
     }
     assert totals == {"enqueued": 3, "cancelled": 1, "expired": 2}
-    assert not any(b"@" in field for field in await client.hkeys(KEYS.totals)), "counters grow with regions"
+    assert not any(b"@" in field for field in await client.hkeys(KEYS.counters)), "counters grow with regions"
     assert not [key async for key in client.scan_iter(match=f"{KEYS.prefix}q:*")]
 
 
@@ -336,25 +354,6 @@ async def test_a_job_wakes_a_worker_of_its_region(broker: Broker) -> None:
     assert sum([len(await worker.told()) for worker in homes]) == 1
 
 
-async def test_one_worker_abroad_is_told_and_no_more(broker: Broker) -> None:
-    """However many jobs come while it watches, the others remote sleep on."""
-    far = [await parked(broker, region) for region in ("us", "asia", "")]
-    for _ in range(5):
-        await broker.jobs.enqueue(job_of("eu"))
-    assert sorted([len(await worker.told()) for worker in far]) == [0, 0, 1]
-
-
-async def test_a_job_with_less_patience_tells_the_watcher_earlier(broker: Broker) -> None:
-    """Somebody looks when the first of a region's jobs is free, whichever came first."""
-    far = await parked(broker, "us")
-    await broker.jobs.enqueue(job_of("eu", tenant="slow"))
-    assert await far.told() == [WAKE]
-    assert await far.claim() == []
-    await broker.jobs.enqueue(quick := job_of("eu", remote_after_ms=100, tenant="quick"))
-    assert await far.told() == [WAKE]
-    assert (await look_until_given(far)).job == quick
-
-
 async def test_a_job_of_no_region_wakes_a_worker_of_any(broker: Broker) -> None:
     """Workers of regions park apart, and are found."""
     far = await parked(broker, "us")
@@ -369,108 +368,104 @@ async def test_all_idle_workers_of_all_regions_are_woken_by_jobs_of_none(broker:
     assert [await worker.told() for worker in workers] == [[WAKE]] * 5
 
 
-async def test_a_watcher_without_a_free_slot_hands_the_watch_over(broker: Broker) -> None:
-    """It took other work: the next idle one remote is told, and starts the job when its patience is over."""
-    watcher = await parked(broker, "us")
-    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=200))
-    assert await watcher.told() == [WAKE]
-    assert await watcher.claim() == []
-    await broker.jobs.enqueue(job_of("us"))
-    idle = await parked(broker, "asia")
-    assert (await watcher.claim_one()).job.region == "us"
-    assert await idle.told() == [WAKE]
-    assert (await look_until_given(idle)).job == job
+async def test_no_worker_of_another_region_is_woken_before_a_job_has_waited(broker: Broker) -> None:
+    """However many jobs come and however often the sweep does, those of other regions sleep on."""
+    far = [await parked(broker, region) for region in ("us", "asia", "")]
+    for _ in range(5):
+        await broker.jobs.enqueue(job_of("eu"))
+        assert (await broker.maintenance.expire()).woken == 0
+    assert [await worker.told() for worker in far] == [[], [], []]
 
 
-async def test_a_handed_over_watch_wakes_the_next(broker: Broker) -> None:
-    """A watcher that leaves the parked (it drains) passes its watch on at once."""
-    first = await parked(broker, "us")
-    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=200))
-    assert await first.told() == [WAKE]
-    assert await first.claim() == []
-    second = await parked(broker, "us")
-    assert await first.claim(n=0) == []
-    assert await second.told() == [WAKE]
-    assert (await look_until_given(second)).job == job
+async def test_the_first_job_to_have_waited_counts(broker: Broker) -> None:
+    """Whichever came first: one that waits for less is offered earlier."""
+    far = await parked(broker, "us")
+    await broker.jobs.enqueue(job_of("eu", tenant="slow"))
+    await broker.jobs.enqueue(quick := job_of("eu", remote_after_ms=50, tenant="quick"))
+    await sweep_until_woken(broker, far)
+    assert (await far.claim_one()).job == quick
 
 
-async def test_a_dead_watcher_is_made_up_for_by_others_that_claimed(broker: Broker) -> None:
-    """Without a Manager: whoever remote claimed meanwhile looks too, a little later."""
-    dead, other = await parked(broker, "us"), await joined(broker, "us")
-    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=100))
-    assert await dead.told() == [WAKE]
-    assert await dead.claim() == []
-    assert (await look_until_given(other)).job == job
-
-
-async def test_a_dead_watcher_is_made_up_for_by_the_next_job(broker: Broker) -> None:
-    """A watcher that did not look in time is replaced when another job comes."""
-    dead = await parked(broker, "us")
-    sleeper = await parked(broker, "asia")
+async def test_a_job_that_its_region_took_is_offered_to_nobody(broker: Broker) -> None:
+    """A worker of another region that was woken for nothing finds when to be woken next, and is not before."""
+    far, home = await parked(broker, "us"), await joined(broker, "eu")
     await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
-    if WAKE in await sleeper.told():
-        dead, sleeper = sleeper, dead
-    await asyncio.sleep(0.15)
-    await broker.jobs.enqueue(job_of("eu", remote_after_ms=0))
-    assert await sleeper.told() == [WAKE]
-    assert len(await sleeper.claim(2)) == 2
+    await home.claim_one()
+    await broker.jobs.enqueue(job_of("eu"))
+    await sweep_until_woken(broker, far)
+    assert await far.claim() == []
+    assert (await broker.maintenance.expire()).woken == 0
 
 
-async def test_the_sweep_wakes_home_and_then_abroad(broker: Broker) -> None:
-    """It wakes a worker of the region while there is one asleep, and one remote if the watch has lapsed."""
+async def test_the_sweep_wakes_a_worker_of_the_region_and_one_of_another(broker: Broker) -> None:
+    """One of its own while there is one asleep, and one more for what may be run anywhere."""
     homes = [await parked(broker, "eu") for _ in range(2)]
     fars = [await parked(broker, "us") for _ in range(2)]
     await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
     told = [len(await worker.told()) for worker in (*homes, *fars)]
-    assert (sum(told[:2]), sum(told[2:])) == (1, 1)
-    await asyncio.sleep(0.15)
+    assert (sum(told[:2]), sum(told[2:])) == (1, 0)
+    await asyncio.sleep(0.05)
     assert (await broker.maintenance.expire()).woken == 2
     told = [len(await worker.told()) for worker in (*homes, *fars)]
     assert (sum(told[:2]), sum(told[2:])) == (1, 1)
 
 
-async def test_the_sweep_leaves_a_living_watch_alone(broker: Broker) -> None:
-    """Nobody remote is woken each second for a job that is not free yet."""
+async def test_a_dead_worker_of_another_region_is_made_up_for_by_the_next_sweep(broker: Broker) -> None:
+    """Whoever was woken and does not claim keeps nobody from it."""
     fars = [await parked(broker, "us") for _ in range(2)]
-    await broker.jobs.enqueue(job_of("eu"))
-    assert sum([len(await worker.told()) for worker in fars]) == 1
-    assert (await broker.maintenance.expire()).woken == 0
+    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=1))
+    await asyncio.sleep(0.05)
+    woken = [(await broker.maintenance.expire()).woken for _ in range(2)]
+    assert woken == [1, 1]
+    assert [await worker.told() for worker in fars] == [[WAKE], [WAKE]]
+    assert (await fars[1].claim_one()).job == job
 
 
-async def test_a_chain_of_wakes_and_looks_empties_every_region(broker: Broker) -> None:
-    """Workers of two regions that claim only when woken or when told to look: nothing stays, without any sweep."""
+async def test_a_chain_of_wakes_empties_every_region(broker: Broker) -> None:
+    """Workers of two regions that claim only when woken: a sweep starts a chain that leaves nothing that may be run."""
     workers = [await parked(broker, region) for region in ("us", "us", "asia")]
-    jobs = [job_of("eu", remote_after_ms=patience, tenant=str(patience)) for patience in (0, 30, 60) for _ in range(4)]
+    jobs = [job_of("eu", remote_after_ms=wait, tenant=str(wait)) for wait in (0, 30, 60) for _ in range(4)]
     await enqueue_all(broker, [*jobs, make_job(), job_of("us"), job_of("asia")])
     taken: list[str] = []
 
     async def work(worker: Puller) -> None:
         while len(taken) < 15:
-            if WAKE not in await worker.told(block_ms=worker.look_again_ms or 2_000) and worker.look_again_ms is None:
-                continue
-            while leases := await worker.claim(1):
-                taken.append(leases[0].job.id)
+            if WAKE in await worker.told(block_ms=100):
+                while leases := await worker.claim(1):
+                    taken.append(leases[0].job.id)
+
+    async def sweep() -> None:
+        while len(taken) < 15:
+            await asyncio.sleep(0.1)
+            await broker.maintenance.expire()
 
     async with asyncio.timeout(10):
-        await asyncio.gather(*map(work, workers))
+        await asyncio.gather(sweep(), *map(work, workers))
     assert len(set(taken)) == 15
 
 
+async def test_a_full_worker_wakes_the_next_for_what_is_left_elsewhere(broker: Broker) -> None:
+    """One sweep is enough for all idle workers of other regions."""
+    fars = [await parked(broker, "us") for _ in range(3)]
+    await enqueue_all(broker, [job_of("eu", remote_after_ms=1) for _ in range(3)])
+    await asyncio.sleep(0.05)
+    assert (await broker.maintenance.expire()).woken == 1
+    for worker in fars:
+        assert await worker.told() == [WAKE]
+        await worker.claim_one()
+
+
+async def test_an_index_that_vanished_is_made_again(broker: Broker, client: Any) -> None:
+    """Evicted or deleted: the next sweep offers what waits to other regions at once, and the claim finds when."""
+    far = await parked(broker, "us")
+    await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
+    await broker.jobs.enqueue(job_of("eu"))
+    await client.delete(KEYS.remote)
+    await sweep_until_woken(broker, far)
+    assert len(await far.claim(2)) == 1
+
+
 # Repeats, bounds, what is left
-
-
-async def test_a_repeated_claim_says_the_same(broker: Broker) -> None:
-    """A claim whose answer was lost gives the same leases and the same time to look, and no more jobs."""
-    worker = await joined(broker, "us")
-    await enqueue_all(broker, [job_of("us"), job_of("eu", remote_after_ms=5_000)])
-    pools = [(MODEL, LANES)]
-    first = await broker.workers.claim(0, worker.session_id, 1, 0, 3, pools, "us")
-    again = await broker.workers.claim(0, worker.session_id, 1, 0, 3, pools, "us")
-    assert [lease.attempt_id for lease in again.leases] == [lease.attempt_id for lease in first.leases]
-    assert len(first.leases) == 1
-    assert first.look_again_ms is not None
-    assert again.look_again_ms is not None
-    assert 0 < again.look_again_ms <= first.look_again_ms
 
 
 async def test_a_worker_that_left_is_parked_nowhere(broker: Broker, client: Any) -> None:
@@ -483,18 +478,6 @@ async def test_a_worker_that_left_is_parked_nowhere(broker: Broker, client: Any)
     await workers[2].claim_one()
     for lane in LANES:
         assert await client.zcard(KEYS.parked(MODEL, lane, "eu")) == 0
-
-
-async def test_regions_are_bounded(broker: Broker, client: Any) -> None:
-    """Past the bound a job is of no region: anybody may claim it at once, and nothing grows."""
-    await enqueue_all(broker, [job_of(f"r{number}") for number in range(70)])
-    assert await client.zcard(KEYS.regions) == 64
-    assert len((await broker.stats.depths())[MODEL][Lane.INTERACTIVE].by_region) == 64
-    stranger = await joined(broker, "elsewhere")
-    assert len(await stranger.claim(10)) == 6
-    await broker.jobs.enqueue(job := job_of("elsewhere"))
-    assert await stranger.told() == [WAKE]
-    assert (await stranger.claim_one()).job == job
 
 
 async def test_a_worker_of_many_models_finds_what_is_free_abroad(broker: Broker) -> None:
@@ -532,12 +515,11 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, client: Any)
         assert await worker.claim(2) == []
         await broker.workers.leave(worker.session_id)
     stay, expire = await settled_keys(client)
-    assert stay - before <= {KEYS.clock, KEYS.totals, KEYS.turns, META}
+    assert stay - before <= {KEYS.clock, KEYS.counters, META}
     families = {key.removeprefix(KEYS.prefix).split(":")[0] for key in expire}
-    assert families <= {"job", "service", "regions", "regional_turns", "remote"}
-    for key in (KEYS.totals, KEYS.turns):
-        assert not any(b"@" in field for field in await client.hkeys(key))
-    assert await client.pttl(KEYS.regions) < 26 * 3_600_000
+    assert families <= {"job", "service"}
+    assert not any(b"@" in field for field in await client.hkeys(KEYS.counters))
+    assert live_counts(await client.hgetall(KEYS.counters)) == {}
 
 
 async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> None:
@@ -554,24 +536,21 @@ async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> 
         *(KEYS.queue(MODEL, Lane.INTERACTIVE, band, name, region) for name in (tenant, "rival")),
         KEYS.active(MODEL, Lane.INTERACTIVE, band, region),
         KEYS.service(MODEL, Lane.INTERACTIVE, band, region),
-        KEYS.remote(MODEL),
+        KEYS.remote,
         *(KEYS.job(job.id) for job in jobs),
         *(key(puller.session_id) for puller in (home, far) for key in (KEYS.leases, KEYS.claimed, KEYS.control)),
-        *(KEYS.parked(MODEL, lane, name) for lane in LANES for name in (region, "us")),
+        *(KEYS.parked(MODEL, lane, name) for lane in LANES for name in ("", region, "us")),
         *(
             KEYS.clock,
             KEYS.beats,
             KEYS.deadlines,
             KEYS.budget,
-            KEYS.depth,
-            KEYS.totals,
-            KEYS.regions,
-            KEYS.regional_turns,
+            KEYS.counters,
         ),
     }
     stay, expire = await settled_keys(client)
     assert stay | expire <= allowed
-    assert {KEYS.remote(MODEL), KEYS.service(MODEL, Lane.INTERACTIVE, band, region)} <= expire
+    assert KEYS.service(MODEL, Lane.INTERACTIVE, band, region) in expire
 
 
 async def test_without_regions_the_keys_are_what_they_were(backend: Backend, broker: Broker, client: Any) -> None:
@@ -587,20 +566,20 @@ async def test_without_regions_the_keys_are_what_they_were(backend: Backend, bro
     if not backend.real:
         keys.add(META)  # written by the check of a real server
     assert keys == {
-        META, "clock", "beats", "budget", "deadlines", "depth", "totals", "turns", f"service:{where}:2",
+        META, "clock", "beats", "budget", "deadlines", "counters", f"service:{where}:2",
         *(f"job:{job.id}" for job in jobs),
         *(f"{what}:{worker.session_id}" for what in ("leases", "claimed", "ctl")),
         *(f"parked:{where.replace('interactive', lane)}" for lane in LANES),
     }  # fmt: skip
     fields = {field.decode() for field in await client.hkeys(KEYS.job(jobs[0].id))}
-    assert fields - {"ended"} == {
-        "env", "state", "epoch", "aid", "attempts", "max", "owner", "pool", "lane", "band", "tenant", "reply", "stored",
-        "deadline", "size", "at", "queue", "entry",
+    assert fields - {"handed_back"} == {
+        "env", "state", "epoch", "aid", "attempts", "max", "owner", "pool", "lane", "band", "tenant", "reply",
+        "persisted", "deadline", "size", "at", "queue", "entry",
     }  # fmt: skip
     assert {field.decode() for field in await client.hkeys(KEYS.claimed(worker.session_id))} == {
         "seq", "jobs", "parked",
     }  # fmt: skip
-    assert {field.decode() for field in await client.hkeys(KEYS.depth)} == {f"{where}:leased"}
-    assert {field.decode() for field in await client.hkeys(KEYS.turns)} == {where}
+    counted = {field.decode() for field in await client.hkeys(KEYS.counters)}
+    assert counted == {f"{where}:{what}" for what in ("leased", "enqueued", "requeued")}
     assert b"region" not in await client.hget(KEYS.job(jobs[0].id), "env")
     assert (await broker.stats.depths())[MODEL] == {Lane.INTERACTIVE: LaneDepth(leased=3)}

@@ -11,6 +11,7 @@ import pytest
 from queue_schemas import shard_of_pool
 from queue_schemas.keys import ShardKeys
 from tests.support.fleet import Fleet
+from tests.support.queue import live_counts
 from tests.support.servers import Cluster, Sentinel, Server, redis_binary, valkey_binary
 from tests.support.traffic import Traffic
 from tests.support.waiting import eventually
@@ -32,7 +33,7 @@ def sentinel(tmp_path: Path) -> Iterator[Sentinel]:
 def events(server: Server) -> dict[str, int]:
     """How many jobs were taken in, ended, ... by a server's account."""
     found: dict[str, int] = {}
-    for field, number in server.ask("HGETALL", KEYS.totals).items():
+    for field, number in server.ask("HGETALL", KEYS.counters).items():
         event = field.decode().rpartition(":")[2]
         found[event] = found.get(event, 0) + int(number)
     return found
@@ -42,8 +43,10 @@ async def until_drained(server: Server, keys: ShardKeys = KEYS) -> None:
     """Wait until nothing waits, runs, or takes room on a shard any more."""
 
     def drained() -> bool:
-        counters = server.ask("EXISTS", keys.depth, keys.budget, f"{keys.prefix}deadlines", f"{keys.prefix}lost")
-        return counters == 0 and server.ask("KEYS", f"{keys.prefix}leases:*") == []
+        left = server.ask("EXISTS", keys.budget, f"{keys.prefix}deadlines", f"{keys.prefix}lost")
+        if left or live_counts(server.ask("HGETALL", keys.counters)):
+            return False
+        return bool(server.ask("KEYS", f"{keys.prefix}leases:*") == [])
 
     await eventually(drained, "the queue is empty", limit_s=20, every_s=0.2)
 

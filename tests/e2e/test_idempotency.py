@@ -61,7 +61,7 @@ class Asking:
 
 async def enqueued(fleet: Fleet) -> int:
     """How many jobs there ever were."""
-    totals = fleet.server.ask("HGETALL", ShardKeys(0).totals)
+    totals = fleet.server.ask("HGETALL", ShardKeys(0).counters)
     return sum(int(count) for name, count in totals.items() if name.endswith(b":enqueued"))
 
 

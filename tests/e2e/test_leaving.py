@@ -15,6 +15,7 @@ import pytest
 from queue_schemas.keys import ShardKeys
 from tests.support.fleet import ROOT, Fleet
 from tests.support.processes import Child, free_port
+from tests.support.queue import live_counts
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 
@@ -70,7 +71,7 @@ class Scene(Fleet):
         """What of jobs is still in Redis, beside counters and tombstones."""
         ask = self.server.ask
         live = {str(key): ask("TYPE", key) for kind in ("q", "retry", "leases") for key in ask("KEYS", f"*:{kind}:*")}
-        counts = {name: ask("HGETALL", name) for name in (KEYS.budget, KEYS.depth)}
+        counts = {"budget": ask("HGETALL", KEYS.budget), "counters": live_counts(ask("HGETALL", KEYS.counters))}
         return {name: held for name, held in (live | counts | {"late": ask("ZCARD", KEYS.deadlines)}).items() if held}
 
     async def nothing_left_behind(self) -> bool:

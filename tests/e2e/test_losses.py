@@ -18,6 +18,7 @@ from manager.settings import ManagerSettings
 from queue_schemas.keys import ShardKeys
 from tests.support.fleet import Fleet
 from tests.support.load import DIMENSIONS, Load, events_of
+from tests.support.queue import live_counts
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 from worker.engines.simulated import chat_prompt, prompt_digest
@@ -31,7 +32,7 @@ TENANTS = ("acme", "globex", "initech")
 
 async def requeued(fleet: Fleet) -> int:
     """How many attempts were lost or handed back so far."""
-    totals = fleet.server.ask("HGETALL", ShardKeys(0).totals)
+    totals = fleet.server.ask("HGETALL", ShardKeys(0).counters)
     return sum(int(count) for name, count in totals.items() if name.endswith((b":requeued", b":lost")))
 
 
@@ -59,7 +60,7 @@ async def test_two_thousand_mixed_requests_survive_a_killed_and_a_drained_worker
         assert await drained.ended() == 0
         assert last.process.running
         await fleet.until_served(1)
-        assert own_valkey.ask("HGETALL", ShardKeys(0).depth) == {}
+        assert live_counts(own_valkey.ask("HGETALL", ShardKeys(0).counters)) == {}
         assert {name: n for name, n in own_valkey.ask("HGETALL", ShardKeys(0).budget).items() if n != b"0"} == {}
         assert int(own_valkey.ask("ZCARD", ShardKeys(0).deadlines)) == 0
 
@@ -205,7 +206,7 @@ async def test_a_hung_worker_loses_its_lease(fleet: Fleet) -> None:
     assert time.monotonic() - begin < 20
     fleet.workers[0].process.resume()
     await fleet.until_served(2)
-    totals = {name: int(n) for name, n in fleet.server.ask("HGETALL", ShardKeys(0).totals).items()}
+    totals = {name: int(n) for name, n in fleet.server.ask("HGETALL", ShardKeys(0).counters).items()}
     assert totals[b"sim:interactive:done"] == 1
 
 

@@ -32,7 +32,7 @@ async def ask(fleet: Fleet, body: dict[str, Any], url: str = "", **headers: str)
 
 async def ended(fleet: Fleet, state: str) -> int:
     """How many jobs ended in ``state`` so far."""
-    totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).totals)
+    totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).counters)
     return sum(int(n) for name, n in totals.items() if name.decode().endswith(f":{state}"))
 
 
@@ -142,10 +142,9 @@ async def test_a_router_that_dies_takes_its_waiting_jobs_along(fleet: Fleet) -> 
     waiting = [asyncio.create_task(ask(fleet, chat(long_text, stream=True)))]
     await eventually(lambda: _busy(fleet), "one runs")
     waiting += [asyncio.create_task(ask(fleet, chat(long_text))) for _ in range(3)]
-    depth = ShardKeys(0).depth
 
     async def queued() -> bool:
-        found = fleet.server.ask("HGETALL", depth)
+        found = fleet.server.ask("HGETALL", ShardKeys(0).counters)
         return bool(found.get(b"sim:interactive:waiting") == b"3" and found.get(b"sim:interactive:leased") == b"1")
 
     await eventually(queued, "one runs, three wait")

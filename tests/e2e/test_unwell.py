@@ -111,7 +111,7 @@ async def test_a_worker_whose_url_is_anothers_works_and_outlives_it(fleet: Fleet
     assert _buried(fleet) == {"worker-1"}
     now = (await listed())["misplaced"]
     assert (now["session_id"], now["state"]) == (before["misplaced"]["session_id"], "active")
-    totals = fleet.server.ask("HGETALL", ShardKeys(0).totals)
+    totals = fleet.server.ask("HGETALL", ShardKeys(0).counters)
     assert [name for name in totals if name.startswith(b"slow:") and name.endswith(b":requeued")] == []
     assert (await _chat(fleet, "slow", "one more")) == (200, "one more")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,15 @@ def answer_frame(lease: Lease, data: bytes = b"answer", seq: int = 0) -> bytes:
     return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, HEAD | END, data, 200, "application/json").pack()
 
 
+def live_counts(counters: Mapping[bytes, bytes]) -> dict[str, int]:
+    """What a shard's counters say of jobs that have not ended, as far as it is not zero."""
+    return {
+        name.decode(): int(number)
+        for name, number in counters.items()
+        if name.endswith((b":waiting", b":leased", b":turn")) and int(number)
+    }
+
+
 @dataclass
 class Puller:
     """A worker without an engine: joins, claims with a rising ``seq`` and counts its turns, as real ones do."""
@@ -54,8 +63,6 @@ class Puller:
     seq: int = 0
     turn: int = 0
     region: str = ""
-    look_again_ms: int | None = None
-    """What the last claim said."""
     _read_to: str = "0"
 
     async def join(self) -> Puller:
@@ -72,7 +79,6 @@ class Puller:
             self.shard, self.session_id, self.seq, self.turn, n, pools, self.region
         )
         self.turn += len(claimed.leases)
-        self.look_again_ms = claimed.look_again_ms
         return list(claimed.leases)
 
     async def claim_one(self, **options: Any) -> Lease:

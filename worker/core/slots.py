@@ -6,7 +6,7 @@ Rules:
 * Each shard has at most one claim under way. Its number (``seq``) rises with each claim and not with its repeats, so a
   claim whose answer was lost is sent again unchanged.
 * A claim that brings less than it asked for has parked the worker on that shard: it waits for a wake, or claims again
-  when its time as a parked worker is nearly over, or at the time that the answer named.
+  when its time as a parked worker is nearly over.
 * Whoever is parked must be able to run a job. A worker that no longer can (drain, engine down, another assignment,
   slots taken by another shard) claims zero jobs, which takes it out of the parked and passes a wake on.
 """
@@ -51,7 +51,7 @@ class _Shard:
     under_way: Claim | None = None
     parked_for: Pools | None = None
     woken: bool = False
-    look_again_at: float = -inf
+    claim_again_at: float = -inf
     """While parked: when to claim without being woken (s)."""
     retries_at: list[float] = field(default_factory=list)
     """When jobs may come back whose attempt was spent here."""
@@ -111,18 +111,16 @@ class Slots:
             return self._send(shard, state, self._share(now), serves)
         return self._send(shard, state, 0, serves) if state.woken else None
 
-    def answered(self, claim: Claim, jobs: int, now: float, look_again_ms: int | None = None) -> None:
-        """The answer to ``claim`` brought ``jobs`` jobs, which are busy slots from now on, and perhaps a time after
-        which to claim again, woken or not."""
+    def answered(self, claim: Claim, jobs: int, now: float) -> None:
+        """The answer to ``claim`` brought ``jobs`` jobs, which are busy slots from now on."""
         state = self._shard(claim.shard)
         state.under_way = None
         state.turn += jobs
         self._reserved -= claim.n
         self.busy += jobs
         state.parked_for = claim.pools if jobs < claim.n else None
-        look_again_s = inf if look_again_ms is None else look_again_ms / 1000
         state.retries_at = [due for due in state.retries_at if due > now]
-        state.look_again_at = min([now + look_again_s, now + PARK_AGAIN_S, *state.retries_at])
+        state.claim_again_at = min([now + PARK_AGAIN_S, *state.retries_at])
 
     def last_seq(self, shard: int) -> int:
         """The number of the last claim on ``shard``; 0 before the first."""
@@ -142,23 +140,23 @@ class Slots:
         due = now + wait_s + RETRY_MARGIN_S
         if len(state.retries_at) < MAX_RETRIES_KNOWN:
             state.retries_at.append(due)
-        state.look_again_at = min(state.look_again_at, due)
+        state.claim_again_at = min(state.claim_again_at, due)
 
     def due_at(self, shard: int) -> float | None:
         """When :meth:`next_claim` gives a claim on ``shard`` though nothing happens until then; None: it never does."""
         state = self._shard(shard)
         may_claim = self.ready and not self.draining and state.pools and self.free > 0
-        return state.look_again_at if may_claim and state.parked_for is not None else None
+        return state.claim_again_at if may_claim and state.parked_for is not None else None
 
     def shards_due(self, now: float) -> Sequence[int]:
         """Shards that have waited long enough to claim without being woken."""
-        return [shard for shard, state in self._shards.items() if state.parked_for and now >= state.look_again_at]
+        return [shard for shard, state in self._shards.items() if state.parked_for and now >= state.claim_again_at]
 
     def _shard(self, shard: int) -> _Shard:
         return self._shards.setdefault(shard, _Shard())
 
     def _due(self, state: _Shard, now: float) -> bool:
-        return state.parked_for is None or state.woken or now >= state.look_again_at
+        return state.parked_for is None or state.woken or now >= state.claim_again_at
 
     def _share(self, now: float) -> int:
         """The free slots, evenly between the shards that would claim now."""

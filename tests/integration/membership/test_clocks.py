@@ -46,7 +46,7 @@ async def test_an_hour_ahead_or_behind_changes_nothing(tmp_path: Path, own_valke
                 assert await _ask(fleet, name, "hello there") == (200, "hello there")
         await asyncio.gather(*(_runs_out(fleet, name) for name in offs))
         assert [(await worker.page("/status"))["session_id"] for worker in fleet.workers] == before
-        totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).totals)
+        totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).counters)
         assert [name for name in totals if name.endswith(b":requeued")] == []
         assert "session_declared_dead" not in fleet.manager.process.log_text()
         for worker, seconds in zip(fleet.workers, offs.values(), strict=True):

@@ -40,7 +40,7 @@ async def sessions(fleet: Fleet) -> list[str]:
 
 async def requeued(fleet: Fleet) -> int:
     """How many attempts were taken away from workers so far."""
-    totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).totals)
+    totals = await asyncio.to_thread(fleet.server.ask, "HGETALL", ShardKeys(0).counters)
     return sum(int(count) for name, count in totals.items() if name.endswith(b":requeued"))
 
 

@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from broker import Broker, BrokerSettings
+from broker.redis.scripts import load_scripts
 from inferq.client import FabricClient
 from inferq.doctor import Examined, Level
 from inferq.doctor.queue import look_at_queue
@@ -26,19 +27,22 @@ from tests.support.waiting import eventually
 PASSWORD = "of-this-test"
 SCRIPTS = {
     "worker": (
-        *("join", "claim", "renew", "hold", "settle", "append", "attach", "release", "crashed", "clear"),
+        *("join", "claim", "renew", "reconcile_leases", "settle", "append", "attach", "release", "clear"),
         *("act_as_manager", "reclaim", "expire", "audit"),
     ),
     "router": (
         *("enqueue", "attach", "detach", "resume", "raise_epoch", "cancel", "depth"),
-        *("show_persisted", "list_persisted", "forget", "tend", "list_dead", "forget_dead"),
+        *("show_persisted", "forget", "keep_reply_stream", "forget_dead"),
     ),
     "manager": ("act_as_manager", "reclaim", "expire", "audit", "depth"),
 }
 """What each role runs of ``broker/lua``; a worker that leaves reclaims itself, and stands in for a missing Manager."""
 ITSELF = {
     "worker": "ping info time hget hgetall hsetnx eval evalsha xread xadd",
-    "router": "ping info time hget hmget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim pexpire srem",
+    "router": (
+        "ping info time get hget hmget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim "
+        "zrem zrevrangebylex"
+    ),
     "manager": "ping info time hget hmget hsetnx hgetall hset hdel eval evalsha xadd config|get",
 }
 """What each role sends beside scripts."""
@@ -57,8 +61,10 @@ def rules(role: str) -> list[str]:
 @pytest.mark.parametrize("role", ["worker", "router", "manager"])
 def test_the_rules_are_what_the_scripts_need(role: str) -> None:
     """The commands in the document are those that the role and its scripts send: none is missing, none is too much."""
-    text = "".join((ROOT / "broker" / "lua" / f"{name}.lua").read_text() for name in ("_shared", *SCRIPTS[role]))
-    needed = {command.lower() for command in re.findall(r"call\('([A-Z]+)'", text)} | set(ITSELF[role].split())
+    text = "".join(load_scripts(flags=True)[name].source for name in SCRIPTS[role])
+    needed = {command.lower() for command in re.findall(r"(?:call|remove)\('([A-Z]+)'", text)} | set(
+        ITSELF[role].split()
+    )
     assert {rule[1:] for rule in rules(role) if rule.startswith("+")} == needed
 
 

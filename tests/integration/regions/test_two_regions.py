@@ -17,6 +17,8 @@ from tests.support.servers import Server
 from tests.support.waiting import eventually
 
 PATIENCE_S = 1.5
+LEASE_S = 3.0
+"""Of a fleet's workers: how long until one of them stands in for a Manager that is gone."""
 DELAY_S = 0.03
 """Of the far region's link to Redis, in each direction."""
 TOKENS_PER_S = 20
@@ -101,7 +103,7 @@ async def test_near_capacity_first_and_far_capacity_never_wasted(scene: Scene) -
     overflow = await asyncio.gather(*(scene.ask("eu", f"over {number}") for number in range(2 * SLOTS)))
     assert not any(task.done() for task in long), "remote was quicker than waiting for home"
     assert min(overflow) >= PATIENCE_S
-    assert max(overflow) < PATIENCE_S + 4
+    assert max(overflow) < PATIENCE_S + LEASE_S + 3, "a worker stands in for the Manager, and sweeps"
     assert await scene.from_abroad("us") == 2 * SLOTS
     await asyncio.gather(*long)
     assert time.monotonic() - begin < 30

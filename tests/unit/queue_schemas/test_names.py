@@ -86,7 +86,7 @@ def test_a_region_that_cannot_be_is_refused(region: str) -> None:
 @pytest.mark.parametrize(("region", "suffix"), [("", ""), ("eu west", "@eu%20west"), ("a@b:c", "@a%40b%3Ac")])
 def test_a_place_is_a_pools_lane_and_perhaps_a_region(region: str, suffix: str) -> None:
     """Without a region the keys are those of a fabric that knows none."""
-    assert keys.place("m:1", Lane.BATCH, region) == f"m%3A1:batch{suffix}"
+    assert keys.queue_key("m:1", Lane.BATCH, region) == f"m%3A1:batch{suffix}"
 
 
 @pytest.mark.parametrize("worker_id", ["worker-1", "a", "A.b_c-9", "9", "x" * 63])
@@ -122,25 +122,22 @@ def all_keys(shard: int, pool: str, lane: Lane, band: int, tenant: str, region: 
         f"active {pool!r} {lane} {band} {region!r}": keys.active(pool, lane, band, region),
         f"service {pool!r} {lane} {band} {region!r}": keys.service(pool, lane, band, region),
         f"parked {pool!r} {lane} {region!r}": keys.parked(pool, lane, region),
-        f"remote {pool!r}": keys.remote(pool),
         f"job {ident}": keys.job(ident),
         f"leases {ident}": keys.leases(ident),
         f"claimed {ident}": keys.claimed(ident),
         f"control {ident}": keys.control(ident),
         f"reply {ident}": keys.reply(ident),
         f"out {ident}": keys.out(ident),
+        f"dead request {ident}": keys.dead_request(ident),
         f"listeners {ident}": keys.listeners(ident),
         f"idempotency {ident}": keys.idempotency(ident),
-        "kept": keys.kept,
+        "persisted": keys.persisted,
+        "remote": keys.remote,
         "beats": keys.beats,
         "deadlines": keys.deadlines,
         "dead": keys.dead,
         "budget": keys.budget,
-        "depth": keys.depth,
-        "totals": keys.totals,
-        "turns": keys.turns,
-        "regional turns": keys.regional_turns,
-        "regions": keys.regions,
+        "counters": keys.counters,
     }
 
 

@@ -38,6 +38,7 @@ from tests.support.waiting import eventually
 from worker import WorkerSettings, lease_renewals, service, shard_consumer
 from worker import session as session_module
 from worker.context import WorkerContext
+from worker.core import slots as slots_module
 from worker.engines import Engine
 from worker.manager_client import FabricClient
 from worker.metrics import WorkerMetrics
@@ -89,7 +90,6 @@ class SurprisingBroker:
         self.calls: Counter[str] = Counter()
         self.workers = self.attempts = self.fleet = self
         self.fenced = ""
-        self.look_again_ms: int | None = None
         self.pings = 0
 
     def _called(self, name: str) -> None:
@@ -117,7 +117,7 @@ class SurprisingBroker:
 
     async def claim(self, *arguments: Any) -> Claimed:
         self._called("claim")
-        return Claimed(look_again_ms=self.look_again_ms)
+        return Claimed()
 
     async def read_control(self, *arguments: Any) -> list[Any]:
         self._called("read_control")
@@ -219,15 +219,15 @@ async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() 
     await asyncio.wait_for(running, 10)
 
 
-async def test_a_parked_worker_looks_again_when_the_queue_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It wakes itself at the time that a claim's answer named: neither a message nor the sweep is needed."""
+async def test_a_parked_worker_parks_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the queue counts it as gone: neither a message nor the sweep is needed."""
     monkeypatch.setattr(session_module, "SWEEP_S", 3_600)
+    monkeypatch.setattr(slots_module, "PARK_AGAIN_S", 0.005)
     broker = SurprisingBroker()
-    broker.look_again_ms = 5
     session, drain = session_on(broker)
     running = asyncio.create_task(session.run(first=True))
     await eventually(lambda: broker.calls["claim"] >= 10, "it claims again and again")
-    broker.look_again_ms = None
+    monkeypatch.setattr(slots_module, "PARK_AGAIN_S", 20.0)
     await eventually(lambda: session.slots.due_at(0) is not None, "it is parked")
     drain.set()
     await running

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from hypothesis.strategies import DataObject, data, floats, integers, none, sampled_from
+from hypothesis.strategies import DataObject, data, floats, integers, sampled_from
 
 from queue_schemas import LANES, Assignment, Lane, PoolAssignment
 from worker.core import Claim, Slots
@@ -195,32 +195,6 @@ def test_a_retry_that_is_due_late_is_looked_for_on_time() -> None:
     assert slots.due_at(0) == 31.0 + RETRY_MARGIN_S
 
 
-def test_a_parked_worker_looks_again_when_the_answer_said() -> None:
-    """Jobs of another region are free for it then; before, nothing is claimed and nobody needs to wake it."""
-    slots = ready_slots(4)
-    claim = slots.next_claim(0, 10.0)
-    assert claim is not None
-    slots.answered(claim, 1, 10.0, look_again_ms=300)
-    assert slots.due_at(0) == 10.3
-    assert slots.next_claim(0, 10.29) is None
-    assert list(slots.shards_due(10.29)) == []
-    assert list(slots.shards_due(10.3)) == [0]
-    again = slots.next_claim(0, 10.3)
-    assert again is not None
-    assert (again.seq, again.n) == (2, 3)
-    slots.answered(again, 0, 10.3)
-    assert slots.due_at(0) == 10.3 + PARK_AGAIN_S
-
-
-def test_looking_again_never_comes_after_parking_again() -> None:
-    """A far-away time does not keep a worker from telling the queue that it is still there."""
-    slots = ready_slots(4)
-    claim = slots.next_claim(0, 0.0)
-    assert claim is not None
-    slots.answered(claim, 0, 0.0, look_again_ms=600_000)
-    assert slots.due_at(0) == PARK_AGAIN_S
-
-
 def test_a_worker_that_can_run_nothing_is_due_at_no_time() -> None:
     """Without a free slot, an engine or an assignment, or on its way out, it waits for a signal instead of a time."""
     slots = ready_slots(1)
@@ -228,8 +202,8 @@ def test_a_worker_that_can_run_nothing_is_due_at_no_time() -> None:
     claim = slots.next_claim(0, 0.0)
     assert claim is not None
     assert slots.due_at(0) is None, "its slot is reserved"
-    slots.answered(claim, 0, 0.0, look_again_ms=5)
-    assert slots.due_at(0) == 0.005
+    slots.answered(claim, 0, 0.0)
+    assert slots.due_at(0) == PARK_AGAIN_S
     slots.busy = 1
     assert slots.due_at(0) is None
     slots.freed()
@@ -257,11 +231,11 @@ class SlotsMachine(RuleBasedStateMachine):
             self.sent[shard] = claim
 
     @precondition(lambda self: self.sent)
-    @rule(data=data(), look_again_ms=none() | integers(1, 60_000))
-    def answer(self, data: DataObject, look_again_ms: int | None) -> None:
+    @rule(data=data())
+    def answer(self, data: DataObject) -> None:
         claim = self.sent.pop(data.draw(sampled_from(sorted(self.sent))))
         jobs = data.draw(integers(0, claim.n))
-        self.slots.answered(claim, jobs, self.now, look_again_ms if jobs < claim.n else None)
+        self.slots.answered(claim, jobs, self.now)
 
     @precondition(lambda self: self.slots.busy)
     @rule()

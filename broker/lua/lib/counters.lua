@@ -1,0 +1,77 @@
+-- Two hashes: ``budget`` (live jobs and bytes of tenants and pools, by which new work is refused) and ``counters`` (what
+-- waits and runs, turns and totals, by queue key). Changes gather while a script runs and are written by ``answered``,
+-- with which every script that changes anything returns; a field that becomes 0 is removed.
+-- uses: shard
+
+local CHUNK = 1000 -- Lua passes 8000 arguments at most
+local changes = { budget = {}, counters = {} }
+local known = { budget = {}, counters = {} }
+local removals = {}
+
+local function add(hash, field, by)
+  changes[hash][field] = (changes[hash][field] or 0) + by
+end
+
+-- Reads those fields that this call does not know yet.
+local function read(hash, fields)
+  local unknown = {}
+  for _, field in ipairs(fields) do
+    if not known[hash][field] then unknown[#unknown + 1] = field end
+  end
+  for from = 1, #unknown, CHUNK do
+    local values = call('HMGET', P .. hash, unpack(unknown, from, math.min(from + CHUNK - 1, #unknown)))
+    for i, value in ipairs(values) do known[hash][unknown[from + i - 1]] = tonumber(value or 0) end
+  end
+end
+
+local function counter(hash, field)
+  if not known[hash][field] then read(hash, { field }) end
+  return known[hash][field] + (changes[hash][field] or 0)
+end
+
+local function waiting(key)
+  return counter('counters', key .. ':waiting')
+end
+
+-- What a job counts for in the budgets of its tenant and its pool.
+local function spend(pool, tenant, jobs, bytes)
+  add('budget', 't:' .. tenant .. ':jobs', jobs)
+  add('budget', 't:' .. tenant .. ':bytes', bytes)
+  add('budget', 'p:' .. pool .. ':jobs', jobs)
+  add('budget', 'p:' .. pool .. ':bytes', bytes)
+end
+
+-- Removes a member (HDEL, ZREM) together with the others of this call.
+local function remove(command, key, member)
+  removals[key] = removals[key] or { command = command }
+  table.insert(removals[key], member)
+end
+
+local function answered(reply)
+  for hash, fields in pairs(changes) do
+    local changed, set, gone = {}, {}, {}
+    for field, by in pairs(fields) do
+      if by ~= 0 then changed[#changed + 1] = field end
+    end
+    read(hash, changed)
+    for _, field in ipairs(changed) do
+      local value = known[hash][field] + fields[field]
+      if value ~= 0 then
+        set[#set + 1] = field
+        set[#set + 1] = int(value)
+      else
+        gone[#gone + 1] = field
+        local drained = string.match(field, '^(.*):waiting$')
+        if drained then gone[#gone + 1] = drained .. ':turn' end
+      end
+    end
+    if #set > 0 then call('HSET', P .. hash, unpack(set)) end
+    if #gone > 0 then call('HDEL', P .. hash, unpack(gone)) end
+  end
+  for key, members in pairs(removals) do
+    for from = 1, #members, CHUNK do
+      call(members.command, key, unpack(members, from, math.min(from + CHUNK - 1, #members)))
+    end
+  end
+  return reply
+end

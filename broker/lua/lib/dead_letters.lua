@@ -1,0 +1,36 @@
+-- Dead letters: an entry for each job whose attempts were used up, its request beside it. The oldest go when they are too
+-- old, or all of them too large.
+-- uses: shard, counters
+
+local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
+local DEAD_BYTES = 256 * 1024 * 1024
+
+local function field_of(entry, name)
+  for i = 1, #entry[2], 2 do
+    if entry[2][i] == name then return entry[2][i + 1] end
+  end
+end
+
+local function remove_letter(entry)
+  call('XDEL', P .. 'dead', entry[1])
+  call('DEL', P .. 'dead_request:' .. entry[1])
+  add('budget', 'dead:bytes', -tonumber(field_of(entry, 'size') or 0))
+end
+
+local function trim_dead(now)
+  for _ = 1, 64 do
+    local entry = call('XRANGE', P .. 'dead', '-', '+', 'COUNT', 1)[1]
+    if not entry then return end
+    local died_at = tonumber(field_of(entry, 'at') or string.match(entry[1], '^%d+'))
+    if died_at >= now - DEAD_AGE_MS and counter('budget', 'dead:bytes') <= DEAD_BYTES then return end
+    remove_letter(entry)
+  end
+end
+
+local function add_letter(job, cause, envelope, now)
+  local id = call('XADD', P .. 'dead', '*', 'id', job.id, 'cause', cause, 'worker', job.owner, 'attempts', job.attempts,
+    'pool', job.pool, 'lane', job.lane, 'tenant', job.tenant, 'size', job.size, 'at', int(now))
+  call('SET', P .. 'dead_request:' .. id, envelope)
+  add('budget', 'dead:bytes', tonumber(job.size))
+  trim_dead(now)
+end

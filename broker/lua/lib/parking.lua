@@ -1,0 +1,24 @@
+-- Idle workers: parked where they may claim, and woken one at a time. A worker of a region is parked at each queue key
+-- twice, for its region and for all.
+-- uses: records
+
+-- Wakes the worker that parked first at a queue key, unless it is gone. Answers whether there was one.
+local function wake(key, now)
+  for _ = 1, 64 do
+    local popped = call('ZPOPMIN', P .. 'parked:' .. key)
+    if not popped[1] then return false end
+    if tonumber(popped[2]) >= now and call('XADD', P .. 'ctl:' .. popped[1], 'NOMKSTREAM', '*', 'k', 'wake') then
+      local shared = without_region(key)
+      if shared ~= key then call('ZREM', P .. 'parked:' .. shared, popped[1]) end
+      return true
+    end
+  end
+  return false
+end
+
+-- ``parked``: the queue keys at which a worker is parked, as its ``claimed`` hash says them.
+local function unpark(session_id, parked)
+  if not parked then return end
+  for key in string.gmatch(parked, '%S+') do call('ZREM', P .. 'parked:' .. key, session_id) end
+  call('HDEL', P .. 'claimed:' .. session_id, 'parked')
+end

@@ -1,0 +1,54 @@
+-- Jobs whose output is kept. A listed one is kept however it ends, with what it has said so far.
+-- uses: shard, clock, counters, listeners
+
+local PERSISTED_BYTES = 1024 -- what such a job counts for in its tenant's budget, beside its metadata and output
+local MAX_ENDED = 100000 -- notices of ends that nobody has taken; beyond it the oldest are dropped
+
+-- Counts bytes that are kept of a job among its tenant's.
+local function count_bytes(job, bytes)
+  add('budget', 't:' .. job.tenant .. ':persisted', bytes)
+  call('HINCRBY', P .. 'job:' .. job.id, 'persisted_bytes', int(bytes))
+end
+
+-- Frees a job's idempotency key, unless that leads elsewhere now.
+local function free_key(id, idem)
+  local key = P .. 'idem:' .. (idem or '')
+  local holder = (idem or '') ~= '' and call('GET', key)
+  if holder and string.sub(holder, 1, string.len(id) + 1) == id .. ' ' then call('DEL', key) end
+end
+
+-- Where a listed job stands among its tenant's: by when it came, then by id.
+local function list_member(id, at)
+  return string.format('%015.0f ', tonumber(at)) .. id
+end
+
+-- Forgets what is kept of a job outside its record.
+local function forget(id, tenant, bytes, idem, listed, at)
+  call('DEL', P .. 'out:' .. id)
+  add('budget', 't:' .. tenant .. ':persisted', -tonumber(bytes or 0))
+  free_key(id, idem)
+  if listed == '1' and at then call('ZREM', P .. 'listed:' .. tenant, list_member(id, at)) end
+end
+
+-- After a job ended. ``bytes`` to ``word`` are fields of its record before. Only an answer keeps its idempotency key.
+local function close(job, bytes, idem, keep_ms, word)
+  local key, now = P .. 'job:' .. job.id, now_ms()
+  listeners_of(job)
+  call('DEL', P .. 'listeners:' .. job.id)
+  if (word or '') ~= '' then
+    local ended = P .. 'ended'
+    call('XADD', ended, '*', 'id', job.id, 'tenant', job.tenant, 'state', job.state, 'word', word)
+    if call('XLEN', ended) > MAX_ENDED then
+      call('HINCRBY', P .. 'ended_dropped', 'dropped', call('XTRIM', ended, 'MAXLEN', int(MAX_ENDED)))
+    end
+  end
+  if not job.is_kept then return forget(job.id, job.tenant, bytes, idem, job.listed, job.at) end
+  if job.state ~= 'done' and job.state ~= 'failed' then free_key(job.id, idem) end
+  local until_ms, ttl = int(now + tonumber(keep_ms)), int(tonumber(keep_ms) + EXPIRY_SLACK_MS)
+  call('ZADD', P .. 'persisted', until_ms, job.id)
+  call('PEXPIRE', P .. 'out:' .. job.id, ttl)
+  if idem ~= '' then call('PEXPIRE', P .. 'idem:' .. idem, ttl) end
+  call('HDEL', key, 'env', 'queue', 'entry', 'owner', 'band', 'size', 'max', 'reply')
+  call('HSET', key, 'ended_at', int(now), 'expires_at', until_ms, 'cause', string.sub(job.why or '', 1, 500))
+end
+

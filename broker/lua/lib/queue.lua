@@ -1,0 +1,50 @@
+-- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended.
+-- uses: records, counters, suspicion, lifecycle
+
+local function delete_entry(queue, entry_id)
+  local removed = call('XDEL', P .. queue, entry_id)
+  local empty = call('XLEN', P .. queue) == 0
+  if empty then call('DEL', P .. queue) end
+  return removed == 1, empty
+end
+
+-- Takes a queued job's entry out of its waiting stream.
+local function leave_queue(job)
+  local _, empty = delete_entry(job.queue, job.entry)
+  add('counters', queue_key(job) .. ':waiting', -1)
+  if empty and string.sub(job.queue, 1, 2) == 'q:' then
+    call('ZREM', P .. 'active:' .. queue_key(job) .. ':' .. job.band, job.tenant)
+  end
+end
+
+-- Takes out an entry whose job is not to be found by it: the record was evicted or deleted.
+local function drop_entry(queue, entry)
+  if not delete_entry(queue, entry[1]) then return end
+  local key = string.match(queue, '^q:(.*):%d:[^:]*$') or string.match(queue, '^%a+:(.*)$')
+  local tenant, size = string.match(entry[2][4] or '', '^(%S+) (%d+)$')
+  add('counters', key .. ':waiting', -1)
+  if tenant then spend(string.match(key, '^[^:]*'), tenant, -1, -tonumber(size)) end
+end
+
+-- Puts a job whose attempt ended in line again, ahead of new work. Answers the fields of its record that say where.
+local function stand_again(job)
+  local queue = (is_suspect(job) and 'suspects:' or 'retry:') .. queue_key(job)
+  add('counters', queue_key(job) .. ':waiting', 1)
+  return 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id, 'of', accounts(job))
+end
+
+local function requeue(job, ...)
+  local queue, name, entry, id = stand_again(job)
+  transition(job, 'queued', queue, name, entry, id, ...)
+end
+
+-- The waiting streams of a queue key; nil if more than ``max_tenants`` of a band wait there.
+local function streams_at(key, max_tenants)
+  local queues = { 'retry:' .. key, 'suspects:' .. key }
+  for band = 0, 3 do
+    local tenants = call('ZRANGE', P .. 'active:' .. key .. ':' .. band, 0, max_tenants)
+    if #tenants > max_tenants then return nil end
+    for _, tenant in ipairs(tenants) do queues[#queues + 1] = 'q:' .. key .. ':' .. band .. ':' .. tenant end
+  end
+  return queues
+end

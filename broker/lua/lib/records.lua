@@ -1,0 +1,30 @@
+-- Jobs as their records say them. A waiting job stands at a queue key: ``<pool>:<lane>``, or ``<pool>:<lane>@<region>`` if
+-- workers of that region go first. Once leased it is of no region any more.
+-- uses: shard
+
+local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
+  'persisted', 'listed', 'deadline', 'size', 'at', 'queue', 'entry', 'handed_back', 'avoid', 'avoid_until', 'resume',
+  'suspicion', 'spared', 'cleared' }
+
+-- The record of a job without its envelope; nil if there is none.
+local function load_job(id)
+  local values = call('HMGET', P .. 'job:' .. id, unpack(FIELDS))
+  if not values[1] then return nil end
+  local job = { id = id }
+  for i, name in ipairs(FIELDS) do job[name] = values[i] or '' end
+  return job
+end
+
+local function queue_key(job)
+  return job.pool .. ':' .. job.lane
+end
+
+-- A queue key, or its part behind the pool, without its region.
+local function without_region(key)
+  return string.match(key, '^[^@]*')
+end
+
+-- What an entry of a waiting stream, and a lease, say of whose budgets their job counts for, should its record be lost.
+local function accounts(job)
+  return job.tenant .. ' ' .. job.size
+end
