@@ -169,7 +169,7 @@ def build_services(
         requests.deliver,
         requests.lost,
         requests.fail_all,
-        manager.heard if isinstance(manager, ManagerRoute) else None,
+        manager.note_acting if isinstance(manager, ManagerRoute) else None,
     )
     disconnect_grace = DisconnectGrace(settings.resume_grace_ms, canceller.cancel_abandoned)
     builder = JobBuilder(settings, link)

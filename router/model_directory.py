@@ -1,4 +1,4 @@
-"""The directory: which models exist, and who serves them now. Built from what the queue's server knows of the fleet."""
+"""The model directory: which models exist and how many workers serve each. Built from the registry in Redis. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PoolEntry:
     first_seen_s: int
     regions: frozenset[str] = frozenset()
     card: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What engines say of it."""
+    """The engine's ``/v1/models`` entry for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Directory:
 def build_directory(
     fleet: Iterable[WorkerInfo], remembered: Iterable[Pool], declared: Iterable[str], before: Directory, now_s: int
 ) -> Directory:
-    """The directory of this moment; ``before`` keeps the dates at which models were first seen."""
+    """The current directory; ``before`` supplies when models were first seen."""
     workers: dict[str, int] = dict.fromkeys((*declared, *remembered), 0)
     slots = workers.copy()
     regions: dict[str, set[str]] = {}
@@ -78,9 +78,9 @@ def build_directory(
     )
 
 
-def _card(told: Iterable[tuple[bool, str, Card]], before: PoolEntry | None) -> Mapping[str, Any]:
-    """What workers say of a model: those that serve it now, or else the others, or else what was known."""
-    ordered = sorted(told, key=lambda one: one[:2])
+def _card(reported: Iterable[tuple[bool, str, Card]], before: PoolEntry | None) -> Mapping[str, Any]:
+    """A model's card as reported by workers that serve it now, or else by others, or else the last one known."""
+    ordered = sorted(reported, key=lambda one: one[:2])
     if not ordered:
         return before.card if before is not None else {}
     return merged_card(card for away, _, card in ordered if away == ordered[0][0])
@@ -103,13 +103,13 @@ def model_list(directory: Directory, on_no_worker: OnNoWorker = "queue") -> dict
 
 
 def pool_of(model: str, directory: Directory, lanes: Mapping[Lane, LaneDepth]) -> PoolDepth:
-    """The queue of one model in figures."""
+    """Depth, workers and slots of one model's queue."""
     entry = directory.pools.get(model)
     return pool_depth(model, lanes, workers=entry.workers if entry else 0, slots=entry.slots if entry else 0)
 
 
 def pool_list(directory: Directory, depths: Mapping[Pool, Mapping[Lane, LaneDepth]]) -> PoolList:
-    """The queues of all models, those included that only have jobs left."""
+    """The queues of all models, including models that only have jobs left."""
     models = sorted({*directory.pools, *depths})
     return PoolList(pools=[pool_of(model, directory, depths.get(Pool(model), {})) for model in models])
 

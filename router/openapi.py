@@ -1,4 +1,4 @@
-"""The inference paths, and who may ask what, in the Router's OpenAPI document."""
+"""Adds the inference paths and the required credentials to the Router's OpenAPI document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .http.rules import IDEMPOTENCY_HEADER
 from .settings import RouterSettings
 
 _ERRORS = (400, 401, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
-_WHAT = {
+_SUMMARIES = {
     "/v1/chat/completions": "Chat completion",
     "/v1/completions": "Text completion",
     "/v1/embeddings": "Embeddings",
@@ -47,7 +47,7 @@ _HEADERS = (
 
 
 def describe(document: Document, settings: RouterSettings) -> None:
-    """Add the inference paths to ``document``, and what each operation asks for."""
+    """Add the inference paths to ``document``, and the credentials that each operation requires."""
     known = [*INFERENCE_PATHS, *sorted(settings.paths - set(INFERENCE_PATHS))]
     for path in known:
         document["paths"][path] = {"post": _operation(path)}
@@ -94,7 +94,7 @@ def _operation(path: str) -> dict[str, Any]:
     }
     return {
         "tags": ["inference"],
-        "summary": f"{_WHAT.get(path, 'Passed to an engine')}: the fields are the engine's, passed on as they are",
+        "summary": f"{_SUMMARIES.get(path, 'Passed to an engine')}: the fields are the engine's, passed on as they are",
         "operationId": f"infer{path.replace('/', '_').replace('.', '_').replace('-', '_')}",
         "parameters": [
             {"name": name, "in": "header", "required": False, "schema": schema, "description": said}

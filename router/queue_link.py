@@ -1,4 +1,4 @@
-"""The Router's link to the queue: connected whenever it can be, and the directory of models that is read over it."""
+"""Keeps the Router connected to the queue, and its model directory up to date."""
 
 from __future__ import annotations
 
@@ -29,34 +29,35 @@ if TYPE_CHECKING:
     from queue_schemas import WorkerInfo
 
 _BACKOFF = Backoff(0.1, 2.0)
-DECLARE_EVERY_S = 600.0
+DECLARE_INTERVAL_S = 600.0
 MIN_REFRESH_GAP_S = 0.1
 REFRESH_WAIT_S = 2.0
-VET_EVERY_S = 2.0
+SERVER_CHECK_INTERVAL_S = 2.0
 
 log = get_logger(__name__)
 
 
 class QueueLink:
-    """Connects (:meth:`run`), and says whether it is: ``queue`` is None while there is none, ``reasons`` say why."""
+    """Connects and reconnects in :meth:`run`. ``queue`` is None while it is not connected; ``reasons`` say why."""
 
     def __init__(
         self,
         settings: RouterSettings,
         open_queue: OpenQueue,
         deliver: Deliver,
-        lost: Callable[[int], None],
-        broken: Callable[[InferqError], None],
-        heard: Callable[[ActingManager], None] | None = None,
+        on_lost_replies: Callable[[int], None],
+        on_disconnect: Callable[[InferqError], None],
+        on_acting_manager: Callable[[ActingManager], None] | None = None,
     ) -> None:
-        """``broken`` is told when a link that stood has to be made anew: what waits on it gets no answer. ``heard`` is
-        told with each refresh of the directory what Redis says of the acting Manager."""
+        """``deliver`` gets what arrives on the reply streams; ``on_lost_replies`` is called when entries of a shard's
+        stream were lost, ``on_disconnect`` when the connection was lost: what waits on it gets no reply.
+        ``on_acting_manager`` gets the acting Manager's record with each refresh of the directory."""
         self._settings = settings
         self._open = open_queue
         self._deliver = deliver
-        self._lost = lost
-        self._broken = broken
-        self._heard = heard
+        self._on_lost_replies = on_lost_replies
+        self._on_disconnect = on_disconnect
+        self._on_acting_manager = on_acting_manager
         self._fault = "not connected to the queue yet"
         self._logged = ""
         self._stale = ""
@@ -71,7 +72,7 @@ class QueueLink:
 
     @property
     def reasons(self) -> list[str]:
-        """Why no request can be taken, as clients are told; none: it can."""
+        """Why no request can be accepted, as clients may read it; empty if it can."""
         if self.queue is None:
             return [self._fault]
         if not self.queue.replies.ready.is_set():
@@ -79,7 +80,7 @@ class QueueLink:
         return self._server_faults or ([self._stale] if self._stale else [])
 
     def ready_queue(self) -> QueuePort:
-        """The queue, if requests may be put on it; else ``BrokerUnavailable`` that says why not."""
+        """The queue, if requests may be enqueued; else raises ``BrokerUnavailable`` that says why not."""
         if self.queue is not None and self.queue.replies.ready.is_set():
             return self.queue
         why = f"the queue cannot be reached: {self.reasons[0]}; try again shortly"
@@ -92,9 +93,9 @@ class QueueLink:
     async def run(self) -> None:
         """Connect, and connect again, until cancelled.
 
-        Raises ``BrokerUnsuitable`` or ``AuthenticationFailed`` if it never was connected and Redis cannot be used, or
-        the Manager refuses our join token: that is for somebody to mend. A Redis that was fit and is no more (a replica
-        after a failover) and a token that was right are waited for.
+        Raises ``BrokerUnsuitable`` or ``AuthenticationFailed`` if the first connection fails because Redis cannot be
+        used or the Manager refuses our join token: an operator has to fix that. Later it waits for a Redis to become
+        usable again (it may be a replica after a failover) and for a token to be accepted again.
         """
         never, failures = True, 0
         while True:
@@ -113,7 +114,7 @@ class QueueLink:
             except* InferqError as group:
                 fault = next(error for error in _leaves(group))
                 self._note(fault)
-                self._broken(fault)
+                self._on_disconnect(fault)
             finally:
                 self.queue = None
                 await queue.close()
@@ -124,15 +125,15 @@ class QueueLink:
         self.queue = queue
         log.info("queue_connected", router=self.session_id)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(queue.replies.read(self.session_id, self._deliver, self._lost), name="replies")
+            tasks.create_task(queue.replies.read(self.session_id, self._deliver, self._on_lost_replies), name="replies")
             tasks.create_task(self._keep_directory(queue), name="directory")
-            tasks.create_task(self._vet(queue), name="the queue's servers")
+            tasks.create_task(self._check_servers(queue), name="the queue's servers")
 
-    async def _vet(self, queue: QueuePort) -> None:
-        """Look whether the queue's servers are still fit."""
+    async def _check_servers(self, queue: QueuePort) -> None:
+        """Check now and then whether the queue's servers are still fit."""
         while True:
             self._server_faults = await queue.server_faults()
-            await asyncio.sleep(VET_EVERY_S)
+            await asyncio.sleep(SERVER_CHECK_INTERVAL_S)
 
     def _note(self, fault: InferqError) -> None:
         if fault.message != self._logged:
@@ -140,7 +141,7 @@ class QueueLink:
         self._logged, self._fault = fault.message, fault.public
 
     async def fresh_directory(self) -> Directory:
-        """The directory, read again from now on; the old one if that takes too long."""
+        """The directory, read again now; the old one if that takes too long."""
         if self.queue is not None:
             done = self._refreshed
             self._refresh_wanted.set()
@@ -148,7 +149,7 @@ class QueueLink:
                 async with asyncio.timeout(REFRESH_WAIT_S):
                     await done.wait()
             except TimeoutError:
-                log.warning("directory_slow")
+                log.warning("directory_refresh_slow")
         return self.directory
 
     async def _keep_directory(self, queue: QueuePort) -> None:
@@ -158,15 +159,15 @@ class QueueLink:
                 async with asyncio.timeout(self._settings.directory_interval_ms / 1000):
                     await self._refresh_wanted.wait()
             except TimeoutError:
-                pass  # its time has come anyway
+                pass  # the next refresh is due
             else:
-                # However many ask for models that do not exist, Redis is not asked more often than this.
+                # However many requests name unknown models, Redis is not read more often than this.
                 await asyncio.sleep(max(0.0, self._refreshed_s + MIN_REFRESH_GAP_S - time.monotonic()))
             self._refresh_wanted.clear()
 
     async def _refresh(self, queue: QueuePort) -> None:
         await self._declare(queue)
-        await self._look_for_manager(queue)
+        await self._find_acting_manager(queue)
         try:
             fleet: dict[str, WorkerInfo] = await queue.fleet.load_workers()
             remembered = await queue.fleet.known_pools()
@@ -175,8 +176,8 @@ class QueueLink:
                 log.warning("directory_not_read", error=error.message)
             self._stale = error.public
         except (ValidationError, ValueError) as error:
-            # Written by a Manager of another version: the directory at hand is better than none.
-            log.warning("directory_not_understood", error=str(error))
+            # Written by a Manager of another version: keep the directory that was read before.
+            log.warning("directory_invalid", error=str(error))
         else:
             self._stale = ""
             self.directory = build_directory(
@@ -186,18 +187,18 @@ class QueueLink:
         done, self._refreshed = self._refreshed, asyncio.Event()
         done.set()
 
-    async def _look_for_manager(self, queue: QueuePort) -> None:
-        if self._heard is None:
+    async def _find_acting_manager(self, queue: QueuePort) -> None:
+        if self._on_acting_manager is None:
             return
         try:
-            self._heard(await queue.fleet.acting_manager())
+            self._on_acting_manager(await queue.fleet.acting_manager())
         except InferqError as error:
-            # Calls go on to where it was last, or to the configured ones.
+            # Calls still go to the last known acting Manager, or to the configured ones.
             log.debug("acting_manager_not_read", error=error.message)
 
     async def _declare(self, queue: QueuePort) -> None:
-        """Tell others which models the settings declare; this Router knows them whether or not that succeeds."""
-        if not self._settings.pools or time.monotonic() - self._declared_s < DECLARE_EVERY_S:
+        """Publish the models that the settings declare; this Router knows them even if that fails."""
+        if not self._settings.pools or time.monotonic() - self._declared_s < DECLARE_INTERVAL_S:
             return
         try:
             await queue.fleet.remember_pools(self._settings.pools, declared=True)

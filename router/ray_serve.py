@@ -27,7 +27,7 @@ from telemetry.ray_metrics import mirror_metrics
 from webhooks.settings import WebhookSettings
 
 from .app import RouterApp, build_router
-from .http.shared_listener import Door
+from .http.shared_listener import SharedListener
 from .settings import RouterSettings
 
 WayIn = Literal["replica", "serve"]
@@ -99,33 +99,35 @@ class ServingReplica:
         shutdown_tracing()
 
     async def _serve(self, listening: asyncio.Event) -> None:
-        door = Door(_fabric(), self._settings.host, self._settings.port)
-        await serve_through(door, self._app, listening=listening, leave=self._leave)
+        shared = SharedListener(_fabric(), self._settings.host, self._settings.port)
+        await serve_through(shared, self._app, listening=listening, leave=self._leave)
 
 
-async def serve_through(door: Door, app: RouterApp, *, listening: asyncio.Event, leave: asyncio.Event) -> None:
-    """Serve ``app`` at ``door``; sets ``listening`` when it does. From ``leave`` on go without a request being lost.
+async def serve_through(
+    shared: SharedListener, app: RouterApp, *, listening: asyncio.Event, leave: asyncio.Event
+) -> None:
+    """Serve ``app`` through ``shared`` until ``leave`` is set, then end without losing a request.
 
-    New connections are left to the others at the door: until it is ready, for ``_FIRST_READY_S`` at most, and again
-    from ``leave`` on. Those that are open then are served until each has been told to end. Raises ``CannotStart`` if
-    the address is taken.
+    ``listening`` is set once it serves. Other Routers that share the listener take new connections until this one is
+    ready (for ``_FIRST_READY_S`` at most), and again from ``leave`` on; this one serves its open connections until each
+    has been told to close. Raises ``CannotStart`` if the address is taken.
     """
     stop_accepting, drained = asyncio.Event(), asyncio.Event()
-    async with door, app.running(), asyncio.TaskGroup() as tasks:
+    async with shared, app.running(), asyncio.TaskGroup() as tasks:
         await _ready_within(app, _FIRST_READY_S)
         server = run_server(
             app,
-            sock=door.listener,
+            sock=shared.listener,
             stop=drained,
             stop_accepting=stop_accepting,
             shutdown_timeout_s=_LAST_CONNECTIONS_S,
             limits=app.services.settings.connection_limits,
         )
         tasks.create_task(server, name="http")
-        log.info("router_listens", host=door.host, port=door.port)
+        log.info("router_listens", host=shared.host, port=shared.port)
         listening.set()
         await leave.wait()
-        door.close()
+        shared.close()
         stop_accepting.set()
         await app.leave()
         await app.drain()

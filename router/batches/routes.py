@@ -13,7 +13,7 @@ from telemetry.http.access import Access
 from telemetry.http.error_answers import error_responses
 
 from ..http.access import Gate
-from ..http.bodies import page_body
+from ..http.bodies import read_request_body
 from ..http.json_body import body_schema
 from ..idempotency import Idempotency, read_request_key
 from ..store import AsyncStore
@@ -46,7 +46,7 @@ def batch_routes(
     )
     async def create(request: Request) -> JSONResponse:
         tenant, key, now_s = gate.tenant_of(request), read_request_key(request), time.time()
-        params = read_batch(await page_body(request), endpoints, windows)
+        params = read_batch(await read_request_body(request), endpoints, windows)
         batch, execution = await store.run(lambda: batches.create(tenant, params, key, now_s), tenant=tenant)
         return await idempotency.response(request, execution, batch_object(batch))
 

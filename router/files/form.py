@@ -1,4 +1,4 @@
-"""Reading the form of ``POST /v1/files`` as it arrives: the file in pieces, its fields before or after it.
+"""Parses the form of ``POST /v1/files`` as it arrives: the file in pieces, its fields before or after it.
 
 The parser is python-multipart's, whose callbacks are collected here; however the body is cut into pieces, what comes
 out is the same.
@@ -31,7 +31,7 @@ _PLAIN_ENCODINGS = frozenset({b"", b"7bit", b"8bit", b"binary"})
 
 @dataclass(frozen=True, slots=True)
 class FileParams:
-    """What the form says of its file. ``life_s``: None if it does not."""
+    """The form's fields. ``life_s``: seconds until the file expires; None if the form does not say."""
 
     filename: str
     purpose: str
@@ -66,7 +66,7 @@ class FileForm:
         self._ended = False
 
     def feed(self, data: bytes) -> list[bytes]:
-        """What the next bytes of the form hold of the file."""
+        """The pieces of the file that the next bytes of the form contain."""
         try:
             if not self._ended:  # what follows the last boundary means nothing (RFC 2046)
                 self._parser.write(data)
@@ -76,7 +76,7 @@ class FileForm:
         return pieces
 
     def finish(self) -> FileParams:
-        """What the whole form says."""
+        """The fields of the complete form."""
         if not self._ended:
             raise BadRequest("the form is cut short: its last boundary is missing; send it again")
         if self._filename is None:

@@ -1,1 +1,1 @@
-"""Models, pools, dead letters and the Manager's API as the Router serves them."""
+"""``/v1/models`` and ``/fabric/v1``: models, pools, dead letters, and the Manager's API passed on to it."""

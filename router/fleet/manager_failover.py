@@ -1,7 +1,7 @@
-"""The Router's way to the Manager that acts now, of however many there are: a :class:`~router.ports.ManagerPort`.
+"""Sends a Router's calls to the acting Manager, of however many there are: a :class:`~router.ports.ManagerPort`.
 
-The acting Manager says in Redis where it is. Calls go there; while nobody is there, to the configured ones in turn,
-which pass them on themselves where they stand by.
+The acting Manager publishes its URL in Redis. Calls go there; while it cannot be reached, to the configured Managers in
+turn: a standby Manager passes them on.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from telemetry.http.fabric_calls import FabricCall, Forwarded
 from .manager_client import RemoteManager
 
 AVOID_S = 10.0
-"""How long one that could not be reached is asked after the others."""
+"""How long a Manager that could not be reached is tried last."""
 NOBODY_ACTS_S = 15.0
-"""After so long without a renewed leader lease, a Router says that no Manager acts."""
+"""How long after the last renewal of the leader lease a Router reports that no Manager acts."""
 MAX_FOLLOWED = 32
-"""How many Managers beside the configured ones are remembered."""
+"""How many Managers beside the configured ones it keeps clients for."""
 _REFUSED = (401, 403)
 
 OpenManager = Callable[[str], RemoteManager]
@@ -30,7 +30,7 @@ log = get_logger(__name__)
 
 
 class ManagerRoute(RemoteManager):
-    """Passes calls on to the Managers at ``urls``, and to wherever the acting one proves to be."""
+    """Sends calls to the Managers at ``urls`` and to the URL that the acting one publishes with proof."""
 
     def __init__(
         self,
@@ -46,13 +46,13 @@ class ManagerRoute(RemoteManager):
         self._managers = {url: open_manager(url) for url in urls}
         self._avoided_until: dict[str, float] = {}
         self._acting = ""
-        self._not_followed = ""
+        self._rejected = ""
         self._beat = 0
         self._beaten_at = clock()
         self._unreachable = False
 
-    def heard(self, acting: ActingManager) -> None:
-        """What Redis says of the acting Manager. It is followed if a member of the fleet says so."""
+    def note_acting(self, acting: ActingManager) -> None:
+        """Take note of the acting Manager in Redis. Its URL is used if it is proven with the join token."""
         if acting.beat != self._beat:
             self._beat, self._beaten_at = acting.beat, self._clock()
         url = acting.url.rstrip("/")
@@ -62,20 +62,20 @@ class ManagerRoute(RemoteManager):
         self._acting = ""
         if url not in self._managers:
             if not acting.proven(self._join_token):
-                return self._refuse(url, "it is not proven with our join token: give all the same INFERQ_JOIN_TOKEN")
+                return self._reject(url, "it is not proven with our join token: give all the same INFERQ_JOIN_TOKEN")
             if not may_follow(url, self._urls):
-                return self._refuse(url, "that is another machine's loopback address: set advertise_url there")
+                return self._reject(url, "that is another machine's loopback address: set advertise_url there")
             try:
                 self._remember(url)
             except CannotStart as error:  # an actor of a Ray cluster that this Router is not in
-                return self._refuse(url, error.message)
-        self._acting, self._not_followed = url, ""
+                return self._reject(url, error.message)
+        self._acting, self._rejected = url, ""
         log.info("manager_followed", url=url)
         return None
 
     @property
     def trouble(self) -> str:
-        """Why workers cannot join through this Router; empty: they can. Requests are served all the same."""
+        """Why workers cannot join through this Router; empty if they can. Requests are served in any case."""
         if self._unreachable:
             return "no acting Manager can be reached: workers cannot join through this router, requests go on"
         if self._clock() - self._beaten_at > NOBODY_ACTS_S:
@@ -83,7 +83,8 @@ class ManagerRoute(RemoteManager):
         return ""
 
     async def forward(self, call: FabricCall) -> Forwarded:
-        """The first answer that is not "I stand by" or a refusal of our token; else the refusal of lowest status."""
+        """The first answer of a Manager that is not on standby and accepts our token; else the refusal with the lowest
+        status. Raises ``ManagerUnavailable`` if none answers."""
         fault: ManagerUnavailable | None = None
         refusals: list[Forwarded] = []
         for url, manager in self._order():
@@ -94,7 +95,7 @@ class ManagerRoute(RemoteManager):
                 fault = error
                 continue
             self._avoided_until.pop(url, None)
-            if answer.status not in _REFUSED and not _stands_by(answer):
+            if answer.status not in _REFUSED and not _is_standby(answer):
                 self._unreachable = False
                 return answer
             refusals.append(answer)
@@ -115,20 +116,20 @@ class ManagerRoute(RemoteManager):
         self._managers[url] = self._open(url)
 
     def _order(self) -> list[tuple[str, RemoteManager]]:
-        """The acting one first; those that could not be reached a moment ago last."""
+        """The acting Manager first; those that could not be reached recently last."""
         now = self._clock()
         urls = dict.fromkeys([self._acting, *self._urls] if self._acting else self._urls)
         ordered = sorted(urls, key=lambda url: self._avoided_until.get(url, 0.0) > now)
         return [(url, self._managers[url]) for url in ordered]
 
-    def _refuse(self, url: str, why: str) -> None:
-        if self._not_followed != url:
+    def _reject(self, url: str, why: str) -> None:
+        if self._rejected != url:
             log.warning("acting_manager_not_followed", url=url[:200], why=why)
-        self._not_followed = url
+        self._rejected = url
 
 
-def _stands_by(answer: Forwarded) -> bool:
-    """Whether the answer is that of a Manager that does not act."""
+def _is_standby(answer: Forwarded) -> bool:
+    """Whether the answer comes from a standby Manager."""
     if answer.status != ManagerUnavailable.status:
         return False
     try:

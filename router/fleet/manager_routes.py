@@ -174,7 +174,7 @@ async def _forward(manager: ManagerPort, request: Request, path: str) -> Respons
                     f"the body has more than {MAX_FABRIC_BODY_BYTES} bytes: no worker's message has so many"
                 )
     except ClientDisconnect:
-        raise BadRequest("the body broke off before its end") from None
+        raise BadRequest("the body was cut short: send it again") from None
     answer = await manager.forward(
         FabricCall(request.method, path, request.url.query, token, body, request.state.request_id)
     )

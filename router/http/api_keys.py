@@ -1,4 +1,4 @@
-"""API keys: hashed, from the settings and from a file that is read again when it changes."""
+"""API keys, hashed: read from the settings and from a file, again whenever the file changes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from telemetry.http.loopback_access import LoopbackAccess
 from .rules import KeyRing, authenticate, parse_keys
 
 DEFAULT_TENANT = Tenant("default")
-"""Whose requests are those of a Router without keys."""
+"""The tenant of all requests to a Router without keys."""
 
 log = get_logger(__name__)
 
 
 class ApiKeys:
-    """The keys in force. Raises ``CannotStart`` if they cannot be read at the start; later the old ones stay."""
+    """The valid keys. Raises ``CannotStart`` if they cannot be read at the start; later the old ones stay valid."""
 
     def __init__(self, given: str, file: str, local: LoopbackAccess | None = None) -> None:
-        """``local``: who may ask where no keys are required."""
+        """``local``: who may call where no keys are required."""
         self._local = local or LoopbackAccess()
         self._given = parse_keys(given, "the setting api_keys")
         self._path = Path(file) if file else None
@@ -38,7 +38,7 @@ class ApiKeys:
         return bool(self._given) or self._path is not None
 
     def tenant(self, headers: Mapping[bytes, bytes]) -> Tenant:
-        """Whose request it is that has these headers. Raises ``AuthenticationFailed``, or without keys
+        """The tenant of the request with these headers. Raises ``AuthenticationFailed``, or without keys
         ``PermissionRefused``."""
         if not self.required:
             self._local.check(headers)
@@ -46,7 +46,7 @@ class ApiKeys:
         return authenticate(self._ring, headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
 
     def caller(self, request: Request) -> Tenant:
-        """The same of a request to a page."""
+        """The same for a Starlette request."""
         return self.tenant(dict(request.scope["headers"]))
 
     def refresh(self) -> None:

@@ -1,4 +1,4 @@
-"""Reading a request's body within its limits."""
+"""Reads a request's body within its limits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .rules import check_size
 
 
 class ClientGone(Exception):
-    """The client went away before the answer was complete."""
+    """The client disconnected before the response was complete."""
 
 
-async def page_body(request: Request) -> bytes:
-    """The body of a request to a page, whose size the app bounds. Raises ``BadRequest`` if it breaks off."""
+async def read_request_body(request: Request) -> bytes:
+    """The body of a request to a FastAPI route; the app limits its size. Raises ``BadRequest`` if it is cut short."""
     try:
         return await request.body()
     except ClientDisconnect:
-        raise BadRequest("the body broke off before its end") from None
+        raise BadRequest("the body was cut short: send it again") from None
 
 
 async def read_body(receive: Receive, limit_bytes: int, take: Callable[[int], None]) -> bytes:
-    """The whole body. ``take`` is told its size so far before more is kept, and may refuse.
+    """The whole body. ``take`` is called with its size so far before more is read, and may raise.
 
-    Raises ``BodyTooLarge`` as soon as it passes the limit, ``ClientGone`` if it breaks off, and what ``take`` raises.
+    Raises ``BodyTooLarge`` as soon as it passes the limit, ``ClientGone`` if it is cut short, and what ``take`` raises.
     """
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):

@@ -1,4 +1,4 @@
-"""The client's connection: noticing that it is gone, and cutting it.
+"""Watches a client's connection: reports that the client disconnected, and drops it on demand.
 
 One task per request waits for the disconnect that ASGI's ``receive`` reports.
 """
@@ -27,19 +27,19 @@ class Connection:
         self._task: asyncio.Task[None] | None = None
 
     def watch(self, on_gone: Callable[[str], None]) -> None:
-        """Begin. The request's body must have been read."""
+        """Start watching. The request's body must have been read."""
         self._on_gone = on_gone
         self._request = asyncio.current_task()
         self._task = asyncio.create_task(self._wait())
 
     def unwatch(self) -> None:
-        """End, before the last of the answer is sent: from then on the server reports a disconnect in any case."""
+        """Stop, before the last piece of the response is sent: after it the server always reports a disconnect."""
         self._on_gone = None
         if self._task is not None:
             self._task.cancel()
 
     async def closed(self) -> None:
-        """After :meth:`unwatch`: nothing of the watch is left running."""
+        """After :meth:`unwatch`: wait until the watching task has ended."""
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 

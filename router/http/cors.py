@@ -1,4 +1,4 @@
-"""Web pages of other origins: what browsers are told, with every answer and before they ask."""
+"""CORS: lets web pages of the configured origins call the Router."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPOSED_HEADERS = (
     *("content-range", "accept-ranges", "etag"),
     *sorted(CLIENT_HEADERS),
 )
-"""What scripts may read of an answer's headers, beside those that they always may: SDKs in a page act upon them."""
+"""Response headers that scripts may read beside the safelisted ones: SDKs in a page act on them."""
 MAX_AGE_S = 600
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
@@ -30,7 +30,7 @@ def check_origin(origin: str) -> str:
 
 
 def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """``app`` that lets pages of ``origins`` call it; ``app`` itself if there are none.
+    """``app`` behind CORS for pages of ``origins``; ``app`` itself if there are none.
 
     Keys travel in headers, which a script sets itself: no cookies are let through.
     """

@@ -1,4 +1,4 @@
-"""Reading a few small fields out of a ``multipart/form-data`` body (RFC 7578) without touching the rest of it.
+"""Reads a few small fields of a ``multipart/form-data`` body (RFC 7578) without parsing the rest of it.
 
 The parts are found by searching for the boundary, so a recording of many megabytes costs one search, not a parse.
 """

@@ -1,8 +1,8 @@
-"""One listening socket for all Routers of a fabric on one machine.
+"""One listening socket for all Routers of a fabric on one machine, so that Routers are replaced under load.
 
-Whoever comes first binds it; whoever comes later is handed the same socket (not another one of the same port) over a
-unix socket. They share its queue of connections: a Router that leaves or is killed takes none with it that nobody has
-accepted yet, and while one is there the port never closes. So Routers are replaced under load.
+The first Router binds it; later ones receive the same socket (not another one on the same port) over a unix socket.
+They share its accept queue: connections that a leaving or killed Router has not accepted stay for the others, and the
+port stays open while one of them runs.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from queue_schemas import CannotStart
 from telemetry import get_logger
 from telemetry.http.server import bind_socket
 
-HAND_OVER_LIMIT_S = 2.0
-LOCK_LIMIT_S = 15.0
+HAND_OVER_TIMEOUT_S = 2.0
+LOCK_TIMEOUT_S = 15.0
 """Longer than it takes to ask several sharers that all hang."""
 LOCK_PAUSE_S = 0.02
-_HELLO = b"door"
+_GREETING = b"inferq"
 
 log = get_logger(__name__)
 
 
-class Door:
+class SharedListener:
     """The address ``host:port`` of the fabric ``fabric``; use it as ``async with``.
 
     ``listener`` is the socket, for a server to accept from and close. Entering raises ``CannotStart`` if the address is
@@ -45,7 +45,7 @@ class Door:
 
     def __init__(self, fabric: str, host: str, port: int, *, folder: Path | None = None) -> None:
         self.host, self.port = host, port
-        self._folder = folder or Path(tempfile.gettempdir()) / f"inferq-doors-{os.getuid()}"
+        self._folder = folder or Path(tempfile.gettempdir()) / f"inferq-listeners-{os.getuid()}"
         self._name = f"{fabric}-{port}"
         self._path = self._folder / f"{self._name}.{secrets.token_hex(4)}"
         self._offer: socket.socket | None = None
@@ -53,7 +53,7 @@ class Door:
 
     async def __aenter__(self) -> Self:
         self._offer = await asyncio.to_thread(self._open)
-        asyncio.get_running_loop().add_reader(self._offer, self._hand_out)
+        asyncio.get_running_loop().add_reader(self._offer, self._hand_over)
         return self
 
     async def __aexit__(
@@ -63,7 +63,7 @@ class Door:
         self.listener.close()
 
     def close(self) -> None:
-        """Hand the socket to nobody any more, and let go of it but for ``listener``. Can be repeated."""
+        """Stop handing the socket over; ``listener`` stays open. Can be repeated."""
         offer, shared, self._offer, self._shared = self._offer, self._shared, None, None
         if offer is not None and shared is not None:
             asyncio.get_running_loop().remove_reader(offer)
@@ -92,7 +92,7 @@ class Door:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One at a time: two that start together must not both find nobody there."""
-        until = time.monotonic() + LOCK_LIMIT_S
+        until = time.monotonic() + LOCK_TIMEOUT_S
         with (self._folder / f"{self._name}.lock").open("w") as lock:
             while True:
                 try:
@@ -101,8 +101,8 @@ class Door:
                 except BlockingIOError:
                     if time.monotonic() > until:
                         raise CannotStart(
-                            f"another router has been opening port {self.port} for {LOCK_LIMIT_S:g} s and does not "
-                            f"come to an end: {self._folder / self._name}.lock is held by it; stop it"
+                            f"another router has been opening port {self.port} for {LOCK_TIMEOUT_S:g} s and does not "
+                            f"finish: it holds {self._folder / self._name}.lock; stop it"
                         ) from None
                 time.sleep(LOCK_PAUSE_S)
             yield
@@ -122,15 +122,15 @@ class Door:
             if path.suffix == ".lock":
                 continue
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-                asking.settimeout(HAND_OVER_LIMIT_S)
+                asking.settimeout(HAND_OVER_TIMEOUT_S)
                 try:
                     asking.connect(str(path))
-                    _, descriptors, _, _ = socket.recv_fds(asking, len(_HELLO), 1, socket.MSG_CMSG_CLOEXEC)
+                    _, descriptors, _, _ = socket.recv_fds(asking, len(_GREETING), 1, socket.MSG_CMSG_CLOEXEC)
                 except (ConnectionRefusedError, FileNotFoundError):
                     path.unlink(missing_ok=True)  # left behind by one that was killed
                     continue
                 except OSError as error:
-                    log.warning("door_not_shared", path=str(path), error=str(error))
+                    log.warning("listener_not_shared", path=str(path), error=str(error))
                     continue
             if descriptors:
                 shared = socket.socket(fileno=descriptors[0])
@@ -139,22 +139,22 @@ class Door:
                 return shared
         return None
 
-    def _hand_out(self) -> None:
+    def _hand_over(self) -> None:
         if self._offer is None or self._shared is None:
             return
         try:
             asking, _ = self._offer.accept()
-        except OSError:  # it changed its mind
+        except OSError:  # the other Router has gone
             return
         with asking:
             try:
-                socket.send_fds(asking, [_HELLO], [self._shared.fileno()])
+                socket.send_fds(asking, [_GREETING], [self._shared.fileno()])
             except OSError as error:
-                log.warning("door_not_shared", error=str(error))
+                log.warning("listener_not_shared", error=str(error))
 
 
 def _make_private(folder: Path) -> None:
-    """Nobody else may hand us a socket of theirs."""
+    """Other users must not be able to hand us their socket."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:

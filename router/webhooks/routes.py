@@ -14,7 +14,7 @@ from webhooks.core.url_rules import UrlRules
 from webhooks.events import EVENT_TYPES
 
 from ..http.access import Gate
-from ..http.bodies import page_body
+from ..http.bodies import read_request_body
 from ..http.json_body import body_schema
 from ..idempotency import Idempotency, read_request_key
 from ..store import AsyncStore
@@ -46,7 +46,7 @@ def webhook_routes(
     )
     async def create(request: Request) -> JSONResponse:
         tenant, key, now_s = gate.tenant_of(request), read_request_key(request), time.time()
-        params = read_new_endpoint(await page_body(request), rules)
+        params = read_new_endpoint(await read_request_body(request), rules)
         endpoint, secrets, execution = await store.run(
             lambda: webhooks.create(tenant, params, key, now_s), tenant=tenant
         )
@@ -74,7 +74,7 @@ def webhook_routes(
     )
     async def change(webhook_endpoint_id: str, request: Request) -> JSONResponse:
         tenant, now_s = gate.tenant_of(request), time.time()
-        params = read_endpoint_change(await page_body(request), rules)
+        params = read_endpoint_change(await read_request_body(request), rules)
         found = await store.run(lambda: webhooks.change(tenant, webhook_endpoint_id, params, now_s), tenant=tenant)
         return JSONResponse(endpoint_object(*found))
 
@@ -92,7 +92,7 @@ def webhook_routes(
     )
     async def rotate(webhook_endpoint_id: str, request: Request) -> JSONResponse:
         tenant, key, now_s = gate.tenant_of(request), read_request_key(request), time.time()
-        keep_s = read_rotation(await page_body(request))
+        keep_s = read_rotation(await read_request_body(request))
         endpoint, secrets, execution = await store.run(
             lambda: webhooks.rotate(tenant, webhook_endpoint_id, keep_s, key, now_s), tenant=tenant
         )
@@ -106,7 +106,7 @@ def webhook_routes(
     )
     async def test(webhook_endpoint_id: str, request: Request) -> JSONResponse:
         tenant, key, now_s = gate.tenant_of(request), read_request_key(request), time.time()
-        event_type = read_test(await page_body(request))
+        event_type = read_test(await read_request_body(request))
         status = await tests.run(tenant, webhook_endpoint_id, event_type, key, now_s)
         return JSONResponse(
             {

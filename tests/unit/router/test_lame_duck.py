@@ -13,7 +13,7 @@ import pytest
 
 from queue_schemas import CannotStart
 from router import RouterSettings, build_router, ray_serve
-from router.http.shared_listener import Door
+from router.http.shared_listener import SharedListener
 from router.ray_serve import serve_through
 from tests.support.processes import free_port
 from tests.support.waiting import eventually
@@ -25,7 +25,7 @@ STREAM = CHAT | {"stream": True}
 
 @dataclass
 class Replica:
-    """A Router that serves through a door over a queue in memory."""
+    """A Router that serves through a shared listener over a queue in memory."""
 
     url: str
     queue: FakeQueue
@@ -56,7 +56,9 @@ async def replica(folder: Path, port: int = 0, **settings: int) -> AsyncIterator
     app = build_router(RouterSettings(port=port, **given), open_queue=open_queue)  # type: ignore[arg-type]
     listening, leave = asyncio.Event(), asyncio.Event()
     life = asyncio.create_task(
-        serve_through(Door("f", "127.0.0.1", port, folder=folder / "doors"), app, listening=listening, leave=leave)
+        serve_through(
+            SharedListener("f", "127.0.0.1", port, folder=folder / "listeners"), app, listening=listening, leave=leave
+        )
     )
     found = Replica(f"http://127.0.0.1:{port}", queue, life, leave)
     async with aiohttp.ClientSession(
@@ -85,7 +87,7 @@ async def test_open_connections_are_served_and_told_to_end(tmp_path: Path) -> No
 
 
 async def test_no_new_connection_is_accepted(tmp_path: Path) -> None:
-    """New connections are for the others at the door; here there is none, so they are refused."""
+    """New connections are for the others that share the listener; here there is none, so they are refused."""
     async with replica(tmp_path) as one:
         one.leave.set()
         await asyncio.sleep(0)
@@ -96,7 +98,7 @@ async def test_no_new_connection_is_accepted(tmp_path: Path) -> None:
 
 
 async def test_new_connections_go_to_the_other(tmp_path: Path) -> None:
-    """Two at one door: while one leaves, every new connection meets the other."""
+    """Two share one listener: while one leaves, every new connection meets the other."""
     async with replica(tmp_path) as one, replica(tmp_path, port=int(one.url.rpartition(":")[2])) as other:
         one.leave.set()
         async with asyncio.timeout(LIMIT_S):
@@ -169,9 +171,9 @@ async def test_one_that_is_not_ready_leaves_connections_to_the_others(
         port = int(one.url.rpartition(":")[2])
         app = build_router(RouterSettings(port=port), open_queue=asyncio.Event().wait)  # type: ignore[arg-type]
         listening, leave = asyncio.Event(), asyncio.Event()
-        door = Door("f", "127.0.0.1", port, folder=tmp_path / "doors")
-        other = asyncio.create_task(serve_through(door, app, listening=listening, leave=leave))
-        await eventually(lambda: hasattr(door, "listener"), "the other shares the socket")
+        shared = SharedListener("f", "127.0.0.1", port, folder=tmp_path / "listeners")
+        other = asyncio.create_task(serve_through(shared, app, listening=listening, leave=leave))
+        await eventually(lambda: hasattr(shared, "listener"), "the other shares the socket")
         asked = 0
         while not listening.is_set():
             async with aiohttp.request("GET", f"{one.url}/readyz") as answer:
@@ -196,6 +198,6 @@ async def test_a_taken_address_is_told(tmp_path: Path) -> None:
         listening = asyncio.Event()
         app = build_router(RouterSettings(port=port), open_queue=asyncio.Event().wait)  # type: ignore[arg-type]
         with pytest.raises(CannotStart, match="is taken by another process"):
-            door = Door("another", "127.0.0.1", port, folder=tmp_path / "doors")
-            await serve_through(door, app, listening=listening, leave=asyncio.Event())
+            shared = SharedListener("another", "127.0.0.1", port, folder=tmp_path / "listeners")
+            await serve_through(shared, app, listening=listening, leave=asyncio.Event())
         assert not listening.is_set()

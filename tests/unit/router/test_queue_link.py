@@ -83,7 +83,7 @@ async def test_a_first_refusal_ends_it_and_a_later_one_is_waited_out(
 async def test_a_server_that_is_not_fit_any_more_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """[G6] What the look at the queue's servers finds makes the Router not ready, until it is put right; requests are
     taken as long as the queue takes them."""
-    monkeypatch.setattr(queue_link, "VET_EVERY_S", 0.01)
+    monkeypatch.setattr(queue_link, "SERVER_CHECK_INTERVAL_S", 0.01)
     found: list[str] = []
 
     class Vetted(FakeQueue):

@@ -53,7 +53,7 @@ async def test_the_acting_manager_is_asked_first_wherever_it_is() -> None:
     """[A7] The Router was given a Manager that stands by: calls go to the one that acts."""
     fakes = Fakes(**{ONE: STANDS_BY, FOLLOWED: ACCEPTED})
     route = fakes.route(ONE)
-    route.heard(said(FOLLOWED))
+    route.note_acting(said(FOLLOWED))
     assert await route.forward(CALL) == ACCEPTED
     assert fakes.asked == [FOLLOWED]
     assert not route.trouble
@@ -90,7 +90,7 @@ async def test_nobody_is_followed_who_is_not_proven_or_cannot_be_meant(record: A
         record = ActingManager("m", 1, record.url, "0" * 64)
     fakes = Fakes(**{ONE: ACCEPTED, record.url: ACCEPTED})
     route = fakes.route(ONE)
-    route.heard(record)
+    route.note_acting(record)
     assert await route.forward(CALL) == ACCEPTED
     assert fakes.asked == [ONE]
 
@@ -99,9 +99,9 @@ async def test_it_goes_back_to_those_it_was_given_when_the_acting_one_is_gone() 
     """[A7] A killed Manager's address stays in Redis until its lease ends: the others are asked meanwhile."""
     fakes = Fakes(**{ONE: ACCEPTED, FOLLOWED: AWAY})
     route = fakes.route(ONE)
-    route.heard(said(FOLLOWED))
+    route.note_acting(said(FOLLOWED))
     assert await route.forward(CALL) == ACCEPTED
-    route.heard(said(FOLLOWED, beat=0))
+    route.note_acting(said(FOLLOWED, beat=0))
     await route.forward(CALL)
     assert fakes.asked == [FOLLOWED, ONE, ONE]
 
@@ -126,10 +126,10 @@ async def test_it_says_why_workers_cannot_join() -> None:
     fakes.answers[ONE] = ACCEPTED
     await route.forward(CALL)
     assert not route.trouble
-    route.heard(said(ONE))
+    route.note_acting(said(ONE))
     fakes.now += NOBODY_ACTS_S + 1
     assert "no Manager acts" in route.trouble
-    route.heard(said(ONE, beat=2))
+    route.note_acting(said(ONE, beat=2))
     assert not route.trouble
 
 
@@ -138,5 +138,5 @@ async def test_however_often_the_manager_moves_few_are_remembered() -> None:
     fakes = Fakes()
     route = fakes.route(ONE)
     for port in range(1, 3 * MAX_FOLLOWED):
-        route.heard(said(f"http://10.0.0.9:{port}", beat=port))
+        route.note_acting(said(f"http://10.0.0.9:{port}", beat=port))
     assert len(route._managers) <= MAX_FOLLOWED + 1

@@ -14,7 +14,7 @@ import pytest
 
 from queue_schemas import CannotStart
 from router.http import shared_listener as module
-from router.http.shared_listener import Door
+from router.http.shared_listener import SharedListener
 from tests.support.processes import Child, free_port
 from tests.support.sockets import listeners
 
@@ -22,10 +22,10 @@ HOST = "127.0.0.1"
 _HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from router.http.shared_listener import Door
+from router.http.shared_listener import SharedListener
 
 async def hold():
-    async with Door(sys.argv[1], "127.0.0.1", int(sys.argv[2]), folder=Path(sys.argv[3])):
+    async with SharedListener(sys.argv[1], "127.0.0.1", int(sys.argv[2]), folder=Path(sys.argv[3])):
         Path(sys.argv[4]).touch()
         await asyncio.sleep(60)
 
@@ -35,7 +35,7 @@ asyncio.run(hold())
 
 @contextlib.contextmanager
 def holder(tmp_path: Path, fabric: str, port: int, folder: Path) -> Iterator[Child]:
-    """Another process at the door, which accepts nothing."""
+    """Another process that shares the listener and accepts nothing."""
     held = tmp_path / "held"
     child = Child("holder", [sys.executable, "-c", _HOLDER, fabric, port, folder, held], tmp_path / "holder.log")
     child.start()
@@ -46,39 +46,45 @@ def holder(tmp_path: Path, fabric: str, port: int, folder: Path) -> Iterator[Chi
         child.kill()
 
 
-async def accept_one(door: Door) -> socket.socket:
+async def accept_one(shared: SharedListener) -> socket.socket:
     async with asyncio.timeout(5):
-        accepted, _ = await asyncio.get_running_loop().sock_accept(door.listener)
+        accepted, _ = await asyncio.get_running_loop().sock_accept(shared.listener)
     return accepted
 
 
 async def test_a_killed_holders_waiting_connections_are_served_by_the_other(tmp_path: Path) -> None:
     """Two processes share one socket. The one that bound it is killed: its port stays open, and connections that
     waited while both were there are accepted by the other."""
-    port, folder = free_port(), tmp_path / "doors"
+    port, folder = free_port(), tmp_path / "listeners"
     with holder(tmp_path, "f", port, folder) as other:
-        async with Door("f", HOST, port, folder=folder) as door:
-            assert door.listener.getsockname() == (HOST, port)
+        async with SharedListener("f", HOST, port, folder=folder) as shared:
+            assert shared.listener.getsockname() == (HOST, port)
             assert port in listeners(other.pid)
             with socket.create_connection((HOST, port), 5) as before:
                 other.kill()
-                with socket.create_connection((HOST, port), 5) as after, await accept_one(door) as first:
+                with socket.create_connection((HOST, port), 5) as after, await accept_one(shared) as first:
                     assert first.getpeername() == before.getsockname()
-                    with await accept_one(door) as second:
+                    with await accept_one(shared) as second:
                         assert second.getpeername() == after.getsockname()
 
 
 async def test_sharing_the_socket_makes_nobody_block(tmp_path: Path) -> None:
     """Whether a socket blocks is one flag of all who share it: the second's arrival must not stop the first's loop."""
     port = free_port()
-    async with Door("f", HOST, port, folder=tmp_path / "d") as first, Door("f", HOST, port, folder=tmp_path / "d"):
+    async with (
+        SharedListener("f", HOST, port, folder=tmp_path / "d") as first,
+        SharedListener("f", HOST, port, folder=tmp_path / "d"),
+    ):
         assert os.get_blocking(first.listener.fileno()) is False
 
 
 async def test_one_that_leaves_closes_nothing_of_the_others(tmp_path: Path) -> None:
     """The one that bound the port leaves; the port is open as long as one is there, and free afterwards."""
     port = free_port()
-    first, second = Door("f", HOST, port, folder=tmp_path / "d"), Door("f", HOST, port, folder=tmp_path / "d")
+    first, second = (
+        SharedListener("f", HOST, port, folder=tmp_path / "d"),
+        SharedListener("f", HOST, port, folder=tmp_path / "d"),
+    )
     async with first:
         await second.__aenter__()
     with socket.create_connection((HOST, port), 5), await accept_one(second):
@@ -86,72 +92,72 @@ async def test_one_that_leaves_closes_nothing_of_the_others(tmp_path: Path) -> N
     await second.__aexit__(None, None, None)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((HOST, port), 5)
-    async with Door("f", HOST, port, folder=tmp_path / "d"):
+    async with SharedListener("f", HOST, port, folder=tmp_path / "d"):
         pass
 
 
-async def test_a_closed_door_hands_out_nothing_but_still_accepts(tmp_path: Path) -> None:
+async def test_a_closed_listener_hands_out_nothing_but_still_accepts(tmp_path: Path) -> None:
     """From ``close`` on nobody is given the socket, and ``listener`` is left to whoever serves on it."""
-    port, folder = free_port(), tmp_path / "doors"
-    async with Door("f", HOST, port, folder=folder) as door:
-        door.close()
-        door.close()
+    port, folder = free_port(), tmp_path / "listeners"
+    async with SharedListener("f", HOST, port, folder=folder) as shared:
+        shared.close()
+        shared.close()
         assert [path.name for path in folder.iterdir()] == [f"f-{port}.lock"]
-        with socket.create_connection((HOST, port), 5), await accept_one(door):
+        with socket.create_connection((HOST, port), 5), await accept_one(shared):
             pass
         with pytest.raises(CannotStart, match="is taken by another process"):
-            await Door("f", HOST, port, folder=folder).__aenter__()
+            await SharedListener("f", HOST, port, folder=folder).__aenter__()
 
 
 async def test_what_a_killed_one_left_behind_is_cleared_away(tmp_path: Path) -> None:
     """Its socket file leads nowhere: the next one removes it and binds the port."""
-    port, folder = free_port(), tmp_path / "doors"
+    port, folder = free_port(), tmp_path / "listeners"
     with holder(tmp_path, "f", port, folder) as other:
         other.kill()
     (left,) = folder.glob(f"f-{port}.*[!k]")
-    async with Door("f", HOST, port, folder=folder):
+    async with SharedListener("f", HOST, port, folder=folder):
         assert not left.exists()
 
 
 async def test_another_fabrics_port_is_refused_with_a_sentence(tmp_path: Path) -> None:
     """The port of another Ray cluster's Routers is taken, as anybody's is."""
-    port, folder = free_port(), tmp_path / "doors"
-    async with Door("one", HOST, port, folder=folder):
+    port, folder = free_port(), tmp_path / "listeners"
+    async with SharedListener("one", HOST, port, folder=folder):
         with pytest.raises(CannotStart, match=f"port {port} on {HOST} is taken by another process"):
-            await Door("two", HOST, port, folder=folder).__aenter__()
+            await SharedListener("two", HOST, port, folder=folder).__aenter__()
 
 
 async def test_another_address_of_the_same_port_is_refused_with_a_sentence(tmp_path: Path) -> None:
     """Who is to listen on another host is not handed a socket that listens where it was before."""
-    port, folder = free_port(), tmp_path / "doors"
-    async with Door("f", HOST, port, folder=folder):
+    port, folder = free_port(), tmp_path / "listeners"
+    async with SharedListener("f", HOST, port, folder=folder):
         with pytest.raises(CannotStart, match=f"listen on {HOST}, port {port}, and this one is to on 127.0.0.2"):
-            await Door("f", "127.0.0.2", port, folder=folder).__aenter__()
-        async with Door("f", "localhost", port, folder=folder):
+            await SharedListener("f", "127.0.0.2", port, folder=folder).__aenter__()
+        async with SharedListener("f", "localhost", port, folder=folder):
             pass
 
 
 async def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
     """A folder that others may enter, or a link to one, could hand us anybody's socket."""
-    folder = tmp_path / "doors"
+    folder = tmp_path / "listeners"
     folder.mkdir(mode=0o755)
     link = tmp_path / "link"
     link.symlink_to(folder)
     for foreign in (folder, link):
         with pytest.raises(CannotStart, match="only this user can enter"):
-            await Door("f", HOST, free_port(), folder=foreign).__aenter__()
+            await SharedListener("f", HOST, free_port(), folder=foreign).__aenter__()
 
 
 async def test_one_that_hangs_delays_the_next_and_does_not_stop_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stopped process at the door answers nobody: another one is asked, within the limit."""
-    monkeypatch.setattr(module, "HAND_OVER_LIMIT_S", 0.1)
-    port, folder = free_port(), tmp_path / "doors"
+    """A stopped process that shares the listener answers nobody: another one is asked, within the limit."""
+    monkeypatch.setattr(module, "HAND_OVER_TIMEOUT_S", 0.1)
+    port, folder = free_port(), tmp_path / "listeners"
     with holder(tmp_path, "f", port, folder) as hung:
-        async with Door("f", HOST, port, folder=folder):
+        async with SharedListener("f", HOST, port, folder=folder):
             hung.pause()
-            async with Door("f", HOST, port, folder=folder) as third:
+            async with SharedListener("f", HOST, port, folder=folder) as third:
                 assert third.listener.getsockname() == (HOST, port)
 
 
@@ -159,8 +165,8 @@ async def test_an_opening_that_does_not_end_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever holds the lock and hangs is named, and the limit is kept."""
-    monkeypatch.setattr(module, "LOCK_LIMIT_S", 0.1)
-    port, folder = free_port(), tmp_path / "doors"
-    async with Door("f", HOST, port, folder=folder) as door:
-        with door._locked(), pytest.raises(CannotStart, match=f"has been opening port {port}"):
-            await Door("f", HOST, port, folder=folder).__aenter__()
+    monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.1)
+    port, folder = free_port(), tmp_path / "listeners"
+    async with SharedListener("f", HOST, port, folder=folder) as shared:
+        with shared._locked(), pytest.raises(CannotStart, match=f"has been opening port {port}"):
+            await SharedListener("f", HOST, port, folder=folder).__aenter__()
