@@ -44,14 +44,14 @@ _UNANSWERED = {
 async def merge(context: BatchContext, batch: Batch, folder: RunFolder, checkpoint: Checkpoint) -> None:
     """Run one step."""
     if checkpoint.merge is None:
-        await in_thread(lambda: _plan(context, batch, folder, checkpoint))
+        await in_thread(lambda: _plan(context, folder, checkpoint))
     elif checkpoint.phase is Phase.MERGE:
         await in_thread(lambda: _merge_chunks(context, batch, folder, checkpoint))
     elif checkpoint.phase is Phase.UNANSWERED:
         await in_thread(lambda: _add_unanswered(context, batch, folder, checkpoint))
 
 
-def _plan(context: BatchContext, batch: Batch, folder: RunFolder, checkpoint: Checkpoint) -> None:
+def _plan(context: BatchContext, folder: RunFolder, checkpoint: Checkpoint) -> None:
     plan = secrets.token_hex(6)
     context.store.put(folder.name("plans", plan), "\n".join(folder.chunks()).encode())
     checkpoint.merge = MergeState(plan=plan, began_at=int(context.now_s()), usage=[0] * len(USAGE))

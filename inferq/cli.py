@@ -329,7 +329,7 @@ def doctor(
     """Check what the fabric needs, and say how to mend what is not right. Exit code 1 if something must be."""
     from broker import BrokerSettings  # noqa: PLC0415
 
-    from .commands.doctor import Examined, examine, repair, show_findings  # noqa: PLC0415
+    from .doctor.cli import Examined, examine, repair, show_findings  # noqa: PLC0415
 
     if repair_queue:
         repair(data_dir)

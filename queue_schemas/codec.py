@@ -70,7 +70,7 @@ def _limits(size: int) -> dict[str, Any]:
     }
 
 
-def _refuse_extension(code: int, data: bytes) -> Any:
+def _refuse_extension(code: int, _data: bytes) -> Any:
     raise ValueError(f"extension type {code} is not part of the contract")
 
 

@@ -21,10 +21,12 @@ _MAX_FOLDER = 190
 
 
 def new_file_id(now_ms: int) -> str:
+    """A fresh file id; ids sort by time."""
     return new_id(FILE, now_ms)
 
 
 def new_batch_id(now_ms: int) -> str:
+    """A fresh batch id; ids sort by time."""
     return new_id(BATCH, now_ms)
 
 

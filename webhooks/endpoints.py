@@ -36,6 +36,7 @@ log = get_logger(__name__)
 
 
 def new_endpoint_id(now_ms: int) -> str:
+    """A fresh endpoint id; ids sort by time."""
     return new_id(ENDPOINT, now_ms)
 
 

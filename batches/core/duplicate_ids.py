@@ -23,6 +23,7 @@ MAX_RECORDS = 25_000
 
 
 def record(digest: bytes, line: int) -> bytes:
+    """One record: the digest of a custom id, and its line."""
     return digest + line.to_bytes(8, "big")
 
 

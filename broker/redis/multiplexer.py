@@ -42,11 +42,6 @@ class MultiplexedConnection:
         self._watch: asyncio.TimerHandle | None = None
         self._unheard: Exception | None = None
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it is connected, as far as is known."""
-        return self._connection is not None and self._connection.is_connected
-
     def unheard_loss(self) -> Exception | None:
         """How the connection was lost, if that was while no command was under way and was not asked before."""
         unheard, self._unheard = self._unheard, None

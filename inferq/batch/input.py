@@ -29,8 +29,14 @@ CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES = (
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "tsv", "txt")
 
 _BY_SUFFIX: Mapping[str, Format] = {
-    **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"},
-    **{".txt": "txt", ".text": "txt", ".md": "txt"},
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "txt",
+    ".text": "txt",
+    ".md": "txt",
 }
 _IDS = ("custom_id", "task_id", "id")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")

@@ -14,6 +14,7 @@ MAX_START_S = 60
 
 
 async def look_at_batches(examined: Examined) -> list[Finding]:
+    """Check whether batches make progress."""
     async with examined.client as client:
         if not await client.health():
             return []

@@ -16,6 +16,7 @@ from .findings import ASK_LIMIT_S, Examined, Finding, Level
 
 
 async def look_at_engine(examined: Examined) -> list[Finding]:
+    """Check whether an engine answers, or vLLM is installed."""
     if examined.engine_url:
         return [await _attached(examined.engine_url)]
     own = shutil.which("vllm")
@@ -64,6 +65,7 @@ async def _router(client: FabricClient, trouble: Level) -> Finding | None:
 
 
 async def look_at_fabric(examined: Examined) -> list[Finding]:
+    """Check the Router, the workers and the pools."""
     async with examined.client as client:
         trouble = Level.FAILURE if examined.router_named else Level.WARNING
         found = await _router(client, trouble)

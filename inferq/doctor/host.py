@@ -25,6 +25,7 @@ MIN_DISK_BYTES, COMFORTABLE_DISK_BYTES = 1 << 30, 5 << 30
 
 
 async def look_at_python() -> list[Finding]:
+    """Check the version of Python."""
     version = ".".join(map(str, sys.version_info[:3]))
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         return [Finding("python", Level.WARNING, f"Python {version} is untested", "use Python 3.11 to 3.13")]
@@ -32,6 +33,7 @@ async def look_at_python() -> list[Finding]:
 
 
 async def look_at_settings() -> list[Finding]:
+    """Check that every setting can be read."""
     try:
         facts = read_facts()
     except CannotStart as error:
@@ -41,6 +43,7 @@ async def look_at_settings() -> list[Finding]:
 
 
 async def look_at_ports() -> list[Finding]:
+    """Check that the ports of all roles are free, or taken by them."""
     roles = (("router", RouterSettings.load()), ("manager", ManagerSettings.load()))
     wanted = [(name, settings.host, settings.port) for name, settings in roles]
     fields = WorkerSettings.model_fields
@@ -73,6 +76,7 @@ async def _port(session: aiohttp.ClientSession, name: str, host: str, port: int)
 
 
 async def look_at_files() -> list[Finding]:
+    """Check how many files a process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < MIN_FILES:
         mend = f"raise it: ulimit -n {max(MIN_FILES, 65_536)} (systemd: LimitNOFILE); each client takes one"
@@ -81,6 +85,7 @@ async def look_at_files() -> list[Finding]:
 
 
 async def look_at_disk(examined: Examined) -> list[Finding]:
+    """Check the room on the disk of the data folder."""
     folder = nearest_folder(examined.data_dir)
     free = shutil.disk_usage(folder).free
     text = f"{free / (1 << 30):.1f} GiB are free at {folder}"

@@ -13,6 +13,7 @@ from .findings import ASK_LIMIT_S, Finding, Level
 
 
 async def look_at_managers() -> list[Finding]:
+    """Check that exactly one Manager acts."""
     urls = [url for url in RouterSettings.load().manager_urls if url.startswith("http")]
     if not urls:
         return []

@@ -21,6 +21,7 @@ MAX_SCANNED_BYTES = 256 << 20
 
 
 async def look_at_queue(examined: Examined) -> list[Finding]:
+    """Check the queue's Redis."""
     if not examined.redis_url:
         return await _embedded(examined)
     settings = BrokerSettings.load(redis_url=examined.redis_url, retry_limit_ms=2_000)

@@ -14,6 +14,7 @@ MAX_WAIT_S = 60
 
 
 async def look_at_webhooks(examined: Examined) -> list[Finding]:
+    """Check for webhook endpoints that are disabled or fail."""
     async with examined.client as client:
         if not await client.health():
             return []

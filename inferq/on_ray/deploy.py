@@ -73,6 +73,7 @@ def make_application(plan: RayPlan) -> serve.Application:
 
 
 def settle_manager(plan: RayPlan, tell: Tell) -> str:
+    """Start the plan's Manager unless it runs; return what was done, empty if nothing."""
     digest = plan.manager_digest
     found = read_manager()
     if found is not None and found.digest == digest:

@@ -22,6 +22,7 @@ async def add_endpoint(client: WebhookClient, url: str, events: Sequence[str], n
 
 
 async def list_endpoints(client: WebhookClient, *, as_json: bool) -> int:
+    """Print all endpoints; return the exit code."""
     async with client:
         found = await client.endpoints()
     if as_json:
@@ -34,6 +35,7 @@ async def list_endpoints(client: WebhookClient, *, as_json: bool) -> int:
 
 
 async def show_endpoint(client: WebhookClient, endpoint_id: str, *, as_json: bool) -> int:
+    """Print one endpoint; return the exit code."""
     async with client:
         found = await client.endpoint(endpoint_id)
     _show(found, as_json=as_json)
@@ -41,6 +43,7 @@ async def show_endpoint(client: WebhookClient, endpoint_id: str, *, as_json: boo
 
 
 async def remove_endpoint(client: WebhookClient, endpoint_id: str, *, as_json: bool) -> int:
+    """Remove an endpoint; return the exit code."""
     async with client:
         await client.remove(endpoint_id)
     if as_json:
@@ -60,6 +63,7 @@ async def rotate_secret(client: WebhookClient, endpoint_id: str, keep_s: int, *,
 
 
 async def set_enabled(client: WebhookClient, endpoint_id: str, *, enabled: bool, as_json: bool) -> int:
+    """Enable or disable an endpoint; return the exit code."""
     async with client:
         found = await client.change(endpoint_id, enabled=enabled)
     _show(found, as_json=as_json)
@@ -78,6 +82,7 @@ async def test_endpoint(client: WebhookClient, endpoint_id: str, event_type: str
 
 
 async def list_deliveries(client: WebhookClient, endpoint_id: str, limit: int, *, as_json: bool) -> int:
+    """Print the latest deliveries of an endpoint; return the exit code."""
     async with client:
         found = await client.deliveries(endpoint_id, limit)
     if as_json:

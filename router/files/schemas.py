@@ -44,6 +44,7 @@ class FileDeleted(BaseModel):
 
 
 def file_object(record: FileRecord) -> FileObject:
+    """The object that clients see of a stored file."""
     return FileObject(
         id=record.id,
         bytes=record.bytes,

@@ -25,7 +25,7 @@ from openai_api.paths import CHAT_PATH, COMPLETIONS_PATH
 _Check = Callable[[Any], bool]
 
 
-def _any(value: Any) -> bool:
+def _any(_value: Any) -> bool:
     return True
 
 

@@ -75,7 +75,7 @@ class JobDeleted(BaseModel):
     deleted: bool
 
 
-def job_routes(gate: Gate, jobs: PersistedJobs, streamer: OutputStreamer) -> APIRouter:
+def job_routes(gate: Gate, jobs: PersistedJobs, streamer: OutputStreamer) -> APIRouter:  # noqa: C901 - one function per route
     """The paths below ``/v1/jobs``."""
     routes = APIRouter(tags=["jobs"], dependencies=[gate.allow(Access.CLIENT)])
 

@@ -14,8 +14,8 @@ from aiohttp.test_utils import TestServer
 
 from inferq.client import FabricClient
 from inferq.commands.chat import choose_model
-from inferq.commands.doctor import show_findings
 from inferq.doctor import Examined, Finding, Level, examine, host
+from inferq.doctor.cli import show_findings
 from inferq.doctor.fabric import look_at_fabric
 from inferq.doctor.queue import about_clock
 from tests.support.processes import free_port

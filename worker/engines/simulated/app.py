@@ -14,7 +14,8 @@ from contextlib import aclosing
 
 from starlette.types import Receive, Scope, Send
 
-from .run import ConnectionClosed, EngineCrashed, Reply, Run
+from .api.wire import Reply
+from .run import ConnectionClosed, EngineCrashed, Run
 from .simulation import Simulation
 
 MAX_BODY_BYTES = 128 * 1024 * 1024

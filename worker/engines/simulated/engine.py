@@ -15,7 +15,8 @@ from telemetry.backoff import Backoff
 
 from ..port import EngineAnswer, EngineCall, EngineGone
 from .api import wire
-from .run import ConnectionClosed, EngineCrashed, Reply
+from .api.wire import Reply
+from .run import ConnectionClosed, EngineCrashed
 from .settings import SimulationSettings
 from .simulation import Simulation
 

@@ -34,15 +34,6 @@ class ConnectionClosed(Exception):
         self.total = total
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A complete answer."""
-
-    status: int
-    content_type: str
-    body: bytes
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What a run has to do. ``admit`` asks the prefix cache once it has a slot and gives the tokens held; ``plain``
@@ -155,19 +146,19 @@ class Run:
         """Of an answer that succeeds."""
         return wire.EVENTS if self.streams else wire.JSON
 
-    def finish_at_once(self) -> Reply:
+    def finish_at_once(self) -> wire.Reply:
         """The whole answer of an engine that takes no time."""
         work, engine = self._work, self._engine
         cached = self._begin()
         engine.generated_tokens += work.steps * work.width
         engine.finished[work.finish] += 1
         if work.stream is None:
-            return Reply(200, wire.JSON, work.plain(cached))
+            return wire.Reply(200, wire.JSON, work.plain(cached))
         stream = work.stream
         body = stream.opening() + stream.tokens(0, work.steps) + stream.closing(work.usage(cached))
-        return Reply(200, wire.EVENTS, body)
+        return wire.Reply(200, wire.EVENTS, body)
 
-    async def reply(self) -> Reply:
+    async def reply(self) -> wire.Reply:
         """The plain answer."""
         async with self._counted(), self._engine.slot(self._work.number):
             cached = self._begin()
@@ -176,13 +167,13 @@ class Run:
                 pass
             body = self._work.plain(cached)
             if self._failure is None:
-                return Reply(200, wire.JSON, body)
+                return wire.Reply(200, wire.JSON, body)
             if self._failure.kind is FailureKind.CLOSE_MIDSTREAM:
                 raise ConnectionClosed(body[: len(body) // 2], len(body))
             if self._failure.kind is FailureKind.GARBAGE:
-                return Reply(200, wire.JSON, wire.GARBAGE)
+                return wire.Reply(200, wire.JSON, wire.GARBAGE)
             error = await self._error()
-            return Reply(self._failure.status, wire.JSON, error)
+            return wire.Reply(self._failure.status, wire.JSON, error)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream, in pieces: what is due when the caller asks comes as one."""

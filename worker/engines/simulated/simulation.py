@@ -28,9 +28,10 @@ from .api.requests import (
     parse_embeddings,
     parse_tokenize,
 )
+from .api.wire import Reply
 from .failures import Failure, FailureKind, drawn_failure
 from .prefix_cache import PrefixCache
-from .run import EngineCore, Reply, Run, Work
+from .run import EngineCore, Run, Work
 from .schedule import Pace, Slots
 from .settings import SimulationSettings
 from .tokens import count_tokens, encode_tokens
@@ -120,11 +121,6 @@ class Simulation:
     def waiting(self) -> int:
         """Requests that wait for a slot."""
         return self._engine.slots.waiting
-
-    @property
-    def aborted(self) -> int:
-        """Requests whose caller went away before the end."""
-        return self._engine.finished["abort"]
 
     def open(self, method: str, path: str, body: bytes) -> Reply | Run:
         """The answer to a request, or the run that will produce it."""

@@ -103,7 +103,7 @@ def _choice(request: Generate, settings: SimulationSettings, index: int) -> Choi
 def _shaped(request: Generate, shape: Shape, key: bytes) -> tuple[list[str], bool]:
     """The tokens of a text of that shape behind the prefix, and whether it is complete within the limit."""
     text = shaped_text(shape, key)
-    pieces = split_tokens(text[len(request.prefix) :] if text.startswith(request.prefix) else text)
+    pieces = split_tokens(text.removeprefix(request.prefix))
     return pieces[: request.limit], len(pieces) <= request.limit
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import orjson
 
-from ..run import Reply
 from ..settings import SimulationSettings
 from ..tokens import count_tokens
 from . import wire
 from .answers import embedding
 from .refusal import Fields, RefusedRequest
 from .requests import model_of, parse_object
+from .wire import Reply
 
 _LABELS = ("LABEL_0", "LABEL_1")
 _FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')

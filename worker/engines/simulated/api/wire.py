@@ -99,6 +99,15 @@ def embedding_list(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A complete answer."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
 class AnswerWire(Protocol):
     """One answer in the making: :meth:`whole`, or streamed: :meth:`opening`, then :meth:`tokens` in order, then
     :meth:`closing`. ``steps`` is how many engine steps it takes."""

@@ -98,7 +98,7 @@ async def test_leaving_a_stream_early_aborts_it_and_frees_its_slot() -> None:
     """The next request gets the slot of one whose caller left, and the abort is counted."""
     async with _running(SimulationSettings(max_num_seqs=1, tokens_per_s=5, ttft_ms=0)) as engine:
         assert b"assistant" in await _first_piece(engine, _call(stream=True))
-        assert (engine.simulation.running, engine.simulation.aborted) == (0, 1)
+        assert (engine.simulation.running, engine.simulation._engine.finished["abort"]) == (0, 1)
         assert await _first_piece(engine, _call(stream=True))
 
 
@@ -179,7 +179,7 @@ async def test_a_hanging_request_ends_when_its_caller_leaves() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05), engine.call(_call(sim={"fail": "hang"})):
                 pass
-        assert (engine.simulation.running, engine.simulation.aborted) == (0, 1)
+        assert (engine.simulation.running, engine.simulation._engine.finished["abort"]) == (0, 1)
 
 
 async def test_a_slow_request_takes_its_delay_per_token() -> None:

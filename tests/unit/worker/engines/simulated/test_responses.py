@@ -13,8 +13,8 @@ import pytest
 
 from tests.support.responses import check_response, check_stream, server_sent
 from worker.engines.simulated import Simulation, SimulationSettings
+from worker.engines.simulated.api.wire import Reply
 from worker.engines.simulated.app import SimulationApp
-from worker.engines.simulated.run import Reply
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "minLength": 20}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}

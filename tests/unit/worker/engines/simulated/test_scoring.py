@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from worker.engines.simulated.run import Reply
+from worker.engines.simulated.api.wire import Reply
 from worker.engines.simulated.settings import SimulationSettings
 from worker.engines.simulated.simulation import Simulation
 
