@@ -229,10 +229,10 @@ def build_pages(services: RouterServices) -> FastAPI:
     ):
         app.include_router(routes)
     metrics.watch(
-        waiting=lambda: services.requests.waiting,
+        open_requests=lambda: services.requests.waiting,
         round_trips=lambda: services.link.round_trips,
         transfers=lambda: services.transfers.open,
-        managed=lambda: not services.warnings(),
+        manager_reachable=lambda: not services.warnings(),
     )
     return prepare_app(
         app,

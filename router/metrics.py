@@ -1,4 +1,4 @@
-"""The Router's figures. What is counted per token costs a list index, and becomes a metric when somebody asks."""
+"""The Router's Prometheus metrics. Counting per token is a list index; a scrape turns it into a metric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from telemetry import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry
 
 
 class ModelHistogram(Collector):
-    """A histogram by model, for one thread. Models are those of the directory, so their number is bounded."""
+    """A histogram by model, for one thread. Only models of the directory are observed, so their number is limited."""
 
     def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
         self._name = name
@@ -44,37 +44,41 @@ class ModelHistogram(Collector):
 
 
 class RouterMetrics:
-    """Everything a Router counts."""
+    """The metrics of one Router."""
 
     def __init__(self) -> None:
         self.registry = MetricsRegistry("router")
-        self.ttft = ModelHistogram("inferq_ttft_seconds", "From request to first byte of the answer", WAIT_BUCKETS_S)
-        self.itl = ModelHistogram("inferq_itl_seconds", "Between pieces of a streamed answer", GAP_BUCKETS_S)
+        self.ttft = ModelHistogram(
+            "inferq_ttft_seconds", "From the request to the first byte of the response", WAIT_BUCKETS_S
+        )
+        self.itl = ModelHistogram("inferq_itl_seconds", "Between pieces of a streamed response", GAP_BUCKETS_S)
         self.registry.collectors.register(self.ttft)
         self.registry.collectors.register(self.itl)
         self._requests = self.registry.counter(
             "inferq_requests_total", "Answers by path and status", ("role", "path", "code")
         )
-        self._answers: dict[tuple[str, int], Counter] = {}
-        self.strays = self.registry.counter(
-            "inferq_stray_frames_total", "Frames and markers of requests nobody waits for any more"
+        self._responses: dict[tuple[str, int], Counter] = {}
+        self.dropped_frames = self.registry.counter(
+            "inferq_dropped_frames_total", "Frames and markers dropped because their request is over"
         )
         self.disconnects = self.registry.counter(
-            "inferq_clients_gone_total", "Clients that went away before their answer was complete", ("why",)
+            "inferq_client_disconnects_total",
+            "Clients that disconnected before their response was complete",
+            ("reason",),
         )
         self._cancelled = self.registry.counter(
             "inferq_jobs_cancelled_total",
-            "Jobs that this Router cancelled: their client left, was too slow or stalled, the Router gave them up (a "
-            "deadline, an error, its own end), or frames of the answer were lost",
-            ("why",),
+            "Jobs that this Router cancelled: their client left, was too slow or stalled, the Router abandoned them (a "
+            "deadline, an error, its own end), or frames of the response were lost",
+            ("reason",),
         )
-        self.reruns = self.registry.counter(
-            "inferq_reruns_total", "Requests put on the queue again because frames of their answer were lost"
+        self.resubmissions = self.registry.counter(
+            "inferq_requests_resubmitted_total", "Requests enqueued again because frames of their response were lost"
         )
         self._interrupted = self.registry.counter(
             "inferq_streams_interrupted_total",
-            "Streams that lost their worker after a part was delivered, by how they went on",
-            ("how",),
+            "Streams that lost their worker after a part was delivered, by outcome",
+            ("outcome",),
         )
 
         self._file_bytes = self.registry.counter(
@@ -82,38 +86,42 @@ class RouterMetrics:
         )
 
     def file_bytes(self, direction: str, count: int) -> None:
-        """So many bytes of a file went ``in`` or ``out``."""
+        """Count bytes of a file that came ``in`` or went ``out``."""
         self._file_bytes.labels(direction).inc(count)
 
     def interrupted(self, *, continued: bool, compared: bool, broken: bool) -> None:
-        """A stream is over that had lost its worker in between, or ends because of it."""
-        for how, happened in (("continued", continued), ("compared", compared), ("broken", broken)):
+        """Count a stream that has ended after it lost its worker."""
+        for outcome, happened in (("continued", continued), ("compared", compared), ("broken", broken)):
             if happened:
-                self._interrupted.labels(how).inc()
+                self._interrupted.labels(outcome).inc()
 
-    def cancelled(self, why: str) -> None:
-        """A job was cancelled; ``why``: client_left, client_slow, client_stalled, given_up or frames_lost."""
-        self._cancelled.labels(why).inc()
+    def cancelled(self, reason: str) -> None:
+        """Count a cancelled job; ``reason``: client_left, client_slow, client_stalled, abandoned or frames_lost."""
+        self._cancelled.labels(reason).inc()
 
     def answered(self, path: str, status: int) -> None:
-        """One answer to a request on ``path``, which is one of the allowlist."""
-        counter = self._answers.get((path, status))
+        """Count a response to a request on ``path``, which is one of the allowlist."""
+        counter = self._responses.get((path, status))
         if counter is None:
-            counter = self._answers[(path, status)] = self._requests.labels(self.registry.role, path, str(status))
+            counter = self._responses[(path, status)] = self._requests.labels(self.registry.role, path, str(status))
         counter.inc()
 
     def watch(
         self,
         *,
-        waiting: Callable[[], int],
+        open_requests: Callable[[], int],
         round_trips: Callable[[], int],
         transfers: Callable[[], int],
-        managed: Callable[[], bool],
+        manager_reachable: Callable[[], bool],
     ) -> None:
-        """Read these when somebody asks for the metrics."""
-        self.registry.watch_gauge("inferq_requests_waiting", "Requests that wait for or stream their answer", waiting)
-        self.registry.watch_gauge("inferq_file_transfers", "Uploads and downloads under way", transfers)
+        """Read these gauges at each scrape."""
         self.registry.watch_gauge(
-            "inferq_manager_reachable", "0 while workers cannot join through this Router", lambda: int(managed())
+            "inferq_open_requests", "Requests that wait for or stream their response", open_requests
+        )
+        self.registry.watch_gauge("inferq_file_transfers", "Uploads and downloads that run now", transfers)
+        self.registry.watch_gauge(
+            "inferq_manager_reachable",
+            "0 while workers cannot join through this Router",
+            lambda: int(manager_reachable()),
         )
         self.registry.watch_round_trips(round_trips)

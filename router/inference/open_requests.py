@@ -339,7 +339,7 @@ class OpenRequests:
             request = by_job.get(item.job_id)
             if request is None or request.stitch is None:
                 if not self.followers.deliver(item):
-                    self._metrics.strays.inc()
+                    self._metrics.dropped_frames.inc()
                     if request is None and _begins(item):
                         self._cancel_orphan(item.job_id)
                 continue

@@ -192,7 +192,7 @@ class Relay:
             request.notify()
             return
         request.reruns += 1
-        self._metrics.reruns.inc()
+        self._metrics.resubmissions.inc()
         remaining_ms = max(1, int((request.deadline_s - self._loop().time()) * 1000))
         again = replace(
             job,

@@ -387,7 +387,7 @@ class Inference:
                 self._persisted.leave(request, job)
             return
         if job is not None and stitch is not None and not stitch.settled:
-            why = f"client_{request.why_gone}" if request.gone else "given_up"
+            why = f"client_{request.why_gone}" if request.gone else "abandoned"
             log.info("job_cancelled", job_id=job.id, request_id=request_id, why=why)
             self._canceller.cancel(job.id, "its client went away" if request.gone else "its router gave it up")
             self._metrics.cancelled(why)

@@ -193,7 +193,7 @@ class PersistedRequests:
             broken = StreamBroken if stitch.head is not None else EngineFailed
             raise broken("the request was lost on the queue too often; send it again")
         request.reruns += 1
-        self._metrics.reruns.inc()
+        self._metrics.resubmissions.inc()
         log.info("request_runs_again", job_id=job.id, before=job.id, request_id=job.request_id)
         left_ms = max(1, int((request.deadline_s - asyncio.get_running_loop().time()) * 1000))
         await self.enqueue(request, replace(job, ttl_ms=left_ms))

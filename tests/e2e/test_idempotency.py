@@ -96,7 +96,7 @@ async def test_one_key_is_one_job_whatever_is_killed(fleet: Fleet) -> None:
     assert (here.replay, there.replay) == (False, True)
     for router in (fleet.router, other):
         metrics = await router.metrics()
-        assert 'inferq_streams_interrupted_total{how="continued"} 1.0' in metrics
+        assert 'inferq_streams_interrupted_total{outcome="continued"} 1.0' in metrics
         assert 'how="compared"' not in metrics
         assert 'how="broken"' not in metrics
     assert await enqueued(fleet) == 1

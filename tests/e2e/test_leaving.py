@@ -142,8 +142,8 @@ async def test_a_thousand_clients_that_leave_at_once_leave_nothing_behind(scene:
     stopped = await scene.stopped()
     assert sum(stopped.values()) == CROWD
     assert stopped["cancelled/running"] >= SLOTS
-    assert f'inferq_jobs_cancelled_total{{why="client_left"}} {CROWD}.0' in await scene.router.metrics()
-    assert "inferq_requests_waiting 0.0" in await scene.router.metrics()
+    assert f'inferq_jobs_cancelled_total{{reason="client_left"}} {CROWD}.0' in await scene.router.metrics()
+    assert "inferq_open_requests 0.0" in await scene.router.metrics()
     async with scene.ask({}, stream=False) as answer:
         assert answer.status == 200
 

@@ -111,7 +111,7 @@ async def test_streams_of_an_engine_that_never_says_the_same_go_on(fleet: Fleet)
     async with asyncio.timeout(50):
         await asyncio.gather(*streams)
     metrics = await fleet.router.metrics()
-    assert 'inferq_streams_interrupted_total{how="continued"}' in metrics
+    assert 'inferq_streams_interrupted_total{outcome="continued"}' in metrics
     assert 'how="compared"' not in metrics
     assert 'how="broken"' not in metrics
 

@@ -153,7 +153,7 @@ async def test_a_follower_that_reads_nothing_is_cut_off(routers: list[RunningRou
     writer.transport.abort()
     async with one.session.get(f"{one.url}{path}/output") as given:
         assert await given.read() == large * 40 + DONE
-    assert 'inferq_clients_gone_total{why="stalled"} 1.0' in (await _metrics(one))
+    assert 'inferq_client_disconnects_total{reason="stalled"} 1.0' in (await _metrics(one))
 
 
 async def test_nothing_is_left_of_jobs_whose_time_is_over(valkey: Server, worker: Speaker) -> None:

@@ -202,7 +202,7 @@ async def test_a_lost_stream_goes_on_over_one_connection() -> None:
         await answer.done()
         metrics = (await Client(app).request("GET", "/metrics")).body
     assert answer.body == chunk("Once ") + chunk("upon ") + chunk("a time") + DONE
-    assert b'inferq_streams_interrupted_total{how="continued"} 1.0' in metrics
+    assert b'inferq_streams_interrupted_total{outcome="continued"} 1.0' in metrics
     assert queue.cancelled.empty()
 
 
@@ -302,4 +302,4 @@ async def test_a_stream_that_is_to_fail_fails_openly() -> None:
         assert (await queue.cancellation())[0] == job.id
         metrics = (await Client(app).request("GET", "/metrics")).body
     assert b'"code": "stream_broken"' in answer.body
-    assert b'inferq_streams_interrupted_total{how="broken"} 1.0' in metrics
+    assert b'inferq_streams_interrupted_total{outcome="broken"} 1.0' in metrics

@@ -199,8 +199,8 @@ async def test_what_was_cancelled_and_why_is_counted() -> None:
         late = await Client(app).post(CHAT | {"timeout": 0.03}).done()
         text = (await Client(app).request("GET", "/metrics")).body.decode()
     assert late.status == 504
-    assert 'inferq_jobs_cancelled_total{why="client_left"} 1.0' in text
-    assert 'inferq_jobs_cancelled_total{why="given_up"} 1.0' in text
+    assert 'inferq_jobs_cancelled_total{reason="client_left"} 1.0' in text
+    assert 'inferq_jobs_cancelled_total{reason="abandoned"} 1.0' in text
 
 
 async def test_a_silent_queue_is_a_missed_deadline_and_a_cancelled_job() -> None:
