@@ -10,7 +10,7 @@ from broker import Broker
 from queue_schemas import RegistrationAnswer
 
 from .engines import Engine
-from .manager_client import FabricClient
+from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
 from .settings import WorkerSettings
 
@@ -21,7 +21,7 @@ class WorkerContext:
 
     settings: WorkerSettings
     engine: Engine
-    client: FabricClient
+    client: ManagerClient
     metrics: WorkerMetrics
     url: str | None
     """Where the Manager may reach this worker's HTTP service."""

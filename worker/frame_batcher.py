@@ -1,12 +1,12 @@
-"""The frame batcher: the frames of all running streams, sent together.
+"""The frame batcher: send the frames of all running streams together, one message per Router and flush.
 
-One message per Router and flush, one flush at a time: what gathers while a flush is on its way, and for a few
-milliseconds after it began, goes with the next. A stream's first frame does not wait for company.
+One flush runs at a time: frames that arrive during it, and for a few milliseconds after it began, go with the next. A
+stream's first frame does not wait for others.
 
 A stream that put frames here waits until they are on their way before it reads on (:meth:`Channel.sent`): what its
 engine sends meanwhile is one read and one frame, however many tokens it is. While Redis is away frames are kept, up to
-a limit at which reading stops and TCP slows the engines; frames whose arrival is in doubt are sent again, and a Router
-drops repeats by their number.
+a limit at which reading stops and TCP slows the engines; frames that may not have arrived are sent again, and a
+Router drops repeats by their number.
 
 Frames of a persisted job do not go to a Router but are added to the job's output, which the queue sends on; repeats are
 dropped there.
@@ -131,7 +131,7 @@ class FrameBatcher:
             self._wanted.set()
 
     async def _flush(self) -> bool:
-        """Send what there is; False if some of it is in doubt and has to be sent again."""
+        """Send what there is; False if some of it may not have arrived and has to be sent again."""
         shards: dict[int, dict[str, list[bytes]]] = {}
         stored: list[Channel] = []
         sending = list(self._channels)
@@ -146,7 +146,7 @@ class FrameBatcher:
         if not sending:
             return True
         self._publishing = True
-        _tell(self._until_taken)
+        _notify(self._until_taken)
         try:
             packed = [(shard, {to: b"".join(f) for to, f in replies.items()}) for shard, replies in shards.items()]
             if len(packed) == 1 and not stored:
@@ -167,7 +167,7 @@ class FrameBatcher:
         for channel, answer in zip(stored, kept, strict=True):
             if answer is not None:
                 self._arrived(channel, lost=answer is not Settled.OK)
-        _tell(self._until_done)
+        _notify(self._until_done)
         return None not in results and None not in kept
 
     async def _send(self, shard: int, frames: Mapping[str, bytes]) -> set[str] | None:
@@ -223,7 +223,7 @@ async def _one_of(waiters: list[asyncio.Future[None]]) -> None:
     await waiter
 
 
-def _tell(waiters: list[asyncio.Future[None]]) -> None:
+def _notify(waiters: list[asyncio.Future[None]]) -> None:
     for waiter in waiters:
         if not waiter.done():
             waiter.set_result(None)

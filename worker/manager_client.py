@@ -27,25 +27,25 @@ from queue_schemas import (
 )
 from telemetry.redaction import redact_url
 
-CALL_LIMIT_S = 5.0
-"""The Manager may have to look for another worker of that id first, and to take back what a dead one held."""
-HEARTBEAT_LIMIT_S = 3.0
+CALL_TIMEOUT_S = 5.0
+"""The Manager may first have to check another session of that worker id, and to reclaim its jobs."""
+HEARTBEAT_TIMEOUT_S = 3.0
 """A heartbeat is answered from memory."""
 AVOID_S = 10.0
-"""How long a URL that let a call run out of time is left for others: a frozen host costs that time at every visit."""
+"""How long a URL is avoided after a call to it timed out: a frozen host costs a whole timeout at every visit."""
 _NO_SUCH_WORKER = frozenset({404, UnknownWorker.status})
-"""Other versions and other makes of Managers answer the heartbeat of a worker that they do not know with 404."""
+"""Some Managers answer the heartbeat of a worker that they do not know with 404."""
 _NO_SUCH_PAGE = frozenset({404, 405})
-SILENCE_LIMIT_S = 45.0
-"""A held connection carries a byte every 15 s; one that is silent for so long leads nowhere."""
+IDLE_TIMEOUT_S = 45.0
+"""A session connection carries a byte every 15 s; one without for so long is dead."""
 _MAX_ANSWER_BYTES = 8 << 20
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
 
-class FabricClient:
-    """Calls one of ``urls`` at a time; :meth:`turn` goes on to the next.
+class ManagerClient:
+    """Calls one of ``urls`` at a time; :meth:`turn` switches to the next.
 
-    Every call raises ``ManagerUnavailable`` if nobody answers or the Manager is not ready, ``AuthenticationFailed``
+    Every call raises ``ManagerUnavailable`` if it is not answered or the Manager is not ready, ``AuthenticationFailed``
     for a wrong join token and ``BadRequest`` for a message it does not accept.
     """
 
@@ -57,16 +57,16 @@ class FabricClient:
 
     @property
     def url(self) -> str:
-        """The one in use."""
+        """The URL in use."""
         return self._urls[0]
 
     @property
     def urls(self) -> frozenset[str]:
-        """All of them."""
+        """All URLs."""
         return frozenset(self._urls)
 
     def turn(self) -> None:
-        """Use the next URL from now on, past those that let a call run out of time a moment ago, unless all did."""
+        """Use the next URL from now on, past those where a call timed out a moment ago, unless all did."""
         now = time.monotonic()
         later = self._urls[1:] + self._urls[:1]
         best = min(range(len(later)), key=lambda place: max(self._avoided_until.get(later[place], now), now))
@@ -78,27 +78,27 @@ class FabricClient:
         return _parse(RegistrationAnswer, answer, self.url)
 
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
-        """Raises ``UnknownWorker`` if the Manager does not know this session_id: register again."""
+        """Raises ``UnknownWorker`` if the Manager does not know this session: register again."""
         path = f"workers/{worker_id}/heartbeat"
-        answer = await self._call("POST", path, heartbeat, limit_s=HEARTBEAT_LIMIT_S, unknown=_NO_SUCH_WORKER)
+        answer = await self._call("POST", path, heartbeat, timeout_s=HEARTBEAT_TIMEOUT_S, unknown=_NO_SUCH_WORKER)
         return _parse(HeartbeatAnswer, answer, self.url)
 
     async def hold_session_connection(self, worker_id: str, session_id: SessionId) -> None:
         """Hold a connection to the URL in use until it ends: its other end notices at once when this process
-        dies. Raises ``UnknownWorker`` where nobody holds such connections (an older version)."""
+        dies. Raises ``UnknownWorker`` where session connections are not supported."""
         url = f"{self.url}{FABRIC_PREFIX}/workers/{worker_id}/session?session_id={session_id}"
-        limit = aiohttp.ClientTimeout(total=None, sock_connect=CALL_LIMIT_S, sock_read=SILENCE_LIMIT_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_TIMEOUT_S, sock_read=IDLE_TIMEOUT_S)
         try:
-            async with self._open().get(url, timeout=limit, allow_redirects=False) as answer:
+            async with self._open().get(url, timeout=timeout, allow_redirects=False) as answer:
                 if answer.status != 200:
                     raise _refusal(answer.status, await _read(answer), self.url, _NO_SUCH_PAGE)
                 while await answer.content.readany():
                     continue
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ManagerUnavailable(f"{self.url} has let go of this worker ({type(error).__name__})") from error
+            raise ManagerUnavailable(f"the session connection to {self.url} broke ({type(error).__name__})") from error
 
     async def deregister(self, worker_id: str, session_id: SessionId) -> None:
-        """Tell the Manager that this worker ends, by way of the first URL that leads to one."""
+        """Deregister the session at the first URL that leads to a Manager."""
         for tried in range(1, len(self._urls) + 1):
             try:
                 await self._call("DELETE", f"workers/{worker_id}?session_id={session_id}", None)
@@ -125,23 +125,23 @@ class FabricClient:
         path: str,
         message: BaseModel | None,
         *,
-        limit_s: float = CALL_LIMIT_S,
+        timeout_s: float = CALL_TIMEOUT_S,
         unknown: frozenset[int] = frozenset(),
     ) -> bytes:
         """The answer's body. Statuses of ``unknown`` mean that the worker is, whatever the body says."""
         url = f"{self.url}{FABRIC_PREFIX}/{path}"
         body = message.model_dump_json().encode() if message is not None else None
         headers = {"content-type": "application/json"} if body else {}
-        limit = aiohttp.ClientTimeout(total=limit_s)
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._open().request(
-                method, url, data=body, headers=headers, timeout=limit, allow_redirects=False
+                method, url, data=body, headers=headers, timeout=timeout, allow_redirects=False
             ) as answer:
                 content = await _read(answer)
                 status = answer.status
         except TimeoutError as error:
             self._avoided_until[self.url] = time.monotonic() + AVOID_S
-            raise ManagerUnavailable(f"{redact_url(self.url)} does not answer within {limit_s:g} s") from error
+            raise ManagerUnavailable(f"{redact_url(self.url)} does not answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ManagerUnavailable(
                 f"{redact_url(self.url)} does not answer: {error or type(error).__name__}"
@@ -153,10 +153,10 @@ class FabricClient:
 
 async def _read(answer: aiohttp.ClientResponse) -> bytes:
     """The body, or of one that is larger than the limit its beginning: one read gives only what has arrived."""
-    parts, room = [], _MAX_ANSWER_BYTES
-    while room > 0 and (part := await answer.content.read(room)):
+    parts, capacity = [], _MAX_ANSWER_BYTES
+    while capacity > 0 and (part := await answer.content.read(capacity)):
         parts.append(part)
-        room -= len(part)
+        capacity -= len(part)
     return b"".join(parts)
 
 

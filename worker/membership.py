@@ -1,6 +1,7 @@
-"""Membership: registered with a Manager, kept so by heartbeats, over all Manager URLs and restarts of Managers.
+"""Register a worker session with a Manager, keep it registered by heartbeats, and hold its session connection.
 
-What a worker runs does not depend on it: while no Manager answers, jobs are pulled on the last assignment.
+One URL after the other is tried. Running jobs do not depend on it: while no Manager answers, jobs are claimed by the
+last assignment.
 """
 
 from __future__ import annotations
@@ -27,38 +28,38 @@ from queue_schemas import (
 from telemetry import get_logger
 from telemetry.backoff import Backoff
 
-from .manager_client import FabricClient
+from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
 
 _BACKOFF = Backoff(0.2, 2.0)
 _TAKEN_TRIES = 6
 _TAKEN_PAUSE_S = 0.5
-"""A worker that was restarted at once waits so long for its predecessor to be found dead: 3 s in all."""
+"""A worker that was restarted at once waits for its previous session to be declared dead: 3 s in all."""
 _MIN_GAP_S = 0.1
-_STEADY_PRESENCE_S = 10.0
-_PRESENCE_BACKOFF = Backoff(0.3, 15.0)
-_NOBODY_HOLDS_BACKOFF = Backoff(450.0, 450.0)
-"""How long a worker waits until it asks again a Manager of a version that holds no connections."""
-_REASONS_REMEMBERED = 32
+_STABLE_CONNECTION_S = 10.0
+_CONNECTION_BACKOFF = Backoff(0.3, 15.0)
+_UNSUPPORTED_BACKOFF = Backoff(450.0, 450.0)
+"""How long a worker waits before it asks again where session connections are not supported."""
+_MAX_REASONS_LOGGED = 32
 
 log = get_logger(__name__)
 
 
 class Assigned(Protocol):
-    """Takes an assignment. ``registered``: it answers a registration, so it holds whatever the one before was."""
+    """Takes an assignment. ``registered``: it answers a registration, so it replaces the one before in any case."""
 
     def __call__(self, assignment: Assignment, *, registered: bool) -> None: ...
 
 
 class Membership:
-    """Registers one session id and keeps it registered.
+    """Registers one session and keeps it registered.
 
-    ``status()`` is what heartbeats say; ``assigned`` and ``drain`` are called with what the answers bring.
+    ``status()`` is what heartbeats report; ``assigned`` and ``drain`` are called with what the answers ask for.
     """
 
     def __init__(
         self,
-        client: FabricClient,
+        client: ManagerClient,
         worker_id: str,
         *,
         url: str | None,
@@ -78,9 +79,9 @@ class Membership:
         self._drain = drain
         self._changed = asyncio.Event()
         self._heartbeat_s = 2.0
-        self._said: deque[str] = deque(maxlen=_REASONS_REMEMBERED)
+        self._logged: deque[str] = deque(maxlen=_MAX_REASONS_LOGGED)
         self.registered = False
-        self.trouble = "not registered with a Manager yet"
+        self.problem = "not registered with a Manager yet"
         """Why it is not registered, for people; empty when it is."""
 
     def notify(self) -> None:
@@ -90,9 +91,9 @@ class Membership:
     async def register(self, *, first: bool) -> RegistrationAnswer:
         """Register, trying until a Manager accepts.
 
-        Raises ``WorkerIdTaken`` when another worker holds the id for 3 s and, the ``first`` time, what cannot be
-        mended by waiting: ``AuthenticationFailed``, ``BadRequest``. No URL of several speaks for the others, so that
-        is raised once each has refused: one that does not answer yet may still let this worker in.
+        Raises ``WorkerIdTaken`` when another worker holds the id for 3 s and, the ``first`` time, what waiting
+        cannot mend: ``AuthenticationFailed``, ``BadRequest``. With several URLs that is raised once each has refused:
+        one that does not answer yet may still accept this worker.
         """
         failures = taken = 0
         tried: dict[str, InferqError] = {}
@@ -112,30 +113,30 @@ class Membership:
                 tried[self._client.url] = error
                 if first and tried.keys() >= self._client.urls and all(map(_is_refusal, tried.values())):
                     raise
-                self._lost(error.message)
+                self._note_unregistered(error.message)
                 self._client.turn()
                 failures += 1
                 await asyncio.sleep(_BACKOFF.pause_s(failures))
                 continue
             self._heartbeat_s = answer.heartbeat_interval_ms / 1000
-            self.registered, self.trouble = True, ""
-            self._said.clear()
+            self.registered, self.problem = True, ""
+            self._logged.clear()
             log.info("registered", manager=self._client.url, pools=len(answer.assignment.pools))
             self._assigned(answer.assignment, registered=True)
             return answer
 
     async def run(self) -> NoReturn:
-        """Send heartbeats until cancelled; registers again when the Manager does not know us or does not answer."""
+        """Send heartbeats until cancelled; register again when a Manager does not answer or does not know us."""
         while True:
             await self._pause()
             try:
                 answer = await self._client.heartbeat(self._worker_id, Heartbeat(**self._status().model_dump()))
             except UnknownWorker as error:
-                self._lost(error.message)
+                self._note_unregistered(error.message)
                 await self.register(first=False)
             except InferqError as error:
                 self._metrics.heartbeats_failed.inc()
-                self._lost(error.message)
+                self._note_unregistered(error.message)
                 self._client.turn()
                 await self.register(first=False)
             else:
@@ -144,19 +145,20 @@ class Membership:
                     self._drain()
 
     async def hold_session_connection(self, session_id: SessionId) -> NoReturn:
-        """Hold a connection to whoever this worker is registered with, until cancelled."""
+        """Hold a connection to the URL at which this worker is registered, until cancelled: when it breaks, the Manager
+        checks at once whether this session is dead."""
         failures = 0
         while True:
             begun = asyncio.get_running_loop().time()
             failures += 1
-            backoff = _PRESENCE_BACKOFF
+            backoff = _CONNECTION_BACKOFF
             try:
                 await self._client.hold_session_connection(self._worker_id, session_id)
             except UnknownWorker:
-                backoff = _NOBODY_HOLDS_BACKOFF
+                backoff = _UNSUPPORTED_BACKOFF
             except InferqError as error:
-                log.debug("presence_not_held", error=error.message)
-            if asyncio.get_running_loop().time() - begun > _STEADY_PRESENCE_S:
+                log.debug("session_connection_broke", error=error.message)
+            if asyncio.get_running_loop().time() - begun > _STABLE_CONNECTION_S:
                 failures = 1
             # A Router that ends drops the connections of all its workers at once: jitter spreads their return.
             await asyncio.sleep(backoff.pause_s(failures))
@@ -174,16 +176,16 @@ class Membership:
         status = self._status().model_dump()
         return Registration(worker_id=self._worker_id, url=self._url, version=_version(), region=self._region, **status)
 
-    def _lost(self, why: str) -> None:
-        # Each reason once: several URLs take turns at saying theirs.
-        if self.registered or why not in self._said:
+    def _note_unregistered(self, why: str) -> None:
+        # Each reason once: with several URLs the reasons alternate.
+        if self.registered or why not in self._logged:
             log.warning("manager_lost" if self.registered else "manager_not_reached", reason=why)
-            self._said.append(why)
-        self.registered, self.trouble = False, why
+            self._logged.append(why)
+        self.registered, self.problem = False, why
 
 
 def _is_refusal(error: InferqError) -> bool:
-    """Whether the answer will not become another by itself."""
+    """Whether waiting cannot change the answer."""
     return isinstance(error, AuthenticationFailed | BadRequest)
 
 

@@ -1,4 +1,4 @@
-"""Whether another worker of the fleet takes jobs of a model: asked before a failed request is tried elsewhere."""
+"""Find out whether another worker of the fleet serves a model, before a failed request is tried elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from queue_schemas import InferqError, Pool, SessionId, WorkerInfo
 from telemetry import get_logger
 
 CACHE_S = 1.0
-"""How long one look at the registry serves: an engine that fails may fail hundreds of requests at once."""
+"""How long one reading of the registry is used: an engine that fails may fail hundreds of requests at once."""
 
 log = get_logger(__name__)
 
@@ -24,21 +24,21 @@ class Peers:
     def __init__(self, broker: Broker, session_id: SessionId) -> None:
         self._broker = broker
         self._session_id = session_id
-        self._looking = asyncio.Lock()
-        self._looked_at = float("-inf")
+        self._reading = asyncio.Lock()
+        self._read_at = float("-inf")
         self._workers: Mapping[str, WorkerInfo] = {}
 
     async def serve(self, pool: Pool) -> bool:
         """Whether another worker takes jobs of ``pool``."""
-        async with self._looking:
+        async with self._reading:
             now = asyncio.get_running_loop().time()
-            if now - self._looked_at >= CACHE_S:
+            if now - self._read_at >= CACHE_S:
                 try:
                     self._workers = await self._broker.fleet.load_workers()
                 except InferqError as error:
                     log.warning("registry_not_read", error=error.message)
                     self._workers = {}
-                self._looked_at = now
+                self._read_at = now
         workers = self._workers.values()
         if not any(info.session_id == self._session_id for info in workers):
             return True

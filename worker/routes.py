@@ -1,4 +1,4 @@
-"""The worker's own HTTP service: health, readiness, status, drain, metrics. No request ever comes this way."""
+"""The worker's own HTTP service: health, readiness, status, drain, metrics. No inference request comes this way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from telemetry.http.loopback_access import LoopbackAccess
 
 
 class Health(BaseModel):
-    """Who answers here: a Manager compares it with what it was told."""
+    """Which session answers here: the Manager's failure detector compares it with the registered one."""
 
     status: str = "alive"
     worker_id: str
@@ -26,7 +26,7 @@ class Health(BaseModel):
 
 
 class Status(BaseModel):
-    """Everything a person wants to know of a worker."""
+    """Everything that people ask about a worker."""
 
     worker_id: str
     session_id: SessionId
@@ -67,7 +67,7 @@ def make_app(
 
     @app.get(
         "/health",
-        summary="Which worker, and which run of it, answers here",
+        summary="Which worker, and which session of it, answers here",
         dependencies=[allow(Access.PUBLIC)],
     )
     async def health() -> Health:

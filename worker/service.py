@@ -1,4 +1,4 @@
-"""The worker's process: engine, HTTP service and one session after the other.
+"""Run a worker process: its engine, its HTTP service, and one session after the other.
 
 ``python -m worker.service --worker-id worker-1 --manager-url http://localhost:18000 --port 7000 --model MODEL``
 """
@@ -40,7 +40,7 @@ from telemetry.redaction import redact_url
 from .context import WorkerContext
 from .engines import Engine
 from .engines.choice import make_engine
-from .manager_client import FabricClient
+from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
 from .routes import Status, make_app
 from .session import WorkerSession
@@ -66,7 +66,7 @@ class Worker:
         *,
         hurry: asyncio.Event | None = None,
     ) -> None:
-        """``hurry`` is set by who cannot wait for the jobs that run while it drains."""
+        """``hurry``: set it to hand running jobs over at once when the worker drains."""
         self.settings = settings
         self.registry = MetricsRegistry("worker")
         self.drain = asyncio.Event()
@@ -74,7 +74,7 @@ class Worker:
         self._metrics = WorkerMetrics(self.registry)
         self._listener = listener
         self._engine = engine or make_engine(settings, self._metrics.engine_restarts.inc)
-        self._client = FabricClient(settings.manager_urls, settings.join_token.get_secret_value())
+        self._client = ManagerClient(settings.manager_urls, settings.join_token.get_secret_value())
         self._broker: Broker | None = None
         self._context = WorkerContext(
             settings=settings,
@@ -90,7 +90,7 @@ class Worker:
         self._watch()
 
     async def run(self) -> None:
-        """Serve until drained. Raises ``WorkerIdTaken`` and other errors of ours that its user can mend."""
+        """Serve until drained. Raises ``WorkerIdTaken`` and other errors that say what its user can change."""
         stop_http = asyncio.Event()
         settings = self.settings
         local = LoopbackAccess.of(settings.host, insecure=settings.insecure)

@@ -66,8 +66,8 @@ class WorkerSession:
             reasons.append("the worker is draining")
         if engine.state is not EngineState.READY:
             reasons.append(f"the engine is {engine.state.value}: {engine.detail}")
-        if self._membership.trouble:
-            reasons.append(self._membership.trouble)
+        if self._membership.problem:
+            reasons.append(self._membership.problem)
         if not self.broker_ok:
             reasons.append("the queue's Redis is not reached")
         return reasons
@@ -91,7 +91,7 @@ class WorkerSession:
     def engine_changed(self) -> None:
         """The engine's state or models are others now."""
         self.slots.ready = self._context.engine.state is EngineState.READY
-        self._look_again()
+        self._reconsider()
         self._membership.notify()
 
     async def run(self, *, first: bool) -> None:
@@ -194,13 +194,13 @@ class WorkerSession:
             attempts.stop_late(now())
             attempts.stop_stalled(now(), timeouts)
             for shard in self.slots.shards_due(now()):
-                self._consumers[shard].look_again()
+                self._consumers[shard].reconsider()
 
     async def _finish(self) -> None:
         """Claim no more, let running jobs end, hand the rest back, leave."""
         timeout_s = self._context.settings.drain_timeout_ms / 1000
         self.slots.draining = True
-        self._look_again()
+        self._reconsider()
         self._membership.notify()
         attempts, broker = self._attempts, self._broker
         if attempts is not None and broker is not None:
@@ -232,17 +232,17 @@ class WorkerSession:
             return  # as nearly every heartbeat says
         if self.slots.assign(assignment, registered=registered):
             log.info("assigned", version=assignment.version, pools=[part.pool for part in assignment.pools])
-            self._look_again()
+            self._reconsider()
 
     def _ended(self, lease: Lease, wait_s: float | None) -> None:
         self.slots.freed()
         if wait_s is not None:
             self.slots.retry_after(shard_of_job(lease.job.id), asyncio.get_running_loop().time(), wait_s)
-        self._look_again()
+        self._reconsider()
 
-    def _look_again(self) -> None:
+    def _reconsider(self) -> None:
         for consumer in self._consumers:
-            consumer.look_again()
+            consumer.reconsider()
 
     def _shard_reachable(self, shard: int, ok: bool) -> None:
         if ok:

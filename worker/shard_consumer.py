@@ -54,7 +54,7 @@ class ShardConsumer:
         self._must_reconcile = False
         """Whether the server was away, and may have lost its latest writes."""
 
-    def look_again(self) -> None:
+    def reconsider(self) -> None:
         """Something changed that may allow a claim: a slot is free, the engine is ready, other queues are assigned."""
         self._signal.set()
 

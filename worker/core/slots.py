@@ -1,4 +1,4 @@
-"""What to claim next.
+"""What to claim next: the slots of a worker session, and its claims on each shard.
 
 Rules:
 
@@ -7,8 +7,8 @@ Rules:
   claim whose answer was lost is sent again unchanged.
 * A claim that brings less than it asked for has parked the worker on that shard: it waits for a wake, or claims again
   when its time as a parked worker is nearly over.
-* Whoever is parked must be able to run a job. A worker that no longer can (drain, engine down, another assignment,
-  slots taken by another shard) claims zero jobs, which takes it out of the parked and passes a wake on.
+* A parked worker must be able to run a job. One that no longer can (drain, engine down, another assignment, slots
+  taken by another shard) claims zero jobs, which unparks it and passes a wake on.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from queue_schemas import Assignment, Lane, Pool
 PARK_AGAIN_S = 20.0
 """The broker counts a parked worker as idle for 30 s."""
 RETRY_APART_S = 2.0
-"""A worker that spent an attempt of a job is given it again after so long at the earliest, unless it said otherwise."""
+"""A worker that spent an attempt of a job is given it again after so long at the earliest, unless it asks otherwise."""
 RETRY_MARGIN_S = 0.1
-"""How long after that it looks for the job."""
-MAX_RETRIES_KNOWN = 1_000
+"""How long after that it claims the job."""
+MAX_RETRIES_REMEMBERED = 1_000
 MAX_CLAIM = 32
 """Most jobs in one claim: their bodies come in one reply."""
 
@@ -34,7 +34,7 @@ Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that leaves the parked."""
+    """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that unparks."""
 
     shard: int
     seq: int
@@ -59,7 +59,7 @@ class _Shard:
 
 @dataclass(slots=True)
 class Slots:
-    """The slots of one session id and its claims. Times are seconds of one monotonic clock."""
+    """The slots of one session and its claims. Times are seconds of one monotonic clock."""
 
     total: int
     busy: int = 0
@@ -138,7 +138,7 @@ class Slots:
         """An attempt on ``shard`` was spent here: the job may come back to this worker after ``wait_s``."""
         state = self._shard(shard)
         due = now + wait_s + RETRY_MARGIN_S
-        if len(state.retries_at) < MAX_RETRIES_KNOWN:
+        if len(state.retries_at) < MAX_RETRIES_REMEMBERED:
             state.retries_at.append(due)
         state.claim_again_at = min(state.claim_again_at, due)
 

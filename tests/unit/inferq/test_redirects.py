@@ -23,7 +23,7 @@ from router.composition import open_manager
 from telemetry.http.fabric_calls import FabricCall
 from worker.engines import EngineCall
 from worker.engines.http import HttpEngine
-from worker.manager_client import FabricClient as WorkersClient
+from worker.manager_client import ManagerClient
 
 RUN = SessionId("w.0000000000000001")
 EXAMPLE = Path(__file__).parents[3] / "examples" / "autoscale_by_queue_depth.py"
@@ -50,7 +50,7 @@ async def command(url: str) -> None:
 
 
 async def worker(url: str) -> None:
-    client = WorkersClient([url], "s3cret")
+    client = ManagerClient([url], "s3cret")
     calls: list[Awaitable[object]] = [
         client.register(Registration(worker_id="w", session_id=RUN, slots=1)),
         client.heartbeat("w", Heartbeat(session_id=RUN, slots=1)),

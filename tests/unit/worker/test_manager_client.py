@@ -21,7 +21,7 @@ from queue_schemas import (
     UnknownWorker,
 )
 from worker import manager_client as fabric
-from worker.manager_client import FabricClient
+from worker.manager_client import ManagerClient
 
 SESSION_ID = SessionId("w1.0123456789abcdef")
 REGISTRATION = Registration(worker_id="w1", session_id=SESSION_ID, slots=1)
@@ -56,7 +56,7 @@ def beat() -> Heartbeat:
 async def test_a_heartbeat_that_nobody_knows_means_register_again(status: int, body: bytes) -> None:
     """404 or 410, with our error object or with none: for a heartbeat it is all the same."""
     async with answering(status, body) as url:
-        client = FabricClient([url])
+        client = ManagerClient([url])
         with pytest.raises(UnknownWorker):
             await client.heartbeat("w1", beat())
         await client.close()
@@ -66,7 +66,7 @@ async def test_a_heartbeat_that_nobody_knows_means_register_again(status: int, b
 async def test_a_registration_that_finds_nothing_is_no_manager(body: bytes) -> None:
     """[H48] 404 to a registration is a wrong URL, said as such, whatever nested page comes with it."""
     async with answering(404, body) as url:
-        client = FabricClient([url])
+        client = ManagerClient([url])
         with pytest.raises(ManagerUnavailable, match="is it the right URL"):
             await client.register(REGISTRATION)
         await client.close()
@@ -75,7 +75,7 @@ async def test_a_registration_that_finds_nothing_is_no_manager(body: bytes) -> N
 async def test_a_wrong_token_is_said_with_what_to_set() -> None:
     """401: which URL refused, and which setting to correct."""
     async with answering(401, AuthenticationFailed("wrong").body()) as url:
-        client = FabricClient([url], "not the one")
+        client = ManagerClient([url], "not the one")
         with pytest.raises(AuthenticationFailed, match=f"{url}.*INFERQ_JOIN_TOKEN"):
             await client.register(REGISTRATION)
         await client.close()
@@ -84,11 +84,11 @@ async def test_a_wrong_token_is_said_with_what_to_set() -> None:
 async def test_a_goodbye_is_said_where_somebody_listens() -> None:
     """A worker that ends while Managers change tells the one that acts; with none, it says that it could not."""
     async with answering(503, b"{}") as standing_by, answering(204) as acting:
-        client = FabricClient([standing_by, acting])
+        client = ManagerClient([standing_by, acting])
         await client.deregister("w1", SESSION_ID)
         assert client.url == acting
         await client.close()
-        nobody = FabricClient([standing_by, standing_by])
+        nobody = ManagerClient([standing_by, standing_by])
         with pytest.raises(ManagerUnavailable):
             await nobody.deregister("w1", SESSION_ID)
         await nobody.close()
@@ -96,9 +96,9 @@ async def test_a_goodbye_is_said_where_somebody_listens() -> None:
 
 async def test_a_url_that_hangs_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever lets a call run out of time is not visited at each turn, unless there is nobody else."""
-    monkeypatch.setattr(fabric, "HEARTBEAT_LIMIT_S", 0.05)
+    monkeypatch.setattr(fabric, "HEARTBEAT_TIMEOUT_S", 0.05)
     async with answering(200, hang=True) as frozen, answering(503, b"{}") as standing_by:
-        client = FabricClient([frozen, standing_by])
+        client = ManagerClient([frozen, standing_by])
         visited = []
         for _ in range(4):
             visited.append(client.url)
@@ -111,9 +111,9 @@ async def test_a_url_that_hangs_is_left_alone_for_a_while(monkeypatch: pytest.Mo
 
 async def test_urls_that_all_hang_are_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """With nobody better, the one that hung first is tried first."""
-    monkeypatch.setattr(fabric, "HEARTBEAT_LIMIT_S", 0.05)
+    monkeypatch.setattr(fabric, "HEARTBEAT_TIMEOUT_S", 0.05)
     async with answering(200, hang=True) as one, answering(200, hang=True) as two:
-        client = FabricClient([one, two])
+        client = ManagerClient([one, two])
         visited = []
         for _ in range(4):
             visited.append(client.url)
@@ -147,7 +147,7 @@ async def test_an_answer_that_comes_in_pieces_is_read_whole() -> None:
         writer.close()
 
     server = await asyncio.start_server(respond, "127.0.0.1", 0)
-    client = FabricClient([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"])
+    client = ManagerClient([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"])
     try:
         assert await client.register(REGISTRATION) == answer
     finally:

@@ -27,7 +27,7 @@ from telemetry import MetricsRegistry
 from telemetry.backoff import Backoff
 from tests.support.waiting import eventually
 from worker import membership as module
-from worker.manager_client import FabricClient
+from worker.manager_client import ManagerClient
 from worker.membership import Membership
 from worker.metrics import WorkerMetrics
 
@@ -83,7 +83,7 @@ class Scene:
         self.assigned: list[int] = []
         self.drained = 0
         self.membership = Membership(
-            cast(FabricClient, manager),
+            cast(ManagerClient, manager),
             "w1",
             url="http://w1",
             region="",
@@ -112,7 +112,7 @@ class Scene:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TAKEN_PAUSE_S", 0.01)
     monkeypatch.setattr(module, "_BACKOFF", Backoff(0.01, 0.02))
-    monkeypatch.setattr(module, "_PRESENCE_BACKOFF", Backoff(0.015, 15.0))
+    monkeypatch.setattr(module, "_CONNECTION_BACKOFF", Backoff(0.015, 15.0))
     monkeypatch.setattr(module, "_MIN_GAP_S", 0.01)
 
 

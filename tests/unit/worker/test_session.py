@@ -40,7 +40,7 @@ from worker import session as session_module
 from worker.context import WorkerContext
 from worker.core import slots as slots_module
 from worker.engines import Engine
-from worker.manager_client import FabricClient
+from worker.manager_client import ManagerClient
 from worker.metrics import WorkerMetrics
 from worker.session import WorkerSession
 
@@ -186,7 +186,7 @@ def session_on(
     context = WorkerContext(
         settings=WorkerSettings.load(engine="sim", worker_id="w1", **settings),
         engine=cast(Engine, IdleEngine()),
-        client=cast(FabricClient, Manager(registered)),
+        client=cast(ManagerClient, Manager(registered)),
         metrics=WorkerMetrics(MetricsRegistry("worker")),
         url=None,
         connect=connect,
