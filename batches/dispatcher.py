@@ -169,12 +169,12 @@ class BatchDispatcher:
         )
         self._active = False
         for message in messages:
-            for item in self._window.receive(message.news, self._last_entry):
+            for item in self._window.receive(message.content, self._last_entry):
                 self._handle(item)
             self._last_entry = message.entry_id
         self._caught_up = len(messages) < count
         if messages:
-            size = sum(len(item.data) for message in messages for item in message.news if isinstance(item, Frame))
+            size = sum(len(item.data) for message in messages for item in message.content if isinstance(item, Frame))
             self._read_count = max(1, min(_MAX_MESSAGES, 2 * count, _READ_BYTES * len(messages) // max(size, 1)))
 
     def _handle(self, item: Answer | EndedJob) -> None:

@@ -1,19 +1,19 @@
-"""All Redis access: one client, atomic scripts, the queue operations."""
+"""All Redis access, for every role: ``Broker`` with the queue's operations, its settings and its result types."""
 
 from .client import Broker
-from .operations.dead_letters import MAX_LETTERS, DeadLetters
+from .operations.dead_letters import MAX_DEAD_LETTERS, DeadLetters
 from .operations.durable_replies import ReplyMessage
 from .operations.jobs import JobStatus
 from .operations.maintenance import Expired, Reclaimed
-from .operations.persisted_jobs import MAX_LISTED
+from .operations.persisted_jobs import MAX_PAGE_JOBS
 from .operations.renewal import Renewer
 from .operations.stats import JobCounts
 from .redis.server_checks import ServerFacts
 from .settings import BrokerSettings, Budgets, Durability
 
 __all__ = [
-    "MAX_LETTERS",
-    "MAX_LISTED",
+    "MAX_DEAD_LETTERS",
+    "MAX_PAGE_JOBS",
     "Broker",
     "BrokerSettings",
     "Budgets",

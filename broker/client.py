@@ -29,9 +29,9 @@ from .operations.stats import QueueStats
 from .operations.workers import Workers
 from .redis.calls import Caller
 from .redis.durable import DurableCaller
-from .redis.fitness import Fitness, vet
+from .redis.health import ServerHealth, check_servers
 from .redis.link import ClientLink, open_link
-from .redis.server_checks import ServerFacts, read_facts, settle_meta
+from .redis.server_checks import ServerFacts, check_deployment, read_facts
 from .settings import BrokerSettings, Budgets, Durability
 
 DURABLE_BATCHES = 8
@@ -65,7 +65,7 @@ class Broker:
             [ShardBatches(durable, shard, budgets) for _ in range(DURABLE_BATCHES)]
             for durable, shard in zip(durable_callers, keys, strict=False)
         ]
-        self._fitness = Fitness(caller, keys, disk=disk)
+        self._health = ServerHealth(caller, keys, disk=disk)
         control_read: dict[tuple[int, str], str] = {}
         self.replies = Replies(caller, keys)
         self.jobs = Jobs(caller, keys, self._batches, self._durable_batches, self.replies)
@@ -96,13 +96,13 @@ class Broker:
         disk = durability == "disk"
         try:
             await caller.once(META, "PING")
-            if await vet(caller, keys, disk=disk):
+            if await check_servers(caller, keys, disk=disk):
                 fsync_limit_s = settings.command_timeout_ms / 1000
                 durable = [
                     DurableCaller(caller.link, shard, retry_limit_s=retry_limit_s, fsync_limit_s=fsync_limit_s)
                     for shard in keys
                 ]
-            await settle_meta(caller, settings.shards)
+            await check_deployment(caller, settings.shards)
         except InferqError:
             await caller.link.close()
             raise
@@ -156,7 +156,7 @@ class Broker:
     async def server_faults(self) -> list[str]:
         """Why the queue's servers cannot be relied on now, in sentences without addresses; empty if they can. Bounded
         in time; changes are logged."""
-        return await self._fitness.faults()
+        return await self._health.faults()
 
     async def facts(self) -> ServerFacts:
         """What the server says of itself."""

@@ -1,4 +1,4 @@
-"""The folder of the embedded server: one owner at a time, private where it must be, the same address at every start."""
+"""The embedded server's data folder: locks it for one owner, protects its files, and remembers port and password."""
 
 from __future__ import annotations
 

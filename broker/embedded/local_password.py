@@ -1,6 +1,6 @@
-"""The embedded queue's password for roles of the same machine and user, who can read its data folder.
+"""Add the embedded queue's password to its URL, for roles of the same user that can read its data folder.
 
-A Manager without a join token hands out the queue's URL without its password, as any local program may ask for it.
+A Manager without a join token gives out the queue's URL without its password, because any local program may ask for it.
 """
 
 from __future__ import annotations

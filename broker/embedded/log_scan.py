@@ -1,4 +1,4 @@
-"""Reads a file of commands of the embedded server's append-only log: up to where is it whole?
+"""Find the end of the intact part of a command file in the embedded server's append-only log.
 
 Used by :mod:`broker.embedded.queue_log`. A file holds commands in RESP, transactions from MULTI to EXEC, and
 annotations that begin with ``#``.

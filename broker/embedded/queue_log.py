@@ -1,9 +1,9 @@
-"""The embedded server's data as it lies on the disk: is it whole, and what can be mended?
+"""Check and repair the embedded server's append-only file before Valkey loads it.
 
-Valkey's multi-part append-only file: a manifest names a base (an RDB snapshot) and the files of commands written since.
-A tail that broke off is cut by Valkey itself. A tail of something else, as disks leave it behind after a power cut,
-makes it refuse to start: :meth:`QueueLog.mend` cuts it, and keeps the file as it was. Damage with readable commands
-behind it is cut only if somebody asks for it, since those are lost with it. Blocks: run it in a thread.
+The file has several parts: a manifest names a base (an RDB snapshot) and the files of commands written since. Valkey
+itself cuts a tail that ends within a command. A tail of other bytes, as disks leave behind after a power cut, makes it
+refuse to start: :meth:`QueueLog.mend` cuts the tail and keeps a copy of the file. Damage with readable commands behind
+it is cut only on request, because those commands are lost with it. Blocks: run it in a thread.
 """
 
 from __future__ import annotations

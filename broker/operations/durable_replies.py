@@ -21,10 +21,10 @@ MAX_READ = 128
 
 @dataclass(frozen=True, slots=True)
 class ReplyMessage:
-    """One entry of a reply stream: its id, and what came in it."""
+    """One entry of a reply stream: its id and its frames or marker; none if it was malformed."""
 
     entry_id: str
-    news: tuple[Frame | Marker, ...]
+    content: tuple[Frame | Marker, ...]
 
 
 class DurableReplies:
@@ -35,16 +35,17 @@ class DurableReplies:
         self._keys = keys
 
     async def open(self, shard: int, name: SessionId, ttl_ms: int) -> bool:
-        """Make a reply stream, or keep the one that is there, for ``ttl_ms`` from now: whether it had to be made. While
-        there is none, jobs that name it are cancelled rather than run."""
+        """Make a reply stream, or extend the life of an existing one, to ``ttl_ms`` from now. Returns whether it had to
+        be
+        made. While there is none, jobs that name it are cancelled rather than run."""
         return await extend_reply_stream(self._caller, self._keys[shard], name, ttl_ms)
 
     async def read(
         self, shard: int, name: SessionId, after: str, block_ms: int, count: int = MAX_READ
     ) -> list[ReplyMessage]:
-        """Up to ``count`` entries behind the one with the id ``after`` ("0": from the first that is there), waiting up
-        to ``block_ms`` for one. One try: a server that was away since the last call is an error once, for it may be
-        another run of itself. Malformed entries are logged, and have no news. One call at a time on a shard."""
+        """Up to ``count`` entries after the one with the id ``after`` ("0": from the first), waiting up to ``block_ms``
+        for one. One try: a server that was away since the last call is an error once, because it may have restarted.
+        Malformed entries are logged and empty. One call at a time per shard."""
         keys = self._keys[shard]
         entries = await read_stream(
             self._caller, keys.reply(name), after, count, block_ms, connection_of=keys.prefix + "durable_replies"
@@ -52,18 +53,18 @@ class DurableReplies:
         return [ReplyMessage(entry_id, tuple(parse_reply(entry_id, fields))) for entry_id, fields in entries]
 
     async def trim(self, shard: int, name: SessionId, through: str) -> None:
-        """Remove the entries up to the one with the id ``through``, and it."""
+        """Remove the entries up to and including the one with the id ``through``."""
         key = self._keys[shard].reply(name)
         milliseconds, _, number = through.partition("-")
         await self._caller.command(key, "XTRIM", key, "MINID", f"{milliseconds}-{int(number or 0) + 1}")
 
     async def close(self, shard: int, name: SessionId) -> None:
-        """Remove a reply stream with all that is in it; jobs that name it and still wait are cancelled when their turn
-        comes."""
+        """Delete a reply stream. Waiting jobs that name it are cancelled when a worker claims them."""
         key = self._keys[shard].reply(name)
         await self._caller.command(key, "DEL", key)
 
     async def server_run_id(self, shard: int) -> str:
-        """What tells one run of the shard's server from the next, which may have lost the latest writes; empty where it
-        does not say. One try."""
+        """The run id of the shard's server, which changes at a restart that may have lost the latest writes; empty
+        where
+        it is not told. One try."""
         return await read_run_id(self._caller, self._keys[shard].budget)

@@ -1,5 +1,5 @@
-"""The fleet's shared state: the acting Manager's leader lease, the registry of workers, the known pools, and control
-messages to workers."""
+"""The fleet's shared state in Redis: leader lease, registry of workers, known pools, and control messages to
+workers."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ class Fleet:
         return int(await self._caller.script("act_as_manager", MANAGER, manager_id, ttl_ms, url, proof)) or None
 
     async def release_leader_lease(self, manager_id: str) -> None:
-        """Give up the acting Manager's lease, if held."""
+        """Release the acting Manager's lease, if held."""
         await self._caller.script("act_as_manager", MANAGER, manager_id, 0)
 
     async def acquire_sweeper_lease(self, worker: str, ttl_ms: int) -> bool:
-        """Take or keep, for ``ttl_ms``, the lease of the one worker that sweeps while no Manager acts; 0 gives it up.
-        Whether it is held. One try."""
+        """Take or keep, for ``ttl_ms``, the lease of the one worker that sweeps while no Manager acts; 0 releases it.
+        Returns whether it is held. One try."""
         return int(await self._caller.script("act_as_manager", SWEEPER, worker, ttl_ms, retry=False)) > 0
 
     async def leader_lease_until(self) -> int:
-        """A number that rises while a Manager acts: until when its lease lasts (server ms, not to be compared with a
-        clock); 0 if there is none, or what nobody of ours wrote. One try."""
+        """When the acting Manager's lease ends, which rises while one acts (server ms, not to be compared with a local
+        clock); 0 if there is none or the value is not one of ours. One try."""
         until: bytes = await self._caller.once(MANAGER, "HGET", MANAGER, "until") or b""
         return int(until) if until.isdigit() and len(until) <= _MAX_DIGITS else 0
 
     async def acting_manager(self) -> ActingManager:
-        """Who holds the acting Manager's lease, and where it says it is. Not to be believed as it stands. One try."""
+        """The holder of the acting Manager's lease and its claimed address, which the caller must verify. One try."""
         fields = ("holder", "until", "url", "proof")
         held = [value or b"" for value in await self._caller.once(MANAGER, "HMGET", MANAGER, *fields)]
         holder, until, url, proof = (value[:_MAX_HELD_BYTES].decode("utf-8", "replace") for value in held)
@@ -90,7 +90,7 @@ class Fleet:
             await self._caller.command(WORKERS, "HDEL", WORKERS, *gone)
 
     async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
-        """Keep pools known for a day from now. Whoever declares pools does so again from time to time."""
+        """Keep pools known for a day from now; Managers and Routers declare theirs again from time to time."""
         now = await self._server_ms()
         kind = "declared" if declared else "seen"
         fields: list[str | int] = []

@@ -1,4 +1,4 @@
-"""The calls that every job makes, batched: enqueue, append, settle and release of one shard."""
+"""Batch the calls that every job makes on one shard (enqueue, append, settle, release) into shared script calls."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ..settings import Budgets
 
 _OVERHEAD_BYTES = 256
 """What a job costs in a call besides its own bytes, roughly."""
-KEEP_MS = 24 * 3600 * 1000
-"""How long the answer of a persisted job is kept unless its Router says otherwise."""
+DEFAULT_RETENTION_MS = 24 * 3600 * 1000
+"""How long a persisted job's answer is kept unless its Router says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class _Enqueue:
     job: Job
     envelope: bytes
     listener: str
-    keep: PersistOptions
+    options: PersistOptions
     metadata: bytes
 
 
@@ -78,11 +78,11 @@ class ShardBatches:
         self._ends = Batcher(self._send_ends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._releases = Batcher(self._send_releases, lambda item: len(item.reason) + _OVERHEAD_BYTES)
 
-    async def enqueue(self, job: Job, listener: str = "", keep: PersistOptions | None = None) -> Enqueued:
-        plain = keep is None or keep == PersistOptions(keep.retention_ms)
-        job_metadata = b"" if keep is None or plain else keep.metadata.pack()
+    async def enqueue(self, job: Job, listener: str = "", options: PersistOptions | None = None) -> Enqueued:
+        plain = options is None or options == PersistOptions(options.retention_ms)
+        metadata = b"" if options is None or plain else options.metadata.pack()
         return await self._enqueues.submit(
-            _Enqueue(job, job.pack(), listener or job.reply_to, keep or _KEPT, job_metadata)
+            _Enqueue(job, job.pack(), listener or job.reply_to, options or _DEFAULT_OPTIONS, metadata)
         )
 
     async def append(self, lease: Lease, frames: bytes) -> Settled:
@@ -118,7 +118,7 @@ class ShardBatches:
                 job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
                 item.listener, int(job.persisted), job.ttl_ms, job.max_attempts,
                 encode_name(job.region), job.remote_after_ms, int(_is_continued(job)),
-                *(_kept(item) if job.persisted else _NOT_KEPT),
+                *(_persist_args(item) if job.persisted else _NOT_PERSISTED),
             )  # fmt: skip
         answers = await self._run("enqueue", args, wait_when_full=False)
         return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
@@ -160,7 +160,7 @@ class ShardBatches:
 
 
 def attempt_of(lease: Lease) -> tuple[str, int, str]:
-    """What names an attempt in a call of it."""
+    """The arguments that name an attempt in a script call."""
     return lease.job.id, lease.epoch, lease.attempt_id
 
 
@@ -168,19 +168,20 @@ def _size(item: _Enqueue) -> int:
     return len(item.envelope) + len(item.metadata) + _OVERHEAD_BYTES
 
 
-_KEPT = PersistOptions(KEEP_MS)
-_NOT_KEPT = ("",) * 6
+_DEFAULT_OPTIONS = PersistOptions(DEFAULT_RETENTION_MS)
+_NOT_PERSISTED = ("",) * 6
 
 
-def _kept(item: _Enqueue) -> tuple[Any, ...]:
-    """What the script takes of a persisted job beside what it takes of each."""
-    job, keep = item.job, item.keep
-    request = keep.metadata.request_digest or request_digest(job)
-    return keep.retention_ms, key_digest(job), request, "1" if keep.background else "", keep.topic, item.metadata
+def _persist_args(item: _Enqueue) -> tuple[Any, ...]:
+    """The arguments of a persisted job beyond those of every job."""
+    job, options = item.job, item.options
+    request = options.metadata.request_digest or request_digest(job)
+    listed = "1" if options.background else ""
+    return options.retention_ms, key_digest(job), request, listed, options.topic, item.metadata
 
 
 def _is_continued(job: Job) -> bool:
-    """Whether a lost attempt of ``job`` waits for the Router to say what was delivered."""
+    """Whether ``job``, once its attempt is lost, waits for its Router to say what was delivered."""
     return job.on_loss == "continue" and job.stream and not job.persisted and bool(job.reply_to)
 
 

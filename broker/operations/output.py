@@ -27,8 +27,8 @@ class PersistedOutput:
         self._keys = keys
 
     async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> OutputPage | None:
-        """A page of what is kept of a persisted job, from frame ``(epoch, seq)`` on, the Router ``listener`` being sent
-        what is added from now on. None if the job is unknown. Who goes on reading asks from the last frame it has: if
+        """A page of a persisted job's output from frame ``(epoch, seq)`` on; later frames are sent to Router
+        ``listener``. None if the job is unknown. Who goes on reading asks from the last frame it has: if
         the page does not begin with it, the server lost that frame, and what comes next need not be behind it."""
         return await self._read_output(job_id, listener, after)
 

@@ -26,7 +26,7 @@ from telemetry import get_logger
 from ..redis.calls import Caller, pairs
 from .jobs import state_or_none
 
-MAX_LISTED = 100
+MAX_PAGE_JOBS = 100
 """Jobs in one page of a list."""
 _LIST_STEP = 64
 """Jobs of a list looked at in one call, whose reply ends early if it grows large."""
@@ -46,14 +46,12 @@ class PersistedJobs:
         self._dropped: dict[int, int] = {}
 
     async def get(self, job_id: str) -> PersistedJob | None:
-        """What may be told of a persisted job: None if it is unknown, or nothing is kept of it. Whoever asks for a
-        tenant
-        compares ``tenant``."""
+        """A persisted job's status; None if it is unknown or expired. Callers compare its ``tenant`` with theirs."""
         keys = self._keys_of(job_id)
         if keys is None:
             return None
         (told,) = await self._caller.script("show_persisted", keys.budget, keys.prefix, job_id)
-        return _kept_job(told) if told else None
+        return _persisted_job(told) if told else None
 
     async def page(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
@@ -66,18 +64,18 @@ class PersistedJobs:
             last = await self.get(after)
             if last is None or last.tenant != tenant or not last.background:
                 raise BadRequest(f"there is no job {after[:60]!r} to go on behind: begin without after", param="after")
-            before = _place(last.created_ms, last.id)
-        limit, wanted = min(limit, MAX_LISTED), frozenset(states)
+            before = _list_key(last.created_ms, last.id)
+        limit, wanted = min(limit, MAX_PAGE_JOBS), frozenset(states)
         found: list[PersistedJob] = []
         looked: list[str] = []  # how far each shard was looked at that was not looked at to its end
         for keys in self._keys:
             jobs, to = await self._list(keys, tenant, before, limit + 1, wanted)
             found += jobs
             looked += [to] if to else []
-        found.sort(key=lambda job: _place(job.created_ms, job.id), reverse=True)
+        found.sort(key=lambda job: _list_key(job.created_ms, job.id), reverse=True)
         # Behind the newest place at which a shard was left there may be more, of that shard, in between.
         least = max(looked, default="")
-        page = [job for job in found if _place(job.created_ms, job.id) >= least][:limit]
+        page = [job for job in found if _list_key(job.created_ms, job.id) >= least][:limit]
         cut = len(page) < len(found)
         if cut and page:
             return page, page[-1].id
@@ -99,7 +97,7 @@ class PersistedJobs:
             for member, told in zip(members, found, strict=False):
                 if len(jobs) >= limit:
                     return jobs, before
-                job = _kept_job(told) if told else None
+                job = _persisted_job(told) if told else None
                 if job is None or job.tenant != tenant or not job.background:
                     await self._caller.command(key, "ZREM", key, member)
                 elif not states or job.state in states:
@@ -110,9 +108,8 @@ class PersistedJobs:
         return jobs, before
 
     async def delete(self, job_id: str, reason: str) -> State | None:
-        """Forget all that is kept of a persisted job, which is cancelled first if it lives; the state that it was in,
-        None
-        if it is unknown."""
+        """Delete a persisted job and its output; a live job is cancelled first. Returns the state it was in,
+        None if it is unknown."""
         keys = self._keys_of(job_id)
         if keys is None:
             return None
@@ -121,7 +118,7 @@ class PersistedJobs:
     async def read_finished(self, limit: int = 100) -> list[FinishedJob]:
         """Notices of ends that have not been forgotten, oldest first by shard, up to ``limit`` a shard. Who has dealt
         with one calls :meth:`acknowledge_finished`: until then it is read again, also by others. At most 100,000 are
-        kept a shard; how many were dropped because nobody took them is logged."""
+        kept a shard; how many were dropped unread is logged."""
         notices: list[FinishedJob] = []
         for keys in self._keys:
             entries = await self._caller.command(keys.ended, "XRANGE", keys.ended, "-", "+", "COUNT", limit)
@@ -153,23 +150,23 @@ class PersistedJobs:
         dropped = int(await self._caller.command(keys.ended_dropped, "HGET", keys.ended_dropped, "dropped") or 0)
         before = self._dropped.get(keys.shard, 0)
         if dropped > before:
-            log.warning("notices_dropped", shard=keys.shard, dropped=dropped - before, why="nobody took them in time")
+            log.warning("notices_dropped", shard=keys.shard, dropped=dropped - before, why="nobody read them in time")
         self._dropped[keys.shard] = dropped
 
     def _keys_of(self, job_id: str) -> ShardKeys | None:
-        """The keys of a job's shard; None if it can be no job of ours."""
+        """The keys of a job's shard; None for an id that is not one of ours."""
         try:
             return keys_of_job(self._keys, job_id)
         except BadMessage:
             return None
 
 
-def _place(at_ms: int, job_id: str) -> str:
-    """Where a job stands in its tenant's list, as the scripts write it."""
+def _list_key(at_ms: int, job_id: str) -> str:
+    """A job's sort key in its tenant's list, as the scripts write it."""
     return f"{at_ms:015d} {job_id}"
 
 
-def _kept_job(told: Sequence[Any]) -> PersistedJob:
+def _persisted_job(told: Sequence[Any]) -> PersistedJob:
     """What the scripts tell of a job: ``show_persisted.lua``."""
     words = [value.decode("utf-8", "replace") for value in told[:-1]]
     (
@@ -197,15 +194,15 @@ def _kept_job(told: Sequence[Any]) -> PersistedJob:
         persisted_bytes=int(kept or 0),
         output_epoch=int(begun or 0),
         output_replaced=replaced == "1",
-        metadata=_memo(told[-1]),
+        metadata=_metadata(told[-1]),
     )
 
 
-def _memo(data: bytes) -> JobMetadata:
+def _metadata(data: bytes) -> JobMetadata:
     try:
         return JobMetadata.unpack(data)
     except BadMessage as error:
-        log.warning("memo_unreadable", error=error.message)
+        log.warning("job_metadata_unreadable", error=error.message)
         return JobMetadata()
 
 

@@ -1,4 +1,4 @@
-"""Renewing: raising an session_id's number on every shard, which keeps all that it holds."""
+"""Renew a worker session's leases on every shard at the same time, without waiting long for any one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Renewer:
 
     The Broker's own shares its connection. One made by :meth:`Workers.renewer_apart` has another, for another thread's
     event loop, and tries each call once: whether to renew is decided anew for the next try. Shards are renewed at the
-    same time, and one that does not answer within ``patience_s`` is not waited for. Those in ``unjoined`` are left out.
+    same time, and one that does not answer within ``shard_timeout_s`` is not waited for. Those in ``unjoined`` are left
+    out.
     """
 
     def __init__(
@@ -25,13 +26,13 @@ class Renewer:
         keys: Sequence[ShardKeys],
         read_to: Mapping[tuple[int, str], str],
         unjoined: Mapping[str, set[int]],
-        patience_s: float | None = None,
+        shard_timeout_s: float | None = None,
     ) -> None:
         self._caller = caller
         self._keys = keys
         self._read_to = read_to
         self._unjoined = unjoined
-        self._patience_s = patience_s
+        self._shard_timeout_s = shard_timeout_s
         self._unanswered: dict[str, dict[int, asyncio.Task[int]]] = {}
 
     async def renew(self, session_id: SessionId) -> None:
@@ -45,7 +46,7 @@ class Renewer:
                 own[keys.shard] = asyncio.create_task(self._renew(keys, session_id))
         asked = dict(own)
         if asked:
-            await asyncio.wait(asked.values(), timeout=self._patience_s)
+            await asyncio.wait(asked.values(), timeout=self._shard_timeout_s)
         done = {shard: task for shard, task in asked.items() if task.done()}
         for shard, task in done.items():
             if own.get(shard) is task:

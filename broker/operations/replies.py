@@ -11,6 +11,7 @@ from typing import NoReturn
 from queue_schemas import BadMessage, Frame, InferqError, Marker, SessionId, ShardKeys
 from queue_schemas.frames import FRAME_FIELD, MARKER_FIELD, unpack_frames, unpack_marker
 from telemetry import get_logger
+from telemetry.backoff import Backoff
 
 from ..redis.calls import Caller
 from ..redis.server_checks import read_run_id
@@ -24,7 +25,7 @@ _TRIM_AFTER_BYTES = 4 << 20
 _READ_COUNT = 256
 _ENTRY_BYTES = 64
 _BLOCK_MS = 5_000
-_MAX_PAUSE_S = 1.0
+_BACKOFF = Backoff(0.05, 1.0)
 
 log = get_logger(__name__)
 
@@ -46,15 +47,14 @@ class Replies:
         deliver: Callable[[list[Frame | Marker]], None],
         lost: Callable[[int], None] | None = None,
     ) -> NoReturn:
-        """Read this Router's reply streams until cancelled; ``deliver`` gets what comes, in order per job.
+        """Read this Router's reply streams until cancelled; ``deliver`` gets frames and markers, in order per job.
 
-        ``lost(shard)`` is called when the stream of a shard had vanished and was made again, or the server is another
-        run of itself: answers to jobs of that shard, or jobs, may be missing. Malformed entries are logged and passed
-        over.
+        ``lost(shard)`` is called when the stream of a shard had to be made again, or its server was restarted: jobs of
+        that shard, or their answers, may be missing. Malformed entries are logged and skipped.
         """
 
         def opened(shard: int) -> Callable[[bool], None]:
-            def tell(first: bool) -> None:
+            def report(first: bool) -> None:
                 if first:
                     self.missing.discard(shard)
                     if not self.missing:
@@ -62,7 +62,7 @@ class Replies:
                 elif lost is not None:
                     lost(shard)
 
-            return tell
+            return report
 
         async def serve_without_missing() -> None:
             """A shard that is away keeps no Router from serving the others."""
@@ -104,33 +104,34 @@ class ReplyReader:
         self._last = "0"
         self._read_since_trim = 0
         self._run_id = ""
-        self._doubtful = False
-        """What was in the stream may be lost, and nobody was told yet."""
+        self._may_have_lost = False
+        """Entries of the stream may be lost, and ``opened`` was not called yet."""
         self._count = _READ_COUNT
 
     async def run(self) -> None:
-        """Read for ever. ``opened(first)`` is called when the stream was made for the ``first`` time, and whenever what
-        was in it may be lost: it had to be made again, or the server is another run of itself."""
-        pause = 0.05
+        """Read until cancelled. ``opened(first)`` is called when the stream was made for the ``first`` time, and
+        whenever
+        entries may be lost: the stream had to be made again, or the server was restarted."""
+        failures = 0
         first = True
         extend_at = 0.0
         while True:
             try:
                 if time.monotonic() >= extend_at:
-                    await self._look_at_run()
+                    await self._check_server_run()
                     await self._extend()
-                    if self._doubtful:
-                        self._doubtful = False
+                    if self._may_have_lost:
+                        self._may_have_lost = False
                         self._opened(first)
                         first = False
                     extend_at = time.monotonic() + _EXTEND_EVERY_S
                 entries = await read_stream(self._caller, self._key, self._last, self._count, _BLOCK_MS)
-                pause = 0.05
+                failures = 0
                 self._count = _READ_COUNT
             except InferqError as error:
                 log.warning("reply_stream_unreachable", error=error.message)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _MAX_PAUSE_S)
+                failures += 1
+                await asyncio.sleep(_BACKOFF.pause_s(failures))
                 extend_at = 0.0
                 # Perhaps the reply was too large for the time it may take.
                 self._count = max(1, self._count // 2)
@@ -146,18 +147,18 @@ class ReplyReader:
         """Extend the stream's life and drop what was read; make it if it is not there."""
         self._read_since_trim = 0
         if await extend_reply_stream(self._caller, self._keys, self._router, REPLY_TTL_MS, self._last):
-            self._doubtful = True
+            self._may_have_lost = True
 
-    async def _look_at_run(self) -> None:
-        """Whether the server was restarted or replaced since we looked last, and may have lost its latest writes."""
+    async def _check_server_run(self) -> None:
+        """Notice that the server was restarted or replaced since the last call, and may have lost its latest writes."""
         run_id, before = await read_run_id(self._caller, self._key), self._run_id
         self._run_id = run_id or before
         if before and run_id and run_id != before:
-            self._doubtful = True
-            await self._go_on()
+            self._may_have_lost = True
+            await self._continue_ids()
 
-    async def _go_on(self) -> None:
-        """What comes must stand behind what was read, though its entry may have been lost, and clocks differ."""
+    async def _continue_ids(self) -> None:
+        """Make new entries get ids after those already read, though the last one may be lost and the clock behind."""
         # Trimming keeps the last entry read: none from it on, none is left from it.
         if self._last != "0" and not await self._caller.command(
             self._key, "XRANGE", self._key, self._last, "+", "COUNT", 1
@@ -173,7 +174,7 @@ async def extend_reply_stream(caller: Caller, keys: ShardKeys, reader: str, ttl_
 
 
 def parse_reply(entry_id: str, fields: dict[bytes, bytes]) -> list[Frame | Marker]:
-    """The news in one entry of a reply stream; what is malformed is logged, and none."""
+    """The frames or marker in one entry of a reply stream; a malformed entry is logged and has none."""
     try:
         if FRAME_FIELD in fields:
             return list(unpack_frames(fields[FRAME_FIELD]))

@@ -14,8 +14,8 @@ from ..redis.calls import Caller, pairs
 from ..redis.shards import answers_of, on_each
 
 _NOT_EVENTS = ("waiting", "leased", "turn")
-SHARD_LIMIT_S = 1.0
-"""How long a shard may take to say what it holds, where the others go on without it."""
+SHARD_TIMEOUT_S = 1.0
+"""How long a shard may take to answer before it is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class QueueStats:
         async def ask(keys: ShardKeys) -> Any:
             return await self._caller.script("depth", keys.budget, keys.prefix, retry=away is None)
 
-        for found in await self._present(ask, away):
+        for found in await self._ask_each(ask, away):
             for queue_key, waiting, leased, oldest in found:
                 pool, lane, region = _parts(queue_key.decode())
                 lanes = depths.setdefault(pool, {})
@@ -61,13 +61,13 @@ class QueueStats:
         return depths
 
     async def job_counts(self, away: set[int] | None = None) -> JobCounts:
-        """What happened to jobs since ever, and why they were stopped; ``away`` as for :meth:`depths`."""
+        """Counts of job events and of stopped jobs, since the data was created; ``away`` as for :meth:`depths`."""
         counts = JobCounts()
 
         async def ask(keys: ShardKeys) -> Any:
             return await self._caller.once(keys.counters, "HGETALL", keys.counters)
 
-        for found in await self._present(ask, away):
+        for found in await self._ask_each(ask, away):
             for name, count in pairs(found):
                 queue_key, _, event = name.decode().rpartition(":")
                 if event in _NOT_EVENTS:
@@ -77,19 +77,19 @@ class QueueStats:
                 kind[pool, lane, event] = kind.get((pool, lane, event), 0) + int(count)
         return counts
 
-    async def _present(self, ask: Callable[[ShardKeys], Awaitable[Any]], away: set[int] | None) -> list[Any]:
-        """What the shards answer; see :meth:`depths`."""
+    async def _ask_each(self, ask: Callable[[ShardKeys], Awaitable[Any]], away: set[int] | None) -> list[Any]:
+        """The answers of the shards; see :meth:`depths`."""
         if away is None:
             return answers_of(await on_each(self._keys, ask))
 
-        async def soon(keys: ShardKeys) -> Any:
+        async def within_limit(keys: ShardKeys) -> Any:
             try:
-                async with asyncio.timeout(SHARD_LIMIT_S):
+                async with asyncio.timeout(SHARD_TIMEOUT_S):
                     return await ask(keys)
             except TimeoutError as error:
                 raise BrokerUnavailable("a part of the queue's Redis does not answer", retry_after_s=2) from error
 
-        found = await on_each(self._keys, soon)
+        found = await on_each(self._keys, within_limit)
         present = [answer for answer in found if not isinstance(answer, InferqError)]
         if not present:
             return answers_of(found)

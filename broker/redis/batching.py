@@ -1,4 +1,4 @@
-"""Batches: concurrent calls of one kind share one round trip.
+"""``Batcher`` sends concurrent calls of one kind to Redis in one round trip and returns each caller its own answer.
 
 No timer delays anything: a batch is what has gathered while the previous one was on its way, so a lone call goes out
 at once and a thousand concurrent ones share a few.
@@ -78,7 +78,7 @@ class Batcher(Generic[Item, Answer]):
         return batch
 
     async def close(self) -> None:
-        """Stop; whoever still waits is cancelled."""
+        """Stop; callers that still wait are cancelled."""
         if self._sender is not None:
             self._sender.cancel()
             await asyncio.gather(self._sender, return_exceptions=True)

@@ -1,30 +1,24 @@
-"""Calls: a script or a command, sent until it is answered or the limit is over.
+"""``Caller`` sends a script or a command to Redis until it is answered or the retry limit is over.
 
-Every script survives "reply lost after commit": a repeated call gives the same answer and has no second effect. So a
-call whose reply did not come is simply sent again, with backoff and an end.
+Every script is safe to repeat after a reply that was lost: it gives the same answer and has no second effect.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from typing import Any
 
-from redis.exceptions import NoScriptError, OutOfMemoryError
+from redis.exceptions import NoScriptError
 
-from queue_schemas import BrokerFull, BrokerUnavailable, BrokerUnsuitable
+from queue_schemas import BrokerFull, BrokerUnsuitable
+from telemetry.backoff import Backoff
 
-from .failures import FAILURES, REFUSED, UNREACHABLE
+from .failures import FAILURES, as_inferq_error
 from .link import Link
 from .scripts import load_scripts
 
-_FIRST_PAUSE_S = 0.05
-_MAX_PAUSE_S = 1.0
-_REFUSING = ("NOAUTH", "WRONGPASS", "NOPERM")
-_REFUSING_SCRIPTS = ("ACL failure in script", "The user executing the script can't")
-"""Redis 7.0 does not name the command that its user may not send within a script."""
-_FULL = ("OOM", "MISCONF")
+_BACKOFF = Backoff(0.05, 1.0)
 
 
 class Caller:
@@ -67,10 +61,10 @@ class Caller:
             raise as_inferq_error(error) from error
 
     async def _until_answered(self, attempt: Any, wait_when_full: bool, limit_s: float | None = None) -> Any:
-        """``limit_s``: that of all calls unless another is given."""
+        """``limit_s`` is that of all calls unless another is given."""
         limit_s = self._retry_limit_s if limit_s is None else limit_s
-        give_up_at: float | None = None
-        pause = _FIRST_PAUSE_S
+        deadline: float | None = None
+        failures = 0
         while True:
             self.round_trips += 1
             try:
@@ -79,42 +73,13 @@ class Caller:
                 failure = as_inferq_error(error)
                 if isinstance(failure, BrokerUnsuitable) or (isinstance(failure, BrokerFull) and not wait_when_full):
                     raise failure from error
-                give_up_at = give_up_at or time.monotonic() + limit_s
-                if time.monotonic() + pause > give_up_at:
+                failures += 1
+                pause_s = _BACKOFF.pause_s(failures)
+                deadline = deadline or time.monotonic() + limit_s
+                if time.monotonic() + pause_s > deadline:
                     raise failure from error
             self.retries += 1
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, _MAX_PAUSE_S)
-
-
-def as_inferq_error(error: BaseException) -> BrokerUnavailable | BrokerUnsuitable | BrokerFull:
-    """The error of ours that says what ``error`` means for a caller."""
-    text = str(error)
-    if isinstance(error, REFUSED) or text.startswith(_REFUSING):
-        return BrokerUnsuitable(
-            f"Redis refuses us: {error}; check the user and password in INFERQ_REDIS_URL and the user's ACL rules (a "
-            "Manager tells the password only to who shows its join token: INFERQ_JOIN_TOKEN; the embedded queue's is "
-            "found in the folder INFERQ_DATA_DIR)",
-            public="the queue's Redis refuses us; the operator finds the reason in the log",
-        )
-    if any(words in text for words in _REFUSING_SCRIPTS):
-        return BrokerUnsuitable(
-            f"Redis refuses us a part of a script: {text}; ACL LOG on the server names the command or key, and "
-            "docs/topologies.md the rules that a user needs"
-        )
-    if isinstance(error, OutOfMemoryError) or any(code in text for code in _FULL):
-        return BrokerFull(
-            f"the queue's Redis takes no more work now: {text}; free memory or disk, or raise maxmemory",
-            retry_after_s=10,
-        )
-    if isinstance(error, UNREACHABLE):
-        return BrokerUnavailable(
-            f"the queue's Redis cannot be reached ({type(error).__name__}: {error}); try again shortly",
-            retry_after_s=2,
-            public="the queue's Redis cannot be reached; try again shortly",
-        )
-    # Whatever else a server says (somebody's slow script runs, it is failing over) may pass: it was fit at the start.
-    return BrokerUnavailable(f"the queue's Redis answers with an error: {text}; try again shortly", retry_after_s=2)
+            await asyncio.sleep(pause_s)
 
 
 def pairs(reply: Any) -> list[tuple[bytes, bytes]]:

@@ -1,5 +1,8 @@
-"""A link to a Redis Cluster whose nodes fail apart: each has a connection of its own, and the map of slots is read
-beside the commands, so that a node that is away delays only what goes to it."""
+"""``ClusterLink`` sends commands to a Redis Cluster whose nodes fail separately.
+
+Each node has a connection of its own, and the slot map is read beside the commands, so that a node that is away delays
+only the commands for it.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class ClusterLink:
 
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
         reader = await self._placed(self._readers, key)
-        if (loss := reader.unheard_loss()) is not None:
+        if (loss := reader.take_loss()) is not None:
             self._refresh()
             raise loss
         try:

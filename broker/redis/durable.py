@@ -1,4 +1,4 @@
-"""Work that is on the disk before it counts as taken in (``durability = disk``).
+"""Run scripts that are answered once what they wrote is on the server's disk (``durability = disk``), for enqueues.
 
 Script calls go out in pipelines on a connection that nothing else uses, each closed by a write and WAITAOF: the server
 answers that one when its append-only file is fsynced up to the write, and nothing else on the connection until then.
@@ -19,8 +19,8 @@ from redis.exceptions import NoScriptError
 from queue_schemas import BrokerUnsuitable, NotOnDisk, ShardKeys
 
 from .batching import Batcher
-from .calls import Caller, as_inferq_error
-from .failures import FAILURES, UNREACHABLE
+from .calls import Caller
+from .failures import FAILURES, UNREACHABLE, as_inferq_error
 from .link import Link
 from .scripts import Script
 from .server_checks import ServerFacts
@@ -82,12 +82,12 @@ class DurableCaller(Caller):
 
     async def _send(self, calls: Sequence[_Call]) -> list[Any]:
         """The replies of ``calls``, or their errors, once the disk has confirmed them."""
-        give_up_at = time.monotonic() + self._retry_limit_s
+        deadline = time.monotonic() + self._retry_limit_s
         while True:
             *replies, (synced, _) = await self._until_answered(lambda: self._pipeline(calls), wait_when_full=False)
             if synced:
                 return [as_inferq_error(reply) if isinstance(reply, FAILURES) else reply for reply in replies]
-            if time.monotonic() >= give_up_at:
+            if time.monotonic() >= deadline:
                 raise NotOnDisk(
                     "the queue's Redis took the work, but its disk did not confirm it within "
                     f"{self._retry_limit_s:g} s: it may be run, and a crash may lose it; look at the server's disk, "

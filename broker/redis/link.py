@@ -1,4 +1,4 @@
-"""Links: one way to send a command, whatever the server's topology.
+"""Links send commands to one server, a Sentinel service or a Cluster, with the same methods for all.
 
 :func:`open_link` reads the URL. redis-py makes the connections (TLS, ACL, Sentinel, Cluster); its own retries are off,
 because it cannot know which calls may be repeated.
@@ -33,7 +33,7 @@ class Link(Protocol):
 
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
         """Send a command that may block up to ``limit_s`` on a connection of its own. One that was lost since the last
-        such command is raised, once: whoever follows a stream has to know that its server was away."""
+        such command is raised, once: a reader of a stream has to know that its server was away."""
 
     async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Send commands in one piece on a connection that only pipelines use, which the last of them may block up to
@@ -69,7 +69,7 @@ class MultiplexedLink:
         reader = self._readers.get(key)
         if reader is None:
             reader = self._readers[key] = MultiplexedConnection(self._open_connection, self._limit_s)
-        if (loss := reader.unheard_loss()) is not None:
+        if (loss := reader.take_loss()) is not None:
             # Not one to pass over by connecting again: the server may have lost its latest writes since.
             raise loss
         try:

@@ -1,4 +1,4 @@
-"""One connection, many callers: commands are pipelined as they come and replies handed out in order.
+"""Share one connection between many callers: commands are pipelined as they come, replies returned in order.
 
 redis-py opens the connection (TLS, ACL, Sentinel) and parses replies; what it does for each command of each caller,
 checking a connection out and in, timing it, retrying, is left out, because that is most of a command's cost.
@@ -40,12 +40,12 @@ class MultiplexedConnection:
         self._reader: asyncio.Task[None] | None = None
         self._awaited: deque[tuple[float, asyncio.Future[Any]]] = deque()
         self._watch: asyncio.TimerHandle | None = None
-        self._unheard: Exception | None = None
+        self._loss: Exception | None = None
 
-    def unheard_loss(self) -> Exception | None:
-        """How the connection was lost, if that was while no command was under way and was not asked before."""
-        unheard, self._unheard = self._unheard, None
-        return unheard
+    def take_loss(self) -> Exception | None:
+        """The error with which the connection was lost while no command was under way, returned once; else None."""
+        loss, self._loss = self._loss, None
+        return loss
 
     async def command(self, limit_s: float, *args: Any) -> Any:
         """Send a command and await its reply, at most ``limit_s`` seconds. Raises redis-py's exceptions."""
@@ -139,7 +139,7 @@ class MultiplexedConnection:
             self._watch.cancel()
             self._watch = None
         lost, self._awaited = self._awaited, deque()
-        self._unheard = None if lost else error
+        self._loss = None if lost else error
         for _, future in lost:
             if not future.done():
                 future.set_exception(error)
@@ -148,17 +148,17 @@ class MultiplexedConnection:
             await connection.disconnect(nowait=True)
 
     def _look_for_overdue(self) -> None:
-        """One timer watches all commands: the connection is given up when any reply is overdue."""
+        """One timer watches all commands: the connection is abandoned when any reply is overdue."""
         self._watch = None
         if not self._awaited:
             return
         now = time.monotonic()
         if any(due < now for due, _ in self._awaited):
-            self._give_up_connection()
+            self._abandon_connection()
             return
         self._watch = asyncio.get_running_loop().call_later(_WATCH_EVERY_S, self._look_for_overdue)
 
-    def _give_up_connection(self) -> None:
+    def _abandon_connection(self) -> None:
         """Fail what is under way. Cancelling the reader makes redis-py close the socket."""
         lost, self._awaited = self._awaited, deque()
         for _, future in lost:

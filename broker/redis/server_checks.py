@@ -1,4 +1,4 @@
-"""What server is this, and can it carry the queue?"""
+"""Read what a Redis server says of itself, and check that it can hold the queue: for start-up and health checks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from queue_schemas import BrokerUnavailable, BrokerUnsuitable
 from queue_schemas.keys import META
 
-from .calls import Caller, as_inferq_error, pairs
-from .failures import FAILURES, UNREACHABLE
+from .calls import Caller, pairs
+from .failures import FAILURES, UNREACHABLE, as_inferq_error
 
 CONTRACT = "1"
 """Version of the keys and scripts; a fabric of another one must not share the data."""
@@ -87,8 +87,8 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
-async def settle_meta(caller: Caller, shards: int) -> None:
-    """Fix the deployment's constants at the first start, and check them at every other."""
+async def check_deployment(caller: Caller, shards: int) -> None:
+    """Write the deployment's constants at the first start, compare them at every other. Raises ``BrokerUnsuitable``."""
     for name, value in (("shards", str(shards)), ("contract", CONTRACT)):
         # Read first: a server whose memory is full takes no write, and must still be joined by those who empty it.
         held = await caller.command(META, "HGET", META, name)
@@ -104,8 +104,8 @@ async def settle_meta(caller: Caller, shards: int) -> None:
 
 
 async def read_run_id(caller: Caller, key: str) -> str:
-    """What tells one run of the server of ``key`` from the next; empty where it does not say. One try; raises
-    ``BrokerUnavailable``: a server that is away now will be another run."""
+    """The run id of the server that holds ``key``, which changes at every restart; empty where it is not told. One try;
+    raises ``BrokerUnavailable``."""
     caller.round_trips += 1
     try:
         info = await caller.link.command(key, "INFO", "server")

@@ -1,4 +1,4 @@
-"""How time passes on the queue's servers, measured on the monotonic clock of the process that sweeps.
+"""Estimate the time on the queue's servers from the sweeping process's monotonic clock, for its sweeps.
 
 The scripts keep a clock of the queue's own, which a step of the server's clock does not move (``now_ms`` in
 broker/lua/_shared.lua). After a gap without calls, a script cannot know whether it was a step or an outage. A process

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .calls import Caller, as_inferq_error
-from .failures import FAILURES
+from .calls import Caller
+from .failures import FAILURES, as_inferq_error
 
 Entries = list[tuple[str, dict[bytes, bytes]]]
 

@@ -1,4 +1,4 @@
-"""What a Redis URL says, checked before the first connection.
+"""Check a Redis URL before the first connection, and name its topology.
 
 redis-py takes a database that is no number for database 0, and finds a parameter that it does not know, or a file that
 is not there, at each attempt to connect, as if the server were away.

@@ -21,11 +21,13 @@ from rq.timeouts import TimerDeathPenalty
 
 from queue_schemas import CannotStart
 from telemetry import get_logger
+from telemetry.backoff import Backoff
 
 IDLE_S = 1
 """How often an idle worker checks whether to stop."""
 _WORKER_TTL_S = 30
-_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.1, 2.0
+_MAX_PAUSE_S = 2.0
+_BACKOFF = Backoff(0.1, _MAX_PAUSE_S)
 
 log = get_logger(__name__)
 
@@ -84,7 +86,7 @@ def run_rq_worker(queue: Queue, connection: redis.Redis, name: str, stop: thread
     """Work until ``stop`` is set and the running job has ended. Blocks."""
     for part in ("worker", "job", "queue", "registry"):
         logging.getLogger(f"rq.{part}").setLevel(logging.WARNING)
-    pause = _FIRST_PAUSE_S
+    failures = 0
     while not stop.is_set():
         worker: _Worker | None = None
         try:
@@ -98,12 +100,13 @@ def run_rq_worker(queue: Queue, connection: redis.Redis, name: str, stop: thread
                 worker_ttl=_WORKER_TTL_S,
             )  # fmt: skip
             worker.bootstrap(logging_level=None)
-            pause = _FIRST_PAUSE_S
+            failures = 0
             _work(worker, stop)
         except (redis.RedisError, OSError) as error:
-            log.warning("rq_worker_interrupted", error=f"{type(error).__name__}: {error}", retry_in_s=pause)
-            stop.wait(pause)
-            pause = min(pause * 2, _MAX_PAUSE_S)
+            failures += 1
+            pause_s = round(_BACKOFF.pause_s(failures), 3)
+            log.warning("rq_worker_interrupted", error=f"{type(error).__name__}: {error}", retry_in_s=pause_s)
+            stop.wait(pause_s)
         finally:
             if worker is not None:
                 _deregister(worker)

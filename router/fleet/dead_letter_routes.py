@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Query
 
-from broker import MAX_LETTERS
+from broker import MAX_DEAD_LETTERS
 from queue_schemas import FABRIC_PREFIX, DeadLetterIds, DeadLetterList, DeadRequest, PathNotFound, Removed
 from telemetry.http.access import Access
 from telemetry.http.error_answers import error_responses
@@ -24,7 +24,7 @@ def dead_letter_routes(link: QueueLink, gate: Gate) -> APIRouter:
 
     @routes.get(_DEAD, summary="Dead letters, oldest first", responses=error_responses(400, 401, 503))
     async def letters(
-        after: str = Query("", max_length=60), limit: int = Query(100, ge=1, le=MAX_LETTERS)
+        after: str = Query("", max_length=60), limit: int = Query(100, ge=1, le=MAX_DEAD_LETTERS)
     ) -> DeadLetterList:
         return await link.ready_queue().dead_letters.page(after, limit)
 

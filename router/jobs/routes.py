@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from broker import MAX_LISTED
+from broker import MAX_PAGE_JOBS
 from openai_api.pages import Page, page_of
 from queue_schemas import PERSISTED_STATES, BadRequest, InferqError, JobNotFound, PersistedJob
 from telemetry import get_logger
@@ -93,7 +93,7 @@ def job_routes(gate: Gate, jobs: PersistedJobs, streamer: OutputStreamer) -> API
     )
     async def page(
         request: Request,
-        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE_JOBS)] = 20,
         after: Annotated[str, Query(max_length=60, description="The last id of the page before")] = "",
         status: Annotated[JobStatus | None, Query(description="Only those that are so now")] = None,
     ) -> JSONResponse:

@@ -19,9 +19,9 @@ async def audited(broker: Broker) -> int:
     mended, quiet = 0, 0
     for _ in range(200):
         broker.maintenance._auditor._clock = lambda: 1e9
-        broker.maintenance._auditor._places = {
+        broker.maintenance._auditor._positions = {
             shard: place.__class__(0.0, place.jobs, place.workers, place.place)
-            for shard, place in broker.maintenance._auditor._places.items()
+            for shard, place in broker.maintenance._auditor._positions.items()
         }
         found = await broker.maintenance._auditor.audit_next_part(KEYS)
         mended, quiet = mended + found, 0 if found else quiet + 1

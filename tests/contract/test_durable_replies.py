@@ -32,7 +32,7 @@ async def read(broker: Broker, name: SessionId, after: str = "0") -> list[tuple[
     """Entry ids and the data of their one frame."""
     found = []
     for letter in await broker.durable_replies.read(0, name, after, 1):
-        for item in letter.news:
+        for item in letter.content:
             assert isinstance(item, Frame)
             found.append((letter.entry_id, item.data))
     return found
@@ -63,7 +63,7 @@ async def test_a_mailbox_lives_as_long_as_it_is_kept(broker: Broker, name: Sessi
     now_ms = int((await client.get(ShardKeys(0).clock)).split()[1])
     assert 10_000 < await client.zscore(ShardKeys(0).readers, name) - now_ms <= 20_000
     (letter,) = await broker.durable_replies.read(0, name, "0", 1)
-    assert letter.news == ()
+    assert letter.content == ()
     await broker.durable_replies.trim(0, name, letter.entry_id)
     assert not await broker.durable_replies.open(0, name, HOUR_MS)
     assert await client.zscore(ShardKeys(0).readers, name) - now_ms > 30_000
@@ -80,7 +80,7 @@ async def test_without_a_mailbox_nothing_is_run(broker: Broker, worker: Puller, 
     job = make_job(reply_to=name)
     await broker.jobs.enqueue(job)
     await broker.jobs.cancel(job.id, "as ordered")
-    news = [item for letter in await broker.durable_replies.read(0, name, "0", 1) for item in letter.news]
+    news = [item for letter in await broker.durable_replies.read(0, name, "0", 1) for item in letter.content]
     assert [(item.kind, item.job_id) for item in news if isinstance(item, Marker)] == [(MarkerKind.CANCELLED, job.id)]
 
 

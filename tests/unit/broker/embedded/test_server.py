@@ -24,6 +24,7 @@ from broker.embedded import data_folder
 from broker.embedded import server as embedded
 from broker.embedded.server import EmbeddedServer
 from queue_schemas import CannotStart
+from telemetry.backoff import Backoff
 from tests.support.processes import Child, free_port
 from tests.support.waiting import eventually
 
@@ -161,7 +162,7 @@ async def test_a_crashed_server_comes_back_on_the_same_port_and_data(tmp_path: P
 
 async def test_a_server_that_cannot_be_kept_running_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Restarts have an end: then ``watch`` raises why."""
-    monkeypatch.setattr(embedded, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(embedded, "RESTART_BACKOFF", Backoff(0.01, 5.0, jitter=0))
     monkeypatch.setattr(embedded, "MAX_FAILED_STARTS", 2)
     async with EmbeddedServer(tmp_path) as server:
         broken = tmp_path / "broken"

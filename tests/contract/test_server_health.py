@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from broker import Broker, BrokerSettings
-from broker.redis.fitness import FULL, REPLICA
+from broker.redis.health import FULL, REPLICA
 from tests.support.servers import Cluster, Server, partial_cluster, redis_binary, valkey_binary
 
 POLICY = "maxmemory-policy is allkeys-lru: Redis would evict waiting jobs; set maxmemory-policy noeviction"
@@ -59,7 +59,7 @@ async def test_full_memory_and_missing_replicas_are_noticed(broker: Broker, serv
     server.ask("CONFIG", "SET", "maxmemory", "1")
     with capture_logs() as lines:
         assert await broker.server_faults() == []
-    assert [line["fault"] for line in lines if line["event"] == "queue_server_unfit"] == [FULL]
+    assert [line["fault"] for line in lines if line["event"] == "queue_server_unhealthy"] == [FULL]
     server.ask("CONFIG", "SET", "maxmemory", "0")
     server.ask("CONFIG", "SET", "min-replicas-to-write", "1")
     (fault,) = await broker.server_faults()
