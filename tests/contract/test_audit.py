@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,8 +21,7 @@ async def audited(broker: Broker) -> int:
     for _ in range(200):
         broker.maintenance._auditor._clock = lambda: 1e9
         broker.maintenance._auditor._positions = {
-            shard: place.__class__(0.0, place.jobs, place.workers, place.place)
-            for shard, place in broker.maintenance._auditor._positions.items()
+            shard: replace(at, due_at=0.0) for shard, at in broker.maintenance._auditor._positions.items()
         }
         found = await broker.maintenance._auditor.audit_next_part(KEYS)
         mended, quiet = mended + found, 0 if found else quiet + 1
