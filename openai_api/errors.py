@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from pydantic import BaseModel
+
 from queue_schemas.errors import AttemptsExhausted, Conflict, DeadlineExceeded, InferqError
 
 from .sse import encode_event
@@ -52,6 +54,15 @@ def dialect_of(path: str) -> Dialect:
     if path == _RESPONSES_PATH or path.startswith(f"{_RESPONSES_PATH}/"):
         return Dialect.RESPONSES
     return Dialect.OPENAI
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's error object. All four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
 
 
 @dataclass(frozen=True, slots=True)

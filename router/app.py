@@ -27,7 +27,7 @@ from .http.connection import Connection
 from .http.cors import with_cors
 from .http.own_paths import refuse_own_paths
 from .http.response_writer import ResponseWriter
-from .inference.routes import Inference
+from .inference.routes import InferenceRoutes
 from .ports import ManagerPort, OpenQueue
 from .settings import RouterSettings
 
@@ -77,7 +77,7 @@ class RouterApp:
 
     def declared_routes(self) -> list[DeclaredRoute]:
         """Every method and path that it answers, with who may call it."""
-        inference = [DeclaredRoute("POST", path, Inference.access) for path in sorted(self._paths)]
+        inference = [DeclaredRoute("POST", path, InferenceRoutes.access) for path in sorted(self._paths)]
         return [*inference, *declared(self._pages)]
 
     def add_background(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:

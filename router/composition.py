@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -48,19 +49,21 @@ from .inference.followers import Followers
 from .inference.job_builder import JobBuilder
 from .inference.open_requests import OpenRequests
 from .inference.relay import Relay
-from .inference.routes import Inference
+from .inference.routes import InferenceRoutes
+from .inference.service import InferenceService
 from .jobs.disconnect_grace import DisconnectGrace
 from .jobs.output_streamer import OutputStreamer
 from .jobs.persisted_requests import PersistedRequests
 from .jobs.routes import job_routes
-from .jobs.service import PersistedJobs
+from .jobs.service import JobService
 from .lifecycle import Lifecycle
 from .metrics import RouterMetrics
 from .openapi import describe
 from .ports import ManagerPort, OpenQueue
 from .queue_link import QueueLink
+from .responses.chat_only_engines import ChatOnlyEngines
 from .responses.routes import response_routes
-from .responses.service import Responses
+from .responses.service import ResponseService
 from .settings import RouterSettings
 from .shutdown import GracefulShutdown
 from .store import AsyncStore
@@ -95,10 +98,10 @@ class RouterServices:
     disconnect_grace: DisconnectGrace
     transfers: Transfers
     quota: StorageQuota
-    jobs: PersistedJobs
-    responses: Responses
+    jobs: JobService
+    responses: ResponseService
     streamer: OutputStreamer
-    inference: Inference
+    inference: InferenceRoutes
 
     def not_ready_reasons(self) -> list[str]:
         """Why the Router is not ready; empty: it is."""
@@ -172,11 +175,22 @@ def build_services(
         manager.note_acting if isinstance(manager, ManagerRoute) else None,
     )
     disconnect_grace = DisconnectGrace(settings.resume_grace_ms, canceller.cancel_abandoned)
-    builder = JobBuilder(settings, link)
     persisted = PersistedRequests(settings, link, requests, canceller, disconnect_grace, metrics)
-    relay = Relay(link, requests, canceller, metrics, persisted)
-    jobs = PersistedJobs(settings, link, requests, persisted, builder, lifecycle)
-    responses = Responses(settings, link, jobs, persisted)
+    relay = Relay(link, requests, canceller, metrics, persisted.catch_up)
+    jobs = JobService(settings, link, requests, persisted, lifecycle)
+    responses = ResponseService(settings, link, jobs, persisted, ChatOnlyEngines(time.monotonic))
+    inference = InferenceService(
+        settings,
+        link,
+        requests,
+        canceller,
+        metrics,
+        JobBuilder(settings, link),
+        relay,
+        persisted=persisted,
+        background=jobs,
+        responses=responses,
+    )
     return RouterServices(
         settings=settings,
         storage_settings=storage_settings,
@@ -197,8 +211,8 @@ def build_services(
         jobs=jobs,
         responses=responses,
         streamer=OutputStreamer(requests, persisted, relay, jobs, lifecycle, metrics),
-        inference=Inference(
-            settings, keys, link, requests, canceller, metrics, lifecycle, builder, relay, persisted, jobs, responses
+        inference=InferenceRoutes(
+            inference, keys, requests, lifecycle, metrics, max_body_bytes=settings.max_body_bytes
         ),
     )
 
@@ -221,8 +235,8 @@ def build_pages(services: RouterServices) -> FastAPI:
         vllm_routes(services.not_ready_reasons, lifecycle, lambda: len(services.requests)),
         model_routes(link, gate, settings.on_no_worker),
         *_store_routes(services),
-        job_routes(gate, services.jobs, services.streamer),
-        response_routes(gate, services.responses, services.streamer),
+        job_routes(services.jobs, services.streamer, gate),
+        response_routes(services.responses, services.streamer, gate),
         pool_routes(link, gate),
         dead_letter_routes(link, gate),
         manager_routes(services.manager, gate, metrics.registry, lifecycle),

@@ -1,36 +1,34 @@
-"""Stitching: the frames and markers of a job's attempts become one answer without a gap or a repeat.
+"""Merges the frames and markers of a job's attempts into one answer without a gap or a repeat, for the relay.
 
 Rules:
 
 * A frame counts if its epoch and attempt are the newest seen and its ``seq`` is the next. Older epochs and repeats are
-  dropped; a ``seq`` that skips one means that frames were lost on the way, and the job has to run again (``gap``).
-* A plain answer is handed out when it is complete. Of a stream, whole events are handed out as they come: half an
-  event that a lost attempt left behind was never delivered. Only an event longer than ``MAX_EVENT_BYTES`` passes in
-  pieces, and with it the stream can no longer go on with another attempt.
-* A lost attempt that delivered nothing leaves no trace. After one that did, the next one goes on behind what was
-  delivered, if it says that it does and was offered just that (:meth:`AttemptMerger.offer`). One that begins anew is
-  checked against what was delivered, and followed where the first one stopped
-  (:mod:`router.inference.replay_verifier`). Or the stream ends with an explicit error. * The frames of a persisted job
-  can be read again from what is kept of it, so it never has to run again for their sake, and a continued attempt goes
-  on behind the frames before it, however many: the next worker read the same. If the client had more of an earlier
-  attempt that was replaced, it is compared until it has said as much.
+  dropped; a skipped ``seq`` means that frames were lost on the way, and the job has to run again (``gap``).
+* A plain answer is released when it is complete, a stream event by event as whole events come
+  (:mod:`router.inference.event_buffer`). Only an event longer than ``MAX_EVENT_BYTES`` is released in pieces; from then
+  on no other attempt can take over the stream.
+* A lost attempt that delivered nothing leaves no trace. After one that did, the next attempt either continues behind
+  what was delivered, if it says so and was offered just that (:meth:`AttemptMerger.continuation_prefix`), or begins
+  anew: then it is compared with what was delivered, and followed from there
+  (:mod:`router.inference.replay_verifier`). Otherwise the stream ends with an explicit error.
+* The output of a persisted job can be read again, so such a job never runs again because frames were lost. Its
+  continued attempts follow the frames before them, however many: the next worker read the same. If the client had more
+  of an earlier attempt that was replaced, a continued attempt is compared until it has said as much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openai_api.sse import DONE_EVENT, end_of_events, split_events
+from openai_api.sse import DONE_EVENT, split_events
 from openai_api.transcript import Transcript
 from queue_schemas import (
     CONTINUED,
     END,
     HEAD,
-    AttemptsExhausted,
-    DeadlineExceeded,
     Frame,
     InferqError,
-    JobCancelled,
+    JobId,
     Marker,
     MarkerKind,
     OnLoss,
@@ -38,43 +36,41 @@ from queue_schemas import (
 )
 
 from ..http.response_head import ResponseHead
-from .replay_verifier import ContinuationVerifier, Following, ReplayVerifier
-
-MAX_EVENT_BYTES = 1 << 20
-"""How much of an event is held back until it is whole."""
+from .event_buffer import MAX_EVENT_BYTES, EventBuffer
+from .replay_verifier import AttemptVerifier, ContinuationVerifier, ReplayVerifier
+from .rules import ending_error
 
 
 class AttemptMerger:
     """The answer to one request, as far as it has come.
 
-    Feed it with :meth:`on_frame` and :meth:`on_marker`. ``head`` is set once the answer may begin, :meth:`take` gives
-    the bytes that may follow. Then either ``ended`` (all of it was given out), or ``error``. ``settled`` says that the
-    queue has nothing left of the job. ``mid_event`` says that half an event was given out: nothing but its rest may
-    follow. ``gap`` says that the job must run again under another id: call :meth:`restart`; or, if it is persisted,
-    that its output is to be read from :attr:`position` on: call :meth:`reread`. ``lost_epoch`` is not 0 while the queue
-    waits to hear where the stream goes on: tell it :meth:`offer`.
+    Feed it with :meth:`on_frame` and :meth:`on_marker`. ``head`` is set once the answer may begin; :meth:`take` returns
+    the bytes that may follow. It closes with ``ended`` (all of it was released) or ``error``. ``settled``: the queue
+    has nothing left of the job. ``gap``: the job must run again under another id (:meth:`restart`), or if it is
+    persisted its output must be read from :attr:`position` on (:meth:`reread`). ``lost_epoch`` is not 0 while the queue
+    waits to be told where the stream continues: send it :meth:`continuation_prefix`.
     """
 
     __slots__ = (
         "_attempt_head",
         "_attempt_id",
-        "_before",
         "_choices",
         "_collected",
         "_delivered",
         "_epoch",
-        "_following",
-        "_last",
+        "_event_buffer",
+        "_last_of_previous",
         "_next_seq",
-        "_offered",
         "_on_loss",
-        "_partial",
         "_pending",
         "_persisted",
-        "_stream_asked",
+        "_prefix",
+        "_previous_verifier",
+        "_stream_requested",
         "_streams",
         "_transcript",
         "_usage",
+        "_verifier",
         "compared",
         "continued",
         "ended",
@@ -82,11 +78,10 @@ class AttemptMerger:
         "gap",
         "head",
         "lost_epoch",
-        "mid_event",
         "pending_bytes",
         "settled",
         "stream",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
@@ -99,18 +94,17 @@ class AttemptMerger:
         persisted: bool = False,
     ) -> None:
         """``usage``: the client wants the usage at the end of its stream; ``choices``: how many it asked for;
-        ``persisted``: its job's output is persisted."""
+        ``persisted``: the output of the job is kept."""
         self.head: ResponseHead | None = None
         self.ended = False
         self.error: InferqError | None = None
         self.settled = False
         self.gap = False
-        self.mid_event = False
         self.pending_bytes = 0
-        self.stream = self._stream_asked = stream
+        self.stream = self._stream_requested = stream
         self.lost_epoch = 0
         self.continued = self.compared = 0
-        """Attempts that went on behind what was delivered, and that began anew after something was."""
+        """Attempts that continued behind what was delivered, and that began anew after something was."""
         self._on_loss = on_loss
         self._usage = usage
         self._choices = choices
@@ -118,19 +112,18 @@ class AttemptMerger:
         self._epoch = 0
         self._attempt_id = ""
         self._next_seq = 0
-        self._last = (0, 0, "")
+        self._last_of_previous = (0, 0, "")
         """The last frame taken of an attempt that is over: its epoch, seq and attempt."""
         self._attempt_head: ResponseHead | None = None
         self._streams = False
         self._pending: list[bytes] = []
         self._collected: list[bytes] = []
+        self._event_buffer = EventBuffer()
         self._delivered = False
         self._transcript = Transcript(replay_limit_bytes)
-        self._partial = b""
-        self._offered = ""
-        self._following: Following | None = None
-        self._before: Following | None = None
-        """How the last attempt was followed that was."""
+        self._prefix = ""
+        self._verifier: AttemptVerifier | None = None
+        self._previous_verifier: AttemptVerifier | None = None
 
     @property
     def closed(self) -> bool:
@@ -138,13 +131,18 @@ class AttemptMerger:
         return self.ended or self.error is not None
 
     @property
+    def mid_event(self) -> bool:
+        """Whether half an event was released: only its rest may follow."""
+        return self._event_buffer.mid_event
+
+    @property
     def untouched(self) -> bool:
-        """Whether nothing has been heard of an attempt that may still run, nor given out of one that was lost."""
+        """Whether no attempt that may still run was seen, and nothing released of one that was lost."""
         return not self._attempt_id and not self._delivered
 
     @property
     def epoch(self) -> int:
-        """The newest epoch that was heard of; 0: none."""
+        """The newest epoch seen; 0: none."""
         return self._epoch
 
     @property
@@ -163,8 +161,11 @@ class AttemptMerger:
         self.pending_bytes = 0
         return data
 
+    def bind_job(self, job_id: JobId) -> None:
+        """The job is ``job_id``, known once it is queued. For subclasses whose answer names it."""
+
     def on_frame(self, frame: Frame) -> None:
-        """A frame of the job came."""
+        """Take a frame of the job."""
         if self.closed or self.gap:
             return
         if (frame.attempt_id != self._attempt_id or frame.epoch != self._epoch) and not self._adopt(frame):
@@ -174,69 +175,69 @@ class AttemptMerger:
             return
         self._next_seq += 1
         try:
-            self._take_in(frame)
+            self._apply(frame)
         except StreamBroken as error:
             self.error = error
             self.settled = bool(frame.flags & END)
 
     def on_marker(self, marker: Marker) -> None:
-        """The queue says what happened to the job."""
+        """Take the queue's notice of what happened to the job."""
         if self.closed or marker.epoch < self._epoch:
             return
         if marker.kind is MarkerKind.REQUEUED:
-            self._forget_attempt(marker.epoch)
+            self._reset_attempt(marker.epoch)
         elif marker.kind is MarkerKind.LOST:
             if marker.epoch > self._epoch:
-                self._forget_attempt(marker.epoch)
+                self._reset_attempt(marker.epoch)
             if not self._attempt_id and not self.closed:
                 self.lost_epoch = marker.epoch
         else:
             self.settled = True
             self.error = ending_error(marker.kind, marker.reason)
 
-    def agrees(self, epoch: int, attempt_id: str) -> bool:
-        """Whether an attempt that runs by the queue's account can be the one that is heard, or a later one."""
+    def may_continue_with(self, epoch: int, attempt_id: str) -> bool:
+        """Whether the attempt that the queue says is running can be the one seen here, or a later one."""
         return epoch > self._epoch or (epoch == self._epoch and self._attempt_id in ("", attempt_id))
 
-    def expect(self, epoch: int, attempt_id: str = "") -> None:
-        """Nothing counts from now on that is older than ``epoch``, and of it only that attempt, if one is named: what
-        the queue forgot may still be put out by a worker that has not heard of it."""
+    def require_epoch(self, epoch: int, attempt_id: str = "") -> None:
+        """From now on drop what is older than ``epoch``, and of it all but ``attempt_id`` if one is named: a worker may
+        still send what the queue has forgotten."""
         if self.closed or epoch < self._epoch or (epoch == self._epoch and self._attempt_id):
             return
         if epoch > self._epoch:
-            # What was offered stands if nothing was heard since: nobody else offers anything.
-            offered = "" if self._attempt_id else self._offered
-            self._forget_attempt(epoch)
-            self._offered = offered
+            # The prefix that was sent still holds if no attempt was seen since: nobody else sends one.
+            prefix = "" if self._attempt_id else self._prefix
+            self._reset_attempt(epoch)
+            self._prefix = prefix
         self._attempt_id = attempt_id
 
     def restart(self) -> None:
         """The job runs again under another id, whose epochs begin anew."""
-        self._forget_attempt(0)
+        self._reset_attempt(0)
 
-    def reread(self, epoch: int, attempt_id: str, frames: Sequence[Frame], *, given_up: bool = False) -> bool:
-        """The output of the persisted job, now in ``epoch`` and this attempt, was read from :attr:`position` on: the
-        ``frames`` are there. ``given_up``: the job ended without an answer, and has no attempt any more. False if it
+    def reread(self, epoch: int, attempt_id: str, frames: Sequence[Frame], *, unanswered: bool = False) -> bool:
+        """Prepare for the ``frames`` of the persisted job, now in ``epoch`` and this attempt, read from
+        :attr:`position` on. ``unanswered``: the job ended without an answer, and has no attempt any more. False if it
         has to be read from its beginning: the queue has lost what was taken."""
         self.gap = False
-        if (given_up or self.agrees(epoch, attempt_id)) and self._follow_on(frames):
+        if (unanswered or self.may_continue_with(epoch, attempt_id)) and self._can_follow(frames):
             return True
-        self._forget_attempt(0)
+        self._reset_attempt(0)
         return False
 
-    def offer(self) -> str:
-        """The text behind which the next attempt may go on; empty if it has to begin anew."""
-        self._offered = ""
+    def continuation_prefix(self) -> str:
+        """The text behind which the next attempt may continue; empty if it has to begin anew."""
+        self._prefix = ""
         if self._delivered and self._on_loss == "continue":
-            self._offered = self._transcript.text or ""
-        return self._offered
+            self._prefix = self._transcript.text or ""
+        return self._prefix
 
-    def heard(self, epoch: int) -> None:
-        """The queue was told where the stream goes on that was lost under ``epoch``."""
+    def on_resumed(self, epoch: int) -> None:
+        """The queue was told where the stream continues that was lost under ``epoch``."""
         if self.lost_epoch == epoch:
             self.lost_epoch = 0
 
-    def _take_in(self, frame: Frame) -> None:
+    def _apply(self, frame: Frame) -> None:
         """The next frame of the attempt that counts."""
         if frame.flags & HEAD:
             self._on_head(frame)
@@ -246,11 +247,10 @@ class AttemptMerger:
             self._on_end()
 
     def _last_taken(self) -> tuple[int, int, str]:
-        return (self._epoch, self._next_seq - 1, self._attempt_id) if self._next_seq else self._last
+        return (self._epoch, self._next_seq - 1, self._attempt_id) if self._next_seq else self._last_of_previous
 
-    def _follow_on(self, frames: Sequence[Frame]) -> bool:
-        """Whether kept ``frames`` can follow what was taken: its last frame still stands before them, or they begin
-        anew."""
+    def _can_follow(self, frames: Sequence[Frame]) -> bool:
+        """Whether ``frames`` can follow what was taken: they begin with its last frame, or anew."""
         last = self._last_taken()
         if not last[0]:
             return True
@@ -262,41 +262,41 @@ class AttemptMerger:
         return first.flags & (HEAD | CONTINUED) == HEAD and first.epoch > last[0] and first.epoch >= self._epoch
 
     def _adopt(self, frame: Frame) -> bool:
-        """Whether ``frame`` begins an attempt that counts; what an older one left unfinished is forgotten then."""
+        """Whether ``frame`` begins an attempt that counts; what an older one left unfinished is dropped then."""
         if frame.epoch < self._epoch or (frame.epoch == self._epoch and self._attempt_id):
             return False
         if self._attempt_id:
-            self._forget_attempt(frame.epoch)
+            self._reset_attempt(frame.epoch)
             if self.closed:
                 return False
         self._epoch, self._attempt_id = frame.epoch, frame.attempt_id
         return True
 
-    def _forget_attempt(self, epoch: int) -> None:
+    def _reset_attempt(self, epoch: int) -> None:
         self.gap = False
         self.lost_epoch = 0
-        self._last = self._last_taken() if epoch else (0, 0, "")
+        self._last_of_previous = self._last_taken() if epoch else (0, 0, "")
         self._epoch = epoch
         self._attempt_id = ""
         self._next_seq = 0
         self._attempt_head = None
         self._streams = False
         self._collected.clear()
-        self._partial = b""
-        self._offered = ""
-        self._before, self._following = self._following or self._before, None
+        self._event_buffer.discard()
+        self._prefix = ""
+        self._previous_verifier, self._verifier = self._verifier or self._previous_verifier, None
         if not self._delivered:
             return
         try:
-            self._take_stock()
+            self._decide_after_loss()
         except StreamBroken as error:
             self.error = error
 
-    def _take_stock(self) -> None:
-        """What is there to do about a stream that was lost after some of it was delivered?"""
+    def _decide_after_loss(self) -> None:
+        """End or fail a stream that was lost after a part was delivered, unless another attempt may take it over."""
         transcript = self._transcript
         if self._persisted and transcript.too_long and self._on_loss != "fail":
-            return  # an attempt that goes on can do without it; one that begins anew will find it missing
+            return  # an attempt that continues does not need it; one that begins anew finds it missing
         if transcript.complete:
             self.ended = True
         elif self._has_all_choices() and (transcript.usage or not self._usage):
@@ -304,16 +304,16 @@ class AttemptMerger:
             self.ended = True
         elif self._on_loss == "fail":
             raise StreamBroken(
-                "the worker of the stream was lost; it asked to end with an error then (x-inferq-on-loss)"
+                "the worker of the stream was lost, and the request asks to fail then (x-inferq-on-loss)"
             )
 
     def _has_all_choices(self) -> bool:
-        # One that has not begun is no choice that has ended.
+        # A choice that has not begun has not ended.
         return self._transcript.finished and len(self._transcript.choices) >= self._choices
 
     def _on_head(self, frame: Frame) -> None:
         head = self._attempt_head = ResponseHead(frame.status, frame.content_type, frame.headers)
-        self._streams = self._stream_asked and head.status < 400
+        self._streams = self._stream_requested and head.status < 400
         if self.head is None:
             self.head = head if self._streams else None
         elif head.is_event_stream != self.head.is_event_stream or not self._streams:
@@ -324,19 +324,23 @@ class AttemptMerger:
         if self._streams and not head.is_event_stream:
             self._transcript.lose(StreamBroken(f"a stream of {head.content_type} cannot go on; send the request again"))
         if self._streams:
-            self._follow(continued=bool(frame.flags & CONTINUED))
+            self._start_verifying(continued=bool(frame.flags & CONTINUED))
 
-    def _follow(self, *, continued: bool) -> None:
-        """How the attempt that begins now becomes what the client still lacks."""
-        if continued and not (self._offered or (self._persisted and self._delivered)):
-            raise StreamBroken("the stream cannot go on: its new attempt goes on behind something else; send it again")
+    def _start_verifying(self, *, continued: bool) -> None:
+        """Choose what turns the attempt that begins now into what the client still lacks."""
+        if continued and not (self._prefix or (self._persisted and self._delivered)):
+            raise StreamBroken("the stream cannot go on: its new attempt continues another text; send it again")
         if continued:
-            # The attempt before a persisted job's may have said less than the client had from one that it replaced.
-            compared = self._before if self._persisted and isinstance(self._before, ReplayVerifier) else None
-            self._following = compared or ContinuationVerifier(self._transcript)
+            # The previous attempt of a persisted job may have said less than the client had of one that it replaced.
+            compared = (
+                self._previous_verifier
+                if self._persisted and isinstance(self._previous_verifier, ReplayVerifier)
+                else None
+            )
+            self._verifier = compared or ContinuationVerifier(self._transcript)
             self.continued += 1
         elif self._delivered:
-            self._following = ReplayVerifier(self._transcript)
+            self._verifier = ReplayVerifier(self._transcript)
             self.compared += 1
 
     def _on_data(self, data: bytes) -> None:
@@ -349,40 +353,36 @@ class AttemptMerger:
             self._deliver(data)
 
     def _on_events(self, data: bytes) -> None:
-        if not self._partial and data.endswith(b"\n\n"):
-            self.mid_event = False
-        else:
-            data = self._partial + data
-            end = end_of_events(data)
-            self.mid_event = self.mid_event and not end
-            self._partial = data[end:]
-            data = data[:end]
-            if len(self._partial) > MAX_EVENT_BYTES:
-                if self._following is not None:
-                    raise StreamBroken(
-                        "the stream cannot go on: its worker was lost, and the new attempt has an event of more than "
-                        f"{MAX_EVENT_BYTES} bytes, too long to be compared; send the request again"
-                    )
-                # Half an event passes as it is; from here no other attempt can take over.
-                data, self._partial, self.mid_event = data + self._partial, b"", True
-                self._transcript.lose(
-                    StreamBroken(
-                        f"the stream cannot go on: its worker was lost, and it had an event of more than "
-                        f"{MAX_EVENT_BYTES} bytes; send the request again"
-                    )
-                )
-        if self._following is not None:
-            data = b"".join(map(self._following.feed, split_events(data)))
-        if data:
-            self._deliver(data)
+        events = self._event_buffer.feed(data)
+        if self._event_buffer.overfull:
+            events += self._release_long_event()
+        if self._verifier is not None:
+            events = b"".join(map(self._verifier.feed, split_events(events)))
+        if events:
+            self._deliver(events)
+
+    def _release_long_event(self) -> bytes:
+        """Half an event, as it is. From here on no other attempt can take over."""
+        if self._verifier is not None:
+            raise StreamBroken(
+                "the stream cannot go on: its worker was lost, and the new attempt has an event of more than "
+                f"{MAX_EVENT_BYTES} bytes, too long to be compared; send the request again"
+            )
+        self._transcript.lose(
+            StreamBroken(
+                f"the stream cannot go on: its worker was lost, and it had an event of more than {MAX_EVENT_BYTES} "
+                "bytes; send the request again"
+            )
+        )
+        return self._event_buffer.release()
 
     def _on_end(self) -> None:
         if self._streams:
-            if self._following is not None:
-                self._on_events(b"\n\n" if self._partial else b"")
-                self._following.finish()
-            elif self._partial:
-                self._deliver(self._partial)
+            if self._verifier is not None:
+                self._on_events(b"\n\n" if self._event_buffer.held else b"")
+                self._verifier.finish()
+            elif self._event_buffer.held:
+                self._deliver(self._event_buffer.held)
         else:
             self.head = self._attempt_head
             self._pending += self._collected
@@ -393,23 +393,3 @@ class AttemptMerger:
         self.pending_bytes += len(data)
         self._delivered = True
         self._transcript.add(data)
-
-
-def _dead(reason: str) -> InferqError:
-    return AttemptsExhausted(f"every attempt to answer the request failed, the last because {reason or 'it was lost'}")
-
-
-def _cancelled(reason: str) -> InferqError:
-    return JobCancelled(f"the request was cancelled: {reason or 'no reason was given'}")
-
-
-def _expired(reason: str) -> InferqError:
-    return DeadlineExceeded(f"the request was not answered in time: {reason or 'its deadline passed'}")
-
-
-def ending_error(kind: MarkerKind, reason: str) -> InferqError:
-    """The error that a client is told of a job that ended so, without an answer."""
-    return _ERRORS[kind](reason)
-
-
-_ERRORS = {MarkerKind.DEAD: _dead, MarkerKind.CANCELLED: _cancelled, MarkerKind.EXPIRED: _expired}

@@ -1,4 +1,4 @@
-"""Letting go of jobs nobody waits for here any more: one task, one bounded line.
+"""Tells the queue about jobs that no request waits for any more: one task with a bounded backlog.
 
 An ordinary job is cancelled. A persisted one runs on, and this Router is sent nothing more of it.
 """
@@ -15,16 +15,19 @@ from telemetry import get_logger
 from ..ports import QueuePort
 from .followers import Followers
 
-LINE = 16_384
-AT_ONCE = 64
+MAX_BACKLOG = 16_384
+MAX_CONCURRENCY = 64
 
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _CancelCommand:
-    """``reason`` is why the job is cancelled, ``if_orphaned`` if nobody asked for it here; ``listener`` is who detaches
-    from it. ``abandoned_ms``: it is cancelled only if no Router has listened to it for so long."""
+    """Cancel a job for ``reason``, or with ``listener`` detach that listener from it.
+
+    ``if_orphaned``: only if the job is not persisted. ``abandoned_ms``: only if no Router has listened to it for so
+    long.
+    """
 
     job_id: JobId
     reason: str = ""
@@ -34,67 +37,68 @@ class _CancelCommand:
 
 
 class Canceller:
-    """Lets go of jobs on the queue. One whose cancelling fails, or finds the line full, is ended by its deadline; one
-    that is not detached from sends what nobody reads."""
+    """Cancels jobs and detaches from them, soon and in the background.
+
+    If that fails, or the backlog is full, a job's deadline ends it, and what a job still sends here is dropped.
+    """
 
     def __init__(self, queue: Callable[[], QueuePort | None], followers: Followers) -> None:
-        """``followers``: who follows persisted jobs here, perhaps again."""
+        """``followers``: the requests here that wait for persisted jobs, perhaps again."""
         self._queue = queue
         self._followers = followers
-        self._line: asyncio.Queue[_CancelCommand] = asyncio.Queue(LINE)
+        self._backlog: asyncio.Queue[_CancelCommand] = asyncio.Queue(MAX_BACKLOG)
 
-    def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> None:
-        """Have ``job_id`` cancelled soon; ``if_orphaned``: unless it is stored, for who knows who asked for it."""
-        self._put(_CancelCommand(job_id, reason, if_orphaned))
+    def cancel(self, job_id: JobId, reason: str) -> None:
+        """Cancel ``job_id`` soon."""
+        self._put(_CancelCommand(job_id, reason))
 
     def detach(self, job_id: JobId, listener: SessionId) -> None:
-        """Have ``listener`` forgotten by the persisted job ``job_id``, soon and unless somebody follows it then."""
+        """Remove ``listener`` from the persisted job ``job_id`` soon, unless a request here waits for it then."""
         self._put(_CancelCommand(job_id, listener=listener))
 
     def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> None:
-        """Have the persisted job ``job_id`` cancelled soon if nobody, here or elsewhere, has followed it for so
-        long."""
+        """Cancel the persisted job ``job_id`` soon if no Router has listened to it for ``after_ms``."""
         self._put(_CancelCommand(job_id, reason, abandoned_ms=after_ms))
 
     def cancel_orphan(self, job_id: JobId) -> None:
-        """Have ``job_id`` cancelled soon unless it is persisted: no request waits for it."""
-        self.cancel(job_id, "nobody waits for the answer", if_orphaned=True)
+        """Cancel ``job_id``, which no request here waits for, soon and unless it is persisted: another Router's may."""
+        self._put(_CancelCommand(job_id, "nobody waits for the answer", if_orphaned=True))
 
     async def run(self) -> None:
         """Work until cancelled."""
         while True:
-            batch = [await self._line.get()]
-            while len(batch) < AT_ONCE and not self._line.empty():
-                batch.append(self._line.get_nowait())
-            await asyncio.gather(*map(self._let_go, batch))
+            batch = [await self._backlog.get()]
+            while len(batch) < MAX_CONCURRENCY and not self._backlog.empty():
+                batch.append(self._backlog.get_nowait())
+            await asyncio.gather(*map(self._send, batch))
             for _ in batch:
-                self._line.task_done()
+                self._backlog.task_done()
 
     async def settled(self) -> None:
-        """When everything in the line has been dealt with."""
-        await self._line.join()
+        """Return once the backlog is empty."""
+        await self._backlog.join()
 
-    def _put(self, farewell: _CancelCommand) -> None:
+    def _put(self, command: _CancelCommand) -> None:
         try:
-            self._line.put_nowait(farewell)
+            self._backlog.put_nowait(command)
         except asyncio.QueueFull:
-            log.warning("cancel_line_full", job_id=farewell.job_id)
+            log.warning("cancel_backlog_full", job_id=command.job_id)
 
-    async def _let_go(self, farewell: _CancelCommand) -> None:
-        queue, job_id = self._queue(), farewell.job_id
+    async def _send(self, command: _CancelCommand) -> None:
+        queue, job_id = self._queue(), command.job_id
         if queue is None:
             log.warning("job_not_cancelled", job_id=job_id, error="the queue is not connected")
             return
         try:
-            if farewell.abandoned_ms:
+            if command.abandoned_ms:
                 if job_id not in self._followers:
-                    await queue.jobs.cancel_abandoned(job_id, farewell.reason, farewell.abandoned_ms)
-            elif farewell.listener is None:
-                await queue.jobs.cancel(job_id, farewell.reason, if_orphaned=farewell.if_orphaned)
+                    await queue.jobs.cancel_abandoned(job_id, command.reason, command.abandoned_ms)
+            elif command.listener is None:
+                await queue.jobs.cancel(job_id, command.reason, if_orphaned=command.if_orphaned)
             elif job_id not in self._followers:
                 try:
-                    await queue.output.detach(job_id, farewell.listener)
-                finally:  # who came meanwhile may have been attached before that
-                    self._followers.look_again(job_id)
+                    await queue.output.detach(job_id, command.listener)
+                finally:  # a request that came meanwhile may have attached before this
+                    self._followers.recheck(job_id)
         except InferqError as error:
             log.warning("job_not_cancelled", job_id=job_id, error=error.message)

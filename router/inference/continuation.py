@@ -1,7 +1,7 @@
-"""Which streams may go on behind what was delivered, when their attempt is lost.
+"""Decides which streams may continue behind what was delivered when their attempt is lost, from the request's body.
 
 A request qualifies only if every parameter is on a list of those that are known to mean the same for the rest of an
-answer as for the whole of it, judged by what vLLM does with them. Everything unknown disqualifies. Left out on purpose:
+answer as for the whole of it, judged by what vLLM does with them. Everything unknown disqualifies. Excluded on purpose:
 
 * penalties for presence and frequency: they count the answer so far, which as part of the prompt is no answer any more
   (``repetition_penalty`` counts prompt and answer alike, and so may stay);
@@ -38,8 +38,8 @@ def _plain_format(value: Any) -> bool:
     return isinstance(value, dict) and value == {"type": "text"}
 
 
-def _ends_with_a_question(messages: Any) -> bool:
-    """An answer that itself goes on behind the last message cannot be told from it any more."""
+def _ends_with_prompt(messages: Any) -> bool:
+    """Whether the answer is a message of its own: one that continues the last message cannot be told from it later."""
     return (
         isinstance(messages, list)
         and bool(messages)
@@ -68,7 +68,7 @@ _COMMON: dict[str, _Check] = dict.fromkeys(
 _BY_PATH: Mapping[str, Mapping[str, _Check]] = {
     CHAT_PATH: _COMMON
     | {
-        "messages": _ends_with_a_question,
+        "messages": _ends_with_prompt,
         "max_completion_tokens": _any,
         "logprobs": _only(False),
         "tools": _only([]),
@@ -80,7 +80,7 @@ _BY_PATH: Mapping[str, Mapping[str, _Check]] = {
 
 
 def may_continue(path: str, request: Mapping[str, Any]) -> bool:
-    """Whether a stream for ``request``, a parsed body, can truthfully go on behind a part of its answer."""
+    """Whether a stream for ``request``, a parsed body, can truthfully continue behind a part of its answer."""
     checks = _BY_PATH.get(path)
     if checks is None:
         return False

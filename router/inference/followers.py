@@ -1,31 +1,27 @@
-"""Persisted jobs and the requests that follow them: any number of them one job, each at its own pace.
+"""The open requests of each persisted job: any number per job, each fed at its own pace.
 
-What a persisted job says is kept, so a request may fall behind what comes live: then nothing is fed to it but what is
-read from there, page by page (:mod:`router.jobs.persisted_requests`), until it has caught up. So a reader that is slow
-loses nothing, and takes no memory. Nothing here awaits.
+The output of a persisted job is kept, so a request that misses frames, or is slower than its job, stops taking live
+frames and catches up from what is kept, page by page (:mod:`router.jobs.persisted_requests`). So a slow client loses
+nothing and takes no memory. Nothing here awaits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from queue_schemas import Frame, Job, JobId, Marker, shard_of_job
 
-if TYPE_CHECKING:
-    from .open_requests import OpenRequest
+from .open_request import OpenRequest
 
-
-MAX_HELD = 1_024
-"""Frames of one job that are held while a page of it is on its way; past that another page is read."""
+MAX_BUFFERED_FRAMES = 1_024
+"""Live frames of one job that are buffered while a page of it is read; past that another page is read."""
 
 
 class Followers:
-    """The open requests of each persisted job."""
+    """The requests that wait for persisted jobs, by job."""
 
     def __init__(self, buffer_bytes: int, check_s: float) -> None:
-        """``buffer_bytes``: what may wait for a client; ``check_s``: how long a job may be silent until it is looked at
-        whether it really is."""
+        """``buffer_bytes`` may wait for one client; a job that is silent for ``check_s`` is read again."""
         self._buffer_bytes = buffer_bytes
         self._check_s = check_s
         self._by_job: dict[JobId, dict[OpenRequest, None]] = {}
@@ -37,11 +33,11 @@ class Followers:
         return job_id in self._by_job
 
     def add(self, request: OpenRequest, job: Job) -> None:
-        """``request`` follows ``job`` from now on."""
+        """From now on ``request`` waits for ``job``."""
         self._by_job.setdefault(job.id, {})[request] = None
 
     def discard(self, request: OpenRequest, job: Job) -> None:
-        """``request`` does not follow ``job`` any more, if it did."""
+        """``request`` no longer waits for ``job``, if it did."""
         requests = self._by_job.get(job.id)
         if requests is not None:
             requests.pop(request, None)
@@ -49,60 +45,53 @@ class Followers:
                 del self._by_job[job.id]
 
     def deliver(self, item: Frame | Marker) -> bool:
-        """Hand on what came of a persisted job; False if nobody here follows it."""
+        """Feed every request for the item's job; False if there is none here."""
         requests = self._by_job.get(item.job_id)
         if requests is None:
             return False
         for request in tuple(requests):
-            if not request.behind:
+            if not request.catching_up:
                 self._feed(request, item)
-            elif request.held is not None:
-                request.held.append(item)
-                if len(request.held) > MAX_HELD:
-                    request.held = None
+            elif request.live_buffer is not None:
+                request.live_buffer.append(item)
+                if len(request.live_buffer) > MAX_BUFFERED_FRAMES:
+                    request.live_buffer = None
         return True
 
-    def caught_up(self, request: OpenRequest, held: Iterable[Frame | Marker]) -> None:
-        """``request`` has read all that was kept; ``held`` came meanwhile."""
-        request.behind = False
-        for item in held:
+    def resume_live(self, request: OpenRequest, buffered: Iterable[Frame | Marker]) -> None:
+        """``request`` has read all kept output; ``buffered`` came live meanwhile."""
+        request.catching_up = False
+        for item in buffered:
             self._feed(request, item)
 
     def lost(self, shard: int) -> None:
-        """What came for the jobs of ``shard`` may not have arrived."""
+        """The reply stream of ``shard`` was lost, with what was on it."""
         for job_id, requests in self._by_job.items():
             if shard_of_job(job_id) == shard:
                 for request in requests:
-                    fall_behind(request)
+                    request.start_catching_up()
 
-    def look_again(self, job_id: JobId) -> None:
-        """This Router may have been taken off the listeners of a job."""
+    def recheck(self, job_id: JobId) -> None:
+        """This Router may have been removed from the listeners of a job."""
         for request in self._by_job.get(job_id, ()):
-            fall_behind(request)
+            request.start_catching_up()
 
     def sweep(self, now_s: float) -> None:
-        """Look after jobs of which nothing was heard for long."""
+        """Read the jobs again that have been silent for ``check_s``."""
         for requests in self._by_job.values():
             for request in requests:
-                if request.heard:
-                    request.heard, request.looked_s = False, now_s
-                elif not request.behind and now_s - request.looked_s >= self._check_s:
-                    request.looked_s = now_s
-                    fall_behind(request)
+                if request.received:
+                    request.received, request.checked_s = False, now_s
+                elif not request.catching_up and now_s - request.checked_s >= self._check_s:
+                    request.checked_s = now_s
+                    request.start_catching_up()
 
     def _feed(self, request: OpenRequest, item: Frame | Marker) -> None:
-        stitch = request.stitch
-        if stitch is None or request.behind:
+        merger = request.merger
+        if merger is None or request.catching_up:
             return
-        request.heard = True
-        request.take_in(stitch, item)
+        request.received = True
+        request.feed(merger, item)
         request.notify()
-        if stitch.gap or (stitch.pending_bytes > self._buffer_bytes and not stitch.closed):
-            fall_behind(request)
-
-
-def fall_behind(request: OpenRequest) -> None:
-    """``request`` has to read what is kept of its job."""
-    request.behind = True
-    request.held = None
-    request.notify()
+        if merger.gap or (merger.pending_bytes > self._buffer_bytes and not merger.closed):
+            request.start_catching_up()

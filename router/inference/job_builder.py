@@ -1,4 +1,4 @@
-"""Making the job of a request: what it asks, what the settings say, and whether its model is known."""
+"""Builds the job of one request from its fields, the settings and the directory of models."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from queue_schemas.persisted_output import request_digest
 from ..model_directory import check_model
 from ..queue_link import QueueLink
 from ..settings import RouterSettings
-from .deadlines import Deadline
 from .request_fields import RequestFields
+from .rules import Deadline
 
 
 class JobBuilder:
-    """Makes jobs for one Router."""
+    """Builds the jobs of one Router."""
 
     def __init__(self, settings: RouterSettings, link: QueueLink) -> None:
         self._settings = settings
         self._link = link
 
-    async def make(
+    async def build(
         self,
         *,
         tenant: Tenant,
@@ -47,7 +47,7 @@ class JobBuilder:
         traceparent: str = "",
         headers: Mapping[str, str] | None = None,
     ) -> Job:
-        """The job of a request with ``fields``; one that is not ``persisted`` is answered to this Router.
+        """The job of a request with ``fields``. One that is not ``persisted`` is answered to this Router.
 
         Raises ``ModelNotFound``, ``NoWorker`` or ``BrokerUnavailable``.
         """
@@ -74,7 +74,7 @@ class JobBuilder:
             stream=fields.stream,
             persisted=persisted,
             ttl_ms=deadline.limit_ms,
-            deadline_from=deadline.named,
+            deadline_from=deadline.description,
             max_attempts=settings.max_attempts,
             on_loss=on_loss,
             reply_to="" if persisted else link.session_id,
@@ -83,21 +83,22 @@ class JobBuilder:
             idempotency_key=idempotency_key,
             request_id=request_id,
             region=settings.region,
-            remote_after_ms=self._patience_ms(fields.model),
+            remote_after_ms=self._remote_after_ms(fields.model),
         )
 
-    def _patience_ms(self, model: str) -> int:
-        """How long this region's workers go first: not at all where there is none."""
+    def _remote_after_ms(self, model: str) -> int:
+        """How long only this region's workers may take the job; 0 if there are none."""
         settings = self._settings
-        near = settings.region != "" and self._link.directory.serves_in(model, settings.region)
-        return settings.region_remote_after_ms if near else 0
+        local = settings.region != "" and self._link.directory.serves_in(model, settings.region)
+        return settings.region_remote_after_ms if local else 0
 
 
 def job_metadata_of(
     job: Job, fields: RequestFields, *, resumable: bool = False, note: bytes = b"", request: str = ""
 ) -> JobMetadata:
-    """What a Router has to know to give the answer of a stored ``job`` again. ``request`` is the digest of what the
-    client asked, if the job does not say all of it."""
+    """What a Router needs to relay the answer of a persisted ``job`` again. ``request`` is the digest of what the
+    client
+    sent, if the job does not contain all of it."""
     return JobMetadata(
         path=job.path,
         stream=job.stream,

@@ -1,15 +1,11 @@
-"""Open requests: what waits for an answer, and what wakes it.
+"""The open requests of one Router: passes frames to the requests that wait for them, and enforces limits on them.
 
-Each open request is one coroutine, woken through one future: by frames (:meth:`OpenRequests.deliver`, called by the
-reader of the reply streams), by the sweep of each second, by a client that went away. Those that wait for a persisted
-job, which may be many for one, are in :mod:`router.inference.followers`.
+Requests for persisted jobs, which may be many for one job, are in :mod:`router.inference.followers`.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Callable
 
 from queue_schemas import (
     END,
@@ -21,202 +17,22 @@ from queue_schemas import (
     JobId,
     Marker,
     MarkerKind,
-    PersistOptions,
-    RequestTimeout,
     Tenant,
     shard_of_job,
 )
-from telemetry import get_logger
 
-from ..http.bodies import ClientGone
-from ..http.connection import Connection
 from ..metrics import RouterMetrics
 from ..settings import RouterSettings
 from ..tenant_limits import TenantLimiter, tenant_limit
-from .attempt_merger import AttemptMerger
 from .followers import Followers
-
-log = get_logger(__name__)
-_UNKEPT = PersistOptions(0)
-_T = TypeVar("_T")
+from .open_request import OpenRequest
 
 
-def too_long() -> InferqError:
-    """What a request is told whose time is up."""
-    return RequestTimeout("the request took too long; send it again")
-
-
-def _begins(item: Frame | Marker) -> bool:
-    """Whether it says that an attempt of a job begins, or will: the queue may have lost that the job ended."""
+def _starts_attempt(item: Frame | Marker) -> bool:
+    """Whether an attempt of a job begins, or will: the queue may have lost that the job ended."""
     if type(item) is Frame:
         return bool(item.flags & HEAD) and not item.flags & END
     return type(item) is Marker and item.kind in (MarkerKind.REQUEUED, MarkerKind.LOST)
-
-
-def _not_answered() -> InferqError:
-    return DeadlineExceeded("the request's time ran out while Redis did not answer; try again")
-
-
-class OpenRequest:
-    """One request. Times are the event loop's, in seconds; infinity where there is no limit."""
-
-    __slots__ = (
-        "begun_s",
-        "behind",
-        "body_bytes",
-        "commented",
-        "connection",
-        "deadline_s",
-        "error",
-        "fallback",
-        "follows",
-        "gone",
-        "heard",
-        "held",
-        "held_back",
-        "interrupted",
-        "job",
-        "keep",
-        "keepalive_due",
-        "limit_s",
-        "looked_s",
-        "lost",
-        "news",
-        "on_limit",
-        "patience_s",
-        "quiet_since_s",
-        "rerun_s",
-        "reruns",
-        "sending_since_s",
-        "stitch",
-        "task",
-        "tenant",
-        "wake",
-        "why_gone",
-    )
-
-    def __init__(self, connection: Connection, now_s: float) -> None:
-        self.connection = connection
-        self.begun_s = self.quiet_since_s = now_s
-        self.job: Job | None = None
-        self.stitch: AttemptMerger | None = None
-        self.deadline_s = self.limit_s = self.sending_since_s = self.rerun_s = self.patience_s = float("inf")
-        self.on_limit: Callable[[], InferqError] = too_long
-        self.error: InferqError | None = None
-        self.fallback: Callable[[], Awaitable[bool]] | None = None
-        """Asks for the same in another way, if the engine has no such path; False: there is none."""
-        self.held_back = b""
-        """What has come of an answer that says so."""
-        self.tenant: Tenant | None = None
-        """Whose it is; None until it is admitted."""
-        self.task: asyncio.Task[Any] | None = None
-        self.wake: asyncio.Future[None] | None = None
-        self.news = self.gone = self.interrupted = self.keepalive_due = self.lost = False
-        self.reruns = 0
-        self.body_bytes = 0
-        self.why_gone = "left"
-        # Of a persisted job: whether what is kept of it is to be read first, what came while a page of that was on its
-        # way, whether anything came since it was last looked after, and when that was.
-        self.behind = self.heard = False
-        self.held: list[Frame | Marker] | None = None
-        self.looked_s = now_s
-        self.keep = _UNKEPT
-        """How what it waits for is kept, if it is."""
-        self.follows = False
-        """It follows a persisted job that it did not put on the queue, and could not put there again."""
-        self.commented = False
-        """It is answered with an event stream whatever its job is."""
-
-    async def wait(self) -> None:
-        """Until there is news; at once if there is some already."""
-        if not self.news:
-            self.wake = asyncio.get_running_loop().create_future()
-            await self.wake
-        self.news = False
-
-    def notify(self) -> None:
-        """There is news."""
-        self.news = True
-        wake = self.wake
-        if wake is not None:
-            self.wake = None
-            if not wake.done():
-                wake.set_result(None)
-
-    def take_in(self, stitch: AttemptMerger, item: Frame | Marker) -> None:
-        """Something of its answer came."""
-        try:
-            if type(item) is Frame:
-                stitch.on_frame(item)
-            elif type(item) is Marker:
-                stitch.on_marker(item)
-        except Exception:  # one answer's fault must not end the reader of all
-            log.exception("answer_not_understood", job_id=item.job_id)
-            self.fail(InferqError("the answer could not be put together; the router's log says why"))
-
-    def fail(self, error: InferqError) -> None:
-        """Answer with ``error``, unless there is an answer or another error already."""
-        if self.error is None:
-            self.error = error
-        self.interrupt()
-        self.notify()
-
-    def on_gone(self, why: str = "left") -> None:
-        """The client went away, or was cut off; the first reason counts."""
-        if not self.gone:
-            self.why_gone = why
-        self.gone = True
-        self.interrupt()
-        self.notify()
-
-    def drop(self, why: str) -> None:
-        """Cut off the client, which is too slow or stalled."""
-        log.warning("client_dropped", why=why, job_id=self.job.id if self.job is not None else "")
-        self.sending_since_s = float("inf")
-        self.on_gone(why)
-        self.connection.cut()
-
-    def give(self, ttl_ms: int) -> None:
-        """Its time begins to run, unless it does already."""
-        if self.deadline_s == float("inf"):
-            self.deadline_s = asyncio.get_running_loop().time() + ttl_ms / 1000
-
-    def guard(self, limit_s: float, on_limit: Callable[[], InferqError]) -> None:
-        """From now on the request's task may be interrupted: at ``limit_s`` with the error that ``on_limit`` makes, or
-        when the client goes."""
-        self.task = asyncio.current_task()
-        self.limit_s, self.on_limit = limit_s, on_limit
-
-    def unguard(self) -> None:
-        """The end of :meth:`guard`."""
-        self.task = None
-        self.limit_s = float("inf")
-
-    async def within_deadline(self, call: Awaitable[_T]) -> _T:
-        """The answer of a call to the queue, unless the client goes or the request's time runs out before it comes."""
-        self.guard(self.deadline_s, _not_answered)
-        try:
-            return await call
-        except asyncio.CancelledError:
-            if not self.absorb():
-                raise
-            raise self.error or ClientGone from None
-        finally:
-            self.unguard()
-
-    def interrupt(self) -> None:
-        """End the wait that :meth:`guard` began, if one is under way; the task gets ``CancelledError``."""
-        if self.task is not None and not self.interrupted:
-            self.interrupted = True
-            self.task.cancel()
-
-    def absorb(self) -> bool:
-        """After a ``CancelledError``: whether it was :meth:`interrupt`'s, and is hereby dealt with."""
-        task = asyncio.current_task()
-        if not self.interrupted or task is None:
-            return False
-        self.interrupted = False
-        return task.uncancel() == 0
 
 
 class OpenRequests:
@@ -304,14 +120,14 @@ class OpenRequests:
             self._bodies.check(request.tenant, announced_bytes)
 
     def take_body(self, request: OpenRequest, size_bytes: int) -> None:
-        """Take room for a body of which ``size_bytes`` have arrived. Raises ``OverCapacity`` if there is none."""
+        """Reserve room for a body of which ``size_bytes`` have arrived. Raises ``OverCapacity`` if there is none."""
         more = size_bytes - request.body_bytes
         if more > 0 and request.tenant is not None:
             self._bodies.acquire(request.tenant, more)
             request.body_bytes = size_bytes
 
     def hold_answer(self, request: OpenRequest, size_bytes: int) -> None:
-        """An answer of so many bytes waits for its client: until it is taken there is less room for bodies."""
+        """Count an answer that waits for its client among the bodies, until the request is over."""
         if request.tenant is not None:
             self._bodies.force(request.tenant, size_bytes)
             request.body_bytes += size_bytes
@@ -332,29 +148,29 @@ class OpenRequests:
         elif job is not None:
             self._by_job.pop(job.id, None)
 
-    def deliver(self, news: list[Frame | Marker]) -> None:
-        """Hand what came on the reply streams to whom it concerns."""
+    def deliver(self, items: list[Frame | Marker]) -> None:
+        """Pass what came on the reply streams to the requests that wait for it."""
         by_job = self._by_job
-        for item in news:
+        for item in items:
             request = by_job.get(item.job_id)
-            if request is None or request.stitch is None:
+            if request is None or request.merger is None:
                 if not self.followers.deliver(item):
                     self._metrics.dropped_frames.inc()
-                    if request is None and _begins(item):
+                    if request is None and _starts_attempt(item):
                         self._cancel_orphan(item.job_id)
                 continue
-            stitch = request.stitch
-            request.take_in(stitch, item)
-            if not request.news:
+            merger = request.merger
+            request.feed(merger, item)
+            if not request.has_news:
                 request.notify()
-            if stitch.pending_bytes > self._buffer_bytes and request.sending_since_s < float("inf"):
+            if merger.pending_bytes > self._buffer_bytes and request.sending_since_s < float("inf"):
                 request.drop("slow")
 
     def lost(self, shard: int) -> None:
-        """The reply stream of ``shard`` was lost: what was on it did not arrive."""
+        """The reply stream of ``shard`` was lost, with what was on it."""
         for job_id, request in self._by_job.items():
             if shard_of_job(job_id) == shard:
-                request.lost = True
+                request.frames_lost = True
                 request.notify()
         self.followers.lost(shard)
 
@@ -364,23 +180,23 @@ class OpenRequests:
             request.fail(error)
 
     def sweep(self, now_s: float) -> None:
-        """Enforce every limit in time."""
+        """Enforce every time limit; called each ``sweep_interval_ms``."""
         self.followers.sweep(now_s)
         for request in tuple(self._all):
-            if now_s >= request.limit_s:
-                request.fail(request.on_limit())
+            if now_s >= request.interrupt_at_s:
+                request.time_out()
             elif now_s - request.sending_since_s >= self._stall_s:
                 request.drop("stalled")
-            elif now_s >= request.deadline_s + min(self._grace_s, request.patience_s):
+            elif now_s >= request.deadline_s + min(self._grace_s, request.client_grace_s):
                 request.fail(DeadlineExceeded("the request was not answered in time: the queue was silent until then"))
-            elif now_s >= request.rerun_s and request.stitch is not None:
-                request.rerun_s = float("inf")
-                request.stitch.gap = not request.stitch.closed
+            elif now_s >= request.resubmit_at_s and request.merger is not None:
+                request.resubmit_at_s = float("inf")
+                request.merger.gap = not request.merger.closed
                 request.notify()
             elif (
-                request.stitch is not None
-                and (request.stitch.stream or request.commented)
-                and now_s - request.quiet_since_s >= self._keepalive_s
+                request.merger is not None
+                and (request.merger.stream or request.always_event_stream)
+                and now_s - request.last_sent_s >= self._keepalive_s
                 and request.sending_since_s == float("inf")
             ):
                 request.keepalive_due = True

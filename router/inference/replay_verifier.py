@@ -1,10 +1,10 @@
-"""Following another attempt of a stream, after one that was lost when part of it was delivered.
+"""Verifies a later attempt of a stream against what was delivered of a lost one, for :class:`AttemptMerger`.
 
-:class:`ReplayVerifier` is for an attempt that began anew: text that the client has is suppressed, roles and finish
-reasons appear once, and the moment the new attempt says something else, :class:`~queue_schemas.StreamBroken` is raised.
-:class:`ContinuationVerifier` is for one that goes on behind what was delivered (:mod:`router.inference.continuation`):
-only what every attempt says at its beginning is left out. Either way ``id`` and ``created`` stay the first attempt's,
-and nothing is ever spliced unseen.
+:class:`ReplayVerifier` is for an attempt that began anew: it drops text that the client has, passes roles and finish
+reasons once, and raises :class:`~queue_schemas.StreamBroken` when the new attempt says something else.
+:class:`ContinuationVerifier` is for one that continues behind what was delivered
+(:mod:`router.inference.continuation`): it drops only what every attempt says at its beginning. Either way ``id`` and
+``created`` stay the first attempt's, and two different answers are never spliced.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ from openai_api.transcript import (
 )
 
 
-class Following(Protocol):
-    """How the events of a later attempt become what the client still lacks."""
+class AttemptVerifier(Protocol):
+    """Turns the events of a later attempt into what the client still lacks."""
 
     def feed(self, event: bytes) -> bytes:
         """What the client still lacks of ``event`` (one whole event of the new attempt); may be empty."""
         ...
 
     def finish(self) -> None:
-        """The new attempt is over."""
+        """The new attempt is over. May raise ``StreamBroken``."""
         ...
 
 
 @dataclass(slots=True)
 class _Choice:
-    """What the client had of one choice, and how much of it the new attempt has said again."""
+    """What the client has of one choice, and how much of it the new attempt has repeated."""
 
     texts: dict[str, str] = field(default_factory=dict)
     role: str | None = None
     finish: Any = None
-    said: dict[str, int] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
 
     @property
     def caught_up(self) -> bool:
-        return all(self.said.get(channel, 0) == len(text) for channel, text in self.texts.items())
+        return all(self.repeated.get(channel, 0) == len(text) for channel, text in self.texts.items())
 
 
 class ReplayVerifier:
-    """Compares with what was ``delivered``; raises ``StreamBroken`` if that cannot be done."""
+    """Compares an attempt that began anew with what was ``delivered``. Raises ``StreamBroken`` where they differ or
+    cannot be compared."""
 
     def __init__(self, delivered: Transcript) -> None:
         self._complete = delivered.complete
@@ -79,7 +80,7 @@ class ReplayVerifier:
         return encode_json(chunk | self._identity)
 
     def finish(self) -> None:
-        """It must have said all that the client has."""
+        """Raise ``StreamBroken`` unless it has said all that the client has."""
         if not all(choice.caught_up for choice in self._choices.values()):
             raise differs("it ended earlier")
 
@@ -103,12 +104,12 @@ class ReplayVerifier:
 
     def _rest(self, known: _Choice, channel: str, text: str) -> str:
         delivered = known.texts.get(channel, "")
-        at = known.said.get(channel, 0)
-        again = delivered[at : at + len(text)]
-        if again != text[: len(again)]:
+        at = known.repeated.get(channel, 0)
+        repeated = delivered[at : at + len(text)]
+        if repeated != text[: len(repeated)]:
             raise differs("its text is another one")
-        known.said[channel] = at + len(again)
-        return text[len(again) :]
+        known.repeated[channel] = at + len(repeated)
+        return text[len(repeated) :]
 
     def _is_new_usage(self, chunk: Chunk) -> bool:
         if chunk["choices"] or not chunk.get("usage"):
@@ -118,7 +119,7 @@ class ReplayVerifier:
 
 
 class ContinuationVerifier:
-    """Passes on what an attempt says that began where the ``delivered`` text ends."""
+    """Passes on an attempt that began where the ``delivered`` text ends."""
 
     def __init__(self, delivered: Transcript) -> None:
         self._identity = delivered.identity
@@ -138,15 +139,17 @@ class ContinuationVerifier:
         return self._without_beginning(read_chunk(data))
 
     def finish(self) -> None:
-        """Whatever it has said is the rest."""
+        """Accept whatever it has said as the rest."""
 
     def _without_beginning(self, chunk: Chunk) -> bytes:
-        spoken = [with_parts(choice, None, parts_of(choice)[1]) for choice in chunk["choices"] if _speaks(choice)]
-        if chunk["choices"] and not spoken:
+        with_text = [
+            with_parts(choice, None, parts_of(choice)[1]) for choice in chunk["choices"] if _has_content(choice)
+        ]
+        if chunk["choices"] and not with_text:
             return b""
-        chunk["choices"] = spoken
+        chunk["choices"] = with_text
         return encode_json(chunk | self._identity)
 
 
-def _speaks(choice: Chunk) -> bool:
+def _has_content(choice: Chunk) -> bool:
     return any(parts_of(choice)[1].values()) or bool(choice.get("finish_reason"))

@@ -1,4 +1,4 @@
-"""Streams whose client left and may come back: each is given up when its grace is over."""
+"""Cancels resumable streams whose client left and did not come back within the grace period."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from queue_schemas import JobId
 from telemetry import get_logger
 
 MAX_AWAITED = 16_384
-"""Streams that may wait for their clients; beyond it the one that has waited longest runs to its end."""
+"""Streams that may wait for their clients; beyond it the oldest runs to its end."""
 LATE_S = 1.0
-"""How long after its grace a stream is given up: so long its departure may take to reach the queue."""
+"""How long after its grace a stream is cancelled: the client's departure may take so long to reach the queue."""
 
 log = get_logger(__name__)
 
 
 class DisconnectGrace:
-    """The streams that nobody follows here any more. Times are the event loop's, in seconds.
+    """The streams that no request here waits for any more. Times are the event loop's, in seconds.
 
-    Kept in memory: a stream whose Router ends meanwhile simply runs to its end.
+    Kept in memory: a stream whose Router ends meanwhile runs to its end.
     """
 
     def __init__(self, grace_ms: int, cancel_abandoned: Callable[[JobId, str, int], None]) -> None:
@@ -32,16 +32,16 @@ class DisconnectGrace:
         return len(self._due)
 
     def add(self, job_id: JobId, now_s: float) -> None:
-        """The client of ``job_id`` left."""
+        """Start the grace of ``job_id``: its client left."""
         self._due.pop(job_id, None)
         self._due[job_id] = now_s + self._grace_ms / 1000 + LATE_S
         if len(self._due) > MAX_AWAITED:
-            forgotten = next(iter(self._due))
-            del self._due[forgotten]
-            log.warning("too_many_abandoned", job_id=forgotten, then="it runs to its end")
+            oldest = next(iter(self._due))
+            del self._due[oldest]
+            log.warning("too_many_disconnected_streams", job_id=oldest, then="it runs to its end")
 
     def sweep(self, now_s: float) -> None:
-        """Give up those whose grace is over."""
+        """Cancel those whose grace is over."""
         while self._due:
             job_id, due_s = next(iter(self._due.items()))
             if due_s > now_s:

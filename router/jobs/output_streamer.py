@@ -1,4 +1,4 @@
-"""Giving what is kept of a job to a client, over HTTP: what there is, then what comes."""
+"""Streams a persisted job's output to an HTTP client: first what is kept, then live."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from ..http.bodies import ClientGone
 from ..http.connection import Connection
 from ..http.response_writer import ResponseWriter
 from ..inference.attempt_merger import AttemptMerger
-from ..inference.open_requests import OpenRequest, OpenRequests
+from ..inference.open_request import OpenRequest
+from ..inference.open_requests import OpenRequests
 from ..inference.relay import Relay
 from ..lifecycle import Lifecycle
 from ..metrics import RouterMetrics
 from .event_ids import Position
 from .persisted_requests import PersistedRequests
 from .resumable_writer import EventStreamWriter
-from .service import PersistedJobs
+from .service import JobService
 
 
 class OutputStreamer:
-    """Gives kept answers, by the ways of any answer: slow clients are cut off, those that leave are let go."""
+    """Streams to clients under the limits of any open request: a slow client is cut off."""
 
     def __init__(
         self,
         requests: OpenRequests,
         persisted: PersistedRequests,
         relay: Relay,
-        jobs: PersistedJobs,
+        jobs: JobService,
         lifecycle: Lifecycle,
         metrics: RouterMetrics,
     ) -> None:
@@ -44,25 +45,25 @@ class OutputStreamer:
         self._lifecycle = lifecycle
         self._metrics = metrics
 
-    async def give(
-        self, kept: PersistedJob, receive: Receive, exchange: ResponseWriter, stitch: AttemptMerger | None = None
+    async def stream(
+        self, job: PersistedJob, receive: Receive, writer: ResponseWriter, merger: AttemptMerger | None = None
     ) -> None:
-        """Answer with what ``kept`` has said and will say; ``stitch``: in which form, if not as it is kept."""
-        connection, requests = Connection(receive), self._requests
+        """Write all output of ``job``, past and to come; ``merger``: in another form than it is kept in."""
+        connection = Connection(receive)
         request = OpenRequest(connection, asyncio.get_running_loop().time())
-        request.commented = isinstance(exchange, EventStreamWriter)
-        requests.add(request)
+        request.always_event_stream = isinstance(writer, EventStreamWriter)
+        self._requests.add(request)
         try:
             self._lifecycle.ensure_accepting()
-            requests.admit(request, kept.tenant)
-            self._persisted.follow(request, kept, stitch=stitch)
+            self._requests.admit(request, job.tenant)
+            self._persisted.follow(request, job, merger=merger)
             connection.watch(request.on_gone)
-            await self._relay.run(request, exchange)
+            await self._relay.run(request, writer)
         except InferqError as error:
             connection.unwatch()
-            await exchange.fail(error, mid_event=request.stitch is not None and request.stitch.mid_event)
+            await writer.fail(error, mid_event=request.merger is not None and request.merger.mid_event)
         except ClientGone:
-            self._metrics.disconnects.labels(request.why_gone).inc()
+            self._metrics.disconnects.labels(request.gone_reason).inc()
         finally:
             connection.unwatch()
             self._jobs.leave(request)
@@ -70,41 +71,43 @@ class OutputStreamer:
 
 
 class PersistedResponse(Response):
-    """The answer of a job, as the request itself would have got it; with ``events``, as an event stream of which the
-    client has what is up to ``after``; in the form that ``stitch`` gives it, if there is one."""
+    """The HTTP response with a job's output, as the request itself would have got it.
+
+    ``events``: as an event stream behind ``after``, which the client has. ``merger``: in the form that it makes.
+    """
 
     def __init__(
         self,
-        giver: OutputStreamer,
-        kept: PersistedJob,
+        streamer: OutputStreamer,
+        job: PersistedJob,
         *,
         events: bool = False,
         after: Position | None = None,
-        stitch: AttemptMerger | None = None,
+        merger: AttemptMerger | None = None,
     ) -> None:
         super().__init__()
-        self._giver = giver
-        self._kept = kept
+        self._streamer = streamer
+        self._job = job
         self._events = events
         self._after = after
-        self._stitch = stitch
+        self._merger = merger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_on(message: Message) -> None:
+        async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":  # the service writes the request's id itself
                 headers = [header for header in message["headers"] if header[0] != REQUEST_ID_HEADER]
                 message = {**message, "headers": headers}
             await send(message)
 
         request_id = str(scope["state"]["request_id"]).encode()
-        path = self._kept.metadata.path
-        if self._stitch is not None:
+        path = self._job.metadata.path
+        if self._merger is not None:
             path = RESPONSES_PATH  # what is kept is a chat, and its client reads a response
-        exchange = (
-            EventStreamWriter(send_on, request_id, self._after, path)
+        writer = (
+            EventStreamWriter(send_without_id, request_id, self._after, path)
             if self._events
-            else ResponseWriter(send_on, request_id, path)
+            else ResponseWriter(send_without_id, request_id, path)
         )
-        if self._after is not None and self._after.job_id is not None and isinstance(exchange, EventStreamWriter):
-            exchange.name(self._after.job_id)
-        await self._giver.give(self._kept, receive, exchange, self._stitch)
+        if self._after is not None and self._after.job_id is not None and isinstance(writer, EventStreamWriter):
+            writer.bind_job(self._after.job_id)
+        await self._streamer.stream(self._job, receive, writer, self._merger)

@@ -1,4 +1,4 @@
-"""Answers whose events carry ids: of streams that may be resumed, and of jobs that are followed."""
+"""Writes answers whose events carry ids: resumable streams, and the events of persisted jobs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _ENDINGS = (AttemptsExhausted, JobCancelled, DeadlineExceeded)
 
 
 class ResumableWriter(ResponseWriter):
-    """An answer whose events, if it is a stream of them, carry ids; those that the client has are left out."""
+    """Adds ids to the events of a stream and leaves out those up to ``after``, which the client has. Any other answer
+    passes as it is."""
 
     __slots__ = ("after",)
 
@@ -28,14 +29,14 @@ class ResumableWriter(ResponseWriter):
         self.after = after
         self._client_events = EventNumbers(after, "", self._dialect, self._request_id)
 
-    def name(self, job_id: JobId) -> None:
-        """Ids name this job: they say by themselves where to go on."""
+    def bind_job(self, job_id: JobId) -> None:
+        """Put the job's id into every event's id, so that an event's id alone says where to continue."""
         self._client_events = EventNumbers(self.after, f"{job_id}:", self._dialect, self._request_id)
 
 
 class EventStreamWriter(ResumableWriter):
-    """A job's answer as an event stream, whatever it is: a plain one is one event; an end without an answer is an event
-    with the error."""
+    """Writes the answer of a job as an event stream whatever it is: a plain one is one event; an end without an answer
+    is an event with the error."""
 
     __slots__ = ()
 

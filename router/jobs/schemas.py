@@ -1,18 +1,21 @@
-"""Persisted jobs as their clients see them: the object, its states, and its answer as JSON."""
+"""Persisted jobs as clients see them: the job object, its status, and its answer as JSON."""
 
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Any, Literal
 
 import orjson
+from pydantic import BaseModel, Field
 
+from openai_api.errors import ErrorDetail
 from queue_schemas import InferqError, MarkerKind, PersistedJob, State
 
 from ..http.response_head import ResponseHead
-from ..inference.attempt_merger import ending_error
+from ..inference.rules import ending_error
 
-STATUSES: dict[State, str] = {
+JobStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
+STATUSES: dict[State, JobStatus] = {
     State.QUEUED: "queued",
     State.LEASED: "in_progress",
     State.LOST: "in_progress",
@@ -22,50 +25,88 @@ STATUSES: dict[State, str] = {
     State.CANCELLED: "cancelled",
     State.EXPIRED: "expired",
 }
-"""What a client is told. ``failed``: the engine answered with an error, or every attempt failed."""
+"""The status that clients see. ``failed``: the engine answered with an error, or every attempt failed."""
+
+
+class JobResponse(BaseModel):
+    """The answer of a job: JSON as it is, text (a stream's, too) as text, all else in base64."""
+
+    status_code: int
+    content_type: str
+    headers: dict[str, str] = Field(description="Those of the engine's that its client was to see")
+    body: Any = Field(description="Null if it is too large to be shown here: read it at /output")
+    encoding: Literal["json", "text", "base64"] | None
+    too_large: bool
+
+
+class JobObject(BaseModel):
+    """A job. Times in seconds since 1970, null where there is none yet."""
+
+    id: str
+    object: Literal["job"]
+    status: JobStatus
+    model: str
+    path: str | None
+    stream: bool
+    request_id: str | None
+    attempts: int = Field(description="How often it was started")
+    created_at: int
+    started_at: int | None
+    ended_at: int | None
+    deadline_at: int = Field(description="When it expires unless it has ended")
+    expires_at: int | None = Field(description="When it is deleted, with its answer")
+    error: ErrorDetail | None = Field(description="Why it has no answer")
+    response: JobResponse | None = Field(description="Its answer, once it has ended; never in a list")
+
+
+class JobDeleted(BaseModel):
+    """The job and its output are deleted."""
+
+    id: str
+    object: Literal["job"]
+    deleted: bool
 
 
 def states_of(status: str) -> list[State]:
-    """The states that a client knows as ``status``; all of them if it is empty."""
-    return [state for state, told in STATUSES.items() if told == status]
+    """The states whose status is ``status``; none if it is empty."""
+    return [state for state, name in STATUSES.items() if name == status]
 
 
-def error_of(kept: PersistedJob) -> InferqError | None:
+def error_of(job: PersistedJob) -> InferqError | None:
     """Why a job has no answer; None if it has one, or may get one."""
-    if kept.state not in (State.DEAD, State.CANCELLED, State.EXPIRED):
+    if job.state not in (State.DEAD, State.CANCELLED, State.EXPIRED):
         return None
-    return ending_error(MarkerKind(kept.state.value), kept.cause)
+    return ending_error(MarkerKind(job.state.value), job.cause)
 
 
-def job_object(kept: PersistedJob, response: dict[str, Any] | None = None) -> dict[str, Any]:
+def job_object(job: PersistedJob, response: dict[str, Any] | None = None) -> dict[str, Any]:
     """A job as JSON. Times in seconds since 1970, null where there is none yet."""
-    error = error_of(kept)
+    error = error_of(job)
     return {
-        "id": kept.id,
+        "id": job.id,
         "object": "job",
-        "status": STATUSES[kept.state],
-        "model": kept.model,
-        "path": kept.metadata.path or None,
-        "stream": kept.metadata.stream,
-        "request_id": kept.metadata.request_id or None,
-        "attempts": kept.attempts,
-        "created_at": kept.created_ms // 1000,
-        "started_at": _seconds(kept.started_ms),
-        "ended_at": _seconds(kept.ended_ms),
-        "deadline_at": kept.deadline_ms // 1000,
-        "expires_at": _seconds(kept.expires_ms),
+        "status": STATUSES[job.state],
+        "model": job.model,
+        "path": job.metadata.path or None,
+        "stream": job.metadata.stream,
+        "request_id": job.metadata.request_id or None,
+        "attempts": job.attempts,
+        "created_at": job.created_ms // 1000,
+        "started_at": _seconds(job.started_ms),
+        "ended_at": _seconds(job.ended_ms),
+        "deadline_at": job.deadline_ms // 1000,
+        "expires_at": _seconds(job.expires_ms),
         "error": orjson.loads(error.body())["error"] if error else None,
         "response": response,
     }
 
 
-def response_object(head: ResponseHead, body: bytes | None) -> dict[str, Any]:
-    """An answer as JSON: JSON as it is, text as text, all else in base64. ``body`` is None if it is too large to be
-    shown here."""
+def answer_object(head: ResponseHead, body: bytes | None) -> dict[str, Any]:
+    """An answer as JSON: JSON as it is, text as text, all else in base64. ``body`` is None if it is too large."""
     encoding: str | None = None
     shown: Any = None
     if body is not None:
-        shown, encoding = _shown(head, body)
+        shown, encoding = _encoded(head, body)
     return {
         "status_code": head.status,
         "content_type": head.content_type,
@@ -76,7 +117,7 @@ def response_object(head: ResponseHead, body: bytes | None) -> dict[str, Any]:
     }
 
 
-def _shown(head: ResponseHead, body: bytes) -> tuple[Any, str | None]:
+def _encoded(head: ResponseHead, body: bytes) -> tuple[Any, str]:
     if head.is_json:
         try:
             return orjson.loads(body), "json"

@@ -1,8 +1,8 @@
-"""Which models' engines serve no Responses API: their responses are built from chat completions.
+"""Remembers which models' engines serve no Responses API, so that their responses are built from chats at once.
 
 Nothing says so beforehand, and the engines of one model may differ. So a response is asked of an engine first; one that
-has no such path answers 404, 405 or 501, and the request is sent again as a chat. For a while the next requests for
-that model begin there: a chat is served by every engine, also once one of them serves responses.
+lacks the path refuses it, and the request is sent again as a chat. For a while the next requests for that model begin
+there: every engine serves chats, even once one of them serves responses.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from collections.abc import Callable
 
 from queue_schemas import Pool
 
-NO_SUCH_PATH = frozenset({404, 405, 501})
-"""How servers answer on a path that they do not have."""
 REMEMBERED_S = 300.0
 _MAX_MODELS = 10_000
 
 
-class ChatOnly:
-    """The models whose engines were found without the Responses API a short while ago."""
+class ChatOnlyEngines:
+    """The models whose engines lacked the Responses API within the last ``REMEMBERED_S``."""
 
     def __init__(self, now_s: Callable[[], float]) -> None:
         """``now_s`` is a monotonic clock."""
@@ -26,7 +24,7 @@ class ChatOnly:
         self._until_s: dict[Pool, float] = {}
 
     def add(self, model: Pool) -> None:
-        """An engine of ``model`` has no such path."""
+        """An engine of ``model`` lacks the path."""
         if len(self._until_s) >= _MAX_MODELS:
             self._until_s.clear()
         self._until_s[model] = self._now_s() + REMEMBERED_S

@@ -1,12 +1,12 @@
-"""A response and its numbered events: a pure function of the request and of the frames that are kept of its chat.
+"""Builds a response and its numbered events: a pure function of the request and of the frames of its chat.
 
 Rules:
 
 * Events are numbered from 0 without a gap. The same frames give the same events, in whichever pieces they come, so any
-  Router can give any of them again.
-* An item opens with the first thing that is said of it and closes when another kind begins, or with the answer. Calls
-  of functions stay open until then, as their arguments may come side by side.
-* What says nothing (roles, empty text) makes no event: an attempt that goes on behind another one leaves no trace.
+  Router can send any of them again.
+* An item opens with its first content and closes when another kind begins, or with the answer. Function calls stay open
+  until then, as their arguments may come interleaved.
+* Roles and empty text make no event: an attempt that continues another one leaves no trace.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from openai_api.chat_chunks import ChatFailure, ChatReader
 from openai_api.response_jobs import ResponseStatus, finish_of, status_of_finish
 from queue_schemas import HEAD, Frame
 
-from .fields import Json
+from .json_fields import Json
 from .schemas import (
-    Asked,
+    ResponseRequest,
     call_item,
     item_id,
     message_item,
@@ -40,7 +40,7 @@ _BROKEN_OFF = "the engine's answer broke off before its end; send the request ag
 
 @dataclass(slots=True)
 class _Part:
-    """One part of an item in the making. ``name`` is the middle of its events' types."""
+    """One part of an item that is being built. ``name`` is the middle of its events' types."""
 
     name: str
     make: Callable[..., Json]
@@ -53,7 +53,7 @@ class _Part:
             self.pieces[:] = ["".join(self.pieces)]
         return self.pieces[0] if self.pieces else ""
 
-    def shown(self) -> Json:
+    def as_json(self) -> Json:
         return self.make(self.text, self.logprobs) if self.name == "output_text" else self.make(self.text)
 
 
@@ -66,7 +66,7 @@ _PARTS: dict[str, Callable[..., Json]] = {
 
 @dataclass(slots=True)
 class _Item:
-    """One item in the making: of parts, or a call of ``function``."""
+    """One item that is being built: of parts, or a call of ``function``."""
 
     kind: str
     place: int
@@ -77,20 +77,20 @@ class _Item:
     arguments: list[str] = field(default_factory=list)
     status: str = "in_progress"
 
-    def shown(self) -> Json:
+    def as_json(self) -> Json:
         if self.kind == "function_call":
             return call_item(self.name, self.status, self.call_id, self.function, "".join(self.arguments))
         make = message_item if self.kind == "message" else reasoning_item
-        return make(self.name, self.status, [part.shown() for part in self.parts])
+        return make(self.name, self.status, [part.as_json() for part in self.parts])
 
 
 class ResponseEvents:
-    """One response. Feed it frames, or tell it that there will be none (:meth:`fail`, :meth:`cancel`); each call gives
-    the events that follow. ``status`` is the response's, ``over`` says that it is the last one."""
+    """One response. Feed it frames, or end it without (:meth:`fail`, :meth:`cancel`); each call returns the events that
+    follow. ``status`` is the response's; ``over``: it is final."""
 
-    def __init__(self, asked: Asked) -> None:
-        self.status: ResponseStatus = "queued" if asked.background else "in_progress"
-        self._asked = asked
+    def __init__(self, request: ResponseRequest) -> None:
+        self.status: ResponseStatus = "queued" if request.background else "in_progress"
+        self._request = request
         self._reader = ChatReader()
         self._events: list[Json] = []
         self._number = 0
@@ -119,14 +119,14 @@ class ResponseEvents:
     def begin(self) -> list[Json]:
         """The events with which every response begins."""
         self._add("response.created", response=self.response())
-        if self._asked.background:
+        if self._request.background:
             self._add("response.queued", response=self.response())
         else:
             self._start()
-        return self._taken()
+        return self._take()
 
     def feed(self, frame: Frame) -> list[Json]:
-        """A frame of the chat; those of an attempt that begins anew belong to another :class:`ResponseEvents`."""
+        """Take a frame of the chat. An attempt that begins anew needs another :class:`ResponseEvents`."""
         if self.over:
             return []
         if frame.flags & HEAD and self.status == "queued":
@@ -137,29 +137,29 @@ class ResponseEvents:
             self._end_with(self._reader.failure)
         elif self._reader.over:
             self._end()
-        return self._taken()
+        return self._take()
 
     def fail(self, failure: ChatFailure) -> list[Json]:
         """The job ended without an answer."""
         if not self.over:
             self._end_with(failure)
-        return self._taken()
+        return self._take()
 
     def cancel(self, message: str) -> list[Json]:
         """The job was cancelled. The API has no event of its own for it: the response in it says so."""
         if not self.over:
             self._end_with(ChatFailure(message, 499, "cancelled"), "cancelled")
-        return self._taken()
+        return self._take()
 
     def response(self) -> Json:
-        """The response as it is now; what was said stands in it once it is over."""
+        """The response as it is now; with its output once it is over."""
         status, reason = self.status, None
         if status == "incomplete":
             reason = status_of_finish(self._finish)[1]
         return response_object(
-            self._asked,
+            self._request,
             status,
-            [item.shown() for item in self._items] if self.over else (),
+            [item.as_json() for item in self._items] if self.over else (),
             usage=self._usage if self.over else None,
             incomplete=reason,
             error=response_error(self._failure) if self._failure is not None else None,
@@ -182,22 +182,22 @@ class ResponseEvents:
             self._close_all("incomplete" if status_of_finish(finish)[0] == "incomplete" else "completed")
 
     def _on_delta(self, delta: Json, logprobs: Any) -> None:
-        thought = delta.get("reasoning_content") or delta.get("reasoning")
-        if thought and type(thought) is str:
-            self._say("reasoning", "reasoning_text", thought)
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+        if reasoning and type(reasoning) is str:
+            self._add_text("reasoning", "reasoning_text", reasoning)
         text = delta.get("content")
         if text and type(text) is str:
-            self._say("message", "output_text", text, response_logprobs(logprobs))
+            self._add_text("message", "output_text", text, response_logprobs(logprobs))
         refusal = delta.get("refusal")
         if refusal and type(refusal) is str:
-            self._say("message", "refusal", refusal)
+            self._add_text("message", "refusal", refusal)
         calls = delta.get("tool_calls")
         for place, call in enumerate(calls if type(calls) is list else ()):
             if type(call) is dict and type(call.get("function")) is dict:
                 index = call.get("index", place)
                 self._on_call(index if type(index) is int else place, call, call["function"])
 
-    def _say(self, kind: str, name: str, text: str, logprobs: list[Json] | None = None) -> None:
+    def _add_text(self, kind: str, name: str, text: str, logprobs: list[Json] | None = None) -> None:
         item = self._open
         if item is None or item.kind != kind:
             self._close_all()
@@ -206,7 +206,7 @@ class ResponseEvents:
             self._close_part(item)
             part = _Part(name, _PARTS[name])
             item.parts.append(part)
-            self._add("response.content_part.added", **self._where(item), part=part.shown())
+            self._add("response.content_part.added", **self._where(item), part=part.as_json())
         part = item.parts[-1]
         part.pieces.append(text)
         part.logprobs += logprobs or ()
@@ -230,10 +230,10 @@ class ResponseEvents:
 
     def _new_item(self, kind: str, call_id: str = "", function: str = "") -> _Item:
         place = len(self._items)
-        name = item_id(kind, self._asked.job_id, place)
-        item = _Item(kind, place, name, call_id=call_id or f"call_{self._asked.job_id}_{place}", function=function)
+        name = item_id(kind, self._request.job_id, place)
+        item = _Item(kind, place, name, call_id=call_id or f"call_{self._request.job_id}_{place}", function=function)
         self._items.append(item)
-        self._add("response.output_item.added", output_index=place, item=item.shown())
+        self._add("response.output_item.added", output_index=place, item=item.as_json())
         return item
 
     def _close_all(self, last: str = "completed") -> None:
@@ -257,7 +257,7 @@ class ResponseEvents:
 
     def _close(self, item: _Item, status: str) -> None:
         item.status = status
-        self._add("response.output_item.done", output_index=item.place, item=item.shown())
+        self._add("response.output_item.done", output_index=item.place, item=item.as_json())
 
     def _close_part(self, item: _Item) -> None:
         if not item.parts:
@@ -266,7 +266,7 @@ class ResponseEvents:
         text = {"refusal": part.text} if part.name == "refusal" else {"text": part.text}
         more: Json = {"logprobs": part.logprobs} if part.name == "output_text" else {}
         self._add(f"response.{part.name}.done", **where, **text, **more)
-        self._add("response.content_part.done", **where, part=part.shown())
+        self._add("response.content_part.done", **where, part=part.as_json())
 
     def _end(self) -> None:
         status, _ = status_of_finish(self._finish)
@@ -290,6 +290,6 @@ class ResponseEvents:
         self._events.append({"type": kind, "sequence_number": self._number, **fields})
         self._number += 1
 
-    def _taken(self) -> list[Json]:
+    def _take(self) -> list[Json]:
         events, self._events = self._events, []
         return events

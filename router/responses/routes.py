@@ -1,4 +1,4 @@
-"""The pages of background responses, below /v1/responses: from any Router, until they are forgotten."""
+"""``/v1/responses/...``: retrieves, streams, cancels and deletes background responses, from any Router."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from openai_api.pages import Page, page_of
 from openai_api.paths import RESPONSES_PATH
@@ -16,33 +15,15 @@ from telemetry.http.error_answers import error_responses
 
 from ..http.access import Gate
 from ..jobs.output_streamer import OutputStreamer, PersistedResponse
-from .service import Responses
+from .schemas import ResponseDeleted, ResponseObject
+from .service import ResponseService
 
 _ONE = RESPONSES_PATH + "/{response_id}"
 _FOUND = (401, 404, 503)
 
 
-class ResponseObject(BaseModel, extra="allow"):
-    """A response, as the OpenAI API reference describes it."""
-
-    id: str
-    object: Literal["response"]
-    created_at: int
-    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
-    model: str
-    output: list[dict[str, Any]]
-
-
-class ResponseDeleted(BaseModel):
-    """All that was kept of a response is forgotten."""
-
-    id: str
-    object: Literal["response"]
-    deleted: bool
-
-
-def response_routes(gate: Gate, responses: Responses, streamer: OutputStreamer) -> APIRouter:
-    """The pages of one Router. ``POST /v1/responses`` itself is served with the other inference paths."""
+def response_routes(responses: ResponseService, streamer: OutputStreamer, gate: Gate) -> APIRouter:
+    """The routes of one Router. ``POST /v1/responses`` is one of the inference paths."""
     routes = APIRouter(tags=["responses"], dependencies=[gate.allow(Access.CLIENT)])
 
     @routes.get(
@@ -62,9 +43,9 @@ def response_routes(gate: Gate, responses: Responses, streamer: OutputStreamer) 
             if starting_after is not None:
                 raise BadRequest("starting_after is of streams: send stream=true, too", param="starting_after")
             return JSONResponse(await responses.retrieve(tenant, response_id))
-        kept = await responses.find(tenant, response_id)
+        job = await responses.find(tenant, response_id)
         after = -1 if starting_after is None else starting_after
-        return PersistedResponse(streamer, kept, stitch=responses.events(kept, after))
+        return PersistedResponse(streamer, job, merger=responses.events(job, after))
 
     @routes.post(
         _ONE + "/cancel",
@@ -87,7 +68,7 @@ def response_routes(gate: Gate, responses: Responses, streamer: OutputStreamer) 
 
     @routes.get(
         _ONE + "/input_items",
-        summary="What was asked",
+        summary="The items of its input",
         response_model=Page[dict[str, Any]],
         responses=error_responses(400, *_FOUND),
     )
@@ -103,7 +84,7 @@ def response_routes(gate: Gate, responses: Responses, streamer: OutputStreamer) 
             items.reverse()
         ids = [item["id"] for item in items]
         if after and after not in ids:
-            raise BadRequest(f"there is no item {after[:60]!r} to go on behind: begin without after", param="after")
+            raise BadRequest(f"there is no item {after[:60]!r} to continue behind: begin without after", param="after")
         rest = items[ids.index(after) + 1 :] if after else items
         return JSONResponse(page_of(rest[:limit], has_more=len(rest) > limit))
 

@@ -1,4 +1,4 @@
-"""The response object and the items in it, in the shapes of the Responses API.
+"""Responses as clients see them: the response object and its items, in the shapes of the Responses API.
 
 Source: the OpenAI API reference of Responses, as the types of the ``openai`` SDK have it.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from openai_api.chat_chunks import ChatFailure
 from openai_api.response_jobs import IncompleteReason, ResponseStatus, response_id
 from queue_schemas import JobId
 
-from .fields import Json
-from .messages import input_items
+from .chat_messages import input_items
+from .json_fields import Json
 
 _SHOWN: dict[str, Any] = {
     "instructions": None,
@@ -36,23 +38,41 @@ _SHOWN: dict[str, Any] = {
     "truncation": "disabled",
     "user": None,
 }
-"""What a response repeats of its request, and what it says where the request is silent."""
+"""Fields of the request that a response repeats, with their defaults."""
 _ITEM_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
 
+class ResponseObject(BaseModel, extra="allow"):
+    """A response, as the OpenAI API reference describes it."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    model: str
+    output: list[dict[str, Any]]
+
+
+class ResponseDeleted(BaseModel):
+    """The response and its output are deleted."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is known of a response from its beginning. ``created_at`` is in Unix seconds; ``request`` is the client's,
-    parsed."""
+class ResponseRequest:
+    """The request that ``job_id`` answers. ``created_at`` is in Unix seconds; ``body`` is the client's, parsed."""
 
     job_id: JobId
     created_at: int
-    request: Json
+    body: Json
     background: bool = True
 
 
 def response_object(
-    asked: Asked,
+    request: ResponseRequest,
     status: ResponseStatus,
     output: Sequence[Json] = (),
     *,
@@ -62,22 +82,22 @@ def response_object(
     completed_at: int | None = None,
 ) -> Json:
     """The response as it is now."""
-    request = asked.request
-    shown = {name: request[name] if request.get(name) is not None else silent for name, silent in _SHOWN.items()}
+    body = request.body
+    shown = {name: body[name] if body.get(name) is not None else default for name, default in _SHOWN.items()}
     text = shown["text"]
     return {
-        "id": response_id(asked.job_id),
+        "id": response_id(request.job_id),
         "object": "response",
-        "created_at": asked.created_at,
+        "created_at": request.created_at,
         "status": status,
-        "background": asked.background,
+        "background": request.background,
         "completed_at": completed_at,
         "error": error,
         "incomplete_details": {"reason": incomplete} if incomplete else None,
         **shown,
         "output": list(output),
         "previous_response_id": None,
-        "store": request.get("store") is not False,
+        "store": body.get("store") is not False,
         "text": text if text.get("format") else {**text, "format": {"type": "text"}},
         "usage": usage,
     }
@@ -89,7 +109,7 @@ def item_id(kind: str, job_id: JobId, place: int | str) -> str:
 
 
 def message_item(name: str, status: str, content: Sequence[Json] = ()) -> Json:
-    """What the model said."""
+    """An answer of the model."""
     return {"id": name, "type": "message", "status": status, "role": "assistant", "content": list(content)}
 
 
@@ -109,7 +129,7 @@ def reasoning_part(text: str) -> Json:
 
 
 def reasoning_item(name: str, status: str, content: Sequence[Json] = ()) -> Json:
-    """What the model thought."""
+    """Reasoning of the model."""
     return {"id": name, "type": "reasoning", "status": status, "summary": [], "content": list(content)}
 
 
@@ -126,20 +146,20 @@ def call_item(name: str, status: str, call_id: str, function: str, arguments: st
 
 
 def response_usage(usage: Json) -> Json:
-    """A chat completion's usage, as a response tells it."""
-    asked, said = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+    """A chat completion's usage in the shape of a response's."""
+    input_tokens, output_tokens = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
     prompt, completion = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
     return {
-        "input_tokens": asked,
+        "input_tokens": input_tokens,
         "input_tokens_details": {"cached_tokens": _count(prompt, "cached_tokens"), "cache_write_tokens": 0},
-        "output_tokens": said,
+        "output_tokens": output_tokens,
         "output_tokens_details": {"reasoning_tokens": _count(completion, "reasoning_tokens")},
-        "total_tokens": asked + said,
+        "total_tokens": input_tokens + output_tokens,
     }
 
 
 def response_logprobs(logprobs: Any) -> list[Json]:
-    """A chat choice's log probabilities, as a response tells them; none of what is not as it should be."""
+    """A chat choice's log probabilities in the shape of a response's; malformed ones are left out."""
     content = logprobs.get("content") if type(logprobs) is dict else None
     return [
         _logprob(entry)
@@ -150,7 +170,7 @@ def response_logprobs(logprobs: Any) -> list[Json]:
 
 
 def response_error(failure: ChatFailure) -> Json:
-    """Why there is no answer. The API knows few codes; the message says what to do."""
+    """Why there is no answer. The API defines few codes; the message says what to do."""
     if failure.status == 429:
         code = "rate_limit_exceeded"
     else:
@@ -158,19 +178,23 @@ def response_error(failure: ChatFailure) -> Json:
     return {"code": code, "message": failure.message, "type": failure.type, "param": failure.param}
 
 
-def listed_input(asked: Asked) -> list[Json]:
+def input_item_objects(request: ResponseRequest) -> list[Json]:
     """The request's input, as ``GET /v1/responses/{id}/input_items`` lists it: each item with an id, oldest first."""
-    return [_listed(item, place, asked.job_id) for place, item in enumerate(input_items(asked.request.get("input")))]
+    return [
+        _item_object(item, place, request.job_id) for place, item in enumerate(input_items(request.body.get("input")))
+    ]
 
 
-def _listed(item: Json, place: int, job_id: JobId) -> Json:
+def _item_object(item: Json, place: int, job_id: JobId) -> Json:
     kind = item.get("type", "message")
     shown = {**item, "id": item.get("id") or item_id(kind, job_id, f"in{place}"), "type": kind}
     if kind != "reasoning":
         shown["status"] = item.get("status") or "completed"
     if kind == "message" and type(item.get("content")) is str:
-        answered = item.get("role") == "assistant"
-        shown["content"] = [text_part(item["content"]) if answered else {"type": "input_text", "text": item["content"]}]
+        from_assistant = item.get("role") == "assistant"
+        shown["content"] = [
+            text_part(item["content"]) if from_assistant else {"type": "input_text", "text": item["content"]}
+        ]
     return shown
 
 

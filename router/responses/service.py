@@ -1,7 +1,7 @@
-"""Background responses: kept chats, told as responses of the Responses API.
+"""Responses of the Responses API built from chat completions: converts requests, and serves background responses.
 
-What a response is, and its events, is in :mod:`router.core.responses`; here is the way to its job and to what is kept
-of it. A response is the job's by its id, so any Router can tell of it, and nobody but its tenant is told.
+A background response is a persisted chat; its id names the job, so any Router serves it, to its tenant only. How a
+response and its events follow from the chat is in :mod:`router.responses.events`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from queue_schemas import (
     MarkerKind,
     NotFound,
     PersistedJob,
+    Pool,
     State,
     Tenant,
 )
@@ -30,166 +31,211 @@ from queue_schemas.persisted_output import digest_of
 
 from ..http.response_head import ResponseHead
 from ..http.response_writer import ResponseWriter
-from ..inference.attempt_merger import ending_error
-from ..inference.open_requests import OpenRequest
+from ..inference.open_request import OpenRequest
 from ..inference.request_fields import RequestFields, read_fields
+from ..inference.rules import ending_error
 from ..jobs.persisted_requests import PersistedRequests
-from ..jobs.service import PersistedJobs
+from ..jobs.service import JobService
 from ..queue_link import QueueLink
 from ..settings import RouterSettings
-from .attempt_merger import FIRST_SAID, ResponseMerger
+from .chat_only_engines import ChatOnlyEngines
+from .chat_request import as_chat
 from .events import ResponseEvents
-from .fields import Json
-from .live import LiveResponse
-from .note import read_note, write_note
-from .request import as_chat
-from .schemas import Asked, listed_input, response_object
+from .json_fields import Json
+from .live_merger import LiveResponseMerger
+from .persisted_merger import FIRST_ENGINE_EVENT, PersistedResponseMerger
+from .saved_request import load_request, save_request
+from .schemas import ResponseRequest, input_item_objects, response_object
 
 NOTIFY = "response"
-"""The word of the notices of responses' ends."""
-_OBJECT = ResponseHead(200, "application/json")
+"""The topic of the notices that background responses ended."""
+_JSON = ResponseHead(200, "application/json")
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseParams:
-    """A request for a response that is built from a chat. ``path``, ``body`` and ``fields`` are the chat's; ``stream``
-    is whether the client asked for events, ``request`` what it sent, and ``sent`` the same as bytes."""
+class ResponseService:
+    """The responses that one Router builds. A :class:`router.inference.ports.ResponsesMode`.
 
-    request: Json
-    created_at: int
-    body: bytes
-    fields: RequestFields
-    stream: bool
-    background: bool
-    sent: bytes
-    path: str = CHAT_PATH
-    content_type: str = "application/json"
-
-    @property
-    def digest(self) -> str:
-        """What tells another request under the same idempotency key: a chat does not say all that was asked."""
-        return digest_of(RESPONSES_PATH, self.content_type, self.sent)
-
-    def of_job(self, job_id: JobId) -> Asked:
-        """What is known of the response that ``job_id`` makes."""
-        return Asked(job_id, self.created_at, self.request, self.background)
-
-
-class Responses:
-    """The responses that are built here. Its methods raise ``NotFound`` for what is no background response of the
-    tenant's, and ``BrokerUnavailable`` while the queue cannot be reached."""
+    Methods with a ``response_id`` raise ``NotFound`` unless it is a background response of the tenant's, and
+    ``BrokerUnavailable`` while the queue cannot be reached.
+    """
 
     def __init__(
-        self, settings: RouterSettings, link: QueueLink, jobs: PersistedJobs, persisted: PersistedRequests
+        self,
+        settings: RouterSettings,
+        link: QueueLink,
+        jobs: JobService,
+        persisted: PersistedRequests,
+        chat_only: ChatOnlyEngines,
     ) -> None:
         self._settings = settings
         self._link = link
         self._jobs = jobs
         self._persisted = persisted
+        self._chat_only = chat_only
 
-    def read(self, body: bytes, *, background: bool) -> ResponseParams:
-        """What a Responses request asks, as a chat. Raises ``BadRequest`` for what no chat can say."""
+    def convert(self, body: bytes, fields: RequestFields, *, keyed: bool) -> ResponseFromChat | None:
+        """The chat that answers a request for a response; None: the engine is asked for the response itself.
+
+        An idempotency key means one job, which cannot be sent in another form later: so it is a chat wherever a chat
+        can say it. Raises ``BadRequest`` where only a chat will do and none can say it.
+        """
+        mode = self._settings.responses
+        if fields.background or mode == "chat" or (mode == "auto" and fields.model in self._chat_only):
+            return self._from_chat(body, background=fields.background)
+        if mode == "auto" and keyed:
+            try:
+                return self._from_chat(body, background=False)
+            except BadRequest:
+                return None
+        return None
+
+    def convert_refused(self, model: Pool, body: bytes) -> ResponseFromChat | None:
+        """The same after an engine of ``model`` answered that it has no Responses API; None: no chat can say it."""
+        try:
+            converted = self._from_chat(body, background=False)
+        except BadRequest:
+            return None
+        self._chat_only.add(model)
+        return converted
+
+    def live_merger(self, request: ResponseRequest, job: Job, *, stream: bool) -> LiveResponseMerger:
+        """What turns the chat of ``job`` into the response that its client waits for."""
+        return LiveResponseMerger(
+            request,
+            stream=stream,
+            replay_limit_bytes=self._settings.max_replay_bytes,
+            on_loss=job.on_loss,
+            persisted=job.persisted,
+        )
+
+    async def accept(self, converted: ResponseFromChat, job: Job, request: OpenRequest, writer: ResponseWriter) -> bool:
+        """Queue a background response and answer with its object. If its events were asked for: True, and ``request``
+        follows them from now on. Raises what :meth:`JobService.enqueue` does."""
+        note = save_request(converted.created_at, converted.request)
+        enqueue = self._jobs.enqueue(job, converted.fields, notify=NOTIFY, note=note, request=converted.digest)
+        enqueued = await request.within_deadline(enqueue)
+        if not converted.stream and not job.idempotency_key:
+            shown = response_object(converted.of_job(enqueued.job_id), "queued")
+        else:
+            found = await request.within_deadline(self.find(job.tenant, response_id(enqueued.job_id)))
+            if converted.stream:
+                self._persisted.follow(request, found, merger=self.events(found))
+                return True
+            shown = await request.within_deadline(self._object(found))
+        await writer.finish(_JSON, orjson.dumps(shown))
+        return False
+
+    async def find(self, tenant: Tenant, name: str) -> PersistedJob:
+        """The job of the response with the id ``name``."""
+        try:
+            found = await self._jobs.get(tenant, job_of_response(name))
+        except BadMessage:
+            found = None
+        if found is None or found.topic != NOTIFY:
+            raise _not_found(name)
+        return found
+
+    async def retrieve(self, tenant: Tenant, name: str) -> Json:
+        """The response as it is now; with its output once it has ended."""
+        return await self._object(await self.find(tenant, name))
+
+    async def cancel(self, tenant: Tenant, name: str) -> Json:
+        """Cancel it unless it has ended. Returns it as it is then."""
+        job = await self._jobs.cancel(tenant, (await self.find(tenant, name)).id)
+        if job is None:
+            raise _not_found(name)
+        return await self._object(job)
+
+    async def delete(self, tenant: Tenant, name: str) -> None:
+        """Delete it; one that runs is cancelled first."""
+        if not await self._jobs.delete(tenant, (await self.find(tenant, name)).id):
+            raise _not_found(name)
+
+    async def input_items(self, tenant: Tenant, name: str) -> list[Json]:
+        """The items of its request's input, oldest first."""
+        job = await self.find(tenant, name)
+        request = load_request(job.id, job.metadata.note)
+        if "input" not in request.body:
+            raise NotFound(f"the input of {name} was too large to be kept beside its answer")
+        return input_item_objects(request)
+
+    def events(self, job: PersistedJob, after: int = -1) -> PersistedResponseMerger:
+        """What turns the output of ``job`` into the events behind number ``after``.
+
+        Raises ``BadRequest`` if they cannot be those of which the client has the beginning.
+        """
+        if after >= FIRST_ENGINE_EVENT and (job.output_replaced or not job.output_epoch):
+            raise BadRequest(
+                "the response was begun anew after its worker was lost, and may say something else than the events up "
+                "to starting_after: read it without starting_after",
+                param="starting_after",
+            )
+        return PersistedResponseMerger(load_request(job.id, job.metadata.note), after, job.output_epoch)
+
+    def _from_chat(self, body: bytes, *, background: bool) -> ResponseFromChat:
+        """Raises ``BadRequest`` for what no chat can say."""
         try:
             request: Json = orjson.loads(body)
         except orjson.JSONDecodeError:
             raise BadRequest("a response is asked for in JSON: send a body of that content type") from None
         chat = as_chat(request)
         fields = read_fields(chat.body, "application/json", CHAT_PATH)
-        return ResponseParams(request, int(time.time()), chat.body, fields, chat.stream, background, body)
+        return ResponseFromChat(self, request, body, int(time.time()), chat.body, fields, chat.stream, background)
 
-    def live(self, asked: ResponseParams, job: Job) -> LiveResponse:
-        """The answer to one that is waited for."""
-        return LiveResponse(
-            asked.of_job(job.id),
-            stream=asked.stream,
-            replay_limit_bytes=self._settings.max_replay_bytes,
-            on_loss=job.on_loss,
-            persisted=job.persisted,
-        )
-
-    async def accept(self, asked: ResponseParams, job: Job, request: OpenRequest, exchange: ResponseWriter) -> bool:
-        """Put a background response on the queue and answer with its object. If its events were asked for: True, and
-        ``request`` follows them from now on. Raises what :meth:`PersistedJobs.enqueue` does."""
-        note = write_note(asked.created_at, asked.request)
-        enqueued = self._jobs.enqueue(job, asked.fields, notify=NOTIFY, note=note, request=asked.digest)
-        found = await request.within_deadline(enqueued)
-        if not asked.stream and not job.idempotency_key:
-            shown = response_object(asked.of_job(found.job_id), "queued")
-        else:
-            kept = await request.within_deadline(self.find(job.tenant, response_id(found.job_id)))
-            if asked.stream:
-                self._persisted.follow(request, kept, stitch=self.events(kept))
-                return True
-            shown = await request.within_deadline(self._shown(kept))
-        await exchange.finish(_OBJECT, orjson.dumps(shown))
-        return False
-
-    async def find(self, tenant: Tenant, name: str) -> PersistedJob:
-        """The job of a response."""
-        try:
-            kept = await self._jobs.status(tenant, job_of_response(name))
-        except BadMessage:
-            kept = None
-        if kept is None or kept.topic != NOTIFY:
-            raise _not_found(name)
-        return kept
-
-    async def retrieve(self, tenant: Tenant, name: str) -> Json:
-        """The response as it is now; with what was said once it has ended."""
-        return await self._shown(await self.find(tenant, name))
-
-    async def cancel(self, tenant: Tenant, name: str) -> Json:
-        """End it, and tell how it stands then; one that has ended stays as it is."""
-        kept = await self._jobs.cancel(tenant, (await self.find(tenant, name)).id)
-        if kept is None:
-            raise _not_found(name)
-        return await self._shown(kept)
-
-    async def delete(self, tenant: Tenant, name: str) -> None:
-        """Forget it; one that lives is cancelled first."""
-        if not await self._jobs.delete(tenant, (await self.find(tenant, name)).id):
-            raise _not_found(name)
-
-    async def input_items(self, tenant: Tenant, name: str) -> list[Json]:
-        """What was asked, oldest first."""
-        kept = await self.find(tenant, name)
-        asked = read_note(kept.id, kept.metadata.note)
-        if "input" not in asked.request:
-            raise NotFound(f"the input of {name} was too large to be kept beside its answer")
-        return listed_input(asked)
-
-    def events(self, kept: PersistedJob, after: int = -1) -> ResponseMerger:
-        """What makes the events behind number ``after`` of its job's frames.
-
-        Raises ``BadRequest`` if they cannot be those of which the client has the beginning.
-        """
-        if after >= FIRST_SAID and (kept.output_replaced or not kept.output_epoch):
-            raise BadRequest(
-                "the response was begun anew after its worker was lost, and may say something else than the events up "
-                "to starting_after: read it without starting_after",
-                param="starting_after",
-            )
-        return ResponseMerger(read_note(kept.id, kept.metadata.note), after, kept.output_epoch)
-
-    async def _shown(self, kept: PersistedJob) -> Json:
-        asked = read_note(kept.id, kept.metadata.note)
-        if not kept.over:
-            return response_object(asked, "queued" if kept.state is State.QUEUED else "in_progress")
-        made = ResponseEvents(asked)
-        made.begin()
-        async for frame in self._link.ready_queue().output.frames(kept.id):
-            made.feed(frame)
-        if not made.over and kept.state in PERSISTED_STATES:
-            made.fail(ChatFailure("a part of the answer is not kept any more; send the request again"))
-        elif not made.over:
-            error = ending_error(MarkerKind(kept.state.value), kept.cause)
-            if kept.state is State.CANCELLED:
-                made.cancel(error.public)
+    async def _object(self, job: PersistedJob) -> Json:
+        request = load_request(job.id, job.metadata.note)
+        if not job.over:
+            return response_object(request, "queued" if job.state is State.QUEUED else "in_progress")
+        events = ResponseEvents(request)
+        events.begin()
+        async for frame in self._link.ready_queue().output.frames(job.id):
+            events.feed(frame)
+        if not events.over and job.state in PERSISTED_STATES:
+            events.fail(ChatFailure("a part of the answer is not kept any more; send the request again"))
+        elif not events.over:
+            error = ending_error(MarkerKind(job.state.value), job.cause)
+            if job.state is State.CANCELLED:
+                events.cancel(error.public)
             else:
-                made.fail(ChatFailure(error.public, error.status, error.code))
-        return made.response()
+                events.fail(ChatFailure(error.public, error.status, error.code))
+        return events.response()
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFromChat:
+    """A request for a response, and the chat that answers it. A :class:`router.inference.ports.ChatConversion`.
+
+    ``request`` is what the client sent, parsed, and ``sent`` the same as bytes. ``body``, ``fields``, ``path`` and
+    ``content_type`` are the chat's. ``stream``: the client asked for events.
+    """
+
+    service: ResponseService
+    request: Json
+    sent: bytes
+    created_at: int
+    body: bytes
+    fields: RequestFields
+    stream: bool
+    background: bool
+    path: str = CHAT_PATH
+    content_type: str = "application/json"
+
+    @property
+    def digest(self) -> str:
+        """Tells whether two requests are the same: the chat does not contain all that was sent."""
+        return digest_of(RESPONSES_PATH, self.content_type, self.sent)
+
+    def of_job(self, job_id: JobId) -> ResponseRequest:
+        """The request for the response that ``job_id`` makes."""
+        return ResponseRequest(job_id, self.created_at, self.request, self.background)
+
+    def merger(self, job: Job) -> LiveResponseMerger:
+        return self.service.live_merger(self.of_job(job.id), job, stream=self.stream)
+
+    async def accept(self, job: Job, request: OpenRequest, writer: ResponseWriter) -> bool:
+        return await self.service.accept(self, job, request, writer)
 
 
 def _not_found(name: str) -> NotFound:
-    """What is said of a response that is unknown, forgotten or another tenant's: the same."""
+    """The error for a response that is unknown, deleted or another tenant's: the same for all."""
     return NotFound(f"there is no response {name[:60]!r}, or it is not kept any more")

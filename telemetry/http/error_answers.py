@@ -11,22 +11,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
-from openai_api.errors import Dialect, dialect_of, error_body, facts_of, is_final
+from openai_api.errors import Dialect, ErrorDetail, dialect_of, error_body, facts_of, is_final
 from queue_schemas import BadRequest, InferqError, MethodNotAllowed, PathNotFound
 
 from .content_coding import ACCEPT_ENCODING
 from .methods import allow_header, answered_methods
 
 DEFAULT_RETRY_AFTER_S = 1
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong, in OpenAI's words: all four keys are always there."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
 
 
 class ErrorAnswer(BaseModel):

@@ -22,7 +22,7 @@ from queue_schemas.ids import JobId
 from router.files.form import FileForm
 from router.inference.attempt_merger import AttemptMerger
 from router.inference.request_fields import read_fields
-from router.responses.request import as_chat
+from router.responses.chat_request import as_chat
 from router.webhooks.rules import read_new_endpoint
 from webhooks.core.url_rules import UrlRules, check_url, is_public
 
@@ -212,18 +212,18 @@ def frames(mutator: Mutator) -> None:
         run = mutator.bytes_of(run)
     marker = mutator.bytes_of(Marker(mutator.pick(tuple(MarkerKind)), _JOB_ID, 1, "why").pack())
     _answer_or_refuse(lambda: split_frames(run))
-    stitch = AttemptMerger(stream=True, replay_limit_bytes=4_096, on_loss="restart")
+    merger = AttemptMerger(stream=True, replay_limit_bytes=4_096, on_loss="restart")
     reader = ChatReader()
 
     def play() -> None:
         for frame in unpack_frames(run):
             reader.feed(frame)
-            if not stitch.closed:
-                stitch.on_frame(frame)
-                stitch.take()
-        if not stitch.closed:
-            stitch.on_marker(unpack_marker(marker))
-            stitch.take()
+            if not merger.closed:
+                merger.on_frame(frame)
+                merger.take()
+        if not merger.closed:
+            merger.on_marker(unpack_marker(marker))
+            merger.take()
 
     _answer_or_refuse(play)
 

@@ -262,7 +262,7 @@ class PersistedStream:
 
 @dataclass
 class Answer:
-    """One HTTP exchange with the app, as far as it has come."""
+    """One HTTP writer with the app, as far as it has come."""
 
     task: asyncio.Task[None]
     client: Client

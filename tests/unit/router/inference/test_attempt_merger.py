@@ -58,14 +58,14 @@ def stream(limit: int = 1 << 20) -> AttemptMerger:
     return AttemptMerger(stream=True, replay_limit_bytes=limit)
 
 
-def feed(stitch: AttemptMerger, news: list[Frame | Marker]) -> bytes:
+def feed(merger: AttemptMerger, news: list[Frame | Marker]) -> bytes:
     got = b""
     for item in news:
         if isinstance(item, Frame):
-            stitch.on_frame(item)
+            merger.on_frame(item)
         else:
-            stitch.on_marker(item)
-        got += stitch.take()
+            merger.on_marker(item)
+        got += merger.take()
     return got
 
 
@@ -83,94 +83,94 @@ def text_of(data: bytes) -> str:
 def test_a_stream_of_one_attempt_passes_byte_for_byte() -> None:
     """Without a loss the client gets the engine's own bytes."""
     pieces = [role(), chunk("Hello"), chunk(" you", finish="stop"), usage(), DONE]
-    stitch = stream()
-    assert feed(stitch, [*attempt(pieces)]) == b"".join(pieces)
-    assert stitch.ended
-    assert stitch.settled
-    assert stitch.head is not None
-    assert stitch.head.status == 200
+    merger = stream()
+    assert feed(merger, [*attempt(pieces)]) == b"".join(pieces)
+    assert merger.ended
+    assert merger.settled
+    assert merger.head is not None
+    assert merger.head.status == 200
 
 
 def test_repeats_and_frames_of_older_epochs_are_dropped() -> None:
     """A frame counts once, and nothing of a lost attempt counts after its epoch ended."""
-    stitch = stream()
+    merger = stream()
     first = attempt([role("x"), chunk("no")], epoch=1, name="old")
     second = attempt([role(), chunk("yes"), DONE], epoch=2, name="new")
-    got = feed(stitch, [requeued(2), *first, second[0], second[0], first[1], second[1], second[1], *second])
+    got = feed(merger, [requeued(2), *first, second[0], second[0], first[1], second[1], second[1], *second])
     assert got == role() + chunk("yes") + DONE
 
 
 def test_late_markers_of_older_epochs_change_nothing() -> None:
     """News about an attempt that is over does not disturb the one that runs."""
-    stitch = stream()
+    merger = stream()
     pieces = [role(), chunk("Hi"), DONE]
     frames = attempt(pieces, epoch=3)
     late = [requeued(2), Marker(MarkerKind.EXPIRED, JOB, 2, "late")]
-    assert feed(stitch, [frames[0], *late, *frames[1:]]) == b"".join(pieces)
-    assert stitch.ended
+    assert feed(merger, [frames[0], *late, *frames[1:]]) == b"".join(pieces)
+    assert merger.ended
 
 
 def test_a_frame_of_a_foreign_attempt_of_the_same_epoch_is_dropped() -> None:
     """Only the attempt that began an epoch may speak in it."""
-    stitch = stream()
+    merger = stream()
     mine, other = attempt([role(), DONE], name="mine"), attempt([chunk("x"), DONE], name="other")
-    assert feed(stitch, [mine[0], *other, mine[1]]) == role() + DONE
+    assert feed(merger, [mine[0], *other, mine[1]]) == role() + DONE
 
 
 def test_a_skipped_frame_is_a_gap_until_the_job_runs_again() -> None:
     """A missing frame is never passed over: the job has to run again, and then the stream goes on."""
-    stitch = stream()
+    merger = stream()
     pieces = [role(), chunk("Hel"), chunk("lo"), DONE]
     frames = attempt(pieces)
-    got = feed(stitch, [frames[0], frames[1], frames[3]])
-    assert stitch.gap
-    assert not stitch.closed
-    stitch.restart()
-    got += feed(stitch, [*attempt([role("two"), chunk("Hello", ident="two"), DONE], name="again")])
+    got = feed(merger, [frames[0], frames[1], frames[3]])
+    assert merger.gap
+    assert not merger.closed
+    merger.restart()
+    got += feed(merger, [*attempt([role("two"), chunk("Hello", ident="two"), DONE], name="again")])
     assert text_of(got) == "Hello"
     assert got.endswith(DONE)
-    assert stitch.ended
+    assert merger.ended
 
 
 def test_an_attempt_whose_first_frame_is_missing_is_a_gap() -> None:
     """An attempt is taken from its beginning or not at all."""
-    stitch = stream()
-    feed(stitch, [attempt([role(), DONE])[1]])
-    assert stitch.gap
+    merger = stream()
+    feed(merger, [attempt([role(), DONE])[1]])
+    assert merger.gap
 
 
 def test_a_plain_answer_is_given_out_when_it_is_complete() -> None:
     """Nothing of a plain answer shows before its end, so that its length is known and a loss leaves no trace."""
-    stitch = AttemptMerger(stream=False, replay_limit_bytes=0)
+    merger = AttemptMerger(stream=False, replay_limit_bytes=0)
     lost = attempt([b'{"a"', b":1}"], kind="application/json", name="lost")
     whole = attempt([b'{"b"', b":2}"], kind="application/json", name="new", epoch=2, status=201)
-    assert feed(stitch, [lost[0], requeued(2), whole[0]]) == b""
-    assert stitch.head is None
-    assert feed(stitch, [whole[1]]) == b'{"b":2}'
-    assert stitch.head is not None
-    assert (stitch.head.status, stitch.head.content_type) == (201, "application/json")
+    assert feed(merger, [lost[0], requeued(2), whole[0]]) == b""
+    assert merger.head is None
+    assert feed(merger, [whole[1]]) == b'{"b":2}'
+    assert merger.head is not None
+    assert (merger.head.status, merger.head.content_type) == (201, "application/json")
 
 
 def test_an_error_answer_to_a_stream_request_is_plain() -> None:
     """An engine that refuses a stream request answers as it would without a stream."""
-    stitch = stream()
+    merger = stream()
     frames = attempt([b'{"error"', b": {}}"], status=400, kind="application/json")
-    assert feed(stitch, [frames[0]]) == b""
-    assert feed(stitch, [frames[1]]) == b'{"error": {}}'
-    assert stitch.head is not None
-    assert stitch.head.status == 400
+    assert feed(merger, [frames[0]]) == b""
+    assert feed(merger, [frames[1]]) == b'{"error": {}}'
+    assert merger.head is not None
+    assert merger.head.status == 400
 
 
 def test_a_lost_attempt_that_delivered_nothing_leaves_no_trace() -> None:
     """A job that was lost before its first token simply runs again."""
     pieces = [role(), chunk("Hi"), DONE]
-    stitch = stream()
-    assert feed(stitch, [requeued(2), *attempt(pieces, epoch=2)]) == b"".join(pieces)
+    merger = stream()
+    assert feed(merger, [requeued(2), *attempt(pieces, epoch=2)]) == b"".join(pieces)
 
 
 def test_a_restarted_stream_goes_on_where_it_stopped() -> None:
     """Delivered text is suppressed, ids stay the first attempt's, the role chunk and the finish come once."""
-    stitch = stream()
+    merger = stream()
     lost = attempt([role(), chunk("The capital"), chunk(" of"), chunk("never seen")])
     again = attempt(
         [
@@ -179,7 +179,7 @@ def test_a_restarted_stream_goes_on_where_it_stopped() -> None:
         ],
         epoch=2, name="b",
     )  # fmt: skip
-    got = feed(stitch, [*lost[:3], requeued(2), *again])
+    got = feed(merger, [*lost[:3], requeued(2), *again])
     assert text_of(got) == "The capital of France is Paris."
     seen = events(got)
     assert {(e["id"], e["created"]) for e in seen[:-1]} == {("one", 3)}
@@ -187,30 +187,30 @@ def test_a_restarted_stream_goes_on_where_it_stopped() -> None:
     assert [c["finish_reason"] for e in seen[:-1] for c in e["choices"] if c["finish_reason"]] == ["stop"]
     assert sum(bool(e.get("usage")) for e in seen[:-1]) == 1
     assert seen[-1] == "[DONE]"
-    assert stitch.ended
+    assert merger.ended
 
 
 def test_half_an_event_of_a_lost_attempt_was_never_delivered() -> None:
     """Only whole events reach the client, wherever the engine's bytes were cut."""
-    stitch = stream()
+    merger = stream()
     event = chunk("Hello")
     lost = attempt([role() + event[:20], event[20:], DONE])
-    got = feed(stitch, [lost[0]])
+    got = feed(merger, [lost[0]])
     assert got == role()
-    got += feed(stitch, [requeued(2), *attempt([role("b") + chunk("Hi", ident="b"), DONE], epoch=2, name="b")])
+    got += feed(merger, [requeued(2), *attempt([role("b") + chunk("Hi", ident="b"), DONE], epoch=2, name="b")])
     assert text_of(got) == "Hi"
 
 
 def test_a_restart_that_says_something_else_breaks_the_stream_openly() -> None:
     """Text that differs is never spliced: the client is told."""
-    stitch = stream()
+    merger = stream()
     lost = attempt([role(), chunk("Paris"), DONE])
     again = attempt([role("b"), chunk("Lyon", ident="b"), DONE], epoch=2, name="b")
-    got = feed(stitch, [*lost[:2], requeued(2), *again])
+    got = feed(merger, [*lost[:2], requeued(2), *again])
     assert text_of(got) == "Paris"
-    assert stitch.error is not None
-    assert stitch.error.code == "stream_broken"
-    assert not stitch.settled
+    assert merger.error is not None
+    assert merger.error.code == "stream_broken"
+    assert not merger.settled
 
 
 @pytest.mark.parametrize(
@@ -224,12 +224,12 @@ def test_a_restart_that_says_something_else_breaks_the_stream_openly() -> None:
 )
 def test_a_restart_that_ends_earlier_breaks_the_stream(again: list[bytes]) -> None:
     """A shorter answer than what was delivered is another answer."""
-    stitch = stream()
+    merger = stream()
     lost = attempt([role(), chunk("Paris"), DONE])[:2]
-    got = feed(stitch, [*lost, requeued(2), *attempt(again, epoch=2, name="b")])
+    got = feed(merger, [*lost, requeued(2), *attempt(again, epoch=2, name="b")])
     assert got == role() + chunk("Paris")
-    assert stitch.error is not None
-    assert stitch.error.code == "stream_broken"
+    assert merger.error is not None
+    assert merger.error.code == "stream_broken"
 
 
 @pytest.mark.parametrize(
@@ -244,26 +244,26 @@ def test_a_restart_that_ends_earlier_breaks_the_stream(again: list[bytes]) -> No
 )
 def test_what_cannot_be_compared_breaks_the_stream(strange: bytes) -> None:
     """Only plain text is restarted; anything else ends with an error as soon as its attempt is lost."""
-    stitch = stream()
-    feed(stitch, [*attempt([role(), strange, DONE])[:2], requeued(2)])
-    assert stitch.error is not None
-    assert stitch.error.code == "stream_broken"
+    merger = stream()
+    feed(merger, [*attempt([role(), strange, DONE])[:2], requeued(2)])
+    assert merger.error is not None
+    assert merger.error.code == "stream_broken"
 
 
 def test_more_than_the_cap_cannot_be_restarted() -> None:
     """The memory kept for a restart is bounded; past it a loss is told."""
-    stitch = stream(limit=300)
-    feed(stitch, [*attempt([role(), chunk("x" * 301), DONE])[:2], requeued(2)])
-    assert stitch.error is not None
-    assert stitch.error.code == "stream_broken"
+    merger = stream(limit=300)
+    feed(merger, [*attempt([role(), chunk("x" * 301), DONE])[:2], requeued(2)])
+    assert merger.error is not None
+    assert merger.error.code == "stream_broken"
 
 
 def test_a_client_that_has_everything_needs_no_second_attempt() -> None:
     """An attempt lost after its [DONE] was delivered leaves a complete answer."""
-    stitch = stream()
-    feed(stitch, [*attempt([role(), chunk("Hi", finish="stop"), DONE, b""])[:3], requeued(2)])
-    assert stitch.ended
-    assert not stitch.settled
+    merger = stream()
+    feed(merger, [*attempt([role(), chunk("Hi", finish="stop"), DONE, b""])[:3], requeued(2)])
+    assert merger.ended
+    assert not merger.settled
 
 
 def test_reasoning_and_choices_are_compared_apart() -> None:
@@ -272,8 +272,8 @@ def test_reasoning_and_choices_are_compared_apart() -> None:
         role(), chunk(None, delta={"reasoning_content": "hm"}), chunk("A", index=0), chunk("B", index=1),
         chunk("a", index=0), chunk("b", index=1, finish="stop"), chunk(None, index=0, finish="length"), DONE,
     ]  # fmt: skip
-    stitch = stream()
-    got = feed(stitch, [*attempt(pieces)[:4], requeued(2), *attempt(pieces, epoch=2, name="b")])
+    merger = stream()
+    got = feed(merger, [*attempt(pieces)[:4], requeued(2), *attempt(pieces, epoch=2, name="b")])
     assert events(got) == events(b"".join(pieces))
 
 
@@ -281,37 +281,37 @@ def test_an_answer_does_not_begin_before_its_reasoning_is_caught_up() -> None:
     """Text of one channel is held to what was delivered on the others."""
     lost = [role(), chunk(None, delta={"reasoning_content": "hmm"}), DONE]
     again = [chunk(None, ident="b", delta={"reasoning_content": "h"}), chunk("Yes", ident="b"), DONE]
-    stitch = stream()
-    got = feed(stitch, [*attempt(lost)[:2], requeued(2), *attempt(again, epoch=2, name="b")])
+    merger = stream()
+    got = feed(merger, [*attempt(lost)[:2], requeued(2), *attempt(again, epoch=2, name="b")])
     assert text_of(got) == ""
-    assert stitch.error is not None
+    assert merger.error is not None
 
 
 def test_markers_end_a_job_with_their_error() -> None:
     """Dead, cancelled and expired jobs answer with a code of their own, and nothing is left in the queue."""
     codes = {}
     for kind in (MarkerKind.DEAD, MarkerKind.CANCELLED, MarkerKind.EXPIRED):
-        stitch = stream()
-        stitch.on_marker(Marker(kind, JOB, 1, "because"))
-        assert stitch.error is not None
-        assert stitch.settled
-        codes[kind] = stitch.error.code
+        merger = stream()
+        merger.on_marker(Marker(kind, JOB, 1, "because"))
+        assert merger.error is not None
+        assert merger.settled
+        codes[kind] = merger.error.code
     assert list(codes.values()) == ["attempts_exhausted", "cancelled", "deadline_exceeded"]
 
 
 def test_bytes_that_are_no_events_pass_but_cannot_restart() -> None:
     """A streamed answer of another kind (sound, say) passes as it comes."""
-    stitch = stream()
+    merger = stream()
     frames = attempt([b"RIFF", b"data", b"!"], kind="audio/wav")
-    assert feed(stitch, [frames[0], frames[1]]) == b"RIFFdata"
-    feed(stitch, [requeued(2)])
-    assert stitch.error is not None
+    assert feed(merger, [frames[0], frames[1]]) == b"RIFFdata"
+    feed(merger, [requeued(2)])
+    assert merger.error is not None
 
 
 def test_an_unfinished_last_event_passes_at_the_end() -> None:
     """What the engine sent is what the client gets, even without the last blank line."""
-    stitch = stream()
-    assert feed(stitch, [*attempt([role(), b"data: [DONE]"])]) == role() + b"data: [DONE]"
+    merger = stream()
+    assert feed(merger, [*attempt([role(), b"data: [DONE]"])]) == role() + b"data: [DONE]"
 
 
 def _cut(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -354,10 +354,10 @@ def test_no_interleaving_of_attempts_makes_a_gap_or_a_repeat(data: st.DataObject
         leftovers += frames
         if not last and data.draw(st.booleans()):
             news.append(requeued(epoch + 1))
-    stitch = stream()
-    got = feed(stitch, news)
-    assert stitch.error is None
-    assert stitch.ended
+    merger = stream()
+    got = feed(merger, news)
+    assert merger.error is None
+    assert merger.ended
     assert text_of(got) == "".join(words)
     seen = events(got)
     assert seen.count("[DONE]") == 1
@@ -371,9 +371,9 @@ def test_another_text_never_joins_what_was_delivered(data: st.DataObject) -> Non
     first, second = (data.draw(st.text("ab", min_size=1, max_size=6)) for _ in range(2))
     one, two = ([role(), *map(chunk, text), chunk(None, finish="stop"), DONE] for text in (first, second))
     shown = data.draw(st.integers(0, len(one) - 1))
-    stitch = stream()
-    got = text_of(feed(stitch, [*attempt(one)[:shown], requeued(2), *attempt(two, epoch=2, name="b")]))
-    if stitch.error is not None:
+    merger = stream()
+    got = text_of(feed(merger, [*attempt(one)[:shown], requeued(2), *attempt(two, epoch=2, name="b")]))
+    if merger.error is not None:
         assert first.startswith(got)
     else:
         assert got in (first, second)
@@ -397,11 +397,11 @@ def test_comments_keep_out_of_a_long_event() -> None:
     """Only in the middle of an event that passes in pieces may nothing else be written between them."""
     long = chunk("x" * (2 << 20))
     first, second, third = attempt([role(), long[:-5], long[-5:], DONE])[:3]
-    stitch = stream()
+    merger = stream()
     seen = []
     for frame in (first, second, third):
-        feed(stitch, [frame])
-        seen.append(stitch.mid_event)
+        feed(merger, [frame])
+        seen.append(merger.mid_event)
     assert seen == [False, True, False]
 
 
@@ -423,18 +423,18 @@ def continuable(*, usage: bool = False, limit: int = 1 << 20) -> AttemptMerger:
 
 def test_a_continued_stream_shows_no_seam() -> None:
     """The next attempt says only the rest; id, time and model stay the first one's, the role comes once."""
-    stitch = continuable()
-    got = feed(stitch, [*attempt([role(), chunk("The capital"), chunk(" of"), DONE])[:3], lost(2)])
-    assert stitch.lost_epoch == 2
-    assert stitch.offer() == "The capital of"
-    stitch.heard(2)
+    merger = continuable()
+    got = feed(merger, [*attempt([role(), chunk("The capital"), chunk(" of"), DONE])[:3], lost(2)])
+    assert merger.lost_epoch == 2
+    assert merger.continuation_prefix() == "The capital of"
+    merger.on_resumed(2)
     rest = [
         role("b"),
         chunk(" France", ident="b", model="other"),
         chunk("", ident="b"),
         chunk("", ident="b", finish="stop"),
     ]
-    got += feed(stitch, [*continued([*rest, usage("b"), DONE], epoch=2, name="b")])
+    got += feed(merger, [*continued([*rest, usage("b"), DONE], epoch=2, name="b")])
     seen = events(got)
     assert text_of(got) == "The capital of France"
     assert {(e["id"], e["created"]) for e in seen[:-1]} == {("one", 3)}
@@ -442,45 +442,45 @@ def test_a_continued_stream_shows_no_seam() -> None:
     assert sum("role" in c["delta"] for e in seen[:-1] for c in e["choices"]) == 1
     assert [c["finish_reason"] for e in seen[:-1] for c in e["choices"] if c["finish_reason"]] == ["stop"]
     assert sum(bool(e.get("usage")) for e in seen[:-1]) == 1
-    assert (stitch.ended, stitch.continued, stitch.compared) == (True, 1, 0)
+    assert (merger.ended, merger.continued, merger.compared) == (True, 1, 0)
 
 
 def test_an_attempt_that_begins_anew_is_compared_all_the_same() -> None:
     """A worker that could not go on, or is too old to know how, does not say that it does."""
-    stitch = continuable()
+    merger = continuable()
     first = [role(), chunk("Paris"), chunk(" is"), DONE]
-    got = feed(stitch, [*attempt(first)[:2], lost(2)])
-    assert stitch.offer() == "Paris"
-    got += feed(stitch, [*attempt(first, epoch=2, name="b")])
+    got = feed(merger, [*attempt(first)[:2], lost(2)])
+    assert merger.continuation_prefix() == "Paris"
+    got += feed(merger, [*attempt(first, epoch=2, name="b")])
     assert text_of(got) == "Paris is"
-    assert (stitch.continued, stitch.compared) == (0, 1)
+    assert (merger.continued, merger.compared) == (0, 1)
 
 
 def test_a_continuation_of_something_else_breaks_the_stream() -> None:
     """An attempt that goes on although nothing was offered cannot fit."""
-    stitch = continuable()
-    feed(stitch, [*attempt([role(), chunk("Paris"), DONE])[:2], requeued(2)])
-    feed(stitch, [*continued([chunk(" is"), DONE], epoch=2, name="b")])
-    assert isinstance(stitch.error, StreamBroken)
+    merger = continuable()
+    feed(merger, [*attempt([role(), chunk("Paris"), DONE])[:2], requeued(2)])
+    feed(merger, [*continued([chunk(" is"), DONE], epoch=2, name="b")])
+    assert isinstance(merger.error, StreamBroken)
 
 
 def test_the_queue_is_told_once_for_each_loss() -> None:
     """A marker that is repeated asks again only while no attempt has begun; a later loss asks anew."""
-    stitch = continuable()
-    feed(stitch, [*attempt([role(), chunk("a"), DONE])[:2], lost(2)])
-    stitch.offer()
-    stitch.heard(2)
-    stitch.on_marker(lost(2))
-    assert stitch.lost_epoch == 2
-    stitch.heard(2)
+    merger = continuable()
+    feed(merger, [*attempt([role(), chunk("a"), DONE])[:2], lost(2)])
+    merger.continuation_prefix()
+    merger.on_resumed(2)
+    merger.on_marker(lost(2))
+    assert merger.lost_epoch == 2
+    merger.on_resumed(2)
     second = continued([chunk("b", ident="b"), DONE], epoch=2, name="b")
-    feed(stitch, [second[0], lost(2)])
-    assert stitch.lost_epoch == 0
-    assert not stitch.closed
-    feed(stitch, [lost(3)])
-    assert (stitch.lost_epoch, stitch.offer()) == (3, "ab")
-    stitch.heard(2)
-    assert stitch.lost_epoch == 3
+    feed(merger, [second[0], lost(2)])
+    assert merger.lost_epoch == 0
+    assert not merger.closed
+    feed(merger, [lost(3)])
+    assert (merger.lost_epoch, merger.continuation_prefix()) == (3, "ab")
+    merger.on_resumed(2)
+    assert merger.lost_epoch == 3
 
 
 @pytest.mark.parametrize(
@@ -496,138 +496,138 @@ def test_the_queue_is_told_once_for_each_loss() -> None:
 )
 def test_what_is_more_than_one_text_is_not_offered(said: list[bytes]) -> None:
     """The next attempt begins anew then, and is compared."""
-    stitch = continuable(usage=True)
-    feed(stitch, [*attempt([*said, DONE])[: len(said)], lost(2)])
-    assert (stitch.lost_epoch, stitch.offer()) == (2, "")
+    merger = continuable(usage=True)
+    feed(merger, [*attempt([*said, DONE])[: len(said)], lost(2)])
+    assert (merger.lost_epoch, merger.continuation_prefix()) == (2, "")
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_a_stream_that_lacks_only_its_end_is_ended_here(wanted: bool) -> None:
-    """Everything was said, and the usage if it was wanted: no other attempt is needed for [DONE]."""
-    said = [role(), chunk("Yes", finish="stop"), *([usage()] if wanted else [])]
-    stitch = continuable(usage=wanted)
-    got = feed(stitch, [*attempt([*said, DONE])[: len(said)], lost(2)])
+@pytest.mark.parametrize("usage_requested", [False, True])
+def test_a_stream_that_lacks_only_its_end_is_ended_here(usage_requested: bool) -> None:
+    """Everything was said, and the usage if it was requested: no other attempt is needed for [DONE]."""
+    said = [role(), chunk("Yes", finish="stop"), *([usage()] if usage_requested else [])]
+    merger = continuable(usage=usage_requested)
+    got = feed(merger, [*attempt([*said, DONE])[: len(said)], lost(2)])
     assert got == b"".join(said) + DONE
-    assert (stitch.ended, stitch.settled, stitch.lost_epoch) == (True, False, 0)
+    assert (merger.ended, merger.settled, merger.lost_epoch) == (True, False, 0)
 
 
 @pytest.mark.parametrize("name", ["", "b"], ids=["it waits", "it runs"])
 def test_what_was_offered_stands_until_an_attempt_is_heard(name: str) -> None:
     """A job that runs again was given a prefix, and keeps it when the queue is asked where it stands."""
-    stitch = continuable()
+    merger = continuable()
     frames = attempt([role(), chunk("Once"), chunk(" upon"), DONE])
-    got = feed(stitch, [*frames[:2], frames[3]])
-    stitch.restart()
-    assert stitch.offer() == "Once"
-    stitch.expect(1, name)
-    got += feed(stitch, [*continued([role("two"), chunk(" upon", ident="two"), DONE], epoch=1, name="b")])
+    got = feed(merger, [*frames[:2], frames[3]])
+    merger.restart()
+    assert merger.continuation_prefix() == "Once"
+    merger.require_epoch(1, name)
+    got += feed(merger, [*continued([role("two"), chunk(" upon", ident="two"), DONE], epoch=1, name="b")])
     assert text_of(got) == "Once upon"
-    assert stitch.error is None
+    assert merger.error is None
 
 
 def test_choices_that_have_not_begun_are_not_taken_for_ended() -> None:
     """Of several prompts, one may be answered before another one begins: its stream lacks more than its end."""
     first = [chunk("A", finish="stop"), chunk("B", index=1), chunk(None, index=1, finish="stop"), DONE]
     again = [chunk("A", ident="b", finish="stop"), chunk("B", ident="b", index=1, finish="stop"), DONE]
-    stitch = AttemptMerger(stream=True, replay_limit_bytes=1 << 20, choices=2)
-    got = feed(stitch, [*attempt(first)[:1], requeued(2)])
-    assert not stitch.ended
-    got += feed(stitch, [*attempt(again, epoch=2, name="b")])
+    merger = AttemptMerger(stream=True, replay_limit_bytes=1 << 20, choices=2)
+    got = feed(merger, [*attempt(first)[:1], requeued(2)])
+    assert not merger.ended
+    got += feed(merger, [*attempt(again, epoch=2, name="b")])
     assert text_of(got) == "AB"
-    assert stitch.settled
+    assert merger.settled
 
 
 def test_a_stream_that_is_to_fail_says_so() -> None:
     """Only once something was delivered; before, it simply runs again."""
-    stitch = AttemptMerger(stream=True, replay_limit_bytes=1 << 20, on_loss="fail")
+    merger = AttemptMerger(stream=True, replay_limit_bytes=1 << 20, on_loss="fail")
     frames = attempt([role(), chunk("Hi"), DONE], epoch=2, name="b")
-    feed(stitch, [requeued(2), *frames[:2], requeued(3)])
-    assert isinstance(stitch.error, StreamBroken)
+    feed(merger, [requeued(2), *frames[:2], requeued(3)])
+    assert isinstance(merger.error, StreamBroken)
 
 
 def test_an_error_within_a_continued_attempt_reaches_the_client() -> None:
     """The engine's own words, and the end."""
-    stitch = continuable()
-    feed(stitch, [*attempt([role(), chunk("Hi"), DONE])[:2], lost(2)])
-    stitch.offer()
+    merger = continuable()
+    feed(merger, [*attempt([role(), chunk("Hi"), DONE])[:2], lost(2)])
+    merger.continuation_prefix()
     error = b'data: {"error": {"message": "out of memory"}}\n\n'
-    assert feed(stitch, [*continued([error], epoch=2, name="b")]) == error
-    assert stitch.ended
+    assert feed(merger, [*continued([error], epoch=2, name="b")]) == error
+    assert merger.ended
 
 
 def test_a_continued_attempt_that_is_refused_breaks_the_stream() -> None:
     """An answer with an error status cannot follow what was delivered."""
-    stitch = continuable()
-    feed(stitch, [*attempt([role(), chunk("Hi"), DONE])[:2], lost(2)])
-    stitch.offer()
+    merger = continuable()
+    feed(merger, [*attempt([role(), chunk("Hi"), DONE])[:2], lost(2)])
+    merger.continuation_prefix()
     refused = attempt([b'{"error": {}}'], epoch=2, name="b", status=400, kind="application/json")
-    feed(stitch, [*refused])
-    assert isinstance(stitch.error, StreamBroken)
-    assert "400" in stitch.error.message
+    feed(merger, [*refused])
+    assert isinstance(merger.error, StreamBroken)
+    assert "400" in merger.error.message
 
 
 def test_long_streams_are_kept_as_text() -> None:
     """Far more bytes of events than the limit can pass, as long as their text stays below it."""
     pieces = [role(), *(chunk(f"{n:04} ") for n in range(2_000)), DONE]
-    stitch = continuable(limit=20_000)
-    got = feed(stitch, [*attempt(pieces)[:1_500], lost(2)])
+    merger = continuable(limit=20_000)
+    got = feed(merger, [*attempt(pieces)[:1_500], lost(2)])
     assert len(got) > 10 * 20_000
-    assert stitch.offer() == text_of(got)
+    assert merger.continuation_prefix() == text_of(got)
 
 
-def stored(limit: int = 1 << 20) -> AttemptMerger:
+def persisted(limit: int = 1 << 20) -> AttemptMerger:
     return AttemptMerger(stream=True, replay_limit_bytes=limit, on_loss="continue", persisted=True)
 
 
 def test_a_stored_stream_goes_on_behind_what_was_read() -> None:
     """Its Router offered nothing: the next worker read the same frames, so its attempt follows them."""
-    stitch = stored()
-    got = feed(stitch, [*attempt([role(), chunk("Once "), DONE])[:2], requeued(2)])
-    got += feed(stitch, [*continued([role("two"), chunk("upon", ident="two"), DONE], epoch=2, name="b")])
+    merger = persisted()
+    got = feed(merger, [*attempt([role(), chunk("Once "), DONE])[:2], requeued(2)])
+    got += feed(merger, [*continued([role("two"), chunk("upon", ident="two"), DONE], epoch=2, name="b")])
     assert text_of(got) == "Once upon"
-    assert stitch.ended
-    assert stitch.continued == 1
+    assert merger.ended
+    assert merger.continued == 1
 
 
 def test_a_stored_attempt_behind_nothing_is_refused() -> None:
     """Without the frames in front of it there would be a hole."""
-    stitch = stored()
-    feed(stitch, [*continued([chunk("upon"), DONE], epoch=2, name="b")])
-    assert isinstance(stitch.error, StreamBroken)
+    merger = persisted()
+    feed(merger, [*continued([chunk("upon"), DONE], epoch=2, name="b")])
+    assert isinstance(merger.error, StreamBroken)
 
 
 @pytest.mark.parametrize("said", ["Once ", "Once upon a "])
 def test_what_a_client_has_of_a_replaced_attempt_is_compared_until_it_was_said(said: str) -> None:
     """The client has more, or less, of the first attempt than the second said before it was lost as well; the third
     goes on behind the second. Nothing is repeated."""
-    stitch = stored()
-    got = feed(stitch, [*attempt([role(), chunk("Once upon "), DONE])[:2], requeued(2)])
-    got += feed(stitch, [*attempt([role(), chunk(said), DONE], epoch=2, name="b")[:2], requeued(3)])
+    merger = persisted()
+    got = feed(merger, [*attempt([role(), chunk("Once upon "), DONE])[:2], requeued(2)])
+    got += feed(merger, [*attempt([role(), chunk(said), DONE], epoch=2, name="b")[:2], requeued(3)])
     rest = "Once upon a time".removeprefix(said)
-    got += feed(stitch, [*continued([role(), chunk(rest), DONE], epoch=3, name="c")])
+    got += feed(merger, [*continued([role(), chunk(rest), DONE], epoch=3, name="c")])
     assert text_of(got) == "Once upon a time"
-    assert stitch.ended
+    assert merger.ended
 
 
 def test_a_replaced_attempt_that_said_something_else_breaks_the_stream() -> None:
     """Also when the difference shows only in the attempt that goes on behind the one which replaced it."""
-    stitch = stored()
-    feed(stitch, [*attempt([role(), chunk("Once upon "), DONE])[:2], requeued(2)])
-    feed(stitch, [*attempt([role(), chunk("Once "), DONE], epoch=2, name="b")[:2], requeued(3)])
-    assert not stitch.closed
-    feed(stitch, [*continued([chunk("more"), DONE], epoch=3, name="c")])
-    assert isinstance(stitch.error, StreamBroken)
+    merger = persisted()
+    feed(merger, [*attempt([role(), chunk("Once upon "), DONE])[:2], requeued(2)])
+    feed(merger, [*attempt([role(), chunk("Once "), DONE], epoch=2, name="b")[:2], requeued(3)])
+    assert not merger.closed
+    feed(merger, [*continued([chunk("more"), DONE], epoch=3, name="c")])
+    assert isinstance(merger.error, StreamBroken)
 
 
 def test_output_is_read_again_from_where_the_stream_is() -> None:
     """After a gap the missing frames, and those that follow, are all that counts."""
-    stitch = stored()
+    merger = persisted()
     run = attempt([role(), chunk("a"), chunk("b"), chunk("c"), DONE])
-    got = feed(stitch, [run[0], run[1], run[3]])
-    assert stitch.gap
-    assert stitch.position == (1, 1)
-    assert stitch.reread(1, "a", run[1:4])
-    got += feed(stitch, [*run[2:], *run])
+    got = feed(merger, [run[0], run[1], run[3]])
+    assert merger.gap
+    assert merger.position == (1, 1)
+    assert merger.reread(1, "a", run[1:4])
+    got += feed(merger, [*run[2:], *run])
     assert got == b"".join(frame.data for frame in run)
 
 
@@ -649,49 +649,49 @@ def test_output_is_read_again_from_where_the_stream_is() -> None:
 )
 def test_a_queue_that_went_back_is_read_from_its_beginning(epoch: int, name: str, kept: list[Frame]) -> None:
     """The server lost its latest writes: what the client has is compared with what is said now."""
-    stitch = stored()
+    merger = persisted()
     run = attempt([role(), chunk("a"), chunk("b"), chunk("c"), DONE])
-    got = feed(stitch, run[:3])
-    assert not stitch.reread(epoch, name, kept)
-    assert stitch.position == (0, 0)
-    got += feed(stitch, run[:2])
-    got += feed(stitch, [requeued(2), *continued([chunk("b"), chunk("c"), DONE], epoch=2, name="c")])
+    got = feed(merger, run[:3])
+    assert not merger.reread(epoch, name, kept)
+    assert merger.position == (0, 0)
+    got += feed(merger, run[:2])
+    got += feed(merger, [requeued(2), *continued([chunk("b"), chunk("c"), DONE], epoch=2, name="c")])
     assert text_of(got) == "abc"
-    assert stitch.ended
+    assert merger.ended
 
 
 def test_an_answer_that_began_anew_is_read_from_there() -> None:
     """What the client has was replaced: it is compared, without another reading."""
-    stitch = stored()
-    got = feed(stitch, [*attempt([role(), chunk("a"), chunk("b"), DONE])[:3], requeued(2)])
-    assert stitch.position == (1, 2)
+    merger = persisted()
+    got = feed(merger, [*attempt([role(), chunk("a"), chunk("b"), DONE])[:3], requeued(2)])
+    assert merger.position == (1, 2)
     anew = attempt([role(), chunk("ab"), chunk("c"), DONE], epoch=2, name="b")
-    assert stitch.reread(2, "b", anew)
-    got += feed(stitch, anew)
+    assert merger.reread(2, "b", anew)
+    got += feed(merger, anew)
     assert text_of(got) == "abc"
 
 
 def test_frames_that_a_marker_overtook_are_not_passed_over() -> None:
     """They stand in what is kept, before the attempt that the marker spoke of."""
-    stitch = stored()
+    merger = persisted()
     run = attempt([role(), chunk("a"), chunk("b"), DONE])
-    got = feed(stitch, [*run[:2], requeued(2)])
+    got = feed(merger, [*run[:2], requeued(2)])
     kept = [*run[:3], *continued([chunk("c"), DONE], epoch=2, name="b")]
-    assert not stitch.reread(2, "b", kept[1:])
-    assert stitch.reread(2, "b", kept)
-    got += feed(stitch, kept)
+    assert not merger.reread(2, "b", kept[1:])
+    assert merger.reread(2, "b", kept)
+    got += feed(merger, kept)
     assert text_of(got) == "abc"
 
 
 def test_leftovers_from_before_a_loss_do_not_stand_in_the_way() -> None:
     """A late frame of an attempt that the queue forgot is not taken for the one that runs."""
-    stitch = stored()
-    assert feed(stitch, [attempt([role(), chunk("x"), DONE], epoch=4, name="old")[1]]) == b""
-    assert stitch.gap
+    merger = persisted()
+    assert feed(merger, [attempt([role(), chunk("x"), DONE], epoch=4, name="old")[1]]) == b""
+    assert merger.gap
     run = attempt([role(), chunk("y"), DONE], name="new")
-    assert not stitch.reread(1, "new", run)
-    assert stitch.reread(1, "new", run)
-    assert feed(stitch, run) == b"".join(frame.data for frame in run)
+    assert not merger.reread(1, "new", run)
+    assert merger.reread(1, "new", run)
+    assert feed(merger, run) == b"".join(frame.data for frame in run)
 
 
 @settings(max_examples=300, deadline=None)
@@ -700,7 +700,7 @@ def test_no_mix_of_losses_makes_a_gap_or_a_repeat(data: st.DataObject) -> None:
     """Attempts that go on or begin anew, lost at any point, with leftovers in between: one text, one end."""
     words = data.draw(st.lists(st.text("abé \n", min_size=1, max_size=4), min_size=1, max_size=8))
     whole = "".join(words)
-    stitch = continuable(usage=True)
+    merger = continuable(usage=True)
     got = b""
     offered = ""
     leftovers: list[Frame] = []
@@ -714,18 +714,18 @@ def test_no_mix_of_losses_makes_a_gap_or_a_repeat(data: st.DataObject) -> None:
         frames = (continued if goes_on else attempt)(cut, epoch=epoch, name=f"n{epoch}")
         last = epoch == attempts
         for frame in frames if last else frames[: data.draw(st.integers(0, len(frames) - 1))]:
-            got += feed(stitch, [frame] * data.draw(st.integers(1, 2)))
+            got += feed(merger, [frame] * data.draw(st.integers(1, 2)))
             if leftovers and data.draw(st.booleans()):
-                got += feed(stitch, [data.draw(st.sampled_from(leftovers))])
+                got += feed(merger, [data.draw(st.sampled_from(leftovers))])
         leftovers += frames
         if not last:
-            got += feed(stitch, [lost(epoch + 1)] * data.draw(st.integers(1, 2)))
-            if stitch.closed:
+            got += feed(merger, [lost(epoch + 1)] * data.draw(st.integers(1, 2)))
+            if merger.closed:
                 break
-            offered = stitch.offer()
-            stitch.heard(epoch + 1)
-    assert stitch.error is None
-    assert stitch.ended
+            offered = merger.continuation_prefix()
+            merger.on_resumed(epoch + 1)
+    assert merger.error is None
+    assert merger.ended
     assert text_of(got) == whole
     seen = events(got)
     assert seen.count("[DONE]") == 1

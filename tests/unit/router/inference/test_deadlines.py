@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from queue_schemas import MarkerKind
-from router.inference.deadlines import find_deadline
+from router.inference.rules import find_deadline
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import Client, FakeQueue, router
 from tests.unit.router.served import served
@@ -49,8 +49,8 @@ def test_whose_limit_counts(
     the setting; the longest deadline bounds them all, and each is named."""
     found = find_deadline(headers, body_s, 600_000, 3_600_000, waits=waits)
     assert found.limit_ms == limit_ms
-    assert found.named.startswith(f"{limit_ms} ms (set by ")
-    assert source in found.named
+    assert found.description.startswith(f"{limit_ms} ms (set by ")
+    assert source in found.description
 
 
 async def test_a_slow_plain_answer_is_waited_for_as_long_as_the_sdk_waits() -> None:
@@ -90,9 +90,9 @@ async def test_a_request_whose_time_ran_out_is_not_repeated(timeout_s: float | N
 def test_a_deadline_and_its_grace_end_before_the_client_gives_up(given: dict[bytes, bytes], gives_up_s: float) -> None:
     """[H15] Whole seconds are what the client waits, not a second less than it; other deadlines have no such end."""
     found = find_deadline(given, None, 600_000, 3_600_000, waits=True)
-    assert found.limit_ms / 1000 + found.patience_s < gives_up_s - 0.1
-    assert find_deadline(given, None, 600_000, 3_600_000, waits=False).patience_s == float("inf")
-    assert find_deadline({}, None, 600_000, 3_600_000, waits=True).patience_s == float("inf")
+    assert found.limit_ms / 1000 + found.client_grace_s < gives_up_s - 0.1
+    assert find_deadline(given, None, 600_000, 3_600_000, waits=False).client_grace_s == float("inf")
+    assert find_deadline({}, None, 600_000, 3_600_000, waits=True).client_grace_s == float("inf")
 
 
 async def test_a_silent_queue_is_not_waited_for_longer_than_the_client_waits() -> None:

@@ -130,7 +130,7 @@ async def quiet(queue: FakeQueue) -> AsyncIterator[Served]:
 async def _once_alive(of: Served) -> None:
     """Until each open stream was sent a sign of life."""
     requests = of.app.services.requests
-    await eventually(lambda: all(one.quiet_since_s > one.begun_s for one in requests.now_open()), "a sign of life")
+    await eventually(lambda: all(one.last_sent_s > one.started_s for one in requests.now_open()), "a sign of life")
 
 
 @pytest.mark.parametrize("read", ANTHROPIC)

@@ -417,7 +417,7 @@ async def test_a_lost_reply_stream_asks_the_queue_again() -> None:
 
 async def test_an_answer_that_was_lost_with_the_reply_stream_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that has ended, but whose answer never came, runs again under another id."""
-    monkeypatch.setattr("router.inference.relay.RERUN_AFTER_S", 0.05)
+    monkeypatch.setattr("router.inference.relay.RESUBMIT_AFTER_S", 0.05)
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(CHAT)

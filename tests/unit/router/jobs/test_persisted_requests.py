@@ -317,8 +317,8 @@ async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
             queue.deliver(frame)
             await asyncio.sleep(0)
         (request,) = app.services.requests.now_open()
-        assert request.stitch is not None
-        assert request.stitch.pending_bytes < 40_000
+        assert request.merger is not None
+        assert request.merger.pending_bytes < 40_000
         client.reading.set()
         await answer.done()
     assert answer.body == b"".join(frame.data for frame in run)
@@ -327,7 +327,7 @@ async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
 
 async def test_what_is_held_while_a_page_is_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the bound another page is read instead."""
-    monkeypatch.setattr(followers, "MAX_HELD", 2)
+    monkeypatch.setattr(followers, "MAX_BUFFERED_FRAMES", 2)
     queue = FakeQueue("m")
     holder = new_job_id(0)
     queue.holder = Enqueued(holder, State.LEASED)
@@ -339,7 +339,7 @@ async def test_what_is_held_while_a_page_is_read_is_bounded(monkeypatch: pytest.
         await eventually(lambda: queue.attached, "it reads", every_s=0.001)
         queue.deliver(*run[1:5])
         (request,) = app.services.requests.now_open()
-        assert not request.held
+        assert not request.live_buffer
         queue.attach_held.set()
         queue.outputs[holder] = kept(run)
         await answer.done()

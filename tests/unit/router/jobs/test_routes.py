@@ -234,7 +234,7 @@ async def test_a_plain_job_is_one_event() -> None:
 
 async def test_a_large_answer_is_not_shown_in_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
     """But given at /output."""
-    monkeypatch.setattr("router.jobs.routes.MAX_SHOWN_BYTES", 100)
+    monkeypatch.setattr("router.jobs.service.MAX_SHOWN_BYTES", 100)
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)

@@ -14,7 +14,7 @@ from openai_api.chat_chunks import ChatFailure
 from openai_api.response_jobs import status_of_output
 from queue_schemas import CONTINUED, END, HEAD, Frame, JobId, State
 from router.responses.events import ResponseEvents
-from router.responses.schemas import Asked
+from router.responses.schemas import ResponseRequest
 from tests.support.responses import check_event, check_stream
 
 JOB = JobId("0-" + "a" * 32)
@@ -64,7 +64,7 @@ def _frames(pieces: list[bytes], status: int = 200, kind: str = "text/event-stre
 
 
 def _events(frames: list[Frame], request: dict[str, Any] = REQUEST, *, background: bool = True) -> list[dict[str, Any]]:
-    made = ResponseEvents(Asked(JOB, 5, request, background))
+    made = ResponseEvents(ResponseRequest(JOB, 5, request, background))
     return [*made.begin(), *(event for frame in frames for event in made.feed(frame))]
 
 
@@ -177,7 +177,7 @@ def test_a_whole_answer_is_told_as_events_too() -> None:
 @pytest.mark.parametrize(("how", "status"), [("fail", "failed"), ("cancel", "cancelled")])
 def test_an_end_without_an_answer_is_told(how: str, status: str) -> None:
     """A job that died or was cancelled midway ends the stream with an event of its own, and says why."""
-    made = ResponseEvents(Asked(JOB, 5, REQUEST))
+    made = ResponseEvents(ResponseRequest(JOB, 5, REQUEST))
     events = [*made.begin(), *(event for frame in _frames([*TEXT, DONE])[:-1] for event in made.feed(frame))]
     events += made.fail(ChatFailure("it died")) if how == "fail" else made.cancel("it was cancelled")
     response = check_stream(events)
@@ -263,7 +263,7 @@ def test_whatever_an_engine_says_every_event_is_one(pieces: list[bytes]) -> None
 def test_of_several_ends_both_tell_the_first(finishes: tuple[str, str]) -> None:
     """The response and its webhook do not say different things of an engine that says two."""
     frames = _frames([*TEXT, *(_chunk({}, finish) for finish in finishes), _usage(), DONE])
-    made = ResponseEvents(Asked(JOB, 1, REQUEST))
+    made = ResponseEvents(ResponseRequest(JOB, 1, REQUEST))
     made.begin()
     for frame in frames:
         made.feed(frame)

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from queue_schemas import END, HEAD, Enqueued, Frame, Job, Lane, MarkerKind, OutputPage, PersistedJob, Pool, State
-from router.responses.chat_only_engines import REMEMBERED_S, ChatOnly
+from router.responses.chat_only_engines import REMEMBERED_S, ChatOnlyEngines
 from tests.support.responses import check_response, check_stream, server_sent
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, Answer, Client, FakeQueue, router
@@ -193,7 +193,7 @@ async def test_the_deadline_of_a_response_holds_for_its_chat() -> None:
 async def test_a_model_is_asked_for_responses_again_after_a_while() -> None:
     """[F3] What was remembered of its engines grows stale."""
     now = 0.0
-    models = ChatOnly(lambda: now)
+    models = ChatOnlyEngines(lambda: now)
     models.add(Pool("m"))
     assert Pool("m") in models and Pool("n") not in models
     now = REMEMBERED_S

@@ -27,11 +27,11 @@ def passed_on(case: dict[str, Any], *pieces: bytes) -> tuple[bytes, bool]:
     cutter.head(200, "text/event-stream")
     packed = [frame for piece in pieces if (frame := cutter.feed(piece))]
     last = cutter.finish(delimited=case["delimited"])
-    stitch = AttemptMerger(stream=True, replay_limit_bytes=1 << 24)
+    merger = AttemptMerger(stream=True, replay_limit_bytes=1 << 24)
     for frame in unpack_frames(b"".join([*packed, last or b""])):
-        stitch.on_frame(frame)
-    assert stitch.ended == (last is not None)
-    return stitch.take(), last is not None
+        merger.on_frame(frame)
+    assert merger.ended == (last is not None)
+    return merger.take(), last is not None
 
 
 def read(stream: bytes) -> list[Event]:

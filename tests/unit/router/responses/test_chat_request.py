@@ -13,10 +13,10 @@ from openai_api.paths import CHAT_PATH
 from openai_api.sse import encode_json
 from queue_schemas import BadRequest, JobId
 from router.inference.request_fields import read_fields
+from router.responses.chat_request import as_chat
 from router.responses.events import ResponseEvents
-from router.responses.note import write_note
-from router.responses.request import as_chat
-from router.responses.schemas import Asked, listed_input
+from router.responses.saved_request import save_request
+from router.responses.schemas import ResponseRequest, input_item_objects
 
 FUNCTION = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
 CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
@@ -258,10 +258,10 @@ def test_what_is_nested_too_deeply_is_refused(place: str) -> None:
             assert depth > 100
             assert "nested too deeply" in error.message
         else:
-            made = ResponseEvents(Asked(JobId("0-" + "a" * 32), 1, request))
+            made = ResponseEvents(ResponseRequest(JobId("0-" + "a" * 32), 1, request))
             for event in [*made.begin(), *made.cancel("enough")]:
                 encode_json(event, event["type"])
-            write_note(1, request)
+            save_request(1, request)
 
 
 _NAMES = (
@@ -288,16 +288,16 @@ def test_whatever_is_asked_is_said_or_refused(odd: dict[str, Any]) -> None:
         assert error.param or "nested" in error.message
         return
     assert read_fields(chat.body, "application/json", CHAT_PATH).stream
-    asked = Asked(JobId("0-" + "a" * 32), 1, request)
+    asked = ResponseRequest(JobId("0-" + "a" * 32), 1, request)
     for event in ResponseEvents(asked).begin():
         encode_json(event, event["type"])
-    assert all(item["id"] for item in listed_input(asked))
+    assert all(item["id"] for item in input_item_objects(asked))
 
 
 def test_the_input_is_listed_again_with_ids() -> None:
     """Text is a message; each item has an id that is always the same."""
     job = JobId("0-" + "a" * 32)
-    assert listed_input(Asked(job, 1, {"input": "hi"})) == [
+    assert input_item_objects(ResponseRequest(job, 1, {"input": "hi"})) == [
         {
             "type": "message",
             "role": "user",
@@ -307,5 +307,5 @@ def test_the_input_is_listed_again_with_ids() -> None:
         }
     ]
     given = [SAID, {"role": "user", "content": "?"}, {**CALL, "id": "mine"}]
-    listed = listed_input(Asked(job, 1, {"input": given}))
+    listed = input_item_objects(ResponseRequest(job, 1, {"input": given}))
     assert [item["id"] for item in listed] == [f"msg_{job}_in0", f"msg_{job}_in1", "mine"]

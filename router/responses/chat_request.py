@@ -1,7 +1,7 @@
-"""A Responses request, said as a streamed chat completion.
+"""Converts a Responses request into the streamed chat completion that answers it.
 
-What a chat completion cannot say is refused: nothing that was asked for is left out unseen. Fields that the Responses
-API does not know (an engine's own, such as ``top_k``) travel along.
+What a chat completion cannot say is refused; nothing is left out silently. Fields that the Responses API does not
+define (an engine's own, such as ``top_k``) are passed on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import orjson
 from openai_api.metadata import check_metadata
 from queue_schemas import BadRequest
 
-from .fields import (
+from .chat_messages import chat_messages
+from .json_fields import (
     Json,
     optional_bool,
     optional_int,
@@ -27,7 +28,6 @@ from .fields import (
     text_of,
     wrong,
 )
-from .messages import chat_messages
 
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDES = frozenset(
@@ -37,7 +37,7 @@ _INCLUDES = frozenset(
         "web_search_call.results",
     }
 )  # fmt: skip
-"""What the vendor's API knows. But for the first they are about what no answer here has."""
+"""What OpenAI's API defines. All but the first concern content that no answer here has."""
 _FORMAT = frozenset({"type", "name", "schema", "strict", "description"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _TIERS = ("auto", "default", "flex", "scale", "priority", "fast", "ultrafast")
@@ -67,7 +67,7 @@ _OWN = frozenset(
         "truncation", "user",
     }
 )  # fmt: skip
-"""Fields of the Responses API that are said otherwise, or not at all, in the chat completion."""
+"""Fields of the Responses API that have another form, or none, in the chat completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def as_chat(request: Json) -> Chat:
         if request.get(name) is not None:
             raise wrong(name, why)
     check_metadata(request.get("metadata"))
-    _check_the_rest(request)
+    _check_unused_fields(request)
     chat: Json = {name: value for name, value in request.items() if name not in _OWN and name not in _REFUSED}
     chat |= {
         "model": text_of(request, "model"),
@@ -94,7 +94,7 @@ def as_chat(request: Json) -> Chat:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    asked = {
+    converted = {
         "temperature": optional_number(request, "temperature", 2),
         "top_p": optional_number(request, "top_p", 1),
         "max_completion_tokens": optional_int(request, "max_output_tokens", 1),
@@ -103,21 +103,21 @@ def as_chat(request: Json) -> Chat:
         "verbosity": optional_text(optional_object(request, "text"), "verbosity", "text."),
         "reasoning_effort": optional_word(optional_object(request, "reasoning"), "effort", _EFFORTS, "reasoning."),
     }
-    chat |= {name: value for name, value in asked.items() if value is not None}
+    chat |= {name: value for name, value in converted.items() if value is not None}
     chat |= _tools(request) | _logprobs(request)
     return Chat(orjson.dumps(chat), bool(request.get("stream")))
 
 
 def _check_depth(request: Json) -> None:
-    """It is written again, some levels deeper: in the chat, in the response and in its events."""
+    """It is encoded again, some levels deeper: in the chat, in the response and in its events."""
     try:
         orjson.dumps([[[[[[[[request]]]]]]]])
     except orjson.JSONEncodeError:
         raise BadRequest("the request is nested too deeply: write flatter schemas and items") from None
 
 
-def _check_the_rest(request: Json) -> None:
-    """What is only shown again, or means nothing here, must be of its type all the same."""
+def _check_unused_fields(request: Json) -> None:
+    """Fields that are only repeated, or mean nothing here, must have the right type all the same."""
     optional_bool(request, "background")
     optional_bool(request, "stream")
     optional_int(request, "max_tool_calls", 1)

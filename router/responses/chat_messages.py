@@ -1,18 +1,17 @@
-"""The input of a Responses request as the messages of a chat.
+"""Converts the input of a Responses request into the messages of a chat.
 
-Beginning system and developer messages become one system message, as chat templates expect at most one, at the
-beginning. Consecutive function calls become one assistant message. What was thought before is left out: templates leave
-it out too.
+Leading system and developer messages become one system message, as chat templates expect at most one, at the beginning.
+Consecutive function calls become one assistant message. Earlier reasoning is left out, as templates leave it out too.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .fields import Json, optional_text, text_of, wrong
+from .json_fields import Json, optional_text, text_of, wrong
 
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-_INSTEAD = {
+_ADVICE = {
     "item_reference": "refers to an item kept elsewhere: send the item itself",
     "compaction": "is of a type that only its maker can read: send the items that it stands for",
 }
@@ -59,17 +58,17 @@ def _add(messages: list[Json], item: Json, at: str) -> None:
         output = _content(item.get("output"), f"{at}output", {"input_text": _text})
         messages.append({"role": "tool", "tool_call_id": text_of(item, "call_id", at), "content": output})
     elif kind != "reasoning":
-        instead = _INSTEAD.get(
+        advice = _ADVICE.get(
             str(kind), "is not one of message, function_call, function_call_output, reasoning: leave the item out"
         )
-        raise wrong(f"{at}type", instead)
+        raise wrong(f"{at}type", advice)
 
 
 def _add_message(messages: list[Json], item: Json, at: str) -> None:
     role = item.get("role")
     if type(role) is not str or role not in _ROLES:
         raise wrong(f"{at}role", "must be one of user, assistant, system, developer")
-    content = _content(item.get("content"), f"{at}content", _ANSWERED if role == "assistant" else _ASKED)
+    content = _content(item.get("content"), f"{at}content", _OUTPUT_PARTS if role == "assistant" else _INPUT_PARTS)
     if role == "assistant" and type(content) is list:
         content = "".join(part["text"] for part in content)
     last = messages[-1] if messages else {}
@@ -126,5 +125,5 @@ def _audio(part: Json, at: str) -> Json:
     return {"type": "input_audio", "input_audio": sound}
 
 
-_ASKED = {"input_text": _text, "input_image": _image, "input_audio": _audio}
-_ANSWERED = {"output_text": _text, "refusal": _refusal, "input_text": _text}
+_INPUT_PARTS = {"input_text": _text, "input_image": _image, "input_audio": _audio}
+_OUTPUT_PARTS = {"output_text": _text, "refusal": _refusal, "input_text": _text}

@@ -23,14 +23,14 @@ from queue_schemas import (
     PathNotFound,
     StreamBroken,
 )
-from router.responses.attempt_merger import ResponseMerger
-from router.responses.live import LiveResponse
-from router.responses.note import read_note, write_note
-from router.responses.schemas import Asked
+from router.responses.live_merger import LiveResponseMerger
+from router.responses.persisted_merger import PersistedResponseMerger
+from router.responses.saved_request import load_request, save_request
+from router.responses.schemas import ResponseRequest
 from tests.support.responses import check_response, check_stream, server_sent
 
 JOB = JobId("0-" + "b" * 32)
-ASKED = Asked(JOB, 5, {"model": "m", "input": "hi"})
+REQUEST = ResponseRequest(JOB, 5, {"model": "m", "input": "hi"})
 
 
 def _says(text: str, finish: str | None = None) -> bytes:
@@ -48,92 +48,92 @@ def _whole(*texts: str, epoch: int = 1) -> list[Frame]:
     return [_frame(at, piece, epoch, END if at == len(pieces) - 1 else 0) for at, piece in enumerate(pieces)]
 
 
-def _read(stitch: ResponseMerger, *items: Frame | Marker) -> list[dict[str, Any]]:
+def _read(merger: PersistedResponseMerger, *items: Frame | Marker) -> list[dict[str, Any]]:
     for item in items:
         if isinstance(item, Frame):
-            stitch.on_frame(item)
+            merger.on_frame(item)
         else:
-            stitch.on_marker(item)
-    return server_sent(stitch.take())
+            merger.on_marker(item)
+    return server_sent(merger.take())
 
 
 def _lost(epoch: int) -> Marker:
     return Marker(MarkerKind.REQUEUED, JOB, epoch, "it was lost")
 
 
-WHOLE = _read(ResponseMerger(ASKED), *_whole("a", "b", "c"))
+WHOLE = _read(PersistedResponseMerger(REQUEST), *_whole("a", "b", "c"))
 
 
 def test_all_events_come_from_the_first_to_the_end() -> None:
     """The answer may begin at once, before anything is said."""
-    stitch = ResponseMerger(ASKED)
-    assert stitch.head is not None
-    assert [event["type"] for event in _read(stitch)] == ["response.created", "response.queued"]
+    merger = PersistedResponseMerger(REQUEST)
+    assert merger.head is not None
+    assert [event["type"] for event in _read(merger)] == ["response.created", "response.queued"]
     assert check_stream(WHOLE).output_text == "abc"
-    _read(stitch, *_whole("a", "b", "c"))
-    assert stitch.ended
-    assert stitch.settled
+    _read(merger, *_whole("a", "b", "c"))
+    assert merger.ended
+    assert merger.settled
 
 
 @pytest.mark.parametrize("after", range(-1, len(WHOLE)))
 def test_whatever_the_client_has_it_gets_the_rest(after: int) -> None:
     """Together they are the whole, wherever it was cut."""
-    assert WHOLE[: after + 1] + _read(ResponseMerger(ASKED, after, 1), *_whole("a", "b", "c")) == WHOLE
+    assert WHOLE[: after + 1] + _read(PersistedResponseMerger(REQUEST, after, 1), *_whole("a", "b", "c")) == WHOLE
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 99_999])
 def test_a_number_behind_the_last_event_ends_with_an_error(beyond: int) -> None:
     """[H13] An empty stream would pass for the end of this response, of which the client has seen nothing."""
-    stitch = ResponseMerger(ASKED, len(WHOLE) + beyond, 1)
-    assert _read(stitch, *_whole("a", "b", "c")) == []
-    assert isinstance(stitch.error, StreamBroken)
-    assert f"its last is {len(WHOLE) - 1}" in stitch.error.message
+    merger = PersistedResponseMerger(REQUEST, len(WHOLE) + beyond, 1)
+    assert _read(merger, *_whole("a", "b", "c")) == []
+    assert isinstance(merger.error, StreamBroken)
+    assert f"its last is {len(WHOLE) - 1}" in merger.error.message
 
 
 def test_an_attempt_that_goes_on_goes_on() -> None:
     """What is kept is one answer, and so are its events, for who saw the loss and for who did not."""
     goes_on = [_frame(0, _says("b"), 2, CONTINUED), _frame(1, _says("c"), 2), _whole("x", "y", epoch=2)[2]]
     frames = [_frame(0, _says("a")), *goes_on]
-    assert _read(ResponseMerger(ASKED), *frames) == WHOLE
-    assert _read(ResponseMerger(ASKED), frames[0], _lost(2), *goes_on) == WHOLE
-    assert WHOLE[:5] + _read(ResponseMerger(ASKED, 4, 1), *frames) == WHOLE
+    assert _read(PersistedResponseMerger(REQUEST), *frames) == WHOLE
+    assert _read(PersistedResponseMerger(REQUEST), frames[0], _lost(2), *goes_on) == WHOLE
+    assert WHOLE[:5] + _read(PersistedResponseMerger(REQUEST, 4, 1), *frames) == WHOLE
 
 
 @pytest.mark.parametrize("said", [["a"], ["a", "b"], ["a", "b", "c"]])
 def test_an_attempt_that_says_the_same_anew_is_not_noticed(said: list[str]) -> None:
     """Nothing comes twice, nothing is left out; even when the repeating attempt is lost in its turn."""
     first = _whole(*said)[:-1]
-    assert _read(ResponseMerger(ASKED), *first, _lost(2), *_whole("a", "b", "c", epoch=2)) == WHOLE
+    assert _read(PersistedResponseMerger(REQUEST), *first, _lost(2), *_whole("a", "b", "c", epoch=2)) == WHOLE
     second = _whole("a", epoch=2)[:-1]
-    assert _read(ResponseMerger(ASKED), *first, _lost(2), *second, *_whole("a", "b", "c", epoch=3)) == WHOLE
+    assert _read(PersistedResponseMerger(REQUEST), *first, _lost(2), *second, *_whole("a", "b", "c", epoch=3)) == WHOLE
 
 
 @pytest.mark.parametrize("anew", [["a", "x", "c"], ["ab", "c"], ["a"], []])
 def test_an_attempt_that_says_something_else_ends_the_stream(anew: list[str]) -> None:
     """Other words, other pieces (and so other numbers) or an earlier end: never spliced."""
-    stitch = ResponseMerger(ASKED)
-    before = _read(stitch, *_whole("a", "b", "c")[:2])
+    merger = PersistedResponseMerger(REQUEST)
+    before = _read(merger, *_whole("a", "b", "c")[:2])
     assert before == WHOLE[: len(before)]
-    after = _read(stitch, *_whole(*anew, epoch=2))
-    assert type(stitch.error) is StreamBroken
+    after = _read(merger, *_whole(*anew, epoch=2))
+    assert type(merger.error) is StreamBroken
     assert after == []
 
 
 def test_an_answer_that_began_after_the_look_is_not_spliced_behind_an_earlier_one() -> None:
     """Who has events of an answer that was replaced meanwhile is told to begin again; who has none gets the new one."""
-    stitch = ResponseMerger(ASKED, 5, 1)
-    assert _read(stitch, *_whole("a", "b", "c", epoch=2)) == []
-    assert type(stitch.error) is StreamBroken
-    assert _read(ResponseMerger(ASKED, 2, 1), *_whole("a", "b", "c", epoch=2)) == WHOLE[3:]
+    merger = PersistedResponseMerger(REQUEST, 5, 1)
+    assert _read(merger, *_whole("a", "b", "c", epoch=2)) == []
+    assert type(merger.error) is StreamBroken
+    assert _read(PersistedResponseMerger(REQUEST, 2, 1), *_whole("a", "b", "c", epoch=2)) == WHOLE[3:]
 
 
 def test_what_is_read_again_from_its_beginning_is_the_same() -> None:
     """When the queue has lost what was taken, the events go on where they were if it says the same again."""
-    stitch = ResponseMerger(ASKED)
-    events = _read(stitch, *_whole("a", "b", "c")[:2])
+    merger = PersistedResponseMerger(REQUEST)
+    events = _read(merger, *_whole("a", "b", "c")[:2])
     again = _whole("a", "b", "c", epoch=2)
-    assert not stitch.reread(2, "attempt2", again[1:])
-    assert events + _read(stitch, *again) == WHOLE
+    assert not merger.reread(2, "attempt2", again[1:])
+    assert events + _read(merger, *again) == WHOLE
 
 
 @pytest.mark.parametrize(
@@ -142,26 +142,26 @@ def test_what_is_read_again_from_its_beginning_is_the_same() -> None:
 )
 def test_an_end_without_an_answer_is_an_event(kind: MarkerKind, status: str) -> None:
     """The stream ends as one that is whole, and says why in the response; once."""
-    stitch = ResponseMerger(ASKED)
+    merger = PersistedResponseMerger(REQUEST)
     marker = Marker(kind, JOB, 1, "somebody wanted that")
-    events = _read(stitch, _whole("a")[0], marker)
+    events = _read(merger, _whole("a")[0], marker)
     response = check_stream(events)
-    assert (response.status, stitch.ended, stitch.error) == (status, True, None)
+    assert (response.status, merger.ended, merger.error) == (status, True, None)
     assert response.error is not None
     assert "somebody wanted that" in response.error.message
-    assert _read(stitch, marker, _whole("a")[1]) == []
+    assert _read(merger, marker, _whole("a")[1]) == []
 
 
 def test_an_attempt_that_dies_before_it_repeated_all_ends_the_stream() -> None:
     """Its last event would have a number that the client has already."""
-    stitch = ResponseMerger(ASKED)
-    _read(stitch, *_whole("a", "b")[:-1], _lost(2), _whole("a", epoch=2)[0])
-    assert _read(stitch, Marker(MarkerKind.DEAD, JOB, 2, "it died")) == []
-    assert type(stitch.error) is StreamBroken
+    merger = PersistedResponseMerger(REQUEST)
+    _read(merger, *_whole("a", "b")[:-1], _lost(2), _whole("a", epoch=2)[0])
+    assert _read(merger, Marker(MarkerKind.DEAD, JOB, 2, "it died")) == []
+    assert type(merger.error) is StreamBroken
 
 
-def _live(*, stream: bool) -> LiveResponse:
-    return LiveResponse(ASKED, stream=stream, replay_limit_bytes=1 << 20, on_loss="continue")
+def _live(*, stream: bool) -> LiveResponseMerger:
+    return LiveResponseMerger(REQUEST, stream=stream, replay_limit_bytes=1 << 20, on_loss="continue")
 
 
 def test_a_response_that_is_waited_for_comes_as_its_chat_does() -> None:
@@ -173,7 +173,7 @@ def test_a_response_that_is_waited_for_comes_as_its_chat_does() -> None:
     assert live.head.is_event_stream
     assert events[-1]["delta"] == "a"
     live.on_marker(Marker(MarkerKind.LOST, JOB, 2, "it was lost"))
-    assert live.offer() == "a"
+    assert live.continuation_prefix() == "a"
     for frame in [_frame(0, _says("b"), 2, CONTINUED), *[replace(f, seq=1) for f in _whole(epoch=2)[-1:]]]:
         live.on_frame(replace(frame, flags=frame.flags & ~HEAD if frame.seq else frame.flags))
     events += server_sent(live.take())
@@ -229,16 +229,16 @@ def test_an_engine_that_does_not_stream_is_understood(stream: bool) -> None:
 
 
 @pytest.mark.parametrize(("size", "kept"), [(10, True), (400_000, False)])
-def test_what_was_asked_is_read_again_from_the_note(size: int, kept: bool) -> None:
+def test_a_request_is_loaded_from_the_note_of_its_job(size: int, kept: bool) -> None:
     """An input without room is left out; everything else must have some."""
     text = "".join(random.Random(1).choices(string.printable, k=size))
     request = {"model": "m", "input": text, "metadata": {"a": "b"}}
-    asked = read_note(JOB, write_note(7, request))
-    assert (asked.job_id, asked.created_at, asked.request.get("input")) == (JOB, 7, text if kept else None)
-    assert asked.request["metadata"] == {"a": "b"}
+    loaded = load_request(JOB, save_request(7, request))
+    assert (loaded.job_id, loaded.created_at, loaded.body.get("input")) == (JOB, 7, text if kept else None)
+    assert loaded.body["metadata"] == {"a": "b"}
     if not kept:
         with pytest.raises(BodyTooLarge, match="send long texts as input"):
-            write_note(7, {"model": "m", "input": "x", "instructions": text})
+            save_request(7, {"model": "m", "input": "x", "instructions": text})
     for strange in (b"", b"mine", zlib.compress(b"[]"), zlib.compress(b'{"created_at": 1}')):
         with pytest.raises(PathNotFound):
-            read_note(JOB, strange)
+            load_request(JOB, strange)

@@ -1,4 +1,4 @@
-"""Reading the fields of a JSON request: each of the type it must have, or ``BadRequest`` that names it."""
+"""Reads typed fields of a parsed JSON request. A field of another type raises ``BadRequest`` that names it."""
 
 from __future__ import annotations
 
