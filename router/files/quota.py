@@ -18,9 +18,9 @@ _MEASURE_AGAIN_AFTER_S = 2.0
 
 @dataclass(slots=True)
 class _Usage:
-    """What a tenant keeps, as measured at ``measured_s``, and what its uploads have reserved since."""
+    """What a tenant stores, as measured at ``measured_s``, and what its uploads have reserved since."""
 
-    kept: StorageUsage = field(default_factory=lambda: StorageUsage(0, 0))
+    stored: StorageUsage = field(default_factory=lambda: StorageUsage(0, 0))
     measured_s: float = float("-inf")
     reserved_files: int = 0
     reserved_bytes: int = 0
@@ -49,7 +49,7 @@ class Reservation:
         usage.reserved_files -= 1
         usage.reserved_bytes -= self._bytes
         if kept_bytes is not None:
-            usage.kept = StorageUsage(usage.kept.files + 1, usage.kept.bytes + kept_bytes)
+            usage.stored = StorageUsage(usage.stored.files + 1, usage.stored.bytes + kept_bytes)
 
 
 class StorageQuota:
@@ -74,13 +74,13 @@ class StorageQuota:
 
     def check(self, usage: _Usage) -> None:
         """Raises ``PermissionRefused`` for a tenant that would keep too much."""
-        if usage.kept.files + usage.reserved_files > self._max_files:
+        if usage.stored.files + usage.reserved_files > self._max_files:
             raise PermissionRefused(
-                f"you keep {usage.kept.files} files, and may keep {self._max_files}: delete some (DELETE /v1/files/ID)"
+                f"you keep {usage.stored.files} files, and may keep {self._max_files}: delete some (DELETE /v1/files/ID)"
             )
-        if usage.kept.bytes + usage.reserved_bytes > self._max_bytes:
+        if usage.stored.bytes + usage.reserved_bytes > self._max_bytes:
             raise PermissionRefused(
-                f"your files have {usage.kept.bytes} bytes, and with this one they would have more than the "
+                f"your files have {usage.stored.bytes} bytes, and with this one they would have more than the "
                 f"{self._max_bytes} that you may keep: delete some (DELETE /v1/files/ID)"
             )
 
@@ -103,5 +103,5 @@ class StorageQuota:
         time = asyncio.get_running_loop().time
         async with usage.measuring:
             if time() - usage.measured_s > valid_s:
-                usage.kept = await self._store.run(lambda: self._store.files.usage(tenant))
+                usage.stored = await self._store.run(lambda: self._store.files.usage(tenant))
                 usage.measured_s = time()
