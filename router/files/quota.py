@@ -76,12 +76,13 @@ class StorageQuota:
         """Raises ``PermissionRefused`` for a tenant that would keep too much."""
         if usage.stored.files + usage.reserved_files > self._max_files:
             raise PermissionRefused(
-                f"you keep {usage.stored.files} files, and may keep {self._max_files}: delete some (DELETE /v1/files/ID)"
+                f"you have {usage.stored.files} files, and may have {self._max_files}: delete some "
+                "(DELETE /v1/files/ID)"
             )
         if usage.stored.bytes + usage.reserved_bytes > self._max_bytes:
             raise PermissionRefused(
                 f"your files have {usage.stored.bytes} bytes, and with this one they would have more than the "
-                f"{self._max_bytes} that you may keep: delete some (DELETE /v1/files/ID)"
+                f"{self._max_bytes} that you may have: delete some (DELETE /v1/files/ID)"
             )
 
     def invalidate(self, tenant: Tenant) -> None:

@@ -136,7 +136,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(start: Start, valkey: Server,
         assert '"listening"' not in child.log_text()
 
 
-def test_a_redis_that_refuses_us_ends_it(start: Start, own_valkey: Server) -> None:
+def test_a_redis_that_refuses_the_password_ends_it(start: Start, own_valkey: Server) -> None:
     """A wrong password is not waited for: exit code 2 and where to look."""
     own_valkey.ask("CONFIG", "SET", "requirepass", "right")
     wrong = own_valkey.url.replace("redis://", "redis://:wrong@")

@@ -47,7 +47,7 @@ async def attack(port: int, request: bytes) -> None:
             return  # whatever it is told is its own
 
 
-async def test_what_one_client_sends_is_no_other_clients_request(ways: tuple[FakeQueue, int]) -> None:
+async def test_bytes_of_one_client_never_become_anothers_request(ways: tuple[FakeQueue, int]) -> None:
     """[B4] Requests that parsers may disagree about, before and among those of others on the same kept connections:
     each of the others gets the whole answer to its own request, and nothing hidden is asked."""
     queue, port = ways

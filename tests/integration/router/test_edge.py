@@ -35,7 +35,7 @@ def queue() -> FakeQueue:
     return FakeQueue(MODEL)
 
 
-async def test_a_plain_answer_that_nobody_reads_counts_until_it_is_cut(queue: FakeQueue) -> None:
+async def test_an_unread_plain_answer_counts_until_it_is_cut(queue: FakeQueue) -> None:
     """[B2] [B9] It counts among its tenant's bytes and requests; the client is dropped after its stall timeout."""
     limits = {"client_stall_timeout_ms": 1_000, "max_body_bytes": 1 << 20, "max_tenant_inflight_body_bytes": 1 << 21}
     async with (
@@ -122,7 +122,7 @@ def form(who: str, data: bytes, length: int | None = None) -> bytes:
 
 
 @pytest.mark.parametrize("trickle", [b"", b"x"])
-async def test_an_upload_that_creeps_ends_and_keeps_nobody_out(uploading: int, trickle: bytes) -> None:
+async def test_a_slow_upload_is_ended_and_blocks_nobody(uploading: int, trickle: bytes) -> None:
     """[B3] [B9] It gets 408; meanwhile its tenant has no other transfer, and another tenant has."""
     async with RawClient.to(uploading) as slow, RawClient.to(uploading) as same, RawClient.to(uploading) as other:
         await slow.send(form("acme", b"x", length=1_000_000)[:-20])
@@ -139,7 +139,7 @@ async def test_an_upload_that_creeps_ends_and_keeps_nobody_out(uploading: int, t
         assert (await again.answer()).status == 200
 
 
-async def test_a_download_that_nobody_reads_is_cut(uploading: int) -> None:
+async def test_an_unread_download_is_cut(uploading: int) -> None:
     """[B2] A file that is not read holds its transfer no longer than any answer."""
     async with RawClient.to(uploading) as client:
         await client.send(form("acme", b"x" * 12_000_000))

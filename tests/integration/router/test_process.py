@@ -66,7 +66,7 @@ async def _post(port: int, fields: object) -> tuple[int, bytes]:
         return answer.status, await answer.read()
 
 
-async def test_it_serves_and_ends_cleanly_on_sigterm(start: Start, valkey: Server) -> None:
+async def test_it_serves_and_shuts_down_cleanly_on_sigterm(start: Start, valkey: Server) -> None:
     """SIGTERM lets an open request finish, and the process ends with code 0."""
     child, port = _serving(start, valkey)
     async with Speaker.join(valkey.url) as worker:
@@ -80,7 +80,7 @@ async def test_it_serves_and_ends_cleanly_on_sigterm(start: Start, valkey: Serve
     assert await asyncio.to_thread(child.wait, 15) == 0
 
 
-async def test_a_second_signal_ends_open_requests_with_a_word(start: Start, valkey: Server, broker: Broker) -> None:
+async def test_a_second_signal_ends_open_requests_with_an_error(start: Start, valkey: Server, broker: Broker) -> None:
     """[G4] A Router that is told twice waits for no request: each gets an error that says to ask again, not a broken
     connection, its job is cancelled, and the process ends in good order."""
     child, port = _serving(start, valkey)
@@ -153,7 +153,7 @@ def test_settings_that_cannot_work_are_one_sentence(start: Start, flags: tuple[s
     assert "Traceback" not in child.log_text()
 
 
-def test_a_redis_that_refuses_us_ends_it(start: Start, own_valkey: Server) -> None:
+def test_a_redis_that_refuses_the_password_ends_it(start: Start, own_valkey: Server) -> None:
     """A wrong password is not waited for: exit code 2 and where to look."""
     own_valkey.ask("CONFIG", "SET", "requirepass", "right")
     child = start("--port", "0", "--redis-url", own_valkey.url.replace("redis://", "redis://:wrong@"))
@@ -162,7 +162,7 @@ def test_a_redis_that_refuses_us_ends_it(start: Start, own_valkey: Server) -> No
     assert "Traceback" not in child.log_text()
 
 
-def test_without_its_manager_it_waits_and_says_so(start: Start) -> None:
+def test_without_its_manager_it_waits_and_reports_it(start: Start) -> None:
     """A Router that is to ask a Manager that is not there answers requests with 503 and the reason."""
     port = free_port()
     child = start("--port", str(port), "--manager-url", f"http://127.0.0.1:{free_port()}")
@@ -178,7 +178,7 @@ def test_without_its_manager_it_waits_and_says_so(start: Start) -> None:
     assert child.terminate() == 0
 
 
-def test_it_learns_from_its_manager_where_redis_is(start: Start, valkey: Server, tmp_path: Path) -> None:
+def test_it_asks_its_manager_where_redis_is(start: Start, valkey: Server, tmp_path: Path) -> None:
     """With only --manager-url a Router becomes ready, whichever of the two was started first; and workers register
     through it."""
     ports = free_port(), free_port()

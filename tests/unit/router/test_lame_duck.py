@@ -75,7 +75,7 @@ async def replica(folder: Path, port: int = 0, **settings: int) -> AsyncIterator
             await life
 
 
-async def test_open_connections_are_served_and_told_to_end(tmp_path: Path) -> None:
+async def test_open_connections_are_served_and_told_to_close(tmp_path: Path) -> None:
     """While it leaves, /readyz says no and every answer on an open connection asks for another connection."""
     async with replica(tmp_path) as one:
         async with one.client.get(f"{one.url}/v1/models") as before:
@@ -97,7 +97,7 @@ async def test_no_new_connection_is_accepted(tmp_path: Path) -> None:
             await one.client.get(f"{one.url}/healthz")
 
 
-async def test_new_connections_go_to_the_other(tmp_path: Path) -> None:
+async def test_new_connections_go_to_the_other_router(tmp_path: Path) -> None:
     """Two share one listener: while one leaves, every new connection meets the other."""
     async with replica(tmp_path) as one, replica(tmp_path, port=int(one.url.rpartition(":")[2])) as other:
         one.leave.set()
@@ -119,7 +119,7 @@ async def test_a_request_on_an_open_connection_is_answered_while_it_leaves(tmp_p
             assert await answer.json() == {"ok": True}
 
 
-async def test_a_stream_that_was_not_told_keeps_its_connection_for_one_more_request(tmp_path: Path) -> None:
+async def test_a_stream_that_began_earlier_keeps_its_connection_for_one_more_request(tmp_path: Path) -> None:
     """A stream began before, ends long after: its connection is used again at once, and that request is served."""
     async with replica(tmp_path, lame_duck_ms=300, shutdown_timeout_ms=5_000) as one:
         asked = asyncio.create_task(one.client.post(f"{one.url}/v1/chat/completions", json=STREAM))
@@ -139,7 +139,7 @@ async def test_a_stream_that_was_not_told_keeps_its_connection_for_one_more_requ
             assert (answer.status, answer.headers["connection"]) == (200, "close")
 
 
-async def test_a_stream_without_an_end_does_not_hold_it_for_ever(tmp_path: Path) -> None:
+async def test_an_endless_stream_does_not_block_shutdown(tmp_path: Path) -> None:
     """The limit of a drain bounds it: then the stream ends with an error event, and its job is cancelled."""
     async with replica(tmp_path, lame_duck_ms=100, shutdown_timeout_ms=300) as one:
         asked = asyncio.create_task(one.client.post(f"{one.url}/v1/chat/completions", json=STREAM))
@@ -162,7 +162,7 @@ async def test_without_a_lame_duck_it_ends_as_soon_as_it_is_idle(tmp_path: Path)
             await one.life
 
 
-async def test_one_that_is_not_ready_leaves_connections_to_the_others(
+async def test_a_router_that_is_not_ready_leaves_connections_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has the socket, and accepts nothing before it is ready; only when that takes too long it says why not."""
@@ -191,7 +191,7 @@ async def test_one_that_is_not_ready_leaves_connections_to_the_others(
             await other
 
 
-async def test_a_taken_address_is_told(tmp_path: Path) -> None:
+async def test_a_taken_address_is_reported(tmp_path: Path) -> None:
     """Who cannot listen does not look like a replica that serves."""
     async with replica(tmp_path) as one:
         port = int(one.url.rpartition(":")[2])

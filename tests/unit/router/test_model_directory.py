@@ -21,7 +21,7 @@ def test_models_are_the_union_of_fleet_declared_and_remembered() -> None:
     assert directory.workers_of("cold") == directory.workers_of("unheard of") == 0
 
 
-def test_the_date_of_a_model_stays() -> None:
+def test_the_first_seen_date_of_a_model_stays() -> None:
     """``created`` is when the Router first saw a model, whatever comes and goes."""
     before = build_directory([worker("m")], [], [], Directory(), 100)
     later = build_directory([], [Pool("m")], ["new"], before, 200)
@@ -37,7 +37,7 @@ def test_a_pool_without_a_model_still_shows_its_jobs() -> None:
     assert (pools[0].workers, pools[0].slots, pools[0].lanes[Lane.BATCH].waiting) == (1, 4, 0)
 
 
-def test_it_knows_where_a_model_is_served() -> None:
+def test_the_directory_knows_the_regions_of_a_model() -> None:
     """A region counts while a worker there takes work for the model; one that drains there does not."""
     fleet = [
         worker("m").model_copy(update={"region": "eu"}),
@@ -52,7 +52,7 @@ def test_it_knows_where_a_model_is_served() -> None:
     assert not directory.serves_in("unheard of", "eu")
 
 
-def test_a_model_is_shown_as_its_engine_says_it() -> None:
+def test_a_model_shows_its_engines_card() -> None:
     """[C9] ``max_model_len``, ``root``, ``parent`` and the rest; id and date are the Router's. What is known
     stays while no worker serves it."""
     card = {"max_model_len": 4096, "root": "/models/base", "parent": None, "owned_by": "vllm", "id": "x"}
@@ -65,7 +65,7 @@ def test_a_model_is_shown_as_its_engine_says_it() -> None:
     assert gone["max_model_len"] == 4096
 
 
-def test_models_that_are_served_stand_first() -> None:
+def test_served_models_are_listed_first() -> None:
     """[C9] Clients take the first one; the others say that nobody serves them, and what becomes of requests."""
     directory = build_directory([worker("z", "y")], [Pool("b")], ["a"], Directory(), 1)
     listed = model_list(directory)["data"]

@@ -25,7 +25,7 @@ class CountingQueue(FakeQueue):
         return await super().load_workers()
 
 
-async def test_a_directory_that_was_asked_for_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_refreshes_read_the_directory_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wish for a fresh directory is fulfilled by the next reading; it does not keep Redis busy after that."""
     monkeypatch.setattr(queue_link, "MIN_REFRESH_GAP_S", 0.0)
     queue = CountingQueue("m")
@@ -62,7 +62,7 @@ def _link(*answers: FakeQueue | InferqError) -> QueueLink:
 
 
 @pytest.mark.parametrize("refusal", [AuthenticationFailed("wrong join token"), BrokerUnsuitable("a replica")])
-async def test_a_first_refusal_ends_it_and_a_later_one_is_waited_out(
+async def test_a_first_refusal_ends_the_link_and_a_later_one_is_retried(
     monkeypatch: pytest.MonkeyPatch, refusal: InferqError
 ) -> None:
     """What a Router is told at its start is for somebody to mend; one that has served says why it does not, and goes on

@@ -27,7 +27,7 @@ def make_store(threads: int = 2, timeout_s: float = 5.0) -> AsyncStore:
     return AsyncStore(ObjectStore.open(StorageSettings(url="memory://unused")), threads=threads, timeout_s=timeout_s)
 
 
-async def test_a_call_is_done_in_a_thread_and_its_error_comes_back() -> None:
+async def test_a_call_runs_in_a_thread_and_returns_its_error() -> None:
     """What a call answers or raises, its caller gets; the loop does not run it."""
     store = make_store()
     assert await store.run(threading.current_thread) is not threading.current_thread()
@@ -36,7 +36,7 @@ async def test_a_call_is_done_in_a_thread_and_its_error_comes_back() -> None:
     await store.close(1)
 
 
-async def test_a_store_that_hangs_is_said_and_does_not_spread(hang: threading.Event) -> None:
+async def test_a_hanging_store_is_reported_and_its_calls_are_limited(hang: threading.Event) -> None:
     """A call past its limit is refused with 503, those that wait behind it too, and beyond the bound at once."""
     store = make_store(threads=1, timeout_s=0.05)
     with pytest.raises(StoreUnavailable, match="did not answer within"):
@@ -52,7 +52,7 @@ async def test_a_store_that_hangs_is_said_and_does_not_spread(hang: threading.Ev
     await store.close(1)
 
 
-async def test_pages_of_one_tenant_leave_the_store_to_the_others(hang: threading.Event) -> None:
+async def test_lists_of_one_tenant_leave_the_store_to_others(hang: threading.Event) -> None:
     """[H23] Lists are read one at a time of each tenant: a hundred asked for at once hold one thread, what is too many
     is refused with 429, and another tenant's list and any single object are read meanwhile."""
     store = make_store(threads=2)
@@ -76,7 +76,7 @@ async def test_pages_of_one_tenant_leave_the_store_to_the_others(hang: threading
     await store.close(1)
 
 
-async def test_a_tenant_never_has_all_calls_of_a_slow_store(hang: threading.Event) -> None:
+async def test_a_tenant_never_uses_all_calls_of_a_slow_store(hang: threading.Event) -> None:
     """[H25] Of a store that answers slowly one tenant gets a quarter of the calls that may wait, then 429; another
     tenant's call is taken in, and so is the first one's once some have ended."""
     store = make_store(threads=2)
@@ -95,7 +95,7 @@ async def test_a_tenant_never_has_all_calls_of_a_slow_store(hang: threading.Even
     await store.close(1)
 
 
-async def test_what_nobody_waits_for_is_undone(hang: threading.Event) -> None:
+async def test_an_abandoned_call_is_undone(hang: threading.Event) -> None:
     """A call that ends after its caller gave up, by its limit or cancelled, is undone afterwards, not meanwhile."""
     store = make_store(timeout_s=0.5)
     begun: list[int] = []
@@ -119,7 +119,7 @@ async def test_what_nobody_waits_for_is_undone(hang: threading.Event) -> None:
     await store.close(1)
 
 
-async def test_the_end_waits_for_what_is_under_way_within_its_limit(hang: threading.Event) -> None:
+async def test_closing_waits_for_running_calls_until_its_timeout(hang: threading.Event) -> None:
     """Closing lets a clean-up finish; a store that hangs does not keep the Router."""
     store = make_store()
     done: list[int] = []
@@ -131,7 +131,7 @@ async def test_the_end_waits_for_what_is_under_way_within_its_limit(hang: thread
     await store.close(0.05)
 
 
-def test_a_url_that_no_store_has_keeps_the_router_from_starting() -> None:
+def test_an_invalid_store_url_keeps_the_router_from_starting() -> None:
     """A wrong setting is one sentence at the start; a store that is only away is not (see /v1/files)."""
 
     async def open_queue() -> None: ...

@@ -10,7 +10,7 @@ from router.tenant_limits import TenantLimiter, tenant_limit
 ACME, RIVAL = Tenant("acme"), Tenant("rival")
 
 
-def test_a_tenant_may_hold_less_than_there_is() -> None:
+def test_a_tenant_may_hold_less_than_the_total() -> None:
     """[B9] At its bound a tenant is refused and others are not; what it gives back it may have again."""
     limiter = TenantLimiter(4, 3, what="things", setting="tenant_things")
     limiter.acquire(ACME, 3)
@@ -25,7 +25,7 @@ def test_a_tenant_may_hold_less_than_there_is() -> None:
     limiter.acquire(ACME, 3)
 
 
-def test_what_cannot_be_refused_counts_all_the_same() -> None:
+def test_forced_amounts_count_towards_the_limit() -> None:
     """[B2] What is held beyond the bound keeps more from being taken."""
     limiter = TenantLimiter(10, 10, what="bytes", setting="tenant_bytes")
     limiter.force(ACME, 25)
@@ -39,6 +39,6 @@ def test_what_cannot_be_refused_counts_all_the_same() -> None:
     ("given", "limit", "single_tenant", "limit_of_tenant"),
     [(0, 64, False, 48), (0, 64, True, 64), (0, 1, False, 1), (9, 64, False, 9), (9, 64, True, 9), (99, 64, False, 64)],
 )
-def test_the_bound_of_a_tenant(given: int, limit: int, single_tenant: bool, limit_of_tenant: int) -> None:
+def test_the_limit_of_a_tenant(given: int, limit: int, single_tenant: bool, limit_of_tenant: int) -> None:
     """What is set, never more than there is; else three quarters, or all where there is one tenant only."""
     assert tenant_limit(given, limit, single_tenant=single_tenant) == limit_of_tenant

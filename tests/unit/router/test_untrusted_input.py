@@ -105,7 +105,7 @@ def check(body: bytes, job: Job | None, status: int, answer: bytes) -> None:
     assert len(answer) < MAX_ERROR
 
 
-def test_any_request_is_passed_on_as_it_is_or_refused() -> None:
+def test_any_request_is_forwarded_unchanged_or_refused() -> None:
     """Odd JSON, broken forms and junk in headers, in any combination."""
 
     async def live() -> None:
@@ -152,7 +152,7 @@ def test_any_request_is_passed_on_as_it_is_or_refused() -> None:
         (b"\0" * 100_000, 400),
     ],
 )
-async def test_shapes_that_break_parsers_are_refused_or_passed_on(body: bytes, status: int) -> None:
+async def test_shapes_that_break_parsers_are_refused_or_forwarded(body: bytes, status: int) -> None:
     """Nesting, huge numbers, doubled names, other encodings: no more memory than some times the body, and no crash."""
     queue = FakeQueue("m")
     async with router(queue, directory_interval_ms=60_000) as app:

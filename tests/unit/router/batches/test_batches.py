@@ -67,7 +67,7 @@ async def create(app: RouterApp, file_id: str, *, key: str = ACME, **fields: Any
     return found
 
 
-async def test_a_new_batch_is_what_the_sdk_calls_a_batch(app: RouterApp) -> None:
+async def test_a_new_batch_parses_as_the_sdks_batch(app: RouterApp) -> None:
     """Every field that its type knows, none besides; validating, with the window counted from its creation."""
     metadata = {"run": "17"}
     expiry = {"anchor": "created_at", "seconds": 3600}
@@ -106,7 +106,7 @@ async def test_a_new_batch_is_what_the_sdk_calls_a_batch(app: RouterApp) -> None
         ({"metdata": {}}, "metdata", "is no field here"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_asked_is_refused_with_its_field(fields: dict[str, Any], param: str, words: str) -> None:
+def test_an_invalid_field_is_named(fields: dict[str, Any], param: str, words: str) -> None:
     """The field at fault, and a sentence."""
     settings = RouterSettings()
     with pytest.raises(BadRequest) as refused:
@@ -123,7 +123,7 @@ async def test_a_refused_batch_leaves_nothing(app: RouterApp) -> None:
     assert not app.services.store.batches.live()
 
 
-async def test_files_that_cannot_be_run_are_refused_at_once(app: RouterApp) -> None:
+async def test_unusable_input_files_are_refused_at_once(app: RouterApp) -> None:
     """Of another purpose, empty, too large, or none of the tenant's: another's file is none."""
     for file_id, words in (
         (upload(app, purpose="user_data"), "purpose 'user_data'"),
@@ -138,7 +138,7 @@ async def test_files_that_cannot_be_run_are_refused_at_once(app: RouterApp) -> N
         assert words in answer.error["message"]
 
 
-async def test_live_batches_of_a_tenant_are_bounded(app: RouterApp) -> None:
+async def test_live_batches_of_a_tenant_are_limited(app: RouterApp) -> None:
     """Beyond the limit 429 and when to come again; another tenant has its own; one that ended makes room."""
     file_id = upload(app)
     first, *_ = [await create(app, file_id) for _ in range(LIVE)]
@@ -150,7 +150,7 @@ async def test_live_batches_of_a_tenant_are_bounded(app: RouterApp) -> None:
     await create(app, file_id)
 
 
-async def test_one_key_is_one_batch(app: RouterApp) -> None:
+async def test_one_idempotency_key_makes_one_batch(app: RouterApp) -> None:
     """However often, and at how many at once, it is sent; with another request it is refused; a tenant has its own."""
     file_id, headers = upload(app), {"idempotency-key": "order-17"}
     answers = await asyncio.gather(
@@ -207,7 +207,7 @@ async def test_one_key_sent_at_once_with_two_requests_makes_one_batch(app: Route
     assert len(app.services.store.batches.live()) == 1
 
 
-async def test_what_the_sdk_repeats_is_not_run_twice(app: RouterApp) -> None:
+async def test_a_request_that_the_sdk_repeats_runs_once(app: RouterApp) -> None:
     """[D2] It sends no key with a repetition: one whose answer never reached its client is found. The count alone
     proves nothing: after an answer that was sent, the same request is a batch of its own, as is another one."""
     file_id, retried = upload(app), {"x-stainless-retry-count": "1"}
@@ -224,7 +224,7 @@ async def test_what_the_sdk_repeats_is_not_run_twice(app: RouterApp) -> None:
     assert anew.json()["id"] not in {again.json()["id"], other.json()["id"]}
 
 
-async def test_how_far_it_has_come_is_shown(app: RouterApp) -> None:
+async def test_progress_is_shown(app: RouterApp) -> None:
     """Stamps, counts, errors with lines, files and usage as the batcher wrote them, in the SDK's types."""
     batch_id = (await create(app, upload(app)))["id"]
     progress = BatchProgress(
@@ -263,7 +263,7 @@ async def test_a_cancel_shows_before_the_batcher_has_noticed(app: RouterApp) -> 
     assert shown["cancelling_at"] == first["cancelling_at"]
 
 
-async def test_what_has_ended_cannot_be_cancelled(app: RouterApp) -> None:
+async def test_an_ended_batch_cannot_be_cancelled(app: RouterApp) -> None:
     """409, and the word to the SDK not to try again, which it otherwise does with every 409."""
     batch_id = (await create(app, upload(app)))["id"]
     for status in ENDED_STATUSES:
@@ -274,7 +274,7 @@ async def test_what_has_ended_cannot_be_cancelled(app: RouterApp) -> None:
         assert (await ask(app, "GET", f"/v1/batches/{batch_id}")).json()["status"] == status
 
 
-async def test_pages_are_walked_newest_first(app: RouterApp) -> None:
+async def test_batches_are_listed_newest_first(app: RouterApp) -> None:
     """Each once, by `after`; the last page says that it is."""
     file_id = upload(app)
     ids = [(await create(app, file_id))["id"] for _ in range(3)]
@@ -288,14 +288,14 @@ async def test_pages_are_walked_newest_first(app: RouterApp) -> None:
     assert (nothing["data"], nothing["first_id"], nothing["has_more"]) == ([], None, False)
 
 
-async def test_pages_that_are_none_are_refused(app: RouterApp) -> None:
+async def test_invalid_cursors_and_limits_are_refused(app: RouterApp) -> None:
     """With the parameter at fault."""
     for query in ("limit=0", "limit=101", "limit=x", "after=batch_1", "after=../../x"):
         answer = await ask(app, "GET", f"/v1/batches?{query}")
         assert (answer.status, answer.error["param"]) == (400, query.partition("=")[0])
 
 
-async def test_a_batch_of_somebody_else_is_none(app: RouterApp) -> None:
+async def test_another_tenants_batch_is_not_found(app: RouterApp) -> None:
     """The same 404, whether it exists for another tenant or for nobody."""
     theirs = (await create(app, upload(app, RIVAL), key=RIVAL))["id"]
     for batch_id in (theirs, "batch_" + "0" * 32, "batch_x", "..%2f..%2fx"):
@@ -307,13 +307,13 @@ async def test_a_batch_of_somebody_else_is_none(app: RouterApp) -> None:
     assert found is not None and found.cancel_asked_at is None
 
 
-async def test_without_a_key_nothing_is_told(app: RouterApp) -> None:
+async def test_without_an_api_key_nothing_is_shown(app: RouterApp) -> None:
     """401 on every path."""
     for method, path in (("POST", ""), ("GET", ""), ("GET", "/batch_1"), ("POST", "/batch_1/cancel")):
         assert (await Client(app).request(method, f"/v1/batches{path}")).status == 401
 
 
-def test_windows_have_bounds() -> None:
+def test_completion_windows_have_limits() -> None:
     """A setting that is no window is told when it is read."""
     assert [window_seconds(text) for text in ("30m", "24h", "30d")] == [1_800, 86_400, 2_592_000]
     for wrong in ("31d", "0h", "24", "h", "1w", "-1h", "99999d"):
@@ -323,7 +323,7 @@ def test_windows_have_bounds() -> None:
         RouterSettings(batch_windows=["soon"])
 
 
-def test_a_batch_asks_whatever_an_engine_answers_in_json() -> None:
+def test_a_batch_may_use_every_json_endpoint() -> None:
     """The paths built in but forms, and those that a setting adds."""
     found = batch_endpoints(RouterSettings(extra_paths=["/v1/classify"]).paths)
     assert found[:3] == ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")

@@ -70,7 +70,7 @@ def lying(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in found if path.name != MARK]
 
 
-async def test_a_file_comes_in_and_goes_out(folder: Path) -> None:
+async def test_an_uploaded_file_can_be_downloaded(folder: Path) -> None:
     """Whatever pieces it comes in, it is stored, shown and given back as it was; deleted, it is gone."""
     data = os.urandom(2 * PIECE_BYTES + 17)
     body = file_part(data) + PURPOSE + END
@@ -94,7 +94,7 @@ async def test_a_file_comes_in_and_goes_out(folder: Path) -> None:
         assert lying(folder) == []
 
 
-async def test_one_key_is_one_file(folder: Path) -> None:
+async def test_one_idempotency_key_makes_one_file(folder: Path) -> None:
     """[D1] The same file under the same key is there once; another one gets 422, and leaves nothing."""
     once = {"idempotency-key": "upload-1"}
 
@@ -113,7 +113,7 @@ async def test_one_key_is_one_file(folder: Path) -> None:
         assert (await sent(b"hello")).json()["id"] != first.json()["id"]
 
 
-async def test_what_a_client_asks_of_the_content() -> None:
+async def test_ranges_and_conditional_requests_are_answered() -> None:
     """A range, a head, a tag it has, a range of another file's, one behind the end."""
     async with router(api_keys=GIVEN) as app:
         path = f"/{(await upload(app, b'0123456789'))['id']}/content"
@@ -146,7 +146,7 @@ async def test_tenants_do_not_see_each_other() -> None:
             assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
 
 
-async def test_lists_have_pages() -> None:
+async def test_files_are_listed_in_pages() -> None:
     """Newest first, behind an id, by purpose; what is no page is an error."""
     async with router(api_keys=GIVEN) as app:
         ids = [(await upload(app))["id"] for _ in range(3)]
@@ -177,7 +177,7 @@ async def test_lists_have_pages() -> None:
         ([PURPOSE], {"content-length": "x"}, 400, "content-length"),
     ],
 )
-async def test_what_is_refused_leaves_nothing(
+async def test_a_refused_upload_leaves_nothing(
     folder: Path, pieces: list[bytes], more: dict[str, str], status: int, words: str
 ) -> None:
     """Each fault has its error, and no part of the file stays."""
@@ -189,7 +189,7 @@ async def test_what_is_refused_leaves_nothing(
         assert app.services.transfers.open == 0
 
 
-async def test_an_upload_that_breaks_off_leaves_nothing(folder: Path) -> None:
+async def test_a_cut_short_upload_leaves_nothing(folder: Path) -> None:
     """A client that goes away: what came is removed."""
     async with router(api_keys=GIVEN) as app:
         half = [PURPOSE + file_part(b"x" * 2 * PIECE_BYTES)[:-2]]
@@ -200,7 +200,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(folder: Path) -> None:
         await eventually(lambda: not lying(folder) and not app.services.store.open, "nothing is left")
 
 
-async def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_is_reported_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """507, with the object's part removed; files that are there are still given out."""
     real = os.write
 
@@ -234,7 +234,7 @@ async def test_a_record_that_cannot_be_written_takes_the_part_with_it(
         await eventually(lambda: not lying(folder), "nothing is left")
 
 
-async def test_a_store_that_hangs_stops_files_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hanging_store_stops_files_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uploads, lists and contents answer 503 within their limit; inference is served meanwhile; nothing half stays."""
     hang, queue = threading.Event(), FakeQueue("m")
     really = FileStore.add
@@ -256,7 +256,7 @@ async def test_a_store_that_hangs_stops_files_and_nothing_else(monkeypatch: pyte
         assert (await ask(app, "GET", "")).json()["data"] == []
 
 
-async def test_a_store_that_cannot_be_used_is_said(folder: Path) -> None:
+async def test_an_unusable_store_is_reported(folder: Path) -> None:
     """Where a file stands in the folder's place the Router runs, and says 503 with the reason."""
     folder.write_text("in the way")  # noqa: ASYNC240 - before the Router is there
     async with router(api_keys=GIVEN) as app:
@@ -265,7 +265,7 @@ async def test_a_store_that_cannot_be_used_is_said(folder: Path) -> None:
         assert (await ask(app, "GET", "")).json()["data"] == []
 
 
-async def test_a_tenant_keeps_no_more_than_it_may(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_tenant_stores_at_most_its_quota(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past its files or bytes an upload is refused, announced or not; what was deleted makes room; others are free."""
     monkeypatch.setattr("router.files.quota._MEASURE_AGAIN_AFTER_S", 0)
     async with router(api_keys=GIVEN, max_tenant_files=2, max_tenant_file_bytes=400_000) as app:
@@ -277,7 +277,7 @@ async def test_a_tenant_keeps_no_more_than_it_may(folder: Path, monkeypatch: pyt
         assert "delete some" in announced.error["message"]
         await upload(app)
         refused = await begin(app, [PURPOSE + file_part(b"1") + END]).done()
-        assert (refused.status, "may keep 2" in refused.error["message"]) == (403, True)
+        assert (refused.status, "may have 2" in refused.error["message"]) == (403, True)
         await upload(app, who="rival")
         assert (await ask(app, "DELETE", f"/{first['id']}")).status == 200
         await upload(app)
@@ -285,7 +285,7 @@ async def test_a_tenant_keeps_no_more_than_it_may(folder: Path, monkeypatch: pyt
         await upload(app)
 
 
-async def test_so_many_at_once_and_no_more() -> None:
+async def test_concurrent_transfers_are_limited() -> None:
     """Uploads beyond the bound get 429; when one ends there is room."""
     async with router(api_keys=GIVEN, max_concurrent_transfers=1) as app:
         first = begin(app, [PURPOSE], unfinished=True)
@@ -297,7 +297,7 @@ async def test_so_many_at_once_and_no_more() -> None:
         await upload(app)
 
 
-async def test_a_file_that_a_live_batch_reads_stays() -> None:
+async def test_the_input_of_a_live_batch_cannot_be_deleted() -> None:
     """409 with the batch's id until it has ended; batches of others do not count."""
     async with router(api_keys=GIVEN) as app:
         file_id, batches = (await upload(app))["id"], app.services.store.batches
@@ -315,7 +315,7 @@ async def test_a_file_that_a_live_batch_reads_stays() -> None:
         assert (await ask(app, "DELETE", f"/{file_id}")).status == 200
 
 
-async def test_a_download_whose_client_leaves_ends() -> None:
+async def test_a_download_ends_when_its_client_disconnects() -> None:
     """A client that leaves takes nothing of the Router with it."""
     async with router(api_keys=GIVEN) as app:
         path = f"{FILES}/{(await upload(app, b'x' * 3_000_000))['id']}/content"
@@ -331,7 +331,7 @@ async def test_a_download_whose_client_leaves_ends() -> None:
         assert app.services.transfers.open == 0
 
 
-async def test_a_router_that_ends_lets_uploads_finish() -> None:
+async def test_shutdown_lets_uploads_finish() -> None:
     """They count as open requests: new ones are sent elsewhere, what is under way has the same time to end."""
     async with router(api_keys=GIVEN, shutdown_timeout_ms=5_000) as app:
         client = Client(app)

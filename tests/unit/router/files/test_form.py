@@ -48,7 +48,7 @@ def test_any_chunking_gives_the_same_file(content: bytes, data: st.DataObject, b
     assert read(body, list(range(len(body))))[0] == content
 
 
-def test_what_follows_the_end_and_unknown_fields_mean_nothing() -> None:
+def test_the_epilogue_and_unknown_fields_are_ignored() -> None:
     """A newer client's field is no error, nor is an epilogue."""
     body = form((FILE, b"1"), field("purpose", b"evals"), field("new", b"?")) + b"epilogue"
     assert read(body) == (b"1", FileParams("a.jsonl", "evals", None))
@@ -68,7 +68,7 @@ def test_an_expiry_is_read() -> None:
         (b" a ", "a"), (b'say \\"hi\\"', 'say "hi"' ), (b"...", "..."),
     ],
 )  # fmt: skip
-def test_a_name_is_a_label_and_no_place(given_name: bytes, label: str) -> None:
+def test_a_filename_never_names_a_folder(given_name: bytes, label: str) -> None:
     """Of a path only its last part stays."""
     head = b'Content-Disposition: form-data; name="file"; filename="%b"' % given_name
     asked = read(form((head, b"1"), field("purpose", b"batch")))[1]
@@ -118,7 +118,7 @@ ANCHOR = field("expires_after[anchor]", b"created_at")
         ),
     ],
 )  # fmt: skip
-def test_each_fault_has_its_error(body: bytes, param: str | None, words: str) -> None:
+def test_each_invalid_form_has_its_error(body: bytes, param: str | None, words: str) -> None:
     """The error names the field and says what to do, however the body is cut."""
     for cuts in ([], list(range(len(body)))):
         with pytest.raises(BadRequest, match=words) as refused:

@@ -25,13 +25,13 @@ def test_a_range_is_read_or_ignored(header: str | None, span: tuple[int, int] | 
 
 
 @pytest.mark.parametrize(("header", "size"), [("bytes=10-", 10), ("bytes=-0", 10), ("bytes=0-", 0), ("bytes=-5", 0)])
-def test_a_range_behind_the_end_is_refused(header: str, size: int) -> None:
+def test_a_range_past_the_end_is_refused(header: str, size: int) -> None:
     """What no byte can satisfy is an error that says how many there are."""
     with pytest.raises(RangeNotSatisfiable, match=f"{size} bytes"):
         read_range(header, size)
 
 
-def test_a_tag_is_found_among_others() -> None:
+def test_an_etag_is_found_among_others() -> None:
     """Weak, in a list, or any."""
     assert etag_matches('"a", W/"b"', '"b"')
     assert etag_matches("*", '"b"')
@@ -40,7 +40,7 @@ def test_a_tag_is_found_among_others() -> None:
 
 
 @given(st.text(min_size=1))
-def test_a_name_cannot_break_out_of_its_header(name: str) -> None:
+def test_a_filename_cannot_break_out_of_its_header(name: str) -> None:
     """Whatever it is called, the header is one line of ASCII with two quotes at most."""
     try:
         name.encode()

@@ -40,7 +40,7 @@ def test_errors_about_the_fabrics_parts_name_no_address(kind: type[InferqError])
     assert WHERE in error.message
 
 
-def test_other_errors_are_told_as_they_are() -> None:
+def test_other_errors_are_shown_unchanged() -> None:
     """What is about the request names what the request named; a text for clients replaces any other."""
     assert b"llama3:70" in NoWorker("no worker serves llama3:70 now").body()
     assert b"http://a:80" in BadRequest("http://a:80 is no model").body()

@@ -49,7 +49,7 @@ def said(url: str, *, token: str = TOKEN, beat: int = 1) -> ActingManager:
     return ActingManager("m", beat, url, prove_address(token, "m", url))
 
 
-async def test_the_acting_manager_is_asked_first_wherever_it_is() -> None:
+async def test_the_acting_manager_is_called_first() -> None:
     """[A7] The Router was given a Manager that stands by: calls go to the one that acts."""
     fakes = Fakes(**{ONE: STANDS_BY, FOLLOWED: ACCEPTED})
     route = fakes.route(ONE)
@@ -59,14 +59,14 @@ async def test_the_acting_manager_is_asked_first_wherever_it_is() -> None:
     assert not route.trouble
 
 
-async def test_a_page_that_is_no_managers_leads_to_the_next_one() -> None:
+async def test_an_answer_that_is_not_a_managers_leads_to_the_next_one() -> None:
     """[H48] A proxy's 503, or one that is nested without an end, is no answer of a Manager that acts."""
     for body in (b"<html>", b"[" * 200_000):
         fakes = Fakes(**{ONE: Forwarded(503, (), body), TWO: ACCEPTED})
         assert await fakes.route(ONE, TWO).forward(CALL) == ACCEPTED
 
 
-async def test_those_that_it_was_given_are_asked_in_turn() -> None:
+async def test_the_configured_managers_are_called_in_turn() -> None:
     """[A7] While Redis says nothing, the first that neither stands by nor is away answers; one that was away is asked
     last for a while."""
     fakes = Fakes(**{ONE: AWAY, TWO: ACCEPTED})
@@ -84,7 +84,7 @@ async def test_those_that_it_was_given_are_asked_in_turn() -> None:
     [said("http://evil.example"), said(FOLLOWED, token="guessed"), said("http://127.0.0.1:9000"), said("ray:manager")],
     ids=["no proof of ours", "of another token", "another machine's loopback", "an actor from outside Ray"],
 )  # fmt: skip
-async def test_nobody_is_followed_who_is_not_proven_or_cannot_be_meant(record: ActingManager) -> None:
+async def test_an_unproven_or_unreachable_acting_url_is_not_followed(record: ActingManager) -> None:
     """[A7] The join token goes nowhere but to the configured Managers and to one that proves that it has it."""
     if "evil" in record.url:
         record = ActingManager("m", 1, record.url, "0" * 64)
@@ -95,7 +95,7 @@ async def test_nobody_is_followed_who_is_not_proven_or_cannot_be_meant(record: A
     assert fakes.asked == [ONE]
 
 
-async def test_it_goes_back_to_those_it_was_given_when_the_acting_one_is_gone() -> None:
+async def test_it_returns_to_the_configured_managers_when_the_acting_one_is_gone() -> None:
     """[A7] A killed Manager's address stays in Redis until its lease ends: the others are asked meanwhile."""
     fakes = Fakes(**{ONE: ACCEPTED, FOLLOWED: AWAY})
     route = fakes.route(ONE)
@@ -106,7 +106,7 @@ async def test_it_goes_back_to_those_it_was_given_when_the_acting_one_is_gone() 
     assert fakes.asked == [FOLLOWED, ONE, ONE]
 
 
-async def test_a_refused_token_is_told_only_if_nobody_accepts_it() -> None:
+async def test_a_refused_token_is_reported_only_if_no_manager_accepts_it() -> None:
     """[A7] One Manager with another token does not speak for the others."""
     refused = Forwarded(401, (), b"{}")
     fakes = Fakes(**{ONE: refused, TWO: ACCEPTED})
@@ -115,7 +115,7 @@ async def test_a_refused_token_is_told_only_if_nobody_accepts_it() -> None:
     assert await fakes.route(ONE, TWO).forward(CALL) == refused
 
 
-async def test_it_says_why_workers_cannot_join() -> None:
+async def test_it_reports_why_workers_cannot_join() -> None:
     """[A7] Nobody reached, or no lease renewed for a while: one sentence without an address, gone when it is well."""
     fakes = Fakes(**{ONE: AWAY})
     route = fakes.route(ONE)
@@ -133,7 +133,7 @@ async def test_it_says_why_workers_cannot_join() -> None:
     assert not route.trouble
 
 
-async def test_however_often_the_manager_moves_few_are_remembered() -> None:
+async def test_the_number_of_remembered_managers_is_limited() -> None:
     """[A7] Each restart may have another address; a Router keeps a bounded number."""
     fakes = Fakes()
     route = fakes.route(ONE)

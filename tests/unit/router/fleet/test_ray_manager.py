@@ -71,7 +71,7 @@ def hanging() -> Actor:
     return Actor(act)
 
 
-async def test_a_call_reaches_the_actor_as_it_came(cluster: Cluster) -> None:
+async def test_a_call_reaches_the_actor_unchanged(cluster: Cluster) -> None:
     """Method, path, query, body, token and request id; of the answer what concerns only the way is left out."""
     seen: list[Any] = []
 
@@ -116,7 +116,7 @@ async def test_an_actor_that_does_not_answer_is_unavailable(cluster: Cluster, ac
     assert raised.value.retry_after_s == 2
 
 
-async def test_it_tells_where_the_queue_is(cluster: Cluster) -> None:
+async def test_it_returns_where_redis_is(cluster: Cluster) -> None:
     """As over HTTP: the address, a refused join token, an answer that is none."""
     manager = RayManager(RAY_MANAGER, "t0ken", 1_000)
     cluster.actor = answering(200, b'{"broker_url": "redis://here", "shards": 2}')
@@ -131,7 +131,7 @@ async def test_it_tells_where_the_queue_is(cluster: Cluster) -> None:
             await again.broker_address()
 
 
-def test_outside_of_ray_it_cannot_start() -> None:
+def test_it_cannot_start_outside_of_ray() -> None:
     """A Router of its own process has no actors: the sentence says what to do instead."""
     with pytest.raises(
         CannotStart, match="this process is in none: use `inferq ray up`, or give the Manager's http://"
@@ -139,7 +139,7 @@ def test_outside_of_ray_it_cannot_start() -> None:
         open_manager("ray:manager", "", 1_000)
 
 
-def test_the_setting_chooses_the_way(cluster: Cluster) -> None:
+def test_the_setting_chooses_the_client(cluster: Cluster) -> None:
     """``ray:NAME`` is an actor, anything else must be a URL."""
     assert isinstance(open_manager("ray:manager", "", 1_000), RayManager)
     assert isinstance(open_manager("http://127.0.0.1:9000", "", 1_000), HttpManager)

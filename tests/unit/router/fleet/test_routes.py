@@ -122,7 +122,7 @@ async def test_pools_show_depth_workers_and_slots() -> None:
     assert none.status == 404
 
 
-async def test_worker_calls_are_passed_on_unchanged() -> None:
+async def test_worker_calls_are_forwarded_unchanged() -> None:
     """Method, path, query, body and join token go to the Manager; its status and body come back."""
     manager = FakeManager()
     async with router(FakeQueue("m"), manager) as app:
@@ -144,7 +144,7 @@ async def test_worker_calls_are_passed_on_unchanged() -> None:
     assert strange.status == 400
 
 
-async def test_a_worker_call_that_breaks_off_is_no_fault_of_ours() -> None:
+async def test_a_cut_short_worker_call_is_a_client_error() -> None:
     """Whoever leaves in the middle of a body fills no log with tracebacks, and the Manager hears nothing."""
     manager = FakeManager()
     async with router(FakeQueue("m"), manager) as app:
@@ -184,7 +184,7 @@ async def test_keys_guard_models_and_pools_but_not_health() -> None:
             assert answer.status == status, path
 
 
-async def test_readiness_says_why_not() -> None:
+async def test_readiness_says_why_the_router_is_not_ready() -> None:
     """Not connected, cut off, or shutting down: /readyz is 503 with the reason, /healthz stays 200."""
     async with router(BrokerUnavailable("Redis is loading")) as app:
         client = Client(app)
@@ -212,7 +212,7 @@ async def test_an_unfit_redis_ends_a_router_that_never_had_another() -> None:
     assert ended.group_contains(BrokerUnsuitable, match="Redis is too old")
 
 
-async def test_a_redis_that_became_unfit_is_waited_for() -> None:
+async def test_the_router_waits_for_a_redis_that_became_unfit() -> None:
     """After a failover a replica may answer for a while: the Router says so and goes on when it is fit again."""
     faults: list[InferqError] = []
     queues: list[FakeQueue] = []
@@ -233,13 +233,13 @@ async def test_a_redis_that_became_unfit_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("url", ["foo://host", "http://nowhere", "redis://host:x"])
-def test_a_redis_url_that_is_none_is_refused_at_the_start(url: str) -> None:
+def test_an_invalid_redis_url_is_refused_at_the_start(url: str) -> None:
     """No Redis will ever answer there, so nothing is served."""
     with pytest.raises(BrokerUnsuitable, match="Redis URL"):
         build_router(RouterSettings(), BrokerSettings(redis_url=url))
 
 
-async def test_the_api_of_our_own_is_documented() -> None:
+async def test_our_own_routes_are_documented() -> None:
     """The OpenAPI document names every page of the Router's own."""
     async with router(FakeQueue("m")) as app:
         paths = (await Client(app).request("GET", "/openapi.json")).json()["paths"]
@@ -283,7 +283,7 @@ def test_a_public_address_needs_keys() -> None:
     build_router(RouterSettings(host=PUBLIC, api_keys=f"{'0' * 64}:t"), open_queue=no_queue)
 
 
-def test_a_public_way_to_the_manager_needs_a_join_token() -> None:
+def test_a_public_address_with_a_manager_needs_a_join_token() -> None:
     """API keys guard the models, not the fleet: a public Router that passes calls on to a Manager is refused without a
     join token, unless told so."""
 
@@ -300,7 +300,7 @@ def test_a_public_way_to_the_manager_needs_a_join_token() -> None:
 
 @pytest.mark.parametrize("given", [{}, {"x-inferq-join-token": ""}, {"authorization": "Bearer k"}])
 @pytest.mark.parametrize("join_token", ["", "jt"])
-async def test_dead_letters_are_shown_to_no_user(given: dict[str, str], join_token: str) -> None:
+async def test_dead_letters_are_not_shown_to_api_keys(given: dict[str, str], join_token: str) -> None:
     """They hold what all tenants asked: where API keys are needed, nothing but the join token opens them."""
     digest = hashlib.sha256(b"k").hexdigest()
     async with router(FakeQueue("m"), api_keys=f"{digest}:t", join_token=join_token) as app:
@@ -316,7 +316,7 @@ async def test_dead_letters_are_shown_to_no_user(given: dict[str, str], join_tok
 
 @pytest.mark.parametrize("join_token", ["jt", ""])
 @pytest.mark.parametrize("token", [{}, {"x-inferq-join-token": "wrong"}, {"authorization": "Bearer k"}])
-async def test_the_router_itself_asks_for_the_join_token(token: dict[str, str], join_token: str) -> None:
+async def test_the_router_checks_the_join_token_itself(token: dict[str, str], join_token: str) -> None:
     """[A1] Without it nothing of the fleet passes a Router with API keys, not even to a Manager that asks for none: an
     API key does not help, and nothing does where the Router has no join token."""
     manager = FakeManager()
@@ -352,7 +352,7 @@ async def test_an_api_key_does_not_list_the_workers() -> None:
         assert (await Client(app).request("GET", path)).status == 401
 
 
-def test_a_router_must_be_told_where_the_queue_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_needs_a_redis_or_manager_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a Redis URL nor a Manager is a mistake that shows at the start."""
     monkeypatch.delenv("INFERQ_REDIS_URL", raising=False)
     with pytest.raises(CannotStart, match="--redis-url"):

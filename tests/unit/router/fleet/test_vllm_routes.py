@@ -30,7 +30,7 @@ async def test_health_is_the_routers_own(method: str, path: str) -> None:
     assert (away.status, away.error["code"], "retry-after" in away.headers) == (503, "broker_unavailable", True)
 
 
-async def test_version_and_load_are_told() -> None:
+async def test_version_and_load_are_shown() -> None:
     """[F1] The version of inferq, and how many requests the Router serves."""
     queue = FakeQueue("m")
     async with router(queue) as app:

@@ -45,7 +45,7 @@ async def test_bodies_are_decoded(coding: str, piece: int) -> None:
 
 @pytest.mark.parametrize("coding", ["zstd", "br", "gzip, gzip", "\xff"])
 @pytest.mark.parametrize("path", [PATH, "/v1/batches", "/v1/files", "/v1/webhook_endpoints", "/fabric/v1/workers"])
-async def test_other_codings_are_refused_with_what_is_accepted(coding: str, path: str) -> None:
+async def test_other_content_codings_are_refused_with_the_accepted_ones(coding: str, path: str) -> None:
     """[B7] 415 on every path that takes a body, with Accept-Encoding as RFC 9110 has it; never several layers."""
     async with router(FakeQueue("m")) as app:
         refused = await Client(app).request("POST", path, b"?", {"content-encoding": coding})
@@ -66,7 +66,7 @@ async def test_other_codings_are_refused_with_what_is_accepted(coding: str, path
         ("gzip", b"", "the body is empty"),
     ],
 )
-async def test_a_body_that_is_not_what_it_says_is_refused(coding: str, body: bytes, words: str) -> None:
+async def test_a_body_that_does_not_decode_is_refused(coding: str, body: bytes, words: str) -> None:
     """[B7] Damaged, cut off, followed by something, or made of nothing: 400 that says so."""
     async with router(FakeQueue("m")) as app:
         refused = await Client(app).request("POST", PATH, body, {"content-encoding": coding})
@@ -76,7 +76,7 @@ async def test_a_body_that_is_not_what_it_says_is_refused(coding: str, body: byt
 
 @pytest.mark.parametrize("members", [1, 200])
 @pytest.mark.parametrize("path", [PATH, "/v1/batches"])
-async def test_bombs_stop_at_the_limit_of_bodies(members: int, path: str) -> None:
+async def test_decompression_bombs_stop_at_the_body_limit(members: int, path: str) -> None:
     """[B7] A body is as large as what it decodes to: one member or many, on inference paths and pages."""
     bomb = gzip.compress(b"x" * (20_000_000 // members)) * members
     async with router(FakeQueue("m"), max_body_bytes=1 << 20) as app:
@@ -85,7 +85,7 @@ async def test_bombs_stop_at_the_limit_of_bodies(members: int, path: str) -> Non
     assert (refused.status, refused.error["code"]) == (413, "request_too_large")
 
 
-async def test_what_decodes_counts_for_its_tenant() -> None:
+async def test_decoded_bytes_count_for_their_tenant() -> None:
     """[B7] [B9] Decoded bytes count against what a tenant may hold, and others are served meanwhile."""
     keys = ",".join(f"{hashlib.sha256(name).hexdigest()}:{name.decode()}" for name in (b"acme", b"rival"))
     queue = FakeQueue("m")

@@ -68,7 +68,7 @@ async def test_a_killed_holders_waiting_connections_are_served_by_the_other(tmp_
                         assert second.getpeername() == after.getsockname()
 
 
-async def test_sharing_the_socket_makes_nobody_block(tmp_path: Path) -> None:
+async def test_sharing_the_socket_does_not_make_it_blocking(tmp_path: Path) -> None:
     """Whether a socket blocks is one flag of all who share it: the second's arrival must not stop the first's loop."""
     port = free_port()
     async with (
@@ -78,7 +78,7 @@ async def test_sharing_the_socket_makes_nobody_block(tmp_path: Path) -> None:
         assert os.get_blocking(first.listener.fileno()) is False
 
 
-async def test_one_that_leaves_closes_nothing_of_the_others(tmp_path: Path) -> None:
+async def test_a_leaving_router_does_not_close_the_socket_of_others(tmp_path: Path) -> None:
     """The one that bound the port leaves; the port is open as long as one is there, and free afterwards."""
     port = free_port()
     first, second = (
@@ -96,7 +96,7 @@ async def test_one_that_leaves_closes_nothing_of_the_others(tmp_path: Path) -> N
         pass
 
 
-async def test_a_closed_listener_hands_out_nothing_but_still_accepts(tmp_path: Path) -> None:
+async def test_a_closed_listener_is_not_handed_over_but_still_accepts(tmp_path: Path) -> None:
     """From ``close`` on nobody is given the socket, and ``listener`` is left to whoever serves on it."""
     port, folder = free_port(), tmp_path / "listeners"
     async with SharedListener("f", HOST, port, folder=folder) as shared:
@@ -109,7 +109,7 @@ async def test_a_closed_listener_hands_out_nothing_but_still_accepts(tmp_path: P
             await SharedListener("f", HOST, port, folder=folder).__aenter__()
 
 
-async def test_what_a_killed_one_left_behind_is_cleared_away(tmp_path: Path) -> None:
+async def test_the_unix_socket_of_a_killed_router_is_removed(tmp_path: Path) -> None:
     """Its socket file leads nowhere: the next one removes it and binds the port."""
     port, folder = free_port(), tmp_path / "listeners"
     with holder(tmp_path, "f", port, folder) as other:
@@ -137,7 +137,7 @@ async def test_another_address_of_the_same_port_is_refused_with_a_sentence(tmp_p
             pass
 
 
-async def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
+async def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     """A folder that others may enter, or a link to one, could hand us anybody's socket."""
     folder = tmp_path / "listeners"
     folder.mkdir(mode=0o755)
@@ -148,7 +148,7 @@ async def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
             await SharedListener("f", HOST, free_port(), folder=foreign).__aenter__()
 
 
-async def test_one_that_hangs_delays_the_next_and_does_not_stop_it(
+async def test_a_hanging_router_delays_the_next_one_without_stopping_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stopped process that shares the listener answers nobody: another one is asked, within the limit."""
@@ -161,9 +161,7 @@ async def test_one_that_hangs_delays_the_next_and_does_not_stop_it(
                 assert third.listener.getsockname() == (HOST, port)
 
 
-async def test_an_opening_that_does_not_end_is_not_waited_for_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_waiting_for_the_lock_has_a_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever holds the lock and hangs is named, and the limit is kept."""
     monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.1)
     port, folder = free_port(), tmp_path / "listeners"

@@ -25,7 +25,7 @@ PREFLIGHT = {
 KEYS = f"{hashlib.sha256(b'sk-1').hexdigest()}:acme"
 
 
-async def test_pages_of_allowed_origins_may_ask_and_read() -> None:
+async def test_pages_of_allowed_origins_may_call_and_read() -> None:
     """[B8] The preflight is answered without a key; answers, errors and streams say that the page may read them."""
     queue = FakeQueue("m")
     async with router(queue, cors_allow_origins=[PAGE], api_keys=KEYS) as app:
@@ -56,7 +56,7 @@ async def test_pages_of_allowed_origins_may_ask_and_read() -> None:
 
 
 @pytest.mark.parametrize(("allowed", "said"), [([], ""), ([PAGE], ""), (["*"], "*")])
-async def test_other_origins_are_told_nothing(allowed: list[str], said: str) -> None:
+async def test_other_origins_get_no_cors_headers(allowed: list[str], said: str) -> None:
     """[B8] Without the setting, or for an origin that is not in it, no answer allows anything; * allows all."""
     given = {"origin": "https://other.example", "authorization": "Bearer sk-1"}
     async with router(FakeQueue("m"), cors_allow_origins=allowed, api_keys=KEYS) as app:
@@ -141,7 +141,7 @@ def pages() -> FastAPI:
     return build_router(RouterSettings(), open_queue=no_queue)._pages
 
 
-def test_the_routers_own_paths_cannot_be_given_away(pages: FastAPI) -> None:
+def test_extra_paths_cannot_shadow_the_routers_own(pages: FastAPI) -> None:
     """[B10] Whatever the Router answers itself, or lies above or below it, is refused with a sentence."""
     own = ["/docs", "/openapi.json", "/v1", "/fabric", "/fabric/v1", "/v1/responses", "/V1/Models/x"]
     for template in {route.path for route in declared(pages)}:
@@ -153,7 +153,7 @@ def test_the_routers_own_paths_cannot_be_given_away(pages: FastAPI) -> None:
             refuse_own_paths(pages, ["/v1/fine", path], RouterSettings.variable("extra_paths"))
 
 
-def test_a_router_does_not_start_that_would_hide_its_own_pages() -> None:
+def test_a_router_with_shadowed_routes_does_not_start() -> None:
     """[B10] The setting is looked at before anything is served; what only an engine answers may be passed on."""
     with pytest.raises(CannotStart, match="/v1/webhook_endpoints itself"):
         build_router(RouterSettings(extra_paths=["/v1/webhook_endpoints"]), open_queue=no_queue)

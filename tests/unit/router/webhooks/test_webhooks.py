@@ -75,7 +75,7 @@ async def create(app: RouterApp, *, key: str = ACME, **fields: Any) -> dict[str,
     return found
 
 
-async def test_an_endpoint_is_what_the_sdk_calls_one(app: RouterApp) -> None:
+async def test_an_endpoint_parses_as_the_sdks_endpoint(app: RouterApp) -> None:
     """Its secret is in the answer that makes it, and in no other."""
     made = WebhookEndpointWithSecret.model_validate(await create(app))
     assert made.signing_secret.startswith("whsec_")
@@ -113,14 +113,14 @@ async def test_an_endpoint_is_what_the_sdk_calls_one(app: RouterApp) -> None:
         ({"secret": "x"}, "secret", "is no field here"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_with_its_field(fields: dict[str, Any], param: str, words: str) -> None:
+def test_an_invalid_field_is_named(fields: dict[str, Any], param: str, words: str) -> None:
     """The field at fault, and a sentence."""
     with pytest.raises(BadRequest, match=words) as refused:
         read_new_endpoint(orjson.dumps(HOOK | fields), UrlRules())
     assert refused.value.param == param
 
 
-async def test_a_refused_endpoint_is_not_made(app: RouterApp) -> None:
+async def test_a_refused_endpoint_is_not_created(app: RouterApp) -> None:
     """Status 400 with the error object."""
     answer = await ask(app, "POST", "", HOOK | {"url": "https://127.0.0.1/"})
     assert (answer.status, answer.error["param"], answer.error["code"]) == (400, "url", "invalid_request")
@@ -136,7 +136,7 @@ async def test_a_body_that_is_no_object_is_refused(app: RouterApp) -> None:
             assert answer.status == (200 if not body and path.endswith("secret") else 400), path
 
 
-async def test_an_endpoint_is_its_tenants_alone(app: RouterApp) -> None:
+async def test_another_tenants_endpoint_is_not_found(app: RouterApp) -> None:
     """To others it is not there, by any method; without a key nobody gets in."""
     endpoint_id = (await create(app))["id"]
     for method, path, body in (
@@ -155,7 +155,7 @@ async def test_an_endpoint_is_its_tenants_alone(app: RouterApp) -> None:
     assert (await ask(app, "GET", f"/{endpoint_id}")).status == 200
 
 
-async def test_endpoints_are_bounded_listed_in_pages_and_removed(app: RouterApp) -> None:
+async def test_endpoints_are_limited_listed_in_pages_and_deleted(app: RouterApp) -> None:
     """Newest first; the fourth is refused until one is gone."""
     ids = [(await create(app, name=str(number)))["id"] for number in range(3)]
     assert (await ask(app, "POST", "", HOOK)).status == 429
@@ -170,7 +170,7 @@ async def test_endpoints_are_bounded_listed_in_pages_and_removed(app: RouterApp)
     await create(app)
 
 
-async def test_a_repeated_request_makes_nothing_twice(app: RouterApp) -> None:
+async def test_a_repeated_request_creates_nothing_twice(app: RouterApp) -> None:
     """[D2] The SDK repeats a request whose answer was lost: it gets the endpoint, or the secret, that the first one
     made. The same request anew makes another one."""
     made = (await ask(app, "POST", "", HOOK, lost=True)).json()
@@ -196,7 +196,7 @@ async def test_a_rotation_right_after_the_creation_makes_a_new_secret(app: Route
         secrets.add(answer.json()["signing_secret"])
 
 
-async def test_one_key_is_one_change_of_an_endpoint(app: RouterApp) -> None:
+async def test_one_idempotency_key_makes_one_change_of_an_endpoint(app: RouterApp) -> None:
     """[D1] Creating, rotating and testing take an idempotency key: the same request is a replay, another one gets 422,
     also one of another kind."""
     made = (await ask(app, "POST", "", HOOK, once="a")).json()
@@ -300,7 +300,7 @@ async def test_deliveries_are_shown(app: RouterApp) -> None:
     assert [attempt["error"] for attempt in one["attempts"]] == ["no answer", None]
 
 
-async def test_a_test_tells_what_the_endpoint_answered(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_test_reports_what_the_endpoint_answered(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its status; that nothing answered; or that nobody sends, and then the sample is not sent later."""
     endpoint_id = (await create(app))["id"]
     deliveries = app.services.store.deliveries
@@ -326,7 +326,7 @@ async def test_a_test_tells_what_the_endpoint_answered(app: RouterApp, monkeypat
     assert deliveries.pending() == []
 
 
-async def test_tests_of_one_tenant_are_bounded(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_tests_of_one_tenant_are_limited(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fifth at once is refused; when the others are over there is room again."""
     monkeypatch.setattr(endpoint_tests, "_TIMEOUT_S", 0.5)
     endpoint_id = (await create(app))["id"]
@@ -336,7 +336,7 @@ async def test_tests_of_one_tenant_are_bounded(app: RouterApp, monkeypatch: pyte
     assert (await ask(app, "POST", f"/{endpoint_id}/test", body)).status == 503
 
 
-async def test_no_log_line_holds_a_secret(app: RouterApp, caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
+async def test_no_log_line_contains_a_secret(app: RouterApp, caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
     """Neither of its making nor of its rotation."""
     caplog.set_level(logging.DEBUG)
     made = await create(app)
