@@ -1,1 +1,1 @@
-"""What OpenAI's API and its kin say: paths, errors, events, chunks, transcripts, limits. Pure: no I/O, no clock."""
+"""OpenAI's and Anthropic's APIs: paths, errors, events, chunks, transcripts, limits. Pure: no I/O, no clock."""

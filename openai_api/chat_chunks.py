@@ -1,4 +1,4 @@
-"""Reading the frames that are kept of a chat completion, streamed or whole, as chunks: one form for all."""
+"""Read a chat completion's frames, streamed or whole, as chunks, for `/v1/responses` and the notifier."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ChatReader:
         if self.over:
             return []
         if frame.flags & HEAD:
-            self._kept = b""  # half an event that a lost attempt left behind was never said
+            self._kept = b""  # half an event that a lost attempt left behind does not count
             self._status = frame.status
             self._is_stream = frame.status < 400 and frame.content_type.startswith(EVENT_STREAM)
         ended = bool(frame.flags & END)
@@ -63,10 +63,10 @@ class ChatReader:
     def _events(self, data: bytes) -> list[Chunk]:
         chunks = []
         for event in split_events(data):
-            said = event_data(event)
-            if said == DONE:
+            payload = event_data(event)
+            if payload == DONE:
                 self.over = True
-            elif said and (chunk := self._chunk(said)) is not None:
+            elif payload and (chunk := self._chunk(payload)) is not None:
                 chunks.append(chunk)
             if self.over:
                 break
@@ -76,7 +76,7 @@ class ChatReader:
         chunk = self._chunk(data)
         if chunk is None:
             return []
-        # As a stream would have said it, in one piece.
+        # As a stream would bring it, in one piece.
         return [chunk | {"choices": [{**choice, "delta": choice.get("message")} for choice in chunk["choices"]]}]
 
     def _chunk(self, data: bytes) -> Chunk | None:

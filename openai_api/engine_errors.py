@@ -1,4 +1,4 @@
-"""What an engine answers when it refuses, in whatever shape, put into the shape of its API.
+"""Rewrite an engine's error, whatever its shape, as the error of its API, for the Router's clients.
 
 Engines answer with OpenAI's error object, vLLM's older one (``{"object": "error", "message", ...}``), FastAPI's
 ``detail``, plain text, a proxy's HTML, or nothing. What is in the API's shape is passed on untouched; the rest is
@@ -69,10 +69,10 @@ def _facts_in(status: int, parsed: dict[str, Any]) -> ErrorFacts | None:
     error = parsed.get("error")
     if type(error) is str and error:
         return ErrorFacts(status, error[:_MAX_MESSAGE], openai_type(status))
-    told = error if type(error) is dict else parsed
-    message = told.get("message")
+    detail_of = error if type(error) is dict else parsed
+    message = detail_of.get("message")
     if type(message) is str and message:
-        kind, param, code = told.get("type"), told.get("param"), told.get("code")
+        kind, param, code = detail_of.get("type"), detail_of.get("param"), detail_of.get("code")
         if status == 502 and type(code) is int and 400 <= code <= 599:
             status = code
         return ErrorFacts(

@@ -1,4 +1,4 @@
-"""Errors in the shape that each API's clients read: the one place that knows which path speaks which dialect.
+"""Errors as each API's clients read them: bodies and stream events in the dialect of the path.
 
 Three dialects:
 
@@ -77,7 +77,7 @@ class ErrorFacts:
 
 
 def facts_of(error: InferqError) -> ErrorFacts:
-    """The facts of one of our own errors, as clients are told them."""
+    """The facts of one of our own errors, with its public message."""
     return ErrorFacts(error.status, error.public, error.type, error.param, error.code)
 
 
@@ -112,7 +112,7 @@ def keepalive(dialect: Dialect, comment: str) -> bytes:
 
 
 def is_final(error: InferqError) -> bool:
-    """Whether a client that retries by status has to be told not to (``x-should-retry: false``)."""
+    """Whether a client that retries by status must be stopped from that (``x-should-retry: false``)."""
     return isinstance(error, _FINAL)
 
 

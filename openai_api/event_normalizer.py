@@ -7,7 +7,7 @@ plain events untouched and rewrites the rest:
 * Only an event with data ends in a blank line. A comment or a ``retry`` line by itself becomes a line before the next
   event; an event without data is dropped. The standard ignores both, openai for Python and Node do not.
 * Lines end in LF, and the last event has its blank line.
-* An error is told in the API's dialect (:mod:`openai_api.errors`).
+* An error has the shape of the API's dialect (:mod:`openai_api.errors`).
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ class EventNormalizer:
         return b'"error"' not in data and _PLAIN.fullmatch(data) is not None
 
     def _cut(self, data: bytes) -> bytes:
-        given: list[bytes] = []
+        out: list[bytes] = []
         start = 0
         for blank in _BLANK_LINE.finditer(data):
-            given.append(self._region(data[start : blank.end()]))
+            out.append(self._region(data[start : blank.end()]))
             start = blank.end()
         rest = data[start:]
         if self.inside or len(rest) > MAX_HELD_BYTES:
             kept = len(rest.rstrip(b"\r\n"))  # what may be the half of a blank line waits for the other half
             if kept:
-                given.append(self._piece(rest[:kept]))
+                out.append(self._piece(rest[:kept]))
                 rest = rest[kept:]
         self._held = rest
-        return b"".join(given)
+        return b"".join(out)
 
     def _region(self, data: bytes) -> bytes:
         """Bytes up to a blank line. There may be blank lines of mixed line ends in them, too."""
@@ -84,15 +84,15 @@ class EventNormalizer:
         if not self._begun:
             self._begun = True
             data = data.removeprefix(_BOM)
-        given: list[bytes] = []
+        out: list[bytes] = []
         lines: list[bytes] = []
         for line in (*data.splitlines(), b""):
             if line:
                 lines.append(line)
             elif lines:
-                given.append(self._event(lines))
+                out.append(self._event(lines))
                 lines = []
-        return b"".join(given)
+        return b"".join(out)
 
     def _piece(self, data: bytes) -> bytes:
         """A part of an event that is too long to wait for."""
@@ -118,7 +118,7 @@ class EventNormalizer:
     # What numbers the events (router.jobs.event_ids) does otherwise.
 
     def _seen(self, data: bytes) -> None:
-        """``data`` was read, whether or not it is given out."""
+        """``data`` was read, whether or not it is returned."""
 
     def _left_out(self) -> bool:
         """Whether the reader has what stands here already."""

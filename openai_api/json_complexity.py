@@ -1,4 +1,4 @@
-"""How much there is to parse in a JSON text, counted before anybody parses it.
+"""Count the structure of a JSON text before it is parsed, to refuse what costs too much memory.
 
 Objects, lists and texts cost memory and time each, however short they are; the length of a text costs next to nothing.
 """

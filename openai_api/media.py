@@ -1,5 +1,4 @@
-"""Which URLs of media a request may name: engines fetch them from where they stand, which is inside the fleet's
-network.
+"""Check the media URLs of a request: engines fetch them, from inside the fleet's network.
 
 A ``data:`` URL brings its media along and always passes. Anything else must be a plain http or https URL of a host that
 is allowed by its exact name. URLs that two parsers may read differently (user names, backslashes, spaces, characters

@@ -1,4 +1,4 @@
-"""The ``metadata`` of batches and responses: up to 16 pairs of short texts, kept and shown again."""
+"""The ``metadata`` of batches and responses: up to 16 pairs of short strings, stored and returned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inference paths that engines serve, and what a completion request on one of them asks."""
+"""The inference paths that engines serve, and whether a completion request asks for usage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one request may ask of an engine: how many choices, entries, log probabilities and tokens, and which media.
+"""Limits on one request: how many choices, entries, log probabilities and tokens it may ask for, and which media.
 
 The Router checks requests, the batcher the lines of batches, both by :func:`check_request`.
 """

@@ -1,6 +1,6 @@
-"""How a background response is named after its job, and how it ended, read from what is kept of the job.
+"""A background response's id and final status, derived from its job and the job's persisted output.
 
-A response is a kept, streamed chat completion (:mod:`router.core.responses`). Whether it is ``completed`` or
+A response is a kept, streamed chat completion (:mod:`router.responses`). Whether it is ``completed`` or
 ``incomplete`` stands in the finish reason of that stream alone.
 """
 

@@ -1,4 +1,4 @@
-"""What a client has of a stream of completion chunks: enough to check another attempt against it, or to go on from it.
+"""The part of a completion stream that a client has: to verify a replay against it, or to continue behind it.
 
 Events are kept as they were delivered and read only when there is need to, or when so many have gathered that their
 text alone takes much less room: a stream that meets no loss costs no parsing to speak of.
@@ -30,7 +30,7 @@ Chunk = dict[str, Any]
 
 
 @dataclass(slots=True)
-class Said:
+class ChoiceText:
     """What the client has of one choice. ``texts`` are pieces by channel; a text completion has only ``content``."""
 
     texts: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -67,7 +67,7 @@ class Transcript:
         self._raw: list[bytes] = []
         self._raw_size = 0
         self._text_size = 0
-        self._choices: dict[int, Said] = {}
+        self._choices: dict[int, ChoiceText] = {}
         self._identity: Chunk = {}
         self._complete = False
         self._usage = False
@@ -112,7 +112,7 @@ class Transcript:
         return self._too_long
 
     @property
-    def choices(self) -> dict[int, Said]:
+    def choices(self) -> dict[int, ChoiceText]:
         """What was said, by choice."""
         return self._read()._choices
 
@@ -128,7 +128,7 @@ class Transcript:
         choices = self.choices
         if choices.keys() - {0}:
             return None
-        said = choices.get(0, Said())
+        said = choices.get(0, ChoiceText())
         if said.finish or any(said.text(channel) for channel in said.texts if channel != "content"):
             return None
         return said.text("content")
@@ -169,7 +169,7 @@ class Transcript:
         if not self._identity:
             self._identity = {key: chunk[key] for key in IDENTITY if key in chunk}
         for choice in chunk["choices"]:
-            said = self._choices.setdefault(choice["index"], Said())
+            said = self._choices.setdefault(choice["index"], ChoiceText())
             role, texts = parts_of(choice)
             said.role = said.role or role
             for channel, text in texts.items():

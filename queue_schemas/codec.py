@@ -1,4 +1,4 @@
-"""Bounded msgpack: the only way in which this product reads bytes that another process wrote.
+"""Encode and decode msgpack within bounds, for everything that travels through Redis.
 
 Decoding refuses what a well-behaved peer never sends: extension types, too many bytes, too many elements, too much
 nesting. It never executes anything. Errors are :class:`~queue_schemas.errors.BadMessage`.

@@ -1,4 +1,4 @@
-"""Every error of the product, one tree.
+"""The tree of all errors, each with its HTTP status, wire code and whether a retry helps.
 
 ::
 

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from . import codec
-from . import headers as passed_on
+from . import headers as http_headers
 from .errors import BadMessage
 from .ids import JobId
 
@@ -77,7 +77,7 @@ def unpack_frames(data: bytes) -> list[Frame]:
         if fields[4] & HEAD and not 200 <= fields[6] <= 599:
             raise BadMessage(f"a frame's status is {fields[6]}; an answer has 200 to 599")
         if len(fields) == 9:
-            fields[8] = passed_on.read_headers(fields[8], passed_on.CLIENT_HEADERS, passed_on.MAX_ANSWER_BYTES)
+            fields[8] = http_headers.read_headers(fields[8], http_headers.CLIENT_HEADERS, http_headers.MAX_ANSWER_BYTES)
         frames.append(Frame(*fields))
     return frames
 

@@ -1,4 +1,4 @@
-"""Names and identifiers. Ids that must not be mixed are distinct types.
+"""Ids of jobs, sessions, tenants and pools as distinct types, with the checks of their form.
 
 A job id is ``<shard>-<32 hex digits>``: the shard that holds the job, then 128 random bits, so that whoever
 holds an id can address the job without a lookup.

@@ -1,4 +1,4 @@
-"""The envelope of a job: what a Router puts on the queue and a Worker runs.
+"""The envelope of a job, packed by Routers and batchers, unpacked and checked by workers.
 
 ``body`` is the client's own bytes and travels unread, so every parameter of today's or tomorrow's engine works.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from . import codec
-from . import headers as passed_on
+from . import headers as http_headers
 from .errors import BadMessage, UnsupportedVersion
 from .ids import JobId, Pool, Tenant, check_name, check_region, shard_of_job
 from .lanes import BANDS, DEFAULT_BAND, Lane
@@ -67,9 +67,9 @@ class Job:
         """The envelope as msgpack: a map with ``v`` first. Empty region and prefix are omitted."""
         regional = {"region": self.region, "remote_after_ms": self.remote_after_ms} if self.region else {}
         continued = {"prefix": self.prefix} if self.prefix else {}
-        told: dict[str, Any] = {} if self.headers is None else {"headers": dict(self.headers)}
+        optional: dict[str, Any] = {} if self.headers is None else {"headers": dict(self.headers)}
         if self.deadline_from:
-            told["deadline_from"] = self.deadline_from
+            optional["deadline_from"] = self.deadline_from
         return codec.encode(
             {
                 "v": ENVELOPE_VERSION,
@@ -95,7 +95,7 @@ class Job:
             }
             | regional
             | continued
-            | told
+            | optional
         )
 
     @classmethod
@@ -160,7 +160,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _headers(value: dict[Any, Any]) -> dict[str, str]:
-    return passed_on.read_headers(value, passed_on.ENGINE_HEADERS, passed_on.MAX_REQUEST_BYTES)
+    return http_headers.read_headers(value, http_headers.ENGINE_HEADERS, http_headers.MAX_REQUEST_BYTES)
 
 
 def _lane(value: str) -> Lane:

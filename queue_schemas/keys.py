@@ -1,4 +1,4 @@
-"""Every Redis key, in one place.
+"""Build every Redis key, for the broker and its tests.
 
 All keys of a shard carry its number as hash tag, so they share one Redis Cluster slot and a script may touch any of
 them. The scripts build the same names from :meth:`ShardKeys.prefix`; the contract tests compare.

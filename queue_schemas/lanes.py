@@ -1,4 +1,4 @@
-"""Lanes, priority bands and the shares that keep any of them from starving.
+"""Lanes, priority bands and the claim order that keeps each of them from starving.
 
 A claim looks at the lanes in order, interactive first, with two exceptions in every ``LANE_CYCLE`` jobs that one
 worker claims: once background goes first, once batch goes first. Inside a pool's lane the bands go in order, except

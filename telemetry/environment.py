@@ -1,4 +1,4 @@
-"""The environment of programs that are not ours: what this process has, without our settings and secrets."""
+"""The environment for other programs (engines, Ray): this process's, without inferq's settings and secrets."""
 
 from __future__ import annotations
 

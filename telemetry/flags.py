@@ -1,4 +1,4 @@
-"""Command-line flags out of settings: ``python -m <role>.service`` takes one per field."""
+"""Parse the command line of ``python -m <role>.service`` into settings: one flag per field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that the output of our processes and of engines goes to."""
+"""Open the log files of roles and engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Resolve paths as people write them, with ``~`` and relative to the working directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our metrics among Ray's: each figure as a Ray gauge, so that the endpoint which shows Ray's shows ours beside them.
+"""Mirror a registry's metrics as Ray gauges, so that Ray's metrics endpoint shows them beside its own.
 
 Ray exports them under ``ray_`` and our name, with tags that tell the processes apart. Counters and the parts of
 histograms are gauges of the same value there: ``rate()`` treats both alike, a restart included.

@@ -1,4 +1,4 @@
-"""Secrets in URLs, texts and arguments: hidden before they are shown, left out of a URL that is handed out."""
+"""Hide secrets in URLs, texts and command-line arguments before they are logged, shown or handed out."""
 
 from __future__ import annotations
 

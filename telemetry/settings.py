@@ -1,4 +1,4 @@
-"""Where settings come from: command-line flags, then the environment, then ``inferq.toml``, then defaults.
+"""Load settings from command-line flags, the environment, ``inferq.toml`` and defaults, in this order.
 
 A role's settings are a subclass of :class:`RoleSettings` that names its table. Field ``port`` of table ``router`` is
 ``INFERQ_ROUTER_PORT`` in the environment and ``port`` below ``[router]`` in the file, whose path is ``INFERQ_CONFIG``

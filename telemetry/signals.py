@@ -1,4 +1,4 @@
-"""Signals as a process of ours needs them, whatever its parent has ignored or blocked."""
+"""Reset the signal handling that a process inherits from its parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces that follow a request through the queue (OpenTelemetry; W3C Trace Context inside the job's envelope).
+"""Trace requests through the queue (OpenTelemetry; W3C Trace Context in the job's envelope).
 
 Off by default, and then every call here costs one comparison. :func:`configure_tracing` switches it on; it needs the
 ``otel`` extra, everything else only the OpenTelemetry API. A Router opens :func:`span_for_request` and puts

@@ -1,4 +1,4 @@
-"""Environment variables as settings read them: an empty one is unset, and Kubernetes' service links are no settings.
+"""Read environment variables as settings: an empty one is unset, and Kubernetes' service links are ignored.
 
 Kubernetes gives every container variables for each Service of its namespace. A Service named ``inferq-router`` makes
 ``INFERQ_ROUTER_PORT=tcp://10.0.0.1:18000``, which is also the name of a setting.

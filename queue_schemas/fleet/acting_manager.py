@@ -1,8 +1,8 @@
-"""Where the acting Manager is, as it says so in Redis, and who may believe it.
+"""The acting Manager's address in Redis, with a proof that a member of the fleet wrote it.
 
-The record stands beside the leader lease. Whoever can write to Redis could name another place there, and Routers send
-the join token to the place they read. So the acting Manager adds a proof made with the join token, bound to its own id:
-without the token nobody can make one, and a proof is worthless beside another holder of the lease.
+The record stands beside the leader lease. Anyone who can write to Redis could put another address there, and Routers
+send the join token to the address they read. So the acting Manager adds a proof made with the join token and bound to
+its own id: it cannot be made without the token, and is worthless beside another holder of the lease.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SALT = b"inferq: where the acting Manager is"
 @dataclass(frozen=True, slots=True)
 class ActingManager:
     """The leader lease as Redis has it. ``beat`` rises while a Manager acts; 0: none does. ``url`` is empty where the
-    Manager says none. Nothing in it is to be believed before :meth:`proven`."""
+    Manager says none. Trust none of it before :meth:`proven`."""
 
     manager_id: str = ""
     beat: int = 0
@@ -79,9 +79,9 @@ def is_manager_url(value: str) -> bool:
 
 
 def may_follow(url: str, known: Sequence[str]) -> bool:
-    """Whether who was given the Managers' addresses ``known`` may follow the acting one to ``url``.
+    """Whether a process configured with the Managers' addresses ``known`` may call the acting one at ``url``.
 
-    A loopback address means another place on every machine: only who was given one itself follows to it.
+    A loopback address means another place on every machine: only a process configured with one calls one.
     """
     return not _is_local(url) or any(_is_local(one) for one in known)
 

@@ -1,8 +1,8 @@
-"""Whose lease is over: the rule, for whoever may take jobs back.
+"""Decide which sessions have lost their lease, for Managers and fallback sweepers that reclaim jobs.
 
 A lease is lost when the renewal number of its session id stood still for a whole lease, on the observer's own
 monotonic clock, with Redis reachable throughout. Nothing else about time counts: clock jumps, a Redis that was away and
-an observer that slept kill nobody.
+an observer that slept end no lease.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class LeaseWatch:
 
 
 class ShardedLeaseWatch:
-    """A :class:`LeaseWatch` per shard. Who renews on any shard that answers is alive, and shards that are away have no
-    say: a lease is lost when its number stood still on every shard that answers and has one."""
+    """A :class:`LeaseWatch` per shard. A session that renews on any shard that answers is alive; shards that
+    are away do not count: a lease is lost when its number stood still on every shard that answers and has one."""
 
     def __init__(self, lease_s: float, shards: int) -> None:
         self._watches = [LeaseWatch(lease_s) for _ in range(shards)]

@@ -1,6 +1,7 @@
-"""What an engine's ``/v1/models`` says of each model (``max_model_len``, ``root``, ``parent``, ...).
+"""Model cards: the entries of an engine's ``/v1/models`` (``max_model_len``, ``root``, ``parent``, ...), bounded.
 
-Workers register it and Routers show it: bounded, without what changes at each look (vLLM makes up ids and dates)."""
+Workers register them and Routers show them, without the fields that change at each call (vLLM makes up ids and dates).
+"""
 
 from __future__ import annotations
 

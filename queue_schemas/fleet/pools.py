@@ -1,4 +1,4 @@
-"""The figures of ``/fabric/v1/pools``, the same wherever they are served."""
+"""Build the entries of ``/fabric/v1/pools``, for Routers and the Manager."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from queue_schemas import RAY_NAMESPACE, CannotStart
 from queue_schemas.fleet.acting_manager import RAY_SCHEME
-from telemetry.http.fabric_calls import FabricCall, Forwarded, passed_on
+from telemetry.http.fabric_calls import FabricCall, Forwarded, forwarded_answer
 
 from .manager_client import RemoteManager
 
@@ -45,4 +45,4 @@ class RayManager(RemoteManager):
             self._actor = None
             raise self.unreachable(error) from error
         self.reached()
-        return passed_on(status, headers, body)
+        return forwarded_answer(status, headers, body)

@@ -1,4 +1,4 @@
-"""Who may call which path: each route declares it once, with what enforces it.
+"""Declare who may call each route, with the dependency that enforces it.
 
 :func:`allow` makes the dependency of a route (or of a whole ``APIRouter``); :func:`declared` reads the declarations of
 an app back, for the table in ``docs/security.md`` and for the tests that call each path as each principal.

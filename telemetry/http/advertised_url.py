@@ -1,4 +1,4 @@
-"""The URL under which others reach a service of ours, where nobody has said it."""
+"""Derive the URL that a service advertises to the fleet when no setting names one."""
 
 from __future__ import annotations
 

@@ -135,10 +135,10 @@ def health_routes(
     @routes.get("/readyz", summary="Whether the role can do its work, and if not, why (503)")
     async def readyz() -> JSONResponse:
         why = [public_message(reason) for reason in reasons()]
-        told: dict[str, Any] = {"ready": not why, "reasons": why}
+        answer: dict[str, Any] = {"ready": not why, "reasons": why}
         if worrying := [public_message(warning) for warning in warnings()]:
-            told["warnings"] = worrying
-        return JSONResponse(told, 503 if why else 200)
+            answer["warnings"] = worrying
+        return JSONResponse(answer, 503 if why else 200)
 
     @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
     async def prometheus() -> Response:

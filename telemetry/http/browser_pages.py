@@ -1,4 +1,4 @@
-"""What a browser finds at ``/`` and ``/docs`` of every service, without the internet: the assets are a package's."""
+"""The pages at ``/`` and ``/docs`` of every service, with assets from a package, not from the internet."""
 
 from __future__ import annotations
 

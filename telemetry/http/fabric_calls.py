@@ -1,4 +1,4 @@
-"""Calls under ``/fabric/v1`` that one member of the fleet passes on to another: Routers and standby Managers do."""
+"""Forward calls under ``/fabric/v1`` to the acting Manager, for Routers and standby Managers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from queue_schemas import FABRIC_PREFIX, JOIN_TOKEN_HEADER, AuthenticationFailed
 from .fleet_session import fleet_session
 
 FORWARDED_BY_MANAGER = "x-inferq-forwarded"
-"""Header of a call that a standby Manager passes on: its receiver does not pass it on again."""
+"""Header of a call that a standby Manager forwards: its receiver does not forward it again."""
 UNREACHABLE = (aiohttp.ClientError, TimeoutError, OSError)
 """What :meth:`FabricHttp.forward` raises when no answer comes."""
-_PASSED_ON = ("content-type", "retry-after", "www-authenticate")
+_FORWARDED_HEADERS = ("content-type", "retry-after", "www-authenticate")
 _ANSWER_LIMIT_BYTES = 16 * 1024 * 1024
 _CONNECT_LIMIT_S = 2.0
 
@@ -36,27 +36,27 @@ class FabricCall:
     @property
     def headers(self) -> list[tuple[str, str]]:
         """What the Manager needs of the call's headers, lower case."""
-        given = {
+        headers = {
             "content-type": "application/json" if self.body else "",
             JOIN_TOKEN_HEADER: self.join_token,
             "x-request-id": self.request_id,
             FORWARDED_BY_MANAGER: "1" if self.by_manager else "",
         }
-        return [(name, value) for name, value in given.items() if value]
+        return [(name, value) for name, value in headers.items() if value]
 
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """The Manager's answer, to be passed on as it is. ``headers`` are lower case."""
+    """The Manager's answer, to be returned as it is. ``headers`` are lower case."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes
 
 
-def passed_on(status: int, headers: Iterable[tuple[str, str]], body: bytes) -> Forwarded:
+def forwarded_answer(status: int, headers: Iterable[tuple[str, str]], body: bytes) -> Forwarded:
     """The Manager's answer without the headers that concern only the way to it."""
-    kept = tuple((name.lower(), value) for name, value in headers if name.lower() in _PASSED_ON)
+    kept = tuple((name.lower(), value) for name, value in headers if name.lower() in _FORWARDED_HEADERS)
     return Forwarded(status, kept, body)
 
 
@@ -99,7 +99,7 @@ class FabricHttp:
             content = await answer.content.read(_ANSWER_LIMIT_BYTES)
             while more := await answer.content.read(_ANSWER_LIMIT_BYTES - len(content)):
                 content += more
-            return passed_on(answer.status, answer.headers.items(), content)
+            return forwarded_answer(answer.status, answer.headers.items(), content)
 
     async def close(self) -> None:
         """Close the connections."""

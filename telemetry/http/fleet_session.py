@@ -1,4 +1,4 @@
-"""HTTP client sessions for calls within the fleet: one place that decides what all of them do."""
+"""HTTP client sessions for calls within the fleet, all with the same limits."""
 
 from __future__ import annotations
 

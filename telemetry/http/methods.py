@@ -1,4 +1,4 @@
-"""Methods that follow from an app's routes: HEAD wherever there is GET, OPTIONS, and the whole ``Allow`` of a 405."""
+"""Derive methods from an app's routes: HEAD wherever there is GET, OPTIONS, and the ``Allow`` header of a 405."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FastAPI's OpenAPI documents of our services lack: security, whole references, errors in our own shape."""
+"""Complete FastAPI's OpenAPI documents: security schemes, whole references, the error object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serving an ASGI app: the socket, uvicorn as we want it, signals, and how a role's process ends."""
+"""Serve an ASGI app with uvicorn: the listening socket, signals, and the exit code of a role's process."""
 
 from __future__ import annotations
 

@@ -164,3 +164,29 @@ def test_nothing_in_the_product_is_dead() -> None:
         if item.typ in kinds and item.name not in CALLED_BY_LIBRARIES and not str(item.filename).endswith(CONTRACT)
     ]
     assert dead == []
+
+
+_REFERENCE = re.compile(r":(?:mod|func|class|meth|data|attr):`~?([a-z_]+(?:\.\w+)+)`")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_references_in_docstrings_lead_somewhere(package: str) -> None:
+    """A module that a docstring names exists, and the name in it stands there."""
+    lost = [
+        f"{path.relative_to(ROOT)}: {reference}"
+        for name, path in modules().items()
+        if name.split(".")[0] == package
+        for reference in _REFERENCE.findall(path.read_text())
+        if reference.split(".")[0] in PACKAGES and not resolves(reference)
+    ]
+    assert lost == []
+
+
+def resolves(reference: str) -> bool:
+    """Whether ``reference`` is a module, or a name in one."""
+    parts = reference.split(".")
+    for length in range(len(parts), 0, -1):
+        path = modules().get(".".join(parts[:length]))
+        if path is not None:
+            return length == len(parts) or re.search(rf"\b{parts[length]}\b", path.read_text()) is not None
+    return False

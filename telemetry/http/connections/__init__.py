@@ -1,5 +1,4 @@
-"""The connections of an HTTP server: one place that bounds what a client may send, how slowly, and what it leaves
-unread. :func:`protocol_for` is what uvicorn's server speaks."""
+"""HTTP/1.1 connections for uvicorn's server, which bound what a client sends, how slowly, and what it leaves unread."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class RequestCycle:
         """Of an answer that says its length; None: it ends with the connection."""
 
     async def run(self, app: ASGIApp) -> None:
-        """Let ``app`` answer; whatever it does, the client is told or the connection ends."""
+        """Let ``app`` answer; if it fails, the client gets a 500 or the connection ends."""
         try:
             await app(self.scope, self.receive, self.send)
         except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""All connections of one server: how many there may be, and the one timer that enforces their limits in time."""
+"""The registry of one server's connections: their maximum number, and the one timer that enforces their time limits."""
 
 from __future__ import annotations
 
