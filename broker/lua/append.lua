@@ -68,7 +68,7 @@ while i <= #ARGV do
     if outcome ~= '' then
       leave_lease(job)
       if outcome == 'expired' then job.why = 'its time ran out while it ran' end
-      finish(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)
+      end_job(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)
     end
   end
   answers[#answers + 1] = refusal or 'ok'

@@ -8,7 +8,7 @@
 -- The order of lanes, bands, and local and remote queue keys is that of queue_schemas/lanes.py.
 -- Invariants: 3 fence, 5 order, 6 bounded starvation, 10 no start after expiry, 13 liveness (what is left wakes the next
 --       worker).
--- uses: attempts, fairness, fence
+-- uses: clock, endings, fairness, fence, parking
 
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local attempt_base, park_ms, region = ARGV[6], tonumber(ARGV[7]), ARGV[8]
@@ -174,8 +174,9 @@ end
 
 -- A job of this worker's region or of none, in turns.
 local function take_local(key, turn)
+  if region == '' then return waiting(key) > 0 and take(key) or nil end
   local own, region_first = key .. '@' .. region, (turn + math.floor(turn / 16)) % 2 == 0
-  local order = region == '' and { key } or region_first and { own, key } or { key, own }
+  local order = region_first and { own, key } or { key, own }
   for _, at in ipairs(order) do
     local job = skipped < MAX_SKIPPED and waiting(at) > 0 and take(at)
     if job then return job end
@@ -199,10 +200,12 @@ local function take_remote(key)
   return nil
 end
 
+local has_remote = next(remote) ~= nil
+
 local function next_job(turn)
-  local remote_first = next(remote) and (turn + math.floor(turn / 16)) % 4 == 3 or false
+  local remote_first = has_remote and (turn + math.floor(turn / 16)) % 4 == 3
   for _, lane in ipairs(lane_order(turn)) do
-    for step = 1, next(remote) and 2 or 1 do
+    for step = 1, has_remote and 2 or 1 do
       local take_at = (step == 1) == remote_first and take_remote or take_local
       for i = 0, #pools - 1 do
         local key = pools[(turn + i) % #pools + 1] .. ':' .. lane
@@ -222,7 +225,7 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   job.attempts, job.aid, job.lane = int(tonumber(job.attempts) + 1), attempt_base .. int(#held), without_region(job.lane)
   transition(job, 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', session_id, 'lane', job.lane)
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
-  call('HSET', P .. 'leases:' .. session_id, job.id, job.epoch .. ' ' .. queue_key(job) .. ' ' .. accounts(job))
+  call('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
   add('counters', queue_key(job) .. ':leased', 1)
   held[#held + 1] = job.id .. ' ' .. job.aid
   if is_suspect(job) then

@@ -12,23 +12,19 @@
 -- uses: counters, fairness, parking, persisted, transitions
 
 local now = now_ms()
+local came_at = int(now)
+local BUDGETS = { 'tenant_jobs', 'tenant_bytes', 'pool_jobs', 'pool_bytes', 'tenant_persisted' }
+local LIMITS = { tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]) }
 
 -- The first budget that a job would exceed; nil if there is room.
 local function over_budget(tenant, pool, size, persisted_bytes)
-  local room = {
-    { 'tenant_jobs', 't:' .. tenant .. ':jobs', 1, ARGV[2] },
-    { 'tenant_bytes', 't:' .. tenant .. ':bytes', size, ARGV[3] },
-    { 'pool_jobs', 'p:' .. pool .. ':jobs', 1, ARGV[4] },
-    { 'pool_bytes', 'p:' .. pool .. ':bytes', size, ARGV[5] },
-  }
-  if persisted_bytes then
-    room[5] = { 'tenant_persisted', 't:' .. tenant .. ':persisted', persisted_bytes, ARGV[6] }
-  end
-  local fields = {}
-  for i, budget in ipairs(room) do fields[i] = budget[2] end
+  local t, p = 't:' .. tenant, 'p:' .. pool
+  local fields = { t .. ':jobs', t .. ':bytes', p .. ':jobs', p .. ':bytes', persisted_bytes and t .. ':persisted' }
+  local more = { 1, size, 1, size, persisted_bytes }
+  if not fields[5] then fields[5] = nil end
   read('budget', fields)
-  for _, budget in ipairs(room) do
-    if counter('budget', budget[2]) + budget[3] > tonumber(budget[4]) then return budget[1] end
+  for i, field in ipairs(fields) do
+    if counter('budget', field) + more[i] > LIMITS[i] then return BUDGETS[i] end
   end
   return nil
 end
@@ -72,15 +68,15 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   local over = over_budget(tenant, pool, size, is_persisted and PERSISTED_BYTES + string.len(metadata))
   if over then return 'over ' .. over end
 
-  local deadline = int(now + tonumber(ttl_ms))
+  local deadline, bytes, shared = int(now + tonumber(ttl_ms)), int(size), pool .. ':' .. lane
   if region ~= '' then lane = lane .. '@' .. region end
   local at = pool .. ':' .. lane
   local queue = 'q:' .. at .. ':' .. band .. ':' .. tenant
-  local entry = call('XADD', P .. queue, '*', 'id', id, 'of', accounts({ tenant = tenant, size = int(size) }))
+  local entry = call('XADD', P .. queue, '*', 'id', id, 'of', tenant .. ' ' .. bytes)
   activate(at .. ':' .. band, tenant)
   call('HSET', key, 'env', envelope, 'state', 'queued', 'epoch', '1', 'aid', '', 'attempts', '0', 'max', max, 'pool', pool,
     'lane', lane, 'band', band, 'tenant', tenant, 'reply', is_persisted and '' or reply, 'persisted', persisted,
-    'deadline', deadline, 'size', int(size), 'at', int(now), 'queue', queue, 'entry', entry)
+    'deadline', deadline, 'size', bytes, 'at', came_at, 'queue', queue, 'entry', entry)
   if resume == '1' then call('HSET', key, 'resume', resume) end
   if is_persisted then
     persist({ id = id, tenant = tenant }, reply, deadline, keep_ms, idem, request, listed, notify_word, metadata)
@@ -88,13 +84,13 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   call('ZADD', P .. 'deadlines', deadline, id)
   spend(pool, tenant, 1, size)
   add('counters', at .. ':waiting', 1)
-  add('counters', without_region(at) .. ':enqueued', 1)
+  add('counters', shared .. ':enqueued', 1)
   local woke = wake(at, now)
   if region ~= '' then
     local eligible_at = int(now + tonumber(remote_after_ms))
     call('HSET', key, 'eligible_at', eligible_at)
     call('ZADD', P .. 'remote', 'LT', eligible_at, at)
-    if not woke and tonumber(remote_after_ms) == 0 then wake(without_region(at), now) end
+    if not woke and tonumber(remote_after_ms) == 0 then wake(shared, now) end
   end
   return 'queued'
 end

@@ -28,7 +28,7 @@ for i = 1, handled do
     local fate = counted and end_crashed(job, suspects, 1, reason, now) or end_attempt(job, false, reason, now)
     counts[fate] = counts[fate] + 1
   else
-    drop_lease(session_id, id, call('HGET', leases, id))
+    call('HDEL', leases, id) -- its record was evicted or deleted
   end
 end
 if handled == #held then

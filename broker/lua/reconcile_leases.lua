@@ -24,7 +24,7 @@ for _, id in ipairs(call('HKEYS', leases)) do
     job.epoch = int(next_run(job.epoch) - 1)
     end_attempt(job, false, 'the queue lost what its worker wrote', now)
   elseif not runs[id] then
-    drop_lease(session_id, id, call('HGET', leases, id))
+    call('HDEL', leases, id) -- its record was evicted or deleted
   end
 end
 -- New messages must stand behind the last one read, which may have been lost, on whatever clock. Refused if ids were given

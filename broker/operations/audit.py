@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from queue_schemas import ShardKeys
 from telemetry import get_logger
@@ -21,37 +20,27 @@ INTERVAL_S = 5.0
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Position:
-    """Where the next audit of a shard continues, and when it is due."""
-
-    due_at: float = 0.0
-    jobs: bytes = b"0"
-    workers: bytes = b"0"
-    queue: int = 0
-
-
 class Auditor:
     """Audits each shard a part at a time, when it is due."""
 
     def __init__(self, caller: Caller, clock: Callable[[], float] = time.monotonic) -> None:
         self._caller = caller
         self._clock = clock
-        self._positions: dict[int, _Position] = {}
+        self._next: dict[int, tuple[float, bytes]] = {}
+        """By shard: when its next part is due, and the cursor with which that begins."""
 
     async def audit_next_part(self, keys: ShardKeys) -> int:
         """Audit the next part of a shard, if that is due. Returns how many records, entries and counters were
         repaired."""
-        now, at = self._clock(), self._positions.get(keys.shard, _Position())
-        if now < at.due_at:
+        now = self._clock()
+        due_at, cursor = self._next.get(keys.shard, (0.0, b"0"))
+        if now < due_at:
             return 0
-        jobs, workers, number, mended = await self._caller.script(
-            "audit", keys.budget, keys.prefix, at.jobs, at.workers, at.queue
-        )
-        if mended:
+        cursor, repaired = await self._caller.script("audit", keys.budget, keys.prefix, cursor)
+        if repaired:
             log.warning(
-                "queue_repaired", shard=keys.shard, repaired=mended, why="keys were evicted or deleted in Redis"
+                "queue_repaired", shard=keys.shard, repaired=repaired, why="keys were evicted or deleted in Redis"
             )
         # A shard with differences is audited again without a pause.
-        self._positions[keys.shard] = _Position(now if mended else now + INTERVAL_S, jobs, workers, int(number))
-        return int(mended)
+        self._next[keys.shard] = (now if repaired else now + INTERVAL_S, cursor)
+        return int(repaired)

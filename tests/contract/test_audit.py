@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,11 +18,9 @@ async def audited(broker: Broker) -> int:
     """What whole rounds of the audit mend until one finds nothing."""
     mended, quiet = 0, 0
     for _ in range(200):
-        broker.maintenance._auditor._clock = lambda: 1e9
-        broker.maintenance._auditor._positions = {
-            shard: replace(at, due_at=0.0) for shard, at in broker.maintenance._auditor._positions.items()
-        }
-        found = await broker.maintenance._auditor.audit_next_part(KEYS)
+        auditor = broker.maintenance._auditor
+        auditor._next = {shard: (0.0, cursor) for shard, (_, cursor) in auditor._next.items()}
+        found = await auditor.audit_next_part(KEYS)
         mended, quiet = mended + found, 0 if found else quiet + 1
         if quiet == 8:
             return mended

@@ -30,7 +30,7 @@ MUTANTS = {
     "idempotent claim": Rewrite("claim", "if last[1] == seq then", "if false then"),
     "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),
     "deadline check": Rewrite("claim", "elseif tonumber(job.deadline) <= now then", "elseif false then"),
-    "budget": Rewrite("endings", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", ""),
+    "budget": Rewrite("finish", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", ""),
 }
 
 

@@ -1,8 +1,17 @@
 -- What becomes of a job whose attempt ended without an answer.
--- uses: endings, parking
+-- uses: endings, parking, dead_letters
 
 local RETRY_APART_MS = 2000
 local LOST_MS = 5000 -- how long until a Router is asked again where a lost stream goes on
+
+-- A leased job whose attempts are used up becomes a dead letter.
+local function declare_dead(job, reason, now)
+  leave_lease(job)
+  add_letter(job, reason, call('HGET', P .. 'job:' .. job.id, 'env'), now)
+  job.why = reason
+  end_job(job, 'dead', job.aid)
+  notify(job, 'dead', job.epoch, reason)
+end
 
 -- Answers 'cancelled', 'dead', 'requeued', or 'lost', until its Router says what was delivered. The last two begin the
 -- next epoch.

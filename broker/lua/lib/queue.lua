@@ -1,4 +1,5 @@
--- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended.
+-- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended. An
+-- entry says beside its job of whose budgets that counts (``of``), should its record be lost.
 -- uses: records, counters, suspicion, lifecycle
 
 local function delete_entry(queue, entry_id)
@@ -30,7 +31,7 @@ end
 local function stand_again(job)
   local queue = (is_suspect(job) and 'suspects:' or 'retry:') .. queue_key(job)
   add('counters', queue_key(job) .. ':waiting', 1)
-  return 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id, 'of', accounts(job))
+  return 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size)
 end
 
 local function requeue(job, ...)

@@ -23,8 +23,3 @@ end
 local function without_region(key)
   return string.match(key, '^[^@]*')
 end
-
--- What an entry of a waiting stream, and a lease, say of whose budgets their job counts for, should its record be lost.
-local function accounts(job)
-  return job.tenant .. ' ' .. job.size
-end
