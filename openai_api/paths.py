@@ -29,7 +29,11 @@ INFERENCE_PATHS: tuple[str, ...] = (
     "/tokenize",
     "/detokenize",
 )
-"""Paths that an engine serves for inference, vLLM's among them; settings may add to them."""
+"""Paths that engines serve for inference, vLLM's among them; settings may add to them.
+
+A request's path passes only if it is exactly one of them: encoded, doubled or dotted spellings are other paths, so no
+spelling leads to an engine's control paths.
+"""
 
 MULTIPART_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 """Those that take a form with a file, not JSON."""

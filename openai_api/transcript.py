@@ -160,8 +160,8 @@ class Transcript:
             self._too_long = True
             self.lose(
                 StreamBroken(
-                    "the stream cannot go on: its worker was lost after more was delivered than is kept of a stream; "
-                    "send the request again"
+                    "the stream cannot continue: its worker was lost after more was delivered than can be "
+                    "compared; send the request again"
                 )
             )
 
@@ -229,7 +229,7 @@ def with_parts(choice: Chunk, role: str | None, texts: dict[str, str]) -> Chunk:
 def differs(how: str) -> StreamBroken:
     """The error for a new attempt that does not agree with what was delivered."""
     return StreamBroken(
-        f"the stream cannot go on: its worker was lost, and the answer made again differs: {how}; "
+        f"the stream cannot continue: its worker was lost, and the answer made again differs: {how}; "
         "send the request again"
     )
 
@@ -237,6 +237,6 @@ def differs(how: str) -> StreamBroken:
 def incomparable(why: str) -> StreamBroken:
     """The error for a stream that cannot be followed."""
     return StreamBroken(
-        "the stream cannot go on: its worker was lost, and a new attempt cannot be checked against what was delivered, "
-        f"because {why}; send the request again"
+        "the stream cannot continue: its worker was lost, and a new attempt cannot be checked against what was "
+        f"delivered, because {why}; send the request again"
     )

@@ -318,18 +318,20 @@ class AttemptMerger:
             self.head = head if self._streams else None
         elif head.is_event_stream != self.head.is_event_stream or not self._streams:
             raise StreamBroken(
-                f"the stream cannot go on: its worker was lost, and another one answered with status {head.status}, "
+                f"the stream cannot continue: its worker was lost, and another one answered with status {head.status}, "
                 f"{head.content_type}; send the request again"
             )
         if self._streams and not head.is_event_stream:
-            self._transcript.lose(StreamBroken(f"a stream of {head.content_type} cannot go on; send the request again"))
+            self._transcript.lose(
+                StreamBroken(f"a stream of {head.content_type} cannot continue; send the request again")
+            )
         if self._streams:
             self._start_verifying(continued=bool(frame.flags & CONTINUED))
 
     def _start_verifying(self, *, continued: bool) -> None:
         """Choose what turns the attempt that begins now into what the client still lacks."""
         if continued and not (self._prefix or (self._persisted and self._delivered)):
-            raise StreamBroken("the stream cannot go on: its new attempt continues another text; send it again")
+            raise StreamBroken("the stream cannot continue: its new attempt continues another text; send it again")
         if continued:
             # The previous attempt of a persisted job may have said less than the client had of one that it replaced.
             compared = (
@@ -365,12 +367,12 @@ class AttemptMerger:
         """Half an event, as it is. From here on no other attempt can take over."""
         if self._verifier is not None:
             raise StreamBroken(
-                "the stream cannot go on: its worker was lost, and the new attempt has an event of more than "
+                "the stream cannot continue: its worker was lost, and the new attempt has an event of more than "
                 f"{MAX_EVENT_BYTES} bytes, too long to be compared; send the request again"
             )
         self._transcript.lose(
             StreamBroken(
-                f"the stream cannot go on: its worker was lost, and it had an event of more than {MAX_EVENT_BYTES} "
+                f"the stream cannot continue: its worker was lost, and it had an event of more than {MAX_EVENT_BYTES} "
                 "bytes; send the request again"
             )
         )

@@ -1,8 +1,6 @@
-"""What the Router reads of a request: its path, and of its body the model, ``stream``, ``priority`` and ``timeout``.
+"""Reads the fields of a request's body that decide how it is queued: model, ``stream``, ``priority``, ``timeout``.
 
-The body is parsed once, to read, and never written again: the job carries the client's own bytes. A path passes only
-if it is exactly one of a list; encoded, doubled or dotted spellings of the same path are other paths, so no spelling
-leads to an engine's control paths.
+The body is parsed once and never rewritten: the job carries the client's own bytes.
 """
 
 from __future__ import annotations
@@ -30,12 +28,11 @@ _FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})
 
 @dataclass(frozen=True, slots=True)
 class RequestFields:
-    """What the fabric needs to know of a body. ``priority`` is vLLM's: lower is earlier, 0 the default.
+    """What the Router needs to know of a body. ``priority`` is vLLM's: lower is earlier, 0 the default.
 
-    ``timeout_s``: how long the request may take, None if it does not say. That field is the fabric's own, as gateways
-    before engines read it; an engine ignores it, as it does all that it does not know.
-    ``continuable``: a stream that can go on behind what was delivered of it; ``usage``: one that tells it at its end.
-    ``choices``: how many a stream has. ``background``: a response that nobody waits for.
+    ``timeout_s``: how long the request may take, None if it does not say. Gateways define it, engines ignore it.
+    ``continuable``: another attempt can continue the stream behind what was delivered; ``usage``: the stream ends with
+    its usage; ``choices``: how many the stream has; ``background``: a background response.
     """
 
     model: Pool

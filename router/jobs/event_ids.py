@@ -1,9 +1,9 @@
-"""Numbering the events of a stream, so that a reader who lost its connection can go on behind the last one it had.
+"""Gives the events of a stream ids, so that a client that lost its connection continues behind the last one it has.
 
-An event's id is its number, counted from 1, and the CRC-32 of the stream up to its end: ``17-9f3a2b1c``. Whoever comes
-back with it is given what follows only if the stream says the same up to there as it did to him: one that began anew
-since (its worker was lost, or the queue's latest writes) may count otherwise, and nothing is spliced unseen. A bare
-number is taken at its word. The ``id`` line stands last in its event (WHATWG HTML, 9.2: fields may stand in any order).
+An event's id is its number, counted from 1, and the CRC-32 of the stream up to its end: ``17-9f3a2b1c``. A client that
+sends it gets what follows only if the stream up to there is the one it had. A stream that began anew since (its worker
+was lost, or the queue's latest writes) may differ, and two different streams are never spliced. A bare number is not
+checked. The ``id`` line is the last of its event (WHATWG HTML, 9.2: fields may stand in any order).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _POSITION = re.compile(r"(?:((?:0|[1-9][0-9]{0,3})-[0-9a-f]{32}):)?([0-9]{1,15})
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The last event that a reader has. ``job_id`` is empty if it does not say of which job, ``check`` if it does not
-    say how the stream went up to there."""
+    """The last event that a client has. ``job_id`` is None if the id names no job. ``check`` is the CRC-32 of the
+    stream up to there, empty for a bare number."""
 
     number: int = 0
     check: str = ""
@@ -32,7 +32,7 @@ class Position:
 
 
 def find_position(value: str) -> Position | None:
-    """The position that an event's id names; None if ``value`` is none of ours."""
+    """The position that an event's id names; None if ``value`` is not such an id."""
     match = _POSITION.fullmatch(value.strip())
     if match is None:
         return None
@@ -40,7 +40,7 @@ def find_position(value: str) -> Position | None:
 
 
 def read_position(value: str, param: str) -> Position:
-    """The same, of a request that has to name one; ``BadRequest`` that names ``param`` if it does not."""
+    """The same for a request that has to name one. Raises ``BadRequest`` that names ``param``."""
     position = find_position(value)
     if position is None:
         raise BadRequest(f"{param} must be the id of an event, as the stream gave it, or its number", param=param)
@@ -48,10 +48,10 @@ def read_position(value: str, param: str) -> Position:
 
 
 class EventNumbers(EventNormalizer):
-    """Gives the events of one stream their ids, and leaves out those that its reader has.
+    """Adds ids to the events of one stream, and leaves out those up to ``after``, which the client has.
 
     Feed it the stream as it comes; pieces may end anywhere. Raises ``StreamBroken`` if the stream is not the one of
-    which the reader had the beginning. Only events with data have numbers; an engine's own ids are replaced.
+    which the client had the beginning. Only events with data have numbers; an engine's own ids are replaced.
     """
 
     __slots__ = ("_after", "_crc", "_prefix", "number")
@@ -72,7 +72,7 @@ class EventNumbers(EventNormalizer):
         self._crc = 0
 
     def finish(self) -> bytes:
-        """The stream is over: what was held back of it."""
+        """End the stream. Returns what was held back of it."""
         rest = super().finish()
         if self.number < self._after.number:
             raise StreamBroken(
@@ -104,6 +104,6 @@ class EventNumbers(EventNormalizer):
     def _check(self) -> None:
         if self._after.check and int(self._after.check, 16) != self._crc:
             raise StreamBroken(
-                "the stream cannot go on where you stopped: it began anew since, and says something else up to there; "
-                "read it from its beginning"
+                "the stream cannot continue where you stopped: it began anew since, and differs up to there; read it "
+                "from its beginning"
             )

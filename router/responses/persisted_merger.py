@@ -1,10 +1,11 @@
-"""Turns the kept chat of a background response into one stream of events, for any reader at any time.
+"""Turns the persisted chat of a background response into one stream of events, for any reader at any time.
 
 Rules, beside those of :mod:`router.inference.attempt_merger` about which frames count:
 
-* Events are built from the frames as they are kept, never from what this client was sent: so every reader gets the same
-events with the same numbers. * An attempt that begins anew replaces what is kept. Its events must equal those built so
-far, to the byte; otherwise the stream ends with an error.
+* Events are built from the persisted frames, never from what this client was sent: so every reader gets the same
+  events with the same numbers.
+* An attempt that begins anew replaces the persisted frames. Its events must equal those built so far, to the byte;
+  otherwise the stream ends with an error.
 """
 
 from __future__ import annotations
