@@ -1,4 +1,4 @@
-"""The Manager's figures for Prometheus: the fleet and the queues."""
+"""The Manager's metrics for Prometheus: the fleet, the queues, and what the Manager did."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ class FleetMetrics:
     def __init__(self, registry: MetricsRegistry) -> None:
         self.registry = registry
         self.acting = registry.gauge("inferq_manager_acting", "1 while this Manager acts, 0 in standby")
-        self._reclaimed = registry.counter("inferq_reclaimed_total", "Sessions declared dead, by how", ("how",))
-        self._fates = registry.counter("inferq_reclaimed_jobs_total", "Jobs of dead sessions", ("fate",))
-        self.expired = registry.counter("inferq_expired_total", "Jobs ended because their time ran out")
-        self.rewoken = registry.counter("inferq_rewoken_total", "Workers woken because work and idle workers coexisted")
+        self._declared_dead = registry.counter(
+            "inferq_sessions_declared_dead_total", "Sessions declared dead, by cause", ("cause",)
+        )
+        self._reclaimed_jobs = registry.counter(
+            "inferq_reclaimed_jobs_total", "Jobs of dead sessions by what became of them", ("outcome",)
+        )
+        self.expired = registry.counter("inferq_jobs_expired_total", "Jobs ended because their deadline passed")
+        self.woken = registry.counter(
+            "inferq_workers_woken_total", "Parked workers woken by a sweep because jobs waited"
+        )
         self._workers = registry.gauge("inferq_workers", "Workers by model and state", ("model", "state"))
         self._pool_workers = registry.gauge("inferq_pool_workers", "Workers that take work for a model", ("model",))
         self._pool_slots = registry.gauge("inferq_pool_slots", "Slots of the workers of a model", ("model",))
@@ -33,12 +39,12 @@ class FleetMetrics:
         self._counts = _QueueCounts()
         registry.collectors.register(self._counts)
 
-    def dead(self, how: str, taken: Reclaimed) -> None:
-        """An session id was reclaimed; ``how`` its death was found."""
-        self._reclaimed.labels(how).inc()
-        self._fates.labels("requeued").inc(taken.requeued)
-        self._fates.labels("dead").inc(taken.dead)
-        self._fates.labels("cancelled").inc(taken.cancelled)
+    def dead(self, cause: str, taken: Reclaimed) -> None:
+        """A session was reclaimed; ``cause``: why it was declared dead."""
+        self._declared_dead.labels(cause).inc()
+        self._reclaimed_jobs.labels("requeued").inc(taken.requeued)
+        self._reclaimed_jobs.labels("dead").inc(taken.dead)
+        self._reclaimed_jobs.labels("cancelled").inc(taken.cancelled)
 
     def show_workers(self, workers: Iterable[WorkerInfo]) -> None:
         self._workers.clear()
@@ -60,7 +66,7 @@ class FleetMetrics:
         self._counts.latest = counts
 
     def forget_pools(self) -> None:
-        """Better no figure than an old one: Redis did not answer."""
+        """Redis did not answer: no value is better than an old one."""
         self._counts.latest = None
         for gauge in (self._jobs, self._oldest, self._pool_workers, self._pool_slots):
             gauge.clear()

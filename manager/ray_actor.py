@@ -1,4 +1,4 @@
-"""The Manager as a Ray actor: named, detached, started again by Ray whenever it dies.
+"""Run the Manager as a Ray actor: named, detached, started again by Ray whenever it dies.
 
 It answers what the Manager's HTTP API answers, with the same app: a Router hands it a worker's call as it came
 (:meth:`ManagerActor.answer`). ``python -m manager.ray_actor`` makes sure that there is one in a running cluster.
@@ -33,18 +33,18 @@ from .routes import create_app
 from .service import open_broker
 from .settings import ManagerSettings
 
-CALLS_AT_ONCE = 1_000
+CALL_CONCURRENCY = 1_000
 CALL_RETRIES = 3
 """How often Ray repeats a call whose actor died under it, once the actor is there again."""
 _BACKOFF = Backoff(1.0, 30.0)
-STOP_LIMIT_S = 10.0
+STOP_TIMEOUT_S = 10.0
 
 log = get_logger("manager.ray_actor")
 
 
 @dataclass(frozen=True, slots=True)
 class ActorFacts:
-    """What the actor says of itself. ``digest`` is the caller's mark of the settings it was made with."""
+    """The actor's state. ``digest``: of the settings with which its caller made it."""
 
     digest: str
     pid: int
@@ -72,8 +72,8 @@ class ManagerActor:
         self._app = create_app(self._service)
         self._stop = asyncio.Event()
         self._unfit = ""
-        self._life = asyncio.create_task(self._live(), name="manager")
-        self._life.add_done_callback(_leave_to_ray)
+        self._task = asyncio.create_task(self._run(), name="manager")
+        self._task.add_done_callback(_exit_on_error)
 
     async def answer(
         self, method: str, path: str, query: str, headers: list[tuple[str, str]], body: bytes
@@ -82,16 +82,16 @@ class ManagerActor:
         return await call_app(self._app, method, path, query, headers, body)
 
     async def facts(self) -> ActorFacts:
-        """How it is."""
+        """Its state now."""
         reasons = [self._unfit] if self._unfit else self._service.not_ready()
         return ActorFacts(self._digest, os.getpid(), self._service.acting, reasons)
 
     async def stop(self) -> None:
         """Hand the acting lease back and end all work; the actor itself is then to be killed."""
         self._stop.set()
-        await asyncio.wait((self._life,), timeout=STOP_LIMIT_S)
+        await asyncio.wait((self._task,), timeout=STOP_TIMEOUT_S)
 
-    async def _live(self) -> None:
+    async def _run(self) -> None:
         async with self._probe, asyncio.TaskGroup() as tasks:
             service = self._service
             figures = tasks.create_task(mirror_metrics(service.metrics.registry, service.show_metrics), name="metrics")
@@ -112,14 +112,14 @@ class ManagerActor:
                 log.error("broker_unsuitable", error=self._unfit, again_in_s=pause)
                 await self._stopped_within(pause)
 
-    async def _stopped_within(self, limit_s: float) -> None:
+    async def _stopped_within(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(timeout_s):
                 await self._stop.wait()
 
 
-def _leave_to_ray(life: asyncio.Task[None]) -> None:
-    """What nobody foresaw ends the process: Ray starts another."""
+def _exit_on_error(life: asyncio.Task[None]) -> None:
+    """End the process after an unforeseen error: Ray starts another."""
     if not life.cancelled() and (error := life.exception()) is not None:
         log.critical("manager_broken", error=repr(error), exc_info=error)
         os._exit(1)
@@ -151,18 +151,18 @@ def ensure_manager(
         num_cpus=0,
         max_restarts=-1,
         max_task_retries=CALL_RETRIES,
-        max_concurrency=CALLS_AT_ONCE,
+        max_concurrency=CALL_CONCURRENCY,
     )
     return made.remote(settings, broker_settings, telemetry, digest)
 
 
-def remove_manager(limit_s: float = 2 * STOP_LIMIT_S) -> bool:
+def remove_manager(timeout_s: float = 2 * STOP_TIMEOUT_S) -> bool:
     """End the cluster's Manager in good order; False if there was none. Blocks."""
     actor = find_manager()
     if actor is None:
         return False
     try:
-        ray.get(actor.stop.remote(), timeout=limit_s)
+        ray.get(actor.stop.remote(), timeout=timeout_s)
     except ray.exceptions.RayError as error:
         log.warning("manager_not_stopped", error=str(error), then="its acting lease runs out by itself")
     ray.kill(actor, no_restart=True)

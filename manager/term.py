@@ -167,7 +167,7 @@ class Term:
         finally:
             swept = await self._shards.expire()
             self._metrics.expired.inc(swept.expired)
-            self._metrics.rewoken.inc(swept.woken)
+            self._metrics.woken.inc(swept.woken)
 
     def _update_states(self) -> None:
         before = {member.worker_id: member.state for member in self.registry.members()}

@@ -1,6 +1,6 @@
 """Decide which sessions have lost their lease, for Managers and fallback sweepers that reclaim jobs.
 
-A lease is lost when the renewal number of its session id stood still for a whole lease, on the observer's own
+A lease is lost when the renewal counter of its session stood still for a whole lease, on the observer's own
 monotonic clock, with Redis reachable throughout. Nothing else about time counts: clock jumps, a Redis that was away and
 an observer that slept end no lease.
 """
@@ -23,7 +23,7 @@ class _Observed:
 
 
 class LeaseWatch:
-    """Watches the renewal numbers of every session id, known to the registry or not. Times in seconds."""
+    """Watches the renewal counters of every session id, known to the registry or not. Times in seconds."""
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
@@ -31,7 +31,7 @@ class LeaseWatch:
         self._last_answer: float | None = None
 
     def __contains__(self, session_id: SessionId) -> bool:
-        """Whether the session id had a renewal number at the last poll: if not, it holds nothing."""
+        """Whether the session had a renewal counter at the last poll: if not, it holds nothing."""
         return session_id in self._observed
 
     def observe(self, numbers: Mapping[SessionId, int], asked_at: float, answered_at: float) -> list[SessionId]:
@@ -71,7 +71,7 @@ class ShardedLeaseWatch:
         self._still: dict[int, dict[SessionId, None]] = {}
 
     def __contains__(self, session_id: SessionId) -> bool:
-        """Whether the session id had a renewal number on some shard when that was polled last."""
+        """Whether the session had a renewal counter on some shard at its last poll."""
         return any(session_id in watch for watch in self._watches)
 
     def observe(self, shard: int, numbers: Mapping[SessionId, int], asked_at: float, answered_at: float) -> None:

@@ -160,7 +160,7 @@ async def test_it_stops_at_once_in_the_longest_pause(monkeypatch: pytest.MonkeyP
         await eventually(lambda: one._unfit != "", "it waits for the next try")
         async with asyncio.timeout(2):
             await one.stop()
-        assert one._life.done()
+        assert one._task.done()
 
 
 async def test_the_lease_is_handed_back(valkey: Server) -> None:

@@ -38,7 +38,7 @@ def test_a_worker_that_joins_is_assigned_its_models() -> None:
 
 
 def test_heartbeats_of_strangers_are_unknown() -> None:
-    """An id nobody registered, and an session id that is not the member's, must register again."""
+    """An id nobody registered, and a session that is not the member's, must register again."""
     registry = _registry()
     with pytest.raises(UnknownWorker):
         registry.heartbeat("w", _heartbeat(), 0.0)
@@ -109,7 +109,7 @@ def test_a_worker_that_drains_by_itself_is_draining() -> None:
     assert (member.state, member.drain_asked) == (WorkerState.DRAINING, False)
 
 
-def test_leaving_needs_the_right_incarnation() -> None:
+def test_leaving_needs_the_right_session() -> None:
     """A late goodbye of an earlier run does not remove the present one."""
     registry = _registry()
     registry.join(_registration(TWO), 0.0)
@@ -118,7 +118,7 @@ def test_leaving_needs_the_right_incarnation() -> None:
     assert not registry.leave("w", TWO)
 
 
-def test_the_dead_are_forgotten_by_incarnation() -> None:
+def test_the_dead_are_forgotten_by_session() -> None:
     """Declaring a session dead leaves a newer one of the same id alone."""
     registry = _registry()
     registry.join(_registration(TWO), 0.0)
