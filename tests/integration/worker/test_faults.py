@@ -153,7 +153,7 @@ async def test_serving_goes_on_without_a_manager(fleet: Fleet, client: Client) -
     assert complete(await client.ask())
 
 
-async def test_without_a_manager_the_workers_miss_each_other(fleet: Fleet, client: Client) -> None:
+async def test_without_a_manager_workers_reclaim_each_others_jobs(fleet: Fleet, client: Client) -> None:
     """Every Manager is killed, then a worker: its jobs run on the other one a lease later, and what nobody serves still
     expires in time."""
     victim = await fleet.worker("w1").until_ready()
@@ -203,7 +203,7 @@ async def test_a_worker_that_was_killed_may_come_back_under_its_id_at_once(fleet
     assert complete(await client.answer(job))
 
 
-async def test_a_worker_declared_dead_lets_go_and_starts_anew(fleet: Fleet, client: Client) -> None:
+async def test_a_fenced_worker_drops_its_jobs_and_starts_a_new_session(fleet: Fleet, client: Client) -> None:
     """Paused for longer than its lease, it finds itself fenced: its late answers are dropped, it joins as another."""
     paused = await fleet.worker("w1").until_ready()
     before = paused.status()["session_id"]
@@ -246,7 +246,7 @@ async def test_a_hung_engine_loses_its_jobs_to_another_worker(fleet: Fleet, clie
     assert complete(await client.answer(job, 30))
 
 
-async def test_a_stream_that_its_engine_forgot_is_given_up_alone(fleet: Fleet, client: Client) -> None:
+async def test_a_stream_that_its_engine_forgot_is_stopped_alone(fleet: Fleet, client: Client) -> None:
     """[C5] Streams stand still on one worker while others there go on: they run again elsewhere, the others stay."""
     workers = [await fleet.worker(name, "--stream-idle-timeout-ms", "1000").until_ready() for name in ("w1", "w2")]
     await client.until_listed("w1", "w2")

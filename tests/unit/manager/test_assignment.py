@@ -21,7 +21,7 @@ def test_a_ready_worker_pulls_what_it_serves() -> None:
     assert pools[0].shard == shard_of_pool("m", 4)
 
 
-def test_the_doubtful_get_nothing_new_and_keep_what_they_have() -> None:
+def test_unresponsive_workers_get_nothing_new_and_keep_what_they_have() -> None:
     """An unresponsive worker, or one without a ready engine, keeps what it still serves; a draining one has nothing."""
     current = _pools("old", "kept")
     for state, engine in (

@@ -84,7 +84,7 @@ async def test_a_worker_learns_everything_from_its_registration() -> None:
     assert queue.holder == "", "a clean end hands the lease back"
 
 
-async def test_a_still_number_is_reclaimed_and_the_worker_forgotten() -> None:
+async def test_a_counter_that_stands_still_is_reclaimed_and_the_worker_forgotten() -> None:
     """A lease that nobody renews is taken back though heartbeats go on; the worker must then register again."""
     queue = FakeQueue(numbers={ONE: 1})
     service = _service(queue)
@@ -102,7 +102,7 @@ async def test_a_still_number_is_reclaimed_and_the_worker_forgotten() -> None:
         await _until(lambda: set(queue.reclaimed) == {ONE})
 
 
-async def test_unknown_incarnations_are_watched_too() -> None:
+async def test_unregistered_sessions_are_watched_too() -> None:
     """A number without a registration (the Manager lost its memory) is reclaimed when it stands still."""
     queue = FakeQueue(numbers={ONE: 1})
     async with _running(_service(queue)):
@@ -137,7 +137,7 @@ async def test_a_url_that_points_elsewhere_is_no_evidence(first: ProbeResult) ->
         assert queue.workers["w"].url_note == first.note
 
 
-async def test_a_worker_that_answers_pings_is_only_suspect() -> None:
+async def test_a_worker_that_answers_pings_is_only_unresponsive() -> None:
     """Without heartbeats and with a refusing port, an answered ping keeps its work with it."""
     queue = FakeQueue(numbers={ONE: 1}, answers_pings={ONE})
     probe = FakeProbe({URL: ProbeResult(ProbeStatus.SAME)})
@@ -180,7 +180,7 @@ async def test_a_restarted_worker_gets_its_jobs_freed_at_once() -> None:
         assert set(queue.reclaimed) == {ONE}
 
 
-async def test_a_fenced_worker_may_come_back_as_a_new_incarnation() -> None:
+async def test_a_fenced_worker_may_come_back_as_a_new_session() -> None:
     """After a reclaim its id is free for the next run at once, even if it registered under the old one meanwhile."""
     queue = FakeQueue(numbers={ONE: 1})
     service = _service(queue, unresponsive_after_ms=60_000)
@@ -244,7 +244,7 @@ async def test_one_of_two_managers_acts_and_the_other_takes_over() -> None:
             assert after.pools == before.pools
 
 
-async def test_a_manager_that_hung_knows_that_it_acts_no_more() -> None:
+async def test_a_manager_that_hung_does_not_act_any_more() -> None:
     """Once the lease's length has passed without a renewal nothing is decided, even before Redis was asked again."""
     ahead_s = 0.0
     service = ManagerService(
@@ -261,7 +261,7 @@ async def test_a_manager_that_hung_knows_that_it_acts_no_more() -> None:
         await _until(lambda: service.acting)
 
 
-async def test_a_drain_is_told_both_ways() -> None:
+async def test_a_drain_is_requested_both_ways() -> None:
     """The control stream and the next heartbeat's answer both say drain; nothing is assigned any more."""
     queue = FakeQueue(numbers={ONE: 1})
     service = _service(queue)
@@ -275,7 +275,7 @@ async def test_a_drain_is_told_both_ways() -> None:
             await service.drain("nobody")
 
 
-async def test_goodbyes_leave_no_trace() -> None:
+async def test_deregistered_workers_leave_no_trace() -> None:
     """A deregistered worker is gone from the list and from the snapshot; a late goodbye is told so."""
     queue = FakeQueue()
     service = _service(queue)
@@ -288,7 +288,7 @@ async def test_goodbyes_leave_no_trace() -> None:
         await _until(lambda: "w" not in queue.workers)
 
 
-async def test_a_goodbye_just_before_the_end_is_written_down() -> None:
+async def test_a_deregistration_just_before_the_end_is_saved() -> None:
     """A Manager that is stopped in that very moment leaves no worker behind that has gone."""
     queue = FakeQueue()
     service = _service(queue)
@@ -391,7 +391,7 @@ async def test_sweeps_go_on_while_newcomers_are_looked_at() -> None:
 
 
 @pytest.mark.parametrize("ahead", [1, 3, MAX_TERM])
-async def test_no_word_of_a_worker_moves_the_term(ahead: int) -> None:
+async def test_no_message_of_a_worker_moves_the_term(ahead: int) -> None:
     """[A2] A worker says that it follows a later term, as after lost writes of Redis or by a lie: the term stays, the
     heartbeat is answered "register again", and what the registration brings is of this term."""
     queue = FakeQueue()

@@ -211,7 +211,7 @@ async def test_a_snapshot_that_others_changed_is_written_again() -> None:
         assert queue.workers == right
 
 
-async def test_who_is_only_in_the_snapshot_keeps_no_newcomer_out() -> None:
+async def test_a_worker_that_is_only_in_the_snapshot_keeps_no_newcomer_out() -> None:
     """A worker that left while no Manager acted looks, for a while, as if it had just registered: it was not heard."""
     queue, clock = FakeQueue(), Clock()
     before = _term(queue, clock)

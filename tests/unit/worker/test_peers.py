@@ -65,12 +65,12 @@ async def test_another_worker_counts_if_it_takes_jobs_of_the_model(other: dict[s
     assert await peers_of(registry).serve(Pool("m")) is serves
 
 
-async def test_alone_is_who_finds_nobody_else_in_the_registry() -> None:
+async def test_a_worker_is_alone_if_the_registry_lists_no_other() -> None:
     """[C8] This worker itself is not elsewhere."""
     assert not await peers_of(Registry(worker("me", session_id=ME))).serve(Pool("m"))
 
 
-async def test_a_registry_that_proves_nothing_means_that_there_may_be_others() -> None:
+async def test_without_a_usable_registry_other_workers_are_assumed() -> None:
     """[C8] Redis is away, or the registry does not know even this worker: jobs are tried elsewhere as ever."""
     away = Registry()
     away.error = BrokerUnavailable("away")

@@ -181,7 +181,7 @@ def test_a_spent_attempt_is_looked_for_again_after_two_seconds() -> None:
     assert slots.next_claim(0, 1.0 + RETRY_APART_S + RETRY_MARGIN_S) is not None
 
 
-def test_a_retry_that_is_due_late_is_looked_for_on_time() -> None:
+def test_a_retry_that_is_due_late_is_claimed_on_time() -> None:
     """[C8] Also behind claims in between, which happen every 20 s."""
     slots = ready_slots()
     claim = slots.next_claim(0, 0.0)

@@ -70,7 +70,7 @@ def test_time_in_which_nobody_checked_is_not_the_engines_silence() -> None:
         ({"chat_template_kwargs": {"enable_thinking": True}}, True),
     ],
 )
-def test_engines_hold_back_all_but_plain_text(asked: dict[str, Any], buffers: bool) -> None:
+def test_engines_may_buffer_all_but_plain_text(asked: dict[str, Any], buffers: bool) -> None:
     """[C5] Parsers of tools, formats and thoughts wait for the whole of what they parse."""
     body = json.dumps({"model": "m", "messages": []} | asked).encode()
     assert may_buffer(make_job(body=body)) is buffers

@@ -275,7 +275,7 @@ async def test_an_engine_may_say_when_to_come_back(line: bytes, least: float, mo
 @pytest.mark.parametrize(
     "line", [b"x: y", b"Retry-After: soon", b"Retry-After: -1", b"Retry-After: \xb2", b"Retry-After:"]
 )
-async def test_what_says_no_time_is_no_time_to_come_back(line: bytes) -> None:
+async def test_a_retry_after_without_a_time_is_ignored(line: bytes) -> None:
     """[C8] Nonsense is as good as nothing."""
     busy = b"HTTP/1.1 503 Service Unavailable\r\n" + line + b"\r\ncontent-length: 0\r\n\r\n"
     async with engine_that(says(busy)) as (engine, _), engine.call(CALL) as answer:
