@@ -38,12 +38,10 @@ from .errors import (
     StreamBroken,
     UnknownWorker,
     UnsupportedEncoding,
-    UnsupportedMediaType,
     UnsupportedVersion,
-    VersionRefused,
     WorkerIdTaken,
 )
-from .fleet.lease_watch import LeaseWatch, ShardedLeaseWatch
+from .fleet.lease_watch import ShardedLeaseWatch
 from .fleet.messages import (
     FABRIC_PREFIX,
     JOIN_TOKEN_HEADER,
@@ -69,9 +67,8 @@ from .fleet.messages import (
     WorkerList,
     WorkerState,
     WorkerStatus,
-    check_worker_url,
 )
-from .frames import CONTINUED, END, HEAD, Frame, Marker, MarkerKind, unpack_frames, unpack_marker
+from .frames import CONTINUED, END, HEAD, Frame, Marker, MarkerKind, unpack_frames
 from .ids import (
     JobId,
     Pool,
@@ -85,11 +82,11 @@ from .ids import (
     shard_of_job,
     shard_of_pool,
 )
-from .job import ENVELOPE_VERSION, Job, OnLoss
+from .job import Job, OnLoss
 from .keys import ShardKeys
-from .lanes import BANDS, DEFAULT_BAND, LANES, Lane, band_of_priority
+from .lanes import BANDS, DEFAULT_BAND, LANES, Lane
 from .leases import Claimed, Lease, Outcome, Settled
-from .lifecycle import TERMINAL, TRANSITIONS, State, may_follow
+from .lifecycle import TERMINAL, State
 from .persisted_jobs import FinishedJob, JobMetadata, PersistedJob, PersistOptions
 from .persisted_output import PERSISTED_STATES, Enqueued, OutputPage
 
@@ -98,7 +95,6 @@ __all__ = [
     "CONTINUED",
     "DEFAULT_BAND",
     "END",
-    "ENVELOPE_VERSION",
     "FABRIC_PREFIX",
     "HEAD",
     "JOIN_TOKEN_HEADER",
@@ -107,7 +103,6 @@ __all__ = [
     "RAY_MANAGER",
     "RAY_NAMESPACE",
     "TERMINAL",
-    "TRANSITIONS",
     "Assignment",
     "AttemptsExhausted",
     "AuthenticationFailed",
@@ -147,7 +142,6 @@ __all__ = [
     "Lane",
     "LaneDepth",
     "Lease",
-    "LeaseWatch",
     "ManagerUnavailable",
     "Marker",
     "MarkerKind",
@@ -186,25 +180,19 @@ __all__ = [
     "Tenant",
     "UnknownWorker",
     "UnsupportedEncoding",
-    "UnsupportedMediaType",
     "UnsupportedVersion",
-    "VersionRefused",
     "WorkerId",
     "WorkerIdTaken",
     "WorkerInfo",
     "WorkerList",
     "WorkerState",
     "WorkerStatus",
-    "band_of_priority",
     "check_region",
     "check_worker_id",
-    "check_worker_url",
-    "may_follow",
     "new_job_id",
     "new_session_id",
     "parse_control",
     "shard_of_job",
     "shard_of_pool",
     "unpack_frames",
-    "unpack_marker",
 ]

@@ -12,7 +12,8 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
-from queue_schemas import BadMessage, check_region, check_worker_id, check_worker_url
+from queue_schemas import BadMessage, check_region, check_worker_id
+from queue_schemas.fleet.messages import check_worker_url
 from telemetry import CommaList, HeaderSecret, ManagerUrls, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]

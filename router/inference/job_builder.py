@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from queue_schemas import (
-    BrokerUnavailable,
-    Job,
-    JobMetadata,
-    Lane,
-    OnLoss,
-    Tenant,
-    band_of_priority,
-    new_job_id,
-)
+from queue_schemas import BrokerUnavailable, Job, JobMetadata, Lane, OnLoss, Tenant, new_job_id
+from queue_schemas.lanes import band_of_priority
 from queue_schemas.persisted_output import request_digest
 
 from ..model_directory import check_model

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
 
-from queue_schemas import PermissionRefused, UnsupportedMediaType
+from queue_schemas import PermissionRefused
 from queue_schemas.addresses import is_loopback
+from queue_schemas.errors import UnsupportedMediaType
 
 _JSON = b"application/json"
 _UNASKED = frozenset({b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data"})

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from queue_schemas import LeaseWatch, SessionId, ShardedLeaseWatch
+from queue_schemas import SessionId, ShardedLeaseWatch
+from queue_schemas.fleet.lease_watch import LeaseWatch
 
 _MANAGER = SessionId("manager")
 

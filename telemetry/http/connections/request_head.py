@@ -6,7 +6,8 @@ from typing import Any
 
 import httptools
 
-from queue_schemas import BadRequest, HeadTooLarge, VersionRefused
+from queue_schemas import BadRequest, HeadTooLarge
+from queue_schemas.errors import VersionRefused
 
 from .limits import ConnectionLimits
 

@@ -30,8 +30,8 @@ from queue_schemas import (
     UnsupportedVersion,
     parse_control,
     unpack_frames,
-    unpack_marker,
 )
+from queue_schemas.frames import unpack_marker
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 JOB_ID = JobId("3-000102030405060708090a0b0c0d0e0f")

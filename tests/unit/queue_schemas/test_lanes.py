@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from queue_schemas import BANDS, DEFAULT_BAND, LANES, Lane, band_of_priority
+from queue_schemas import BANDS, DEFAULT_BAND, LANES, Lane
 from queue_schemas.lanes import (
     BAND_STEP,
     LANE_CYCLE,
     REGIONAL_STARVATION_BOUND,
     REMOTE_STEP,
     STARVATION_BOUND,
+    band_of_priority,
     band_order,
     lane_order,
     region_first,

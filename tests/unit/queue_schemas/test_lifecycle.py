@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from queue_schemas import TERMINAL, TRANSITIONS, State, may_follow
+from queue_schemas import TERMINAL, State
+from queue_schemas.lifecycle import TRANSITIONS, may_follow
 
 LIVE = frozenset(State) - TERMINAL
 

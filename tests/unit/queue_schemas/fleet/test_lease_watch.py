@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from queue_schemas import LeaseWatch, SessionId, ShardedLeaseWatch
+from queue_schemas import SessionId, ShardedLeaseWatch
+from queue_schemas.fleet.lease_watch import LeaseWatch
 
 A, B = SessionId("a.0000000000000001"), SessionId("b.0000000000000002")
 LEASE_S = 15.0
