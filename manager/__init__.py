@@ -1,4 +1,4 @@
-"""The Manager: knows the fleet, assigns queues to workers, notices who has died. It never touches a request.
+"""The Manager: keeps the registry of workers, assigns queues to them, detects dead ones. No request passes it.
 
 Its process, which ``python -m`` runs, is :mod:`manager.service`.
 """

@@ -51,7 +51,7 @@ log = get_logger(__name__)
 
 
 class ManagerService:
-    """One Manager. :meth:`run` works until it is told to stop; the other methods answer workers, Routers and people.
+    """One Manager. :meth:`run` works until its ``stop`` is set; the other methods answer workers, Routers and people.
 
     They raise ``ManagerUnavailable`` while the queue cannot be reached and, those that change something, ``NotActing``
     while another Manager acts. ``url`` is where the others reach this one; it is written into Redis while it acts.
@@ -77,7 +77,7 @@ class ManagerService:
         """Whether it was told to end."""
         self._open_queue = open_queue
         advertised = settings.advertised_redis_url or broker_url
-        # Without a join token any program of this machine may ask: none is told a password.
+        # Without a join token any program of this machine may ask: so it gets no password.
         self._broker_url = advertised if join_token else without_credentials(advertised)
         self._clock = clock
         self._queue: QueuePort | None = None
@@ -228,7 +228,7 @@ class ManagerService:
         return PoolList(pools=[pool for pool in pools if queue.shard_of(pool.model) not in away])
 
     async def pool(self, model: str) -> PoolDepth:
-        """One of :meth:`pools`. Raises ``ModelNotFound`` for a model nobody knows."""
+        """One of :meth:`pools`. Raises ``ModelNotFound`` for an unknown model."""
         for pool in (await self.pools()).pools:
             if pool.model == model:
                 return pool

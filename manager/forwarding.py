@@ -1,4 +1,4 @@
-"""A Manager that stands by passes on what only the acting one may decide: workers may be given any Manager's URL."""
+"""Pass on calls from a standby Manager to the acting one: workers may be given any Manager's URL."""
 
 from __future__ import annotations
 

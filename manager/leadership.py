@@ -1,4 +1,4 @@
-"""The leader lease of a Manager: take it, keep it, and run the loops of one term after the other while it is held."""
+"""Take and keep the leader lease of a Manager, and run the loops of an acting Manager while it is held."""
 
 from __future__ import annotations
 

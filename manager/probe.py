@@ -19,7 +19,7 @@ MAX_ANSWER_BYTES = 65_536
 class HttpWorkerProbe:
     """Asks ``GET <url>/health``; use it as ``async with``.
 
-    The URL comes from whoever registered, so the answer is bounded, redirects are not followed, and only who answered
+    The URL comes from a registration, so the answer is bounded, redirects are not followed, and only who answered
     is returned.
     """
 

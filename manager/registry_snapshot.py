@@ -1,5 +1,4 @@
-"""The registry and the pools it serves, as the acting Manager writes them into Redis for Routers, workers and the next
-Manager."""
+"""Write the registry and the pools it serves into Redis, for Routers, workers and the next acting Manager."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Manager's process: ``python -m manager.service``, and what ``inferq manager`` and ``inferq up`` run."""
+"""Run a Manager process: ``python -m manager.service``, also for ``inferq manager`` and ``inferq up``."""
 
 from __future__ import annotations
 

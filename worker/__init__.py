@@ -1,4 +1,4 @@
-"""The Worker: pulls jobs when it has a free slot, runs them on its engine, publishes the answers."""
+"""The Worker: claims jobs when it has a free slot, runs them on its engine, publishes the answers."""
 
 from .settings import WorkerSettings
 

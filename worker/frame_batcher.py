@@ -133,7 +133,7 @@ class FrameBatcher:
     async def _flush(self) -> bool:
         """Send what there is; False if some of it may not have arrived and has to be sent again."""
         shards: dict[int, dict[str, list[bytes]]] = {}
-        stored: list[Channel] = []
+        persisted: list[Channel] = []
         sending = list(self._channels)
         for channel in sending:
             if channel._waiting:
@@ -142,20 +142,20 @@ class FrameBatcher:
             if channel.lease is None:
                 shards.setdefault(channel.shard, {}).setdefault(channel.reply_to, []).append(channel._in_flight)
             else:
-                stored.append(channel)
+                persisted.append(channel)
         if not sending:
             return True
         self._publishing = True
         _notify(self._until_taken)
         try:
             packed = [(shard, {to: b"".join(f) for to, f in replies.items()}) for shard, replies in shards.items()]
-            if len(packed) == 1 and not stored:
+            if len(packed) == 1 and not persisted:
                 results = [await self._send(*packed[0])]
-                kept: list[Settled | None] = []
+                appended: list[Settled | None] = []
             else:
-                results, kept = await asyncio.gather(
+                results, appended = await asyncio.gather(
                     asyncio.gather(*(self._send(shard, frames) for shard, frames in packed)),
-                    asyncio.gather(*map(self._keep, stored)),
+                    asyncio.gather(*map(self._append_frames, persisted)),
                 )
         finally:
             self._publishing = False
@@ -164,11 +164,11 @@ class FrameBatcher:
             gone = gone_by_shard[channel.shard] if channel.lease is None else None
             if gone is not None:
                 self._arrived(channel, lost=channel.reply_to in gone)
-        for channel, answer in zip(stored, kept, strict=True):
+        for channel, answer in zip(persisted, appended, strict=True):
             if answer is not None:
                 self._arrived(channel, lost=answer is not Settled.OK)
         _notify(self._until_done)
-        return None not in results and None not in kept
+        return None not in results and None not in appended
 
     async def _send(self, shard: int, frames: Mapping[str, bytes]) -> set[str] | None:
         try:
@@ -177,12 +177,12 @@ class FrameBatcher:
             log.warning("frames_not_sent", shard=shard, error=error.message)
             return None
 
-    async def _keep(self, channel: Channel) -> Settled | None:
+    async def _append_frames(self, channel: Channel) -> Settled | None:
         assert channel.lease is not None  # noqa: S101 - only those of persisted jobs
         try:
             return await self._append(channel.lease, channel._in_flight)
         except InferqError as error:
-            log.warning("frames_not_kept", job_id=channel.lease.job.id, error=error.message)
+            log.warning("frames_not_appended", job_id=channel.lease.job.id, error=error.message)
             return None
 
     def _arrived(self, channel: Channel, *, lost: bool) -> None:
@@ -205,9 +205,9 @@ class FrameBatcher:
             if due <= loop.time():
                 self._wanted.set()
             else:
-                self._timer = loop.call_at(due, self._ring)
+                self._timer = loop.call_at(due, self._flush_now)
 
-    def _ring(self) -> None:
+    def _flush_now(self) -> None:
         self._timer = None
         self._wanted.set()
 

@@ -1,4 +1,4 @@
-"""The metrics of a worker: waits, attempts, tokens, and what it does beside them."""
+"""The worker's metrics: queue waits, attempts, tokens, restarts, fenced sessions."""
 
 from __future__ import annotations
 

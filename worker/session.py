@@ -210,7 +210,7 @@ class WorkerSession:
                 attempts.hand_back()
                 await _within(attempts.idle(), HAND_BACK_TIMEOUT_S)
             if self._renewing is not None:
-                self._renewing.cancel()  # nothing is held any more, and who has left is told that it is dead
+                self._renewing.cancel()  # no lease is left, and a session that has left is answered FENCED
             await _within(self._leave(broker), LEAVE_TIMEOUT_S)
         if self._membership.registered:
             await _within(self._deregister(), LEAVE_TIMEOUT_S)

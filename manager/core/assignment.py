@@ -1,4 +1,4 @@
-"""Which queues a worker pulls.
+"""Decide which queues a worker claims from.
 
 Rules:
 

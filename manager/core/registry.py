@@ -1,4 +1,4 @@
-"""The fleet as the Manager knows it.
+"""The registry: the workers of the fleet, their states and assignments, for one term of the acting Manager.
 
 Rules:
 
@@ -70,7 +70,7 @@ class Member:
 
     @property
     def visible(self) -> tuple[object, ...]:
-        """What others act on. How busy a worker is changes with each heartbeat, and nobody waits for that."""
+        """What others act on. How busy a worker is changes with each heartbeat, and is not part of it."""
         status = self.status
         return (
             self.state, self.assignment, self.verified, self.url_note, status.engine, status.engine_detail,

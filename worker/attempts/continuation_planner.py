@@ -1,5 +1,4 @@
-"""Going on behind what was delivered of a stream: what that is, where nobody but the queue knows, and asking an engine
-whether, and how, it can."""
+"""Plan the continuation of a stream: read what was delivered of it, and ask the engine whether it can go on there."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ class Delivered:
 
 
 async def read_delivered(broker: Broker, job: Job, limit_bytes: int) -> Delivered:
-    """What is kept of ``job``, up to ``limit_bytes`` of text. Raises what the broker raises."""
+    """The persisted output of ``job``, up to ``limit_bytes`` of text. Raises what the broker raises."""
     transcript = Transcript(limit_bytes)
     async for frame in broker.output.frames(job.id):
         transcript.add(frame.data)
@@ -50,7 +49,7 @@ async def read_delivered(broker: Broker, job: Job, limit_bytes: int) -> Delivere
             return Delivered(rest=DONE_EVENT)
         return Delivered(prefix=transcript.text or "")
     except StreamBroken:
-        return Delivered()  # not plain text: nobody can go on behind it
+        return Delivered()  # not plain text: no engine can continue it
 
 
 async def plan_continuation(engine: Engine, job: Job) -> Continuation:

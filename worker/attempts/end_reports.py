@@ -22,9 +22,8 @@ log = get_logger(__name__)
 class EndReports:
     """Settles, releases and reports crashes, and counts how attempts ended.
 
-    An answer is worth more than the time it waits for Redis, and a lease that nobody ends stays with a worker that
-    lives and renews it: so each report is repeated until the queue answers or the job's time is over. Repeats are safe:
-    the queue's fence passes only the first.
+    Each report is repeated until the queue answers or the job's deadline passes: an answer is worth the wait for Redis,
+    and a live worker renews a lease that is not ended. Repeats are safe: the queue's fence passes only the first.
     """
 
     def __init__(self, broker: Broker, metrics: WorkerMetrics) -> None:

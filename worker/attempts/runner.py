@@ -83,7 +83,7 @@ class AttemptRunner:
             try:
                 delivered = await read_delivered(self._broker, job, self._relay.max_answer_bytes)
             except InferqError as error:
-                return Release(f"what is kept of it could not be read: {error.public}", counted=False)
+                return Release(f"its persisted output could not be read: {error.public}", counted=False)
             if delivered.rest is not None:
                 return self._complete(attempt, delivered.rest)
             job = replace(job, prefix=delivered.prefix)

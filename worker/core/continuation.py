@@ -1,4 +1,4 @@
-"""Going on behind what an earlier attempt of a stream delivered.
+"""Continue a stream where an earlier attempt stopped: the request to the engine, and the usage of the whole answer.
 
 Rules:
 

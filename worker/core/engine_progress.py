@@ -1,4 +1,4 @@
-"""Whether the engine makes progress: a worker whose engine hangs must lose its jobs to others.
+"""Decide whether the engine makes progress: a worker whose engine hangs must lose its jobs to others.
 
 Rules:
 

@@ -1,4 +1,4 @@
-"""Whether this worker sweeps in place of the Manager: one worker at a time does while no Manager acts.
+"""Decide whether this worker sweeps in place of the Manager: one worker at a time does while no Manager acts.
 
 Rules:
 

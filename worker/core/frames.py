@@ -1,4 +1,4 @@
-"""Engine bytes -> numbered frames.
+"""Cut the bytes of an engine's answer into the numbered frames of one attempt.
 
 Rules:
 
@@ -67,7 +67,7 @@ class FrameCutter:
     def whole(self, status: int, content_type: str, body: bytes, headers: Mapping[str, str] | None = None) -> bytes:
         """The one frame of a plain answer."""
         self._status, self._content_type = status, content_type
-        self._headers = self._told(headers)
+        self._headers = self._client_headers(headers)
         return self._frame(body, END)
 
     def head(
@@ -75,7 +75,7 @@ class FrameCutter:
     ) -> None:
         """A stream begins; its first frame will say so, and whether it goes on behind the job's prefix."""
         self._status, self._content_type = status, content_type
-        self._headers = self._told(headers)
+        self._headers = self._client_headers(headers)
         self._flags = HEAD | CONTINUED if continued else HEAD
 
     def feed(self, data: bytes) -> bytes:
@@ -113,7 +113,7 @@ class FrameCutter:
         return None if closing is None else self._frame(closing, END)
 
     def end(self) -> bytes:
-        """The last frame of a stream that is known to be complete, with whatever was kept back."""
+        """The last frame of a stream that is known to be complete, with the bytes that were held back."""
         tail, self._tail = self._tail, b""
         return self._frame(tail, END)
 
@@ -128,7 +128,7 @@ class FrameCutter:
         headers = {"x-should-retry": "false"} if is_final(error) or self._lease.attempt > 1 else None
         return self.whole(error.status, "application/json", error_body(facts, dialect, job.request_id), headers)
 
-    def _told(self, headers: Mapping[str, str] | None) -> Mapping[str, str]:
+    def _client_headers(self, headers: Mapping[str, str] | None) -> Mapping[str, str]:
         """Those of an answer's ``headers`` that go to the Router: none if it would not understand them."""
         return for_client(headers) if headers and self._lease.job.headers is not None else {}
 

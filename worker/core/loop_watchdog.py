@@ -1,4 +1,4 @@
-"""Whether a worker may keep its leases: while its engine makes progress, and its event loop turns.
+"""Decide whether a worker may keep its leases: while its engine makes progress, and its event loop turns.
 
 Rules:
 

@@ -1,4 +1,4 @@
-"""What to claim next: the slots of a worker session, and its claims on each shard.
+"""Decide what to claim next: the slots of a worker session, and its claims on each shard.
 
 Rules:
 

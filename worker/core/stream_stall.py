@@ -1,4 +1,4 @@
-"""Which streams an engine has forgotten while it serves others: each of those is stopped alone.
+"""Decide which streams an engine has forgotten while it serves others: each of those is stopped alone.
 
 Rules:
 

@@ -1,4 +1,4 @@
-"""What becomes of an attempt once the engine has answered or failed.
+"""Decide what becomes of an attempt once the engine has answered or failed.
 
 Rules:
 
@@ -11,7 +11,7 @@ Rules:
 * If no other worker serves the model, a client that waits gets a 5xx at once: the same engine would be asked again, and
   again by the client's own retries. If the engine says when to come back (``Retry-After``), the job waits that long,
   unless its time runs out before.
-* Work that nobody waits for, and answers that are kept, are tried again on the same engine: nobody else will ask.
+* Background work, and jobs whose output is persisted, are retried on the same engine: no client retries them.
 * A stream that broke after it began has no answer that could be given, whichever attempt it was.
 """
 

@@ -1,4 +1,4 @@
-"""Whether an engine's answer is whole, or was cut short.
+"""Decide whether an engine's answer is complete, or was cut short.
 
 Used by :mod:`worker.attempts` when an answer ends without an error of the transport. A connection that is closed looks
 the same whether the engine had finished or was killed, so an answer that nothing else proves whole counts as lost.

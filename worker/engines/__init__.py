@@ -1,4 +1,4 @@
-"""Engines: what answers the OpenAI API for a worker."""
+"""Engines: the servers that answer the OpenAI API for a worker, behind one port."""
 
 from .call_ids import new_call_id
 from .port import Engine, EngineAnswer, EngineCall, EngineGone

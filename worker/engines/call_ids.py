@@ -1,4 +1,4 @@
-"""The id under which an engine gets one call."""
+"""Make the id of one call to an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine that the settings ask for."""
+"""Make the engine that the worker's settings name."""
 
 from __future__ import annotations
 

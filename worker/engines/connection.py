@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection to an engine, and the pool that keeps them.
+"""HTTP/1.1 connections to an engine, and the pool that reuses them.
 
 A connection carries another exchange only if the last one's answer was read to its very end and nothing else has come:
 whatever is left of one answer would begin the next, which is somebody else's.
@@ -76,7 +76,7 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing lies unread in the socket either: bytes that nobody asked for, or the end."""
+        """Whether nothing lies unread in the socket either: unexpected bytes, or the end."""
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None
         if sock is None or sock.fileno() < 0:
             return False
@@ -211,8 +211,8 @@ class EngineConnection(asyncio.Protocol):
                 self._ends_with_connection = False
             elif coding not in ("", "identity"):
                 raise _Refused(
-                    f"the engine answers in the coding {coding[:60]!r}, which nobody asked for: switch compression off "
-                    "in the engine, or in the proxy before it"
+                    f"the engine answers in the coding {coding[:60]!r}, which the worker did not ask for: switch "
+                    "compression off in the engine, or in the proxy before it"
                 )
         elif (known := name.decode("latin-1")) in CLIENT_HEADERS:
             text = value.decode("latin-1")
@@ -223,7 +223,7 @@ class EngineConnection(asyncio.Protocol):
         if self.status > 599:
             raise _Refused(f"the engine does not speak HTTP: there is no status {self.status}")
         if self.status == 101:
-            raise _Refused("the engine switches to another protocol, which nobody asked for")
+            raise _Refused("the engine switches to another protocol, which the worker did not ask for")
         # 1xx: the answer proper follows.
         self._has_head = self.status >= 200
 
@@ -281,7 +281,7 @@ class ConnectionPool:
         return connection
 
     def give_back(self, connection: EngineConnection) -> None:
-        """PersistOptions ``connection`` for the next exchange if nothing is left of its last one; else close it."""
+        """Keep ``connection`` for the next exchange if nothing is left of its last one; else close it."""
         if connection.drained and connection.usable and not self._closed:
             connection.idle_since = asyncio.get_running_loop().time()
             self._idle.append(connection)

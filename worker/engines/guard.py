@@ -1,4 +1,4 @@
-"""Runs one command and ends its whole process group when the owner is gone, however the owner went.
+"""Run one command, and end its whole process group when its owner has ended, by a signal or otherwise.
 
 The owner starts this file as the leader of a new process group: standard input is a pipe that the owner holds open and
 never writes to, the arguments are a limit in seconds and the command. When the pipe closes, the group gets SIGTERM

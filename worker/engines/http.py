@@ -1,4 +1,4 @@
-"""An engine reached by HTTP: any server that answers the OpenAI API.
+"""Reach an engine by HTTP: any server that answers the OpenAI API.
 
 Used as it is for a server that somebody else runs, and inside :mod:`worker.engines.process` for one of our own.
 """

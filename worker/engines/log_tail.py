@@ -1,4 +1,4 @@
-"""What an engine writes: to a file, with its last lines at hand."""
+"""Write an engine's output to a file, and keep its last lines for error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The port through which a worker reaches an engine: whatever answers the OpenAI API for it.
+"""The port through which a worker reaches an engine: a server that answers the OpenAI API for it.
 
 Adapters: :mod:`worker.engines.http` (a server that somebody else runs), :mod:`worker.engines.vllm` (a subprocess of the
 worker) and :mod:`worker.engines.simulated`.

@@ -1,4 +1,4 @@
-"""vLLM as a subprocess: where its command is, and how it is called.
+"""Start vLLM as a subprocess: find its command, and build its arguments and environment.
 
 On a machine without an accelerator the CPU build is assumed and given what it needs; all of it can be overridden by
 the environment, which wins (vLLM's own documentation: "CPU", "Environment Variables").

@@ -1,4 +1,4 @@
-"""``python -m worker.engines.simulated``."""
+"""Run the simulated engine as a process: ``python -m worker.engines.simulated``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Failures to order: by the body of one request, or by rate.
+"""Failures of the simulated engine: ordered in the body of one request, or drawn by rate.
 
 A request orders one with a field no real engine knows::
 

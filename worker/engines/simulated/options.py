@@ -1,4 +1,4 @@
-"""The options of a simulated engine, for its own command line and for whoever else offers them."""
+"""The options of a simulated engine, for its own command line and the worker's ``--sim-...`` flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prefix cache: which leading blocks of a prompt the engine has seen, least recently used dropped first.
+"""The simulated prefix cache: which leading blocks of a prompt the engine has seen; the least recently used go first.
 
 Block hashes are chained as vLLM's are, so a block counts only behind the same beginning
 (https://docs.vllm.ai/en/latest/design/prefix_caching.html).

@@ -1,4 +1,4 @@
-"""One request in a simulated engine: it waits for a slot, then for each token, and fails if so ordered."""
+"""Run one request in a simulated engine: wait for a slot, then for each token, and fail if so ordered."""
 
 from __future__ import annotations
 

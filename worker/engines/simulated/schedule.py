@@ -1,4 +1,4 @@
-"""When a request runs and when its tokens come. Pure: the clock is an argument, in seconds."""
+"""Decide when a simulated request runs and when its tokens come. Pure: the clock is an argument, in seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulated engine as a process of its own."""
+"""Serve the simulated engine as a process of its own."""
 
 from __future__ import annotations
 

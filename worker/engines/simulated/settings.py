@@ -1,4 +1,4 @@
-"""What a simulated engine is made of. A plain record: the command line and the worker's settings both build it."""
+"""The settings of a simulated engine: a plain record that its command line and the worker's settings build."""
 
 from __future__ import annotations
 

@@ -448,10 +448,10 @@ async def test_trailers_change_nothing_of_their_answer() -> None:
     [
         (b"101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c", "another protocol"),
         (b"101 Switching Protocols", "another protocol"),
-        (b"200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2", "'gzip', which nobody asked for"),
-        (b"200 OK\r\nContent-Encoding: BR\r\ntransfer-encoding: chunked", "'br', which nobody asked for"),
-        (b"200 OK\r\ntransfer-encoding: gzip, chunked", "'gzip, chunked', which nobody asked for"),
-        (b"200 OK\r\ntransfer-encoding: gzip", "'gzip', which nobody asked for"),
+        (b"200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2", "'gzip', which the worker did not ask for"),
+        (b"200 OK\r\nContent-Encoding: BR\r\ntransfer-encoding: chunked", "'br', which the worker did not ask for"),
+        (b"200 OK\r\ntransfer-encoding: gzip, chunked", "'gzip, chunked', which the worker did not ask for"),
+        (b"200 OK\r\ntransfer-encoding: gzip", "'gzip', which the worker did not ask for"),
     ],
 )
 async def test_an_answer_in_a_form_that_nobody_asked_for_is_refused(head: bytes, words: str) -> None:

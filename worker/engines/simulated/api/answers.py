@@ -1,4 +1,4 @@
-"""What a simulated engine answers: pure functions of its seed and the request.
+"""Make the answers of a simulated engine: pure functions of its seed and the request.
 
 The same body gets the same text from every engine with the same seed and mode, however often it is asked: the text of
 a second attempt equals the first's, and an answer that is to go on behind its own beginning goes on as it would have

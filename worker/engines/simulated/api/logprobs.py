@@ -1,4 +1,4 @@
-"""Log probabilities of a simulated answer: pure functions of each token and its place, as vLLM writes them."""
+"""Log probabilities of a simulated answer: pure functions of each token and its index, as vLLM writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Messages API of a simulated engine, as vLLM serves it: text and images in, text, thoughts and tool calls out."""
+"""The Messages API of a simulated engine, as vLLM serves it: text and images in, text, reasoning and tool calls out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request that a simulated engine refuses, as vLLM words it; and options that it would otherwise ignore silently."""
+"""Refuse a request in vLLM's words, also one with options that the simulated engine would otherwise ignore silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading requests as vLLM's server does: the same parameters, refused with the same error objects."""
+"""Read requests as vLLM's server does: the same parameters, refused with the same error objects."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The simulated engine's answers on paths of models that score, sort and label texts, and of those that hear: plausible
-in shape, the same for the same request."""
+"""The simulated engine's answers on paths of scoring, reranking, classifying and audio models: of the right shape, and
+the same for the same request."""
 
 from __future__ import annotations
 
