@@ -3,7 +3,7 @@
 Rules:
 
 * A session loses its leases when its renewal counter stood still for a whole lease: see
-  :class:`queue_schemas.LeaseWatch`.
+  :class:`queue_schemas.fleet.lease_watch.LeaseWatch`.
 * It is declared dead sooner only when that is certain (:func:`assess_liveness`): its health port, which once answered
   as this very session, refuses or answers as another one, and a ping on its control stream stays unanswered.
 * Missed heartbeats alone prove nothing: they make a worker unresponsive, see :mod:`manager.core.registry`.

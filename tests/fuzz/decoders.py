@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ValidationError
 from yarl import URL
 
-from batches.core.jsonl import BadLine, LineCutter, id_and_body, read_line
+from batches.core.jsonl import BadLine, LineSplitter, id_and_body, read_line
 from openai_api.chat_chunks import ChatReader
 from queue_schemas import END, HEAD, Frame, Heartbeat, InferqError, Job, Lane, Pool, Registration, Tenant, WorkerInfo
 from queue_schemas.control import parse_control
@@ -127,13 +127,13 @@ def forms(mutator: Mutator) -> None:
 def batch_lines(mutator: Mutator) -> None:
     """Lines of a batch's input: refused with their fault, or read twice alike."""
     data = json.dumps(mutator.json_of(LINE)).encode() if mutator.chance(0.5) else mutator.bytes_of(_LINE_BYTES)
-    cutter = LineCutter(_MAX_LINE_BYTES)
+    splitter = LineSplitter(_MAX_LINE_BYTES)
     at, lines = 0, []
     while at < len(data):
         step = mutator.random.randint(1, 400)
-        lines += list(cutter.feed(data[at : at + step]))
+        lines += list(splitter.feed(data[at : at + step]))
         at += step
-    lines += list(cutter.end())
+    lines += list(splitter.end())
     for line in lines:
         try:
             read = read_line(line.data, "/v1/chat/completions", _MAX_LINE_BYTES)
