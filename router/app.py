@@ -22,10 +22,10 @@ from telemetry.http.request_context import request_id_from
 from telemetry.http.server import refuse_unguarded
 from webhooks.settings import WebhookSettings
 
-from .composition import RouterServices, build_pages, build_services, manager_of, queue_opener
+from .composition import RouterServices, build_services, build_web_app, manager_of, queue_opener
 from .http.connection import Connection
 from .http.cors import with_cors
-from .http.own_paths import refuse_own_paths
+from .http.extra_paths import check_extra_paths
 from .http.response_writer import ResponseWriter
 from .inference.routes import InferenceRoutes
 from .ports import ManagerPort, OpenQueue
@@ -41,8 +41,10 @@ class RouterApp:
     def __init__(self, services: RouterServices) -> None:
         self.services = services
         self._paths = services.settings.paths
-        self._pages = build_pages(services)
-        refuse_own_paths(self._pages, services.settings.extra_paths, variable=services.settings.variable("extra_paths"))
+        self._web_app = build_web_app(services)
+        check_extra_paths(
+            self._web_app, services.settings.extra_paths, variable=services.settings.variable("extra_paths")
+        )
         self._entry = with_cors(self._serve, services.settings.cors_allow_origins)
         self._background: list[Callable[[], Coroutine[Any, Any, None]]] = [
             services.link.run,
@@ -73,12 +75,12 @@ class RouterApp:
             await self._refuse_spelling(scope, send)
             return
         scope.setdefault("state", {})["connection"] = Connection(receive)
-        await self._pages(scope, receive, send)
+        await self._web_app(scope, receive, send)
 
     def declared_routes(self) -> list[DeclaredRoute]:
         """Every method and path that it answers, with who may call it."""
         inference = [DeclaredRoute("POST", path, InferenceRoutes.access) for path in sorted(self._paths)]
-        return [*inference, *declared(self._pages)]
+        return [*inference, *declared(self._web_app)]
 
     def add_background(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Have ``run`` run beside the app's own background tasks, until it is cancelled."""
@@ -130,7 +132,7 @@ class RouterApp:
 
     async def _refuse_method(self, scope: Scope, send: Send, path: str) -> None:
         writer = ResponseWriter(send, request_id_from(scope["headers"]).encode(), scope["path"])
-        allow = (b"allow", allow_header(answered_methods(self._pages, path) | {"OPTIONS", "POST"}).encode())
+        allow = (b"allow", allow_header(answered_methods(self._web_app, path) | {"OPTIONS", "POST"}).encode())
         if scope["method"] == "OPTIONS":
             writer.add_header(*allow)
             await writer.empty(204)

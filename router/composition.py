@@ -1,6 +1,6 @@
-"""Builds the services of one Router, each once, and hands every feature's pages only what they use.
+"""Builds the services of one Router, each once, and hands every feature's routes only what they use.
 
-:func:`build_services` makes the long-lived objects, :func:`build_pages` the FastAPI app on top of them. Only
+:func:`build_services` makes the long-lived objects, :func:`build_web_app` the FastAPI app on top of them. Only
 :mod:`router.app` and tests see :class:`RouterServices`; no feature does.
 """
 
@@ -217,7 +217,7 @@ def build_services(
     )
 
 
-def build_pages(services: RouterServices) -> FastAPI:
+def build_web_app(services: RouterServices) -> FastAPI:
     """Everything that a Router answers beside inference."""
     app = FastAPI(
         title="inferq Router",

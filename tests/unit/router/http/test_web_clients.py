@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from queue_schemas import CannotStart
 from queue_schemas.headers import CLIENT_HEADERS
 from router import RouterSettings, build_router
-from router.http.own_paths import refuse_own_paths
+from router.http.extra_paths import check_extra_paths
 from telemetry.http.access import declared
 from tests.unit.router.fakes import SSE, Client, FakeQueue, router
 
@@ -136,21 +136,21 @@ async def no_queue() -> Any:
 
 
 @pytest.fixture(scope="module")
-def pages() -> FastAPI:
-    """A Router's pages."""
-    return build_router(RouterSettings(), open_queue=no_queue)._pages
+def web_app() -> FastAPI:
+    """The FastAPI app of a Router."""
+    return build_router(RouterSettings(), open_queue=no_queue)._web_app
 
 
-def test_extra_paths_cannot_shadow_the_routers_own(pages: FastAPI) -> None:
+def test_extra_paths_cannot_shadow_the_routers_own(web_app: FastAPI) -> None:
     """[B10] Whatever the Router answers itself, or lies above or below it, is refused with a sentence."""
     own = ["/docs", "/openapi.json", "/v1", "/fabric", "/fabric/v1", "/v1/responses", "/V1/Models/x"]
-    for template in {route.path for route in declared(pages)}:
+    for template in {route.path for route in declared(web_app)}:
         plain = template.replace("{", "").replace("}", "").removesuffix("/")
         own += [plain, plain.upper(), f"{plain}/more"] if plain else []
     assert len(own) > 60
     for path in own:
         with pytest.raises(CannotStart, match=r"INFERQ_ROUTER_EXTRA_PATHS: the Router answers \S+ itself.*remove it"):
-            refuse_own_paths(pages, ["/v1/fine", path], RouterSettings.variable("extra_paths"))
+            check_extra_paths(web_app, ["/v1/fine", path], RouterSettings.variable("extra_paths"))
 
 
 def test_a_router_with_shadowed_routes_does_not_start() -> None:

@@ -11,18 +11,19 @@ from telemetry.http.access import declared
 from telemetry.http.methods import answered_methods
 
 
-def refuse_own_paths(pages: FastAPI, extra_paths: Sequence[str], variable: str) -> None:
-    """Raise ``CannotStart`` if one of ``extra_paths`` is, begins or lies below a path of the Router's own ``pages``, in
-    any case. ``variable`` names the setting in the error."""
+def check_extra_paths(web_app: FastAPI, extra_paths: Sequence[str], variable: str) -> None:
+    """Raise ``CannotStart`` if one of ``extra_paths`` is, begins or lies below a path of ``web_app``, in any case.
+
+    ``variable`` names the setting in the error."""
     if not extra_paths:
         return
-    templates = {route.path.lower() for route in declared(pages)}
+    templates = {route.path.lower() for route in declared(web_app)}
     for path in extra_paths:
         plain = path.lower().rstrip("/")
         steps = plain.split("/")[1:]
         upwards = ["/" + "/".join(steps[:count]) for count in range(1, len(steps) + 1)]
         spellings = [*upwards, f"{plain}/", f"{plain}/x", path]
-        if any(answered_methods(pages, each) for each in spellings) or any(
+        if any(answered_methods(web_app, each) for each in spellings) or any(
             template.startswith(f"{plain}/") for template in templates
         ):
             raise CannotStart(
