@@ -102,8 +102,9 @@ async def test_it_is_created_polled_and_complete(client: AsyncOpenAI, other: Asy
 
 
 @in_module
-async def test_any_event_may_be_the_last_one_that_a_reader_has(client: AsyncOpenAI, other: AsyncOpenAI) -> None:
-    """From any number, at any Router, as often as wanted: together they are the whole, which is the stored result."""
+async def test_a_response_can_be_resumed_behind_any_event(client: AsyncOpenAI, other: AsyncOpenAI) -> None:
+    """From any number, at any Router, as often as wanted: together they are the whole, which is the persisted
+    result."""
     stream = await client.responses.create(model=MODEL, input="Once upon", background=True, stream=True)
     whole = [event.to_dict(mode="json") async for event in stream]
     response = check_stream(whole)
@@ -117,8 +118,10 @@ async def test_any_event_may_be_the_last_one_that_a_reader_has(client: AsyncOpen
 
 
 @in_module
-async def test_who_leaves_a_stream_goes_on_elsewhere(client: AsyncOpenAI, other: AsyncOpenAI) -> None:
-    """The connection breaks while the model speaks: the response runs on, and another Router gives the rest live."""
+async def test_a_client_that_loses_its_stream_continues_at_another_router(
+    client: AsyncOpenAI, other: AsyncOpenAI
+) -> None:
+    """The connection breaks while the model answers: the response runs on, and another Router streams the rest live."""
     extra = {"ignore_eos": True}
     seen: list[dict[str, Any]] = []
     stream = await client.responses.create(
@@ -139,8 +142,8 @@ async def test_who_leaves_a_stream_goes_on_elsewhere(client: AsyncOpenAI, other:
 
 
 @in_module
-async def test_thoughts_and_calls_of_functions(client: AsyncOpenAI) -> None:
-    """What a model thinks and what it calls are items of their own; the answer to a call goes on."""
+async def test_reasoning_and_function_calls(client: AsyncOpenAI) -> None:
+    """Reasoning and calls are items of their own; the answer to a call continues the conversation."""
     thought = await ended(
         client,
         await client.responses.create(model=MODEL, input="Hm?", background=True, reasoning={"effort": "low"}),
@@ -161,8 +164,8 @@ async def test_thoughts_and_calls_of_functions(client: AsyncOpenAI) -> None:
 
 
 @in_module
-async def test_cancelling_ends_it_and_is_harmless_again(client: AsyncOpenAI, other: AsyncOpenAI) -> None:
-    """A cancelled response says so everywhere, also to who follows it; one that has ended stays as it is."""
+async def test_a_response_is_cancelled_once(client: AsyncOpenAI, other: AsyncOpenAI) -> None:
+    """A cancelled response shows it everywhere, also to its followers; one that has ended stays as it is."""
     long = {"ignore_eos": True}
     begun = await client.responses.create(
         model=MODEL, input="Long", background=True, max_output_tokens=3_000, extra_body=long
@@ -184,8 +187,8 @@ async def test_cancelling_ends_it_and_is_harmless_again(client: AsyncOpenAI, oth
 
 
 @in_module
-async def test_what_is_deleted_or_anothers_is_not_there(fleet: Fleet, client: AsyncOpenAI) -> None:
-    """Never was, was deleted, or belongs to another tenant: the same words, whatever is asked of it."""
+async def test_a_deleted_response_or_another_tenants_is_not_found(fleet: Fleet, client: AsyncOpenAI) -> None:
+    """The same error as for one that never existed, on every operation."""
     mine = await client.responses.create(model=MODEL, input="Mine", background=True)
     async with _client(fleet.router, RIVAL) as rival:
         for call in (
@@ -231,7 +234,7 @@ async def test_bad_requests_are_errors_of_the_sdk(client: AsyncOpenAI) -> None:
 
 @in_module
 async def test_an_engine_that_refuses_makes_a_failed_response(client: AsyncOpenAI) -> None:
-    """The engine's own words are in the error."""
+    """The engine's own message is in the error."""
     begun = await client.responses.create(model=MODEL, input="x" * 400_000, background=True)
     found = await ended(client, begun)
     assert found.status == "failed"
@@ -241,8 +244,8 @@ async def test_an_engine_that_refuses_makes_a_failed_response(client: AsyncOpenA
 
 
 @in_module
-async def test_responses_that_are_waited_for(client: AsyncOpenAI, other: AsyncOpenAI) -> None:
-    """From the engine as it says them, and built from a chat where the Router is told so; plain and streamed."""
+async def test_foreground_responses(client: AsyncOpenAI, other: AsyncOpenAI) -> None:
+    """From the engine as it is, and built from a chat where the Router's setting says so; plain and streamed."""
     for waiting in (client, other):
         plain = await waiting.responses.create(model=MODEL, input="Hi", max_output_tokens=8)
         assert (plain.status, len(plain.output_text)) == ("incomplete", 32)
@@ -251,7 +254,7 @@ async def test_responses_that_are_waited_for(client: AsyncOpenAI, other: AsyncOp
 
 
 def test_the_synchronous_sdk(fleet: Fleet) -> None:
-    """The same for those who do not await."""
+    """The same with the synchronous client."""
     with OpenAI(base_url=f"{fleet.router.url}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
         with client.responses.create(model=MODEL, input="Hi", background=True, stream=True) as stream:
             events = [event.to_dict(mode="json") for event in stream]
@@ -265,7 +268,7 @@ def test_the_synchronous_sdk(fleet: Fleet) -> None:
 async def test_a_killed_worker_leaves_no_gap_and_no_repeat(
     fleet: Fleet, client: AsyncOpenAI, other: AsyncOpenAI
 ) -> None:
-    """At a temperature above 0, SIGKILL in the middle: who follows sees one stream, and it is the stored result."""
+    """At a temperature above 0, SIGKILL in the middle: a follower sees one stream, and it is the persisted result."""
     # The words of this engine say where they stand, so a gap or a repeat would show; attempts never say the same.
     slowly = {"ignore_eos": True, "sim": {"fail": "slow", "delay_ms": 20}}
     options: Any = {"temperature": 0.9, "max_output_tokens": 150, "extra_body": slowly}
@@ -299,7 +302,7 @@ async def test_a_killed_worker_leaves_no_gap_and_no_repeat(
 
 
 @in_module
-async def test_pieces_from_any_router_are_the_stored_response(fleet: Fleet) -> None:
+async def test_pieces_from_any_router_are_the_persisted_response(fleet: Fleet) -> None:
     """Forty resumes behind random events while a worker is killed, over raw HTTP; then nothing is left of them."""
     await asyncio.gather(*(worker.start() for worker in fleet.workers if not worker.process.running))
     await fleet.until_served(2)

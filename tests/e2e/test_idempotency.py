@@ -1,4 +1,4 @@
-"""One key, one job, whatever is killed: workers, Routers, clients, Redis."""
+"""One idempotency key is one job while workers, Routers, clients and Redis are killed."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ async def the_one_that_runs(fleet: Fleet) -> Role:
 
 
 async def test_one_key_is_one_job_whatever_is_killed(fleet: Fleet) -> None:
-    """An engine that never says the same twice, so that a second run would show. Its worker is killed while two clients
+    """The engine never gives the same answer twice, so a second run would show. Its worker is killed while two clients
     follow one job through two Routers; a client leaves and comes back; a Router is killed and its client asks at the
-    other: each time everybody gets the same text, once, and there is one job."""
+    other: each time all get the same text, once, and there is one job."""
     other = fleet.another_router("other")
     await fleet.up(
         workers=3, sim_mode="text", sim_nondeterministic=True, sim_answer_tokens=60, sim_tokens_per_s=50, slots=8

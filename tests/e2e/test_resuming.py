@@ -1,4 +1,4 @@
-"""Background and resumable streams over real processes: any Router, any place, whoever is killed."""
+"""Background and resumable streams over real processes, at any Router, while processes are killed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from tests.runs.resumes import ENGINE, resume_all
 from tests.support.fleet import Fleet
 
 
-async def test_pieces_of_a_stream_from_any_router_are_the_stored_answer(fleet: Fleet) -> None:
-    """Sixty resumes through two Routers, by header and by number, of streams of the background and of clients' own,
-    while a worker is killed: nothing twice, nothing missing, and nothing left when the jobs are forgotten."""
+async def test_pieces_of_a_stream_from_any_router_are_the_persisted_answer(fleet: Fleet) -> None:
+    """Sixty resumes through two Routers, by header and by number, of background and resumable streams, while a worker
+    is killed: nothing twice, nothing missing, and nothing left when the jobs are deleted."""
     other = fleet.another_router("other")
     await fleet.up(workers=2, **(ENGINE | {"sim_tokens_per_s": 80, "sim_answer_tokens": 60}))
     await other.start()

@@ -47,7 +47,7 @@ async def _alive(of: Served, queue: FakeQueue) -> Job:
     return job
 
 
-async def test_a_resumable_stream_with_signs_of_life_is_whole(folder: Path) -> None:
+async def test_a_resumable_stream_with_keepalives_is_whole(folder: Path) -> None:
     """[C1] Events with ids, comments of ours and of the engine: Node reads the text to its end."""
     queue = FakeQueue("m")
     async with served(queue, keepalive_interval_ms=50, resumable_streams=True) as running:

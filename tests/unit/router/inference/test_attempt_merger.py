@@ -1,4 +1,4 @@
-"""Stitching: several attempts, one answer."""
+"""Several attempts are merged into one answer."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_repeats_and_frames_of_older_epochs_are_dropped() -> None:
     assert got == role() + chunk("yes") + DONE
 
 
-def test_late_markers_of_older_epochs_change_nothing() -> None:
-    """News about an attempt that is over does not disturb the one that runs."""
+def test_late_markers_of_older_epochs_are_dropped() -> None:
+    """A marker about an attempt that is over does not affect the one that runs."""
     merger = stream()
     pieces = [role(), chunk("Hi"), DONE]
     frames = attempt(pieces, epoch=3)
@@ -110,15 +110,15 @@ def test_late_markers_of_older_epochs_change_nothing() -> None:
     assert merger.ended
 
 
-def test_a_frame_of_a_foreign_attempt_of_the_same_epoch_is_dropped() -> None:
-    """Only the attempt that began an epoch may speak in it."""
+def test_a_frame_of_another_attempt_of_the_same_epoch_is_dropped() -> None:
+    """Only the attempt that began an epoch counts in it."""
     merger = stream()
     mine, other = attempt([role(), DONE], name="mine"), attempt([chunk("x"), DONE], name="other")
     assert feed(merger, [mine[0], *other, mine[1]]) == role() + DONE
 
 
 def test_a_skipped_frame_is_a_gap_until_the_job_runs_again() -> None:
-    """A missing frame is never passed over: the job has to run again, and then the stream goes on."""
+    """A missing frame is never skipped: the job has to run again, and then the stream continues."""
     merger = stream()
     pieces = [role(), chunk("Hel"), chunk("lo"), DONE]
     frames = attempt(pieces)
@@ -139,8 +139,8 @@ def test_an_attempt_whose_first_frame_is_missing_is_a_gap() -> None:
     assert merger.gap
 
 
-def test_a_plain_answer_is_given_out_when_it_is_complete() -> None:
-    """Nothing of a plain answer shows before its end, so that its length is known and a loss leaves no trace."""
+def test_a_plain_answer_is_released_when_it_is_complete() -> None:
+    """Nothing of a plain answer is released before its end, so its length is known and a loss leaves no trace."""
     merger = AttemptMerger(stream=False, replay_limit_bytes=0)
     lost = attempt([b'{"a"', b":1}"], kind="application/json", name="lost")
     whole = attempt([b'{"b"', b":2}"], kind="application/json", name="new", epoch=2, status=201)
@@ -168,8 +168,8 @@ def test_a_lost_attempt_that_delivered_nothing_leaves_no_trace() -> None:
     assert feed(merger, [requeued(2), *attempt(pieces, epoch=2)]) == b"".join(pieces)
 
 
-def test_a_restarted_stream_goes_on_where_it_stopped() -> None:
-    """Delivered text is suppressed, ids stay the first attempt's, the role chunk and the finish come once."""
+def test_a_restarted_stream_continues_where_it_stopped() -> None:
+    """Delivered text is dropped, ids stay the first attempt's, the role chunk and the finish come once."""
     merger = stream()
     lost = attempt([role(), chunk("The capital"), chunk(" of"), chunk("never seen")])
     again = attempt(
@@ -190,7 +190,7 @@ def test_a_restarted_stream_goes_on_where_it_stopped() -> None:
     assert merger.ended
 
 
-def test_half_an_event_of_a_lost_attempt_was_never_delivered() -> None:
+def test_half_an_event_of_a_lost_attempt_is_never_delivered() -> None:
     """Only whole events reach the client, wherever the engine's bytes were cut."""
     merger = stream()
     event = chunk("Hello")
@@ -201,8 +201,8 @@ def test_half_an_event_of_a_lost_attempt_was_never_delivered() -> None:
     assert text_of(got) == "Hi"
 
 
-def test_a_restart_that_says_something_else_breaks_the_stream_openly() -> None:
-    """Text that differs is never spliced: the client is told."""
+def test_a_restart_with_another_text_breaks_the_stream_with_an_error() -> None:
+    """Text that differs is never spliced: the client gets an error."""
     merger = stream()
     lost = attempt([role(), chunk("Paris"), DONE])
     again = attempt([role("b"), chunk("Lyon", ident="b"), DONE], epoch=2, name="b")
@@ -242,7 +242,7 @@ def test_a_restart_that_ends_earlier_breaks_the_stream(again: list[bytes]) -> No
     ],
     ids=["tool calls", "log probabilities", "token ids", "another protocol"],
 )
-def test_what_cannot_be_compared_breaks_the_stream(strange: bytes) -> None:
+def test_a_stream_that_cannot_be_compared_breaks(strange: bytes) -> None:
     """Only plain text is restarted; anything else ends with an error as soon as its attempt is lost."""
     merger = stream()
     feed(merger, [*attempt([role(), strange, DONE])[:2], requeued(2)])
@@ -250,8 +250,8 @@ def test_what_cannot_be_compared_breaks_the_stream(strange: bytes) -> None:
     assert merger.error.code == "stream_broken"
 
 
-def test_more_than_the_cap_cannot_be_restarted() -> None:
-    """The memory kept for a restart is bounded; past it a loss is told."""
+def test_a_stream_above_the_replay_limit_cannot_be_restarted() -> None:
+    """The memory for a restart is bounded; past it a loss is an error."""
     merger = stream(limit=300)
     feed(merger, [*attempt([role(), chunk("x" * 301), DONE])[:2], requeued(2)])
     assert merger.error is not None
@@ -259,15 +259,15 @@ def test_more_than_the_cap_cannot_be_restarted() -> None:
 
 
 def test_a_client_that_has_everything_needs_no_second_attempt() -> None:
-    """An attempt lost after its [DONE] was delivered leaves a complete answer."""
+    """An attempt that is lost after its [DONE] was delivered leaves a complete answer."""
     merger = stream()
     feed(merger, [*attempt([role(), chunk("Hi", finish="stop"), DONE, b""])[:3], requeued(2)])
     assert merger.ended
     assert not merger.settled
 
 
-def test_reasoning_and_choices_are_compared_apart() -> None:
-    """Each choice and each channel of text has its own place."""
+def test_reasoning_and_choices_are_compared_separately() -> None:
+    """Each choice and each channel of text has its own position."""
     pieces = [
         role(), chunk(None, delta={"reasoning_content": "hm"}), chunk("A", index=0), chunk("B", index=1),
         chunk("a", index=0), chunk("b", index=1, finish="stop"), chunk(None, index=0, finish="length"), DONE,
@@ -277,8 +277,8 @@ def test_reasoning_and_choices_are_compared_apart() -> None:
     assert events(got) == events(b"".join(pieces))
 
 
-def test_an_answer_does_not_begin_before_its_reasoning_is_caught_up() -> None:
-    """Text of one channel is held to what was delivered on the others."""
+def test_an_answer_does_not_begin_before_its_reasoning_caught_up() -> None:
+    """Text of one channel waits for what was delivered on the others."""
     lost = [role(), chunk(None, delta={"reasoning_content": "hmm"}), DONE]
     again = [chunk(None, ident="b", delta={"reasoning_content": "h"}), chunk("Yes", ident="b"), DONE]
     merger = stream()
@@ -299,8 +299,8 @@ def test_markers_end_a_job_with_their_error() -> None:
     assert list(codes.values()) == ["attempts_exhausted", "cancelled", "deadline_exceeded"]
 
 
-def test_bytes_that_are_no_events_pass_but_cannot_restart() -> None:
-    """A streamed answer of another kind (sound, say) passes as it comes."""
+def test_a_stream_without_events_passes_but_cannot_restart() -> None:
+    """A streamed answer of another kind, such as audio, passes as it comes."""
     merger = stream()
     frames = attempt([b"RIFF", b"data", b"!"], kind="audio/wav")
     assert feed(merger, [frames[0], frames[1]]) == b"RIFFdata"
@@ -334,7 +334,7 @@ def _answer(words: list[str], splits: list[bool], ident: str) -> bytes:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_no_interleaving_of_attempts_makes_a_gap_or_a_repeat(data: st.DataObject) -> None:
-    """However often attempts are lost, repeated, cut or overtaken by leftovers, the client reads the one text."""
+    """However often attempts are lost, repeated, cut or overtaken by late frames, the client reads the one text."""
     words = data.draw(st.lists(st.text("abé \n", min_size=1, max_size=4), min_size=1, max_size=8))
     news: list[Frame | Marker] = []
     leftovers: list[Frame] = []
@@ -366,7 +366,7 @@ def test_no_interleaving_of_attempts_makes_a_gap_or_a_repeat(data: st.DataObject
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_another_text_never_joins_what_was_delivered(data: st.DataObject) -> None:
+def test_another_text_is_never_spliced_to_what_was_delivered(data: st.DataObject) -> None:
     """Whatever a second attempt says, the client reads a prefix of one attempt's text, or one attempt's whole text."""
     first, second = (data.draw(st.text("ab", min_size=1, max_size=6)) for _ in range(2))
     one, two = ([role(), *map(chunk, text), chunk(None, finish="stop"), DONE] for text in (first, second))
@@ -379,8 +379,8 @@ def test_another_text_never_joins_what_was_delivered(data: st.DataObject) -> Non
         assert got in (first, second)
 
 
-def test_an_event_that_is_too_long_to_hold_passes_in_pieces() -> None:
-    """A very long event reaches the client byte for byte; a loss after half of it ends the stream explicitly."""
+def test_an_event_above_the_limit_passes_in_pieces() -> None:
+    """A very long event reaches the client byte for byte; a loss after half of it ends the stream with an error."""
     long = chunk("x" * (3 << 20))
     pieces = [role(), *(long[at : at + 500_000] for at in range(0, len(long), 500_000)), chunk("end"), DONE]
     frames = attempt(pieces)
@@ -393,8 +393,8 @@ def test_an_event_that_is_too_long_to_hold_passes_in_pieces() -> None:
     assert isinstance(cut.error, StreamBroken)
 
 
-def test_comments_keep_out_of_a_long_event() -> None:
-    """Only in the middle of an event that passes in pieces may nothing else be written between them."""
+def test_no_comment_goes_into_a_long_event() -> None:
+    """``mid_event`` says so only while an event passes in pieces."""
     long = chunk("x" * (2 << 20))
     first, second, third = attempt([role(), long[:-5], long[-5:], DONE])[:3]
     merger = stream()
@@ -421,7 +421,7 @@ def continuable(*, usage: bool = False, limit: int = 1 << 20) -> AttemptMerger:
     return AttemptMerger(stream=True, replay_limit_bytes=limit, on_loss="continue", usage=usage)
 
 
-def test_a_continued_stream_shows_no_seam() -> None:
+def test_a_continued_stream_reads_as_one() -> None:
     """The next attempt says only the rest; id, time and model stay the first one's, the role comes once."""
     merger = continuable()
     got = feed(merger, [*attempt([role(), chunk("The capital"), chunk(" of"), DONE])[:3], lost(2)])
@@ -445,8 +445,8 @@ def test_a_continued_stream_shows_no_seam() -> None:
     assert (merger.ended, merger.continued, merger.compared) == (True, 1, 0)
 
 
-def test_an_attempt_that_begins_anew_is_compared_all_the_same() -> None:
-    """A worker that could not go on, or is too old to know how, does not say that it does."""
+def test_an_attempt_that_begins_anew_is_compared_although_a_prefix_was_sent() -> None:
+    """A worker that cannot continue does not set the flag that it does."""
     merger = continuable()
     first = [role(), chunk("Paris"), chunk(" is"), DONE]
     got = feed(merger, [*attempt(first)[:2], lost(2)])
@@ -456,16 +456,16 @@ def test_an_attempt_that_begins_anew_is_compared_all_the_same() -> None:
     assert (merger.continued, merger.compared) == (0, 1)
 
 
-def test_a_continuation_of_something_else_breaks_the_stream() -> None:
-    """An attempt that goes on although nothing was offered cannot fit."""
+def test_a_continuation_without_a_prefix_breaks_the_stream() -> None:
+    """An attempt that continues although no prefix was sent cannot fit."""
     merger = continuable()
     feed(merger, [*attempt([role(), chunk("Paris"), DONE])[:2], requeued(2)])
     feed(merger, [*continued([chunk(" is"), DONE], epoch=2, name="b")])
     assert isinstance(merger.error, StreamBroken)
 
 
-def test_the_queue_is_told_once_for_each_loss() -> None:
-    """A marker that is repeated asks again only while no attempt has begun; a later loss asks anew."""
+def test_the_prefix_is_due_once_for_each_loss() -> None:
+    """A repeated marker asks again only while no attempt has begun; a later loss asks anew."""
     merger = continuable()
     feed(merger, [*attempt([role(), chunk("a"), DONE])[:2], lost(2)])
     merger.continuation_prefix()
@@ -494,7 +494,7 @@ def test_the_queue_is_told_once_for_each_loss() -> None:
     ],
     ids=["nothing", "a role", "reasoning", "two choices", "finished, its usage outstanding"],
 )
-def test_what_is_more_than_one_text_is_not_offered(said: list[bytes]) -> None:
+def test_a_stream_that_is_not_one_text_has_no_prefix(said: list[bytes]) -> None:
     """The next attempt begins anew then, and is compared."""
     merger = continuable(usage=True)
     feed(merger, [*attempt([*said, DONE])[: len(said)], lost(2)])
@@ -502,8 +502,8 @@ def test_what_is_more_than_one_text_is_not_offered(said: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("usage_requested", [False, True])
-def test_a_stream_that_lacks_only_its_end_is_ended_here(usage_requested: bool) -> None:
-    """Everything was said, and the usage if it was requested: no other attempt is needed for [DONE]."""
+def test_a_stream_that_lacks_only_its_end_is_completed(usage_requested: bool) -> None:
+    """All text was delivered, and the usage if it was requested: no other attempt is needed for [DONE]."""
     said = [role(), chunk("Yes", finish="stop"), *([usage()] if usage_requested else [])]
     merger = continuable(usage=usage_requested)
     got = feed(merger, [*attempt([*said, DONE])[: len(said)], lost(2)])
@@ -512,8 +512,8 @@ def test_a_stream_that_lacks_only_its_end_is_ended_here(usage_requested: bool) -
 
 
 @pytest.mark.parametrize("name", ["", "b"], ids=["it waits", "it runs"])
-def test_what_was_offered_stands_until_an_attempt_is_heard(name: str) -> None:
-    """A job that runs again was given a prefix, and keeps it when the queue is asked where it stands."""
+def test_a_prefix_stays_valid_until_an_attempt_is_seen(name: str) -> None:
+    """A job that runs again was sent a prefix, and keeps it when the queue is asked for its status."""
     merger = continuable()
     frames = attempt([role(), chunk("Once"), chunk(" upon"), DONE])
     got = feed(merger, [*frames[:2], frames[3]])
@@ -525,7 +525,7 @@ def test_what_was_offered_stands_until_an_attempt_is_heard(name: str) -> None:
     assert merger.error is None
 
 
-def test_choices_that_have_not_begun_are_not_taken_for_ended() -> None:
+def test_choices_that_have_not_begun_have_not_ended() -> None:
     """Of several prompts, one may be answered before another one begins: its stream lacks more than its end."""
     first = [chunk("A", finish="stop"), chunk("B", index=1), chunk(None, index=1, finish="stop"), DONE]
     again = [chunk("A", ident="b", finish="stop"), chunk("B", ident="b", index=1, finish="stop"), DONE]
@@ -537,7 +537,7 @@ def test_choices_that_have_not_begun_are_not_taken_for_ended() -> None:
     assert merger.settled
 
 
-def test_a_stream_that_is_to_fail_says_so() -> None:
+def test_a_stream_with_the_policy_fail_ends_with_an_error() -> None:
     """Only once something was delivered; before, it simply runs again."""
     merger = AttemptMerger(stream=True, replay_limit_bytes=1 << 20, on_loss="fail")
     frames = attempt([role(), chunk("Hi"), DONE], epoch=2, name="b")
@@ -546,7 +546,7 @@ def test_a_stream_that_is_to_fail_says_so() -> None:
 
 
 def test_an_error_within_a_continued_attempt_reaches_the_client() -> None:
-    """The engine's own words, and the end."""
+    """The engine's own error, and the end."""
     merger = continuable()
     feed(merger, [*attempt([role(), chunk("Hi"), DONE])[:2], lost(2)])
     merger.continuation_prefix()
@@ -566,7 +566,7 @@ def test_a_continued_attempt_that_is_refused_breaks_the_stream() -> None:
     assert "400" in merger.error.message
 
 
-def test_long_streams_are_kept_as_text() -> None:
+def test_long_streams_are_remembered_as_text() -> None:
     """Far more bytes of events than the limit can pass, as long as their text stays below it."""
     pieces = [role(), *(chunk(f"{n:04} ") for n in range(2_000)), DONE]
     merger = continuable(limit=20_000)
@@ -579,8 +579,8 @@ def persisted(limit: int = 1 << 20) -> AttemptMerger:
     return AttemptMerger(stream=True, replay_limit_bytes=limit, on_loss="continue", persisted=True)
 
 
-def test_a_stored_stream_goes_on_behind_what_was_read() -> None:
-    """Its Router offered nothing: the next worker read the same frames, so its attempt follows them."""
+def test_a_persisted_stream_continues_behind_what_was_read() -> None:
+    """Its Router sent no prefix: the next worker read the same frames, so its attempt follows them."""
     merger = persisted()
     got = feed(merger, [*attempt([role(), chunk("Once "), DONE])[:2], requeued(2)])
     got += feed(merger, [*continued([role("two"), chunk("upon", ident="two"), DONE], epoch=2, name="b")])
@@ -589,17 +589,17 @@ def test_a_stored_stream_goes_on_behind_what_was_read() -> None:
     assert merger.continued == 1
 
 
-def test_a_stored_attempt_behind_nothing_is_refused() -> None:
-    """Without the frames in front of it there would be a hole."""
+def test_a_continued_attempt_without_frames_before_it_is_refused() -> None:
+    """Without the frames in front of it there would be a gap."""
     merger = persisted()
     feed(merger, [*continued([chunk("upon"), DONE], epoch=2, name="b")])
     assert isinstance(merger.error, StreamBroken)
 
 
 @pytest.mark.parametrize("said", ["Once ", "Once upon a "])
-def test_what_a_client_has_of_a_replaced_attempt_is_compared_until_it_was_said(said: str) -> None:
+def test_a_replaced_attempt_is_compared_until_its_text_was_repeated(said: str) -> None:
     """The client has more, or less, of the first attempt than the second said before it was lost as well; the third
-    goes on behind the second. Nothing is repeated."""
+    continues behind the second. Nothing is repeated."""
     merger = persisted()
     got = feed(merger, [*attempt([role(), chunk("Once upon "), DONE])[:2], requeued(2)])
     got += feed(merger, [*attempt([role(), chunk(said), DONE], epoch=2, name="b")[:2], requeued(3)])
@@ -610,7 +610,7 @@ def test_what_a_client_has_of_a_replaced_attempt_is_compared_until_it_was_said(s
 
 
 def test_a_replaced_attempt_that_said_something_else_breaks_the_stream() -> None:
-    """Also when the difference shows only in the attempt that goes on behind the one which replaced it."""
+    """Also when the difference shows only in the attempt that continues the one which replaced it."""
     merger = persisted()
     feed(merger, [*attempt([role(), chunk("Once upon "), DONE])[:2], requeued(2)])
     feed(merger, [*attempt([role(), chunk("Once "), DONE], epoch=2, name="b")[:2], requeued(3)])
@@ -619,8 +619,8 @@ def test_a_replaced_attempt_that_said_something_else_breaks_the_stream() -> None
     assert isinstance(merger.error, StreamBroken)
 
 
-def test_output_is_read_again_from_where_the_stream_is() -> None:
-    """After a gap the missing frames, and those that follow, are all that counts."""
+def test_output_is_read_again_from_the_position_of_the_stream() -> None:
+    """After a gap the missing frames and those that follow are all that counts."""
     merger = persisted()
     run = attempt([role(), chunk("a"), chunk("b"), chunk("c"), DONE])
     got = feed(merger, [run[0], run[1], run[3]])
@@ -647,7 +647,7 @@ def test_output_is_read_again_from_where_the_stream_is() -> None:
     ],
     ids=["frames lost", "another attempt", "unclaimed again", "continued since", "another one continued", "began anew"],
 )
-def test_a_queue_that_went_back_is_read_from_its_beginning(epoch: int, name: str, kept: list[Frame]) -> None:
+def test_output_that_lost_frames_is_read_from_its_beginning(epoch: int, name: str, kept: list[Frame]) -> None:
     """The server lost its latest writes: what the client has is compared with what is said now."""
     merger = persisted()
     run = attempt([role(), chunk("a"), chunk("b"), chunk("c"), DONE])
@@ -661,7 +661,7 @@ def test_a_queue_that_went_back_is_read_from_its_beginning(epoch: int, name: str
 
 
 def test_an_answer_that_began_anew_is_read_from_there() -> None:
-    """What the client has was replaced: it is compared, without another reading."""
+    """What the client has was replaced: it is compared, without another read."""
     merger = persisted()
     got = feed(merger, [*attempt([role(), chunk("a"), chunk("b"), DONE])[:3], requeued(2)])
     assert merger.position == (1, 2)
@@ -671,8 +671,8 @@ def test_an_answer_that_began_anew_is_read_from_there() -> None:
     assert text_of(got) == "abc"
 
 
-def test_frames_that_a_marker_overtook_are_not_passed_over() -> None:
-    """They stand in what is kept, before the attempt that the marker spoke of."""
+def test_frames_that_a_marker_overtook_are_not_skipped() -> None:
+    """They are persisted before the attempt that the marker names."""
     merger = persisted()
     run = attempt([role(), chunk("a"), chunk("b"), DONE])
     got = feed(merger, [*run[:2], requeued(2)])
@@ -683,7 +683,7 @@ def test_frames_that_a_marker_overtook_are_not_passed_over() -> None:
     assert text_of(got) == "abc"
 
 
-def test_leftovers_from_before_a_loss_do_not_stand_in_the_way() -> None:
+def test_late_frames_from_before_a_loss_are_dropped() -> None:
     """A late frame of an attempt that the queue forgot is not taken for the one that runs."""
     merger = persisted()
     assert feed(merger, [attempt([role(), chunk("x"), DONE], epoch=4, name="old")[1]]) == b""
@@ -697,7 +697,7 @@ def test_leftovers_from_before_a_loss_do_not_stand_in_the_way() -> None:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_no_mix_of_losses_makes_a_gap_or_a_repeat(data: st.DataObject) -> None:
-    """Attempts that go on or begin anew, lost at any point, with leftovers in between: one text, one end."""
+    """Attempts that continue or begin anew, lost at any point, with late frames in between: one text, one end."""
     words = data.draw(st.lists(st.text("abé \n", min_size=1, max_size=4), min_size=1, max_size=8))
     whole = "".join(words)
     merger = continuable(usage=True)

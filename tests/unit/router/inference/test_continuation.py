@@ -1,4 +1,4 @@
-"""Which streams may go on behind what was delivered, and how the Router has them do so."""
+"""Which streams may be continued behind what was delivered, and how the Router does it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fields_of(request: Any, path: str) -> RequestFields:
     ],
 )
 @pytest.mark.parametrize(("base", "path"), [(ASK, CHAT), (PROMPT, COMPLETIONS)])
-def test_parameters_with_which_a_stream_goes_on(base: dict[str, Any], path: str, more: dict[str, Any]) -> None:
+def test_parameters_that_allow_a_continuation(base: dict[str, Any], path: str, more: dict[str, Any]) -> None:
     """Each means the same for the rest of an answer as for the whole of it."""
     request = {**base, **({name: value for name, value in more.items() if name != "tools"} if path != CHAT else more)}
     assert fields_of(request, path).continuable
@@ -79,7 +79,7 @@ def test_parameters_with_which_a_stream_goes_on(base: dict[str, Any], path: str,
     ],
 )
 @pytest.mark.parametrize(("base", "path"), [(ASK, CHAT), (PROMPT, COMPLETIONS)])
-def test_parameters_with_which_it_does_not(base: dict[str, Any], path: str, more: dict[str, Any]) -> None:
+def test_parameters_that_forbid_a_continuation(base: dict[str, Any], path: str, more: dict[str, Any]) -> None:
     """Their state is not in the text, or nothing is known of them."""
     assert not fields_of({**base, **more}, path).continuable
 
@@ -119,7 +119,7 @@ def test_the_choices_of_a_stream_are_counted(request_fields: Any, choices: int) 
         (PROMPT, "/v1/chat/completions/x"),
     ],
 )
-def test_requests_whose_answer_has_no_place_to_go_on(request_fields: dict[str, Any], path: str) -> None:
+def test_requests_without_one_text_to_continue(request_fields: dict[str, Any], path: str) -> None:
     """A prefix needs one text behind which nothing else stands."""
     assert not fields_of(request_fields, path).continuable
 
@@ -128,7 +128,7 @@ def test_requests_whose_answer_has_no_place_to_go_on(request_fields: dict[str, A
     ("options", "wanted"),
     [(None, False), ({}, False), ({"include_usage": False}, False), ({"include_usage": True}, True), ("x", False)],
 )
-def test_whether_the_usage_is_wanted(options: Any, wanted: bool) -> None:
+def test_whether_the_usage_is_requested(options: Any, wanted: bool) -> None:
     """A stream that was asked for it is not complete without it."""
     assert fields_of({**ASK, "stream_options": options}, CHAT).usage is wanted
 
@@ -149,7 +149,7 @@ def test_whether_the_usage_is_wanted(options: Any, wanted: bool) -> None:
 async def test_the_policy_of_a_request(
     header: str | None, setting: str, request_fields: dict[str, Any], policy: str
 ) -> None:
-    """The header, else the setting; what cannot go on is run again and compared."""
+    """The header, else the setting; a stream that cannot continue is run again and compared."""
     queue = FakeQueue("m")
     async with router(queue, on_loss=setting) as app:
         answer = Client(app).post(request_fields, headers={"x-inferq-on-loss": header} if header else {})
@@ -160,7 +160,7 @@ async def test_the_policy_of_a_request(
 
 
 async def test_an_unknown_policy_is_refused() -> None:
-    """The client learns what there is."""
+    """The error names the policies."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = await Client(app).post(ASK, headers={"x-inferq-on-loss": "ignore"}).done()
@@ -183,8 +183,8 @@ def go_on(queue: FakeQueue, job: Job, epoch: int, *pieces: bytes) -> None:
         queue.deliver(Frame(job.id, epoch, f"c{epoch}", seq, flags, data, *head))
 
 
-async def test_a_lost_stream_goes_on_over_one_connection() -> None:
-    """The queue is told what was delivered, and the client sees one stream; twice."""
+async def test_a_lost_stream_continues_over_one_connection() -> None:
+    """The queue gets the delivered text as prefix, and the client sees one stream; twice."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(ASK)
@@ -206,8 +206,8 @@ async def test_a_lost_stream_goes_on_over_one_connection() -> None:
     assert queue.cancelled.empty()
 
 
-async def test_a_stream_that_delivered_nothing_is_resumed_as_it_was() -> None:
-    """Its envelope stays the same, and the attempt begins anew."""
+async def test_a_stream_that_delivered_nothing_is_resumed_without_a_prefix() -> None:
+    """Its job stays the same, and the attempt begins anew."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(ASK)
@@ -220,7 +220,7 @@ async def test_a_stream_that_delivered_nothing_is_resumed_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("state", [None, State.CANCELLED])
-async def test_a_queue_that_has_lost_the_job_is_given_it_again(state: State | None) -> None:
+async def test_a_job_that_the_queue_lost_runs_again_with_its_prefix(state: State | None) -> None:
     """Redis forgot it: it runs under another id, behind what was delivered."""
     queue = FakeQueue("m")
     queue.resume_state = state
@@ -241,8 +241,8 @@ async def test_a_queue_that_has_lost_the_job_is_given_it_again(state: State | No
 
 
 @pytest.mark.parametrize("refusal", [BrokerUnavailable("Redis is away"), BrokerFull("Redis is full")])
-async def test_a_queue_that_does_not_take_it_asks_again(refusal: InferqError) -> None:
-    """A resume that could not be sent is made up for by the next marker; the client waits meanwhile."""
+async def test_a_resume_that_failed_is_repeated_at_the_next_marker(refusal: InferqError) -> None:
+    """The client waits meanwhile."""
     queue = FakeQueue("m")
     queue.resume_refusal = refusal
     async with router(queue) as app:
@@ -259,7 +259,7 @@ async def test_a_queue_that_does_not_take_it_asks_again(refusal: InferqError) ->
 
 
 async def test_a_client_that_leaves_a_lost_stream_cancels_it() -> None:
-    """Nobody waits for what would come."""
+    """No request waits for what would come."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -289,8 +289,8 @@ async def test_an_error_behind_half_an_event_is_an_event_of_its_own() -> None:
     assert orjson.loads(answer.body.removeprefix(half + b"\n\ndata: "))["error"]["code"] == "stream_broken"
 
 
-async def test_a_stream_that_is_to_fail_fails_openly() -> None:
-    """An error event ends it, and its job is cancelled."""
+async def test_a_stream_with_the_policy_fail_ends_with_an_error_event() -> None:
+    """Its job is cancelled."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(ASK, headers={"x-inferq-on-loss": "fail"})

@@ -1,4 +1,4 @@
-"""Deadlines: the caller's, the client's own time-out, or a setting's; and errors that say which it was."""
+"""Deadlines: the caller's, the client's own time-out, or a setting's; errors say which one passed."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ READ, WHOLE = b"x-stainless-read-timeout", b"x-stainless-timeout"
         ({b"x-inferq-deadline-ms": b"4000000"}, None, True, 3_600_000, "INFERQ_ROUTER_MAX_DEADLINE_MS"),
     ],
 )
-def test_whose_limit_counts(
+def test_which_limit_counts(
     headers: dict[bytes, bytes], body_s: float | None, waits: bool, limit_ms: int, source: str
 ) -> None:
-    """[C6] The caller's own word, then its client's time-out (of a stream and of a kept answer only to lengthen), then
-    the setting; the longest deadline bounds them all, and each is named."""
+    """[C6] The caller's own limit, then its client's time-out (for streams and persisted answers only to lengthen),
+    then the setting; the maximum bounds them all, and the error names the one that counts."""
     found = find_deadline(headers, body_s, 600_000, 3_600_000, waits=waits)
     assert found.limit_ms == limit_ms
     assert found.description.startswith(f"{limit_ms} ms (set by ")
     assert source in found.description
 
 
-async def test_a_slow_plain_answer_is_waited_for_as_long_as_the_sdk_waits() -> None:
+async def test_a_slow_plain_answer_has_as_long_as_the_sdk_waits() -> None:
     """[C6] The SDK's ``timeout`` alone lengthens the deadline: one job, one answer."""
     queue = FakeQueue("m")
     settings = {"default_deadline_ms": 200, "deadline_grace_ms": 0}
@@ -68,8 +68,8 @@ async def test_a_slow_plain_answer_is_waited_for_as_long_as_the_sdk_waits() -> N
 
 
 @pytest.mark.parametrize("timeout_s", [None, 3.0])
-async def test_a_request_whose_time_ran_out_is_not_repeated(timeout_s: float | None) -> None:
-    """[C6] The SDK hears of it before its own time-out, is told not to retry, and shows what set the limit."""
+async def test_an_expired_request_is_not_retried(timeout_s: float | None) -> None:
+    """[C6] The SDK gets the error before its own time-out, with the hint not to retry, and shows what set the limit."""
     queue = FakeQueue("m")
     settings = {"default_deadline_ms": 300, "deadline_grace_ms": 0}
     async with served(queue, **settings) as running, running.openai(timeout=timeout_s, max_retries=2) as client:
@@ -87,16 +87,17 @@ async def test_a_request_whose_time_ran_out_is_not_repeated(timeout_s: float | N
     ("given", "gives_up_s"),
     [({READ: b"3"}, 3.0), ({WHOLE: b"3"}, 3.0), ({WHOLE: b"20"}, 20.0), ({READ: b"1800"}, 1800.0)],
 )
-def test_a_deadline_and_its_grace_end_before_the_client_gives_up(given: dict[bytes, bytes], gives_up_s: float) -> None:
-    """[H15] Whole seconds are what the client waits, not a second less than it; other deadlines have no such end."""
+def test_a_deadline_and_its_grace_end_before_the_client_times_out(given: dict[bytes, bytes], gives_up_s: float) -> None:
+    """[H15] The client waits whole seconds, not a second less; other deadlines have no such end."""
     found = find_deadline(given, None, 600_000, 3_600_000, waits=True)
     assert found.limit_ms / 1000 + found.client_grace_s < gives_up_s - 0.1
     assert find_deadline(given, None, 600_000, 3_600_000, waits=False).client_grace_s == float("inf")
     assert find_deadline({}, None, 600_000, 3_600_000, waits=True).client_grace_s == float("inf")
 
 
-async def test_a_silent_queue_is_not_waited_for_longer_than_the_client_waits() -> None:
-    """[H15] With the default grace, no Manager and no worker that answer: the SDK hears of its limit, and asks once."""
+async def test_a_silent_queue_is_an_error_before_the_client_times_out() -> None:
+    """[H15] With the default grace, no Manager and no worker that answer: the SDK gets its limit as an error, and asks
+    once."""
     queue = FakeQueue("m")
     async with served(queue) as running, running.openai(timeout=3.0, max_retries=2) as client:
         with pytest.raises(openai.InternalServerError) as raised:
@@ -107,7 +108,7 @@ async def test_a_silent_queue_is_not_waited_for_longer_than_the_client_waits() -
     assert queue.enqueued.empty()
 
 
-async def test_every_way_out_of_time_names_its_limit() -> None:
+async def test_every_expired_request_names_its_limit() -> None:
     """[C6] In the queue, while it ran, or while nobody serves the model."""
     queue = FakeQueue("m")
     async with router(queue, default_deadline_ms=5_000, pools=["idle"]) as app:
@@ -122,7 +123,7 @@ async def test_every_way_out_of_time_names_its_limit() -> None:
 
 
 async def test_a_stream_is_not_cut_at_its_clients_read_timeout() -> None:
-    """[C6] It is a limit on silence, which signs of life break; a stream may take longer."""
+    """[C6] It limits silence, which keep-alive comments break; a stream may take longer."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(CHAT | {"stream": True}, headers={"x-stainless-read-timeout": "5"})

@@ -1,4 +1,4 @@
-"""Errors as the unmodified SDKs read them: each API's in its own shape, before a stream and within one."""
+"""Errors as the unmodified SDKs read them: in the shape of each API, before a stream and within one."""
 
 from __future__ import annotations
 
@@ -180,10 +180,10 @@ async def _refused(
 
 @pytest.mark.parametrize(("read", "kind"), _refusals(ANTHROPIC))
 @pytest.mark.parametrize("alive", [False, True])
-async def test_an_engines_refusal_of_a_message_is_told_in_its_shape(
+async def test_an_engines_refusal_of_a_message_has_the_messages_shape(
     quiet: Served, queue: FakeQueue, read: Read, kind: str, alive: bool
 ) -> None:
-    """[C2] Whatever shape the engine's refusal has, before the stream or after signs of life."""
+    """[C2] Whatever shape the engine's refusal has, before the stream or after keep-alive comments."""
     asking, message = await _refused(quiet, queue, read, kind, alive=alive)
     with pytest.raises(anthropic.APIStatusError) as raised:
         await asking
@@ -193,10 +193,10 @@ async def test_an_engines_refusal_of_a_message_is_told_in_its_shape(
 
 @pytest.mark.parametrize(("read", "kind"), _refusals(OPENAI))
 @pytest.mark.parametrize("alive", [False, True])
-async def test_an_engines_refusal_is_an_error_with_its_words(
+async def test_an_engines_refusal_raises_with_its_message(
     quiet: Served, queue: FakeQueue, read: Read, kind: str, alive: bool
 ) -> None:
-    """[C4] After signs of life have begun a stream, and before: the SDK raises, and shows what the engine said."""
+    """[C4] After keep-alive comments began a stream, and before: the SDK raises, and shows the engine's message."""
     asking, message = await _refused(quiet, queue, read, kind, alive=alive)
     with pytest.raises(openai.APIError) as raised:
         await asking
@@ -234,7 +234,7 @@ async def test_a_stream_of_the_openai_api_that_breaks_is_an_error(quiet: Served,
     assert raised.value.code == "cancelled"
 
 
-async def test_a_broken_responses_stream_counts_on(quiet: Served, queue: FakeQueue) -> None:
+async def test_the_error_event_of_a_responses_stream_continues_its_numbers(quiet: Served, queue: FakeQueue) -> None:
     """[C2] Its error event is the one that the API documents, with the number behind the last."""
     async with httpx.AsyncClient() as client:
         asking = asyncio.ensure_future(
@@ -298,7 +298,7 @@ async def test_a_refused_message_raises_the_sdks_own_error(
         (BrokerFull("full"), anthropic.ServiceUnavailableError, "overloaded_error"),
     ],
 )
-async def test_a_queue_that_takes_no_message_says_so_in_its_shape(
+async def test_a_full_or_missing_queue_is_an_error_of_the_messages_api(
     queue: FakeQueue, refusal: Any, error: type[Exception], kind: str
 ) -> None:
     """[C2] 429 and 503, with ``Retry-After``."""
@@ -320,18 +320,18 @@ async def test_a_queue_that_takes_no_message_says_so_in_its_shape(
         ("POST", "/v1/%6dessages", b"{}", 404, "not_found_error"),
     ],
 )
-async def test_every_page_below_messages_speaks_its_dialect(
+async def test_every_path_below_messages_uses_its_dialect(
     queue: FakeQueue, method: str, path: str, body: bytes, status: int, kind: str
 ) -> None:
-    """[C2] A wrong method, no such page, a body that is no JSON: whoever answers, the shape is the API's."""
+    """[C2] A wrong method, an unknown path, a body that is not JSON: the error has the API's shape."""
     async with served(queue) as running, httpx.AsyncClient() as client:
         answer = await client.request(method, running.url + path, content=body)
     assert (answer.status_code, answer.json()["type"], answer.json()["error"]["type"]) == (status, "error", kind)
     assert answer.headers["request-id"] == answer.json()["request_id"]
 
 
-async def test_other_pages_speak_openais_dialect(queue: FakeQueue) -> None:
-    """[C2] A path that only begins like one of them does, too."""
+async def test_other_paths_use_openais_dialect(queue: FakeQueue) -> None:
+    """[C2] Also a path that only begins like one of them."""
     async with served(queue) as running, httpx.AsyncClient() as client:
         for path in ("/v1/messagesx", "/v1/rerank", "/v1/nothing", "/nothing"):
             answer = await client.get(running.url + path)
@@ -339,7 +339,7 @@ async def test_other_pages_speak_openais_dialect(queue: FakeQueue) -> None:
 
 
 @pytest.mark.parametrize("read", [_openai_stream, _openai_sync_stream])
-async def test_a_resumable_stream_with_signs_of_life_is_whole(queue: FakeQueue, read: Read) -> None:
+async def test_a_resumable_stream_with_keepalives_is_whole(queue: FakeQueue, read: Read) -> None:
     """[C1] Events with ids, a silent engine, an engine's own comments: openai for Python reads the text to its end."""
     chunk = b'data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
     async with served(queue, keepalive_interval_ms=50, resumable_streams=True) as running:
@@ -353,8 +353,8 @@ async def test_a_resumable_stream_with_signs_of_life_is_whole(queue: FakeQueue, 
     assert [piece.choices[0].delta.content for piece in chunks] == ["a", "a"]
 
 
-async def test_a_sign_of_life_is_bytes_on_the_wire(queue: FakeQueue) -> None:
-    """[C1] It is sent when it is due, not with the next event: it is what keeps proxies from closing the connection."""
+async def test_a_keepalive_is_sent_when_it_is_due(queue: FakeQueue) -> None:
+    """[C1] Not with the next event: it keeps proxies from closing the connection."""
     async with served(queue, keepalive_interval_ms=50, resumable_streams=True) as running:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]))
         body = orjson.dumps({"model": "m", "messages": MESSAGES, "stream": True})

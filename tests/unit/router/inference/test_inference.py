@@ -54,8 +54,8 @@ async def test_a_request_is_of_its_routers_region(near: bool, remote_after_ms: i
     assert (job.region, job.remote_after_ms) == ("eu", remote_after_ms)
 
 
-async def test_a_router_without_a_region_asks_nobody_for_patience() -> None:
-    """Its requests say nothing of regions, wherever the workers stand."""
+async def test_a_router_without_a_region_sets_no_remote_delay() -> None:
+    """Its jobs name no region, wherever the workers are."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(CHAT)
@@ -127,7 +127,7 @@ async def test_many_requests_get_their_own_answers() -> None:
     ],
 )
 async def test_a_wrong_body_is_refused_precisely(body: bytes, param: str | None, words: str) -> None:
-    """A client learns which field, or which place in the text, is wrong; nothing is queued."""
+    """The error names the field, or the position in the text; nothing is queued."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = await Client(app).post(body).done()
@@ -154,7 +154,7 @@ async def test_an_unknown_model_is_not_found() -> None:
 
 
 async def test_a_model_without_a_worker_waits_until_its_deadline() -> None:
-    """A request for a known model at zero workers is queued, and a late end says that nobody serves it."""
+    """A request for a known model at zero workers is queued, and its deadline's error says that no worker serves it."""
     queue = FakeQueue()
     async with router(queue, pools=["m"]) as app:
         answer = Client(app).post(CHAT, headers={"x-inferq-deadline-ms": "700"})
@@ -187,8 +187,8 @@ async def test_a_timeout_in_the_body_is_the_requests_deadline() -> None:
     assert [job.body for job in jobs[:3]] == bodies
 
 
-async def test_what_was_cancelled_and_why_is_counted() -> None:
-    """Clients that left and requests that the Router gave up are told apart in the metrics."""
+async def test_cancelled_jobs_are_counted_by_reason() -> None:
+    """Clients that left and requests that the Router abandoned have different labels."""
     queue = FakeQueue("m")
     async with router(queue, deadline_grace_ms=20) as app:
         client = Client(app)
@@ -252,7 +252,7 @@ async def test_markers_are_answered_with_their_errors() -> None:
     ("refusal", "status"),
     [(OverCapacity("too much", retry_after_s=7), 429), (BrokerFull("full", retry_after_s=7), 503)],
 )
-async def test_a_refused_enqueue_says_when_to_come_back(refusal: OverCapacity | BrokerFull, status: int) -> None:
+async def test_a_refused_enqueue_says_when_to_retry(refusal: OverCapacity | BrokerFull, status: int) -> None:
     """A used-up budget or a full Redis is answered with Retry-After, and nothing is cancelled that never was."""
     queue = FakeQueue("m")
     queue.refusal = refusal
@@ -294,7 +294,7 @@ async def test_a_client_that_leaves_while_its_job_is_queued_cancels_it() -> None
 
 
 async def test_a_silent_stream_is_kept_alive_with_comments() -> None:
-    """After the wait the answer begins with 200 and comments; the engine's stream follows, without another head."""
+    """After the interval the answer begins with 200 and comments; the engine's stream follows, without another head."""
     queue = FakeQueue("m")
     async with router(queue, keepalive_interval_ms=50) as app:
         answer = Client(app).post(STREAM)
@@ -345,8 +345,8 @@ async def test_an_error_after_comments_is_an_event() -> None:
             assert set(orjson.loads(data)["error"]) == {"message", "type", "param", "code"}
 
 
-async def test_a_plain_request_is_not_begun_early() -> None:
-    """Comments are for streams: a plain answer keeps its status to itself until it is known."""
+async def test_a_plain_answer_is_not_begun_early() -> None:
+    """Comments are for streams: a plain answer begins when its status is known."""
     queue = FakeQueue("m")
     async with router(queue, keepalive_interval_ms=50, deadline_grace_ms=0) as app:
         answer = await Client(app).post(CHAT, headers={"x-inferq-deadline-ms": "150"}).done()
@@ -354,7 +354,7 @@ async def test_a_plain_request_is_not_begun_early() -> None:
 
 
 async def test_a_lost_worker_in_the_middle_of_a_stream_is_not_seen() -> None:
-    """The second attempt is compared, and the client's stream goes on without a repeat."""
+    """The second attempt is compared, and the client's stream continues without a repeat."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM)
@@ -368,7 +368,7 @@ async def test_a_lost_worker_in_the_middle_of_a_stream_is_not_seen() -> None:
     assert texts == ["Hel", "lo", "!"]
 
 
-async def test_a_stream_that_cannot_go_on_says_so_and_cancels_the_job() -> None:
+async def test_a_stream_that_cannot_continue_ends_with_an_error_and_cancels_the_job() -> None:
     """Text that differs ends the stream with the event stream_broken; the attempt still running is cancelled."""
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -386,7 +386,7 @@ async def test_a_stream_that_cannot_go_on_says_so_and_cancels_the_job() -> None:
 
 
 async def test_a_lost_frame_makes_the_request_run_again() -> None:
-    """A gap in the frames is mended by a new job; the old one is cancelled and its frames no longer count."""
+    """A gap in the frames is closed by a new job; the old one is cancelled and its frames no longer count."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM)
@@ -403,8 +403,8 @@ async def test_a_lost_frame_makes_the_request_run_again() -> None:
     assert answer.body == chunk("Hel") + chunk("lo") + DONE
 
 
-async def test_a_lost_reply_stream_asks_the_queue_again() -> None:
-    """A job nothing was heard of is enqueued again under its own id, which has no second effect."""
+async def test_a_lost_reply_stream_enqueues_its_jobs_again() -> None:
+    """A job without any frame yet is enqueued again under its own id, which has no second effect."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(CHAT)
@@ -415,8 +415,8 @@ async def test_a_lost_reply_stream_asks_the_queue_again() -> None:
         assert (await answer.done()).body == b"1"
 
 
-async def test_an_answer_that_was_lost_with_the_reply_stream_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that has ended, but whose answer never came, runs again under another id."""
+async def test_a_finished_job_whose_answer_was_lost_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under another id."""
     monkeypatch.setattr("router.inference.relay.RESUBMIT_AFTER_S", 0.05)
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -432,8 +432,8 @@ async def test_an_answer_that_was_lost_with_the_reply_stream_is_made_again(monke
         assert (await answer.done()).body == b"2"
 
 
-async def test_answers_lost_again_and_again_are_given_up() -> None:
-    """Reruns have an end: then the client is told to send the request again."""
+async def test_resubmissions_are_limited() -> None:
+    """Past the limit the error says to send the request again."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM)
@@ -444,7 +444,7 @@ async def test_answers_lost_again_and_again_are_given_up() -> None:
 
 
 async def test_a_slow_reader_loses_its_job() -> None:
-    """A client that lets more than its buffer pile up is cut off, and its job is cancelled."""
+    """A client that lets more than its buffer accumulate is cut off, and its job is cancelled."""
     queue = FakeQueue("m")
     async with router(queue, max_client_buffer_bytes=16 * 1024) as app:
         client = Client(app)
@@ -461,7 +461,7 @@ async def test_a_slow_reader_loses_its_job() -> None:
 
 
 async def test_a_client_that_stalls_loses_its_job() -> None:
-    """A client that reads nothing for too long is cut off even when little waits for it."""
+    """A client that reads nothing for too long is cut off even if little waits for it."""
     queue = FakeQueue("m")
     async with router(queue, client_stall_timeout_ms=100) as app:
         client = Client(app)
@@ -505,7 +505,7 @@ async def test_more_requests_than_the_limit_are_refused() -> None:
         assert (await third.done()).status == 200
 
 
-async def test_keys_name_the_tenant_and_stay_here() -> None:
+async def test_keys_name_the_tenant_and_are_not_passed_on() -> None:
     """With keys, a request needs one; the job carries the tenant and nothing of the key."""
     queue = FakeQueue("m")
     digest = hashlib.sha256(b"sk-1").hexdigest()
@@ -530,8 +530,8 @@ async def test_before_the_queue_is_there_requests_are_refused_clearly() -> None:
     assert "retry-after" in answer.headers
 
 
-async def test_shutting_down_finishes_what_runs_and_refuses_the_new() -> None:
-    """While draining, an open request gets its answer, a new one 503, and one that takes too long an error."""
+async def test_a_drain_finishes_open_requests_and_refuses_new_ones() -> None:
+    """An open request gets its answer, a new one 503, and one that takes too long an error."""
     queue = FakeQueue("m")
     async with router(queue, shutdown_timeout_ms=300) as app:
         good, late = Client(app).post(CHAT), Client(app).post(STREAM)
@@ -568,8 +568,8 @@ async def test_a_form_is_forwarded_unchanged() -> None:
     assert (job.body, job.content_type, job.model, job.stream) == (body, kind, "m", True)
 
 
-async def test_figures_are_counted() -> None:
-    """Requests, time to first byte and gaps between pieces show in the metrics, by model."""
+async def test_latencies_and_requests_are_counted() -> None:
+    """Requests, time to first byte and inter-token latency show in the metrics, by model."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM)
@@ -609,8 +609,8 @@ async def test_bodies_in_flight_are_bounded_in_bytes(announced: bool) -> None:
         assert (await again.done()).status == 200
 
 
-async def test_what_is_announced_takes_no_room() -> None:
-    """[B9] A body that there is no room for is refused by its length; one that does not come keeps nobody out."""
+async def test_an_announced_size_reserves_no_room() -> None:
+    """[B9] A body that does not fit is refused by its announced length; one that does not come keeps nobody out."""
     async with router(FakeQueue("m"), max_body_bytes=2048, max_inflight_body_bytes=2048) as app:
         client = Client(app)
         nothing = client.begin("POST", "/v1/completions", [b""], {"content-length": "2048"}, unfinished=True)
@@ -624,7 +624,7 @@ async def test_what_is_announced_takes_no_room() -> None:
         assert app.services.requests.body_bytes == 0
 
 
-async def test_headers_that_cannot_travel_are_mended_ignored_or_refused() -> None:
+async def test_malformed_headers_are_normalized_ignored_or_refused() -> None:
     """A trace in a wrong form is ignored, a tab in the content type is a space, other odd characters are refused."""
     queue = FakeQueue("m")
     trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
@@ -642,8 +642,8 @@ async def test_headers_that_cannot_travel_are_mended_ignored_or_refused() -> Non
     assert queue.enqueued.empty()
 
 
-async def test_a_stream_that_runs_on_is_not_disturbed_by_a_restart_of_redis() -> None:
-    """When frames may be lost, a job that the queue knows to run goes on: nothing is cancelled or made again."""
+async def test_a_running_stream_survives_a_restart_of_redis() -> None:
+    """When frames may be lost, a job that the queue says is running continues: nothing is cancelled or run again."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM)
@@ -660,7 +660,7 @@ async def test_a_stream_that_runs_on_is_not_disturbed_by_a_restart_of_redis() ->
 
 
 async def test_a_stream_whose_job_vanished_with_redis_runs_again() -> None:
-    """A job that was heard of, and that the queue has forgotten, runs again under another id and is compared."""
+    """A job with delivered frames that the queue has forgotten runs again under another id and is compared."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM)

@@ -1,4 +1,4 @@
-"""Another run of Redis, which may have lost its latest writes: what the Router makes of what it hears then."""
+"""A restarted Redis, which may have lost its latest writes: what the Router does about its jobs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def chunk(text: str) -> bytes:
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM])
-async def test_an_attempt_that_redis_forgot_is_not_taken_for_that_of_the_new_run(body: dict[str, Any]) -> None:
-    """A worker still puts out what the server lost: its frames do not count, those of the next attempt do."""
+async def test_frames_of_an_attempt_that_redis_forgot_are_dropped(body: dict[str, Any]) -> None:
+    """A worker still sends what the server lost: only the next attempt's frames count."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(body)
@@ -39,7 +39,7 @@ async def test_an_attempt_that_redis_forgot_is_not_taken_for_that_of_the_new_run
 
 
 async def test_of_two_attempts_of_one_epoch_the_one_that_redis_knows_counts() -> None:
-    """The new run of Redis gave the epoch out again: the attempt id tells who holds the job from who was lost."""
+    """The restarted Redis assigned the epoch again: the attempt id tells the current attempt from the lost one."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM)
@@ -56,7 +56,7 @@ async def test_of_two_attempts_of_one_epoch_the_one_that_redis_knows_counts() ->
 
 @pytest.mark.parametrize("known", [JobStatus(State.LEASED, 1, "before"), JobStatus(State.LEASED, 2, "other")])
 async def test_a_stream_whose_attempt_redis_does_not_know_runs_again(known: JobStatus) -> None:
-    """What was heard is not what the queue says runs, or is newer than that: the job is cancelled and made anew."""
+    """The frames seen contradict what the queue says is running, or are newer: the job is cancelled and run anew."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM)
@@ -74,8 +74,8 @@ async def test_a_stream_whose_attempt_redis_does_not_know_runs_again(known: JobS
     assert body == chunk("a") + chunk("b")
 
 
-async def test_a_job_that_runs_for_nobody_is_cancelled() -> None:
-    """Redis lost that a request was answered, and gives its job out again: the Router says that nobody waits."""
+async def test_an_orphaned_job_is_cancelled() -> None:
+    """Redis lost that a request was answered, and assigns its job again: the Router cancels it."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(CHAT)

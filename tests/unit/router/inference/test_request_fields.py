@@ -32,8 +32,8 @@ def test_fields_are_read_from_json() -> None:
 
 
 @pytest.mark.parametrize("stream", ["", ', "stream": true'])
-def test_only_a_response_can_be_of_the_background(stream: str) -> None:
-    """The field means something on one path; elsewhere an engine may have one of its own by that name."""
+def test_only_a_response_can_be_background(stream: str) -> None:
+    """The field means something on one path; elsewhere an engine may define one with that name."""
     for word, expected in (("true", True), ("false", False), ("null", False)):
         body = f'{{"model": "m", "background": {word}{stream}}}'.encode()
         assert read_fields(body, "", "/v1/responses").background is expected
@@ -85,15 +85,15 @@ def test_a_file_called_model_is_not_the_model() -> None:
         (form(*[('name="x"', b"")] * 200), FORM, "more than 128 parts"),
     ],
 )
-def test_a_wrong_form_is_refused_with_what_is_wrong(body: bytes, kind: str, words: str) -> None:
+def test_a_malformed_form_is_refused_with_its_fault(body: bytes, kind: str, words: str) -> None:
     """Every fault of a form has its own sentence."""
     with pytest.raises(BadRequest, match=words):
         read_fields(body, kind, CHAT)
 
 
 @given(st.binary(max_size=200))
-def test_no_body_breaks_the_reader(body: bytes) -> None:
-    """Whatever arrives is read or refused, never a crash."""
+def test_no_body_crashes_the_reader(body: bytes) -> None:
+    """Any body is read or refused."""
     for kind in ("application/json", FORM):
         try:
             read_fields(body, kind, CHAT)
@@ -136,7 +136,7 @@ def test_structure_is_counted_however_it_is_written(item: bytes, times: int, wit
         read_fields(b'{"model":"m","x":%b}' % (within % (item * times)), "application/json", CHAT)
 
 
-def test_what_people_send_is_not_taken_for_structure() -> None:
+def test_ordinary_prompts_are_not_counted_as_structure() -> None:
     """[H21] Prompts of many token ids, source code with escaped quotes, and long prose with commas pass."""
     ids = b"[" + b",".join([b"12"] * 1_100_000) + b"]"
     code = b'"' + rb"\"a\"," * 1_100_000 + b'"'

@@ -1,4 +1,4 @@
-"""What a Router refuses to ask of an engine: media from anywhere, and more than its tenant may."""
+"""What a Router refuses to send to an engine: media from any host, and more than its tenant may ask for."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def test_media_of_an_allowed_host_passes() -> None:
 
 
 async def test_a_tenant_has_limits_of_its_own() -> None:
-    """[E2] 100,000 choices are refused for all; what one tenant may ask beyond the others is a setting."""
+    """[E2] 100,000 choices are refused for all; a setting raises the limit of one tenant."""
     queue = FakeQueue("m")
     keys = ",".join(f"{hashlib.sha256(name.encode()).hexdigest()}:{name}" for name in ("acme", "rival"))
     limits = '{"acme": {"max_choices": 200}}'

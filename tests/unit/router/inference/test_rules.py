@@ -1,4 +1,4 @@
-"""Admission: each rule alone."""
+"""The rules about keys, sizes, deadlines and models, each alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def digest(key: str) -> str:
 
 
 def test_keys_are_parsed_from_lines_and_commas() -> None:
-    """Comments and blank lines are passed over, tenants may hold anything printable."""
+    """Comments and blank lines are skipped; tenant names may contain any printable character."""
     text = f"# ours\n{digest('a')}:acme inc\n\n{digest('b').upper()} : x".replace(" : x", ":x")
     keys = parse_keys(text + f",{digest('c')}:y # last", "here")
     assert sorted(keys.values()) == ["acme inc", "x", "y"]
@@ -34,13 +34,13 @@ def test_keys_are_parsed_from_lines_and_commas() -> None:
 
 @pytest.mark.parametrize("line", ["sk-plain", "abc:tenant", f"{'0' * 64}:", f"{'0' * 64}"])
 def test_a_wrong_key_line_is_named(line: str) -> None:
-    """A key that is not hashed, or has no tenant, keeps the router from starting, and never shows in full."""
+    """A key that is not hashed, or has no tenant, stops the start, and never shows in full."""
     with pytest.raises(CannotStart, match=r"keys\.txt, line 2") as caught:
         parse_keys(f"\n{line}", "keys.txt")
     assert "sk-plain" not in str(caught.value)
 
 
-def test_a_key_opens_for_its_tenant_only() -> None:
+def test_a_key_authenticates_its_tenant_only() -> None:
     """The right key gives its tenant; a missing, empty or unknown one is refused with how to send it."""
     keys = parse_keys(f"{digest('sk-1')}:acme,{digest('')}:nobody", "here")
     assert authenticate(keys, b"Bearer sk-1", b"") == "acme"
@@ -64,7 +64,7 @@ def test_sizes_have_limits() -> None:
 
 
 def test_a_deadline_is_read_and_bounded() -> None:
-    """The header counts before the body's timeout and that before the default; nobody waits longer than the longest."""
+    """The header counts before the body's timeout and that before the default; the maximum bounds all."""
     assert read_deadline(None, None, 5, 50) == 5
     assert read_deadline(b"7", None, 5, 50) == 7
     assert read_deadline(b"7", 0.02, 5, 50) == 7

@@ -1,4 +1,4 @@
-"""Numbers of events: however the stream was cut, and wherever its reader stopped, the rest follows once."""
+"""Event ids: however the stream was cut, and wherever its client stopped, the rest follows once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def bare(stream: bytes) -> bytes:
 
 
 def test_ids_do_not_depend_on_how_the_stream_was_cut() -> None:
-    """Nor does anything else; what is no event has no id, so that no blank line follows an id without data."""
+    """Nor does anything else; only events have ids, so that no blank line follows an id without data."""
     whole = numbered([STREAM])
     assert bare(whole) == b"".join(SENT)
     assert [given.split(b"-")[0] for given in _ID.findall(whole)] == [b"1", b"2", b"3", b"4"]
@@ -51,8 +51,8 @@ def test_ids_do_not_depend_on_how_the_stream_was_cut() -> None:
         assert numbered(cut(STREAM, rng)) == whole
 
 
-def test_every_place_can_be_gone_on_from() -> None:
-    """Behind any event, with its id or its number alone, however the rest is cut: what follows, with the same ids."""
+def test_a_stream_can_be_resumed_behind_any_event() -> None:
+    """With its id or its number alone, however the rest is cut: what follows, with the same ids."""
     whole = numbered([STREAM], prefix="job:")
     rng = random.Random(11)
     for number, given in enumerate(_ID.findall(whole), 1):
@@ -64,8 +64,8 @@ def test_every_place_can_be_gone_on_from() -> None:
                 assert rest == behind
 
 
-def test_a_page_of_many_events_is_numbered_in_its_time() -> None:
-    """Time grows with the size of a piece, not with its square: it is time in which nobody else is served."""
+def test_many_events_are_numbered_in_linear_time() -> None:
+    """Time grows with the size of a piece, not with its square: the event loop is blocked meanwhile."""
     pages = [b"data: word\n\n" * count for count in (4_000, 64_000)]
     took_s = []
     for page in pages:
@@ -75,8 +75,8 @@ def test_a_page_of_many_events_is_numbered_in_its_time() -> None:
     assert took_s[1] < 100 * max(took_s[0], 0.002)
 
 
-def test_another_stream_is_not_gone_on_with() -> None:
-    """One that says something else before the place, or ends before it; a bare number is taken at its word."""
+def test_another_stream_is_not_resumed() -> None:
+    """One that differs before the position, or ends before it; a bare number is not checked."""
     last = _ID.findall(numbered(EVENTS[:4]))[-1].decode()
     other = [b"data: uno\n\n", *EVENTS[1:]]
     with pytest.raises(StreamBroken, match="began anew"):
@@ -87,7 +87,7 @@ def test_another_stream_is_not_gone_on_with() -> None:
 
 
 def test_a_long_event_is_passed_on_in_pieces() -> None:
-    """Nothing but the half of a blank line is held back; its id follows, that of the whole event."""
+    """Only the half of a blank line is held back; its id, that of the whole event, follows."""
     long = b"data: " + b"x" * 70_000
     numbers = EventNumbers()
     assert numbers.feed(long) == long
@@ -103,8 +103,8 @@ def test_a_long_event_is_passed_on_in_pieces() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "1-2", "1-0123456g", "0-12:3", "9" * 16, "1\n2", "../1"])
-def test_what_is_no_id_of_ours_is_refused_by_name(value: str) -> None:
-    """With what it should be."""
+def test_a_malformed_event_id_is_refused(value: str) -> None:
+    """The error names the parameter and the expected form."""
     assert find_position(value) is None
     with pytest.raises(BadRequest, match="starting_after must be the id of an event") as refused:
         read_position(value, "starting_after")
@@ -112,7 +112,7 @@ def test_what_is_no_id_of_ours_is_refused_by_name(value: str) -> None:
 
 
 def test_an_id_may_name_its_job() -> None:
-    """So that it says where to go on by itself."""
+    """So that the id alone says where to continue."""
     job_id = new_job_id(12)
     assert find_position(f" {job_id}:17-9f3a2b1c") == Position(17, "9f3a2b1c", job_id)
 

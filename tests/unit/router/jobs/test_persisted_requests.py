@@ -1,4 +1,4 @@
-"""Requests with an idempotency key: what leads to one job, what is read again, who is told what."""
+"""Requests with an idempotency key: one job per key, replayed and followed by any number of requests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def kept(frames: tuple[Frame, ...], state: State = State.DONE) -> OutputPage:
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "t\u00e4g", "a\tb"])
-async def test_a_key_that_cannot_be_is_refused(key: str) -> None:
+async def test_a_malformed_key_is_refused(key: str) -> None:
     """The error names the header and its rule; nothing is queued."""
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -60,8 +60,8 @@ async def test_a_key_that_cannot_be_is_refused(key: str) -> None:
     assert queue.enqueued.empty()
 
 
-async def test_a_request_with_a_key_is_a_stored_job() -> None:
-    """It waits for no Router in particular, and costs no more calls than any other request; without the header nothing
+async def test_a_request_with_a_key_is_a_persisted_job() -> None:
+    """It replies to no particular Router, and costs no more calls than any other request; without the header nothing
     changes."""
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -96,7 +96,7 @@ async def test_another_request_under_the_key_is_refused() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_answer_that_is_kept_is_given_again(stream: bool) -> None:
+async def test_a_persisted_answer_is_replayed(stream: bool) -> None:
     """Whole, in pages, and marked as another request's."""
     queue = FakeQueue("m")
     queue.page_frames = 2
@@ -111,8 +111,8 @@ async def test_an_answer_that_is_kept_is_given_again(stream: bool) -> None:
     assert queue.cancelled.empty()
 
 
-async def test_a_request_joins_a_stream_that_runs() -> None:
-    """It reads what is kept, and goes on with what came while it read, without a gap or a repeat."""
+async def test_a_request_joins_a_running_stream() -> None:
+    """It reads the persisted output, and continues with what came meanwhile, without a gap or a repeat."""
     queue = FakeQueue("m")
     holder = new_job_id(0)
     queue.holder = Enqueued(holder, State.LEASED)
@@ -132,8 +132,8 @@ async def test_a_request_joins_a_stream_that_runs() -> None:
 
 
 async def test_requests_of_one_router_share_a_job() -> None:
-    """Frames come once and reach all; one client that leaves disturbs nobody, and when the last leaves the job is not
-    cancelled, but this Router is sent nothing more."""
+    """Frames come once and reach all; one client that leaves affects no other, and when the last leaves the job is not
+    cancelled, but this Router detaches from it."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         first = Client(app).post(STREAM, headers=KEY)
@@ -161,8 +161,8 @@ async def test_requests_of_one_router_share_a_job() -> None:
     assert queue.cancelled.empty()
 
 
-async def test_frames_that_were_lost_are_read_again() -> None:
-    """A gap costs one reading from where it is, and no other run of the job."""
+async def test_lost_frames_are_read_from_the_persisted_output() -> None:
+    """A gap costs one read from its position, and no other run of the job."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM, headers=KEY)
@@ -176,8 +176,8 @@ async def test_frames_that_were_lost_are_read_again() -> None:
     assert queue.enqueued.empty()
 
 
-async def test_after_its_reply_stream_was_lost_a_router_reads_what_it_lacks() -> None:
-    """It attaches again, and goes on from where it was."""
+async def test_a_router_reads_what_was_lost_with_its_reply_stream() -> None:
+    """It attaches again, and continues from its position."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM, headers=KEY)
@@ -211,8 +211,8 @@ async def test_a_job_that_the_queue_lost_is_queued_again_by_its_id() -> None:
 
 @pytest.mark.parametrize("heard", [False, True], ids=["reading behind", "marker heard before"])
 @pytest.mark.parametrize("name", ["a1", "b1"], ids=["its end lost", "another attempt since"])
-async def test_nothing_goes_on_behind_frames_that_the_server_lost(heard: bool, name: str) -> None:
-    """The server lost the end of what the client has, and another attempt went on behind the rest before this Router
+async def test_nothing_continues_behind_frames_that_redis_lost(heard: bool, name: str) -> None:
+    """Redis lost the end of what the client has, and another attempt continued behind the rest before this Router
     looked: the client has the text once all the same."""
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -231,8 +231,8 @@ async def test_nothing_goes_on_behind_frames_that_the_server_lost(heard: bool, n
     assert answer.body == chunk("a") + chunk("b") + chunk("c") + chunk("d") + DONE
 
 
-async def test_a_lost_job_whose_key_went_to_another_leads_there() -> None:
-    """Somebody asked anew before this Router found out: there is one job all the same."""
+async def test_a_lost_job_whose_key_has_another_job_follows_that_job() -> None:
+    """Another request with the key came before this Router noticed: there is one job all the same."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(CHAT, headers=KEY)
@@ -254,7 +254,7 @@ async def test_a_lost_job_whose_key_went_to_another_leads_there() -> None:
     ],
 )
 async def test_a_job_that_ended_without_an_answer_is_an_error(state: State, status: int, code: str) -> None:
-    """Whoever still followed it learns how it ended, whether the marker reached this Router or not."""
+    """Every follower gets the error, whether the marker reached this Router or not."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         told, asks = Client(app).post(CHAT, headers=KEY), Client(app).post(CHAT, headers=KEY)
@@ -268,8 +268,8 @@ async def test_a_job_that_ended_without_an_answer_is_an_error(state: State, stat
     assert queue.cancelled.empty()
 
 
-async def test_silence_is_looked_into() -> None:
-    """Should this Router not be sent what it waits for, whatever the reason, it finds it by itself."""
+async def test_a_silent_job_is_read_again() -> None:
+    """Should this Router not be sent what it waits for, for any reason, it reads it."""
     queue = FakeQueue("m")
     async with router(queue, keepalive_interval_ms=50) as app:
         answer = Client(app).post(CHAT, headers=KEY)
@@ -279,8 +279,8 @@ async def test_silence_is_looked_into() -> None:
     assert answer.body == b'{"ok": 1}'
 
 
-async def test_who_waits_for_a_kept_answer_outlasts_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long it is away: a request that is answered in the end was worth the wait, within its own time."""
+async def test_a_request_for_a_persisted_job_outlasts_an_outage_of_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within its own deadline, however long Redis is away."""
     monkeypatch.setattr(stored, "READ_AGAIN_S", 0.01)
     queue = FakeQueue("m")
     queue.attach_refusals = [BrokerUnavailable("Redis is away"), BrokerUnavailable("Redis is away")]
@@ -303,8 +303,8 @@ async def test_who_waits_for_a_kept_answer_outlasts_redis(monkeypatch: pytest.Mo
     assert "while Redis did not answer" in late.error["message"]
 
 
-async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
-    """What it does not take in time is read again from what is kept, instead of filling this Router's memory."""
+async def test_a_slow_reader_of_a_persisted_stream_loses_nothing() -> None:
+    """What it does not take in time is read again from the persisted output, and takes no memory of the Router."""
     queue = FakeQueue("m")
     async with router(queue, max_client_buffer_bytes=16 * 1024) as app:
         client = Client(app)
@@ -325,7 +325,7 @@ async def test_a_slow_reader_of_a_stored_stream_loses_nothing() -> None:
     assert queue.attached
 
 
-async def test_what_is_held_while_a_page_is_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_live_buffer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the bound another page is read instead."""
     monkeypatch.setattr(followers, "MAX_BUFFERED_FRAMES", 2)
     queue = FakeQueue("m")
@@ -346,8 +346,8 @@ async def test_what_is_held_while_a_page_is_read_is_bounded(monkeypatch: pytest.
     assert answer.body == b"".join(frame.data for frame in run)
 
 
-async def test_output_with_a_hole_is_an_error() -> None:
-    """If frames are neither sent nor kept, the client is told: nothing is spliced."""
+async def test_output_with_a_gap_is_an_error() -> None:
+    """If frames are neither sent nor persisted, the client gets an error: nothing is spliced."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = Client(app).post(STREAM, headers=KEY)
@@ -363,8 +363,9 @@ async def test_output_with_a_hole_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["late", "live"])
-async def test_a_stored_stream_goes_on_however_long_it_is(live: bool) -> None:
-    """Nothing has to be compared: what is kept is given again whole, though no Router remembers so much of a stream."""
+async def test_a_persisted_stream_continues_however_long_it_is(live: bool) -> None:
+    """Nothing has to be compared: the persisted output is read whole, though no Router remembers so much of a
+    stream."""
     queue = FakeQueue("m")
     holder = new_job_id(0)
     queue.holder = Enqueued(holder, State.QUEUED if live else State.DONE)
@@ -383,8 +384,8 @@ async def test_a_stored_stream_goes_on_however_long_it_is(live: bool) -> None:
     assert answer.body == b"".join(said) + chunk("a time") + DONE
 
 
-async def test_a_stored_stream_that_is_too_long_to_be_compared_is_not_spliced() -> None:
-    """An attempt that begins anew could say something else: the client is told."""
+async def test_a_persisted_stream_too_long_to_compare_is_not_spliced() -> None:
+    """An attempt that begins anew could say something else: the client gets an error."""
     queue = FakeQueue("m")
     async with router(queue, max_replay_bytes=0) as app:
         answer = Client(app).post(STREAM, headers=KEY)
@@ -399,8 +400,8 @@ async def test_a_stored_stream_that_is_too_long_to_be_compared_is_not_spliced() 
     assert chunk("b") not in answer.body
 
 
-async def test_a_continued_stream_is_passed_on_as_one() -> None:
-    """A late client reads both attempts' frames as one answer: the second goes on where the first was lost."""
+async def test_a_continued_stream_is_read_as_one() -> None:
+    """A late client reads both attempts' frames as one answer: the second continues where the first was lost."""
     queue = FakeQueue("m")
     holder = new_job_id(0)
     queue.holder = Enqueued(holder, State.DONE)

@@ -1,4 +1,4 @@
-"""Streams that their clients may resume: ids on every event, going on elsewhere, a grace for those who left."""
+"""Resumable streams: ids on every event, resumption on any Router, a grace period for clients that left."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ async def begun(client: Client, queue: FakeQueue, **headers: str) -> tuple[Job, 
     return job, answer
 
 
-async def test_every_event_says_where_to_go_on() -> None:
-    """Its job and number; the job is a persisted one, of the interactive lane, and nobody's background job."""
+async def test_every_event_names_its_job_and_number() -> None:
+    """The job is a persisted one of the interactive lane, and not a background job."""
     queue = FakeQueue("m")
     async with router(queue, resumable_retention_ms=7_000) as app:
         job, answer = await begun(Client(app), queue)
@@ -51,8 +51,8 @@ async def test_every_event_says_where_to_go_on() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"headers": {}}, {"headers": {"x-inferq-resumable": "false"}, "all": True}])
-async def test_who_does_not_ask_gets_a_stream_as_ever(fields: dict[str, Any]) -> None:
-    """An ordinary job, no ids; and a plain answer has none in any case."""
+async def test_without_the_header_a_stream_has_no_ids(fields: dict[str, Any]) -> None:
+    """An ordinary job; and a plain answer has no ids in any case."""
     queue = FakeQueue("m")
     async with router(queue, resumable_streams=fields.get("all", False)) as app:
         client = Client(app)
@@ -80,9 +80,9 @@ async def test_the_setting_makes_every_stream_resumable() -> None:
 
 
 @pytest.mark.parametrize("way", ["POST", "GET"])
-async def test_a_client_that_comes_back_is_given_the_rest(way: str) -> None:
-    """From another Router, by the same POST or by the job's page: what follows, with ids that go on; it is one job,
-    and nobody cancels it meanwhile."""
+async def test_a_client_that_comes_back_gets_the_rest(way: str) -> None:
+    """From another Router, by the same POST or by the job's path: what follows, with ids that continue; it is one job,
+    and it is not cancelled meanwhile."""
     queue, elsewhere = FakeQueue("m"), FakeQueue("m")
     async with router(queue, resume_grace_ms=60_000) as app, router(elsewhere) as other:
         client, again = Client(app), Client(other)
@@ -105,8 +105,9 @@ async def test_a_client_that_comes_back_is_given_the_rest(way: str) -> None:
         assert elsewhere.enqueued.empty()
 
 
-async def test_nobody_goes_on_with_what_is_not_his() -> None:
-    """Another request, another tenant's stream, one that is not kept any more, one that says something else now."""
+async def test_only_the_same_request_of_the_tenant_resumes_a_stream() -> None:
+    """Another request, another tenant's stream, one that is not kept any more, one that differs now: each is
+    refused."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -129,8 +130,8 @@ async def test_nobody_goes_on_with_what_is_not_his() -> None:
         assert (spliced.status, spliced.error["code"]) == (502, "stream_broken")
 
 
-async def test_a_number_of_another_kind_begins_a_stream() -> None:
-    """What is no id of ours names no stream: event sources send one wherever they go."""
+async def test_a_foreign_event_id_begins_a_new_stream() -> None:
+    """Event sources send the last id of any server."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         for odd in ("17", "abc", "1-00000000"):
@@ -140,8 +141,8 @@ async def test_a_number_of_another_kind_begins_a_stream() -> None:
             assert without_ids((await answer.done()).body) == b"".join(EVENTS)
 
 
-async def test_a_stream_without_its_client_is_given_up_after_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not before; and not one that is followed again by then, nor one with a key, which runs on as ever."""
+async def test_a_stream_without_its_client_is_cancelled_after_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before; and not one that is followed again by then, nor one with a key, which runs to its end."""
     monkeypatch.setattr("router.jobs.disconnect_grace.LATE_S", 0.0)
     queue = FakeQueue("m")
     async with router(queue, resume_grace_ms=200) as app:
@@ -173,8 +174,8 @@ async def test_a_stream_without_its_client_is_given_up_after_its_grace(monkeypat
         assert (await queue.cancellation())[0] == third.id
 
 
-def test_who_left_last_is_given_up_last_and_their_number_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaving again begins the grace anew; past the bound the oldest is left to run."""
+def test_streams_are_cancelled_in_the_order_their_clients_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving again begins the grace anew; past the bound the oldest runs to its end."""
     monkeypatch.setattr("router.jobs.disconnect_grace.MAX_AWAITED", 2)
     given_up: list[str] = []
     grace = DisconnectGrace(10_000, lambda job_id, reason, after_ms: given_up.append(job_id))
@@ -190,8 +191,8 @@ def test_who_left_last_is_given_up_last_and_their_number_is_bounded(monkeypatch:
     assert given_up[2:] == ["d", "e"]
 
 
-async def test_who_comes_back_while_his_router_takes_its_leave_is_not_forgotten() -> None:
-    """A departure may reach the queue behind the return that it crossed: what is kept is read again then."""
+async def test_a_client_that_returns_while_its_router_detaches_misses_nothing() -> None:
+    """A detach may reach the queue after the attach that it crossed: the output is read again then."""
     queue = FakeQueue("m")
     held, taken = asyncio.Event(), asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Background requests over HTTP: taken in with 202, then told of, given again, followed, cancelled and forgotten."""
+"""Background jobs over HTTP: accepted with 202, then shown, replayed, followed, cancelled and deleted."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ async def get(client: Client, path: str, **headers: str) -> Any:
     return await client.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
 
 
-async def test_a_background_request_is_taken_in_and_its_answer_told() -> None:
-    """202 at once, with the way to it; queued, then completed with the answer as JSON."""
+async def test_a_background_request_is_accepted_and_its_answer_shown() -> None:
+    """202 at once, with its address; queued, then completed with the answer as JSON."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -76,14 +76,14 @@ async def test_a_background_request_is_taken_in_and_its_answer_told() -> None:
 
 
 @pytest.mark.parametrize("word", ["yes", "", "1"])
-async def test_an_odd_word_for_background_is_refused(word: str) -> None:
-    """Rather than guessed at: somebody would wait, or would not."""
+async def test_a_malformed_background_header_is_refused(word: str) -> None:
+    """Rather than guessed."""
     async with router(FakeQueue("m")) as app:
         answer = await Client(app).post(CHAT, headers={"x-inferq-background": word}).done()
         assert (answer.status, answer.error["param"]) == (400, "x-inferq-background")
 
 
-async def test_false_is_an_ordinary_request() -> None:
+async def test_background_false_is_an_ordinary_request() -> None:
     """As without the header."""
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -95,7 +95,7 @@ async def test_false_is_an_ordinary_request() -> None:
 
 
 async def test_the_same_key_is_answered_with_the_same_job() -> None:
-    """Whatever became of it."""
+    """Whatever its state."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -114,8 +114,8 @@ async def test_the_same_key_is_answered_with_the_same_job() -> None:
         (State.EXPIRED, "expired", "deadline_exceeded"),
     ],
 )
-async def test_an_end_without_an_answer_is_told_with_its_cause(state: State, status: str, code: str) -> None:
-    """In the object, as the error that its request would have got, and as the last event behind what it said."""
+async def test_a_job_without_an_answer_shows_its_error(state: State, status: str, code: str) -> None:
+    """In the object, as the error that its request would have got, and as the last event."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -145,8 +145,8 @@ def ids_of(body: bytes) -> list[str]:
     return [line[4:].strip().decode() for line in body.splitlines() if line.startswith(b"id: ")]
 
 
-async def test_events_can_be_gone_on_with_behind_any() -> None:
-    """By header or query, by id or number; the header goes first. All of them together are the stored answer."""
+async def test_events_can_be_resumed_behind_any() -> None:
+    """By header or query, by id or number; the header goes first. All of them together are the persisted answer."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -171,8 +171,8 @@ async def test_events_can_be_gone_on_with_behind_any() -> None:
         assert (shown["body"].encode(), shown["encoding"]) == (b"".join(EVENTS), "text")
 
 
-async def test_what_cannot_be_gone_on_with_is_said() -> None:
-    """An odd id, another job's, one of a stream that said something else, one past its end."""
+async def test_a_position_that_cannot_be_resumed_is_refused() -> None:
+    """A malformed id, another job's, one of a stream that differed, one past its end."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -189,7 +189,7 @@ async def test_what_cannot_be_gone_on_with_is_said() -> None:
 
 
 async def test_a_live_job_is_followed_to_its_end() -> None:
-    """What is kept, then live; comments while it is silent; and when its client leaves, it runs on."""
+    """Persisted output, then live; comments while it is silent; and when its client leaves, it runs on."""
     queue = FakeQueue("m")
     async with router(queue, keepalive_interval_ms=50) as app:
         client = Client(app)
@@ -233,7 +233,7 @@ async def test_a_plain_job_is_one_event() -> None:
 
 
 async def test_a_large_answer_is_not_shown_in_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But given at /output."""
+    """It is read at /output."""
     monkeypatch.setattr("router.jobs.service.MAX_SHOWN_BYTES", 100)
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -247,7 +247,7 @@ async def test_a_large_answer_is_not_shown_in_the_object(monkeypatch: pytest.Mon
 
 
 async def test_jobs_are_listed_in_pages_and_by_status() -> None:
-    """With the ids to go on by."""
+    """With the ids of the next page."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -266,8 +266,8 @@ async def test_jobs_are_listed_in_pages_and_by_status() -> None:
             assert (await get(client, f"/v1/jobs?{odd}")).status == 400
 
 
-async def test_jobs_are_their_tenants_alone() -> None:
-    """Another tenant, or nobody, sees nothing of them on any page, in the same words as of one that never was."""
+async def test_jobs_are_visible_to_their_tenant_only() -> None:
+    """Another tenant, or a caller without a key, gets the same error as for an unknown job on every path."""
     keys = ",".join(f"{hashlib.sha256(name.encode()).hexdigest()}:{name}" for name in ("acme", "rival"))
     queue = FakeQueue("m")
     async with router(queue, api_keys=keys) as app:
@@ -289,8 +289,8 @@ async def test_jobs_are_their_tenants_alone() -> None:
             assert (await get(client, f"/v1/jobs/{odd}", authorization="Bearer acme")).status == 404
 
 
-async def test_a_job_is_cancelled_and_forgotten_on_demand() -> None:
-    """And says so."""
+async def test_a_job_is_cancelled_and_deleted_on_demand() -> None:
+    """The response says so."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -303,7 +303,7 @@ async def test_a_job_is_cancelled_and_forgotten_on_demand() -> None:
 
 
 async def test_a_follower_that_reads_nothing_is_cut_off() -> None:
-    """After the same time as any client; the job is left alone."""
+    """After the same time as any client; the job runs on."""
     queue = FakeQueue("m")
     async with router(queue, client_stall_timeout_ms=100) as app:
         client = Client(app)

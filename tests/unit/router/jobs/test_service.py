@@ -112,8 +112,8 @@ async def test_a_background_request_is_a_persisted_job_of_its_lane() -> None:
         app.services.lifecycle.draining = False
 
 
-async def test_a_job_carries_the_note_and_topic_of_who_queued_it() -> None:
-    """So the feature that queued it recognises it later, and hears of its end."""
+async def test_a_job_carries_the_note_and_topic_of_its_feature() -> None:
+    """So the feature that queued it recognises it later, and is notified of its end."""
     queue = FakeQueue("m")
     async with persisted_jobs(queue) as jobs:
         job = await queued(jobs, queue)
@@ -121,8 +121,8 @@ async def test_a_job_carries_the_note_and_topic_of_who_queued_it() -> None:
 
 
 async def test_many_follow_one_job_from_its_beginning_each_at_its_pace() -> None:
-    """Whoever comes late reads what is kept first; all get the same; when they are gone the queue is told, and nothing
-    is left here."""
+    """A late reader reads the persisted output first; all get the same; when they are gone the queue is told, and
+    nothing is left here."""
     queue = FakeQueue("m")
     async with persisted_jobs(queue) as jobs:
         job = await queued(jobs, queue)
@@ -167,7 +167,7 @@ async def test_a_plain_answer_comes_at_its_end() -> None:
     [(State.DEAD, AttemptsExhausted), (State.CANCELLED, JobCancelled), (State.EXPIRED, DeadlineExceeded)],
 )
 @pytest.mark.parametrize("said", [(), (b"data: half\n\n",)])
-async def test_an_end_without_an_answer_is_an_error_behind_what_was_said(
+async def test_an_end_without_an_answer_is_an_error_behind_the_output(
     state: State, error: type[InferqError], said: tuple[bytes, ...]
 ) -> None:
     """With its cause, whether it is read afterwards or followed live."""
@@ -191,8 +191,8 @@ async def test_an_end_without_an_answer_is_an_error_behind_what_was_said(
                 await waiting
 
 
-async def test_silence_is_told_and_a_lost_job_ends() -> None:
-    """An empty piece while nothing comes; an error once the queue knows nothing of the job any more."""
+async def test_silence_yields_an_empty_piece_and_a_lost_job_ends() -> None:
+    """An error once the queue has no such job any more."""
     queue = FakeQueue("m")
     async with persisted_jobs(queue, keepalive_interval_ms=50) as jobs:
         job = await queued(jobs, queue)
@@ -205,7 +205,7 @@ async def test_silence_is_told_and_a_lost_job_ends() -> None:
 
 
 async def test_a_slow_follower_takes_no_memory() -> None:
-    """What comes live past its buffer is left on the queue, and read from there when it goes on."""
+    """Live frames past its buffer are left on the queue, and read from there when it continues."""
     queue = FakeQueue("m")
     async with persisted_jobs(queue, max_client_buffer_bytes=16 * 1024) as jobs:
         job = await queued(jobs, queue)
@@ -222,8 +222,8 @@ async def test_a_slow_follower_takes_no_memory() -> None:
             assert await waiting + await read(followed) == b"".join(pieces)
 
 
-async def test_another_tenants_job_is_as_unknown_as_one_that_never_was() -> None:
-    """For whatever is asked of it, and in the same words."""
+async def test_another_tenants_job_is_not_found() -> None:
+    """As a job that never existed: on every operation, with the same error."""
     queue = FakeQueue("m")
     async with persisted_jobs(queue) as jobs:
         job = await queued(jobs, queue)
@@ -240,7 +240,7 @@ async def test_another_tenants_job_is_as_unknown_as_one_that_never_was() -> None
         assert await jobs.get(ACME, job.id) is None
 
 
-async def test_cancelling_on_demand_tells_what_became_of_the_job() -> None:
+async def test_cancelling_returns_the_job_as_it_is_then() -> None:
     """One that has ended is left as it is."""
     queue = FakeQueue("m")
     async with persisted_jobs(queue) as jobs:
@@ -254,7 +254,7 @@ async def test_cancelling_on_demand_tells_what_became_of_the_job() -> None:
         assert queue.cancelled.empty()
 
 
-async def test_followers_count_among_the_requests_of_a_router() -> None:
+async def test_followers_count_as_open_requests() -> None:
     """Past the limit one is refused, and costs nothing."""
     queue = FakeQueue("m")
     async with persisted_jobs(queue, max_concurrent_requests=1) as jobs:
@@ -267,8 +267,8 @@ async def test_followers_count_among_the_requests_of_a_router() -> None:
         assert len(jobs._requests) == 0
 
 
-async def test_a_follower_that_fell_behind_hears_of_the_end_behind_what_was_kept() -> None:
-    """A cancelled job has no attempt any more: what was read of it is still the beginning of what is jobs."""
+async def test_a_follower_that_catches_up_gets_the_end_after_the_output() -> None:
+    """A cancelled job has no attempt any more: what was read of it is still the beginning of its output."""
     queue = FakeQueue("m")
     async with persisted_jobs(queue, keepalive_interval_ms=50) as jobs:
         job = await queued(jobs, queue)

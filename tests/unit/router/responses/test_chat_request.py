@@ -1,4 +1,4 @@
-"""A Responses request, said as a chat completion: what becomes of each field, and what is refused."""
+"""A Responses request converted into a chat completion: what becomes of each field, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _messages(given: Any, **request: Any) -> list[dict[str, Any]]:
     return list(_chat(input=given, **request)["messages"])
 
 
-def test_text_becomes_a_streamed_chat_that_may_go_on() -> None:
-    """The least request: one message of the user, usage at the end, and nothing that would keep it from going on."""
+def test_text_becomes_a_streamed_chat_that_can_be_continued() -> None:
+    """The smallest request: one message of the user, usage at the end, and nothing that prevents a continuation."""
     chat = as_chat({"model": "m", "input": "hi", "background": True, "temperature": 0.7, "store": True, "user": "u"})
     assert orjson.loads(chat.body) == {
         "model": "m",
@@ -84,8 +84,9 @@ def test_text_becomes_a_streamed_chat_that_may_go_on() -> None:
         ),
     ],
 )
-def test_each_field_is_said_as_chat_completions_say_it(asked: dict[str, Any], said: dict[str, Any]) -> None:
-    """What an engine reads under another name gets that name, what it does not know stays here, the rest goes along."""
+def test_each_field_gets_its_chat_completion_name(asked: dict[str, Any], said: dict[str, Any]) -> None:
+    """What an engine reads under another name gets that name, what it does not know is removed, the rest is passed
+    on."""
     assert {name: value for name, value in _chat(**asked).items() if name not in _chat()} == said
 
 
@@ -167,12 +168,12 @@ def test_a_named_function_is_chosen() -> None:
     ],
 )
 def test_items_become_messages(given: Any, messages: list[dict[str, Any]]) -> None:
-    """Instructions and beginning system messages are one; calls join what was said before them; thoughts are left."""
+    """Instructions and leading system messages are one; calls join the message before them; reasoning is left out."""
     assert _messages(given, instructions="a") == messages
 
 
 def test_a_system_message_in_the_middle_stays_there() -> None:
-    """Only the beginning ones are joined: moving another one would change what was said."""
+    """Only the leading ones are joined: moving another one would change the conversation."""
     given = [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}]
     assert [message["role"] for message in _messages(given)] == ["user", "system"]
 
@@ -232,8 +233,8 @@ def test_a_system_message_in_the_middle_stays_there() -> None:
         ({"metadata": {"k": 1}}, "metadata.k"),
     ],
 )
-def test_what_cannot_be_said_is_refused_by_name(asked: dict[str, Any], param: str) -> None:
-    """Nothing is left out unseen: the error names the parameter, and its sentence begins with it."""
+def test_what_a_chat_cannot_say_is_refused_by_name(asked: dict[str, Any], param: str) -> None:
+    """Nothing is left out silently: the error names the parameter, and its sentence begins with it."""
     with pytest.raises(BadRequest) as caught:
         as_chat({"model": "m", "input": "hi", **asked})
     assert caught.value.param == param
@@ -241,8 +242,8 @@ def test_what_cannot_be_said_is_refused_by_name(asked: dict[str, Any], param: st
 
 
 @pytest.mark.parametrize("place", ["tools", "input", "text", "top_k"])
-def test_what_is_nested_too_deeply_is_refused(place: str) -> None:
-    """Whatever is taken in can be written again, with all that is put around it."""
+def test_a_request_nested_too_deeply_is_refused(place: str) -> None:
+    """Any accepted request can be encoded again, with all that is put around it."""
     for depth in (100, 240, 254, 300, 900):
         deep = orjson.loads(b'{"a":' * depth + b"1" + b"}" * depth)
         fields: dict[str, Any] = {
@@ -279,8 +280,8 @@ _ODD = st.recursive(
 
 @settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(_NAMES), _ODD, max_size=8))
-def test_whatever_is_asked_is_said_or_refused(odd: dict[str, Any]) -> None:
-    """Never an error of ours; what is taken in makes a chat, a response and a list of its input."""
+def test_any_request_is_converted_or_refused(odd: dict[str, Any]) -> None:
+    """Never an error of ours; an accepted request makes a chat, a response and a list of its input."""
     request = {"model": "m", "input": "hi", "background": True} | odd
     try:
         chat = as_chat(orjson.loads(orjson.dumps(request)))
@@ -294,7 +295,7 @@ def test_whatever_is_asked_is_said_or_refused(odd: dict[str, Any]) -> None:
     assert all(item["id"] for item in input_item_objects(asked))
 
 
-def test_the_input_is_listed_again_with_ids() -> None:
+def test_the_input_is_listed_with_ids() -> None:
     """Text is a message; each item has an id that is always the same."""
     job = JobId("0-" + "a" * 32)
     assert input_item_objects(ResponseRequest(job, 1, {"input": "hi"})) == [

@@ -1,4 +1,4 @@
-"""A response and its events, built from the frames of a chat; every one judged by the SDK's own types."""
+"""A response and its events, built from the frames of a chat; each validated by the SDK's own types."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _kinds(events: list[dict[str, Any]]) -> list[str]:
 
 
 def test_a_text_is_one_message() -> None:
-    """All events in their order, and the response at the end with usage and what was asked."""
+    """All events in their order, and the response at the end with usage and the fields of the request."""
     events = _events(_frames([*TEXT, *STOP]))
     assert _kinds(events) == [
         "created",
@@ -96,8 +96,8 @@ def test_a_text_is_one_message() -> None:
     assert (response.usage.total_tokens, response.usage.input_tokens_details.cached_tokens) == (7, 2)
 
 
-def test_thoughts_texts_refusals_and_calls_are_items_of_their_own() -> None:
-    """Each opens with what is said first of it; calls may come side by side; log probabilities stay with their text."""
+def test_reasoning_text_refusals_and_calls_are_separate_items() -> None:
+    """Each opens with its first content; calls may be interleaved; log probabilities stay with their text."""
     pieces = [
         _chunk({"reasoning_content": "hm"}),
         _chunk({"reasoning": "m"}),
@@ -131,7 +131,7 @@ def test_thoughts_texts_refusals_and_calls_are_items_of_their_own() -> None:
         ("abort", "failed", None),
     ],
 )
-def test_the_finish_reason_says_how_it_ended(finish: str, status: str, reason: str | None) -> None:
+def test_the_finish_reason_decides_the_status(finish: str, status: str, reason: str | None) -> None:
     """A limit or a filter makes it incomplete, its last item too; an abort is a failure."""
     frames = _frames([*TEXT, _chunk({}, finish), DONE])
     response = check_stream(_events(frames))
@@ -153,7 +153,7 @@ def test_the_finish_reason_says_how_it_ended(finish: str, status: str, reason: s
     ],
 )
 def test_a_failed_chat_is_a_failed_response(frames: list[Frame], code: str, message: str) -> None:
-    """It says why, with a code that the API knows, and what was said before stays with it."""
+    """With a code that the API defines, and the output before the failure."""
     response = check_stream(_events(frames))
     assert response.status == status_of_output(State.FAILED, frames) == "failed"
     assert response.error is not None
@@ -162,8 +162,8 @@ def test_a_failed_chat_is_a_failed_response(frames: list[Frame], code: str, mess
     assert all(item.status == "incomplete" for item in response.output)  # type: ignore[union-attr]
 
 
-def test_a_whole_answer_is_told_as_events_too() -> None:
-    """An engine that does not stream answers at once, calls of functions included."""
+def test_a_whole_answer_becomes_events_too() -> None:
+    """An engine that does not stream answers at once, including function calls."""
     message = {
         "role": "assistant",
         "content": "Hi",
@@ -175,8 +175,8 @@ def test_a_whole_answer_is_told_as_events_too() -> None:
 
 
 @pytest.mark.parametrize(("how", "status"), [("fail", "failed"), ("cancel", "cancelled")])
-def test_an_end_without_an_answer_is_told(how: str, status: str) -> None:
-    """A job that died or was cancelled midway ends the stream with an event of its own, and says why."""
+def test_an_end_without_an_answer_is_an_event_with_its_reason(how: str, status: str) -> None:
+    """A job that died or was cancelled midway ends the stream with an event of its own."""
     made = ResponseEvents(ResponseRequest(JOB, 5, REQUEST))
     events = [*made.begin(), *(event for frame in _frames([*TEXT, DONE])[:-1] for event in made.feed(frame))]
     events += made.fail(ChatFailure("it died")) if how == "fail" else made.cancel("it was cancelled")
@@ -189,15 +189,15 @@ def test_an_end_without_an_answer_is_told(how: str, status: str) -> None:
     assert made.feed(_frames([DONE])[0]) == []
 
 
-def test_a_response_that_is_waited_for_is_in_progress_from_the_beginning() -> None:
-    """Without background there is no queue to be told of."""
+def test_a_foreground_response_is_in_progress_from_the_beginning() -> None:
+    """Without background there is no queued state."""
     events = _events(_frames([*TEXT, *STOP]), {"model": "m", "input": "hi"}, background=False)
     assert _kinds(events)[:3] == ["created", "in_progress", "output_item.added"]
     assert check_stream(events).background is False
 
 
-def test_an_attempt_that_goes_on_leaves_no_trace() -> None:
-    """Half an event of the lost attempt, and the role that the next one begins with, say nothing."""
+def test_a_continued_attempt_leaves_no_trace() -> None:
+    """Half an event of the lost attempt, and the role with which the next one begins, make no event."""
     whole = _events(_frames([*TEXT, *STOP]))
     head = HEAD | CONTINUED
     frames = [
@@ -211,7 +211,7 @@ def test_an_attempt_that_goes_on_leaves_no_trace() -> None:
 
 @given(st.lists(st.integers(1, 3000), max_size=12))
 def test_however_the_stream_is_cut_the_events_are_the_same(cuts: list[int]) -> None:
-    """The numbers count what was said, not how it came."""
+    """The numbers do not depend on how the bytes arrived."""
     stream = b"".join([*TEXT, _call(0, "{}", name="f"), *STOP])
     places = sorted({0, len(stream), *(cut % len(stream) for cut in cuts)})
     pieces = [stream[start:end] for start, end in pairwise(places)]
@@ -251,7 +251,7 @@ def test_however_the_stream_is_cut_the_events_are_the_same(cuts: list[int]) -> N
         max_size=6,
     )
 )
-def test_whatever_an_engine_says_every_event_is_one(pieces: list[bytes]) -> None:
+def test_any_output_of_an_engine_makes_valid_events(pieces: list[bytes]) -> None:
     """Garbage makes a failed response, never an event that a client cannot read."""
     events = _events(_frames(pieces))
     for event in events:
@@ -260,8 +260,8 @@ def test_whatever_an_engine_says_every_event_is_one(pieces: list[bytes]) -> None
 
 
 @pytest.mark.parametrize("finishes", [("stop", "length"), ("length", "stop"), ("error", "stop")])
-def test_of_several_ends_both_tell_the_first(finishes: tuple[str, str]) -> None:
-    """The response and its webhook do not say different things of an engine that says two."""
+def test_of_several_finish_reasons_the_first_counts(finishes: tuple[str, str]) -> None:
+    """The response and its webhook agree about an engine that sends two."""
     frames = _frames([*TEXT, *(_chunk({}, finish) for finish in finishes), _usage(), DONE])
     made = ResponseEvents(ResponseRequest(JOB, 1, REQUEST))
     made.begin()

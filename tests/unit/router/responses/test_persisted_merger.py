@@ -1,4 +1,4 @@
-"""The events of a kept response, from the frames of several attempts."""
+"""The events of a response, from the frames of several attempts: persisted and live."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ WHOLE = _read(PersistedResponseMerger(REQUEST), *_whole("a", "b", "c"))
 
 
 def test_all_events_come_from_the_first_to_the_end() -> None:
-    """The answer may begin at once, before anything is said."""
+    """The answer may begin at once, before the engine says anything."""
     merger = PersistedResponseMerger(REQUEST)
     assert merger.head is not None
     assert [event["type"] for event in _read(merger)] == ["response.created", "response.queued"]
@@ -76,7 +76,7 @@ def test_all_events_come_from_the_first_to_the_end() -> None:
 
 
 @pytest.mark.parametrize("after", range(-1, len(WHOLE)))
-def test_whatever_the_client_has_it_gets_the_rest(after: int) -> None:
+def test_a_client_gets_the_events_behind_any_number(after: int) -> None:
     """Together they are the whole, wherever it was cut."""
     assert WHOLE[: after + 1] + _read(PersistedResponseMerger(REQUEST, after, 1), *_whole("a", "b", "c")) == WHOLE
 
@@ -90,8 +90,9 @@ def test_a_number_behind_the_last_event_ends_with_an_error(beyond: int) -> None:
     assert f"its last is {len(WHOLE) - 1}" in merger.error.message
 
 
-def test_an_attempt_that_goes_on_goes_on() -> None:
-    """What is kept is one answer, and so are its events, for who saw the loss and for who did not."""
+def test_a_continued_attempt_continues_the_events() -> None:
+    """The persisted output is one answer, and so are its events, for readers that saw the loss and those that did
+    not."""
     goes_on = [_frame(0, _says("b"), 2, CONTINUED), _frame(1, _says("c"), 2), _whole("x", "y", epoch=2)[2]]
     frames = [_frame(0, _says("a")), *goes_on]
     assert _read(PersistedResponseMerger(REQUEST), *frames) == WHOLE
@@ -100,8 +101,8 @@ def test_an_attempt_that_goes_on_goes_on() -> None:
 
 
 @pytest.mark.parametrize("said", [["a"], ["a", "b"], ["a", "b", "c"]])
-def test_an_attempt_that_says_the_same_anew_is_not_noticed(said: list[str]) -> None:
-    """Nothing comes twice, nothing is left out; even when the repeating attempt is lost in its turn."""
+def test_an_attempt_that_repeats_the_answer_is_not_noticed(said: list[str]) -> None:
+    """Nothing comes twice, nothing is left out; even if the repeating attempt is lost in its turn."""
     first = _whole(*said)[:-1]
     assert _read(PersistedResponseMerger(REQUEST), *first, _lost(2), *_whole("a", "b", "c", epoch=2)) == WHOLE
     second = _whole("a", epoch=2)[:-1]
@@ -109,8 +110,8 @@ def test_an_attempt_that_says_the_same_anew_is_not_noticed(said: list[str]) -> N
 
 
 @pytest.mark.parametrize("anew", [["a", "x", "c"], ["ab", "c"], ["a"], []])
-def test_an_attempt_that_says_something_else_ends_the_stream(anew: list[str]) -> None:
-    """Other words, other pieces (and so other numbers) or an earlier end: never spliced."""
+def test_an_attempt_that_differs_ends_the_stream(anew: list[str]) -> None:
+    """Another text, other pieces (and so other numbers) or an earlier end: never spliced."""
     merger = PersistedResponseMerger(REQUEST)
     before = _read(merger, *_whole("a", "b", "c")[:2])
     assert before == WHOLE[: len(before)]
@@ -119,16 +120,16 @@ def test_an_attempt_that_says_something_else_ends_the_stream(anew: list[str]) ->
     assert after == []
 
 
-def test_an_answer_that_began_after_the_look_is_not_spliced_behind_an_earlier_one() -> None:
-    """Who has events of an answer that was replaced meanwhile is told to begin again; who has none gets the new one."""
+def test_an_answer_that_was_replaced_after_the_lookup_is_not_spliced() -> None:
+    """A client with events of the replaced answer is told to begin again; one without gets the new answer."""
     merger = PersistedResponseMerger(REQUEST, 5, 1)
     assert _read(merger, *_whole("a", "b", "c", epoch=2)) == []
     assert type(merger.error) is StreamBroken
     assert _read(PersistedResponseMerger(REQUEST, 2, 1), *_whole("a", "b", "c", epoch=2)) == WHOLE[3:]
 
 
-def test_what_is_read_again_from_its_beginning_is_the_same() -> None:
-    """When the queue has lost what was taken, the events go on where they were if it says the same again."""
+def test_output_that_is_read_from_its_beginning_again_gives_the_same_events() -> None:
+    """If the queue has lost what was taken, the events continue where they were if the output is the same again."""
     merger = PersistedResponseMerger(REQUEST)
     events = _read(merger, *_whole("a", "b", "c")[:2])
     again = _whole("a", "b", "c", epoch=2)
@@ -141,7 +142,7 @@ def test_what_is_read_again_from_its_beginning_is_the_same() -> None:
     [(MarkerKind.CANCELLED, "cancelled"), (MarkerKind.DEAD, "failed"), (MarkerKind.EXPIRED, "failed")],
 )
 def test_an_end_without_an_answer_is_an_event(kind: MarkerKind, status: str) -> None:
-    """The stream ends as one that is whole, and says why in the response; once."""
+    """The stream ends as a whole one, with the reason in the response; once."""
     merger = PersistedResponseMerger(REQUEST)
     marker = Marker(kind, JOB, 1, "somebody wanted that")
     events = _read(merger, _whole("a")[0], marker)
@@ -164,7 +165,7 @@ def _live(*, stream: bool) -> LiveResponseMerger:
     return LiveResponseMerger(REQUEST, stream=stream, replay_limit_bytes=1 << 20, on_loss="continue")
 
 
-def test_a_response_that_is_waited_for_comes_as_its_chat_does() -> None:
+def test_a_foreground_response_streams_with_its_chat() -> None:
     """Each frame gives its events; a continued attempt leaves no trace."""
     live = _live(stream=True)
     live.on_frame(_whole("a", "b")[0])
@@ -205,8 +206,9 @@ def test_a_refusal_of_the_engine_passes_as_it_is(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("said", ["", "half a"])
-def test_a_response_whose_chat_fails_on_its_way_is_no_success(said: str) -> None:
-    """[H12] Who waits for one object gets the error with its status: from a 200 SDKs read half a text as the answer."""
+def test_a_response_whose_chat_fails_midway_is_an_error(said: str) -> None:
+    """[H12] A client that waits for one object gets the error with its status: from a 200 SDKs read half a text as the
+    answer."""
     live = _live(stream=False)
     body = orjson.dumps({"error": {"message": "boom", "type": "InternalServerError", "param": None, "code": 500}})
     live.on_frame(_whole(said)[0])
@@ -219,7 +221,7 @@ def test_a_response_whose_chat_fails_on_its_way_is_no_success(said: str) -> None
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_does_not_stream_is_understood(stream: bool) -> None:
-    """Its whole answer is told in the form that the client asked for."""
+    """Its whole answer takes the form that the client asked for."""
     body = orjson.dumps({"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}]})
     live = _live(stream=stream)
     live.on_frame(Frame(JOB, 1, "a", 0, HEAD | END, body, 200, "application/json"))
@@ -230,7 +232,7 @@ def test_an_engine_that_does_not_stream_is_understood(stream: bool) -> None:
 
 @pytest.mark.parametrize(("size", "kept"), [(10, True), (400_000, False)])
 def test_a_request_is_loaded_from_the_note_of_its_job(size: int, kept: bool) -> None:
-    """An input without room is left out; everything else must have some."""
+    """An input that does not fit is left out; everything else must fit."""
     text = "".join(random.Random(1).choices(string.printable, k=size))
     request = {"model": "m", "input": text, "metadata": {"a": "b"}}
     loaded = load_request(JOB, save_request(7, request))

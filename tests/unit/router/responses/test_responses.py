@@ -1,4 +1,4 @@
-"""Background responses over HTTP, on a queue in memory: what is queued, told, given again and refused."""
+"""Background responses over HTTP, on a queue in memory: what is queued, shown, replayed and refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def created(client: Client, queue: FakeQueue, **fields: Any) -> tuple[Answ
     return answer, await queue.job()
 
 
-async def test_it_is_queued_as_a_chat_that_is_kept() -> None:
+async def test_a_background_response_is_queued_as_a_persisted_chat() -> None:
     """On the background lane, with a notice of its end; the object comes at once."""
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -66,7 +66,7 @@ async def test_it_is_queued_as_a_chat_that_is_kept() -> None:
 
 
 async def test_without_background_the_body_passes_untouched() -> None:
-    """The engine's own Responses API is asked, with the client's own bytes."""
+    """The engine's own Responses API gets the client's own bytes."""
     queue = FakeQueue("m")
     body = b'{ "model":"m", "input":"hi", "previous_response_id": "resp_1", "background": false }'
     async with router(queue) as app:
@@ -132,9 +132,8 @@ async def test_an_engine_without_responses_is_asked_for_a_chat(stream: bool, sta
     assert len(app.services.requests) == 0
 
 
-async def test_an_engine_that_serves_responses_is_left_to_it() -> None:
-    """[F3] Its answer passes as it is, in the pieces in which it comes; so does the error of one that knows the
-    path."""
+async def test_the_answer_of_an_engine_with_responses_passes_as_it_is() -> None:
+    """[F3] In the pieces in which it comes; so does the error of an engine that knows the path."""
     queue, ask = FakeQueue("m"), {"model": "m", "input": "hi", "stream": True}
     async with router(queue) as app:
         client = Client(app)
@@ -155,7 +154,7 @@ async def test_an_engine_that_serves_responses_is_left_to_it() -> None:
 
 
 async def test_a_response_under_a_key_is_one_job() -> None:
-    """[F3] It is a chat from the beginning, as its job cannot be asked in another way later; what no chat can say goes
+    """[F3] It is a chat from the beginning, as its job cannot be sent in another form later; what no chat can say goes
     to the engine."""
     queue, key = FakeQueue("m"), {"idempotency-key": "one"}
     async with router(queue) as app:
@@ -173,7 +172,7 @@ async def test_a_response_under_a_key_is_one_job() -> None:
 
 
 async def test_the_deadline_of_a_response_holds_for_its_chat() -> None:
-    """[F3] Asked in another way, a request has no more time than before; its client's leaving ends the chat."""
+    """[F3] Sent in another form, a request has no more time than before; its client's leaving cancels the chat."""
     queue, ask = FakeQueue("m"), {"model": "m", "input": "hi"}
     async with router(queue, deadline_grace_ms=0) as app:
         client = Client(app)
@@ -191,7 +190,7 @@ async def test_the_deadline_of_a_response_holds_for_its_chat() -> None:
 
 
 async def test_a_model_is_asked_for_responses_again_after_a_while() -> None:
-    """[F3] What was remembered of its engines grows stale."""
+    """[F3] What is remembered of its engines expires."""
     now = 0.0
     models = ChatOnlyEngines(lambda: now)
     models.add(Pool("m"))
@@ -200,8 +199,8 @@ async def test_a_model_is_asked_for_responses_again_after_a_while() -> None:
     assert Pool("m") not in models
 
 
-async def test_its_events_come_as_the_chat_does_and_again_from_anywhere() -> None:
-    """From the beginning with the request itself, and from any number later, first what is kept and then live."""
+async def test_the_events_of_a_background_response_can_be_read_from_any_number() -> None:
+    """From the beginning with the request itself, and from any number later, first persisted and then live."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -222,8 +221,8 @@ async def test_its_events_come_as_the_chat_does_and_again_from_anywhere() -> Non
             assert server_sent((await later.done()).body) == whole[after + 1 :]
 
 
-async def test_who_has_events_of_an_answer_that_was_replaced_begins_again() -> None:
-    """A number alone cannot say which answer it is of: it is refused, unless nothing that was said is behind it."""
+async def test_events_of_a_replaced_answer_cannot_be_resumed() -> None:
+    """A number alone cannot say which answer it is of: it is refused, unless no output precedes it."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -251,10 +250,10 @@ async def test_who_has_events_of_an_answer_that_was_replaced_begins_again() -> N
         (State.EXPIRED, (), "failed", "on demand"),
     ],
 )
-async def test_however_the_job_stands_the_response_says_so(
+async def test_the_response_shows_the_state_of_its_job(
     state: State, pieces: tuple[bytes, ...], status: str, words: str | None
 ) -> None:
-    """The stream and the object agree; what was said before an end without an answer stays."""
+    """The stream and the object agree; output before an end without an answer stays."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -271,8 +270,8 @@ async def test_however_the_job_stands_the_response_says_so(
     assert response.output_text == ("ab" if status == "completed" else "a" if kept.over and pieces else "")
 
 
-async def test_a_job_that_is_no_response_is_none() -> None:
-    """Nor is one of another tenant, or what has the form of no id."""
+async def test_a_job_that_is_not_a_response_is_not_found() -> None:
+    """Nor is one of another tenant, or a malformed id."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -284,7 +283,7 @@ async def test_a_job_that_is_no_response_is_none() -> None:
                 assert (answer.status, answer.error["code"]) == (404, "not_found")
 
 
-async def test_its_input_is_listed_in_pages() -> None:
+async def test_the_input_of_a_response_is_listed_in_pages() -> None:
     """Newest first unless asked otherwise, behind any item."""
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -304,7 +303,7 @@ async def test_its_input_is_listed_in_pages() -> None:
 
 
 async def test_a_key_leads_to_the_response_that_it_made() -> None:
-    """Sent again, it is answered with that response as it stands now."""
+    """Sent again, it is answered with that response as it is now."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -316,7 +315,7 @@ async def test_a_key_leads_to_the_response_that_it_made() -> None:
     assert (response.id, response.status, response.output_text) == (f"resp_{job.id}", "completed", "ab")
 
 
-async def test_a_key_gives_one_response_also_to_who_waits() -> None:
+async def test_a_key_gives_one_response_also_without_background() -> None:
     """Built from a chat, and asked for twice: both are the response of the one job."""
     queue = FakeQueue("m")
     ask, key = {"model": "m", "input": "hi"}, {"idempotency-key": "one"}
@@ -334,7 +333,7 @@ async def test_a_key_gives_one_response_also_to_who_waits() -> None:
 
 
 async def test_a_key_tells_responses_apart_that_make_the_same_chat() -> None:
-    """[D1] Metadata, background and whatever else a chat does not say is part of the request that a key stands for."""
+    """[D1] Metadata, background and all else that a chat does not contain is part of the request under a key."""
     queue = FakeQueue("m")
     digests = []
     async with router(queue, responses="chat") as app:
@@ -349,8 +348,8 @@ async def test_a_key_tells_responses_apart_that_make_the_same_chat() -> None:
     assert len({first, metadata, waited}) == 3
 
 
-async def test_cancelling_and_deleting() -> None:
-    """Both lead to the job; what is gone is not there for the next."""
+async def test_a_response_is_cancelled_and_deleted_with_its_job() -> None:
+    """What is deleted is not found afterwards."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
@@ -363,7 +362,7 @@ async def test_cancelling_and_deleting() -> None:
         assert (await client.request("DELETE", f"{PATH}/resp_{job.id}")).status == 404
 
 
-async def test_what_is_cancelled_while_it_is_followed_ends_with_an_event() -> None:
+async def test_a_response_cancelled_while_it_is_followed_ends_with_an_event() -> None:
     """The stream is whole: its last event is the response as it is then."""
     queue = FakeQueue("m")
     async with router(queue) as app:
@@ -386,8 +385,8 @@ async def test_what_is_cancelled_while_it_is_followed_ends_with_an_event() -> No
         ({"metadata": {"a": 1}}, "metadata.a"),
     ],
 )
-async def test_what_cannot_be_answered_is_refused_and_not_queued(fields: dict[str, Any], param: str) -> None:
-    """With the error object that names the parameter."""
+async def test_a_request_that_no_chat_can_answer_is_refused(fields: dict[str, Any], param: str) -> None:
+    """With the error object that names the parameter; nothing is queued."""
     queue = FakeQueue("m")
     async with router(queue) as app:
         answer = await Client(app).post(ASK | fields, PATH).done()
@@ -395,7 +394,7 @@ async def test_what_cannot_be_answered_is_refused_and_not_queued(fields: dict[st
     assert queue.enqueued.empty()
 
 
-async def test_the_page_refuses_what_makes_no_sense() -> None:
+async def test_starting_after_needs_a_stream_and_a_number() -> None:
     """A number of an event without a stream, and one below 0."""
     queue = FakeQueue("m")
     async with router(queue) as app:
