@@ -87,7 +87,7 @@ class Leadership:
             await self._resign(queue)
 
     async def _keep_lease(self, queue: QueuePort) -> None:
-        """Take or keep the leader lease, three times within its life."""
+        """Take or keep the leader lease, three times within its time to live."""
         ttl_ms = self._settings.leader_lease_ms
         while True:
             begun = self._clock()

@@ -94,9 +94,10 @@ class ManagerActor:
     async def _run(self) -> None:
         async with self._probe, asyncio.TaskGroup() as tasks:
             service = self._service
-            figures = tasks.create_task(mirror_metrics(service.metrics.registry, service.show_metrics), name="metrics")
+            mirror = mirror_metrics(service.metrics.registry, service.show_metrics)
+            mirroring = tasks.create_task(mirror, name="metrics")
             await self._serve()
-            figures.cancel()
+            mirroring.cancel()
 
     async def _serve(self) -> None:
         failures = 0
@@ -118,9 +119,9 @@ class ManagerActor:
                 await self._stop.wait()
 
 
-def _exit_on_error(life: asyncio.Task[None]) -> None:
+def _exit_on_error(task: asyncio.Task[None]) -> None:
     """End the process after an unforeseen error: Ray starts another."""
-    if not life.cancelled() and (error := life.exception()) is not None:
+    if not task.cancelled() and (error := task.exception()) is not None:
         log.critical("manager_broken", error=repr(error), exc_info=error)
         os._exit(1)
 

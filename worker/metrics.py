@@ -30,7 +30,7 @@ class WorkerMetrics:
         settled = registry.counter("inferq_settled_total", "The queue's answers to settled attempts", ("answer",))
         remote = registry.counter(
             "inferq_jobs_from_remote_regions_total",
-            "Jobs claimed whose Router stands in another region",
+            "Claimed jobs whose Router is in another region",
             ("model", "region"),
         )
         self.engine_restarts = registry.counter("inferq_engine_restarts_total", "Starts of the engine after the first")

@@ -8,7 +8,7 @@ Rules:
   or something else in front of it than they put in front of an answer (a beginning of thoughts, say). So the engine's
   own tokenizer is asked: the tokens of the longer prompt, turned back into text, must be the original prompt's text
   and then the prefix, to the letter.
-* The client is to see the figures of one answer. The tokens said so far are those by which the longer prompt exceeds
+* The client gets the usage of one answer. The tokens said so far are those by which the longer prompt exceeds
   the original one; limits are lowered by them, and ``usage`` is put right.
 
 Which requests may be continued at all is decided by the Router (:mod:`router.inference.continuation`).

@@ -103,7 +103,7 @@ class ProcessEngine:
         self._changed = changed
         while True:
             try:
-                await self._live()
+                await self._run_once()
             except EngineFailed as error:
                 self._note_stability()
                 self.failures += 1
@@ -140,8 +140,8 @@ class ProcessEngine:
         await self._end(limit_s)
         self.log.close()
 
-    async def _live(self) -> None:
-        """One life of the process: start, ready, watched until it fails. Always raises ``EngineFailed``."""
+    async def _run_once(self) -> None:
+        """One run of the process: start it, and watch it until it fails. Always raises ``EngineFailed``."""
         self.port = _free_port()
         self._ready_at = None
         launch = self._launch(self.port)
@@ -214,7 +214,7 @@ class ProcessEngine:
         while True:
             await asyncio.sleep(_REFRESH_S)
             self._note_stability()
-            # A busy engine may be late with this; that it lives is shown by its process and its output.
+            # A busy engine may be late with this; its health is shown by its process and its output.
             with contextlib.suppress(TimeoutError, EngineFailed):
                 cards = self.cards
                 models = await self._http.list_models()

@@ -1,4 +1,4 @@
-"""The Manager on a real Valkey, with workers reduced to what it sees of them: beats, pings, heartbeats, a port."""
+"""The Manager on a real Valkey, with workers reduced to what it sees of them: renewals, pings, heartbeats, a port."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ async def test_a_dead_workers_job_waits_again_after_a_still_lease(valkey: Server
         lease = await lost.claim()
         assert lease is not None
         await lost.die()
-        await eventually(lambda: _gone(broker, lost), "its renewal number is gone")
+        await eventually(lambda: _gone(broker, lost), "its renewal counter is gone")
         assert (await service.list_workers()).workers == []
         async with worker(service, broker) as other:
             again = await other.claim()

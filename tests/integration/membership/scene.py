@@ -84,7 +84,7 @@ async def open_ended_engine() -> AsyncIterator[OpenEndedEngine]:
 
 class ForeignManager:
     """Answers workers as the test says: registrations with ``assignment``, heartbeats with what ``heartbeats`` holds
-    next, then with ``assignment``. ``registered`` are the sessions that came, ``beats`` counts heartbeats."""
+    next, then with ``assignment``. ``registered`` are the sessions that came, ``heartbeats`` counts theirs."""
 
     def __init__(self, broker_url: str) -> None:
         self.url = ""
@@ -92,7 +92,7 @@ class ForeignManager:
         self.assignment: dict[str, Any] = {}
         self.heartbeats: list[tuple[int, dict[str, Any]]] = []
         self.registered: list[str] = []
-        self.beats = 0
+        self.heartbeats = 0
 
     async def register(self, request: web.Request) -> web.Response:
         self.registered.append((await request.json())["session_id"])
@@ -100,7 +100,7 @@ class ForeignManager:
         return web.json_response(fixed | {"assignment": self.assignment})
 
     async def heartbeat(self, _request: web.Request) -> web.Response:
-        self.beats += 1
+        self.heartbeats += 1
         status, body = self.heartbeats.pop(0) if self.heartbeats else (200, {"assignment": self.assignment})
         return web.json_response(body, status=status)
 

@@ -27,7 +27,7 @@ from tests.support.waiting import eventually
 
 LEADER_LEASE_MS = 2_400
 TAKE_OVER_S = LEADER_LEASE_MS / 1000 * 4 / 3
-"""A lease that nobody renews runs out, and is tried for three times within its life."""
+"""A lease that nobody renews runs out, and is tried for three times meanwhile."""
 RESIGNED_S = LEADER_LEASE_MS / 1000 / 3
 SLACK_S = 2.0
 """What a busy machine may add: the processes share two cores with other tests."""
@@ -138,8 +138,8 @@ async def test_what_foreign_managers_say_of_heartbeats(tmp_path: Path, own_valke
         worker = await fleet.worker("worker-1", manager_url=manager.url).start()
 
         async def answered(heartbeats: int) -> None:
-            heard = manager.beats
-            await eventually(lambda: manager.beats >= heard + heartbeats, "heartbeats come", limit_s=PATIENCE_S)
+            heard = manager.heartbeats
+            await eventually(lambda: manager.heartbeats >= heard + heartbeats, "heartbeats come", limit_s=PATIENCE_S)
 
         async def registered(times: int) -> None:
             await eventually(lambda: len(manager.registered) == times, "it registers again", limit_s=PATIENCE_S)

@@ -36,7 +36,7 @@ SCRIPTS = {
     ),
     "manager": ("act_as_manager", "reclaim", "expire", "audit", "depth"),
 }
-"""What each role runs of ``broker/lua``; a worker that leaves reclaims itself, and stands in for a missing Manager."""
+"""What each role runs of ``broker/lua``; a worker that leaves reclaims itself, and sweeps for a missing Manager."""
 ITSELF = {
     "worker": "ping info time hget hgetall hsetnx eval evalsha xread xadd",
     "router": (

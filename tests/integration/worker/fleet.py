@@ -100,7 +100,7 @@ class Fleet:
         command = [sys.executable, "-m", "manager.service", "--port", str(self.manager_port)]
         command += ["--redis-url", server.url, "--lease-ms", str(LEASE_MS), "--sweep-interval-ms", "200"]
         command += ["--heartbeat-interval-ms", "200", "--unresponsive-after-ms", "1000"]
-        # A look at a paused worker must not outlast the third of a lease in which renewal numbers are read again.
+        # A probe of a paused worker must not outlast the third of a lease in which renewal counters are read again.
         command += ["--probe-timeout-ms", "200", "--ping-timeout-ms", "200"]
         self.manager = Child("manager", command, folder / "manager.log", cwd=folder)
 

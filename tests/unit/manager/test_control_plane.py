@@ -347,11 +347,11 @@ async def test_a_cancelled_manager_resigns() -> None:
     """Cancellation ends every loop and hands the lease back."""
     queue = FakeQueue()
     service = _service(queue)
-    life = asyncio.create_task(service.run(asyncio.Event()))
+    running = asyncio.create_task(service.run(asyncio.Event()))
     await _until(lambda: service.acting)
-    life.cancel()
+    running.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await life
+        await running
     assert queue.holder == ""
     assert not service.acting
 
@@ -362,7 +362,7 @@ async def test_a_newcomer_is_looked_at_at_once() -> None:
     service = _service(FakeQueue(), probe, lease_ms=20_000, sweep_interval_ms=5_000)
     async with _running(service):
         await service.register(_registration())
-        await eventually(lambda: probe.probes, "it is looked at", limit_s=3)
+        await eventually(lambda: probe.probes, "it is probed", limit_s=3)
 
         async def verified() -> bool:
             return (await service.list_workers()).workers[0].url_verified
@@ -371,7 +371,7 @@ async def test_a_newcomer_is_looked_at_at_once() -> None:
 
 
 async def test_sweeps_go_on_while_newcomers_are_looked_at() -> None:
-    """URLs that take long to answer, of ever more newcomers, do not interrupt the watch of the renewal numbers."""
+    """URLs that take long to answer, of ever more newcomers, do not interrupt the watch of the renewal counters."""
     asked, answers = asyncio.Event(), asyncio.Event()
 
     class SlowProbe(FakeProbe):

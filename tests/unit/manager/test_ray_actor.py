@@ -36,7 +36,7 @@ OLD = "redis_version:5.0.0\r\n"
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's figures need Ray."""
+    """Ray's metrics need Ray."""
 
     async def none(*_args: object) -> None:
         await asyncio.Event().wait()

@@ -110,7 +110,7 @@ def test_a_worker_that_drains_by_itself_is_draining() -> None:
 
 
 def test_leaving_needs_the_right_session() -> None:
-    """A late goodbye of an earlier run does not remove the present one."""
+    """A late deregistration of an earlier session does not remove the present one."""
     registry = _registry()
     registry.join(_registration(TWO), 0.0)
     assert not registry.leave("w", ONE)
@@ -129,7 +129,7 @@ def test_the_dead_are_forgotten_by_session() -> None:
 
 
 def test_a_url_is_verified_by_an_answer_only() -> None:
-    """Until the URL answered as this session id it is looked at again, ever more rarely, with a note for people."""
+    """Until the URL answered as this session it is probed again, ever more rarely, with a note for people."""
     registry = _registry()
     member = registry.join(_registration(), 0.0)
     assert registry.to_verify(0.0, 5) == [member]
@@ -146,7 +146,7 @@ def test_a_url_is_verified_by_an_answer_only() -> None:
 
 
 def test_registering_again_keeps_what_is_known() -> None:
-    """The same run at the same URL stays verified; at another URL it is looked at anew."""
+    """The same session at the same URL stays verified; at another URL it is probed anew."""
     registry = _registry()
     member = registry.join(_registration(), 0.0)
     registry.record_probe(member.session_id, ProbeResult(ProbeStatus.SAME), 0.0)

@@ -151,7 +151,7 @@ async def test_ready_follows_redis(client: httpx.AsyncClient, queue: FakeQueue) 
 
 
 async def test_metrics_show_the_fleet_and_the_queues(client: httpx.AsyncClient, queue: FakeQueue) -> None:
-    """The figures of the pools are in the metrics, and vanish rather than go stale when Redis is away."""
+    """The state of the pools is in the metrics, and vanishes rather than goes stale when Redis is away."""
     await client.post("/fabric/v1/workers", json=REGISTRATION)
     queue.counts.events[Pool("org/m"), Lane.BATCH, "expired"] = 3
     queue.counts.stopped[Pool("org/m"), Lane.BATCH, "expired/waiting"] = 2

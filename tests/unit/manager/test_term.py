@@ -164,7 +164,7 @@ async def test_a_session_that_is_checked_twice_is_declared_dead_once() -> None:
 
 @pytest.mark.parametrize("proof", ["its port", "its ping", "not verified", "another session", "unknown"])
 async def test_a_broken_connection_alone_declares_nobody_dead(proof: str) -> None:
-    """It is a hint that anybody may give: what counts is what the worker's port and its renewal number say."""
+    """It is a hint that anybody may give: what counts is what the worker's port and its renewal counter say."""
     queue = FakeQueue(numbers={ONE: 1})
     probe = FakeProbe({URL: ProbeResult(ProbeStatus.UNKNOWN if proof == "not verified" else ProbeStatus.SAME)})
     term = _term(queue, time.monotonic, probe)

@@ -41,7 +41,7 @@ class ScriptedManager:
         self.registrations = registrations
         self.heartbeats = heartbeats
         self.registered: list[Registration] = []
-        self.beats: list[Heartbeat] = []
+        self.received: list[Heartbeat] = []
         self.turns = 0
         self.places = ["http://manager"]
 
@@ -68,7 +68,7 @@ class ScriptedManager:
         )
 
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
-        self.beats.append(heartbeat)
+        self.received.append(heartbeat)
         answer = self.heartbeats.pop(0) if self.heartbeats else None
         if isinstance(answer, Exception):
             raise answer
@@ -216,6 +216,6 @@ async def test_a_change_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     one.membership._heartbeat_s = 60
     task = asyncio.create_task(one.membership.run())
     one.membership.notify()
-    await eventually(lambda: one.manager.beats, "the news is told")
+    await eventually(lambda: one.manager.received, "the change is reported")
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -204,8 +204,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_an_unforeseen_error_of_the_queue_costs_a_pause_not_the_process() -> None:
-    """Joining, claiming, listening, renewing, comparing leases and standing in all go on after an error of no kind they
-    know."""
+    """Joining, claiming, listening, renewing, reconciling leases and watching the Manager all go on after an
+    unforeseen error."""
     broker = SurprisingBroker()
     session, drain = session_on(broker)
     running = asyncio.create_task(session.run(first=True))

@@ -32,7 +32,7 @@ async def test_an_abort_closes_the_engine_call_and_reports_nothing() -> None:
 
 async def test_an_abort_that_overtakes_its_claim_is_remembered() -> None:
     """The abort may be read before the claim's answer: the job is then not sent to the engine, but handed back, since a
-    queue that lost its latest writes may mean another life of it. That one, which comes next, is run."""
+    queue that lost its latest writes may mean a new job under its id. That one, which comes next, is run."""
     bench = Bench(plain(200))
     job_lease = lease()
     bench.attempts.abort(job_lease.job.id, "cancelled")

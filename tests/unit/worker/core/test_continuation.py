@@ -147,7 +147,7 @@ class Decorating:
 @pytest.mark.parametrize("goes_on", [True, False], ids=["in front of what goes on", "only in front of a new answer"])
 @pytest.mark.parametrize("before", ["<think>", "<think>" * 20])
 async def test_a_template_that_decorates_answers_is_found_out(goes_on: bool, before: str) -> None:
-    """The model would read another beginning of its answer than it had, and the figures would count it."""
+    """The model would read another beginning of its answer than it had, and the usage would count it."""
     engine: Any = Decorating(await engine_of(), goes_on=goes_on, before=before)
     with pytest.raises(NotContinuable):
         await plan_continuation(engine, job_of(ask(), "Once upon a time. " * 20))
