@@ -1,77 +1,65 @@
-"""The fabric as its users see it: a small client of the Router's HTTP API, for the commands of this package."""
+"""A small client of the Router's HTTP API, for the commands: connection, errors, retries and list pages.
+
+Each command group extends it in its own ``client.py``.
+"""
 
 from __future__ import annotations
 
 import errno
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import aiohttp
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from queue_schemas import (
-    FABRIC_PREFIX,
-    JOIN_TOKEN_HEADER,
-    DeadLetterIds,
-    DeadLetterList,
-    DeadRequest,
-    InferqError,
-    PoolDepth,
-    PoolList,
-    Removed,
-    WorkerList,
-)
+from openai_api.pages import Page
+from queue_schemas import JOIN_TOKEN_HEADER, InferqError
 from telemetry import redact_url
+from telemetry.backoff import Backoff
 from telemetry.http.fleet_session import fleet_session
 from telemetry.http.header_secrets import header_secret
 
 ASK_LIMIT_S = 10.0
-"""Limit on an answer of the control plane."""
+"""Limit on a request other than inference."""
 ANSWER_LIMIT_S = 3600.0
-"""Limit on an inference request: requests may wait in the queue."""
+"""Limit on an inference request, which may wait in the queue."""
 
-GIVE_KEY = "give --api-key / --join-token (INFERQ_API_KEY, INFERQ_JOIN_TOKEN)"
-"""What to do about HTTP 401. Models want the key, workers and dead letters the join token; pools take either."""
+CREDENTIALS_ADVICE = "give --api-key / --join-token (INFERQ_API_KEY, INFERQ_JOIN_TOKEN)"
+"""What to do about HTTP 401. Models need the key, workers and dead letters the join token; pools take either."""
 
 _LINE_BYTES = 1 << 20
 _ASK_LIMIT = aiohttp.ClientTimeout(total=ASK_LIMIT_S)
-Message = Mapping[str, str]
+PAGE = 100
+TRIES = 5
+BACKOFF = Backoff(0.5, 8.0)
+_TRANSIENT = frozenset({0, 408, 429, 500, 502, 503, 504})
+_Result = TypeVar("_Result")
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-class FabricRefused(InferqError):
-    """The fabric answered with an error, or nobody answered; the message says what to do."""
+class RequestFailed(InferqError):
+    """The Router answered with an error, or nothing answered; the message says what to do next."""
 
-    code = "fabric_refused"
+    code = "request_failed"
 
-    def __init__(self, message: str, *, answered: int = 0) -> None:
-        """``answered`` is the HTTP status of what answered; 0 if nobody did."""
+    def __init__(self, message: str, *, http_status: int = 0) -> None:
+        """``http_status`` is the HTTP status of the answer; 0 if there was none."""
         super().__init__(message)
-        self.answered = answered
+        self.http_status = http_status
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same request may succeed a little later."""
+        return self.http_status in _TRANSIENT
 
 
-@dataclass(slots=True)
-class Answer:
-    """One chat answer and how it came about; times in seconds since the request was sent."""
-
-    text: str = ""
-    model: str = ""
-    request_id: str = ""
-    finish_reason: str = ""
-    first_s: float = 0.0
-    total_s: float = 0.0
-    usage: dict[str, Any] = field(default_factory=dict)
-
-
-class FabricClient:
-    """Use it as ``async with FabricClient(url) as client``. All methods raise :class:`FabricRefused`, and so does the
-    making of one whose URL cannot be a Router's."""
+class RouterClient:
+    """``async with RouterClient(url) as client``. All methods raise :class:`RequestFailed`, and so does the constructor
+    for a URL that cannot be a Router's."""
 
     def __init__(self, url: str, *, api_key: str = "", join_token: str = "") -> None:
         self.url = check_url(url)
@@ -94,104 +82,16 @@ class FabricClient:
             await self._session.close()
 
     async def models(self) -> list[str]:
-        """The ids of the models that can be asked now."""
-        found = await self._get("/v1/models")
+        """The ids of the models that are served now."""
+        found = await self.call("GET", "/v1/models")
         return [str(model["id"]) for model in orjson.loads(found).get("data", [])]
 
-    async def pools(self) -> list[PoolDepth]:
-        return _parsed(PoolList, await self._get(f"{FABRIC_PREFIX}/pools")).pools
-
-    async def pool(self, model: str) -> PoolDepth:
-        return _parsed(PoolDepth, await self._get(f"{FABRIC_PREFIX}/pools/{model}"))
-
-    async def workers(self) -> WorkerList:
-        return _parsed(WorkerList, await self._get(f"{FABRIC_PREFIX}/workers"))
-
-    async def dead_letters(self, after: str, limit: int) -> DeadLetterList:
-        """A page of the requests that were given up."""
-        return _parsed(DeadLetterList, await self._get(f"{FABRIC_PREFIX}/dead?after={after}&limit={limit}"))
-
-    async def dead_request(self, letter_id: str) -> DeadRequest:
-        return _parsed(DeadRequest, await self._get(f"{FABRIC_PREFIX}/dead/{quote(letter_id, safe=':')}"))
-
-    async def forget_dead(self, letter_ids: Sequence[str]) -> int:
-        """Remove dead letters; how many there were."""
-        body = DeadLetterIds(ids=list(letter_ids)).model_dump_json().encode()
-        answer = await self.ask_again(f"{FABRIC_PREFIX}/dead/purge", body, "application/json")
-        return _parsed(Removed, answer).removed
-
-    async def ask_again(self, path: str, body: bytes, content_type: str) -> bytes:
-        """The answer to a request given byte for byte."""
-        async with self._send(path, body, content_type) as answer:
-            return await _checked(answer)
-
     async def health(self) -> bool:
-        """Whether an inferq Router answers there."""
+        """Whether an inferq Router answers at the URL."""
         try:
-            return b"inferq" in await self._get("/metrics")
-        except FabricRefused:
+            return b"inferq" in await self.call("GET", "/metrics")
+        except RequestFailed:
             return False
-
-    async def chat(self, model: str, messages: Sequence[Message], **parameters: object) -> Answer:
-        """One chat completion in one piece."""
-        began = time.monotonic()
-        async with self._post("/v1/chat/completions", model, messages, stream=False, **parameters) as response:
-            data = orjson.loads(await _checked(response))
-            choice = data["choices"][0]
-            took = time.monotonic() - began
-            return Answer(
-                text=choice["message"].get("content") or "",
-                model=data.get("model", model),
-                request_id=response.headers.get("x-request-id", ""),
-                finish_reason=choice.get("finish_reason") or "",
-                first_s=took,
-                total_s=took,
-                usage=data.get("usage") or {},
-            )
-
-    async def stream_chat(
-        self, answer: Answer, model: str, messages: Sequence[Message], **parameters: object
-    ) -> AsyncIterator[str]:
-        """A streamed chat completion: yields the text's pieces as they come and fills ``answer``."""
-        began = time.monotonic()
-        options = {"stream_options": {"include_usage": True}, **parameters}
-        async with self._post("/v1/chat/completions", model, messages, stream=True, **options) as response:
-            answer.request_id = response.headers.get("x-request-id", "")
-            if response.status != 200:
-                await _checked(response)
-            async for event in _events(response):
-                if "error" in event:
-                    raise FabricRefused(str(event["error"].get("message", event["error"])))
-                answer.model = event.get("model", answer.model)
-                answer.usage = event.get("usage") or answer.usage
-                for choice in event.get("choices", [])[:1]:
-                    answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-                    piece = choice.get("delta", {}).get("content")
-                    if piece:
-                        answer.first_s = answer.first_s or time.monotonic() - began
-                        answer.text += piece
-                        yield piece
-            answer.total_s = time.monotonic() - began
-
-    @asynccontextmanager
-    async def _post(
-        self, path: str, model: str, messages: Sequence[Message], **fields: object
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        body = orjson.dumps({"model": model, "messages": list(messages), **fields})
-        async with self._send(path, body, "application/json") as response:
-            yield response
-
-    @asynccontextmanager
-    async def _send(self, path: str, body: bytes, content_type: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        headers = {"content-type": content_type}
-        limit = aiohttp.ClientTimeout(total=ANSWER_LIMIT_S)
-        try:
-            async with self._open.post(
-                self.url + path, data=body, headers=headers, timeout=limit, allow_redirects=False
-            ) as response:
-                yield response
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._unreachable(error) from error
 
     async def call(
         self,
@@ -202,9 +102,9 @@ class FabricClient:
         headers: Mapping[str, str] | None = None,
         timeout: aiohttp.ClientTimeout = _ASK_LIMIT,
     ) -> bytes:
-        """The body of the answer."""
+        """Send a request; the body of the answer."""
         async with self.opened(method, path, data=data, headers=headers, timeout=timeout) as response:
-            return await _checked(response)
+            return await checked(response)
 
     @asynccontextmanager
     async def opened(
@@ -216,44 +116,82 @@ class FabricClient:
         headers: Mapping[str, str] | None = None,
         timeout: aiohttp.ClientTimeout = _ASK_LIMIT,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer that is no error, to be read within."""
-        asking = self._open.request(
+        """Send a request; the successful answer, to be read inside the block."""
+        asking = self.session.request(
             method, self.url + path, data=data, headers=headers, timeout=timeout, allow_redirects=False
         )
         try:
             async with asking as response:
                 if response.status >= 300:
-                    await _checked(response)
+                    await checked(response)
                 yield response
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._unreachable(error) from error
+            raise self.unreachable(error) from error
 
-    @staticmethod
-    def parsed(model: type[Parsed], body: bytes) -> Parsed:
-        """``body`` as what it must be."""
-        return _parsed(model, body)
+    @asynccontextmanager
+    async def send_inference(self, path: str, body: bytes, content_type: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send an inference request, which may wait in the queue; its answer, whatever its status."""
+        headers = {"content-type": content_type}
+        limit = aiohttp.ClientTimeout(total=ANSWER_LIMIT_S)
+        try:
+            async with self.session.post(
+                self.url + path, data=body, headers=headers, timeout=limit, allow_redirects=False
+            ) as response:
+                yield response
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self.unreachable(error) from error
 
-    async def _get(self, path: str) -> bytes:
-        return await self.call("GET", path)
+    async def get(self, path: str) -> bytes:
+        """The body of the answer to a GET request, which is retried."""
+        return await with_retries(lambda: self.call("GET", path))
 
-    def _unreachable(self, error: BaseException) -> FabricRefused:
-        return FabricRefused(
+    async def send_json(
+        self,
+        path: str,
+        body: object,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: aiohttp.ClientTimeout = _ASK_LIMIT,
+    ) -> bytes:
+        """The body of the answer to a POST request with a JSON body. It is not retried."""
+        headers = {"content-type": "application/json", **(headers or {})}
+        return await self.call("POST", path, data=orjson.dumps(body), headers=headers, timeout=timeout)
+
+    async def get_all(
+        self, path: str, item: type[Parsed], limit: int | None = None, *, query: Mapping[str, str] | None = None
+    ) -> list[Parsed]:
+        """The first ``limit`` items of a list (None: all), page by page."""
+        found: list[Parsed] = []
+        after, more = "", True
+        while more and (limit is None or len(found) < limit):
+            size = PAGE if limit is None else min(PAGE, limit - len(found))
+            fields = {"limit": str(size), **({"after": after} if after else {}), **(query or {})}
+            page = parse(Page[dict[str, Any]], await self.call("GET", f"{path}?{urlencode(fields)}"))
+            found += [parse(item, orjson.dumps(data)) for data in page.data]
+            after = page.last_id or ""
+            more = page.has_more and bool(after)
+        return found
+
+    def unreachable(self, error: BaseException) -> RequestFailed:
+        """The error for a Router that did not answer because of ``error``."""
+        return RequestFailed(
             f"no Router answers at {self.url} ({_reason(error)}): start one with `inferq up`, "
             "or name it with --router-url"
         )
 
     @property
-    def _open(self) -> aiohttp.ClientSession:
+    def session(self) -> aiohttp.ClientSession:
+        """The HTTP session of the ``async with`` block."""
         if self._session is None:
             raise RuntimeError("enter the client first")
         return self._session
 
 
 def check_url(url: str) -> str:
-    """The Router's URL without a slash at its end. Raises :class:`FabricRefused` with what is wrong with it."""
-    wrong = _what_is_wrong(url.strip())
+    """The Router's URL without a trailing slash. Raises :class:`RequestFailed` with what is wrong with it."""
+    wrong = _url_fault(url.strip())
     if wrong:
-        raise FabricRefused(f"the Router's URL {url!r} {wrong}: give one like http://127.0.0.1:18000 with --router-url")
+        raise RequestFailed(f"the Router's URL {url!r} {wrong}: give one like http://127.0.0.1:18000 with --router-url")
     return url.strip().rstrip("/")
 
 
@@ -261,10 +199,10 @@ def _sendable(secret: str, name: str, where: str) -> str:
     try:
         return header_secret(secret)
     except ValueError as error:
-        raise FabricRefused(f"the {name} ({where}) cannot be sent: {error}") from None
+        raise RequestFailed(f"the {name} ({where}) cannot be sent: {error}") from None
 
 
-def _what_is_wrong(url: str) -> str:
+def _url_fault(url: str) -> str:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -282,7 +220,7 @@ def _what_is_wrong(url: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Why nobody answered, in words that need no knowledge of our HTTP library."""
+    """Why nothing answered, without terms of the HTTP library."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
@@ -294,38 +232,45 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-async def _checked(response: aiohttp.ClientResponse) -> bytes:
+async def checked(response: aiohttp.ClientResponse) -> bytes:
+    """The body of a successful answer. Raises :class:`RequestFailed` for any other."""
     body = await response.read()
     if response.status < 300:
         return body
     if response.status < 400:
         # Not followed: the API key and the join token would go with the request.
-        raise FabricRefused(
+        raise RequestFailed(
             f"{response.url.path} is redirected to {redact_url(response.headers.get('location', 'nowhere'))}: "
             "give the Router's own URL with --router-url",
-            answered=response.status,
+            http_status=response.status,
         )
     try:
         message = orjson.loads(body)["error"]["message"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         message = body[:300].decode("utf-8", "replace")
     answer = f"{message} (HTTP {response.status}, {response.url.path})"
-    raise FabricRefused(f"{answer}: {GIVE_KEY}" if response.status == 401 else answer, answered=response.status)
+    advice = f": {CREDENTIALS_ADVICE}" if response.status == 401 else ""
+    raise RequestFailed(answer + advice, http_status=response.status)
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each ``data:`` line of an event stream (WHATWG HTML, 9.2), until ``[DONE]``."""
-    async for line in response.content:
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return
-        yield orjson.loads(data)
-
-
-def _parsed(model: type[Parsed], body: bytes) -> Parsed:
+def parse(model: type[Parsed], body: bytes) -> Parsed:
+    """``body`` as a ``model``. Raises :class:`RequestFailed` if it is none."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise FabricRefused("what answered is not an inferq Router, or one of another version") from error
+        raise RequestFailed("what answered is not an inferq Router, or one of another version") from error
+
+
+def path_part(text: str, what: str, command: str) -> str:
+    """``text`` as a part of a path. Raises :class:`RequestFailed` if it cannot be the id of ``what``; ``command`` lists
+    the ids."""
+    if not text.replace("_", "").replace("-", "").isalnum() or not text.isascii():
+        raise RequestFailed(f"{text[:80]!r} is not the id of {what}: `{command}` shows the ids", http_status=404)
+    return text
+
+
+async def with_retries(attempt: Callable[[], Awaitable[_Result]]) -> _Result:
+    """What ``attempt`` returns, tried up to ``TRIES`` times while it fails for transient reasons."""
+    return await BACKOFF.retry(
+        attempt, when=lambda error: isinstance(error, RequestFailed) and error.transient, max_attempts=TRIES
+    )

@@ -1,4 +1,4 @@
-"""``inferq batch``: the options of its commands. Their work is in :mod:`inferq.commands`."""
+"""``inferq batch``: the options of its commands. Their work is in the other modules of this package."""
 
 from __future__ import annotations
 
@@ -9,53 +9,60 @@ import typer
 
 from queue_schemas import BadRequest
 
-from ..commands.options import DEFAULT_URL, ApiKey, AsJson, RouterUrl
 from ..exit_codes import run_for_code
+from ..option_blocks import with_blocks
+from ..options import AsJson, NewestLimit, RouterOptions
 
 if TYPE_CHECKING:
-    from .client import BatchClient
     from .input import Format
 
 batch_app = typer.Typer(
-    help="Run a file of requests in the background: submit, watch, fetch. Exit codes for scripts: 0 done, 1 it ended "
-    "with trouble, 2 it could not be asked, 3 it has not ended yet."
+    help="Run files of requests as batches.\n\nExit codes: 0 success, 1 the batch ended with errors, 2 the command "
+    "failed, 3 the batch has not ended yet."
 )
 
-BatchId = Annotated[str, typer.Argument(help="The batch's id, as `inferq batch list` shows it.")]
-Watched = Annotated[bool, typer.Option("--watch", "-w", help="Stay until it has ended. Ctrl-C leaves it running.")]
+BatchId = Annotated[str, typer.Argument(help="Id of the batch, from `inferq batch list`.")]
+Watched = Annotated[bool, typer.Option("--watch", "-w", help="Wait until it has ended. Ctrl-C leaves it running.")]
 
 
 @batch_app.command("submit")
+@with_blocks
 def submit_batch(
+    router: RouterOptions,
     file: Annotated[
-        Path, typer.Argument(help="Requests or prompts: .jsonl, .csv, .tsv, .txt, also .gz; - is standard input.")
+        Path, typer.Argument(help="Requests or prompts: .jsonl, .csv, .tsv or .txt, also .gz; - reads standard input.")
     ],
     watch: Watched = False,
-    model: Annotated[str, typer.Option("--model", "-m", help="For prompts. Default: the first that is served.")] = "",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Model for prompts. Default: the first that is served.")
+    ] = "",
     endpoint: Annotated[
-        str, typer.Option(help="Default: that of the requests; for prompts /v1/chat/completions.")
+        str, typer.Option(help="Endpoint. Default: that of the requests; for prompts /v1/chat/completions.")
     ] = "",
     template: Annotated[
-        str, typer.Option("--template", "-t", help="The prompt, with columns: 'Summarise: {text}'. {{ }} are braces.")
+        str,
+        typer.Option(
+            "--template", "-t", help="Prompt with column names, as 'Summarise: {text}'. Write braces as {{ }}."
+        ),
     ] = "",
-    system: Annotated[str, typer.Option(help="A system message before each prompt.")] = "",
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    system: Annotated[str, typer.Option(help="System message for each prompt.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of each answer.")] = None,
     parameter: Annotated[
-        list[str] | None, typer.Option("--param", "-p", help="Another field of each request, as temperature=0.")
+        list[str] | None,
+        typer.Option("--param", "-p", help="Another field of each request, such as temperature=0; repeatable."),
     ] = None,
     id_column: Annotated[
-        str, typer.Option(help="The column of the custom_id. Default: custom_id, task_id or id, else line-N.")
+        str, typer.Option(help="Column with the custom_id. Default: custom_id, task_id or id, else line-N.")
     ] = "",
-    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, kept with the batch; repeatable.")] = None,
-    window: Annotated[str, typer.Option(help="How long the batch may take, of what the Router offers.")] = "24h",
+    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE to store with the batch; repeatable.")] = None,
+    window: Annotated[str, typer.Option(help="Completion window, one that the Router offers.")] = "24h",
     form: Annotated[
-        str, typer.Option("--format", help="jsonl, csv, tsv or txt, where the file's name does not say.")
+        str, typer.Option("--format", help="jsonl, csv, tsv or txt, if the file's name does not tell.")
     ] = "",
-    router_url: RouterUrl = DEFAULT_URL,
-    api_key: ApiKey = "",
     as_json: AsJson = False,
 ) -> None:
-    """Upload requests, or prompts to make them of, and run them as a batch."""
+    """Upload requests, or prompts that become requests, and run them as a batch."""
+    from .client import BatchClient  # noqa: PLC0415
     from .input import Shape, read_parameter  # noqa: PLC0415
     from .submit import Submission, submit  # noqa: PLC0415
 
@@ -69,80 +76,77 @@ def submit_batch(
         parameters=dict(read_parameter(text) for text in parameter or ()),
     )
     asked = Submission(path=file, form=_format(form), shape=shape, window=window, metadata=_pairs(metadata or []))
-    client = _client(router_url, api_key)
+    client = router.client(BatchClient)
     run_for_code(lambda: submit(client, asked, watched=watch, as_json=as_json))
 
 
 @batch_app.command("status")
+@with_blocks
 def batch_status(
+    router: RouterOptions,
     batch_id: BatchId,
     watch: Watched = False,
-    router_url: RouterUrl = DEFAULT_URL,
-    api_key: ApiKey = "",
     as_json: AsJson = False,
 ) -> None:
-    """How a batch stands."""
+    """Show the state of a batch."""
+    from .client import BatchClient  # noqa: PLC0415
     from .views import show_status  # noqa: PLC0415
 
-    client = _client(router_url, api_key)
+    client = router.client(BatchClient)
     run_for_code(lambda: show_status(client, batch_id, watched=watch, as_json=as_json))
 
 
 @batch_app.command("list")
+@with_blocks
 def batch_list(
-    limit: Annotated[int, typer.Option(min=1, help="Show no more than the newest so many.")] = 20,
-    router_url: RouterUrl = DEFAULT_URL,
-    api_key: ApiKey = "",
+    router: RouterOptions,
+    limit: NewestLimit = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Your batches, newest first."""
+    """List your batches, newest first."""
+    from .client import BatchClient  # noqa: PLC0415
     from .views import list_batches  # noqa: PLC0415
 
-    client = _client(router_url, api_key)
+    client = router.client(BatchClient)
     run_for_code(lambda: list_batches(client, limit=limit, as_json=as_json))
 
 
 @batch_app.command("cancel")
-def batch_cancel(
-    batch_id: BatchId, router_url: RouterUrl = DEFAULT_URL, api_key: ApiKey = "", as_json: AsJson = False
-) -> None:
-    """End a batch early. The lines that are done are kept."""
+@with_blocks
+def batch_cancel(router: RouterOptions, batch_id: BatchId, as_json: AsJson = False) -> None:
+    """Cancel a batch. Answers that have arrived are kept."""
+    from .client import BatchClient  # noqa: PLC0415
     from .views import cancel_batch  # noqa: PLC0415
 
-    client = _client(router_url, api_key)
+    client = router.client(BatchClient)
     run_for_code(lambda: cancel_batch(client, batch_id, as_json=as_json))
 
 
 @batch_app.command("results")
+@with_blocks
 def batch_results(
+    router: RouterOptions,
     batch_id: BatchId,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to; - is standard output.")] = Path("-"),
-    text: Annotated[bool, typer.Option("--text", help="Only custom_id and text of each answer.")] = False,
-    router_url: RouterUrl = DEFAULT_URL,
-    api_key: ApiKey = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; - is standard output.")] = Path("-"),
+    text: Annotated[bool, typer.Option("--text", help="Write only the custom_id and text of each answer.")] = False,
 ) -> None:
-    """Fetch the answers (JSON lines). A download that was cut short goes on where it stopped."""
+    """Download the answers as JSON lines. A broken download continues where it stopped."""
+    from .client import BatchClient  # noqa: PLC0415
     from .results import fetch_results  # noqa: PLC0415
 
-    client = _client(router_url, api_key)
+    client = router.client(BatchClient)
     run_for_code(lambda: fetch_results(client, batch_id, output, texts=text))
 
 
 @batch_app.command("errors")
-def batch_errors(
-    batch_id: BatchId, router_url: RouterUrl = DEFAULT_URL, api_key: ApiKey = "", as_json: AsJson = False
-) -> None:
-    """Why a batch was refused, and every line without a good answer."""
+@with_blocks
+def batch_errors(router: RouterOptions, batch_id: BatchId, as_json: AsJson = False) -> None:
+    """Show why a batch was refused, and every line without a successful answer."""
+    from .client import BatchClient  # noqa: PLC0415
     from .views import show_errors  # noqa: PLC0415
 
-    client = _client(router_url, api_key)
+    client = router.client(BatchClient)
     run_for_code(lambda: show_errors(client, batch_id, as_json=as_json))
-
-
-def _client(router_url: str, api_key: str) -> BatchClient:
-    from .client import BatchClient  # noqa: PLC0415
-
-    return BatchClient(router_url, api_key=api_key)
 
 
 def _format(text: str) -> Format | None:

@@ -1,29 +1,22 @@
-"""Files and batches as the commands ask a Router for them. The network may fail: what can be asked again is."""
+"""Files and batches through a Router. Requests that can be repeated are retried."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
-import orjson
 from pydantic import BaseModel, ConfigDict
 
-from telemetry.backoff import Backoff
-
-from ..client import ASK_LIMIT_S, FabricClient, FabricRefused
+from ..client import ASK_LIMIT_S, BACKOFF, TRIES, RequestFailed, RouterClient, parse, path_part, with_retries
 
 SILENCE_LIMIT_S = 120.0
 """How long an upload or a download may stand still."""
-TRIES = 5
-_BACKOFF = Backoff(0.5, 8.0)
-_PASSING = frozenset({0, 408, 429, 500, 502, 503, 504})
 _PIECE_BYTES = 1 << 18
 _BATCHES, _FILES = "/v1/batches", "/v1/files"
-_Answer = TypeVar("_Answer")
 
 
 class Counts(BaseModel):
@@ -67,13 +60,8 @@ class BatchView(BaseModel):
 
     @property
     def line_errors(self) -> list[LineError]:
-        """What its input file was refused for."""
+        """Why its input file was refused."""
         return self.errors.data if self.errors else []
-
-
-class BatchPage(BaseModel):
-    data: list[BatchView]
-    has_more: bool = False
 
 
 class _File(BaseModel):
@@ -81,47 +69,48 @@ class _File(BaseModel):
     bytes: int
 
 
-class BatchClient(FabricClient):
-    """All methods raise :class:`FabricRefused`."""
+class BatchClient(RouterClient):
+    """All methods raise :class:`RequestFailed`."""
 
     async def upload(self, path: Path, filename: str) -> str:
-        """Upload a batch's input file, piece by piece; its id. An upload that broke off is made again."""
+        """Upload a batch's input file, piece by piece; its id. A broken upload is repeated."""
 
         async def attempt() -> str:
             with path.open("rb") as file:
                 form = aiohttp.FormData({"purpose": "batch"})
                 form.add_field("file", file, filename=filename, content_type="application/jsonl")
                 limit = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S, sock_connect=ASK_LIMIT_S)
-                return self.parsed(_File, await self.call("POST", _FILES, data=form, timeout=limit)).id
+                return parse(_File, await self.call("POST", _FILES, data=form, timeout=limit)).id
 
-        return await again(attempt)
+        return await with_retries(attempt)
 
     async def create(
         self, input_file_id: str, endpoint: str, window: str, metadata: Mapping[str, str] | None
     ) -> BatchView:
-        """Create a batch, once, though the answer may be lost on the way."""
-        asked = {"input_file_id": input_file_id, "endpoint": endpoint, "completion_window": window}
-        body = orjson.dumps(asked | ({"metadata": dict(metadata)} if metadata else {}))
-        headers = {"content-type": "application/json", "idempotency-key": secrets.token_hex(16)}
-        return await again(lambda: self._view(self.call("POST", _BATCHES, data=body, headers=headers)))
+        """Create a batch. Retries after a lost answer create no second one."""
+        body: dict[str, object] = {"input_file_id": input_file_id, "endpoint": endpoint, "completion_window": window}
+        if metadata:
+            body["metadata"] = dict(metadata)
+        headers = {"idempotency-key": secrets.token_hex(16)}
+        return parse(BatchView, await with_retries(lambda: self.send_json(_BATCHES, body, headers=headers)))
 
     async def batch(self, batch_id: str) -> BatchView:
-        return await self._view(self.call("GET", f"{_BATCHES}/{_named(batch_id)}"))
+        return parse(BatchView, await self.call("GET", f"{_BATCHES}/{_id(batch_id)}"))
 
-    async def batches(self, after: str, limit: int) -> BatchPage:
-        query = f"?limit={limit}" + (f"&after={_named(after)}" if after else "")
-        return self.parsed(BatchPage, await self.call("GET", _BATCHES + query))
+    async def batches(self, limit: int) -> list[BatchView]:
+        """The newest ``limit`` batches."""
+        return await self.get_all(_BATCHES, BatchView, limit)
 
     async def cancel(self, batch_id: str) -> BatchView:
-        return await again(lambda: self._view(self.call("POST", f"{_BATCHES}/{_named(batch_id)}/cancel")))
+        path = f"{_BATCHES}/{_id(batch_id)}/cancel"
+        return parse(BatchView, await with_retries(lambda: self.call("POST", path)))
 
     async def size(self, file_id: str) -> int:
         """A file's size in bytes."""
-        answer = await again(lambda: self.call("GET", f"{_FILES}/{file_id}"))
-        return self.parsed(_File, answer).bytes
+        return parse(_File, await self.get(f"{_FILES}/{file_id}")).bytes
 
     async def content(self, file_id: str, start: int, size: int) -> AsyncIterator[bytes]:
-        """The bytes of a file from ``start`` to its end at ``size``. Where it breaks off, it is asked for the rest."""
+        """The bytes of a file from ``start`` to its end at ``size``. A broken download continues where it stopped."""
         at, failures = start, 0
         while at < size:
             try:
@@ -129,48 +118,30 @@ class BatchClient(FabricClient):
                     at += len(piece)
                     failures = 0
                     yield piece
-            except FabricRefused as refused:
+            except RequestFailed as refused:
                 failures += 1
-                if not passing(refused) or failures >= TRIES:
+                if not refused.transient or failures >= TRIES:
                     raise
-                await asyncio.sleep(_BACKOFF.pause_s(failures))
+                await asyncio.sleep(BACKOFF.pause_s(failures))
 
     async def _content_from(self, file_id: str, start: int, size: int) -> AsyncIterator[bytes]:
         limit = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S, sock_connect=ASK_LIMIT_S)
         headers = {"range": f"bytes={start}-", "accept-encoding": "identity"} if start else {}
         async with self.opened("GET", f"{_FILES}/{file_id}/content", headers=headers, timeout=limit) as answer:
             if start and answer.status != 206:
-                raise FabricRefused("the Router does not give parts of files", answered=answer.status)
+                raise RequestFailed("the Router does not answer range requests for files", http_status=answer.status)
             at = start
             async for piece in answer.content.iter_chunked(_PIECE_BYTES):
                 at += len(piece)
                 yield piece
         if at < size:
-            raise FabricRefused(f"the content of {file_id} broke off at byte {at} of {size}")
-
-    async def _view(self, asked: Awaitable[bytes]) -> BatchView:
-        return self.parsed(BatchView, await asked)
+            raise RequestFailed(f"the content of {file_id} broke off at byte {at} of {size}")
 
 
-def passing(refused: FabricRefused) -> bool:
-    """Whether the same call may succeed a little later."""
-    return refused.answered in _PASSING
-
-
-async def again(attempt: Callable[[], Awaitable[_Answer]]) -> _Answer:
-    """What ``attempt`` answers, tried up to ``TRIES`` times while what keeps it from succeeding may pass."""
-    return await _BACKOFF.retry(
-        attempt, when=lambda error: isinstance(error, FabricRefused) and passing(error), max_attempts=TRIES
-    )
-
-
-def _named(batch_id: str) -> str:
-    """Only what can be an id becomes part of a path."""
-    if not batch_id.replace("_", "").replace("-", "").isalnum() or not batch_id.isascii():
-        raise FabricRefused(f"{batch_id!r} is not the id of a batch: `inferq batch list` shows them", answered=404)
-    return batch_id
+def _id(batch_id: str) -> str:
+    return path_part(batch_id, "a batch", "inferq batch list")
 
 
 def fields_of(view: BatchView) -> dict[str, Any]:
-    """All fields that the Router gave."""
+    """All fields of the Router's answer."""
     return view.model_dump(mode="json")

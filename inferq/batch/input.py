@@ -1,7 +1,7 @@
-"""What people have, as the input file of a batch: one request per line, JSON (the vendor's batch format).
+"""Convert prompts, tables and requests into the input file of a batch: one JSON request per line, OpenAI's format.
 
-Taken are whole requests (passed on as they are), JSON lines with a ``prompt`` or ``messages``, a table with columns for
-a template, and plain text with a prompt on each line; each also gzipped. Read and written line by line, nothing held.
+Accepted are whole requests (passed on unchanged), JSON lines with a ``prompt`` or ``messages``, a table with columns
+for a template, and plain text with a prompt on each line; each also gzipped. Files are read and written line by line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _MAX_CELL = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What is made of each prompt. Empty or None: not given."""
+    """How to make a request of each prompt. Empty or None: not given."""
 
     model: str = ""
     endpoint: str = ""
@@ -57,14 +57,14 @@ class Shape:
 
     @property
     def for_prompts(self) -> bool:
-        """Whether it says something that whole requests have themselves."""
+        """Whether it sets anything that whole requests set themselves."""
         given = (self.model, self.system, self.template, self.id_column, self.parameters)
         return any(given) or self.max_tokens is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An input file: where its requests go, and how many there are."""
+    """A written input file: the endpoint of its requests, and their number."""
 
     endpoint: str
     lines: int
@@ -72,7 +72,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What one line holds, and where it stands: ``prompts.csv line 7``."""
+    """The fields of one line, and its place: ``prompts.csv line 7``."""
 
     place: str
     number: int
@@ -91,7 +91,7 @@ def read_parameter(text: str) -> tuple[str, Any]:
 
 
 class Source:
-    """A file that was opened: see :func:`open_source`."""
+    """An open source file, from :func:`open_source`."""
 
     def __init__(self, first: _Row, rest: Iterator[_Row]) -> None:
         self._first = first
@@ -99,11 +99,11 @@ class Source:
 
     @property
     def whole(self) -> bool:
-        """Whether it holds whole requests, which name their model themselves."""
+        """Whether it has whole requests, which name their model themselves."""
         return "custom_id" in self._first.fields and isinstance(self._first.fields.get("body"), dict)
 
     def write(self, shape: Shape, into: BinaryIO) -> Prepared:
-        """Write the batch's input file; once. Raises ``BadRequest`` with file and line for what cannot be used."""
+        """Write the batch's input file. Raises ``BadRequest`` with file and line for invalid input. Call it once."""
         rows = chain((self._first,), self._rest)
         if self.whole:
             endpoint = self._endpoint(shape)
@@ -132,22 +132,22 @@ class Source:
 
 @contextmanager
 def open_source(path: Path, form: Format | None) -> Iterator[Source]:
-    """The file of ``path`` (``-``: standard input). Raises ``BadRequest`` if it cannot be read or holds nothing."""
+    """Open ``path`` (``-``: standard input). Raises ``BadRequest`` if it cannot be read or is empty."""
     form = form or format_of(path)
     with _lines(path) as lines:
         rows = _rows(path, lines, form)
         first = next(rows, None)
         if first is None:
-            raise BadRequest(f"{path} has no lines with anything in them")
+            raise BadRequest(f"{path} has no lines with requests")
         yield Source(first, rows)
 
 
 def format_of(path: Path) -> Format:
-    """By the file's name. Raises ``BadRequest``."""
+    """The format, by the file's name. Raises ``BadRequest``."""
     name = path.with_suffix("") if path.suffix == ".gz" else path
     found = _BY_SUFFIX.get(name.suffix.lower())
     if found is None:
-        raise BadRequest(f"{path}: its name does not say what is in it: give --format, one of {', '.join(FORMATS)}")
+        raise BadRequest(f"{path}: the format is unknown by its name: give --format, one of {', '.join(FORMATS)}")
     return found
 
 
@@ -178,9 +178,9 @@ def _request(row: _Row, endpoint: str, shape: Shape) -> dict[str, Any]:
 
 def _body(row: _Row, endpoint: str, shape: Shape) -> dict[str, Any]:
     if shape.system and endpoint not in {CHAT, RESPONSES}:
-        raise BadRequest(f"--system has no place in a request to {endpoint}")
+        raise BadRequest(f"--system cannot be used with {endpoint}")
     if shape.max_tokens is not None and endpoint == EMBEDDINGS:
-        raise BadRequest(f"--max-tokens has no place in a request to {endpoint}")
+        raise BadRequest(f"--max-tokens cannot be used with {endpoint}")
     limit = {} if shape.max_tokens is None else {"max_tokens": shape.max_tokens}
     match endpoint:
         case "/v1/chat/completions":
@@ -211,7 +211,7 @@ def _prompt(row: _Row, shape: Shape) -> str:
         return prompt
     has = ", ".join(map(str, row.fields)) or "nothing"
     raise BadRequest(
-        f"{row.place} has no text 'prompt'; it has: {has}. Say how to make one with --template, as in "
+        f"{row.place} has no text 'prompt'; it has: {has}. Make one with --template, as in "
         "--template 'Summarise: {text}'"
     )
 
@@ -223,7 +223,7 @@ def _custom_id(row: _Row, column: str) -> str:
     found = next((row.fields[name] for name in names if row.fields.get(name) not in (None, "")), None)
     if found is None:
         if column:
-            raise BadRequest(f"{row.place}: {column!r} is empty, and is to be the custom_id")
+            raise BadRequest(f"{row.place}: {column!r} is empty but must be the custom_id")
         return f"line-{row.number}"
     return str(found)
 
@@ -284,7 +284,7 @@ def _table_rows(path: Path, lines: Iterator[tuple[int, str]], delimiter: str) ->
 
     def texts() -> Iterator[str]:
         nonlocal at
-        for at, line in lines:  # noqa: B007 - told of in the errors below
+        for at, line in lines:  # noqa: B007 - used in the errors below
             yield line
 
     reader = csv.DictReader(texts(), delimiter=delimiter, strict=True)

@@ -1,4 +1,4 @@
-"""Reading the lines of a batch's output and error files as they come over the network."""
+"""Read the lines of a batch's output and error files as they arrive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from inferq.batch.client import BatchClient
-from inferq.client import FabricRefused
+from inferq.client import RequestFailed
 
 
 async def lines_of(client: BatchClient, file_id: str) -> AsyncIterator[dict[str, Any]]:
@@ -24,18 +24,18 @@ async def lines_of(client: BatchClient, file_id: str) -> AsyncIterator[dict[str,
 
 
 def parse_line(line: bytes, file_id: str) -> dict[str, Any]:
-    """One line of an output or error file. Raises ``FabricRefused`` if it is none."""
+    """One line of an output or error file, parsed. Raises ``RequestFailed`` if it is invalid."""
     try:
         found = orjson.loads(line)
     except orjson.JSONDecodeError:
         found = None
     if not isinstance(found, dict):
-        raise FabricRefused(f"the file {file_id} has a line that is not a JSON object")
+        raise RequestFailed(f"the file {file_id} has a line that is not a JSON object")
     return found
 
 
 def text_of(line: dict[str, Any]) -> str:
-    """What the model said, of any endpoint that answers with text; empty if there is none."""
+    """The text of an answer of any endpoint; empty if it has none."""
     body = (line.get("response") or {}).get("body")
     if not isinstance(body, dict):
         return ""

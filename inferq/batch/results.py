@@ -1,4 +1,4 @@
-"""``inferq batch results``: the answers of a batch, into a file or to standard output."""
+"""``inferq batch results``: download the answers of a batch to a file or standard output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import orjson
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
 from inferq.batch.client import BatchClient, BatchView
-from inferq.client import FabricRefused
+from inferq.client import RequestFailed
 from inferq.console import err
 from queue_schemas import BadRequest
 
@@ -24,10 +24,10 @@ STANDARD_OUTPUT = Path("-")
 
 
 async def fetch_results(client: BatchClient, batch_id: str, into: Path, *, texts: bool) -> int:
-    """Write the output file to ``into``, or with ``texts`` only what the model said; the exit code.
+    """Write the output file to ``into``, or with ``texts`` only the texts of the answers; the exit code.
 
-    What was there before is replaced when all has arrived. A download that was cut short goes on where it stopped,
-    also in another call of this.
+    An existing file is replaced once everything has arrived. A broken download continues where it stopped, also in
+    another call.
     """
     async with client:
         batch = await client.batch(batch_id)
@@ -44,7 +44,7 @@ async def fetch_results(client: BatchClient, batch_id: str, into: Path, *, texts
             await _download(client, file_id, into)
             err.print(f"{batch.request_counts.completed} answers in {into}", markup=False)
     if batch.request_counts.failed:
-        err.print(f"{batch.request_counts.failed} lines have none: inferq batch errors {batch.id}", markup=False)
+        err.print(f"{batch.request_counts.failed} lines have no answer: inferq batch errors {batch.id}", markup=False)
     return 0
 
 
@@ -61,7 +61,7 @@ async def _download(client: BatchClient, file_id: str, into: Path) -> None:
     part = into.with_name(f".{into.name}.{file_id}.part")
     try:
         with part.open("ab") as file:
-            _claim(file, into)
+            _lock(file, into)
             start = file.tell()
             if start > size:
                 file.truncate(0)
@@ -77,15 +77,15 @@ async def _download(client: BatchClient, file_id: str, into: Path) -> None:
         part.replace(into)
     except OSError as error:
         raise BadRequest(f"{into} cannot be written: {error.strerror or error}") from error
-    except FabricRefused as refused:
-        raise FabricRefused(
-            f"{refused.message}. What has arrived is kept: the same command goes on from there",
-            answered=refused.answered,
+    except RequestFailed as refused:
+        raise RequestFailed(
+            f"{refused.message}. What has arrived is kept: the same command continues from there",
+            http_status=refused.http_status,
         ) from refused
 
 
-def _claim(file: BinaryIO, into: Path) -> None:
-    """Two that write one file would mix their bytes."""
+def _lock(file: BinaryIO, into: Path) -> None:
+    """Lock the file: two downloads to one file would mix their bytes."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

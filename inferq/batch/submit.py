@@ -1,4 +1,4 @@
-"""``inferq batch submit``: a file of prompts or requests becomes a batch."""
+"""``inferq batch submit``: make a batch of a file of prompts or requests."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from inferq.batch.client import BatchClient, BatchView, fields_of
 from inferq.batch.input import Format, Prepared, Shape, Source, open_source
 from inferq.console import err, out, print_json
 
-from ..commands.chat import choose_model
+from ..chat.views import choose_model
 from .views import print_end
 from .watch import exit_code, watch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """What `inferq batch submit` was asked for."""
+    """The arguments of `inferq batch submit`."""
 
     path: Path
     form: Format | None = None
@@ -31,9 +31,9 @@ class Submission:
 
 
 async def submit(client: BatchClient, asked: Submission, *, watched: bool, as_json: bool) -> int:
-    """Make, upload and create the batch, and watch it where asked to; the exit code."""
+    """Prepare and upload the file, create the batch, and watch it if ``watched``; the exit code."""
     async with client:
-        with _told_when_cut_short():
+        with _advice_if_interrupted():
             batch = await _create(client, asked)
         if not watched:
             if as_json:
@@ -75,9 +75,9 @@ def _upload_name(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _told_when_cut_short() -> Iterator[None]:
+def _advice_if_interrupted() -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        err.print("\nNo batch was seen to be created; `inferq batch list` shows what there is.")
+        err.print("\nNo batch is known to be created; `inferq batch list` shows your batches.")
         raise

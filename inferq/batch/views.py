@@ -1,4 +1,4 @@
-"""``inferq batch status | list | cancel | errors``: how batches stand, and what went wrong in them."""
+"""``inferq batch status | list | cancel | errors``: print batches and their errors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from inferq.tables import Column, Row, print_table
 from .lines import lines_of
 from .watch import EXIT_RUNNING, duration, exit_code, watch
 
-PAGE = 100
 _CHARS = 300
 _CLOCK = "%Y-%m-%d %H:%M:%S"
 
 
 async def show_status(client: BatchClient, batch_id: str, *, watched: bool, as_json: bool) -> int:
-    """How one stands, or how it ended; the exit code."""
+    """Print the state of a batch; the exit code."""
     async with client:
         batch = await (watch(client, batch_id) if watched else client.batch(batch_id))
     if as_json:
@@ -34,25 +33,20 @@ async def show_status(client: BatchClient, batch_id: str, *, watched: bool, as_j
 
 
 async def list_batches(client: BatchClient, *, limit: int, as_json: bool) -> int:
-    """The newest of them."""
-    found: list[BatchView] = []
+    """Print the newest batches; the exit code."""
     async with client:
-        more = True
-        while more and len(found) < limit:
-            page = await client.batches(found[-1].id if found else "", min(PAGE, limit - len(found)))
-            found += page.data
-            more = page.has_more and bool(page.data)
+        found = await client.batches(limit)
     if as_json:
         print_json([fields_of(batch) for batch in found])
     elif found:
         print_table(_COLUMNS, [_row(batch) for batch in found])
     else:
-        out.print("There are no batches yet: inferq batch submit FILE")
+        out.print("No batches yet. Submit one with: inferq batch submit FILE")
     return 0
 
 
 async def cancel_batch(client: BatchClient, batch_id: str, *, as_json: bool) -> int:
-    """Ask for a batch's end. What is done of it is kept."""
+    """Cancel a batch, keeping finished lines; the exit code."""
     async with client:
         batch = await client.cancel(batch_id)
     if as_json:
@@ -63,20 +57,20 @@ async def cancel_batch(client: BatchClient, batch_id: str, *, as_json: bool) -> 
 
 
 async def show_errors(client: BatchClient, batch_id: str, *, as_json: bool) -> int:
-    """What the input was refused for, then every line without a good answer; one after the other, as they come.
+    """Print why the input was refused, then every line without a successful answer, as they arrive.
 
-    Exit code 0: there is nothing wrong with a batch that has ended; 1: there is; 3: nothing yet, it has not ended.
+    Exit code 0: the batch has ended without errors; 1: it has errors; 3: none yet, it has not ended.
     """
     count = 0
     async with client:
         batch = await client.batch(batch_id)
         for refusal in batch.line_errors:
             count += 1
-            _tell_refusal(refusal, as_json=as_json)
+            _print_refusal(refusal, as_json=as_json)
         if batch.error_file_id is not None:
             async for line in lines_of(client, batch.error_file_id):
                 count += 1
-                _tell_failure(line, as_json=as_json)
+                _print_failure(line, as_json=as_json)
     if not as_json:
         state = "It has not ended yet." if not batch.ended else ""
         err.print(f"{count} errors. {state}".strip())
@@ -86,11 +80,11 @@ async def show_errors(client: BatchClient, batch_id: str, *, as_json: bool) -> i
 
 
 def print_end(batch: BatchView) -> None:
-    """What became of a batch that has ended, and what to do next."""
+    """Print how a batch has ended, and what to do next."""
     style = "green" if exit_code(batch) == 0 else "yellow" if batch.status == "completed" else "red"
     out.print(Text(visible(_summary(batch)), style=style))
     for refusal in batch.line_errors[:5]:
-        _tell_refusal(refusal, as_json=False)
+        _print_refusal(refusal, as_json=False)
     if batch.output_file_id:
         err.print(f"Its answers: inferq batch results {batch.id} -o out.jsonl", markup=False)
     if batch.error_file_id or len(batch.line_errors) > 5:
@@ -100,7 +94,7 @@ def print_end(batch: BatchView) -> None:
 def _summary(batch: BatchView) -> str:
     counts = batch.request_counts
     if batch.status == "failed":
-        return f"{batch.id} failed: its file cannot be run"
+        return f"{batch.id} failed: its input file is invalid"
     text = f"{batch.id} {batch.status}: {counts.completed} of {counts.total} done, {counts.failed} failed"
     ended = _ended_at(batch)
     if ended is None or batch.in_progress_at is None:
@@ -115,7 +109,7 @@ def _ended_at(batch: BatchView) -> int | None:
     return found if batch.ended and isinstance(found, int) else None
 
 
-def _tell_refusal(refusal: LineError, *, as_json: bool) -> None:
+def _print_refusal(refusal: LineError, *, as_json: bool) -> None:
     if as_json:
         print_json(refusal.model_dump(), line=True)
         return
@@ -123,7 +117,7 @@ def _tell_refusal(refusal: LineError, *, as_json: bool) -> None:
     out.print(visible(f"{where}{refusal.message} ({refusal.code})"), markup=False)
 
 
-def _tell_failure(line: dict[str, Any], *, as_json: bool) -> None:
+def _print_failure(line: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(line, line=True)
         return

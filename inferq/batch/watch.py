@@ -1,4 +1,4 @@
-"""Watching a batch: a bar with rate, time left and failures, until the batch has ended or Ctrl-C."""
+"""Watch a batch: show rate, time left and failures until it has ended or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections import deque
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from inferq.batch.client import BatchClient, BatchView, passing
-from inferq.client import FabricRefused
+from inferq.batch.client import BatchClient, BatchView
+from inferq.client import RequestFailed
 from inferq.console import err, visible
 
 OUTAGE_LIMIT_S = 600.0
-"""How long no Router may answer before the watching, not the batch, ends."""
+"""The watch, not the batch, ends after so long without an answer of a Router."""
 _MIN_LOOK_S, _MAX_LOOK_S = 0.25, 5.0
 _FIRST_WAIT_S = 1.0
-_TELL_EVERY_S = 10.0
+_LINE_EVERY_S = 10.0
 _SAMPLES, _SAMPLE_EVERY_S = 30, 1.0
 EXIT_TROUBLE, EXIT_RUNNING = 1, 3
 
 
 class Pace:
-    """Lines per second over the last half minute of looking, and what that means for the rest."""
+    """Lines per second over the last half minute of watching, and the time left at that rate."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque(maxlen=_SAMPLES)
@@ -33,7 +33,7 @@ class Pace:
             self._seen.append((now_s, done))
 
     def rate(self, now_s: float, done: int) -> float:
-        """Lines per second; 0 until something was done while we looked."""
+        """Lines per second; 0 until a line finishes while watched."""
         if not self._seen:
             return 0.0
         since_s, before = self._seen[0]
@@ -64,14 +64,14 @@ def exit_code(batch: BatchView) -> int:
 
 
 async def watch(client: BatchClient, batch_id: str) -> BatchView:
-    """Look at a batch until it has ended; says on standard error how it goes. Ctrl-C leaves the batch running.
+    """Watch a batch until it has ended, with progress on standard error. Ctrl-C leaves the batch running.
 
-    A Router that is away for a while is waited for. Raises ``FabricRefused`` when that takes too long.
+    Raises ``RequestFailed`` if no Router answers for ``OUTAGE_LIMIT_S``.
     """
     try:
         return await _watch(client, batch_id)
     except asyncio.CancelledError:
-        err.print(f"\nThe batch goes on. Come back with: inferq batch status {batch_id} --watch", highlight=False)
+        err.print(f"\nThe batch continues. Come back with: inferq batch status {batch_id} --watch", highlight=False)
         raise
 
 
@@ -83,7 +83,7 @@ async def _watch(client: BatchClient, batch_id: str) -> BatchView:
         TextColumn("{task.fields[failed]}{task.fields[pace]}"),
     )
     pace, began = Pace(), time.monotonic()
-    teller = _Teller()
+    log_lines = _LogLines()
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("validating", total=None, failed="", pace="")
         while True:
@@ -98,22 +98,22 @@ async def _watch(client: BatchClient, batch_id: str) -> BatchView:
                 task, description=batch.status, completed=done, total=counts.total or None, failed=failed, pace=text
             )
             if not err.is_terminal:
-                teller.tell(now, batch, text)
+                log_lines.update(now, batch, text)
             if batch.ended:
                 return batch
             await asyncio.sleep(min(max((now - began) / 20, _MIN_LOOK_S), _MAX_LOOK_S))
 
 
-class _Teller:
-    """Lines for a log, where there is no terminal: when the status changes, and now and then."""
+class _LogLines:
+    """Prints lines for a log if there is no terminal: at each change of status, and every 10 s."""
 
     def __init__(self) -> None:
-        self._status, self._told_s = "", 0.0
+        self._status, self._printed_s = "", 0.0
 
-    def tell(self, now_s: float, batch: BatchView, pace: str) -> None:
-        if batch.status == self._status and now_s - self._told_s < _TELL_EVERY_S:
+    def update(self, now_s: float, batch: BatchView, pace: str) -> None:
+        if batch.status == self._status and now_s - self._printed_s < _LINE_EVERY_S:
             return
-        self._status, self._told_s = batch.status, now_s
+        self._status, self._printed_s = batch.status, now_s
         counts = batch.request_counts
         parts = [f"{counts.completed} of {counts.total} done", f"{counts.failed} failed", pace]
         err.print(f"{batch.id} {batch.status}: {', '.join(filter(None, parts))}", markup=False)
@@ -124,15 +124,15 @@ async def _look(client: BatchClient, batch_id: str, bar: Progress) -> BatchView:
     while True:
         try:
             return await client.batch(batch_id)
-        except FabricRefused as refused:
-            if not passing(refused):
+        except RequestFailed as refused:
+            if not refused.transient:
                 raise
             now = time.monotonic()
             if failing_since is None:
                 failing_since = now
                 bar.console.print(f"[yellow]{escape(visible(refused.message))}; trying again[/yellow]")
             if now - failing_since > OUTAGE_LIMIT_S:
-                raise FabricRefused(
-                    f"{refused.message}. The batch goes on by itself: inferq batch status {batch_id} --watch"
+                raise RequestFailed(
+                    f"{refused.message}. The batch continues by itself: inferq batch status {batch_id} --watch"
                 ) from refused
             await asyncio.sleep(_MAX_LOOK_S if now - failing_since > _MAX_LOOK_S else _FIRST_WAIT_S)

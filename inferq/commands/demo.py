@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from broker import BrokerSettings
-from inferq.client import Answer, FabricClient
+from inferq.chat.client import Answer, ChatClient
 from inferq.console import err, out, print_json
 from inferq.stack import RunningStack, StackOptions, plan_stack, run_stack
 from inferq.stack.run import free_port
@@ -25,7 +25,7 @@ from inferq.vllm_setup import ConsoleProgress
 from queue_schemas import BadRequest, ShuttingDown
 from telemetry.http.server import run_process, stop_on_signals
 
-from .chat import choose_model, describe
+from ..chat.views import choose_model, describe
 from .up import Serving, TerminalAnnouncer, prepare
 
 PROMPTS = 20
@@ -60,7 +60,7 @@ def read_prompts(path: Path | None, limit: int = PROMPTS) -> list[Prompt]:
 
 
 def run_demo(
-    client: FabricClient, options: StackOptions, prompts: list[Prompt], *, redis_url: str | None, as_json: bool
+    client: ChatClient, options: StackOptions, prompts: list[Prompt], *, redis_url: str | None, as_json: bool
 ) -> int:
     """Show a fabric at work: the one that ``client`` reaches, else one started for the demo and stopped after it.
 
@@ -85,12 +85,12 @@ def run_demo(
         # Nothing in it is a batch.
         alone = replace(serving, options=replace(serving.options, batcher=False))
         async with _own_stack(alone, queue_url) as url:
-            await _show(FabricClient(url), prompts, as_json=as_json)
+            await _show(ChatClient(url), prompts, as_json=as_json)
 
     return run_process(show)
 
 
-async def _is_running(client: FabricClient) -> bool:
+async def _is_running(client: ChatClient) -> bool:
     async with client:
         return await client.health()
 
@@ -131,12 +131,12 @@ class _QuietAnnouncer(TerminalAnnouncer):
         self.ready.set()
 
 
-async def _show(client: FabricClient, prompts: list[Prompt], named: str = "", *, as_json: bool) -> None:
+async def _show(client: ChatClient, prompts: list[Prompt], named: str = "", *, as_json: bool) -> None:
     async with client:
         await _show_all(client, prompts, named, as_json=as_json)
 
 
-async def _show_all(client: FabricClient, prompts: list[Prompt], named: str, *, as_json: bool) -> None:
+async def _show_all(client: ChatClient, prompts: list[Prompt], named: str, *, as_json: bool) -> None:
     model = named or await choose_model(client)
     chat = await _plain(client, model, as_json=as_json)
     streamed = await _streamed(client, model, as_json=as_json)
@@ -150,7 +150,7 @@ async def _show_all(client: FabricClient, prompts: list[Prompt], named: str, *, 
         _print_summary(prompts, answers, took)
 
 
-async def _plain(client: FabricClient, model: str, *, as_json: bool) -> Answer:
+async def _plain(client: ChatClient, model: str, *, as_json: bool) -> Answer:
     if not as_json:
         out.print(f"\n[bold]1. A chat[/bold] with {escape(model)}\n\n  [cyan]you[/cyan]    {QUESTION}")
     answer = await client.chat(model, [{"role": "user", "content": QUESTION}], max_tokens=48, temperature=0)
@@ -160,7 +160,7 @@ async def _plain(client: FabricClient, model: str, *, as_json: bool) -> Answer:
     return answer
 
 
-async def _streamed(client: FabricClient, model: str, *, as_json: bool) -> Answer:
+async def _streamed(client: ChatClient, model: str, *, as_json: bool) -> Answer:
     answer = Answer()
     if not as_json:
         out.print(f"\n[bold]2. A chat, streamed[/bold]\n\n  [cyan]you[/cyan]    {STORY}")
@@ -174,7 +174,7 @@ async def _streamed(client: FabricClient, model: str, *, as_json: bool) -> Answe
     return answer
 
 
-async def _together(client: FabricClient, model: str, prompts: list[Prompt], *, as_json: bool) -> list[Answer]:
+async def _together(client: ChatClient, model: str, prompts: list[Prompt], *, as_json: bool) -> list[Answer]:
     """Ask everything at once; the queue decides what runs when."""
     if not as_json:
         out.print(f"\n[bold]3. {len(prompts)} programming prompts at once[/bold]\n")

@@ -1,4 +1,4 @@
-"""``inferq up``: the whole fabric on this machine, by one command, until Ctrl-C."""
+"""``inferq up``: run everything on this machine until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _REPEAT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What the workers will run: the options for them, and the model's name for people."""
+    """What the workers will run: their options, the model's name (empty: the engine decides), and the engine's."""
 
     options: StackOptions
     model: str
@@ -63,7 +63,7 @@ def _prepare(options: StackOptions, progress: Progress) -> Serving:
         model = options.model or SIMULATED_MODEL
         return Serving(replace(options, model=model), model, "simulated engine")
     if options.engine == "url":
-        return Serving(options, options.model or "(what that server lists)", f"the server at {options.engine_url}")
+        return Serving(options, options.model or "", f"the server at {options.engine_url}")
     environment = _own_vllm(options) or prepare_vllm(progress)
     options = replace(options, vllm_command=str(environment.command), vllm_device=environment.device)
     if environment.kind is Kind.CPU:
@@ -128,7 +128,7 @@ def link_environment(options: StackOptions) -> None:
 
 
 class TerminalAnnouncer:
-    """Tells a person what starts, runs, fails and stops (or a script: one line of JSON once everything runs)."""
+    """Prints what starts, runs, fails and stops; for scripts one line of JSON once everything runs."""
 
     def __init__(self, serving: Serving, *, as_json: bool, set_up_s: float = 0.0) -> None:
         self._serving = serving
@@ -162,7 +162,7 @@ class TerminalAnnouncer:
     def up(self, stack: RunningStack) -> None:
         self._still()
         if self._as_json:
-            facts = asdict(stack) | {"logs": str(stack.logs), "model": self._serving.model}
+            facts = asdict(stack) | {"logs": str(stack.logs), "model": self._serving.model or stack.first_model}
             print_json(facts, line=True)
         else:
             self._print_table(stack)
@@ -186,17 +186,22 @@ class TerminalAnnouncer:
             self._status = None
 
     def _print_table(self, stack: RunningStack) -> None:
+        model = self._serving.model or stack.first_model
         out.print(f"\n[bold green]inferq is up[/bold green] after {stack.ready_after_s + self._set_up_s:.0f} s\n")
         rows = [("Router", f"{stack.router_url}/v1  (OpenAI API)"), ("Manager", stack.manager_url)]
         rows += [(name.capitalize(), url) for name, url in stack.service_urls.items()]
         rows += [(name.capitalize(), f"{url}  ({self._serving.engine})") for name, url in stack.worker_urls.items()]
-        rows += [("Model", self._serving.model), ("Queue", stack.queue), ("Logs", str(stack.logs))]
+        rows += [
+            ("Model", model or f"not known: GET {stack.router_url}/v1/models lists the models"),
+            ("Queue", stack.queue),
+            ("Logs", str(stack.logs)),
+        ]
         if stack.join_token_file:
-            rows.append(("Join token", f"{stack.join_token_file}  (workers and operators show it: INFERQ_JOIN_TOKEN)"))
+            rows.append(("Join token", f"{stack.join_token_file}  (for workers and operators: INFERQ_JOIN_TOKEN)"))
         for name, text in rows:
             out.print(f"  [bold]{name:<11}[/bold]{escape(text)}")
         body = json.dumps(
-            {"model": self._serving.model, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+            {"model": model or "MODEL", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
         )
         out.print("\nTry:\n")
         out.print(

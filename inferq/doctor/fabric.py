@@ -6,7 +6,8 @@ import shutil
 
 import aiohttp
 
-from inferq.client import GIVE_KEY, FabricClient, FabricRefused
+from inferq.client import CREDENTIALS_ADVICE, RequestFailed
+from inferq.fleet.client import FleetClient
 from inferq.vllm_setup import DEFAULT_MODEL, SetupFailed, find_default_model, find_vllm, plan_setup
 from inferq.vllm_setup.cache import cache_dir
 from inferq.vllm_setup.environment import read_host
@@ -50,12 +51,12 @@ async def _attached(url: str) -> Finding:
     return Finding("engine", Level.OK, f"{url} answers")
 
 
-async def _router(client: FabricClient, trouble: Level) -> Finding | None:
+async def _router(client: FleetClient, trouble: Level) -> Finding | None:
     """What is wrong with what answers at the Router's URL; None if it is a Router."""
     try:
         metrics = await client.call("GET", "/metrics")
-    except FabricRefused as refused:
-        if not refused.answered:
+    except RequestFailed as refused:
+        if not refused.http_status:
             what, _, mend = refused.message.rpartition(": ")
             return Finding("fabric", trouble, what, mend)
     else:
@@ -73,9 +74,16 @@ async def look_at_fabric(examined: Examined) -> list[Finding]:
             return [found]
         try:
             fleet, pools = await client.workers(), await client.pools()
-        except FabricRefused as refused:
-            mend = "" if refused.answered == 401 else "look at the Manager"
-            return [Finding("fabric", trouble, refused.message.removesuffix(f": {GIVE_KEY}"), mend or GIVE_KEY)]
+        except RequestFailed as refused:
+            mend = "" if refused.http_status == 401 else "look at the Manager"
+            return [
+                Finding(
+                    "fabric",
+                    trouble,
+                    refused.message.removesuffix(f": {CREDENTIALS_ADVICE}"),
+                    mend or CREDENTIALS_ADVICE,
+                )
+            ]
     working = [worker for worker in fleet.workers if worker.takes_work]
     findings = [Finding("fabric", Level.OK, f"{len(working)} of {len(fleet.workers)} workers take work")]
     findings += [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from inferq.client import FabricClient
+from inferq.fleet.client import FleetClient
 
 ASK_LIMIT_S = 3.0
 """Limit on one HTTP answer."""
@@ -35,7 +35,7 @@ class Examined:
     """What is looked at."""
 
     redis_url: str
-    client: FabricClient
+    client: FleetClient
     data_dir: Path
     engine_url: str = ""
     router_named: bool = False

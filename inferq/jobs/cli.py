@@ -1,69 +1,65 @@
-"""``inferq jobs``: the options of its commands. Their work is in :mod:`inferq.commands`."""
+"""``inferq jobs``: the options of its commands. Their work is in :mod:`inferq.jobs.views`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ..commands.options import DEFAULT_URL, ApiKey, AsJson, RouterUrl
 from ..exit_codes import run_for_code
-
-if TYPE_CHECKING:
-    from .client import JobsClient
+from ..option_blocks import with_blocks
+from ..options import AsJson, NewestLimit, RouterOptions
 
 jobs_app = typer.Typer(
-    help="Requests of the background (header X-Inferq-Background: true). Exit codes for scripts: 0 done, 1 it ended "
-    "with trouble, 2 it could not be asked, 3 it has not ended yet."
+    help="Background jobs: requests with X-Inferq-Background: true.\n\nExit codes: 0 success, 1 the job ended with an "
+    "error, 2 the command failed, 3 the job has not ended yet."
 )
 
-JobName = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `inferq jobs list` shows it.")]
+JobName = Annotated[str, typer.Argument(metavar="ID", help="Id of the job, from `inferq jobs list`.")]
 
 
 @jobs_app.command("list")
+@with_blocks
 def jobs_list(
-    limit: Annotated[int, typer.Option(min=1, help="Show no more than the newest so many.")] = 20,
+    router: RouterOptions,
+    limit: NewestLimit = 20,
     status: Annotated[
-        str, typer.Option(help="Only those that are queued, in_progress, completed, failed, cancelled or expired.")
+        str, typer.Option(help="Show only jobs that are queued, in_progress, completed, failed, cancelled or expired.")
     ] = "",
-    router_url: RouterUrl = DEFAULT_URL,
-    api_key: ApiKey = "",
     as_json: AsJson = False,
 ) -> None:
-    """Your background jobs, newest first."""
+    """List your background jobs, newest first."""
+    from .client import JobsClient  # noqa: PLC0415
     from .views import list_jobs  # noqa: PLC0415
 
-    client = _client(router_url, api_key)
+    client = router.client(JobsClient)
     run_for_code(lambda: list_jobs(client, limit=limit, status=status, as_json=as_json))
 
 
 @jobs_app.command("show")
+@with_blocks
 def jobs_show(
+    router: RouterOptions,
     job_id: JobName,
-    wait: Annotated[bool, typer.Option("--wait", "-w", help="Stay until it has ended; Ctrl-C leaves it be.")] = False,
-    router_url: RouterUrl = DEFAULT_URL,
-    api_key: ApiKey = "",
+    wait: Annotated[
+        bool, typer.Option("--wait", "-w", help="Wait until it has ended. Ctrl-C leaves it running.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """How a job stands, and its answer on standard output."""
+    """Show a job, and its answer on standard output."""
+    from .client import JobsClient  # noqa: PLC0415
     from .views import show_job  # noqa: PLC0415
 
-    client = _client(router_url, api_key)
+    client = router.client(JobsClient)
     run_for_code(lambda: show_job(client, job_id, wait=wait, as_json=as_json))
 
 
 @jobs_app.command("cancel")
-def jobs_cancel(
-    job_id: JobName, router_url: RouterUrl = DEFAULT_URL, api_key: ApiKey = "", as_json: AsJson = False
-) -> None:
-    """End a job. One that has ended stays as it is."""
+@with_blocks
+def jobs_cancel(router: RouterOptions, job_id: JobName, as_json: AsJson = False) -> None:
+    """Cancel a job. An ended job does not change."""
+    from .client import JobsClient  # noqa: PLC0415
     from .views import cancel_job  # noqa: PLC0415
 
-    client = _client(router_url, api_key)
+    client = router.client(JobsClient)
     run_for_code(lambda: cancel_job(client, job_id, as_json=as_json))
-
-
-def _client(router_url: str, api_key: str) -> JobsClient:
-    from .client import JobsClient  # noqa: PLC0415
-
-    return JobsClient(router_url, api_key=api_key)

@@ -1,4 +1,4 @@
-"""Background jobs as the commands ask a Router for them."""
+"""Background jobs through a Router."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..batch.client import again
-from ..client import FabricClient, FabricRefused
+from ..client import RouterClient, parse, path_part, with_retries
 
 _JOBS = "/v1/jobs"
 
@@ -18,7 +17,7 @@ class JobError(BaseModel):
 
 
 class JobResponse(BaseModel):
-    """An answer: ``body`` as ``encoding`` says (json, text, base64), None if it is ``too_large`` to be shown."""
+    """An answer: ``body`` in the ``encoding`` json, text or base64; None if it is ``too_large`` to be shown."""
 
     status_code: int
     content_type: str
@@ -48,39 +47,23 @@ class JobView(BaseModel):
         return self.status in {"completed", "failed", "cancelled", "expired"}
 
 
-class JobPage(BaseModel):
-    data: list[JobView]
-    last_id: str | None = None
-    has_more: bool = False
-
-
-class JobsClient(FabricClient):
-    """All methods raise :class:`FabricRefused`."""
+class JobsClient(RouterClient):
+    """All methods raise :class:`RequestFailed`."""
 
     async def job(self, job_id: str) -> JobView:
-        """One, with its answer once it has ended."""
-        return await again(lambda: self._view("GET", f"{_JOBS}/{_named(job_id)}"))
+        """One job, with its answer once it has ended."""
+        return parse(JobView, await self.get(f"{_JOBS}/{_id(job_id)}"))
 
-    async def jobs(self, after: str, limit: int, status: str) -> JobPage:
-        """A page of them, newest first."""
-        query = f"?limit={limit}" + (f"&after={_named(after)}" if after else "")
-        query += f"&status={_named(status)}" if status else ""
-
-        async def attempt() -> JobPage:
-            return self.parsed(JobPage, await self.call("GET", _JOBS + query))
-
-        return await again(attempt)
+    async def jobs(self, limit: int, status: str) -> list[JobView]:
+        """The newest ``limit`` jobs; with ``status`` only those."""
+        query = {"status": status} if status else None
+        return await with_retries(lambda: self.get_all(_JOBS, JobView, limit, query=query))
 
     async def cancel(self, job_id: str) -> JobView:
-        """End one, unless it has ended."""
-        return await again(lambda: self._view("POST", f"{_JOBS}/{_named(job_id)}/cancel"))
-
-    async def _view(self, method: str, path: str) -> JobView:
-        return self.parsed(JobView, await self.call(method, path))
+        """Cancel a job, unless it has ended."""
+        path = f"{_JOBS}/{_id(job_id)}/cancel"
+        return parse(JobView, await with_retries(lambda: self.call("POST", path)))
 
 
-def _named(word: str) -> str:
-    """Only what can be an id, or a status, becomes part of a path."""
-    if not word.replace("_", "").replace("-", "").isalnum() or not word.isascii():
-        raise FabricRefused(f"{word[:80]!r} is not the id of a job: `inferq jobs list` shows them", answered=404)
-    return word
+def _id(job_id: str) -> str:
+    return path_part(job_id, "a job", "inferq jobs list")

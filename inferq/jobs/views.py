@@ -1,4 +1,4 @@
-"""``inferq jobs``: background requests, to look at, to wait for, to cancel."""
+"""``inferq jobs``: list, show, wait for and cancel background jobs."""
 
 from __future__ import annotations
 
@@ -13,31 +13,25 @@ from inferq.tables import Column, Row, print_table
 
 from ..batch.watch import EXIT_RUNNING, EXIT_TROUBLE, duration
 
-PAGE = 100
 _MIN_LOOK_S, _MAX_LOOK_S = 0.2, 3.0
 _CLOCK = "%Y-%m-%d %H:%M:%S"
 
 
 async def list_jobs(client: JobsClient, *, limit: int, status: str, as_json: bool) -> int:
-    """The newest of them."""
-    found: list[JobView] = []
+    """Print the newest jobs; the exit code."""
     async with client:
-        after, more = "", True
-        while more and len(found) < limit:
-            page = await client.jobs(after, min(PAGE, limit - len(found)), status)
-            found += page.data
-            after, more = page.last_id or "", page.has_more
+        found = await client.jobs(limit, status)
     if as_json:
         print_json([job.model_dump(mode="json") for job in found])
     elif found:
         print_table(_COLUMNS, [_row(job) for job in found])
     else:
-        out.print("There are no such jobs: requests with the header X-Inferq-Background: true make them.")
+        out.print("No such jobs. Create one with a request that has the header X-Inferq-Background: true.")
     return 0
 
 
 async def show_job(client: JobsClient, job_id: str, *, wait: bool, as_json: bool) -> int:
-    """One of them, with its answer; with ``wait`` once it has ended. The exit code says how it stands."""
+    """Print one job with its answer, with ``wait`` once it has ended; the exit code."""
     async with client:
         job = await client.job(job_id)
         pause_s = _MIN_LOOK_S
@@ -53,7 +47,7 @@ async def show_job(client: JobsClient, job_id: str, *, wait: bool, as_json: bool
 
 
 async def cancel_job(client: JobsClient, job_id: str, *, as_json: bool) -> int:
-    """End one of them. One that has ended stays as it is, which is no trouble."""
+    """Cancel a job; the exit code, 0 also if it had ended."""
     async with client:
         job = await client.cancel(job_id)
     if as_json:
@@ -70,7 +64,7 @@ def _exit_code(job: JobView) -> int:
 
 
 def _print(job: JobView) -> None:
-    """What it is on standard error, its answer on standard output."""
+    """Print its state to standard error and its answer to standard output."""
     err.print(visible(_summary(job)), markup=False, emoji=False)
     if job.error is not None:
         err.print(visible(f"{job.error.message} ({job.error.code})"), style="red", markup=False, emoji=False)
@@ -78,7 +72,7 @@ def _print(job: JobView) -> None:
     if response is None:
         return
     if response.too_large:
-        err.print(f"Its answer is too large to be shown: GET /v1/jobs/{job.id}/output", markup=False)
+        err.print(f"Its answer is too large to show: GET /v1/jobs/{job.id}/output", markup=False)
     elif response.encoding == "text":
         out.print(visible(str(response.body)), markup=False, emoji=False)
     elif response.encoding == "json":

@@ -1,9 +1,10 @@
-"""The join token of a stack whose Router asks for API keys and whose user set none: made once, kept in its folder."""
+"""Create and keep the join token of an `inferq up` whose Router requires API keys and whose user set no token."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from manager.settings import ManagerSettings
@@ -29,18 +30,23 @@ def kept_join_token(data_dir: Path) -> str:
     file = data_dir / TOKEN_FILE
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            token = file.read_text("ascii").strip()
-            if not token:
-                raise CannotStart(
-                    f"the join token in {file} is empty: remove the file, or set INFERQ_JOIN_TOKEN"
-                ) from None
-            return token
-        token = secrets.token_urlsafe(32)
-        with os.fdopen(descriptor, "w") as draft:
-            draft.write(f"{token}\n")
+        if not file.exists():
+            _create(file, secrets.token_urlsafe(32))
+        token = file.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CannotStart(f"the join token in {file} cannot be used ({error}): set INFERQ_JOIN_TOKEN") from error
+    if not token:
+        raise CannotStart(f"the join token in {file} is empty: remove the file, or set INFERQ_JOIN_TOKEN")
     return token
+
+
+def _create(file: Path, token: str) -> None:
+    """Write the file beside its place, then link it: another process sees a whole token or none, and the first wins."""
+    draft = file.with_name(f".{TOKEN_FILE}.{secrets.token_hex(6)}")
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as writing:
+            writing.write(f"{token}\n")
+        with suppress(FileExistsError):
+            os.link(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -97,16 +97,21 @@ class StackPlan:
 
 
 def choose_engine(engine: str | None, engine_url: str | None) -> EngineChoice:
-    """The engine that is meant: a URL given is meant. Raises ``CannotStart`` for an unknown one."""
+    """The engine to run; a URL implies the engine ``url``. Raises ``CannotStart`` for an unknown one."""
     match engine or "auto":
         case "auto":
             return "url" if engine_url else "vllm"
         case "vllm" | "url" | "sim" as known:
             if engine_url and known != "url":
-                raise CannotStart(f"--engine-url names a server that runs already, --engine {known} another: give one")
+                raise CannotStart(
+                    f"--engine-url names a server that runs already, --engine {known} starts another: give one of them"
+                )
             return known
         case unknown:
-            raise CannotStart(f"--engine {unknown}: choose vllm, sim, or url with --engine-url")
+            advice = (
+                f"give --engine-url {unknown}" if "://" in unknown else "choose vllm, sim, or url with --engine-url"
+            )
+            raise CannotStart(f"--engine {unknown} is not an engine: {advice}")
 
 
 def plan_stack(options: StackOptions, free_port: Callable[[], int]) -> StackPlan:

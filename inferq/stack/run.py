@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import socket
@@ -11,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 
@@ -28,6 +29,7 @@ from .process import RoleProcess, ask
 QUEUE_CHECK_LIMIT_MS = 5_000
 LISTED_LIMIT_S, LISTED_POLL_S = 15.0, 0.1
 PAGE_LIMIT_S = 60.0
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,10 @@ class RunningStack:
     logs: Path
     pids: Mapping[str, int]
     ready_after_s: float
+    first_model: str = ""
+    """The first model that the Router lists; empty if it lists none, or requires an API key."""
     join_token_file: str = ""
-    """Where the join token lies that was made for this stack; empty if none was."""
+    """The file with the join token that was created for this stack; empty if none was."""
 
 
 class Announcer(Protocol):
@@ -96,7 +100,7 @@ async def run_stack(
         await _first_of(starting, stop, failure)
         if not stop.is_set():
             token_file = str(plan.data_dir / TOKEN_FILE) if needs_join_token() else ""
-            announcer.up(_describe(plan, processes, queue, token_file, time.monotonic() - began))
+            announcer.up(_describe(plan, processes, queue, token_file, starting.result(), time.monotonic() - began))
             await _first_of(None, stop, failure)
 
 
@@ -128,8 +132,9 @@ async def _start(
     session: aiohttp.ClientSession,
     announcer: Announcer,
     watchers: _Watchers,
-) -> None:
-    """All at once, as each waits for what it needs; told of in the order in which they get ready."""
+) -> str:
+    """Start all processes concurrently, as each waits for what it needs, until all are ready; the first model that the
+    Router lists."""
     for process in processes:
         watchers.start(process.run(), process.spec.name)
     for process in processes:
@@ -141,22 +146,26 @@ async def _start(
             raise CannotStart(
                 f"{process.spec.name} was not ready within {limit_s:.0f} s; its log: {process.log_path}"
             ) from error
-    if plan.workers:
-        announcer.starting("router: waiting to hear of the models")
-        await _until_listed(session, plan.router.url)
+    if not plan.workers:
+        return ""
+    announcer.starting("router: waiting for a model")
+    return await _first_listed(session, plan.router.url)
 
 
-async def _until_listed(session: aiohttp.ClientSession, router_url: str) -> None:
-    """Return once the Router lists a model: whoever tries the line that we print must not be told "no such model".
+async def _first_listed(session: aiohttp.ClientSession, router_url: str) -> str:
+    """Wait until the Router lists a model, so that the example that we print works; the model's id.
 
-    Also where it does not tell us (API keys), and after a while whatever it says: an attached server may list none.
+    Empty if the Router requires an API key, or lists none for a while, as an attached server may.
     """
     limit = time.monotonic() + LISTED_LIMIT_S
     while time.monotonic() < limit:
         status, text = await ask(session, f"{router_url}/v1/models")
-        if status != 200 or '"id"' in text:
-            return
+        if status != 200:
+            return ""
+        if models := json.loads(text).get("data"):
+            return str(models[0]["id"])
         await asyncio.sleep(LISTED_POLL_S)
+    return ""
 
 
 def _tell_waiting(announcer: Announcer, role: RoleSpec) -> Callable[[str], None]:
@@ -181,7 +190,7 @@ async def _stop_in_order(
         await asyncio.gather(*(process.stop(hurry) for process in step))
 
 
-async def _first_of(task: asyncio.Task[None] | None, stop: asyncio.Event, failure: asyncio.Future[None]) -> None:
+async def _first_of(task: asyncio.Task[Any] | None, stop: asyncio.Event, failure: asyncio.Future[None]) -> None:
     """Wait for the end of ``task``, for ``stop`` or for ``failure``; raises what ``task`` or ``failure`` raises."""
     async with asyncio.TaskGroup() as group:
         stopped = group.create_task(stop.wait(), name="stop signal")
@@ -197,15 +206,15 @@ class _Watchers:
 
     def __init__(self, failure: asyncio.Future[None]) -> None:
         self._failure = failure
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
 
-    def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def start(self, work: Coroutine[Any, Any, _Result], name: str) -> asyncio.Task[_Result]:
         task = asyncio.create_task(work, name=name)
         self.tasks.add(task)
         task.add_done_callback(self._ended)
         return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and not self._failure.done() and (error := task.exception()) is not None:
             self._failure.set_exception(error)
 
@@ -241,7 +250,7 @@ def free_port(taken: Iterable[int] = ()) -> int:
 
 
 def _describe(
-    plan: StackPlan, processes: Sequence[RoleProcess], queue: str, token_file: str, ready_after_s: float
+    plan: StackPlan, processes: Sequence[RoleProcess], queue: str, token_file: str, model: str, ready_after_s: float
 ) -> RunningStack:
     return RunningStack(
         router_url=plan.router.url,
@@ -252,5 +261,6 @@ def _describe(
         logs=plan.data_dir / "logs",
         pids={process.spec.name: process.pid or 0 for process in processes},
         ready_after_s=ready_after_s,
+        first_model=model,
         join_token_file=token_file,
     )

@@ -1,4 +1,4 @@
-"""Webhook endpoints as the commands ask a Router for them."""
+"""Webhook endpoints and their deliveries through a Router."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
-import orjson
 from pydantic import BaseModel, ConfigDict
 
-from ..client import FabricClient, FabricRefused
+from ..client import RouterClient, parse, path_part
 
 ENDPOINTS_PATH = "/v1/webhook_endpoints"
-_PAGE = 100
 _TEST_LIMIT_S = 30.0
-"""Longer than a Router waits for the endpoint's answer."""
+"""Longer than a Router waits for the answer of the endpoint."""
 
 
 class EndpointView(BaseModel):
-    """An endpoint as the Router shows it; ``signing_secret`` only where it is shown."""
+    """An endpoint as the Router shows it; ``signing_secret`` only in the answer that creates the secret."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -40,7 +38,7 @@ class AttemptView(BaseModel):
 
 
 class DeliveryView(BaseModel):
-    """What became of an event."""
+    """The delivery of one event."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -53,78 +51,45 @@ class DeliveryView(BaseModel):
     attempts: list[AttemptView] = []
 
 
-class EndpointPage(BaseModel):
-    data: list[EndpointView]
-    has_more: bool = False
-
-
-class DeliveryPage(BaseModel):
-    data: list[DeliveryView]
-    has_more: bool = False
-
-
 class _Tested(BaseModel):
     status_code: int
 
 
-class WebhookClient(FabricClient):
-    """All methods raise :class:`FabricRefused`."""
+class WebhookClient(RouterClient):
+    """All methods raise :class:`RequestFailed`."""
 
     async def add(self, url: str, events: Sequence[str], name: str) -> EndpointView:
-        asked = {"url": url, "event_types": list(events), "name": name}
-        return self.parsed(EndpointView, await self._send_json("", asked))
+        body = {"url": url, "event_types": list(events), "name": name}
+        return parse(EndpointView, await self.send_json(ENDPOINTS_PATH, body))
 
     async def endpoints(self) -> list[EndpointView]:
-        """All of them, newest first."""
-        found: list[EndpointView] = []
-        while True:
-            after = f"&after={found[-1].id}" if found else ""
-            page = self.parsed(EndpointPage, await self.call("GET", f"{ENDPOINTS_PATH}?limit={_PAGE}{after}"))
-            found += page.data
-            if not page.has_more or not page.data:
-                return found
+        """All endpoints, newest first."""
+        return await self.get_all(ENDPOINTS_PATH, EndpointView)
 
     async def endpoint(self, endpoint_id: str) -> EndpointView:
-        return self.parsed(EndpointView, await self.call("GET", ENDPOINTS_PATH + _named(endpoint_id)))
+        return parse(EndpointView, await self.call("GET", _path(endpoint_id)))
 
     async def change(self, endpoint_id: str, **fields: object) -> EndpointView:
-        return self.parsed(EndpointView, await self._send_json(_named(endpoint_id), fields))
+        return parse(EndpointView, await self.send_json(_path(endpoint_id), fields))
 
     async def remove(self, endpoint_id: str) -> None:
-        await self.call("DELETE", ENDPOINTS_PATH + _named(endpoint_id))
+        await self.call("DELETE", _path(endpoint_id))
 
     async def rotate(self, endpoint_id: str, keep_s: int) -> EndpointView:
-        path = f"{_named(endpoint_id)}/rotate_secret"
-        return self.parsed(EndpointView, await self._send_json(path, {"keep_old_secret_s": keep_s}))
+        """Replace the signing secret; the old one stays valid for ``keep_s`` seconds."""
+        path = f"{_path(endpoint_id)}/rotate_secret"
+        return parse(EndpointView, await self.send_json(path, {"keep_old_secret_s": keep_s}))
 
     async def test(self, endpoint_id: str, event_type: str) -> int:
-        """The status with which it answered a sample."""
+        """Send a sample event; the status of the endpoint's answer."""
         limit = aiohttp.ClientTimeout(total=_TEST_LIMIT_S)
-        path = f"{_named(endpoint_id)}/test"
-        return self.parsed(_Tested, await self._send_json(path, {"event_type": event_type}, timeout=limit)).status_code
+        answer = await self.send_json(f"{_path(endpoint_id)}/test", {"event_type": event_type}, timeout=limit)
+        return parse(_Tested, answer).status_code
 
     async def deliveries(self, endpoint_id: str, limit: int) -> list[DeliveryView]:
-        """The newest so many."""
-        found: list[DeliveryView] = []
-        while len(found) < limit:
-            after = f"&after={found[-1].id}" if found else ""
-            query = f"?limit={min(_PAGE, limit - len(found))}{after}"
-            path = f"{ENDPOINTS_PATH}{_named(endpoint_id)}/deliveries{query}"
-            page = self.parsed(DeliveryPage, await self.call("GET", path))
-            found += page.data
-            if not page.has_more or not page.data:
-                break
-        return found
-
-    async def _send_json(self, path: str, body: object, **options: Any) -> bytes:
-        headers = {"content-type": "application/json"}
-        return await self.call("POST", ENDPOINTS_PATH + path, data=orjson.dumps(body), headers=headers, **options)
+        """The newest ``limit`` deliveries."""
+        return await self.get_all(f"{_path(endpoint_id)}/deliveries", DeliveryView, limit)
 
 
-def _named(endpoint_id: str) -> str:
-    """Only what can be an id becomes part of a path."""
-    if not endpoint_id.replace("_", "").isalnum() or not endpoint_id.isascii():
-        raise FabricRefused(
-            f"{endpoint_id!r} is not the id of an endpoint: `inferq webhooks list` shows them", answered=404
-        )
-    return f"/{endpoint_id}"
+def _path(endpoint_id: str) -> str:
+    return f"{ENDPOINTS_PATH}/{path_part(endpoint_id, 'an endpoint', 'inferq webhooks list')}"

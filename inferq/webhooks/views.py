@@ -1,4 +1,4 @@
-"""``inferq webhooks``: where to hear what ended, and what became of what was sent there."""
+"""``inferq webhooks``: create and change endpoints, and print their deliveries."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from inferq.console import err, out, print_json, visible
 from inferq.tables import Column, Row, print_table
 from inferq.webhooks.client import DeliveryView, EndpointView, WebhookClient
 
-_SHOWN_ONCE = "This secret is not shown again. Receivers check signatures with it:"
+_SHOWN_ONCE = "The signing secret, with which receivers verify signatures, is shown only now:"
 
 
 async def add_endpoint(client: WebhookClient, url: str, events: Sequence[str], name: str, *, as_json: bool) -> int:
-    """Make an endpoint and print its secret, once."""
+    """Create an endpoint and print its secret."""
     async with client:
         made = await client.add(url, events, name)
-    _print_secret(made, f"{made.id} gets {', '.join(made.event_types)}", as_json=as_json)
+    _print_secret(made, f"{made.id} receives {', '.join(made.event_types)}", as_json=as_json)
     return 0
 
 
@@ -30,7 +30,7 @@ async def list_endpoints(client: WebhookClient, *, as_json: bool) -> int:
     elif found:
         print_table(_ENDPOINT_COLUMNS, [_endpoint_row(one) for one in found])
     else:
-        out.print("No webhook endpoints: make one with `inferq webhooks add URL`.")
+        out.print("No webhook endpoints. Create one with: inferq webhooks add URL")
     return 0
 
 
@@ -54,10 +54,10 @@ async def remove_endpoint(client: WebhookClient, endpoint_id: str, *, as_json: b
 
 
 async def rotate_secret(client: WebhookClient, endpoint_id: str, keep_s: int, *, as_json: bool) -> int:
-    """Make a new secret and print it, once."""
+    """Replace the secret and print the new one."""
     async with client:
         rotated = await client.rotate(endpoint_id, keep_s)
-    kept = f"the old secret signs too for {keep_s} s" if keep_s else "the old secret signs no more"
+    kept = f"the old secret stays valid for {keep_s} s" if keep_s else "the old secret is no longer valid"
     _print_secret(rotated, f"{rotated.id}: {kept}", as_json=as_json)
     return 0
 
@@ -71,7 +71,7 @@ async def set_enabled(client: WebhookClient, endpoint_id: str, *, enabled: bool,
 
 
 async def test_endpoint(client: WebhookClient, endpoint_id: str, event_type: str, *, as_json: bool) -> int:
-    """Send a sample; exit code 1 if it was answered with anything but success."""
+    """Send a sample event; exit code 1 unless the endpoint answers with success."""
     async with client:
         status = await client.test(endpoint_id, event_type)
     if as_json:
@@ -90,7 +90,7 @@ async def list_deliveries(client: WebhookClient, endpoint_id: str, limit: int, *
     elif found:
         print_table(_DELIVERY_COLUMNS, [_delivery_row(one) for one in found])
     else:
-        out.print("Nothing was sent to it, or it is forgotten by now.")
+        out.print("No deliveries: nothing was sent, or the log was trimmed.")
     return 0
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from inferq.client import FabricClient, FabricRefused
+from inferq.client import RequestFailed
+from tests.support.clients import RouterUser
 from tests.support.command_line import inferq
 from tests.support.processes import Child, free_port
 from tests.support.servers import Server
@@ -104,7 +105,7 @@ async def test_one_command_serves_and_ctrl_c_leaves_nothing(start_up: StartUp, t
     up = start_up("--workers", "2")
     stack = await up.ready()
     assert set(stack["pids"]) == {"manager", "router", "batcher", "notifier", "worker-1", "worker-2"}
-    async with FabricClient(stack["router_url"]) as client:
+    async with RouterUser(stack["router_url"]) as client:
         assert (await client.chat("sim", HELLO, max_tokens=8)).text
         assert {worker.worker_id for worker in (await client.workers()).workers} == {"worker-1", "worker-2"}
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
@@ -127,8 +128,8 @@ async def test_a_second_run_continues_on_the_same_data(start_up: StartUp) -> Non
     assert await up.ended() == 0, up.process.log_tail()
     again = start_up("--workers", "0")
     stack = await again.ready()
-    async with FabricClient(stack["router_url"]) as client:
-        assert (await client.pool("yesterday")).workers == 0
+    async with RouterUser(stack["router_url"]) as client:
+        assert [pool.workers for pool in await client.pools() if pool.model == "yesterday"] == [0]
 
 
 async def test_a_killed_role_is_started_again(start_up: StartUp) -> None:
@@ -138,10 +139,10 @@ async def test_a_killed_role_is_started_again(start_up: StartUp) -> None:
     os.kill(stack["pids"]["router"], signal.SIGKILL)
 
     async def served() -> bool:
-        async with FabricClient(stack["router_url"]) as client:
+        async with RouterUser(stack["router_url"]) as client:
             try:
                 return bool((await client.chat("sim", HELLO, max_tokens=4)).text)
-            except FabricRefused:
+            except RequestFailed:
                 return False
 
     await eventually(lambda: not _alive(stack["pids"]["router"]), "the Router is gone")
@@ -153,7 +154,7 @@ async def test_a_drained_worker_stays_down(start_up: StartUp) -> None:
     """A worker that was told to leave is not started again: `up` says so, and the others serve on."""
     up = start_up("--workers", "2")
     stack = await up.ready()
-    async with FabricClient(stack["router_url"]) as client:
+    async with RouterUser(stack["router_url"]) as client:
         session = aiohttp.ClientSession()
         async with session, session.post(f"{stack['router_url']}/fabric/v1/workers/worker-1/drain") as answer:
             assert answer.status == 202
@@ -204,7 +205,7 @@ async def test_a_redis_of_ones_own_is_used_and_its_password_is_not_shown(
     stack = await up.ready()
     assert "s3cret" not in json.dumps(stack)
     assert _queue_pids(tmp_path / ".inferq") == []
-    async with FabricClient(stack["router_url"]) as client:
+    async with RouterUser(stack["router_url"]) as client:
         assert (await client.chat("sim", HELLO, max_tokens=4)).text
     assert "s3cret" not in up.process.log_text()
 
@@ -233,12 +234,12 @@ async def test_an_engine_that_runs_already_is_attached(start_up: StartUp, tmp_pa
     try:
         up = start_up("--engine-url", f"http://127.0.0.1:{port}", engine="url")
         stack = await up.ready()
-        async with FabricClient(stack["router_url"]) as client:
+        async with RouterUser(stack["router_url"]) as client:
             await eventually(lambda: _lists(client, "attached"), "the model is listed", limit_s=20)
             assert (await client.chat("attached", HELLO, max_tokens=4)).text
     finally:
         engine.kill_group()
 
 
-async def _lists(client: FabricClient, model: str) -> bool:
+async def _lists(client: RouterUser, model: str) -> bool:
     return model in await client.models()

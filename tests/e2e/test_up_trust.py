@@ -12,8 +12,8 @@ from typing import Any
 
 import aiohttp
 
-from inferq.client import FabricClient
 from tests.e2e.test_up import READY_LIMIT_S, ROOT, StartUp, start_up
+from tests.support.clients import RouterUser
 from tests.support.processes import Child
 from tests.support.waiting import eventually
 
@@ -60,7 +60,7 @@ async def test_without_credentials_a_stack_answers_local_programs_and_no_passwor
     child = Child("worker", args, tmp_path / "worker.log", env=clean | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
     child.start()
     try:
-        async with FabricClient(stack["router_url"]) as client:
+        async with RouterUser(stack["router_url"]) as client:
 
             async def serves() -> bool:
                 return any(one.worker_id == "by-hand" and one.takes_work for one in (await client.workers()).workers)
@@ -86,5 +86,5 @@ async def test_with_api_keys_a_stack_makes_its_own_join_token(start_up: StartUp)
             for given in ({}, key):
                 async with asking(method, stack[role] + path, given, json=BODY) as (status, _):
                     assert status == 401, (role, path, given)
-    async with FabricClient(stack["router_url"], join_token=token) as client:
+    async with RouterUser(stack["router_url"], join_token=token) as client:
         assert [worker.worker_id for worker in (await client.workers()).workers] == ["worker-1"]

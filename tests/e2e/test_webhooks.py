@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 
-from inferq.client import FabricRefused
+from inferq.client import RequestFailed
 from inferq.webhooks import views as commands
 from inferq.webhooks.client import WebhookClient
 from tests.support.batches import Shelf, add_batcher
@@ -147,6 +147,6 @@ async def test_endpoints_on_the_command_line(
     fresh = capsys.readouterr()
     assert (fresh.out[:6], "signs too for 60 s" in fresh.err, secret.strip() in fresh.out) == ("whsec_", True, False)
     for wrong in ("nothing", "../x"):
-        with pytest.raises(FabricRefused, match=r"no webhook endpoint|not the id of an endpoint"):
+        with pytest.raises(RequestFailed, match=r"no webhook endpoint|not the id of an endpoint"):
             await commands.show_endpoint(client(), wrong, as_json=False)
     assert await commands.remove_endpoint(client(), name, as_json=True) == 0

@@ -8,7 +8,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.responses import Response
 
-from inferq.client import FabricClient
+from inferq.chat.client import ChatClient
 from inferq.vllm_setup import DEFAULT_MODEL
 from tests.support.responses import check_stream
 from tests.support.waiting import eventually
@@ -50,7 +50,7 @@ async def _ended(client: AsyncOpenAI, **fields: Any) -> Response:
 async def test_its_text_is_that_of_the_chat(real: RealFleet) -> None:
     """Polled and streamed, with the chat's own usage; at temperature 0 the model says the same."""
     async with (
-        FabricClient(real.fleet.router.url) as fabric,
+        ChatClient(real.fleet.router.url) as fabric,
         AsyncOpenAI(base_url=f"{real.fleet.router.url}/v1", api_key="none", max_retries=0) as client,
     ):
         chat = await fabric.chat(DEFAULT_MODEL, [{"role": "user", "content": CAPITAL}], temperature=0, max_tokens=32)

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from inferq.client import Answer, FabricClient
+from inferq.chat.client import Answer, ChatClient
 from inferq.vllm_setup import DEFAULT_MODEL
 from tests.support.waiting import eventually
 
@@ -36,7 +36,7 @@ async def _complete(session: aiohttp.ClientSession, url: str, body: dict[str, An
         return found
 
 
-async def _streamed(client: FabricClient, asked: list[dict[str, str]] = CAPITAL, **parameters: object) -> Answer:
+async def _streamed(client: ChatClient, asked: list[dict[str, str]] = CAPITAL, **parameters: object) -> Answer:
     answer = Answer()
     async for _ in client.stream_chat(answer, DEFAULT_MODEL, asked, **parameters):
         pass
@@ -56,7 +56,7 @@ async def _running(real: RealFleet) -> int:
 
 async def test_a_streamed_chat_through_the_queue_knows_the_capital_of_france(real: RealFleet) -> None:
     """The answer of a real model arrives piece by piece through Router, Redis and worker."""
-    async with FabricClient(real.fleet.router.url) as client:
+    async with ChatClient(real.fleet.router.url) as client:
         answers = [await _streamed(client, asked, temperature=0, max_tokens=32) for asked in (CAPITAL, *OTHER_WORDS)]
     # What so small a model says to one question depends on the processor's rounding.
     assert any("Paris" in answer.text for answer in answers), [answer.text for answer in answers]
@@ -68,7 +68,7 @@ async def test_a_streamed_chat_through_the_queue_knows_the_capital_of_france(rea
 async def test_the_text_is_what_vllm_says_when_asked_directly(real: RealFleet) -> None:
     """At temperature 0 the fabric changes nothing: plain and streamed, the same text and the same usage."""
     asked: dict[str, object] = {"temperature": 0, "max_tokens": 48}
-    async with FabricClient(real.fleet.router.url) as fabric, FabricClient(real.engines[0]) as direct:
+    async with ChatClient(real.fleet.router.url) as fabric, ChatClient(real.engines[0]) as direct:
         plain, plain_direct = (
             await fabric.chat(DEFAULT_MODEL, CAPITAL, **asked),
             await direct.chat(DEFAULT_MODEL, CAPITAL, **asked),

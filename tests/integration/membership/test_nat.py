@@ -13,9 +13,9 @@ import redis
 
 from broker import Broker, BrokerSettings
 from broker.redis.scripts import load_scripts
-from inferq.client import FabricClient
 from inferq.doctor import Examined, Level
 from inferq.doctor.queue import look_at_queue
+from inferq.fleet.client import FleetClient
 from queue_schemas import FABRIC_PREFIX, BrokerUnsuitable, new_session_id
 from tests.integration.membership.scene import PATIENCE_S, LongStream, open_ended_engine
 from tests.support.faults import FaultProxy
@@ -238,7 +238,7 @@ async def test_a_missing_right_is_named(server_with_users: Server) -> None:
     server_with_users.ask("ACL", "SETUSER", "inferq-worker", "-info")
     with pytest.raises(BrokerUnsuitable, match="'info'"):
         await Broker.connect(BrokerSettings(redis_url=url))
-    client = FabricClient("http://127.0.0.1:1")
+    client = FleetClient("http://127.0.0.1:1")
     (finding,) = await look_at_queue(Examined(redis_url=url, client=client, data_dir=Path()))
     assert finding.level is Level.FAILURE
     assert "'info'" in finding.text

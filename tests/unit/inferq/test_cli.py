@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from inferq import __version__
 from inferq.cli import app
 from inferq.commands.demo import PROMPTS, read_prompts
-from inferq.commands.queues import pools_table, workers_table
 from inferq.commands.up import share_of_cores
 from inferq.console import out
+from inferq.fleet.views import pools_table, workers_table
 from queue_schemas import (
     Assignment,
     BadRequest,
@@ -162,7 +162,7 @@ def test_a_conversation_cannot_be_json() -> None:
     """`inferq chat --json` without a question is a sentence, not a prompt that writes no JSON."""
     result = runner.invoke(app, ["chat", "--json"])
     assert isinstance(result.exception, BadRequest)
-    assert "give the question too" in result.exception.message
+    assert "give a question" in result.exception.message
 
 
 def test_up_refuses_what_contradicts_itself() -> None:

@@ -9,12 +9,14 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from inferq.client import GIVE_KEY, Answer, FabricClient, FabricRefused
+from inferq.chat.client import Answer
+from inferq.client import CREDENTIALS_ADVICE, RequestFailed
 from inferq.doctor import Examined, examine
 from queue_schemas import PoolDepth, PoolList
+from tests.support.clients import RouterUser
 
 HELLO = [{"role": "user", "content": "hello"}]
-Serve = Callable[[Callable[[web.Request], Awaitable[web.StreamResponse]]], Awaitable[FabricClient]]
+Serve = Callable[[Callable[[web.Request], Awaitable[web.StreamResponse]]], Awaitable[RouterUser]]
 
 
 @pytest.fixture
@@ -22,13 +24,13 @@ async def serve() -> AsyncIterator[Serve]:
     """Starts a server whose every path is the given handler; gives a client of it."""
     servers: list[TestServer] = []
 
-    async def start(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> FabricClient:
+    async def start(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> RouterUser:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", handler)
         server = TestServer(app, host="127.0.0.1")
         await server.start_server()
         servers.append(server)
-        return FabricClient(str(server.make_url("/")), api_key="key", join_token="token")
+        return RouterUser(str(server.make_url("/")), api_key="key", join_token="token")
 
     yield start
     for server in servers:
@@ -71,7 +73,7 @@ async def test_an_error_within_a_stream_is_raised(serve: Serve) -> None:
         return response
 
     async with await serve(handler) as client:
-        with pytest.raises(FabricRefused, match="the stream broke"):
+        with pytest.raises(RequestFailed, match="the stream broke"):
             [piece async for piece in client.stream_chat(Answer(), "m", HELLO)]
 
 
@@ -83,9 +85,9 @@ async def test_a_refusal_is_its_own_sentence(serve: Serve) -> None:
         return web.json_response({"error": error}, status=404)
 
     async with await serve(handler) as client:
-        with pytest.raises(FabricRefused, match=r"no such model \(HTTP 404"):
+        with pytest.raises(RequestFailed, match=r"no such model \(HTTP 404"):
             await client.chat("m", HELLO)
-        with pytest.raises(FabricRefused, match="no such model"):
+        with pytest.raises(RequestFailed, match="no such model"):
             await client.pools()
 
 
@@ -108,10 +110,10 @@ async def test_what_is_no_router_is_told_so(serve: Serve) -> None:
 
     async with await serve(handler) as client:
         assert not await client.health()
-        with pytest.raises(FabricRefused, match="not an inferq Router"):
+        with pytest.raises(RequestFailed, match="not an inferq Router"):
             await client.workers()
-    async with FabricClient("http://127.0.0.1:9") as nobody:
-        with pytest.raises(FabricRefused, match=r"no Router answers at http://127\.0\.0\.1:9 \(connection refused\)"):
+    async with RouterUser("http://127.0.0.1:9") as nobody:
+        with pytest.raises(RequestFailed, match=r"no Router answers at http://127\.0\.0\.1:9 \(connection refused\)"):
             await nobody.chat("m", HELLO)
 
 
@@ -135,8 +137,8 @@ async def test_what_is_no_router_is_told_so(serve: Serve) -> None:
 )
 def test_what_is_wrong_with_a_url_is_said(url: str, wrong: str) -> None:
     """Before anything is sent: one sentence with the URL, its fault and an example."""
-    with pytest.raises(FabricRefused) as raised:
-        FabricClient(url)
+    with pytest.raises(RequestFailed) as raised:
+        RouterUser(url)
     assert repr(url) in raised.value.message
     assert wrong in raised.value.message
     assert "--router-url" in raised.value.message
@@ -145,7 +147,7 @@ def test_what_is_wrong_with_a_url_is_said(url: str, wrong: str) -> None:
 @pytest.mark.parametrize("url", ["http://127.0.0.1:18000/", "https://router.example", "http://[::1]:1/inferq/"])
 def test_a_good_url_loses_no_more_than_its_last_slash(url: str) -> None:
     """A path before ours (a gateway's) stays."""
-    assert FabricClient(url).url == url.rstrip("/")
+    assert RouterUser(url).url == url.rstrip("/")
 
 
 async def test_a_missing_key_is_asked_for_by_name(serve: Serve) -> None:
@@ -159,10 +161,10 @@ async def test_a_missing_key_is_asked_for_by_name(serve: Serve) -> None:
     client = await serve(handler)
     async with client:
         for call in (client.models(), client.pools(), client.chat("m", HELLO)):
-            with pytest.raises(FabricRefused, match=r"no valid key .*: give --api-key / --join-token \(INFERQ_API_KEY"):
+            with pytest.raises(RequestFailed, match=r"no valid key .*: give --api-key / --join-token \(INFERQ_API_KEY"):
                 await call
     finding = (await examine(Examined("", client, Path())))[-1]
-    assert (finding.check, finding.mend) == ("fabric", GIVE_KEY)
+    assert (finding.check, finding.mend) == ("fabric", CREDENTIALS_ADVICE)
     assert "no valid key" in finding.text
 
 
@@ -170,8 +172,8 @@ async def test_a_missing_key_is_asked_for_by_name(serve: Serve) -> None:
 @pytest.mark.parametrize("name", ["api_key", "join_token"])
 def test_a_secret_that_no_header_can_carry_is_a_sentence(name: str, secret: str) -> None:
     """[H32] A key or token of several lines, or with letters beyond ASCII, is refused before it is sent, unshown."""
-    with pytest.raises(FabricRefused, match="printable ASCII") as refused:
-        FabricClient("http://127.0.0.1:1", **{name: secret})
+    with pytest.raises(RequestFailed, match="printable ASCII") as refused:
+        RouterUser("http://127.0.0.1:1", **{name: secret})
     assert secret not in refused.value.message
 
 
@@ -184,5 +186,5 @@ async def test_a_newline_at_the_end_of_a_secret_is_not_sent(serve: Serve) -> Non
         return web.json_response(PoolList(pools=[]).model_dump(mode="json"))
 
     url = (await serve(handler)).url
-    async with FabricClient(url, api_key="key\n", join_token=" token\r\n") as client:
+    async with RouterUser(url, api_key="key\n", join_token=" token\r\n") as client:
         assert await client.pools() == []

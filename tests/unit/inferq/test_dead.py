@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from inferq.client import FabricClient, FabricRefused
-from inferq.commands.dead import list_letters, purge_letters, replay_letters, show_letter
+from inferq.client import RequestFailed
+from inferq.fleet.client import FleetClient
+from inferq.fleet.dead_letters import list_letters, purge_letters, replay_letters, show_letter
 from queue_schemas import DeadLetter, DeadLetterList, DeadRequest, Lane
 
 HOSTILE = "\x1b]52;c;cm0gLXJm\x07 \x9b2J \u202egpj \r\x7f :smile: [red]plain[/red] \u00fc"
@@ -32,7 +33,7 @@ def letter_of(at_ms: int = 0) -> DeadRequest:
     )
 
 
-class Fabric(FabricClient):
+class Fabric(FleetClient):
     """Has one letter."""
 
     def __init__(self, letter: DeadRequest) -> None:
@@ -46,7 +47,7 @@ class Fabric(FabricClient):
     async def dead_request(self, letter_id: str) -> DeadRequest:
         return self.letter
 
-    async def forget_dead(self, letter_ids: list[str]) -> int:  # type: ignore[override]
+    async def purge_dead(self, letter_ids: list[str]) -> int:  # type: ignore[override]
         self.forgotten += letter_ids
         return len(letter_ids)
 
@@ -57,14 +58,14 @@ async def test_a_letter_that_is_gone_does_not_keep_the_others(capsys: pytest.Cap
     class Partly(Fabric):
         async def dead_request(self, letter_id: str) -> DeadRequest:
             if letter_id == "gone":
-                raise FabricRefused("there is no dead letter 'gone' any more")
+                raise RequestFailed("there is no dead letter 'gone' any more")
             return self.letter
 
-        async def ask_again(self, path: str, body: bytes, content_type: str) -> bytes:
+        async def replay(self, path: str, body: bytes, content_type: str) -> bytes:
             return b"answered"
 
     fabric = Partly(letter_of())
-    with pytest.raises(FabricRefused, match="1 of 2"):
+    with pytest.raises(RequestFailed, match="1 of 2"):
         await replay_letters(fabric, ["gone", "0:1-0"])
     assert (capsys.readouterr().out, fabric.forgotten) == ("answered\n", ["0:1-0"])
 

@@ -12,12 +12,12 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from inferq.client import FabricClient
-from inferq.commands.chat import choose_model
+from inferq.chat.views import choose_model
 from inferq.doctor import Examined, Finding, Level, examine, host
 from inferq.doctor.cli import show_findings
 from inferq.doctor.fabric import look_at_fabric
 from inferq.doctor.queue import about_clock
+from inferq.fleet.client import FleetClient
 from tests.support.processes import free_port
 from tests.support.servers import Server
 
@@ -33,7 +33,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 async def _examined(tmp_path: Path, redis_url: str = "", engine_url: str = "") -> dict[str, list[Finding]]:
-    client = FabricClient(f"http://127.0.0.1:{free_port()}")
+    client = FleetClient(f"http://127.0.0.1:{free_port()}")
     found: dict[str, list[Finding]] = {}
     for finding in await examine(Examined(redis_url, client, tmp_path / "data", engine_url)):
         found.setdefault(finding.check, []).append(finding)
@@ -182,7 +182,7 @@ async def test_the_configured_managers_are_asked(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(("named", "level"), [(True, Level.FAILURE), (False, Level.WARNING)])
 async def test_a_router_that_is_not_there_is_no_good_news(tmp_path: Path, named: bool, level: Level) -> None:
     """[F8] Nobody listens, or something else does: a failure where somebody named it, else a warning."""
-    nothing = FabricClient(f"http://127.0.0.1:{free_port()}")
+    nothing = FleetClient(f"http://127.0.0.1:{free_port()}")
     (found,) = await look_at_fabric(Examined("", nothing, tmp_path, router_named=named))
     assert (found.level, "no Router answers at" in found.text, "--router-url" in found.mend) == (level, True, True)
 
@@ -192,11 +192,11 @@ async def test_a_router_that_is_not_there_is_no_good_news(tmp_path: Path, named:
     app = web.Application()
     app.router.add_get("/metrics", metrics)
     async with TestServer(app) as server:
-        other = FabricClient(str(server.make_url("")))
+        other = FleetClient(str(server.make_url("")))
         (found,) = await look_at_fabric(Examined("", other, tmp_path, router_named=named))
         assert (found.level, "is not an inferq Router" in found.text) == (level, True)
         (found,) = await look_at_fabric(
-            Examined("", FabricClient(str(server.make_url("/x"))), tmp_path, router_named=named)
+            Examined("", FleetClient(str(server.make_url("/x"))), tmp_path, router_named=named)
         )
         assert (found.level, "is not an inferq Router" in found.text) == (level, True)
 
@@ -204,7 +204,7 @@ async def test_a_router_that_is_not_there_is_no_good_news(tmp_path: Path, named:
 async def test_the_model_that_nobody_named_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """[F8] Of several models the first is taken and named on standard error; a single one needs no word."""
 
-    class Serving(FabricClient):
+    class Serving(FleetClient):
         def __init__(self, *names: str) -> None:
             super().__init__("http://127.0.0.1:1")
             self.names = list(names)

@@ -17,6 +17,7 @@ import orjson
 import pytest
 
 from inferq.tables import Column, Row, fitted_table, output_width, print_table
+from openai_api.pages import page_of
 
 JOB_ID = "0-fa8cc2b448c3e9a6e7b26c33c7ecd53c"
 JOB = {
@@ -53,8 +54,8 @@ LETTER = {
 POOLS = {"pools": [{"model": "sim", "workers": 1, "slots": 4}]}
 PAGES: dict[str, Any] = {
     "/metrics": "inferq_up 1",
-    "/v1/jobs": {"object": "list", "data": [JOB] * 3, "has_more": False, "last_id": JOB_ID},
-    "/v1/webhook_endpoints": {"object": "list", "data": [ENDPOINT] * 3, "has_more": False},
+    "/v1/jobs": page_of([JOB] * 3, has_more=False),
+    "/v1/webhook_endpoints": page_of([ENDPOINT] * 3, has_more=False),
     "/fabric/v1/dead": {"letters": [LETTER] * 3, "next": ""},
     "/fabric/v1/pools": POOLS,
 }

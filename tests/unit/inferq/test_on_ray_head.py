@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from inferq.client import FabricClient
 from inferq.doctor import Examined, Level
 from inferq.doctor.ray import look_at_ray
+from inferq.fleet.client import FleetClient
 from inferq.on_ray import head as heads
 from inferq.on_ray.head import Head, locked, read_head, running_head, start_head, stop_head
 from inferq.on_ray.settings import RaySettings
@@ -117,7 +117,7 @@ def test_one_command_at_a_time_works_on_a_folder(tmp_path: Path, monkeypatch: py
 
 async def test_the_doctor_tells_of_a_head_that_has_ended_unasked(settings: RaySettings, script: list[str]) -> None:
     """Nothing where none was started."""
-    examined = Examined(redis_url="", client=FabricClient("http://127.0.0.1:1"), data_dir=settings.data_folder)
+    examined = Examined(redis_url="", client=FleetClient("http://127.0.0.1:1"), data_dir=settings.data_folder)
     assert await look_at_ray(examined) == []
     head = start_head(settings)
     assert [finding.level for finding in await look_at_ray(examined)] == [Level.OK]

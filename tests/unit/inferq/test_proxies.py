@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
-from inferq.client import FabricClient
 from inferq.doctor.fabric import look_at_engine
 from inferq.doctor.findings import Examined, Level
+from inferq.fleet.client import FleetClient
 from inferq.on_ray.usage import direct_environment, usage_environment
 from telemetry.http.fabric_calls import FabricCall, FabricHttp
 from telemetry.http.fleet_session import direct_opener, fleet_session
@@ -89,7 +89,7 @@ def test_the_proxy_is_seen_by_who_heeds_the_environment(url: str, monkeypatch: p
 
 async def test_the_fleets_clients_ask_directly(proxy: RecordingProxy, url: str) -> None:
     """[G2] Commands, doctor, calls that are passed on, and the look at a Router in Ray."""
-    async with FabricClient(url) as client:
+    async with FleetClient(url) as client:
         assert await client.pools() == []
     async with fleet_session(5) as session, session.get(f"{url}/x") as answer:
         assert answer.status == 200
@@ -98,7 +98,7 @@ async def test_the_fleets_clients_ask_directly(proxy: RecordingProxy, url: str) 
     await http.close()
     with direct_opener().open(f"{url}/readyz", timeout=5) as page:
         assert page.status == 200
-    (finding, *_) = await look_at_engine(Examined("", FabricClient(url), Path(), engine_url=url))
+    (finding, *_) = await look_at_engine(Examined("", FleetClient(url), Path(), engine_url=url))
     assert finding.level is Level.OK
 
 

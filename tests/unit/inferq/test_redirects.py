@@ -16,11 +16,13 @@ from aiohttp.test_utils import TestServer
 
 from broker import BrokerSettings
 from broker.connector import BrokerConnector
-from inferq.client import Answer, FabricClient, FabricRefused
+from inferq.chat.client import Answer
+from inferq.client import RequestFailed
 from manager.probe import HttpWorkerProbe
 from queue_schemas import Heartbeat, InferqError, Registration, SessionId, WorkerId
 from router.composition import open_manager
 from telemetry.http.fabric_calls import FabricCall
+from tests.support.clients import RouterUser
 from worker.engines import EngineCall
 from worker.engines.http import HttpEngine
 from worker.manager_client import ManagerClient
@@ -41,11 +43,11 @@ def example() -> ModuleType:
 
 
 async def command(url: str) -> None:
-    async with FabricClient(url, api_key="s3cret", join_token="s3cret") as client:
-        for ask in (client.workers, lambda: client.chat("m", HELLO), lambda: client.forget_dead(["0:1-1"])):
-            with pytest.raises(FabricRefused, match="redirected"):
+    async with RouterUser(url, api_key="s3cret", join_token="s3cret") as client:
+        for ask in (client.workers, lambda: client.chat("m", HELLO), lambda: client.purge_dead(["0:1-1"])):
+            with pytest.raises(RequestFailed, match="redirected"):
                 await ask()
-        with pytest.raises(FabricRefused, match="redirected"):
+        with pytest.raises(RequestFailed, match="redirected"):
             _ = [piece async for piece in client.stream_chat(Answer(), "m", HELLO)]
 
 

@@ -7,14 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from inferq.client import FabricClient, FabricRefused
+from inferq.client import RequestFailed
 from inferq.doctor import Examined, Level
 from inferq.doctor.webhooks import look_at_webhooks
+from inferq.fleet.client import FleetClient
+from openai_api.pages import page_of
 
 ENDPOINT = {"id": "we_1", "url": "https://x.example", "event_types": ["*"], "created_at": 1, "status": "disabled"}
 
 
-class Router(FabricClient):
+class Router(FleetClient):
     """Has one endpoint, and what is told of its deliveries."""
 
     def __init__(self, *deliveries: dict[str, Any], refused: int = 0) -> None:
@@ -26,8 +28,10 @@ class Router(FabricClient):
 
     async def call(self, method: str, path: str, **_: Any) -> bytes:  # type: ignore[override]
         if self.refused:
-            raise FabricRefused("as ordered", answered=self.refused)
-        return json.dumps({"data": list(self.deliveries) if "deliveries" in path else [ENDPOINT]}).encode()
+            raise RequestFailed("as ordered", http_status=self.refused)
+        return json.dumps(
+            page_of(list(self.deliveries) if "deliveries" in path else [ENDPOINT], has_more=False)
+        ).encode()
 
 
 def delivery(age_s: float, **fields: Any) -> dict[str, Any]:

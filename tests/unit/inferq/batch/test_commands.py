@@ -15,6 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from typer.testing import CliRunner
 
+from inferq import client
 from inferq.batch import client as batch_client
 from inferq.batch import watch as batch_watch
 from inferq.batch.client import BatchClient, BatchView
@@ -24,9 +25,10 @@ from inferq.batch.submit import Submission, submit
 from inferq.batch.views import list_batches, show_errors, show_status
 from inferq.batch.watch import Pace, duration, exit_code
 from inferq.cli import app
-from inferq.client import FabricRefused
+from inferq.client import RequestFailed
 from inferq.doctor import Examined, Level
 from inferq.doctor.batches import look_at_batches
+from openai_api.pages import page_of
 from queue_schemas import BadRequest
 from telemetry.backoff import Backoff
 from tests.support.processes import free_port
@@ -103,7 +105,7 @@ class FakeRouter:
     async def _list(self, request: web.Request) -> web.Response:
         after = request.query.get("after")
         one = self.listed | {"id": BATCH[:-1] + ("2" if after else "1")}
-        return web.json_response({"data": [one], "has_more": not after})
+        return web.json_response(page_of([one], has_more=not after))
 
     async def _file(self, request: web.Request) -> web.Response:
         return web.json_response({"id": request.match_info["id"], "bytes": len(self.files[request.match_info["id"]])})
@@ -126,7 +128,8 @@ class FakeRouter:
 @pytest.fixture
 async def fake(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[FakeRouter, BatchClient]]:
     """A server, and a client of it; pauses between tries are short."""
-    monkeypatch.setattr(batch_client, "_BACKOFF", Backoff(0.001, 8.0))
+    monkeypatch.setattr(client, "BACKOFF", Backoff(0.001, 8.0))
+    monkeypatch.setattr(batch_client, "BACKOFF", Backoff(0.001, 8.0))
     monkeypatch.setattr(batch_watch, "_MIN_LOOK_S", 0.001)
     monkeypatch.setattr(batch_watch, "_FIRST_WAIT_S", 0.001)
     router = FakeRouter()
@@ -169,7 +172,7 @@ async def test_watching_outlasts_a_router_that_is_away(
     assert json.loads(said.out)["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
     assert "in_progress: 1 of 3 done, 0 failed" in said.err
     router.states = [404]
-    with pytest.raises(FabricRefused, match="so it is"):
+    with pytest.raises(RequestFailed, match="so it is"):
         await show_status(client, BATCH, watched=True, as_json=False)
 
 
@@ -206,7 +209,7 @@ async def test_a_download_that_never_gets_further_ends(fake: tuple[FakeRouter, B
     router.states = [batch("completed", 3, output_file_id=OUTPUT)]
     router.cut_after = 0
     into = tmp_path / "out.jsonl"
-    with pytest.raises(FabricRefused, match="the same command goes on"):
+    with pytest.raises(RequestFailed, match="the same command continues"):
         await fetch_results(client, BATCH, into, texts=False)
     assert len(router.ranges) == batch_client.TRIES and not into.exists()
     with pytest.raises(BadRequest, match="cannot be written"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from inferq.client import FabricRefused
-from inferq.jobs.client import JobPage, JobsClient, JobView
+from inferq.client import RequestFailed
+from inferq.jobs.client import JobsClient, JobView
 from inferq.jobs.views import cancel_job, list_jobs, show_job
+from openai_api.pages import page_of
 
 CHAT = {"choices": [{"message": {"content": "Paris \x1b]52;c;cm0gLXJm\x07[red]"}}]}
 
@@ -34,11 +36,15 @@ class Fabric(JobsClient):
     async def job(self, job_id: str) -> JobView:
         return self.known.pop(0) if len(self.known) > 1 else self.known[0]
 
-    async def jobs(self, after: str, limit: int, status: str) -> JobPage:
+    async def call(self, method: str, path: str, **_: Any) -> bytes:  # type: ignore[override]
+        """A page of at most two jobs."""
+        query = parse_qs(urlsplit(path).query)
+        after, limit, status = query.get("after", [""])[0], int(query["limit"][0]), query.get("status", [""])[0]
         self.asked.append((after, limit, status))
         start = [job.id for job in self.known].index(after) + 1 if after else 0
         data = self.known[start : start + min(limit, 2)]
-        return JobPage(data=data, last_id=data[-1].id, has_more=start + len(data) < len(self.known))
+        more = start + len(data) < len(self.known)
+        return json.dumps(page_of([job.model_dump(mode="json") for job in data], has_more=more)).encode()
 
     async def cancel(self, job_id: str) -> JobView:
         return self.known[0].model_copy(update={"status": "cancelled"})
@@ -98,5 +104,5 @@ async def test_only_an_id_becomes_part_of_a_path() -> None:
     """Nothing is asked for anything else."""
     async with JobsClient("http://127.0.0.1:1") as client:
         for odd in ("../x", "a/b", "", "x?y", "ü"):
-            with pytest.raises(FabricRefused, match="not the id of a job"):
+            with pytest.raises(RequestFailed, match="not the id of a job"):
                 await client.job(odd)

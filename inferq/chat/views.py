@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from inferq.client import Answer, FabricClient, FabricRefused, Message
+from inferq.client import RequestFailed, RouterClient
 from inferq.console import err, out, print_json, visible
+
+from .client import Answer, ChatClient, Message
 
 
 async def chat_once(
-    client: FabricClient, model: str, prompt: str, *, system: str, max_tokens: int, temperature: float, as_json: bool
+    client: ChatClient, model: str, prompt: str, *, system: str, parameters: Mapping[str, float], as_json: bool
 ) -> None:
-    """Ask one question; the answer is written as it comes."""
+    """Ask one question and print the answer as it arrives."""
     async with client:
         model = model or await choose_model(client)
         messages = _opening(system)
         messages.append({"role": "user", "content": prompt})
-        parameters = {"max_tokens": max_tokens, "temperature": temperature}
         answer = await _answer(client, model, messages, parameters, quiet=as_json)
         if as_json:
             print_json(describe(answer))
 
 
-async def converse(client: FabricClient, model: str, *, system: str, max_tokens: int, temperature: float) -> None:
-    """A conversation until the end of input or ``/quit``; ``/clear`` begins anew."""
+async def converse(client: ChatClient, model: str, *, system: str, parameters: Mapping[str, float]) -> None:
+    """Hold a conversation until the end of input or ``/quit``; ``/clear`` starts over."""
     async with client:
         model = model or await choose_model(client)
-        err.print(f"Talking to [bold]{model}[/bold]. /clear begins anew, /quit or Ctrl-D ends.")
+        err.print(f"Talking to [bold]{model}[/bold]. /clear starts over, /quit or Ctrl-D ends.")
         messages = _opening(system)
-        parameters = {"max_tokens": max_tokens, "temperature": temperature}
         while True:
             line = await _read_line()
             if line is None or line == "/quit":
@@ -41,18 +41,18 @@ async def converse(client: FabricClient, model: str, *, system: str, max_tokens:
                 messages.append({"role": "user", "content": line})
                 try:
                     answer = await _answer(client, model, messages, parameters, quiet=False)
-                except FabricRefused as refused:
+                except RequestFailed as refused:
                     err.print(f"[red]{refused.message}[/red]")
                     messages.pop()
                 else:
                     messages.append({"role": "assistant", "content": answer.text})
 
 
-async def choose_model(client: FabricClient) -> str:
-    """The model to talk to when none was named: the first that is served, which is said where there are several."""
+async def choose_model(client: RouterClient) -> str:
+    """The first model that is served, for commands without --model; says so if there are several."""
     models = await client.models()
     if not models:
-        raise FabricRefused("no worker serves a model now: start one (`inferq worker`), or name the model with --model")
+        raise RequestFailed("no worker serves a model now: start one (`inferq worker`), or name the model with --model")
     if len(models) > 1:
         others = visible(", ".join(models[1:4])) + (", ..." if len(models) > 4 else "")
         err.print(f"Using {visible(models[0])}, the first of {len(models)} models (also: {others}).", markup=False)
@@ -73,7 +73,7 @@ def describe(answer: Answer) -> dict[str, object]:
 
 
 async def _answer(
-    client: FabricClient, model: str, messages: Iterable[Message], parameters: dict[str, float], *, quiet: bool
+    client: ChatClient, model: str, messages: Iterable[Message], parameters: Mapping[str, float], *, quiet: bool
 ) -> Answer:
     answer = Answer()
     async for piece in client.stream_chat(answer, model, list(messages), **parameters):

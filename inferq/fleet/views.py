@@ -1,4 +1,4 @@
-"""``inferq queues`` and ``inferq workers``: what waits and runs, and who does the work."""
+"""``inferq queues`` and ``inferq workers``: print queue depths and the fleet."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from inferq.client import FabricClient, FabricRefused
+from inferq.client import RequestFailed
 from inferq.console import err, out, print_json
 from inferq.invocation import pause
 from inferq.tables import UNLIMITED, Column, Row, fitted_table, output_width, print_whole
 from queue_schemas import PoolDepth, WorkerInfo
 
+from .client import FleetClient
 
-async def show_queues(client: FabricClient, *, watch: bool, interval_s: float, as_json: bool) -> None:
-    """Print the pools once, or again and again with ``watch``: in place on a terminal, else a table for each look, and
-    as JSON a line for each."""
+
+async def show_queues(client: FleetClient, *, watch: bool, interval_s: float, as_json: bool) -> None:
+    """Print the pools once, or with ``watch`` every ``interval_s``: in place on a terminal, else as one table each
+    time,
+    or as one line of JSON."""
     async with client:
         if not watch:
             pools = await client.pools()
@@ -31,15 +34,15 @@ async def show_queues(client: FabricClient, *, watch: bool, interval_s: float, a
                 await pause(interval_s)
         if not out.is_terminal:
             while True:
-                await _print_look(client)
+                await _print_once(client)
                 await pause(interval_s)
         with Live(console=out, auto_refresh=False, transient=True) as live:
             while True:
-                live.update(await _look(client), refresh=True)
+                live.update(await _current(client), refresh=True)
                 await pause(interval_s)
 
 
-async def show_workers(client: FabricClient, *, as_json: bool) -> None:
+async def show_workers(client: FleetClient, *, as_json: bool) -> None:
     """Print the fleet."""
     async with client:
         fleet = await client.workers()
@@ -72,7 +75,7 @@ _WORKER_COLUMNS = (
 def pools_table(pools: list[PoolDepth], width: int = UNLIMITED) -> RenderableType:
     """One row per lane in use of each model."""
     if not pools:
-        return Text("No model is known yet: nothing was asked for, and no worker has joined.")
+        return Text("No model is known yet: there was no request, and no worker has joined.")
     rows = []
     for pool in pools:
         style = "yellow" if pool.waiting and not pool.workers else ""
@@ -114,20 +117,20 @@ def _print(shown: RenderableType) -> None:
         out.print(shown)
 
 
-async def _print_look(client: FabricClient) -> None:
-    """A table, and an empty line behind it; trouble goes to standard error."""
+async def _print_once(client: FleetClient) -> None:
+    """Print a table and an empty line, or an error to standard error."""
     try:
         _print(pools_table(await client.pools(), output_width()))
         out.print()
-    except FabricRefused as refused:
+    except RequestFailed as refused:
         err.print(refused.message, style="red", markup=False)
 
 
-async def _look(client: FabricClient) -> RenderableType:
-    """The current table; a Router that is away for a moment does not end the watch."""
+async def _current(client: FleetClient) -> RenderableType:
+    """The current table, or the error of a Router that does not answer, which does not end the watch."""
     try:
         return pools_table(await client.pools(), output_width())
-    except FabricRefused as refused:
+    except RequestFailed as refused:
         return Group(Text(refused.message, style="red"))
 
 

@@ -1,4 +1,4 @@
-"""``inferq dead``: requests that were given up, to look at, to ask again, to remove."""
+"""``inferq dead``: list, show, replay and purge dead letters."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import time
 from collections.abc import Sequence
 from math import inf
 
-from inferq.client import FabricClient, FabricRefused
+from inferq.client import RequestFailed
 from inferq.console import err, out, print_json, visible
 from inferq.tables import Column, Row, print_table
 from queue_schemas import DeadLetter, DeadRequest
+
+from .client import FleetClient
 
 PAGE = 500
 _CAUSE_CHARS = 80
 _BROKEN = b'data: {"error"'
 
 
-async def list_letters(client: FabricClient, *, limit: int, as_json: bool) -> None:
+async def list_letters(client: FleetClient, *, limit: int, as_json: bool) -> None:
     """Print the oldest ``limit`` letters."""
     async with client:
         letters = await _all(client, limit)
@@ -30,7 +32,7 @@ async def list_letters(client: FabricClient, *, limit: int, as_json: bool) -> No
         out.print("No dead letters: every request was answered, or ended by its client or its deadline.")
 
 
-async def show_letter(client: FabricClient, letter_id: str, *, as_json: bool) -> None:
+async def show_letter(client: FleetClient, letter_id: str, *, as_json: bool) -> None:
     """Print one letter with its request."""
     async with client:
         letter = await client.dead_request(letter_id)
@@ -45,10 +47,10 @@ async def show_letter(client: FabricClient, letter_id: str, *, as_json: bool) ->
         out.print(visible(body), markup=False, emoji=False)
 
 
-async def replay_letters(client: FabricClient, letter_ids: Sequence[str]) -> None:
-    """Ask each request again, as a new one of whoever's API key is given; print its answer, then remove the letter.
+async def replay_letters(client: FleetClient, letter_ids: Sequence[str]) -> None:
+    """Send each request again, with the API key that is given; print its answer, then remove the letter.
 
-    A request that fails again, or cannot be asked, keeps its letter, and the exit code is 1. The others are asked all
+    A request that fails again, or cannot be sent, keeps its letter and makes the command fail. The others are sent all
     the same.
     """
     failed = 0
@@ -57,33 +59,33 @@ async def replay_letters(client: FabricClient, letter_ids: Sequence[str]) -> Non
             try:
                 letter = await client.dead_request(letter_id)
                 body = base64.b64decode(letter.body_base64)
-                answer = _unbroken(await client.ask_again(_path(letter), body, letter.content_type))
-            except FabricRefused as refused:
+                answer = _unbroken(await client.replay(_path(letter), body, letter.content_type))
+            except RequestFailed as refused:
                 failed += 1
                 failure = visible(f"{letter_id} failed again: {refused.message}")
                 err.print(failure, style="red", markup=False, emoji=False)
                 continue
             sys.stdout.write(answer.decode("utf-8", "replace").rstrip("\n") + "\n")
             sys.stdout.flush()
-            await client.forget_dead([letter_id])
+            await client.purge_dead([letter_id])
     if failed:
-        raise FabricRefused(f"{failed} of {len(letter_ids)} requests failed again; such letters are kept")
+        raise RequestFailed(f"{failed} of {len(letter_ids)} requests failed again; their letters are kept")
 
 
-async def purge_letters(client: FabricClient, letter_ids: Sequence[str], *, older_than_s: float | None) -> None:
-    """Remove the letters named, or all that are older."""
+async def purge_letters(client: FleetClient, letter_ids: Sequence[str], *, older_than_s: float | None) -> None:
+    """Remove the letters named, or all that are older than ``older_than_s`` (None: all)."""
     async with client:
         if not letter_ids:
-            # All of them whatever the clock here says: their times are the queue's.
+            # All of them whatever this machine's clock says: their times are the queue's.
             before_ms = inf if older_than_s is None else (time.time() - older_than_s) * 1000
             letter_ids = [letter.id for letter in await _all(client, None) if letter.at_ms <= before_ms]
         removed = 0
         for start in range(0, len(letter_ids), PAGE):
-            removed += await client.forget_dead(letter_ids[start : start + PAGE])
+            removed += await client.purge_dead(letter_ids[start : start + PAGE])
     out.print(f"{removed} removed")
 
 
-async def _all(client: FabricClient, limit: int | None) -> list[DeadLetter]:
+async def _all(client: FleetClient, limit: int | None) -> list[DeadLetter]:
     letters: list[DeadLetter] = []
     after = ""
     while limit is None or len(letters) < limit:
@@ -97,13 +99,13 @@ async def _all(client: FabricClient, limit: int | None) -> list[DeadLetter]:
 
 def _path(letter: DeadRequest) -> str:
     if not letter.path:
-        raise FabricRefused(f"{letter.id} cannot be asked again: {letter.unreadable}")
+        raise RequestFailed(f"{letter.id} cannot be sent again: {letter.unreadable}")
     return letter.path
 
 
 def _unbroken(answer: bytes) -> bytes:
     if _BROKEN in answer:
-        raise FabricRefused("its stream ended with an error")
+        raise RequestFailed("its stream ended with an error")
     return answer
 
 

@@ -1,0 +1,1 @@
+"""`inferq queues`, `inferq workers` and `inferq dead`."""
