@@ -145,7 +145,7 @@ async def test_endpoints_on_the_command_line(
         assert words in shown, words
     assert await commands.rotate_secret(client(), name, 60, as_json=False) == 0
     fresh = capsys.readouterr()
-    assert (fresh.out[:6], "signs too for 60 s" in fresh.err, secret.strip() in fresh.out) == ("whsec_", True, False)
+    assert (fresh.out[:6], "stays valid for 60 s" in fresh.err, secret.strip() in fresh.out) == ("whsec_", True, False)
     for wrong in ("nothing", "../x"):
         with pytest.raises(RequestFailed, match=r"no webhook endpoint|not the id of an endpoint"):
             await commands.show_endpoint(client(), wrong, as_json=False)
