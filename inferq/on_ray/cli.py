@@ -1,4 +1,4 @@
-"""``inferq ray``: the options of its commands. Their work is in :mod:`inferq.commands.ray`."""
+"""``inferq ray``: the options of its commands. Their work is in :mod:`inferq.on_ray.commands`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ray_up(
     as_json: AsJson = False,
 ) -> None:
     """Start inferq in Ray, or change it in place while it serves. All other settings: `inferq config ray`."""
-    from ..commands.ray import ray_up as bring_up  # noqa: PLC0415
+    from .commands import ray_up as bring_up  # noqa: PLC0415
 
     asked = cluster.settings | {
         "host": host,
@@ -75,7 +75,7 @@ def ray_up(
 @with_blocks
 def ray_status(cluster: ClusterOptions, as_json: AsJson = False) -> None:
     """Show what runs in Ray. Exit codes: 0 healthy, 1 not healthy, 2 no cluster answers."""
-    from ..commands.ray import ray_status as show_status  # noqa: PLC0415
+    from .commands import ray_status as show_status  # noqa: PLC0415
 
     raise typer.Exit(show_status(cluster.settings, as_json=as_json))
 
@@ -84,6 +84,6 @@ def ray_status(cluster: ClusterOptions, as_json: AsJson = False) -> None:
 @with_blocks
 def ray_down(cluster: ClusterOptions, as_json: AsJson = False) -> None:
     """Stop inferq in Ray after running requests; also stops a cluster that `inferq ray up` started."""
-    from ..commands.ray import ray_down as take_down  # noqa: PLC0415
+    from .commands import ray_down as take_down  # noqa: PLC0415
 
     raise typer.Exit(take_down(cluster.settings, as_json=as_json))

@@ -117,7 +117,7 @@ def test_the_command_line_does_not_load_ray() -> None:
     """`inferq --version` is quick, and the variables that Ray reads when it is loaded can still be set."""
     import subprocess  # noqa: PLC0415
 
-    code = "import sys, inferq.cli, inferq.commands.ray, inferq.on_ray.cluster as c; c.require_ray()"
+    code = "import sys, inferq.cli, inferq.on_ray.commands, inferq.on_ray.cluster as c; c.require_ray()"
     done = subprocess.run([sys.executable, "-c", f"{code}; sys.exit('ray' in sys.modules)"], check=False, timeout=60)
     assert done.returncode == 0
 
