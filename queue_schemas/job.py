@@ -110,7 +110,14 @@ class Job:
                 f"envelope version {repr(version)[:60]}; this build reads version {ENVELOPE_VERSION}: "
                 "upgrade it, or drain the queue first"
             )
-        known = {name: _checked(name, fields[name]) for name in _FIELD_TYPES if name in fields}
+        known: dict[str, Any] = {}
+        for name, expected in _FIELD_TYPES.items():
+            if name in fields:
+                value = fields[name]
+                if type(value) is not expected:
+                    raise BadMessage(f"envelope field {name} is {type(value).__name__}, not {expected.__name__}")
+                check = _CHECKS.get(name)
+                known[name] = value if check is None else check(value)
         missing = {"id", "tenant", "model", "path", "body"} - known.keys()
         if missing:
             raise BadMessage(f"the envelope lacks {', '.join(sorted(missing))}")
@@ -146,17 +153,6 @@ _FIELD_TYPES: dict[str, type] = {
     "headers": dict,
     "deadline_from": str,
 }
-
-
-def _checked(name: str, value: Any) -> Any:
-    expected: type = _FIELD_TYPES[name]
-    if type(value) is not expected:
-        raise BadMessage(f"envelope field {name} is {type(value).__name__}, not {expected.__name__}")
-    return _CHECKS.get(name, _as_it_is)(value)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def _headers(value: dict[Any, Any]) -> dict[str, str]:
