@@ -69,7 +69,8 @@ or_none = && chosen=0 || { code=$$?; [ $$code -eq $(NO_TESTS) ] || exit $$code; 
 
 test: $(DEV) ## Run the tests that need no real vLLM
 	@chosen=$(NO_TESTS); \
-	$(PY) -m pytest -m "not vllm and not node and not alone" -n 3 --dist loadfile $(ARGS) $(or_none); \
+	$(PY) -m pytest -m "not vllm and not node and not fleet and not alone" -n 3 --dist loadfile $(ARGS) $(or_none); \
+	$(PY) -m pytest -m "not vllm and not node and fleet" -n 2 --dist loadfile $(ARGS) $(or_none); \
 	$(PY) -m pytest -m "not vllm and not node and alone" $(ARGS) $(or_none); \
 	exit $$chosen
 

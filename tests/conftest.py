@@ -23,15 +23,30 @@ ALLOWED_SKIPS: frozenset[str] = frozenset()
 """Node ids that may be skipped even with ``INFERQ_REQUIRE=all``. None: what is required runs."""
 
 
-SIDE_BY_SIDE = tuple(Path(__file__).with_name(name) for name in ("unit", "contract"))
-"""Tests that share the machine with each other. All others are marked ``alone``: they start whole fleets, and time
-limits in them are about the fleet, not about what else is being tested."""
+HERE = Path(__file__).parent
+SHARED = tuple(HERE / name for name in ("unit", "contract"))
+"""Tests of parts: several share the machine."""
+ALONE = tuple(
+    HERE / name
+    for name in (
+        "chaos",
+        "fuzz",
+        "integration/ray",
+        "integration/regions",
+        "e2e/test_failover.py",
+        "e2e/test_losses.py",
+    )
+)
+"""Tests marked ``alone``: they load the machine, or compare times. All others start whole fleets that mostly wait, are
+marked ``fleet``, and run two at a time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not any(item.path.is_relative_to(folder) for folder in SIDE_BY_SIDE):
+        if any(item.path.is_relative_to(place) for place in ALONE):
             item.add_marker(pytest.mark.alone)
+        elif not any(item.path.is_relative_to(folder) for folder in SHARED):
+            item.add_marker(pytest.mark.fleet)
 
 
 def _require_all() -> bool:
