@@ -69,19 +69,21 @@ for _, key in ipairs(#pools > 0 and call('ZRANGEBYSCORE', P .. 'remote', '-inf',
   end
 end
 
+local function first_then_rest(first, all)
+  local order = { first }
+  for _, one in ipairs(all) do
+    if one ~= first then order[#order + 1] = one end
+  end
+  return order
+end
+
 local function lane_order(turn)
-  if turn % 16 == 15 then return { 'batch', 'interactive', 'background' } end
-  if turn % 8 == 7 then return { 'background', 'interactive', 'batch' } end
-  return { 'interactive', 'background', 'batch' }
+  local first = turn % 16 == 15 and 'batch' or turn % 8 == 7 and 'background' or 'interactive'
+  return first_then_rest(first, { 'interactive', 'background', 'batch' })
 end
 
 local function band_order(turn)
-  local first = turn % 4 == 3 and math.floor(turn / 4) % 3 + 1 or 0
-  local order = { first }
-  for band = 0, 3 do
-    if band ~= first then order[#order + 1] = band end
-  end
-  return order
+  return first_then_rest(turn % 4 == 3 and math.floor(turn / 4) % 3 + 1 or 0, { 0, 1, 2, 3 })
 end
 
 local skipped = 0
@@ -222,8 +224,10 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   local job = next_job(worker_turn + #held)
   if not job then break end
   leave_queue(job)
-  job.attempts, job.aid, job.lane = int(tonumber(job.attempts) + 1), attempt_base .. int(#held), without_region(job.lane)
-  transition(job, 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', session_id, 'lane', job.lane)
+  local lane = without_region(job.lane)
+  if lane ~= job.lane then call('HSET', P .. 'job:' .. job.id, 'lane', lane) end
+  job.attempts, job.aid, job.lane = int(tonumber(job.attempts) + 1), attempt_base .. #held, lane
+  transition(job, 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', session_id)
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   call('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
   add('counters', queue_key(job) .. ':leased', 1)
