@@ -18,9 +18,6 @@ PACKAGES = (
 MAX_LINES = 400
 MAX_MODULES = 15
 """In one folder, beside its ``__init__``."""
-TOO_LONG: frozenset[str] = frozenset()
-TOO_FULL = frozenset({"batches"})
-"""Modules and folders that are still to be split."""
 _MAP_ROW = re.compile(r"^\| `([a-z_/]+)/`", re.MULTILINE)
 
 
@@ -49,24 +46,14 @@ def test_no_module_is_too_long(package: str) -> None:
         for name, path in modules().items()
         if name.split(".")[0] == package and (lines := len(path.read_text().splitlines())) > MAX_LINES
     }
-    assert {path: lines for path, lines in long.items() if path not in TOO_LONG} == {}
+    assert long == {}
 
 
-def test_exceptions_are_needed() -> None:
-    """An exception ends with its reason."""
-    assert [path for path in TOO_LONG if len((ROOT / path).read_text().splitlines()) <= MAX_LINES] == []
-    assert [folder for folder in TOO_FULL if len(held(folder)) <= MAX_MODULES] == []
-
-
-@pytest.mark.parametrize("folder", sorted(folders() - TOO_FULL))
+@pytest.mark.parametrize("folder", sorted(folders()))
 def test_no_folder_holds_too_many_modules(folder: str) -> None:
     """A folder is scanned at a glance."""
-    assert len(held(folder)) <= MAX_MODULES, held(folder)
-
-
-def held(folder: str) -> list[str]:
-    """The modules in ``folder``, but for its ``__init__``."""
-    return sorted(path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
+    held = sorted(path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
+    assert len(held) <= MAX_MODULES, held
 
 
 @pytest.mark.parametrize("package", PACKAGES)
