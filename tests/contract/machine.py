@@ -268,13 +268,13 @@ class QueueMachine(RuleBasedStateMachine):
         self.play("clear", pick(self.running(), number))
 
     @rule(number=picks, runs=picks, old=picks)
-    def hold(self, number: int, runs: int, old: int) -> None:
+    def reconcile(self, number: int, runs: int, old: int) -> None:
         """A worker finds another run of the server, and says what it runs: not all that it holds, and more."""
         worker = pick(self.dead + self.workers, number)
         held = [lease for lease in self.running() if self.model.live[lease.job.id].owner == worker]
         over = [lease for lease in self.ever() if lease not in self.running()]
         said = [lease for bit, lease in enumerate(held) if runs >> bit & 1] + over[: old % 2]
-        self.play("hold", worker, max(self.seqs[worker] - old // 2 % 2, 0), *said)
+        self.play("reconcile", worker, max(self.seqs[worker] - old // 2 % 2, 0), *said)
 
     @precondition(lambda self: self.ever())
     @rule(number=picks, other=picks, what=st.sampled_from(["settle", "release", "resume", "publish"]))

@@ -208,7 +208,7 @@ class Model:
             any(self.waiting(place) and self._wake(place) for place in places)
         run.seq, run.given = seq, tuple((lease.job.id, lease.attempt_id) for lease in given)
 
-    def hold(self, worker: str, seq: int, leases: Sequence[Lease], taken: Sequence[str]) -> set[str]:
+    def reconcile(self, worker: str, seq: int, leases: Sequence[Lease], taken: Sequence[str]) -> set[str]:
         """What one that is not fenced runs, and what it is said to: the attempts that it does not hold. ``taken``: the
         jobs that it held without running them."""
         mine = {lease.job.id for lease in leases if self._verdict(lease) is Settled.OK}

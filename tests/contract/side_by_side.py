@@ -191,14 +191,14 @@ class SideBySide:
             self.history.leased(lease, worker)
         return list(claimed.leases)
 
-    async def hold(self, worker: SessionId, seq: int, *leases: Lease) -> None:
+    async def reconcile(self, worker: SessionId, seq: int, *leases: Lease) -> None:
         call = self.broker.workers.reconcile_leases(0, worker, seq, leases)
         if self.model.is_fenced(worker):
             await self._is_refused(call, worker)
             return
         told = await call
         taken = await self._no_more_held(worker)
-        _same("hold", told, self.model.hold(worker, seq, leases, taken))
+        _same("reconcile", told, self.model.reconcile(worker, seq, leases, taken))
 
     async def publish(self, router: str, frames: bytes) -> None:
         gone = await self.broker.attempts.publish(0, {router: frames})

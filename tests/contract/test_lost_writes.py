@@ -54,7 +54,7 @@ async def counts(broker: Broker) -> tuple[int, int]:
     return (depth.waiting, depth.leased) if depth else (0, 0)
 
 
-async def hold(worker: Puller, *leases: Lease) -> set[str]:
+async def reconcile(worker: Puller, *leases: Lease) -> set[str]:
     """What a worker does that finds its server back."""
     return await worker.broker.workers.reconcile_leases(0, worker.session_id, worker.seq, leases)
 
@@ -69,7 +69,7 @@ async def test_what_is_held_stays_held(broker: Broker, worker: Puller, job: Job)
     await broker.jobs.enqueue(job)
     lease = await worker.claim_one()
     for _ in range(2):
-        assert await hold(worker, lease) == set()
+        assert await reconcile(worker, lease) == set()
     assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
 
 
@@ -83,7 +83,7 @@ async def test_an_answer_that_was_lost_is_made_again(
         assert await broker.attempts.settle(first, Outcome.DONE, answer_frame(first)) is Settled.OK
     assert await counts(broker) == (0, 1)
     for _ in range(2):
-        assert await hold(worker) == set()
+        assert await reconcile(worker) == set()
         assert await counts(broker) == (1, 0)
     again = await worker.claim_one()
     assert (again.job, again.epoch, again.attempt) == (job, NEXT_RUN, 1)
@@ -105,8 +105,8 @@ async def test_an_attempt_that_was_lost_is_nobodys(broker: Broker, client: Any, 
     lease = await other.claim_one()
     assert lease.epoch == stale.epoch
     assert lease.attempt_id != stale.attempt_id
-    assert await hold(worker, stale) == {stale.attempt_id}
-    assert await hold(other, lease) == set()
+    assert await reconcile(worker, stale) == {stale.attempt_id}
+    assert await reconcile(other, lease) == set()
     assert await broker.attempts.settle(stale, Outcome.DONE, answer_frame(stale)) is Settled.FENCED
     assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
 
@@ -117,7 +117,7 @@ async def test_a_job_that_was_lost_is_nobodys(broker: Broker, client: Any, worke
         await broker.jobs.enqueue(job)
         stale = await worker.claim_one()
     assert await broker.jobs.raise_epoch(job.id, 0) is None
-    assert await hold(worker, stale) == {stale.attempt_id}
+    assert await reconcile(worker, stale) == {stale.attempt_id}
     assert await broker.attempts.settle(stale, Outcome.DONE) is Settled.GONE
 
 
@@ -130,7 +130,7 @@ async def test_an_epoch_given_out_twice_is_left_behind(broker: Broker, client: A
         assert await broker.attempts.release(lease, "the engine was busy", counted=False) is Settled.OK
         stale = await other.claim_one()
         assert stale.epoch == lease.epoch + 1
-    await hold(worker)
+    await reconcile(worker)
     again = await worker.claim_one()
     assert again.epoch == NEXT_RUN
     assert await broker.attempts.settle(stale, Outcome.DONE) is Settled.FENCED
@@ -152,7 +152,7 @@ async def test_a_claim_whose_answer_is_awaited_gives_nothing_that_was_given_back
     """The lease of an unanswered claim is handed back by the comparison; the repeated claim does not give it again."""
     await broker.jobs.enqueue(job)
     await worker.claim_one()
-    await hold(worker)
+    await reconcile(worker)
     worker.seq -= 1
     assert await worker.claim() == []
     assert await counts(broker) == (1, 0)
@@ -162,7 +162,7 @@ async def test_the_dead_hold_nothing(broker: Broker, worker: Puller) -> None:
     """An session id that was declared dead hears it."""
     await broker.maintenance.reclaim(worker.session_id)
     with pytest.raises(Fenced):
-        await hold(worker)
+        await reconcile(worker)
 
 
 async def test_a_waiting_job_is_raised_above_all_that_was_heard(broker: Broker, worker: Puller, job: Job) -> None:
@@ -185,7 +185,7 @@ async def test_a_wake_is_heard_on_a_clock_that_is_behind(broker: Broker, client:
     last = f"{(await client.time())[0] * 1000 + 3_600_000}-0"
     worker._read_to = last
     await worker.told()
-    await hold(worker)
+    await reconcile(worker)
     await worker.claim()
     await broker.jobs.enqueue(make_job())
     assert [control.kind.value for control in await worker.told()] == ["wake"]
@@ -202,7 +202,7 @@ async def test_a_control_stream_that_was_cut_further_breaks_no_comparison(
     control = KEYS.control(worker.session_id)
     await client.xadd(control, {"k": "hello"}, id=f"{(await client.time())[0] * 1000 + 3_600_000}-0")
     await client.xtrim(control, maxlen=0)
-    assert await hold(worker) == set()
+    assert await reconcile(worker) == set()
     assert await counts(broker) == (1, 0)
     assert (await worker.claim_one()).job == job
 

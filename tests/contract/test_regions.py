@@ -1,4 +1,4 @@
-"""Regions: a job's own region first, anybody once its patience is over, and nobody's capacity wasted."""
+"""Regions: a job's own region first, any other once it has waited for that, and no capacity wasted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .conftest import Listener
 KEYS = ShardKeys(0)
 WAKE = Control(ControlKind.WAKE)
 LONG_MS = 60_000
-"""A patience that outlasts any test."""
+"""A wait that outlasts any test."""
 
 
 async def joined(broker: Broker, region: str) -> Puller:
@@ -85,7 +85,7 @@ async def sweep_until_woken(broker: Broker, worker: Puller, limit_s: float = 10.
 
 
 async def test_a_region_s_own_worker_claims_at_once_and_others_do_not(broker: Broker) -> None:
-    """Neither a worker of another region nor one of none gets a job before its patience is over."""
+    """Neither a worker of another region nor one of none gets a job before it has waited."""
     await broker.jobs.enqueue(job := job_of("eu"))
     for region in ("us", ""):
         worker = await joined(broker, region)
@@ -128,7 +128,7 @@ async def test_without_a_worker_of_its_region_a_job_wakes_any(broker: Broker, re
 
 
 @pytest.mark.parametrize("region", ["us", ""])
-async def test_without_patience_anybody_may_claim_at_once(broker: Broker, region: str) -> None:
+async def test_a_job_that_waits_for_no_region_may_be_claimed_by_any_at_once(broker: Broker, region: str) -> None:
     """A Router that knows of no worker in its region does not make its jobs wait for one."""
     worker = await joined(broker, region)
     await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=0))
@@ -142,8 +142,8 @@ async def test_jobs_of_no_region_are_anybodys(broker: Broker) -> None:
     assert [(await worker.claim_one()).job for worker in workers] == jobs
 
 
-async def test_home_goes_first(broker: Broker) -> None:
-    """What is free for all elsewhere waits while there is work at home, but for every fourth job."""
+async def test_local_jobs_go_first(broker: Broker) -> None:
+    """Eligible jobs of another region wait while there are local ones, but for every fourth job."""
     await enqueue_all(broker, [job_of("eu") for _ in range(20)])
     await enqueue_all(broker, [job_of("us", remote_after_ms=0) for _ in range(20)])
     jobs = await claim_jobs(await joined(broker, "eu"), 12, step=5)
@@ -153,43 +153,43 @@ async def test_home_goes_first(broker: Broker) -> None:
 
 
 async def test_the_order_of_places_is_that_of_the_contract(broker: Broker) -> None:
-    """Lane by lane, the script's order of home and remote is ``lanes.remote_first`` and ``lanes.region_first``."""
+    """Lane by lane, the script's order of local and remote is ``lanes.remote_first`` and ``lanes.region_first``."""
     turns = 4 * LANE_CYCLE
     regions = {"eu": LONG_MS, "": 0, "us": 0}
     await enqueue_all(
         broker,
         [
-            job_of(region, patience, lane=lane, tenant=region or "none")
-            for region, patience in regions.items()
+            job_of(region, wait_ms, lane=lane, tenant=region or "none")
+            for region, wait_ms in regions.items()
             for lane in LANES
             for _ in range(turns)
         ],
     )
     jobs = await claim_jobs(await joined(broker, "eu"), turns, step=7)
-    home = [("eu" if region_first(turn) else "") for turn in range(turns)]
-    expected = [(lane_order(turn)[0], "us" if remote_first(turn) else home[turn]) for turn in range(turns)]
+    local = [("eu" if region_first(turn) else "") for turn in range(turns)]
+    expected = [(lane_order(turn)[0], "us" if remote_first(turn) else local[turn]) for turn in range(turns)]
     assert [(job.lane, job.region) for job in jobs] == expected
 
 
 async def test_a_lane_goes_before_the_distance(broker: Broker) -> None:
-    """Somebody who waits elsewhere, free for all, goes before a batch at home."""
+    """An eligible interactive job of another region goes before a local batch job."""
     worker = await joined(broker, "eu")
     await broker.jobs.enqueue(job_of("eu", lane=Lane.BATCH))
     await broker.jobs.enqueue(remote := job_of("us", remote_after_ms=0))
     assert (await worker.claim_one()).job == remote
 
 
-async def test_a_saturated_home_does_not_starve_abroad(broker: Broker) -> None:
-    """While work of every kind keeps coming at home, a free job of remote's last lane and band is claimed in time."""
+async def test_a_saturated_region_does_not_starve_remote_jobs(broker: Broker) -> None:
+    """While local work of every kind keeps coming, an eligible remote job of the last lane and band is claimed."""
     worker = await joined(broker, "eu")
-    await broker.jobs.enqueue(patient := job_of("us", remote_after_ms=0, lane=Lane.BATCH, band=BANDS - 1))
+    await broker.jobs.enqueue(eligible := job_of("us", remote_after_ms=0, lane=Lane.BATCH, band=BANDS - 1))
     claims = 0
     claimed = False
     while not claimed:
         await enqueue_all(broker, [job_of("eu", lane=lane, band=band) for lane in LANES for band in range(BANDS)])
         for lease in await worker.claim(12):
             claims += 1
-            claimed = claimed or lease.job == patient
+            claimed = claimed or lease.job == eligible
             await broker.attempts.settle(lease, Outcome.DONE)
         assert claims <= REGIONAL_STARVATION_BOUND + 12
 
@@ -199,14 +199,14 @@ async def test_a_saturated_home_does_not_starve_abroad(broker: Broker) -> None:
 
 @pytest.mark.parametrize("region", ["eu", "us"])
 async def test_a_tenants_jobs_keep_their_order(broker: Broker, region: str) -> None:
-    """Within region, band and tenant: first in, first claimed, at home and remote."""
+    """Within region, band and tenant: first in, first claimed, locally and remotely."""
     await enqueue_all(broker, jobs := [job_of("eu", remote_after_ms=0) for _ in range(20)])
     assert await claim_jobs(await joined(broker, region), 20, step=3) == jobs
 
 
 @pytest.mark.parametrize("region", ["eu", "us"])
 async def test_tenants_take_turns(broker: Broker, region: str) -> None:
-    """At home and remote alike."""
+    """Locally and remotely alike."""
     await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="big") for _ in range(20)])
     await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="small") for _ in range(5)])
     jobs = await claim_jobs(await joined(broker, region), 10)
@@ -215,7 +215,7 @@ async def test_tenants_take_turns(broker: Broker, region: str) -> None:
 
 @pytest.mark.parametrize("region", ["eu", "us"])
 async def test_bands_keep_their_shares(broker: Broker, region: str) -> None:
-    """At home and remote alike."""
+    """Locally and remotely alike."""
     turns = 24
     await enqueue_all(
         broker, [job_of("eu", remote_after_ms=0, band=band) for band in range(BANDS) for _ in range(turns)]
@@ -224,27 +224,27 @@ async def test_bands_keep_their_shares(broker: Broker, region: str) -> None:
     assert [job.band for job in jobs] == [band_order(turn)[0] for turn in range(turns)]
 
 
-async def test_a_fresh_head_does_not_hide_a_patient_one(broker: Broker) -> None:
-    """The least-served tenant's job is not free for all yet; another tenant's is, and is claimed."""
+async def test_a_head_that_is_not_eligible_does_not_hide_one_that_is(broker: Broker) -> None:
+    """The least-served tenant's job is not eligible yet; another tenant's is, and is claimed."""
     await broker.jobs.enqueue(job_of("eu", tenant="fresh"))
-    await broker.jobs.enqueue(patient := job_of("eu", remote_after_ms=0, tenant="patient"))
+    await broker.jobs.enqueue(eligible := job_of("eu", remote_after_ms=0, tenant="eligible"))
     worker = await joined(broker, "us")
-    assert [lease.job for lease in await worker.claim(3)] == [patient]
+    assert [lease.job for lease in await worker.claim(3)] == [eligible]
 
 
-async def test_a_tenant_served_abroad_pays_for_it_at_home(broker: Broker) -> None:
-    """A tenant whose jobs were run remote has had its turns when its own region's workers choose."""
-    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="impatient") for _ in range(8)])
+async def test_a_tenant_served_remotely_is_charged_for_it_locally(broker: Broker) -> None:
+    """A tenant whose jobs ran remotely has had its turns when its own region's workers choose."""
+    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="quick") for _ in range(8)])
     await enqueue_all(broker, [job_of("eu", tenant="local") for _ in range(8)])
-    assert {job.tenant for job in await claim_jobs(await joined(broker, "us"), 4)} == {Tenant("impatient")}
+    assert {job.tenant for job in await claim_jobs(await joined(broker, "us"), 4)} == {Tenant("quick")}
     jobs = await claim_jobs(await joined(broker, "eu"), 4)
     assert {job.tenant for job in jobs} == {Tenant("local")}
 
 
-async def test_what_ran_abroad_holds_no_newcomer_up(broker: Broker) -> None:
-    """A tenant whose turn came early remote does not move the band's clock: newcomers start with those who wait."""
+async def test_what_ran_remotely_delays_no_newcomer(broker: Broker) -> None:
+    """A tenant whose turn came early remotely does not move the band's clock: newcomers start with those who wait."""
     await broker.jobs.enqueue(job_of("eu", tenant="waits"))
-    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="impatient") for _ in range(6)])
+    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="quick") for _ in range(6)])
     await claim_jobs(await joined(broker, "us"), 5)
     await enqueue_all(broker, [job_of("eu", tenant="waits") for _ in range(3)])
     await enqueue_all(broker, [job_of("eu", tenant="newcomer") for _ in range(4)])
@@ -252,11 +252,11 @@ async def test_what_ran_abroad_holds_no_newcomer_up(broker: Broker) -> None:
     assert Counter(job.tenant for job in jobs) == {"waits": 2, "newcomer": 2}
 
 
-async def test_several_regions_abroad_are_served_by_age(broker: Broker) -> None:
+async def test_several_remote_regions_are_served_by_age(broker: Broker) -> None:
     """No region is passed over because of its name."""
     for region in ("c", "a", "b"):
         await broker.jobs.enqueue(job_of(region, remote_after_ms=0))
-        await asyncio.sleep(0.005)  # so that they are free at different times, whatever the clock's grain
+        await asyncio.sleep(0.005)  # so that they are eligible at different times, whatever the clock's grain
     jobs = await claim_jobs(await joined(broker, "us"), 3)
     assert [job.region for job in jobs] == ["c", "a", "b"]
 
@@ -276,12 +276,12 @@ async def test_work_handed_back_is_anybodys_at_once(broker: Broker, counted: boo
 async def test_lost_work_is_anybodys_at_once(broker: Broker) -> None:
     """With the worker the region may be gone; whoever is idle is woken, wherever it stands."""
     await broker.jobs.enqueue(job := job_of("eu"))
-    home = await joined(broker, "eu")
-    await home.claim_one()
-    far = await parked(broker, "us")
-    await broker.maintenance.reclaim(home.session_id)
-    assert await far.told() == [WAKE]
-    assert (await far.claim_one()).job == job
+    local = await joined(broker, "eu")
+    await local.claim_one()
+    remote = await parked(broker, "us")
+    await broker.maintenance.reclaim(local.session_id)
+    assert await remote.told() == [WAKE]
+    assert (await remote.claim_one()).job == job
 
 
 async def test_waiting_jobs_end_as_others_do(broker: Broker, listener: Listener, client: Any) -> None:
@@ -309,7 +309,7 @@ async def test_waiting_jobs_end_as_others_do(broker: Broker, listener: Listener,
     assert not [key async for key in client.scan_iter(match=f"{KEYS.prefix}q:*")]
 
 
-async def test_a_claim_abroad_ends_what_is_not_to_be_run(broker: Broker, listener: Listener) -> None:
+async def test_a_remote_claim_ends_what_is_not_to_be_run(broker: Broker, listener: Listener) -> None:
     """Orphans and late jobs of another region are cleaned up on the way to one that runs."""
     orphan, kept = job_of("eu", 0, reply_to=listener.router), job_of("eu", 0)
     await enqueue_all(broker, [orphan, job_of("eu", 0, ttl_ms=5), kept])
@@ -346,19 +346,19 @@ async def test_depths_add_the_regions_up(broker: Broker) -> None:
 async def test_a_job_wakes_a_worker_of_its_region(broker: Broker) -> None:
     """Whoever parked first, a near one is woken for each job as long as there is one."""
     await parked(broker, "us")
-    homes = [await parked(broker, "eu") for _ in range(2)]
+    local_workers = [await parked(broker, "eu") for _ in range(2)]
     await broker.jobs.enqueue(job_of("eu"))
-    assert sorted([len(await worker.told()) for worker in homes]) == [0, 1]
+    assert sorted([len(await worker.told()) for worker in local_workers]) == [0, 1]
     await broker.jobs.enqueue(job_of("eu"))
     await broker.jobs.enqueue(job_of("eu"))
-    assert sum([len(await worker.told()) for worker in homes]) == 1
+    assert sum([len(await worker.told()) for worker in local_workers]) == 1
 
 
 async def test_a_job_of_no_region_wakes_a_worker_of_any(broker: Broker) -> None:
     """Workers of regions park apart, and are found."""
-    far = await parked(broker, "us")
+    remote = await parked(broker, "us")
     await broker.jobs.enqueue(make_job())
-    assert await far.told() == [WAKE]
+    assert await remote.told() == [WAKE]
 
 
 async def test_all_idle_workers_of_all_regions_are_woken_by_jobs_of_none(broker: Broker) -> None:
@@ -370,55 +370,55 @@ async def test_all_idle_workers_of_all_regions_are_woken_by_jobs_of_none(broker:
 
 async def test_no_worker_of_another_region_is_woken_before_a_job_has_waited(broker: Broker) -> None:
     """However many jobs come and however often the sweep does, those of other regions sleep on."""
-    far = [await parked(broker, region) for region in ("us", "asia", "")]
+    remote = [await parked(broker, region) for region in ("us", "asia", "")]
     for _ in range(5):
         await broker.jobs.enqueue(job_of("eu"))
         assert (await broker.maintenance.expire()).woken == 0
-    assert [await worker.told() for worker in far] == [[], [], []]
+    assert [await worker.told() for worker in remote] == [[], [], []]
 
 
 async def test_the_first_job_to_have_waited_counts(broker: Broker) -> None:
     """Whichever came first: one that waits for less is offered earlier."""
-    far = await parked(broker, "us")
+    remote = await parked(broker, "us")
     await broker.jobs.enqueue(job_of("eu", tenant="slow"))
     await broker.jobs.enqueue(quick := job_of("eu", remote_after_ms=50, tenant="quick"))
-    await sweep_until_woken(broker, far)
-    assert (await far.claim_one()).job == quick
+    await sweep_until_woken(broker, remote)
+    assert (await remote.claim_one()).job == quick
 
 
 async def test_a_job_that_its_region_took_is_offered_to_nobody(broker: Broker) -> None:
     """A worker of another region that was woken for nothing finds when to be woken next, and is not before."""
-    far, home = await parked(broker, "us"), await joined(broker, "eu")
+    remote, local = await parked(broker, "us"), await joined(broker, "eu")
     await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
-    await home.claim_one()
+    await local.claim_one()
     await broker.jobs.enqueue(job_of("eu"))
-    await sweep_until_woken(broker, far)
-    assert await far.claim() == []
+    await sweep_until_woken(broker, remote)
+    assert await remote.claim() == []
     assert (await broker.maintenance.expire()).woken == 0
 
 
 async def test_the_sweep_wakes_a_worker_of_the_region_and_one_of_another(broker: Broker) -> None:
     """One of its own while there is one asleep, and one more for what may be run anywhere."""
-    homes = [await parked(broker, "eu") for _ in range(2)]
-    fars = [await parked(broker, "us") for _ in range(2)]
+    local_workers = [await parked(broker, "eu") for _ in range(2)]
+    remote_workers = [await parked(broker, "us") for _ in range(2)]
     await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
-    told = [len(await worker.told()) for worker in (*homes, *fars)]
+    told = [len(await worker.told()) for worker in (*local_workers, *remote_workers)]
     assert (sum(told[:2]), sum(told[2:])) == (1, 0)
     await asyncio.sleep(0.05)
     assert (await broker.maintenance.expire()).woken == 2
-    told = [len(await worker.told()) for worker in (*homes, *fars)]
+    told = [len(await worker.told()) for worker in (*local_workers, *remote_workers)]
     assert (sum(told[:2]), sum(told[2:])) == (1, 1)
 
 
 async def test_a_dead_worker_of_another_region_is_made_up_for_by_the_next_sweep(broker: Broker) -> None:
     """Whoever was woken and does not claim keeps nobody from it."""
-    fars = [await parked(broker, "us") for _ in range(2)]
+    remote_workers = [await parked(broker, "us") for _ in range(2)]
     await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=1))
     await asyncio.sleep(0.05)
     woken = [(await broker.maintenance.expire()).woken for _ in range(2)]
     assert woken == [1, 1]
-    assert [await worker.told() for worker in fars] == [[WAKE], [WAKE]]
-    assert (await fars[1].claim_one()).job == job
+    assert [await worker.told() for worker in remote_workers] == [[WAKE], [WAKE]]
+    assert (await remote_workers[1].claim_one()).job == job
 
 
 async def test_a_chain_of_wakes_empties_every_region(broker: Broker) -> None:
@@ -446,23 +446,23 @@ async def test_a_chain_of_wakes_empties_every_region(broker: Broker) -> None:
 
 async def test_a_full_worker_wakes_the_next_for_what_is_left_elsewhere(broker: Broker) -> None:
     """One sweep is enough for all idle workers of other regions."""
-    fars = [await parked(broker, "us") for _ in range(3)]
+    remote_workers = [await parked(broker, "us") for _ in range(3)]
     await enqueue_all(broker, [job_of("eu", remote_after_ms=1) for _ in range(3)])
     await asyncio.sleep(0.05)
     assert (await broker.maintenance.expire()).woken == 1
-    for worker in fars:
+    for worker in remote_workers:
         assert await worker.told() == [WAKE]
         await worker.claim_one()
 
 
 async def test_an_index_that_vanished_is_made_again(broker: Broker, client: Any) -> None:
     """Evicted or deleted: the next sweep offers what waits to other regions at once, and the claim finds when."""
-    far = await parked(broker, "us")
+    remote = await parked(broker, "us")
     await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
     await broker.jobs.enqueue(job_of("eu"))
     await client.delete(KEYS.remote)
-    await sweep_until_woken(broker, far)
-    assert len(await far.claim(2)) == 1
+    await sweep_until_woken(broker, remote)
+    assert len(await remote.claim(2)) == 1
 
 
 # Repeats, bounds, what is left
@@ -480,7 +480,7 @@ async def test_a_worker_that_left_is_parked_nowhere(broker: Broker, client: Any)
         assert await client.zcard(KEYS.parked(MODEL, lane, "eu")) == 0
 
 
-async def test_a_worker_of_many_models_finds_what_is_free_abroad(broker: Broker) -> None:
+async def test_a_worker_of_many_models_finds_remote_jobs(broker: Broker) -> None:
     """As many models as a worker may serve, in all lanes, of a region: the call stays within Lua's bounds."""
     models = [f"model-{number}" for number in range(1_024)]
     await enqueue_all(broker, [job_of("eu", 0, model=models[7]), job_of("us", model=models[1_000])])
@@ -525,11 +525,11 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, client: Any)
 async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> None:
     """The names that the scripts build are those of ``queue_schemas.keys``, for regions that need encoding too."""
     region, tenant = "eu: {west} @ü", "a:b"
-    home, far = await parked(broker, region), await parked(broker, "us")
+    local, remote = await parked(broker, region), await parked(broker, "us")
     jobs = [job_of(region, 0, tenant=name) for name in (tenant, tenant, "rival", "rival")]
     await enqueue_all(broker, jobs)
-    await home.claim(1)
-    await far.claim(1)
+    await local.claim(1)
+    await remote.claim(1)
     band = jobs[0].band
     allowed = {
         META,
@@ -538,7 +538,7 @@ async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> 
         KEYS.service(MODEL, Lane.INTERACTIVE, band, region),
         KEYS.remote,
         *(KEYS.job(job.id) for job in jobs),
-        *(key(puller.session_id) for puller in (home, far) for key in (KEYS.leases, KEYS.claimed, KEYS.control)),
+        *(key(puller.session_id) for puller in (local, remote) for key in (KEYS.leases, KEYS.claimed, KEYS.control)),
         *(KEYS.parked(MODEL, lane, name) for lane in LANES for name in ("", region, "us")),
         *(
             KEYS.clock,

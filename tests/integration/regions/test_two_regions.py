@@ -16,7 +16,7 @@ from tests.support.fleet import MODEL, Fleet, Role
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 
-PATIENCE_S = 1.5
+REMOTE_AFTER_S = 1.5
 LEASE_S = 3.0
 """Of a fleet's workers: how long until one of them stands in for a Manager that is gone."""
 DELAY_S = 0.03
@@ -45,7 +45,7 @@ class Scene:
             assert (await answer.json())["choices"][0]["message"]["content"] == text
         return time.monotonic() - begin
 
-    async def from_abroad(self, worker: str) -> int:
+    async def from_other_regions(self, worker: str) -> int:
         """How many jobs of other regions a worker has claimed."""
         page = await self.workers[worker].metrics()
         return int(sum(map(float, re.findall(r"inferq_jobs_from_remote_regions_total\{[^}]*\} (\S+)", page))))
@@ -73,7 +73,10 @@ async def scene(tmp_path: Path, own_valkey: Server) -> AsyncIterator[Scene]:
         routers, workers = {}, {}
         for region, redis_url in links.items():
             routers[region] = fleet.another_router(
-                f"router-{region}", region=region, redis_url=redis_url, region_remote_after_ms=int(PATIENCE_S * 1000)
+                f"router-{region}",
+                region=region,
+                redis_url=redis_url,
+                region_remote_after_ms=int(REMOTE_AFTER_S * 1000),
             )
             workers[region] = fleet.worker(
                 f"worker-{region}", region=region, redis_url=redis_url, manager_url=fleet.manager.url, slots=SLOTS,
@@ -90,33 +93,33 @@ async def scene(tmp_path: Path, own_valkey: Server) -> AsyncIterator[Scene]:
 
 
 async def test_near_capacity_first_and_far_capacity_never_wasted(scene: Scene) -> None:
-    """With room at home every job runs there; what home has no room for runs remote when its patience is over, with no
-    Manager alive; with home dead all of it does. Nothing is lost."""
+    """With free slots in its region every job runs there; the others run elsewhere once they have waited, with no
+    Manager alive; with the region's worker dead all do. Nothing is lost."""
     for turn in range(4):
         await asyncio.gather(scene.ask("eu", f"eu {turn}"), scene.ask("us", f"us {turn}"))
-    assert [await scene.from_abroad(region) for region in ("eu", "us")] == [0, 0]
+    assert [await scene.from_other_regions(region) for region in ("eu", "us")] == [0, 0]
 
     scene.fleet.manager.process.kill()
     begin = time.monotonic()
     long = [asyncio.create_task(scene.ask("eu", LONG)) for _ in range(SLOTS)]
-    await eventually(lambda: scene.all_run(SLOTS), "home runs what fills its slots")
+    await eventually(lambda: scene.all_run(SLOTS), "its region runs what fills its slots")
     overflow = await asyncio.gather(*(scene.ask("eu", f"over {number}") for number in range(2 * SLOTS)))
-    assert not any(task.done() for task in long), "remote was quicker than waiting for home"
-    assert min(overflow) >= PATIENCE_S
-    assert max(overflow) < PATIENCE_S + LEASE_S + 3, "a worker stands in for the Manager, and sweeps"
-    assert await scene.from_abroad("us") == 2 * SLOTS
+    assert not any(task.done() for task in long), "another region was quicker than waiting"
+    assert min(overflow) >= REMOTE_AFTER_S
+    assert max(overflow) < REMOTE_AFTER_S + LEASE_S + 3, "a worker stands in for the Manager, and sweeps"
+    assert await scene.from_other_regions("us") == 2 * SLOTS
     await asyncio.gather(*long)
     assert time.monotonic() - begin < 30
 
     scene.workers["eu"].process.kill()
     orphaned = await asyncio.gather(*(scene.ask("eu", f"alone {number}") for number in range(2 * SLOTS)))
-    assert max(orphaned) < PATIENCE_S + 6
-    assert await scene.from_abroad("us") == 4 * SLOTS
+    assert max(orphaned) < REMOTE_AFTER_S + 6
+    assert await scene.from_other_regions("us") == 4 * SLOTS
 
     await scene.fleet.manager.start()
     await scene.until_known("eu", 1)
 
     async def at_once() -> bool:
-        return await scene.ask("eu", "now") < PATIENCE_S
+        return await scene.ask("eu", "now") < REMOTE_AFTER_S
 
     await eventually(at_once, "nobody waits for a region without workers", limit_s=15)
