@@ -57,9 +57,9 @@ def new_session_id(name: str) -> SessionId:
 
 
 def check_session_id(value: str) -> SessionId:
-    """``value`` if it has the shape of an session id, else ``BadMessage``."""
+    """``value`` if it has the shape of a session id, else ``BadMessage``."""
     if not _INCARNATION.fullmatch(value):
-        raise BadMessage(f"not an session_id: {value[:90]!r}; expected NAME.<16 hex digits>")
+        raise BadMessage(f"not a session id: {value[:90]!r}; expected NAME.<16 hex digits>")
     return SessionId(value)
 
 

@@ -72,7 +72,7 @@ class ShardKeys:
         return f"{self.prefix}leases:{session_id}"
 
     def claimed(self, session_id: str) -> str:
-        """Hash: the last claim of an session id and its answer, for a repeated call; where it is parked."""
+        """Hash: the last claim of a session and its answer, for a repeated call; where it is parked."""
         return f"{self.prefix}claimed:{session_id}"
 
     @property
