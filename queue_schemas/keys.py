@@ -15,7 +15,7 @@ from .lanes import Lane
 
 NAMESPACE = "iq"
 META = "iq:meta"
-"""Hash: what is fixed at deployment (``shards``, ``contract``), checked at every start."""
+"""Hash: the constants of the deployment (``shards``, ``contract``), checked at every start."""
 WORKERS = "iq:workers"
 """Hash: worker id -> JSON of the registry's entry, written by the acting Manager."""
 POOLS = "iq:pools"
@@ -68,7 +68,7 @@ class ShardKeys:
         return f"{self.prefix}job:{job_id}"
 
     def leases(self, session_id: str) -> str:
-        """Hash: job id -> epoch, what one run of one worker holds."""
+        """Hash: job id -> epoch, the jobs leased to one worker session."""
         return f"{self.prefix}leases:{session_id}"
 
     def claimed(self, session_id: str) -> str:
@@ -76,9 +76,10 @@ class ShardKeys:
         return f"{self.prefix}claimed:{session_id}"
 
     @property
-    def beats(self) -> str:
-        """Hash: session id -> renewal number. One without, or with a negative one (being reclaimed), is fenced."""
-        return f"{self.prefix}beats"
+    def renewals(self) -> str:
+        """Hash: session id -> renewal counter. A session that has none, or a negative one (it is being reclaimed), is
+        fenced."""
+        return f"{self.prefix}renewals"
 
     def control(self, session_id: str) -> str:
         """Stream: wakes, aborts, drains and pings for one worker."""
@@ -104,15 +105,15 @@ class ShardKeys:
         return f"{self.prefix}lost"
 
     def reply(self, router: str) -> str:
-        """Stream: frames and markers for one run of one Router, which alone creates it and keeps it alive."""
+        """Stream: frames and markers for one session of one Router, which alone creates it and keeps it alive."""
         return f"{self.prefix}reply:{router}"
 
     def out(self, job_id: str) -> str:
-        """Stream: what is kept of a persisted job's answer, one packed frame an entry, ids ``epoch-seq``. Expires."""
+        """Stream: a persisted job's output, one packed frame an entry, ids ``epoch-seq``. Expires."""
         return f"{self.prefix}out:{job_id}"
 
     def listeners(self, job_id: str) -> str:
-        """Set: Routers that are sent what is added to a persisted job's output. Expires."""
+        """Set: Routers that a persisted job's new frames are sent to. Expires."""
         return f"{self.prefix}listeners:{job_id}"
 
     def idempotency(self, digest: str) -> str:
@@ -120,22 +121,22 @@ class ShardKeys:
         return f"{self.prefix}idem:{digest}"
 
     def listed(self, tenant: str) -> str:
-        """Sorted set, all scores 0: a tenant's listed jobs, as ``<when it came, 15 digits> <job id>``. Expires."""
+        """Sorted set, all scores 0: a tenant's background jobs, as ``<created ms, 15 digits> <job id>``. Expires."""
         return f"{self.prefix}listed:{encode_name(tenant)}"
 
     @property
-    def ended(self) -> str:
-        """Stream: notices of the ends of jobs that have a ``notify`` word; at most 100,000."""
-        return f"{self.prefix}ended"
+    def finished(self) -> str:
+        """Stream: notices of finished jobs that have a ``topic``; at most 100,000."""
+        return f"{self.prefix}finished"
 
     @property
-    def ended_dropped(self) -> str:
-        """Hash: ``dropped``, how many notices were dropped because nobody took them."""
-        return f"{self.prefix}ended_dropped"
+    def finished_dropped(self) -> str:
+        """Hash: ``dropped``, how many notices were dropped unread."""
+        return f"{self.prefix}finished_dropped"
 
     @property
     def persisted(self) -> str:
-        """Sorted set: persisted jobs that ended, by when they are forgotten (queue ms)."""
+        """Sorted set: persisted jobs that finished, by when they are deleted (queue ms)."""
         return f"{self.prefix}persisted"
 
     @property
@@ -165,8 +166,8 @@ class ShardKeys:
 
     @property
     def budget(self) -> str:
-        """Hash: live jobs and bytes per tenant (``t:<tenant>:jobs``) and pool (``p:<pool>:jobs``), and what is kept of
-        a tenant's persisted jobs (``t:<tenant>:persisted``, bytes)."""
+        """Hash: live jobs and bytes per tenant (``t:<tenant>:jobs``) and pool (``p:<pool>:jobs``), and the bytes of
+        a tenant's persisted jobs (``t:<tenant>:persisted``)."""
         return f"{self.prefix}budget"
 
     @property

@@ -21,13 +21,14 @@ _MAX_TRIES = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """``path`` is readable up to byte ``at`` of ``size``; ``behind``: whole commands can be read again after that, or
-    further files follow."""
+    """``path`` is readable up to byte ``at`` of ``size``. ``commands_follow``: after that, whole commands or further
+    files
+    can be read again."""
 
     path: Path
     at: int
     size: int
-    behind: bool = False
+    commands_follow: bool = False
 
     @property
     def bytes_cut(self) -> int:
@@ -37,7 +38,7 @@ class Damage:
 
 def scan(file: Path, *, last: bool) -> Damage | None:
     """The first place of ``file`` that cannot be read; None if there is none. ``last``: no file follows it, so it may
-    break off at its end, which Valkey mends itself."""
+    break off at its end, which Valkey repairs itself."""
     size = file.stat().st_size
     if not size:
         return None
@@ -49,8 +50,8 @@ def scan(file: Path, *, last: bool) -> Damage | None:
             good = end
         broken = _broken_at(data, good)
         if broken is None:
-            return None if last else Damage(file, good, size, behind=True)
-        return Damage(file, good, size, behind=not last or _resumes(data, broken))
+            return None if last else Damage(file, good, size, commands_follow=True)
+        return Damage(file, good, size, commands_follow=not last or _resumes(data, broken))
 
 
 def _transactions(data: mmap.mmap) -> Iterator[tuple[int, bool]]:

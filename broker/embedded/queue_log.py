@@ -2,8 +2,8 @@
 
 The file has several parts: a manifest names a base (an RDB snapshot) and the files of commands written since. Valkey
 itself cuts a tail that ends within a command. A tail of other bytes, as disks leave behind after a power cut, makes it
-refuse to start: :meth:`QueueLog.mend` cuts the tail and keeps a copy of the file. Damage with readable commands behind
-it is cut only on request, because those commands are lost with it. Blocks: run it in a thread.
+refuse to start: :meth:`QueueLog.repair` cuts the tail and keeps a copy of the file. Damage with readable commands
+behind it is cut only on request, because those commands are lost with it. Blocks: run it in a thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHECK_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Mended:
+class Repaired:
     """What was cut, and where the file lies as it was."""
 
     path: Path
@@ -66,7 +66,8 @@ class QueueLog:
         return f"{self._manifest} {was} and has been written anew from the names of {len(found)} files"
 
     def find_damage(self) -> Damage | None:
-        """The first place that cannot be read; None: all is well, or only the last file breaks off, which Valkey mends.
+        """The first place that cannot be read; None: all is well, or only the last file breaks off, which Valkey
+        repairs.
         The base is not looked into (:meth:`base_problem`)."""
         files = self._increments()
         for file in files:
@@ -98,22 +99,22 @@ class QueueLog:
                     return f"{file} is damaged"
         return ""
 
-    def mend(self, server: Path, *, also_behind: bool = False) -> Mended | None:
-        """Cut a damaged tail; ``also_behind``: wherever the damage is, with all that is behind it. None: nothing is
-        damaged. Raises ``CannotStart`` with what to do where it cannot be, or must not be, mended."""
+    def repair(self, server: Path, *, cut_commands: bool = False) -> Repaired | None:
+        """Cut a damaged tail; ``cut_commands``: wherever the damage is, with all that is behind it. None: nothing is
+        damaged. Raises ``CannotStart`` with what to do where it cannot be, or must not be, repaired."""
         if problem := self.base_problem(server):
-            raise CannotStart(f"the embedded queue's {problem}, and nothing can mend that: {self.put_back}")
+            raise CannotStart(f"the embedded queue's {problem}, and nothing can repair that: {self.put_back}")
         damage = self.find_damage()
         if damage is None:
             return None
-        if not also_behind and not self.mends_itself(damage):
+        if not cut_commands and not self.is_repaired_by_valkey(damage):
             raise CannotStart(f"{self.describe(damage)}: {self.remedy}")
         return self._cut(damage)
 
     @staticmethod
-    def mends_itself(damage: Damage) -> bool:
+    def is_repaired_by_valkey(damage: Damage) -> bool:
         """Whether it is cut without being asked: a tail, of a file that can be read up to there."""
-        return damage.at > 0 and not damage.behind
+        return damage.at > 0 and not damage.commands_follow
 
     @property
     def manifest_problem(self) -> str:
@@ -129,12 +130,12 @@ class QueueLog:
 
     def describe(self, damage: Damage) -> str:
         """Where the damage is, as the beginning of a sentence."""
-        behind = ", and what is behind that can be read again" if damage.behind else ""
+        behind = ", and what is behind that can be read again" if damage.commands_follow else ""
         return f"the embedded queue's {damage.path} is damaged at byte {damage.at} of {damage.size}{behind}"
 
     @property
     def remedy(self) -> str:
-        """What may be done about damage that is not mended by itself."""
+        """What may be done about damage that is not repaired by itself."""
         command = f"inferq doctor --repair-queue --data-dir {self.folder.parent.parent}"
         return f"`{command}` cuts the file there and keeps it as it was, too; or {self.put_back}"
 
@@ -146,9 +147,9 @@ class QueueLog:
             f"mv {self.folder} {self.folder.with_name('aof-damaged')}"
         )
 
-    def _cut(self, damage: Damage) -> Mended:
+    def _cut(self, damage: Damage) -> Repaired:
         if shutil.disk_usage(self._files).free < damage.at:
-            raise CannotStart(f"the disk has no room to mend {damage.path} and keep it as it was: free some space")
+            raise CannotStart(f"the disk has no room to repair {damage.path} and keep it as it was: free some space")
         draft = damage.path.with_name(f"{damage.path.name}.new")
         with damage.path.open("rb") as whole, draft.open("wb") as part:
             left = damage.at
@@ -160,7 +161,7 @@ class QueueLog:
         entries = self._entries() or []
         later = [self._files / one["file"] for one in entries if one["type"] == "i"]
         later = later[later.index(damage.path) + 1 :]
-        # A process killed between any two of these steps leaves data that the next start reads or mends: what comes
+        # A process killed between any two of these steps leaves data that the next start reads or repairs: what comes
         # behind the damage must never be read without what stood at it, and a file of the manifest never be missing.
         if later:
             names = {file.name for file in later}
@@ -176,7 +177,7 @@ class QueueLog:
             if file.exists():
                 cut += file.stat().st_size
                 self._set_aside(file)
-        return Mended(damage.path, cut, kept)
+        return Repaired(damage.path, cut, kept)
 
     def _set_aside(self, file: Path) -> Path:
         """Move a file to where Valkey does not look; where it is then."""

@@ -174,20 +174,20 @@ class EmbeddedServer:
         self._folder.remember_port(self.port)
 
     async def _launch(self) -> None:
-        """Start the server; once more, if its data were what kept it from starting and could be mended."""
+        """Start the server; once more, if its data were what kept it from starting and could be repaired."""
         try:
             await self._launch_once()
         except CannotStart as error:
             if not _ABOUT_DATA.search(str(error)):
                 raise
-            mended = await asyncio.to_thread(self._log_files.mend, self._binary)
-            if mended is None:
+            repaired = await asyncio.to_thread(self._log_files.repair, self._binary)
+            if repaired is None:
                 raise
             log.warning(
-                "queue_log_mended",
-                file=str(mended.path),
-                bytes_cut=mended.bytes_cut,
-                kept=str(mended.kept),
+                "queue_log_repaired",
+                file=str(repaired.path),
+                bytes_cut=repaired.bytes_cut,
+                kept=str(repaired.kept),
                 why="its end was no command: what was written there in the last moment is lost",
             )
             await self._launch_once()

@@ -50,7 +50,7 @@ local function keep(job, anew, seq, due, from, number)
     count_bytes(job, bytes)
     call('HSET', key, 'next', job.epoch .. '-' .. int(seq + number))
     local left_ms = math.max(tonumber(job.deadline) - now, 0)
-    call('PEXPIRE', out, int(left_ms + tonumber(call('HGET', key, 'keep_ms')) + EXPIRY_SLACK_MS))
+    call('PEXPIRE', out, int(left_ms + tonumber(call('HGET', key, 'retention_ms')) + EXPIRY_SLACK_MS))
   end
   return frames
 end

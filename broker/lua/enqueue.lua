@@ -2,8 +2,8 @@
 -- ARGV: prefix, limits on live jobs and bytes of a tenant, of a pool (4), and on a tenant's persisted bytes, then per job:
 --       id, envelope, pool, lane, band, tenant, reply (of a persisted job: its first listener), persisted, ttl_ms,
 --       max_attempts, region, remote_after_ms, resume (1: when an attempt is lost, its Router says where it goes on), and
---       for persisted jobs, else empty: keep_ms, digest of the idempotency key ('' for none), digest of the request, listed
---       (1: it is kept however it ends, and stands in its tenant's list), notify (a word: its end is put on the shard's
+--       for persisted jobs, else empty: retention_ms, digest of the idempotency key ('' for none), digest of the request, listed
+--       (1: it is kept however it ends, and stands in its tenant's list), topic (of the notice that is put on the shard's
 --       stream of ends), job metadata (opaque).
 -- Reply: per job 'queued', or the state of a job of that id that is already known (tombstones included: a job cancelled
 --       before it came is void), or 'over <budget>' where nothing was written. Where another job holds the idempotency
@@ -38,13 +38,13 @@ local function holder(idem, request)
 end
 
 -- What a persisted job has beside its record.
-local function persist(job, router, deadline, keep_ms, idem, request, listed, notify_word, metadata)
-  local kept_for = int(tonumber(deadline) - now + tonumber(keep_ms) + EXPIRY_SLACK_MS)
+local function persist(job, router, deadline, retention_ms, idem, request, listed, topic, metadata)
+  local kept_for = int(tonumber(deadline) - now + tonumber(retention_ms) + EXPIRY_SLACK_MS)
   call('DEL', P .. 'out:' .. job.id, P .. 'listeners:' .. job.id)
-  call('HSET', P .. 'job:' .. job.id, 'keep_ms', keep_ms, 'idem', idem)
+  call('HSET', P .. 'job:' .. job.id, 'retention_ms', retention_ms, 'idem', idem)
   count_bytes(job, PERSISTED_BYTES + string.len(metadata))
   if metadata ~= '' then
-    call('HSET', P .. 'job:' .. job.id, 'job_metadata', metadata, 'listed', listed, 'notify', notify_word)
+    call('HSET', P .. 'job:' .. job.id, 'job_metadata', metadata, 'listed', listed, 'topic', topic)
   end
   if listed == '1' then
     local key = P .. 'listed:' .. job.tenant
@@ -56,7 +56,7 @@ local function persist(job, router, deadline, keep_ms, idem, request, listed, no
 end
 
 local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted, ttl_ms, max, region, remote_after_ms, resume,
-    keep_ms, idem, request, listed, notify_word, metadata)
+    retention_ms, idem, request, listed, topic, metadata)
   local key, size, is_persisted = P .. 'job:' .. id, string.len(envelope), persisted == '1'
   local known = call('HGET', key, 'state')
   if known then
@@ -79,7 +79,7 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
     'deadline', deadline, 'size', bytes, 'at', came_at, 'queue', queue, 'entry', entry)
   if resume == '1' then call('HSET', key, 'resume', resume) end
   if is_persisted then
-    persist({ id = id, tenant = tenant }, reply, deadline, keep_ms, idem, request, listed, notify_word, metadata)
+    persist({ id = id, tenant = tenant }, reply, deadline, retention_ms, idem, request, listed, topic, metadata)
   end
   call('ZADD', P .. 'deadlines', deadline, id)
   spend(pool, tenant, 1, size)

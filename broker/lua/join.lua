@@ -5,7 +5,7 @@
 -- uses: streams
 
 local session_id = ARGV[2]
-local number = tonumber(call('HGET', P .. 'beats', session_id) or 0)
+local number = tonumber(call('HGET', P .. 'renewals', session_id) or 0)
 if number < 0 then return number end
 keep_stream(P .. 'ctl:' .. session_id, '0', CONTROL_TTL_MS)
-return call('HINCRBY', P .. 'beats', session_id, 1)
+return call('HINCRBY', P .. 'renewals', session_id, 1)

@@ -11,11 +11,11 @@ local leases, claimed = P .. 'leases:' .. session_id, P .. 'claimed:' .. session
 local held = call('HKEYS', leases)
 local last = call('HMGET', claimed, 'suspect', 'parked')
 -- Once a reclaim is under way, its suspect may be among those that were taken back.
-local is_under_way = call('HGET', P .. 'beats', session_id) == '-1'
+local is_under_way = call('HGET', P .. 'renewals', session_id) == '-1'
 local suspects = last[1] and (is_under_way or still_runs(last[1]))
 unpark(session_id, last[2]) -- nobody wakes it any more, least of all for what it held
 if #held > 0 then
-  call('HSET', P .. 'beats', session_id, '-1')
+  call('HSET', P .. 'renewals', session_id, '-1')
   if last[1] and not suspects then call('HDEL', claimed, 'suspect') end
 end
 local counts = { requeued = 0, dead = 0, cancelled = 0, lost = 0 }
@@ -32,7 +32,7 @@ for i = 1, handled do
   end
 end
 if handled == #held then
-  call('HDEL', P .. 'beats', session_id)
+  call('HDEL', P .. 'renewals', session_id)
   call('DEL', leases, claimed, P .. 'ctl:' .. session_id)
 end
 return answered({ counts.requeued, counts.dead, counts.cancelled, #held - handled, counts.lost })

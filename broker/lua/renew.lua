@@ -8,4 +8,4 @@ local session_id = ARGV[2]
 if is_fenced(session_id) then return -1 end
 now_ms() -- the queue's clock goes on also while no Manager acts
 keep_stream(P .. 'ctl:' .. session_id, ARGV[3], CONTROL_TTL_MS)
-return call('HINCRBY', P .. 'beats', session_id, 1)
+return call('HINCRBY', P .. 'renewals', session_id, 1)

@@ -10,7 +10,7 @@ local answers, bytes = {}, 0
 for i = 2, #ARGV do
   if bytes >= MAX_BYTES then break end
   local found = call('HMGET', P .. 'job:' .. ARGV[i], 'tenant', 'state', 'epoch', 'attempts', 'pool', 'lane', 'at',
-    'started', 'ended_at', 'deadline', 'expires_at', 'cause', 'listed', 'notify', 'persisted_bytes', 'persisted', 'begun',
+    'started', 'ended_at', 'deadline', 'expires_at', 'cause', 'listed', 'topic', 'persisted_bytes', 'persisted', 'begun',
     'replaced', 'job_metadata')
   local told = found[1] and found[16] == '1' and { ARGV[i], int(now_ms()) } or {}
   for k = 1, told[1] and 19 or 0 do told[k + 2] = found[k] or '' end

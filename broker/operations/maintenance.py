@@ -79,7 +79,7 @@ class Maintenance:
 
     async def _renewal_counters_on(self, keys: ShardKeys) -> dict[SessionId, int]:
         numbers: dict[SessionId, int] = {}
-        for name, number in pairs(await self._caller.once(keys.beats, "HGETALL", keys.beats)):
+        for name, number in pairs(await self._caller.once(keys.renewals, "HGETALL", keys.renewals)):
             try:
                 numbers[check_session_id(name.decode("utf-8", "replace"))] = int(number)
             except (BadMessage, ValueError) as error:

@@ -121,11 +121,11 @@ class PersistedJobs:
         kept a shard; how many were dropped unread is logged."""
         notices: list[FinishedJob] = []
         for keys in self._keys:
-            entries = await self._caller.command(keys.ended, "XRANGE", keys.ended, "-", "+", "COUNT", limit)
+            entries = await self._caller.command(keys.finished, "XRANGE", keys.finished, "-", "+", "COUNT", limit)
             for entry_id, fields in entries:
                 notice = _notice(keys.shard, entry_id.decode(), dict(pairs(fields)))
                 if notice is None:
-                    await self._caller.command(keys.ended, "XDEL", keys.ended, entry_id)
+                    await self._caller.command(keys.finished, "XDEL", keys.finished, entry_id)
                 else:
                     notices.append(notice)
             if entries:
@@ -142,12 +142,12 @@ class PersistedJobs:
             by_shard.setdefault(int(match[1]), []).append(match[2])
         removed = 0
         for shard, entries in by_shard.items():
-            key = self._keys[shard].ended
+            key = self._keys[shard].finished
             removed += int(await self._caller.command(key, "XDEL", key, *entries))
         return removed
 
     async def _note_dropped(self, keys: ShardKeys) -> None:
-        dropped = int(await self._caller.command(keys.ended_dropped, "HGET", keys.ended_dropped, "dropped") or 0)
+        dropped = int(await self._caller.command(keys.finished_dropped, "HGET", keys.finished_dropped, "dropped") or 0)
         before = self._dropped.get(keys.shard, 0)
         if dropped > before:
             log.warning("notices_dropped", shard=keys.shard, dropped=dropped - before, why="nobody read them in time")
@@ -213,7 +213,7 @@ def _notice(shard: int, entry_id: str, fields: dict[bytes, bytes]) -> FinishedJo
             job_id=JobId(fields[b"id"].decode()),
             tenant=Tenant(decode_name(fields[b"tenant"].decode())),
             state=State(fields[b"state"].decode()),
-            topic=fields[b"word"].decode(),
+            topic=fields[b"topic"].decode(),
             at_ms=int(entry_id.partition("-")[0]),
         )
     except (KeyError, ValueError) as error:

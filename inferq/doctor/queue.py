@@ -101,7 +101,7 @@ def _look_at_log(folder: Path, binary: Path) -> list[Finding]:
     if damage is None:
         return [Finding("queue", Level.OK, f"the embedded queue's data ({files.size} bytes) can be read")]
     text = files.describe(damage)
-    if files.mends_itself(damage):
+    if files.is_repaired_by_valkey(damage):
         mend = f"the next start cuts off {damage.bytes_cut} bytes there and keeps the file as it was, too"
         return [Finding("queue", Level.WARNING, text, mend)]
     return [Finding("queue", Level.FAILURE, text, files.remedy)]
@@ -120,9 +120,9 @@ def repair_queue(data_dir: Path) -> str:
     folder.acquire()
     try:
         restored = files.restore_manifest()
-        mended = files.mend(find_binary(), also_behind=True)
+        repaired = files.repair(find_binary(), cut_commands=True)
     finally:
         folder.release()
-    if mended is None:
+    if repaired is None:
         return restored or "the embedded queue's data can be read: nothing was changed"
-    return f"cut off {mended.bytes_cut} bytes of {mended.path}; as it was it is kept as {mended.kept}"
+    return f"cut off {repaired.bytes_cut} bytes of {repaired.path}; as it was it is kept as {repaired.kept}"

@@ -374,7 +374,7 @@ class Model:
             deadlines={job_id: live.deadline for job_id, live in self.live.items()},
             lost={job_id: live.ask_at for job_id, live in self.live.items() if live.state is State.LOST},
             parked={place: dict(workers) for place, workers in self.parked.items() if workers},
-            beats={worker: -1 if run.fenced else run.number for worker, run in self.runs.items()},
+            renewals={worker: -1 if run.fenced else run.number for worker, run in self.runs.items()},
             dead=sorted(self.dead),
             listening=set(self.listening),
             listeners={job_id: set(live.listeners) for job_id, live in self.live.items() if live.listeners},

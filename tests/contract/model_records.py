@@ -141,7 +141,7 @@ class Sight:
     deadlines: dict[str, int]
     lost: dict[str, int]
     parked: dict[Place, dict[str, int]]
-    beats: dict[str, int]
+    renewals: dict[str, int]
     dead: list[DeadLetter]
     listening: set[str]
     listeners: dict[str, set[str]]

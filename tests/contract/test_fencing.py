@@ -331,7 +331,7 @@ async def test_a_half_done_reclaim_is_finished_by_another_manager(
     broker: Broker, connect: Connect, worker: Puller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Manager that dies in the middle of a reclaim leaves a worker that is fenced already and still stands in the
-    beats, where the next Manager finds it standing still and takes back the rest."""
+    renewals, where the next Manager finds it standing still and takes back the rest."""
     await asyncio.gather(*(broker.jobs.enqueue(make_job()) for _ in range(10)))
     await worker.claim(10)
     monkeypatch.setattr("broker.operations.maintenance._RECLAIM_STEP", 3)

@@ -90,7 +90,7 @@ async def test_a_registry_with_junk_in_it_is_read_all_the_same(broker: Broker, c
     await client.hset(POOLS, mapping={b"\xff:x": "1", "seen:bad": "soon", "seen:\n": 2**62, "what": 2**62, "seen:": 1})
     assert await broker.fleet.known_pools() == {MODEL: False}
     await broker.workers.join(RUN)
-    await client.hset(KEYS.beats, mapping={b"\xff": "1", "no run": "1", RUN[:-1] + "2": "many"})
+    await client.hset(KEYS.renewals, mapping={b"\xff": "1", "no run": "1", RUN[:-1] + "2": "many"})
     assert set(await broker.maintenance.renewal_counters()) == {RUN}
 
 

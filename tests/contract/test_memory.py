@@ -70,7 +70,7 @@ async def test_every_key_is_one_of_the_contract(
         *(KEYS.control(puller.session_id) for puller in (worker, idle)),
         *(KEYS.parked(MODEL, lane) for lane in LANES),
         KEYS.reply(listener.router),
-        *(KEYS.clock, KEYS.beats, KEYS.deadlines, KEYS.dead, KEYS.budget, KEYS.counters),
+        *(KEYS.clock, KEYS.renewals, KEYS.deadlines, KEYS.dead, KEYS.budget, KEYS.counters),
     }
     allowed |= {KEYS.dead_request(entry.decode()) for entry, _ in await client.xrange(KEYS.dead)}
     stay, expire = await settled_keys(client)

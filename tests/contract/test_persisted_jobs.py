@@ -300,18 +300,18 @@ async def test_only_an_abandoned_job_is_cancelled_as_one(
 
 async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any) -> None:
     """The oldest are dropped and counted; what is no notice of ours is passed over."""
-    few = Rewrite("persisted", "MAX_ENDED = 100000", "MAX_ENDED = 4")
+    few = Rewrite("persisted", "MAX_FINISHED = 100000", "MAX_FINISHED = 4")
     broker._caller._scripts = rewritten(broker._caller._scripts, few)
-    await client.xadd(KEYS.ended, {"id": "nobody's"}, id="1-1")
+    await client.xadd(KEYS.finished, {"id": "nobody's"}, id="1-1")
     jobs = [background() for _ in range(5)]
     for job in jobs:
         await broker.jobs.enqueue_persisted(job, LISTED)
         await broker.jobs.cancel(job.id, "it ends")
-    assert await client.hget(KEYS.ended_dropped, "dropped") == b"2"
+    assert await client.hget(KEYS.finished_dropped, "dropped") == b"2"
     assert [notice.job_id for notice in await broker.persisted_jobs.read_finished(3)] == [job.id for job in jobs[1:4]]
-    await client.xadd(KEYS.ended, {"id": "nobody's"})
+    await client.xadd(KEYS.finished, {"id": "nobody's"})
     assert [notice.job_id for notice in await broker.persisted_jobs.read_finished()] == [job.id for job in jobs[1:]]
-    assert await client.xlen(KEYS.ended) == 4
+    assert await client.xlen(KEYS.finished) == 4
     with pytest.raises(BadRequest):
         await broker.persisted_jobs.acknowledge_finished(["9:1-1"])
 

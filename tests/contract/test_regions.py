@@ -542,7 +542,7 @@ async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> 
         *(KEYS.parked(MODEL, lane, name) for lane in LANES for name in ("", region, "us")),
         *(
             KEYS.clock,
-            KEYS.beats,
+            KEYS.renewals,
             KEYS.deadlines,
             KEYS.budget,
             KEYS.counters,
@@ -566,7 +566,7 @@ async def test_without_regions_the_keys_are_what_they_were(backend: Backend, bro
     if not backend.real:
         keys.add(META)  # written by the check of a real server
     assert keys == {
-        META, "clock", "beats", "budget", "deadlines", "counters", f"service:{where}:2",
+        META, "clock", "renewals", "budget", "deadlines", "counters", f"service:{where}:2",
         *(f"job:{job.id}" for job in jobs),
         *(f"{what}:{worker.session_id}" for what in ("leases", "claimed", "ctl")),
         *(f"parked:{where.replace('interactive', lane)}" for lane in LANES),

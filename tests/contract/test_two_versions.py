@@ -252,7 +252,7 @@ async def test_a_job_is_served_lost_handed_back_and_ended_by_any_mix(
     numbers = []
     for _ in range(2):
         assert await workers.renew(third)
-        numbers.append(int(await fabric.client.hget(KEYS.beats, third)))
+        numbers.append(int(await fabric.client.hget(KEYS.renewals, third)))
     assert numbers[1] > numbers[0]
     back = fabric.job()
     await routers.enqueue(back)

@@ -58,7 +58,7 @@ async def test_full_memory_refuses_new_work_and_ends_the_old(fleet: Fleet) -> No
             assert events[-1] == "[DONE]"
 
     def number() -> int:
-        (beat,) = fleet.server.ask("HVALS", ShardKeys(0).beats)
+        (beat,) = fleet.server.ask("HVALS", ShardKeys(0).renewals)
         return int(beat)
 
     before = number()

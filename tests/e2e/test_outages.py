@@ -191,7 +191,7 @@ async def test_everything_stops_cleanly(fleet: Fleet) -> None:
     assert codes == [0] * 4
     for role in roles:
         assert "Traceback" not in role.process.log_text(), role.process.log_tail(80)
-    assert fleet.server.ask("HGETALL", ShardKeys(0).beats) == {}
+    assert fleet.server.ask("HGETALL", ShardKeys(0).renewals) == {}
     assert fleet.server.ask("HGETALL", "iq:workers") == {}
     assert [key for key in fleet.server.ask("KEYS", "iq:*") if b":parked:" in key or b":ctl:" in key] == []
 

@@ -23,7 +23,7 @@ async def test_a_fleet_serves_on_with_junk_in_redis(fleet: Fleet) -> None:
                 ask("XADD", key, "NOMKSTREAM", "*", field, junk)
             ask("XADD", key, "NOMKSTREAM", "*", "k", "abort", "job", junk)
         ask("XADD", f"{ShardKeys(0).prefix}q:sim:interactive:1:default", "*", "id", junk or new_job_id(0))
-        for key in (WORKERS, POOLS, ShardKeys(0).beats):
+        for key in (WORKERS, POOLS, ShardKeys(0).renewals):
             ask("HSET", key, junk, junk)
     assert await _answer(fleet) == (200, "hello")
     fleet.manager.process.kill()

@@ -3,7 +3,7 @@
 
 local function end_job(job, state, aid, cause)
   local kept = job.persisted == '1'
-    and call('HMGET', P .. 'job:' .. job.id, 'persisted_bytes', 'idem', 'keep_ms', 'notify')
+    and call('HMGET', P .. 'job:' .. job.id, 'persisted_bytes', 'idem', 'retention_ms', 'topic')
   finish(job, state, aid, cause)
   if kept then close(job, unpack(kept)) end
 end

@@ -4,7 +4,7 @@
 -- Whether a session was declared dead, or never joined. While its reclaim is under way its number is negative: another
 -- Manager finds it standing still, and finishes what the first one began.
 local function is_fenced(session_id)
-  local number = call('HGET', P .. 'beats', session_id)
+  local number = call('HGET', P .. 'renewals', session_id)
   return not number or tonumber(number) < 0
 end
 

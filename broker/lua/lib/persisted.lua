@@ -2,7 +2,7 @@
 -- uses: shard, clock, counters, listeners
 
 local PERSISTED_BYTES = 1024 -- what such a job counts for in its tenant's budget, beside its metadata and output
-local MAX_ENDED = 100000 -- notices of ends that nobody has taken; beyond it the oldest are dropped
+local MAX_FINISHED = 100000 -- notices of ends that nobody has taken; beyond it the oldest are dropped
 
 -- Counts bytes that are kept of a job among its tenant's.
 local function count_bytes(job, bytes)
@@ -30,21 +30,21 @@ local function forget(id, tenant, bytes, idem, listed, at)
   if listed == '1' and at then call('ZREM', P .. 'listed:' .. tenant, list_member(id, at)) end
 end
 
--- After a job ended. ``bytes`` to ``word`` are fields of its record before. Only an answer keeps its idempotency key.
-local function close(job, bytes, idem, keep_ms, word)
+-- After a job ended. ``bytes`` to ``topic`` are fields of its record before. Only an answer keeps its idempotency key.
+local function close(job, bytes, idem, retention_ms, topic)
   local key, now = P .. 'job:' .. job.id, now_ms()
   listeners_of(job)
   call('DEL', P .. 'listeners:' .. job.id)
-  if (word or '') ~= '' then
-    local ended = P .. 'ended'
-    call('XADD', ended, '*', 'id', job.id, 'tenant', job.tenant, 'state', job.state, 'word', word)
-    if call('XLEN', ended) > MAX_ENDED then
-      call('HINCRBY', P .. 'ended_dropped', 'dropped', call('XTRIM', ended, 'MAXLEN', int(MAX_ENDED)))
+  if (topic or '') ~= '' then
+    local finished = P .. 'finished'
+    call('XADD', finished, '*', 'id', job.id, 'tenant', job.tenant, 'state', job.state, 'topic', topic)
+    if call('XLEN', finished) > MAX_FINISHED then
+      call('HINCRBY', P .. 'finished_dropped', 'dropped', call('XTRIM', finished, 'MAXLEN', int(MAX_FINISHED)))
     end
   end
   if not job.is_kept then return forget(job.id, job.tenant, bytes, idem, job.listed, job.at) end
   if job.state ~= 'done' and job.state ~= 'failed' then free_key(job.id, idem) end
-  local until_ms, ttl = int(now + tonumber(keep_ms)), int(tonumber(keep_ms) + EXPIRY_SLACK_MS)
+  local until_ms, ttl = int(now + tonumber(retention_ms)), int(tonumber(retention_ms) + EXPIRY_SLACK_MS)
   call('ZADD', P .. 'persisted', until_ms, job.id)
   call('PEXPIRE', P .. 'out:' .. job.id, ttl)
   if idem ~= '' then call('PEXPIRE', P .. 'idem:' .. idem, ttl) end

@@ -133,7 +133,7 @@ def all_keys(shard: int, pool: str, lane: Lane, band: int, tenant: str, region: 
         f"idempotency {ident}": keys.idempotency(ident),
         "persisted": keys.persisted,
         "remote": keys.remote,
-        "beats": keys.beats,
+        "renewals": keys.renewals,
         "deadlines": keys.deadlines,
         "dead": keys.dead,
         "budget": keys.budget,

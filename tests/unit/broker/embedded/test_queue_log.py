@@ -1,4 +1,4 @@
-"""Damaged data of the embedded queue: mended by itself, or said in one sentence with what to do."""
+"""Damaged data of the embedded queue: repaired by itself, or said in one sentence with what to do."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_garbage_at_the_end_is_cut_and_the_old_file_kept(data: Path, garba
     file.write_bytes(before)
     with structlog.testing.capture_logs() as logs:
         assert await _numbers(data) == list(range(WROTE))
-    (said,) = [entry for entry in logs if entry["event"] == "queue_log_mended"]
+    (said,) = [entry for entry in logs if entry["event"] == "queue_log_repaired"]
     assert said["bytes_cut"] == len(garbage)
     (kept,) = (data / "aof" / "damaged").iterdir()
     assert (said["kept"], kept.read_bytes()) == (str(kept), before)
@@ -112,7 +112,7 @@ async def test_a_damaged_snapshot_is_said_with_what_can_be_done(data: Path) -> N
     """[G1] Nothing can mend a damaged base: the sentence has its path and a way out, and the doctor says it, too."""
     (base,) = (data / "aof").rglob("*.base.rdb")
     base.write_bytes(base.read_bytes()[:10] + b"\xff" * 40)
-    with pytest.raises(CannotStart, match=rf"{base.name} is damaged, and nothing can mend that.*mv {data / 'aof'}"):
+    with pytest.raises(CannotStart, match=rf"{base.name} is damaged, and nothing can repair that.*mv {data / 'aof'}"):
         await EmbeddedServer(data).start()
     (finding,) = _look_at_log(data, find_binary())
     assert (finding.level, str(base) in finding.text) == (Level.FAILURE, True)

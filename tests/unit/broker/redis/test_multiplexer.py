@@ -101,7 +101,7 @@ async def test_a_reader_hears_that_its_connection_was_lost_between_two_reads() -
         link = MultiplexedLink(opener(port), 2)
         async with asyncio.timeout(20):
             assert await link.blocking("stream", 5, "last") == b"ok"
-            await eventually(lambda: link._readers["stream"]._unheard is not None, "the loss is noticed")
+            await eventually(lambda: link._readers["stream"]._loss is not None, "the loss is noticed")
             with pytest.raises(RedisConnectionError):
                 await link.blocking("stream", 5, "next")
             for _ in range(2):
