@@ -36,7 +36,7 @@ class RouterSettings(RequestSettings):
     )
     manager_timeout_ms: int = Field(10_000, ge=50, description="Timeout of one call to the Manager")
     join_token: HeaderSecret = Field(
-        SecretStr(""), description="Sent to the Manager; whoever sends it to this Router may call /fabric/v1"
+        SecretStr(""), description="Sent to the Manager; callers that send it to this Router may use /fabric/v1"
     )
     insecure: bool = Field(False, description="Listen on a public address without API keys")
     api_keys_file: str = Field(

@@ -28,7 +28,7 @@ _CLOSE = (b"connection", b"close")
 class ResponseWriter:
     """Sends one answer. ``status`` is 0 until it has begun. Every answer carries ``x-request-id``.
 
-    ``path`` is that of the API whose clients read the answer: errors and keep-alives are told as that API does."""
+    ``path`` is that of the API whose clients read the response: errors and keep-alives have that API's form."""
 
     __slots__ = ("_client_events", "_dialect", "_events", "_ids", "_more", "_request_id", "_send", "status")
 

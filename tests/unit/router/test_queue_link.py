@@ -65,7 +65,7 @@ def _link(*answers: FakeQueue | InferqError) -> QueueLink:
 async def test_a_first_refusal_ends_the_link_and_a_later_one_is_retried(
     monkeypatch: pytest.MonkeyPatch, refusal: InferqError
 ) -> None:
-    """What a Router is told at its start is for somebody to mend; one that has served says why it does not, and goes on
+    """A refusal at the start is for an operator to fix; a Router that has served reports why it does not, and goes on
     as soon as it can."""
     monkeypatch.setattr(queue_link, "_BACKOFF", Backoff(0.01, 2.0))
     with pytest.raises(type(refusal)):

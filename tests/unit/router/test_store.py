@@ -1,4 +1,4 @@
-"""The file store's calls in threads: bounded, limited, and undone when nobody waits any more."""
+"""Calls to the file store in threads: limited in number and time, and undone once abandoned."""
 
 from __future__ import annotations
 

@@ -314,7 +314,7 @@ async def test_without_an_api_key_nothing_is_shown(app: RouterApp) -> None:
 
 
 def test_completion_windows_have_limits() -> None:
-    """A setting that is no window is told when it is read."""
+    """An invalid window is reported when the setting is read."""
     assert [window_seconds(text) for text in ("30m", "24h", "30d")] == [1_800, 86_400, 2_592_000]
     for wrong in ("31d", "0h", "24", "h", "1w", "-1h", "99999d"):
         with pytest.raises(ValueError, match="completion window"):

@@ -1,4 +1,4 @@
-"""What clients and strangers are told when a part of the fabric is away: not where it is."""
+"""Errors about unreachable parts of the fabric show clients no address."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_a_router_without_redis_and_manager_says_so_without_addresses(
     )
     key, token = {"authorization": "Bearer k"}, {"x-inferq-join-token": "jt"}
     json_key = key | {"content-type": "application/json"}
-    told = []
+    answers = []
     async with app.running():
         await eventually(lambda: "reached" in str(app.services.not_ready_reasons()), "it has tried")
         for method, path, body, headers in (
@@ -82,9 +82,9 @@ async def test_a_router_without_redis_and_manager_says_so_without_addresses(
             ("GET", "/fabric/v1/broker", b"", token),
         ):
             answer = await Client(app).request(method, path, body, headers)
-            told.append((path, answer.status, answer.body.decode()))
-    assert [status for path, status, _ in told if path not in ("/healthz", "/metrics")] == [503] * 9, told
-    assert not [each for each in told if "127.0.0.1" in each[2] or str(redis) in each[2] or str(manager) in each[2]]
+            answers.append((path, answer.status, answer.body.decode()))
+    assert [status for path, status, _ in answers if path not in ("/healthz", "/metrics")] == [503] * 9, answers
+    assert not [each for each in answers if "127.0.0.1" in each[2] or str(redis) in each[2] or str(manager) in each[2]]
     log = caplog.text + capsys.readouterr().out + capsys.readouterr().err
     assert f"127.0.0.1:{redis}" in log
     assert f"127.0.0.1:{manager}" in log

@@ -1,4 +1,4 @@
-"""Calls to the Manager's actor: made as they came, and to whoever carries its name now."""
+"""Calls to the Manager's Ray actor: unchanged, and to the actor that has its name now."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ async def test_worker_calls_are_forwarded_unchanged() -> None:
 
 
 async def test_a_cut_short_worker_call_is_a_client_error() -> None:
-    """Whoever leaves in the middle of a body fills no log with tracebacks, and the Manager hears nothing."""
+    """A client that disconnects in the middle of a body causes no traceback, and the Manager gets no call."""
     manager = FakeManager()
     async with router(FakeQueue("m"), manager) as app:
         client = Client(app)
@@ -272,7 +272,7 @@ async def test_keys_are_read_again_when_their_file_changes(tmp_path: Path) -> No
 
 
 def test_a_public_address_needs_keys() -> None:
-    """Listening where others can reach it is refused without keys, unless told so."""
+    """Listening where others can reach it is refused without keys, unless insecure is set."""
 
     async def no_queue() -> FakeQueue:
         return FakeQueue()
@@ -285,7 +285,7 @@ def test_a_public_address_needs_keys() -> None:
 
 def test_a_public_address_with_a_manager_needs_a_join_token() -> None:
     """API keys guard the models, not the fleet: a public Router that passes calls on to a Manager is refused without a
-    join token, unless told so."""
+    join token, unless insecure is set."""
 
     async def no_queue() -> FakeQueue:
         return FakeQueue()

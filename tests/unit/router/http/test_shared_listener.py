@@ -97,7 +97,7 @@ async def test_a_leaving_router_does_not_close_the_socket_of_others(tmp_path: Pa
 
 
 async def test_a_closed_listener_is_not_handed_over_but_still_accepts(tmp_path: Path) -> None:
-    """From ``close`` on nobody is given the socket, and ``listener`` is left to whoever serves on it."""
+    """After ``close`` the socket is not handed over, and ``listener`` stays open for the server that uses it."""
     port, folder = free_port(), tmp_path / "listeners"
     async with SharedListener("f", HOST, port, folder=folder) as shared:
         shared.close()
@@ -162,7 +162,7 @@ async def test_a_hanging_router_delays_the_next_one_without_stopping_it(
 
 
 async def test_waiting_for_the_lock_has_a_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever holds the lock and hangs is named, and the limit is kept."""
+    """The error names the lock that a hanging Router holds, within the timeout."""
     monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.1)
     port, folder = free_port(), tmp_path / "listeners"
     async with SharedListener("f", HOST, port, folder=folder) as shared:
