@@ -127,6 +127,18 @@ async def test_a_key_is_compared_by_what_its_client_asked(broker: Broker) -> Non
         )
 
 
+async def test_an_answer_that_is_kept_forgets_the_attempts_before_it(broker: Broker, worker: Puller) -> None:
+    """As with any other job that has ended: an attempt that was handed back before the last one is fenced."""
+    await broker.jobs.enqueue_persisted(keyed(), listener=NOBODY)
+    first = await worker.claim_one()
+    assert await broker.attempts.release(first, "draining", counted=False) is Settled.OK
+    assert await broker.attempts.release(first, "draining", counted=False) is Settled.DUPLICATE
+    last = await worker.claim_one()
+    assert await broker.attempts.settle(last, Outcome.DONE, packed(frames(last, b"x", end=True))) is Settled.OK
+    assert await broker.attempts.release(first, "draining", counted=False) is Settled.FENCED
+    assert await broker.attempts.settle(last, Outcome.DONE, packed(frames(last, b"x", end=True))) is Settled.DUPLICATE
+
+
 async def test_two_routers_that_ask_at_once_get_one_job(connect: Connect, worker: Puller) -> None:
     """Fifty requests with one key through two processes at the same moment are one job."""
     routers = [await connect(), await connect()]

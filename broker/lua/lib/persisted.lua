@@ -48,7 +48,8 @@ local function close(job, bytes, idem, retention_ms, topic)
   call('ZADD', P .. 'persisted', until_ms, job.id)
   call('PEXPIRE', P .. 'out:' .. job.id, ttl)
   if idem ~= '' then call('PEXPIRE', P .. 'idem:' .. idem, ttl) end
-  call('HDEL', key, 'env', 'queue', 'entry', 'owner', 'band', 'size', 'max', 'reply')
+  call('HDEL', key, 'env', 'queue', 'entry', 'owner', 'band', 'size', 'max', 'reply', 'eligible_at', 'handed_back', 'avoid',
+    'avoid_until', 'suspicion', 'spared', 'cleared')
   call('HSET', key, 'ended_at', int(now), 'expires_at', until_ms, 'cause', string.sub(job.why or '', 1, 500))
 end
 
