@@ -28,7 +28,7 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
-    """``text`` of strangers, fit for a terminal: what would move its cursor, or turn text around, is spelled out."""
+    """Untrusted ``text``, safe for a terminal: characters that move its cursor or reverse text are escaped."""
     return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 

@@ -92,7 +92,7 @@ async def pause(seconds: float) -> None:
 
 
 def reader_left() -> bool:
-    """Whether standard output is a pipe or socket that nobody reads any more."""
+    """Whether standard output is a pipe or socket whose reader has left."""
     with suppress(OSError, ValueError, AttributeError):
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

@@ -1,4 +1,4 @@
-"""Tables of the commands: whole where nobody sees them, fitted to a terminal by leaving columns out.
+"""Print tables: whole into a pipe, fitted to a terminal by leaving columns out.
 
 Piped, a table is as wide as its contents. On a terminal, or where ``COLUMNS`` says how wide the output is, long texts
 are shortened first and the least important columns left out next; columns of rank 0 (ids) are always whole.

@@ -51,6 +51,6 @@ class DnsLookups:
 
 
 def _retrieve(lookup: asyncio.Task[Sequence[Address]]) -> None:
-    """Its callers may have timed out: then its error is logged by nobody."""
+    """Retrieve its error: if all its callers timed out, asyncio would log it otherwise."""
     if not lookup.cancelled():
         lookup.exception()

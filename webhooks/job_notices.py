@@ -107,7 +107,7 @@ class ResponseNotices:
         if not any(endpoint.active for endpoint in endpoints):
             return
         if notice.state is State.DONE and await queue.persisted_jobs.get(notice.job_id) is None:
-            log.debug("response_is_gone", job_id=notice.job_id)  # deleted meanwhile: nobody could retrieve it
+            log.debug("response_is_gone", job_id=notice.job_id)  # deleted meanwhile: it can no longer be retrieved
             return
         status = await queue.output.response_status(notice.job_id, notice.state)
         event = WebhookEvent.of(notice.tenant, f"response.{status}", response_id(notice.job_id), notice.at_ms // 1000)

@@ -14,7 +14,7 @@ class JobHandler:
     """Connects one job function to the coroutine that does its work; one for each function, at module level."""
 
     def __init__(self, advice: str, limit_s: float) -> None:
-        """``advice`` tells whoever runs the job in another process what to start instead."""
+        """``advice`` is the error of a job that runs in another process: what to start instead."""
         self._advice = advice
         self._limit_s = limit_s
         self._handler: Callable[..., Coroutine[Any, Any, str]] | None = None

@@ -70,7 +70,7 @@ def run_demo(
         err.print(f"Using the fabric at {client.url}.")
         return run_process(lambda: _show(client, prompts, options.model or "", as_json=as_json))
     err.print(f"No fabric answers at {client.url}: starting one for the demo.")
-    # Ports that nobody asked for are free ones, and the data folder is its own: whatever else runs here is left alone.
+    # Unless set, ports are free ones, and the data folder is its own: the demo leaves everything else that runs alone.
     options = replace(
         options,
         router_port=options.router_port or 0,
@@ -156,7 +156,7 @@ async def _plain(client: ChatClient, model: str, *, as_json: bool) -> Answer:
     answer = await client.chat(model, [{"role": "user", "content": QUESTION}], max_tokens=48, temperature=0)
     if not as_json:
         out.print(f"  [green]model[/green]  {escape(_one_line(answer.text))}")
-        out.print(f"         [dim]{_figures(answer)}[/dim]")
+        out.print(f"         [dim]{_summary(answer)}[/dim]")
     return answer
 
 
@@ -170,7 +170,7 @@ async def _streamed(client: ChatClient, model: str, *, as_json: bool) -> Answer:
         if not as_json:
             out.print(piece.replace("\n", " "), end="", markup=False)
     if not as_json:
-        out.print(f"\n         [dim]first token after {answer.first_s * 1000:.0f} ms, {_figures(answer)}[/dim]")
+        out.print(f"\n         [dim]first token after {answer.first_s * 1000:.0f} ms, {_summary(answer)}[/dim]")
     return answer
 
 
@@ -217,7 +217,7 @@ def _instruction(line: dict[str, str]) -> str:
     return f"Complete this Python function.\n\n{line['prompt']}" if "task_id" in line else line["prompt"]
 
 
-def _figures(answer: Answer) -> str:
+def _summary(answer: Answer) -> str:
     tokens = int(answer.usage.get("completion_tokens", 0))
     return f"{tokens} tokens in {answer.total_s:.2f} s"
 

@@ -77,6 +77,6 @@ def _facts_of(settings: type[RoleSettings]) -> list[SettingFact]:
     try:
         return explain_settings(settings.load())
     except CannotStart:
-        # A worker must be told what to serve, which nobody has done here. Other faults show again.
+        # A worker needs a model, which is not set here. Other errors are raised again.
         facts = explain_settings(settings.load(model="(none)"))
         return [replace(fact, value="") if fact.name == "model" else fact for fact in facts]

@@ -1,4 +1,4 @@
-"""Looks at what the fabric needs, and says how to mend what it finds."""
+"""`inferq doctor`: check an installation, and say how to fix what is wrong."""
 
 from .examine import examine
 from .findings import Examined, Finding, Level

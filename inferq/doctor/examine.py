@@ -43,7 +43,7 @@ async def examine(examined: Examined) -> list[Finding]:
             async with asyncio.timeout(_CHECK_LIMIT_S):
                 findings += await check()
         except CannotStart:
-            continue  # a setting is wrong, which the look at the settings has told
+            continue  # a setting is wrong: the check of the settings reports it
         except TimeoutError:
             findings.append(
                 Finding(name, Level.FAILURE, f"no result within {_CHECK_LIMIT_S:.0f} s", "look at the host")

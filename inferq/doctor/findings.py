@@ -1,4 +1,4 @@
-"""What a look at an installation finds."""
+"""The findings of the checks, and what they examine."""
 
 from __future__ import annotations
 

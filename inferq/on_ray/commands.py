@@ -25,7 +25,7 @@ HEALTHY, UNHEALTHY, NO_CLUSTER = 0, 1, 2
 
 
 def ray_up(asked: Mapping[str, object], *, redis_url: str | None, as_json: bool) -> int:
-    """Bring a cluster to what is asked for; the exit code. Raises ``CannotStart`` with what keeps it from it."""
+    """Start or change inferq in a cluster; the exit code. Raises ``CannotStart`` with the reason if it cannot."""
     require_ray()
     settings = RaySettings.load(**asked)
     folder = settings.data_folder
@@ -169,7 +169,7 @@ def _facts(status: ClusterStatus, head: Head | None) -> dict[str, object]:
 
 
 def _print_up(status: ClusterStatus, head: Head | None, plan: RayPlan, changed: list[str]) -> None:
-    done = "; ".join(changed) if changed else "everything runs as asked for: nothing changed"
+    done = "; ".join(changed) if changed else "everything runs as configured: nothing changed"
     out.print(f"\n[bold green]inferq is up in Ray[/bold green]: {escape(done)}\n")
     _print_rows(status, head)
     out.print(f"  [bold]{'Queue':<11}[/bold]{escape(redact_url(plan.broker.redis_url))}")

@@ -202,7 +202,7 @@ def driver_environment(token_file: str, *, loopback: bool) -> Mapping[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on now."""
+    """A free TCP port of loopback."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]

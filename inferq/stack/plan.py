@@ -27,7 +27,7 @@ _MARGIN_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackOptions:
-    """What `inferq up` was asked for. None: as the role's own settings say (environment, ``inferq.toml``, default)."""
+    """The options of `inferq up`. None: as the role's own settings say (environment, ``inferq.toml``, default)."""
 
     engine: EngineChoice
     engine_url: str | None = None
@@ -177,7 +177,7 @@ def _service(
     data_dir: Path,
     free_port: Callable[[], int],
 ) -> RoleSpec:
-    # Nobody but operators looks there: a free port, unless somebody wants to know it beforehand.
+    # Only operators use it: a free port, unless one is set.
     port = (settings.port if "port" in settings.model_fields_set else 0) or free_port()
     return RoleSpec(
         name=name,
@@ -249,7 +249,7 @@ def _refuse_shared_ports(plan: StackPlan) -> None:
         other = taken.setdefault(role.port, role)
         if other is not role:
             raise CannotStart(
-                f"port {role.port} is asked for by both {other.name} and {role.name}: "
+                f"port {role.port} is set for both {other.name} and {role.name}: "
                 f"choose others with {other.port_flag} or {role.port_flag}"
             )
 

@@ -164,7 +164,7 @@ async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 async def ask(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
-    """The status and text of ``url``; status 0 if nobody answers."""
+    """The status and text of ``url``; status 0 if there is no answer."""
     try:
         async with session.get(url, timeout=aiohttp.ClientTimeout(total=_ASK_LIMIT_S)) as answer:
             return answer.status, (await answer.text())[:500]

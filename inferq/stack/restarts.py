@@ -11,7 +11,7 @@ _BACKOFF = Backoff(0.5, MAX_PAUSE_S, jitter=0)
 STEADY_S = 60.0
 """A role that ran for so long has earned a fresh start."""
 MAX_IN_A_ROW = 8
-"""Ends in a row, none after a steady run, upon which we give up: after a minute or so."""
+"""Give up after so many ends in a row without a steady run: after about a minute."""
 EXIT_REFUSED = 2
 """A role's exit code for what its user must mend."""
 

@@ -239,7 +239,7 @@ def _check_ports(plan: StackPlan) -> None:
 
 
 def free_port(taken: Iterable[int] = ()) -> int:
-    """A TCP port of loopback that nobody listens on now, and none of ``taken``."""
+    """A free TCP port of loopback that is not in ``taken``."""
     refused = set(taken)
     while True:
         with socket.socket() as probe:
