@@ -21,12 +21,12 @@ from webhooks.events import WebhookEvent
 
 from .context import BatchContext
 from .core import Checkpoint, Phase, reply_stream_of
-from .dispatcher import BatchDispatcher
-from .merge import merge, publish_files
 from .rq_jobs import STEP_LIMIT_S, StepQueue
-from .run_folder import RunFolder
 from .settings import BatchSettings
-from .validate import validate
+from .steps.dispatcher import BatchDispatcher
+from .steps.merge import merge, publish_files
+from .steps.run_folder import RunFolder
+from .steps.validate import validate
 
 ROUND_MS, MIN_STEP_MS = 10_000, 50
 """How long one step of every waiting batch may take in total, unless the minimum length of a step makes it more."""

@@ -10,7 +10,7 @@ batcher still writes to ``progress``.
     <tenant>/batches/<id>/cancel      the Unix time at which a cancel was requested, as text
     <tenant>/batches/<id>/progress    BatchProgress; absent until the batcher begins
     <tenant>/batches/<id>/end         BatchEnd: everything about a batch that has ended
-    <tenant>/batches/<id>/run/...     the batcher's own (:mod:`batches.run_folder`), removed soon after the end
+    <tenant>/batches/<id>/run/...     the batcher's own (:mod:`batches.steps.run_folder`), removed soon after the end
     live/<tenant>~<id>                the live mark: an empty object for each batch that has not ended
     ended/<seconds>~<tenant>~<id>     an empty object for each batch that has, by the Unix time of its end
 """

@@ -277,7 +277,7 @@ async def test_a_step_that_is_never_saved_is_repeated_without_harm(
     await scene.until(batch_id, lambda batch: batch.progress.completed >= 10, engine=engine)
     for _ in range(3):
         with monkeypatch.context() as broken:
-            broken.setattr("batches.run_folder.RunFolder.save", die)
+            broken.setattr("batches.steps.run_folder.RunFolder.save", die)
             await scene.step(batch_id)
         await scene.run_jobs(engine)
     batch = await scene.end(batch_id, engine=engine)
@@ -364,8 +364,8 @@ async def test_large_answers_are_not_all_read_at_once(tmp_path: Path, monkeypatc
             return await read(shard, name, after, block_ms, count)
 
         monkeypatch.setattr(scene.broker.durable_replies, "read", noted)
-        monkeypatch.setattr("batches.dispatcher._FIRST_MESSAGES", 3)
-        monkeypatch.setattr("batches.dispatcher._READ_BYTES", 1 << 20)
+        monkeypatch.setattr("batches.steps.dispatcher._FIRST_MESSAGES", 3)
+        monkeypatch.setattr("batches.steps.dispatcher._READ_BYTES", 1 << 20)
         batch = await scene.end(scene.submit(lines(24)), engine=lambda _: (200, {"text": "x" * 400_000}))
         assert set(scene.output(batch)) == names(24)
         assert 2 in asked
@@ -374,8 +374,8 @@ async def test_large_answers_are_not_all_read_at_once(tmp_path: Path, monkeypatc
 
 async def test_large_answers_do_not_fill_redis(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many lines are on the queue at once is bounded by the size of their answers, before it is known by a few."""
-    monkeypatch.setattr("batches.open_lines._FIRST_LINES", 8)
-    monkeypatch.setattr("batches.open_lines._ANSWER_BYTES", 1_000_000)
+    monkeypatch.setattr("batches.steps.open_lines._FIRST_LINES", 8)
+    monkeypatch.setattr("batches.steps.open_lines._ANSWER_BYTES", 1_000_000)
     batch_id = scene.submit(lines(40))
     most = []
     while not (await scene.step(batch_id)).ended:

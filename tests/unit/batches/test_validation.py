@@ -87,8 +87,8 @@ async def test_no_more_than_a_hundred_faults_are_told(tmp_path: Path) -> None:
 
 async def test_repeats_are_found_across_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long file is read in many steps, each leaving a run; an id of the first stands in the last."""
-    monkeypatch.setattr("batches.validate.MAX_RECORDS", 64)
-    monkeypatch.setattr("batches.validate._SLICE_RECORDS", 100)
+    monkeypatch.setattr("batches.steps.validate.MAX_RECORDS", 64)
+    monkeypatch.setattr("batches.steps.validate._SLICE_RECORDS", 100)
     async with opened(tmp_path) as scene:
         scene.context.tick_s = iter(range(0, 10**9, 7)).__next__  # each look at the clock finds the step's time over
         data = text(*(line(number) for number in range(500)), line(3), line(250))

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from queue_schemas import Tenant
 from storage import Batch, BatchError, FileRecord, FileStore, ObjectMissing
 
-from .core import LineSplitter, RawLine
+from ..core import LineSplitter, RawLine
 
 
 class InputDeleted(Exception):

@@ -17,8 +17,8 @@ from telemetry import get_logger
 from telemetry.backoff import Backoff
 from telemetry.threads import in_thread
 
-from .context import BatchContext
-from .core import (
+from ..context import BatchContext
+from ..core import (
     Answer,
     Checkpoint,
     EndedJob,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from telemetry.threads import in_thread
 
-from .context import BatchContext
-from .core import Checkpoint, JobWindow, OpenLine, RawLine, Result
+from ..context import BatchContext
+from ..core import Checkpoint, JobWindow, OpenLine, RawLine, Result
 from .run_folder import RunFolder, chunk_number
 
 _FIRST_LINES = 64

@@ -11,8 +11,8 @@ from storage import Batch, FileRecord
 from telemetry import get_logger
 from telemetry.threads import in_thread
 
-from .context import BatchContext
-from .core import Answer, Checkpoint, JobWindow, RawLine, id_and_body, request_of
+from ..context import BatchContext
+from ..core import Answer, Checkpoint, JobWindow, RawLine, id_and_body, request_of
 from .input import InputDeleted, InputLines, input_of, read_range
 from .open_lines import OpenLines
 

@@ -8,8 +8,8 @@ from queue_schemas import Pool
 from storage import Batch, BatchError, BatchStatus, FileRecord
 from telemetry.threads import in_thread
 
-from .context import BatchContext
-from .core import (
+from ..context import BatchContext
+from ..core import (
     MAX_ERRORS,
     MAX_RECORDS,
     RECORD,

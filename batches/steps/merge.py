@@ -14,8 +14,8 @@ from queue_schemas import Tenant
 from storage import Batch, BatchStatus, FileRecord, Part
 from telemetry.threads import in_thread
 
-from .context import BatchContext
-from .core import (
+from ..context import BatchContext
+from ..core import (
     USAGE,
     BadLine,
     Checkpoint,

@@ -15,7 +15,7 @@ import secrets
 from queue_schemas import Tenant
 from storage import Batch, BatchStore, ObjectStore
 
-from .core import Checkpoint, Result, pack_chunk, unpack_chunk
+from ..core import Checkpoint, Result, pack_chunk, unpack_chunk
 
 _CHUNKS_IN_A_FOLDER = 1_000
 
