@@ -13,6 +13,8 @@ from .ids import JobId, shard_of_job
 
 
 class ControlKind(StrEnum):
+    """What a control message tells a worker to do."""
+
     WAKE = "wake"
     """There may be work: claim."""
     ABORT = "abort"
@@ -25,6 +27,8 @@ class ControlKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Control:
+    """One message on a worker's control stream; ``job_id`` and ``reason`` belong to an abort."""
+
     kind: ControlKind
     job_id: JobId | None = None
     reason: str = ""

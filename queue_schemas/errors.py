@@ -89,98 +89,134 @@ class InferqError(Exception):
 
 
 class BadRequest(InferqError):
+    """The request cannot be understood."""
+
     status = 400
     code = "invalid_request"
     type = "invalid_request_error"
 
 
 class BadMessage(BadRequest):
+    """A wire message breaks the contract."""
+
     code = "bad_message"
 
 
 class UnsupportedVersion(BadRequest):
+    """A wire message has another major version."""
+
     code = "unsupported_version"
 
 
 class BodyTooLarge(BadRequest):
+    """The request's body exceeds the limit on its size."""
+
     status = 413
     code = "request_too_large"
 
 
 class HeadTooLarge(BadRequest):
+    """The request's headers exceed the limit on their size."""
+
     status = 431
     code = "headers_too_large"
 
 
 class UnsupportedEncoding(BadRequest):
+    """The body has a Content-Encoding that the Router does not decode."""
+
     status = 415
     code = "unsupported_encoding"
 
 
 class UnsupportedMediaType(BadRequest):
+    """The body has a media type that the path does not accept."""
+
     status = 415
     code = "unsupported_media_type"
 
 
 class RangeNotSatisfiable(BadRequest):
+    """The requested range starts beyond the end of the file."""
+
     status = 416
     code = "range_not_satisfiable"
 
 
 class IdempotencyKeyReused(BadRequest):
+    """The idempotency key belongs to another request."""
+
     status = 422
     code = "idempotency_key_reused"
 
 
 class AuthenticationFailed(InferqError):
+    """The API key or token is missing or wrong."""
+
     status = 401
     code = "invalid_api_key"
     type = "authentication_error"
 
 
 class PermissionRefused(InferqError):
+    """The caller is known but may not do this."""
+
     status = 403
     code = "permission_denied"
     type = "permission_error"
 
 
 class ModelNotFound(InferqError):
+    """No pool serves a model of this name."""
+
     status = 404
     code = "model_not_found"
     type = "invalid_request_error"
 
 
 class JobNotFound(InferqError):
+    """No job of this tenant has this id, or its retention has ended."""
+
     status = 404
     code = "job_not_found"
     type = "invalid_request_error"
 
 
 class PathNotFound(InferqError):
+    """No route has this path."""
+
     status = 404
     code = "unknown_path"
     type = "invalid_request_error"
 
 
 class NotFound(InferqError):
+    """No file, batch, endpoint or other object of this tenant has this id."""
+
     status = 404
     code = "not_found"
     type = "invalid_request_error"
 
 
 class MethodNotAllowed(InferqError):
+    """The path exists, but not for this HTTP method."""
+
     status = 405
     code = "method_not_allowed"
     type = "invalid_request_error"
 
 
 class VersionRefused(InferqError):
+    """The request uses a version of HTTP that the server does not speak."""
+
     status = 505
     code = "http_version_not_supported"
     type = "invalid_request_error"
 
 
 class RequestTimeout(InferqError):
+    """The request's body did not arrive in time."""
+
     status = 408
     code = "request_timeout"
     type = "invalid_request_error"
@@ -188,24 +224,32 @@ class RequestTimeout(InferqError):
 
 
 class UnknownWorker(InferqError):
+    """The Manager does not know this worker session; it must register again."""
+
     status = 410
     code = "unknown_worker"
     type = "invalid_request_error"
 
 
 class WorkerIdTaken(InferqError):
+    """Another live worker has registered under this id."""
+
     status = 409
     code = "worker_id_taken"
     type = "invalid_request_error"
 
 
 class Conflict(InferqError):
+    """The current state of the object does not allow the operation."""
+
     status = 409
     code = "conflict"
     type = "invalid_request_error"
 
 
 class OverCapacity(InferqError):
+    """A budget or quota of the tenant or the queue is used up."""
+
     status = 429
     code = "over_capacity"
     type = "rate_limit_error"
@@ -213,12 +257,16 @@ class OverCapacity(InferqError):
 
 
 class NoWorker(InferqError):
+    """No worker serves the model now."""
+
     status = 503
     code = "no_worker"
     retryable = True
 
 
 class BrokerUnavailable(InferqError):
+    """Redis cannot be reached."""
+
     status = 503
     code = "broker_unavailable"
     retryable = True
@@ -226,10 +274,14 @@ class BrokerUnavailable(InferqError):
 
 
 class NotOnDisk(BrokerUnavailable):
+    """Redis accepted the write, but its disk did not confirm it in time."""
+
     code = "not_on_disk"
 
 
 class BrokerFull(InferqError):
+    """Redis refuses writes because its memory or disk is full."""
+
     status = 503
     code = "broker_full"
     retryable = True
@@ -237,12 +289,16 @@ class BrokerFull(InferqError):
 
 
 class NoNotifier(InferqError):
+    """No notifier runs, so nothing delivers webhooks."""
+
     status = 503
     code = "no_notifier"
     retryable = True
 
 
 class StoreUnavailable(InferqError):
+    """The file store cannot be reached."""
+
     status = 503
     code = "store_unavailable"
     retryable = True
@@ -250,6 +306,8 @@ class StoreUnavailable(InferqError):
 
 
 class StoreFull(InferqError):
+    """The file store has no space left."""
+
     status = 507
     code = "store_full"
     retryable = True
@@ -257,6 +315,8 @@ class StoreFull(InferqError):
 
 
 class ManagerUnavailable(InferqError):
+    """No Manager answers."""
+
     status = 503
     code = "manager_unavailable"
     retryable = True
@@ -264,29 +324,39 @@ class ManagerUnavailable(InferqError):
 
 
 class ShuttingDown(InferqError):
+    """The process is draining and accepts no new work."""
+
     status = 503
     code = "shutting_down"
     retryable = True
 
 
 class DeadlineExceeded(InferqError):
+    """The job's deadline passed before it finished."""
+
     status = 504
     code = "deadline_exceeded"
     retryable = True
 
 
 class AttemptsExhausted(InferqError):
+    """Every attempt failed, and the job became a dead letter."""
+
     status = 502
     code = "attempts_exhausted"
 
 
 class StreamBroken(InferqError):
+    """A stream that had begun cannot be continued without a gap or a repeat."""
+
     status = 502
     code = "stream_broken"
     retryable = True
 
 
 class EngineFailed(InferqError):
+    """The engine broke the connection or its protocol."""
+
     status = 502
     code = "engine_failed"
     retryable = True
@@ -294,21 +364,29 @@ class EngineFailed(InferqError):
 
 
 class JobCancelled(InferqError):
+    """The job was cancelled by its client or its tenant."""
+
     status = 499
     code = "cancelled"
 
 
 class BrokerUnsuitable(InferqError):
+    """The Redis server cannot carry the queue; the message says why."""
+
     code = "broker_unsuitable"
     inner = True
 
 
 class CannotStart(InferqError):
+    """A setting, a file or an address keeps the process from starting."""
+
     code = "cannot_start"
     inner = True
 
 
 class Fenced(InferqError):
+    """The caller's session was declared dead and holds no leases."""
+
     status = 409
     code = "fenced"
 

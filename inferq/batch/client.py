@@ -20,6 +20,8 @@ _BATCHES, _FILES = "/v1/batches", "/v1/files"
 
 
 class Counts(BaseModel):
+    """How many lines of a batch there are, and how many have completed or failed."""
+
     total: int = 0
     completed: int = 0
     failed: int = 0

@@ -12,6 +12,8 @@ _JOBS = "/v1/jobs"
 
 
 class JobError(BaseModel):
+    """Why a job failed, as the Router reports it."""
+
     message: str
     code: str | None = None
 

@@ -31,6 +31,8 @@ class EndpointView(BaseModel):
 
 
 class AttemptView(BaseModel):
+    """One attempt to deliver an event: when, the receiver's status, and how long it took."""
+
     at: int
     status_code: int | None = None
     duration_ms: int = 0

@@ -94,6 +94,8 @@ class _Message(BaseModel):
 
 
 class EngineState(StrEnum):
+    """The state of a worker's engine, as the worker reports it."""
+
     STARTING = "starting"
     READY = "ready"
     FAILED = "failed"
@@ -174,6 +176,8 @@ class Heartbeat(WorkerStatus):
 
 
 class HeartbeatAnswer(_Message):
+    """The Manager's reply to a heartbeat: the worker's assignment, and whether it should drain."""
+
     assignment: Assignment
     drain: bool = False
 
@@ -211,6 +215,8 @@ class WorkerInfo(_Message):
 
 
 class WorkerList(_Message):
+    """``GET /fabric/v1/workers``: the registered workers, and the leading Manager with its term."""
+
     workers: list[WorkerInfo] = Field(max_length=MAX_WORKERS)
     manager: str = Field(default="", max_length=MAX_NAME_BYTES)
     term: int = Field(default=0, ge=0, le=MAX_TERM)
@@ -248,6 +254,8 @@ class PoolDepth(_Message):
 
 
 class PoolList(_Message):
+    """``GET /fabric/v1/pools``: the depth of every pool's queue."""
+
     pools: list[PoolDepth]
 
 

@@ -38,6 +38,8 @@ class FileObject(BaseModel):
 
 
 class FileDeleted(BaseModel):
+    """The answer to ``DELETE /v1/files/{id}``, as OpenAI's API defines it."""
+
     id: str
     object: Literal["file"] = "file"
     deleted: Literal[True] = True

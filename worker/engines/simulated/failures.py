@@ -19,6 +19,8 @@ from typing import Any
 
 
 class FailureKind(StrEnum):
+    """The failures that a request can order from the simulated engine."""
+
     ERROR = "500"
     """An error object with ``status`` (400 to 599); in a stream that has begun, an error event."""
     CRASH = "crash"
