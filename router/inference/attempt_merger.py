@@ -355,9 +355,11 @@ class AttemptMerger:
             self._deliver(data)
 
     def _on_events(self, data: bytes) -> None:
-        events = self._event_buffer.feed(data)
-        if self._event_buffer.overfull:
-            events += self._release_long_event()
+        buffer, events = self._event_buffer, data
+        if buffer.held or buffer.mid_event or not data.endswith(b"\n\n"):  # else it is whole events already
+            events = buffer.feed(data)
+            if buffer.overfull:
+                events += self._release_long_event()
         if self._verifier is not None:
             events = b"".join(map(self._verifier.feed, split_events(events)))
         if events:

@@ -25,9 +25,6 @@ class EventBuffer:
 
     def feed(self, data: bytes) -> bytes:
         """The whole events up to the end of ``data``."""
-        if not self.held and data.endswith(b"\n\n"):
-            self.mid_event = False
-            return data
         data = self.held + data
         end = end_of_events(data)
         self.mid_event = self.mid_event and not end

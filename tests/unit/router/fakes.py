@@ -78,21 +78,21 @@ class FakeQueue:
         self.refusal: InferqError | None = None
         self.holder: Enqueued | None = None
         """Who holds the idempotency key of the next persisted requests."""
-        self.keeps: dict[JobId, PersistOptions] = {}
-        """How what was queued is to be kept."""
-        self.kept: dict[JobId, PersistedJob] = {}
+        self.persist_options: dict[JobId, PersistOptions] = {}
+        """How the output of each queued job is to be persisted."""
+        self.persisted: dict[JobId, PersistedJob] = {}
         self.outputs: dict[JobId, OutputPage] = {}
-        """What is kept, as if each job's frames fitted a page."""
+        """The persisted output of each job, on one page."""
         self.page_frames = 1_000
         self.attached: list[tuple[JobId, tuple[int, int]]] = []
-        self.attach_held = asyncio.Event()
-        self.attach_held.set()
+        self.attach_allowed = asyncio.Event()
+        self.attach_allowed.set()
         self.attach_refusals: list[InferqError] = []
-        """What the next readings of an output end with."""
+        """Errors of the next reads of an output."""
         self.detached: asyncio.Queue[JobId] = asyncio.Queue()
         self.state = State.QUEUED
-        self.standing: JobStatus | None = None
-        """Where jobs stand; None: they wait, above what was heard of them."""
+        self.job_status: JobStatus | None = None
+        """The status of every job; None: queued, in an epoch above the one asked about."""
         self.hold_enqueue = False
         self.down = False
         self.closed = False
@@ -114,25 +114,27 @@ class FakeQueue:
     async def enqueue_persisted(self, job: Job, options: PersistOptions | None = None, listener: str = "") -> Enqueued:
         assert options is not None
         state = await self.enqueue(job)
-        self.keeps[job.id] = options
+        self.persist_options[job.id] = options
         found = self.holder or Enqueued(job.id, state)
-        self.kept.setdefault(found.job_id, persisted_job(job, options))
+        self.persisted.setdefault(found.job_id, persisted_job(job, options))
         return found
 
     async def get(self, job_id: str) -> PersistedJob | None:
-        return self.kept.get(JobId(job_id))
+        return self.persisted.get(JobId(job_id))
 
     async def page(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
     ) -> tuple[list[PersistedJob], str]:
-        wanted = set(states)
-        mine = [job for job in self.kept.values() if job.tenant == tenant and (not wanted or job.state in wanted)]
+        allowed = set(states)
+        mine = [
+            job for job in self.persisted.values() if job.tenant == tenant and (not allowed or job.state in allowed)
+        ]
         behind = [job.id for job in mine].index(JobId(after)) + 1 if after else 0
         page = mine[behind : behind + limit]
         return page, page[-1].id if mine[behind + limit :] else ""
 
     async def delete(self, job_id: str, reason: str) -> State | None:
-        gone = self.kept.pop(JobId(job_id), None)
+        gone = self.persisted.pop(JobId(job_id), None)
         return gone.state if gone else None
 
     async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None:
@@ -141,18 +143,18 @@ class FakeQueue:
 
     async def attach(self, job_id: JobId, listener: SessionId, after: tuple[int, int] = (0, 0)) -> OutputPage | None:
         self.attached.append((job_id, after))
-        await self.attach_held.wait()
+        await self.attach_allowed.wait()
         if self.attach_refusals:
             raise self.attach_refusals.pop(0)
-        kept = self.outputs.get(job_id)
-        if kept is None:
+        output = self.outputs.get(job_id)
+        if output is None:
             return None
-        rest = [frame for frame in kept.frames if (frame.epoch, frame.seq) >= after]
-        return replace(kept, frames=tuple(rest[: self.page_frames]), complete=len(rest) <= self.page_frames)
+        rest = [frame for frame in output.frames if (frame.epoch, frame.seq) >= after]
+        return replace(output, frames=tuple(rest[: self.page_frames]), complete=len(rest) <= self.page_frames)
 
     async def frames(self, job_id: JobId) -> AsyncIterator[Frame]:
-        kept = self.outputs.get(job_id)
-        for frame in kept.frames if kept else ():
+        output = self.outputs.get(job_id)
+        for frame in output.frames if output else ():
             yield frame
 
     async def detach(self, job_id: JobId, listener: SessionId) -> None:
@@ -165,7 +167,7 @@ class FakeQueue:
         return self.resume_state
 
     async def raise_epoch(self, job_id: JobId, heard: int) -> JobStatus | None:
-        return self.standing or JobStatus(self.state, heard + 1, "")
+        return self.job_status or JobStatus(self.state, heard + 1, "")
 
     async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
         self.cancelled.put_nowait((job_id, reason))
@@ -206,9 +208,9 @@ class FakeQueue:
         async with asyncio.timeout(LIMIT_S):
             return await self.cancelled.get()
 
-    def deliver(self, *news: Frame | Marker) -> None:
+    def deliver(self, *items: Frame | Marker) -> None:
         assert self._deliver is not None
-        self._deliver(list(news))
+        self._deliver(list(items))
 
     def break_replies(self) -> None:
         """The connection on which answers come ends."""
@@ -236,14 +238,13 @@ class FakeQueue:
 
 
 class PersistedStream:
-    """A persisted stream in the making, which is kept as it is said: whoever looks after a silent job finds it
-    there."""
+    """A persisted stream that is being written: a Router that reads a silent job finds it there."""
 
     def __init__(self, queue: FakeQueue, job: Job) -> None:
         self._queue = queue
         self._job = job
         self._frames: tuple[Frame, ...] = ()
-        self._keep(State.LEASED)
+        self._persist(State.LEASED)
 
     def say(self, *pieces: bytes, end: bool = False) -> None:
         """Some more of it; ``end``: it is whole then."""
@@ -252,17 +253,17 @@ class PersistedStream:
             flags = (0 if seq else HEAD) | (END if end and seq == first + len(pieces) - 1 else 0)
             head = (0, "") if seq else (200, SSE)
             self._frames += (Frame(self._job.id, 1, "a1", seq, flags, data, *head),)
-        self._keep(State.DONE if end else State.LEASED)
+        self._persist(State.DONE if end else State.LEASED)
         self._queue.deliver(*self._frames[first:])
 
-    def _keep(self, state: State) -> None:
+    def _persist(self, state: State) -> None:
         last = (1, len(self._frames)) if self._frames else (0, 0)
         self._queue.outputs[self._job.id] = OutputPage(state, 1, "a1", last, self._frames, complete=True)
 
 
 @dataclass
 class Answer:
-    """One HTTP writer with the app, as far as it has come."""
+    """One HTTP exchange with the app, as far as it has come."""
 
     task: asyncio.Task[None]
     client: Client

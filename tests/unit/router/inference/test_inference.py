@@ -649,7 +649,7 @@ async def test_a_running_stream_survives_a_restart_of_redis() -> None:
         answer = Client(app).post(STREAM)
         job = await queue.job()
         queue.stream(job, chunk("a"), end=False)
-        queue.state, queue.standing = State.LEASED, JobStatus(State.LEASED, 1, "a1")
+        queue.state, queue.job_status = State.LEASED, JobStatus(State.LEASED, 1, "a1")
         queue.lose_replies()
         assert (await queue.job()).id == job.id
         queue.stream(job, chunk("b"), first=1)

@@ -29,7 +29,7 @@ async def test_frames_of_an_attempt_that_redis_forgot_are_dropped(body: dict[str
     async with router(queue) as app:
         answer = Client(app).post(body)
         job = await queue.job()
-        queue.standing = JobStatus(State.QUEUED, 1 << 20, "")
+        queue.job_status = JobStatus(State.QUEUED, 1 << 20, "")
         queue.lose_replies()
         assert (await queue.job()).id == job.id
         await _settle_down()
@@ -44,7 +44,7 @@ async def test_of_two_attempts_of_one_epoch_the_one_that_redis_knows_counts() ->
     async with router(queue) as app:
         answer = Client(app).post(STREAM)
         job = await queue.job()
-        queue.state, queue.standing = State.LEASED, JobStatus(State.LEASED, 1, "held")
+        queue.state, queue.job_status = State.LEASED, JobStatus(State.LEASED, 1, "held")
         queue.lose_replies()
         assert (await queue.job()).id == job.id
         await _settle_down()
@@ -62,7 +62,7 @@ async def test_a_stream_whose_attempt_redis_does_not_know_runs_again(known: JobS
         answer = Client(app).post(STREAM)
         job = await queue.job()
         queue.stream(job, chunk("a"), end=False, epoch=2)
-        queue.state, queue.standing = State.LEASED, known
+        queue.state, queue.job_status = State.LEASED, known
         queue.lose_replies()
         assert (await queue.job()).id == job.id
         again = await queue.job()

@@ -40,7 +40,7 @@ async def test_every_event_names_its_job_and_number() -> None:
     async with router(queue, resumable_retention_ms=7_000) as app:
         job, answer = await begun(Client(app), queue)
         assert (job.persisted, job.lane, job.reply_to, job.idempotency_key) == (True, Lane.INTERACTIVE, "", "")
-        keep = queue.keeps[job.id]
+        keep = queue.persist_options[job.id]
         assert (keep.retention_ms, keep.background, keep.metadata.resumable) == (7_000, False, True)
         queue.stream(job, EVENTS[2], first=2)
         await answer.done()
@@ -90,7 +90,7 @@ async def test_a_client_that_comes_back_gets_the_rest(way: str) -> None:
         client.gone.set()
         await answer.done()
         assert await queue.detached.get() == job.id
-        elsewhere.kept, elsewhere.outputs = queue.kept, queue.outputs
+        elsewhere.persisted, elsewhere.outputs = queue.persisted, queue.outputs
         last = {"last-event-id": ids_of(answer.body)[-1]}
         if way == "POST":
             back = again.post(STREAM, headers=RESUMABLE | last)
@@ -117,14 +117,14 @@ async def test_only_the_same_request_of_the_tenant_resumes_a_stream() -> None:
         assert (other.status, other.error["param"]) == (400, "last-event-id")
         gone = await client.post(STREAM, headers=RESUMABLE | {"last-event-id": f"0-{'a' * 32}:1"}).done()
         assert (gone.status, gone.error["code"]) == (404, "job_not_found")
-        kept = queue.kept[job.id]
+        kept = queue.persisted[job.id]
         rival = Job(**{name: getattr(job, name) for name in Job.__slots__} | {"tenant": "rival"})
-        queue.kept[job.id] = persisted_job(rival, PersistOptions(1, kept.metadata))
+        queue.persisted[job.id] = persisted_job(rival, PersistOptions(1, kept.metadata))
         foreign = await client.post(STREAM, headers=RESUMABLE | {"last-event-id": last}).done()
         assert (foreign.status, foreign.error["message"].replace(job.id, "")) == (
             404, gone.error["message"].replace(f"0-{'a' * 32}", ""),
         )  # fmt: skip
-        queue.kept[job.id] = kept
+        queue.persisted[job.id] = kept
         queue.outputs[job.id] = so_far(job, b"data: another\n\n", *EVENTS[1:], over=True)
         spliced = await client.post(STREAM, headers=RESUMABLE | {"last-event-id": last}).done()
         assert (spliced.status, spliced.error["code"]) == (502, "stream_broken")
@@ -157,7 +157,7 @@ async def test_a_stream_without_its_client_is_cancelled_after_its_grace(monkeypa
 
         keyed, back = Client(app), Client(app)
         other, answer = await begun(keyed, queue, **{"idempotency-key": "k"})
-        assert not queue.keeps[other.id].metadata.resumable
+        assert not queue.persist_options[other.id].metadata.resumable
         keyed.gone.set()
         await answer.done()
         left = Client(app)

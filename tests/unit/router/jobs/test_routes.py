@@ -33,8 +33,14 @@ def output(
 def ended(queue: FakeQueue, job: Job, state: State, *pieces: bytes, **fields: Any) -> None:
     """The job is over."""
     cause = fields.get("cause", "")
-    queue.kept[job.id] = replace(
-        queue.kept[job.id], state=state, started_ms=1_500, ended_ms=2_500, expires_ms=9_000, attempts=1, cause=cause
+    queue.persisted[job.id] = replace(
+        queue.persisted[job.id],
+        state=state,
+        started_ms=1_500,
+        ended_ms=2_500,
+        expires_ms=9_000,
+        attempts=1,
+        cause=cause,
     )
     queue.outputs[job.id] = output(job, *pieces, state=state, **fields)
 

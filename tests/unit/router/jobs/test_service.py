@@ -97,7 +97,7 @@ async def test_a_background_request_is_a_persisted_job_of_its_lane() -> None:
         job = await queue.job()
         assert (accepted.status, accepted.json()["id"]) == (202, job.id)
         assert (job.persisted, job.lane, job.reply_to, job.ttl_ms) == (True, Lane.BACKGROUND, "", 70_000)
-        options = queue.keeps[job.id]
+        options = queue.persist_options[job.id]
         assert (options.retention_ms, options.background, options.topic) == (5_000, True, "")
         job_metadata = options.metadata
         assert (job_metadata.path, job_metadata.stream, job_metadata.include_usage, job_metadata.choices) == (
@@ -117,7 +117,10 @@ async def test_a_job_carries_the_note_and_topic_of_its_feature() -> None:
     queue = FakeQueue("m")
     async with persisted_jobs(queue) as jobs:
         job = await queued(jobs, queue)
-        assert (queue.keeps[job.id].topic, queue.keeps[job.id].metadata.note) == ("response", b"mine")
+        assert (queue.persist_options[job.id].topic, queue.persist_options[job.id].metadata.note) == (
+            "response",
+            b"mine",
+        )
 
 
 async def test_many_follow_one_job_from_its_beginning_each_at_its_pace() -> None:
@@ -235,7 +238,7 @@ async def test_another_tenants_job_is_not_found() -> None:
                 async with jobs.follow(tenant, job_id):
                     pass
         assert queue.cancelled.empty()
-        assert (await jobs.get(ACME, job.id)) == queue.kept[job.id]
+        assert (await jobs.get(ACME, job.id)) == queue.persisted[job.id]
         assert await jobs.delete(ACME, job.id)
         assert await jobs.get(ACME, job.id) is None
 
@@ -247,7 +250,7 @@ async def test_cancelling_returns_the_job_as_it_is_then() -> None:
         job = await queued(jobs, queue)
         assert await jobs.cancel(ACME, job.id) is not None
         assert (await queue.cancellation()) == (job.id, "it was cancelled on demand")
-        queue.kept[job.id] = replace(queue.kept[job.id], state=State.DONE)
+        queue.persisted[job.id] = replace(queue.persisted[job.id], state=State.DONE)
         ended = await jobs.cancel(ACME, job.id)
         assert ended is not None
         assert ended.state is State.DONE

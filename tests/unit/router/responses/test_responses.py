@@ -41,8 +41,8 @@ def end_as(queue: FakeQueue, job: Job, state: State, *pieces: bytes, cause: str 
     attempt = "a1" if state in (State.DONE, State.FAILED, State.LEASED) else ""
     queue.outputs[job.id] = OutputPage(state, 1, attempt, (1, len(frames)), frames, complete=True, cause=cause)
     defaults: dict[str, Any] = {"output_epoch": 1 if frames else 0}
-    queue.kept[job.id] = replace(queue.kept[job.id], state=state, cause=cause, **(defaults | fields))
-    return queue.kept[job.id]
+    queue.persisted[job.id] = replace(queue.persisted[job.id], state=state, cause=cause, **(defaults | fields))
+    return queue.persisted[job.id]
 
 
 async def created(client: Client, queue: FakeQueue, **fields: Any) -> tuple[Answer, Job]:
@@ -62,7 +62,7 @@ async def test_a_background_response_is_queued_as_a_persisted_chat() -> None:
         "/v1/chat/completions", Lane.BACKGROUND, True, True, "continue",
     )  # fmt: skip
     assert orjson.loads(job.body)["messages"] == [{"role": "user", "content": "hi"}]
-    assert (queue.keeps[job.id].topic, queue.keeps[job.id].background) == ("response", True)
+    assert (queue.persist_options[job.id].topic, queue.persist_options[job.id].background) == ("response", True)
 
 
 async def test_without_background_the_body_passes_untouched() -> None:
@@ -204,11 +204,11 @@ async def test_the_events_of_a_background_response_can_be_read_from_any_number()
     queue = FakeQueue("m")
     async with router(queue) as app:
         client = Client(app)
-        queue.attach_held.clear()
+        queue.attach_allowed.clear()
         answer = client.post(ASK | {"stream": True}, PATH)
         job = await queue.job()
         queue.outputs[job.id] = OutputPage(State.QUEUED, 1, "", (0, 0), (), complete=True)
-        queue.attach_held.set()
+        queue.attach_allowed.set()
         await answer.until(lambda: b"response.queued" in answer.body)
         queue.stream(job, *STORY)
         whole = server_sent((await answer.done()).body)
@@ -341,7 +341,7 @@ async def test_a_key_tells_responses_apart_that_make_the_same_chat() -> None:
         for fields in ({}, {"metadata": {"a": "c"}}, {"background": False}, {}):
             client.post(ASK | fields, PATH, {"idempotency-key": "one"})
             job = await queue.job()
-            digests.append((queue.keeps[job.id].metadata.request_digest, job.body))
+            digests.append((queue.persist_options[job.id].metadata.request_digest, job.body))
     (first, metadata, waited, again), bodies = [digest for digest, _ in digests], {body for _, body in digests}
     assert len(bodies) == 1
     assert first == again
