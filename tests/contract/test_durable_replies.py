@@ -31,10 +31,10 @@ async def answered(broker: Broker, worker: Puller, name: SessionId, data: bytes)
 async def read(broker: Broker, name: SessionId, after: str = "0") -> list[tuple[str, bytes]]:
     """Entry ids and the data of their one frame."""
     found = []
-    for letter in await broker.durable_replies.read(0, name, after, 1):
-        for item in letter.content:
+    for message in await broker.durable_replies.read(0, name, after, 1):
+        for item in message.content:
             assert isinstance(item, Frame)
-            found.append((letter.entry_id, item.data))
+            found.append((message.entry_id, item.data))
     return found
 
 
@@ -56,15 +56,15 @@ async def test_answers_stay_until_they_are_dropped(
     assert await read(broker, name, first[3][0]) == first[4:]
 
 
-async def test_a_mailbox_lives_as_long_as_it_is_kept(broker: Broker, name: SessionId, client: Any) -> None:
+async def test_a_durable_stream_lives_as_long_as_it_is_extended(broker: Broker, name: SessionId, client: Any) -> None:
     """Opening it again extends its time, also when it is empty; closing ends it."""
     key = ShardKeys(0).reply(name)
     await broker.durable_replies.open(0, name, 20_000)
     now_ms = int((await client.get(ShardKeys(0).clock)).split()[1])
     assert 10_000 < await client.zscore(ShardKeys(0).readers, name) - now_ms <= 20_000
-    (letter,) = await broker.durable_replies.read(0, name, "0", 1)
-    assert letter.content == ()
-    await broker.durable_replies.trim(0, name, letter.entry_id)
+    (message,) = await broker.durable_replies.read(0, name, "0", 1)
+    assert message.content == ()
+    await broker.durable_replies.trim(0, name, message.entry_id)
     assert not await broker.durable_replies.open(0, name, HOUR_MS)
     assert await client.zscore(ShardKeys(0).readers, name) - now_ms > 30_000
     await broker.durable_replies.close(0, name)
@@ -72,7 +72,7 @@ async def test_a_mailbox_lives_as_long_as_it_is_kept(broker: Broker, name: Sessi
     assert await broker.durable_replies.open(0, name, HOUR_MS)
 
 
-async def test_without_a_mailbox_nothing_is_run(broker: Broker, worker: Puller, name: SessionId) -> None:
+async def test_without_its_durable_stream_no_job_runs(broker: Broker, worker: Puller, name: SessionId) -> None:
     """Jobs that name one that is gone are cancelled, not run for nobody; and told to a reply stream that is there."""
     await broker.jobs.enqueue(make_job(reply_to=name))
     assert await worker.claim(5) == []
@@ -80,7 +80,7 @@ async def test_without_a_mailbox_nothing_is_run(broker: Broker, worker: Puller, 
     job = make_job(reply_to=name)
     await broker.jobs.enqueue(job)
     await broker.jobs.cancel(job.id, "as ordered")
-    news = [item for letter in await broker.durable_replies.read(0, name, "0", 1) for item in letter.content]
+    news = [item for message in await broker.durable_replies.read(0, name, "0", 1) for item in message.content]
     assert [(item.kind, item.job_id) for item in news if isinstance(item, Marker)] == [(MarkerKind.CANCELLED, job.id)]
 
 

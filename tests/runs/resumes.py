@@ -195,7 +195,7 @@ def kept_of(server: Server) -> dict[bytes, Any]:
     """What Redis holds of persisted jobs: budgets, outputs, lists, times."""
     keys = ShardKeys(0)
     budget = {name: value for name, value in server.ask("HGETALL", keys.budget).items() if b":persisted" in name}
-    for pattern in ("out:*", "listed:*", "listeners:*", "kept"):
+    for pattern in ("out:*", "listed:*", "listeners:*", "persisted"):
         for key in server.ask("KEYS", keys.prefix.replace("{", "[{]") + pattern):
             budget[key] = b"1"
     return budget

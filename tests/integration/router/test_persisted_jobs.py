@@ -168,7 +168,7 @@ async def test_nothing_is_left_of_jobs_whose_time_is_over(valkey: Server, worker
         await asyncio.sleep(0.12)
         assert (await worker.broker.maintenance.expire()).forgotten == 2
     left = [key.decode() for key in valkey.ask("KEYS", KEYS.prefix.replace("{", "[{]") + "*")]
-    mine = ("out:", "idem:", "listed:", "listeners:", "kept", "job:", "budget", "finished")
+    mine = ("out:", "idem:", "listed:", "listeners:", "persisted", "job:", "budget", "finished")
     assert [key for key in left if key.removeprefix(KEYS.prefix).startswith(mine)] == []
 
 
