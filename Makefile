@@ -74,7 +74,7 @@ test: $(DEV) ## Run the tests that need no real vLLM
 	$(PY) -m pytest -m "not vllm and not node and alone" $(ARGS) $(or_none); \
 	exit $$chosen
 
-chaos: $(DEV) ## Kill everything under load and judge the history (SECONDS=60 SEED=...)
+chaos: $(DEV) ## Kill everything under load and check the history (SECONDS=60 SEED=...)
 	$(PY) -m tests.chaos $(call option,--seconds,SECONDS) $(call option,--seed,SEED) $(ARGS)
 
 schemathesis: $(DEV) ## Test a running fleet against its OpenAPI document (URL=http://127.0.0.1:18000 EXAMPLES=100)

@@ -1,8 +1,8 @@
-"""Chaos: a fleet of real processes under load and faults drawn from a seed; a history, and what it proves.
+"""Chaos: a fleet of real processes under load and faults drawn from a seed, and a check of what clients saw.
 
-``make chaos SECONDS=60 SEED=7``. ``plan`` draws the faults, ``stage`` has the fleet, ``faults`` does them to it (with
-``kills``, ``wires`` and ``junk``). ``clients`` make the load out of ``asks``; ``history`` keeps what was seen, and what
-``aftermath`` finds at the end on the queue and in the ``logs``. ``check`` judges it and nothing else: ``judge`` says
-what no client may have seen, ``excuses`` what explains that one was not answered. ``report`` shows it, ``run`` is one
-run. What it is for: docs/reliability.md.
+``make chaos SECONDS=60 SEED=7``. ``plan`` draws the faults; ``fleet`` starts the processes; ``faults`` injects the
+faults with ``processes``, ``network`` and ``stream_garbage``. ``clients`` send the requests of ``workload``;
+``history`` records what they see, and ``final_state`` adds what is left on the queue and in the ``logs``. ``check``
+then reads the history alone: ``answers`` finds what no client may see, ``explanations`` which fault explains a missing
+answer. ``report`` prints the result; ``run`` ties one run together. See docs/reliability.md.
 """

@@ -1,6 +1,6 @@
-"""What a history proves: pure, and from the history alone, invariant by invariant of the wire contract.
+"""Check a history against each invariant of the wire contract: pure, from the history alone.
 
-``judge`` says what a client may never have seen, ``excuses`` which fault explains that it was not answered; here is
+``answers`` finds what no client may see, ``explanations`` which fault explains a missing answer. This module checks
 what needs more than one entry: times until something went on, what was left over, and whether the run proved anything.
 """
 
@@ -10,22 +10,22 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .asks import POISON, request_id
-from .excuses import DEADLINE_SLACK_S, POISONED, Span, explanation, spans_of
+from .answers import DUPLICATE, LOSS, POISON_BOUND, SPLICE, find_fault
+from .explanations import DEADLINE_SLACK_S, POISONED, Span, explanation, spans_of
 from .history import Entry, Request, requests_of
-from .judge import DUPLICATE, LOSS, POISON_BOUND, SPLICE, seen_wrong
 from .plan import LEASE_S, SWEEP_S
+from .workload import POISON, request_id
 
 SCAN_S = 5 * SWEEP_S
-"""From a lease's end to the next start: two sweeps, and what a busy machine needs to act upon the second."""
+"""Limit from the end of a lease to the next start: two sweeps, and the delay of a busy machine."""
 SLACK_S = 2.0
-"""What the contract allows beyond lease and scan until waiting work is leased."""
+"""Time that the contract allows, beyond lease and scan, until waiting work is leased."""
 RENEWAL_S = LEASE_S / 5
 ABORT_SLACK_S = 1.0
-AFTERMATH_S = 0.5
-"""How long a fault that was healed may still disturb a measurement: whoever was killed is ready again by then."""
+AFTER_EFFECT_S = 0.5
+"""How long a healed fault may still disturb a measurement: a restarted process is ready again by then."""
 STALL_S = 0.3
-"""The harness itself was not run for so long: times measured then are the machine's."""
+"""If the harness itself was stalled for so long, measured times say nothing about the product."""
 
 INVARIANTS = {
     1: "no lost job",
@@ -39,12 +39,12 @@ INVARIANTS = {
     12: "conservation",
     13: "liveness",
 }
-"""Of the wire contract: those that a history of clients can show."""
+"""Invariants of the wire contract that a history of clients can show."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A broken promise, and the request that shows it (None: the whole run does)."""
+    """A broken promise, and the request that shows it (None: the whole run)."""
 
     promise: str
     what: str
@@ -57,7 +57,7 @@ class Violation:
 
 @dataclass(slots=True)
 class Verdict:
-    """The figures of a run and everything that was wrong."""
+    """The numbers of a run, and every violation."""
 
     requests: int = 0
     acknowledged: int = 0
@@ -66,52 +66,52 @@ class Verdict:
     duplicated: int = 0
     spliced: int = 0
     migrated: int = 0
-    """Streams that lost a worker after they had delivered something, and were answered to their end all the same."""
+    """Streams that lost their worker after their first output and still completed."""
     gaps: int = 0
     explained: Counter[str] = field(default_factory=Counter)
     counts: dict[str, int] = field(default_factory=dict)
     exercised: Counter[int] = field(default_factory=Counter)
-    """By invariant: how often the run could have shown it broken."""
+    """By invariant: how often the run tested it."""
     kill_to_start_s: list[float] = field(default_factory=list)
     hang_to_start_s: list[float] = field(default_factory=list)
-    """Both only of faults beside which no other was under way."""
+    """Only of faults that did not overlap with others."""
     heal_to_start_s: list[float] = field(default_factory=list)
     leave_to_abort_s: list[float] = field(default_factory=list)
     max_s: float = 0.0
-    """Of the requests that were answered."""
+    """The longest answered request."""
     faults: int = 0
     violations: list[Violation] = field(default_factory=list)
 
     def broken(self, promise: str, what: str, request: Request | None = None) -> None:
-        """Note a violation."""
+        """Record a violation."""
         self.violations.append(Violation(promise, what, request))
 
 
 def check(entries: Sequence[Entry], *, must_prove: Iterable[str] = ()) -> Verdict:
-    """Judge a history. ``must_prove``: figures that must not be 0, or the run has proved nothing."""
+    """Check a history. ``must_prove``: counters that must not be 0, or the run has proved nothing."""
     verdict = Verdict()
     spans = spans_of(entries)
     requests = requests_of(entries)
     verdict.faults = len(spans)
-    resumed = {entry["request_id"] for entry in entries if entry["what"] == "said" and _says_resumed(entry)}
+    resumed = {entry["request_id"] for entry in entries if entry["what"] == "log" and _is_resumed(entry)}
     for request in requests:
         verdict.requests += 1
-        _judge(request, spans, verdict, migrated=request.request_id in resumed)
+        _check_request(request, spans, verdict, migrated=request.request_id in resumed)
     _check_recoveries(entries, spans, verdict)
     _check_liveness(requests, spans, verdict)
     _check_deadlines(requests, spans, verdict)
     _check_aborts(entries, requests, spans, verdict)
-    _check_letters(entries, requests, spans, verdict)
+    _check_dead_letters(entries, requests, spans, verdict)
     _check_end(entries, verdict)
     _check_proof(verdict, must_prove)
     return verdict
 
 
-def _judge(request: Request, spans: Sequence[Span], verdict: Verdict, *, migrated: bool) -> None:
+def _check_request(request: Request, spans: Sequence[Span], verdict: Verdict, *, migrated: bool) -> None:
     verdict.exercised.update((1, 2, 9) if request.end == "answered" else (2, 9))
     verdict.exercised[4] += bool(request.tries or request.reused)
     verdict.exercised[7] += request.streams and bool(request.text)
-    wrong = seen_wrong(request)
+    wrong = find_fault(request)
     if wrong is not None:
         verdict.lost += wrong.promise == LOSS
         verdict.duplicated += wrong.promise == DUPLICATE
@@ -122,7 +122,7 @@ def _judge(request: Request, spans: Sequence[Span], verdict: Verdict, *, migrate
     elif request.end == "answered":
         verdict.acknowledged += 1
         verdict.completed += 1
-        verdict.max_s = max(verdict.max_s, request.ended_s - request.begun_s)
+        verdict.max_s = max(verdict.max_s, request.ended_s - request.sent_s)
         verdict.migrated += migrated
     elif (why := explanation(request, spans)) is not None:
         verdict.explained[why] += 1
@@ -134,13 +134,13 @@ def _judge(request: Request, spans: Sequence[Span], verdict: Verdict, *, migrate
 
 
 def _check_recoveries(entries: Sequence[Entry], spans: Sequence[Span], verdict: Verdict) -> None:
-    """From a worker's death to the next start of one of its jobs: bounded by lease and scan, whatever killed it."""
+    """The time from a worker's death to the next start of one of its jobs is bounded by lease and scan."""
     for entry in entries:
         if entry["what"] != "recovery":
             continue
         begin_s, seconds = entry["t"], entry["seconds"]
         others = [span for span in spans if span.number != entry["fault"]]
-        if any(span.meets(begin_s, begin_s + seconds, AFTERMATH_S) for span in others):
+        if any(span.meets(begin_s, begin_s + seconds, AFTER_EFFECT_S) for span in others):
             continue
         verdict.exercised[13] += 1
         times = verdict.kill_to_start_s if entry["how"] == "kill" else verdict.hang_to_start_s
@@ -150,9 +150,9 @@ def _check_recoveries(entries: Sequence[Entry], spans: Sequence[Span], verdict: 
 
 
 def _check_liveness(requests: Sequence[Request], spans: Sequence[Span], verdict: Verdict) -> None:
-    """After healing, work is started within lease, scan and two seconds, as long as somebody waits."""
+    """After healing, waiting work starts within lease, scan and two seconds."""
     limit_s = LEASE_S + SCAN_S + SLACK_S
-    starts = sorted(request.first_s for request in requests if request.first_s)
+    starts = sorted(request.first_byte_s for request in requests if request.first_byte_s)
     for span in spans:
         if span.end_s == float("inf"):
             verdict.broken("liveness", f"fault {span.number} ({span.kind}) was never healed")
@@ -160,7 +160,7 @@ def _check_liveness(requests: Sequence[Request], spans: Sequence[Span], verdict:
         if any(other.meets(span.end_s, span.end_s + limit_s, 0.0) for other in spans if other is not span):
             continue
         # Somebody whose request was answered later waited then.
-        if not any(r.begun_s <= span.end_s <= r.ended_s and r.end == "answered" for r in requests):
+        if not any(r.sent_s <= span.end_s <= r.ended_s and r.end == "answered" for r in requests):
             continue
         verdict.exercised[13] += 1
         after = next((start for start in starts if start >= span.end_s), float("inf"))
@@ -174,23 +174,23 @@ def _check_deadlines(requests: Sequence[Request], spans: Sequence[Span], verdict
         if not request.deadline_s or request.end == "cut":
             continue
         verdict.exercised[10] += 1
-        late_s = request.ended_s - request.begun_s - request.deadline_s
+        late_s = request.ended_s - request.sent_s - request.deadline_s
         if late_s <= DEADLINE_SLACK_S:
             continue
-        if not any(span.meets(request.begun_s, request.ended_s, AFTERMATH_S) for span in spans):
+        if not any(span.meets(request.sent_s, request.ended_s, AFTER_EFFECT_S) for span in spans):
             verdict.broken("deadline", f"ended {late_s:.1f} s after its deadline, without any fault", request)
 
 
 def _check_aborts(
     entries: Sequence[Entry], requests: Sequence[Request], spans: Sequence[Span], verdict: Verdict
 ) -> None:
-    """A client that leaves frees its engine's slot within one renewal."""
-    aborted = {entry["request_id"]: entry["t"] for entry in entries if _says(entry, "job_aborted")}
+    """When a client disconnects, its engine's slot is free within one renewal."""
+    aborted = {entry["request_id"]: entry["t"] for entry in entries if _is_event(entry, "job_aborted")}
     for request in requests:
         at_s = aborted.get(request.request_id)
         if request.end != "left" or at_s is None:
             continue
-        if any(span.meets(request.begun_s, at_s, AFTERMATH_S) for span in spans):
+        if any(span.meets(request.sent_s, at_s, AFTER_EFFECT_S) for span in spans):
             continue
         verdict.exercised[10] += 1
         verdict.leave_to_abort_s.append(at_s - request.ended_s)
@@ -198,13 +198,13 @@ def _check_aborts(
             verdict.broken("cancel", f"its engine worked on for {at_s - request.ended_s:.1f} s", request)
 
 
-def _check_letters(
+def _check_dead_letters(
     entries: Sequence[Entry], requests: Sequence[Request], spans: Sequence[Span], verdict: Verdict
 ) -> None:
-    """Dead letters are of poison, after as many starts as allowed and no more; its neighbours finish."""
+    """Only poison becomes a dead letter, after its allowed attempts and no more; its neighbours finish."""
     by_id = {request_id(request.number): request for request in requests}
     for entry in entries:
-        if entry["what"] != "letter":
+        if entry["what"] != "dead_letter":
             continue
         verdict.exercised[11] += 1
         request = by_id.get(entry["request_id"])
@@ -246,9 +246,9 @@ def _check_proof(verdict: Verdict, must_prove: Iterable[str]) -> None:
             verdict.broken("the run proves something", f"{name}: never seen")
 
 
-def _says(entry: Entry, event: str) -> bool:
-    return bool(entry["what"] == "said" and entry["event"] == event)
+def _is_event(entry: Entry, event: str) -> bool:
+    return bool(entry["what"] == "log" and entry["event"] == event)
 
 
-def _says_resumed(entry: Entry) -> bool:
-    return _says(entry, "stream_resumed") and entry.get("delivered", 0) > 0
+def _is_resumed(entry: Entry) -> bool:
+    return _is_event(entry, "stream_resumed") and entry.get("delivered", 0) > 0

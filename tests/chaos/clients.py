@@ -1,4 +1,4 @@
-"""The load: clients of several kinds that write down all they see, and judge nothing."""
+"""Generate the load: clients of several kinds that record all they see, and check nothing."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import aiohttp
 
 from tests.support.load import events_of
 
-from .asks import KINDS, Ask, make_ask, request_id
 from .history import Entry, History, Request
+from .workload import KINDS, OutgoingRequest, make_request, request_id
 
 LIMIT_S = 45.0
-"""Longer than anything may take: a request that reaches it is lost."""
-AGAIN_S = 0.2
+"""A request that takes longer counts as lost."""
+RETRY_PAUSE_S = 0.2
 REUSE_EVERY = 5
-"""One in so many requests with a key is followed by another body under it."""
-_ASK_AGAIN = ("broker_unavailable", "broker_full", "shutting_down")
-KEPT_S = 2.0
+"""One in so many requests with a key is followed by another body under the same key."""
+_RETRYABLE = ("broker_unavailable", "broker_full", "shutting_down")
+KEEPALIVE_S = 2.0
 """How long a client keeps an idle connection: the Router closes none that soon."""
 _RAW: tuple[bytes, ...] = (
     b"GET / HTTP/9.9\r\n\r\n",
@@ -37,7 +37,7 @@ _RAW: tuple[bytes, ...] = (
 
 
 class Clients:
-    """``count`` clients, each with one request at a time, against ``urls``; every other one keeps its connections."""
+    """``count`` clients of ``urls``, each with one request at a time; every other one keeps its connections open."""
 
     def __init__(self, urls: Sequence[str], history: History, *, seed: int, count: int = 18) -> None:
         self._urls = urls
@@ -49,36 +49,36 @@ class Clients:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begin."""
+        """Start all clients."""
         self._tasks = [asyncio.create_task(self._run(number), name="client") for number in range(self._count)]
 
     async def stop(self) -> None:
-        """Let each request that is under way end, or reach its limit."""
+        """Let each running request finish or reach its time limit."""
         self._stopping.set()
         await asyncio.gather(*self._tasks)
 
-    def abandon(self) -> None:
-        """End at once; nothing more is written down."""
+    def abort(self) -> None:
+        """Cancel all clients at once; record nothing more."""
         for task in self._tasks:
             task.cancel()
 
-    async def burst(self, kind: str, count: int, at_once: int) -> None:
-        """``count`` requests of one kind, ``at_once`` of them at any time."""
+    async def burst(self, kind: str, count: int, concurrency: int) -> None:
+        """``count`` requests of one kind, ``concurrency`` of them at any time."""
         rng = random.Random(next(self._numbers))
         left = iter(range(count))
 
         async def one_after_the_other(session: aiohttp.ClientSession) -> None:
             for _ in left:
-                await self._ask(session, kind, rng)
+                await self._send_one(session, kind, rng)
 
         async with _session(keep=False) as session:
-            await asyncio.gather(*(one_after_the_other(session) for _ in range(at_once)))
+            await asyncio.gather(*(one_after_the_other(session) for _ in range(concurrency)))
 
-    async def loris(self, count: int, lasts_s: float) -> None:
-        """``count`` connections that send a request byte by byte and never end it, or something that is none."""
-        await asyncio.gather(*(self._creep(number, lasts_s) for number in range(count)))
+    async def slowloris(self, count: int, duration_s: float) -> None:
+        """Open ``count`` connections that send an endless request byte by byte, or bytes that are no request."""
+        await asyncio.gather(*(self._send_slowly(number, duration_s) for number in range(count)))
 
-    async def _creep(self, number: int, lasts_s: float) -> None:
+    async def _send_slowly(self, number: int, duration_s: float) -> None:
         url = urlsplit(self._urls[number % len(self._urls)])
         with contextlib.suppress(OSError):
             _, writer = await asyncio.open_connection(url.hostname, url.port)
@@ -88,7 +88,7 @@ class Clients:
                 else:
                     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
                     writer.write(head + (b"" if number % 3 == 1 else b"authorization: Bearer acme\r\n\r\n{"))
-                for _ in range(int(lasts_s / 0.25)):
+                for _ in range(int(duration_s / 0.25)):
                     await asyncio.sleep(0.25)
                     if writer.is_closing():
                         break
@@ -102,101 +102,112 @@ class Clients:
             session = await kept.enter_async_context(_session(keep=True)) if number % 2 else None
             while not self._stopping.is_set():
                 if session is not None:
-                    request = await self._ask(session, rng.choice(KINDS), rng)
+                    request = await self._send_one(session, rng.choice(KINDS), rng)
                 else:
                     async with _session(keep=False) as own:
-                        request = await self._ask(own, rng.choice(KINDS), rng)
+                        request = await self._send_one(own, rng.choice(KINDS), rng)
                 if request.end in ("cut", "error"):
                     await asyncio.sleep(0.2)
 
-    async def _ask(self, session: aiohttp.ClientSession, kind: str, rng: random.Random) -> Request:
+    async def _send_one(self, session: aiohttp.ClientSession, kind: str, rng: random.Random) -> Request:
         number = next(self._numbers)
-        ask = make_ask(number, kind, rng)
+        outgoing = make_request(number, kind, rng)
         router = rng.randrange(len(self._urls))
-        begun_s = self._history.now_s
+        sent_s = self._history.now_s
         request = Request(
-            number, kind, router, ask.cells, begun_s, tenant=ask.tenant, deadline_s=ask.deadline_s, on_loss=ask.on_loss
+            number,
+            kind,
+            router,
+            outgoing.cells,
+            sent_s,
+            tenant=outgoing.tenant,
+            deadline_s=outgoing.deadline_s,
+            on_loss=outgoing.on_loss,
         )
-        if ask.key:
-            await self._ask_until_answered(session, request, ask)
+        if outgoing.key:
+            await self._retry_until_answered(session, request, outgoing)
         else:
-            await self._send(session, request, ask)
+            await self._send(session, request, outgoing)
         request.ended_s = self._history.now_s
         request.request_id = request.request_id or request_id(number)
         self._history.add_request(request)
         return request
 
-    async def _ask_until_answered(self, session: aiohttp.ClientSession, request: Request, ask: Ask) -> None:
-        """As a client with a key does: after a broken connection or a refusal the same again, at the other Router."""
-        request.key = ask.key
+    async def _retry_until_answered(
+        self, session: aiohttp.ClientSession, request: Request, outgoing: OutgoingRequest
+    ) -> None:
+        """Retry as a client with a key does: after a broken connection or a refusal, at the other Router."""
+        request.key = outgoing.key
         twin = replace(request, router=self._other(request.router), tries=[], ids=[], finishes=[])
-        patient = replace(ask, leave_after=None)
-        beside = asyncio.create_task(self._send(session, twin, patient), name="twin") if ask.twin else None
-        await self._send(session, request, ask)
-        while request.end != "answered" and self._history.now_s - request.begun_s < LIMIT_S:
-            if request.end == "error" and request.code not in _ASK_AGAIN:
+        persistent = replace(outgoing, leave_after_cells=None)
+        beside = asyncio.create_task(self._send(session, twin, persistent), name="twin") if outgoing.twin else None
+        await self._send(session, request, outgoing)
+        while request.end != "answered" and self._history.now_s - request.sent_s < LIMIT_S:
+            if request.end == "error" and request.code not in _RETRYABLE:
                 break
-            request.tries.append(_told(request))
-            _forget(request)
-            await asyncio.sleep(AGAIN_S)
+            request.tries.append(_try_fields(request))
+            _reset(request)
+            await asyncio.sleep(RETRY_PAUSE_S)
             request.router = self._other(request.router)
-            await self._send(session, request, patient)
+            await self._send(session, request, persistent)
         if beside is not None:
             await beside
-            request.tries.append(_told(twin))
+            request.tries.append(_try_fields(twin))
         if request.end == "answered" and request.number % REUSE_EVERY == 0:
             wrong = replace(request, tries=[], ids=[], finishes=[])
-            await self._send(session, wrong, replace(patient, body=ask.other_body))
+            await self._send(session, wrong, replace(persistent, body=outgoing.other_body))
             request.reused = wrong.status
 
     def _other(self, router: int) -> int:
         return (router + 1) % len(self._urls)
 
-    async def _send(self, session: aiohttp.ClientSession, request: Request, ask: Ask) -> None:
+    async def _send(self, session: aiohttp.ClientSession, request: Request, outgoing: OutgoingRequest) -> None:
         request.status, request.request_id = 0, ""
         try:
             async with (
-                asyncio.timeout(ask.patience_s),
-                session.post(self._urls[request.router] + ask.path, data=ask.body, headers=ask.headers) as answer,
+                asyncio.timeout(outgoing.leave_after_s),
+                session.post(
+                    self._urls[request.router] + outgoing.path, data=outgoing.body, headers=outgoing.headers
+                ) as answer,
             ):
                 request.status = answer.status
                 request.request_id = answer.headers.get("x-request-id", "")
-                await self._read(answer, request, ask)
+                await self._read(answer, request, outgoing)
         except TimeoutError:
-            request.end = "silent" if ask.patience_s is None else "left"
+            request.end = "silent" if outgoing.leave_after_s is None else "left"
         except (aiohttp.ClientError, OSError) as error:
             request.end, request.message = "cut", f"{type(error).__name__}: {error}"
         request.ids = sorted(set(request.ids))
 
-    async def _read(self, answer: aiohttp.ClientResponse, request: Request, ask: Ask) -> None:
+    async def _read(self, answer: aiohttp.ClientResponse, request: Request, outgoing: OutgoingRequest) -> None:
         if not answer.headers.get("content-type", "").startswith("text/event-stream"):
             whole = await answer.read()
-            request.first_s = self._history.now_s
+            request.first_byte_s = self._history.now_s
             _read_plain(whole, request)
             return
         async for data in events_of(answer):
-            request.first_s = request.first_s or self._history.now_s
+            request.first_byte_s = request.first_byte_s or self._history.now_s
             if data == "[DONE]":
                 request.done += 1
                 continue
             _read_chunk(json.loads(data), request)
             if request.end == "error":
                 return
-            if ask.leave_after is not None and len(request.text) > 4 * ask.leave_after:
+            if outgoing.leave_after_cells is not None and len(request.text) > 4 * outgoing.leave_after_cells:
                 request.end = "left"
                 return
-            if ask.pause_s:
-                await asyncio.sleep(ask.pause_s)
+            if outgoing.pause_s:
+                await asyncio.sleep(outgoing.pause_s)
         request.end = "answered"
 
 
-def _told(request: Request) -> Entry:
-    """What one try brought."""
+def _try_fields(request: Request) -> Entry:
+    """The fields that one try recorded."""
     return {name: getattr(request, name) for name in ("router", "end", "status", "code", "text", "ids")}
 
 
-def _forget(request: Request) -> None:
-    """The next try begins."""
+def _reset(request: Request) -> None:
+    """Clear the fields for the next try."""
     request.end, request.text, request.code, request.message = "silent", "", "", ""
     request.ids, request.finishes, request.usage = [], [], {}
     request.roles = request.done = request.usages = 0
@@ -204,7 +215,7 @@ def _forget(request: Request) -> None:
 
 def _session(*, keep: bool) -> aiohttp.ClientSession:
     connector = (
-        aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S)
+        aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
         if keep
         else aiohttp.TCPConnector(limit=0, force_close=True)
     )
@@ -218,7 +229,7 @@ def _read_chunk(chunk: dict[str, Any], request: Request) -> None:
         return
     request.ids.append(chunk["id"])
     if chunk.get("usage"):
-        request.usage, request.usages = _figures(chunk["usage"]), request.usages + 1
+        request.usage, request.usages = _token_counts(chunk["usage"]), request.usages + 1
     for choice in chunk["choices"]:
         delta = choice.get("delta", {})
         request.text += delta.get("content") or choice.get("text") or ""
@@ -243,8 +254,8 @@ def _read_plain(whole: bytes, request: Request) -> None:
     (choice,) = body["choices"]
     request.text = choice["message"]["content"] if "message" in choice else choice["text"]
     request.ids = [body["id"]]
-    request.usage = _figures(body["usage"])
+    request.usage = _token_counts(body["usage"])
 
 
-def _figures(usage: dict[str, Any]) -> dict[str, int]:
+def _token_counts(usage: dict[str, Any]) -> dict[str, int]:
     return {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}

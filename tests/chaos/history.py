@@ -1,8 +1,8 @@
-"""What was seen during a run: one JSON object per line, in order of time. Checks read nothing else.
+"""Record what happened during a run: one JSON object per line, in order of time. Checks read nothing else.
 
-``request`` is one request as its client saw it; ``fault`` and ``healed`` what was done to the fleet and until when;
-``recovery`` how long it took from a fault on a worker until a job that it held began elsewhere; ``said`` a line of a
-role's log that names a request or a worker's death; the others are looks at the queue when all was over.
+``request`` is one request as its client saw it; ``fault`` and ``healed`` are the start and the end of an injected
+fault; ``recovery`` is the time from a fault on a worker until one of its jobs began elsewhere; ``log`` is a line of a
+role's log that names a request or a dead worker. The others describe the queue after the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-What = Literal["request", "fault", "healed", "recovery", "said", "final", "letter", "counts", "canaries"]
+What = Literal["request", "fault", "healed", "recovery", "log", "final", "dead_letter", "counts", "canaries"]
 
 Entry = dict[str, Any]
 
@@ -24,21 +24,21 @@ class Request:
     """One request and what its client saw. Times are seconds since the run began.
 
     ``end`` is how it ended: ``answered``, ``error`` (an error object, as answer or event; ``code`` is its code),
-    ``cut`` (the connection broke), ``left`` (the client went on purpose) or ``silent`` (its limit passed).
-    ``first_s`` is when the first of the answer came, 0 if nothing did. ``tries`` are the other times that it was sent
-    under its ``key``: before, or at once; ``reused`` is the status of another body under that key, 0 if none was sent.
+    ``cut`` (the connection broke), ``left`` (the client disconnected on purpose) or ``silent`` (its time limit passed).
+    ``first_byte_s`` is when the answer began, 0 if it did not. ``tries`` are the other tries under its ``key``, earlier
+    or at the same time; ``reused`` is the status of another body under that key, 0 if none was sent.
     """
 
     number: int
     kind: str
     router: int
     cells: int
-    begun_s: float
+    sent_s: float
     tenant: str = ""
     deadline_s: float = 0.0
     on_loss: str = ""
     end: str = "silent"
-    first_s: float = 0.0
+    first_byte_s: float = 0.0
     ended_s: float = 0.0
     status: int = 0
     code: str = ""
@@ -72,7 +72,7 @@ class History:
         self._file = file.open("w")
 
     def begin(self) -> None:
-        """Time counts from now."""
+        """Set the origin of time to now."""
         self.begun, self.began_at = time.monotonic(), time.time()
 
     @property
@@ -80,7 +80,7 @@ class History:
         return time.monotonic() - self.begun
 
     def add(self, what: What, **fields: Any) -> None:
-        """One more entry, of now unless ``t`` is given."""
+        """Add an entry, dated now unless ``t`` is given."""
         entry = {"t": round(self.now_s, 4), "what": what, **fields}
         self.entries.append(entry)
         self._file.write(json.dumps(entry) + "\n")

@@ -1,4 +1,4 @@
-"""From a seed to the faults of a run, and when. Pure: the same seed and length give the same plan.
+"""Draw the faults of a run and their times from a seed. Pure: the same seed and length give the same plan.
 
 A run opens with what it measures and must prove: workers are killed, one is hung, replies are lost, a prompt crashes
 its engines, each when the one before is over and nothing else is under way. Then every other kind of fault comes once,
@@ -17,15 +17,15 @@ from tests.support.faults import Point
 
 WORKERS, ROUTERS, MANAGERS = 3, 2, 2
 LEASE_S, SWEEP_S = 3.0, 0.2
-"""Of the fleet: after how long stillness is death, and how often the Manager looks."""
+"""The fleet's lease, and how often the Manager sweeps."""
 CALM_S = 2.0
 """Before the first fault and after the last one."""
 OPENING_S = 22.0
-"""What the opening takes of a run, about."""
-EVERY_S = 2.0
-"""Between faults that are drawn, when each kind was there once."""
+"""About how long the opening takes."""
+INTERVAL_S = 2.0
+"""Between drawn faults, after each kind has come once."""
 MIN_S = 40.0
-"""A shorter run has no room for each kind, and need not prove anything."""
+"""A shorter run has no time for each kind, and need not prove anything."""
 
 
 class Kind(StrEnum):
@@ -52,27 +52,27 @@ class Kind(StrEnum):
     STRIKE_ROUTER = "SIGKILL router at a named point"
     FULL_DISK = "disk full"
     POISON = "a prompt that crashes its engine"
-    DISCONNECTS = "clients that leave by the hundred"
-    STRANGERS = "malformed, deep, truncated and oversized requests"
-    LORIS = "clients that send byte by byte, or nothing"
-    JUNK = "junk straight into the streams"
+    DISCONNECTS = "clients that disconnect by the hundred"
+    MALFORMED = "malformed, deep, truncated and oversized requests"
+    SLOWLORIS = "clients that send byte by byte, or nothing"
+    STREAM_GARBAGE = "garbage written into the streams"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """At ``at_s`` (counted from the end of the opening), for ``lasts_s``: ``kind`` on the ``target``-th of its role.
+    """At ``at_s`` (counted from the end of the opening), for ``duration_s``: ``kind`` on the ``target``-th of its role.
     ``call`` is the operation that a strike is about."""
 
     at_s: float
     kind: Kind
     target: int = 0
-    lasts_s: float = 0.0
+    duration_s: float = 0.0
     call: str = ""
     point: Point = Point.AFTER_COMMIT
 
 
 _TARGETS = {"router": ROUTERS, "manager": MANAGERS, "worker": WORKERS, "engine": WORKERS}
-_LASTS_S: dict[Kind, tuple[float, float]] = {
+_DURATION_S: dict[Kind, tuple[float, float]] = {
     Kind.KILL_WORKER: (0.3, 1.0),
     Kind.KILL_ROUTER: (0.3, 1.0),
     Kind.KILL_MANAGER: (0.5, 3.0),
@@ -94,15 +94,15 @@ _LASTS_S: dict[Kind, tuple[float, float]] = {
     Kind.STRIKE_WORKER: (0.3, 1.0),
     Kind.STRIKE_ROUTER: (0.3, 1.0),
     Kind.FULL_DISK: (0.5, 1.5),
-    Kind.LORIS: (1.0, 3.0),
-    Kind.JUNK: (0.5, 1.0),
+    Kind.SLOWLORIS: (1.0, 3.0),
+    Kind.STREAM_GARBAGE: (0.5, 1.0),
 }
 _WORKER_CALLS = ("claim", "append", "settle")
-_ALSO = ("claim", "publish", "append", "settle")
+_STRIKE_CALLS = ("claim", "publish", "append", "settle")
 
 
 def opening(seed: int, seconds: float) -> Sequence[Fault]:
-    """What is done first, one after the other; nothing in a run too short for it."""
+    """The first faults, one after the other; none in a run that is too short."""
     if seconds < MIN_S:
         return []
     first, second, third = _shuffled(random.Random(seed), list(range(WORKERS)))
@@ -116,24 +116,24 @@ def opening(seed: int, seconds: float) -> Sequence[Fault]:
 
 
 def draw(seed: int, seconds: float) -> Sequence[Fault]:
-    """The faults behind the opening of a run of ``seconds``, in order of time."""
+    """The faults after the opening of a run of ``seconds``, in order of time."""
     rng = random.Random(seed)
     if seconds < MIN_S:
         kinds = _shuffled(rng, list(Kind))
-        count = max(1, int((seconds - 2 * CALM_S) / EVERY_S))
-        return _at(rng, kinds[:count], 0.0, EVERY_S)
+        count = max(1, int((seconds - 2 * CALM_S) / INTERVAL_S))
+        return _at(rng, kinds[:count], 0.0, INTERVAL_S)
     left_s = seconds - 2 * CALM_S - OPENING_S
     # Workers are struck at each call, and at each point.
     others = [kind for kind in Kind if kind not in (Kind.KILL_WORKER, Kind.PAUSE_WORKER, Kind.POISON)]
     once = _shuffled(rng, [*others, *[Kind.STRIKE_WORKER] * (len(_WORKER_CALLS) - 1)])
-    every_s = min(EVERY_S, left_s / len(once))
-    count = max(0, int((left_s - len(once) * every_s) / EVERY_S))
+    every_s = min(INTERVAL_S, left_s / len(once))
+    count = max(0, int((left_s - len(once) * every_s) / INTERVAL_S))
     drawn = [rng.choice(list(Kind)) for _ in range(count)]
     first = _at(rng, once, 0.0, every_s)
     strikes = [number for number, fault in enumerate(first) if fault.kind is Kind.STRIKE_WORKER]
     for number, call, point in zip(strikes, _WORKER_CALLS, _shuffled(rng, list(Point)), strict=True):
         first[number] = replace(first[number], call=call, point=point)
-    return [*first, *_at(rng, drawn, len(once) * every_s, EVERY_S)]
+    return [*first, *_at(rng, drawn, len(once) * every_s, INTERVAL_S)]
 
 
 _T = TypeVar("_T")
@@ -151,6 +151,6 @@ def _at(rng: random.Random, kinds: Sequence[Kind], from_s: float, every_s: float
 def _fault(rng: random.Random, kind: Kind, at_s: float) -> Fault:
     named = [role for role in _TARGETS if role in kind]
     targets = _TARGETS[min(named, key=kind.index)] if named else WORKERS
-    call = {Kind.STRIKE_WORKER: rng.choice(_ALSO), Kind.STRIKE_ROUTER: "enqueue"}.get(kind, "")
-    lasts_s = rng.uniform(*_LASTS_S.get(kind, (0.0, 0.0)))
-    return Fault(at_s, kind, rng.randrange(targets), lasts_s, call, rng.choice(list(Point)))
+    call = {Kind.STRIKE_WORKER: rng.choice(_STRIKE_CALLS), Kind.STRIKE_ROUTER: "enqueue"}.get(kind, "")
+    duration_s = rng.uniform(*_DURATION_S.get(kind, (0.0, 0.0)))
+    return Fault(at_s, kind, rng.randrange(targets), duration_s, call, rng.choice(list(Point)))

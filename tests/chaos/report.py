@@ -1,4 +1,4 @@
-"""The table of a run, and the story of what was wrong in it."""
+"""Show a run: a table of its numbers, and the events around each violation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .check import INVARIANTS, SCAN_S, Verdict, Violation
-from .excuses import INSTANT_S, RELINK_S, spans_of
+from .explanations import INSTANT_S, RELINK_S, spans_of
 from .history import Entry
 from .plan import LEASE_S
 
 BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
-_LEFT_OUT = ("ids", "vector", "what")
+_HIDDEN_FIELDS = ("ids", "vector", "what")
 
 
 def rows(verdict: Verdict) -> list[tuple[str, str]]:
-    """The figures, by name."""
+    """The numbers, by name."""
     counts = verdict.counts
     explained = ", ".join(f"{count} {why}" for why, count in sorted(verdict.explained.items())) or "none"
     shown = ", ".join(f"{number} {name} ({verdict.exercised[number]})" for number, name in INVARIANTS.items())
@@ -37,7 +37,7 @@ def rows(verdict: Verdict) -> list[tuple[str, str]]:
         ("streams migrated", str(verdict.migrated)),
         ("gaps in them", str(verdict.gaps)),
         ("jobs of crashed engines", str(counts.get("jobs crashed", 0))),
-        ("dead letters", str(counts.get("dead", 0))),
+        ("dead dead_letters", str(counts.get("dead", 0))),
         ("SIGKILL of a worker to the next start of its jobs", _times(verdict.kill_to_start_s)),
         (f"hang to the next start (at most {LEASE_S + SCAN_S:g} s)", _times(verdict.hang_to_start_s)),
         ("healed to the next start", _times(verdict.heal_to_start_s)),
@@ -59,9 +59,9 @@ def table(verdict: Verdict, title: str) -> str:
 
 
 def commit() -> str:
-    """The commit at hand, with a mark if files differ from it."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return told.stdout.strip() or "unknown"
+    """The current commit, marked if files differ from it."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def write_into(page: Path, verdict: Verdict, title: str) -> None:
@@ -71,13 +71,13 @@ def write_into(page: Path, verdict: Verdict, title: str) -> None:
     page.write_text(f"{text[:before]}\n\n{table(verdict, title)}\n\n{text[after:]}", "utf-8")
 
 
-def story(verdict: Verdict, entries: Sequence[Entry], most: int = 5) -> str:
-    """Each violation with what concerns it and nothing else: the request, the faults beside it, what was said of it."""
+def describe_violations(verdict: Verdict, entries: Sequence[Entry], max_shown: int = 5) -> str:
+    """Each violation with its request, the faults at that time and the log lines about the request."""
     parts = []
-    for violation in verdict.violations[:most]:
+    for violation in verdict.violations[:max_shown]:
         parts += [f"VIOLATION {violation}", *(f"    {line}" for line in _concerning(violation, entries))]
-    if len(verdict.violations) > most:
-        parts.append(f"... and {len(verdict.violations) - most} more")
+    if len(verdict.violations) > max_shown:
+        parts.append(f"... and {len(verdict.violations) - max_shown} more")
     return "\n".join(parts)
 
 
@@ -88,15 +88,17 @@ def _concerning(violation: Violation, entries: Sequence[Entry]) -> Iterator[str]
     beside = {
         span.number
         for span in spans_of(entries)
-        if span.meets(request.begun_s - INSTANT_S, request.ended_s + INSTANT_S, RELINK_S)
+        if span.meets(request.sent_s - INSTANT_S, request.ended_s + INSTANT_S, RELINK_S)
     }
-    told = []
+    found = []
     for entry in entries:
         fault = entry["what"] in ("fault", "healed") and entry["number"] in beside
         own = entry["what"] == "request" and entry["number"] == request.number
-        said = entry["what"] in ("said", "letter") and entry["request_id"] == request.request_id
-        if fault or own or said:
-            told.append(entry)
-    for entry in sorted(told, key=lambda entry: float(entry["t"])):
-        fields = {name: value for name, value in entry.items() if name not in _LEFT_OUT and value not in ("", [], {})}
+        about = entry["what"] in ("log", "dead_letter") and entry["request_id"] == request.request_id
+        if fault or own or about:
+            found.append(entry)
+    for entry in sorted(found, key=lambda entry: float(entry["t"])):
+        fields = {
+            name: value for name, value in entry.items() if name not in _HIDDEN_FIELDS and value not in ("", [], {})
+        }
         yield f"{entry['what']}: {fields}"

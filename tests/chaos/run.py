@@ -1,4 +1,4 @@
-"""One run: ``python -m tests.chaos --seconds 60 --seed 7``."""
+"""Run chaos once: start the fleet, the clients and the faults, then check the history."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from tests.support.disks import server_with_a_small_disk
 
-from . import aftermath, faults
+from . import faults, final_state
 from .check import Verdict, check
 from .clients import Clients
+from .fleet import ChaosFleet, started_fleet
 from .history import Entry, History
 from .plan import CALM_S, MIN_S, draw, opening
-from .stage import Stage, staged
 
 MUST_PROVE = (
     "fenced", "duplicate", "recovered", "streams migrated", "kill measured", "hang measured", "poison given up",
@@ -30,23 +30,23 @@ class Outcome:
     entries: Sequence[Entry]
 
 
-async def play(folder: Path, *, seed: int, seconds: float) -> Outcome:
-    """Run the faults of ``seed`` for ``seconds`` and judge what was seen. Logs and history are left in ``folder``."""
+async def run_chaos(folder: Path, *, seed: int, seconds: float) -> Outcome:
+    """Run the faults of ``seed`` for ``seconds`` and check the history. Logs and history stay in ``folder``."""
     server = server_with_a_small_disk(folder / "queue")
     history = History(folder / "history.jsonl")
     try:
-        async with staged(folder, server, history) as stage:
-            stage.clients = clients = Clients([role.url for role in stage.routers], history, seed=seed)
+        async with started_fleet(folder, server, history) as fleet:
+            fleet.clients = clients = Clients([role.url for role in fleet.routers], history, seed=seed)
             history.begin()
             clients.start()
             try:
-                await _do_all(stage, seed, seconds)
+                await _inject_all(fleet, seed, seconds)
             except BaseException:
-                clients.abandon()
+                clients.abort()
                 raise
             await clients.stop()
-            await stage.watched()
-            await aftermath.look(stage)
+            await fleet.finish_measurements()
+            await final_state.record(fleet)
     finally:
         history.close()
         server.stop()
@@ -54,16 +54,16 @@ async def play(folder: Path, *, seed: int, seconds: float) -> Outcome:
     return Outcome(check(history.entries, must_prove=proves), history.entries)
 
 
-async def _do_all(stage: Stage, seed: int, seconds: float) -> None:
-    history = stage.history
+async def _inject_all(fleet: ChaosFleet, seed: int, seconds: float) -> None:
+    history = fleet.history
     await asyncio.sleep(CALM_S)
     first = opening(seed, seconds)
     for number, fault in enumerate(first):
-        await faults.do(stage, number, fault)
+        await faults.inject(fleet, number, fault)
         await asyncio.sleep(APART_S)
     begin_s = history.now_s
     async with asyncio.TaskGroup() as group:
         for number, fault in enumerate(draw(seed, seconds), len(first)):
             await asyncio.sleep(max(0.0, begin_s + fault.at_s - history.now_s))
-            group.create_task(faults.do(stage, number, fault))
+            group.create_task(faults.inject(fleet, number, fault))
     await asyncio.sleep(max(CALM_S, seconds - history.now_s))

@@ -1,4 +1,4 @@
-"""The judge is judged: histories made by hand, each with one thing wrong, or with an explanation."""
+"""Test the checker: histories made by hand, each with one error, or with an explanation."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 import pytest
 
 from tests.support.faults import Point
-from tests.support.traffic import cells_of
+from tests.support.traffic import cells_text
 from worker.engines.simulated.api.answers import embedding
 from worker.engines.simulated.tokens import count_tokens
 
-from .asks import MODEL, prompt_of
+from .answers import DIMENSIONS
 from .check import SCAN_S, SLACK_S, STALL_S, check
-from .excuses import MAX_ATTEMPTS, RELINK_S
+from .explanations import MAX_ATTEMPTS, RELINK_S
 from .history import Entry, Request
-from .judge import DIMENSIONS
 from .plan import LEASE_S, Kind, draw, opening
-from .report import story, table
+from .report import describe_violations, table
+from .workload import MODEL, prompt_of
 
-TEXT = cells_of(7, 8)
+TEXT = cells_text(7, 8)
 PROMPT_TOKENS = count_tokens(prompt_of(7, "chat stream", 8, "acme"))
 
 
 def right(**changes: Any) -> Request:
-    """A stream that was answered as it should be."""
+    """A stream with the right answer."""
     usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": 8, "total_tokens": PROMPT_TOKENS + 8}
     fields: dict[str, Any] = {
-        "number": 7, "kind": "chat stream", "router": 0, "cells": 8, "begun_s": 10.0, "tenant": "acme",
-        "end": "answered", "first_s": 10.1, "ended_s": 11.0, "status": 200, "text": TEXT, "ids": ["a"], "roles": 1,
+        "number": 7, "kind": "chat stream", "router": 0, "cells": 8, "sent_s": 10.0, "tenant": "acme",
+        "end": "answered", "first_byte_s": 10.1, "ended_s": 11.0, "status": 200, "text": TEXT, "ids": ["a"], "roles": 1,
         "finishes": ["stop"], "done": 1, "usage": usage, "usages": 1, "request_id": "chaos-7",
     }  # fmt: skip
     return Request(**(fields | changes))
@@ -44,9 +44,9 @@ def history(request: Request, *faults: tuple[Kind, float, float], target: int = 
     return [*entries, {"t": request.ended_s, "what": "request", **asdict(request)}]
 
 
-def said(event: str, at_s: float, **more: Any) -> Entry:
+def log_entry(event: str, at_s: float, **more: Any) -> Entry:
     """A line of a role's log about the request."""
-    return {"t": at_s, "what": "said", "role": "worker-1", "event": event, "request_id": "chaos-7", **more}
+    return {"t": at_s, "what": "log", "role": "worker-1", "event": event, "request_id": "chaos-7", **more}
 
 
 def broken(entries: list[Entry]) -> list[str]:
@@ -66,8 +66,8 @@ def test_a_right_answer_is_completed() -> None:
         ({"text": TEXT[:-4]}, "no loss"),
         ({"text": TEXT[:8] + TEXT[12:]}, "no splice"),
         ({"text": TEXT[:8] + TEXT[4:]}, "no duplicate"),
-        ({"text": TEXT[:8] + cells_of(8, 8)[8:]}, "no splice"),
-        ({"text": TEXT[:8] + cells_of(8, 1), "end": "error", "code": "x"}, "no splice"),
+        ({"text": TEXT[:8] + cells_text(8, 8)[8:]}, "no splice"),
+        ({"text": TEXT[:8] + cells_text(8, 1), "end": "error", "code": "x"}, "no splice"),
         ({"request_id": "chaos-8"}, "no splice"),
         ({"text": "canary.globex.0123"}, "isolation"),
         ({"end": "error", "status": 400, "text": "", "message": "no canary.globex.0123"}, "isolation"),
@@ -91,12 +91,12 @@ def test_a_right_answer_is_completed() -> None:
         ({"end": "error", "status": 504, "code": "deadline_exceeded", "text": ""}, "no loss"),
     ],
 )
-def test_each_wrong_is_seen(changes: dict[str, Any], promise: str) -> None:
-    """By the promise that it breaks, with its story."""
+def test_each_error_is_found(changes: dict[str, Any], promise: str) -> None:
+    """It is reported as the promise that it breaks, with its events."""
     entries = history(right(**changes))
     verdict = check(entries)
     assert [violation.promise for violation in verdict.violations] == [promise]
-    assert "VIOLATION" in story(verdict, entries)
+    assert "VIOLATION" in describe_violations(verdict, entries)
 
 
 CUT: dict[str, Any] = {"end": "cut", "text": TEXT[:8]}
@@ -122,7 +122,7 @@ GIVEN_UP: dict[str, Any] = {"end": "error", "status": 502, "code": "attempts_exh
     ],
 )
 def test_what_a_fault_explains_is_no_violation(changes: dict[str, Any], fault: Kind, why: str) -> None:
-    """As long as that fault was there."""
+    """As long as that fault was active."""
     verdict = check(history(right(**changes), (fault, 9.0, 10.9)))
     assert (dict(verdict.explained), verdict.violations) == ({why: 1}, [])
 
@@ -144,7 +144,7 @@ def test_what_a_fault_explains_is_no_violation(changes: dict[str, Any], fault: K
     ],
 )
 def test_a_fault_explains_nothing_else(changes: dict[str, Any], fault: tuple[Kind, float, float], target: int) -> None:
-    """Over too long, of another Router, of another kind, or for an error that it does not cause: a loss it remains."""
+    """A fault that is over too long, at another Router, of another kind or with another error leaves a loss."""
     assert broken(history(right(**changes), fault, target=target)) == ["no loss"]
 
 
@@ -157,7 +157,7 @@ def test_attempts_are_used_up_only_by_as_many_deaths() -> None:
 
 def test_a_right_vector_is_completed() -> None:
     """It follows from model and text."""
-    vector = embedding(cells_of(7, 8), MODEL, 0, DIMENSIONS)[:8]
+    vector = embedding(cells_text(7, 8), MODEL, 0, DIMENSIONS)[:8]
     assert check(history(right(kind="embedding", text="", vector=vector))).completed == 1
 
 
@@ -179,12 +179,12 @@ def test_recoveries_count_undisturbed_and_have_a_limit(how: str, limit_s: float)
 
 
 def tried(**changes: Any) -> Entry:
-    """Another time that a request was sent under its key."""
+    """One try of a request under its key."""
     return {"router": 1, "end": "cut", "status": 200, "code": "", "text": TEXT[:8], "ids": ["a"]} | changes
 
 
 def test_a_key_is_one_answer() -> None:
-    """Whoever asks again gets the beginning or all of the same; nothing excuses one with a key that gets no answer."""
+    """Every retry gets the beginning or all of the same answer; nothing explains a key without an answer."""
     keyed = {"kind": "keyed chat stream", "key": "k"}
     right_tries = [tried(), tried(end="answered", text=TEXT)]
     verdict = check(history(right(**keyed, tries=right_tries, reused=422)))
@@ -198,48 +198,48 @@ def test_a_key_is_one_answer() -> None:
 
 
 def test_after_healing_work_goes_on() -> None:
-    """Nothing started within lease, scan and slack although somebody waited; or a fault that was never healed."""
+    """It is a violation if nothing starts within lease, scan and slack, or if a fault is never healed."""
     limit_s = LEASE_S + SCAN_S + SLACK_S
-    late = right(first_s=11.0 + limit_s, ended_s=12.0 + limit_s)
+    late = right(first_byte_s=11.0 + limit_s, ended_s=12.0 + limit_s)
     assert broken(history(late, (Kind.KILL_REDIS, 10.2, 10.5))) == ["liveness"]
-    assert broken(history(right(first_s=10.6), (Kind.KILL_REDIS, 10.2, 10.5))) == []
+    assert broken(history(right(first_byte_s=10.6), (Kind.KILL_REDIS, 10.2, 10.5))) == []
     assert broken(history(right(), (Kind.KILL_REDIS, 10.2, 10.5))[:1]) == ["liveness"]
 
 
 def test_streams_that_lost_a_worker_are_counted_as_migrated_if_they_are_whole() -> None:
-    """One that is not is a gap; one whose worker was lost before it delivered anything was none."""
-    resumed = said("stream_resumed", 10.5, delivered=12)
+    """An incomplete one is a gap; a stream that lost its worker before any output does not count."""
+    resumed = log_entry("stream_resumed", 10.5, delivered=12)
     whole = check([*history(right()), resumed])
     assert (whole.migrated, whole.gaps) == (1, 0)
     gap = check([*history(right(text=TEXT[:8] + TEXT[12:])), resumed])
     assert (gap.migrated, gap.gaps, gap.spliced) == (0, 1, 1)
-    assert check([*history(right()), said("stream_resumed", 10.5, delivered=0)]).migrated == 0
+    assert check([*history(right()), log_entry("stream_resumed", 10.5, delivered=0)]).migrated == 0
 
 
 def test_deadlines_and_aborts_have_limits() -> None:
-    """Without a fault beside it, a request is told of its deadline soon, and an engine soon lets go of one who left."""
-    late = right(deadline_s=0.3, begun_s=5.0, end="error", code="deadline_exceeded", status=504, text="")
+    """Without a fault, the error of a deadline comes soon, and an engine soon stops when its client leaves."""
+    late = right(deadline_s=0.3, sent_s=5.0, end="error", code="deadline_exceeded", status=504, text="")
     assert broken(history(late)) == ["deadline"]
     assert broken(history(late, (Kind.KILL_WORKER, 6.0, 7.0))) == []
     left = right(end="left", text=TEXT[:8])
-    assert broken([*history(left), said("job_aborted", 11.5)]) == []
-    assert broken([*history(left), said("job_aborted", 13.5)]) == ["cancel"]
+    assert broken([*history(left), log_entry("job_aborted", 11.5)]) == []
+    assert broken([*history(left), log_entry("job_aborted", 13.5)]) == ["cancel"]
 
 
 def test_dead_letters_are_poison_within_its_bound() -> None:
     """Another's, or one with more starts than allowed, is a violation."""
 
-    def letter(attempts: int) -> Entry:
-        told = {"request_id": "chaos-7", "attempts": attempts, "allowed": MAX_ATTEMPTS, "cause": "it crashed"}
-        return {"t": 20.0, "what": "letter", **told}
+    def dead_letter(attempts: int) -> Entry:
+        fields = {"request_id": "chaos-7", "attempts": attempts, "allowed": MAX_ATTEMPTS, "cause": "it crashed"}
+        return {"t": 20.0, "what": "dead_letter", **fields}
 
     poison = history(right(**(GIVEN_UP | {"kind": "poison"})))
-    assert broken([*poison, letter(MAX_ATTEMPTS)]) == []
-    assert broken([*poison, letter(MAX_ATTEMPTS + 1)]) == ["poison bound"]
-    assert broken([*history(right()), letter(MAX_ATTEMPTS)]) == ["poison bound"]
+    assert broken([*poison, dead_letter(MAX_ATTEMPTS)]) == []
+    assert broken([*poison, dead_letter(MAX_ATTEMPTS + 1)]) == ["poison bound"]
+    assert broken([*history(right()), dead_letter(MAX_ATTEMPTS)]) == ["poison bound"]
 
 
-def test_what_is_left_over_and_what_was_never_seen_is_told() -> None:
+def test_what_is_left_over_and_what_was_never_seen_is_reported() -> None:
     """A queue that is not empty, jobs that never ended, secrets in a log, a run in which nothing was ever fenced."""
     ended = dict.fromkeys(("done", "failed", "cancelled", "expired", "dead"), 1)
     entries: list[Entry] = [
@@ -258,18 +258,18 @@ def test_what_is_left_over_and_what_was_never_seen_is_told() -> None:
     assert "| FENCED | 0 |" in table(verdict, "by hand")
 
 
-def test_a_story_has_what_concerns_its_request_and_nothing_else() -> None:
-    """The request, the faults beside it, what the roles said of it; not those of another time, nor other lines."""
+def test_a_violation_is_described_by_its_own_request_and_nothing_else() -> None:
+    """It has the request, the faults at that time and the log lines about it, and no others."""
     entries = [
         *history(right(end="silent"), (Kind.KILL_WORKER, 9.0, 9.5), (Kind.KILL_REDIS, 30.0, 31.0)),
-        said("job_released", 10.5),
-        said("job_released", 10.5) | {"request_id": "chaos-8", "role": "worker-2"},
+        log_entry("job_released", 10.5),
+        log_entry("job_released", 10.5) | {"request_id": "chaos-8", "role": "worker-2"},
     ]
-    told = story(check(entries), entries)
-    assert Kind.KILL_WORKER in told
-    assert "job_released" in told
-    assert Kind.KILL_REDIS not in told
-    assert "chaos-8" not in told
+    text = describe_violations(check(entries), entries)
+    assert Kind.KILL_WORKER in text
+    assert "job_released" in text
+    assert Kind.KILL_REDIS not in text
+    assert "chaos-8" not in text
 
 
 @pytest.mark.parametrize("seed", range(20))

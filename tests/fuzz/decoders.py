@@ -1,4 +1,4 @@
-"""Edges that are functions: whatever they are given, they answer or refuse, in bounded time."""
+"""Feed the decoders: whatever their input, they accept or refuse it in bounded time."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def forms(mutator: Mutator) -> None:
 
 
 def batch_lines(mutator: Mutator) -> None:
-    """Lines of a batch's input: refused with their fault, or read twice alike."""
+    """Lines of a batch's input: refused with a reason, or read the same way twice."""
     data = json.dumps(mutator.json_of(LINE)).encode() if mutator.chance(0.5) else mutator.bytes_of(_LINE_BYTES)
     splitter = LineSplitter(_MAX_LINE_BYTES)
     at, lines = 0, []
@@ -199,7 +199,7 @@ def envelopes(mutator: Mutator) -> None:
 
 
 def frames(mutator: Mutator) -> None:
-    """Frames and markers, as Routers read them, through to what clients are given."""
+    """Frames and markers, as Routers read them, up to the client's stream."""
     run = b"".join(
         Frame(
             _JOB_ID, mutator.pick((0, 1, 2)), mutator.pick(("a", "b")), seq,

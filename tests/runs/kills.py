@@ -15,7 +15,7 @@ from tests.support.waiting import eventually
 
 from .moving import next_step
 from .report import steps_of, table
-from .stage import parse_seconds, staged
+from .topologies import open_topologies, parse_seconds
 
 STEPS = 6
 
@@ -102,7 +102,7 @@ def _alive(pid: int) -> bool:
 
 async def main(seconds: float) -> None:
     """The run at full length, with production's times, and its table."""
-    async with staged() as (fleet, ray):
+    async with open_topologies() as (fleet, ray):
         await ray.up()
         await serve_ray(fleet, ray)
         async with Traffic([ray.url]) as traffic:

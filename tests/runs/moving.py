@@ -14,7 +14,7 @@ from tests.support.traffic import Traffic
 from tests.support.waiting import eventually
 
 from .report import steps_of, table
-from .stage import parse_seconds, staged
+from .topologies import open_topologies, parse_seconds
 
 STEPS = 8
 """Between them the fleet serves for a while."""
@@ -116,7 +116,7 @@ async def stands_by(manager: Role) -> bool:
 
 async def main(seconds: float) -> None:
     """The run at full length, with production's times, and its table."""
-    async with staged() as (fleet, ray):
+    async with open_topologies() as (fleet, ray):
         await serve_http(fleet)
         async with Traffic([fleet.router.url]) as traffic:
             took = await move(fleet, ray, traffic, seconds / STEPS)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tests.support.sockets import Held
-from tests.support.traffic import Asked, Outcome, Traffic, is_excused
+from tests.support.traffic import Outcome, SentRequest, Traffic, is_expected_failure
 
 _HEAD = (
     "step",
@@ -16,7 +16,7 @@ _HEAD = (
     "requests",
     "streams across",
     "failed",
-    "excused",
+    "expected",
     "mixed up",
     "broken",
     "p50 ms",
@@ -30,33 +30,33 @@ class Step:
 
     name: str
     at_s: float
-    asked: Sequence[Asked]
+    sent: Sequence[SentRequest]
     streams_across: int
-    excused: int
+    expected: int
 
     def count(self, outcome: Outcome) -> int:
-        return Counter(asked.outcome for asked in self.asked)[outcome]
+        return Counter(sent.outcome for sent in self.sent)[outcome]
 
     def row(self) -> tuple[str, ...]:
-        silences = sorted(asked.max_silence_s * 1000 for asked in self.asked if asked.outcome is Outcome.RIGHT)
-        failed = self.count(Outcome.FAILED) + self.count(Outcome.UNANSWERED) - self.excused
-        numbers = (len(self.asked), self.streams_across, failed, self.excused)
+        silences = sorted(sent.max_silence_s * 1000 for sent in self.sent if sent.outcome is Outcome.RIGHT)
+        failed = self.count(Outcome.FAILED) + self.count(Outcome.UNANSWERED) - self.expected
+        numbers = (len(self.sent), self.streams_across, failed, self.expected)
         wrong = (self.count(Outcome.MIXED_UP), self.count(Outcome.BROKEN))
         times = (f"{silences[len(silences) // 2]:.0f}", f"{silences[-1]:.0f}") if silences else ("", "")
         return (self.name, f"{self.at_s:.1f}", *map(str, numbers), *map(str, wrong), *times)
 
 
-def steps_of(traffic: Traffic, excused: Iterable[Held] = ()) -> list[Step]:
+def steps_of(traffic: Traffic, expected: Iterable[Held] = ()) -> list[Step]:
     """The history of ``traffic`` divided by its steps."""
-    given = tuple(excused)
+    known = tuple(expected)
     begin = traffic.steps[0][0]
     ends = [at for at, _ in traffic.steps[1:]] + [time.monotonic()]
     found = []
     for (at, name), end in zip(traffic.steps, ends, strict=True):
         # What ends after the last step's mark is the last step's, which lasts until all is answered.
-        asked = [one for one in traffic.history if at <= one.end_s < end]
+        sent = [one for one in traffic.history if at <= one.end_s < end]
         across = sum(one.kind.stream and one.begin_s < at < one.end_s for one in traffic.history)
-        found.append(Step(name, at - begin, asked, across, sum(is_excused(one, given) for one in asked)))
+        found.append(Step(name, at - begin, sent, across, sum(is_expected_failure(one, known) for one in sent)))
     return found
 
 

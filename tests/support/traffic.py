@@ -1,8 +1,8 @@
-"""Traffic that notices everything: clients whose every answer is known beforehand, token by token.
+"""Traffic with known answers: clients that check every answer token by token.
 
-Each request asks a simulated engine in echo mode for a text of cells. A cell is one token and carries who asked and its
-place: an answer that was mixed up, cut, doubled or has a gap shows, and says where. Nothing is ever sent twice: a
-request that fails has failed. Where requests go can be changed at any time, as a load balancer would::
+Each request asks a simulated engine in echo mode for a text of cells. A cell is one token
+and names its request and its place, so a mixed-up, cut, doubled or incomplete answer shows where it is wrong. Clients
+never retry. Their target can be changed at any time, as a load balancer would::
 
     async with Traffic([http_router]) as traffic:
         await traffic.answered(50)
@@ -54,19 +54,19 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of request. ``kept``: on the client's open connection, not on one of its own."""
+    """One kind of request. ``keepalive``: on the client's open connection, not on one of its own."""
 
     stream: bool
-    kept: bool
+    keepalive: bool
     cells: int
 
     def __str__(self) -> str:
-        connection = "kept" if self.kept else "new"
+        connection = "keepalive" if self.keepalive else "new"
         return f"{'stream' if self.stream else 'plain'}, {self.cells} cells, {connection} connection"
 
 
 @dataclass(slots=True)
-class Asked:
+class SentRequest:
     """One request and what became of it. Instants are of ``time.monotonic()``; ``port`` is the client's own."""
 
     number: int
@@ -75,7 +75,7 @@ class Asked:
     begin_s: float
     port: int = 0
     connected_s: float = 0.0
-    heard_s: float = 0.0
+    last_read_s: float = 0.0
     max_silence_s: float = 0.0
     end_s: float = 0.0
     text: str = ""
@@ -85,11 +85,11 @@ class Asked:
     def __str__(self) -> str:
         return f"request {self.number} ({self.kind}) to {self.url} from port {self.port}: {self.outcome}: {self.reason}"
 
-    def hear(self, piece: str) -> None:
+    def receive(self, piece: str) -> None:
         """More of the answer came."""
         now = time.monotonic()
-        self.max_silence_s = max(self.max_silence_s, now - (self.heard_s or self.begin_s))
-        self.heard_s = now
+        self.max_silence_s = max(self.max_silence_s, now - (self.last_read_s or self.begin_s))
+        self.last_read_s = now
         self.text += piece
 
     def end(self, outcome: Outcome, reason: str = "") -> None:
@@ -97,15 +97,15 @@ class Asked:
         self.outcome, self.reason = outcome, reason
 
 
-def cells_of(number: int, cells: int) -> str:
+def cells_text(number: int, cells: int) -> str:
     """What request ``number`` asks, and must be answered."""
     name = _name(number)
     return "".join(name + _DIGITS[place % _PLACES] for place in range(cells))
 
 
-def judge(text: str, number: int, cells: int, *, whole: bool = True) -> tuple[Outcome, str]:
+def check_text(text: str, number: int, cells: int, *, whole: bool = True) -> tuple[Outcome, str]:
     """What an answer is worth, and why. One that is not ``whole`` may end early, but at no wrong place."""
-    wanted = cells_of(number, cells)
+    wanted = cells_text(number, cells)
     if text == wanted or (not whole and wanted.startswith(text)):
         return Outcome.RIGHT, ""
     name = _name(number)
@@ -114,7 +114,7 @@ def judge(text: str, number: int, cells: int, *, whole: bool = True) -> tuple[Ou
         if cell == due:
             continue
         if len(cell) == CELL and not cell.startswith(name):
-            return Outcome.MIXED_UP, f"cell {at // CELL} is {cell!r}, which another request asked for"
+            return Outcome.MIXED_UP, f"cell {at // CELL} is {cell!r}, which belongs to another request"
         return Outcome.BROKEN, f"cell {at // CELL} is {cell!r} in place of {due!r}"
     raise AssertionError("texts of the same cells are equal")
 
@@ -145,7 +145,7 @@ class Traffic:
         pause_s: float = 0.02,
         limit_s: float = 60.0,
     ) -> None:
-        self.history: list[Asked] = []
+        self.history: list[SentRequest] = []
         self.steps: list[tuple[float, str]] = []
         self.model = model
         self.pause_s = pause_s
@@ -153,9 +153,11 @@ class Traffic:
         self.stopping = asyncio.Event()
         self._urls = list(urls)
         self._numbers = count()
-        long = Kind(stream=True, kept=True, cells=long_cells)
-        short = [Kind(stream, kept, cells=10) for stream, kept in ((True, True), (False, False), (True, False))]
-        short.append(Kind(stream=False, kept=True, cells=10))
+        long = Kind(stream=True, keepalive=True, cells=long_cells)
+        short = [
+            Kind(stream, keepalive, cells=10) for stream, keepalive in ((True, True), (False, False), (True, False))
+        ]
+        short.append(Kind(stream=False, keepalive=True, cells=10))
         self._clients = [_Client(self, number, [long] if number % 3 == 0 else short) for number in range(clients)]
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -187,12 +189,12 @@ class Traffic:
         """Name what is done now: ``steps`` divides the history."""
         self.steps.append((time.monotonic(), name))
 
-    def next(self, kind: Kind) -> Asked:
+    def next(self, kind: Kind) -> SentRequest:
         """The next request, entered into the history."""
         number = next(self._numbers)
-        asked = Asked(number, kind, self._urls[number % len(self._urls)], time.monotonic())
-        self.history.append(asked)
-        return asked
+        sent = SentRequest(number, kind, self._urls[number % len(self._urls)], time.monotonic())
+        self.history.append(sent)
+        return sent
 
     async def answered(self, more: int, *, limit_s: float = 60.0) -> None:
         """Wait until ``more`` requests have been answered that begin from now on."""
@@ -200,7 +202,7 @@ class Traffic:
 
         def enough() -> bool:
             assert not any(task.done() for task in self._tasks), "a client has ended early"
-            return sum(asked.end_s > 0 for asked in self.history[first:]) >= more
+            return sum(sent.end_s > 0 for sent in self.history[first:]) >= more
 
         await eventually(enough, f"{more} more requests are answered", limit_s=limit_s, every_s=0.05)
 
@@ -210,24 +212,24 @@ class Traffic:
         wanted = max(1, sum(client.kinds[0].cells == longest for client in self._clients) // 2)
 
         def enough() -> bool:
-            running = [asked for asked in self.history if asked.kind.cells == longest and not asked.end_s]
-            return sum(0 < len(asked.text) < longest * CELL // 2 for asked in running) >= wanted
+            running = [sent for sent in self.history if sent.kind.cells == longest and not sent.end_s]
+            return sum(0 < len(sent.text) < longest * CELL // 2 for sent in running) >= wanted
 
         await eventually(enough, f"{wanted} long streams run", limit_s=limit_s, every_s=0.01)
 
-    def wrong(self, *excused: Held) -> list[str]:
-        """Every request that went wrong, in words. A failure on a connection of ``excused`` is none; all else is."""
+    def wrong(self, *expected: Held) -> list[str]:
+        """Every request that went wrong, in words. A failure on a connection of ``expected`` is none; all else is."""
         return [
-            str(asked)
-            for asked in self.history
-            if asked.outcome is not Outcome.RIGHT and not is_excused(asked, excused)
+            str(sent)
+            for sent in self.history
+            if sent.outcome is not Outcome.RIGHT and not is_expected_failure(sent, expected)
         ]
 
 
-def is_excused(asked: Asked, excused: Iterable[Held]) -> bool:
+def is_expected_failure(sent: SentRequest, expected: Iterable[Held]) -> bool:
     """Whether a request failed, and only failed, on a connection that its killed server held."""
-    return asked.outcome is Outcome.FAILED and any(
-        asked.port in held.ports and asked.connected_s <= held.at_s for held in excused
+    return sent.outcome is Outcome.FAILED and any(
+        sent.port in held.ports and sent.connected_s <= held.at_s for held in expected
     )
 
 
@@ -248,14 +250,14 @@ class _Client:
         opened: _Opened = {}
         async with self._session(opened) as session:
             while not self._traffic.stopping.is_set():
-                asked = self._traffic.next(self.kinds[self._turn % len(self.kinds)])
+                sent = self._traffic.next(self.kinds[self._turn % len(self.kinds)])
                 self._turn += 1
-                if asked.kind.kept:
-                    await self._ask(session, opened, asked)
+                if sent.kind.keepalive:
+                    await self._ask(session, opened, sent)
                 else:
                     own: _Opened = {}
                     async with self._session(own) as once:
-                        await self._ask(once, own, asked)
+                        await self._ask(once, own, sent)
                 await asyncio.sleep(self._traffic.pause_s)
 
     def _session(self, opened: _Opened) -> aiohttp.ClientSession:
@@ -271,46 +273,46 @@ class _Client:
         connector = aiohttp.TCPConnector(keepalive_timeout=60, socket_factory=open_socket)
         return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=self._traffic.limit_s))
 
-    async def _ask(self, session: aiohttp.ClientSession, opened: _Opened, asked: Asked) -> None:
-        request_id = f"traffic-{asked.number}"
+    async def _ask(self, session: aiohttp.ClientSession, opened: _Opened, sent: SentRequest) -> None:
+        request_id = f"traffic-{sent.number}"
         body = {
             "model": self._traffic.model,
-            "messages": [{"role": "user", "content": cells_of(asked.number, asked.kind.cells)}],
-            "stream": asked.kind.stream,
+            "messages": [{"role": "user", "content": cells_text(sent.number, sent.kind.cells)}],
+            "stream": sent.kind.stream,
         }
         try:
             async with session.post(
-                f"{asked.url}/v1/chat/completions", json=body, headers={REQUEST_ID: request_id}
+                f"{sent.url}/v1/chat/completions", json=body, headers={REQUEST_ID: request_id}
             ) as answer:
-                reason = await _read(answer, asked)
+                reason = await _read(answer, sent)
                 answered_id = answer.headers.get(REQUEST_ID)
         except TimeoutError:
-            asked.end(Outcome.UNANSWERED, f"not whole after {self._traffic.limit_s:g} s")
+            sent.end(Outcome.UNANSWERED, f"not whole after {self._traffic.limit_s:g} s")
         except (aiohttp.ClientError, OSError) as error:
-            _failed(asked, f"{type(error).__name__}: {error}")
+            _failed(sent, f"{type(error).__name__}: {error}")
         else:
             if reason:
-                _failed(asked, reason)
+                _failed(sent, reason)
             elif answered_id != request_id:
-                asked.end(Outcome.MIXED_UP, f"the answer is called {answered_id}")
+                sent.end(Outcome.MIXED_UP, f"the answer is called {answered_id}")
             else:
-                asked.end(*judge(asked.text, asked.number, asked.kind.cells))
+                sent.end(*check_text(sent.text, sent.number, sent.kind.cells))
         finally:
-            asked.port, asked.connected_s = opened.get(urlsplit(asked.url).port or 80, (0, 0.0))
+            sent.port, sent.connected_s = opened.get(urlsplit(sent.url).port or 80, (0, 0.0))
 
 
-def _failed(asked: Asked, reason: str) -> None:
+def _failed(sent: SentRequest, reason: str) -> None:
     """What came before the failure must be right all the same."""
-    outcome, why = judge(asked.text, asked.number, asked.kind.cells, whole=False)
-    asked.end(*((Outcome.FAILED, reason) if outcome is Outcome.RIGHT else (outcome, why)))
+    outcome, why = check_text(sent.text, sent.number, sent.kind.cells, whole=False)
+    sent.end(*((Outcome.FAILED, reason) if outcome is Outcome.RIGHT else (outcome, why)))
 
 
-async def _read(answer: aiohttp.ClientResponse, asked: Asked) -> str:
+async def _read(answer: aiohttp.ClientResponse, sent: SentRequest) -> str:
     """Read the whole answer; why it is an error, empty if it is none."""
     if answer.status != 200:
         return f"status {answer.status}: {(await answer.text())[:300]}"
-    if not asked.kind.stream:
-        asked.hear((await answer.json())["choices"][0]["message"]["content"])
+    if not sent.kind.stream:
+        sent.receive((await answer.json())["choices"][0]["message"]["content"])
         return ""
     ids: set[str] = set()
     finished = 0
@@ -328,7 +330,7 @@ async def _read(answer: aiohttp.ClientResponse, asked: Asked) -> str:
         for choice in chunk["choices"]:
             finished += choice.get("finish_reason") is not None
             if piece := choice["delta"].get("content"):
-                asked.hear(piece)
+                sent.receive(piece)
     if (ended, finished, len(ids)) != (True, 1, 1):
         return f"{'an' if ended else 'no'} end mark, {finished} finish reasons, {len(ids)} ids"
     return ""

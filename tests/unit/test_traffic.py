@@ -15,11 +15,11 @@ from aiohttp import web
 from tests.runs.report import steps_of, table
 from tests.support.processes import Child, free_port
 from tests.support.sockets import held_by, kill_holding
-from tests.support.traffic import CELL, Asked, Kind, Outcome, Traffic, cells_of, judge
+from tests.support.traffic import CELL, Kind, Outcome, SentRequest, Traffic, cells_text, check_text
 from tests.support.waiting import eventually
 
-WHOLE = cells_of(7, 5)
-FOREIGN = cells_of(8, 5)
+WHOLE = cells_text(7, 5)
+FOREIGN = cells_text(8, 5)
 
 
 @pytest.mark.parametrize(
@@ -39,15 +39,15 @@ FOREIGN = cells_of(8, 5)
 )
 def test_an_answer_is_judged_by_its_cells(text: str, outcome: Outcome, words: str) -> None:
     """Another's cell is a mix-up; a gap, a repeat, a cut and a surplus are breaks; each is told by its place."""
-    found, why = judge(text, 7, 5)
+    found, why = check_text(text, 7, 5)
     assert found is outcome
     assert why.startswith(words)
 
 
 def test_half_an_answer_is_right_as_far_as_it_goes() -> None:
     """Of a request that failed, what came before must be right all the same."""
-    assert judge(WHOLE[:10], 7, 5, whole=False)[0] is Outcome.RIGHT
-    assert judge(WHOLE[:4] + WHOLE[8:12], 7, 5, whole=False)[0] is Outcome.BROKEN
+    assert check_text(WHOLE[:10], 7, 5, whole=False)[0] is Outcome.RIGHT
+    assert check_text(WHOLE[:4] + WHOLE[8:12], 7, 5, whole=False)[0] is Outcome.BROKEN
 
 
 Meddle = Callable[[str], str]
@@ -55,13 +55,13 @@ Meddle = Callable[[str], str]
 
 @asynccontextmanager
 async def server(meddle: Meddle = lambda text: text, status: int = 200) -> AsyncIterator[str]:
-    """A server that answers what was asked, as ``meddle`` changes it."""
+    """A server that answers what was sent, as ``meddle`` changes it."""
 
     async def chat(request: web.Request) -> web.StreamResponse:
-        asked = await request.json()
+        sent = await request.json()
         headers = {"x-request-id": request.headers["x-request-id"]}
-        text = meddle(asked["messages"][0]["content"])
-        if status != 200 or not asked["stream"]:
+        text = meddle(sent["messages"][0]["content"])
+        if status != 200 or not sent["stream"]:
             return web.json_response({"choices": [{"message": {"content": text}}]}, status=status, headers=headers)
         answer = web.StreamResponse(headers=headers)
         await answer.prepare(request)
@@ -90,17 +90,17 @@ def _event(content: str, finish: str | None) -> bytes:
 async def _outcomes(url: str) -> set[Outcome]:
     async with Traffic([url], clients=4, long_cells=20, pause_s=0.001) as traffic:
         await traffic.answered(30)
-    return {asked.outcome for asked in traffic.history}
+    return {sent.outcome for sent in traffic.history}
 
 
 async def test_right_answers_are_right() -> None:
-    """Streams and plain answers, on kept and on new connections."""
+    """Streams and plain answers, on keepalive and on new connections."""
     async with server() as url, Traffic([url], clients=4, long_cells=20, pause_s=0.001) as traffic:
         await traffic.answered(30)
     assert traffic.wrong() == []
-    assert {asked.kind.stream for asked in traffic.history} == {True, False}
-    assert all(asked.port for asked in traffic.history)
-    ports = [asked.port for asked in traffic.history if asked.kind.kept]
+    assert {sent.kind.stream for sent in traffic.history} == {True, False}
+    assert all(sent.port for sent in traffic.history)
+    ports = [sent.port for sent in traffic.history if sent.kind.keepalive]
     assert len(set(ports)) == 4
 
 
@@ -109,7 +109,7 @@ async def test_right_answers_are_right() -> None:
     [
         (lambda text: text[:CELL] + text[2 * CELL :], Outcome.BROKEN),
         (lambda text: text[CELL:2 * CELL] + text[CELL:], Outcome.BROKEN),
-        (lambda text: cells_of(4_000, len(text) // CELL), Outcome.MIXED_UP),
+        (lambda text: cells_text(4_000, len(text) // CELL), Outcome.MIXED_UP),
     ],
 )  # fmt: skip
 async def test_wrong_answers_are_noticed(meddle: Meddle, outcome: Outcome) -> None:
@@ -132,8 +132,8 @@ async def test_requests_go_where_they_are_sent() -> None:
         first = len(traffic.history)
         traffic.step("moved")
         await traffic.answered(10)
-    assert {asked.url for asked in traffic.history[:first]} == {one}
-    assert {asked.url for asked in traffic.history[first:]} == {two}
+    assert {sent.url for sent in traffic.history[:first]} == {one}
+    assert {sent.url for sent in traffic.history[first:]} == {two}
     assert [step.name for step in steps_of(traffic)] == ["begin", "moved", "end"]
     assert table(steps_of(traffic)).count("\n") == 4
 
@@ -166,16 +166,16 @@ async def test_what_a_killed_process_held_is_known(tmp_path: Path) -> None:
         assert waiting is not None
         held = kill_holding(child.pid, port)
         assert held.ports == {accepted.get_extra_info("sockname")[1]}
-        asked = Asked(1, Kind(stream=True, kept=True, cells=3), "", 0.0, port=next(iter(held.ports)))
-        asked.end(Outcome.FAILED, "reset")
+        sent = SentRequest(1, Kind(stream=True, keepalive=True, cells=3), "", 0.0, port=next(iter(held.ports)))
+        sent.end(Outcome.FAILED, "reset")
         traffic = Traffic([""])
-        traffic.history = [asked]
+        traffic.history = [sent]
         assert traffic.wrong(held) == []
         assert len(traffic.wrong()) == 1
-        asked.end(Outcome.BROKEN, "a gap")
-        assert len(traffic.wrong(held)) == 1, "only failures are excused"
-        asked.end(Outcome.FAILED, "reset")
-        asked.connected_s = held.at_s + 1
+        sent.end(Outcome.BROKEN, "a gap")
+        assert len(traffic.wrong(held)) == 1, "only failures are expected"
+        sent.end(Outcome.FAILED, "reset")
+        sent.connected_s = held.at_s + 1
         assert len(traffic.wrong(held)) == 1, "a later connection from the same port is another one"
     finally:
         child.kill()

@@ -5,7 +5,8 @@ Rules:
 * The acting Manager is known by its leader lease in Redis, which it extends all the time. No Manager acts once that
   stood still for a whole lease of a worker, by the rule of :class:`~queue_schemas.fleet.lease_watch.LeaseWatch`: Redis
   in reach throughout, on our own monotonic clock. So a Manager that is late, or a failover to its standby, starts no
-  sweep. * The workers' renewal counters are watched from the first poll at which the Manager's lease stood still: a
+  sweep.
+* The workers' renewal counters are watched from the first poll at which the Manager's lease stood still: a
   worker that dies meanwhile is found a lease after its death, not a lease after the Manager's was found. That is done
   by the one worker that holds the sweeper's lease (:mod:`worker.fallback_sweeper`).
 """

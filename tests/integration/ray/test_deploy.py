@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.runs.kills import serve_ray
-from tests.runs.stage import add_workers
+from tests.runs.topologies import add_workers
 from tests.support.fleet import Fleet
 from tests.support.ray_cluster import ROOT, RayCluster
 from tests.support.ray_fabric import RayFabric

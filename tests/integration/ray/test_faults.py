@@ -18,7 +18,7 @@ from queue_schemas import FABRIC_PREFIX, JOIN_TOKEN_HEADER
 from tests.integration.membership.test_clocks import HOUR_S, FleetWithClocks
 from tests.runs.kills import serve_ray
 from tests.runs.moving import stands_by
-from tests.runs.stage import add_workers
+from tests.runs.topologies import add_workers
 from tests.support.fleet import Fleet
 from tests.support.ray_cluster import RayCluster
 from tests.support.ray_fabric import CONTROLLER, MANAGER, RayFabric

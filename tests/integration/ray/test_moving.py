@@ -9,7 +9,7 @@ import pytest
 from tests.runs.kills import serve_ray
 from tests.runs.moving import into_http, into_ray
 from tests.runs.report import steps_of, table
-from tests.runs.stage import add_workers
+from tests.runs.topologies import add_workers
 from tests.support.fleet import Fleet
 from tests.support.ray_cluster import RayCluster
 from tests.support.ray_fabric import RayFabric

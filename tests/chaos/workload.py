@@ -1,8 +1,8 @@
-"""What clients ask: from a request's number and kind to its path, headers and body. Every right answer is known.
+"""Build the clients' requests: path, headers and body from a number and a kind. Every right answer is known.
 
 The engines echo: a chat answers its last message, a completion its prompt. So each request asks for a text of cells
-that name it (:func:`tests.support.traffic.cells_of`); a chat has a canary of its tenant's beside it, which must be
-seen nowhere.
+that name it (:func:`tests.support.traffic.cells_text`). A chat also has a canary, its tenant's secret, which must not
+appear anywhere else.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.support.traffic import cells_of
+from tests.support.traffic import cells_text
 from worker.engines.simulated import chat_prompt
 
 MODEL = "sim"
 TENANTS = ("acme", "globex", "initech")
-POISON, HURRIED, MALFORMED, GARBAGE = "poison", "hurried", "malformed", "engine garbage"
+POISON, IMPATIENT, MALFORMED, GARBAGE = "poison", "hurried", "malformed", "engine garbage"
 ENGINE_ERROR = "engine error"
 KINDS = (
     "chat stream", "chat stream", "chat stream", "completion stream", "completion stream", "chat", "chat", "completion",
     "embedding", "leaver", "slow reader stream", "deadline", ENGINE_ERROR, "engine breaks stream", GARBAGE,
     "keyed chat stream", "keyed chat",
 )  # fmt: skip
-"""Drawn from by every client. Some order a failure of one engine, which happens once, or garbage."""
+"""Every client draws from these. Some order one failure of an engine, or garbage."""
 MAX_COMPLETION_CELLS = 60
 """Cells repeat after 62 places; an echoed prompt that repeats itself looks like one that is half answered."""
 NAMES = 62**3
 POISON_CELLS = 60
-"""More than its attempts get out together, each a little more than the one before."""
-COME_BACK, TWINS = 0.3, 0.3
-"""Of requests with a key: share of streams whose client leaves and asks again, and of those sent twice at once."""
+"""More than all its attempts can produce together."""
+RECONNECT_SHARE, TWIN_SHARE = 0.3, 0.3
+"""Of requests with a key: the share of streams whose client reconnects, and the share sent twice at once."""
 PRIORITIES = (None, None, None, 0, -20, -5, 10)
 _ORDERS: Mapping[str, dict[str, Any]] = {
     ENGINE_ERROR: {"fail": 500, "times": 1, "on": "worker-1"},
@@ -57,10 +57,10 @@ _MALFORMED: tuple[bytes, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One request as it goes out. ``leave_after``: the client goes after so many cells; ``patience_s``: after that
-    time; ``pause_s``: how long it takes to read each event. ``key`` is its idempotency key: whoever has one asks again
-    until there is an answer; ``twin``: at both Routers at once; ``other_body`` is what the key must not be used for."""
+class OutgoingRequest:
+    """One request before it is sent. Its client disconnects after ``leave_after_cells`` cells or ``leave_after_s``
+    seconds, and takes ``pause_s`` to read each event. With an idempotency ``key`` it retries until there is an answer;
+    with ``twin`` it sends to both Routers at once. ``other_body`` is a body that must be refused under the same key."""
 
     kind: str
     cells: int
@@ -70,17 +70,17 @@ class Ask:
     tenant: str
     deadline_s: float = 0.0
     on_loss: str = ""
-    leave_after: int | None = None
-    patience_s: float | None = None
+    leave_after_cells: int | None = None
+    leave_after_s: float | None = None
     pause_s: float = 0.0
     key: str = ""
     twin: bool = False
     other_body: bytes = b""
 
 
-def make_ask(number: int, kind: str, rng: random.Random) -> Ask:
-    """Request ``number``, of ``kind``; what is free in it is drawn."""
-    streams = "stream" in kind or kind in ("leaver", HURRIED) or (kind == POISON and rng.random() < 0.5)
+def make_request(number: int, kind: str, rng: random.Random) -> OutgoingRequest:
+    """Request ``number`` of ``kind``; everything else is drawn from ``rng``."""
+    streams = "stream" in kind or kind in ("leaver", IMPATIENT) or (kind == POISON and rng.random() < 0.5)
     cells = rng.choice((8, 20, 60, 120)) if streams else rng.choice((4, 12, 30))
     if kind.startswith("completion"):
         cells = min(cells, MAX_COMPLETION_CELLS)
@@ -102,25 +102,25 @@ def make_ask(number: int, kind: str, rng: random.Random) -> Ask:
     keyed = kind.startswith("keyed")
     if keyed:
         headers["idempotency-key"] = request_id(number)
-    comes_back = keyed and streams and rng.random() < COME_BACK
-    return Ask(
+    reconnects = keyed and streams and rng.random() < RECONNECT_SHARE
+    return OutgoingRequest(
         kind, cells, path, body, headers, tenant, deadline_ms / 1000, on_loss,
-        leave_after=rng.randrange(cells) if kind == "leaver" or comes_back else None,
-        patience_s=rng.uniform(0.0, 0.3) if kind == HURRIED else None,
+        leave_after_cells=rng.randrange(cells) if kind == "leaver" or reconnects else None,
+        leave_after_s=rng.uniform(0.0, 0.3) if kind == IMPATIENT else None,
         pause_s=0.02 if kind == "slow reader stream" else 0.0,
         key=request_id(number) if keyed else "",
-        twin=keyed and rng.random() < TWINS,
+        twin=keyed and rng.random() < TWIN_SHARE,
         other_body=_body(number + 1, kind, cells, tenant, rng, streams=streams)[1] if keyed else b"",
     )  # fmt: skip
 
 
 def text_of(number: int, cells: int) -> str:
     """What request ``number`` asks, and must be answered. Names are used again after a quarter of a million."""
-    return cells_of(name_of(number), cells)
+    return cells_text(name_of(number), cells)
 
 
 def name_of(number: int) -> int:
-    """The number that is in the cells."""
+    """The number that the cells contain."""
     return number % NAMES
 
 
@@ -130,7 +130,7 @@ def request_id(number: int) -> str:
 
 
 def canary(number: int, tenant: str) -> str:
-    """What nobody but the tenant and its engine may see."""
+    """A secret that only the tenant and its engine may see."""
     return f"canary.{tenant}.{hashlib.sha256(str(number).encode()).hexdigest()[:12]}"
 
 

@@ -1,7 +1,7 @@
-"""Which fault explains that a request was not answered: pure, and as narrow as what users are told.
+"""Decide which fault explains an unanswered request: pure, and as narrow as the promise to users.
 
-An excuse needs its cause within the request's own time, at its own Router or at what all share, and the very error that
-users are told it ends with. Whatever has none is a loss.
+An explanation needs a cause during the request, at its Router or at a shared part, and exactly the documented error.
+A request without one is lost.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .asks import ENGINE_ERROR, GARBAGE, MALFORMED, POISON
 from .history import Entry, Request
 from .plan import LEASE_S, Kind
+from .workload import ENGINE_ERROR, GARBAGE, MALFORMED, POISON
 
 MAX_ATTEMPTS = 4
-"""Of the fleet's requests."""
+"""Maximum attempts of the fleet's jobs."""
 POISONED = "poison, given up"
 INSTANT_S = 0.3
-"""What one event may lie apart as two processes saw it."""
+"""By how much the times of one event may differ between two processes."""
 RELINK_S = 4.0
-"""How long a Router may refuse after its queue is back: it tries again after 2 s at the latest, then checks it."""
+"""How long a Router may refuse after its queue is back: it reconnects after 2 s at the latest, then checks it."""
 DEADLINE_SLACK_S = 3.0
-"""How long after its deadline a request may be told so: the Router's grace and sweep, and the machine's delays."""
+"""How late the error of a deadline may come: the Router's grace and sweep, and the machine's delays."""
 _ROUTER_KILLS = (Kind.KILL_ROUTER, Kind.STRIKE_ROUTER)
 _ROUTER_APART = (Kind.CUT_ROUTER, Kind.SILENT_ROUTER, *_ROUTER_KILLS)
 _QUEUE_AWAY = (Kind.KILL_REDIS, Kind.PAUSE_REDIS, Kind.FULL_DISK)
@@ -33,12 +33,12 @@ _DEATHS = (
     Kind.KILL_WORKER, Kind.KILL_ENGINE, Kind.PAUSE_WORKER, Kind.PAUSE_ENGINE, Kind.CUT_WORKER, Kind.SILENT_WORKER,
     Kind.STRIKE_WORKER, Kind.POISON,
 )  # fmt: skip
-"""What an attempt is charged for."""
+"""Faults that count as an attempt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One fault: from its beginning until it was healed (forever, if it never was)."""
+    """One fault, from its start until it was healed (infinity, if it never was)."""
 
     number: int
     kind: str
@@ -47,7 +47,7 @@ class Span:
     end_s: float
 
     def meets(self, begin_s: float, end_s: float, after_s: float = INSTANT_S) -> bool:
-        """Whether it was under way, or over for less than ``after_s``, at any time between the two."""
+        """Whether it was active, or over for less than ``after_s``, at any time in between."""
         return begin_s <= self.end_s + after_s and end_s >= self.begin_s
 
 
@@ -63,14 +63,14 @@ def spans_of(entries: Iterable[Entry]) -> list[Span]:
 
 
 def explanation(request: Request, spans: Sequence[Span]) -> str | None:
-    """The fault, or the request's own nature, that explains why it was not answered; None if nothing does."""
+    """The fault, or the request's own kind, that explains why it was not answered; None if nothing does."""
     if request.key:
-        return None  # it was asked again until there was an answer
+        return None  # its client retries until there is an answer
     if request.end == "left":
         return "the client left"
     if request.end == "cut":
         kills = [span for span in spans if span.kind in _ROUTER_KILLS and span.target == request.router]
-        met = any(span.meets(request.begun_s, request.ended_s) for span in kills)
+        met = any(span.meets(request.sent_s, request.ended_s) for span in kills)
         return "its router was killed" if met else None
     if request.end != "error":
         return None
@@ -90,7 +90,7 @@ def _own_nature(request: Request) -> str | None:
 
 
 def _refusal(request: Request, spans: Sequence[Span]) -> str | None:
-    """A Router says no, at once, while it has no queue."""
+    """A Router refuses at once while it has no queue."""
     if request.code not in ("broker_unavailable", "broker_full") or request.text:
         return None
     for span in spans:
@@ -102,12 +102,12 @@ def _refusal(request: Request, spans: Sequence[Span]) -> str | None:
 
 
 def _end_of_attempts(request: Request, spans: Sequence[Span]) -> str | None:
-    within = [span for span in spans if span.meets(request.begun_s, request.ended_s)]
+    within = [span for span in spans if span.meets(request.sent_s, request.ended_s)]
     if request.code == "stream_broken" and request.on_loss == "fail":
-        lost = [span for span in spans if span.meets(request.begun_s, request.ended_s, LEASE_S + 1.0)]
+        lost = [span for span in spans if span.meets(request.sent_s, request.ended_s, LEASE_S + 1.0)]
         return "its worker was lost, and it asked to fail then" if _any(lost, _WORKER_LOSSES) else None
     if request.kind == ENGINE_ERROR and request.status == 500 and not request.text:
-        lost = [span for span in spans if span.meets(request.begun_s, request.ended_s, LEASE_S + 1.0)]
+        lost = [span for span in spans if span.meets(request.sent_s, request.ended_s, LEASE_S + 1.0)]
         return "the engine failed, and no other worker was there" if _any(lost, _WORKER_LOSSES) else None
     if request.code == "attempts_exhausted":
         deaths = sum(span.kind in _DEATHS for span in within)

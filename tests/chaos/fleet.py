@@ -1,5 +1,6 @@
-"""The fleet of a run, on loopback: Redis, two Routers, Manager and standby, three Workers with engines of their own; a
-proxy before Redis for each Router and Worker, and one for each Worker before every Router and Manager.
+"""Start the fleet of a run on loopback: Redis, two Routers, two Managers, three Workers with engines of their own.
+
+A proxy stands before Redis for each Router and Worker, and before every Router and Manager for each Worker.
 
 One worker's and the standby's clock is an hour ahead, one Router's an hour behind, all the time.
 """
@@ -23,52 +24,52 @@ from tests.support.faults import FaultProxy
 from tests.support.fleet import Fleet, Role
 from tests.support.servers import Server
 
-from .asks import TENANTS
+from .answers import DIMENSIONS
 from .clients import Clients
-from .excuses import MAX_ATTEMPTS
+from .explanations import MAX_ATTEMPTS
 from .history import History
-from .judge import DIMENSIONS
 from .plan import LEASE_S, MANAGERS, ROUTERS, SWEEP_S, WORKERS, Fault
+from .workload import TENANTS
 
 SLOTS = 8
 RECOVERY_LIMIT_S = 20.0
 HELD_LIMIT_S = 3.0
 FENCED, DUPLICATE = b"$6\r\nfenced\r\n", b"$9\r\nduplicate\r\n"
-"""What the queue answers, on the wire."""
+"""The queue's replies, on the wire."""
 _LAG_S = 0.02
 _KEYS = ShardKeys(0)
 
 
-class Stage:
-    """The processes. Made with :func:`staged`."""
+class ChaosFleet:
+    """The processes of a run, made by :func:`started_fleet`."""
 
-    def __init__(self, fleet: Fleet, server: Server, history: History) -> None:
-        self.fleet = fleet
+    def __init__(self, base: Fleet, server: Server, history: History) -> None:
+        self.base = base
         self.server = server
         self.history = history
-        self.routers: list[Role] = [fleet.router]
-        self.managers: list[Role] = [fleet.manager]
+        self.routers: list[Role] = [base.router]
+        self.managers: list[Role] = [base.manager]
         self.worker_links: list[FaultProxy] = []
         self.router_links: list[FaultProxy] = []
         self.fabric_links: list[list[FaultProxy]] = []
-        """For each worker, one before each Router and Manager."""
+        """For each worker, one proxy before each Router and Manager."""
         self.clients: Clients | None = None
         self.in_use: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """By the name of a process: held by the fault that kills or pauses it."""
-        self._watches: list[asyncio.Task[None]] = []
+        """By process name: held by the fault that kills or pauses it."""
+        self._measurements: list[asyncio.Task[None]] = []
         self._stalls: list[tuple[float, float]] = []
 
     @property
     def workers(self) -> list[Role]:
-        return self.fleet.workers
+        return self.base.workers
 
     @property
     def roles(self) -> list[Role]:
-        """All processes of ours."""
+        """All processes of the product."""
         return [*self.managers, *self.routers, *self.workers]
 
     async def watch_stalls(self) -> None:
-        """Note, until cancelled, for how long this process itself was not run: the machine was busy then."""
+        """Record, until cancelled, when this process itself was stalled because the machine was busy."""
         while True:
             asked = time.monotonic()
             await asyncio.sleep(_LAG_S)
@@ -76,14 +77,14 @@ class Stage:
             if late > _LAG_S:
                 self._stalls.append((asked, late))
 
-    def watch_recovery(self, how: str, number: int, held: dict[str, int]) -> None:
+    def measure_recovery(self, how: str, number: int, held: dict[str, int]) -> None:
         """Measure from now until the next attempt of any job in ``held`` (id -> epoch) begins."""
         if held:
             at_s = self.history.now_s
-            self._watches.append(asyncio.create_task(self._until_next_start(how, number, held, at_s)))
+            self._measurements.append(asyncio.create_task(self._until_next_start(how, number, held, at_s)))
 
     async def held_by(self, worker: Role) -> dict[str, int]:
-        """Job id -> epoch of what a worker holds; waits a moment for it to hold something."""
+        """Job id -> epoch of a worker's leases; waits a moment until it has some."""
         limit = time.monotonic() + HELD_LIMIT_S
         async with self.server.client(socket_timeout=2) as client:
             while time.monotonic() < limit:
@@ -112,18 +113,18 @@ class Stage:
                             return
                 await asyncio.sleep(0.01)
 
-    async def watched(self) -> None:
-        """Wait for what is still measured."""
-        await asyncio.gather(*self._watches)
+    async def finish_measurements(self) -> None:
+        """Wait until the running measurements end."""
+        await asyncio.gather(*self._measurements)
 
 
-Deed = Callable[[Stage, int, Fault], Awaitable[None]]
-"""Does one fault (its number, itself) to the fleet, and heals it."""
+FaultAction = Callable[[ChaosFleet, int, Fault], Awaitable[None]]
+"""Injects one fault (its number, itself) into the fleet, and heals it."""
 
 
 @asynccontextmanager
-async def staged(folder: Path, server: Server, history: History) -> AsyncIterator[Stage]:
-    """All roles started, serving; ended with the block."""
+async def started_fleet(folder: Path, server: Server, history: History) -> AsyncIterator[ChaosFleet]:
+    """Start all roles and wait until they serve; stop them with the block."""
     keys = ",".join(f"{hashlib.sha256(tenant.encode()).hexdigest()}:{tenant}" for tenant in TENANTS)
     router = {"api_keys": keys, "max_attempts": MAX_ATTEMPTS, "max_body_bytes": 4 << 20}
     manager = {"lease_ms": int(LEASE_S * 1000), "sweep_interval_ms": int(SWEEP_S * 1000)}
@@ -135,39 +136,39 @@ async def staged(folder: Path, server: Server, history: History) -> AsyncIterato
 
         router_links = [await link_to(server.port) for _ in range(ROUTERS)]
         first = router | {"redis_url": router_links[0].url}
-        fleet = await exits.enter_async_context(Fleet(folder, server, manager=manager, router=first))
-        stage = Stage(fleet, server, history)
-        stage.router_links = router_links
-        with fleet.having(ahead):
-            stage.managers += [fleet.another_manager(f"manager-{number + 1}") for number in range(1, MANAGERS)]
+        base = await exits.enter_async_context(Fleet(folder, server, manager=manager, router=first))
+        fleet = ChaosFleet(base, server, history)
+        fleet.router_links = router_links
+        with base.having(ahead):
+            fleet.managers += [base.another_manager(f"manager-{number + 1}") for number in range(1, MANAGERS)]
         for number in range(1, ROUTERS):
-            own = {"redis_url": router_links[number].url, "manager_url": stage.managers[number % MANAGERS].url}
-            with fleet.having(behind):
-                stage.routers.append(fleet.another_router(f"router-{number + 1}", **router, **own))
+            own = {"redis_url": router_links[number].url, "manager_url": fleet.managers[number % MANAGERS].url}
+            with base.having(behind):
+                fleet.routers.append(base.another_router(f"router-{number + 1}", **router, **own))
         for number in range(WORKERS):
-            stage.worker_links.append(await link_to(server.port))
-            stage.fabric_links.append([await link_to(role.port) for role in (*stage.routers, *stage.managers)])
-            with fleet.having(ahead if number == WORKERS - 1 else {}):
-                _add_worker(stage, number)
-        for link in (*stage.router_links, *stage.worker_links):
+            fleet.worker_links.append(await link_to(server.port))
+            fleet.fabric_links.append([await link_to(role.port) for role in (*fleet.routers, *fleet.managers)])
+            with base.having(ahead if number == WORKERS - 1 else {}):
+                _add_worker(fleet, number)
+        for link in (*fleet.router_links, *fleet.worker_links):
             link.watch_for = (FENCED, DUPLICATE)
-        fleet.session.headers["authorization"] = f"Bearer {TENANTS[0]}"
-        for role in stage.roles:
+        base.session.headers["authorization"] = f"Bearer {TENANTS[0]}"
+        for role in fleet.roles:
             role.process.start()
-        await asyncio.gather(*(up(role) for role in stage.roles))
-        await fleet.until_served(WORKERS)
-        stalls = asyncio.create_task(stage.watch_stalls(), name="stalls")
+        await asyncio.gather(*(up(role) for role in fleet.roles))
+        await base.until_served(WORKERS)
+        stalls = asyncio.create_task(fleet.watch_stalls(), name="stalls")
         try:
-            yield stage
+            yield fleet
         finally:
             stalls.cancel()
 
 
-def _add_worker(stage: Stage, number: int) -> None:
-    urls = ",".join(f"http://127.0.0.1:{link.port}" for link in stage.fabric_links[number])
-    stage.fleet.worker(
+def _add_worker(fleet: ChaosFleet, number: int) -> None:
+    urls = ",".join(f"http://127.0.0.1:{link.port}" for link in fleet.fabric_links[number])
+    fleet.base.worker(
         f"worker-{number + 1}", engine="sim-process", slots=SLOTS, manager_url=urls,
-        redis_url=stage.worker_links[number].url, sim_tokens_per_s=40, sim_ttft_ms=20, drain_timeout_ms=2_000,
+        redis_url=fleet.worker_links[number].url, sim_tokens_per_s=40, sim_ttft_ms=20, drain_timeout_ms=2_000,
         sim_embedding_dimensions=DIMENSIONS,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Edges that are sockets: a live fleet is sent bytes, bodies, control messages and stream entries."""
+"""Send bytes, bodies, control messages and stream entries to a live fleet."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ TENANT = "fuzz"
 
 ANSWER_LIMIT_S = 2.0
 _READ_BYTES = 256 * 1024
-_ENTRIES_AT_ONCE = 50
+_ENTRIES_PER_BATCH = 50
 _SERVER_ERROR = re.compile(rb"(?:\A|\r\n)HTTP/1\.[01] (5\d\d)")
-_MAY_BE_SAID = (b"502", b"503", b"504", b"505")
-"""Of an engine that is away, a queue that is full, a deadline that the input asked for, a version of HTTP that is
-not spoken. Never 500."""
+_ALLOWED_STATUSES = (b"502", b"503", b"504", b"505")
+"""Engine unavailable, queue full, a deadline that the input itself set, an unsupported version of HTTP. Never 500."""
 _LOOPBACK_URLS = ("http://127.0.0.1:1", "http://127.0.0.1:9/x", "http://[::1]:1", "http://localhost:1", None)
-"""Where a fuzzed worker may say it is: the Manager looks there, so nothing else than this machine."""
+"""Addresses that a fuzzed worker may announce. The Manager connects to them, so they are all on this machine."""
 _HTTP_WORDS = (
     *EDGE_BYTES, b"Content-Length: 5\r\n", b"Content-Length: -1\r\n", b"Content-Length: 99999999999999999999\r\n",
     b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip, chunked\r\n", b"Transfer-Encoding : chunked\r\n",
@@ -70,14 +69,14 @@ _CHAT_KEYS = ("x-inferq-deadline-ms", "x-inferq-on-loss", "x-inferq-resumable", 
 
 
 @dataclass
-class Wire:
-    """One live edge: ``feed`` sends some inputs and returns how many. Raises :class:`Broken`."""
+class LiveEdge:
+    """One live edge: ``feed`` sends some inputs and returns how many, or raises :class:`Broken`."""
 
     feed: Callable[[Mutator], Awaitable[int]]
     tasks: int
 
 
-class Wires:
+class LiveEdges:
     """The live edges of ``fleet``, whose session sends its credentials by itself."""
 
     def __init__(self, fleet: Fleet) -> None:
@@ -89,13 +88,13 @@ class Wires:
         self._requests = _raw_requests()
 
     @property
-    def edges(self) -> Mapping[str, Wire]:
+    def by_name(self) -> Mapping[str, LiveEdge]:
         """By name."""
         return {
-            "HTTP bytes": Wire(self.http_bytes, 8),
-            "HTTP bodies": Wire(self.bodies, 4),
-            "control-plane requests": Wire(self.control, 3),
-            "stream entries": Wire(self.entries, 1),
+            "HTTP bytes": LiveEdge(self.http_bytes, 8),
+            "HTTP bodies": LiveEdge(self.bodies, 4),
+            "control-plane requests": LiveEdge(self.control, 3),
+            "stream entries": LiveEdge(self.entries, 1),
         }
 
     async def close(self) -> None:
@@ -107,7 +106,7 @@ class Wires:
         count = 1 + int(mutator.chance(0.3)) + int(mutator.chance(0.2))
         data = b"".join(mutator.pick(self._requests) for _ in range(count))
         data = mutator.bytes_of(data, _HTTP_WORDS)
-        with contextlib.suppress(OSError):  # cut off by the server: that is an answer
+        with contextlib.suppress(OSError):  # the server may cut it off
             reader, writer = await asyncio.open_connection("127.0.0.1", mutator.pick(self._ports))
             try:
                 at = mutator.random.randrange(len(data) + 1) if mutator.chance(0.3) else len(data)
@@ -119,7 +118,7 @@ class Wires:
                     writer.write_eof()
                     answer = await _until_end(reader)
                     found = _SERVER_ERROR.search(answer)
-                    if found and found[1] not in _MAY_BE_SAID:
+                    if found and found[1] not in _ALLOWED_STATUSES:
                         raise Broken(f"{found[1].decode()} to {data[:400]!r}: {answer[:400]!r}")
             finally:
                 writer.transport.abort()
@@ -149,7 +148,7 @@ class Wires:
         """A registration, heartbeat or deregistration, well typed and extreme, of a worker that may exist."""
         fleet = self._fleet
         role = mutator.pick((fleet.router, fleet.manager))
-        name = mutator.pick(("stranger-1", "stranger-2", fleet.workers[0].name, mutator.text()[:80].replace("/", "_")))
+        name = mutator.pick(("intruder-1", "intruder-2", fleet.workers[0].name, mutator.text()[:80].replace("/", "_")))
         run = f"{name}.{mutator.random.randrange(2**64):016x}"
         message = mutator.pick((Registration, Heartbeat))
         schema = self._schemas[message]
@@ -177,11 +176,11 @@ class Wires:
             await asyncio.sleep(0.05)
             return 0
         pipeline = self._redis.pipeline(transaction=False)
-        for _ in range(_ENTRIES_AT_ONCE):
+        for _ in range(_ENTRIES_PER_BATCH):
             pipeline.xadd(mutator.pick(targets), self._entry(mutator), nomkstream=True)
         await pipeline.execute(raise_on_error=False)
         await asyncio.sleep(0.02)
-        return _ENTRIES_AT_ONCE
+        return _ENTRIES_PER_BATCH
 
     def _entry(self, mutator: Mutator) -> dict[bytes | str, bytes | str]:
         job_id = new_job_id(mutator.pick((0, 0, 1, 9_999)))
@@ -212,10 +211,10 @@ class Wires:
                 timeout=aiohttp.ClientTimeout(total=30),
             ) as answer:  # fmt: skip
                 head = await answer.content.read(_READ_BYTES)
-                if answer.status >= 500 and str(answer.status).encode() not in _MAY_BE_SAID:
+                if answer.status >= 500 and str(answer.status).encode() not in _ALLOWED_STATUSES:
                     raise Broken(f"{answer.status} to {method} {path} {body[:400]!r}: {head[:400]!r}")
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError, aiohttp.ClientOSError):
-            return  # the request was cut off; whether the process lives is looked at for itself
+            return  # the request was cut off; the run checks separately that the process lives
         except (aiohttp.InvalidURL, ValueError):
             return  # nothing was sent
         except TimeoutError:
@@ -259,7 +258,7 @@ def _raw_requests() -> tuple[bytes, ...]:
         ask("POST /v1/chat/completions HTTP/1.0", json_type, stream),
         ask("POST /v1/files HTTP/1.1", form_type + "Expect: 100-continue\r\n", form),
         ask("POST /fabric/v1/workers HTTP/1.1", json_type + token, "{}"),
-        ask("POST /fabric/v1/workers/stranger-1/heartbeat HTTP/1.1", json_type + token, "{}"),
+        ask("POST /fabric/v1/workers/intruder-1/heartbeat HTTP/1.1", json_type + token, "{}"),
         *(ask(f"GET {path} HTTP/1.1", token) for path in _GETS),
         ask("HEAD /v1/models HTTP/1.1"),
         ask("OPTIONS /v1/chat/completions HTTP/1.1", "Origin: http://a.example\r\n"),

@@ -1,4 +1,4 @@
-"""What strangers could write straight into the queue's streams, had they a way there."""
+"""Write garbage straight into the queue's streams, as anyone with access to Redis could."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from queue_schemas import Job, Pool, Tenant, new_job_id
 from queue_schemas.keys import ShardKeys
 from tests.support.servers import Server
 
-from .asks import MODEL
+from .workload import MODEL
 
 ATTEMPTS = 2
-"""Of the envelope that nobody can read."""
+"""Maximum attempts of the job that no worker can read."""
 _KEYS = ShardKeys(0)
 _RANDOM = random.Random(0)
 _PIECES: tuple[bytes, ...] = (
@@ -46,8 +46,8 @@ class _Unreadable(Job):
         return b"\xc1" + b"\x91" * 64
 
 
-async def junk(server: Server, lasts_s: float) -> None:
-    """Write it all; what nobody takes out of the waiting streams is taken out after ``lasts_s``."""
+async def write_garbage(server: Server, duration_s: float) -> None:
+    """Write all of it; remove what is left in the waiting streams after ``duration_s``."""
     async with server.client() as client:
         for key in await client.keys(_pattern("reply:*")):
             for piece in _PIECES:
@@ -61,7 +61,7 @@ async def junk(server: Server, lasts_s: float) -> None:
         waiting = [key for pattern in ("retry:*", "suspects:*", "q:*") for key in await client.keys(_pattern(pattern))]
         written = [(key, await client.xadd(key, {b"id": b"\xff no job"}, nomkstream=True)) for key in waiting]
         await _enqueue_unreadable(server)
-        await asyncio.sleep(lasts_s)
+        await asyncio.sleep(duration_s)
         await _take_out(client, written)
 
 
@@ -75,7 +75,7 @@ async def _enqueue_unreadable(server: Server) -> None:
     broker = await Broker.connect(BrokerSettings(redis_url=server.url))
     try:
         job = _Unreadable(
-            id=new_job_id(0), tenant=Tenant("stranger"), model=Pool(MODEL), path="/v1/chat/completions", body=b"{}",
+            id=new_job_id(0), tenant=Tenant("intruder"), model=Pool(MODEL), path="/v1/chat/completions", body=b"{}",
             max_attempts=ATTEMPTS,
         )  # fmt: skip
         await broker.jobs.enqueue(job)
