@@ -37,7 +37,7 @@ def rows(verdict: Verdict) -> list[tuple[str, str]]:
         ("streams migrated", str(verdict.migrated)),
         ("gaps in them", str(verdict.gaps)),
         ("jobs of crashed engines", str(counts.get("jobs crashed", 0))),
-        ("dead dead_letters", str(counts.get("dead", 0))),
+        ("dead letters", str(counts.get("dead", 0))),
         ("SIGKILL of a worker to the next start of its jobs", _times(verdict.kill_to_start_s)),
         (f"hang to the next start (at most {LEASE_S + SCAN_S:g} s)", _times(verdict.hang_to_start_s)),
         ("healed to the next start", _times(verdict.heal_to_start_s)),
