@@ -83,14 +83,15 @@ async def open_ended_engine() -> AsyncIterator[OpenEndedEngine]:
 
 
 class ForeignManager:
-    """Answers workers as the test says: registrations with ``assignment``, heartbeats with what ``heartbeats`` holds
-    next, then with ``assignment``. ``registered`` are the sessions that came, ``heartbeats`` counts theirs."""
+    """Answers workers as the test says: registrations with ``assignment``, heartbeats with the next of
+    ``heartbeat_answers``, then with ``assignment``. ``registered`` are the sessions that came, ``heartbeats`` counts
+    theirs."""
 
     def __init__(self, broker_url: str) -> None:
         self.url = ""
         self.broker_url = broker_url
         self.assignment: dict[str, Any] = {}
-        self.heartbeats: list[tuple[int, dict[str, Any]]] = []
+        self.heartbeat_answers: list[tuple[int, dict[str, Any]]] = []
         self.registered: list[str] = []
         self.heartbeats = 0
 
@@ -101,7 +102,9 @@ class ForeignManager:
 
     async def heartbeat(self, _request: web.Request) -> web.Response:
         self.heartbeats += 1
-        status, body = self.heartbeats.pop(0) if self.heartbeats else (200, {"assignment": self.assignment})
+        status, body = (
+            self.heartbeat_answers.pop(0) if self.heartbeat_answers else (200, {"assignment": self.assignment})
+        )
         return web.json_response(body, status=status)
 
 

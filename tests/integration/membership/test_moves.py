@@ -146,14 +146,14 @@ async def test_what_foreign_managers_say_of_heartbeats(tmp_path: Path, own_valke
             await worker.ready()
 
         for number, answer in enumerate(((404, unknown), (410, unknown), (404, {"detail": "Not Found"})), 2):
-            manager.heartbeats = [answer]
+            manager.heartbeat_answers = [answer]
             await registered(number)
         assert set(manager.registered) == {(await worker.page("/status"))["session_id"]}
         for older in (_assignment(4, 99), _assignment(5, 1)):
-            manager.heartbeats = [(200, {"assignment": older})] * 1_000
+            manager.heartbeat_answers = [(200, {"assignment": older})] * 1_000
             await answered(3)
             assert (await worker.page("/status"))["assignment"] == [5, 2]
-        manager.heartbeats = []
+        manager.heartbeat_answers = []
         manager.assignment = _assignment(6, 1, "sim")
         await answered(2)
         assert (await worker.page("/status"))["assignment"] == [6, 1]
