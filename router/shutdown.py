@@ -43,7 +43,7 @@ class GracefulShutdown:
         self._limit_s = limit_s
         self._hurry = hurry
         self._idle = asyncio.Event()
-        self._drained = asyncio.Event()
+        self._one_drain = asyncio.Lock()
         self._drain_by_s = float("inf")
 
     def work_ended(self) -> None:
@@ -68,16 +68,13 @@ class GracefulShutdown:
                 until = min(time() + self._lame_duck_s, self._drain_by_s)
 
     async def drain(self) -> None:
-        """Refuse new work, let open work finish within the limit, end the rest with an error. A second call waits for
-        the first."""
-        if self._lifecycle.draining:
-            await self._drained.wait()
-            return
-        self._lifecycle.draining = True
-        try:
+        """Refuse new work, let open work finish within the limit, end the rest with an error, and send the cancels.
+
+        Call it again once the server has ended: the requests that this cut off leave cancels to send.
+        """
+        async with self._one_drain:
+            self._lifecycle.draining = True
             await self._drain()
-        finally:
-            self._drained.set()
 
     async def _drain(self) -> None:
         limit_s = max(0.0, min(self._limit_s, self._drain_by_s - asyncio.get_running_loop().time()))

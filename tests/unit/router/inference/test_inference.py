@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from broker import JobStatus
-from queue_schemas import BrokerFull, MarkerKind, OverCapacity, State
+from queue_schemas import BrokerFull, JobId, MarkerKind, OverCapacity, State
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import Client, FakeQueue, PersistedStream, router, worker
 
@@ -549,6 +549,32 @@ async def test_a_drain_finishes_open_requests_and_refuses_new_ones() -> None:
         await late.done()
         assert b'"shutting_down"' in late.body
         assert await queue.cancellation() == (jobs[1].id, "its router gave it up")
+
+
+class SlowCancels(FakeQueue):
+    """A queue that takes a moment to answer a cancel, as one over a network does."""
+
+    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
+        await asyncio.sleep(0.05)
+        return await super().cancel(job_id, reason, if_orphaned=if_orphaned)
+
+
+async def test_the_job_of_a_client_that_is_cut_off_after_the_drain_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that does not read outlasts the drain; the server cuts it off as it ends, and its job is cancelled."""
+    monkeypatch.setattr("router.shutdown.FINAL_SENDS_S", 0.2)
+    queue = SlowCancels("m")
+    async with router(queue, shutdown_timeout_ms=50) as app:
+        client = Client(app)
+        client.reading.clear()
+        stuck = client.post(STREAM)
+        job = await queue.job()
+        queue.stream(job, chunk("a"), end=False)
+        await app.drain()
+        stuck.task.cancel()
+        await asyncio.wait((stuck.task,))
+    assert queue.cancelled.get_nowait() == (job.id, "its router gave it up")
 
 
 async def test_a_form_is_forwarded_unchanged() -> None:
