@@ -1,18 +1,24 @@
 -- Makes indexes and counters agree with the records: a server that evicted keys, or an operator who deleted some, took them
--- apart. Each call looks at a part of the jobs; all counters of a shard with few jobs are made anew.
+-- apart. Each call looks at a part of the jobs. All counters of a shard with few live jobs are made anew; with many, what
+-- waits is counted by its streams, a part of the queue keys in a call.
 -- ARGV: prefix, cursor among the jobs.
 -- Reply: {cursor, what was mended}: where to go on; '0' after a whole round.
 -- Invariants: 1 no lost job, 8 bounded memory, 12 conservation.
 -- uses: attempts, fence
 
 local JOBS = 128 -- looked at in one call
-local MAX_RECOUNTED = 1024 -- live and persisted jobs of a shard whose counters are made anew
+local MAX_RECOUNTED = 1024 -- live jobs of a shard whose counters are made anew; with the persisted ones: their bytes too
 local MAX_GHOSTS = 512 -- entries without a job that one call removes
+local MAX_TENANTS, MAX_STREAMS = 256, 512 -- of a band, and in one call, whose entries are counted
 local now, mended, ghosts = now_ms(), 0, 0
+local live = call('ZCARD', P .. 'deadlines')
+local is_small = live + call('ZCARD', P .. 'persisted') <= MAX_RECOUNTED
+local waiting_keys = {} -- queue keys at which something waits, by the counters or by a job
 
 -- Every live job stands among the deadlines; so must it in its stream, its worker's leases, or among the lost.
 local function audit_job(id)
   local job = load_job(id)
+  if job and job.state == 'queued' then waiting_keys[queue_key(job)] = true end
   if not job or TERMINAL[job.state] then
     call('ZREM', P .. 'deadlines', id)
   elseif job.state == 'queued' and not call('XRANGE', P .. job.queue, job.entry, job.entry)[1] then
@@ -43,21 +49,58 @@ local function drop_ghosts(queue)
   end
 end
 
-local function recount()
+local function correct(hash, field, value)
+  local off = value - counter(hash, field)
+  if off == 0 then return end
+  add(hash, field, off)
+  mended = mended + 1
+end
+
+-- What waits at a queue key is what its streams hold. Begins at another key each time.
+local function count_streams()
+  local keys, counted = {}, 0
+  for key in pairs(waiting_keys) do keys[#keys + 1] = key end
+  table.sort(keys)
+  local first = math.floor(now / 1000)
+  for i = 1, #keys do
+    local key = keys[(first + i) % #keys + 1]
+    local queues, are_all = streams_at(key, MAX_TENANTS)
+    local waits = 0
+    for _, queue in ipairs(are_all and queues or {}) do waits = waits + call('XLEN', P .. queue) end
+    if are_all then correct('counters', key .. ':waiting', waits) end
+    counted = counted + #queues
+    if counted >= MAX_STREAMS then return end
+  end
+end
+
+-- Fields of the budget: all, or some thousands. Those that are repaired make room for the rest in the next call.
+local function budget_fields()
+  local fields, cursor = {}, '0'
+  for _ = 1, 64 do
+    local found = call('HSCAN', P .. 'budget', cursor, 'COUNT', MAX_RECOUNTED)
+    for i = 1, #found[2], 2 do fields[#fields + 1] = found[2][i] end
+    cursor = found[1]
+    if cursor == '0' or #fields >= 8 * MAX_RECOUNTED then break end
+  end
+  return fields
+end
+
+local function recount(counter_fields)
   local counted = { budget = {}, counters = {} }
   local function count(hash, field, by) counted[hash][field] = (counted[hash][field] or 0) + by end
-  for _, field in ipairs(call('HKEYS', P .. 'counters')) do
-    local key, what = string.match(field, '^(.*):(%a+)$')
-    if what == 'waiting' or what == 'leased' then count('counters', field, 0) end
-    for _, queue in ipairs(what == 'waiting' and streams_at(key, MAX_RECOUNTED) or {}) do drop_ghosts(queue) end
+  for key in pairs(waiting_keys) do
+    for _, queue in ipairs((streams_at(key, MAX_RECOUNTED))) do drop_ghosts(queue) end
   end
-  for _, field in ipairs(call('HKEYS', P .. 'budget')) do
-    if field ~= 'dead:bytes' then count('budget', field, 0) end
+  for _, field in ipairs(counter_fields) do
+    if string.match(field, ':waiting$') or string.match(field, ':leased$') then count('counters', field, 0) end
   end
-  for _, index in ipairs({ 'deadlines', 'persisted' }) do
+  for _, field in ipairs(budget_fields()) do
+    if field ~= 'dead:bytes' and (is_small or not string.match(field, ':persisted$')) then count('budget', field, 0) end
+  end
+  for _, index in ipairs(is_small and { 'deadlines', 'persisted' } or { 'deadlines' }) do
     for _, id in ipairs(call('ZRANGE', P .. index, 0, -1)) do
       local job = load_job(id)
-      local bytes = job and job.persisted == '1' and call('HGET', P .. 'job:' .. id, 'persisted_bytes')
+      local bytes = is_small and job and job.persisted == '1' and call('HGET', P .. 'job:' .. id, 'persisted_bytes')
       if bytes then count('budget', 't:' .. job.tenant .. ':persisted', tonumber(bytes)) end
       if job and not TERMINAL[job.state] then
         local what = job.state == 'queued' and ':waiting' or job.state == 'leased' and ':leased'
@@ -70,15 +113,19 @@ local function recount()
     end
   end
   for hash, fields in pairs(counted) do
-    for field, value in pairs(fields) do
-      local off = value - counter(hash, field)
-      add(hash, field, off)
-      if off ~= 0 then mended = mended + 1 end
-    end
+    local names = {}
+    for field in pairs(fields) do names[#names + 1] = field end
+    read(hash, names)
+    for _, field in ipairs(names) do correct(hash, field, fields[field]) end
   end
 end
 
 local jobs = call('ZSCAN', P .. 'deadlines', ARGV[2], 'COUNT', JOBS)
 for i = 1, #jobs[2], 2 do audit_job(jobs[2][i]) end
-if call('ZCARD', P .. 'deadlines') + call('ZCARD', P .. 'persisted') <= MAX_RECOUNTED then recount() end
+local counter_fields = call('HKEYS', P .. 'counters')
+for _, field in ipairs(counter_fields) do
+  local key = string.match(field, '^(.*):waiting$')
+  if key then waiting_keys[key] = true end
+end
+if live <= MAX_RECOUNTED then recount(counter_fields) else count_streams() end
 return answered({ jobs[1], mended + ghosts })

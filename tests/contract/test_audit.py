@@ -99,6 +99,42 @@ async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Pull
     assert await counters(client) == {}
 
 
+async def test_what_waits_is_counted_in_a_shard_with_many_jobs(broker: Broker, worker: Puller, client: Any) -> None:
+    """[G6] With too many live jobs to make all counters anew, what waits is still counted: workers claim by that."""
+    jobs = [make_job(tenant=f"t{n % 5}", lane=list(Lane)[n % 3]) for n in range(1_200)]
+    for job in jobs:
+        await broker.jobs.enqueue(job)
+    await client.delete(KEYS.counters)
+    assert await audited(broker) == 3
+    waiting = {lane: depth.waiting for lane, depth in (await broker.stats.depths())[MODEL].items()}
+    assert waiting == {Lane.INTERACTIVE: 400, Lane.BACKGROUND: 400, Lane.BATCH: 400}
+    assert len(await worker.claim(4)) == 4
+
+
+async def test_persisted_jobs_do_not_keep_live_ones_from_being_counted(broker: Broker, client: Any) -> None:
+    """[G6] However many finished jobs are kept: a waiting one that vanished whole is not counted for ever."""
+    await client.zadd(KEYS.persisted, {f"job-{n}": 2**50 for n in range(1_200)})
+    job = make_job(tenant="t")
+    await broker.jobs.enqueue(job)
+    await client.delete(KEYS.job(job.id), KEYS.queue(job.model, job.lane, job.band, job.tenant))
+    assert await audited(broker) > 0
+    assert await broker.stats.depths() == {}
+    assert await counters(client) == {}
+
+
+async def test_any_number_of_counters_is_repaired(broker: Broker, client: Any) -> None:
+    """[G6] One call repairs more counters than Lua passes arguments."""
+    for n in range(4):
+        await client.hset(KEYS.budget, mapping={f"t:tenant-{n}-{k}:jobs": 1 for k in range(3_000)})
+    jobs = [make_job(tenant=f"t{n}", model=f"m{n}", persisted=True, idempotency_key=f"k{n}") for n in range(900)]
+    for job in jobs:
+        await broker.jobs.enqueue(job)
+    before = {name: value for name, value in (await client.hgetall(KEYS.budget)).items() if b"t:tenant" not in name}
+    await client.hdel(KEYS.budget, *before)
+    assert await audited(broker) == 12_000 + len(before) == 12_000 + 5 * len(jobs)
+    assert await client.hgetall(KEYS.budget) == before
+
+
 async def test_an_audit_of_a_whole_queue_changes_nothing(broker: Broker, worker: Puller, client: Any) -> None:
     """[G6] Where nothing was lost nothing is mended, whatever waits, runs, waits again or is kept."""
     for n in range(30):

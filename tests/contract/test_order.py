@@ -174,6 +174,15 @@ async def test_a_depth_names_the_longest_wait(broker: Broker, worker: Puller) ->
     assert 20 <= depths[MODEL][Lane.BATCH].oldest_age_ms < 10_000
 
 
+async def test_a_depth_names_a_wait_however_many_tenants_there_are(broker: Broker) -> None:
+    """Beyond the tenants whose jobs are looked at for the longest wait, some wait is named: never none."""
+    await enqueue_all(broker, [make_job(tenant=f"t{n}") for n in range(300)])
+    await asyncio.sleep(0.02)
+    depth = (await broker.stats.depths())[MODEL][Lane.INTERACTIVE]
+    assert depth.waiting == 300
+    assert 20 <= depth.oldest_age_ms < 10_000
+
+
 async def test_a_newcomer_waits_its_turn_also_after_the_clock_was_forgotten(
     broker: Broker, worker: Puller, client: Any
 ) -> None:

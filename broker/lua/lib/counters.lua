@@ -3,7 +3,7 @@
 -- with which every script that changes anything returns; a field that becomes 0 is removed.
 -- uses: shard
 
-local CHUNK = 1000 -- Lua passes 8000 arguments at most
+local CHUNK = 1000 -- Lua passes 8000 arguments at most. Even: HSET takes pairs
 local changes = { budget = {}, counters = {} }
 local known = { budget = {}, counters = {} }
 local removals = {}
@@ -47,6 +47,10 @@ local function remove(command, key, member)
   table.insert(removals[key], member)
 end
 
+local function write_in_chunks(command, key, args)
+  for from = 1, #args, CHUNK do call(command, key, unpack(args, from, math.min(from + CHUNK - 1, #args))) end
+end
+
 local function answered(reply)
   for hash, fields in pairs(changes) do
     local changed, set, gone = {}, {}, {}
@@ -65,13 +69,9 @@ local function answered(reply)
         if drained then gone[#gone + 1] = drained .. ':turn' end
       end
     end
-    if #set > 0 then call('HSET', P .. hash, unpack(set)) end
-    if #gone > 0 then call('HDEL', P .. hash, unpack(gone)) end
+    write_in_chunks('HSET', P .. hash, set)
+    write_in_chunks('HDEL', P .. hash, gone)
   end
-  for key, members in pairs(removals) do
-    for from = 1, #members, CHUNK do
-      call(members.command, key, unpack(members, from, math.min(from + CHUNK - 1, #members)))
-    end
-  end
+  for key, members in pairs(removals) do write_in_chunks(members.command, key, members) end
   return reply
 end

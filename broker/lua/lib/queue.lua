@@ -39,13 +39,16 @@ local function requeue(job, ...)
   transition(job, 'queued', queue, name, entry, id, ...)
 end
 
--- The waiting streams of a queue key; nil if more than ``max_tenants`` of a band wait there.
+-- The waiting streams of a queue key, of each band those of the ``max_tenants`` that were served least; and whether these
+-- are all of them.
 local function streams_at(key, max_tenants)
-  local queues = { 'retry:' .. key, 'suspects:' .. key }
+  local queues, are_all = { 'retry:' .. key, 'suspects:' .. key }, true
   for band = 0, 3 do
     local tenants = call('ZRANGE', P .. 'active:' .. key .. ':' .. band, 0, max_tenants)
-    if #tenants > max_tenants then return nil end
-    for _, tenant in ipairs(tenants) do queues[#queues + 1] = 'q:' .. key .. ':' .. band .. ':' .. tenant end
+    are_all = are_all and #tenants <= max_tenants
+    for i = 1, math.min(#tenants, max_tenants) do
+      queues[#queues + 1] = 'q:' .. key .. ':' .. band .. ':' .. tenants[i]
+    end
   end
-  return queues
+  return queues, are_all
 end
