@@ -17,8 +17,7 @@ from .rq_jobs import StepQueue
 
 ORPHAN_MS = 3_600_000
 """A mark of a batch that does not exist is removed after so long: its creation was cut short. The age of its id does
-not
-tell, because with an idempotency key a batch has an id as old as the first try."""
+not tell, because with an idempotency key a batch has an id as old as the first try."""
 
 log = get_logger(__name__)
 

@@ -230,14 +230,14 @@ def doctor(
     """Check an installation, and say how to fix what is wrong. Exit code 1 if something is."""
     from broker import BrokerSettings  # noqa: PLC0415
 
-    from .doctor.cli import Examined, examine, repair, show_findings  # noqa: PLC0415
+    from .doctor.cli import DoctorTarget, examine, repair, show_findings  # noqa: PLC0415
     from .fleet.client import FleetClient  # noqa: PLC0415
 
     if repair_queue:
         repair(data_dir)
     source = context.get_parameter_source("router_url")
     url_was_given = source is not None and source.name != "DEFAULT"
-    examined = Examined(
+    examined = DoctorTarget(
         redis_url=BrokerSettings.load(redis_url=redis_url).redis_url,
         client=fleet.client(FleetClient),
         data_dir=data_dir,

@@ -39,7 +39,7 @@ class ActingElsewhere:
         """Read again where it is. Raises ``BrokerUnavailable``."""
         acting = await call_queue(self._limit_ms, queue.fleet.acting_manager())
         self.url = ""
-        if not acting.beat or acting.manager_id == self._manager_id or not acting.url:
+        if not acting.renewal_count or acting.manager_id == self._manager_id or not acting.url:
             return
         if not acting.proven(self._join_token):
             self._refuse(acting.url, "it is not proven with this Manager's join token: give all the same one")

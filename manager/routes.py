@@ -29,7 +29,7 @@ from telemetry.http.app import health_routes, prepare_app
 from telemetry.http.error_answers import error_responses
 from telemetry.http.fabric_calls import FabricCall
 from telemetry.http.loopback_access import LoopbackAccess
-from telemetry.http.openapi import FLEET, secure
+from telemetry.http.openapi import FLEET, add_security
 from telemetry.http.session_connections import OPEN_SESSIONS, SessionConnections
 
 from .control_plane import ManagerService
@@ -58,7 +58,7 @@ def create_app(service: ManagerService) -> FastAPI:
     registry = service.metrics.registry
     guarded = bool(service.settings.join_token.get_secret_value())
     fleet = FLEET if guarded else [*FLEET, {}]
-    prepare_app(app, registry, describe=lambda document: secure(document, [(FABRIC_PREFIX, fleet)]))
+    prepare_app(app, registry, describe=lambda document: add_security(document, [(FABRIC_PREFIX, fleet)]))
     app.add_exception_handler(NotActing, partial(_pass_on, service))
     app.include_router(health_routes(registry, service.not_ready, service.show_metrics))
     app.include_router(_worker_routes(service), prefix=FABRIC_PREFIX)

@@ -47,7 +47,7 @@ async def serve(
     """The Manager's process: the service and its API, until ``stop`` is set, or SIGTERM or SIGINT without ``stop``.
 
     Without a Redis URL it starts the embedded server on ``data_dir``. Raises ``CannotStart`` or ``BrokerUnsuitable``
-    with a sentence that says what to mend.
+    with a sentence that says what to correct.
     """
     token = settings.join_token.get_secret_value()
     refuse_unguarded(

@@ -73,7 +73,7 @@ class ShardSweeps:
 
     def expired_leases(self) -> list[SessionId]:
         """The sessions whose counters stood still for a whole lease."""
-        return self._watch.still()
+        return self._watch.expired_sessions()
 
     def _present(self) -> list[int]:
         """The shards to ask now: those that answered last, or all if none did."""
@@ -89,7 +89,7 @@ class ShardSweeps:
                 log.warning("shard_away", shard=shard, error=error.message, then="the sweeps go on with the others")
             self._away[shard] = error
             self._counters.pop(shard, None)
-            self._watch.away(shard)
+            self._watch.mark_unreachable(shard)
         else:
             if self._away.pop(shard, None) is not None and self._queue.shards > 1:
                 log.warning("shard_back", shard=shard)

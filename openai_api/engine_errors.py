@@ -51,8 +51,8 @@ def shaped_refusal(status: int, body: bytes, dialect: Dialect, request_id: str) 
 
 
 def shaped_event(name: bytes, data: bytes, dialect: Dialect, request_id: str) -> bytes | None:
-    """An engine's event (its ``name`` and ``data``) that tells of an error where its API's clients do not look, as one
-    that they see; None for any other event."""
+    """Rewrite an engine's error event (its ``name`` and ``data``) that the SDKs of its API would ignore; None for any
+    other event."""
     parsed = _parsed(data)
     if type(parsed) is not dict:
         return None

@@ -53,7 +53,7 @@ class EventNormalizer:
         held, self._held = self._held, b""
         if not self._begun and not self.inside and not has_event_field(held):
             return held
-        return self._region(held + b"\n\n") if held or self.inside else b""
+        return self._normalize(held + b"\n\n") if held or self.inside else b""
 
     def _passes(self, data: bytes) -> bool:
         """Whether ``data`` is whole events in the plainest form."""
@@ -63,7 +63,7 @@ class EventNormalizer:
         out: list[bytes] = []
         start = 0
         for blank in _BLANK_LINE.finditer(data):
-            out.append(self._region(data[start : blank.end()]))
+            out.append(self._normalize(data[start : blank.end()]))
             start = blank.end()
         rest = data[start:]
         if self.inside or len(rest) > MAX_HELD_BYTES:
@@ -74,7 +74,7 @@ class EventNormalizer:
         self._held = rest
         return b"".join(out)
 
-    def _region(self, data: bytes) -> bytes:
+    def _normalize(self, data: bytes) -> bytes:
         """Bytes up to a blank line. There may be blank lines of mixed line ends in them, too."""
         self._seen(data)
         if self.inside:
@@ -98,13 +98,13 @@ class EventNormalizer:
         """A part of an event that is too long to wait for."""
         self._seen(data)
         self.inside = True
-        return b"" if self._left_out() else data
+        return b"" if self._already_sent() else data
 
     def _event(self, lines: Sequence[bytes]) -> bytes:
         data = [field_value(line) for line in lines if line.startswith(b"data:")]
         if not any(value.strip() for value in data):
             quiet = [line + b"\n" for line in lines if line.startswith((b":", b"retry:"))]
-            return b"" if self._left_out() else b"".join(quiet)
+            return b"" if self._already_sent() else b"".join(quiet)
         number = self._number()
         if number is None:
             return b""
@@ -120,7 +120,7 @@ class EventNormalizer:
     def _seen(self, data: bytes) -> None:
         """``data`` was read, whether or not it is returned."""
 
-    def _left_out(self) -> bool:
+    def _already_sent(self) -> bool:
         """Whether the reader has what stands here already."""
         return False
 

@@ -109,7 +109,7 @@ def _check_tools(tools: Any, hosts: MediaHosts) -> None:
 
 
 def _check_part(part: dict[str, Any], name: str, value: Any, hosts: MediaHosts) -> None:
-    """One field of a part of a message, or of what is like one."""
+    """Check one field of a content part, or of an object of the same form."""
     kind = part.get("type")
     if name in _MEDIA_URLS or (name == "url" and kind == "url"):
         _check(value, name, hosts, strict=True)
@@ -118,8 +118,8 @@ def _check_part(part: dict[str, Any], name: str, value: Any, hosts: MediaHosts) 
 
 
 def _check(value: Any, name: str, hosts: MediaHosts, *, strict: bool) -> None:
-    """One field: a text, a list of texts, or an object with a ``url`` or ``uri``. ``strict``: its text is a URL in any
-    case."""
+    """Check one value: a text, a list of texts, or an object with a ``url`` or ``uri``. ``strict``: its text is a URL
+    in any case."""
     if type(value) is dict:
         for inner in ("url", "uri"):
             if type(value.get(inner)) is str:
@@ -130,7 +130,7 @@ def _check(value: Any, name: str, hosts: MediaHosts, *, strict: bool) -> None:
             continue
         if strict or _SCHEME.match(url[:64].translate(_DROPPED)):
             raise BadRequest(
-                f"{name} names {url[:80]!r}, from where engines may not fetch: send the media as a data: URL, or have "
+                f"{name} names {url[:80]!r}, which engines may not fetch: send the media as a data: URL, or have "
                 "the operator allow its host, written as a plain http(s) URL (setting media_domains, "
                 "INFERQ_MEDIA_DOMAINS)",
                 param=name,

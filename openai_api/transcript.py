@@ -83,8 +83,8 @@ class Transcript:
         if self._raw_size > FOLD_BYTES or self._raw_size + self._text_size > self._limit:
             self._fold()
 
-    def lose(self, why: StreamBroken) -> None:
-        """Something was delivered that cannot be followed."""
+    def mark_untracked(self, why: StreamBroken) -> None:
+        """Record that something was delivered that the transcript cannot follow."""
         self._broken = self._broken or why
         self._raw.clear()
         self._choices.clear()
@@ -155,10 +155,10 @@ class Transcript:
                 elif data:
                     self._remember(read_chunk(data))
         except StreamBroken as error:
-            self.lose(error)
+            self.mark_untracked(error)
         if self._broken is None and self._text_size > self._limit:
             self._too_long = True
-            self.lose(
+            self.mark_untracked(
                 StreamBroken(
                     "the stream cannot continue: its worker was lost after more was delivered than can be "
                     "compared; send the request again"

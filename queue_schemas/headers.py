@@ -91,7 +91,7 @@ def _bounded(headers: Mapping[str, str], allowed: frozenset[str], limit_bytes: i
 
 
 def _shortened(tracestate: str) -> str:
-    """The newest members, which stand first, as many as may be passed on."""
+    """As many of the newest members, which come first, as the limits permit."""
     members = [member.strip() for member in tracestate.split(",") if member.strip()]
     if len(",".join(members)) > MAX_TRACESTATE_LENGTH:  # long members go first, as the standard advises
         members = [member for member in members if len(member) <= 128]

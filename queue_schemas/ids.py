@@ -31,7 +31,7 @@ _JOB_ID = re.compile(r"(0|[1-9][0-9]{0,3})-[0-9a-f]{32}")
 WORKER_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 SESSION_ID_PATTERN = WORKER_ID_PATTERN + r"\.[0-9a-f]{16}"
 _WORKER_ID = re.compile(WORKER_ID_PATTERN)
-_INCARNATION = re.compile(SESSION_ID_PATTERN)
+_SESSION_ID = re.compile(SESSION_ID_PATTERN)
 
 
 def new_job_id(shard: int) -> JobId:
@@ -58,7 +58,7 @@ def new_session_id(name: str) -> SessionId:
 
 def check_session_id(value: str) -> SessionId:
     """``value`` if it has the shape of a session id, else ``BadMessage``."""
-    if not _INCARNATION.fullmatch(value):
+    if not _SESSION_ID.fullmatch(value):
         raise BadMessage(f"not a session id: {value[:90]!r}; expected NAME.<16 hex digits>")
     return SessionId(value)
 

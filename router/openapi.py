@@ -7,7 +7,7 @@ from typing import Any
 from openai_api.paths import INFERENCE_PATHS, MULTIPART_PATHS
 from queue_schemas import FABRIC_PREFIX
 from telemetry.http.error_answers import error_responses
-from telemetry.http.openapi import API_KEYS, FLEET, Document, secure
+from telemetry.http.openapi import API_KEYS, FLEET, Document, add_security
 
 from .http.rules import IDEMPOTENCY_HEADER
 from .settings import RouterSettings
@@ -55,7 +55,7 @@ def describe(document: Document, settings: RouterSettings) -> None:
     tokened = bool(settings.join_token.get_secret_value())
     users = [*API_KEYS, *([] if guarded else [{}])]
     fleet = [*FLEET, *([] if tokened or guarded else [{}])]
-    secure(
+    add_security(
         document,
         [
             *((path, users) for path in known),

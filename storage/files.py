@@ -71,8 +71,7 @@ class StorageUsage:
 
 class Upload:
     """A file that is being uploaded: call ``write`` repeatedly, then ``commit`` and :meth:`FileStore.add`; or
-    ``discard``,
-    which leaves nothing. ``size`` is the number of bytes so far."""
+    ``discard``, which leaves nothing. ``size`` is the number of bytes so far."""
 
     def __init__(self, writer: ObjectWriter, store: ObjectStore, name: str, max_bytes: int) -> None:
         self._writer = writer
@@ -141,8 +140,7 @@ class FileStore:
 
     def get(self, tenant: Tenant, file_id: str, now_s: float) -> FileRecord | None:
         """The file; None if the tenant has none with that id, or it has expired. With ``now_s`` 0 expired files that
-        are
-        not removed yet count too."""
+        are not removed yet count too."""
         if not is_id(file_id, FILE):
             return None
         record = _parsed(self.store.get(_record(tenant, file_id)))
@@ -213,8 +211,7 @@ class FileStore:
 
     def piece(self, record: FileRecord, start: int, end: int) -> bytes:
         """Bytes of the file from ``start`` to at most ``end`` (exclusive): up to ``PIECE_BYTES`` of one part; empty
-        only
-        at the end. Raises ``ObjectMissing``."""
+        only at the end. Raises ``ObjectMissing``."""
         at = 0
         for part in record.parts:
             if start < at + part.size and start < end:

@@ -61,6 +61,6 @@ def tenant_of(folder: str) -> Tenant:
     return Tenant(decode_name(folder.removeprefix(_FOLDER)))
 
 
-def is_tenants(name: str) -> bool:
+def is_tenant_folder(name: str) -> bool:
     """Whether ``name``, at the root of the store, is a tenant's folder."""
     return name.startswith(_FOLDER)

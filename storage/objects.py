@@ -40,8 +40,7 @@ class Writer(Protocol):
 
 class ObjectStore:
     """All methods raise ``StoreUnavailable`` if the store cannot be reached or refuses the call, and ``StoreFull`` if
-    it
-    has no room."""
+    it has no room."""
 
     def __init__(self, filesystem: Any, root: str) -> None:
         """``filesystem`` is one of fsspec, ``root`` a path in it."""
@@ -178,7 +177,9 @@ class ObjectStore:
                 with store_errors(folder, reading=True):
                     self._files.rm(self._path(folder), recursive=True)
             except ObjectMissing:
-                log.debug("store_not_there", folder=folder)  # the folder, or something in it, was removed meanwhile
+                log.debug(
+                    "store_folder_missing", folder=folder
+                )  # the folder, or something in it, was removed meanwhile
             except StoreUnavailable:
                 if self._folder is None or not left:
                     raise

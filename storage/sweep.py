@@ -10,7 +10,7 @@ from collections.abc import Collection
 from telemetry import get_logger
 
 from .files import FileStore, folder_of_file
-from .names import FILE, created_ms, is_id, is_tenants, tenant_of
+from .names import FILE, created_ms, is_id, is_tenant_folder, tenant_of
 from .request_records import RequestRecords
 
 LEFTOVER_AGE_S = 3 * 86_400
@@ -44,7 +44,7 @@ def sweep_leftovers(files: FileStore, now_s: float, in_use: Collection[str] = ()
     removed = files.store.clear_scratch(now_s - _SCRATCH_AGE_S)
     before_ms = (now_s - LEFTOVER_AGE_S) * 1000
     for folder in files.store.names(""):
-        if not is_tenants(folder):
+        if not is_tenant_folder(folder):
             continue
         files.store.delete(RequestRecords(files.store).expired(tenant_of(folder), int(now_s * 1000)))
         whole, found = set(), set()

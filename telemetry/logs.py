@@ -74,7 +74,7 @@ def configure_logging(
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
-    """The logger of module ``name``. Call it as ``log.info("worker_joined", worker="w1")``: a name, then facts."""
+    """The logger of module ``name``. Call it as ``log.info("job_claimed", job_id="...")``: an event, then facts."""
     return cast(FilteringBoundLogger, structlog.get_logger(name))
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from queue_schemas import Tenant
 from storage import ObjectStore, folder_of, tenant_of
-from storage.names import is_id, is_tenants, new_id
+from storage.names import is_id, is_tenant_folder, new_id
 from telemetry import get_logger
 
 from .events import ALL_EVENTS
@@ -204,7 +204,7 @@ class EndpointStore:
     def all_ids(self) -> Iterator[tuple[Tenant, str]]:
         """The tenant and id of every endpoint."""
         for folder in self._store.names(""):
-            if is_tenants(folder):
+            if is_tenant_folder(folder):
                 tenant = tenant_of(folder)
                 yield from ((tenant, endpoint_id) for endpoint_id in self.ids(tenant))
 

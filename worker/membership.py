@@ -92,7 +92,7 @@ class Membership:
         """Register, trying until a Manager accepts.
 
         Raises ``WorkerIdTaken`` when another worker holds the id for 3 s and, the ``first`` time, what waiting
-        cannot mend: ``AuthenticationFailed``, ``BadRequest``. With several URLs that is raised once each has refused:
+        cannot fix: ``AuthenticationFailed``, ``BadRequest``. With several URLs that is raised once each has refused:
         one that does not answer yet may still accept this worker.
         """
         failures = taken = 0

@@ -18,8 +18,8 @@ _CURES = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
     errno.EROFS: "the file system is read-only: choose another data folder",
-    errno.EACCES: "it is not writable: choose another data folder, or mend its owner and mode",
-    errno.EPERM: "it is not writable: choose another data folder, or mend its owner and mode",
+    errno.EACCES: "it is not writable: choose another data folder, or correct its owner and mode",
+    errno.EPERM: "it is not writable: choose another data folder, or correct its owner and mode",
     errno.ENOTDIR: "its path leads through a file: choose another data folder",
     errno.EEXIST: "it is a file: choose another data folder",
 }
@@ -125,7 +125,7 @@ class DataFolder:
         return " | ".join(line.split(" # ")[-1].strip() for line in lines[-3:] if line.strip()) or "it said nothing"
 
     def problem(self, error: OSError) -> str:
-        """What is wrong with the folder, and how to mend it."""
+        """What is wrong with the folder, and how to correct it."""
         cure = _CURES.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
         return f"the embedded queue server cannot use the folder {self.path}: {cure}"
 

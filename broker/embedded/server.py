@@ -59,7 +59,7 @@ class EmbeddedServer:
 
     ``port`` 0 takes the port of last time if it is still free, else any free one. ``max_memory_bytes`` 0 is no limit.
     All start-up problems (no binary for this platform, folder in use or not writable, port taken, disk full) raise
-    ``CannotStart`` with a sentence that says how to mend it.
+    ``CannotStart`` with a sentence that says how to correct it.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class EmbeddedServer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
                 return
-        log.error("embedded_does_not_end", pid=process.pid)
+        log.error("embedded_stop_timed_out", pid=process.pid)
 
     async def _supervise(self) -> None:
         """Keep the server running: start it again when it ends, with a growing pause, on the same port and

@@ -31,7 +31,7 @@ MAX_PIPELINE_BYTES = 32 << 20
 def waits_for_disk(facts: ServerFacts) -> bool:
     """Whether WAITAOF is needed on this server: where it is missing, ``appendfsync always`` has every reply wait.
 
-    Raises ``BrokerUnsuitable``, saying how to mend it, for a server that cannot say when a write is on the disk.
+    Raises ``BrokerUnsuitable``, saying how to correct it, for a server that cannot say when a write is on the disk.
     """
     if not facts.appendonly:
         raise BrokerUnsuitable(

@@ -65,7 +65,7 @@ async def read_facts(caller: Caller, key: str = META) -> ServerFacts:
 
 
 def require_suitable(facts: ServerFacts) -> None:
-    """Raise ``BrokerUnsuitable``, saying how to mend it, unless the server can carry the queue."""
+    """Raise ``BrokerUnsuitable``, saying how to correct it, unless the server can carry the queue."""
     oldest = _OLDEST[facts.kind]
     if _version(facts.version) < oldest:
         wanted = ".".join(map(str, oldest))

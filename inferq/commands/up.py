@@ -217,7 +217,7 @@ def _own_vllm(options: StackOptions) -> VllmEnvironment | None:
         return None
     command = absolute_path(options.vllm_command)
     if not command.exists():
-        raise CannotStart(f"there is no {command}: mend --vllm-command")
+        raise CannotStart(f"there is no {command}: correct --vllm-command")
     python = command.with_name("python")
     if not options.model and not python.exists():
         raise CannotStart(

@@ -1,6 +1,6 @@
 """`inferq doctor`: check an installation, and say how to fix what is wrong."""
 
 from .examine import examine
-from .findings import Examined, Finding, Level
+from .findings import DoctorTarget, Finding, Level
 
-__all__ = ["Examined", "Finding", "Level", "examine"]
+__all__ = ["DoctorTarget", "Finding", "Level", "examine"]

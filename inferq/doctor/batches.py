@@ -7,13 +7,13 @@ import time
 from inferq.batch.client import BatchView
 from inferq.client import RequestFailed
 
-from .findings import Examined, Finding, Level
+from .findings import DoctorTarget, Finding, Level
 
 MAX_START_S = 60
 """A batcher looks for new batches every second: a batch that waits longer has no batcher."""
 
 
-async def look_at_batches(examined: Examined) -> list[Finding]:
+async def check_batches(examined: DoctorTarget) -> list[Finding]:
     """Check whether batches make progress."""
     async with examined.client as client:
         if not await client.health():
@@ -23,8 +23,8 @@ async def look_at_batches(examined: Examined) -> list[Finding]:
         except RequestFailed as refused:
             if refused.http_status in (401, 404):
                 return []  # the check of the fabric reports it
-            mend = "check INFERQ_STORAGE_URL of the Routers, and the store behind it"
-            return [Finding("batches", Level.FAILURE, refused.message, mend)]
+            fix = "check INFERQ_STORAGE_URL of the Routers, and the store behind it"
+            return [Finding("batches", Level.FAILURE, refused.message, fix)]
     now_s = time.time()
     live = [batch for batch in newest if not batch.ended]
     waiting = [batch for batch in live if batch.status == "validating" and now_s - batch.created_at > MAX_START_S]

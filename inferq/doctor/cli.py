@@ -1,4 +1,4 @@
-"""``inferq doctor``: what must be mended, and how."""
+"""``inferq doctor``: what is wrong, and how to fix it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from inferq.console import err, out, print_json
-from inferq.doctor import Examined, Finding, Level, examine
+from inferq.doctor import DoctorTarget, Finding, Level, examine
 from inferq.doctor.queue import repair_queue
 from inferq.tables import UNLIMITED, output_width, print_whole
 
 
 def show_findings(findings: Sequence[Finding], *, as_json: bool) -> int:
-    """Print them; the exit code: 1 if something must be mended."""
+    """Print them; the exit code: 1 if a check failed."""
     worst = any(finding.level is Level.FAILURE for finding in findings)
     if as_json:
         print_json({"ok": not worst, "findings": [asdict(finding) for finding in findings]})
         return int(worst)
-    marks = {Level.OK: "[green]ok[/green]", Level.WARNING: "[yellow]look[/yellow]", Level.FAILURE: "[red]mend[/red]"}
+    marks = {Level.OK: "[green]ok[/green]", Level.WARNING: "[yellow]warn[/yellow]", Level.FAILURE: "[red]fail[/red]"}
     table = Table(box=None, show_header=False, pad_edge=False)
     for _ in range(3):
         table.add_column(overflow="fold")
     for finding in findings:
-        text = escape(finding.text) + (f"\n[dim]-> {escape(finding.mend)}[/dim]" if finding.mend else "")
+        text = escape(finding.text) + (f"\n[dim]-> {escape(finding.fix)}[/dim]" if finding.fix else "")
         table.add_row(marks[finding.level], finding.check, text)
     if output_width() == UNLIMITED:
         print_whole(table)
@@ -40,4 +40,4 @@ def repair(data_dir: Path) -> None:
     err.print(escape(repair_queue(data_dir)))
 
 
-__all__ = ["Examined", "examine", "repair", "show_findings"]
+__all__ = ["DoctorTarget", "examine", "repair", "show_findings"]

@@ -1,4 +1,4 @@
-"""Every look, one after the other."""
+"""Run every check in order and collect the findings."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from queue_schemas import CannotStart
 
-from .batches import look_at_batches
-from .fabric import look_at_engine, look_at_fabric
-from .findings import Examined, Finding, Level
-from .host import look_at_disk, look_at_files, look_at_ports, look_at_python, look_at_settings
-from .managers import look_at_managers
-from .queue import look_at_queue
-from .ray import look_at_ray
-from .store import look_at_store
-from .webhooks import look_at_webhooks
+from .batches import check_batches
+from .fabric import check_engine, check_fabric
+from .findings import DoctorTarget, Finding, Level
+from .host import check_disk, check_files, check_ports, check_python, check_settings
+from .managers import check_managers
+from .queue import check_queue
+from .ray import check_ray
+from .store import check_store
+from .webhooks import check_webhooks
 
 _CHECK_LIMIT_S = 15.0
 
 
-async def examine(examined: Examined) -> list[Finding]:
+async def examine(examined: DoctorTarget) -> list[Finding]:
     """Every finding, in the order in which a person would want to read them. Never raises for what it finds."""
     checks: list[tuple[str, Callable[[], Awaitable[Sequence[Finding]]]]] = [
-        ("python", look_at_python),
-        ("settings", look_at_settings),
-        ("queue", lambda: look_at_queue(examined)),
-        ("ports", look_at_ports),
-        ("managers", look_at_managers),
-        ("engine", lambda: look_at_engine(examined)),
-        ("files", look_at_files),
-        ("disk", lambda: look_at_disk(examined)),
-        ("store", lambda: look_at_store(examined)),
-        ("ray", lambda: look_at_ray(examined)),
-        ("fabric", lambda: look_at_fabric(examined)),
-        ("batches", lambda: look_at_batches(examined)),
-        ("webhooks", lambda: look_at_webhooks(examined)),
+        ("python", check_python),
+        ("settings", check_settings),
+        ("queue", lambda: check_queue(examined)),
+        ("ports", check_ports),
+        ("managers", check_managers),
+        ("engine", lambda: check_engine(examined)),
+        ("files", check_files),
+        ("disk", lambda: check_disk(examined)),
+        ("store", lambda: check_store(examined)),
+        ("ray", lambda: check_ray(examined)),
+        ("fabric", lambda: check_fabric(examined)),
+        ("batches", lambda: check_batches(examined)),
+        ("webhooks", lambda: check_webhooks(examined)),
     ]
     findings: list[Finding] = []
     for name, check in checks:

@@ -13,10 +13,10 @@ from inferq.vllm_setup.cache import cache_dir
 from inferq.vllm_setup.environment import read_host
 from telemetry.http.fleet_session import fleet_session
 
-from .findings import ASK_LIMIT_S, Examined, Finding, Level
+from .findings import ASK_LIMIT_S, DoctorTarget, Finding, Level
 
 
-async def look_at_engine(examined: Examined) -> list[Finding]:
+async def check_engine(examined: DoctorTarget) -> list[Finding]:
     """Check whether an engine answers, or vLLM is installed."""
     if examined.engine_url:
         return [await _attached(examined.engine_url)]
@@ -43,11 +43,11 @@ async def _attached(url: str) -> Finding:
         ):
             status = answer.status
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        mend = "start that server, or correct --engine-url"
-        return Finding("engine", Level.FAILURE, f"{url} does not answer ({error or 'time-out'})", mend)
+        fix = "start that server, or correct --engine-url"
+        return Finding("engine", Level.FAILURE, f"{url} does not answer ({error or 'time-out'})", fix)
     if status != 200:
-        mend = "give the base URL of an OpenAI-compatible server, and its key as INFERQ_WORKER_ENGINE_API_KEY"
-        return Finding("engine", Level.FAILURE, f"{url}/v1/models answers {status}", mend)
+        fix = "give the base URL of an OpenAI-compatible server, and its key as INFERQ_WORKER_ENGINE_API_KEY"
+        return Finding("engine", Level.FAILURE, f"{url}/v1/models answers {status}", fix)
     return Finding("engine", Level.OK, f"{url} answers")
 
 
@@ -57,15 +57,15 @@ async def _router(client: FleetClient, trouble: Level) -> Finding | None:
         metrics = await client.call("GET", "/metrics")
     except RequestFailed as refused:
         if not refused.http_status:
-            what, _, mend = refused.message.rpartition(": ")
-            return Finding("fabric", trouble, what, mend)
+            what, _, fix = refused.message.rpartition(": ")
+            return Finding("fabric", trouble, what, fix)
     else:
         if b"inferq" in metrics:
             return None
     return Finding("fabric", trouble, f"what answers at {client.url} is not an inferq Router", "correct --router-url")
 
 
-async def look_at_fabric(examined: Examined) -> list[Finding]:
+async def check_fabric(examined: DoctorTarget) -> list[Finding]:
     """Check the Router, the workers and the pools."""
     async with examined.client as client:
         trouble = Level.FAILURE if examined.router_named else Level.WARNING
@@ -75,13 +75,13 @@ async def look_at_fabric(examined: Examined) -> list[Finding]:
         try:
             fleet, pools = await client.workers(), await client.pools()
         except RequestFailed as refused:
-            mend = "" if refused.http_status == 401 else "look at the Manager"
+            fix = "" if refused.http_status == 401 else "look at the Manager"
             return [
                 Finding(
                     "fabric",
                     trouble,
                     refused.message.removesuffix(f": {CREDENTIALS_ADVICE}"),
-                    mend or CREDENTIALS_ADVICE,
+                    fix or CREDENTIALS_ADVICE,
                 )
             ]
     working = [worker for worker in fleet.workers if worker.takes_work]

@@ -22,17 +22,17 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one look found; ``mend`` says what to do about it, and is empty when all is well."""
+    """What one check found; ``fix`` says what to do about it, and is empty when all is well."""
 
     check: str
     level: Level
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Examined:
-    """What is looked at."""
+class DoctorTarget:
+    """What the checks examine."""
 
     redis_url: str
     client: FleetClient

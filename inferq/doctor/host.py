@@ -18,13 +18,13 @@ from telemetry.http.fleet_session import fleet_session
 from telemetry.paths import absolute_path
 from worker.settings import WorkerSettings
 
-from .findings import ASK_LIMIT_S, Examined, Finding, Level
+from .findings import ASK_LIMIT_S, DoctorTarget, Finding, Level
 
 MIN_FILES = 4096
 MIN_DISK_BYTES, COMFORTABLE_DISK_BYTES = 1 << 30, 5 << 30
 
 
-async def look_at_python() -> list[Finding]:
+async def check_python() -> list[Finding]:
     """Check the version of Python."""
     version = ".".join(map(str, sys.version_info[:3]))
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
@@ -32,7 +32,7 @@ async def look_at_python() -> list[Finding]:
     return [Finding("python", Level.OK, f"Python {version}")]
 
 
-async def look_at_settings() -> list[Finding]:
+async def check_settings() -> list[Finding]:
     """Check that every setting can be read."""
     try:
         facts = read_facts()
@@ -42,7 +42,7 @@ async def look_at_settings() -> list[Finding]:
     return [Finding("settings", Level.OK, f"{len(facts)} settings read, {changed} of them not at their default")]
 
 
-async def look_at_ports() -> list[Finding]:
+async def check_ports() -> list[Finding]:
     """Check that the ports of all roles are free, or taken by them."""
     roles = (("router", RouterSettings.load()), ("manager", ManagerSettings.load()))
     wanted = [(name, settings.host, settings.port) for name, settings in roles]
@@ -71,29 +71,29 @@ async def _port(session: aiohttp.ClientSession, name: str, host: str, port: int)
         ours = False
     if ours:
         return Finding("ports", Level.OK, f"{port} is served by an inferq process (the {name}'s port)")
-    mend = f"stop what listens there, or start with another port (`inferq up --{name}-port`)"
-    return Finding("ports", Level.WARNING, f"{port} is not free for the {name}: {taken}", mend)
+    fix = f"stop what listens there, or start with another port (`inferq up --{name}-port`)"
+    return Finding("ports", Level.WARNING, f"{port} is not free for the {name}: {taken}", fix)
 
 
-async def look_at_files() -> list[Finding]:
+async def check_files() -> list[Finding]:
     """Check how many files a process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < MIN_FILES:
-        mend = f"raise it: ulimit -n {max(MIN_FILES, 65_536)} (systemd: LimitNOFILE); each client takes one"
-        return [Finding("files", Level.WARNING, f"this process may open {soft} files (at most {hard})", mend)]
+        fix = f"raise it: ulimit -n {max(MIN_FILES, 65_536)} (systemd: LimitNOFILE); each client takes one"
+        return [Finding("files", Level.WARNING, f"this process may open {soft} files (at most {hard})", fix)]
     return [Finding("files", Level.OK, f"this process may open {soft} files")]
 
 
-async def look_at_disk(examined: Examined) -> list[Finding]:
+async def check_disk(examined: DoctorTarget) -> list[Finding]:
     """Check the room on the disk of the data folder."""
     folder = nearest_folder(examined.data_dir)
     free = shutil.disk_usage(folder).free
     text = f"{free / (1 << 30):.1f} GiB are free at {folder}"
-    mend = "free some: the queue's append-only file and the logs live there"
+    fix = "free some: the queue's append-only file and the logs live there"
     if free < MIN_DISK_BYTES:
-        return [Finding("disk", Level.FAILURE, text, mend)]
+        return [Finding("disk", Level.FAILURE, text, fix)]
     return [
-        Finding("disk", Level.WARNING, text, mend) if free < COMFORTABLE_DISK_BYTES else Finding("disk", Level.OK, text)
+        Finding("disk", Level.WARNING, text, fix) if free < COMFORTABLE_DISK_BYTES else Finding("disk", Level.OK, text)
     ]
 
 

@@ -12,7 +12,7 @@ from telemetry.http.fleet_session import fleet_session
 from .findings import ASK_LIMIT_S, Finding, Level
 
 
-async def look_at_managers() -> list[Finding]:
+async def check_managers() -> list[Finding]:
     """Check that exactly one Manager acts."""
     urls = [url for url in RouterSettings.load().manager_urls if url.startswith("http")]
     if not urls:
@@ -22,10 +22,10 @@ async def look_at_managers() -> list[Finding]:
     text = "; ".join(f"{url} {what}" for url, what in zip(urls, said, strict=True))
     if "acts" in said:
         away = any(what.startswith("does not answer") for what in said)
-        mend = "start it, or take it out of INFERQ_ROUTER_MANAGER_URLS" if away else ""
-        return [Finding("managers", Level.WARNING if away else Level.OK, text, mend)]
-    mend = "start one with `inferq manager`, or correct INFERQ_ROUTER_MANAGER_URLS"
-    return [Finding("managers", Level.WARNING, f"none of the configured Managers acts: {text}", mend)]
+        fix = "start it, or take it out of INFERQ_ROUTER_MANAGER_URLS" if away else ""
+        return [Finding("managers", Level.WARNING if away else Level.OK, text, fix)]
+    fix = "start one with `inferq manager`, or correct INFERQ_ROUTER_MANAGER_URLS"
+    return [Finding("managers", Level.WARNING, f"none of the configured Managers acts: {text}", fix)]
 
 
 async def _said(session: aiohttp.ClientSession, url: str) -> str:

@@ -12,7 +12,7 @@ from queue_schemas import CannotStart, InferqError
 from router import RouterSettings
 from telemetry.paths import absolute_path
 
-from .findings import Examined, Finding, Level
+from .findings import DoctorTarget, Finding, Level
 from .host import nearest_folder
 
 MAX_SKEW_MS = 1_000
@@ -20,7 +20,7 @@ SLOW_PING_MS = 20.0
 MAX_SCANNED_BYTES = 256 << 20
 
 
-async def look_at_queue(examined: Examined) -> list[Finding]:
+async def check_queue(examined: DoctorTarget) -> list[Finding]:
     """Check the queue's Redis."""
     if not examined.redis_url:
         return await _embedded(examined)
@@ -29,8 +29,8 @@ async def look_at_queue(examined: Examined) -> list[Finding]:
     try:
         broker = await Broker.connect(settings, durability=durability)
     except InferqError as error:
-        mend = "check INFERQ_REDIS_URL, the server and the network between"
-        return [Finding("queue", Level.FAILURE, error.message, mend if error.retryable else "")]
+        fix = "check INFERQ_REDIS_URL, the server and the network between"
+        return [Finding("queue", Level.FAILURE, error.message, fix if error.retryable else "")]
     try:
         ping_ms = min([await broker.ping() for _ in range(5)])
         before_ms = time.time_ns() // 1_000_000
@@ -52,11 +52,11 @@ def _about_server(facts: ServerFacts, ping_ms: float) -> list[Finding]:
     text = f"{facts.kind} {facts.version}, {facts.role}, {kept}, maxmemory-policy {policy}"
     findings = [Finding("queue", Level.OK, text)]
     for concern in facts.concerns:
-        what, _, mend = concern.rpartition("; ")
-        findings.append(Finding("queue", Level.WARNING, what or concern, mend if what else ""))
+        what, _, fix = concern.rpartition("; ")
+        findings.append(Finding("queue", Level.WARNING, what or concern, fix if what else ""))
     slow = ping_ms > SLOW_PING_MS
-    mend = "run it closer: each request needs four round trips or so" if slow else ""
-    findings.append(Finding("queue", Level.WARNING if slow else Level.OK, f"a round trip takes {ping_ms:.1f} ms", mend))
+    fix = "run it closer: each request needs four round trips or so" if slow else ""
+    findings.append(Finding("queue", Level.WARNING if slow else Level.OK, f"a round trip takes {ping_ms:.1f} ms", fix))
     return findings
 
 
@@ -65,12 +65,12 @@ def about_clock(server_ms: int, before_ms: int, after_ms: int) -> Finding:
     skew_ms = 0 if before_ms <= server_ms <= after_ms else min(abs(server_ms - before_ms), abs(server_ms - after_ms))
     if skew_ms > MAX_SKEW_MS:
         text = f"this machine's clock is {skew_ms / 1000:.1f} s off the queue server's"
-        mend = "run NTP on both; deadlines and leases do not depend on it, timestamps in logs and answers do"
-        return Finding("clock", Level.WARNING, text, mend)
+        fix = "run NTP on both; deadlines and leases do not depend on it, timestamps in logs and answers do"
+        return Finding("clock", Level.WARNING, text, fix)
     return Finding("clock", Level.OK, f"within {max(skew_ms, after_ms - before_ms)} ms of the queue server's")
 
 
-async def _embedded(examined: Examined) -> list[Finding]:
+async def _embedded(examined: DoctorTarget) -> list[Finding]:
     from broker.embedded.server import find_binary  # noqa: PLC0415 - needs a POSIX system
 
     try:
@@ -102,8 +102,8 @@ def _look_at_log(folder: Path, binary: Path) -> list[Finding]:
         return [Finding("queue", Level.OK, f"the embedded queue's data ({files.size} bytes) can be read")]
     text = files.describe(damage)
     if files.is_repaired_by_valkey(damage):
-        mend = f"the next start cuts off {damage.bytes_cut} bytes there and keeps the file as it was, too"
-        return [Finding("queue", Level.WARNING, text, mend)]
+        fix = f"the next start cuts off {damage.bytes_cut} bytes there and keeps the file as it was, too"
+        return [Finding("queue", Level.WARNING, text, fix)]
     return [Finding("queue", Level.FAILURE, text, files.remedy)]
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from inferq.on_ray.head import read_head
 from telemetry.paths import absolute_path
 
-from .findings import Examined, Finding, Level
+from .findings import DoctorTarget, Finding, Level
 
 
-async def look_at_ray(examined: Examined) -> list[Finding]:
+async def check_ray(examined: DoctorTarget) -> list[Finding]:
     """Check the Ray cluster that `inferq ray up` started."""
     head = read_head(absolute_path(examined.data_dir))
     if head is None:
         return []
     if head.runs:
         return [Finding("ray", Level.OK, f"a Ray cluster of our own runs at {head.address}")]
-    mend = "`inferq ray up` starts another; `inferq ray down` ends what this one has left"
-    return [Finding("ray", Level.WARNING, f"the Ray cluster at {head.address} ended unexpectedly", mend)]
+    fix = "`inferq ray up` starts another; `inferq ray down` ends what this one has left"
+    return [Finding("ray", Level.WARNING, f"the Ray cluster at {head.address} ended unexpectedly", fix)]

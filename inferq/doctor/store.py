@@ -11,13 +11,13 @@ from queue_schemas import InferqError
 from storage import ObjectStore, StorageSettings
 from telemetry.redaction import redact_url
 
-from .findings import Examined, Finding, Level
+from .findings import DoctorTarget, Finding, Level
 from .host import nearest_folder
 
 _MEND = "check INFERQ_STORAGE_URL, that the folder or bucket is there, and the rights and keys to write to it"
 
 
-async def look_at_store(examined: Examined) -> list[Finding]:
+async def check_store(examined: DoctorTarget) -> list[Finding]:
     """Writes, reads and removes an object where the store is there; a folder that nobody has made yet is not made."""
     url = store_url(examined.data_dir)
     return [await asyncio.to_thread(_look, url)]

@@ -12,7 +12,7 @@ from queue_schemas import (
     DeadRequest,
     PoolDepth,
     PoolList,
-    Removed,
+    RemovedCount,
     WorkerList,
 )
 
@@ -40,7 +40,7 @@ class FleetClient(RouterClient):
         body = DeadLetterIds(ids=list(letter_ids)).model_dump_json().encode()
         headers = {"content-type": "application/json"}
         return parse(
-            Removed, await self.call("POST", f"{FABRIC_PREFIX}/dead/purge", data=body, headers=headers)
+            RemovedCount, await self.call("POST", f"{FABRIC_PREFIX}/dead/purge", data=body, headers=headers)
         ).removed
 
     async def replay(self, path: str, body: bytes, content_type: str) -> bytes:

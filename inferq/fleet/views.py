@@ -18,8 +18,7 @@ from .client import FleetClient
 
 async def show_queues(client: FleetClient, *, watch: bool, interval_s: float, as_json: bool) -> None:
     """Print the pools once, or with ``watch`` every ``interval_s``: in place on a terminal, else as one table each
-    time,
-    or as one line of JSON."""
+    time, or as one line of JSON."""
     async with client:
         if not watch:
             pools = await client.pools()

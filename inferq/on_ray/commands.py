@@ -161,7 +161,7 @@ def _facts(status: ClusterStatus, head: Head | None) -> dict[str, object]:
         else {
             "pid": manager.pid,
             "acting": manager.acting,
-            "standing_by": manager.beside_another,
+            "standing_by": manager.blocked_by_other_manager,
             "not_ready": list(manager.why_not),
         },
         "application": None if status.application is None else asdict(status.application),
@@ -176,7 +176,7 @@ def _print_up(status: ClusterStatus, head: Head | None, plan: RayPlan, changed: 
     for reason in _troubles(status):
         out.print(f"\n[yellow]Not ready yet:[/yellow] {escape(reason)}")
     if _troubles(status):
-        out.print("It gets ready by itself once that is mended; `inferq ray status` tells.")
+        out.print("It gets ready by itself once that is fixed; see `inferq ray status`.")
     out.print(f"\nWorkers:  inferq worker --manager-url {status.url} ...", markup=False)
     where = f" --address {status.address}" if head is None else ""
     if plan.ray.data_dir != RaySettings.model_fields["data_dir"].default:
@@ -192,7 +192,7 @@ def _print_rows(status: ClusterStatus, head: Head | None) -> None:
     if status.manager is None:
         rows.append(("Manager", "none"))
     else:
-        beside = "standing by: another Manager acts" if status.manager.beside_another else "not acting"
+        beside = "standing by: another Manager acts" if status.manager.blocked_by_other_manager else "not acting"
         acting = "acting" if status.manager.acting else beside
         rows.append(("Manager", f"process {status.manager.pid}, {acting}"))
     if status.application is None:

@@ -32,13 +32,14 @@ logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 @dataclass(frozen=True, slots=True)
 class ManagerStatus:
-    """The Manager's actor. ``why_not`` says why it does not answer or cannot act, ``beside_another`` that it would if
+    """The Manager's actor. ``why_not`` says why it does not answer or cannot act, ``blocked_by_other_manager`` that it
+    would if
     another Manager did not: as it should be while a fleet moves."""
 
     pid: int = 0
     acting: bool = False
     digest: str = ""
-    beside_another: bool = False
+    blocked_by_other_manager: bool = False
     why_not: tuple[str, ...] = ()
 
     @property
@@ -60,7 +61,7 @@ class AppStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class DeploymentRecord:
     """What the cluster remembers of the application that was put into it last."""
 
     digest: str
@@ -151,20 +152,20 @@ def wait_ready(url: str, limit_s: float) -> tuple[str, ...]:
     return reasons
 
 
-def read_note() -> Note | None:
+def read_note() -> DeploymentRecord | None:
     """What :func:`write_note` wrote."""
     raw = _internal_kv_get(_NOTE)
     if raw is None:
         return None
     try:
-        return Note(**json.loads(raw))
+        return DeploymentRecord(**json.loads(raw))
     except (ValueError, TypeError) as error:
         raise CannotStart("another version of inferq runs in this cluster: take it down with that one") from error
 
 
 def write_note(plan: RayPlan, *, from_file: bool = False) -> None:
     """Remember in the cluster what was deployed."""
-    note = Note(plan.app_digest, plan.ray.host, plan.ray.port, plan.ray.way_in, from_file)
+    note = DeploymentRecord(plan.app_digest, plan.ray.host, plan.ray.port, plan.ray.way_in, from_file)
     _internal_kv_put(_NOTE, json.dumps(asdict(note)).encode(), overwrite=True)
 
 

@@ -25,7 +25,7 @@ def needs_join_token() -> bool:
     return not any(token.get_secret_value() for token in roles)
 
 
-def kept_join_token(data_dir: Path) -> str:
+def load_or_create_join_token(data_dir: Path) -> str:
     """The token in ``data_dir``, made at the first call, readable by its owner only. Raises ``CannotStart``."""
     file = data_dir / TOKEN_FILE
     try:

@@ -85,7 +85,7 @@ class RoleProcess:
         """
         while not (self._ready or self._has_left):
             status, text = await ask(session, f"{self.spec.url}/readyz")
-            # A stranger on the port must not pass for a role of ours that has ended.
+            # Another program on the port must not pass for a role of ours that has ended.
             if status == 200 and self.pid is not None:
                 self._ready = True
                 return
@@ -114,7 +114,7 @@ class RoleProcess:
                 hurrying.cancel()
 
     async def _live(self, log: RoleLog) -> int:
-        """One life of the process; its exit code."""
+        """Run the process once; its exit code."""
         tether = str(Path(__file__).with_name("tether.py"))
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", tether, str(os.getpid()), *self.spec.command),

@@ -13,7 +13,7 @@ STEADY_S = 60.0
 MAX_IN_A_ROW = 8
 """Give up after so many ends in a row without a steady run: after about a minute."""
 EXIT_REFUSED = 2
-"""A role's exit code for what its user must mend."""
+"""A role's exit code for what its user must correct."""
 
 
 @dataclass(frozen=True, slots=True)

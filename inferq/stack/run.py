@@ -22,7 +22,7 @@ from queue_schemas import CannotStart
 from telemetry.http.fleet_session import fleet_session
 from telemetry.http.server import bind_socket
 
-from .join_token import TOKEN_FILE, kept_join_token, needs_join_token
+from .join_token import TOKEN_FILE, load_or_create_join_token, needs_join_token
 from .plan import RoleSpec, StackPlan
 from .process import RoleProcess, ask
 
@@ -82,7 +82,7 @@ async def run_stack(
     told not to wait for what runs.
 
     Without ``redis_url`` an embedded server is started on the data folder. Raises ``CannotStart`` or a broker's error
-    with a sentence that says what to mend; whatever had been started is stopped in order first.
+    with a sentence that says what to correct; whatever had been started is stopped in order first.
     """
     began = time.monotonic()
     _check_ports(plan)
@@ -92,7 +92,7 @@ async def run_stack(
         url, queue = await _open_queue(plan, announcer, exits, watchers, redis_url)
         environment = {**os.environ, "INFERQ_REDIS_URL": url}
         if needs_join_token():
-            environment["INFERQ_JOIN_TOKEN"] = kept_join_token(plan.data_dir)
+            environment["INFERQ_JOIN_TOKEN"] = load_or_create_join_token(plan.data_dir)
         processes = [RoleProcess(role, plan.data_dir / "logs", environment, announcer.trouble) for role in plan.roles]
         exits.push_async_callback(_stop_in_order, plan, processes, announcer, hurry)
         session = await exits.enter_async_context(fleet_session(PAGE_LIMIT_S))

@@ -27,17 +27,18 @@ _SALT = b"inferq: where the acting Manager is"
 
 @dataclass(frozen=True, slots=True)
 class ActingManager:
-    """The leader lease as Redis has it. ``beat`` rises while a Manager acts; 0: none does. ``url`` is empty where the
+    """The leader lease as Redis has it. ``renewal_count`` rises while a Manager acts and is 0 if none does. ``url`` is
+    empty where the
     Manager says none. Trust none of it before :meth:`proven`."""
 
     manager_id: str = ""
-    beat: int = 0
+    renewal_count: int = 0
     url: str = ""
     proof: str = ""
 
     def proven(self, join_token: str) -> bool:
         """Whether a member of the fleet with this join token wrote ``url`` for ``manager_id``."""
-        if not self.beat or not self.url or not is_manager_url(self.url):
+        if not self.renewal_count or not self.url or not is_manager_url(self.url):
             return False
         expected = prove_address(join_token, self.manager_id, self.url)
         return hmac.compare_digest(expected.encode(), self.proof.encode("utf-8", "replace"))

@@ -78,7 +78,7 @@ class ShardedLeaseWatch:
         """Take in one poll of ``shard``, as :meth:`LeaseWatch.observe` does."""
         self._still[shard] = dict.fromkeys(self._watches[shard].observe(numbers, asked_at, answered_at))
 
-    def still(self) -> list[SessionId]:
+    def expired_sessions(self) -> list[SessionId]:
         """The sessions whose leases are lost, by the latest polls."""
         found = dict.fromkeys(session_id for still in self._still.values() for session_id in still)
         return [
@@ -87,12 +87,12 @@ class ShardedLeaseWatch:
             if all(session_id in still or session_id not in self._watches[at] for at, still in self._still.items())
         ]
 
-    def away(self, shard: int) -> None:
-        """The shard was out of reach."""
+    def mark_unreachable(self, shard: int) -> None:
+        """Discard what is known of a shard that was out of reach."""
         self._watches[shard].restart()
         self._still.pop(shard, None)
 
     def restart(self) -> None:
         """All shards were out of reach."""
         for shard in range(len(self._watches)):
-            self.away(shard)
+            self.mark_unreachable(shard)

@@ -292,12 +292,12 @@ class DeadRequest(DeadLetter):
 
 
 class DeadLetterIds(_Message):
-    """``POST /fabric/v1/dead/purge``: the letters to remove."""
+    """``POST /fabric/v1/dead/purge``: the dead letters to remove."""
 
     ids: list[Annotated[str, Field(max_length=60)]] = Field(max_length=1_000)
 
 
-class Removed(_Message):
-    """How many there were."""
+class RemovedCount(_Message):
+    """How many dead letters were removed."""
 
     removed: int

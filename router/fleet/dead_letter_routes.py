@@ -8,7 +8,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Query
 
 from broker import MAX_DEAD_LETTERS
-from queue_schemas import FABRIC_PREFIX, DeadLetterIds, DeadLetterList, DeadRequest, PathNotFound, Removed
+from queue_schemas import FABRIC_PREFIX, DeadLetterIds, DeadLetterList, DeadRequest, PathNotFound, RemovedCount
 from telemetry.http.access import Access
 from telemetry.http.error_answers import error_responses
 
@@ -40,7 +40,7 @@ def dead_letter_routes(link: QueueLink, gate: Gate) -> APIRouter:
         return found
 
     @routes.post(_DEAD + "/purge", summary="Remove some", responses=error_responses(400, 401, 413, 503))
-    async def purge(letters: DeadLetterIds) -> Removed:
-        return Removed(removed=await link.ready_queue().dead_letters.forget(letters.ids))
+    async def purge(letters: DeadLetterIds) -> RemovedCount:
+        return RemovedCount(removed=await link.ready_queue().dead_letters.forget(letters.ids))
 
     return routes

@@ -47,17 +47,17 @@ class ManagerRoute(RemoteManager):
         self._avoided_until: dict[str, float] = {}
         self._acting = ""
         self._rejected = ""
-        self._beat = 0
-        self._beaten_at = clock()
+        self._renewal_count = 0
+        self._renewed_at = clock()
         self._unreachable = False
 
     def note_acting(self, acting: ActingManager) -> None:
         """Take note of the acting Manager in Redis. Its URL is used if it is proven with the join token."""
-        if acting.beat != self._beat:
-            self._beat, self._beaten_at = acting.beat, self._clock()
+        if acting.renewal_count != self._renewal_count:
+            self._renewal_count, self._renewed_at = acting.renewal_count, self._clock()
         url = acting.url.rstrip("/")
-        if not acting.beat or not url or url == self._acting:
-            self._acting = url if acting.beat else ""
+        if not acting.renewal_count or not url or url == self._acting:
+            self._acting = url if acting.renewal_count else ""
             return None
         self._acting = ""
         if url not in self._managers:
@@ -78,7 +78,7 @@ class ManagerRoute(RemoteManager):
         """Why workers cannot join through this Router; empty if they can. Requests are served in any case."""
         if self._unreachable:
             return "no acting Manager can be reached: workers cannot join through this router, requests go on"
-        if self._clock() - self._beaten_at > NOBODY_ACTS_S:
+        if self._clock() - self._renewed_at > NOBODY_ACTS_S:
             return "no Manager acts: workers cannot join until one does, requests go on"
         return ""
 

@@ -158,4 +158,4 @@ def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise CannotStart(f"{folder} must be a folder that only this user can enter: remove it, or mend its rights")
+        raise CannotStart(f"{folder} must be a folder that only this user can enter: remove it, or correct its rights")

@@ -322,7 +322,7 @@ class AttemptMerger:
                 f"{head.content_type}; send the request again"
             )
         if self._streams and not head.is_event_stream:
-            self._transcript.lose(
+            self._transcript.mark_untracked(
                 StreamBroken(f"a stream of {head.content_type} cannot continue; send the request again")
             )
         if self._streams:
@@ -372,7 +372,7 @@ class AttemptMerger:
                 "the stream cannot continue: its worker was lost, and the new attempt has an event of more than "
                 f"{MAX_EVENT_BYTES} bytes, too long to be compared; send the request again"
             )
-        self._transcript.lose(
+        self._transcript.mark_untracked(
             StreamBroken(
                 f"the stream cannot continue: its worker was lost, and it had an event of more than {MAX_EVENT_BYTES} "
                 "bytes; send the request again"

@@ -144,7 +144,7 @@ class OpenRequest:
 
     def drop(self, why: str) -> None:
         """Cut off the client, which is too slow or stalled."""
-        log.warning("client_dropped", why=why, job_id=self.job.id if self.job is not None else "")
+        log.warning("client_disconnected", why=why, job_id=self.job.id if self.job is not None else "")
         self.sending_since_s = float("inf")
         self.on_gone(why)
         self.connection.cut()

@@ -87,7 +87,7 @@ class EventNumbers(EventNormalizer):
     def _seen(self, data: bytes) -> None:
         self._crc = crc32(data, self._crc)
 
-    def _left_out(self) -> bool:
+    def _already_sent(self) -> bool:
         return self.number < self._after.number
 
     def _number(self) -> bytes | None:

@@ -63,7 +63,7 @@ def allow_members(join_token: str, local: LoopbackAccess) -> params.Depends:
 
 
 def check_member(request: Request, join_token: str, local: LoopbackAccess) -> None:
-    """Raises what a caller is answered that shows no join token or, where there is none, is not one of ``local``."""
+    """Raise the error for a caller without the join token or, where none is set, for one that ``local`` refuses."""
     headers = dict(request.scope["headers"])
     if join_token:
         check_join_token(join_token, request.headers.get(JOIN_TOKEN_HEADER, ""))

@@ -22,7 +22,7 @@ from .access import Access, allow, declared
 from .browser_pages import add_browser_pages
 from .error_answers import add_error_handlers
 from .methods import DerivedMethods
-from .openapi import FLEET, Describe, Document, complete, operations, secure
+from .openapi import FLEET, Describe, Document, add_security, complete_document, operations
 from .request_context import RequestContext
 
 
@@ -97,7 +97,7 @@ def _openapi(app: FastAPI, make: Callable[[], Document], describe: Describe | No
     """FastAPI's document, made whole once."""
     if app.openapi_schema is None:
         document = make()
-        complete(document)
+        complete_document(document)
         accesses = {(route.method.lower(), route.path): route.access for route in declared(app)}
         for path, method, operation in operations(document):
             responses = operation["responses"]
@@ -111,7 +111,7 @@ def _openapi(app: FastAPI, make: Callable[[], Document], describe: Describe | No
 
 
 def _without_keys(document: Document) -> None:
-    secure(document, [("/drain", FLEET), ("/status", [*FLEET, {}])])
+    add_security(document, [("/drain", FLEET), ("/status", [*FLEET, {}])])
 
 
 def health_routes(

@@ -12,7 +12,7 @@ from queue_schemas.addresses import is_loopback
 from queue_schemas.errors import UnsupportedMediaType
 
 _JSON = b"application/json"
-_UNASKED = frozenset({b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data"})
+_CORS_SAFELISTED_TYPES = frozenset({b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data"})
 """What a page may send to any site (Fetch standard, CORS-safelisted)."""
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _MAX_HOST = 300
@@ -78,5 +78,5 @@ def check_is_json(method: str, headers: Mapping[bytes, bytes]) -> None:
         return
     media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
-    if media_type in _UNASKED or (has_body and media_type != _JSON):
+    if media_type in _CORS_SAFELISTED_TYPES or (has_body and media_type != _JSON):
         raise UnsupportedMediaType("send the header content-type: application/json; nothing else is read here")

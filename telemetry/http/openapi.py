@@ -21,7 +21,7 @@ _SCHEMES = {
 _METHODS = frozenset({"get", "put", "post", "delete", "options", "head", "patch", "trace"})
 
 
-def complete(document: Document) -> None:
+def complete_document(document: Document) -> None:
     """Make ``document`` whole: answers that FastAPI announces by itself and never gives are taken out, and schemas that
     models brought along become components."""
     for _, _, operation in operations(document):
@@ -34,9 +34,9 @@ def complete(document: Document) -> None:
     _lift(document["paths"], schemas)
 
 
-def secure(document: Document, rules: Sequence[tuple[str, Sequence[dict[str, list[str]]]]]) -> None:
-    """Say what each operation asks for: the first rule whose prefix fits its path; nothing, if none does. An empty
-    alternative means that it may be asked without."""
+def add_security(document: Document, rules: Sequence[tuple[str, Sequence[dict[str, list[str]]]]]) -> None:
+    """Add the security requirements of each operation: those of the first rule whose prefix fits its path, else none.
+    An empty alternative permits calls without credentials."""
     used = set()
     for path, _, operation in operations(document):
         asked = next((list(security) for prefix, security in rules if path.startswith(prefix)), [])

@@ -24,7 +24,7 @@ from .connections import ConnectionLimits, Connections, protocol_for
 
 BACKLOG = 2048
 EXIT_REFUSED = 2
-"""Exit code of a process that could not start for a reason its user can mend."""
+"""Exit code of a process that could not start for a reason its user can correct."""
 
 log = get_logger(__name__)
 
@@ -200,7 +200,7 @@ def run_process(main: Callable[[], Awaitable[None]]) -> int:
     """Run ``main`` on uvloop and give the process's exit code.
 
     0 after a clean end, 2 with one sentence on standard error for an :class:`InferqError`, which is something the user
-    can mend; anything else is a bug and leaves its traceback.
+    can correct; anything else is a bug and leaves its traceback.
     """
 
     async def run() -> None:

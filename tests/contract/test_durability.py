@@ -88,7 +88,7 @@ async def test_what_somebody_waits_for_does_not_wait_for_the_disk(server: Server
     assert broker.round_trips - before < 20, "many share a pipeline"
 
 
-async def test_a_disk_that_does_not_confirm_is_said(server: Server, broker: Broker) -> None:
+async def test_a_disk_that_does_not_confirm_is_reported(server: Server, broker: Broker) -> None:
     """After the limit the caller hears what is known: Redis has it, the disk may not."""
     job = make_job(lane=Lane.BATCH)
     with pytest.raises(
@@ -115,7 +115,7 @@ async def test_a_restart_meanwhile_confirms_nothing_that_it_lost(server: Server,
     assert kept(server, job)
 
 
-async def test_full_memory_is_said_at_once(server: Server, broker: Broker) -> None:
+async def test_full_memory_is_reported_at_once(server: Server, broker: Broker) -> None:
     """As without it: new work is refused."""
     server.ask("CONFIG", "SET", "maxmemory", "1")
     with pytest.raises(BrokerFull):

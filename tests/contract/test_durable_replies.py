@@ -99,7 +99,7 @@ async def test_reading_waits_for_the_first_entry_and_no_longer(
     assert [len(await broker.durable_replies.read(0, one, "0", 1)) for one in others] == [1, 1, 1]
 
 
-async def test_the_run_of_the_server_is_told(broker: Broker) -> None:
+async def test_the_run_id_of_the_server_is_reported(broker: Broker) -> None:
     """The same as long as it is the same; where it cannot be told, empty."""
     assert broker.shard_of(MODEL) == 0
     assert await broker.durable_replies.server_run_id(0) == await broker.durable_replies.server_run_id(0)

@@ -78,7 +78,7 @@ async def test_leases_survive_a_restart_of_the_server(server: Server, broker: Br
     assert await broker.attempts.settle(lease, Outcome.DONE) is Settled.OK
 
 
-async def test_a_server_that_stays_away_is_said_within_the_limit(server: Server) -> None:
+async def test_a_server_that_stays_away_is_reported_within_the_limit(server: Server) -> None:
     """Retries have an end: then the caller hears that the queue cannot be reached."""
     broker = await Broker.connect(BrokerSettings(redis_url=server.url, retry_limit_ms=600))
     server.kill()
@@ -210,7 +210,7 @@ async def test_a_server_busy_with_a_foreign_script_is_waited_for(server: Server,
         await blocker
 
 
-async def test_another_run_of_the_server_is_told_to_the_router(server: Server, broker: Broker) -> None:
+async def test_another_run_of_the_server_is_reported_to_the_router(server: Server, broker: Broker) -> None:
     """After a restart the newest writes may be missing: the Router is told, though its stream is still there."""
     lost: list[int] = []
     router = new_session_id("router")

@@ -85,7 +85,7 @@ def lasting(ending: State) -> dict[str, Any]:
     return {"max_attempts": 1, "ttl_ms": 100 if ending is State.EXPIRED else 60_000}
 
 
-async def test_a_live_job_is_told_of(broker: Broker, worker: Puller) -> None:
+async def test_a_live_job_is_reported(broker: Broker, worker: Puller) -> None:
     """Whose it is, when it came and began, what its Router noted; the job metadata is passed on as it is."""
     job = background()
     assert await broker.jobs.enqueue_persisted(job, LISTED) == Enqueued(job.id, State.QUEUED)
@@ -198,7 +198,7 @@ async def test_a_job_is_forgotten_on_demand(
     assert len(await broker.persisted_jobs.read_finished()) == 1
 
 
-async def test_what_is_no_kept_job_is_not_told_of(broker: Broker) -> None:
+async def test_only_persisted_jobs_are_reported(broker: Broker) -> None:
     """An ordinary job, an unknown id, one of a shard that is not there, one that is none."""
     ordinary = make_job()
     await broker.jobs.enqueue(ordinary)
@@ -316,7 +316,7 @@ async def test_notices_that_nobody_takes_are_bounded(broker: Broker, client: Any
         await broker.persisted_jobs.acknowledge_finished(["9:1-1"])
 
 
-async def test_it_is_told_when_an_answer_was_replaced(broker: Broker, worker: Puller) -> None:
+async def test_a_replaced_answer_is_reported(broker: Broker, worker: Puller) -> None:
     """Once an attempt began anew after another one had said something, also when the job has ended; not before."""
     job = background()
     await broker.jobs.enqueue_persisted(job, LISTED)

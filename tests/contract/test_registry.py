@@ -129,11 +129,11 @@ async def test_the_acting_manager_says_where_it_is(broker: Broker) -> None:
     assert await broker.fleet.acquire_leader_lease("a", 60_000, "http://a:9000", "proof of a") == 1
     said = await broker.fleet.acting_manager()
     assert (said.manager_id, said.url, said.proof) == ("a", "http://a:9000", "proof of a")
-    assert said.beat > 0
+    assert said.renewal_count > 0
     assert await broker.fleet.acquire_leader_lease("b", 60_000, "http://b:9000", "proof of b") is None
     assert (await broker.fleet.acting_manager()).url == "http://a:9000"
     await broker.fleet.release_leader_lease("a")
-    assert (await broker.fleet.acting_manager()).beat == 0
+    assert (await broker.fleet.acting_manager()).renewal_count == 0
     assert await broker.fleet.acquire_leader_lease("b", 60_000) == 2
     said = await broker.fleet.acting_manager()
     assert (said.manager_id, said.url, said.proof) == ("b", "", "")

@@ -157,7 +157,7 @@ async def test_the_stream_of_a_dead_router_expires(broker: Broker, reader: Reade
     assert await client.zcard(keys.readers) == 0
 
 
-async def test_a_stream_that_vanished_is_made_again_and_told(
+async def test_a_stream_that_vanished_is_made_again_and_reported(
     broker: Broker, worker: Puller, connect: Connect, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a data loss the Router's stream comes back, and the Router is told that answers may be missing."""

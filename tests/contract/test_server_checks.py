@@ -1,4 +1,4 @@
-"""At the start: a server that cannot carry the queue is refused with a sentence that says how to mend it."""
+"""At the start: a server that cannot carry the queue is refused with a sentence that says how to fix it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def locked(binary: str, tmp_path: Path) -> Iterator[Server]:
     server.stop()
 
 
-async def test_a_wrong_or_missing_password_is_said(locked: Server) -> None:
+async def test_a_wrong_or_missing_password_is_reported(locked: Server) -> None:
     """Not a time-out, not a traceback: check the user and password."""
     assert "check the user and password" in await refusal(f"redis://127.0.0.1:{locked.port}/0")
     assert "check the user and password" in await refusal(f"redis://:wrong@127.0.0.1:{locked.port}/0")

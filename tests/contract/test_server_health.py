@@ -68,7 +68,7 @@ async def test_full_memory_and_missing_replicas_are_noticed(broker: Broker, serv
     assert await broker.server_faults() == []
 
 
-async def test_a_server_that_is_gone_is_said_to_be_without_its_address(broker: Broker, server: Server) -> None:
+async def test_a_server_that_is_gone_is_reported_without_its_address(broker: Broker, server: Server) -> None:
     """[G6] Whoever reads a health page learns that the server is away, not where it is."""
     server.kill()
     assert await broker.server_faults() == ["the queue's Redis cannot be reached"]

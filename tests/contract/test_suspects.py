@@ -105,7 +105,7 @@ async def claim_of(broker: Broker, puller: Puller, job_id: str) -> Lease:
     return lease
 
 
-async def test_nobody_goes_free_twice(broker: Broker, worker: Puller, client: Any) -> None:
+async def test_no_suspect_is_released_twice(broker: Broker, worker: Puller, client: Any) -> None:
     """Poison that puts something out before it crashes is cleared, beside a suspect that is not: it is charged too."""
     poison, *_ = ids = await enqueue(broker, 4, max_attempts=5)
     await crash(broker, await worker.claim(4))
@@ -118,7 +118,7 @@ async def test_nobody_goes_free_twice(broker: Broker, worker: Puller, client: An
     assert (await attempts_of(client, ids))[0] == 1
 
 
-async def test_nobody_is_cleared_twice(broker: Broker, worker: Puller, client: Any) -> None:
+async def test_no_suspect_is_cleared_twice(broker: Broker, worker: Puller, client: Any) -> None:
     """Poison that puts something out each time would be cleared each time, and take along who is under suspicion
     beside it: from its second crash on it is beside no other suspect, and they are not charged for it."""
     poison, *others = ids = await enqueue(broker, 4, max_attempts=5)

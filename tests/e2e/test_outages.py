@@ -54,7 +54,7 @@ async def test_redis_is_killed_under_load_and_comes_back(fleet: Fleet) -> None:
     assert all(worker.process.running for worker in fleet.workers)
 
 
-async def test_redis_that_stays_away_is_said_and_forgiven(tmp_path: Path, own_valkey: Server) -> None:
+async def test_a_long_outage_of_redis_is_reported_and_survived(tmp_path: Path, own_valkey: Server) -> None:
     """Without its queue the Router says 503 with when to come back, is not ready but alive, and recovers by itself."""
     async with Fleet(tmp_path, own_valkey, router={"retry_limit_ms": 2_000}) as fleet:
         await _stays_away(await fleet.up(workers=1))

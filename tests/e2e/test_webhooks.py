@@ -69,7 +69,7 @@ async def told(client: AsyncOpenAI, receiver: Receiver, secret: str, object_id: 
     return [client.webhooks.unwrap(request.body, request.headers, secret=secret).type for request in found]
 
 
-async def test_what_ends_is_told(client: AsyncOpenAI, receiver: Receiver) -> None:
+async def test_finished_batches_and_responses_send_webhooks(client: AsyncOpenAI, receiver: Receiver) -> None:
     """Batches and background responses, however they end, each once; of another tenant's, nothing."""
     endpoint = await client.webhooks.create(url=receiver.url, event_types=ALL, name="ours")
     secret = endpoint.signing_secret

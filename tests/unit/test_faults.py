@@ -1,4 +1,4 @@
-"""``docs/faults.md`` names, for each fault that was mended, the tests that keep it mended: those and no others."""
+"""``docs/faults.md`` names, for each fault that was fixed, the tests that keep it fixed: those and no others."""
 
 from __future__ import annotations
 

@@ -46,11 +46,11 @@ class FallbackWatch:
     def dead_peers(self) -> list[SessionId]:
         """The sessions whose jobs are to be reclaimed now. They have been watched for a lease then, and so has the
         Manager."""
-        return self._peers.still()
+        return self._peers.expired_sessions()
 
     def shard_away(self, shard: int) -> None:
         """One shard was out of reach."""
-        self._peers.away(shard)
+        self._peers.mark_unreachable(shard)
 
     def forget_peers(self) -> None:
         """Another worker watches them now."""

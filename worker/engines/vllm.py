@@ -49,7 +49,7 @@ def find_vllm(command: str) -> str:
     if command:
         found = shutil.which(command)
         if found is None:
-            raise CannotStart(f"there is no executable {command}: mend --vllm-command (INFERQ_WORKER_VLLM_COMMAND)")
+            raise CannotStart(f"there is no executable {command}: correct --vllm-command (INFERQ_WORKER_VLLM_COMMAND)")
         return found
     found = shutil.which("vllm")
     if found is not None:

@@ -245,7 +245,7 @@ class HttpConnection(asyncio.Protocol):
 
     def drop(self, why: str) -> None:
         """End the connection at once."""
-        log.info("client_dropped", why=why)
+        log.info("connection_dropped", why=why)
         self.why_lost = why
         self._connections.discard(self)
         self.transport.abort()

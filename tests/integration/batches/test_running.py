@@ -136,7 +136,7 @@ def limit_files(pid: int, max_bytes: int | None) -> None:
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
-async def test_wrong_settings_are_told_in_one_sentence(tmp_path: Path) -> None:
+async def test_wrong_settings_are_one_sentence(tmp_path: Path) -> None:
     """A cluster without a Redis for RQ, or no queue at all: what to set."""
     store = StorageSettings(url=str(tmp_path))
     for url, says in (("redis+cluster://127.0.0.1:1", "INFERQ_BROKER_RQ_REDIS_URL"), ("", "INFERQ_REDIS_URL")):

@@ -102,7 +102,7 @@ async def test_workers_follow_the_acting_manager(tmp_path: Path, own_valkey: Ser
         assert await requeued(fleet) == 0
 
 
-async def test_a_manager_that_forgot_its_workers_is_told_again(tmp_path: Path, own_valkey: Server) -> None:
+async def test_workers_register_again_with_a_manager_that_forgot_them(tmp_path: Path, own_valkey: Server) -> None:
     """The Manager comes back to an empty snapshot: the worker registers again, and what it runs goes on."""
     async with open_ended_engine() as engine, Fleet(tmp_path, own_valkey) as fleet:
         await fleet.manager.start()

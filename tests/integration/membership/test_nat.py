@@ -13,8 +13,8 @@ import redis
 
 from broker import Broker, BrokerSettings
 from broker.redis.scripts import load_scripts
-from inferq.doctor import Examined, Level
-from inferq.doctor.queue import look_at_queue
+from inferq.doctor import DoctorTarget, Level
+from inferq.doctor.queue import check_queue
 from inferq.fleet.client import FleetClient
 from queue_schemas import FABRIC_PREFIX, BrokerUnsuitable, new_session_id
 from tests.integration.membership.scene import PATIENCE_S, LongStream, open_ended_engine
@@ -239,7 +239,7 @@ async def test_a_missing_right_is_named(server_with_users: Server) -> None:
     with pytest.raises(BrokerUnsuitable, match="'info'"):
         await Broker.connect(BrokerSettings(redis_url=url))
     client = FleetClient("http://127.0.0.1:1")
-    (finding,) = await look_at_queue(Examined(redis_url=url, client=client, data_dir=Path()))
+    (finding,) = await check_queue(DoctorTarget(redis_url=url, client=client, data_dir=Path()))
     assert finding.level is Level.FAILURE
     assert "'info'" in finding.text
 

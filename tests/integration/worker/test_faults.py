@@ -279,7 +279,7 @@ async def test_a_stream_that_its_only_engine_forgot_ends_with_an_error(fleet: Fl
     assert complete(await client.answer(neighbour, 30))
 
 
-async def test_an_unreachable_engine_is_said_and_its_jobs_wait(fleet: Fleet, client: Client) -> None:
+async def test_an_unreachable_engine_is_reported_and_its_jobs_wait(fleet: Fleet, client: Client) -> None:
     """With the attached engine away the worker lives, says so, and claims nothing."""
     port = free_port()
     worker = fleet.worker("w1", "--engine-url", f"http://127.0.0.1:{port}/v1", engine=False)
@@ -305,7 +305,7 @@ async def test_an_unreachable_engine_is_said_and_its_jobs_wait(fleet: Fleet, cli
 async def test_a_start_that_cannot_work_ends_with_a_sentence(
     fleet: Fleet, flags: tuple[str, ...], sentence: str
 ) -> None:
-    """Wrong settings end the process with code 2 and one line that says what to mend."""
+    """Wrong settings end the process with code 2 and one line that says what to correct."""
     worker = fleet.worker("w1", *flags, engine=False)
     assert await worker.ended(20) == 2
     assert sentence in worker.process.log_text()

@@ -123,7 +123,7 @@ async def test_an_outage_of_rqs_redis_is_an_error_of_ours(scene: Scene) -> None:
         scene.sweep.once()
 
 
-def test_a_redis_user_without_the_rights_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redis_user_without_the_rights_gets_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Manager names the worker's user, which may not touch RQ's keys."""
     connection = fakeredis.FakeRedis()
 

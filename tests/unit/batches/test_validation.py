@@ -40,7 +40,7 @@ def text(*lines: dict[str, Any] | bytes) -> bytes:
     return b"".join(one + b"\n" if isinstance(one, bytes) else next(jsonl([one])) for one in lines)
 
 
-async def test_every_fault_is_told_with_its_line(scene: Scene) -> None:
+async def test_every_fault_is_reported_with_its_line(scene: Scene) -> None:
     """Several faults of several kinds, in one answer, the good lines between them."""
     data = text(line(1), b"no json", b"", line(2) | {"method": "GET"}, line(3) | {"url": "/x"}, line(4, model="other"))
     assert told(await refused(scene, data)) == [
@@ -78,7 +78,7 @@ async def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         assert told(await refused(scene, text(*(line(number) for number in range(20))))) == [("file_too_large", None)]
 
 
-async def test_no_more_than_a_hundred_faults_are_told(tmp_path: Path) -> None:
+async def test_no_more_than_a_hundred_faults_are_reported(tmp_path: Path) -> None:
     """Reading ends there."""
     async with opened(tmp_path) as scene:
         batch = await refused(scene, b"x\n" * 1_000)

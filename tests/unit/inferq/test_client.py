@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestServer
 
 from inferq.chat.client import Answer
 from inferq.client import CREDENTIALS_ADVICE, RequestFailed
-from inferq.doctor import Examined, examine
+from inferq.doctor import DoctorTarget, examine
 from queue_schemas import PoolDepth, PoolList
 from tests.support.clients import RouterUser
 
@@ -102,7 +102,7 @@ async def test_pools_are_read_with_the_join_token(serve: Serve) -> None:
         assert [pool.waiting for pool in await client.pools()] == [3]
 
 
-async def test_what_is_no_router_is_told_so(serve: Serve) -> None:
+async def test_an_address_that_is_no_router_is_reported(serve: Serve) -> None:
     """Some other server on that port, or none."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -135,7 +135,7 @@ async def test_what_is_no_router_is_told_so(serve: Serve) -> None:
         ("http://127.0.0.1:18000/v1/", "ends with /v1"),
     ],
 )
-def test_what_is_wrong_with_a_url_is_said(url: str, wrong: str) -> None:
+def test_what_is_wrong_with_a_url_is_reported(url: str, wrong: str) -> None:
     """Before anything is sent: one sentence with the URL, its fault and an example."""
     with pytest.raises(RequestFailed) as raised:
         RouterUser(url)
@@ -163,8 +163,8 @@ async def test_a_missing_key_is_asked_for_by_name(serve: Serve) -> None:
         for call in (client.models(), client.pools(), client.chat("m", HELLO)):
             with pytest.raises(RequestFailed, match=r"no valid key .*: give --api-key / --join-token \(INFERQ_API_KEY"):
                 await call
-    finding = (await examine(Examined("", client, Path())))[-1]
-    assert (finding.check, finding.mend) == ("fabric", CREDENTIALS_ADVICE)
+    finding = (await examine(DoctorTarget("", client, Path())))[-1]
+    assert (finding.check, finding.fix) == ("fabric", CREDENTIALS_ADVICE)
     assert "no valid key" in finding.text
 
 

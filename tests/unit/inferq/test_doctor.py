@@ -1,4 +1,4 @@
-"""`inferq doctor` finds what is wrong and says how to mend it."""
+"""`inferq doctor` finds what is wrong and says how to fix it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from inferq.chat.views import choose_model
-from inferq.doctor import Examined, Finding, Level, examine, host
+from inferq.doctor import DoctorTarget, Finding, Level, examine, host
 from inferq.doctor.cli import show_findings
-from inferq.doctor.fabric import look_at_fabric
+from inferq.doctor.fabric import check_fabric
 from inferq.doctor.queue import about_clock
 from inferq.fleet.client import FleetClient
 from tests.support.processes import free_port
@@ -35,7 +35,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 async def _examined(tmp_path: Path, redis_url: str = "", engine_url: str = "") -> dict[str, list[Finding]]:
     client = FleetClient(f"http://127.0.0.1:{free_port()}")
     found: dict[str, list[Finding]] = {}
-    for finding in await examine(Examined(redis_url, client, tmp_path / "data", engine_url)):
+    for finding in await examine(DoctorTarget(redis_url, client, tmp_path / "data", engine_url)):
         found.setdefault(finding.check, []).append(finding)
     return found
 
@@ -75,14 +75,14 @@ async def test_a_server_without_a_log_is_a_warning_with_its_cure(tmp_path: Path,
     """A restart would lose what waits; some may want it so."""
     own_valkey.ask("CONFIG", "SET", "appendonly", "no")
     warnings = [f for f in (await _examined(tmp_path, own_valkey.url))["queue"] if f.level is Level.WARNING]
-    assert [warning.mend for warning in warnings] == ["set appendonly yes"]
+    assert [warning.fix for warning in warnings] == ["set appendonly yes"]
 
 
 async def test_a_server_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
     """And what to look at."""
     finding = (await _examined(tmp_path, f"redis://127.0.0.1:{free_port()}/0"))["queue"][0]
     assert finding.level is Level.FAILURE
-    assert "INFERQ_REDIS_URL" in finding.mend
+    assert "INFERQ_REDIS_URL" in finding.fix
 
 
 async def test_without_a_url_the_embedded_server_is_looked_at(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ async def test_a_port_that_somebody_else_uses_is_named(tmp_path: Path, monkeypat
         finding = (await _examined(tmp_path))["ports"][0]
     assert finding.level is Level.WARNING
     assert str(port) in finding.text
-    assert "--router-port" in finding.mend
+    assert "--router-port" in finding.fix
 
 
 async def test_an_engine_that_does_not_answer_is_a_failure(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ async def test_few_files_are_a_warning(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
     finding = (await _examined(tmp_path))["files"][0]
     assert finding.level is Level.WARNING
-    assert "ulimit -n" in finding.mend
+    assert "ulimit -n" in finding.fix
 
 
 async def test_a_full_disk_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ async def test_the_file_store_is_tried(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("INFERQ_STORAGE_URL", str(tmp_path / "file"))
     (finding,) = (await _examined(tmp_path))["store"]
     assert finding.level is Level.FAILURE
-    assert "INFERQ_STORAGE_URL" in finding.mend
+    assert "INFERQ_STORAGE_URL" in finding.fix
 
 
 async def test_the_configured_managers_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +183,8 @@ async def test_the_configured_managers_are_asked(tmp_path: Path, monkeypatch: py
 async def test_a_router_that_is_not_there_is_no_good_news(tmp_path: Path, named: bool, level: Level) -> None:
     """[F8] Nobody listens, or something else does: a failure where somebody named it, else a warning."""
     nothing = FleetClient(f"http://127.0.0.1:{free_port()}")
-    (found,) = await look_at_fabric(Examined("", nothing, tmp_path, router_named=named))
-    assert (found.level, "no Router answers at" in found.text, "--router-url" in found.mend) == (level, True, True)
+    (found,) = await check_fabric(DoctorTarget("", nothing, tmp_path, router_named=named))
+    assert (found.level, "no Router answers at" in found.text, "--router-url" in found.fix) == (level, True, True)
 
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(text="node_cpu 1")
@@ -193,15 +193,15 @@ async def test_a_router_that_is_not_there_is_no_good_news(tmp_path: Path, named:
     app.router.add_get("/metrics", metrics)
     async with TestServer(app) as server:
         other = FleetClient(str(server.make_url("")))
-        (found,) = await look_at_fabric(Examined("", other, tmp_path, router_named=named))
+        (found,) = await check_fabric(DoctorTarget("", other, tmp_path, router_named=named))
         assert (found.level, "is not an inferq Router" in found.text) == (level, True)
-        (found,) = await look_at_fabric(
-            Examined("", FleetClient(str(server.make_url("/x"))), tmp_path, router_named=named)
+        (found,) = await check_fabric(
+            DoctorTarget("", FleetClient(str(server.make_url("/x"))), tmp_path, router_named=named)
         )
         assert (found.level, "is not an inferq Router" in found.text) == (level, True)
 
 
-async def test_the_model_that_nobody_named_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_default_model_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     """[F8] Of several models the first is taken and named on standard error; a single one needs no word."""
 
     class Serving(FleetClient):

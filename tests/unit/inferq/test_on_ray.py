@@ -185,7 +185,7 @@ def test_serves_config_file_takes_settings_of_the_table_and_no_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    ("acting", "reasons", "beside_another", "well"),
+    ("acting", "reasons", "blocked_by_other_manager", "well"),
     [
         (True, [], False, True),
         (False, ["standing by: another Manager acts"], True, True),
@@ -193,7 +193,7 @@ def test_serves_config_file_takes_settings_of_the_table_and_no_secret() -> None:
     ],
 )
 def test_a_manager_beside_another_is_well(
-    acting: bool, reasons: list[str], beside_another: bool, well: bool, monkeypatch: pytest.MonkeyPatch
+    acting: bool, reasons: list[str], blocked_by_other_manager: bool, well: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it should be while a fleet moves; one without Redis is not."""
     pytest.importorskip("ray")
@@ -210,7 +210,7 @@ def test_a_manager_beside_another_is_well(
     monkeypatch.setattr(status.ray, "get", lambda facts, timeout: facts)
     found = status.read_manager()
     assert found is not None
-    assert (found.acting, found.beside_another, found.well) == (acting, beside_another, well)
+    assert (found.acting, found.blocked_by_other_manager, found.well) == (acting, blocked_by_other_manager, well)
 
 
 def _free() -> str:

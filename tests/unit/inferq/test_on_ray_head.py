@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from inferq.doctor import Examined, Level
-from inferq.doctor.ray import look_at_ray
+from inferq.doctor import DoctorTarget, Level
+from inferq.doctor.ray import check_ray
 from inferq.fleet.client import FleetClient
 from inferq.on_ray import head as heads
 from inferq.on_ray.head import Head, locked, read_head, running_head, start_head, stop_head
@@ -115,16 +115,16 @@ def test_one_command_at_a_time_works_on_a_folder(tmp_path: Path, monkeypatch: py
         pass
 
 
-async def test_the_doctor_tells_of_a_head_that_has_ended_unasked(settings: RaySettings, script: list[str]) -> None:
+async def test_the_doctor_reports_a_head_that_ended_by_itself(settings: RaySettings, script: list[str]) -> None:
     """Nothing where none was started."""
-    examined = Examined(redis_url="", client=FleetClient("http://127.0.0.1:1"), data_dir=settings.data_folder)
-    assert await look_at_ray(examined) == []
+    examined = DoctorTarget(redis_url="", client=FleetClient("http://127.0.0.1:1"), data_dir=settings.data_folder)
+    assert await check_ray(examined) == []
     head = start_head(settings)
-    assert [finding.level for finding in await look_at_ray(examined)] == [Level.OK]
+    assert [finding.level for finding in await check_ray(examined)] == [Level.OK]
     os.kill(head.pid, signal.SIGKILL)
     await eventually(lambda: not head.runs, "it has ended")
-    (finding,) = await look_at_ray(examined)
-    assert (finding.level, "inferq ray down" in finding.mend) == (Level.WARNING, True)
+    (finding,) = await check_ray(examined)
+    assert (finding.level, "inferq ray down" in finding.fix) == (Level.WARNING, True)
 
 
 def test_a_broken_record_is_not_guessed_at(tmp_path: Path) -> None:

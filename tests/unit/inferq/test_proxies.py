@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from inferq.doctor.fabric import look_at_engine
-from inferq.doctor.findings import Examined, Level
+from inferq.doctor.fabric import check_engine
+from inferq.doctor.findings import DoctorTarget, Level
 from inferq.fleet.client import FleetClient
 from inferq.on_ray.usage import direct_environment, usage_environment
 from telemetry.http.fabric_calls import FabricCall, FabricHttp
@@ -98,7 +98,7 @@ async def test_the_fleets_clients_ask_directly(proxy: RecordingProxy, url: str) 
     await http.close()
     with direct_opener().open(f"{url}/readyz", timeout=5) as page:
         assert page.status == 200
-    (finding, *_) = await look_at_engine(Examined("", FleetClient(url), Path(), engine_url=url))
+    (finding, *_) = await check_engine(DoctorTarget("", FleetClient(url), Path(), engine_url=url))
     assert finding.level is Level.OK
 
 

@@ -169,7 +169,7 @@ def _run(command: list[str], log: Path, limit_s: float = 30.0) -> tuple[int, str
     return code, output, lines
 
 
-def test_the_output_of_a_step_is_kept_and_told_line_by_line(tmp_path: Path) -> None:
+def test_the_output_of_a_step_is_kept_and_reported_line_by_line(tmp_path: Path) -> None:
     """To the log everything, to the listener whole lines, to the caller the exit code and the end of it."""
     log = tmp_path / "log"
     code, output, lines = _run(["sh", "-c", "echo one; echo two >&2; exit 3"], log)

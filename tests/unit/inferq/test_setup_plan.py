@@ -48,7 +48,7 @@ def test_another_set_python_or_build_is_another_folder() -> None:
         (replace(LINUX, nvidia_gpu=True, free_disk_bytes=10 << 30), "needs 20 GiB"),
     ],
 )
-def test_a_machine_that_cannot_is_told_why_and_offered_the_simulated_engine(host: Host, reason: str) -> None:
+def test_an_unfit_machine_gets_a_reason_and_the_simulated_engine(host: Host, reason: str) -> None:
     """The sentence names the reason, and `make up ENGINE=sim` as the way out."""
     with pytest.raises(SetupFailed) as caught:
         plan_setup(host, FROZEN)
@@ -70,6 +70,6 @@ def test_a_machine_that_cannot_is_told_why_and_offered_the_simulated_engine(host
         ("", "it said nothing"),
     ],
 )
-def test_a_failure_of_pip_is_told_in_a_sentence(output: str, reason: str) -> None:
+def test_a_failure_of_pip_is_one_sentence(output: str, reason: str) -> None:
     """Disk, network, refusal and missing builds are told apart."""
     assert reason in explain_pip(output)

@@ -130,6 +130,7 @@ def test_a_steady_run_earns_a_fresh_start() -> None:
 
 
 def test_what_refuses_to_start_is_not_tried_again() -> None:
-    """Exit code 2 before it ever served: its user must mend something. After it served, it may have been bad luck."""
+    """Exit code 2 before it ever served: its user must correct something. After it served, it may have been bad
+    luck."""
     assert Restarts().ended(EXIT_REFUSED, 0.1, ready=False)[1] is None
     assert Restarts().ended(EXIT_REFUSED, 0.1, ready=True)[1] is not None

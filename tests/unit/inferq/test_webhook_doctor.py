@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from inferq.client import RequestFailed
-from inferq.doctor import Examined, Level
-from inferq.doctor.webhooks import look_at_webhooks
+from inferq.doctor import DoctorTarget, Level
+from inferq.doctor.webhooks import check_webhooks
 from inferq.fleet.client import FleetClient
 from openai_api.pages import page_of
 
@@ -49,6 +49,6 @@ async def test_the_doctor_misses_a_notifier(tmp_path: Path) -> None:
         (Router(delivery(300, status="delivered")), Level.OK),
         (Router(refused=503), Level.FAILURE),
     ):
-        (finding,) = await look_at_webhooks(Examined("", router, tmp_path))
+        (finding,) = await check_webhooks(DoctorTarget("", router, tmp_path))
         assert finding.level is level, finding
-    assert await look_at_webhooks(Examined("", Router(refused=404), tmp_path)) == []
+    assert await check_webhooks(DoctorTarget("", Router(refused=404), tmp_path)) == []

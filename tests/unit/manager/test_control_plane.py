@@ -424,7 +424,7 @@ async def test_a_worker_that_follows_its_manager_leaves_the_term_alone() -> None
         assert queue.term == term
 
 
-async def test_a_server_that_is_not_fit_any_more_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_becomes_unfit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """[G6] What the look at the queue's servers finds stands on the health page until it is put right."""
     monkeypatch.setattr("manager.control_plane.VET_EVERY_S", 0.01)
     queue = FakeQueue()

@@ -84,7 +84,7 @@ async def test_a_standby_follows_nobody_who_does_not_prove_the_join_token() -> N
             assert (await client.post("/workers", json=WORKER)).status_code == 503
 
 
-async def test_the_death_of_a_worker_that_a_standby_holds_is_told_to_the_acting_manager(
+async def test_a_standby_reports_the_death_of_its_worker_to_the_acting_manager(
     two: tuple[ManagerService, ManagerService, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """[A7] A worker may hold its connection open to any Manager."""

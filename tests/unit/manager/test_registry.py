@@ -37,7 +37,7 @@ def test_a_worker_that_joins_is_assigned_its_models() -> None:
     assert member.info().takes_work
 
 
-def test_heartbeats_of_strangers_are_unknown() -> None:
+def test_heartbeats_of_unregistered_sessions_are_unknown() -> None:
     """An id nobody registered, and a session that is not the member's, must register again."""
     registry = _registry()
     with pytest.raises(UnknownWorker):

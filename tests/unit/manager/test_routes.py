@@ -60,7 +60,7 @@ async def test_a_live_id_is_409(client: httpx.AsyncClient, queue: FakeQueue) -> 
 
 
 @pytest.mark.parametrize("token", [{}, {"x-inferq-join-token": "wrong"}])
-async def test_without_the_join_token_nothing_of_the_fleet_is_told(
+async def test_without_the_join_token_nothing_of_the_fleet_is_shown(
     client: httpx.AsyncClient, token: dict[str, str]
 ) -> None:
     """Every path of workers, broker and pools wants the token; health is open."""

@@ -80,7 +80,7 @@ async def test_a_first_refusal_ends_the_link_and_a_later_one_is_retried(
     await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_a_server_that_is_not_fit_any_more_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_becomes_unfit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """[G6] What the look at the queue's servers finds makes the Router not ready, until it is put right; requests are
     taken as long as the queue takes them."""
     monkeypatch.setattr(queue_link, "SERVER_CHECK_INTERVAL_S", 0.01)

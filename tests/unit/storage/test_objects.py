@@ -159,7 +159,7 @@ def test_what_a_store_says_of_its_hosts_is_for_the_log() -> None:
     assert "minio" not in told.value.message
 
 
-def test_a_url_that_cannot_be_used_is_told_at_once() -> None:
+def test_a_url_that_cannot_be_used_is_reported_at_once() -> None:
     """An unknown scheme is refused with what to give instead."""
     with pytest.raises(CannotStart, match="give a folder"):
         ObjectStore.open(StorageSettings(url="gopher://somewhere/else"))

@@ -100,7 +100,7 @@ def test_console_lines_are_for_people() -> None:
     assert "\x1b[" not in stream.getvalue()
 
 
-def test_what_strangers_sent_commands_no_terminal() -> None:
+def test_untrusted_input_commands_no_terminal() -> None:
     """Control characters in facts are spelled out on a console, and escaped in JSON: one event stays one line."""
     for style in ("console", "json"):
         stream = io.StringIO()

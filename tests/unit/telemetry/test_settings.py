@@ -220,7 +220,7 @@ def test_a_refused_value_is_shown_with_its_variable_unless_it_is_secret(monkeypa
         assert "hunter2" not in refused.value.message
 
 
-def test_a_misspelt_variable_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_variable_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """[G5] A variable that is spelt nearly like a setting is not ignored in silence."""
     monkeypatch.setattr("telemetry.variables._told", set())
     monkeypatch.setenv("INFERQ_MANAGER_PROT", "1")

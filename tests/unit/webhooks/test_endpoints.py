@@ -46,7 +46,7 @@ def event(object_id: str = "batch_1", at_s: int = 5, tenant: Tenant = ALICE) -> 
     return WebhookEvent.of(tenant, "batch.completed", object_id, at_s)
 
 
-def test_an_event_goes_to_whoever_wants_it(store: ObjectStore) -> None:
+def test_an_event_goes_to_the_endpoints_that_subscribe_to_it(store: ObjectStore) -> None:
     """To endpoints of its tenant that are enabled and name its type or all; without any, nothing is written."""
     deliveries = DeliveryStore(store)
     assert deliveries.emit(event()) == 0
@@ -63,7 +63,7 @@ def test_an_event_goes_to_whoever_wants_it(store: ObjectStore) -> None:
     assert {key.tenant for key in deliveries.pending()} == {ALICE}
 
 
-def test_an_end_told_twice_is_one_event(store: ObjectStore) -> None:
+def test_an_end_reported_twice_is_one_event(store: ObjectStore) -> None:
     """After a crash the same end makes the same event, bytes and id; what was settled meanwhile is not sent again."""
     deliveries = DeliveryStore(store)
     endpoint_id = endpoint(store, ALICE, "*")

@@ -109,7 +109,7 @@ async def test_an_end_is_an_event_and_its_notice_is_forgotten(bench: Bench) -> N
     assert queue.notices == []
 
 
-async def test_nobody_who_wants_it_nothing_is_read_or_written(bench: Bench) -> None:
+async def test_without_subscribers_nothing_is_read_or_written(bench: Bench) -> None:
     """Tenants without endpoints, endpoints for other events, notices of other kinds: forgotten, without a trace."""
     bench.endpoint("response.failed")
     queue = Queue(notice(1, RIVAL), notice(2, word="other"), notice(3))
@@ -117,7 +117,7 @@ async def test_nobody_who_wants_it_nothing_is_read_or_written(bench: Bench) -> N
     assert (queue.notices, bench.told(), queue.asked) == ([], [], [notice(3).job_id])
 
 
-async def test_a_response_that_was_deleted_is_not_told_to_have_failed(bench: Bench) -> None:
+async def test_a_deleted_response_is_not_reported_as_failed(bench: Bench) -> None:
     """Nothing is left of it to tell; one that was cancelled before says so all the same."""
     bench.endpoint("*")
     queue = Queue(notice(1), notice(2, state=State.CANCELLED), status="cancelled")

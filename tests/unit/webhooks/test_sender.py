@@ -93,7 +93,7 @@ async def test_retry_after_comes_along() -> None:
         assert (await attempt(receiver.url)).retry_after == "30"
 
 
-async def test_nobody_there() -> None:
+async def test_a_refused_connection_is_a_failed_attempt() -> None:
     """A refused connection says so."""
     async with receiving() as receiver:
         url = receiver.url

@@ -163,7 +163,7 @@ async def test_closing_while_frames_are_on_their_way_waits_to_hear_that_they_arr
     assert await asyncio.wait_for(closing, 5) == b""
 
 
-async def test_a_router_that_is_gone_is_told_to_its_streams(frame_batcher: FrameBatcher, wire: Wire) -> None:
+async def test_streams_learn_that_their_router_is_gone(frame_batcher: FrameBatcher, wire: Wire) -> None:
     """Only the streams of that Router hear of it."""
     wire.gone = {"router"}
     told: list[str] = []
@@ -238,7 +238,7 @@ async def test_stored_frames_in_doubt_are_sent_again_or_go_with_the_settle(
 
 
 @pytest.mark.parametrize("answer", [Settled.FENCED, Settled.GONE, Settled.DUPLICATE])
-async def test_an_attempt_that_lost_its_stored_job_is_told(
+async def test_an_attempt_learns_that_its_stored_job_is_lost(
     frame_batcher: FrameBatcher, wire: Wire, answer: Settled
 ) -> None:
     """An append that is refused stops the attempt, once."""

@@ -72,7 +72,7 @@ async def test_a_registration_that_finds_nothing_is_no_manager(body: bytes) -> N
         await client.close()
 
 
-async def test_a_wrong_token_is_said_with_what_to_set() -> None:
+async def test_a_wrong_token_error_names_the_setting() -> None:
     """401: which URL refused, and which setting to correct."""
     async with answering(401, AuthenticationFailed("wrong").body()) as url:
         client = ManagerClient([url], "not the one")
@@ -81,7 +81,7 @@ async def test_a_wrong_token_is_said_with_what_to_set() -> None:
         await client.close()
 
 
-async def test_a_goodbye_is_said_where_somebody_listens() -> None:
+async def test_a_goodbye_goes_only_to_a_manager_that_listens() -> None:
     """A worker that ends while Managers change tells the one that acts; with none, it says that it could not."""
     async with answering(503, b"{}") as standing_by, answering(204) as acting:
         client = ManagerClient([standing_by, acting])

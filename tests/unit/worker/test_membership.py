@@ -209,7 +209,7 @@ async def test_heartbeats_bring_assignments_and_drains() -> None:
     assert 100 in one.assigned
 
 
-async def test_a_change_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_change_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A heartbeat does not wait for its time when there is news."""
     one = scene()
     await one.membership.register(first=True)

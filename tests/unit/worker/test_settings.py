@@ -97,6 +97,6 @@ def test_a_name_is_made_from_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_settings_are_refused_with_a_sentence(given: dict[str, object], sentence: str) -> None:
-    """What is wrong, and where it can be mended."""
+    """What is wrong, and where it can be corrected."""
     with pytest.raises(CannotStart, match=sentence):
         WorkerSettings.load(**given)

@@ -99,7 +99,7 @@ async def test_damage_in_the_middle_is_cut_only_by_command(data: Path) -> None:
     command = told.value.message.split("`")[1].split()
     assert command[:3] == ["inferq", "doctor", "--repair-queue"]
     (finding,) = _look_at_log(data, find_binary())
-    assert (finding.level, "inferq doctor --repair-queue" in finding.mend) == (Level.FAILURE, True)
+    assert (finding.level, "inferq doctor --repair-queue" in finding.fix) == (Level.FAILURE, True)
     said = CliRunner().invoke(app, command[1:]).output
     assert "cut off" in said
     numbers = await _numbers(data)
@@ -108,7 +108,7 @@ async def test_damage_in_the_middle_is_cut_only_by_command(data: Path) -> None:
     assert kept.read_bytes() == broken
 
 
-async def test_a_damaged_snapshot_is_said_with_what_can_be_done(data: Path) -> None:
+async def test_a_damaged_snapshot_is_reported_with_advice(data: Path) -> None:
     """[G1] Nothing can mend a damaged base: the sentence has its path and a way out, and the doctor says it, too."""
     (base,) = (data / "aof").rglob("*.base.rdb")
     base.write_bytes(base.read_bytes()[:10] + b"\xff" * 40)
@@ -139,7 +139,7 @@ async def test_the_doctor_says_what_the_next_start_mends_and_when_all_is_well(da
     file.write_bytes(file.read_bytes() + b"\0" * 77)
     (finding,) = _look_at_log(data, find_binary())
     assert finding.level is Level.WARNING
-    assert "cuts off 77 bytes" in finding.mend
+    assert "cuts off 77 bytes" in finding.fix
     async with EmbeddedServer(data):
         assert _look_at_log(data, find_binary()) == []
 

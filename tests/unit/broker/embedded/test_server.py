@@ -160,7 +160,9 @@ async def test_a_crashed_server_comes_back_on_the_same_port_and_data(tmp_path: P
             assert await client.get("kept") == b"yes"
 
 
-async def test_a_server_that_cannot_be_kept_running_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_cannot_be_kept_running_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Restarts have an end: then ``watch`` raises why."""
     monkeypatch.setattr(embedded, "RESTART_BACKOFF", Backoff(0.01, 5.0, jitter=0))
     monkeypatch.setattr(embedded, "MAX_FAILED_STARTS", 2)
@@ -242,9 +244,7 @@ async def test_an_orphan_is_found_and_stopped(tmp_path: Path) -> None:
                 assert await client.get("kept") == b"yes"
 
 
-async def test_a_platform_without_the_binary_is_told_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_platform_without_the_binary_gets_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bring your own Redis: the error names the setting."""
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     with pytest.raises(CannotStart, match="INFERQ_REDIS_URL"):
@@ -254,7 +254,7 @@ async def test_a_platform_without_the_binary_is_told_what_to_do(
         await EmbeddedServer(tmp_path).start()
 
 
-async def test_a_folder_that_cannot_be_used_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_folder_that_cannot_be_used_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file in its place, or a disk that is full: the folder's name and what to do."""
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -269,13 +269,13 @@ async def test_a_folder_that_cannot_be_used_is_said(tmp_path: Path, monkeypatch:
         await EmbeddedServer(tmp_path / "x").start()
 
 
-async def test_a_read_only_folder_is_said(tmp_path: Path) -> None:
+async def test_a_read_only_folder_is_reported(tmp_path: Path) -> None:
     """A folder on a file system that takes no writes."""
     with pytest.raises(CannotStart, match="cannot use the folder"):
         await EmbeddedServer("/proc/inferq").start()
 
 
-async def test_data_that_are_none_are_said_and_nothing_is_deleted(tmp_path: Path) -> None:
+async def test_unreadable_data_are_reported_and_not_deleted(tmp_path: Path) -> None:
     """A file of which nothing can be read is not thrown away unasked."""
     async with EmbeddedServer(tmp_path) as server, client_of(server) as client:
         await client.set("kept", "yes" * 1_000)

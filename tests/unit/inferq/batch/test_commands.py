@@ -26,8 +26,8 @@ from inferq.batch.views import list_batches, show_errors, show_status
 from inferq.batch.watch import Pace, duration, exit_code
 from inferq.cli import app
 from inferq.client import RequestFailed
-from inferq.doctor import Examined, Level
-from inferq.doctor.batches import look_at_batches
+from inferq.doctor import DoctorTarget, Level
+from inferq.doctor.batches import check_batches
 from openai_api.pages import page_of
 from queue_schemas import BadRequest
 from telemetry.backoff import Backoff
@@ -276,14 +276,14 @@ async def test_a_list_goes_over_pages(fake: tuple[FakeRouter, BatchClient], caps
 async def test_the_doctor_misses_a_batcher(fake: tuple[FakeRouter, BatchClient], tmp_path: Path) -> None:
     """When a batch has waited for a minute, and not before; a batch that runs is no cause for concern."""
     router, client = fake
-    examined = Examined("", client, tmp_path)
-    (finding,) = await look_at_batches(examined)
+    examined = DoctorTarget("", client, tmp_path)
+    (finding,) = await check_batches(examined)
     assert finding.level is Level.OK
     router.listed = batch("validating")
-    (finding,) = await look_at_batches(examined)
-    assert finding.level is Level.WARNING and "inferq batcher" in finding.mend
+    (finding,) = await check_batches(examined)
+    assert finding.level is Level.WARNING and "inferq batcher" in finding.fix
     router.listed = batch("validating") | {"created_at": int(time.time())}
-    (finding,) = await look_at_batches(examined)
+    (finding,) = await check_batches(examined)
     assert finding.level is Level.OK
 
 

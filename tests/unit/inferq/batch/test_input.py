@@ -132,7 +132,7 @@ def test_what_cannot_be_read_says_where(
     assert words in refused.value.message
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     """And a folder is no file."""
     (tmp_path / "d.csv").mkdir()
     for name in ("none.csv", "d.csv"):

@@ -94,7 +94,7 @@ async def test_jobs_are_listed_over_pages(capsys: pytest.CaptureFixture[str]) ->
     assert fabric.asked == [("", 3, "completed"), (f"0-{1:032x}", 1, "completed")]
 
 
-async def test_cancelling_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_cancelling_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     """With what became of the job."""
     assert await cancel_job(Fabric(job_of("in_progress")), "x", as_json=False) == 0
     assert "cancelled" in capsys.readouterr().out

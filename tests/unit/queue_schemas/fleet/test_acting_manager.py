@@ -29,7 +29,7 @@ def test_an_address_that_a_member_of_the_fleet_wrote_is_believed() -> None:
         replace(SAID, proof=""),
         replace(SAID, proof="\udcff"),
         replace(SAID, proof=prove_address("", "manager.1", URL)),
-        replace(SAID, beat=0),
+        replace(SAID, renewal_count=0),
         replace(SAID, url="", proof=prove_address(TOKEN, "manager.1", "")),
     ],
 )

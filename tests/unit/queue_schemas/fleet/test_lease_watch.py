@@ -72,10 +72,10 @@ def test_a_shard_that_is_away_has_no_say() -> None:
     for second in range(60):
         watch.observe(0, {A: 4, B: 7}, second, second)
         if second < 30:
-            watch.away(1)
+            watch.mark_unreachable(1)
         else:
             watch.observe(1, {A: second, B: 9}, second, second)
         if second in (20, 46):
-            assert watch.still() == ([A, B] if second == 20 else [B])
+            assert watch.expired_sessions() == ([A, B] if second == 20 else [B])
         if second == 31:
-            assert watch.still() == []
+            assert watch.expired_sessions() == []

@@ -45,8 +45,8 @@ class Fakes:
         return Fake(url, TOKEN)
 
 
-def said(url: str, *, token: str = TOKEN, beat: int = 1) -> ActingManager:
-    return ActingManager("m", beat, url, prove_address(token, "m", url))
+def said(url: str, *, token: str = TOKEN, renewal_count: int = 1) -> ActingManager:
+    return ActingManager("m", renewal_count, url, prove_address(token, "m", url))
 
 
 async def test_the_acting_manager_is_called_first() -> None:
@@ -101,7 +101,7 @@ async def test_it_returns_to_the_configured_managers_when_the_acting_one_is_gone
     route = fakes.route(ONE)
     route.note_acting(said(FOLLOWED))
     assert await route.forward(CALL) == ACCEPTED
-    route.note_acting(said(FOLLOWED, beat=0))
+    route.note_acting(said(FOLLOWED, renewal_count=0))
     await route.forward(CALL)
     assert fakes.asked == [FOLLOWED, ONE, ONE]
 
@@ -129,7 +129,7 @@ async def test_it_reports_why_workers_cannot_join() -> None:
     route.note_acting(said(ONE))
     fakes.now += NOBODY_ACTS_S + 1
     assert "no Manager acts" in route.trouble
-    route.note_acting(said(ONE, beat=2))
+    route.note_acting(said(ONE, renewal_count=2))
     assert not route.trouble
 
 
@@ -138,5 +138,5 @@ async def test_the_number_of_remembered_managers_is_limited() -> None:
     fakes = Fakes()
     route = fakes.route(ONE)
     for port in range(1, 3 * MAX_FOLLOWED):
-        route.note_acting(said(f"http://10.0.0.9:{port}", beat=port))
+        route.note_acting(said(f"http://10.0.0.9:{port}", renewal_count=port))
     assert len(route._managers) <= MAX_FOLLOWED + 1

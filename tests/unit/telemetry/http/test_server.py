@@ -66,7 +66,7 @@ def test_a_public_address_needs_a_guard() -> None:
     refuse_unguarded("127.0.0.1", guarded=False, insecure=False, remedy="")
 
 
-async def test_a_server_serves_until_told_to_stop() -> None:
+async def test_a_server_serves_until_it_is_stopped() -> None:
     """The server answers, ends when asked, and gives its port back."""
     listener = bind_socket("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -188,7 +188,7 @@ async def test_the_second_signal_hurries_and_the_third_ends_the_process(monkeypa
 
 
 def test_a_process_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    """What a user can mend is one line and exit code 2, also from inside a task group; a clean end is 0."""
+    """What a user can correct is one line and exit code 2, also from inside a task group; a clean end is 0."""
 
     async def refused() -> None:
         async with asyncio.TaskGroup() as tasks:

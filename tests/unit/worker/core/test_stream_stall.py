@@ -28,7 +28,7 @@ def test_a_stream_that_goes_on_is_not_stalled() -> None:
         assert not stream.is_stalled(float(second), float(second), 10.0)
 
 
-def test_silence_with_nobody_else_to_serve_is_the_engines() -> None:
+def test_silence_with_no_other_stream_is_the_engines() -> None:
     """Perhaps all of it stalls, perhaps a parser buffers its output: this stream alone is not to blame."""
     stream = StreamStall(pieces=1, reading=True)
     assert not any(stream.is_stalled(float(second), 1.0, 10.0) for second in range(1, 100))
@@ -40,7 +40,7 @@ def test_what_has_not_begun_is_not_stalled() -> None:
     assert not any(stream.is_stalled(float(second), float(second), 10.0) for second in range(100))
 
 
-def test_time_in_which_nobody_reads_is_not_the_engines_silence() -> None:
+def test_time_in_which_no_client_reads_is_not_the_engines_silence() -> None:
     """A slow Router makes the worker wait, not the engine."""
     stream = StreamStall(pieces=1)
     assert not any(stream.is_stalled(float(second), float(second), 10.0) for second in range(50))
@@ -49,7 +49,7 @@ def test_time_in_which_nobody_reads_is_not_the_engines_silence() -> None:
     assert stream.is_stalled(60.0, 60.0, 10.0)
 
 
-def test_time_in_which_nobody_checked_is_not_the_engines_silence() -> None:
+def test_time_without_checks_is_not_the_engines_silence() -> None:
     """Worker and engine were suspended: a stream whose next piece comes a moment after the others' is not forgotten."""
     stream = StreamStall(pieces=3, reading=True)
     assert not stream.is_stalled(1.0, 1.0, 10.0)

@@ -737,7 +737,7 @@ async def test_lists_of_models_have_several_forms(page: bytes, models: tuple[str
 
 
 @pytest.mark.parametrize("page", [b"<html>", b'{"data": null}', b'"a"', b"[1]", b"{}", b"[" * 200_000])
-async def test_what_lists_no_models_is_said(page: bytes) -> None:
+async def test_an_engine_that_lists_no_models_is_reported(page: bytes) -> None:
     """[E3] [H48] A page of something else makes a sentence, not a fault of ours."""
     async with engine_that(says(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page)) as (engine, _):
         with pytest.raises(EngineFailed, match="something else than a list of models"):

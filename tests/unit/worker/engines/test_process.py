@@ -195,7 +195,7 @@ async def test_an_engine_that_was_well_for_a_while_is_restarted_at_once(
     assert made._stable_after_s == 10.0
 
 
-async def test_an_engine_that_never_gets_ready_is_ended_and_said_so(tmp_path: Path) -> None:
+async def test_an_engine_that_never_gets_ready_is_ended_and_reported(tmp_path: Path) -> None:
     """After the limit the engine is FAILED with its last lines, and its process is gone."""
     async with supervised(NEVER_READY, tmp_path, ready_timeout_s=0.7) as (engine, _):
         await eventually(lambda: engine.pid, "the process runs")

@@ -49,7 +49,7 @@ async def _chat(client: httpx.AsyncClient, **request: Any) -> dict[str, Any]:
     return said
 
 
-async def test_a_function_is_called_when_its_name_is_said_or_a_call_is_required(client: httpx.AsyncClient) -> None:
+async def test_a_function_is_called_when_it_is_named_or_a_call_is_required(client: httpx.AsyncClient) -> None:
     """Plain and streamed: the name, an id, arguments that are JSON, and the finish reason of a call."""
     plain = await _chat(client)
     call = plain["message"]["tool_calls"][0]
