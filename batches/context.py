@@ -16,8 +16,7 @@ from .settings import BatchSettings
 @dataclass(slots=True)
 class BatchContext:
     """``now_s`` is the wall clock, ``tick_s`` a monotonic one. ``broker`` is None while the queue cannot be reached,
-    for
-    the reason ``why``."""
+    for the reason ``why``."""
 
     settings: BatchSettings
     max_input_bytes: int

@@ -71,20 +71,20 @@ class StepRunner:
         tenant, token = Tenant(tenant_name), secrets.token_hex(8)
         if not await in_thread(lambda: self._steps.lock(batch_id, token, self._context.settings.lock_ttl_ms)):
             return "another step of it runs"
-        following = NextStep()
+        next_step = NextStep()
         began = time.perf_counter()
         try:
             async with asyncio.timeout(STEP_LIMIT_S), self._locked(batch_id, token):
-                following = await self._step(tenant, batch_id)
+                next_step = await self._step(tenant, batch_id)
             self.fault = ""
         except (InferqError, ObjectMissing, TimeoutError) as error:
-            following = await self._retry(batch_id, error)
+            next_step = await self._retry(batch_id, error)
         except Exception as error:
-            following = await self._note_crash(tenant, batch_id, error)
+            next_step = await self._note_crash(tenant, batch_id, error)
             raise
         finally:
-            await self._finish_step(tenant, batch_id, token, following)
-        return f"{following.what or 'ended'} after {time.perf_counter() - began:.2f} s"
+            await self._finish_step(tenant, batch_id, token, next_step)
+        return f"{next_step.what or 'ended'} after {time.perf_counter() - began:.2f} s"
 
     async def _step(self, tenant: Tenant, batch_id: str) -> NextStep:
         context = self._context
@@ -202,16 +202,16 @@ class StepRunner:
         )
         self._context.batches.end(tenant, batch_id, progress)
 
-    async def _finish_step(self, tenant: Tenant, batch_id: str, token: str, following: NextStep) -> None:
+    async def _finish_step(self, tenant: Tenant, batch_id: str, token: str, next_step: NextStep) -> None:
         """Unlock the batch and enqueue its next step; the sweep does what fails here."""
         try:
-            if following.pause_s > 0:
-                await in_thread(lambda: self._steps.pause(batch_id, int(following.pause_s * 1000)))
+            if next_step.pause_s > 0:
+                await in_thread(lambda: self._steps.pause(batch_id, int(next_step.pause_s * 1000)))
             await in_thread(lambda: self._steps.unlock(batch_id, token))
             # Sweeps of two batchers may both have enqueued a step: two that follow each other need one successor.
-            if following.what and not following.pause_s and batch_id not in await in_thread(self._steps.waiting):
+            if next_step.what and not next_step.pause_s and batch_id not in await in_thread(self._steps.waiting):
                 number = int(self._context.now_s() * 1000)
-                await in_thread(lambda: self._steps.put(tenant, batch_id, following.what, number))
+                await in_thread(lambda: self._steps.put(tenant, batch_id, next_step.what, number))
         except BrokerUnavailable as error:
             log.warning("next_step_left_to_sweep", batch=batch_id, error=error.message)
 

@@ -35,14 +35,13 @@ class BrokerSettings(RoleSettings):
 
 
 Durability = Literal["memory", "disk"]
-"""When work that nobody waits for is taken in: as soon as Redis has it, or once its append-only file is on the disk."""
+"""When background work is accepted: as soon as Redis has it, or once its append-only file is on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
     """Limits on live jobs (waiting or running), their envelopes' bytes, and the bytes that are kept of persisted jobs
-    and
-    their output, checked at every enqueue."""
+    and their output, checked at every enqueue."""
 
     tenant_jobs: int = 100_000
     tenant_bytes: int = 1 << 30

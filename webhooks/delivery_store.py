@@ -35,7 +35,7 @@ class DeliveryStore:
 
         Call it before what ended is forgotten, and again after a crash: receivers see one event.
         """
-        subscribed = [one for one in self._endpoints.of(Tenant(event.tenant)) if one.wants(event.type)]
+        subscribed = [one for one in self._endpoints.of(Tenant(event.tenant)) if one.subscribes_to(event.type)]
         for endpoint in subscribed:
             self.add(DeliveryKey(Tenant(event.tenant), endpoint.record.id, event.id), event)
         return len(subscribed)

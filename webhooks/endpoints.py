@@ -122,7 +122,7 @@ class Endpoint:
         """Whether events are sent to it."""
         return self.disabled is None and not self.record.paused
 
-    def wants(self, event_type: str) -> bool:
+    def subscribes_to(self, event_type: str) -> bool:
         """Whether it is active and subscribed to events of that type."""
         return self.active and (event_type in self.record.events or ALL_EVENTS in self.record.events)
 

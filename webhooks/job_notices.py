@@ -111,7 +111,7 @@ class ResponseNotices:
             return
         status = await queue.output.response_status(notice.job_id, notice.state)
         event = WebhookEvent.of(notice.tenant, f"response.{status}", response_id(notice.job_id), notice.at_ms // 1000)
-        if not any(endpoint.wants(event.type) for endpoint in endpoints):
+        if not any(endpoint.subscribes_to(event.type) for endpoint in endpoints):
             return
         if await in_thread(lambda: self._deliveries.emit(event)):
             self._metrics.events.inc()

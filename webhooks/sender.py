@@ -33,8 +33,7 @@ USER_AGENT = f"inferq-webhooks/{version('inferq')}"
 @dataclass(frozen=True, slots=True)
 class Answer:
     """The result of an attempt. ``status`` is None if no answer came, and ``error`` says why. Only the head of an
-    answer
-    is read: its status decides."""
+    answer is read: its status decides."""
 
     took_ms: int
     status: int | None = None
@@ -60,7 +59,7 @@ class Sender:
 
     async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """POST ``body``, once."""
-        began = time.monotonic()
+        started_at = time.monotonic()
         status, error, retry_after = None, "", ""
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -69,7 +68,7 @@ class Sender:
             error = f"no answer within {self._timeout_s:g} s"
         except (aiohttp.ClientError, _NotSendable, OSError, ssl.SSLError, InferqError) as failure:
             error = _reason(failure)
-        return Answer(round((time.monotonic() - began) * 1000), status, error, retry_after)
+        return Answer(round((time.monotonic() - started_at) * 1000), status, error, retry_after)
 
     async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, str]:
         target = check_url(url, self._rules)
@@ -108,7 +107,7 @@ class Sender:
         literal = target.address
         found = [literal] if literal is not None else await self._lookup(target)
         if not found or not all(self._rules.allows(target.host, address) for address in found):
-            # The addresses are not told: the name may be one of the operator's network.
+            # Leave the addresses out of the error: the name may be one of the operator's network.
             raise _NotSendable("the host's address is not on the public internet")
         return found
 

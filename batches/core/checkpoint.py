@@ -52,8 +52,8 @@ class MergeState(BaseModel):
     """How far the files are written.
 
     ``plan`` names the frozen list of chunks and is part of the names of the parts: two processes that merge at the same
-    time do not mix. ``chunk`` is the next chunk. ``number`` and ``offset`` are the next line of the input to check for
-    an answer.
+    time do not mix. ``chunk`` is the next chunk. ``next_line`` is the number of the next line of
+    the input to check for an answer, and ``next_offset`` its byte.
     """
 
     plan: str
@@ -65,19 +65,20 @@ class MergeState(BaseModel):
     completed: int = 0
     failed: int = 0
     usage: list[int] = []
-    number: int = 1
-    offset: int = 0
+    next_line: int = 1
+    next_offset: int = 0
 
 
 class Checkpoint(BaseModel):
-    """All of it. ``number`` and ``offset`` are the next line of the input; ``outcome`` is how the batch is to end."""
+    """All of it. ``next_line`` is the number of the next line of the input, and ``next_offset`` its byte. ``outcome``
+    is how the batch is to end."""
 
     progress: BatchProgress = BatchProgress()
     phase: Phase = Phase.READ
-    number: int = 1
-    offset: int = 0
+    next_line: int = 1
+    next_offset: int = 0
     total: int = 0
-    line_count: int = 0
+    end_line: int = 0
     """One more than the number of the input's last line; known once all lines were read."""
     errors: list[BatchError] = []
     id_runs: list[str] = []
@@ -88,7 +89,7 @@ class Checkpoint(BaseModel):
     read_all: bool = False
     open: dict[int, OpenLine] = {}
     out_of_order: set[int] = set()
-    """Lines from ``number`` on that have a stored result already."""
+    """Lines from ``next_line`` on that have a stored result already."""
     chunk: int = 0
     """All chunks with a lower number are accounted for."""
     answer_bytes: int = 0

@@ -80,14 +80,14 @@ class LineSender:
                     self._context.files,
                     self._input,
                     self._settings.max_line_bytes,
-                    number=checkpoint.number,
-                    offset=checkpoint.offset,
+                    number=checkpoint.next_line,
+                    offset=checkpoint.next_offset,
                 )
             raw = self._reader.next()
             if raw is None:
                 checkpoint.read_all = True
                 return
-            checkpoint.number, checkpoint.offset = raw.number + 1, raw.end
+            checkpoint.next_line, checkpoint.next_offset = raw.number + 1, raw.end
             early = self._window.early(raw.number)
             if raw.number in checkpoint.out_of_order:
                 checkpoint.out_of_order.discard(raw.number)

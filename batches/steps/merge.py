@@ -90,20 +90,20 @@ def _add_unanswered(context: BatchContext, batch: Batch, folder: RunFolder, chec
         return
     lines = _merged_lines(context, folder, checkpoint, state)
     settings, endpoint = context.settings, batch.request.endpoint
-    reader = InputLines(context.files, found, settings.max_line_bytes, number=state.number, offset=state.offset)
+    reader = InputLines(context.files, found, settings.max_line_bytes, number=state.next_line, offset=state.next_offset)
     try:
         for _ in range(_STEP_LINES):
             if (raw := reader.next()) is None or lines.error_bytes >= settings.min_part_bytes:
                 break
-            state.number, state.offset = raw.number + 1, raw.end
+            state.next_line, state.next_offset = raw.number + 1, raw.end
             request_id = request_of(batch.request.id, raw.number)
             lines.add([unanswered(raw.number, request_id, _custom_id(raw.data, endpoint), code, message)])
     except (InputDeleted, orjson.JSONDecodeError):
-        state.number = 0
+        state.next_line = 0
     finally:
         reader.close()
     _write(context, batch, folder, state, lines)
-    if reader.exhausted or not state.number:
+    if reader.exhausted or not state.next_line:
         checkpoint.phase = Phase.END
 
 
@@ -117,7 +117,7 @@ def _custom_id(data: bytes | None, endpoint: str) -> str:
 def _merged_lines(context: BatchContext, folder: RunFolder, checkpoint: Checkpoint, state: MergeState) -> MergedLines:
     """A step's lines, with those that earlier steps have written."""
     stored = context.store.get(folder.name("bits", f"{state.plan}-{state.steps:06d}")) if state.steps else b""
-    return MergedLines(LineBitmap(stored or b"", line_count=checkpoint.line_count))
+    return MergedLines(LineBitmap(stored or b"", line_count=checkpoint.end_line))
 
 
 def _write(context: BatchContext, batch: Batch, folder: RunFolder, state: MergeState, lines: MergedLines) -> None:

@@ -96,7 +96,7 @@ class OpenLines:
                     self._in_flight_bytes -= line.end - line.offset
                     self._window.remove(result.line, line.generation)
                     done.append(result)
-                elif result.line >= checkpoint.number and result.line not in checkpoint.out_of_order:
+                elif result.line >= checkpoint.next_line and result.line not in checkpoint.out_of_order:
                     checkpoint.out_of_order.add(result.line)
                     done.append(result)
             checkpoint.chunk = chunk_number(name) + 1

@@ -63,8 +63,8 @@ def _begin(context: BatchContext, checkpoint: Checkpoint) -> None:
     """The input is valid: begin to run its lines."""
     checkpoint.publish(BatchStatus.IN_PROGRESS, total=checkpoint.total)
     checkpoint.stamp("in_progress_at", context.now_s())
-    checkpoint.line_count = checkpoint.number
-    checkpoint.number, checkpoint.offset, checkpoint.read_all = 1, 0, False
+    checkpoint.end_line = checkpoint.next_line
+    checkpoint.next_line, checkpoint.next_offset, checkpoint.read_all = 1, 0, False
     checkpoint.id_runs, checkpoint.compared_slices = [], 0
     checkpoint.phase = Phase.DISPATCH
 
@@ -104,13 +104,13 @@ def _read_run(
     """Check as many lines as one run of ids holds, or there is time for; their records."""
     settings = context.settings
     lines = InputLines(
-        context.files, found, settings.max_line_bytes, number=checkpoint.number, offset=checkpoint.offset
+        context.files, found, settings.max_line_bytes, number=checkpoint.next_line, offset=checkpoint.next_offset
     )
     limits = settings.limits_of(batch.request.tenant)
     records: list[bytes] = []
     try:
         while (raw := lines.next()) is not None:
-            checkpoint.number, checkpoint.offset = raw.number + 1, raw.end
+            checkpoint.next_line, checkpoint.next_offset = raw.number + 1, raw.end
             checkpoint.total += 1
             if checkpoint.total > settings.max_lines:
                 checkpoint.add_error(

@@ -122,7 +122,7 @@ class DataFolder:
         with self.log_path.open("rb") as file:
             file.seek(since)
             lines = file.read(65_536).decode("utf-8", "replace").splitlines()
-        return " | ".join(line.split(" # ")[-1].strip() for line in lines[-3:] if line.strip()) or "it said nothing"
+        return " | ".join(line.split(" # ")[-1].strip() for line in lines[-3:] if line.strip()) or "no output"
 
     def problem(self, error: OSError) -> str:
         """What is wrong with the folder, and how to correct it."""
@@ -150,7 +150,7 @@ def _lock(path: Path) -> int:
 
 def _make_private(folder: Path) -> None:
     """Make ``folder`` for its owner only, as the server's files, which hold every tenant's prompts, are readable by
-    whoever reaches them. One that is there is closed to others too, unless it belongs to another user."""
+    any user who reaches them. One that is there is closed to others too, unless it belongs to another user."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid == os.geteuid() and status.st_mode & 0o077:
@@ -158,7 +158,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``, readable by the owner only, whole or not at all."""
+    """Replace ``path`` by ``text``, readable by the owner only, atomically."""
     draft = path.with_name(f".{path.name}.new")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - a mode
         file.write(text)

@@ -22,8 +22,7 @@ _MAX_TRIES = 1_000
 @dataclass(frozen=True, slots=True)
 class Damage:
     """``path`` is readable up to byte ``at`` of ``size``. ``commands_follow``: after that, whole commands or further
-    files
-    can be read again."""
+    files can be read again."""
 
     path: Path
     at: int

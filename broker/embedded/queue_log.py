@@ -28,11 +28,11 @@ _CHECK_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What was cut, and where the file lies as it was."""
+    """What was cut, and a copy of the file as it was."""
 
     path: Path
     bytes_cut: int
-    kept: Path
+    backup: Path
 
 
 class QueueLog:
@@ -44,8 +44,8 @@ class QueueLog:
         self._manifest = self._files / f"{_NAME}.manifest"
 
     def restore_manifest(self) -> str:
-        """Write the manifest anew where it is missing or cannot be read, from the files' names: Valkey would begin with
-        nothing beside them, or not at all. What was done, as a sentence; empty: nothing. Raises ``CannotStart``."""
+        """Rewrite the manifest from the files' names if it is missing or cannot be read: without it Valkey would start
+        empty, or not at all. Returns what was done, as a sentence; empty: nothing. Raises ``CannotStart``."""
         if not self._files.is_dir() or self._entries() is not None:
             return ""
         found = [match for file in sorted(self._files.iterdir()) if (match := _FILE.fullmatch(file.name))]
@@ -56,19 +56,18 @@ class QueueLog:
         if len(bases) > 1 or not found:
             raise CannotStart(
                 f"the embedded queue's {self._manifest} is missing or damaged, and its files do not say which of them "
-                f"count: {self.put_back}"
+                f"count: {self.restore_advice}"
             )
-        kept = self._set_aside(self._manifest) if self._manifest.exists() else None
+        backup = self._move_to_damaged(self._manifest) if self._manifest.exists() else None
         lines = [f"file {one.string} seq {one['seq']} type b" for one in bases]
         lines += [f"file {one.string} seq {one['seq']} type i" for one in increments]
         self._write_manifest(lines)
-        was = f"was damaged (it is kept as {kept})" if kept is not None else "was missing"
-        return f"{self._manifest} {was} and has been written anew from the names of {len(found)} files"
+        was = f"was damaged (it is kept as {backup})" if backup is not None else "was missing"
+        return f"{self._manifest} {was} and was rewritten from the names of {len(found)} files"
 
     def find_damage(self) -> Damage | None:
         """The first place that cannot be read; None: all is well, or only the last file breaks off, which Valkey
-        repairs.
-        The base is not looked into (:meth:`base_problem`)."""
+        repairs. The base is not looked into (:meth:`base_problem`)."""
         files = self._increments()
         for file in files:
             damage = scan(file, last=file == files[-1])
@@ -103,7 +102,7 @@ class QueueLog:
         """Cut a damaged tail; ``cut_commands``: wherever the damage is, with all that is behind it. None: nothing is
         damaged. Raises ``CannotStart`` with what to do where it cannot be, or must not be, repaired."""
         if problem := self.base_problem(server):
-            raise CannotStart(f"the embedded queue's {problem}, and nothing can repair that: {self.put_back}")
+            raise CannotStart(f"the embedded queue's {problem}, and nothing can repair that: {self.restore_advice}")
         damage = self.find_damage()
         if damage is None:
             return None
@@ -137,11 +136,11 @@ class QueueLog:
     def remedy(self) -> str:
         """What may be done about damage that is not repaired by itself."""
         command = f"inferq doctor --repair-queue --data-dir {self.folder.parent.parent}"
-        return f"`{command}` cuts the file there and keeps it as it was, too; or {self.put_back}"
+        return f"`{command}` cuts the file there and keeps it as it was, too; or {self.restore_advice}"
 
     @property
-    def put_back(self) -> str:
-        """What may be done about anything."""
+    def restore_advice(self) -> str:
+        """How to restore the data, or to start without them."""
         return (
             f"put back a copy of {self.folder}, or begin with an empty queue: "
             f"mv {self.folder} {self.folder.with_name('aof-damaged')}"
@@ -166,26 +165,26 @@ class QueueLog:
         if later:
             names = {file.name for file in later}
             self._write_manifest([one.string for one in entries if one["file"] not in names])
-        kept = self._place_aside(damage.path)
+        backup = self._damaged_path(damage.path)
         try:
-            kept.hardlink_to(damage.path)
+            backup.hardlink_to(damage.path)
         except OSError:  # a file system without links
-            shutil.copy2(damage.path, kept)
+            shutil.copy2(damage.path, backup)
         draft.replace(damage.path)
         cut = damage.bytes_cut
         for file in later:
             if file.exists():
                 cut += file.stat().st_size
-                self._set_aside(file)
-        return Repaired(damage.path, cut, kept)
+                self._move_to_damaged(file)
+        return Repaired(damage.path, cut, backup)
 
-    def _set_aside(self, file: Path) -> Path:
-        """Move a file to where Valkey does not look; where it is then."""
-        kept = self._place_aside(file)
-        file.replace(kept)
-        return kept
+    def _move_to_damaged(self, file: Path) -> Path:
+        """Move a file to where Valkey does not look. Returns its new path."""
+        backup = self._damaged_path(file)
+        file.replace(backup)
+        return backup
 
-    def _place_aside(self, file: Path) -> Path:
+    def _damaged_path(self, file: Path) -> Path:
         """A free path for a file, where Valkey does not look."""
         folder = self.folder / "damaged"
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -187,7 +187,7 @@ class EmbeddedServer:
                 "queue_log_repaired",
                 file=str(repaired.path),
                 bytes_cut=repaired.bytes_cut,
-                kept=str(repaired.kept),
+                backup=str(repaired.backup),
                 why="its end was no command: what was written there in the last moment is lost",
             )
             await self._launch_once()
@@ -261,7 +261,7 @@ class EmbeddedServer:
 
 
 async def running_url(data_dir: Path) -> str:
-    """The URL of the embedded server that runs on ``data_dir``, whoever owns it; empty if none does."""
+    """The URL of the embedded server that runs on ``data_dir``, whichever user owns it; empty if none does."""
     folder = DataFolder(data_dir)
     port, password = folder.last_port(), folder.last_password()
     if not port or not password:

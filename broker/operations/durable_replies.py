@@ -36,8 +36,7 @@ class DurableReplies:
 
     async def open(self, shard: int, name: SessionId, ttl_ms: int) -> bool:
         """Make a reply stream, or extend the life of an existing one, to ``ttl_ms`` from now. Returns whether it had to
-        be
-        made. While there is none, jobs that name it are cancelled rather than run."""
+        be made. While there is none, jobs that name it are cancelled rather than run."""
         return await extend_reply_stream(self._caller, self._keys[shard], name, ttl_ms)
 
     async def read(
@@ -65,6 +64,5 @@ class DurableReplies:
 
     async def server_run_id(self, shard: int) -> str:
         """The run id of the shard's server, which changes at a restart that may have lost the latest writes; empty
-        where
-        it is not told. One try."""
+        if the server does not report it. One try."""
         return await read_run_id(self._caller, self._keys[shard].budget)

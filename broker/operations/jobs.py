@@ -79,14 +79,15 @@ class Jobs:
         keys = keys_of_job(self._keys, job.id)
         return state_or_none(await self._caller.script("resume", keys.budget, keys.prefix, job.id, epoch, job.pack()))
 
-    async def raise_epoch(self, job_id: JobId, heard: int) -> JobStatus | None:
+    async def raise_epoch(self, job_id: JobId, highest_seen_epoch: int) -> JobStatus | None:
         """The status of a job after Redis may have lost its latest writes; None if it is unknown.
 
-        If the job waits, its epoch is raised above ``heard``, the highest epoch the caller has seen (0: none), and
+        If the job waits, its epoch is raised above ``highest_seen_epoch`` (0: the caller has seen none), and
         above all that may have been given out since, so that late frames of lost attempts are recognized.
         """
         keys = keys_of_job(self._keys, job_id)
-        state, epoch, attempt_id = await self._caller.script("raise_epoch", keys.budget, keys.prefix, job_id, heard)
+        found = await self._caller.script("raise_epoch", keys.budget, keys.prefix, job_id, highest_seen_epoch)
+        state, epoch, attempt_id = found
         return None if state == b"unknown" else JobStatus(State(state.decode()), int(epoch), attempt_id.decode())
 
     async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
@@ -112,8 +113,8 @@ class Jobs:
                 retry_after_s=2,
             )
         if self._durable and not _is_awaited(job):
-            lines = self._durable[shard]
-            return lines[next(self._next_durable) % len(lines)]
+            candidates = self._durable[shard]
+            return candidates[next(self._next_durable) % len(candidates)]
         return self._batches[shard]
 
 

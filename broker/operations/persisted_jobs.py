@@ -50,8 +50,8 @@ class PersistedJobs:
         keys = self._keys_of(job_id)
         if keys is None:
             return None
-        (told,) = await self._caller.script("show_persisted", keys.budget, keys.prefix, job_id)
-        return _persisted_job(told) if told else None
+        (fields,) = await self._caller.script("show_persisted", keys.budget, keys.prefix, job_id)
+        return _persisted_job(fields) if fields else None
 
     async def page(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()
@@ -63,7 +63,7 @@ class PersistedJobs:
         if after:
             last = await self.get(after)
             if last is None or last.tenant != tenant or not last.background:
-                raise BadRequest(f"there is no job {after[:60]!r} to go on behind: begin without after", param="after")
+                raise BadRequest(f"no job {after[:60]!r} found for this API key: leave out after", param="after")
             before = _list_key(last.created_ms, last.id)
         limit, wanted = min(limit, MAX_PAGE_JOBS), frozenset(states)
         found: list[PersistedJob] = []
@@ -94,10 +94,10 @@ class PersistedJobs:
                 return jobs, ""
             ids = [member.decode()[16:] for member in members]
             found = await self._caller.script("show_persisted", keys.budget, keys.prefix, *ids)
-            for member, told in zip(members, found, strict=False):
+            for member, fields in zip(members, found, strict=False):
                 if len(jobs) >= limit:
                     return jobs, before
-                job = _persisted_job(told) if told else None
+                job = _persisted_job(fields) if fields else None
                 if job is None or job.tenant != tenant or not job.background:
                     await self._caller.command(key, "ZREM", key, member)
                 elif not states or job.state in states:
@@ -166,12 +166,12 @@ def _list_key(at_ms: int, job_id: str) -> str:
     return f"{at_ms:015d} {job_id}"
 
 
-def _persisted_job(told: Sequence[Any]) -> PersistedJob:
-    """What the scripts tell of a job: ``show_persisted.lua``."""
-    words = [value.decode("utf-8", "replace") for value in told[:-1]]
+def _persisted_job(fields: Sequence[Any]) -> PersistedJob:
+    """A job from the ``fields`` that ``show_persisted.lua`` returns."""
+    words = [value.decode("utf-8", "replace") for value in fields[:-1]]
     (
-        job_id, now, tenant, state, epoch, attempts, pool, lane, at, started, over, deadline, until, cause, listed,
-        notify, kept, _, begun, replaced,
+        job_id, now, tenant, state, epoch, attempts, pool, lane, at, started, ended_at, deadline, expires_at, cause,
+        listed, topic, persisted_bytes, _, output_epoch, output_replaced,
     ) = words  # fmt: skip
     ended_as = State(state)
     return PersistedJob(
@@ -186,15 +186,15 @@ def _persisted_job(told: Sequence[Any]) -> PersistedJob:
         created_ms=int(at or 0),
         deadline_ms=int(deadline or 0),
         started_ms=int(started) if started else None,
-        ended_ms=int(over) if over else None,
-        expires_ms=int(until) if until else None,
+        ended_ms=int(ended_at) if ended_at else None,
+        expires_ms=int(expires_at) if expires_at else None,
         cause=cause,
         background=listed == "1",
-        topic=notify,
-        persisted_bytes=int(kept or 0),
-        output_epoch=int(begun or 0),
-        output_replaced=replaced == "1",
-        metadata=_metadata(told[-1]),
+        topic=topic,
+        persisted_bytes=int(persisted_bytes or 0),
+        output_epoch=int(output_epoch or 0),
+        output_replaced=output_replaced == "1",
+        metadata=_metadata(fields[-1]),
     )
 
 

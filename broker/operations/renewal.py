@@ -37,8 +37,7 @@ class Renewer:
 
     async def renew(self, session_id: SessionId) -> None:
         """Keep all leases of ``session_id`` on the shards that answer. Raises ``Fenced`` if it was declared
-        dead, and
-        like any call if no shard answers."""
+        dead, and like any call if no shard answers."""
         unjoined = self._unjoined.get(session_id, ())
         own = self._unanswered.setdefault(session_id, {})
         for keys in self._keys:

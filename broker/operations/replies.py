@@ -110,8 +110,7 @@ class ReplyReader:
 
     async def run(self) -> None:
         """Read until cancelled. ``opened(first)`` is called when the stream was made for the ``first`` time, and
-        whenever
-        entries may be lost: the stream had to be made again, or the server was restarted."""
+        whenever entries may be lost: the stream had to be made again, or the server was restarted."""
         failures = 0
         first = True
         extend_at = 0.0

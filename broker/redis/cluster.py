@@ -150,6 +150,6 @@ class ClusterLink:
 
 
 def _seen(task: asyncio.Task[None]) -> None:
-    """A failure to read the map was told to those who awaited it; the others' commands tell of their own."""
+    """Marks the error as retrieved; callers that await the task got it."""
     if not task.cancelled():
         task.exception()

@@ -107,14 +107,14 @@ def as_inferq_error(error: BaseException) -> BrokerUnavailable | BrokerUnsuitabl
     match failure_of(error):
         case Failure.REFUSED:
             return BrokerUnsuitable(
-                f"Redis refuses us: {error}; check the user and password in INFERQ_REDIS_URL and the user's ACL rules "
-                "(a Manager tells the password only to who shows its join token: INFERQ_JOIN_TOKEN; the embedded "
-                "queue's is found in the folder INFERQ_DATA_DIR)",
-                public="the queue's Redis refuses us; the operator finds the reason in the log",
+                f"Redis denies access: {error}; check the user and password in INFERQ_REDIS_URL and the "
+                "user's ACL rules (a Manager gives the password only to callers with its join token: "
+                "INFERQ_JOIN_TOKEN; the embedded queue's is found in the folder INFERQ_DATA_DIR)",
+                public="the queue's Redis denies access; the operator finds the reason in the log",
             )
         case Failure.SCRIPT_REFUSED:
             return BrokerUnsuitable(
-                f"Redis refuses us a part of a script: {error}; ACL LOG on the server names the command or key, and "
+                f"Redis rejects a command of a script: {error}; ACL LOG on the server names the command or key, and "
                 "docs/topologies.md the rules that a user needs"
             )
         case Failure.MEMORY_FULL | Failure.DISK_FAILED:

@@ -104,8 +104,8 @@ async def check_deployment(caller: Caller, shards: int) -> None:
 
 
 async def read_run_id(caller: Caller, key: str) -> str:
-    """The run id of the server that holds ``key``, which changes at every restart; empty where it is not told. One try;
-    raises ``BrokerUnavailable``."""
+    """The run id of the server that holds ``key``, which changes at every restart; empty if it does not report
+    it. One try; raises ``BrokerUnavailable``."""
     caller.round_trips += 1
     try:
         info = await caller.link.command(key, "INFO", "server")

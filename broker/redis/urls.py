@@ -68,7 +68,8 @@ def check_connection(make_connection: Callable[[], Any]) -> None:
 
 
 def check_ca_file(path: str) -> None:
-    """Raises ``ValueError`` if ``tls_ca_file`` cannot be used; whoever connects would take it for a server away."""
+    """Raises ``ValueError`` if ``tls_ca_file`` cannot be used: a caller that connects would report the server as
+    unreachable."""
     try:
         ssl.create_default_context(cafile=path)
     except OSError as error:
@@ -81,7 +82,7 @@ def invalid_url(url: str, error: Exception) -> BrokerUnsuitable:
 
 
 def _check_encoding(url: str) -> None:
-    """Refuse a password that breaks the URL apart; whoever parses it further would quote a part of it."""
+    """Refuse a password that breaks the URL apart; the error of a later parser would quote a part of it."""
     rest = url.partition("://")[2]
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     _, colon, port = authority.rpartition(":")

@@ -93,7 +93,7 @@ def _look_at_log(folder: Path, binary: Path) -> list[Finding]:
     if not files.folder.is_dir() or DataFolder(folder).in_use:
         return []
     if problem := files.manifest_problem or files.base_problem(binary):
-        return [Finding("queue", Level.FAILURE, f"the embedded queue's {problem}", files.put_back)]
+        return [Finding("queue", Level.FAILURE, f"the embedded queue's {problem}", files.restore_advice)]
     if files.size > MAX_SCANNED_BYTES:
         text = f"the embedded queue's append-only file has {files.size} bytes: too many to be looked through here"
         return [Finding("queue", Level.OK, text)]
@@ -125,4 +125,4 @@ def repair_queue(data_dir: Path) -> str:
         folder.release()
     if repaired is None:
         return restored or "the embedded queue's data can be read: nothing was changed"
-    return f"cut off {repaired.bytes_cut} bytes of {repaired.path}; as it was it is kept as {repaired.kept}"
+    return f"cut off {repaired.bytes_cut} bytes of {repaired.path}; as it was it is kept as {repaired.backup}"

@@ -84,7 +84,7 @@ def response_routes(responses: ResponseService, streamer: OutputStreamer, gate: 
             items.reverse()
         ids = [item["id"] for item in items]
         if after and after not in ids:
-            raise BadRequest(f"there is no item {after[:60]!r} to continue behind: begin without after", param="after")
+            raise BadRequest(f"no item {after[:60]!r} found in this response: leave out after", param="after")
         rest = items[ids.index(after) + 1 :] if after else items
         return JSONResponse(page_of(rest[:limit], has_more=len(rest) > limit))
 

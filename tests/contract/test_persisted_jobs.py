@@ -227,7 +227,7 @@ async def test_jobs_are_listed_newest_first_in_pages(connect: Connect) -> None:
         assert {job.id for job in seen} == {job.id for job in jobs}
         order = [(job.created_ms, job.id) for job in seen]
         assert order == sorted(set(order), reverse=True)
-    with pytest.raises(BadRequest, match="go on behind"):
+    with pytest.raises(BadRequest, match="leave out after"):
         await broker.persisted_jobs.page(Tenant("rival"), after=jobs[0].id)
 
 

@@ -115,11 +115,11 @@ def test_an_endpoint_is_disabled_until_it_is_enabled_later(store: ObjectStore) -
     found = webhooks.get(BOB, endpoint_id)
     assert found is not None
     assert found.disabled is not None
-    assert not found.wants("batch.failed")
+    assert not found.subscribes_to("batch.failed")
     webhooks.update(found.record.model_copy(update={"enabled_at_ms": 3_000}))
     again = webhooks.get(BOB, endpoint_id)
     assert again is not None
-    assert again.wants("batch.failed")
+    assert again.subscribes_to("batch.failed")
 
 
 def test_what_is_not_an_id_reaches_no_object(store: ObjectStore) -> None:
