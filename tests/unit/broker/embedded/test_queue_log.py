@@ -55,7 +55,7 @@ async def test_garbage_at_the_end_is_cut_and_the_old_file_kept(data: Path, garba
     (said,) = [entry for entry in logs if entry["event"] == "queue_log_repaired"]
     assert said["bytes_cut"] == len(garbage)
     (kept,) = (data / "aof" / "damaged").iterdir()
-    assert (said["kept"], kept.read_bytes()) == (str(kept), before)
+    assert (said["backup"], kept.read_bytes()) == (str(kept), before)
 
 
 @pytest.mark.parametrize(
