@@ -31,7 +31,9 @@ with zipfile.ZipFile(wheel) as archive:
 packages = {name.split("/")[0] for name in names if name.endswith("/__init__.py") and name.count("/") == 1}
 expected = {"inferq", "router", "manager", "worker", "batches", "webhooks", "storage", "broker", "openai_api", "telemetry", "queue_schemas"}
 missing = [f"{package}/py.typed" for package in expected if f"{package}/py.typed" not in names]
-missing += [] if any(name.startswith("broker/") and name.endswith(".lua") for name in names) else ["broker's Lua scripts"]
+for folder in ("broker/lua", "broker/lua/lib"):
+    scripts = [name for name in names if name.rpartition("/")[0] == folder and name.endswith(".lua")]
+    missing += [] if scripts else [f"the scripts of {folder}"]
 missing += [] if any(name.endswith("vllm_cpu.txt") for name in names) else ["the vLLM CPU set"]
 missing += ["inferq/data/prompts.jsonl"] if "inferq/data/prompts.jsonl" not in names else []
 if packages != expected or missing:
@@ -47,12 +49,12 @@ PYTHON
 
 cd "$work"
 unset PYTHONPATH
-"$work/venv/bin/python" -c 'import batches, broker, inferq, manager, pathlib, queue_schemas, router, storage, sys, telemetry, worker
-for package in (batches, broker, inferq, manager, queue_schemas, router, storage, telemetry, worker):
+"$work/venv/bin/python" -c 'import batches, broker, inferq, manager, openai_api, pathlib, queue_schemas, router, storage, sys, telemetry, webhooks, worker
+for package in (batches, broker, inferq, manager, openai_api, queue_schemas, router, storage, telemetry, webhooks, worker):
     assert pathlib.Path(package.__file__).is_relative_to(sys.prefix), package.__file__'
 "$work/venv/bin/python" -m inferq --version
 "$work/venv/bin/python" -m inferq config --json | "$work/venv/bin/python" -c 'import json, sys; assert json.load(sys.stdin)'
-for role in manager router worker; do
+for role in manager router worker batches webhooks; do
     "$work/venv/bin/python" -m "$role.service" --help >/dev/null
 done
 echo "the wheel runs from another folder"

@@ -17,7 +17,7 @@ if not job then
   return 'unknown'
 end
 local before = job.state
-if TERMINAL[before] or if_orphaned and job.persisted == '1' then return before end
+if not TRANSITIONS[before .. ' cancelled'] or if_orphaned and job.persisted == '1' then return before end
 if abandoned_ms > 0 then
   if now_ms() - tonumber(call('HGET', key, 'detached_at') or 0) < abandoned_ms then return before end
   for _, router in ipairs(listeners_of(job)) do

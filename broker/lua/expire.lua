@@ -16,7 +16,7 @@ end
 
 for _, id in ipairs(due('deadlines')) do
   local job = load_job(id)
-  if not job or TERMINAL[job.state] then
+  if not job or not TRANSITIONS[job.state .. ' expired'] then
     call('ZREM', P .. 'deadlines', id)
   else
     stop(job, 'expired', job.state == 'leased' and 'its time ran out while it ran' or 'its time ran out in the queue')

@@ -9,7 +9,7 @@ local key = P .. 'job:' .. id
 local job = load_job(id)
 if not job or job.persisted ~= '1' then return 'unknown' end
 local before = job.state
-if not TERMINAL[before] then
+if TRANSITIONS[before .. ' cancelled'] then
   job.is_forgotten = true
   stop(job, 'cancelled', reason)
   return answered(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from queue_schemas import (
     WorkerInfo,
     new_job_id,
 )
+from queue_schemas.ids import encode_name
 from queue_schemas.keys import MANAGER, POOLS, WORKERS, ShardKeys
 from tests.support.queue import MODEL, Puller, make_job
 
@@ -53,6 +55,37 @@ async def test_waiting_entries_of_no_job_are_removed(broker: Broker, worker: Pul
     await broker.jobs.enqueue(last)
     assert [lease.job for lease in await worker.claim(10)] == [first, last]
     assert await client.exists(queue) == 0
+
+
+async def test_a_record_in_no_state_of_ours_stops_nothing(broker: Broker, worker: Puller, client: Any) -> None:
+    """Whatever a record says, the sweep ends the jobs behind it, and cancelling or deleting it is no error."""
+    odd, odd_and_persisted = make_job(ttl_ms=1), make_job(ttl_ms=1, persisted=True, idempotency_key="k")
+    behind = make_job(ttl_ms=2)
+    for job in (odd, odd_and_persisted, behind):
+        await broker.jobs.enqueue(job)
+    for job in (odd, odd_and_persisted):
+        await client.hset(KEYS.job(job.id), "state", "melted")
+    await asyncio.sleep(0.01)
+    assert (await broker.maintenance.expire()).expired == 1
+    assert await client.hget(KEYS.job(behind.id), "state") == b"expired"
+    for job in (odd, odd_and_persisted):
+        assert await broker._caller.script("cancel", KEYS.budget, KEYS.prefix, job.id, "", 0, 0) == b"melted"
+        await broker._caller.script("forget", KEYS.budget, KEYS.prefix, job.id, "")
+    assert await worker.claim(4) == []
+
+
+async def test_settling_a_persisted_job_leaves_the_others_of_its_call_whole(
+    broker: Broker, worker: Puller, client: Any
+) -> None:
+    """A script does not roll back: the one attempt that cannot end so is refused, and the rest is counted."""
+    await broker.jobs.enqueue(make_job())
+    await broker.jobs.enqueue(make_job(persisted=True, idempotency_key="k"))
+    leases = await worker.claim(2)
+    args = [part for lease in leases for part in (lease.job.id, lease.epoch, lease.attempt_id, "done", b"")]
+    answers = dict(zip(leases, await broker._caller.script("settle", KEYS.budget, KEYS.prefix, *args), strict=True))
+    assert {lease.job.persisted: answer for lease, answer in answers.items()} == {False: b"ok", True: b"fenced"}
+    assert await client.hlen(KEYS.leases(worker.session_id)) == 1
+    assert await client.hget(KEYS.budget, f"p:{encode_name(MODEL)}:jobs") == b"1"
 
 
 async def test_an_envelope_that_cannot_be_read_ends_as_a_dead_letter(
