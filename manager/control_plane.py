@@ -122,7 +122,7 @@ class ManagerService:
                 failures += 1
                 pause = _CONNECT.pause_s(failures)
                 self._leadership.problem = error.public
-                log.warning("broker_unavailable", error=error.message, again_in_s=round(pause, 1))
+                log.warning("queue_unreachable", error=error.message, again_in_s=round(pause, 1))
             try:
                 async with asyncio.timeout(pause):
                     await stop.wait()
@@ -232,7 +232,7 @@ class ManagerService:
         for pool in (await self.pools()).pools:
             if pool.model == model:
                 return pool
-        if self._reached().shard_of(model) in self._leadership.shards_away:
+        if self._reached().shard_of(model) in self._leadership.unreachable_shards:
             raise ManagerUnavailable(f"the part of the queue that holds {model!r} does not answer now", retry_after_s=2)
         raise ModelNotFound(f"no pool of model {model!r} is known: see GET /fabric/v1/pools", param="model")
 

@@ -130,10 +130,10 @@ class FailureDetector:
 
     async def _ping(self, session_id: SessionId) -> tuple[bool, bool]:
         """Whether the session has a renewal counter, and whether it rose within ``ping_timeout_ms`` of a ping: on the
-        first shard that is not away."""
+        first reachable shard."""
         limit = self._settings.broker_timeout_ms
-        away = self._shards.away
-        shard = next((shard for shard in range(self._queue.shards) if shard not in away), 0)
+        unreachable = self._shards.unreachable
+        shard = next((shard for shard in range(self._queue.shards) if shard not in unreachable), 0)
         before = (await call_queue(limit, self._queue.maintenance.renewal_counters(shard))).get(session_id)
         if before is None:
             return False, False

@@ -46,7 +46,7 @@ class Leadership:
         clock: Clock,
     ) -> None:
         self.problem = "the queue's Redis has not been reached yet"
-        """Why it does not act, or what its last sweep tripped over; empty when all is well."""
+        """Why it does not act, or what its last sweep failed on; empty when all is well."""
         self._settings = settings
         self._probe = probe
         self._metrics = metrics
@@ -66,9 +66,9 @@ class Leadership:
         return self._term if self._term is not None and self._clock() < self._acting_until else None
 
     @property
-    def shards_away(self) -> set[int]:
+    def unreachable_shards(self) -> set[int]:
         """The shards that did not answer the last sweep."""
-        return self._term.shards_away if self._term is not None else set()
+        return self._term.unreachable_shards if self._term is not None else set()
 
     def verify_newcomers(self) -> None:
         """A worker has registered: probe its URL now, not with the next sweep."""
@@ -90,7 +90,7 @@ class Leadership:
         """Take or keep the leader lease, three times within its time to live."""
         ttl_ms = self._settings.leader_lease_ms
         while True:
-            begun = self._clock()
+            started_at = self._clock()
             try:
                 taking = queue.fleet.acquire_leader_lease(self._manager_id, ttl_ms, self._url, self._proof)
                 number = await call_queue(min(self._settings.broker_timeout_ms, ttl_ms), taking)
@@ -100,7 +100,7 @@ class Leadership:
                 else:
                     if self._term is None or self._term.number != number:
                         await self._begin_term(queue, number)
-                    self._acting_until = begun + ttl_ms / 1000
+                    self._acting_until = started_at + ttl_ms / 1000
             except InferqError as error:
                 self._note_problem("leader_lease_not_renewed", error)
                 if self._clock() >= self._acting_until:
@@ -119,7 +119,7 @@ class Leadership:
         self._newcomers.set()
         self.problem = ""
         self._metrics.acting.set(1)
-        log.info("acting", term=number, workers=len(term.registry.members()))
+        log.info("manager_acting", term=number, workers=len(term.registry.members()))
 
     def _stand_by(self, why: str) -> None:
         self.problem = f"standing by: {why}"

@@ -13,7 +13,7 @@ from telemetry import MetricsRegistry
 
 
 class FleetMetrics:
-    """Gauges that are made anew at each scrape, and counters of what the Manager did."""
+    """Gauges that are recomputed at each scrape, and counters of what the Manager did."""
 
     def __init__(self, registry: MetricsRegistry) -> None:
         self.registry = registry
@@ -39,12 +39,15 @@ class FleetMetrics:
         self._counts = _QueueCounts()
         registry.collectors.register(self._counts)
 
-    def dead(self, cause: str, taken: Reclaimed) -> None:
-        """A session was reclaimed; ``cause``: why it was declared dead."""
+    def declared_dead(self, cause: str) -> None:
         self._declared_dead.labels(cause).inc()
-        self._reclaimed_jobs.labels("requeued").inc(taken.requeued)
-        self._reclaimed_jobs.labels("dead").inc(taken.dead)
-        self._reclaimed_jobs.labels("cancelled").inc(taken.cancelled)
+
+    def reclaimed(self, jobs: Reclaimed) -> None:
+        """Count a dead session's jobs; ``resumable``: streams that wait for their Routers to resume them."""
+        self._reclaimed_jobs.labels("requeued").inc(jobs.requeued)
+        self._reclaimed_jobs.labels("resumable").inc(jobs.lost)
+        self._reclaimed_jobs.labels("dead").inc(jobs.dead)
+        self._reclaimed_jobs.labels("cancelled").inc(jobs.cancelled)
 
     def show_workers(self, workers: Iterable[WorkerInfo]) -> None:
         self._workers.clear()

@@ -78,9 +78,9 @@ class Term:
         self._shards.close()
 
     @property
-    def shards_away(self) -> set[int]:
+    def unreachable_shards(self) -> set[int]:
         """The shards that do not answer now."""
-        return self._shards.away
+        return self._shards.unreachable
 
     # What workers ask for
 

@@ -20,7 +20,7 @@ POLLS_PER_LEASE = 6
 _JITTER = 0.2
 _REFUSED_PAUSE_S = 300.0
 _SHARD_TIMEOUT_S = 2.0
-"""Limit on the calls to one shard in one round: a shard that is away must not stop the others."""
+"""Limit on the calls to one shard in one round: an unreachable shard must not stop the others."""
 
 log = get_logger(__name__)
 
@@ -89,7 +89,7 @@ class FallbackSweeper:
                 counters = await self._broker.maintenance.renewal_counters(shard)
         except (InferqError, TimeoutError) as error:
             log.debug("shard_not_polled", shard=shard, error=str(error))
-            self._watch.shard_away(shard)
+            self._watch.shard_unreachable(shard)
         else:
             self._watch.saw_peers(counters, asked_at, now(), shard)
 

@@ -50,7 +50,7 @@ class WorkerSession:
         )
         self._engine_progress = EngineProgress(settings.engine_stall_timeout_ms / 1000)
         self._consumers: list[ShardConsumer] = []
-        self._shards_away: set[int] = set()
+        self._unreachable_shards: set[int] = set()
         """Shards whose server does not answer now."""
         self._watchdog = LoopWatchdog(time.monotonic(), settings.loop_stall_timeout_ms / 1000)
         self._renewing: asyncio.Task[None] | None = None
@@ -231,7 +231,7 @@ class WorkerSession:
         if assignment.order == self.slots.order and not registered:
             return  # as nearly every heartbeat says
         if self.slots.assign(assignment, registered=registered):
-            log.info("assigned", version=assignment.version, pools=[part.pool for part in assignment.pools])
+            log.info("assignment_changed", version=assignment.version, pools=[part.pool for part in assignment.pools])
             self._reconsider()
 
     def _ended(self, lease: Lease, wait_s: float | None) -> None:
@@ -246,10 +246,10 @@ class WorkerSession:
 
     def _shard_reachable(self, shard: int, ok: bool) -> None:
         if ok:
-            self._shards_away.discard(shard)
+            self._unreachable_shards.discard(shard)
         else:
-            self._shards_away.add(shard)
-        self._set_broker_ok(ok or len(self._shards_away) < len(self._consumers))
+            self._unreachable_shards.add(shard)
+        self._set_broker_ok(ok or len(self._unreachable_shards) < len(self._consumers))
 
     def _set_broker_ok(self, ok: bool) -> None:
         if ok != self.broker_ok:

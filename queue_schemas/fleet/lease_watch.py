@@ -64,7 +64,8 @@ class LeaseWatch:
 
 class ShardedLeaseWatch:
     """A :class:`LeaseWatch` per shard. A session that renews on any shard that answers is alive; shards that
-    are away do not count: a lease is lost when its number stood still on every shard that answers and has one."""
+    are unreachable do not count: a lease is lost when its number stood still on every shard that answers and has
+    one."""
 
     def __init__(self, lease_s: float, shards: int) -> None:
         self._watches = [LeaseWatch(lease_s) for _ in range(shards)]

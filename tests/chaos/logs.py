@@ -17,7 +17,7 @@ _FLEET_EVENTS = (
     "session_declared_dead",
     "session_reclaimed",
     "session_fenced",
-    "acting",
+    "manager_acting",
     "engine_failed",
     "queue_connected",
 )

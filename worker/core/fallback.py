@@ -48,7 +48,7 @@ class FallbackWatch:
         Manager."""
         return self._peers.expired_sessions()
 
-    def shard_away(self, shard: int) -> None:
+    def mark_shard_unreachable(self, shard: int) -> None:
         """One shard was out of reach."""
         self._peers.mark_unreachable(shard)
 

@@ -282,7 +282,7 @@ async def test_one_shard_that_is_away_does_not_stop_the_others() -> None:
     queue.away = {1}
     queue.swept.clear()
     await _sweep_each_second(term, clock, 20)
-    assert term.shards_away == {1}
+    assert term.unreachable_shards == {1}
     assert queue.reclaimed_on == [(0, ONE)]
     assert set(queue.swept) == {0}
     assert len(queue.swept) >= 18
@@ -299,12 +299,12 @@ async def test_one_shard_that_is_away_does_not_stop_the_others() -> None:
 
 async def test_a_shard_comes_back_after_an_unforeseen_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard that is away is polled until it answers, also after a poll that failed with an error of another kind."""
-    monkeypatch.setattr(shard_sweeps, "_POLL_AWAY", Backoff(0.01, 0.01))
+    monkeypatch.setattr(shard_sweeps, "_POLL_UNREACHABLE", Backoff(0.01, 0.01))
     queue, clock = FakeQueue(numbers={ONE: 1}), Clock()
     term = _term(queue, clock)
     queue.away = {1}
     await term.sweep()
-    assert term.shards_away == {1}
+    assert term.unreachable_shards == {1}
     failed: list[int] = []
     read = queue.renewal_counters
 
@@ -317,5 +317,5 @@ async def test_a_shard_comes_back_after_an_unforeseen_error(monkeypatch: pytest.
     monkeypatch.setattr(queue, "renewal_counters", broken)
     await eventually(lambda: bool(failed), "it is polled")
     queue.away = set()
-    await eventually(lambda: term.shards_away == set(), "it is back")
+    await eventually(lambda: term.unreachable_shards == set(), "it is back")
     term.close()
