@@ -52,7 +52,7 @@ async def serve(
     store = ObjectStore.open(storage_settings)
     listener = bind_socket(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
-    log.info("batcher_listens", url=f"http://{host}:{port}")
+    log.info("listening", url=f"http://{host}:{port}")
     context = BatchContext(
         settings, storage_settings.max_batch_input_bytes, store, BatchMetrics(), time.time, time.monotonic
     )

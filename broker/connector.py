@@ -68,7 +68,7 @@ class BrokerConnector:
         def failed(error: BaseException, _pause_s: float) -> None:
             if isinstance(error, InferqError):
                 if error.public != self.fault:
-                    log.warning("queue_not_connected", error=error.message)
+                    log.warning("queue_unreachable", error=error.message)
                 self._set_fault(error)
 
         broker = self.broker = await _BACKOFF.retry(

@@ -58,7 +58,7 @@ class ActingElsewhere:
         try:
             answer = await self._http.forward(self.url, call)
         except UNREACHABLE as error:
-            log.warning("acting_manager_not_reached", url=self.url, error=f"{type(error).__name__}: {error}")
+            log.warning("acting_manager_unreachable", url=self.url, error=f"{type(error).__name__}: {error}")
             why = "the acting Manager cannot be reached; try again shortly"
             raise ManagerUnavailable(why, retry_after_s=2, public=why) from error
         return Response(answer.body, answer.status, headers=dict(answer.headers))

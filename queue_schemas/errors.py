@@ -36,7 +36,7 @@
     +-- ShuttingDown               503  shutting_down
     +-- DeadlineExceeded           504  deadline_exceeded      the job's time ran out
     +-- AttemptsExhausted          502  attempts_exhausted     every attempt failed: the job is a dead letter
-    +-- StreamBroken               502  stream_broken          a stream that had begun cannot be continued truthfully
+    +-- StreamBroken               502  stream_broken          a stream that had begun cannot be continued safely
     +-- EngineFailed               502  engine_failed          the engine broke the connection or its protocol
     +-- JobCancelled               499  cancelled
     +-- BrokerUnsuitable           500  broker_unsuitable      the Redis server cannot carry the queue (says why)

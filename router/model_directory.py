@@ -83,7 +83,7 @@ def _card(reported: Iterable[tuple[bool, str, Card]], before: PoolEntry | None) 
     ordered = sorted(reported, key=lambda one: one[:2])
     if not ordered:
         return before.card if before is not None else {}
-    return merged_card(card for away, _, card in ordered if away == ordered[0][0])
+    return merged_card(card for takes_no_work, _, card in ordered if takes_no_work == ordered[0][0])
 
 
 def model_object(model: str, entry: PoolEntry, on_no_worker: OnNoWorker = "queue") -> dict[str, object]:

@@ -137,7 +137,7 @@ class QueueLink:
 
     def _note(self, fault: InferqError) -> None:
         if fault.message != self._logged:
-            log.warning("queue_not_connected", error=fault.message)
+            log.warning("queue_unreachable", error=fault.message)
         self._logged, self._fault = fault.message, fault.public
 
     async def fresh_directory(self) -> Directory:

@@ -124,7 +124,7 @@ async def serve_through(
             limits=app.services.settings.connection_limits,
         )
         tasks.create_task(server, name="http")
-        log.info("router_listens", host=shared.host, port=shared.port)
+        log.info("listening", host=shared.host, port=shared.port)
         listening.set()
         await leave.wait()
         shared.close()

@@ -55,7 +55,7 @@ async def serve(
             name="http",
         )
         stopping = tasks.create_task(stop.wait(), name="stop signal")
-        log.info("router_listens", url=f"http://{host}:{port}")
+        log.info("listening", url=f"http://{host}:{port}")
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             await app.leave()

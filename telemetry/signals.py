@@ -32,6 +32,6 @@ def leave_terminal() -> None:
         try:
             if stat.S_ISCHR(os.fstat(number).st_mode):
                 os.dup2(nowhere, number)
-        except OSError:  # closed by whoever started us
+        except OSError:  # closed by our parent
             continue
     os.close(nowhere)

@@ -93,7 +93,7 @@ class _LiveSpan:
 
 
 class _Tracing:
-    """A provider of our own: the process's global one belongs to whoever embeds a role."""
+    """A provider of our own: the process's global one belongs to the program that embeds a role."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self.provider = provider

@@ -58,7 +58,7 @@ async def serve(
     process = _Process(settings, ObjectStore.open(storage_settings), webhook_settings)
     listener = bind_socket(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
-    log.info("notifier_listens", url=f"http://{host}:{port}")
+    log.info("listening", url=f"http://{host}:{port}")
     served = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
         http = tasks.create_task(run_server(process.app(), sock=listener, stop=served, shutdown_timeout_s=1.0))

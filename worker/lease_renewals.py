@@ -100,7 +100,7 @@ class LeaseRenewals:
         return pinged or watchdog.late(now) or now >= self._due_at
 
     async def _renew_once(self) -> None:
-        begun = time.monotonic()
+        started_at = time.monotonic()
         try:
             await self._renewer.renew(self._session_id)
         except Fenced:
@@ -108,7 +108,7 @@ class LeaseRenewals:
         except InferqError as error:
             # Whatever Redis says short of a verdict on this session, it may say otherwise soon.
             log.warning("leases_not_renewed", error=error.message)
-            self._due_at = begun + RETRY_S
+            self._due_at = started_at + RETRY_S
             await asyncio.sleep(RETRY_S)
         else:
-            self._due_at = begun + self._interval_s
+            self._due_at = started_at + self._interval_s

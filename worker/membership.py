@@ -149,7 +149,7 @@ class Membership:
         checks at once whether this session is dead."""
         failures = 0
         while True:
-            begun = asyncio.get_running_loop().time()
+            started_at = asyncio.get_running_loop().time()
             failures += 1
             backoff = _CONNECTION_BACKOFF
             try:
@@ -158,7 +158,7 @@ class Membership:
                 backoff = _UNSUPPORTED_BACKOFF
             except InferqError as error:
                 log.debug("session_connection_broke", error=error.message)
-            if asyncio.get_running_loop().time() - begun > _STABLE_CONNECTION_S:
+            if asyncio.get_running_loop().time() - started_at > _STABLE_CONNECTION_S:
                 failures = 1
             # A Router that ends drops the connections of all its workers at once: jitter spreads their return.
             await asyncio.sleep(backoff.pause_s(failures))
@@ -179,7 +179,7 @@ class Membership:
     def _note_unregistered(self, why: str) -> None:
         # Each reason once: with several URLs the reasons alternate.
         if self.registered or why not in self._logged:
-            log.warning("manager_lost" if self.registered else "manager_not_reached", reason=why)
+            log.warning("manager_lost" if self.registered else "manager_unreachable", reason=why)
             self._logged.append(why)
         self.registered, self.problem = False, why
 

@@ -164,7 +164,7 @@ class Worker:
             broker = self._broker = await _BACKOFF.retry(
                 connect,
                 when=lambda error: isinstance(error, BrokerUnavailable | BrokerFull),
-                failed=lambda error, pause_s: log.warning("queue_not_reached", error=str(error), again_in_s=pause_s),
+                failed=lambda error, pause_s: log.warning("queue_unreachable", error=str(error), again_in_s=pause_s),
             )
             self.registry.watch_round_trips(lambda: broker.round_trips)
         return self._broker

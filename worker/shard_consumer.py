@@ -141,7 +141,7 @@ class ShardConsumer:
                 raise
             except InferqError as error:
                 if not failures:
-                    log.warning("queue_not_reached", shard=shard, error=error.message)
+                    log.warning("queue_unreachable", shard=shard, error=error.message)
                 failures += 1
                 self._reachable(shard, False)
                 await asyncio.sleep(_BACKOFF.pause_s(failures))

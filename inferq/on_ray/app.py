@@ -21,7 +21,8 @@ def build(args: dict[str, object]) -> serve.Application:
     """The Routers as a Serve application, the Manager made sure of beside them.
 
     ``args`` are settings of table ``[ray]``; everything else, and every secret, comes from the nodes' environment
-    (``INFERQ_*``), as Serve shows a config file to whoever may look at its dashboard. Called by Serve in the cluster.
+    (``INFERQ_*``), as Serve shows a config file to everyone who may look at its dashboard. Called by Serve in the
+    cluster.
     """
     unknown = sorted(args.keys() - RaySettings.model_fields.keys())
     if unknown:

@@ -48,7 +48,7 @@ def cache_dir() -> Path:
 def locked(name: str, progress: Progress, limit_s: float = LOCK_LIMIT_S) -> Iterator[int]:
     """Hold the lock ``name`` of the cache; gives its descriptor.
 
-    A child that inherits the descriptor keeps the lock while it lives: so whoever comes after a killed set-up waits
+    A child that inherits the descriptor keeps the lock while it lives: so the set-up after a killed one waits
     until what that one had started has ended too. Raises :class:`SetupFailed` after ``limit_s``.
     """
     folder = cache_dir()

@@ -1,7 +1,7 @@
 """The virtual environment that vLLM lives in: apart from ours, as it would be in a container of its own.
 
 It stands in the user's cache, is built in place (virtual environments cannot be moved) and counts only once its marker
-is written, as the last act. A set-up that was killed left no marker: the next one clears the folder and begins anew.
+is written, as the last act. A set-up that was killed left no marker: the next one clears the folder and starts over.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def check_batch_cursor(after: str) -> str:
 def check_input_file(file_id: str, record: FileRecord | None, max_bytes: int) -> None:
     """Whether a batch can read the file that its tenant knows as ``file_id``. Raises ``BadRequest``."""
     if record is None:
-        fault = f"there is no file {file_id[:80]!r} of yours: upload it with POST /v1/files"
+        fault = f"no file {file_id[:80]!r} found for this API key: upload it with POST /v1/files"
     elif record.purpose != INPUT_PURPOSE:
         fault = f"the file was uploaded with purpose {record.purpose!r}: upload it with purpose {INPUT_PURPOSE!r}"
     elif record.bytes == 0:

@@ -66,7 +66,7 @@ class BatchService:
         """Raises ``NotFound``."""
         found = self._batches.get(tenant, batch_id)
         if found is None:
-            raise NotFound(f"there is no batch {batch_id[:80]!r} of yours", param="batch_id")
+            raise NotFound(f"no batch {batch_id[:80]!r} found for this API key", param="batch_id")
         return found
 
     def cancel(self, tenant: Tenant, batch_id: str, now_s: float) -> Batch:
@@ -89,6 +89,6 @@ class BatchService:
         live = sum(1 for owner, _ in self._batches.live() if owner == tenant)
         if live >= self._max_live:
             raise OverCapacity(
-                f"{live} batches of yours have not ended, the most there may be: wait for one, or cancel one",
+                f"{live} batches of this API key have not ended, the most there may be: wait for one, or cancel one",
                 retry_after_s=RETRY_AFTER_FULL_S,
             )

@@ -31,7 +31,7 @@ class FileService:
         """Raises ``NotFound``, for a file of another tenant, too."""
         record = self._files.get(tenant, file_id, now_s)
         if record is None:
-            raise NotFound(f"there is no file {file_id[:80]!r} of yours", param="file_id")
+            raise NotFound(f"no file {file_id[:80]!r} found for this API key", param="file_id")
         return record
 
     def read(self, record: FileRecord, start: int, end: int) -> bytes:

@@ -50,7 +50,7 @@ class Gate:
     def _check_member(self, request: Request) -> None:
         if self._keys.required and not self._join_token:
             raise AuthenticationFailed(
-                "this router asks for API keys and was given no join token, so it opens /fabric/v1 to nobody: "
+                "this router asks for API keys and was given no join token, so it refuses all calls to /fabric/v1: "
                 "start it with the fleet's INFERQ_JOIN_TOKEN"
             )
         check_member(request, self._join_token, self._local)

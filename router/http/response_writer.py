@@ -137,6 +137,6 @@ class ResponseWriter:
 
 
 def _header_value(content_type: str) -> bytes:
-    """A worker's word, made fit for a header."""
+    """A worker's content type as a valid header value."""
     value = content_type.encode("latin-1", "replace")
     return value if content_type.isprintable() and value else b"application/octet-stream"

@@ -113,7 +113,8 @@ class SharedListener:
         ours = {address[0] for *_, address in socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)}
         if theirs not in ours:
             raise CannotStart(
-                f"the routers of this fabric listen on {theirs}, port {self.port}, and this one is to on {self.host}: "
+                f"the routers of this fabric listen on {theirs}, port {self.port}, and this one "
+                f"is configured for {self.host}: "
                 "a new host needs a new port, or all of them stopped first"
             )
 

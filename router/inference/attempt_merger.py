@@ -9,7 +9,7 @@ Rules:
   on no other attempt can take over the stream.
 * A lost attempt that delivered nothing leaves no trace. After one that did, the next attempt either continues behind
   what was delivered, if it says so and was offered just that (:meth:`AttemptMerger.continuation_prefix`), or begins
-  anew: then it is compared with what was delivered, and followed from there
+  over: then it is compared with what was delivered, and followed from there
   (:mod:`router.inference.replay_verifier`). Otherwise the stream ends with an explicit error.
 * The output of a persisted job can be read again, so such a job never runs again because frames were lost. Its
   continued attempts follow the frames before them, however many: the next worker read the same. If the client had more
@@ -104,7 +104,7 @@ class AttemptMerger:
         self.stream = self._stream_requested = stream
         self.lost_epoch = 0
         self.continued = self.compared = 0
-        """Attempts that continued behind what was delivered, and that began anew after something was."""
+        """Attempts that continued behind what was delivered, and that started over after something was."""
         self._on_loss = on_loss
         self._usage = usage
         self._choices = choices
@@ -212,7 +212,7 @@ class AttemptMerger:
         self._attempt_id = attempt_id
 
     def restart(self) -> None:
-        """The job runs again under another id, whose epochs begin anew."""
+        """The job runs again under another id, whose epochs start over."""
         self._reset_attempt(0)
 
     def reread(self, epoch: int, attempt_id: str, frames: Sequence[Frame], *, unanswered: bool = False) -> bool:
@@ -226,7 +226,7 @@ class AttemptMerger:
         return False
 
     def continuation_prefix(self) -> str:
-        """The text behind which the next attempt may continue; empty if it has to begin anew."""
+        """The text behind which the next attempt may continue; empty if it has to start over."""
         self._prefix = ""
         if self._delivered and self._on_loss == "continue":
             self._prefix = self._transcript.text or ""
@@ -250,7 +250,7 @@ class AttemptMerger:
         return (self._epoch, self._next_seq - 1, self._attempt_id) if self._next_seq else self._last_of_previous
 
     def _can_follow(self, frames: Sequence[Frame]) -> bool:
-        """Whether ``frames`` can follow what was taken: they begin with its last frame, or anew."""
+        """Whether ``frames`` can follow what was taken: they begin with its last frame, or start over."""
         last = self._last_taken()
         if not last[0]:
             return True
@@ -296,7 +296,7 @@ class AttemptMerger:
         """End or fail a stream that was lost after a part was delivered, unless another attempt may take it over."""
         transcript = self._transcript
         if self._persisted and transcript.too_long and self._on_loss != "fail":
-            return  # an attempt that continues does not need it; one that begins anew finds it missing
+            return  # an attempt that continues does not need it; one that starts over finds it missing
         if transcript.complete:
             self.ended = True
         elif self._has_all_choices() and (transcript.usage or not self._usage):

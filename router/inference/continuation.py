@@ -7,7 +7,7 @@ answer as for the whole of it, judged by what vLLM does with them. Everything un
   (``repetition_penalty`` counts prompt and answer alike, and so may stay);
 * ``bad_words``: one of several tokens is known by those of it that the answer ends with, which as part of the prompt
   are not looked at;
-* ``seed`` with a temperature: the draw would begin anew (running again with the same seed says the same text, which is
+* ``seed`` with a temperature: the draw would start over (running again with the same seed says the same text, which is
   compared);
 * tools, response formats, grammars, reasoning options, ``logprobs``, several choices, ``echo``, ``suffix``, token ids
   as prompt, special tokens in the answer, options of the chat template: their state is not in the text.
@@ -80,7 +80,7 @@ _BY_PATH: Mapping[str, Mapping[str, _Check]] = {
 
 
 def may_continue(path: str, request: Mapping[str, Any]) -> bool:
-    """Whether a stream for ``request``, a parsed body, can truthfully continue behind a part of its answer."""
+    """Whether a stream for ``request``, a parsed body, can safely continue behind a part of its answer."""
     checks = _BY_PATH.get(path)
     if checks is None:
         return False

@@ -89,8 +89,7 @@ def job_metadata_of(
     job: Job, fields: RequestFields, *, resumable: bool = False, note: bytes = b"", request: str = ""
 ) -> JobMetadata:
     """What a Router needs to relay the answer of a persisted ``job`` again. ``request`` is the digest of what the
-    client
-    sent, if the job does not contain all of it."""
+    client sent, if the job does not contain all of it."""
     return JobMetadata(
         path=job.path,
         stream=job.stream,

@@ -34,7 +34,7 @@ from .open_request import OpenRequest
 from .open_requests import OpenRequests
 
 MAX_RESUBMISSIONS = 3
-"""How often a request is put on the queue anew because frames of its answer were lost."""
+"""How often a request is put on the queue again because frames of its answer were lost."""
 RESUBMIT_AFTER_S = 2.0
 """How long an answer whose job has ended may still be on its way."""
 NO_SUCH_PATH_STATUSES = frozenset({404, 405, 501})
@@ -200,7 +200,7 @@ class Relay:
 
     async def _requeue(self, request: OpenRequest, job: Job, merger: AttemptMerger) -> bool:
         """Put a job on the queue again under its own id: it is one job, whether the queue still knows it or not. False
-        if what was seen of it and what the queue knows contradict each other: it must run anew, under another id."""
+        if what was seen of it and what the queue knows contradict each other: it must run again, under another id."""
         state = await self.enqueue(request, job)
         if state in TERMINAL:
             return True  # its end may still be on its way; if it does not come, that is a gap

@@ -1,6 +1,6 @@
 """Verifies a later attempt of a stream against what was delivered of a lost one, for :class:`AttemptMerger`.
 
-:class:`ReplayVerifier` is for an attempt that began anew: it drops text that the client has, passes roles and finish
+:class:`ReplayVerifier` is for an attempt that started over: it drops text that the client has, passes roles and finish
 reasons once, and raises :class:`~queue_schemas.StreamBroken` when the new attempt says something else.
 :class:`ContinuationVerifier` is for one that continues behind what was delivered
 (:mod:`router.inference.continuation`): it drops only what every attempt says at its beginning. Either way ``id`` and
@@ -53,7 +53,7 @@ class _Choice:
 
 
 class ReplayVerifier:
-    """Compares an attempt that began anew with what was ``delivered``. Raises ``StreamBroken`` where they differ or
+    """Compares an attempt that started over with what was ``delivered``. Raises ``StreamBroken`` where they differ or
     cannot be compared."""
 
     def __init__(self, delivered: Transcript) -> None:
@@ -94,7 +94,7 @@ class ReplayVerifier:
         if (has_text or finish) and not known.caught_up:
             raise differs("it went on, or ended, before it had said all that was delivered")
         if known.finish and (has_text or (finish and finish != known.finish)):
-            raise differs("its end is another one")
+            raise differs("its end differs")
         new_role = role if role and not known.role else None
         new_finish = finish if not known.finish else None
         if not (has_text or new_role or new_finish):
@@ -107,7 +107,7 @@ class ReplayVerifier:
         at = known.repeated.get(channel, 0)
         repeated = delivered[at : at + len(text)]
         if repeated != text[: len(repeated)]:
-            raise differs("its text is another one")
+            raise differs("its text differs")
         known.repeated[channel] = at + len(repeated)
         return text[len(repeated) :]
 

@@ -202,7 +202,7 @@ class InferenceService:
             return
         why = f"client_{request.gone_reason}" if request.gone else "abandoned"
         log.info("job_cancelled", job_id=job.id, request_id=request_id, why=why)
-        self._canceller.cancel(job.id, "its client went away" if request.gone else "its router gave it up")
+        self._canceller.cancel(job.id, "its client went away" if request.gone else "its Router abandoned it")
         self._metrics.cancelled(why)
 
     async def _accept(self, prepared: PreparedRequest, request: OpenRequest, writer: ResponseWriter) -> bool:

@@ -1,9 +1,9 @@
 """Gives the events of a stream ids, so that a client that lost its connection continues behind the last one it has.
 
 An event's id is its number, counted from 1, and the CRC-32 of the stream up to its end: ``17-9f3a2b1c``. A client that
-sends it gets what follows only if the stream up to there is the one it had. A stream that began anew since (its worker
-was lost, or the queue's latest writes) may differ, and two different streams are never spliced. A bare number is not
-checked. The ``id`` line is the last of its event (WHATWG HTML, 9.2: fields may stand in any order).
+sends it gets what follows only if the stream up to there is the one it had. A stream that was restarted since (its
+worker was lost, or the queue's latest writes) may differ, and two different streams are never spliced. A bare number is
+not checked. The ``id`` line is the last of its event (WHATWG HTML, 9.2: fields may stand in any order).
 """
 
 from __future__ import annotations
@@ -104,6 +104,6 @@ class EventNumbers(EventNormalizer):
     def _check(self) -> None:
         if self._after.check and int(self._after.check, 16) != self._crc:
             raise StreamBroken(
-                "the stream cannot continue where you stopped: it began anew since, and differs up to there; read it "
+                "the stream cannot continue where you stopped: it was restarted, and differs up to there; read it "
                 "from its beginning"
             )

@@ -232,7 +232,7 @@ class PersistedRequests:
             raise broken("the request was lost on the queue too often; send it again")
         request.resubmissions += 1
         self._metrics.resubmissions.inc()
-        log.info("request_resubmitted", job_id=job.id, previous=job.id, request_id=job.request_id)
+        log.info("job_requeued", job_id=job.id, request_id=job.request_id)
         left_ms = max(1, int((request.deadline_s - asyncio.get_running_loop().time()) * 1000))
         await self._enqueue(request, replace(job, ttl_ms=left_ms))
 

@@ -171,7 +171,7 @@ class JobOutput:
     it was when the reader came.
 
     Ends with ``AttemptsExhausted``, ``JobCancelled`` or ``DeadlineExceeded`` if the job ended without an answer,
-    ``StreamBroken`` if its stream cannot be continued truthfully, ``JobNotFound`` if it was deleted meanwhile.
+    ``StreamBroken`` if its stream cannot be continued safely, ``JobNotFound`` if it was deleted meanwhile.
     """
 
     def __init__(

@@ -126,7 +126,7 @@ class ResponseEvents:
         return self._take()
 
     def feed(self, frame: Frame) -> list[Json]:
-        """Take a frame of the chat. An attempt that begins anew needs another :class:`ResponseEvents`."""
+        """Take a frame of the chat. An attempt that starts over needs another :class:`ResponseEvents`."""
         if self.over:
             return []
         if frame.flags & HEAD and self.status == "queued":

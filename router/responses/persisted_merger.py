@@ -4,7 +4,7 @@ Rules, beside those of :mod:`router.inference.attempt_merger` about which frames
 
 * Events are built from the persisted frames, never from what this client was sent: so every reader gets the same
   events with the same numbers.
-* An attempt that begins anew replaces the persisted frames. Its events must equal those built so far, to the byte;
+* An attempt that starts over replaces the persisted frames. Its events must equal those built so far, to the byte;
   otherwise the stream ends with an error.
 """
 
@@ -25,7 +25,7 @@ from .schemas import ResponseRequest
 FIRST_ENGINE_EVENT = 3
 """The number of the first event that depends on an engine's output."""
 _BEGUN_ANEW = (
-    "the response was begun anew after its worker was lost, and may say something else now; read it from its beginning"
+    "the response was restarted after its worker was lost, and may say something else now; read it from its beginning"
 )
 
 
@@ -71,14 +71,14 @@ class PersistedResponseMerger(AttemptMerger):
     def _apply(self, frame: Frame) -> None:
         if frame.flags & HEAD and not frame.flags & CONTINUED:
             if self._response.number >= FIRST_ENGINE_EVENT:
-                self._begin_anew()
+                self._restart()
             elif self._after >= FIRST_ENGINE_EVENT and frame.epoch > self._known_epoch:
                 raise StreamBroken(_BEGUN_ANEW)
         self._emit(self._response.feed(frame))
         if frame.flags & END:
             self._end()
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         if self._response.number > self._expected[0]:
             self._expected = (self._response.number, self._hash.digest())
         self._open()

@@ -21,8 +21,7 @@ _MAX_UNCOMPRESSED_BYTES = 8 * MAX_NOTE_BYTES
 
 def save_request(created_at: int, request: Json) -> bytes:
     """The note for ``request``. An input that does not fit is left out: the job itself asks it, it only cannot be
-    listed
-    later. Raises ``BodyTooLarge`` if the rest does not fit either."""
+    listed later. Raises ``BodyTooLarge`` if the rest does not fit either."""
     without_input = {name: value for name, value in request.items() if name != "input"}
     for saved in (request, without_input):
         note = orjson.dumps({"created_at": created_at, "request": saved})

@@ -166,7 +166,7 @@ class ResponseService:
         """
         if after >= FIRST_ENGINE_EVENT and (job.output_replaced or not job.output_epoch):
             raise BadRequest(
-                "the response was begun anew after its worker was lost, and may say something else than the events up "
+                "the response was restarted after its worker was lost, and may say something else than the events up "
                 "to starting_after: read it without starting_after",
                 param="starting_after",
             )

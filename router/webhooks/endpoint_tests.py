@@ -38,7 +38,7 @@ class EndpointTests:
         not answer, and ``NoNotifier`` if nobody sent the sample in time; then nobody will.
         """
         if self._running[tenant] >= _MAX_CONCURRENT:
-            raise OverCapacity(f"{_MAX_CONCURRENT} tests of yours run now: wait for one", retry_after_s=1)
+            raise OverCapacity(f"{_MAX_CONCURRENT} tests of this API key run now: wait for one", retry_after_s=1)
         self._running[tenant] += 1
         try:
             delivery = await self._store.run(

@@ -63,7 +63,8 @@ class WebhookService:
     def get(self, tenant: Tenant, endpoint_id: str) -> tuple[Endpoint, Secrets | None]:
         found = self._endpoints.get(tenant, endpoint_id)
         if found is None:
-            raise NotFound(f"there is no webhook endpoint {endpoint_id[:80]!r} of yours", param="webhook_endpoint_id")
+            why = f"no webhook endpoint {endpoint_id[:80]!r} found for this API key"
+            raise NotFound(why, param="webhook_endpoint_id")
         return found, self._endpoints.secrets(tenant, endpoint_id)
 
     def page(self, tenant: Tenant, after: str, limit: int) -> tuple[list[tuple[Endpoint, Secrets | None]], bool]:

@@ -23,8 +23,8 @@ class LoopbackAccess:
     """Decides who may call where no credential is configured.
 
     The Host header defeats DNS rebinding, where a page's own name is made to resolve to 127.0.0.1; the Origin header
-    names the page that sends a cross-site request. ``any_host``: whoever reaches the port may call it by any name
-    (``--insecure``). ``origins``: web origins that may call as well; ``*``: any.
+    names the page that sends a cross-site request. ``any_host``: any client that reaches the port may call it by any
+    name (``--insecure``). ``origins``: web origins that may call as well; ``*``: any.
     """
 
     any_host: bool = False

@@ -111,7 +111,7 @@ def _bounded(receive: Receive, limit: int) -> Receive:
     """``receive`` that refuses to go on past ``limit`` bytes, for bodies that do not say their length."""
     received = 0
 
-    @wraps(receive)  # whoever has to drop the connection finds it below
+    @wraps(receive)  # so that code that drops the connection finds it below
     async def bounded() -> Message:
         nonlocal received
         message = await receive()

@@ -215,19 +215,19 @@ def run_process(main: Callable[[], Awaitable[None]]) -> int:
 
             uvloop.run(run())
     except (InferqError, BaseExceptionGroup) as error:
-        mendable = _mendable(error)
-        if mendable is None:
+        fixable = _fixable(error)
+        if fixable is None:
             raise
-        sys.stderr.write(f"inferq: {mendable}\n")
+        sys.stderr.write(f"inferq: {fixable}\n")
         return EXIT_REFUSED
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def _mendable(error: BaseException) -> InferqError | None:
+def _fixable(error: BaseException) -> InferqError | None:
     """The one error to tell of; None if a bug is among them."""
     if isinstance(error, BaseExceptionGroup):
-        inner = [_mendable(part) for part in error.exceptions]
+        inner = [_fixable(part) for part in error.exceptions]
         return None if None in inner else inner[0]
     return error if isinstance(error, InferqError) else None

@@ -22,14 +22,13 @@ _MAX_ANSWER_BYTES = 16 << 20
 
 
 class NotContinuable(Exception):
-    """The engine cannot truthfully go on: the message says why."""
+    """The engine cannot safely continue: the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What earlier attempts of a persisted stream have said. ``prefix``: the text behind which it may go on, empty if
-    it
-    has to begin anew. ``rest``: what it lacks if it is all there but for its end, else None."""
+    """What earlier attempts of a persisted stream have said. ``prefix``: the text behind which it may continue, empty
+    if it has to start over. ``rest``: what is missing if only the end of the stream is, else None."""
 
     prefix: str = ""
     rest: bytes | None = None

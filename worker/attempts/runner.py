@@ -62,8 +62,8 @@ class AttemptRunner:
             attempt.task.uncancel()
             return await self._stopped(attempt, attempt.stop_reason)
         except Exception as error:
-            log.exception("attempt_broke", **log_fields(lease))
-            return Release(f"the worker tripped over it ({type(error).__name__})", counted=True)
+            log.exception("attempt_crashed", **log_fields(lease))
+            return Release(f"the worker failed on it ({type(error).__name__})", counted=True)
 
     def _engine_failed(self, attempt: Attempt, error: EngineFailed) -> Ending:
         lease = attempt.lease
@@ -95,7 +95,7 @@ class AttemptRunner:
         return Settle(Outcome.DONE, attempt.cutter.feed(rest) + attempt.cutter.end())
 
     async def _continue(self, attempt: Attempt, job: Job) -> Ending:
-        """Answer behind the prefix of ``job``, or anew if the engine cannot."""
+        """Answer behind the prefix of ``job``, or from the start if the engine cannot."""
         try:
             continuation = await plan_continuation(self._engine, job)
             self._relay.output_count += 1
@@ -152,7 +152,7 @@ class AttemptRunner:
                 return None
             case StopReason.ENDED_BEFORE_START:
                 # A queue that lost its latest writes may have taken the job in once more: it says which it is.
-                return Release("it was aborted here before", counted=False)
+                return Release("already aborted on this worker", counted=False)
             case StopReason.DEADLINE:
                 # The queue expires late jobs as well, but only each second.
                 error = deadline_passed("while it ran", attempt.lease.job.deadline_from)

@@ -166,7 +166,7 @@ class HttpEngine:
 
     def _away(self, detail: str) -> None:
         if self.state is not EngineState.FAILED:
-            log.warning("engine_away", url=str(self.base_url), detail=detail)
+            log.warning("engine_unreachable", url=str(self.base_url), detail=detail)
         self.state, self.detail = EngineState.FAILED, detail
 
     async def _get(self, path: str) -> tuple[int, bytes]:

@@ -49,11 +49,11 @@ class Launch:
 
 
 class ProcessEngine:
-    """Supervises one engine process. ``launch(port)`` gives the command for a port, anew for each start.
+    """Supervises one engine process. ``launch(port)`` gives the command for a port, again for each start.
 
     ``ready_timeout_s`` bounds a start: an engine that is not ready by then is FAILED, ended and started again, as is
     one that exits. The pause before a restart doubles from 1 s to 60 s while it fails again and again, which ``detail``
-    says; after it was ready for ``stable_after_s`` the pauses begin anew. The time that it takes to load does not
+    says; after it was ready for ``stable_after_s`` the pauses start over. The time that it takes to load does not
     count: else an engine that crashes at its first request every time would never be restarted any slower.
     ``log_file`` gets the process's output.
     """
@@ -165,7 +165,7 @@ class ProcessEngine:
     @contextlib.asynccontextmanager
     async def _started(self, launch: Launch) -> AsyncIterator[Process]:
         """The process, ended with all of its group when this is left."""
-        # Pipes of our own: asyncio's make ``wait`` wait for whoever inherited them.
+        # Pipes of our own: asyncio's make ``wait`` wait for every process that inherited them.
         lifeline_end, lifeline = os.pipe()
         output, output_end = os.pipe()
         try:

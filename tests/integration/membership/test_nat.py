@@ -306,8 +306,8 @@ async def test_redis_out_of_reach_of_one_site(tmp_path: Path, own_valkey: Server
             worker = fleet.worker("worker-1", redis_url=proxy.url)
             for role in (fleet.router, worker):
                 role.process.start()
-            await _says(fleet.router, "/readyz", b"cannot be reached", "queue_not_connected")
-            await _says(worker, "/ready", b"Redis is not reached", "queue_not_reached")
+            await _says(fleet.router, "/readyz", b"cannot be reached", "queue_unreachable")
+            await _says(worker, "/ready", b"Redis is not reached", "queue_unreachable")
             proxy.heal()
             await asyncio.gather(fleet.router.ready(), worker.ready())
             await fleet.until_served(1)

@@ -129,9 +129,9 @@ async def test_unusable_input_files_are_refused_at_once(app: RouterApp) -> None:
         (upload(app, purpose="user_data"), "purpose 'user_data'"),
         (upload(app, size=0), "is empty"),
         (upload(app, size=LIMIT_BYTES + 1), "more than the 10000"),
-        (upload(app, RIVAL), "there is no file"),
-        ("file-" + "0" * 32, "there is no file"),
-        ("file-../../../etc/passwd", "there is no file"),
+        (upload(app, RIVAL), "no file "),
+        ("file-" + "0" * 32, "no file "),
+        ("file-../../../etc/passwd", "no file "),
     ):
         answer = await ask(app, "POST", "/v1/batches", asked(file_id))
         assert (answer.status, answer.error["param"]) == (400, "input_file_id")
@@ -302,7 +302,7 @@ async def test_another_tenants_batch_is_not_found(app: RouterApp) -> None:
         for method, action in (("GET", ""), ("POST", "/cancel")):
             answer = await ask(app, method, f"/v1/batches/{batch_id}{action}")
             assert (answer.status, answer.error["code"]) == (404, "not_found")
-            assert answer.error["message"] == f"there is no batch {batch_id!r} of yours"
+            assert answer.error["message"] == f"no batch {batch_id!r} found for this API key"
     found = app.services.store.batches.get(RIVAL, theirs)
     assert found is not None and found.cancel_asked_at is None
 

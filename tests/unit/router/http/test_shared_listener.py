@@ -131,7 +131,7 @@ async def test_another_address_of_the_same_port_is_refused_with_a_sentence(tmp_p
     """Who is to listen on another host is not handed a socket that listens where it was before."""
     port, folder = free_port(), tmp_path / "listeners"
     async with SharedListener("f", HOST, port, folder=folder):
-        with pytest.raises(CannotStart, match=f"listen on {HOST}, port {port}, and this one is to on 127.0.0.2"):
+        with pytest.raises(CannotStart, match=f"listen on {HOST}, port {port}, .* is configured for 127.0.0.2"):
             await SharedListener("f", "127.0.0.2", port, folder=folder).__aenter__()
         async with SharedListener("f", "localhost", port, folder=folder):
             pass

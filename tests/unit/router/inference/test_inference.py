@@ -209,7 +209,7 @@ async def test_a_silent_queue_is_a_missed_deadline_and_a_cancelled_job() -> None
     async with router(queue, deadline_grace_ms=20) as app:
         answer = await Client(app).post(CHAT, headers={"x-inferq-deadline-ms": "30"}).done()
         job = await queue.job()
-        assert await queue.cancellation() == (job.id, "its router gave it up")
+        assert await queue.cancellation() == (job.id, "its Router abandoned it")
     assert answer.status == 504
 
 
@@ -548,7 +548,7 @@ async def test_a_drain_finishes_open_requests_and_refuses_new_ones() -> None:
         await draining
         await late.done()
         assert b'"shutting_down"' in late.body
-        assert await queue.cancellation() == (jobs[1].id, "its router gave it up")
+        assert await queue.cancellation() == (jobs[1].id, "its Router abandoned it")
 
 
 class SlowCancels(FakeQueue):

@@ -128,4 +128,4 @@ async def test_a_job_that_meets_a_bug_of_ours_ends_alone() -> None:
     """An unforeseen exception spends the job's attempt; its neighbours and the worker go on."""
     bench = Bench(ValueError("unforeseen"))
     await bench.run(lease())
-    assert bench.broker.released == [("the worker tripped over it (ValueError)", True)]
+    assert bench.broker.released == [("the worker failed on it (ValueError)", True)]

@@ -39,7 +39,7 @@ async def test_an_abort_that_overtakes_its_claim_is_remembered() -> None:
     await bench.run(job_lease)
     assert not bench.engine.calls
     assert not bench.broker.settled
-    assert bench.broker.released == [("it was aborted here before", False)]
+    assert bench.broker.released == [("already aborted on this worker", False)]
     await bench.run(job_lease)
     assert len(bench.broker.settled) == 1
 
