@@ -89,7 +89,7 @@ class FallbackSweeper:
                 counters = await self._broker.maintenance.renewal_counters(shard)
         except (InferqError, TimeoutError) as error:
             log.debug("shard_not_polled", shard=shard, error=str(error))
-            self._watch.shard_unreachable(shard)
+            self._watch.mark_shard_unreachable(shard)
         else:
             self._watch.saw_peers(counters, asked_at, now(), shard)
 
