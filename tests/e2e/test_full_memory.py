@@ -6,7 +6,7 @@ import asyncio
 
 from queue_schemas.keys import ShardKeys
 from tests.support.fleet import Fleet
-from tests.support.load import events_of
+from tests.support.sse import read_data
 from tests.support.waiting import eventually
 
 WORDS = " ".join(f"w{number}" for number in range(40))
@@ -31,7 +31,7 @@ async def stream(fleet: Fleet, text: str) -> list[str]:
     body = {"model": "sim", "prompt": text, "stream": True, "max_tokens": 200}
     async with fleet.session.post(f"{fleet.router.url}/v1/completions", json=body) as answer:
         assert answer.status == 200
-        return [data async for data in events_of(answer)]
+        return [data async for data in read_data(answer)]
 
 
 async def test_full_memory_refuses_new_work_and_ends_the_old(fleet: Fleet) -> None:

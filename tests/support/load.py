@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -17,6 +17,7 @@ import aiohttp
 
 from worker.engines.simulated.api.answers import embedding
 
+from .sse import read_data
 from .waiting import eventually
 
 DIMENSIONS = 16
@@ -106,19 +107,12 @@ _CHECKS: dict[str, Callable[[Any, str, str], str]] = {
 }
 
 
-async def events_of(answer: aiohttp.ClientResponse) -> AsyncIterator[str]:
-    """The data of each server-sent event, comments left out."""
-    async for line in answer.content:
-        if line.startswith(b"data: "):
-            yield line[6:].decode().strip()
-
-
 async def _check_stream(answer: aiohttp.ClientResponse, kind: str, text: str) -> str:
     """One gapless text under one id, a finish reason, and the end mark."""
     pieces: list[str] = []
     ids: set[str] = set()
     finished = ended = 0
-    async for data in events_of(answer):
+    async for data in read_data(answer):
         if data == "[DONE]":
             ended += 1
             continue

@@ -53,16 +53,6 @@ def check_stream(events: Sequence[dict[str, Any]]) -> Response:
     return check_response(ended)
 
 
-def server_sent(stream: bytes) -> list[dict[str, Any]]:
-    """The events of an SSE stream; comments and the end are passed over."""
-    events = []
-    for block in stream.split(b"\n\n"):
-        data = [line[6:] for line in block.splitlines() if line.startswith(b"data: ")]
-        if data and data != [b"[DONE]"]:
-            events.append(orjson.loads(data[0]))
-    return events
-
-
 def _nothing_beyond(value: Any, where: str) -> None:
     if isinstance(value, BaseModel):
         beyond = set(value.model_extra or ()) - _BEYOND

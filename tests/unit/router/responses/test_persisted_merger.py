@@ -27,7 +27,8 @@ from router.responses.live_merger import LiveResponseMerger
 from router.responses.persisted_merger import PersistedResponseMerger
 from router.responses.saved_request import load_request, save_request
 from router.responses.schemas import ResponseRequest
-from tests.support.responses import check_response, check_stream, server_sent
+from tests.support.responses import check_response, check_stream
+from tests.support.sse import parse_events
 
 JOB = JobId("0-" + "b" * 32)
 REQUEST = ResponseRequest(JOB, 5, {"model": "m", "input": "hi"})
@@ -54,7 +55,7 @@ def _read(merger: PersistedResponseMerger, *items: Frame | Marker) -> list[dict[
             merger.on_frame(item)
         else:
             merger.on_marker(item)
-    return server_sent(merger.take())
+    return parse_events(merger.take())
 
 
 def _lost(epoch: int) -> Marker:
@@ -169,7 +170,7 @@ def test_a_foreground_response_streams_with_its_chat() -> None:
     """Each frame gives its events; a continued attempt leaves no trace."""
     live = _live(stream=True)
     live.on_frame(_whole("a", "b")[0])
-    events = server_sent(live.take())
+    events = parse_events(live.take())
     assert live.head is not None
     assert live.head.is_event_stream
     assert events[-1]["delta"] == "a"
@@ -177,7 +178,7 @@ def test_a_foreground_response_streams_with_its_chat() -> None:
     assert live.continuation_prefix() == "a"
     for frame in [_frame(0, _says("b"), 2, CONTINUED), *[replace(f, seq=1) for f in _whole(epoch=2)[-1:]]]:
         live.on_frame(replace(frame, flags=frame.flags & ~HEAD if frame.seq else frame.flags))
-    events += server_sent(live.take())
+    events += parse_events(live.take())
     assert check_stream(events).output_text == "ab"
     assert live.ended
 
@@ -226,7 +227,7 @@ def test_an_engine_that_does_not_stream_is_understood(stream: bool) -> None:
     live = _live(stream=stream)
     live.on_frame(Frame(JOB, 1, "a", 0, HEAD | END, body, 200, "application/json"))
     data = live.take()
-    response = check_stream(server_sent(data)) if stream else check_response(orjson.loads(data))
+    response = check_stream(parse_events(data)) if stream else check_response(orjson.loads(data))
     assert response.output_text == "hi"
 
 

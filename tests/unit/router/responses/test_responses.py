@@ -10,7 +10,8 @@ import pytest
 
 from queue_schemas import END, HEAD, Enqueued, Frame, Job, Lane, MarkerKind, OutputPage, PersistedJob, Pool, State
 from router.responses.chat_only_engines import REMEMBERED_S, ChatOnlyEngines
-from tests.support.responses import check_response, check_stream, server_sent
+from tests.support.responses import check_response, check_stream
+from tests.support.sse import parse_events
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, Answer, Client, FakeQueue, router
 
@@ -90,7 +91,7 @@ async def test_it_is_built_from_a_chat_where_engines_have_no_responses(stream: b
     assert (job.path, job.persisted) == ("/v1/chat/completions", False)
     if stream:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        response = check_stream(server_sent(answer.body))
+        response = check_stream(parse_events(answer.body))
     else:
         assert answer.headers["content-type"] == "application/json"
         response = check_response(answer.json())
@@ -117,7 +118,7 @@ async def test_an_engine_without_responses_is_asked_for_a_chat(stream: bool, sta
         assert chat.id != first.id and 0 < chat.ttl_ms <= first.ttl_ms
         queue.stream(chat, *STORY)
         await answer.done()
-        response = check_stream(server_sent(answer.body)) if stream else check_response(answer.json())
+        response = check_stream(parse_events(answer.body)) if stream else check_response(answer.json())
         assert (answer.status, response.output_text) == (200, "ab")
         again = client.post(ask, PATH)
         known = await queue.job()
@@ -211,14 +212,14 @@ async def test_the_events_of_a_background_response_can_be_read_from_any_number()
         queue.attach_allowed.set()
         await answer.until(lambda: b"response.queued" in answer.body)
         queue.stream(job, *STORY)
-        whole = server_sent((await answer.done()).body)
+        whole = parse_events((await answer.done()).body)
         assert check_stream(whole).output_text == "ab"
         end_as(queue, job, State.LEASED, *STORY[:1])
         for after in range(len(whole)):
             later = client.begin("GET", f"{PATH}/resp_{job.id}?stream=true&starting_after={after}")
             await eventually(lambda: job.id in app.services.requests.followers, "it is followed")
             queue.deliver(*run_of(job, *STORY)[1:])
-            assert server_sent((await later.done()).body) == whole[after + 1 :]
+            assert parse_events((await later.done()).body) == whole[after + 1 :]
 
 
 async def test_events_of_a_replaced_answer_cannot_be_resumed() -> None:
@@ -262,7 +263,7 @@ async def test_the_response_shows_the_state_of_its_job(
         response = check_response((await client.request("GET", f"{PATH}/resp_{job.id}")).json())
         if kept.over and status != "failed":
             streamed = await client.request("GET", f"{PATH}/resp_{job.id}?stream=true")
-            assert check_stream(server_sent(streamed.body)) == response
+            assert check_stream(parse_events(streamed.body)) == response
     assert response.status == status
     assert (response.error is not None) == (words is not None)
     if words is not None and response.error is not None:
@@ -372,7 +373,7 @@ async def test_a_response_cancelled_while_it_is_followed_ends_with_an_event() ->
         answer = client.begin("GET", f"{PATH}/resp_{job.id}?stream=true")
         await answer.until(lambda: b'"delta":"a"' in answer.body)
         queue.mark(job, MarkerKind.CANCELLED, reason="it was cancelled on demand")
-        response = check_stream(server_sent((await answer.done()).body))
+        response = check_stream(parse_events((await answer.done()).body))
     assert response.status == "cancelled"
 
 

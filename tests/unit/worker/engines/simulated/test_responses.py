@@ -11,7 +11,8 @@ import openai
 import orjson
 import pytest
 
-from tests.support.responses import check_response, check_stream, server_sent
+from tests.support.responses import check_response, check_stream
+from tests.support.sse import parse_events
 from worker.engines.simulated import Simulation, SimulationSettings
 from worker.engines.simulated.api.wire import Reply
 from worker.engines.simulated.app import SimulationApp
@@ -35,7 +36,7 @@ async def _chat(client: httpx.AsyncClient, **request: Any) -> dict[str, Any]:
     if not request.get("stream"):
         return dict(answer.json()["choices"][0])
     said: dict[str, Any] = {"arguments": "", "content": "", "reasoning": ""}
-    for chunk in server_sent(answer.content):
+    for chunk in parse_events(answer.content):
         for choice in chunk["choices"]:
             openai.types.chat.ChatCompletionChunk.model_validate(chunk)
             delta = choice["delta"]
@@ -80,7 +81,9 @@ async def test_a_response_plain_and_streamed(client: httpx.AsyncClient, limit: i
     request = {"model": "sim", "input": [{"role": "user", "content": "Hi"}], "max_output_tokens": limit}
     plain = check_response((await client.post("/v1/responses", json=request)).json())
     assert plain.status == ("completed" if limit is None else "incomplete")
-    streamed = check_stream(server_sent((await client.post("/v1/responses", json={**request, "stream": True})).content))
+    streamed = check_stream(
+        parse_events((await client.post("/v1/responses", json={**request, "stream": True})).content)
+    )
     assert streamed.output_text == plain.output_text != ""
 
 
