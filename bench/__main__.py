@@ -1,4 +1,4 @@
-"""``make bench``: every figure of docs/performance.md from one run."""
+"""``make bench``: every metric of docs/performance.md from one run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from rich.console import Console
 from .job_queue import JobStats, measured_jobs
 from .processes import new_folder
 from .report import SYSTEMS, print_summary, summary
-from .scenarios import STAGES, Measurement, Stage, measured
+from .scenarios import SCENARIO_GROUPS, Measurement, ScenarioGroup, measured
 from .systems import started_systems
 
 
-async def _stage(stage: Stage, options: argparse.Namespace, folder: Path, console: Console) -> list[Measurement]:
-    """All rounds of a stage. Each round starts with another system, so that none always runs on a warm machine."""
+async def _run_group(
+    group: ScenarioGroup, options: argparse.Namespace, folder: Path, console: Console
+) -> list[Measurement]:
+    """All rounds of a group. Each round starts with another system, so that none always runs on a warm machine."""
     found = []
-    async with started_systems(new_folder(folder), stage.engine_options, options.systems) as systems:
+    async with started_systems(new_folder(folder), group.engine_options, options.systems) as systems:
         for number in range(options.rounds):
-            for scenario in stage.scenarios:
+            for scenario in group.scenarios:
                 first = number % len(systems)
                 for system in (*systems[first:], *systems[:first]):
                     one = await measured(scenario, system, number, options.seconds)
@@ -41,11 +43,11 @@ async def _all(options: argparse.Namespace, console: Console) -> None:
     jobs: list[JobStats] = []
     with tempfile.TemporaryDirectory(prefix="inferq-bench-") as name:
         folder = Path(name)
-        for number, stage in enumerate(STAGES):
-            scenarios = tuple(s for s in stage.scenarios if not options.only or s.name in options.only)
+        for number, group in enumerate(SCENARIO_GROUPS):
+            scenarios = tuple(s for s in group.scenarios if not options.only or s.name in options.only)
             if scenarios:
-                chosen = Stage(engine_options=stage.engine_options, scenarios=scenarios)
-                measurements += await _stage(chosen, options, folder / f"stage-{number}", console)
+                chosen = ScenarioGroup(engine_options=group.engine_options, scenarios=scenarios)
+                measurements += await _run_group(chosen, options, folder / f"group-{number}", console)
         if not options.only or "jobs" in options.only:
             for number in range(options.rounds):
                 jobs.append(await measured_jobs(folder / f"jobs-{number}", options.jobs))
@@ -63,14 +65,14 @@ async def _all(options: argparse.Namespace, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    names = [scenario.name for stage in STAGES for scenario in stage.scenarios] + ["jobs"]
+    names = [scenario.name for group in SCENARIO_GROUPS for scenario in group.scenarios] + ["jobs"]
     parser = argparse.ArgumentParser(prog="python -m bench", description="inferq beside the engine alone and a proxy.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, help="length of each load; each scenario has its own")
     parser.add_argument("--jobs", type=int, default=5000, help="jobs submitted and drained in a round")
     parser.add_argument("--only", action="append", choices=names, help="one scenario; may be repeated")
     parser.add_argument("--system", action="append", dest="systems", choices=SYSTEMS, help="one system; repeatable")
-    parser.add_argument("--json", type=Path, default=Path(".inferq/bench.json"), help="where the figures are written")
+    parser.add_argument("--json", type=Path, default=Path(".inferq/bench.json"), help="where the metrics are written")
     options = parser.parse_args(argv)
     options.systems = options.systems or list(SYSTEMS)
     uvloop.run(_all(options, Console(width=120)))

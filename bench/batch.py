@@ -26,7 +26,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from .behind import with_batcher
+from .batch_interference import with_batcher
 from .processes import new_folder
 from .systems import MODEL, simulated_engine
 
@@ -57,14 +57,14 @@ async def directly(engine_url: str, source: Path, target: Path, clients: int) ->
 
             async def post() -> None:
                 for line in lines:
-                    asked = orjson.loads(line)
+                    request = orjson.loads(line)
                     headers = {"content-type": "application/json"}
-                    async with session.post(PATH, data=orjson.dumps(asked["body"]), headers=headers) as answer:
+                    async with session.post(PATH, data=orjson.dumps(request["body"]), headers=headers) as answer:
                         body = await answer.read()
                         answer.raise_for_status()
                     response = {"status_code": answer.status, "request_id": "", "body": orjson.loads(body)}
-                    told = {"id": "", "custom_id": asked["custom_id"], "response": response, "error": None}
-                    answers.write(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
+                    result = {"id": "", "custom_id": request["custom_id"], "response": response, "error": None}
+                    answers.write(orjson.dumps(result, option=orjson.OPT_APPEND_NEWLINE))
 
             await asyncio.gather(*(post() for _ in range(clients)))
     return time.perf_counter() - begun
@@ -76,9 +76,9 @@ async def as_a_batch(session: aiohttp.ClientSession, source: Path, lines: int) -
     form.add_field("purpose", "batch")
     form.add_field("file", source.read_bytes(), filename="lines.jsonl")  # noqa: ASYNC240 - before the time counts
     file_id = (await _answer(session, "POST", "/v1/files", data=form))["id"]
-    asked = {"input_file_id": file_id, "endpoint": PATH, "completion_window": "24h"}
+    request = {"input_file_id": file_id, "endpoint": PATH, "completion_window": "24h"}
     begun = time.perf_counter()
-    batch = await _answer(session, "POST", "/v1/batches", json=asked)
+    batch = await _answer(session, "POST", "/v1/batches", json=request)
     while batch["status"] not in ("completed", "failed", "expired", "cancelled"):
         if time.perf_counter() - begun > LIMIT_S:
             raise TimeoutError(f"the batch did not end within {LIMIT_S:g} s: {batch}")

@@ -46,8 +46,10 @@ from router.composition import open_manager
 from router.model_directory import Directory, build_directory
 from telemetry import TelemetrySettings
 from telemetry.http.fabric_calls import FabricCall
+from tests.support.processes import free_port
+from tests.support.waiting import eventually
 
-from .processes import cpu_seconds, free_port, running, until_answers
+from .processes import cpu_seconds, running, until_answers
 
 WORKER = "bench-worker"
 MODEL = "sim"
@@ -57,8 +59,8 @@ LOOKS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
-class QueueStats:
-    """Of one round: times in milliseconds, CPU in microseconds a call (caller's and Manager's processes)."""
+class CallStats:
+    """One round of calls: times in milliseconds, CPU in microseconds a call (caller's and Manager's processes)."""
 
     p50: float
     p99: float
@@ -69,11 +71,13 @@ class QueueStats:
 class Caller:
     """What runs in the Serve replica."""
 
-    async def measure(self, where: str, manager_pid: int, session_id: str, calls: int, at_once: int) -> QueueStats:
-        """``calls`` heartbeats to the Manager at ``where``, ``at_once`` at a time."""
+    async def measure(self, where: str, manager_pid: int, session_id: str, calls: int, concurrency: int) -> CallStats:
+        """``calls`` heartbeats to the Manager at ``where``, ``concurrency`` at a time."""
         manager = open_manager(where, "", TIMEOUT_MS)
-        beat = Heartbeat(session_id=session_id, models=[MODEL], slots=8, engine=EngineState.READY)
-        call = FabricCall("POST", f"{FABRIC_PREFIX}/workers/{WORKER}/heartbeat", body=beat.model_dump_json().encode())
+        heartbeat = Heartbeat(session_id=session_id, models=[MODEL], slots=8, engine=EngineState.READY)
+        call = FabricCall(
+            "POST", f"{FABRIC_PREFIX}/workers/{WORKER}/heartbeat", body=heartbeat.model_dump_json().encode()
+        )
         times: list[float] = []
 
         async def some(count: int) -> None:
@@ -90,13 +94,13 @@ class Caller:
             processes = {os.getpid(), manager_pid}
             cpu, begun = _cpu(processes), time.perf_counter()
             async with asyncio.TaskGroup() as tasks:
-                for _ in range(at_once):
-                    tasks.create_task(some(calls // at_once))
+                for _ in range(concurrency):
+                    tasks.create_task(some(calls // concurrency))
             spent, passed = _cpu(processes) - cpu, time.perf_counter() - begun
         finally:
             await manager.close()
         cuts = statistics.quantiles(times, n=100)
-        return QueueStats(cuts[49], cuts[98], spent / len(times) * 1e6, len(times) / passed)
+        return CallStats(cuts[49], cuts[98], spent / len(times) * 1e6, len(times) / passed)
 
     async def look_up(self, directory: Directory) -> float:
         """Nanoseconds of one look at the cached table, as every request makes it."""
@@ -110,7 +114,7 @@ def _cpu(processes: set[int]) -> float:
     return sum(seconds for pid, seconds in cpu_seconds(processes).items() if pid in processes)
 
 
-async def _joined(where: str) -> str:
+async def _register(where: str) -> str:
     """Register a worker, once the Manager at ``where`` acts; the session_id."""
     manager = open_manager(where, "", TIMEOUT_MS)
     session_id = str(new_session_id(WORKER))
@@ -118,12 +122,12 @@ async def _joined(where: str) -> str:
         worker_id=WORKER, session_id=session_id, models=[MODEL], slots=8, engine=EngineState.READY
     )
     call = FabricCall("POST", f"{FABRIC_PREFIX}/workers", body=registration.model_dump_json().encode())
-    limit = time.monotonic() + 30
+
+    async def registered() -> bool:
+        return (await manager.forward(call)).status == 200
+
     try:
-        while (answer := await manager.forward(call)).status != 200:
-            if time.monotonic() > limit:
-                raise RuntimeError(f"the Manager at {where} does not act: {answer.body!r}")
-            await asyncio.sleep(0.1)
+        await eventually(registered, f"the Manager at {where} registers a worker", limit_s=30, every_s=0.1)
     finally:
         await manager.close()
     return session_id
@@ -149,14 +153,14 @@ async def _run(options: argparse.Namespace, console: Console) -> None:
         actor_pid = (await actor.facts.remote()).pid
         replica: Any = serve.deployment(Caller)
         caller = serve.run(replica.options(ray_actor_options={"num_cpus": 0}).bind(), name="bench", route_prefix=None)
-        sessions = [await _joined(where) for where in ("ray:manager", http)]
-        found: dict[tuple[int, str], list[QueueStats]] = {}
+        sessions = [await _register(where) for where in ("ray:manager", http)]
+        found: dict[tuple[int, str], list[CallStats]] = {}
         for number in range(options.rounds):
             ways = [("Ray", "ray:manager", actor_pid, sessions[0]), ("HTTP", http, http_pid, sessions[1])]
-            for at_once in (1, 16):
+            for concurrency in (1, 16):
                 for name, where, pid, session_id in ways[:: 1 if number % 2 else -1]:
-                    one = await caller.measure.remote(where, pid, session_id, options.calls, at_once)
-                    found.setdefault((at_once, name), []).append(one)
+                    one = await caller.measure.remote(where, pid, session_id, options.calls, concurrency)
+                    found.setdefault((concurrency, name), []).append(one)
         async with aiohttp.ClientSession() as session, session.get(f"{http}{FABRIC_PREFIX}/workers") as answer:
             fleet = [WorkerInfo.model_validate(info) for info in (await answer.json())["workers"]]
         look_ns = await caller.look_up.remote(build_directory(fleet, (), (), Directory(), 0))
@@ -164,22 +168,22 @@ async def _run(options: argparse.Namespace, console: Console) -> None:
 
 
 def _print(
-    found: dict[tuple[int, str], list[QueueStats]], look_ns: float, options: argparse.Namespace, console: Console
+    found: dict[tuple[int, str], list[CallStats]], look_ns: float, options: argparse.Namespace, console: Console
 ) -> None:
     console.print(
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, Ray {ray.__version__}; "
         f"{options.rounds} rounds of {options.calls} calls, medians"
     )
     table = Table("calls at once", "way", "p50 ms", "p99 ms", "CPU us/call", "calls/s")
-    for (at_once, name), rounds in found.items():
-        medians = [statistics.median(getattr(one, field) for one in rounds) for field in QueueStats.__slots__]
+    for (concurrency, name), rounds in found.items():
+        medians = [statistics.median(getattr(one, field) for one in rounds) for field in CallStats.__slots__]
         table.add_row(
-            str(at_once), name, *(f"{value:,.2f}" for value in medians[:2]), *(f"{v:,.0f}" for v in medians[2:])
+            str(concurrency), name, *(f"{value:,.2f}" for value in medians[:2]), *(f"{v:,.0f}" for v in medians[2:])
         )
-    for at_once in (1, 16):
-        pairs = list(zip(found[at_once, "Ray"], found[at_once, "HTTP"], strict=True))
-        ratios = [statistics.median(getattr(r, f) / getattr(h, f) for r, h in pairs) for f in QueueStats.__slots__]
-        table.add_row(str(at_once), "Ray : HTTP", *(f"{ratio:.2f}" for ratio in ratios), style="bold")
+    for concurrency in (1, 16):
+        pairs = list(zip(found[concurrency, "Ray"], found[concurrency, "HTTP"], strict=True))
+        ratios = [statistics.median(getattr(r, f) / getattr(h, f) for r, h in pairs) for f in CallStats.__slots__]
+        table.add_row(str(concurrency), "Ray : HTTP", *(f"{ratio:.2f}" for ratio in ratios), style="bold")
     console.print(table)
     console.print(
         f"The cached table of the fleet: {look_ns:,.0f} ns a look; requests make no call at all, "

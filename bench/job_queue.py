@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.support.processes import free_port
+
 from .jobs import LIMIT_S, Order
-from .processes import cpu_seconds, free_port, new_folder, running, until_answers
+from .processes import cpu_seconds, new_folder, running, until_answers
 from .systems import MODEL, queue_and_manager
 
 
@@ -32,7 +34,7 @@ async def measured_jobs(folder: Path, jobs: int) -> JobStats:
     async with queue_and_manager(new_folder(folder)) as (queue, manager_pid, manager_url):
         port, log = free_port(), folder / "jobs-worker.log"
         options = (
-            *("--worker-id", "bench-jobs", "--port", str(port), "--manager-url", manager_url),
+            *("--worker-id", "bench-jobs", "--port", str(port), "--manager-url", manager_url, "--redis-url", queue.url),
             *("--engine", "sim", "--model", MODEL, "--sim-instant", "--log-level", "warning"),
         )
         async with running("worker.service", options, log) as worker_pid:
@@ -50,15 +52,15 @@ async def _dialogue(order: Order, worker_pid: int, pids: Mapping[str, int]) -> J
         stdout=asyncio.subprocess.PIPE,
     )
     try:
-        xadd = await _heard(process)
+        xadd = await _read_line(process)
         before = _cpu_by_name(pids)
         # Asleep, not stopped: a worker that must first be started would count its start as draining.
         os.kill(worker_pid, signal.SIGSTOP)
         try:
-            submit = await _asked(process)
+            submit = await _request(process)
         finally:
             os.kill(worker_pid, signal.SIGCONT)
-        drain = await _asked(process)
+        drain = await _request(process)
         after = _cpu_by_name(pids)
     finally:
         if process.returncode is None:
@@ -75,20 +77,20 @@ async def _dialogue(order: Order, worker_pid: int, pids: Mapping[str, int]) -> J
     )
 
 
-async def _asked(process: asyncio.subprocess.Process) -> dict[str, float]:
+async def _request(process: asyncio.subprocess.Process) -> dict[str, float]:
     assert process.stdin is not None
     process.stdin.write(b"go\n")
     await process.stdin.drain()
-    return await _heard(process)
+    return await _read_line(process)
 
 
-async def _heard(process: asyncio.subprocess.Process) -> dict[str, float]:
+async def _read_line(process: asyncio.subprocess.Process) -> dict[str, float]:
     assert process.stdout is not None
     line = await process.stdout.readline()
     if not line:
         raise RuntimeError("the submitter of jobs ended too early: see its error output")
-    figures: dict[str, float] = json.loads(line)
-    return figures
+    metrics: dict[str, float] = json.loads(line)
+    return metrics
 
 
 def _cpu_by_name(pids: Mapping[str, int]) -> dict[str, float]:

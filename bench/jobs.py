@@ -1,7 +1,7 @@
 """The queue as a job queue: how fast jobs are put on it and run, beside plain pipelined XADD.
 
-``python -m bench.jobs '{...}'`` (the fields of :class:`Order` as JSON) speaks line by line: it prints the XADD figures,
-then after each line on standard input the submit and the drain figures.
+``python -m bench.jobs '{...}'`` (the fields of :class:`Order` as JSON) speaks line by line: it prints the XADD metrics,
+then after each line on standard input the submit and the drain metrics.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ async def _main(order: Order) -> None:
         reading = tasks.create_task(broker.replies.read(inbox, answers.deliver))
         await asyncio.wait_for(broker.replies.ready.wait(), LIMIT_S)
         jobs = [_job(order, body, inbox, broker.shards) for _ in range(order.jobs)]
-        _say({"xadd_per_s": await xadd_rate(order, jobs[0].pack())})
+        _print({"xadd_per_s": await xadd_rate(order, jobs[0].pack())})
 
-        await _told()
+        await _wait_for_line()
         spent, begun = _cpu_s(), perf_counter()
         await asyncio.gather(*map(broker.jobs.enqueue, jobs))
         took = perf_counter() - begun
-        _say({"submit_per_s": order.jobs / took, "cpu_s": _cpu_s() - spent})
+        _print({"submit_per_s": order.jobs / took, "cpu_s": _cpu_s() - spent})
 
-        await _told()
+        await _wait_for_line()
         spent, begun = _cpu_s(), perf_counter()
         await asyncio.wait_for(answers.all_in.wait(), LIMIT_S)
         took = perf_counter() - begun
-        _say({"drain_per_s": order.jobs / took, "cpu_s": _cpu_s() - spent})
+        _print({"drain_per_s": order.jobs / took, "cpu_s": _cpu_s() - spent})
         reading.cancel()
     await broker.close()
 
@@ -111,12 +111,12 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _say(figures: dict[str, float]) -> None:
-    sys.stdout.write(json.dumps(figures) + "\n")
+def _print(metrics: dict[str, float]) -> None:
+    sys.stdout.write(json.dumps(metrics) + "\n")
     sys.stdout.flush()
 
 
-async def _told() -> None:
+async def _wait_for_line() -> None:
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
 
 

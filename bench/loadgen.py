@@ -32,7 +32,7 @@ DRAIN_LIMIT_S = 60.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What is asked of a server: ``clients`` connections for ``seconds``, chats of ``prompt_bytes`` and between
-    ``least_tokens`` and ``most_tokens`` tokens of answer, drawn by ``seed``."""
+    ``min_tokens`` and ``max_tokens`` tokens of answer, drawn by ``seed``."""
 
     port: int
     model: str
@@ -41,8 +41,8 @@ class Load:
     stream: bool = False
     warmup_s: float = 1.0
     prompt_bytes: int = 1000
-    least_tokens: int = 32
-    most_tokens: int = 32
+    min_tokens: int = 32
+    max_tokens: int = 32
     seed: int = 1
     host: str = "127.0.0.1"
 
@@ -129,7 +129,7 @@ class _Client(asyncio.Protocol):
         self._events = 0
         self._tail = b""
         request, self._tokens = next(self._run.requests)
-        self._begun = self._seen = perf_counter()
+        self._sent_at = self._last_read_at = perf_counter()
         self._transport.write(request)
 
     def _read_head(self, data: bytes) -> bytes:
@@ -154,10 +154,10 @@ class _Client(asyncio.Protocol):
         found = joined.count(EVENT) - self._tail.count(EVENT)
         if found:
             if not self._events:
-                self._run.firsts.append(now - self._begun)
+                self._run.firsts.append(now - self._sent_at)
             else:
-                self._run.gaps.append(now - self._seen)
-            self._seen = now
+                self._run.gaps.append(now - self._last_read_at)
+            self._last_read_at = now
             self._events += found
         self._tail = joined[-len(END_OF_CHUNKS) :]
         if self._tail == END_OF_CHUNKS:
@@ -167,7 +167,7 @@ class _Client(asyncio.Protocol):
 
     def _answered(self) -> None:
         now, run = perf_counter(), self._run
-        run.latencies.append(now - self._begun)
+        run.latencies.append(now - self._sent_at)
         run.tokens += self._tokens
         if now < run.until:
             run.in_time += 1
@@ -196,7 +196,7 @@ async def run_load(load: Load, requests: Iterator[tuple[bytes, int]], seconds: f
 def prepared_requests(load: Load) -> list[tuple[bytes, int]]:
     """Requests as bytes, each with the number of tokens it will get."""
     draw = random.Random(load.seed)
-    return [_request(load, number, draw.randint(load.least_tokens, load.most_tokens)) for number in range(PROMPTS)]
+    return [_request(load, number, draw.randint(load.min_tokens, load.max_tokens)) for number in range(PROMPTS)]
 
 
 def _request(load: Load, number: int, tokens: int) -> tuple[bytes, int]:

@@ -1,4 +1,4 @@
-"""What a large fleet's heartbeats cost, and workers without a Manager. ``python -m bench.many_workers``.
+"""Measure the cost of a large fleet's heartbeats, and of workers without a Manager. ``python -m bench.many_workers``.
 
 First, simulated workers send heartbeats, each with another number of running jobs, to a Manager in this process on a
 Valkey of its own. Then the same workers renew their leases and stand in for a Manager that does not exist. The table
@@ -50,14 +50,14 @@ class Cost:
 
 
 class NoProbe:
-    """Every URL is somebody else's problem."""
+    """Probe nothing: every worker's state is unknown."""
 
     async def ask(self, url: str, worker_id: WorkerId, session_id: SessionId) -> ProbeResult:
         return ProbeResult(ProbeStatus.UNKNOWN)
 
 
 async def measured(client: redis.asyncio.Redis, seconds: float) -> Cost:
-    """What happens meanwhile costs."""
+    """The cost of everything that runs for ``seconds``."""
     before, cpu, began = await client.info(), time.process_time(), time.monotonic()
     await asyncio.sleep(seconds)
     after, took = await client.info(), time.monotonic() - began
@@ -87,16 +87,16 @@ async def heartbeats(url: str, client: redis.asyncio.Redis, workers: int, second
     for name, session_id in names.items():
         await service.register(Registration(worker_id=name, version="bench", **status_of(session_id)))
 
-    async def beat(name: str, session_id: SessionId) -> None:
+    async def send_heartbeats(name: str, session_id: SessionId) -> None:
         await asyncio.sleep(random.uniform(0, HEARTBEAT_S))
         while True:
             await service.heartbeat(name, Heartbeat(**status_of(session_id)))
             await asyncio.sleep(HEARTBEAT_S)
 
-    beating = [asyncio.create_task(beat(name, session_id)) for name, session_id in names.items()]
+    senders = [asyncio.create_task(send_heartbeats(name, session_id)) for name, session_id in names.items()]
     await asyncio.sleep(HEARTBEAT_S)
     cost = await measured(client, seconds)
-    for task in beating:
+    for task in senders:
         task.cancel()
     stop.set()
     await running
@@ -104,7 +104,7 @@ async def heartbeats(url: str, client: redis.asyncio.Redis, workers: int, second
 
 
 async def alone(url: str, client: redis.asyncio.Redis, workers: int, seconds: float) -> Cost:
-    """Workers that renew, and stand in for a Manager that is not there."""
+    """Workers that renew their leases while no Manager acts."""
     broker = await Broker.connect(BrokerSettings(redis_url=url))
     metrics = WorkerMetrics(MetricsRegistry("worker"))
     names = [new_session_id(f"w-{number}") for number in range(workers)]

@@ -1,18 +1,19 @@
-"""Processes of a benchmark: started on free ports, ended for certain, their CPU time read from /proc."""
+"""Start and stop the processes of a benchmark, and read their CPU time from /proc."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+
+from tests.support.processes import Child
+from tests.support.waiting import eventually
 
 READY_LIMIT_S = 60.0
 STOP_LIMIT_S = 15.0
@@ -23,44 +24,33 @@ class DidNotStart(Exception):
     """A process of the benchmark did not get ready; the message has the end of its log."""
 
 
-def free_port() -> int:
-    """A TCP port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 @asynccontextmanager
 async def running(module: str, arguments: Sequence[str], log: Path) -> AsyncIterator[int]:
     """``python -m module arguments`` until the block ends; its output goes to ``log``. Yields its process id."""
-    with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", module, *arguments, stdout=output, stderr=output, stdin=asyncio.subprocess.DEVNULL
-        )
+    process = Child(module, [sys.executable, "-m", module, *arguments], log)
+    process.start()
     try:
         yield process.pid
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        with contextlib.suppress(AssertionError):
+            await asyncio.to_thread(process.terminate, STOP_LIMIT_S)
+        process.kill_group()
 
 
 async def until_answers(url: str, log: Path, *, wanted: str = "") -> None:
     """Wait until ``url`` answers 200 with ``wanted`` in its body."""
-    limit = time.monotonic() + READY_LIMIT_S
+
+    async def answers() -> bool:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with session.get(url) as answer:
+                return answer.status == 200 and wanted in await answer.text()
+        return False
+
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
-        while time.monotonic() < limit:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with session.get(url) as answer:
-                    if answer.status == 200 and wanted in await answer.text():
-                        return
-            await asyncio.sleep(0.05)
-    raise DidNotStart(f"{url} did not answer with {wanted!r} within {READY_LIMIT_S:g} s\n{_tail(log)}")
+        try:
+            await eventually(answers, f"{url} answers with {wanted!r}", limit_s=READY_LIMIT_S, every_s=0.05)
+        except AssertionError as error:
+            raise DidNotStart(f"{error}\n{_tail(log)}") from None
 
 
 def new_folder(path: Path) -> Path:

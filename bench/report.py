@@ -1,4 +1,4 @@
-"""QueueStats of several rounds as medians, as ratios, as a table and as JSON."""
+"""Summarize several rounds: medians and ratios, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .job_queue import JobStats
-from .scenarios import STAGES, Measurement, Scenario
+from .scenarios import SCENARIO_GROUPS, Measurement, Scenario
 
 SYSTEMS = ("direct", "proxy", "inferq")
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Metric:
     """One line of the table: how it is read off a measurement, and the aim as a ratio to the proxy."""
 
     name: str
@@ -45,42 +45,42 @@ def _added_ttft(measurement: Measurement, scenario: Scenario) -> float:
     return measurement.load.first_ms["p50"] - scenario.ttft_ms
 
 
-FIGURES = (
-    Figure("p50, 1 client", "us", "1 client", _p50, "<= 1.5"),
-    Figure("CPU per request, 1 client", "us", "1 client", _cpu),
-    Figure("requests a second, 64 clients", "1/s", "64 clients", _rate),
-    Figure("CPU per request, 64 clients", "us", "64 clients", _cpu, "<= 1.0"),
-    Figure("added TTFT p50, 32 streams", "ms", "32 streams", _added_ttft, "<= 1.0"),
-    Figure("CPU per token, 32 streams", "us", "32 streams", _cpu, "<= 1.0"),
-    Figure("added TTFT p50, 256 streams", "ms", "256 streams", _added_ttft),
-    Figure("CPU per token, 256 streams", "us", "256 streams", _cpu, "< 1.0"),
+METRICS = (
+    Metric("p50, 1 client", "us", "1 client", _p50, "<= 1.5"),
+    Metric("CPU per request, 1 client", "us", "1 client", _cpu),
+    Metric("requests a second, 64 clients", "1/s", "64 clients", _rate),
+    Metric("CPU per request, 64 clients", "us", "64 clients", _cpu, "<= 1.0"),
+    Metric("added TTFT p50, 32 streams", "ms", "32 streams", _added_ttft, "<= 1.0"),
+    Metric("CPU per token, 32 streams", "us", "32 streams", _cpu, "<= 1.0"),
+    Metric("added TTFT p50, 256 streams", "ms", "256 streams", _added_ttft),
+    Metric("CPU per token, 256 streams", "us", "256 streams", _cpu, "< 1.0"),
 )
 
 
 def summary(measurements: Sequence[Measurement], jobs: Sequence[JobStats]) -> dict[str, Any]:
     """Medians over the rounds, the ratios of inferq to the proxy, and the machine."""
-    scenarios = {scenario.name: scenario for stage in STAGES for scenario in stage.scenarios}
+    scenarios = {scenario.name: scenario for group in SCENARIO_GROUPS for scenario in group.scenarios}
     lines = []
-    for figure in FIGURES:
+    for metric in METRICS:
         rounds: dict[str, dict[int, float]] = {}
         for one in measurements:
-            if one.scenario == figure.scenario:
-                rounds.setdefault(one.system, {})[one.number] = figure.read(one, scenarios[one.scenario])
+            if one.scenario == metric.scenario:
+                rounds.setdefault(one.system, {})[one.number] = metric.read(one, scenarios[one.scenario])
         if rounds:
             medians = {system: statistics.median(values.values()) for system, values in rounds.items()}
             ratio = _ratio(rounds.get("inferq", {}), rounds.get("proxy", {}))
-            lines.append({"figure": figure.name, "unit": figure.unit, **medians, "ratio": ratio, "aim": figure.aim})
+            lines.append({"metric": metric.name, "unit": metric.unit, **medians, "ratio": ratio, "aim": metric.aim})
     return {
         "machine": machine(),
         "rounds": 1 + max((one.number for one in measurements), default=len(jobs) - 1),
-        "figures": lines,
+        "metrics": lines,
         "cpu_us_of": _by_process(measurements),
         "jobs": _jobs(jobs),
     }
 
 
 def machine() -> dict[str, Any]:
-    """What a reader must know of where this ran."""
+    """The machine that this ran on."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
@@ -90,14 +90,14 @@ def machine() -> dict[str, Any]:
 
 
 def print_summary(result: dict[str, Any], console: Console) -> None:
-    """The table for people."""
+    """Print the table."""
     table = Table(title="Medians over the rounds; the ratio is inferq / proxy within a round")
-    for column in ("figure", "unit", *SYSTEMS, "ratio", "aim"):
-        table.add_column(column, justify="left" if column in ("figure", "unit") else "right")
-    for line in result["figures"]:
+    for column in ("metric", "unit", *SYSTEMS, "ratio", "aim"):
+        table.add_column(column, justify="left" if column in ("metric", "unit") else "right")
+    for line in result["metrics"]:
         ratio = "" if line["ratio"] is None else f"{line['ratio']:.2f}"
         values = (f"{line[system]:,.1f}" if system in line else "" for system in SYSTEMS)
-        table.add_row(line["figure"], line["unit"], *values, ratio, line["aim"])
+        table.add_row(line["metric"], line["unit"], *values, ratio, line["aim"])
     console.print(table)
     for scenario, by_process in result["cpu_us_of"].items():
         parts = ", ".join(f"{name} {value:.0f}" for name, value in by_process.items())
@@ -110,7 +110,7 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
 
 
 def _ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
-    """The median of the ratios of single rounds: what disturbed a round disturbed both."""
+    """The median of the ratios of single rounds: other load in a round slows both sides."""
     both = ours.keys() & theirs.keys()
     return statistics.median(ours[number] / theirs[number] for number in both) if both else None
 

@@ -30,12 +30,12 @@ class Scenario:
     stream: bool = False
     per: str = "request"
     ttft_ms: float = 0.0
-    least_tokens: int = 32
-    most_tokens: int = 32
+    min_tokens: int = 32
+    max_tokens: int = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class ScenarioGroup:
     """Scenarios that share an engine, which is started with ``engine_options``."""
 
     engine_options: tuple[str, ...]
@@ -43,15 +43,15 @@ class Stage:
 
 
 TTFT_MS = 20.0
-STAGES = (
-    Stage(
+SCENARIO_GROUPS = (
+    ScenarioGroup(
         engine_options=("--instant", "--prefix-cache-blocks", "0"),
         scenarios=(
             Scenario(name="1 client", clients=1, seconds=2.0),
             Scenario(name="64 clients", clients=64, seconds=3.0),
         ),
     ),
-    Stage(
+    ScenarioGroup(
         engine_options=(
             *("--ttft-ms", str(TTFT_MS), "--prefill-us-per-token", "0", "--tokens-per-s", "50"),
             *("--prefix-cache-blocks", "0"),
@@ -64,12 +64,12 @@ STAGES = (
                 stream=True,
                 per="token",
                 ttft_ms=TTFT_MS,
-                least_tokens=32,
-                most_tokens=96,
+                min_tokens=32,
+                max_tokens=96,
             ),
         ),
     ),
-    Stage(
+    ScenarioGroup(
         engine_options=(
             *("--ttft-ms", str(TTFT_MS), "--prefill-us-per-token", "0", "--tokens-per-s", "20"),
             *("--prefix-cache-blocks", "0"),
@@ -82,8 +82,8 @@ STAGES = (
                 stream=True,
                 per="token",
                 ttft_ms=TTFT_MS,
-                least_tokens=32,
-                most_tokens=96,
+                min_tokens=32,
+                max_tokens=96,
             ),
         ),
     ),
@@ -111,8 +111,8 @@ async def measured(scenario: Scenario, system: System, number: int = 0, seconds:
         clients=scenario.clients,
         seconds=seconds or scenario.seconds,
         stream=scenario.stream,
-        least_tokens=scenario.least_tokens,
-        most_tokens=scenario.most_tokens,
+        min_tokens=scenario.min_tokens,
+        max_tokens=scenario.max_tokens,
     )
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bench.loadgen", json.dumps(asdict(load))),

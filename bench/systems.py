@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker.embedded.server import EmbeddedServer
+from tests.support.processes import free_port
 
-from .processes import free_port, running, until_answers
+from .processes import running, until_answers
 
 MODEL = "sim"
 SLOTS = 512
@@ -60,7 +61,7 @@ async def _proxy(folder: Path, engine_url: str) -> AsyncIterator[System]:
 
 @asynccontextmanager
 async def whole_inferq(folder: Path, engine_url: str, *, slots: int = SLOTS) -> AsyncIterator[tuple[System, str]]:
-    """Queue, Manager, Router and one Worker; and the queue's URL, for whoever else joins."""
+    """Queue, Manager, Router and one Worker; and the queue's URL, for other roles."""
     async with queue_and_manager(folder) as (queue, manager_pid, manager_url), AsyncExitStack() as exits:
         port, router_log, worker_log = free_port(), folder / "router.log", folder / "worker.log"
         quiet = ("--log-level", "warning")
@@ -68,7 +69,9 @@ async def whole_inferq(folder: Path, engine_url: str, *, slots: int = SLOTS) -> 
         router_pid = await exits.enter_async_context(running("router.service", router_options, router_log))
         worker_options = (
             *("--worker-id", "bench", "--port", "0", "--slots", str(slots)),
-            *("--manager-url", f"http://127.0.0.1:{port}", "--engine-url", engine_url, *quiet),
+            # Without a join token, nobody tells a worker the password of the embedded queue.
+            *("--manager-url", f"http://127.0.0.1:{port}", "--redis-url", queue.url),
+            *("--engine-url", engine_url, *quiet),
         )
         worker_pid = await exits.enter_async_context(running("worker.service", worker_options, worker_log))
         await until_answers(f"http://127.0.0.1:{port}/v1/models", router_log, wanted=f'"{MODEL}"')

@@ -33,9 +33,10 @@ from router.ray_serve import Scale, WayIn, application
 from router.settings import RouterSettings
 from storage import StorageSettings
 from telemetry import TelemetrySettings
+from tests.support.processes import free_port
 
-from .processes import free_port, new_folder, until_answers
-from .scenarios import STAGES, Measurement, Scenario, Stage, measured
+from .processes import new_folder, until_answers
+from .scenarios import SCENARIO_GROUPS, Measurement, Scenario, ScenarioGroup, measured
 from .systems import MODEL, System, simulated_engine, whole_inferq
 
 WAYS: dict[str, tuple[WayIn, dict[str, str]]] = {
@@ -48,7 +49,7 @@ START_LIMIT_S = 120.0
 STOP_LIMIT_S = 60.0
 
 Read = Callable[[Measurement, Scenario], float]
-FIGURES: tuple[tuple[str, str, Read], ...] = (
+METRICS: tuple[tuple[str, str, Read], ...] = (
     ("1 client", "p50 ms", lambda m, _: m.load.latency_ms["p50"]),
     ("64 clients", "requests/s", lambda m, _: m.load.rate),
     ("64 clients", "CPU us/request", lambda m, _: m.cpu_us),
@@ -116,10 +117,12 @@ async def _ray(way: str, redis_url: str, base: System, log: Path) -> AsyncIterat
             await child.wait()
 
 
-async def _stage(stage: Stage, options: argparse.Namespace, folder: Path, console: Console) -> list[Measurement]:
+async def _run_group(
+    group: ScenarioGroup, options: argparse.Namespace, folder: Path, console: Console
+) -> list[Measurement]:
     found = []
     async with AsyncExitStack() as exits:
-        engine_port = await exits.enter_async_context(simulated_engine(folder, stage.engine_options))
+        engine_port = await exits.enter_async_context(simulated_engine(folder, group.engine_options))
         engine_url = f"http://127.0.0.1:{engine_port}"
         fabric, redis_url = await exits.enter_async_context(whole_inferq(folder, engine_url))
         systems = [System("http", fabric.port, fabric.pids)]
@@ -127,7 +130,7 @@ async def _stage(stage: Stage, options: argparse.Namespace, folder: Path, consol
             await exits.enter_async_context(_ray(way, redis_url, fabric, folder / f"{way}.log")) for way in options.ways
         ]
         for number in range(options.rounds):
-            for scenario in stage.scenarios:
+            for scenario in group.scenarios:
                 first = number % len(systems)
                 for system in (*systems[first:], *systems[:first]):
                     one = await measured(scenario, system, number)
@@ -139,18 +142,18 @@ async def _stage(stage: Stage, options: argparse.Namespace, folder: Path, consol
 async def _all(options: argparse.Namespace, console: Console) -> None:
     found: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="inferq-bench-") as name:
-        for number, stage in enumerate(STAGES):
-            scenarios = tuple(scenario for scenario in stage.scenarios if scenario.name in SCENARIOS)
+        for number, group in enumerate(SCENARIO_GROUPS):
+            scenarios = tuple(scenario for scenario in group.scenarios if scenario.name in SCENARIOS)
             if scenarios:
-                chosen = Stage(engine_options=stage.engine_options, scenarios=scenarios)
-                found += await _stage(chosen, options, new_folder(Path(name) / f"stage-{number}"), console)
+                chosen = ScenarioGroup(engine_options=group.engine_options, scenarios=scenarios)
+                found += await _run_group(chosen, options, new_folder(Path(name) / f"group-{number}"), console)
     console.print(
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, Ray {ray.__version__}; "
         f"medians of {options.rounds} rounds, in brackets the median ratio to http"
     )
-    by_name = {scenario.name: scenario for stage in STAGES for scenario in stage.scenarios}
-    table = Table("load", "figure", "http", *options.ways)
-    for scenario_name, figure, read in FIGURES:
+    by_name = {scenario.name: scenario for group in SCENARIO_GROUPS for scenario in group.scenarios}
+    table = Table("load", "metric", "http", *options.ways)
+    for scenario_name, metric, read in METRICS:
         scenario = by_name[scenario_name]
         rounds = {
             system: [read(m, scenario) for m in found if (m.scenario, m.system) == (scenario_name, system)]
@@ -160,7 +163,7 @@ async def _all(options: argparse.Namespace, console: Console) -> None:
         for way in options.ways:
             ratio = statistics.median(mine / http for mine, http in zip(rounds[way], rounds["http"], strict=True))
             cells.append(f"{statistics.median(rounds[way]):,.2f} ({ratio:.2f})")
-        table.add_row(scenario_name, figure, *cells)
+        table.add_row(scenario_name, metric, *cells)
     console.print(table)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from pathlib import Path
 
 from tests.support.fleet import ROOT, Fleet
-from tests.support.processes import Child
+from tests.support.processes import Child, environment
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 
@@ -24,7 +23,7 @@ def _autoscaler(fleet: Fleet, folder: Path) -> Child:
     worker += ["--model", MODEL, "--slots", "4", "--sim-mode", "echo", "--sim-ttft-ms", "100"]
     rule = ["--router-url", fleet.router.url, "--model", MODEL, "--max-workers", str(MAX_WORKERS), "--per-worker", "10"]
     rule += ["--interval-s", "0.1", "--cooldown-s", "0.5"]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
+    clean = environment()
     args = [sys.executable, str(_SCRIPT), *rule, "--", *worker]
     return Child("autoscaler", args, folder / "autoscaler.log", env=clean | {"PYTHONPATH": str(ROOT)}, cwd=folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 from tests.support.command_line import inferq
 from tests.support.fleet import ROOT, Fleet
-from tests.support.processes import Child, free_port
+from tests.support.processes import Child, environment, free_port
 from tests.support.waiting import eventually
 
 
@@ -60,7 +59,7 @@ async def test_chat_queues_workers_and_doctor_tell_of_a_running_fabric(fleet: Fl
 async def test_queues_can_be_watched_until_ctrl_c(fleet: Fleet, tmp_path: Path) -> None:
     """A line of JSON for each look, and a clean end."""
     await fleet.up(workers=1)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
+    clean = environment()
     args = [sys.executable, "-m", "inferq", "queues", "--watch", "--interval", "0.1", "--json"]
     args += ["--router-url", fleet.router.url]
     watch = Child("watch", args, tmp_path / "watch.log", env=clean | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)

@@ -18,7 +18,7 @@ import pytest
 from inferq.client import RequestFailed
 from tests.support.clients import RouterUser
 from tests.support.command_line import inferq
-from tests.support.processes import Child, free_port
+from tests.support.processes import Child, environment, free_port
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 
@@ -62,7 +62,7 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
 
     def start(*options: str, engine: str = "sim", env: Mapping[str, str] | None = None) -> Up:
         output = tmp_path / f"up-{len(started)}.out"
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
+        clean = environment()
         clean |= {"PYTHONPATH": str(ROOT), **(env or {})}
         ports = [part for role in ("router", "manager", "worker") for part in (f"--{role}-port", "0")]
         command = [sys.executable, "-m", "inferq", "up", "--engine", engine, "--json", *ports, *options]

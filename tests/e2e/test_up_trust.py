@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -14,7 +13,7 @@ import aiohttp
 
 from tests.e2e.test_up import READY_LIMIT_S, ROOT, StartUp, start_up
 from tests.support.clients import RouterUser
-from tests.support.processes import Child
+from tests.support.processes import Child, environment
 from tests.support.waiting import eventually
 
 __all__ = ["start_up"]
@@ -56,7 +55,7 @@ async def test_without_credentials_a_stack_answers_local_programs_and_no_passwor
         assert got == 403
     args = [sys.executable, "-m", "inferq", "worker", "--manager-url", stack["router_url"], "--worker-id", "by-hand"]
     args += ["--engine", "sim", "--model", "sim", "--port", "0"]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
+    clean = environment()
     child = Child("worker", args, tmp_path / "worker.log", env=clean | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
     child.start()
     try:

@@ -79,8 +79,7 @@ class Outcome:
 async def run_fuzz(folder: Path, *, seconds: float, seed: int) -> Outcome:
     """Feed every edge for ``seconds``, then check the fleet."""
     outcome = Outcome()
-    binary = server_binary()
-    server = Server(binary, folder).start()
+    server = Server(server_binary(), folder).start()
     digest = hashlib.sha256(API_KEY.encode()).hexdigest()
     env = {
         "INFERQ_JOIN_TOKEN": JOIN_TOKEN,

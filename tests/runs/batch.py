@@ -70,8 +70,7 @@ class Peaks:
 
 async def run(folder: Path, lines: int, *, kill: bool, workers: int) -> Outcome:
     """One batch. Settings are those of production, but for the fleet's short times."""
-    binary = server_binary()
-    server = Server(binary, folder / "valkey").start()
+    server = Server(server_binary(), folder / "valkey").start()
     shelf = Shelf(folder / "store")
     try:
         async with Fleet(folder, server) as fleet:

@@ -10,22 +10,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import orjson
 
 from tests.support.fleet import MODEL, Fleet, Role
 from tests.support.responses import check_stream
-from tests.support.servers import Server, server_binary
 from tests.support.sse import read_events
 from tests.support.waiting import eventually
 
-from .resumes import ENGINE, kept_of, kill_busy
+from .resumes import fleet_with_three_routers, kill_busy, persisted_keys, start_killed_workers
 
 PATH = "/v1/responses"
 ROUNDS = 8
@@ -61,7 +58,7 @@ async def resume_responses(
 ) -> tuple[int, int]:
     """Read ``responses`` responses in pieces, then each from anywhere, until there were so many resumes; workers are
     killed meanwhile, and started again. How many resumes there were, and attempts beyond the first of each job."""
-    before = kept_of(fleet.server)
+    before = persisted_keys(fleet.server)
     names = [await _create(fleet, rng.choice(routers), f"tell {number}", tokens) for number in range(responses)]
     readers = [Reader(name) for name in names]
     over = asyncio.Event()
@@ -89,7 +86,7 @@ async def resume_responses(
     for name in names:
         async with fleet.session.delete(f"{rng.choice(routers).url}{PATH}/{name}") as answer:
             assert answer.status == 200
-    await eventually(lambda: kept_of(fleet.server) == before, "nothing is kept of them any more")
+    await eventually(lambda: persisted_keys(fleet.server) == before, "nothing is kept of them any more")
     return done, attempts - responses
 
 
@@ -111,23 +108,14 @@ async def _create(fleet: Fleet, router: Role, text: str, tokens: int) -> str:
 
 async def main(resumes: int, seed: int) -> None:
     """The run at full length, in rounds, and what it saw."""
-    binary = server_binary()
     rng, begun, resumed, lost = random.Random(seed), time.monotonic(), 0, 0
-    with tempfile.TemporaryDirectory(prefix="inferq-run-") as name:
-        server = Server(binary, Path(name) / "valkey").start()
-        try:
-            async with Fleet(Path(name), server) as fleet:
-                routers = [fleet.router, *(fleet.another_router(name) for name in ("second", "third"))]
-                await fleet.up(workers=3, **(ENGINE | {"sim_answer_tokens": 120}))
-                await asyncio.gather(*(router.start() for router in routers[1:]))
-                for _ in range(ROUNDS):
-                    await asyncio.gather(*(w.start() for w in fleet.workers if not w.process.running))
-                    share = -(-resumes // ROUNDS)
-                    more = await resume_responses(fleet, routers, rng, resumes=share, responses=8, tokens=300, kills=2)
-                    resumed, lost = resumed + more[0], lost + more[1]
-                    print(f"{resumed} resumes, {lost} attempts lost, {time.monotonic() - begun:.0f} s")
-        finally:
-            server.stop()
+    share = -(-resumes // ROUNDS)
+    async with fleet_with_three_routers(sim_answer_tokens=120) as (fleet, routers):
+        for _ in range(ROUNDS):
+            await start_killed_workers(fleet)
+            more = await resume_responses(fleet, routers, rng, resumes=share, responses=8, tokens=300, kills=2)
+            resumed, lost = resumed + more[0], lost + more[1]
+            print(f"{resumed} resumes, {lost} attempts lost, {time.monotonic() - begun:.0f} s")
     print(f"{resumed} resumes over {len(routers)} Routers, seed {seed}: each time the stored response")
 
 

@@ -14,7 +14,8 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,11 +182,11 @@ async def resume_all(
     for stream in everything:
         async with fleet.session.delete(f"{rng.choice(routers).url}/v1/jobs/{stream.job_id}") as answer:
             assert answer.status == 200
-    await eventually(lambda: not kept_of(fleet.server), "nothing is kept any more")
+    await eventually(lambda: not persisted_keys(fleet.server), "nothing is kept any more")
     return Result(reading.ways.total(), streams, killed, attempts - streams, reading.ways, time.monotonic() - begun)
 
 
-def kept_of(server: Server) -> dict[bytes, Any]:
+def persisted_keys(server: Server) -> dict[bytes, Any]:
     """What Redis holds of persisted jobs: budgets, outputs, lists, times."""
     keys = ShardKeys(0)
     budget = {name: value for name, value in server.ask("HGETALL", keys.budget).items() if b":persisted" in name}
@@ -227,30 +228,38 @@ async def kill_busy(fleet: Fleet, rng: random.Random, kills: int, over: asyncio.
     return kills
 
 
+@asynccontextmanager
+async def fleet_with_three_routers(**flags: object) -> AsyncIterator[tuple[Fleet, list[Role]]]:
+    """Three workers with these flags behind three Routers, on a Valkey of their own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="inferq-run-") as name,
+        Server(server_binary(), Path(name) / "valkey") as server,
+    ):
+        async with Fleet(Path(name), server) as fleet:
+            routers = [fleet.router, *(fleet.another_router(name) for name in ("second", "third"))]
+            await fleet.up(workers=3, **(ENGINE | flags))
+            await asyncio.gather(*(router.start() for router in routers[1:]))
+            yield fleet, routers
+
+
+async def start_killed_workers(fleet: Fleet) -> None:
+    """Start every worker that does not run."""
+    await asyncio.gather(*(worker.start() for worker in fleet.workers if not worker.process.running))
+
+
 async def main(resumes: int, seed: int) -> None:
     """The run at full length, in rounds, and what it saw."""
-    binary = server_binary()
     rng, results = random.Random(seed), []
-    with tempfile.TemporaryDirectory(prefix="inferq-run-") as name:
-        server = Server(binary, Path(name) / "valkey").start()
-        try:
-            async with Fleet(Path(name), server) as fleet:
-                routers = [fleet.router, *(fleet.another_router(name) for name in ("second", "third"))]
-                await fleet.up(workers=3, **(ENGINE | {"sim_answer_tokens": 200, "sim_tokens_per_s": 40}))
-                await asyncio.gather(*(router.start() for router in routers[1:]))
-                for _ in range(ROUNDS):
-                    await asyncio.gather(*(w.start() for w in fleet.workers if not w.process.running))
-                    share = -(-resumes // ROUNDS)
-                    results.append(
-                        await resume_all(fleet, routers, rng, resumes=share, streams=12, tokens=250, kills=2)
-                    )
-                    print(
-                        f"{results[-1].resumes} resumes, {results[-1].interrupted} attempts lost, "
-                        f"{results[-1].seconds:.0f} s; then {server.ask('DBSIZE')} keys, "
-                        f"{server.ask('INFO', 'memory')['used_memory'] >> 10} KiB in Redis"
-                    )
-        finally:
-            server.stop()
+    share = -(-resumes // ROUNDS)
+    async with fleet_with_three_routers(sim_answer_tokens=200, sim_tokens_per_s=40) as (fleet, routers):
+        for _ in range(ROUNDS):
+            await start_killed_workers(fleet)
+            results.append(await resume_all(fleet, routers, rng, resumes=share, streams=12, tokens=250, kills=2))
+            print(
+                f"{results[-1].resumes} resumes, {results[-1].interrupted} attempts lost, "
+                f"{results[-1].seconds:.0f} s; then {fleet.server.ask('DBSIZE')} keys, "
+                f"{fleet.server.ask('INFO', 'memory')['used_memory'] >> 10} KiB in Redis"
+            )
     ways = sum((result.ways for result in results), Counter[str]())
     print(
         f"{ways.total()} resumes of {sum(result.streams for result in results)} streams over {len(routers)} Routers, "

@@ -23,12 +23,11 @@ _TIMES = ("lease_ms", "heartbeat_interval_ms", "unresponsive_after_ms", "leader_
 @asynccontextmanager
 async def open_topologies() -> AsyncIterator[tuple[Fleet, RayFabric]]:
     """Nothing started yet but Redis. All times are those of production, unlike in tests."""
-    binary = server_binary()
     usual = {f"INFERQ_MANAGER_{name.upper()}": None for name in _TIMES} | {"INFERQ_RAY_LAME_DUCK_MS": None}
     times = {name: ManagerSettings.model_fields[name].default for name in _TIMES}
     with tempfile.TemporaryDirectory(prefix="inferq-run-") as name:
         folder = Path(name)
-        server = Server(binary, folder / "valkey").start()
+        server = Server(server_binary(), folder / "valkey").start()
         cluster = RayCluster(folder, server, env=usual)
         try:
             async with Fleet(folder, server, manager=times) as fleet, RayFabric(cluster) as ray:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from .fleet import ROOT
-from .processes import Child
+from .processes import Child, environment
 
 LIMIT_S = 60.0
 
@@ -42,5 +41,5 @@ def inferq_child(folder: Path, name: str, *arguments: str, env: Mapping[str, str
 
 def _environment(more: Mapping[str, str]) -> dict[str, str]:
     """Ours without settings of the machine's owner."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
+    clean = environment()
     return clean | {"PYTHONPATH": str(ROOT), "COLUMNS": "120", **more}

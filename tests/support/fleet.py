@@ -10,7 +10,6 @@ Times are short, so that what takes seconds in production takes a fraction of on
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from .processes import Child, free_port
+from .processes import Child, environment, free_port
 from .servers import Server
 from .waiting import eventually
 
@@ -53,7 +52,7 @@ class Role:
         args = [sys.executable, "-m", module, "--port", str(self.port)]
         for flag, value in flags.items():
             args += [f"--{flag.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
+        clean = environment()
         clean |= {"PYTHONPATH": str(ROOT), "INFERQ_LOG_FORMAT": "json", **env}
         # Not in the repository's root: the settings file and the data there are somebody's own.
         self.process = Child(name, args, fleet.folder / f"{name}.log", env=clean, cwd=fleet.folder)

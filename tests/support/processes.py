@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import httpx
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -43,6 +45,39 @@ def hold_port(port: int = 0) -> socket.socket:
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", port))
     return held
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment without settings of inferq, and with ``variables``."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")} | variables
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of ``url`` gets status 200."""
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextlib.contextmanager
+def role_starter(module: str, folder: Path) -> Iterator[Callable[..., Child]]:
+    """A function ``start(*flags, **variables)`` that runs ``python -m module`` in ``folder``; ends with the block."""
+    children: list[Child] = []
+
+    def start(*flags: str, **variables: str) -> Child:
+        name = module.partition(".")[0]
+        args = [sys.executable, "-m", module, "--log-format", "json", *flags]
+        log = folder / f"{name}-{len(children)}.log"
+        children.append(Child(name, args, log, env=environment(**variables), cwd=folder))
+        children[-1].start()
+        return children[-1]
+
+    try:
+        yield start
+    finally:
+        for child in children:
+            child.kill_group()
 
 
 class Child:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import httpx
 import pytest
 
 from broker import Broker
-from tests.support.processes import Child, free_port
+from tests.support.processes import Child, answers, free_port, role_starter
 from tests.support.servers import Server
 
 Start = Callable[..., Child]
@@ -23,26 +21,8 @@ FAST = ("--leader-lease-ms", "600", "--sweep-interval-ms", "50", "--lease-ms", "
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start ``python -m manager.service`` with these flags, in a folder of its own."""
-    children: list[Child] = []
-
-    def begin(*flags: str, **variables: str) -> Child:
-        env = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")} | variables
-        args = [sys.executable, "-m", "manager.service", "--log-format", "json", *flags]
-        child = Child("manager", args, tmp_path / f"manager-{len(children)}.log", env=env, cwd=tmp_path)
-        child.start()
-        children.append(child)
-        return child
-
-    yield begin
-    for child in children:
-        child.kill_group()
-
-
-def _ready(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2).status_code == 200
-    except httpx.TransportError:
-        return False
+    with role_starter("manager.service", tmp_path) as start:
+        yield start
 
 
 def _register(port: int, worker_id: str = "w") -> httpx.Response:
@@ -55,14 +35,14 @@ def test_without_redis_it_brings_its_own(start: Start, tmp_path: Path) -> None:
     after a restart it is still known."""
     port = free_port()
     manager = start("--port", str(port), *FAST)
-    manager.until(lambda: _ready(port), 30)
+    manager.until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 30)
     answer = _register(port)
     assert answer.status_code == 200
     assert answer.json()["broker_url"].startswith("redis://127.0.0.1:")
     workers = f"http://127.0.0.1:{port}/fabric/v1/workers"
     assert manager.terminate() == 0
     again = start("--port", str(port), *FAST)
-    again.until(lambda: _ready(port), 30)
+    again.until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 30)
     assert [worker["worker_id"] for worker in httpx.get(workers).json()["workers"]] == ["w"]
     assert (tmp_path / ".inferq" / "valkey").is_dir()
     assert again.terminate() == 0
@@ -73,7 +53,7 @@ async def test_a_signal_ends_it_cleanly(start: Start, valkey: Server, broker: Br
     """Exit code 0, the acting lease handed back at once, every line of the log JSON with its role."""
     port = free_port()
     manager = start("--port", str(port), "--redis-url", valkey.url)
-    manager.until(lambda: _ready(port), 30)
+    manager.until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 30)
     manager.send(number)
     assert manager.wait(15) == 0
     assert await broker.fleet.acquire_leader_lease("other", 1_000) is not None
@@ -85,12 +65,12 @@ def test_a_killed_manager_is_replaced_when_its_lease_ran_out(start: Start, valke
     """After a kill -9 the next one waits out the lease, then knows the fleet."""
     port, other_port = free_port(), free_port()
     manager = start("--port", str(port), "--redis-url", valkey.url, *FAST)
-    manager.until(lambda: _ready(port), 30)
+    manager.until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 30)
     _register(port)
     manager.until(lambda: bool(valkey.ask("HLEN", "iq:workers")), 10)
     manager.kill()
     other = start("--port", str(other_port), "--redis-url", valkey.url, *FAST)
-    other.until(lambda: _ready(other_port), 30)
+    other.until(lambda: answers(f"http://127.0.0.1:{other_port}/readyz"), 30)
     listed = httpx.get(f"http://127.0.0.1:{other_port}/fabric/v1/workers").json()
     assert [worker["worker_id"] for worker in listed["workers"]] == ["w"]
     assert listed["term"] == 2
@@ -113,7 +93,7 @@ def test_started_before_redis_it_waits(start: Start, own_valkey: Server) -> None
     assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
     assert _register(port).status_code == 503
     own_valkey.start()
-    manager.until(lambda: _ready(port), 30)
+    manager.until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 30)
 
 
 def test_what_cannot_work_is_refused_in_a_sentence(start: Start, valkey: Server, tmp_path: Path) -> None:
@@ -150,5 +130,5 @@ def test_a_public_address_with_a_token_is_served(start: Start, valkey: Server) -
     port = free_port()
     everywhere = "0.0.0.0"  # noqa: S104 - what is tested
     manager = start("--host", everywhere, "--port", str(port), "--redis-url", valkey.url, INFERQ_JOIN_TOKEN="t0ken")
-    manager.until(lambda: _ready(port), 30)
+    manager.until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 30)
     assert _register(port).status_code == 401

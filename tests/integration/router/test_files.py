@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from storage.objects import MARK
-from tests.support.processes import Child, free_port
+from tests.support.processes import Child, answers, environment, free_port
 from tests.support.waiting import eventually
 
 KEYS = {name: f"sk-{name}" for name in ("acme", "rival")}
@@ -33,7 +32,7 @@ class Process:
     def __init__(self, folder: Path) -> None:
         self.store = folder / "store"
         self.port = free_port()
-        env = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")}
+        env = environment()
         env["INFERQ_ROUTER_API_KEYS"] = ",".join(
             f"{hashlib.sha256(key.encode()).hexdigest()}:{name}" for name, key in KEYS.items()
         )
@@ -43,14 +42,8 @@ class Process:
 
     def start(self) -> Process:
         self.child.start()
-        self.child.until(self._lives, 20)
+        self.child.until(lambda: answers(f"http://127.0.0.1:{self.port}/healthz"), 20)
         return self
-
-    def _lives(self) -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/healthz", timeout=2).status_code == 200
-        except httpx.TransportError:
-            return False
 
     def options(self, tenant: str = "acme") -> Any:
         return {"base_url": f"http://127.0.0.1:{self.port}/v1", "api_key": KEYS[tenant], "max_retries": 0}

@@ -17,7 +17,7 @@ import pytest
 from broker import Broker
 from queue_schemas import Lane
 from tests.integration.router.harness import CHAT, PATH, STREAM, Speaker
-from tests.support.processes import Child, free_port
+from tests.support.processes import Child, answers, free_port, role_starter
 from tests.support.queue import MODEL
 from tests.support.servers import Server
 from tests.support.waiting import eventually
@@ -29,32 +29,14 @@ Start = Callable[..., Child]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start ``python -m router.service`` with these flags, in a folder of its own."""
-    children: list[Child] = []
-
-    def begin(*flags: str, **variables: str) -> Child:
-        env = {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")} | variables
-        args = [sys.executable, "-m", "router.service", "--log-format", "json", *flags]
-        child = Child("router", args, tmp_path / f"router-{len(children)}.log", env=env, cwd=tmp_path)
-        child.start()
-        children.append(child)
-        return child
-
-    yield begin
-    for child in children:
-        child.kill_group()
-
-
-def _answers(port: int, path: str) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=2).status_code == 200
-    except httpx.TransportError:
-        return False
+    with role_starter("router.service", tmp_path) as start:
+        yield start
 
 
 def _serving(start: Start, valkey: Server, *flags: str) -> tuple[Child, int]:
     port = free_port()
     child = start("--port", str(port), "--redis-url", valkey.url, "--pools", MODEL, *flags)
-    child.until(lambda: _answers(port, "/readyz"), 20)
+    child.until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 20)
     return child, port
 
 
@@ -166,7 +148,7 @@ def test_without_its_manager_it_waits_and_reports_it(start: Start) -> None:
     """A Router that is to ask a Manager that is not there answers requests with 503 and the reason."""
     port = free_port()
     child = start("--port", str(port), "--manager-url", f"http://127.0.0.1:{free_port()}")
-    child.until(lambda: _answers(port, "/healthz"), 20)
+    child.until(lambda: answers(f"http://127.0.0.1:{port}/healthz"), 20)
     ready = httpx.get(f"http://127.0.0.1:{port}/readyz")
     assert ready.status_code == 503
     child.until(lambda: "the Manager" in httpx.get(f"http://127.0.0.1:{port}/readyz").text, 10)
@@ -183,13 +165,13 @@ def test_it_asks_its_manager_where_redis_is(start: Start, valkey: Server, tmp_pa
     through it."""
     ports = free_port(), free_port()
     router = start("--port", str(ports[0]), "--manager-url", f"http://127.0.0.1:{ports[1]}", INFERQ_JOIN_TOKEN="jt")
-    router.until(lambda: _answers(ports[0], "/healthz"), 20)
+    router.until(lambda: answers(f"http://127.0.0.1:{ports[0]}/healthz"), 20)
     args = [sys.executable, "-m", "manager.service", "--port", str(ports[1]), "--redis-url", valkey.url]
     env = dict(os.environ) | {"INFERQ_JOIN_TOKEN": "jt"}
     manager = Child("manager", args, tmp_path / "manager.log", env=env, cwd=tmp_path)
     manager.start()
     try:
-        router.until(lambda: _answers(ports[0], "/readyz"), 30)
+        router.until(lambda: answers(f"http://127.0.0.1:{ports[0]}/readyz"), 30)
         url = f"http://127.0.0.1:{ports[0]}/fabric/v1/workers"
         body = {"worker_id": "w", "session_id": "w.0000000000000001", "models": ["m"], "slots": 1, "engine": "ready"}
         assert httpx.post(url, json=body).status_code == 401

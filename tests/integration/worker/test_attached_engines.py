@@ -7,14 +7,12 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
 from queue_schemas import Lane, MarkerKind
-from tests.support.servers import Server
 
-from .fleet import Client, LocalFleet, local_fleet_on
+from .fleet import Client, LocalFleet
 
 MODELS = b'{"object":"list","data":[{"id":"open","object":"model"}]}'
 Answer = Callable[[int, asyncio.StreamWriter], Awaitable[None]]
@@ -75,22 +73,6 @@ async def attached(fleet: LocalFleet, client: Client, answer: Answer) -> AsyncIt
         yield engine
     finally:
         server.close()
-
-
-@pytest.fixture
-async def fleet_and_client(valkey: Server, tmp_path: Path) -> AsyncIterator[tuple[LocalFleet, Client]]:
-    async with local_fleet_on(valkey, tmp_path) as both:
-        yield both
-
-
-@pytest.fixture
-def fleet(fleet_and_client: tuple[LocalFleet, Client]) -> LocalFleet:
-    return fleet_and_client[0]
-
-
-@pytest.fixture
-def client(fleet_and_client: tuple[LocalFleet, Client]) -> Client:
-    return fleet_and_client[1]
 
 
 @pytest.mark.parametrize("status", [b"500 Internal Server Error", b"503 Service Unavailable"])

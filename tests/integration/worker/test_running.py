@@ -4,32 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
-
-import pytest
 
 from queue_schemas import MarkerKind
-from tests.support.servers import Server
 from tests.support.waiting import eventually
 
-from .fleet import Client, LocalFleet, local_fleet_on
-
-
-@pytest.fixture
-async def fleet_and_client(valkey: Server, tmp_path: Path) -> AsyncIterator[tuple[LocalFleet, Client]]:
-    async with local_fleet_on(valkey, tmp_path) as both:
-        yield both
-
-
-@pytest.fixture
-def fleet(fleet_and_client: tuple[LocalFleet, Client]) -> LocalFleet:
-    return fleet_and_client[0]
-
-
-@pytest.fixture
-def client(fleet_and_client: tuple[LocalFleet, Client]) -> Client:
-    return fleet_and_client[1]
+from .fleet import Client, LocalFleet
 
 
 async def test_plain_and_streamed_chats_are_answered(fleet: LocalFleet, client: Client) -> None:

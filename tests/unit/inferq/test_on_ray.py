@@ -17,6 +17,7 @@ from inferq.on_ray.cluster import Target, connected, require_ray
 from inferq.on_ray.plan import RayPlan, way_in_url
 from queue_schemas import CannotStart
 from telemetry import explain_settings
+from tests.support.processes import free_port
 
 REDIS = "redis://:secret@127.0.0.1:6379/0"
 
@@ -125,9 +126,7 @@ def test_the_command_line_does_not_load_ray() -> None:
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
     """Ray itself would take a minute."""
     require_ray()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for address, words in (
         (f"127.0.0.1:{port}", "no Ray cluster answers"),
         ("127.0.0.1", "not host:port"),
@@ -146,8 +145,8 @@ def test_up_says_at_once_what_is_in_its_way() -> None:
         redis = ["--redis-url", REDIS]
         for flags, words in (
             ([*redis, "--port", port], f"port {port} on 127.0.0.1 is taken"),
-            ([*redis, "--port", _free(), "--dashboard-port", port], "--dashboard-port"),
-            ([*redis, "--port", _free(), "--dashboard-port", "0", "--head-port", port], "--head-port"),
+            ([*redis, "--port", str(free_port()), "--dashboard-port", port], "--dashboard-port"),
+            ([*redis, "--port", str(free_port()), "--dashboard-port", "0", "--head-port", port], "--head-port"),
             ([], "give --redis-url"),
         ):
             result = CliRunner().invoke(app, ["ray", "up", *flags])
@@ -211,9 +210,3 @@ def test_a_manager_beside_another_is_well(
     found = status.read_manager()
     assert found is not None
     assert (found.acting, found.blocked_by_other_manager, found.well) == (acting, blocked_by_other_manager, well)
-
-
-def _free() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -1,20 +1,18 @@
-"""What a saturating batch costs interactive requests: their time to first token with and without one, in one run.
+"""Measure the effect of a saturating batch on interactive latency: TTFT with and without it, in one run.
 
-``python -m bench.behind`` starts a whole inferq with a batcher on a simulated engine of a few slots, puts the same
-interactive streams on it in turns without and with a batch that fills every slot, and prints percentiles. A request
+``python -m bench.batch_interference`` starts a whole inferq with a batcher on a simulated engine of a few slots, sends
+the same interactive streams in turns without and with a batch that fills every slot, and prints percentiles. A request
 that finds all slots taken waits until one line of the batch has finished: the longest such wait is one line's time.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,7 +23,10 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from .processes import free_port, new_folder, running, until_answers
+from tests.support.processes import free_port
+from tests.support.waiting import eventually
+
+from .processes import new_folder, running, until_answers
 from .scenarios import Scenario, measured
 from .systems import MODEL, System, simulated_engine, whole_inferq
 
@@ -64,34 +65,36 @@ class Batch:
         async with self._session.post("/v1/files", data=form) as answer:
             answer.raise_for_status()
             file_id = (await answer.json())["id"]
-        asked = {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
-        async with self._session.post("/v1/batches", json=asked) as answer:
+        fields = {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        async with self._session.post("/v1/batches", json=fields) as answer:
             answer.raise_for_status()
             self._id = (await answer.json())["id"]
-        await self._until(lambda batch: batch["request_counts"]["completed"] >= slots, "ran no line")
+        await self._until(
+            lambda batch: batch["request_counts"]["completed"] >= slots, "has finished a line in each slot"
+        )
 
     async def running(self) -> bool:
         """Whether it still has lines to run."""
-        batch = await self._look()
+        batch = await self._poll()
         return str(batch["status"]) == "in_progress"
 
     async def stop(self) -> int:
         """Cancel it; how many lines it had finished."""
         async with self._session.post(f"/v1/batches/{self._id}/cancel") as answer:
             answer.raise_for_status()
-        batch = await self._until(lambda batch: batch["status"] == "cancelled", "was not cancelled")
+        batch = await self._until(lambda batch: batch["status"] == "cancelled", "is cancelled")
         return int(batch["request_counts"]["completed"])
 
-    async def _until(self, condition: Callable[[dict[str, Any]], bool], complaint: str) -> dict[str, Any]:
-        limit = time.monotonic() + BATCH_LIMIT_S
-        while time.monotonic() < limit:
-            batch = await self._look()
-            if condition(batch):
-                return batch
-            await asyncio.sleep(_POLL_S)
-        raise TimeoutError(f"the batch {complaint} within {BATCH_LIMIT_S:g} s: {await self._look()}")
+    async def _until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        async def matching() -> dict[str, Any] | None:
+            batch = await self._poll()
+            return batch if condition(batch) else None
 
-    async def _look(self) -> dict[str, Any]:
+        found = await eventually(matching, f"the batch {what}", limit_s=BATCH_LIMIT_S, every_s=_POLL_S)
+        assert found is not None
+        return found
+
+    async def _poll(self) -> dict[str, Any]:
         async with self._session.get(f"/v1/batches/{self._id}") as answer:
             answer.raise_for_status()
             return dict(await answer.json())
@@ -160,7 +163,7 @@ def _print(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m bench.behind", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.batch_interference", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each load")
     parser.add_argument("--clients", type=int, default=4, help="interactive streams at a time")
