@@ -80,6 +80,19 @@ async def test_removed_letters_give_their_bytes_back_once(broker: Broker, worker
     assert (await broker.dead_letters.page("", 10)).letters == []
 
 
+async def test_letters_that_somebody_deleted_leave_nothing_for_ever(
+    broker: Broker, worker: Puller, client: Any
+) -> None:
+    """With their stream gone nothing leads to their requests: those expire, and their bytes count no more."""
+    await declare_dead(broker, worker, 3)
+    requests = [KEYS.dead_request(entry.decode()) for entry, _ in await client.xrange(KEYS.dead)]
+    await client.delete(KEYS.dead)
+    await broker.maintenance.expire()
+    assert not await client.hexists(KEYS.budget, "dead:bytes")
+    week_ms = 7 * 24 * 3600 * 1000
+    assert all([week_ms < await client.pttl(request) < 2 * week_ms for request in requests])
+
+
 async def test_a_letter_that_cannot_be_read_is_shown_all_the_same(broker: Broker, worker: Puller, client: Any) -> None:
     """Of another version, say: it is named, and says why."""
     await declare_dead(broker, worker, 1)

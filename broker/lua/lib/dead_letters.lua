@@ -20,7 +20,7 @@ end
 local function trim_dead(now)
   for _ = 1, 64 do
     local entry = call('XRANGE', P .. 'dead', '-', '+', 'COUNT', 1)[1]
-    if not entry then return end
+    if not entry then return add('budget', 'dead:bytes', -counter('budget', 'dead:bytes')) end
     local died_at = tonumber(field_of(entry, 'at') or string.match(entry[1], '^%d+'))
     if died_at >= now - DEAD_AGE_MS and counter('budget', 'dead:bytes') <= DEAD_BYTES then return end
     remove_letter(entry)
@@ -30,7 +30,7 @@ end
 local function add_letter(job, cause, envelope, now)
   local id = call('XADD', P .. 'dead', '*', 'id', job.id, 'cause', cause, 'worker', job.owner, 'attempts', job.attempts,
     'pool', job.pool, 'lane', job.lane, 'tenant', job.tenant, 'size', job.size, 'at', int(now))
-  call('SET', P .. 'dead_request:' .. id, envelope)
+  call('SET', P .. 'dead_request:' .. id, envelope, 'PX', int(DEAD_AGE_MS + EXPIRY_SLACK_MS))
   add('budget', 'dead:bytes', tonumber(job.size))
   trim_dead(now)
 end
