@@ -8,17 +8,16 @@ Nothing here is needed to recover: the sweep puts lost steps back from the file 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-import redis
 
 from broker.rq.handler import JobHandler
-from broker.rq.queues import KEY_PREFIX, RqJob, RqQueue, rq_errors
+from broker.rq.queues import LOCK, RqConnection, RqJob, RqQueue
 from queue_schemas import Tenant
 
 BATCHES_QUEUE = "inferq-batches"
 STEP_LIMIT_S = 60.0
 """A step is cancelled after so long."""
+PAUSE, FAILURES = "pause", "failures"
+"""Kinds of keys in RQ's Redis."""
 _FAILURES_TTL_S = 3_600
 
 step_jobs = JobHandler(
@@ -41,7 +40,7 @@ class StepJob(RqJob):
 class StepQueue(RqQueue):
     """The steps that wait."""
 
-    def __init__(self, connection: redis.Redis) -> None:
+    def __init__(self, connection: RqConnection) -> None:
         super().__init__(connection, BATCHES_QUEUE, StepJob)
 
     def put(self, tenant: Tenant, batch_id: str, what: str, number: int) -> None:
@@ -50,34 +49,20 @@ class StepQueue(RqQueue):
 
     def waiting(self) -> set[str]:
         """Batches whose next step is on the queue."""
-        with rq_errors():
-            return {job_id.rpartition("-")[0] for job_id in self.queue.get_job_ids()}
+        return {job_id.rpartition("-")[0] for job_id in self.waiting_ids()}
 
     def busy(self, batch_ids: Sequence[str]) -> set[str]:
         """Those of ``batch_ids`` with a step that runs or a pause."""
-        if not batch_ids:
-            return set()
-        keys = [f"{KEY_PREFIX}{kind}:{batch_id}" for batch_id in batch_ids for kind in ("lock", "pause")]
-        with rq_errors():
-            values: list[Any] = self.connection.mget(keys)
-        return {batch_ids[at // 2] for at, value in enumerate(values) if value is not None}
+        return self.find_marked((LOCK, PAUSE), batch_ids)
 
     def pause(self, batch_id: str, pause_ms: int) -> None:
         """Run no step of a batch for a while."""
-        with rq_errors():
-            self.connection.set(f"{KEY_PREFIX}pause:{batch_id}", "", px=max(pause_ms, 1))
+        self.mark(PAUSE, batch_id, pause_ms)
 
     def count_failure(self, batch_id: str) -> int:
         """Count a failed step; how many have failed in a row."""
-        key = f"{KEY_PREFIX}failures:{batch_id}"
-        with rq_errors():
-            count: Any = self.connection.incr(key)
-            self.connection.expire(key, _FAILURES_TTL_S)
-            return int(count)
+        return self.count(FAILURES, batch_id, _FAILURES_TTL_S)
 
     def forget(self, batch_ids: Iterable[str], *kinds: str) -> None:
-        """Remove the keys of these ``kinds`` (``pause``, ``failures``)."""
-        keys = [f"{KEY_PREFIX}{kind}:{batch_id}" for batch_id in batch_ids for kind in kinds]
-        if keys:
-            with rq_errors():
-                self.connection.delete(*keys)
+        """Remove the keys of these ``kinds`` (``PAUSE``, ``FAILURES``)."""
+        self.remove_marks(kinds, batch_ids)

@@ -21,7 +21,7 @@ from webhooks.events import WebhookEvent
 
 from .context import BatchContext
 from .core import Checkpoint, Phase, reply_stream_of
-from .rq_jobs import STEP_LIMIT_S, StepQueue
+from .rq_jobs import FAILURES, PAUSE, STEP_LIMIT_S, StepQueue
 from .settings import BatchSettings
 from .steps.dispatcher import BatchDispatcher
 from .steps.merge import merge, publish_files
@@ -108,7 +108,7 @@ class StepRunner:
             await in_thread(lambda: folder.save(data))
         if checkpoint.progress != batch.progress:
             await in_thread(lambda: context.batches.set_progress(tenant, batch_id, checkpoint.progress))
-        await in_thread(lambda: self._steps.forget([batch_id], "failures"))
+        await in_thread(lambda: self._steps.forget([batch_id], FAILURES))
         return NextStep(_describe(checkpoint), pause)
 
     async def _run_phase(self, batch: Batch, folder: RunFolder, checkpoint: Checkpoint) -> float:
@@ -161,7 +161,7 @@ class StepRunner:
                 log.debug("reply_stream_not_removed", batch=request.id, error=error.message)  # it expires
         await in_thread(folder.clear)
         await in_thread(lambda: context.batches.unmark(Tenant(request.tenant), request.id))
-        await in_thread(lambda: self._steps.forget([request.id], "failures", "pause"))
+        await in_thread(lambda: self._steps.forget([request.id], FAILURES, PAUSE))
 
     async def _retry(self, batch_id: str, error: Exception) -> NextStep:
         """A step failed for a reason that may pass: it is tried again, at growing intervals."""

@@ -18,9 +18,9 @@ from .batches import (
 )
 from .failures import ObjectMissing
 from .files import FileRecord, FileStore, Part, StorageUsage, Upload
+from .idempotency_records import RequestRecord, RequestRecords
 from .names import created_ms, folder_of, new_batch_id, new_file_id, tenant_of
 from .objects import ObjectStore, Writer
-from .request_records import RequestRecord, RequestRecords
 from .settings import StorageSettings
 from .sweep import sweep_expired, sweep_leftovers
 from .writing import ObjectWriter

@@ -10,8 +10,8 @@ from collections.abc import Collection
 from telemetry import get_logger
 
 from .files import FileStore, folder_of_file
+from .idempotency_records import RequestRecords
 from .names import FILE, created_ms, is_id, is_tenant_folder, tenant_of
-from .request_records import RequestRecords
 
 LEFTOVER_AGE_S = 3 * 86_400
 """Age at which a file without a record is a leftover: uploads take hours at most, a batch's output a day."""

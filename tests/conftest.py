@@ -34,7 +34,7 @@ ALONE = tuple(
         "integration/ray",
         "integration/regions",
         "e2e/test_failover.py",
-        "e2e/test_losses.py",
+        "e2e/test_worker_losses.py",
     )
 )
 """Tests marked ``alone``: they load the machine, or compare times. All others start whole fleets that mostly wait, are

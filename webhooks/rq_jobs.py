@@ -10,10 +10,8 @@ import asyncio
 import secrets
 import time
 
-import redis
-
 from broker.rq.handler import JobHandler
-from broker.rq.queues import RqJob, RqQueue
+from broker.rq.queues import RqConnection, RqJob, RqQueue
 from queue_schemas import InferqError
 from telemetry import get_logger
 from telemetry.threads import in_thread
@@ -46,7 +44,7 @@ class DeliveryJob(RqJob):
 class DeliveryQueue(RqQueue):
     """The delivery jobs that wait: at most one, except after a harmless race."""
 
-    def __init__(self, connection: redis.Redis, lock_ttl_ms: int) -> None:
+    def __init__(self, connection: RqConnection, lock_ttl_ms: int) -> None:
         """A job whose process died counts as ended after ``lock_ttl_ms``."""
         super().__init__(connection, WEBHOOKS_QUEUE, DeliveryJob)
         self._lock_ms = lock_ttl_ms

@@ -2,12 +2,13 @@
 
 RQ has no asynchronous client: every call here blocks. Nothing in RQ's Redis is needed to recover: batcher and notifier
 put lost jobs back from the file store. Keys beside RQ's own start with ``rq:inferq:``, so that one ACL rule (``~rq:*``)
-covers all; ``rq:inferq:lock:<name>`` holds the token of a lock's holder and expires.
+covers all; ``rq:inferq:lock:<name>`` holds the token of a lock's holder, other ``rq:inferq:<kind>:<name>`` are marks
+and counters of the queues' users. All expire.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,13 +27,18 @@ from ..redis.urls import check_connection, check_parts, topology_of
 from ..settings import BrokerSettings
 
 KEY_PREFIX = "rq:inferq:"
+LOCK = "lock"
 JOB_LIMIT_S = 120
 """RQ ends a job after so long. Jobs bound themselves to less."""
 _FAILURE_TTL_S = 3_600
 _CONNECT_LIMIT_S, _COMMAND_LIMIT_S = 3.0, 5.0
 
 
-def rq_connection(settings: BrokerSettings) -> redis.Redis:
+RqConnection = redis.Redis
+"""What :func:`rq_connection` opens and :class:`RqQueue` takes."""
+
+
+def rq_connection(settings: BrokerSettings) -> RqConnection:
     """A client of RQ's Redis; it connects on first use. Raises ``CannotStart`` if the queue's Redis cannot serve RQ and
     no other is set."""
     url = settings.rq_redis_url or settings.redis_url
@@ -92,7 +98,7 @@ class RqQueue:
     """A queue of jobs that run one function, and named locks for them. All methods raise ``BrokerUnavailable`` when
     RQ's Redis cannot be reached."""
 
-    def __init__(self, connection: redis.Redis, name: str, job_class: type[RqJob]) -> None:
+    def __init__(self, connection: RqConnection, name: str, job_class: type[RqJob]) -> None:
         self.connection = connection
         self._runs = job_class.runs
         self.queue = Queue(
@@ -121,6 +127,11 @@ class RqQueue:
         with rq_errors():
             return int(self.queue.count)
 
+    def waiting_ids(self) -> list[str]:
+        """The ids of the jobs on the queue."""
+        with rq_errors():
+            return list(self.queue.get_job_ids())
+
     def is_locked(self, name: str) -> bool:
         """Whether anyone holds the lock."""
         with rq_errors():
@@ -146,6 +157,35 @@ class RqQueue:
             if self.connection.get(key) == token.encode():
                 self.connection.delete(key)
 
+    def mark(self, kind: str, name: str, ttl_ms: int) -> None:
+        """Set the mark of this ``kind`` on ``name`` for a while."""
+        with rq_errors():
+            self.connection.set(_key(kind, name), "", px=max(ttl_ms, 1))
+
+    def count(self, kind: str, name: str, ttl_s: int) -> int:
+        """Add one to a counter, which expires ``ttl_s`` after its last increase; its value."""
+        key = _key(kind, name)
+        with rq_errors():
+            count: Any = self.connection.incr(key)
+            self.connection.expire(key, ttl_s)
+            return int(count)
+
+    def find_marked(self, kinds: Sequence[str], names: Sequence[str]) -> set[str]:
+        """Those of ``names`` that have a lock, mark or counter of one of these ``kinds``."""
+        keys = [_key(kind, name) for name in names for kind in kinds]
+        if not keys:
+            return set()
+        with rq_errors():
+            values: list[Any] = self.connection.mget(keys)
+        return {names[at // len(kinds)] for at, value in enumerate(values) if value is not None}
+
+    def remove_marks(self, kinds: Sequence[str], names: Iterable[str]) -> None:
+        """Remove the marks and counters of these ``kinds`` from ``names``."""
+        keys = [_key(kind, name) for name in names for kind in kinds]
+        if keys:
+            with rq_errors():
+                self.connection.delete(*keys)
+
 
 @contextmanager
 def rq_errors() -> Iterator[None]:
@@ -159,4 +199,8 @@ def rq_errors() -> Iterator[None]:
 
 
 def _lock(name: str) -> str:
-    return f"{KEY_PREFIX}lock:{name}"
+    return _key(LOCK, name)
+
+
+def _key(kind: str, name: str) -> str:
+    return f"{KEY_PREFIX}{kind}:{name}"

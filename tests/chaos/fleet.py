@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 
 from queue_schemas.keys import ShardKeys
 from tests.support.clocks import HOUR_S, clock_off_by
-from tests.support.faults import FaultProxy
+from tests.support.fault_proxy import FaultProxy
 from tests.support.fleet import Fleet, Role
 from tests.support.servers import Server
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from broker.redis.scripts import load_scripts
 from tests.support import disks
-from tests.support.faults import FaultProxy
+from tests.support.fault_proxy import FaultProxy
 from tests.support.waiting import eventually
 
 from .fleet import ChaosFleet, FaultAction

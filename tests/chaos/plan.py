@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
-from tests.support.faults import Point
+from tests.support.fault_proxy import Point
 
 WORKERS, ROUTERS, MANAGERS = 3, 2, 2
 LEASE_S, SWEEP_S = 3.0, 0.2

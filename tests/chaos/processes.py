@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.support.faults import FaultProxy, Strike
+from tests.support.fault_proxy import FaultProxy, InjectedFault
 from tests.support.fleet import Role
 
 from .fleet import ChaosFleet, FaultAction, up
@@ -114,12 +114,12 @@ def strike(
             role.process.send(signal.SIGKILL)
             struck.set()
 
-        link.strike(Strike(marker(fault.call), fault.point, kill))
+        link.inject(InjectedFault(marker(fault.call), fault.point, kill))
         try:
             async with asyncio.timeout(STRIKE_LIMIT_S):
                 await struck.wait()
         except TimeoutError:
-            link.strike(None)
+            link.inject(None)
             if not struck.is_set():
                 return
         await asyncio.to_thread(role.process.wait, 10)

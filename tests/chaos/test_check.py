@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.faults import Point
+from tests.support.fault_proxy import Point
 from tests.support.traffic import cells_text
 from worker.engines.simulated.api.answers import embedding
 from worker.engines.simulated.tokens import count_tokens

@@ -376,7 +376,7 @@ class QueueMachine(RuleBasedStateMachine):
         require(not self.model.live, f"{set(self.model.live)} wait beside a free worker")
         self.once("wait", DAY_MS)
         self.once("expire")
-        seen = self.model.sight()
+        seen = self.model.snapshot()
         kept = [name for name in seen.budgets if name.endswith(":persisted")]
         require(not (kept or seen.kept or seen.keys or seen.outputs or seen.listeners), "answers are kept for ever")
         require(not (seen.lines or seen.leases or seen.deadlines or seen.lost), "something is left over")

@@ -1,11 +1,11 @@
-"""The queue as the contract says it is: dictionaries, lists and a clock that is told. No server, no I/O.
+"""The reference model of the queue, for the model tests: dictionaries, lists and a clock that tests set; no I/O.
 
 Written from the contract's table of operations, ``queue_schemas.lifecycle`` and ``queue_schemas.lanes``, not from the
 scripts. Where the contract leaves a choice (whose turn it is among tenants and pools, which jobs a reclaim takes first,
 which dead entries a claim comes by), the model is told what the queue chose, and judges whether it may.
 
 A call that the queue must have answered differently raises ``Disagreement``; what a call does besides its answer is in
-``effects``, and what should be seen of the whole queue in :meth:`Model.sight`.
+``effects``, and what should be seen of the whole queue in :meth:`Model.snapshot`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from queue_schemas.lanes import BAND_STEP, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, may_follow
 from queue_schemas.persisted_output import key_digest, request_digest
 
-from .model_records import SUSPECT, DeadLetter, Effects, Kept, Line, Live, Place, Run, Sight, Tombstone, require
+from .model_records import SUSPECT, DeadLetter, Effects, Kept, Line, Live, Place, Run, Snapshot, Tombstone, require
 
 PARK_MS = 30_000
 AVOID_MS = 2_000
@@ -345,7 +345,7 @@ class Model:
         """Jobs that wait and must not be started any more."""
         return {i for i, live in self.live.items() if live.state is State.QUEUED and self._doom(live) is not None}
 
-    def sight(self) -> Sight:
+    def snapshot(self) -> Snapshot:
         for place in [place for place in self.turns if not self.waiting(place)]:
             del self.turns[place]  # they begin anew where nothing waits any more
         budgets: Counter[str] = Counter()
@@ -362,7 +362,7 @@ class Model:
             if live.state is State.LEASED:
                 leases[live.owner][job_id] = live.epoch
         ended: dict[str, tuple[object, ...]] = {job_id: tuple(stone) for job_id, stone in self.ended.items()}
-        return Sight(
+        return Snapshot(
             records=ended | {job_id: _seen(live) for job_id, live in self.live.items()},
             lines={line: list(jobs) for line, jobs in self.lines.items() if jobs},
             leases=dict(leases),

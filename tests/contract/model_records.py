@@ -1,4 +1,4 @@
-"""What the model of the queue keeps, and what is to be seen of a queue, whoever keeps it."""
+"""Records of the reference model, and the ``Snapshot`` in which model and queue are compared."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ class Effects:
 
 
 @dataclass
-class Sight:
-    """What is to be seen of a queue, whoever keeps it."""
+class Snapshot:
+    """The state of a queue that a comparison covers."""
 
     records: dict[str, tuple[object, ...]]
     lines: dict[Line, list[str]]

@@ -32,12 +32,12 @@ from queue_schemas import (
     State,
 )
 from queue_schemas.lifecycle import TERMINAL
+from tests.contract.queue_snapshot import KEYS, Entries, Raw, control_messages_in, differences, frames_in, read_snapshot
 from tests.support.queue import Backend
 
 from .model import Model
 from .model_records import Effects, require
 from .rewriting import CLOCK_OF_TESTS, Rewrite, rewritten, set_clock
-from .sighting import KEYS, Entries, Raw, differences, news_in, orders_in, sight_of
 
 START_MS = 1_600_000_000_000
 WHOLE = 256
@@ -184,7 +184,7 @@ class SideBySide:
             await self._is_refused(self.broker.workers.claim(0, worker, seq, turn, n, pools), worker)
             return []
         claimed = await self.broker.workers.claim(0, worker, seq, turn, n, pools)
-        states = {job_id: record[0] for job_id, record in sight_of(await self._look()).records.items()}
+        states = {job_id: record[0] for job_id, record in read_snapshot(await self._look()).records.items()}
         dropped = {job_id: State(states[job_id]) for job_id in self.model.doomed() if states.get(job_id) in TERMINAL}
         self.model.claim(worker, seq, turn, n, pools, claimed.leases, dropped)
         for lease in claimed.leases:
@@ -254,7 +254,7 @@ class SideBySide:
 
     async def _no_more_held(self, worker: SessionId) -> list[str]:
         """The jobs that a call took from a worker, in the order in which they wait again."""
-        real = sight_of(await self._look())
+        real = read_snapshot(await self._look())
         still = real.leases.get(worker, {})
         order = {job_id: place for jobs in real.lines.values() for place, job_id in enumerate(jobs)}
         gone = [job_id for job_id in self.model.held(worker) if job_id not in still]
@@ -280,17 +280,17 @@ class SideBySide:
 
     async def _compare(self) -> None:
         raw = await self._look()
-        wrong = differences(sight_of(raw), self.model.sight())
+        wrong = differences(read_snapshot(raw), self.model.snapshot())
         require(not wrong, "; ".join(wrong))
         self._compare_news(raw)
         self._compare_orders(raw)
-        budget, live = self.model.sight().budgets, self.model.live.values()
+        budget, live = self.model.snapshot().budgets, self.model.live.values()
         require(budget.get("p:m:jobs", 0) == sum(job.job.model == "m" for job in live), "budgets are of live jobs")
 
     def _compare_news(self, raw: Raw) -> None:
         expected = self.model.effects.news
         for router in self.model.listening:
-            news = news_in(self._unread(raw, "reply", router))
+            news = frames_in(self._unread(raw, "reply", router))
             self.history.told(router, news)
             own = [item for reader, item in expected if reader == router]
             same = Counter(news) == Counter(own)
@@ -301,7 +301,7 @@ class SideBySide:
         control = {worker for (worker,) in raw.of("ctl")}
         require(control == runs, f"those with a control stream are {control}, should be {runs}")
         for worker in runs:
-            orders = orders_in(self._unread(raw, "ctl", worker))
+            orders = control_messages_in(self._unread(raw, "ctl", worker))
             aborts = Counter((worker, order.job_id) for order in orders if order.kind is ControlKind.ABORT)
             asked = {pair: n for pair, n in effects.aborts.items() if pair[0] == worker}
             require(aborts == asked, f"aborts are {aborts}, should be {asked}")

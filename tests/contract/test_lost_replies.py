@@ -23,7 +23,7 @@ from queue_schemas import (
     new_session_id,
 )
 from queue_schemas.keys import ShardKeys
-from tests.support.faults import FaultProxy
+from tests.support.fault_proxy import FaultProxy
 from tests.support.queue import MODEL, Puller, ServerBackend, answer_frame, make_job
 
 from .conftest import Listener

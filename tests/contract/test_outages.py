@@ -12,7 +12,7 @@ import pytest
 
 from broker import Broker, BrokerSettings
 from queue_schemas import BrokerUnavailable, Frame, Marker, Outcome, Settled, State, new_session_id
-from tests.support.faults import FaultProxy
+from tests.support.fault_proxy import FaultProxy
 from tests.support.queue import Puller, answer_frame, make_job
 from tests.support.servers import Server, server_binary
 from tests.support.waiting import eventually

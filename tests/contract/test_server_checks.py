@@ -11,7 +11,7 @@ import pytest
 
 from broker import Broker, BrokerSettings
 from queue_schemas import BrokerUnavailable, BrokerUnsuitable, Frame, Marker, State, new_session_id
-from tests.support.faults import FaultProxy, ScriptedRedis
+from tests.support.fault_proxy import FaultProxy, ScriptedRedis
 from tests.support.processes import free_port
 from tests.support.queue import make_job
 from tests.support.servers import PASSWORD, Certificates, Server, server_binary

@@ -20,7 +20,7 @@ from tests.integration.membership.scene import (
     foreign_manager,
     open_ended_engine,
 )
-from tests.support.faults import FaultProxy
+from tests.support.fault_proxy import FaultProxy
 from tests.support.fleet import Fleet, Role
 from tests.support.servers import Server
 from tests.support.waiting import eventually

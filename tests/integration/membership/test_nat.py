@@ -18,7 +18,7 @@ from inferq.doctor.queue import check_queue
 from inferq.fleet.client import FleetClient
 from queue_schemas import FABRIC_PREFIX, BrokerUnsuitable, new_session_id
 from tests.integration.membership.scene import PATIENCE_S, LongStream, open_ended_engine
-from tests.support.faults import FaultProxy
+from tests.support.fault_proxy import FaultProxy
 from tests.support.fleet import ROOT, Fleet, Role
 from tests.support.processes import free_port
 from tests.support.servers import Certificates, Cluster, Server, server_binary

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faults import FaultProxy
+from tests.support.fault_proxy import FaultProxy
 from tests.support.fleet import MODEL, Fleet, Role
 from tests.support.servers import Server
 from tests.support.waiting import eventually

@@ -25,7 +25,7 @@ from inferq.on_ray.usage import direct_environment, usage_environment
 from telemetry.http.fabric_calls import FabricCall, FabricHttp
 from telemetry.http.fleet_session import direct_opener, fleet_session
 from tests.support.processes import free_port
-from tests.support.proxies import RecordingProxy
+from tests.support.recording_proxy import RecordingProxy
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[3]

@@ -1,3 +1,5 @@
+"""Command line options of the settings."""
+
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 

@@ -1,3 +1,5 @@
+"""Log lines: bound ids, levels, formats, untrusted input, passwords."""
+
 import io
 import json
 import logging

@@ -1,3 +1,5 @@
+"""The metrics registry and what a scrape renders."""
+
 import pytest
 
 from telemetry import MetricsRegistry, render_metrics

@@ -1,3 +1,5 @@
+"""Settings from flags, environment and file: precedence, errors, explanations."""
+
 from pathlib import Path
 from typing import ClassVar, Self
 

@@ -1,3 +1,5 @@
+"""Traces follow a request through the queue; without an endpoint tracing is off."""
+
 from collections.abc import Iterator
 
 import pytest

@@ -1,3 +1,5 @@
+"""Descriptions of pools add up their lanes and workers."""
+
 from queue_schemas import LANES, Assignment, EngineState, Lane, LaneDepth, Pool, WorkerInfo, WorkerState
 from queue_schemas.fleet.pools import describe_pools
 

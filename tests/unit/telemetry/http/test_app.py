@@ -1,3 +1,5 @@
+"""Every app of the fleet: error objects, request ids, the join token, health pages, metrics."""
+
 import json
 
 import httpx

@@ -1,3 +1,5 @@
+"""The HTTP server: addresses, signals, limits on its end, exit codes."""
+
 import asyncio
 import os
 import signal

@@ -14,13 +14,7 @@ from queue_schemas import (
     Outcome,
 )
 from tests.support.waiting import eventually
-from tests.unit.worker.attempts.bench import (
-    SSE,
-    Answer,
-    Bench,
-    lease,
-    plain,
-)
+from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease, plain
 
 
 async def test_a_plain_answer_is_settled_in_one_frame() -> None:

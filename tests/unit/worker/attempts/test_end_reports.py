@@ -8,13 +8,7 @@ from queue_schemas import (
     Lease,
 )
 from tests.support.waiting import eventually
-from tests.unit.worker.attempts.bench import (
-    SSE,
-    Answer,
-    Bench,
-    lease,
-    plain,
-)
+from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease, plain
 
 
 async def test_an_answer_is_settled_after_an_outage() -> None:

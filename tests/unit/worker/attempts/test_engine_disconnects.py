@@ -5,12 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.support.waiting import eventually
-from tests.unit.worker.attempts.bench import (
-    SSE,
-    Answer,
-    Bench,
-    lease,
-)
+from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease
 from worker.engines import EngineGone
 
 

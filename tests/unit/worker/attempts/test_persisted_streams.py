@@ -20,13 +20,7 @@ from queue_schemas import (
 )
 from tests.support.queue import make_job
 from tests.support.waiting import eventually
-from tests.unit.worker.attempts.bench import (
-    ATTEMPT_IDS,
-    SSE,
-    Answer,
-    Bench,
-    plain,
-)
+from tests.unit.worker.attempts.scripted_engine import ATTEMPT_IDS, SSE, Answer, Bench, plain
 
 
 def stored_lease(*, epoch: int = 1, attempt: int = 1, remaining_ms: int = 60_000, **fields: Any) -> Lease:

@@ -13,13 +13,7 @@ from queue_schemas import (
     Lane,
     Outcome,
 )
-from tests.unit.worker.attempts.bench import (
-    SSE,
-    Answer,
-    Bench,
-    lease,
-    plain,
-)
+from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease, plain
 
 
 @pytest.mark.parametrize("status", [300, 301, 304, 307, 308])

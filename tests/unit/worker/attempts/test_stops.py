@@ -9,13 +9,7 @@ from queue_schemas import (
     Outcome,
 )
 from tests.support.waiting import eventually
-from tests.unit.worker.attempts.bench import (
-    SSE,
-    Answer,
-    Bench,
-    lease,
-    plain,
-)
+from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease, plain
 
 
 async def test_an_abort_closes_the_engine_call_and_reports_nothing() -> None:

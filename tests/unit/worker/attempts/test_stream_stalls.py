@@ -16,13 +16,7 @@ from queue_schemas import (
     Outcome,
 )
 from tests.support.waiting import eventually
-from tests.unit.worker.attempts.bench import (
-    SSE,
-    Answer,
-    Bench,
-    lease,
-    plain,
-)
+from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease, plain
 from worker.attempts import StreamTimeouts
 
 LIMITS = StreamTimeouts(text_s=120.0, buffered_s=1_800.0)

@@ -1,4 +1,4 @@
-"""A proxy that serves nobody and remembers who asked it: what must not go by way of a proxy does not."""
+"""An HTTP proxy that refuses and records each request, to show that calls go direct."""
 
 from __future__ import annotations
 

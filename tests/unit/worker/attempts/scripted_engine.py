@@ -1,4 +1,4 @@
-"""Attempts on a scripted engine, with everything around them recorded."""
+"""Run attempts on a scripted engine and record the calls that they make."""
 
 from __future__ import annotations
 

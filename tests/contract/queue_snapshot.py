@@ -1,4 +1,4 @@
-"""What is to be seen of the real queue, in the shape in which the model says it."""
+"""Read the real queue's keys as a ``Snapshot``, to compare with that of the reference model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from queue_schemas.control import parse_control
 from queue_schemas.frames import unpack_frames, unpack_marker
 from queue_schemas.ids import decode_name
 from queue_schemas.keys import ShardKeys
-
-from .model_records import SUSPECT, DeadLetter, Line, Place, Sight, require
+from tests.contract.model_records import SUSPECT, DeadLetter, Line, Place, Snapshot, require
 
 KEYS = ShardKeys(0)
 FAMILIES = {
@@ -86,7 +85,7 @@ class Raw:
         return entries
 
 
-def sight_of(raw: Raw) -> Sight:
+def read_snapshot(raw: Raw) -> Snapshot:
     """The real queue as the model sees it."""
     lines, active = _lines(raw), _active(raw)
     fresh = {line for line in lines if line.kind == "fresh"}
@@ -96,7 +95,7 @@ def sight_of(raw: Raw) -> Sight:
     counters, dead = _counters(raw), [entry for _, entry in raw.one("dead")]
     letters = {(entry_id.decode(),) for entry_id, _ in raw.one("dead")}
     require(letters == set(raw.of("dead_request")), "each dead letter has its request")
-    return Sight(
+    return Snapshot(
         records={job_id: _record(held, standing.get(job_id)) for (job_id,), held in raw.of("job").items()},
         lines=lines,
         leases={worker: _epochs(held) for (worker,), held in raw.of("leases").items()},
@@ -121,10 +120,10 @@ def sight_of(raw: Raw) -> Sight:
     )  # fmt: skip
 
 
-def differences(real: Sight, model: Sight) -> list[str]:
+def differences(real: Snapshot, model: Snapshot) -> list[str]:
     """What is not as it should be, in words."""
     found = []
-    for field in fields(Sight):
+    for field in fields(Snapshot):
         is_, should_be = getattr(real, field.name), getattr(model, field.name)
         if isinstance(is_, dict):
             names = sorted(is_.keys() | should_be.keys(), key=str)
@@ -138,7 +137,7 @@ def differences(real: Sight, model: Sight) -> list[str]:
     return found
 
 
-def news_in(entries: Entries) -> list[Frame | Marker]:
+def frames_in(entries: Entries) -> list[Frame | Marker]:
     """What a Router reads in its stream's entries."""
     news: list[Frame | Marker] = []
     for _, entry in entries:
@@ -149,7 +148,7 @@ def news_in(entries: Entries) -> list[Frame | Marker]:
     return news
 
 
-def orders_in(entries: Entries) -> list[Control]:
+def control_messages_in(entries: Entries) -> list[Control]:
     """What a worker reads in its control stream's entries."""
     return [control for _, entry in entries if (control := parse_control(dict(entry))) is not None]
 

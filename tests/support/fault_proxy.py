@@ -1,4 +1,4 @@
-"""Faults on the wire: a TCP proxy on loopback that loses replies, delays, cuts and falls silent when told."""
+"""Faults on the wire: a TCP proxy on loopback that loses replies, delays, cuts and stalls connections on request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Point(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
+class InjectedFault:
     """What happens to whoever sends a request with ``marker`` in it, and when."""
 
     marker: bytes
@@ -44,7 +44,7 @@ class FaultProxy:
         self.seen: Counter[bytes] = Counter()
         """How often the server said each word of ``watch_for``."""
         self.watch_for: tuple[bytes, ...] = ()
-        self._strike: Strike | None = None
+        self._fault: InjectedFault | None = None
         self._target_port = target_port
         self._losses: dict[bytes, int] = {}
         self._refusing = False
@@ -90,9 +90,9 @@ class FaultProxy:
         """Whether a reply that :meth:`lose_reply` asked for is still to be lost."""
         return marker in self._losses
 
-    def strike(self, strike: Strike | None) -> None:
+    def inject(self, fault: InjectedFault | None) -> None:
         """At the next request that contains its marker, call its action at its point. None: not any more."""
-        self._strike = strike
+        self._fault = fault
 
     def cut(self) -> None:
         """Drop all connections and refuse new ones, until :meth:`heal`."""
@@ -149,24 +149,24 @@ class FaultProxy:
             await self._flowing.wait()
             if upward and self._losses:
                 link.doomed = next((marker for marker in self._losses if marker in link.tail + chunk), link.doomed)
-            if upward and self._strike is not None and self._strike.marker in link.tail + chunk:
-                link.strike, self._strike = self._strike, None
-                if link.strike.point is Point.BEFORE_SEND:
-                    link.strike.action()
+            if upward and self._fault is not None and self._fault.marker in link.tail + chunk:
+                link.fault, self._fault = self._fault, None
+                if link.fault.point is Point.BEFORE_SEND:
+                    link.fault.action()
                     return
             if upward:
                 link.tail = chunk[-64:]
             elif link.doomed and not chunk.startswith(b"-NOSCRIPT"):
                 self._count_lost(link.doomed)
                 return
-            elif link.strike is not None and link.strike.point is Point.AFTER_COMMIT:
-                link.strike.action()
+            elif link.fault is not None and link.fault.point is Point.AFTER_COMMIT:
+                link.fault.action()
                 return
             if not upward:
                 self._watch(link, chunk)
             await self._write(writer, chunk)
-            if not upward and link.strike is not None:
-                link.strike.action()
+            if not upward and link.fault is not None:
+                link.fault.action()
                 return
 
     def _count_lost(self, marker: bytes) -> None:
@@ -199,7 +199,7 @@ class _Link:
     def __init__(self) -> None:
         self.doomed = b""
         self.heard = b""
-        self.strike: Strike | None = None
+        self.fault: InjectedFault | None = None
         self.tail = b""
 
 

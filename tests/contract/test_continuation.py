@@ -10,9 +10,8 @@ import pytest
 from broker import Broker, Reclaimed
 from queue_schemas import Job, Lane, Marker, MarkerKind, Outcome, Pool, Settled, State
 from queue_schemas.keys import ShardKeys
+from tests.contract.conftest import Listener
 from tests.support.queue import MODEL, Puller, answer_frame, make_job
-
-from .conftest import Listener
 
 KEYS = ShardKeys(0)
 

@@ -13,8 +13,7 @@ from inferq.vllm_setup import DEFAULT_MODEL
 from tests.support.fleet import Role
 from tests.support.sse import read_data
 from tests.support.waiting import eventually
-
-from .conftest import RealFleet, until_engine_ready
+from tests.vllm.conftest import RealFleet, until_engine_ready
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(2400)]
 
