@@ -17,7 +17,7 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 from openai.types import Batch
 
-from tests.support.batches import Shelf, add_batcher
+from tests.support.batches import BatchStorage, add_batcher
 from tests.support.command_line import inferq, inferq_child
 from tests.support.fleet import MODEL, Fleet
 from tests.support.servers import Server
@@ -36,7 +36,7 @@ async def fleet(module_valkey: Server, tmp_path_factory: pytest.TempPathFactory)
     keys = ",".join(f"{hashlib.sha256(key.encode()).hexdigest()}:{key[6:]}" for key in (ACME, RIVAL))
     async with Fleet(tmp_path_factory.mktemp("fleet"), module_valkey, router={"api_keys": keys}) as fleet:
         fleet.session.headers["authorization"] = f"Bearer {ACME}"
-        batcher = add_batcher(fleet, Shelf(fleet.folder / ".inferq" / "store"), model_wait_ms=200)
+        batcher = add_batcher(fleet, BatchStorage(fleet.folder / ".inferq" / "store"), model_wait_ms=200)
         batcher.process.start()
         await fleet.up(workers=2)
         await batcher.ready()

@@ -15,7 +15,7 @@ from openai import AsyncOpenAI
 from inferq.client import RequestFailed
 from inferq.webhooks import views as commands
 from inferq.webhooks.client import WebhookClient
-from tests.support.batches import Shelf, add_batcher
+from tests.support.batches import BatchStorage, add_batcher
 from tests.support.command_line import inferq
 from tests.support.fleet import MODEL, Fleet
 from tests.support.receiver import OK, Received, Receiver, receiving, status
@@ -36,7 +36,7 @@ async def fleet(module_valkey: Server, tmp_path_factory: pytest.TempPathFactory)
     router = {"api_keys": keys, "webhooks_allow_http": True, "webhooks_allow_private": "127.0.0.0/8"}
     async with Fleet(tmp_path_factory.mktemp("fleet"), module_valkey, router=router) as fleet:
         fleet.session.headers["authorization"] = f"Bearer {KEY}"
-        shelf = Shelf(fleet.folder / ".inferq" / "store")
+        shelf = BatchStorage(fleet.folder / ".inferq" / "store")
         services = [add_batcher(fleet, shelf), add_notifier(fleet, shelf.folder)]
         for service in services:
             service.process.start()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from queue_schemas import Tenant
-from tests.support.batches import Shelf, add_batcher
+from tests.support.batches import BatchStorage, add_batcher
 from tests.support.fleet import MODEL, Fleet
 from tests.support.servers import Server
 from webhooks.core import signed_headers
@@ -42,7 +42,7 @@ async def test_batches_with_the_node_sdk(tmp_path: Path, own_valkey: Server) -> 
     await _run("npm", "ci", "--no-audit", "--no-fund", folder=tmp_path, limit_s=90)
     (tmp_path / "fleet").mkdir()
     async with Fleet(tmp_path / "fleet", own_valkey) as fleet:
-        batcher = add_batcher(fleet, Shelf(fleet.folder / ".inferq" / "store"))
+        batcher = add_batcher(fleet, BatchStorage(fleet.folder / ".inferq" / "store"))
         batcher.process.start()
         await fleet.up(workers=1)
         await batcher.ready()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import Batch, BatchStatus
-from tests.support.batches import ACME, Shelf, add_batcher, jsonl, line
+from tests.support.batches import ACME, BatchStorage, add_batcher, jsonl, line
 from tests.support.fleet import Fleet, Role
 from tests.support.servers import Server, server_binary
 
@@ -71,7 +71,7 @@ class Peaks:
 async def run(folder: Path, lines: int, *, kill: bool, workers: int) -> Outcome:
     """One batch. Settings are those of production, but for the fleet's short times."""
     server = Server(server_binary(), folder / "valkey").start()
-    shelf = Shelf(folder / "store")
+    shelf = BatchStorage(folder / "store")
     try:
         async with Fleet(folder, server) as fleet:
             flags = {
@@ -103,7 +103,7 @@ async def run(folder: Path, lines: int, *, kill: bool, workers: int) -> Outcome:
         server.stop()
 
 
-async def _kill_all(fleet: Fleet, shelf: Shelf, batch_id: str, batcher: Role, peaks: Peaks, lines: int) -> int:
+async def _kill_all(fleet: Fleet, shelf: BatchStorage, batch_id: str, batcher: Role, peaks: Peaks, lines: int) -> int:
     """SIGKILL: the batcher, a worker, Redis, then all three at once; each started again at once."""
     victims = [[batcher.process], [fleet.workers[0].process], [fleet.server.process]]
     victims.append([process for one in victims for process in one])
@@ -120,7 +120,7 @@ async def _kill_all(fleet: Fleet, shelf: Shelf, batch_id: str, batcher: Role, pe
     return sum(map(len, victims))
 
 
-async def _watch(shelf: Shelf, batch_id: str, peaks: Peaks, *, limit_s: float) -> Batch:
+async def _watch(shelf: BatchStorage, batch_id: str, peaks: Peaks, *, limit_s: float) -> Batch:
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
         await asyncio.sleep(0.2)
@@ -130,7 +130,7 @@ async def _watch(shelf: Shelf, batch_id: str, peaks: Peaks, *, limit_s: float) -
     raise AssertionError(f"not ended within {limit_s:g} s: {batch.progress}")
 
 
-def _count(shelf: Shelf, batch: Batch) -> tuple[int, int]:
+def _count(shelf: BatchStorage, batch: Batch) -> tuple[int, int]:
     """Lines of both files, and how many of them are there a second time."""
     seen: set[str] = set()
     lines = 0
@@ -140,7 +140,7 @@ def _count(shelf: Shelf, batch: Batch) -> tuple[int, int]:
     return lines, lines - len(seen)
 
 
-def _ids(shelf: Shelf, batch: Batch) -> Iterator[str]:
+def _ids(shelf: BatchStorage, batch: Batch) -> Iterator[str]:
     for file_id in (batch.progress.output_file_id, batch.progress.error_file_id):
         record = file_id and shelf.files.get(ACME, file_id, time.time())
         rest = b""

@@ -1,4 +1,4 @@
-"""Batches as tests see them: files and batches put into a store as the Router does, and what came of them."""
+"""Batches in tests: upload files and submit batches as the Router does, and read the results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def jsonl(lines: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
     return (json.dumps(one).encode() + b"\n" for one in lines)
 
 
-class Shelf:
+class BatchStorage:
     """The store of a test."""
 
     def __init__(self, folder: Path) -> None:
@@ -152,7 +152,7 @@ class Shelf:
         return found
 
 
-def add_batcher(fleet: Fleet, shelf: Shelf, name: str = "batcher", **flags: object) -> Role:
+def add_batcher(fleet: Fleet, shelf: BatchStorage, name: str = "batcher", **flags: object) -> Role:
     """A batcher's process over the store of a test, not started yet."""
     settings = _BATCHER | {"batcher_id": name, "redis_url": fleet.server.url, "storage_url": shelf.folder} | flags
     return fleet.add(name, "batches.service", settings)

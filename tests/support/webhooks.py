@@ -1,4 +1,4 @@
-"""Webhooks as tests see them: endpoints and events put into a store as others do, and a notifier over it."""
+"""Webhooks in tests: put endpoints and events into a store as the other roles do, and run a notifier on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOTIFIER = {
 """Settings in tests, as flags; a test may give others."""
 
 
-class Rack:
+class WebhookStorage:
     """The store of a test."""
 
     def __init__(self, folder: Path) -> None:

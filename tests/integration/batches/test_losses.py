@@ -7,14 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 from storage import Batch, BatchStatus
-from tests.support.batches import ACME, Shelf, add_batcher, line
+from tests.support.batches import ACME, BatchStorage, add_batcher, line
 from tests.support.fleet import Fleet
 from tests.support.servers import Server
 
 FAST = {"sim_ttft_ms": 0, "sim_tokens_per_s": 0}
 
 
-def assert_each_once(shelf: Shelf, batch: Batch, lines: int) -> None:
+def assert_each_once(shelf: BatchStorage, batch: Batch, lines: int) -> None:
     """Every line of the input stands once in the output file, with the answer to its own question."""
     progress = batch.progress
     assert progress.status is BatchStatus.COMPLETED, progress
@@ -31,7 +31,7 @@ def assert_each_once(shelf: Shelf, batch: Batch, lines: int) -> None:
 async def test_batcher_worker_and_redis_are_killed_midway(tmp_path: Path, own_valkey: Server) -> None:
     """SIGKILL for each in turn and then for all at once, and a FLUSHALL, while the batch runs: as many results out as
     lines in, each its own; and nothing of it is left over."""
-    shelf = Shelf(tmp_path / "store")
+    shelf = BatchStorage(tmp_path / "store")
     lines = 4_000
     async with Fleet(tmp_path, own_valkey) as fleet:
         batcher = add_batcher(fleet, shelf)

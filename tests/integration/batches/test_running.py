@@ -18,7 +18,7 @@ from batches.service import serve
 from broker import BrokerSettings
 from queue_schemas import CannotStart, Tenant
 from storage import BatchStatus, StorageSettings
-from tests.support.batches import ACME, Shelf, add_batcher, line
+from tests.support.batches import ACME, BatchStorage, add_batcher, line
 from tests.support.fleet import Fleet
 from tests.support.processes import Child
 from tests.support.servers import Cluster, Server, server_binary
@@ -42,7 +42,7 @@ def url_with_documented_rights(server: Server) -> str:
 async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, own_valkey: Server) -> None:
     """Both advance together, each line is written once, `rq info` shows workers and queue, the pages say what was done,
     and at SIGTERM a batcher ends at once, though a batch runs. The rights in the documents are enough."""
-    shelf = Shelf(tmp_path / "store")
+    shelf = BatchStorage(tmp_path / "store")
     globex = Tenant("globex")
     valkey = own_valkey
     url = url_with_documented_rights(valkey)
@@ -84,7 +84,7 @@ async def test_two_batchers_run_two_tenants_batches_at_once(tmp_path: Path, own_
 async def test_a_batch_runs_over_a_cluster(tmp_path: Path, valkey: Server) -> None:
     """RQ's jobs lie in a plain Redis beside it, lines on their model's shard; the Manager says where the cluster is."""
     binary = server_binary()
-    shelf = Shelf(tmp_path / "store")
+    shelf = BatchStorage(tmp_path / "store")
     cluster = Cluster(binary, tmp_path / "cluster")
     try:
         fleet = Fleet(tmp_path, cluster.start(), manager={"shards": 3})
@@ -103,7 +103,7 @@ async def test_a_batch_runs_over_a_cluster(tmp_path: Path, valkey: Server) -> No
 
 async def test_a_full_disk_is_waited_for(tmp_path: Path, valkey: Server) -> None:
     """While the store takes no more, the batch stands still and /readyz says why; with room it ends whole."""
-    shelf = Shelf(tmp_path / "store")
+    shelf = BatchStorage(tmp_path / "store")
     async with Fleet(tmp_path, valkey) as fleet:
         batcher = add_batcher(fleet, shelf)
         # Writes refused for size are errors to it, as those refused for space are.

@@ -11,12 +11,12 @@ from tests.support.fleet import Fleet
 from tests.support.receiver import HANG, OK, Received, receiving
 from tests.support.servers import Server
 from tests.support.waiting import eventually
-from tests.support.webhooks import ACME, Rack, add_notifier
+from tests.support.webhooks import ACME, WebhookStorage, add_notifier
 
 
 async def test_events_are_delivered_signed_and_counted(tmp_path: Path, valkey: Server) -> None:
     """RQ's worker runs the rounds; a receiver that hangs holds up nobody; what the pages tell is true."""
-    rack = Rack(tmp_path / "store")
+    rack = WebhookStorage(tmp_path / "store")
     client = OpenAI(api_key="none", base_url="http://127.0.0.1:1")
     async with Fleet(tmp_path, valkey) as fleet, receiving() as receiver, receiving(lambda _: HANG) as slow:
         endpoint_id, _ = rack.endpoint(receiver.url), rack.endpoint(slow.url)
@@ -41,7 +41,7 @@ async def test_events_are_delivered_signed_and_counted(tmp_path: Path, valkey: S
 async def test_a_notifier_that_is_killed_loses_no_event(tmp_path: Path, valkey: Server) -> None:
     """SIGKILL while attempts run: whoever comes next sends again what was not answered, under the same id, and nothing
     else twice. An emptied Redis in between changes nothing."""
-    rack = Rack(tmp_path / "store")
+    rack = WebhookStorage(tmp_path / "store")
     answers: dict[str, bytes] = {}
 
     def answer(request: Received) -> bytes:
@@ -70,7 +70,7 @@ async def test_a_notifier_that_is_killed_loses_no_event(tmp_path: Path, valkey: 
 
 async def test_two_notifiers_send_nothing_twice(tmp_path: Path, valkey: Server) -> None:
     """RqJobs are run by one at a time, and what one has claimed the other leaves alone."""
-    rack = Rack(tmp_path / "store")
+    rack = WebhookStorage(tmp_path / "store")
     async with Fleet(tmp_path, valkey) as fleet, receiving() as receiver:
         endpoint_id = rack.endpoint(receiver.url)
         for name in ("notifier-1", "notifier-2"):

@@ -22,7 +22,7 @@ from batches.step_sweep import StepSweep
 from broker import Broker
 from queue_schemas import END, HEAD, Frame, Lease, Outcome, Pool, Tenant
 from storage import Batch
-from tests.support.batches import ACME, Shelf
+from tests.support.batches import ACME, BatchStorage
 from tests.support.queue import Puller
 
 Engine = Callable[[dict[str, Any]], tuple[int, Any]]
@@ -38,7 +38,7 @@ class Scene:
     """One batcher, and an engine that runs when it is told to. ``now`` is the wall clock."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.shelf = Shelf(folder)
+        self.shelf = BatchStorage(folder)
         self.server = fakeredis.FakeServer()
         self.now = 2_000_000_000.0
         usual: dict[str, Any] = {"step_ms": 10, "shared_step_ms": 10, "retry_backoff_ms": 10, "cancel_grace_ms": 0}
