@@ -85,7 +85,7 @@ class Listener:
         """The Router is gone and its stream has expired."""
         await self._client.delete(self._key)
 
-    async def news(self) -> list[Frame | Marker]:
+    async def received(self) -> list[Frame | Marker]:
         """What came since the last call."""
         entries = await self._client.xrange(self._key, min=b"(" + self._last)
         found: list[Frame | Marker] = []
@@ -98,12 +98,12 @@ class Listener:
 
     async def marker(self) -> Marker:
         """The one marker that came."""
-        (marker,) = await self.news()
+        (marker,) = await self.received()
         assert isinstance(marker, Marker)
         return marker
 
-    async def hears(self, kind: MarkerKind) -> None:
-        """The one piece of news is a marker of this kind."""
+    async def expect_marker(self, kind: MarkerKind) -> None:
+        """Exactly one marker of this kind has come since the last call."""
         assert (await self.marker()).kind is kind
 
 

@@ -125,7 +125,7 @@ async def test_a_claim_passes_over_a_bounded_number_of_dead_entries(
     calls = 0
     while not (leases := await worker.claim()):
         calls += 1
-        assert [message.kind for message in await worker.told()] == [ControlKind.WAKE]
+        assert [message.kind for message in await worker.control_messages()] == [ControlKind.WAKE]
         assert calls < 5
     assert calls == 2
     assert leases[0].job == alive
@@ -177,7 +177,7 @@ async def test_the_only_worker_gets_its_failed_job_back_in_the_end(broker: Broke
     async with asyncio.timeout(6):
         while not (leases := await worker.claim()):
             await broker.maintenance.expire()
-            await worker.told(block_ms=100)
+            await worker.control_messages(block_ms=100)
     assert leases[0].job == job
 
 
@@ -218,9 +218,9 @@ async def test_a_claim_that_grows_large_ends_early_and_is_followed_by_another(br
     """A reply is bounded in bytes, at least one job is always given, and the worker is told to claim again."""
     for _ in range(4):
         await broker.jobs.enqueue(make_job(body=b"x" * (5 << 20)))
-    await worker.told()
+    await worker.control_messages()
     assert len(await worker.claim(4)) == 2
-    assert Control(ControlKind.WAKE) in await worker.told()
+    assert Control(ControlKind.WAKE) in await worker.control_messages()
     assert len(await worker.claim(4)) == 2
 
 

@@ -50,7 +50,7 @@ async def test_a_stream_that_its_worker_gives_back_waits_too(
     lease = await worker.claim_one()
     assert await broker.attempts.release(lease, "draining", counted=counted) is Settled.OK
     assert await broker.attempts.release(lease, "draining", counted=counted) is Settled.DUPLICATE
-    await listener.hears(MarkerKind.LOST)
+    await listener.expect_marker(MarkerKind.LOST)
     assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
 
 
@@ -66,7 +66,7 @@ async def test_other_jobs_are_run_again_at_once(
     await broker.jobs.enqueue(replace(make_stream(listener), **fields))
     await worker.claim_one()
     assert await broker.maintenance.reclaim(worker.session_id) == Reclaimed(requeued=1)
-    await listener.hears(MarkerKind.REQUEUED)
+    await listener.expect_marker(MarkerKind.REQUEUED)
 
 
 async def test_resume_is_idempotent(broker: Broker, worker: Puller, listener: Listener) -> None:
@@ -123,15 +123,15 @@ async def test_a_router_that_did_not_answer_is_asked_again(
     """A marker may be lost on its way, or a Router may be paused; it is not asked at every sweep."""
     job = make_stream(listener)
     await lose(broker, worker, job)
-    await listener.hears(MarkerKind.LOST)
+    await listener.expect_marker(MarkerKind.LOST)
     await broker.maintenance.expire()
-    assert await listener.news() == []
+    assert await listener.received() == []
     await client.zadd(KEYS.lost, {job.id: 0})
     await broker.maintenance.expire()
     again = await listener.marker()
     assert (again.kind, again.epoch) == (MarkerKind.LOST, 2)
     await broker.maintenance.expire()
-    assert await listener.news() == []
+    assert await listener.received() == []
     assert await broker.jobs.resume(job, 2) is State.QUEUED
 
 
@@ -140,15 +140,15 @@ async def test_a_lost_stream_can_end(broker: Broker, worker: Puller, listener: L
     """Cancelled or expired while it waits for its Router, it leaves nothing behind."""
     job = make_stream(listener)
     await lose(broker, worker, job)
-    await listener.hears(MarkerKind.LOST)
+    await listener.expect_marker(MarkerKind.LOST)
     if how == "cancel":
         assert await broker.jobs.cancel(job.id, "its client went away") is State.LOST
-        await listener.hears(MarkerKind.CANCELLED)
+        await listener.expect_marker(MarkerKind.CANCELLED)
     else:
         await client.hset(KEYS.job(job.id), "deadline", 1)
         await client.zadd(KEYS.deadlines, {job.id: 1})
         assert (await broker.maintenance.expire()).expired == 1
-        await listener.hears(MarkerKind.EXPIRED)
+        await listener.expect_marker(MarkerKind.EXPIRED)
     assert not await client.exists(KEYS.lost, KEYS.budget, KEYS.deadlines)
     assert await broker.jobs.resume(job, 2) is (State.CANCELLED if how == "cancel" else State.EXPIRED)
 
@@ -162,10 +162,10 @@ async def test_attempts_of_a_continued_stream_are_bounded(broker: Broker, listen
         await worker.claim_one()
         taken = await broker.maintenance.reclaim(worker.session_id)
         if epoch == 2:
-            await listener.hears(MarkerKind.LOST)
+            await listener.expect_marker(MarkerKind.LOST)
             await broker.jobs.resume(job, 2)
     assert taken == Reclaimed(dead=1)
-    await listener.hears(MarkerKind.DEAD)
+    await listener.expect_marker(MarkerKind.DEAD)
 
 
 async def test_a_longer_envelope_counts_in_the_budget_and_is_given_back(
@@ -192,5 +192,5 @@ async def test_a_resumed_stream_wakes_a_parked_worker(broker: Broker, worker: Pu
     assert await idle.claim() == []
     assert await broker.stats.depths() == {}
     await broker.jobs.resume(job, 2)
-    assert [message.kind.value for message in await idle.told(200)] == ["wake"]
+    assert [message.kind.value for message in await idle.control_messages(200)] == ["wake"]
     assert (await broker.stats.depths())[Pool(MODEL)][Lane.INTERACTIVE].waiting == 1

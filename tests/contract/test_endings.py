@@ -43,8 +43,8 @@ async def test_cancelling_a_running_job_tells_its_worker(broker: Broker, worker:
     await broker.jobs.enqueue(job)
     await worker.claim_one()
     assert await broker.jobs.cancel(job.id, "the client went away") is State.LEASED
-    assert await worker.told() == [Control(ControlKind.ABORT, job.id, "the client went away")]
-    await listener.hears(MarkerKind.CANCELLED)
+    assert await worker.control_messages() == [Control(ControlKind.ABORT, job.id, "the client went away")]
+    await listener.expect_marker(MarkerKind.CANCELLED)
     assert await broker.stats.depths() == {}
 
 
@@ -68,7 +68,7 @@ async def test_cancelling_what_has_ended_changes_nothing(
     await broker.attempts.settle(await worker.claim_one(), outcome)
     assert await broker.jobs.cancel(job.id, "too late") is State(outcome)
     assert await broker.jobs.enqueue(job) is State(outcome)
-    assert await listener.news() == []
+    assert await listener.received() == []
 
 
 async def test_cancelling_twice_tells_once(broker: Broker, worker: Puller, listener: Listener) -> None:
@@ -78,8 +78,8 @@ async def test_cancelling_twice_tells_once(broker: Broker, worker: Puller, liste
     await worker.claim_one()
     for _ in range(3):
         await broker.jobs.cancel(job.id, "the client went away")
-    assert len(await worker.told()) == 1
-    assert len(await listener.news()) == 1
+    assert len(await worker.control_messages()) == 1
+    assert len(await listener.received()) == 1
 
 
 async def test_the_tombstone_of_an_unknown_cancel_passes(broker: Broker, client: Any) -> None:
@@ -96,7 +96,7 @@ async def test_a_waiting_job_expires(broker: Broker, worker: Puller, listener: L
         await broker.jobs.enqueue(job)
     await asyncio.sleep(0.04)
     assert (await broker.maintenance.expire()).expired == 2
-    assert [(news.kind, news.job_id) for news in await listener.news() if isinstance(news, Marker)] == [
+    assert [(news.kind, news.job_id) for news in await listener.received() if isinstance(news, Marker)] == [
         (MarkerKind.EXPIRED, jobs[0].id),
         (MarkerKind.EXPIRED, jobs[1].id),
     ]
@@ -110,9 +110,9 @@ async def test_a_running_job_expires(broker: Broker, worker: Puller, listener: L
     lease = await worker.claim_one()
     await asyncio.sleep(lease.remaining_ms / 1000 + 0.005)
     assert (await broker.maintenance.expire()).expired == 1
-    (abort,) = await worker.told()
+    (abort,) = await worker.control_messages()
     assert (abort.kind, abort.job_id) == (ControlKind.ABORT, job.id)
-    await listener.hears(MarkerKind.EXPIRED)
+    await listener.expect_marker(MarkerKind.EXPIRED)
     assert (await broker.maintenance.expire()).expired == 0
 
 
@@ -160,7 +160,7 @@ async def test_an_abandoned_job_is_cancelled_when_it_is_handed_back(
     await listener.leave()
     assert await broker.attempts.release(lease, "draining", counted=False) is Settled.OK
     assert await broker.jobs.enqueue(job) is State.CANCELLED
-    assert await listener.news() == []
+    assert await listener.received() == []
 
 
 async def test_a_settle_for_a_router_that_is_gone_creates_nothing(

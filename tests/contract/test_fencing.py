@@ -74,7 +74,7 @@ async def test_the_answer_of_a_lost_attempt_is_refused(
     lease = await worker.claim_one()
     await loss(broker, worker, lease)
     assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
-    assert [type(news) for news in await listener.news()] == [Marker]
+    assert [type(news) for news in await listener.received()] == [Marker]
 
 
 async def test_a_lost_attempt_cannot_be_handed_back(broker: Broker, worker: Puller, loss: Loss) -> None:
@@ -98,7 +98,7 @@ async def test_only_the_newest_attempt_may_answer(broker: Broker, worker: Puller
     assert await broker.attempts.settle(late, Outcome.DONE, answer_frame(late, b"late")) is Settled.FENCED
     assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease, b"right")) is Settled.OK
     assert await broker.attempts.settle(late, Outcome.DONE, answer_frame(late, b"later")) is Settled.FENCED
-    marker, frame = await listener.news()
+    marker, frame = await listener.received()
     assert isinstance(marker, Marker) and isinstance(frame, Frame)
     assert (marker.kind, marker.epoch) == (MarkerKind.REQUEUED, 2)
     assert (frame.data, frame.epoch, frame.attempt_id) == (b"right", 2, lease.attempt_id)
@@ -123,7 +123,7 @@ async def test_settling_twice_is_a_duplicate(
     lease = await worker.claim_one()
     assert await broker.attempts.settle(lease, outcome, answer_frame(lease)) is Settled.OK
     assert await broker.attempts.settle(lease, outcome, answer_frame(lease)) is Settled.DUPLICATE
-    assert len(await listener.news()) == 1
+    assert len(await listener.received()) == 1
     assert await broker.jobs.enqueue(job) is State(outcome)
 
 
@@ -135,7 +135,7 @@ async def test_settling_twice_at_once_answers_once(broker: Broker, worker: Pulle
         *(broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) for _ in range(2))
     )
     assert sorted(answers) == [Settled.DUPLICATE, Settled.OK]
-    assert len(await listener.news()) == 1
+    assert len(await listener.received()) == 1
 
 
 async def test_releasing_twice_is_a_duplicate(broker: Broker, worker: Puller) -> None:
@@ -271,7 +271,7 @@ async def test_attempts_are_bounded(broker: Broker, worker: Puller, listener: Li
         assert fate == (Reclaimed(requeued=1) if attempt < 3 else Reclaimed(dead=1))
     assert await worker.claim() == []
     assert await broker.jobs.enqueue(job) is State.DEAD
-    kinds = [news.kind for news in await listener.news() if isinstance(news, Marker)]
+    kinds = [news.kind for news in await listener.received() if isinstance(news, Marker)]
     assert kinds == [MarkerKind.REQUEUED, MarkerKind.REQUEUED, MarkerKind.DEAD]
 
 
@@ -321,7 +321,7 @@ async def test_an_envelope_that_cannot_be_read_is_left_to_others_and_ends(broker
     key = ShardKeys(0).job(job.id)
     await client.hset(key, "env", b"\xc1 from another age")
     assert await worker.claim(1) == []
-    assert Control(ControlKind.WAKE) in await worker.told()
+    assert Control(ControlKind.WAKE) in await worker.control_messages()
     assert await client.hget(key, "state") == b"dead"
     ((_, letter),) = await client.xrange(ShardKeys(0).dead)
     assert b"cannot read" in letter[b"cause"]

@@ -40,7 +40,7 @@ async def test_control_messages_that_cannot_be_read_are_passed_over(
         assert await client.xadd(key, fields, nomkstream=True)
     job_id = new_job_id(0)
     assert await broker.fleet.send_control(worker.session_id, Control(ControlKind.ABORT, job_id, "gone"))
-    told = await worker.told()
+    told = await worker.control_messages()
     assert [control.job_id for control in told] == ["0-" + "0" * 32, job_id]
 
 

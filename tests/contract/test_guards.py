@@ -223,7 +223,7 @@ async def the_router_is_told(scene: Scene) -> None:
     await scene.broker.jobs.enqueue(scene.job())
     await scene.worker.claim_one()
     await scene.broker.maintenance.reclaim(scene.worker.session_id)
-    assert [item.kind for item in await scene.listener.news()] == [MarkerKind.REQUEUED]  # type: ignore[union-attr]
+    assert [item.kind for item in await scene.listener.received()] == [MarkerKind.REQUEUED]  # type: ignore[union-attr]
 
 
 async def a_new_attempt_has_a_new_epoch(scene: Scene) -> None:

@@ -101,7 +101,7 @@ async def test_claim_that_parks(faulty: Faulty) -> None:
     assert await worker.claim() == []
     await faulty.sound.jobs.enqueue(make_job())
     await faulty.sound.jobs.enqueue(make_job())
-    assert [message.kind for message in await worker.told()] == [ControlKind.WAKE]
+    assert [message.kind for message in await worker.control_messages()] == [ControlKind.WAKE]
 
 
 async def test_settle(faulty: Faulty) -> None:
@@ -114,7 +114,7 @@ async def test_settle(faulty: Faulty) -> None:
         Settled.OK,
         Settled.DUPLICATE,
     )
-    assert len(await faulty.listener.news()) == 1
+    assert len(await faulty.listener.received()) == 1
     assert await faulty.counts() == (0, 0)
 
 
@@ -128,7 +128,7 @@ async def test_release(faulty: Faulty, counted: bool) -> None:
     answer = await faulty.broker.attempts.release(lease, "draining", counted=counted)
     assert answer in (Settled.OK, Settled.DUPLICATE)
     assert await faulty.counts() == (1, 0)
-    assert len(await faulty.listener.news()) == 1
+    assert len(await faulty.listener.received()) == 1
     again = await (await Puller(faulty.sound).join()).claim_one()
     assert (again.epoch, again.attempt) == (2, 2 if counted else 1)
 
@@ -173,7 +173,7 @@ async def test_append_and_its_end(faulty: Faulty) -> None:
     assert await faulty.broker.attempts.append(lease, run[0].pack() + run[1].pack()) is Settled.OK
     faulty.lose("append")
     assert await faulty.broker.attempts.settle(lease, Outcome.DONE, run[2].pack()) in (Settled.OK, Settled.DUPLICATE)
-    assert await faulty.listener.news() == run
+    assert await faulty.listener.received() == run
     page = await faulty.sound.output.read(job.id)
     assert page is not None
     assert page.frames == tuple(run)
@@ -188,7 +188,7 @@ async def test_attach(faulty: Faulty) -> None:
     assert await faulty.broker.output.attach(job.id, faulty.listener.router) is not None
     lease = await (await Puller(faulty.sound).join()).claim_one()
     await faulty.sound.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
-    assert len(await faulty.listener.news()) == 1
+    assert len(await faulty.listener.received()) == 1
 
 
 async def test_crashed(faulty: Faulty) -> None:
@@ -227,7 +227,7 @@ async def test_release_that_buries(faulty: Faulty) -> None:
     client = faulty.backend.client()
     assert await client.xlen(ShardKeys(0).dead) == 1
     await client.aclose()
-    assert len(await faulty.listener.news()) == 1
+    assert len(await faulty.listener.received()) == 1
 
 
 async def test_cancel_of_a_waiting_job(faulty: Faulty) -> None:
@@ -236,7 +236,7 @@ async def test_cancel_of_a_waiting_job(faulty: Faulty) -> None:
     await faulty.sound.jobs.enqueue(job)
     faulty.lose("cancel")
     assert await faulty.broker.jobs.cancel(job.id, "gone") in (State.QUEUED, State.CANCELLED)
-    assert len(await faulty.listener.news()) == 1
+    assert len(await faulty.listener.received()) == 1
     assert (await faulty.sound.stats.job_counts()).events[(MODEL, Lane.INTERACTIVE, "cancelled")] == 1
 
 
@@ -248,7 +248,7 @@ async def test_cancel_of_a_running_job(faulty: Faulty) -> None:
     await worker.claim_one()
     faulty.lose("cancel")
     await faulty.broker.jobs.cancel(job.id, "gone")
-    assert len(await worker.told()) == 1
+    assert len(await worker.control_messages()) == 1
 
 
 async def test_cancel_of_an_unknown_job(faulty: Faulty) -> None:
@@ -268,7 +268,7 @@ async def test_reclaim(faulty: Faulty) -> None:
     faulty.lose("reclaim")
     assert await faulty.broker.maintenance.reclaim(worker.session_id) in (Reclaimed(requeued=3), Reclaimed())
     assert await faulty.counts() == (3, 0)
-    assert len(await faulty.listener.news()) == 3
+    assert len(await faulty.listener.received()) == 3
     leases = await (await Puller(faulty.sound).join()).claim(3)
     assert {(lease.attempt, lease.epoch) for lease in leases} == {(2, 2)}
 
@@ -278,7 +278,7 @@ async def test_expire(faulty: Faulty) -> None:
     await faulty.sound.jobs.enqueue(make_job(ttl_ms=1, reply_to=faulty.listener.router))
     faulty.lose("expire")
     assert isinstance(await faulty.broker.maintenance.expire(), Expired)
-    assert len(await faulty.listener.news()) == 1
+    assert len(await faulty.listener.received()) == 1
     assert (await faulty.sound.stats.job_counts()).events[(MODEL, Lane.INTERACTIVE, "expired")] == 1
 
 
@@ -301,7 +301,7 @@ async def test_hold(faulty: Faulty) -> None:
     faulty.lose("reconcile_leases")
     assert await faulty.broker.workers.reconcile_leases(0, worker.session_id, worker.seq, ()) == set()
     assert await faulty.counts() == (1, 0)
-    assert len(await faulty.listener.news()) == 1
+    assert len(await faulty.listener.received()) == 1
     assert (await worker.claim_one()).attempt == 1
 
 

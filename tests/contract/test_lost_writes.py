@@ -89,7 +89,7 @@ async def test_an_answer_that_was_lost_is_made_again(
     assert (again.job, again.epoch, again.attempt) == (job, NEXT_RUN, 1)
     assert await broker.attempts.settle(first, Outcome.DONE, answer_frame(first)) is Settled.FENCED
     assert await broker.attempts.settle(again, Outcome.DONE, answer_frame(again)) is Settled.OK
-    requeued = [news for news in await listener.news() if isinstance(news, Marker)]
+    requeued = [news for news in await listener.received() if isinstance(news, Marker)]
     assert [(marker.kind, marker.job_id, marker.epoch) for marker in requeued] == [
         (MarkerKind.REQUEUED, job.id, NEXT_RUN)
     ]
@@ -184,11 +184,11 @@ async def test_a_wake_is_heard_on_a_clock_that_is_behind(broker: Broker, client:
     """The new server's clock is behind and its control stream was cut: what it says next is not taken for read."""
     last = f"{(await client.time())[0] * 1000 + 3_600_000}-0"
     worker._read_to = last
-    await worker.told()
+    await worker.control_messages()
     await reconcile(worker)
     await worker.claim()
     await broker.jobs.enqueue(make_job())
-    assert [control.kind.value for control in await worker.told()] == ["wake"]
+    assert [control.kind.value for control in await worker.control_messages()] == ["wake"]
 
 
 async def test_a_control_stream_that_was_cut_further_breaks_no_comparison(
@@ -198,7 +198,7 @@ async def test_a_control_stream_that_was_cut_further_breaks_no_comparison(
     held is given back whole, counters included."""
     await broker.jobs.enqueue(job)
     await worker.claim_one()
-    await worker.told()
+    await worker.control_messages()
     control = KEYS.control(worker.session_id)
     await client.xadd(control, {"k": "hello"}, id=f"{(await client.time())[0] * 1000 + 3_600_000}-0")
     await client.xtrim(control, maxlen=0)

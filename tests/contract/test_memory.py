@@ -140,7 +140,7 @@ async def test_full_memory_refuses_new_work_and_finishes_the_old(full: Server) -
     await broker.workers.renew(worker.session_id)
     for lease in running:
         assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
-    assert len(await listener.news()) == 8
+    assert len(await listener.received()) == 8
     assert await broker.stats.depths() == {}
     full.ask("CONFIG", "SET", "maxmemory", "0")
     assert await broker.jobs.enqueue(refused) is State.QUEUED

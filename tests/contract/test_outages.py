@@ -133,7 +133,7 @@ async def test_a_router_reads_on_after_a_restart(server: Server, broker: Broker)
 async def test_a_blocked_worker_notices_the_outage(server: Server, broker: Broker) -> None:
     """Reading control messages fails with the queue's own error when the server dies, and works again afterwards."""
     worker = await Puller(broker).join()
-    blocked = asyncio.create_task(worker.told(block_ms=8_000))
+    blocked = asyncio.create_task(worker.control_messages(block_ms=8_000))
     await asyncio.sleep(0.1)
     server.kill()
     with pytest.raises(BrokerUnavailable):
@@ -142,7 +142,7 @@ async def test_a_blocked_worker_notices_the_outage(server: Server, broker: Broke
     server.start()
     assert await worker.claim() == []
     await broker.jobs.enqueue(make_job())
-    assert len(await worker.told(block_ms=2_000)) == 1
+    assert len(await worker.control_messages(block_ms=2_000)) == 1
 
 
 async def test_a_cancelled_call_does_not_disturb_others(server: Server) -> None:

@@ -181,13 +181,13 @@ async def test_a_job_is_forgotten_on_demand(
         await broker.attempts.append(lease, piece(lease, 0, b"half"))
     elif state == "cancelled":
         await broker.jobs.cancel(job.id, "before")
-    await listener.news()
+    await listener.received()
     assert await broker.persisted_jobs.delete(job.id, "deleted") is State(state)
     assert await broker.persisted_jobs.delete(job.id, "deleted") is None
     assert await broker.persisted_jobs.get(job.id) is None
     assert (await broker.persisted_jobs.page(ACME))[0] == []
     if state in ("queued", "leased"):
-        await listener.hears(MarkerKind.CANCELLED)
+        await listener.expect_marker(MarkerKind.CANCELLED)
     if lease:
         late = await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease))
         assert late is (Settled.DUPLICATE if state == "done" else Settled.FENCED)

@@ -166,8 +166,8 @@ async def test_output_reaches_all_who_listen_and_stays(
     rest = frames(lease, b"three", b"four", first=2, end=True)
     assert await broker.attempts.append(lease, packed(rest[:1])) is Settled.OK
     assert await broker.attempts.settle(lease, Outcome.DONE, packed(rest[1:])) is Settled.OK
-    assert await listener.news() == begin + rest
-    assert await other.news() == rest
+    assert await listener.received() == begin + rest
+    assert await other.received() == rest
     assert await whole(broker, job.id) == OutputPage(
         State.DONE, 1, lease.attempt_id, (1, 4), tuple(begin + rest), complete=True
     )
@@ -189,13 +189,13 @@ async def test_repeated_and_overlapping_appends_add_nothing_twice(
     assert await broker.attempts.append(lease, packed(run[:2])) is Settled.OK
     assert await broker.attempts.append(lease, packed(run)) is Settled.OK
     assert await broker.attempts.append(lease, packed(run[:1])) is Settled.OK
-    assert await listener.news() == run
+    assert await listener.received() == run
     assert (await whole(broker, job.id)).frames == tuple(run)
     ending = packed(frames(lease, b"3", b"4", first=3, end=True))
     assert await broker.attempts.settle(lease, Outcome.DONE, ending) is Settled.OK
     assert await broker.attempts.settle(lease, Outcome.DONE, ending) is Settled.DUPLICATE
     assert await broker.attempts.append(lease, packed(run)) is Settled.DUPLICATE
-    assert len(await listener.news()) == 1
+    assert len(await listener.received()) == 1
     assert len((await whole(broker, job.id)).frames) == 5
 
 
@@ -214,7 +214,7 @@ async def test_an_attempt_that_lost_its_job_adds_nothing(broker: Broker, worker:
     assert await broker.attempts.append(again, packed(frames(again, b"x"))) is Settled.FENCED
     stranger = replace(lease, job=keyed())
     assert await broker.attempts.append(stranger, packed(frames(stranger, b"x"))) is Settled.GONE
-    kinds = [news.kind for news in await listener.news() if isinstance(news, Marker)]
+    kinds = [news.kind for news in await listener.received() if isinstance(news, Marker)]
     assert kinds == [MarkerKind.REQUEUED, MarkerKind.CANCELLED]
 
 
@@ -235,7 +235,7 @@ async def test_a_lost_stream_waits_again_at_once_and_the_next_worker_finds_what_
     await broker.attempts.append(lease, packed(rest[:1]))
     await broker.attempts.settle(lease, Outcome.DONE, packed(rest[1:]))
     assert (await whole(broker, job.id)).frames == tuple(said + rest)
-    news = await listener.news()
+    news = await listener.received()
     assert [item for item in news if isinstance(item, Frame)] == said + rest
 
 
@@ -317,7 +317,7 @@ async def test_a_router_that_is_gone_is_forgotten(
     assert not await client.exists(KEYS.reply(listener.router))
     await broker.output.detach(job.id, stays.router)
     assert await broker.attempts.append(lease, packed(run[1:])) is Settled.OK
-    assert await stays.news() == run[:1]
+    assert await stays.received() == run[:1]
 
 
 async def test_a_stray_beginning_cancels_no_stored_job(broker: Broker, worker: Puller, listener: Listener) -> None:
@@ -342,7 +342,7 @@ async def test_a_late_answer_is_sent_but_not_kept(
     await broker.jobs.enqueue_persisted(job, listener=listener.router)
     lease = await worker.claim_one()
     assert await broker.attempts.settle(lease, Outcome.EXPIRED, answer_frame(lease)) is Settled.OK
-    assert len(await listener.news()) == 1
+    assert len(await listener.received()) == 1
     assert (await whole(broker, job.id)).frames == ()
     assert await client.hget(KEYS.budget, "t:acme:persisted") is None
     again = keyed(stream=False)
@@ -373,7 +373,7 @@ async def test_a_job_without_an_answer_lets_go_of_its_key(
 
         await eventually(has_expired, "it has expired")
     for one in (listener, other):
-        news = (await one.news())[-1]
+        news = (await one.received())[-1]
         assert isinstance(news, Marker)
         assert news.kind == ending
     assert (await whole(broker, job.id)).frames == ()
@@ -454,7 +454,7 @@ async def test_output_that_the_server_lost_is_not_passed_over(
     run = frames(lease, b"0", b"1", b"2")
     await broker.attempts.append(lease, packed(run[:1]))
     assert await broker.attempts.append(lease, packed(run[2:])) is Settled.FENCED
-    (kept, marker) = await listener.news()
+    (kept, marker) = await listener.received()
     assert kept == run[0]
     assert isinstance(marker, Marker)
     assert (marker.kind, marker.epoch) == (MarkerKind.REQUEUED, 2)
@@ -482,8 +482,8 @@ async def test_routers_that_wait_for_a_job_the_server_lost_end_with_one(
     lease = (await worker.claim(9))[-1]
     run = frames(lease, b"0")
     await one.attempts.append(lease, packed(run))
-    assert await listener.news() == run
-    assert await other.news() == run
+    assert await listener.received() == run
+    assert await other.received() == run
 
 
 async def test_a_lost_job_gives_way_to_the_one_that_took_its_key(broker: Broker) -> None:

@@ -76,7 +76,7 @@ async def claim_jobs(worker: Puller, n: int, step: int = 1) -> list[Job]:
 async def sweep_until_woken(broker: Broker, worker: Puller, limit_s: float = 10.0) -> None:
     """Sweep as a Manager does, only faster, until the parked ``worker`` is woken."""
     async with asyncio.timeout(limit_s):
-        while WAKE not in await worker.told():
+        while WAKE not in await worker.control_messages():
             await asyncio.sleep(0.02)
             await broker.maintenance.expire()
 
@@ -100,7 +100,7 @@ async def test_a_sweep_offers_a_job_to_other_regions_once_it_has_waited(broker: 
     worker = await parked(broker, region)
     await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=150))
     assert (await broker.maintenance.expire()).woken == 0
-    assert await worker.told() == []
+    assert await worker.control_messages() == []
     assert await worker.claim() == []
     await sweep_until_woken(broker, worker)
     lease = await worker.claim_one()
@@ -123,7 +123,7 @@ async def test_without_a_worker_of_its_region_a_job_wakes_any(broker: Broker, re
     """A job that any worker may run at once waits for no sweep."""
     worker = await parked(broker, region)
     await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=0))
-    assert await worker.told() == [WAKE]
+    assert await worker.control_messages() == [WAKE]
     assert (await worker.claim_one()).job == job
 
 
@@ -280,7 +280,7 @@ async def test_lost_work_is_anybodys_at_once(broker: Broker) -> None:
     await local.claim_one()
     remote = await parked(broker, "us")
     await broker.maintenance.reclaim(local.session_id)
-    assert await remote.told() == [WAKE]
+    assert await remote.control_messages() == [WAKE]
     assert (await remote.claim_one()).job == job
 
 
@@ -290,14 +290,14 @@ async def test_waiting_jobs_end_as_others_do(broker: Broker, listener: Listener,
     swept, late = (job_of("eu", ttl_ms=5, reply_to=listener.router, tenant=tenant) for tenant in ("a", "b"))
     await enqueue_all(broker, [cancelled, swept])
     assert await broker.jobs.cancel(cancelled.id, "gone") is State.QUEUED
-    await listener.hears(MarkerKind.CANCELLED)
+    await listener.expect_marker(MarkerKind.CANCELLED)
     await asyncio.sleep(0.02)
     assert (await broker.maintenance.expire()).expired == 1
-    await listener.hears(MarkerKind.EXPIRED)
+    await listener.expect_marker(MarkerKind.EXPIRED)
     await broker.jobs.enqueue(late)
     await asyncio.sleep(0.02)
     assert await (await joined(broker, "eu")).claim(2) == []
-    await listener.hears(MarkerKind.EXPIRED)
+    await listener.expect_marker(MarkerKind.EXPIRED)
     assert await broker.stats.depths() == {}
     totals = {
         event: count
@@ -348,24 +348,24 @@ async def test_a_job_wakes_a_worker_of_its_region(broker: Broker) -> None:
     await parked(broker, "us")
     local_workers = [await parked(broker, "eu") for _ in range(2)]
     await broker.jobs.enqueue(job_of("eu"))
-    assert sorted([len(await worker.told()) for worker in local_workers]) == [0, 1]
+    assert sorted([len(await worker.control_messages()) for worker in local_workers]) == [0, 1]
     await broker.jobs.enqueue(job_of("eu"))
     await broker.jobs.enqueue(job_of("eu"))
-    assert sum([len(await worker.told()) for worker in local_workers]) == 1
+    assert sum([len(await worker.control_messages()) for worker in local_workers]) == 1
 
 
 async def test_a_job_of_no_region_wakes_a_worker_of_any(broker: Broker) -> None:
     """Workers of regions park apart, and are found."""
     remote = await parked(broker, "us")
     await broker.jobs.enqueue(make_job())
-    assert await remote.told() == [WAKE]
+    assert await remote.control_messages() == [WAKE]
 
 
 async def test_all_idle_workers_of_all_regions_are_woken_by_jobs_of_none(broker: Broker) -> None:
     """One after the other, until nobody sleeps."""
     workers = [await parked(broker, region) for region in ("", "eu", "us", "eu", "asia")]
     await enqueue_all(broker, [make_job() for _ in range(5)])
-    assert [await worker.told() for worker in workers] == [[WAKE]] * 5
+    assert [await worker.control_messages() for worker in workers] == [[WAKE]] * 5
 
 
 async def test_no_worker_of_another_region_is_woken_before_a_job_has_waited(broker: Broker) -> None:
@@ -374,7 +374,7 @@ async def test_no_worker_of_another_region_is_woken_before_a_job_has_waited(brok
     for _ in range(5):
         await broker.jobs.enqueue(job_of("eu"))
         assert (await broker.maintenance.expire()).woken == 0
-    assert [await worker.told() for worker in remote] == [[], [], []]
+    assert [await worker.control_messages() for worker in remote] == [[], [], []]
 
 
 async def test_the_first_job_to_have_waited_counts(broker: Broker) -> None:
@@ -402,11 +402,11 @@ async def test_the_sweep_wakes_a_worker_of_the_region_and_one_of_another(broker:
     local_workers = [await parked(broker, "eu") for _ in range(2)]
     remote_workers = [await parked(broker, "us") for _ in range(2)]
     await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
-    told = [len(await worker.told()) for worker in (*local_workers, *remote_workers)]
+    told = [len(await worker.control_messages()) for worker in (*local_workers, *remote_workers)]
     assert (sum(told[:2]), sum(told[2:])) == (1, 0)
     await asyncio.sleep(0.05)
     assert (await broker.maintenance.expire()).woken == 2
-    told = [len(await worker.told()) for worker in (*local_workers, *remote_workers)]
+    told = [len(await worker.control_messages()) for worker in (*local_workers, *remote_workers)]
     assert (sum(told[:2]), sum(told[2:])) == (1, 1)
 
 
@@ -417,7 +417,7 @@ async def test_a_dead_worker_of_another_region_is_made_up_for_by_the_next_sweep(
     await asyncio.sleep(0.05)
     woken = [(await broker.maintenance.expire()).woken for _ in range(2)]
     assert woken == [1, 1]
-    assert [await worker.told() for worker in remote_workers] == [[WAKE], [WAKE]]
+    assert [await worker.control_messages() for worker in remote_workers] == [[WAKE], [WAKE]]
     assert (await remote_workers[1].claim_one()).job == job
 
 
@@ -430,7 +430,7 @@ async def test_a_chain_of_wakes_empties_every_region(broker: Broker) -> None:
 
     async def work(worker: Puller) -> None:
         while len(taken) < 15:
-            if WAKE in await worker.told(block_ms=100):
+            if WAKE in await worker.control_messages(block_ms=100):
                 while leases := await worker.claim(1):
                     taken.append(leases[0].job.id)
 
@@ -451,7 +451,7 @@ async def test_a_full_worker_wakes_the_next_for_what_is_left_elsewhere(broker: B
     await asyncio.sleep(0.05)
     assert (await broker.maintenance.expire()).woken == 1
     for worker in remote_workers:
-        assert await worker.told() == [WAKE]
+        assert await worker.control_messages() == [WAKE]
         await worker.claim_one()
 
 

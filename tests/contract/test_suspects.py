@@ -72,10 +72,10 @@ async def test_a_worker_holds_one_suspect_at_a_time(broker: Broker, worker: Pull
     leases = await other.claim(3)
     assert sorted(lease.suspect for lease in leases) == [False, True]
     assert await other.claim(1) == []
-    await other.told()
+    await other.control_messages()
     (suspect,) = [lease for lease in leases if lease.suspect]
     await broker.attempts.settle(suspect, Outcome.DONE, answer_frame(suspect))
-    assert [message.kind.value for message in await other.told(200)] == ["wake"]
+    assert [message.kind.value for message in await other.control_messages(200)] == ["wake"]
     assert (await other.claim_one()).suspect
 
 
@@ -86,9 +86,9 @@ async def test_a_cleared_job_is_no_suspect(broker: Broker, worker: Puller, clien
     (other,) = await pullers(broker, 1)
     first = await other.claim_one()
     assert await other.claim(1) == []
-    await other.told()
+    await other.control_messages()
     assert await broker.attempts.clear_suspicion(first) is Settled.OK
-    assert [message.kind.value for message in await other.told(200)] == ["wake"]
+    assert [message.kind.value for message in await other.control_messages(200)] == ["wake"]
     second = await other.claim_one()
     assert second.suspect
     await crash(broker, [first, second])
@@ -157,10 +157,10 @@ async def test_a_repeated_clear_leaves_the_suspect_taken_since(broker: Broker, w
     first = await other.claim_one()
     assert await broker.attempts.clear_suspicion(first) is Settled.OK
     assert (await other.claim_one()).suspect
-    await other.told()
+    await other.control_messages()
     assert await broker.attempts.clear_suspicion(first) is Settled.OK
     assert await other.claim(1) == []
-    assert await other.told() == []
+    assert await other.control_messages() == []
 
 
 async def test_only_its_owner_clears_a_job(broker: Broker, worker: Puller) -> None:
@@ -250,7 +250,7 @@ async def test_a_suspect_that_nobody_waits_for_is_dropped(
     """As any other job."""
     await enqueue(broker, 1, reply_to=listener.router)
     await crash(broker, await worker.claim(1))
-    await listener.hears(MarkerKind.REQUEUED)
+    await listener.expect_marker(MarkerKind.REQUEUED)
     await listener.leave()
     (other,) = await pullers(broker, 1)
     assert await other.claim() == []

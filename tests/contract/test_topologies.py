@@ -131,10 +131,10 @@ async def test_a_parked_worker_is_woken_and_a_dead_one_reclaimed(broker: Broker)
     """Waking, control messages, renewal, fencing and requeueing on each shard."""
     workers = await pullers(broker)
     for worker, name in zip(workers, models(broker.shards), strict=True):
-        await worker.told()
+        await worker.control_messages()
         assert await worker.claim(models=(name,)) == []
         await broker.jobs.enqueue(make_job(model=name, shards=broker.shards, max_attempts=2))
-        assert Control(ControlKind.WAKE) in await worker.told(block_ms=2_000)
+        assert Control(ControlKind.WAKE) in await worker.control_messages(block_ms=2_000)
         late = await worker.claim_one(models=(name,))
         await broker.workers.renew(worker.session_id)
         assert worker.session_id in await broker.maintenance.renewal_counters()

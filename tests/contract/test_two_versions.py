@@ -194,7 +194,7 @@ class Fabric:
 
     async def answered(self, job: Job) -> None:
         """The job's answer has come, once, and nothing else."""
-        (frame,) = await self.listener.news()
+        (frame,) = await self.listener.received()
         assert isinstance(frame, Frame)
         assert (frame.job_id, frame.data) == (job.id, b"answer")
 
@@ -274,7 +274,7 @@ async def test_a_job_is_served_lost_handed_back_and_ended_by_any_mix(
     await routers.enqueue(brief)
     await asyncio.sleep(0.05)
     assert await managers.expire() == 1
-    kinds = [news.kind for news in await fabric.listener.news() if isinstance(news, Marker)]
+    kinds = [news.kind for news in await fabric.listener.received() if isinstance(news, Marker)]
     assert kinds == [MarkerKind.CANCELLED, MarkerKind.CANCELLED, MarkerKind.EXPIRED]
     await fabric.is_empty()
 

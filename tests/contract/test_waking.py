@@ -23,7 +23,7 @@ async def parked(broker: Broker, count: int, **options: Any) -> list[Puller]:
 
 async def woken(workers: list[Puller]) -> list[Puller]:
     """Those that were told to claim since the last look."""
-    return [worker for worker in workers if WAKE in await worker.told()]
+    return [worker for worker in workers if WAKE in await worker.control_messages()]
 
 
 async def test_a_job_wakes_exactly_one_parked_worker(broker: Broker) -> None:
@@ -48,7 +48,7 @@ async def test_a_busy_worker_is_not_woken(broker: Broker, worker: Puller) -> Non
     await broker.jobs.enqueue(make_job())
     await worker.claim_one()
     await broker.jobs.enqueue(make_job())
-    assert await worker.told() == []
+    assert await worker.control_messages() == []
 
 
 async def test_a_worker_that_found_less_than_it_wanted_is_woken(broker: Broker, worker: Puller) -> None:
@@ -56,7 +56,7 @@ async def test_a_worker_that_found_less_than_it_wanted_is_woken(broker: Broker, 
     await broker.jobs.enqueue(make_job())
     assert len(await worker.claim(2)) == 1
     await broker.jobs.enqueue(make_job())
-    assert await worker.told() == [WAKE]
+    assert await worker.control_messages() == [WAKE]
 
 
 async def test_who_leaves_work_behind_wakes_the_next(broker: Broker) -> None:
@@ -91,7 +91,7 @@ async def test_a_worker_is_woken_only_for_what_it_serves(broker: Broker) -> None
     (worker,) = await parked(broker, 1, models=("a",), lanes=[Lane.INTERACTIVE])
     await broker.jobs.enqueue(make_job(model="b"))
     await broker.jobs.enqueue(make_job(model="a", lane=Lane.BATCH))
-    assert await worker.told() == []
+    assert await worker.control_messages() == []
 
 
 async def test_a_parked_worker_that_is_gone_is_passed_over(broker: Broker) -> None:
@@ -152,7 +152,7 @@ async def test_the_sweep_wakes_nobody_for_what_it_ended(broker: Broker) -> None:
 async def test_the_wake_of_a_blocked_reader_arrives_at_once(broker: Broker) -> None:
     """A worker that blocks on its control stream hears of a new job without polling."""
     (worker,) = await parked(broker, 1)
-    waiting = asyncio.create_task(worker.told(block_ms=8_000))
+    waiting = asyncio.create_task(worker.control_messages(block_ms=8_000))
     await asyncio.sleep(0)
     async with asyncio.timeout(4):
         await broker.jobs.enqueue(make_job())
@@ -173,8 +173,8 @@ async def test_renewing_trims_what_was_read(broker: Broker, worker: Puller, clie
     """A control stream does not grow over a worker's life."""
     for _ in range(50):
         await broker.fleet.send_control(worker.session_id, Control(ControlKind.PING))
-    await worker.told()
-    await worker.told()
+    await worker.control_messages()
+    await worker.control_messages()
     await broker.workers.renew(worker.session_id)
     assert await client.xlen(ShardKeys(0).control(worker.session_id)) <= 1
     assert 0 < await client.pttl(ShardKeys(0).control(worker.session_id)) <= 25 * 3_600_000
@@ -202,9 +202,9 @@ async def test_a_worker_whose_pools_changed_is_parked_only_where_it_pulls(
     assert await worker.claim(models=("old",)) == []
     assert await worker.claim(models=("new",)) == []
     await broker.jobs.enqueue(make_job(model="old"))
-    assert await worker.told() == []
+    assert await worker.control_messages() == []
     await broker.jobs.enqueue(make_job(model="new"))
-    assert await worker.told() == [WAKE]
+    assert await worker.control_messages() == [WAKE]
 
 
 async def test_a_repeated_claim_that_brings_less_is_followed_by_a_wake(broker: Broker, worker: Puller) -> None:
@@ -215,8 +215,8 @@ async def test_a_repeated_claim_that_brings_less_is_followed_by_a_wake(broker: B
     assert len(await worker.claim(2)) == 2
     worker.seq -= 1
     assert len(await worker.claim(2)) == 2
-    assert await worker.told() == []
+    assert await worker.control_messages() == []
     await broker.jobs.cancel(first.id, "its client went away")
     worker.seq -= 1
     assert [lease.job.id for lease in await worker.claim(2)] == [second.id]
-    assert WAKE in await worker.told()
+    assert WAKE in await worker.control_messages()

@@ -68,7 +68,7 @@ class Puller:
     async def join(self) -> Puller:
         """Enter the fabric; nothing that was said before is read."""
         await self.broker.workers.join(self.session_id)
-        await self.told()
+        await self.control_messages()
         return self
 
     async def claim(self, n: int = 1, models: Sequence[str] = (MODEL,), lanes: Sequence[Lane] = LANES) -> list[Lease]:
@@ -86,7 +86,7 @@ class Puller:
         (lease,) = await self.claim(1, **options)
         return lease
 
-    async def told(self, block_ms: int = 1) -> list[Control]:
+    async def control_messages(self, block_ms: int = 1) -> list[Control]:
         """The control messages since the last call."""
         messages = await self.broker.workers.read_control(self.shard, self.session_id, self._read_to, block_ms)
         if messages:

@@ -81,10 +81,10 @@ async def test_a_cancelled_job_frees_its_worker_and_says_why(routers: list[Runni
         path = answer.headers["location"]
     lease = await worker.lease()
     await say(worker, lease, PIECES[0])
-    await worker.puller.told()
+    await worker.puller.control_messages()
     async with other.session.post(f"{other.url}{path}/cancel") as answer:
         assert (await answer.json())["status"] == "cancelled"
-    assert [control.kind for control in await worker.puller.told()] == [ControlKind.ABORT]
+    assert [control.kind for control in await worker.puller.control_messages()] == [ControlKind.ABORT]
     told = (await one.get(path))[1]
     assert (told["status"], told["error"]["code"]) == ("cancelled", "cancelled")
     async with one.session.get(f"{one.url}{path}/events") as answer:

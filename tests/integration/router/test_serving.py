@@ -79,7 +79,7 @@ async def test_a_client_that_leaves_aborts_its_running_job(router: RunningRouter
     asking.cancel()
 
     async def aborted() -> bool:
-        told = await worker.puller.told(20)
+        told = await worker.puller.control_messages(20)
         return any(control.kind is ControlKind.ABORT and control.job_id == lease.job.id for control in told)
 
     await eventually(aborted, "the worker is told to abort")
@@ -180,7 +180,7 @@ async def test_a_slow_reader_is_cut_off(valkey: Server, worker: Speaker) -> None
 
         async def aborted() -> bool:
             await worker.say(lease, chunk("x" * 200_000))
-            told = await worker.puller.told(1)
+            told = await worker.puller.control_messages(1)
             return any(control.kind is ControlKind.ABORT for control in told)
 
         await eventually(aborted, "the job of the slow reader is aborted", limit_s=20)
@@ -300,7 +300,7 @@ async def test_a_hundred_clients_at_once_are_not_mixed_up(router: RunningRouter,
         while served < 100:
             leases = await worker.puller.claim(16)
             if not leases:
-                await worker.puller.told(50)
+                await worker.puller.control_messages(50)
             for lease in leases:
                 n = b"%d" % orjson.loads(lease.job.body)["n"]
                 if lease.job.stream:
