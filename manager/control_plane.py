@@ -33,7 +33,7 @@ from telemetry import MetricsRegistry, get_logger
 from telemetry.backoff import Backoff
 from telemetry.redaction import without_credentials
 
-from .forwarding import ActingElsewhere
+from .forwarding import ActingManagerClient
 from .leadership import ANOTHER_ACTS, Leadership, NotActing
 from .metrics import FleetMetrics
 from .ports import Clock, QueuePort, WorkerProbe, call_queue
@@ -72,7 +72,7 @@ class ManagerService:
         self.manager_id = str(new_session_id("manager"))
         self.metrics = FleetMetrics(metrics or MetricsRegistry("manager"))
         join_token = settings.join_token.get_secret_value()
-        self.elsewhere = ActingElsewhere(self.manager_id, url, join_token, settings.broker_timeout_ms)
+        self.acting_manager = ActingManagerClient(self.manager_id, url, join_token, settings.broker_timeout_ms)
         self.stopping = False
         """Whether it was told to end."""
         self._open_queue = open_queue
@@ -82,7 +82,7 @@ class ManagerService:
         self._clock = clock
         self._queue: QueuePort | None = None
         self._leadership = Leadership(
-            settings, probe, self.metrics, self.elsewhere, manager_id=self.manager_id, url=url, clock=clock
+            settings, probe, self.metrics, self.acting_manager, manager_id=self.manager_id, url=url, clock=clock
         )
         self._server_faults: list[str] = []
         self.metrics.registry.watch_round_trips(lambda: self._queue.round_trips if self._queue else 0)
@@ -107,7 +107,7 @@ class ManagerService:
                     leading.cancel()
                     vetting.cancel()
             finally:
-                await self.elsewhere.close()
+                await self.acting_manager.close()
                 self._queue = None
                 self._leadership.problem = "the Manager is shutting down"
 
@@ -144,7 +144,7 @@ class ManagerService:
     @property
     def reaches_acting(self) -> bool:
         """Whether calls to this Manager reach the acting one: it acts, or knows the acting one's address."""
-        return self.acting or bool(self.elsewhere.url)
+        return self.acting or bool(self.acting_manager.url)
 
     def require_acting_reached(self) -> None:
         """Raises ``NotActing`` unless :attr:`reaches_acting`."""

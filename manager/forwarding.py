@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from queue_schemas import JOIN_TOKEN_HEADER, InferqError, ManagerUnavailable
-from queue_schemas.fleet.acting_manager import RAY_SCHEME, may_follow
+from queue_schemas.fleet.acting_manager import RAY_SCHEME, why_not_followed
 from telemetry import get_logger
 from telemetry.http.error_answers import error_response
 from telemetry.http.fabric_calls import FORWARDED_BY_MANAGER, UNREACHABLE, FabricCall, FabricHttp
@@ -18,7 +18,7 @@ FORWARD_LIMIT_S = 8.0
 log = get_logger(__name__)
 
 
-class ActingElsewhere:
+class ActingManagerClient:
     """The way from this Manager to the one that acts, as that one says in Redis.
 
     The address is used only with a proof that its writer has our join token
@@ -41,12 +41,10 @@ class ActingElsewhere:
         self.url = ""
         if not acting.renewal_count or acting.manager_id == self._manager_id or not acting.url:
             return
-        if not acting.proven(self._join_token):
-            self._refuse(acting.url, "it is not proven with this Manager's join token: give all the same one")
+        if why := why_not_followed(acting, self._join_token, [self._own_url]):
+            self._refuse(acting.url, why)
         elif acting.url.startswith(RAY_SCHEME):
             self._refuse(acting.url, "it is an actor of a Ray cluster, which only Routers there can reach")
-        elif not may_follow(acting.url, [self._own_url]):
-            self._refuse(acting.url, "that is another machine's loopback address: set advertise_url there")
         else:
             self.url, self._refused = acting.url.rstrip("/"), ""
 
@@ -73,9 +71,9 @@ class ActingElsewhere:
         self._refused = f"{url} {why}"
 
 
-async def forward_request(elsewhere: ActingElsewhere, request: Request, refusal: InferqError) -> Response:
+async def forward_request(acting_manager: ActingManagerClient, request: Request, refusal: InferqError) -> Response:
     """The acting Manager's answer to a call that came here; ``refusal`` where there is none to be had."""
-    if FORWARDED_BY_MANAGER in request.headers or not elsewhere.url:
+    if FORWARDED_BY_MANAGER in request.headers or not acting_manager.url:
         return error_response(refusal)
     call = FabricCall(
         request.method,
@@ -87,6 +85,6 @@ async def forward_request(elsewhere: ActingElsewhere, request: Request, refusal:
         by_manager=True,
     )
     try:
-        return await elsewhere.forward(call)
+        return await acting_manager.forward(call)
     except ManagerUnavailable as error:
         return error_response(error)

@@ -10,7 +10,7 @@ from queue_schemas import InferqError, ManagerUnavailable
 from queue_schemas.fleet.acting_manager import prove_address
 from telemetry import get_logger
 
-from .forwarding import ActingElsewhere
+from .forwarding import ActingManagerClient
 from .metrics import FleetMetrics
 from .ports import Clock, QueuePort, WorkerProbe, call_queue
 from .settings import ManagerSettings
@@ -31,7 +31,7 @@ class Leadership:
     """Whether this Manager acts, and what it does while it acts.
 
     :meth:`run` competes for the leader lease until cancelled; :attr:`term` is the term in which it acts now.
-    ``elsewhere`` learns where the acting Manager is while this one stands by.
+    ``acting_manager`` learns where the acting Manager is while this one stands by.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Leadership:
         settings: ManagerSettings,
         probe: WorkerProbe,
         metrics: FleetMetrics,
-        elsewhere: ActingElsewhere,
+        acting_manager: ActingManagerClient,
         *,
         manager_id: str,
         url: str,
@@ -50,7 +50,7 @@ class Leadership:
         self._settings = settings
         self._probe = probe
         self._metrics = metrics
-        self._elsewhere = elsewhere
+        self._acting_manager = acting_manager
         self._manager_id = manager_id
         self._url = url
         self._proof = prove_address(settings.join_token.get_secret_value(), manager_id, url) if url else ""
@@ -96,7 +96,7 @@ class Leadership:
                 number = await call_queue(min(self._settings.broker_timeout_ms, ttl_ms), taking)
                 if number is None:
                     self._stand_by(ANOTHER_ACTS)
-                    await self._elsewhere.poll(queue)
+                    await self._acting_manager.poll(queue)
                 else:
                     if self._term is None or self._term.number != number:
                         await self._begin_term(queue, number)
@@ -115,7 +115,7 @@ class Leadership:
             # A snapshot of a version that we cannot read: the next heartbeats tell all that is in it.
             log.warning("registry_snapshot_unreadable", error=str(error))
         self._term = term
-        self._elsewhere.url = ""
+        self._acting_manager.url = ""
         self._newcomers.set()
         self.problem = ""
         self._metrics.acting.set(1)

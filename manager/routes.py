@@ -68,7 +68,7 @@ def create_app(service: ManagerService) -> FastAPI:
 
 async def _pass_on(service: ManagerService, request: Request, error: Exception) -> Response:
     assert isinstance(error, NotActing)  # noqa: S101 - what the handler is registered for
-    return await forward_request(service.elsewhere, request, error)
+    return await forward_request(service.acting_manager, request, error)
 
 
 async def _check_session(service: ManagerService, worker_id: str, session_id: SessionId, request_id: str) -> None:
@@ -80,7 +80,7 @@ async def _check_session(service: ManagerService, worker_id: str, session_id: Se
         token = service.settings.join_token.get_secret_value()
         call = FabricCall("POST", path, f"session_id={session_id}", token, b"", request_id, by_manager=True)
         try:
-            await service.elsewhere.forward(call)
+            await service.acting_manager.forward(call)
         except ManagerUnavailable as error:
             log.info("check_not_requested", worker=worker_id, error=error.message, then="its heartbeats become overdue")
 

@@ -16,6 +16,8 @@ EVENT_STREAM = "text/event-stream"
 DONE = b"[DONE]"
 """The data of the last event of a stream of chat or text completions."""
 DONE_EVENT = b"data: [DONE]\n\n"
+MAX_EVENT_BYTES = 1 << 20
+"""Workers and Routers hold an event back until it is complete; a longer one is passed on in pieces."""
 _LINE_END = re.compile(rb"[\r\n]")
 _FIELD = re.compile(rb"^(?:\xef\xbb\xbf)?(?::|data|event|id|retry)", re.MULTILINE)
 

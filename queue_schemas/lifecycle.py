@@ -45,8 +45,3 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 }
 
 TERMINAL: frozenset[State] = frozenset(state for state, following in TRANSITIONS.items() if not following)
-
-
-def may_follow(state: State, following: State) -> bool:
-    """Whether a job in ``state`` may enter ``following``."""
-    return following in TRANSITIONS[state]

@@ -28,7 +28,7 @@ class Peers:
         self._read_at = float("-inf")
         self._workers: Mapping[str, WorkerInfo] = {}
 
-    async def serve(self, pool: Pool) -> bool:
+    async def is_served_elsewhere(self, pool: Pool) -> bool:
         """Whether another worker takes jobs of ``pool``."""
         async with self._reading:
             now = asyncio.get_running_loop().time()

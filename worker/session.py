@@ -121,7 +121,7 @@ class WorkerSession:
                 frame_batcher,
                 self._context.metrics,
                 max_answer_bytes=self._context.settings.max_answer_bytes,
-                elsewhere=Peers(broker, self.session_id).serve,
+                other_worker_serves=Peers(broker, self.session_id).is_served_elsewhere,
                 ended=self._ended,
             )
             self._broker, self._attempts = broker, attempts
@@ -194,7 +194,7 @@ class WorkerSession:
             attempts.stop_late(now())
             attempts.stop_stalled(now(), timeouts)
             for shard in self.slots.shards_due(now()):
-                self._consumers[shard].reconsider()
+                self._consumers[shard].check_for_work()
 
     async def _finish(self) -> None:
         """Claim no more, let running jobs end, hand the rest back, leave."""
@@ -242,7 +242,7 @@ class WorkerSession:
 
     def _reconsider(self) -> None:
         for consumer in self._consumers:
-            consumer.reconsider()
+            consumer.check_for_work()
 
     def _shard_reachable(self, shard: int, ok: bool) -> None:
         if ok:

@@ -54,7 +54,7 @@ class ShardConsumer:
         self._must_reconcile = False
         """Whether the server was away, and may have lost its latest writes."""
 
-    def reconsider(self) -> None:
+    def check_for_work(self) -> None:
         """Something changed that may allow a claim: a slot is free, the engine is ready, other queues are assigned."""
         self._signal.set()
 
@@ -154,9 +154,9 @@ class ShardConsumer:
             for message_id, message in messages:
                 after = message_id
                 if message is not None:
-                    self._obey(message)
+                    self._handle_control(message)
 
-    def _obey(self, message: Control) -> None:
+    def _handle_control(self, message: Control) -> None:
         match message.kind:
             case ControlKind.WAKE:
                 self._slots.wake(self._shard)

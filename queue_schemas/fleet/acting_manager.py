@@ -79,12 +79,16 @@ def is_manager_url(value: str) -> bool:
     return True
 
 
-def may_follow(url: str, known: Sequence[str]) -> bool:
-    """Whether a process configured with the Managers' addresses ``known`` may call the acting one at ``url``.
+def why_not_followed(acting: ActingManager, join_token: str, known: Sequence[str]) -> str:
+    """Why a process configured with the Managers' addresses ``known`` must not call ``acting``; empty if it may.
 
     A loopback address means another place on every machine: only a process configured with one calls one.
     """
-    return not _is_local(url) or any(_is_local(one) for one in known)
+    if not acting.proven(join_token):
+        return "it is not proven with our join token: give all the same INFERQ_JOIN_TOKEN"
+    if _is_local(acting.url) and not any(_is_local(one) for one in known):
+        return "that is another machine's loopback address: set advertise_url there"
+    return ""
 
 
 def _is_local(url: str) -> bool:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from queue_schemas import CannotStart, ManagerUnavailable
-from queue_schemas.fleet.acting_manager import ActingManager, may_follow
+from queue_schemas.fleet.acting_manager import ActingManager, why_not_followed
 from telemetry import get_logger
 from telemetry.http.fabric_calls import FabricCall, Forwarded
 
@@ -61,10 +61,8 @@ class ManagerRoute(RemoteManager):
             return None
         self._acting = ""
         if url not in self._managers:
-            if not acting.proven(self._join_token):
-                return self._reject(url, "it is not proven with our join token: give all the same INFERQ_JOIN_TOKEN")
-            if not may_follow(url, self._urls):
-                return self._reject(url, "that is another machine's loopback address: set advertise_url there")
+            if why := why_not_followed(acting, self._join_token, self._urls):
+                return self._reject(url, why)
             try:
                 self._remember(url)
             except CannotStart as error:  # an actor of a Ray cluster that this Router is not in

@@ -16,25 +16,25 @@ from telemetry.http.connections import RequestCycle
 
 
 class Connection:
-    """Watches one client from :meth:`watch` to :meth:`unwatch`; ``on_gone`` is called at most once."""
+    """Watches one client from :meth:`watch` to :meth:`unwatch`; ``on_disconnect`` is called at most once."""
 
-    __slots__ = ("_on_gone", "_receive", "_request", "_task")
+    __slots__ = ("_on_disconnect", "_receive", "_request", "_task")
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._request: asyncio.Task[Any] | None = None
-        self._on_gone: Callable[[str], None] | None = None
+        self._on_disconnect: Callable[[str], None] | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def watch(self, on_gone: Callable[[str], None]) -> None:
+    def watch(self, on_disconnect: Callable[[str], None]) -> None:
         """Start watching. The request's body must have been read."""
-        self._on_gone = on_gone
+        self._on_disconnect = on_disconnect
         self._request = asyncio.current_task()
         self._task = asyncio.create_task(self._wait())
 
     def unwatch(self) -> None:
         """Stop, before the last piece of the response is sent: after it the server always reports a disconnect."""
-        self._on_gone = None
+        self._on_disconnect = None
         if self._task is not None:
             self._task.cancel()
 
@@ -43,7 +43,7 @@ class Connection:
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def cut(self) -> None:
+    def disconnect(self) -> None:
         """Drop the connection at once, with what the client has not read."""
         cycle = _cycle(self._receive)
         if cycle is not None:
@@ -54,9 +54,9 @@ class Connection:
     async def _wait(self) -> None:
         while (message := await self._receive())["type"] != "http.disconnect":
             pass
-        on_gone, self._on_gone = self._on_gone, None
-        if on_gone is not None:
-            on_gone(message.get("why", "left"))
+        on_disconnect, self._on_disconnect = self._on_disconnect, None
+        if on_disconnect is not None:
+            on_disconnect(message.get("why", "left"))
 
 
 def _cycle(receive: Receive) -> RequestCycle | None:

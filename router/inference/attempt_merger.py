@@ -8,9 +8,9 @@ Rules:
   (:mod:`router.inference.event_buffer`). Only an event longer than ``MAX_EVENT_BYTES`` is released in pieces; from then
   on no other attempt can take over the stream.
 * A lost attempt that delivered nothing leaves no trace. After one that did, the next attempt either continues behind
-  what was delivered, if it says so and was offered just that (:meth:`AttemptMerger.continuation_prefix`), or begins
+  what was delivered, if it says so and was offered just that (:meth:`AttemptMerger.continuation_prefix`), or starts
   over: then it is compared with what was delivered, and followed from there
-  (:mod:`router.inference.replay_verifier`). Otherwise the stream ends with an explicit error.
+  (:mod:`router.inference.attempt_filters`). Otherwise the stream ends with an explicit error.
 * The output of a persisted job can be read again, so such a job never runs again because frames were lost. Its
   continued attempts follow the frames before them, however many: the next worker read the same. If the client had more
   of an earlier attempt that was replaced, a continued attempt is compared until it has said as much.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openai_api.sse import DONE_EVENT, split_events
+from openai_api.sse import DONE_EVENT, MAX_EVENT_BYTES, split_events
 from openai_api.transcript import Transcript
 from queue_schemas import (
     CONTINUED,
@@ -36,8 +36,8 @@ from queue_schemas import (
 )
 
 from ..http.response_head import ResponseHead
-from .event_buffer import MAX_EVENT_BYTES, EventBuffer
-from .replay_verifier import AttemptVerifier, ContinuationVerifier, ReplayVerifier
+from .attempt_filters import AttemptFilter, ContinuationFilter, ReplayFilter
+from .event_buffer import EventBuffer
 from .rules import ending_error
 
 
@@ -59,18 +59,18 @@ class AttemptMerger:
         "_delivered",
         "_epoch",
         "_event_buffer",
+        "_filter",
         "_last_of_previous",
         "_next_seq",
         "_on_loss",
         "_pending",
         "_persisted",
         "_prefix",
-        "_previous_verifier",
+        "_previous_filter",
         "_stream_requested",
         "_streams",
         "_transcript",
         "_usage",
-        "_verifier",
         "compared",
         "continued",
         "ended",
@@ -122,8 +122,8 @@ class AttemptMerger:
         self._delivered = False
         self._transcript = Transcript(replay_limit_bytes)
         self._prefix = ""
-        self._verifier: AttemptVerifier | None = None
-        self._previous_verifier: AttemptVerifier | None = None
+        self._filter: AttemptFilter | None = None
+        self._previous_filter: AttemptFilter | None = None
 
     @property
     def closed(self) -> bool:
@@ -284,7 +284,7 @@ class AttemptMerger:
         self._collected.clear()
         self._event_buffer.discard()
         self._prefix = ""
-        self._previous_verifier, self._verifier = self._verifier or self._previous_verifier, None
+        self._previous_filter, self._filter = self._filter or self._previous_filter, None
         if not self._delivered:
             return
         try:
@@ -335,14 +335,12 @@ class AttemptMerger:
         if continued:
             # The previous attempt of a persisted job may have said less than the client had of one that it replaced.
             compared = (
-                self._previous_verifier
-                if self._persisted and isinstance(self._previous_verifier, ReplayVerifier)
-                else None
+                self._previous_filter if self._persisted and isinstance(self._previous_filter, ReplayFilter) else None
             )
-            self._verifier = compared or ContinuationVerifier(self._transcript)
+            self._filter = compared or ContinuationFilter(self._transcript)
             self.continued += 1
         elif self._delivered:
-            self._verifier = ReplayVerifier(self._transcript)
+            self._filter = ReplayFilter(self._transcript)
             self.compared += 1
 
     def _on_data(self, data: bytes) -> None:
@@ -360,14 +358,14 @@ class AttemptMerger:
             events = buffer.feed(data)
             if buffer.overfull:
                 events += self._release_long_event()
-        if self._verifier is not None:
-            events = b"".join(map(self._verifier.feed, split_events(events)))
+        if self._filter is not None:
+            events = b"".join(map(self._filter.feed, split_events(events)))
         if events:
             self._deliver(events)
 
     def _release_long_event(self) -> bytes:
         """Half an event, as it is. From here on no other attempt can take over."""
-        if self._verifier is not None:
+        if self._filter is not None:
             raise StreamBroken(
                 "the stream cannot continue: its worker was lost, and the new attempt has an event of more than "
                 f"{MAX_EVENT_BYTES} bytes, too long to be compared; send the request again"
@@ -382,9 +380,9 @@ class AttemptMerger:
 
     def _on_end(self) -> None:
         if self._streams:
-            if self._verifier is not None:
+            if self._filter is not None:
                 self._on_events(b"\n\n" if self._event_buffer.held else b"")
-                self._verifier.finish()
+                self._filter.finish()
             elif self._event_buffer.held:
                 self._deliver(self._event_buffer.held)
         else:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from openai_api.sse import end_of_events
-
-MAX_EVENT_BYTES = 1 << 20
-"""How much of an event is held back until it is whole."""
+from openai_api.sse import MAX_EVENT_BYTES, end_of_events
 
 
 class EventBuffer:

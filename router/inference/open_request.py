@@ -13,6 +13,9 @@ from ..http.bodies import ClientGone
 from ..http.connection import Connection
 from .attempt_merger import AttemptMerger
 
+MAX_RESUBMISSIONS = 3
+"""How often a request is queued again because its job or frames of its answer were lost."""
+
 log = get_logger(__name__)
 _NOT_PERSISTED = PersistOptions(0)
 _T = TypeVar("_T")
@@ -42,11 +45,11 @@ class OpenRequest:
         "client_grace_s",
         "connection",
         "deadline_s",
+        "disconnect_reason",
+        "disconnected",
         "error",
         "fallback",
         "frames_lost",
-        "gone",
-        "gone_reason",
         "has_news",
         "interrupt_at_s",
         "is_follower",
@@ -77,8 +80,8 @@ class OpenRequest:
         """How long after the deadline the client still waits to hear of it."""
         self.fallback: Callable[[], Awaitable[bool]] | None = None
         """Sends the request again in another form if the engine lacks its path; False: there is no other form."""
-        self.has_news = self.gone = self.keepalive_due = self.frames_lost = False
-        self.gone_reason = "left"
+        self.has_news = self.disconnected = self.keepalive_due = self.frames_lost = False
+        self.disconnect_reason = "left"
         self.resubmissions = 0
         self.body_bytes = 0
         self.persist_options = _NOT_PERSISTED
@@ -134,20 +137,20 @@ class OpenRequest:
         self._interrupt()
         self.notify()
 
-    def on_gone(self, why: str = "left") -> None:
+    def client_disconnected(self, why: str = "left") -> None:
         """The client went away, or was cut off; the first reason counts."""
-        if not self.gone:
-            self.gone_reason = why
-        self.gone = True
+        if not self.disconnected:
+            self.disconnect_reason = why
+        self.disconnected = True
         self._interrupt()
         self.notify()
 
-    def drop(self, why: str) -> None:
-        """Cut off the client, which is too slow or stalled."""
+    def disconnect_client(self, why: str) -> None:
+        """Disconnect the client, which is too slow or stalled."""
         log.warning("client_disconnected", why=why, job_id=self.job.id if self.job is not None else "")
         self.sending_since_s = float("inf")
-        self.on_gone(why)
-        self.connection.cut()
+        self.client_disconnected(why)
+        self.connection.disconnect()
 
     def start_deadline(self, ttl_ms: int) -> None:
         """Start its deadline, unless it has one already."""

@@ -164,7 +164,7 @@ class OpenRequests:
             if not request.has_news:
                 request.notify()
             if merger.pending_bytes > self._buffer_bytes and request.sending_since_s < float("inf"):
-                request.drop("slow")
+                request.disconnect_client("slow")
 
     def lost(self, shard: int) -> None:
         """The reply stream of ``shard`` was lost, with what was on it."""
@@ -186,7 +186,7 @@ class OpenRequests:
             if now_s >= request.interrupt_at_s:
                 request.time_out()
             elif now_s - request.sending_since_s >= self._stall_s:
-                request.drop("stalled")
+                request.disconnect_client("stalled")
             elif now_s >= request.deadline_s + min(self._grace_s, request.client_grace_s):
                 request.fail(DeadlineExceeded("the request was not answered in time: the queue was silent until then"))
             elif now_s >= request.resubmit_at_s and request.merger is not None:

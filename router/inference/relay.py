@@ -30,11 +30,9 @@ from ..metrics import RouterMetrics
 from ..queue_link import QueueLink
 from .attempt_merger import AttemptMerger
 from .cancellation import Canceller
-from .open_request import OpenRequest
+from .open_request import MAX_RESUBMISSIONS, OpenRequest
 from .open_requests import OpenRequests
 
-MAX_RESUBMISSIONS = 3
-"""How often a request is put on the queue again because frames of its answer were lost."""
 RESUBMIT_AFTER_S = 2.0
 """How long an answer whose job has ended may still be on its way."""
 NO_SUCH_PATH_STATUSES = frozenset({404, 405, 501})
@@ -91,7 +89,7 @@ class Relay:
         first = True
         while True:
             await request.wait()
-            if request.gone:
+            if request.disconnected:
                 raise ClientGone
             data = merger.take()
             if request.fallback is not None and merger.head is not None:
@@ -119,10 +117,21 @@ class Relay:
             if error is not None:
                 raise self._with_limit(error, request.job or job)
             if merger.lost_epoch or merger.gap or request.catching_up or request.frames_lost or request.keepalive_due:
-                await self._attend(request, job, merger, writer)
+                await self._handle_interruption(request, job, merger, writer)
 
-    async def _attend(self, request: OpenRequest, job: Job, merger: AttemptMerger, writer: ResponseWriter) -> None:
-        """Deal with a lost attempt, lost frames or silence."""
+    async def _handle_interruption(
+        self, request: OpenRequest, job: Job, merger: AttemptMerger, writer: ResponseWriter
+    ) -> None:
+        """Deal with a lost attempt, lost frames or silence:
+
+        =====================================  ===========================================================
+        The queue lost an attempt              :meth:`_resume`: the stream continues behind its text
+        Output of a persisted job is behind    ``catch_up`` reads it
+        Frames may be lost, none is known to   :meth:`_requeue`: the same id, if queue and merger agree
+        Frames are lost, or the two disagree   :meth:`_recover` cancels the job and queues it under a new id
+        Nothing came for a while               :meth:`_send_keepalive`
+        =====================================  ===========================================================
+        """
         if merger.lost_epoch:
             await self._resume(request, merger, merger.lost_epoch)
         if request.catching_up:

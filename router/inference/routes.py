@@ -100,7 +100,7 @@ class InferenceRoutes:
             unread = isinstance(error, (BodyTooLarge, RequestTimeout))
             await writer.fail(error, close=unread, mid_event=request.merger is not None and request.merger.mid_event)
         except ClientGone:
-            self._metrics.disconnects.labels(request.gone_reason).inc()
+            self._metrics.disconnects.labels(request.disconnect_reason).inc()
         except Exception:
             connection.unwatch()
             log.exception("request_failed", request_id=request_id, path=path)

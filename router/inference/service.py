@@ -172,10 +172,10 @@ class InferenceService:
         if prepared.background:
             if not await self._accept(prepared, request, writer):
                 return
-            request.connection.watch(request.on_gone)
+            request.connection.watch(request.client_disconnected)
         else:
             request.merger = self._merger(prepared)
-            request.connection.watch(request.on_gone)
+            request.connection.watch(request.client_disconnected)
             if job.persisted:
                 request.persist_options = self._persist_options(prepared)
                 await self._persisted.start(request, job, writer)
@@ -200,9 +200,9 @@ class InferenceService:
         if job.persisted:
             self._persisted.leave(request, job)
             return
-        why = f"client_{request.gone_reason}" if request.gone else "abandoned"
+        why = f"client_{request.disconnect_reason}" if request.disconnected else "abandoned"
         log.info("job_cancelled", job_id=job.id, request_id=request_id, why=why)
-        self._canceller.cancel(job.id, "its client went away" if request.gone else "its Router abandoned it")
+        self._canceller.cancel(job.id, "its client went away" if request.disconnected else "its Router abandoned it")
         self._metrics.cancelled(why)
 
     async def _accept(self, prepared: PreparedRequest, request: OpenRequest, writer: ResponseWriter) -> bool:

@@ -57,13 +57,13 @@ class OutputStreamer:
             self._lifecycle.ensure_accepting()
             self._requests.admit(request, job.tenant)
             self._persisted.follow(request, job, merger=merger)
-            connection.watch(request.on_gone)
+            connection.watch(request.client_disconnected)
             await self._relay.run(request, writer)
         except InferqError as error:
             connection.unwatch()
             await writer.fail(error, mid_event=request.merger is not None and request.merger.mid_event)
         except ClientGone:
-            self._metrics.disconnects.labels(request.gone_reason).inc()
+            self._metrics.disconnects.labels(request.disconnect_reason).inc()
         finally:
             connection.unwatch()
             self._jobs.leave(request)

@@ -40,7 +40,7 @@ from telemetry import get_logger
 from ..http.response_writer import ResponseWriter
 from ..inference.attempt_merger import AttemptMerger
 from ..inference.cancellation import Canceller
-from ..inference.open_request import OpenRequest
+from ..inference.open_request import MAX_RESUBMISSIONS, OpenRequest
 from ..inference.open_requests import OpenRequests
 from ..metrics import RouterMetrics
 from ..queue_link import QueueLink
@@ -53,8 +53,6 @@ REPLAY_HEADER = (b"x-inferq-idempotent-replay", b"true")
 """On an answer that another request's job gives."""
 READ_AGAIN_S = 1.0
 """How long until a request whose output could not be read tries again."""
-MAX_RESUBMISSIONS = 3
-"""How often a persisted job that the queue has lost is queued again for one request."""
 
 log = get_logger(__name__)
 

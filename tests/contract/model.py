@@ -32,7 +32,7 @@ from queue_schemas import (
 )
 from queue_schemas.frames import unpack_frames
 from queue_schemas.lanes import BAND_STEP, band_order, lane_order
-from queue_schemas.lifecycle import TERMINAL, may_follow
+from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 from queue_schemas.persisted_output import key_digest, request_digest
 
 from .model_records import SUSPECT, DeadLetter, Effects, Kept, Line, Live, Place, Run, Snapshot, Tombstone, require
@@ -557,7 +557,7 @@ class Model:
         self.totals[(*live.place, state.value)] += 1
 
     def _enter(self, live: Live, state: State) -> None:
-        require(may_follow(live.state, state), f"{live.state} -> {state} is no transition")
+        require(state in TRANSITIONS[live.state], f"{live.state} -> {state} is no transition")
         live.state = state
 
     def _leave_lease(self, live: Live) -> None:

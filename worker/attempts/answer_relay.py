@@ -8,7 +8,7 @@ from broker import Broker
 from queue_schemas import EngineFailed, InferqError, Lease, Outcome, shard_of_job
 from telemetry import get_logger
 
-from ..core import Continuation, is_readable, is_whole
+from ..core import Continuation, is_complete, is_readable
 from ..engines import EngineAnswer, EngineGone
 from ..frame_batcher import Channel, FrameBatcher
 from ..metrics import WorkerMetrics
@@ -36,7 +36,7 @@ class AnswerRelay:
         self.output_count += 1
         if len(body) > self.max_answer_bytes:
             return Settle(Outcome.FAILED, attempt.cutter.fail(self._too_large()))
-        if not is_whole(answer.status, answer.content_type, body, delimited=answer.delimited):
+        if not is_complete(answer.status, answer.content_type, body, delimited=answer.delimited):
             raise EngineGone(
                 "the engine closed the connection, and nothing proves that its answer is whole: it has neither "
                 "content-length nor chunks, and is no complete JSON"

@@ -26,7 +26,7 @@ log = get_logger(__name__)
 class AttemptRunner:
     """Runs attempts on ``engine``; :meth:`run` never raises for anything that an engine does.
 
-    ``elsewhere(pool)`` says whether another worker serves a model.
+    ``other_worker_serves(pool)`` says whether another worker serves a model.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class AttemptRunner:
         broker: Broker,
         relay: AnswerRelay,
         metrics: WorkerMetrics,
-        elsewhere: Callable[[Pool], Awaitable[bool]],
+        other_worker_serves: Callable[[Pool], Awaitable[bool]],
     ) -> None:
         self._engine = engine
         self._broker = broker
         self._relay = relay
         self._metrics = metrics
-        self._elsewhere = elsewhere
+        self._other_worker_serves = other_worker_serves
 
     async def run(self, attempt: Attempt) -> Ending:
         """Call the engine and say how the attempt ends."""
@@ -142,7 +142,7 @@ class AttemptRunner:
             job,
             retry_after_s=answer.retry_after_s,
             remaining_s=attempt.deadline - asyncio.get_running_loop().time(),
-            elsewhere=await self._elsewhere(job.model),
+            elsewhere=await self._other_worker_serves(job.model),
         )
 
     async def _stopped(self, attempt: Attempt, reason: StopReason) -> Ending:
@@ -171,7 +171,7 @@ class AttemptRunner:
         job = lease.job
         log.warning("stream_stalled", **log_fields(lease))
         sentence = "the engine said nothing more of the answer while it served others"
-        if job.persisted or (lease.attempt == 1 and await self._elsewhere(job.model)):
+        if job.persisted or (lease.attempt == 1 and await self._other_worker_serves(job.model)):
             return Release(sentence, counted=True)
         setting = "BUFFERED_STREAM_TIMEOUT_MS" if attempt.buffers else "STREAM_IDLE_TIMEOUT_MS"
         error = EngineFailed(

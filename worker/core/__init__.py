@@ -1,5 +1,6 @@
 """The worker's decisions, pure: no await, clock, randomness, environment or I/O."""
 
+from .completeness import is_complete, is_readable
 from .continuation import Continuation
 from .engine_progress import EngineProgress
 from .fallback import FallbackWatch
@@ -8,7 +9,6 @@ from .loop_watchdog import LATE_S, LoopWatchdog
 from .slots import Claim, Slots
 from .stream_stall import StreamStall, may_buffer
 from .verdict import Retry, RetryLater, judge_answer, judge_failure, judge_server_error
-from .wholeness import is_readable, is_whole
 
 __all__ = [
     "LATE_S",
@@ -22,8 +22,8 @@ __all__ = [
     "RetryLater",
     "Slots",
     "StreamStall",
+    "is_complete",
     "is_readable",
-    "is_whole",
     "judge_answer",
     "judge_failure",
     "judge_server_error",

@@ -15,16 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from openai_api.errors import dialect_of, error_body, error_event, facts_of, is_final
-from openai_api.sse import end_of_events
+from openai_api.sse import MAX_EVENT_BYTES, end_of_events
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Lease
 from queue_schemas.headers import for_client
 
-from .wholeness import StreamEnd
+from .completeness import StreamEnd
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CR = 13
-MAX_EVENT_BYTES = 1 << 20
-"""An event that is longer is passed on in pieces."""
 
 
 class FrameCutter:
@@ -85,7 +83,7 @@ class FrameCutter:
         tail = self._tail
         if not tail and data.endswith(b"\n\n"):
             if self._seq and not self._mid_event:
-                return self._frame(events, 0) if (events := self._end.see(data)) else b""
+                return self._frame(events, 0) if (events := self._end.feed(data)) else b""
             return self._events(data)
         if tail:
             data = tail + data
@@ -96,7 +94,7 @@ class FrameCutter:
         if len(data) > MAX_EVENT_BYTES:
             self._tail = b""
             self._mid_event = True
-            return self._frame(self._end.see(data), 0)
+            return self._frame(self._end.feed(data), 0)
         self._tail = data
         return b""
 
@@ -109,7 +107,7 @@ class FrameCutter:
             return self._frame(tail.rstrip(b"\n") + b"\n\n", END) if delimited else None
         if not self._seq:
             tail = tail.removeprefix(BYTE_ORDER_MARK)
-        closing = self._end.closing(tail, self._lease.job.body, delimited=delimited)
+        closing = self._end.missing_end(tail, self._lease.job.body, delimited=delimited)
         return None if closing is None else self._frame(closing, END)
 
     def end(self) -> bytes:
@@ -142,7 +140,7 @@ class FrameCutter:
         if not self._seq:
             events = events.removeprefix(BYTE_ORDER_MARK)
         self._mid_event = False
-        events = self._end.see(events)
+        events = self._end.feed(events)
         return self._frame(events, 0) if events else b""
 
     def _frame(self, data: bytes, flags: int) -> bytes:

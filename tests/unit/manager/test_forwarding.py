@@ -45,7 +45,7 @@ async def two() -> AsyncIterator[tuple[ManagerService, ManagerService, str]]:
         acting, _ = await exits.enter_async_context(serving(queue))
         await eventually(lambda: acting.acting, "the first acts")
         standby, url = await exits.enter_async_context(serving(queue))
-        await eventually(lambda: standby.elsewhere.url, "the second knows where the first is")
+        await eventually(lambda: standby.acting_manager.url, "the second knows where the first is")
         yield acting, standby, url
 
 
@@ -79,7 +79,7 @@ async def test_a_standby_follows_nobody_who_does_not_prove_the_join_token() -> N
     queue = FakeQueue(holder="somebody", term=1, address=("http://127.0.0.1:9", "0" * 64))
     async with serving(queue) as (standby, url):
         await eventually(lambda: "standing by" in standby.not_ready()[0], "it stands by")
-        assert standby.elsewhere.url == ""
+        assert standby.acting_manager.url == ""
         async with httpx.AsyncClient(base_url=f"{url}/fabric/v1", headers=MEMBER, trust_env=False) as client:
             assert (await client.post("/workers", json=WORKER)).status_code == 503
 

@@ -62,20 +62,20 @@ def peers_of(registry: Registry) -> Peers:
 async def test_another_worker_counts_if_it_takes_jobs_of_the_model(other: dict[str, Any], serves: bool) -> None:
     """[C8] One that drains, cannot be heard or whose engine is away is no place to go to."""
     registry = Registry(worker("me", session_id=ME), worker("other", **other))
-    assert await peers_of(registry).serve(Pool("m")) is serves
+    assert await peers_of(registry).is_served_elsewhere(Pool("m")) is serves
 
 
 async def test_a_worker_is_alone_if_the_registry_lists_no_other() -> None:
     """[C8] This worker itself is not elsewhere."""
-    assert not await peers_of(Registry(worker("me", session_id=ME))).serve(Pool("m"))
+    assert not await peers_of(Registry(worker("me", session_id=ME))).is_served_elsewhere(Pool("m"))
 
 
 async def test_without_a_usable_registry_other_workers_are_assumed() -> None:
     """[C8] Redis is away, or the registry does not know even this worker: jobs are tried elsewhere as ever."""
     away = Registry()
     away.error = BrokerUnavailable("away")
-    assert await peers_of(away).serve(Pool("m"))
-    assert await peers_of(Registry(worker("other", models=["another"]))).serve(Pool("m"))
+    assert await peers_of(away).is_served_elsewhere(Pool("m"))
+    assert await peers_of(Registry(worker("other", models=["another"]))).is_served_elsewhere(Pool("m"))
 
 
 async def test_the_registry_is_read_once_for_many_failures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,5 +83,5 @@ async def test_the_registry_is_read_once_for_many_failures(monkeypatch: pytest.M
     monkeypatch.setattr(peers, "CACHE_S", 60.0)
     registry = Registry(worker("me", session_id=ME))
     alone = peers_of(registry)
-    assert not any([await alone.serve(Pool("m")) for _ in range(100)])
+    assert not any([await alone.is_served_elsewhere(Pool("m")) for _ in range(100)])
     assert registry.looks == 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from queue_schemas import BadMessage
-from queue_schemas.fleet.acting_manager import ActingManager, check_manager_url, may_follow, prove_address
+from queue_schemas.fleet.acting_manager import ActingManager, check_manager_url, prove_address, why_not_followed
 
 TOKEN = "the fleet's secret"
 URL = "http://10.0.0.7:9000"
@@ -61,8 +61,16 @@ def test_addresses_that_a_manager_may_say(url: str) -> None:
 
 def test_a_loopback_address_is_followed_only_by_who_was_given_one() -> None:
     """[A7] 127.0.0.1 on another machine is somebody else's program: it gets no join token."""
+
+    def followed(url: str, known: list[str]) -> bool:
+        acting = ActingManager("m", 1, url, prove_address(TOKEN, "m", url))
+        assert "join token" in why_not_followed(acting, f"not {TOKEN}", known)
+        why = why_not_followed(acting, TOKEN, known)
+        assert why == "" or "loopback" in why
+        return not why
+
     for loopback in ("http://127.0.0.1:9001", "http://localhost:9001", "http://[::1]:9001", "http://127.8.0.1"):
-        assert not may_follow(loopback, ["http://manager:9000"])
-        assert may_follow(loopback, ["http://manager:9000", "http://127.0.0.1:9000"])
-    assert may_follow("http://10.0.0.8:9000", ["http://manager:9000"])
-    assert may_follow("ray:manager", ["http://manager:9000"])
+        assert not followed(loopback, ["http://manager:9000"])
+        assert followed(loopback, ["http://manager:9000", "http://127.0.0.1:9000"])
+    assert followed("http://10.0.0.8:9000", ["http://manager:9000"])
+    assert followed("ray:manager", ["http://manager:9000"])

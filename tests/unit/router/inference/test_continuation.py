@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
+from openai_api.sse import MAX_EVENT_BYTES
 from queue_schemas import (
     CONTINUED,
     END,
@@ -19,7 +20,6 @@ from queue_schemas import (
     MarkerKind,
     State,
 )
-from router.inference.attempt_merger import MAX_EVENT_BYTES
 from router.inference.request_fields import RequestFields, read_fields
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import SSE, Client, FakeQueue, router

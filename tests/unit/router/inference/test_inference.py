@@ -574,7 +574,7 @@ async def test_the_job_of_a_client_that_is_cut_off_after_the_drain_is_cancelled(
         await app.drain()
         stuck.task.cancel()
         await asyncio.wait((stuck.task,))
-    assert queue.cancelled.get_nowait() == (job.id, "its router gave it up")
+    assert queue.cancelled.get_nowait() == (job.id, "its Router abandoned it")
 
 
 async def test_a_form_is_forwarded_unchanged() -> None:

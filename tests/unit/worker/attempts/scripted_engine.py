@@ -162,7 +162,7 @@ class Bench:
             self.frame_batcher,
             WorkerMetrics(MetricsRegistry("worker")),
             max_answer_bytes=max_answer_bytes,
-            elsewhere=self._elsewhere,
+            other_worker_serves=self._elsewhere,
             ended=self._end,
         )
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openai_api.sse import MAX_EVENT_BYTES
 from queue_schemas import END, HEAD, DeadlineExceeded, Frame, Lease, unpack_frames
 from tests.support.queue import make_job
 from worker.core import FrameCutter
-from worker.core.frames import MAX_EVENT_BYTES
 
 
 def cutter() -> FrameCutter:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from openai_api.sse import MAX_EVENT_BYTES
 from queue_schemas import END, Lease, unpack_frames
 from router.inference.attempt_merger import AttemptMerger
 from tests.support.queue import make_job
 from worker.core import FrameCutter
-from worker.core.frames import MAX_EVENT_BYTES
 
 FOLDER = Path(__file__).parents[3] / "fixtures" / "sse"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "expected.json").read_text("utf-8"))

@@ -32,8 +32,9 @@ log = get_logger(__name__)
 class Attempts:
     """Runs leases on ``engine``.
 
-    ``elsewhere(pool)`` says whether another worker serves a model. ``ended(lease, wait_s)`` is called when one is over,
-    its slot free again: the job may come back after ``wait_s`` if its attempt was spent here, else that is None.
+    ``other_worker_serves(pool)`` says whether another worker serves a model. ``ended(lease, wait_s)`` is called when
+    one is over, its slot free again: the job may come back after ``wait_s`` if its attempt was spent here, else that is
+    None.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class Attempts:
         metrics: WorkerMetrics,
         *,
         max_answer_bytes: int,
-        elsewhere: Callable[[Pool], Awaitable[bool]],
+        other_worker_serves: Callable[[Pool], Awaitable[bool]],
         ended: Callable[[Lease, float | None], None],
     ) -> None:
         self._metrics = metrics
         self._ended = ended
         self._relay = AnswerRelay(broker, frame_batcher, metrics, max_answer_bytes)
-        self._runner = AttemptRunner(engine, broker, self._relay, metrics, elsewhere)
+        self._runner = AttemptRunner(engine, broker, self._relay, metrics, other_worker_serves)
         self._reports = EndReports(broker, metrics)
         self._engine_disconnects = EngineDisconnects(engine, self._reports)
         # By attempt: a job that was released may come back here before the answer to its release was seen.

@@ -1,20 +1,20 @@
 """Decide whether an engine's answer is complete, or was cut short.
 
 Used by :mod:`worker.attempts` when an answer ends without an error of the transport. A connection that is closed looks
-the same whether the engine had finished or was killed, so an answer that nothing else proves whole counts as lost.
+the same whether the engine had finished or was killed, so an answer that nothing else proves complete counts as lost.
 
 Rules:
 
-* A stream is whole once its API's own end marker was seen: ``data: [DONE]`` for chat and text completions,
+* A stream is complete once its API's own end marker was seen: ``data: [DONE]`` for chat and text completions,
   ``message_stop`` for ``/v1/messages``, ``response.completed``, ``response.failed`` or ``response.incomplete`` for
-  ``/v1/responses``. An error event that the engine sent last ends a stream as well: the client is told.
-* Some engines send no ``[DONE]``. A stream of completions is whole without it when every choice that was asked for has
-  a finish reason, and the usage has come if it was asked for. ``[DONE]`` is then added, because many clients wait for
-  it.
+  ``/v1/responses``. An error event that the engine sent last ends a stream as well: it is reported to the client.
+* Some engines send no ``[DONE]``. A stream of completions is complete without it when every choice that was asked for
+  has a finish reason, and the usage has come if it was asked for. ``[DONE]`` is then added, because many clients wait
+  for it.
 * ``[DONE]`` from an engine that names finish reasons, before it has named any, ends no answer: llama-cpp-python's
   server sends it when another request interrupts a stream. It is kept from the client: the stream was cut short.
-* A stream of another path has no marker that is known: it is whole if length or chunks delimit it.
-* A plain answer is whole if length or chunks delimit it, or if it is a JSON object or array. An error answer always
+* A stream of another path has no marker that is known: it is complete if length or chunks delimit it.
+* A plain answer is complete if length or chunks delimit it, or if it is a JSON object or array. An error answer always
   is: however short, it does not pass for a success.
 """
 
@@ -47,7 +47,7 @@ _MARKERS = {_Api.MESSAGES: _MESSAGES_END, _Api.RESPONSES: _RESPONSES_END}
 
 
 class StreamEnd:
-    """Watches one stream for its end. Pass whole events through :meth:`see`; their line ends are LF."""
+    """Watches one stream for its end. Pass whole events through :meth:`feed`; their line ends are LF."""
 
     __slots__ = ("_api", "_before", "_finishing", "_interrupted", "_last", "_marked", "_marker")
 
@@ -62,7 +62,7 @@ class StreamEnd:
         self._finishing: list[bytes] = []
         """Events that carry a finish reason, and those behind them that carry usage: read only if no marker comes."""
 
-    def see(self, events: bytes) -> bytes:
+    def feed(self, events: bytes) -> bytes:
         """What may be passed on of ``events``: all but the end marker of a stream that was interrupted."""
         # A JSON string holds no bare quote or line end, so no text of a model matches what is looked for here.
         self._before = self._last
@@ -86,8 +86,8 @@ class StreamEnd:
             self._marked = True
         return events
 
-    def closing(self, tail: bytes, body: bytes, *, delimited: bool) -> bytes | None:
-        """What to add to the stream, which has ended, so that it is whole; None if it was cut short.
+    def missing_end(self, tail: bytes, body: bytes, *, delimited: bool) -> bytes | None:
+        """What to add to the stream, which has ended, so that it is complete; None if it was cut short.
 
         ``tail`` is what came behind the last whole event, ``body`` the request's; ``delimited``: length or chunks said
         where the answer ends.
@@ -95,7 +95,7 @@ class StreamEnd:
         rest = b""
         if _is_event(tail) or (tail and delimited and self._api is _Api.OTHER):
             # Only the blank line behind it is missing, without which no client would see it.
-            rest = self.see(tail.rstrip(b"\n") + b"\n\n")
+            rest = self.feed(tail.rstrip(b"\n") + b"\n\n")
         if self._interrupted:
             return None
         if self._marked or self._failed(self._last):
@@ -107,7 +107,7 @@ class StreamEnd:
         return None
 
     def _failed(self, last: bytes) -> bool:
-        """Whether the engine told of an error at the end, perhaps before a comment."""
+        """Whether the engine reported an error at the end, perhaps before a comment."""
         return _is_error(last) or ((not last or last.startswith(b":")) and _is_error(self._before))
 
     def _finished(self, body: bytes) -> bool:
@@ -129,7 +129,7 @@ class StreamEnd:
         return len(finished) >= _choices(asked) and (usage or not wants_usage(asked))
 
 
-def is_whole(status: int, content_type: str, body: bytes, *, delimited: bool) -> bool:
+def is_complete(status: int, content_type: str, body: bytes, *, delimited: bool) -> bool:
     """Whether a plain answer is all that the engine had to say."""
     if delimited or status >= 400:
         return True
@@ -174,7 +174,7 @@ def _is_event(tail: bytes) -> bool:
 
 
 def _is_error(events: bytes) -> bool:
-    """Whether the last of ``events`` tells of an error: in OpenAI's form, Anthropic's, or that of older vLLM."""
+    """Whether the last of ``events`` reports an error: in OpenAI's form, Anthropic's, or that of older vLLM."""
     if b'"error"' not in events:
         return False
     said = [data for event in split_events(events) if (data := event_data(event))]

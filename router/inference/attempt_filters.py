@@ -1,8 +1,8 @@
-"""Verifies a later attempt of a stream against what was delivered of a lost one, for :class:`AttemptMerger`.
+"""Filter a later attempt of a stream down to what the client still lacks of it, for :class:`AttemptMerger`.
 
-:class:`ReplayVerifier` is for an attempt that started over: it drops text that the client has, passes roles and finish
+:class:`ReplayFilter` is for an attempt that started over: it drops text that the client has, passes roles and finish
 reasons once, and raises :class:`~queue_schemas.StreamBroken` when the new attempt says something else.
-:class:`ContinuationVerifier` is for one that continues behind what was delivered
+:class:`ContinuationFilter` is for one that continues behind what was delivered
 (:mod:`router.inference.continuation`): it drops only what every attempt says at its beginning. Either way ``id`` and
 ``created`` stay the first attempt's, and two different answers are never spliced.
 """
@@ -26,7 +26,7 @@ from openai_api.transcript import (
 )
 
 
-class AttemptVerifier(Protocol):
+class AttemptFilter(Protocol):
     """Turns the events of a later attempt into what the client still lacks."""
 
     def feed(self, event: bytes) -> bytes:
@@ -52,7 +52,7 @@ class _Choice:
         return all(self.repeated.get(channel, 0) == len(text) for channel, text in self.texts.items())
 
 
-class ReplayVerifier:
+class ReplayFilter:
     """Compares an attempt that started over with what was ``delivered``. Raises ``StreamBroken`` where they differ or
     cannot be compared."""
 
@@ -118,7 +118,7 @@ class ReplayVerifier:
         return not self._usage_sent
 
 
-class ContinuationVerifier:
+class ContinuationFilter:
     """Passes on an attempt that began where the ``delivered`` text ends."""
 
     def __init__(self, delivered: Transcript) -> None:
