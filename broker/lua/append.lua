@@ -1,7 +1,7 @@
--- Adds to the output of persisted jobs, sends it to their listeners, and ends attempts that have said all.
--- ARGV: prefix, then per attempt: job id, epoch, attempt id, outcome ('' while it goes on, done, failed or expired), anew (1:
---       its first frame begins the answer anew, and what is kept of earlier attempts is dropped), seq of the first frame,
---       number of frames, the packed frames.
+-- Adds to the output of persisted jobs, sends it to their listeners, and ends attempts whose answer is complete.
+-- ARGV: prefix, then per attempt: job id, epoch, attempt id, outcome ('' while it goes on, done, failed or expired),
+--       restarts_output (1: its first frame drops the output of earlier attempts), seq of the first frame, number of
+--       frames, the packed frames.
 -- Reply: per attempt 'ok' (frames that are there already change nothing), 'duplicate' (this attempt itself ended the job),
 --       'fenced' or 'gone'. Frames go out only with 'ok', those for one Router in one entry. An attempt with a gap before
 --       its first frame (the server lost its latest writes) loses its job, and is fenced.
@@ -29,14 +29,14 @@ local function expected(job)
 end
 
 -- Keeps the frames of ARGV[from..] whose seq, counted from ``seq``, is ``due`` or later. Answers them.
-local function keep(job, anew, seq, due, from, number)
+local function keep(job, restarts_output, seq, due, from, number)
   local key, out = P .. 'job:' .. job.id, P .. 'out:' .. job.id
-  if anew and due == 0 and number > 0 then
-    call('HSET', key, 'begun', job.epoch)
+  if restarts_output and due == 0 and number > 0 then
+    call('HSET', key, 'output_epoch', job.epoch)
     if call('DEL', out) > 0 then
       local found = call('HMGET', key, 'persisted_bytes', 'job_metadata')
       count_bytes(job, PERSISTED_BYTES + string.len(found[2] or '') - tonumber(found[1]))
-      call('HSET', key, 'replaced', '1')
+      call('HSET', key, 'output_replaced', '1')
     end
   end
   local frames, bytes = {}, 0
@@ -61,13 +61,13 @@ while i <= #ARGV do
   local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2])
   local due = job and expected(job)
   if job and seq > due then
-    end_attempt(job, false, 'a part of its output was lost', now)
+    retry_or_end(job, false, 'a part of its output was lost', now)
     refusal = 'fenced'
   elseif job then
     forward(job, keep(job, ARGV[i + 4] == '1', seq, due, i + 7, number))
     if outcome ~= '' then
       leave_lease(job)
-      if outcome == 'expired' then job.why = 'its time ran out while it ran' end
+      if outcome == 'expired' then job.why = EXPIRED_RUNNING end
       end_job(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)
     end
   end
@@ -77,4 +77,4 @@ end
 for _, router in ipairs(order) do
   send(router, 'f', table.concat(outgoing[router].frames), outgoing[router].ids)
 end
-return answered(answers)
+return write_counters_and_return(answers)

@@ -2,20 +2,20 @@
 -- apart. Each call looks at a part of the jobs. All counters of a shard with few live jobs are made anew; with many, what
 -- waits is counted by its streams, a part of the queue keys in a call.
 -- ARGV: prefix, cursor among the jobs.
--- Reply: {cursor, what was mended}: where to go on; '0' after a whole round.
+-- Reply: {cursor, what was repaired}: where to go on; '0' after a whole round.
 -- Invariants: 1 no lost job, 8 bounded memory, 12 conservation.
 -- uses: attempts, fence
 
 local JOBS = 128 -- looked at in one call
 local MAX_RECOUNTED = 1024 -- live jobs of a shard whose counters are made anew; with the persisted ones: their bytes too
-local MAX_GHOSTS = 512 -- entries without a job that one call removes
+local MAX_STALE_ENTRIES = 512 -- entries without a job that one call removes
 local MAX_TENANTS, MAX_STREAMS = 256, 512 -- of a band, and in one call, whose entries are counted
-local now, mended, ghosts = now_ms(), 0, 0
+local now, repaired, stale_entries = now_ms(), 0, 0
 local live = call('ZCARD', P .. 'deadlines')
 local is_small = live + call('ZCARD', P .. 'persisted') <= MAX_RECOUNTED
 local waiting_keys = {} -- queue keys at which something waits, by the counters or by a job
 
--- Every live job stands among the deadlines; so must it in its stream, its worker's leases, or among the lost.
+-- Every live job is among the deadlines; it must also be in its stream, its worker's leases, or among the lost.
 local function audit_job(id)
   local job = load_job(id)
   if job and job.state == 'queued' then waiting_keys[queue_key(job)] = true end
@@ -24,10 +24,10 @@ local function audit_job(id)
   elseif job.state == 'queued' and not call('XRANGE', P .. job.queue, job.entry, job.entry)[1] then
     add('counters', queue_key(job) .. ':waiting', -1)
     job.lane = without_region(job.lane)
-    call('HSET', P .. 'job:' .. id, 'lane', job.lane, stand_again(job))
+    call('HSET', P .. 'job:' .. id, 'lane', job.lane, add_retry_entry(job))
     wake(queue_key(job), now)
   elseif job.state == 'leased' and is_fenced(job.owner) then
-    end_attempt(job, false, 'its worker is not known any more', now)
+    retry_or_end(job, false, 'its worker is not known any more', now)
   elseif job.state == 'leased' and call('HEXISTS', P .. 'leases:' .. job.owner, id) == 0 then
     call('HSET', P .. 'leases:' .. job.owner, id, job.epoch)
   elseif job.state == 'lost' and not call('ZSCORE', P .. 'lost', id) then
@@ -35,16 +35,16 @@ local function audit_job(id)
   else
     return
   end
-  mended = mended + 1
+  repaired = repaired + 1
 end
 
 -- Removes the entries of a stream whose jobs are not to be found by them.
-local function drop_ghosts(queue)
+local function drop_stale_entries(queue)
   for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', MAX_RECOUNTED)) do
     local found = call('HMGET', P .. 'job:' .. entry[2][2], 'state', 'entry')
-    if (found[1] ~= 'queued' or found[2] ~= entry[1]) and ghosts < MAX_GHOSTS then
+    if (found[1] ~= 'queued' or found[2] ~= entry[1]) and stale_entries < MAX_STALE_ENTRIES then
       drop_entry(queue, entry)
-      ghosts = ghosts + 1
+      stale_entries = stale_entries + 1
     end
   end
 end
@@ -53,7 +53,7 @@ local function correct(hash, field, value)
   local off = value - counter(hash, field)
   if off == 0 then return end
   add(hash, field, off)
-  mended = mended + 1
+  repaired = repaired + 1
 end
 
 -- What waits at a queue key is what its streams hold. Begins at another key each time.
@@ -89,7 +89,7 @@ local function recount(counter_fields)
   local counted = { budget = {}, counters = {} }
   local function count(hash, field, by) counted[hash][field] = (counted[hash][field] or 0) + by end
   for key in pairs(waiting_keys) do
-    for _, queue in ipairs((streams_at(key, MAX_RECOUNTED))) do drop_ghosts(queue) end
+    for _, queue in ipairs((streams_at(key, MAX_RECOUNTED))) do drop_stale_entries(queue) end
   end
   for _, field in ipairs(counter_fields) do
     if string.match(field, ':waiting$') or string.match(field, ':leased$') then count('counters', field, 0) end
@@ -128,4 +128,4 @@ for _, field in ipairs(counter_fields) do
   if key then waiting_keys[key] = true end
 end
 if live <= MAX_RECOUNTED then recount(counter_fields) else count_streams() end
-return answered({ jobs[1], mended + ghosts })
+return write_counters_and_return({ jobs[1], repaired + stale_entries })

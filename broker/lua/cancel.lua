@@ -24,5 +24,5 @@ if abandoned_ms > 0 then
     if call('EXISTS', P .. 'reply:' .. router) == 1 then return before end
   end
 end
-stop(job, 'cancelled', reason)
-return answered(before)
+cancel_or_expire(job, 'cancelled', reason)
+return write_counters_and_return(before)

@@ -23,7 +23,7 @@ if is_fenced(session_id) then return { 'fenced' } end
 local answer = { 'ok' }
 local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked', 'suspect')
 
-local function give(job)
+local function add_to_reply(job)
   answer[#answer + 1] = { job.id, call('HGET', P .. 'job:' .. job.id, 'env'), tonumber(job.epoch), job.aid,
     tonumber(job.attempts), math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0),
     is_suspect(job) and 1 or 0 }
@@ -39,31 +39,31 @@ if last[1] == seq then
   local is_short = false
   for id, aid in string.gmatch(last[2], '(%S+) (%S+)') do
     local job = load_job(id)
-    if job and job.state == 'leased' and job.aid == aid then give(job) else is_short = true end
+    if job and job.state == 'leased' and job.aid == aid then add_to_reply(job) else is_short = true end
   end
-  if is_short then claim_again() end -- it takes itself for parked, and may not be
+  if is_short then claim_again() end -- it believes it is parked, and may not be
   return answer
 end
 
--- ``serves``: queue keys of all regions that the worker serves; ``places``: with those of its own region.
-local pools, serves, places, depths = {}, {}, {}, {}
+-- ``shared_keys``: the queue keys without a region that the worker serves; ``local_keys``: these and its own region's.
+local pools, shared_keys, local_keys, depths = {}, {}, {}, {}
 for i = 9, #ARGV, 2 do
   pools[#pools + 1] = ARGV[i]
   for lane in string.gmatch(ARGV[i + 1], '[^,]+') do
     local key = ARGV[i] .. ':' .. lane
-    serves[key] = true
-    places[#places + 1] = key
-    if region ~= '' then places[#places + 1] = key .. '@' .. region end
+    shared_keys[key] = true
+    local_keys[#local_keys + 1] = key
+    if region ~= '' then local_keys[#local_keys + 1] = key .. '@' .. region end
   end
 end
-for i, key in ipairs(places) do depths[i] = key .. ':waiting' end
+for i, key in ipairs(local_keys) do depths[i] = key .. ':waiting' end
 read('counters', depths)
 
 -- By queue key served: those of other regions where a job may be run anywhere by now, longest first.
 local remote = {}
 for _, key in ipairs(#pools > 0 and call('ZRANGEBYSCORE', P .. 'remote', '-inf', int(now)) or {}) do
   local shared = without_region(key)
-  if serves[shared] and key ~= shared .. '@' .. region then
+  if shared_keys[shared] and key ~= shared .. '@' .. region then
     remote[shared] = remote[shared] or {}
     table.insert(remote[shared], key)
   end
@@ -94,9 +94,9 @@ local function runnable(queue, entry)
   if not job or job.state ~= 'queued' or job.entry ~= entry[1] then
     drop_entry(queue, entry)
   elseif tonumber(job.deadline) <= now then
-    stop(job, 'expired', 'its time ran out in the queue')
+    cancel_or_expire(job, 'expired', EXPIRED_WAITING)
   elseif nobody_waits(job) then
-    stop(job, 'cancelled', NOBODY_WAITS, 'router_gone')
+    cancel_or_expire(job, 'cancelled', NOBODY_WAITS, 'router_gone')
   else
     return job
   end
@@ -155,7 +155,7 @@ local function take_fresh(key, turn, is_remote)
         at = at + 1
       else
         local job = runnable(queue, entry)
-        -- Who waits alone is not charged: it takes nothing from anybody, and who comes starts level with it.
+        -- A tenant without competition is not charged: the next tenant that comes starts level with it.
         if job and (heads[3] or at > 0) then charge(of_band, tenant, start, clock) end
         if job then return job end
       end
@@ -211,7 +211,7 @@ local function next_job(turn)
       local take_at = (step == 1) == remote_first and take_remote or take_local
       for i = 0, #pools - 1 do
         local key = pools[(turn + i) % #pools + 1] .. ':' .. lane
-        local job = serves[key] and skipped < MAX_SKIPPED and take_at(key, turn)
+        local job = shared_keys[key] and skipped < MAX_SKIPPED and take_at(key, turn)
         if job then return job end
       end
     end
@@ -237,23 +237,23 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
     call('HSET', claimed_key, 'suspect', held[#held])
   end
   given_bytes = given_bytes + tonumber(job.size)
-  give(job)
+  add_to_reply(job)
 end
 
 if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
   claim_again()
 elseif #held < wanted then
-  local all = table.concat(places, ' ')
+  local all = table.concat(local_keys, ' ')
   if last[3] ~= all then
     unpark(session_id, last[3])
     call('HSET', claimed_key, 'parked', all)
   end
-  for _, key in ipairs(places) do call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id) end
+  for _, key in ipairs(local_keys) do call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id) end
 else
   unpark(session_id, last[3])
   local woke = false
-  for _, key in ipairs(places) do woke = woke or waiting(key) > 0 and wake(key, now) end
+  for _, key in ipairs(local_keys) do woke = woke or waiting(key) > 0 and wake(key, now) end
   for shared, keys in pairs(remote) do woke = woke or keys[1] and waiting(keys[1]) > 0 and wake(shared, now) end
 end
 call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '))
-return answered(answer)
+return write_counters_and_return(answer)

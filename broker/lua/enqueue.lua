@@ -97,4 +97,4 @@ end
 
 local answers = {}
 for i = 7, #ARGV, 19 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 18)) end
-return answered(answers)
+return write_counters_and_return(answers)

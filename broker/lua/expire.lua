@@ -19,7 +19,7 @@ for _, id in ipairs(due('deadlines')) do
   if not job or not TRANSITIONS[job.state .. ' expired'] then
     call('ZREM', P .. 'deadlines', id)
   else
-    stop(job, 'expired', job.state == 'leased' and 'its time ran out while it ran' or 'its time ran out in the queue')
+    cancel_or_expire(job, 'expired', job.state == 'leased' and EXPIRED_RUNNING or EXPIRED_WAITING)
     expired = expired + 1
   end
 end
@@ -28,7 +28,7 @@ for _, id in ipairs(due('lost')) do
   if not job or job.state ~= 'lost' then
     call('ZREM', P .. 'lost', id)
   elseif nobody_waits(job) then
-    stop(job, 'cancelled', NOBODY_WAITS, 'router_gone')
+    cancel_or_expire(job, 'cancelled', NOBODY_WAITS, 'router_gone')
   else
     call('ZADD', P .. 'lost', int(now + LOST_MS), id)
     notify(job, 'lost', job.epoch, 'its router has not said where it goes on')
@@ -38,7 +38,7 @@ for _, id in ipairs(due('persisted')) do
   local found = call('HMGET', P .. 'job:' .. id, 'tenant', 'persisted_bytes', 'idem', 'listed', 'at')
   call('ZREM', P .. 'persisted', id)
   call('DEL', P .. 'job:' .. id)
-  if found[1] then forget(id, unpack(found)) end
+  if found[1] then delete_persisted(id, unpack(found)) end
   forgotten = forgotten + 1
 end
 for _, reader in ipairs(due('readers')) do
@@ -58,4 +58,4 @@ for i = 1, #counters, 2 do
     if eligible_at and eligible_at <= now and wake(shared, now) then woken = woken + 1 end
   end
 end
-return answered({ expired, woken, forgotten, now, server_ms() })
+return write_counters_and_return({ expired, woken, forgotten, now, server_ms() })

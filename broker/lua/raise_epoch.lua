@@ -1,6 +1,6 @@
 -- Says where a job stands after the server may have lost its latest writes. If it waits, its epoch is raised above all that
 -- an attempt which those writes began could have.
--- ARGV: prefix, job id, the highest epoch that the Router has heard of it (0: none).
+-- ARGV: prefix, job id, the highest epoch that the Router has seen of it (0: none).
 -- Reply: {state, epoch, attempt id ('' unless it runs)}; {'unknown', 0, ''}. A repeated call changes nothing more.
 -- Invariants: 2 one result, 3 fence.
 -- uses: epochs, records

@@ -12,11 +12,11 @@ local held = call('HKEYS', leases)
 local last = call('HMGET', claimed, 'suspect', 'parked')
 -- Once a reclaim is under way, its suspect may be among those that were taken back.
 local is_under_way = call('HGET', P .. 'renewals', session_id) == '-1'
-local suspects = last[1] and (is_under_way or still_runs(last[1]))
+local any_suspect = last[1] and (is_under_way or still_runs(last[1]))
 unpark(session_id, last[2]) -- nobody wakes it any more, least of all for what it held
 if #held > 0 then
   call('HSET', P .. 'renewals', session_id, '-1')
-  if last[1] and not suspects then call('HDEL', claimed, 'suspect') end
+  if last[1] and not any_suspect then call('HDEL', claimed, 'suspect') end
 end
 local counts = { requeued = 0, dead = 0, cancelled = 0, lost = 0 }
 local handled = math.min(#held, limit)
@@ -24,9 +24,9 @@ for i = 1, handled do
   local id = held[i]
   local job = load_job(id)
   if job and job.state == 'leased' and job.owner == session_id then
-    job.aid = '' -- should it die: what its worker says of it from now on is fenced, no repeat of its own word
-    local fate = counted and end_crashed(job, suspects, 1, reason, now) or end_attempt(job, false, reason, now)
-    counts[fate] = counts[fate] + 1
+    job.aid = '' -- if it becomes a dead letter, late reports of its worker are fenced, not duplicates
+    local outcome = counted and end_crashed(job, any_suspect, 1, reason, now) or retry_or_end(job, false, reason, now)
+    counts[outcome] = counts[outcome] + 1
   else
     call('HDEL', leases, id) -- its record was evicted or deleted
   end
@@ -35,4 +35,4 @@ if handled == #held then
   call('HDEL', P .. 'renewals', session_id)
   call('DEL', leases, claimed, P .. 'ctl:' .. session_id)
 end
-return answered({ counts.requeued, counts.dead, counts.cancelled, #held - handled, counts.lost })
+return write_counters_and_return({ counts.requeued, counts.dead, counts.cancelled, #held - handled, counts.lost })

@@ -22,7 +22,7 @@ for _, id in ipairs(call('HKEYS', leases)) do
   local job = not runs[id] and load_job(id)
   if job and job.state == 'leased' and job.owner == session_id then
     job.epoch = int(next_run(job.epoch) - 1)
-    end_attempt(job, false, 'the queue lost what its worker wrote', now)
+    retry_or_end(job, false, 'the queue lost what its worker wrote', now)
   elseif not runs[id] then
     call('HDEL', leases, id) -- its record was evicted or deleted
   end
@@ -33,4 +33,4 @@ local control = P .. 'ctl:' .. session_id
 if call('EXISTS', control) == 1 and not call('XRANGE', control, last_read, '+', 'COUNT', 1)[1] then
   redis.pcall('XADD', control, last_read, 'k', 'hello')
 end
-return answered(answer)
+return write_counters_and_return(answer)

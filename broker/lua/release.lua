@@ -7,23 +7,23 @@
 -- uses: attempts, fence
 
 local now = now_ms()
-local answers, crashed, suspects = {}, {}, false
+local answers, crashed, any_suspect = {}, {}, false
 for i = 2, #ARGV, 5 do
   local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2], true)
   local counted, reason = ARGV[i + 3], ARGV[i + 4]
   if job and counted == 'crashed' then
     job.reason = reason
     crashed[#crashed + 1] = job
-    suspects = suspects or is_suspect(job)
+    any_suspect = any_suspect or is_suspect(job)
   elseif job then
     local avoid_ms = tonumber(counted)
-    local fate = end_attempt(job, avoid_ms > 0, reason, now)
-    note_handed_back(job, fate, avoid_ms == 1 and RETRY_APART_MS or avoid_ms, now)
+    local outcome = retry_or_end(job, avoid_ms > 0, reason, now)
+    note_handed_back(job, outcome, avoid_ms == 1 and RETRY_APART_MS or avoid_ms, now)
   end
   answers[#answers + 1] = refusal or 'ok'
 end
 for _, job in ipairs(crashed) do
-  local fate = end_crashed(job, suspects, SUSPECT, job.reason, now)
-  note_handed_back(job, fate, RETRY_APART_MS, now)
+  local outcome = end_crashed(job, any_suspect, SUSPECT, job.reason, now)
+  note_handed_back(job, outcome, RETRY_APART_MS, now)
 end
-return answered(answers)
+return write_counters_and_return(answers)

@@ -12,7 +12,7 @@ for i = 2, #ARGV, 5 do
     refusal = 'fenced' -- an error would leave what was settled before it half written
   elseif job then
     leave_lease(job)
-    finish(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)
+    write_tombstone(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)
     if job.reply ~= '' and frames ~= '' then
       if not outgoing[job.reply] then
         outgoing[job.reply] = {}
@@ -26,4 +26,4 @@ end
 for _, reply in ipairs(order) do
   call('XADD', P .. 'reply:' .. reply, 'NOMKSTREAM', '*', 'f', table.concat(outgoing[reply]))
 end
-return answered(answers)
+return write_counters_and_return(answers)

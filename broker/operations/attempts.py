@@ -77,4 +77,6 @@ class Attempts:
     async def clear_suspicion(self, lease: Lease) -> Settled:
         """Clear a running job of suspicion: it has put out more than before its engine crashed."""
         keys = keys_of_job(self._keys, lease.job.id)
-        return Settled((await self._caller.script("clear", keys.budget, keys.prefix, *attempt_of(lease))).decode())
+        return Settled(
+            (await self._caller.script("clear_suspicion", keys.budget, keys.prefix, *attempt_of(lease))).decode()
+        )

@@ -71,7 +71,7 @@ class DeadLetters:
         for shard, entries in by_shard.items():
             if shard < len(self._keys):
                 keys = self._keys[shard]
-                removed += int(await self._caller.script("forget_dead", keys.budget, keys.prefix, *entries))
+                removed += int(await self._caller.script("delete_dead_letters", keys.budget, keys.prefix, *entries))
         return removed
 
 

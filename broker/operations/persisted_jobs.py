@@ -113,7 +113,7 @@ class PersistedJobs:
         keys = self._keys_of(job_id)
         if keys is None:
             return None
-        return state_or_none(await self._caller.script("forget", keys.budget, keys.prefix, job_id, reason))
+        return state_or_none(await self._caller.script("delete_persisted", keys.budget, keys.prefix, job_id, reason))
 
     async def read_finished(self, limit: int = 100) -> list[FinishedJob]:
         """Notices of ends that have not been forgotten, oldest first by shard, up to ``limit`` a shard. Who has dealt

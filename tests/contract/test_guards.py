@@ -319,8 +319,8 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (a_new_attempt_has_a_new_epoch, Rewrite("attempts", "int(tonumber(job.epoch) + 1)", "job.epoch")),
     (nothing_starts_for_nobody, Rewrite("claim", "elseif nobody_waits(job) then", "elseif false then")),
     (nothing_starts_again_for_nobody, Rewrite("attempts", "if nobody_waits(job) then", "if false then")),
-    (neighbours_of_a_suspect_go_free, Rewrite("attempts", "not suspects or is_suspect(job)", "true")),
-    (a_suspect_is_cleared_by_itself, Rewrite("clear", "if not is_suspect(job) then return 'ok' end", "")),
+    (neighbours_of_a_suspect_go_free, Rewrite("attempts", "not any_suspect or is_suspect(job)", "true")),
+    (a_suspect_is_cleared_by_itself, Rewrite("clear_suspicion", "if not is_suspect(job) then return 'ok' end", "")),
     (the_dying_do_not_join, Rewrite("join", "if number < 0 then return number end", "")),
     (the_last_attempt_is_fenced, Rewrite("reclaim", "job.aid = ''", "")),
 ]  # fmt: skip

@@ -210,7 +210,7 @@ async def test_clear(faulty: Faulty) -> None:
     worker = await Puller(faulty.sound).join()
     await faulty.sound.attempts.report_crash([await worker.claim_one()], "it crashed")
     again = await (await Puller(faulty.sound).join()).claim_one()
-    faulty.lose("clear")
+    faulty.lose("clear_suspicion")
     assert await faulty.broker.attempts.clear_suspicion(again) is Settled.OK
     assert await faulty.sound.attempts.settle(again, Outcome.DONE) is Settled.OK
 

@@ -1,11 +1,11 @@
--- What becomes of a job whose attempt ended without an answer.
+-- Decides what happens to a job whose attempt ended without an answer: retry, wait for its Router, or dead letter.
 -- uses: endings, parking, dead_letters
 
 local RETRY_APART_MS = 2000
 local LOST_MS = 5000 -- how long until a Router is asked again where a lost stream goes on
 
 -- A leased job whose attempts are used up becomes a dead letter.
-local function declare_dead(job, reason, now)
+local function dead_letter(job, reason, now)
   leave_lease(job)
   add_letter(job, reason, call('HGET', P .. 'job:' .. job.id, 'env'), now)
   job.why = reason
@@ -13,50 +13,51 @@ local function declare_dead(job, reason, now)
   notify(job, 'dead', job.epoch, reason)
 end
 
--- Answers 'cancelled', 'dead', 'requeued', or 'lost', until its Router says what was delivered. The last two begin the
+-- Returns 'cancelled', 'dead', 'requeued', or 'lost', until its Router says what was delivered. The last two begin the
 -- next epoch.
-local function end_attempt(job, counted, reason, now)
+local function retry_or_end(job, counted, reason, now)
   if nobody_waits(job) then
-    stop(job, 'cancelled', NOBODY_WAITS, 'router_gone')
+    cancel_or_expire(job, 'cancelled', NOBODY_WAITS, 'router_gone')
     return 'cancelled'
   end
   local attempts = tonumber(job.attempts) - (counted and 0 or 1)
   if attempts >= tonumber(job.max) then
-    declare_dead(job, reason, now)
+    dead_letter(job, reason, now)
     return 'dead'
   end
   leave_lease(job)
-  local fate = job.resume == '1' and 'lost' or 'requeued'
+  local outcome = job.resume == '1' and 'lost' or 'requeued'
   local epoch = int(tonumber(job.epoch) + 1)
   local fields = { 'epoch', epoch, 'attempts', int(attempts), 'aid', '', 'owner', '' }
-  if fate == 'lost' then
+  if outcome == 'lost' then
     transition(job, 'lost', unpack(fields))
     call('ZADD', P .. 'lost', int(now + LOST_MS), job.id)
   else
     requeue(job, unpack(fields))
     wake(queue_key(job), now)
   end
-  total(job, fate)
-  notify(job, fate, epoch, reason)
-  return fate
+  total(job, outcome)
+  notify(job, outcome, epoch, reason)
+  return outcome
 end
 
--- The same for jobs whose engine, or worker, ended while they ran. Which of them did it cannot be known: if some were under
--- suspicion (``suspects``), each of those is charged an attempt, else each of all. Suspicion grows by ``weight``; a job that
--- is not charged is a suspect at once, and is charged the next time even if it was cleared since: nobody goes free twice.
-local function end_crashed(job, suspects, weight, reason, now)
-  local counted = not suspects or is_suspect(job) or job.spared == '1'
+-- The same for jobs whose engine or worker crashed while they ran. The cause is unknown: with suspects among the jobs
+-- (``any_suspect``) each suspect is charged an attempt, else every job. Suspicion grows by ``weight``. A job that is not
+-- charged becomes a suspect at once, and is charged the next time even if it was cleared since: each job escapes a charge
+-- at most once.
+local function end_crashed(job, any_suspect, weight, reason, now)
+  local counted = not any_suspect or is_suspect(job) or job.not_charged == '1'
   job.suspicion = int(math.max((tonumber(job.suspicion) or 0) + weight, counted and 0 or SUSPECT))
-  local fate = end_attempt(job, counted, reason, now)
-  if fate == 'lost' or fate == 'requeued' then
-    call('HSET', P .. 'job:' .. job.id, 'suspicion', job.suspicion, 'spared', counted and job.spared or '1')
+  local outcome = retry_or_end(job, counted, reason, now)
+  if outcome == 'lost' or outcome == 'requeued' then
+    call('HSET', P .. 'job:' .. job.id, 'suspicion', job.suspicion, 'not_charged', counted and job.not_charged or '1')
   end
-  return fate
+  return outcome
 end
 
 -- Notes that a worker ended an attempt itself: a repeated call is known by it, and the worker is avoided for a while.
-local function note_handed_back(job, fate, avoid_ms, now)
-  if fate ~= 'lost' and fate ~= 'requeued' then return end
+local function note_handed_back(job, outcome, avoid_ms, now)
+  if outcome ~= 'lost' and outcome ~= 'requeued' then return end
   local key = P .. 'job:' .. job.id
   call('HSET', key, 'handed_back', job.epoch .. ':' .. job.aid)
   if avoid_ms > 0 then call('HSET', key, 'avoid', job.owner, 'avoid_until', int(now + avoid_ms)) end

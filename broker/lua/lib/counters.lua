@@ -1,6 +1,6 @@
 -- Two hashes: ``budget`` (live jobs and bytes of tenants and pools, by which new work is refused) and ``counters`` (what
--- waits and runs, turns and totals, by queue key). Changes gather while a script runs and are written by ``answered``,
--- with which every script that changes anything returns; a field that becomes 0 is removed.
+-- waits and runs, turns and totals, by queue key). Changes gather while a script runs. Every script that
+-- changes anything returns with ``write_counters_and_return``, which writes them; a field that becomes 0 is removed.
 -- uses: shard
 
 local CHUNK = 1000 -- Lua passes 8000 arguments at most. Even: HSET takes pairs
@@ -51,7 +51,7 @@ local function write_in_chunks(command, key, args)
   for from = 1, #args, CHUNK do call(command, key, unpack(args, from, math.min(from + CHUNK - 1, #args))) end
 end
 
-local function answered(reply)
+local function write_counters_and_return(reply)
   for hash, fields in pairs(changes) do
     local changed, set, gone = {}, {}, {}
     for field, by in pairs(fields) do

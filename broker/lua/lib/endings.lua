@@ -1,15 +1,18 @@
--- The end of any job, by its worker's word or another's.
+-- Ends any job, by its worker or by someone else.
 -- uses: finish, persisted, queue, leases, notify
 
+local EXPIRED_WAITING = 'its time ran out in the queue'
+local EXPIRED_RUNNING = 'its time ran out while it ran'
+
 local function end_job(job, state, aid, cause)
-  local kept = job.persisted == '1'
+  local fields = job.persisted == '1'
     and call('HMGET', P .. 'job:' .. job.id, 'persisted_bytes', 'idem', 'retention_ms', 'topic')
-  finish(job, state, aid, cause)
-  if kept then close(job, unpack(kept)) end
+  write_tombstone(job, state, aid, cause)
+  if fields then keep_or_drop_output(job, unpack(fields)) end
 end
 
--- Cancels or expires a job that has not ended, by the word of another than its worker.
-local function stop(job, state, reason, cause)
+-- Cancels or expires a job that has not ended, by someone else than its worker.
+local function cancel_or_expire(job, state, reason, cause)
   local was = job.state
   if was == 'leased' then
     leave_lease(job)

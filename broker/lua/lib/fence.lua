@@ -1,4 +1,4 @@
--- Who may still speak: of a worker session, and of an attempt.
+-- Checks whether a session or an attempt is still current.
 -- uses: records, transitions
 
 -- Whether a session was declared dead, or never joined. While its reclaim is under way its number is negative: another
@@ -8,7 +8,7 @@ local function is_fenced(session_id)
   return not number or tonumber(number) < 0
 end
 
--- The job if ``epoch`` and ``aid`` own it; else nil and the answer to give: gone, duplicate (this attempt itself ended
+-- The job if ``epoch`` and ``aid`` own it; else nil and the answer: gone, duplicate (this attempt itself ended
 -- the job, or, for ``releasing``, handed it back) or fenced.
 local function fence(id, epoch, aid, releasing)
   local job = load_job(id)

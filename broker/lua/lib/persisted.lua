@@ -17,13 +17,13 @@ local function free_key(id, idem)
   if holder and string.sub(holder, 1, string.len(id) + 1) == id .. ' ' then call('DEL', key) end
 end
 
--- Where a listed job stands among its tenant's: by when it came, then by id.
+-- A listed job's member in its tenant's list: sorted by time of arrival, then by id.
 local function list_member(id, at)
   return string.format('%015.0f ', tonumber(at)) .. id
 end
 
--- Forgets what is kept of a job outside its record.
-local function forget(id, tenant, bytes, idem, listed, at)
+-- Deletes what is kept of a job outside its record.
+local function delete_persisted(id, tenant, bytes, idem, listed, at)
   call('DEL', P .. 'out:' .. id)
   add('budget', 't:' .. tenant .. ':persisted', -tonumber(bytes or 0))
   free_key(id, idem)
@@ -31,7 +31,7 @@ local function forget(id, tenant, bytes, idem, listed, at)
 end
 
 -- After a job ended. ``bytes`` to ``topic`` are fields of its record before. Only an answer keeps its idempotency key.
-local function close(job, bytes, idem, retention_ms, topic)
+local function keep_or_drop_output(job, bytes, idem, retention_ms, topic)
   local key, now = P .. 'job:' .. job.id, now_ms()
   listeners_of(job)
   call('DEL', P .. 'listeners:' .. job.id)
@@ -42,14 +42,14 @@ local function close(job, bytes, idem, retention_ms, topic)
       call('HINCRBY', P .. 'finished_dropped', 'dropped', call('XTRIM', finished, 'MAXLEN', int(MAX_FINISHED)))
     end
   end
-  if not job.is_kept then return forget(job.id, job.tenant, bytes, idem, job.listed, job.at) end
+  if not job.is_kept then return delete_persisted(job.id, job.tenant, bytes, idem, job.listed, job.at) end
   if job.state ~= 'done' and job.state ~= 'failed' then free_key(job.id, idem) end
   local until_ms, ttl = int(now + tonumber(retention_ms)), int(tonumber(retention_ms) + EXPIRY_SLACK_MS)
   call('ZADD', P .. 'persisted', until_ms, job.id)
   call('PEXPIRE', P .. 'out:' .. job.id, ttl)
   if idem ~= '' then call('PEXPIRE', P .. 'idem:' .. idem, ttl) end
   call('HDEL', key, 'env', 'queue', 'entry', 'owner', 'band', 'size', 'max', 'reply', 'eligible_at', 'handed_back', 'avoid',
-    'avoid_until', 'suspicion', 'spared', 'cleared')
+    'avoid_until', 'suspicion', 'not_charged', 'cleared')
   call('HSET', key, 'ended_at', int(now), 'expires_at', until_ms, 'cause', string.sub(job.why or '', 1, 500))
 end
 

@@ -28,14 +28,14 @@ local function drop_entry(queue, entry)
 end
 
 -- Puts a job whose attempt ended in line again, ahead of new work. Answers the fields of its record that say where.
-local function stand_again(job)
+local function add_retry_entry(job)
   local queue = (is_suspect(job) and 'suspects:' or 'retry:') .. queue_key(job)
   add('counters', queue_key(job) .. ':waiting', 1)
   return 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size)
 end
 
 local function requeue(job, ...)
-  local queue, name, entry, id = stand_again(job)
+  local queue, name, entry, id = add_retry_entry(job)
   transition(job, 'queued', queue, name, entry, id, ...)
 end
 

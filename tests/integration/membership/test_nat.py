@@ -27,12 +27,12 @@ from tests.support.waiting import eventually
 PASSWORD = "of-this-test"
 SCRIPTS = {
     "worker": (
-        *("join", "claim", "renew", "reconcile_leases", "settle", "append", "attach", "release", "clear"),
+        *("join", "claim", "renew", "reconcile_leases", "settle", "append", "attach", "release", "clear_suspicion"),
         *("act_as_manager", "reclaim", "expire", "audit"),
     ),
     "router": (
         *("enqueue", "attach", "detach", "resume", "raise_epoch", "cancel", "depth"),
-        *("show_persisted", "forget", "keep_reply_stream", "forget_dead"),
+        *("show_persisted", "delete_persisted", "keep_reply_stream", "delete_dead_letters"),
     ),
     "manager": ("act_as_manager", "reclaim", "expire", "audit", "depth"),
 }

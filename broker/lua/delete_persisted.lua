@@ -11,12 +11,12 @@ if not job or job.persisted ~= '1' then return 'unknown' end
 local before = job.state
 if TRANSITIONS[before .. ' cancelled'] then
   job.is_forgotten = true
-  stop(job, 'cancelled', reason)
-  return answered(before)
+  cancel_or_expire(job, 'cancelled', reason)
+  return write_counters_and_return(before)
 end
-forget(id, unpack(call('HMGET', key, 'tenant', 'persisted_bytes', 'idem', 'listed', 'at')))
+delete_persisted(id, unpack(call('HMGET', key, 'tenant', 'persisted_bytes', 'idem', 'listed', 'at')))
 call('ZREM', P .. 'persisted', id)
 call('DEL', key)
 call('HSET', key, 'state', before, 'epoch', job.epoch, 'aid', job.aid)
 call('PEXPIRE', key, TOMBSTONE_MS)
-return answered(before)
+return write_counters_and_return(before)

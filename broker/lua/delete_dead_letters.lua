@@ -10,4 +10,4 @@ for i = 2, #ARGV do
   if entry then remove_letter(entry) end
   removed = removed + (entry and 1 or 0)
 end
-return answered(removed)
+return write_counters_and_return(removed)
