@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from queue_schemas import BrokerUnavailable, InferqError, Tenant
-from storage import Batch, BatchError, BatchStatus, ObjectMissing, ObjectStore
+from storage import Batch, BatchError, BatchStatus, ObjectMissing
 from telemetry import get_logger
 from telemetry.backoff import Backoff
 from telemetry.threads import in_thread
-from webhooks.delivery_store import DeliveryStore
-from webhooks.events import WebhookEvent
 
+from .batch_events import emit_batch_ended
 from .context import BatchContext
 from .core import Checkpoint, Phase, reply_stream_of
 from .rq_jobs import FAILURES, PAUSE, STEP_LIMIT_S, StepQueue
@@ -251,15 +250,3 @@ def _describe(checkpoint: Checkpoint) -> str:
     if checkpoint.phase is Phase.DISPATCH:
         return f"{name} {progress.completed + progress.failed} of {progress.total} lines"
     return name
-
-
-def emit_batch_ended(store: ObjectStore, batch: Batch) -> None:
-    """Queue a webhook event for every endpoint that is subscribed to this end (``batch.progress.status``). Blocks.
-
-    Called after the end is stored and before the batch's live mark is removed: after a crash in between it is called
-    again, and makes the same event, because an event's id is made from the batch's. Raises ``StoreUnavailable`` or
-    ``StoreFull``: call it again then.
-    """
-    request, status = batch.request, batch.progress.status.value
-    ended_at_s = batch.progress.stamps.get(f"{status}_at", request.created_at)
-    DeliveryStore(store).emit(WebhookEvent.of(Tenant(request.tenant), f"batch.{status}", request.id, ended_at_s))

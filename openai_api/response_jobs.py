@@ -1,7 +1,7 @@
 """A background response's id and final status, derived from its job and the job's persisted output.
 
-A response is a kept, streamed chat completion (:mod:`router.responses`). Whether it is ``completed`` or
-``incomplete`` stands in the finish reason of that stream alone.
+A response is a persisted, streamed chat completion (:mod:`router.responses`). Only the finish reason of that stream
+says whether it is ``completed`` or ``incomplete``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from .chat_chunks import ChatReader
 from .transcript import Chunk
 
 RESPONSE_PREFIX = "resp_"
+RESPONSE_TOPIC = "response"
+"""The topic of the persisted jobs that are responses, and so of the notices of their ends."""
 
 ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 IncompleteReason = Literal["max_output_tokens", "content_filter"]

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from openai_api.response_jobs import ResponseStatus, response_id
+from openai_api.response_jobs import RESPONSE_TOPIC, ResponseStatus, response_id
 from queue_schemas import BadRequest, FinishedJob, InferqError, JobId, PersistedJob, State, Tenant
 from storage import ObjectStore
 from telemetry import get_logger
@@ -21,8 +21,6 @@ from .endpoints import Endpoint, EndpointStore
 from .events import WebhookEvent
 from .metrics import NotifierMetrics
 
-RESPONSE_WORD = "response"
-"""The word in the notices of jobs that are responses."""
 MAX_NOTICES = 100
 
 log = get_logger(__name__)
@@ -100,7 +98,7 @@ class ResponseNotices:
         return len(notices)
 
     async def _emit(self, queue: QueuePort, notice: FinishedJob) -> None:
-        if notice.topic != RESPONSE_WORD:
+        if notice.topic != RESPONSE_TOPIC:
             log.debug("notice_of_another_kind", word=notice.topic, job_id=notice.job_id)
             return
         endpoints = await self._endpoints_of(notice.tenant)

@@ -13,7 +13,7 @@ import orjson
 
 from openai_api.chat_chunks import ChatFailure
 from openai_api.paths import CHAT_PATH, RESPONSES_PATH
-from openai_api.response_jobs import job_of_response, response_id
+from openai_api.response_jobs import RESPONSE_TOPIC, job_of_response, response_id
 from queue_schemas import (
     PERSISTED_STATES,
     BadMessage,
@@ -47,8 +47,6 @@ from .persisted_merger import FIRST_ENGINE_EVENT, PersistedResponseMerger
 from .saved_request import load_request, save_request
 from .schemas import ResponseRequest, input_item_objects, response_object
 
-NOTIFY = "response"
-"""The topic of the notices that background responses ended."""
 _JSON = ResponseHead(200, "application/json")
 
 
@@ -112,7 +110,7 @@ class ResponseService:
         """Queue a background response and answer with its object. If its events were asked for: True, and ``request``
         follows them from now on. Raises what :meth:`JobService.enqueue` does."""
         note = save_request(converted.created_at, converted.request)
-        enqueue = self._jobs.enqueue(job, converted.fields, notify=NOTIFY, note=note, request=converted.digest)
+        enqueue = self._jobs.enqueue(job, converted.fields, notify=RESPONSE_TOPIC, note=note, request=converted.digest)
         enqueued = await request.within_deadline(enqueue)
         if not converted.stream and not job.idempotency_key:
             shown = response_object(converted.of_job(enqueued.job_id), "queued")
@@ -131,7 +129,7 @@ class ResponseService:
             found = await self._jobs.get(tenant, job_of_response(name))
         except BadMessage:
             found = None
-        if found is None or found.topic != NOTIFY:
+        if found is None or found.topic != RESPONSE_TOPIC:
             raise _not_found(name)
         return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batches.step_runner import emit_batch_ended
+from batches.batch_events import emit_batch_ended
 from queue_schemas import Tenant
 from storage import ENDED_STATUSES, Batch, BatchProgress, BatchRequest, BatchStatus, ObjectStore, StorageSettings
 from webhooks.delivery_store import DeliveryStore
