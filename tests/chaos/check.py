@@ -235,14 +235,14 @@ def _check_end(entries: Sequence[Entry], verdict: Verdict) -> None:
 
 
 def _check_proof(verdict: Verdict, must_prove: Iterable[str]) -> None:
-    figures = verdict.counts | {
+    numbers = verdict.counts | {
         "streams migrated": verdict.migrated,
         "kill measured": len(verdict.kill_to_start_s),
         "hang measured": len(verdict.hang_to_start_s),
         "poison given up": verdict.explained[POISONED],
     }
     for name in must_prove:
-        if not figures.get(name):
+        if not numbers.get(name):
             verdict.broken("the run proves something", f"{name}: never seen")
 
 

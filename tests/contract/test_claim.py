@@ -77,12 +77,12 @@ async def test_a_repeated_claim_leaves_out_what_has_ended_since(broker: Broker, 
 
 async def test_who_never_joined_is_fenced(broker: Broker) -> None:
     """Claiming and renewing need a join."""
-    stranger = Puller(broker)
+    outsider = Puller(broker)
     await broker.jobs.enqueue(make_job())
     with pytest.raises(Fenced):
-        await stranger.claim()
+        await outsider.claim()
     with pytest.raises(Fenced):
-        await broker.workers.renew(stranger.session_id)
+        await broker.workers.renew(outsider.session_id)
 
 
 async def test_a_job_whose_time_ran_out_is_not_started(broker: Broker, worker: Puller, listener: Listener) -> None:

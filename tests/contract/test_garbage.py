@@ -108,16 +108,16 @@ async def test_an_envelope_that_cannot_be_read_ends_as_a_dead_letter(
     assert await broker.stats.depths() == {}
 
 
-async def test_a_registry_with_junk_in_it_is_read_all_the_same(broker: Broker, client: Any) -> None:
+async def test_a_registry_with_garbage_in_it_is_read_all_the_same(broker: Broker, client: Any) -> None:
     """Names, records, pools and renewal numbers that cannot be are left out; what is right is there."""
     known = WorkerInfo(worker_id="w", session_id=RUN, assignment=Assignment(term=1, version=1))
     await broker.fleet.save_workers([known], [])
     record = known.model_dump_json()
-    junk = {
+    garbage = {
         b"\xff\xfe": record, "a\nb": record, "": record, "w-2": "{", "w-3": "[" * 10_000, "w-4": b"\xff",
         "w-5": record.replace(RUN, "no run"), "w-6": record.replace('"slots":0', '"slots":-1'),
     }  # fmt: skip
-    await client.hset(WORKERS, mapping=junk)
+    await client.hset(WORKERS, mapping=garbage)
     assert await broker.fleet.load_workers() == {"w": known}
     await broker.fleet.remember_pools([MODEL])
     await client.hset(POOLS, mapping={b"\xff:x": "1", "seen:bad": "soon", "seen:\n": 2**62, "what": 2**62, "seen:": 1})

@@ -122,7 +122,7 @@ async def full(real_backend: ServerBackend) -> AsyncIterator[Server]:
 
 
 async def test_full_memory_refuses_new_work_and_finishes_the_old(full: Server) -> None:
-    """Out of memory an enqueue is refused at once with what to do; claims, answers, joins and figures go on."""
+    """Out of memory an enqueue is refused at once with what to do; claims, answers, joins and counts go on."""
     broker = await Broker.connect(BrokerSettings(redis_url=full.url))
     worker = await Puller(broker).join()
     client = full.client(protocol=2)

@@ -212,8 +212,8 @@ async def test_an_attempt_that_lost_its_job_adds_nothing(broker: Broker, worker:
     again = await (await Puller(broker).join()).claim_one()
     await broker.jobs.cancel(job.id, "its tenant wanted that")
     assert await broker.attempts.append(again, packed(frames(again, b"x"))) is Settled.FENCED
-    stranger = replace(lease, job=keyed())
-    assert await broker.attempts.append(stranger, packed(frames(stranger, b"x"))) is Settled.GONE
+    outsider = replace(lease, job=keyed())
+    assert await broker.attempts.append(outsider, packed(frames(outsider, b"x"))) is Settled.GONE
     kinds = [news.kind for news in await listener.received() if isinstance(news, Marker)]
     assert kinds == [MarkerKind.REQUEUED, MarkerKind.CANCELLED]
 

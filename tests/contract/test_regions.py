@@ -285,7 +285,7 @@ async def test_lost_work_is_anybodys_at_once(broker: Broker) -> None:
 
 
 async def test_waiting_jobs_end_as_others_do(broker: Broker, listener: Listener, client: Any) -> None:
-    """Cancelled, expired by the sweep, expired at a claim: the figures agree and the Router hears."""
+    """Cancelled, expired by the sweep, expired at a claim: the counts agree and the Router hears."""
     cancelled = job_of("eu", reply_to=listener.router)
     swept, late = (job_of("eu", ttl_ms=5, reply_to=listener.router, tenant=tenant) for tenant in ("a", "b"))
     await enqueue_all(broker, [cancelled, swept])
@@ -329,7 +329,7 @@ async def test_a_dead_letter_is_of_its_lane(broker: Broker, client: Any) -> None
 
 
 async def test_depths_add_the_regions_up(broker: Broker) -> None:
-    """A lane's figures are of all its regions, with those waiting by region; what runs is of the lane."""
+    """A lane's counts are of all its regions, with those waiting by region; what runs is of the lane."""
     await enqueue_all(broker, [job_of("eu"), job_of("eu"), job_of("a:b @c"), make_job()])
     await (await joined(broker, "eu")).claim(1)
     lanes = (await broker.stats.depths())[MODEL]

@@ -225,9 +225,9 @@ async def test_errors_have_the_sdks_types(client: AsyncOpenAI, rival: AsyncOpenA
     for call in (rival.batches.retrieve, rival.batches.cancel):
         with pytest.raises(openai.NotFoundError):
             await call(batch.id)
-    async with AsyncOpenAI(base_url=f"{fleet.router.url}/v1", api_key="wrong", max_retries=0) as stranger:
+    async with AsyncOpenAI(base_url=f"{fleet.router.url}/v1", api_key="wrong", max_retries=0) as outsider:
         with pytest.raises(openai.AuthenticationError):
-            await stranger.batches.list()
+            await outsider.batches.list()
     await ended(client, batch.id)
 
 

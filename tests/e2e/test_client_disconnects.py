@@ -48,14 +48,14 @@ class Scene(Fleet):
         body |= {"stream": stream, "sim": how} | fields
         return self.session.post(f"{self.router.url}/v1/chat/completions", json=body)
 
-    async def figure(self, name: str) -> float:
-        """A figure of the engine."""
+    async def metric(self, name: str) -> float:
+        """A metric of the engine."""
         async with self.session.get(f"{self.engine_url}/metrics") as answer:
             page = await answer.text()
         return sum(float(value) for value in re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", page, re.MULTILINE))
 
     async def engine_runs(self, count: int) -> bool:
-        return await self.figure("vllm:num_requests_running") == count
+        return await self.metric("vllm:num_requests_running") == count
 
     async def waits_and_runs(self, waiting: int, running: int) -> bool:
         depth = await self.depth()
@@ -113,7 +113,7 @@ async def test_a_client_that_leaves_is_let_go_of_wherever_its_request_is(scene: 
         await eventually(lambda: scene.engine_runs(0), "the engine is idle", limit_s=RENEWAL_S)
     runs = asyncio.create_task(_read(scene.ask(HANGS, stream=stream)))
     await eventually(lambda: scene.engine_runs(1), "the only slot is taken")
-    started = await scene.figure("vllm:prompt_tokens_total")
+    started = await scene.metric("vllm:prompt_tokens_total")
     waits = asyncio.create_task(_read(scene.ask(HANGS, stream=stream)))
     await eventually(lambda: scene.waits_and_runs(1, 1), "another one waits")
     assert await scene.left_behind() != {}
@@ -122,7 +122,7 @@ async def test_a_client_that_leaves_is_let_go_of_wherever_its_request_is(scene: 
     await _leave(runs)
     await eventually(lambda: scene.engine_runs(0), "the engine is idle", limit_s=RENEWAL_S)
     await eventually(scene.nothing_left_behind, "nothing is left")
-    assert await scene.figure("vllm:prompt_tokens_total") == started, "the one that waited was run"
+    assert await scene.metric("vllm:prompt_tokens_total") == started, "the one that waited was run"
     assert await scene.stopped() == {"cancelled/running": 3 + stream, "cancelled/waiting": 1}
 
 
@@ -153,15 +153,15 @@ async def test_a_deadline_holds_in_the_queue_and_at_the_engine(scene: Scene) -> 
     await scene.begin(slots=1)
     holds = asyncio.create_task(_read(scene.ask(HANGS, stream=False)))
     await eventually(lambda: scene.engine_runs(1), "the only slot is taken")
-    started = await scene.figure("vllm:prompt_tokens_total")
+    started = await scene.metric("vllm:prompt_tokens_total")
     assert await _status(scene.ask({}, stream=False, timeout=0.5)) == (504, "deadline_exceeded")
     await _leave(holds)
     await eventually(lambda: scene.engine_runs(0), "the engine is idle", limit_s=RENEWAL_S)
     await eventually(scene.nothing_left_behind, "nothing is left")
-    assert await scene.figure("vllm:prompt_tokens_total") == started, "it was begun after its deadline"
+    assert await scene.metric("vllm:prompt_tokens_total") == started, "it was begun after its deadline"
     assert await _status(scene.ask(HANGS, stream=False, timeout=2.5)) == (504, "deadline_exceeded")
     await eventually(lambda: scene.engine_runs(0), "the engine is idle again", limit_s=RENEWAL_S)
-    assert await scene.figure("vllm:prompt_tokens_total") == 2 * started, "it was not begun"
+    assert await scene.metric("vllm:prompt_tokens_total") == 2 * started, "it was not begun"
     assert await scene.stopped() == {"cancelled/running": 1, "expired/running": 1, "expired/waiting": 1}
 
 

@@ -58,8 +58,8 @@ async def test_full_memory_refuses_new_work_and_ends_the_old(fleet: Fleet) -> No
             assert events[-1] == "[DONE]"
 
     def number() -> int:
-        (beat,) = fleet.server.ask("HVALS", ShardKeys(0).renewals)
-        return int(beat)
+        (heartbeat,) = fleet.server.ask("HVALS", ShardKeys(0).renewals)
+        return int(heartbeat)
 
     before = number()
     await eventually(lambda: number() > before, "the worker renews its leases")

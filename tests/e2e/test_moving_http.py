@@ -6,7 +6,7 @@ import asyncio
 import signal
 from pathlib import Path
 
-from tests.integration.membership.scene import PATIENCE_S, TwoManagers
+from tests.integration.membership.scene import WAIT_LIMIT_S, TwoManagers
 from tests.support.fleet import MODEL, Fleet, Role
 from tests.support.load import DIMENSIONS, Load
 from tests.support.servers import Server
@@ -27,7 +27,7 @@ async def test_requests_are_answered_while_managers_change(tmp_path: Path, own_v
             await fleet.settled_at(1)
             assert await fleet.managers[0].ended() == 0
             fleet.managers[0].process.start()
-            await eventually(lambda: fleet.stands_by(0), "the first one stands by", limit_s=PATIENCE_S)
+            await eventually(lambda: fleet.stands_by(0), "the first one stands by", limit_s=WAIT_LIMIT_S)
             fleet.managers[1].process.kill()
             await fleet.settled_at(0)
             for load in loads:
@@ -41,12 +41,12 @@ async def _until_served(router: Role) -> None:
     async def served() -> bool:
         return (await router.get(f"/v1/models/{MODEL}"))[0] == 200
 
-    await eventually(served, f"{router.name} serves", limit_s=PATIENCE_S)
+    await eventually(served, f"{router.name} serves", limit_s=WAIT_LIMIT_S)
 
 
 async def _goes_on(load: Load) -> None:
     enough = load.done + 20
-    await eventually(lambda: load.done >= enough, "requests are answered", limit_s=PATIENCE_S)
+    await eventually(lambda: load.done >= enough, "requests are answered", limit_s=WAIT_LIMIT_S)
 
 
 async def test_a_worker_restarted_while_no_manager_was_there_comes_back(tmp_path: Path, own_valkey: Server) -> None:

@@ -157,12 +157,12 @@ async def test_400_for_what_is_no_json(fleet: Fleet) -> None:
 
 async def test_401(fleet: Fleet) -> None:
     """A wrong key, and none at all."""
-    async with AsyncOpenAI(base_url=f"{fleet.router.url}/v1", api_key="sk-wrong", max_retries=0) as stranger:
+    async with AsyncOpenAI(base_url=f"{fleet.router.url}/v1", api_key="sk-wrong", max_retries=0) as outsider:
         with pytest.raises(openai.AuthenticationError) as refused:
-            await stranger.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": SAY}])
+            await outsider.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": SAY}])
         assert refused.value.code == "invalid_api_key"
         with pytest.raises(openai.AuthenticationError):
-            await stranger.models.list()
+            await outsider.models.list()
     async with httpx.AsyncClient() as bare:
         assert (await bare.get(f"{fleet.router.url}/v1/models")).status_code == 401
 

@@ -1,4 +1,4 @@
-"""What an operator sees: pages, figures, logs and traces of a real fleet."""
+"""What an operator sees: pages, metrics, logs and traces of a real fleet."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def roles(fleet: Fleet) -> list[Role]:
     return [fleet.manager, fleet.router, *fleet.workers]
 
 
-async def figures(role: Role) -> dict[str, float]:
+async def metrics(role: Role) -> dict[str, float]:
     """The metrics page, parsed as Prometheus would: name with labels -> value."""
     found = {}
     for family in text_string_to_metric_families(await role.metrics()):
@@ -49,31 +49,31 @@ async def test_every_role_has_health_readiness_and_metrics(fleet: Fleet) -> None
     for role in roles(fleet):
         assert (await role.get("/healthz"))[0] == 200
         assert (await role.get("/readyz"))[0] == 200
-        page = await figures(role)
+        page = await metrics(role)
         assert any(name.startswith("inferq_") for name in page), role.name
 
 
 async def test_requests_are_counted_once(fleet: Fleet) -> None:
     """What the Router counts as served is what clients got, what workers ran adds up to it."""
-    router = await figures(fleet.router)
+    router = await metrics(fleet.router)
     served = sum(
         value for name, value in router.items() if name.startswith("inferq_requests_total") and "code=200" in name
     )
     assert served >= 50
     attempts = 0.0
     for worker in fleet.workers:
-        page = await figures(worker)
+        page = await metrics(worker)
         attempts += sum(value for name, value in page.items() if name.startswith("inferq_attempts_total{"))
     assert attempts == 50
 
 
 async def test_waits_and_times_to_the_first_token_are_measured(fleet: Fleet) -> None:
     """Histograms have as many observations as there were requests and streams."""
-    router = await figures(fleet.router)
+    router = await metrics(fleet.router)
     assert sum(value for name, value in router.items() if name.startswith("inferq_ttft_seconds_count")) > 0
     waits = 0.0
     for worker in fleet.workers:
-        page = await figures(worker)
+        page = await metrics(worker)
         waits += sum(value for name, value in page.items() if name.startswith("inferq_queue_wait_seconds_count"))
     assert waits == 50
 
@@ -116,7 +116,7 @@ async def test_the_depth_of_a_waiting_queue_is_seen(fleet: Fleet) -> None:
     await eventually(seen, "three wait")
 
     async def measured() -> bool:
-        page = await figures(fleet.manager)
+        page = await metrics(fleet.manager)
         return any(
             name.startswith("inferq_jobs{") and "model=lonely" in name and "state=waiting" in name and value == 3
             for name, value in page.items()

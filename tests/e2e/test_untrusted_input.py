@@ -1,4 +1,4 @@
-"""A whole fleet, with junk in every place of Redis that it reads."""
+"""A whole fleet, with garbage in every place of Redis that it reads."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from queue_schemas import new_job_id
 from queue_schemas.keys import POOLS, WORKERS, ShardKeys
 from tests.support.fleet import Fleet
 
-JUNK = (b"\xff\xfe\x00", b"\xc1" * 50, b"{", b"[" * 5_000, b"\x1b[2J\r\nabort", b"")
+GARBAGE = (b"\xff\xfe\x00", b"\xc1" * 50, b"{", b"[" * 5_000, b"\x1b[2J\r\nabort", b"")
 
 
-async def test_a_fleet_serves_on_with_junk_in_redis(fleet: Fleet) -> None:
+async def test_a_fleet_serves_on_with_garbage_in_redis(fleet: Fleet) -> None:
     """Router, Worker and Manager, also one newly started, pass over what they cannot read."""
     await fleet.up(workers=1)
     ask = fleet.server.ask
     streams = [key for kind in ("reply", "ctl") for key in ask("KEYS", f"*:{kind}:*")]
     assert len(streams) == 2
-    for junk in JUNK:
+    for garbage in GARBAGE:
         for key in streams:
-            for field in ("f", "m", "k", junk or "x"):
-                ask("XADD", key, "NOMKSTREAM", "*", field, junk)
-            ask("XADD", key, "NOMKSTREAM", "*", "k", "abort", "job", junk)
-        ask("XADD", f"{ShardKeys(0).prefix}q:sim:interactive:1:default", "*", "id", junk or new_job_id(0))
+            for field in ("f", "m", "k", garbage or "x"):
+                ask("XADD", key, "NOMKSTREAM", "*", field, garbage)
+            ask("XADD", key, "NOMKSTREAM", "*", "k", "abort", "job", garbage)
+        ask("XADD", f"{ShardKeys(0).prefix}q:sim:interactive:1:default", "*", "id", garbage or new_job_id(0))
         for key in (WORKERS, POOLS, ShardKeys(0).renewals):
-            ask("HSET", key, junk, junk)
+            ask("HSET", key, garbage, garbage)
     assert await _answer(fleet) == (200, "hello")
     fleet.manager.process.kill()
     await fleet.manager.start()

@@ -17,7 +17,7 @@ from tests.support.processes import Child, environment
 from tests.support.waiting import eventually
 
 __all__ = ["start_up"]
-BODY = {"worker_id": "stranger", "session_id": "stranger.0000000000000001", "slots": 1}
+BODY = {"worker_id": "outsider", "session_id": "outsider.0000000000000001", "slots": 1}
 
 
 @asynccontextmanager

@@ -61,7 +61,7 @@ class Peaks:
         self._server = server
 
     def look(self) -> None:
-        """Take the figures of now, while both run."""
+        """Take the counts of now, while both run."""
         status = Path(f"/proc/{self._batcher.process.pid}/status").read_text()
         high = next(row for row in status.splitlines() if row.startswith("VmHWM"))
         self.batcher_mib = max(self.batcher_mib, int(high.split()[1]) / 1024)

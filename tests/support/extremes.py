@@ -74,8 +74,8 @@ def extremes_of(message: type[BaseModel], valid: dict[str, Any]) -> st.SearchStr
 def control_calls(worker_id: str, session_id: str, status: dict[str, Any]) -> st.SearchStrategy[Call]:
     """Calls about a worker that lives: as itself, as another run of it, and as somebody else."""
     workers = f"{FABRIC_PREFIX}/workers"
-    runs = st.sampled_from([session_id, f"{worker_id}.{'0' * 16}", "stranger.0000000000000001"])
-    named = st.sampled_from([worker_id, "stranger", "x" * 63, "x" * 64, ".", "%2e%2e", "0"])
+    runs = st.sampled_from([session_id, f"{worker_id}.{'0' * 16}", "outsider.0000000000000001"])
+    named = st.sampled_from([worker_id, "outsider", "x" * 63, "x" * 64, ".", "%2e%2e", "0"])
 
     @st.composite
     def made(draw: st.DrawFn) -> Call:
@@ -88,7 +88,7 @@ def control_calls(worker_id: str, session_id: str, status: dict[str, Any]) -> st
             case "heartbeat":
                 return Call("POST", f"{workers}/{name}/heartbeat", draw(extremes_of(Heartbeat, valid)))
             case "drain":  # of the live worker it would be followed
-                return Call("POST", f"{workers}/{'stranger' if name == worker_id else name}/drain")
+                return Call("POST", f"{workers}/{'outsider' if name == worker_id else name}/drain")
             case "check":
                 return Call("POST", f"{workers}/{name}/check?session_id={draw(st.sampled_from([run, *ODD_RUNS]))}")
             case "leave":

@@ -35,5 +35,5 @@ def test_nothing_public_is_left_out(name: str) -> None:
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_packages_say_what_they_are_for(name: str) -> None:
-    """A docstring that a stranger can place."""
+    """A docstring that an outsider can place."""
     assert (importlib.import_module(name).__doc__ or "").strip()

@@ -18,7 +18,7 @@ from tests.support.servers import Server
 from tests.support.sse import read_data
 from tests.support.waiting import eventually
 
-PATIENCE_S = 25.0
+WAIT_LIMIT_S = 25.0
 """Limit on what takes a second where nothing else runs."""
 
 
@@ -145,7 +145,7 @@ class LongStream:
             assert not self._task.done(), self._task
             return bool(self.pieces)
 
-        await eventually(has_begun, "the stream begins", limit_s=PATIENCE_S)
+        await eventually(has_begun, "the stream begins", limit_s=WAIT_LIMIT_S)
         return self
 
     async def goes_on(self) -> None:
@@ -156,11 +156,11 @@ class LongStream:
             assert not self._task.done(), self._task
             return len(self.pieces) > seen + 3
 
-        await eventually(more, "the stream goes on", limit_s=PATIENCE_S)
+        await eventually(more, "the stream goes on", limit_s=WAIT_LIMIT_S)
 
     async def whole(self) -> None:
         """Its end, with every token once and in order."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(WAIT_LIMIT_S):
             await self._task
         tokens = len(self.pieces) - 1
         assert "".join(self.pieces) == "".join(f"{number} " for number in range(tokens)) + f"of {tokens}"
@@ -174,7 +174,7 @@ class LongStream:
         async def served() -> bool:
             return (await router.get("/v1/models/open"))[0] == 200
 
-        await eventually(served, f"{router.name} knows the model", limit_s=PATIENCE_S)
+        await eventually(served, f"{router.name} knows the model", limit_s=WAIT_LIMIT_S)
         body = {"model": "open", "stream": True, "messages": [{"role": "user", "content": "go on"}]}
         async with fleet.session.post(f"{router.url}/v1/chat/completions", json=body) as answer:
             assert answer.status == 200, await answer.text()
@@ -214,7 +214,7 @@ class TwoManagers(Fleet):
         await self.managers[0].ready()
         self.managers[1].process.start()
         await asyncio.gather(*(role.ready() for role in others))
-        await eventually(lambda: self.stands_by(1), "the second Manager stands by", limit_s=PATIENCE_S)
+        await eventually(lambda: self.stands_by(1), "the second Manager stands by", limit_s=WAIT_LIMIT_S)
         return self
 
     def member(self, name: str, **flags: object) -> Role:
@@ -235,11 +235,11 @@ class TwoManagers(Fleet):
 
     async def settled_at(self, number: int) -> None:
         """Wait until that Manager acts and assigns every worker in its term, whichever Router the worker asks."""
-        await eventually(lambda: self.acts(number), f"{self.managers[number].name} acts", limit_s=PATIENCE_S)
+        await eventually(lambda: self.acts(number), f"{self.managers[number].name} acts", limit_s=WAIT_LIMIT_S)
         term = await self.term(number)
 
         async def there() -> bool:
             pages = [await worker.page("/status") for worker in self.workers]
             return all(page["ready"] and page["assignment"][0] == term for page in pages)
 
-        await eventually(there, f"{self.managers[number].name} has all workers", limit_s=PATIENCE_S)
+        await eventually(there, f"{self.managers[number].name} has all workers", limit_s=WAIT_LIMIT_S)

@@ -14,7 +14,7 @@ from queue_schemas import FABRIC_PREFIX, UnknownWorker
 from queue_schemas.keys import WORKERS, ShardKeys
 from telemetry.http.fabric_calls import FORWARDED_BY_MANAGER
 from tests.integration.membership.scene import (
-    PATIENCE_S,
+    WAIT_LIMIT_S,
     LongStream,
     TwoManagers,
     foreign_manager,
@@ -59,7 +59,7 @@ async def test_workers_follow_the_acting_manager(tmp_path: Path, own_valkey: Ser
         async def moves(to: int, end: Callable[[], None], limit_s: float) -> int:
             end()
             begin = time.monotonic()
-            await eventually(lambda: fleet.acts(to), "the other Manager acts", limit_s=PATIENCE_S)
+            await eventually(lambda: fleet.acts(to), "the other Manager acts", limit_s=WAIT_LIMIT_S)
             without = time.monotonic() - begin
             assert without <= limit_s + SLACK_S, f"{without:.2f} s without an acting Manager"
             await fleet.settled_at(to)
@@ -73,22 +73,22 @@ async def test_workers_follow_the_acting_manager(tmp_path: Path, own_valkey: Ser
         term = await moves(1, lambda: first.process.send(signal.SIGTERM), RESIGNED_S)
         assert await first.ended() == 0
         first.process.start()
-        await eventually(lambda: fleet.stands_by(0), "the first Manager is back", limit_s=PATIENCE_S)
+        await eventually(lambda: fleet.stands_by(0), "the first Manager is back", limit_s=WAIT_LIMIT_S)
 
         term = await moves(0, second.process.pause, TAKE_OVER_S)
         second.process.resume()
-        await eventually(lambda: fleet.stands_by(1), "the frozen one knows that it acts no more", limit_s=PATIENCE_S)
+        await eventually(lambda: fleet.stands_by(1), "the frozen one knows that it acts no more", limit_s=WAIT_LIMIT_S)
         worker = await fleet.workers[0].page("/status")
-        beat = {"session_id": worker["session_id"], "slots": 1}
+        heartbeat = {"session_id": worker["session_id"], "slots": 1}
         late = f"{second.url}{FABRIC_PREFIX}/workers/worker-1/heartbeat"
-        async with fleet.session.post(late, json=beat, headers={FORWARDED_BY_MANAGER: "1"}) as answer:
+        async with fleet.session.post(late, json=heartbeat, headers={FORWARDED_BY_MANAGER: "1"}) as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (503, "manager_unavailable")
 
         async def passes_on() -> bool:
-            async with fleet.session.post(late, json=beat) as answer:
+            async with fleet.session.post(late, json=heartbeat) as answer:
                 return answer.status == 200
 
-        await eventually(passes_on, "it passes a worker's call on to the one that acts", limit_s=PATIENCE_S)
+        await eventually(passes_on, "it passes a worker's call on to the one that acts", limit_s=WAIT_LIMIT_S)
         assert await fleet.acts(0)
         assert await fleet.term(0) == term
         assert (await fleet.workers[0].page("/status"))["assignment"] == worker["assignment"]
@@ -118,7 +118,7 @@ async def test_workers_register_again_with_a_manager_that_forgot_them(tmp_path: 
             workers = (await fleet.manager.page(f"{FABRIC_PREFIX}/workers"))["workers"]
             return [worker["session_id"] for worker in workers] == before
 
-        await eventually(known, "the worker is known again", limit_s=PATIENCE_S)
+        await eventually(known, "the worker is known again", limit_s=WAIT_LIMIT_S)
         await fleet.workers[0].ready()
         engine.finish()
         await stream.whole()
@@ -139,10 +139,10 @@ async def test_what_foreign_managers_say_of_heartbeats(tmp_path: Path, own_valke
 
         async def answered(heartbeats: int) -> None:
             heard = manager.heartbeats
-            await eventually(lambda: manager.heartbeats >= heard + heartbeats, "heartbeats come", limit_s=PATIENCE_S)
+            await eventually(lambda: manager.heartbeats >= heard + heartbeats, "heartbeats come", limit_s=WAIT_LIMIT_S)
 
         async def registered(times: int) -> None:
-            await eventually(lambda: len(manager.registered) == times, "it registers again", limit_s=PATIENCE_S)
+            await eventually(lambda: len(manager.registered) == times, "it registers again", limit_s=WAIT_LIMIT_S)
             await worker.ready()
 
         for number, answer in enumerate(((404, unknown), (410, unknown), (404, {"detail": "Not Found"})), 2):
@@ -177,18 +177,18 @@ async def test_two_managers_never_both_accept(tmp_path: Path, own_valkey: Server
                     group.create_task(_watch_assignment(fleet.workers[0], seen)),
                     *(group.create_task(_keep_joining(fleet, number, accepted[number])) for number in (0, 1)),
                 ]
-                await eventually(lambda: len(accepted[0]) > 5, "the first one accepts", limit_s=PATIENCE_S)
+                await eventually(lambda: len(accepted[0]) > 5, "the first one accepts", limit_s=WAIT_LIMIT_S)
                 proxy.silence()
                 before_it = {one.term for one in accepted[0]}
                 await eventually(
                     lambda: sum(one.term not in before_it for one in accepted[1]) > 5, "the second one accepts",
-                    limit_s=PATIENCE_S,
+                    limit_s=WAIT_LIMIT_S,
                 )  # fmt: skip
                 await fleet.settled_at(1)
                 proxy.heal()
-                await eventually(lambda: fleet.stands_by(0), "the first one stands by", limit_s=PATIENCE_S)
+                await eventually(lambda: fleet.stands_by(0), "the first one stands by", limit_s=WAIT_LIMIT_S)
                 now = len(accepted[1])
-                await eventually(lambda: len(accepted[1]) > now + 5, "the second one goes on", limit_s=PATIENCE_S)
+                await eventually(lambda: len(accepted[1]) > now + 5, "the second one goes on", limit_s=WAIT_LIMIT_S)
                 for task in watching:
                     task.cancel()
             (old,) = before_it

@@ -17,7 +17,7 @@ from inferq.doctor import DoctorTarget, Level
 from inferq.doctor.queue import check_queue
 from inferq.fleet.client import FleetClient
 from queue_schemas import FABRIC_PREFIX, BrokerUnsuitable, new_session_id
-from tests.integration.membership.scene import PATIENCE_S, LongStream, open_ended_engine
+from tests.integration.membership.scene import WAIT_LIMIT_S, LongStream, open_ended_engine
 from tests.support.fault_proxy import FaultProxy
 from tests.support.fleet import ROOT, Fleet, Role
 from tests.support.processes import free_port
@@ -130,7 +130,7 @@ async def test_a_worker_that_nobody_reaches_serves(tmp_path: Path, tls_redis: Se
 
         leaving = await LongStream(fleet, fleet.router).begun()
         await leaving.leave()
-        await eventually(lambda: engine.open == 0, "the abort reaches the worker's engine", limit_s=PATIENCE_S)
+        await eventually(lambda: engine.open == 0, "the abort reaches the worker's engine", limit_s=WAIT_LIMIT_S)
         staying = await LongStream(fleet, fleet.router).begun()
         url = f"{fleet.router.url}{FABRIC_PREFIX}/workers/refused/drain"
         async with fleet.session.post(url) as answer:
@@ -148,7 +148,7 @@ async def test_a_worker_that_nobody_reaches_serves(tmp_path: Path, tls_redis: Se
             workers = (await fleet.router.page(f"{FABRIC_PREFIX}/workers"))["workers"]
             return any(worker["worker_id"] == "swallowed" and worker["url_note"] for worker in workers)
 
-        await eventually(noted, "the Manager notes that it cannot reach the worker", limit_s=PATIENCE_S)
+        await eventually(noted, "the Manager notes that it cannot reach the worker", limit_s=WAIT_LIMIT_S)
         assert await _echo(fleet, "still here") == "still here"
         assert "session_declared_dead" not in fleet.manager.process.log_text()
         refusals = {entry[b"object"] for entry in map(_entry, tls_redis.ask("ACL", "LOG"))}
@@ -158,7 +158,7 @@ async def test_a_worker_that_nobody_reaches_serves(tmp_path: Path, tls_redis: Se
         tls_redis.ask("ACL", "SETUSER", "inferq-poor", *rules("worker"), "-info")
         poor = fleet.worker("poor", manager_url=fleet.router.url, redis_url=url_of("poor", tls_redis))
         poor.process.start()
-        assert await poor.ended(PATIENCE_S) == 2
+        assert await poor.ended(WAIT_LIMIT_S) == 2
         sentence = poor.process.log_text().splitlines()[-1]
         assert sentence.startswith("inferq: ")
         assert "'info'" in sentence
@@ -313,4 +313,4 @@ async def _says(role: Role, path: str, words: bytes, line: str) -> None:
         status, body = await role.get(path)
         return status == 503 and words in body and line in role.process.log_text()
 
-    await eventually(said, f"{role.name} says {words!r}", limit_s=PATIENCE_S)
+    await eventually(said, f"{role.name} says {words!r}", limit_s=WAIT_LIMIT_S)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from queue_schemas import FABRIC_PREFIX, JOIN_TOKEN_HEADER
-from tests.integration.membership.scene import PATIENCE_S, LongStream, open_ended_engine
+from tests.integration.membership.scene import WAIT_LIMIT_S, LongStream, open_ended_engine
 from tests.support.fleet import Fleet, Role
 from tests.support.servers import Server
 from tests.support.waiting import eventually
@@ -39,17 +39,17 @@ async def test_a_wrong_token_at_the_start_is_one_sentence(roles: Fleet) -> None:
     async with roles as fleet:
         await fleet.manager.start()
         await fleet.router.start()
-        strangers = [
+        outsiders = [
             fleet.worker("at-the-router", manager_url=fleet.router.url, join_token=WRONG),
             fleet.worker("at-the-manager", manager_url=fleet.manager.url, join_token=WRONG),
             fleet.worker("without", manager_url=fleet.router.url),
             fleet.another_router("router-2", join_token=WRONG),
         ]
-        for stranger in strangers:
-            stranger.process.start()
-        for stranger in strangers:
-            assert await stranger.ended(PATIENCE_S) == 2
-            log = stranger.process.log_text()
+        for outsider in outsiders:
+            outsider.process.start()
+        for outsider in outsiders:
+            assert await outsider.ended(WAIT_LIMIT_S) == 2
+            log = outsider.process.log_text()
             sentences = [line for line in log.splitlines() if line.startswith("inferq: ")]
             assert len(sentences) == 1, log
             assert "INFERQ_JOIN_TOKEN" in sentences[0]
@@ -83,7 +83,7 @@ async def test_a_token_that_becomes_wrong_is_waited_out(roles: Fleet) -> None:
             status, body = await worker.get("/ready")
             return status == 503 and b"join token" in body
 
-        await eventually(says_so, "the worker says what is wrong", limit_s=PATIENCE_S)
+        await eventually(says_so, "the worker says what is wrong", limit_s=WAIT_LIMIT_S)
         await stream.goes_on()
         fleet.manager.process.kill()
         set_token(fleet.manager, RIGHT)

@@ -98,12 +98,12 @@ async def test_up_again_changes_nothing(ray_cluster: RayCluster) -> None:
     assert sorted(set(before) & set(ray_cluster.processes("ray::"))) == before
 
 
-def test_a_stranger_at_the_address_is_not_waited_for(ray_cluster: RayCluster, tmp_path: Path) -> None:
+def test_an_outsider_at_the_address_is_not_waited_for(ray_cluster: RayCluster, tmp_path: Path) -> None:
     """What listens there is no head: one sentence, within the limit."""
-    with socket.socket() as stranger:
-        stranger.bind(("127.0.0.1", 0))
-        stranger.listen()
-        address = f"127.0.0.1:{stranger.getsockname()[1]}"
+    with socket.socket() as outsider:
+        outsider.bind(("127.0.0.1", 0))
+        outsider.listen()
+        address = f"127.0.0.1:{outsider.getsockname()[1]}"
         other = {**ray_cluster.env, "INFERQ_RAY_CONNECT_LIMIT_MS": "2000"}
         done = ray_cluster.inferq(
             *("ray", "status", "--address", address, "--data-dir", str(tmp_path)), env=other, limit_s=60

@@ -19,7 +19,7 @@ from tests.support.traffic import Traffic
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(400)
-PATIENCE_S = 90.0
+WAIT_LIMIT_S = 90.0
 
 
 async def test_serve_deploy_takes_the_config_file_and_scales(
@@ -57,10 +57,10 @@ async def test_serve_deploy_takes_the_config_file_and_scales(
         add_workers(ray_fleet, ray)
         await serve_ray(ray_fleet, ray)
         async with Traffic([ray.url], clients=8, long_cells=600) as traffic:
-            await eventually(lambda: len(ray.replicas()) > 1, "more replicas listen", limit_s=PATIENCE_S)
+            await eventually(lambda: len(ray.replicas()) > 1, "more replicas listen", limit_s=WAIT_LIMIT_S)
             await traffic.answered(5)
         assert traffic.wrong() == []
-        await eventually(lambda: len(ray_cluster.replicas()) == 1, "one replica is left", limit_s=PATIENCE_S)
+        await eventually(lambda: len(ray_cluster.replicas()) == 1, "one replica is left", limit_s=WAIT_LIMIT_S)
         refused = await asyncio.to_thread(ray_cluster.inferq, "ray", "up", "--port", str(ray_cluster.port))
         assert refused.returncode == 2
         assert "come from a Serve config file" in refused.stderr

@@ -27,7 +27,7 @@ from tests.support.traffic import Traffic
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(300)
-PATIENCE_S = 60.0
+WAIT_LIMIT_S = 60.0
 TOKEN = "the-right-token"
 
 
@@ -64,12 +64,12 @@ async def test_serves_controller_dies_and_nobody_notices(ray: RayFabric, ray_fle
         def another() -> bool:
             return bool(set(ray.cluster.processes(CONTROLLER)) - {controller})
 
-        await eventually(another, "Serve has another controller", limit_s=PATIENCE_S, every_s=0.1)
+        await eventually(another, "Serve has another controller", limit_s=WAIT_LIMIT_S, every_s=0.1)
 
         async def well() -> bool:
             return bool((await ray.status())["healthy"])
 
-        await eventually(well, "all is well again", limit_s=PATIENCE_S)
+        await eventually(well, "all is well again", limit_s=WAIT_LIMIT_S)
         await traffic.answered(20)
     assert traffic.wrong() == []
     assert set(ray.replicas()) == replicas
@@ -89,7 +89,7 @@ async def test_a_hung_replica_is_replaced(ray: RayFabric, ray_fleet: Fleet) -> N
             await eventually(
                 lambda: len(set(ray.cluster.replicas()) - set(before)) >= 1,
                 "Serve has started another replica",
-                limit_s=PATIENCE_S,
+                limit_s=WAIT_LIMIT_S,
                 every_s=0.2,
             )
             await traffic.answered(10)
@@ -97,7 +97,7 @@ async def test_a_hung_replica_is_replaced(ray: RayFabric, ray_fleet: Fleet) -> N
     finally:
         if hung in ray.cluster.replicas():
             os.kill(hung, signal.SIGKILL)
-    await eventually(lambda: len(ray.replicas()) >= len(before), "as many listen again", limit_s=PATIENCE_S)
+    await eventually(lambda: len(ray.replicas()) >= len(before), "as many listen again", limit_s=WAIT_LIMIT_S)
 
 
 async def test_two_managers_and_either_dies(tmp_path: Path, ray: RayFabric) -> None:
@@ -114,7 +114,7 @@ async def test_two_managers_and_either_dies(tmp_path: Path, ray: RayFabric) -> N
         assert set(workers) == {"worker-1", "ahead"}
 
         fleet.manager.process.start()
-        await eventually(lambda: stands_by(fleet.manager), "the HTTP Manager stands by", limit_s=PATIENCE_S)
+        await eventually(lambda: stands_by(fleet.manager), "the HTTP Manager stands by", limit_s=WAIT_LIMIT_S)
         killed = {0}
 
         async def http_acts() -> bool:
@@ -128,15 +128,15 @@ async def test_two_managers_and_either_dies(tmp_path: Path, ray: RayFabric) -> N
                 killed.add(pid)
             return False
 
-        await eventually(http_acts, "the HTTP Manager acts for the same workers", limit_s=PATIENCE_S, every_s=0.05)
+        await eventually(http_acts, "the HTTP Manager acts for the same workers", limit_s=WAIT_LIMIT_S, every_s=0.05)
 
         async def actor_stands_by() -> bool:
             manager = (await ray.status())["manager"]
             return not manager["acting"] and manager["pid"] not in killed
 
-        await eventually(actor_stands_by, "another actor stands by", limit_s=PATIENCE_S)
+        await eventually(actor_stands_by, "another actor stands by", limit_s=WAIT_LIMIT_S)
         fleet.manager.process.kill()
-        await ray.until_acting(workers, PATIENCE_S)
+        await ray.until_acting(workers, WAIT_LIMIT_S)
 
 
 async def test_redis_away_at_the_start_and_a_wrong_join_token(ray: RayFabric, ray_fleet: Fleet) -> None:
@@ -156,16 +156,16 @@ async def test_redis_away_at_the_start_and_a_wrong_join_token(ray: RayFabric, ra
             assert not (await ray.status())["healthy"]
         finally:
             ray.cluster.server.start()
-        await eventually(lambda: not old & set(ray.replicas()), "only new replicas listen", limit_s=PATIENCE_S)
-        await eventually(lambda: _is_ready(ray), "the Router gets ready by itself", limit_s=PATIENCE_S)
+        await eventually(lambda: not old & set(ray.replicas()), "only new replicas listen", limit_s=WAIT_LIMIT_S)
+        await eventually(lambda: _is_ready(ray), "the Router gets ready by itself", limit_s=WAIT_LIMIT_S)
 
-        stranger = ray_fleet.worker("stranger", manager_url=ray.url, join_token="wrong")
-        stranger.process.start()
-        assert await stranger.ended(PATIENCE_S) == 2
-        sentences = [line for line in stranger.process.log_text().splitlines() if line.startswith("inferq: ")]
+        outsider = ray_fleet.worker("outsider", manager_url=ray.url, join_token="wrong")
+        outsider.process.start()
+        assert await outsider.ended(WAIT_LIMIT_S) == 2
+        sentences = [line for line in outsider.process.log_text().splitlines() if line.startswith("inferq: ")]
         assert len(sentences) == 1
         assert "INFERQ_JOIN_TOKEN" in sentences[0]
-        assert str(ray.cluster.server.port) not in stranger.process.log_text()
+        assert str(ray.cluster.server.port) not in outsider.process.log_text()
         wrong = {JOIN_TOKEN_HEADER: "wrong"}
         status, page = await ray.page(f"{FABRIC_PREFIX}/broker", headers=wrong)
         assert (status, page["error"]["code"]) == (401, "invalid_api_key")
@@ -192,7 +192,7 @@ async def test_a_client_that_leaves_frees_the_engine(ray: RayFabric, ray_fleet: 
             async with session.post(f"{ray.url}/v1/chat/completions", json=body) as answer:
                 return answer.status == 200 and bool(await answer.content.readany())
 
-        await eventually(served, "a stream has begun", limit_s=PATIENCE_S)
+        await eventually(served, "a stream has begun", limit_s=WAIT_LIMIT_S)
 
     async def idle() -> bool:
         return not (await ray_fleet.workers[0].page("/status"))["running"]
@@ -217,7 +217,7 @@ async def test_a_client_that_is_slow_gets_everything(ray: RayFabric, ray_fleet: 
         async with Traffic([ray.url], clients=3, long_cells=20) as traffic:
             await traffic.answered(20)
         got = b""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(WAIT_LIMIT_S):
             while piece := await loop.sock_recv(slow, 64):
                 got += piece
     lines = [line for line in got.decode().splitlines() if line.startswith("data: {")]

@@ -92,7 +92,7 @@ async def _serve(
                 pools=[MODEL],
                 sweep_interval_ms=20,
             ),
-            storage_settings=StorageSettings(url=f"memory://strangers-{router_port}"),
+            storage_settings=StorageSettings(url=f"memory://outsiders-{router_port}"),
             open_queue=open_queue,
         )
         async with router.running(), asyncio.TaskGroup() as tasks:

@@ -83,7 +83,7 @@ def _is_an_answer(response: Response, *, anthropic: bool) -> None:
 
 @pytest.mark.parametrize("role", ["manager", "router"])
 def test_without_the_token_only_the_public_pages_answer(guarded: Fabric, role: str) -> None:
-    """Of every operation of the fabric a stranger learns only that a token is needed."""
+    """Of every operation of the fabric an outsider learns only that a token is needed."""
     url = _url(guarded, role)
     document = requests.get(f"{url}/openapi.json", timeout=LIMIT_S).json()
     # What clients ask for is guarded by API keys, of which this Router has none.

@@ -115,7 +115,7 @@ def test_an_answer_in_pieces_is_put_together_and_not_let_go_of() -> None:
     assert window.safe_to_trim("10-0") == "10-0"
 
 
-def test_every_generation_of_a_line_may_answer_and_strangers_may_not() -> None:
+def test_every_generation_of_a_line_may_answer_and_outsiders_may_not() -> None:
     """A late answer of an earlier job is as good; a marker tells how a job ended."""
     window = JobWindow(BATCH, 0, {7: OpenLine(0, 10, "x", 2)})
     for generation in range(3):

@@ -65,7 +65,7 @@ async def test_a_standby_leads_a_worker_to_the_acting_manager(
 
 
 async def test_a_call_is_passed_on_once_and_only_for_members(two: tuple[ManagerService, ManagerService, str]) -> None:
-    """[A7] Two Managers that each take the other for the acting one do not play ball with a call; strangers get none
+    """[A7] Two Managers that each take the other for the acting one do not play ball with a call; outsiders get none
     passed on."""
     _, _, url = two
     async with httpx.AsyncClient(base_url=f"{url}/fabric/v1", trust_env=False) as client:

@@ -175,7 +175,7 @@ async def test_a_broken_connection_alone_declares_nobody_dead(proof: str) -> Non
     if proof == "its ping":
         queue.answers_pings.add(ONE)
     session = SessionId("w.0000000000000002") if proof == "another session" else ONE
-    await term.check("stranger" if proof == "unknown" else "w", session)
+    await term.check("outsider" if proof == "unknown" else "w", session)
     assert queue.reclaimed == []
     assert term.registry.find("w") is not None
 

@@ -1,4 +1,4 @@
-"""What strangers send to an inference path: passed on byte for byte, or refused with a 4xx and the error object."""
+"""What outsiders send to an inference path: passed on byte for byte, or refused with a 4xx and the error object."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def check(body: bytes, job: Job | None, status: int, answer: bytes) -> None:
 
 
 def test_any_request_is_forwarded_unchanged_or_refused() -> None:
-    """Odd JSON, broken forms and junk in headers, in any combination."""
+    """Odd JSON, broken forms and garbage in headers, in any combination."""
 
     async def live() -> None:
         queue = FakeQueue("m")

@@ -1,4 +1,4 @@
-"""The commands about dead letters: what strangers asked is shown, and never obeyed."""
+"""The commands about dead letters: what outsiders asked is shown, and never obeyed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One listening socket for several processes: found, shared, inherited from the dead, and refused to strangers."""
+"""One listening socket for several processes: found, shared, inherited from the dead, and refused to outsiders."""
 
 from __future__ import annotations
 
