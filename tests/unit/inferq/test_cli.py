@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -50,13 +47,6 @@ COMMANDS = (
     "ray",
 )
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """What a command sets for the process that it becomes must not reach the other tests."""
-    with mock.patch.dict(os.environ):
-        yield
 
 
 @pytest.fixture(autouse=True)
