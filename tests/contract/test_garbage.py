@@ -70,7 +70,7 @@ async def test_a_record_in_no_state_of_ours_stops_nothing(broker: Broker, worker
     assert await client.hget(KEYS.job(behind.id), "state") == b"expired"
     for job in (odd, odd_and_persisted):
         assert await broker._caller.script("cancel", KEYS.budget, KEYS.prefix, job.id, "", 0, 0) == b"melted"
-        await broker._caller.script("forget", KEYS.budget, KEYS.prefix, job.id, "")
+        await broker._caller.script("delete_persisted", KEYS.budget, KEYS.prefix, job.id, "")
     assert await worker.claim(4) == []
 
 
