@@ -23,7 +23,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 from tests.support.waiting import eventually
 
 from .processes import new_folder, running, until_answers

@@ -45,8 +45,8 @@ from queue_schemas import (
 from router.composition import open_manager
 from router.model_directory import Directory, build_directory
 from telemetry import TelemetrySettings
+from telemetry.environment import free_port
 from telemetry.http.fabric_calls import FabricCall
-from tests.support.processes import free_port
 from tests.support.waiting import eventually
 
 from .processes import cpu_seconds, running, until_answers

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 
 from .jobs import LIMIT_S, Order
 from .processes import cpu_seconds, new_folder, running, until_answers

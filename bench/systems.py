@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker.embedded.server import EmbeddedServer
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 
 from .processes import running, until_answers
 

@@ -33,7 +33,7 @@ from router.ray_serve import Scale, WayIn, application
 from router.settings import RouterSettings
 from storage import StorageSettings
 from telemetry import TelemetrySettings
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 
 from .processes import new_folder, until_answers
 from .scenarios import SCENARIO_GROUPS, Measurement, Scenario, ScenarioGroup, measured

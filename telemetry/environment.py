@@ -1,12 +1,46 @@
-"""The environment for other programs (engines, Ray): this process's, without inferq's settings and secrets."""
+"""What other programs (engines, servers, roles) are started with: an environment without secrets, and a free port."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import socket
+from collections import deque
+from pathlib import Path
 
 _OURS = "INFERQ_"
+_MIN_PORT = 10_000
+_PORT_TRIES = 200
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_recent: deque[int] = deque(maxlen=256)
 
 
 def foreign_environment() -> dict[str, str]:
     """This process's environment without every ``INFERQ_*`` variable, in whichever case: settings are read in any."""
     return {name: value for name, value in os.environ.items() if not name.upper().startswith(_OURS)}
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of ``host`` on which no server listens now.
+
+    It lies below the ports that the kernel gives to outgoing connections, so that none of those takes it before the
+    program that it is for listens there, and it is none of the last 256 that this process was given. Where that range
+    is unknown, or no port below it is free, it is any free port.
+    """
+    try:
+        first_ephemeral = int(_EPHEMERAL_PORTS.read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        first_ephemeral = 0
+    for _ in range(_PORT_TRIES if first_ephemeral > _MIN_PORT else 0):
+        port = random.randrange(_MIN_PORT, first_ephemeral)
+        if port in _recent:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            _recent.append(port)
+            return port
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        found: int = probe.getsockname()[1]
+        return found

@@ -22,7 +22,7 @@ from types import TracebackType
 from queue_schemas import CannotStart
 from telemetry import get_logger
 from telemetry.backoff import Backoff
-from telemetry.environment import foreign_environment
+from telemetry.environment import foreign_environment, free_port
 
 from .data_folder import DataFolder
 from .queue_log import QueueLog
@@ -162,7 +162,7 @@ class EmbeddedServer:
         remembered = self._folder.last_port()
         candidate = self._wanted_port or (remembered if remembered and _is_free(remembered) else 0)
         for attempt in range(5):
-            self.port = candidate or _free_port()
+            self.port = candidate or free_port(HOST)
             try:
                 await self._launch()
                 break
@@ -295,13 +295,6 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 async def _ask(port: int, password: str, command: str, limit_s: float = 1.0) -> str | None:

@@ -20,9 +20,9 @@ from broker import BrokerSettings
 from inferq.chat.client import Answer, ChatClient
 from inferq.console import err, out, print_json
 from inferq.stack import RunningStack, StackOptions, plan_stack, run_stack
-from inferq.stack.run import free_port
 from inferq.vllm_setup import ConsoleProgress
 from queue_schemas import BadRequest, ShuttingDown
+from telemetry.environment import free_port
 from telemetry.http.server import run_process, stop_on_signals
 
 from ..chat.views import choose_model, describe

@@ -20,7 +20,6 @@ from broker import BrokerSettings
 from broker.rq.queues import rq_connection
 from inferq.console import err, out, print_json
 from inferq.stack import RunningStack, StackOptions, plan_stack, run_stack
-from inferq.stack.run import free_port
 from inferq.vllm_setup import (
     DEFAULT_MODEL,
     ConsoleProgress,
@@ -31,6 +30,7 @@ from inferq.vllm_setup import (
     prepare_vllm,
 )
 from queue_schemas import CannotStart
+from telemetry.environment import free_port
 from telemetry.http.server import run_process, stop_on_signals
 from telemetry.paths import absolute_path
 

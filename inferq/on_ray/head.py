@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from queue_schemas import CannotStart
+from telemetry.environment import free_port
 from telemetry.http.server import bind_socket
 from telemetry.log_files import open_log
 
@@ -107,7 +107,7 @@ def start_head(settings: RaySettings) -> Head:
     if left is not None:
         stop_head(left, folder)  # one that was killed, or that somebody stopped waiting for
     host = settings.node_host or LOOPBACK
-    dashboard_port = settings.dashboard_port or free_port()
+    dashboard_port = settings.dashboard_port or free_port(LOOPBACK)
     bind_socket(LOOPBACK, dashboard_port, setting="--dashboard-port").close()
     if settings.head_port:
         bind_socket(host, settings.head_port, setting="--head-port").close()
@@ -117,7 +117,7 @@ def start_head(settings: RaySettings) -> Head:
     with open_log(log_path) as log:
         since = log.tell()
         process = subprocess.Popen(
-            head_command(settings, dashboard_port, free_port()),
+            head_command(settings, dashboard_port, free_port(LOOPBACK)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -199,14 +199,6 @@ def driver_environment(token_file: str, *, loopback: bool) -> Mapping[str, str]:
         # --node-ip-address 127.0.0.1, which it replaces.
         variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     return variables
-
-
-def free_port() -> int:
-    """A free TCP port of loopback."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _await_address(process: subprocess.Popen[bytes], session: Path, limit_s: float, log_path: Path, since: int) -> str:

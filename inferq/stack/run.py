@@ -6,9 +6,8 @@ import asyncio
 import json
 import os
 import re
-import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,17 +235,6 @@ async def _watchers(failure: asyncio.Future[None]) -> AsyncIterator[_Watchers]:
 def _check_ports(plan: StackPlan) -> None:
     for role in plan.roles:
         bind_socket(role.host, role.port, setting=role.port_flag).close()
-
-
-def free_port(taken: Iterable[int] = ()) -> int:
-    """A free TCP port of loopback that is not in ``taken``."""
-    refused = set(taken)
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port not in refused:
-            return port
 
 
 def _describe(

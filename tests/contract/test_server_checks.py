@@ -11,8 +11,8 @@ import pytest
 
 from broker import Broker, BrokerSettings
 from queue_schemas import BrokerUnavailable, BrokerUnsuitable, Frame, Marker, State, new_session_id
+from telemetry.environment import free_port
 from tests.support.fault_proxy import FaultProxy, ScriptedRedis
-from tests.support.processes import free_port
 from tests.support.queue import make_job
 from tests.support.servers import PASSWORD, Certificates, Server, server_binary
 from tests.support.waiting import eventually

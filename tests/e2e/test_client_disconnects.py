@@ -13,8 +13,9 @@ import aiohttp
 import pytest
 
 from queue_schemas.keys import ShardKeys
+from telemetry.environment import free_port
 from tests.support.fleet import ROOT, Fleet
-from tests.support.processes import Child, free_port
+from tests.support.processes import Child
 from tests.support.queue import live_counts
 from tests.support.servers import Server
 from tests.support.waiting import eventually

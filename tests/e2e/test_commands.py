@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from telemetry.environment import free_port
 from tests.support.command_line import inferq
 from tests.support.fleet import ROOT, Fleet
-from tests.support.processes import Child, environment, free_port
+from tests.support.processes import Child, environment
 from tests.support.waiting import eventually
 
 

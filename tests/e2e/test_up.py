@@ -16,9 +16,10 @@ import aiohttp
 import pytest
 
 from inferq.client import RequestFailed
+from telemetry.environment import free_port
 from tests.support.clients import RouterUser
 from tests.support.command_line import inferq
-from tests.support.processes import Child, environment, free_port
+from tests.support.processes import Child, environment
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 

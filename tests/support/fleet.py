@@ -19,7 +19,9 @@ from typing import Any, Self
 
 import aiohttp
 
-from .processes import Child, environment, free_port
+from telemetry.environment import free_port
+
+from .processes import Child, environment
 from .servers import Server
 from .waiting import eventually
 

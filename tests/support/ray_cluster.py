@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from inferq.on_ray.head import driver_environment, read_head
+from telemetry.environment import free_port
 
-from .processes import free_port, hold_port
+from .processes import hold_port
 from .servers import Server
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from .processes import Child, free_port
+from telemetry.environment import free_port
+
+from .processes import Child
 
 PROXIES = ("nginx", "haproxy")
 _READY_LIMIT_S = 10.0

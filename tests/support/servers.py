@@ -20,7 +20,9 @@ import pytest
 import redis
 import redis.asyncio
 
-from .processes import Child, free_port
+from telemetry.environment import free_port
+
+from .processes import Child
 
 READY_LIMIT_S = 20.0
 PASSWORD = "s3cret-for-tests"

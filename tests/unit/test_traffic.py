@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from telemetry.environment import free_port
 from tests.runs.report import steps_of, table
-from tests.support.processes import Child, free_port
+from tests.support.processes import Child
 from tests.support.sockets import held_by, kill_holding
 from tests.support.traffic import CELL, Kind, Outcome, SentRequest, Traffic, cells_text, check_text
 from tests.support.waiting import eventually

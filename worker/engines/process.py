@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -23,7 +22,7 @@ from queue_schemas import EngineFailed, EngineState
 from queue_schemas.fleet.model_cards import Card
 from telemetry import get_logger
 from telemetry.backoff import Backoff
-from telemetry.environment import foreign_environment
+from telemetry.environment import foreign_environment, free_port
 from telemetry.redaction import redact_arguments
 
 from . import guard
@@ -142,7 +141,7 @@ class ProcessEngine:
 
     async def _run_once(self) -> None:
         """One run of the process: start it, and watch it until it fails. Always raises ``EngineFailed``."""
-        self.port = _free_port()
+        self.port = free_port(HOST)
         self._ready_at = None
         launch = self._launch(self.port)
         before = f"; before, {self._last_failure}{self._in_a_row()}" if self.failures else ""
@@ -258,13 +257,6 @@ class _Output(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._log.write(data)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _signal_group(leader: int, number: signal.Signals) -> None:

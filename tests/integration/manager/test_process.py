@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from broker import Broker
-from tests.support.processes import Child, answers, free_port, role_starter
+from telemetry.environment import free_port
+from tests.support.processes import Child, answers, role_starter
 from tests.support.servers import Server
 
 Start = Callable[..., Child]

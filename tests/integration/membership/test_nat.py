@@ -17,10 +17,10 @@ from inferq.doctor import DoctorTarget, Level
 from inferq.doctor.queue import check_queue
 from inferq.fleet.client import FleetClient
 from queue_schemas import FABRIC_PREFIX, BrokerUnsuitable, new_session_id
+from telemetry.environment import free_port
 from tests.integration.membership.scene import WAIT_LIMIT_S, LongStream, open_ended_engine
 from tests.support.fault_proxy import FaultProxy
 from tests.support.fleet import ROOT, Fleet, Role
-from tests.support.processes import free_port
 from tests.support.servers import Certificates, Cluster, Server, server_binary
 from tests.support.waiting import eventually
 

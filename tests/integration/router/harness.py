@@ -13,8 +13,8 @@ import aiohttp
 from broker import Broker, BrokerSettings
 from queue_schemas import END, HEAD, Frame, Lease, Outcome, Settled
 from router import RouterApp, RouterSettings, build_router
+from telemetry.environment import free_port
 from telemetry.http.server import bind_socket, run_server
-from tests.support.processes import free_port
 from tests.support.queue import MODEL, Puller
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import FakeQueue, router

@@ -15,7 +15,8 @@ import openai
 import pytest
 
 from storage.objects import MARK
-from tests.support.processes import Child, answers, environment, free_port
+from telemetry.environment import free_port
+from tests.support.processes import Child, answers, environment
 from tests.support.waiting import eventually
 
 KEYS = {name: f"sk-{name}" for name in ("acme", "rival")}

@@ -16,8 +16,9 @@ import pytest
 
 from broker import Broker
 from queue_schemas import Lane
+from telemetry.environment import free_port
 from tests.integration.router.harness import CHAT, PATH, STREAM, Speaker
-from tests.support.processes import Child, answers, free_port, role_starter
+from tests.support.processes import Child, answers, role_starter
 from tests.support.queue import MODEL
 from tests.support.servers import Server
 from tests.support.waiting import eventually

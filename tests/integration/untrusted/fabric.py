@@ -14,8 +14,8 @@ from manager.probe import HttpWorkerProbe
 from queue_schemas import Pool
 from router import RouterSettings, build_router
 from storage import StorageSettings
+from telemetry.environment import free_port
 from telemetry.http.server import run_server
-from tests.support.processes import free_port
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 

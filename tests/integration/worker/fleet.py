@@ -30,8 +30,9 @@ from queue_schemas import (
     new_session_id,
 )
 from telemetry import render_metrics
+from telemetry.environment import free_port
 from telemetry.http.server import bind_socket
-from tests.support.processes import Child, free_port
+from tests.support.processes import Child
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 from worker import service

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from queue_schemas import END, MarkerKind
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 

@@ -26,7 +26,7 @@ from queue_schemas import (
     PoolDepth,
     WorkerInfo,
 )
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 
 COMMANDS = (
     "up",

@@ -18,7 +18,7 @@ from inferq.doctor.cli import show_findings
 from inferq.doctor.fabric import check_fabric
 from inferq.doctor.queue import about_clock
 from inferq.fleet.client import FleetClient
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 from tests.support.servers import Server
 
 

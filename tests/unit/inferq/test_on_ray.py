@@ -17,7 +17,7 @@ from inferq.on_ray.cluster import Target, connected, require_ray
 from inferq.on_ray.plan import RayPlan, way_in_url
 from queue_schemas import CannotStart
 from telemetry import explain_settings
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 
 REDIS = "redis://:secret@127.0.0.1:6379/0"
 

@@ -22,9 +22,9 @@ from inferq.doctor.fabric import check_engine
 from inferq.doctor.findings import DoctorTarget, Level
 from inferq.fleet.client import FleetClient
 from inferq.on_ray.usage import direct_environment, usage_environment
+from telemetry.environment import free_port
 from telemetry.http.fabric_calls import FabricCall, FabricHttp
 from telemetry.http.fleet_session import direct_opener, fleet_session
-from tests.support.processes import free_port
 from tests.support.recording_proxy import RecordingProxy
 from tests.support.waiting import eventually
 

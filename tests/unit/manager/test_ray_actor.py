@@ -23,8 +23,8 @@ from manager.settings import ManagerSettings
 from queue_schemas import BrokerUnsuitable, CannotStart
 from telemetry import TelemetrySettings, configure_logging
 from telemetry.backoff import Backoff
+from telemetry.environment import free_port
 from tests.support.fault_proxy import ScriptedRedis
-from tests.support.processes import free_port
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import fast_settings

@@ -15,7 +15,7 @@ from queue_schemas import CannotStart
 from router import RouterSettings, build_router, ray_serve
 from router.http.shared_listener import SharedListener
 from router.ray_serve import serve_through
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import LIMIT_S, FakeQueue
 

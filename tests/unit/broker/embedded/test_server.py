@@ -25,7 +25,8 @@ from broker.embedded import server as embedded
 from broker.embedded.server import EmbeddedServer
 from queue_schemas import CannotStart
 from telemetry.backoff import Backoff
-from tests.support.processes import Child, free_port
+from telemetry.environment import free_port
+from tests.support.processes import Child
 from tests.support.waiting import eventually
 
 

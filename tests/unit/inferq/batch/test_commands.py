@@ -31,7 +31,7 @@ from inferq.doctor.batches import check_batches
 from openai_api.pages import page_of
 from queue_schemas import BadRequest
 from telemetry.backoff import Backoff
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 from tests.support.waiting import eventually
 
 BATCH = "batch_" + "0" * 32

@@ -17,7 +17,7 @@ from queue_schemas import BadRequest, InferqError
 from queue_schemas.errors import BrokerUnavailable, EngineFailed, ManagerUnavailable, NoWorker
 from router import RouterSettings, build_router
 from storage import StorageSettings
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 from tests.support.waiting import eventually
 from tests.unit.manager.fakes import FakeProbe, fast_settings
 from tests.unit.router.fakes import Client

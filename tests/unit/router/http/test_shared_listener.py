@@ -15,7 +15,8 @@ import pytest
 from queue_schemas import CannotStart
 from router.http import shared_listener as module
 from router.http.shared_listener import SharedListener
-from tests.support.processes import Child, free_port
+from telemetry.environment import free_port
+from tests.support.processes import Child
 from tests.support.sockets import listeners
 
 HOST = "127.0.0.1"

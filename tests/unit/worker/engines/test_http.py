@@ -15,7 +15,7 @@ from email.utils import format_datetime
 import pytest
 
 from queue_schemas import BadRequest, EngineFailed, EngineState, new_job_id
-from tests.support.processes import free_port
+from telemetry.environment import free_port
 from tests.support.waiting import eventually
 from worker.engines import EngineCall, EngineGone, http, new_call_id
 from worker.engines.connection import PAUSE_BYTES
