@@ -82,7 +82,7 @@ async def test_the_text_is_what_vllm_says_when_asked_directly(real: RealFleet) -
 
 async def test_two_workers_share_forty_prompts_and_mix_none_up(real: RealFleet) -> None:
     """Each of 40 concurrent prompts gets its own right answer, and both workers had a part in it."""
-    prompts = [f"JobMetadata {number * 7919:06d}. The capital of France is" for number in range(PROMPTS)]
+    prompts = [f"Memo {number * 7919:06d}. The capital of France is" for number in range(PROMPTS)]
 
     async def ask(prompt: str) -> str:
         body = {"prompt": prompt, "max_tokens": 3, "temperature": 0, "echo": True}
