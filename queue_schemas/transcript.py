@@ -20,7 +20,8 @@ DONE = b"[DONE]"
 FOLD_BYTES = 64 * 1024
 """So much of a stream is kept unread. An event of one token is some 250 bytes for some 4 of text."""
 IDENTITY = ("id", "created", "model", "system_fingerprint")
-_OBJECTS = frozenset({"chat.completion.chunk", "text_completion"})
+_OBJECTS = ("chat.completion.chunk", "text_completion")
+"""A tuple: engines may send anything there, also what has no hash."""
 _TEXT_CHANNELS = ("content", "reasoning_content", "reasoning")
 _HARMLESS_CHOICE_KEYS = frozenset({"index", "delta", "text", "finish_reason", "stop_reason"})
 

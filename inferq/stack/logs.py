@@ -14,7 +14,7 @@ from telemetry.log_files import open_log
 MAX_BYTES = 20 << 20
 """At this size the file becomes ``<name>.log.1``: at most twice as much is kept per role."""
 _RAISED = re.compile(r"[\s|+-]*((?:[\w.]*(?:Error|Exception|Group|Interrupt|Exit)|Fenced)\b.*)")
-_TOLD_LEVELS = frozenset({"error", "critical"})
+_TOLD_LEVELS = ("error", "critical")
 
 
 class RoleLog:

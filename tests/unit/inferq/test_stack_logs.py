@@ -17,6 +17,7 @@ from worker.engines.log_tail import LogTail
     [
         (json.dumps({"level": "info", "event": "ready"}), None),
         (json.dumps({"level": "warning", "event": "late"}), None),
+        (json.dumps({"level": {}, "event": "of another program"}), None),
         (json.dumps({"level": "error", "event": "engine_failed", "code": 3, "role": "worker"}), "engine_failed code=3"),
         ("inferq: port 9000 is taken", "inferq: port 9000 is taken"),
         ("Traceback (most recent call last):", None),
