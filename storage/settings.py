@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field, field_validator
 
 from telemetry import RoleSettings
-from telemetry.paths import absolute_path
+from telemetry.files import absolute_path
 
 
 class StorageSettings(RoleSettings):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from queue_schemas import CannotStart
+from telemetry.files import write_private
 
 MAX_LOG_BYTES = 10 * 1024 * 1024
 """A log that has grown past this is set aside at the next start, one older part kept."""
@@ -61,7 +62,7 @@ class DataFolder:
         self._lock_fd = _lock(self.path)
         file = self.path / "password"
         if not file.exists() or not file.read_text().strip():
-            _write_private(file, secrets.token_urlsafe(32))
+            write_private(file, secrets.token_urlsafe(32))
         self.password = file.read_text().strip()
         if self.log_path.exists() and self.log_path.stat().st_size > MAX_LOG_BYTES:
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
@@ -89,7 +90,7 @@ class DataFolder:
 
     def remember_port(self, port: int) -> None:
         """For :meth:`last_port` of the next owner."""
-        _write_private(self.path / "port", str(port))
+        write_private(self.path / "port", str(port))
 
     def write_config(self, host: str, port: int, max_memory_bytes: int) -> Path:
         """The server's configuration file; the password stands in it, not on a command line for all to see."""
@@ -110,7 +111,7 @@ class DataFolder:
             "set-proc-title no",
         ]
         file = self.path / "valkey.conf"
-        _write_private(file, "\n".join(lines) + "\n")
+        write_private(file, "\n".join(lines) + "\n")
         return file
 
     def open_log(self) -> BinaryIO:
@@ -155,14 +156,6 @@ def _make_private(folder: Path) -> None:
     status = folder.stat()
     if status.st_uid == os.geteuid() and status.st_mode & 0o077:
         folder.chmod(0o700)
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``, readable by the owner only, atomically."""
-    draft = path.with_name(f".{path.name}.new")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - a mode
-        file.write(text)
-    draft.replace(path)
 
 
 def _quoted(path: Path) -> str:

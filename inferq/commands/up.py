@@ -31,8 +31,8 @@ from inferq.vllm_setup import (
 )
 from queue_schemas import CannotStart
 from telemetry.environment import free_port
+from telemetry.files import absolute_path
 from telemetry.http.server import run_process, stop_on_signals
-from telemetry.paths import absolute_path
 
 SIMULATED_MODEL = "sim"
 DEFAULT_MODEL_CONTEXT = "2048"

@@ -14,8 +14,8 @@ from inferq.commands.settings import read_facts
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
+from telemetry.files import absolute_path
 from telemetry.http.fleet_session import fleet_session
-from telemetry.paths import absolute_path
 from worker.settings import WorkerSettings
 
 from .findings import ASK_LIMIT_S, DoctorTarget, Finding, Level

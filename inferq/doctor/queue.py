@@ -10,7 +10,7 @@ from pathlib import Path
 from broker import Broker, BrokerSettings, ServerFacts
 from queue_schemas import CannotStart, InferqError
 from router import RouterSettings
-from telemetry.paths import absolute_path
+from telemetry.files import absolute_path
 
 from .findings import DoctorTarget, Finding, Level
 from .host import nearest_folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inferq.on_ray.head import read_head
-from telemetry.paths import absolute_path
+from telemetry.files import absolute_path
 
 from .findings import DoctorTarget, Finding, Level
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from queue_schemas import CannotStart
 from telemetry.environment import free_port
+from telemetry.files import open_log, write_private
 from telemetry.http.server import bind_socket
-from telemetry.log_files import open_log
 
 from .processes import boot_id, send, session_members, start_of, until
 from .settings import RaySettings
@@ -235,20 +235,12 @@ def _ensure_token(folder: Path) -> Path:
     file = folder / "ray-token"
     folder.mkdir(parents=True, exist_ok=True)
     if not file.exists() or not file.read_text().strip():
-        _write_private(file, secrets.token_hex(32))
+        write_private(file, secrets.token_hex(32))
     return file
 
 
 def _write(folder: Path, head: Head) -> None:
-    _write_private(_record(folder), json.dumps(asdict(head), indent=2) + "\n")
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``, readable by the owner only, whole or not at all."""
-    draft = path.with_name(f".{path.name}.new")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - a mode
-        file.write(text)
-    draft.replace(path)
+    write_private(_record(folder), json.dumps(asdict(head), indent=2) + "\n")
 
 
 def _record(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from telemetry import RoleSettings
-from telemetry.paths import absolute_path
+from telemetry.files import absolute_path
 
 MIN_OBJECT_STORE_MIB = 76
 """Ray refuses less."""

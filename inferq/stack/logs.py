@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from telemetry.log_files import open_log
+from telemetry.files import open_log
 
 MAX_BYTES = 20 << 20
 """At this size the file becomes ``<name>.log.1``: at most twice as much is kept per role."""

@@ -14,7 +14,7 @@ from manager.settings import ManagerSettings
 from queue_schemas import CannotStart
 from router.settings import RouterSettings
 from storage import StorageSettings
-from telemetry.paths import absolute_path
+from telemetry.files import absolute_path
 from webhooks.settings import NotifierSettings
 from worker.settings import WorkerSettings
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from telemetry.paths import absolute_path
+from telemetry.files import absolute_path
 
 from .plan import SetupFailed
 from .progress import Progress

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from telemetry import get_logger
-from telemetry.log_files import open_log
+from telemetry.files import open_log
 
 MAX_FILE_BYTES = 10 * 1024 * 1024
 """A file that is larger becomes ``<name>.1``, replacing the one before."""

@@ -12,7 +12,7 @@ from inferq.commands import roles
 from inferq.vllm_setup import SetupFailed, find_default_model, find_vllm
 from inferq.vllm_setup.cache import cache_dir
 from queue_schemas import CannotStart
-from telemetry.paths import absolute_path
+from telemetry.files import absolute_path
 
 
 @pytest.fixture(autouse=True)
