@@ -6,8 +6,6 @@ A store that hangs blocks these threads and nothing else: inference goes on, and
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +15,7 @@ from typing import Any, Generic, TypeVar
 from queue_schemas import InferqError, OverCapacity, StoreUnavailable, Tenant
 from storage import BatchStore, FileStore, ObjectStore, RequestRecords
 from telemetry import get_logger
+from telemetry.threads import DaemonThreads
 from webhooks.delivery_store import DeliveryStore
 from webhooks.endpoints import EndpointStore
 
@@ -63,13 +62,12 @@ class AsyncStore:
         self.deliveries = DeliveryStore(objects)
         self.requests = RequestRecords(objects)
         self._timeout_s = timeout_s
-        self._max_threads = threads
         self._max_open = threads * WAITING_PER_THREAD
         self._max_of_tenant = self._max_open if single_tenant else self._max_open // 4
         self._open_of: Counter[Tenant] = Counter()
-        self._threads = 0
+        # Daemons: a store that hangs must not keep the process from ending.
+        self._threads = DaemonThreads("file store", threads)
         self._page_locks: dict[Tenant, _PageLock] = {}
-        self._calls: queue.SimpleQueue[_Call[Any] | None] = queue.SimpleQueue()
         self._idle = asyncio.Event()
         self.open = 0
         """Calls that have not ended, including those that nobody awaits any more."""
@@ -149,30 +147,24 @@ class AsyncStore:
                     await self._idle.wait()
         except TimeoutError:
             log.warning("store_calls_left", calls=self.open)
-        for _ in range(self._threads):
-            self._calls.put(None)
-        self._threads = 0
+        self._threads.close()
 
     def _hand_over(self, call: _Call[Any]) -> None:
         self.open += 1
         if call.tenant is not None:
             self._open_of[call.tenant] += 1
-        self._calls.put(call)
-        if self._threads < min(self.open, self._max_threads):
-            self._threads += 1
-            # A daemon: a store that hangs must not keep the process from ending.
-            threading.Thread(target=self._work, name="file store", daemon=True).start()
+        self._threads.submit(lambda: self._make(call))
 
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            result, error = None, None
-            if call.result is None or not call.result.done():
-                try:
-                    result = call.work()
-                except BaseException as caught:  # noqa: BLE001 - raised where it is awaited
-                    error = caught
-            with suppress(RuntimeError):  # the loop has ended, and with it who awaited it
-                call.loop.call_soon_threadsafe(self._ended, call, result, error)
+    def _make(self, call: _Call[Any]) -> None:
+        """``call``, in a thread."""
+        result, error = None, None
+        if call.result is None or not call.result.done():
+            try:
+                result = call.work()
+            except BaseException as caught:  # noqa: BLE001 - raised where it is awaited
+                error = caught
+        with suppress(RuntimeError):  # the loop has ended, and with it who awaited it
+            call.loop.call_soon_threadsafe(self._ended, call, result, error)
 
     def _ended(self, call: _Call[Any], result: object, error: BaseException | None) -> None:
         self.open -= 1

@@ -18,12 +18,12 @@ _Result = TypeVar("_Result")
 
 
 class DaemonThreads:
-    """Up to ``max_threads`` daemon threads, started when first needed. Usable from any event loop."""
+    """Up to ``max_threads`` daemon threads, started when first needed. Usable from any thread and event loop."""
 
     def __init__(self, name: str, max_threads: int) -> None:
         self._name = name
         self._max_threads = max_threads
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open = self._threads = 0
 
@@ -31,18 +31,28 @@ class DaemonThreads:
         """What ``work``, run in a thread, returns or raises. Cancelled, it does not wait for ``work`` to end."""
         result: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
         context = contextvars.copy_context()
+        self.submit(lambda: _call(context, work, result))
+        return await result
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Run ``call``, which must not raise, in a thread, without waiting for it."""
         with self._lock:
             self._open += 1
             new = self._threads < min(self._open, self._max_threads)
             self._threads += new
-        self._calls.put(lambda: _call(context, work, result))
+        self._calls.put(call)
         if new:
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
-        return await result
+
+    def close(self) -> None:
+        """End the threads, once the calls so far have run."""
+        with self._lock:
+            ending, self._threads = self._threads, 0
+        for _ in range(ending):
+            self._calls.put(None)
 
     def _work(self) -> None:
-        while True:
-            call = self._calls.get()
+        while (call := self._calls.get()) is not None:
             call()
             del call
             with self._lock:
