@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr
 
-from queue_schemas import BadMessage, check_worker_id
-from telemetry import HeaderSecret, ManagerUrls, RequestSettings
+from telemetry import HeaderSecret, ManagerUrls, ProcessId, RequestSettings
 
 MIB = 1024 * 1024
 
@@ -22,7 +21,7 @@ class BatchSettings(RequestSettings):
 
     host: str = Field("127.0.0.1", description="Address to serve health and metrics on")
     port: int = Field(7_500, ge=0, le=65_535, description="TCP port of health and metrics; 0 takes a free one")
-    batcher_id: str = Field("batcher", description="Name of this batcher in logs and among RQ's workers")
+    batcher_id: ProcessId = Field("batcher", description="Name of this batcher in logs and among RQ's workers")
     manager_urls: ManagerUrls = Field(
         default_factory=list,
         description="Base URLs of Managers or Routers, asked in turn for the address of Redis unless redis_url is set",
@@ -83,11 +82,3 @@ class BatchSettings(RequestSettings):
     shutdown_timeout_ms: int = Field(
         10_000, ge=100, description="How long the running step may take to end at shutdown"
     )
-
-    @field_validator("batcher_id")
-    @classmethod
-    def _name(cls, value: str) -> str:
-        try:
-            return check_worker_id(value)
-        except BadMessage as error:
-            raise ValueError(error.message) from error

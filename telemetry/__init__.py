@@ -9,7 +9,7 @@ from .logs import LogFormat, LogLevel, bind, bound, bound_facts, configure_loggi
 from .metrics import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry, render_metrics
 from .redaction import redact_url
 from .request_settings import RequestSettings, TenantLimits
-from .settings import CommaList, ManagerUrls, RoleSettings, SettingFact, TelemetrySettings, explain_settings
+from .settings import CommaList, ManagerUrls, ProcessId, RoleSettings, SettingFact, TelemetrySettings, explain_settings
 from .tracing import (
     Span,
     configure_tracing,
@@ -30,6 +30,7 @@ __all__ = [
     "LogLevel",
     "ManagerUrls",
     "MetricsRegistry",
+    "ProcessId",
     "RequestSettings",
     "RoleSettings",
     "SettingFact",

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from queue_schemas import CannotStart
+from queue_schemas import BadMessage, CannotStart, check_worker_id
 from queue_schemas.fleet.acting_manager import is_manager_url
 
 from .logs import LogFormat, LogLevel
@@ -58,6 +58,17 @@ def _check_http_urls(urls: list[str]) -> list[str]:
 
 ManagerUrls = Annotated[CommaList, AfterValidator(_check_http_urls)]
 """Base URLs of Managers (or Routers, which lead to them), each once."""
+
+
+def _check_process_id(value: str) -> str:
+    try:
+        return check_worker_id(value)
+    except BadMessage as error:
+        raise ValueError(error.message) from error
+
+
+ProcessId = Annotated[str, AfterValidator(_check_process_id)]
+"""The name of one process of a role, in the form of a worker's id."""
 
 
 class RoleSettings(BaseSettings):

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, SecretStr, field_validator
 
-from queue_schemas import BadMessage, check_worker_id
-from telemetry import CommaList, HeaderSecret, ManagerUrls, RoleSettings
+from telemetry import CommaList, HeaderSecret, ManagerUrls, ProcessId, RoleSettings
 
 from .core import Limits
 from .core.url_rules import UrlRules
@@ -47,7 +46,7 @@ class NotifierSettings(RoleSettings):
 
     host: str = Field("127.0.0.1", description="Address to serve health and metrics on")
     port: int = Field(7_600, ge=0, le=65_535, description="TCP port of health and metrics; 0 takes a free one")
-    notifier_id: str = Field("notifier", description="Name of this notifier in logs and among RQ's workers")
+    notifier_id: ProcessId = Field("notifier", description="Name of this notifier in logs and among RQ's workers")
     manager_urls: ManagerUrls = Field(
         default_factory=list,
         description="Base URLs of Managers or Routers, asked in turn for the address of Redis unless redis_url is set",
@@ -75,14 +74,6 @@ class NotifierSettings(RoleSettings):
     )
     keep_days: int = Field(7, ge=1, description="How long to keep the log of a settled delivery")
     keep_deliveries: int = Field(1_000, ge=1, description="Maximum deliveries of an endpoint to keep in its log")
-
-    @field_validator("notifier_id")
-    @classmethod
-    def _name(cls, value: str) -> str:
-        try:
-            return check_worker_id(value)
-        except BadMessage as error:
-            raise ValueError(error.message) from error
 
     @property
     def limits(self) -> Limits:
