@@ -15,10 +15,11 @@ from broker.connector import BrokerConnector
 from broker.rq.queues import rq_connection
 from broker.rq.worker import RqWorkerThread
 from storage import ObjectStore, StorageSettings
-from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
+from telemetry import TelemetrySettings, get_logger
 from telemetry.flags import parse_settings
 from telemetry.http.app import health_app
-from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
+from telemetry.http.server import bind_socket, run_beside, run_process, stop_on_signals
+from telemetry.reporting import reporting
 from telemetry.threads import in_thread
 
 from .context import BatchContext
@@ -57,15 +58,7 @@ async def serve(
         settings, storage_settings.max_batch_input_bytes, store, BatchMetrics(), time.time, time.monotonic
     )
     process = _Process(context)
-    served = asyncio.Event()
-    async with asyncio.TaskGroup() as tasks:
-        http = tasks.create_task(run_server(process.app(), sock=listener, stop=served, shutdown_timeout_s=1.0))
-        stopping = tasks.create_task(stop.wait())
-        working = tasks.create_task(process.run(broker_settings, stop))
-        await asyncio.wait((http, stopping, working), return_when=asyncio.FIRST_COMPLETED)
-        stop.set()
-        await working
-        served.set()
+    await run_beside(process.app(), listener, lambda until: process.run(broker_settings, until), stop)
 
 
 class _Process:
@@ -138,14 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     async def run() -> None:
         tables = (BatchSettings, BrokerSettings, StorageSettings, TelemetrySettings)
-        own, queue, store, reporting = parse_settings("inferq batcher", "Runs batches.", argv, *tables)
-        telemetry = cast(TelemetrySettings, reporting)
-        configure_logging("batcher", telemetry.log_level, telemetry.log_format)
-        configure_tracing("batcher", telemetry.otlp_endpoint)
-        try:
+        own, queue, store, telemetry = parse_settings("inferq batcher", "Runs batches.", argv, *tables)
+        with reporting("batcher", cast(TelemetrySettings, telemetry)):
             await serve(cast(BatchSettings, own), cast(BrokerSettings, queue), cast(StorageSettings, store))
-        finally:
-            shutdown_tracing()
 
     return run_process(run)
 

@@ -11,10 +11,11 @@ from typing import cast
 
 from broker import Broker, BrokerSettings
 from broker.redis.link import open_link
-from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
+from telemetry import TelemetrySettings, get_logger
 from telemetry.flags import parse_settings
 from telemetry.http.advertised_url import advertised_url
 from telemetry.http.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
+from telemetry.reporting import reporting
 
 from .control_plane import ManagerService, OpenQueue
 from .ports import QueuePort
@@ -95,13 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     async def run() -> None:
         tables = (ManagerSettings, BrokerSettings, TelemetrySettings)
         own, queue, telemetry = parse_settings("inferq manager", "The Manager of an inferq fabric.", argv, *tables)
-        reporting = cast(TelemetrySettings, telemetry)
-        configure_logging("manager", reporting.log_level, reporting.log_format)
-        configure_tracing("manager", reporting.otlp_endpoint)
-        try:
+        with reporting("manager", cast(TelemetrySettings, telemetry)):
             await serve(cast(ManagerSettings, own), cast(BrokerSettings, queue))
-        finally:
-            shutdown_tracing()
 
     return run_process(run)
 

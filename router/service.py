@@ -11,13 +11,11 @@ from broker import BrokerSettings
 from storage import StorageSettings
 from telemetry import (
     TelemetrySettings,
-    configure_logging,
-    configure_tracing,
     get_logger,
-    shutdown_tracing,
 )
 from telemetry.flags import parse_settings
 from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
+from telemetry.reporting import reporting
 from webhooks.settings import WebhookSettings
 
 from .app import build_router
@@ -69,21 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     async def run() -> None:
         tables = (RouterSettings, BrokerSettings, StorageSettings, WebhookSettings, TelemetrySettings)
-        own, queue, storage, webhooks, reporting = parse_settings(
+        own, queue, storage, webhooks, telemetry = parse_settings(
             "inferq router", "The Router: an OpenAI-compatible endpoint.", argv, *tables
         )
-        telemetry = cast(TelemetrySettings, reporting)
-        configure_logging("router", telemetry.log_level, telemetry.log_format)
-        configure_tracing("router", telemetry.otlp_endpoint)
-        try:
+        with reporting("router", cast(TelemetrySettings, telemetry)):
             await serve(
                 cast(RouterSettings, own),
                 cast(BrokerSettings, queue),
                 cast(StorageSettings, storage),
                 cast(WebhookSettings, webhooks),
             )
-        finally:
-            shutdown_tracing()
 
     return run_process(run)
 

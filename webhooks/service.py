@@ -18,14 +18,12 @@ from storage import ObjectStore, StorageSettings
 from telemetry import (
     MetricsRegistry,
     TelemetrySettings,
-    configure_logging,
-    configure_tracing,
     get_logger,
-    shutdown_tracing,
 )
 from telemetry.flags import parse_settings
 from telemetry.http.app import health_app
-from telemetry.http.server import bind_socket, run_process, run_server, stop_on_signals
+from telemetry.http.server import bind_socket, run_beside, run_process, stop_on_signals
+from telemetry.reporting import reporting
 from telemetry.threads import in_thread
 
 from .claims import CLAIM_MARGIN_MS
@@ -59,15 +57,7 @@ async def serve(
     listener = bind_socket(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     log.info("listening", url=f"http://{host}:{port}")
-    served = asyncio.Event()
-    async with asyncio.TaskGroup() as tasks:
-        http = tasks.create_task(run_server(process.app(), sock=listener, stop=served, shutdown_timeout_s=1.0))
-        stopping = tasks.create_task(stop.wait())
-        working = tasks.create_task(process.run(broker_settings, stop))
-        await asyncio.wait((http, stopping, working), return_when=asyncio.FIRST_COMPLETED)
-        stop.set()
-        await working
-        served.set()
+    await run_beside(process.app(), listener, lambda until: process.run(broker_settings, until), stop)
 
 
 class _Process:
@@ -148,19 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     async def run() -> None:
         tables = (NotifierSettings, WebhookSettings, BrokerSettings, StorageSettings, TelemetrySettings)
-        own, webhooks, queue, store, reporting = parse_settings("inferq notifier", "Sends webhooks.", argv, *tables)
-        telemetry = cast(TelemetrySettings, reporting)
-        configure_logging("notifier", telemetry.log_level, telemetry.log_format)
-        configure_tracing("notifier", telemetry.otlp_endpoint)
-        try:
+        own, webhooks, queue, store, telemetry = parse_settings("inferq notifier", "Sends webhooks.", argv, *tables)
+        with reporting("notifier", cast(TelemetrySettings, telemetry)):
             await serve(
                 cast(NotifierSettings, own),
                 cast(BrokerSettings, queue),
                 cast(StorageSettings, store),
                 cast(WebhookSettings, webhooks),
             )
-        finally:
-            shutdown_tracing()
 
     return run_process(run)
 

@@ -26,16 +26,14 @@ from queue_schemas.addresses import is_loopback
 from telemetry import (
     MetricsRegistry,
     TelemetrySettings,
-    configure_logging,
-    configure_tracing,
     get_logger,
-    shutdown_tracing,
 )
 from telemetry.backoff import Backoff
 from telemetry.flags import parse_settings
 from telemetry.http.loopback_access import LoopbackAccess
 from telemetry.http.server import bind_socket, refuse_unguarded, run_process, run_server, stop_on_signals
 from telemetry.redaction import redact_url
+from telemetry.reporting import reporting
 
 from .context import WorkerContext
 from .engines import Engine
@@ -251,12 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     async def run() -> None:
         settings, telemetry = read_settings(argv)
-        configure_logging("worker", telemetry.log_level, telemetry.log_format)
-        configure_tracing("worker", telemetry.otlp_endpoint)
-        try:
+        with reporting("worker", telemetry):
             await run_worker(settings)
-        finally:
-            shutdown_tracing()
 
     return run_process(run)
 

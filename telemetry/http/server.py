@@ -9,8 +9,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Literal
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -116,6 +116,23 @@ async def run_server(
         listener = exits.enter_context(sock or bind_socket(host, port))
         stopped = stop or exits.enter_context(stop_on_signals())
         await _serve(_Server(config), listener, stopped, stop_accepting, hurry or asyncio.Event())
+
+
+async def run_beside(
+    app: ASGIApp, sock: socket.socket, work: Callable[[asyncio.Event], Coroutine[Any, Any, None]], stop: asyncio.Event
+) -> None:
+    """Serve ``app``, the health and metrics of a process, while its ``work`` runs: until ``stop`` is set, or either
+    ends. ``work`` is given ``stop`` and ends before the server does, so the pages show it shutting down.
+    """
+    served = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        http = tasks.create_task(run_server(app, sock=sock, stop=served, shutdown_timeout_s=1.0))
+        stopping = tasks.create_task(stop.wait())
+        working = tasks.create_task(work(stop))
+        await asyncio.wait((http, stopping, working), return_when=asyncio.FIRST_COMPLETED)
+        stop.set()
+        await working
+        served.set()
 
 
 async def _serve(

@@ -19,6 +19,7 @@ import router.service
 import webhooks.service
 import worker.service
 from inferq.cli import app
+from telemetry import reporting
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
@@ -132,7 +133,7 @@ def test_compose_calls_each_role_as_it_wants_to_be_called(
 
     work = "run_worker" if command[0] == "worker" else "serve"
     monkeypatch.setattr(ROLES[command[0]], work, begin)
-    monkeypatch.setattr(ROLES[command[0]], "configure_logging", lambda *_: None)
+    monkeypatch.setattr(reporting, "configure_logging", lambda *_: None)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     (settings,) = started
