@@ -31,9 +31,14 @@ async def test_events_are_delivered_signed_and_counted(tmp_path: Path, valkey: S
             assert event.id == request.headers["webhook-id"]
         await eventually(lambda: set(rack.outcomes(endpoint_id)) == {"delivered"}, "it is written down")
         await notifier.ready()
-        text = await notifier.metrics()
-        assert 'inferq_webhook_attempts_total{result="delivered"} 12.0' in text
-        assert "inferq_webhook_deliveries_pending 12.0" in text
+
+        async def counted() -> bool:
+            text = await notifier.metrics()
+            delivered = 'inferq_webhook_attempts_total{result="delivered"} 12.0' in text
+            return delivered and "inferq_webhook_deliveries_pending 12.0" in text
+
+        # The notifier counts what it has written down a moment after it is in the store.
+        await eventually(counted, "12 are delivered, 12 pending")
         assert notifier.process.terminate() == 0
         assert keys.current[10:40] not in notifier.process.log_text()
 
