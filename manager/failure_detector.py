@@ -117,7 +117,7 @@ class FailureDetector:
                 verified=member.verified,
                 ping_answered=answered,
                 has_counter=has_counter,
-                had_counter=member.had_counter or self._shards.was_reclaimed(member.session_id),
+                had_counter=member.had_counter or self._shards.was_declared_dead(member.session_id),
                 fresh=fresh,
             )
         )

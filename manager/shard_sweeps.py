@@ -137,9 +137,9 @@ class ShardSweeps:
             self._metrics.declared_dead(cause)
             self._to_reclaim[session_id] = _Dead(set(range(self._queue.shards)))
 
-    def was_reclaimed(self, session_id: SessionId) -> bool:
-        """Whether the jobs of that session were taken back not long ago."""
-        return session_id in self._reclaimed
+    def was_declared_dead(self, session_id: SessionId) -> bool:
+        """Whether that session was declared dead not long ago: its jobs were taken back, or are being taken back."""
+        return session_id in self._to_reclaim or session_id in self._reclaimed
 
     async def reclaim(self) -> None:
         """Take back the jobs of the dead, a few sessions at a time, on every reachable shard; on the others,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TypeVar
 
 import hypothesis
 import pytest
+import structlog
 
 from broker import Broker, BrokerSettings
 from tests.support.servers import Server, server_binary
@@ -70,6 +72,18 @@ def _refuse_skip(report: Report) -> Report:
         report.outcome = "failed"
         report.longrepr = f"skipped, but INFERQ_REQUIRE=all: {report.longrepr}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def _restored_logging() -> Iterator[None]:
+    """What a test sets up of the logs ends with it: a later one must not write to a stream that is closed."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.contextvars.clear_contextvars()
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class FakeQueue:
     round_trips: int = 0
     down: bool = False
     refuses_reclaims: bool = False
+    reclaims_go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    """Cleared by a test, a reclaim has its effect and its answer is not there yet."""
     numbers: dict[SessionId, int] = field(default_factory=dict)
     answers_pings: set[str] = field(default_factory=set)
     controls: list[tuple[SessionId, Control]] = field(default_factory=list)
@@ -53,6 +56,7 @@ class FakeQueue:
 
     def __post_init__(self) -> None:
         self.fleet = self.maintenance = self.stats = self
+        self.reclaims_go_on.set()
 
     def open(self) -> AbstractAsyncContextManager[FakeQueue]:
         @asynccontextmanager
@@ -95,6 +99,7 @@ class FakeQueue:
         if session_id in self.reclaimed:
             return Reclaimed()
         self.reclaimed.append(session_id)
+        await self.reclaims_go_on.wait()
         return Reclaimed(requeued=2)
 
     async def expire(self, shard: int) -> Expired:

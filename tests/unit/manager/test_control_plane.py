@@ -191,6 +191,19 @@ async def test_a_fenced_worker_may_come_back_as_a_new_session() -> None:
         await service.register(_registration(TWO, url=None))
 
 
+async def test_a_fenced_worker_may_come_back_while_its_reclaim_is_under_way() -> None:
+    """A session that was declared dead holds its id no more, whether or not every shard has answered the reclaim."""
+    queue = FakeQueue(numbers={ONE: 1})
+    service = _service(queue, unresponsive_after_ms=60_000)
+    async with _running(service):
+        await service.register(_registration(url=None))
+        queue.reclaims_go_on.clear()
+        await _until(lambda: set(queue.reclaimed) == {ONE})
+        await service.register(_registration(url=None))
+        await service.register(_registration(TWO, url=None))
+        queue.reclaims_go_on.set()
+
+
 async def test_two_newcomers_with_one_id_do_not_both_win() -> None:
     """Of two registrations at the same moment one is refused."""
     service = _service(FakeQueue())
