@@ -42,7 +42,7 @@ ARGS ?=
 SECONDS ?=
 SEED ?=
 
-.PHONY: help up demo ray-up ray-down test schemathesis chaos chaos-long fuzz model test-vllm test-node check format bench lock wheel-check install clean
+.PHONY: help up demo ray-up ray-down test schemathesis chaos chaos-long fuzz model test-vllm test-node check format bench bench-growth lock wheel-check install clean
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -113,8 +113,11 @@ format: $(DEV) ## Format, and fix what ruff can fix
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(DEV) ## Measure, beside the engine alone and a proxy without a queue
+bench: $(DEV) ## Measure beside other systems, in one run of 20 minutes (ARGS=--quick: two; needs a C compiler)
 	$(PY) -m bench $(ARGS)
+
+bench-growth: $(DEV) ## Measure how cost grows with clients, workers, prompts, backlog, tenants and models
+	$(PY) -m bench.growth $(ARGS)
 
 wheel-check: $(DEV) ## Build the wheel and run it from another folder
 	sh scripts/wheel_check.sh $(PY)

@@ -1,10 +1,10 @@
 """A batch beside posting the same lines directly, as ``vllm run-batch`` does: one engine, one run, a ratio.
 
-``python -m bench.batch`` starts a simulated engine and a whole inferq with a batcher on it. Directly means: read the
+``python -m bench.batch`` starts the fake engine and a whole inferq with a batcher on it. Directly means: read the
 file, keep so many requests in flight on connections that stay open, write each answer as a line. It survives nothing;
 the batch survives everything, and its time runs from its creation to its end, validation and files included. In turns,
-several rounds; ``instant`` is an engine that takes no time (what the machinery costs), ``busy`` one that does (whether
-the engine ever waits).
+several rounds; ``instant`` is an engine that takes no time (what the machinery costs), ``busy`` one that takes 340 ms
+for a line (whether it ever waits).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from rich.table import Table
 
 from .batch_interference import with_batcher
 from .processes import new_folder
-from .systems import MODEL, simulated_engine
+from .systems import MODEL, fake_engine
 
 ENGINES: dict[str, tuple[tuple[str, ...], int, int]] = {
-    "instant": (("--ttft-ms", "0", "--prefill-us-per-token", "0", "--tokens-per-s", "0"), 64, 20_000),
-    "busy": (("--ttft-ms", "20", "--prefill-us-per-token", "0", "--tokens-per-s", "100"), 128, 8_000),
+    "instant": ((), 64, 20_000),
+    "busy": (("--delay-us", "340000"), 128, 8_000),
 }
 """By name: the engine's options, requests in flight (slots of the worker, connections of the direct way), lines."""
 PATH = "/v1/chat/completions"
@@ -106,7 +106,7 @@ async def _all(options: argparse.Namespace, console: Console) -> None:
             source = folder / "lines.jsonl"
             source.write_bytes(b"".join(lines_of(lines)))
             rates: dict[str, list[float]] = {"directly": [], "batch": []}
-            async with simulated_engine(new_folder(folder / "engine"), engine_options) as port:
+            async with fake_engine(new_folder(folder / "engine"), *engine_options) as (port, _):
                 url = f"http://127.0.0.1:{port}"
                 async with (
                     with_batcher(new_folder(folder / "inferq"), url, clients) as system,

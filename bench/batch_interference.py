@@ -1,6 +1,6 @@
 """Measure the effect of a saturating batch on interactive latency: TTFT with and without it, in one run.
 
-``python -m bench.batch_interference`` starts a whole inferq with a batcher on a simulated engine of a few slots, sends
+``python -m bench.batch_interference`` starts a whole inferq with a batcher on the fake engine, sends
 the same interactive streams in turns without and with a batch that fills every slot, and prints percentiles. A request
 that finds all slots taken waits until one line of the batch has finished: the longest such wait is one line's time.
 """
@@ -27,8 +27,8 @@ from telemetry.environment import free_port
 from tests.support.waiting import eventually
 
 from .processes import new_folder, running, until_answers
-from .scenarios import Scenario, measured
-from .systems import MODEL, System, simulated_engine, whole_inferq
+from .systems import MODEL, System, fake_engine, whole_inferq
+from .windows import Scenario, measured
 
 TTFT_MS = 20.0
 TOKENS_PER_S = 100
@@ -107,19 +107,22 @@ class Batch:
 
 
 async def _all(options: argparse.Namespace, console: Console) -> None:
-    engine_options = (
-        *("--ttft-ms", str(TTFT_MS), "--prefill-us-per-token", "0", "--tokens-per-s", str(TOKENS_PER_S)),
-        *("--prefix-cache-blocks", "0"),
-    )
+    line_ms = TTFT_MS + options.tokens / TOKENS_PER_S * 1000
     streams = Scenario(
-        name="interactive streams", clients=options.clients, seconds=options.seconds, stream=True, per="token"
+        name="interactive streams",
+        clients=options.clients,
+        seconds=options.seconds,
+        stream=True,
+        per="token",
+        delay_us=int(TTFT_MS * 1000),
+        interval_us=1_000_000 // TOKENS_PER_S,
     )
     firsts: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     lines_run = 0
     with tempfile.TemporaryDirectory(prefix="inferq-bench-") as name:
         folder = Path(name)
         async with (
-            simulated_engine(new_folder(folder / "engine"), engine_options) as port,
+            fake_engine(new_folder(folder / "engine"), "--delay-us", str(int(line_ms * 1000))) as (port, _),
             with_batcher(new_folder(folder / "inferq"), f"http://127.0.0.1:{port}", options.slots) as system,
             aiohttp.ClientSession(f"http://127.0.0.1:{system.port}") as session,
         ):
@@ -131,10 +134,9 @@ async def _all(options: argparse.Namespace, console: Console) -> None:
                 if not await batch.running():
                     raise TimeoutError("the batch ended before the streams did: give it more --lines")
                 lines_run += await batch.stop()
-                firsts["without"].append(alone.load.first_ms)
-                firsts["with"].append(beside.load.first_ms)
-                console.print(f"round {number + 1}  TTFT without {alone.load.first_ms}  with {beside.load.first_ms}")
-    line_ms = TTFT_MS + options.tokens / TOKENS_PER_S * 1000
+                for way, one in (("without", alone), ("with", beside)):
+                    firsts[way].append({name: value / 1000 for name, value in one.load.first_us.items()})
+                console.print(f"round {number + 1}  TTFT without {firsts['without'][-1]}  with {firsts['with'][-1]}")
     _print(firsts, line_ms, lines_run, options, console)
 
 

@@ -1,4 +1,4 @@
-"""Start and stop the processes of a benchmark, and read their CPU time from /proc."""
+"""Start and stop the processes of a benchmark, and read what they and the rest of the machine use from /proc."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -15,9 +17,11 @@ import aiohttp
 from tests.support.processes import Child
 from tests.support.waiting import eventually
 
+ROOT = Path(__file__).parents[1]
 READY_LIMIT_S = 60.0
 STOP_LIMIT_S = 15.0
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_MIB = 1 << 20
 
 
 class DidNotStart(Exception):
@@ -25,9 +29,11 @@ class DidNotStart(Exception):
 
 
 @asynccontextmanager
-async def running(module: str, arguments: Sequence[str], log: Path) -> AsyncIterator[int]:
-    """``python -m module arguments`` until the block ends; its output goes to ``log``. Yields its process id."""
-    process = Child(module, [sys.executable, "-m", module, *arguments], log)
+async def running_program(
+    command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None
+) -> AsyncIterator[int]:
+    """``command`` in the project's folder until the block ends; its output goes to ``log``. Yields its process id."""
+    process = Child(Path(command[0]).name, [str(part) for part in command], log, env=env, cwd=ROOT)
     process.start()
     try:
         yield process.pid
@@ -37,7 +43,14 @@ async def running(module: str, arguments: Sequence[str], log: Path) -> AsyncIter
         process.kill_group()
 
 
-async def until_answers(url: str, log: Path, *, wanted: str = "") -> None:
+@asynccontextmanager
+async def running(module: str, arguments: Sequence[str], log: Path) -> AsyncIterator[int]:
+    """``python -m module arguments``, as :func:`running_program`."""
+    async with running_program([sys.executable, "-m", module, *arguments], log) as pid:
+        yield pid
+
+
+async def until_answers(url: str, log: Path, *, wanted: str = "", limit_s: float = READY_LIMIT_S) -> None:
     """Wait until ``url`` answers 200 with ``wanted`` in its body."""
 
     async def answers() -> bool:
@@ -48,7 +61,7 @@ async def until_answers(url: str, log: Path, *, wanted: str = "") -> None:
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
         try:
-            await eventually(answers, f"{url} answers with {wanted!r}", limit_s=READY_LIMIT_S, every_s=0.05)
+            await eventually(answers, f"{url} answers with {wanted!r}", limit_s=limit_s, every_s=0.05)
         except AssertionError as error:
             raise DidNotStart(f"{error}\n{_tail(log)}") from None
 
@@ -63,25 +76,81 @@ def _tail(log: Path) -> str:
     return log.read_text("utf-8", "replace")[-2000:]
 
 
-def cpu_seconds(roots: Iterable[int]) -> dict[int, float]:
-    """User and system CPU time by process, of ``roots`` and everything they started that still runs."""
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """CPU time, in seconds, used until a moment: by each process (children that ended included), and by the machine as
+    the kernel's ticks sampled it, time stolen by other guests included."""
+
+    at: float
+    parents: Mapping[int, int]
+    spent: Mapping[int, float]
+    machine_s: float
+
+    def tree(self, roots: Iterable[int]) -> set[int]:
+        """``roots`` and everything they started that still runs."""
+        wanted = set(roots)
+        grown = True
+        while grown:
+            children = {pid for pid, parent in self.parents.items() if parent in wanted}
+            grown = not children <= wanted
+            wanted |= children
+        return wanted
+
+    def cpu_s(self, *roots: int) -> float:
+        """User and system time of the processes ``roots`` and everything they started."""
+        return sum(self.spent.get(pid, 0.0) for pid in self.tree(roots))
+
+
+def snapshot() -> Snapshot:
+    """What has been used until now."""
     parents: dict[int, int] = {}
     spent: dict[int, float] = {}
-    for entry in Path("/proc").iterdir():
+    for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         try:
-            stat = (entry / "stat").read_text("ascii", "replace")
+            stat = Path(entry.path, "stat").read_text("ascii", "replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
         # The name in parentheses may hold spaces: count fields from behind it (proc(5)).
         fields = stat[stat.rindex(")") + 2 :].split()
         parents[int(entry.name)] = int(fields[1])
-        spent[int(entry.name)] = (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-    wanted = set(roots)
-    grown = True
-    while grown:
-        children = {pid for pid, parent in parents.items() if parent in wanted}
-        grown = not children <= wanted
-        wanted |= children
-    return {pid: spent[pid] for pid in wanted if pid in spent}
+        spent[int(entry.name)] = _own_cpu_s(int(entry.name), fields) + sum(map(int, fields[13:15])) / TICKS_PER_S
+    # Time of interrupts is left out: it is counted either with processes or on its own, as the kernel was built.
+    user, nice, system, _, _, _, _, steal = map(int, Path("/proc/stat").read_text("ascii").split()[1:9])
+    return Snapshot(time.monotonic(), parents, spent, (user + nice + system + steal) / TICKS_PER_S)
+
+
+def _own_cpu_s(pid: int, fields: Sequence[str]) -> float:
+    """User and system time of a process, all its threads, those that ended included."""
+    try:
+        # Its CPU clock (clock_getcpuclockid(3)) counts nanoseconds, /proc only ticks of 10 ms.
+        return time.clock_gettime(~pid << 3 | 2)
+    except OSError:
+        return sum(map(int, fields[11:13])) / TICKS_PER_S
+
+
+def foreign_cores(before: Snapshot, after: Snapshot) -> float:
+    """How many cores everything but this process and what it started used between two moments.
+
+    The larger of two estimates: what processes that are not ours used, and what the machine used beyond ours (guests
+    and containers that cannot be seen from here show only there, and ticks sample coarsely).
+    """
+    ours = after.cpu_s(os.getpid()) - before.cpu_s(os.getpid())
+    seen = sum(after.spent.values()) - sum(before.spent.values()) - ours
+    return max(0.0, seen, after.machine_s - before.machine_s - ours) / (after.at - before.at)
+
+
+def memory_mib(roots: Iterable[int]) -> float:
+    """Resident memory, in MiB, of ``roots`` and everything they started; pages that several share count for each."""
+    size = 0
+    for pid in snapshot().tree(roots):
+        with contextlib.suppress(OSError):
+            size += int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return size / _MIB
+
+
+def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
+    """User and system time of each of ``pids`` that runs, with everything it started."""
+    now = snapshot()
+    return {pid: now.cpu_s(pid) for pid in pids if pid in now.spent}

@@ -1,138 +1,195 @@
-"""Summarize several rounds: medians and ratios, as a table and as JSON."""
+"""Show a run: as tables for a terminal, as the same tables in Markdown, and as JSON."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .job_queue import JobStats
-from .scenarios import SCENARIO_GROUPS, Measurement, Scenario
+from .figures import BASE, FIGURES, Run, Spread, aims, machine
+from .processes import ROOT
 
-SYSTEMS = ("direct", "proxy", "inferq")
+DOCS = ROOT / "docs" / "performance.md"
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """One line of the table: how it is read off a measurement, and the aim as a ratio to the proxy."""
+class Sheet:
+    """A table."""
 
-    name: str
-    unit: str
-    scenario: str
-    read: Callable[[Measurement, Scenario], float]
-    aim: str = ""
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return f"### {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
-def _p50(measurement: Measurement, _: Scenario) -> float:
-    return measurement.load.latency_ms["p50"] * 1e3
-
-
-def _rate(measurement: Measurement, _: Scenario) -> float:
-    return measurement.load.rate
-
-
-def _cpu(measurement: Measurement, _: Scenario) -> float:
-    return measurement.cpu_us
+    def printed(self, console: Console) -> None:
+        table = Table(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
 
 
-def _added_ttft(measurement: Measurement, scenario: Scenario) -> float:
-    return measurement.load.first_ms["p50"] - scenario.ttft_ms
+def sheets(run: Run) -> list[Sheet]:
+    """Every table that the run has values for."""
+    found = [_systems(run), _aims(run), _hops(run), _queues(run), _server(run)]
+    return [sheet for sheet in found if sheet.rows]
 
 
-METRICS = (
-    Metric("p50, 1 client", "us", "1 client", _p50, "<= 1.5"),
-    Metric("CPU per request, 1 client", "us", "1 client", _cpu),
-    Metric("requests a second, 64 clients", "1/s", "64 clients", _rate),
-    Metric("CPU per request, 64 clients", "us", "64 clients", _cpu, "<= 1.0"),
-    Metric("added TTFT p50, 32 streams", "ms", "32 streams", _added_ttft, "<= 1.0"),
-    Metric("CPU per token, 32 streams", "us", "32 streams", _cpu, "<= 1.0"),
-    Metric("added TTFT p50, 256 streams", "ms", "256 streams", _added_ttft),
-    Metric("CPU per token, 256 streams", "us", "256 streams", _cpu, "< 1.0"),
-)
+def notes(run: Run) -> list[str]:
+    """What a reader must know of the run."""
+    here = machine()
+    lines = [f"{here['cores']} cores, {here['system']}, Python {here['python']}."]
+    if run.windows:
+        foreign = [one.foreign for one in run.windows]
+        loud = sum(value > run.max_foreign for value in foreign)
+        again = sum(one.tries > 1 for one in run.windows)
+        lines.append(
+            f"Everything else on the machine used {statistics.median(foreign):.2f} cores in the median window, "
+            f"{max(foreign):.2f} in the loudest. {again} of {len(foreign)} windows were repeated; {loud} stayed above "
+            f"{run.max_foreign:g}" + (": their figures are not to be trusted." if loud else ".")
+        )
+    if through := [one for one in run.windows if one.cpu_us_of]:
+        engine, generator = (max(getattr(one, name) for one in through) for name in ("engine", "generator"))
+        lines.append(
+            f"Behind a system, the engine used {engine:.2f} cores at most, the load generator {generator:.2f}."
+        )
+    return [*lines, *run.left_out]
 
 
-def summary(measurements: Sequence[Measurement], jobs: Sequence[JobStats]) -> dict[str, Any]:
-    """Medians over the rounds, the ratios of inferq to the proxy, and the machine."""
-    scenarios = {scenario.name: scenario for group in SCENARIO_GROUPS for scenario in group.scenarios}
-    lines = []
-    for metric in METRICS:
-        rounds: dict[str, dict[int, float]] = {}
-        for one in measurements:
-            if one.scenario == metric.scenario:
-                rounds.setdefault(one.system, {})[one.number] = metric.read(one, scenarios[one.scenario])
-        if rounds:
-            medians = {system: statistics.median(values.values()) for system, values in rounds.items()}
-            ratio = _ratio(rounds.get("inferq", {}), rounds.get("proxy", {}))
-            lines.append({"metric": metric.name, "unit": metric.unit, **medians, "ratio": ratio, "aim": metric.aim})
+def as_json(run: Run) -> dict[str, Any]:
+    """Everything, each window included."""
     return {
         "machine": machine(),
-        "rounds": 1 + max((one.number for one in measurements), default=len(jobs) - 1),
-        "metrics": lines,
-        "cpu_us_of": _by_process(measurements),
-        "jobs": _jobs(jobs),
+        "notes": notes(run),
+        "figures": [
+            {
+                "name": figure.name,
+                **{system: _plain(run.figure(figure, system)) for system in run.systems()},
+                "ratio": _plain(run.ratio(figure)),
+            }
+            for figure in FIGURES
+        ],
+        "aims": [{**asdict(aim), "met": aim.met} for aim in aims(run)],
+        "memory_mib": run.memory_mib,
+        "jobs": [asdict(one) for one in run.jobs],
+        "server": [{name: asdict(cost) for name, cost in one.items()} for one in run.server],
+        "windows": [asdict(one) for one in run.windows],
     }
 
 
-def machine() -> dict[str, Any]:
-    """The machine that this ran on."""
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "load_average": [round(value, 1) for value in os.getloadavg()],
-    }
+def _plain(spread: Spread | None) -> dict[str, float] | None:
+    return None if spread is None else asdict(spread)
 
 
-def print_summary(result: dict[str, Any], console: Console) -> None:
-    """Print the table."""
-    table = Table(title="Medians over the rounds; the ratio is inferq / proxy within a round")
-    for column in ("metric", "unit", *SYSTEMS, "ratio", "aim"):
-        table.add_column(column, justify="left" if column in ("metric", "unit") else "right")
-    for line in result["metrics"]:
-        ratio = "" if line["ratio"] is None else f"{line['ratio']:.2f}"
-        values = (f"{line[system]:,.1f}" if system in line else "" for system in SYSTEMS)
-        table.add_row(line["metric"], line["unit"], *values, ratio, line["aim"])
-    console.print(table)
-    for scenario, by_process in result["cpu_us_of"].items():
-        parts = ", ".join(f"{name} {value:.0f}" for name, value in by_process.items())
-        console.print(f"inferq's CPU, {scenario}: {parts} us")
-    if jobs := result["jobs"]:
-        console.print(
-            f"jobs: submit {jobs['submit_per_s']:,.0f}/s = {jobs['submit_ratio']:.2f} x pipelined XADD (aim >= 0.5), "
-            f"drain {jobs['drain_per_s']:,.0f}/s = {jobs['drain_ratio']:.3f} x, {jobs['cpu_us']:.0f} us CPU each"
-        )
+def _systems(run: Run) -> Sheet:
+    names = run.systems()
+    rows = []
+    for figure in FIGURES:
+        found = [run.figure(figure, name) for name in names]
+        if any(found):
+            cells = ["" if one is None else f"{one.median:,.{figure.digits}f}" for one in found]
+            rows.append([figure.name, *cells, _ratio(run.ratio(figure))])
+    if run.memory_mib:
+        cells = [f"{run.memory_mib[name]:,.0f}" if name in run.memory_mib else "" for name in names]
+        ours, base = run.memory_mib.get("inferq"), run.memory_mib.get(BASE)
+        rows.append(["memory, MiB (all processes)", *cells, f"{ours / base:.2f}" if ours and base else ""])
+    title = f"Systems: medians over the rounds; ratio of inferq to {BASE} within a round (lowest to highest)"
+    return Sheet(title, ["figure", *names, f"inferq / {BASE}"], rows)
 
 
-def _ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
-    """The median of the ratios of single rounds: other load in a round slows both sides."""
-    both = ours.keys() & theirs.keys()
-    return statistics.median(ours[number] / theirs[number] for number in both) if both else None
+def _aims(run: Run) -> Sheet:
+    rows = []
+    for aim in aims(run):
+        if aim.met is not None:
+            limit = f"{'>=' if aim.at_least else '<='} {aim.limit:g}"
+            rows.append([aim.name, _ratio(aim.found), limit, "yes" if aim.met else "NO", aim.stretch])
+    return Sheet("The aim", ["figure", "found", "aim", "met", "stretch"], rows)
 
 
-def _by_process(measurements: Sequence[Measurement]) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for scenario in dict.fromkeys(measurement.scenario for measurement in measurements):
-        rounds = [m.cpu_us_of for m in measurements if (m.system, m.scenario) == ("inferq", scenario)]
+def _hops(run: Run) -> Sheet:
+    """inferq's CPU time by process."""
+    names: list[str] = []
+    rows = []
+    for scenario in dict.fromkeys(one.scenario for one in run.windows):
+        rounds = [one.cpu_us_of for one in run.windows if (one.system, one.scenario) == ("inferq", scenario)]
         if rounds:
-            found[scenario] = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    return found
+            names = list(rounds[0])
+            rows.append([scenario, *(f"{statistics.median(one[name] for one in rounds):.1f}" for name in names)])
+    return Sheet("Where inferq's CPU goes, us per request or token", ["scenario", *names], rows)
 
 
-def _jobs(jobs: Sequence[JobStats]) -> dict[str, Any] | None:
-    if not jobs:
-        return None
+def _queues(run: Run) -> Sheet:
+    rows = []
+    for name in dict.fromkeys(one.name for one in run.jobs):
+        found = run.jobs_of(name)
+        submit = statistics.median(one.submit_per_s for one in found)
+        drain = statistics.median(one.drain_per_s for one in found)
+        rows.append([name, f"{submit:,.0f}", f"{drain:,.0f}", f"{statistics.median(one.cpu_us for one in found):,.0f}"])
+    xadd = [one.xadd_per_s for one in run.jobs if one.xadd_per_s]
+    if xadd:
+        rows.insert(0, ["redis-py, pipelined XADD", f"{statistics.median(xadd):,.0f}", "", ""])
+    return Sheet("Job queues", ["queue", "submit/s", "drain/s", "CPU us/job"], rows)
+
+
+def _server(run: Run) -> Sheet:
+    rows = []
+    for name in run.server[0] if run.server else ():
+        commands = statistics.median(one[name].commands for one in run.server)
+        cpu = statistics.median(one[name].cpu_us for one in run.server)
+        rows.append([name, f"{commands:.1f}" if commands else "", f"{cpu:.0f}"])
+    return Sheet("What a job costs the queue's server", ["job", "commands", "CPU us"], rows)
+
+
+def _ratio(spread: Spread | None) -> str:
+    if spread is None:
+        return ""
+    digits = 2 if spread.median < 10 else 1
+    if spread.low == spread.high:
+        return f"{spread.median:.{digits}f}"
+    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f} to {spread.high:.{digits}f})"
+
+
+def print_run(run: Run, console: Console) -> None:
+    """Print the tables and the notes."""
+    for sheet in sheets(run):
+        sheet.printed(console)
+    for note in notes(run):
+        console.print(note, highlight=False)
+
+
+def how_it_was_made(quick: bool, rounds: int = 1) -> dict[str, str]:
+    """When, of which commit, and with how many rounds."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     return {
-        "xadd_per_s": statistics.median(one.xadd_per_s for one in jobs),
-        "submit_per_s": statistics.median(one.submit_per_s for one in jobs),
-        "drain_per_s": statistics.median(one.drain_per_s for one in jobs),
-        "submit_ratio": statistics.median(one.submit_per_s / one.xadd_per_s for one in jobs),
-        "drain_ratio": statistics.median(one.drain_per_s / one.xadd_per_s for one in jobs),
-        "cpu_us": statistics.median(one.cpu_us for one in jobs),
-        "cpu_us_of": {name: statistics.median(one.cpu_us_of[name] for one in jobs) for name in jobs[0].cpu_us_of},
+        "date": f"{datetime.now(UTC):%d %B %Y %H:%M} UTC",
+        "commit": described.stdout.strip() or "unknown",
+        "rounds": f"{rounds}{', short windows' if quick else ''}",
     }
+
+
+def fill(document: Path, name: str, text: str) -> None:
+    """Put ``text`` between the comments ``<!-- name -->`` and ``<!-- /name -->`` of a document, for what was there."""
+    before, begin, rest = document.read_text("utf-8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not begin or not end:
+        raise ValueError(f"{document} has no place for {name}")
+    document.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}", "utf-8")
+
+
+def markdown(run: Run, facts: Mapping[str, str]) -> str:
+    """The tables and the notes, for docs/performance.md. ``facts``: how the run was made."""
+    said = [f"- {name}: {value}" for name, value in facts.items()] + [f"- {note}" for note in notes(run)]
+    return "\n".join(["\n".join(said) + "\n", *(sheet.markdown() for sheet in sheets(run))])

@@ -1,82 +1,198 @@
-"""The systems that are measured, all in front of one simulated engine."""
+"""The systems that are measured, all in front of one fake engine, all up at once."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from broker.embedded.server import EmbeddedServer
 from telemetry.environment import free_port
 
-from .processes import running, until_answers
+from . import native, peers
+from .processes import DidNotStart, new_folder, running, running_program, until_answers
 
 MODEL = "sim"
 SLOTS = 512
+SYSTEMS = ("direct", "nginx", "vllm-router", "proxy", "inferq")
+OPTIONAL_SYSTEMS = ("litellm",)
+
+_NGINX = """
+daemon off; worker_processes auto; pid nginx.pid; error_log stderr warn; {user}
+events {{ worker_connections 8192; }}
+http {{
+    access_log off; server_tokens off; tcp_nodelay on;
+    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi; client_max_body_size 0; client_body_buffer_size 128k;
+    keepalive_timeout 1h; keepalive_requests 1000000000;
+    upstream engine {{
+        server 127.0.0.1:{engine_port}; keepalive 512; keepalive_requests 1000000000; keepalive_timeout 1h;
+    }}
+    server {{
+        listen 127.0.0.1:{port} backlog=4096;
+        location / {{
+            proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
+            proxy_read_timeout 1h;
+        }}
+    }}
+}}
+"""
+_LITELLM = """
+model_list:
+  - model_name: {model}
+    litellm_params: {{model: hosted_vllm/{model}, api_base: "http://127.0.0.1:{engine_port}/v1", api_key: none}}
+litellm_settings: {{telemetry: false}}
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Where to send requests, and the processes whose CPU time counts, by name."""
+    """Where to send requests, and the processes whose CPU time counts, by name; that of the engine does not."""
 
     name: str
     port: int
     pids: Mapping[str, int]
+    engine_pid: int = 0
+
+
+class NotHere(Exception):
+    """A system that cannot be measured on this machine; the message says why."""
 
 
 @asynccontextmanager
 async def started_systems(
-    folder: Path, engine_options: Sequence[str], names: Sequence[str]
+    folder: Path, names: Sequence[str], say: Callable[[str], None]
 ) -> AsyncIterator[list[System]]:
-    """Those of "direct" (the engine alone), "proxy" and "inferq" that ``names`` has, on an engine with its options."""
+    """Those of ``names`` that this machine can run. ``say`` hears of each left out."""
     async with AsyncExitStack() as exits:
-        port = await exits.enter_async_context(simulated_engine(folder, engine_options))
-        engine_url = f"http://127.0.0.1:{port}"
-        systems = [System("direct", port, {})] if "direct" in names else []
-        if "proxy" in names:
-            systems.append(await exits.enter_async_context(_proxy(folder, engine_url)))
-        if "inferq" in names:
-            systems.append((await exits.enter_async_context(whole_inferq(folder, engine_url)))[0])
+        port, engine_pid = await exits.enter_async_context(fake_engine(folder))
+        systems = []
+        for name in names:
+            try:
+                system = await exits.enter_async_context(_STARTERS[name](new_folder(folder / name), port))
+                systems.append(replace(system, engine_pid=engine_pid))
+            except (NotHere, DidNotStart, peers.NotInstalled) as error:
+                if name in ("direct", "inferq", "proxy"):
+                    raise
+                say(f"{name} is left out: {error}")
         yield systems
 
 
 @asynccontextmanager
-async def simulated_engine(folder: Path, engine_options: Sequence[str]) -> AsyncIterator[int]:
-    """The engine's port."""
+async def fake_engine(folder: Path, *options: str) -> AsyncIterator[tuple[int, int]]:
+    """The fake engine: its port and process id. ``options`` are those of ``engine.c``."""
     port, log = free_port(), folder / "engine.log"
-    options = ("--port", str(port), "--model", MODEL, "--max-num-seqs", "4096", *engine_options)
-    async with running("worker.engines.simulated", options, log):
+    async with running_program([native.engine(), str(port), "--model", MODEL, *options], log) as pid:
         await until_answers(f"http://127.0.0.1:{port}/health", log)
-        yield port
+        yield port, pid
 
 
 @asynccontextmanager
-async def _proxy(folder: Path, engine_url: str) -> AsyncIterator[System]:
+async def _direct(_folder: Path, engine_port: int) -> AsyncIterator[System]:
+    yield System("direct", engine_port, {})
+
+
+@asynccontextmanager
+async def _nginx(folder: Path, engine_port: int) -> AsyncIterator[System]:
+    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    if nginx is None:
+        raise NotHere("nginx is not installed (apt-get install nginx-light)")
+    port, log = free_port(), folder / "nginx.log"
+    user = "user root;" if os.getuid() == 0 else ""
+    (folder / "nginx.conf").write_text(_NGINX.format(port=port, engine_port=engine_port, user=user))
+    command = [nginx, "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
+    async with running_program(command, log) as pid:
+        await until_answers(f"http://127.0.0.1:{port}/health", log)
+        yield System("nginx", port, {"nginx": pid})
+
+
+@asynccontextmanager
+async def _vllm_router(folder: Path, engine_port: int) -> AsyncIterator[System]:
+    program = peers.program("vllm-router")
+    port, log = free_port(), folder / "vllm-router.log"
+    command = [
+        *(program, "--host", "127.0.0.1", "--port", str(port), "--worker-urls", f"http://127.0.0.1:{engine_port}"),
+        *("--policy", "round_robin", "--log-level", "error", "--prometheus-port", str(free_port())),
+    ]
+    async with running_program(command, log, env=peers.environment()) as pid:
+        await until_answers(f"http://127.0.0.1:{port}/v1/models", log, wanted=f'"{MODEL}"')
+        yield System("vllm-router", port, {"vllm-router": pid})
+
+
+@asynccontextmanager
+async def _litellm(folder: Path, engine_port: int) -> AsyncIterator[System]:
+    program = peers.program("litellm", extra="litellm")
+    port, log, config = free_port(), folder / "litellm.log", folder / "litellm.yaml"
+    config.write_text(_LITELLM.format(model=MODEL, engine_port=engine_port))
+    command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+    async with running_program(command, log, env=peers.environment()) as pid:
+        await until_answers(f"http://127.0.0.1:{port}/v1/models", log, wanted=f'"{MODEL}"', limit_s=180)
+        yield System("litellm", port, {"litellm": pid})
+
+
+@asynccontextmanager
+async def _proxy(folder: Path, engine_port: int) -> AsyncIterator[System]:
     port, log = free_port(), folder / "proxy.log"
-    async with running("bench.proxy", ("--engine-url", engine_url, "--port", str(port)), log) as pid:
+    options = ("--engine-url", f"http://127.0.0.1:{engine_port}", "--port", str(port))
+    async with running("bench.proxy", options, log) as pid:
         await until_answers(f"http://127.0.0.1:{port}/openapi.json", log)
         yield System("proxy", port, {"proxy": pid})
 
 
 @asynccontextmanager
-async def whole_inferq(folder: Path, engine_url: str, *, slots: int = SLOTS) -> AsyncIterator[tuple[System, str]]:
-    """Queue, Manager, Router and one Worker; and the queue's URL, for other roles."""
+async def _inferq(folder: Path, engine_port: int) -> AsyncIterator[System]:
+    async with whole_inferq(folder, f"http://127.0.0.1:{engine_port}") as (system, _):
+        yield system
+
+
+_STARTERS: Mapping[str, Callable[[Path, int], contextlib.AbstractAsyncContextManager[System]]] = {
+    "direct": _direct,
+    "nginx": _nginx,
+    "vllm-router": _vllm_router,
+    "proxy": _proxy,
+    "inferq": _inferq,
+    "litellm": _litellm,
+}
+
+
+@asynccontextmanager
+async def whole_inferq(
+    folder: Path, engine_url: str, *, slots: int = SLOTS, workers: int = 1, router_options: Sequence[str] = ()
+) -> AsyncIterator[tuple[System, str]]:
+    """Queue, Manager, Router and ``workers`` Workers on one engine; and the queue's URL, for other roles."""
     async with queue_and_manager(folder) as (queue, manager_pid, manager_url), AsyncExitStack() as exits:
-        port, router_log, worker_log = free_port(), folder / "router.log", folder / "worker.log"
+        port, router_log = free_port(), folder / "router.log"
         quiet = ("--log-level", "warning")
-        router_options = ("--port", str(port), "--manager-url", manager_url, "--redis-url", queue.url, *quiet)
-        router_pid = await exits.enter_async_context(running("router.service", router_options, router_log))
-        worker_options = (
-            *("--worker-id", "bench", "--port", "0", "--slots", str(slots)),
-            # Without a join token, nobody tells a worker the password of the embedded queue.
-            *("--manager-url", f"http://127.0.0.1:{port}", "--redis-url", queue.url),
-            *("--engine-url", engine_url, *quiet),
-        )
-        worker_pid = await exits.enter_async_context(running("worker.service", worker_options, worker_log))
+        options = ("--port", str(port), "--manager-url", manager_url, "--redis-url", queue.url, *quiet)
+        router_pid = await exits.enter_async_context(running("router.service", (*options, *router_options), router_log))
+        pids = {"router": router_pid, "manager": manager_pid, "redis": queue.pid or 0}
+        for number in range(workers):
+            name = "worker" if number == 0 else f"worker-{number}"
+            pids[name] = await exits.enter_async_context(
+                worker(folder, name, f"http://127.0.0.1:{port}", queue.url, engine_url, slots=slots)
+            )
         await until_answers(f"http://127.0.0.1:{port}/v1/models", router_log, wanted=f'"{MODEL}"')
-        pids = {"router": router_pid, "worker": worker_pid, "manager": manager_pid, "redis": queue.pid or 0}
         yield System("inferq", port, pids), queue.url
+
+
+@asynccontextmanager
+async def worker(
+    folder: Path, name: str, manager_url: str, redis_url: str, engine_url: str, *, slots: int = SLOTS
+) -> AsyncIterator[int]:
+    """A Worker that is ready: its process id."""
+    port, log = free_port(), folder / f"{name}.log"
+    options = (
+        *("--worker-id", f"bench-{name}", "--port", str(port), "--slots", str(slots), "--manager-url", manager_url),
+        # Without a join token, nobody tells a worker the password of the embedded queue.
+        *("--redis-url", redis_url, "--engine-url", engine_url, "--log-level", "warning"),
+    )
+    async with running("worker.service", options, log) as pid:
+        await until_answers(f"http://127.0.0.1:{port}/readyz", log)
+        yield pid
 
 
 @asynccontextmanager

@@ -34,27 +34,28 @@ from router.settings import RouterSettings
 from storage import StorageSettings
 from telemetry import TelemetrySettings
 from telemetry.environment import free_port
+from webhooks.settings import WebhookSettings
 
-from .processes import new_folder, until_answers
-from .scenarios import SCENARIO_GROUPS, Measurement, Scenario, ScenarioGroup, measured
-from .systems import MODEL, System, simulated_engine, whole_inferq
+from .processes import until_answers
+from .systems import MODEL, System, fake_engine, whole_inferq
+from .windows import SCENARIOS, Measurement, Scenario, measured
 
 WAYS: dict[str, tuple[WayIn, dict[str, str]]] = {
     "replica": ("replica", {}),
     "serve": ("serve", {}),
     "haproxy": ("serve", {"RAY_SERVE_ENABLE_HA_PROXY": "1"}),
 }
-SCENARIOS = ("1 client", "64 clients", "32 streams")
+LOADS = tuple(one for one in SCENARIOS if one.name in ("1 client", "64 clients", "32 streams"))
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 60.0
 
 Read = Callable[[Measurement, Scenario], float]
 METRICS: tuple[tuple[str, str, Read], ...] = (
-    ("1 client", "p50 ms", lambda m, _: m.load.latency_ms["p50"]),
-    ("64 clients", "requests/s", lambda m, _: m.load.rate),
+    ("1 client", "p50 ms", lambda m, _: m.load.latency_us["p50"] / 1e3),
+    ("64 clients", "requests/s", lambda m, _: m.requests_per_s),
     ("64 clients", "CPU us/request", lambda m, _: m.cpu_us),
-    ("32 streams", "added TTFT p50 ms", lambda m, s: m.load.first_ms["p50"] - s.ttft_ms),
-    ("32 streams", "gap p99 ms", lambda m, _: m.load.gap_ms["p99"]),
+    ("32 streams", "added TTFT p50 ms", lambda m, s: (m.load.first_us["p50"] - s.delay_us) / 1e3),
+    ("32 streams", "gap p99 ms", lambda m, _: m.load.gap_us["p99"] / 1e3),
     ("32 streams", "CPU us/token", lambda m, _: m.cpu_us),
 )
 
@@ -79,6 +80,7 @@ def _serve_one(way: str, port: int, redis_url: str) -> None:
             settings,
             broker,
             StorageSettings.load(),
+            WebhookSettings.load(),
             reporting,
             way_in=way_in,
             scale=Scale(min_replicas=1, max_replicas=1),
@@ -117,12 +119,10 @@ async def _ray(way: str, redis_url: str, base: System, log: Path) -> AsyncIterat
             await child.wait()
 
 
-async def _run_group(
-    group: ScenarioGroup, options: argparse.Namespace, folder: Path, console: Console
-) -> list[Measurement]:
+async def _windows(options: argparse.Namespace, folder: Path, console: Console) -> list[Measurement]:
     found = []
     async with AsyncExitStack() as exits:
-        engine_port = await exits.enter_async_context(simulated_engine(folder, group.engine_options))
+        engine_port, _ = await exits.enter_async_context(fake_engine(folder))
         engine_url = f"http://127.0.0.1:{engine_port}"
         fabric, redis_url = await exits.enter_async_context(whole_inferq(folder, engine_url))
         systems = [System("http", fabric.port, fabric.pids)]
@@ -130,28 +130,26 @@ async def _run_group(
             await exits.enter_async_context(_ray(way, redis_url, fabric, folder / f"{way}.log")) for way in options.ways
         ]
         for number in range(options.rounds):
-            for scenario in group.scenarios:
+            for scenario in LOADS:
                 first = number % len(systems)
                 for system in (*systems[first:], *systems[:first]):
                     one = await measured(scenario, system, number)
                     found.append(one)
-                    console.print(f"round {number + 1}  {scenario.name:12} {system.name:8} {one.load.rate:9,.1f}/s")
+                    console.print(
+                        f"round {number + 1}  {scenario.name:12} {system.name:8} {one.requests_per_s:9,.1f}/s"
+                        f"  foreign {one.foreign:.2f}"
+                    )
     return found
 
 
 async def _all(options: argparse.Namespace, console: Console) -> None:
-    found: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="inferq-bench-") as name:
-        for number, group in enumerate(SCENARIO_GROUPS):
-            scenarios = tuple(scenario for scenario in group.scenarios if scenario.name in SCENARIOS)
-            if scenarios:
-                chosen = ScenarioGroup(engine_options=group.engine_options, scenarios=scenarios)
-                found += await _run_group(chosen, options, new_folder(Path(name) / f"group-{number}"), console)
+        found = await _windows(options, Path(name), console)
     console.print(
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, Ray {ray.__version__}; "
         f"medians of {options.rounds} rounds, in brackets the median ratio to http"
     )
-    by_name = {scenario.name: scenario for group in SCENARIO_GROUPS for scenario in group.scenarios}
+    by_name = {scenario.name: scenario for scenario in LOADS}
     table = Table("load", "metric", "http", *options.ways)
     for scenario_name, metric, read in METRICS:
         scenario = by_name[scenario_name]
