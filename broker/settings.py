@@ -28,7 +28,7 @@ class BrokerSettings(RoleSettings):
     shards: int = Field(default=1, ge=1, le=1024, description="number of shards, fixed for the life of the data")
     tls_ca_file: str = Field(default="", description="CA certificate to check the server's with; empty: the system's")
     connect_timeout_ms: int = Field(default=3_000, ge=1, description="limit on opening a connection")
-    command_timeout_ms: int = Field(default=5_000, ge=1, description="limit on one command's reply")
+    command_timeout_ms: int = Field(default=5_000, ge=1, description="silence of the server that ends a command")
     retry_limit_ms: int = Field(
         default=30_000, ge=0, le=50_000, description="how long a call is retried while Redis cannot be reached"
     )

@@ -16,11 +16,9 @@ from redis.exceptions import AskError, MovedError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from .failures import UNREACHABLE
-from .multiplexer import MultiplexedConnection
+from .multiplexer import KeyedConnections, MultiplexedConnection
 
 _REFRESH_GAP_S = 0.25
-_Placed = tuple[str, MultiplexedConnection]
-"""A connection, and the name of the node that it goes to."""
 
 
 class ClusterLink:
@@ -30,8 +28,8 @@ class ClusterLink:
         self._topology = topology
         self._limit_s = command_limit_s
         self._shared: dict[str, MultiplexedConnection] = {}
-        self._readers: dict[str, _Placed] = {}
-        self._pipelines: dict[str, _Placed] = {}
+        self._readers = KeyedConnections()
+        self._pipelines = KeyedConnections()
         self._refreshing: asyncio.Task[None] | None = None
         self._known = False
 
@@ -59,17 +57,11 @@ class ClusterLink:
         return reply
 
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
-        reader = await self._placed(self._readers, key)
-        if (loss := reader.take_loss()) is not None:
-            self._refresh()
-            raise loss
+        node = await self._node(key)
         try:
-            return await reader.command(limit_s + self._limit_s, *args)
-        except asyncio.CancelledError:
-            # The command still blocks on the server: its connection is of no more use.
-            del self._readers[key]
-            await reader.close()
-            raise
+            return await self._readers.blocking(
+                key, node.name, lambda: self._open(node), limit_s + self._limit_s, *args
+            )
         except (MovedError, AskError):
             self._refresh()
             raise
@@ -78,7 +70,8 @@ class ClusterLink:
             raise
 
     async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        connection = await self._placed(self._pipelines, key)
+        node = await self._node(key)
+        connection = await self._pipelines.at(key, node.name, lambda: self._open(node))
         try:
             replies = await connection.pipeline(limit_s + self._limit_s, commands)
         except UNREACHABLE:
@@ -97,8 +90,8 @@ class ClusterLink:
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
-        placed = [connection for _, connection in (*self._readers.values(), *self._pipelines.values())]
-        await asyncio.gather(*(connection.close() for connection in (*self._shared.values(), *placed)))
+        await asyncio.gather(*(connection.close() for connection in self._shared.values()))
+        await asyncio.gather(self._readers.close(), self._pipelines.close())
         await self._topology.nodes_manager.aclose()
         await self._topology.nodes_manager.aclose("startup_nodes")
 
@@ -114,16 +107,6 @@ class ClusterLink:
         if node.name not in self._shared:
             self._shared[node.name] = self._open(node)
         return self._shared[node.name]
-
-    async def _placed(self, connections: dict[str, _Placed], key: str) -> MultiplexedConnection:
-        """The connection that only ``key`` uses, to the node that holds it now."""
-        node = await self._node(key)
-        placed = connections.get(key)
-        if placed is None or placed[0] != node.name:
-            connections[key] = (node.name, self._open(node))
-            if placed is not None:
-                await placed[1].close()
-        return connections[key][1]
 
     def _open(self, node: ClusterNode) -> MultiplexedConnection:
         return MultiplexedConnection(lambda: node.connection_class(**node.connection_kwargs), self._limit_s)

@@ -20,8 +20,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from ..settings import BrokerSettings
+from .channel import BECAME_REPLICA
 from .cluster import ClusterLink
-from .multiplexer import BECAME_REPLICA, MultiplexedConnection
+from .multiplexer import KeyedConnections, MultiplexedConnection
 from .urls import check_ca_file, check_connection, check_parts, invalid_url, topology_of
 
 
@@ -53,9 +54,9 @@ class MultiplexedLink:
     def __init__(self, open_connection: Callable[[], AbstractConnection], command_limit_s: float) -> None:
         self._open_connection = open_connection
         self._limit_s = command_limit_s
-        self._shared = MultiplexedConnection(open_connection, command_limit_s)
-        self._readers: dict[str, MultiplexedConnection] = {}
-        self._pipelines: dict[str, MultiplexedConnection] = {}
+        self._shared = self._open()
+        self._readers = KeyedConnections()
+        self._pipelines = KeyedConnections()
 
     async def command(self, key: str, *args: Any) -> Any:
         try:
@@ -66,24 +67,11 @@ class MultiplexedLink:
             raise
 
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
-        reader = self._readers.get(key)
-        if reader is None:
-            reader = self._readers[key] = MultiplexedConnection(self._open_connection, self._limit_s)
-        if (loss := reader.take_loss()) is not None:
-            # Not one to pass over by connecting again: the server may have lost its latest writes since.
-            raise loss
-        try:
-            return await reader.command(limit_s + self._limit_s, *args)
-        except asyncio.CancelledError:
-            # The command still blocks on the server: its connection is of no more use.
-            del self._readers[key]
-            await reader.close()
-            raise
+        return await self._readers.blocking(key, "", self._open, limit_s + self._limit_s, *args)
 
     async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        if key not in self._pipelines:
-            self._pipelines[key] = MultiplexedConnection(self._open_connection, self._limit_s)
-        return await self._pipelines[key].pipeline(limit_s + self._limit_s, commands)
+        connection = await self._pipelines.at(key, "", self._open)
+        return await connection.pipeline(limit_s + self._limit_s, commands)
 
     async def node_of(self, key: str) -> str:
         return ""
@@ -94,8 +82,10 @@ class MultiplexedLink:
 
     async def _close_others(self) -> None:
         """Close all connections but the shared one; each opens again when it is used."""
-        others = (*self._readers.values(), *self._pipelines.values())
-        await asyncio.gather(*(connection.close() for connection in others))
+        await asyncio.gather(self._readers.close(), self._pipelines.close())
+
+    def _open(self) -> MultiplexedConnection:
+        return MultiplexedConnection(self._open_connection, self._limit_s)
 
 
 class ClientLink:

@@ -3,58 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 
 import pytest
 from redis.asyncio.connection import Connection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from broker.redis.link import MultiplexedLink
 from broker.redis.multiplexer import MultiplexedConnection
+from tests.support.scripted_redis import connection_to, opener, scripted_server
 from tests.support.waiting import eventually
-
-Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
-
-
-@asynccontextmanager
-async def scripted_server(answer: Answer) -> AsyncIterator[int]:
-    """A server that speaks enough RESP: ``answer`` gets the first argument of each command after the handshake."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while line := await reader.readline():
-                args = []
-                for _ in range(int(line[1:])):
-                    size = int((await reader.readline())[1:])
-                    args.append((await reader.readexactly(size + 2))[:-2])
-                if args[0] in (b"CLIENT", b"SELECT", b"HELLO"):
-                    writer.write(b"+OK\r\n")
-                else:
-                    await answer(args[0], writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            return
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield server.sockets[0].getsockname()[1]
-
-
-def opener(port: int) -> Callable[[], Connection]:
-    def make() -> Connection:
-        return Connection(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=None)
-
-    return make
-
-
-def connection_to(port: int) -> MultiplexedConnection:
-    return MultiplexedConnection(opener(port), connect_limit_s=2)
 
 
 async def test_concurrent_commands_get_their_own_replies() -> None:
@@ -101,7 +60,7 @@ async def test_a_reader_hears_that_its_connection_was_lost_between_two_reads() -
         link = MultiplexedLink(opener(port), 2)
         async with asyncio.timeout(20):
             assert await link.blocking("stream", 5, "last") == b"ok"
-            await eventually(lambda: link._readers["stream"]._loss is not None, "the loss is noticed")
+            await eventually(lambda: link._readers._placed["stream"][1]._loss is not None, "the loss is noticed")
             with pytest.raises(RedisConnectionError):
                 await link.blocking("stream", 5, "next")
             for _ in range(2):
@@ -174,16 +133,30 @@ async def test_a_write_to_a_connection_that_was_just_closed_is_a_lost_connection
     """uvloop says so with an error of its own kind, before the reader has noticed: the call is one to repeat."""
 
     class Closed(Connection):
-        async def send_packed_command(self, command: object, check_health: bool = True) -> None:
-            if check_health is False:
-                raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
-            await super().send_packed_command(command, check_health)  # type: ignore[arg-type]
+        async def connect(self) -> None:
+            await super().connect()
+            assert self._writer is not None
+            self._writer = _ClosedWriter(self._writer.transport)  # type: ignore[assignment]
+
+    class _ClosedWriter:
+        def __init__(self, transport: asyncio.WriteTransport) -> None:
+            self.transport = _ClosedTransport(transport)
+
+    class _ClosedTransport:
+        def __init__(self, transport: asyncio.WriteTransport) -> None:
+            self._transport = transport
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._transport, name)
+
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
 
     async def pong(_: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"+PONG\r\n")
 
     async with scripted_server(pong) as port:
-        connection = MultiplexedConnection(lambda: Closed(host="127.0.0.1", port=port, protocol=2), connect_limit_s=2)
+        connection = connection_to(port, Closed)
         with pytest.raises(RedisConnectionError, match="closed"):
             await connection.command(2, "PING")
         with pytest.raises(RedisConnectionError, match="closed"):
