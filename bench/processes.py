@@ -50,10 +50,15 @@ async def running(module: str, arguments: Sequence[str], log: Path) -> AsyncIter
         yield pid
 
 
-async def until_answers(url: str, log: Path, *, wanted: str = "", limit_s: float = READY_LIMIT_S) -> None:
-    """Wait until ``url`` answers 200 with ``wanted`` in its body."""
+async def until_answers(
+    url: str, log: Path, *, wanted: str = "", limit_s: float = READY_LIMIT_S, pid: int | None = None
+) -> None:
+    """Wait until ``url`` answers 200 with ``wanted`` in its body. Raises ``DidNotStart`` with the end of ``log``, at
+    once if process ``pid`` has ended."""
 
     async def answers() -> bool:
+        if pid is not None and _ended(pid):
+            raise DidNotStart(f"it ended before {url} answered\n{_tail(log)}")
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             async with session.get(url) as answer:
                 return answer.status == 200 and wanted in await answer.text()
@@ -70,6 +75,15 @@ def new_folder(path: Path) -> Path:
     """``path``, made."""
     path.mkdir(parents=True)
     return path
+
+
+def _ended(pid: int) -> bool:
+    """Whether a child of ours runs no more."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("ascii", "replace")
+    except FileNotFoundError:
+        return True
+    return stat[stat.rindex(")") + 2] == "Z"
 
 
 def _tail(log: Path) -> str:

@@ -45,6 +45,7 @@ _LITELLM = """
 model_list:
   - model_name: {model}
     litellm_params: {{model: hosted_vllm/{model}, api_base: "http://127.0.0.1:{engine_port}/v1", api_key: none}}
+general_settings: {{dangerously_permit_weak_or_unset_master_key: true}}
 litellm_settings: {{telemetry: false}}
 """
 
@@ -87,7 +88,7 @@ async def fake_engine(folder: Path, *options: str) -> AsyncIterator[tuple[int, i
     """The fake engine: its port and process id. ``options`` are those of ``engine.c``."""
     port, log = free_port(), folder / "engine.log"
     async with running_program([native.engine(), str(port), "--model", MODEL, *options], log) as pid:
-        await until_answers(f"http://127.0.0.1:{port}/health", log)
+        await until_answers(f"http://127.0.0.1:{port}/health", log, pid=pid)
         yield port, pid
 
 
@@ -106,7 +107,7 @@ async def _nginx(folder: Path, engine_port: int) -> AsyncIterator[System]:
     (folder / "nginx.conf").write_text(_NGINX.format(port=port, engine_port=engine_port, user=user))
     command = [nginx, "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
     async with running_program(command, log) as pid:
-        await until_answers(f"http://127.0.0.1:{port}/health", log)
+        await until_answers(f"http://127.0.0.1:{port}/health", log, pid=pid)
         yield System("nginx", port, {"nginx": pid})
 
 
@@ -119,7 +120,7 @@ async def _vllm_router(folder: Path, engine_port: int) -> AsyncIterator[System]:
         *("--policy", "round_robin", "--log-level", "error", "--prometheus-port", str(free_port())),
     ]
     async with running_program(command, log, env=peers.environment()) as pid:
-        await until_answers(f"http://127.0.0.1:{port}/v1/models", log, wanted=f'"{MODEL}"')
+        await until_answers(f"http://127.0.0.1:{port}/v1/models", log, wanted=f'"{MODEL}"', pid=pid)
         yield System("vllm-router", port, {"vllm-router": pid})
 
 
@@ -130,7 +131,7 @@ async def _litellm(folder: Path, engine_port: int) -> AsyncIterator[System]:
     config.write_text(_LITELLM.format(model=MODEL, engine_port=engine_port))
     command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
     async with running_program(command, log, env=peers.environment()) as pid:
-        await until_answers(f"http://127.0.0.1:{port}/v1/models", log, wanted=f'"{MODEL}"', limit_s=180)
+        await until_answers(f"http://127.0.0.1:{port}/v1/models", log, wanted=f'"{MODEL}"', limit_s=180, pid=pid)
         yield System("litellm", port, {"litellm": pid})
 
 
@@ -139,7 +140,7 @@ async def _proxy(folder: Path, engine_port: int) -> AsyncIterator[System]:
     port, log = free_port(), folder / "proxy.log"
     options = ("--engine-url", f"http://127.0.0.1:{engine_port}", "--port", str(port))
     async with running("bench.proxy", options, log) as pid:
-        await until_answers(f"http://127.0.0.1:{port}/openapi.json", log)
+        await until_answers(f"http://127.0.0.1:{port}/openapi.json", log, pid=pid)
         yield System("proxy", port, {"proxy": pid})
 
 
@@ -191,7 +192,7 @@ async def worker(
         *("--redis-url", redis_url, "--engine-url", engine_url, "--log-level", "warning"),
     )
     async with running("worker.service", options, log) as pid:
-        await until_answers(f"http://127.0.0.1:{port}/readyz", log)
+        await until_answers(f"http://127.0.0.1:{port}/readyz", log, pid=pid)
         yield pid
 
 
@@ -203,5 +204,5 @@ async def queue_and_manager(folder: Path) -> AsyncIterator[tuple[EmbeddedServer,
         options = ("--port", str(port), "--redis-url", queue.url, "--log-level", "warning")
         async with running("manager.service", options, log) as pid:
             url = f"http://127.0.0.1:{port}"
-            await until_answers(f"{url}/readyz", log)
+            await until_answers(f"{url}/readyz", log, pid=pid)
             yield queue, pid, url

@@ -9,8 +9,9 @@
    The answer begins after DELAY_US. Its text is "ID.0 ID.1 ... ", so that whoever asked sees whether it is whole and
    whose it is. A stream brings a token in each event; those behind the first come with the engine's steps, which all
    streams of one INTERVAL_US share, as in continuous batching. INTERVAL_US 0 means without pause: the streams in turn
-   write a few tokens at a time, since a write for each would make the engine the bottleneck. A chat without this line gets --delay-us, --interval-us and its max_tokens.
-   Also answered: /health, /version, /v1/models (NAME, NAME-1, ... if there are N), /metrics. */
+   write a few tokens at a time, since a write for each would make the engine the bottleneck. A chat without this line
+   gets --delay-us, --interval-us and its max_tokens. Also answered: /health, /version, /v1/models (NAME, NAME-1, ... if
+   there are N), /metrics. */
 #include "common.h"
 
 #include <arpa/inet.h>
@@ -24,7 +25,7 @@
 
 #define MAX_BODY (256u << 20)
 #define MAX_HEAD (64u << 10)
-#define AT_A_TIME 4 /* tokens in a write of a stream without pause */
+#define AT_A_TIME 4             /* tokens in a write of a stream without pause */
 #define PAUSE_ABOVE (64u << 10) /* of unsent bytes: a stream whose reader is slow waits */
 
 typedef struct {
@@ -110,7 +111,8 @@ static void answer(Connection *c, int status, const char *type, const char *body
 
 static void refuse(Connection *c, int status, const char *why) {
     char body[256];
-    int len = snprintf(body, sizeof body, "{\"error\":{\"message\":\"%s\",\"type\":\"BadRequest\",\"code\":%d}}", why, status);
+    int len = snprintf(body, sizeof body, "{\"error\":{\"message\":\"%s\",\"type\":\"BadRequest\",\"code\":%d}}", why,
+                       status);
     answer(c, status, "application/json", body, len);
 }
 
@@ -122,14 +124,16 @@ static void usage(Bytes *to, const Connection *c) {
 
 static void whole_answer(Connection *c) {
     scratch.len = 0;
-    appendf(&scratch,
-            "{\"id\":\"chatcmpl-%s\",\"object\":\"chat.completion\",\"created\":1764000000,\"model\":\"%s\",\"choices\":"
-            "[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"",
-            c->id, c->model);
+    appendf(
+        &scratch,
+        "{\"id\":\"chatcmpl-%s\",\"object\":\"chat.completion\",\"created\":1764000000,\"model\":\"%s\",\"choices\":"
+        "[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"",
+        c->id, c->model);
     for (long k = 0; k < c->tokens; k++) appendf(&scratch, "%s.%ld ", c->id, k);
-    appendf(&scratch, "\",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"tool_calls\":[],"
-                      "\"reasoning_content\":null},\"logprobs\":null,\"finish_reason\":\"length\",\"stop_reason\":null}],"
-                      "\"service_tier\":null,\"system_fingerprint\":null,");
+    appendf(&scratch,
+            "\",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"tool_calls\":[],"
+            "\"reasoning_content\":null},\"logprobs\":null,\"finish_reason\":\"length\",\"stop_reason\":null}],"
+            "\"service_tier\":null,\"system_fingerprint\":null,");
     usage(&scratch, c);
     appendf(&scratch, ",\"prompt_logprobs\":null,\"kv_transfer_params\":null}");
     answer(c, 200, "application/json", scratch.data, scratch.len);
@@ -148,9 +152,10 @@ static void event(Bytes *to, const Connection *c, const char *rest) {
 
 static void next_token(Connection *c, Bytes *to) {
     char rest[256];
-    snprintf(rest, sizeof rest,
-             "{\"index\":0,\"delta\":{\"content\":\"%s.%ld \"},\"logprobs\":null,\"finish_reason\":%s,\"token_ids\":null}]",
-             c->id, c->token, c->token + 1 == c->tokens ? "\"length\",\"stop_reason\":null" : "null");
+    snprintf(
+        rest, sizeof rest,
+        "{\"index\":0,\"delta\":{\"content\":\"%s.%ld \"},\"logprobs\":null,\"finish_reason\":%s,\"token_ids\":null}]",
+        c->id, c->token, c->token + 1 == c->tokens ? "\"length\",\"stop_reason\":null" : "null");
     event(to, c, rest);
     c->token++, generated++;
 }
@@ -178,7 +183,9 @@ static void step(Connection *c, int64_t now) {
     if (c->token == 0) {
         appendf(&scratch, "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
                           "transfer-encoding: chunked\r\n\r\n");
-        event(&scratch, c, "{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}]");
+        event(&scratch, c,
+              "{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":"
+              "null}]");
     }
     next_token(c, &scratch);
     for (int more = 1; !c->interval && more < AT_A_TIME && c->token < c->tokens; more++) next_token(c, &scratch);
@@ -235,15 +242,19 @@ static void page(Connection *c, const char *path) {
         for (int number = 0; number < models; number++) {
             appendf(&body, "%s{\"id\":\"%s", number ? "," : "", model);
             if (number) appendf(&body, "-%d", number);
-            appendf(&body, "\",\"object\":\"model\",\"created\":1764000000,\"owned_by\":\"vllm\",\"max_model_len\":16777216}");
+            appendf(&body,
+                    "\",\"object\":\"model\",\"created\":1764000000,\"owned_by\":\"vllm\",\"max_model_len\":16777216}");
         }
         appendf(&body, "]}");
         answer(c, 200, "application/json", body.data, body.len);
     } else if (!strcmp(path, "/metrics")) {
-        appendf(&body, "vllm:num_requests_running{model_name=\"%s\"} %ld\nvllm:num_requests_waiting{model_name=\"%s\"} 0\n",
+        appendf(&body,
+                "vllm:num_requests_running{model_name=\"%s\"} %ld\nvllm:num_requests_waiting{model_name=\"%s\"} 0\n",
                 model, running, model);
-        appendf(&body, "vllm:generation_tokens_total{model_name=\"%s\"} %ld\nvllm:request_success_total{model_name=\"%s\"} %ld\n",
-                model, generated, model, answered);
+        appendf(
+            &body,
+            "vllm:generation_tokens_total{model_name=\"%s\"} %ld\nvllm:request_success_total{model_name=\"%s\"} %ld\n",
+            model, generated, model, answered);
         answer(c, 200, "text/plain; version=0.0.4", body.data, body.len);
     } else {
         refuse(c, 404, "Not Found");
@@ -315,9 +326,11 @@ static void accept_all(int listener) {
 
 static int listen_on(int port) {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1;
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in address = {
+        .sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, 4096)) die("port %d: %s", port, strerror(errno));
+    if (bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, 4096))
+        die("port %d: %s", port, strerror(errno));
     return fd;
 }
 

@@ -31,10 +31,10 @@ typedef struct {
     enum state state;
     uint64_t id;
     long tokens, token;
-    int64_t start_at, sent_at, last_token_at, last_byte_at; /* ns */
-    size_t left;                                            /* of a body or chunk */
-    Bytes head, text;                                       /* of the answer; text: the body, or a stream's unfinished line */
-    struct iovec out[3];                                    /* head and start of the request, filler, its end */
+    int64_t sent_at, last_token_at, last_byte_at; /* ns */
+    size_t left;                                  /* of a body or chunk */
+    Bytes head, text;                             /* of the answer; text: the body, or a stream's unfinished line */
+    struct iovec out[3];                          /* head and start of the request, filler, its end */
     char start[768], end[256];
 } Client;
 
@@ -56,7 +56,8 @@ static int64_t now;
 
 static void sample(Samples *to, int64_t ns) {
     if (!measuring) return;
-    if (to->count == to->cap && !(to->values = realloc(to->values, (to->cap = to->cap * 2 + 4096) * sizeof *to->values)))
+    if (to->count == to->cap &&
+        !(to->values = realloc(to->values, (to->cap = to->cap * 2 + 4096) * sizeof *to->values)))
         die("out of memory");
     to->values[to->count++] = ns / 100 > UINT32_MAX ? UINT32_MAX : ns / 100;
 }
@@ -99,12 +100,22 @@ static void ask(Client *c) {
     long which = draw() % models;
     snprintf(name, sizeof name, which ? "%s-%ld" : "%s", model, which);
     /* Prompts differ from their beginning on, so that no cache of prefixes sees a single one. */
-    int begun = snprintf(body, sizeof body, "{\"model\":\"%s\",\"max_tokens\":%ld,\"ignore_eos\":true,%s\"messages\":[{\"role\":\"user\",\"content\":\"%d: ",
-                         name, c->tokens, stream ? "\"stream\":true,\"stream_options\":{\"include_usage\":true}," : "", (int)(draw() % PROMPTS));
-    int ended = snprintf(c->end, sizeof c->end, " [bench %016lx %ld %ld %ld]\"}]}", (unsigned long)c->id, delay_us, interval_us, c->tokens);
-    int head = snprintf(c->start, sizeof c->start, "POST " CHAT_PATH " HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\nContent-Length: %ld\r\n\r\n%s",
-                        port, begun + prompt_bytes + ended, body);
-    c->out[0] = (struct iovec){c->start, head}, c->out[1] = (struct iovec){filler, prompt_bytes}, c->out[2] = (struct iovec){c->end, ended};
+    int begun = snprintf(body, sizeof body,
+                         "{\"model\":\"%s\",\"max_tokens\":%ld,\"ignore_eos\":true,%s\"messages\":[{\"role\":\"user\","
+                         "\"content\":\"%d: ",
+                         name, c->tokens, stream ? "\"stream\":true,\"stream_options\":{\"include_usage\":true}," : "",
+                         (int)(draw() % PROMPTS));
+    int ended = snprintf(c->end, sizeof c->end, " [bench %016lx %ld %ld %ld]\"}]}", (unsigned long)c->id, delay_us,
+                         interval_us, c->tokens);
+    int head =
+        snprintf(c->start, sizeof c->start,
+                 "POST " CHAT_PATH
+                 " HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\nContent-Length: %ld\r\n\r\n%s",
+                 port, begun + prompt_bytes + ended, body);
+    if (begun >= (int)sizeof body || ended >= (int)sizeof c->end || head >= (int)sizeof c->start)
+        die("the model's name is too long");
+    c->out[0] = (struct iovec){c->start, head}, c->out[1] = (struct iovec){filler, prompt_bytes},
+    c->out[2] = (struct iovec){c->end, ended};
     c->sent_at = c->last_byte_at = c->last_token_at = now_ns();
     send_rest(c);
 }
@@ -137,7 +148,8 @@ static void answered(Client *c) {
     if (!stream) {
         const char *body = c->text.data;
         const char *content = c->text.len ? member(body, c->text.len, "content") : NULL;
-        if (!content || body[0] != '{' || body[c->text.len - 1] != '}') wrong(c, "a body that is no whole chat", body, c->text.len);
+        if (!content || body[0] != '{' || body[c->text.len - 1] != '}')
+            wrong(c, "a body that is no whole chat", body, c->text.len);
         check_content(c, content + 1, body + c->text.len);
         check_usage(c, body, c->text.len);
         tokens += measuring ? c->tokens : 0;
@@ -189,7 +201,8 @@ static void body_bytes(Client *c, const char *data, size_t len) {
 static void whole_head(Client *c) {
     const char *head = c->head.data, *value;
     if (c->head.len < 12 || memcmp(head, "HTTP/1.1 200", 12)) wrong(c, "an answer that is not 200", head, c->head.len);
-    if ((value = header(head, c->head.len, "connection")) && !strncasecmp(value, "close", 5)) wrong(c, "the server closes the connection", head, c->head.len);
+    if ((value = header(head, c->head.len, "connection")) && !strncasecmp(value, "close", 5))
+        wrong(c, "the server closes the connection", head, c->head.len);
     if ((value = header(head, c->head.len, "transfer-encoding")) && !strncasecmp(value, "chunked", 7)) c->state = SIZE;
     else if ((value = header(head, c->head.len, "content-length"))) c->state = BODY, c->left = strtoul(value, NULL, 10);
     else wrong(c, "an answer with neither a length nor chunks", head, c->head.len);
@@ -253,7 +266,11 @@ static void readable(Client *c) {
     ssize_t n = recv(c->fd, buffer, sizeof buffer, 0);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (n < 0) wrong(c, "the connection broke", strerror(errno), strlen(strerror(errno)));
-    if (n == 0) wrong(c, c->state == IDLE ? "the server closed an idle connection" : "the server closed the connection before its answer was complete", "", 0);
+    if (n == 0)
+        wrong(c,
+              c->state == IDLE ? "the server closed an idle connection"
+                               : "the server closed the connection before its answer was complete",
+              "", 0);
     now = c->last_byte_at = now_ns();
     received(c, buffer, n);
     if (c->state == IDLE && !stopping) ask(c);
@@ -261,10 +278,12 @@ static void readable(Client *c) {
 
 /* --- the run --- */
 static void connect_client(Client *c) {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in address = {
+        .sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int on = 1;
     c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&address, sizeof address)) die("no connection to port %d: %s", port, strerror(errno));
+    if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&address, sizeof address))
+        die("no connection to port %d: %s", port, strerror(errno));
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     fcntl(c->fd, F_SETFL, O_NONBLOCK);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
@@ -327,7 +346,8 @@ int main(int argc, char **argv) {
     poller = epoll_create1(EPOLL_CLOEXEC);
     for (int i = 0; i < clients_count; i++) connect_client(&clients[i]);
 
-    int64_t start = now = now_ns(), begin = start + warmup * 1e9, end = 0, checked = start, step = warmup * 5e8 / clients_count;
+    int64_t start = now = now_ns(), begin = start + warmup * 1e9, end = 0, checked = start,
+            step = warmup * 5e8 / clients_count;
     int started = 0, under_way = 1;
     while (under_way) {
         struct epoll_event events[256];
@@ -353,7 +373,8 @@ int main(int argc, char **argv) {
             checked = now, under_way = !stopping;
             for (int i = 0; i < started; i++) {
                 under_way |= clients[i].state != IDLE;
-                if (clients[i].state != IDLE && now - clients[i].last_byte_at > silence * 1e9) wrong(&clients[i], "no byte of the answer came for too long", "", 0);
+                if (clients[i].state != IDLE && now - clients[i].last_byte_at > silence * 1e9)
+                    wrong(&clients[i], "no byte of the answer came for too long", "", 0);
             }
         }
     }

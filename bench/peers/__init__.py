@@ -53,6 +53,7 @@ def _installed(extra: str) -> Path:
     folder = _FOLDER / f"peers-{f'{extra}-' if extra else ''}{digest}"
     done = folder / ".installed"
     if not done.exists():
+        print(f"installing {requirements.name} into {folder}, once", file=sys.stderr, flush=True)
         try:
             venv.create(folder, with_pip=True, clear=True)
             subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import time
@@ -14,9 +15,10 @@ from bench import growth, windows
 from bench.figures import FIGURES, Run, Spread, aims
 from bench.growth import Point
 from bench.jobs.inferq import BATCH, LONE, MANY_MODELS, MANY_TENANTS, ONE_TENANT, JobStats, ServerCost
-from bench.processes import foreign_cores, snapshot
+from bench.processes import DidNotStart, foreign_cores, running_program, snapshot, until_answers
 from bench.report import DOCS, as_json, fill, markdown, notes
 from bench.windows import MAX_TRIES, SCENARIOS, Load, Measurement, System
+from telemetry.environment import free_port
 
 _SPIN = "end=$(($(date +%s%N) + 500000000)); while [ $(date +%s%N) -lt $end ]; do :; done"
 
@@ -143,3 +145,11 @@ def test_growth_is_a_table_and_a_file(tmp_path: Path) -> None:
     assert sheet.rows == [["2", "8.0", "5.0", "3.0", "20,500.0", "0.00"]]
     growth.write_csv(points, tmp_path / "growth.csv")
     assert (tmp_path / "growth.csv").read_text().splitlines()[1] == "workers,2,CPU us/request,8.0,0.0"
+
+
+async def test_a_process_that_ends_at_its_start_is_not_waited_for(tmp_path: Path) -> None:
+    """What it said is the reason."""
+    log = tmp_path / "log"
+    async with running_program(["sh", "-c", "echo port taken; exit 3"], log) as pid:
+        with pytest.raises(DidNotStart, match="port taken"):
+            await asyncio.wait_for(until_answers(f"http://127.0.0.1:{free_port()}/", log, pid=pid), 20)
