@@ -150,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CANNOT_RUN as error:
         console.print(f"{error}", style="red", markup=False, highlight=False)
         return 1
-    print_run(run, console)
-    options.out.mkdir(parents=True, exist_ok=True)
     facts = how_it_was_made(options.quick, options.rounds)
+    print_run(run, facts, console)
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.json").write_text(json.dumps({**facts, **as_json(run)}, indent=2) + "\n", "utf-8")
     text = markdown(run, facts)
     (options.out / "report.md").write_text(text, "utf-8")

@@ -181,13 +181,13 @@ def write_csv(points: Sequence[Point], path: Path) -> None:
 
 
 def _plot(table: Path, picture: Path) -> str:
-    """What came of the plot."""
+    """Draw ``table`` with the peers' matplotlib. Returns why it was not drawn, empty if it was."""
     try:
         command = [peers.python(), Path(peers.__file__).with_name("plot.py"), table, picture]
     except peers.NotInstalled as error:
-        return f"no plot: {error}"
+        return f"not drawn: {error}"
     done = subprocess.run(command, env=peers.environment(), capture_output=True, text=True, check=False)
-    return f"written to {picture}" if done.returncode == 0 else f"no plot: {done.stderr[-500:]}"
+    return "" if done.returncode == 0 else f"not drawn: {done.stderr[-500:]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,10 +215,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sheet in tables:
         sheet.printed(console)
     console.print(f"written to {options.out}/growth.csv and growth.md")
-    console.print(_plot(options.out / "growth.csv", options.out / "growth.png"))
+    picture = DOCS.with_name("growth.png") if options.docs else options.out / "growth.png"
+    problem = _plot(options.out / "growth.csv", picture)
+    console.print(problem or f"drawn in {picture}")
     if options.docs:
-        facts = "".join(f"- {name}: {value}\n" for name, value in how_it_was_made(options.quick).items())
-        fill(DOCS, "growth", f"{facts}\n{text}")
+        foreign = max((point.foreign for point in points), default=0.0)
+        made = how_it_was_made(options.quick) | {"foreign load": f"{foreign:.2f} cores at most"}
+        facts = "".join(f"- {name}: {value}\n" for name, value in made.items())
+        drawn = "" if problem else f"![Cost by what grows]({picture.name})\n\n"
+        fill(DOCS, "growth", f"{facts}\n{drawn}{text}")
         console.print(f"written into {DOCS}")
     return 0
 

@@ -48,8 +48,7 @@ def sheets(run: Run) -> list[Sheet]:
 
 def notes(run: Run) -> list[str]:
     """What a reader must know of the run."""
-    here = machine()
-    lines = [f"{here['cores']} cores, {here['system']}, Python {here['python']}."]
+    lines = []
     if run.windows:
         foreign = [one.foreign for one in run.windows]
         loud = sum(value > run.max_foreign for value in foreign)
@@ -70,7 +69,7 @@ def notes(run: Run) -> list[str]:
 def as_json(run: Run) -> dict[str, Any]:
     """Everything, each window included."""
     return {
-        "machine": machine(),
+        "load_average": machine()["load_average"],
         "notes": notes(run),
         "figures": [
             {
@@ -160,16 +159,17 @@ def _ratio(spread: Spread | None) -> str:
     return f"{spread.median:.{digits}f} ({spread.low:.{digits}f} to {spread.high:.{digits}f})"
 
 
-def print_run(run: Run, console: Console) -> None:
+def print_run(run: Run, facts: Mapping[str, str], console: Console) -> None:
     """Print the tables and the notes."""
     for sheet in sheets(run):
         sheet.printed(console)
-    for note in notes(run):
-        console.print(note, highlight=False)
+    for note in (", ".join(f"{name} {value}" for name, value in facts.items()), *notes(run)):
+        console.print(note, highlight=False, markup=False)
 
 
 def how_it_was_made(quick: bool, rounds: int = 1) -> dict[str, str]:
-    """When, of which commit, and with how many rounds."""
+    """When, of which commit, with how many rounds, on what."""
+    here = machine()
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT
     )
@@ -177,6 +177,7 @@ def how_it_was_made(quick: bool, rounds: int = 1) -> dict[str, str]:
         "date": f"{datetime.now(UTC):%d %B %Y %H:%M} UTC",
         "commit": described.stdout.strip() or "unknown",
         "rounds": f"{rounds}{', short windows' if quick else ''}",
+        "machine": f"{here['cores']} cores, {here['system']}, Python {here['python']}",
     }
 
 

@@ -8,9 +8,10 @@
 
    The answer begins after DELAY_US. Its text is "ID.0 ID.1 ... ", so that whoever asked sees whether it is whole and
    whose it is. A stream brings a token in each event; those behind the first come with the engine's steps, which all
-   streams of one INTERVAL_US share, as in continuous batching. INTERVAL_US 0 means without pause: the streams in turn
-   write a few tokens at a time, since a write for each would make the engine the bottleneck. A chat without this line
-   gets --delay-us, --interval-us and its max_tokens. Also answered: /health, /version, /v1/models (NAME, NAME-1, ... if
+   streams of one INTERVAL_US share, as in continuous batching; within a step they are written one after the other,
+   about as far apart as a server in Python writes them. INTERVAL_US 0 means without pause: the streams in turn write a
+   few tokens at a time, since a write for each would make the engine the bottleneck. A chat without this line gets
+   --delay-us, --interval-us and its max_tokens. Also answered: /health, /version, /v1/models (NAME, NAME-1, ... if
    there are N), /metrics. */
 #include "common.h"
 
@@ -25,7 +26,8 @@
 
 #define MAX_BODY (256u << 20)
 #define MAX_HEAD (64u << 10)
-#define AT_A_TIME 4             /* tokens in a write of a stream without pause */
+#define APART_NS 40000 /* between two writes of a step: about what bench/proxy.py needs for an event */
+#define AT_A_TIME 4    /* tokens in a write of a stream without pause */
 #define PAUSE_ABOVE (64u << 10) /* of unsent bytes: a stream whose reader is slow waits */
 
 typedef struct {
@@ -41,6 +43,7 @@ typedef struct {
 static const char *model = "sim";
 static int models = 1, poller;
 static long default_delay_us, default_interval_us, answered, generated, running;
+static int64_t next_write; /* of a step */
 static Bytes scratch;
 
 /* --- timers: a binary heap by due time --- */
@@ -66,6 +69,12 @@ static void wake_at(Connection *c, int64_t due) {
         if (!heap) die("out of memory");
     }
     sift(c, c->slot < 0 ? timers++ : c->slot);
+}
+
+/* When the first timer is due: a stream within a step waits for those before it to be written. */
+static int64_t first_due(void) {
+    const Connection *c = heap[0];
+    return c->begun && c->interval && c->token && c->due < next_write ? next_write : c->due;
 }
 
 static void no_timer(Connection *c) {
@@ -179,6 +188,7 @@ static void step(Connection *c, int64_t now) {
         wake_at(c, now + 1000000);
         return;
     }
+    if (c->interval && c->token) next_write = now + APART_NS;
     scratch.len = 0;
     if (c->token == 0) {
         appendf(&scratch, "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
@@ -336,9 +346,10 @@ static int listen_on(int port) {
 
 /* Sleep until something can be read or written or a timer is due. */
 static int wait_for(struct epoll_event *events, int max, int alarm_fd) {
-    if (timers && heap[0]->due <= now_ns()) return epoll_wait(poller, events, max, 0);
+    int64_t due = timers ? first_due() : 0;
+    if (timers && due <= now_ns()) return epoll_wait(poller, events, max, 0);
     struct itimerspec when = {0};
-    if (timers) when.it_value.tv_sec = heap[0]->due / 1000000000, when.it_value.tv_nsec = heap[0]->due % 1000000000;
+    if (timers) when.it_value.tv_sec = due / 1000000000, when.it_value.tv_nsec = due % 1000000000;
     timerfd_settime(alarm_fd, TFD_TIMER_ABSTIME, &when, NULL);
     return epoll_wait(poller, events, max, -1);
 }
@@ -376,6 +387,6 @@ int main(int argc, char **argv) {
             }
         }
         int64_t now = now_ns();
-        while (timers && heap[0]->due <= now) step(heap[0], now);
+        while (timers && first_due() <= now) step(heap[0], now);
     }
 }
