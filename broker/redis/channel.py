@@ -70,20 +70,24 @@ class Channel(asyncio.Protocol):
         self._transport.set_protocol(self)
 
     def send(self, limit_s: float, packed: bytes) -> asyncio.Future[Any]:
-        """Send a command with what else is sent in this turn of the event loop; its reply is the future's result."""
+        """Send a command; its reply is the future's result. It goes out at once if none is under way, else with what is
+        sent in this turn of the event loop."""
         future: asyncio.Future[Any] = self._loop.create_future()
+        is_lone = not self._awaited
         self._awaited.append((limit_s, future))
         self._unsent.append(packed)
         self._unsent_bytes += len(packed)
         if self._unsent_bytes >= MAX_UNSENT_BYTES:
             self.is_full = True
             self.room.clear()
-        if not self._will_flush:
-            self._will_flush = True
-            self._loop.call_soon(self._flush)
         if self._watch is None:
             self._progress.begin(future, self._loop.time())
             self._watch = self._loop.call_later(_WATCH_EVERY_S, self._look_for_silence)
+        if is_lone:
+            self._flush()
+        elif not self._will_flush:
+            self._will_flush = True
+            self._loop.call_soon(self._flush)
         return future
 
     def data_received(self, data: bytes) -> None:

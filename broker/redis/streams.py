@@ -33,22 +33,17 @@ async def read_stream(
         raise as_inferq_error(error) from error
     if not reply:
         return []
-    streams = list(reply.values()) if isinstance(reply, dict) else [entries for _, entries in reply]
-    return [(_id(entry[0]), _fields(entry[1])) for entry in _flat(streams[0])]
+    entries = next(iter(reply.values())) if isinstance(reply, dict) else reply[0][1]
+    if isinstance(entries[0][0], (list, tuple)):
+        entries = entries[0]  # redis-py wraps a stream's entries once more under some protocols
+    return [(_text(entry_id), _fields(fields)) for entry_id, fields in entries]
 
 
-def _flat(entries: Any) -> Any:
-    """redis-py wraps a stream's entries once more under some protocols."""
-    return (
-        entries[0] if entries and isinstance(entries[0], list) and isinstance(entries[0][0], (list, tuple)) else entries
-    )
-
-
-def _id(raw: Any) -> str:
-    return raw.decode() if isinstance(raw, bytes) else str(raw)
+def _text(raw: bytes | str) -> str:
+    return raw.decode() if isinstance(raw, bytes) else raw
 
 
 def _fields(raw: Any) -> dict[bytes, bytes]:
     if isinstance(raw, dict):
         return raw
-    return dict(zip(raw[::2], raw[1::2], strict=True))
+    return {raw[0]: raw[1]} if len(raw) == 2 else dict(zip(raw[::2], raw[1::2], strict=True))

@@ -163,6 +163,23 @@ async def test_a_cancelled_call_does_not_disturb_others(server: Server) -> None:
         await broker.close()
 
 
+async def test_a_large_job_is_claimed_at_once_over_a_slow_link(server: Server, broker: Broker) -> None:
+    """[H52] A reply that takes longer than the limit on commands is neither cut nor asked for again."""
+    await (puller := Puller(broker)).join()
+    job = make_job(body=b"x" * (1 << 20))
+    assert await broker.jobs.enqueue(job) is State.QUEUED
+    async with FaultProxy(server.port) as proxy:
+        slow = await Broker.connect(BrokerSettings(redis_url=proxy.url, command_timeout_ms=700))
+        puller.broker = slow
+        proxy.latency_s = 0.15
+        began = time.monotonic()
+        lease = await puller.claim_one()
+        assert time.monotonic() - began > 1.5
+        assert lease.job == job
+        assert slow.retries == 0
+        await slow.close()
+
+
 async def test_a_cut_line_in_the_middle_of_a_burst_loses_and_doubles_nothing(server: Server) -> None:
     """Connections drop again and again while many enqueue, claim and settle: each job is done exactly once."""
     async with FaultProxy(server.port) as proxy:

@@ -219,13 +219,14 @@ async def test_a_connection_closed_behind_the_log_in_is_a_lost_connection() -> N
 
 
 async def test_commands_of_one_turn_of_the_loop_go_out_together_and_in_order() -> None:
-    """One write for all: that is what makes many callers cheap."""
+    """One write for all but the first, which finds nothing under way: that is what makes many callers cheap."""
     reads: list[bytes] = []
 
     async def serve(peer: Peer) -> None:
         await peer.command()
         peer.writer.write(b"+ok\r\n")
-        reads.append(await peer.reader.read(MIB))
+        while sum(map(len, reads)) < len(bulk(b"c10")) * 50:
+            reads.append(await peer.reader.read(MIB))
         peer.writer.write(b"".join(bulk(b"c%d" % n) for n in range(50)))
         await peer.reader.read()
 
@@ -234,7 +235,7 @@ async def test_commands_of_one_turn_of_the_loop_go_out_together_and_in_order() -
         await connection.command(5, "first")
         replies = await asyncio.gather(*(connection.command(5, f"c{n}") for n in range(50)))
         assert replies == [b"c%d" % n for n in range(50)]
-        assert reads[0].count(b"*1") == 50
+        assert len(reads) <= 2
         await connection.close()
 
 
