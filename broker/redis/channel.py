@@ -59,7 +59,7 @@ class Channel(asyncio.Protocol):
         self._transport = writer.transport
         self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=parse_error, notEnoughData=_NOT_YET)
         self._awaited: deque[tuple[float, asyncio.Future[Any]]] = deque()
-        self._is_lost = False
+        self._loss: Exception | None = None
         self._unsent: deque[bytes | memoryview] = deque()
         self._unsent_bytes = 0
         self._will_flush = False
@@ -73,6 +73,9 @@ class Channel(asyncio.Protocol):
         """Send a command; its reply is the future's result. It goes out at once if none is under way, else with what is
         sent in this turn of the event loop."""
         future: asyncio.Future[Any] = self._loop.create_future()
+        if self._loss is not None:  # by the write of the command before, of the same pipeline
+            future.set_exception(self._loss)
+            return future
         is_lone = not self._awaited
         self._awaited.append((limit_s, future))
         self._unsent.append(packed)
@@ -139,9 +142,9 @@ class Channel(asyncio.Protocol):
     def lose(self, error: Exception) -> None:
         """Fail what is under way with ``error``, and drop what was not sent yet: closing alone would deliver it later,
         when its commands have long been repeated."""
-        if self._is_lost:
+        if self._loss is not None:
             return
-        self._is_lost = True
+        self._loss = error
         lost = [future for _, future in self._awaited]
         self._awaited.clear()
         self._unsent.clear()

@@ -51,10 +51,11 @@ class MultiplexedConnection:
     async def pipeline(self, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Send ``commands`` in one piece, all on the same connection, and await their replies. What the server refuses
         is a ``ResponseError`` in place of a reply; a lost connection is raised."""
+        packed = [hiredis.pack_command(tuple(command)) for command in commands]  # all of them, or none is sent
         channel = self._channel
         if channel is None or channel.is_full:
             channel = await self._ready()
-        futures = [channel.send(limit_s, hiredis.pack_command(tuple(command))) for command in commands]
+        futures = [channel.send(limit_s, command) for command in packed]
         replies = await asyncio.gather(*futures, return_exceptions=True)
         for reply in replies:
             if isinstance(reply, BaseException) and not isinstance(reply, ResponseError):

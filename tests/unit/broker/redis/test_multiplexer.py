@@ -136,11 +136,12 @@ async def test_a_write_to_a_connection_that_was_just_closed_is_a_lost_connection
         async def connect(self) -> None:
             await super().connect()
             assert self._writer is not None
-            self._writer = _ClosedWriter(self._writer.transport)  # type: ignore[assignment]
+            self._writer = _ClosedWriter(self._writer)  # type: ignore[assignment]
 
     class _ClosedWriter:
-        def __init__(self, transport: asyncio.WriteTransport) -> None:
-            self.transport = _ClosedTransport(transport)
+        def __init__(self, writer: asyncio.StreamWriter) -> None:
+            self._writer = writer
+            self.transport = _ClosedTransport(writer.transport)
 
     class _ClosedTransport:
         def __init__(self, transport: asyncio.WriteTransport) -> None:
@@ -155,12 +156,29 @@ async def test_a_write_to_a_connection_that_was_just_closed_is_a_lost_connection
     async def pong(_: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"+PONG\r\n")
 
-    async with scripted_server(pong) as port:
+    async with scripted_server(pong) as port, asyncio.timeout(5):
         connection = connection_to(port, Closed)
-        with pytest.raises(RedisConnectionError, match="closed"):
+        with pytest.raises(RedisConnectionError, match="handler is closed"):
             await connection.command(2, "PING")
-        with pytest.raises(RedisConnectionError, match="closed"):
-            await connection.pipeline(2, [("PING",)])
+        with pytest.raises(RedisConnectionError, match="handler is closed"):
+            await connection.pipeline(60, [("PING",), ("PING",)])
+        await connection.close()
+
+
+async def test_a_command_that_cannot_be_packed_shifts_no_reply() -> None:
+    """Nothing of it is sent, nor of its pipeline."""
+
+    async def answer(command: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"+" + command + b"\r\n")
+
+    async with scripted_server(answer) as port, asyncio.timeout(5):
+        connection = connection_to(port)
+        for _ in range(2):
+            with pytest.raises(TypeError):
+                await connection.command(5, "bad", object())
+            with pytest.raises(TypeError):
+                await connection.pipeline(5, [("good",), ("bad", object())])
+            assert await connection.command(5, "next") == b"next"
         await connection.close()
 
 
