@@ -1,7 +1,8 @@
-"""Control messages to workers: wake, abort, drain and ping, read from the session's stream ``ctl:<session id>``.
+"""Control messages to workers: job, wake, abort, drain and ping, read from the session's stream ``ctl:<session id>``.
 
-An entry has field ``k`` (the kind) and, for an abort, ``job`` and ``why``. Reading is by position (XREAD), so a message
-may be read twice: acting on one twice is harmless. Unknown kinds are ignored: a newer Manager may send them.
+An entry has field ``k`` (the kind); an abort also ``job`` and ``why``; a job ``id``, ``aid`` (the attempt id), ``left``
+(ms until its deadline) and ``env`` (the envelope). Reading is by position (XREAD), so a message may be read twice:
+acting on one twice is harmless. Unknown kinds are ignored: a newer Manager may send them.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from .errors import BadMessage
 from .ids import JobId, shard_of_job
+from .job import Job
+from .leases import Lease
 
 
 class ControlKind(StrEnum):
     """What a control message tells a worker to do."""
 
+    JOB = "job"
+    """A job that is leased to the worker already: run it."""
     WAKE = "wake"
     """There may be work: claim."""
     ABORT = "abort"
@@ -27,11 +33,12 @@ class ControlKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """One message on a worker's control stream; ``job_id`` and ``reason`` belong to an abort."""
+    """One message on a worker's control stream; ``job_id`` and ``reason`` belong to an abort, ``lease`` to a job."""
 
     kind: ControlKind
     job_id: JobId | None = None
     reason: str = ""
+    lease: Lease | None = None
 
     def fields(self) -> dict[str, str]:
         """The stream entry."""
@@ -42,7 +49,8 @@ class Control:
 
 
 def parse_control(fields: dict[bytes, bytes]) -> Control | None:
-    """The control message in a stream entry; None for a kind this version does not know. Raises ``BadMessage``."""
+    """The control message in a stream entry; None for a kind this version does not know. Raises ``BadMessage``, and
+    ``BadRequest`` for a job that this version cannot read."""
     try:
         kind = ControlKind(fields[b"k"].decode())
     except (KeyError, ValueError):
@@ -51,4 +59,14 @@ def parse_control(fields: dict[bytes, bytes]) -> Control | None:
         job_id = fields.get(b"job", b"").decode("utf-8", "replace")
         shard_of_job(job_id)
         return Control(kind, JobId(job_id), fields.get(b"why", b"").decode("utf-8", "replace"))
+    if kind is ControlKind.JOB:
+        return Control(kind, lease=_first_attempt(fields))
     return Control(kind)
+
+
+def _first_attempt(fields: dict[bytes, bytes]) -> Lease:
+    try:
+        attempt_id, remaining_ms = fields[b"aid"].decode("ascii"), int(fields[b"left"])
+    except (KeyError, ValueError) as error:
+        raise BadMessage("a job on a control stream comes with its attempt id and the time it has left") from error
+    return Lease(Job.unpack(fields.get(b"env", b"")), 1, attempt_id, 1, remaining_ms, 0)

@@ -28,9 +28,13 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The answer to a claim."""
+    """The answer to a claim. ``parked``: the worker is parked, and may be handed ``offered`` more jobs without claiming
+    them. ``handed_over``: how many the session was handed so far on the shard."""
 
     leases: tuple[Lease, ...] = ()
+    parked: bool = False
+    handed_over: int = 0
+    offered: int = 0
 
 
 class Outcome(StrEnum):

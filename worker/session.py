@@ -237,7 +237,9 @@ class WorkerSession:
     def _ended(self, lease: Lease, wait_s: float | None) -> None:
         self.slots.freed()
         if wait_s is not None:
-            self.slots.retry_after(shard_of_job(lease.job.id), asyncio.get_running_loop().time(), wait_s)
+            shard = shard_of_job(lease.job.id)
+            self.slots.retry_after(shard, asyncio.get_running_loop().time(), wait_s)
+            self._consumers[shard].reschedule()
         self._reconsider()
 
     def _reconsider(self) -> None:

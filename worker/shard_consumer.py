@@ -56,6 +56,11 @@ class ShardConsumer:
 
     def check_for_work(self) -> None:
         """Something changed that may allow a claim: a slot is free, the engine is ready, other queues are assigned."""
+        if self._must_reconcile or self._slots.has_claim(self._shard, asyncio.get_running_loop().time()):
+            self._signal.set()
+
+    def reschedule(self) -> None:
+        """When to claim next without another reason has changed."""
         self._signal.set()
 
     async def run(self, group: asyncio.TaskGroup, *, joined: bool) -> None:
@@ -69,7 +74,7 @@ class ShardConsumer:
                 raise
             except InferqError as error:
                 log.debug("shard_not_joined", shard=self._shard, error=error.message)
-        group.create_task(self._follow_control(), name=f"control {self._shard}")
+        group.create_task(self._follow_control(group), name=f"control {self._shard}")
         group.create_task(self._claim_jobs(group), name=f"claims {self._shard}")
 
     async def _claim_jobs(self, group: asyncio.TaskGroup) -> NoReturn:
@@ -88,7 +93,7 @@ class ShardConsumer:
                 continue
             claimed = await self._claim(claim)
             if claimed is not None:
-                slots.answered(claim, len(claimed.leases), now())
+                slots.answered(claim, claimed, now())
                 self._count_remote(claimed.leases)
                 self._attempts.start(claimed.leases, group)
 
@@ -115,8 +120,9 @@ class ShardConsumer:
         region = self._context.settings.region
         try:
             return await self._broker.workers.claim(
-                claim.shard, self._session_id, claim.seq, claim.turn, claim.n, claim.pools, region
-            )
+                claim.shard, self._session_id, claim.seq, claim.turn, claim.n, claim.pools, region,
+                offer=claim.offer, received=claim.received,
+            )  # fmt: skip
         except Fenced:
             raise
         except InferqError as error:
@@ -124,13 +130,22 @@ class ShardConsumer:
             await asyncio.sleep(_RETRY_S)
             return None
 
+    async def _hand_back(self, lease: Lease) -> None:
+        """Give back a job that was handed over when none can be run here any more."""
+        try:
+            await self._broker.attempts.release(lease, "its worker takes no jobs now", counted=False)
+        except InferqError as error:
+            log.warning("job_not_handed_back", job_id=lease.job.id, error=error.message)
+        finally:
+            self._slots.freed()
+
     def _count_remote(self, leases: Sequence[Lease]) -> None:
         own = self._context.settings.region
         for job in (lease.job for lease in leases):
             if job.region and job.region != own:
                 self._context.metrics.remote(job.model, job.region).inc()
 
-    async def _follow_control(self) -> NoReturn:
+    async def _follow_control(self, group: asyncio.TaskGroup) -> NoReturn:
         """Follow the session's control stream. Raises ``Fenced``."""
         shard = self._shard
         after, failures = "0", 0
@@ -154,10 +169,16 @@ class ShardConsumer:
             for message_id, message in messages:
                 after = message_id
                 if message is not None:
-                    self._handle_control(message)
+                    self._handle_control(message, group)
 
-    def _handle_control(self, message: Control) -> None:
+    def _handle_control(self, message: Control, group: asyncio.TaskGroup) -> None:
         match message.kind:
+            case ControlKind.JOB if message.lease is not None and not self._attempts.has(message.lease.attempt_id):
+                if self._slots.handed_over(self._shard):
+                    self._attempts.start((message.lease,), group)
+                else:
+                    group.create_task(self._hand_back(message.lease))
+                self.check_for_work()
             case ControlKind.WAKE:
                 self._slots.wake(self._shard)
                 self._signal.set()

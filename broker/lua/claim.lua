@@ -1,7 +1,9 @@
 -- Leases up to n jobs to a worker, or parks it.
--- ARGV: prefix, session id, seq, turn, n, attempt id base, park_ms, region ('' for none), then pairs: pool, lanes (comma
+-- ARGV: prefix, session id, seq, turn, n, offer (jobs that may be handed to the worker while it is parked, those of this
+--       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none), then pairs: pool, lanes (comma
 --       separated).
--- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', job, ...}, each job {id, envelope, epoch,
+-- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs
+--       handed to it so far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch,
 --       attempt id, attempt, remaining_ms, waited_ms, suspect (1 or 0)}. With fewer than n jobs the worker is parked. The
 --       same (session, seq) again answers the same leases, as far as they are still held (if some are not, a wake tells the
 --       worker to claim again); an older seq nothing. A reply that grows large ends early, and a wake does the same.
@@ -11,7 +13,7 @@
 -- uses: clock, endings, fairness, fence, parking
 
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local attempt_base, park_ms, region = ARGV[6], tonumber(ARGV[7]), ARGV[8]
+local offer, received, attempt_base, park_ms, region = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9]), ARGV[10]
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply
 local MAX_HEADS = 16 -- tenants of a band whose first job is looked at, of another region
@@ -20,8 +22,11 @@ local now = now_ms()
 
 if is_fenced(session_id) then return { 'fenced' } end
 
-local answer = { 'ok' }
-local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked', 'suspect')
+local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked', 'suspect', 'given', 'free')
+local given = tonumber(last[5] or 0)
+local on_their_way = math.max(given - received, 0)
+local answer = { 'ok', last[3] and 1 or 0, given, tonumber(last[6] or 0) }
+wanted = math.max(wanted - on_their_way, 0)
 
 local function add_to_reply(job)
   answer[#answer + 1] = { job.id, call('HGET', P .. 'job:' .. job.id, 'env'), tonumber(job.epoch), job.aid,
@@ -47,7 +52,7 @@ end
 
 -- ``shared_keys``: the queue keys without a region that the worker serves; ``local_keys``: these and its own region's.
 local pools, shared_keys, local_keys, depths = {}, {}, {}, {}
-for i = 9, #ARGV, 2 do
+for i = 11, #ARGV, 2 do
   pools[#pools + 1] = ARGV[i]
   for lane in string.gmatch(ARGV[i + 1], '[^,]+') do
     local key = ARGV[i] .. ':' .. lane
@@ -240,20 +245,32 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   add_to_reply(job)
 end
 
+local parked, free = 0, 0
 if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
   claim_again()
+  unpark(session_id, last[3])
 elseif #held < wanted then
+  free = math.max(offer - on_their_way - #held, 0)
   local all = table.concat(local_keys, ' ')
   if last[3] ~= all then
     unpark(session_id, last[3])
     call('HSET', claimed_key, 'parked', all)
   end
-  for _, key in ipairs(local_keys) do call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id) end
+  for _, key in ipairs(local_keys) do
+    call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id)
+    if free > 0 then
+      call('ZADD', P .. 'offers:' .. key, int(-free), session_id)
+    elseif last[6] and last[6] ~= '0' then
+      call('ZREM', P .. 'offers:' .. key, session_id)
+    end
+  end
+  parked = 1
 else
   unpark(session_id, last[3])
   local woke = false
   for _, key in ipairs(local_keys) do woke = woke or waiting(key) > 0 and wake(key, now) end
   for shared, keys in pairs(remote) do woke = woke or keys[1] and waiting(keys[1]) > 0 and wake(shared, now) end
 end
-call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '))
+answer[2], answer[4] = parked, free
+call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free))
 return write_counters_and_return(answer)

@@ -1,20 +1,23 @@
--- Puts jobs on their queues and wakes a parked worker for each, of the job's region if it has one.
--- ARGV: prefix, limits on live jobs and bytes of a tenant, of a pool (4), and on a tenant's persisted bytes, then per job:
+-- Hands each job to a parked worker that offers a slot, where nothing waits; or puts it on its queue and wakes a parked worker,
+-- of the job's region if it has one.
+-- ARGV: prefix, limits on live jobs and bytes of a tenant, of a pool (4), and on a tenant's persisted bytes, base of the
+--       ids of attempts that are handed over ('' hands nothing over: in a repeated call), then per job:
 --       id, envelope, pool, lane, band, tenant, reply (of a persisted job: its first listener), persisted, ttl_ms,
 --       max_attempts, region, remote_after_ms, resume (1: when an attempt is lost, its Router says where it goes on), and
 --       for persisted jobs, else empty: retention_ms, digest of the idempotency key ('' for none), digest of the request, listed
 --       (1: it is kept however it ends, and stands in its tenant's list), topic (of the notice that is put on the shard's
 --       stream of ends), job metadata (opaque).
--- Reply: per job 'queued', or the state of a job of that id that is already known (tombstones included: a job cancelled
+-- Reply: per job 'queued' (also of one that was handed over), or the state of a job of that id that is already known (tombstones included: a job cancelled
 --       before it came is void), or 'over <budget>' where nothing was written. Where another job holds the idempotency
 --       key: 'other <job id> <state>', or 'mismatch' if its request is another one.
--- Invariants: 1 no lost job, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
--- uses: counters, fairness, parking, persisted, transitions
+-- Invariants: 1 no lost job, 2 one result, 3 fence, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
+-- uses: counters, fairness, handoff, parking, persisted, transitions
 
 local now = now_ms()
 local came_at = int(now)
 local BUDGETS = { 'tenant_jobs', 'tenant_bytes', 'pool_jobs', 'pool_bytes', 'tenant_persisted' }
 local LIMITS = { tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]) }
+local attempt_base, handed_over = ARGV[7], 0
 
 -- The first budget that a job would exceed; nil if there is room.
 local function over_budget(tenant, pool, size, persisted_bytes)
@@ -68,23 +71,35 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   local over = over_budget(tenant, pool, size, is_persisted and PERSISTED_BYTES + string.len(metadata))
   if over then return 'over ' .. over end
 
-  local deadline, bytes, shared = int(now + tonumber(ttl_ms)), int(size), pool .. ':' .. lane
-  if region ~= '' then lane = lane .. '@' .. region end
-  local at = pool .. ':' .. lane
-  local queue = 'q:' .. at .. ':' .. band .. ':' .. tenant
-  local entry = call('XADD', P .. queue, '*', 'id', id, 'of', tenant .. ' ' .. bytes)
-  activate(at .. ':' .. band, tenant)
-  call('HSET', key, 'env', envelope, 'state', 'queued', 'epoch', '1', 'aid', '', 'attempts', '0', 'max', max, 'pool', pool,
-    'lane', lane, 'band', band, 'tenant', tenant, 'reply', is_persisted and '' or reply, 'persisted', persisted,
-    'deadline', deadline, 'size', bytes, 'at', came_at, 'queue', queue, 'entry', entry)
+  local deadline, bytes, shared, lane_at = int(now + tonumber(ttl_ms)), int(size), pool .. ':' .. lane, lane
+  if region ~= '' then lane_at = lane .. '@' .. region end
+  local at = pool .. ':' .. lane_at
+  local aid, owner, handed = attempt_base .. handed_over, nil, nil
+  if attempt_base ~= '' then owner, handed = hand_over(at, id, envelope, aid, ttl_ms) end
+  local stands = { 'state', 'leased', 'lane', lane, 'aid', aid, 'attempts', '1', 'owner', owner, 'handed', handed }
+  if not owner then
+    local queue = 'q:' .. at .. ':' .. band .. ':' .. tenant
+    local entry = call('XADD', P .. queue, '*', 'id', id, 'of', tenant .. ' ' .. bytes)
+    stands = { 'state', 'queued', 'lane', lane_at, 'aid', '', 'attempts', '0', 'queue', queue, 'entry', entry }
+    activate(at .. ':' .. band, tenant)
+  end
+  call('HSET', key, 'env', envelope, 'epoch', '1', 'max', max, 'pool', pool, 'band', band, 'tenant', tenant, 'reply',
+    is_persisted and '' or reply, 'persisted', persisted, 'deadline', deadline, 'size', bytes, 'at', came_at, unpack(stands))
   if resume == '1' then call('HSET', key, 'resume', resume) end
   if is_persisted then
     persist({ id = id, tenant = tenant }, reply, deadline, retention_ms, idem, request, listed, topic, metadata)
   end
   call('ZADD', P .. 'deadlines', deadline, id)
   spend(pool, tenant, 1, size)
-  add('counters', at .. ':waiting', 1)
   add('counters', shared .. ':enqueued', 1)
+  if owner then
+    handed_over = handed_over + 1
+    call('HSET', P .. 'leases:' .. owner, id, '1')
+    if is_persisted then call('HSET', key, 'started', came_at) end
+    add('counters', shared .. ':leased', 1)
+    return 'queued'
+  end
+  add('counters', at .. ':waiting', 1)
   local woke = wake(at, now)
   if region ~= '' then
     local eligible_at = int(now + tonumber(remote_after_ms))
@@ -96,5 +111,6 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
 end
 
 local answers = {}
-for i = 7, #ARGV, 19 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 18)) end
+for i = 8, #ARGV, 19 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 18)) end
+write_offers()
 return write_counters_and_return(answers)

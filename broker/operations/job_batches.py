@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from ..redis.batching import Batcher
 from ..redis.calls import Caller
 from ..settings import Budgets
 
+_ATTEMPT_BASE = 5
+"""Where the base of attempt ids stands among the arguments of ``enqueue``."""
 _OVERHEAD_BYTES = 256
 """What a job costs in a call besides its own bytes, roughly."""
 DEFAULT_RETENTION_MS = 24 * 3600 * 1000
@@ -66,12 +69,16 @@ class _Release:
 
 
 class ShardBatches:
-    """Concurrent calls of one kind on one shard share a script call. Answers are those of :class:`broker.Broker`."""
+    """Concurrent calls of one kind on one shard share a script call. Answers are those of :class:`broker.Broker`.
 
-    def __init__(self, caller: Caller, keys: ShardKeys, budgets: Budgets) -> None:
+    ``hands_over``: a job may be leased to a parked worker by the call that enqueues it; not with a caller that repeats
+    its calls unchanged."""
+
+    def __init__(self, caller: Caller, keys: ShardKeys, budgets: Budgets, *, hands_over: bool = True) -> None:
         self._caller = caller
         self._keys = keys
         self._budgets = budgets
+        self._hands_over = hands_over
         self._enqueues = Batcher(self._send_enqueues, _size)
         self._settles = Batcher(self._send_settles, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._appends = Batcher(self._send_appends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
@@ -111,6 +118,7 @@ class ShardBatches:
         limits = self._budgets
         args: list[Any] = [
             limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes, limits.tenant_persisted_bytes,
+            secrets.token_hex(6) if self._hands_over else "",
         ]  # fmt: skip
         for item in items:
             job = item.job
@@ -120,7 +128,10 @@ class ShardBatches:
                 encode_name(job.region), job.remote_after_ms, int(_is_continued(job)),
                 *(_persist_args(item) if job.persisted else _NOT_PERSISTED),
             )  # fmt: skip
-        answers = await self._run("enqueue", args, wait_when_full=False)
+        # A call may have been carried out, and then have been lost by the server: a repeated one hands nothing over, or
+        # it could give an attempt an id that a lost one has.
+        repeat_args = [*args[:_ATTEMPT_BASE], "", *args[_ATTEMPT_BASE + 1 :]] if self._hands_over else args
+        answers = await self._run("enqueue", args, wait_when_full=False, repeat_args=repeat_args)
         return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
 
     async def _send_settles(self, items: Sequence[_Settle]) -> list[Settled | Exception]:
@@ -150,11 +161,23 @@ class ShardBatches:
         return [Settled(answer.decode()) for answer in await self._run("release", args)]
 
     async def _run(
-        self, script: str, args: list[Any], *, wait_when_full: bool = True, retry: bool = True
+        self,
+        script: str,
+        args: list[Any],
+        *,
+        wait_when_full: bool = True,
+        retry: bool = True,
+        repeat_args: list[Any] | None = None,
     ) -> list[bytes]:
         keys = self._keys
         answers: list[bytes] = await self._caller.script(
-            script, keys.budget, keys.prefix, *args, wait_when_full=wait_when_full, retry=retry
+            script,
+            keys.budget,
+            keys.prefix,
+            *args,
+            wait_when_full=wait_when_full,
+            retry=retry,
+            repeat_args=None if repeat_args is None else (keys.prefix, *repeat_args),
         )
         return answers
 

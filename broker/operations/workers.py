@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from queue_schemas import (
-    BadMessage,
     BadRequest,
     Claimed,
     Control,
@@ -25,12 +24,14 @@ from telemetry import get_logger
 
 from ..redis.calls import Caller
 from ..redis.shards import answers_of, on_each
-from ..redis.streams import read_stream
+from ..redis.streams import Entries, read_stream
 from .job_batches import attempt_of
 from .maintenance import Maintenance, Reclaimed
 from .renewal import Renewer
 
-_CONTROL_COUNT = 256
+_CONTROL_COUNT = 64
+MAX_CONTROL_BYTES = 1 << 20
+"""Envelopes read of a control stream before they are dropped from it."""
 PARK_MS = 30_000
 """How long a parked worker counts as idle without claiming again."""
 RENEWAL_SHARD_TIMEOUT_S = 1.0
@@ -57,6 +58,7 @@ class Workers:
         self._control_read = control_read
         self._open_caller = open_caller
         self._unjoined: dict[str, set[int]] = {}
+        self._control_bytes: dict[str, int] = {}
         self._renewer = Renewer(caller, keys, control_read, self._unjoined)
 
     async def join(self, session_id: SessionId) -> set[int]:
@@ -87,27 +89,33 @@ class Workers:
         n: int,
         pools: Sequence[tuple[Pool, Sequence[Lane]]],
         region: str = "",
+        *,
+        offer: int = 0,
+        received: int = 0,
     ) -> Claimed:
         """Up to ``n`` jobs of ``pools`` on ``shard``; with fewer than ``n`` the worker is parked until it is
         woken.
 
         ``seq`` rises with every new claim: the same one again answers the same leases. ``turn`` is how many jobs the
         worker has claimed so far on the shard; it decides which lane goes first. ``region`` is the worker's: it claims
-        that region's jobs and those of none first, others once they have waited ``remote_after_ms``. Raises ``Fenced``
-        if the session was declared dead.
+        that region's jobs and those of none first, others once they have waited ``remote_after_ms``.
+
+        A parked worker that makes an ``offer`` is handed new jobs without another claim, as control messages of kind
+        ``JOB``: up to ``offer``, what this claim gives included. ``received`` is how many of these the session has
+        read on the shard: those on their way count among ``n``. Raises ``Fenced`` if the session was declared dead.
         """
         keys = self._keys[shard]
         wanted: list[str] = []
         for pool, lanes in pools:
             wanted += (encode_name(pool), ",".join(lanes))
         reply = await self._caller.script(
-            "claim", keys.budget, keys.prefix, session_id, seq, turn, n, secrets.token_hex(6), PARK_MS,
+            "claim", keys.budget, keys.prefix, session_id, seq, turn, n, offer, received, secrets.token_hex(6), PARK_MS,
             encode_name(region), *wanted,
         )  # fmt: skip
         if reply[0] == b"fenced":
             raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         leases = []
-        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, suspect in reply[1:]:
+        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, suspect in reply[4:]:
             try:
                 job = Job.unpack(envelope)
             except BadRequest as error:
@@ -116,7 +124,7 @@ class Workers:
                 leases.append(
                     Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms, suspect=bool(suspect))
                 )
-        return Claimed(tuple(leases))
+        return Claimed(tuple(leases), parked=reply[1] == 1, handed_over=reply[2], offered=reply[3])
 
     async def _refuse(
         self, keys: ShardKeys, session_id: str, attempt: tuple[bytes, int, bytes], error: BadRequest
@@ -166,13 +174,27 @@ class Workers:
         key = self._keys[shard].control(session_id)
         entries = await read_stream(self._caller, key, after, _CONTROL_COUNT, block_ms)
         self._control_read[(shard, session_id)] = after
-        return [(entry_id, _control_of(entry_id, fields)) for entry_id, fields in entries]
+        await self._trim_control(key, after, entries)
+        return [(entry_id, await self._control_of(shard, session_id, entry_id, fields)) for entry_id, fields in entries]
 
+    async def _trim_control(self, key: str, after: str, entries: Entries) -> None:
+        """Drop what was read of a control stream, now and then: envelopes must not pile up between two renewals."""
+        bytes_read = self._control_bytes.get(key, 0) + sum(len(fields.get(b"env", b"")) for _, fields in entries)
+        if bytes_read > MAX_CONTROL_BYTES:
+            bytes_read = 0
+            await self._caller.command(key, "XTRIM", key, "MINID", after)
+        self._control_bytes[key] = bytes_read
 
-def _control_of(entry_id: str, fields: dict[bytes, bytes]) -> Control | None:
-    """The control message in a stream entry; None for a kind this version does not know, and for a malformed one."""
-    try:
-        return parse_control(fields)
-    except BadMessage as error:
-        log.warning("control_entry_malformed", entry=entry_id, error=error.message)
-        return None
+    async def _control_of(
+        self, shard: int, session_id: str, entry_id: str, fields: dict[bytes, bytes]
+    ) -> Control | None:
+        """The control message in a stream entry; None for a kind this version does not know, and for a malformed one: a
+        job is handed back."""
+        try:
+            return parse_control(fields)
+        except BadRequest as error:
+            log.warning("control_entry_malformed", entry=entry_id, error=error.message)
+            if fields.get(b"k") == ControlKind.JOB.value.encode():
+                attempt = (fields.get(b"id", b""), 1, fields.get(b"aid", b""))
+                await self._refuse(self._keys[shard], session_id, attempt, error)
+            return None

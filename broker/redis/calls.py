@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from redis.exceptions import NoScriptError
@@ -31,8 +32,17 @@ class Caller:
         self._retry_limit_s = retry_limit_s
         self._scripts = load_scripts(flags=script_flags)
 
-    async def script(self, name: str, key: str, *args: Any, wait_when_full: bool = True, retry: bool = True) -> Any:
-        """Run script ``name`` with KEYS[1] = ``key``; once, if it is not to ``retry``.
+    async def script(
+        self,
+        name: str,
+        key: str,
+        *args: Any,
+        wait_when_full: bool = True,
+        retry: bool = True,
+        repeat_args: Sequence[Any] | None = None,
+    ) -> Any:
+        """Run script ``name`` with KEYS[1] = ``key``; once, if it is not to ``retry``. ``repeat_args``: the arguments
+        of repeated calls, if they are others.
 
         Raises ``BrokerUnavailable`` when the limit is over, ``BrokerUnsuitable`` when the server refuses us, and
         ``BrokerFull``, at once unless ``wait_when_full``, when it refuses writes.
@@ -40,11 +50,15 @@ class Caller:
         script = self._scripts[name]
 
         async def attempt() -> Any:
+            nonlocal args
+            sent = args
+            if repeat_args is not None:
+                args = tuple(repeat_args)
             try:
-                return await self.link.command(key, "EVALSHA", script.sha, 1, key, *args)
+                return await self.link.command(key, "EVALSHA", script.sha, 1, key, *sent)
             except NoScriptError:
                 self.round_trips += 1
-                return await self.link.command(key, "EVAL", script.source, 1, key, *args)
+                return await self.link.command(key, "EVAL", script.source, 1, key, *sent)
 
         return await self._until_answered(attempt, wait_when_full, None if retry else 0.0)
 

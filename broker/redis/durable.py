@@ -73,7 +73,18 @@ class DurableCaller(Caller):
         self._fsync_limit_s = fsync_limit_s
         self._line: Batcher[_Call, Any] = Batcher(self._send, _size, max_bytes=MAX_PIPELINE_BYTES)
 
-    async def script(self, name: str, key: str, *args: Any, wait_when_full: bool = False, retry: bool = True) -> Any:
+    async def script(
+        self,
+        name: str,
+        key: str,
+        *args: Any,
+        wait_when_full: bool = False,
+        retry: bool = True,
+        repeat_args: Sequence[Any] | None = None,
+    ) -> Any:
+        """Run script ``name``. It is repeated until the disk confirms it, as it is: with ``repeat_args`` if there are
+        any."""
+        args = args if repeat_args is None else tuple(repeat_args)
         return await self._line.submit(_Call(self._scripts[name], key, args))
 
     async def close(self) -> None:

@@ -203,19 +203,30 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Workers
 
-    @rule(number=picks, n=st.integers(0, 4), served=st.sampled_from(SERVED))
-    def claim(self, number: int, n: int, served: Served) -> None:
-        """A worker asks for work."""
-        self._claim(pick(self.workers, number), n, served)
+    @rule(
+        number=picks,
+        n=st.integers(0, 4),
+        more=st.integers(-1, 2),
+        unread=st.integers(0, 2),
+        served=st.sampled_from(SERVED),
+    )
+    def claim(self, number: int, n: int, more: int, unread: int, served: Served) -> None:
+        """A worker asks for work, and offers to take more, or nothing, without asking. It has not read yet of the last
+        jobs that it was handed."""
+        self._claim(pick(self.workers, number), n, served, offer=n + more if n and more >= 0 else 0, unread=unread)
 
-    @rule(number=picks)
-    def claim_well(self, number: int) -> None:
+    @rule(number=picks, offers=st.booleans())
+    def claim_well(self, number: int, offers: bool) -> None:
         """A worker asks for all that there is for it."""
-        self._claim(pick(self.workers, number), 4, SERVED[1])
+        self._claim(pick(self.workers, number), 4, SERVED[1], offer=4 * offers)
 
-    def _claim(self, worker: SessionId, n: int, served: Served) -> list[Lease]:
+    def _claim(self, worker: SessionId, n: int, served: Served, offer: int = 0, unread: int = 0) -> list[Lease]:
         self.seqs[worker] += 1
-        leases: list[Lease] = self.play("claim", worker, self.seqs[worker], self.turns[worker], n, served)
+        run = self.model.runs.get(worker)
+        received = max(run.handed_over - unread, 0) if run is not None else 0
+        leases: list[Lease] = self.play(
+            "claim", worker, self.seqs[worker], self.turns[worker], n, served, offer, received
+        )
         self.turns[worker] += len(leases)
         return leases
 

@@ -17,6 +17,7 @@ from broker import Budgets
 from queue_schemas import (
     CONTINUED,
     PERSISTED_STATES,
+    Claimed,
     Frame,
     IdempotencyKeyReused,
     InferqError,
@@ -43,6 +44,8 @@ ASK_AGAIN_MS = 5_000
 RUN_EPOCHS = 1 << 20
 """Epochs of one run of the server: those that its lost writes may have given out were never so many."""
 KEEP_MS = 24 * 3600 * 1000
+MAX_HANDED_BYTES = 64 * 1024
+"""The largest envelope that is handed over."""
 STORED_BYTES = 1_024
 """What a persisted job counts for beside its output."""
 FAIR_LEAD = 2
@@ -62,6 +65,7 @@ class Model:
         self.lines: dict[Line, list[str]] = defaultdict(list)
         self.runs: dict[str, Run] = {}
         self.parked: dict[Place, dict[str, int]] = defaultdict(dict)
+        self.offers: dict[Place, set[str]] = defaultdict(set)
         self.listening: set[str] = set()
         self.totals: Counter[tuple[str, Lane, str]] = Counter()
         self.turns: Counter[Place] = Counter()
@@ -75,8 +79,9 @@ class Model:
 
     # Routers
 
-    def enqueue(self, job: Job) -> State | type[InferqError]:
-        """The state of the job, or of the one that has its key; or how it is refused."""
+    def enqueue(self, job: Job, taker: str = "", attempt_id: str = "") -> State | type[InferqError]:
+        """The state of the job, or of the one that has its key; or how it is refused. ``taker``: the worker that it
+        was handed to as ``attempt_id``."""
         if job.id in self.ended:
             return self.ended[job.id].state
         if job.id in self.live:
@@ -97,14 +102,32 @@ class Model:
         ):
             return OverCapacity
         place = Place(job.model, job.lane)
+        is_first = not self.waiting(place)
         live = self.live[job.id] = Live(job, self.now + job.ttl_ms, self.now, None)
         self._listen(job.id, job.reply_to)
         if job.persisted and job.idempotency_key:
             self.keys[key_digest(job)] = (job.id, request_digest(job))
-        self._stand(live, Line("fresh", place, job.band, job.tenant))
         self.totals[(*place, "enqueued")] += 1
+        takers = {worker: self.runs[worker].offered for worker in self.offers[place]}
+        if takers and size <= MAX_HANDED_BYTES and is_first:
+            require(taker in takers, f"{job.id} was handed to {taker or 'nobody'}, should be to one of {takers}")
+            require(takers[taker] == max(takers.values()), f"{taker} is not the one with the most free slots: {takers}")
+            self._hand_over(live, taker, attempt_id)
+            return State.QUEUED
+        require(not taker, f"{job.id} was handed to {taker}, which has offered nothing, or is not its turn")
+        self._stand(live, Line("fresh", place, job.band, job.tenant))
         self._wake(place)
         return State.QUEUED
+
+    def _hand_over(self, live: Live, worker: str, attempt_id: str) -> None:
+        run = self.runs[worker]
+        live.state, live.attempts, live.owner, live.attempt_id, live.is_unread = (
+            State.LEASED, 1, worker, attempt_id, True,
+        )  # fmt: skip
+        run.handed_over, run.offered = run.handed_over + 1, run.offered - 1
+        self.effects.handed.append((worker, attempt_id))
+        if not run.offered:
+            self._unpark(worker)
 
     def attach(self, job_id: str, router: str) -> tuple[object, ...] | None:
         """State, epoch and attempt of a job, and what is kept of it; a persisted one is listened to from now on."""
@@ -173,10 +196,31 @@ class Model:
         turn: int,
         n: int,
         pools: Sequence[tuple[str, Sequence[Lane]]],
-        given: Sequence[Lease],
+        offer: int,
+        received: int,
+        answer: Claimed,
         dropped: Mapping[str, State],
     ) -> None:
         """Judges what a claim of one that is not fenced gave. ``dropped``: waiting jobs that it ended on its way."""
+        given = answer.leases
+        self._claim(worker, seq, turn, n, pools, offer, received, given, dropped)
+        run = self.runs[worker]
+        expected = (run.parked, run.handed_over, run.offered)
+        stands = (answer.parked, answer.handed_over, answer.offered)
+        require(seq < run.seq or stands == expected, f"the claim answers {stands}, should be {expected}")
+
+    def _claim(
+        self,
+        worker: str,
+        seq: int,
+        turn: int,
+        n: int,
+        pools: Sequence[tuple[str, Sequence[Lane]]],
+        offer: int,
+        received: int,
+        given: Sequence[Lease],
+        dropped: Mapping[str, State],
+    ) -> None:
         run = self.runs[worker]
         if seq <= run.seq:
             again = [pair for pair in run.given if self._runs(*pair)] if seq == run.seq else []
@@ -198,11 +242,16 @@ class Model:
             require(lease.job.id in allowed, f"{lease.job.id} is not next, but one of {sorted(allowed)}")
             self._lease(worker, lease)
         self._unpark(worker)
+        on_their_way = max(run.handed_over - received, 0)
+        n = max(n - on_their_way, 0)
         if len(given) < n:
             left = self._next(worker, turn + len(given), pools)
             require(not left, f"{sorted(left)} were not given, though asked for")
+            run.parked, run.offered = True, max(offer - on_their_way - len(given), 0)
             for place in places:
                 self.parked[place][worker] = self.now + PARK_MS
+                if run.offered:
+                    self.offers[place].add(worker)
         else:
             require(len(given) == n, f"{n} jobs were asked for, {len(given)} given")
             any(self.waiting(place) and self._wake(place) for place in places)
@@ -211,14 +260,16 @@ class Model:
     def reconcile(self, worker: str, seq: int, leases: Sequence[Lease], taken: Sequence[str]) -> set[str]:
         """What one that is not fenced runs, and what it is said to: the attempts that it does not hold. ``taken``: the
         jobs that it held without running them."""
-        mine = {lease.job.id for lease in leases if self._verdict(lease) is Settled.OK}
+        verdicts = {lease.attempt_id: self._verdict(lease) for lease in leases}
+        mine = {lease.job.id for lease in leases if verdicts[lease.attempt_id] is Settled.OK}
         held = self.held(worker)
-        left_over = held.keys() - mine if seq >= self.runs[worker].seq else set()
+        not_run = {job_id for job_id in held.keys() - mine if not held[job_id].is_unread}
+        left_over = not_run if seq >= self.runs[worker].seq else set()
         require(set(taken) == left_over, f"{sorted(taken)} were taken, should be {sorted(left_over)}")
         for job_id in taken:
             held[job_id].epoch = _next_run(held[job_id].epoch) - 1
             self._give_up(held[job_id], "the queue lost what its worker wrote", counted=False)
-        return {lease.attempt_id for lease in leases if lease.job.id not in mine}
+        return {attempt_id for attempt_id, verdict in verdicts.items() if verdict is not Settled.OK}
 
     def publish(self, router: str, frames: bytes) -> bool:
         """Whether somebody listens. Frames of old attempts are let through: the Router drops them."""
@@ -374,6 +425,11 @@ class Model:
             deadlines={job_id: live.deadline for job_id, live in self.live.items()},
             lost={job_id: live.ask_at for job_id, live in self.live.items() if live.state is State.LOST},
             parked={place: dict(workers) for place, workers in self.parked.items() if workers},
+            offers={
+                place: {worker: self.runs[worker].offered for worker in workers}
+                for place, workers in self.offers.items()
+                if workers
+            },
             renewals={worker: -1 if run.fenced else run.number for worker, run in self.runs.items()},
             dead=sorted(self.dead),
             listening=set(self.listening),
@@ -506,7 +562,7 @@ class Model:
             self._tell(live, MarkerKind.DEAD, reason)
             return State.DEAD
         self._leave_lease(live)
-        live.epoch, live.owner, live.attempt_id = live.epoch + 1, "", ""
+        live.epoch, live.owner, live.attempt_id, live.is_unread = live.epoch + 1, "", "", False
         if live.is_continued:
             self._enter(live, State.LOST)
             live.ask_at = self.now + ASK_AGAIN_MS
@@ -593,6 +649,10 @@ class Model:
     def _unpark(self, worker: str) -> None:
         for workers in self.parked.values():
             workers.pop(worker, None)
+        for takers in self.offers.values():
+            takers.discard(worker)
+        run = self.runs[worker]
+        run.parked, run.offered = False, 0
 
     def _wake(self, place: Place) -> bool:
         """Tell the worker that parked there first that there is work."""

@@ -58,6 +58,8 @@ class Live:
     cleared: bool = False
     held_as_suspect: bool = False
     ask_at: int = 0
+    is_unread: bool = False
+    """It was handed to a worker that has not read of it."""
     listeners: set[str] = field(default_factory=set)
     """Routers that are sent what a persisted job says."""
     output: list[tuple[int, int, int]] = field(default_factory=list)
@@ -107,6 +109,11 @@ class Run:
     """Whether a suspect was held when the reclaim began: then it did it."""
     seq: int = 0
     given: tuple[tuple[str, str], ...] = ()
+    parked: bool = False
+    """It claimed less than it asked for, and has not used up or withdrawn its offer since."""
+    handed_over: int = 0
+    offered: int = 0
+    """Jobs that may be handed to it still."""
 
 
 class DeadLetter(NamedTuple):
@@ -124,6 +131,8 @@ class Effects:
     aborts: Counter[tuple[str, str]] = field(default_factory=Counter)
     wakes: Counter[str] = field(default_factory=Counter)
     may_wake: set[str] = field(default_factory=set)
+    handed: list[tuple[str, str]] = field(default_factory=list)
+    """Workers and the attempts that were handed to them."""
 
 
 @dataclass
@@ -141,6 +150,7 @@ class Snapshot:
     deadlines: dict[str, int]
     lost: dict[str, int]
     parked: dict[Place, dict[str, int]]
+    offers: dict[Place, dict[str, int]]
     renewals: dict[str, int]
     dead: list[DeadLetter]
     listening: set[str]

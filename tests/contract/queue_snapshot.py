@@ -27,6 +27,7 @@ FAMILIES = {
     "claimed": "HGETALL",
     "renewals": "HGETALL",
     "parked": "ZRANGE",
+    "offers": "ZRANGE",
     "ctl": "XRANGE",
     "deadlines": "ZRANGE",
     "lost": "ZRANGE",
@@ -109,6 +110,8 @@ def read_snapshot(raw: Raw) -> Snapshot:
         deadlines=_scores(raw.one("deadlines")),
         lost=_scores(raw.one("lost")),
         parked={_place(*where): _scores(held) for where, held in raw.of("parked").items()},
+        offers={_place(*where): {worker: int(raw.of("claimed")[worker,][b"free"]) for worker in _scores(held)}
+                for where, held in raw.of("offers").items()},
         renewals=_numbers(raw.one("renewals")),
         dead=sorted(_letter(entry) for entry in dead),
         listening={router for (router,) in raw.of("reply")},

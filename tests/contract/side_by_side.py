@@ -147,9 +147,13 @@ class SideBySide:
 
     async def enqueue(self, *jobs: Job) -> None:
         """In one batch."""
+        before = set(self.model.live)
         answers = await asyncio.gather(*map(self.broker.jobs.enqueue, jobs), return_exceptions=True)
+        records = (await self._look()).of("job")
         for job, answer in zip(jobs, answers, strict=True):
-            expected = self.model.enqueue(job)
+            record = records.get((job.id,), {}) if job.id not in before | set(self.model.live) else {}
+            taker, attempt_id = record.get(b"owner", b"").decode(), record.get(b"aid", b"").decode()
+            expected = self.model.enqueue(job, SessionId(taker), attempt_id)
             fits = type(answer) is expected if isinstance(expected, type) else answer is expected
             require(fits, f"enqueue of {job.id} answers {answer!r}, should be {expected}")
 
@@ -178,15 +182,23 @@ class SideBySide:
             self.model.renew(worker)
 
     async def claim(
-        self, worker: SessionId, seq: int, turn: int, n: int, pools: Sequence[tuple[Pool, Sequence[Lane]]]
+        self,
+        worker: SessionId,
+        seq: int,
+        turn: int,
+        n: int,
+        pools: Sequence[tuple[Pool, Sequence[Lane]]],
+        offer: int,
+        received: int,
     ) -> list[Lease]:
+        call = self.broker.workers.claim(0, worker, seq, turn, n, pools, offer=offer, received=received)
         if self.model.is_fenced(worker):
-            await self._is_refused(self.broker.workers.claim(0, worker, seq, turn, n, pools), worker)
+            await self._is_refused(call, worker)
             return []
-        claimed = await self.broker.workers.claim(0, worker, seq, turn, n, pools)
+        claimed = await call
         states = {job_id: record[0] for job_id, record in read_snapshot(await self._look()).records.items()}
         dropped = {job_id: State(states[job_id]) for job_id in self.model.doomed() if states.get(job_id) in TERMINAL}
-        self.model.claim(worker, seq, turn, n, pools, claimed.leases, dropped)
+        self.model.claim(worker, seq, turn, n, pools, offer, received, claimed, dropped)
         for lease in claimed.leases:
             self.history.leased(lease, worker)
         return list(claimed.leases)
@@ -305,6 +317,12 @@ class SideBySide:
             aborts = Counter((worker, order.job_id) for order in orders if order.kind is ControlKind.ABORT)
             asked = {pair: n for pair, n in effects.aborts.items() if pair[0] == worker}
             require(aborts == asked, f"aborts are {aborts}, should be {asked}")
+            handed = [order.lease for order in orders if order.lease is not None]
+            for lease in handed:
+                self.history.leased(lease, SessionId(worker))
+            should = [attempt for taker, attempt in effects.handed if taker == worker]
+            have = [lease.attempt_id for lease in handed]
+            require(have == should, f"{worker} was handed {have}, should be {should}")
             wakes = sum(order.kind is ControlKind.WAKE for order in orders)
             least = effects.wakes[worker]
             fits = wakes >= least if worker in effects.may_wake else wakes == least

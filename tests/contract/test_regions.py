@@ -577,7 +577,7 @@ async def test_without_regions_the_keys_are_what_they_were(backend: Backend, bro
         "persisted", "deadline", "size", "at", "queue", "entry",
     }  # fmt: skip
     assert {field.decode() for field in await client.hkeys(KEYS.claimed(worker.session_id))} == {
-        "seq", "jobs", "parked",
+        "seq", "jobs", "parked", "free",
     }  # fmt: skip
     counted = {field.decode() for field in await client.hkeys(KEYS.counters)}
     assert counted == {f"{where}:{what}" for what in ("leased", "enqueued", "requeued")}

@@ -63,6 +63,8 @@ class Puller:
     seq: int = 0
     turn: int = 0
     region: str = ""
+    received: int = 0
+    """Jobs that it was handed without a claim, and has read of."""
     _read_to: str = "0"
 
     async def join(self) -> Puller:
@@ -71,13 +73,16 @@ class Puller:
         await self.control_messages()
         return self
 
-    async def claim(self, n: int = 1, models: Sequence[str] = (MODEL,), lanes: Sequence[Lane] = LANES) -> list[Lease]:
-        """A new claim."""
+    async def claim(
+        self, n: int = 1, models: Sequence[str] = (MODEL,), lanes: Sequence[Lane] = LANES, *, offer: int = 0
+    ) -> list[Lease]:
+        """A new claim, with an ``offer`` to be handed jobs."""
         self.seq += 1
         pools = [(Pool(model), lanes) for model in models]
         claimed = await self.broker.workers.claim(
-            self.shard, self.session_id, self.seq, self.turn, n, pools, self.region
-        )
+            self.shard, self.session_id, self.seq, self.turn, n, pools, self.region,
+            offer=offer, received=self.received,
+        )  # fmt: skip
         self.turn += len(claimed.leases)
         return list(claimed.leases)
 
@@ -85,6 +90,12 @@ class Puller:
         """A new claim that must give a job."""
         (lease,) = await self.claim(1, **options)
         return lease
+
+    async def handed(self) -> list[Lease]:
+        """The jobs that it was handed since the last call."""
+        leases = [message.lease for message in await self.control_messages() if message.lease is not None]
+        self.received += len(leases)
+        return leases
 
     async def control_messages(self, block_ms: int = 1) -> list[Control]:
         """The control messages since the last call."""

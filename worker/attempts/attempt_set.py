@@ -84,6 +84,10 @@ class Attempts:
                 attempt.stop_reason = StopReason.ENDED_BEFORE_START
             group.create_task(self._run(attempt))
 
+    def has(self, attempt_id: str) -> bool:
+        """Whether that attempt runs."""
+        return attempt_id in self._running
+
     def abort(self, job_id: JobId, reason: str) -> None:
         """The queue has ended ``job_id``: close its engine connection. It may be a job whose claim is on its way."""
         self._aborted[job_id] = None

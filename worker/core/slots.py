@@ -5,8 +5,11 @@ Rules:
 * A slot is free, reserved by a claim that is under way, or busy with a job. Claims never ask for more than is free.
 * Each shard has at most one claim under way. Its number (``seq``) rises with each claim and not with its repeats, so a
   claim whose answer was lost is sent again unchanged.
-* A claim that brings less than it asked for has parked the worker on that shard: it waits for a wake, or claims again
-  when its time as a parked worker is nearly over.
+* A claim that finds less than it asked for parks the worker on that shard: it waits for a wake, or claims again when
+  its time as a parked worker is nearly over.
+* A worker that serves one shard offers all its free slots with a claim. While it is parked, jobs are handed to it in
+  these, without a claim: they stay reserved. When they are used up it is parked no more; it claims, and offers anew,
+  once more slots have become free than it still offers.
 * A parked worker must be able to run a job. One that no longer can (drain, engine down, another assignment, slots
   taken by another shard) claims zero jobs, which unparks it and passes a wake on.
 """
@@ -17,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from queue_schemas import Assignment, Lane, Pool
+from queue_schemas import Assignment, Claimed, Lane, Pool
 
 PARK_AGAIN_S = 20.0
 """The broker counts a parked worker as idle for 30 s."""
@@ -34,13 +37,16 @@ Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that unparks."""
+    """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that unparks. ``received``
+    is how many jobs had been handed over when it was sent first."""
 
     shard: int
     seq: int
     turn: int
     n: int
     pools: Pools
+    offer: int = 0
+    received: int = 0
 
 
 @dataclass(slots=True)
@@ -55,6 +61,10 @@ class _Shard:
     """While parked: when to claim without being woken (s)."""
     retries_at: list[float] = field(default_factory=list)
     """When jobs may come back whose attempt was spent here."""
+    reserved: int = 0
+    """Slots for what a claim under way asks for, or, while parked, for jobs that may be handed over."""
+    received: int = 0
+    """Jobs that were handed over in this session."""
 
 
 @dataclass(slots=True)
@@ -68,12 +78,11 @@ class Slots:
     draining: bool = False
     order: tuple[int, int] = (-1, -1)
     """``(term, version)`` of the assignment in force."""
-    _reserved: int = 0
     _shards: dict[int, _Shard] = field(default_factory=dict)
 
     @property
     def free(self) -> int:
-        return self.total - self.busy - self._reserved
+        return self.total - self.busy - sum(state.reserved for state in self._shards.values())
 
     def assign(self, assignment: Assignment, *, registered: bool = False) -> bool:
         """Follow ``assignment`` unless it is older than the one in force; whether it was followed.
@@ -107,20 +116,41 @@ class Slots:
             return self._send(shard, state, 0, state.parked_for)
         if not serves or not self._due(state, now):
             return None
-        if self.free > 0:
-            return self._send(shard, state, self._share(now), serves)
+        if self._available(state):
+            return self._send(shard, state, self._share(state, now), serves)
         return self._send(shard, state, 0, serves) if state.woken else None
 
-    def answered(self, claim: Claim, jobs: int, now: float) -> None:
-        """The answer to ``claim`` brought ``jobs`` jobs, which are busy slots from now on."""
-        state = self._shard(claim.shard)
+    def has_claim(self, shard: int, now: float) -> bool:
+        """Whether :meth:`next_claim` would give a claim that was not sent yet."""
+        state = self._shard(shard)
+        if state.under_way is not None:
+            return False
+        serves = state.pools if self.ready and not self.draining else ()
+        if state.parked_for is not None and state.parked_for != serves:
+            return True
+        return bool(serves) and self._due(state, now) and (state.woken or self._available(state) > 0)
+
+    def answered(self, claim: Claim, answer: Claimed, now: float) -> None:
+        """``claim`` was answered: the jobs it brought are busy slots from now on."""
+        state, jobs = self._shard(claim.shard), len(answer.leases)
         state.under_way = None
         state.turn += jobs
-        self._reserved -= claim.n
         self.busy += jobs
-        state.parked_for = claim.pools if jobs < claim.n else None
+        state.reserved = max(answer.handed_over - state.received, 0) + answer.offered
+        state.parked_for = claim.pools if answer.parked and (answer.offered or not claim.offer) else None
         state.retries_at = [due for due in state.retries_at if due > now]
         state.claim_again_at = min([now + PARK_AGAIN_S, *state.retries_at])
+
+    def handed_over(self, shard: int) -> bool:
+        """A job was handed over: a busy slot, until :meth:`freed`. False if it cannot be run now."""
+        state = self._shard(shard)
+        state.received += 1
+        self.busy += 1
+        if state.reserved:
+            state.reserved -= 1
+            if not state.reserved and state.under_way is None:
+                state.parked_for = None
+        return self.ready and not self.draining
 
     def last_seq(self, shard: int) -> int:
         """The number of the last claim on ``shard``; 0 before the first."""
@@ -145,7 +175,7 @@ class Slots:
     def due_at(self, shard: int) -> float | None:
         """When :meth:`next_claim` gives a claim on ``shard`` though nothing happens until then; None: it never does."""
         state = self._shard(shard)
-        may_claim = self.ready and not self.draining and state.pools and self.free > 0
+        may_claim = self.ready and not self.draining and state.pools and self._available(state) > 0
         return state.claim_again_at if may_claim and state.parked_for is not None else None
 
     def shards_due(self, now: float) -> Sequence[int]:
@@ -156,16 +186,29 @@ class Slots:
         return self._shards.setdefault(shard, _Shard())
 
     def _due(self, state: _Shard, now: float) -> bool:
-        return state.parked_for is None or state.woken or now >= state.claim_again_at
+        if state.parked_for is None or state.woken or now >= state.claim_again_at:
+            return True
+        # More slots than are offered have become free; or another shard needs them.
+        return state.reserved <= self.free if self._serves_one_shard else state.reserved > 0
 
-    def _share(self, now: float) -> int:
+    def _available(self, state: _Shard) -> int:
+        """Slots that a claim of a shard may ask for: those that it offers already are offered anew. What an unparked
+        one still has reserved is on its way."""
+        return self.free + (state.reserved if state.parked_for is not None else 0)
+
+    @property
+    def _serves_one_shard(self) -> bool:
+        return sum(1 for state in self._shards.values() if state.pools) == 1
+
+    def _share(self, state: _Shard, now: float) -> int:
         """The free slots, evenly between the shards that would claim now."""
         eager = sum(1 for s in self._shards.values() if s.under_way is None and s.pools and self._due(s, now))
-        return min(-(-self.free // max(eager, 1)), MAX_CLAIM)
+        return -(-(self.free + state.reserved) // max(eager, 1))
 
-    def _send(self, shard: int, state: _Shard, n: int, pools: Pools) -> Claim:
+    def _send(self, shard: int, state: _Shard, slots: int, pools: Pools) -> Claim:
         state.seq += 1
         state.woken = False
-        state.under_way = Claim(shard, state.seq, state.turn, n, pools)
-        self._reserved += n
+        n, offer = min(slots, MAX_CLAIM), slots if self._serves_one_shard else 0
+        state.under_way = Claim(shard, state.seq, state.turn, n, pools, offer, state.received)
+        state.reserved = offer or n
         return state.under_way

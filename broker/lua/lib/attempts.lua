@@ -28,7 +28,7 @@ local function retry_or_end(job, counted, reason, now)
   leave_lease(job)
   local outcome = job.resume == '1' and 'lost' or 'requeued'
   local epoch = int(tonumber(job.epoch) + 1)
-  local fields = { 'epoch', epoch, 'attempts', int(attempts), 'aid', '', 'owner', '' }
+  local fields = { 'epoch', epoch, 'attempts', int(attempts), 'aid', '', 'owner', '', 'handed', '' }
   if outcome == 'lost' then
     transition(job, 'lost', unpack(fields))
     call('ZADD', P .. 'lost', int(now + LOST_MS), job.id)

@@ -1,5 +1,5 @@
--- Idle workers: parked where they may claim, and woken one at a time. A worker of a region is parked at each queue key
--- twice, for its region and for all.
+-- Idle workers: parked where they may claim, and woken one at a time; some offer slots there (``handoff``). A worker of a
+-- region is parked at each queue key twice, for its region and for all.
 -- uses: records
 
 -- Wakes the worker that parked first at a queue key, unless it is gone. Answers whether there was one.
@@ -19,6 +19,9 @@ end
 -- ``parked``: the queue keys at which a worker is parked, as its ``claimed`` hash says them.
 local function unpark(session_id, parked)
   if not parked then return end
-  for key in string.gmatch(parked, '%S+') do call('ZREM', P .. 'parked:' .. key, session_id) end
+  for key in string.gmatch(parked, '%S+') do
+    call('ZREM', P .. 'parked:' .. key, session_id)
+    call('ZREM', P .. 'offers:' .. key, session_id)
+  end
   call('HDEL', P .. 'claimed:' .. session_id, 'parked')
 end

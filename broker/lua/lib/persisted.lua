@@ -49,7 +49,7 @@ local function keep_or_drop_output(job, bytes, idem, retention_ms, topic)
   call('PEXPIRE', P .. 'out:' .. job.id, ttl)
   if idem ~= '' then call('PEXPIRE', P .. 'idem:' .. idem, ttl) end
   call('HDEL', key, 'env', 'queue', 'entry', 'owner', 'band', 'size', 'max', 'reply', 'eligible_at', 'handed_back', 'avoid',
-    'avoid_until', 'suspicion', 'not_charged', 'cleared')
+    'avoid_until', 'suspicion', 'not_charged', 'cleared', 'handed')
   call('HSET', key, 'ended_at', int(now), 'expires_at', until_ms, 'cause', string.sub(job.why or '', 1, 500))
 end
 

@@ -4,7 +4,7 @@
 
 local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
   'persisted', 'listed', 'deadline', 'size', 'at', 'queue', 'entry', 'handed_back', 'avoid', 'avoid_until', 'resume',
-  'suspicion', 'not_charged', 'cleared' }
+  'suspicion', 'not_charged', 'cleared', 'handed' }
 
 -- The record of a job without its envelope; nil if there is none.
 local function load_job(id)

@@ -7,7 +7,8 @@ from copy import deepcopy
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from hypothesis.strategies import DataObject, data, floats, integers, sampled_from
 
-from queue_schemas import LANES, Assignment, Lane, PoolAssignment
+from queue_schemas import LANES, Assignment, Claimed, Lane, Lease, PoolAssignment
+from tests.support.queue import make_job
 from worker.core import Claim, Slots
 from worker.core.slots import MAX_CLAIM, PARK_AGAIN_S, RETRY_APART_S, RETRY_MARGIN_S
 
@@ -21,6 +22,20 @@ def ready_slots(total: int = 4, *pools: tuple[str, int]) -> Slots:
     slots = Slots(total, ready=True)
     assert slots.assign(assignment(*(pools or (("m", 0),))))
     return slots
+
+
+def answer(slots: Slots, claim: Claim, jobs: int, now: float, *, handed_over: int = 0) -> None:
+    """Answer ``claim`` with so many jobs as the queue does. ``handed_over``: in the session so far."""
+    on_their_way = max(handed_over - claim.received, 0)
+    n = max(claim.n - on_their_way, 0)
+    parked = jobs < n
+    offered = max(claim.offer - on_their_way - jobs, 0) if parked else 0
+    leases = tuple(make_lease() for _ in range(jobs))
+    slots.answered(claim, Claimed(leases, parked=parked, handed_over=handed_over, offered=offered), now)
+
+
+def make_lease() -> Lease:
+    return Lease(make_job(), 1, "attempt", 1, 1_000, 0)
 
 
 def test_claims_every_free_slot_of_its_pools_and_lanes() -> None:
@@ -46,7 +61,7 @@ def test_an_unanswered_claim_is_repeated_unchanged() -> None:
     claim = slots.next_claim(0, 0.0)
     assert slots.next_claim(0, 1.0) is claim
     assert claim is not None
-    slots.answered(claim, 4, 1.0)
+    answer(slots, claim, 4, 1.0)
     slots.freed()
     following = slots.next_claim(0, 2.0)
     assert following is not None
@@ -58,7 +73,7 @@ def test_a_full_claim_is_followed_by_another_as_soon_as_a_slot_is_free() -> None
     slots = ready_slots(2)
     claim = slots.next_claim(0, 0.0)
     assert claim is not None
-    slots.answered(claim, 2, 0.0)
+    answer(slots, claim, 2, 0.0)
     assert slots.next_claim(0, 0.0) is None
     slots.freed()
     assert slots.next_claim(0, 0.0) is not None
@@ -69,7 +84,7 @@ def test_a_parked_worker_waits_for_a_wake_and_parks_again_in_time() -> None:
     slots = ready_slots(4)
     claim = slots.next_claim(0, 0.0)
     assert claim is not None
-    slots.answered(claim, 1, 0.0)
+    answer(slots, claim, 1, 0.0)
     slots.freed()
     assert slots.next_claim(0, 1.0) is None
     assert list(slots.shards_due(PARK_AGAIN_S - 0.1)) == []
@@ -85,12 +100,12 @@ def test_a_drained_worker_leaves_the_parked_and_claims_no_more() -> None:
     slots = ready_slots(4)
     claim = slots.next_claim(0, 0.0)
     assert claim is not None
-    slots.answered(claim, 0, 0.0)
+    answer(slots, claim, 0, 0.0)
     slots.draining = True
     leaving = slots.next_claim(0, 0.0)
     assert leaving is not None
     assert (leaving.n, leaving.pools) == (0, claim.pools)
-    slots.answered(leaving, 0, 0.0)
+    answer(slots, leaving, 0, 0.0)
     assert slots.next_claim(0, 0.0) is None
     slots.wake(0)
     assert slots.next_claim(0, 0.0) is None
@@ -101,12 +116,12 @@ def test_another_assignment_first_leaves_the_parked_of_the_old_one() -> None:
     slots = ready_slots(4, ("old", 0))
     claim = slots.next_claim(0, 0.0)
     assert claim is not None
-    slots.answered(claim, 0, 0.0)
+    answer(slots, claim, 0, 0.0)
     assert slots.assign(assignment(("new", 0), version=2))
     leaving = slots.next_claim(0, 0.0)
     assert leaving is not None
     assert (leaving.n, leaving.pools) == (0, (("old", LANES),))
-    slots.answered(leaving, 0, 0.0)
+    answer(slots, leaving, 0, 0.0)
     following = slots.next_claim(0, 0.0)
     assert following is not None
     assert (following.n, following.pools) == (4, (("new", LANES),))
@@ -159,10 +174,10 @@ def test_a_wake_without_a_free_slot_is_passed_on() -> None:
     slots = ready_slots(1, ("a", 0), ("b", 1))
     a = slots.next_claim(0, 0.0)
     assert a is not None
-    slots.answered(a, 0, 0.0)
+    answer(slots, a, 0, 0.0)
     b = slots.next_claim(1, 0.0)
     assert b is not None
-    slots.answered(b, 1, 0.0)
+    answer(slots, b, 1, 0.0)
     slots.wake(0)
     passed_on = slots.next_claim(0, 0.0)
     assert passed_on is not None
@@ -174,7 +189,7 @@ def test_a_spent_attempt_is_looked_for_again_after_two_seconds() -> None:
     slots = ready_slots(4)
     claim = slots.next_claim(0, 0.0)
     assert claim is not None
-    slots.answered(claim, 1, 0.0)
+    answer(slots, claim, 1, 0.0)
     slots.freed()
     slots.retry_after(0, 1.0, RETRY_APART_S)
     assert list(slots.shards_due(1.0 + RETRY_APART_S + RETRY_MARGIN_S)) == [0]
@@ -186,12 +201,12 @@ def test_a_retry_that_is_due_late_is_claimed_on_time() -> None:
     slots = ready_slots()
     claim = slots.next_claim(0, 0.0)
     assert claim is not None
-    slots.answered(claim, 0, 0.0)
+    answer(slots, claim, 0, 0.0)
     slots.retry_after(0, 1.0, 30.0)
     assert list(slots.shards_due(PARK_AGAIN_S)) == [0]
     again = slots.next_claim(0, PARK_AGAIN_S)
     assert again is not None
-    slots.answered(again, 0, PARK_AGAIN_S)
+    answer(slots, again, 0, PARK_AGAIN_S)
     assert slots.due_at(0) == 31.0 + RETRY_MARGIN_S
 
 
@@ -202,7 +217,7 @@ def test_a_worker_that_can_run_nothing_is_due_at_no_time() -> None:
     claim = slots.next_claim(0, 0.0)
     assert claim is not None
     assert slots.due_at(0) is None, "its slot is reserved"
-    slots.answered(claim, 0, 0.0)
+    answer(slots, claim, 0, 0.0)
     assert slots.due_at(0) == PARK_AGAIN_S
     slots.busy = 1
     assert slots.due_at(0) is None
@@ -215,13 +230,23 @@ def test_a_worker_that_can_run_nothing_is_due_at_no_time() -> None:
 
 
 class SlotsMachine(RuleBasedStateMachine):
-    """A worker's slots under any order of claims, answers, wakes and ends, on two shards."""
+    """A worker's slots under any order of claims, answers, handed jobs, wakes and ends, on two shards or on one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.slots = ready_slots(3, ("a", 0), ("b", 1))
         self.now = 0.0
         self.sent: dict[int, Claim] = {}
+        self.offered = {0: 0, 1: 0}
+        """What the queue may hand over."""
+        self.handed_over = {0: 0, 1: 0}
+        self.unread = {0: 0, 1: 0}
+        self.version = 1
+
+    @rule(shards=integers(1, 2))
+    def assign(self, shards: int) -> None:
+        self.version += 1
+        self.slots.assign(assignment(*(("a", 0), ("b", 1))[:shards], version=self.version))
 
     @rule(shard=integers(0, 1))
     def claim(self, shard: int) -> None:
@@ -234,8 +259,31 @@ class SlotsMachine(RuleBasedStateMachine):
     @rule(data=data())
     def answer(self, data: DataObject) -> None:
         claim = self.sent.pop(data.draw(sampled_from(sorted(self.sent))))
-        jobs = data.draw(integers(0, claim.n))
-        self.slots.answered(claim, jobs, self.now)
+        on_their_way = max(self.handed_over[claim.shard] - claim.received, 0)
+        jobs = data.draw(integers(0, max(claim.n - on_their_way, 0)))
+        parked = jobs < claim.n - on_their_way
+        offered = max(claim.offer - on_their_way - jobs, 0) if parked else 0
+        self.offered[claim.shard] = offered
+        answer = Claimed(
+            tuple(make_lease() for _ in range(jobs)),
+            parked=parked,
+            handed_over=self.handed_over[claim.shard],
+            offered=offered,
+        )
+        self.slots.answered(claim, answer, self.now)
+
+    @rule(shard=integers(0, 1))
+    def hand_over(self, shard: int) -> None:
+        if self.offered[shard]:
+            self.offered[shard] -= 1
+            self.handed_over[shard] += 1
+            self.unread[shard] += 1
+
+    @rule(shard=integers(0, 1))
+    def read(self, shard: int) -> None:
+        if self.unread[shard]:
+            self.unread[shard] -= 1
+            self.slots.handed_over(shard)
 
     @precondition(lambda self: self.slots.busy)
     @rule()
@@ -256,7 +304,14 @@ class SlotsMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_promises_more_than_it_has(self) -> None:
-        assert 0 <= self.slots.busy + sum(claim.n for claim in self.sent.values()) <= self.slots.total
+        """What runs, what is on its way, what a claim may bring and what may be handed over fit the slots."""
+        promised = sum(
+            max(self.sent[shard].n, self.sent[shard].offer, self.unread[shard])
+            if shard in self.sent
+            else self.unread[shard] + self.offered[shard]
+            for shard in (0, 1)
+        )
+        assert 0 <= self.slots.busy + promised <= self.slots.total
 
     @invariant()
     def what_is_due_is_claimed(self) -> None:
@@ -267,6 +322,13 @@ class SlotsMachine(RuleBasedStateMachine):
                 assert deepcopy(self.slots).next_claim(shard, max(due, self.now)) is not None
                 assert due <= self.now + PARK_AGAIN_S
 
+    @invariant()
+    def a_claim_is_announced(self) -> None:
+        """``has_claim`` says whether ``next_claim`` has a new one."""
+        for shard in (0, 1):
+            new = deepcopy(self.slots).next_claim(shard, self.now)
+            assert self.slots.has_claim(shard, self.now) == (new is not None and shard not in self.sent)
+
 
 TestSlotsMachine = SlotsMachine.TestCase
 
@@ -276,3 +338,87 @@ def test_one_claim_is_bounded() -> None:
     claim = ready_slots(1_000).next_claim(0, 0.0)
     assert claim is not None
     assert claim.n == MAX_CLAIM
+
+
+def test_a_parked_worker_is_handed_jobs_and_claims_when_its_offer_is_used_up() -> None:
+    """What it offers stays reserved; each job that it is handed uses a slot up; behind the last one it claims again."""
+    slots = ready_slots(2)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    assert (claim.n, claim.offer, claim.received) == (2, 2, 0)
+    answer(slots, claim, 0, 0.0)
+    assert slots.free == 0
+    assert slots.handed_over(0)
+    assert slots.next_claim(0, 1.0) is None
+    assert slots.handed_over(0)
+    assert (slots.busy, slots.next_claim(0, 1.0)) == (2, None)
+    slots.freed()
+    following = slots.next_claim(0, 1.0)
+    assert following is not None
+    assert (following.n, following.offer, following.received) == (1, 1, 2)
+
+
+def test_slots_are_offered_anew_when_more_are_free_than_offered() -> None:
+    """So that the queue knows who is free, at the price of one claim for many jobs."""
+    slots = ready_slots(4)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    answer(slots, claim, 0, 0.0)
+    for handed in (1, 2):
+        assert slots.next_claim(0, 1.0) is None
+        slots.handed_over(0)
+        slots.freed()
+        assert slots.has_claim(0, 1.0) == (handed == 2)
+    again = slots.next_claim(0, 1.0)
+    assert again is not None
+    assert (again.n, again.offer, again.received) == (4, 4, 2)
+
+
+def test_a_job_on_its_way_when_a_claim_was_answered_has_its_slot() -> None:
+    """The queue has counted it among what the claim asked for; nothing else may take the slot."""
+    slots = ready_slots(2)
+    first = slots.next_claim(0, 0.0)
+    assert first is not None
+    answer(slots, first, 0, 0.0)
+    slots.wake(0)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    answer(slots, claim, 1, 0.0, handed_over=1)
+    assert (slots.busy, slots.free) == (1, 0)
+    assert slots.next_claim(0, 0.0) is None, "it waits for the job that is on its way, instead of asking over and over"
+    assert slots.handed_over(0)
+    assert (slots.busy, slots.free) == (2, 0)
+
+
+def test_a_worker_of_two_shards_offers_nothing() -> None:
+    """Slots that one shard's jobs may take at any time could not serve the other."""
+    claim = ready_slots(4, ("a", 0), ("b", 1)).next_claim(0, 0.0)
+    assert claim is not None
+    assert claim.offer == 0
+
+
+def test_an_offer_is_withdrawn_when_another_shard_is_assigned() -> None:
+    """Its slots are shared from then on."""
+    slots = ready_slots(4, ("a", 0))
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    answer(slots, claim, 0, 0.0)
+    slots.assign(assignment(("a", 0), ("b", 1), version=2))
+    withdrawn = slots.next_claim(0, 0.0)
+    assert withdrawn is not None
+    assert withdrawn.offer == 0
+    answer(slots, withdrawn, 0, 0.0)
+    assert slots.next_claim(1, 0.0) is not None
+
+
+def test_a_job_that_cannot_be_run_any_more_is_refused() -> None:
+    """On its way out, or without an engine: it is handed back, and its slot is busy until it is."""
+    slots = ready_slots(1)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    answer(slots, claim, 0, 0.0)
+    slots.draining = True
+    assert not slots.handed_over(0)
+    assert slots.busy == 1
+    slots.freed()
+    assert slots.free == 1

@@ -1,0 +1,58 @@
+-- Hands new jobs to parked workers. ``offers:<queue key>``: sessions that take jobs there without claiming them, the most
+-- free first (score: minus the free slots); how many each takes is ``free`` in its ``claimed`` hash, and ``given`` counts
+-- them. A job travels on the worker's control stream, and is leased from the moment that it is written there.
+-- uses: fence, parking
+
+local MAX_TAKERS = 16 -- of a queue key, looked at in one call
+local MAX_HANDED_BYTES = 65536 -- a larger envelope waits to be claimed
+local takers, takers_at = {}, {}
+
+-- The worker behind a session that offers slots; false if it does not any more.
+local function taker(session_id)
+  if takers[session_id] == nil then
+    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'parked')
+    local free = tonumber(claimed[1] or 0)
+    takers[session_id] = free > 0 and not is_fenced(session_id)
+      and { id = session_id, free = free, given = tonumber(claimed[2] or 0), parked = claimed[3], keys = {} }
+  end
+  return takers[session_id]
+end
+
+-- The worker with the most free slots among those that offer some at a queue key.
+local function most_free(key)
+  takers_at[key] = takers_at[key] or call('ZRANGE', P .. 'offers:' .. key, 0, MAX_TAKERS - 1)
+  local best = nil
+  for _, session_id in ipairs(takers_at[key]) do
+    local found = taker(session_id)
+    if not found then
+      remove('ZREM', P .. 'offers:' .. key, session_id)
+    elseif found.free > 0 and (not best or found.free > best.free) then
+      best = found
+    end
+  end
+  return best
+end
+
+-- Sends a job to a worker that offers a slot at ``key``. Answers its session and the id of the entry; nil if there is none. One
+-- that offers nothing more is parked no more: it will claim.
+local function hand_over(key, id, envelope, aid, ttl_ms)
+  local to = string.len(envelope) <= MAX_HANDED_BYTES and waiting(key) == 0 and most_free(key)
+  while to do
+    local entry = call('XADD', P .. 'ctl:' .. to.id, 'NOMKSTREAM', '*', 'k', 'job', 'id', id, 'aid', aid, 'left', ttl_ms,
+      'env', envelope)
+    to.free, to.given, to.keys[key] = entry and to.free - 1 or 0, to.given + (entry and 1 or 0), true
+    if to.free == 0 then unpark(to.id, to.parked) end
+    if entry then return to.id, entry end
+    to = most_free(key)
+  end
+end
+
+-- Writes what was handed over in this call.
+local function write_offers()
+  for _, one in pairs(takers) do
+    if one and next(one.keys) then
+      call('HSET', P .. 'claimed:' .. one.id, 'free', int(one.free), 'given', int(one.given))
+      for key in pairs(one.keys) do call('ZADD', P .. 'offers:' .. key, 'XX', int(-one.free), one.id) end
+    end
+  end
+end
