@@ -137,7 +137,8 @@ class Slots:
         state.turn += jobs
         self.busy += jobs
         state.reserved = max(answer.handed_over - state.received, 0) + answer.offered
-        state.parked_for = claim.pools if answer.parked and (answer.offered or not claim.offer) else None
+        is_parked = answer.parked and claim.n > 0 and (answer.offered > 0 or not claim.offer)
+        state.parked_for = claim.pools if is_parked else None
         state.retries_at = [due for due in state.retries_at if due > now]
         state.claim_again_at = min([now + PARK_AGAIN_S, *state.retries_at])
 

@@ -115,9 +115,9 @@ class SurprisingBroker:
         self._called("leader_lease_until")
         return self.calls["leader_lease_until"]
 
-    async def claim(self, *arguments: Any) -> Claimed:
+    async def claim(self, *arguments: Any, **offer: Any) -> Claimed:
         self._called("claim")
-        return Claimed()
+        return Claimed(parked=True, offered=offer.get("offer", 0))
 
     async def read_control(self, *arguments: Any) -> list[Any]:
         self._called("read_control")
@@ -165,11 +165,11 @@ class SlowToClaim(SurprisingBroker):
         super().__init__()
         self.order: list[str] = []
 
-    async def claim(self, *arguments: Any) -> Claimed:
+    async def claim(self, *arguments: Any, **offer: Any) -> Claimed:
         self.order.append("claim")
         if len(self.order) == 1:
             await eventually(lambda: self.calls["read_control"] > 2, "the control stream is read again")
-        return await super().claim(*arguments)
+        return await super().claim(*arguments, **offer)
 
     async def reconcile_leases(self, *arguments: Any) -> set[str]:
         self.order.append("reconcile_leases")
