@@ -305,12 +305,14 @@ class SlotsMachine(RuleBasedStateMachine):
     @invariant()
     def never_promises_more_than_it_has(self) -> None:
         """What runs, what is on its way, what a claim may bring and what may be handed over fit the slots."""
-        promised = sum(
-            max(self.sent[shard].n, self.sent[shard].offer, self.unread[shard])
-            if shard in self.sent
-            else self.unread[shard] + self.offered[shard]
-            for shard in (0, 1)
-        )
+        promised = sum(self.unread.values())
+        for shard in (0, 1):
+            if shard in self.sent:
+                claim = self.sent[shard]
+                asked = max(claim.n, claim.offer)
+                promised += asked - min(self.handed_over[shard] - claim.received, asked)
+            else:
+                promised += self.offered[shard]
         assert 0 <= self.slots.busy + promised <= self.slots.total
 
     @invariant()
