@@ -291,6 +291,41 @@ async def the_last_attempt_is_fenced(scene: Scene) -> None:
     assert await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.FENCED
 
 
+async def nothing_is_handed_over_past_what_waits(scene: Scene) -> None:
+    """A job that its worker may not have again so soon was there first."""
+    await scene.worker.claim(2, offer=2)
+    await scene.broker.jobs.enqueue(scene.job())
+    (lease,) = await scene.worker.handed()
+    await scene.broker.attempts.release(lease, "the engine was busy", counted=True)
+    await scene.broker.jobs.enqueue(scene.job())
+    assert await scene.worker.handed() == []
+
+
+async def what_is_on_its_way_has_a_slot(scene: Scene) -> None:
+    """A claim that crosses with a handed job brings one less."""
+    await scene.worker.claim(1, offer=1)
+    await scene.broker.jobs.enqueue(scene.job())
+    await scene.broker.jobs.enqueue(scene.job())
+    assert await scene.worker.claim(1, offer=1) == []
+
+
+async def what_is_on_its_way_is_not_taken_back(scene: Scene) -> None:
+    """A worker that reconciles its leases does not run what it has not read of."""
+    await scene.worker.claim(1, offer=1)
+    await scene.broker.jobs.enqueue(scene.job())
+    await scene.broker.workers.reconcile_leases(0, scene.worker.session_id, scene.worker.seq, ())
+    (lease,) = await scene.worker.handed()
+    assert await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+
+
+async def nobody_makes_a_control_stream(scene: Scene) -> None:
+    """A worker whose stream is gone would not read of a job."""
+    await scene.worker.claim(1, offer=1)
+    await scene.client.delete(KEYS.control(scene.worker.session_id))
+    await scene.broker.jobs.enqueue(scene.job())
+    assert len(await (await scene.another()).claim(1)) == 1
+
+
 Scenario = Callable[[Scene], Awaitable[None]]
 SAME = "local same = job.epoch == epoch and job.aid == aid"
 RELEASED = "if releasing and job.handed_back == epoch .. ':' .. aid then return nil, 'duplicate' end"
@@ -323,6 +358,10 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (a_suspect_is_cleared_by_itself, Rewrite("clear_suspicion", "if not is_suspect(job) then return 'ok' end", "")),
     (the_dying_do_not_join, Rewrite("join", "if number < 0 then return number end", "")),
     (the_last_attempt_is_fenced, Rewrite("reclaim", "job.aid = ''", "")),
+    (nothing_is_handed_over_past_what_waits, Rewrite("handoff", "waiting(key) == 0 and ", "")),
+    (what_is_on_its_way_has_a_slot, Rewrite("claim", "math.max(wanted - on_their_way, 0)", "wanted")),
+    (what_is_on_its_way_is_not_taken_back, Rewrite("reconcile_leases", "if job and is_unread(job.handed)", "if false")),
+    (nobody_makes_a_control_stream, Rewrite("handoff", "'NOMKSTREAM', '*', 'k', 'job'", "'*', 'k', 'job'")),
 ]  # fmt: skip
 
 
