@@ -18,6 +18,7 @@ local came_at = int(now)
 local BUDGETS = { 'tenant_jobs', 'tenant_bytes', 'pool_jobs', 'pool_bytes', 'tenant_persisted' }
 local LIMITS = { tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]) }
 local attempt_base, handed_over = ARGV[7], 0
+local deadlines, leased = {}, {} -- written together
 
 -- The first budget that a job would exceed; nil if there is room.
 local function over_budget(tenant, pool, size, persisted_bytes)
@@ -75,6 +76,7 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   if region ~= '' then lane_at = lane .. '@' .. region end
   local at = pool .. ':' .. lane_at
   local aid, owner, handed = attempt_base .. handed_over, nil, nil
+  read('counters', { at .. ':waiting', shared .. ':enqueued', shared .. ':leased' })
   if attempt_base ~= '' then owner, handed = hand_over(at, id, envelope, aid, ttl_ms) end
   local stands = { 'state', 'leased', 'lane', lane, 'aid', aid, 'attempts', '1', 'owner', owner, 'handed', handed }
   if not owner then
@@ -89,12 +91,15 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   if is_persisted then
     persist({ id = id, tenant = tenant }, reply, deadline, retention_ms, idem, request, listed, topic, metadata)
   end
-  call('ZADD', P .. 'deadlines', deadline, id)
+  deadlines[#deadlines + 1] = deadline
+  deadlines[#deadlines + 1] = id
   spend(pool, tenant, 1, size)
   add('counters', shared .. ':enqueued', 1)
   if owner then
     handed_over = handed_over + 1
-    call('HSET', P .. 'leases:' .. owner, id, '1')
+    leased[owner] = leased[owner] or {}
+    table.insert(leased[owner], id)
+    table.insert(leased[owner], '1')
     if is_persisted then call('HSET', key, 'started', came_at) end
     add('counters', shared .. ':leased', 1)
     return 'queued'
@@ -112,5 +117,6 @@ end
 
 local answers = {}
 for i = 8, #ARGV, 19 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 18)) end
-write_offers()
+write_in_chunks('ZADD', P .. 'deadlines', deadlines)
+write_offers(leased)
 return write_counters_and_return(answers)

@@ -1,7 +1,7 @@
 -- Hands new jobs to parked workers. ``offers:<queue key>``: sessions that take jobs there without claiming them, the most
 -- free first (score: minus the free slots); how many each takes is ``free`` in its ``claimed`` hash, and ``given`` counts
 -- them. A job travels on the worker's control stream, and is leased from the moment that it is written there.
--- uses: fence, parking
+-- uses: parking
 
 local MAX_TAKERS = 16 -- of a queue key, looked at in one call
 local MAX_HANDED_BYTES = 65536 -- a larger envelope waits to be claimed
@@ -12,7 +12,7 @@ local function taker(session_id)
   if takers[session_id] == nil then
     local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'parked')
     local free = tonumber(claimed[1] or 0)
-    takers[session_id] = free > 0 and not is_fenced(session_id)
+    takers[session_id] = free > 0
       and { id = session_id, free = free, given = tonumber(claimed[2] or 0), parked = claimed[3], keys = {} }
   end
   return takers[session_id]
@@ -47,8 +47,9 @@ local function hand_over(key, id, envelope, aid, ttl_ms)
   end
 end
 
--- Writes what was handed over in this call.
-local function write_offers()
+-- Writes what was handed over in this call. Jobs that it leased: by session, ids and epochs.
+local function write_offers(leased)
+  for session_id, leases in pairs(leased) do write_in_chunks('HSET', P .. 'leases:' .. session_id, leases) end
   for _, one in pairs(takers) do
     if one and next(one.keys) then
       call('HSET', P .. 'claimed:' .. one.id, 'free', int(one.free), 'given', int(one.given))
