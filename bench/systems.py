@@ -115,7 +115,7 @@ async def _nginx(folder: Path, engine_port: int) -> AsyncIterator[System]:
 async def _vllm_router(folder: Path, engine_port: int) -> AsyncIterator[System]:
     program = peers.program("vllm-router")
     port, log = free_port(), folder / "vllm-router.log"
-    command = [
+    command: list[str | Path] = [
         *(program, "--host", "127.0.0.1", "--port", str(port), "--worker-urls", f"http://127.0.0.1:{engine_port}"),
         *("--policy", "round_robin", "--log-level", "error", "--prometheus-port", str(free_port())),
     ]
@@ -129,7 +129,17 @@ async def _litellm(folder: Path, engine_port: int) -> AsyncIterator[System]:
     program = peers.program("litellm", extra="litellm")
     port, log, config = free_port(), folder / "litellm.log", folder / "litellm.yaml"
     config.write_text(_LITELLM.format(model=MODEL, engine_port=engine_port))
-    command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+    command: list[str | Path] = [
+        program,
+        "--config",
+        str(config),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--num_workers",
+        "1",
+    ]
     async with running_program(command, log, env=peers.environment()) as pid:
         await until_answers(f"http://127.0.0.1:{port}/v1/models", log, wanted=f'"{MODEL}"', limit_s=180, pid=pid)
         yield System("litellm", port, {"litellm": pid})

@@ -28,7 +28,7 @@ async def measured_queue(name: str, folder: Path, jobs: int, number: int = 0) ->
     python, script = peers.python(ENVIRONMENTS.get(name, "")), Path(peers.__file__).with_name(f"{QUEUES[name]}.py")
     new_folder(folder)
     async with EmbeddedServer(folder / "valkey") as server:
-        command = [python, script, "worker", server.url, str(jobs)]
+        command: list[str | Path] = [python, script, "worker", server.url, str(jobs)]
         async with (
             running_program(command, folder / "worker.log", env=peers.environment()) as worker_pid,
             submitter(
