@@ -89,10 +89,9 @@ class ShardKeys:
         """Sorted set: idle sessions, all or those of one region, by expiry (queue ms)."""
         return f"{self.prefix}parked:{queue_key(pool, lane, region)}"
 
-    @property
-    def remote(self) -> str:
-        """Sorted set: queue keys of regions, by when a job there may first be run anywhere (queue ms)."""
-        return f"{self.prefix}remote"
+    def offers(self, pool: str, lane: Lane, region: str = "") -> str:
+        """Sorted set: parked sessions that are handed jobs there, the most free first (minus their free slots)."""
+        return f"{self.prefix}offers:{queue_key(pool, lane, region)}"
 
     @property
     def deadlines(self) -> str:

@@ -5,8 +5,7 @@ worker claims: once background goes first, once batch goes first. Inside a pool'
 that every ``BAND_STEP``-th job starts from another band, each of them in turn; and lost work (the retry stream) goes
 before new work except on that same turn.
 
-Where regions are named, a worker claims in each lane what is of its own region or of none (in turns), then what is of
-another region and has waited long enough to be run anywhere; on every ``REMOTE_STEP``-th job it is the other way round.
+Where regions are named, a worker claims in each lane what is of its own region and what may be run anywhere, in turns.
 
 ``broker/lua/claim.lua`` does what these functions say; the contract tests compare the two.
 """
@@ -37,9 +36,8 @@ LANE_CYCLE = 16
 BAND_STEP = 4
 STARVATION_BOUND = LANE_CYCLE * BAND_STEP * (BANDS - 1)
 """With one tenant and one pool, a waiting head of any lane and band is claimed within so many claims of one worker."""
-REMOTE_STEP = 4
-REGIONAL_STARVATION_BOUND = REMOTE_STEP * STARVATION_BOUND
-"""The same where regions are named: locally, and remote for a head that may be run anywhere, with one other region."""
+REGIONAL_STARVATION_BOUND = 2 * STARVATION_BOUND
+"""The same for a worker of a region, for what is of that region and for what is anybody's."""
 
 
 def lane_order(turn: int) -> tuple[Lane, ...]:
@@ -59,14 +57,9 @@ def band_order(turn: int) -> tuple[int, ...]:
     return (first, *(band for band in range(BANDS) if band != first))
 
 
-def remote_first(turn: int) -> bool:
-    """Whether the ``turn``-th job that a worker claims is looked for remote first. The step is shifted in each cycle of
-    lanes, so that every lane has such turns."""
-    return (turn + turn // LANE_CYCLE) % REMOTE_STEP == REMOTE_STEP - 1
-
-
 def region_first(turn: int) -> bool:
-    """Whether the ``turn``-th local job is first looked for in the worker's own region, not in none."""
+    """Whether the ``turn``-th job that a worker claims is first looked for in its own region, not among what may be run
+    anywhere. The order is shifted in each cycle of lanes, so that every lane has both."""
     return (turn + turn // LANE_CYCLE) % 2 == 0
 
 

@@ -7,7 +7,7 @@
 --       attempt id, attempt, remaining_ms, waited_ms, suspect (1 or 0)}. With fewer than n jobs the worker is parked. The
 --       same (session, seq) again answers the same leases, as far as they are still held (if some are not, a wake tells the
 --       worker to claim again); an older seq nothing. A reply that grows large ends early, and a wake does the same.
--- The order of lanes, bands, and local and remote queue keys is that of queue_schemas/lanes.py.
+-- The order of lanes, bands, and the worker's region and none is that of queue_schemas/lanes.py.
 -- Invariants: 3 fence, 5 order, 6 bounded starvation, 10 no start after expiry, 13 liveness (what is left wakes the next
 --       worker).
 -- uses: clock, endings, fairness, fence, parking
@@ -16,7 +16,6 @@ local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local offer, received, attempt_base, park_ms, region = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9]), ARGV[10]
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply
-local MAX_HEADS = 16 -- tenants of a band whose first job is looked at, of another region
 local claimed_key = P .. 'claimed:' .. session_id
 local now = now_ms()
 
@@ -63,16 +62,6 @@ for i = 11, #ARGV, 2 do
 end
 for i, key in ipairs(local_keys) do depths[i] = key .. ':waiting' end
 read('counters', depths)
-
--- By queue key served: those of other regions where a job may be run anywhere by now, longest first.
-local remote = {}
-for _, key in ipairs(#pools > 0 and call('ZRANGEBYSCORE', P .. 'remote', '-inf', int(now)) or {}) do
-  local shared = without_region(key)
-  if shared_keys[shared] and key ~= shared .. '@' .. region then
-    remote[shared] = remote[shared] or {}
-    table.insert(remote[shared], key)
-  end
-end
 
 local function first_then_rest(first, all)
   local order = { first }
@@ -135,90 +124,50 @@ local function take_retry(key)
   return job or take_from_stream('retry:' .. key)
 end
 
--- A new job of the tenant that was served least; of another region (``is_remote``), among those whose first job may be run
--- anywhere by now. Answers too when the next one may be.
-local function take_fresh(key, turn, is_remote)
-  local later = nil
+-- A new job of the tenant that was served least.
+local function take_fresh(key, turn)
   for _, band in ipairs(band_order(turn)) do
     local of_band = key .. ':' .. band
-    local at, clock = 0, nil
-    while not found_empty[of_band] and skipped < MAX_SKIPPED and at < MAX_HEADS do
-      local heads = call('ZRANGE', P .. 'active:' .. of_band, at, at + 1, 'WITHSCORES')
+    while not found_empty[of_band] and skipped < MAX_SKIPPED do
+      local heads = call('ZRANGE', P .. 'active:' .. of_band, 0, 1, 'WITHSCORES')
       local tenant, start = heads[1], tonumber(heads[2])
-      if not tenant then
-        found_empty[of_band] = at == 0
-        break
-      end
-      if at == 0 then clock = start end
-      local queue = 'q:' .. of_band .. ':' .. tenant
-      local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
-      local eligible = is_remote and entry and tonumber(call('HGET', P .. 'job:' .. entry[2][2], 'eligible_at')) or 0
-      if not entry then
-        call('ZREM', P .. 'active:' .. of_band, tenant)
-      elseif eligible > now then
-        later = math.min(later or eligible, eligible)
-        at = at + 1
-      else
-        local job = runnable(queue, entry)
-        -- A tenant without competition is not charged: the next tenant that comes starts level with it.
-        if job and (heads[3] or at > 0) then charge(of_band, tenant, start, clock) end
-        if job then return job end
-      end
+      local queue = 'q:' .. of_band .. ':' .. (tenant or '')
+      local entry = tenant and call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
+      local job = entry and runnable(queue, entry)
+      -- A tenant without competition is not charged: the next tenant that comes starts level with it.
+      if job and heads[3] then charge(of_band, tenant, start) end
+      if job then return job end
+      if not entry and tenant then call('ZREM', P .. 'active:' .. of_band, tenant) end
+      found_empty[of_band] = not tenant
     end
   end
-  return nil, later
+  return nil
 end
 
 -- The next job of a queue key: retried work first, but for every fourth turn.
-local function take(key, is_remote)
+local function take(key)
   local turn = counter('counters', key .. ':turn')
-  local job, later = turn % 4 ~= 3 and take_retry(key) or nil, nil
-  if not job then job, later = take_fresh(key, turn, is_remote) end
-  if not job and turn % 4 == 3 then job = take_retry(key) end
+  local job = turn % 4 ~= 3 and take_retry(key) or take_fresh(key, turn) or turn % 4 == 3 and take_retry(key)
   if job then add('counters', key .. ':turn', 1) end
-  return job, later
+  return job
 end
 
--- A job of this worker's region or of none, in turns.
-local function take_local(key, turn)
-  if region == '' then return waiting(key) > 0 and take(key) or nil end
+-- A job of a queue key, or of this worker's region there, in turns.
+local function take_at(key, turn)
   local own, region_first = key .. '@' .. region, (turn + math.floor(turn / 16)) % 2 == 0
-  local order = region_first and { own, key } or { key, own }
-  for _, at in ipairs(order) do
+  for _, at in ipairs(region == '' and { key } or region_first and { own, key } or { key, own }) do
     local job = skipped < MAX_SKIPPED and waiting(at) > 0 and take(at)
     if job then return job end
   end
   return nil
 end
 
--- A job of another region that has waited long enough for that one's workers.
-local function take_remote(key)
-  local keys = remote[key] or {}
-  while keys[1] and skipped < MAX_SKIPPED do
-    local job, later = take(keys[1], true)
-    if job then return job end
-    if later then
-      call('ZADD', P .. 'remote', int(later), keys[1])
-    elseif skipped < MAX_SKIPPED then
-      call('ZREM', P .. 'remote', keys[1])
-    end
-    table.remove(keys, 1)
-  end
-  return nil
-end
-
-local has_remote = next(remote) ~= nil
-
 local function next_job(turn)
-  local remote_first = has_remote and (turn + math.floor(turn / 16)) % 4 == 3
   for _, lane in ipairs(lane_order(turn)) do
-    for step = 1, has_remote and 2 or 1 do
-      local take_at = (step == 1) == remote_first and take_remote or take_local
-      for i = 0, #pools - 1 do
-        local key = pools[(turn + i) % #pools + 1] .. ':' .. lane
-        local job = shared_keys[key] and skipped < MAX_SKIPPED and take_at(key, turn)
-        if job then return job end
-      end
+    for i = 0, #pools - 1 do
+      local key = pools[(turn + i) % #pools + 1] .. ':' .. lane
+      local job = shared_keys[key] and take_at(key, turn)
+      if job then return job end
     end
   end
   return nil
@@ -269,7 +218,6 @@ else
   unpark(session_id, last[3])
   local woke = false
   for _, key in ipairs(local_keys) do woke = woke or waiting(key) > 0 and wake(key, now) end
-  for shared, keys in pairs(remote) do woke = woke or keys[1] and waiting(keys[1]) > 0 and wake(shared, now) end
 end
 answer[2], answer[4] = parked, free
 call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free))

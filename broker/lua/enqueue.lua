@@ -11,7 +11,7 @@
 --       before it came is void), or 'over <budget>' where nothing was written. Where another job holds the idempotency
 --       key: 'other <job id> <state>', or 'mismatch' if its request is another one.
 -- Invariants: 1 no lost job, 2 one result, 3 fence, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
--- uses: counters, fairness, handoff, parking, persisted, transitions
+-- uses: counters, handoff, parking, persisted, queue
 
 local now = now_ms()
 local came_at = int(now)
@@ -72,25 +72,20 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   local over = over_budget(tenant, pool, size, is_persisted and PERSISTED_BYTES + string.len(metadata))
   if over then return 'over ' .. over end
 
-  local deadline, bytes, shared, lane_at = int(now + tonumber(ttl_ms)), int(size), pool .. ':' .. lane, lane
-  if region ~= '' then lane_at = lane .. '@' .. region end
-  local at = pool .. ':' .. lane_at
-  local aid, owner, handed = attempt_base .. handed_over, nil, nil
+  local deadline, shared = int(now + tonumber(ttl_ms)), pool .. ':' .. lane
+  local for_region = region ~= '' and tonumber(remote_after_ms) > 0
+  local job = { id = id, pool = pool, lane = for_region and lane .. '@' .. region or lane, band = band, tenant = tenant,
+    size = int(size) }
+  local at, aid, owner, handed = queue_key(job), attempt_base .. handed_over, nil, nil
   read('counters', { at .. ':waiting', shared .. ':enqueued', shared .. ':leased' })
   if attempt_base ~= '' then owner, handed = hand_over(at, id, envelope, aid, ttl_ms) end
   local stands = { 'state', 'leased', 'lane', lane, 'aid', aid, 'attempts', '1', 'owner', owner, 'handed', handed }
-  if not owner then
-    local queue = 'q:' .. at .. ':' .. band .. ':' .. tenant
-    local entry = call('XADD', P .. queue, '*', 'id', id, 'of', tenant .. ' ' .. bytes)
-    stands = { 'state', 'queued', 'lane', lane_at, 'aid', '', 'attempts', '0', 'queue', queue, 'entry', entry }
-    activate(at .. ':' .. band, tenant)
-  end
+  if not owner then stands = { 'state', 'queued', 'lane', job.lane, 'aid', '', 'attempts', '0', add_new_entry(job) } end
   call('HSET', key, 'env', envelope, 'epoch', '1', 'max', max, 'pool', pool, 'band', band, 'tenant', tenant, 'reply',
-    is_persisted and '' or reply, 'persisted', persisted, 'deadline', deadline, 'size', bytes, 'at', came_at, unpack(stands))
+    is_persisted and '' or reply, 'persisted', persisted, 'deadline', deadline, 'size', job.size, 'at', came_at,
+    unpack(stands))
   if resume == '1' then call('HSET', key, 'resume', resume) end
-  if is_persisted then
-    persist({ id = id, tenant = tenant }, reply, deadline, retention_ms, idem, request, listed, topic, metadata)
-  end
+  if is_persisted then persist(job, reply, deadline, retention_ms, idem, request, listed, topic, metadata) end
   deadlines[#deadlines + 1] = deadline
   deadlines[#deadlines + 1] = id
   spend(pool, tenant, 1, size)
@@ -102,15 +97,9 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
     table.insert(leased[owner], '1')
     if is_persisted then call('HSET', key, 'started', came_at) end
     add('counters', shared .. ':leased', 1)
-    return 'queued'
-  end
-  add('counters', at .. ':waiting', 1)
-  local woke = wake(at, now)
-  if region ~= '' then
-    local eligible_at = int(now + tonumber(remote_after_ms))
-    call('HSET', key, 'eligible_at', eligible_at)
-    call('ZADD', P .. 'remote', 'LT', eligible_at, at)
-    if not woke and tonumber(remote_after_ms) == 0 then wake(shared, now) end
+  else
+    if for_region then call('HSET', key, 'eligible_at', int(now + tonumber(remote_after_ms))) end
+    wake(at, now)
   end
   return 'queued'
 end

@@ -1,14 +1,15 @@
 -- The sweep of each second: ends jobs whose time ran out, asks again after lost streams, forgets output that was kept long
--- enough, trims dead letters, and wakes a worker wherever work and parked workers coexist: a wake may have been lost with
--- its worker, and another region's workers are told here that they may run what waits.
+-- enough, trims dead letters, opens what waited for a region's workers to all, and wakes a worker wherever work and parked
+-- workers coexist: a wake may have been lost with its worker.
 -- ARGV: prefix, limit (jobs in this call), how late it is at least, as the caller measured it (ms; 0: unknown).
--- Reply: {expired, woken, forgotten, the queue's time, the server's time}.
+-- Reply: {expired, woken, forgotten, most jobs of a queue key opened, the queue's time, the server's time}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
 -- uses: attempts, parking
 
 local limit, at_least = ARGV[2], tonumber(ARGV[3])
 local now = now_ms(at_least > 0 and at_least or nil)
-local expired, woken, forgotten = 0, 0, 0
+local MAX_TENANTS = 256 -- of a band, looked at in one call
+local expired, woken, forgotten, opened = 0, 0, 0, 0
 
 local function due(key)
   return call('ZRANGEBYSCORE', P .. key, '-inf', int(now), 'LIMIT', 0, limit)
@@ -47,15 +48,36 @@ for _, reader in ipairs(due('readers')) do
 end
 trim_dead(now)
 
+-- Moves jobs of a region to where workers of all may run them, once they have waited for that one's. Answers how many.
+local function open_to_all(key)
+  local moved = 0
+  for _, queue in ipairs((streams_at(key, MAX_TENANTS))) do
+    for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', limit)) do
+      local job = load_job(entry[2][2])
+      if not job or job.state ~= 'queued' or job.entry ~= entry[1] then
+        drop_entry(queue, entry)
+      elseif (tonumber(job.eligible_at) or 0) > now or moved >= tonumber(limit) then
+        break
+      else
+        leave_queue(job)
+        job.lane, moved = without_region(job.lane), moved + 1
+        call('HSET', P .. 'job:' .. job.id, 'lane', job.lane, add_new_entry(job))
+      end
+    end
+  end
+  return moved
+end
+
 local counters = call('HGETALL', P .. 'counters')
 for i = 1, #counters, 2 do
   local key = string.match(counters[i], '^(.*):waiting$')
-  if key and tonumber(counters[i + 1]) + (changes.counters[counters[i]] or 0) > 0 then -- without what ended just now
-    if wake(key, now) then woken = woken + 1 end
+  known.counters[counters[i]] = tonumber(counters[i + 1])
+  if key and waiting(key) > 0 then -- without what ended just now
     local shared = without_region(key)
-    local eligible_at = shared ~= key and tonumber(call('ZSCORE', P .. 'remote', key) or now)
-    if eligible_at == now then call('ZADD', P .. 'remote', int(now), key) end
-    if eligible_at and eligible_at <= now and wake(shared, now) then woken = woken + 1 end
+    local moved = shared ~= key and open_to_all(key) or 0
+    opened = math.max(opened, moved)
+    if moved > 0 and wake(shared, now) then woken = woken + 1 end
+    if waiting(key) > 0 and wake(key, now) then woken = woken + 1 end
   end
 end
-return write_counters_and_return({ expired, woken, forgotten, now, server_ms() })
+return write_counters_and_return({ expired, woken, forgotten, opened, now, server_ms() })

@@ -120,12 +120,12 @@ class Maintenance:
     async def _expire_on(self, keys: ShardKeys) -> Expired:
         swept = Expired()
         for _ in range(_EXPIRE_STEPS):
-            expired, woken, forgotten, queue_ms, server_ms = await self._caller.script(
+            expired, woken, forgotten, opened, queue_ms, server_ms = await self._caller.script(
                 "expire", keys.budget, keys.prefix, _EXPIRE_STEP, self._clock.at_least(keys.shard)
             )
             self._clock.saw(keys.shard, queue_ms, server_ms)
             swept += Expired(expired, woken, forgotten)
-            if max(expired, forgotten) < _EXPIRE_STEP:
+            if max(expired, forgotten, opened) < _EXPIRE_STEP:
                 break
         await self._auditor.audit_next_part(keys)
         return swept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +29,6 @@ from queue_schemas.lanes import (
     band_order,
     lane_order,
     region_first,
-    remote_first,
 )
 from tests.support.queue import MODEL, Backend, Puller, live_counts, make_job
 
@@ -109,12 +107,13 @@ async def test_a_sweep_offers_a_job_to_other_regions_once_it_has_waited(broker: 
 
 
 @pytest.mark.parametrize("region", ["us", ""])
-async def test_a_claim_that_comes_later_needs_no_sweep(broker: Broker, region: str) -> None:
-    """A worker whose slot is free then looks into other regions by itself."""
+async def test_a_claim_that_comes_later_finds_what_a_sweep_has_opened(broker: Broker, region: str) -> None:
+    """A worker whose slot is free then needs no wake."""
     worker = await joined(broker, region)
-    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=300))
+    await broker.jobs.enqueue(job := job_of("eu", remote_after_ms=50))
     assert await worker.claim() == []
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
+    await broker.maintenance.expire()
     assert (await worker.claim_one()).job == job
 
 
@@ -142,32 +141,20 @@ async def test_jobs_of_no_region_are_anybodys(broker: Broker) -> None:
     assert [(await worker.claim_one()).job for worker in workers] == jobs
 
 
-async def test_local_jobs_go_first(broker: Broker) -> None:
-    """Eligible jobs of another region wait while there are local ones, but for every fourth job."""
-    await enqueue_all(broker, [job_of("eu") for _ in range(20)])
-    await enqueue_all(broker, [job_of("us", remote_after_ms=0) for _ in range(20)])
-    jobs = await claim_jobs(await joined(broker, "eu"), 12, step=5)
-    expected = ["us" if remote_first(turn) else "eu" for turn in range(12)]
-    assert [job.region for job in jobs] == expected
-    assert expected.count("us") == 3
-
-
 async def test_the_order_of_places_is_that_of_the_contract(broker: Broker) -> None:
-    """Lane by lane, the script's order of local and remote is ``lanes.remote_first`` and ``lanes.region_first``."""
+    """Lane by lane, what is of the worker's region and what is anybody's take turns as in ``lanes.region_first``."""
     turns = 4 * LANE_CYCLE
-    regions = {"eu": LONG_MS, "": 0, "us": 0}
     await enqueue_all(
         broker,
         [
-            job_of(region, wait_ms, lane=lane, tenant=region or "none")
-            for region, wait_ms in regions.items()
+            job_of(region, wait_ms, lane=lane, tenant=region)
+            for region, wait_ms in {"eu": LONG_MS, "us": 0}.items()
             for lane in LANES
             for _ in range(turns)
         ],
     )
     jobs = await claim_jobs(await joined(broker, "eu"), turns, step=7)
-    local = [("eu" if region_first(turn) else "") for turn in range(turns)]
-    expected = [(lane_order(turn)[0], "us" if remote_first(turn) else local[turn]) for turn in range(turns)]
+    expected = [(lane_order(turn)[0], "eu" if region_first(turn) else "us") for turn in range(turns)]
     assert [(job.lane, job.region) for job in jobs] == expected
 
 
@@ -225,40 +212,38 @@ async def test_bands_keep_their_shares(broker: Broker, region: str) -> None:
 
 
 async def test_a_head_that_is_not_eligible_does_not_hide_one_that_is(broker: Broker) -> None:
-    """The least-served tenant's job is not eligible yet; another tenant's is, and is claimed."""
+    """The least-served tenant's job is not eligible yet; another tenant's is, and is opened to all."""
     await broker.jobs.enqueue(job_of("eu", tenant="fresh"))
-    await broker.jobs.enqueue(eligible := job_of("eu", remote_after_ms=0, tenant="eligible"))
+    await broker.jobs.enqueue(eligible := job_of("eu", remote_after_ms=1, tenant="eligible"))
+    await asyncio.sleep(0.02)
+    await broker.maintenance.expire()
     worker = await joined(broker, "us")
     assert [lease.job for lease in await worker.claim(3)] == [eligible]
 
 
-async def test_a_tenant_served_remotely_is_charged_for_it_locally(broker: Broker) -> None:
-    """A tenant whose jobs ran remotely has had its turns when its own region's workers choose."""
-    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="quick") for _ in range(8)])
-    await enqueue_all(broker, [job_of("eu", tenant="local") for _ in range(8)])
-    assert {job.tenant for job in await claim_jobs(await joined(broker, "us"), 4)} == {Tenant("quick")}
-    jobs = await claim_jobs(await joined(broker, "eu"), 4)
-    assert {job.tenant for job in jobs} == {Tenant("local")}
+async def test_one_sweep_opens_the_jobs_of_all_regions_in_their_order(broker: Broker) -> None:
+    """However many regions there are; and a tenant's jobs of one region keep their order."""
+    jobs = {region: [job_of(region, remote_after_ms=1) for _ in range(4)] for region in ("c", "a", "b")}
+    await enqueue_all(broker, [job for of_region in jobs.values() for job in of_region])
+    await asyncio.sleep(0.02)
+    await broker.maintenance.expire()
+    claimed = await claim_jobs(await joined(broker, "us"), 12, step=12)
+    for region, of_region in jobs.items():
+        assert [job for job in claimed if job.region == region] == of_region
+    assert await broker.stats.depths() == {MODEL: {Lane.INTERACTIVE: LaneDepth(leased=12)}}
 
 
-async def test_what_ran_remotely_delays_no_newcomer(broker: Broker) -> None:
-    """A tenant whose turn came early remotely does not move the band's clock: newcomers start with those who wait."""
-    await broker.jobs.enqueue(job_of("eu", tenant="waits"))
-    await enqueue_all(broker, [job_of("eu", remote_after_ms=0, tenant="quick") for _ in range(6)])
-    await claim_jobs(await joined(broker, "us"), 5)
-    await enqueue_all(broker, [job_of("eu", tenant="waits") for _ in range(3)])
-    await enqueue_all(broker, [job_of("eu", tenant="newcomer") for _ in range(4)])
-    jobs = await claim_jobs(await joined(broker, "eu"), 4)
-    assert Counter(job.tenant for job in jobs) == {"waits": 2, "newcomer": 2}
-
-
-async def test_several_remote_regions_are_served_by_age(broker: Broker) -> None:
-    """No region is passed over because of its name."""
-    for region in ("c", "a", "b"):
-        await broker.jobs.enqueue(job_of(region, remote_after_ms=0))
-        await asyncio.sleep(0.005)  # so that they are eligible at different times, whatever the clock's grain
-    jobs = await claim_jobs(await joined(broker, "us"), 3)
-    assert [job.region for job in jobs] == ["c", "a", "b"]
+async def test_one_sweep_opens_a_bounded_number_of_jobs(broker: Broker) -> None:
+    """The next ones open the rest: no call of the server takes long."""
+    keys = KEYS
+    await enqueue_all(broker, [job_of("eu", remote_after_ms=1) for _ in range(5)])
+    await asyncio.sleep(0.02)
+    worker = await joined(broker, "us")
+    opened = []
+    for _ in range(3):
+        await broker._caller.script("expire", keys.budget, keys.prefix, 2, 0)
+        opened.append(len(await worker.claim(5)))
+    assert opened == [2, 2, 1]
 
 
 # Requeue and endings
@@ -387,27 +372,27 @@ async def test_the_first_job_to_have_waited_counts(broker: Broker) -> None:
 
 
 async def test_a_job_that_its_region_took_is_offered_to_nobody(broker: Broker) -> None:
-    """A worker of another region that was woken for nothing finds when to be woken next, and is not before."""
+    """No worker of another region is woken for what runs already, nor for what has not waited long enough."""
     remote, local = await parked(broker, "us"), await joined(broker, "eu")
     await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
     await local.claim_one()
     await broker.jobs.enqueue(job_of("eu"))
-    await sweep_until_woken(broker, remote)
-    assert await remote.claim() == []
+    await asyncio.sleep(0.02)
     assert (await broker.maintenance.expire()).woken == 0
+    assert await remote.control_messages() == []
 
 
-async def test_the_sweep_wakes_a_worker_of_the_region_and_one_of_another(broker: Broker) -> None:
-    """One of its own while there is one asleep, and one more for what may be run anywhere."""
+async def test_the_sweep_wakes_one_worker_for_what_it_opens(broker: Broker) -> None:
+    """Whoever parked first, of whichever region; one of its own was woken when it came."""
     local_workers = [await parked(broker, "eu") for _ in range(2)]
     remote_workers = [await parked(broker, "us") for _ in range(2)]
     await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
     told = [len(await worker.control_messages()) for worker in (*local_workers, *remote_workers)]
     assert (sum(told[:2]), sum(told[2:])) == (1, 0)
     await asyncio.sleep(0.05)
-    assert (await broker.maintenance.expire()).woken == 2
+    assert (await broker.maintenance.expire()).woken == 1
     told = [len(await worker.control_messages()) for worker in (*local_workers, *remote_workers)]
-    assert (sum(told[:2]), sum(told[2:])) == (1, 1)
+    assert sum(told) == 1
 
 
 async def test_a_dead_worker_of_another_region_is_made_up_for_by_the_next_sweep(broker: Broker) -> None:
@@ -455,16 +440,6 @@ async def test_a_full_worker_wakes_the_next_for_what_is_left_elsewhere(broker: B
         await worker.claim_one()
 
 
-async def test_an_index_that_vanished_is_made_again(broker: Broker, client: Any) -> None:
-    """Evicted or deleted: the next sweep offers what waits to other regions at once, and the claim finds when."""
-    remote = await parked(broker, "us")
-    await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))
-    await broker.jobs.enqueue(job_of("eu"))
-    await client.delete(KEYS.remote)
-    await sweep_until_woken(broker, remote)
-    assert len(await remote.claim(2)) == 1
-
-
 # Repeats, bounds, what is left
 
 
@@ -503,7 +478,10 @@ async def test_a_drained_queue_leaves_only_counters(broker: Broker, client: Any)
     workers = [await parked(broker, region) for region in ("eu", "us", "")]
     await enqueue_all(
         broker,
-        [job_of(("eu", "us")[n % 2], 0, tenant=f"t{n % 3}", band=n % BANDS, lane=LANES[n % 3]) for n in range(48)],
+        [
+            job_of(("eu", "us")[n % 2], (0, LONG_MS)[n % 4 // 2], tenant=f"t{n % 3}", band=n % BANDS, lane=LANES[n % 3])
+            for n in range(48)
+        ],
     )
     ended = 0
     while ended < 48:
@@ -526,17 +504,17 @@ async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> 
     """The names that the scripts build are those of ``queue_schemas.keys``, for regions that need encoding too."""
     region, tenant = "eu: {west} @ü", "a:b"
     local, remote = await parked(broker, region), await parked(broker, "us")
-    jobs = [job_of(region, 0, tenant=name) for name in (tenant, tenant, "rival", "rival")]
+    jobs = [job_of(region, wait, tenant=name) for wait in (1, LONG_MS) for name in (tenant, tenant, "rival", "rival")]
     await enqueue_all(broker, jobs)
-    await local.claim(1)
+    await asyncio.sleep(0.02)
+    await broker.maintenance.expire()
+    await local.claim(3, offer=3)
     await remote.claim(1)
     band = jobs[0].band
     allowed = {
         META,
-        *(KEYS.queue(MODEL, Lane.INTERACTIVE, band, name, region) for name in (tenant, "rival")),
-        KEYS.active(MODEL, Lane.INTERACTIVE, band, region),
-        KEYS.service(MODEL, Lane.INTERACTIVE, band, region),
-        KEYS.remote,
+        *(KEYS.queue(MODEL, Lane.INTERACTIVE, band, name, of) for name in (tenant, "rival") for of in (region, "")),
+        *(key(MODEL, Lane.INTERACTIVE, band, of) for key in (KEYS.active, KEYS.service) for of in (region, "")),
         *(KEYS.job(job.id) for job in jobs),
         *(key(puller.session_id) for puller in (local, remote) for key in (KEYS.leases, KEYS.claimed, KEYS.control)),
         *(KEYS.parked(MODEL, lane, name) for lane in LANES for name in ("", region, "us")),

@@ -13,11 +13,11 @@ local function activate(key, tenant)
   call('ZADD', active, int(math.max(clock, ended, least)), tenant)
 end
 
--- One unit of service for a tenant that competes with others. ``clock``: the start of the one served least.
-local function charge(key, tenant, start, clock)
+-- One unit of service for the tenant that was served least, and competes with others.
+local function charge(key, tenant, start)
   local service = P .. 'service:' .. key
   call('ZADD', P .. 'active:' .. key, 'XX', int(start + 1), tenant)
-  call('ZREMRANGEBYSCORE', service, '-inf', '(' .. int(clock))
-  call('ZADD', service, int(clock), '*', int(start + 1), tenant)
+  call('ZREMRANGEBYSCORE', service, '-inf', '(' .. int(start))
+  call('ZADD', service, int(start), '*', int(start + 1), tenant)
   call('PEXPIRE', service, 3600000)
 end

@@ -1,6 +1,6 @@
 -- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended. An
 -- entry says beside its job of whose budgets that counts (``of``), should its record be lost.
--- uses: records, counters, suspicion, lifecycle
+-- uses: records, counters, fairness, suspicion, lifecycle
 
 local function delete_entry(queue, entry_id)
   local removed = call('XDEL', P .. queue, entry_id)
@@ -25,6 +25,15 @@ local function drop_entry(queue, entry)
   local tenant, size = string.match(entry[2][4] or '', '^(%S+) (%d+)$')
   add('counters', key .. ':waiting', -1)
   if tenant then spend(string.match(key, '^[^:]*'), tenant, -1, -tonumber(size)) end
+end
+
+-- Puts a new job in line. Answers the fields of its record that say where.
+local function add_new_entry(job)
+  local of_band = queue_key(job) .. ':' .. job.band
+  local queue = 'q:' .. of_band .. ':' .. job.tenant
+  activate(of_band, job.tenant)
+  add('counters', queue_key(job) .. ':waiting', 1)
+  return 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size)
 end
 
 -- Puts a job whose attempt ended in line again, ahead of new work. Answers the fields of its record that say where.

@@ -1,10 +1,10 @@
--- Jobs as their records say them. A waiting job waits at a queue key: ``<pool>:<lane>``, or ``<pool>:<lane>@<region>`` if
--- workers of that region go first. Once leased it is of no region any more.
+-- Jobs as their records say them. A waiting job waits at a queue key: ``<pool>:<lane>``, or ``<pool>:<lane>@<region>`` while
+-- only workers of that region may run it: until ``eligible_at``, and not any more once it was leased.
 -- uses: shard
 
 local FIELDS = { 'state', 'epoch', 'aid', 'attempts', 'max', 'owner', 'pool', 'lane', 'band', 'tenant', 'reply',
   'persisted', 'listed', 'deadline', 'size', 'at', 'queue', 'entry', 'handed_back', 'avoid', 'avoid_until', 'resume',
-  'suspicion', 'not_charged', 'cleared', 'handed' }
+  'suspicion', 'not_charged', 'cleared', 'handed', 'eligible_at' }
 
 -- The record of a job without its envelope; nil if there is none.
 local function load_job(id)

@@ -11,13 +11,11 @@ from queue_schemas.lanes import (
     BAND_STEP,
     LANE_CYCLE,
     REGIONAL_STARVATION_BOUND,
-    REMOTE_STEP,
     STARVATION_BOUND,
     band_of_priority,
     band_order,
     lane_order,
     region_first,
-    remote_first,
 )
 
 turns = st.integers(0, 2**40)
@@ -75,26 +73,17 @@ def test_lower_priority_numbers_are_more_urgent(priority: int) -> None:
 def _first_place(turn: int) -> tuple[Lane, str]:
     """Where the ``turn``-th job of a worker that has a region is looked for first."""
     lane = lane_order(turn)[0]
-    if remote_first(turn):
-        return lane, "remote"
     return lane, "of the region" if region_first(turn) else "of none"
 
 
-@given(turns)
-def test_home_goes_first_three_times_of_four(turn: int) -> None:
-    """Abroad has its share and no more, over any whole number of cycles."""
-    window = REMOTE_STEP * LANE_CYCLE
-    assert sum(remote_first(turn + step) for step in range(window)) == LANE_CYCLE
-
-
 @pytest.mark.parametrize("lane", list(LANES))
-@pytest.mark.parametrize("kind", ["of the region", "of none", "remote"])
+@pytest.mark.parametrize("kind", ["of the region", "of none"])
 @pytest.mark.parametrize("band", range(BANDS))
 @given(start=turns, offset=turns)
 def test_no_place_waits_longer_than_the_regional_bound(
     lane: Lane, kind: str, band: int, start: int, offset: int
 ) -> None:
-    """At home or remote, every lane and band comes first within the bound, whatever the counters."""
+    """Of the region or anybody's, every lane and band comes first within the bound, whatever the counters."""
     place_turn = offset
     for claims in range(REGIONAL_STARVATION_BOUND):
         if _first_place(start + claims) == (lane, kind):
