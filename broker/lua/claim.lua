@@ -7,10 +7,10 @@
 --       attempt id, attempt, remaining_ms, waited_ms, suspect (1 or 0)}. With fewer than n jobs the worker is parked. The
 --       same (session, seq) again answers the same leases, as far as they are still held (if some are not, a wake tells the
 --       worker to claim again); an older seq nothing. A reply that grows large ends early, and a wake does the same.
--- The order of lanes, bands, and the worker's region and none is that of queue_schemas/lanes.py.
+-- ``LANE_ORDERS``, ``BAND_ORDERS`` and ``REGION_FIRST`` (by turn) are made from queue_schemas/lanes.py.
 -- Invariants: 3 fence, 5 order, 6 bounded starvation, 10 no start after expiry, 13 liveness (what is left wakes the next
 --       worker).
--- uses: clock, endings, fairness, fence, parking
+-- uses: clock, endings, fairness, fence, lanes, parking
 
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local offer, received, attempt_base, park_ms, region = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9]), ARGV[10]
@@ -63,37 +63,15 @@ end
 for i, key in ipairs(local_keys) do depths[i] = key .. ':waiting' end
 read('counters', depths)
 
-local function first_then_rest(first, all)
-  local order = { first }
-  for _, one in ipairs(all) do
-    if one ~= first then order[#order + 1] = one end
-  end
-  return order
-end
-
-local function lane_order(turn)
-  local first = turn % 16 == 15 and 'batch' or turn % 8 == 7 and 'background' or 'interactive'
-  return first_then_rest(first, { 'interactive', 'background', 'batch' })
-end
-
-local function band_order(turn)
-  return first_then_rest(turn % 4 == 3 and math.floor(turn / 4) % 3 + 1 or 0, { 0, 1, 2, 3 })
-end
-
 local skipped = 0
 
 -- The queued job behind an entry; nil, after cleaning up, if it is not to be run any more.
 local function runnable(queue, entry)
-  local job = load_job(entry[2][2])
-  if not job or job.state ~= 'queued' or job.entry ~= entry[1] then
-    drop_entry(queue, entry)
-  elseif tonumber(job.deadline) <= now then
-    cancel_or_expire(job, 'expired', EXPIRED_WAITING)
-  elseif nobody_waits(job) then
-    cancel_or_expire(job, 'cancelled', NOBODY_WAITS, 'router_gone')
-  else
-    return job
-  end
+  local job = job_of_entry(queue, entry)
+  local is_late, is_orphan = job and tonumber(job.deadline) <= now, job and nobody_waits(job)
+  if is_late then cancel_or_expire(job, 'expired', EXPIRED_WAITING) end
+  if is_orphan and not is_late then cancel_or_expire(job, 'cancelled', NOBODY_WAITS, 'router_gone') end
+  if job and not is_late and not is_orphan then return job end
   skipped = skipped + 1
   return nil
 end
@@ -126,7 +104,7 @@ end
 
 -- A new job of the tenant that was served least.
 local function take_fresh(key, turn)
-  for _, band in ipairs(band_order(turn)) do
+  for _, band in ipairs(BAND_ORDERS[turn % #BAND_ORDERS + 1]) do
     local of_band = key .. ':' .. band
     while not found_empty[of_band] and skipped < MAX_SKIPPED do
       local heads = call('ZRANGE', P .. 'active:' .. of_band, 0, 1, 'WITHSCORES')
@@ -154,8 +132,8 @@ end
 
 -- A job of a queue key, or of this worker's region there, in turns.
 local function take_at(key, turn)
-  local own, region_first = key .. '@' .. region, (turn + math.floor(turn / 16)) % 2 == 0
-  for _, at in ipairs(region == '' and { key } or region_first and { own, key } or { key, own }) do
+  local own = key .. '@' .. region
+  for _, at in ipairs(region == '' and { key } or REGION_FIRST[turn % #REGION_FIRST + 1] and { own, key } or { key, own }) do
     local job = skipped < MAX_SKIPPED and waiting(at) > 0 and take(at)
     if job then return job end
   end
@@ -163,7 +141,7 @@ local function take_at(key, turn)
 end
 
 local function next_job(turn)
-  for _, lane in ipairs(lane_order(turn)) do
+  for _, lane in ipairs(LANE_ORDERS[turn % #LANE_ORDERS + 1]) do
     for i = 0, #pools - 1 do
       local key = pools[(turn + i) % #pools + 1] .. ':' .. lane
       local job = shared_keys[key] and take_at(key, turn)
@@ -178,10 +156,8 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   local job = next_job(worker_turn + #held)
   if not job then break end
   leave_queue(job)
-  local lane = without_region(job.lane)
-  if lane ~= job.lane then call('HSET', P .. 'job:' .. job.id, 'lane', lane) end
-  job.attempts, job.aid, job.lane = int(tonumber(job.attempts) + 1), attempt_base .. #held, lane
-  transition(job, 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', session_id)
+  job.attempts, job.aid, job.lane = int(tonumber(job.attempts) + 1), attempt_base .. #held, without_region(job.lane)
+  transition(job, 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', session_id, 'lane', job.lane)
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   call('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
   add('counters', queue_key(job) .. ':leased', 1)
@@ -201,17 +177,11 @@ if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
 elseif #held < wanted then
   free = math.max(offer - on_their_way - #held, 0)
   local all = table.concat(local_keys, ' ')
-  if last[3] ~= all then
-    unpark(session_id, last[3])
-    call('HSET', claimed_key, 'parked', all)
-  end
+  if last[3] ~= all or free == 0 then unpark(session_id, last[3]) end
+  call('HSET', claimed_key, 'parked', all)
   for _, key in ipairs(local_keys) do
     call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id)
-    if free > 0 then
-      call('ZADD', P .. 'offers:' .. key, int(-free), session_id)
-    elseif last[6] and last[6] ~= '0' then
-      call('ZREM', P .. 'offers:' .. key, session_id)
-    end
+    if free > 0 then call('ZADD', P .. 'offers:' .. key, int(-free), session_id) end
   end
   parked = 1
 else

@@ -12,21 +12,19 @@ local function age(queue)
   return at and now - tonumber(at) or 0
 end
 
-local depths, order = {}, {}
+local depths, answer = {}, {}
 local counters = call('HGETALL', P .. 'counters')
 for i = 1, #counters, 2 do
   local key, kind = string.match(counters[i], '^(.*):(%a+)$')
   if kind == 'waiting' or kind == 'leased' then
-    if not depths[key] then order[#order + 1] = key end
-    depths[key] = depths[key] or { waiting = 0, leased = 0 }
-    depths[key][kind] = tonumber(counters[i + 1])
+    if not depths[key] then answer[#answer + 1] = { key, 0, 0, 0 } end
+    depths[key] = depths[key] or answer[#answer]
+    depths[key][kind == 'waiting' and 2 or 3] = tonumber(counters[i + 1])
   end
 end
-for i, key in ipairs(order) do
-  local found, oldest = depths[key], 0
-  for _, queue in ipairs(found.waiting > 0 and streams_at(key, MAX_TENANTS) or {}) do
-    oldest = math.max(oldest, age(queue))
+for _, found in ipairs(answer) do
+  for _, queue in ipairs(found[2] > 0 and streams_at(found[1], MAX_TENANTS) or {}) do
+    found[4] = math.max(found[4], age(queue))
   end
-  order[i] = { key, found.waiting, found.leased, oldest }
 end
-return order
+return answer

@@ -18,14 +18,12 @@ local came_at = int(now)
 local BUDGETS = { 'tenant_jobs', 'tenant_bytes', 'pool_jobs', 'pool_bytes', 'tenant_persisted' }
 local LIMITS = { tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]) }
 local attempt_base, handed_over = ARGV[7], 0
-local deadlines, leased = {}, {} -- written together
 
 -- The first budget that a job would exceed; nil if there is room.
 local function over_budget(tenant, pool, size, persisted_bytes)
   local t, p = 't:' .. tenant, 'p:' .. pool
-  local fields = { t .. ':jobs', t .. ':bytes', p .. ':jobs', p .. ':bytes', persisted_bytes and t .. ':persisted' }
+  local fields = { t .. ':jobs', t .. ':bytes', p .. ':jobs', p .. ':bytes', persisted_bytes and t .. ':persisted' or nil }
   local more = { 1, size, 1, size, persisted_bytes }
-  if not fields[5] then fields[5] = nil end
   read('budget', fields)
   for i, field in ipairs(fields) do
     if counter('budget', field) + more[i] > LIMITS[i] then return BUDGETS[i] end
@@ -86,15 +84,12 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
     unpack(stands))
   if resume == '1' then call('HSET', key, 'resume', resume) end
   if is_persisted then persist(job, reply, deadline, retention_ms, idem, request, listed, topic, metadata) end
-  deadlines[#deadlines + 1] = deadline
-  deadlines[#deadlines + 1] = id
+  gather('ZADD', P .. 'deadlines', deadline, id)
   spend(pool, tenant, 1, size)
   add('counters', shared .. ':enqueued', 1)
   if owner then
     handed_over = handed_over + 1
-    leased[owner] = leased[owner] or {}
-    table.insert(leased[owner], id)
-    table.insert(leased[owner], '1')
+    gather('HSET', P .. 'leases:' .. owner, id, '1')
     if is_persisted then call('HSET', key, 'started', came_at) end
     add('counters', shared .. ':leased', 1)
   else
@@ -106,6 +101,5 @@ end
 
 local answers = {}
 for i = 8, #ARGV, 19 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 18)) end
-write_in_chunks('ZADD', P .. 'deadlines', deadlines)
-write_offers(leased)
+write_offers()
 return write_counters_and_return(answers)

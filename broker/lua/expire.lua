@@ -53,12 +53,9 @@ local function open_to_all(key)
   local moved = 0
   for _, queue in ipairs((streams_at(key, MAX_TENANTS))) do
     for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', limit)) do
-      local job = load_job(entry[2][2])
-      if not job or job.state ~= 'queued' or job.entry ~= entry[1] then
-        drop_entry(queue, entry)
-      elseif (tonumber(job.eligible_at) or 0) > now or moved >= tonumber(limit) then
-        break
-      else
+      local job = job_of_entry(queue, entry)
+      if job and ((tonumber(job.eligible_at) or 0) > now or moved >= tonumber(limit)) then break end
+      if job then
         leave_queue(job)
         job.lane, moved = without_region(job.lane), moved + 1
         call('HSET', P .. 'job:' .. job.id, 'lane', job.lane, add_new_entry(job))

@@ -47,16 +47,11 @@ class _Enqueue:
 
 
 @dataclass(frozen=True, slots=True)
-class _Append:
+class _Output:
+    """What an attempt put out, and how it ended; None while it goes on."""
+
     lease: Lease
     outcome: Outcome | None
-    frames: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Settle:
-    lease: Lease
-    outcome: Outcome
     frames: bytes
 
 
@@ -82,7 +77,6 @@ class ShardBatches:
         self._enqueues = Batcher(self._send_enqueues, _size)
         self._settles = Batcher(self._send_settles, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._appends = Batcher(self._send_appends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
-        self._ends = Batcher(self._send_ends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._releases = Batcher(self._send_releases, lambda item: len(item.reason) + _OVERHEAD_BYTES)
 
     async def enqueue(self, job: Job, listener: str = "", options: PersistOptions | None = None) -> Enqueued:
@@ -93,12 +87,10 @@ class ShardBatches:
         )
 
     async def append(self, lease: Lease, frames: bytes) -> Settled:
-        return await self._appends.submit(_Append(lease, None, frames))
+        return await self._appends.submit(_Output(lease, None, frames))
 
     async def settle(self, lease: Lease, outcome: Outcome, frames: bytes) -> Settled:
-        if lease.job.persisted:
-            return await self._ends.submit(_Append(lease, outcome, frames))
-        return await self._settles.submit(_Settle(lease, outcome, frames))
+        return await self._settles.submit(_Output(lease, outcome, frames))
 
     async def release(self, lease: Lease, reason: str, counted: bool, avoid_ms: int | None) -> Settled:
         usual = 1 if avoid_ms is None else max(avoid_ms, 2)
@@ -110,7 +102,6 @@ class ShardBatches:
             self._enqueues.close(),
             self._settles.close(),
             self._appends.close(),
-            self._ends.close(),
             self._releases.close(),
         )
 
@@ -134,25 +125,22 @@ class ShardBatches:
         answers = await self._run("enqueue", args, wait_when_full=False, repeat_args=repeat_args)
         return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
 
-    async def _send_settles(self, items: Sequence[_Settle]) -> list[Settled | Exception]:
+    async def _send_settles(self, items: Sequence[_Output]) -> list[Settled | Exception]:
+        return await self._settle(items, retry=True)
+
+    async def _send_appends(self, items: Sequence[_Output]) -> list[Settled | Exception]:
+        return await self._settle(items, retry=False)
+
+    async def _settle(self, items: Sequence[_Output], *, retry: bool) -> list[Settled | Exception]:
         args: list[Any] = []
         for item in items:
-            args += (*attempt_of(item.lease), item.outcome.value, item.frames)
-        return [Settled(answer.decode()) for answer in await self._run("settle", args)]
-
-    async def _send_appends(self, items: Sequence[_Append]) -> list[Settled | Exception]:
-        return await self._append(items, retry=False)
-
-    async def _send_ends(self, items: Sequence[_Append]) -> list[Settled | Exception]:
-        return await self._append(items, retry=True)
-
-    async def _append(self, items: Sequence[_Append], *, retry: bool) -> list[Settled | Exception]:
-        args: list[Any] = []
-        for item in items:
-            run = split_frames(item.frames)
-            args += (*attempt_of(item.lease), item.outcome.value if item.outcome else "", int(run.starts_answer))
-            args += (run.first_seq, len(run.frames), *run.frames)
-        return [Settled(answer.decode()) for answer in await self._run("append", args, retry=retry)]
+            args += (*attempt_of(item.lease), item.outcome.value if item.outcome else "")
+            if item.lease.job.persisted:
+                run = split_frames(item.frames)
+                args += (int(run.starts_answer), run.first_seq, len(run.frames), *run.frames)
+            else:
+                args += (0, 0, 1, item.frames) if item.frames else (0, 0, 0)
+        return [Settled(answer.decode()) for answer in await self._run("settle", args, retry=retry)]
 
     async def _send_releases(self, items: Sequence[_Release]) -> list[Settled | Exception]:
         args: list[Any] = []

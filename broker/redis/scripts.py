@@ -1,8 +1,8 @@
 """The Lua scripts of ``broker/lua``, each composed with the libraries that it uses, and addressed by content.
 
-A script or library says ``-- uses: fence, queue`` in its header; libraries are the files of ``lua/lib``, and
-``transitions``, which is made from :mod:`queue_schemas.lifecycle`. Scripts are called by the SHA-1 of their text
-(EVALSHA), so two versions can share a server.
+A script or library says ``-- uses: fence, queue`` in its header. Libraries are the files of ``lua/lib``, and two that
+are generated: ``transitions`` from :mod:`queue_schemas.lifecycle`, ``lanes`` from :mod:`queue_schemas.lanes`. Scripts
+are called by the SHA-1 of their text (EVALSHA), so two versions can share a server.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
+from queue_schemas.lanes import BAND_STEP, BANDS, LANE_CYCLE, band_order, lane_order, region_first
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 
 _REFUSED_IN_FULL_MEMORY = frozenset({"enqueue"})
@@ -41,7 +42,7 @@ class Script:
 def load_scripts(*, flags: bool) -> dict[str, Script]:
     """All scripts by name. ``flags``: with the ``#!lua`` line that real servers honour and fakeredis refuses."""
     folder = files("broker") / "lua"
-    libraries = _texts(folder / "lib") | {"transitions": _transitions()}
+    libraries = _texts(folder / "lib") | {"transitions": _transitions(), "lanes": _lanes()}
     scripts = {}
     for name, text in _texts(folder).items():
         parts = compose(name, text, libraries)
@@ -90,3 +91,13 @@ def _transitions() -> str:
     )
     ends = ", ".join(f"{state} = true" for state in sorted(TERMINAL))
     return f"local TRANSITIONS = {{ {moves} }}\nlocal TERMINAL = {{ {ends} }}\n"
+
+
+def _lanes() -> str:
+    """The orders in which claims look for jobs, in Lua: by turn, from index 1."""
+    lanes = ", ".join("{ " + ", ".join(f"'{lane}'" for lane in lane_order(turn)) + " }" for turn in range(LANE_CYCLE))
+    bands = ", ".join("{ " + ", ".join(map(str, band_order(turn))) + " }" for turn in range(BAND_STEP * (BANDS - 1)))
+    regions = ", ".join(str(region_first(turn)).lower() for turn in range(2 * LANE_CYCLE))
+    return (
+        f"local LANE_ORDERS = {{ {lanes} }}\nlocal BAND_ORDERS = {{ {bands} }}\nlocal REGION_FIRST = {{ {regions} }}\n"
+    )

@@ -14,7 +14,7 @@ from tests.support.waiting import eventually
 from .fleet import ChaosFleet, FaultAction
 from .plan import Fault
 
-ROUTER_CALLS, WORKER_CALLS = ("enqueue",), ("settle", "claim", "publish", "append")
+ROUTER_CALLS, WORKER_CALLS = ("enqueue",), ("settle", "claim", "publish")
 LOSSES_LIMIT_S = 5.0
 """How long to wait for the calls whose replies are to be lost."""
 _SHA = {name: script.sha.encode() for name, script in load_scripts(flags=True).items()}

@@ -47,7 +47,7 @@ class Kind(StrEnum):
     SILENT_ROUTER = "router's packets to redis vanish"
     SLOW_NETWORK = "latency"
     SLICED_NETWORK = "bytes in slices of one to seven"
-    LOSE_REPLIES = "replies of enqueue, resume, claim, publish, append and settle lost after commit"
+    LOSE_REPLIES = "replies of enqueue, resume, claim, publish and settle lost after commit"
     STRIKE_WORKER = "SIGKILL worker at a named point"
     STRIKE_ROUTER = "SIGKILL router at a named point"
     FULL_DISK = "disk full"
@@ -97,8 +97,7 @@ _DURATION_S: dict[Kind, tuple[float, float]] = {
     Kind.SLOWLORIS: (1.0, 3.0),
     Kind.STREAM_GARBAGE: (0.5, 1.0),
 }
-_WORKER_CALLS = ("claim", "append", "settle")
-_STRIKE_CALLS = ("claim", "publish", "append", "settle")
+_WORKER_CALLS = ("claim", "publish", "settle")
 
 
 def opening(seed: int, seconds: float) -> Sequence[Fault]:
@@ -151,6 +150,6 @@ def _at(rng: random.Random, kinds: Sequence[Kind], from_s: float, every_s: float
 def _fault(rng: random.Random, kind: Kind, at_s: float) -> Fault:
     named = [role for role in _TARGETS if role in kind]
     targets = _TARGETS[min(named, key=kind.index)] if named else WORKERS
-    call = {Kind.STRIKE_WORKER: rng.choice(_STRIKE_CALLS), Kind.STRIKE_ROUTER: "enqueue"}.get(kind, "")
+    call = {Kind.STRIKE_WORKER: rng.choice(_WORKER_CALLS), Kind.STRIKE_ROUTER: "enqueue"}.get(kind, "")
     duration_s = rng.uniform(*_DURATION_S.get(kind, (0.0, 0.0)))
     return Fault(at_s, kind, rng.randrange(targets), duration_s, call, rng.choice(list(Point)))

@@ -281,7 +281,7 @@ def test_a_plan_is_its_seed(seed: int) -> None:
     assert all(0 <= fault.at_s <= 60 for fault in plan)
     assert {fault.kind for fault in (*opening(seed, 60), *plan)} == set(Kind)
     strikes = [fault for fault in plan if fault.kind is Kind.STRIKE_WORKER]
-    assert {fault.call for fault in strikes} == {"claim", "append", "settle"}
+    assert {fault.call for fault in strikes} == {"claim", "publish", "settle"}
     assert {fault.point for fault in strikes} == set(Point)
     workers = [fault.target for fault in opening(seed, 60) if "worker" in fault.kind]
     assert len(set(workers)) == len(workers)

@@ -20,7 +20,6 @@ from queue_schemas import (
     WorkerInfo,
     new_job_id,
 )
-from queue_schemas.ids import encode_name
 from queue_schemas.keys import MANAGER, POOLS, WORKERS, ShardKeys
 from tests.support.queue import MODEL, Puller, make_job
 
@@ -72,20 +71,6 @@ async def test_a_record_in_no_state_of_ours_stops_nothing(broker: Broker, worker
         assert await broker._caller.script("cancel", KEYS.budget, KEYS.prefix, job.id, "", 0, 0) == b"melted"
         await broker._caller.script("delete_persisted", KEYS.budget, KEYS.prefix, job.id, "")
     assert await worker.claim(4) == []
-
-
-async def test_settling_a_persisted_job_leaves_the_others_of_its_call_whole(
-    broker: Broker, worker: Puller, client: Any
-) -> None:
-    """A script does not roll back: the one attempt that cannot end so is refused, and the rest is counted."""
-    await broker.jobs.enqueue(make_job())
-    await broker.jobs.enqueue(make_job(persisted=True, idempotency_key="k"))
-    leases = await worker.claim(2)
-    args = [part for lease in leases for part in (lease.job.id, lease.epoch, lease.attempt_id, "done", b"")]
-    answers = dict(zip(leases, await broker._caller.script("settle", KEYS.budget, KEYS.prefix, *args), strict=True))
-    assert {lease.job.persisted: answer for lease, answer in answers.items()} == {False: b"ok", True: b"fenced"}
-    assert await client.hlen(KEYS.leases(worker.session_id)) == 1
-    assert await client.hget(KEYS.budget, f"p:{encode_name(MODEL)}:jobs") == b"1"
 
 
 async def test_an_envelope_that_cannot_be_read_ends_as_a_dead_letter(

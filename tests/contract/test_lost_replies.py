@@ -167,11 +167,11 @@ async def test_append_and_its_end(faulty: Faulty) -> None:
     lease = await (await Puller(faulty.sound).join()).claim_one()
     run = [Frame(job.id, 1, lease.attempt_id, 0, HEAD, b"x", 200, "text/event-stream")]
     run += [Frame(job.id, 1, lease.attempt_id, seq, 0, b"x") for seq in (1, 2)]
-    faulty.lose("append")
+    faulty.lose("settle")
     with pytest.raises(BrokerUnavailable):
         await faulty.broker.attempts.append(lease, run[0].pack())
     assert await faulty.broker.attempts.append(lease, run[0].pack() + run[1].pack()) is Settled.OK
-    faulty.lose("append")
+    faulty.lose("settle")
     assert await faulty.broker.attempts.settle(lease, Outcome.DONE, run[2].pack()) in (Settled.OK, Settled.DUPLICATE)
     assert await faulty.listener.received() == run
     page = await faulty.sound.output.read(job.id)

@@ -29,7 +29,7 @@ MUTANTS = {
     "tombstone": Rewrite("lifecycle", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)"),
     "idempotent claim": Rewrite("claim", "if last[1] == seq then", "if false then"),
     "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),
-    "deadline check": Rewrite("claim", "elseif tonumber(job.deadline) <= now then", "elseif false then"),
+    "deadline check": Rewrite("claim", "job and tonumber(job.deadline) <= now", "false"),
     "budget": Rewrite("finish", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", ""),
 }
 

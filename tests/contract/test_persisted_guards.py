@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from broker.redis.scripts import load_scripts
 from queue_schemas import HEAD, Frame, IdempotencyKeyReused, Job, Lease
 from queue_schemas.keys import ShardKeys
-from tests.contract.rewriting import Rewrite
+from tests.contract.rewriting import Rewrite, rewritten
 from tests.contract.test_guards import Scenario, Scene, play
 from tests.support.queue import make_job
 
@@ -109,8 +110,8 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (one_key_is_one_job, Rewrite("enqueue", "idem ~= '' and holder(idem, request)", "false")),
     (a_key_is_of_one_request, Rewrite("enqueue", "theirs == request", "true")),
     (a_job_without_an_answer_frees_its_key, Rewrite("persisted", FREED, "")),
-    (no_answer_is_kept_with_a_hole, Rewrite("append", "if job and seq > due then", "if false then")),
-    (what_is_kept_is_one_answer, Rewrite("append", "if anew and due == 0", "if false")),
+    (no_answer_is_kept_with_a_hole, Rewrite("settle", "if due and seq > due then", "if false then")),
+    (what_is_kept_is_one_answer, Rewrite("settle", "if restarts_output and due == 0", "if false")),
     (nobody_makes_a_listeners_stream, Rewrite("listeners", "'NOMKSTREAM', '*', field", "'*', field")),
     (kept_bytes_are_given_back, Rewrite("persisted", "-tonumber(bytes or 0)", "0")),
     (a_stray_beginning_cancels_no_stored_job, Rewrite("cancel", "if_orphaned and job.persisted == '1'", "false")),
@@ -120,6 +121,7 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
 @pytest.mark.parametrize(("scenario", "without"), GUARDS, ids=[scenario.__name__ for scenario, _ in GUARDS])
 async def test_a_guard_is_needed(scenario: Scenario, without: Rewrite) -> None:
     """The scenario holds with the guard, and fails without it."""
+    rewritten(load_scripts(flags=False), without)  # its text is there
     await play(scenario)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         await play(scenario, without)

@@ -145,7 +145,7 @@ class Previous:
 
     async def settle(self, lease: Lease) -> str:
         attempt = (lease.job.id, lease.epoch, lease.attempt_id)
-        (answer,) = await self._run("settle", *attempt, "done", answer_frame(lease))
+        (answer,) = await self._run("settle", *attempt, "done", 0, 0, 1, answer_frame(lease))
         return str(answer.decode())
 
     async def release(self, lease: Lease, *, counted: bool) -> str:

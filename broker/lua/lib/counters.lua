@@ -6,7 +6,7 @@
 local CHUNK = 1000 -- Lua passes 8000 arguments at most. Even: HSET takes pairs
 local changes = { budget = {}, counters = {} }
 local known = { budget = {}, counters = {} }
-local removals = {}
+local gathered = {}
 
 local function add(hash, field, by)
   changes[hash][field] = (changes[hash][field] or 0) + by
@@ -41,10 +41,11 @@ local function spend(pool, tenant, jobs, bytes)
   add('budget', 'p:' .. pool .. ':bytes', bytes)
 end
 
--- Removes a member (HDEL, ZREM) together with the others of this call.
-local function remove(command, key, member)
-  removals[key] = removals[key] or { command = command }
-  table.insert(removals[key], member)
+-- Has members written or removed (HSET, HDEL, ZADD, ZREM) together with the others of this call.
+local function gather(command, key, ...)
+  local name = command .. ' ' .. key
+  gathered[name] = gathered[name] or { command = command, key = key }
+  for _, part in ipairs({ ... }) do table.insert(gathered[name], part) end
 end
 
 local function write_in_chunks(command, key, args)
@@ -72,6 +73,6 @@ local function write_counters_and_return(reply)
     write_in_chunks('HSET', P .. hash, set)
     write_in_chunks('HDEL', P .. hash, gone)
   end
-  for key, members in pairs(removals) do write_in_chunks(members.command, key, members) end
+  for _, members in pairs(gathered) do write_in_chunks(members.command, members.key, members) end
   return reply
 end

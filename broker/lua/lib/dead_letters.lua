@@ -5,23 +5,19 @@
 local DEAD_AGE_MS = 7 * 24 * 3600 * 1000
 local DEAD_BYTES = 256 * 1024 * 1024
 
-local function field_of(entry, name)
-  for i = 1, #entry[2], 2 do
-    if entry[2][i] == name then return entry[2][i + 1] end
-  end
-end
+local SIZE, AT = 16, 18 -- where an entry has them, as ``add_letter`` writes it
 
 local function remove_letter(entry)
   call('XDEL', P .. 'dead', entry[1])
   call('DEL', P .. 'dead_request:' .. entry[1])
-  add('budget', 'dead:bytes', -tonumber(field_of(entry, 'size') or 0))
+  add('budget', 'dead:bytes', -tonumber(entry[2][SIZE] or 0))
 end
 
 local function trim_dead(now)
   for _ = 1, 64 do
     local entry = call('XRANGE', P .. 'dead', '-', '+', 'COUNT', 1)[1]
     if not entry then return add('budget', 'dead:bytes', -counter('budget', 'dead:bytes')) end
-    local died_at = tonumber(field_of(entry, 'at') or string.match(entry[1], '^%d+'))
+    local died_at = tonumber(entry[2][AT] or string.match(entry[1], '^%d+'))
     if died_at >= now - DEAD_AGE_MS and counter('budget', 'dead:bytes') <= DEAD_BYTES then return end
     remove_letter(entry)
   end

@@ -9,7 +9,7 @@ end
 -- ``cause`` is counted beside the state of what was cancelled or expired: 'waiting', 'running' or 'router_gone'.
 local function write_tombstone(job, state, aid, cause)
   transition(job, state, 'epoch', job.epoch, 'aid', aid)
-  remove('ZREM', P .. 'deadlines', job.id)
+  gather('ZREM', P .. 'deadlines', job.id)
   spend(job.pool, job.tenant, -1, -tonumber(job.size))
   total(job, state)
   if cause then total(job, state .. '/' .. cause) end

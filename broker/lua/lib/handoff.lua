@@ -25,7 +25,7 @@ local function most_free(key)
   for _, session_id in ipairs(takers_at[key]) do
     local found = taker(session_id)
     if not found then
-      remove('ZREM', P .. 'offers:' .. key, session_id)
+      gather('ZREM', P .. 'offers:' .. key, session_id)
     elseif found.free > 0 and (not best or found.free > best.free) then
       best = found
     end
@@ -47,9 +47,8 @@ local function hand_over(key, id, envelope, aid, ttl_ms)
   end
 end
 
--- Writes what was handed over in this call. Jobs that it leased: by session, ids and epochs.
-local function write_offers(leased)
-  for session_id, leases in pairs(leased) do write_in_chunks('HSET', P .. 'leases:' .. session_id, leases) end
+-- Writes what was handed over in this call.
+local function write_offers()
   for _, one in pairs(takers) do
     if one and next(one.keys) then
       call('HSET', P .. 'claimed:' .. one.id, 'free', int(one.free), 'given', int(one.given))

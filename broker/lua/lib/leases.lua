@@ -2,7 +2,7 @@
 -- uses: records, counters, suspicion
 
 local function leave_lease(job)
-  remove('HDEL', P .. 'leases:' .. job.owner, job.id)
+  gather('HDEL', P .. 'leases:' .. job.owner, job.id)
   add('counters', queue_key(job) .. ':leased', -1)
   if is_suspect(job) then offer_next_suspect(job) end
 end

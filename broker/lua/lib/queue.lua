@@ -27,6 +27,13 @@ local function drop_entry(queue, entry)
   if tenant then spend(string.match(key, '^[^:]*'), tenant, -1, -tonumber(size)) end
 end
 
+-- The queued job behind an entry; nil, after taking the entry out, if its job is not to be found by it.
+local function job_of_entry(queue, entry)
+  local job = load_job(entry[2][2])
+  if job and job.state == 'queued' and job.entry == entry[1] then return job end
+  drop_entry(queue, entry)
+end
+
 -- Puts a new job in line. Answers the fields of its record that say where.
 local function add_new_entry(job)
   local of_band = queue_key(job) .. ':' .. job.band

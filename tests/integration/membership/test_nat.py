@@ -27,7 +27,7 @@ from tests.support.waiting import eventually
 PASSWORD = "of-this-test"
 SCRIPTS = {
     "worker": (
-        *("join", "claim", "renew", "reconcile_leases", "settle", "append", "attach", "release", "clear_suspicion"),
+        *("join", "claim", "renew", "reconcile_leases", "settle", "attach", "release", "clear_suspicion"),
         *("act_as_manager", "reclaim", "expire", "audit"),
     ),
     "router": (
@@ -62,7 +62,7 @@ def rules(role: str) -> list[str]:
 def test_the_rules_are_what_the_scripts_need(role: str) -> None:
     """The commands in the document are those that the role and its scripts send: none is missing, none is too much."""
     text = "".join(load_scripts(flags=True)[name].source for name in SCRIPTS[role])
-    needed = {command.lower() for command in re.findall(r"(?:call|remove)\('([A-Z]+)'", text)} | set(
+    needed = {command.lower() for command in re.findall(r"(?:call|gather)\('([A-Z]+)'", text)} | set(
         ITSELF[role].split()
     )
     assert {rule[1:] for rule in rules(role) if rule.startswith("+")} == needed
