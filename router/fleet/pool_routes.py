@@ -11,10 +11,12 @@ from telemetry.http.error_answers import error_responses
 from ..http.access import Gate
 from ..model_directory import check_model, pool_list, pool_of
 from ..queue_link import QueueLink
+from .recent_depths import RecentDepths
 
 
 def pool_routes(link: QueueLink, gate: Gate) -> APIRouter:
     """Shows all pools, or one."""
+    recent = RecentDepths(link)
     routes = APIRouter(tags=["fabric"], dependencies=[gate.allow(Access.CLIENT_OR_MEMBER)])
 
     @routes.get(
@@ -23,7 +25,7 @@ def pool_routes(link: QueueLink, gate: Gate) -> APIRouter:
         responses=error_responses(401, 503),
     )
     async def pools() -> PoolList:
-        return pool_list(link.directory, await link.ready_queue().stats.depths())
+        return pool_list(link.directory, await recent.get())
 
     @routes.get(
         f"{FABRIC_PREFIX}/pools/{{model:path}}",
@@ -31,7 +33,7 @@ def pool_routes(link: QueueLink, gate: Gate) -> APIRouter:
         responses=error_responses(401, 404, 503),
     )
     async def pool(model: str) -> PoolDepth:
-        depths = await link.ready_queue().stats.depths()
+        depths = await recent.get()
         known = {pool: lanes for pool, lanes in depths.items() if pool == model}
         if not known and model not in link.directory.pools:
             check_model(model, await link.fresh_directory(), "queue")
