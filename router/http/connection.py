@@ -1,6 +1,7 @@
 """Watches a client's connection: reports that the client disconnected, and drops it on demand.
 
-One task per request waits for the disconnect that ASGI's ``receive`` reports.
+Our own server's connection calls back. Under any other server a task waits for the disconnect that ASGI's ``receive``
+reports.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from telemetry.http.connections import RequestCycle
 class Connection:
     """Watches one client from :meth:`watch` to :meth:`unwatch`; ``on_disconnect`` is called at most once."""
 
-    __slots__ = ("_on_disconnect", "_receive", "_request", "_task")
+    __slots__ = ("_cycle", "_on_disconnect", "_receive", "_request", "_task")
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
+        self._cycle = _cycle(receive)
         self._request: asyncio.Task[Any] | None = None
         self._on_disconnect: Callable[[str], None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     def watch(self, on_disconnect: Callable[[str], None]) -> None:
         """Start watching. The request's body must have been read."""
+        if self._cycle is not None:
+            self._cycle.watch(on_disconnect)
+            return
         self._on_disconnect = on_disconnect
         self._request = asyncio.current_task()
         self._task = asyncio.create_task(self._wait())
@@ -35,6 +40,8 @@ class Connection:
     def unwatch(self) -> None:
         """Stop, before the last piece of the response is sent: after it the server always reports a disconnect."""
         self._on_disconnect = None
+        if self._cycle is not None:
+            self._cycle.watch(None)
         if self._task is not None:
             self._task.cancel()
 
@@ -45,9 +52,8 @@ class Connection:
 
     def disconnect(self) -> None:
         """Drop the connection at once, with what the client has not read."""
-        cycle = _cycle(self._receive)
-        if cycle is not None:
-            cycle.cut()
+        if self._cycle is not None:
+            self._cycle.cut()
         elif self._request is not None:
             self._request.cancel()
 

@@ -21,7 +21,7 @@ async def test_a_full_disk_refuses_new_work_and_loses_none(tmp_path: Path) -> No
     server = server_with_a_small_disk(tmp_path / "queue")
     try:
         async with Fleet(tmp_path, server) as fleet:
-            await fleet.up(workers=1, sim_tokens_per_s=20)
+            await fleet.up(workers=1, sim_tokens_per_s=20, sim_mode="text")
             running = [asyncio.create_task(chat(fleet, f"running {n}", max_tokens=40)) for n in range(4)]
 
             async def leased() -> bool:

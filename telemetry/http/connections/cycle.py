@@ -6,7 +6,7 @@ import asyncio
 import re
 import socket
 import struct
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -66,8 +66,10 @@ class RequestCycle:
         "_connection",
         "_delivered",
         "_discard_body",
+        "_head",
         "_http_1_0",
         "_left_bytes",
+        "_on_gone",
         "body",
         "changed",
         "disconnected",
@@ -110,6 +112,9 @@ class RequestCycle:
         self._http_1_0 = scope["http_version"] == "1.0"
         self._discard_body = scope["method"] == "HEAD"
         self._chunked = False
+        self._head = b""
+        """Of the answer, until the first part of its body goes out with it."""
+        self._on_gone: Callable[[str], None] | None = None
         self._left_bytes: int | None = 0
         """Of an answer that says its length; None: it ends with the connection."""
 
@@ -184,7 +189,27 @@ class RequestCycle:
     def leave(self) -> None:
         """The client is gone."""
         self.disconnected = True
+        self._client_changed()
+
+    def end_of_input(self) -> None:
+        """The client sends nothing more."""
+        self._client_changed()
+
+    def watch(self, on_gone: Callable[[str], None] | None) -> None:
+        """Have ``on_gone`` called once, with the reason, when the client is gone; None: no more. The body must have
+        been read."""
+        self._on_gone = on_gone
+        if on_gone is not None:
+            self._connection.resume_reading()
+            if self._gone:
+                asyncio.get_running_loop().call_soon(self._client_changed)
+
+    def _client_changed(self) -> None:
         self.changed.set()
+        on_gone = self._on_gone
+        if on_gone is not None and self._gone:
+            self._on_gone = None
+            on_gone(self._connection.why_lost)
 
     def _start(self, message: Message) -> None:
         if message["type"] != "http.response.start":
@@ -206,7 +231,14 @@ class RequestCycle:
         else:
             self._left_bytes = length
         head.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        self._connection.write(b"".join(head))
+        # One write for both where a part of the body follows in the same step, as nearly always.
+        self._head = b"".join(head)
+        asyncio.get_running_loop().call_soon(self._flush_head)
+
+    def _flush_head(self) -> None:
+        head, self._head = self._head, b""
+        if head and not self.disconnected:
+            self._connection.write(head)
 
     def _headers(self, headers: Iterable[tuple[bytes, bytes]], head: list[bytes]) -> int | None:
         """Add ``headers`` to ``head``; the length of the body, if one of them tells it."""
@@ -227,21 +259,19 @@ class RequestCycle:
         return length
 
     def _write(self, data: bytes, *, more: bool) -> None:
-        write = self._connection.write
         if self._discard_body:
-            pass
+            data = b""
         elif self._chunked:
-            if data:
-                write(b"%x\r\n%b\r\n" % (len(data), data) if more else b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
-            elif not more:
-                write(b"0\r\n\r\n")
-        else:
-            if self._left_bytes is not None:
-                self._left_bytes -= len(data)
-                if self._left_bytes < 0 or (self._left_bytes and not more):
-                    raise RuntimeError("the answer is not as long as its content-length says")
-            if data:
-                write(data)
+            end = b"" if more else b"0\r\n\r\n"
+            data = b"%x\r\n%b\r\n%b" % (len(data), data, end) if data else end
+        elif self._left_bytes is not None:
+            self._left_bytes -= len(data)
+            if self._left_bytes < 0 or (self._left_bytes and not more):
+                raise RuntimeError("the answer is not as long as its content-length says")
+        if self._head:
+            data, self._head = self._head + data, b""
+        if data:
+            self._connection.write(data)
         self.response_complete = not more
 
     async def _fail(self) -> None:
@@ -257,6 +287,7 @@ class RequestCycle:
 
     def _break_off(self) -> None:
         """End the connection so that the client can tell the answer is not whole."""
+        self._flush_head()
         transport = self._connection.transport
         if self.response_started and not self._chunked and not self.response_complete:
             connected = transport.get_extra_info("socket")

@@ -108,7 +108,7 @@ class HttpConnection(asyncio.Protocol):
         if active is None or active.response_complete or active.receiving:
             return False
         self.half_closed = self._discarding = True
-        active.changed.set()
+        active.end_of_input()
         return True
 
     def pause_writing(self) -> None:

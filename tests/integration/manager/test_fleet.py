@@ -297,7 +297,8 @@ async def test_redis_killed_and_back_kills_nobody(own_valkey: Server) -> None:
     settings = BrokerSettings(redis_url=own_valkey.url, retry_limit_ms=10_000, command_timeout_ms=1_000)
     broker = await Broker.connect(settings)
     try:
-        async with manager(own_valkey) as service, worker(service, broker) as mini:
+        # A lease well above the pauses between a worker's tries to reach Redis again.
+        async with manager(own_valkey, lease_ms=2_000) as service, worker(service, broker) as mini:
             await _enqueue(broker)
             lease = await mini.claim()
             await asyncio.sleep(1.5)  # appendfsync everysec: what is tested is the outage, not the last second

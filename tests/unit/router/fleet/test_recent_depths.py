@@ -48,7 +48,7 @@ async def test_all_who_ask_at_once_share_a_read_and_may_leave() -> None:
 
 
 async def test_an_old_read_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a second later another one is made."""
+    """A moment later another one is made."""
     monkeypatch.setattr(recent_depths, "MAX_AGE_S", 0.05)
     stats = Stats()
     stats.go_on.set()
