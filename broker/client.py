@@ -62,7 +62,7 @@ class Broker:
         keys = [ShardKeys(shard) for shard in range(shards)]
         self._batches = [ShardBatches(caller, shard, budgets) for shard in keys]
         self._durable_batches = [
-            [ShardBatches(durable, shard, budgets, hands_over=False) for _ in range(DURABLE_BATCHES)]
+            [ShardBatches(durable, shard, budgets) for _ in range(DURABLE_BATCHES)]
             for durable, shard in zip(durable_callers, keys, strict=False)
         ]
         self._health = ServerHealth(caller, keys, disk=disk)

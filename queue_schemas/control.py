@@ -33,7 +33,8 @@ class ControlKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """One message on a worker's control stream; ``job_id`` and ``reason`` belong to an abort, ``lease`` to a job."""
+    """One message on a worker's control stream; ``job_id`` and ``reason`` belong to an abort, ``lease`` to a job (None:
+    it could not be read)."""
 
     kind: ControlKind
     job_id: JobId | None = None

@@ -82,7 +82,7 @@ class ShardKeys:
         return f"{self.prefix}renewals"
 
     def control(self, session_id: str) -> str:
-        """Stream: wakes, aborts, drains and pings for one worker."""
+        """Stream: jobs handed to one worker; wakes, aborts, drains and pings for it."""
         return f"{self.prefix}ctl:{session_id}"
 
     def parked(self, pool: str, lane: Lane, region: str = "") -> str:

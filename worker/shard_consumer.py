@@ -94,8 +94,7 @@ class ShardConsumer:
             claimed = await self._claim(claim)
             if claimed is not None:
                 slots.answered(claim, claimed, now())
-                self._count_remote(claimed.leases)
-                self._attempts.start(claimed.leases, group)
+                self._start(claimed.leases, group)
 
     async def _reconcile_leases(self) -> bool:
         """Tell a server that was away what runs here; whether it answered. Raises ``Fenced``."""
@@ -139,11 +138,24 @@ class ShardConsumer:
         finally:
             self._slots.freed()
 
-    def _count_remote(self, leases: Sequence[Lease]) -> None:
+    def _start(self, leases: Sequence[Lease], group: asyncio.TaskGroup) -> None:
         own = self._context.settings.region
         for job in (lease.job for lease in leases):
             if job.region and job.region != own:
                 self._context.metrics.remote(job.model, job.region).inc()
+        self._attempts.start(leases, group)
+
+    def _take_handed(self, lease: Lease | None, group: asyncio.TaskGroup) -> None:
+        """Run a job that was handed over, or give it back if none can be run any more. None: it could not be read, and
+        was given back already; it has used up a slot of the offer all the same."""
+        can_run = self._slots.handed_over(self._shard)
+        if lease is None:
+            self._slots.freed()
+        elif can_run:
+            self._start((lease,), group)
+        else:
+            group.create_task(self._hand_back(lease))
+        self.check_for_work()
 
     async def _follow_control(self, group: asyncio.TaskGroup) -> NoReturn:
         """Follow the session's control stream. Raises ``Fenced``."""
@@ -173,12 +185,8 @@ class ShardConsumer:
 
     def _handle_control(self, message: Control, group: asyncio.TaskGroup) -> None:
         match message.kind:
-            case ControlKind.JOB if message.lease is not None and not self._attempts.has(message.lease.attempt_id):
-                if self._slots.handed_over(self._shard):
-                    self._attempts.start((message.lease,), group)
-                else:
-                    group.create_task(self._hand_back(message.lease))
-                self.check_for_work()
+            case ControlKind.JOB if message.lease is None or not self._attempts.has(message.lease.attempt_id):
+                self._take_handed(message.lease, group)
             case ControlKind.WAKE:
                 self._slots.wake(self._shard)
                 self._signal.set()

@@ -9,7 +9,7 @@
 local JOBS = 128 -- looked at in one call
 local MAX_RECOUNTED = 1024 -- live jobs of a shard whose counters are made anew; with the persisted ones: their bytes too
 local MAX_STALE_ENTRIES = 512 -- entries without a job that one call removes
-local MAX_TENANTS, MAX_STREAMS = 256, 512 -- of a band, and in one call, whose entries are counted
+local MAX_STREAMS = 512 -- whose entries are counted in one call
 local now, repaired, stale_entries = now_ms(), 0, 0
 local live = call('ZCARD', P .. 'deadlines')
 local is_small = live + call('ZCARD', P .. 'persisted') <= MAX_RECOUNTED

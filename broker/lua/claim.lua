@@ -1,19 +1,20 @@
 -- Leases up to n jobs to a worker, or parks it.
 -- ARGV: prefix, session id, seq, turn, n, offer (jobs that may be handed to the worker while it is parked, those of this
---       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none), then pairs: pool, lanes (comma
---       separated).
--- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs
---       handed to it so far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch,
---       attempt id, attempt, remaining_ms, waited_ms, suspect (1 or 0)}. With fewer than n jobs the worker is parked. The
---       same (session, seq) again answers the same leases, as far as they are still held (if some are not, a wake tells the
---       worker to claim again); an older seq nothing. A reply that grows large ends early, and a wake does the same.
+--       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none),
+--       then pairs: pool, lanes (comma separated).
+-- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs handed to it so
+--       far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch, attempt id, attempt,
+--       remaining_ms, waited_ms, suspect (1 or 0)}. With fewer than n jobs the worker is parked. The same (session, seq)
+--       again answers the same leases, as far as they are still held (if some are not, a wake tells the worker to claim
+--       again); an older seq nothing. A reply that grows large ends early, and a wake does the same.
 -- ``LANE_ORDERS``, ``BAND_ORDERS`` and ``REGION_FIRST`` (by turn) are made from queue_schemas/lanes.py.
 -- Invariants: 3 fence, 5 order, 6 bounded starvation, 10 no start after expiry, 13 liveness (what is left wakes the next
 --       worker).
 -- uses: clock, endings, fairness, fence, lanes, parking
 
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local offer, received, attempt_base, park_ms, region = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9]), ARGV[10]
+local offer, received = tonumber(ARGV[6]), tonumber(ARGV[7])
+local attempt_base, park_ms, region = ARGV[8], tonumber(ARGV[9]), ARGV[10]
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply
 local claimed_key = P .. 'claimed:' .. session_id
@@ -68,10 +69,13 @@ local skipped = 0
 -- The queued job behind an entry; nil, after cleaning up, if it is not to be run any more.
 local function runnable(queue, entry)
   local job = job_of_entry(queue, entry)
-  local is_late, is_orphan = job and tonumber(job.deadline) <= now, job and nobody_waits(job)
-  if is_late then cancel_or_expire(job, 'expired', EXPIRED_WAITING) end
-  if is_orphan and not is_late then cancel_or_expire(job, 'cancelled', NOBODY_WAITS, 'router_gone') end
-  if job and not is_late and not is_orphan then return job end
+  if job and tonumber(job.deadline) <= now then
+    cancel_or_expire(job, 'expired', EXPIRED_WAITING)
+  elseif job and nobody_waits(job) then
+    cancel_or_expire(job, 'cancelled', NOBODY_WAITS, 'router_gone')
+  elseif job then
+    return job
+  end
   skipped = skipped + 1
   return nil
 end
@@ -132,8 +136,8 @@ end
 
 -- A job of a queue key, or of this worker's region there, in turns.
 local function take_at(key, turn)
-  local own = key .. '@' .. region
-  for _, at in ipairs(region == '' and { key } or REGION_FIRST[turn % #REGION_FIRST + 1] and { own, key } or { key, own }) do
+  local own, is_own_first = key .. '@' .. region, REGION_FIRST[turn % #REGION_FIRST + 1]
+  for _, at in ipairs(region == '' and { key } or is_own_first and { own, key } or { key, own }) do
     local job = skipped < MAX_SKIPPED and waiting(at) > 0 and take(at)
     if job then return job end
   end
@@ -170,25 +174,23 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   add_to_reply(job)
 end
 
-local parked, free = 0, 0
+local free, parked_at = 0, nil
 if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
   claim_again()
   unpark(session_id, last[3])
 elseif #held < wanted then
-  free = math.max(offer - on_their_way - #held, 0)
-  local all = table.concat(local_keys, ' ')
-  if last[3] ~= all or free == 0 then unpark(session_id, last[3]) end
-  call('HSET', claimed_key, 'parked', all)
+  free, parked_at = math.max(offer - on_their_way - #held, 0), table.concat(local_keys, ' ')
+  if last[3] ~= parked_at or free == 0 then unpark(session_id, last[3]) end
   for _, key in ipairs(local_keys) do
     call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id)
     if free > 0 then call('ZADD', P .. 'offers:' .. key, int(-free), session_id) end
   end
-  parked = 1
 else
   unpark(session_id, last[3])
   local woke = false
   for _, key in ipairs(local_keys) do woke = woke or waiting(key) > 0 and wake(key, now) end
 end
-answer[2], answer[4] = parked, free
-call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free))
+answer[2], answer[4] = parked_at and 1 or 0, free
+call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free),
+  unpack(parked_at and { 'parked', parked_at } or {}))
 return write_counters_and_return(answer)

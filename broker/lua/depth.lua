@@ -2,7 +2,6 @@
 -- ARGV: prefix. Reply: {{queue key, waiting, leased, oldest_age_ms}, ...}; keys with neither are left out.
 -- uses: clock, queue
 
-local MAX_TENANTS = 256
 local now = now_ms()
 
 -- How long the first job of a stream has waited.

@@ -1,15 +1,15 @@
--- Hands each job to a parked worker that offers a slot, where nothing waits; or puts it on its queue and wakes a parked worker,
--- of the job's region if it has one.
+-- Hands each job to a parked worker that offers a slot, where nothing waits; or puts it on its queue and wakes a parked
+-- worker, of the job's region if it has one.
 -- ARGV: prefix, limits on live jobs and bytes of a tenant, of a pool (4), and on a tenant's persisted bytes, base of the
 --       ids of attempts that are handed over ('' hands nothing over: in a repeated call), then per job:
 --       id, envelope, pool, lane, band, tenant, reply (of a persisted job: its first listener), persisted, ttl_ms,
 --       max_attempts, region, remote_after_ms, resume (1: when an attempt is lost, its Router says where it goes on), and
---       for persisted jobs, else empty: retention_ms, digest of the idempotency key ('' for none), digest of the request, listed
---       (1: it is kept however it ends, and stands in its tenant's list), topic (of the notice that is put on the shard's
+--       for persisted jobs, else empty: retention_ms, digest of the idempotency key ('' for none), digest of the request,
+--       listed (1: it is kept however it ends, and stands in its tenant's list), topic (of the notice that is put on the shard's
 --       stream of ends), job metadata (opaque).
--- Reply: per job 'queued' (also of one that was handed over), or the state of a job of that id that is already known (tombstones included: a job cancelled
---       before it came is void), or 'over <budget>' where nothing was written. Where another job holds the idempotency
---       key: 'other <job id> <state>', or 'mismatch' if its request is another one.
+-- Reply: per job 'queued' (also of one that was handed over), or the state of a job of that id that is already known
+--       (tombstones included: a job cancelled before it came is void), or 'over <budget>' where nothing was written. Where
+--       another job holds the idempotency key: 'other <job id> <state>', or 'mismatch' if its request is another one.
 -- Invariants: 1 no lost job, 2 one result, 3 fence, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
 -- uses: counters, handoff, parking, persisted, queue
 

@@ -8,7 +8,6 @@
 
 local limit, at_least = ARGV[2], tonumber(ARGV[3])
 local now = now_ms(at_least > 0 and at_least or nil)
-local MAX_TENANTS = 256 -- of a band, looked at in one call
 local expired, woken, forgotten, opened = 0, 0, 0, 0
 
 local function due(key)

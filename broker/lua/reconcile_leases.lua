@@ -1,7 +1,7 @@
--- Makes the same what a worker runs and what the server says that it runs: after a restart or a failover the server may have
--- lost its latest writes. What it leases to a worker that does not run it waits again, uncounted, under an epoch above all
--- that the lost writes may have given out: nothing from then is taken for something from now. Jobs handed to it that it has not read of yet
--- are on their way.
+-- Makes the same what a worker runs and what the server says that it runs: after a restart or a failover the server may
+-- have lost its latest writes. What it leases to a worker that does not run it waits again, uncounted, under an epoch above all
+-- that the lost writes may have given out: nothing from then is taken for something from now. Jobs
+-- handed to it that it has not read of yet are on their way.
 -- ARGV: prefix, session id, seq of its last claim, id of the last control message read, then per attempt that it runs: job
 --       id, epoch, attempt id.
 -- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', attempt id, ...}: those that it runs

@@ -9,7 +9,6 @@
 -- Invariants: 2 one result, 3 fence, 4 idempotency, 7 streams, 8 bounded memory, 12 conservation.
 -- uses: attempts, fence
 
-local now = now_ms()
 -- The seq of the next frame of this attempt.
 local function expected(job)
   local epoch, seq = string.match(call('HGET', P .. 'job:' .. job.id, 'next') or '', '^(%d+)-(%d+)$')
@@ -37,7 +36,7 @@ local function keep(job, restarts_output, seq, due, from, number)
   if #frames > 0 then
     count_bytes(job, bytes)
     call('HSET', key, 'next', job.epoch .. '-' .. int(seq + number))
-    local left_ms = math.max(tonumber(job.deadline) - now, 0)
+    local left_ms = math.max(tonumber(job.deadline) - now_ms(), 0)
     call('PEXPIRE', out, int(left_ms + tonumber(call('HGET', key, 'retention_ms')) + EXPIRY_SLACK_MS))
   end
   return frames
@@ -49,12 +48,12 @@ while i <= #ARGV do
   local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2])
   local due = job and job.persisted == '1' and expected(job)
   if due and seq > due then
-    retry_or_end(job, false, 'a part of its output was lost', now)
+    retry_or_end(job, false, 'a part of its output was lost', now_ms())
     refusal = 'fenced'
   elseif job then
-    local frames = due and keep(job, ARGV[i + 4] == '1', seq, due, i + 7, number) or { unpack(ARGV, i + 7, i + 6 + number) }
-    local routers = due and #frames > 0 and listeners_of(job) or { job.reply ~= '' and job.reply or nil }
-    for _, router in ipairs(#frames > 0 and routers or {}) do post(router, table.concat(frames), due and job.id or nil) end
+    local frames = due and keep(job, ARGV[i + 4] == '1', seq, due, i + 7, number)
+      or { unpack(ARGV, i + 7, i + 6 + number) }
+    if #frames > 0 then post(job, table.concat(frames)) end
     if outcome ~= '' then
       leave_lease(job)
       if outcome == 'expired' then job.why = EXPIRED_RUNNING end

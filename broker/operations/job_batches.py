@@ -64,16 +64,12 @@ class _Release:
 
 
 class ShardBatches:
-    """Concurrent calls of one kind on one shard share a script call. Answers are those of :class:`broker.Broker`.
+    """Concurrent calls of one kind on one shard share a script call. Answers are those of :class:`broker.Broker`."""
 
-    ``hands_over``: a job may be leased to a parked worker by the call that enqueues it; not with a caller that repeats
-    its calls unchanged."""
-
-    def __init__(self, caller: Caller, keys: ShardKeys, budgets: Budgets, *, hands_over: bool = True) -> None:
+    def __init__(self, caller: Caller, keys: ShardKeys, budgets: Budgets) -> None:
         self._caller = caller
         self._keys = keys
         self._budgets = budgets
-        self._hands_over = hands_over
         self._enqueues = Batcher(self._send_enqueues, _size)
         self._settles = Batcher(self._send_settles, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._appends = Batcher(self._send_appends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
@@ -109,7 +105,7 @@ class ShardBatches:
         limits = self._budgets
         args: list[Any] = [
             limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes, limits.tenant_persisted_bytes,
-            secrets.token_hex(6) if self._hands_over else "",
+            secrets.token_hex(6),
         ]  # fmt: skip
         for item in items:
             job = item.job
@@ -121,7 +117,7 @@ class ShardBatches:
             )  # fmt: skip
         # A call may have been carried out, and then have been lost by the server: a repeated one hands nothing over, or
         # it could give an attempt an id that a lost one has.
-        repeat_args = [*args[:_ATTEMPT_BASE], "", *args[_ATTEMPT_BASE + 1 :]] if self._hands_over else args
+        repeat_args = [*args[:_ATTEMPT_BASE], "", *args[_ATTEMPT_BASE + 1 :]]
         answers = await self._run("enqueue", args, wait_when_full=False, repeat_args=repeat_args)
         return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
 

@@ -130,7 +130,7 @@ class Workers:
         self, keys: ShardKeys, session_id: str, attempt: tuple[bytes, int, bytes], error: BadRequest
     ) -> None:
         """An envelope that this build cannot read is left to others, and ends as a dead letter if none can."""
-        log.warning("envelope_refused", job_id=attempt[0].decode(), error=error.message)
+        log.warning("envelope_refused", job_id=attempt[0].decode("utf-8", "replace"), error=error.message)
         reason = f"its worker cannot read it: {error.message}"
         await self._caller.script("release", keys.budget, keys.prefix, *attempt, 1, reason)
         # The claim may have given all that was asked for, and so not parked this worker: it has to claim again.
@@ -188,13 +188,14 @@ class Workers:
     async def _control_of(
         self, shard: int, session_id: str, entry_id: str, fields: dict[bytes, bytes]
     ) -> Control | None:
-        """The control message in a stream entry; None for a kind this version does not know, and for a malformed one: a
-        job is handed back."""
+        """The control message in a stream entry; None for a kind this version does not know, and for a malformed one. A
+        job that cannot be read is handed back; its message, without a lease, still says that a slot was used up."""
         try:
             return parse_control(fields)
         except BadRequest as error:
-            log.warning("control_entry_malformed", entry=entry_id, error=error.message)
-            if fields.get(b"k") == ControlKind.JOB.value.encode():
-                attempt = (fields.get(b"id", b""), 1, fields.get(b"aid", b""))
-                await self._refuse(self._keys[shard], session_id, attempt, error)
-            return None
+            if fields[b"k"] != ControlKind.JOB.value.encode():
+                log.warning("control_entry_malformed", entry=entry_id, error=error.message)
+                return None
+            attempt = (fields.get(b"id", b""), 1, fields.get(b"aid", b""))
+            await self._refuse(self._keys[shard], session_id, attempt, error)
+            return Control(ControlKind.JOB)

@@ -82,8 +82,8 @@ class DurableCaller(Caller):
         retry: bool = True,
         repeat_args: Sequence[Any] | None = None,
     ) -> Any:
-        """Run script ``name``. It is repeated until the disk confirms it, as it is: with ``repeat_args`` if there are
-        any."""
+        """Run script ``name``. It is repeated unchanged until the disk confirms it, so with ``repeat_args`` from the
+        start, if there are any."""
         args = args if repeat_args is None else tuple(repeat_args)
         return await self._line.submit(_Call(self._scripts[name], key, args))
 

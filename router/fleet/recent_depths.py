@@ -31,5 +31,5 @@ class RecentDepths:
         if read is None or is_spoilt or now - self._asked_s >= MAX_AGE_S:
             self._asked_s = now
             read = self._read = asyncio.create_task(queue.stats.depths(), name="depths")
-        # Whoever asks may leave, which must not end the read of the others.
+        # A caller may leave, which must not end the read of the others.
         return await asyncio.shield(read)

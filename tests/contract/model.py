@@ -202,17 +202,29 @@ class Model:
         dropped: Mapping[str, State],
     ) -> None:
         """Judges what a claim of one that is not fenced gave. ``dropped``: waiting jobs that it ended on its way."""
-        given = answer.leases
-        self._claim(worker, seq, turn, n, pools, offer, received, given, dropped)
-        run = self.runs[worker]
+        run, given = self.runs[worker], answer.leases
+        if seq <= run.seq:
+            self._claim_again(worker, seq, given)
+            require(not dropped, "a repeated claim ends no job")
+        else:
+            self._claim_anew(worker, turn, n, pools, offer, received, given, dropped)
+            run.seq, run.given = seq, tuple((lease.job.id, lease.attempt_id) for lease in given)
         expected = (run.parked, run.handed_over, run.offered)
         stands = (answer.parked, answer.handed_over, answer.offered)
         require(seq < run.seq or stands == expected, f"the claim answers {stands}, should be {expected}")
 
-    def _claim(
+    def _claim_again(self, worker: str, seq: int, given: Sequence[Lease]) -> None:
+        run = self.runs[worker]
+        again = [pair for pair in run.given if self._runs(*pair)] if seq == run.seq else []
+        require([(lease.job.id, lease.attempt_id) for lease in given] == again, f"a repeated claim gives {again}")
+        for lease in given:
+            self._check_lease(lease)
+        if seq == run.seq and len(again) < len(run.given):
+            self.effects.wakes[worker] += 1
+
+    def _claim_anew(
         self,
         worker: str,
-        seq: int,
         turn: int,
         n: int,
         pools: Sequence[tuple[str, Sequence[Lane]]],
@@ -222,15 +234,6 @@ class Model:
         dropped: Mapping[str, State],
     ) -> None:
         run = self.runs[worker]
-        if seq <= run.seq:
-            again = [pair for pair in run.given if self._runs(*pair)] if seq == run.seq else []
-            require([(lease.job.id, lease.attempt_id) for lease in given] == again, f"a repeated claim gives {again}")
-            require(not dropped, "a repeated claim ends no job")
-            for lease in given:
-                self._check_lease(lease)
-            if seq == run.seq and len(again) < len(run.given):
-                self.effects.wakes[worker] += 1
-            return
         places = [Place(pool, lane) for pool, lanes in pools for lane in lanes]
         for job_id, state in dropped.items():
             live = self.live[job_id]
@@ -255,7 +258,6 @@ class Model:
         else:
             require(len(given) == n, f"{n} jobs were asked for, {len(given)} given")
             any(self.waiting(place) and self._wake(place) for place in places)
-        run.seq, run.given = seq, tuple((lease.job.id, lease.attempt_id) for lease in given)
 
     def reconcile(self, worker: str, seq: int, leases: Sequence[Lease], taken: Sequence[str]) -> set[str]:
         """What one that is not fenced runs, and what it is said to: the attempts that it does not hold. ``taken``: the

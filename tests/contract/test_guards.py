@@ -350,7 +350,7 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (no_epoch_of_a_lost_attempt_comes_again, Rewrite("reconcile_leases", "next_run(job.epoch) - 1", "job.epoch")),
     (what_waits_is_raised, Rewrite("raise_epoch", "if job.state == 'queued' and epoch < above then", "if false then")),
     (the_budget_holds, Rewrite("finish", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", "")),
-    (the_router_is_told, Rewrite("notify", "elseif job.reply ~= '' then", "elseif false then")),
+    (the_router_is_told, Rewrite("notify", "send(router, 'm', marker, ids)", "local _ = router")),
     (a_new_attempt_has_a_new_epoch, Rewrite("attempts", "int(tonumber(job.epoch) + 1)", "job.epoch")),
     (nothing_starts_for_nobody, Rewrite("claim", "job and nobody_waits(job)", "false")),
     (nothing_starts_again_for_nobody, Rewrite("attempts", "if nobody_waits(job) then", "if false then")),

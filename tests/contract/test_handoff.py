@@ -69,7 +69,7 @@ async def test_the_worker_with_most_free_slots_is_handed_the_next_job(broker: Br
 
 
 async def test_nothing_is_handed_over_past_a_job_that_waits(broker: Broker) -> None:
-    """Whoever came first goes first: one waits that this worker may not have again so soon."""
+    """First come, first served: one waits that this worker may not have again so soon."""
     worker = await offering(broker, 2)
     await broker.jobs.enqueue(make_job())
     (lease,) = await worker.handed()
@@ -213,17 +213,23 @@ async def test_a_cancelled_job_is_aborted_at_the_worker_that_it_was_handed_to(
     await listener.expect_marker(MarkerKind.CANCELLED)
 
 
-async def test_what_a_worker_cannot_read_is_a_spent_attempt(broker: Broker, client: Any) -> None:
-    """As with a claim: others may be able to, else it becomes a dead letter."""
-    worker = await offering(broker, 2)
+@pytest.mark.parametrize("job_id", [None, b"\xff no id"])
+async def test_what_a_worker_cannot_read_is_a_spent_attempt(broker: Broker, client: Any, job_id: bytes | None) -> None:
+    """As with a claim, others may be able to read it, else it becomes a dead letter; garbage concerns no job. The slot
+    is offered again."""
+    worker = await offering(broker, 1)
     job = make_job(max_attempts=1)
     await broker.jobs.enqueue(job)
     key = KEYS.control(worker.session_id)
     (entry_id, fields) = (await client.xrange(key))[-1]
     await client.xdel(key, entry_id)
-    await client.xadd(key, fields | {b"env": b"\xc1 no envelope"})
+    await client.xadd(key, fields | {b"env": b"\xc1 no envelope", b"id": job_id or fields[b"id"]})
     assert await worker.handed() == []
-    assert [letter.job_id for letter in (await broker.dead_letters.page("", 10)).letters] == [job.id]
+    dead = [letter.job_id for letter in (await broker.dead_letters.page("", 10)).letters]
+    assert dead == ([job.id] if job_id is None else [])
+    assert await worker.claim(1, offer=1) == []
+    await broker.jobs.enqueue(make_job())
+    assert len(await worker.handed()) == 1
 
 
 @pytest.mark.parametrize("jobs", [40])

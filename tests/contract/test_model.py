@@ -25,7 +25,7 @@ STEPS = int(os.environ.get("INFERQ_MODEL_STEPS", "40"))
 FEW = {"fakeredis": 25, "valkey": 25, "redis7": 15}
 MUTANTS = {
     "fence": Rewrite("fence", "local same = job.epoch == epoch and job.aid == aid", "local same = true"),
-    "marker": Rewrite("notify", "elseif job.reply ~= '' then", "elseif false then"),
+    "marker": Rewrite("notify", "send(router, 'm', marker, ids)", "local _ = router"),
     "tombstone": Rewrite("lifecycle", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)"),
     "idempotent claim": Rewrite("claim", "if last[1] == seq then", "if false then"),
     "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),

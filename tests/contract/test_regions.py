@@ -383,7 +383,7 @@ async def test_a_job_that_its_region_took_is_offered_to_nobody(broker: Broker) -
 
 
 async def test_the_sweep_wakes_one_worker_for_what_it_opens(broker: Broker) -> None:
-    """Whoever parked first, of whichever region; one of its own was woken when it came."""
+    """The one that parked first, of whichever region; one of its own was woken when it came."""
     local_workers = [await parked(broker, "eu") for _ in range(2)]
     remote_workers = [await parked(broker, "us") for _ in range(2)]
     await broker.jobs.enqueue(job_of("eu", remote_after_ms=1))

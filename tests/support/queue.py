@@ -14,6 +14,7 @@ from queue_schemas import (
     HEAD,
     LANES,
     Control,
+    ControlKind,
     Frame,
     Job,
     Lane,
@@ -93,9 +94,9 @@ class Puller:
 
     async def handed(self) -> list[Lease]:
         """The jobs that it was handed since the last call."""
-        leases = [message.lease for message in await self.control_messages() if message.lease is not None]
-        self.received += len(leases)
-        return leases
+        jobs = [message for message in await self.control_messages() if message.kind is ControlKind.JOB]
+        self.received += len(jobs)
+        return [job.lease for job in jobs if job.lease is not None]
 
     async def control_messages(self, block_ms: int = 1) -> list[Control]:
         """The control messages since the last call."""

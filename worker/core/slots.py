@@ -109,26 +109,14 @@ class Slots:
         A claim that was not answered is given again.
         """
         state = self._shard(shard)
-        if state.under_way is not None:
-            return state.under_way
-        serves = state.pools if self.ready and not self.draining else ()
-        if state.parked_for is not None and state.parked_for != serves:
-            return self._send(shard, state, 0, state.parked_for)
-        if not serves or not self._due(state, now):
-            return None
-        if self._available(state):
-            return self._send(shard, state, self._share(state, now), serves)
-        return self._send(shard, state, 0, serves) if state.woken else None
+        if state.under_way is None and (wanted := self._wanted(state, now)) is not None:
+            self._send(shard, state, *wanted)
+        return state.under_way
 
     def has_claim(self, shard: int, now: float) -> bool:
         """Whether :meth:`next_claim` would give a claim that was not sent yet."""
         state = self._shard(shard)
-        if state.under_way is not None:
-            return False
-        serves = state.pools if self.ready and not self.draining else ()
-        if state.parked_for is not None and state.parked_for != serves:
-            return True
-        return bool(serves) and self._due(state, now) and (state.woken or self._available(state) > 0)
+        return state.under_way is None and self._wanted(state, now) is not None
 
     def answered(self, claim: Claim, answer: Claimed, now: float) -> None:
         """``claim`` was answered: the jobs it brought are busy slots from now on."""
@@ -137,8 +125,7 @@ class Slots:
         state.turn += jobs
         self.busy += jobs
         state.reserved = max(answer.handed_over - state.received, 0) + answer.offered
-        is_parked = answer.parked and claim.n > 0 and (answer.offered > 0 or not claim.offer)
-        state.parked_for = claim.pools if is_parked else None
+        state.parked_for = claim.pools if answer.parked else None
         state.retries_at = [due for due in state.retries_at if due > now]
         state.claim_again_at = min([now + PARK_AGAIN_S, *state.retries_at])
 
@@ -186,6 +173,17 @@ class Slots:
     def _shard(self, shard: int) -> _Shard:
         return self._shards.setdefault(shard, _Shard())
 
+    def _wanted(self, state: _Shard, now: float) -> tuple[int, Pools] | None:
+        """How many slots to claim now, and for which pools; None: nothing to do yet."""
+        serves = state.pools if self.ready and not self.draining else ()
+        if state.parked_for is not None and state.parked_for != serves:
+            return 0, state.parked_for
+        if not serves or not self._due(state, now):
+            return None
+        if self._available(state):
+            return self._share(state, now), serves
+        return (0, serves) if state.woken else None
+
     def _due(self, state: _Shard, now: float) -> bool:
         if state.parked_for is None or state.woken or now >= state.claim_again_at:
             return True
@@ -202,14 +200,14 @@ class Slots:
         return sum(1 for state in self._shards.values() if state.pools) == 1
 
     def _share(self, state: _Shard, now: float) -> int:
-        """The free slots, evenly between the shards that would claim now."""
+        """The free slots, evenly between the shards that would claim now. Jobs on their way count among them, as they
+        do among what a claim asks for."""
         eager = sum(1 for s in self._shards.values() if s.under_way is None and s.pools and self._due(s, now))
         return -(-(self.free + state.reserved) // max(eager, 1))
 
-    def _send(self, shard: int, state: _Shard, slots: int, pools: Pools) -> Claim:
+    def _send(self, shard: int, state: _Shard, slots: int, pools: Pools) -> None:
         state.seq += 1
         state.woken = False
         n, offer = min(slots, MAX_CLAIM), slots if self._serves_one_shard else 0
         state.under_way = Claim(shard, state.seq, state.turn, n, pools, offer, state.received)
         state.reserved = offer or n
-        return state.under_way

@@ -33,8 +33,8 @@ local function most_free(key)
   return best
 end
 
--- Sends a job to a worker that offers a slot at ``key``. Answers its session and the id of the entry; nil if there is none. One
--- that offers nothing more is parked no more: it will claim.
+-- Sends a job to a worker that offers a slot at ``key``. Answers its session and the id of the entry; nil if there is none.
+-- One that offers nothing more is parked no more: it will claim.
 local function hand_over(key, id, envelope, aid, ttl_ms)
   local to = string.len(envelope) <= MAX_HANDED_BYTES and waiting(key) == 0 and most_free(key)
   while to do

@@ -13,7 +13,12 @@ local function listeners_of(job)
   return job.listeners
 end
 
--- Writes an entry for a Router that listens to these jobs; one that is gone listens no more.
+-- Who is sent what a job says: those that listen to a persisted one, or the Router that waits.
+local function routers_of(job)
+  return job.persisted == '1' and listeners_of(job) or { job.reply ~= '' and job.reply or nil }
+end
+
+-- Writes an entry for a Router; one that is gone listens no more to these persisted jobs.
 local function send(router, field, value, ids)
   if call('XADD', P .. 'reply:' .. router, 'NOMKSTREAM', '*', field, value) then return end
   for _, id in ipairs(ids) do call('SREM', P .. 'listeners:' .. id, router) end
@@ -21,12 +26,14 @@ end
 
 local outgoing, order = {}, {}
 
--- Frames for a Router, sent with all others of this call in one entry. ``id``: of a persisted job, to which it listens.
-local function post(router, frames, id)
-  if not outgoing[router] then order[#order + 1] = router end
-  outgoing[router] = outgoing[router] or { frames = {}, ids = {} }
-  table.insert(outgoing[router].frames, frames)
-  table.insert(outgoing[router].ids, id)
+-- Frames of a job for its Routers: each is sent all of this call in one entry.
+local function post(job, frames)
+  for _, router in ipairs(routers_of(job)) do
+    if not outgoing[router] then order[#order + 1] = router end
+    outgoing[router] = outgoing[router] or { frames = {}, ids = {} }
+    table.insert(outgoing[router].frames, frames)
+    if job.persisted == '1' then table.insert(outgoing[router].ids, job.id) end
+  end
 end
 
 local function send_posted()

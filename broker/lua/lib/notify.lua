@@ -6,11 +6,8 @@ local listening = {}
 
 local function notify(job, kind, epoch, reason)
   local marker = kind .. ' ' .. job.id .. ' ' .. epoch .. ' ' .. reason
-  if job.persisted == '1' then
-    for _, router in ipairs(listeners_of(job)) do send(router, 'm', marker, { job.id }) end
-  elseif job.reply ~= '' then
-    call('XADD', P .. 'reply:' .. job.reply, 'NOMKSTREAM', '*', 'm', marker)
-  end
+  local ids = job.persisted == '1' and { job.id } or {}
+  for _, router in ipairs(routers_of(job)) do send(router, 'm', marker, ids) end
 end
 
 local function nobody_waits(job)

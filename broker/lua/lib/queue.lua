@@ -1,5 +1,5 @@
--- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended. An
--- entry says beside its job of whose budgets that counts (``of``), should its record be lost.
+-- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended.
+-- An entry says beside its job of whose budgets that counts (``of``), should its record be lost.
 -- uses: records, counters, fairness, suspicion, lifecycle
 
 local function delete_entry(queue, entry_id)
@@ -54,6 +54,8 @@ local function requeue(job, ...)
   local queue, name, entry, id = add_retry_entry(job)
   transition(job, 'queued', queue, name, entry, id, ...)
 end
+
+local MAX_TENANTS = 256 -- of a band, looked at in one call
 
 -- The waiting streams of a queue key, of each band those of the ``max_tenants`` that were served least; and whether these
 -- are all of them.

@@ -117,7 +117,7 @@ class SurprisingBroker:
 
     async def claim(self, *arguments: Any, **offer: Any) -> Claimed:
         self._called("claim")
-        return Claimed(parked=True, offered=offer.get("offer", 0))
+        return Claimed(parked=arguments[4] > 0, offered=offer.get("offer", 0))
 
     async def read_control(self, *arguments: Any) -> list[Any]:
         self._called("read_control")

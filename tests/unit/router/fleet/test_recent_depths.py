@@ -1,4 +1,4 @@
-"""Depths for the pages of pools: read seldom, whoever asks how often."""
+"""Depths for the pages of pools: read seldom, however often they are asked for."""
 
 from __future__ import annotations
 

@@ -24,14 +24,18 @@ def ready_slots(total: int = 4, *pools: tuple[str, int]) -> Slots:
     return slots
 
 
-def answer(slots: Slots, claim: Claim, jobs: int, now: float, *, handed_over: int = 0) -> None:
-    """Answer ``claim`` with so many jobs as the queue does. ``handed_over``: in the session so far."""
+def answer_to(claim: Claim, jobs: int, handed_over: int) -> Claimed:
+    """What the queue answers that gives so many jobs. ``handed_over``: in the session so far."""
     on_their_way = max(handed_over - claim.received, 0)
-    n = max(claim.n - on_their_way, 0)
-    parked = jobs < n
+    parked = jobs < claim.n - on_their_way
     offered = max(claim.offer - on_their_way - jobs, 0) if parked else 0
     leases = tuple(make_lease() for _ in range(jobs))
-    slots.answered(claim, Claimed(leases, parked=parked, handed_over=handed_over, offered=offered), now)
+    return Claimed(leases, parked=parked, handed_over=handed_over, offered=offered)
+
+
+def answer(slots: Slots, claim: Claim, jobs: int, now: float, *, handed_over: int = 0) -> None:
+    """Answer ``claim`` with so many jobs."""
+    slots.answered(claim, answer_to(claim, jobs, handed_over), now)
 
 
 def make_lease() -> Lease:
@@ -259,17 +263,10 @@ class SlotsMachine(RuleBasedStateMachine):
     @rule(data=data())
     def answer(self, data: DataObject) -> None:
         claim = self.sent.pop(data.draw(sampled_from(sorted(self.sent))))
-        on_their_way = max(self.handed_over[claim.shard] - claim.received, 0)
-        jobs = data.draw(integers(0, max(claim.n - on_their_way, 0)))
-        parked = jobs < claim.n - on_their_way
-        offered = max(claim.offer - on_their_way - jobs, 0) if parked else 0
-        self.offered[claim.shard] = offered
-        answer = Claimed(
-            tuple(make_lease() for _ in range(jobs)),
-            parked=parked,
-            handed_over=self.handed_over[claim.shard],
-            offered=offered,
-        )
+        handed_over = self.handed_over[claim.shard]
+        jobs = data.draw(integers(0, max(claim.n - max(handed_over - claim.received, 0), 0)))
+        answer = answer_to(claim, jobs, handed_over)
+        self.offered[claim.shard] = answer.offered
         self.slots.answered(claim, answer, self.now)
 
     @rule(shard=integers(0, 1))

@@ -1,0 +1,99 @@
+"""Jobs that are handed to a worker by its control stream: run, given back, or known as unreadable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from queue_schemas import Assignment, Claimed, Control, ControlKind, Lease, PoolAssignment, SessionId
+from tests.support.queue import make_job
+from worker.core import Slots
+from worker.shard_consumer import ShardConsumer
+
+
+class Scene:
+    """A consumer of a worker in region "eu" with two slots, parked and offering both; what it runs and gives back."""
+
+    def __init__(self) -> None:
+        self.started: list[Lease] = []
+        self.released: list[Lease] = []
+        self.remote: Counter[str] = Counter()
+        self.slots = Slots(2, ready=True)
+        self.slots.assign(Assignment(term=1, version=1, pools=[PoolAssignment(pool="m", shard=0)]))
+        claim = self.slots.next_claim(0, 0.0)
+        assert claim is not None
+        self.slots.answered(claim, Claimed(parked=True, offered=2), asyncio.get_running_loop().time())
+
+        async def release(lease: Lease, _reason: str, *, counted: bool) -> None:
+            assert not counted
+            self.released.append(lease)
+
+        def start(leases: Sequence[Lease], _group: asyncio.TaskGroup) -> None:
+            self.started += leases
+
+        def counter(_model: str, region: str) -> Any:
+            return SimpleNamespace(inc=lambda: self.remote.update([region]))
+
+        attempts = SimpleNamespace(start=start, has=lambda attempt: attempt in {one.attempt_id for one in self.started})
+        context = SimpleNamespace(
+            settings=SimpleNamespace(region="eu"), metrics=SimpleNamespace(remote=counter), drain=asyncio.Event()
+        )
+        parts: list[Any] = [SimpleNamespace(attempts=SimpleNamespace(release=release)), SessionId("w"), self.slots]
+        self.consumer = ShardConsumer(
+            0,
+            *parts,
+            attempts,
+            context,
+            reachable=lambda *_: None,
+            answer_ping=lambda: None,  # type: ignore[arg-type]
+        )
+
+    async def tell(self, *leases: Lease | None) -> None:
+        """Messages come that hand over ``leases``."""
+        async with asyncio.TaskGroup() as group:
+            for lease in leases:
+                self.consumer._handle_control(Control(ControlKind.JOB, lease=lease), group)
+
+
+@pytest.fixture
+async def scene() -> Scene:
+    return Scene()
+
+
+def lease(attempt_id: str = "one", region: str = "") -> Lease:
+    return Lease(make_job(region=region), 1, attempt_id, 1, 1_000, 0)
+
+
+async def test_a_handed_job_runs_in_a_slot_of_its_own(scene: Scene) -> None:
+    """A message that is read twice starts it once."""
+    job = lease()
+    await scene.tell(job, job)
+    assert (scene.started, scene.slots.busy, scene.slots.free) == ([job], 1, 0)
+
+
+async def test_a_job_of_another_region_is_counted(scene: Scene) -> None:
+    """However it came."""
+    await scene.tell(lease("one", "eu"), lease("two", "us"))
+    assert scene.remote == {"us": 1}
+
+
+async def test_a_worker_that_drains_gives_back_what_it_is_handed(scene: Scene) -> None:
+    """Uncounted, and its slot is free again."""
+    scene.slots.draining = True
+    job = lease()
+    await scene.tell(job)
+    assert (scene.started, scene.released, scene.slots.busy) == ([], [job], 0)
+
+
+async def test_what_cannot_be_read_costs_no_slot(scene: Scene) -> None:
+    """It was one of those offered: were it not counted, the worker would claim one too few for ever."""
+    await scene.tell(None, None)
+    assert (scene.slots.busy, scene.slots.free) == (0, 2)
+    claim = scene.slots.next_claim(0, 0.0)
+    assert claim is not None
+    assert (claim.n, claim.received) == (2, 2)
