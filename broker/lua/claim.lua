@@ -11,6 +11,7 @@
 -- Invariants: 3 fence, 5 order, 6 bounded starvation, 10 no start after expiry, 13 liveness (what is left wakes the next
 --       worker).
 -- uses: clock, endings, fairness, fence, lanes, parking
+-- rarely: cancel_or_expire, claim_again
 
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local offer, received = tonumber(ARGV[6]), tonumber(ARGV[7])

@@ -17,6 +17,8 @@ from importlib.resources.abc import Traversable
 from queue_schemas.lanes import BAND_STEP, BANDS, LANE_CYCLE, band_order, lane_order, region_first
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 
+from ..lua.linker import link
+
 _REFUSED_IN_FULL_MEMORY = frozenset({"enqueue"})
 """What takes in more work. Finishing must work when the server's memory is full."""
 _USES = re.compile(r"^-- uses: (.+)$", re.MULTILINE)
@@ -34,8 +36,8 @@ class Script:
 
     @classmethod
     def of(cls, name: str, parts: Mapping[str, str]) -> Script:
-        """The script made of ``parts``, in their order."""
-        source = "\n".join(parts.values())
+        """The script made of ``parts``, in their order: its own text stands at the end."""
+        source = link(name, parts)
         return cls(name, parts, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 

@@ -1,5 +1,6 @@
 -- Ends any job, by its worker or by someone else.
 -- uses: finish, persisted, queue, leases, notify
+-- rarely: keep_or_drop_output
 
 local EXPIRED_WAITING = 'its time ran out in the queue'
 local EXPIRED_RUNNING = 'its time ran out while it ran'

@@ -1,5 +1,6 @@
 -- Leases: ``leases:<session>`` holds the epoch of each job that a worker session runs.
 -- uses: records, counters, suspicion
+-- rarely: offer_next_suspect
 
 local function leave_lease(job)
   gather('HDEL', P .. 'leases:' .. job.owner, job.id)

@@ -1,5 +1,6 @@
 -- Routers that are sent what jobs say: the one that waits, or those that listen to a persisted job.
 -- uses: shard, clock
+-- rarely: listeners_of
 
 local function listen(id, router, deadline)
   local key = P .. 'listeners:' .. id

@@ -1,6 +1,7 @@
 -- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended.
 -- An entry says beside its job of whose budgets that counts (``of``), should its record be lost.
 -- uses: records, counters, fairness, suspicion, lifecycle
+-- rarely: drop_entry
 
 local function delete_entry(queue, entry_id)
   local removed = call('XDEL', P .. queue, entry_id)
