@@ -1,12 +1,12 @@
 """The frame batcher: send the frames of all running streams together, one message per Router and flush.
 
-One flush runs at a time: frames that arrive during it, and for a few milliseconds after it began, go with the next. A
-stream's first frame does not wait for others.
+One flush runs at a time: frames that arrive during it go with the next. A stream's first frame does not wait for
+others; nor do those that were read together, an engine's step (:mod:`worker.engines.step_reader`). Other frames wait
+until a few milliseconds after the last flush began.
 
-A stream that put frames here waits until they are on their way before it reads on (:meth:`Channel.sent`): what its
-engine sends meanwhile is one read and one frame, however many tokens it is. While Redis is away frames are kept, up to
-a limit at which reading stops and TCP slows the engines; frames that may not have arrived are sent again, and a
-Router drops repeats by their number.
+Engines are not read while frames are on their way: what they send meanwhile is one read and one frame, however many
+tokens it is. While Redis is away frames are kept, up to a limit at which reading stops and TCP slows the engines;
+frames that may not have arrived are sent again, and a Router drops repeats by their number.
 
 Frames of a persisted job do not go to a Router but are added to the job's output, which the queue sends on; repeats are
 dropped there.
@@ -33,85 +33,109 @@ Append = Callable[[Lease, bytes], Awaitable[Settled]]
 log = get_logger(__name__)
 
 
-class Channel:
-    """The way of one running stream to its Router, or to its persisted job's output. Close it when the attempt ends."""
+class FrameSender:
+    """Sends the frames of one attempt to its Router, or to its persisted job's output. Close it when the attempt ends.
 
-    __slots__ = ("_frame_batcher", "_gone", "_in_flight", "_waiting", "lease", "reply_to", "shard")
+    ``lost`` is called when nobody takes the frames: the Router is gone, or the attempt has lost its job.
+    """
+
+    __slots__ = ("_frame_batcher", "_in_flight", "_lost", "_waiting", "lease", "reply_to", "shard")
 
     def __init__(
         self,
         frame_batcher: FrameBatcher,
         shard: int,
         reply_to: str,
-        gone: Callable[[], None],
+        lost: Callable[[], None],
         lease: Lease | None = None,
     ) -> None:
         self.shard = shard
         self.reply_to = reply_to
         self.lease = lease
         self._frame_batcher = frame_batcher
-        self._gone = gone
+        self._lost = lost
         self._waiting: list[bytes] = []
         self._in_flight = b""
 
     def put(self, frames: bytes, *, urgent: bool = False) -> None:
         """Hand over packed frames for the next flush, which starts at once if they are ``urgent``."""
         self._waiting.append(frames)
-        self._frame_batcher._accept(self, len(frames), urgent)
+        self._frame_batcher.accept(self, len(frames), urgent)
 
     async def sent(self) -> None:
         """Wait until everything handed over is on its way, and the frame batcher holds less than its limit."""
         while self._waiting:
-            await _one_of(self._frame_batcher._until_taken)
+            await self._frame_batcher.flush_begun()
         while self._frame_batcher.full:
-            await _one_of(self._frame_batcher._until_done)
+            await self._frame_batcher.flush_ended()
 
     async def close(self) -> bytes:
         """Take back, in order, the frames that are not known to have arrived: they go with the settle."""
-        frame_batcher = self._frame_batcher
-        while self._in_flight and frame_batcher._publishing:
-            await _one_of(frame_batcher._until_done)
+        while self._in_flight and self._frame_batcher.is_flushing:
+            await self._frame_batcher.flush_ended()
         rest = self._in_flight + b"".join(self._waiting)
         self.discard()
         return rest
 
     def discard(self) -> None:
         """Forget what has not been sent: the attempt ends without an answer."""
-        self._frame_batcher._forget(self, len(self._in_flight) + sum(map(len, self._waiting)))
+        self._frame_batcher.forget(self, len(self._in_flight) + sum(map(len, self._waiting)))
         self._in_flight = b""
         self._waiting.clear()
 
+    def begin_flight(self) -> bytes:
+        """All frames that are not known to have arrived, which a flush sends now."""
+        if self._waiting:
+            self._in_flight += b"".join(self._waiting)
+            self._waiting.clear()
+        return self._in_flight
+
+    def end_flight(self, *, lost: bool) -> int:
+        """The frames of the last flight arrived, or nobody takes them (``lost``): how many bytes they were."""
+        size = len(self._in_flight)
+        self._in_flight = b""
+        if lost:
+            self._lost()
+        return size
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether there are frames that are not known to have arrived."""
+        return bool(self._in_flight or self._waiting)
+
 
 class FrameBatcher:
-    """Collects and flushes. ``interval_ms`` is the least time between flushes, ``limit_bytes`` how much may wait."""
+    """Collects and flushes. ``interval_ms`` is the least time between flushes of frames that come one by one,
+    ``limit_bytes`` how much may wait."""
 
     def __init__(self, publish: Publish, append: Append, *, interval_ms: float, limit_bytes: int) -> None:
+        self.is_flushing = False
         self._publish = publish
         self._append = append
         self._interval_s = interval_ms / 1000
         self._limit_bytes = limit_bytes
         self._bytes = 0
-        self._channels: dict[Channel, None] = {}
+        self._senders: dict[FrameSender, None] = {}
+        """Those that have frames which are not known to have arrived."""
         self._wanted = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._flushed_at = 0.0
-        self._until_taken: list[asyncio.Future[None]] = []
-        self._until_done: list[asyncio.Future[None]] = []
-        self._publishing = False
+        self._until_begun: list[asyncio.Future[None]] = []
+        self._until_ended: list[asyncio.Future[None]] = []
 
     @property
     def full(self) -> bool:
         """Whether readers of engines should pause."""
         return self._bytes >= self._limit_bytes
 
-    def open(self, shard: int, reply_to: str, gone: Callable[[], None]) -> Channel:
-        """A channel for one stream; ``gone`` is called when its Router turns out to be gone."""
-        return Channel(self, shard, reply_to, gone)
+    def open(self, shard: int, reply_to: str, gone: Callable[[], None]) -> FrameSender:
+        """A sender for one stream; ``gone`` is called when its Router turns out to be gone."""
+        return FrameSender(self, shard, reply_to, gone)
 
-    def open_persisted(self, lease: Lease, fenced: Callable[[], None]) -> Channel:
-        """A channel to a persisted job's output; ``fenced`` is called when the attempt turns out to have lost its
+    def open_persisted(self, lease: Lease, fenced: Callable[[], None]) -> FrameSender:
+        """A sender to a persisted job's output; ``fenced`` is called when the attempt turns out to have lost its
         job."""
-        return Channel(self, shard_of_job(lease.job.id), "", fenced, lease)
+        return FrameSender(self, shard_of_job(lease.job.id), "", fenced, lease)
 
     async def run(self) -> NoReturn:
         """Flush until cancelled."""
@@ -130,73 +154,25 @@ class FrameBatcher:
             await asyncio.sleep(_BACKOFF.pause_s(failures))
             self._wanted.set()
 
-    async def _flush(self) -> bool:
-        """Send what there is; False if some of it may not have arrived and has to be sent again."""
-        shards: dict[int, dict[str, list[bytes]]] = {}
-        persisted: list[Channel] = []
-        sending = list(self._channels)
-        for channel in sending:
-            if channel._waiting:
-                channel._in_flight += b"".join(channel._waiting)
-                channel._waiting.clear()
-            if channel.lease is None:
-                shards.setdefault(channel.shard, {}).setdefault(channel.reply_to, []).append(channel._in_flight)
-            else:
-                persisted.append(channel)
-        if not sending:
-            return True
-        self._publishing = True
-        _notify(self._until_taken)
-        try:
-            packed = [(shard, {to: b"".join(f) for to, f in replies.items()}) for shard, replies in shards.items()]
-            if len(packed) == 1 and not persisted:
-                results = [await self._send(*packed[0])]
-                appended: list[Settled | None] = []
-            else:
-                results, appended = await asyncio.gather(
-                    asyncio.gather(*(self._send(shard, frames) for shard, frames in packed)),
-                    asyncio.gather(*map(self._append_frames, persisted)),
-                )
-        finally:
-            self._publishing = False
-        gone_by_shard = {shard: gone for (shard, _), gone in zip(packed, results, strict=True)}
-        for channel in sending:
-            gone = gone_by_shard[channel.shard] if channel.lease is None else None
-            if gone is not None:
-                self._arrived(channel, lost=channel.reply_to in gone)
-        for channel, answer in zip(persisted, appended, strict=True):
-            if answer is not None:
-                self._arrived(channel, lost=answer is not Settled.OK)
-        _notify(self._until_done)
-        return None not in results and None not in appended
+    async def flush(self) -> None:
+        """Send what there is now, and wait until it arrived or a try has failed, and less than the limit is left."""
+        if self._senders:
+            self._wanted.set()
+        while self._wanted.is_set() or self.is_flushing or self.full:
+            await self.flush_ended()
 
-    async def _send(self, shard: int, frames: Mapping[str, bytes]) -> set[str] | None:
-        try:
-            return await self._publish(shard, frames)
-        except InferqError as error:
-            log.warning("frames_not_sent", shard=shard, error=error.message)
-            return None
+    async def flush_begun(self) -> None:
+        """Wait until the next flush begins."""
+        await _one_of(self._until_begun)
 
-    async def _append_frames(self, channel: Channel) -> Settled | None:
-        assert channel.lease is not None  # noqa: S101 - only those of persisted jobs
-        try:
-            return await self._append(channel.lease, channel._in_flight)
-        except InferqError as error:
-            log.warning("frames_not_appended", job_id=channel.lease.job.id, error=error.message)
-            return None
+    async def flush_ended(self) -> None:
+        """Wait until the flush that runs, or the next one, ends."""
+        await _one_of(self._until_ended)
 
-    def _arrived(self, channel: Channel, *, lost: bool) -> None:
-        if channel in self._channels:
-            self._bytes -= len(channel._in_flight)
-            channel._in_flight = b""
-            if not channel._waiting:
-                del self._channels[channel]
-            if lost:
-                channel._gone()
-
-    def _accept(self, channel: Channel, size: int, urgent: bool) -> None:
+    def accept(self, sender: FrameSender, size: int, urgent: bool) -> None:
+        """``sender`` has got ``size`` bytes of frames, for its next flight."""
         self._bytes += size
-        self._channels[channel] = None
+        self._senders[sender] = None
         if urgent:
             self._wanted.set()
         elif self._timer is None and not self._wanted.is_set():
@@ -207,13 +183,73 @@ class FrameBatcher:
             else:
                 self._timer = loop.call_at(due, self._flush_now)
 
+    def forget(self, sender: FrameSender, size: int) -> None:
+        """``sender`` has dropped its frames, ``size`` bytes."""
+        self._bytes -= size
+        self._senders.pop(sender, None)
+
+    async def _flush(self) -> bool:
+        """Send what there is; False if some of it may not have arrived and has to be sent again."""
+        shards: dict[int, dict[str, list[bytes]]] = {}
+        persisted: list[tuple[FrameSender, Lease, bytes]] = []
+        sending = list(self._senders)
+        for sender in sending:
+            frames = sender.begin_flight()
+            if sender.lease is None:
+                shards.setdefault(sender.shard, {}).setdefault(sender.reply_to, []).append(frames)
+            else:
+                persisted.append((sender, sender.lease, frames))
+        if not sending:
+            _notify(self._until_ended)
+            return True
+        self.is_flushing = True
+        _notify(self._until_begun)
+        try:
+            packed = [(shard, {to: b"".join(f) for to, f in replies.items()}) for shard, replies in shards.items()]
+            if len(packed) == 1 and not persisted:
+                results = [await self._send(*packed[0])]
+                appended: list[Settled | None] = []
+            else:
+                results, appended = await asyncio.gather(
+                    asyncio.gather(*(self._send(shard, frames) for shard, frames in packed)),
+                    asyncio.gather(*(self._append_frames(lease, frames) for _, lease, frames in persisted)),
+                )
+        finally:
+            self.is_flushing = False
+        gone_by_shard = {shard: gone for (shard, _), gone in zip(packed, results, strict=True)}
+        for sender in sending:
+            gone = gone_by_shard[sender.shard] if sender.lease is None else None
+            if gone is not None:
+                self._arrived(sender, lost=sender.reply_to in gone)
+        for (sender, _, _), answer in zip(persisted, appended, strict=True):
+            if answer is not None:
+                self._arrived(sender, lost=answer is not Settled.OK)
+        _notify(self._until_ended)
+        return None not in results and None not in appended
+
+    async def _send(self, shard: int, frames: Mapping[str, bytes]) -> set[str] | None:
+        try:
+            return await self._publish(shard, frames)
+        except InferqError as error:
+            log.warning("frames_not_sent", shard=shard, error=error.message)
+            return None
+
+    async def _append_frames(self, lease: Lease, frames: bytes) -> Settled | None:
+        try:
+            return await self._append(lease, frames)
+        except InferqError as error:
+            log.warning("frames_not_appended", job_id=lease.job.id, error=error.message)
+            return None
+
+    def _arrived(self, sender: FrameSender, *, lost: bool) -> None:
+        if sender in self._senders:
+            self._bytes -= sender.end_flight(lost=lost)
+            if not sender.has_frames:
+                self._senders.pop(sender, None)
+
     def _flush_now(self) -> None:
         self._timer = None
         self._wanted.set()
-
-    def _forget(self, channel: Channel, size: int) -> None:
-        self._bytes -= size
-        self._channels.pop(channel, None)
 
 
 async def _one_of(waiters: list[asyncio.Future[None]]) -> None:

@@ -14,6 +14,7 @@ from telemetry import get_logger
 from .attempts import Attempts, StreamTimeouts
 from .context import WorkerContext
 from .core import EngineProgress, LoopWatchdog, Slots
+from .engines import StepReader
 from .fallback_sweeper import FallbackSweeper
 from .frame_batcher import FrameBatcher
 from .lease_renewals import RENEWALS_PER_LEASE, LeaseRenewals
@@ -115,10 +116,12 @@ class WorkerSession:
                 interval_ms=self._context.settings.flush_interval_ms,
                 limit_bytes=self._context.settings.frame_buffer_bytes,
             )
+            step_reader = StepReader(frame_batcher.flush, max_wait_s=self._context.settings.flush_interval_ms / 1000)
             attempts = Attempts(
                 self._context.engine,
                 broker,
                 frame_batcher,
+                step_reader,
                 self._context.metrics,
                 max_answer_bytes=self._context.settings.max_answer_bytes,
                 other_worker_serves=Peers(broker, self.session_id).is_served_elsewhere,
@@ -126,6 +129,7 @@ class WorkerSession:
             )
             self._broker, self._attempts = broker, attempts
             group.create_task(frame_batcher.run(), name="frame batcher")
+            group.create_task(step_reader.run(), name="step reader")
             lease_s = answer.lease_ms / 1000
             self._watchdog.ticked_at = time.monotonic()
             renewals = LeaseRenewals(broker.workers.renewer_apart(), self.session_id, self._watchdog, lease_s)

@@ -102,7 +102,12 @@ class WorkerSettings(RoleSettings):
 
     slots: int = Field(32, ge=1, le=65_536, description="most jobs that run at once")
     max_answer_bytes: int = Field(64 << 20, ge=1, le=_MAX_BYTES, description="largest answer of an engine, in bytes")
-    flush_interval_ms: float = Field(4.0, ge=0, le=1_000, description="shortest time between flushes of streams")
+    flush_interval_ms: float = Field(
+        4.0,
+        ge=0,
+        le=1_000,
+        description="longest time that tokens wait so that several streams are read and sent together; 0: none",
+    )
     frame_buffer_bytes: int = Field(
         64 << 20, ge=1, le=_MAX_BYTES, description="bytes of unsent frames at which reading from engines pauses"
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import aclosing
 
 from broker import Broker
 from queue_schemas import EngineFailed, InferqError, Lease, Outcome, shard_of_job
 from telemetry import get_logger
 
 from ..core import Continuation, is_complete, is_readable
-from ..engines import EngineAnswer, EngineGone
-from ..frame_batcher import Channel, FrameBatcher
+from ..engines import EngineAnswer, EngineGone, StepReader
+from ..frame_batcher import FrameBatcher, FrameSender
 from ..metrics import WorkerMetrics
 from .attempt import Attempt, Ending, Settle, StopReason, log_fields
 
@@ -21,13 +22,19 @@ class AnswerRelay:
     """Reads answers, plain and streamed, of at most ``max_answer_bytes``."""
 
     def __init__(
-        self, broker: Broker, frame_batcher: FrameBatcher, metrics: WorkerMetrics, max_answer_bytes: int
+        self,
+        broker: Broker,
+        frame_batcher: FrameBatcher,
+        step_reader: StepReader,
+        metrics: WorkerMetrics,
+        max_answer_bytes: int,
     ) -> None:
         self.output_count = 0
         """Pieces of output that arrived from the engine so far."""
         self.max_answer_bytes = max_answer_bytes
         self._broker = broker
         self._frame_batcher = frame_batcher
+        self._step_reader = step_reader
         self._metrics = metrics
 
     async def plain(self, attempt: Attempt, answer: EngineAnswer, verdict: Outcome) -> Ending:
@@ -55,38 +62,41 @@ class AnswerRelay:
         self, attempt: Attempt, answer: EngineAnswer, verdict: Outcome, continuation: Continuation | None
     ) -> Ending:
         """A stream, frame by frame. Raises ``EngineFailed`` if it ends before its end."""
-        job, cutter = attempt.lease.job, attempt.cutter
-        attempt.channel = channel = self._channel(attempt)
+        cutter = attempt.cutter
+        attempt.sender = sender = self._sender(attempt)
         headers = _headers(attempt.lease, answer)
         cutter.head(answer.status, answer.content_type, continued=continuation is not None, headers=headers)
-        size = events = 0
-        data = b""
-        stall = attempt.stall
-        stall.reading = True
-        async for data in answer.chunks():
-            self.output_count += 1
-            stall.pieces += 1
-            stall.reading = False
-            size += len(data)
-            events += data.count(b"\n\n")
-            if size > self.max_answer_bytes:
-                return Settle(Outcome.FAILED, await channel.close() + cutter.fail(self._too_large()))
-            urgent = not cutter.begun
-            if frame := cutter.feed(data if continuation is None else continuation.feed(data)):
-                channel.put(frame, urgent=urgent)
-                await channel.sent()
-                if urgent and continuation is not None and attempt.lease.suspect:
-                    await self._clear_suspicion(attempt.lease)
-            stall.reading = True
-        stall.reading = False
-        self._metrics.usage(job.model, data, events)
+        relayed = _RelayedStream(self, attempt, sender, continuation)
+        try:
+            await self._read_stream(attempt, answer, relayed)
+        except _TooLarge:
+            return Settle(Outcome.FAILED, await sender.close() + cutter.fail(self._too_large()))
+        finally:
+            attempt.stall.reading = False
+        self._metrics.usage(attempt.lease.job.model, relayed.last, relayed.events)
         rest = cutter.feed(continuation.end()) if continuation is not None else b""
         last = cutter.finish(delimited=answer.delimited) if verdict is Outcome.DONE else cutter.end()
         if last is None:
             raise _cut_short(answer.delimited)
-        return Settle(verdict, await channel.close() + rest + last)
+        return Settle(verdict, await sender.close() + rest + last)
 
-    def _channel(self, attempt: Attempt) -> Channel:
+    async def _read_stream(self, attempt: Attempt, answer: EngineAnswer, relayed: _RelayedStream) -> None:
+        """Piece by piece until a frame has left, without delay; then with the other streams, where that can be."""
+        stall = attempt.stall
+        stall.reading = True
+        async with aclosing(answer.chunks()) as pieces:
+            async for piece in pieces:
+                stall.reading = False
+                begins = not attempt.cutter.begun
+                relayed.take(piece)
+                await relayed.sender.sent()
+                if begins and attempt.cutter.begun and relayed.continuation is not None and attempt.lease.suspect:
+                    await self._clear_suspicion(attempt.lease)
+                stall.reading = True
+                if attempt.cutter.begun and await answer.read_in_steps(self._step_reader, relayed.take):
+                    return
+
+    def _sender(self, attempt: Attempt) -> FrameSender:
         job = attempt.lease.job
         if job.persisted:
             return self._frame_batcher.open_persisted(attempt.lease, lambda: attempt.stop(StopReason.JOB_ENDED))
@@ -105,6 +115,43 @@ class AnswerRelay:
             f"the engine's answer is larger than the {self.max_answer_bytes} bytes that its worker accepts; "
             "ask for less, or raise INFERQ_WORKER_MAX_ANSWER_BYTES"
         )
+
+
+class _TooLarge(Exception):
+    """The engine's answer is larger than is accepted."""
+
+
+class _RelayedStream:
+    """One stream on its way from the engine to ``sender``. ``last`` is what came last, ``events`` how many came."""
+
+    __slots__ = ("_attempt", "_relay", "_size", "continuation", "events", "last", "sender")
+
+    def __init__(
+        self, relay: AnswerRelay, attempt: Attempt, sender: FrameSender, continuation: Continuation | None
+    ) -> None:
+        self.sender = sender
+        self.continuation = continuation
+        self.last = b""
+        self.events = 0
+        self._relay = relay
+        self._attempt = attempt
+        self._size = 0
+
+    def take(self, data: bytes) -> None:
+        """Cut and hand over what came from the engine. Raises ``_TooLarge``."""
+        relay, attempt, continuation = self._relay, self._attempt, self.continuation
+        relay.output_count += 1
+        attempt.stall.pieces += 1
+        self._size += len(data)
+        self.last = data
+        self.events += data.count(b"\n\n")
+        if self._size > relay.max_answer_bytes:
+            raise _TooLarge
+        cutter = attempt.cutter
+        begins = not cutter.begun
+        frame = cutter.feed(data if continuation is None else continuation.feed(data))
+        if frame:
+            self.sender.put(frame, urgent=begins)
 
 
 def _headers(lease: Lease, answer: EngineAnswer) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ from queue_schemas import Lease, Outcome
 
 from ..core import FrameCutter, StreamStall, may_buffer
 from ..core.slots import RETRY_APART_S
-from ..frame_batcher import Channel
+from ..frame_batcher import FrameSender
 
 
 class StopReason(StrEnum):
@@ -71,13 +71,13 @@ Ending = Settle | Release | EngineDisconnected | None
 class Attempt:
     """One lease that runs here. ``deadline`` is a time of the event loop (s)."""
 
-    __slots__ = ("channel", "cutter", "deadline", "ending", "lease", "may_buffer", "stall", "stop_reason", "task")
+    __slots__ = ("cutter", "deadline", "ending", "lease", "may_buffer", "sender", "stall", "stop_reason", "task")
 
     def __init__(self, lease: Lease, deadline: float) -> None:
         self.lease = lease
         self.deadline = deadline
         self.cutter = FrameCutter(lease)
-        self.channel: Channel | None = None
+        self.sender: FrameSender | None = None
         self.task: asyncio.Task[None] | None = None
         """Set by the task itself: one that is cancelled before its first step would never clean up."""
         self.stop_reason: StopReason | None = None

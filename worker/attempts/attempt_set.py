@@ -15,7 +15,7 @@ from queue_schemas import JobId, Lease, Pool, shard_of_job
 from telemetry import get_logger, span_from, tracing_enabled
 
 from ..core.slots import RETRY_APART_S
-from ..engines import Engine
+from ..engines import Engine, StepReader
 from ..frame_batcher import FrameBatcher
 from ..metrics import WorkerMetrics
 from .answer_relay import AnswerRelay
@@ -42,6 +42,7 @@ class Attempts:
         engine: Engine,
         broker: Broker,
         frame_batcher: FrameBatcher,
+        step_reader: StepReader,
         metrics: WorkerMetrics,
         *,
         max_answer_bytes: int,
@@ -49,8 +50,9 @@ class Attempts:
         ended: Callable[[Lease, float | None], None],
     ) -> None:
         self._metrics = metrics
+        self._step_reader = step_reader
         self._ended = ended
-        self._relay = AnswerRelay(broker, frame_batcher, metrics, max_answer_bytes)
+        self._relay = AnswerRelay(broker, frame_batcher, step_reader, metrics, max_answer_bytes)
         self._runner = AttemptRunner(engine, broker, self._relay, metrics, other_worker_serves)
         self._reports = EndReports(broker, metrics)
         self._engine_disconnects = EngineDisconnects(engine, self._reports)
@@ -117,6 +119,8 @@ class Attempts:
 
     def stop_stalled(self, now: float, timeouts: StreamTimeouts) -> None:
         """Stop each stream that stands still while others go on."""
+        if self._step_reader.is_held:
+            return  # not checked is not counted
         if self.output_count != self._output_before:
             self._output_before, self._output_at = self.output_count, now
         for attempt in list(self._running.values()):
@@ -159,8 +163,8 @@ class Attempts:
                     span.fail(ending.reason)
                     await self._reports.release(attempt, ending)
         finally:
-            if attempt.channel is not None:
-                attempt.channel.discard()
+            if attempt.sender is not None:
+                attempt.sender.discard()
             self._running.pop(lease.attempt_id, None)
             if not self._running:
                 self._idle.set()

@@ -156,7 +156,7 @@ class AttemptRunner:
             case StopReason.DEADLINE:
                 # The queue expires late jobs as well, but only each second.
                 error = deadline_passed("while it ran", attempt.lease.job.deadline_from)
-                unsent = await attempt.channel.close() if attempt.channel is not None else b""
+                unsent = await attempt.sender.close() if attempt.sender is not None else b""
                 return Settle(Outcome.EXPIRED, unsent + attempt.cutter.fail(error))
             case StopReason.ROUTER_GONE:
                 return Release("nobody waits for the answer", counted=False)
@@ -177,5 +177,5 @@ class AttemptRunner:
         error = EngineFailed(
             f"{sentence}, for as long as its worker waits (INFERQ_WORKER_{setting}); ask for less, or raise that limit"
         )
-        unsent = await attempt.channel.close() if attempt.channel is not None else b""
+        unsent = await attempt.sender.close() if attempt.sender is not None else b""
         return Settle(Outcome.FAILED, unsent + attempt.cutter.fail(error))

@@ -2,5 +2,6 @@
 
 from .call_ids import new_call_id
 from .port import Engine, EngineAnswer, EngineCall, EngineGone
+from .step_reader import StepReader
 
-__all__ = ["Engine", "EngineAnswer", "EngineCall", "EngineGone", "new_call_id"]
+__all__ = ["Engine", "EngineAnswer", "EngineCall", "EngineGone", "StepReader", "new_call_id"]

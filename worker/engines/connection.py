@@ -11,9 +11,11 @@ redirects, cookies, compression, proxies, pipelining, uploads in pieces.
 from __future__ import annotations
 
 import asyncio
+import os
 import select
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -23,12 +25,15 @@ from queue_schemas import EngineFailed
 from queue_schemas.headers import CLIENT_HEADERS
 
 from .port import EngineGone
+from .step_reader import StepReader
 
 CONNECT_LIMIT_S = 5.0
 IDLE_LIMIT_S = 4.0
 """Below the 5 s after which uvicorn, and so vLLM, closes an idle connection."""
 PAUSE_BYTES = 256 * 1024
 """Unread bytes of an answer at which reading stops, so that TCP slows the engine."""
+STEP_BYTES = 64 * 1024
+"""Most that is read of one stream in a step."""
 MAX_HEAD_BYTES = 64 * 1024
 """Of a head, and of chunk framing or trailers without a byte of body between."""
 
@@ -68,6 +73,11 @@ class EngineConnection(asyncio.Protocol):
         self._error = ""
         self._lost = False
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Callable[[bytes], None] | None = None
+        """Gets the body while it is read in steps, by ``_step_reader`` from ``_fd``."""
+        self._take_error: Exception | None = None
+        self._step_reader: StepReader | None = None
+        self._fd = -1
 
     @property
     def drained(self) -> bool:
@@ -117,11 +127,70 @@ class EngineConnection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
+    async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
+        """Have ``reader`` read the rest of the answer, and pass it to ``take`` as it comes; return at its end.
+
+        False, and nothing done, where that cannot be (TLS), or while something has arrived that :meth:`piece` gives.
+        Raises as :meth:`piece` does, and what ``take`` raises.
+        """
+        transport = self._transport
+        if transport is None or transport.get_extra_info("sslcontext") is not None:
+            return False
+        if self._parts or self.complete or self._error or transport.is_closing():
+            return False
+        # The transport keeps the socket: it writes, and finds out how the connection ended.
+        transport.pause_reading()
+        self._fd = transport.get_extra_info("socket").fileno()
+        self._take, self._take_error = take, None
+        self._step_reader = reader
+        reader.add(self._fd, self._read_step)
+        try:
+            while not self.complete and self._take_error is None:
+                await self._news()
+        finally:
+            self._take = None
+            self._leave_steps()
+        if self._take_error is not None:
+            raise self._take_error
+        return True
+
     def close(self) -> None:
         """Drop the connection at once: an engine that still works on an answer aborts it."""
         self.usable = False
         if self._transport is not None:
             self._transport.abort()
+
+    def _read_step(self) -> None:
+        try:
+            data = os.read(self._fd, STEP_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self.data_received(data)
+        else:
+            self._leave_steps()
+
+    def _leave_steps(self) -> None:
+        """Let the transport read again."""
+        reader, self._step_reader = self._step_reader, None
+        if reader is not None:
+            reader.remove(self._fd)
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    def _hand_over(self, take: Callable[[bytes], None]) -> None:
+        """Pass on what of the body has arrived."""
+        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts.clear()
+        self._size = 0
+        try:
+            take(data)
+        except Exception as error:  # noqa: BLE001 - raised where the end of the answer is awaited
+            self._take_error = error
+            self._leave_steps()
+            self._tell()
 
     async def _news(self) -> None:
         if self._error:
@@ -169,6 +238,11 @@ class EngineConnection(asyncio.Protocol):
                 where = "what frames its body" if self._has_head else "its head"
                 self._fail(f"the engine's answer has no end in {where}")
                 self.close()
+        elif self._take is not None:
+            if self._parts:
+                self._hand_over(self._take)
+            if not self.complete:
+                return
         elif self._size > PAUSE_BYTES and not self.complete and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -177,6 +251,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.usable = False
+        self._leave_steps()
         if self._has_head and not self.complete and self._ends_with_connection and exc is None:
             self.complete = True
             self.delimited = False

@@ -10,7 +10,7 @@ import json
 import re
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -23,6 +23,7 @@ from telemetry import get_logger
 
 from .connection import ConnectionPool, EngineConnection
 from .port import EngineAnswer, EngineCall
+from .step_reader import StepReader
 
 PROGRESS_LIMIT_S = 2.0
 CHECK_LIMIT_S = 5.0
@@ -286,9 +287,12 @@ class _Answer:
     def delimited(self) -> bool:
         return self._connection.delimited
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         while data := await self._connection.piece():
             yield data
+
+    async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
+        return await self._connection.read_in_steps(reader, take)
 
     async def read(self, limit_bytes: int) -> bytes:
         connection = self._connection

@@ -6,13 +6,15 @@ worker) and :mod:`worker.engines.simulated`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from queue_schemas import EngineFailed, EngineState
 from queue_schemas.fleet.model_cards import Card
+
+from .step_reader import StepReader
 
 
 class EngineGone(EngineFailed):
@@ -64,10 +66,18 @@ class EngineAnswer(Protocol):
         was closed there, as it is when an engine dies."""
         ...
 
-    def chunks(self) -> AsyncIterator[bytes]:
+    def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it arrives, in pieces of any size, none empty; what arrived while nobody asked is one piece.
 
         Raises ``EngineGone`` if the connection breaks before the answer is complete.
+        """
+        ...
+
+    async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
+        """In the midst of :meth:`chunks`: have ``reader`` read the rest of the body, and pass each piece to ``take``;
+        return at the end. False: this answer cannot be read so, or not yet.
+
+        Raises as :meth:`chunks` does, and what ``take`` raises.
         """
         ...
 

@@ -10,7 +10,7 @@ import pytest
 from queue_schemas import BrokerUnavailable, Lease, Settled
 from tests.support.queue import make_job
 from tests.support.waiting import eventually
-from worker.frame_batcher import Channel, FrameBatcher
+from worker.frame_batcher import FrameBatcher, FrameSender
 
 
 class Wire:
@@ -58,7 +58,7 @@ async def frame_batcher(wire: Wire) -> AsyncIterator[FrameBatcher]:
     task.cancel()
 
 
-def channel(frame_batcher: FrameBatcher, to: str = "router", shard: int = 0) -> Channel:
+def channel(frame_batcher: FrameBatcher, to: str = "router", shard: int = 0) -> FrameSender:
     return frame_batcher.open(shard, to, lambda: None)
 
 
@@ -196,7 +196,7 @@ async def test_cancelling_one_stream_leaves_the_others_waiting(frame_batcher: Fr
     assert wire.messages[1][1]["router"] == b"b"
 
 
-def stored(frame_batcher: FrameBatcher, lost: list[str] | None = None) -> tuple[Lease, Channel]:
+def stored(frame_batcher: FrameBatcher, lost: list[str] | None = None) -> tuple[Lease, FrameSender]:
     """A lease of a persisted job, and the channel to its output."""
     lease = Lease(make_job(persisted=True), 1, "a1", 1, 60_000, 0)
     return lease, frame_batcher.open_persisted(lease, lambda: (lost if lost is not None else []).append(lease.job.id))

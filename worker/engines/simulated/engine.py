@@ -14,6 +14,7 @@ from queue_schemas.fleet.model_cards import Card, bounded_cards
 from telemetry.backoff import Backoff
 
 from ..port import EngineAnswer, EngineCall, EngineGone
+from ..step_reader import StepReader
 from .api import wire
 from .api.wire import Reply
 from .run import ConnectionClosed, EngineCrashed
@@ -122,9 +123,12 @@ class _WholeAnswer:
         self.status = reply.status
         self.content_type = reply.content_type
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         if self._reply.body:
             yield self._reply.body
+
+    async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
+        return False
 
     async def read(self, limit_bytes: int) -> bytes:
         return self._reply.body
@@ -142,8 +146,11 @@ class _StreamedAnswer:
         self.content_type = content_type
         self._pieces = pieces
 
-    def chunks(self) -> AsyncIterator[bytes]:
+    def chunks(self) -> AsyncGenerator[bytes, None]:
         return self._pieces
+
+    async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
+        return False
 
     async def read(self, limit_bytes: int) -> bytes:
         parts, size = [], 0

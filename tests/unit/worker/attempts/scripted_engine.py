@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from queue_schemas import (
 from telemetry import MetricsRegistry
 from tests.support.queue import make_job
 from worker.attempts import Attempts
-from worker.engines import EngineAnswer, EngineCall
+from worker.engines import EngineAnswer, EngineCall, StepReader
 from worker.frame_batcher import FrameBatcher
 from worker.metrics import WorkerMetrics
 
@@ -44,7 +44,7 @@ class Answer:
         self.content_type = content_type
         self._pieces = pieces
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         for piece in self._pieces:
             if isinstance(piece, Exception):
                 raise piece
@@ -52,6 +52,9 @@ class Answer:
                 await piece.wait()
             else:
                 yield piece
+
+    async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
+        return False
 
     async def read(self, limit_bytes: int) -> bytes:
         return b"".join([piece async for piece in self.chunks()])
@@ -160,6 +163,7 @@ class Bench:
             self.engine,
             cast(Broker, self.broker),
             self.frame_batcher,
+            StepReader(self.frame_batcher.flush, max_wait_s=0),
             WorkerMetrics(MetricsRegistry("worker")),
             max_answer_bytes=max_answer_bytes,
             other_worker_serves=self._elsewhere,

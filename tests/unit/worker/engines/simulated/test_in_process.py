@@ -107,7 +107,7 @@ async def test_a_cancelled_plain_call_is_aborted_while_it_waits_for_a_slot() -> 
     async with (
         _running(SimulationSettings(max_num_seqs=1, tokens_per_s=5)) as engine,
         engine.call(_call(stream=True)) as answer,
-        aclosing(answer.chunks()) as pieces,  # type: ignore[type-var]
+        aclosing(answer.chunks()) as pieces,
     ):
         await anext(pieces)
         with pytest.raises(TimeoutError):
@@ -130,7 +130,7 @@ async def test_a_crash_fails_every_call_and_the_engine_starts_again() -> None:
     """One ordered crash breaks the stream beside it too; afterwards the engine answers again."""
     async with _running(SimulationSettings(ttft_ms=0, tokens_per_s=5)) as engine:
         with pytest.raises(EngineFailed):
-            async with engine.call(_call(stream=True)) as bystander, aclosing(bystander.chunks()) as pieces:  # type: ignore[type-var]
+            async with engine.call(_call(stream=True)) as bystander, aclosing(bystander.chunks()) as pieces:
                 await anext(pieces)
                 with pytest.raises(EngineFailed):
                     await _first_piece(engine, _call(sim={"fail": "crash"}))
