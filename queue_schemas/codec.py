@@ -57,21 +57,16 @@ def decode_all(data: bytes) -> list[Any]:
 
 
 def _limits(size: int) -> dict[str, Any]:
-    return {
-        "raw": False,
-        "strict_map_key": True,
-        "max_str_len": size,
-        "max_bin_len": size,
-        "max_array_len": min(size, MAX_ELEMENTS),
-        "max_map_len": min(size, MAX_ELEMENTS),
-        "max_ext_len": 0,
-        "ext_hook": _refuse_extension,
-        "timestamp": 0,
-    }
+    # What msgpack bounds by itself: no string, array or map may claim to be larger than the message.
+    return _LIMITS if size <= MAX_ELEMENTS else _LIMITS_OF_LARGE
 
 
 def _refuse_extension(code: int, _data: bytes) -> Any:
     raise ValueError(f"extension type {code} is not part of the contract")
+
+
+_LIMITS: dict[str, Any] = {"max_ext_len": 0, "ext_hook": _refuse_extension, "timestamp": 0}
+_LIMITS_OF_LARGE = _LIMITS | {"max_array_len": MAX_ELEMENTS, "max_map_len": MAX_ELEMENTS}
 
 
 def _check_depth(value: Any, depth: int = 0) -> None:

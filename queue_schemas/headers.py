@@ -58,7 +58,7 @@ def for_client(headers: Mapping[str, str]) -> dict[str, str]:
 
 def read_headers(value: Any, allowed: frozenset[str], limit_bytes: int) -> dict[str, str]:
     """Headers out of a message that another process wrote: what is not allowed, or no text, is left out."""
-    if type(value) is not dict:
+    if type(value) is not dict or not value:
         return {}
     texts = {name: text for name, text in value.items() if type(name) is str and type(text) is str}
     return _bounded(texts, allowed, limit_bytes)

@@ -111,15 +111,15 @@ class Job:
                 "upgrade it, or drain the queue first"
             )
         known: dict[str, Any] = {}
-        for name, expected in _FIELD_TYPES.items():
-            if name in fields:
-                value = fields[name]
-                if type(value) is not expected:
-                    raise BadMessage(f"envelope field {name} is {type(value).__name__}, not {expected.__name__}")
-                check = _CHECKS.get(name)
-                known[name] = value if check is None else check(value)
-        missing = {"id", "tenant", "model", "path", "body"} - known.keys()
-        if missing:
+        for name, value in fields.items():
+            field_of = _FIELDS.get(name)
+            if field_of is None:
+                continue
+            expected, check = field_of
+            if type(value) is not expected:
+                raise BadMessage(f"envelope field {name} is {type(value).__name__}, not {expected.__name__}")
+            known[name] = value if check is None else check(value)
+        if missing := _REQUIRED - known.keys():
             raise BadMessage(f"the envelope lacks {', '.join(sorted(missing))}")
         shard_of_job(known["id"])
         check_name(known["model"], "model")
@@ -127,43 +127,15 @@ class Job:
         return cls(**known)
 
 
-_FIELD_TYPES: dict[str, type] = {
-    "id": str,
-    "tenant": str,
-    "model": str,
-    "lane": str,
-    "band": int,
-    "path": str,
-    "body": bytes,
-    "content_type": str,
-    "stream": bool,
-    "persisted": bool,
-    "ttl_ms": int,
-    "max_attempts": int,
-    "on_loss": str,
-    "cost_estimate": int,
-    "affinity": str,
-    "reply_to": str,
-    "traceparent": str,
-    "idempotency_key": str,
-    "request_id": str,
-    "region": str,
-    "remote_after_ms": int,
-    "prefix": str,
-    "headers": dict,
-    "deadline_from": str,
-}
-
-
 def _headers(value: dict[Any, Any]) -> dict[str, str]:
     return http_headers.read_headers(value, http_headers.ENGINE_HEADERS, http_headers.MAX_REQUEST_BYTES)
 
 
 def _lane(value: str) -> Lane:
-    try:
-        return Lane(value)
-    except ValueError:
-        raise BadMessage(f"unknown lane {value[:60]!r}") from None
+    lane = _LANES.get(value)
+    if lane is None:
+        raise BadMessage(f"unknown lane {value[:60]!r}")
+    return lane
 
 
 def _on_loss(value: str) -> str:
@@ -193,14 +165,32 @@ def _at_least_one(name: str) -> Callable[[int], int]:
     return check
 
 
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "headers": _headers,
-    "deadline_from": lambda value: value[:200],
-    "lane": _lane,
-    "on_loss": _on_loss,
-    "band": _band,
-    "ttl_ms": _at_least_one("ttl_ms"),
-    "max_attempts": _at_least_one("max_attempts"),
-    "region": check_region,
-    "remote_after_ms": _remote_after_ms,
+_LANES = {lane.value: lane for lane in Lane}
+_REQUIRED = {"id", "tenant", "model", "path", "body"}
+_FIELDS: dict[str, tuple[type, Callable[[Any], Any] | None]] = {
+    "id": (str, None),
+    "tenant": (str, None),
+    "model": (str, None),
+    "lane": (str, _lane),
+    "band": (int, _band),
+    "path": (str, None),
+    "body": (bytes, None),
+    "content_type": (str, None),
+    "stream": (bool, None),
+    "persisted": (bool, None),
+    "ttl_ms": (int, _at_least_one("ttl_ms")),
+    "max_attempts": (int, _at_least_one("max_attempts")),
+    "on_loss": (str, _on_loss),
+    "cost_estimate": (int, None),
+    "affinity": (str, None),
+    "reply_to": (str, None),
+    "traceparent": (str, None),
+    "idempotency_key": (str, None),
+    "request_id": (str, None),
+    "region": (str, check_region),
+    "remote_after_ms": (int, _remote_after_ms),
+    "prefix": (str, None),
+    "headers": (dict, _headers),
+    "deadline_from": (str, lambda value: value[:200]),
 }
+"""What an envelope may hold: each field's type, and what else is checked of it."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from openai_api.errors import dialect_of, error_body, error_event, facts_of, is_final
 from openai_api.sse import MAX_EVENT_BYTES, end_of_events
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Lease
+from queue_schemas.frames import FramePacker
 from queue_schemas.headers import for_client
 
 from .completeness import StreamEnd
@@ -36,6 +37,7 @@ class FrameCutter:
         "_headers",
         "_lease",
         "_mid_event",
+        "_packer",
         "_sent",
         "_seq",
         "_status",
@@ -44,6 +46,7 @@ class FrameCutter:
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
+        self._packer: FramePacker | None = None
         self._seq = 0
         self._tail = b""
         self._sent = b""
@@ -149,7 +152,10 @@ class FrameCutter:
         self._seq = seq + 1
         self._sent = data or self._sent
         if seq:
-            return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, flags, data).pack()
+            packer = self._packer
+            if packer is None:
+                packer = self._packer = FramePacker(lease.job.id, lease.epoch, lease.attempt_id)
+            return packer.pack(seq, flags, data)
         flags |= self._flags
         head = (self._status, self._content_type, self._headers)
         return Frame(lease.job.id, lease.epoch, lease.attempt_id, 0, flags, data, *head).pack()

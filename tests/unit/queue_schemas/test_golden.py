@@ -31,7 +31,7 @@ from queue_schemas import (
     parse_control,
     unpack_frames,
 )
-from queue_schemas.frames import unpack_marker
+from queue_schemas.frames import FramePacker, unpack_marker
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 JOB_ID = JobId("3-000102030405060708090a0b0c0d0e0f")
@@ -138,6 +138,15 @@ def test_frames_and_markers_are_read_as_ever() -> None:
     assert unpack_frames(golden("frame_continued")) == [CONTINUED_FRAME]
     for marker in MARKERS:
         assert unpack_marker(golden(f"marker_{marker.kind}")) == marker
+
+
+@pytest.mark.parametrize("seq", [1, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1])
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 65_535, 65_536])
+@pytest.mark.parametrize(("epoch", "flags"), [(1, 0), (70_000, END)])
+def test_frames_behind_the_first_are_packed_alike(seq: int, size: int, epoch: int, flags: int) -> None:
+    """The packer of an attempt writes byte for byte what a frame's own ``pack`` writes."""
+    frame = Frame(JOB_ID, epoch, "attempt-1", seq, flags, b"x" * size)
+    assert FramePacker(JOB_ID, epoch, "attempt-1").pack(seq, flags, frame.data) == frame.pack()
 
 
 @pytest.mark.parametrize("control", CONTROLS, ids=lambda control: str(control.kind))
