@@ -7,6 +7,7 @@ with lifespan. The services behind it are built in :mod:`router.composition`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -29,10 +30,13 @@ from .http.extra_paths import check_extra_paths
 from .http.response_writer import ResponseWriter
 from .inference.routes import InferenceRoutes
 from .ports import ManagerPort, OpenQueue
+from .processes.sibling_link import SiblingLink
 from .settings import RouterSettings
 
 STORE_CLOSE_LIMIT_S = 2.0
 """How long the last calls to the file store may take at the end."""
+
+_READY_LOOK_S = 0.02
 
 
 class RouterApp:
@@ -106,6 +110,14 @@ class RouterApp:
         if self.services.manager is not None:
             await self.services.manager.close()
 
+    async def ready_within(self, limit_s: float, or_until: asyncio.Event | None = None) -> None:
+        """Return once the Router is ready, or after ``limit_s``: then somebody must answer, if only why it is not
+        ready. Also when ``or_until`` is set."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while self.services.not_ready_reasons() and not (or_until is not None and or_until.is_set()):  # noqa: ASYNC110
+                    await asyncio.sleep(_READY_LOOK_S)  # many reasons, no one event
+
     async def leave(self) -> None:
         """:meth:`router.shutdown.GracefulShutdown.leave`."""
         await self.services.shutdown.leave()
@@ -166,11 +178,13 @@ def build_router(
     open_queue: OpenQueue | None = None,
     manager: ManagerPort | None = None,
     hurry: asyncio.Event | None = None,
+    siblings: SiblingLink | None = None,
 ) -> RouterApp:
     """The app. Without a Redis URL in ``broker_settings`` it asks the Manager where Redis is.
 
-    ``open_queue`` and ``manager`` replace the real ones; ``hurry`` is set to end open requests at once. Raises
-    ``CannotStart`` for settings that cannot work and ``BrokerUnsuitable`` for a Redis URL that is none.
+    ``open_queue`` and ``manager`` replace the real ones; ``hurry`` is set to end open requests at once. ``siblings``
+    leads to the other processes that serve the port. Raises ``CannotStart`` for settings that cannot work and
+    ``BrokerUnsuitable`` for a Redis URL that is none.
     """
     manager = manager or manager_of(settings)
     services = build_services(
@@ -180,6 +194,7 @@ def build_router(
         open_queue=open_queue or queue_opener(settings, broker_settings or BrokerSettings.load(), manager),
         manager=manager,
         hurry=hurry or asyncio.Event(),
+        siblings=siblings,
     )
     refuse_unguarded(
         settings.host,

@@ -19,6 +19,7 @@ from broker.redis.link import open_link
 from queue_schemas import BrokerUnsuitable, CannotStart
 from queue_schemas.fleet.acting_manager import RAY_SCHEME
 from storage import ObjectStore, StorageSettings
+from telemetry import render_metrics
 from telemetry.http.app import health_routes, prepare_app
 from telemetry.http.fabric_calls import FabricHttp
 from telemetry.http.loopback_access import LoopbackAccess
@@ -57,9 +58,11 @@ from .jobs.persisted_requests import PersistedRequests
 from .jobs.routes import job_routes
 from .jobs.service import JobService
 from .lifecycle import Lifecycle
-from .metrics import RouterMetrics
+from .metrics import OPEN_REQUESTS, RouterMetrics
 from .openapi import describe
 from .ports import ManagerPort, OpenQueue
+from .processes.merged_metrics import render_snapshot, sample_value
+from .processes.sibling_link import SiblingLink
 from .queue_link import QueueLink
 from .responses.chat_only_engines import ChatOnlyEngines
 from .responses.routes import response_routes
@@ -102,6 +105,7 @@ class RouterServices:
     responses: ResponseService
     streamer: OutputStreamer
     inference: InferenceRoutes
+    siblings: SiblingLink | None
 
     def not_ready_reasons(self) -> list[str]:
         """Why the Router is not ready; empty: it is."""
@@ -112,6 +116,18 @@ class RouterServices:
         trouble = self.manager.trouble if isinstance(self.manager, ManagerRoute) else ""
         return [trouble] if trouble else []
 
+    async def render_metrics(self) -> tuple[bytes, str]:
+        """``/metrics`` of all processes that serve the port."""
+        if self.siblings is None:
+            return render_metrics(self.metrics.registry)
+        return render_snapshot(await self.siblings.merged(self.metrics.registry))
+
+    async def open_requests(self) -> int:
+        """The open requests of all processes that serve the port."""
+        if self.siblings is None:
+            return len(self.requests)
+        return int(sample_value(await self.siblings.merged(self.metrics.registry), OPEN_REQUESTS))
+
 
 def build_services(
     settings: RouterSettings,
@@ -121,6 +137,7 @@ def build_services(
     open_queue: OpenQueue,
     manager: ManagerPort | None,
     hurry: asyncio.Event,
+    siblings: SiblingLink | None = None,
 ) -> RouterServices:
     """The services over the queue that ``open_queue`` connects to; nothing is connected yet.
 
@@ -214,6 +231,7 @@ def build_services(
         inference=InferenceRoutes(
             inference, keys, requests, lifecycle, metrics, max_body_bytes=settings.max_body_bytes
         ),
+        siblings=siblings,
     )
 
 
@@ -231,8 +249,13 @@ def build_web_app(services: RouterServices) -> FastAPI:
     settings, metrics, gate = services.settings, services.metrics, services.gate
     link, lifecycle = services.link, services.lifecycle
     for routes in (
-        health_routes(metrics.registry, services.not_ready_reasons, warnings=services.warnings),
-        vllm_routes(services.not_ready_reasons, lifecycle, lambda: len(services.requests)),
+        health_routes(
+            metrics.registry,
+            services.not_ready_reasons,
+            warnings=services.warnings,
+            render=services.render_metrics,
+        ),
+        vllm_routes(services.not_ready_reasons, lifecycle, services.open_requests),
         model_routes(link, gate, settings.on_no_worker),
         *_store_routes(services),
         job_routes(services.jobs, services.streamer, gate),

@@ -11,6 +11,10 @@ from prometheus_client.registry import Collector
 
 from telemetry import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry
 
+OPEN_REQUESTS = "inferq_open_requests"
+LOWEST_COUNTS = frozenset({"inferq_manager_reachable"})
+"""Gauges of which, of several processes, the lowest value counts for all."""
+
 
 class ModelHistogram(Collector):
     """A histogram by model, for one thread. Only models of the directory are observed, so their number is limited."""
@@ -115,9 +119,7 @@ class RouterMetrics:
         manager_reachable: Callable[[], bool],
     ) -> None:
         """Read these gauges at each scrape."""
-        self.registry.watch_gauge(
-            "inferq_open_requests", "Requests that wait for or stream their response", open_requests
-        )
+        self.registry.watch_gauge(OPEN_REQUESTS, "Requests that wait for or stream their response", open_requests)
         self.registry.watch_gauge("inferq_file_transfers", "Uploads and downloads that run now", transfers)
         self.registry.watch_gauge(
             "inferq_manager_reachable",

@@ -8,7 +8,6 @@ proxy (or its HAProxy), to the same app. The first is the default: docs/topologi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import math
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from ray import serve
 from ray.serve.config import AutoscalingContext
 
 from broker import BrokerSettings
+from queue_schemas import CannotStart
 from storage import StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
 from telemetry.http.server import run_server
@@ -28,18 +28,18 @@ from webhooks.settings import WebhookSettings
 
 from .app import RouterApp, build_router
 from .http.shared_listener import SharedListener
+from .metrics import OPEN_REQUESTS
 from .settings import RouterSettings
 
 WayIn = Literal["replica", "serve"]
 
 DEPLOYMENT = "Router"
-OPEN_REQUESTS = "inferq_open_requests"
 _LOOK_BACK_S = 15.0
 """Replicas report every 10 s, Serve's default."""
 _MARGIN_S = 10.0
 _STUCK_LIMIT_S = 5.0
 _LAST_CONNECTIONS_S = 2.0
-_FIRST_READY_S, _READY_LOOK_S = 5.0, 0.02
+_FIRST_READY_S = 5.0
 
 log = get_logger("router.ray_serve")
 
@@ -114,7 +114,7 @@ async def serve_through(
     """
     stop_accepting, drained = asyncio.Event(), asyncio.Event()
     async with shared, app.running(), asyncio.TaskGroup() as tasks:
-        await _ready_within(app, _FIRST_READY_S)
+        await app.ready_within(_FIRST_READY_S)
         server = run_server(
             app,
             sock=shared.listener,
@@ -137,14 +137,6 @@ async def serve_through(
 def _tell_why(life: asyncio.Task[None]) -> None:
     if not life.cancelled() and (error := life.exception()) is not None:
         log.critical("router_broken", error=repr(error), exc_info=error)
-
-
-async def _ready_within(app: RouterApp, limit_s: float) -> None:
-    """Return once the app is ready, or after ``limit_s``: then somebody must answer, if only why it is not ready."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(limit_s):
-            while app.services.not_ready_reasons():  # noqa: ASYNC110 - many reasons, no one event
-                await asyncio.sleep(_READY_LOOK_S)
 
 
 class ProxiedReplica:
@@ -178,7 +170,12 @@ def application(
     way_in: WayIn = "replica",
     scale: Scale | None = None,
 ) -> serve.Application:
-    """The Serve application of one fabric's Routers."""
+    """The Serve application of one fabric's Routers. Raises ``CannotStart`` for settings that Serve decides itself."""
+    if settings.processes > 1:
+        raise CannotStart(
+            f"under Ray, Serve runs a Router's processes as replicas: leave {settings.variable('processes')} at 1 and "
+            "set min_replicas and max_replicas"
+        )
     scale = scale or Scale()
 
     def make_app() -> RouterApp:

@@ -28,6 +28,13 @@ class RouterSettings(RequestSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(18_000, ge=0, le=65_535, description="TCP port to listen on; 0 takes a free one")
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that serve the port together; limits on open requests, bodies, transfers and "
+        "connections hold for each",
+    )
     router_id: str = Field("router", description="Name of this Router in logs and on the queue's server")
     manager_urls: ManagerUrls = Field(
         default_factory=list,

@@ -1,4 +1,4 @@
-"""Pauses between retries for every role: exponential, with jitter and a maximum, computed by tenacity.
+"""Pauses between retries and restarts for every role: exponential, with jitter and a maximum, computed by tenacity.
 
 Jitter keeps processes that lost the same server from coming back in step (M. Brooker, "Exponential Backoff And Jitter",
 AWS Architecture Blog, 2015: "equal jitter").
@@ -7,6 +7,7 @@ AWS Architecture Blog, 2015: "equal jitter").
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from tenacity import (
@@ -20,6 +21,14 @@ from tenacity import (
 )
 
 T = TypeVar("T")
+
+MAX_PAUSE_S = 15.0
+STEADY_S = 60.0
+"""A process that ran for so long has earned a fresh start."""
+MAX_IN_A_ROW = 8
+"""Give up after so many ends in a row without a steady run: after about a minute."""
+EXIT_REFUSED = 2
+"""A process's exit code for what its user must correct."""
 
 
 class Backoff:
@@ -75,3 +84,26 @@ class Backoff:
 
 _NO_CALL = AsyncRetrying()
 """tenacity's wait strategies read a retry's state, which names the retry that it belongs to."""
+
+_RESTART_BACKOFF = Backoff(0.5, MAX_PAUSE_S, jitter=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Restarts:
+    """How often in a row a process has ended: when it is started again, and when no more. A pure decision."""
+
+    in_a_row: int = 0
+    was_ready: bool = False
+
+    def ended(self, exit_code: int, ran_s: float, *, ready: bool) -> tuple[Restarts, float | None]:
+        """The state after an end, and the pause before the next start in seconds; None: give up."""
+        state = replace(
+            self,
+            in_a_row=1 if ran_s >= STEADY_S else self.in_a_row + 1,
+            was_ready=self.was_ready or ready,
+        )
+        # What never served and says that it must not start will not be helped by trying again.
+        hopeless = exit_code == EXIT_REFUSED and not state.was_ready
+        if hopeless or state.in_a_row >= MAX_IN_A_ROW:
+            return state, None
+        return state, _RESTART_BACKOFF.pause_s(state.in_a_row)

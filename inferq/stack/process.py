@@ -15,10 +15,10 @@ from pathlib import Path
 import aiohttp
 
 from queue_schemas import CannotStart
+from telemetry.backoff import Restarts
 
 from .logs import RoleLog
 from .plan import RoleSpec
-from .restarts import Restarts
 
 _POLL_S = 0.1
 _ASK_LIMIT_S = 2.0

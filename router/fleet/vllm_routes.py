@@ -4,7 +4,7 @@ balancers and benchmark tools made for one vLLM work with a fleet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 
 from fastapi import APIRouter, Response
@@ -32,7 +32,7 @@ class Load(BaseModel):
 
 
 def vllm_routes(
-    reasons: Callable[[], Sequence[str]], lifecycle: Lifecycle, open_requests: Callable[[], int]
+    reasons: Callable[[], Sequence[str]], lifecycle: Lifecycle, open_requests: Callable[[], Awaitable[int]]
 ) -> APIRouter:
     """Public routes, as ``/readyz`` is. ``reasons``: why the Router is not ready."""
     routes = APIRouter(tags=["health"], dependencies=[allow(Access.PUBLIC)])
@@ -60,6 +60,6 @@ def vllm_routes(
 
     @routes.get("/load", summary="How many requests this Router serves now")
     async def load() -> Load:
-        return Load(server_load=open_requests())
+        return Load(server_load=await open_requests())
 
     return routes

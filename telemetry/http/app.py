@@ -119,12 +119,14 @@ def health_routes(
     reasons: Callable[[], Sequence[str]],
     before_scrape: Callable[[], Awaitable[None]] | None = None,
     warnings: Callable[[], Sequence[str]] = tuple,
+    render: Callable[[], Awaitable[tuple[bytes, str]]] | None = None,
 ) -> APIRouter:
     """``/healthz``, ``/readyz`` and ``/metrics``.
 
     ``reasons`` says in sentences why the role is not ready (none: it is), ``warnings`` what an operator should look at
     though it is: they are in the answer, and take it out of no load balancer. Addresses in both are not shown.
     ``before_scrape`` brings figures up to date that are too dear to keep current all the time; it bounds its own time.
+    ``render`` gives body and content type of ``/metrics`` for a role of several processes, instead of ``metrics``.
     """
     routes = APIRouter(tags=["health"], dependencies=[allow(Access.PUBLIC)])
 
@@ -144,7 +146,7 @@ def health_routes(
     async def prometheus() -> Response:
         if before_scrape is not None:
             await before_scrape()
-        body, content_type = render_metrics(metrics)
+        body, content_type = await render() if render is not None else render_metrics(metrics)
         return Response(body, headers={"content-type": content_type})
 
     return routes

@@ -11,7 +11,8 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -19,15 +20,15 @@ from starlette.types import ASGIApp
 from queue_schemas import CannotStart, InferqError
 from queue_schemas.addresses import is_loopback
 
+from ..backoff import EXIT_REFUSED
 from ..logs import get_logger
 from ..signals import leave_terminal, take_signals
 from .connections import ConnectionLimits, Connections, protocol_for
+from .connections.shared_accept import PauseBeforeAccept, SharedAcceptor
 
 BACKLOG = 2048
 GC_THRESHOLD = 10_000
 """New objects after which a process collects garbage."""
-EXIT_REFUSED = 2
-"""Exit code of a process that could not start for a reason its user can correct."""
 
 log = get_logger(__name__)
 
@@ -93,13 +94,15 @@ async def run_server(
     shutdown_timeout_s: float = 10.0,
     lifespan: Literal["on", "off"] = "off",
     limits: ConnectionLimits | None = None,
+    pause_before_accept: PauseBeforeAccept | None = None,
 ) -> None:
     """Serve ``app`` until ``stop`` is set; without ``stop``, until SIGTERM or SIGINT.
 
     Then no connection is accepted, running requests get ``shutdown_timeout_s`` (whole seconds, at least one) to finish,
     and what is left is cancelled; at once when ``hurry`` is set. From ``stop_accepting`` on the listening socket is
     closed, and the connections that are open are served on. ``limits`` bounds what clients may do. Without ``sock``
-    binds ``host:port`` itself (:func:`bind_socket`). Cancelling this call closes the port and cuts running requests
+    binds ``host:port`` itself (:func:`bind_socket`). ``pause_before_accept`` is for a ``sock`` that several processes
+    accept from (:mod:`.connections.shared_accept`). Cancelling this call closes the port and cuts running requests
     off.
     """
     config = uvicorn.Config(
@@ -118,7 +121,7 @@ async def run_server(
     with contextlib.ExitStack() as exits:
         listener = exits.enter_context(sock or bind_socket(host, port))
         stopped = stop or exits.enter_context(stop_on_signals())
-        await _serve(_Server(config), listener, stopped, stop_accepting, hurry or asyncio.Event())
+        await _serve(_Server(config, pause_before_accept), listener, stopped, stop_accepting, hurry or asyncio.Event())
 
 
 async def run_beside(
@@ -173,6 +176,29 @@ async def _serve(
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, pause_before_accept: PauseBeforeAccept | None) -> None:
+        super().__init__(config)
+        self._pause_before_accept = pause_before_accept
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept as uvicorn does, or from sockets that several processes share."""
+        if self._pause_before_accept is None or sockets is None:
+            await super().startup(sockets)
+            return
+        await super().startup([])
+        state = self.server_state
+        protocol = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        make = partial(
+            protocol,
+            config=self.config,
+            server_state=state,
+            app_state=self.lifespan.state,
+        )
+        self.servers = [
+            SharedAcceptor(listener, make, lambda: len(state.connections), self._pause_before_accept)  # type: ignore[misc]
+            for listener in sockets
+        ]
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are the process's business (:func:`stop_on_signals`): several servers may share one."""
@@ -217,32 +243,50 @@ def stop_on_signals(hurry: asyncio.Event | None = None) -> Iterator[asyncio.Even
 
 
 def run_process(main: Callable[[], Awaitable[None]]) -> int:
-    """Run ``main`` on uvloop and give the process's exit code.
+    """Run ``main`` on uvloop and give the process's exit code (:func:`exit_code_of`)."""
 
-    0 after a clean end, 2 with one sentence on standard error for an :class:`InferqError`, which is something the user
-    can correct; anything else is a bug and leaves its traceback.
-    """
+    def run() -> None:
+        take_signals()
+        run_loop(main)
+
+    return exit_code_of(run)
+
+
+def run_loop(main: Callable[[], Awaitable[None]]) -> None:
+    """Run ``main`` on uvloop, with the garbage collector set for a process that serves."""
 
     async def run() -> None:
         await main()
 
-    take_signals()
     # What was imported stays: the collector need not look at it again. Requests leave little that only it can free.
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 20, 20)
-    try:
-        if sys.platform == "win32":
-            asyncio.run(run())
-        else:
-            import uvloop  # noqa: PLC0415 - not to be had on Windows
+    if sys.platform == "win32":
+        asyncio.run(run())
+    else:
+        import uvloop  # noqa: PLC0415 - not to be had on Windows
 
-            uvloop.run(run())
+        uvloop.run(run())
+
+
+def _complain(sentence: str) -> None:
+    sys.stderr.write(f"inferq: {sentence}\n")
+
+
+def exit_code_of(run: Callable[[], None], refuse: Callable[[str], None] = _complain) -> int:
+    """Call ``run`` and give the process's exit code.
+
+    0 after a clean end; 2 for an :class:`InferqError`, which is something the user can correct: ``refuse`` gets its
+    sentence, for standard error. Anything else is a bug and leaves its traceback.
+    """
+    try:
+        run()
     except (InferqError, BaseExceptionGroup) as error:
         fixable = _fixable(error)
         if fixable is None:
             raise
-        sys.stderr.write(f"inferq: {fixable}\n")
+        refuse(str(fixable))
         return EXIT_REFUSED
     except KeyboardInterrupt:
         return 130

@@ -10,8 +10,8 @@ import pytest
 from inferq.commands.up import with_batcher
 from inferq.stack import StackOptions, plan_stack
 from inferq.stack.plan import choose_engine
-from inferq.stack.restarts import EXIT_REFUSED, MAX_IN_A_ROW, MAX_PAUSE_S, STEADY_S, Restarts
 from queue_schemas import CannotStart
+from telemetry.backoff import EXIT_REFUSED, MAX_IN_A_ROW, MAX_PAUSE_S, STEADY_S, Restarts
 
 _BATCHES = ("INFERQ_BATCHES_PORT", "INFERQ_NOTIFIER_PORT", "INFERQ_BROKER_RQ_REDIS_URL", "INFERQ_STORAGE_URL")
 

@@ -1,0 +1,1 @@
+"""Several Router processes that serve one port: a parent that supervises them, and each one's link to it."""
