@@ -10,13 +10,20 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any, Literal, TextIO, cast
 
 import orjson
-import structlog
-from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 from .redaction import redact_text
+
+# structlog draws tracebacks with rich where that can be imported: 3 MB of every process for what no JSON line shows.
+_hidden = sys.modules.setdefault("rich", cast(ModuleType, None))
+import structlog  # noqa: E402
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger  # noqa: E402
+
+if _hidden is None:
+    del sys.modules["rich"]
 
 LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]

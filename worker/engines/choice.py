@@ -10,8 +10,6 @@ from worker.settings import WorkerSettings
 from .http import HttpEngine
 from .port import Engine
 from .process import HOST, Launch, ProcessEngine
-from .simulated import SimulatedEngine
-from .simulated.options import read_options
 from .vllm import find_vllm, vllm_launch
 
 
@@ -24,6 +22,10 @@ def make_engine(settings: WorkerSettings, restarted: Callable[[], None] = lambda
         case "url":
             return HttpEngine(settings.engine_url, api_key=settings.engine_api_key.get_secret_value())
         case "sim":
+            # Loaded by the workers that run it alone: 2 MB.
+            from .simulated import SimulatedEngine  # noqa: PLC0415
+            from .simulated.options import read_options  # noqa: PLC0415
+
             return SimulatedEngine(read_options(_sim_arguments(settings))[2])
         case "sim-process":
             command = (sys.executable, "-m", "worker.engines.simulated", *_sim_arguments(settings))
