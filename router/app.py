@@ -18,6 +18,7 @@ from broker import BrokerSettings
 from queue_schemas import MethodNotAllowed, PathNotFound
 from storage import StorageSettings
 from telemetry.http.access import DeclaredRoute, declared
+from telemetry.http.connections import RequestCycle
 from telemetry.http.methods import allow_header, answered_methods
 from telemetry.http.request_context import request_id_from
 from telemetry.http.server import refuse_unguarded
@@ -50,6 +51,7 @@ class RouterApp:
             self._web_app, services.settings.extra_paths, variable=services.settings.variable("extra_paths")
         )
         self._entry = with_cors(self._serve, services.settings.cors_allow_origins)
+        self._has_cors = bool(services.settings.cors_allow_origins)
         self._background: list[Callable[[], Coroutine[Any, Any, None]]] = [
             services.link.run,
             services.canceller.run,
@@ -80,6 +82,19 @@ class RouterApp:
             return
         scope.setdefault("state", {})["connection"] = Connection(receive)
         await self._web_app(scope, receive, send)
+
+    def serve_directly(self, cycle: RequestCycle) -> bool:
+        """Answer a request that has arrived whole without a task, or leave it to :meth:`__call__`: False."""
+        scope = cycle.scope
+        path = scope["path"]
+        return (
+            path in self._paths
+            and scope["method"] == "POST"
+            and scope["raw_path"] == path.encode()
+            and not self.services.lifecycle.shutting_down
+            and not (self._has_cors and any(name == b"origin" for name, _ in scope["headers"]))
+            and self.services.inference.serve_directly(cycle, path)
+        )
 
     def declared_routes(self) -> list[DeclaredRoute]:
         """Every method and path that it answers, with who may call it."""

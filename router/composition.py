@@ -229,7 +229,7 @@ def build_services(
         responses=responses,
         streamer=OutputStreamer(requests, persisted, relay, jobs, lifecycle, metrics),
         inference=InferenceRoutes(
-            inference, keys, requests, lifecycle, metrics, max_body_bytes=settings.max_body_bytes
+            inference, keys, requests, relay, lifecycle, metrics, max_body_bytes=settings.max_body_bytes
         ),
         siblings=siblings,
     )

@@ -34,7 +34,7 @@ Deliver = Callable[[list[Frame | Marker]], None]
 class JobsPort(Protocol):
     """:class:`broker.operations.jobs.Jobs`."""
 
-    async def enqueue(self, job: Job) -> State: ...
+    def start_enqueue(self, job: Job) -> asyncio.Future[Enqueued]: ...
 
     async def enqueue_persisted(
         self, job: Job, options: PersistOptions | None = None, listener: str = ""

@@ -122,6 +122,7 @@ async def serve_through(
             stop_accepting=stop_accepting,
             shutdown_timeout_s=_LAST_CONNECTIONS_S,
             limits=app.services.settings.connection_limits,
+            serve_directly=app.serve_directly,
         )
         tasks.create_task(server, name="http")
         log.info("listening", host=shared.host, port=shared.port)

@@ -139,6 +139,7 @@ async def _serve_until(
                 shutdown_timeout_s=2.0,
                 limits=limits,
                 pause_before_accept=pause,
+                serve_directly=app.serve_directly,
             ),
             name="http",
         )

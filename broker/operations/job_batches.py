@@ -75,10 +75,10 @@ class ShardBatches:
         self._appends = Batcher(self._send_appends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._releases = Batcher(self._send_releases, lambda item: len(item.reason) + _OVERHEAD_BYTES)
 
-    async def enqueue(self, job: Job, listener: str = "", options: PersistOptions | None = None) -> Enqueued:
+    def enqueue(self, job: Job, listener: str = "", options: PersistOptions | None = None) -> asyncio.Future[Enqueued]:
         plain = options is None or options == PersistOptions(options.retention_ms)
         metadata = b"" if options is None or plain else options.metadata.pack()
-        return await self._enqueues.submit(
+        return self._enqueues.submit(
             _Enqueue(job, job.pack(), listener or job.reply_to, options or _DEFAULT_OPTIONS, metadata)
         )
 

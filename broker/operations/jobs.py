@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,11 @@ class Jobs:
 
         Raises ``OverCapacity``, ``BrokerFull``, and ``NotOnDisk`` for background jobs where durability is disk.
         """
-        return (await self._batches_for(job).enqueue(job)).state
+        return (await self.start_enqueue(job)).state
+
+    def start_enqueue(self, job: Job) -> asyncio.Future[Enqueued]:
+        """The same as :meth:`enqueue`, without waiting: the future's result has the state."""
+        return self._batches_for(job).enqueue(job)
 
     async def enqueue_persisted(self, job: Job, options: PersistOptions | None = None, listener: str = "") -> Enqueued:
         """Put a persisted ``job`` on its queue, or find the job that holds its idempotency key.

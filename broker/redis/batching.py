@@ -38,13 +38,13 @@ class Batcher(Generic[Item, Answer]):
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
         self._sender: asyncio.Task[None] | None = None
 
-    async def submit(self, item: Item) -> Answer:
-        """Send ``item`` with the next batch and await its answer."""
+    def submit(self, item: Item) -> asyncio.Future[Answer]:
+        """Send ``item`` with the next batch: its answer, or the error. Cancelling it stops nothing."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._sender is None:
             self._sender = asyncio.create_task(self._drain())
-        return await future
+        return future
 
     async def _drain(self) -> None:
         try:

@@ -21,9 +21,10 @@ class Connection:
 
     __slots__ = ("_cycle", "_on_disconnect", "_receive", "_request", "_task")
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, cycle: RequestCycle | None = None) -> None:
+        """``cycle``: the server's side of ``receive``, if it is known."""
         self._receive = receive
-        self._cycle = _cycle(receive)
+        self._cycle = cycle or _cycle(receive)
         self._request: asyncio.Task[Any] | None = None
         self._on_disconnect: Callable[[str], None] | None = None
         self._task: asyncio.Task[None] | None = None

@@ -388,6 +388,7 @@ class AttemptMerger:
         else:
             self.head = self._attempt_head
             self._pending += self._collected
+            self.pending_bytes += sum(map(len, self._collected))
         self.settled = self.ended = True
 
     def _deliver(self, data: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from queue_schemas import BrokerUnavailable, Job, JobMetadata, Lane, OnLoss, Tenant, new_job_id
+from queue_schemas import BrokerUnavailable, Job, JobMetadata, Lane, OnLoss, Pool, Tenant, new_job_id
 from queue_schemas.lanes import band_of_priority
 from queue_schemas.persisted_output import request_digest
 
@@ -22,7 +22,24 @@ class JobBuilder:
         self._settings = settings
         self._link = link
 
-    async def build(
+    def knows(self, model: Pool) -> bool:
+        """Whether a worker serves ``model``, as far as is known now."""
+        entry = self._link.directory.pools.get(model)
+        return entry is not None and entry.workers > 0
+
+    async def find(self, model: Pool) -> None:
+        """Raise ``ModelNotFound``, ``NoWorker`` or ``BrokerUnavailable`` if a job for ``model`` cannot be queued."""
+        link = self._link
+        link.ready_queue()
+        if self.knows(model):
+            return
+        directory = link.directory if model in link.directory.pools else await link.fresh_directory()
+        if model not in directory.pools and link.reasons:
+            why = f"the list of models cannot be read: {link.reasons[0]}; try again shortly"
+            raise BrokerUnavailable(why, public=why)
+        check_model(model, directory, self._settings.on_no_worker)
+
+    def build(
         self,
         *,
         tenant: Tenant,
@@ -41,19 +58,12 @@ class JobBuilder:
     ) -> Job:
         """The job of a request with ``fields``. One that is not ``persisted`` is answered to this Router.
 
-        Raises ``ModelNotFound``, ``NoWorker`` or ``BrokerUnavailable``.
+        Raises ``BrokerUnavailable``.
         """
         settings, link = self._settings, self._link
         if on_loss == "continue" and not fields.continuable:
             on_loss = "restart"
         queue = link.ready_queue()
-        entry = link.directory.pools.get(fields.model)
-        if entry is None or not entry.workers:
-            directory = link.directory if entry else await link.fresh_directory()
-            if fields.model not in directory.pools and link.reasons:
-                why = f"the list of models cannot be read: {link.reasons[0]}; try again shortly"
-                raise BrokerUnavailable(why, public=why)
-            check_model(fields.model, directory, settings.on_no_worker)
         return Job(
             id=new_job_id(queue.shard_of(fields.model)),
             tenant=tenant,

@@ -1,4 +1,4 @@
-"""One open request: its state while it waits for an answer, and the future that wakes its coroutine."""
+"""One open request: its state while it waits for an answer, and what is told when something changes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ MAX_RESUBMISSIONS = 3
 
 log = get_logger(__name__)
 _NOT_PERSISTED = PersistOptions(0)
+_NEVER = float("inf")
 _T = TypeVar("_T")
 
 
@@ -39,6 +40,7 @@ class OpenRequest:
         "_on_interrupt_limit",
         "_task",
         "always_event_stream",
+        "begun",
         "body_bytes",
         "catching_up",
         "checked_s",
@@ -58,6 +60,7 @@ class OpenRequest:
         "last_sent_s",
         "live_buffer",
         "merger",
+        "on_news",
         "persist_options",
         "received",
         "resubmissions",
@@ -75,11 +78,15 @@ class OpenRequest:
         self.job: Job | None = None
         self.merger: AttemptMerger | None = None
         self.error: InferqError | None = None
-        self.deadline_s = self.interrupt_at_s = self.sending_since_s = self.resubmit_at_s = float("inf")
-        self.client_grace_s = float("inf")
+        self.deadline_s = self.interrupt_at_s = self.sending_since_s = self.resubmit_at_s = _NEVER
+        self.client_grace_s = _NEVER
         """How long after the deadline the client still waits to hear of it."""
         self.fallback: Callable[[], Awaitable[bool]] | None = None
         """Sends the request again in another form if the engine lacks its path; False: there is no other form."""
+        self.on_news: Callable[[], None] | None = None
+        """Called when something changed, while it has no coroutine."""
+        self.begun = False
+        """Whether the client got something of the answer."""
         self.has_news = self.disconnected = self.keepalive_due = self.frames_lost = False
         self.disconnect_reason = "left"
         self.resubmissions = 0
@@ -111,10 +118,12 @@ class OpenRequest:
         self.has_news = False
 
     def notify(self) -> None:
-        """Wake its coroutine."""
+        """Wake its coroutine, or whatever serves it instead."""
         self.has_news = True
         future = self._future
-        if future is not None:
+        if self.on_news is not None:
+            self.on_news()
+        elif future is not None:
             self._future = None
             if not future.done():
                 future.set_result(None)
@@ -148,14 +157,14 @@ class OpenRequest:
     def disconnect_client(self, why: str) -> None:
         """Disconnect the client, which is too slow or stalled."""
         log.warning("client_disconnected", why=why, job_id=self.job.id if self.job is not None else "")
-        self.sending_since_s = float("inf")
+        self.sending_since_s = _NEVER
         self.client_disconnected(why)
         self.connection.disconnect()
 
-    def start_deadline(self, ttl_ms: int) -> None:
+    def start_deadline(self, ttl_ms: int, now_s: float) -> None:
         """Start its deadline, unless it has one already."""
-        if self.deadline_s == float("inf"):
-            self.deadline_s = asyncio.get_running_loop().time() + ttl_ms / 1000
+        if self.deadline_s == _NEVER:
+            self.deadline_s = now_s + ttl_ms / 1000
 
     def start_catching_up(self) -> None:
         """Have it read the kept output of its persisted job before anything live counts."""
@@ -170,9 +179,13 @@ class OpenRequest:
         self.interrupt_at_s, self._on_interrupt_limit = limit_s, on_limit
 
     def forbid_interrupt(self) -> None:
-        """End what :meth:`allow_interrupt` began."""
+        """End what :meth:`allow_interrupt` or :meth:`begin_call` began."""
         self._task = None
-        self.interrupt_at_s = float("inf")
+        self.interrupt_at_s = _NEVER
+
+    def begin_call(self) -> None:
+        """A call to the queue is under way that no task waits for: :meth:`fail` comes at the deadline."""
+        self.interrupt_at_s, self._on_interrupt_limit = self.deadline_s, _queue_silent
 
     async def within_deadline(self, call: Awaitable[_T]) -> _T:
         """The answer of a call to the queue, unless the client goes or the request's time runs out before it comes."""

@@ -149,8 +149,9 @@ class OpenRequests:
             self._by_job.pop(job.id, None)
 
     def deliver(self, items: list[Frame | Marker]) -> None:
-        """Pass what came on the reply streams to the requests that wait for it."""
+        """Pass what came on the reply streams to the requests that wait for it; each is notified once."""
         by_job = self._by_job
+        notified: list[OpenRequest] = []
         for item in items:
             request = by_job.get(item.job_id)
             if request is None or request.merger is None:
@@ -162,9 +163,12 @@ class OpenRequests:
             merger = request.merger
             request.feed(merger, item)
             if not request.has_news:
-                request.notify()
+                request.has_news = True
+                notified.append(request)
             if merger.pending_bytes > self._buffer_bytes and request.sending_since_s < float("inf"):
                 request.disconnect_client("slow")
+        for request in notified:
+            request.notify()
 
     def lost(self, shard: int) -> None:
         """The reply stream of ``shard`` was lost, with what was on it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from enum import Enum
 
 from queue_schemas import (
     TERMINAL,
@@ -15,6 +16,7 @@ from queue_schemas import (
     BrokerUnavailable,
     DeadlineExceeded,
     EngineFailed,
+    Enqueued,
     InferqError,
     Job,
     OverCapacity,
@@ -37,9 +39,22 @@ RESUBMIT_AFTER_S = 2.0
 """How long an answer whose job has ended may still be on its way."""
 NO_SUCH_PATH_STATUSES = frozenset({404, 405, 501})
 """How engines answer on a path that they do not have."""
+MAX_DIRECT_BYTES = 64 << 10
+"""What may wait to be written without waiting for its client: more is counted, and written by a task."""
 _NEVER = float("inf")
 
 log = get_logger(__name__)
+
+
+class Step(Enum):
+    """What :meth:`Relay.advance` did."""
+
+    RELAYED = "relayed"
+    """What has come was written: more is to come."""
+    ENDED = "ended"
+    """The answer is complete."""
+    UNUSUAL = "unusual"
+    """Nothing: something must be waited for, or it failed."""
 
 
 class Relay:
@@ -63,18 +78,83 @@ class Relay:
 
     async def enqueue(self, request: OpenRequest, job: Job) -> State:
         """Queue an ordinary ``job`` for ``request``. Raises ``OverCapacity`` and whatever the queue raises."""
-        request.start_deadline(job.ttl_ms)
-        self._requests.attach(request, job)
-        queue = self._link.ready_queue()
+        enqueued = self._enqueue(request, job)
         try:
-            state = await request.within_deadline(queue.jobs.enqueue(job))
-        except (OverCapacity, BrokerFull):
-            if request.merger is not None:
-                request.merger.settled = True  # nothing was written: there is nothing to cancel
+            state = (await request.within_deadline(enqueued)).state
+        except InferqError as error:
+            self._not_enqueued(request, error)
             raise
+        self._enqueued(request, state)
+        return state
+
+    def begin(self, request: OpenRequest, job: Job) -> asyncio.Future[Enqueued]:
+        """Queue an ordinary ``job`` for a ``request`` without a task: call :meth:`begun` with the future when it is
+        done. Raises ``BrokerUnavailable``."""
+        enqueued = self._enqueue(request, job)
+        request.begin_call()
+        return enqueued
+
+    def begun(self, request: OpenRequest, enqueued: asyncio.Future[Enqueued]) -> InferqError | None:
+        """What began with :meth:`begin` was answered: the error if the job is not on the queue."""
+        request.forbid_interrupt()
+        if enqueued.cancelled():
+            return BrokerUnavailable("the connection to the queue was closed; try again", retry_after_s=1)
+        error = enqueued.exception()
+        if error is None:
+            self._enqueued(request, enqueued.result().state)
+            return None
+        if not isinstance(error, InferqError):
+            raise error
+        self._not_enqueued(request, error)
+        return error
+
+    def _enqueue(self, request: OpenRequest, job: Job) -> asyncio.Future[Enqueued]:
+        request.start_deadline(job.ttl_ms, self._loop().time())
+        self._requests.attach(request, job)
+        return self._link.ready_queue().jobs.start_enqueue(job)
+
+    def _enqueued(self, request: OpenRequest, state: State) -> None:
         if state in TERMINAL:
             request.resubmit_at_s = self._loop().time() + RESUBMIT_AFTER_S
-        return state
+
+    def _not_enqueued(self, request: OpenRequest, error: InferqError) -> None:
+        if isinstance(error, OverCapacity | BrokerFull) and request.merger is not None:
+            request.merger.settled = True  # nothing was written: there is nothing to cancel
+
+    def advance(self, request: OpenRequest, writer: ResponseWriter) -> Step:
+        """Relay what has come to a client that takes it, as :meth:`run` does, from a callback."""
+        merger, job = request.merger, request.job
+        if merger is None or job is None or self._needs_task(request, merger):
+            return Step.UNUSUAL
+        head = merger.head
+        if head is not None and (merger.ended or merger.pending_bytes):
+            data = merger.take()
+            self._observe(request, job)
+            if merger.ended:
+                request.connection.unwatch()
+                writer.finish_now(head, data)
+                return Step.ENDED
+            writer.write_now(head, data)
+        if request.keepalive_due:
+            request.keepalive_due = False
+            if (text := self._keepalive_text(job, merger)) is not None:
+                request.last_sent_s = self._loop().time()
+                writer.comment_now(text)
+        return Step.RELAYED
+
+    def _needs_task(self, request: OpenRequest, merger: AttemptMerger) -> bool:
+        return bool(
+            request.disconnected
+            or merger.error is not None
+            or request.error is not None
+            or merger.pending_bytes > MAX_DIRECT_BYTES
+            or (merger.ended and merger.head is None)
+            or merger.lost_epoch
+            or merger.gap
+            or request.catching_up
+            or request.frames_lost
+            or request.fallback is not None
+        )
 
     async def run(self, request: OpenRequest, writer: ResponseWriter) -> None:
         """Relay the answer of the request's job to its end.
@@ -83,10 +163,6 @@ class Relay:
         """
         merger, job = request.merger, request.job
         assert merger is not None and job is not None  # noqa: S101 - set when the job was queued or followed
-        ttft, itl = self._metrics.ttft, self._metrics.itl
-        timed = not request.is_follower
-        time = self._loop().time
-        first = True
         while True:
             await request.wait()
             if request.disconnected:
@@ -95,14 +171,7 @@ class Relay:
             if request.fallback is not None and merger.head is not None:
                 data, merger = await self._fall_back(request, merger, data)
             if data or merger.ended:
-                now = time()
-                if timed:
-                    if first:
-                        ttft.observe(job.model, now - request.started_s)
-                        first = False
-                    else:
-                        itl.observe(job.model, now - request.last_sent_s)
-                request.last_sent_s = now
+                self._observe(request, job)
             head = merger.head
             if merger.ended and head is not None:
                 request.connection.unwatch()
@@ -141,16 +210,32 @@ class Relay:
         if request.keepalive_due:
             await self._send_keepalive(request, job, merger, writer)
 
+    def _observe(self, request: OpenRequest, job: Job) -> None:
+        """A piece of the answer goes to the client now."""
+        now = self._loop().time()
+        if not request.is_follower:
+            if request.begun:
+                self._metrics.itl.observe(job.model, now - request.last_sent_s)
+            else:
+                self._metrics.ttft.observe(job.model, now - request.started_s)
+        request.begun = True
+        request.last_sent_s = now
+
+    def _keepalive_text(self, job: Job, merger: AttemptMerger) -> str | None:
+        """The comment for a silent connection; None within an event, where it would be a part of it."""
+        if merger.mid_event:
+            return None
+        if merger.untouched and not self._link.directory.workers_of(job.model):
+            return f"waiting for a worker that serves {job.model}"
+        return QUEUED
+
     async def _send_keepalive(
         self, request: OpenRequest, job: Job, merger: AttemptMerger, writer: ResponseWriter
     ) -> None:
-        """Send a comment on a silent connection, but never within an event, where it would be a part of it."""
         request.keepalive_due = False
-        if merger.mid_event:
+        text = self._keepalive_text(job, merger)
+        if text is None:
             return
-        text = QUEUED
-        if merger.untouched and not self._link.directory.workers_of(job.model):
-            text = f"waiting for a worker that serves {job.model}"
         request.sending_since_s = request.last_sent_s = self._loop().time()
         await writer.comment(text)
         request.sending_since_s = _NEVER
@@ -161,7 +246,8 @@ class Relay:
         fallback, request.fallback = request.fallback, None
         assert merger.head is not None and fallback is not None  # noqa: S101 - checked by the caller
         if merger.head.status in NO_SUCH_PATH_STATUSES and await fallback() and request.merger is not None:
-            return b"", request.merger
+            merger = request.merger
+            return merger.take(), merger  # it may have come meanwhile
         return data, merger
 
     async def _resume(self, request: OpenRequest, merger: AttemptMerger, epoch: int) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from starlette.types import Send
 
 from openai_api.paths import RESPONSES_PATH
-from queue_schemas import Job, Lane, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
+from queue_schemas import Enqueued, Job, Lane, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
 from telemetry import get_logger
 
 from ..http.response_writer import ResponseWriter
@@ -116,6 +116,15 @@ class InferenceService:
     async def prepare(self, received: InferenceRequest, tenant: Tenant) -> PreparedRequest:
         """The job that answers a request. Raises ``BadRequest``, ``ModelNotFound``, ``NoWorker`` and
         ``BrokerUnavailable``."""
+        prepared = self.prepare_now(received, tenant)
+        if not self._builder.knows(prepared.job.model):
+            await self._builder.find(prepared.job.model)
+            prepared = self.prepare_now(received, tenant)  # the connection to the queue may be another one now
+        return prepared
+
+    def prepare_now(self, received: InferenceRequest, tenant: Tenant) -> PreparedRequest:
+        """The same, without a look whether anything serves the model. Raises ``BadRequest`` and
+        ``BrokerUnavailable``."""
         settings, headers = self._settings, received.headers
         path, body, content_type = received.path, received.body, received.content_type
         fields = read_fields(body, content_type, path, settings.limits_of(tenant))
@@ -133,7 +142,7 @@ class InferenceService:
         persisted = bool(key) or resumable or background
         on_loss = read_on_loss(headers.get(_ON_LOSS), settings.on_loss)
         deadline = self._deadline(headers, fields.timeout_s, client_streams, background=background, persisted=persisted)
-        job = await self._builder.build(
+        job = self._builder.build(
             tenant=tenant,
             path=path,
             body=body,
@@ -164,6 +173,19 @@ class InferenceService:
         return self._persisted.resumable_writer(
             send, request_id, path, prepared.last_event_id, keyed=bool(prepared.job.idempotency_key)
         )
+
+    def is_direct(self, prepared: PreparedRequest) -> bool:
+        """Whether :meth:`begin` can answer it: it is ordinary, and a worker serves its model."""
+        job = prepared.job
+        ordinary = not (prepared.background or job.persisted or job.path == RESPONSES_PATH or prepared.conversion)
+        return ordinary and self._builder.knows(job.model)
+
+    def begin(self, request: OpenRequest, prepared: PreparedRequest) -> asyncio.Future[Enqueued]:
+        """Put the job of an ordinary request on the queue, without waiting. Raises ``BrokerUnavailable``."""
+        request.client_grace_s = prepared.client_grace_s
+        request.merger = self._merger(prepared)
+        request.connection.watch(request.client_disconnected)
+        return self._relay.begin(request, prepared.job)
 
     async def answer(self, request: OpenRequest, prepared: PreparedRequest, writer: ResponseWriter) -> None:
         """Put the job on the queue and relay its answer to its end. Raises ``ClientGone``, and the error to answer."""

@@ -75,6 +75,7 @@ class PersistedRequests:
         self._canceller = canceller
         self._disconnect_grace = disconnect_grace
         self._metrics = metrics
+        self._loop = asyncio.get_running_loop
 
     def resumable_writer(
         self, send: Send, request_id: bytes, path: str, last_event_id: bytes, *, keyed: bool
@@ -123,7 +124,7 @@ class PersistedRequests:
         metadata = persisted.metadata
         request.is_follower = job is None
         request.persist_options = PersistOptions(self._settings.resumable_retention_ms, replace(metadata, note=b""))
-        request.start_deadline(persisted.remaining_ms + self._settings.max_deadline_ms)
+        request.start_deadline(persisted.remaining_ms + self._settings.max_deadline_ms, self._loop().time())
         request.merger = merger or AttemptMerger(
             stream=metadata.stream,
             replay_limit_bytes=self._settings.max_replay_bytes,
@@ -199,7 +200,7 @@ class PersistedRequests:
 
         Raises ``IdempotencyKeyReused``, ``OverCapacity`` and whatever the queue raises.
         """
-        request.start_deadline(job.ttl_ms)
+        request.start_deadline(job.ttl_ms, self._loop().time())
         request.catching_up = False
         self._requests.attach(request, job)
         link = self._link

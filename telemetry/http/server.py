@@ -23,7 +23,7 @@ from queue_schemas.addresses import is_loopback
 from ..backoff import EXIT_REFUSED
 from ..logs import get_logger
 from ..signals import leave_terminal, take_signals
-from .connections import ConnectionLimits, Connections, protocol_for
+from .connections import ConnectionLimits, Connections, ServeDirectly, protocol_for
 from .connections.shared_accept import PauseBeforeAccept, SharedAcceptor
 
 BACKLOG = 2048
@@ -95,20 +95,22 @@ async def run_server(
     lifespan: Literal["on", "off"] = "off",
     limits: ConnectionLimits | None = None,
     pause_before_accept: PauseBeforeAccept | None = None,
+    serve_directly: ServeDirectly | None = None,
 ) -> None:
     """Serve ``app`` until ``stop`` is set; without ``stop``, until SIGTERM or SIGINT.
 
     Then no connection is accepted, running requests get ``shutdown_timeout_s`` (whole seconds, at least one) to finish,
     and what is left is cancelled; at once when ``hurry`` is set. From ``stop_accepting`` on the listening socket is
-    closed, and the connections that are open are served on. ``limits`` bounds what clients may do. Without ``sock``
-    binds ``host:port`` itself (:func:`bind_socket`). ``pause_before_accept`` is for a ``sock`` that several processes
-    accept from (:mod:`.connections.shared_accept`). Cancelling this call closes the port and cuts running requests
-    off.
+    closed, and the connections that are open are served on. ``limits`` bounds what clients may do;
+    ``serve_directly`` is offered each request that has arrived whole before ``app`` is. Without ``sock`` binds
+    ``host:port`` itself (:func:`bind_socket`). ``pause_before_accept`` is for a ``sock`` that several processes accept
+    from (:mod:`.connections.shared_accept`). Cancelling this call closes the port and cuts running requests off.
     """
+    protocol: Any = protocol_for(Connections(limits or ConnectionLimits()), serve_directly)  # called like a class
     config = uvicorn.Config(
         app,
         interface="asgi3",
-        http=protocol_for(Connections(limits or ConnectionLimits())),  # type: ignore[arg-type]  # called like a class
+        http=protocol,
         ws="none",
         lifespan=lifespan,
         access_log=False,

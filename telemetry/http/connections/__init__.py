@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from .cycle import RequestCycle
+from .cycle import RequestCycle, ServeDirectly, header_line
 from .limits import ConnectionLimits
 from .protocol import HttpConnection
 from .registry import Connections
 
-__all__ = ["ConnectionLimits", "Connections", "HttpConnection", "RequestCycle", "protocol_for"]
+__all__ = [
+    "ConnectionLimits",
+    "Connections",
+    "HttpConnection",
+    "RequestCycle",
+    "ServeDirectly",
+    "header_line",
+    "protocol_for",
+]
 
 
-def protocol_for(connections: Connections) -> Callable[..., HttpConnection]:
+def protocol_for(
+    connections: Connections, serve_directly: ServeDirectly | None = None
+) -> Callable[..., HttpConnection]:
     """What makes the protocol of each connection of one server."""
-    return partial(HttpConnection, connections=connections)
+    return partial(HttpConnection, connections=connections, serve_directly=serve_directly)

@@ -35,7 +35,19 @@ def _status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} {phrase}\r\n".encode()
 
 
+def header_line(name: bytes, value: bytes) -> bytes:
+    """A line of an answer's head. Raises ``RuntimeError`` for what cannot stand in one."""
+    if _NAME.fullmatch(name) is None or _BAD_VALUE.search(value) is not None:
+        raise RuntimeError(f"the answer has a header that cannot be sent: {name!r}")
+    return b"%b: %b\r\n" % (name, value)
+
+
 _STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
+
+
+ServeDirectly = Callable[["RequestCycle"], bool]
+"""Answers a request that has arrived whole from callbacks, without a task; False, without a trace, to have it served as
+ASGI. It does not raise."""
 
 
 class ClientConnection(Protocol):
@@ -47,7 +59,9 @@ class ClientConnection(Protocol):
     why_lost: str
 
     @property
-    def default_headers(self) -> list[tuple[bytes, bytes]]: ...
+    def default_lines(self) -> bytes: ...
+
+    def run(self, cycle: RequestCycle, app: ASGIApp) -> None: ...
 
     def write(self, data: bytes) -> None: ...
 
@@ -118,6 +132,20 @@ class RequestCycle:
         self._left_bytes: int | None = 0
         """Of an answer that says its length; None: it ends with the connection."""
 
+    def drop_body(self) -> None:
+        """The body, which has arrived to its end, was read from here: the request is not served as ASGI."""
+        self.body = bytearray()
+        self._delivered = True
+
+    def serve_by(self, app: ASGIApp) -> None:
+        """Have ``app``, in a task of its own, go on with a request that was not served as ASGI until now."""
+        self._connection.run(self, app)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the client takes what is written."""
+        return not self._connection.write_paused
+
     async def run(self, app: ASGIApp) -> None:
         """Let ``app`` answer; if it fails, the client gets a 500 or the connection ends."""
         try:
@@ -161,14 +189,42 @@ class RequestCycle:
             return
         if not self.response_started:
             self._start(message)
+            # One write for both where a part of the body follows in the same step, as nearly always.
+            asyncio.get_running_loop().call_soon(self._flush_head)
         elif self.response_complete:
             raise RuntimeError(f"{message['type']} was sent after the end of the answer")
         else:
-            self._write(message.get("body", b""), more=message.get("more_body", False))
-            if self.response_complete:
-                connection.on_response_complete(self)
-                if connection.write_paused:
-                    await connection.writable()
+            self.write(message.get("body", b""), more=message.get("more_body", False))
+            if self.response_complete and connection.write_paused:
+                await connection.writable()
+
+    def begin(self, status: int, lines: bytes, length: int | None) -> None:
+        """Begin the answer with header ``lines`` (:func:`header_line`), which but for content-length say nothing of its
+        framing; ``length``: that of its body, None if its end will tell. It goes out with the first :meth:`write`."""
+        self.response_started = True
+        if self.receiving and (self.expects_continue or self.refusal or self.remaining_bytes > RESUME_BYTES):
+            self.keep_alive = False  # what is left of the body is not worth reading
+        self.expects_continue = False
+        framing = b""
+        if status < 200 or status in (204, 304):
+            self._discard_body = True
+        elif length is None:
+            self._chunked = not self._discard_body and not self._http_1_0
+            if self._chunked:
+                framing = b"transfer-encoding: chunked\r\n"
+            self._left_bytes = None
+        else:
+            self._left_bytes = length
+        end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+        self._head = b"".join((_STATUS_LINES[status], self._connection.default_lines, lines, framing, end))
+
+    def write(self, data: bytes, *, more: bool) -> None:
+        """Write a part of the answer, which has begun, without waiting for :attr:`has_room`."""
+        if self.disconnected:
+            return
+        self._write(data, more=more)
+        if self.response_complete:
+            self._connection.on_response_complete(self)
 
     @property
     def _gone(self) -> bool:
@@ -214,38 +270,19 @@ class RequestCycle:
     def _start(self, message: Message) -> None:
         if message["type"] != "http.response.start":
             raise RuntimeError(f"the answer began with {message['type']}")
-        status: int = message["status"]
-        self.response_started = True
-        if self.receiving and (self.expects_continue or self.refusal or self.remaining_bytes > RESUME_BYTES):
-            self.keep_alive = False  # what is left of the body is not worth reading
-        self.expects_continue = False
-        head = [_STATUS_LINES[status]]
-        length = self._headers([*self._connection.default_headers, *message.get("headers", ())], head)
-        if status < 200 or status in (204, 304):
-            self._discard_body = True
-        elif length is None:
-            self._chunked = not self._discard_body and not self._http_1_0
-            if self._chunked:
-                head.append(b"transfer-encoding: chunked\r\n")
-            self._left_bytes = None
-        else:
-            self._left_bytes = length
-        head.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        # One write for both where a part of the body follows in the same step, as nearly always.
-        self._head = b"".join(head)
-        asyncio.get_running_loop().call_soon(self._flush_head)
+        lines: list[bytes] = []
+        length = self._headers(message.get("headers", ()), lines)
+        self.begin(message["status"], b"".join(lines), length)
 
     def _flush_head(self) -> None:
         head, self._head = self._head, b""
         if head and not self.disconnected:
             self._connection.write(head)
 
-    def _headers(self, headers: Iterable[tuple[bytes, bytes]], head: list[bytes]) -> int | None:
-        """Add ``headers`` to ``head``; the length of the body, if one of them tells it."""
+    def _headers(self, headers: Iterable[tuple[bytes, bytes]], lines: list[bytes]) -> int | None:
+        """Add ``headers`` to ``lines``; the length of the body, if one of them tells it."""
         length = None
         for given, value in headers:
-            if _NAME.fullmatch(given) is None or _BAD_VALUE.search(value) is not None:
-                raise RuntimeError(f"the answer has a header that cannot be sent: {given!r}")
             name = given.lower()
             if name == b"connection":
                 if b"close" in value.lower():
@@ -255,7 +292,7 @@ class RequestCycle:
                 continue  # the connection decides it
             if name == b"content-length":
                 length = int(value)
-            head += (name, b": ", value, b"\r\n")
+            lines.append(header_line(name, value))
         return length
 
     def _write(self, data: bytes, *, more: bool) -> None:

@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 from queue_schemas import BadRequest, HeadTooLarge, InferqError, MethodNotAllowed
 
 from ...logs import get_logger
-from .cycle import RESUME_BYTES, RequestCycle
+from .cycle import RESUME_BYTES, RequestCycle, ServeDirectly
 from .received_body import ReceivedBody
 from .refusals import answer_with
 from .registry import Connections
@@ -33,7 +33,8 @@ log = get_logger(__name__)
 
 
 class HttpConnection(asyncio.Protocol):
-    """HTTP/1.1 for uvicorn's server; ``connections`` has the limits."""
+    """HTTP/1.1 for uvicorn's server; ``connections`` has the limits. A request for the app that has arrived whole is
+    offered to ``serve_directly`` first."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class HttpConnection(asyncio.Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         connections: Connections,
+        serve_directly: ServeDirectly | None = None,
     ) -> None:
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made brings it
         self._app: ASGIApp = config.loaded_app
@@ -50,6 +52,7 @@ class HttpConnection(asyncio.Protocol):
         self._app_state = app_state
         self._connections = connections
         self._limits = connections.limits
+        self._serve_directly = serve_directly
         self._loop = _loop or asyncio.get_running_loop()
         self._ends: Endpoints = (None, None)
         # The request that arrives: its head, then its body.
@@ -63,6 +66,9 @@ class HttpConnection(asyncio.Protocol):
         self._incoming: RequestCycle | None = None
         self._received = ReceivedBody(self._limits)
         self._read_paused = False
+        self._reading = False
+        self._undecided: RequestCycle | None = None
+        """The active request until the bytes being read tell whether it has arrived whole."""
         # The request that is answered, and those that wait behind it.
         self._active: RequestCycle | None = None
         self._pipelined: deque[tuple[RequestCycle, ASGIApp]] = deque()
@@ -128,6 +134,14 @@ class HttpConnection(asyncio.Protocol):
             self._stop_listening()
 
     def data_received(self, data: bytes) -> None:
+        self._reading = True
+        self._read(data)
+        self._reading = False
+        if (cycle := self._undecided) is not None:
+            self._undecided = None
+            self.run(cycle, self._app)
+
+    def _read(self, data: bytes) -> None:
         size = len(data)
         if self._discarding:
             self._discard(size)
@@ -199,7 +213,10 @@ class HttpConnection(asyncio.Protocol):
         self._head.reading, self._head_bytes, self._head_since_s = True, 0, _NEVER
         if cycle.last:
             self._discarding = True
-        if cycle.response_complete:
+        if cycle is self._undecided:
+            self._undecided = None
+            self._serve(cycle)
+        elif cycle.response_complete:
             self._linger_until_s = _NEVER
             self._next_or_close(cycle)
         else:
@@ -208,8 +225,14 @@ class HttpConnection(asyncio.Protocol):
     # Requests call these.
 
     @property
-    def default_headers(self) -> list[tuple[bytes, bytes]]:
-        return self._server.default_headers
+    def default_lines(self) -> bytes:
+        return self._connections.default_lines(self._server.default_headers)
+
+    def run(self, cycle: RequestCycle, app: ASGIApp) -> None:
+        """Have ``app`` answer a request in a task."""
+        task = self._loop.create_task(cycle.run(app))
+        self._server.tasks.add(task)
+        task.add_done_callback(self._server.tasks.discard)
 
     def write(self, data: bytes) -> None:
         """Write a part of an answer; nothing once the connection closes, which its request is told of by itself."""
@@ -338,9 +361,16 @@ class HttpConnection(asyncio.Protocol):
     def _start(self, cycle: RequestCycle, app: ASGIApp) -> None:
         self._active = cycle
         self._pipelined_bytes = 0
-        task = self._loop.create_task(cycle.run(app))
-        self._server.tasks.add(task)
-        task.add_done_callback(self._server.tasks.discard)
+        if app is not self._app:
+            self.run(cycle, app)
+        elif cycle.receiving and self._reading and self._serve_directly is not None:
+            self._undecided = cycle
+        else:
+            self._serve(cycle)
+
+    def _serve(self, cycle: RequestCycle) -> None:
+        if self._serve_directly is None or cycle.receiving or not self._serve_directly(cycle):
+            self.run(cycle, self._app)
 
     def _refuse(self, error: InferqError) -> None:
         """Answer what is no request, after those that came before it; then the connection ends."""

@@ -7,6 +7,7 @@ import sys
 from typing import Protocol
 
 from ...logs import get_logger
+from .cycle import header_line
 from .limits import ConnectionLimits
 
 _OTHER_FILES = 128
@@ -37,6 +38,8 @@ class Connections:
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0
         self._was_late = False
+        self._default_headers: list[tuple[bytes, bytes]] = []
+        self._default_lines = b""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -65,6 +68,13 @@ class Connections:
     def busy(self, connection: OpenConnection) -> None:
         """It has one."""
         self._idle.pop(connection, None)
+
+    def default_lines(self, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """The lines of the ``headers`` that all answers have, a new list each second, with the date."""
+        if headers is not self._default_headers:
+            self._default_headers = headers
+            self._default_lines = b"".join(header_line(name.lower(), value) for name, value in headers)
+        return self._default_lines
 
     def _sweep(self) -> None:
         now_s = asyncio.get_running_loop().time()

@@ -62,7 +62,14 @@ async def running_router(redis_url: str, *, ready: bool = True, **settings: Any)
     stop = asyncio.Event()
     async with app.running(), asyncio.TaskGroup() as tasks:
         tasks.create_task(
-            run_server(app, port=port, stop=stop, shutdown_timeout_s=1, limits=app.services.settings.connection_limits)
+            run_server(
+                app,
+                port=port,
+                stop=stop,
+                shutdown_timeout_s=1,
+                limits=app.services.settings.connection_limits,
+                serve_directly=app.serve_directly,
+            )
         )
         try:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
@@ -89,8 +96,15 @@ async def fake_router(queue: FakeQueue, **settings: Any) -> AsyncIterator[int]:
     async with router(queue, **settings) as app:
         with bind_socket("127.0.0.1", 0) as listener:
             async with asyncio.TaskGroup() as tasks:
-                limits = app.services.settings.connection_limits
-                tasks.create_task(run_server(app, sock=listener, stop=stop, shutdown_timeout_s=1, limits=limits))
+                server = run_server(
+                    app,
+                    sock=listener,
+                    stop=stop,
+                    shutdown_timeout_s=1,
+                    limits=app.services.settings.connection_limits,
+                    serve_directly=app.serve_directly,
+                )
+                tasks.create_task(server)
                 try:
                     yield listener.getsockname()[1]
                 finally:

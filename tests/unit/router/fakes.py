@@ -103,6 +103,12 @@ class FakeQueue:
     def shard_of(self, pool: str) -> int:
         return 0
 
+    def start_enqueue(self, job: Job) -> asyncio.Future[Enqueued]:
+        async def enqueue() -> Enqueued:
+            return Enqueued(job.id, await self.enqueue(job))
+
+        return asyncio.ensure_future(enqueue())
+
     async def enqueue(self, job: Job) -> State:
         if self.hold_enqueue:
             await asyncio.Event().wait()

@@ -31,10 +31,10 @@ async def test_a_lone_call_goes_out_at_once_and_concurrent_ones_share_the_next_b
     send = Recorder()
     send.gate.clear()
     batcher = Batcher(send, lambda _: 1)
-    first = asyncio.create_task(batcher.submit(1))
+    first = batcher.submit(1)
     async with asyncio.timeout(5):
         await send.sending.wait()
-    others = [asyncio.create_task(batcher.submit(n)) for n in range(2, 7)]
+    others = [batcher.submit(n) for n in range(2, 7)]
     await asyncio.sleep(0)
     send.gate.set()
     assert await asyncio.gather(first, *others) == [2, 4, 6, 8, 10, 12]
@@ -81,7 +81,7 @@ async def test_a_cancelled_caller_does_not_disturb_the_batch() -> None:
     send = Recorder()
     send.gate.clear()
     batcher = Batcher(send, lambda _: 1)
-    calls = [asyncio.create_task(batcher.submit(n)) for n in (1, 2, 3)]
+    calls = [batcher.submit(n) for n in (1, 2, 3)]
     await asyncio.sleep(0)
     calls[1].cancel()
     send.gate.set()
@@ -95,10 +95,10 @@ async def test_close_cancels_those_who_still_wait() -> None:
     send = Recorder()
     send.gate.clear()
     batcher = Batcher(send, lambda _: 1)
-    calls = [asyncio.create_task(batcher.submit(n)) for n in (1, 2)]
+    calls = [batcher.submit(n) for n in (1, 2)]
     async with asyncio.timeout(5):
         await send.sending.wait()
-        waiting = asyncio.create_task(batcher.submit(3))
+        waiting = batcher.submit(3)
         await asyncio.sleep(0)
         await batcher.close()
         answers = await asyncio.gather(*calls, waiting, return_exceptions=True)

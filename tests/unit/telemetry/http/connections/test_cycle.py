@@ -28,7 +28,7 @@ class FakeTransport:
 class FakeConnection:
     """Notes what is written."""
 
-    default_headers: tuple[tuple[bytes, bytes], ...] = ()
+    default_lines = b""
 
     def __init__(self) -> None:
         self.transport = FakeTransport()
