@@ -7,13 +7,13 @@ acting on one twice is harmless. Unknown kinds are ignored: a newer Manager may 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from .errors import BadMessage
 from .ids import JobId, shard_of_job
 from .job import Job
 from .leases import Lease
+from .records import record
 
 
 class ControlKind(StrEnum):
@@ -31,7 +31,7 @@ class ControlKind(StrEnum):
     """Prove to be alive: renew at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Control:
     """One message on a worker's control stream; ``job_id`` and ``reason`` belong to an abort, ``lease`` to a job (None:
     it could not be read)."""

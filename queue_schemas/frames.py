@@ -19,6 +19,7 @@ from . import codec
 from . import headers as http_headers
 from .errors import BadMessage
 from .ids import JobId
+from .records import record
 
 HEAD = 1
 """The frame carries status and content type: the first of an attempt."""
@@ -31,7 +32,7 @@ FRAME_FIELD = b"f"
 MARKER_FIELD = b"m"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Frame:
     """A piece of an attempt's answer. ``seq`` counts from 0 within the attempt; ``flags`` combine HEAD, END and
     CONTINUED.
@@ -158,7 +159,7 @@ class MarkerKind(StrEnum):
     EXPIRED = "expired"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Marker:
     """An event of a job other than a frame of its answer. ``epoch`` is the job's epoch after the event."""
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from . import codec
@@ -14,6 +14,7 @@ from . import headers as http_headers
 from .errors import BadMessage, UnsupportedVersion
 from .ids import JobId, Pool, Tenant, check_name, check_region, shard_of_job
 from .lanes import BANDS, DEFAULT_BAND, Lane
+from .records import record
 
 ENVELOPE_VERSION = 1
 """Major version of the envelope. Fields may be added within a version; readers ignore those they do not know."""
@@ -21,7 +22,7 @@ ENVELOPE_VERSION = 1
 OnLoss = Literal["continue", "restart", "fail"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Job:
     """One request, queued once.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from .job import Job
+from .records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Lease:
     """The right to run one attempt of a job. Every later call of the attempt carries ``epoch`` and ``attempt_id``.
 
@@ -26,7 +26,7 @@ class Lease:
     suspect: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Claimed:
     """The answer to a claim. ``parked``: the worker is parked, and may be handed ``offered`` more jobs without claiming
     them. ``handed_over``: how many the session was handed so far on the shard."""

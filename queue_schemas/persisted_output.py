@@ -14,6 +14,7 @@ from .frames import Frame
 from .ids import JobId
 from .job import Job
 from .lifecycle import TERMINAL, State
+from .records import record
 
 PERSISTED_STATES = frozenset({State.DONE, State.FAILED})
 """States in which a job keeps its output and its key. A job that ends otherwise releases its key."""
@@ -44,7 +45,7 @@ def _digest(*parts: bytes) -> str:
     return found.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Enqueued:
     """The job that answers a persisted request: the one enqueued, or the one that holds its idempotency key."""
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from queue_schemas import (
@@ -22,8 +20,9 @@ from queue_schemas import (
     State,
 )
 from queue_schemas.frames import split_frames
-from queue_schemas.ids import encode_name
+from queue_schemas.ids import encode_name, random_hex
 from queue_schemas.persisted_output import key_digest, request_digest
+from queue_schemas.records import record
 
 from ..redis.batching import Batcher
 from ..redis.calls import Caller
@@ -37,7 +36,7 @@ DEFAULT_RETENTION_MS = 24 * 3600 * 1000
 """How long a persisted job's answer is kept unless its Router says otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Enqueue:
     job: Job
     envelope: bytes
@@ -46,7 +45,7 @@ class _Enqueue:
     metadata: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Output:
     """What an attempt put out, and how it ended; None while it goes on."""
 
@@ -55,7 +54,7 @@ class _Output:
     frames: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Release:
     lease: Lease
     reason: str
@@ -105,7 +104,7 @@ class ShardBatches:
         limits = self._budgets
         args: list[Any] = [
             limits.tenant_jobs, limits.tenant_bytes, limits.pool_jobs, limits.pool_bytes, limits.tenant_persisted_bytes,
-            secrets.token_hex(6),
+            random_hex()[:12],
         ]  # fmt: skip
         for item in items:
             job = item.job

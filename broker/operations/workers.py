@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 
 from queue_schemas import (
@@ -19,7 +18,7 @@ from queue_schemas import (
     ShardKeys,
     parse_control,
 )
-from queue_schemas.ids import encode_name
+from queue_schemas.ids import encode_name, random_hex
 from telemetry import get_logger
 
 from ..redis.calls import Caller
@@ -109,7 +108,7 @@ class Workers:
         for pool, lanes in pools:
             wanted += (encode_name(pool), ",".join(lanes))
         reply = await self._caller.script(
-            "claim", keys.budget, keys.prefix, session_id, seq, turn, n, offer, received, secrets.token_hex(6), PARK_MS,
+            "claim", keys.budget, keys.prefix, session_id, seq, turn, n, offer, received, random_hex()[:12], PARK_MS,
             encode_name(region), *wanted,
         )  # fmt: skip
         if reply[0] == b"fenced":

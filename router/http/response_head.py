@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from openai_api.sse import EVENT_STREAM
+from queue_schemas.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResponseHead:
     """Sent before the first byte of the body."""
 

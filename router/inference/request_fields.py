@@ -6,7 +6,6 @@ The body is parsed once and never rewritten: the job carries the client's own by
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import orjson
 
@@ -16,6 +15,7 @@ from openai_api.paths import RESPONSES_PATH, wants_usage
 from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest, Pool
 from queue_schemas.ids import check_name
+from queue_schemas.records import record
 
 from ..http.forms import boundary_of, form_fields
 from .continuation import choices_of, may_continue
@@ -26,7 +26,7 @@ _TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
 _FALSE_WORDS = frozenset({"", "false", "0", "off", "no", "f", "n"})
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RequestFields:
     """What the Router needs to know of a body. ``priority`` is vLLM's: lower is earlier, 0 the default.
 

@@ -176,13 +176,16 @@ def _received(
 
 def _traceparent(headers: dict[bytes, bytes]) -> str:
     """The client's trace; empty if it is not in the form of W3C Trace Context."""
-    given = headers.get(b"traceparent", b"")
-    return given.decode() if _TRACEPARENT.fullmatch(given) else ""
+    given = headers.get(b"traceparent")
+    return given.decode() if given is not None and _TRACEPARENT.fullmatch(given) else ""
 
 
 def _content_type(headers: dict[bytes, bytes]) -> str:
     """The content type, fit for a header again: a tab may stand wherever a space may."""
-    given = headers.get(b"content-type", b"application/json").replace(b"\t", b" ")
+    given = headers.get(b"content-type", b"application/json")
+    if given == b"application/json":
+        return "application/json"
+    given = given.replace(b"\t", b" ")
     if not (given.isascii() and given.decode("latin-1").isprintable()):
         raise BadRequest("the content-type header has characters that no content type has; send application/json")
     return given.decode()

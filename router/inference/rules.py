@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast, get_args
 
 from queue_schemas import (
@@ -19,6 +19,7 @@ from queue_schemas import (
     MarkerKind,
     OnLoss,
 )
+from queue_schemas.records import record
 
 DEADLINE_HEADER = "x-inferq-deadline-ms"
 ON_LOSS_HEADER = "x-inferq-on-loss"
@@ -31,13 +32,16 @@ READ_TIMEOUT_HEADER = "x-stainless-read-timeout"
 """openai and anthropic for Python: seconds that they wait for the next byte, so for all of a plain answer."""
 WHOLE_TIMEOUT_HEADER = "x-stainless-timeout"
 """openai for Node: the same, in whole seconds, rounded down: the earliest that the client may give up."""
+_DEADLINE, _READ_TIMEOUT, _WHOLE_TIMEOUT = (
+    name.encode() for name in (DEADLINE_HEADER, READ_TIMEOUT_HEADER, WHOLE_TIMEOUT_HEADER)
+)
 _SECONDS = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _EARLIER_PART, _MAX_EARLIER_S = 0.1, 2.0
 """How much earlier than its client's time-out a request ends here. A client that gets the error does not repeat a
 request that would fail again; one that times out by itself does, by default twice."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Deadline:
     """``limit_ms`` from now on; ``description`` also says what set it. ``client_grace_s``: how long after it the client
     still waits to hear of it."""
@@ -61,10 +65,10 @@ def read_deadline(header: bytes | None, timeout_s: float | None, default_ms: int
 
 def client_timeout_s(headers: Mapping[bytes, bytes]) -> tuple[float, str] | None:
     """How long the client itself waits, in s, and the header that says so; None if none does."""
-    given = headers.get(READ_TIMEOUT_HEADER.encode())
+    given = headers.get(_READ_TIMEOUT)
     if given is not None and _SECONDS.fullmatch(given) and float(given) > 0:
         return float(given), READ_TIMEOUT_HEADER
-    given = headers.get(WHOLE_TIMEOUT_HEADER.encode())
+    given = headers.get(_WHOLE_TIMEOUT)
     if given is not None and given.isdigit() and len(given) < 10:
         return max(1.0, float(given)), WHOLE_TIMEOUT_HEADER
     return None
@@ -79,7 +83,7 @@ def find_deadline(
     ``waits``: it ends when its client's time-out does, because nothing is sent before the whole answer and nobody reads
     it later. Otherwise a client's time-out only makes the default longer. Raises ``BadRequest``.
     """
-    given = headers.get(DEADLINE_HEADER.encode())
+    given = headers.get(_DEADLINE)
     limit_ms = read_deadline(given, timeout_s, default_ms, max_ms)
     client_grace_s = float("inf")
     if given is not None:
@@ -99,7 +103,12 @@ def find_deadline(
         limit_ms = max(1, int(min(asked_ms, max_ms)))
     if asked_ms > max_ms:
         source, client_grace_s = MAX_SETTING, float("inf")
-    return Deadline(limit_ms, f"{limit_ms} ms (set by {source})", client_grace_s)
+    return Deadline(limit_ms, _description(limit_ms, source), client_grace_s)
+
+
+@lru_cache(256)
+def _description(limit_ms: int, source: str) -> str:
+    return f"{limit_ms} ms (set by {source})"
 
 
 def background_deadline(header: bytes | None, timeout_s: float | None, max_ms: int) -> Deadline:

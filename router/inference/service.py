@@ -6,13 +6,14 @@ Nothing here sets a timer or takes a lock per request, or parses a body twice.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from starlette.types import Send
 
 from openai_api.paths import RESPONSES_PATH
 from queue_schemas import Enqueued, Job, Lane, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
+from queue_schemas.records import record
 from telemetry import get_logger
 
 from ..http.response_writer import ResponseWriter
@@ -50,7 +51,7 @@ _LAST_EVENT = b"last-event-id"
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class InferenceRequest:
     """One request as the client sent it, and the headers that are passed to the engine."""
 
@@ -63,7 +64,7 @@ class InferenceRequest:
     traceparent: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PreparedRequest:
     """One request with the job that answers it. ``background``: no client waits; ``resumable``: its client may come
     back for the rest of its stream; ``conversion``: the job is a chat whose answer becomes a response."""

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Collection, Iterable
 from functools import wraps
 from time import perf_counter
@@ -17,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openai_api.errors import Dialect, dialect_of
 from queue_schemas import BodyTooLarge, InferqError, UnsupportedEncoding
+from queue_schemas.ids import random_hex
 
 from ..logs import bind, get_logger
 from ..metrics import MetricsRegistry
@@ -32,7 +32,7 @@ log = get_logger(__name__)
 
 def new_request_id() -> str:
     """A fresh request id: ``req_`` and 32 hex digits."""
-    return f"req_{secrets.token_hex(16)}"
+    return f"req_{random_hex()}"
 
 
 def request_id_from(headers: _RawHeaders) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from queue_schemas import Lease, Outcome
+from queue_schemas.records import record
 
 from ..core import FrameCutter, StreamStall, may_buffer
 from ..core.slots import RETRY_APART_S
@@ -39,7 +40,7 @@ class StreamTimeouts:
     buffered_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Settle:
     """The attempt has an answer: ``frames`` are what of it has not been sent."""
 
@@ -47,7 +48,7 @@ class Settle:
     frames: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Release:
     """The job runs again elsewhere; ``counted``: this attempt is one of its ``max_attempts``."""
 

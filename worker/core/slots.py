@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from queue_schemas import Assignment, Claimed, Lane, Pool
+from queue_schemas.records import record
 
 PARK_AGAIN_S = 20.0
 """The broker counts a parked worker as idle for 30 s."""
@@ -35,7 +36,7 @@ MAX_CLAIM = 32
 Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Claim:
     """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that unparks. ``received``
     is how many jobs had been handed over when it was sent first."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from queue_schemas import EngineFailed, EngineState
 from queue_schemas.fleet.model_cards import Card
+from queue_schemas.records import record
 
 from .step_reader import StepReader
 
@@ -21,7 +22,7 @@ class EngineGone(EngineFailed):
     """The engine broke off while it had the request: it crashed, or closed this one connection."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class EngineCall:
     """One inference request. ``path`` is absolute (``/v1/chat/completions``); ``body`` are the client's own bytes.
 

@@ -43,7 +43,9 @@ async def served(queue: FakeQueue, **settings: Any) -> AsyncIterator[Served]:
         listener = bind_socket("127.0.0.1", 0)
         port = listener.getsockname()[1]
         stop = asyncio.Event()
-        serving = asyncio.create_task(run_server(app, sock=listener, stop=stop, shutdown_timeout_s=1.0))
+        serving = asyncio.create_task(
+            run_server(app, sock=listener, stop=stop, shutdown_timeout_s=1.0, serve_directly=app.serve_directly)
+        )
         try:
             yield Served(app, f"http://127.0.0.1:{port}")
         finally:
