@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import zlib
 from functools import lru_cache
 from typing import NewType
@@ -40,7 +41,7 @@ def random_hex() -> str:
     try:
         return _unused.pop()
     except IndexError:
-        block = os.urandom(_BLOCK_BYTES).hex()
+        block = secrets.token_hex(_BLOCK_BYTES)
         ids = [block[start : start + 32] for start in range(0, len(block), 32)]
         taken = ids.pop()
         _unused.extend(ids)
