@@ -90,18 +90,20 @@ class FrameSender:
             self._waiting.clear()
         return self._in_flight
 
-    def end_flight(self, *, lost: bool) -> int:
-        """The frames of the last flight arrived, or nobody takes them (``lost``): how many bytes they were."""
-        size = len(self._in_flight)
-        self._in_flight = b""
-        if lost:
-            self._lost()
-        return size
-
     @property
-    def has_frames(self) -> bool:
-        """Whether there are frames that are not known to have arrived."""
-        return bool(self._in_flight or self._waiting)
+    def is_in_flight(self) -> bool:
+        """Whether there are frames that a flush sends, or has sent without knowing whether they arrived."""
+        return bool(self._in_flight)
+
+    def end_flight(self, *, lost: bool) -> int:
+        """The frames of the last flight arrived, or nobody takes them (``lost``): how many bytes they were. 0 if they
+        were taken back meanwhile."""
+        size = len(self._in_flight)
+        if size:
+            self._in_flight = b""
+            if lost:
+                self._lost()
+        return size
 
 
 class FrameBatcher:
@@ -116,7 +118,7 @@ class FrameBatcher:
         self._limit_bytes = limit_bytes
         self._bytes = 0
         self._senders: dict[FrameSender, None] = {}
-        """Those that have frames which are not known to have arrived."""
+        """Those that have frames for the next flush."""
         self._wanted = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._flushed_at = 0.0
@@ -190,9 +192,9 @@ class FrameBatcher:
 
     async def _flush(self) -> bool:
         """Send what there is; False if some of it may not have arrived and has to be sent again."""
+        sending, self._senders = self._senders, {}
         shards: dict[int, dict[str, list[bytes]]] = {}
         persisted: list[tuple[FrameSender, Lease, bytes]] = []
-        sending = list(self._senders)
         for sender in sending:
             frames = sender.begin_flight()
             if sender.lease is None:
@@ -217,13 +219,18 @@ class FrameBatcher:
         finally:
             self.is_flushing = False
         gone_by_shard = {shard: gone for (shard, _), gone in zip(packed, results, strict=True)}
+        answers = {sender: answer for (sender, _, _), answer in zip(persisted, appended, strict=True)}
         for sender in sending:
-            gone = gone_by_shard[sender.shard] if sender.lease is None else None
-            if gone is not None:
-                self._arrived(sender, lost=sender.reply_to in gone)
-        for (sender, _, _), answer in zip(persisted, appended, strict=True):
-            if answer is not None:
-                self._arrived(sender, lost=answer is not Settled.OK)
+            if sender.lease is None:
+                gone = gone_by_shard[sender.shard]
+                lost = None if gone is None else sender.reply_to in gone
+            else:
+                answer = answers[sender]
+                lost = None if answer is None else answer is not Settled.OK
+            if lost is not None:
+                self._bytes -= sender.end_flight(lost=lost)
+            elif sender.is_in_flight:
+                self._senders[sender] = None
         _notify(self._until_ended)
         return None not in results and None not in appended
 
@@ -240,12 +247,6 @@ class FrameBatcher:
         except InferqError as error:
             log.warning("frames_not_appended", job_id=lease.job.id, error=error.message)
             return None
-
-    def _arrived(self, sender: FrameSender, *, lost: bool) -> None:
-        if sender in self._senders:
-            self._bytes -= sender.end_flight(lost=lost)
-            if not sender.has_frames:
-                self._senders.pop(sender, None)
 
     def _flush_now(self) -> None:
         self._timer = None

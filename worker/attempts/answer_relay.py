@@ -124,7 +124,7 @@ class _TooLarge(Exception):
 class _RelayedStream:
     """One stream on its way from the engine to ``sender``. ``last`` is what came last, ``events`` how many came."""
 
-    __slots__ = ("_attempt", "_relay", "_size", "continuation", "events", "last", "sender")
+    __slots__ = ("_cutter", "_relay", "_size", "_stall", "continuation", "events", "last", "sender")
 
     def __init__(
         self, relay: AnswerRelay, attempt: Attempt, sender: FrameSender, continuation: Continuation | None
@@ -134,24 +134,26 @@ class _RelayedStream:
         self.last = b""
         self.events = 0
         self._relay = relay
-        self._attempt = attempt
+        self._cutter = attempt.cutter
+        self._stall = attempt.stall
         self._size = 0
 
     def take(self, data: bytes) -> None:
         """Cut and hand over what came from the engine. Raises ``_TooLarge``."""
-        relay, attempt, continuation = self._relay, self._attempt, self.continuation
+        relay, cutter = self._relay, self._cutter
         relay.output_count += 1
-        attempt.stall.pieces += 1
+        self._stall.pieces += 1
         self._size += len(data)
         self.last = data
         self.events += data.count(b"\n\n")
         if self._size > relay.max_answer_bytes:
             raise _TooLarge
-        cutter = attempt.cutter
-        begins = not cutter.begun
-        frame = cutter.feed(data if continuation is None else continuation.feed(data))
+        if self.continuation is not None:
+            data = self.continuation.feed(data)
+        urgent = not cutter.begun
+        frame = cutter.feed(data)
         if frame:
-            self.sender.put(frame, urgent=begins)
+            self.sender.put(frame, urgent=urgent)
 
 
 def _headers(lease: Lease, answer: EngineAnswer) -> Mapping[str, str]:
