@@ -69,8 +69,9 @@ class WorkerMetrics:
 
     def usage(self, model: str, end: bytes, events: int = 0) -> None:
         """Count the tokens of an answer whose last bytes are ``end``; without usage in it, its ``events``."""
-        window = end[-_USAGE_WINDOW_BYTES:]
-        prompt, completion = _PROMPT.search(window), _COMPLETION.search(window)
+        start = max(len(end) - _USAGE_WINDOW_BYTES, 0)
+        start = max(end.rfind(b'"usage"', start), start)
+        prompt, completion = _PROMPT.search(end, start), _COMPLETION.search(end, start)
         if prompt:
             self._tokens(model, "prompt").inc(int(prompt[1]))
         produced = int(completion[1]) if completion else events

@@ -56,6 +56,8 @@ class ShardConsumer:
 
     def check_for_work(self) -> None:
         """Something changed that may allow a claim: a slot is free, the engine is ready, other queues are assigned."""
+        if self._signal.is_set():
+            return
         if self._must_reconcile or self._slots.has_claim(self._shard, asyncio.get_running_loop().time()):
             self._signal.set()
 

@@ -63,6 +63,7 @@ class EngineConnection(asyncio.Protocol):
         self.idle_since = 0.0
         self._sent_at = 0.0
         self._transport: asyncio.Transport | None = None
+        self._unread = select.poll()
         self._parser = httptools.HttpResponseParser(self)
         self._parts: list[bytes] = []
         self._size = 0
@@ -90,9 +91,7 @@ class EngineConnection(asyncio.Protocol):
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None
         if sock is None or sock.fileno() < 0:
             return False
-        unread = select.poll()
-        unread.register(sock.fileno(), select.POLLIN)
-        return not unread.poll(0)
+        return not self._unread.poll(0)
 
     def send(self, request: bytes) -> None:
         """Begin an exchange."""
@@ -215,6 +214,8 @@ class EngineConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         sock = transport.get_extra_info("socket")
+        if sock is not None:
+            self._unread.register(sock.fileno(), select.POLLIN)
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
