@@ -64,7 +64,7 @@ class ShardKeys:
         return f"{self.prefix}service:{queue_key(pool, lane, region)}:{band}"
 
     def job(self, job_id: str) -> str:
-        """Hash: the record; once terminal, a tombstone with expiry."""
+        """Hash: the record. Once terminal, and unless its output is persisted, a string: a tombstone with expiry."""
         return f"{self.prefix}job:{job_id}"
 
     def leases(self, session_id: str) -> str:

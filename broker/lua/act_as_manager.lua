@@ -15,10 +15,8 @@ local term, until_ms = tonumber(held[2]) or 0, tonumber(held[3]) or 0
 if not (term >= 0 and term < MAX_TERM and term == math.floor(term)) then term = 0 end
 local is_live = held[1] and until_ms > now
 if is_live and held[1] ~= manager_id then return 0 end
-if ttl_ms == 0 then
-  if is_live then call('HSET', lease, 'until', '0') end
-  return 0
-end
+if ttl_ms == 0 and is_live then call('HSET', lease, 'until', '0') end
+if ttl_ms == 0 then return 0 end
 if not is_live or term == 0 then term = term + 1 end
 call('HSET', lease, 'holder', manager_id, 'term', int(term), 'until', int(now + ttl_ms), 'url', ARGV[3] or '', 'proof',
   ARGV[4] or '')

@@ -16,7 +16,7 @@ local job = load_job(id)
 if not job then return {} end
 if router ~= '' and job.persisted == '1' and not TERMINAL[job.state] then listen(id, router, job.deadline) end
 
-local found = call('HMGET', P .. 'job:' .. id, 'next', 'cause')
+local found = job.persisted == '1' and call('HMGET', P .. 'job:' .. id, 'next', 'cause') or {}
 local answer = { job.state, tonumber(job.epoch), job.aid, found[1] or '', 0, found[2] or '' }
 local bytes, number = 0, 0
 while number < PAGE_FRAMES do

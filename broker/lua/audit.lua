@@ -24,7 +24,8 @@ local function audit_job(id)
   elseif job.state == 'queued' and not call('XRANGE', P .. job.queue, job.entry, job.entry)[1] then
     add('counters', queue_key(job) .. ':waiting', -1)
     job.lane = without_region(job.lane)
-    call('HSET', P .. 'job:' .. id, 'lane', job.lane, add_retry_entry(job))
+    add_retry_entry(job)
+    save(job)
     wake(queue_key(job), now)
   elseif job.state == 'leased' and is_fenced(job.owner) then
     retry_or_end(job, false, 'its worker is not known any more', now)
@@ -41,11 +42,8 @@ end
 -- Removes the entries of a stream whose jobs are not to be found by them.
 local function drop_stale_entries(queue)
   for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', MAX_RECOUNTED)) do
-    local found = call('HMGET', P .. 'job:' .. entry[2][2], 'state', 'entry')
-    if (found[1] ~= 'queued' or found[2] ~= entry[1]) and stale_entries < MAX_STALE_ENTRIES then
-      drop_entry(queue, entry)
-      stale_entries = stale_entries + 1
-    end
+    if stale_entries >= MAX_STALE_ENTRIES then return end
+    if not job_of_entry(queue, entry) then stale_entries = stale_entries + 1 end
   end
 end
 

@@ -7,19 +7,15 @@
 -- uses: endings
 
 local id, reason, if_orphaned, abandoned_ms = ARGV[2], ARGV[3], ARGV[4] == '1', tonumber(ARGV[5])
-local key = P .. 'job:' .. id
 local job = load_job(id)
 if not job then
-  if not if_orphaned and abandoned_ms == 0 then
-    call('HSET', key, 'state', 'cancelled', 'epoch', '0', 'aid', '')
-    call('PEXPIRE', key, TOMBSTONE_MS)
-  end
+  if not if_orphaned and abandoned_ms == 0 then leave_tombstone(id, 'cancelled', '0', '') end
   return 'unknown'
 end
 local before = job.state
 if not TRANSITIONS[before .. ' cancelled'] or if_orphaned and job.persisted == '1' then return before end
 if abandoned_ms > 0 then
-  if now_ms() - tonumber(call('HGET', key, 'detached_at') or 0) < abandoned_ms then return before end
+  if now_ms() - tonumber(call('HGET', P .. 'job:' .. id, 'detached_at') or 0) < abandoned_ms then return before end
   for _, router in ipairs(listeners_of(job)) do
     if call('EXISTS', P .. 'reply:' .. router) == 1 then return before end
   end

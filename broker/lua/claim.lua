@@ -162,7 +162,8 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   if not job then break end
   leave_queue(job)
   job.attempts, job.aid, job.lane = int(tonumber(job.attempts) + 1), attempt_base .. #held, without_region(job.lane)
-  transition(job, 'leased', 'aid', job.aid, 'attempts', job.attempts, 'owner', session_id, 'lane', job.lane)
+  job.owner, job.queue, job.entry = session_id, '', ''
+  transition(job, 'leased')
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   call('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
   add('counters', queue_key(job) .. ':leased', 1)

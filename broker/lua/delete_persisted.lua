@@ -5,7 +5,6 @@
 -- uses: endings
 
 local id, reason = ARGV[2], ARGV[3]
-local key = P .. 'job:' .. id
 local job = load_job(id)
 if not job or job.persisted ~= '1' then return 'unknown' end
 local before = job.state
@@ -14,9 +13,7 @@ if TRANSITIONS[before .. ' cancelled'] then
   cancel_or_expire(job, 'cancelled', reason)
   return write_counters_and_return(before)
 end
-delete_persisted(id, unpack(call('HMGET', key, 'tenant', 'persisted_bytes', 'idem', 'listed', 'at')))
+delete_persisted(job, unpack(call('HMGET', P .. 'job:' .. id, 'persisted_bytes', 'idem', 'listed')))
 call('ZREM', P .. 'persisted', id)
-call('DEL', key)
-call('HSET', key, 'state', before, 'epoch', job.epoch, 'aid', job.aid)
-call('PEXPIRE', key, TOMBSTONE_MS)
+leave_tombstone(id, before, job.epoch, job.aid)
 return write_counters_and_return(before)

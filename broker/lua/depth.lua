@@ -7,15 +7,15 @@ local now = now_ms()
 -- How long the first job of a stream has waited.
 local function age(queue)
   local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
-  local at = entry and call('HGET', P .. 'job:' .. entry[2][2], 'at')
-  return at and now - tonumber(at) or 0
+  local job = entry and load_job(entry[2][2])
+  return job and job.at ~= '' and now - tonumber(job.at) or 0
 end
 
 local depths, answer = {}, {}
 local counters = call('HGETALL', P .. 'counters')
 for i = 1, #counters, 2 do
   local key, kind = string.match(counters[i], '^(.*):(%a+)$')
-  if kind == 'waiting' or kind == 'leased' then
+  if (kind == 'waiting' or kind == 'leased') and counters[i + 1] ~= '0' then
     if not depths[key] then answer[#answer + 1] = { key, 0, 0, 0 } end
     depths[key] = depths[key] or answer[#answer]
     depths[key][kind == 'waiting' and 2 or 3] = tonumber(counters[i + 1])

@@ -2,10 +2,10 @@
 -- ARGV: prefix, job id, router.
 -- Reply: 1.
 -- Invariant: 8 bounded memory.
--- uses: clock, transitions
+-- uses: clock, records, transitions
 
-local id, key = ARGV[2], P .. 'job:' .. ARGV[2]
+local id = ARGV[2]
 call('SREM', P .. 'listeners:' .. id, ARGV[3])
-local state = call('HGET', key, 'state')
-if state and not TERMINAL[state] then call('HSET', key, 'detached_at', int(now_ms())) end
+local job = load_job(id)
+if job and not TERMINAL[job.state] then call('HSET', P .. 'job:' .. id, 'detached_at', int(now_ms())) end
 return 1

@@ -35,36 +35,33 @@ end
 -- The job that holds an idempotency key, as the reply says it; nil if there is none any more.
 local function holder(idem, request)
   local id, theirs = string.match(call('GET', P .. 'idem:' .. idem) or '', '^(%S+) (%S+)$')
-  local state = id and call('HGET', P .. 'job:' .. id, 'state')
-  if not state then return nil end
-  return theirs == request and 'other ' .. id .. ' ' .. state or 'mismatch'
+  local held_by = id and load_job(id)
+  return held_by and (theirs == request and 'other ' .. id .. ' ' .. held_by.state or 'mismatch')
 end
 
 -- What a persisted job has beside its record.
-local function persist(job, router, deadline, retention_ms, idem, request, listed, topic, metadata)
-  local kept_for = int(tonumber(deadline) - now + tonumber(retention_ms) + EXPIRY_SLACK_MS)
+local function persist(job, router, retention_ms, idem, request, listed, topic, metadata)
+  local kept_for = int(tonumber(job.deadline) - now + tonumber(retention_ms) + EXPIRY_SLACK_MS)
   call('DEL', P .. 'out:' .. job.id, P .. 'listeners:' .. job.id)
-  call('HSET', P .. 'job:' .. job.id, 'retention_ms', retention_ms, 'idem', idem)
+  call('HSET', P .. 'job:' .. job.id, 'retention_ms', retention_ms, 'idem', idem, 'job_metadata', metadata,
+    'listed', listed, 'topic', topic)
   count_bytes(job, PERSISTED_BYTES + string.len(metadata))
-  if metadata ~= '' then
-    call('HSET', P .. 'job:' .. job.id, 'job_metadata', metadata, 'listed', listed, 'topic', topic)
-  end
   if listed == '1' then
     local key = P .. 'listed:' .. job.tenant
     call('ZADD', key, 0, list_member(job.id, now))
     if call('PTTL', key) < tonumber(kept_for) then call('PEXPIRE', key, kept_for) end
   end
   if idem ~= '' then call('SET', P .. 'idem:' .. idem, job.id .. ' ' .. request, 'PX', kept_for) end
-  if router ~= '' then listen(job.id, router, deadline) end
+  if router ~= '' then listen(job.id, router, job.deadline) end
 end
 
 local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted, ttl_ms, max, region, remote_after_ms, resume,
     retention_ms, idem, request, listed, topic, metadata)
   local key, size, is_persisted = P .. 'job:' .. id, string.len(envelope), persisted == '1'
-  local known = call('HGET', key, 'state')
+  local known = load_job(id)
   if known then
-    if is_persisted and reply ~= '' and not TERMINAL[known] then listen(id, reply, call('HGET', key, 'deadline')) end
-    return known
+    if is_persisted and reply ~= '' and not TERMINAL[known.state] then listen(id, reply, known.deadline) end
+    return known.state
   end
   local refusal = idem ~= '' and holder(idem, request)
   if refusal then return refusal end
@@ -73,30 +70,28 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
 
   local deadline, shared = int(now + tonumber(ttl_ms)), pool .. ':' .. lane
   local for_region = region ~= '' and tonumber(remote_after_ms) > 0
-  local job = { id = id, pool = pool, lane = for_region and lane .. '@' .. region or lane, band = band, tenant = tenant,
-    size = int(size) }
-  local at, aid, owner, handed = queue_key(job), attempt_base .. handed_over, nil, nil
+  local job = { id = id, state = 'queued', epoch = '1', aid = '', attempts = '0', max = max, owner = '', pool = pool,
+    lane = for_region and lane .. '@' .. region or lane, band = band, tenant = tenant, reply = is_persisted and '' or reply,
+    persisted = persisted, deadline = deadline, size = int(size), at = came_at, queue = '', entry = '', resume = resume }
+  local at, aid, owner, entry = queue_key(job), attempt_base .. handed_over, nil, nil
   read('counters', { at .. ':waiting', shared .. ':enqueued', shared .. ':leased' })
-  if attempt_base ~= '' then owner, handed = hand_over(at, id, envelope, aid, ttl_ms) end
-  local stands = { 'state', 'leased', 'lane', lane, 'aid', aid, 'attempts', '1', 'owner', owner, 'handed', handed }
-  if not owner then stands = { 'state', 'queued', 'lane', job.lane, 'aid', '', 'attempts', '0', add_new_entry(job) } end
-  call('HSET', key, 'env', envelope, 'epoch', '1', 'max', max, 'pool', pool, 'band', band, 'tenant', tenant, 'reply',
-    is_persisted and '' or reply, 'persisted', persisted, 'deadline', deadline, 'size', job.size, 'at', came_at,
-    unpack(stands))
-  if resume == '1' then call('HSET', key, 'resume', resume) end
-  if is_persisted then persist(job, reply, deadline, retention_ms, idem, request, listed, topic, metadata) end
+  if attempt_base ~= '' then owner, entry = hand_over(at, id, envelope, aid, ttl_ms) end
+  if owner then
+    job.state, job.lane, job.aid, job.attempts, job.owner, job.entry = 'leased', lane, aid, '1', owner, entry
+    handed_over = handed_over + 1
+    gather('HSET', P .. 'leases:' .. owner, id, '1')
+    add('counters', shared .. ':leased', 1)
+  else
+    add_new_entry(job)
+    wake(at, now)
+  end
+  save(job, 'env', envelope)
+  if for_region and not owner then call('HSET', key, 'eligible_at', int(now + tonumber(remote_after_ms))) end
+  if is_persisted then persist(job, reply, retention_ms, idem, request, listed, topic, metadata) end
+  if is_persisted and owner then call('HSET', key, 'started', came_at) end
   gather('ZADD', P .. 'deadlines', deadline, id)
   spend(pool, tenant, 1, size)
   add('counters', shared .. ':enqueued', 1)
-  if owner then
-    handed_over = handed_over + 1
-    gather('HSET', P .. 'leases:' .. owner, id, '1')
-    if is_persisted then call('HSET', key, 'started', came_at) end
-    add('counters', shared .. ':leased', 1)
-  else
-    if for_region then call('HSET', key, 'eligible_at', int(now + tonumber(remote_after_ms))) end
-    wake(at, now)
-  end
   return 'queued'
 end
 

@@ -35,10 +35,12 @@ for _, id in ipairs(due('lost')) do
   end
 end
 for _, id in ipairs(due('persisted')) do
-  local found = call('HMGET', P .. 'job:' .. id, 'tenant', 'persisted_bytes', 'idem', 'listed', 'at')
+  local job = load_job(id)
   call('ZREM', P .. 'persisted', id)
-  call('DEL', P .. 'job:' .. id)
-  if found[1] then delete_persisted(id, unpack(found)) end
+  if job and job.persisted == '1' then
+    delete_persisted(job, unpack(call('HMGET', P .. 'job:' .. id, 'persisted_bytes', 'idem', 'listed')))
+    call('DEL', P .. 'job:' .. id)
+  end
   forgotten = forgotten + 1
 end
 for _, reader in ipairs(due('readers')) do
@@ -53,11 +55,13 @@ local function open_to_all(key)
   for _, queue in ipairs((streams_at(key, MAX_TENANTS))) do
     for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', limit)) do
       local job = job_of_entry(queue, entry)
-      if job and ((tonumber(job.eligible_at) or 0) > now or moved >= tonumber(limit)) then break end
+      local eligible_at = job and tonumber(call('HGET', P .. 'job:' .. job.id, 'eligible_at') or 0)
+      if job and (eligible_at > now or moved >= tonumber(limit)) then break end
       if job then
         leave_queue(job)
         job.lane, moved = without_region(job.lane), moved + 1
-        call('HSET', P .. 'job:' .. job.id, 'lane', job.lane, add_new_entry(job))
+        add_new_entry(job)
+        save(job)
       end
     end
   end

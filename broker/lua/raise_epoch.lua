@@ -9,7 +9,7 @@ local job = load_job(ARGV[2])
 if not job then return { 'unknown', 0, '' } end
 local epoch, above = tonumber(job.epoch), next_run(ARGV[3])
 if job.state == 'queued' and epoch < above then
-  epoch = above
-  call('HSET', P .. 'job:' .. job.id, 'epoch', int(epoch))
+  epoch, job.epoch = above, int(above)
+  save(job)
 end
 return { job.state, epoch, job.state == 'leased' and job.aid or '' }

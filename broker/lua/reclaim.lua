@@ -21,8 +21,7 @@ end
 local counts = { requeued = 0, dead = 0, cancelled = 0, lost = 0 }
 local handled = math.min(#held, limit)
 for i = 1, handled do
-  local id = held[i]
-  local job = load_job(id)
+  local id, job = held[i], load_job(held[i])
   if job and job.state == 'leased' and job.owner == session_id then
     job.aid = '' -- if it becomes a dead letter, late reports of its worker are fenced, not duplicates
     local outcome = counted and end_crashed(job, any_suspect, 1, reason, now) or retry_or_end(job, false, reason, now)

@@ -28,7 +28,7 @@ end
 
 for _, id in ipairs(call('HKEYS', leases)) do
   local job = not runs[id] and load_job(id)
-  if job and is_unread(job.handed) then
+  if job and job.state == 'leased' and is_unread(job.entry) then
     runs[id] = true
   elseif job and job.state == 'leased' and job.owner == session_id then
     job.epoch = int(next_run(job.epoch) - 1)

@@ -8,7 +8,7 @@
 --       its first frame (the server lost its latest writes) loses its persisted job, and is fenced.
 -- Invariants: 2 one result, 3 fence, 4 idempotency, 7 streams, 8 bounded memory, 12 conservation.
 -- uses: attempts, fence
--- rarely: retry_or_end, keep, expected, now_ms
+-- rarely: retry_or_end, keep, expected, now_ms, save
 
 -- The seq of the next frame of this attempt.
 local function expected(job)

@@ -170,8 +170,8 @@ def _persisted_job(fields: Sequence[Any]) -> PersistedJob:
     """A job from the ``fields`` that ``show_persisted.lua`` returns."""
     words = [value.decode("utf-8", "replace") for value in fields[:-1]]
     (
-        job_id, now, tenant, state, epoch, attempts, pool, lane, at, started, ended_at, deadline, expires_at, cause,
-        listed, topic, persisted_bytes, _, output_epoch, output_replaced,
+        job_id, now, tenant, state, epoch, attempts, pool, lane, at, deadline, started, ended_at, expires_at, cause,
+        listed, topic, persisted_bytes, output_epoch, output_replaced,
     ) = words  # fmt: skip
     ended_as = State(state)
     return PersistedJob(

@@ -1,8 +1,8 @@
 """The Lua scripts of ``broker/lua``, each composed with the libraries that it uses, and addressed by content.
 
-A script or library says ``-- uses: fence, queue`` in its header. Libraries are the files of ``lua/lib``, and two that
-are generated: ``transitions`` from :mod:`queue_schemas.lifecycle`, ``lanes`` from :mod:`queue_schemas.lanes`. Scripts
-are called by the SHA-1 of their text (EVALSHA), so two versions can share a server.
+A script or library says ``-- uses: fence, queue`` in its header. Libraries are the files of ``lua/lib``, and three that
+are generated: ``transitions`` from :mod:`queue_schemas.lifecycle`, ``lanes`` from :mod:`queue_schemas.lanes`, and
+``record_format``. Scripts are called by the SHA-1 of their text (EVALSHA), so two versions can share a server.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from ..lua.linker import link
 _REFUSED_IN_FULL_MEMORY = frozenset({"enqueue"})
 """What takes in more work. Finishing must work when the server's memory is full."""
 _USES = re.compile(r"^-- uses: (.+)$", re.MULTILINE)
+
+
+RECORD = (
+    *("state", "epoch", "aid", "attempts", "max", "owner", "pool", "lane", "band", "tenant", "reply", "persisted"),
+    *("deadline", "size", "at", "queue", "entry", "resume"),
+)
+"""What the record of every job says, in one field of words; none of them has a space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,8 @@ class Script:
 def load_scripts(*, flags: bool) -> dict[str, Script]:
     """All scripts by name. ``flags``: with the ``#!lua`` line that real servers honour and fakeredis refuses."""
     folder = files("broker") / "lua"
-    libraries = _texts(folder / "lib") | {"transitions": _transitions(), "lanes": _lanes()}
+    generated = {"transitions": _transitions(), "lanes": _lanes(), "record_format": _record_format()}
+    libraries = _texts(folder / "lib") | generated
     scripts = {}
     for name, text in _texts(folder).items():
         parts = compose(name, text, libraries)
@@ -93,6 +101,18 @@ def _transitions() -> str:
     )
     ends = ", ".join(f"{state} = true" for state in sorted(TERMINAL))
     return f"local TRANSITIONS = {{ {moves} }}\nlocal TERMINAL = {{ {ends} }}\n"
+
+
+def _record_format() -> str:
+    """Packing a job's record and reading it, in Lua: ``pack_record(job)``, ``parse_record(id, record)`` (or nil)."""
+    names, pattern = ", ".join(RECORD), " ".join(["(%S*)"] * len(RECORD))
+    packed = " .. ' ' .. ".join(f"job.{name}" for name in RECORD)
+    read = ", ".join(f"{name} = {name}" for name in RECORD)
+    return (
+        f"local function pack_record(job)\n  return {packed}\nend\n"
+        f"local function parse_record(id, record)\n  local {names} = string.match(record, '^{pattern}$')\n"
+        f"  return state and {{ id = id, {read} }}\nend\n"
+    )
 
 
 def _lanes() -> str:

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from queue_schemas import Control, Frame, Lane, Marker, State
 from queue_schemas.control import parse_control
 from queue_schemas.frames import unpack_frames, unpack_marker
 from queue_schemas.ids import decode_name
 from queue_schemas.keys import ShardKeys
 from tests.contract.model_records import SUSPECT, DeadLetter, Line, Place, Snapshot, require
+from tests.support.queue import parse_record
 
 KEYS = ShardKeys(0)
 FAMILIES = {
@@ -47,7 +50,7 @@ Entries = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
 
 
 class Raw:
-    """Every key of the shard with what it holds, read in two round trips."""
+    """Every key of the shard with what it holds."""
 
     def __init__(self, found: Mapping[str, Any]) -> None:
         self.found = found
@@ -70,7 +73,11 @@ class Raw:
                     pipe.smembers(name)
                 case "GET":
                     pipe.get(name)
-        return cls(dict(zip(names, await pipe.execute(), strict=True)))
+        found = dict(zip(names, await pipe.execute(raise_on_error=False), strict=True))
+        for name, held in found.items():
+            if isinstance(held, ResponseError):  # not a record but the tombstone in its place
+                found[name] = await client.get(name)
+        return cls(found)
 
     def of(self, family: str) -> dict[tuple[str, ...], Any]:
         """Keys of a family by what follows it in their names."""
@@ -102,7 +109,7 @@ def read_snapshot(raw: Raw) -> Snapshot:
         leases={worker: _epochs(held) for (worker,), held in raw.of("leases").items()},
         budgets={_decoded(name): number for name, number in _numbers(raw.one("budget")).items()},
         waiting=counters.pop("waiting", {}),
-        leased=counters.pop("leased", {}),
+        leased={place: number for place, number in counters.pop("leased", {}).items() if number},
         turns=counters.pop("turn", {}),
         # Totals that split one of these further have a slash.
         totals={(*place, event): n for event, by_place in counters.items() if "/" not in event
@@ -209,13 +216,13 @@ def _active(raw: Raw) -> set[Line]:
     }
 
 
-def _record(held: Mapping[bytes, bytes], line: Line | None) -> tuple[object, ...]:
-    state, epoch, attempt_id = State(held[b"state"].decode()), int(held[b"epoch"]), held[b"aid"].decode()
-    if b"env" not in held:
+def _record(held: Mapping[bytes, bytes] | bytes, line: Line | None) -> tuple[object, ...]:
+    record = parse_record(held if isinstance(held, bytes) else held[b"record"])
+    state, epoch, attempt_id = State(record["state"]), int(record["epoch"]), record["aid"]
+    if isinstance(held, bytes) or b"env" not in held:
         return (state, epoch, attempt_id)
     is_suspect = int(held.get(b"suspicion") or 0) >= SUSPECT
-    owner = held.get(b"owner", b"").decode()
-    return (state, epoch, attempt_id, int(held[b"attempts"]), owner, line, is_suspect, held[b"env"])
+    return (state, epoch, attempt_id, int(record["attempts"]), record["owner"], line, is_suspect, held[b"env"])
 
 
 def _letter(entry: Mapping[bytes, bytes]) -> DeadLetter:

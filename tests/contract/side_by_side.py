@@ -33,7 +33,7 @@ from queue_schemas import (
 )
 from queue_schemas.lifecycle import TERMINAL
 from tests.contract.queue_snapshot import KEYS, Entries, Raw, control_messages_in, differences, frames_in, read_snapshot
-from tests.support.queue import Backend
+from tests.support.queue import Backend, parse_record
 
 from .model import Model
 from .model_records import Effects, require
@@ -151,9 +151,9 @@ class SideBySide:
         answers = await asyncio.gather(*map(self.broker.jobs.enqueue, jobs), return_exceptions=True)
         records = (await self._look()).of("job")
         for job, answer in zip(jobs, answers, strict=True):
-            record = records.get((job.id,), {}) if job.id not in before | set(self.model.live) else {}
-            taker, attempt_id = record.get(b"owner", b"").decode(), record.get(b"aid", b"").decode()
-            expected = self.model.enqueue(job, SessionId(taker), attempt_id)
+            held = records.get((job.id,), {}) if job.id not in before | set(self.model.live) else {}
+            record = parse_record(held[b"record"]) if b"record" in held else {}
+            expected = self.model.enqueue(job, SessionId(record.get("owner", "")), record.get("aid", ""))
             fits = type(answer) is expected if isinstance(expected, type) else answer is expected
             require(fits, f"enqueue of {job.id} answers {answer!r}, should be {expected}")
 

@@ -11,7 +11,7 @@ from broker import Broker, Reclaimed
 from queue_schemas import Job, Lane, Marker, MarkerKind, Outcome, Pool, Settled, State
 from queue_schemas.keys import ShardKeys
 from tests.contract.conftest import Listener
-from tests.support.queue import MODEL, Puller, answer_frame, make_job
+from tests.support.queue import MODEL, Puller, answer_frame, change_record, make_job
 
 KEYS = ShardKeys(0)
 
@@ -145,7 +145,7 @@ async def test_a_lost_stream_can_end(broker: Broker, worker: Puller, listener: L
         assert await broker.jobs.cancel(job.id, "its client went away") is State.LOST
         await listener.expect_marker(MarkerKind.CANCELLED)
     else:
-        await client.hset(KEYS.job(job.id), "deadline", 1)
+        await change_record(client, KEYS.job(job.id), deadline=1)
         await client.zadd(KEYS.deadlines, {job.id: 1})
         assert (await broker.maintenance.expire()).expired == 1
         await listener.expect_marker(MarkerKind.EXPIRED)

@@ -26,7 +26,7 @@ from queue_schemas import (
     new_job_id,
 )
 from queue_schemas.keys import ShardKeys
-from tests.support.queue import MODEL, Puller, answer_frame, make_job
+from tests.support.queue import MODEL, Puller, answer_frame, make_job, record_of
 
 from .conftest import Connect, Listener
 
@@ -322,7 +322,7 @@ async def test_an_envelope_that_cannot_be_read_is_left_to_others_and_ends(broker
     await client.hset(key, "env", b"\xc1 from another age")
     assert await worker.claim(1) == []
     assert Control(ControlKind.WAKE) in await worker.control_messages()
-    assert await client.hget(key, "state") == b"dead"
+    assert (await record_of(client, key))["state"] == "dead"
     ((_, letter),) = await client.xrange(ShardKeys(0).dead)
     assert b"cannot read" in letter[b"cause"]
 

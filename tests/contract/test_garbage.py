@@ -21,7 +21,7 @@ from queue_schemas import (
     new_job_id,
 )
 from queue_schemas.keys import MANAGER, POOLS, WORKERS, ShardKeys
-from tests.support.queue import MODEL, Puller, make_job
+from tests.support.queue import MODEL, Puller, change_record, make_job, record_of
 
 KEYS = ShardKeys(0)
 RUN = SessionId("w.0000000000000001")
@@ -47,7 +47,7 @@ async def test_waiting_entries_of_no_job_are_removed(broker: Broker, worker: Pul
     """A claim passes over entries whose job does not exist, is none or waits elsewhere, and cleans them up."""
     first, last = make_job(), make_job()
     await broker.jobs.enqueue(first)
-    queue = KEYS.prefix + (await client.hget(KEYS.job(first.id), "queue")).decode()
+    queue = KEYS.prefix + (await record_of(client, KEYS.job(first.id)))["queue"]
     for value in (new_job_id(0), b"\xff\x00", "", first.id, "x" * 10_000):
         await client.xadd(queue, {"id": value})
     await client.xadd(queue, {"what": "is this"})
@@ -63,10 +63,10 @@ async def test_a_record_in_no_state_of_ours_stops_nothing(broker: Broker, worker
     for job in (odd, odd_and_persisted, behind):
         await broker.jobs.enqueue(job)
     for job in (odd, odd_and_persisted):
-        await client.hset(KEYS.job(job.id), "state", "melted")
+        await change_record(client, KEYS.job(job.id), state="melted")
     await asyncio.sleep(0.01)
     assert (await broker.maintenance.expire()).expired == 1
-    assert await client.hget(KEYS.job(behind.id), "state") == b"expired"
+    assert (await record_of(client, KEYS.job(behind.id)))["state"] == "expired"
     for job in (odd, odd_and_persisted):
         assert await broker._caller.script("cancel", KEYS.budget, KEYS.prefix, job.id, "", 0, 0) == b"melted"
         await broker._caller.script("delete_persisted", KEYS.budget, KEYS.prefix, job.id, "")

@@ -333,8 +333,8 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (the_epoch_fences, Rewrite("fence", SAME, "local same = job.aid == aid")),
     (the_attempt_id_fences, Rewrite("fence", SAME, "local same = job.epoch == epoch")),
     (nobody_makes_a_reply_stream, Rewrite("listeners", "'NOMKSTREAM', '*', field", "'*', field")),
-    (a_tombstone_stands, Rewrite("lifecycle", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)")),
-    (a_cancel_that_comes_first_stands, Rewrite("cancel", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)")),
+    (a_tombstone_stands, Rewrite("lifecycle", "leave_tombstone(job.id,", "call('DEL', P .. 'job:' .. job.id,")),
+    (a_cancel_that_comes_first_stands, Rewrite("cancel", "leave_tombstone(id, 'cancelled', '0', '')", "")),
     (a_repeated_claim_gives_the_same, Rewrite("claim", "if last[1] == seq then", "if false then")),
     (a_late_claim_gives_nothing, Rewrite("claim", "tonumber(seq) < tonumber(last[1])", "false")),
     (the_dead_do_not_renew, Rewrite("renew", "if is_fenced(session_id) then return -1 end", "")),
@@ -345,7 +345,7 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (an_old_resume_is_void, Rewrite("resume", "job.state ~= 'lost' or job.epoch ~= epoch", "job.state ~= 'lost'")),
     (a_worker_holds_one_suspect, Rewrite("claim", "not held_suspect and take_from_stream", "take_from_stream")),
     (a_repeated_release_is_known, Rewrite("fence", RELEASED, "")),
-    (what_does_not_run_is_handed_back, Rewrite("reconcile_leases", "if job and job.state", "if false and job.state")),
+    (what_does_not_run_is_handed_back, Rewrite("reconcile_leases", "elseif job and", "elseif false and")),
     (a_late_comparison_takes_nothing, Rewrite("reconcile_leases", "'seq') or 0) > seq", "'seq') or 0) < 0")),
     (no_epoch_of_a_lost_attempt_comes_again, Rewrite("reconcile_leases", "next_run(job.epoch) - 1", "job.epoch")),
     (what_waits_is_raised, Rewrite("raise_epoch", "if job.state == 'queued' and epoch < above then", "if false then")),
@@ -360,7 +360,7 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (the_last_attempt_is_fenced, Rewrite("reclaim", "job.aid = ''", "")),
     (nothing_is_handed_over_past_what_waits, Rewrite("handoff", "waiting(key) == 0 and ", "")),
     (what_is_on_its_way_has_a_slot, Rewrite("claim", "math.max(wanted - on_their_way, 0)", "wanted")),
-    (what_is_on_its_way_is_not_taken_back, Rewrite("reconcile_leases", "if job and is_unread(job.handed)", "if false")),
+    (what_is_on_its_way_is_not_taken_back, Rewrite("reconcile_leases", "and is_unread(job.entry)", "and false")),
     (nobody_makes_a_control_stream, Rewrite("handoff", "'NOMKSTREAM', '*', 'k', 'job'", "'*', 'k', 'job'")),
 ]  # fmt: skip
 

@@ -8,11 +8,11 @@ import fakeredis
 import pytest
 import redis
 
-from broker.redis.scripts import Script, compose, load_scripts
+from broker.redis.scripts import RECORD, Script, compose, load_scripts
 from queue_schemas import InferqError, Outcome, State
 from queue_schemas.keys import ShardKeys
-from queue_schemas.lifecycle import TRANSITIONS
-from tests.support.queue import ServerBackend
+from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
+from tests.support.queue import ServerBackend, parse_record
 
 from .rewriting import Rewrite
 from .test_guards import Scene, play
@@ -32,21 +32,23 @@ def mover() -> Script:
 def test_only_moves_of_the_table_are_made(state: State, following: State) -> None:
     """All pairs of states; a refused job keeps its record as it was."""
     client = fakeredis.FakeRedis()
-    client.hset(KEYS.job(JOB), mapping={"state": state, "persisted": "0"})
+    record = " ".join([state, *[""] * (len(RECORD) - 1)])
+    client.hset(KEYS.job(JOB), "record", record)
     call = mover().source, 1, KEYS.budget, KEYS.prefix, JOB, following.value
     if following in TRANSITIONS[state]:
         assert client.eval(*call) == b"ok"
-        assert client.hget(KEYS.job(JOB), "state") == following.encode()
+        held = client.get(KEYS.job(JOB)) if following in TERMINAL else client.hget(KEYS.job(JOB), "record")
+        assert parse_record(held)["state"] == following
         return
     with pytest.raises(redis.ResponseError, match=f"lifecycle: job {JOB} cannot go from {state} to {following}"):
         client.eval(*call)
-    assert client.hgetall(KEYS.job(JOB)) == {b"state": state.encode(), b"persisted": b"0"}
+    assert client.hgetall(KEYS.job(JOB)) == {b"record": record.encode()}
 
 
 async def test_a_real_server_refuses_as_well(real_backend: ServerBackend) -> None:
     """In the same words."""
     client = real_backend.client()
-    await client.hset(KEYS.job(JOB), mapping={"state": "done", "persisted": "0"})
+    await client.set(KEYS.job(JOB), "done 1 ")
     with pytest.raises(redis.ResponseError, match="lifecycle"):
         await client.eval(mover().source, 1, KEYS.budget, KEYS.prefix, JOB, "leased")
     await client.delete(KEYS.job(JOB))

@@ -26,7 +26,7 @@ FEW = {"fakeredis": 25, "valkey": 25, "redis7": 15}
 MUTANTS = {
     "fence": Rewrite("fence", "local same = job.epoch == epoch and job.aid == aid", "local same = true"),
     "marker": Rewrite("notify", "send(router, 'm', marker, ids)", "local _ = router"),
-    "tombstone": Rewrite("lifecycle", "call('PEXPIRE', key, TOMBSTONE_MS)", "call('DEL', key)"),
+    "tombstone": Rewrite("lifecycle", "leave_tombstone(job.id,", "call('DEL', P .. 'job:' .. job.id,"),
     "idempotent claim": Rewrite("claim", "if last[1] == seq then", "if false then"),
     "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),
     "deadline check": Rewrite("claim", "job and tonumber(job.deadline) <= now", "false"),

@@ -9,7 +9,7 @@ from typing import Any
 from broker import Broker, Budgets, Reclaimed
 from queue_schemas import JobId, Lease, MarkerKind, Outcome, Settled, State
 from queue_schemas.keys import ShardKeys
-from tests.support.queue import MODEL, Puller, ServerBackend, answer_frame, make_job
+from tests.support.queue import MODEL, Puller, ServerBackend, answer_frame, make_job, record_of
 
 from .conftest import Listener
 
@@ -27,7 +27,7 @@ async def enqueue(broker: Broker, n: int, **fields: Any) -> list[JobId]:
 
 async def attempts_of(client: Any, ids: Sequence[JobId]) -> list[int]:
     """Attempts charged so far, by job."""
-    return [int(await client.hget(KEYS.job(job_id), "attempts")) for job_id in ids]
+    return [int((await record_of(client, KEYS.job(job_id)))["attempts"]) for job_id in ids]
 
 
 async def pullers(broker: Broker, n: int) -> list[Puller]:

@@ -9,6 +9,7 @@ from typing import Any
 import fakeredis
 
 from broker import Broker, BrokerSettings, Budgets
+from broker.redis.scripts import RECORD
 from queue_schemas import (
     END,
     HEAD,
@@ -43,6 +44,24 @@ def make_job(*, model: str = MODEL, tenant: str = "acme", shards: int = 1, **fie
 def answer_frame(lease: Lease, data: bytes = b"answer", seq: int = 0) -> bytes:
     """The packed frame of a plain answer."""
     return Frame(lease.job.id, lease.epoch, lease.attempt_id, seq, HEAD | END, data, 200, "application/json").pack()
+
+
+def parse_record(held: bytes) -> dict[str, str]:
+    """What the packed record of a job says, or the tombstone of one that has ended."""
+    return dict(zip(RECORD, held.decode().split(" "), strict=False))
+
+
+async def record_of(client: Any, key: str) -> dict[str, str]:
+    """What stands at the key of a job, or of one that has ended; empty if there is nothing."""
+    is_string = await client.type(key) == b"string"
+    held = await (client.get(key) if is_string else client.hget(key, "record"))
+    return parse_record(held) if held else {}
+
+
+async def change_record(client: Any, key: str, **fields: object) -> None:
+    """Have the record of a job say something else."""
+    changed = await record_of(client, key) | {name: str(value) for name, value in fields.items()}
+    await client.hset(key, "record", " ".join(changed[name] for name in RECORD))
 
 
 def live_counts(counters: Mapping[bytes, bytes]) -> dict[str, int]:

@@ -27,17 +27,17 @@ local function retry_or_end(job, counted, reason, now)
   end
   leave_lease(job)
   local outcome = job.resume == '1' and 'lost' or 'requeued'
-  local epoch = int(tonumber(job.epoch) + 1)
-  local fields = { 'epoch', epoch, 'attempts', int(attempts), 'aid', '', 'owner', '', 'handed', '' }
+  job.ended, job.ended_by = job.epoch .. ':' .. job.aid, job.owner
+  job.epoch, job.attempts, job.aid, job.owner, job.entry = int(tonumber(job.epoch) + 1), int(attempts), '', '', ''
   if outcome == 'lost' then
-    transition(job, 'lost', unpack(fields))
+    transition(job, 'lost')
     call('ZADD', P .. 'lost', int(now + LOST_MS), job.id)
   else
-    requeue(job, unpack(fields))
+    requeue(job)
     wake(queue_key(job), now)
   end
   total(job, outcome)
-  notify(job, outcome, epoch, reason)
+  notify(job, outcome, job.epoch, reason)
   return outcome
 end
 
@@ -50,7 +50,8 @@ local function end_crashed(job, any_suspect, weight, reason, now)
   job.suspicion = int(math.max((tonumber(job.suspicion) or 0) + weight, counted and 0 or SUSPECT))
   local outcome = retry_or_end(job, counted, reason, now)
   if outcome == 'lost' or outcome == 'requeued' then
-    call('HSET', P .. 'job:' .. job.id, 'suspicion', job.suspicion, 'not_charged', counted and job.not_charged or '1')
+    local key, not_charged = P .. 'job:' .. job.id, counted and (job.not_charged or '') or '1'
+    call('HSET', key, 'suspicion', job.suspicion, 'not_charged', not_charged)
   end
   return outcome
 end
@@ -59,6 +60,6 @@ end
 local function note_handed_back(job, outcome, avoid_ms, now)
   if outcome ~= 'lost' and outcome ~= 'requeued' then return end
   local key = P .. 'job:' .. job.id
-  call('HSET', key, 'handed_back', job.epoch .. ':' .. job.aid)
-  if avoid_ms > 0 then call('HSET', key, 'avoid', job.owner, 'avoid_until', int(now + avoid_ms)) end
+  call('HSET', key, 'handed_back', job.ended)
+  if avoid_ms > 0 then call('HSET', key, 'avoid', job.ended_by, 'avoid_until', int(now + avoid_ms)) end
 end

@@ -1,6 +1,7 @@
 -- Two hashes: ``budget`` (live jobs and bytes of tenants and pools, by which new work is refused) and ``counters`` (what
 -- waits and runs, turns and totals, by queue key). Changes gather while a script runs. Every script that
--- changes anything returns with ``write_counters_and_return``, which writes them; a field that becomes 0 is removed.
+-- changes anything returns with ``write_counters_and_return``, which writes them; a field that becomes 0 is removed, but
+-- for what runs at a queue key, which has totals as well.
 -- uses: shard
 
 local CHUNK = 1000 -- Lua passes 8000 arguments at most. Even: HSET takes pairs
@@ -42,10 +43,11 @@ local function spend(pool, tenant, jobs, bytes)
 end
 
 -- Has members written or removed (HSET, HDEL, ZADD, ZREM) together with the others of this call.
-local function gather(command, key, ...)
+local function gather(command, key, first, second)
   local name = command .. ' ' .. key
-  gathered[name] = gathered[name] or { command = command, key = key }
-  for _, part in ipairs({ ... }) do table.insert(gathered[name], part) end
+  local members = gathered[name] or { command = command, key = key }
+  gathered[name], members[#members + 1] = members, first
+  if second then members[#members + 1] = second end
 end
 
 local function write_in_chunks(command, key, args)
@@ -61,9 +63,8 @@ local function write_counters_and_return(reply)
     read(hash, changed)
     for _, field in ipairs(changed) do
       local value = known[hash][field] + fields[field]
-      if value ~= 0 then
-        set[#set + 1] = field
-        set[#set + 1] = int(value)
+      if value ~= 0 or string.sub(field, -7) == ':leased' then
+        set[#set + 1], set[#set + 2] = field, int(value)
       else
         gone[#gone + 1] = field
         local drained = string.match(field, '^(.*):waiting$')

@@ -7,7 +7,8 @@ local EXPIRED_RUNNING = 'its time ran out while it ran'
 
 local function end_job(job, state, aid, cause)
   local fields = job.persisted == '1'
-    and call('HMGET', P .. 'job:' .. job.id, 'persisted_bytes', 'idem', 'retention_ms', 'topic')
+    and call('HMGET', P .. 'job:' .. job.id, 'persisted_bytes', 'idem', 'retention_ms', 'topic', 'listed')
+  job.listed = fields and fields[5]
   write_tombstone(job, state, aid, cause)
   if fields then keep_or_drop_output(job, unpack(fields)) end
 end

@@ -7,10 +7,9 @@
 local function activate(key, tenant)
   local active, service = P .. 'active:' .. key, P .. 'service:' .. key
   if call('ZSCORE', active, tenant) then return end
-  local clock = tonumber(call('ZSCORE', service, '*') or 0)
-  local ended = tonumber(call('ZSCORE', service, tenant) or 0)
+  local served = call('ZMSCORE', service, '*', tenant)
   local least = tonumber(call('ZRANGE', active, 0, 0, 'WITHSCORES')[2] or 0)
-  call('ZADD', active, int(math.max(clock, ended, least)), tenant)
+  call('ZADD', active, int(math.max(tonumber(served[1] or 0), tonumber(served[2] or 0), least)), tenant)
 end
 
 -- One unit of service for the tenant that was served least, and competes with others.

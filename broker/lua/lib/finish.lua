@@ -8,7 +8,8 @@ end
 -- Ends a job that waits and runs no more, and returns its budget. ``aid``: the attempt that ended it by its own word, or ''.
 -- ``cause`` is counted beside the state of what was cancelled or expired: 'waiting', 'running' or 'router_gone'.
 local function write_tombstone(job, state, aid, cause)
-  transition(job, state, 'epoch', job.epoch, 'aid', aid)
+  job.aid = aid
+  transition(job, state)
   gather('ZREM', P .. 'deadlines', job.id)
   spend(job.pool, job.tenant, -1, -tonumber(job.size))
   total(job, state)

@@ -52,7 +52,10 @@ local function write_offers()
   for _, one in pairs(takers) do
     if one and next(one.keys) then
       call('HSET', P .. 'claimed:' .. one.id, 'free', int(one.free), 'given', int(one.given))
-      for key in pairs(one.keys) do call('ZADD', P .. 'offers:' .. key, 'XX', int(-one.free), one.id) end
+      for key in pairs(one.keys) do
+        -- Their order matters only where not all of them are looked at.
+        if #takers_at[key] == MAX_TAKERS then call('ZADD', P .. 'offers:' .. key, 'XX', int(-one.free), one.id) end
+      end
     end
   end
 end

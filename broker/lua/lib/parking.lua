@@ -8,8 +8,7 @@ local function wake(key, now)
     local popped = call('ZPOPMIN', P .. 'parked:' .. key)
     if not popped[1] then return false end
     if tonumber(popped[2]) >= now and call('XADD', P .. 'ctl:' .. popped[1], 'NOMKSTREAM', '*', 'k', 'wake') then
-      local shared = without_region(key)
-      if shared ~= key then call('ZREM', P .. 'parked:' .. shared, popped[1]) end
+      if without_region(key) ~= key then call('ZREM', P .. 'parked:' .. without_region(key), popped[1]) end
       return true
     end
   end

@@ -23,11 +23,11 @@ local function list_member(id, at)
 end
 
 -- Deletes what is kept of a job outside its record.
-local function delete_persisted(id, tenant, bytes, idem, listed, at)
-  call('DEL', P .. 'out:' .. id)
-  add('budget', 't:' .. tenant .. ':persisted', -tonumber(bytes or 0))
-  free_key(id, idem)
-  if listed == '1' and at then call('ZREM', P .. 'listed:' .. tenant, list_member(id, at)) end
+local function delete_persisted(job, bytes, idem, listed)
+  call('DEL', P .. 'out:' .. job.id)
+  add('budget', 't:' .. job.tenant .. ':persisted', -tonumber(bytes or 0))
+  free_key(job.id, idem)
+  if listed == '1' then call('ZREM', P .. 'listed:' .. job.tenant, list_member(job.id, job.at)) end
 end
 
 -- After a job ended. ``bytes`` to ``topic`` are fields of its record before. Only an answer keeps its idempotency key.
@@ -42,14 +42,13 @@ local function keep_or_drop_output(job, bytes, idem, retention_ms, topic)
       call('HINCRBY', P .. 'finished_dropped', 'dropped', call('XTRIM', finished, 'MAXLEN', int(MAX_FINISHED)))
     end
   end
-  if not job.is_kept then return delete_persisted(job.id, job.tenant, bytes, idem, job.listed, job.at) end
+  if not job.is_kept then return delete_persisted(job, bytes, idem, job.listed) end
   if job.state ~= 'done' and job.state ~= 'failed' then free_key(job.id, idem) end
   local until_ms, ttl = int(now + tonumber(retention_ms)), int(tonumber(retention_ms) + EXPIRY_SLACK_MS)
   call('ZADD', P .. 'persisted', until_ms, job.id)
   call('PEXPIRE', P .. 'out:' .. job.id, ttl)
   if idem ~= '' then call('PEXPIRE', P .. 'idem:' .. idem, ttl) end
-  call('HDEL', key, 'env', 'queue', 'entry', 'owner', 'band', 'size', 'max', 'reply', 'eligible_at', 'handed_back', 'avoid',
-    'avoid_until', 'suspicion', 'not_charged', 'cleared', 'handed')
+  call('HDEL', key, 'env', 'eligible_at', 'handed_back', 'avoid', 'avoid_until', 'suspicion', 'not_charged', 'cleared')
   call('HSET', key, 'ended_at', int(now), 'expires_at', until_ms, 'cause', string.sub(job.why or '', 1, 500))
 end
 

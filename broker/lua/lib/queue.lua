@@ -35,25 +35,25 @@ local function job_of_entry(queue, entry)
   drop_entry(queue, entry)
 end
 
--- Puts a new job in line. Answers the fields of its record that say where.
+-- Puts a new job in line; its record has to be saved.
 local function add_new_entry(job)
   local of_band = queue_key(job) .. ':' .. job.band
-  local queue = 'q:' .. of_band .. ':' .. job.tenant
+  job.queue = 'q:' .. of_band .. ':' .. job.tenant
   activate(of_band, job.tenant)
   add('counters', queue_key(job) .. ':waiting', 1)
-  return 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size)
+  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size)
 end
 
--- Puts a job whose attempt ended in line again, ahead of new work. Answers the fields of its record that say where.
+-- Puts a job whose attempt ended in line again, ahead of new work; its record has to be saved.
 local function add_retry_entry(job)
-  local queue = (is_suspect(job) and 'suspects:' or 'retry:') .. queue_key(job)
+  job.queue = (is_suspect(job) and 'suspects:' or 'retry:') .. queue_key(job)
   add('counters', queue_key(job) .. ':waiting', 1)
-  return 'queue', queue, 'entry', call('XADD', P .. queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size)
+  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size)
 end
 
 local function requeue(job, ...)
-  local queue, name, entry, id = add_retry_entry(job)
-  transition(job, 'queued', queue, name, entry, id, ...)
+  add_retry_entry(job)
+  transition(job, 'queued', ...)
 end
 
 local MAX_TENANTS = 256 -- of a band, looked at in one call
