@@ -23,9 +23,9 @@ class JobBuilder:
         self._link = link
 
     def knows(self, model: Pool) -> bool:
-        """Whether a worker serves ``model``, as far as is known now."""
+        """Whether a job for ``model`` can be queued without looking for who serves it."""
         entry = self._link.directory.pools.get(model)
-        return entry is not None and entry.workers > 0
+        return entry is not None and (entry.workers > 0 or self._settings.on_no_worker == "queue")
 
     async def find(self, model: Pool) -> None:
         """Raise ``ModelNotFound``, ``NoWorker`` or ``BrokerUnavailable`` if a job for ``model`` cannot be queued."""

@@ -176,7 +176,7 @@ class InferenceService:
         )
 
     def is_direct(self, prepared: PreparedRequest) -> bool:
-        """Whether :meth:`begin` can answer it: it is ordinary, and a worker serves its model."""
+        """Whether :meth:`begin` can answer it: it is ordinary, and its model is known."""
         job = prepared.job
         ordinary = not (prepared.background or job.persisted or job.path == RESPONSES_PATH or prepared.conversion)
         return ordinary and self._builder.knows(job.model)

@@ -215,6 +215,7 @@ class HttpConnection(asyncio.Protocol):
             self._discarding = True
         if cycle is self._undecided:
             self._undecided = None
+            cycle.changed.set()
             self._serve(cycle)
         elif cycle.response_complete:
             self._linger_until_s = _NEVER
