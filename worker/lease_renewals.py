@@ -38,12 +38,15 @@ class LeaseRenewals:
         self._interval_s = lease_s / RENEWALS_PER_LEASE
         self._pinged = threading.Event()
         self._stopping = threading.Event()
+        self._woken = threading.Event()
+        """Ends a pause: one of the two above was set."""
         self._due_at = 0.0
         self._paused = False
 
     def answer_ping(self) -> None:
         """Renew at once. From any thread."""
         self._pinged.set()
+        self._woken.set()
 
     async def run(self) -> None:
         """Renew until cancelled. Raises ``Fenced`` when the session was declared dead."""
@@ -69,6 +72,7 @@ class LeaseRenewals:
             error = await asyncio.shield(ended)
         finally:
             self._stopping.set()
+            self._woken.set()
             if not ended.done():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(END_TIMEOUT_S):
@@ -81,7 +85,9 @@ class LeaseRenewals:
             while not self._stopping.is_set():
                 if self._is_due(time.monotonic()):
                     await self._renew_once()
-                await asyncio.sleep(POLL_S)
+                # It stops the thread's own loop, which has nothing else to do, and costs a fifth of a turn of that.
+                self._woken.wait(POLL_S)
+                self._woken.clear()
         finally:
             await self._renewer.close()
 
@@ -101,6 +107,8 @@ class LeaseRenewals:
 
     async def _renew_once(self) -> None:
         started_at = time.monotonic()
+        for _ in range(2):  # the loop stood still: it may find that the connection was closed meanwhile
+            await asyncio.sleep(0)
         try:
             await self._renewer.renew(self._session_id)
         except Fenced:

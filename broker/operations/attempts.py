@@ -33,6 +33,9 @@ class Attempts:
             key = keys.reply(reply_to)
             return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", "f", packed) is None
 
+        if len(frames) == 1:  # as mostly: no task for it
+            ((reply_to, packed),) = frames.items()
+            return {reply_to} if await send(reply_to, packed) else set()
         gone = await asyncio.gather(*(send(reply_to, packed) for reply_to, packed in frames.items()))
         return {reply_to for reply_to, is_gone in zip(frames, gone, strict=True) if is_gone}
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 from queue_schemas import JobId
-
-# Seeded by the system: ids must differ, between attempts of one job and between workers; they need not be secret.
-_random_bits = random.Random().getrandbits
+from queue_schemas.ids import random_hex
 
 
 def new_call_id(job_id: JobId) -> str:
@@ -18,4 +14,4 @@ def new_call_id(job_id: JobId) -> str:
     clients with the same id, or two attempts of one job, would collide.
     """
     digits = job_id.rpartition("-")[2]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{_random_bits(48):012x}"
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{random_hex()[:12]}"
