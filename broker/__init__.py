@@ -1,6 +1,7 @@
 """All Redis access, for every role: ``Broker`` with the queue's operations, its settings and its result types."""
 
 from .client import Broker
+from .operations.attempts import Undelivered
 from .operations.dead_letters import MAX_DEAD_LETTERS, DeadLetters
 from .operations.durable_replies import ReplyMessage
 from .operations.jobs import JobStatus
@@ -26,4 +27,5 @@ __all__ = [
     "Renewer",
     "ReplyMessage",
     "ServerFacts",
+    "Undelivered",
 ]

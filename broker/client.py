@@ -32,7 +32,7 @@ from .redis.durable import DurableCaller
 from .redis.health import ServerHealth, check_servers
 from .redis.link import ClientLink, open_link
 from .redis.server_checks import ServerFacts, check_deployment, read_facts
-from .settings import BrokerSettings, Budgets, Durability
+from .settings import MAX_REPLY_BYTES, BrokerSettings, Budgets, Durability
 
 DURABLE_BATCHES = 8
 """Batches of one shard that may wait for the same fsync: 1024 jobs."""
@@ -53,6 +53,7 @@ class Broker:
         caller: Caller,
         shards: int,
         budgets: Budgets,
+        max_reply_bytes: int,
         disk: bool = False,
         durable_callers: Sequence[DurableCaller] = (),
     ) -> None:
@@ -72,7 +73,7 @@ class Broker:
         self.output = PersistedOutput(caller, keys)
         self.persisted_jobs = PersistedJobs(caller, keys)
         self.durable_replies = DurableReplies(caller, keys)
-        self.attempts = Attempts(caller, keys, self._batches)
+        self.attempts = Attempts(caller, keys, self._batches, max_reply_bytes)
         self.maintenance = Maintenance(caller, keys, control_read)
         self.workers = Workers(caller, keys, self.maintenance, control_read, lambda: open_caller(0))
         self.fleet = Fleet(caller, keys)
@@ -111,6 +112,7 @@ class Broker:
             caller=caller,
             shards=settings.shards,
             budgets=budgets or Budgets(),
+            max_reply_bytes=settings.max_reply_bytes,
             disk=disk,
             durable_callers=durable,
         )
@@ -124,7 +126,13 @@ class Broker:
         def open_caller(retry_limit_s: float) -> Caller:
             return Caller(ClientLink(client), retry_limit_s=retry_limit_s, script_flags=False)
 
-        return cls(open_caller, caller=open_caller(retry_limit_ms / 1000), shards=shards, budgets=budgets or Budgets())
+        return cls(
+            open_caller,
+            caller=open_caller(retry_limit_ms / 1000),
+            shards=shards,
+            budgets=budgets or Budgets(),
+            max_reply_bytes=MAX_REPLY_BYTES,
+        )
 
     async def close(self) -> None:
         """Close the connections; calls still under way are cancelled."""

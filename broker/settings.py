@@ -9,6 +9,8 @@ from pydantic import Field
 
 from telemetry.settings import RoleSettings
 
+MAX_REPLY_BYTES = 64 << 20
+
 
 class BrokerSettings(RoleSettings):
     """Where the queue lives and how long to wait for it. Table ``[broker]``, environment ``INFERQ_BROKER_*``."""
@@ -31,6 +33,12 @@ class BrokerSettings(RoleSettings):
     command_timeout_ms: int = Field(default=5_000, ge=1, description="silence of the server that ends a command")
     retry_limit_ms: int = Field(
         default=30_000, ge=0, le=50_000, description="how long a call is retried while Redis cannot be reached"
+    )
+    max_reply_bytes: int = Field(
+        default=MAX_REPLY_BYTES,
+        ge=8 << 20,
+        description="what the reply stream of a Router that does not read may hold on a shard before workers pause the "
+        "streams that they send it, in bytes of Redis's memory",
     )
 
 

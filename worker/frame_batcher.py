@@ -8,6 +8,9 @@ Engines are not read while frames are on their way: what they send meanwhile is 
 tokens it is. While Redis is away frames are kept, up to a limit at which reading stops and TCP slows the engines;
 frames that may not have arrived are sent again, and a Router drops repeats by their number.
 
+A Router that does not read holds up its own streams alone: once its reply stream is full they are held. Nothing of them
+is sent but a try now and then, and their engines are not read.
+
 Frames of a persisted job do not go to a Router but are added to the job's output, which the queue sends on; repeats are
 dropped there.
 """
@@ -15,17 +18,20 @@ dropped there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NoReturn
 
+from broker import Undelivered
 from queue_schemas import InferqError, Lease, Settled, shard_of_job
 from telemetry import get_logger
 from telemetry.backoff import Backoff
 
 _BACKOFF = Backoff(0.05, 1.0)
+HELD_S = 0.25
+"""How long after a Router was found not to read it is tried again."""
 
-Publish = Callable[[int, Mapping[str, bytes]], Awaitable[set[str]]]
-"""``broker.attempts.publish``: sends packed frames by Router on one shard, answers the Routers that are gone."""
+Publish = Callable[[int, Mapping[str, bytes]], Awaitable[Mapping[str, Undelivered]]]
+"""``broker.attempts.publish``: sends packed frames by Router on one shard, answers those that did not get theirs."""
 
 Append = Callable[[Lease, bytes], Awaitable[Settled]]
 """``broker.attempts.append``: adds packed frames to a persisted job's output; concurrent calls share a round trip."""
@@ -62,10 +68,16 @@ class FrameSender:
         self._waiting.append(frames)
         self._frame_batcher.accept(self, len(frames), urgent)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether its Router does not read, so that the engine is not to be read either."""
+        return self._frame_batcher.is_held(self)
+
     async def sent(self) -> None:
-        """Wait until everything handed over is on its way, and the frame batcher holds less than its limit."""
-        while self._waiting:
-            await self._frame_batcher.flush_begun()
+        """Wait until everything handed over is on its way, its Router reads, and the frame batcher holds less than its
+        limit."""
+        while self._waiting or self.is_held:
+            await (self._frame_batcher.flush_ended() if self.is_held else self._frame_batcher.flush_begun())
         while self._frame_batcher.full:
             await self._frame_batcher.flush_ended()
 
@@ -79,7 +91,7 @@ class FrameSender:
 
     def discard(self) -> None:
         """Forget what has not been sent: the attempt ends without an answer."""
-        self._frame_batcher.forget(self, len(self._in_flight) + sum(map(len, self._waiting)))
+        self._frame_batcher.forget(self, self.size)
         self._in_flight = b""
         self._waiting.clear()
 
@@ -94,6 +106,11 @@ class FrameSender:
     def is_in_flight(self) -> bool:
         """Whether there are frames that a flush sends, or has sent without knowing whether they arrived."""
         return bool(self._in_flight)
+
+    @property
+    def size(self) -> int:
+        """Bytes of frames that are not known to have arrived."""
+        return len(self._in_flight) + sum(map(len, self._waiting))
 
     def end_flight(self, *, lost: bool) -> int:
         """The frames of the last flight arrived, or nobody takes them (``lost``): how many bytes they were. 0 if they
@@ -119,6 +136,9 @@ class FrameBatcher:
         self._bytes = 0
         self._senders: dict[FrameSender, None] = {}
         """Those that have frames for the next flush."""
+        self._held: dict[tuple[int, str], float] = {}
+        """Routers that do not read, by shard: when they are tried again."""
+        self._held_bytes = 0
         self._wanted = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._flushed_at = 0.0
@@ -128,7 +148,11 @@ class FrameBatcher:
     @property
     def full(self) -> bool:
         """Whether readers of engines should pause."""
-        return self._bytes >= self._limit_bytes
+        return self._bytes - self._held_bytes >= self._limit_bytes
+
+    def is_held(self, sender: FrameSender) -> bool:
+        """Whether the Router of ``sender`` does not read."""
+        return bool(self._held) and sender.lease is None and (sender.shard, sender.reply_to) in self._held
 
     def open(self, shard: int, reply_to: str, gone: Callable[[], None]) -> FrameSender:
         """A sender for one stream; ``gone`` is called when its Router turns out to be gone."""
@@ -177,22 +201,19 @@ class FrameBatcher:
         self._senders[sender] = None
         if urgent:
             self._wanted.set()
-        elif self._timer is None and not self._wanted.is_set():
-            due = self._flushed_at + self._interval_s
-            loop = asyncio.get_running_loop()
-            if due <= loop.time():
-                self._wanted.set()
-            else:
-                self._timer = loop.call_at(due, self._flush_now)
+        elif (self._timer is None or self._held) and not self._wanted.is_set():
+            self._flush_at(self._flushed_at + self._interval_s)
 
     def forget(self, sender: FrameSender, size: int) -> None:
         """``sender`` has dropped its frames, ``size`` bytes."""
         self._bytes -= size
+        if self.is_held(sender):
+            self._held_bytes = max(self._held_bytes - size, 0)
         self._senders.pop(sender, None)
 
     async def _flush(self) -> bool:
         """Send what there is; False if some of it may not have arrived and has to be sent again."""
-        sending, self._senders = self._senders, {}
+        sending = self._take_due()
         shards: dict[int, dict[str, list[bytes]]] = {}
         persisted: list[tuple[FrameSender, Lease, bytes]] = []
         for sender in sending:
@@ -218,12 +239,13 @@ class FrameBatcher:
                 )
         finally:
             self.is_flushing = False
-        gone_by_shard = {shard: gone for (shard, _), gone in zip(packed, results, strict=True)}
+        by_shard = {shard: undelivered for (shard, _), undelivered in zip(packed, results, strict=True)}
+        self._note_held(shards, by_shard)
         answers = {sender: answer for (sender, _, _), answer in zip(persisted, appended, strict=True)}
         for sender in sending:
             if sender.lease is None:
-                gone = gone_by_shard[sender.shard]
-                lost = None if gone is None else sender.reply_to in gone
+                undelivered = by_shard[sender.shard]
+                lost = None if undelivered is None or self.is_held(sender) else sender.reply_to in undelivered
             else:
                 answer = answers[sender]
                 lost = None if answer is None else answer is not Settled.OK
@@ -231,10 +253,41 @@ class FrameBatcher:
                 self._bytes -= sender.end_flight(lost=lost)
             elif sender.is_in_flight:
                 self._senders[sender] = None
+        self._held_bytes = sum(sender.size for sender in self._senders if self.is_held(sender)) if self._held else 0
         _notify(self._until_ended)
         return None not in results and None not in appended
 
-    async def _send(self, shard: int, frames: Mapping[str, bytes]) -> set[str] | None:
+    def _take_due(self) -> dict[FrameSender, None]:
+        """Those that have frames, but for those whose Router does not read and is not to be tried again yet."""
+        sending, self._senders = self._senders, {}
+        if self._held:
+            now = asyncio.get_running_loop().time()
+            for sender in list(sending):
+                if self.is_held(sender) and (retry_at := self._held[sender.shard, sender.reply_to]) > now:
+                    self._senders[sender] = sending.pop(sender)
+                    self._flush_at(retry_at)
+        return sending
+
+    def _note_held(
+        self, sent: Mapping[int, Iterable[str]], by_shard: Mapping[int, Mapping[str, Undelivered] | None]
+    ) -> None:
+        """Note which Routers do not read, and which do again."""
+        if not self._held and not any(by_shard.values()):
+            return
+        retry_at = asyncio.get_running_loop().time() + HELD_S
+        for shard, undelivered in by_shard.items():
+            for reply_to in sent[shard] if undelivered is not None else ():
+                key = (shard, reply_to)
+                if undelivered and undelivered.get(reply_to) is Undelivered.FULL:
+                    if key not in self._held:
+                        log.warning("router_does_not_read", router=reply_to, shard=shard, then="its streams are held")
+                    self._held[key] = retry_at
+                elif self._held.pop(key, None) is not None:
+                    log.info("router_reads_again", router=reply_to, shard=shard)
+        if self._held:
+            self._flush_at(min(self._held.values()))
+
+    async def _send(self, shard: int, frames: Mapping[str, bytes]) -> Mapping[str, Undelivered] | None:
         try:
             return await self._publish(shard, frames)
         except InferqError as error:
@@ -247,6 +300,16 @@ class FrameBatcher:
         except InferqError as error:
             log.warning("frames_not_appended", job_id=lease.job.id, error=error.message)
             return None
+
+    def _flush_at(self, due: float) -> None:
+        """Flush at that time of the loop at the latest."""
+        loop = asyncio.get_running_loop()
+        if due <= loop.time():
+            self._wanted.set()
+        elif self._timer is None or self._timer.when() > due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_at(due, self._flush_now)
 
     def _flush_now(self) -> None:
         self._timer = None

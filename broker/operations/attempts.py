@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from enum import Enum, auto
 
 from queue_schemas import Lease, Outcome, Settled, ShardKeys, shard_of_job
 from queue_schemas.keys import keys_of_job
@@ -12,32 +13,69 @@ from ..redis.calls import Caller
 from ..redis.shards import answers_of, on_each
 from .job_batches import ShardBatches, attempt_of
 
+_CHECKS_PER_LIMIT = 16
+"""How often the length of a reply stream is asked for while one worker sends as much as it may hold."""
+_MAX_ROUTERS_REMEMBERED = 10_000
+
+
+class Undelivered(Enum):
+    """Why a Router was not sent what was published to it."""
+
+    GONE = auto()
+    """It has left or died: nobody waits for its answers."""
+    FULL = auto()
+    """It does not read: its reply stream holds as much as it may. Publish again in a while."""
+
 
 class Attempts:
-    """The attempts that a worker runs, each named by its lease. Concurrent calls share round trips."""
+    """The attempts that a worker runs, each named by its lease. Concurrent calls share round trips. ``max_reply_bytes``
+    is what a Router's reply stream may hold on a shard."""
 
-    def __init__(self, caller: Caller, keys: Sequence[ShardKeys], batches: Sequence[ShardBatches]) -> None:
+    def __init__(
+        self, caller: Caller, keys: Sequence[ShardKeys], batches: Sequence[ShardBatches], max_reply_bytes: int
+    ) -> None:
         self._caller = caller
         self._keys = keys
         self._batches = batches
+        self._max_reply_bytes = max_reply_bytes
+        self._check_every_bytes = max_reply_bytes // _CHECKS_PER_LIMIT
+        self._unchecked_bytes: dict[str, int] = {}
+        """By reply stream: what this worker has sent there since it last asked how much it holds."""
 
-    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
-        """Send packed frames to Routers (``reply_to`` -> bytes) and answer those that are gone.
+    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> dict[str, Undelivered]:
+        """Send packed frames to Routers (``reply_to`` -> bytes) and answer those that did not get theirs, and why.
 
         One try: on ``BrokerUnavailable`` the frames may or may not have arrived; sending them again is harmless,
         because a Router drops repeats by ``seq``.
         """
         keys = self._keys[shard]
 
-        async def send(reply_to: str, packed: bytes) -> bool:
+        async def send(reply_to: str, packed: bytes) -> Undelivered | None:
             key = keys.reply(reply_to)
-            return await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", "f", packed) is None
+            if await self._is_full(key, len(packed)):
+                return Undelivered.FULL
+            sent = await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", "f", packed)
+            return Undelivered.GONE if sent is None else None
 
         if len(frames) == 1:  # as mostly: no task for it
             ((reply_to, packed),) = frames.items()
-            return {reply_to} if await send(reply_to, packed) else set()
-        gone = await asyncio.gather(*(send(reply_to, packed) for reply_to, packed in frames.items()))
-        return {reply_to for reply_to, is_gone in zip(frames, gone, strict=True) if is_gone}
+            undelivered = await send(reply_to, packed)
+            return {} if undelivered is None else {reply_to: undelivered}
+        answers = await asyncio.gather(*(send(reply_to, packed) for reply_to, packed in frames.items()))
+        return {reply_to: answer for reply_to, answer in zip(frames, answers, strict=True) if answer is not None}
+
+    async def _is_full(self, key: str, size: int) -> bool:
+        """Whether a reply stream holds more than it may. The server is asked once for many bytes sent, and each time
+        while it does: what all workers send beyond the limit is small beside it."""
+        unchecked, is_full = self._unchecked_bytes.get(key, 0) + size, False
+        if unchecked >= self._check_every_bytes:
+            used = await self._caller.once(key, "MEMORY", "USAGE", key, "SAMPLES", 0)
+            is_full = (used or 0) > self._max_reply_bytes
+            unchecked = self._check_every_bytes if is_full else 0
+        if len(self._unchecked_bytes) >= _MAX_ROUTERS_REMEMBERED:
+            self._unchecked_bytes.clear()
+        self._unchecked_bytes[key] = unchecked
+        return is_full
 
     async def append(self, lease: Lease, frames: bytes) -> Settled:
         """Add packed frames of an attempt to its persisted job's output, and send them to those who listen. ``OK`` also

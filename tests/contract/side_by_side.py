@@ -214,7 +214,7 @@ class SideBySide:
 
     async def publish(self, router: str, frames: bytes) -> None:
         gone = await self.broker.attempts.publish(0, {router: frames})
-        _same("publish", gone, set() if self.model.publish(router, frames) else {router})
+        _same("publish", set(gone), set() if self.model.publish(router, frames) else {router})
 
     async def append(self, lease: Lease, frames: bytes) -> None:
         _same("append", await self.broker.attempts.append(lease, frames), self.model.append(lease, frames))

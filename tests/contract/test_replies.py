@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from broker import Broker
+from broker import Broker, BrokerSettings, Undelivered
+from broker.operations.replies import extend_reply_stream
 from queue_schemas import (
     END,
     HEAD,
@@ -22,11 +23,12 @@ from queue_schemas import (
     MarkerKind,
     Outcome,
     SessionId,
+    Settled,
     new_job_id,
     new_session_id,
 )
 from queue_schemas.keys import ShardKeys
-from tests.support.queue import Puller, answer_frame, make_job
+from tests.support.queue import Puller, ServerBackend, answer_frame, make_job
 from tests.support.waiting import eventually
 
 from .conftest import Connect
@@ -98,10 +100,10 @@ async def test_a_stream_arrives_in_order(broker: Broker, worker: Puller, reader:
     """Published frames and the settle's last one come in the order of ``seq``."""
     await broker.jobs.enqueue(make_job(reply_to=reader.router, stream=True))
     lease = await worker.claim_one()
-    assert await broker.attempts.publish(0, {reader.router: frame(lease, 0, b"a", HEAD)}) == set()
+    assert await broker.attempts.publish(0, {reader.router: frame(lease, 0, b"a", HEAD)}) == {}
     for seq in range(1, 40, 2):
         two = frame(lease, seq, b"b") + frame(lease, seq + 1, b"c")
-        assert await broker.attempts.publish(0, {reader.router: two}) == set()
+        assert await broker.attempts.publish(0, {reader.router: two}) == {}
     await broker.attempts.settle(lease, Outcome.DONE, frame(lease, 41, b"z", END))
     await eventually(lambda: reader.frames and reader.frames[-1].flags & END, "the last frame arrives")
     assert [got.seq for got in reader.frames] == list(range(42))
@@ -113,9 +115,9 @@ async def test_publishing_names_the_routers_that_are_gone(broker: Broker, worker
     await broker.jobs.enqueue(make_job(reply_to=reader.router))
     lease = await worker.claim_one()
     packed = frame(lease, 0, b"x", HEAD)
-    assert await broker.attempts.publish(0, {gone: packed, reader.router: packed}) == {gone}
+    assert await broker.attempts.publish(0, {gone: packed, reader.router: packed}) == {gone: Undelivered.GONE}
     await eventually(lambda: reader.frames, "the living Router gets its frame")
-    assert await broker.attempts.publish(0, {}) == set()
+    assert await broker.attempts.publish(0, {}) == {}
 
 
 async def test_a_malformed_entry_is_passed_over(broker: Broker, worker: Puller, reader: Reader, client: Any) -> None:
@@ -142,6 +144,35 @@ async def test_what_was_read_is_trimmed(broker: Broker, worker: Puller, reader: 
         return bool(await client.xlen(ShardKeys(0).reply(reader.router)) <= 520)
 
     await eventually(short, "what was read is dropped")
+
+
+async def test_the_stream_of_a_router_that_does_not_read_is_bounded(real_backend: ServerBackend) -> None:
+    """It takes no more than it may hold and a sixteenth. Once its Router has read and trimmed it, it takes more; an
+    attempt can be settled meanwhile."""
+    limit = 8 << 20
+    settings = BrokerSettings(redis_url=real_backend.server.url, max_reply_bytes=limit)
+    broker = await Broker.connect(settings)
+    client = real_backend.client()
+    keys, router = ShardKeys(0), new_session_id("router")
+    try:
+        await extend_reply_stream(broker._caller, keys, router, 60_000)
+        await broker.jobs.enqueue(make_job(reply_to=router))
+        lease = await (await Puller(broker).join()).claim_one()
+        sent, answer = 0, {}
+        while not answer:
+            assert sent < 2 * limit, "it was never full"
+            answer = await broker.attempts.publish(0, {router: frame(lease, 0, b"x" * 65_000)})
+            sent += 65_000
+        assert answer == {router: Undelivered.FULL}
+        assert await broker.attempts.publish(0, {router: b"x"}) == {router: Undelivered.FULL}
+        assert 0.9 * limit < await client.memory_usage(keys.reply(router), samples=0) < 1.15 * limit
+        assert await broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+        last = (await client.xrevrange(keys.reply(router), count=1))[0][0].decode()
+        await extend_reply_stream(broker._caller, keys, router, 60_000, last)
+        assert await broker.attempts.publish(0, {router: b"x"}) == {}
+    finally:
+        await broker.close()
+        await client.aclose()
 
 
 async def test_the_stream_of_a_dead_router_expires(broker: Broker, reader: Reader, client: Any) -> None:

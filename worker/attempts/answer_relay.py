@@ -93,8 +93,15 @@ class AnswerRelay:
                 if begins and attempt.cutter.begun and relayed.continuation is not None and attempt.lease.suspect:
                     await self._clear_suspicion(attempt.lease)
                 stall.reading = True
-                if attempt.cutter.begun and await answer.read_in_steps(self._step_reader, relayed.take):
-                    return
+                if not attempt.cutter.begun:
+                    continue
+                try:
+                    if await answer.read_in_steps(self._step_reader, relayed.take_in_step):
+                        return
+                except _Held:
+                    stall.reading = False
+                    await relayed.sender.sent()
+                    stall.reading = True
 
     def _sender(self, attempt: Attempt) -> FrameSender:
         job = attempt.lease.job
@@ -119,6 +126,10 @@ class AnswerRelay:
 
 class _TooLarge(Exception):
     """The engine's answer is larger than is accepted."""
+
+
+class _Held(Exception):
+    """The Router of a stream does not read: its engine is not read with the others."""
 
 
 class _RelayedStream:
@@ -154,6 +165,12 @@ class _RelayedStream:
         frame = cutter.feed(data)
         if frame:
             self.sender.put(frame, urgent=urgent)
+
+    def take_in_step(self, data: bytes) -> None:
+        """:meth:`take` of what was read with other streams. Raises ``_Held`` too."""
+        self.take(data)
+        if self.sender.is_held:
+            raise _Held
 
 
 def _headers(lease: Lease, answer: EngineAnswer) -> Mapping[str, str]:

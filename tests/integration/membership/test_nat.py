@@ -38,7 +38,7 @@ SCRIPTS = {
 }
 """What each role runs of ``broker/lua``; a worker that leaves reclaims itself, and sweeps for a missing Manager."""
 ITSELF = {
-    "worker": "ping info time hget hgetall hsetnx eval evalsha xread xadd xtrim",
+    "worker": "ping info time hget hgetall hsetnx eval evalsha memory|usage xread xadd xtrim",
     "router": (
         "ping info time get hget hmget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim "
         "zrem zrevrangebylex"

@@ -14,7 +14,7 @@ import httpx
 import orjson
 import pytest
 
-from broker import Broker
+from broker import Broker, Undelivered
 from queue_schemas import Lane
 from telemetry.environment import free_port
 from tests.integration.router.harness import CHAT, PATH, STREAM, Speaker
@@ -99,7 +99,9 @@ async def test_a_killed_router_leaves_no_work_behind(start: Start, valkey: Serve
         stream = f"iq:{{0}}:reply:{lease.job.reply_to}"
         assert 0 < valkey.ask("PTTL", stream) <= 25 * 3_600_000
         valkey.ask("DEL", stream)
-        assert await broker.attempts.publish(0, {lease.job.reply_to: worker.frame(lease, b"x")}) == {lease.job.reply_to}
+        assert await broker.attempts.publish(0, {lease.job.reply_to: worker.frame(lease, b"x")}) == {
+            lease.job.reply_to: Undelivered.GONE
+        }
         assert await worker.puller.claim(4) == []
         assert (await broker.stats.job_counts()).events[(MODEL, Lane.INTERACTIVE, "cancelled")] == 1
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
+
+from broker.operations.replies import extend_reply_stream
 from queue_schemas import MarkerKind
+from queue_schemas.keys import ShardKeys
+from tests.support.servers import Server
 from tests.support.waiting import eventually
 
 from .fleet import Client, LocalFleet
+from .test_attached_engines import attached
 
 
 async def test_plain_and_streamed_chats_are_answered(fleet: LocalFleet, client: Client) -> None:
@@ -150,3 +156,50 @@ async def test_metrics_and_pages_say_what_happened(fleet: LocalFleet, client: Cl
         # The client has its answer a moment before the worker hears that it was taken.
         await eventually(lambda line=line: line in worker.metrics(), line)
     assert worker.worker.status().session_id.startswith("w1.")
+
+
+async def test_a_router_that_does_not_read_slows_its_own_stream_alone(
+    fleet: LocalFleet, client: Client, valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply stream stays within its bound and the engine is not read, while the worker serves others. Once the
+    Router reads, it gets the whole answer, in order."""
+    limit, event, count = 8 << 20, b'data: {"choices":[{"index":0,"delta":{"content":"%08d"}}]}' + b" " * 16_000, 1_500
+    monkeypatch.setenv("INFERQ_BROKER_MAX_REPLY_BYTES", str(limit))
+    written = 0
+
+    async def answer(number: int, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+        for piece in range(count if number == 1 else 3):
+            writer.write(event % piece + b"\n\n")
+            await writer.drain()
+            await asyncio.sleep(0.001)  # less, and the worker has no step to read with others
+            written = max(written, piece)
+        writer.write(b"data: [DONE]\n\n")
+        await writer.drain()
+        writer.close()
+
+    keys, stuck = ShardKeys(0), Client(client.broker)
+    await extend_reply_stream(client.broker._caller, keys, stuck.session_id, 60_000)
+    async with attached(fleet, client, answer):
+        job = await stuck.send(model="open", stream=True)
+        redis = valkey.client(protocol=2)
+
+        async def held() -> bool:
+            before = written
+            await asyncio.sleep(0.3)
+            return before == written > 0
+
+        await eventually(held, "the engine is read no more", limit_s=30)
+        assert 0.8 * limit < await redis.memory_usage(keys.reply(stuck.session_id), samples=0) < 1.2 * limit
+        for _ in range(3):
+            assert (await client.ask(model="open", stream=True)).status == 200
+        assert written < count - 1
+        reading = asyncio.create_task(client.broker.replies.read(stuck.session_id, stuck.deliver))
+        whole = await stuck.answer(job, limit_s=30)
+        assert not whole.markers
+        assert whole.body == b"".join(event % piece + b"\n\n" for piece in range(count)) + b"data: [DONE]\n\n"
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await redis.aclose()
+        await client.until_nothing_is_left()

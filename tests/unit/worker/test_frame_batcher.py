@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
+from broker import Undelivered
 from queue_schemas import BrokerUnavailable, Lease, Settled
 from tests.support.queue import make_job
 from tests.support.waiting import eventually
@@ -22,16 +23,18 @@ class Wire:
         self.open.set()
         self.failures = 0
         self.gone: set[str] = set()
+        self.full: set[str] = set()
         self.appended: list[tuple[str, bytes]] = []
         self.answer = Settled.OK
 
-    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
+    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> dict[str, Undelivered]:
         await self.open.wait()
         self.messages.append((shard, dict(frames)))
         if self.failures:
             self.failures -= 1
             raise BrokerUnavailable("gone for a moment")
-        return self.gone & frames.keys()
+        undelivered = dict.fromkeys(self.full, Undelivered.FULL) | dict.fromkeys(self.gone, Undelivered.GONE)
+        return {router: why for router, why in undelivered.items() if router in frames}
 
     async def append(self, lease: Lease, frames: bytes) -> Settled:
         await self.open.wait()
@@ -116,6 +119,41 @@ async def test_a_full_outbox_holds_all_readers(frame_batcher: FrameBatcher, wire
     wire.open.set()
     await asyncio.wait_for(waiting, 5)
     assert not frame_batcher.full
+
+
+async def test_a_router_that_does_not_read_holds_its_own_streams_alone(frame_batcher: FrameBatcher, wire: Wire) -> None:
+    """Their frames are kept and their readers wait, whatever that is in bytes; others go on, and so do they once it
+    reads again. Nothing is sent twice or out of order."""
+    wire.full = {"stuck"}
+    stuck, other = channel(frame_batcher, "stuck"), channel(frame_batcher)
+    stuck.put(b"1" * 2_000, urgent=True)
+    await wire.until(1)
+    waiting = asyncio.create_task(stuck.sent())
+    for number in range(3):
+        other.put(b"x", urgent=True)
+        await asyncio.wait_for(other.sent(), 5)
+        await wire.until(2 + number)
+    assert stuck.is_held
+    assert not other.is_held
+    assert not waiting.done()
+    assert not frame_batcher.full
+    assert all("stuck" not in frames for _, frames in wire.messages[1:])
+    stuck.put(b"2")
+    wire.full = set()
+    await asyncio.wait_for(waiting, 5)
+    assert [frames["stuck"] for _, frames in wire.messages if "stuck" in frames] == [b"1" * 2_000, b"1" * 2_000 + b"2"]
+    assert not stuck.is_held
+    assert await stuck.close() == b""
+
+
+async def test_what_a_held_stream_kept_goes_with_its_settle(frame_batcher: FrameBatcher, wire: Wire) -> None:
+    """Its engine was done: nothing of it is lost, and nothing waits for a Router that does not read."""
+    wire.full = {"stuck"}
+    stuck = channel(frame_batcher, "stuck")
+    stuck.put(b"1", urgent=True)
+    await eventually(lambda: stuck.is_held, "it is held")
+    stuck.put(b"2")
+    assert await stuck.close() == b"12"
 
 
 async def test_frames_in_doubt_are_sent_again_before_later_ones(frame_batcher: FrameBatcher, wire: Wire) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from broker import Broker
+from broker import Broker, Undelivered
 from queue_schemas import (
     Assignment,
     BrokerFull,
@@ -134,8 +134,8 @@ class SurprisingBroker:
     async def append(self, *arguments: Any) -> Settled:
         return Settled.OK
 
-    async def publish(self, *arguments: Any) -> set[str]:
-        return set()
+    async def publish(self, *arguments: Any) -> dict[str, Undelivered]:
+        return {}
 
     async def leave(self, session_id: SessionId) -> None: ...
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from broker import Broker
+from broker import Broker, Undelivered
 from queue_schemas import (
     BrokerUnavailable,
     EngineState,
@@ -141,10 +141,10 @@ class RecordingBroker:
         for frame in self.kept:
             yield frame
 
-    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> set[str]:
+    async def publish(self, shard: int, frames: Mapping[str, bytes]) -> dict[str, Undelivered]:
         for packed in frames.values():
             self.published += unpack_frames(packed)
-        return self.gone & frames.keys()
+        return dict.fromkeys(self.gone & frames.keys(), Undelivered.GONE)
 
 
 class Bench:
