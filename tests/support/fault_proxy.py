@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 _CHUNK = 65_536
+_NARROW_CHUNK = 1_500
 
 
 class Point(StrEnum):
@@ -34,12 +36,17 @@ class InjectedFault:
 class FaultProxy:
     """Stands between a client and ``target_port``; use it as ``async with FaultProxy(server.port) as proxy``."""
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, *, buffer_bytes: int = 0) -> None:
+        """``buffer_bytes``: about how much of what clients send lies in the proxy at most; 0: megabytes."""
+        self._buffer_bytes = buffer_bytes
         self.port = 0
         self.latency_s = 0.0
         """Delay of every chunk, in each direction."""
         self.slice_bytes = 0
         """Pass chunks on in pieces of so many bytes; 0: as they come."""
+        self.bytes_per_s = 0.0
+        """What all connections together may carry in each direction; 0: no limit."""
+        self._free_at = {True: 0.0, False: 0.0}
         self.replies_lost = 0
         self.seen: Counter[bytes] = Counter()
         """How often the server said each word of ``watch_for``."""
@@ -60,8 +67,13 @@ class FaultProxy:
         return f"redis://127.0.0.1:{self.port}/0"
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
+        listener = socket.socket()
+        if self._buffer_bytes:  # accepted sockets inherit it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer_bytes)
+        listener.bind(("127.0.0.1", 0))
+        limit = self._buffer_bytes or _CHUNK
+        self._server = await asyncio.start_server(self._accept, sock=listener, limit=limit)
+        self.port = listener.getsockname()[1]
         return self
 
     async def __aexit__(
@@ -143,10 +155,12 @@ class FaultProxy:
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _Link, *, upward: bool
     ) -> None:
-        while chunk := await reader.read(_CHUNK):
+        while chunk := await reader.read(_NARROW_CHUNK if self.bytes_per_s else _CHUNK):
             if self.latency_s:
                 await asyncio.sleep(self.latency_s)
             await self._flowing.wait()
+            if self.bytes_per_s:
+                await self._carried(len(chunk), upward=upward)
             if upward and self._losses:
                 link.doomed = next((marker for marker in self._losses if marker in link.tail + chunk), link.doomed)
             if upward and self._fault is not None and self._fault.marker in link.tail + chunk:
@@ -168,6 +182,12 @@ class FaultProxy:
             if not upward and link.fault is not None:
                 link.fault.action()
                 return
+
+    async def _carried(self, size: int, *, upward: bool) -> None:
+        """Until a narrow link has carried so many bytes, behind what others sent before."""
+        now = asyncio.get_running_loop().time()
+        self._free_at[upward] = max(self._free_at[upward], now) + size / self.bytes_per_s
+        await asyncio.sleep(self._free_at[upward] - now)
 
     def _count_lost(self, marker: bytes) -> None:
         self.replies_lost += 1
