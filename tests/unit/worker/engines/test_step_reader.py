@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
+import uvloop
 
 from queue_schemas import EngineFailed
 from tests.support.waiting import eventually
@@ -285,3 +287,20 @@ async def test_a_call_that_is_cancelled_between_steps_closes_its_connection() ->
         task.cancel()
         await eventually(lambda: raw.closed == 1, "the engine sees the connection close")
         assert not steps._reads
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        test_an_answer_is_read_to_its_end_in_steps_and_its_connection_is_used_again,
+        partial(test_a_connection_that_breaks_between_steps_is_an_engine_failure, reset=False),
+        partial(test_a_connection_that_breaks_between_steps_is_an_engine_failure, reset=True),
+        test_an_answer_that_the_connections_end_ends_is_complete_but_not_delimited,
+        test_what_is_no_http_between_steps_is_an_engine_failure,
+        test_what_the_taker_raises_reaches_the_one_who_waits,
+        test_a_call_that_is_cancelled_between_steps_closes_its_connection,
+    ],
+)
+def test_it_is_the_same_on_the_loop_that_workers_use(scenario: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Sockets are read beside their transports, which differ: the tests above run on asyncio's, these on uvloop's."""
+    uvloop.run(scenario())
