@@ -30,6 +30,8 @@ class Kind(StrEnum):
     """Parent: asks for FIGURES."""
     STOP = "stop"
     """Parent: shut down in good order."""
+    HANGUP = "hangup"
+    """Parent: the terminal has gone."""
     HURRY = "hurry"
     """Parent: end open requests at once."""
 

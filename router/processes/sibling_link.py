@@ -10,6 +10,7 @@ import socket
 
 from queue_schemas import InferqError
 from telemetry import MetricsRegistry, get_logger
+from telemetry.signals import leave_terminal
 
 from .merged_metrics import Snapshot, take_snapshot
 from .messages import Kind, MessageReader, pack
@@ -17,6 +18,7 @@ from .messages import Kind, MessageReader, pack
 SCRAPE_TIMEOUT_S = 3.0
 """Longer than the parent waits for the other processes."""
 LAST_SEND_S = 1.0
+EXIT_PARENT_LOST = 1
 _READ_BYTES = 1 << 16
 
 log = get_logger("router.processes")
@@ -40,7 +42,8 @@ class SiblingLink:
 
     async def run(self, registry: MetricsRegistry, stop: asyncio.Event, hurry: asyncio.Event) -> None:
         """Carry out the parent's orders until cancelled: set ``stop`` and ``hurry``, report the metrics of
-        ``registry``. Without a parent, set both: nobody would start this process again, and it holds the port.
+        ``registry``. A killed parent is a killed Router: without it, end the process at once. Nobody would start it
+        again, and it holds the port.
 
         Signals are the parent's business: a terminal or a service manager sends them to all processes.
         """
@@ -52,8 +55,7 @@ class SiblingLink:
                 for kind, values in messages.feed(data):
                     self._obey(kind, values, registry, stop, hurry)
             log.error("parent_lost", number=self.number)
-            stop.set()
-            hurry.set()
+            os._exit(EXIT_PARENT_LOST)
         finally:
             # The last figures: what this process counted outlives it.
             self._send(Kind.FIGURES, take_snapshot(registry))
@@ -99,6 +101,8 @@ class SiblingLink:
         match kind:
             case Kind.STOP:
                 stop.set()
+            case Kind.HANGUP:
+                leave_terminal()
             case Kind.HURRY:
                 hurry.set()
             case Kind.COLLECT:

@@ -136,11 +136,16 @@ class Supervisor:
                 self._start(process)
 
     def _start(self, process: _Process) -> None:
-        ours, theirs = socket.socketpair()
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        try:
+            ours, theirs = socket.socketpair()
+            pid = os.fork()
+        except OSError as error:  # no memory, process ids or file descriptors
+            log.error("process_not_started", number=process.number, error=str(error))
+            self._start_again(process, 1, 0.0, ready=False)
+            return
         if pid == 0:
             self._become(process, ours, theirs, parent)
         theirs.close()
@@ -189,11 +194,14 @@ class Supervisor:
         self._heard_from(pid)
         if self._signals or self._failure:
             return
-        process.history, pause_s = process.history.ended(code, time.monotonic() - process.started_s, ready=ready)
+        log.error("process_ended", number=process.number, pid=pid, code=code)
+        self._start_again(process, code, time.monotonic() - process.started_s, ready=ready)
+
+    def _start_again(self, process: _Process, code: int, ran_s: float, *, ready: bool) -> None:
+        process.history, pause_s = process.history.ended(code, ran_s, ready=ready)
         if pause_s is None:
             self._give_up(process, code)
             return
-        log.error("process_ended", number=process.number, pid=pid, code=code, start_again_in_s=pause_s)
         self._restarts.inc()
         process.start_at_s = time.monotonic() + pause_s
 
@@ -243,6 +251,7 @@ class Supervisor:
     def _on_stop_signal(self, number: signal.Signals) -> None:
         if number is signal.SIGHUP:
             leave_terminal()
+            self._send_all(Kind.HANGUP)
             if self._signals:  # a shell and the kernel may both tell of one hangup: it never hurries
                 return
         self._signals += 1

@@ -220,10 +220,15 @@ async def test_a_second_signal_hurries_all_of_them(tmp_path: Path, valkey: Serve
 
 
 async def test_no_process_outlives_its_parent(tmp_path: Path, valkey: Server) -> None:
-    """A killed parent leaves nobody who holds the port: the Router can be started again at once."""
-    async with fleet_of(tmp_path, valkey, 2) as fleet:
+    """A killed parent is a killed Router: connections break, and nobody holds the port, so that it can be started again
+    at once."""
+    async with fleet_of(tmp_path, valkey, 2) as fleet, clients(fleet.router.url, 8) as asking:
         pids = children(fleet.router.process.pid)
+        streams = [asyncio.ensure_future(client.stream(WORDS)) for client in asking]
+        await asyncio.gather(*(client.begun.wait() for client in asking))
         fleet.router.process.kill()
+        await asyncio.gather(*streams)
+        assert [client.ended for client in asking] == [["broken"]] * 8
         await eventually(lambda: not running(pids), "all are gone", limit_s=5)
         await fleet.router.start()
 

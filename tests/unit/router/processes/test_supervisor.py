@@ -151,3 +151,38 @@ run(lambda number, channel: serve(number, channel, draw), count=3)
     child.until(lambda: len(lines(child, "drawn")) == 12, 10)
     assert len(set(lines(child, "drawn"))) == 12
     assert child.terminate() == 0
+
+
+def test_a_hangup_stops_all_in_order_and_never_hurries(script: Script) -> None:
+    """However many tell of one hangup, the processes leave their terminal and stop once; nothing is hurried."""
+    child = script("""
+from router.processes import sibling_link
+sibling_link.leave_terminal = lambda: say("left the terminal")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+async def linger(link):
+    await asyncio.sleep(1)
+run(lambda number, channel: serve(number, channel, linger))
+""")
+    child.until(lambda: len(lines(child, "runs")) == 2, 10)
+    for _ in range(2):
+        child.send(signal.SIGHUP)
+        child.until(lambda: len(lines(child, "left the terminal")) >= 2, 5)
+    assert child.wait(10) == 0
+    assert len(lines(child, "stops")) == 2
+    assert '"stopping_without_delay"' not in child.log_text()
+
+
+def test_a_fork_that_fails_is_tried_again(script: Script) -> None:
+    """A machine short of memory or process ids costs a pause, not the Router."""
+    child = script("""
+fork, failures = os.fork, [OSError("Resource temporarily unavailable")]
+def fork_later():
+    if failures:
+        raise failures.pop()
+    return fork()
+os.fork = fork_later
+run(serve)
+""")
+    child.until(lambda: len(lines(child, "runs")) == 2, 10)
+    assert '"process_not_started"' in child.log_text()
+    assert child.terminate() == 0
