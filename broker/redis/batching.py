@@ -1,7 +1,7 @@
 """``Batcher`` sends concurrent calls of one kind to Redis in one round trip and returns each caller its own answer.
 
 No timer delays anything: a batch is what has gathered while the previous one was on its way, so a lone call goes out
-at once and a thousand concurrent ones share a few.
+at once and a thousand concurrent ones share a few. What fills a batch does not wait for the previous one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Batcher(Generic[Item, Answer]):
 
     ``size`` gives an item's bytes: a batch ends before it passes ``max_bytes`` (one large item goes alone). An
     error of ``send`` reaches every caller of that batch. An answer may be an exception: it is raised for that item.
+    While more than a batch waits, up to ``max_flights`` are on their way, so that neither side waits for the other.
     """
 
     def __init__(
@@ -31,24 +32,30 @@ class Batcher(Generic[Item, Answer]):
         size: Callable[[Item], int],
         *,
         max_bytes: int = MAX_BATCH_BYTES,
+        max_flights: int = 2,
     ) -> None:
         self._send = send
         self._size = size
         self._max_bytes = max_bytes
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
-        self._sender: asyncio.Task[None] | None = None
+        self._max_flights = max_flights
+        self._flights = 0
+        self._senders: set[asyncio.Task[None]] = set()
 
     def submit(self, item: Item) -> asyncio.Future[Answer]:
         """Send ``item`` with the next batch: its answer, or the error. Cancelling it stops nothing."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
-        if self._sender is None:
-            self._sender = asyncio.create_task(self._drain())
+        if not self._flights or (self._flights < self._max_flights and len(self._waiting) >= MAX_BATCH_ITEMS):
+            self._flights += 1
+            sender = asyncio.create_task(self._drain())
+            self._senders.add(sender)
+            sender.add_done_callback(self._senders.discard)
         return future
 
     async def _drain(self) -> None:
         try:
-            while self._waiting:
+            while self._waiting and (self._flights == 1 or len(self._waiting) >= MAX_BATCH_ITEMS):
                 batch = self._next_batch()
                 try:
                     answers = await self._send([item for item, _ in batch])
@@ -65,7 +72,7 @@ class Batcher(Generic[Item, Answer]):
                     else:
                         future.set_result(answer)
         finally:
-            self._sender = None
+            self._flights -= 1
 
     def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         batch = [self._waiting.popleft()]
@@ -79,9 +86,9 @@ class Batcher(Generic[Item, Answer]):
 
     async def close(self) -> None:
         """Stop; callers that still wait are cancelled."""
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.gather(self._sender, return_exceptions=True)
+        for sender in self._senders:
+            sender.cancel()
+        await asyncio.gather(*self._senders, return_exceptions=True)
         for _, future in self._waiting:
             future.cancel()
         self._waiting.clear()

@@ -41,6 +41,26 @@ async def test_a_lone_call_goes_out_at_once_and_concurrent_ones_share_the_next_b
     assert send.batches == [[1], [2, 3, 4, 5, 6]]
 
 
+async def test_a_full_batch_does_not_wait_for_the_one_before() -> None:
+    """Two are on their way while more than a batch waits, no more; what is left gathers again."""
+    send = Recorder()
+    send.gate.clear()
+    batcher = Batcher(send, lambda _: 1)
+    calls = [batcher.submit(number) for number in range(1_000, 1_000 + 3 * MAX_BATCH_ITEMS)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [len(batch) for batch in send.batches] == [MAX_BATCH_ITEMS] * 2
+    send.gate.set()
+    assert await asyncio.gather(*calls) == [number * 2 for number in range(1_000, 1_000 + 3 * MAX_BATCH_ITEMS)]
+    send.gate.clear()
+    calls = [batcher.submit(number) for number in range(100)]
+    await asyncio.sleep(0)
+    calls += [batcher.submit(number) for number in range(100)]
+    send.gate.set()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert list(map(len, send.batches[3:])) == [100, 100]
+
+
 async def test_batches_are_bounded_in_items_and_bytes() -> None:
     """No batch passes the limits, except one item that is larger by itself."""
     send = Recorder()
