@@ -33,28 +33,41 @@ ATTEMPT_IDS = itertools.count()
 
 
 class Answer:
-    """An answer made of pieces; an exception among them is raised, an event is waited for."""
+    """An answer made of pieces; an exception among them is raised, an event is waited for. ``in_steps``: it may be read
+    with other streams once its first piece was taken."""
 
     headers: Mapping[str, str] = {}
 
-    def __init__(self, status: int, content_type: str, pieces: list[Any], *, delimited: bool = True) -> None:
+    def __init__(
+        self, status: int, content_type: str, pieces: list[Any], *, delimited: bool = True, in_steps: bool = False
+    ) -> None:
         self.delimited = delimited
         self.retry_after_s: float | None = None
         self.status = status
         self.content_type = content_type
         self._pieces = pieces
+        self._unread = iter(pieces)
+        self._in_steps = in_steps
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        for piece in self._pieces:
+        self._unread = iter(self._pieces)
+        async for piece in self._rest():
+            yield piece
+
+    async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
+        if self._in_steps:
+            async for piece in self._rest():
+                take(piece)
+        return self._in_steps
+
+    async def _rest(self) -> AsyncGenerator[bytes, None]:
+        for piece in self._unread:
             if isinstance(piece, Exception):
                 raise piece
             if isinstance(piece, asyncio.Event):
                 await piece.wait()
             else:
                 yield piece
-
-    async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
-        return False
 
     async def read(self, limit_bytes: int) -> bytes:
         return b"".join([piece async for piece in self.chunks()])
@@ -159,12 +172,13 @@ class Bench:
         self.frame_batcher = FrameBatcher(
             self.broker.attempts.publish, self.broker.attempts.append, interval_ms=0, limit_bytes=10_000
         )
+        self.metrics = WorkerMetrics(MetricsRegistry("worker"))
         self.attempts = Attempts(
             self.engine,
             cast(Broker, self.broker),
             self.frame_batcher,
             StepReader(self.frame_batcher.flush, max_wait_s=0),
-            WorkerMetrics(MetricsRegistry("worker")),
+            self.metrics,
             max_answer_bytes=max_answer_bytes,
             other_worker_serves=self._elsewhere,
             ended=self._end,

@@ -13,6 +13,7 @@ from queue_schemas import (
     EngineFailed,
     Outcome,
 )
+from telemetry import render_metrics
 from tests.support.waiting import eventually
 from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease, plain
 
@@ -53,6 +54,35 @@ async def test_a_stream_is_published_as_it_comes_and_ends_with_the_settle() -> N
     assert frames[0].flags & HEAD
     assert [bool(frame.flags & END) for frame in frames] == [False] * (len(frames) - 1) + [True]
     assert b"".join(frame.data for frame in frames) == b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"data: 1\n\n", b"data: 2\n\ndata: 3\n\n", b"data: [DO", b"NE]\n\n"],
+        [b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n" + b"x" * 200],
+        [b"data: 1\n\n", b"data: 2\n\n"],
+        [b"data: 1\n\n", b"data: 2\n\n", EngineFailed("broke")],
+        [b"data: 1\n\n" * 20, b"data: [DONE]\n\n"],
+    ],
+    ids=["whole", "too large", "cut short", "broken", "too large at once"],
+)
+async def test_a_stream_is_relayed_alike_whether_read_in_pieces_or_in_steps(pieces: list[bytes | Exception]) -> None:
+    """Frames, their numbers, outcome, limit on size and counted events are the same."""
+    ends = []
+    for in_steps in (False, True):
+        bench = Bench(Answer(200, SSE, list(pieces), in_steps=in_steps), max_answer_bytes=150)
+        await bench.run(lease(stream=True))
+        frames = bench.broker.published + [frame for _, _, settled in bench.broker.settled for frame in settled]
+        assert [frame.seq for frame in frames] == list(range(len(frames)))
+        outcomes = [outcome for _, outcome, _ in bench.broker.settled]
+        # An attempt that is released does not wait until all that it has read is sent.
+        data = b"".join(frame.data for frame in frames) if outcomes else b""
+        shown = render_metrics(bench.metrics.registry)[0]
+        tokens = [line for line in shown.splitlines() if line.startswith(b"inferq_tokens_total{")]
+        ends.append((data, outcomes, bench.broker.released, bench.attempts.output_count, tokens))
+        assert bench.frame_batcher._bytes == 0
+    assert ends[0] == ends[1]
 
 
 async def test_a_stream_that_breaks_is_released_even_on_the_last_attempt() -> None:
