@@ -69,13 +69,18 @@ _LIMITS: dict[str, Any] = {"max_ext_len": 0, "ext_hook": _refuse_extension, "tim
 _LIMITS_OF_LARGE = _LIMITS | {"max_array_len": MAX_ELEMENTS, "max_map_len": MAX_ELEMENTS}
 
 
+_NESTING = frozenset({list, dict})
+
+
 def _check_depth(value: Any, depth: int = 0) -> None:
     kind = type(value)  # what msgpack unpacks is a list or a dict itself, never a subclass
-    if kind is not list and kind is not dict:
+    if kind not in _NESTING:
         return
     if depth >= MAX_DEPTH:
         raise BadMessage(f"nested deeper than {MAX_DEPTH} levels")
-    for item in value.values() if kind is dict else value:
-        kind_of_item = type(item)
-        if kind_of_item is list or kind_of_item is dict:
+    items = value.values() if kind is dict else value
+    if _NESTING.isdisjoint(map(type, items)):
+        return
+    for item in items:
+        if type(item) in _NESTING:
             _check_depth(item, depth + 1)

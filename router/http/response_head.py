@@ -18,9 +18,11 @@ class ResponseHead:
     headers: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Of the engine's, those that the client is to see."""
 
-    @property
-    def is_event_stream(self) -> bool:
-        return self.content_type.startswith(EVENT_STREAM)
+    is_event_stream: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        if self.content_type.startswith(EVENT_STREAM):
+            object.__setattr__(self, "is_event_stream", True)
 
     @property
     def is_json(self) -> bool:

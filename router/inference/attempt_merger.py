@@ -166,7 +166,7 @@ class AttemptMerger:
 
     def on_frame(self, frame: Frame) -> None:
         """Take a frame of the job."""
-        if self.closed or self.gap:
+        if self.ended or self.gap or self.error is not None:
             return
         if (frame.attempt_id != self._attempt_id or frame.epoch != self._epoch) and not self._adopt(frame):
             return
@@ -239,11 +239,12 @@ class AttemptMerger:
 
     def _apply(self, frame: Frame) -> None:
         """The next frame of the attempt that counts."""
-        if frame.flags & HEAD:
+        flags = frame.flags
+        if flags & HEAD:
             self._on_head(frame)
         if frame.data:
             self._on_data(frame.data)
-        if frame.flags & END:
+        if flags & END:
             self._on_end()
 
     def _last_taken(self) -> tuple[int, int, str]:

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from enum import Enum
+from time import monotonic
 
 from queue_schemas import (
     TERMINAL,
@@ -212,7 +213,7 @@ class Relay:
 
     def _observe(self, request: OpenRequest, job: Job) -> None:
         """A piece of the answer goes to the client now."""
-        now = self._loop().time()
+        now = monotonic()  # the loop's clock; asking the loop costs a system call to find it
         if not request.is_follower:
             if request.begun:
                 self._metrics.itl.observe(job.model, now - request.last_sent_s)
