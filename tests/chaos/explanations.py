@@ -22,7 +22,7 @@ RELINK_S = 4.0
 """How long a Router may refuse after its queue is back: it reconnects after 2 s at the latest, then checks it."""
 DEADLINE_SLACK_S = 3.0
 """How late the error of a deadline may come: the Router's grace and sweep, and the machine's delays."""
-_ROUTER_KILLS = (Kind.KILL_ROUTER, Kind.STRIKE_ROUTER)
+_ROUTER_KILLS = (Kind.KILL_ROUTER, Kind.KILL_PROCESS, Kind.STRIKE_ROUTER)
 _ROUTER_APART = (Kind.CUT_ROUTER, Kind.SILENT_ROUTER, *_ROUTER_KILLS)
 _QUEUE_AWAY = (Kind.KILL_REDIS, Kind.PAUSE_REDIS, Kind.FULL_DISK)
 _WORKER_LOSSES = (

@@ -135,7 +135,7 @@ async def started_fleet(folder: Path, server: Server, history: History) -> Async
             return await exits.enter_async_context(FaultProxy(port))
 
         router_links = [await link_to(server.port) for _ in range(ROUTERS)]
-        first = router | {"redis_url": router_links[0].url}
+        first = router | {"redis_url": router_links[0].url, "processes": 2}
         base = await exits.enter_async_context(Fleet(folder, server, manager=manager, router=first))
         fleet = ChaosFleet(base, server, history)
         fleet.router_links = router_links

@@ -32,6 +32,7 @@ class Kind(StrEnum):
     KILL_WORKER = "SIGKILL worker"
     KILL_ENGINE = "SIGKILL engine"
     KILL_ROUTER = "SIGKILL router"
+    KILL_PROCESS = "SIGKILL process of a router that has two"
     KILL_MANAGER = "SIGKILL manager"
     KILL_REDIS = "SIGKILL redis"
     PAUSE_WORKER = "SIGSTOP worker"
@@ -71,10 +72,11 @@ class Fault:
     point: Point = Point.AFTER_COMMIT
 
 
-_TARGETS = {"router": ROUTERS, "manager": MANAGERS, "worker": WORKERS, "engine": WORKERS}
+_TARGETS = {"process": 1, "router": ROUTERS, "manager": MANAGERS, "worker": WORKERS, "engine": WORKERS}
 _DURATION_S: dict[Kind, tuple[float, float]] = {
     Kind.KILL_WORKER: (0.3, 1.0),
     Kind.KILL_ROUTER: (0.3, 1.0),
+    Kind.KILL_PROCESS: (0.6, 1.0),
     Kind.KILL_MANAGER: (0.5, 3.0),
     Kind.KILL_REDIS: (0.1, 0.8),
     Kind.PAUSE_WORKER: (1.0, 5.5),

@@ -50,6 +50,13 @@ def kill(roles: Callable[[ChaosFleet], Sequence[Role]]) -> FaultAction:
     return act
 
 
+async def kill_router_process(fleet: ChaosFleet, _number: int, fault: Fault) -> None:
+    """One of the processes of a Router, which its parent starts again; none if the Router itself is down."""
+    for process in _children(fleet.routers[fault.target].process.pid)[:1]:
+        os.kill(process, signal.SIGKILL)
+    await asyncio.sleep(fault.duration_s)
+
+
 def pause(roles: Callable[[ChaosFleet], Sequence[Role]]) -> FaultAction:
     async def act(fleet: ChaosFleet, _number: int, fault: Fault) -> None:
         role = roles(fleet)[fault.target]
@@ -60,6 +67,20 @@ def pause(roles: Callable[[ChaosFleet], Sequence[Role]]) -> FaultAction:
             role.process.resume()
 
     return act
+
+
+async def pause_router(fleet: ChaosFleet, number: int, fault: Fault) -> None:
+    """With all its processes."""
+    processes = _children(fleet.routers[fault.target].process.pid)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGSTOP)
+    try:
+        await pause(lambda fleet: fleet.routers)(fleet, number, fault)
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
 
 async def pause_worker(fleet: ChaosFleet, number: int, fault: Fault) -> None:
