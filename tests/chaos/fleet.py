@@ -22,6 +22,7 @@ from queue_schemas.keys import ShardKeys
 from tests.support.clocks import HOUR_S, clock_off_by
 from tests.support.fault_proxy import FaultProxy
 from tests.support.fleet import Fleet, Role
+from tests.support.queue import record_of
 from tests.support.servers import Server
 
 from .answers import DIMENSIONS
@@ -103,8 +104,8 @@ class ChaosFleet:
             while time.monotonic() - begun < RECOVERY_LIMIT_S:
                 with contextlib.suppress(OSError, RedisError):
                     for job_id, epoch in held.items():
-                        state, now = await client.hmget(_KEYS.job(job_id), "state", "epoch")
-                        if state == b"leased" and int(now) > epoch:
+                        record = await record_of(client, _KEYS.job(job_id))
+                        if record and record["state"] == "leased" and int(record["epoch"]) > epoch:
                             seconds = time.monotonic() - begun
                             stalled_s = max((late for at, late in self._stalls if at >= begun), default=0.0)
                             self.history.add(
