@@ -13,12 +13,14 @@ end
 
 local depths, answer = {}, {}
 local counters = call('HGETALL', P .. 'counters')
-for i = 1, #counters, 2 do
-  local key, kind = string.match(counters[i], '^(.*):(%a+)$')
-  if (kind == 'waiting' or kind == 'leased') and counters[i + 1] ~= '0' then
+for i = 1, #counters, 2 do -- totals of all models that ever were stand among them, and patterns are slow
+  local ending = counters[i + 1] ~= '0' and string.sub(counters[i], -8) or ''
+  local waits = ending == ':waiting'
+  if waits or string.sub(ending, 2) == ':leased' then
+    local key = string.sub(counters[i], 1, waits and -9 or -8)
     if not depths[key] then answer[#answer + 1] = { key, 0, 0, 0 } end
     depths[key] = depths[key] or answer[#answer]
-    depths[key][kind == 'waiting' and 2 or 3] = tonumber(counters[i + 1])
+    depths[key][waits and 2 or 3] = tonumber(counters[i + 1])
   end
 end
 for _, found in ipairs(answer) do

@@ -12,7 +12,7 @@
 --       another job holds the idempotency key: 'other <job id> <state>', or 'mismatch' if its request is another one.
 -- Invariants: 1 no lost job, 2 one result, 3 fence, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
 -- uses: counters, handoff, parking, persisted, queue
--- rarely: persist, holder, listen
+-- rarely: persist, holder, listen, add_new_entry, wake, unpark
 
 local now = now_ms()
 local came_at = int(now)

@@ -70,8 +70,8 @@ end
 
 local counters = call('HGETALL', P .. 'counters')
 for i = 1, #counters, 2 do
-  local key = string.match(counters[i], '^(.*):waiting$')
-  known.counters[counters[i]] = tonumber(counters[i + 1])
+  local key = string.sub(counters[i], -8) == ':waiting' and string.sub(counters[i], 1, -9)
+  if key then known.counters[counters[i]] = tonumber(counters[i + 1]) end
   if key and waiting(key) > 0 then -- without what ended just now
     local shared = without_region(key)
     local moved = shared ~= key and open_to_all(key) or 0
