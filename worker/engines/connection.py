@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -62,6 +63,8 @@ class EngineConnection(asyncio.Protocol):
         """How long after the request was sent the connection failed, if it did."""
         self.idle_since = 0.0
         self._sent_at = 0.0
+        # Asking for the running loop, as for each call and wait here, is a system call (getpid) in Python 3.11.
+        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._unread = select.poll()
         self._parser = httptools.HttpResponseParser(self)
@@ -101,7 +104,7 @@ class EngineConnection(asyncio.Protocol):
         self.complete = self._has_head = False
         self.silent = self.delimited = True
         self._no_body_bytes = 0
-        self._sent_at = asyncio.get_running_loop().time()
+        self._sent_at = time.monotonic()
         if self._transport.is_closing():
             self._fail("the engine broke the connection before it was asked")
         else:
@@ -194,7 +197,7 @@ class EngineConnection(asyncio.Protocol):
     async def _news(self) -> None:
         if self._error:
             raise EngineGone(self._error) if self._lost else EngineFailed(self._error)
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         await self._waiter
 
     def _tell(self) -> None:
@@ -205,7 +208,7 @@ class EngineConnection(asyncio.Protocol):
     def _fail(self, why: str) -> None:
         if not self.complete and not self._error:
             self._error = why
-            self.lost_after_s = asyncio.get_running_loop().time() - self._sent_at
+            self.lost_after_s = time.monotonic() - self._sent_at
         self.usable = False
         self._tell()
 
@@ -333,7 +336,7 @@ class ConnectionPool:
 
     def take(self) -> EngineConnection | None:
         """A connection that was used before, the one most recently; None if there is none."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         while self._idle:
             connection = self._idle.pop()
             if connection.usable and now - connection.idle_since < IDLE_LIMIT_S and connection.quiet:
@@ -359,7 +362,7 @@ class ConnectionPool:
     def give_back(self, connection: EngineConnection) -> None:
         """Keep ``connection`` for the next exchange if nothing is left of its last one; else close it."""
         if connection.drained and connection.usable and not self._closed:
-            connection.idle_since = asyncio.get_running_loop().time()
+            connection.idle_since = time.monotonic()
             self._idle.append(connection)
         else:
             connection.close()
