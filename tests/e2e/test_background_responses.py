@@ -18,6 +18,7 @@ from openai.types.responses import Response
 from queue_schemas import JobId, ShardKeys
 from tests.runs.responses import resume_responses
 from tests.support.fleet import MODEL, Fleet, Role
+from tests.support.queue import parse_record
 from tests.support.responses import check_stream
 from tests.support.servers import Server
 from tests.support.waiting import eventually
@@ -75,7 +76,8 @@ async def ended(client: AsyncOpenAI, response: Response) -> Response:
 
 def _of_job(fleet: Fleet, response: Response, name: str) -> str:
     """A field of its job's record."""
-    return str(fleet.server.ask("HGET", ShardKeys(0).job(JobId(response.id.removeprefix("resp_"))), name).decode())
+    key = ShardKeys(0).job(JobId(response.id.removeprefix("resp_")))
+    return parse_record(fleet.server.ask("HGET", key, "record"))[name]
 
 
 async def events_of(client: AsyncOpenAI, name: str, after: int | None = None) -> list[dict[str, Any]]:
