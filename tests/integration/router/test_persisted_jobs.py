@@ -10,6 +10,7 @@ import pytest
 from queue_schemas import ControlKind, JobId, Lease, ShardKeys
 from tests.integration.router.harness import CHAT, SSE, STREAM, RunningRouter, Speaker, running_router
 from tests.integration.router.test_serving import DONE, chunk
+from tests.support.queue import record_of
 from tests.support.servers import Server
 from tests.support.sse import read_events
 from tests.support.waiting import eventually
@@ -113,12 +114,17 @@ async def test_a_resumable_stream_is_given_up_once_nobody_follows_anywhere(
         await asyncio.sleep((GRACE_MS + 1_200) / 1000)  # the first Router's grace is over
         await say(worker, lease, PIECES[3])
         assert (await read_events(answer, 1))[0].startswith(PIECES[3].rstrip())
-    assert valkey.ask("HGET", KEYS.job(lease.job.id), "state") == b"leased"
+    async with valkey.client(protocol=2) as redis:
 
-    async def given_up() -> bool:
-        return bool(valkey.ask("HGET", KEYS.job(lease.job.id), "state") == b"cancelled")
+        async def state() -> str:
+            return (await record_of(redis, KEYS.job(lease.job.id)))["state"]
 
-    await eventually(given_up, "nobody came back", limit_s=5)
+        assert await state() == "leased"
+
+        async def given_up() -> bool:
+            return await state() == "cancelled"
+
+        await eventually(given_up, "nobody came back", limit_s=5)
     async with one.post(STREAM, headers=RESUMABLE | last) as late:
         assert (late.status, (await late.json())["error"]["code"]) == (404, "job_not_found")
 
