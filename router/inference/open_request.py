@@ -11,7 +11,7 @@ from telemetry import get_logger
 
 from ..http.bodies import ClientGone
 from ..http.connection import Connection
-from .attempt_merger import AttemptMerger
+from .merging.attempt_merger import AttemptMerger
 
 MAX_RESUBMISSIONS = 3
 """How often a request is queued again because its job or frames of its answer were lost."""

@@ -9,7 +9,7 @@ from starlette.types import Send
 from queue_schemas import Job, Pool
 
 from ..http.response_writer import ResponseWriter
-from .attempt_merger import AttemptMerger
+from .merging.attempt_merger import AttemptMerger
 from .open_request import OpenRequest
 from .request_fields import RequestFields
 

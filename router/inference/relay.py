@@ -31,8 +31,8 @@ from ..http.bodies import ClientGone
 from ..http.response_writer import QUEUED, ResponseWriter
 from ..metrics import RouterMetrics
 from ..queue_link import QueueLink
-from .attempt_merger import AttemptMerger
 from .cancellation import Canceller
+from .merging.attempt_merger import AttemptMerger
 from .open_request import MAX_RESUBMISSIONS, OpenRequest
 from .open_requests import OpenRequests
 

@@ -21,9 +21,9 @@ from ..http.rules import IDEMPOTENCY_HEADER, announced_size, check_size, read_id
 from ..metrics import RouterMetrics
 from ..queue_link import QueueLink
 from ..settings import RouterSettings
-from .attempt_merger import AttemptMerger
 from .cancellation import Canceller
 from .job_builder import JobBuilder, job_metadata_of
+from .merging.attempt_merger import AttemptMerger
 from .open_request import OpenRequest
 from .open_requests import OpenRequests
 from .ports import BackgroundMode, ChatConversion, PersistedMode, ResponsesMode

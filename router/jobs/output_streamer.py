@@ -14,7 +14,7 @@ from telemetry.http.request_context import REQUEST_ID_HEADER
 from ..http.bodies import ClientGone
 from ..http.connection import Connection
 from ..http.response_writer import ResponseWriter
-from ..inference.attempt_merger import AttemptMerger
+from ..inference.merging.attempt_merger import AttemptMerger
 from ..inference.open_request import OpenRequest
 from ..inference.open_requests import OpenRequests
 from ..inference.relay import Relay

@@ -38,8 +38,8 @@ from queue_schemas.persisted_output import request_digest
 from telemetry import get_logger
 
 from ..http.response_writer import ResponseWriter
-from ..inference.attempt_merger import AttemptMerger
 from ..inference.cancellation import Canceller
+from ..inference.merging.attempt_merger import AttemptMerger
 from ..inference.open_request import MAX_RESUBMISSIONS, OpenRequest
 from ..inference.open_requests import OpenRequests
 from ..metrics import RouterMetrics

@@ -12,7 +12,7 @@ from openai_api.sse import EVENT_STREAM, encode_json
 from queue_schemas import END, HEAD, Frame, JobId, OnLoss
 
 from ..http.response_head import ResponseHead
-from ..inference.attempt_merger import AttemptMerger
+from ..inference.merging.attempt_merger import AttemptMerger
 from .events import ResponseEvents
 from .json_fields import Json
 from .schemas import ResponseRequest

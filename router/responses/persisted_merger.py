@@ -1,6 +1,6 @@
 """Turns the persisted chat of a background response into one stream of events, for any reader at any time.
 
-Rules, beside those of :mod:`router.inference.attempt_merger` about which frames count:
+Rules, beside those of :mod:`router.inference.merging.attempt_merger` about which frames count:
 
 * Events are built from the persisted frames, never from what this client was sent: so every reader gets the same
   events with the same numbers.
@@ -17,7 +17,7 @@ from openai_api.sse import EVENT_STREAM, encode_json
 from queue_schemas import CONTINUED, END, HEAD, Frame, InferqError, Marker, MarkerKind, StreamBroken
 
 from ..http.response_head import ResponseHead
-from ..inference.attempt_merger import AttemptMerger
+from ..inference.merging.attempt_merger import AttemptMerger
 from .events import ResponseEvents
 from .json_fields import Json
 from .schemas import ResponseRequest

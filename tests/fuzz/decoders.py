@@ -20,7 +20,7 @@ from queue_schemas.control import parse_control
 from queue_schemas.frames import Marker, MarkerKind, split_frames, unpack_frames, unpack_marker
 from queue_schemas.ids import JobId
 from router.files.form import FileForm
-from router.inference.attempt_merger import AttemptMerger
+from router.inference.merging.attempt_merger import AttemptMerger
 from router.inference.request_fields import read_fields
 from router.responses.chat_request import as_chat
 from router.webhooks.rules import read_new_endpoint

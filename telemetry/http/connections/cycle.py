@@ -50,6 +50,12 @@ ServeDirectly = Callable[["RequestCycle"], bool]
 ASGI. It does not raise."""
 
 
+class TaskStarter(Protocol):
+    """What runs requests in tasks."""
+
+    def run(self, cycle: RequestCycle, app: ASGIApp) -> None: ...
+
+
 class ClientConnection(Protocol):
     """What a request uses of the connection it came on."""
 
@@ -59,9 +65,10 @@ class ClientConnection(Protocol):
     why_lost: str
 
     @property
-    def default_lines(self) -> bytes: ...
+    def starter(self) -> TaskStarter: ...
 
-    def run(self, cycle: RequestCycle, app: ASGIApp) -> None: ...
+    @property
+    def default_lines(self) -> bytes: ...
 
     def write(self, data: bytes) -> None: ...
 
@@ -139,7 +146,7 @@ class RequestCycle:
 
     def serve_by(self, app: ASGIApp) -> None:
         """Have ``app``, in a task of its own, go on with a request that was not served as ASGI until now."""
-        self._connection.run(self, app)
+        self._connection.starter.run(self, app)
 
     @property
     def has_room(self) -> bool:

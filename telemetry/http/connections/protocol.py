@@ -23,8 +23,9 @@ from .cycle import RESUME_BYTES, RequestCycle, ServeDirectly
 from .received_body import ReceivedBody
 from .refusals import answer_with
 from .registry import Connections
-from .request_head import RequestHead
+from .request_head import RequestHead, request_parser
 from .request_scope import Endpoints, endpoints, request_scope
+from .starter import RequestStarter
 from .unread_bytes import UnreadBytes
 
 _NEVER = float("inf")
@@ -52,13 +53,13 @@ class HttpConnection(asyncio.Protocol):
         self._app_state = app_state
         self._connections = connections
         self._limits = connections.limits
-        self._serve_directly = serve_directly
         self._loop = _loop or asyncio.get_running_loop()
+        self.starter = RequestStarter(self._loop, server_state, self._app, serve_directly)
         self._ends: Endpoints = (None, None)
         # The request that arrives: its head, then its body.
         self._head = RequestHead()
         self.on_url, self.on_header = self._head.on_url, self._head.on_header
-        self._parser: Any = self._new_parser()
+        self._parser = request_parser(self)
         self._head_bytes = 0
         self._head_since_s = _NEVER
         self._declining = False
@@ -66,9 +67,6 @@ class HttpConnection(asyncio.Protocol):
         self._incoming: RequestCycle | None = None
         self._received = ReceivedBody(self._limits)
         self._read_paused = False
-        self._reading = False
-        self._undecided: RequestCycle | None = None
-        """The active request until the bytes being read tell whether it has arrived whole."""
         # The request that is answered, and those that wait behind it.
         self._active: RequestCycle | None = None
         self._pipelined: deque[tuple[RequestCycle, ASGIApp]] = deque()
@@ -134,12 +132,8 @@ class HttpConnection(asyncio.Protocol):
             self._stop_listening()
 
     def data_received(self, data: bytes) -> None:
-        self._reading = True
-        self._read(data)
-        self._reading = False
-        if (cycle := self._undecided) is not None:
-            self._undecided = None
-            self.run(cycle, self._app)
+        with self.starter:
+            self._read(data)
 
     def _read(self, data: bytes) -> None:
         size = len(data)
@@ -213,27 +207,17 @@ class HttpConnection(asyncio.Protocol):
         self._head.reading, self._head_bytes, self._head_since_s = True, 0, _NEVER
         if cycle.last:
             self._discarding = True
-        if cycle is self._undecided:
-            self._undecided = None
-            cycle.changed.set()
-            self._serve(cycle)
-        elif cycle.response_complete:
+        if cycle.response_complete:
             self._linger_until_s = _NEVER
             self._next_or_close(cycle)
         else:
-            cycle.changed.set()
+            self.starter.arrived(cycle)
 
     # Requests call these.
 
     @property
     def default_lines(self) -> bytes:
         return self._connections.default_lines(self._server.default_headers)
-
-    def run(self, cycle: RequestCycle, app: ASGIApp) -> None:
-        """Have ``app`` answer a request in a task."""
-        task = self._loop.create_task(cycle.run(app))
-        self._server.tasks.add(task)
-        task.add_done_callback(self._server.tasks.discard)
 
     def write(self, data: bytes) -> None:
         """Write a part of an answer; nothing once the connection closes, which its request is told of by itself."""
@@ -302,12 +286,6 @@ class HttpConnection(asyncio.Protocol):
 
     # What arrives.
 
-    def _new_parser(self) -> Any:
-        parser = httptools.HttpRequestParser(self)
-        # What follows a request that ends the connection is discarded here, and is no error of that request.
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return parser
-
     def _feed(self, data: bytes) -> None:
         while True:
             try:
@@ -325,7 +303,7 @@ class HttpConnection(asyncio.Protocol):
     def _without_upgrade(self) -> bytes:
         """The head without its upgrade, for a new parser: this one would read on in the other protocol."""
         head = self._head.without_upgrade(self._parser.get_method(), self._parser.get_http_version())
-        self._parser, self._declining = self._new_parser(), False
+        self._parser, self._declining = request_parser(self), False
         return head
 
     def _malformed(self, why: str) -> None:
@@ -362,16 +340,7 @@ class HttpConnection(asyncio.Protocol):
     def _start(self, cycle: RequestCycle, app: ASGIApp) -> None:
         self._active = cycle
         self._pipelined_bytes = 0
-        if app is not self._app:
-            self.run(cycle, app)
-        elif cycle.receiving and self._reading and self._serve_directly is not None:
-            self._undecided = cycle
-        else:
-            self._serve(cycle)
-
-    def _serve(self, cycle: RequestCycle) -> None:
-        if self._serve_directly is None or cycle.receiving or not self._serve_directly(cycle):
-            self.run(cycle, self._app)
+        self.starter.start(cycle, app)
 
     def _refuse(self, error: InferqError) -> None:
         """Answer what is no request, after those that came before it; then the connection ends."""

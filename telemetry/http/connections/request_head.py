@@ -15,6 +15,14 @@ _FRAMING = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect
 _UPGRADE = (b"upgrade", b"http2-settings")
 
 
+def request_parser(listener: object) -> Any:
+    """A parser that calls ``on_url`` and the like of ``listener``."""
+    parser = httptools.HttpRequestParser(listener)
+    # What follows a request that ends the connection is discarded by it, and is no error of that request.
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
+
+
 class RequestHead:
     """Collects one head after the other: :meth:`begin`, then httptools calls ``on_url`` and ``on_header``."""
 

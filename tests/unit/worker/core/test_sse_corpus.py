@@ -10,7 +10,7 @@ import pytest
 
 from openai_api.sse import MAX_EVENT_BYTES
 from queue_schemas import END, Lease, unpack_frames
-from router.inference.attempt_merger import AttemptMerger
+from router.inference.merging.attempt_merger import AttemptMerger
 from tests.support.queue import make_job
 from worker.core import FrameCutter
 

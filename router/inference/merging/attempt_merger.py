@@ -5,12 +5,12 @@ Rules:
 * A frame counts if its epoch and attempt are the newest seen and its ``seq`` is the next. Older epochs and repeats are
   dropped; a skipped ``seq`` means that frames were lost on the way, and the job has to run again (``gap``).
 * A plain answer is released when it is complete, a stream event by event as whole events come
-  (:mod:`router.inference.event_buffer`). Only an event longer than ``MAX_EVENT_BYTES`` is released in pieces; from then
-  on no other attempt can take over the stream.
+  (:mod:`router.inference.merging.event_buffer`). Only an event longer than ``MAX_EVENT_BYTES`` is released in pieces;
+  from then on no other attempt can take over the stream.
 * A lost attempt that delivered nothing leaves no trace. After one that did, the next attempt either continues behind
   what was delivered, if it says so and was offered just that (:meth:`AttemptMerger.continuation_prefix`), or starts
   over: then it is compared with what was delivered, and followed from there
-  (:mod:`router.inference.attempt_filters`). Otherwise the stream ends with an explicit error.
+  (:mod:`router.inference.merging.attempt_filters`). Otherwise the stream ends with an explicit error.
 * The output of a persisted job can be read again, so such a job never runs again because frames were lost. Its
   continued attempts follow the frames before them, however many: the next worker read the same. If the client had more
   of an earlier attempt that was replaced, a continued attempt is compared until it has said as much.
@@ -35,10 +35,10 @@ from queue_schemas import (
     StreamBroken,
 )
 
-from ..http.response_head import ResponseHead
+from ...http.response_head import ResponseHead
+from ..rules import ending_error
 from .attempt_filters import AttemptFilter, ContinuationFilter, ReplayFilter
 from .event_buffer import EventBuffer
-from .rules import ending_error
 
 
 class AttemptMerger:

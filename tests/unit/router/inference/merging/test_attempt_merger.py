@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from queue_schemas import CONTINUED, END, HEAD, Frame, JobId, Marker, MarkerKind, StreamBroken
-from router.inference.attempt_merger import AttemptMerger
+from router.inference.merging.attempt_merger import AttemptMerger
 
 JOB = JobId("0-" + "a" * 32)
 SSE = "text/event-stream; charset=utf-8"

@@ -1,0 +1,1 @@
+"""One answer out of the frames of a job's attempts."""
