@@ -32,17 +32,18 @@ class TenantLimiter:
 
     def check(self, tenant: Tenant, amount: int = 1) -> None:
         """Raise ``OverCapacity`` if ``amount`` more is not to be had now."""
+        if self.used + amount <= self._limit and self._by_tenant.get(tenant, 0) + amount <= self._max_of_tenant:
+            return
         if self.used + amount > self._limit:
             raise OverCapacity(
                 f"this router has room for {self._limit} {self._what}, and they are taken; try again in a moment",
                 retry_after_s=RETRY_AFTER_S,
             )
-        if self.held_by(tenant) + amount > self._max_of_tenant:
-            raise OverCapacity(
-                f"one tenant may have {self._max_of_tenant} {self._what} at once (setting {self._setting}); try again "
-                "when one of your requests has ended",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        raise OverCapacity(
+            f"one tenant may have {self._max_of_tenant} {self._what} at once (setting {self._setting}); try again "
+            "when one of your requests has ended",
+            retry_after_s=RETRY_AFTER_S,
+        )
 
     def acquire(self, tenant: Tenant, amount: int = 1) -> None:
         """``amount`` more. Raises ``OverCapacity``."""
@@ -52,12 +53,12 @@ class TenantLimiter:
     def force(self, tenant: Tenant, amount: int) -> None:
         """``amount`` more of what exists already and cannot be refused, over the limit, too."""
         self.used += amount
-        self._by_tenant[tenant] = self.held_by(tenant) + amount
+        self._by_tenant[tenant] = self._by_tenant.get(tenant, 0) + amount
 
     def release(self, tenant: Tenant, amount: int = 1) -> None:
         """``amount`` less."""
         self.used -= amount
-        left = self.held_by(tenant) - amount
+        left = self._by_tenant.get(tenant, 0) - amount
         if left:
             self._by_tenant[tenant] = left
         else:
