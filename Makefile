@@ -107,6 +107,7 @@ check: $(DEV) ## Check formatting, lint, types and imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy examples
+	$(VENV)/bin/mypy bench --exclude 'bench/peers/(.*_jobs|count|plot)' # they run in environments of their own
 	$(VENV)/bin/lint-imports
 
 format: $(DEV) ## Format, and fix what ruff can fix
