@@ -83,7 +83,7 @@ class FrameSender:
 
     async def close(self) -> bytes:
         """Take back, in order, the frames that are not known to have arrived: they go with the settle."""
-        while self._in_flight and self._frame_batcher.is_flushing:
+        while self._frame_batcher.is_sending(self):
             await self._frame_batcher.flush_ended()
         rest = self._in_flight + b"".join(self._waiting)
         self.discard()
@@ -128,7 +128,6 @@ class FrameBatcher:
     ``limit_bytes`` how much may wait."""
 
     def __init__(self, publish: Publish, append: Append, *, interval_ms: float, limit_bytes: int) -> None:
-        self.is_flushing = False
         self._publish = publish
         self._append = append
         self._interval_s = interval_ms / 1000
@@ -139,6 +138,10 @@ class FrameBatcher:
         self._held: dict[tuple[int, str], float] = {}
         """Routers that do not read, by shard: when they are tried again."""
         self._held_bytes = 0
+        self._flushes = 0
+        """How many have begun."""
+        self._flight: dict[FrameSender, None] = {}
+        """Those whose frames the flush that runs sends."""
         self._wanted = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._flushed_at = 0.0
@@ -153,6 +156,10 @@ class FrameBatcher:
     def is_held(self, sender: FrameSender) -> bool:
         """Whether the Router of ``sender`` does not read."""
         return bool(self._held) and sender.lease is None and (sender.shard, sender.reply_to) in self._held
+
+    def is_sending(self, sender: FrameSender) -> bool:
+        """Whether the flush that runs sends frames of ``sender``."""
+        return sender in self._flight
 
     def open(self, shard: int, reply_to: str, gone: Callable[[], None]) -> FrameSender:
         """A sender for one stream; ``gone`` is called when its Router turns out to be gone."""
@@ -182,9 +189,12 @@ class FrameBatcher:
 
     async def flush(self) -> None:
         """Send what there is now, and wait until it arrived or a try has failed, and less than the limit is left."""
+        last = self._flushes
         if self._senders:
             self._wanted.set()
-        while self._wanted.is_set() or self.is_flushing or self.full:
+            last += 1
+        # Others' frames may have the next flush follow at once: it is not waited for.
+        while self._flushes < last or (self._flushes == last and self._flight) or self.full:
             await self.flush_ended()
 
     async def flush_begun(self) -> None:
@@ -198,6 +208,8 @@ class FrameBatcher:
     def accept(self, sender: FrameSender, size: int, urgent: bool) -> None:
         """``sender`` has got ``size`` bytes of frames, for its next flight."""
         self._bytes += size
+        if self.is_held(sender):
+            self._held_bytes += size
         self._senders[sender] = None
         if urgent:
             self._wanted.set()
@@ -213,6 +225,7 @@ class FrameBatcher:
 
     async def _flush(self) -> bool:
         """Send what there is; False if some of it may not have arrived and has to be sent again."""
+        self._flushes += 1
         sending = self._take_due()
         shards: dict[int, dict[str, list[bytes]]] = {}
         persisted: list[tuple[FrameSender, Lease, bytes]] = []
@@ -225,7 +238,7 @@ class FrameBatcher:
         if not sending:
             _notify(self._until_ended)
             return True
-        self.is_flushing = True
+        self._flight = sending
         _notify(self._until_begun)
         try:
             packed = [(shard, {to: b"".join(f) for to, f in replies.items()}) for shard, replies in shards.items()]
@@ -238,7 +251,7 @@ class FrameBatcher:
                     asyncio.gather(*(self._append_frames(lease, frames) for _, lease, frames in persisted)),
                 )
         finally:
-            self.is_flushing = False
+            self._flight = {}
         by_shard = {shard: undelivered for (shard, _), undelivered in zip(packed, results, strict=True)}
         self._note_held(shards, by_shard)
         answers = {sender: answer for (sender, _, _), answer in zip(persisted, appended, strict=True)}
@@ -258,14 +271,21 @@ class FrameBatcher:
         return None not in results and None not in appended
 
     def _take_due(self) -> dict[FrameSender, None]:
-        """Those that have frames, but for those whose Router does not read and is not to be tried again yet."""
+        """Those that have frames, but for those whose Router does not read and is not to be tried again yet. One that
+        is to be tried, and of which nobody has frames, is held no more: nothing else would show that it reads."""
         sending, self._senders = self._senders, {}
-        if self._held:
-            now = asyncio.get_running_loop().time()
-            for sender in list(sending):
-                if self.is_held(sender) and (retry_at := self._held[sender.shard, sender.reply_to]) > now:
-                    self._senders[sender] = sending.pop(sender)
-                    self._flush_at(retry_at)
+        if not self._held:
+            return sending
+        now = asyncio.get_running_loop().time()
+        for sender in list(sending):
+            if self.is_held(sender) and self._held[sender.shard, sender.reply_to] > now:
+                self._senders[sender] = sending.pop(sender)
+        tried = {(sender.shard, sender.reply_to) for sender in sending}
+        for key, retry_at in list(self._held.items()):
+            if retry_at > now:
+                self._flush_at(retry_at)
+            elif key not in tried:
+                del self._held[key]
         return sending
 
     def _note_held(

@@ -232,6 +232,8 @@ class EngineConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
+            if self._parts and self._take is not None:
+                self._hand_over(self._take)  # what came before
             refused = error.__context__  # by a callback of ours
             self._fail(str(refused) if isinstance(refused, _Refused) else f"the engine does not speak HTTP: {error}")
             self.close()

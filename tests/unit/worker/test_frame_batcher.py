@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -24,11 +25,14 @@ class Wire:
         self.failures = 0
         self.gone: set[str] = set()
         self.full: set[str] = set()
+        self.delay_s = 0.0
         self.appended: list[tuple[str, bytes]] = []
         self.answer = Settled.OK
 
     async def publish(self, shard: int, frames: Mapping[str, bytes]) -> dict[str, Undelivered]:
         await self.open.wait()
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
         self.messages.append((shard, dict(frames)))
         if self.failures:
             self.failures -= 1
@@ -154,6 +158,61 @@ async def test_what_a_held_stream_kept_goes_with_its_settle(frame_batcher: Frame
     await eventually(lambda: stuck.is_held, "it is held")
     stuck.put(b"2")
     assert await stuck.close() == b"12"
+
+
+async def test_a_router_is_held_no_longer_than_somebody_has_frames_for_it(
+    frame_batcher: FrameBatcher, wire: Wire
+) -> None:
+    """The stream whose frames found it full has ended: its neighbour, which has none to try with, goes on."""
+    wire.full = {"stuck"}
+    first, second = channel(frame_batcher, "stuck"), channel(frame_batcher, "stuck")
+    first.put(b"1" * 2_000, urgent=True)
+    await eventually(lambda: second.is_held, "both are held")
+    first.discard()
+    await asyncio.wait_for(second.sent(), 5)
+    assert not frame_batcher.full
+
+
+@asynccontextmanager
+async def busy(frame_batcher: FrameBatcher, wire: Wire) -> AsyncIterator[None]:
+    """One flush follows the other: a stream puts a frame during each."""
+
+    async def stream() -> None:
+        other = channel(frame_batcher, "busy")
+        while True:
+            other.put(b"x", urgent=True)
+            await other.sent()
+            await asyncio.sleep(0)
+
+    wire.delay_s = 0.01
+    task = asyncio.create_task(stream())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def test_what_is_read_in_steps_waits_for_its_own_flush_alone(frame_batcher: FrameBatcher, wire: Wire) -> None:
+    """Streams that put frames during each flush, as on a slow way to the queue, do not keep it from its next step."""
+    async with busy(frame_batcher, wire):
+        await wire.until(2)
+        one = channel(frame_batcher)
+        one.put(b"1")
+        await asyncio.wait_for(frame_batcher.flush(), 5)
+        assert [frames["router"] for _, frames in wire.messages if "router" in frames] == [b"1"]
+        assert await one.close() == b""
+
+
+async def test_a_held_stream_is_closed_though_one_flush_follows_the_other(
+    frame_batcher: FrameBatcher, wire: Wire
+) -> None:
+    """Nothing of it is on its way: it waits for none of them."""
+    wire.full = {"stuck"}
+    stuck = channel(frame_batcher, "stuck")
+    async with busy(frame_batcher, wire):
+        stuck.put(b"1", urgent=True)
+        await eventually(lambda: stuck.is_held, "it is held")
+        assert await asyncio.wait_for(stuck.close(), 5) == b"1"
 
 
 async def test_frames_in_doubt_are_sent_again_before_later_ones(frame_batcher: FrameBatcher, wire: Wire) -> None:

@@ -242,6 +242,27 @@ async def test_what_is_no_http_between_steps_is_an_engine_failure() -> None:
                 await answer.read_in_steps(steps, lambda _: None)
 
 
+@pytest.mark.parametrize("last", [SECOND, SECOND + END])
+async def test_what_came_before_what_is_no_http_is_passed_on(last: bytes) -> None:
+    """Whether the answer was complete, and bytes came behind it, or was not: no event that arrived whole is lost."""
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + FIRST)
+        await asyncio.wait_for(begun.wait(), 5)
+        writer.write(last + b"no chunk\r\n")
+
+    begun, taken = asyncio.Event(), list[bytes]()
+    async with reader() as steps, engine_that(respond) as (engine, _), engine.call(CALL) as answer:
+        await anext(answer.chunks())
+        begun.set()
+        if last.endswith(END):
+            assert await answer.read_in_steps(steps, taken.append)
+        else:
+            with pytest.raises(EngineFailed, match="does not speak HTTP"):
+                await answer.read_in_steps(steps, taken.append)
+    assert taken == [b"2\n\n"]
+
+
 async def test_what_the_taker_raises_reaches_the_one_who_waits() -> None:
     """It stops this stream alone: the reader goes on with the others."""
 
@@ -297,6 +318,8 @@ async def test_a_call_that_is_cancelled_between_steps_closes_its_connection() ->
         partial(test_a_connection_that_breaks_between_steps_is_an_engine_failure, reset=True),
         test_an_answer_that_the_connections_end_ends_is_complete_but_not_delimited,
         test_what_is_no_http_between_steps_is_an_engine_failure,
+        partial(test_what_came_before_what_is_no_http_is_passed_on, SECOND),
+        partial(test_what_came_before_what_is_no_http_is_passed_on, SECOND + END),
         test_what_the_taker_raises_reaches_the_one_who_waits,
         test_a_call_that_is_cancelled_between_steps_closes_its_connection,
     ],
