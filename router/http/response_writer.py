@@ -142,30 +142,33 @@ class ResponseWriter:
         return encode_event(data) if self._events else data
 
     async def _begin(self, head: ResponseHead, length: int | None) -> None:
-        self.status = head.status
-        self._events = head.is_event_stream
         headers = [(b"content-type", _header_value(head.content_type)), *self._ids, *self._more]
         if head.headers:
             headers += [(name.encode(), value.encode()) for name, value in head.headers.items()]
         if length is not None:
             headers.append((b"content-length", b"%d" % length))
-        if self._events:
+        if head.is_event_stream:
             headers += _EVENT_STREAM_HEADERS
         await self._send({"type": "http.response.start", "status": head.status, "headers": headers})
+        self._begun_with(head)
 
     def _begin_now(self, cycle: RequestCycle, head: ResponseHead, length: int | None) -> None:
         """The same head as :meth:`_begin` sends."""
-        self.status = head.status
-        self._events = head.is_event_stream
         lines = [_content_type_line(head.content_type)]
         lines += [header_line(name, value) for name, value in (*self._ids, *self._more)]
         if head.headers:
             lines += [header_line(name.encode(), value.encode()) for name, value in head.headers.items()]
         if length is not None:
             lines.append(b"content-length: %d\r\n" % length)
-        if self._events:
+        if head.is_event_stream:
             lines.append(_EVENT_STREAM_LINES)
         cycle.begin(head.status, b"".join(lines), length)
+        self._begun_with(head)
+
+    def _begun_with(self, head: ResponseHead) -> None:
+        # Not earlier: after a head that cannot be sent, an error can still be told.
+        self.status = head.status
+        self._events = head.is_event_stream
 
     def _error_event(self, error: InferqError, *, mid_event: bool) -> bytes:
         events = self._client_events

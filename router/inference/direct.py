@@ -22,7 +22,7 @@ from .service import InferenceService, PreparedRequest
 class DirectAnswer:
     """The answer to the request of ``exchange``, which came on ``cycle``."""
 
-    __slots__ = ("_cycle", "_exchange", "_is_over", "_relay")
+    __slots__ = ("_cycle", "_enqueued", "_exchange", "_is_over", "_relay")
 
     def __init__(self, cycle: RequestCycle, exchange: Exchange, relay: Relay) -> None:
         self._cycle = cycle
@@ -30,20 +30,28 @@ class DirectAnswer:
         self._relay = relay
         self._is_over = False
         """The answer is complete, or a task goes on."""
+        self._enqueued: asyncio.Future[Enqueued] | None = None
+        """The queue's answer, until it has said that it has the job."""
 
     def begin(self, service: InferenceService, prepared: PreparedRequest) -> None:
         """Put the job on the queue; from now on everything comes by callback."""
         request = self._exchange.request
         request.on_news = self._advance
         try:
-            service.begin(request, prepared).add_done_callback(self._on_enqueued)
+            self._enqueued = service.begin(request, prepared)
+            self._enqueued.add_done_callback(self._on_enqueued)
         except Exception as error:  # noqa: BLE001 - the task answers it
             self._go_on(error)
 
     def _on_enqueued(self, enqueued: asyncio.Future[Enqueued]) -> None:
-        error = self._relay.begun(self._exchange.request, enqueued)
-        if error is not None and not self._is_over:
-            self._go_on(error)
+        failed = enqueued.cancelled() or enqueued.exception() is not None
+        if self._is_over:
+            return
+        if failed:
+            self._go_on(None)
+        else:
+            self._enqueued = None
+            self._relay.begun(self._exchange.request, enqueued.result().state)
 
     def _advance(self) -> None:
         exchange = self._exchange
@@ -64,7 +72,7 @@ class DirectAnswer:
             exchange.end()
 
     def _go_on(self, error: Exception | None) -> None:
-        """Have a task answer ``error``, or whatever is the matter with the request."""
+        """Have a task answer ``error``, or whatever is the matter with the request or its place on the queue."""
         self._leave()
         self._exchange.request.has_news = True
 
@@ -76,8 +84,12 @@ class DirectAnswer:
     def _leave(self) -> None:
         self._is_over = True
         self._exchange.request.on_news = None
+        self._exchange.request.forbid_interrupt()
 
     async def _rest(self, error: Exception | None) -> None:
         if error is not None:
             raise error
-        await self._relay.run(self._exchange.request, self._exchange.writer)
+        request = self._exchange.request
+        if self._enqueued is not None and not request.disconnected and request.error is None:
+            await self._relay.confirm(request, self._enqueued)
+        await self._relay.run(request, self._exchange.writer)

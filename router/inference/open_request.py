@@ -6,7 +6,17 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from queue_schemas import DeadlineExceeded, Frame, InferqError, Job, Marker, PersistOptions, RequestTimeout, Tenant
+from queue_schemas import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    Frame,
+    InferqError,
+    Job,
+    Marker,
+    PersistOptions,
+    RequestTimeout,
+    Tenant,
+)
 from telemetry import get_logger
 
 from ..http.bodies import ClientGone
@@ -188,14 +198,21 @@ class OpenRequest:
         self.interrupt_at_s, self._on_interrupt_limit = self.deadline_s, _queue_silent
 
     async def within_deadline(self, call: Awaitable[_T]) -> _T:
-        """The answer of a call to the queue, unless the client goes or the request's time runs out before it comes."""
+        """The answer of a call to the queue, unless the client goes or the request's time runs out before it comes.
+
+        Raises ``ClientGone``, the request's error, what the call raises, and ``BrokerUnavailable`` if the connection to
+        the queue is closed meanwhile.
+        """
         self.allow_interrupt(self.deadline_s, _queue_silent)
         try:
             return await call
         except asyncio.CancelledError:
-            if not self.absorb_interrupt():
+            if self.absorb_interrupt():
+                raise self.error or ClientGone from None
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
                 raise
-            raise self.error or ClientGone from None
+            raise BrokerUnavailable("the connection to the queue was closed; try again", retry_after_s=1) from None
         finally:
             self.forbid_interrupt()
 

@@ -79,35 +79,30 @@ class Relay:
 
     async def enqueue(self, request: OpenRequest, job: Job) -> State:
         """Queue an ordinary ``job`` for ``request``. Raises ``OverCapacity`` and whatever the queue raises."""
-        enqueued = self._enqueue(request, job)
+        return await self.confirm(request, self._enqueue(request, job))
+
+    async def confirm(self, request: OpenRequest, enqueued: asyncio.Future[Enqueued]) -> State:
+        """Wait until the job of ``request`` is on the queue. Raises like :meth:`enqueue`."""
         try:
             state = (await request.within_deadline(enqueued)).state
         except InferqError as error:
-            self._not_enqueued(request, error)
+            if isinstance(error, OverCapacity | BrokerFull) and request.merger is not None:
+                request.merger.settled = True  # nothing was written: there is nothing to cancel
             raise
         self._enqueued(request, state)
         return state
 
     def begin(self, request: OpenRequest, job: Job) -> asyncio.Future[Enqueued]:
-        """Queue an ordinary ``job`` for a ``request`` without a task: call :meth:`begun` with the future when it is
-        done. Raises ``BrokerUnavailable``."""
+        """Queue an ordinary ``job`` for a ``request`` without a task. Call :meth:`begun` when the future has a result;
+        for all else, :meth:`confirm` in a task. Raises ``BrokerUnavailable``."""
         enqueued = self._enqueue(request, job)
         request.begin_call()
         return enqueued
 
-    def begun(self, request: OpenRequest, enqueued: asyncio.Future[Enqueued]) -> InferqError | None:
-        """What began with :meth:`begin` was answered: the error if the job is not on the queue."""
+    def begun(self, request: OpenRequest, state: State) -> None:
+        """What began with :meth:`begin` is on the queue."""
         request.forbid_interrupt()
-        if enqueued.cancelled():
-            return BrokerUnavailable("the connection to the queue was closed; try again", retry_after_s=1)
-        error = enqueued.exception()
-        if error is None:
-            self._enqueued(request, enqueued.result().state)
-            return None
-        if not isinstance(error, InferqError):
-            raise error
-        self._not_enqueued(request, error)
-        return error
+        self._enqueued(request, state)
 
     def _enqueue(self, request: OpenRequest, job: Job) -> asyncio.Future[Enqueued]:
         request.start_deadline(job.ttl_ms, self._loop().time())
@@ -117,10 +112,6 @@ class Relay:
     def _enqueued(self, request: OpenRequest, state: State) -> None:
         if state in TERMINAL:
             request.resubmit_at_s = self._loop().time() + RESUBMIT_AFTER_S
-
-    def _not_enqueued(self, request: OpenRequest, error: InferqError) -> None:
-        if isinstance(error, OverCapacity | BrokerFull) and request.merger is not None:
-            request.merger.settled = True  # nothing was written: there is nothing to cancel
 
     def advance(self, request: OpenRequest, writer: ResponseWriter) -> Step:
         """Relay what has come to a client that takes it, as :meth:`run` does, from a callback."""

@@ -21,6 +21,7 @@ STREAM = CHAT | {"stream": True}
 HALF = orjson.dumps(CHAT)[:20]
 AS_ASGI = "Content-Encoding: identity"
 """What makes a request one that is served as ASGI, and changes nothing else."""
+BOTH_WAYS = pytest.mark.parametrize("way", [(), (AS_ASGI,)], ids=["direct", "asgi"])
 
 
 def post(fields: object, *headers: str, path: str = "/v1/chat/completions") -> bytes:
@@ -159,7 +160,7 @@ async def test_a_job_that_the_queue_refuses_is_not_cancelled(
     queue: FakeQueue, refusal: InferqError, status: int
 ) -> None:
     """There is none."""
-    queue.refusal = refusal  # type: ignore[assignment]
+    queue.refusal = refusal
     async with fake_router(queue) as port, RawClient.to(port) as client:
         await client.send(post(CHAT))
         assert (await client.answer()).status == status
@@ -168,6 +169,51 @@ async def test_a_job_that_the_queue_refuses_is_not_cancelled(
         queue.answer(await queue.job(), b"{}")
         assert (await client.answer()).status == 200
     assert queue.cancelled.empty()
+
+
+@BOTH_WAYS
+async def test_a_bug_in_the_queue_is_told_at_once(queue: FakeQueue, way: tuple[str, ...]) -> None:
+    """Not when the deadline passes."""
+    queue.refusal = ValueError("a bug")
+    async with fake_router(queue) as port, RawClient.to(port) as client:
+        await client.send(post(CHAT, *way))
+        answer = await client.answer()
+        assert answer.status == 500 and b"the log has it under mine" in answer.body
+
+
+@BOTH_WAYS
+async def test_a_queue_that_closes_ends_the_request(queue: FakeQueue, way: tuple[str, ...]) -> None:
+    """Its calls under way are cancelled: the client is told to try again."""
+    queue.hold_enqueue = True
+    async with fake_router(queue) as port, RawClient.to(port) as client:
+        await client.send(post(CHAT, *way))
+        await eventually(lambda: queue.enqueues, "the job is on its way to the queue")
+        for enqueued in tuple(queue.enqueues):
+            enqueued.cancel()
+        answer = await client.answer()
+        assert answer.status == 503 and b"connection to the queue was closed" in answer.body
+
+
+@BOTH_WAYS
+async def test_replies_lost_before_the_queue_answers(queue: FakeQueue, way: tuple[str, ...]) -> None:
+    """The queue's answer is waited for first, and told if it is an error; the job is asked for again after it."""
+    queue.hold_enqueue = True
+    async with fake_router(queue) as port, RawClient.to(port) as client:
+        await client.send(post(CHAT, *way))
+        await eventually(lambda: queue.enqueues, "the job is on its way to the queue")
+        queue.lose_replies()
+        await asyncio.sleep(0.05)
+        assert len(queue.enqueues) == 1
+        queue.refusal = OverCapacity("full")
+        queue.enqueues_released.set()
+        assert (await client.answer()).status == 429
+        queue.refusal = None
+        queue.enqueues_released.clear()
+        await client.send(post(CHAT, *way))
+        await eventually(lambda: queue.enqueues, "the job is on its way to the queue")
+        queue.lose_replies()
+        queue.enqueues_released.set()
+        assert (await queue.job()).id == (await queue.job()).id
 
 
 async def test_a_queue_that_is_silent_ends_the_request_at_its_deadline(queue: FakeQueue) -> None:
@@ -290,12 +336,14 @@ async def test_a_page_of_another_origin_gets_its_headers(queue: FakeQueue) -> No
         assert (await client.answer()).headers["access-control-allow-origin"] == origin
 
 
-async def test_an_answer_that_cannot_be_sent_is_an_error(queue: FakeQueue) -> None:
+@BOTH_WAYS
+async def test_an_answer_that_cannot_be_sent_is_an_error(queue: FakeQueue, way: tuple[str, ...]) -> None:
     """A worker's header that would begin another line: never let through, told, and logged."""
     async with fake_router(queue) as port, RawClient.to(port) as client:
-        await client.send(post(CHAT))
+        await client.send(post(CHAT, *way))
         job = await queue.job()
         headers = {"retry-after": "1\r\nset-cookie: a=b"}
         queue.deliver(Frame(job.id, 1, "a", 0, HEAD | END, b"{}", 200, "application/json", headers))
         answer = await client.answer()
         assert answer.status == 500 and "set-cookie" not in answer.headers
+        assert answer.headers["x-request-id"] == "mine"

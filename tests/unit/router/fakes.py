@@ -75,7 +75,7 @@ class FakeQueue:
         self.resumed: asyncio.Queue[tuple[Job, int]] = asyncio.Queue()
         self.resume_state: State | None = State.QUEUED
         self.resume_refusal: InferqError | None = None
-        self.refusal: InferqError | None = None
+        self.refusal: Exception | None = None
         self.holder: Enqueued | None = None
         """Who holds the idempotency key of the next persisted requests."""
         self.persist_options: dict[JobId, PersistOptions] = {}
@@ -94,6 +94,10 @@ class FakeQueue:
         self.job_status: JobStatus | None = None
         """The status of every job; None: queued, in an epoch above the one asked about."""
         self.hold_enqueue = False
+        """Whether enqueues wait until :attr:`enqueues_released`."""
+        self.enqueues_released = asyncio.Event()
+        self.enqueues: set[asyncio.Future[Enqueued]] = set()
+        """Those under way that a request awaits."""
         self.down = False
         self.closed = False
         self._deliver: Deliver | None = None
@@ -107,11 +111,14 @@ class FakeQueue:
         async def enqueue() -> Enqueued:
             return Enqueued(job.id, await self.enqueue(job))
 
-        return asyncio.ensure_future(enqueue())
+        enqueued = asyncio.ensure_future(enqueue())
+        self.enqueues.add(enqueued)
+        enqueued.add_done_callback(self.enqueues.discard)
+        return enqueued
 
     async def enqueue(self, job: Job) -> State:
         if self.hold_enqueue:
-            await asyncio.Event().wait()
+            await self.enqueues_released.wait()
         if self.refusal is not None:
             raise self.refusal
         self.enqueued.put_nowait(job)
