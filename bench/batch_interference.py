@@ -90,7 +90,10 @@ class Batch:
             batch = await self._poll()
             return batch if condition(batch) else None
 
-        found: dict[str, Any] = await eventually(matching, f"the batch {what}", limit_s=BATCH_LIMIT_S, every_s=_POLL_S)
+        found: dict[str, Any] | None = await eventually(
+            matching, f"the batch {what}", limit_s=BATCH_LIMIT_S, every_s=_POLL_S
+        )
+        assert found is not None
         return found
 
     async def _poll(self) -> dict[str, Any]:
