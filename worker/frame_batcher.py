@@ -143,7 +143,9 @@ class FrameBatcher:
         self._flight: dict[FrameSender, None] = {}
         """Those whose frames the flush that runs sends."""
         self._wanted = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_due = 0.0
+        """When it fires: what is due within half a millisecond is no timer to uvloop, and does not say."""
         self._flushed_at = 0.0
         self._until_begun: list[asyncio.Future[None]] = []
         self._until_ended: list[asyncio.Future[None]] = []
@@ -326,10 +328,10 @@ class FrameBatcher:
         loop = asyncio.get_running_loop()
         if due <= loop.time():
             self._wanted.set()
-        elif self._timer is None or self._timer.when() > due:
+        elif self._timer is None or self._timer_due > due:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = loop.call_at(due, self._flush_now)
+            self._timer, self._timer_due = loop.call_at(due, self._flush_now), due
 
     def _flush_now(self) -> None:
         self._timer = None

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 
 from broker import Undelivered
 from queue_schemas import BrokerUnavailable, Lease, Settled
@@ -171,6 +172,28 @@ async def test_a_router_is_held_no_longer_than_somebody_has_frames_for_it(
     first.discard()
     await asyncio.wait_for(second.sent(), 5)
     assert not frame_batcher.full
+
+
+def test_a_flush_that_is_due_at_once_may_be_brought_forward_on_uvloop() -> None:
+    """What is due in less than a millisecond is no timer there, and does not say when it is due."""
+
+    async def scenario() -> None:
+        wire = Wire()
+        box = FrameBatcher(wire.publish, wire.append, interval_ms=0.3, limit_bytes=1_000)
+        task = asyncio.create_task(box.run())
+        wire.full = {"stuck"}
+        channel(box, "stuck").put(b"1", urgent=True)
+        await wire.until(1)
+        for count in range(3, 50):
+            one, two = channel(box), channel(box)
+            one.put(b"2")
+            two.put(b"3")
+            await box.flush()
+            assert not task.done()
+            await wire.until(count - 1)
+        task.cancel()
+
+    uvloop.run(scenario())
 
 
 @asynccontextmanager
