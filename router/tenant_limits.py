@@ -26,10 +26,6 @@ class TenantLimiter:
         self._setting = setting
         self._by_tenant: dict[Tenant, int] = {}
 
-    def held_by(self, tenant: Tenant) -> int:
-        """How much the tenant holds."""
-        return self._by_tenant.get(tenant, 0)
-
     def check(self, tenant: Tenant, amount: int = 1) -> None:
         """Raise ``OverCapacity`` if ``amount`` more is not to be had now."""
         if self.used + amount <= self._limit and self._by_tenant.get(tenant, 0) + amount <= self._max_of_tenant:
