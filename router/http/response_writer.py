@@ -57,7 +57,7 @@ class ResponseWriter:
         """The rest of the answer. One that has not begun carries its length."""
         head, data = self._rest(head, data)
         if not self.status:
-            await self._begin(head, len(data))
+            await self._begin(head, _length(head, data))
         await self._send({"type": "http.response.body", "body": data})
 
     def finish_now(self, head: ResponseHead, data: bytes) -> None:
@@ -65,7 +65,7 @@ class ResponseWriter:
         assert self._cycle is not None  # noqa: S101 - for those who gave it
         head, data = self._rest(head, data)
         if not self.status:
-            self._begin_now(self._cycle, head, len(data))
+            self._begin_now(self._cycle, head, _length(head, data))
         self._cycle.write(data, more=False)
 
     async def empty(self, status: int) -> None:
@@ -186,6 +186,11 @@ class ResponseWriter:
         """An engine's refusal, in the API's shape."""
         shaped = shaped_refusal(head.status, data, self._dialect, self._request_id)
         return (head, data) if shaped is None else (replace(head, content_type=_JSON), shaped)
+
+
+def _length(head: ResponseHead, data: bytes) -> int | None:
+    """The answer's content-length; None for a status that has no body (RFC 9110, 8.6), whatever the engine sent."""
+    return None if head.status in (204, 304) else len(data)
 
 
 @lru_cache(64)

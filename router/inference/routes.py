@@ -18,7 +18,7 @@ from queue_schemas.headers import for_engine
 from telemetry import inject, span_for_request, tracing_enabled
 from telemetry.http.access import Access
 from telemetry.http.connections import RequestCycle
-from telemetry.http.content_coding import CONTENT_ENCODING, decoded_body
+from telemetry.http.content_coding import decoded_body
 from telemetry.http.request_context import REQUEST_ID_HEADER, new_request_id, request_id_from
 
 from ..http.api_keys import ApiKeys
@@ -81,7 +81,7 @@ class InferenceRoutes:
         unusual, or refused: :meth:`serve` knows how, or says why."""
         raw_headers, body = cycle.scope["headers"], cycle.body
         headers = dict(raw_headers)
-        if CONTENT_ENCODING in headers or tracing_enabled():
+        if tracing_enabled() or not self._service.may_be_direct(path, headers):
             return False
         request = OpenRequest(Connection(cycle.receive, cycle), self._loop().time())
         self._requests.add(request)

@@ -15,6 +15,7 @@ from openai_api.paths import RESPONSES_PATH
 from queue_schemas import Enqueued, Job, Lane, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
 from queue_schemas.records import record
 from telemetry import get_logger
+from telemetry.http.content_coding import CONTENT_ENCODING
 
 from ..http.response_writer import ResponseWriter
 from ..http.rules import IDEMPOTENCY_HEADER, announced_size, check_size, read_idempotency_key
@@ -47,6 +48,8 @@ _IDEMPOTENCY = IDEMPOTENCY_HEADER.encode()
 _BACKGROUND = BACKGROUND_HEADER.encode()
 _RESUMABLE = RESUMABLE_HEADER.encode()
 _LAST_EVENT = b"last-event-id"
+_UNUSUAL = frozenset({CONTENT_ENCODING, _IDEMPOTENCY, _BACKGROUND, _RESUMABLE})
+"""Headers of requests that wait for more than their answer."""
 
 log = get_logger(__name__)
 
@@ -175,11 +178,13 @@ class InferenceService:
             send, request_id, path, prepared.last_event_id, keyed=bool(prepared.job.idempotency_key)
         )
 
+    def may_be_direct(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        """Whether :meth:`is_direct` can be: before anything is read that is read again otherwise."""
+        return path != RESPONSES_PATH and _UNUSUAL.isdisjoint(headers)
+
     def is_direct(self, prepared: PreparedRequest) -> bool:
-        """Whether :meth:`begin` can answer it: it is ordinary, and its model is known."""
-        job = prepared.job
-        ordinary = not (prepared.background or job.persisted or job.path == RESPONSES_PATH or prepared.conversion)
-        return ordinary and self._builder.knows(job.model)
+        """Whether :meth:`begin` can answer what :meth:`may_be_direct`: it is ordinary, and its model is known."""
+        return not prepared.job.persisted and self._builder.knows(prepared.job.model)
 
     def begin(self, request: OpenRequest, prepared: PreparedRequest) -> asyncio.Future[Enqueued]:
         """Put the job of an ordinary request on the queue, without waiting. Raises ``BrokerUnavailable``."""

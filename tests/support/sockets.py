@@ -150,7 +150,8 @@ class RawClient:
                 if int(status) >= 200:
                     break
             headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:-2])}
-            return RawAnswer(int(status), headers, b"" if head else await self._body(headers))
+            bodyless = head or int(status) in (204, 304)
+            return RawAnswer(int(status), headers, b"" if bodyless else await self._body(headers))
 
     async def ended(self) -> bytes:
         """What comes until the server ends the connection, by whatever means."""

@@ -95,6 +95,10 @@ def with_headers(queue: FakeQueue, job: Job) -> None:
     queue.deliver(Frame(job.id, 1, "a", 0, HEAD | END, b"{}", 503, "application/json", headers))
 
 
+def without_body(queue: FakeQueue, job: Job) -> None:
+    queue.answer(job, b"never sent", status=204)
+
+
 def streamed(queue: FakeQueue, job: Job) -> None:
     queue.stream(job, event("one"), event("two"), b"data: [DONE]\n\n")
 
@@ -115,8 +119,8 @@ def broken(queue: FakeQueue, job: Job) -> None:
 @pytest.mark.parametrize(
     ("fields", "answer"),
     [
-        (CHAT, plain), (CHAT, refused_by_engine), (CHAT, with_headers), (CHAT, expired), (STREAM, streamed),
-        (STREAM, odd_events), (STREAM, refused_by_engine), (STREAM, expired), (STREAM, broken),
+        (CHAT, plain), (CHAT, refused_by_engine), (CHAT, with_headers), (CHAT, without_body), (CHAT, expired),
+        (STREAM, streamed), (STREAM, odd_events), (STREAM, refused_by_engine), (STREAM, expired), (STREAM, broken),
     ],
 )  # fmt: skip
 async def test_the_answer_is_the_same_as_over_asgi(queue: FakeQueue, fields: dict[str, object], answer: Answer) -> None:
@@ -128,6 +132,7 @@ async def test_the_answer_is_the_same_as_over_asgi(queue: FakeQueue, fields: dic
                 await client.send(post(fields, *headers))
                 answer(queue, await queue.job())
                 got = await client.answer()
+                assert got.status != 204 or "content-length" not in got.headers
                 for name in ("date", "content-length", "transfer-encoding"):
                     got.headers.pop(name, None)  # what has come at once is one piece, and may be all
                 answers.append(got)
