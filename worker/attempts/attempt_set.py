@@ -119,7 +119,7 @@ class Attempts:
 
     def stop_stalled(self, now: float, timeouts: StreamTimeouts) -> None:
         """Stop each stream that stands still while others go on."""
-        if self._step_reader.is_held:
+        if self._step_reader.is_flushing:
             return  # not checked is not counted
         if self.output_count != self._output_before:
             self._output_before, self._output_at = self.output_count, now

@@ -80,6 +80,7 @@ class EngineConnection(asyncio.Protocol):
         self._take: Callable[[bytes], None] | None = None
         """Gets the body while it is read in steps, by ``_step_reader`` from ``_fd``."""
         self._take_error: Exception | None = None
+        self._read_error: OSError | None = None
         self._step_reader: StepReader | None = None
         self._fd = -1
 
@@ -167,7 +168,9 @@ class EngineConnection(asyncio.Protocol):
             data = os.read(self._fd, STEP_BYTES)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as error:
+            # The socket says it once: the transport will find an orderly end.
+            self._read_error = error
             data = b""
         if data:
             self.data_received(data)
@@ -256,6 +259,7 @@ class EngineConnection(asyncio.Protocol):
             self._tell()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        exc = exc or self._read_error
         self.usable = False
         self._leave_steps()
         if self._has_head and not self.complete and self._ends_with_connection and exc is None:

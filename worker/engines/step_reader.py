@@ -25,7 +25,7 @@ class StepReader:
     """Reads sockets in steps. ``flush`` sends on what was read; nothing more is read until it returns."""
 
     def __init__(self, flush: Callable[[], Awaitable[None]], *, max_wait_s: float) -> None:
-        self.is_held = False
+        self.is_flushing = False
         """Whether nothing is read because what was read before has not been sent yet."""
         self._flush = flush
         self._max_wait_s = max_wait_s
@@ -50,9 +50,9 @@ class StepReader:
                 read = self._reads.get(fd)
                 if read is not None:
                     read()
-            self.is_held = True
+            self.is_flushing = True
             await self._flush()
-            self.is_held = False
+            self.is_flushing = False
 
     async def _readable(self) -> None:
         """Wait until a stream has something to read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
@@ -118,7 +119,7 @@ async def test_nothing_is_read_until_what_was_read_is_sent() -> None:
         reading.open.clear()
         reading.write(0, 1)
         await reading.until(1)
-        assert reading.reader.is_held
+        assert reading.reader.is_flushing
         for _ in range(3):
             reading.write(0, 1)
         await asyncio.sleep(0.02)
@@ -126,7 +127,7 @@ async def test_nothing_is_read_until_what_was_read_is_sent() -> None:
         reading.open.set()
         await reading.until(2)
         assert reading.flushed[1] == b"000111"
-        await eventually(lambda: not reading.reader.is_held, "it reads again", every_s=0.001)
+        await eventually(lambda: not reading.reader.is_flushing, "it reads again", every_s=0.001)
 
 
 async def test_a_stream_that_is_removed_is_read_no_more() -> None:
@@ -225,6 +226,26 @@ async def test_an_answer_that_the_connections_end_ends_is_complete_but_not_delim
         assert not answer.delimited
 
 
+async def test_a_reset_ends_no_answer() -> None:
+    """Nor one that the end of the connection ends: its engine has died, and the failure says how."""
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n1\n\n")
+        await asyncio.wait_for(begun.wait(), 5)
+        await eventually(lambda: steps._reads, "it is read in steps")
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    begun = asyncio.Event()
+    async with reader() as steps, engine_that(respond) as (engine, _):
+        with pytest.raises(EngineGone, match="reset by peer"):
+            async with engine.call(CALL) as answer:
+                await anext(answer.chunks())
+                begun.set()
+                await answer.read_in_steps(steps, lambda _: None)
+
+
 async def test_what_is_no_http_between_steps_is_an_engine_failure() -> None:
     """The parser's verdict reaches the one who waits."""
 
@@ -317,6 +338,7 @@ async def test_a_call_that_is_cancelled_between_steps_closes_its_connection() ->
         partial(test_a_connection_that_breaks_between_steps_is_an_engine_failure, reset=False),
         partial(test_a_connection_that_breaks_between_steps_is_an_engine_failure, reset=True),
         test_an_answer_that_the_connections_end_ends_is_complete_but_not_delimited,
+        test_a_reset_ends_no_answer,
         test_what_is_no_http_between_steps_is_an_engine_failure,
         partial(test_what_came_before_what_is_no_http_is_passed_on, SECOND),
         partial(test_what_came_before_what_is_no_http_is_passed_on, SECOND + END),
