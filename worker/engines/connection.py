@@ -67,7 +67,7 @@ class EngineConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._unread = select.poll()
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._parts: list[bytes] = []
         self._size = 0
         self._no_body_bytes = 0
@@ -270,6 +270,7 @@ class EngineConnection(asyncio.Protocol):
             self._lost = not self._error
             where = "before its answer was complete" if self._has_head else "before it answered"
             self._fail(f"the engine broke the connection {where}{f' ({exc})' if exc else ''}")
+        self._parser = None  # it holds us, and we it
 
     # httptools
 

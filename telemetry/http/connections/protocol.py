@@ -98,11 +98,11 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
         self._connections.discard(self)
-        self._parser = None  # it holds us, and we it
         self._pipelined.clear()
         for cycle in (self._active, self._incoming):
             if cycle is not None and not cycle.response_complete:
                 cycle.leave()
+        self._parser = self._active = self._incoming = None  # they hold us, and we them
         self.resume_writing()
 
     def eof_received(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import uuid
@@ -18,7 +19,7 @@ from queue_schemas import BadRequest, EngineFailed, EngineState, new_job_id
 from telemetry.environment import free_port
 from tests.support.waiting import eventually
 from worker.engines import EngineCall, EngineGone, http, new_call_id
-from worker.engines.connection import PAUSE_BYTES
+from worker.engines.connection import PAUSE_BYTES, EngineConnection
 from worker.engines.http import HttpEngine
 
 Respond = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -777,3 +778,27 @@ async def test_a_page_that_does_not_come_in_time_is_no_progress(monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as silent:
         async with asyncio.timeout(3):
             assert await HttpEngine(f"http://127.0.0.1:{silent.getsockname()[1]}").progress() is None
+
+
+async def test_a_closed_connection_is_freed_at_once() -> None:
+    """Not only when the garbage collector comes by: a worker makes one for each call that finds none kept."""
+
+    def alive() -> int:
+        return sum(isinstance(one, EngineConnection) for one in gc.get_objects())
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}")
+
+    async with engine_that(respond) as (engine, _):
+        gc.collect()
+        gc.disable()
+        try:
+            before = alive()
+            for _ in range(3):
+                async with engine.call(CALL) as answer:
+                    assert await answer.read(10) == b"{}"
+                    assert alive() > before
+                del answer
+                await eventually(lambda: alive() == before, "the connection is freed")
+        finally:
+            gc.enable()
