@@ -8,6 +8,7 @@ times of all connections at once: no request sets a timer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Any
 
@@ -397,4 +398,5 @@ class HttpConnection(asyncio.Protocol):
         if end:
             self._discarding = True
             if self.transport.can_write_eof():
-                self.transport.write_eof()
+                with contextlib.suppress(OSError):  # the client is gone: connection_lost follows
+                    self.transport.write_eof()

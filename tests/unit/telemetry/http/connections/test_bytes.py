@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from dataclasses import replace
 
 import pytest
@@ -298,3 +299,23 @@ async def test_connections_beyond_the_most_displace_the_longest_idle() -> None:
         assert (await busy.answer()).status == 200
         await newer.send(post("/echo", b"hi"))
         assert (await newer.answer()).body == b"hi"
+
+
+async def test_a_client_that_is_gone_when_its_connection_is_ended_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio's transport, unlike uvloop's, finds out when it ends its side: the app was able to answer."""
+    answered = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x"})
+        answered.set()
+
+    def not_connected(_: asyncio.Transport) -> None:
+        raise OSError(errno.ENOTCONN, "not connected")
+
+    async with serving(app, LIMITS) as port, RawClient.to(port) as client:
+        monkeypatch.setattr(type(client.writer.transport), "write_eof", not_connected)
+        await client.send(chunked("/"))  # what is left of its body is not waited for
+        assert (await client.answer()).body == b"x"
+        assert await client.ended() == b""
+        assert answered.is_set()
