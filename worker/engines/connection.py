@@ -131,23 +131,26 @@ class EngineConnection(asyncio.Protocol):
         return data
 
     async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
-        """Have ``reader`` read the rest of the answer, and pass it to ``take`` as it comes; return at its end.
+        """Pass ``take`` what has arrived, have ``reader`` read and pass on the rest; return at the end of the answer.
 
-        False, and nothing done, where that cannot be (TLS), or while something has arrived that :meth:`piece` gives.
-        Raises as :meth:`piece` does, and what ``take`` raises.
+        False, and nothing done, where that cannot be (TLS), and if nothing is left to be read. Raises as :meth:`piece`
+        does, and what ``take`` raises.
         """
         transport = self._transport
         if transport is None or transport.get_extra_info("sslcontext") is not None:
             return False
-        if self._parts or self.complete or self._error or transport.is_closing():
+        if self.complete or self._error or transport.is_closing():
             return False
         # The transport keeps the socket: it writes, and finds out how the connection ended.
         transport.pause_reading()
         self._fd = transport.get_extra_info("socket").fileno()
         self._take, self._take_error = take, None
+        self._paused = False
         self._step_reader = reader
         reader.add(self._fd, self._read_step)
         try:
+            if self._parts:
+                self._hand_over(take)
             while not self.complete and self._take_error is None:
                 await self._news()
         finally:

@@ -75,8 +75,8 @@ class EngineAnswer(Protocol):
         ...
 
     async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
-        """In the midst of :meth:`chunks`: have ``reader`` read the rest of the body, and pass each piece to ``take``;
-        return at the end. False: this answer cannot be read so, or not yet.
+        """In the midst of :meth:`chunks`: pass ``take`` what has arrived, have ``reader`` read and pass on the rest of
+        the body, and return at the end. False: this answer cannot be read so, or nothing is left to be read.
 
         Raises as :meth:`chunks` does, and what ``take`` raises.
         """

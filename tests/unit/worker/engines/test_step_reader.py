@@ -183,8 +183,27 @@ async def test_an_answer_is_read_to_its_end_in_steps_and_its_connection_is_used_
         assert raw.connections == 1
 
 
-async def test_what_arrived_before_the_steps_is_taken_first() -> None:
-    """An answer with unread pieces is not read in steps yet: they would come out of order."""
+async def test_what_arrived_before_the_steps_is_passed_on_first() -> None:
+    """On a slow way to the queue something always has: those streams are read in steps too, in order."""
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + FIRST)
+        await asyncio.wait_for(begun.wait(), 5)
+        writer.write(SECOND)
+        await eventually(lambda: steps._reads, "it is read in steps")
+        writer.write(FIRST + END)
+
+    begun, taken = asyncio.Event(), list[bytes]()
+    async with reader() as steps, engine_that(respond) as (engine, _), engine.call(CALL) as answer:
+        await anext(answer.chunks())
+        begun.set()
+        await eventually(lambda: answer._connection._parts, "the second event is here")  # type: ignore[attr-defined]
+        assert await answer.read_in_steps(steps, taken.append)
+    assert taken == [b"2\n\n", b"1\n\n"]
+
+
+async def test_an_answer_that_is_here_whole_is_not_read_in_steps() -> None:
+    """It needs no reader."""
     async with reader() as steps, engine_that(says(CHUNKED + FIRST + END)) as (engine, _), engine.call(CALL) as answer:
         await eventually(lambda: answer._connection.complete, "all is here")  # type: ignore[attr-defined]
         assert not await answer.read_in_steps(steps, lambda _: None)
@@ -335,6 +354,7 @@ async def test_a_call_that_is_cancelled_between_steps_closes_its_connection() ->
     "scenario",
     [
         test_an_answer_is_read_to_its_end_in_steps_and_its_connection_is_used_again,
+        test_what_arrived_before_the_steps_is_passed_on_first,
         partial(test_a_connection_that_breaks_between_steps_is_an_engine_failure, reset=False),
         partial(test_a_connection_that_breaks_between_steps_is_an_engine_failure, reset=True),
         test_an_answer_that_the_connections_end_ends_is_complete_but_not_delimited,
