@@ -373,6 +373,8 @@ class HttpConnection(asyncio.Protocol):
     def _stop_listening(self) -> None:
         """The answer that is under way is the last: what else was asked is not answered."""
         self._discarding = True
+        # The client may still send it: then the end of the connection must not take the answer from it.
+        self._discarded_bytes += self._pipelined_bytes
         self._pipelined.clear()
         self._incoming = self._active
         if self._active is not None:

@@ -191,6 +191,24 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
     assert [path for _, path, _ in app.seen] == ["/wait", "/stream"]
 
 
+async def test_what_is_pipelined_beyond_the_limit_does_not_cost_the_answer_before_it() -> None:
+    """The connection ends behind that answer, and its client, which still sends, can read it."""
+    app = EchoApp()
+    async with serving(app, LIMITS) as port, RawClient.to(port) as client:
+        await client.send(post("/wait"))
+        await eventually(lambda: app.open == 1, "it waits")
+        await client.send(post("/echo", b"x" * (LIMITS.pipelined_bytes + 5_000)))
+        await asyncio.sleep(0.05)  # nothing tells that it was read
+        app.go.set()
+        await eventually(lambda: not app.open, "it is answered")
+        for _ in range(20):
+            client.writer.write(b"y" * 1_000)
+            await asyncio.sleep(0.002)
+        assert (await client.answer()).status == 200
+        assert await client.ended() == b""
+    assert [path for _, path, _ in app.seen] == ["/wait"]
+
+
 async def test_what_follows_a_last_request_is_ignored() -> None:
     """After Connection: close nothing is a request."""
     app = EchoApp()
