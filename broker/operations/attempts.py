@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 
-from queue_schemas import Lease, Outcome, Settled, ShardKeys, shard_of_job
+from queue_schemas import Frame, Lease, Outcome, Settled, ShardKeys, shard_of_job, unpack_frames
 from queue_schemas.keys import keys_of_job
 
 from ..redis.calls import Caller
@@ -16,6 +16,9 @@ from .job_batches import ShardBatches, attempt_of
 _CHECKS_PER_LIMIT = 16
 """How often the length of a reply stream is asked for while one worker sends as much as it may hold."""
 _MAX_ROUTERS_REMEMBERED = 10_000
+ENTRY_BYTES = 1 << 20
+"""What is longer is cut between frames, as far as they allow it: a Router reads an entry of its reply stream whole, and
+has the time of one call for it, however slow its way to Redis is."""
 
 
 class Undelivered(Enum):
@@ -54,8 +57,10 @@ class Attempts:
             key = keys.reply(reply_to)
             if await self._is_full(key, len(packed)):
                 return Undelivered.FULL
-            sent = await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", "f", packed)
-            return Undelivered.GONE if sent is None else None
+            for entry in [packed] if len(packed) <= ENTRY_BYTES else _entries(packed):
+                if await self._caller.once(key, "XADD", key, "NOMKSTREAM", "*", "f", entry) is None:
+                    return Undelivered.GONE
+            return None
 
         if len(frames) == 1:  # as mostly: no task for it
             ((reply_to, packed),) = frames.items()
@@ -121,3 +126,17 @@ class Attempts:
         return Settled(
             (await self._caller.script("clear_suspicion", keys.budget, keys.prefix, *attempt_of(lease))).decode()
         )
+
+
+def _entries(packed: bytes) -> list[bytes]:
+    """Packed frames as entries of a reply stream, in order."""
+    entries: list[bytes] = []
+    entry: list[bytes] = []
+    size = 0
+    for frame in map(Frame.pack, unpack_frames(packed)):
+        if entry and size + len(frame) > ENTRY_BYTES:
+            entries.append(b"".join(entry))
+            entry, size = [], 0
+        entry.append(frame)
+        size += len(frame)
+    return [*entries, b"".join(entry)]

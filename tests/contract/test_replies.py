@@ -146,6 +146,20 @@ async def test_what_was_read_is_trimmed(broker: Broker, worker: Puller, reader: 
     await eventually(short, "what was read is dropped")
 
 
+async def test_a_backlog_is_cut_into_entries(broker: Broker, worker: Puller, reader: Reader, client: Any) -> None:
+    """What gathered while Redis was away, or the Router did not read, is no entry that takes its Router minutes."""
+    await broker.jobs.enqueue(make_job(reply_to=reader.router))
+    lease = await worker.claim_one()
+    sizes = [600_000, 600_000, 10, 1_500_000, *[1_000] * 1_000]
+    backlog = b"".join(frame(lease, seq, b"x" * size, 0 if seq else HEAD) for seq, size in enumerate(sizes))
+    assert await broker.attempts.publish(0, {reader.router: backlog}) == {}
+    await eventually(lambda: len(reader.frames) == len(sizes), "everything arrives")
+    assert [(got.seq, len(got.data)) for got in reader.frames] == list(enumerate(sizes))
+    entries = await client.xrange(ShardKeys(0).reply(reader.router))
+    lengths = [len(fields[b"f"]) for _, fields in entries if b"f" in fields]
+    assert all(length <= 1 << 20 or 1_500_000 < length < 1_501_000 for length in lengths)
+
+
 async def test_the_stream_of_a_router_that_does_not_read_is_bounded(real_backend: ServerBackend) -> None:
     """It takes no more than it may hold and a sixteenth. Once its Router has read and trimmed it, it takes more; an
     attempt can be settled meanwhile."""
