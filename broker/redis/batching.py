@@ -89,6 +89,7 @@ class Batcher(Generic[Item, Answer]):
         for sender in self._senders:
             sender.cancel()
         await asyncio.gather(*self._senders, return_exceptions=True)
+        self._flights = 0  # one that was cancelled before its first step did not count itself off
         for _, future in self._waiting:
             future.cancel()
         self._waiting.clear()

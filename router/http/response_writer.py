@@ -193,9 +193,15 @@ def _length(head: ResponseHead, data: bytes) -> int | None:
     return None if head.status in (204, 304) else len(data)
 
 
-@lru_cache(64)
 def _content_type_line(content_type: str) -> bytes:
+    return (_usual_content_type if len(content_type) < 100 else _content_type)(content_type)
+
+
+def _content_type(content_type: str) -> bytes:
     return header_line(b"content-type", _header_value(content_type))
+
+
+_usual_content_type = lru_cache(64)(_content_type)
 
 
 def _header_value(content_type: str) -> bytes:

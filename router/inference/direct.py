@@ -57,6 +57,8 @@ class DirectAnswer:
         exchange = self._exchange
         request = exchange.request
         request.has_news = False
+        if self._enqueued is not None:
+            request.keepalive_due = False  # it would begin an answer that the queue may refuse with another status
         if not self._cycle.has_room:
             self._go_on(None)
             return

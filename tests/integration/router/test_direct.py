@@ -221,6 +221,17 @@ async def test_replies_lost_before_the_queue_answers(queue: FakeQueue, way: tupl
         assert (await queue.job()).id == (await queue.job()).id
 
 
+async def test_no_comment_begins_an_answer_that_may_still_be_refused(queue: FakeQueue) -> None:
+    """The queue is slow to say that it is full: the client is told by the status."""
+    queue.hold_enqueue = True
+    async with fake_router(queue, keepalive_interval_ms=20) as port, RawClient.to(port) as client:
+        await client.send(post(STREAM))
+        await asyncio.sleep(0.2)
+        queue.refusal = OverCapacity("full")
+        queue.enqueues_released.set()
+        assert (await client.answer()).status == 429
+
+
 async def test_a_queue_that_is_silent_ends_the_request_at_its_deadline(queue: FakeQueue) -> None:
     """The enqueue is never answered: whether the job is on the queue is unknown, so it is cancelled."""
     queue.hold_enqueue = True

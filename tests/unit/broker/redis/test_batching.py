@@ -123,3 +123,13 @@ async def test_close_cancels_those_who_still_wait() -> None:
         await batcher.close()
         answers = await asyncio.gather(*calls, waiting, return_exceptions=True)
     assert all(isinstance(answer, asyncio.CancelledError) for answer in answers)
+
+
+async def test_it_works_again_after_a_close_that_came_before_its_first_step() -> None:
+    """What was submitted in the same turn is cancelled, what comes later is sent."""
+    batcher = Batcher(Recorder(), lambda _: 1)
+    early = batcher.submit(1)
+    await batcher.close()
+    assert early.cancelled()
+    async with asyncio.timeout(5):
+        assert await batcher.submit(2) == 4
