@@ -21,6 +21,7 @@ from queue_schemas import BadRequest, HeadTooLarge, InferqError, MethodNotAllowe
 
 from ...logs import get_logger
 from .cycle import RESUME_BYTES, RequestCycle, ServeDirectly
+from .flow import FlowControl
 from .received_body import ReceivedBody
 from .refusals import answer_with
 from .registry import Connections
@@ -34,7 +35,7 @@ _NEVER = float("inf")
 log = get_logger(__name__)
 
 
-class HttpConnection(asyncio.Protocol):
+class HttpConnection(FlowControl):
     """HTTP/1.1 for uvicorn's server; ``connections`` has the limits. A request for the app that has arrived whole is
     offered to ``serve_directly`` first."""
 
@@ -48,6 +49,7 @@ class HttpConnection(asyncio.Protocol):
         connections: Connections,
         serve_directly: ServeDirectly | None = None,
     ) -> None:
+        super().__init__()
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made brings it
         self._app: ASGIApp = config.loaded_app
         self._server = server_state
@@ -80,8 +82,6 @@ class HttpConnection(asyncio.Protocol):
         self.half_closed = False
         """The client sends nothing more, and perhaps still reads."""
         self.why_lost = "left"
-        self.write_paused = False
-        self._writable: asyncio.Event | None = None
         self._unread = UnreadBytes(self._limits)
 
     # The event loop and uvicorn's server call these.
@@ -115,15 +115,6 @@ class HttpConnection(asyncio.Protocol):
         self.half_closed = self._discarding = True
         active.end_of_input()
         return True
-
-    def pause_writing(self) -> None:
-        self.write_paused = True
-
-    def resume_writing(self) -> None:
-        self.write_paused = False
-        if self._writable is not None:
-            self._writable.set()
-            self._writable = None
 
     def shutdown(self) -> None:
         """The server ends: what is answered now is the last."""
@@ -226,13 +217,6 @@ class HttpConnection(asyncio.Protocol):
             return
         self._unread.written_bytes += len(data)
         self.transport.write(data)
-
-    async def writable(self) -> None:
-        """Until the client has taken most of what was written."""
-        if self.write_paused:
-            if self._writable is None:
-                self._writable = asyncio.Event()
-            await self._writable.wait()
 
     def resume_reading(self) -> None:
         """A request has room for more of its body."""

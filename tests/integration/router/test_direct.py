@@ -224,7 +224,7 @@ async def test_replies_lost_before_the_queue_answers(queue: FakeQueue, way: tupl
 async def test_no_comment_begins_an_answer_that_may_still_be_refused(queue: FakeQueue) -> None:
     """The queue is slow to say that it is full: the client is told by the status."""
     queue.hold_enqueue = True
-    async with fake_router(queue, keepalive_interval_ms=20) as port, RawClient.to(port) as client:
+    async with fake_router(queue, keepalive_interval_ms=50) as port, RawClient.to(port) as client:
         await client.send(post(STREAM))
         await asyncio.sleep(0.2)
         queue.refusal = OverCapacity("full")
