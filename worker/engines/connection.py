@@ -133,11 +133,11 @@ class EngineConnection(asyncio.Protocol):
     async def read_in_steps(self, reader: StepReader, take: Callable[[bytes], None]) -> bool:
         """Pass ``take`` what has arrived, have ``reader`` read and pass on the rest; return at the end of the answer.
 
-        False, and nothing done, where that cannot be (TLS), and if nothing is left to be read. Raises as :meth:`piece`
-        does, and what ``take`` raises.
+        False, and nothing done, where that cannot be (TLS, or the reader is not open), and if nothing is left to be
+        read. Raises as :meth:`piece` does, and what ``take`` raises.
         """
         transport = self._transport
-        if transport is None or transport.get_extra_info("sslcontext") is not None:
+        if not reader.is_open or transport is None or transport.get_extra_info("sslcontext") is not None:
             return False
         if self.complete or self._error or transport.is_closing():
             return False

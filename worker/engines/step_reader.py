@@ -15,22 +15,30 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 TICK_S = 0.001
 """The finest grain of uvloop's timers."""
 
 
 class StepReader:
-    """Reads sockets in steps. ``flush`` sends on what was read; nothing more is read until it returns."""
+    """Reads sockets in steps. ``flush`` sends on what was read; nothing more is read until it returns.
+
+    It needs Linux's epoll: elsewhere, and once :meth:`run` has ended, it is not open.
+    """
 
     def __init__(self, flush: Callable[[], Awaitable[None]], *, max_wait_s: float) -> None:
         self.is_flushing = False
         """Whether nothing is read because what was read before has not been sent yet."""
         self._flush = flush
         self._max_wait_s = max_wait_s
-        self._epoll = select.epoll()
+        self._epoll: Any = select.epoll() if hasattr(select, "epoll") else None
         self._reads: dict[int, Callable[[], None]] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether streams can be read."""
+        return self._epoll is not None and not self._epoll.closed
 
     def add(self, fd: int, read: Callable[[], None]) -> None:
         """Call ``read`` in each step in which ``fd`` has something to read, or has ended. It must not raise."""
@@ -44,15 +52,24 @@ class StepReader:
 
     async def run(self) -> NoReturn:
         """Read until cancelled."""
-        while True:
-            await self._readable()
-            for fd, _ in await self._step():
-                read = self._reads.get(fd)
-                if read is not None:
-                    read()
-            self.is_flushing = True
-            await self._flush()
-            self.is_flushing = False
+        if self._epoll is None:
+            await asyncio.get_running_loop().create_future()  # nothing is ever added
+        try:
+            while True:
+                await self._read_one_step()
+        finally:
+            self._reads.clear()
+            self._epoll.close()
+
+    async def _read_one_step(self) -> None:
+        await self._readable()
+        for fd, _ in await self._step():
+            read = self._reads.get(fd)
+            if read is not None:
+                read()
+        self.is_flushing = True
+        await self._flush()
+        self.is_flushing = False
 
     async def _readable(self) -> None:
         """Wait until a stream has something to read."""
@@ -82,4 +99,5 @@ class StepReader:
         return ready
 
     def _poll(self) -> Sequence[tuple[int, int]]:
-        return self._epoll.poll(0, max(len(self._reads), 1))
+        ready: Sequence[tuple[int, int]] = self._epoll.poll(0, max(len(self._reads), 1))
+        return ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -149,6 +150,32 @@ async def reader() -> AsyncIterator[StepReader]:
         yield one
     finally:
         task.cancel()
+
+
+async def test_a_reader_that_has_ended_keeps_nothing_open() -> None:
+    """Neither its own descriptor nor what it was to read."""
+    async with reader() as one:
+        first, second = socket.socketpair()
+        one.add(first.fileno(), lambda: None)
+        await asyncio.sleep(0)
+        assert one.is_open
+    await eventually(lambda: not one.is_open, "it is closed")
+    one.remove(first.fileno())
+    first.close()
+    second.close()
+
+
+async def test_without_epoll_no_stream_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS: the answer comes in pieces, as it does over TLS."""
+    monkeypatch.delattr(select, "epoll")
+
+    async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(PLAIN)
+
+    async with reader() as one, engine_that(respond) as (engine, _), engine.call(CALL) as answer:
+        assert not one.is_open
+        assert not await answer.read_in_steps(one, lambda _: None)
+        assert await answer.read(1_000)
 
 
 async def test_an_answer_is_read_to_its_end_in_steps_and_its_connection_is_used_again() -> None:
