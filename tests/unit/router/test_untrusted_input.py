@@ -124,7 +124,7 @@ def test_any_request_is_forwarded_unchanged_or_refused() -> None:
                 check(body, job, status, answer)
 
             await asyncio.to_thread(ask)
-            assert taken > 50, "hardly anything was let through: the test shows little"
+            assert taken > 25, "hardly anything was let through: the test shows little"
             assert (len(app.services.requests), app.services.requests.body_bytes) == (0, 0)
 
     asyncio.run(live())
