@@ -80,8 +80,12 @@ class RouterApp:
                 return
             await self._refuse_spelling(scope, send)
             return
-        scope.setdefault("state", {})["connection"] = Connection(receive)
-        await self._web_app(scope, receive, send)
+        state = scope.setdefault("state", {})
+        state["connection"] = Connection(receive)
+        try:
+            await self._web_app(scope, receive, send)
+        finally:
+            del state["connection"]  # it leads back to the scope
 
     def serve_directly(self, cycle: RequestCycle) -> bool:
         """Answer a request that has arrived whole without a task, or leave it to :meth:`__call__`: False."""

@@ -69,4 +69,5 @@ async def test_full_memory_refuses_new_work_and_ends_the_old(fleet: Fleet) -> No
     fleet.server.ask("CONFIG", "SET", "maxmemory", "0")
     assert (await ask(fleet, "room again"))[:2] == (200, "room again")
     totals = fleet.server.ask("HGETALL", ShardKeys(0).counters)
-    assert {name.rpartition(b":")[2]: int(count) for name, count in totals.items()} == {b"enqueued": 5, b"done": 5}
+    counts = {name.rpartition(b":")[2]: int(count) for name, count in totals.items()}
+    assert {name: count for name, count in counts.items() if count} == {b"enqueued": 5, b"done": 5}

@@ -165,6 +165,7 @@ class Attempts:
         finally:
             if attempt.sender is not None:
                 attempt.sender.discard()
+                attempt.sender = None  # it calls the attempt back: they would keep each other, and the job's body
             self._running.pop(lease.attempt_id, None)
             if not self._running:
                 self._idle.set()
