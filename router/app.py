@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,9 +20,10 @@ from queue_schemas import MethodNotAllowed, PathNotFound
 from storage import StorageSettings
 from telemetry.http.access import DeclaredRoute, declared
 from telemetry.http.connections import RequestCycle
+from telemetry.http.connections.shared_accept import PauseBeforeAccept
 from telemetry.http.methods import allow_header, answered_methods
 from telemetry.http.request_context import request_id_from
-from telemetry.http.server import refuse_unguarded
+from telemetry.http.server import refuse_unguarded, run_server
 from webhooks.settings import WebhookSettings
 
 from .composition import RouterServices, build_services, build_web_app, manager_of, queue_opener
@@ -98,6 +100,28 @@ class RouterApp:
             and not self.services.lifecycle.shutting_down
             and not (self._has_cors and any(name == b"origin" for name, _ in scope["headers"]))
             and self.services.inference.serve_directly(cycle, path)
+        )
+
+    async def listen(
+        self,
+        sock: socket.socket,
+        *,
+        stop: asyncio.Event,
+        shutdown_timeout_s: float,
+        stop_accepting: asyncio.Event | None = None,
+        pause_before_accept: PauseBeforeAccept | None = None,
+    ) -> None:
+        """Serve ``sock`` by our own server, as :func:`telemetry.http.server.run_server` does, with the limits of the
+        settings and requests answered directly. Run it within :meth:`running`."""
+        await run_server(
+            self,
+            sock=sock,
+            stop=stop,
+            stop_accepting=stop_accepting,
+            shutdown_timeout_s=shutdown_timeout_s,
+            limits=self.services.settings.connection_limits,
+            pause_before_accept=pause_before_accept,
+            serve_directly=self.serve_directly,
         )
 
     def declared_routes(self) -> list[DeclaredRoute]:

@@ -22,7 +22,6 @@ from broker import BrokerSettings
 from queue_schemas import CannotStart
 from storage import StorageSettings
 from telemetry import TelemetrySettings, configure_logging, configure_tracing, get_logger, shutdown_tracing
-from telemetry.http.server import run_server
 from telemetry.ray_metrics import mirror_metrics
 from webhooks.settings import WebhookSettings
 
@@ -115,14 +114,8 @@ async def serve_through(
     stop_accepting, drained = asyncio.Event(), asyncio.Event()
     async with shared, app.running(), asyncio.TaskGroup() as tasks:
         await app.ready_within(_FIRST_READY_S)
-        server = run_server(
-            app,
-            sock=shared.listener,
-            stop=drained,
-            stop_accepting=stop_accepting,
-            shutdown_timeout_s=_LAST_CONNECTIONS_S,
-            limits=app.services.settings.connection_limits,
-            serve_directly=app.serve_directly,
+        server = app.listen(
+            shared.listener, stop=drained, stop_accepting=stop_accepting, shutdown_timeout_s=_LAST_CONNECTIONS_S
         )
         tasks.create_task(server, name="http")
         log.info("listening", host=shared.host, port=shared.port)

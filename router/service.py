@@ -16,7 +16,7 @@ from storage import StorageSettings
 from telemetry import TelemetrySettings, configure_logging, get_logger
 from telemetry.flags import parse_settings
 from telemetry.http.connections.shared_accept import PauseBeforeAccept
-from telemetry.http.server import bind_socket, exit_code_of, run_loop, run_server, stop_on_signals
+from telemetry.http.server import bind_socket, exit_code_of, run_loop, stop_on_signals
 from telemetry.reporting import reporting
 from telemetry.signals import take_signals
 from webhooks.settings import WebhookSettings
@@ -129,19 +129,9 @@ async def _serve_until(
 ) -> None:
     """Serve until ``stop`` is set, then leave and drain."""
     drained = asyncio.Event()
-    limits = app.services.settings.connection_limits
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(
-            run_server(
-                app,
-                sock=listener,
-                stop=drained,
-                shutdown_timeout_s=2.0,
-                limits=limits,
-                pause_before_accept=pause,
-                serve_directly=app.serve_directly,
-            ),
-            name="http",
+            app.listen(listener, stop=drained, shutdown_timeout_s=2.0, pause_before_accept=pause), name="http"
         )
         stopping = tasks.create_task(stop.wait(), name="stop signal")
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)

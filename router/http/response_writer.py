@@ -24,7 +24,7 @@ QUEUED = "queued"
 _JSON = "application/json"
 _KEEPALIVE_HEAD = ResponseHead(200, f"{EVENT_STREAM}; charset=utf-8")
 _EVENT_STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-_EVENT_STREAM_LINES = b"".join(b"%b: %b\r\n" % header for header in _EVENT_STREAM_HEADERS)
+_EVENT_STREAM_LINES = b"".join(header_line(name, value) for name, value in _EVENT_STREAM_HEADERS)
 _CLOSE = (b"connection", b"close")
 
 

@@ -14,7 +14,7 @@ from broker import Broker, BrokerSettings
 from queue_schemas import END, HEAD, Frame, Lease, Outcome, Settled
 from router import RouterApp, RouterSettings, build_router
 from telemetry.environment import free_port
-from telemetry.http.server import bind_socket, run_server
+from telemetry.http.server import bind_socket
 from tests.support.queue import MODEL, Puller
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import FakeQueue, router
@@ -61,16 +61,7 @@ async def running_router(redis_url: str, *, ready: bool = True, **settings: Any)
     port = app.services.settings.port
     stop = asyncio.Event()
     async with app.running(), asyncio.TaskGroup() as tasks:
-        tasks.create_task(
-            run_server(
-                app,
-                port=port,
-                stop=stop,
-                shutdown_timeout_s=1,
-                limits=app.services.settings.connection_limits,
-                serve_directly=app.serve_directly,
-            )
-        )
+        tasks.create_task(app.listen(bind_socket("127.0.0.1", port), stop=stop, shutdown_timeout_s=1))
         try:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
                 router = RunningRouter(app, port, session)
@@ -96,15 +87,7 @@ async def fake_router(queue: FakeQueue, **settings: Any) -> AsyncIterator[int]:
     async with router(queue, **settings) as app:
         with bind_socket("127.0.0.1", 0) as listener:
             async with asyncio.TaskGroup() as tasks:
-                server = run_server(
-                    app,
-                    sock=listener,
-                    stop=stop,
-                    shutdown_timeout_s=1,
-                    limits=app.services.settings.connection_limits,
-                    serve_directly=app.serve_directly,
-                )
-                tasks.create_task(server)
+                tasks.create_task(app.listen(listener, stop=stop, shutdown_timeout_s=1))
                 try:
                     yield listener.getsockname()[1]
                 finally:

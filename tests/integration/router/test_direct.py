@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import orjson
 import pytest
@@ -186,13 +187,20 @@ async def test_a_bug_in_the_queue_is_told_at_once(queue: FakeQueue, way: tuple[s
         assert answer.status == 500 and b"the log has it under mine" in answer.body
 
 
-@BOTH_WAYS
-async def test_a_queue_that_closes_ends_the_request(queue: FakeQueue, way: tuple[str, ...]) -> None:
-    """Its calls under way are cancelled: the client is told to try again."""
+@asynccontextmanager
+async def asking_a_slow_queue(queue: FakeQueue, way: tuple[str, ...]) -> AsyncIterator[RawClient]:
+    """A client whose job is on its way to the queue, which has not answered."""
     queue.hold_enqueue = True
     async with fake_router(queue) as port, RawClient.to(port) as client:
         await client.send(post(CHAT, *way))
         await eventually(lambda: queue.enqueues, "the job is on its way to the queue")
+        yield client
+
+
+@BOTH_WAYS
+async def test_a_queue_that_closes_ends_the_request(queue: FakeQueue, way: tuple[str, ...]) -> None:
+    """Its calls under way are cancelled: the client is told to try again."""
+    async with asking_a_slow_queue(queue, way) as client:
         for enqueued in tuple(queue.enqueues):
             enqueued.cancel()
         answer = await client.answer()
@@ -202,10 +210,7 @@ async def test_a_queue_that_closes_ends_the_request(queue: FakeQueue, way: tuple
 @BOTH_WAYS
 async def test_replies_lost_before_the_queue_answers(queue: FakeQueue, way: tuple[str, ...]) -> None:
     """The queue's answer is waited for first, and told if it is an error; the job is asked for again after it."""
-    queue.hold_enqueue = True
-    async with fake_router(queue) as port, RawClient.to(port) as client:
-        await client.send(post(CHAT, *way))
-        await eventually(lambda: queue.enqueues, "the job is on its way to the queue")
+    async with asking_a_slow_queue(queue, way) as client:
         queue.lose_replies()
         await asyncio.sleep(0.05)
         assert len(queue.enqueues) == 1

@@ -12,6 +12,7 @@ import pytest
 from tests.integration.worker.fleet import local_fleet_on
 from tests.integration.worker.test_attached_engines import attached, whole
 from tests.integration.worker.test_slow_links import streams
+from tests.support.garbage import without_collection
 from tests.support.servers import Server
 
 from .harness import running_router
@@ -56,13 +57,10 @@ async def test_answered_requests_are_freed_at_once(valkey: Server, tmp_path: Pat
 
         await asyncio.gather(*map(ask, range(AT_ONCE)))
         garbage_of_ours()
-        gc.disable()
-        try:
+        with without_collection():
             for _ in range(ROUNDS):
                 await asyncio.gather(*map(ask, range(AT_ONCE)))
             await asyncio.sleep(0.2)  # their last tasks end
             left = garbage_of_ours()
-        finally:
-            gc.enable()
     # Half of the requests were plain, half streams: what each of either leaves comes up so often.
     assert {name: count for name, count in left.items() if count >= ROUNDS * AT_ONCE // 2} == {}

@@ -12,7 +12,7 @@ import anthropic
 import openai
 
 from router import RouterApp
-from telemetry.http.server import bind_socket, run_server
+from telemetry.http.server import bind_socket
 from tests.unit.router.fakes import FakeQueue, router
 
 
@@ -43,9 +43,7 @@ async def served(queue: FakeQueue, **settings: Any) -> AsyncIterator[Served]:
         listener = bind_socket("127.0.0.1", 0)
         port = listener.getsockname()[1]
         stop = asyncio.Event()
-        serving = asyncio.create_task(
-            run_server(app, sock=listener, stop=stop, shutdown_timeout_s=1.0, serve_directly=app.serve_directly)
-        )
+        serving = asyncio.create_task(app.listen(listener, stop=stop, shutdown_timeout_s=1.0))
         try:
             yield Served(app, f"http://127.0.0.1:{port}")
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import socket
 import uuid
@@ -17,6 +16,7 @@ import pytest
 
 from queue_schemas import BadRequest, EngineFailed, EngineState, new_job_id
 from telemetry.environment import free_port
+from tests.support.garbage import alive, without_collection
 from tests.support.waiting import eventually
 from worker.engines import EngineCall, EngineGone, http, new_call_id
 from worker.engines.connection import PAUSE_BYTES, EngineConnection
@@ -783,22 +783,15 @@ async def test_a_page_that_does_not_come_in_time_is_no_progress(monkeypatch: pyt
 async def test_a_closed_connection_is_freed_at_once() -> None:
     """Not only when the garbage collector comes by: a worker makes one for each call that finds none kept."""
 
-    def alive() -> int:
-        return sum(isinstance(one, EngineConnection) for one in gc.get_objects())
-
     async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}")
 
     async with engine_that(respond) as (engine, _):
-        gc.collect()
-        gc.disable()
-        try:
-            before = alive()
+        with without_collection():
+            before = alive(EngineConnection)
             for _ in range(3):
                 async with engine.call(CALL) as answer:
                     assert await answer.read(10) == b"{}"
-                    assert alive() > before
+                    assert alive(EngineConnection) > before
                 del answer
-                await eventually(lambda: alive() == before, "the connection is freed")
-        finally:
-            gc.enable()
+                await eventually(lambda: alive(EngineConnection) == before, "the connection is freed")

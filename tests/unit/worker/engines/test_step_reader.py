@@ -18,6 +18,7 @@ from tests.support.waiting import eventually
 from tests.unit.worker.engines.test_http import CALL, CHUNKED, PLAIN, engine_that, says, then_closes
 from worker.engines import EngineGone, StepReader
 from worker.engines import step_reader as module
+from worker.engines.http import HttpEngine
 
 FIRST = b"3\r\n1\n\n\r\n"
 SECOND = b"3\r\n2\n\n\r\n"
@@ -150,6 +151,14 @@ async def reader() -> AsyncIterator[StepReader]:
         yield one
     finally:
         task.cancel()
+
+
+async def read_behind_the_first(engine: HttpEngine, steps: StepReader, begun: asyncio.Event) -> None:
+    """Take the first piece of an answer, set ``begun``, and have the rest read in steps."""
+    async with engine.call(CALL) as answer:
+        await anext(answer.chunks())
+        begun.set()
+        await answer.read_in_steps(steps, lambda _: None)
 
 
 async def test_a_reader_that_has_ended_keeps_nothing_open() -> None:
@@ -286,10 +295,7 @@ async def test_a_reset_ends_no_answer() -> None:
     begun = asyncio.Event()
     async with reader() as steps, engine_that(respond) as (engine, _):
         with pytest.raises(EngineGone, match="reset by peer"):
-            async with engine.call(CALL) as answer:
-                await anext(answer.chunks())
-                begun.set()
-                await answer.read_in_steps(steps, lambda _: None)
+            await read_behind_the_first(engine, steps, begun)
 
 
 async def test_what_is_no_http_between_steps_is_an_engine_failure() -> None:
@@ -303,10 +309,7 @@ async def test_what_is_no_http_between_steps_is_an_engine_failure() -> None:
     begun = asyncio.Event()
     async with reader() as steps, engine_that(respond) as (engine, _):
         with pytest.raises(EngineFailed, match="does not speak HTTP"):
-            async with engine.call(CALL) as answer:
-                await anext(answer.chunks())
-                begun.set()
-                await answer.read_in_steps(steps, lambda _: None)
+            await read_behind_the_first(engine, steps, begun)
 
 
 @pytest.mark.parametrize("last", [SECOND, SECOND + END])

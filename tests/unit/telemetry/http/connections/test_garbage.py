@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 
 from telemetry.http.connections import HttpConnection, RequestCycle
+from tests.support.garbage import alive, without_collection
 from tests.support.sockets import RawClient
 from tests.support.waiting import eventually
 
 from .serving import EchoApp, chunked, post, serving
 
 
-def alive() -> int:
-    return sum(isinstance(one, HttpConnection | RequestCycle) for one in gc.get_objects())
+def open_ones() -> int:
+    return alive(HttpConnection, RequestCycle)
 
 
 @pytest.mark.parametrize(
@@ -28,14 +27,10 @@ def alive() -> int:
 async def test_an_ended_connection_is_freed_at_once(sent: bytes) -> None:
     """Idle, within a head, answered, within an answer, within a body, refused."""
     async with serving(EchoApp()) as port:
-        gc.collect()
-        gc.disable()
-        try:
-            before = alive()
+        with without_collection():
+            before = open_ones()
             for _ in range(5):
                 async with RawClient.to(port) as client:
                     await client.send(sent)
-                    await eventually(lambda: alive() > before, "the connection is made")
-                await eventually(lambda: alive() == before, "the connection is freed")
-        finally:
-            gc.enable()
+                    await eventually(lambda: open_ones() > before, "the connection is made")
+                await eventually(lambda: open_ones() == before, "the connection is freed")
