@@ -53,8 +53,11 @@ def parse_record(held: bytes) -> dict[str, str]:
 
 async def record_of(client: Any, key: str) -> dict[str, str]:
     """What stands at the key of a job, or of one that has ended; empty if there is nothing."""
-    is_string = await client.type(key) == b"string"
-    held = await (client.get(key) if is_string else client.hget(key, "record"))
+    transaction = client.pipeline(transaction=True)  # in between the job could end
+    transaction.get(key)
+    transaction.hget(key, "record")
+    tombstone, record = await transaction.execute(raise_on_error=False)  # one of them is WRONGTYPE
+    held = record if isinstance(tombstone, Exception) else tombstone
     return parse_record(held) if held else {}
 
 
