@@ -7,7 +7,18 @@ import types
 
 import pytest
 
-PACKAGES = ("queue_schemas", "telemetry", "storage", "broker", "manager", "router", "worker", "batches", "inferq")
+PACKAGES = (
+    "queue_schemas",
+    "scheduling",
+    "telemetry",
+    "storage",
+    "broker",
+    "manager",
+    "router",
+    "worker",
+    "batches",
+    "inferq",
+)
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -56,6 +56,7 @@ def test_every_package_is_typed() -> None:
         "manager",
         "queue_schemas",
         "router",
+        "scheduling",
         "storage",
         "telemetry",
         "worker",
