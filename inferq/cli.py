@@ -13,6 +13,7 @@ from inferq import __version__
 from queue_schemas import BadRequest
 
 from .batch.cli import batch_app
+from .commands.simulate_options import EngineModelOptions, PolicyOptions, ReportOptions, TraceOptions
 from .fleet.cli import dead_app, fleet_app
 from .invocation import check_arguments, run_command
 from .jobs.cli import jobs_app
@@ -194,6 +195,27 @@ app.add_typer(jobs_app, name="jobs", no_args_is_help=True, rich_help_panel=_USE)
 app.add_typer(webhook_app, name="webhooks", no_args_is_help=True, rich_help_panel=_USE)
 app.add_typer(fleet_app)
 app.add_typer(dead_app, name="dead", no_args_is_help=True, rich_help_panel=_LOOK)
+
+
+@app.command(rich_help_panel=_USE)
+@with_blocks
+def simulate(
+    trace: Annotated[
+        str,
+        typer.Argument(
+            help="File (.jsonl: Mooncake's, .csv: Azure's, perhaps .gz), or a generator: poisson:rate=20,requests=1000."
+        ),
+    ],
+    requests: TraceOptions,
+    policies: PolicyOptions,
+    engine: EngineModelOptions,
+    report: ReportOptions,
+    as_json: AsJson = False,
+) -> None:
+    """Replay a trace against a simulated fleet: inferq's policy beside others, with an engine model."""
+    from .commands.simulate import run_simulations  # noqa: PLC0415
+
+    run_simulations(trace, requests, policies, engine, report, as_json=as_json)
 
 
 @app.command(rich_help_panel=_LOOK)

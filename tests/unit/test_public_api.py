@@ -17,6 +17,7 @@ PACKAGES = (
     "router",
     "worker",
     "batches",
+    "simulator",
     "inferq",
 )
 

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
-    "inferq", "router", "manager", "worker", "batches", "webhooks", "storage", "broker", "openai_api", "telemetry",
-    "scheduling", "queue_schemas",
+    "inferq", "simulator", "router", "manager", "worker", "batches", "webhooks", "storage", "broker", "openai_api",
+    "telemetry", "scheduling", "queue_schemas",
 )  # fmt: skip
 MAX_LINES = 400
 MAX_MODULES = 15

@@ -40,6 +40,7 @@ COMMANDS = (
     "batch",
     "webhooks",
     "chat",
+    "simulate",
     "queues",
     "workers",
     "config",

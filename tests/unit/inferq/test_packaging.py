@@ -57,6 +57,7 @@ def test_every_package_is_typed() -> None:
         "queue_schemas",
         "router",
         "scheduling",
+        "simulator",
         "storage",
         "telemetry",
         "worker",

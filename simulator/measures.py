@@ -1,0 +1,111 @@
+"""What a simulation measures, and its summary."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .requests import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """A request is good if its first token came within ``ttft_s`` and the others on average every ``tpot_s``."""
+
+    ttft_s: float = 2.0
+    tpot_s: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One simulation's figures. Times are in seconds, ``hit_rate`` and ``attainment`` are shares from 0 to 1.
+
+    ``failed`` requests ended without an answer and are not good; times are those of the others. ``fairness`` is the
+    median, over windows in which several tenants had work waiting throughout, of the least weighted service of such a
+    tenant over the most: 1 is fair; None without such a window. ``redone_tokens`` were computed more than once.
+    """
+
+    requests: int
+    failed: int
+    attainment: float
+    goodput: float
+    """Good requests for each GPU hour."""
+    gpu_hours: float
+    peak_workers: int
+    ttft_mean_s: float
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    tpot_mean_s: float
+    tpot_p99_s: float
+    output_tokens_per_s: float
+    requests_per_s: float
+    hit_rate: float
+    redone_tokens: int
+    fairness: float | None
+    lasted_s: float
+
+
+class Recorder:
+    """Collects what becomes of requests."""
+
+    def __init__(self, objectives: Objectives) -> None:
+        self._objectives = objectives
+        self._ttft = array("d")
+        self._tpot = array("d")
+        self._good = self._failed = 0
+        self._prompt_tokens = self._cached_tokens = self._output_tokens = self._redone_tokens = 0
+
+    def finished(self, request: Request, now: float) -> None:
+        """``request`` has its last token."""
+        ttft = request.first_at - request.arrived_at
+        self._ttft.append(ttft)
+        tpot = 0.0
+        if request.output_tokens > 1:
+            tpot = (now - request.first_at) / (request.output_tokens - 1)
+            self._tpot.append(tpot)
+        if ttft <= self._objectives.ttft_s and tpot <= self._objectives.tpot_s:
+            self._good += 1
+        self._prompt_tokens += request.prompt_tokens
+        self._cached_tokens += request.cached
+        self._output_tokens += request.output_tokens
+        self._redone_tokens += request.redone
+
+    def failed(self) -> None:
+        """A request ended without an answer."""
+        self._failed += 1
+
+    def summary(self, *, gpu_hours: float, peak_workers: int, fairness: float | None, lasted_s: float) -> Summary:
+        """The figures of all."""
+        ttft, tpot = sorted(self._ttft), sorted(self._tpot)
+        requests = len(ttft) + self._failed
+        return Summary(
+            requests=requests,
+            failed=self._failed,
+            attainment=self._good / max(requests, 1),
+            goodput=self._good / gpu_hours if gpu_hours else 0.0,
+            gpu_hours=gpu_hours,
+            peak_workers=peak_workers,
+            ttft_mean_s=_mean(ttft),
+            ttft_p50_s=percentile(ttft, 0.5),
+            ttft_p90_s=percentile(ttft, 0.9),
+            ttft_p99_s=percentile(ttft, 0.99),
+            tpot_mean_s=_mean(tpot),
+            tpot_p99_s=percentile(tpot, 0.99),
+            output_tokens_per_s=self._output_tokens / lasted_s if lasted_s else 0.0,
+            requests_per_s=len(ttft) / lasted_s if lasted_s else 0.0,
+            hit_rate=self._cached_tokens / max(self._prompt_tokens, 1),
+            redone_tokens=self._redone_tokens,
+            fairness=fairness,
+            lasted_s=lasted_s,
+        )
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of ``ordered`` do not exceed; 0 if there are none."""
+    return ordered[max(-int(-share * len(ordered) // 1) - 1, 0)] if ordered else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

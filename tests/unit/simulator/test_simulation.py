@@ -1,0 +1,138 @@
+"""Whole simulations: nothing is lost, the same again gives the same, and known formulas hold."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from simulator import Objectives, SimulationOptions, Summary, Trace, load_trace, simulate
+from simulator.engines import PROFILES, EngineProfile
+from simulator.policies import POLICIES
+from simulator.requests import TraceRequest
+from simulator.scaling import FleetLoad, LagCount
+
+SMALL = replace(PROFILES["h100-llama-3.1-8b"], kv_tokens=20_000, max_seqs=16)
+ONE_BY_ONE = EngineProfile(name="one by one", step_s=0.01, max_seqs=1, kv_tokens=1 << 40)
+CONVERSATIONS = "tenants:requests=3000,rate=12,sessions=40,prefix=1024,prompt=900,output=60,batch=0.3"
+
+
+def conversations(seed: int = 0) -> Trace:
+    return load_trace(CONVERSATIONS, seed=seed)
+
+
+class Flapping:
+    """A scaler that has no rest."""
+
+    interval_s = 7.0
+
+    def __init__(self) -> None:
+        self._random = random.Random(1)
+
+    def wanted(self, load: FleetLoad) -> int:
+        return self._random.randint(0 if not load.waiting else 1, 6)
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("scaled", ["fixed", "lag", "flapping", "clairvoyant"])
+def test_every_request_ends_once(policy: str, scaled: str) -> None:
+    """With tight caches and fleets that come and go: requests and tokens are those of the trace."""
+    scaler = {
+        "lag": LagCount(threshold=4, least=0, most=8, with_running=True),
+        "flapping": Flapping(),
+    }.get(scaled)
+    options = SimulationOptions(policy=policy, workers=2, slots=8, profile=SMALL, clairvoyant=scaled == "clairvoyant")
+    found = simulate(conversations(), options, scaler)
+    lines = list(conversations().requests())
+    assert (found.requests, found.failed) == (3000, 0)
+    assert found.requests_per_s * found.lasted_s == pytest.approx(3000)
+    assert found.output_tokens_per_s * found.lasted_s == pytest.approx(sum(line.output_tokens for line in lines))
+    assert found.lasted_s >= lines[-1].at_s
+    assert found.gpu_hours > 0
+
+
+def test_requests_that_never_fit_fail() -> None:
+    """They count, and are not good."""
+    lines = [TraceRequest(float(number), 30_000 if number % 2 else 100, 10) for number in range(20)]
+    found = simulate(Trace("", lambda: lines), SimulationOptions(profile=SMALL))
+    assert (found.requests, found.failed, found.attainment) == (20, 10, 0.5)
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_the_same_again_gives_the_same(policy: str) -> None:
+    """A seed determines every figure; another seed has others."""
+    options = SimulationOptions(policy=policy, workers=3, profile=SMALL)
+    first = simulate(conversations(1), options)
+    assert first == simulate(conversations(1), options)
+    assert first != simulate(conversations(2), options)
+
+
+def test_the_oracle_finds_what_can_be_found() -> None:
+    """Its hit rate is that of one endless cache, and no policy has a better one."""
+    computed, prompt, held = 0, 0, set[int]()
+    for line in conversations().requests():
+        hits = 0
+        while hits < len(line.blocks) and line.blocks[hits] in held:
+            hits += 1
+        held.update(line.blocks)
+        computed += min(hits * 512, (line.prompt_tokens - 1) // 512 * 512)
+        prompt += line.prompt_tokens
+    rates = {
+        policy: simulate(conversations(), SimulationOptions(policy=policy, workers=3, profile=SMALL)).hit_rate
+        for policy in POLICIES
+    }
+    assert rates["oracle"] == pytest.approx(computed / prompt, rel=0.01)
+    assert max(rates.values()) == rates["oracle"]
+    assert rates["bounded-hashing"] > rates["round-robin"]
+
+
+def waited(trace: Trace) -> Summary:
+    """One engine that runs one request at a time."""
+    return simulate(trace, SimulationOptions(policy="oracle", workers=1, profile=ONE_BY_ONE, hop_s=0.0))
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8])
+def test_waiting_is_that_of_m_d_1(load: float) -> None:
+    """Poisson arrivals, equal service times: load / 2 (1 - load) service times on average (Pollaczek, Khinchine)."""
+    steps = 20
+    rate = load / (steps * 0.01)
+    found = waited(load_trace(f"poisson:requests=100000,rate={rate},prompt=1,output={steps},fixed=1"))
+    assert found.ttft_mean_s - 0.01 == pytest.approx(load / (2 * (1 - load)) * steps * 0.01, rel=0.05)
+
+
+def test_waiting_is_that_of_m_g_1() -> None:
+    """Poisson arrivals, geometric numbers of steps: rate x mean square of service over 2 (1 - load)."""
+    trace = load_trace("poisson:requests=100000,rate=3,prompt=1,output=20")
+    served = [line.output_tokens * 0.01 for line in trace.requests()]
+    mean, square = sum(served) / len(served), sum(one * one for one in served) / len(served)
+    found = waited(trace)
+    assert found.ttft_mean_s - 0.01 == pytest.approx(3 * square / (2 * (1 - 3 * mean)), rel=0.05)
+
+
+def test_a_fixed_fleet_costs_its_time() -> None:
+    """And a clairvoyant one only what has work: never more."""
+    options = SimulationOptions(workers=5, profile=replace(SMALL, gpus=2))
+    fixed = simulate(conversations(), options)
+    assert fixed.gpu_hours == pytest.approx(5 * 2 * fixed.lasted_s / 3600)
+    assert simulate(conversations(), replace(options, clairvoyant=True)).gpu_hours < fixed.gpu_hours
+
+
+def test_a_started_worker_costs_from_the_moment_it_is_asked_for() -> None:
+    """And serves only once it is ready: a request that wakes a fleet from zero waits for its start."""
+    lines = [TraceRequest(100.0, 100, 10)]
+    scaler = LagCount(threshold=1, least=0, most=1, with_running=False)
+    found = simulate(
+        Trace("", lambda: lines), SimulationOptions(workers=0, profile=replace(SMALL, start_s=50.0)), scaler
+    )
+    assert 50 < found.ttft_p50_s < 50 + scaler.interval_s + 1
+    assert found.gpu_hours == pytest.approx(50 / 3600, rel=0.01)
+
+
+def test_objectives_are_both_kept_or_none() -> None:
+    """A request is good if its first token and its others came in time."""
+    good = simulate(conversations(), SimulationOptions(workers=8))
+    assert good.attainment == 1
+    assert good.goodput == pytest.approx(3000 / good.gpu_hours)
+    for objectives in (Objectives(ttft_s=1e-6), Objectives(tpot_s=1e-6)):
+        assert simulate(conversations(), SimulationOptions(workers=8, objectives=objectives)).attainment < 0.02
