@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from scheduling.autoscale import Candidate, drain_order
+
 from .clock import Clock
 from .engines import Engine, EngineProfile
 
@@ -63,9 +65,14 @@ class Fleet:
         """Workers that start or take work."""
         return len(self._members)
 
+    def capacity(self) -> tuple[int, int]:
+        """Workers that take work, and their slots together."""
+        slots = [worker.slots for worker in self._members if worker.ready]
+        return len(slots), sum(slots)
+
     def resize(self, wanted: int, *, at_once: bool = False) -> None:
-        """Start workers, or have those leave that run least; ones that still start go first. ``at_once``: they are
-        ready without a wait, as those are with which a simulation begins."""
+        """Start workers, or have some leave in the order of :func:`scheduling.autoscale.drain_order`. ``at_once``: they
+        are ready without a wait, as those are with which a simulation begins."""
         while len(self._members) < wanted:
             worker = Worker(self._number, self._make_engine(), self._slots, self._clock.now)
             self._number += 1
@@ -77,9 +84,10 @@ class Fleet:
         self.peak = max(self.peak, len(self._members) + len(self._leaving))
         surplus = len(self._members) - wanted
         if surplus > 0:
-            by_use = sorted(self._members, key=lambda worker: (worker.ready, worker.running, -worker.number))
-            for worker in by_use[:surplus]:
-                self.drain(worker)
+            members = {f"{worker.number}": worker for worker in self._members}
+            candidates = (Candidate(name, worker.running, worker.ready) for name, worker in members.items())
+            for name in drain_order(candidates)[:surplus]:
+                self.drain(members[name])
 
     def drain(self, worker: Worker) -> None:
         """Have ``worker`` finish what it runs, and end."""

@@ -11,6 +11,7 @@ from .engines.profile import DEFAULT_PROFILE
 from .fleet import Fleet, Worker
 from .measures import Objectives, Recorder, Summary
 from .policies import POLICIES, PullQueue
+from .pool_figures import PoolFigures
 from .requests import Request, TraceRequest
 from .scaling import FleetLoad, Scaler
 from .tenant_shares import WINDOW_S, TenantShares
@@ -53,7 +54,8 @@ class _Simulation:
         self._clairvoyant = options.clairvoyant
         self._hop_s = options.hop_s
         self._lines: Iterator[TraceRequest] = iter(trace.requests())
-        self._arrived = self._open = self._running = 0
+        self._arrived = self._open = 0
+        self._figures = PoolFigures()
         self._is_over = False
         self._ended_at = 0.0
         self._shares = TenantShares(options.weights)
@@ -82,12 +84,12 @@ class _Simulation:
         """``request`` left its engine's own queue."""
         if request.started_at < 0:
             request.started_at = self._clock.now
-            self._running += 1
+            self._figures.started(request)
             self._shares.started(request)
 
     def finished(self, request: Request) -> None:
         """``request`` has its last token."""
-        self._running -= 1
+        self._figures.finished(request, self._clock.now)
         self._recorder.finished(request, self._clock.now)
         self._shares.finished(request)
         self._ended(request)
@@ -95,6 +97,7 @@ class _Simulation:
     def refused(self, request: Request) -> None:
         """``request`` is longer than the engine's KV cache."""
         self._recorder.failed()
+        self._figures.failed(request)
         self._shares.failed(request)
         self._ended(request)
 
@@ -110,6 +113,7 @@ class _Simulation:
         request = Request(self._arrived, line, self._clock.now)
         self._arrived += 1
         self._open += 1
+        self._figures.arrived(request)
         self._shares.arrived(request)
         self._policy.arrive(request)
         if self._clairvoyant and self._policy.waiting:
@@ -137,8 +141,8 @@ class _Simulation:
     def _scale(self, scaler: Scaler) -> None:
         if self._is_over and not self._open:
             return
-        load = FleetLoad(self._clock.now, self._open - self._running, self._running, len(self._fleet))
-        self._fleet.resize(scaler.wanted(load))
+        pool = self._figures.load(self._clock.now, *self._fleet.capacity())
+        self._fleet.resize(scaler.wanted(FleetLoad(self._clock.now, pool, len(self._fleet))))
         self._clock.at(self._clock.now + scaler.interval_s, self._scale, scaler)
 
     def _close_window(self, _: None) -> None:

@@ -9,15 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from inferq.console import err, print_json
 from inferq.tables import Column, Row, print_table
 from queue_schemas import BadRequest
+from scheduling.autoscale import ScalingRules
 from simulator import Objectives, SimulationOptions, Summary, load_trace, simulate
 from simulator.engines import PROFILES, EngineProfile
 from simulator.plot import draw, load_matplotlib
 from simulator.policies import POLICIES
-from simulator.scaling import LagCount, Scaler
+from simulator.scaling import InferqAutoscaler, LagCount, Scaler
 
 from .simulate_options import EngineModelOptions, PolicyOptions, ReportOptions, TraceOptions
 
-FLEETS = ("fixed", "lag-count", "queue-length", "clairvoyant")
+FLEETS = ("fixed", "inferq", "lag-count", "queue-length", "clairvoyant")
 _COLUMNS = (
     Column("POLICY"),
     Column("FLEET"),
@@ -75,7 +76,7 @@ def run_simulations(
     for case in cases:
         err.print(f"{trace.name}: {case.policy}, {case.shown}", markup=False)
         asked = replace(options, policy=case.policy, workers=case.workers, clairvoyant=case.fleet == "clairvoyant")
-        found.append((case, simulate(trace, asked, _scaler(case.fleet, policies))))
+        found.append((case, simulate(trace, asked, _scaler(case.fleet, policies, options.profile.start_s))))
     if as_json:
         print_json([{"policy": case.policy, "fleet": case.shown, **asdict(one)} for case, one in found])
     else:
@@ -110,9 +111,18 @@ def _check(option: str, given: Sequence[str], known: Sequence[str]) -> None:
             raise BadRequest(f"--{option} {name}: there are {', '.join(known)}")
 
 
-def _scaler(fleet: str, options: PolicyOptions) -> Scaler | None:
+def _scaler(fleet: str, options: PolicyOptions, start_s: float) -> Scaler | None:
     if fleet in ("fixed", "clairvoyant"):
         return None
+    if fleet == "inferq":
+        rules = ScalingRules(
+            min=options.min_workers,
+            max=options.max_workers,
+            target_wait_ms=options.target_wait_ms,
+            worker_slots=options.slots,
+            scale_in_after_ms=options.scale_in_after_s * 1e3,
+        )
+        return InferqAutoscaler(rules, start_s)
     return LagCount(
         threshold=options.lag_threshold,
         least=options.min_workers,

@@ -41,7 +41,7 @@ class PolicyOptions:
     fleet: Annotated[
         list[str] | None,
         typer.Option(
-            help="fixed, lag-count, queue-length or clairvoyant: how its size is decided; repeatable (default: fixed).",
+            help="fixed, inferq, lag-count, queue-length or clairvoyant: its size; repeatable (default: fixed).",
             rich_help_panel=_FLEET,
         ),
     ] = None
@@ -58,6 +58,12 @@ class PolicyOptions:
     lag_threshold: Annotated[
         int, typer.Option(min=1, help="lag-count, queue-length: requests for each worker.", rich_help_panel=_FLEET)
     ] = 10
+    target_wait_ms: Annotated[
+        float, typer.Option(min=0, help="inferq's autoscaler: longest wait to plan for.", rich_help_panel=_FLEET)
+    ] = 2000.0
+    scale_in_after_s: Annotated[
+        float, typer.Option(min=0, help="inferq's autoscaler: fewer workers only after.", rich_help_panel=_FLEET)
+    ] = 60.0
     slots: Annotated[
         int, typer.Option(min=1, help="inferq: requests that a worker runs at once.", rich_help_panel=_FLEET)
     ] = 32

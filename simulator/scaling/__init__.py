@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .inferq import InferqAutoscaler
 from .lag_count import LagCount
 from .port import FleetLoad, Scaler
 
-__all__ = ["FleetLoad", "LagCount", "Scaler"]
+__all__ = ["FleetLoad", "InferqAutoscaler", "LagCount", "Scaler"]

@@ -32,7 +32,8 @@ class LagCount:
 
     def wanted(self, load: FleetLoad) -> int:
         """How many workers there should be."""
-        lag = load.waiting + (load.running if self._with_running else 0)
+        lanes = load.pool.lanes.values()
+        lag = sum(lane.waiting + (lane.leased if self._with_running else 0) for lane in lanes)
         asked = min(max(math.ceil(lag / self._threshold), self._least), self._most)
         recent = self._recent
         recent.append((load.now_s, asked))

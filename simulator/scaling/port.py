@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from scheduling.autoscale import PoolLoad
+
 
 @dataclass(frozen=True, slots=True)
 class FleetLoad:
-    """What a scaler sees. ``waiting`` requests have begun on no engine, ``running`` ones have; ``workers`` start or
-    take work; times are in seconds."""
+    """What a scaler sees: the pool's requests, and ``workers`` that start or take work. Requests wait until an engine
+    begins them."""
 
     now_s: float
-    waiting: int
-    running: int
+    pool: PoolLoad
     workers: int
 
 

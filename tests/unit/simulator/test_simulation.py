@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from scheduling.autoscale import ScalingRules
 from simulator import Objectives, SimulationOptions, Summary, Trace, load_trace, simulate
 from simulator.engines import PROFILES, EngineProfile
 from simulator.policies import POLICIES
 from simulator.requests import TraceRequest
-from simulator.scaling import FleetLoad, LagCount
+from simulator.scaling import FleetLoad, InferqAutoscaler, LagCount
 
 SMALL = replace(PROFILES["h100-llama-3.1-8b"], kv_tokens=20_000, max_seqs=16)
 ONE_BY_ONE = EngineProfile(name="one by one", step_s=0.01, max_seqs=1, kv_tokens=1 << 40)
@@ -31,14 +32,16 @@ class Flapping:
         self._random = random.Random(1)
 
     def wanted(self, load: FleetLoad) -> int:
-        return self._random.randint(0 if not load.waiting else 1, 6)
+        waits = any(lane.waiting for lane in load.pool.lanes.values())
+        return self._random.randint(int(waits), 6)
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
-@pytest.mark.parametrize("scaled", ["fixed", "lag", "flapping", "clairvoyant"])
+@pytest.mark.parametrize("scaled", ["fixed", "inferq", "lag", "flapping", "clairvoyant"])
 def test_every_request_ends_once(policy: str, scaled: str) -> None:
     """With tight caches and fleets that come and go: requests and tokens are those of the trace."""
     scaler = {
+        "inferq": InferqAutoscaler(ScalingRules(min=0, max=8, worker_slots=8), SMALL.start_s),
         "lag": LagCount(threshold=4, least=0, most=8, with_running=True),
         "flapping": Flapping(),
     }.get(scaled)
