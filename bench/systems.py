@@ -172,9 +172,10 @@ _STARTERS: Mapping[str, Callable[[Path, int], contextlib.AbstractAsyncContextMan
 
 @asynccontextmanager
 async def whole_inferq(
-    folder: Path, engine_url: str, *, slots: int = SLOTS, workers: int = 1, router_options: Sequence[str] = ()
+    folder: Path, *engine_urls: str, slots: int = SLOTS, workers: int = 1, router_options: Sequence[str] = ()
 ) -> AsyncIterator[tuple[System, str]]:
-    """Queue, Manager, Router and ``workers`` Workers on one engine; and the queue's URL, for other roles."""
+    """Queue, Manager, Router and ``workers`` Workers, which take the engines in turn; and the queue's URL, for other
+    roles."""
     async with queue_and_manager(folder) as (queue, manager_pid, manager_url), AsyncExitStack() as exits:
         port, router_log = free_port(), folder / "router.log"
         quiet = ("--log-level", "warning")
@@ -184,7 +185,14 @@ async def whole_inferq(
         for number in range(workers):
             name = "worker" if number == 0 else f"worker-{number}"
             pids[name] = await exits.enter_async_context(
-                worker(folder, name, f"http://127.0.0.1:{port}", queue.url, engine_url, slots=slots)
+                worker(
+                    folder,
+                    name,
+                    f"http://127.0.0.1:{port}",
+                    queue.url,
+                    engine_urls[number % len(engine_urls)],
+                    slots=slots,
+                )
             )
         await until_answers(f"http://127.0.0.1:{port}/v1/models", router_log, wanted=f'"{MODEL}"')
         yield System("inferq", port, pids), queue.url
