@@ -18,15 +18,16 @@ local offer, received = tonumber(ARGV[6]), tonumber(ARGV[7])
 local attempt_base, park_ms, region = ARGV[8], tonumber(ARGV[9]), ARGV[10]
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply
+local MANY_QUEUES = 48 -- from here on a worker's entries among the parked stand for half of park_ms
 local claimed_key = P .. 'claimed:' .. session_id
 local now = now_ms()
 
 if is_fenced(session_id) then return { 'fenced' } end
 
-local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked', 'suspect', 'given', 'free')
+local last = call('HMGET', claimed_key, 'seq', 'jobs', 'parked', 'suspect', 'given', 'free', 'stands_until', 'full')
 local given = tonumber(last[5] or 0)
 local on_their_way = math.max(given - received, 0)
-local answer = { 'ok', last[3] and 1 or 0, given, tonumber(last[6] or 0) }
+local answer = { 'ok', last[3] and not last[8] and 1 or 0, given, tonumber(last[6] or 0) }
 wanted = math.max(wanted - on_their_way, 0)
 
 local function add_to_reply(job)
@@ -182,16 +183,21 @@ if #held < wanted and (skipped >= MAX_SKIPPED or given_bytes >= MAX_BYTES) then
   unpark(session_id, last[3])
 elseif #held < wanted then
   free, parked_at = math.max(offer - on_their_way - #held, 0), table.concat(local_keys, ' ')
+  local stands = free > 0 and last[3] == parked_at and tonumber(last[7] or 0) > now
   if last[3] ~= parked_at or free == 0 then unpark(session_id, last[3]) end
-  for _, key in ipairs(local_keys) do
+  for _, key in ipairs(stands and {} or local_keys) do
     call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id)
     if free > 0 then call('ZADD', P .. 'offers:' .. key, int(-free), session_id) end
+  end
+  if not stands and free > 0 and #local_keys >= MANY_QUEUES then
+    call('HSET', claimed_key, 'stands_until', int(now + park_ms / 2))
   end
 else
   unpark(session_id, last[3])
   local woke = false
   for _, key in ipairs(local_keys) do woke = woke or waiting(key) > 0 and wake(key, now) end
 end
+if last[8] then call('HDEL', claimed_key, 'full') end
 answer[2], answer[4] = parked_at and 1 or 0, free
 call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free),
   unpack(parked_at and { 'parked', parked_at } or {}))

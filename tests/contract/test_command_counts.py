@@ -91,6 +91,9 @@ async def test_no_call_runs_more_commands_than_recorded(real_backend: ServerBack
         listener, worker, counter = await Listener(client).open(), await Puller(broker).join(), _Counter(client)
         for number in (1, 1, BATCH):  # the first brings the scripts
             await _replay(broker, counter, worker, listener.router, number)
+        models = [f"model-{number}" for number in range(BATCH)]
+        for _ in range(2):
+            await counter.of(f"park for {BATCH} models", worker.claim(1, models, offer=1))
     finally:
         await broker.close()
         await client.aclose()

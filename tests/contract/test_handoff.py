@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from broker import Broker
-from queue_schemas import Control, ControlKind, Lane, MarkerKind, Outcome, Settled, State
+from queue_schemas import LANES, Control, ControlKind, Lane, MarkerKind, Outcome, Pool, Settled, State
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import MODEL, Puller, answer_frame, live_counts, make_job
 
@@ -247,3 +247,96 @@ async def test_another_process_hands_over_too(connect: Connect) -> None:
     worker = await offering(await connect(), 1)
     await (await connect()).jobs.enqueue(make_job())
     assert len(await worker.handed()) == 1
+
+
+MANY = [f"model-{number}" for number in range(20)]
+"""With three lanes each, more queues than a worker is parked at anew with each claim."""
+
+
+async def of_many_models(broker: Broker, slots: int) -> Puller:
+    """A worker of many models that found nothing and offers all its slots, twice: with the second claim its entries
+    among the parked stand already."""
+    worker = await Puller(broker).join()
+    for _ in range(2):
+        assert await worker.claim(slots, MANY, offer=slots) == []
+    return worker
+
+
+async def parked_at(client: Any, model: str) -> set[str]:
+    """The workers that count as parked for a model, or as offering slots there."""
+    found = [await client.zrange(keys(Pool(model), Lane.INTERACTIVE), 0, -1) for keys in (KEYS.parked, KEYS.offers)]
+    return {worker.decode() for workers in found for worker in workers}
+
+
+async def test_a_worker_of_many_models_offers_anew_at_all_of_them(broker: Broker) -> None:
+    """Whatever model used up its offer, and as often as it likes."""
+    worker = await of_many_models(broker, 2)
+    for round_ in range(3):
+        for model in MANY[round_ : round_ + 2]:
+            await broker.jobs.enqueue(make_job(model=model))
+        assert len(await worker.handed()) == 2
+        await broker.jobs.enqueue(make_job(model=MANY[-1]))
+        assert await worker.handed() == [], "nothing is offered any more"
+        assert len(await worker.claim(1, MANY)) == 1
+        assert await worker.claim(2, MANY, offer=2) == []
+    await broker.jobs.enqueue(make_job(model=MANY[0], body=b"x" * 70_000))
+    assert await worker.control_messages() == [WAKE], "it is idle again"
+
+
+async def test_a_worker_of_many_models_whose_offer_is_used_up_is_not_woken(broker: Broker) -> None:
+    """Another one is, though that parked first."""
+    full, idle = await of_many_models(broker, 1), await Puller(broker).join()
+    assert await idle.claim(1, MANY) == []
+    await broker.jobs.enqueue(make_job(model=MANY[0]))
+    assert len(await full.handed()) == 1
+    for model in MANY[:2]:
+        await broker.jobs.enqueue(make_job(model=model))
+        assert await full.control_messages() == []
+        assert await idle.control_messages() == [WAKE]
+        assert len(await idle.claim(1, MANY)) == 1
+        assert await idle.claim(1, MANY) == []
+
+
+async def test_a_used_up_offer_of_many_models_is_not_answered_as_parked(broker: Broker) -> None:
+    """A repeated claim says so: its worker has to claim again."""
+    worker = await of_many_models(broker, 1)
+    await broker.jobs.enqueue(make_job(model=MANY[0]))
+    again = await broker.workers.claim(
+        0, worker.session_id, worker.seq, 0, 1, [(Pool(model), LANES) for model in MANY], offer=1, received=0
+    )
+    assert (again.parked, again.handed_over, again.offered) == (False, 1, 0)
+
+
+async def test_a_woken_worker_of_many_models_is_parked_everywhere_again(broker: Broker, client: Any) -> None:
+    """Also where the wake took it out."""
+    worker = await of_many_models(broker, 1)
+    await broker.jobs.enqueue(make_job(model=MANY[0], body=b"x" * 70_000))
+    assert await worker.control_messages() == [WAKE]
+    assert len(await worker.claim(2, MANY, offer=2)) == 1
+    for model in MANY:
+        assert await parked_at(client, model) == {worker.session_id}
+    await broker.jobs.enqueue(make_job(model=MANY[0], body=b"x" * 70_000))
+    assert await worker.control_messages() == [WAKE]
+
+
+async def test_a_dead_worker_of_many_models_is_parked_nowhere(broker: Broker, client: Any) -> None:
+    """Whether its offer was used up or not."""
+    worker = await of_many_models(broker, 1)
+    await broker.jobs.enqueue(make_job(model=MANY[0]))
+    await broker.maintenance.reclaim(worker.session_id)
+    for model in MANY:
+        assert await parked_at(client, model) == set()
+
+
+async def test_full_workers_of_many_models_do_not_hide_a_free_one_for_long(broker: Broker) -> None:
+    """Only some of those that offer slots are looked at, the ones with most first: those found full step back."""
+    full = [await of_many_models(broker, 2) for _ in range(20)]
+    for _ in range(40):
+        await broker.jobs.enqueue(make_job(model=MANY[0]))
+    assert [len(await worker.handed()) for worker in full] == [2] * 20
+    free = await of_many_models(broker, 1)
+    await broker.jobs.enqueue(make_job(model=MANY[1]))
+    assert await free.control_messages() == [WAKE]
+    assert len(await free.claim(2, MANY, offer=2)) == 1
+    await broker.jobs.enqueue(make_job(model=MANY[1]))
+    assert len(await free.handed()) == 1

@@ -10,10 +10,11 @@ local takers, takers_at = {}, {}
 -- The worker behind a session that offers slots; false if it does not any more.
 local function taker(session_id)
   if takers[session_id] == nil then
-    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'parked')
+    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'parked', 'stands_until')
     local free = tonumber(claimed[1] or 0)
-    takers[session_id] = free > 0
-      and { id = session_id, free = free, given = tonumber(claimed[2] or 0), parked = claimed[3], keys = {} }
+    takers[session_id] = (free > 0 or claimed[4])
+      and { id = session_id, free = free, given = tonumber(claimed[2] or 0), parked = claimed[3], stands = claimed[4],
+        keys = {} }
   end
   return takers[session_id]
 end
@@ -26,6 +27,8 @@ local function most_free(key)
     local found = taker(session_id)
     if not found then
       gather('ZREM', P .. 'offers:' .. key, session_id)
+    elseif found.free == 0 and #takers_at[key] == MAX_TAKERS then
+      gather('ZADD', P .. 'offers:' .. key, '0', session_id) -- behind those that still offer slots
     elseif found.free > 0 and (not best or found.free > best.free) then
       best = found
     end
@@ -41,7 +44,11 @@ local function hand_over(key, id, envelope, aid, ttl_ms)
     local entry = call('XADD', P .. 'ctl:' .. to.id, 'NOMKSTREAM', '*', 'k', 'job', 'id', id, 'aid', aid, 'left', ttl_ms,
       'env', envelope)
     to.free, to.given, to.keys[key] = entry and to.free - 1 or 0, to.given + (entry and 1 or 0), true
-    if to.free == 0 then unpark(to.id, to.parked) end
+    if to.free == 0 and to.stands then
+      call('HSET', P .. 'claimed:' .. to.id, 'full', '1')
+    elseif to.free == 0 then
+      unpark(to.id, to.parked)
+    end
     if entry then return to.id, entry end
     to = most_free(key)
   end

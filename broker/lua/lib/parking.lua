@@ -1,5 +1,7 @@
 -- Idle workers: parked where they may claim, and woken one at a time; some offer slots there (``handoff``). A worker of a
--- region is parked at each queue key twice, for its region and for all.
+-- region is parked at each queue key twice, for its region and for all. Where a worker serves many queues, its entries
+-- there stand for a while (``stands_until`` in its ``claimed`` hash): a claim does not write them again, and once its offer
+-- is used up it is only marked as ``full``.
 -- uses: records
 
 -- Wakes the worker that parked first at a queue key, unless it is gone. Answers whether there was one.
@@ -7,7 +9,11 @@ local function wake(key, now)
   for _ = 1, 64 do
     local popped = call('ZPOPMIN', P .. 'parked:' .. key)
     if not popped[1] then return false end
-    if tonumber(popped[2]) >= now and call('XADD', P .. 'ctl:' .. popped[1], 'NOMKSTREAM', '*', 'k', 'wake') then
+    local claimed = P .. 'claimed:' .. popped[1]
+    local of = call('HMGET', claimed, 'stands_until', 'full')
+    if of[1] then call('HDEL', claimed, 'stands_until') end
+    if tonumber(popped[2]) >= now and not of[2]
+      and call('XADD', P .. 'ctl:' .. popped[1], 'NOMKSTREAM', '*', 'k', 'wake') then
       if without_region(key) ~= key then call('ZREM', P .. 'parked:' .. without_region(key), popped[1]) end
       return true
     end
@@ -22,5 +28,5 @@ local function unpark(session_id, parked)
     call('ZREM', P .. 'parked:' .. key, session_id)
     call('ZREM', P .. 'offers:' .. key, session_id)
   end
-  call('HDEL', P .. 'claimed:' .. session_id, 'parked')
+  call('HDEL', P .. 'claimed:' .. session_id, 'parked', 'stands_until')
 end
