@@ -79,11 +79,11 @@ def replicas_wanted(load: PoolLoad, rules: ScalingRules, *, start_up_ms: float =
     """How many workers ``load`` calls for within the bounds of ``rules``. ``start_up_ms`` is how long a new worker
     takes until it takes work: with known arrivals it is the queue of that time which counts.
 
-    Of ``n`` slots, each is free again after ``run_ms`` on average, so within the wait ``T`` that is allowed they begin
-    ``n * T / run_ms`` jobs beside those that run: all who wait now have begun by then if
-    ``n >= (waiting + leased) / (1 + T / run_ms)``. By Little's law, arrivals keep ``arrivals * run_ms`` slots busy; where
-    they are unknown, so many as are busy now. A ``run_ms`` that is unknown counts as long: each job wants a slot of its
-    own. Background jobs then want one slot until the oldest has waited too long. Where the oldest interactive job has
+    Of ``n`` slots, each is free again after ``run_ms`` on average, so within the wait ``T`` that is allowed they
+    begin ``n * T / run_ms`` jobs beside those that run: all who wait now have begun by then if ``n >= (waiting +
+    leased) / (1 + T / run_ms)``. By Little's law, arrivals keep ``arrivals * run_ms`` slots busy; where they are
+    unknown, so many as are busy now. A ``run_ms`` that is unknown counts as long: each job wants a slot of its own.
+    Background jobs then want one slot until the oldest has waited too long. Where the oldest interactive job has
     waited too long although all this is met, and no slot is free, one worker more is wanted: some figure is wrong.
     """
     if fault := _fault(load):
@@ -162,8 +162,8 @@ class Decision:
 class Stabilizer:
     """Turns wishes into sizes: up at once, down after a window.
 
-    As the stabilization window of Kubernetes' HPA, it goes down to the most that was wanted in the window. The window is
-    at least as long as a worker takes to start: to keep one for the price of starting it costs at most twice what a
+    As the stabilization window of Kubernetes' HPA, it goes down to the most that was wanted in the window. The window
+    is at least as long as a worker takes to start: to keep one for the price of starting it costs at most twice what a
     clairvoyant would pay (ski rental; A. Gandhi et al., AutoScale, ACM TOCS 30(4), 2012, keep idle servers so).
     Load that changes within the window changes the size once, and what is unknown changes nothing.
     """
