@@ -4,6 +4,7 @@ from .client import Broker
 from .operations.attempts import Undelivered
 from .operations.dead_letters import MAX_DEAD_LETTERS, DeadLetters
 from .operations.durable_replies import ReplyMessage
+from .operations.fleet import RememberedPools
 from .operations.jobs import JobStatus
 from .operations.maintenance import Expired, Reclaimed
 from .operations.persisted_jobs import MAX_PAGE_JOBS
@@ -24,6 +25,7 @@ __all__ = [
     "JobCounts",
     "JobStatus",
     "Reclaimed",
+    "RememberedPools",
     "Renewer",
     "ReplyMessage",
     "ServerFacts",

@@ -28,6 +28,7 @@ from queue_schemas import (
     WorkerList,
     new_session_id,
 )
+from queue_schemas.fleet.messages import AutoscalerAnswer, AutoscalerClaim
 from queue_schemas.fleet.pools import describe_pools
 from telemetry import MetricsRegistry, get_logger
 from telemetry.backoff import Backoff
@@ -235,6 +236,11 @@ class ManagerService:
         if self._reached().shard_of(model) in self._leadership.unreachable_shards:
             raise ManagerUnavailable(f"the part of the queue that holds {model!r} does not answer now", retry_after_s=2)
         raise ModelNotFound(f"no pool of model {model!r} is known: see GET /fabric/v1/pools", param="model")
+
+    async def claim_pool(self, claim: AutoscalerClaim) -> AutoscalerAnswer:
+        """An autoscaler acts for a pool, which is declared by that. Redis decides, so any Manager answers."""
+        call = self._reached().fleet.claim_pool(claim.pool, claim.autoscaler_id, claim.ttl_ms)
+        return AutoscalerAnswer(acting=await call_queue(self.settings.broker_timeout_ms, call))
 
     async def show_metrics(self) -> None:
         """Bring the gauges up to date, for a scrape."""

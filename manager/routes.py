@@ -22,6 +22,7 @@ from queue_schemas import (
     WorkerList,
     check_worker_id,
 )
+from queue_schemas.fleet.messages import AutoscalerAnswer, AutoscalerClaim
 from queue_schemas.ids import check_session_id
 from telemetry import get_logger
 from telemetry.http.access import allow_members
@@ -151,6 +152,14 @@ def _worker_routes(service: ManagerService) -> APIRouter:
     )
     async def check(worker_id: str, session_id: SessionParameter) -> None:
         await service.check(worker_id, check_session_id(session_id))
+
+    @routes.post(
+        "/autoscalers",
+        summary="An autoscaler acts for a pool, or goes on doing so",
+        responses=error_responses(400, 401, 413, 503),
+    )
+    async def claim_pool(claim: AutoscalerClaim) -> AutoscalerAnswer:
+        return await service.claim_pool(claim)
 
     @routes.get("/broker", summary="Where the queue is", responses=error_responses(401, 503))
     async def broker() -> BrokerAddress:

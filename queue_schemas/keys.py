@@ -19,11 +19,17 @@ META = "iq:meta"
 WORKERS = "iq:workers"
 """Hash: worker id -> JSON of the registry's entry, written by the acting Manager."""
 POOLS = "iq:pools"
-"""Hash: ``seen:<model>`` and ``declared:<model>`` -> when a pool was last served and last declared (queue ms)."""
+"""Hash: ``seen:<model>``, ``declared:<model>`` and ``scaled:<model>`` -> when a pool was last served, last declared and
+last claimed by an autoscaler (queue ms)."""
 MANAGER = "iq:manager"
 """Hash: the acting Manager's lease (``holder``, ``term``, ``until`` by the lease's own ``clock``)."""
 SWEEPER = "iq:sweeper"
 """Hash: the same for the one worker that sweeps while no Manager acts."""
+
+
+def autoscaler_key(pool: str) -> str:
+    """Hash: the same for the one autoscaler that acts for a pool. Expires."""
+    return f"{NAMESPACE}:autoscaler:{encode_name(pool)}"
 
 
 def queue_key(pool: str, lane: Lane, region: str = "") -> str:

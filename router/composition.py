@@ -39,6 +39,7 @@ from .fleet.manager_client import HttpManager, RemoteManager
 from .fleet.manager_failover import ManagerRoute
 from .fleet.manager_routes import manager_routes
 from .fleet.model_routes import model_routes
+from .fleet.pool_figures import PoolFigures
 from .fleet.pool_routes import pool_routes
 from .fleet.ray_manager import RayManager
 from .fleet.vllm_routes import vllm_routes
@@ -105,6 +106,7 @@ class RouterServices:
     responses: ResponseService
     streamer: OutputStreamer
     inference: InferenceRoutes
+    pools: PoolFigures
     siblings: SiblingLink | None
 
     def not_ready_reasons(self) -> list[str]:
@@ -119,8 +121,10 @@ class RouterServices:
     async def render_metrics(self) -> tuple[bytes, str]:
         """``/metrics`` of all processes that serve the port."""
         if self.siblings is None:
-            return render_metrics(self.metrics.registry)
-        return render_snapshot(await self.siblings.merged(self.metrics.registry))
+            page, content_type = render_metrics(self.metrics.registry)
+        else:
+            page, content_type = render_snapshot(await self.siblings.merged(self.metrics.registry))
+        return page + await self.pools.render_metrics(), content_type
 
     async def open_requests(self) -> int:
         """The open requests of all processes that serve the port."""
@@ -231,6 +235,7 @@ def build_services(
         inference=InferenceRoutes(
             inference, keys, requests, relay, lifecycle, metrics, max_body_bytes=settings.max_body_bytes
         ),
+        pools=PoolFigures(link, settings.scaling_rules),
         siblings=siblings,
     )
 
@@ -260,7 +265,7 @@ def build_web_app(services: RouterServices) -> FastAPI:
         *_store_routes(services),
         job_routes(services.jobs, services.streamer, gate),
         response_routes(services.responses, services.streamer, gate),
-        pool_routes(link, gate),
+        pool_routes(services.pools, gate),
         dead_letter_routes(link, gate),
         manager_routes(services.manager, gate, metrics.registry, lifecycle),
     ):

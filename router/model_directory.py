@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from queue_schemas import Lane, LaneDepth, ModelNotFound, NoWorker, Pool, PoolDepth, PoolList, WorkerInfo
 from queue_schemas.fleet.model_cards import Card, merged_card
 from queue_schemas.fleet.pools import pool_depth
+from scheduling.autoscale import ScalingRules, load_of, replicas_wanted
 
 OnNoWorker = Literal["queue", "refuse"]
 NO_WORKER_RETRY_S = 5
@@ -26,6 +27,12 @@ class PoolEntry:
     regions: frozenset[str] = frozenset()
     card: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The engine's ``/v1/models`` entry for it."""
+    scaled: bool = False
+    """Whether an autoscaler starts workers for it."""
+
+    def takes_requests(self, on_no_worker: OnNoWorker) -> bool:
+        """Whether a request for it is queued: served or not, unless it would wait for a worker that nobody starts."""
+        return self.workers > 0 or self.scaled or on_no_worker == "queue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +53,16 @@ class Directory:
 
 
 def build_directory(
-    fleet: Iterable[WorkerInfo], remembered: Iterable[Pool], declared: Iterable[str], before: Directory, now_s: int
+    fleet: Iterable[WorkerInfo],
+    remembered: Iterable[Pool],
+    declared: Iterable[str],
+    before: Directory,
+    now_s: int,
+    *,
+    scaled: Collection[Pool] = (),
 ) -> Directory:
-    """The current directory; ``before`` supplies when models were first seen."""
+    """The current directory; ``before`` supplies when models were first seen. Workers of ``scaled`` are started by an
+    autoscaler."""
     workers: dict[str, int] = dict.fromkeys((*declared, *remembered), 0)
     slots = workers.copy()
     regions: dict[str, set[str]] = {}
@@ -72,6 +86,7 @@ def build_directory(
                 known[model].first_seen_s if model in known else now_s,
                 frozenset(regions.get(model, ())),
                 _card(cards.get(model, ()), known.get(model)),
+                model in scaled,
             )
             for model, count in sorted(workers.items())
         }
@@ -91,7 +106,7 @@ def model_object(model: str, entry: PoolEntry, on_no_worker: OnNoWorker = "queue
     shown = {"owned_by": "inferq", **entry.card}
     shown |= {"id": model, "object": "model", "created": entry.first_seen_s}
     if not entry.workers:
-        becomes = "are refused" if on_no_worker == "refuse" else "wait in the queue until one does"
+        becomes = "wait in the queue until one does" if entry.takes_requests(on_no_worker) else "are refused"
         shown["hint"] = f"no worker serves this model now: requests for it {becomes}"
     return shown
 
@@ -102,16 +117,17 @@ def model_list(directory: Directory, on_no_worker: OnNoWorker = "queue") -> dict
     return {"object": "list", "data": [model_object(model, entry, on_no_worker) for model, entry in pools]}
 
 
-def pool_of(model: str, directory: Directory, lanes: Mapping[Lane, LaneDepth]) -> PoolDepth:
-    """Depth, workers and slots of one model's queue."""
+def pool_of(model: str, directory: Directory, lanes: Mapping[Lane, LaneDepth], rules: ScalingRules) -> PoolDepth:
+    """Depth, workers and slots of one model's queue, and the workers that it calls for by ``rules``."""
     entry = directory.pools.get(model)
-    return pool_depth(model, lanes, workers=entry.workers if entry else 0, slots=entry.slots if entry else 0)
+    pool = pool_depth(model, lanes, workers=entry.workers if entry else 0, slots=entry.slots if entry else 0)
+    return pool.model_copy(update={"replicas_wanted": replicas_wanted(load_of(pool), rules).replicas})
 
 
-def pool_list(directory: Directory, depths: Mapping[Pool, Mapping[Lane, LaneDepth]]) -> PoolList:
+def pool_list(directory: Directory, depths: Mapping[Pool, Mapping[Lane, LaneDepth]], rules: ScalingRules) -> PoolList:
     """The queues of all models, including models that only have jobs left."""
     models = sorted({*directory.pools, *depths})
-    return PoolList(pools=[pool_of(model, directory, depths.get(Pool(model), {})) for model in models])
+    return PoolList(pools=[pool_of(model, directory, depths.get(Pool(model), {}), rules) for model in models])
 
 
 def check_model(model: str, directory: Directory, on_no_worker: OnNoWorker) -> None:
@@ -122,7 +138,7 @@ def check_model(model: str, directory: Directory, on_no_worker: OnNoWorker) -> N
         names = ", ".join(known[:_MAX_NAMES_IN_ERROR]) + (", ..." if len(known) > _MAX_NAMES_IN_ERROR else "")
         there_are = f"known are: {names}" if known else "no worker has registered a model yet"
         raise ModelNotFound(f"the model {model!r} does not exist here; {there_are}", param="model")
-    if on_no_worker == "refuse" and not directory.pools[model].workers:
+    if not directory.pools[model].takes_requests(on_no_worker):
         raise NoWorker(
             f"no worker serves {model} now; try again later, or start one",
             param="model",

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import NoReturn, Protocol
 
-from broker import DeadLetters, JobStatus
+from broker import DeadLetters, JobStatus, RememberedPools
 from queue_schemas import (
     BrokerAddress,
     Enqueued,
@@ -91,7 +91,7 @@ class FleetPort(Protocol):
 
     async def acting_manager(self) -> ActingManager: ...
 
-    async def known_pools(self) -> dict[Pool, bool]: ...
+    async def remembered_pools(self) -> RememberedPools: ...
 
     async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None: ...
 

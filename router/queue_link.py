@@ -170,7 +170,7 @@ class QueueLink:
         await self._find_acting_manager(queue)
         try:
             fleet: dict[str, WorkerInfo] = await queue.fleet.load_workers()
-            remembered = await queue.fleet.known_pools()
+            remembered = await queue.fleet.remembered_pools()
         except InferqError as error:
             if error.public != self._stale:
                 log.warning("directory_not_read", error=error.message)
@@ -181,7 +181,12 @@ class QueueLink:
         else:
             self._stale = ""
             self.directory = build_directory(
-                fleet.values(), remembered, self._settings.pools, self.directory, int(time.time())
+                fleet.values(),
+                remembered.known,
+                self._settings.pools,
+                self.directory,
+                int(time.time()),
+                scaled=remembered.scaled,
             )
         self._refreshed_s = time.monotonic()
         done, self._refreshed = self._refreshed, asyncio.Event()

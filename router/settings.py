@@ -11,6 +11,7 @@ from broker import Budgets, Durability
 from openai_api.batch_windows import window_seconds
 from openai_api.paths import known_paths
 from queue_schemas import BadMessage, OnLoss, check_region
+from scheduling.autoscale import MAX_REPLICAS, ScalingRules
 from telemetry import CommaList, HeaderSecret, ManagerUrls, RequestSettings
 from telemetry.http.connections import ConnectionLimits
 
@@ -66,6 +67,20 @@ class RouterSettings(RequestSettings):
     )
     on_no_worker: OnNoWorker = Field(
         "queue", description="A request for a known model that no worker serves: queue it, or refuse it with 503"
+    )
+    autoscale_min: int = Field(0, ge=0, le=MAX_REPLICAS, description="Least workers of a model in replicas_wanted")
+    autoscale_max: int = Field(100, ge=1, le=MAX_REPLICAS, description="Most workers of a model in replicas_wanted")
+    autoscale_target_wait_ms: int = Field(
+        2_000,
+        ge=0,
+        description="Wait of an interactive request that replicas_wanted in /fabric/v1/pools, which KEDA and HPA read, "
+        "aims at",
+    )
+    autoscale_background_wait_ms: int = Field(
+        600_000, ge=0, description="The same for background jobs and lines of batches"
+    )
+    autoscale_worker_slots: int = Field(
+        32, ge=1, le=65_536, description="Slots that replicas_wanted counts for a worker while a model has none"
     )
     default_deadline_ms: int = Field(
         600_000,
@@ -252,6 +267,8 @@ class RouterSettings(RequestSettings):
 
     @model_validator(mode="after")
     def _in_proportion(self) -> Self:
+        if self.autoscale_min > self.autoscale_max:
+            raise ValueError("autoscale_min must not be more than autoscale_max")
         if self.default_deadline_ms > self.max_deadline_ms:
             raise ValueError("default_deadline_ms must not be longer than max_deadline_ms")
         if self.max_body_bytes > self.max_inflight_body_bytes:
@@ -274,6 +291,17 @@ class RouterSettings(RequestSettings):
             min_transfer_bytes_per_s=self.min_transfer_bytes_per_s,
             max_connections=self.max_connections,
             settings_prefix="INFERQ_ROUTER_",
+        )
+
+    @property
+    def scaling_rules(self) -> ScalingRules:
+        """What the workers that a queue calls for are counted by."""
+        return ScalingRules(
+            min=self.autoscale_min,
+            max=self.autoscale_max,
+            target_wait_ms=self.autoscale_target_wait_ms,
+            background_wait_ms=self.autoscale_background_wait_ms,
+            worker_slots=self.autoscale_worker_slots,
         )
 
     @property

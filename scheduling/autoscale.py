@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from queue_schemas import Lane
+from queue_schemas import Lane, PoolDepth
 
 MAX_REPLICAS = 100_000
 _MAX_COUNT = 2**40
@@ -42,6 +42,15 @@ class PoolLoad:
     workers: int = 0
     slots: int = 0
     arrivals_per_s: float | None = None
+
+
+def load_of(pool: PoolDepth) -> PoolLoad:
+    """What a Router or Manager says of a pool, as a load."""
+    lanes = {
+        lane: LaneLoad(waiting=depth.waiting, leased=depth.leased, oldest_age_ms=depth.oldest_age_ms)
+        for lane, depth in pool.lanes.items()
+    }
+    return PoolLoad(lanes, workers=pool.workers, slots=pool.slots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -250,6 +250,9 @@ class PoolDepth(_Message):
     oldest_age_ms: int = 0
     workers: int = Field(default=0, description="workers that take work for it now")
     slots: int = 0
+    replicas_wanted: int | None = Field(
+        default=None, description="workers that its queue calls for now, as Routers count; for KEDA and HPA"
+    )
     lanes: dict[Lane, LaneDepth] = Field(default_factory=dict)
 
 
@@ -257,6 +260,20 @@ class PoolList(_Message):
     """``GET /fabric/v1/pools``: the depth of every pool's queue."""
 
     pools: list[PoolDepth]
+
+
+class AutoscalerClaim(_Message):
+    """``POST /fabric/v1/autoscalers``: an autoscaler acts for a pool, or goes on doing so."""
+
+    pool: _Model
+    autoscaler_id: _Run
+    ttl_ms: int = Field(ge=0, le=600_000, description="how long the claim lasts unless it is made again; 0 gives it up")
+
+
+class AutoscalerAnswer(_Message):
+    """Whether it acts: one autoscaler does at a time."""
+
+    acting: bool
 
 
 class DeadLetter(_Message):

@@ -24,6 +24,7 @@ from queue_schemas import (
     WorkerList,
     check_worker_id,
 )
+from queue_schemas.fleet.messages import AutoscalerAnswer, AutoscalerClaim
 from queue_schemas.ids import check_session_id
 from telemetry import MetricsRegistry, get_logger
 from telemetry.http.access import Access
@@ -130,6 +131,16 @@ def manager_routes(
     async def deregister(worker_id: str, request: Request) -> Response:
         return await forward(request, f"{_WORKERS}/{check_worker_id(worker_id)}")
 
+    @routes.post(
+        f"{FABRIC_PREFIX}/autoscalers",
+        summary="An autoscaler acts for a pool",
+        response_model=AutoscalerAnswer,
+        responses=error_responses(400, 401, 413, 503),
+        openapi_extra=body_schema(AutoscalerClaim),
+    )
+    async def claim_pool(request: Request) -> Response:
+        return await forward(request, f"{FABRIC_PREFIX}/autoscalers")
+
     @routes.get(
         f"{FABRIC_PREFIX}/broker",
         summary="Where the queue is",
@@ -178,6 +189,6 @@ async def _forward(manager: ManagerPort, request: Request, path: str) -> Respons
     answer = await manager.forward(
         FabricCall(request.method, path, request.url.query, token, body, request.state.request_id)
     )
-    if request.method != "GET" and not path.endswith("/heartbeat"):
+    if request.method != "GET" and not path.endswith(("/heartbeat", "/autoscalers")):
         log.info("forwarded_to_manager", method=request.method, path=path, status=answer.status)
     return Response(answer.body, answer.status, headers=dict(answer.headers))

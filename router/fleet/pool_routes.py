@@ -9,14 +9,11 @@ from telemetry.http.access import Access
 from telemetry.http.error_answers import error_responses
 
 from ..http.access import Gate
-from ..model_directory import check_model, pool_list, pool_of
-from ..queue_link import QueueLink
-from .recent_depths import RecentDepths
+from .pool_figures import PoolFigures
 
 
-def pool_routes(link: QueueLink, gate: Gate) -> APIRouter:
+def pool_routes(figures: PoolFigures, gate: Gate) -> APIRouter:
     """Shows all pools, or one."""
-    recent = RecentDepths(link)
     routes = APIRouter(tags=["fabric"], dependencies=[gate.allow(Access.CLIENT_OR_MEMBER)])
 
     @routes.get(
@@ -25,7 +22,7 @@ def pool_routes(link: QueueLink, gate: Gate) -> APIRouter:
         responses=error_responses(401, 503),
     )
     async def pools() -> PoolList:
-        return pool_list(link.directory, await recent.get())
+        return await figures.pools()
 
     @routes.get(
         f"{FABRIC_PREFIX}/pools/{{model:path}}",
@@ -33,10 +30,6 @@ def pool_routes(link: QueueLink, gate: Gate) -> APIRouter:
         responses=error_responses(401, 404, 503),
     )
     async def pool(model: str) -> PoolDepth:
-        depths = await recent.get()
-        known = {pool: lanes for pool, lanes in depths.items() if pool == model}
-        if not known and model not in link.directory.pools:
-            check_model(model, await link.fresh_directory(), "queue")
-        return pool_of(model, link.directory, next(iter(known.values()), {}))
+        return await figures.pool(model)
 
     return routes

@@ -25,7 +25,7 @@ class JobBuilder:
     def knows(self, model: Pool) -> bool:
         """Whether a job for ``model`` can be queued without looking for who serves it."""
         entry = self._link.directory.pools.get(model)
-        return entry is not None and (entry.workers > 0 or self._settings.on_no_worker == "queue")
+        return entry is not None and (entry.workers > 0 or entry.takes_requests(self._settings.on_no_worker))
 
     async def find(self, model: Pool) -> None:
         """Raise ``ModelNotFound``, ``NoWorker`` or ``BrokerUnavailable`` if a job for ``model`` cannot be queued."""

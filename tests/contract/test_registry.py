@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from broker import Broker
+from broker import Broker, RememberedPools
+from broker.operations.fleet import POOL_MEMORY_MS
 from queue_schemas import Assignment, EngineState, WorkerInfo, new_session_id
 from queue_schemas.fleet.acting_manager import ActingManager
-from queue_schemas.keys import MANAGER, POOLS, WORKERS
+from queue_schemas.keys import MANAGER, POOLS, WORKERS, autoscaler_key
+from tests.support.waiting import eventually
 
 
 def info(worker_id: str, **fields: Any) -> WorkerInfo:
@@ -111,6 +113,30 @@ async def test_pools_not_seen_for_a_day_are_forgotten(broker: Broker, client: An
     await client.hset(POOLS, mapping={"seen:old": 0, "declared:older": 0})
     assert await broker.fleet.known_pools() == {"declared": True}
     assert await client.hkeys(POOLS) == [b"declared:declared"]
+
+
+async def test_one_autoscaler_acts_for_a_pool(broker: Broker, client: Any) -> None:
+    """Another gets it when the first gives it up; pools do not disturb each other. The pool is declared by that."""
+    assert await broker.fleet.claim_pool("m", "a", 60_000)
+    assert await broker.fleet.claim_pool("m", "a", 60_000)
+    assert not await broker.fleet.claim_pool("m", "b", 60_000)
+    assert await broker.fleet.claim_pool("n", "b", 60_000)
+    assert await broker.fleet.remembered_pools() == RememberedPools({"m": True, "n": True}, frozenset({"m", "n"}))
+    assert not await broker.fleet.claim_pool("m", "b", 0)
+    assert "m" in (await broker.fleet.remembered_pools()).scaled, "another's claim is not b's to give up"
+    assert not await broker.fleet.claim_pool("m", "a", 0)
+    assert await broker.fleet.remembered_pools() == RememberedPools({"m": True, "n": True}, frozenset({"n"}))
+    assert await broker.fleet.claim_pool("m", "b", 60_000)
+    assert 0 < await client.pttl(autoscaler_key("m")) <= POOL_MEMORY_MS
+
+
+async def test_an_autoscaler_that_is_gone_is_responsible_for_a_minute(broker: Broker, client: Any) -> None:
+    """Its claim lapses, and so does what it promised; the pool stays declared for a day."""
+    assert await broker.fleet.claim_pool("m", "a", 1)
+    await eventually(lambda: broker.fleet.claim_pool("m", "b", 60_000), "the claim lapses")
+    await client.hset(POOLS, "scaled:m", 0)
+    assert await broker.fleet.remembered_pools() == RememberedPools({"m": True})
+    assert await client.hkeys(POOLS) == [b"declared:m"]
 
 
 async def test_being_served_does_not_end_a_declaration(broker: Broker, client: Any) -> None:

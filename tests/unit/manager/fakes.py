@@ -42,6 +42,7 @@ class FakeQueue:
     reclaimed: list[SessionId] = field(default_factory=list)
     workers: dict[str, WorkerInfo] = field(default_factory=dict)
     remembered: dict[Pool, bool] = field(default_factory=dict)
+    autoscalers: dict[str, str] = field(default_factory=dict)
     waiting: dict[Pool, dict[Lane, LaneDepth]] = field(default_factory=dict)
     counts: JobCounts = field(default_factory=JobCounts)
     holder: str = ""
@@ -143,6 +144,12 @@ class FakeQueue:
         self._trip()
         for model in map(Pool, models):
             self.remembered[model] = declared or self.remembered.get(model, False)
+
+    async def claim_pool(self, pool: str, autoscaler_id: str, ttl_ms: int) -> bool:
+        self._trip()
+        holder = self.autoscalers.setdefault(pool, autoscaler_id) if ttl_ms else self.autoscalers.pop(pool, "")
+        self.remembered[Pool(pool)] = True
+        return bool(ttl_ms) and holder == autoscaler_id
 
     async def known_pools(self) -> dict[Pool, bool]:
         self._trip()

@@ -51,6 +51,17 @@ async def test_the_life_of_a_worker(client: httpx.AsyncClient) -> None:
     assert (gone.status_code, gone.json()["error"]["code"]) == (410, "unknown_worker")
 
 
+async def test_one_autoscaler_claims_a_pool(client: httpx.AsyncClient) -> None:
+    """The other is told that it does not act; a claim declares the pool. What is no claim is refused."""
+    claim = {"pool": "org/new", "autoscaler_id": "auto.0000000000000001", "ttl_ms": 5_000}
+    assert (await client.post("/fabric/v1/autoscalers", json=claim)).json() == {"acting": True}
+    other = claim | {"autoscaler_id": "auto.0000000000000002"}
+    assert (await client.post("/fabric/v1/autoscalers", json=other)).json() == {"acting": False}
+    assert (await client.get("/fabric/v1/pools/org/new")).json()["workers"] == 0
+    for wrong in ({"ttl_ms": -1}, {"ttl_ms": 2**60}, {"autoscaler_id": "x y"}, {"pool": ""}):
+        assert (await client.post("/fabric/v1/autoscalers", json=claim | wrong)).status_code == 400
+
+
 async def test_a_live_id_is_409(client: httpx.AsyncClient, queue: FakeQueue) -> None:
     """A second session id of an id whose worker answers pings gets worker_id_taken."""
     queue.answers_pings.add(ONE)
@@ -72,6 +83,7 @@ async def test_without_the_join_token_nothing_of_the_fleet_is_shown(
         ("POST", "/fabric/v1/workers/w/drain"),
         ("DELETE", f"/fabric/v1/workers/w?session_id={ONE}"),
         ("GET", "/fabric/v1/broker"),
+        ("POST", "/fabric/v1/autoscalers"),
         ("GET", "/fabric/v1/pools"),
         ("GET", "/fabric/v1/pools/org/m"),
     ):

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from broker import JobStatus
+from broker import JobStatus, RememberedPools
 from queue_schemas import (
     END,
     HEAD,
@@ -70,6 +70,7 @@ class FakeQueue:
         self.round_trips = 0
         self.workers = {"w1": worker(*models)} if models else {}
         self.pools: dict[Pool, bool] = {}
+        self.scaled: frozenset[Pool] = frozenset()
         self.enqueued: asyncio.Queue[Job] = asyncio.Queue()
         self.cancelled: asyncio.Queue[tuple[JobId, str]] = asyncio.Queue()
         self.resumed: asyncio.Queue[tuple[Job, int]] = asyncio.Queue()
@@ -200,8 +201,8 @@ class FakeQueue:
             raise BrokerUnavailable("Redis is away")
         return self.workers
 
-    async def known_pools(self) -> dict[Pool, bool]:
-        return self.pools
+    async def remembered_pools(self) -> RememberedPools:
+        return RememberedPools(self.pools, self.scaled)
 
     async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
         self.pools |= {Pool(model): declared for model in models}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from queue_schemas import EngineState, Lane, LaneDepth, Pool, WorkerState
-from router.model_directory import Directory, build_directory, model_list, pool_list
+from router.model_directory import Directory, build_directory, check_model, model_list, pool_list
+from scheduling.autoscale import ScalingRules
 from tests.unit.router.fakes import worker
+
+RULES = ScalingRules(max=9, worker_slots=4)
 
 
 def test_models_are_the_union_of_fleet_declared_and_remembered() -> None:
@@ -31,7 +34,7 @@ def test_the_first_seen_date_of_a_model_stays() -> None:
 def test_a_pool_without_a_model_still_shows_its_jobs() -> None:
     """Jobs of a forgotten model are counted, and sums agree with the lanes."""
     lanes = {Lane.BATCH: LaneDepth(waiting=3, oldest_age_ms=9), Lane.INTERACTIVE: LaneDepth(waiting=1, leased=2)}
-    pools = pool_list(build_directory([worker("m")], [], [], Directory(), 1), {Pool("old"): lanes}).pools
+    pools = pool_list(build_directory([worker("m")], [], [], Directory(), 1), {Pool("old"): lanes}, RULES).pools
     assert [pool.model for pool in pools] == ["m", "old"]
     assert (pools[1].waiting, pools[1].leased, pools[1].outstanding, pools[1].oldest_age_ms) == (4, 2, 6, 9)
     assert (pools[0].workers, pools[0].slots, pools[0].lanes[Lane.BATCH].waiting) == (1, 4, 0)
@@ -73,3 +76,23 @@ def test_served_models_are_listed_first() -> None:
     assert ["hint" in one for one in listed] == [False, False, True, True]  # type: ignore[attr-defined]
     assert "wait in the queue" in listed[2]["hint"]  # type: ignore[index]
     assert "are refused" in model_list(directory, "refuse")["data"][2]["hint"]  # type: ignore[index]
+
+
+def test_a_pool_says_how_many_workers_its_queue_calls_for() -> None:
+    """Of every model, also of one that has no worker: that is what KEDA wakes it by."""
+    lanes = {Lane.INTERACTIVE: LaneDepth(waiting=9, leased=1), Lane.BATCH: LaneDepth(waiting=300)}
+    directory = build_directory([worker("busy", slots=2)], [], ["cold"], Directory(), 1)
+    depths = {Pool("cold"): {Lane.BATCH: LaneDepth(waiting=1)}, Pool("busy"): lanes}
+    wanted = {pool.model: pool.replicas_wanted for pool in pool_list(directory, depths, RULES).pools}
+    assert wanted == {"busy": 6, "cold": 1}
+    absurd = {Pool("busy"): {Lane.INTERACTIVE: LaneDepth(waiting=-1)}}
+    assert pool_list(directory, absurd, RULES).pools[0].replicas_wanted is None
+
+
+def test_a_model_with_an_autoscaler_is_not_refused() -> None:
+    """Though no worker serves it and ``on_no_worker`` is ``refuse``: a request is what starts one."""
+    directory = build_directory([], [Pool("scaled"), Pool("left")], [], Directory(), 1, scaled={Pool("scaled")})
+    check_model("scaled", directory, "refuse")
+    hints = {str(one["id"]): str(one["hint"]) for one in model_list(directory, "refuse")["data"]}  # type: ignore[attr-defined]
+    assert "are refused" in hints["left"]
+    assert "wait in the queue" in hints["scaled"]
