@@ -9,7 +9,8 @@ import asyncio
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import nan
 from typing import cast
 
 from broker import Broker, BrokerSettings
@@ -23,6 +24,7 @@ from queue_schemas import (
     new_session_id,
 )
 from queue_schemas.addresses import is_loopback
+from scheduling.slots import EngineLoad
 from telemetry import (
     MetricsRegistry,
     TelemetrySettings,
@@ -167,16 +169,38 @@ class Worker:
             self.registry.watch_round_trips(lambda: broker.round_trips)
         return self._broker
 
+    @property
+    def _load(self) -> EngineLoad | None:
+        return self._session.slot_limit.load
+
     def _watch(self) -> None:
         slots = self.registry.gauge("inferq_slots", "Jobs that can run at once, and that do", ("state",))
-        slots.labels("total").set_function(lambda: self.settings.slots)
+        slots.labels("total").set_function(lambda: self._session.slots.total)
         slots.labels("busy").set_function(lambda: self._session.slots.busy)
+        requests = self.registry.gauge(
+            "inferq_engine_requests",
+            "Requests in the engine, by its own metrics; NaN: it tells none",
+            ("state",),
+        )
+        requests.labels("running").set_function(lambda: _figure(self._load, lambda load: load.running))
+        requests.labels("waiting").set_function(lambda: _figure(self._load, lambda load: load.waiting))
+        kv_usage = self.registry.gauge("inferq_engine_kv_usage_ratio", "Share of the engine's KV cache in use, 0 to 1")
+        kv_usage.set_function(lambda: _figure(self._load, lambda load: load.kv_usage))
+        preemptions = self.registry.gauge(
+            "inferq_engine_preemptions", "Requests that the engine preempted since it started"
+        )
+        preemptions.set_function(lambda: _figure(self._load, lambda load: load.preemptions))
         ready = self.registry.gauge("inferq_engine_ready", "1 while the engine takes calls")
         ready.set_function(lambda: self._engine.state is EngineState.READY)
         failures = self.registry.gauge(
             "inferq_engine_failures_in_a_row", "Failures of the engine without a while of being well between"
         )
         failures.set_function(lambda: self._engine.failures)
+
+
+def _figure(load: EngineLoad | None, figure: Callable[[EngineLoad], float | None]) -> float:
+    value = None if load is None else figure(load)
+    return nan if value is None else value
 
 
 def _advertised(settings: WorkerSettings, listener: socket.socket) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from broker import Broker
 from queue_schemas import Assignment, EngineState, Fenced, InferqError, Lease, SessionId, WorkerStatus, shard_of_job
+from scheduling.slots import SlotBounds
 from telemetry import get_logger
 
 from .attempts import Attempts, StreamTimeouts
@@ -21,6 +22,7 @@ from .lease_renewals import RENEWALS_PER_LEASE, LeaseRenewals
 from .membership import Membership
 from .peers import Peers
 from .shard_consumer import ShardConsumer
+from .slot_limit import SlotLimit
 
 SWEEP_S = 0.25
 LEAVE_TIMEOUT_S = 5.0
@@ -37,6 +39,13 @@ class WorkerSession:
         settings = context.settings
         self.session_id = session_id
         self.slots = Slots(settings.slots)
+        self.slot_limit = SlotLimit(
+            context.engine,
+            self.slots,
+            SlotBounds(settings.slots, settings.max_slots or settings.slots),
+            settings.engine_load_interval_ms / 1000,
+            self._limit_changed,
+        )
         self.broker_ok = False
         self._context = context
         self._membership = Membership(
@@ -80,7 +89,7 @@ class WorkerSession:
             session_id=self.session_id,
             models=list(engine.models),
             cards=dict(engine.cards),
-            slots=self._context.settings.slots,
+            slots=self.slots.total,
             running=self.slots.busy,
             engine=engine.state,
             engine_detail=engine.detail[:2_000],
@@ -136,6 +145,7 @@ class WorkerSession:
             self._renewing = group.create_task(renewals.run(), name="lease renewals")
             group.create_task(self._watch_engine(attempts, lease_s), name="engine's progress")
             group.create_task(self._sweep(attempts), name="sweep")
+            group.create_task(self.slot_limit.run(), name="slot limit")
             sweeper = FallbackSweeper(broker, self.session_id, self._context.metrics, lease_s)
             group.create_task(sweeper.run(), name="fallback sweeper")
             self._consumers = [
@@ -245,6 +255,10 @@ class WorkerSession:
             self.slots.retry_after(shard, asyncio.get_running_loop().time(), wait_s)
             self._consumers[shard].reschedule()
         self._reconsider()
+
+    def _limit_changed(self) -> None:
+        self._reconsider()
+        self._membership.notify()
 
     def _reconsider(self) -> None:
         for consumer in self._consumers:

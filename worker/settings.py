@@ -100,7 +100,24 @@ class WorkerSettings(RoleSettings):
     )
     engine_log_dir: Path = Field(Path(".inferq/logs"), description="folder for the engine's output")
 
-    slots: int = Field(32, ge=1, le=65_536, description="most jobs that run at once")
+    slots: int = Field(
+        32,
+        ge=1,
+        le=65_536,
+        description="jobs that run at once; fewer while the engine's metrics show that requests wait inside it",
+    )
+    max_slots: int = Field(
+        0,
+        ge=0,
+        le=65_536,
+        description="most jobs that run at once when the engine's metrics show room for more than slots; 0: slots",
+    )
+    engine_load_interval_ms: int = Field(
+        1_000,
+        ge=0,
+        le=60_000,
+        description="how often the load in a busy engine's metrics is read to adapt the slots; 0: never",
+    )
     max_answer_bytes: int = Field(64 << 20, ge=1, le=_MAX_BYTES, description="largest answer of an engine, in bytes")
     flush_interval_ms: float = Field(
         4.0,
@@ -120,6 +137,8 @@ class WorkerSettings(RoleSettings):
         kind = self.engine_kind
         if kind == "url" and not self.engine_url.startswith(("http://", "https://")):
             raise ValueError("--engine-url must be the http:// or https:// address of an OpenAI-compatible server")
+        if 0 < self.max_slots < self.slots:
+            raise ValueError("--max-slots must be 0 or at least --slots")
         if kind == "vllm" and not self.model:
             raise ValueError("say what to serve: --model MODEL (vLLM), --engine-url URL, or --engine sim")
         if not self.manager_urls:

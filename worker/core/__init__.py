@@ -2,6 +2,7 @@
 
 from .completeness import is_complete, is_readable
 from .continuation import Continuation
+from .engine_load import read_load
 from .engine_progress import EngineProgress
 from .fallback import FallbackWatch
 from .frames import FrameCutter
@@ -28,4 +29,5 @@ __all__ = [
     "judge_failure",
     "judge_server_error",
     "may_buffer",
+    "read_load",
 ]

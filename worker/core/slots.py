@@ -10,6 +10,8 @@ Rules:
 * A worker that serves one shard offers all its free slots with a claim. While it is parked, jobs are handed to it in
   these, without a claim: they stay reserved. When they are used up it is parked no more; it claims, and offers anew,
   once more slots have become free than it still offers.
+* ``total`` may change at any time. Jobs above a lowered one run on, and what was offered stays reserved until a smaller
+  offer takes its place: the worker claims for that at once.
 * A parked worker must be able to run a job. One that no longer can (drain, engine down, another assignment, slots
   taken by another shard) claims zero jobs, which unparks it and passes a wake on.
 """
@@ -83,7 +85,14 @@ class Slots:
 
     @property
     def free(self) -> int:
+        """Below 0 where more are in use than there are now."""
         return self.total - self.busy - sum(state.reserved for state in self._shards.values())
+
+    @property
+    def all_in_use(self) -> bool:
+        """Whether every slot is busy, or asked for by a claim that is under way; slots on offer are not in use."""
+        asked = sum(state.reserved for state in self._shards.values() if state.parked_for is None)
+        return self.busy + asked >= self.total
 
     def assign(self, assignment: Assignment, *, registered: bool = False) -> bool:
         """Follow ``assignment`` unless it is older than the one in force; whether it was followed.
@@ -181,13 +190,16 @@ class Slots:
             return 0, state.parked_for
         if not serves or not self._due(state, now):
             return None
-        if self._available(state):
+        if self._available(state) > 0:
             return self._share(state, now), serves
-        return (0, serves) if state.woken else None
+        must_unpark = state.parked_for is not None and self.free < 0 < state.reserved
+        return (0, serves) if state.woken or must_unpark else None
 
     def _due(self, state: _Shard, now: float) -> bool:
         if state.parked_for is None or state.woken or now >= state.claim_again_at:
             return True
+        if self.free < 0:  # fewer slots than are offered
+            return state.reserved > 0
         # More slots than are offered have become free; or another shard needs them.
         return state.reserved <= self.free if self._serves_one_shard else state.reserved > 0
 

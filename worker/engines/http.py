@@ -19,8 +19,10 @@ from queue_schemas.fleet.messages import MAX_MODELS
 from queue_schemas.fleet.model_cards import Card, bounded_cards
 from queue_schemas.headers import retry_after_s
 from queue_schemas.ids import check_name
+from scheduling.slots import EngineLoad
 from telemetry import get_logger
 
+from ..core import read_load
 from .connection import ConnectionPool, EngineConnection
 from .port import EngineAnswer, EngineCall
 from .step_reader import StepReader
@@ -37,6 +39,8 @@ HEADERS_REFUSED = frozenset({400, 422, 431})
 _MISSES_ALLOWED = 3
 """Health checks in a row that a busy engine may leave unanswered."""
 _MAX_PAGE_BYTES = 16 << 20
+MAX_LOAD_PAGE_BYTES = 2 << 20
+"""vLLM's metrics page has about 100 kB. Its load is read every second."""
 _UNSAFE = re.compile(r"[^\x21-\x7e]")
 """What must not stand in a request line or a header: it would begin another line."""
 _PROGRESS = re.compile(
@@ -104,6 +108,20 @@ class HttpEngine:
         shown = _PROGRESS.findall(metrics)
         return zlib.crc32(b"\n".join(shown)) if shown else self._answered
 
+    async def load(self) -> EngineLoad | None:
+        """The load that ``/metrics`` tells. A server that has told none yet is not asked while it works: it may serve
+        one request at a time, and even end a stream for this one."""
+        if self._known.calls and not self._known.tells_load:
+            return None
+        try:
+            async with asyncio.timeout(PROGRESS_LIMIT_S):
+                status, page = await self._get("/metrics", MAX_LOAD_PAGE_BYTES)
+        except (TimeoutError, EngineFailed):
+            return None
+        load = read_load(page) if status == 200 and len(page) <= MAX_LOAD_PAGE_BYTES else None
+        self._known.tells_load |= load is not None
+        return load
+
     async def stop(self, limit_s: float) -> None:
         """Close the connections: the engine itself is not ours to end."""
         self._pool.close()
@@ -152,7 +170,9 @@ class HttpEngine:
                 self._away(f"{self.base_url} is not well, or lists no models")
                 return
             if self.state is not EngineState.READY:
-                self._known.takes_optional = None  # it may be another server now
+                # It may be another server now.
+                self._known.takes_optional, self._known.tells_load = None, False
+                await self.load()
                 log.info("engine_ready", url=str(self.base_url), models=models)
             self.state, self.detail, self.models = EngineState.READY, "", models
 
@@ -170,22 +190,24 @@ class HttpEngine:
             log.warning("engine_unreachable", url=str(self.base_url), detail=detail)
         self.state, self.detail = EngineState.FAILED, detail
 
-    async def _get(self, path: str) -> tuple[int, bytes]:
-        """Status and body of a page."""
+    async def _get(self, path: str, limit_bytes: int = _MAX_PAGE_BYTES) -> tuple[int, bytes]:
+        """Status and body of a page; of one that is larger than the limit, more than so many bytes of it."""
         request = f"GET {self._prefix}{path} HTTP/1.1\r\n{self._always}\r\n".encode("latin-1")
         async with asyncio.timeout(CHECK_LIMIT_S), _Call(self._pool, request, _Known()) as answer:
-            return answer.status, await answer.read(_MAX_PAGE_BYTES)
+            return answer.status, await answer.read(limit_bytes)
 
 
 class _Known:
     """What is known of an engine. ``calls``: under way now. ``takes_optional``: whether it takes headers that serve
-    observers only, ``x-request-id`` and ``traceparent``; None until it answered a request that had some."""
+    observers only, ``x-request-id`` and ``traceparent``; None until it answered a request that had some.
+    ``tells_load``: whether its metrics have told its load."""
 
-    __slots__ = ("calls", "takes_optional")
+    __slots__ = ("calls", "takes_optional", "tells_load")
 
     def __init__(self) -> None:
         self.calls = 0
         self.takes_optional: bool | None = None
+        self.tells_load = False
 
 
 class _Call:

@@ -14,6 +14,7 @@ from typing import Protocol
 from queue_schemas import EngineFailed, EngineState
 from queue_schemas.fleet.model_cards import Card
 from queue_schemas.records import record
+from scheduling.slots import EngineLoad
 
 from .step_reader import StepReader
 
@@ -136,6 +137,10 @@ class Engine(Protocol):
 
     async def progress(self) -> int | None:
         """A number that changes whenever the engine produced output; None if it did not answer within 2 s."""
+        ...
+
+    async def load(self) -> EngineLoad | None:
+        """What it says of its load now; None if it says nothing that can be believed within 2 s."""
         ...
 
     async def stop(self, limit_s: float) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from queue_schemas import EngineFailed, EngineState
 from queue_schemas.fleet.model_cards import Card
+from scheduling.slots import EngineLoad
 from telemetry import get_logger
 from telemetry.backoff import Backoff
 from telemetry.environment import foreign_environment, free_port
@@ -134,6 +135,9 @@ class ProcessEngine:
     async def progress(self) -> int | None:
         return await self._http.progress() if self.state is EngineState.READY else None
 
+    async def load(self) -> EngineLoad | None:
+        return await self._http.load() if self.state is EngineState.READY else None
+
     async def stop(self, limit_s: float) -> None:
         """SIGTERM to the process, SIGKILL to its whole group when the limit is over."""
         await self._end(limit_s)
@@ -202,6 +206,7 @@ class ProcessEngine:
             async with asyncio.timeout(self._ready_timeout_s):
                 await self._until_up()
                 models = await self._http.list_models()
+                await self._http.load()  # before it has work: whether it tells any
         except TimeoutError as error:
             raise EngineFailed(
                 f"{self.name} was not ready within {self._ready_timeout_s:.0f} s{self._last_output()}"

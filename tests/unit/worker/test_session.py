@@ -80,6 +80,9 @@ class IdleEngine:
     async def progress(self) -> int | None:
         return 0
 
+    async def load(self) -> None:
+        return None
+
 
 class SurprisingBroker:
     """Each kind of call fails once with an error nobody foresaw; ``fenced`` is the call that says it is all over."""

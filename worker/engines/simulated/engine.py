@@ -11,8 +11,10 @@ import orjson
 
 from queue_schemas import EngineFailed, EngineState
 from queue_schemas.fleet.model_cards import Card, bounded_cards
+from scheduling.slots import EngineLoad
 from telemetry.backoff import Backoff
 
+from ...core import read_load
 from ..port import EngineAnswer, EngineCall, EngineGone
 from ..step_reader import StepReader
 from .api import wire
@@ -77,6 +79,10 @@ class SimulatedEngine:
     async def progress(self) -> int | None:
         """What the engine got done so far."""
         return self.simulation.output if self.state is EngineState.READY else None
+
+    async def load(self) -> EngineLoad | None:
+        """What its metrics say."""
+        return read_load(self.simulation.metrics()) if self.state is EngineState.READY else None
 
     async def stop(self, limit_s: float) -> None:
         """End it: every call that still runs fails."""

@@ -36,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-lockstep", action="store_true", help="streams do not get their tokens in one step")
     parser.add_argument("--block-tokens", type=int, default=default.block_tokens, help="of a prefix cache block")
     parser.add_argument("--prefix-cache-blocks", type=int, default=default.prefix_cache_blocks, help="0: no cache")
+    parser.add_argument(
+        "--kv-cache-tokens", type=int, default=default.kv_cache_tokens, help="of running requests; 0: no bound"
+    )
     parser.add_argument("--embedding-dimensions", type=int, default=default.embedding_dimensions)
     parser.add_argument("--nondeterministic", action="store_true", help="words are drawn anew for each request")
     parser.add_argument("--template-trims", action="store_true", help="the chat template strips what is to go on")
@@ -68,6 +71,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[str, int, Simulatio
             lockstep=not options.no_lockstep,
             block_tokens=options.block_tokens,
             prefix_cache_blocks=options.prefix_cache_blocks,
+            kv_cache_tokens=options.kv_cache_tokens,
             embedding_dimensions=options.embedding_dimensions,
             start_ms=None if options.never_ready else options.start_ms,
             nondeterministic=options.nondeterministic,

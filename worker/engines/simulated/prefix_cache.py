@@ -21,11 +21,6 @@ class PrefixCache:
         self.queried_tokens = 0
         self.hit_tokens = 0
 
-    @property
-    def usage(self) -> float:
-        """The share of blocks in use, 0 to 1."""
-        return len(self._blocks) / self._capacity if self._capacity else 0.0
-
     def admit(self, salt: str, prompt: str, prompt_tokens: int) -> int:
         """Count a prompt and remember its full blocks. Returns how many of its tokens were held already.
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from openai_api.sse import DONE_EVENT, encode_event
@@ -67,6 +67,7 @@ class EngineCore:
         self.finished: Counter[str] = Counter()
         self._crashed = False
         self._turns: dict[int, asyncio.Future[None]] = {}
+        self._preempted: set[int] = set()
         self._sleepers: set[asyncio.Future[None]] = set()
 
     def crash(self) -> None:
@@ -77,17 +78,35 @@ class EngineCore:
                 waiter.set_exception(EngineCrashed())
 
     @asynccontextmanager
-    async def slot(self, number: int) -> AsyncIterator[None]:
+    async def slot(self, number: int, prompt_tokens: int) -> AsyncIterator[None]:
         """Hold a slot for request ``number``, waiting for one in order."""
         try:
-            if not self.slots.arrive(number):
-                await self._wait(self._turns.setdefault(number, asyncio.get_running_loop().create_future()))
+            if not self.slots.arrive(number, prompt_tokens):
+                await self._turn(number)
             yield
         finally:
             self._turns.pop(number, None)
-            following = self.slots.leave(number)
-            if following is not None:
-                _wake(self._turns[following])
+            self._preempted.discard(number)
+            for following in self.slots.leave(number):
+                if (turn := self._turns.get(following)) is not None:
+                    _wake(turn)
+
+    async def keeps_slot(self, number: int, tokens: int) -> bool:
+        """Whether request ``number``, which has ``tokens`` now, runs on. False: it was preempted, by itself or another,
+        and runs again now."""
+        if number not in self._preempted:
+            self._preempted.update(self.slots.grow(number, tokens))
+            if number not in self._preempted:
+                return True
+        self._preempted.discard(number)
+        if not self.slots.runs(number):
+            await self._turn(number)
+        return False
+
+    async def _turn(self, number: int) -> None:
+        """Wait until a slot is given to request ``number``."""
+        turn = self._turns[number] = asyncio.get_running_loop().create_future()
+        await self._wait(turn)
 
     async def until(self, target: float) -> None:
         """Wait for the clock to reach ``target``."""
@@ -160,7 +179,7 @@ class Run:
 
     async def reply(self) -> wire.Reply:
         """The plain answer."""
-        async with self._counted(), self._engine.slot(self._work.number):
+        async with self._counted(), self._slot():
             cached = self._begin()
             await self._engine.until(self._first_at)
             while await self._advance(COUNT_INTERVAL_S) is not None:
@@ -180,7 +199,7 @@ class Run:
         stream = self._work.stream
         if stream is None:
             raise ValueError("a plain answer has no events")
-        async with self._counted(), self._engine.slot(self._work.number):
+        async with self._counted(), self._slot():
             cached = self._begin()
             await self._engine.until(self._first_at)
             piece = stream.opening() if self._limit or self._failure is None else b""
@@ -214,12 +233,23 @@ class Run:
         engine, pace, start, limit = self._engine, self._pace, self._done, self._limit
         if start == limit:
             return None
-        while (due := pace.tokens_due(self._first_at, engine.clock(), limit)) == start:
-            last_at = pace.token_at(self._first_at, limit - 1)
-            await engine.until(max(pace.token_at(self._first_at, start), min(engine.clock() + min_wait_s, last_at)))
+        while True:
+            while (due := pace.tokens_due(self._first_at, engine.clock(), limit)) == start:
+                last_at = pace.token_at(self._first_at, limit - 1)
+                await engine.until(max(pace.token_at(self._first_at, start), min(engine.clock() + min_wait_s, last_at)))
+            if await engine.keeps_slot(self._work.number, self._tokens_at(due)):
+                break
+            self._first_at = pace.resumed_at(engine.clock(), self._tokens_at(start), start)
         engine.generated_tokens += (due - start) * self._work.width
         self._done = due
         return start, due
+
+    def _slot(self) -> AbstractAsyncContextManager[None]:
+        return self._engine.slot(self._work.number, self._work.prompt_tokens)
+
+    def _tokens_at(self, done: int) -> int:
+        """Tokens that the request has after ``done`` steps, prompt included."""
+        return self._work.prompt_tokens + done * self._work.width
 
     async def _error(self) -> bytes:
         """Fail as ordered: by raising, by hanging, or with this error object."""

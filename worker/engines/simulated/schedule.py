@@ -11,12 +11,24 @@ _EPSILON_S = 1e-9
 
 
 class Slots:
-    """``limit`` requests run, the rest wait in the order they came."""
+    """``limit`` requests run, the rest wait in the order they came.
 
-    def __init__(self, limit: int) -> None:
+    With ``kv_blocks`` above 0 a request also holds as many blocks of the KV cache as its tokens fill. It runs once
+    those of its prompt are free. When a running one needs more than are free, the request that started last is
+    preempted: it frees what it held, waits ahead of the others, and is computed again, as in vLLM
+    (https://docs.vllm.ai/en/latest/configuration/optimization.html, "Preemption").
+    """
+
+    def __init__(self, limit: int, kv_blocks: int = 0, block_tokens: int = 1) -> None:
         self._limit = limit
-        self._running: set[int] = set()
-        self._waiting: OrderedDict[int, None] = OrderedDict()
+        self._kv_blocks = kv_blocks
+        self._block_tokens = block_tokens
+        self._running: OrderedDict[int, int] = OrderedDict()
+        """The blocks that each holds, in the order they started."""
+        self._waiting: OrderedDict[int, int] = OrderedDict()
+        """The blocks that each needs to run."""
+        self._used = 0
+        self.preemptions = 0
 
     @property
     def running(self) -> int:
@@ -28,28 +40,63 @@ class Slots:
 
     @property
     def free(self) -> bool:
-        """Whether a request that arrives now runs at once."""
+        """Whether a request that arrives now finds no other before it, and a slot."""
         return len(self._running) < self._limit and not self._waiting
 
-    def arrive(self, request: int) -> bool:
-        """Whether ``request`` runs at once; else it waits until a :meth:`leave` returns it."""
-        if self.free:
-            self._running.add(request)
-            return True
-        self._waiting[request] = None
-        return False
+    @property
+    def kv_usage(self) -> float:
+        """The share of the KV cache that running requests hold, 0 to 1."""
+        return self._used / self._kv_blocks if self._kv_blocks else 0.0
 
-    def leave(self, request: int) -> int | None:
-        """``request`` ended, or gave up waiting. Returns the request that runs instead, if one waited."""
-        if request in self._waiting:
+    def runs(self, request: int) -> bool:
+        """Whether ``request`` runs now."""
+        return request in self._running
+
+    def arrive(self, request: int, tokens: int = 0) -> bool:
+        """Whether ``request``, its prompt of ``tokens``, runs at once; else it waits until :meth:`leave` names it."""
+        is_first = not self._waiting
+        self._waiting[request] = self._blocks(tokens)
+        return is_first and bool(self._start_waiting())
+
+    def leave(self, request: int) -> list[int]:
+        """``request`` ended, or gave up waiting. The requests that run from now on."""
+        if self._waiting.pop(request, None) is None:
+            self._used -= self._running.pop(request, 0)
+        return self._start_waiting()
+
+    def grow(self, request: int, tokens: int) -> list[int]:
+        """Running ``request`` has ``tokens`` now, prompt included. The requests that are preempted for it, perhaps
+        itself."""
+        needed = self._blocks(tokens) - self._running[request]
+        preempted: list[int] = []
+        while self._kv_blocks and self._used + needed > self._kv_blocks:
+            victim, held = self._running.popitem()
+            self._used -= held
+            self._waiting[victim] = held
+            self._waiting.move_to_end(victim, last=False)
+            self.preemptions += 1
+            preempted.append(victim)
+            if victim == request:
+                return preempted
+        self._running[request] += needed
+        self._used += needed
+        return preempted
+
+    def _start_waiting(self) -> list[int]:
+        started = []
+        while self._waiting and len(self._running) < self._limit:
+            request, needed = next(iter(self._waiting.items()))
+            if self._kv_blocks and self._used + needed > self._kv_blocks:
+                break
             del self._waiting[request]
-            return None
-        self._running.discard(request)
-        if not self._waiting or len(self._running) >= self._limit:
-            return None
-        following, _ = self._waiting.popitem(last=False)
-        self._running.add(following)
-        return following
+            self._running[request] = needed
+            self._used += needed
+            started.append(request)
+        return started
+
+    def _blocks(self, tokens: int) -> int:
+        # One that could never fit alone gets all there is.
+        return min(-(-tokens // self._block_tokens), self._kv_blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +120,11 @@ class Pace:
     def first_token_at(self, now: float, prompt_tokens: int, cached_tokens: int) -> float:
         """When the first token of a request that starts ``now`` comes."""
         return now + self.ttft_s + self.prefill_s_per_token * (prompt_tokens - cached_tokens)
+
+    def resumed_at(self, now: float, tokens: int, done: int) -> float:
+        """When the first token of a request would have come that has ``done`` tokens already, must compute ``tokens``
+        again, prompt included, and goes on ``now``."""
+        return now + self.ttft_s + self.prefill_s_per_token * tokens - done * self.token_interval_s
 
     def token_at(self, first_at: float, index: int) -> float:
         """When the ``index``-th token (from 0) of a stream comes whose first comes at ``first_at``."""

@@ -23,6 +23,10 @@ class SimulationSettings:
     token that the prefix cache does not hold, then gets ``tokens_per_s`` (0: no limit). With ``lockstep`` every running
     stream gets its token in the same engine step, as in a real engine; without, each follows its own clock.
 
+    With ``kv_cache_tokens`` (0: no bound) a running request holds its tokens, prompt included, in blocks of
+    ``block_tokens``: one whose prompt finds no room waits, and when running ones outgrow it, the last that started is
+    preempted and computed again. The prefix cache keeps its blocks beside that.
+
     ``start_ms`` is the time until the engine is ready, None never. ``failure_rates`` is the share of requests (0 to 1)
     that fail in each way, drawn by ``seed`` and the number of the request; ``name`` is what a failure order may name.
 
@@ -44,6 +48,7 @@ class SimulationSettings:
     lockstep: bool = True
     block_tokens: int = 16
     prefix_cache_blocks: int = 4096
+    kv_cache_tokens: int = 0
     embedding_dimensions: int = 384
     start_ms: float | None = 0.0
     nondeterministic: bool = False
@@ -57,9 +62,11 @@ class SimulationSettings:
         for name in ("answer_tokens", "max_model_len", "max_num_seqs", "block_tokens", "embedding_dimensions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("ttft_ms", "prefill_us_per_token", "tokens_per_s", "prefix_cache_blocks"):
+        for name in ("ttft_ms", "prefill_us_per_token", "tokens_per_s", "prefix_cache_blocks", "kv_cache_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
+        if 0 < self.kv_cache_tokens < self.max_model_len:
+            raise ValueError("kv_cache_tokens must hold one request of max_model_len tokens, or be 0 for no bound")
         if not 0 <= sum(self.failure_rates.values()) <= 1 or any(rate < 0 for rate in self.failure_rates.values()):
             raise ValueError("failure_rates are shares of all requests: each at least 0, together at most 1")
 

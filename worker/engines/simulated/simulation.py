@@ -68,7 +68,9 @@ class Simulation:
         self._cache = PrefixCache(settings.prefix_cache_blocks, settings.block_tokens)
         interval_s = 1 / settings.tokens_per_s if settings.tokens_per_s else 0.0
         pace = Pace(settings.ttft_ms / 1e3, settings.prefill_us_per_token / 1e6, interval_s, settings.lockstep)
-        self._engine = EngineCore(Slots(settings.max_num_seqs), pace, clock)
+        kv_blocks = settings.kv_cache_tokens // settings.block_tokens
+        slots = Slots(settings.max_num_seqs, kv_blocks, settings.block_tokens)
+        self._engine = EngineCore(slots, pace, clock)
         self._routes = {
             "/v1/chat/completions": _Route("POST", self._generation(parse_chat)),
             "/v1/completions": _Route("POST", self._generation(parse_completion)),
@@ -150,7 +152,8 @@ class Simulation:
             "vllm:num_requests_running": engine.slots.running,
             "vllm:num_requests_waiting": engine.slots.waiting,
             'vllm:num_requests_waiting_by_reason{reason="capacity"}': engine.slots.waiting,
-            "vllm:kv_cache_usage_perc": cache.usage,
+            "vllm:kv_cache_usage_perc": engine.slots.kv_usage,
+            "vllm:num_preemptions_total": engine.slots.preemptions,
             "vllm:prefix_cache_queries_total": cache.queried_tokens,
             "vllm:prefix_cache_hits_total": cache.hit_tokens,
             "vllm:prompt_tokens_total": engine.prompt_tokens,

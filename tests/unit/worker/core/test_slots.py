@@ -234,7 +234,8 @@ def test_a_worker_that_can_run_nothing_is_due_at_no_time() -> None:
 
 
 class SlotsMachine(RuleBasedStateMachine):
-    """A worker's slots under any order of claims, answers, handed jobs, wakes and ends, on two shards or on one."""
+    """A worker's slots under any order of claims, answers, handed jobs, wakes, ends and changes of their number, on two
+    shards or on one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,6 +247,11 @@ class SlotsMachine(RuleBasedStateMachine):
         self.handed_over = {0: 0, 1: 0}
         self.unread = {0: 0, 1: 0}
         self.version = 1
+        self.promised_before = 0
+
+    @rule(total=integers(1, 5))
+    def resize(self, total: int) -> None:
+        self.slots.total = total
 
     @rule(shards=integers(1, 2))
     def assign(self, shards: int) -> None:
@@ -301,7 +307,8 @@ class SlotsMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_promises_more_than_it_has(self) -> None:
-        """What runs, what is on its way, what a claim may bring and what may be handed over fit the slots."""
+        """What runs, what is on its way, what a claim may bring and what may be handed over fit the slots; what
+        does not fit a lowered number of them does not grow."""
         promised = sum(self.unread.values())
         for shard in (0, 1):
             if shard in self.sent:
@@ -310,7 +317,9 @@ class SlotsMachine(RuleBasedStateMachine):
                 promised += asked - min(self.handed_over[shard] - claim.received, asked)
             else:
                 promised += self.offered[shard]
-        assert 0 <= self.slots.busy + promised <= self.slots.total
+        promised += self.slots.busy
+        assert 0 <= promised <= max(self.slots.total, self.promised_before)
+        self.promised_before = promised
 
     @invariant()
     def what_is_due_is_claimed(self) -> None:
@@ -330,6 +339,65 @@ class SlotsMachine(RuleBasedStateMachine):
 
 
 TestSlotsMachine = SlotsMachine.TestCase
+
+
+def test_a_lowered_number_of_slots_lets_what_runs_end() -> None:
+    """Nothing is claimed until fewer jobs run than there are slots."""
+    slots = ready_slots(4)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    answer(slots, claim, 4, 0.0)
+    slots.total = 2
+    assert (slots.free, slots.all_in_use) == (-2, True)
+    for _ in range(2):
+        slots.freed()
+        assert slots.next_claim(0, 0.0) is None
+    slots.freed()
+    following = slots.next_claim(0, 0.0)
+    assert following is not None
+    assert (following.n, following.offer) == (1, 1)
+
+
+def test_an_offer_above_a_lowered_number_of_slots_is_taken_back() -> None:
+    """A parked worker offers fewer at once; what it was handed before uses its slots up all the same."""
+    slots = ready_slots(4)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    answer(slots, claim, 0, 0.0)
+    assert not slots.all_in_use
+    slots.total = 1
+    smaller = slots.next_claim(0, 0.0)
+    assert smaller is not None
+    assert (smaller.n, smaller.offer) == (1, 1)
+    answer(slots, smaller, 0, 0.0, handed_over=2)
+    assert [slots.handed_over(0), slots.handed_over(0)] == [True, True]
+    assert (slots.busy, slots.free, slots.next_claim(0, 0.0)) == (2, -1, None)
+
+
+def test_a_worker_without_a_slot_for_its_offer_leaves_the_parked() -> None:
+    """What it runs already fills the lowered number: it claims zero jobs, once."""
+    slots = ready_slots(4)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    answer(slots, claim, 2, 0.0)
+    slots.total = 2
+    leaving = slots.next_claim(0, 0.0)
+    assert leaving is not None
+    assert (leaving.n, leaving.offer) == (0, 0)
+    answer(slots, leaving, 0, 0.0)
+    assert slots.next_claim(0, 0.0) is None
+
+
+def test_more_slots_are_offered_at_once() -> None:
+    """A raised number is used without waiting for a job to end."""
+    slots = ready_slots(1)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    answer(slots, claim, 1, 0.0)
+    slots.total = 3
+    following = slots.next_claim(0, 0.0)
+    assert following is not None
+    assert (following.n, following.offer) == (2, 2)
 
 
 def test_one_claim_is_bounded() -> None:

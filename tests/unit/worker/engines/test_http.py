@@ -15,6 +15,7 @@ from email.utils import format_datetime
 import pytest
 
 from queue_schemas import BadRequest, EngineFailed, EngineState, new_job_id
+from scheduling.slots import EngineLoad
 from telemetry.environment import free_port
 from tests.support.garbage import alive, without_collection
 from tests.support.waiting import eventually
@@ -778,6 +779,40 @@ async def test_a_page_that_does_not_come_in_time_is_no_progress(monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as silent:
         async with asyncio.timeout(3):
             assert await HttpEngine(f"http://127.0.0.1:{silent.getsockname()[1]}").progress() is None
+
+
+async def test_the_load_is_read_from_the_metrics_page() -> None:
+    """Of an engine that works, only once it has told a load before."""
+    page = metrics_page("vllm:num_requests_waiting 3", "vllm:num_requests_running 4")
+    pages = {b"/metrics": page, b"/v1/chat/completions": b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{"}
+
+    async def respond(request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(pages[request.split(b" ")[1]])
+
+    async with engine_that(respond) as (engine, raw):
+        async with engine.call(CALL):
+            assert await engine.load() is None
+        assert len(raw.requests) == 1
+        assert await engine.load() == EngineLoad(3, 4)
+        async with engine.call(CALL):
+            assert await engine.load() == EngineLoad(3, 4)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 404 Not Found\r\ncontent-length: 28\r\n\r\nvllm:num_requests_waiting 3\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nvllm:num_requests_waiting 3\n",
+        b"HTTP/1.1 200 OK\r\n\r\nvllm:num_requests_waiting 3\n" + b"#" * http.MAX_LOAD_PAGE_BYTES,
+        b"nonsense",
+    ],
+)
+async def test_a_page_that_cannot_be_taken_tells_no_load(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused, never complete, too large, or no HTTP."""
+    monkeypatch.setattr(http, "PROGRESS_LIMIT_S", 0.3)
+    async with engine_that(says(answer)) as (engine, _):
+        assert await engine.load() is None
+    assert await HttpEngine(f"http://127.0.0.1:{free_port()}").load() is None
 
 
 async def test_a_closed_connection_is_freed_at_once() -> None:

@@ -53,7 +53,6 @@ def test_the_prefix_cache_drops_what_was_used_least_recently() -> None:
     cache = PrefixCache(capacity=2, block_tokens=1)
     for prompt in ("aaaa", "bbbb", "aaaa", "cccc"):
         cache.admit("", prompt, 1)
-    assert cache.usage == 1.0
     assert cache.admit("", "aaaa" + "dddd", 2) == 1
 
 
@@ -61,7 +60,7 @@ def test_a_prefix_cache_without_capacity_holds_and_counts_nothing() -> None:
     """Capacity 0 switches the cache off."""
     cache = PrefixCache(capacity=0, block_tokens=1)
     assert [cache.admit("", "aaaabbbb", 2) for _ in range(2)] == [0, 0]
-    assert (cache.usage, cache.queried_tokens) == (0.0, 0)
+    assert cache.queried_tokens == 0
 
 
 def test_slots_serve_waiting_requests_in_the_order_they_came() -> None:
@@ -69,7 +68,7 @@ def test_slots_serve_waiting_requests_in_the_order_they_came() -> None:
     slots = Slots(1)
     assert [slots.arrive(number) for number in (1, 2, 3)] == [True, False, False]
     assert (slots.running, slots.waiting) == (1, 2)
-    assert [slots.leave(1), slots.leave(2), slots.leave(3)] == [2, 3, None]
+    assert [slots.leave(1), slots.leave(2), slots.leave(3)] == [[2], [3], []]
     assert (slots.running, slots.waiting) == (0, 0)
 
 
@@ -78,9 +77,45 @@ def test_a_waiting_request_that_gives_up_takes_no_slot() -> None:
     slots = Slots(1)
     for number in (1, 2, 3):
         slots.arrive(number)
-    assert slots.leave(2) is None
+    assert slots.leave(2) == []
     assert slots.running == 1
-    assert slots.leave(1) == 3
+    assert slots.leave(1) == [3]
+
+
+def test_a_prompt_that_finds_no_room_in_the_kv_cache_waits() -> None:
+    """And those behind it, until enough is free; then all that fit run."""
+    slots = Slots(10, kv_blocks=4, block_tokens=16)
+    assert [slots.arrive(number, tokens) for number, tokens in ((1, 33), (2, 17), (3, 1))] == [True, False, False]
+    assert (slots.running, slots.waiting, slots.kv_usage) == (1, 2, 0.75)
+    assert slots.leave(1) == [2, 3]
+    assert slots.kv_usage == 0.75
+
+
+def test_the_request_that_started_last_is_preempted_for_one_that_grows() -> None:
+    """It waits ahead of the others, and runs again when a request ends."""
+    slots = Slots(10, kv_blocks=4, block_tokens=1)
+    assert [slots.arrive(number, 1) for number in (1, 2, 3, 4, 5)] == [True, True, True, True, False]
+    assert slots.grow(1, 2) == [4]
+    assert slots.grow(3, 2) == [3]
+    assert (slots.preemptions, slots.runs(3), slots.running, slots.waiting) == (2, False, 2, 3)
+    assert not slots.arrive(6, 1), "nobody overtakes those that wait"
+    assert slots.leave(1) == [3, 4, 5]
+    assert slots.kv_usage == 1.0
+
+
+def test_a_request_that_is_alone_is_never_preempted() -> None:
+    """Whatever it needs, it gets at most the whole cache."""
+    slots = Slots(10, kv_blocks=4, block_tokens=1)
+    assert slots.arrive(1, 100)
+    assert slots.grow(1, 1_000) == []
+    assert (slots.kv_usage, slots.leave(1), slots.kv_usage) == (1.0, [], 0.0)
+
+
+def test_a_preempted_stream_goes_on_where_it_stopped() -> None:
+    """Its next token comes when all it had is computed again."""
+    pace = Pace(ttft_s=1.0, prefill_s_per_token=0.5, token_interval_s=2.0, lockstep=False)
+    first_at = pace.resumed_at(100.0, tokens=10, done=3)
+    assert pace.token_at(first_at, 3) == 106.0
 
 
 def test_cached_prompt_tokens_bring_the_first_token_forward() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +57,29 @@ async def test_a_plain_call_gives_the_whole_answer() -> None:
     async with _running(INSTANT) as engine, engine.call(_call()) as answer:
         assert (answer.status, answer.content_type) == (200, "application/json")
         assert json.loads(await answer.read(1 << 20))["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_preempted_requests_say_what_they_would_have_said() -> None:
+    """Streams that outgrow the KV cache together take longer; each text is whole, and nothing is held in the end."""
+    roomy = SimulationSettings(ttft_ms=1, tokens_per_s=200)
+    tight = replace(roomy, kv_cache_tokens=64, max_model_len=64, block_tokens=4)
+
+    async def chat(engine: Engine, number: int, stream: bool) -> bytes:
+        call = _call(model="sim", stream=stream, max_tokens=20, ignore_eos=True, seed=number)
+        async with engine.call(call) as answer:
+            return (await answer.read(1 << 20)).partition(b'"choices"')[2] if not stream else await answer.read(1 << 20)
+
+    texts = []
+    for settings in (roomy, tight):
+        async with _running(settings) as engine:
+            answers = await asyncio.gather(*(chat(engine, number, number % 2 == 0) for number in range(8)))
+            texts.append([re.findall(rb'"content":"([^"]*)"', body) for body in answers])
+            load = await engine.load()
+            assert load is not None
+            assert (load.running, load.waiting, load.kv_usage) == (0, 0, 0.0)
+            assert bool(load.preemptions) == (settings is tight)
+    assert [b"".join(text) for text in texts[0]] == [b"".join(text) for text in texts[1]]
+    assert all(texts[0])
 
 
 @pytest.mark.parametrize("settings", [INSTANT, SimulationSettings(ttft_ms=1, tokens_per_s=1000)])

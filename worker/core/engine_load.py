@@ -1,0 +1,67 @@
+"""Read an engine's load from its metrics page: Prometheus text under vLLM's names (its docs, "Production Metrics").
+
+Series of several engine cores (data parallelism) are added up; of their KV caches the fullest counts. A page that says
+nothing of what waits, or something impossible, gives no load; another impossible figure is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from scheduling.slots import EngineLoad
+
+MAX_REQUESTS = 1_000_000
+"""More than any engine holds: a page that says more is wrong."""
+MAX_TOTAL = 2**53
+_SAMPLE = re.compile(
+    rb"^vllm:(num_requests_waiting(?:_by_reason)?|num_requests_running|(?:kv|gpu)_cache_usage_perc|num_preemptions_total"
+    rb"|(?:gpu_)?prefix_cache_(?:queries|hits)_total)(\{[^\n]*\})? ([^ \r\n]{1,40})",
+    re.MULTILINE,
+)
+_DEFERRED = b'reason="deferred"'
+"""vLLM's word for requests that wait for something else than room."""
+
+
+def read_load(page: bytes) -> EngineLoad | None:
+    """The load that ``page`` tells; None if it does not tell what waits, or cannot be true."""
+    values: dict[bytes, list[float]] = {}
+    deferred = 0.0
+    for name, labels, text in _SAMPLE.findall(page):
+        value = _number(text)
+        if not name.endswith(b"_by_reason"):
+            values.setdefault(name.replace(b"gpu_prefix", b"prefix").replace(b"gpu_cache", b"kv_cache"), []).append(
+                value
+            )
+        elif _DEFERRED in labels and 0 <= value <= MAX_REQUESTS:
+            deferred += value
+    waiting = _total(values.get(b"num_requests_waiting", ()), MAX_REQUESTS)
+    if waiting is None:
+        return None
+    return EngineLoad(
+        waiting=max(waiting - int(deferred), 0),
+        running=_total(values.get(b"num_requests_running", ()), MAX_REQUESTS),
+        kv_usage=_share(values.get(b"kv_cache_usage_perc", ())),
+        preemptions=_total(values.get(b"num_preemptions_total", ()), MAX_TOTAL),
+        prefix_queries=_total(values.get(b"prefix_cache_queries_total", ()), MAX_TOTAL),
+        prefix_hits=_total(values.get(b"prefix_cache_hits_total", ()), MAX_TOTAL),
+    )
+
+
+def _number(text: bytes) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _total(values: Sequence[float], most: int) -> int | None:
+    """The sum, or None without values or with one that cannot be."""
+    if not values or not all(0 <= value <= most for value in values):
+        return None
+    return int(sum(values))
+
+
+def _share(values: Sequence[float]) -> float | None:
+    return max(values) if values and all(0 <= value <= 1 for value in values) else None

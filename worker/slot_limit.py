@@ -1,0 +1,63 @@
+"""Keep a session's slots at what its engine takes: read the engine's load, decide, tell the session."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import NoReturn
+
+from scheduling.slots import MISSES_ALLOWED, EngineLoad, SlotBounds, first_state, next_state
+from telemetry import get_logger
+
+from .core import Slots
+from .engines import Engine
+
+IDLE_READINGS = 10
+"""How many times as seldom an engine is asked that has nothing to do, or tells no load."""
+
+log = get_logger(__name__)
+
+
+class SlotLimit:
+    """Changes ``slots.total`` within ``bounds`` by the load of ``engine``, read every ``interval_s``, and calls
+    ``changed`` when it did. With an interval of 0 it never asks."""
+
+    def __init__(
+        self, engine: Engine, slots: Slots, bounds: SlotBounds, interval_s: float, changed: Callable[[], None]
+    ) -> None:
+        self._engine = engine
+        self._slots = slots
+        self._bounds = bounds
+        self._interval_s = interval_s
+        self._changed = changed
+        self._state = first_state(bounds)
+        self.load: EngineLoad | None = None
+        """The last reading; None if the engine tells none now."""
+
+    async def run(self) -> NoReturn:
+        """Adapt until cancelled. Never raises for anything an engine says."""
+        if not self._interval_s:
+            await asyncio.Event().wait()
+        while True:
+            for _ in range(IDLE_READINGS):
+                await asyncio.sleep(self._interval_s)
+                if self._slots.busy and self._state.missed <= MISSES_ALLOWED:
+                    break
+            await self._adapt()
+
+    async def _adapt(self) -> None:
+        slots = self._slots
+        self.load = await self._engine.load()
+        self._state = next_state(self._state, self._bounds, self.load, busy=slots.busy, all_in_use=slots.all_in_use)
+        if (limit := self._state.limit) == slots.total:
+            return
+        log.debug("slots_changed", before=slots.total, slots=limit, engine=_told(self.load))
+        slots.total = limit
+        self._changed()
+
+
+def _told(load: EngineLoad | None) -> str:
+    if load is None:
+        return "tells no load"
+    kv_usage = "unknown" if load.kv_usage is None else f"{load.kv_usage:.2f}"
+    return f"waiting {load.waiting}, running {load.running}, KV usage {kv_usage}, preemptions {load.preemptions}"
