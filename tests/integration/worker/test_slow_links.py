@@ -49,7 +49,7 @@ async def streams(writer: asyncio.StreamWriter, events: list[bytes], every_s: fl
     writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
 
-async def test_a_large_job_on_a_narrow_link_costs_no_lease(fleet: LocalFleet, client: Client, link: FaultProxy) -> None:
+async def test_a_large_job_on_a_narrow_link_costs_no_lease(link: FaultProxy, fleet: LocalFleet, client: Client) -> None:
     """512 KiB take four seconds at 1 Mbit/s, two leases: they arrive with one attempt, and so does an answer of that
     size; a stream beside it goes on."""
     size = MIB // 2
@@ -71,11 +71,12 @@ async def test_a_large_job_on_a_narrow_link_costs_no_lease(fleet: LocalFleet, cl
     assert time.monotonic() - began > 2 * LEASE_MS / 1000
     told = await client.answer(stream, limit_s=60)
     assert (told.body, told.markers) == (b"".join(small) + b"data: [DONE]\n\n", [])
+    link.bytes_per_s = 0.0
     server.close()
 
 
 async def test_a_queue_that_speaks_in_single_bytes_is_understood(
-    fleet: LocalFleet, client: Client, link: FaultProxy
+    link: FaultProxy, fleet: LocalFleet, client: Client
 ) -> None:
     """Every reply and every command of a worker comes byte by byte: nothing is lost, repeated or mixed up."""
 
@@ -89,12 +90,13 @@ async def test_a_queue_that_speaks_in_single_bytes_is_understood(
         got = await client.answer(job, limit_s=60)
         assert got.body == b"".join(b'data: {"n": %d}\n\n' % step for step in range(5)) + b"data: [DONE]\n\n"
         assert not got.markers
+    link.slice_bytes = 0
     server.close()
 
 
 @pytest.mark.parametrize("size", [MIB - 100, 2 * MIB])
 async def test_events_of_a_mebibyte_arrive_whole(
-    fleet: LocalFleet, client: Client, link: FaultProxy, size: int
+    link: FaultProxy, fleet: LocalFleet, client: Client, size: int
 ) -> None:
     """Just below the size up to which an event is held until it is whole, and above it, with small ones between."""
     events = [piece for n in range(8) for piece in (b"data: %b\n\n" % (b"%d" % n * size), b"data: small\n\n")]
