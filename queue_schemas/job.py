@@ -19,6 +19,11 @@ from .records import record
 ENVELOPE_VERSION = 1
 """Major version of the envelope. Fields may be added within a version; readers ignore those they do not know."""
 
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1_000.0
+"""Bounds of a tenant's weight."""
+MAX_COST = 30_000_000
+"""What no request costs more than: a model reads and writes fewer than ten million tokens."""
+
 OnLoss = Literal["continue", "restart", "fail"]
 
 
@@ -32,7 +37,8 @@ class Job:
     ``max_attempts`` bounds how often it is started. ``on_loss`` says what happens to a stream whose attempt was lost
     after some of it was delivered: ``continue`` (the queue asks the Router for what was delivered, and the next attempt
     continues it), ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text that was delivered of
-    a stream to be continued. ``cost_estimate`` is in tokens, ``affinity`` a prefix hash, both for scheduling.
+    a stream to be continued. ``cost_estimate`` is in tokens (:mod:`scheduling.cost`), ``weight`` its tenant's share
+    against others', ``affinity`` a prefix hash, all for scheduling.
     ``request_id`` is what the client sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. ``headers`` are
     the request headers passed to the engine (:mod:`queue_schemas.headers`); None from a Router that reads no headers of
     answers. ``deadline_from`` names the setting or header that ``ttl_ms`` comes from. Workers of ``region`` claim the
@@ -53,6 +59,7 @@ class Job:
     max_attempts: int = 3
     on_loss: OnLoss = "restart"
     cost_estimate: int = 0
+    weight: float = 1.0
     affinity: str = ""
     reply_to: str = ""
     traceparent: str = ""
@@ -65,10 +72,12 @@ class Job:
     deadline_from: str = ""
 
     def pack(self) -> bytes:
-        """The envelope as msgpack: a map with ``v`` first. Empty region and prefix are omitted."""
+        """The envelope as msgpack: a map with ``v`` first. An empty region or prefix and a weight of 1 are omitted."""
         regional = {"region": self.region, "remote_after_ms": self.remote_after_ms} if self.region else {}
         continued = {"prefix": self.prefix} if self.prefix else {}
         optional: dict[str, Any] = {} if self.headers is None else {"headers": dict(self.headers)}
+        if self.weight != 1.0:
+            optional["weight"] = self.weight
         if self.deadline_from:
             optional["deadline_from"] = self.deadline_from
         return codec.encode(
@@ -183,6 +192,7 @@ _FIELDS: dict[str, tuple[type, Callable[[Any], Any] | None]] = {
     "max_attempts": (int, _at_least_one("max_attempts")),
     "on_loss": (str, _on_loss),
     "cost_estimate": (int, None),
+    "weight": (float, None),
     "affinity": (str, None),
     "reply_to": (str, None),
     "traceparent": (str, None),

@@ -11,12 +11,14 @@ from pydantic_settings import NoDecode
 
 from openai_api.media import MediaHosts
 from openai_api.request_limits import RequestLimits
+from queue_schemas.job import MAX_WEIGHT, MIN_WEIGHT
+from queue_schemas.lanes import BANDS
 
 from .settings import CommaList, RoleSettings
 
 
 class TenantLimits(BaseModel):
-    """Limits of one tenant, in place of those of all."""
+    """Limits of one tenant, in place of those of all; its share, and how urgent it may call its requests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,6 +26,8 @@ class TenantLimits(BaseModel):
     max_entries: int | None = Field(default=None, ge=1)
     max_logprobs: int | None = Field(default=None, ge=0)
     max_output_tokens: int | None = Field(default=None, ge=0)
+    weight: float = Field(default=1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT)
+    highest_band: int = Field(default=0, ge=0, lt=BANDS)
 
 
 def _from_json(value: object) -> object:
@@ -50,7 +54,9 @@ class RequestSettings(RoleSettings):
     )
     tenant_limits: Annotated[dict[str, TenantLimits], NoDecode, BeforeValidator(_from_json)] = Field(
         default_factory=dict,
-        description='Other limits for single tenants, as JSON or a table: {"acme": {"max_choices": 512}}',
+        description="Other limits for single tenants, their weights against others (1), and the most urgent band of "
+        '``priority`` that they may have (0 to 3), as JSON or a table: {"acme": {"max_choices": 512, "weight": 4, '
+        '"highest_band": 1}}',
     )
 
     @field_validator("media_domains")
@@ -62,6 +68,16 @@ class RequestSettings(RoleSettings):
     def limits_of(self, tenant: str) -> RequestLimits:
         """The limits on a request of ``tenant``."""
         return self._by_tenant.get(tenant, self._limits)
+
+    def weight_of(self, tenant: str) -> float:
+        """The tenant's share of a model's tokens, against those of others that wait for it too."""
+        own = self.tenant_limits.get(tenant)
+        return 1.0 if own is None else own.weight
+
+    def highest_band_of(self, tenant: str) -> int:
+        """The most urgent band that requests of ``tenant`` may have."""
+        own = self.tenant_limits.get(tenant)
+        return 0 if own is None else own.highest_band
 
     @cached_property
     def _limits(self) -> RequestLimits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 
 from prometheus_client import Counter, Histogram
@@ -10,9 +9,7 @@ from prometheus_client import Counter, Histogram
 from queue_schemas import Settled
 from telemetry import MetricsRegistry
 
-_USAGE_WINDOW_BYTES = 2048
-_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,12})')
-_COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
+from .core import AnswerUsage
 
 
 class WorkerMetrics:
@@ -24,7 +21,7 @@ class WorkerMetrics:
         attempts = registry.counter("inferq_attempts_total", "Attempts by how they ended", ("model", "outcome"))
         tokens = registry.counter(
             "inferq_tokens_total",
-            "Tokens by the engine's usage figures; of streams without them, events",
+            "Tokens by the engine's usage figures, cached ones also among prompt; of streams without them, events",
             ("model", "kind"),
         )
         settled = registry.counter("inferq_settled_total", "The queue's answers to settled attempts", ("answer",))
@@ -67,13 +64,8 @@ class WorkerMetrics:
     def settled(self, answer: Settled) -> None:
         self._settled[answer].inc()
 
-    def usage(self, model: str, end: bytes, events: int = 0) -> None:
-        """Count the tokens of an answer whose last bytes are ``end``; without usage in it, its ``events``."""
-        start = max(len(end) - _USAGE_WINDOW_BYTES, 0)
-        start = max(end.rfind(b'"usage"', start), start)
-        prompt, completion = _PROMPT.search(end, start), _COMPLETION.search(end, start)
-        if prompt:
-            self._tokens(model, "prompt").inc(int(prompt[1]))
-        produced = int(completion[1]) if completion else events
-        if produced:
-            self._tokens(model, "completion").inc(produced)
+    def usage(self, model: str, usage: AnswerUsage) -> None:
+        """Count the tokens of an answer."""
+        for kind, tokens in (("prompt", usage.prompt), ("completion", usage.output), ("cached", usage.cached)):
+            if tokens:
+                self._tokens(model, kind).inc(tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .checkpoint import MAX_ERRORS, Checkpoint, MergeState, OpenLine, Phase
 from .duplicate_ids import MAX_RECORDS, RECORD, SLICES, TABLE, find_duplicates, pack_run, record, slice_bounds
 from .ids import custom_id_digest, file_of, job_of, reply_stream_of, request_of
-from .jsonl import BadLine, BatchLine, LineSplitter, RawLine, id_and_body, read_line
+from .jsonl import BadLine, BatchLine, LineRequest, LineSplitter, RawLine, read_line, request_in
 from .merging import LineBitmap, MergedLines
 from .results import USAGE, Result, answered, pack_chunk, unanswered, unpack_chunk
 from .window import Answer, EndedJob, JobWindow, entry_order
@@ -24,6 +24,7 @@ __all__ = [
     "EndedJob",
     "JobWindow",
     "LineBitmap",
+    "LineRequest",
     "LineSplitter",
     "MergeState",
     "MergedLines",
@@ -36,13 +37,13 @@ __all__ = [
     "entry_order",
     "file_of",
     "find_duplicates",
-    "id_and_body",
     "job_of",
     "pack_chunk",
     "pack_run",
     "read_line",
     "record",
     "reply_stream_of",
+    "request_in",
     "request_of",
     "slice_bounds",
     "unanswered",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -17,6 +17,7 @@ from openai_api.json_complexity import TOO_MUCH, has_too_much_structure
 from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest
 from queue_schemas.ids import check_name
+from scheduling.cost import estimate_cost
 
 MAX_CUSTOM_ID = 512
 _BOM = b"\xef\xbb\xbf"
@@ -143,15 +144,28 @@ def read_line(data: bytes | None, endpoint: str, max_bytes: int, limits: Request
     return BatchLine(custom_id, model, body)
 
 
-def id_and_body(data: bytes) -> tuple[str, bytes]:
-    """The ``custom_id`` of a line that is known to be valid, and the body for the engine, unchanged in meaning."""
+class LineRequest(NamedTuple):
+    """What is sent of a line: its ``custom_id``, the body for the engine, and what that will cost, by an estimate."""
+
+    custom_id: str
+    body: bytes
+    cost: int
+
+
+def request_in(data: bytes) -> LineRequest:
+    """The request of a line that is known to be valid, unchanged in meaning."""
     line = orjson.loads(data)
+    body = _body_of(line["body"], data)
+    return LineRequest(line["custom_id"], body, estimate_cost(line.get("url", ""), body, line["body"]))
+
+
+def _body_of(body: object, data: bytes) -> bytes:
     if not _LONG_NUMBER.search(data):  # orjson would turn an integer of more than 64 bits into a float
         try:
-            return line["custom_id"], orjson.dumps(line["body"])
+            return orjson.dumps(body)
         except orjson.JSONEncodeError:
             pass  # orjson writes less deeply nested values than it reads
-    return line["custom_id"], _cut_body(data)
+    return _cut_body(data)
 
 
 def _cut_body(data: bytes) -> bytes:

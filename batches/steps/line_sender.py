@@ -12,7 +12,7 @@ from telemetry import get_logger
 from telemetry.threads import in_thread
 
 from ..context import BatchContext
-from ..core import Answer, Checkpoint, JobWindow, RawLine, id_and_body, request_of
+from ..core import Answer, Checkpoint, JobWindow, LineRequest, RawLine, request_in, request_of
 from .input import InputDeleted, InputLines, input_of, read_range
 from .open_lines import OpenLines
 
@@ -48,8 +48,9 @@ class LineSender:
         self._reply_stream = reply_stream
         self._input: FileRecord | None = None
         self._reader: InputLines | None = None
-        self._bodies: dict[int, bytes] = {}
-        """Request bodies of lines that were read and are not sent yet."""
+        self._requests: dict[int, LineRequest] = {}
+        """Requests of lines that were read and are not sent yet."""
+        self._weight = self._settings.weight_of(batch.request.tenant)
         self._paused_until = 0.0
         self.unconfirmed: dict[int, JobId] = {}
 
@@ -92,8 +93,8 @@ class LineSender:
             if raw.number in checkpoint.out_of_order:
                 checkpoint.out_of_order.discard(raw.number)
                 continue
-            custom_id, self._bodies[raw.number] = _parse(raw)
-            self._lines.open(raw, custom_id)
+            request = self._requests[raw.number] = _parse(raw)
+            self._lines.open(raw, request.custom_id)
             if early is not None:
                 on_early(early)
 
@@ -107,25 +108,25 @@ class LineSender:
         ]
         if not due:
             return False
-        await in_thread(lambda: self._read_bodies(due))
+        await in_thread(lambda: self._read_requests(due))
         return await self._send(due)
 
-    def _read_bodies(self, numbers: Sequence[int]) -> None:
-        """Read the bodies of lines that are sent again."""
+    def _read_requests(self, numbers: Sequence[int]) -> None:
+        """Read the lines that are sent again."""
         for number in numbers:
-            if number not in self._bodies:
+            if number not in self._requests:
                 if self._input is None:
                     raise InputDeleted
                 line = self._checkpoint.open[number]
                 data = read_range(self._context.files, self._input, line.offset, line.end)
-                _, self._bodies[number] = _parse(RawLine(number, line.offset, line.end, data))
+                self._requests[number] = _parse(RawLine(number, line.offset, line.end, data))
 
     async def _send(self, numbers: Sequence[int]) -> bool:
         answers = await asyncio.gather(*map(self._send_one, numbers), return_exceptions=True)
         refused: OverCapacity | BrokerFull | None = None
         sent = False
         for number, answer in zip(numbers, answers, strict=True):
-            self._bodies.pop(number, None)
+            self._requests.pop(number, None)
             if isinstance(answer, OverCapacity | BrokerFull):
                 refused = answer
             elif isinstance(answer, BaseException):
@@ -144,24 +145,26 @@ class LineSender:
         return sent
 
     async def _send_one(self, number: int) -> tuple[JobId, State]:
-        request = self._batch.request
+        request, line = self._batch.request, self._requests[number]
         job = Job(
             id=self._window.add(number, self._checkpoint.open[number].generation),
             tenant=Tenant(request.tenant),
             model=self._model,
             path=request.endpoint,
-            body=self._bodies[number],
+            body=line.body,
             lane=Lane.BATCH,
             ttl_ms=max(1, int((request.expires_at - self._context.now_s()) * 1000)),
             max_attempts=self._settings.max_attempts,
             reply_to=self._reply_stream,
             request_id=request_of(request.id, number),
+            cost_estimate=line.cost,
+            weight=self._weight,
         )
         return job.id, await self._broker.jobs.enqueue(job)
 
 
-def _parse(raw: RawLine) -> tuple[str, bytes]:
-    """The ``custom_id`` and the request body of a line, which was validated before."""
+def _parse(raw: RawLine) -> LineRequest:
+    """The request of a line, which was validated before."""
     if raw.data is None:
         raise InputDeleted
-    return id_and_body(raw.data.strip().removeprefix(b"\xef\xbb\xbf"))
+    return request_in(raw.data.strip().removeprefix(b"\xef\xbb\xbf"))

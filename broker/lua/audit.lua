@@ -22,7 +22,7 @@ local function audit_job(id)
   if not job or TERMINAL[job.state] then
     call('ZREM', P .. 'deadlines', id)
   elseif job.state == 'queued' and not call('XRANGE', P .. job.queue, job.entry, job.entry)[1] then
-    add('counters', queue_key(job) .. ':waiting', -1)
+    count_waiting(queue_key(job), -1, job.cost)
     job.lane = without_region(job.lane)
     add_retry_entry(job)
     save(job)
@@ -90,7 +90,7 @@ local function recount(counter_fields)
     for _, queue in ipairs((streams_at(key, MAX_RECOUNTED))) do drop_stale_entries(queue) end
   end
   for _, field in ipairs(counter_fields) do
-    if string.match(field, ':waiting$') or string.match(field, ':leased$') then count('counters', field, 0) end
+    if string.match(field, ':waiting$') or string.match(field, ':leased$') or string.match(field, ':cost$') then count('counters', field, 0) end
   end
   for _, field in ipairs(budget_fields()) do
     if field ~= 'dead:bytes' and (is_small or not string.match(field, ':persisted$')) then count('budget', field, 0) end
@@ -103,6 +103,7 @@ local function recount(counter_fields)
       if job and not TERMINAL[job.state] then
         local what = job.state == 'queued' and ':waiting' or job.state == 'leased' and ':leased'
         if what then count('counters', queue_key(job) .. what, 1) end
+        if what == ':waiting' then count('counters', queue_key(job) .. ':cost', tonumber(job.cost)) end
         for _, who in ipairs({ 't:' .. job.tenant, 'p:' .. job.pool }) do
           count('budget', who .. ':jobs', 1)
           count('budget', who .. ':bytes', tonumber(job.size))

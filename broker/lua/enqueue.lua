@@ -3,7 +3,8 @@
 -- ARGV: prefix, limits on live jobs and bytes of a tenant, of a pool (4), and on a tenant's persisted bytes, base of the
 --       ids of attempts that are handed over ('' hands nothing over: in a repeated call), then per job:
 --       id, envelope, pool, lane, band, tenant, reply (of a persisted job: its first listener), persisted, ttl_ms,
---       max_attempts, region, remote_after_ms, resume (1: when an attempt is lost, its Router says where it goes on), and
+--       max_attempts, region, remote_after_ms, resume (1: when an attempt is lost, its Router says where it goes on), cost,
+--       weight (of its tenant), and
 --       for persisted jobs, else empty: retention_ms, digest of the idempotency key ('' for none), digest of the request,
 --       listed (1: it is kept however it ends, and stands in its tenant's list), topic (of the notice that is put on the shard's
 --       stream of ends), job metadata (opaque).
@@ -56,7 +57,7 @@ local function persist(job, router, retention_ms, idem, request, listed, topic, 
 end
 
 local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted, ttl_ms, max, region, remote_after_ms, resume,
-    retention_ms, idem, request, listed, topic, metadata)
+    cost, weight, retention_ms, idem, request, listed, topic, metadata)
   local key, size, is_persisted = P .. 'job:' .. id, string.len(envelope), persisted == '1'
   local known = load_job(id)
   if known then
@@ -72,9 +73,10 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   local for_region = region ~= '' and tonumber(remote_after_ms) > 0
   local job = { id = id, state = 'queued', epoch = '1', aid = '', attempts = '0', max = max, owner = '', pool = pool,
     lane = for_region and lane .. '@' .. region or lane, band = band, tenant = tenant, reply = is_persisted and '' or reply,
-    persisted = persisted, deadline = deadline, size = int(size), at = came_at, queue = '', entry = '', resume = resume }
+    persisted = persisted, deadline = deadline, size = int(size), at = came_at, queue = '', entry = '', resume = resume,
+    cost = cost, weight = weight, charged = '' }
   local at, aid, owner, entry = queue_key(job), attempt_base .. handed_over, nil, nil
-  read('counters', { at .. ':waiting', shared .. ':enqueued', shared .. ':leased' })
+  read('counters', { at .. ':waiting', at .. ':cost', shared .. ':enqueued', shared .. ':leased' })
   if attempt_base ~= '' then owner, entry = hand_over(at, id, envelope, aid, ttl_ms) end
   if owner then
     job.state, job.lane, job.aid, job.attempts, job.owner, job.entry = 'leased', lane, aid, '1', owner, entry
@@ -96,6 +98,6 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
 end
 
 local answers = {}
-for i = 8, #ARGV, 19 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 18)) end
+for i = 8, #ARGV, 21 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 20)) end
 write_offers()
 return write_counters_and_return(answers)

@@ -1,13 +1,13 @@
 -- Takes what attempts put out, and ends those whose answer is complete. Frames of persisted jobs are kept and sent to their
 -- listeners, those of others sent to the Router that waits.
 -- ARGV: prefix, then per attempt: job id, epoch, attempt id, outcome ('' while it goes on, done, failed or expired),
---       restarts_output (1: its first frame drops the output of earlier attempts), seq of the first frame, number of
+--       used (what it has cost, '' if unknown), run_ms (how long it had its slot, '' if unknown), restarts_output (1: its first frame drops the output of earlier attempts), seq of the first frame, number of
 --       frames, the packed frames (of jobs that are not persisted: any number in one).
 -- Reply: per attempt 'ok' (frames that are there already change nothing), 'duplicate' (this attempt itself ended the job),
 --       'fenced' or 'gone'. Frames go out only with 'ok', those for one Router in one entry. An attempt with a gap before
 --       its first frame (the server lost its latest writes) loses its persisted job, and is fenced.
 -- Invariants: 2 one result, 3 fence, 4 idempotency, 7 streams, 8 bounded memory, 12 conservation.
--- uses: attempts, fence
+-- uses: attempts, fence, rates
 -- rarely: retry_or_end, keep, expected, now_ms, save
 
 -- The seq of the next frame of this attempt.
@@ -45,24 +45,25 @@ end
 
 local answers, i = {}, 2
 while i <= #ARGV do
-  local outcome, seq, number = ARGV[i + 3], tonumber(ARGV[i + 5]), tonumber(ARGV[i + 6])
+  local outcome, seq, number = ARGV[i + 3], tonumber(ARGV[i + 7]), tonumber(ARGV[i + 8])
   local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2])
   local due = job and job.persisted == '1' and expected(job)
   if due and seq > due then
     retry_or_end(job, false, 'a part of its output was lost', now_ms())
     refusal = 'fenced'
   elseif job then
-    local frames = due and keep(job, ARGV[i + 4] == '1', seq, due, i + 7, number)
-      or { unpack(ARGV, i + 7, i + 6 + number) }
+    local frames = due and keep(job, ARGV[i + 6] == '1', seq, due, i + 9, number)
+      or { unpack(ARGV, i + 9, i + 8 + number) }
     if #frames > 0 then post(job, table.concat(frames)) end
     if outcome ~= '' then
       leave_lease(job)
+      if outcome == 'done' then observe(job, tonumber(ARGV[i + 5])) end
       if outcome == 'expired' then job.why = EXPIRED_RUNNING end
       end_job(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)
     end
   end
   answers[#answers + 1] = refusal or 'ok'
-  i = i + 7 + number
+  i = i + 9 + number
 end
 send_posted()
 return write_counters_and_return(answers)

@@ -88,10 +88,19 @@ class Attempts:
         again is harmless."""
         return await self._batches[shard_of_job(lease.job.id)].append(lease, frames)
 
-    async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
+    async def settle(
+        self,
+        lease: Lease,
+        outcome: Outcome,
+        frames: bytes = b"",
+        *,
+        used: int | None = None,
+        run_ms: int | None = None,
+    ) -> Settled:
         """End an attempt with its answer. ``frames`` (packed; those not yet published, the last with END) reach the
-        Router, or those who listen to a persisted job, only if the answer is ``OK``."""
-        return await self._batches[shard_of_job(lease.job.id)].settle(lease, outcome, frames)
+        Router, or those who listen to a persisted job, only if the answer is ``OK``. ``used`` is what the attempt has
+        cost (:mod:`scheduling.cost`), ``run_ms`` how long it has had its slot; None: unknown."""
+        return await self._batches[shard_of_job(lease.job.id)].settle(lease, outcome, frames, used, run_ms)
 
     async def release(self, lease: Lease, reason: str, *, counted: bool, avoid_ms: int | None = None) -> Settled:
         """End an attempt without an answer: the job waits again, ahead of new work.

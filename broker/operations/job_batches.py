@@ -21,6 +21,7 @@ from queue_schemas import (
 )
 from queue_schemas.frames import split_frames
 from queue_schemas.ids import encode_name, random_hex
+from queue_schemas.job import MAX_COST, MAX_WEIGHT, MIN_WEIGHT
 from queue_schemas.persisted_output import key_digest, request_digest
 from queue_schemas.records import record
 
@@ -52,6 +53,8 @@ class _Output:
     lease: Lease
     outcome: Outcome | None
     frames: bytes
+    used: int | None = None
+    run_ms: int | None = None
 
 
 @record
@@ -84,8 +87,10 @@ class ShardBatches:
     async def append(self, lease: Lease, frames: bytes) -> Settled:
         return await self._appends.submit(_Output(lease, None, frames))
 
-    async def settle(self, lease: Lease, outcome: Outcome, frames: bytes) -> Settled:
-        return await self._settles.submit(_Output(lease, outcome, frames))
+    async def settle(
+        self, lease: Lease, outcome: Outcome, frames: bytes, used: int | None, run_ms: int | None
+    ) -> Settled:
+        return await self._settles.submit(_Output(lease, outcome, frames, used, run_ms))
 
     async def release(self, lease: Lease, reason: str, counted: bool, avoid_ms: int | None) -> Settled:
         usual = 1 if avoid_ms is None else max(avoid_ms, 2)
@@ -112,6 +117,7 @@ class ShardBatches:
                 job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
                 item.listener, int(job.persisted), job.ttl_ms, job.max_attempts,
                 encode_name(job.region), job.remote_after_ms, int(_is_continued(job)),
+                max(1, min(job.cost_estimate, MAX_COST)), f"{max(MIN_WEIGHT, min(job.weight, MAX_WEIGHT)):g}",
                 *(_persist_args(item) if job.persisted else _NOT_PERSISTED),
             )  # fmt: skip
         # A call may have been carried out, and then have been lost by the server: a repeated one hands nothing over, or
@@ -129,7 +135,8 @@ class ShardBatches:
     async def _settle(self, items: Sequence[_Output], *, retry: bool) -> list[Settled | Exception]:
         args: list[Any] = []
         for item in items:
-            args += (*attempt_of(item.lease), item.outcome.value if item.outcome else "")
+            figures = ("" if figure is None else figure for figure in (item.used, item.run_ms))
+            args += (*attempt_of(item.lease), item.outcome.value if item.outcome else "", *figures)
             if item.lease.job.persisted:
                 run = split_frames(item.frames)
                 args += (int(run.starts_answer), run.first_seq, len(run.frames), *run.frames)

@@ -13,7 +13,7 @@ from queue_schemas.ids import decode_name
 from ..redis.calls import Caller, pairs
 from ..redis.shards import answers_of, on_each
 
-_NOT_EVENTS = ("waiting", "leased", "turn")
+_NOT_EVENTS = ("waiting", "leased", "turn", "cost", "ran", "ran_ms", "ran_cost")
 SHARD_TIMEOUT_S = 1.0
 """How long a shard may take to answer before it is left out."""
 

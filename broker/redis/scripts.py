@@ -26,9 +26,10 @@ _USES = re.compile(r"^-- uses: (.+)$", re.MULTILINE)
 
 RECORD = (
     *("state", "epoch", "aid", "attempts", "max", "owner", "pool", "lane", "band", "tenant", "reply", "persisted"),
-    *("deadline", "size", "at", "queue", "entry", "resume"),
+    *("deadline", "size", "at", "queue", "entry", "resume", "cost", "weight", "charged"),
 )
 """What the record of every job says, in one field of words; none of them has a space."""
+_TOMBSTONE_WORDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +105,14 @@ def _transitions() -> str:
 
 
 def _record_format() -> str:
-    """Packing a job's record and reading it, in Lua: ``pack_record(job)``, ``parse_record(id, record)`` (or nil)."""
+    """Packing a job's record and reading it, in Lua: ``pack_record(job)``, ``parse_record(id, record)`` (or nil), and
+    ``LACKING``, which makes a record of a tombstone."""
     names, pattern = ", ".join(RECORD), " ".join(["(%S*)"] * len(RECORD))
     packed = " .. ' ' .. ".join(f"job.{name}" for name in RECORD)
     read = ", ".join(f"{name} = {name}" for name in RECORD)
+    lacking = " " * (len(RECORD) - _TOMBSTONE_WORDS)
     return (
+        f"local LACKING = '{lacking}'\n"
         f"local function pack_record(job)\n  return {packed}\nend\n"
         f"local function parse_record(id, record)\n  local {names} = string.match(record, '^{pattern}$')\n"
         f"  return state and {{ id = id, {read} }}\nend\n"

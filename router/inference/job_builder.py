@@ -72,7 +72,7 @@ class JobBuilder:
             body=body,
             content_type=content_type,
             lane=lane,
-            band=band_of_priority(fields.priority),
+            band=max(band_of_priority(fields.priority), settings.highest_band_of(tenant)),
             stream=fields.stream,
             persisted=persisted,
             ttl_ms=deadline.limit_ms,
@@ -86,6 +86,8 @@ class JobBuilder:
             request_id=request_id,
             region=settings.region,
             remote_after_ms=self._remote_after_ms(fields.model),
+            cost_estimate=fields.cost,
+            weight=settings.weight_of(tenant),
         )
 
     def _remote_after_ms(self, model: str) -> int:

@@ -16,6 +16,7 @@ from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest, Pool
 from queue_schemas.ids import check_name
 from queue_schemas.records import record
+from scheduling.cost import estimate_cost, estimate_form_cost
 
 from ..http.forms import boundary_of, form_fields
 from .continuation import choices_of, may_continue
@@ -32,7 +33,8 @@ class RequestFields:
 
     ``timeout_s``: how long the request may take, None if it does not say. Gateways define it, engines ignore it.
     ``continuable``: another attempt can continue the stream behind what was delivered; ``usage``: the stream ends with
-    its usage; ``choices``: how many the stream has; ``background``: a background response.
+    its usage; ``choices``: how many the stream has; ``background``: a background response; ``cost``: what it will cost,
+    by an estimate (:mod:`scheduling.cost`).
     """
 
     model: Pool
@@ -43,6 +45,7 @@ class RequestFields:
     timeout_s: float | None = None
     choices: int = 1
     background: bool = False
+    cost: int = 1
 
 
 def read_fields(body: bytes, content_type: str, path: str, limits: RequestLimits | None = None) -> RequestFields:
@@ -87,9 +90,10 @@ def _from_json(body: bytes, path: str, limits: RequestLimits | None) -> RequestF
         raise _wrong("background", background, "true or false")
     if limits is not None:
         check_request(request, path, limits)
+    cost = estimate_cost(path, body, request)
     if not stream:
         return RequestFields(
-            _checked_model(model), False, priority or 0, timeout_s=timeout, background=bool(background)
+            _checked_model(model), False, priority or 0, timeout_s=timeout, background=bool(background), cost=cost
         )
     return RequestFields(
         model=_checked_model(model),
@@ -100,6 +104,7 @@ def _from_json(body: bytes, path: str, limits: RequestLimits | None) -> RequestF
         timeout_s=timeout,
         choices=choices_of(request),
         background=bool(background),
+        cost=cost,
     )
 
 
@@ -120,7 +125,8 @@ def _from_form(fields: Mapping[str, str]) -> RequestFields:
         except ValueError:
             raise _wrong("timeout", fields["timeout"], _TIMEOUT) from None
         _check_timeout(timeout_s)
-    return RequestFields(_checked_model(fields["model"]), word in _TRUE_WORDS, priority, timeout_s=timeout_s)
+    streams, cost = word in _TRUE_WORDS, estimate_form_cost()
+    return RequestFields(_checked_model(fields["model"]), streams, priority, timeout_s=timeout_s, cost=cost)
 
 
 def _check_timeout(value: object) -> None:

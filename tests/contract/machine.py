@@ -75,6 +75,8 @@ def jobs(draw: Any) -> dict[str, Any]:
         "max_attempts": draw(st.integers(1, 3)),
         "ttl_ms": draw(st.sampled_from([600_000, 600_000, 10_000, 1_000])),
         "body": b"x" * draw(st.sampled_from([0, 0, 0, 2_000])),
+        "cost_estimate": draw(st.sampled_from([0, 1, 40, 7_000])),
+        "weight": draw(st.sampled_from([1.0, 1.0, 4.0, 0.5])),
         "stream": kind == "continued",
         "on_loss": "continue" if kind == "continued" else "restart",
         "persisted": kind == "persisted",

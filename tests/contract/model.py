@@ -35,6 +35,7 @@ from queue_schemas.frames import unpack_frames
 from queue_schemas.lanes import BAND_STEP, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 from queue_schemas.persisted_output import key_digest, request_digest
+from scheduling.prediction import Rate
 
 from .model_records import SUSPECT, DeadLetter, Effects, Kept, Line, Live, Place, Run, Snapshot, Tombstone, require
 
@@ -69,6 +70,7 @@ class Model:
         self.listening: set[str] = set()
         self.totals: Counter[tuple[str, Lane, str]] = Counter()
         self.turns: Counter[Place] = Counter()
+        self.rates: dict[Place, Rate] = defaultdict(Rate)
         self.kept: dict[str, Kept] = {}
         self.keys: dict[str, tuple[str, str]] = {}
         """By the digest of an idempotency key: the job that has it, and the digest of its request."""
@@ -293,13 +295,17 @@ class Model:
         if new:
             self._send_listeners(live, new)
 
-    def settle(self, lease: Lease, outcome: Outcome, frames: bytes) -> Settled:
+    def settle(
+        self, lease: Lease, outcome: Outcome, frames: bytes, used: int | None = None, run_ms: int | None = None
+    ) -> Settled:
         verdict = self._verdict(lease)
         if verdict is Settled.OK:
             live = self.live[lease.job.id]
             if live.job.persisted:
                 self._keep(live, unpack_frames(frames))
             self._end(live, State(outcome.value), live.attempt_id)
+            if outcome is Outcome.DONE and run_ms is not None:
+                self.rates[live.place] = self.rates[live.place].observed(run_ms, cost_of(live.job))
             if frames and not live.job.persisted:
                 self._send(live.job.reply_to, unpack_frames(frames))
         return verdict
@@ -421,6 +427,8 @@ class Model:
             leases=dict(leases),
             budgets=dict(budgets),
             waiting=dict(Counter(live.place for live in self.live.values() if live.state is State.QUEUED)),
+            costs=self._costs(),
+            rates=dict(self.rates),
             leased=dict(Counter(live.place for live in self.live.values() if live.state is State.LEASED)),
             totals=dict(self.totals),
             turns=dict(self.turns),
@@ -440,6 +448,13 @@ class Model:
             kept={job_id: kept.until for job_id, kept in self.kept.items()},
             keys={digest: job_id for digest, (job_id, _) in self.keys.items()},
         )
+
+    def _costs(self) -> dict[Place, int]:
+        costs: Counter[Place] = Counter()
+        for live in self.live.values():
+            if live.state is State.QUEUED:
+                costs[live.place] += cost_of(live.job)
+        return dict(costs)
 
     def _stored(self) -> list[tuple[Job, list[tuple[int, int, int]]]]:
         live = [(live.job, live.output) for live in self.live.values() if live.job.persisted]
@@ -691,6 +706,11 @@ class Model:
     def _send(self, router: str, news: Sequence[Frame | Marker]) -> None:
         if router in self.listening:
             self.effects.news += [(router, item) for item in news]
+
+
+def cost_of(job: Job) -> int:
+    """What the queue takes a job to cost: never nothing."""
+    return max(job.cost_estimate, 1)
 
 
 def _next_run(epoch: int) -> int:

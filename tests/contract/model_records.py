@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from queue_schemas import Frame, Job, Lane, Marker, State
+from scheduling.prediction import Rate
 
 SUSPECT = 2
 """A crash of the engine makes a suspect at once, the death of a worker at the second time."""
@@ -144,6 +145,9 @@ class Snapshot:
     leases: dict[str, dict[str, int]]
     budgets: dict[str, int]
     waiting: dict[Place, int]
+    costs: dict[Place, int]
+    """What waits, by its cost."""
+    rates: dict[Place, Rate]
     leased: dict[Place, int]
     totals: dict[tuple[str, Lane, str], int]
     turns: dict[Place, int]

@@ -13,6 +13,7 @@ from queue_schemas.control import parse_control
 from queue_schemas.frames import unpack_frames, unpack_marker
 from queue_schemas.ids import decode_name
 from queue_schemas.keys import ShardKeys
+from scheduling.prediction import Rate
 from tests.contract.model_records import SUSPECT, DeadLetter, Line, Place, Snapshot, require
 from tests.support.queue import parse_record
 
@@ -109,6 +110,8 @@ def read_snapshot(raw: Raw) -> Snapshot:
         leases={worker: _epochs(held) for (worker,), held in raw.of("leases").items()},
         budgets={_decoded(name): number for name, number in _numbers(raw.one("budget")).items()},
         waiting=counters.pop("waiting", {}),
+        costs=counters.pop("cost", {}),
+        rates=_rates(*(counters.pop(kind, {}) for kind in ("ran", "ran_ms", "ran_cost"))),
         leased={place: number for place, number in counters.pop("leased", {}).items() if number},
         turns=counters.pop("turn", {}),
         # Totals that split one of these further have a slash.
@@ -178,6 +181,10 @@ def _counters(raw: Raw) -> dict[str, dict[Place, int]]:
         pool, lane, kind = name.split(":")
         counters.setdefault(kind, {})[_place(pool, lane)] = number
     return counters
+
+
+def _rates(jobs: dict[Place, int], run_ms: dict[Place, int], cost: dict[Place, int]) -> dict[Place, Rate]:
+    return {place: Rate(number, run_ms.get(place, 0), cost.get(place, 0)) for place, number in jobs.items()}
 
 
 def _decoded(budget: str) -> str:

@@ -67,7 +67,10 @@ async def _replay(broker: Broker, counter: _Counter, worker: Puller, router: str
         await asyncio.gather(*map(broker.jobs.enqueue, jobs))
 
     async def settle(leases: list[Lease], seq: int) -> None:
-        answers = (broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease, seq=seq)) for lease in leases)
+        answers = (
+            broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease, seq=seq), used=700, run_ms=1_500)
+            for lease in leases
+        )
         await asyncio.gather(*answers)
 
     async def append(leases: list[Lease]) -> None:

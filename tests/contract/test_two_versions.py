@@ -120,7 +120,7 @@ class Previous:
             job.id, job.pack(), encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
             job.reply_to, int(job.persisted), job.ttl_ms, job.max_attempts,
             encode_name(job.region), job.remote_after_ms,
-            int(job.on_loss == "continue" and job.stream), *("",) * 6,
+            int(job.on_loss == "continue" and job.stream), max(job.cost_estimate, 1), job.weight, *("",) * 6,
         )  # fmt: skip
         return str(answer.decode())
 
@@ -145,7 +145,7 @@ class Previous:
 
     async def settle(self, lease: Lease) -> str:
         attempt = (lease.job.id, lease.epoch, lease.attempt_id)
-        (answer,) = await self._run("settle", *attempt, "done", 0, 0, 1, answer_frame(lease))
+        (answer,) = await self._run("settle", *attempt, "done", "", "", 0, 0, 1, answer_frame(lease))
         return str(answer.decode())
 
     async def release(self, lease: Lease, *, counted: bool) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ValidationError
 from yarl import URL
 
-from batches.core.jsonl import BadLine, LineSplitter, id_and_body, read_line
+from batches.core.jsonl import BadLine, LineSplitter, read_line, request_in
 from openai_api.chat_chunks import ChatReader
 from queue_schemas import END, HEAD, Frame, Heartbeat, InferqError, Job, Lane, Pool, Registration, Tenant, WorkerInfo
 from queue_schemas.control import parse_control
@@ -140,7 +140,7 @@ def batch_lines(mutator: Mutator) -> None:
         except BadLine:
             continue
         assert line.data is not None
-        custom_id, body = id_and_body(line.data)
+        custom_id, body, _ = request_in(line.data)
         if custom_id != read.custom_id or json.loads(body).keys() != read.body.keys():
             raise Broken("a line means one thing when it is checked and another when it is sent")
 

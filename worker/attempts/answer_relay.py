@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from contextlib import aclosing
 
 from broker import Broker
-from queue_schemas import EngineFailed, InferqError, Lease, Outcome, shard_of_job
+from queue_schemas import EngineFailed, InferqError, Job, Lease, Outcome, shard_of_job
 from telemetry import get_logger
 
-from ..core import Continuation, is_complete, is_readable
+from ..core import Continuation, is_complete, is_readable, read_usage
 from ..engines import EngineAnswer, EngineGone, StepReader
 from ..frame_batcher import FrameBatcher, FrameSender
 from ..metrics import WorkerMetrics
@@ -54,9 +54,9 @@ class AnswerRelay:
                 "their content type says so: see the engine's log"
             )
             return Settle(Outcome.FAILED, attempt.cutter.fail(unreadable))
-        self._metrics.usage(attempt.lease.job.model, body)
+        used = self._count_usage(attempt.lease.job, verdict, body)
         headers = _headers(attempt.lease, answer)
-        return Settle(verdict, attempt.cutter.whole(answer.status, answer.content_type, body, headers))
+        return Settle(verdict, attempt.cutter.whole(answer.status, answer.content_type, body, headers), used)
 
     async def stream(
         self, attempt: Attempt, answer: EngineAnswer, verdict: Outcome, continuation: Continuation | None
@@ -73,12 +73,20 @@ class AnswerRelay:
             return Settle(Outcome.FAILED, await sender.close() + cutter.fail(self._too_large()))
         finally:
             attempt.stall.reading = False
-        self._metrics.usage(attempt.lease.job.model, relayed.last, relayed.events)
+        used = self._count_usage(attempt.lease.job, verdict, relayed.end, relayed.events)
         rest = cutter.feed(continuation.end()) if continuation is not None else b""
         last = cutter.finish(delimited=answer.delimited) if verdict is Outcome.DONE else cutter.end()
         if last is None:
             raise _cut_short(answer.delimited)
-        return Settle(verdict, await sender.close() + rest + last)
+        return Settle(verdict, await sender.close() + rest + last, used)
+
+    def _count_usage(self, job: Job, verdict: Outcome, end: bytes, events: int = 0) -> int | None:
+        """What an answer has cost, by its last bytes or its ``events``. One that is an error has cost nothing unless it
+        says so."""
+        usage = read_usage(end, events)
+        self._metrics.usage(job.model, usage)
+        cost = usage.cost(job.body)
+        return 0 if cost is None and verdict is Outcome.FAILED else cost
 
     async def _read_stream(self, attempt: Attempt, answer: EngineAnswer, relayed: _RelayedStream) -> None:
         """Piece by piece until a frame has left, without delay; then with the other streams, where that can be."""
@@ -133,21 +141,26 @@ class _Held(Exception):
 
 
 class _RelayedStream:
-    """One stream on its way from the engine to ``sender``. ``last`` is what came last, ``events`` how many came."""
+    """One stream on its way from the engine to ``sender``. ``events``: how many came."""
 
-    __slots__ = ("_cutter", "_relay", "_size", "_stall", "continuation", "events", "last", "sender")
+    __slots__ = ("_before", "_cutter", "_last", "_relay", "_size", "_stall", "continuation", "events", "sender")
 
     def __init__(
         self, relay: AnswerRelay, attempt: Attempt, sender: FrameSender, continuation: Continuation | None
     ) -> None:
         self.sender = sender
         self.continuation = continuation
-        self.last = b""
+        self._before = self._last = b""
         self.events = 0
         self._relay = relay
         self._cutter = attempt.cutter
         self._stall = attempt.stall
         self._size = 0
+
+    @property
+    def end(self) -> bytes:
+        """What came last: an engine may send its usage and its end marker apart."""
+        return self._before + self._last
 
     def take(self, data: bytes) -> None:
         """Cut and hand over what came from the engine. Raises ``_TooLarge``."""
@@ -155,7 +168,7 @@ class _RelayedStream:
         relay.output_count += 1
         self._stall.pieces += 1
         self._size += len(data)
-        self.last = data
+        self._before, self._last = self._last, data
         self.events += data.count(b"\n\n")
         if self._size > relay.max_answer_bytes:
             raise _TooLarge

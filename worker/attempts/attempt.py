@@ -46,6 +46,8 @@ class Settle:
 
     outcome: Outcome
     frames: bytes
+    used: int | None = None
+    """What it has cost (:mod:`scheduling.cost`); None: unknown."""
 
 
 @record
@@ -70,13 +72,25 @@ Ending = Settle | Release | EngineDisconnected | None
 
 
 class Attempt:
-    """One lease that runs here. ``deadline`` is a time of the event loop (s)."""
+    """One lease that runs here. ``started`` and ``deadline`` are times of the event loop (s)."""
 
-    __slots__ = ("cutter", "deadline", "ending", "lease", "may_buffer", "sender", "stall", "stop_reason", "task")
+    __slots__ = (
+        "cutter",
+        "deadline",
+        "ending",
+        "lease",
+        "may_buffer",
+        "sender",
+        "stall",
+        "started",
+        "stop_reason",
+        "task",
+    )
 
-    def __init__(self, lease: Lease, deadline: float) -> None:
+    def __init__(self, lease: Lease, started: float) -> None:
         self.lease = lease
-        self.deadline = deadline
+        self.started = started
+        self.deadline = started + lease.remaining_ms / 1000
         self.cutter = FrameCutter(lease)
         self.sender: FrameSender | None = None
         self.task: asyncio.Task[None] | None = None

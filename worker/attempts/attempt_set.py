@@ -76,7 +76,7 @@ class Attempts:
         """Run each lease in a task of ``group``."""
         now = asyncio.get_running_loop().time()
         for lease in leases:
-            attempt = Attempt(lease, now + lease.remaining_ms / 1000)
+            attempt = Attempt(lease, now)
             job = lease.job
             self._metrics.wait(job.model, job.lane.value).observe(lease.waited_ms / 1000)
             self._running[lease.attempt_id] = attempt

@@ -33,8 +33,11 @@ class EndReports:
     async def settle(self, attempt: Attempt, ending: Settle) -> None:
         """The job has its answer."""
         lease = attempt.lease
+        run_ms = round((asyncio.get_running_loop().time() - attempt.started) * 1000)
         answer = await self._until_answered(
-            lambda: self._broker.attempts.settle(lease, ending.outcome, ending.frames), "settle_failed", attempt
+            lambda: self._broker.attempts.settle(lease, ending.outcome, ending.frames, used=ending.used, run_ms=run_ms),
+            "settle_failed",
+            attempt,
         )
         if answer is None:
             return

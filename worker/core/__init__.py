@@ -9,10 +9,12 @@ from .frames import FrameCutter
 from .loop_watchdog import LATE_S, LoopWatchdog
 from .slots import Claim, Slots
 from .stream_stall import StreamStall, may_buffer
+from .usage import AnswerUsage, read_usage
 from .verdict import Retry, RetryLater, judge_answer, judge_failure, judge_server_error
 
 __all__ = [
     "LATE_S",
+    "AnswerUsage",
     "Claim",
     "Continuation",
     "EngineProgress",
@@ -30,4 +32,5 @@ __all__ = [
     "judge_server_error",
     "may_buffer",
     "read_load",
+    "read_usage",
 ]

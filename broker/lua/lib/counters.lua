@@ -1,5 +1,5 @@
 -- Two hashes: ``budget`` (live jobs and bytes of tenants and pools, by which new work is refused) and ``counters`` (what
--- waits and runs, turns and totals, by queue key). Changes gather while a script runs. Every script that
+-- waits, also by its cost, and runs, turns, rates and totals, by queue key). Changes gather while a script runs. Every script that
 -- changes anything returns with ``write_counters_and_return``, which writes them; a field that becomes 0 is removed, but
 -- for what runs at a queue key, which has totals as well.
 -- uses: shard
@@ -28,6 +28,12 @@ end
 local function counter(hash, field)
   if not known[hash][field] then read(hash, { field }) end
   return known[hash][field] + (changes[hash][field] or 0)
+end
+
+-- What waits at a queue key has become one job more (or less, with -1).
+local function count_waiting(key, by, cost)
+  add('counters', key .. ':waiting', by)
+  add('counters', key .. ':cost', by * tonumber(cost))
 end
 
 local function waiting(key)
@@ -68,7 +74,7 @@ local function write_counters_and_return(reply)
       else
         gone[#gone + 1] = field
         local drained = string.match(field, '^(.*):waiting$')
-        if drained then gone[#gone + 1] = drained .. ':turn' end
+        if drained then gone[#gone + 1], gone[#gone + 2] = drained .. ':turn', drained .. ':cost' end
       end
     end
     write_in_chunks('HSET', P .. hash, set)

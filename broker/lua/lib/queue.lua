@@ -1,5 +1,5 @@
 -- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended.
--- An entry says beside its job of whose budgets that counts (``of``), should its record be lost.
+-- An entry says beside its job of whose budgets that counts, and its cost (``of``), should its record be lost.
 -- uses: records, counters, fairness, suspicion, lifecycle
 -- rarely: drop_entry
 
@@ -13,7 +13,7 @@ end
 -- Takes a queued job's entry out of its waiting stream.
 local function leave_queue(job)
   local _, empty = delete_entry(job.queue, job.entry)
-  add('counters', queue_key(job) .. ':waiting', -1)
+  count_waiting(queue_key(job), -1, job.cost)
   if empty and string.sub(job.queue, 1, 2) == 'q:' then
     call('ZREM', P .. 'active:' .. queue_key(job) .. ':' .. job.band, job.tenant)
   end
@@ -23,8 +23,8 @@ end
 local function drop_entry(queue, entry)
   if not delete_entry(queue, entry[1]) then return end
   local key = string.match(queue, '^q:(.*):%d:[^:]*$') or string.match(queue, '^%a+:(.*)$')
-  local tenant, size = string.match(entry[2][4] or '', '^(%S+) (%d+)$')
-  add('counters', key .. ':waiting', -1)
+  local tenant, size, cost = string.match(entry[2][4] or '', '^(%S+) (%d+) (%d+)$')
+  count_waiting(key, -1, cost or 0)
   if tenant then spend(string.match(key, '^[^:]*'), tenant, -1, -tonumber(size)) end
 end
 
@@ -40,15 +40,15 @@ local function add_new_entry(job)
   local of_band = queue_key(job) .. ':' .. job.band
   job.queue = 'q:' .. of_band .. ':' .. job.tenant
   activate(of_band, job.tenant)
-  add('counters', queue_key(job) .. ':waiting', 1)
-  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size)
+  count_waiting(queue_key(job), 1, job.cost)
+  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost)
 end
 
 -- Puts a job whose attempt ended in line again, ahead of new work; its record has to be saved.
 local function add_retry_entry(job)
   job.queue = (is_suspect(job) and 'suspects:' or 'retry:') .. queue_key(job)
-  add('counters', queue_key(job) .. ':waiting', 1)
-  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size)
+  count_waiting(queue_key(job), 1, job.cost)
+  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost)
 end
 
 local function requeue(job, ...)

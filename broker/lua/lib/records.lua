@@ -3,7 +3,8 @@
 -- state, epoch, and the attempt that ended it by its own word. ``queue`` and ``entry``: where it waits; ``entry`` of a
 -- leased job that was handed over: the control message. A waiting job waits at a queue key: ``<pool>:<lane>``, or
 -- ``<pool>:<lane>@<region>`` while only workers of that region may run it: until ``eligible_at``, and not any more once it
--- was leased. ``pack_record`` and ``parse_record`` are made from broker/redis/scripts.py.
+-- was leased. ``cost``: units of one prompt token that it is thought to cost (scheduling/cost.py), ``weight``: its tenant's
+-- share, ``charged``: what its tenant was charged for the attempt that runs ('' for nothing). ``pack_record`` and ``parse_record`` are made from broker/redis/scripts.py.
 -- uses: shard, record_format
 
 -- Writes a job's record, and more fields beside it.
@@ -25,7 +26,7 @@ end
 -- without an answer began a new epoch: in the first there is nothing to say of it.
 local function load_job(id)
   local record = read_record(id)
-  local job = parse_record(id, record) or parse_record(id, record .. string.rep(' ', 15))
+  local job = parse_record(id, record) or parse_record(id, record .. LACKING)
   if not job then return nil end
   local of = (job.epoch == '1' or job.at == '') and {} or call('HMGET', P .. 'job:' .. id, 'suspicion', 'not_charged',
     'cleared', 'handed_back', 'avoid', 'avoid_until')

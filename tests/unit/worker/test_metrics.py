@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from telemetry import MetricsRegistry, render_metrics
+from worker.core import read_usage
 from worker.metrics import WorkerMetrics
 
 USAGE = b'"usage": {"prompt_tokens" : 7, "completion_tokens":5}'
@@ -13,7 +14,7 @@ USAGE = b'"usage": {"prompt_tokens" : 7, "completion_tokens":5}'
 def tokens(end: bytes, events: int) -> tuple[float, float]:
     """Prompt and completion tokens that are counted for an answer that ends with ``end``."""
     metrics = WorkerMetrics(MetricsRegistry("worker"))
-    metrics.usage("sim", end, events)
+    metrics.usage("sim", read_usage(end, events))
     shown = render_metrics(metrics.registry)[0].decode()
 
     def of(kind: str) -> float:

@@ -120,7 +120,7 @@ class RecordingBroker:
         self.released_by = asyncio.Event()
         self.released_by.set()
 
-    async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"") -> Settled:
+    async def settle(self, lease: Lease, outcome: Outcome, frames: bytes = b"", **figures: int | None) -> Settled:
         if self.failures:
             self.failures -= 1
             raise BrokerUnavailable("away")
