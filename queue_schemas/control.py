@@ -1,8 +1,9 @@
-"""Control messages to workers: job, wake, abort, drain and ping, read from the session's stream ``ctl:<session id>``.
+"""Control messages to workers: job, wake, abort, yield, drain and ping.
 
-An entry has field ``k`` (the kind); an abort also ``job`` and ``why``; a job ``id``, ``aid`` (the attempt id), ``left``
-(ms until its deadline) and ``env`` (the envelope). Reading is by position (XREAD), so a message may be read twice:
-acting on one twice is harmless. Unknown kinds are ignored: a newer Manager may send them.
+They are read from the session's stream ``ctl:<session id>``. An entry has field ``k`` (the kind); an abort also ``job``
+and ``why``; a yield ``job`` and ``aid``; a job ``id``, ``aid`` (the attempt id), ``left`` (ms until its deadline) and
+``env`` (the envelope). Reading is by position (XREAD), so a message may be read twice: acting on one twice is
+harmless. Unknown kinds are ignored: a newer Manager may send them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class ControlKind(StrEnum):
     """There may be work: claim."""
     ABORT = "abort"
     """Stop running ``job``: it was cancelled or its time ran out."""
+    YIELD = "yield"
+    """Stop attempt ``attempt_id`` of ``job``, if it may, and hand it back: an interactive job needs its slot."""
     DRAIN = "drain"
     """Claim no more, finish what runs, then exit."""
     PING = "ping"
@@ -33,13 +36,14 @@ class ControlKind(StrEnum):
 
 @record
 class Control:
-    """One message on a worker's control stream; ``job_id`` and ``reason`` belong to an abort, ``lease`` to a job (None:
-    it could not be read)."""
+    """One message on a worker's control stream; ``job_id`` belongs to an abort and a yield, ``reason`` to an abort,
+    ``attempt_id`` to a yield, ``lease`` to a job (None: it could not be read)."""
 
     kind: ControlKind
     job_id: JobId | None = None
     reason: str = ""
     lease: Lease | None = None
+    attempt_id: str = ""
 
     def fields(self) -> dict[str, str]:
         """The stream entry."""
@@ -56,10 +60,12 @@ def parse_control(fields: dict[bytes, bytes]) -> Control | None:
         kind = ControlKind(fields[b"k"].decode())
     except (KeyError, ValueError):
         return None
-    if kind is ControlKind.ABORT:
-        job_id = fields.get(b"job", b"").decode("utf-8", "replace")
+    if kind in (ControlKind.ABORT, ControlKind.YIELD):
+        job_id, reason, attempt_id = (
+            fields.get(name, b"").decode("utf-8", "replace") for name in (b"job", b"why", b"aid")
+        )
         shard_of_job(job_id)
-        return Control(kind, JobId(job_id), fields.get(b"why", b"").decode("utf-8", "replace"))
+        return Control(kind, JobId(job_id), reason, attempt_id=attempt_id)
     if kind is ControlKind.JOB:
         return Control(kind, lease=_first_attempt(fields))
     return Control(kind)

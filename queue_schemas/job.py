@@ -23,6 +23,8 @@ MIN_WEIGHT, MAX_WEIGHT = 0.001, 1_000.0
 """Bounds of a tenant's weight."""
 MAX_COST = 30_000_000
 """What no request costs more than: a model reads and writes fewer than ten million tokens."""
+MAX_YIELDS = 100
+"""How often a job may yield at most."""
 
 OnLoss = Literal["continue", "restart", "fail"]
 
@@ -36,9 +38,10 @@ class Job:
     ``idempotency_key`` is the client's name for it. ``ttl_ms`` counts from the enqueue on the server's clock.
     ``max_attempts`` bounds how often it is started. ``on_loss`` says what happens to a stream whose attempt was lost
     after some of it was delivered: ``continue`` (the queue asks the Router for what was delivered, and the next attempt
-    continues it), ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text that was delivered of
-    a stream to be continued. ``cost_estimate`` is in tokens (:mod:`scheduling.cost`), ``weight`` its tenant's share
-    against others', ``affinity`` a prefix hash, all for scheduling.
+    continues it), ``restart`` (it runs again and is compared) or ``fail``. ``prefix`` is the text behind which the
+    next attempt goes on: what was delivered of a stream, or what was said before the job yielded. ``yields`` is how
+    often it may yield its slot to interactive work. ``cost_estimate`` is in tokens (:mod:`scheduling.cost`),
+    ``weight`` its tenant's share against others', ``affinity`` a prefix hash, all for scheduling.
     ``request_id`` is what the client sees in ``x-request-id``; ``traceparent`` is W3C Trace Context. ``headers`` are
     the request headers passed to the engine (:mod:`queue_schemas.headers`); None from a Router that reads no headers of
     answers. ``deadline_from`` names the setting or header that ``ttl_ms`` comes from. Workers of ``region`` claim the
@@ -70,9 +73,11 @@ class Job:
     prefix: str = ""
     headers: Mapping[str, str] | None = field(default=None, hash=False)
     deadline_from: str = ""
+    yields: int = 0
 
     def pack(self) -> bytes:
-        """The envelope as msgpack: a map with ``v`` first. An empty region or prefix and a weight of 1 are omitted."""
+        """The envelope as msgpack: a map with ``v`` first. An empty region or prefix, a weight of 1 and no yields are
+        omitted."""
         regional = {"region": self.region, "remote_after_ms": self.remote_after_ms} if self.region else {}
         continued = {"prefix": self.prefix} if self.prefix else {}
         optional: dict[str, Any] = {} if self.headers is None else {"headers": dict(self.headers)}
@@ -80,6 +85,8 @@ class Job:
             optional["weight"] = self.weight
         if self.deadline_from:
             optional["deadline_from"] = self.deadline_from
+        if self.yields:
+            optional["yields"] = self.yields
         return codec.encode(
             {
                 "v": ENVELOPE_VERSION,
@@ -166,6 +173,12 @@ def _remote_after_ms(value: int) -> int:
     return value
 
 
+def _yields(value: int) -> int:
+    if not 0 <= value <= MAX_YIELDS:
+        raise BadMessage(f"yields is {value}; it must be 0 to {MAX_YIELDS}")
+    return value
+
+
 def _at_least_one(name: str) -> Callable[[int], int]:
     def check(value: int) -> int:
         if value < 1:
@@ -203,5 +216,6 @@ _FIELDS: dict[str, tuple[type, Callable[[Any], Any] | None]] = {
     "prefix": (str, None),
     "headers": (dict, _headers),
     "deadline_from": (str, lambda value: value[:200]),
+    "yields": (int, _yields),
 }
 """What an envelope may hold: each field's type, and what else is checked of it."""

@@ -99,6 +99,11 @@ class ShardKeys:
         """Sorted set: parked sessions that are handed jobs there, the most free first (minus their free slots)."""
         return f"{self.prefix}offers:{queue_key(pool, lane, region)}"
 
+    def yieldable(self, pool: str) -> str:
+        """Sorted set: running jobs of a pool whose attempt may yield, by its start, or minus the time at which it was
+        asked to (queue ms)."""
+        return f"{self.prefix}yieldable:{encode_name(pool)}"
+
     @property
     def deadlines(self) -> str:
         """Sorted set: live job ids by deadline (queue ms)."""

@@ -10,7 +10,7 @@
 -- ``LANE_ORDERS``, ``BAND_ORDERS`` and ``REGION_FIRST`` (by turn) are made from queue_schemas/lanes.py.
 -- Invariants: 3 fence, 5 order, 6 bounded starvation, 10 no start after expiry, 13 liveness (what is left wakes the next
 --       worker).
--- uses: clock, endings, fairness, fence, lanes, parking
+-- uses: clock, endings, fairness, fence, lanes, parking, preemption
 -- rarely: cancel_or_expire, claim_again
 
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -168,6 +168,7 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   call('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
   add('counters', queue_key(job) .. ':leased', 1)
+  note_start(job, now)
   held[#held + 1] = job.id .. ' ' .. job.aid
   if is_suspect(job) then
     held_suspect = true

@@ -1,10 +1,10 @@
 -- Hands each job to a parked worker that offers a slot, where nothing waits; or puts it on its queue and wakes a parked
--- worker, of the job's region if it has one.
+-- worker, of the job's region if it has one. An interactive job that finds neither has an attempt of a lower lane yield.
 -- ARGV: prefix, limits on live jobs and bytes of a tenant, of a pool (4), and on a tenant's persisted bytes, base of the
 --       ids of attempts that are handed over ('' hands nothing over: in a repeated call), then per job:
 --       id, envelope, pool, lane, band, tenant, reply (of a persisted job: its first listener), persisted, ttl_ms,
---       max_attempts, region, remote_after_ms, resume (1: when an attempt is lost, its Router says where it goes on), cost,
---       weight (of its tenant), and
+--       max_attempts, region, remote_after_ms, resume (1: when an attempt is lost, its Router says where it goes on; y<n>: it
+--       may yield n times), cost, weight (of its tenant), and
 --       for persisted jobs, else empty: retention_ms, digest of the idempotency key ('' for none), digest of the request,
 --       listed (1: it is kept however it ends, and stands in its tenant's list), topic (of the notice that is put on the shard's
 --       stream of ends), job metadata (opaque).
@@ -12,8 +12,8 @@
 --       (tombstones included: a job cancelled before it came is void), or 'over <budget>' where nothing was written. Where
 --       another job holds the idempotency key: 'other <job id> <state>', or 'mismatch' if its request is another one.
 -- Invariants: 1 no lost job, 2 one result, 3 fence, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
--- uses: counters, handoff, parking, persisted, queue
--- rarely: persist, holder, listen, add_new_entry, wake, unpark
+-- uses: counters, handoff, parking, persisted, preemption, queue
+-- rarely: persist, holder, listen, add_new_entry, wake, unpark, ask_to_yield, note_start
 
 local now = now_ms()
 local came_at = int(now)
@@ -74,18 +74,20 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   local job = { id = id, state = 'queued', epoch = '1', aid = '', attempts = '0', max = max, owner = '', pool = pool,
     lane = for_region and lane .. '@' .. region or lane, band = band, tenant = tenant, reply = is_persisted and '' or reply,
     persisted = persisted, deadline = deadline, size = int(size), at = came_at, queue = '', entry = '', resume = resume,
-    cost = cost, weight = weight, charged = '' }
+    cost = cost, weight = weight, charged = '', suspicion = '' }
   local at, aid, owner, entry = queue_key(job), attempt_base .. handed_over, nil, nil
-  read('counters', { at .. ':waiting', at .. ':cost', shared .. ':enqueued', shared .. ':leased' })
+  read('counters', { at .. ':waiting', at .. ':cost', shared .. ':enqueued', shared .. ':leased',
+    unpack(counts_for_yields(pool)) })
   if attempt_base ~= '' then owner, entry = hand_over(at, id, envelope, aid, ttl_ms) end
   if owner then
     job.state, job.lane, job.aid, job.attempts, job.owner, job.entry = 'leased', lane, aid, '1', owner, entry
     handed_over = handed_over + 1
     gather('HSET', P .. 'leases:' .. owner, id, '1')
     add('counters', shared .. ':leased', 1)
+    note_start(job, now)
   else
     add_new_entry(job)
-    wake(at, now)
+    if not wake(at, now) and job.lane == 'interactive' then ask_to_yield(pool, now) end
   end
   save(job, 'env', envelope)
   if for_region and not owner then call('HSET', key, 'eligible_at', int(now + tonumber(remote_after_ms))) end

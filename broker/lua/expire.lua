@@ -1,11 +1,13 @@
 -- The sweep of each second: ends jobs whose time ran out, asks again after lost streams, forgets output that was kept long
--- enough, trims dead letters, opens what waited for a region's workers to all, and wakes a worker wherever work and parked
+-- enough, trims dead letters, has attempts yield where interactive jobs still wait, opens what waited for a region's workers to all, and wakes a worker wherever work and parked
 -- workers coexist: a wake may have been lost with its worker.
 -- ARGV: prefix, limit (jobs in this call), how late it is at least, as the caller measured it (ms; 0: unknown).
 -- Reply: {expired, woken, forgotten, most jobs of a queue key opened, the queue's time, the server's time}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
--- uses: attempts, parking
+-- uses: attempts, parking, preemption
+-- rarely: ask_to_yield
 
+local MAX_ASKED = 64 -- attempts of a pool that one sweep has yield
 local limit, at_least = ARGV[2], tonumber(ARGV[3])
 local now = now_ms(at_least > 0 and at_least or nil)
 local expired, woken, forgotten, opened = 0, 0, 0, 0
@@ -77,7 +79,14 @@ for i = 1, #counters, 2 do
     local moved = shared ~= key and open_to_all(key) or 0
     opened = math.max(opened, moved)
     if moved > 0 and wake(shared, now) then woken = woken + 1 end
-    if waiting(key) > 0 and wake(key, now) then woken = woken + 1 end
+    local pool = string.match(key, '^(.*):interactive$')
+    if waiting(key) > 0 and wake(key, now) then
+      woken = woken + 1
+    elseif pool then
+      for _ = 1, MAX_ASKED do
+        if not ask_to_yield(pool, now) then break end
+      end
+    end
   end
 end
 return write_counters_and_return({ expired, woken, forgotten, opened, now, server_ms() })

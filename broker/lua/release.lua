@@ -1,20 +1,41 @@
 -- Ends attempts without an answer: the jobs wait again, ahead of new work.
 -- ARGV: prefix, then per attempt: job id, epoch, attempt id, counted (0: handed back as if never started; 1: the attempt is
 --       spent and its worker avoided for a while; more: avoided for so many ms; 'crashed': its engine crashed, with all
---       others of this call that say so), reason.
+--       others of this call that say so; 'yielded': it yielded, and is not spent), reason, envelope of the next attempt of
+--       one that yielded ('': the same as before).
 -- Reply: per attempt 'ok', 'duplicate', 'fenced' or 'gone'.
 -- Invariants: 1 no lost job, 3 fence, 11 poison bound.
--- uses: attempts, fence
+-- uses: attempts, fence, preemption
+-- rarely: yield
 
 local now = now_ms()
 local answers, crashed, any_suspect = {}, {}, false
-for i = 2, #ARGV, 5 do
+
+-- A job that may yield goes on behind what it said; another one is handed back as it was.
+local function yield(job, envelope, reason)
+  local may = yields_left(job) > 0
+  local is_replaced = may and envelope ~= ''
+  if may then job.resume = 'y' .. int(yields_left(job) - 1) end
+  if is_replaced then
+    local size = string.len(envelope)
+    spend(job.pool, job.tenant, 0, size - tonumber(job.size))
+    job.size = int(size)
+  end
+  local outcome = retry_or_end(job, false, reason, now)
+  note_handed_back(job, outcome, 0, now)
+  if may and outcome == 'requeued' then total(job, 'yielded') end
+  if is_replaced and outcome == 'requeued' then call('HSET', P .. 'job:' .. job.id, 'env', envelope) end
+end
+
+for i = 2, #ARGV, 6 do
   local job, refusal = fence(ARGV[i], ARGV[i + 1], ARGV[i + 2], true)
   local counted, reason = ARGV[i + 3], ARGV[i + 4]
   if job and counted == 'crashed' then
     job.reason = reason
     crashed[#crashed + 1] = job
     any_suspect = any_suspect or is_suspect(job)
+  elseif job and counted == 'yielded' then
+    yield(job, ARGV[i + 5], reason)
   elseif job then
     local avoid_ms = tonumber(counted)
     local outcome = retry_or_end(job, avoid_ms > 0, reason, now)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 
-from queue_schemas import Frame, Lease, Outcome, Settled, ShardKeys, shard_of_job, unpack_frames
+from queue_schemas import Frame, Job, Lease, Outcome, Settled, ShardKeys, shard_of_job, unpack_frames
 from queue_schemas.keys import keys_of_job
 
 from ..redis.calls import Caller
@@ -110,6 +110,11 @@ class Attempts:
         """
         return await self._batches[shard_of_job(lease.job.id)].release(lease, reason, counted, avoid_ms)
 
+    async def release_yielded(self, lease: Lease, reason: str, following: Job | None = None) -> Settled:
+        """End an attempt that yields its slot: the job waits again, ahead of new work and uncounted. ``following``: the
+        job as its next attempt is to run it, behind what it said; None: unchanged."""
+        return await self._batches[shard_of_job(lease.job.id)].release_yielded(lease, reason, following)
+
     async def report_crash(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
         """End all attempts that ran on an engine that crashed, in one call per shard.
 
@@ -121,7 +126,7 @@ class Attempts:
         async def end(keys: ShardKeys) -> None:
             here = [lease for lease in leases if shard_of_job(lease.job.id) == keys.shard]
             if here:
-                attempts = [part for lease in here for part in (*attempt_of(lease), "crashed", reason)]
+                attempts = [part for lease in here for part in (*attempt_of(lease), "crashed", reason, "")]
                 found = await self._caller.script("release", keys.budget, keys.prefix, *attempts)
                 for lease, answer in zip(here, found, strict=True):
                     answers[lease.attempt_id] = Settled(answer.decode())

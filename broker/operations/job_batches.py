@@ -11,6 +11,7 @@ from queue_schemas import (
     IdempotencyKeyReused,
     Job,
     JobId,
+    Lane,
     Lease,
     Outcome,
     OverCapacity,
@@ -61,8 +62,10 @@ class _Output:
 class _Release:
     lease: Lease
     reason: str
-    avoid_ms: int
-    """0: not counted; 1: as long as usual."""
+    ending: int | str
+    """0: not counted; 1: avoided as long as usual; more: for so many ms; ``yielded``."""
+    envelope: bytes = b""
+    """Of the next attempt of a job that yielded; empty: it is the same."""
 
 
 class ShardBatches:
@@ -75,7 +78,9 @@ class ShardBatches:
         self._enqueues = Batcher(self._send_enqueues, _size)
         self._settles = Batcher(self._send_settles, lambda item: len(item.frames) + _OVERHEAD_BYTES)
         self._appends = Batcher(self._send_appends, lambda item: len(item.frames) + _OVERHEAD_BYTES)
-        self._releases = Batcher(self._send_releases, lambda item: len(item.reason) + _OVERHEAD_BYTES)
+        self._releases = Batcher(
+            self._send_releases, lambda item: len(item.reason) + len(item.envelope) + _OVERHEAD_BYTES
+        )
 
     def enqueue(self, job: Job, listener: str = "", options: PersistOptions | None = None) -> asyncio.Future[Enqueued]:
         plain = options is None or options == PersistOptions(options.retention_ms)
@@ -95,6 +100,10 @@ class ShardBatches:
     async def release(self, lease: Lease, reason: str, counted: bool, avoid_ms: int | None) -> Settled:
         usual = 1 if avoid_ms is None else max(avoid_ms, 2)
         return await self._releases.submit(_Release(lease, reason, usual if counted else 0))
+
+    async def release_yielded(self, lease: Lease, reason: str, following: Job | None) -> Settled:
+        envelope = b"" if following is None else following.pack()
+        return await self._releases.submit(_Release(lease, reason, "yielded", envelope))
 
     async def close(self) -> None:
         """Stop; calls under way are cancelled."""
@@ -116,7 +125,7 @@ class ShardBatches:
             args += (
                 job.id, item.envelope, encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
                 item.listener, int(job.persisted), job.ttl_ms, job.max_attempts,
-                encode_name(job.region), job.remote_after_ms, int(_is_continued(job)),
+                encode_name(job.region), job.remote_after_ms, _resumption_of(job),
                 max(1, min(job.cost_estimate, MAX_COST)), f"{max(MIN_WEIGHT, min(job.weight, MAX_WEIGHT)):g}",
                 *(_persist_args(item) if job.persisted else _NOT_PERSISTED),
             )  # fmt: skip
@@ -147,7 +156,7 @@ class ShardBatches:
     async def _send_releases(self, items: Sequence[_Release]) -> list[Settled | Exception]:
         args: list[Any] = []
         for item in items:
-            args += (*attempt_of(item.lease), item.avoid_ms, item.reason)
+            args += (*attempt_of(item.lease), item.ending, item.reason, item.envelope)
         return [Settled(answer.decode()) for answer in await self._run("release", args)]
 
     async def _run(
@@ -193,9 +202,12 @@ def _persist_args(item: _Enqueue) -> tuple[Any, ...]:
     return options.retention_ms, key_digest(job), request, listed, options.topic, item.metadata
 
 
-def _is_continued(job: Job) -> bool:
-    """Whether ``job``, once its attempt is lost, waits for its Router to say what was delivered."""
-    return job.on_loss == "continue" and job.stream and not job.persisted and bool(job.reply_to)
+def _resumption_of(job: Job) -> str:
+    """How ``job`` goes on: ``1`` if, once its attempt is lost, it waits for its Router to say what was delivered;
+    ``y<n>`` if it may yield n times; ``0`` otherwise."""
+    if job.on_loss == "continue" and job.stream and not job.persisted and job.reply_to:
+        return "1"
+    return f"y{job.yields}" if job.yields and job.lane is not Lane.INTERACTIVE else "0"
 
 
 _BUDGET_SENTENCES = {

@@ -131,7 +131,7 @@ class Workers:
         """An envelope that this build cannot read is left to others, and ends as a dead letter if none can."""
         log.warning("envelope_refused", job_id=attempt[0].decode("utf-8", "replace"), error=error.message)
         reason = f"its worker cannot read it: {error.message}"
-        await self._caller.script("release", keys.budget, keys.prefix, *attempt, 1, reason)
+        await self._caller.script("release", keys.budget, keys.prefix, *attempt, 1, reason, "")
         # The claim may have given all that was asked for, and so not parked this worker: it has to claim again.
         control = keys.control(session_id)
         await self._caller.command(control, "XADD", control, "NOMKSTREAM", "*", "k", ControlKind.WAKE.value)

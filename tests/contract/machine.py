@@ -53,6 +53,8 @@ SERVED: tuple[Served, ...] = (
 )
 """What workers pull."""
 
+_ON_THE_WAY = ("enqueued", "requeued", "lost", "yielded", "asked_to_yield")
+"""Events of jobs that are no ends."""
 GONE = "its client went away"
 Item = TypeVar("Item")
 picks = st.integers(0, 99)
@@ -81,6 +83,7 @@ def jobs(draw: Any) -> dict[str, Any]:
         "on_loss": "continue" if kind == "continued" else "restart",
         "persisted": kind == "persisted",
         "idempotency_key": draw(st.sampled_from(["", "", "one"])) if kind == "persisted" else "",
+        "yields": draw(st.sampled_from([0, 1, 2])),
         "router": -1 if kind == "nobody's" else draw(st.integers(0, 1)),
     }
 
@@ -265,6 +268,14 @@ class QueueMachine(RuleBasedStateMachine):
         self.play("release", "handed back", (pick(self.running(), number), counted))
 
     @precondition(lambda self: self.running())
+    @rule(number=picks, said=st.sampled_from(["", "Once", "Once upon a time"]))
+    def yield_slot(self, number: int, said: str) -> None:
+        """A worker has a job yield, asked or not, which goes on behind what it said."""
+        lease = pick(self.running(), number)
+        following = replace(lease.job, prefix=said, yields=max(lease.job.yields - 1, 0)) if said else None
+        self.play("release_yielded", "it yields", lease, following)
+
+    @precondition(lambda self: self.running())
     @rule(number=picks, old=picks)
     def crashed(self, number: int, old: int) -> None:
         """A worker's engine crashes with all that runs there, and with something that does not run there any more."""
@@ -394,7 +405,7 @@ class QueueMachine(RuleBasedStateMachine):
         require(not (kept or seen.kept or seen.keys or seen.outputs or seen.listeners), "answers are kept for ever")
         require(not (seen.lines or seen.leases or seen.deadlines or seen.lost), "something is left over")
         enqueued = sum(n for (*_, event), n in seen.totals.items() if event == "enqueued")
-        ended = sum(n for (*_, event), n in seen.totals.items() if event not in ("enqueued", "requeued", "lost"))
+        ended = sum(n for (*_, event), n in seen.totals.items() if event not in _ON_THE_WAY)
         require(enqueued == ended, f"{enqueued} jobs came, {ended} ended")
 
 

@@ -36,6 +36,7 @@ from queue_schemas.lanes import BAND_STEP, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 from queue_schemas.persisted_output import key_digest, request_digest
 from scheduling.prediction import Rate
+from scheduling.preemption import Yieldable, victim, yields_wanted
 
 from .model_records import SUSPECT, DeadLetter, Effects, Kept, Line, Live, Place, Run, Snapshot, Tombstone, require
 
@@ -106,6 +107,7 @@ class Model:
         place = Place(job.model, job.lane)
         is_first = not self.waiting(place)
         live = self.live[job.id] = Live(job, self.now + job.ttl_ms, self.now, None)
+        live.may_yield = 0 if live.is_continued or job.lane is Lane.INTERACTIVE else job.yields
         self._listen(job.id, job.reply_to)
         if job.persisted and job.idempotency_key:
             self.keys[key_digest(job)] = (job.id, request_digest(job))
@@ -118,7 +120,8 @@ class Model:
             return State.QUEUED
         require(not taker, f"{job.id} was handed to {taker}, which has offered nothing, or is not its turn")
         self._stand(live, Line("fresh", place, job.band, job.tenant))
-        self._wake(place)
+        if not self._wake(place):
+            self._ask_to_yield(place)
         return State.QUEUED
 
     def _hand_over(self, live: Live, worker: str, attempt_id: str) -> None:
@@ -126,6 +129,7 @@ class Model:
         live.state, live.attempts, live.owner, live.attempt_id, live.is_unread = (
             State.LEASED, 1, worker, attempt_id, True,
         )  # fmt: skip
+        self._note_start(live)
         run.handed_over, run.offered = run.handed_over + 1, run.offered - 1
         self.effects.handed.append((worker, attempt_id))
         if not run.offered:
@@ -316,6 +320,19 @@ class Model:
             self._hand_back(self.live[lease.job.id], reason, counted=counted, avoided=counted)
         return verdict
 
+    def release_yielded(self, lease: Lease, reason: str, following: Job | None) -> Settled:
+        """A job yields, and goes on as ``following`` says."""
+        verdict = self._verdict(lease, handing_back=True)
+        if verdict is Settled.OK:
+            live = self.live[lease.job.id]
+            may = live.may_yield > 0
+            if may:
+                live.may_yield, live.job = live.may_yield - 1, following or live.job
+            self._hand_back(live, reason, counted=False, avoided=False)
+            if may and live.state is State.QUEUED:
+                self.totals[(*live.place, "yielded")] += 1
+        return verdict
+
     def crashed(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
         """All that ran on one engine: if some were suspects they are charged, else all are; all are suspects now."""
         verdicts = [self._verdict(lease, handing_back=True) for lease in leases]
@@ -382,7 +399,9 @@ class Model:
             del self.kept[job_id], self.ended[job_id]
             self._free_key(kept.job)
         for place in {line.place for line, jobs in self.lines.items() if jobs}:
-            self._wake(place)
+            if not self._wake(place):
+                while self._ask_to_yield(place):
+                    pass
         return len(late)
 
     def forget_ended(self) -> list[str]:
@@ -439,6 +458,11 @@ class Model:
                 place: {worker: self.runs[worker].offered for worker in workers}
                 for place, workers in self.offers.items()
                 if workers
+            },
+            yieldable={
+                pool: {one.job_id: one.started_at if one.asked_at is None else -one.asked_at for one in attempts}
+                for pool in {live.job.model for live in self.live.values()}
+                if (attempts := self._yieldable(pool))
             },
             renewals={worker: -1 if run.fenced else run.number for worker, run in self.runs.items()},
             dead=sorted(self.dead),
@@ -545,6 +569,7 @@ class Model:
         live.attempts += 1
         require(live.attempts <= live.job.max_attempts, f"{live.job.id} was started once too often")
         live.owner, live.attempt_id, live.held_as_suspect = worker, lease.attempt_id, live.is_suspect
+        self._note_start(live)
         self._check_lease(lease)
 
     def _check_lease(self, lease: Lease) -> None:
@@ -679,6 +704,35 @@ class Model:
                 self.effects.wakes[worker] += 1
                 return True
         return False
+
+    def _yieldable(self, pool: str) -> list[Yieldable]:
+        """The running jobs of a pool that may yield."""
+        return [
+            Yieldable(live.job.id, live.started_at, live.asked_at)
+            for live in self.live.values()
+            if live.state is State.LEASED and live.job.model == pool and live.is_yieldable
+        ]
+
+    def _note_start(self, live: Live) -> None:
+        live.is_yieldable, live.started_at, live.asked_at = live.may_yield > 0 and not live.is_suspect, self.now, None
+
+    def _ask_to_yield(self, place: Place) -> bool:
+        """One attempt of a lower lane is asked to yield to what waits here, if that is interactive. Whether one was."""
+        if place.lane is not Lane.INTERACTIVE:
+            return False
+        attempts = self._yieldable(place.pool)
+        running = [live for live in self.live.values() if live.state is State.LEASED and live.job.model == place.pool]
+        interactive = sum(live.job.lane is Lane.INTERACTIVE for live in running)
+        if not yields_wanted(self.waiting(place), len(running) - interactive, interactive, attempts, self.now):
+            return False
+        found = victim(attempts, self.now)
+        if found is None:
+            return False
+        live = self.live[found.job_id]
+        live.asked_at = self.now
+        self.effects.yields.append((live.owner, live.attempt_id))
+        self.totals[(*live.place, "asked_to_yield")] += 1
+        return True
 
     def _free_key(self, job: Job) -> None:
         """An idempotency key is nobody's any more, unless it is another job's."""

@@ -59,6 +59,13 @@ class Live:
     cleared: bool = False
     held_as_suspect: bool = False
     ask_at: int = 0
+    may_yield: int = 0
+    """How often it may yield still."""
+    is_yieldable: bool = False
+    """Whether its attempt may be asked to yield."""
+    started_at: int = 0
+    asked_at: int | None = None
+    """When its attempt was asked to yield."""
     is_unread: bool = False
     """It was handed to a worker that has not read of it."""
     listeners: set[str] = field(default_factory=set)
@@ -132,6 +139,8 @@ class Effects:
     aborts: Counter[tuple[str, str]] = field(default_factory=Counter)
     wakes: Counter[str] = field(default_factory=Counter)
     may_wake: set[str] = field(default_factory=set)
+    yields: list[tuple[str, str]] = field(default_factory=list)
+    """Workers and the attempts that they were asked to have yield."""
     handed: list[tuple[str, str]] = field(default_factory=list)
     """Workers and the attempts that were handed to them."""
 
@@ -155,6 +164,8 @@ class Snapshot:
     lost: dict[str, int]
     parked: dict[Place, dict[str, int]]
     offers: dict[Place, dict[str, int]]
+    yieldable: dict[str, dict[str, int]]
+    """By pool: running jobs that may yield, by their start or minus the time at which they were asked to."""
     renewals: dict[str, int]
     dead: list[DeadLetter]
     listening: set[str]

@@ -32,6 +32,7 @@ FAMILIES = {
     "renewals": "HGETALL",
     "parked": "ZRANGE",
     "offers": "ZRANGE",
+    "yieldable": "ZRANGE",
     "ctl": "XRANGE",
     "deadlines": "ZRANGE",
     "lost": "ZRANGE",
@@ -122,6 +123,7 @@ def read_snapshot(raw: Raw) -> Snapshot:
         parked={_place(*where): _scores(held) for where, held in raw.of("parked").items()},
         offers={_place(*where): {worker: int(raw.of("claimed")[worker,][b"free"]) for worker in _scores(held)}
                 for where, held in raw.of("offers").items()},
+        yieldable={decode_name(pool): _scores(held) for (pool,), held in raw.of("yieldable").items()},
         renewals=_numbers(raw.one("renewals")),
         dead=sorted(_letter(entry) for entry in dead),
         listening={router for (router,) in raw.of("reply")},

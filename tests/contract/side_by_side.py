@@ -238,6 +238,10 @@ class SideBySide:
         for (lease, counted), verdict in zip(leases, told, strict=True):
             _same(f"release of {lease.job.id}", verdict, self.model.release(lease, reason, counted=counted))
 
+    async def release_yielded(self, reason: str, lease: Lease, following: Job | None) -> None:
+        verdict = await self.broker.attempts.release_yielded(lease, reason, following)
+        _same("yield", verdict, self.model.release_yielded(lease, reason, following))
+
     async def crashed(self, reason: str, *leases: Lease) -> None:
         _same("crashed", await self.broker.attempts.report_crash(leases, reason), self.model.crashed(leases, reason))
 
@@ -326,6 +330,9 @@ class SideBySide:
             should = [attempt for taker, attempt in effects.handed if taker == worker]
             have = [lease.attempt_id for lease in handed]
             require(have == should, f"{worker} was handed {have}, should be {should}")
+            asked_to_yield = [(worker, order.attempt_id) for order in orders if order.kind is ControlKind.YIELD]
+            yields = [pair for pair in effects.yields if pair[0] == worker]
+            require(asked_to_yield == yields, f"asked to yield were {asked_to_yield}, should be {yields}")
             wakes = sum(order.kind is ControlKind.WAKE for order in orders)
             least = effects.wakes[worker]
             fits = wakes >= least if worker in effects.may_wake else wakes == least

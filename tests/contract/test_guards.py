@@ -14,9 +14,9 @@ import pytest
 
 from broker import Broker
 from broker.redis.scripts import load_scripts
-from queue_schemas import Fenced, Job, MarkerKind, Outcome, Settled, State, new_session_id
+from queue_schemas import Fenced, Job, Lane, Lease, MarkerKind, Outcome, Settled, State, new_session_id
 from queue_schemas.keys import ShardKeys
-from tests.support.queue import Puller, answer_frame, make_job
+from tests.support.queue import MODEL, Puller, answer_frame, make_job
 
 from .conftest import Listener
 from .rewriting import CLOCK_OF_TESTS, Rewrite, rewritten, set_clock
@@ -326,6 +326,99 @@ async def nobody_makes_a_control_stream(scene: Scene) -> None:
     assert len(await (await scene.another()).claim(1)) == 1
 
 
+async def _line(scene: Scene, lane: Lane = Lane.BATCH, **fields: Any) -> Lease:
+    """The attempt of a job that may yield, on a worker that has no other slot."""
+    await scene.broker.jobs.enqueue(make_job(lane=lane, **({"yields": 1} | fields)))
+    return await scene.worker.claim_one(lanes=[lane])
+
+
+async def _asked(scene: Scene) -> int:
+    """How many attempts the worker was asked to have yield, by now."""
+    entries = await scene.client.xrange(KEYS.control(scene.worker.session_id))
+    return sum(fields.get(b"k") == b"yield" for _, fields in entries)
+
+
+async def only_interactive_jobs_have_others_yield(scene: Scene) -> None:
+    """What comes for a lower lane costs no look at what runs."""
+    await scene.broker.jobs.enqueue(make_job())
+    await _line(scene)
+    await scene.broker.jobs.enqueue(make_job(lane=Lane.BACKGROUND))
+    assert await _asked(scene) == 0
+
+
+async def lower_lanes_keep_their_part(scene: Scene) -> None:
+    """A saturating interactive load does not starve them."""
+    for _ in range(7):
+        await scene.broker.jobs.enqueue(make_job())
+    await scene.worker.claim(7)
+    await _line(scene)
+    await scene.broker.jobs.enqueue(make_job())
+    assert await _asked(scene) == 0
+
+
+async def one_yields_for_each_that_waits(scene: Scene) -> None:
+    """Not all that run for the first that comes, when the sweep comes by."""
+    for _ in range(2):
+        await _line(scene)
+    await scene.broker.jobs.enqueue(make_job())
+    await scene.broker.maintenance.expire()
+    assert await _asked(scene) == 1
+
+
+async def an_attempt_is_asked_once(scene: Scene) -> None:
+    """It may be on its way: what waits next is for another one."""
+    await _line(scene)
+    for _ in range(2):
+        await scene.broker.jobs.enqueue(make_job())
+    assert await _asked(scene) == 1
+
+
+async def what_has_ended_is_not_asked(scene: Scene) -> None:
+    """Nor does it stand in the way of what may yield."""
+    first = await _line(scene)
+    await scene.wait(10)
+    await scene.broker.attempts.settle(await _line(scene), Outcome.DONE)
+    assert await scene.client.zrange(KEYS.yieldable(MODEL), 0, -1) == [first.job.id.encode()]
+
+
+async def a_job_yields_so_often_and_no_more(scene: Scene) -> None:
+    """Then it runs to its end."""
+    await scene.broker.attempts.release_yielded(await _line(scene), "it yields")
+    await scene.worker.claim_one()
+    await scene.broker.jobs.enqueue(make_job())
+    assert await _asked(scene) == 0
+
+
+async def a_yield_is_not_charged(scene: Scene) -> None:
+    """It is no fault of the job's."""
+    await scene.broker.attempts.release_yielded(await _line(scene, max_attempts=1), "it yields")
+    assert (await scene.worker.claim_one()).attempt == 1
+
+
+async def what_it_said_is_kept(scene: Scene) -> None:
+    """Or the job would begin anew each time."""
+    lease = await _line(scene)
+    await scene.broker.attempts.release_yielded(lease, "it yields", replace(lease.job, prefix="Once"))
+    assert (await scene.worker.claim_one()).job.prefix == "Once"
+
+
+async def what_it_said_is_in_the_budget(scene: Scene) -> None:
+    """And returned at the end."""
+    lease = await _line(scene)
+    await scene.broker.attempts.release_yielded(lease, "it yields", replace(lease.job, prefix="Once"))
+    await scene.broker.attempts.settle(await scene.worker.claim_one(), Outcome.DONE)
+    assert not await scene.client.exists(KEYS.budget)
+
+
+async def a_suspect_runs_to_its_end(scene: Scene) -> None:
+    """Each of its attempts is one in which a crash can be told."""
+    await scene.broker.attempts.report_crash([await _line(scene)], "it crashed")
+    await scene.wait(3_000)
+    assert (await scene.worker.claim_one()).suspect
+    await scene.broker.jobs.enqueue(make_job())
+    assert await _asked(scene) == 0
+
+
 Scenario = Callable[[Scene], Awaitable[None]]
 SAME = "local same = job.epoch == epoch and job.aid == aid"
 RELEASED = "if releasing and job.handed_back == epoch .. ':' .. aid then return nil, 'duplicate' end"
@@ -362,6 +455,16 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (what_is_on_its_way_has_a_slot, Rewrite("claim", "math.max(wanted - on_their_way, 0)", "wanted")),
     (what_is_on_its_way_is_not_taken_back, Rewrite("reconcile_leases", "and is_unread(job.entry)", "and false")),
     (nobody_makes_a_control_stream, Rewrite("handoff", "'NOMKSTREAM', '*', 'k', 'job'", "'*', 'k', 'job'")),
+    (only_interactive_jobs_have_others_yield, Rewrite("enqueue", " and job.lane == 'interactive'", "")),
+    (lower_lanes_keep_their_part, Rewrite("preemption", "lower * LOWER_PART <=", "lower * 99 <=")),
+    (one_yields_for_each_that_waits, Rewrite("preemption", ">= waiting(", "< 0 * waiting(")),
+    (an_attempt_is_asked_once, Rewrite("preemption", "call('ZADD', yieldable, int(-now), id)", "")),
+    (what_has_ended_is_not_asked, Rewrite("leases", "note_end(job)", "")),
+    (a_job_yields_so_often_and_no_more, Rewrite("release", "int(yields_left(job) - 1)", "'1'")),
+    (a_yield_is_not_charged, Rewrite("release", "job, false, reason", "job, true, reason")),
+    (what_it_said_is_kept, Rewrite("release", "if is_replaced and outcome == 'requeued' then", "if false then")),
+    (what_it_said_is_in_the_budget, Rewrite("release", "job.size = int(size)", "")),
+    (a_suspect_runs_to_its_end, Rewrite("preemption", " and not is_suspect(job)", "")),
 ]  # fmt: skip
 
 

@@ -133,6 +133,23 @@ async def test_release(faulty: Faulty, counted: bool) -> None:
     assert (again.epoch, again.attempt) == (2, 2 if counted else 1)
 
 
+async def test_release_of_what_yielded(faulty: Faulty) -> None:
+    """The job waits once more behind what it said, and has yielded once."""
+    job = make_job(lane=Lane.BATCH, yields=2, reply_to=faulty.listener.router)
+    await faulty.sound.jobs.enqueue(job)
+    lease = await (await Puller(faulty.broker).join()).claim_one()
+    faulty.lose("release")
+    following = replace(job, prefix="Once", yields=1)
+    assert await faulty.broker.attempts.release_yielded(lease, "it yields", following) in (
+        Settled.OK,
+        Settled.DUPLICATE,
+    )
+    again = await (await Puller(faulty.sound).join()).claim_one()
+    assert (again.job, again.epoch, again.attempt) == (following, 2, 1)
+    assert (await faulty.sound.stats.job_counts()).events[MODEL, Lane.BATCH, "yielded"] == 1
+    assert len(await faulty.listener.received()) == 1
+
+
 async def test_resume(faulty: Faulty) -> None:
     """A lost stream waits once more, behind what was delivered."""
     job = make_job(reply_to=faulty.listener.router, stream=True, on_loss="continue")

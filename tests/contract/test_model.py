@@ -30,6 +30,8 @@ MUTANTS = {
     "idempotent claim": Rewrite("claim", "if last[1] == seq then", "if false then"),
     "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),
     "deadline check": Rewrite("claim", "job and tonumber(job.deadline) <= now", "false"),
+    "one is asked for each": Rewrite("preemption", "call('ZADD', yieldable, int(-now), id)", ""),
+    "yields end": Rewrite("release", "int(yields_left(job) - 1)", "'1'"),
     "budget": Rewrite("finish", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", ""),
 }
 

@@ -150,7 +150,7 @@ class Previous:
 
     async def release(self, lease: Lease, *, counted: bool) -> str:
         attempt = (lease.job.id, lease.epoch, lease.attempt_id)
-        (answer,) = await self._run("release", *attempt, int(counted), "it drains")
+        (answer,) = await self._run("release", *attempt, int(counted), "it drains", "")
         return str(answer.decode())
 
     async def reclaim(self, worker: SessionId) -> int:

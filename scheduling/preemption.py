@@ -1,0 +1,92 @@
+"""Preemption: which running attempts of lower lanes yield to interactive jobs that find no free slot.
+
+The queue asks (``broker/lua/lib/preemption.lua`` decides as :func:`yields_wanted` and :func:`victim` do; the contract
+suite compares them), a worker agrees (:class:`YieldPolicy`), and the attempt goes on later behind what it said.
+
+Rules:
+
+* One attempt is asked for each interactive job that waits. One that was asked and still runs is asked again after
+  :data:`ASK_AGAIN_MS` at the earliest.
+* The attempt that began last yields first: it has the least to compute again, and old ones come to their end.
+* Lower lanes keep the part of what runs that claims would give them under a saturating interactive load, so that their
+  starvation bounds stand.
+* A worker declines while a slot of its own is free or about to be, and beyond a share of its slots in any second.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from queue_schemas.ids import JobId
+from queue_schemas.lanes import LANE_CYCLE, LANES
+
+ASK_AGAIN_MS = 2_000
+LOWER_PART = LANE_CYCLE // (len(LANES) - 1)
+"""Lower lanes keep one of so many of the jobs that run: each is first in one of ``LANE_CYCLE`` claims."""
+_WINDOW_S = 1.0
+_DECAY = 1 / 16
+"""Weight of the newest run time in the mean of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Yieldable:
+    """A running attempt that may yield. Times are the queue's (ms); ``asked_at``: None if it was not asked."""
+
+    job_id: JobId
+    started_at: int
+    asked_at: int | None = None
+
+
+def yields_wanted(waiting: int, lower: int, interactive: int, attempts: Iterable[Yieldable], now: int) -> bool:
+    """Whether one more attempt should yield to the ``waiting`` interactive jobs of a pool, of which ``lower`` jobs of
+    lower lanes and ``interactive`` ones run."""
+    if lower * LOWER_PART <= lower + interactive:
+        return False
+    asked = sum(1 for one in attempts if one.asked_at is not None and now - one.asked_at < ASK_AGAIN_MS)
+    return asked < waiting
+
+
+def victim(attempts: Iterable[Yieldable], now: int) -> Yieldable | None:
+    """The attempt that yields next: the one that began last, then the one that was asked longest ago; None: none may be
+    asked now."""
+    may = [one for one in attempts if one.asked_at is None or now - one.asked_at >= ASK_AGAIN_MS]
+    return max(may, key=_order, default=None)
+
+
+def _order(one: Yieldable) -> tuple[int, str]:
+    return (one.started_at if one.asked_at is None else -one.asked_at, one.job_id)
+
+
+@dataclass(slots=True)
+class YieldPolicy:
+    """When one worker agrees to yield. ``share``: at most this part of its slots yields in a second, at least one.
+    ``min_gain_s``: nothing yields if a slot is expected to become free within that. Times are seconds of one monotonic
+    clock."""
+
+    share: float
+    min_gain_s: float
+    mean_run_s: float | None = None
+    """Decayed mean of the run times of attempts that came to their end; None before the first."""
+    _yielded_at: deque[float] = field(default_factory=deque)
+
+    def ran(self, run_s: float) -> None:
+        """An attempt came to its end after ``run_s``."""
+        mean = self.mean_run_s
+        self.mean_run_s = run_s if mean is None else mean + _DECAY * (run_s - mean)
+
+    def refusal(self, now: float, slots: int, running: int, free: int) -> str:
+        """Why nothing yields now, as a metric's label; empty if an attempt may. ``running`` of ``slots`` are busy,
+        ``free`` can take a job at once."""
+        if free > 0:
+            return "slot_free"
+        if self.mean_run_s is not None and self.mean_run_s / max(running, 1) < self.min_gain_s:
+            return "slot_due"
+        while self._yielded_at and now - self._yielded_at[0] >= _WINDOW_S:
+            self._yielded_at.popleft()
+        return "share" if len(self._yielded_at) >= max(int(self.share * slots), 1) else ""
+
+    def yielded(self, now: float) -> None:
+        """An attempt was stopped to yield."""
+        self._yielded_at.append(now)
