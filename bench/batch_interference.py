@@ -37,10 +37,12 @@ _POLL_S = 0.1
 
 
 @asynccontextmanager
-async def with_batcher(folder: Path, engine_url: str, slots: int) -> AsyncIterator[System]:
+async def with_batcher(
+    folder: Path, engine_url: str, slots: int, worker_options: Sequence[str] = ()
+) -> AsyncIterator[System]:
     """A whole inferq that takes batches."""
     os.environ["INFERQ_STORAGE_URL"] = str(folder / "store")
-    async with whole_inferq(folder, engine_url, slots=slots) as (system, queue_url):
+    async with whole_inferq(folder, engine_url, slots=slots, worker_options=worker_options) as (system, queue_url):
         port, log = free_port(), folder / "batcher.log"
         options = ("--port", str(port), "--redis-url", queue_url, "--log-level", "warning")
         async with running("batches.service", options, log) as pid:
@@ -77,6 +79,10 @@ class Batch:
         """Whether it still has lines to run."""
         batch = await self._poll()
         return str(batch["status"]) == "in_progress"
+
+    async def completed(self) -> int:
+        """How many lines it has finished."""
+        return int((await self._poll())["request_counts"]["completed"])
 
     async def stop(self) -> int:
         """Cancel it; how many lines it had finished."""

@@ -172,7 +172,12 @@ _STARTERS: Mapping[str, Callable[[Path, int], contextlib.AbstractAsyncContextMan
 
 @asynccontextmanager
 async def whole_inferq(
-    folder: Path, *engine_urls: str, slots: int = SLOTS, workers: int = 1, router_options: Sequence[str] = ()
+    folder: Path,
+    *engine_urls: str,
+    slots: int = SLOTS,
+    workers: int = 1,
+    router_options: Sequence[str] = (),
+    worker_options: Sequence[str] = (),
 ) -> AsyncIterator[tuple[System, str]]:
     """Queue, Manager, Router and ``workers`` Workers, which take the engines in turn; and the queue's URL, for other
     roles."""
@@ -192,6 +197,7 @@ async def whole_inferq(
                     queue.url,
                     engine_urls[number % len(engine_urls)],
                     slots=slots,
+                    options=worker_options,
                 )
             )
         await until_answers(f"http://127.0.0.1:{port}/v1/models", router_log, wanted=f'"{MODEL}"')
@@ -200,16 +206,23 @@ async def whole_inferq(
 
 @asynccontextmanager
 async def worker(
-    folder: Path, name: str, manager_url: str, redis_url: str, engine_url: str, *, slots: int = SLOTS
+    folder: Path,
+    name: str,
+    manager_url: str,
+    redis_url: str,
+    engine_url: str,
+    *,
+    slots: int = SLOTS,
+    options: Sequence[str] = (),
 ) -> AsyncIterator[int]:
     """A Worker that is ready: its process id."""
     port, log = free_port(), folder / f"{name}.log"
-    options = (
+    arguments = (
         *("--worker-id", f"bench-{name}", "--port", str(port), "--slots", str(slots), "--manager-url", manager_url),
         # Without a join token, nobody tells a worker the password of the embedded queue.
-        *("--redis-url", redis_url, "--engine-url", engine_url, "--log-level", "warning"),
+        *("--redis-url", redis_url, "--engine-url", engine_url, "--log-level", "warning", *options),
     )
-    async with running("worker.service", options, log) as pid:
+    async with running("worker.service", arguments, log) as pid:
         await until_answers(f"http://127.0.0.1:{port}/readyz", log, pid=pid)
         yield pid
 
