@@ -90,9 +90,16 @@ class _QueueCounts(Collector):
             "Jobs cancelled or expired: while waiting, while running, or because their Router was gone",
             labels=["model", "lane", "state", "cause"],
         )
+        affinity = CounterMetricFamily(
+            "inferq_jobs_affinity",
+            "Attempts started, by whether their worker was known to hold their prefix; none: too short to matter",
+            labels=["model", "lane", "outcome"],
+        )
         if self.latest is not None:
+            for (model, lane, outcome), count in self.latest.affinity.items():
+                affinity.add_metric([model, str(lane), outcome], count)
             for (model, lane, event), count in self.latest.events.items():
                 events.add_metric([model, str(lane), event], count)
             for (model, lane, event), count in self.latest.stopped.items():
                 stopped.add_metric([model, str(lane), *event.split("/", 1)], count)
-        return [events, stopped]
+        return [events, stopped, affinity]

@@ -105,6 +105,11 @@ class ShardKeys:
         return f"{self.prefix}yieldable:{encode_name(pool)}"
 
     @property
+    def warm(self) -> str:
+        """Hash with at most 2^18 fields: who was leased jobs with a prefix lately (:mod:`scheduling.affinity`)."""
+        return f"{self.prefix}warm"
+
+    @property
     def deadlines(self) -> str:
         """Sorted set: live job ids by deadline (queue ms)."""
         return f"{self.prefix}deadlines"
@@ -183,9 +188,10 @@ class ShardKeys:
     @property
     def counters(self) -> str:
         """Hash: ``<queue key>:waiting``, ``<queue key>:turn`` (jobs claimed there since nothing waited last, which
-        decides the next one's band order) and ``<pool>:<lane>:leased``; and since ever ``<pool>:<lane>:enqueued`` and
+        decides the next one's band order), ``<queue key>:wait`` (how long jobs wait there, ms, on average; while such a
+        job waits that has digests) and ``<pool>:<lane>:leased``; and since ever ``<pool>:<lane>:enqueued`` and
         one counter per terminal state and per requeue, for what was cancelled or expired also by what it was doing
-        (``expired/running``)."""
+        (``expired/running``), and one per outcome of affinity (``affinity/warm``)."""
         return f"{self.prefix}counters"
 
 

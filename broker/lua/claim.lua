@@ -1,7 +1,7 @@
 -- Leases up to n jobs to a worker, or parks it.
 -- ARGV: prefix, session id, seq, turn, n, offer (jobs that may be handed to the worker while it is parked, those of this
 --       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none),
---       then pairs: pool, lanes (comma separated).
+--       number of the engine's cache in this session (a new one is cold), then pairs: pool, lanes (comma separated).
 -- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs handed to it so
 --       far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch, attempt id, attempt,
 --       remaining_ms, waited_ms, suspect (1 or 0)}. With fewer than n jobs the worker is parked. The same (session, seq)
@@ -10,12 +10,13 @@
 -- ``LANE_ORDERS``, ``BAND_ORDERS`` and ``REGION_FIRST`` (by turn) are made from queue_schemas/lanes.py.
 -- Invariants: 3 fence, 5 order, 6 bounded starvation, 10 no start after expiry, 13 liveness (what is left wakes the next
 --       worker).
--- uses: clock, endings, fairness, fence, lanes, parking, preemption
--- rarely: cancel_or_expire, claim_again
+-- uses: affinity, clock, endings, fairness, fence, lanes, parking, preemption
+-- rarely: cancel_or_expire, claim_again, choose
 
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local offer, received = tonumber(ARGV[6]), tonumber(ARGV[7])
 local attempt_base, park_ms, region = ARGV[8], tonumber(ARGV[9]), ARGV[10]
+local cache = session_id .. '#' .. ARGV[11]
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply
 local MANY_QUEUES = 48 -- from here on a worker's entries among the parked stand for half of park_ms
@@ -30,10 +31,12 @@ local on_their_way = math.max(given - received, 0)
 local answer = { 'ok', last[3] and not last[8] and 1 or 0, given, tonumber(last[6] or 0) }
 wanted = math.max(wanted - on_their_way, 0)
 
+-- Answers the digests of its prefix.
 local function add_to_reply(job)
-  answer[#answer + 1] = { job.id, call('HGET', P .. 'job:' .. job.id, 'env'), tonumber(job.epoch), job.aid,
-    tonumber(job.attempts), math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0),
-    is_suspect(job) and 1 or 0 }
+  local fields = call('HMGET', P .. 'job:' .. job.id, 'env', 'digests')
+  answer[#answer + 1] = { job.id, fields[1], tonumber(job.epoch), job.aid, tonumber(job.attempts),
+    math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0), is_suspect(job) and 1 or 0 }
+  return fields[2] or ''
 end
 
 local function claim_again()
@@ -54,7 +57,7 @@ end
 
 -- ``shared_keys``: the queue keys without a region that the worker serves; ``local_keys``: these and its own region's.
 local pools, shared_keys, local_keys, depths = {}, {}, {}, {}
-for i = 11, #ARGV, 2 do
+for i = 12, #ARGV, 2 do
   pools[#pools + 1] = ARGV[i]
   for lane in string.gmatch(ARGV[i + 1], '[^,]+') do
     local key = ARGV[i] .. ':' .. lane
@@ -108,6 +111,20 @@ local function take_retry(key)
   return job or take_from_stream('retry:' .. key)
 end
 
+-- The job that this worker takes of a tenant that is due: the first, or one behind it that is warm here, as long as the
+-- first has not waited beyond its patience.
+local function take_warmest(key, queue)
+  local patience = patience_ms(key)
+  local entries = call('XRANGE', P .. queue, '-', '+', 'COUNT', patience > 0 and LOOKAHEAD or 1)
+  local first = entries[1] and runnable(queue, entries[1])
+  if not first or not entries[2] or now - tonumber(first.at) >= patience then return first, entries[1] end
+  local waiting_jobs = {}
+  for i, entry in ipairs(entries) do waiting_jobs[i] = entry[2][6] or '' end
+  local chosen = choose(waiting_jobs, cache)
+  if chosen > 1 then first = runnable(queue, entries[chosen]) end
+  return first, entries[1]
+end
+
 -- A new job of the tenant that was served least.
 local function take_fresh(key, turn)
   for _, band in ipairs(BAND_ORDERS[turn % #BAND_ORDERS + 1]) do
@@ -116,8 +133,8 @@ local function take_fresh(key, turn)
       local heads = call('ZRANGE', P .. 'active:' .. of_band, 0, 1, 'WITHSCORES')
       local tenant, start = heads[1], tonumber(heads[2])
       local queue = 'q:' .. of_band .. ':' .. (tenant or '')
-      local entry = tenant and call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
-      local job = entry and runnable(queue, entry)
+      local job, entry = nil, nil
+      if tenant then job, entry = take_warmest(key, queue) end
       -- A tenant without competition is not charged: the next tenant that comes starts level with it.
       if job and heads[3] then charge(of_band, tenant, start) end
       if job then return job end
@@ -130,9 +147,13 @@ end
 
 -- The next job of a queue key: retried work first, but for every fourth turn.
 local function take(key)
+  read('counters', { key .. ':turn', key .. ':wait' })
   local turn = counter('counters', key .. ':turn')
   local job = turn % 4 ~= 3 and take_retry(key) or take_fresh(key, turn) or turn % 4 == 3 and take_retry(key)
-  if job then add('counters', key .. ':turn', 1) end
+  if job then
+    add('counters', key .. ':turn', 1)
+    average_wait(key, now - tonumber(job.at))
+  end
   return job
 end
 
@@ -175,7 +196,7 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
     call('HSET', claimed_key, 'suspect', held[#held])
   end
   given_bytes = given_bytes + tonumber(job.size)
-  add_to_reply(job)
+  remember(job, add_to_reply(job), cache)
 end
 
 local free, parked_at = 0, nil
@@ -200,6 +221,6 @@ else
 end
 if last[8] then call('HDEL', claimed_key, 'full') end
 answer[2], answer[4] = parked_at and 1 or 0, free
-call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free),
+call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11],
   unpack(parked_at and { 'parked', parked_at } or {}))
 return write_counters_and_return(answer)

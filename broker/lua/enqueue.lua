@@ -7,12 +7,12 @@
 --       may yield n times), cost, weight (of its tenant), and
 --       for persisted jobs, else empty: retention_ms, digest of the idempotency key ('' for none), digest of the request,
 --       listed (1: it is kept however it ends, and stands in its tenant's list), topic (of the notice that is put on the shard's
---       stream of ends), job metadata (opaque).
+--       stream of ends), job metadata (opaque); and of every job the digests of its prefix ('' for none).
 -- Reply: per job 'queued' (also of one that was handed over), or the state of a job of that id that is already known
 --       (tombstones included: a job cancelled before it came is void), or 'over <budget>' where nothing was written. Where
 --       another job holds the idempotency key: 'other <job id> <state>', or 'mismatch' if its request is another one.
 -- Invariants: 1 no lost job, 2 one result, 3 fence, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
--- uses: counters, handoff, parking, persisted, preemption, queue
+-- uses: affinity, counters, handoff, parking, persisted, preemption, queue
 -- rarely: persist, holder, listen, add_new_entry, wake, unpark, ask_to_yield, note_start
 
 local now = now_ms()
@@ -57,7 +57,7 @@ local function persist(job, router, retention_ms, idem, request, listed, topic, 
 end
 
 local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted, ttl_ms, max, region, remote_after_ms, resume,
-    cost, weight, retention_ms, idem, request, listed, topic, metadata)
+    cost, weight, retention_ms, idem, request, listed, topic, metadata, digests)
   local key, size, is_persisted = P .. 'job:' .. id, string.len(envelope), persisted == '1'
   local known = load_job(id)
   if known then
@@ -76,20 +76,25 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
     persisted = persisted, deadline = deadline, size = int(size), at = came_at, queue = '', entry = '', resume = resume,
     cost = cost, weight = weight, charged = '', suspicion = '' }
   local at, aid, owner, entry = queue_key(job), attempt_base .. handed_over, nil, nil
-  read('counters', { at .. ':waiting', at .. ':cost', shared .. ':enqueued', shared .. ':leased',
+  local outcome = shared .. ':affinity/'
+  read('counters', { at .. ':waiting', at .. ':cost', shared .. ':enqueued', shared .. ':leased', outcome .. 'none',
     unpack(counts_for_yields(pool)) })
-  if attempt_base ~= '' then owner, entry = hand_over(at, id, envelope, aid, ttl_ms) end
+  if digests ~= '' then read('counters', { at .. ':wait', outcome .. 'warm', outcome .. 'cold' }) end
+  if attempt_base ~= '' then owner, entry = hand_over(at, id, envelope, aid, ttl_ms, digests) end
   if owner then
-    job.state, job.lane, job.aid, job.attempts, job.owner, job.entry = 'leased', lane, aid, '1', owner, entry
+    job.state, job.lane, job.aid, job.attempts, job.owner, job.entry = 'leased', lane, aid, '1', owner.id, entry
     handed_over = handed_over + 1
-    gather('HSET', P .. 'leases:' .. owner, id, '1')
+    gather('HSET', P .. 'leases:' .. owner.id, id, '1')
     add('counters', shared .. ':leased', 1)
     note_start(job, now)
+    remember(job, digests, owner.cache)
   else
-    add_new_entry(job)
-    if not wake(at, now) and job.lane == 'interactive' then ask_to_yield(pool, now) end
+    local best = digests ~= '' and waiting(at) == 0 and most_free(at)
+    local preferred = best and warmest(at, digests, best)
+    add_new_entry(job, digests)
+    if not wake(at, now, preferred and preferred.id) and job.lane == 'interactive' then ask_to_yield(pool, now) end
   end
-  save(job, 'env', envelope)
+  save(job, 'env', envelope, unpack(digests ~= '' and { 'digests', digests } or {}))
   if for_region and not owner then call('HSET', key, 'eligible_at', int(now + tonumber(remote_after_ms))) end
   if is_persisted then persist(job, reply, retention_ms, idem, request, listed, topic, metadata) end
   if is_persisted and owner then call('HSET', key, 'started', came_at) end
@@ -100,6 +105,6 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
 end
 
 local answers = {}
-for i = 8, #ARGV, 21 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 20)) end
+for i = 8, #ARGV, 22 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 21)) end
 write_offers()
 return write_counters_and_return(answers)

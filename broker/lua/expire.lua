@@ -57,12 +57,13 @@ local function open_to_all(key)
   for _, queue in ipairs((streams_at(key, MAX_TENANTS))) do
     for _, entry in ipairs(call('XRANGE', P .. queue, '-', '+', 'COUNT', limit)) do
       local job = job_of_entry(queue, entry)
-      local eligible_at = job and tonumber(call('HGET', P .. 'job:' .. job.id, 'eligible_at') or 0)
+      local fields = job and call('HMGET', P .. 'job:' .. job.id, 'eligible_at', 'digests')
+      local eligible_at = tonumber(fields and fields[1] or 0)
       if job and (eligible_at > now or moved >= tonumber(limit)) then break end
       if job then
         leave_queue(job)
         job.lane, moved = without_region(job.lane), moved + 1
-        add_new_entry(job)
+        add_new_entry(job, fields[2] or '')
         save(job)
       end
     end

@@ -128,6 +128,7 @@ class ShardBatches:
                 encode_name(job.region), job.remote_after_ms, _resumption_of(job),
                 max(1, min(job.cost_estimate, MAX_COST)), f"{max(MIN_WEIGHT, min(job.weight, MAX_WEIGHT)):g}",
                 *(_persist_args(item) if job.persisted else _NOT_PERSISTED),
+                job.affinity,
             )  # fmt: skip
         # A call may have been carried out, and then have been lost by the server: a repeated one hands nothing over, or
         # it could give an attempt an id that a lost one has.

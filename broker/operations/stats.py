@@ -13,7 +13,7 @@ from queue_schemas.ids import decode_name
 from ..redis.calls import Caller, pairs
 from ..redis.shards import answers_of, on_each
 
-_NOT_EVENTS = ("waiting", "leased", "turn", "cost", "ran", "ran_ms", "ran_cost")
+_NOT_EVENTS = ("waiting", "leased", "turn", "wait", "cost", "ran", "ran_ms", "ran_cost")
 SHARD_TIMEOUT_S = 1.0
 """How long a shard may take to answer before it is left out."""
 
@@ -25,10 +25,13 @@ class JobCounts:
     ``events``: ``enqueued``, ``requeued``, ``lost`` and the terminal states. ``stopped``: those cancelled or expired
     once more, with what they were doing: ``cancelled/waiting``, ``cancelled/running``, ``cancelled/router_gone`` (the
     queue found that nobody waits for the answer), ``expired/waiting`` (never started again), ``expired/running``.
+    ``affinity``: jobs that were leased, by whether their worker held their prefix: ``warm``, ``cold``, or ``none``, of
+    one without a prefix worth finding.
     """
 
     events: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
     stopped: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
+    affinity: dict[tuple[Pool, Lane, str], int] = field(default_factory=dict)
 
 
 class QueueStats:
@@ -74,6 +77,8 @@ class QueueStats:
                     continue
                 pool, lane, _ = _parts(queue_key)
                 kind = counts.stopped if "/" in event else counts.events
+                if event.startswith("affinity/"):
+                    kind, event = counts.affinity, event.removeprefix("affinity/")
                 kind[pool, lane, event] = kind.get((pool, lane, event), 0) + int(count)
         return counts
 

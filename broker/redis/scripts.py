@@ -1,8 +1,9 @@
 """The Lua scripts of ``broker/lua``, each composed with the libraries that it uses, and addressed by content.
 
-A script or library says ``-- uses: fence, queue`` in its header. Libraries are the files of ``lua/lib``, and three that
-are generated: ``transitions`` from :mod:`queue_schemas.lifecycle`, ``lanes`` from :mod:`queue_schemas.lanes`, and
-``record_format``. Scripts are called by the SHA-1 of their text (EVALSHA), so two versions can share a server.
+A script or library says ``-- uses: fence, queue`` in its header. Libraries are the files of ``lua/lib``, and some that
+are generated: ``transitions`` from :mod:`queue_schemas.lifecycle`, ``lanes`` from :mod:`queue_schemas.lanes`,
+``affinity_rules`` from :mod:`scheduling.affinity`, and ``record_format``. Scripts are called by the SHA-1 of their text
+(EVALSHA), so two versions can share a server.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from importlib.resources.abc import Traversable
 
 from queue_schemas.lanes import BAND_STEP, BANDS, LANE_CYCLE, band_order, lane_order, region_first
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
+from scheduling import affinity
 
 from ..lua.linker import link
 
@@ -53,6 +55,7 @@ def load_scripts(*, flags: bool) -> dict[str, Script]:
     """All scripts by name. ``flags``: with the ``#!lua`` line that real servers honour and fakeredis refuses."""
     folder = files("broker") / "lua"
     generated = {"transitions": _transitions(), "lanes": _lanes(), "record_format": _record_format()}
+    generated["affinity_rules"] = _affinity_rules()
     libraries = _texts(folder / "lib") | generated
     scripts = {}
     for name, text in _texts(folder).items():
@@ -117,6 +120,15 @@ def _record_format() -> str:
         f"local function parse_record(id, record)\n  local {names} = string.match(record, '^{pattern}$')\n"
         f"  return state and {{ id = id, {read} }}\nend\n"
     )
+
+
+def _affinity_rules() -> str:
+    """The constants of affinity in Lua."""
+    names = (
+        *("DIGEST_CHARS", "SLOT_CHARS", "MAX_DIGESTS", "MAX_HOLDERS", "LOOKAHEAD"),
+        *("PATIENCE_WAITS", "MAX_PATIENCE_MS", "WAIT_SAMPLES"),
+    )
+    return "".join(f"local {name} = {getattr(affinity, name)}\n" for name in names)
 
 
 def _lanes() -> str:

@@ -52,6 +52,8 @@ SERVED: tuple[Served, ...] = (
     ((POOLS[0], (Lane.INTERACTIVE,)), (POOLS[1], (Lane.BATCH,))),
 )
 """What workers pull."""
+PREFIXES = ("", "", "aa1000000000", "aa2000000000aa1000000000", "aa2111111111aa1000000000", "bb1000000000aa1000000000")
+"""Digests of prefixes: some begin alike, and two share a slot of the table."""
 
 _ON_THE_WAY = ("enqueued", "requeued", "lost", "yielded", "asked_to_yield")
 """Events of jobs that are no ends."""
@@ -79,6 +81,7 @@ def jobs(draw: Any) -> dict[str, Any]:
         "body": b"x" * draw(st.sampled_from([0, 0, 0, 2_000])),
         "cost_estimate": draw(st.sampled_from([0, 1, 40, 7_000])),
         "weight": draw(st.sampled_from([1.0, 1.0, 4.0, 0.5])),
+        "affinity": draw(st.sampled_from(PREFIXES)),
         "stream": kind == "continued",
         "on_loss": "continue" if kind == "continued" else "restart",
         "persisted": kind == "persisted",
@@ -214,23 +217,27 @@ class QueueMachine(RuleBasedStateMachine):
         more=st.integers(-1, 2),
         unread=st.integers(0, 2),
         served=st.sampled_from(SERVED),
+        cache=st.sampled_from((0, 0, 0, 1)),
     )
-    def claim(self, number: int, n: int, more: int, unread: int, served: Served) -> None:
+    def claim(self, number: int, n: int, more: int, unread: int, served: Served, cache: int) -> None:
         """A worker asks for work, and offers to take more, or nothing, without asking. It has not read yet of the last
-        jobs that it was handed."""
-        self._claim(pick(self.workers, number), n, served, offer=n + more if n and more >= 0 else 0, unread=unread)
+        jobs that it was handed. Its engine may have lost its cache since."""
+        offer = n + more if n and more >= 0 else 0
+        self._claim(pick(self.workers, number), n, served, offer=offer, unread=unread, cache=cache)
 
     @rule(number=picks, offers=st.booleans())
     def claim_well(self, number: int, offers: bool) -> None:
         """A worker asks for all that there is for it."""
         self._claim(pick(self.workers, number), 4, SERVED[1], offer=4 * offers)
 
-    def _claim(self, worker: SessionId, n: int, served: Served, offer: int = 0, unread: int = 0) -> list[Lease]:
+    def _claim(
+        self, worker: SessionId, n: int, served: Served, offer: int = 0, unread: int = 0, cache: int = 0
+    ) -> list[Lease]:
         self.seqs[worker] += 1
         run = self.model.runs.get(worker)
         received = max(run.handed_over - unread, 0) if run is not None else 0
         leases: list[Lease] = self.play(
-            "claim", worker, self.seqs[worker], self.turns[worker], n, served, offer, received
+            "claim", worker, self.seqs[worker], self.turns[worker], n, served, offer, received, cache
         )
         self.turns[worker] += len(leases)
         return leases

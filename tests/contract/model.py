@@ -35,6 +35,7 @@ from queue_schemas.frames import unpack_frames
 from queue_schemas.lanes import BAND_STEP, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 from queue_schemas.persisted_output import key_digest, request_digest
+from scheduling.affinity import WarmTable, average_wait_ms, choose, patience_ms, takes_warm
 from scheduling.prediction import Rate
 from scheduling.preemption import Yieldable, victim, yields_wanted
 
@@ -72,6 +73,10 @@ class Model:
         self.totals: Counter[tuple[str, Lane, str]] = Counter()
         self.turns: Counter[Place] = Counter()
         self.rates: dict[Place, Rate] = defaultdict(Rate)
+        self.warm = WarmTable()
+        self.waits: Counter[Place] = Counter()
+        """How long jobs waited lately, where one with digests waits or did since nothing waited."""
+        self.affinities: Counter[tuple[str, Lane, str]] = Counter()
         self.kept: dict[str, Kept] = {}
         self.keys: dict[str, tuple[str, str]] = {}
         """By the digest of an idempotency key: the job that has it, and the digest of its request."""
@@ -113,16 +118,39 @@ class Model:
             self.keys[key_digest(job)] = (job.id, request_digest(job))
         self.totals[(*place, "enqueued")] += 1
         takers = {worker: self.runs[worker].offered for worker in self.offers[place]}
+        preferred = self._warmest(job, takers) if is_first else ""
         if takers and size <= MAX_HANDED_BYTES and is_first:
-            require(taker in takers, f"{job.id} was handed to {taker or 'nobody'}, should be to one of {takers}")
-            require(takers[taker] == max(takers.values()), f"{taker} is not the one with the most free slots: {takers}")
+            allowed = [preferred] if preferred else [w for w, free in takers.items() if free == max(takers.values())]
+            require(taker in allowed, f"{job.id} was handed to {taker or 'nobody'}, should be to one of {allowed}")
             self._hand_over(live, taker, attempt_id)
             return State.QUEUED
         require(not taker, f"{job.id} was handed to {taker}, which has offered nothing, or is not its turn")
         self._stand(live, Line("fresh", place, job.band, job.tenant))
-        if not self._wake(place):
+        if job.affinity:
+            self.waits[place] = self.waits[place] or 1
+        if not self._wake(place, preferred):
             self._ask_to_yield(place)
         return State.QUEUED
+
+    def _warmest(self, job: Job, takers: Mapping[str, int]) -> str:
+        """The worker that a job goes to for the prefix that it holds; '' if there is none, or it is loaded too much."""
+        match = self.warm.match(job.affinity)
+        holders = (
+            [w for holder in match.holders if self._cache(w := holder.partition("#")[0]) == holder] if match else []
+        )
+        best = max((w for w in holders if w in takers), key=lambda w: takers[w], default="")
+        return best if best and match and takes_warm(match, takers[best], max(takers.values())) else ""
+
+    def _cache(self, worker: str) -> str:
+        return f"{worker}#{self.runs[worker].cache}" if worker in self.runs else ""
+
+    def _remember(self, live: Live) -> None:
+        """A job was leased: its worker holds its prefix from now on."""
+        digests, cache = live.job.affinity, self._cache(live.owner)
+        match = self.warm.match(digests)
+        outcome = ("warm" if match and cache in match.holders else "cold") if digests else "none"
+        self.affinities[(*live.place, outcome)] += 1
+        self.warm.remember(digests, cache)
 
     def _hand_over(self, live: Live, worker: str, attempt_id: str) -> None:
         run = self.runs[worker]
@@ -132,6 +160,7 @@ class Model:
         self._note_start(live)
         run.handed_over, run.offered = run.handed_over + 1, run.offered - 1
         self.effects.handed.append((worker, attempt_id))
+        self._remember(live)
         if not run.offered:
             self._unpark(worker)
 
@@ -204,6 +233,7 @@ class Model:
         pools: Sequence[tuple[str, Sequence[Lane]]],
         offer: int,
         received: int,
+        cache: int,
         answer: Claimed,
         dropped: Mapping[str, State],
     ) -> None:
@@ -213,6 +243,7 @@ class Model:
             self._claim_again(worker, seq, given)
             require(not dropped, "a repeated claim ends no job")
         else:
+            run.cache = cache
             self._claim_anew(worker, turn, n, pools, offer, received, given, dropped)
             run.seq, run.given = seq, tuple((lease.job.id, lease.attempt_id) for lease in given)
         expected = (run.parked, run.handed_over, run.offered)
@@ -426,6 +457,7 @@ class Model:
     def snapshot(self) -> Snapshot:
         for place in [place for place in self.turns if not self.waiting(place)]:
             del self.turns[place]  # they begin anew where nothing waits any more
+        self.waits = Counter({place: wait for place, wait in self.waits.items() if wait and self.waiting(place)})
         budgets: Counter[str] = Counter()
         for live in self.live.values():
             for who in (f"t:{live.job.tenant}", f"p:{live.job.model}"):
@@ -471,6 +503,9 @@ class Model:
             outputs=self._outputs(),
             kept={job_id: kept.until for job_id, kept in self.kept.items()},
             keys={digest: job_id for digest, (job_id, _) in self.keys.items()},
+            warm=dict(self.warm.slots),
+            waits=dict(self.waits),
+            affinities=dict(self.affinities),
         )
 
     def _costs(self) -> dict[Place, int]:
@@ -517,7 +552,7 @@ class Model:
         return set()
 
     def _next_at(self, worker: str, place: Place) -> set[str]:
-        again, fresh = self._first_again(worker, place), self._first_fresh(place)
+        again, fresh = self._first_again(worker, place), self._first_fresh(worker, place)
         fresh_first = self.turns[place] % BAND_STEP == BAND_STEP - 1
         return (fresh or again) if fresh_first else (again or fresh)
 
@@ -533,12 +568,18 @@ class Model:
                     break
         return heads
 
-    def _first_fresh(self, place: Place) -> set[str]:
+    def _first_fresh(self, worker: str, place: Place) -> set[str]:
         for band in band_order(self.turns[place]):
-            heads = {jobs[0] for line in self._fresh_lines(place, band) if (jobs := self._startable(line))}
-            if heads:
-                return heads
+            lines = [jobs for line in self._fresh_lines(place, band) if (jobs := self._startable(line))]
+            if lines:
+                return {self._chosen(worker, place, jobs) for jobs in lines}
         return set()
+
+    def _chosen(self, worker: str, place: Place, jobs: Sequence[str]) -> str:
+        """The first of a tenant's jobs, or while that is not over its patience one that is worth more here."""
+        if self.now - self.live[jobs[0]].enqueued_at >= patience_ms(self.waits[place]):
+            return jobs[0]
+        return jobs[choose(self.warm, [self.live[job_id].job.affinity for job_id in jobs], self._cache(worker))]
 
     def _fresh_lines(self, place: Place, band: int) -> list[Line]:
         return [
@@ -564,6 +605,7 @@ class Model:
         if live.line is not None and live.line.kind == "fresh":
             self._count_turn(live.line)
         self.turns[live.place] += 1
+        self.waits[live.place] = average_wait_ms(self.waits[live.place], self.now - live.enqueued_at)
         self._enter(live, State.LEASED)
         self._leave_line(live)
         live.attempts += 1
@@ -571,6 +613,7 @@ class Model:
         live.owner, live.attempt_id, live.held_as_suspect = worker, lease.attempt_id, live.is_suspect
         self._note_start(live)
         self._check_lease(lease)
+        self._remember(live)
 
     def _check_lease(self, lease: Lease) -> None:
         live = self.live[lease.job.id]
@@ -696,10 +739,10 @@ class Model:
         run = self.runs[worker]
         run.parked, run.offered = False, 0
 
-    def _wake(self, place: Place) -> bool:
-        """Tell the worker that parked there first that there is work."""
+    def _wake(self, place: Place, preferred: str = "") -> bool:
+        """Tell the preferred worker, or the one that parked there first, that there is work."""
         workers = self.parked[place]
-        for worker in sorted(workers, key=lambda worker: (workers[worker], worker)):
+        for worker in sorted(workers, key=lambda worker: (worker != preferred, workers[worker], worker)):
             if workers.pop(worker) >= self.now and worker in self.runs:
                 self.effects.wakes[worker] += 1
                 return True

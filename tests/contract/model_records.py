@@ -122,6 +122,8 @@ class Run:
     handed_over: int = 0
     offered: int = 0
     """Jobs that may be handed to it still."""
+    cache: int = 0
+    """The number of its engine's prefix cache."""
 
 
 class DeadLetter(NamedTuple):
@@ -173,3 +175,6 @@ class Snapshot:
     outputs: dict[str, list[tuple[int, int]]]
     kept: dict[str, int]
     keys: dict[str, str]
+    warm: dict[str, tuple[str, tuple[str, ...]]]
+    waits: dict[Place, int]
+    affinities: dict[tuple[str, Lane, str], int]

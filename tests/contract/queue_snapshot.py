@@ -45,6 +45,7 @@ FAMILIES = {
     "out": "XRANGE",
     "persisted": "ZRANGE",
     "idem": "GET",
+    "warm": "HGETALL",
 }
 """How to read each family of keys. There are no others: jobs of regions have a suite of their own."""
 
@@ -115,6 +116,9 @@ def read_snapshot(raw: Raw) -> Snapshot:
         rates=_rates(*(counters.pop(kind, {}) for kind in ("ran", "ran_ms", "ran_cost"))),
         leased={place: number for place, number in counters.pop("leased", {}).items() if number},
         turns=counters.pop("turn", {}),
+        waits=counters.pop("wait", {}),
+        affinities={(*place, event.partition("/")[2]): n for event, by_place in counters.items()
+                    if event.startswith("affinity/") for place, n in by_place.items()},
         # Totals that split one of these further have a slash.
         totals={(*place, event): n for event, by_place in counters.items() if "/" not in event
                 for place, n in by_place.items()},
@@ -132,6 +136,8 @@ def read_snapshot(raw: Raw) -> Snapshot:
                  for (job_id,), held in raw.of("out").items()},
         kept=_scores(raw.one("persisted")),
         keys={digest: held.decode().partition(" ")[0] for (digest,), held in raw.of("idem").items()},
+        warm={slot.decode(): (proof, tuple(holders)) for slot, held in dict(raw.one("warm")).items()
+              for proof, *holders in [held.decode().split(" ")]},
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ MUTANTS = {
     "deadline check": Rewrite("claim", "job and tonumber(job.deadline) <= now", "false"),
     "one is asked for each": Rewrite("preemption", "call('ZADD', yieldable, int(-now), id)", ""),
     "yields end": Rewrite("release", "int(yields_left(job) - 1)", "'1'"),
+    "patience": Rewrite("claim", " or now - tonumber(first.at) >= patience", ""),
     "budget": Rewrite("finish", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", ""),
 }
 

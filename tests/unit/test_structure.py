@@ -133,7 +133,7 @@ CALLED_BY_LIBRARIES = frozenset(
         "check_health", "record_autoscaling_stats", "success_callback", "failure_callback", "stopped_callback",
     }
 )  # fmt: skip
-CONTRACT = ("queue_schemas/keys.py", "queue_schemas/lanes.py", "scheduling/preemption.py")
+CONTRACT = ("queue_schemas/keys.py", "queue_schemas/lanes.py", "scheduling/affinity.py", "scheduling/preemption.py")
 """What the Lua scripts do, in Python: keys that only they use, and the orders that tests compare them with."""
 _ROUTES = ["@routes.*", "@app.*", "@*.command*", "@*.callback*", "@field_validator", "@model_validator"]
 

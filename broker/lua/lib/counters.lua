@@ -74,7 +74,7 @@ local function write_counters_and_return(reply)
       else
         gone[#gone + 1] = field
         local drained = string.match(field, '^(.*):waiting$')
-        if drained then gone[#gone + 1], gone[#gone + 2] = drained .. ':turn', drained .. ':cost' end
+        for _, kind in ipairs(drained and { ':turn', ':cost', ':wait' } or {}) do gone[#gone + 1] = drained .. kind end
       end
     end
     write_in_chunks('HSET', P .. hash, set)

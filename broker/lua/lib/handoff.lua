@@ -1,7 +1,9 @@
 -- Hands new jobs to parked workers. ``offers:<queue key>``: sessions that take jobs there without claiming them, the most
 -- free first (score: minus the free slots); how many each takes is ``free`` in its ``claimed`` hash, and ``given`` counts
 -- them. A job travels on the worker's control stream, and is leased from the moment that it is written there.
--- uses: parking
+-- Where a worker holds a job's prefix, and its load is within a bound, it is preferred (``affinity``).
+-- uses: affinity, parking
+-- rarely: warmest
 
 local MAX_TAKERS = 16 -- of a queue key, looked at in one call
 local MAX_HANDED_BYTES = 65536 -- a larger envelope waits to be claimed
@@ -10,11 +12,11 @@ local takers, takers_at = {}, {}
 -- The worker behind a session that offers slots; false if it does not any more.
 local function taker(session_id)
   if takers[session_id] == nil then
-    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'parked', 'stands_until')
+    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'parked', 'stands_until', 'cache')
     local free = tonumber(claimed[1] or 0)
     takers[session_id] = (free > 0 or claimed[4])
       and { id = session_id, free = free, given = tonumber(claimed[2] or 0), parked = claimed[3], stands = claimed[4],
-        keys = {} }
+        cache = session_id .. '#' .. (claimed[5] or ''), keys = {} }
   end
   return takers[session_id]
 end
@@ -36,10 +38,31 @@ local function most_free(key)
   return best
 end
 
--- Sends a job to a worker that offers a slot at ``key``. Answers its session and the id of the entry; nil if there is none.
+-- The most free of the workers that hold a job's longest known prefix; nil if they are loaded too much beside ``best``.
+local function warmest(key, digests, best)
+  local found = nil
+  read_warm({ digests }, MAX_DIGESTS)
+  local held, passed = match_prefix(digests, MAX_DIGESTS)
+  for session_id in string.gmatch(held or '', '(%S+)#%d*') do
+    local holder = taker(session_id)
+    if holder and is_holder(held, holder.cache) and is_holder(holder.parked, key) and holder.free > (found or { free = 0 }).free
+      and 2 * #digests * holder.free >= best.free * (#digests + passed * DIGEST_CHARS) then
+      found = holder
+    end
+  end
+  return found
+end
+
+-- The worker that a job goes to where nothing waits.
+local function favourite(key, digests)
+  local best = most_free(key)
+  return best and digests ~= '' and warmest(key, digests, best) or best
+end
+
+-- Sends a job to a worker that offers a slot at ``key``. Answers that worker and the id of the entry; nil if there is none.
 -- One that offers nothing more is parked no more: it will claim.
-local function hand_over(key, id, envelope, aid, ttl_ms)
-  local to = string.len(envelope) <= MAX_HANDED_BYTES and waiting(key) == 0 and most_free(key)
+local function hand_over(key, id, envelope, aid, ttl_ms, digests)
+  local to = string.len(envelope) <= MAX_HANDED_BYTES and waiting(key) == 0 and favourite(key, digests)
   while to do
     local entry = call('XADD', P .. 'ctl:' .. to.id, 'NOMKSTREAM', '*', 'k', 'job', 'id', id, 'aid', aid, 'left', ttl_ms,
       'env', envelope)
@@ -49,8 +72,8 @@ local function hand_over(key, id, envelope, aid, ttl_ms)
     elseif to.free == 0 then
       unpark(to.id, to.parked)
     end
-    if entry then return to.id, entry end
-    to = most_free(key)
+    if entry then return to, entry end
+    to = favourite(key, digests)
   end
 end
 

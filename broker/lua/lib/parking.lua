@@ -4,10 +4,12 @@
 -- is used up it is only marked as ``full``.
 -- uses: records
 
--- Wakes the worker that parked first at a queue key, unless it is gone. Answers whether there was one.
-local function wake(key, now)
+-- Wakes the worker that parked first at a queue key, or ``preferred``, unless it is gone. Answers whether there was one.
+local function wake(key, now, preferred)
   for _ = 1, 64 do
-    local popped = call('ZPOPMIN', P .. 'parked:' .. key)
+    local popped = preferred and call('ZREM', P .. 'parked:' .. key, preferred) == 1 and { preferred, now }
+      or call('ZPOPMIN', P .. 'parked:' .. key)
+    preferred = nil
     if not popped[1] then return false end
     local claimed = P .. 'claimed:' .. popped[1]
     local of = call('HMGET', claimed, 'stands_until', 'full')

@@ -1,5 +1,6 @@
 -- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended.
--- An entry says beside its job of whose budgets that counts, and its cost (``of``), should its record be lost.
+-- An entry says beside its job of whose budgets that counts, and its cost (``of``), should its record be lost; and of a
+-- new job with digests these (``digests``): then the average wait at the queue key is kept.
 -- uses: records, counters, fairness, suspicion, lifecycle
 -- rarely: drop_entry
 
@@ -36,12 +37,15 @@ local function job_of_entry(queue, entry)
 end
 
 -- Puts a new job in line; its record has to be saved.
-local function add_new_entry(job)
+local function add_new_entry(job, digests)
   local of_band = queue_key(job) .. ':' .. job.band
   job.queue = 'q:' .. of_band .. ':' .. job.tenant
   activate(of_band, job.tenant)
   count_waiting(queue_key(job), 1, job.cost)
-  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost)
+  local has_digests, wait = (digests or '') ~= '', queue_key(job) .. ':wait'
+  if has_digests and counter('counters', wait) == 0 then add('counters', wait, 1) end
+  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost,
+    unpack(has_digests and { 'digests', digests } or {}))
 end
 
 -- Puts a job whose attempt ended in line again, ahead of new work; its record has to be saved.

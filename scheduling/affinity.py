@@ -1,0 +1,170 @@
+"""Find the worker whose engine holds a request's prefix in its cache.
+
+A Router reads a request's prefix as digests (:func:`prefix_digests`), the longest prefix first. The queue keeps a
+bounded table of who was leased a job with a digest last (:class:`WarmTable`), prefers such a worker where its load is
+within a bound (:func:`takes_warm`), and lets a worker that claims take a warm job before others for as long as the one
+at the head has not waited beyond its patience (:func:`choose`, :func:`patience_ms`).
+
+``broker/lua/lib/affinity.lua`` does what the functions behind :func:`prefix_digests` say, with the constants of this
+module; the contract tests compare the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from queue_schemas.records import record
+
+CHUNK_BYTES = 1024
+"""Prompt text between two digests at the start of a prompt: about 256 tokens, sixteen blocks of vLLM's cache."""
+DENSE_CHUNKS = 16
+"""So many chunks have a digest each; behind them there are half as many in each doubling of the length."""
+MAX_DIGESTS = 64
+"""Of one request, its session and its adapter included. They cover the first 800 kB of a prompt."""
+DIGEST_CHARS = 12
+"""72 bits in base64. The first ``SLOT_CHARS`` characters are the slot in the table, the others prove the match."""
+SLOT_CHARS = 3
+"""2^18 slots: what the table of a shard can hold, whatever clients send."""
+MAX_HOLDERS = 4
+"""Workers that a digest is remembered of, the latest first."""
+LOOKAHEAD = 16
+"""Waiting jobs of one tenant that a claim compares, and the longest prefixes of each that it looks at."""
+PATIENCE_WAITS = 2
+"""A job at the head is overtaken until it has waited so many times as long as jobs do now."""
+MAX_PATIENCE_MS = 10_000
+WAIT_SAMPLES = 8
+"""Weight of what was known of the wait against one job's: an exponential average."""
+
+_DIGEST_BYTES = DIGEST_CHARS * 3 // 4
+_PROMPT_FIELDS = ("tools", "system", "instructions", "messages", "prompt", "input")
+"""Where a prompt stands in a body, in the order in which chat templates put it before the model."""
+
+
+def _sampled_chunks() -> tuple[int, ...]:
+    """The chunks, counted from 1, at whose end a digest is taken: all at first, then ever farther apart."""
+    chunks: list[int] = []
+    step = 1
+    while len(chunks) < MAX_DIGESTS - 2:
+        chunks.append((chunks[-1] if chunks else 0) + step)
+        if chunks[-1] == DENSE_CHUNKS * step:
+            step *= 2
+    return tuple(chunks)
+
+
+SAMPLED_CHUNKS = _sampled_chunks()
+
+
+def prefix_digests(
+    tenant: str, model: str, request: Mapping[str, Any], *, session: str = "", adapter: bool = False
+) -> str:
+    """The digests of a request in the body ``request``, joined, the longest prefix first; '' for one that has none.
+
+    ``session`` is the client's name for a conversation (a ``prompt_cache_key`` counts as one, too): it goes before any
+    prefix. ``adapter``: the model is a LoRA adapter, so that having served it lately is worth something by itself; it
+    comes last. Each digest is of the tenant, the model and everything before it, as vLLM chains its blocks
+    (https://docs.vllm.ai/en/latest/design/prefix_caching.html): equal digests mean equal prefixes of one tenant. What
+    follows a prefix, sampling parameters, white space and the order of the body's fields do not change it.
+    """
+    seed = hashlib.blake2b(f"{len(tenant)} {tenant} {model}".encode(), digest_size=_DIGEST_BYTES)
+    found = [_tagged(seed, b"adapter")] if adapter else []
+    text = b"".join(
+        orjson.dumps(part) for name in _PROMPT_FIELDS if (part := request.get(name)) is not None and part != []
+    )
+    chain, done = seed.copy(), 0
+    for chunk in SAMPLED_CHUNKS:
+        end = chunk * CHUNK_BYTES
+        if end > len(text):
+            break
+        chain.update(text[done:end])
+        found.append(chain.digest())
+        done = end
+    key = session or request.get("prompt_cache_key")
+    if key and type(key) is str:
+        found.append(_tagged(seed, b"session " + key.encode("utf-8", "surrogatepass")))
+    found.reverse()
+    return urlsafe_b64encode(b"".join(found)).decode()
+
+
+def _tagged(seed: hashlib.blake2b, tag: bytes) -> bytes:
+    chain = seed.copy()
+    chain.update(b"\xff" + tag)  # no prompt text has this byte
+    return chain.digest()
+
+
+def split_digests(digests: str) -> list[str]:
+    """The digests in what :func:`prefix_digests` gives."""
+    return [digests[start : start + DIGEST_CHARS] for start in range(0, len(digests), DIGEST_CHARS)]
+
+
+@record
+class Match:
+    """The longest prefix of a request that a cache is known to hold: ``passed`` digests of ``total`` are longer.
+    ``holders`` are the caches, the latest first."""
+
+    holders: tuple[str, ...]
+    passed: int
+    total: int
+
+
+@dataclass(slots=True)
+class WarmTable:
+    """Which caches hold which prefixes: a table with a fixed number of slots, one digest in each.
+
+    A digest replaces another one in its slot, so the table forgets at random what was not used since, and never grows
+    beyond its slots.
+    """
+
+    slots: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+
+    def match(self, digests: str, limit: int = MAX_DIGESTS) -> Match | None:
+        """The longest known prefix among the first ``limit`` digests."""
+        every = split_digests(digests)
+        for passed, digest in enumerate(every[:limit]):
+            if holders := self._holders(digest):
+                return Match(holders, passed, len(every))
+        return None
+
+    def remember(self, digests: str, cache: str) -> None:
+        """A job with ``digests`` runs where ``cache`` is."""
+        for digest in split_digests(digests):
+            others = [holder for holder in self._holders(digest) if holder != cache]
+            self.slots[digest[:SLOT_CHARS]] = digest[SLOT_CHARS:], (cache, *others[: MAX_HOLDERS - 1])
+
+    def _holders(self, digest: str) -> tuple[str, ...]:
+        proof, holders = self.slots.get(digest[:SLOT_CHARS], ("", ()))
+        return holders if proof == digest[SLOT_CHARS:] else ()
+
+
+def takes_warm(match: Match, free: int, most_free: int) -> bool:
+    """Whether a worker with ``free`` slots that holds ``match`` is preferred to the one with the ``most_free``.
+
+    The bound on its load, as in consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, SODA 2018),
+    here in free slots: half as many suffice for the longest prefix, nearly as many must be free for a short part of it.
+    """
+    return free > 0 and 2 * match.total * free >= most_free * (match.total + match.passed)
+
+
+def choose(table: WarmTable, waiting: Sequence[str], cache: str) -> int:
+    """Which of the ``waiting`` jobs, given as their digests in fair order, a worker with ``cache`` takes: the first
+    that is warm here; else the first that is warm nowhere, so that others get what they hold; else the first."""
+    matches = [table.match(digests, LOOKAHEAD) for digests in waiting[:LOOKAHEAD]]
+    for index, match in enumerate(matches):
+        if match and cache in match.holders:
+            return index
+    return next((index for index, match in enumerate(matches) if match is None), 0)
+
+
+def patience_ms(wait_ms: int) -> int:
+    """How long a job waits before nothing overtakes it any more, where jobs wait for ``wait_ms`` now. 0: at no time."""
+    return min(PATIENCE_WAITS * wait_ms, MAX_PATIENCE_MS)
+
+
+def average_wait_ms(wait_ms: int, waited_ms: int) -> int:
+    """The average wait after one more job has waited for ``waited_ms``; 0 stays 0, anything else at least 1."""
+    return max(wait_ms + (waited_ms - wait_ms) // WAIT_SAMPLES, 1) if wait_ms else 0
