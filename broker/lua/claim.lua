@@ -125,19 +125,17 @@ local function take_warmest(key, queue)
   return first, entries[1]
 end
 
--- A new job of the tenant that was served least.
+-- A new job of the tenant that was served least, and where that one stands.
 local function take_fresh(key, turn)
   for _, band in ipairs(BAND_ORDERS[turn % #BAND_ORDERS + 1]) do
     local of_band = key .. ':' .. band
     while not found_empty[of_band] and skipped < MAX_SKIPPED do
-      local heads = call('ZRANGE', P .. 'active:' .. of_band, 0, 1, 'WITHSCORES')
-      local tenant, start = heads[1], tonumber(heads[2])
+      local heads = call('ZRANGE', P .. 'active:' .. of_band, 0, 0, 'WITHSCORES')
+      local tenant, start = heads[1], heads[2]
       local queue = 'q:' .. of_band .. ':' .. (tenant or '')
       local job, entry = nil, nil
       if tenant then job, entry = take_warmest(key, queue) end
-      -- A tenant without competition is not charged: the next tenant that comes starts level with it.
-      if job and heads[3] then charge(of_band, tenant, start) end
-      if job then return job end
+      if job then return job, tonumber(start) end
       if not entry and tenant then call('ZREM', P .. 'active:' .. of_band, tenant) end
       found_empty[of_band] = not tenant
     end
@@ -149,20 +147,24 @@ end
 local function take(key)
   read('counters', { key .. ':turn', key .. ':wait' })
   local turn = counter('counters', key .. ':turn')
-  local job = turn % 4 ~= 3 and take_retry(key) or take_fresh(key, turn) or turn % 4 == 3 and take_retry(key)
+  local job, start = turn % 4 ~= 3 and take_retry(key) or nil, nil
+  if not job then job, start = take_fresh(key, turn) end
+  job = job or turn % 4 == 3 and take_retry(key)
   if job then
     add('counters', key .. ':turn', 1)
     average_wait(key, now - tonumber(job.at))
   end
-  return job
+  return job, start
 end
 
 -- A job of a queue key, or of this worker's region there, in turns.
 local function take_at(key, turn)
   local own, is_own_first = key .. '@' .. region, REGION_FIRST[turn % #REGION_FIRST + 1]
   for _, at in ipairs(region == '' and { key } or is_own_first and { own, key } or { key, own }) do
-    local job = skipped < MAX_SKIPPED and waiting(at) > 0 and take(at)
-    if job then return job end
+    if skipped < MAX_SKIPPED and waiting(at) > 0 then
+      local job, start = take(at)
+      if job then return job, start end
+    end
   end
   return nil
 end
@@ -171,8 +173,10 @@ local function next_job(turn)
   for _, lane in ipairs(LANE_ORDERS[turn % #LANE_ORDERS + 1]) do
     for i = 0, #pools - 1 do
       local key = pools[(turn + i) % #pools + 1] .. ':' .. lane
-      local job = shared_keys[key] and take_at(key, turn)
-      if job then return job end
+      if shared_keys[key] then
+        local job, start = take_at(key, turn)
+        if job then return job, start end
+      end
     end
   end
   return nil
@@ -180,11 +184,14 @@ end
 
 local held, given_bytes = {}, 0
 while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
-  local job = next_job(worker_turn + #held)
+  local job, start = next_job(worker_turn + #held)
   if not job then break end
-  leave_queue(job)
+  leave_queue(job, start and start + charge_of(job))
+  local waited_for = string.match(job.lane, '@.*') or ''
   job.attempts, job.aid, job.lane = int(tonumber(job.attempts) + 1), attempt_base .. #held, without_region(job.lane)
-  job.owner, job.queue, job.entry = session_id, '', ''
+  job.owner, job.queue, job.entry, job.charged = session_id, '', '', '0'
+  if not start then correct(job, tonumber(job.cost)) end
+  job.charged = exact(charge_of(job)) .. waited_for
   transition(job, 'leased')
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   call('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)

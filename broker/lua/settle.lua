@@ -8,7 +8,7 @@
 --       its first frame (the server lost its latest writes) loses its persisted job, and is fenced.
 -- Invariants: 2 one result, 3 fence, 4 idempotency, 7 streams, 8 bounded memory, 12 conservation.
 -- uses: attempts, fence, rates
--- rarely: retry_or_end, keep, expected, now_ms, save
+-- rarely: correct, retry_or_end, keep, expected, now_ms, save
 
 -- The seq of the next frame of this attempt.
 local function expected(job)
@@ -57,6 +57,7 @@ while i <= #ARGV do
     if #frames > 0 then post(job, table.concat(frames)) end
     if outcome ~= '' then
       leave_lease(job)
+      if ARGV[i + 4] ~= '' then correct(job, tonumber(ARGV[i + 4])) end
       if outcome == 'done' then observe(job, tonumber(ARGV[i + 5])) end
       if outcome == 'expired' then job.why = EXPIRED_RUNNING end
       end_job(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)

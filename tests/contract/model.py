@@ -32,10 +32,12 @@ from queue_schemas import (
     State,
 )
 from queue_schemas.frames import unpack_frames
+from queue_schemas.ids import encode_name
 from queue_schemas.lanes import BAND_STEP, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 from queue_schemas.persisted_output import key_digest, request_digest
 from scheduling.affinity import WarmTable, average_wait_ms, choose, patience_ms, takes_warm
+from scheduling.fairness import Band, charge_of, units
 from scheduling.prediction import Rate
 from scheduling.preemption import Yieldable, victim, yields_wanted
 
@@ -51,9 +53,6 @@ MAX_HANDED_BYTES = 64 * 1024
 """The largest envelope that is handed over."""
 STORED_BYTES = 1_024
 """What a persisted job counts for beside its output."""
-FAIR_LEAD = 2
-"""How many jobs one tenant may be ahead of another while both wait (start-time fair queueing with unit jobs)."""
-
 NOBODY = "nobody waits for the answer"
 
 
@@ -83,7 +82,9 @@ class Model:
         self.dead: list[DeadLetter] = []
         self.dead_bytes = 0
         self.effects = Effects()
-        self._leads: dict[tuple[Place, int], Counter[tuple[str, str]]] = defaultdict(Counter)
+        self.bands: dict[tuple[Place, int], Band] = defaultdict(Band)
+        self.is_unsure = False
+        """Whether a claim ended the last waiting jobs of tenants: in which order these left is not told."""
 
     # Routers
 
@@ -276,6 +277,7 @@ class Model:
             live = self.live[job_id]
             require(live.place in places, f"{job_id} is none of this claim's")
             require(self._doom(live) is state, f"{job_id} may not become {state}")
+            self.is_unsure = True
             self._stop(live, state, NOBODY if state is State.CANCELLED else "its time ran out in the queue")
         for number, lease in enumerate(given):
             allowed = self._next(worker, turn + number, pools)
@@ -336,6 +338,8 @@ class Model:
         verdict = self._verdict(lease)
         if verdict is Settled.OK:
             live = self.live[lease.job.id]
+            if used is not None and live.charged is not None:
+                self._correct(live, charge_of(used, live.job.weight) - live.charged)
             if live.job.persisted:
                 self._keep(live, unpack_frames(frames))
             self._end(live, State(outcome.value), live.attempt_id)
@@ -480,6 +484,7 @@ class Model:
             waiting=dict(Counter(live.place for live in self.live.values() if live.state is State.QUEUED)),
             costs=self._costs(),
             rates=dict(self.rates),
+            bands={where: band for where, band in self.bands.items() if band != Band()},
             leased=dict(Counter(live.place for live in self.live.values() if live.state is State.LEASED)),
             totals=dict(self.totals),
             turns=dict(self.turns),
@@ -570,9 +575,10 @@ class Model:
 
     def _first_fresh(self, worker: str, place: Place) -> set[str]:
         for band in band_order(self.turns[place]):
-            lines = [jobs for line in self._fresh_lines(place, band) if (jobs := self._startable(line))]
-            if lines:
-                return {self._chosen(worker, place, jobs) for jobs in lines}
+            lines = {name_of(line): jobs for line in self._fresh_lines(place, band) if (jobs := self._startable(line))}
+            waiting = {name: self.bands[place, band].waiting[name] for name in lines}
+            if (first := Band(waiting).next()) is not None:
+                return {self._chosen(worker, place, lines[first])}
         return set()
 
     def _chosen(self, worker: str, place: Place, jobs: Sequence[str]) -> str:
@@ -602,8 +608,12 @@ class Model:
 
     def _lease(self, worker: str, lease: Lease) -> None:
         live = self.live[lease.job.id]
+        charge = charge_of(cost_of(live.job), live.job.weight)
         if live.line is not None and live.line.kind == "fresh":
-            self._count_turn(live.line)
+            self._band(live).charge(encode_name(live.job.tenant), charge)
+        else:
+            self._correct(live, charge)
+        live.charged = units(charge)
         self.turns[live.place] += 1
         self.waits[live.place] = average_wait_ms(self.waits[live.place], self.now - live.enqueued_at)
         self._enter(live, State.LEASED)
@@ -623,15 +633,11 @@ class Model:
         )  # fmt: skip
         require(lease == told, f"the lease should be {told}")
 
-    def _count_turn(self, line: Line) -> None:
-        """Tenants that wait side by side are served alike."""
-        leads = self._leads[line.place, line.band]
-        for other in self._fresh_lines(line.place, line.band):
-            if other.tenant != line.tenant:
-                leads[line.tenant, other.tenant] += 1
-                leads[other.tenant, line.tenant] -= 1
-                lead = leads[line.tenant, other.tenant]
-                require(lead <= FAIR_LEAD, f"{line.tenant} is {lead} jobs ahead of {other.tenant}")
+    def _band(self, live: Live) -> Band:
+        return self.bands[live.place, live.job.band]
+
+    def _correct(self, live: Live, by: float) -> None:
+        self._band(live).correct(encode_name(live.job.tenant), by)
 
     def _give_up(self, live: Live, reason: str, *, counted: bool) -> State:
         """An attempt ended unsettled. Answers what becomes of its job."""
@@ -647,6 +653,9 @@ class Model:
             self._tell(live, MarkerKind.DEAD, reason)
             return State.DEAD
         self._leave_lease(live)
+        if live.charged is not None:
+            self._correct(live, -live.charged)
+            live.charged = None
         live.epoch, live.owner, live.attempt_id, live.is_unread = live.epoch + 1, "", "", False
         if live.is_continued:
             self._enter(live, State.LOST)
@@ -719,6 +728,8 @@ class Model:
     def _stand(self, live: Live, line: Line) -> None:
         live.line = line
         self.lines[line].append(live.job.id)
+        if line.kind == "fresh":
+            self.bands[line.place, line.band].come(name_of(line))
 
     def _leave_line(self, live: Live) -> None:
         line = live.line
@@ -727,9 +738,7 @@ class Model:
         live.line = None
         self.lines[line].remove(live.job.id)
         if not self.lines[line] and line.kind == "fresh":
-            leads = self._leads[line.place, line.band]
-            for pair in [pair for pair in leads if line.tenant in pair]:
-                del leads[pair]
+            self.bands[line.place, line.band].leave(name_of(line))
 
     def _unpark(self, worker: str) -> None:
         for workers in self.parked.values():
@@ -803,6 +812,11 @@ class Model:
     def _send(self, router: str, news: Sequence[Frame | Marker]) -> None:
         if router in self.listening:
             self.effects.news += [(router, item) for item in news]
+
+
+def name_of(line: Line) -> str:
+    """The tenant of a line as keys name it, and so as those that stand level are ordered."""
+    return encode_name(line.tenant)
 
 
 def cost_of(job: Job) -> int:

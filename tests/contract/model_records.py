@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from queue_schemas import Frame, Job, Lane, Marker, State
+from scheduling.fairness import Band
 from scheduling.prediction import Rate
 
 SUSPECT = 2
@@ -66,6 +67,8 @@ class Live:
     started_at: int = 0
     asked_at: int | None = None
     """When its attempt was asked to yield."""
+    charged: float | None = None
+    """What its tenant was charged for the attempt that runs."""
     is_unread: bool = False
     """It was handed to a worker that has not read of it."""
     listeners: set[str] = field(default_factory=set)
@@ -159,6 +162,8 @@ class Snapshot:
     costs: dict[Place, int]
     """What waits, by its cost."""
     rates: dict[Place, Rate]
+    bands: dict[tuple[Place, int], Band]
+    """Where the tenants of each band stand."""
     leased: dict[Place, int]
     totals: dict[tuple[str, Lane, str], int]
     turns: dict[Place, int]

@@ -13,6 +13,7 @@ from queue_schemas.control import parse_control
 from queue_schemas.frames import unpack_frames, unpack_marker
 from queue_schemas.ids import decode_name
 from queue_schemas.keys import ShardKeys
+from scheduling.fairness import Band
 from scheduling.prediction import Rate
 from tests.contract.model_records import SUSPECT, DeadLetter, Line, Place, Snapshot, require
 from tests.support.queue import parse_record
@@ -114,6 +115,7 @@ def read_snapshot(raw: Raw) -> Snapshot:
         waiting=counters.pop("waiting", {}),
         costs=counters.pop("cost", {}),
         rates=_rates(*(counters.pop(kind, {}) for kind in ("ran", "ran_ms", "ran_cost"))),
+        bands=_bands(raw),
         leased={place: number for place, number in counters.pop("leased", {}).items() if number},
         turns=counters.pop("turn", {}),
         waits=counters.pop("wait", {}),
@@ -221,6 +223,18 @@ def _lines(raw: Raw) -> dict[Line, list[str]]:
     for kind in ("retry", "suspects"):
         lines |= {Line(kind, _place(*where)): entries for where, entries in raw.of(kind).items()}
     return {line: [entry[b"id"].decode() for _, entry in entries] for line, entries in lines.items()}
+
+
+def _bands(raw: Raw) -> dict[tuple[Place, int], Band]:
+    waiting, left = raw.of("active"), raw.of("service")
+    bands = {}
+    for pool, lane, band in waiting.keys() | left.keys():
+        key = (pool, lane, band)
+        levels = {name.decode(): level for name, level in left.get(key, ())}
+        last_left = levels.pop("*", None)
+        stands = {name.decode(): level for name, level in waiting.get(key, ())}
+        bands[_place(pool, lane), int(band)] = Band(stands, levels, last_left)
+    return bands
 
 
 def _active(raw: Raw) -> set[Line]:

@@ -300,7 +300,11 @@ class SideBySide:
 
     async def _compare(self) -> None:
         raw = await self._look()
-        wrong = differences(read_snapshot(raw), self.model.snapshot())
+        real = read_snapshot(raw)
+        if self.model.is_unsure:
+            self.model.bands.update(real.bands)
+            self.model.is_unsure = False
+        wrong = differences(real, self.model.snapshot())
         require(not wrong, "; ".join(wrong))
         self._compare_news(raw)
         self._compare_orders(raw)

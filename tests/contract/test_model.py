@@ -33,6 +33,14 @@ MUTANTS = {
     "one is asked for each": Rewrite("preemption", "call('ZADD', yieldable, int(-now), id)", ""),
     "yields end": Rewrite("release", "int(yields_left(job) - 1)", "'1'"),
     "patience": Rewrite("claim", " or now - tonumber(first.at) >= patience", ""),
+    "charge": Rewrite("claim", "start and start + charge_of(job)", "start and start + 1"),
+    "lift": Rewrite("fairness", " or served[1]\n", "\n"),
+    "taken back": Rewrite("attempts", "  correct(job, 0)\n", ""),
+    "corrected by usage": Rewrite("settle", "correct(job, tonumber(ARGV[i + 4]))", "local _ = 0"),
+    "remembered": Rewrite("fairness", "exact(stands), '*', exact(stands), tenant", "exact(stands), '*'"),
+    "debt": Rewrite("fairness", " or by > 0 and served[1]\n", "\n"),
+    "waiting cost": Rewrite("counters", "by * tonumber(cost)", "by"),
+    "rates": Rewrite("rates", "if not run_ms then return end", "if run_ms then return end"),
     "budget": Rewrite("finish", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", ""),
 }
 

@@ -27,6 +27,8 @@ local function retry_or_end(job, counted, reason, now)
   end
   leave_lease(job)
   local outcome = job.resume == '1' and 'lost' or 'requeued'
+  correct(job, 0)
+  job.charged = ''
   job.ended, job.ended_by = job.epoch .. ':' .. job.aid, job.owner
   job.epoch, job.attempts, job.aid, job.owner, job.entry = int(tonumber(job.epoch) + 1), int(attempts), '', '', ''
   if outcome == 'lost' then

@@ -11,13 +11,11 @@ local function delete_entry(queue, entry_id)
   return removed == 1, empty
 end
 
--- Takes a queued job's entry out of its waiting stream.
-local function leave_queue(job)
+-- Takes a queued job's entry out of its waiting stream. ``stands``: where its tenant stands, if it was charged.
+local function leave_queue(job, stands)
   local _, empty = delete_entry(job.queue, job.entry)
   count_waiting(queue_key(job), -1, job.cost)
-  if empty and string.sub(job.queue, 1, 2) == 'q:' then
-    call('ZREM', P .. 'active:' .. queue_key(job) .. ':' .. job.band, job.tenant)
-  end
+  if string.sub(job.queue, 1, 2) == 'q:' then move(queue_key(job) .. ':' .. job.band, job.tenant, stands, empty) end
 end
 
 -- Takes out an entry whose job is not to be found by it: the record was evicted or deleted.
