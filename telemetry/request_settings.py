@@ -11,7 +11,7 @@ from pydantic_settings import NoDecode
 
 from openai_api.media import MediaHosts
 from openai_api.request_limits import RequestLimits
-from queue_schemas.job import MAX_WEIGHT, MIN_WEIGHT
+from queue_schemas.job import MAX_WEIGHT, MAX_YIELDS, MIN_WEIGHT
 from queue_schemas.lanes import BANDS
 
 from .settings import CommaList, RoleSettings
@@ -51,6 +51,13 @@ class RequestSettings(RoleSettings):
     max_logprobs: int = Field(20, ge=0, description="Most log probabilities for each token (logprobs, top_logprobs)")
     max_output_tokens: int = Field(
         0, ge=0, description="Most tokens that a request may ask for (max_tokens); 0: as many as its model has"
+    )
+    max_yields: int = Field(
+        4,
+        ge=0,
+        le=MAX_YIELDS,
+        description="How often a background request or a line of a batch may be interrupted for interactive requests; "
+        "it goes on behind what it said. 0: never",
     )
     tenant_limits: Annotated[dict[str, TenantLimits], NoDecode, BeforeValidator(_from_json)] = Field(
         default_factory=dict,

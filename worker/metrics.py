@@ -30,6 +30,16 @@ class WorkerMetrics:
             "Claimed jobs whose Router is in another region",
             ("model", "region"),
         )
+        refused = registry.counter(
+            "inferq_yields_refused_total",
+            "Attempts that were asked to yield and run on, by the reason",
+            ("model", "reason"),
+        )
+        redone = registry.counter(
+            "inferq_tokens_redone_total",
+            "Tokens computed once more to go on behind them: prefill, as part of a prompt; decode, said anew",
+            ("model", "how"),
+        )
         self.engine_restarts = registry.counter("inferq_engine_restarts_total", "Starts of the engine after the first")
         self.fallback_reclaimed = registry.counter(
             "inferq_fallback_reclaimed_jobs_total",
@@ -55,6 +65,14 @@ class WorkerMetrics:
         def remote_of(model: str, region: str) -> Counter:
             return remote.labels(model, region)
 
+        def refused_of(model: str, reason: str) -> Counter:
+            return refused.labels(model, reason)
+
+        def redone_of(model: str, how: str) -> Counter:
+            return redone.labels(model, how)
+
+        self.yields_refused = cache(refused_of)
+        self.redone = cache(redone_of)
         self.wait = cache(wait_of)
         self.remote = cache(remote_of)
         self.attempts = cache(attempts_of)

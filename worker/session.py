@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Coroutine
 from typing import Any, NoReturn
 
 from broker import Broker
-from queue_schemas import Assignment, EngineState, Fenced, InferqError, Lease, SessionId, WorkerStatus, shard_of_job
+from queue_schemas import Assignment, EngineState, Fenced, InferqError, SessionId, WorkerStatus, shard_of_job
+from scheduling.preemption import YieldPolicy
 from scheduling.slots import SlotBounds
 from telemetry import get_logger
 
-from .attempts import Attempts, StreamTimeouts
+from .attempts import Attempt, Attempts, StopReason, StreamTimeouts
 from .context import WorkerContext
 from .core import EngineProgress, LoopWatchdog, Slots
 from .engines import StepReader
@@ -21,6 +22,7 @@ from .frame_batcher import FrameBatcher
 from .lease_renewals import RENEWALS_PER_LEASE, LeaseRenewals
 from .membership import Membership
 from .peers import Peers
+from .preemption import Preemption
 from .shard_consumer import ShardConsumer
 from .slot_limit import SlotLimit
 
@@ -66,6 +68,7 @@ class WorkerSession:
         self._renewing: asyncio.Task[None] | None = None
         self._broker: Broker | None = None
         self._attempts: Attempts | None = None
+        self._preemption: Preemption | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -113,6 +116,7 @@ class WorkerSession:
             working.cancel()
 
     async def _work(self, first: bool) -> None:
+        settings = self._context.settings
         answer = await self._membership.register(first=first)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._membership.run(), name="heartbeats")
@@ -134,9 +138,12 @@ class WorkerSession:
                 self._context.metrics,
                 max_answer_bytes=self._context.settings.max_answer_bytes,
                 other_worker_serves=Peers(broker, self.session_id).is_served_elsewhere,
+                preemption=settings.preemption,
                 ended=self._ended,
             )
             self._broker, self._attempts = broker, attempts
+            policy = YieldPolicy(settings.preemption_share, settings.preemption_min_gain_ms / 1000)
+            preemption = self._preemption = Preemption(policy, self.slots, attempts, self._context.metrics)
             group.create_task(frame_batcher.run(), name="frame batcher")
             group.create_task(step_reader.run(), name="step reader")
             lease_s = answer.lease_ms / 1000
@@ -158,6 +165,7 @@ class WorkerSession:
                     self._context,
                     reachable=self._shard_reachable,
                     answer_ping=renewals.answer_ping,
+                    preemption=preemption,
                 )
                 for shard in range(broker.shards)
             ]
@@ -248,10 +256,14 @@ class WorkerSession:
             log.info("assignment_changed", version=assignment.version, pools=[part.pool for part in assignment.pools])
             self._reconsider()
 
-    def _ended(self, lease: Lease, wait_s: float | None) -> None:
+    def _ended(self, attempt: Attempt, wait_s: float | None) -> None:
         self.slots.freed()
+        if self._preemption is not None:
+            self._preemption.ended(attempt)
+        shard = shard_of_job(attempt.lease.job.id)
+        if attempt.stop_reason is StopReason.YIELDS:
+            self.slots.yielded(shard)
         if wait_s is not None:
-            shard = shard_of_job(lease.job.id)
             self.slots.retry_after(shard, asyncio.get_running_loop().time(), wait_s)
             self._consumers[shard].reschedule()
         self._reconsider()

@@ -118,6 +118,20 @@ class WorkerSettings(RoleSettings):
         le=60_000,
         description="how often the load in a busy engine's metrics is read to adapt the slots; 0: never",
     )
+    preemption: bool = Field(
+        True,
+        description="stop batch lines and background requests for interactive ones that wait, if they may yield "
+        "(max_yields of Routers and batchers): they go on later behind what they said",
+    )
+    preemption_share: float = Field(
+        0.5, gt=0, le=1, description="part of the slots that may be taken so within one second; one at least"
+    )
+    preemption_min_gain_ms: int = Field(
+        20,
+        ge=0,
+        description="nothing is stopped where a slot is expected to become free within this time, from how long "
+        "requests run here",
+    )
     max_answer_bytes: int = Field(64 << 20, ge=1, le=_MAX_BYTES, description="largest answer of an engine, in bytes")
     flush_interval_ms: float = Field(
         4.0,

@@ -15,6 +15,7 @@ from telemetry.backoff import Backoff
 from .attempts import Attempts
 from .context import WorkerContext
 from .core import Claim, Slots
+from .preemption import Preemption
 
 CONTROL_BLOCK_MS = 5_000
 _BACKOFF = Backoff(0.1, 2.0)
@@ -41,6 +42,7 @@ class ShardConsumer:
         *,
         reachable: Callable[[int, bool], None],
         answer_ping: Callable[[], None],
+        preemption: Preemption,
     ) -> None:
         self._shard = shard
         self._broker = broker
@@ -50,6 +52,7 @@ class ShardConsumer:
         self._context = context
         self._reachable = reachable
         self._answer_ping = answer_ping
+        self._preemption = preemption
         self._signal = asyncio.Event()
         self._must_reconcile = False
         """Whether the server was away, and may have lost its latest writes."""
@@ -194,6 +197,8 @@ class ShardConsumer:
                 self._signal.set()
             case ControlKind.ABORT if message.job_id is not None:
                 self._attempts.abort(message.job_id, message.reason)
+            case ControlKind.YIELD:
+                self._preemption.ask(message.attempt_id)
             case ControlKind.DRAIN:
                 self._context.drain.set()
             case ControlKind.PING:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from openai_api.completions.continuable import may_yield
 from openai_api.json_complexity import TOO_MUCH, has_too_much_structure
 from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest
@@ -145,18 +146,22 @@ def read_line(data: bytes | None, endpoint: str, max_bytes: int, limits: Request
 
 
 class LineRequest(NamedTuple):
-    """What is sent of a line: its ``custom_id``, the body for the engine, and what that will cost, by an estimate."""
+    """What is sent of a line: its ``custom_id``, the body for the engine, what that will cost, by an estimate, and
+    whether it may be interrupted and go on behind what it said."""
 
     custom_id: str
     body: bytes
     cost: int
+    may_yield: bool = False
 
 
 def request_in(data: bytes) -> LineRequest:
     """The request of a line that is known to be valid, unchanged in meaning."""
     line = orjson.loads(data)
-    body = _body_of(line["body"], data)
-    return LineRequest(line["custom_id"], body, estimate_cost(line.get("url", ""), body, line["body"]))
+    request, url = line["body"], line.get("url", "")
+    body = _body_of(request, data)
+    yieldable = may_yield(url, request) and not _LONG_NUMBER.search(data)  # its request is written anew as a stream's
+    return LineRequest(line["custom_id"], body, estimate_cost(url, body, request), yieldable)
 
 
 def _body_of(body: object, data: bytes) -> bytes:

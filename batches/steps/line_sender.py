@@ -159,6 +159,7 @@ class LineSender:
             request_id=request_of(request.id, number),
             cost_estimate=line.cost,
             weight=self._weight,
+            yields=self._settings.max_yields if line.may_yield else 0,
         )
         return job.id, await self._broker.jobs.enqueue(job)
 

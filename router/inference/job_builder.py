@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import orjson
+
+from openai_api.completions.continuable import may_yield
 from queue_schemas import BrokerUnavailable, Job, JobMetadata, Lane, OnLoss, Pool, Tenant, new_job_id
 from queue_schemas.lanes import band_of_priority
 from queue_schemas.persisted_output import request_digest
@@ -64,6 +67,7 @@ class JobBuilder:
         if on_loss == "continue" and not fields.continuable:
             on_loss = "restart"
         queue = link.ready_queue()
+        is_yielding = lane is Lane.BACKGROUND and _goes_on(path, body, content_type, fields, on_loss)
         return Job(
             id=new_job_id(queue.shard_of(fields.model)),
             tenant=tenant,
@@ -73,6 +77,7 @@ class JobBuilder:
             content_type=content_type,
             lane=lane,
             band=max(band_of_priority(fields.priority), settings.highest_band_of(tenant)),
+            yields=settings.max_yields if is_yielding else 0,
             stream=fields.stream,
             persisted=persisted,
             ttl_ms=deadline.limit_ms,
@@ -95,6 +100,13 @@ class JobBuilder:
         settings = self._settings
         local = settings.region != "" and self._link.directory.serves_in(model, settings.region)
         return settings.region_remote_after_ms if local else 0
+
+
+def _goes_on(path: str, body: bytes, content_type: str, fields: RequestFields, on_loss: OnLoss) -> bool:
+    """Whether the answer of a background request can go on behind what was said of it."""
+    if fields.stream:
+        return on_loss == "continue"
+    return content_type[:19].lower() != "multipart/form-data" and may_yield(path, orjson.loads(body))
 
 
 def job_metadata_of(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import orjson
 
+from openai_api.completions.continuable import choices_of, may_continue
 from openai_api.json_complexity import TOO_MUCH, has_too_much_structure
 from openai_api.json_types import json_type
 from openai_api.paths import RESPONSES_PATH, wants_usage
@@ -19,7 +20,6 @@ from queue_schemas.records import record
 from scheduling.cost import estimate_cost, estimate_form_cost
 
 from ..http.forms import boundary_of, form_fields
-from .continuation import choices_of, may_continue
 
 _TIMEOUT = "a number of seconds above 0: how long the request may take"
 _FORM_FIELDS = ("model", "stream", "priority", "timeout")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import aclosing
 
 from broker import Broker
+from openai_api.completions.whole_answer import WholeAnswer
 from queue_schemas import EngineFailed, InferqError, Job, Lease, Outcome, shard_of_job
 from telemetry import get_logger
 
@@ -79,6 +80,44 @@ class AnswerRelay:
         if last is None:
             raise _cut_short(answer.delimited)
         return Settle(verdict, await sender.close() + rest + last, used)
+
+    async def whole(self, attempt: Attempt, answer: EngineAnswer, continuation: Continuation | None) -> WholeAnswer:
+        """The answer of a stream that nobody reads as one, behind what earlier attempts said if it is continued. Raises
+        ``EngineFailed`` if it ends before its end, or is too large."""
+        job, stall = attempt.lease.job, attempt.stall
+        whole = attempt.whole = WholeAnswer(job.path, job.prefix if continuation is not None else "")
+
+        def take(data: bytes) -> None:
+            self.output_count += 1
+            stall.pieces += 1
+            whole.add(data if continuation is None else continuation.feed(data))
+            if whole.size > self.max_answer_bytes:
+                raise self._too_large()
+
+        stall.reading = True
+        try:
+            async with aclosing(answer.chunks()) as pieces:
+                async for piece in pieces:
+                    take(piece)
+                    if await answer.read_in_steps(self._step_reader, take):
+                        break
+        finally:
+            stall.reading = False
+        if continuation is not None:
+            whole.add(continuation.end())
+        if not (whole.failure or whole.is_complete):
+            raise _cut_short(answer.delimited)
+        return whole
+
+    def settle_whole(
+        self, attempt: Attempt, whole: WholeAnswer, verdict: Outcome, answer: EngineAnswer | None
+    ) -> Settle:
+        """The end of an attempt with ``whole``, an answer or an error, as one that was not streamed. ``answer``: the
+        engine's, with its headers."""
+        status, body = whole.failure or (200, whole.body())
+        used = self._count_usage(attempt.lease.job, verdict, body)
+        headers = {} if answer is None else _headers(attempt.lease, answer)
+        return Settle(verdict, attempt.cutter.whole(status, "application/json", body, headers), used)
 
     def _count_usage(self, job: Job, verdict: Outcome, end: bytes, events: int = 0) -> int | None:
         """What an answer has cost, by its last bytes or its ``events``. One that is an error has cost nothing unless it

@@ -6,7 +6,8 @@ import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
 
-from queue_schemas import Lease, Outcome
+from openai_api.completions.whole_answer import WholeAnswer
+from queue_schemas import Job, Lease, Outcome
 from queue_schemas.records import record
 
 from ..core import FrameCutter, StreamStall, may_buffer
@@ -27,6 +28,8 @@ class StopReason(StrEnum):
     """The Router that waited is gone."""
     WORKER_STOPS = "worker_stops"
     """This worker hands its jobs back."""
+    YIELDS = "yields"
+    """An interactive job needs its slot."""
     STREAM_STALLED = "stream_stalled"
     """The engine forgot it while it served others."""
 
@@ -60,6 +63,15 @@ class Release:
     """If it is counted: when the job may come back here."""
 
 
+@record
+class Yield:
+    """The job gives its slot to an interactive one. ``following``: the job as its next attempt is to run it; None:
+    unchanged, or as its persisted output says."""
+
+    reason: str
+    following: Job | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class EngineDisconnected:
     """The engine went away with the request."""
@@ -67,7 +79,7 @@ class EngineDisconnected:
     reason: str
 
 
-Ending = Settle | Release | EngineDisconnected | None
+Ending = Settle | Release | Yield | EngineDisconnected | None
 """How an attempt ends; None: the queue has ended its job already."""
 
 
@@ -80,11 +92,13 @@ class Attempt:
         "ending",
         "lease",
         "may_buffer",
+        "may_yield",
         "sender",
         "stall",
         "started",
         "stop_reason",
         "task",
+        "whole",
     )
 
     def __init__(self, lease: Lease, started: float) -> None:
@@ -99,6 +113,10 @@ class Attempt:
         self.ending = False
         """Whether the queue is being told how it ended: from then on the queue's answer decides."""
         self.stall = StreamStall()
+        self.may_yield = False
+        """Whether it can be stopped, and its job go on behind what it said."""
+        self.whole: WholeAnswer | None = None
+        """What it said so far, if its answer is composed of a stream."""
         self.may_buffer: bool | None = None
         """Whether its engine may be silent for long; None: not needed yet."""
 

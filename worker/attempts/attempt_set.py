@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from broker import Broker
-from queue_schemas import JobId, Lease, Pool, shard_of_job
+from queue_schemas import JobId, Lane, Lease, Pool, shard_of_job
 from telemetry import get_logger, span_from, tracing_enabled
 
 from ..core.slots import RETRY_APART_S
@@ -19,7 +19,7 @@ from ..engines import Engine, StepReader
 from ..frame_batcher import FrameBatcher
 from ..metrics import WorkerMetrics
 from .answer_relay import AnswerRelay
-from .attempt import Attempt, EngineDisconnected, Settle, StopReason, StreamTimeouts, log_fields
+from .attempt import Attempt, EngineDisconnected, Settle, StopReason, StreamTimeouts, Yield, log_fields
 from .end_reports import EndReports
 from .engine_disconnects import EngineDisconnects
 from .runner import AttemptRunner
@@ -30,9 +30,9 @@ log = get_logger(__name__)
 
 
 class Attempts:
-    """Runs leases on ``engine``.
+    """Runs leases on ``engine``; with ``preemption``, so that jobs that may yield can.
 
-    ``other_worker_serves(pool)`` says whether another worker serves a model. ``ended(lease, wait_s)`` is called when
+    ``other_worker_serves(pool)`` says whether another worker serves a model. ``ended(attempt, wait_s)`` is called when
     one is over, its slot free again: the job may come back after ``wait_s`` if its attempt was spent here, else that is
     None.
     """
@@ -47,13 +47,14 @@ class Attempts:
         *,
         max_answer_bytes: int,
         other_worker_serves: Callable[[Pool], Awaitable[bool]],
-        ended: Callable[[Lease, float | None], None],
+        preemption: bool,
+        ended: Callable[[Attempt, float | None], None],
     ) -> None:
         self._metrics = metrics
         self._step_reader = step_reader
         self._ended = ended
         self._relay = AnswerRelay(broker, frame_batcher, step_reader, metrics, max_answer_bytes)
-        self._runner = AttemptRunner(engine, broker, self._relay, metrics, other_worker_serves)
+        self._runner = AttemptRunner(engine, broker, self._relay, metrics, other_worker_serves, preemption=preemption)
         self._reports = EndReports(broker, metrics)
         self._engine_disconnects = EngineDisconnects(engine, self._reports)
         # By attempt: a job that was released may come back here before the answer to its release was seen.
@@ -63,6 +64,7 @@ class Attempts:
         self._idle.set()
         self._output_before = 0
         self._output_at = 0.0
+        self._interactive_count = 0
 
     def __len__(self) -> int:
         return len(self._running)
@@ -80,6 +82,7 @@ class Attempts:
             job = lease.job
             self._metrics.wait(job.model, job.lane.value).observe(lease.waited_ms / 1000)
             self._running[lease.attempt_id] = attempt
+            self._interactive_count += job.lane is Lane.INTERACTIVE
             self._idle.clear()
             if job.id in self._aborted:
                 del self._aborted[job.id]
@@ -90,6 +93,11 @@ class Attempts:
         """Whether that attempt runs."""
         return attempt_id in self._running
 
+    @property
+    def interactive_count(self) -> int:
+        """Interactive jobs that began here so far."""
+        return self._interactive_count
+
     def abort(self, job_id: JobId, reason: str) -> None:
         """The queue has ended ``job_id``: close its engine connection. It may be a job whose claim is on its way."""
         self._aborted[job_id] = None
@@ -99,6 +107,10 @@ class Attempts:
             if attempt.lease.job.id == job_id:
                 log.info("job_aborted", reason=reason, **log_fields(attempt.lease))
                 attempt.stop(StopReason.JOB_ENDED)
+
+    def running(self, attempt_id: str) -> Attempt | None:
+        """That attempt, if it runs."""
+        return self._running.get(attempt_id)
 
     def leases(self, shard: int) -> list[Lease]:
         """The leases of ``shard`` that run."""
@@ -154,6 +166,8 @@ class Attempts:
                 attempt.ending = True
                 if isinstance(ending, Settle):
                     await self._reports.settle(attempt, ending)
+                elif isinstance(ending, Yield):
+                    await self._reports.yielded(attempt, ending)
                 elif isinstance(ending, EngineDisconnected):
                     wait_s = RETRY_APART_S
                     span.fail(ending.reason)
@@ -169,4 +183,4 @@ class Attempts:
             self._running.pop(lease.attempt_id, None)
             if not self._running:
                 self._idle.set()
-            self._ended(lease, wait_s)
+            self._ended(attempt, wait_s)

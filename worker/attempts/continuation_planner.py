@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import orjson
@@ -13,12 +15,17 @@ from openai_api.paths import wants_usage
 from openai_api.sse import DONE_EVENT
 from openai_api.transcript import Transcript
 from queue_schemas import EngineFailed, Job, StreamBroken
+from telemetry import get_logger
 
 from ..core.continuation import Continuation, continue_request, detokenized, tokenized
 from ..engines import Engine, EngineCall, new_call_id
 
 TOKENIZE_LIMIT_S = 5.0
+PROBE_TTL_S = 300.0
 _MAX_ANSWER_BYTES = 16 << 20
+_PROBE = "The"
+
+log = get_logger(__name__)
 
 
 class NotContinuable(Exception):
@@ -67,6 +74,31 @@ async def plan_continuation(engine: Engine, job: Job) -> Continuation:
     if said < 0:
         raise NotContinuable("its prompt would get shorter by what was delivered")
     return continue_request(job, len(original), said)
+
+
+class ContinuationProbe:
+    """Finds out whether ``engine`` continues answers at all, by asking as for one that has just begun, before anything
+    is said that would be lost. What was found counts for ``PROBE_TTL_S``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._locks: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._found: dict[tuple[str, str], tuple[bool, float]] = {}
+
+    async def can_continue(self, job: Job) -> bool:
+        """Whether it goes on behind a text, by what is known of the model and path of ``job``."""
+        key, now = (job.model, job.path), asyncio.get_running_loop().time
+        async with self._locks[key]:
+            found, until = self._found.get(key, (False, -inf))
+            if now() >= until:
+                try:
+                    await plan_continuation(self._engine, replace(job, prefix=job.prefix or _PROBE))
+                    found = True
+                except (NotContinuable, EngineFailed) as error:
+                    found = False
+                    log.warning("jobs_do_not_yield", model=job.model, path=job.path, error=str(error))
+                self._found[key] = (found, now() + PROBE_TTL_S)
+            return found
 
 
 async def _tokens(engine: Engine, job: Job, request: bytes) -> list[int]:

@@ -11,7 +11,7 @@ from queue_schemas import InferqError, Settled
 from telemetry import get_logger
 
 from ..metrics import WorkerMetrics
-from .attempt import Attempt, Release, Settle, log_fields
+from .attempt import Attempt, Release, Settle, Yield, log_fields
 
 _RETRY_PAUSE_S = 1.0
 _T = TypeVar("_T")
@@ -60,6 +60,20 @@ class EndReports:
         self._metrics.settled(answer)
         self._metrics.attempts(lease.job.model, "spent" if ending.counted else "handed_back").inc()
         log.info("job_released", reason=ending.reason, counted=ending.counted, answer=answer.value, **log_fields(lease))
+
+    async def yielded(self, attempt: Attempt, ending: Yield) -> None:
+        """The job goes on later behind what it said."""
+        lease = attempt.lease
+        answer = await self._until_answered(
+            lambda: self._broker.attempts.release_yielded(lease, ending.reason, ending.following),
+            "yield_failed",
+            attempt,
+        )
+        if answer is None:
+            return
+        self._metrics.settled(answer)
+        self._metrics.attempts(lease.job.model, "yielded").inc()
+        log.info("job_yielded", answer=answer.value, **log_fields(lease))
 
     async def crashed(self, attempts: Sequence[Attempt], reason: str) -> None:
         """The engine crashed under all of ``attempts``."""

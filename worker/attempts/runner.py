@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from broker import Broker
+from openai_api.completions.whole_answer import WholeAnswer, streamed
 from openai_api.sse import EVENT_STREAM
 from queue_schemas import BadRequest, EngineFailed, InferqError, Job, Outcome, Pool
 from queue_schemas.errors import deadline_passed
@@ -17,10 +19,28 @@ from ..core.slots import RETRY_APART_S
 from ..engines import Engine, EngineAnswer, EngineCall, EngineGone, new_call_id
 from ..metrics import WorkerMetrics
 from .answer_relay import AnswerRelay
-from .attempt import Attempt, Ending, EngineDisconnected, Release, Settle, StopReason, log_fields
-from .continuation_planner import NotContinuable, plan_continuation, read_delivered
+from .attempt import Attempt, Ending, EngineDisconnected, Release, Settle, StopReason, Yield, log_fields
+from .continuation_planner import ContinuationProbe, NotContinuable, plan_continuation, read_delivered
+
+_STREAM_REFUSALS = frozenset({400, 404, 405, 415, 422, 501})
+"""Answers of engines that do not stream, or not with these options; and to requests that are wrong by themselves."""
 
 log = get_logger(__name__)
+
+
+_CHARACTERS_PER_TOKEN = 4
+"""Roughly, where no tokenizer can be asked."""
+_HANDED_BACK = {
+    # A queue that lost its latest writes may have taken the job in once more: it says which it is.
+    StopReason.ENDED_BEFORE_START: "already aborted on this worker",
+    StopReason.ROUTER_GONE: "nobody waits for the answer",
+    StopReason.WORKER_STOPS: "its worker stops",
+}
+"""Why jobs run again as if never started."""
+
+
+class _NotStreamed(Exception):
+    """The engine refuses a request as it is asked for a stream."""
 
 
 class AttemptRunner:
@@ -36,12 +56,16 @@ class AttemptRunner:
         relay: AnswerRelay,
         metrics: WorkerMetrics,
         other_worker_serves: Callable[[Pool], Awaitable[bool]],
+        *,
+        preemption: bool,
     ) -> None:
         self._engine = engine
         self._broker = broker
         self._relay = relay
         self._metrics = metrics
         self._other_worker_serves = other_worker_serves
+        self._preemption = preemption
+        self._probe = ContinuationProbe(engine)
 
     async def run(self, attempt: Attempt) -> Ending:
         """Call the engine and say how the attempt ends."""
@@ -87,10 +111,29 @@ class AttemptRunner:
             if delivered.rest is not None:
                 return self._complete(attempt, delivered.rest)
             job = replace(job, prefix=delivered.prefix)
+        attempt.may_yield = self._preemption and _may_yield(job) and await self._probe.can_continue(job)
+        if not job.stream and (attempt.may_yield or job.prefix):
+            return await self._compose(attempt, job)
         return await self._continue(attempt, job) if job.prefix else await self._ask(attempt, job.body, None)
 
+    async def _compose(self, attempt: Attempt, job: Job) -> Ending:
+        """Answer a job that is no stream with what the engine streams, or plainly if it does not."""
+        try:
+            streamed_job = replace(job, body=streamed(job.body))
+            if job.prefix:
+                return await self._continue(attempt, streamed_job)
+            return await self._ask(attempt, streamed_job.body, None, composed=True)
+        except _NotStreamed:
+            attempt.may_yield = False
+            return await self._ask(attempt, job.body, None)
+
     def _complete(self, attempt: Attempt, rest: bytes) -> Ending:
-        """Settle a stream of which only its end (``rest``) was not delivered."""
+        """Settle an answer of which only its end (``rest``) was not said."""
+        job = attempt.lease.job
+        if not job.stream:
+            whole = WholeAnswer(job.path, job.prefix)
+            whole.add(rest)
+            return self._relay.settle_whole(attempt, whole, Outcome.DONE, None)
         attempt.cutter.head(200, EVENT_STREAM, continued=True)
         return Settle(Outcome.DONE, attempt.cutter.feed(rest) + attempt.cutter.end())
 
@@ -99,15 +142,21 @@ class AttemptRunner:
         try:
             continuation = await plan_continuation(self._engine, job)
             self._relay.output_count += 1
+            self._metrics.redone(job.model, "prefill").inc(continuation.said_tokens)
             if continuation.body is None:
-                return self._complete(attempt, continuation.ending())
-            return await self._ask(attempt, continuation.body, continuation)
+                return self._complete(attempt, continuation.ending(int(time.time())))
+            return await self._ask(attempt, continuation.body, continuation, composed=not job.stream)
         except NotContinuable as error:
             log.warning("stream_restarted", error=f"the engine cannot go on: {error}", **log_fields(attempt.lease))
-            return await self._ask(attempt, job.body, None)
+            self._metrics.redone(job.model, "decode").inc(len(job.prefix) / _CHARACTERS_PER_TOKEN)
+            attempt.may_yield = False
+            return await self._ask(attempt, job.body, None, composed=not job.stream)
 
-    async def _ask(self, attempt: Attempt, body: bytes, continuation: Continuation | None) -> Ending:
-        """Send ``body`` to the engine. Raises ``NotContinuable`` if it refuses to go on."""
+    async def _ask(
+        self, attempt: Attempt, body: bytes, continuation: Continuation | None, *, composed: bool = False
+    ) -> Ending:
+        """Send ``body`` to the engine. Raises ``NotContinuable`` if it refuses to go on. ``composed``: it asks for the
+        stream of an answer that is none; raises ``_NotStreamed`` if that may be why it is refused."""
         lease = attempt.lease
         job = lease.job
         trace = inject(job.traceparent)
@@ -119,21 +168,39 @@ class AttemptRunner:
                     f"the engine answers with a redirect ({answer.status}), which is not followed: give the worker "
                     "the URL that it leads to"
                 )
-            verdict = judge_answer(answer.status, lease.attempt, job.max_attempts)
-            if verdict is Retry.SPENT:
-                decision = await self._server_error(attempt, answer)
-                if not isinstance(decision, Outcome):
-                    wait_s = decision.wait_s if isinstance(decision, RetryLater) else RETRY_APART_S
-                    return Release(f"the engine answered {answer.status}", counted=True, wait_s=wait_s)
-                verdict = decision
-            if answer.status >= 500:
-                log.warning("engine_error_passed_on", status=answer.status, **log_fields(lease))
+            if composed and continuation is None and answer.status in _STREAM_REFUSALS:
+                raise _NotStreamed
+            verdict = await self._judge(attempt, answer.status, answer)
+            if isinstance(verdict, Release):
+                return verdict
             is_stream = answer.content_type.startswith(EVENT_STREAM)
             if continuation is not None and not (is_stream and verdict is Outcome.DONE):
                 raise NotContinuable(f"it answers {answer.status}, {answer.content_type}")
+            attempt.may_yield = attempt.may_yield and is_stream
+            if is_stream and composed:
+                whole = await self._relay.whole(attempt, answer, continuation)
+                if whole.failure:
+                    verdict = await self._judge(attempt, whole.failure[0], answer)
+                if isinstance(verdict, Release):
+                    return verdict
+                return self._relay.settle_whole(attempt, whole, verdict, answer)
             if is_stream:
                 return await self._relay.stream(attempt, answer, verdict, continuation)
             return await self._relay.plain(attempt, answer, verdict)
+
+    async def _judge(self, attempt: Attempt, status: int, answer: EngineAnswer) -> Outcome | Release:
+        """What becomes of an answer with ``status``."""
+        lease = attempt.lease
+        verdict = judge_answer(status, lease.attempt, lease.job.max_attempts)
+        if verdict is Retry.SPENT:
+            decision = await self._server_error(attempt, answer)
+            if not isinstance(decision, Outcome):
+                wait_s = decision.wait_s if isinstance(decision, RetryLater) else RETRY_APART_S
+                return Release(f"the engine answered {status}", counted=True, wait_s=wait_s)
+            verdict = decision
+        if status >= 500:
+            log.warning("engine_error_passed_on", status=status, **log_fields(lease))
+        return verdict
 
     async def _server_error(self, attempt: Attempt, answer: EngineAnswer) -> Outcome | Retry | RetryLater:
         """What becomes of a 5xx answer that is not the last attempt's."""
@@ -150,20 +217,32 @@ class AttemptRunner:
             case StopReason.JOB_ENDED:
                 self._metrics.attempts(attempt.lease.job.model, "aborted").inc()
                 return None
-            case StopReason.ENDED_BEFORE_START:
-                # A queue that lost its latest writes may have taken the job in once more: it says which it is.
-                return Release("already aborted on this worker", counted=False)
             case StopReason.DEADLINE:
                 # The queue expires late jobs as well, but only each second.
                 error = deadline_passed("while it ran", attempt.lease.job.deadline_from)
                 unsent = await attempt.sender.close() if attempt.sender is not None else b""
                 return Settle(Outcome.EXPIRED, unsent + attempt.cutter.fail(error))
-            case StopReason.ROUTER_GONE:
-                return Release("nobody waits for the answer", counted=False)
+            case StopReason.YIELDS:
+                return await self._yield(attempt)
             case StopReason.STREAM_STALLED:
                 return await self._stalled(attempt)
-            case StopReason.WORKER_STOPS:
-                return Release("its worker stops", counted=False)
+            case _:
+                return Release(_HANDED_BACK[reason], counted=False)
+
+    async def _yield(self, attempt: Attempt) -> Ending:
+        """Hand the job back with what it said: in the job, or, of a persisted stream, in its output."""
+        lease, reason = attempt.lease, "it yields to an interactive job"
+        job = lease.job
+        if job.stream:
+            unsent = await attempt.sender.close() if attempt.sender is not None else b""
+            if unsent:
+                try:
+                    await self._broker.attempts.append(lease, unsent)
+                except InferqError as error:  # it is said once more
+                    log.warning("frames_not_appended", error=error.message, **log_fields(lease))
+            return Yield(reason)
+        text = attempt.whole.text if attempt.whole is not None else None
+        return Yield(reason, replace(job, prefix=job.prefix if text is None else text, yields=job.yields - 1))
 
     async def _stalled(self, attempt: Attempt) -> Ending:
         """The engine forgot the stream: another engine may do better, once; the same one would do the same."""
@@ -179,3 +258,8 @@ class AttemptRunner:
         )
         unsent = await attempt.sender.close() if attempt.sender is not None else b""
         return Settle(Outcome.FAILED, unsent + attempt.cutter.fail(error))
+
+
+def _may_yield(job: Job) -> bool:
+    """Whether what it says is kept somewhere when it yields: in the job itself, or in its output."""
+    return job.yields > 0 and (job.persisted or not job.stream)

@@ -11,7 +11,7 @@ Rules:
 * The client gets the usage of one answer. The tokens said so far are those by which the longer prompt exceeds
   the original one; limits are lowered by them, and ``usage`` is put right.
 
-Which requests may be continued at all is decided by the Router (:mod:`router.inference.continuation`).
+Which requests may be continued at all is decided by the Router (:mod:`openai_api.completions.continuable`).
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def _continued_chat(request: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 class Continuation:
     """One continued attempt. ``body`` is its request; None if the limit on tokens leaves nothing to say.
+    ``said_tokens`` are those of the prefix.
 
     Feed the engine's bytes to :meth:`feed`: events that tell the usage come out with that of the whole answer.
     """
@@ -106,7 +107,7 @@ class Continuation:
         self.body = body
         self._job = job
         self._prompt_tokens = prompt_tokens
-        self._said_tokens = said_tokens
+        self.said_tokens = said_tokens
         self._tail = b""
 
     def feed(self, data: bytes) -> bytes:
@@ -126,13 +127,13 @@ class Continuation:
         tail, self._tail = self._tail, b""
         return tail
 
-    def ending(self) -> bytes:
-        """The end of an answer whose limit on tokens was reached by what had been delivered."""
+    def ending(self, created: int) -> bytes:
+        """The end of an answer, made at ``created`` (s), whose limit on tokens was reached by what had been said."""
         chat = self._job.path == CHAT_PATH
         base: dict[str, Any] = {
             "id": self._job.id,
             "object": "chat.completion.chunk" if chat else "text_completion",
-            "created": 0,
+            "created": created,
             "model": self._job.model,
         }
         said: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
@@ -153,10 +154,10 @@ class Continuation:
         return prefix + separator + b" " + orjson.dumps(chunk)
 
     def _whole_usage(self, usage: dict[str, Any]) -> dict[str, Any]:
-        completion_tokens = self._said_tokens + int(usage.get("completion_tokens") or 0)
+        completion_tokens = self.said_tokens + int(usage.get("completion_tokens") or 0)
         # The engine's own figure where it gives one: /tokenize does not count what an image is made of.
         counted = usage.get("prompt_tokens")
-        prompt_tokens = counted - self._said_tokens if type(counted) is int else self._prompt_tokens
+        prompt_tokens = counted - self.said_tokens if type(counted) is int else self._prompt_tokens
         whole = usage | {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,

@@ -12,6 +12,8 @@ Rules:
   once more slots have become free than it still offers.
 * ``total`` may change at any time. Jobs above a lowered one run on, and what was offered stays reserved until a smaller
   offer takes its place: the worker claims for that at once.
+* A slot that a job gave up for an interactive one is claimed for on a turn that looks for such first: lower lanes have
+  their part of what runs by another rule then (:mod:`scheduling.preemption`).
 * A parked worker must be able to run a job. One that no longer can (drain, engine down, another assignment, slots
   taken by another shard) claims zero jobs, which unparks it and passes a wake on.
 """
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from queue_schemas import Assignment, Claimed, Lane, Pool
+from queue_schemas.lanes import lane_order
 from queue_schemas.records import record
 
 PARK_AGAIN_S = 20.0
@@ -64,6 +67,8 @@ class _Shard:
     """While parked: when to claim without being woken (s)."""
     retries_at: list[float] = field(default_factory=list)
     """When jobs may come back whose attempt was spent here."""
+    yielded: int = 0
+    """Slots that were given up for interactive jobs, and not claimed for since."""
     reserved: int = 0
     """Slots for what a claim under way asks for, or, while parked, for jobs that may be handed over."""
     received: int = 0
@@ -162,6 +167,10 @@ class Slots:
         """A job ended."""
         self.busy -= 1
 
+    def yielded(self, shard: int) -> None:
+        """The slot that a job of ``shard`` gave up is for an interactive job: the next claim looks for one first."""
+        self._shard(shard).yielded += 1
+
     def retry_after(self, shard: int, now: float, wait_s: float) -> None:
         """An attempt on ``shard`` was spent here: the job may come back to this worker after ``wait_s``."""
         state = self._shard(shard)
@@ -221,6 +230,9 @@ class Slots:
     def _send(self, shard: int, state: _Shard, slots: int, pools: Pools) -> None:
         state.seq += 1
         state.woken = False
+        while state.yielded and lane_order(state.turn)[0] is not Lane.INTERACTIVE:
+            state.turn += 1
+        state.yielded = 0 if slots else state.yielded
         n, offer = min(slots, MAX_CLAIM), slots if self._serves_one_shard else 0
         state.under_way = Claim(shard, state.seq, state.turn, n, pools, offer, state.received)
         state.reserved = offer or n

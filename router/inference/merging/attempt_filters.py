@@ -3,8 +3,8 @@
 :class:`ReplayFilter` is for an attempt that started over: it drops text that the client has, passes roles and finish
 reasons once, and raises :class:`~queue_schemas.StreamBroken` when the new attempt says something else.
 :class:`ContinuationFilter` is for one that continues behind what was delivered
-(:mod:`router.inference.continuation`): it drops only what every attempt says at its beginning. Either way ``id`` and
-``created`` stay the first attempt's, and two different answers are never spliced.
+(:mod:`openai_api.completions.continuable`): it drops only what every attempt says at its beginning. Either way ``id``
+and ``created`` stay the first attempt's, and two different answers are never spliced.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from queue_schemas import Assignment, Claimed, Control, ControlKind, Lease, PoolAssignment, SessionId
+from queue_schemas import Assignment, Claimed, Control, ControlKind, Lease, PoolAssignment, SessionId, parse_control
 from tests.support.queue import make_job
 from worker.core import Slots
 from worker.shard_consumer import ShardConsumer
@@ -39,6 +39,7 @@ class Scene:
         def counter(_model: str, region: str) -> Any:
             return SimpleNamespace(inc=lambda: self.remote.update([region]))
 
+        self.asked: list[str] = []
         attempts = SimpleNamespace(start=start, has=lambda attempt: attempt in {one.attempt_id for one in self.started})
         context = SimpleNamespace(
             settings=SimpleNamespace(region="eu"), metrics=SimpleNamespace(remote=counter), drain=asyncio.Event()
@@ -50,7 +51,8 @@ class Scene:
             attempts,
             context,
             reachable=lambda *_: None,
-            answer_ping=lambda: None,  # type: ignore[arg-type]
+            answer_ping=lambda: None,
+            preemption=SimpleNamespace(ask=self.asked.append),  # type: ignore[arg-type]
         )
 
     async def tell(self, *leases: Lease | None) -> None:
@@ -97,3 +99,12 @@ async def test_what_cannot_be_read_costs_no_slot(scene: Scene) -> None:
     claim = scene.slots.next_claim(0, 0.0)
     assert claim is not None
     assert (claim.n, claim.received) == (2, 2)
+
+
+async def test_a_yield_is_passed_on(scene: Scene) -> None:
+    """By the attempt that it names."""
+    async with asyncio.TaskGroup() as group:
+        message = parse_control({b"k": b"yield", b"job": lease().job.id.encode(), b"aid": b"one"})
+        assert message is not None
+        scene.consumer._handle_control(message, group)
+    assert scene.asked == ["one"]

@@ -21,7 +21,7 @@ from queue_schemas import (
 )
 from telemetry import MetricsRegistry
 from tests.support.queue import make_job
-from worker.attempts import Attempts
+from worker.attempts import Attempt, Attempts
 from worker.engines import EngineAnswer, EngineCall, StepReader
 from worker.frame_batcher import FrameBatcher
 from worker.metrics import WorkerMetrics
@@ -108,6 +108,7 @@ class RecordingBroker:
         self.attempts = self.output = self
         self.settled: list[tuple[Lease, Outcome, list[Frame]]] = []
         self.released: list[tuple[str, bool]] = []
+        self.yields: list[Job | None] = []
         self.crashes: list[list[Lease]] = []
         self.published: list[Frame] = []
         self.appended: list[Frame] = []
@@ -134,6 +135,13 @@ class RecordingBroker:
             self.failures -= 1
             raise BrokerUnavailable("away")
         self.released.append((reason, counted))
+        return Settled.OK
+
+    async def release_yielded(self, lease: Lease, reason: str, following: Job | None) -> Settled:
+        if self.failures:
+            self.failures -= 1
+            raise BrokerUnavailable("away")
+        self.yields.append(following)
         return Settled.OK
 
     async def report_crash(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
@@ -181,13 +189,14 @@ class Bench:
             self.metrics,
             max_answer_bytes=max_answer_bytes,
             other_worker_serves=self._elsewhere,
+            preemption=True,
             ended=self._end,
         )
 
     async def _elsewhere(self, _pool: str) -> bool:
         return self.elsewhere
 
-    def _end(self, _lease: Lease, wait_s: float | None) -> None:
+    def _end(self, _attempt: Attempt, wait_s: float | None) -> None:
         self.ended.append(wait_s is not None)
         self.waits_s.append(wait_s)
 

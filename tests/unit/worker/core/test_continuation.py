@@ -49,7 +49,7 @@ async def rest_of(engine: SimulatedEngine, job: Job) -> bytes:
     """What a worker passes on of a continued attempt."""
     plan = await plan_continuation(engine, job)
     if plan.body is None:
-        return plan.ending()
+        return plan.ending(7)
     return plan.feed(await answer_of(engine, job, plan.body)) + plan.end()
 
 
@@ -89,10 +89,10 @@ async def test_a_limit_that_is_reached_ends_without_the_engine() -> None:
     text, _, _ = said(await answer_of(engine, job_of(ask(max_tokens=5))))
     plan = await plan_continuation(engine, job_of(ask(max_tokens=5), text))
     assert plan.body is None
-    rest, finish, usage = said(plan.ending())
+    rest, finish, usage = said(plan.ending(7))
     assert (rest, finish, usage["completion_tokens"]) == ("", "length", 5)
     bare = job_of(ask(max_tokens=5, stream_options=None), text)
-    assert said((await plan_continuation(engine, bare)).ending()) == ("", "length", {})
+    assert said((await plan_continuation(engine, bare)).ending(7)) == ("", "length", {})
 
 
 async def test_a_completion_without_a_limit_has_the_usual_one() -> None:

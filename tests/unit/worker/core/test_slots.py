@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hypothesis.strategies import DataObject, data, floats, integers, sampled_from
 
 from queue_schemas import LANES, Assignment, Claimed, Lane, Lease, PoolAssignment
+from queue_schemas.lanes import LANE_CYCLE, lane_order
 from tests.support.queue import make_job
 from worker.core import Claim, Slots
 from worker.core.slots import MAX_CLAIM, PARK_AGAIN_S, RETRY_APART_S, RETRY_MARGIN_S
@@ -489,3 +490,17 @@ def test_a_job_that_cannot_be_run_any_more_is_refused() -> None:
     assert slots.busy == 1
     slots.freed()
     assert slots.free == 1
+
+
+def test_a_slot_that_was_given_up_is_claimed_for_an_interactive_job() -> None:
+    """The turns on which lower lanes go first are passed over, once for all that was given up."""
+    slots = ready_slots(1)
+    for turn in range(2 * LANE_CYCLE):
+        claim = slots.next_claim(0, 0.0)
+        assert claim is not None
+        is_after_yield = turn % 2 == 1
+        assert not is_after_yield or lane_order(claim.turn)[0] is Lane.INTERACTIVE
+        slots.answered(claim, Claimed((make_lease(),)), 0.0)
+        slots.freed()
+        if not is_after_yield:
+            slots.yielded(0)

@@ -1,4 +1,5 @@
-"""Decides which streams may continue behind what was delivered when their attempt is lost, from the request's body.
+"""Decides which answers may continue behind what was said of them, from the request's body: streams when their attempt
+is lost, and background work and lines of batches that yield their slot.
 
 A request qualifies only if every parameter is on a list of those that are known to mean the same for the rest of an
 answer as for the whole of it, judged by what vLLM does with them. Everything unknown disqualifies. Excluded on purpose:
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from openai_api.paths import CHAT_PATH, COMPLETIONS_PATH
+from ..paths import CHAT_PATH, COMPLETIONS_PATH
 
 _Check = Callable[[Any], bool]
 
@@ -91,6 +92,12 @@ def may_continue(path: str, request: Mapping[str, Any]) -> bool:
         if check is None or not check(value):
             return False
     return request.get("seed") is None or request.get("temperature") == 0
+
+
+def may_yield(path: str, request: Mapping[str, Any]) -> bool:
+    """Whether the answer to ``request``, a parsed body that asks for no stream, can be composed of streams, one behind
+    the other (:mod:`openai_api.completions.whole_answer`)."""
+    return not request.get("stream") and request.get("stream_options") is None and may_continue(path, request)
 
 
 def choices_of(request: Mapping[str, Any]) -> int:
