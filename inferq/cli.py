@@ -162,6 +162,14 @@ def notifier(context: typer.Context) -> None:
     raise typer.Exit(run_notifier(context.args))
 
 
+@app.command(context_settings=_ROLE, add_help_option=False, rich_help_panel=_RUN)
+def autoscale() -> None:
+    """Start and drain the workers of one model as its queue asks. Options: inferq autoscale --help."""
+    from .commands.roles import run_autoscaler  # noqa: PLC0415
+
+    raise typer.Exit(run_autoscaler(sys.argv[2:]))  # the context's arguments lack the --
+
+
 app.add_typer(ray_app, name="ray", no_args_is_help=True, rich_help_panel=_RUN)
 
 
@@ -222,7 +230,9 @@ def simulate(
 def config(
     table: Annotated[
         list[str] | None,
-        typer.Argument(help="router, manager, worker, batches, ray, broker, storage, webhooks, notifier, telemetry."),
+        typer.Argument(
+            help="router, manager, worker, batches, ray, autoscale, broker, storage, webhooks, notifier, telemetry."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -33,7 +33,19 @@ SHARED = frozenset(
 )
 """Fields that are also read from ``INFERQ_<FIELD>``, whichever table they stand in."""
 TABLES = frozenset(
-    {"batches", "broker", "manager", "notifier", "ray", "router", "storage", "telemetry", "webhooks", "worker"}
+    {
+        "autoscale",
+        "batches",
+        "broker",
+        "manager",
+        "notifier",
+        "ray",
+        "router",
+        "storage",
+        "telemetry",
+        "webhooks",
+        "worker",
+    }
 )
 CONFIG_VARIABLE = "INFERQ_CONFIG"
 DEFAULT_CONFIG = "inferq.toml"

@@ -1,4 +1,4 @@
-"""``inferq manager``, ``router``, ``worker`` and ``batcher``: the roles' own programs under one name.
+"""The roles' own programs under one name: ``inferq manager``, ``router``, ``worker``, ``batcher`` and the others.
 
 Their options are those of ``python -m <role>.service``: one for each setting, so nothing is said twice.
 """
@@ -41,6 +41,13 @@ def run_worker(arguments: Sequence[str]) -> int:
 def run_notifier(arguments: Sequence[str]) -> int:
     """A notifier; gives its exit code."""
     from webhooks.service import main  # noqa: PLC0415
+
+    return main(arguments)
+
+
+def run_autoscaler(arguments: Sequence[str]) -> int:
+    """The autoscaler of one pool; gives its exit code."""
+    from inferq.autoscale.service import main  # noqa: PLC0415
 
     return main(arguments)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 from batches import BatchSettings
 from broker import BrokerSettings
+from inferq.autoscale.settings import AutoscaleSettings
 from inferq.console import out, print_json
 from inferq.on_ray import RaySettings
 from inferq.tables import Column, Row, print_table
@@ -26,6 +27,7 @@ TABLES: dict[str, type[RoleSettings]] = {
         WorkerSettings,
         BatchSettings,
         RaySettings,
+        AutoscaleSettings,
         BrokerSettings,
         StorageSettings,
         WebhookSettings,

@@ -15,6 +15,7 @@ from queue_schemas import (
     RemovedCount,
     WorkerList,
 )
+from queue_schemas.fleet.messages import AutoscalerAnswer, AutoscalerClaim
 
 from ..client import RouterClient, checked, parse
 
@@ -27,6 +28,18 @@ class FleetClient(RouterClient):
 
     async def workers(self) -> WorkerList:
         return parse(WorkerList, await self.call("GET", f"{FABRIC_PREFIX}/workers"))
+
+    async def pool(self, model: str) -> PoolDepth:
+        return parse(PoolDepth, await self.call("GET", f"{FABRIC_PREFIX}/pools/{quote(model)}"))
+
+    async def drain(self, worker_id: str) -> None:
+        """Let a worker finish what it runs, then end."""
+        await self.call("POST", f"{FABRIC_PREFIX}/workers/{quote(worker_id)}/drain")
+
+    async def claim_pool(self, claim: AutoscalerClaim) -> bool:
+        """Act as the autoscaler of a pool; whether we do."""
+        body = await self.send_json(f"{FABRIC_PREFIX}/autoscalers", claim.model_dump())
+        return parse(AutoscalerAnswer, body).acting
 
     async def dead_letters(self, after: str, limit: int) -> DeadLetterList:
         """A page of the dead letters, oldest first."""

@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from inferq.processes import boot_id, send, session_members, start_of, until
 from queue_schemas import CannotStart
 from telemetry.environment import free_port
 from telemetry.files import open_log, write_private
 from telemetry.http.server import bind_socket
 
-from .processes import boot_id, send, session_members, start_of, until
 from .settings import RaySettings
 from .usage import direct_environment, usage_environment
 

@@ -68,7 +68,7 @@ def test_lists_are_written_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     ("content", "sentence"),
     [
         ("[manager]\nprot = 1\n", r"unknown setting in \[manager\] prot; known are host, join_token"),
-        ("[mananger]\nport = 1\n", "unknown table mananger; known are batches, broker, manager"),
+        ("[mananger]\nport = 1\n", "unknown table mananger; known are autoscale, batches, broker, manager"),
         ("[manager\n", "is not valid TOML"),
         ("manager = 1\n", r"write \[manager\] with its settings below it"),
         ("[manager]\nport = 99999\n", r"port: .* \(flag, INFERQ_MANAGER_PORT or \[manager\] port\)"),

@@ -1,0 +1,42 @@
+"""How the drivers that start workers themselves name them, and what they start them with."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from ..settings import AutoscaleSettings
+
+_MODEL_FLAGS = ("--model", "--engine-url", "--served-model-name")
+_MAX_PART = 20
+
+
+def pool_name(pool: str) -> str:
+    """``pool`` as a part of names of workers and files."""
+    return re.sub(r"[^a-z0-9]+", "-", pool.lower()).strip("-") or "pool"
+
+
+def id_prefix(pool: str, place: str) -> str:
+    """What the ids of workers for ``pool`` begin with that are started at ``place``; a number follows."""
+    return f"auto-{pool_name(pool)[:_MAX_PART]}-{pool_name(place)[:_MAX_PART]}"
+
+
+def worker_args(settings: AutoscaleSettings, worker_id: str) -> list[str]:
+    """Options of ``inferq worker``: the operator's, and what they leave open."""
+    args = [*settings.args, "--worker-id", worker_id, "--port", "0"]
+    if not _has(settings.args, ("--manager-url",)):
+        args += [part for url in settings.manager_urls for part in ("--manager-url", url)]
+    if not _has(settings.args, _MODEL_FLAGS):
+        args += ["--model", settings.pool]
+    return args
+
+
+def worker_environment(settings: AutoscaleSettings) -> Mapping[str, str]:
+    """This process's environment, and the join token: options show in process lists."""
+    token = settings.join_token.get_secret_value()
+    return {**os.environ, "INFERQ_JOIN_TOKEN": token} if token else {**os.environ}
+
+
+def _has(args: Sequence[str], flags: Sequence[str]) -> bool:
+    return any(part.split("=")[0] in flags for part in args)

@@ -1,0 +1,160 @@
+"""``inferq autoscale`` on a real fleet: from no worker up and back to none, and no request pays for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.batches import BatchStorage, add_batcher, line
+from tests.support.fleet import ROOT, Fleet
+from tests.support.processes import Child, environment
+from tests.support.servers import Server
+from tests.support.waiting import eventually
+
+MODEL = "scaled"
+REQUESTS = 60
+MAX_WORKERS = 3
+_WORKER = ["--engine", "sim", "--slots", "4", "--sim-mode", "echo", "--sim-ttft-ms", "150"]
+_RULES = {"max": MAX_WORKERS, "worker-slots": 4, "scale-in-after": "1s", "interval-ms": 100, "port": 0}
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path, own_valkey: Server) -> AsyncIterator[Fleet]:
+    """A Manager and a Router that know no model, and refuse what no worker serves."""
+    async with Fleet(tmp_path, own_valkey, router={"on_no_worker": "refuse"}) as fleet:
+        await fleet.manager.start()
+        await fleet.router.start()
+        yield fleet
+
+
+@contextmanager
+def autoscaler(fleet: Fleet, name: str = "autoscaler", **more: object) -> Iterator[Child]:
+    """The autoscaler's process, running; at the end it and its workers are gone."""
+    rules = {**_RULES, "pool": MODEL, "manager-url": fleet.router.url, "data-dir": fleet.folder / name} | more
+    flags = [part for flag, value in rules.items() for part in (f"--{flag}", str(value))]
+    args = [sys.executable, "-m", "inferq", "autoscale", *flags, "--", *_WORKER]
+    env = environment() | {"PYTHONPATH": str(ROOT), "INFERQ_LOG_FORMAT": "json"}
+    child = Child(name, args, fleet.folder / f"{name}.log", env=env, cwd=fleet.folder)
+    child.start()
+    try:
+        yield child
+    except BaseException:
+        print(child.log_tail(40))
+        raise
+    finally:
+        child.kill()
+        for pid in worker_pids(fleet.folder / name):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def worker_pids(data_dir: Path) -> list[int]:
+    """Of the workers that the process driver's record names and that run."""
+    record = data_dir / "autoscale" / f"{MODEL}.json"
+    found = json.loads(record.read_text())["workers"].values() if record.exists() else []
+    return [one["pid"] for one in found if Path(f"/proc/{one['pid']}").exists()]
+
+
+async def ask(fleet: Fleet, number: int) -> str:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": f"request {number}"}]}
+    async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body) as answer:
+        assert answer.status == 200, await answer.text()
+        return str((await answer.json())["choices"][0]["message"]["content"])
+
+
+async def listed(fleet: Fleet) -> bool:
+    """Whether the Router lists the model, which the autoscaler declares."""
+    return MODEL in [one["id"] for one in (await fleet.router.page("/v1/models"))["data"]]
+
+
+async def workers(fleet: Fleet) -> int:
+    return int((await fleet.depth(MODEL))["workers"])
+
+
+async def test_a_burst_is_served_from_zero_and_the_fleet_goes_back_to_zero(fleet: Fleet) -> None:
+    """The pool is listed at zero workers and its requests are held, although others would be refused. Three workers
+    come, answer all, and leave one after the other; SIGTERM ends the autoscaler."""
+    with autoscaler(fleet) as child:
+        await eventually(lambda: listed(fleet), "the pool is listed at zero workers", limit_s=30)
+        seen: set[int] = set()
+
+        async def all_done(asked: list[asyncio.Task[str]]) -> bool:
+            seen.add(await workers(fleet))
+            return all(task.done() for task in asked)
+
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(ask(fleet, number)) for number in range(REQUESTS)]
+            await eventually(lambda: all_done(asked), "every request is answered", limit_s=60)
+        assert [task.result() for task in asked] == [f"request {number}" for number in range(REQUESTS)]
+        assert max(seen) == MAX_WORKERS, f"workers seen: {seen}"
+        await eventually(lambda: _are(fleet, 0), "the workers are gone again", limit_s=40)
+        await eventually(lambda: not worker_pids(fleet.folder / "autoscaler"), "their processes have ended", limit_s=20)
+        child.send(signal.SIGTERM)
+        await eventually(lambda: not child.running, "the autoscaler ends", limit_s=20)
+        assert child.returncode == 0
+
+
+async def test_a_batch_wakes_the_fleet_from_zero(fleet: Fleet) -> None:
+    """One worker comes, although each line would fill a slot: nobody waits for a batch within seconds."""
+    storage = BatchStorage(fleet.folder / ".inferq" / "store")
+    batcher = await add_batcher(fleet, storage).start()
+    with autoscaler(fleet):
+        await eventually(lambda: listed(fleet), "the pool is listed at zero workers", limit_s=30)
+        batch_id = storage.run([line(number, model=MODEL) for number in range(30)])
+        batch = await storage.ended(batch_id, limit_s=60)
+        progress = batch.progress
+        assert (progress.status, progress.completed, progress.failed) == ("completed", 30, 0)
+        assert len(_logs(fleet)) == 1, "one worker is enough"
+        await eventually(lambda: _are(fleet, 0), "the worker is gone again", limit_s=40)
+    batcher.process.terminate()
+
+
+async def test_the_next_autoscaler_adopts_the_workers_of_a_killed_one(fleet: Fleet) -> None:
+    """They run on meanwhile, one and the same process; a killed worker is replaced."""
+    with autoscaler(fleet, min=2) as child:
+        await eventually(lambda: _are(fleet, 2), "both workers serve", limit_s=40)
+        before = worker_pids(fleet.folder / "autoscaler")
+        child.kill()
+        assert await ask(fleet, 7) == "request 7"
+        child.start()
+        await eventually(lambda: "workers_adopted" in child.log_text(), "they are adopted", limit_s=30)
+        assert worker_pids(fleet.folder / "autoscaler") == before
+        os.kill(before[0], signal.SIGKILL)
+
+        def replaced() -> bool:
+            now = worker_pids(fleet.folder / "autoscaler")
+            return len(now) == 2 and before[0] not in now and before[1] in now
+
+        await eventually(replaced, "the killed worker is replaced", limit_s=60)
+
+
+async def test_one_of_two_autoscalers_acts_and_the_other_takes_over(fleet: Fleet) -> None:
+    """The second starts nothing while the first acts. When the first ends, the second counts its workers, which are
+    not its own, and starts none beside them."""
+    with autoscaler(fleet, "first", min=1) as first:
+        await eventually(lambda: _are(fleet, 1), "its worker serves", limit_s=40)
+        with autoscaler(fleet, "second", min=1) as second:
+            await eventually(lambda: "another autoscaler acts" in second.log_text(), "it stands by", limit_s=30)
+            first.send(signal.SIGTERM)
+            await eventually(lambda: not first.running, "the first ends", limit_s=20)
+            assert len(worker_pids(fleet.folder / "first")) == 1, "its worker runs on"
+            assert await ask(fleet, 3) == "request 3"
+            for pid in worker_pids(fleet.folder / "first"):
+                os.killpg(pid, signal.SIGKILL)
+            await eventually(lambda: worker_pids(fleet.folder / "second"), "the second acts", limit_s=60)
+            assert await ask(fleet, 4) == "request 4"
+
+
+def _logs(fleet: Fleet) -> list[str]:
+    return [path.name for path in (fleet.folder / "autoscaler" / "logs").glob("*.log")]
+
+
+async def _are(fleet: Fleet, count: int) -> bool:
+    return await listed(fleet) and await workers(fleet) == count
