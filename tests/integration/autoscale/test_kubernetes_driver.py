@@ -37,6 +37,13 @@ async def driver(server: ApiServer, account: Path) -> AsyncIterator[KubernetesDr
     await driver.close()
 
 
+def make_certificate(folder: Path, name: str) -> None:
+    """One that signs itself, for loopback."""
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{name}.key", "-out", f"{name}.crt"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
 def settings(server: ApiServer, account: Path, **more: object) -> AutoscaleSettings:
     quick: dict[str, object] = {"pool": "m", "driver": "kubernetes", "driver_timeout": "5s"}
     quick |= {"kubernetes_target": f"{server.kind}/{NAME}", "kubernetes_api_url": server.url}
@@ -150,11 +157,7 @@ async def test_an_api_server_that_is_away_is_said(account: Path) -> None:
 async def test_the_token_goes_only_to_a_server_with_the_clusters_certificate(tmp_path: Path, account: Path) -> None:
     """Over TLS, trusted by the service account's ca.crt alone; never unencrypted to another machine."""
     for name in ("ours", "theirs"):
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1",
-             "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{name}.key", "-out", f"{name}.crt"],
-            cwd=tmp_path, check=True, capture_output=True,
-        )  # fmt: skip
+        make_certificate(tmp_path, name)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(tmp_path / "ours.crt", tmp_path / "ours.key")
     async with ApiServer("deployment", tls) as server:

@@ -102,6 +102,7 @@ def test_config_shows_every_setting_and_where_it_comes_from(monkeypatch: pytest.
         "worker",
         "batches",
         "ray",
+        "autoscale",
         "broker",
         "storage",
         "webhooks",
