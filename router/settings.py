@@ -168,6 +168,11 @@ class RouterSettings(RequestSettings):
     background_retention_ms: int = Field(
         86_400_000, ge=1, description="How long a background job and its response are kept once it has ended"
     )
+    affinity: bool = Field(
+        True,
+        description="Send requests to workers that hold their prefix (system prompt, conversation, X-Session-Id) in "
+        "their engine's cache, where these are not loaded much more than others",
+    )
     resumable_streams: bool = Field(
         False, description="Make every stream resumable, not only those that ask for it (x-inferq-resumable: true)"
     )

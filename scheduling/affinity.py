@@ -15,6 +15,7 @@ import hashlib
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -60,22 +61,21 @@ def _sampled_chunks() -> tuple[int, ...]:
 SAMPLED_CHUNKS = _sampled_chunks()
 
 
-def prefix_digests(
-    tenant: str, model: str, request: Mapping[str, Any], *, session: str = "", adapter: bool = False
-) -> str:
+def prefix_digests(tenant: str, model: str, request: Mapping[str, Any], session: str = "") -> str:
     """The digests of a request in the body ``request``, joined, the longest prefix first; '' for one that has none.
 
     ``session`` is the client's name for a conversation (a ``prompt_cache_key`` counts as one, too): it goes before any
-    prefix. ``adapter``: the model is a LoRA adapter, so that having served it lately is worth something by itself; it
-    comes last. Each digest is of the tenant, the model and everything before it, as vLLM chains its blocks
+    prefix. Each digest is of the tenant, the model and everything before it, as vLLM chains its blocks
     (https://docs.vllm.ai/en/latest/design/prefix_caching.html): equal digests mean equal prefixes of one tenant. What
     follows a prefix, sampling parameters, white space and the order of the body's fields do not change it.
     """
     seed = hashlib.blake2b(f"{len(tenant)} {tenant} {model}".encode(), digest_size=_DIGEST_BYTES)
-    found = [_tagged(seed, b"adapter")] if adapter else []
-    text = b"".join(
-        orjson.dumps(part) for name in _PROMPT_FIELDS if (part := request.get(name)) is not None and part != []
-    )
+    found: list[bytes] = []
+    parts = (request.get(name) for name in _PROMPT_FIELDS)
+    try:
+        text = b"".join(orjson.dumps(part) for part in parts if part is not None and part != [])
+    except orjson.JSONEncodeError:
+        text = b""  # orjson writes less deeply nested values than it reads
     chain, done = seed.copy(), 0
     for chunk in SAMPLED_CHUNKS:
         end = chunk * CHUNK_BYTES
@@ -86,15 +86,25 @@ def prefix_digests(
         done = end
     key = session or request.get("prompt_cache_key")
     if key and type(key) is str:
-        found.append(_tagged(seed, b"session " + key.encode("utf-8", "surrogatepass")))
+        seed.update(b"\xff" + key.encode("utf-8", "surrogatepass"))  # no prompt begins with this byte
+        found.append(seed.digest())
     found.reverse()
     return urlsafe_b64encode(b"".join(found)).decode()
 
 
-def _tagged(seed: hashlib.blake2b, tag: bytes) -> bytes:
-    chain = seed.copy()
-    chain.update(b"\xff" + tag)  # no prompt text has this byte
-    return chain.digest()
+@lru_cache(4096)
+def adapter_digest(model: str) -> str:
+    """What goes behind the digests of a request for a LoRA adapter, of any tenant: whoever served the adapter lately
+    has it loaded."""
+    return urlsafe_b64encode(hashlib.blake2b(f"adapter {model}".encode(), digest_size=_DIGEST_BYTES).digest()).decode()
+
+
+def request_affinity(tenant: str, model: str, request: Mapping[str, Any], size: int, session: bytes | None) -> str:
+    """:func:`prefix_digests` of a body of ``size`` bytes, at no cost for one that has none; '' without a tenant.
+    ``session``: a header's value, None if it has not come."""
+    if not tenant or not (size > CHUNK_BYTES or session or "prompt_cache_key" in request):
+        return ""
+    return prefix_digests(tenant, model, request, (session or b"").decode("latin-1"))
 
 
 def split_digests(digests: str) -> list[str]:

@@ -18,6 +18,7 @@ from openai_api.json_complexity import TOO_MUCH, has_too_much_structure
 from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest
 from queue_schemas.ids import check_name
+from scheduling.affinity import prefix_digests
 from scheduling.cost import estimate_cost
 
 MAX_CUSTOM_ID = 512
@@ -146,22 +147,24 @@ def read_line(data: bytes | None, endpoint: str, max_bytes: int, limits: Request
 
 
 class LineRequest(NamedTuple):
-    """What is sent of a line: its ``custom_id``, the body for the engine, what that will cost, by an estimate, and
-    whether it may be interrupted and go on behind what it said."""
+    """What is sent of a line: its ``custom_id``, the body for the engine, what that will cost, by an estimate, the
+    digests of its prefix, and whether it may be interrupted and go on behind what it said."""
 
     custom_id: str
     body: bytes
     cost: int
+    affinity: str = ""
     may_yield: bool = False
 
 
-def request_in(data: bytes) -> LineRequest:
+def request_in(data: bytes, tenant: str, model: str) -> LineRequest:
     """The request of a line that is known to be valid, unchanged in meaning."""
     line = orjson.loads(data)
     request, url = line["body"], line.get("url", "")
     body = _body_of(request, data)
     yieldable = may_yield(url, request) and not _LONG_NUMBER.search(data)  # its request is written anew as a stream's
-    return LineRequest(line["custom_id"], body, estimate_cost(url, body, request), yieldable)
+    affinity = prefix_digests(tenant, model, request)
+    return LineRequest(line["custom_id"], body, estimate_cost(url, body, request), affinity, yieldable)
 
 
 def _body_of(body: object, data: bytes) -> bytes:

@@ -93,7 +93,7 @@ class LineSender:
             if raw.number in checkpoint.out_of_order:
                 checkpoint.out_of_order.discard(raw.number)
                 continue
-            request = self._requests[raw.number] = _parse(raw)
+            request = self._requests[raw.number] = self._parse(raw)
             self._lines.open(raw, request.custom_id)
             if early is not None:
                 on_early(early)
@@ -119,7 +119,7 @@ class LineSender:
                     raise InputDeleted
                 line = self._checkpoint.open[number]
                 data = read_range(self._context.files, self._input, line.offset, line.end)
-                self._requests[number] = _parse(RawLine(number, line.offset, line.end, data))
+                self._requests[number] = self._parse(RawLine(number, line.offset, line.end, data))
 
     async def _send(self, numbers: Sequence[int]) -> bool:
         answers = await asyncio.gather(*map(self._send_one, numbers), return_exceptions=True)
@@ -158,14 +158,15 @@ class LineSender:
             reply_to=self._reply_stream,
             request_id=request_of(request.id, number),
             cost_estimate=line.cost,
+            affinity=line.affinity,
             weight=self._weight,
             yields=self._settings.max_yields if line.may_yield else 0,
         )
         return job.id, await self._broker.jobs.enqueue(job)
 
-
-def _parse(raw: RawLine) -> LineRequest:
-    """The request of a line, which was validated before."""
-    if raw.data is None:
-        raise InputDeleted
-    return request_in(raw.data.strip().removeprefix(b"\xef\xbb\xbf"))
+    def _parse(self, raw: RawLine) -> LineRequest:
+        """The request of a line, which was validated before."""
+        if raw.data is None:
+            raise InputDeleted
+        data = raw.data.strip().removeprefix(b"\xef\xbb\xbf")
+        return request_in(data, self._batch.request.tenant, self._model)

@@ -10,6 +10,7 @@ from openai_api.completions.continuable import may_yield
 from queue_schemas import BrokerUnavailable, Job, JobMetadata, Lane, OnLoss, Pool, Tenant, new_job_id
 from queue_schemas.lanes import band_of_priority
 from queue_schemas.persisted_output import request_digest
+from scheduling.affinity import adapter_digest
 
 from ..model_directory import check_model
 from ..queue_link import QueueLink
@@ -58,8 +59,10 @@ class JobBuilder:
         request_id: str = "",
         traceparent: str = "",
         headers: Mapping[str, str] | None = None,
+        affinity: str = "",
     ) -> Job:
-        """The job of a request with ``fields``. One that is not ``persisted`` is answered to this Router.
+        """The job of a request with ``fields``. One that is not ``persisted`` is answered to this Router. ``affinity``:
+        the digests of its prefix.
 
         Raises ``BrokerUnavailable``.
         """
@@ -68,6 +71,9 @@ class JobBuilder:
             on_loss = "restart"
         queue = link.ready_queue()
         is_yielding = lane is Lane.BACKGROUND and _goes_on(path, body, content_type, fields, on_loss)
+        pool = link.directory.pools.get(fields.model)
+        if settings.affinity and pool is not None and pool.card.get("parent"):
+            affinity += adapter_digest(fields.model)
         return Job(
             id=new_job_id(queue.shard_of(fields.model)),
             tenant=tenant,
@@ -91,6 +97,7 @@ class JobBuilder:
             request_id=request_id,
             region=settings.region,
             remote_after_ms=self._remote_after_ms(fields.model),
+            affinity=affinity,
             cost_estimate=fields.cost,
             weight=settings.weight_of(tenant),
         )

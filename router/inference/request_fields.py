@@ -17,6 +17,7 @@ from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest, Pool
 from queue_schemas.ids import check_name
 from queue_schemas.records import record
+from scheduling.affinity import request_affinity
 from scheduling.cost import estimate_cost, estimate_form_cost
 
 from ..http.forms import boundary_of, form_fields
@@ -34,7 +35,7 @@ class RequestFields:
     ``timeout_s``: how long the request may take, None if it does not say. Gateways define it, engines ignore it.
     ``continuable``: another attempt can continue the stream behind what was delivered; ``usage``: the stream ends with
     its usage; ``choices``: how many the stream has; ``background``: a background response; ``cost``: what it will cost,
-    by an estimate (:mod:`scheduling.cost`).
+    by an estimate (:mod:`scheduling.cost`); ``affinity``: the digests of its prefix (:mod:`scheduling.affinity`).
     """
 
     model: Pool
@@ -46,21 +47,32 @@ class RequestFields:
     choices: int = 1
     background: bool = False
     cost: int = 1
+    affinity: str = ""
 
 
-def read_fields(body: bytes, content_type: str, path: str, limits: RequestLimits | None = None) -> RequestFields:
+def read_fields(
+    body: bytes,
+    content_type: str,
+    path: str,
+    limits: RequestLimits | None = None,
+    affinity_of: str = "",
+    session: bytes | None = None,
+) -> RequestFields:
     """The fields in ``body``, sent to ``path``: a JSON object, or, where ``content_type`` says ``multipart/form-data``,
-    a form.
+    a form. ``affinity_of``: the tenant for whom its prefix is read, '' for nobody; ``session``: the client's name for
+    its conversation.
 
     Raises ``BadRequest`` that names the field or the position at fault, also for one that asks for more than
     ``limits``.
     """
     if content_type[:19].lower() == "multipart/form-data":
         return _from_form(form_fields(body, boundary_of(content_type), _FORM_FIELDS))
-    return _from_json(body, path, limits)
+    return _from_json(body, path, limits, affinity_of, session)
 
 
-def _from_json(body: bytes, path: str, limits: RequestLimits | None) -> RequestFields:
+def _from_json(
+    body: bytes, path: str, limits: RequestLimits | None, affinity_of: str, session: bytes | None
+) -> RequestFields:
     if has_too_much_structure(body):
         raise BadRequest(f"the body has {TOO_MUCH}; split it into several requests")
     try:
@@ -91,9 +103,15 @@ def _from_json(body: bytes, path: str, limits: RequestLimits | None) -> RequestF
     if limits is not None:
         check_request(request, path, limits)
     cost = estimate_cost(path, body, request)
+    affinity = request_affinity(affinity_of, model, request, len(body), session)
     if not stream:
         return RequestFields(
-            _checked_model(model), False, priority or 0, timeout_s=timeout, background=bool(background), cost=cost
+            model=_checked_model(model),
+            priority=priority or 0,
+            timeout_s=timeout,
+            background=bool(background),
+            cost=cost,
+            affinity=affinity,
         )
     return RequestFields(
         model=_checked_model(model),
@@ -105,6 +123,7 @@ def _from_json(body: bytes, path: str, limits: RequestLimits | None) -> RequestF
         choices=choices_of(request),
         background=bool(background),
         cost=cost,
+        affinity=affinity,
     )
 
 

@@ -35,6 +35,7 @@ from .rules import (
     DEADLINE_HEADER,
     ON_LOSS_HEADER,
     RESUMABLE_HEADER,
+    SESSION_HEADER,
     Deadline,
     background_deadline,
     find_deadline,
@@ -48,6 +49,7 @@ _IDEMPOTENCY = IDEMPOTENCY_HEADER.encode()
 _BACKGROUND = BACKGROUND_HEADER.encode()
 _RESUMABLE = RESUMABLE_HEADER.encode()
 _LAST_EVENT = b"last-event-id"
+_SESSION = SESSION_HEADER.encode()
 _UNUSUAL = frozenset({CONTENT_ENCODING, _IDEMPOTENCY, _BACKGROUND, _RESUMABLE})
 """Headers of requests that wait for more than their answer."""
 
@@ -131,7 +133,9 @@ class InferenceService:
         ``BrokerUnavailable``."""
         settings, headers = self._settings, received.headers
         path, body, content_type = received.path, received.body, received.content_type
-        fields = read_fields(body, content_type, path, settings.limits_of(tenant))
+        affinity_of = tenant if settings.affinity else ""
+        fields = read_fields(body, content_type, path, settings.limits_of(tenant), affinity_of, headers.get(_SESSION))
+        affinity = fields.affinity
         background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
         key = read_idempotency_key(headers.get(_IDEMPOTENCY))
         conversion = None
@@ -160,6 +164,7 @@ class InferenceService:
             request_id=received.request_id,
             traceparent=received.traceparent,
             headers=received.engine_headers,
+            affinity=affinity,
         )
         return PreparedRequest(
             job,

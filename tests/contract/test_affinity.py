@@ -13,7 +13,7 @@ from broker import Broker
 from broker.redis.scripts import load_scripts
 from queue_schemas import Job, Lane, Pool
 from queue_schemas.keys import ShardKeys, queue_key
-from scheduling.affinity import LOOKAHEAD, prefix_digests
+from scheduling.affinity import LOOKAHEAD, adapter_digest, prefix_digests
 from tests.support.queue import MODEL, Backend, Puller, make_job
 
 from .rewriting import CLOCK_OF_TESTS, Rewrite, rewritten, set_clock
@@ -242,8 +242,7 @@ async def test_a_thousand_adapters_return_to_the_workers_that_loaded_them(broker
 
     async def served_by() -> dict[str, int]:
         for adapter in adapters:
-            digests = prefix_digests("acme", adapter, {"prompt": "short"}, adapter=True)
-            await broker.jobs.enqueue(make_job(model=adapter, affinity=digests))
+            await broker.jobs.enqueue(make_job(model=adapter, affinity=adapter_digest(adapter)))
         handed = [await _all_handed(worker) for worker in workers]
         return {job.model: index for index, jobs in enumerate(handed) for job in jobs}
 

@@ -140,7 +140,7 @@ def batch_lines(mutator: Mutator) -> None:
         except BadLine:
             continue
         assert line.data is not None
-        custom_id, body, _ = request_in(line.data)
+        custom_id, body, *_ = request_in(line.data, "t", "m")
         if custom_id != read.custom_id or json.loads(body).keys() != read.body.keys():
             raise Broken("a line means one thing when it is checked and another when it is sent")
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from batches.core import BadLine, LineSplitter, RawLine, read_line, request_in
 from openai_api.request_limits import RequestLimits
+from scheduling.affinity import prefix_digests
 
 CHAT = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": CHAT, "body": {"model": "m"}}
@@ -115,7 +116,15 @@ def test_no_bytes_break_the_reader(data: bytes) -> None:
 )
 def test_a_body_means_the_same_to_its_engine(line: bytes, body: bytes) -> None:
     """What a parser would round, or could not write again, goes on as it was written."""
-    assert request_in(line.replace(b"%s", body))[:2] == ("a", body)
+    assert request_in(line.replace(b"%s", body), "t", "m")[:2] == ("a", body)
+
+
+def test_lines_that_begin_alike_share_digests() -> None:
+    """So that a worker takes one after the other; as a request of the same tenant for the same model would."""
+    lines = [f'{{"custom_id": "a", "body": {{"prompt": "{"p" * 3_000}{n}"}}}}'.encode() for n in "12"]
+    first, second = (request_in(line, "acme", "m") for line in lines)
+    assert first.affinity == second.affinity == prefix_digests("acme", "m", {"prompt": "p" * 3_000})
+    assert request_in(lines[0], "other", "m").affinity not in ("", first.affinity)
 
 
 def test_a_line_is_held_to_the_limits_of_a_request() -> None:

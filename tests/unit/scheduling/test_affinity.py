@@ -17,10 +17,12 @@ from scheduling.affinity import (
     SAMPLED_CHUNKS,
     Match,
     WarmTable,
+    adapter_digest,
     average_wait_ms,
     choose,
     patience_ms,
     prefix_digests,
+    request_affinity,
     split_digests,
     takes_warm,
 )
@@ -69,6 +71,24 @@ def test_a_short_prompt_has_no_digest() -> None:
     assert len(digests({"prompt": "x" * CHUNK_BYTES})) == 1
 
 
+def test_a_small_body_is_not_read() -> None:
+    """Unless it names a session."""
+    small, large = {"prompt": "x" * 900}, {"prompt": "x" * 3_000}
+    assert request_affinity("t", "m", large, 900, None) == ""
+    assert request_affinity("t", "m", large, 3_000, None) == prefix_digests("t", "m", large) != ""
+    assert request_affinity("t", "m", small, 900, b"s") == prefix_digests("t", "m", small, "s") != ""
+    assert request_affinity("t", "m", {"prompt_cache_key": "s"}, 30, None) != ""
+    assert request_affinity("", "m", large, 3_000, b"s") == ""
+
+
+def test_what_cannot_be_written_again_has_no_digest() -> None:
+    """A body of any depth that is read."""
+    nested: Any = []
+    for _ in range(600):
+        nested = [nested]
+    assert prefix_digests("t", "m", {"messages": nested}) == ""
+
+
 @pytest.mark.parametrize("field", ["prompt", "input", "system", "instructions"])
 def test_every_kind_of_prompt_counts(field: str) -> None:
     assert len(digests({field: "x" * 5_000})) == 4
@@ -76,22 +96,28 @@ def test_every_kind_of_prompt_counts(field: str) -> None:
 
 def test_a_long_prompt_is_covered_with_few_digests() -> None:
     """The distance between two digests stays an eighth of what is before them."""
-    assert len(digests({"prompt": "x" * 2_000_000}, session="s", adapter=True)) == MAX_DIGESTS
+    assert len(digests({"prompt": "x" * 2_000_000}, session="s")) == MAX_DIGESTS - 1
     steps = [(b - a) / a for a, b in itertools.pairwise(SAMPLED_CHUNKS) if a >= 16]
     assert max(steps) <= 1 / 8
     assert SAMPLED_CHUNKS[-1] * CHUNK_BYTES > 800_000
 
 
-def test_a_session_goes_before_every_prefix_and_an_adapter_behind_them() -> None:
+def test_a_session_goes_before_every_prefix() -> None:
     """``prompt_cache_key`` counts as a session; what names one explicitly goes before it."""
     request = chat("a" * 3_000)
     plain = digests(request)
-    named = digests(request, session="s", adapter=True)
-    assert named[1:-1] == plain
-    assert digests({**request, "prompt_cache_key": "s"}) == named[:-1]
-    assert digests({**request, "prompt_cache_key": "t"}, session="s") == named[:-1]
+    named = digests(request, session="s")
+    assert named[1:] == plain
+    assert digests({**request, "prompt_cache_key": "s"}) == named
+    assert digests({**request, "prompt_cache_key": "t"}, session="s") == named
     assert digests({**request, "prompt_cache_key": 7}) == plain
     assert digests({"prompt": "short"}, session="s") == named[:1]
+
+
+def test_an_adapter_is_the_same_for_all_tenants() -> None:
+    """It says what is loaded, not what was asked."""
+    assert len(adapter_digest("one")) == DIGEST_CHARS
+    assert adapter_digest("one") == adapter_digest("one") != adapter_digest("two")
 
 
 def test_the_longest_known_prefix_is_found() -> None:
