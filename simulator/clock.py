@@ -22,6 +22,10 @@ class Clock:
         self._number += 1
         heappush(self._events, (when, self._number, call, argument))
 
+    def stop(self) -> None:
+        """Nothing that is still to come happens."""
+        self._events.clear()
+
     def run(self) -> None:
         """Call everything that is due, until nothing is left."""
         events = self._events

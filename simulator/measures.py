@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from queue_schemas.lanes import Lane
+
 from .requests import Request
 
 
@@ -21,16 +23,18 @@ class Objectives:
 class Summary:
     """One simulation's figures. Times are in seconds, ``hit_rate`` and ``attainment`` are shares from 0 to 1.
 
-    ``failed`` requests ended without an answer and are not good; times are those of the others. ``fairness`` is the
+    Objectives and times are those of interactive requests: nobody waits for the tokens of others. ``failed`` requests
+    ended without an answer and are not good; times are those of the rest. ``fairness`` is the
     median, over windows in which several tenants had work waiting throughout, of the least weighted service of such a
     tenant over the most: 1 is fair; None without such a window. ``redone_tokens`` were computed more than once.
     """
 
     requests: int
+    interactive: int
     failed: int
     attainment: float
     goodput: float
-    """Good requests for each GPU hour."""
+    """Good interactive requests for each GPU hour."""
     gpu_hours: float
     peak_workers: int
     ttft_mean_s: float
@@ -54,36 +58,32 @@ class Recorder:
         self._objectives = objectives
         self._ttft = array("d")
         self._tpot = array("d")
-        self._good = self._failed = 0
+        self._finished = self._interactive = self._good = self._failed = 0
         self._prompt_tokens = self._cached_tokens = self._output_tokens = self._redone_tokens = 0
 
     def finished(self, request: Request, now: float) -> None:
         """``request`` has its last token."""
-        ttft = request.first_at - request.arrived_at
-        self._ttft.append(ttft)
-        tpot = 0.0
-        if request.output_tokens > 1:
-            tpot = (now - request.first_at) / (request.output_tokens - 1)
-            self._tpot.append(tpot)
-        if ttft <= self._objectives.ttft_s and tpot <= self._objectives.tpot_s:
-            self._good += 1
+        self._finished += 1
+        if request.lane is Lane.INTERACTIVE:
+            self._time(request, now)
         self._prompt_tokens += request.prompt_tokens
         self._cached_tokens += request.cached
         self._output_tokens += request.output_tokens
         self._redone_tokens += request.redone
 
-    def failed(self) -> None:
-        """A request ended without an answer."""
+    def failed(self, request: Request) -> None:
+        """``request`` ended without an answer."""
         self._failed += 1
+        self._interactive += request.lane is Lane.INTERACTIVE
 
     def summary(self, *, gpu_hours: float, peak_workers: int, fairness: float | None, lasted_s: float) -> Summary:
         """The figures of all."""
         ttft, tpot = sorted(self._ttft), sorted(self._tpot)
-        requests = len(ttft) + self._failed
         return Summary(
-            requests=requests,
+            requests=self._finished + self._failed,
+            interactive=self._interactive,
             failed=self._failed,
-            attainment=self._good / max(requests, 1),
+            attainment=self._good / max(self._interactive, 1),
             goodput=self._good / gpu_hours if gpu_hours else 0.0,
             gpu_hours=gpu_hours,
             peak_workers=peak_workers,
@@ -94,12 +94,22 @@ class Recorder:
             tpot_mean_s=_mean(tpot),
             tpot_p99_s=percentile(tpot, 0.99),
             output_tokens_per_s=self._output_tokens / lasted_s if lasted_s else 0.0,
-            requests_per_s=len(ttft) / lasted_s if lasted_s else 0.0,
+            requests_per_s=self._finished / lasted_s if lasted_s else 0.0,
             hit_rate=self._cached_tokens / max(self._prompt_tokens, 1),
             redone_tokens=self._redone_tokens,
             fairness=fairness,
             lasted_s=lasted_s,
         )
+
+    def _time(self, request: Request, now: float) -> None:
+        self._interactive += 1
+        ttft = request.first_at - request.arrived_at
+        self._ttft.append(ttft)
+        tpot = 0.0
+        if request.output_tokens > 1:
+            tpot = (now - request.first_at) / (request.output_tokens - 1)
+            self._tpot.append(tpot)
+        self._good += ttft <= self._objectives.ttft_s and tpot <= self._objectives.tpot_s
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

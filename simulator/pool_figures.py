@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from queue_schemas.lanes import LANES, Lane
 from scheduling.autoscale import LaneLoad, PoolLoad
+from scheduling.prediction import Rate
 
 from .requests import Request
 
-_RUN_WEIGHT = 1 / 64
 _ARRIVALS_OVER_S = 30.0
 """Arrivals a second are an average that forgets with this time constant."""
 
@@ -21,7 +21,7 @@ class PoolFigures:
     def __init__(self) -> None:
         self._waiting: Mapping[Lane, OrderedDict[Request, None]] = {lane: OrderedDict() for lane in LANES}
         self._leased: dict[Lane, int] = dict.fromkeys(LANES, 0)
-        self._run_s: dict[Lane, float] = {}
+        self._rates: dict[Lane, Rate] = dict.fromkeys(LANES, Rate())
         self._arrived = 0
         self._arrivals_per_s: float | None = None
         self._looked_at = 0.0
@@ -32,17 +32,24 @@ class PoolFigures:
         self._arrived += request.lane is Lane.INTERACTIVE
 
     def started(self, request: Request) -> None:
-        """``request`` runs."""
-        del self._waiting[request.lane][request]
-        self._leased[request.lane] += 1
+        """``request`` runs, if it did not yet."""
+        waiting = self._waiting[request.lane]
+        if request in waiting:
+            del waiting[request]
+            self._leased[request.lane] += 1
+
+    def interrupted(self, request: Request) -> None:
+        """``request`` waits again, if it ran."""
+        waiting = self._waiting[request.lane]
+        if request not in waiting:
+            waiting[request] = None
+            self._leased[request.lane] -= 1
 
     def finished(self, request: Request, now: float) -> None:
         """``request`` runs no more."""
         lane = request.lane
         self._leased[lane] -= 1
-        run_s = now - request.started_at
-        mean = self._run_s.get(lane, run_s)
-        self._run_s[lane] = mean + _RUN_WEIGHT * (run_s - mean)
+        self._rates[lane] = self._rates[lane].observed(int((now - request.began_at) * 1e3), 0)
 
     def failed(self, request: Request) -> None:
         """``request``, which waited, will not run."""
@@ -60,8 +67,8 @@ class PoolFigures:
             lane: LaneLoad(
                 waiting=len(waiting),
                 leased=self._leased[lane],
-                oldest_age_ms=(now - next(iter(waiting)).arrived_at) * 1e3 if waiting else 0,
-                run_ms=self._run_s[lane] * 1e3 if lane in self._run_s else None,
+                oldest_age_ms=(now - next(iter(waiting)).queued_at) * 1e3 if waiting else 0,
+                run_ms=rate.run_ms / rate.jobs if (rate := self._rates[lane]).jobs else None,
             )
             for lane, waiting in self._waiting.items()
         }

@@ -30,22 +30,31 @@ class Request:
     """A request in the simulation. Times are in seconds of the simulation's clock, negative while not known.
 
     ``generated`` are the output tokens that it has, on whichever worker; ``cached`` the prompt tokens that the prefix
-    cache of its (latest) engine held; ``redone`` the tokens that were computed again after an attempt was interrupted.
+    cache of its first engine held; ``redone`` the tokens that were computed again after an attempt was interrupted.
+    ``digests`` are those of its prefix (:mod:`scheduling.affinity`). It has waited since ``queued_at``, an engine
+    began it first at ``started_at``, and its latest attempt ``began_at``. It may yield ``yields_left`` times more. A
+    tenant is to be charged ``charge`` for it, and was ``charged`` for an attempt; None: for none.
     """
 
     __slots__ = (
-        "arrived_at", "band", "blocks", "cached", "first_at", "generated", "lane", "number", "output_tokens",
-        "prompt_tokens", "queued_at", "redone", "started_at", "tenant", "worker",
+        "arrived_at", "band", "began_at", "blocks", "cached", "charge", "charged", "digests", "first_at", "generated",
+        "lane", "number", "output_tokens", "prompt_tokens", "queued_at", "redone", "started_at", "tenant", "worker",
+        "yields_left",
     )  # fmt: skip
 
     def __init__(self, number: int, line: TraceRequest, arrived_at: float) -> None:
         self.number = number
         self.arrived_at = arrived_at
         _, self.prompt_tokens, self.output_tokens, self.blocks, self.tenant, self.lane, self.band = line
+        self.digests = ""
+        self.charge = 0.0
+        self.charged: float | None = None
         self.queued_at = arrived_at
         self.started_at = -1.0
+        self.began_at = -1.0
         self.first_at = -1.0
         self.generated = 0
         self.cached = 0
         self.redone = 0
+        self.yields_left = 0
         self.worker: Worker | None = None

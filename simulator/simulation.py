@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .clock import Clock
 from .engines import PROFILES, EngineProfile, engine_factory
 from .engines.profile import DEFAULT_PROFILE
 from .fleet import Fleet, Worker
 from .measures import Objectives, Recorder, Summary
-from .policies import POLICIES, PullQueue
+from .policies import POLICIES, PolicyContext, QueueRules
 from .pool_figures import PoolFigures
 from .requests import Request, TraceRequest
 from .scaling import FleetLoad, Scaler
@@ -22,7 +22,7 @@ from .traces import Trace
 class SimulationOptions:
     """One simulation. ``workers`` are ready at its beginning. With inferq's policy, and where ``clairvoyant``, a worker
     runs ``slots`` requests at once. ``hop_s`` is the time from the decision where a request runs until its engine has
-    it.
+    it. ``rules`` are those of inferq's queue.
 
     ``clairvoyant``: instead of ``workers`` there is always as much of the fleet as has work, without any wait: a bound
     for what scaling can reach. Such a fleet packs its workers.
@@ -35,6 +35,7 @@ class SimulationOptions:
     hop_s: float = 0.002
     objectives: Objectives = field(default_factory=Objectives)
     weights: Mapping[str, float] = field(default_factory=dict)
+    rules: QueueRules = field(default_factory=QueueRules)
     clairvoyant: bool = False
 
 
@@ -60,7 +61,8 @@ class _Simulation:
         self._ended_at = 0.0
         self._shares = TenantShares(options.weights)
         self._recorder = Recorder(options.objectives)
-        self._policy = PullQueue(self._dispatch, packs=True) if options.clairvoyant else kind.make(self._dispatch)
+        context = PolicyContext(clock, self._dispatch, self._take_back, options.hop_s, trace.block_tokens)
+        self._policy = kind.make(context, replace(options.rules, packs=options.clairvoyant, weights=options.weights))
         engines = engine_factory(clock, options.profile, trace.block_tokens, self, shared_cache=kind.shared_cache)
         slots = options.slots if kind.has_slots or options.clairvoyant else options.profile.max_seqs
         self._fleet = Fleet(clock, options.profile, engines, slots, self._policy)
@@ -82,9 +84,9 @@ class _Simulation:
 
     def started(self, request: Request) -> None:
         """``request`` left its engine's own queue."""
+        self._figures.started(request)
         if request.started_at < 0:
             request.started_at = self._clock.now
-            self._figures.started(request)
             self._shares.started(request)
 
     def finished(self, request: Request) -> None:
@@ -96,7 +98,7 @@ class _Simulation:
 
     def refused(self, request: Request) -> None:
         """``request`` is longer than the engine's KV cache."""
-        self._recorder.failed()
+        self._recorder.failed(request)
         self._figures.failed(request)
         self._shares.failed(request)
         self._ended(request)
@@ -122,30 +124,37 @@ class _Simulation:
     def _dispatch(self, worker: Worker, request: Request) -> None:
         worker.running += 1
         request.worker = worker
+        request.began_at = self._clock.now
         self._clock.at(self._clock.now + self._hop_s, worker.engine.submit, request)
 
     def _ended(self, request: Request) -> None:
         self._open -= 1
         self._ended_at = self._clock.now
-        worker = request.worker
+        self._leave_worker(request)
+        if self._is_over and not self._open:
+            self._clock.stop()
+
+    def _take_back(self, request: Request) -> None:
+        """``request`` waits again."""
+        self._figures.interrupted(request)
+        self._leave_worker(request)
+
+    def _leave_worker(self, request: Request) -> None:
+        worker, request.worker = request.worker, None
         if worker is None:
             return
         worker.running -= 1
+        self._policy.ended(request, worker)
         if worker.leaving:
             self._fleet.settle(worker)
-        else:
-            self._policy.freed(worker)
-            if self._clairvoyant and not worker.running:
-                self._fleet.drain(worker)
+        elif self._clairvoyant and not worker.running:
+            self._fleet.drain(worker)
 
     def _scale(self, scaler: Scaler) -> None:
-        if self._is_over and not self._open:
-            return
         pool = self._figures.load(self._clock.now, *self._fleet.capacity())
         self._fleet.resize(scaler.wanted(FleetLoad(self._clock.now, pool, len(self._fleet))))
         self._clock.at(self._clock.now + scaler.interval_s, self._scale, scaler)
 
     def _close_window(self, _: None) -> None:
         self._shares.close_window()
-        if self._open or not self._is_over:
-            self._clock.at(self._clock.now + WINDOW_S, self._close_window)
+        self._clock.at(self._clock.now + WINDOW_S, self._close_window)

@@ -13,11 +13,12 @@ from scheduling.autoscale import ScalingRules
 from simulator import Objectives, SimulationOptions, Summary, load_trace, simulate
 from simulator.engines import PROFILES, EngineProfile
 from simulator.plot import draw, load_matplotlib
-from simulator.policies import POLICIES
+from simulator.policies import POLICIES, QueueRules
 from simulator.scaling import InferqAutoscaler, LagCount, Scaler
 
 from .simulate_options import EngineModelOptions, PolicyOptions, ReportOptions, TraceOptions
 
+DECISIONS = ("affinity", "fairness", "preemption", "slots")
 FLEETS = ("fixed", "inferq", "lag-count", "queue-length", "clairvoyant")
 _COLUMNS = (
     Column("POLICY"),
@@ -39,15 +40,21 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One simulation: ``fleet`` as the table names it."""
+    """One simulation. ``workers`` is the fleet's size at its beginning; ``setting`` is what its scaler is varied in."""
 
     policy: str
     fleet: str
     workers: int
+    setting: float = 0.0
 
     @property
     def shown(self) -> str:
-        return f"{self.workers} workers" if self.fleet == "fixed" else self.fleet
+        names = {
+            "fixed": f"{self.workers} workers",
+            "clairvoyant": "clairvoyant",
+            "inferq": f"inferq {self.setting:g} ms",
+        }
+        return names.get(self.fleet) or f"{self.fleet} {self.setting:g}"
 
 
 def run_simulations(
@@ -71,12 +78,13 @@ def run_simulations(
         profile=_profile(engine),
         objectives=Objectives(report.ttft_ms / 1e3, report.tpot_ms / 1e3),
         weights=dict(_weight(text) for text in policies.weight or ()),
+        rules=_rules(policies),
     )
     found: list[tuple[_Case, Summary]] = []
     for case in cases:
         err.print(f"{trace.name}: {case.policy}, {case.shown}", markup=False)
         asked = replace(options, policy=case.policy, workers=case.workers, clairvoyant=case.fleet == "clairvoyant")
-        found.append((case, simulate(trace, asked, _scaler(case.fleet, policies, options.profile.start_s))))
+        found.append((case, simulate(trace, asked, _scaler(case, policies, options.profile.start_s))))
     if as_json:
         print_json([{"policy": case.policy, "fleet": case.shown, **asdict(one)} for case, one in found])
     else:
@@ -100,9 +108,21 @@ def _cases(options: PolicyOptions) -> Iterator[_Case]:
             if fleet == "fixed":
                 yield from (_Case(policy, fleet, workers) for workers in options.workers or [4])
             elif fleet != "clairvoyant":
-                yield _Case(policy, fleet, options.min_workers)
+                settings = options.target_wait_ms or [2000.0] if fleet == "inferq" else options.lag_threshold or [10]
+                yield from (_Case(policy, fleet, options.min_workers, setting) for setting in settings)
         if fleet == "clairvoyant":
             yield _Case("oracle", fleet, 0)
+
+
+def _rules(options: PolicyOptions) -> QueueRules:
+    without = options.without or []
+    _check("without", without, DECISIONS)
+    return QueueRules(
+        affinity="affinity" not in without,
+        fairness="fairness" not in without,
+        max_slots=None if "slots" in without else options.max_slots or options.slots,
+        max_yields=0 if "preemption" in without else options.max_yields,
+    )
 
 
 def _check(option: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -111,23 +131,23 @@ def _check(option: str, given: Sequence[str], known: Sequence[str]) -> None:
             raise BadRequest(f"--{option} {name}: there are {', '.join(known)}")
 
 
-def _scaler(fleet: str, options: PolicyOptions, start_s: float) -> Scaler | None:
-    if fleet in ("fixed", "clairvoyant"):
+def _scaler(case: _Case, options: PolicyOptions, start_s: float) -> Scaler | None:
+    if case.fleet in ("fixed", "clairvoyant"):
         return None
-    if fleet == "inferq":
+    if case.fleet == "inferq":
         rules = ScalingRules(
             min=options.min_workers,
             max=options.max_workers,
-            target_wait_ms=options.target_wait_ms,
+            target_wait_ms=case.setting,
             worker_slots=options.slots,
             scale_in_after_ms=options.scale_in_after_s * 1e3,
         )
         return InferqAutoscaler(rules, start_s)
     return LagCount(
-        threshold=options.lag_threshold,
+        threshold=int(case.setting),
         least=options.min_workers,
         most=options.max_workers,
-        with_running=fleet == "queue-length",
+        with_running=case.fleet == "queue-length",
     )
 
 

@@ -56,16 +56,37 @@ class PolicyOptions:
         int, typer.Option(min=1, help="Most workers of a fleet that scales.", rich_help_panel=_FLEET)
     ] = 64
     lag_threshold: Annotated[
-        int, typer.Option(min=1, help="lag-count, queue-length: requests for each worker.", rich_help_panel=_FLEET)
-    ] = 10
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="lag-count, queue-length: requests for each worker; repeatable (default: 10).",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None
     target_wait_ms: Annotated[
-        float, typer.Option(min=0, help="inferq's autoscaler: longest wait to plan for.", rich_help_panel=_FLEET)
-    ] = 2000.0
+        list[float] | None,
+        typer.Option(
+            min=0,
+            help="inferq's autoscaler: longest wait to plan for; repeatable (default: 2000).",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None
     scale_in_after_s: Annotated[
         float, typer.Option(min=0, help="inferq's autoscaler: fewer workers only after.", rich_help_panel=_FLEET)
     ] = 60.0
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="inferq: affinity, fairness, preemption or slots; repeatable.", rich_help_panel=_FLEET),
+    ] = None
+    max_slots: Annotated[
+        int | None,
+        typer.Option(min=1, help="inferq: most slots of a worker that adapts them.", rich_help_panel=_FLEET),
+    ] = None
+    max_yields: Annotated[
+        int, typer.Option(min=1, help="inferq: how often a batch's request yields.", rich_help_panel=_FLEET)
+    ] = 3
     slots: Annotated[
-        int, typer.Option(min=1, help="inferq: requests that a worker runs at once.", rich_help_panel=_FLEET)
+        int, typer.Option(min=1, help="inferq: requests that a worker begins with.", rich_help_panel=_FLEET)
     ] = 32
     hop_ms: Annotated[float, typer.Option(min=0, help="From the decision to the engine.", rich_help_panel=_FLEET)] = 2.0
     weight: Annotated[

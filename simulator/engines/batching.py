@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from heapq import heappop, heappush
+
+from scheduling.slots import EngineLoad
 
 from ..clock import Clock
 from ..requests import Request
@@ -38,8 +41,8 @@ class BatchingEngine:
     """Implements :class:`simulator.engines.port.Engine`."""
 
     __slots__ = (
-        "_began_at", "_clock", "_done", "_ends", "_first_s", "_growth_s", "_held", "_kv", "_listener",
-        "_plan_number", "_planned", "_prefilled", "_profile", "_prompts", "_running", "_waiting",
+        "_began_at", "_clock", "_done", "_ends", "_first_s", "_growth_s", "_held", "_kv", "_leaving", "_listener",
+        "_plan_number", "_planned", "_preemptions", "_prefilled", "_profile", "_prompts", "_running", "_waiting",
     )  # fmt: skip
 
     def __init__(self, clock: Clock, profile: EngineProfile, kv: KvCache, listener: EngineListener) -> None:
@@ -49,6 +52,9 @@ class BatchingEngine:
         self._listener = listener
         self._waiting: deque[Request] = deque()
         self._prompts: deque[_Prompt] = deque()
+        self._leaving: list[tuple[Request, Callable[[Request], None]]] = []
+        """Those that are to be stopped after the step that is under way, and who hears of it."""
+        self._preemptions = 0
         self._running: dict[Request, tuple[int, int]] = {}
         """What decodes: the step of its last token, and the tokens that it then holds."""
         self._ends: list[tuple[int, int, Request]] = []
@@ -76,6 +82,24 @@ class BatchingEngine:
             self._plan()
         elif not self._prefilled and len(self._running) < self._profile.max_seqs:
             self._end_soon()
+
+    def abort(self, request: Request, stopped: Callable[[Request], None]) -> None:
+        """Stop ``request`` with the step that is under way, unless that is its last, and call ``stopped``."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+            stopped(request)
+        else:
+            self._leaving.append((request, stopped))
+            self._end_soon()
+
+    def load(self) -> EngineLoad:
+        """What its metrics would say now."""
+        return EngineLoad(
+            waiting=len(self._waiting),
+            running=len(self._running) + len(self._prompts),
+            kv_usage=(self._kv.used + len(self._running) * (self._begun() if self._planned else 0)) / self._kv.capacity,
+            preemptions=self._preemptions,
+        )
 
     def _plan(self) -> None:
         """Begin the next stretch, if there is anything to do."""
@@ -142,12 +166,31 @@ class BatchingEngine:
 
     def _preempt(self) -> None:
         """Take the room of the sequence that came last; it waits before all others."""
-        request, (last_step, tokens) = self._running.popitem()
+        request = next(reversed(self._running))
+        self._stop_decoding(request)
+        self._waiting.appendleft(request)
+        self._preemptions += 1
+
+    def _stop_decoding(self, request: Request) -> None:
+        """``request`` keeps what it has generated, and holds nothing."""
+        last_step, tokens = self._running.pop(request)
         missing = last_step - self._done
         request.generated = request.output_tokens - missing
         self._held -= tokens - missing
         self._kv.release(request.blocks, tokens - missing)
-        self._waiting.appendleft(request)
+
+    def _stop_leaving(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        for request, stopped in leaving:
+            if request in self._running:
+                self._stop_decoding(request)
+            else:
+                prompt = next((prompt for prompt in self._prompts if prompt.request is request), None)
+                if prompt is None:
+                    continue  # it has ended
+                self._prompts.remove(prompt)
+                self._kv.release(request.blocks, prompt.tokens)
+            stopped(request)
 
     def _schedule(self) -> None:
         self._plan_number += 1
@@ -155,8 +198,8 @@ class BatchingEngine:
         lasts_s = steps * self._first_s + self._growth_s * steps * (steps - 1) / 2
         self._clock.at(self._began_at + lasts_s, self._stretch_ended, self._plan_number)
 
-    def _end_soon(self) -> None:
-        """End the stretch with the step that is under way."""
+    def _begun(self) -> int:
+        """How many steps of the stretch have begun; one of them is under way."""
         passed_s = self._clock.now - self._began_at
         growth_s, first_s = self._growth_s, self._first_s
         if growth_s:
@@ -164,7 +207,11 @@ class BatchingEngine:
             steps = (math.sqrt(linear * linear + 2 * growth_s * passed_s) - linear) / growth_s
         else:
             steps = passed_s / first_s
-        begun = max(math.ceil(steps - _EPSILON), 1)
+        return max(math.ceil(steps - _EPSILON), 1)
+
+    def _end_soon(self) -> None:
+        """End the stretch with the step that is under way."""
+        begun = self._begun()
         if begun < self._planned:
             self._planned = begun
             self._schedule()
@@ -180,6 +227,8 @@ class BatchingEngine:
             self._finish_decoded()
         if self._prefilled:
             self._finish_prompts(self._prefilled * steps)
+        if self._leaving:
+            self._stop_leaving()
         self._plan()
 
     def _finish_decoded(self) -> None:

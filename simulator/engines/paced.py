@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
+from scheduling.slots import EngineLoad
 from worker.engines.simulated.schedule import Pace
 
 from ..clock import Clock
@@ -33,30 +35,60 @@ class PacedEngine:
         self._cache = cache
         self._block_tokens = block_tokens
         self._listener = listener
-        self._running = 0
+        self._running: dict[Request, tuple[float, int]] = {}
+        """When the first of the tokens to come comes, and how many there are."""
         self._waiting: deque[Request] = deque()
 
     def submit(self, request: Request) -> None:
         """Run ``request``, beginning behind the tokens that it has."""
-        if self._running < self._max_seqs:
+        if len(self._running) < self._max_seqs:
             self._begin(request)
         else:
             self._waiting.append(request)
 
+    def abort(self, request: Request, stopped: Callable[[Request], None]) -> None:
+        """Stop ``request`` now, and call ``stopped``."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request in self._running:
+            first_at, missing = self._running.pop(request)
+            due = self._pace.tokens_due(first_at, self._clock.now, missing)
+            request.generated += due
+            if not request.generated:
+                request.first_at = -1.0
+            self._begin_waiting()
+        else:
+            return  # it has ended
+        stopped(request)
+
+    def load(self) -> EngineLoad:
+        """What its metrics would say now, but for the KV cache, which it has none of."""
+        return EngineLoad(waiting=len(self._waiting), running=len(self._running))
+
     def _begin(self, request: Request) -> None:
-        self._running += 1
         tokens, size = request.prompt_tokens + request.generated, self._block_tokens
         cached = min(self._cache.touch(request.blocks) * size, (tokens - 1) // size * size)
-        request.cached = cached
+        if request.started_at < 0:
+            request.cached = cached
+        else:
+            request.redone += tokens - cached
         self._listener.started(request)
         first_at = self._pace.first_token_at(self._clock.now, tokens, cached)
-        request.first_at = first_at
-        last_at = self._pace.token_at(first_at, request.output_tokens - request.generated - 1)
-        self._clock.at(last_at, self._finish, request)
+        if not request.generated:
+            request.first_at = first_at
+        missing = request.output_tokens - request.generated
+        self._running[request] = (first_at, missing)
+        self._clock.at(self._pace.token_at(first_at, missing - 1), self._finish, (request, first_at))
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, attempt: tuple[Request, float]) -> None:
+        request, first_at = attempt
+        if self._running.get(request, (None, 0))[0] != first_at:
+            return  # it was stopped
+        del self._running[request]
         request.generated = request.output_tokens
-        self._running -= 1
+        self._begin_waiting()
+        self._listener.finished(request)
+
+    def _begin_waiting(self) -> None:
         if self._waiting:
             self._begin(self._waiting.popleft())
-        self._listener.finished(request)

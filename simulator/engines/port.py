@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+from scheduling.slots import EngineLoad
 
 from ..requests import Request
 
@@ -12,6 +15,13 @@ class Engine(Protocol):
 
     def submit(self, request: Request) -> None:
         """Run ``request``, beginning behind the tokens that it has."""
+
+    def abort(self, request: Request, stopped: Callable[[Request], None]) -> None:
+        """Stop ``request`` with the step that is under way, unless that is its last, and call ``stopped``;
+        ``generated`` then says how far it came."""
+
+    def load(self) -> EngineLoad:
+        """What its metrics would say now."""
 
 
 class EngineListener(Protocol):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .inferq import PullQueue
-from .port import Dispatch, Policy
+from .inferq import PullQueue, QueueRules
+from .port import Policy, PolicyContext
 from .push import BoundedHashing, LeastLoaded, RoundRobin
 
-__all__ = ["POLICIES", "Dispatch", "Policy", "PolicyKind", "PullQueue"]
+__all__ = ["POLICIES", "Policy", "PolicyContext", "PolicyKind", "QueueRules"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +18,18 @@ class PolicyKind:
     at once, and more where the policy pushes. ``shared_cache``: all engines have one endless prefix cache, which no
     real fleet has."""
 
-    make: Callable[[Dispatch], Policy]
+    make: Callable[[PolicyContext, QueueRules], Policy]
     has_slots: bool = False
     shared_cache: bool = False
 
 
 POLICIES: Mapping[str, PolicyKind] = {
     "inferq": PolicyKind(PullQueue, has_slots=True),
-    "round-robin": PolicyKind(RoundRobin),
-    "least-loaded": PolicyKind(LeastLoaded),
-    "bounded-hashing": PolicyKind(BoundedHashing),
-    "oracle": PolicyKind(PullQueue, shared_cache=True),
+    "round-robin": PolicyKind(lambda context, _: RoundRobin(context)),
+    "least-loaded": PolicyKind(lambda context, _: LeastLoaded(context)),
+    "bounded-hashing": PolicyKind(lambda context, _: BoundedHashing(context)),
+    "oracle": PolicyKind(
+        lambda context, rules: PullQueue(context, QueueRules(affinity=False, packs=rules.packs)), shared_cache=True
+    ),
 }
 """By the name that the command line takes."""

@@ -1,52 +1,64 @@
 """inferq's queue: requests wait in one place, and workers pull what they have a slot for.
 
-Lanes and bands are claimed in the order that ``queue_schemas.lanes`` says. A request that comes while nothing waits
-before it is handed to the worker with the most free slots, as ``broker/lua/lib/handoff.lua`` does.
+Lanes and bands are claimed in the order that ``queue_schemas.lanes`` says, tenants take turns by tokens
+(``scheduling.fairness``). A request that comes while nothing waits before it is handed to the worker with the most free
+slots, as ``broker/lua/lib/handoff.lua`` does, or to one that holds its prefix (``scheduling.affinity``). Where an
+interactive request finds no free slot, another request yields (``scheduling.preemption``). Workers adapt their slots to
+their engines (``scheduling.slots``).
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from queue_schemas.lanes import BANDS, LANES, Lane, band_order, lane_order
+from queue_schemas.lanes import LANES, Lane, lane_order
+from scheduling.cost import USUAL_OUTPUT, Usage, cost_of
+from scheduling.fairness import charge_of
+from scheduling.slots import SlotBounds, SlotState, first_state, next_state
 
 from ..fleet import Worker
 from ..requests import Request
-from .port import Dispatch, LoadLevels
+from .line import Line
+from .port import LoadLevels, PolicyContext
+from .warmth import Warmth
+from .yielding import Yielding
+
+READ_ENGINE_S = 1.0
 
 
-class _Line:
-    """What waits in one lane."""
+@dataclass(frozen=True, slots=True)
+class QueueRules:
+    """Which of the queue's decisions are taken.
 
-    __slots__ = ("bands", "turn", "waiting")
+    ``fairness``: tenants take turns by tokens over their ``weights`` (1 for others), else all are one. ``max_slots``:
+    workers adapt their slots to their engines, up to so many; None: they keep them. ``max_yields``: how often a request
+    of a lower lane may yield; 0: none does. ``packs``: hand over to the worker with the fewest free slots, so that few
+    workers are busy; no real queue does.
+    """
 
-    def __init__(self) -> None:
-        self.bands: tuple[deque[Request], ...] = tuple(deque() for _ in range(BANDS))
-        self.turn = 0
-        self.waiting = 0
-
-    def put(self, request: Request) -> None:
-        self.bands[request.band].append(request)
-        self.waiting += 1
-
-    def take(self) -> Request:
-        """The next request; there is one."""
-        queue = next(self.bands[band] for band in band_order(self.turn) if self.bands[band])
-        self.turn += 1
-        self.waiting -= 1
-        return queue.popleft()
+    affinity: bool = True
+    max_slots: int | None = None
+    max_yields: int = 0
+    fairness: bool = True
+    weights: Mapping[str, float] = field(default_factory=dict)
+    packs: bool = False
 
 
 class PullQueue:
-    """Implements :class:`simulator.policies.port.Policy`. ``packs``: hand over to the worker with the fewest free slots
-    instead, so that few workers are busy."""
+    """Implements :class:`simulator.policies.port.Policy`."""
 
-    def __init__(self, dispatch: Dispatch, *, packs: bool = False) -> None:
-        self._dispatch = dispatch
-        self._lines: dict[Lane, _Line] = {lane: _Line() for lane in LANES}
+    def __init__(self, context: PolicyContext, rules: QueueRules) -> None:
+        self._context = context
+        self._clock = context.clock
+        self._rules = rules
+        self._warmth = Warmth(context.block_tokens) if rules.affinity else None
+        self._yielding = Yielding() if rules.max_yields else None
+        self._lines: dict[Lane, Line] = {lane: Line(self._warmth, fair=rules.fairness) for lane in LANES}
+        self._slots: dict[Worker, tuple[SlotBounds, SlotState]] = {}
         self._free = LoadLevels()
         """Workers that have a free slot, by where new work is handed to first."""
-        self._sign = 1 if packs else -1
+        self._sign = 1 if rules.packs else -1
 
     @property
     def waiting(self) -> int:
@@ -55,31 +67,68 @@ class PullQueue:
 
     def arrive(self, request: Request) -> None:
         """Hand ``request`` over, or queue it."""
+        self._prepare(request)
         line = self._lines[request.lane]
-        worker = None if line.waiting else self._free.lowest()
-        if worker is None:
+        best = None if line.waiting else self._free.lowest()
+        if best is None:
             line.put(request)
-        else:
-            self._dispatch(worker, request)
-            self._offer(worker)
+            if request.lane is Lane.INTERACTIVE:
+                self._ask_to_yield(line.waiting)
+            return
+        worker = best if self._warmth is None else self._warmth.warmest(request.digests, best)
+        self._dispatch(worker, request)
+        self._offer(worker)
+
+    def _prepare(self, request: Request) -> None:
+        """What a Router says of ``request``. It knows its prompt, and of its output no more than what is usual."""
+        rules = self._rules
+        request.yields_left = rules.max_yields
+        request.charge = self._charge(request, Usage(request.prompt_tokens, USUAL_OUTPUT))
+        if self._warmth is not None:
+            request.digests = self._warmth.digests(request)
+
+    def _charge(self, request: Request, usage: Usage) -> float:
+        return charge_of(cost_of(usage), self._rules.weights.get(request.tenant, 1.0))
 
     def joined(self, worker: Worker) -> None:
         """``worker`` claims what it has slots for."""
-        self.freed(worker)
+        if self._rules.max_slots is not None:
+            bounds = SlotBounds(worker.slots, max(self._rules.max_slots, worker.slots))
+            self._slots[worker] = (bounds, first_state(bounds))
+            self._clock.at(self._clock.now + READ_ENGINE_S, self._adapt, worker)
+        self._claim(worker)
 
     def left(self, worker: Worker) -> None:
         """``worker`` claims nothing more."""
         self._free.remove(worker)
 
-    def freed(self, worker: Worker) -> None:
+    def ended(self, request: Request, worker: Worker) -> None:
+        """``worker`` has a free slot more."""
+        if request.generated == request.output_tokens:
+            usage = Usage(request.prompt_tokens, request.output_tokens, request.cached)
+            self._lines[request.lane].correct(request, self._charge(request, usage))
+        if self._yielding is not None:
+            self._yielding.ended(request, worker, self._clock.now)
+        self._claim(worker)
+
+    def _claim(self, worker: Worker) -> None:
         """``worker`` claims for its free slots."""
+        if worker.leaving:
+            return
         while worker.running < worker.slots:
             line = next((line for lane in lane_order(worker.turn) if (line := self._lines[lane]).waiting), None)
             if line is None:
                 break
             worker.turn += 1
-            self._dispatch(worker, line.take())
+            self._dispatch(worker, line.take(worker, self._clock.now))
         self._offer(worker)
+
+    def _dispatch(self, worker: Worker, request: Request) -> None:
+        if self._warmth is not None:
+            self._warmth.remember(request.digests, worker)
+        if self._yielding is not None:
+            self._yielding.started(request, self._clock.now)
+        self._context.dispatch(worker, request)
 
     def _offer(self, worker: Worker) -> None:
         """Have new work handed to ``worker`` as long as it has free slots."""
@@ -87,3 +136,34 @@ class PullQueue:
             self._free.put(worker, self._sign * (worker.slots - worker.running))
         else:
             self._free.remove(worker)
+
+    def _adapt(self, worker: Worker) -> None:
+        """``worker`` reads the load of its engine."""
+        if worker.leaving:
+            del self._slots[worker]
+            return
+        self._clock.at(self._clock.now + READ_ENGINE_S, self._adapt, worker)
+        if not worker.running:
+            return
+        bounds, state = self._slots[worker]
+        busy = worker.running
+        state = next_state(state, bounds, worker.engine.load(), busy=busy, all_in_use=busy >= worker.slots)
+        self._slots[worker] = (bounds, state)
+        if state.limit != worker.slots:
+            worker.slots = state.limit
+            self._claim(worker)
+
+    def _ask_to_yield(self, waiting: int) -> None:
+        asked = None if self._yielding is None else self._yielding.asks(waiting, self._clock.now)
+        if asked is not None:
+            self._clock.at(self._clock.now + self._context.hop_s, self._may_yield, asked)
+
+    def _may_yield(self, request: Request) -> None:
+        if self._yielding is not None and self._yielding.agrees(request, self._clock.now) and request.worker:
+            request.worker.engine.abort(request, self._yielded)
+
+    def _yielded(self, request: Request) -> None:
+        """``request`` goes on later, behind what it has."""
+        request.queued_at = self._clock.now
+        self._lines[request.lane].put_again(request)
+        self._context.take_back(request)

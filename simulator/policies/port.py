@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+from ..clock import Clock
 from ..fleet import Membership, Worker
 from ..requests import Request
 
 Dispatch = Callable[[Worker, Request], None]
 """Sends a request to a worker's engine; from then on it counts as running there."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy works with. ``take_back`` ends an attempt that its engine has stopped. What is said to a worker
+    takes ``hop_s``. A block of a prompt has ``block_tokens``."""
+
+    clock: Clock
+    dispatch: Dispatch
+    take_back: Callable[[Request], None]
+    hop_s: float
+    block_tokens: int
 
 
 class Policy(Membership, Protocol):
@@ -23,8 +37,8 @@ class Policy(Membership, Protocol):
     def arrive(self, request: Request) -> None:
         """A client sent ``request``."""
 
-    def freed(self, worker: Worker) -> None:
-        """A request of ``worker``, which takes work, ended."""
+    def ended(self, request: Request, worker: Worker) -> None:
+        """``request`` runs on ``worker`` no more."""
 
 
 class LoadLevels:

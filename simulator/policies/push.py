@@ -12,7 +12,7 @@ from collections import deque
 
 from ..fleet import Worker
 from ..requests import Request
-from .port import Dispatch, LoadLevels
+from .port import LoadLevels, PolicyContext
 
 RING_POINTS = 100
 """Of each worker on the ring of consistent hashing."""
@@ -25,8 +25,8 @@ KEY_BLOCKS = 2
 class _Push:
     """What all of them have: workers, and requests that came while there was none."""
 
-    def __init__(self, dispatch: Dispatch) -> None:
-        self._dispatch = dispatch
+    def __init__(self, context: PolicyContext) -> None:
+        self._dispatch = context.dispatch
         self._without_worker: deque[Request] = deque()
 
     @property
@@ -47,8 +47,9 @@ class _Push:
         for request in waiting:
             self.arrive(request)
 
-    def freed(self, worker: Worker) -> None:
-        self._loaded(worker)
+    def ended(self, request: Request, worker: Worker) -> None:
+        if not worker.leaving:
+            self._loaded(worker)
 
     def _choose(self, request: Request) -> Worker | None:
         raise NotImplementedError
@@ -63,8 +64,8 @@ class _Push:
 class RoundRobin(_Push):
     """Each worker in turn."""
 
-    def __init__(self, dispatch: Dispatch) -> None:
-        super().__init__(dispatch)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
         self._workers: deque[Worker] = deque()
 
     def left(self, worker: Worker) -> None:
@@ -83,8 +84,8 @@ class RoundRobin(_Push):
 class LeastLoaded(_Push):
     """The worker with the fewest requests."""
 
-    def __init__(self, dispatch: Dispatch) -> None:
-        super().__init__(dispatch)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
         self._levels = LoadLevels()
 
     def left(self, worker: Worker) -> None:
@@ -104,8 +105,8 @@ class BoundedHashing(_Push):
     """Consistent hashing of a prompt's beginning with bounded loads (Mirrokni, Thorup, Zadimoghaddam: Consistent
     Hashing with Bounded Loads, SODA 2018): the first worker clockwise that has less than its bound."""
 
-    def __init__(self, dispatch: Dispatch) -> None:
-        super().__init__(dispatch)
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
         self._ring: list[tuple[int, int, Worker]] = []
         self._workers: set[Worker] = set()
         self._running = 0
@@ -115,8 +116,8 @@ class BoundedHashing(_Push):
         self._running -= worker.running
         self._ring = [point for point in self._ring if point[2] is not worker]
 
-    def freed(self, worker: Worker) -> None:
-        self._running -= 1
+    def ended(self, request: Request, worker: Worker) -> None:
+        self._running -= not worker.leaving
 
     def _add(self, worker: Worker) -> None:
         self._workers.add(worker)

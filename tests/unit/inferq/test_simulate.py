@@ -35,9 +35,16 @@ def test_json_has_every_figure() -> None:
     """For scripts."""
     chosen = ("--policy", "inferq", "--fleet", "queue-length", "--fleet", "clairvoyant", "--limit", "100", "--json")
     scaled, clairvoyant = json.loads(simulated(TRACE, *chosen))
-    assert (scaled["policy"], scaled["fleet"], scaled["requests"]) == ("inferq", "queue-length", 100)
+    assert (scaled["policy"], scaled["fleet"], scaled["requests"]) == ("inferq", "queue-length 10", 100)
     assert (clairvoyant["policy"], clairvoyant["fleet"]) == ("oracle", "clairvoyant")
     assert 0 < clairvoyant["gpu_hours"] < scaled["gpu_hours"]
+
+
+def test_scalers_are_varied_in_their_setting() -> None:
+    """A row for each value."""
+    chosen = ("--policy", "inferq", "--fleet", "lag-count", "--lag-threshold", "5", "--lag-threshold", "50", "--json")
+    found = json.loads(simulated(TRACE, *chosen, "--fleet", "inferq", "--target-wait-ms", "100"))
+    assert [one["fleet"] for one in found] == ["lag-count 5", "lag-count 50", "inferq 100 ms"]
 
 
 def test_engine_options_change_the_engine() -> None:

@@ -17,7 +17,7 @@ def test_figures_follow_requests() -> None:
     for request in (*requests, batch):
         figures.arrived(request)
     for request in requests[:3]:
-        request.started_at = 5.0
+        request.began_at = 5.0
         figures.started(request)
     figures.finished(requests[1], 7.5)
     figures.failed(requests[3])

@@ -23,9 +23,11 @@ class Listener:
         self.clock = clock
         self.ends: dict[int, tuple[float, float]] = {}
         self.refusals: list[int] = []
+        self.stopped: list[float] = []
 
     def started(self, request: Request) -> None:
-        request.started_at = self.clock.now
+        if request.started_at < 0:
+            request.started_at = self.clock.now
 
     def finished(self, request: Request) -> None:
         assert request.number not in self.ends
@@ -135,3 +137,68 @@ def test_inferqs_simulated_engine() -> None:
     _, listener = replayed(replace(PROFILES["simulated"], max_seqs=1), lines)
     assert listener.ends[0] == (pytest.approx(0.04), pytest.approx(0.14))
     assert listener.ends[1] == (pytest.approx(0.17), pytest.approx(0.19))
+
+
+def aborted(profile: EngineProfile, lines: list[TraceRequest], number: int, at_s: float) -> tuple[Request, Listener]:
+    """What became of ``lines`` where request ``number`` is stopped at ``at_s`` and sent again 10 s later."""
+    clock = Clock()
+    listener = Listener(clock)
+    engine = engine_factory(clock, profile, 16, listener)()
+    requests = [Request(place, line, line.at_s) for place, line in enumerate(lines)]
+    for request in requests:
+        clock.at(request.arrived_at, engine.submit, request)
+
+    def again(request: Request) -> None:
+        listener.stopped.append(clock.now)
+        clock.at(clock.now + 10, engine.submit, request)
+
+    clock.at(at_s, lambda request: engine.abort(request, again), requests[number])
+    clock.run()
+    assert sorted(listener.ends) == list(range(len(lines)))
+    return requests[number], listener
+
+
+@pytest.mark.parametrize("profile", [PROFILE, PROFILES["simulated"]], ids=lambda profile: profile.name)
+def test_a_stopped_request_goes_on_behind_what_it_has(profile: EngineProfile) -> None:
+    """It keeps its first token's time and has all its tokens in the end; what is computed again is counted."""
+    lines = [TraceRequest(0.0, 100, 200), TraceRequest(0.0, 50, 20)]
+    _, undisturbed = replayed(profile, lines)
+    request, listener = aborted(profile, lines, 0, 1.0)
+    assert listener.stopped == [pytest.approx(1.0, abs=0.02)]
+    assert listener.ends[0][0] == pytest.approx(undisturbed.ends[0][0])
+    assert listener.ends[0][1] == pytest.approx(undisturbed.ends[0][1] + 10, abs=0.15)
+    assert 150 < request.redone < 300
+    assert request.generated == 200
+
+
+@pytest.mark.parametrize("profile", [PROFILE, PROFILES["simulated"]], ids=lambda profile: profile.name)
+def test_a_request_is_stopped_before_its_first_token(profile: EngineProfile) -> None:
+    """While its prompt is computed, or while it waits in the engine: its first token is that of the next attempt."""
+    lines = [TraceRequest(0.0, 2000, 5), TraceRequest(0.0, 2000, 5)]
+    for at_s, slots in ((0.015, 5), (0.0, 1)):
+        _, listener = aborted(replace(profile, max_seqs=slots), lines, 1, at_s)
+        assert listener.ends[1][0] > 10
+        assert listener.ends[0][1] < 1
+
+
+def test_a_stop_that_comes_late_changes_nothing() -> None:
+    """The step under way was its last."""
+    _, listener = aborted(PROFILE, [TraceRequest(0.0, 10, 1)], 0, 0.005)
+    assert (listener.stopped, list(listener.ends)) == ([], [0])
+
+
+def test_an_engine_tells_its_load() -> None:
+    """What runs, what waits inside, how full the KV cache is, and what was computed anew."""
+    clock = Clock()
+    engine = engine_factory(clock, replace(PROFILE, max_seqs=2, kv_tokens=400), 16, Listener(clock))()
+    for number in range(3):
+        clock.at(0.0, engine.submit, Request(number, TraceRequest(0.0, 100, 150), 0.0))
+    seen = []
+    for at_s in (0.5, 100.0):
+        clock.at(at_s, lambda _: seen.append(engine.load()))
+    clock.run()
+    assert (seen[0].running, seen[0].waiting, seen[0].preemptions) == (2, 1, 0)
+    assert seen[0].kv_usage == pytest.approx(0.7, abs=0.1)
+    assert (seen[1].running, seen[1].waiting, seen[1].kv_usage) == (0, 0, 0.0)
+    assert seen[1].preemptions is not None
+    assert seen[1].preemptions > 0

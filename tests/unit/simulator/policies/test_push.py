@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from scheduling.slots import EngineLoad
+from simulator.clock import Clock
 from simulator.engines import Engine
 from simulator.fleet import Worker
-from simulator.policies import POLICIES, Policy
+from simulator.policies import POLICIES, Policy, PolicyContext, QueueRules
 from simulator.requests import Request, TraceRequest
 
 
@@ -18,13 +20,20 @@ class Idle:
     def submit(self, request: Request) -> None:
         raise AssertionError("the policy sends requests by its dispatch alone")
 
+    def abort(self, request: Request, stopped: Callable[[Request], None]) -> None:
+        stopped(request)
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(waiting=0)
+
 
 class Sent:
     """A policy with ``count`` workers, and what it sent where."""
 
     def __init__(self, name: str, count: int) -> None:
         self.to: list[int] = []
-        self.policy: Policy = POLICIES[name].make(self._send)
+        context = PolicyContext(Clock(), self._send, lambda _: None, 0.0, 512)
+        self.policy: Policy = POLICIES[name].make(context, QueueRules())
         engine: Engine = Idle()
         self.workers = [Worker(number, engine, 2, 0.0) for number in range(count)]
         for worker in self.workers:
@@ -41,8 +50,9 @@ class Sent:
         return self.to[-1]
 
     def end(self, number: int) -> None:
-        self.workers[number].running -= 1
-        self.policy.freed(self.workers[number])
+        worker = self.workers[number]
+        worker.running -= 1
+        self.policy.ended(Request(0, TraceRequest(0.0, 1, 1), 0.0), worker)
 
 
 def test_round_robin_takes_turns() -> None:

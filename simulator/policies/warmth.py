@@ -1,0 +1,98 @@
+"""Prefix affinity in the simulated queue: which worker's cache holds a request's prefix, by ``scheduling.affinity``."""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import urlsafe_b64encode
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from scheduling.affinity import (
+    CHUNK_BYTES,
+    DIGEST_CHARS,
+    LOOKAHEAD,
+    SAMPLED_CHUNKS,
+    WarmTable,
+    average_wait_ms,
+    choose,
+    patience_ms,
+    takes_warm,
+)
+
+from ..fleet import Worker
+from ..requests import Request
+
+BYTES_PER_TOKEN = 4
+"""What turns a trace's tokens into the bytes in which a Router counts chunks."""
+
+
+class Warmth:
+    """What the queue knows of caches. Traces have blocks of ``block_tokens``; a digest of a chunk is that of the last
+    block within it."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._table = WarmTable()
+        self._workers: dict[str, Worker] = {}
+        ends = {chunk * CHUNK_BYTES // (block_tokens * BYTES_PER_TOKEN) for chunk in SAMPLED_CHUNKS}
+        self._sampled = [end - 1 for end in sorted(ends) if end]
+
+    def digests(self, request: Request) -> str:
+        """As a Router makes them, the longest prefix first."""
+        blocks = request.blocks
+        known = [place for place in self._sampled if place < len(blocks)]
+        return "".join(_digest(request.tenant, blocks[place]) for place in reversed(known))
+
+    def warmest(self, digests: str, best: Worker) -> Worker:
+        """The worker that a request is handed to where nothing waits: ``best`` has the most free slots."""
+        match = self._table.match(digests) if digests else None
+        if match is None:
+            return best
+        most_free = best.slots - best.running
+        holders = (self._workers[name] for name in match.holders)
+        warm = [
+            worker
+            for worker in holders
+            if worker.ready and not worker.leaving and takes_warm(match, worker.slots - worker.running, most_free)
+        ]
+        return max(warm, key=lambda worker: worker.slots - worker.running, default=best)
+
+    def remember(self, digests: str, worker: Worker) -> None:
+        """A request with ``digests`` runs on ``worker``."""
+        if digests:
+            name = str(worker.number)
+            self._workers[name] = worker
+            self._table.remember(digests, name)
+
+    def chosen(self, waiting: Iterable[str], worker: Worker) -> int:
+        """Which of the requests that wait, given as their digests in fair order, ``worker`` takes."""
+        found: Sequence[str] = [digests for digests, _ in zip(waiting, range(LOOKAHEAD), strict=False)]
+        return choose(self._table, found, str(worker.number))
+
+
+class Patience:
+    """How long the first request of a line is overtaken by warm ones; times are in seconds."""
+
+    __slots__ = ("_wait_ms",)
+
+    def __init__(self) -> None:
+        self._wait_ms = 0
+
+    def waits(self, digests: str) -> None:
+        """A request joined the line."""
+        if digests and not self._wait_ms:
+            self._wait_ms = 1
+
+    def left(self, waited_s: float) -> None:
+        """A request left the line."""
+        self._wait_ms = average_wait_ms(self._wait_ms, int(waited_s * 1e3))
+
+    def lasts(self, waited_s: float) -> bool:
+        """Whether one that has waited so long may be overtaken."""
+        return waited_s * 1e3 < patience_ms(self._wait_ms)
+
+
+@lru_cache(maxsize=1 << 18)
+def _digest(tenant: str, block: int) -> str:
+    """Ids of blocks stand for everything up to there, as digests do."""
+    size = DIGEST_CHARS * 3 // 4
+    return urlsafe_b64encode(hashlib.blake2b(f"{tenant} {block}".encode(), digest_size=size).digest()).decode()
