@@ -40,6 +40,7 @@ COMMANDS = (
     "batch",
     "webhooks",
     "chat",
+    "autoscale",
     "simulate",
     "queues",
     "workers",
