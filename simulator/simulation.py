@@ -91,7 +91,7 @@ class _Simulation:
 
     def finished(self, request: Request) -> None:
         """``request`` has its last token."""
-        self._figures.finished(request, self._clock.now)
+        self._figures.finished(request)
         self._recorder.finished(request, self._clock.now)
         self._shares.finished(request)
         self._ended(request)
@@ -151,7 +151,7 @@ class _Simulation:
             self._fleet.drain(worker)
 
     def _scale(self, scaler: Scaler) -> None:
-        pool = self._figures.load(self._clock.now, *self._fleet.capacity())
+        pool = self._figures.depth(self._clock.now, *self._fleet.capacity())
         self._fleet.resize(scaler.wanted(FleetLoad(self._clock.now, pool, len(self._fleet))))
         self._clock.at(self._clock.now + scaler.interval_s, self._scale, scaler)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from scheduling.autoscale import ScalingRules, Stabilizer, replicas_wanted
+from scheduling.autoscale import ScalingRules, Stabilizer, load_of, replicas_wanted
 
 from .port import FleetLoad
 
-INTERVAL_S = 5.0
+INTERVAL_S = 1.0
 
 
 class InferqAutoscaler:
@@ -21,7 +21,7 @@ class InferqAutoscaler:
 
     def wanted(self, load: FleetLoad) -> int:
         """How many workers there should be."""
-        wish = replicas_wanted(load.pool, self._rules, start_up_ms=self._start_up_ms)
+        wish = replicas_wanted(load_of(load.pool), self._rules, start_up_ms=self._start_up_ms)
         now_ms = load.now_s * 1e3
         decision = self._stabilizer.decide(wish, load.workers, now_ms, self._rules, start_up_ms=self._start_up_ms)
         return decision.replicas

@@ -32,8 +32,7 @@ class LagCount:
 
     def wanted(self, load: FleetLoad) -> int:
         """How many workers there should be."""
-        lanes = load.pool.lanes.values()
-        lag = sum(lane.waiting + (lane.leased if self._with_running else 0) for lane in lanes)
+        lag = load.pool.outstanding if self._with_running else load.pool.waiting
         asked = min(max(math.ceil(lag / self._threshold), self._least), self._most)
         recent = self._recent
         recent.append((load.now_s, asked))

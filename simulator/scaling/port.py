@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from scheduling.autoscale import PoolLoad
+from queue_schemas import PoolDepth
 
 
 @dataclass(frozen=True, slots=True)
 class FleetLoad:
-    """What a scaler sees: the pool's requests, and ``workers`` that start or take work. Requests wait until an engine
-    begins them."""
+    """What a scaler sees: the pool as Routers say it, and ``workers`` that start or take work. Requests wait until an
+    engine begins them."""
 
     now_s: float
-    pool: PoolLoad
+    pool: PoolDepth
     workers: int
 
 

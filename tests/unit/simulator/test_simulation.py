@@ -33,8 +33,7 @@ class Flapping:
         self._random = random.Random(1)
 
     def wanted(self, load: FleetLoad) -> int:
-        waits = any(lane.waiting for lane in load.pool.lanes.values())
-        return self._random.randint(int(waits), 6)
+        return self._random.randint(1 if load.pool.waiting else 0, 6)
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from queue_schemas.lanes import Lane
-from scheduling.autoscale import LaneLoad, PoolLoad
+from queue_schemas import PoolDepth
 from simulator.scaling import FleetLoad, LagCount
 
 
 def load(now_s: float, waiting: int, leased: int, workers: int) -> FleetLoad:
-    return FleetLoad(now_s, PoolLoad({Lane.INTERACTIVE: LaneLoad(waiting, leased), Lane.BATCH: LaneLoad()}), workers)
+    pool = PoolDepth(model="", waiting=waiting, leased=leased, outstanding=waiting + leased)
+    return FleetLoad(now_s, pool, workers)
 
 
 def test_replicas_follow_the_lag() -> None:
