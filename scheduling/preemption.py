@@ -16,11 +16,12 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from queue_schemas.ids import JobId
-from queue_schemas.lanes import LANE_CYCLE, LANES
+from queue_schemas.lanes import LANE_CYCLE, LANES, Lane
 
 ASK_AGAIN_MS = 2_000
 LOWER_PART = LANE_CYCLE // (len(LANES) - 1)
@@ -67,21 +68,28 @@ class YieldPolicy:
 
     share: float
     min_gain_s: float
-    mean_run_s: float | None = None
-    """Decayed mean of the run times of attempts that came to their end; None before the first."""
+    mean_run_s: dict[Lane, float] = field(default_factory=dict)
+    """By lane: decayed mean of the run times of attempts that came to their end."""
     _yielded_at: deque[float] = field(default_factory=deque)
 
-    def ran(self, run_s: float) -> None:
-        """An attempt came to its end after ``run_s``."""
-        mean = self.mean_run_s
-        self.mean_run_s = run_s if mean is None else mean + _DECAY * (run_s - mean)
+    def ran(self, lane: Lane, run_s: float) -> None:
+        """An attempt of ``lane`` came to its end after ``run_s``."""
+        mean = self.mean_run_s.setdefault(lane, run_s)
+        self.mean_run_s[lane] = mean + _DECAY * (run_s - mean)
 
-    def refusal(self, now: float, slots: int, running: int, free: int) -> str:
-        """Why nothing yields now, as a metric's label; empty if an attempt may. ``running`` of ``slots`` are busy,
-        ``free`` can take a job at once."""
-        if free > 0:
+    def slot_due_s(self, running: Mapping[Lane, int]) -> float:
+        """How long until one of the attempts that run, so many of each lane, is expected to end: each does so at the
+        rate of its lane, and of a lane of which none has ended nothing is expected."""
+        rates = (count / max(self.mean_run_s[lane], 1e-6) for lane, count in running.items() if lane in self.mean_run_s)
+        rate = sum(rates)
+        return 1 / rate if rate else inf
+
+    def refusal(self, now: float, slots: int, running: Mapping[Lane, int]) -> str:
+        """Why nothing yields now, as a metric's label; empty if an attempt may. ``running``: by lane, what ``slots``
+        run."""
+        if sum(running.values()) < slots:
             return "slot_free"
-        if self.mean_run_s is not None and self.mean_run_s / max(running, 1) < self.min_gain_s:
+        if self.slot_due_s(running) < self.min_gain_s:
             return "slot_due"
         while self._yielded_at and now - self._yielded_at[0] >= _WINDOW_S:
             self._yielded_at.popleft()

@@ -42,7 +42,7 @@ class Preemption:
     def ended(self, attempt: Attempt) -> None:
         """An attempt is over: what it took tells when others will be."""
         if attempt.stop_reason is None:
-            self._policy.ran(asyncio.get_running_loop().time() - attempt.started)
+            self._policy.ran(attempt.lease.job.lane, asyncio.get_running_loop().time() - attempt.started)
 
     def _ask_again(self, attempt: Attempt, interactive_before: int) -> None:
         """A slot was free, or asked for, a moment ago. If an interactive job has it now, no other one is needed."""
@@ -52,9 +52,8 @@ class Preemption:
             self._decide(attempt)
 
     def _decide(self, attempt: Attempt | None) -> None:
-        now, slots = asyncio.get_running_loop().time(), self._slots
-        reason = _why_not(attempt)
-        reason = reason or self._policy.refusal(now, slots.total, slots.busy, max(slots.total - slots.busy, 0))
+        now = asyncio.get_running_loop().time()
+        reason = _why_not(attempt) or self._policy.refusal(now, self._slots.total, self._attempts.by_lane())
         if attempt is None or reason:
             self._refuse(attempt, reason)
             return

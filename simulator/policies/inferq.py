@@ -127,7 +127,7 @@ class PullQueue:
         if self._warmth is not None:
             self._warmth.remember(request.digests, worker)
         if self._yielding is not None:
-            self._yielding.started(request, self._clock.now)
+            self._yielding.started(request, worker, self._clock.now)
         self._context.dispatch(worker, request)
 
     def _offer(self, worker: Worker) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 
 from queue_schemas.ids import JobId
 from queue_schemas.lanes import Lane
@@ -24,20 +24,24 @@ class Yielding:
         """Attempts that were not asked, in the order in which they began (ms)."""
         self._asked: dict[JobId, tuple[Request, Yieldable]] = {}
         self._workers: dict[Worker, YieldPolicy] = {}
+        self._lanes: defaultdict[Worker, Counter[Lane]] = defaultdict(Counter)
+        """What each worker runs."""
 
-    def started(self, request: Request, now: float) -> None:
+    def started(self, request: Request, worker: Worker, now: float) -> None:
         """An attempt begins."""
         self._leased[request.lane] += 1
+        self._lanes[worker][request.lane] += 1
         if request.lane is not Lane.INTERACTIVE and request.yields_left:
             self._running[_id(request)] = (request, int(now * 1e3))
 
     def ended(self, request: Request, worker: Worker, now: float) -> None:
         """An attempt is over, at its end or before."""
         self._leased[request.lane] -= 1
+        self._lanes[worker][request.lane] -= 1
         self._running.pop(_id(request), None)
         self._asked.pop(_id(request), None)
         if request.generated == request.output_tokens:
-            self._of(worker).ran(now - request.began_at)
+            self._of(worker).ran(request.lane, now - request.began_at)
 
     def asks(self, waiting: int, now: float) -> Request | None:
         """The attempt that the queue asks to yield to ``waiting`` interactive requests, if any."""
@@ -64,7 +68,7 @@ class Yielding:
         if worker is None or _id(request) not in self._asked:
             return False
         policy = self._of(worker)
-        if policy.refusal(now, worker.slots, worker.running, max(worker.slots - worker.running, 0)):
+        if policy.refusal(now, worker.slots, self._lanes[worker]):
             return False
         policy.yielded(now)
         request.yields_left -= 1

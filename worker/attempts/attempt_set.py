@@ -7,7 +7,7 @@ the queue has ended it already.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from broker import Broker
@@ -111,6 +111,10 @@ class Attempts:
     def running(self, attempt_id: str) -> Attempt | None:
         """That attempt, if it runs."""
         return self._running.get(attempt_id)
+
+    def by_lane(self) -> Counter[Lane]:
+        """How many attempts of each lane run."""
+        return Counter(attempt.lease.job.lane for attempt in self._running.values())
 
     def leases(self, shard: int) -> list[Lease]:
         """The leases of ``shard`` that run."""
