@@ -28,6 +28,9 @@ class FleetMetrics:
         self.woken = registry.counter(
             "inferq_workers_woken_total", "Parked workers woken by a sweep because jobs waited"
         )
+        self._placed = registry.counter(
+            "inferq_models_assigned_total", "Times that a worker was told to load another model", ("model",)
+        )
         self._workers = registry.gauge("inferq_workers", "Workers by model and state", ("model", "state"))
         self._pool_workers = registry.gauge("inferq_pool_workers", "Workers that take work for a model", ("model",))
         self._pool_slots = registry.gauge("inferq_pool_slots", "Slots of the workers of a model", ("model",))
@@ -41,6 +44,10 @@ class FleetMetrics:
 
     def declared_dead(self, cause: str) -> None:
         self._declared_dead.labels(cause).inc()
+
+    def placed(self, model: str) -> None:
+        """A worker was told to load ``model``."""
+        self._placed.labels(model).inc()
 
     def reclaimed(self, jobs: Reclaimed) -> None:
         """Count a dead session's jobs; ``resumable``: streams that wait for their Routers to resume them."""

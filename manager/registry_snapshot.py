@@ -93,7 +93,7 @@ class RegistrySnapshot:
 
     async def _remember_pools(self, served: set[str]) -> None:
         now, limit = self._clock(), self._settings.broker_timeout_ms
-        declared = set(self._settings.pools)
+        declared = {*self._settings.pools, *self._settings.placement}
         due = {model for model in served | declared if now >= self._pools_due.get(model, now)}
         self._pools_at = min((at for at in self._pools_due.values() if at > now), default=now + POOLS_REFRESH_S)
         if not due:

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from queue_schemas import BadMessage
 from queue_schemas.fleet.acting_manager import check_manager_url
+from queue_schemas.fleet.messages import MAX_WORKERS
+from scheduling.placement import PoolRules
 from telemetry import CommaList, HeaderSecret, RoleSettings
+from telemetry.settings import JsonTable
+
+
+class PlacementRules(BaseModel):
+    """What is declared of one pool."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_workers: int = Field(default=0, ge=0, le=MAX_WORKERS)
+    max_workers: int = Field(default=MAX_WORKERS, ge=0, le=MAX_WORKERS)
+    start_s: float = Field(default=60.0, ge=0.1, le=3_600)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError("min_workers must be at most max_workers")
+        return self
+
+    @property
+    def rules(self) -> PoolRules:
+        return PoolRules(min_workers=self.min_workers, max_workers=self.max_workers, start_s=self.start_s)
 
 
 class ManagerSettings(RoleSettings):
@@ -31,6 +54,12 @@ class ManagerSettings(RoleSettings):
         "", description="Redis URL that workers and Routers are given; empty: the one that the Manager uses"
     )
     pools: CommaList = Field(default_factory=list, description="Models that are known even before a worker serves them")
+    placement: JsonTable[PlacementRules] = Field(
+        default_factory=dict,
+        description="What workers with several installed models are told to load: by model, the least and most workers "
+        "and how many seconds one takes to load it, as JSON or a table: "
+        '{"m": {"min_workers": 1, "max_workers": 4, "start_s": 60}}',
+    )
     data_dir: str = Field(".inferq", description="Folder of the embedded queue server, when no Redis URL is given")
     lease_ms: int = Field(
         15_000, ge=300, description="A worker whose renewal counter stands still for this long loses its jobs"

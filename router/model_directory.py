@@ -29,10 +29,12 @@ class PoolEntry:
     """The engine's ``/v1/models`` entry for it."""
     scaled: bool = False
     """Whether an autoscaler starts workers for it."""
+    loadable: bool = False
+    """Whether a worker of the fleet could load it."""
 
     def takes_requests(self, on_no_worker: OnNoWorker) -> bool:
         """Whether a request for it is queued: served or not, unless it would wait for a worker that nobody starts."""
-        return self.workers > 0 or self.scaled or on_no_worker == "queue"
+        return self.workers > 0 or self.scaled or self.loadable or on_no_worker == "queue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,10 @@ def build_directory(
     slots = workers.copy()
     regions: dict[str, set[str]] = {}
     cards: dict[str, list[tuple[bool, str, Card]]] = {}
+    loadable: set[str] = set()
     for info in fleet:
+        if info.is_present:
+            loadable.update(info.loadable)
         for model in dict.fromkeys(info.models):
             workers.setdefault(model, 0)
             slots.setdefault(model, 0)
@@ -77,6 +82,9 @@ def build_directory(
                 workers[model] += 1
                 slots[model] += info.slots
                 regions.setdefault(model, set()).add(info.region)
+    for model in loadable:
+        workers.setdefault(model, 0)
+        slots.setdefault(model, 0)
     known = before.pools
     return Directory(
         {
@@ -87,6 +95,7 @@ def build_directory(
                 frozenset(regions.get(model, ())),
                 _card(cards.get(model, ()), known.get(model)),
                 model in scaled,
+                model in loadable,
             )
             for model, count in sorted(workers.items())
         }

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
-from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
-from pydantic_settings import NoDecode
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from openai_api.media import MediaHosts
 from openai_api.request_limits import RequestLimits
 from queue_schemas.job import MAX_WEIGHT, MAX_YIELDS, MIN_WEIGHT
 from queue_schemas.lanes import BANDS
 
-from .settings import CommaList, RoleSettings
+from .settings import CommaList, JsonTable, RoleSettings
 
 
 class TenantLimits(BaseModel):
@@ -28,10 +25,6 @@ class TenantLimits(BaseModel):
     max_output_tokens: int | None = Field(default=None, ge=0)
     weight: float = Field(default=1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT)
     highest_band: int = Field(default=0, ge=0, lt=BANDS)
-
-
-def _from_json(value: object) -> object:
-    return json.loads(value) if isinstance(value, str) else value
 
 
 class RequestSettings(RoleSettings):
@@ -59,7 +52,7 @@ class RequestSettings(RoleSettings):
         description="How often a background request or a line of a batch may be interrupted for interactive requests; "
         "it goes on behind what it said. 0: never",
     )
-    tenant_limits: Annotated[dict[str, TenantLimits], NoDecode, BeforeValidator(_from_json)] = Field(
+    tenant_limits: JsonTable[TenantLimits] = Field(
         default_factory=dict,
         description="Other limits for single tenants, their weights against others (1), and the most urgent band of "
         '``priority`` that they may have (0 to 3), as JSON or a table: {"acme": {"max_choices": 512, "weight": 4, '

@@ -7,12 +7,13 @@ A role's settings are a subclass of :class:`RoleSettings` that names its table. 
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -59,6 +60,15 @@ def _split(value: object) -> object:
 
 CommaList = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 """A list of text: ``a,b`` in the environment or in one flag, an array in the file."""
+
+
+def _from_json(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+_T = TypeVar("_T")
+JsonTable = Annotated[dict[str, _T], NoDecode, BeforeValidator(_from_json)]
+"""Entries by name: JSON in the environment or in a flag, a table in the file."""
 
 
 def _check_http_urls(urls: list[str]) -> list[str]:

@@ -1,11 +1,11 @@
-"""Decide which queues a worker claims from.
+"""Decide which queues a worker claims from, and say which model it loads.
 
 Rules:
 
 * A ready, active worker pulls every lane of every model it serves, on the shard of the model's pool.
 * A worker whose engine is not ready, or which is unresponsive, is given nothing new; what it has stays, as far as it
   still serves it, so that a short trouble moves no queue.
-* A draining worker pulls nothing.
+* A draining worker pulls nothing, nor does one that is told to load another model, until it serves that.
 * ``(term, version)`` orders assignments. The version rises exactly when the content changes; the term is that of the
   Manager that answers, so that a deposed Manager's assignment never wins.
 """
@@ -34,10 +34,12 @@ def wanted_pools(
     return [pool for pool in wanted if pool in current]
 
 
-def next_assignment(current: Assignment, term: int, pools: Sequence[PoolAssignment]) -> Assignment:
-    """``current`` if it says the same in the same term, else the one that follows it."""
+def next_assignment(current: Assignment, term: int, pools: Sequence[PoolAssignment], load: str = "") -> Assignment:
+    """``current`` if it says the same in the same term, else the one that follows it. ``load``: the model that the
+    engine is to serve, if it is another one than it started with."""
     wanted = list(pools)
-    version = current.version if current.pools == wanted else min(current.version + 1, MAX_VERSION)
+    same = (current.pools, current.load) == (wanted, load)
+    version = current.version if same else min(current.version + 1, MAX_VERSION)
     if (term, version) == current.order:
         return current
-    return Assignment(term=term, version=version, pools=wanted)
+    return Assignment(term=term, version=version, pools=wanted, load=load)

@@ -12,6 +12,7 @@ Rules:
   registry when it deregisters, when its session is declared dead, or when it is unresponsive and has no renewal counter
   for a whole lease.
 * Draining is for good: only a new session works again.
+* A worker that is told to load a model keeps to that for its session: what it says of its engine shows how far it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from queue_schemas import (
     Assignment,
+    EngineState,
     Heartbeat,
     Registration,
     SessionId,
@@ -45,7 +47,9 @@ class Member:
     ``heard_at``: when it registered or sent a heartbeat last; of one that only the snapshot knows, when that was read.
     ``heard``: it did so in this term, so it has an assignment of this term. ``had_counter``: its renewal counter was
     seen, so it has joined the queue. ``verified``: its URL answered as this session. ``verify_at``,
-    ``verify_pause_s``: when its unverified URL is tried again, and the pause after that.
+    ``verify_pause_s``: when its unverified URL is tried again, and the pause after that. ``loadable``: models of which
+    it may be told to load one; ``load``: the one it was told, empty for none, ``told_at`` then (None: not known).
+    ``load_s``: how long that took; None until its engine was ready since.
     """
 
     worker_id: WorkerId
@@ -62,6 +66,10 @@ class Member:
     url_note: str = ""
     verify_at: float = 0.0
     verify_pause_s: float = FIRST_VERIFY_PAUSE_S
+    loadable: tuple[str, ...] = ()
+    load: str = ""
+    told_at: float | None = None
+    load_s: float | None = None
     assignment: Assignment = field(default=_NO_ASSIGNMENT)
 
     @property
@@ -69,12 +77,32 @@ class Member:
         return SessionId(self.status.session_id)
 
     @property
+    def model(self) -> str:
+        """The model that its engine serves, or will; empty if it could not load another one."""
+        return self.load or self.status.loaded
+
+    @property
+    def is_swapping(self) -> bool:
+        """Whether it was told to load another model than the one that its engine serves or starts with."""
+        return self.load not in ("", self.status.loaded)
+
+    @property
+    def is_present(self) -> bool:
+        """Whether it takes work as soon as its engine is ready."""
+        return self.state is WorkerState.ACTIVE and self.status.broker_ok
+
+    @property
+    def load_failed(self) -> bool:
+        """Whether its engine failed before it was ready with its model."""
+        return self.load_s is None and self.status.engine is EngineState.FAILED and not self.is_swapping
+
+    @property
     def visible(self) -> tuple[object, ...]:
         """What others act on. How busy a worker is changes with each heartbeat, and is not part of it."""
         status = self.status
         return (
             self.state, self.assignment, self.verified, self.url_note, status.engine, status.engine_detail,
-            status.models, status.cards, status.slots, status.broker_ok,
+            status.models, status.cards, status.slots, status.broker_ok, status.loaded,
         )  # fmt: skip
 
     def info(self, now: float | None = None) -> WorkerInfo:
@@ -96,6 +124,8 @@ class Member:
             engine_detail=status.engine_detail,
             broker_ok=status.broker_ok,
             state=self.state,
+            loaded=status.loaded,
+            loadable=list(self.loadable),
             heartbeat_age_ms=0 if now is None else max(0, round((now - self.heard_at) * 1000)),
             assignment=self.assignment,
         )
@@ -124,6 +154,10 @@ class Registry:
                 region=info.region,
                 drain_asked=info.state is WorkerState.DRAINING,
                 verify_at=now,
+                loadable=tuple(info.loadable),
+                load=info.assignment.load,
+                told_at=now if info.assignment.load else None,
+                load_s=0.0 if info.engine is EngineState.READY and not info.is_swapping else None,
                 assignment=info.assignment,
             )
             self._put(member, now)
@@ -154,6 +188,7 @@ class Registry:
             version=registration.version,
             region=registration.region,
             verify_at=now,
+            loadable=tuple(registration.loadable),
             heard=True,
         )
         if known is not None and known.session_id == member.session_id:
@@ -161,6 +196,9 @@ class Registry:
                 member,
                 drain_asked=known.drain_asked,
                 had_counter=known.had_counter,
+                load=known.load,
+                told_at=known.told_at,
+                load_s=known.load_s,
                 assignment=known.assignment,
             )
             if known.url == member.url:
@@ -186,6 +224,11 @@ class Registry:
     def drain(self, worker_id: str, now: float) -> Member:
         """Ask a worker to finish what it runs and end. Raises ``UnknownWorker``."""
         return self._put(replace(self.get(worker_id), drain_asked=True), now)
+
+    def place(self, worker_id: str, model: str, now: float) -> Member:
+        """Have a worker load one of its loadable models. Raises ``UnknownWorker``."""
+        member = self.get(worker_id)
+        return self._put(replace(member, load=model, told_at=now, load_s=None), now)
 
     def leave(self, worker_id: str, session_id: str) -> bool:
         """Forget a worker that deregisters; False if that session is no member (any more)."""
@@ -255,12 +298,15 @@ class Registry:
             state = WorkerState.DRAINING
         elif now - member.heard_at >= self._unresponsive_s:
             state = WorkerState.UNRESPONSIVE
-        member = replace(member, state=state)
+        status = member.status
+        load_s = member.load_s
+        if load_s is None and status.engine is EngineState.READY and not member.is_swapping:
+            load_s = 0.0 if member.told_at is None else now - member.told_at
+        member = replace(member, state=state, load_s=load_s)
         if member.assignment.term != self.term or not self._same_inputs(member):
-            pools = wanted_pools(
-                state, member.status.engine, member.status.models, member.assignment.pools, self._shard_of
-            )
-            member = replace(member, assignment=next_assignment(member.assignment, self.term, pools))
+            models = [] if member.is_swapping else status.models
+            pools = wanted_pools(state, status.engine, models, member.assignment.pools, self._shard_of)
+            member = replace(member, assignment=next_assignment(member.assignment, self.term, pools, member.load))
         self._members[member.worker_id] = member
         return member
 
@@ -270,6 +316,7 @@ class Registry:
         return (
             known is not None
             and known.assignment is member.assignment
-            and (known.state, known.status.engine) == (member.state, member.status.engine)
+            and (known.state, known.status.engine, known.load) == (member.state, member.status.engine, member.load)
+            and known.status.loaded == member.status.loaded
             and known.status.models == member.status.models
         )

@@ -34,6 +34,8 @@ RAY_MANAGER = "manager"
 """Where in a Ray cluster the Manager is found: an actor of this name in that namespace."""
 MAX_MODELS = 1024
 """Most models (adapters included) that one worker may serve."""
+MAX_LOADABLE = 256
+"""Most models of which a worker's engine may load one."""
 MAX_TERM = 2**40
 """Terms count Managers; ``act_as_manager.lua`` has the same limit."""
 MAX_VERSION = 2**53
@@ -77,6 +79,10 @@ def _check_model(value: str) -> str:
     return check_name(value, "model")
 
 
+def _is_empty(value: object) -> bool:
+    return not value
+
+
 _WorkerName = Annotated[str, _checked(check_worker_id), Field(json_schema_extra={"pattern": f"^{WORKER_ID_PATTERN}$"})]
 _Run = Annotated[str, _checked(check_session_id), Field(json_schema_extra={"pattern": f"^{SESSION_ID_PATTERN}$"})]
 _Model = Annotated[str, _checked(_check_model), Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_BYTES})]
@@ -86,6 +92,15 @@ _Cards = Annotated[
     Field(description="what its engine says of each model: max_model_len, root, parent, ..."),
 ]
 _Models = Annotated[list[_Model], Field(max_length=MAX_MODELS)]
+_MaybeModel = Annotated[str, _checked(lambda value: _check_model(value) if value else value)]
+_Loadable = Annotated[
+    list[_Model],
+    Field(
+        max_length=MAX_LOADABLE,
+        exclude_if=_is_empty,
+        description="models of which its engine can serve one at a time, by restarting; empty: it serves what it does",
+    ),
+]
 _Region = Annotated[str, _checked(check_region)]
 
 
@@ -123,6 +138,12 @@ class WorkerStatus(_Message):
     broker_ok: bool = Field(default=True, description="whether it reaches Redis")
     draining: bool = False
     term: int = Field(default=0, ge=0, le=MAX_TERM, description="the term of the assignment that it follows; 0: none")
+    loaded: _MaybeModel = Field(
+        default="",
+        max_length=MAX_NAME_BYTES,
+        exclude_if=_is_empty,
+        description="of the models that it could load, the one that its engine serves or starts with",
+    )
 
 
 class Registration(WorkerStatus):
@@ -134,6 +155,7 @@ class Registration(WorkerStatus):
     )
     version: str = Field(default="", max_length=200)
     region: _Region = Field(default="", max_length=MAX_REGION_LENGTH)
+    loadable: _Loadable = Field(default_factory=list)
 
 
 class PoolAssignment(_Message):
@@ -145,11 +167,17 @@ class PoolAssignment(_Message):
 
 
 class Assignment(_Message):
-    """What one worker pulls. ``(term, version)`` orders assignments; a lower one is ignored."""
+    """What one worker pulls, and loads. ``(term, version)`` orders assignments; a lower one is ignored."""
 
     term: int = Field(ge=0, le=MAX_TERM)
     version: int = Field(ge=0, le=MAX_VERSION)
     pools: list[PoolAssignment] = Field(default_factory=list, max_length=MAX_MODELS)
+    load: _MaybeModel = Field(
+        default="",
+        max_length=MAX_NAME_BYTES,
+        exclude_if=_is_empty,
+        description="the model that its engine is to serve, of those it could load; empty: the one that it does",
+    )
 
     @property
     def order(self) -> tuple[int, int]:
@@ -206,12 +234,24 @@ class WorkerInfo(_Message):
     broker_ok: bool = True
     state: WorkerState = WorkerState.ACTIVE
     heartbeat_age_ms: int = Field(default=0, ge=0, le=MAX_MS)
+    loaded: _MaybeModel = Field(default="", max_length=MAX_NAME_BYTES, exclude_if=_is_empty)
+    loadable: _Loadable = Field(default_factory=list)
     assignment: Assignment
+
+    @property
+    def is_swapping(self) -> bool:
+        """Whether it was told to load another model and has not begun to: it claims nothing until it serves that."""
+        return self.assignment.load not in ("", self.loaded)
+
+    @property
+    def is_present(self) -> bool:
+        """Whether it is active and reaches the queue, so that it takes work as soon as its engine is ready."""
+        return self.state is WorkerState.ACTIVE and self.broker_ok
 
     @property
     def takes_work(self) -> bool:
         """Whether jobs for its models will be claimed by it."""
-        return self.state is WorkerState.ACTIVE and self.engine is EngineState.READY and self.broker_ok
+        return self.is_present and self.engine is EngineState.READY and not self.is_swapping
 
 
 class WorkerList(_Message):

@@ -12,9 +12,13 @@ from .messages import LaneDepth, PoolDepth, WorkerInfo
 def describe_pools(
     depths: Mapping[Pool, Mapping[Lane, LaneDepth]], workers: Iterable[WorkerInfo], known: Iterable[str]
 ) -> list[PoolDepth]:
-    """One entry per model that has jobs, is served or is ``known``, by name; every lane is in it, zeros included."""
+    """One entry per model that has jobs, is served, could be loaded or is ``known``, by name; every lane is in it,
+    zeros included."""
     serving: dict[str, list[WorkerInfo]] = {}
     for worker in workers:
+        if worker.is_present:
+            for model in worker.loadable:
+                serving.setdefault(model, [])
         if worker.takes_work:
             for model in worker.models:
                 serving.setdefault(model, []).append(worker)

@@ -2,6 +2,7 @@ import pytest
 
 from manager.core import ProbeResult, ProbeStatus, Registry
 from queue_schemas import (
+    Assignment,
     EngineState,
     Heartbeat,
     Registration,
@@ -172,3 +173,70 @@ def test_a_snapshot_restores_the_fleet_under_a_new_term() -> None:
     assert working.info(1001.0).heartbeat_age_ms == 1000
     assert not working.verified
     assert draining.drain_asked and draining.state is WorkerState.DRAINING
+
+
+def _several(loaded: str = "a", **fields: object) -> Registration:
+    return _registration(models=[loaded], loaded=loaded, loadable=["a", "b"], **fields)
+
+
+def _of(loaded: str, **fields: object) -> Heartbeat:
+    models = [loaded] if fields.get("engine") is None else []
+    return _heartbeat(models=models, loaded=loaded, **fields)
+
+
+def _pulls(assignment: Assignment) -> tuple[str, list[str]]:
+    return assignment.load, [pool.pool for pool in assignment.pools]
+
+
+def test_a_worker_that_is_told_to_load_pulls_nothing_until_it_serves_that() -> None:
+    """From the decision on, through the end of the old engine, until the new one is ready: each step is one version."""
+    registry = _registry()
+    first = registry.join(_several(), 0.0)
+    assert _pulls(first.assignment) == ("", ["a"])
+    told = registry.place("w", "b", 10.0)
+    assert _pulls(told.assignment) == ("b", [])
+    assert told.assignment.version == first.assignment.version + 1
+    assert not told.info().takes_work  # though its engine is ready
+    assert registry.heartbeat("w", _of("a", running=3), 11.0).assignment is told.assignment
+    loading = registry.heartbeat("w", _of("b", engine=EngineState.STARTING), 12.0)
+    assert loading.assignment is told.assignment
+    assert (loading.load_s, loading.load_failed) == (None, False)
+    ready = registry.heartbeat("w", _of("b"), 40.0)
+    assert (_pulls(ready.assignment), ready.load_s) == (("b", ["b"]), 30.0)
+    assert ready.info().takes_work
+    again = registry.join(_several("b"), 50.0)
+    assert (_pulls(again.assignment), again.told_at, again.load_s) == (("b", ["b"]), 10.0, 30.0)
+
+
+def test_a_load_that_fails_is_told_from_a_later_crash() -> None:
+    """Only an engine that was never ready with its model failed to load it."""
+    registry = _registry()
+    assert registry.join(_several(engine=EngineState.FAILED), 0.0).load_failed
+    assert not registry.heartbeat("w", _of("a"), 1.0).load_failed
+    assert not registry.heartbeat("w", _of("a", engine=EngineState.FAILED), 2.0).load_failed
+    assert not registry.place("w", "b", 3.0).load_failed
+    assert registry.heartbeat("w", _of("b", engine=EngineState.FAILED), 4.0).load_failed
+
+
+def test_what_a_worker_loads_survives_the_manager() -> None:
+    """The next term assigns the same model, also in the midst of a swap; a new session of the worker is told none."""
+    registry = _registry()
+    registry.join(_several(), 0.0)
+    told = registry.place("w", "b", 1.0)
+    following = _registry(term=2)
+    following.load([told.info()], 100.0)
+    member = following.get("w")
+    assert (_pulls(member.assignment), member.assignment.term) == (("b", []), 2)
+    assert (member.loadable, member.told_at, member.load_s) == (("a", "b"), 100.0, None)
+    registry.heartbeat("w", _of("b"), 9.0)
+    following.load([registry.get("w").info()], 100.0)
+    assert _pulls(following.get("w").assignment) == ("b", ["b"])
+    assert following.get("w").load_s == 0.0
+    assert _pulls(following.join(_several(session_id=TWO), 101.0).assignment) == ("", ["a"])
+
+
+def test_fleets_without_installed_models_write_what_they_did() -> None:
+    """No field more in an assignment, a registration, a heartbeat or an entry of the snapshot."""
+    member = _registry().join(_registration(), 0.0)
+    texts = [member.info().model_dump_json(), _registration().model_dump_json(), _heartbeat().model_dump_json()]
+    assert not [text for text in texts if '"load' in text]

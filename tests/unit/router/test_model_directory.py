@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from queue_schemas import EngineState, Lane, LaneDepth, Pool, WorkerState
+import pytest
+
+from queue_schemas import EngineState, Lane, LaneDepth, ModelNotFound, Pool, WorkerState
 from router.model_directory import Directory, build_directory, check_model, model_list, pool_list
 from scheduling.autoscale import ScalingRules
 from tests.unit.router.fakes import worker
@@ -96,3 +98,22 @@ def test_a_model_with_an_autoscaler_is_not_refused() -> None:
     hints = {str(one["id"]): str(one["hint"]) for one in model_list(directory, "refuse")["data"]}  # type: ignore[attr-defined]
     assert "are refused" in hints["left"]
     assert "wait in the queue" in hints["scaled"]
+
+
+def test_a_model_that_a_worker_could_load_is_listed_and_its_requests_wait() -> None:
+    """Also where requests for models without a worker are refused; not once that worker drains."""
+    fleet = [worker("a").model_copy(update={"loadable": ["a", "b"], "loaded": "a"})]
+    directory = build_directory(fleet, [], [], Directory(), 1)
+    assert {model: entry.workers for model, entry in directory.pools.items()} == {"a": 1, "b": 0}
+    check_model("b", directory, "refuse")
+    assert "wait in the queue" in str(model_list(directory, "refuse"))
+    drained = [fleet[0].model_copy(update={"state": WorkerState.DRAINING})]
+    with pytest.raises(ModelNotFound):
+        check_model("b", build_directory(drained, [], [], Directory(), 1), "refuse")
+
+
+def test_a_worker_that_is_to_load_another_model_serves_none() -> None:
+    """Its engine still runs what it has, and claims nothing more."""
+    told = worker("a").model_copy(update={"loadable": ["a", "b"], "loaded": "a"})
+    told = told.model_copy(update={"assignment": told.assignment.model_copy(update={"load": "b"})})
+    assert build_directory([told], [], [], Directory(), 1).workers_of("a") == 0

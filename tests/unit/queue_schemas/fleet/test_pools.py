@@ -36,3 +36,11 @@ def test_pools_are_those_with_jobs_workers_or_a_memory() -> None:
     pools = describe_pools({Pool("waits"): {}}, [_worker("a", "served", "waits")], ["known", "served"])
     assert [pool.model for pool in pools] == ["known", "served", "waits"]
     assert pools[0].outstanding == pools[0].workers == 0
+
+
+def test_models_that_could_be_loaded_are_pools() -> None:
+    """As long as a worker is there for them."""
+    present = _worker("a", "one", loadable=["one", "two"])
+    away = _worker("b", loadable=["three", "four"], broker_ok=False)
+    pools = describe_pools({}, [present, away], [])
+    assert [(pool.model, pool.workers) for pool in pools] == [("one", 1), ("two", 0)]

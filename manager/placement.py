@@ -1,0 +1,106 @@
+"""Tell workers which model to load: one round of :mod:`scheduling.placement` on the registry and the queue's depths.
+
+The acting Manager runs it with its sweeps. It asks the queue nothing where no worker could load another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from queue_schemas import LaneDepth, Pool, SessionId
+from queue_schemas.lanes import Lane
+from scheduling.placement import PlacedWorker, PoolDemand, PoolRules, demand_of, place
+from telemetry import get_logger
+
+from .core import Member, Registry
+from .metrics import FleetMetrics
+from .ports import Clock, QueuePort, call_queue
+from .settings import ManagerSettings
+
+RETRY_FAILED_S = 600.0
+"""How long a worker is not told again to load a model that it could not load."""
+
+log = get_logger(__name__)
+
+
+class Placement:
+    """Moves workers of ``registry`` between models. ``changed(worker_id)`` is called when a member's entry has changed.
+
+    What it remembers beside the registry (loads that failed, pools without a worker) is lost with the term.
+    """
+
+    def __init__(
+        self,
+        settings: ManagerSettings,
+        queue: QueuePort,
+        registry: Registry,
+        metrics: FleetMetrics,
+        changed: Callable[[str], None],
+        clock: Clock,
+    ) -> None:
+        self._timeout_ms = settings.broker_timeout_ms
+        self._rules = {model: plan.rules for model, plan in settings.placement.items()}
+        self._queue = queue
+        self._registry = registry
+        self._metrics = metrics
+        self._changed = changed
+        self._clock = clock
+        self._refused_until: dict[tuple[SessionId, str], float] = {}
+        self._unserved_since: dict[str, float] = {}
+
+    async def run_round(self) -> None:
+        """Decide, and change the registry. Raises broker errors."""
+        members = [member for member in self._registry.members() if member.is_present]
+        if all(len(member.loadable) < 2 for member in members):
+            return
+        away: set[int] = set()
+        depths = await call_queue(self._timeout_ms, self._queue.stats.depths(away))
+        now = self._clock()
+        self._note_failures(members, now)
+        known = {model for model in (*depths, *self._rules) if self._queue.shard_of(model) not in away}
+        workers = [self._placed(member, known, away, now) for member in members]
+        for move in place(self._demands(known, depths, workers, now), workers):
+            member = self._registry.get(move.worker_id)
+            log.info("model_assigned", worker=move.worker_id, model=move.model, before=member.model, reason=move.why)
+            self._registry.place(move.worker_id, move.model, now)
+            self._metrics.placed(move.model)
+            self._changed(move.worker_id)
+
+    def _demands(
+        self, known: set[str], depths: Mapping[Pool, Mapping[Lane, LaneDepth]], workers: list[PlacedWorker], now: float
+    ) -> list[PoolDemand]:
+        served = {model for worker in workers if not worker.failed for model in worker.models}
+        waiting = {model for model in known if any(lane.waiting for lane in depths.get(Pool(model), {}).values())}
+        self._unserved_since = {model: self._unserved_since.get(model, now) for model in waiting - served}
+        return [
+            demand_of(
+                model,
+                depths.get(Pool(model), {}),
+                self._rules.get(model, PoolRules()),
+                now - self._unserved_since.get(model, now),
+            )
+            for model in sorted(known)
+        ]
+
+    def _placed(self, member: Member, known: set[str], away: set[int], now: float) -> PlacedWorker:
+        """The worker as the decision sees it. One whose pool's shard does not answer stays where it is."""
+        status, model = member.status, member.model
+        stays = len(member.loadable) < 2 or not model or self._queue.shard_of(model) in away
+        return PlacedWorker(
+            worker_id=member.worker_id,
+            models=frozenset([model] if member.is_swapping else [*status.models, *([model] if model else ())]),
+            slots=status.slots,
+            loaded=model,
+            loadable=frozenset() if stays else frozenset(member.loadable) & known,
+            running=status.running,
+            since_s=None if member.told_at is None else now - member.told_at,
+            load_s=member.load_s,
+            failed=member.load_failed,
+            refused=frozenset(refused for session, refused in self._refused_until if session == member.session_id),
+        )
+
+    def _note_failures(self, members: list[Member], now: float) -> None:
+        self._refused_until = {one: until for one, until in self._refused_until.items() if now < until}
+        for member in members:
+            if member.load_failed and member.model:
+                self._refused_until[member.session_id, member.model] = now + RETRY_FAILED_S
