@@ -10,6 +10,7 @@ from broker import Broker
 from queue_schemas import RegistrationAnswer
 
 from .engines import Engine
+from .engines.process import ProcessEngine
 from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
 from .settings import WorkerSettings
@@ -30,3 +31,5 @@ class WorkerContext:
     """Set once: claim no more, finish, end."""
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once: while draining, wait for no running job."""
+    switching: ProcessEngine | None = None
+    """``engine``, if it can load another model."""

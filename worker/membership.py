@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn, Protocol
 
@@ -54,7 +54,8 @@ class Assigned(Protocol):
 class Membership:
     """Registers one session and keeps it registered.
 
-    ``status()`` is what heartbeats report; ``assigned`` and ``drain`` are called with what the answers ask for.
+    ``loadable``: the models of which its engine could serve another one. ``status()`` is what heartbeats report;
+    ``assigned`` and ``drain`` are called with what the answers ask for.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Membership:
         *,
         url: str | None,
         region: str,
+        loadable: Sequence[str],
         metrics: WorkerMetrics,
         status: Callable[[], WorkerStatus],
         assigned: Assigned,
@@ -73,6 +75,7 @@ class Membership:
         self._worker_id = worker_id
         self._url = url
         self._region = region
+        self._loadable = loadable
         self._metrics = metrics
         self._status = status
         self._assigned = assigned
@@ -174,7 +177,14 @@ class Membership:
 
     def _registration(self) -> Registration:
         status = self._status().model_dump()
-        return Registration(worker_id=self._worker_id, url=self._url, version=_version(), region=self._region, **status)
+        return Registration(
+            worker_id=self._worker_id,
+            url=self._url,
+            version=_version(),
+            region=self._region,
+            loadable=list(self._loadable),
+            **status,
+        )
 
     def _note_unregistered(self, why: str) -> None:
         # Each reason once: with several URLs the reasons alternate.

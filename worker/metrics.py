@@ -41,6 +41,9 @@ class WorkerMetrics:
             ("model", "how"),
         )
         self.engine_restarts = registry.counter("inferq_engine_restarts_total", "Starts of the engine after the first")
+        self.models_loaded = registry.counter(
+            "inferq_models_loaded_total", "Restarts of the engine with another model, as the Manager assigned"
+        )
         self.fallback_reclaimed = registry.counter(
             "inferq_fallback_reclaimed_jobs_total",
             "Jobs of dead workers that this one put back on the queue because no Manager acted",

@@ -40,6 +40,7 @@ from telemetry.reporting import reporting
 from .context import WorkerContext
 from .engines import Engine
 from .engines.choice import make_engine
+from .engines.process import ProcessEngine
 from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
 from .routes import Status, make_app
@@ -85,6 +86,7 @@ class Worker:
             connect=self._connect,
             drain=self.drain,
             hurry=self.hurry,
+            switching=self._engine if isinstance(self._engine, ProcessEngine) and self._engine.loadable else None,
         )
         self._session = WorkerSession(self._context, new_session_id(settings.name))
         self._watch()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Coroutine
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from broker import Broker
 from queue_schemas import Assignment, EngineState, Fenced, InferqError, SessionId, WorkerStatus, shard_of_job
@@ -14,6 +13,8 @@ from scheduling.slots import SlotBounds
 from telemetry import get_logger
 
 from .attempts import Attempt, Attempts, StopReason, StreamTimeouts
+from .attempts.model_swap import ModelSwap
+from .attempts.waiting import within
 from .context import WorkerContext
 from .core import EngineProgress, LoopWatchdog, Slots
 from .engines import StepReader
@@ -28,7 +29,6 @@ from .slot_limit import SlotLimit
 
 SWEEP_S = 0.25
 LEAVE_TIMEOUT_S = 5.0
-HAND_BACK_TIMEOUT_S = 5.0
 _JOIN_PAUSE_S = 2.0
 
 log = get_logger(__name__)
@@ -50,11 +50,13 @@ class WorkerSession:
         )
         self.broker_ok = False
         self._context = context
+        self._model_swap = ModelSwap(context)
         self._membership = Membership(
             context.client,
             settings.name,
             url=context.url,
             region=settings.region,
+            loadable=context.switching.loadable if context.switching is not None else (),
             metrics=context.metrics,
             status=self.status,
             assigned=self._assigned,
@@ -99,6 +101,7 @@ class WorkerSession:
             broker_ok=self.broker_ok,
             draining=self._context.drain.is_set(),
             term=max(self.slots.order[0], 0),
+            loaded=self._context.switching.loaded if self._context.switching is not None else "",
         )
 
     def engine_changed(self) -> None:
@@ -153,6 +156,7 @@ class WorkerSession:
             group.create_task(self._watch_engine(attempts, lease_s), name="engine's progress")
             group.create_task(self._sweep(attempts), name="sweep")
             group.create_task(self.slot_limit.run(), name="slot limit")
+            group.create_task(self._model_swap.run(attempts), name="model swap")
             sweeper = FallbackSweeper(broker, self.session_id, self._context.metrics, lease_s)
             group.create_task(sweeper.run(), name="fallback sweeper")
             self._consumers = [
@@ -227,15 +231,12 @@ class WorkerSession:
         attempts, broker = self._attempts, self._broker
         if attempts is not None and broker is not None:
             log.info("draining", running=len(attempts), timeout_s=timeout_s)
-            if not await _within(_first(attempts.idle(), self._context.hurry.wait()), timeout_s) or len(attempts):
-                log.warning("jobs_handed_back", jobs=len(attempts))
-                attempts.hand_back()
-                await _within(attempts.idle(), HAND_BACK_TIMEOUT_S)
+            await attempts.finish(timeout_s, self._context.hurry)
             if self._renewing is not None:
                 self._renewing.cancel()  # no lease is left, and a session that has left is answered FENCED
-            await _within(self._leave(broker), LEAVE_TIMEOUT_S)
+            await within(self._leave(broker), LEAVE_TIMEOUT_S)
         if self._membership.registered:
-            await _within(self._deregister(), LEAVE_TIMEOUT_S)
+            await within(self._deregister(), LEAVE_TIMEOUT_S)
 
     async def _leave(self, broker: Broker) -> None:
         try:
@@ -254,6 +255,7 @@ class WorkerSession:
             return  # as nearly every heartbeat says
         if self.slots.assign(assignment, registered=registered):
             log.info("assignment_changed", version=assignment.version, pools=[part.pool for part in assignment.pools])
+            self._model_swap.want(assignment.load)
             self._reconsider()
 
     def _ended(self, attempt: Attempt, wait_s: float | None) -> None:
@@ -287,23 +289,3 @@ class WorkerSession:
         if ok != self.broker_ok:
             self.broker_ok = ok
             self._membership.notify()
-
-
-async def _first(*works: Coroutine[Any, Any, object]) -> None:
-    """Until one of ``works`` is done; the others are cancelled."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _within(work: Awaitable[None], timeout_s: float) -> bool:
-    """Whether ``work`` was done within the timeout; what was not is cancelled."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await work
-    except TimeoutError:
-        return False
-    return True

@@ -13,7 +13,8 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
 from queue_schemas import BadMessage, check_region, check_worker_id
-from queue_schemas.fleet.messages import check_worker_url
+from queue_schemas.fleet.messages import MAX_LOADABLE, check_worker_url
+from queue_schemas.ids import check_name
 from telemetry import CommaList, HeaderSecret, ManagerUrls, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]
@@ -61,6 +62,11 @@ class WorkerSettings(RoleSettings):
     engine_url: str = Field("", description="base URL of an OpenAI-compatible server that runs already")
     engine_api_key: HeaderSecret = Field(SecretStr(""), description="bearer token for that server")
     model: str = Field("", description="model id or folder that vLLM serves; with sim, the simulated models' names")
+    installed_models: CommaList = Field(
+        [],
+        description="further models that the engine (vllm or sim-process) could serve instead of model, which the "
+        "Manager decides by demand: NAME, or NAME=MODEL for vLLM; it starts with model",
+    )
     served_model_name: str = Field("", description="name under which vLLM serves the model; empty: the model itself")
     sim_args: Arguments = Field([], description="options of the simulated engine, as on its own command line")
     vllm_command: str = Field("", description="the vllm executable; empty: from PATH or .inferq/vllm/bin/vllm")
@@ -160,6 +166,7 @@ class WorkerSettings(RoleSettings):
         if ray := [url for url in self.manager_urls if url.startswith("ray:")]:
             raise ValueError(f"--manager-url {ray[0]}: workers do not use Ray; give the Router's http:// address")
         try:
+            self._check_installed()
             check_region(self.region)
             if self.advertise_url:
                 check_worker_url(self.advertise_url)
@@ -168,6 +175,25 @@ class WorkerSettings(RoleSettings):
         except BadMessage as error:
             raise ValueError(error.message) from error
         return self
+
+    def _check_installed(self) -> None:
+        if not self.installed_models:
+            return
+        if self.engine_kind not in ("vllm", "sim-process"):
+            raise ValueError("--installed-models are for the engines that a worker starts itself: vllm, sim-process")
+        if not self.model or "," in self.model:
+            raise ValueError("with --installed-models, --model names the one model to start with")
+        if len(self.installed) > MAX_LOADABLE:
+            raise ValueError(f"--installed-models: at most {MAX_LOADABLE} models")
+        for name in self.installed:
+            check_name(name, "model")
+
+    @property
+    def installed(self) -> Mapping[str, str]:
+        """What the engine could serve: model ids or folders by the names that clients use; first ``model``."""
+        own = (self.engine_kind == "vllm" and self.served_model_name) or self.model
+        others = (entry.partition("=") for entry in self.installed_models)
+        return {own: self.model} | {name: model or name for name, _, model in others if name != own}
 
     @property
     def engine_kind(self) -> EngineKind:

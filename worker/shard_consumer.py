@@ -144,7 +144,13 @@ class ShardConsumer:
             self._slots.freed()
 
     def _start(self, leases: Sequence[Lease], group: asyncio.TaskGroup) -> None:
-        own = self._context.settings.region
+        own, switching = self._context.settings.region, self._context.switching
+        if switching is not None:
+            # What was on its way when the engine changed its model.
+            for lease in leases:
+                if lease.job.model not in switching.models:
+                    group.create_task(self._hand_back(lease))
+            leases = [lease for lease in leases if lease.job.model in switching.models]
         for job in (lease.job for lease in leases):
             if job.region and job.region != own:
                 self._context.metrics.remote(job.model, job.region).inc()

@@ -23,7 +23,9 @@ from .attempt import Attempt, EngineDisconnected, Settle, StopReason, StreamTime
 from .end_reports import EndReports
 from .engine_disconnects import EngineDisconnects
 from .runner import AttemptRunner
+from .waiting import first, within
 
+HAND_BACK_TIMEOUT_S = 5.0
 _MAX_ABORTS_REMEMBERED = 4_096
 
 log = get_logger(__name__)
@@ -113,7 +115,7 @@ class Attempts:
         return self._running.get(attempt_id)
 
     def by_lane(self) -> Counter[Lane]:
-        """How many attempts of each lane run, those included that yield: their slots are for what waits already."""
+        """How many attempts of each lane run."""
         return Counter(attempt.lease.job.lane for attempt in self._running.values())
 
     def leases(self, shard: int) -> list[Lease]:
@@ -147,6 +149,13 @@ class Attempts:
             ):
                 attempt.stop(StopReason.STREAM_STALLED)
 
+    async def finish(self, timeout_s: float, hurry: asyncio.Event) -> None:
+        """Wait until nothing runs. What still does after ``timeout_s``, or once ``hurry`` is set, is handed back."""
+        if not await within(first(self.idle(), hurry.wait()), timeout_s) or self._running:
+            log.warning("jobs_handed_back", jobs=len(self._running))
+            self.hand_back()
+            await within(self.idle(), HAND_BACK_TIMEOUT_S)
+
     def hand_back(self) -> None:
         """Stop all attempts; their jobs go to other workers as if they had not been started."""
         for attempt in list(self._running.values()):
@@ -161,7 +170,6 @@ class Attempts:
         job = lease.job
         attempt.task = asyncio.current_task()
         wait_s: float | None = None
-        has_slot = True
         attributes: dict[str, str | int | float | bool] | None = None
         if tracing_enabled():
             attributes = {"job": job.id, "model": job.model, "attempt": lease.attempt}
@@ -172,9 +180,6 @@ class Attempts:
                 if isinstance(ending, Settle):
                     await self._reports.settle(attempt, ending)
                 elif isinstance(ending, Yield):
-                    # The engine runs it no more: the claim for an interactive job follows on the heels of the report.
-                    has_slot = False
-                    asyncio.get_running_loop().call_soon(self._ended, attempt, None)
                     await self._reports.yielded(attempt, ending)
                 elif isinstance(ending, EngineDisconnected):
                     wait_s = RETRY_APART_S
@@ -191,5 +196,4 @@ class Attempts:
             self._running.pop(lease.attempt_id, None)
             if not self._running:
                 self._idle.set()
-            if has_slot:
-                self._ended(attempt, wait_s)
+            self._ended(attempt, wait_s)

@@ -26,24 +26,26 @@ def make_engine(settings: WorkerSettings, restarted: Callable[[], None] = lambda
             from .simulated import SimulatedEngine  # noqa: PLC0415
             from .simulated.options import read_options  # noqa: PLC0415
 
-            return SimulatedEngine(read_options(_sim_arguments(settings))[2])
+            return SimulatedEngine(read_options(_sim_arguments(settings, settings.model))[2])
         case "sim-process":
-            command = (sys.executable, "-m", "worker.engines.simulated", *_sim_arguments(settings))
-            launch = _sim_launch(command)
             name = "the simulated engine"
+            launches = {model: _sim_launch(settings, model) for model in settings.installed}
         case "vllm":
-            launch = vllm_launch(
-                find_vllm(settings.vllm_command),
-                settings.model,
-                served_name=settings.served_model_name,
-                device=settings.vllm_device,
-                media_domains=settings.media_domains,
-                arguments=settings.vllm_args,
-            )
             name = "vLLM"
+            launches = {
+                served: vllm_launch(
+                    find_vllm(settings.vllm_command),
+                    model,
+                    served_name="" if served == model else served,
+                    device=settings.vllm_device,
+                    media_domains=settings.media_domains,
+                    arguments=settings.vllm_args,
+                )
+                for served, model in settings.installed.items()
+            }
     return ProcessEngine(
         name,
-        launch,
+        launches,
         ready_timeout_s=settings.engine_ready_timeout_ms / 1000,
         stable_after_s=settings.engine_stable_after_ms / 1000,
         stop_timeout_s=settings.engine_stop_timeout_ms / 1000,
@@ -52,10 +54,11 @@ def make_engine(settings: WorkerSettings, restarted: Callable[[], None] = lambda
     )
 
 
-def _sim_arguments(settings: WorkerSettings) -> list[str]:
-    models = [part for name in settings.model.split(",") if name for part in ("--model", name.strip())]
-    return [*models, *settings.sim_args]
+def _sim_arguments(settings: WorkerSettings, models: str) -> list[str]:
+    names = [part for name in models.split(",") if name for part in ("--model", name.strip())]
+    return [*names, *settings.sim_args]
 
 
-def _sim_launch(command: tuple[str, ...]) -> Callable[[int], Launch]:
+def _sim_launch(settings: WorkerSettings, models: str) -> Callable[[int], Launch]:
+    command = (sys.executable, "-m", "worker.engines.simulated", *_sim_arguments(settings, models))
     return lambda port: Launch((*command, "--host", HOST, "--port", str(port)), {"PYTHONUNBUFFERED": "1"})

@@ -49,7 +49,8 @@ class Launch:
 
 
 class ProcessEngine:
-    """Supervises one engine process. ``launch(port)`` gives the command for a port, again for each start.
+    """Supervises one engine process. ``launches[model](port)`` gives the command for a port, again for each start: that
+    of the first model, or of the one that :meth:`switch` names.
 
     ``ready_timeout_s`` bounds a start: an engine that is not ready by then is FAILED, ended and started again, as is
     one that exits. The pause before a restart doubles from 1 s to 60 s while it fails again and again, which ``detail``
@@ -61,7 +62,7 @@ class ProcessEngine:
     def __init__(
         self,
         name: str,
-        launch: Callable[[int], Launch],
+        launches: Mapping[str, Callable[[int], Launch]],
         *,
         ready_timeout_s: float,
         stable_after_s: float,
@@ -73,10 +74,15 @@ class ProcessEngine:
         self.state = EngineState.STARTING
         self.detail = f"{name} has not been started yet"
         self.models: tuple[str, ...] = ()
+        self.loadable = tuple(launches) if len(launches) > 1 else ()
+        """The models of which it serves one at a time; empty: it cannot load another one."""
+        self.loaded = next(iter(launches))
+        """The model that it serves or starts with."""
         self.port = 0
         self.failures = 0
         self.log = LogTail(log_file)
-        self._launch = launch
+        self._launches = launches
+        self._switched = asyncio.Event()
         self._ready_timeout_s = ready_timeout_s
         self._stable_after_s = stable_after_s
         self._stop_timeout_s = stop_timeout_s
@@ -98,13 +104,30 @@ class ProcessEngine:
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
 
+    def switch(self, model: str) -> None:
+        """End the process, whatever it does, and start one with ``model``. Until that is ready it serves none."""
+        self.loaded, self.models, self.failures = model, (), 0
+        self._become(EngineState.STARTING, f"{self.name} is ended, to be started with {model}")
+        self._switched.set()
+
     async def run(self, changed: Callable[[], None]) -> None:
-        """Keep one process running until cancelled."""
+        """Keep one process running until cancelled. It ends before one with another model starts, which needs the
+        accelerator's memory."""
         self._changed = changed
+        while True:
+            self._switched.clear()
+            async with asyncio.TaskGroup() as group:
+                running = group.create_task(self._keep_running(), name="engine process")
+                await self._switched.wait()
+                running.cancel()
+
+    async def _keep_running(self) -> None:
         while True:
             try:
                 await self._run_once()
             except EngineFailed as error:
+                if self._switched.is_set():
+                    return  # it failed while it was ended
                 self._note_stability()
                 self.failures += 1
                 self._last_failure = error.message
@@ -147,7 +170,7 @@ class ProcessEngine:
         """One run of the process: start it, and watch it until it fails. Always raises ``EngineFailed``."""
         self.port = free_port(HOST)
         self._ready_at = None
-        launch = self._launch(self.port)
+        launch = self._launches[self.loaded](self.port)
         before = f"; before, {self._last_failure}{self._in_a_row()}" if self.failures else ""
         self._become(EngineState.STARTING, f"{self.name} is starting on port {self.port}{before}")
         command = " ".join(redact_arguments(launch.command))

@@ -87,6 +87,7 @@ class Scene:
             "w1",
             url="http://w1",
             region="",
+            loadable=(),
             metrics=WorkerMetrics(MetricsRegistry("worker")),
             status=lambda: WorkerStatus(session_id=SESSION_ID, slots=4, running=2),
             assigned=self._assign,

@@ -10,6 +10,8 @@ import pytest
 
 from queue_schemas import CannotStart, check_worker_id
 from worker import WorkerSettings
+from worker.engines.choice import make_engine
+from worker.engines.process import ProcessEngine
 from worker.service import read_settings
 
 
@@ -100,3 +102,36 @@ def test_wrong_settings_are_refused_with_a_sentence(given: dict[str, object], se
     """What is wrong, and where it can be corrected."""
     with pytest.raises(CannotStart, match=sentence):
         WorkerSettings.load(**given)
+
+
+def test_installed_models_go_by_the_names_that_clients_use() -> None:
+    """The model that the worker starts with comes first; a folder has a name of its own. Sim takes them as names."""
+    settings = WorkerSettings.load(model="/m/a", served_model_name="a", installed_models="b=/m/b,org/c,a=/elsewhere")
+    assert list(settings.installed.items()) == [("a", "/m/a"), ("b", "/m/b"), ("org/c", "org/c")]
+    assert WorkerSettings.load(model="a").installed == {"a": "a"}
+    simulated = WorkerSettings.load(engine="sim-process", model="a", installed_models="b")
+    assert list(simulated.installed) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"engine": "sim", "model": "a"}, "starts itself"),
+        ({"engine_url": "http://e", "model": "a"}, "starts itself"),
+        ({"engine": "sim-process", "model": "a,b"}, "the one model to start with"),
+        ({"engine": "sim-process"}, "the one model to start with"),
+        ({"model": "a", "installed_models": "b" * 300}, "model"),
+        ({"model": "a", "installed_models": [f"m{number}" for number in range(300)]}, "at most 256"),
+    ],
+)
+def test_installed_models_need_an_engine_that_can_load_them(flags: dict[str, object], why: str) -> None:
+    """A worker cannot restart an engine that is not its own, and starts with one model."""
+    with pytest.raises(CannotStart, match=why):
+        WorkerSettings.load(**({"installed_models": "c"} | flags))
+
+
+def test_a_worker_without_installed_models_says_nothing_of_them() -> None:
+    """Its engine loads what it did, and its messages are as short as before."""
+    engine = make_engine(WorkerSettings.load(engine="sim-process", model="a,b"))
+    assert isinstance(engine, ProcessEngine)
+    assert engine.loadable == ()

@@ -41,8 +41,11 @@ class Scene:
 
         self.asked: list[str] = []
         attempts = SimpleNamespace(start=start, has=lambda attempt: attempt in {one.attempt_id for one in self.started})
-        context = SimpleNamespace(
-            settings=SimpleNamespace(region="eu"), metrics=SimpleNamespace(remote=counter), drain=asyncio.Event()
+        self.context = context = SimpleNamespace(
+            settings=SimpleNamespace(region="eu"),
+            metrics=SimpleNamespace(remote=counter),
+            drain=asyncio.Event(),
+            switching=None,
         )
         parts: list[Any] = [SimpleNamespace(attempts=SimpleNamespace(release=release)), SessionId("w"), self.slots]
         self.consumer = ShardConsumer(
@@ -90,6 +93,17 @@ async def test_a_worker_that_drains_gives_back_what_it_is_handed(scene: Scene) -
     job = lease()
     await scene.tell(job)
     assert (scene.started, scene.released, scene.slots.busy) == ([], [job], 0)
+
+
+async def test_an_engine_that_loaded_another_model_runs_no_job_of_the_last_one(scene: Scene) -> None:
+    """A job that was on its way meanwhile goes back uncounted; those of the new model run."""
+    late, own = lease("one"), lease("two")
+    scene.context.switching = SimpleNamespace(models=("other",))
+    await scene.tell(late)
+    assert (scene.started, scene.released, scene.slots.busy) == ([], [late], 0)
+    scene.context.switching = SimpleNamespace(models=(own.job.model,))
+    await scene.tell(own)
+    assert (scene.started, scene.slots.busy) == ([own], 1)
 
 
 async def test_what_cannot_be_read_costs_no_slot(scene: Scene) -> None:

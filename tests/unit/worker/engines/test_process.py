@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from queue_schemas import EngineState
+from queue_schemas import EngineFailed, EngineState
 from telemetry.backoff import Backoff
 from tests.support.waiting import eventually
 from worker.engines import EngineCall, guard, process
@@ -64,7 +64,7 @@ async def supervised(
     file.write_text(script)
     engine = ProcessEngine(
         "the test engine",
-        lambda port: Launch((sys.executable, str(file), str(port)), {"FROM_THE_WORKER": "1"}),
+        {"tiny": lambda port: Launch((sys.executable, str(file), str(port)), {"FROM_THE_WORKER": "1"})},
         ready_timeout_s=ready_timeout_s,
         stable_after_s=stable_after_s,
         log_file=folder / "logs" / "engine.log",
@@ -211,7 +211,7 @@ async def test_a_command_that_does_not_exist_is_a_clear_failure(tmp_path: Path) 
     """The engine is FAILED with a sentence, not with a traceback."""
     engine = ProcessEngine(
         "nothing",
-        lambda _port: Launch((str(tmp_path / "missing"),), {}),
+        {"tiny": lambda _port: Launch((str(tmp_path / "missing"),), {})},
         ready_timeout_s=5,
         stable_after_s=10,
         stop_timeout_s=1,
@@ -269,3 +269,41 @@ async def test_a_full_disk_costs_the_log_file_only(tmp_path: Path) -> None:
     async with supervised(SERVES, tmp_path) as (engine, _):
         await ready(engine)
         assert "hello from the engine" in engine.log.last(5)
+
+
+async def test_it_serves_another_model_after_a_switch(tmp_path: Path) -> None:
+    """The first process has ended before the second one starts; until that is ready no model is listed. Crashes
+    restart the model that was switched to, and a switch ends a start that hangs, and the wait after a failure."""
+    scripts = {"one": SERVES.replace("tiny", "one"), "hangs": NEVER_READY, "dies": DIES_AT_ONCE, "two": SERVES}
+    for name, script in scripts.items():
+        (tmp_path / f"{name}.py").write_text(script)
+
+    def launch_of(name: str) -> Callable[[int], Launch]:
+        return lambda port: Launch((sys.executable, str(tmp_path / f"{name}.py"), str(port)), {})
+
+    launches = {name: launch_of(name) for name in scripts}
+    engine = ProcessEngine("the test engine", launches, ready_timeout_s=20, stable_after_s=60, stop_timeout_s=1)
+    assert (engine.loadable, engine.loaded) == (("one", "hangs", "dies", "two"), "one")
+    task = asyncio.create_task(engine.run(lambda: None))
+    await ready(engine)
+    assert engine.models == ("one",)
+    first = await ask_pid(engine)
+    engine.switch("hangs")
+    assert (engine.state, engine.models) == (EngineState.STARTING, ())
+    await eventually(lambda: not alive(first), "the first process has ended")
+    await eventually(lambda: "loading" in engine.log.last(9), "the second one starts")
+    engine.switch("dies")
+    await eventually(lambda: engine.state is EngineState.FAILED, "it fails")
+    engine.switch("two")
+    await ready(engine)
+    assert engine.models == ("tiny",)
+    second = await ask_pid(engine)
+    with pytest.raises(EngineFailed, match=GONE):
+        await ask_pid(engine, "/crash")
+    await eventually(lambda: not alive(second) and engine.state is not EngineState.READY, "the crash is seen")
+    await eventually(lambda: engine.state is EngineState.READY, "it is restarted", limit_s=20)
+    assert (engine.models, engine.loaded) == (("tiny",), "two")
+    last = await ask_pid(engine)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert not alive(last)
