@@ -36,6 +36,10 @@ def open_driver(settings: AutoscaleSettings) -> Driver:
             from .drivers.command import CommandDriver  # noqa: PLC0415
 
             return CommandDriver(settings)
+        case "ray":
+            from .drivers.ray import RayDriver  # noqa: PLC0415
+
+            return RayDriver(settings)
         case "kubernetes":
             from .drivers.kubernetes import KubernetesDriver  # noqa: PLC0415
 

@@ -14,7 +14,7 @@ from scheduling.autoscale import MAX_REPLICAS, ScalingRules
 from telemetry import HeaderSecret, ManagerUrls, ProcessId, RoleSettings
 from worker.settings import Arguments
 
-DriverName = Literal["process", "command", "kubernetes"]
+DriverName = Literal["process", "command", "ray", "kubernetes"]
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(ms|s|m|h)")
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
@@ -61,7 +61,7 @@ class AutoscaleSettings(RoleSettings):
     driver: DriverName = Field("process", description="What starts and ends workers")
     args: Arguments = Field(
         [],
-        description="With process, options of each worker; with command, the program and its arguments. On the "
+        description="With process and ray, options of each worker; with command, the program and its arguments. On the "
         "command line: all that follows --",
     )
     manager_urls: ManagerUrls = Field(
@@ -89,6 +89,8 @@ class AutoscaleSettings(RoleSettings):
     kubernetes_account_dir: str = Field(
         SERVICE_ACCOUNT, description="Folder with token, ca.crt and namespace of the service account"
     )
+    ray_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves for each worker")
+    ray_gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for each worker")
     data_dir: str = Field(".inferq", description="Folder of the record and the logs of the workers that process starts")
 
     @model_validator(mode="after")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from queue_schemas import RAY_NAMESPACE, CannotStart
 
-from .head import Head, driver_environment
+from .head import Head, driver_environment, running_head
+from .settings import RaySettings
 from .usage import direct_environment, usage_environment
 
 AUTO = "auto"
@@ -27,6 +28,14 @@ class Target:
 
     address: str
     head: Head | None = None
+
+
+def find_target(settings: RaySettings) -> Target | None:
+    """The cluster that is meant: the given one, or our own if it runs."""
+    head = running_head(settings.data_folder)
+    if not settings.address:
+        return None if head is None else Target(head.address, head)
+    return Target(settings.address, head if head is not None and head.address == settings.address else None)
 
 
 def require_ray() -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from inferq.console import err, out, print_json
-from inferq.on_ray.cluster import Target, connected, require_ray
-from inferq.on_ray.head import Head, locked, read_head, running_head, start_head, stop_head
+from inferq.on_ray.cluster import Target, connected, find_target, require_ray
+from inferq.on_ray.head import Head, locked, read_head, start_head, stop_head
 from inferq.on_ray.plan import RayPlan
 from inferq.on_ray.settings import RaySettings
 from queue_schemas import CannotStart
@@ -56,7 +56,7 @@ def ray_up(asked: Mapping[str, object], *, redis_url: str | None, as_json: bool)
 def ray_status(asked: Mapping[str, object], *, as_json: bool) -> int:
     """Say what runs; the exit code: 0 all is well, 1 it is not, 2 there is no cluster."""
     settings = RaySettings.load(**asked)
-    target = _find(settings)
+    target = find_target(settings)
     if target is None:
         raise CannotStart("no Ray cluster of ours runs: start it with `inferq ray up`, or name one with --address")
     with connected(target, settings.connect_limit_ms / 1000) as address:
@@ -77,7 +77,7 @@ def ray_down(asked: Mapping[str, object], *, as_json: bool) -> int:
     settings = RaySettings.load(**asked)
     folder = settings.data_folder
     with locked(folder):
-        target = _find(settings)
+        target = find_target(settings)
         removed = False
         try:
             if target is not None:
@@ -104,17 +104,9 @@ def ray_down(asked: Mapping[str, object], *, as_json: bool) -> int:
     return HEALTHY
 
 
-def _find(settings: RaySettings) -> Target | None:
-    """The cluster that is meant: the given one, or our own if it runs."""
-    head = running_head(settings.data_folder)
-    if not settings.address:
-        return None if head is None else Target(head.address, head)
-    return Target(settings.address, head if head is not None and head.address == settings.address else None)
-
-
 def _find_or_start(settings: RaySettings) -> tuple[Target, Head | None]:
     """The cluster to work on, and its head if it was started for that."""
-    target = _find(settings)
+    target = find_target(settings)
     if target is not None:
         return target, None
     bind_socket(settings.host, settings.port).close()  # replicas would say the same, after the start of a head

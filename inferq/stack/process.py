@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -115,9 +115,8 @@ class RoleProcess:
 
     async def _live(self, log: RoleLog) -> int:
         """Run the process once; its exit code."""
-        tether = str(Path(__file__).with_name("tether.py"))
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", tether, str(os.getpid()), *self.spec.command),
+            *tethered(self.spec.command),
             stdin=DEVNULL,
             stdout=PIPE,
             stderr=STDOUT,
@@ -134,6 +133,12 @@ class RoleProcess:
             await asyncio.wait((reading,), timeout=_LAST_WORDS_S)
             reading.cancel()
         return code
+
+
+def tethered(command: Sequence[str]) -> list[str]:
+    """``command`` so that it is killed when this process dies."""
+    tether = str(Path(__file__).with_name("tether.py"))
+    return [sys.executable, "-I", "-S", tether, str(os.getpid()), *command]
 
 
 async def _hurry(process: asyncio.subprocess.Process, hurry: asyncio.Event) -> None:

@@ -1,1 +1,1 @@
-"""What starts and ends workers: processes of this machine, an operator's program, Kubernetes; Ray is in ``on_ray``."""
+"""What starts and ends workers: processes of this machine, an operator's program, Ray, Kubernetes."""

@@ -19,14 +19,13 @@ from typing import BinaryIO
 from inferq.processes import boot_id, start_of
 from queue_schemas import CannotStart
 from telemetry import get_logger
-from telemetry.backoff import STEADY_S, Backoff
 from telemetry.files import absolute_path, open_log, write_private
 
 from ..settings import AutoscaleSettings
 from .port import DriverFailed
+from .start_pauses import StartPauses
 from .worker_command import id_prefix, pool_name, worker_args, worker_environment
 
-_BACKOFF = Backoff(1.0, 60.0)
 _MAX_LOGS = 20
 """Logs of workers that ended which are kept."""
 _TAIL_BYTES = 4_096
@@ -69,15 +68,13 @@ class ProcessDriver:
         self._prefix = id_prefix(settings.pool, socket.gethostname())
         folder = absolute_path(settings.data_dir)
         self._logs = folder / "logs"
-        self._record = folder / "autoscale" / f"{pool_name(settings.pool)[:100]}.json"
+        self._record = folder / "autoscale" / f"{pool_name(settings.pool)}.json"
         self._lock = _locked(self._record.with_suffix(".lock"), settings.pool)
         self._count, self._processes = self._adopt()
         self._children: dict[str, asyncio.subprocess.Process] = {}
         self._started_at: dict[str, float] = {}
         self._kill_at: dict[str, float] = {}
-        self._failures = 0
-        self._not_before = 0.0
-        self._last_words = ""
+        self._pauses = StartPauses()
 
     async def workers(self) -> frozenset[str]:
         now = self._clock()
@@ -93,12 +90,7 @@ class ProcessDriver:
         missing = count - len(await self.workers())
         if missing <= 0:
             return
-        pause = self._not_before - self._clock()
-        if pause > 0:
-            raise DriverFailed(
-                f"workers end soon after their start, the next is started in {pause:.0f} s; one said: "
-                f"{self._last_words or 'nothing'} (logs: {self._logs})"
-            )
+        self._pauses.check(self._clock())
         for _ in range(missing):
             await self._start()
 
@@ -145,12 +137,12 @@ class ProcessDriver:
         asked = self._kill_at.pop(worker_id, None) is not None
         child, began = self._children.pop(worker_id, None), self._started_at.pop(worker_id, None)
         code = child.returncode if child is not None else None
-        if began is not None and now - began >= STEADY_S:
-            self._failures = 0
-        elif not asked and code != 0:
-            self._failures += 1
-            self._not_before = now + _BACKOFF.pause_s(self._failures)
-            self._last_words = _last_line(self._logs / f"{worker_id}.log")
+        ran_s = now - began if began is not None else 0.0
+        if asked or code == 0:
+            self._pauses.ended_well(ran_s)
+        else:
+            path = self._logs / f"{worker_id}.log"
+            self._pauses.failed(now, ran_s, f"{_last_line(path)} ({path})")
         log.info("worker_ended", worker=worker_id, exit_code=code, asked=asked)
         self._save()
 

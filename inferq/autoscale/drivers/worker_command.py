@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,17 +10,18 @@ from collections.abc import Mapping, Sequence
 from ..settings import AutoscaleSettings
 
 _MODEL_FLAGS = ("--model", "--engine-url", "--served-model-name")
-_MAX_PART = 20
+_MAX_PART = 18
 
 
 def pool_name(pool: str) -> str:
-    """``pool`` as a part of names of workers and files."""
-    return re.sub(r"[^a-z0-9]+", "-", pool.lower()).strip("-") or "pool"
+    """``pool`` as a part of names of workers and files, another one for each pool."""
+    name = _plain(pool)
+    return name if name == pool and len(name) <= _MAX_PART else f"{name[:_MAX_PART]}-{_mark(pool)}"
 
 
 def id_prefix(pool: str, place: str) -> str:
     """What the ids of workers for ``pool`` begin with that are started at ``place``; a number follows."""
-    return f"auto-{pool_name(pool)[:_MAX_PART]}-{pool_name(place)[:_MAX_PART]}"
+    return f"auto-{pool_name(pool)}-{_plain(place)[:_MAX_PART]}"
 
 
 def worker_args(settings: AutoscaleSettings, worker_id: str) -> list[str]:
@@ -33,9 +35,22 @@ def worker_args(settings: AutoscaleSettings, worker_id: str) -> list[str]:
 
 
 def worker_environment(settings: AutoscaleSettings) -> Mapping[str, str]:
-    """This process's environment, and the join token: options show in process lists."""
+    """This process's environment, and the join token."""
+    return {**os.environ, **join_token(settings)}
+
+
+def join_token(settings: AutoscaleSettings) -> Mapping[str, str]:
+    """The variable that gives a worker the join token: options show in process lists."""
     token = settings.join_token.get_secret_value()
-    return {**os.environ, "INFERQ_JOIN_TOKEN": token} if token else {**os.environ}
+    return {"INFERQ_JOIN_TOKEN": token} if token else {}
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "any"
+
+
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def _has(args: Sequence[str], flags: Sequence[str]) -> bool:

@@ -14,8 +14,9 @@ import pytest
 
 from inferq.autoscale.drivers.port import DriverFailed
 from inferq.autoscale.drivers.process import ProcessDriver
+from inferq.autoscale.drivers.worker_command import id_prefix, pool_name
 from inferq.autoscale.settings import AutoscaleSettings
-from queue_schemas import CannotStart
+from queue_schemas import CannotStart, check_worker_id
 from tests.support.waiting import eventually
 
 STAYS = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(600)"
@@ -107,7 +108,7 @@ async def test_workers_outlive_the_driver_and_are_adopted(driver: Open, tmp_path
 
 async def test_a_record_of_another_boot_names_nobody(driver: Open, tmp_path: Path) -> None:
     """Its process ids are other programs' by now."""
-    record = tmp_path / "autoscale" / "org-model.json"
+    record = tmp_path / "autoscale" / f"{pool_name('Org/Model')}.json"
     record.parent.mkdir()
     workers = {"w": {"pid": os.getpid(), "started": 1}}
     record.write_text(json.dumps({"boot": "another", "count": 7, "workers": workers}))
@@ -138,7 +139,7 @@ async def test_workers_that_fail_soon_are_not_started_again_at_once(driver: Open
             await one.scale_to(1)
         now[0] += 2.0**failures
         if failures == 1:
-            assert one._not_before <= now[0]
+            one._pauses.check(now[0])
 
 
 async def test_what_cannot_be_started_is_said(driver: Open, tmp_path: Path) -> None:
@@ -156,3 +157,11 @@ async def _are(driver: ProcessDriver, worker_ids: set[str]) -> bool:
 
 async def _without(driver: ProcessDriver, worker_id: str) -> bool:
     return worker_id not in await driver.workers()
+
+
+def test_names_of_workers_and_files_differ_for_each_pool() -> None:
+    """And are worker ids, with room for a number, whatever the model is called."""
+    pools = ["m", "M", "org/m", "org-m", "x" * 200, "x" * 201, "ä{}:*", "öö"]
+    assert len({pool_name(pool) for pool in pools}) == len(pools)
+    for pool in pools:
+        assert len(check_worker_id(f"{id_prefix(pool, 'a.host-name.of.some.length')}-{10**6}")) <= 63
