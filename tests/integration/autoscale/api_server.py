@@ -28,6 +28,7 @@ class ApiServer:
         self.refusals: list[int] = []
         self.garbage = b""
         self.creates_pods = True
+        self.deletes_pods = True
         self.tokens = {TOKEN}
         self._tls = tls
         self._made = 0
@@ -106,7 +107,7 @@ class ApiServer:
             living.sort(key=lambda name: int(self.pods[name]["metadata"]["annotations"].get(_COST, 0)))
         else:
             living.reverse()
-        for name in living[: max(0, len(living) - self.replicas)]:
+        for name in living[: max(0, len(living) - self.replicas) if self.deletes_pods else 0]:
             self.pods[name]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
 
     async def _list_pods(self, request: web.Request) -> web.Response:

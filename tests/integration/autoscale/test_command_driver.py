@@ -12,7 +12,9 @@ import pytest
 from inferq.autoscale.drivers.command import CommandDriver
 from inferq.autoscale.drivers.port import DriverFailed
 from inferq.autoscale.settings import AutoscaleSettings
+from inferq.processes import start_of
 from queue_schemas import CannotStart
+from tests.support.waiting import eventually
 
 
 def driver(program: str, *args: str, timeout_ms: int = 20_000) -> CommandDriver:
@@ -58,12 +60,18 @@ async def test_a_program_that_fails_or_lies_is_quoted(program: str, said: str) -
         await driver(program).workers()
 
 
-async def test_a_program_that_hangs_is_killed() -> None:
-    """Within ``driver_timeout``."""
+async def test_a_program_that_hangs_is_killed(tmp_path: Path) -> None:
+    """Within ``driver_timeout``, with what it has started."""
+    program = "import os, subprocess, sys, time; from pathlib import Path\n"
+    program += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    program += "Path(sys.argv[1]).write_text(f'{os.getpid()} {child.pid}'); time.sleep(600)"
+    pids = tmp_path / "pids"
     began = time.monotonic()
-    with pytest.raises(DriverFailed, match=r"did not end within 0\.5 s and was killed"):
-        await driver("import time; time.sleep(600)", timeout_ms=500).workers()
-    assert time.monotonic() - began < 10
+    with pytest.raises(DriverFailed, match=r"did not end within 2 s and was killed"):
+        await driver(program, str(pids), timeout_ms=2_000).workers()
+    assert time.monotonic() - began < 20
+    for pid in pids.read_text().split():
+        await eventually(lambda pid=int(pid): start_of(pid) is None, "it is killed")  # type: ignore[misc]
 
 
 async def test_workers_that_hold_the_programs_pipes_hold_up_nobody() -> None:

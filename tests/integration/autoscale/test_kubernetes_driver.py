@@ -91,6 +91,16 @@ async def test_pods_that_are_asked_for_and_cannot_come_are_not_asked_for_again(
     assert (server.replicas, await driver.workers()) == (2, frozenset())
 
 
+async def test_a_slow_controller_makes_no_more_pods_go(server: ApiServer, driver: KubernetesDriver) -> None:
+    """Two are to go, and one of them is told again before its deletion has begun: neither more go, nor one comes
+    back."""
+    await driver.scale_to(3)
+    server.deletes_pods = False
+    for leaving in ([f"{NAME}-2", f"{NAME}-1"], [f"{NAME}-2", f"{NAME}-1"], [f"{NAME}-1"]):
+        await driver.remove(leaving)
+        assert (server.replicas, len(await driver.workers())) == (1, 3)
+
+
 async def test_pods_that_are_over_are_no_workers(server: ApiServer, driver: KubernetesDriver) -> None:
     """An evicted pod stays listed for a while."""
     await driver.scale_to(2)

@@ -16,6 +16,7 @@ from inferq.autoscale.drivers.port import DriverFailed
 from inferq.autoscale.drivers.process import ProcessDriver
 from inferq.autoscale.drivers.worker_command import id_prefix, pool_name
 from inferq.autoscale.settings import AutoscaleSettings
+from inferq.processes import boot_id, start_of
 from queue_schemas import CannotStart, check_worker_id
 from tests.support.waiting import eventually
 
@@ -106,16 +107,17 @@ async def test_workers_outlive_the_driver_and_are_adopted(driver: Open, tmp_path
     await eventually(lambda: _without(other, second), "an adopted worker ends")
 
 
-async def test_a_record_of_another_boot_names_nobody(driver: Open, tmp_path: Path) -> None:
-    """Its process ids are other programs' by now."""
+async def test_a_record_of_the_past_names_nobody(driver: Open, tmp_path: Path) -> None:
+    """The process ids of another boot, or of processes that ended, are other programs' by now."""
     record = tmp_path / "autoscale" / f"{pool_name('Org/Model')}.json"
     record.parent.mkdir()
-    workers = {"w": {"pid": os.getpid(), "started": 1}}
-    record.write_text(json.dumps({"boot": "another", "count": 7, "workers": workers}))
-    one = driver()
-    assert await one.workers() == frozenset()
+    for boot, started in (("another", start_of(os.getpid())), (boot_id(), 1)):
+        workers = {"w": {"pid": os.getpid(), "started": started}}
+        record.write_text(json.dumps({"boot": boot, "count": 7, "workers": workers}))
+        one = driver()
+        assert await one.workers() == frozenset()
+        await one.close()
     record.write_text("{")
-    await one.close()
     with pytest.raises(CannotStart, match="cannot be read"):
         driver()
 
