@@ -204,7 +204,7 @@ class ShardConsumer:
             case ControlKind.ABORT if message.job_id is not None:
                 self._attempts.abort(message.job_id, message.reason)
             case ControlKind.YIELD:
-                self._preemption.ask(message.attempt_id)
+                group.create_task(self._preemption.ask(message.attempt_id))
             case ControlKind.DRAIN:
                 self._context.drain.set()
             case ControlKind.PING:

@@ -277,8 +277,11 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running())
     @rule(number=picks, said=st.sampled_from(["", "Once", "Once upon a time"]))
     def yield_slot(self, number: int, said: str) -> None:
-        """A worker has a job yield, asked or not, which goes on behind what it said."""
+        """A worker has a job yield, asked or not, which goes on behind what it said; or declines."""
         lease = pick(self.running(), number)
+        if number % 3 == 0:
+            self.play("decline_to_yield", pick(self.ever(), number // 3), number % 2 == 0)
+            return
         following = replace(lease.job, prefix=said, yields=max(lease.job.yields - 1, 0)) if said else None
         self.play("release_yielded", "it yields", lease, following)
 

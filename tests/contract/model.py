@@ -368,6 +368,12 @@ class Model:
                 self.totals[(*live.place, "yielded")] += 1
         return verdict
 
+    def decline_to_yield(self, lease: Lease, *, for_now: bool) -> None:
+        """An attempt runs on, and is asked again after the others, or not at all."""
+        live = self.live.get(lease.job.id)
+        if live is not None and live.state is State.LEASED and live.is_yieldable:
+            live.is_yieldable, live.started_at, live.asked_at = for_now, 1, None
+
     def crashed(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
         """All that ran on one engine: if some were suspects they are charged, else all are; all are suspects now."""
         verdicts = [self._verdict(lease, handing_back=True) for lease in leases]

@@ -243,6 +243,10 @@ class SideBySide:
         verdict = await self.broker.attempts.release_yielded(lease, reason, following)
         _same("yield", verdict, self.model.release_yielded(lease, reason, following))
 
+    async def decline_to_yield(self, lease: Lease, for_now: bool) -> None:
+        await self.broker.attempts.decline_to_yield(lease, for_now=for_now)
+        self.model.decline_to_yield(lease, for_now=for_now)
+
     async def crashed(self, reason: str, *leases: Lease) -> None:
         _same("crashed", await self.broker.attempts.report_crash(leases, reason), self.model.crashed(leases, reason))
 

@@ -169,6 +169,21 @@ async def test_a_suspect_is_left_alone(broker: Broker, worker: Puller) -> None:
     assert await asked(other) == []
 
 
+async def test_one_that_declines_makes_room_for_another(broker: Broker, worker: Puller) -> None:
+    """The next interactive job does not wait for it; it is asked last, or not at all."""
+    first, second, third = await leased(broker, worker, *(line() for _ in range(3)))
+    await broker.jobs.enqueue(make_job())
+    assert await asked(worker) == [third.attempt_id]
+    await broker.attempts.decline_to_yield(third, for_now=True)
+    await broker.jobs.enqueue(make_job())
+    await broker.jobs.enqueue(make_job())
+    assert await asked(worker) == [second.attempt_id, first.attempt_id]
+    await broker.attempts.decline_to_yield(first, for_now=False)
+    await broker.jobs.enqueue(make_job())
+    await broker.jobs.enqueue(make_job())
+    assert await asked(worker) == [third.attempt_id]
+
+
 async def test_the_sweep_asks_again(broker: Broker, worker: Puller, client: Any) -> None:
     """A job that still waits, because a worker declined or nothing could yield when it came, is helped within a second
     or two."""

@@ -55,8 +55,11 @@ class Scene:
             context,
             reachable=lambda *_: None,
             answer_ping=lambda: None,
-            preemption=SimpleNamespace(ask=self.asked.append),  # type: ignore[arg-type]
+            preemption=SimpleNamespace(ask=self._ask),  # type: ignore[arg-type]
         )
+
+    async def _ask(self, attempt_id: str) -> None:
+        self.asked.append(attempt_id)
 
     async def tell(self, *leases: Lease | None) -> None:
         """Messages come that hand over ``leases``."""

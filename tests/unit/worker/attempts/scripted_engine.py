@@ -109,6 +109,7 @@ class RecordingBroker:
         self.settled: list[tuple[Lease, Outcome, list[Frame]]] = []
         self.released: list[tuple[str, bool]] = []
         self.yields: list[Job | None] = []
+        self.declined: list[bool] = []
         self.crashes: list[list[Lease]] = []
         self.published: list[Frame] = []
         self.appended: list[Frame] = []
@@ -136,6 +137,9 @@ class RecordingBroker:
             raise BrokerUnavailable("away")
         self.released.append((reason, counted))
         return Settled.OK
+
+    async def decline_to_yield(self, lease: Lease, *, for_now: bool) -> None:
+        self.declined.append(for_now)
 
     async def release_yielded(self, lease: Lease, reason: str, following: Job | None) -> Settled:
         if self.failures:

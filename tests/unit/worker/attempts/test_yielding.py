@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
 
+from broker import Broker
 from openai_api.completions.whole_answer import MAX_PREFIX_BYTES
 from openai_api.sse import DONE_EVENT, encode_json
 from queue_schemas import CONTINUED, HEAD, Job, Lane, Lease, Outcome
@@ -20,7 +21,7 @@ from tests.support.waiting import eventually
 from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease, plain
 from worker.core import Slots
 from worker.engines import EngineAnswer, EngineCall
-from worker.preemption import RECHECK_S, Preemption
+from worker.preemption import Preemption
 
 BODY = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9})
 BASE = {"id": "1", "object": "chat.completion.chunk", "created": 17, "model": "m"}
@@ -71,7 +72,9 @@ class Scene:
         self.bench.engine.call = self.engine.call  # type: ignore[method-assign]
         self.slots = Slots(1, busy=busy)
         self.policy = YieldPolicy(**({"share": 1.0, "min_gain_s": 0.0} | policy))
-        self.preemption = Preemption(self.policy, self.slots, self.bench.attempts, self.bench.metrics)
+        self.preemption = Preemption(
+            cast(Broker, self.bench.broker), self.policy, self.slots, self.bench.attempts, self.bench.metrics
+        )
 
     @property
     def answer(self) -> dict[str, Any]:
@@ -107,13 +110,13 @@ async def test_a_line_yields_with_what_it_said() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease) == "Once upon", "it has said something")
-        scene.preemption.ask(job_lease.attempt_id)
-        scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
     assert scene.bench.engine.left_early == 1
     assert scene.bench.broker.yields == [replace(job_lease.job, prefix="Once upon", yields=1)]
     assert not scene.bench.broker.released
     assert scene.refused("ended") == 1
-    scene.preemption.ask(job_lease.attempt_id)
+    await scene.preemption.ask(job_lease.attempt_id)
 
 
 def _text(scene: Scene, job_lease: Lease) -> str | None:
@@ -147,7 +150,7 @@ async def test_an_engine_that_cannot_go_on_is_not_interrupted() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: scene.engine.asked, "the engine is asked")
-        scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
         gate.set()
     assert "stream" not in scene.engine.asked[0]
     assert not scene.bench.broker.yields
@@ -161,7 +164,7 @@ async def test_what_yielded_runs_anew_on_an_engine_that_cannot_go_on_and_yields_
     job_lease = line("Once")
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease) == "Twice", "it has begun anew")
-        scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
         gate.set()
     assert scene.answer["choices"][0]["message"]["content"] == "Twice"
     assert not scene.bench.broker.yields
@@ -182,7 +185,7 @@ async def test_an_engine_that_answers_plainly_is_not_interrupted() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: not _may_yield(scene, job_lease), "it answers plainly")
-        scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
         gate.set()
     assert not scene.bench.broker.yields
     assert scene.answer == {}
@@ -221,10 +224,11 @@ async def test_what_has_said_all_does_not_yield() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: _has(scene, job_lease), "it has said all")
-        scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
         gate.set()
     assert scene.answer["choices"][0]["message"]["content"] == "Once"
     assert scene.refused("ending") == 1
+    assert scene.bench.broker.declined == [False]
 
 
 def _has(scene: Scene, job_lease: Lease) -> bool:
@@ -239,7 +243,7 @@ async def test_a_long_text_does_not_travel() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease), "it has said much")
-        scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
         assert scene.refused("too_long") == 1
         scene.bench.attempts.abort(job_lease.job.id, "enough")
         gate.set()
@@ -251,10 +255,11 @@ async def test_nothing_yields_for_a_job_that_has_a_slot() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease), asyncio.TaskGroup() as group:
         await eventually(lambda: scene.engine.asked, "it runs")
-        scene.preemption.ask(job_lease.attempt_id)
+        asked = group.create_task(scene.preemption.ask(job_lease.attempt_id))
+        await asyncio.sleep(0)
         scene.slots.busy = 1
         scene.bench.attempts.start([lease()], group)
-        await asyncio.sleep(2 * RECHECK_S)
+        await asked
         gate.set()
     assert not scene.bench.broker.yields
     assert scene.refused("slot_free") == 1
@@ -266,8 +271,10 @@ async def test_it_yields_if_the_claim_under_way_brought_another_line() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: scene.engine.asked, "it runs")
-        scene.preemption.ask(job_lease.attempt_id)
+        asked = asyncio.create_task(scene.preemption.ask(job_lease.attempt_id))
+        await asyncio.sleep(0)
         scene.slots.busy = 1
+        await asked
     assert len(scene.bench.broker.yields) == 1
 
 
@@ -279,9 +286,10 @@ async def test_a_flood_takes_no_more_than_the_share() -> None:
     async with scene.bench.running(*leases):
         await eventually(lambda: len(scene.engine.asked) == 8, "all run")
         for one in leases:
-            scene.preemption.ask(one.attempt_id)
+            await scene.preemption.ask(one.attempt_id)
         await eventually(lambda: len(scene.bench.broker.yields) == 2, "some yield")
         assert scene.refused("share") == 6
+        assert scene.bench.broker.declined == [True] * 6
         scene.bench.attempts.hand_back()
     assert len(scene.bench.broker.yields) == 2
 
@@ -293,7 +301,7 @@ async def test_a_report_that_is_lost_is_sent_again() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease) == "Once", "it has said something")
-        scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
     assert len(scene.bench.broker.yields) == 1
 
 
@@ -304,7 +312,7 @@ async def test_a_job_that_is_cancelled_while_it_yields_is_dropped() -> None:
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease) == "Once", "it has said something")
         scene.bench.attempts.abort(job_lease.job.id, "cancelled")
-        scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
     assert not scene.bench.broker.yields
     assert not scene.bench.broker.settled
 
@@ -321,7 +329,7 @@ async def test_a_persisted_stream_goes_on_behind_its_output() -> None:
     broker = scene.bench.broker
     async with scene.bench.running(job_lease):
         await eventually(lambda: scene.bench.broker.appended, "it has said something")
-        scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id)
     assert broker.yields == [None]
     assert b" upon" in b"".join(frame.data for frame in broker.appended)
     broker.kept = [frame for frame in broker.appended if frame.data]
