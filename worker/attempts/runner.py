@@ -242,7 +242,9 @@ class AttemptRunner:
                     log.warning("frames_not_appended", error=error.message, **log_fields(lease))
             return Yield(reason)
         text = attempt.whole.text if attempt.whole is not None else None
-        return Yield(reason, replace(job, prefix=job.prefix if text is None else text, yields=job.yields - 1))
+        # Nobody has seen it: what some chat templates strip off is better said once more.
+        prefix = job.prefix if text is None else text.rstrip()
+        return Yield(reason, replace(job, prefix=prefix, yields=job.yields - 1))
 
     async def _stalled(self, attempt: Attempt) -> Ending:
         """The engine forgot the stream: another engine may do better, once; the same one would do the same."""

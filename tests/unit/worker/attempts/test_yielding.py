@@ -124,6 +124,16 @@ def _text(scene: Scene, job_lease: Lease) -> str | None:
     return attempt.whole.text if attempt is not None and attempt.whole is not None else None
 
 
+async def test_white_space_at_the_end_is_said_once_more() -> None:
+    """Chat templates may strip it off, and no engine would go on behind it."""
+    scene = Scene(Answer(200, SSE, [said("Once \n\n"), asyncio.Event()]))
+    job_lease = line()
+    async with scene.bench.running(job_lease):
+        await eventually(lambda: _text(scene, job_lease), "it has said something")
+        await scene.preemption.ask(job_lease.attempt_id)
+    assert scene.bench.broker.yields == [replace(job_lease.job, prefix="Once", yields=1)]
+
+
 async def test_it_goes_on_behind_what_was_said() -> None:
     """One answer comes of both, with the usage of one: the prompt's tokens are the original prompt's."""
     scene = Scene(Answer(200, SSE, [said(" upon"), said(" a", "length"), end(4)]))
