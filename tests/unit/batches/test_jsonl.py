@@ -137,3 +137,21 @@ def test_a_line_is_held_to_the_limits_of_a_request() -> None:
         with pytest.raises(BadLine) as refused:
             read_line(orjson.dumps(line), CHAT, 1 << 20, RequestLimits())
         assert (refused.value.code, refused.value.param) == ("invalid_request", param)
+
+
+@pytest.mark.parametrize(
+    ("url", "fields", "expected"),
+    [
+        ("/v1/chat/completions", {}, True),
+        ("/v1/completions", {"prompt": "Once"}, True),
+        ("/v1/chat/completions", {"tools": [{"type": "function"}]}, False),
+        ("/v1/chat/completions", {"stream_options": {}}, False),
+        ("/v1/chat/completions", {"user": 2**70}, False),
+        ("/v1/embeddings", {}, False),
+    ],
+)
+def test_which_lines_may_yield(url: str, fields: dict[str, object], expected: bool) -> None:
+    """Those whose answer can go on behind a part of it, and whose body means the same when it is written anew."""
+    body = {"model": "m", **({} if "prompt" in fields else {"messages": [{"role": "user", "content": "hi"}]}), **fields}
+    line = json.dumps({"custom_id": "a", "url": url, "body": body}).encode()
+    assert request_in(line, "acme", "m").may_yield is expected

@@ -322,3 +322,25 @@ async def test_a_follower_that_reads_nothing_is_cut_off() -> None:
         assert len(app.services.requests) == 0
         queue.mark(job, MarkerKind.REQUEUED, epoch=2)
         assert queue.cancelled.empty()
+
+
+@pytest.mark.parametrize(
+    ("more", "headers", "yields"),
+    [
+        ({}, {}, 3),
+        ({"stream": True}, {}, 3),
+        ({"stream": True}, {"x-inferq-on-loss": "restart"}, 0),
+        ({"tools": [{"type": "function"}]}, {}, 0),
+        ({"stream": True, "logprobs": True}, {}, 0),
+    ],
+)
+async def test_background_requests_may_yield(more: dict[str, Any], headers: dict[str, str], yields: int) -> None:
+    """As often as the setting says, if their answer can go on behind a part of it; interactive ones never."""
+    queue, chat = FakeQueue("m"), {"model": "m", "messages": [{"role": "user", "content": "hi"}]} | more
+    async with router(queue, max_yields=3) as app:
+        assert (await accepted(Client(app), queue, chat, **headers)).yields == yields
+        answer = Client(app).post(chat)
+        job = await queue.job()
+        assert job.yields == 0
+        queue.answer(job, b"{}")
+        await answer.done()
