@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +10,6 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,11 +19,9 @@ from inferq.doctor.fabric import check_engine
 from inferq.doctor.findings import DoctorTarget, Level
 from inferq.fleet.client import FleetClient
 from inferq.on_ray.usage import direct_environment, usage_environment
-from telemetry.environment import free_port
 from telemetry.http.fabric_calls import FabricCall, FabricHttp
 from telemetry.http.fleet_session import direct_opener, fleet_session
 from tests.support.recording_proxy import RecordingProxy
-from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[3]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
@@ -112,47 +107,6 @@ def test_composes_health_checks_ask_directly(service: str, proxy: RecordingProxy
         [sys.executable, "-c", f"{host}{url}/{path}"], capture_output=True, text=True, timeout=20, check=False
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture
-def autoscaler() -> ModuleType:
-    path = ROOT / "examples" / "autoscale_by_queue_depth.py"
-    spec = importlib.util.spec_from_file_location("autoscale_by_queue_depth", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_example_autoscaler_asks_directly(proxy: RecordingProxy, url: str, autoscaler: ModuleType) -> None:
-    """[G2] The Router is asked, not the proxy."""
-    assert autoscaler.outstanding(url, "m") == 7
-
-
-async def test_the_example_autoscaler_says_why_it_cannot_ask(url: str, tmp_path: Path) -> None:
-    """[G2] Each reason once, on standard error: nobody there, a Router that refuses, something else at that address."""
-    reasons = {
-        (f"http://127.0.0.1:{free_port()}", "m"): "no Router answers at",
-        (url, "other"): "answers 503: the queue cannot be reached now",
-    }
-    for (where, model), reason in reasons.items():
-        script = [sys.executable, str(ROOT / "examples" / "autoscale_by_queue_depth.py"), "--interval-s", "0.05"]
-        log = tmp_path / f"{model}.log"
-        with (
-            log.open("wb") as output,
-            subprocess.Popen(  # noqa: ASYNC220 - only started here
-                [*script, "--router-url", where, "--model", model, "--", "true"], stderr=output
-            ) as running,
-        ):
-            try:
-                await eventually(lambda log=log: log.read_text().endswith("\n"), "it says why")
-                await asyncio.sleep(0.3)  # some rounds more, in which it has nothing new to say
-            finally:
-                running.terminate()
-        (said,) = log.read_text().splitlines()
-        assert said.startswith("cannot read the queue depth, so nothing changes: ")
-        assert reason in said
 
 
 def test_rays_statistics_are_off_unless_the_user_says_on() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import functools
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from aiohttp import web
@@ -16,6 +15,10 @@ from aiohttp.test_utils import TestServer
 
 from broker import BrokerSettings
 from broker.connector import BrokerConnector
+from inferq.autoscale.drivers.kubernetes import KubernetesDriver
+from inferq.autoscale.drivers.port import DriverFailed
+from inferq.autoscale.fabric import Fabric
+from inferq.autoscale.settings import AutoscaleSettings
 from inferq.chat.client import Answer
 from inferq.client import RequestFailed
 from manager.probe import HttpWorkerProbe
@@ -28,18 +31,7 @@ from worker.engines.http import HttpEngine
 from worker.manager_client import ManagerClient
 
 RUN = SessionId("w.0000000000000001")
-EXAMPLE = Path(__file__).parents[3] / "examples" / "autoscale_by_queue_depth.py"
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-def example() -> ModuleType:
-    """The autoscaler, which is a script."""
-    spec = importlib.util.spec_from_file_location("autoscale_example", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 async def command(url: str) -> None:
@@ -97,13 +89,29 @@ async def engine(url: str) -> None:
 
 
 async def autoscaler(url: str) -> None:
-    os.environ["INFERQ_API_KEY"] = "s3cret"
-    try:
-        module = example()
-        with pytest.raises(module.DepthUnknown, match="307"):
-            await asyncio.to_thread(module.outstanding, url, "m")
-    finally:
-        del os.environ["INFERQ_API_KEY"]
+    async with Fabric([url], "s3cret") as fabric:
+        claim = functools.partial(fabric.claim, "m", RUN, 1)
+        for ask in (fabric.workers, lambda: fabric.pool("m"), lambda: fabric.drain("w"), claim):
+            with pytest.raises(RequestFailed, match="redirected"):
+                await ask()
+
+
+async def kubernetes(url: str) -> None:
+    with service_account() as account:
+        target = {"kubernetes_target": "deployment/w", "kubernetes_api_url": url, "kubernetes_account_dir": account}
+        driver = KubernetesDriver(AutoscaleSettings.load(pool="m", driver="kubernetes", **target))
+        with pytest.raises(DriverFailed, match="307"):
+            await driver.workers()
+        await driver.close()
+
+
+@contextlib.contextmanager
+def service_account() -> Iterator[str]:
+    """The folder of one."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("token", "namespace"):
+            Path(folder, name).write_text("s3cret")
+        yield folder
 
 
 @contextlib.asynccontextmanager
@@ -133,7 +141,7 @@ async def redirecting() -> AsyncIterator[tuple[str, list[str], list[str]]]:
         await other.close()
 
 
-@pytest.mark.parametrize("client", [command, worker, router, batcher, probe, engine, autoscaler])
+@pytest.mark.parametrize("client", [command, worker, router, batcher, probe, engine, autoscaler, kubernetes])
 async def test_no_credential_follows_a_redirect(client: Callable[[str], Awaitable[None]]) -> None:
     """[A6] Whoever answers 307 is left with an error; nobody else is asked."""
     async with redirecting() as (url, here, there):
