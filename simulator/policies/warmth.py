@@ -39,6 +39,8 @@ class Warmth:
     def digests(self, request: Request) -> str:
         """As a Router makes them, the longest prefix first."""
         blocks = request.blocks
+        if not blocks:
+            return ""
         known = [place for place in self._sampled if place < len(blocks)]
         return "".join(_digest(request.tenant, blocks[place]) for place in reversed(known))
 
