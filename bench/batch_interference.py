@@ -1,53 +1,97 @@
-"""Measure the effect of a saturating batch on interactive latency: TTFT with and without it, in one run.
+"""Measure the effect of a saturating batch on interactive latency, and what preemption costs the batch.
 
-``python -m bench.batch_interference`` starts a whole inferq with a batcher on the fake engine, sends
-the same interactive streams in turns without and with a batch that fills every slot, and prints percentiles. A request
-that finds all slots taken waits until one line of the batch has finished: the longest such wait is one line's time.
+``python -m bench.batch_interference`` starts two whole inferqs with batchers, each on a simulated engine of its own;
+the lines of one may not yield. In turns it sends the same paced interactive streams to an idle fleet, beside a batch
+that fills every slot, and beside one whose lines may yield. It prints percentiles of the time to the first token, and
+how many lines the batches finished meanwhile. Requests come at random times at a fixed rate, whatever their answers
+take: both batches share the slots with the same interactive load.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import redis.asyncio as redis
 import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from queue_schemas.keys import ShardKeys
 from telemetry.environment import free_port
 from tests.support.waiting import eventually
 
 from .processes import new_folder, running, until_answers
-from .systems import MODEL, System, fake_engine, whole_inferq
-from .windows import Scenario, measured
+from .systems import MODEL, whole_inferq
 
-TTFT_MS = 20.0
-TOKENS_PER_S = 100
 BATCH_LIMIT_S = 60.0
 _POLL_S = 0.1
+_WARM_UP_S = 2.0
+_COUNTED = ("done", "yielded", "asked_to_yield")
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """A whole inferq that takes batches: its HTTP API, and its queue."""
+
+    name: str
+    session: aiohttp.ClientSession
+    queue: redis.Redis
+
+    async def counts(self) -> dict[str, int]:
+        """What happened to lines so far, by the queue's own count."""
+        values = await self.queue.hmget(ShardKeys(0).counters, [f"{MODEL}:batch:{event}" for event in _COUNTED])
+        return {event: int(value or 0) for event, value in zip(_COUNTED, values, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What one load met: times to the first token (ms), and what happened to lines of a batch meanwhile."""
+
+    first_ms: Sequence[float]
+    seconds: float
+    lines: dict[str, int]
+
+    def percentile(self, share: float) -> float:
+        """The time that ``share`` of the streams did not exceed."""
+        return sorted(self.first_ms)[min(int(share * len(self.first_ms)), len(self.first_ms) - 1)]
 
 
 @asynccontextmanager
-async def with_batcher(
-    folder: Path, engine_url: str, slots: int, worker_options: Sequence[str] = ()
-) -> AsyncIterator[System]:
-    """A whole inferq that takes batches."""
+async def fleet(folder: Path, name: str, options: argparse.Namespace, *, max_yields: int) -> AsyncIterator[Fleet]:
+    """A fleet on an engine of its own, whose lines yield so often."""
+    port, log = free_port(), new_folder(folder) / "engine.log"
+    simulated = ("--port", str(port), "--model", MODEL, "--mode", "text", "--ttft-ms", str(options.ttft_ms))
+    speed = ("--tokens-per-s", str(options.tokens_per_s), "--max-num-seqs", str(2 * options.slots))
     os.environ["INFERQ_STORAGE_URL"] = str(folder / "store")
-    async with whole_inferq(folder, engine_url, slots=slots, worker_options=worker_options) as (system, queue_url):
-        port, log = free_port(), folder / "batcher.log"
-        options = ("--port", str(port), "--redis-url", queue_url, "--log-level", "warning")
-        async with running("batches.service", options, log) as pid:
-            await until_answers(f"http://127.0.0.1:{port}/readyz", log)
-            yield System(system.name, system.port, {**system.pids, "batcher": pid})
+    async with running("worker.engines.simulated", (*simulated, *speed), log):
+        await until_answers(f"http://127.0.0.1:{port}/health", log)
+        engine_url = f"http://127.0.0.1:{port}"
+        async with whole_inferq(folder, engine_url, slots=options.slots) as (system, queue_url):
+            batcher_port, batcher_log = free_port(), folder / "batcher.log"
+            arguments = ("--port", str(batcher_port), "--redis-url", queue_url, "--max-yields", str(max_yields))
+            async with (
+                running("batches.service", (*arguments, "--log-level", "warning"), batcher_log),
+                aiohttp.ClientSession(
+                    f"http://127.0.0.1:{system.port}", connector=aiohttp.TCPConnector(limit=0)
+                ) as own,
+                redis.Redis.from_url(queue_url) as queue,
+            ):
+                await until_answers(f"http://127.0.0.1:{batcher_port}/readyz", batcher_log)
+                yield Fleet(name, own, queue)
 
 
 class Batch:
@@ -59,8 +103,8 @@ class Batch:
         self._tokens = tokens
         self._id = ""
 
-    async def start(self, slots: int) -> None:
-        """Returns once it has finished as many lines as there are slots."""
+    async def start(self, lines: int) -> None:
+        """Returns once it has finished so many lines."""
         form = aiohttp.FormData()
         form.add_field("purpose", "batch")
         form.add_field("file", self._input(), filename="lines.jsonl")
@@ -71,9 +115,7 @@ class Batch:
         async with self._session.post("/v1/batches", json=fields) as answer:
             answer.raise_for_status()
             self._id = (await answer.json())["id"]
-        await self._until(
-            lambda batch: batch["request_counts"]["completed"] >= slots, "has finished a line in each slot"
-        )
+        await self._until(lambda batch: batch["request_counts"]["completed"] >= lines, f"has finished {lines} lines")
 
     async def running(self) -> bool:
         """Whether it still has lines to run."""
@@ -114,72 +156,107 @@ class Batch:
         return b"".join(json.dumps({"custom_id": str(n), **line}).encode() + b"\n" for n in range(self._lines))
 
 
+async def load(one: Fleet, options: argparse.Namespace, seed: int) -> Window:
+    """Send streams at random times for a while, and measure those that begin after a warm-up."""
+    rng, begun = random.Random(seed), time.monotonic()
+    firsts: list[float] = []
+    async with asyncio.TaskGroup() as group:
+        due = 0.0
+        before, started = await one.counts(), begun
+        while (due := due + rng.expovariate(options.rate)) < _WARM_UP_S + options.seconds:
+            await asyncio.sleep(max(0.0, begun + due - time.monotonic()))
+            if due < _WARM_UP_S:
+                before, started = await one.counts(), time.monotonic()
+            group.create_task(_stream(one.session, options.stream_tokens, firsts if due >= _WARM_UP_S else []))
+        after, ended = await one.counts(), time.monotonic()
+    return Window(firsts, ended - started, {event: after[event] - before[event] for event in _COUNTED})
+
+
+async def _stream(session: aiohttp.ClientSession, tokens: int, firsts: list[float]) -> None:
+    body: dict[str, object] = {"model": MODEL, "messages": [{"role": "user", "content": "Hello."}], "stream": True}
+    sent = time.monotonic()
+    first = None
+    async with session.post("/v1/chat/completions", json=body | {"max_tokens": tokens, "ignore_eos": True}) as answer:
+        answer.raise_for_status()
+        async for line in answer.content:
+            if first is None and line.startswith(b"data: {"):
+                first = (time.monotonic() - sent) * 1000
+    if first is None:
+        raise ValueError("a stream ended without a token")
+    firsts.append(first)
+
+
+async def _beside_a_batch(one: Fleet, options: argparse.Namespace, seed: int) -> Window:
+    batch = Batch(one.session, options.lines, options.tokens)
+    await batch.start(2 * options.slots)
+    window = await load(one, options, seed)
+    if not await batch.running():
+        raise TimeoutError("the batch ended before the streams did: give it more --lines")
+    await batch.stop()
+    return window
+
+
 async def _all(options: argparse.Namespace, console: Console) -> None:
-    line_ms = TTFT_MS + options.tokens / TOKENS_PER_S * 1000
-    streams = Scenario(
-        name="interactive streams",
-        clients=options.clients,
-        seconds=options.seconds,
-        stream=True,
-        per="token",
-        delay_us=int(TTFT_MS * 1000),
-        interval_us=1_000_000 // TOKENS_PER_S,
-    )
-    firsts: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
-    lines_run = 0
+    windows: dict[str, list[Window]] = {"idle": [], "without preemption": [], "with preemption": []}
     with tempfile.TemporaryDirectory(prefix="inferq-bench-") as name:
         folder = Path(name)
         async with (
-            fake_engine(new_folder(folder / "engine"), "--delay-us", str(int(line_ms * 1000))) as (port, _),
-            with_batcher(new_folder(folder / "inferq"), f"http://127.0.0.1:{port}", options.slots) as system,
-            aiohttp.ClientSession(f"http://127.0.0.1:{system.port}") as session,
+            fleet(folder / "without", "without preemption", options, max_yields=0) as without,
+            fleet(folder / "with", "with preemption", options, max_yields=options.max_yields) as having,
         ):
             for number in range(options.rounds):
-                alone = await measured(streams, system, number)
-                batch = Batch(session, options.lines, options.tokens)
-                await batch.start(options.slots)
-                beside = await measured(streams, system, number)
-                if not await batch.running():
-                    raise TimeoutError("the batch ended before the streams did: give it more --lines")
-                lines_run += await batch.stop()
-                for way, one in (("without", alone), ("with", beside)):
-                    firsts[way].append({name: value / 1000 for name, value in one.load.first_us.items()})
-                console.print(f"round {number + 1}  TTFT without {firsts['without'][-1]}  with {firsts['with'][-1]}")
-    _print(firsts, line_ms, lines_run, options, console)
+                for way in _in_turn(list(windows), number):
+                    one = without if way == "without preemption" else having
+                    measure = load if way == "idle" else _beside_a_batch
+                    window = await measure(one, options, number)
+                    windows[way].append(window)
+                    p50, p90 = window.percentile(0.5), window.percentile(0.9)
+                    console.print(f"round {number + 1}  {way}: TTFT p50 {p50:.1f} p90 {p90:.1f} ms, {window.lines}")
+    _print(windows, options, console)
 
 
-def _print(
-    firsts: dict[str, list[dict[str, float]]],
-    line_ms: float,
-    lines_run: int,
-    options: argparse.Namespace,
-    console: Console,
-) -> None:
-    table = Table(title=f"Time to first token in ms; {options.slots} slots, a line of the batch takes {line_ms:g} ms")
-    for column in ("", "p50", "p90", "p99"):
+def _in_turn(ways: list[str], number: int) -> list[str]:
+    """The ways in another order in each round."""
+    first = number % len(ways)
+    return ways[first:] + ways[:first]
+
+
+def _print(windows: dict[str, list[Window]], options: argparse.Namespace, console: Console) -> None:
+    line_ms = options.ttft_ms + options.tokens / options.tokens_per_s * 1000
+    table = Table(title=f"{options.slots} slots, lines of {line_ms:g} ms, {options.rate:g} streams a second")
+    for column in ("", "TTFT p50, ms", "p90", "p99", "p90 / idle", "lines/s", "yields/s"):
         table.add_column(column, justify="right")
-    medians = {
-        name: {p: statistics.median(one[p] for one in rounds) for p in ("p50", "p90", "p99")}
-        for name, rounds in firsts.items()
-    }
-    for name, found in medians.items():
-        table.add_row(f"{name} a batch", *(f"{value:,.1f}" for value in found.values()))
-    added = {p: medians["with"][p] - medians["without"][p] for p in ("p50", "p90", "p99")}
-    table.add_row("added", *(f"{value:,.1f}" for value in added.values()))
-    table.add_row("of a line's time", *(f"{value / line_ms:.2f}" for value in added.values()))
+    firsts = {way: {p: _median(found, p) for p in (0.5, 0.9, 0.99)} for way, found in windows.items()}
+    rates = {way: _rate(found, "done") for way, found in windows.items()}
+    for way, found in windows.items():
+        times = [f"{value:,.1f}" for value in firsts[way].values()]
+        ratio = f"{firsts[way][0.9] / firsts['idle'][0.9]:.2f}"
+        table.add_row(way, *times, ratio, f"{rates[way]:.2f}", f"{_rate(found, 'yielded'):.2f}")
     console.print(table)
-    console.print(f"{lines_run} lines of batches ran beside")
+    console.print(f"batch throughput with / without: {rates['with preemption'] / rates['without preemption']:.3f}")
+
+
+def _median(windows: Sequence[Window], share: float) -> float:
+    return statistics.median(window.percentile(share) for window in windows)
+
+
+def _rate(windows: Sequence[Window], event: str) -> float:
+    return sum(window.lines[event] for window in windows) / sum(window.seconds for window in windows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m bench.batch_interference", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of each load")
-    parser.add_argument("--clients", type=int, default=4, help="interactive streams at a time")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of each load")
+    parser.add_argument("--rate", type=float, default=4.0, help="interactive streams a second")
+    parser.add_argument("--stream-tokens", type=int, default=32, help="tokens of each stream")
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--lines", type=int, default=5_000, help="lines of each batch, which is cancelled in the end")
     parser.add_argument("--tokens", type=int, default=100, help="tokens of each line's answer")
+    parser.add_argument("--ttft-ms", type=float, default=20.0, help="the engine's time to the first token")
+    parser.add_argument("--tokens-per-s", type=float, default=100.0, help="the engine's speed for each request")
+    parser.add_argument("--max-yields", type=int, default=4)
     uvloop.run(_all(parser.parse_args(argv), Console(width=120)))
     return 0
 

@@ -115,7 +115,7 @@ class Attempts:
         return self._running.get(attempt_id)
 
     def by_lane(self) -> Counter[Lane]:
-        """How many attempts of each lane run."""
+        """How many attempts of each lane run, those included that yield: their slots are for what waits already."""
         return Counter(attempt.lease.job.lane for attempt in self._running.values())
 
     def leases(self, shard: int) -> list[Lease]:
@@ -170,6 +170,7 @@ class Attempts:
         job = lease.job
         attempt.task = asyncio.current_task()
         wait_s: float | None = None
+        has_slot = True
         attributes: dict[str, str | int | float | bool] | None = None
         if tracing_enabled():
             attributes = {"job": job.id, "model": job.model, "attempt": lease.attempt}
@@ -180,6 +181,9 @@ class Attempts:
                 if isinstance(ending, Settle):
                     await self._reports.settle(attempt, ending)
                 elif isinstance(ending, Yield):
+                    # The engine runs it no more: the claim for an interactive job follows on the heels of the report.
+                    has_slot = False
+                    asyncio.get_running_loop().call_soon(self._ended, attempt, None)
                     await self._reports.yielded(attempt, ending)
                 elif isinstance(ending, EngineDisconnected):
                     wait_s = RETRY_APART_S
@@ -196,4 +200,5 @@ class Attempts:
             self._running.pop(lease.attempt_id, None)
             if not self._running:
                 self._idle.set()
-            self._ended(attempt, wait_s)
+            if has_slot:
+                self._ended(attempt, wait_s)
