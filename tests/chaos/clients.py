@@ -17,14 +17,18 @@ import aiohttp
 from tests.support.sse import read_data
 
 from .history import Entry, History, Request
-from .workload import KINDS, OutgoingRequest, make_request, request_id
+from .workload import BACKGROUND, KINDS, OutgoingRequest, make_request, request_id
 
 LIMIT_S = 45.0
 """A request that takes longer counts as lost."""
 RETRY_PAUSE_S = 0.2
+ACCEPTED = 202
 REUSE_EVERY = 5
 """One in so many requests with a key is followed by another body under the same key."""
-_RETRYABLE = ("broker_unavailable", "broker_full", "shutting_down")
+_RETRYABLE = ("broker_unavailable", "broker_full", "shutting_down", "job_not_found")
+"""The last one: a Redis that was killed may have lost the background jobs of its last second."""
+BACKGROUND_CLIENTS = 18
+"""Clients that send nothing but background requests: with the others, more than there are slots."""
 KEEPALIVE_S = 2.0
 """How long a client keeps an idle connection: the Router closes none that soon."""
 _RAW: tuple[bytes, ...] = (
@@ -37,7 +41,8 @@ _RAW: tuple[bytes, ...] = (
 
 
 class Clients:
-    """``count`` clients of ``urls``, each with one request at a time; every other one keeps its connections open."""
+    """``count`` clients of ``urls``, each with one request at a time; every other one keeps its connections open.
+    Beside them are ``BACKGROUND_CLIENTS``, whose requests yield to theirs."""
 
     def __init__(self, urls: Sequence[str], history: History, *, seed: int, count: int = 18) -> None:
         self._urls = urls
@@ -50,7 +55,8 @@ class Clients:
 
     def start(self) -> None:
         """Start all clients."""
-        self._tasks = [asyncio.create_task(self._run(number), name="client") for number in range(self._count)]
+        kinds = [KINDS] * self._count + [(BACKGROUND,)] * BACKGROUND_CLIENTS
+        self._tasks = [asyncio.create_task(self._run(number, own), name="client") for number, own in enumerate(kinds)]
 
     async def stop(self) -> None:
         """Let each running request finish or reach its time limit."""
@@ -96,16 +102,16 @@ class Clients:
             finally:
                 writer.transport.abort()
 
-    async def _run(self, number: int) -> None:
+    async def _run(self, number: int, kinds: Sequence[str]) -> None:
         rng = random.Random(f"{self._seed}:{number}")
         async with contextlib.AsyncExitStack() as kept:
             session = await kept.enter_async_context(_session(keep=True)) if number % 2 else None
             while not self._stopping.is_set():
                 if session is not None:
-                    request = await self._send_one(session, rng.choice(KINDS), rng)
+                    request = await self._send_one(session, rng.choice(kinds), rng)
                 else:
                     async with _session(keep=False) as own:
-                        request = await self._send_one(own, rng.choice(KINDS), rng)
+                        request = await self._send_one(own, rng.choice(kinds), rng)
                 if request.end in ("cut", "error"):
                     await asyncio.sleep(0.2)
 
@@ -172,12 +178,24 @@ class Clients:
             ):
                 request.status = answer.status
                 request.request_id = answer.headers.get("x-request-id", "")
-                await self._read(answer, request, outgoing)
+                if outgoing.kind == BACKGROUND and answer.status == ACCEPTED:
+                    await self._follow(session, (await answer.json())["id"], request, outgoing)
+                else:
+                    await self._read(answer, request, outgoing)
         except TimeoutError:
             request.end = "silent" if outgoing.leave_after_s is None else "left"
         except (aiohttp.ClientError, OSError) as error:
             request.end, request.message = "cut", f"{type(error).__name__}: {error}"
         request.ids = sorted(set(request.ids))
+
+    async def _follow(
+        self, session: aiohttp.ClientSession, job_id: str, request: Request, outgoing: OutgoingRequest
+    ) -> None:
+        """The answer of a background request, at any Router."""
+        url = f"{self._urls[self._other(request.router)]}/v1/jobs/{job_id}/output"
+        async with session.get(url, headers=outgoing.headers) as answer:
+            request.status = answer.status
+            await self._read(answer, request, outgoing)
 
     async def _read(self, answer: aiohttp.ClientResponse, request: Request, outgoing: OutgoingRequest) -> None:
         if not answer.headers.get("content-type", "").startswith("text/event-stream"):

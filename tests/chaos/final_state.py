@@ -110,7 +110,7 @@ def _counts(fleet: ChaosFleet) -> dict[str, int]:
     counts["duplicate"] = sum(link.seen[DUPLICATE] for link in links)
     counts["replies lost"] = sum(link.replies_lost for link in links)
     totals = {k.decode(): int(v) for k, v in fleet.server.ask("HGETALL", _KEYS.counters).items()}
-    for event in ("requeued", "lost", "enqueued", *_STATES):
+    for event in ("requeued", "lost", "enqueued", "yielded", *_STATES):
         counts[event] = sum(n for name, n in totals.items() if name.endswith(f":{event}"))
     counts["recovered"] = counts["requeued"] + counts["lost"]
     return counts

@@ -34,6 +34,7 @@ def rows(verdict: Verdict) -> list[tuple[str, str]]:
         ("DUPLICATE", str(counts.get("duplicate", 0))),
         ("replies lost after commit", str(counts.get("replies lost", 0))),
         ("attempts recovered", str(counts.get("recovered", 0))),
+        ("jobs that yielded", str(counts.get("yielded", 0))),
         ("streams migrated", str(verdict.migrated)),
         ("gaps in them", str(verdict.gaps)),
         ("jobs of crashed engines", str(counts.get("jobs crashed", 0))),

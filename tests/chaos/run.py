@@ -17,7 +17,8 @@ from .history import Entry, History
 from .plan import CALM_S, MIN_S, draw, opening
 
 MUST_PROVE = (
-    "fenced", "duplicate", "recovered", "streams migrated", "kill measured", "hang measured", "poison given up",
+    "fenced", "duplicate", "recovered", "yielded", "streams migrated", "kill measured", "hang measured",
+    "poison given up",
 )  # fmt: skip
 
 APART_S = 1.0

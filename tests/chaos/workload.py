@@ -21,6 +21,9 @@ MODEL = "sim"
 TENANTS = ("acme", "globex", "initech")
 POISON, IMPATIENT, MALFORMED, GARBAGE = "poison", "hurried", "malformed", "engine garbage"
 ENGINE_ERROR = "engine error"
+BACKGROUND = "keyed background chat"
+BACKGROUND_CELLS = 100
+"""They take so long that the slots are full, and some yield to the others."""
 KINDS = (
     "chat stream", "chat stream", "chat stream", "completion stream", "completion stream", "chat", "chat", "completion",
     "embedding", "leaver", "slow reader stream", "deadline", ENGINE_ERROR, "engine breaks stream", GARBAGE,
@@ -84,14 +87,16 @@ def make_request(number: int, kind: str, rng: random.Random) -> OutgoingRequest:
     cells = rng.choice((8, 20, 60, 120)) if streams else rng.choice((4, 12, 30))
     if kind.startswith("completion"):
         cells = min(cells, MAX_COMPLETION_CELLS)
-    if kind == POISON:
-        cells = POISON_CELLS
+    if kind in (POISON, BACKGROUND):
+        cells = POISON_CELLS if kind == POISON else BACKGROUND_CELLS
     tenant = TENANTS[number % len(TENANTS)]
     headers = {
         "authorization": f"Bearer {tenant}",
         "content-type": "application/json",
         "x-request-id": request_id(number),
     }
+    if kind == BACKGROUND:
+        headers["x-inferq-background"] = "true"
     deadline_ms = rng.choice((1, 50, 300)) if kind == "deadline" else 0
     if deadline_ms:
         headers["x-inferq-deadline-ms"] = str(deadline_ms)
@@ -109,7 +114,7 @@ def make_request(number: int, kind: str, rng: random.Random) -> OutgoingRequest:
         leave_after_s=rng.uniform(0.0, 0.3) if kind == IMPATIENT else None,
         pause_s=0.02 if kind == "slow reader stream" else 0.0,
         key=request_id(number) if keyed else "",
-        twin=keyed and rng.random() < TWIN_SHARE,
+        twin=keyed and kind != BACKGROUND and rng.random() < TWIN_SHARE,
         other_body=_body(number + 1, kind, cells, tenant, rng, streams=streams)[1] if keyed else b"",
     )  # fmt: skip
 
