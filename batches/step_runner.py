@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from queue_schemas import BrokerUnavailable, InferqError, Tenant
+from scheduling.batch_urgency import HURRIED_LOAD, need_of
 from storage import Batch, BatchError, BatchStatus, ObjectMissing
 from telemetry import get_logger
 from telemetry.backoff import Backoff
@@ -119,12 +120,29 @@ class StepRunner:
             case Phase.READ | Phase.COMPARE_IDS:
                 return await validate(context, batch, folder, checkpoint, until)
             case Phase.DISPATCH:
-                return await BatchDispatcher(context, batch, folder, checkpoint).run(until, shared=others > 0)
+                return await self._dispatch(batch, folder, checkpoint, until, shared=others > 0)
             case Phase.MERGE | Phase.UNANSWERED:
                 await merge(context, batch, folder, checkpoint)
             case Phase.END:
                 pass
         return 0
+
+    async def _dispatch(
+        self, batch: Batch, folder: RunFolder, checkpoint: Checkpoint, until: float, *, shared: bool
+    ) -> float:
+        """A step of dispatching, beside what other batches of the model need; and tell them what this one needs."""
+        context, steps, request = self._context, self._steps, batch.request
+        model = checkpoint.progress.model or ""
+        needs = await in_thread(lambda: steps.other_needs(model, request.id, context.now_s()))
+        try:
+            return await BatchDispatcher(context, batch, folder, checkpoint, needs).run(until, shared=shared)
+        finally:
+            now_s, is_over = context.now_s(), checkpoint.phase is not Phase.DISPATCH
+            deadline_s, remaining = request.expires_at, checkpoint.remaining
+            need = need_of(checkpoint.urgency, remaining=remaining, deadline_s=deadline_s, now_s=now_s)
+            if need is not None and (is_over or need.load < HURRIED_LOAD):
+                need = None
+            await in_thread(lambda: steps.tell_need(model, request.id, need, now_s))
 
     async def _end(self, batch: Batch, folder: RunFolder, checkpoint: Checkpoint) -> None:
         """Publish the files and the end of a batch. After a crash, the next step does it again with the same result."""

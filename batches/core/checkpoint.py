@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from scheduling.batch_urgency import UrgencyState
 from storage import BatchError, BatchProgress, BatchStatus, Part
 
 MAX_ERRORS = 100
@@ -95,6 +96,9 @@ class Checkpoint(BaseModel):
     answer_bytes: int = 0
     """A decaying maximum of the sizes of recent answers; 0: none has come."""
     stored_at: float = 0
+    urgency: UrgencyState = UrgencyState()
+    rated_at: float = 0
+    """When the urgency was last decided; 0: not yet."""
     server_run_id: str = ""
     """Run id of the Redis server that has the jobs of the open lines."""
     stopping_since: float = 0
@@ -118,6 +122,11 @@ class Checkpoint(BaseModel):
         """Record an error of the batch, up to ``MAX_ERRORS``."""
         if len(self.errors) < MAX_ERRORS:
             self.errors.append(error)
+
+    @property
+    def remaining(self) -> int:
+        """Lines without a stored result."""
+        return self.total - self.progress.completed - self.progress.failed
 
     @property
     def full_of_errors(self) -> bool:

@@ -8,10 +8,11 @@ lines.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from broker import Broker
 from queue_schemas import Frame, MarkerKind, Pool
+from scheduling.batch_urgency import BatchNeed
 from storage import Batch, BatchStatus
 from telemetry import get_logger
 from telemetry.backoff import Backoff
@@ -34,6 +35,7 @@ from .input import InputDeleted, input_deleted
 from .line_sender import PAUSE_S, LineSender
 from .open_lines import OpenLines
 from .run_folder import RunFolder
+from .urgency import UrgencyTracker
 
 MAX_GENERATIONS = 100
 """Jobs of one line whose answer was lost before the line fails."""
@@ -51,9 +53,16 @@ log = get_logger(__name__)
 
 
 class BatchDispatcher:
-    """One step of one batch."""
+    """One step of one batch. ``others``: what the other batches of its model with short slack need."""
 
-    def __init__(self, context: BatchContext, batch: Batch, folder: RunFolder, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        context: BatchContext,
+        batch: Batch,
+        folder: RunFolder,
+        checkpoint: Checkpoint,
+        others: Sequence[BatchNeed] = (),
+    ) -> None:
         self._context = context
         self._settings = context.settings
         self._batch = batch
@@ -68,6 +77,7 @@ class BatchDispatcher:
             context, batch, checkpoint, self._window, self._lines, self._broker, model, self._reply_stream
         )
         self._busy_backoff = Backoff(self._settings.busy_backoff_ms / 1000, _MAX_BUSY_S, jitter=0)
+        self._urgency = UrgencyTracker(context, batch, checkpoint, self._window, self._lines, self._broker, others)
         self._last_entry = "0"
         self._caught_up = False
         self._read_count = max(1, min(_FIRST_MESSAGES, _READ_BYTES // max(checkpoint.answer_bytes, 1)))
@@ -94,6 +104,7 @@ class BatchDispatcher:
         while True:
             await self._read(idle, shared=shared, until_s=until_s)
             self._resend_unconfirmed()
+            await self._urgency.update()
             ending = self._decide_outcome()
             # Lines are opened first: some may have been answered already. They are sent once there is room for answers.
             if ending is None and self._caught_up:
@@ -203,6 +214,7 @@ class BatchDispatcher:
             return  # the batch ends early: all such lines get the same result later
         self._sender.unconfirmed.pop(item.line, None)
         self._lines.add_result(result)
+        self._urgency.answered += 1
 
     def _resend_unconfirmed(self) -> None:
         """Send lines again, as new jobs, whose job has ended and whose answer is not in the reply stream."""

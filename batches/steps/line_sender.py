@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from broker import Broker
-from queue_schemas import TERMINAL, BrokerFull, Job, JobId, Lane, OverCapacity, Pool, SessionId, State, Tenant
+from queue_schemas import TERMINAL, BrokerFull, Job, JobId, OverCapacity, Pool, SessionId, State, Tenant
+from scheduling.batch_urgency import place_of
 from storage import Batch, FileRecord
 from telemetry import get_logger
 from telemetry.threads import in_thread
@@ -146,13 +147,15 @@ class LineSender:
 
     async def _send_one(self, number: int) -> tuple[JobId, State]:
         request, line = self._batch.request, self._requests[number]
+        lane, band = place_of(self._checkpoint.urgency.urgency, number)
         job = Job(
             id=self._window.add(number, self._checkpoint.open[number].generation),
             tenant=Tenant(request.tenant),
             model=self._model,
             path=request.endpoint,
             body=line.body,
-            lane=Lane.BATCH,
+            lane=lane,
+            band=band,
             ttl_ms=max(1, int((request.expires_at - self._context.now_s()) * 1000)),
             max_attempts=self._settings.max_attempts,
             reply_to=self._reply_stream,

@@ -95,12 +95,15 @@ class Jobs:
         state, epoch, attempt_id = found
         return None if state == b"unknown" else JobStatus(State(state.decode()), int(epoch), attempt_id.decode())
 
-    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
+    async def cancel(
+        self, job_id: JobId, reason: str, *, if_orphaned: bool = False, if_queued: bool = False
+    ) -> State | None:
         """Cancel a job. Returns the state it was in, None if it is unknown (a later enqueue of it is void then).
-        ``if_orphaned`` leaves persisted and unknown jobs alone."""
+        ``if_orphaned`` leaves persisted and unknown jobs alone; ``if_queued`` all that do not wait on the queue."""
         keys = keys_of_job(self._keys, job_id)
+        condition = 2 if if_queued else int(if_orphaned)
         return state_or_none(
-            await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, int(if_orphaned), 0)
+            await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, condition, 0)
         )
 
     async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None:

@@ -170,6 +170,26 @@ class RqQueue:
             self.connection.expire(key, ttl_s)
             return int(count)
 
+    def tell(self, kind: str, name: str, field: str, value: str, ttl_s: int) -> None:
+        """Set one field of what several processes tell each other of ``name``; all of it expires ``ttl_s`` after the
+        last."""
+        key = _key(kind, name)
+        with rq_errors():
+            self.connection.hset(key, field, value)
+            self.connection.expire(key, ttl_s)
+
+    def told(self, kind: str, name: str) -> dict[str, str]:
+        """What is told of ``name``, by field. What cannot be read is left out."""
+        with rq_errors():
+            fields: Any = self.connection.hgetall(_key(kind, name))
+        return {field.decode(errors="replace"): value.decode(errors="replace") for field, value in fields.items()}
+
+    def forget_told(self, kind: str, name: str, fields: Sequence[str]) -> None:
+        """Remove fields of what is told of ``name``."""
+        if fields:
+            with rq_errors():
+                self.connection.hdel(_key(kind, name), *fields)
+
     def find_marked(self, kinds: Sequence[str], names: Sequence[str]) -> set[str]:
         """Those of ``names`` that have a lock, mark or counter of one of these ``kinds``."""
         keys = [_key(kind, name) for name in names for kind in kinds]

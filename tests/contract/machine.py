@@ -186,16 +186,17 @@ class QueueMachine(RuleBasedStateMachine):
         live = pick([live for live in self.model.live.values() if live.state == "lost"], number)
         self.play("resume", replace(live.job, prefix=grown), live.epoch)
 
-    @rule(number=picks, unknown=st.booleans())
-    def cancel(self, number: int, unknown: bool) -> None:
-        """A client goes away, before or after its answer, or before its request, which comes all the same."""
+    @rule(number=picks, unknown=st.booleans(), if_queued=st.booleans())
+    def cancel(self, number: int, unknown: bool, if_queued: bool) -> None:
+        """A client goes away, before or after its answer, or before its request, which comes all the same; or a batch
+        takes a line back that does not run yet."""
         if unknown or not self.jobs:
             job = Job(id=_job_id(len(self.jobs)), tenant=Tenant("a"), model=POOLS[0], path="/", body=b"")
             self.jobs.append(job)
-            self.play("cancel", job.id, GONE)
+            self.play("cancel", job.id, GONE, if_queued)
             self.play("enqueue", job)
         else:
-            self.play("cancel", pick(self.jobs, number).id, GONE)
+            self.play("cancel", pick(self.jobs, number).id, GONE, if_queued)
 
     @precondition(lambda self: self.jobs)
     @rule(number=picks, heard=st.integers(0, 3))

@@ -196,15 +196,18 @@ class Model:
             live.epoch = max(live.epoch, _next_run(heard))
         return live.state, live.epoch, live.attempt_id
 
-    def cancel(self, job_id: str, reason: str) -> State | None:
+    def cancel(self, job_id: str, reason: str, *, if_queued: bool = False) -> State | None:
         """The state it was in; None: unknown."""
         if job_id in self.ended:
             return self.ended[job_id].state
         live = self.live.get(job_id)
         if live is None:
-            self.ended[job_id] = Tombstone(State.CANCELLED, 0)
+            if not if_queued:
+                self.ended[job_id] = Tombstone(State.CANCELLED, 0)
             return None
         state = live.state
+        if if_queued and state is not State.QUEUED:
+            return state
         self._stop(live, State.CANCELLED, reason)
         return state
 

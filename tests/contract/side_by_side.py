@@ -170,8 +170,9 @@ class SideBySide:
         standing = found and (found.state, found.epoch, found.attempt_id)
         _same("raise_epoch", standing, self.model.raise_epoch(job_id, heard))
 
-    async def cancel(self, job_id: JobId, reason: str) -> None:
-        _same("cancel", await self.broker.jobs.cancel(job_id, reason), self.model.cancel(job_id, reason))
+    async def cancel(self, job_id: JobId, reason: str, if_queued: bool = False) -> None:
+        found = await self.broker.jobs.cancel(job_id, reason, if_queued=if_queued)
+        _same("cancel", found, self.model.cancel(job_id, reason, if_queued=if_queued))
 
     async def join(self, worker: SessionId) -> None:
         await self.broker.workers.join(worker)

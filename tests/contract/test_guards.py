@@ -91,6 +91,18 @@ async def a_cancel_that_comes_first_stands(scene: Scene) -> None:
     assert await scene.worker.claim() == []
 
 
+async def a_line_that_runs_is_not_taken_back(scene: Scene) -> None:
+    """A batch that moves what waits does not abort what runs; an unknown job may come later."""
+    job = scene.job()
+    await scene.broker.jobs.enqueue(job)
+    lease = await scene.worker.claim_one()
+    assert await scene.broker.jobs.cancel(job.id, "moved", if_queued=True) is State.LEASED
+    assert await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease)) is Settled.OK
+    late = scene.job()
+    assert await scene.broker.jobs.cancel(late.id, "moved", if_queued=True) is None
+    assert await scene.broker.jobs.enqueue(late) is State.QUEUED
+
+
 async def a_repeated_claim_gives_the_same(scene: Scene) -> None:
     """Its reply was lost: the jobs must not be leased to nobody, nor more of them given."""
     for _ in range(2):
@@ -427,6 +439,14 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (the_attempt_id_fences, Rewrite("fence", SAME, "local same = job.epoch == epoch")),
     (nobody_makes_a_reply_stream, Rewrite("listeners", "'NOMKSTREAM', '*', field", "'*', field")),
     (a_tombstone_stands, Rewrite("lifecycle", "leave_tombstone(job.id,", "call('DEL', P .. 'job:' .. job.id,")),
+    (
+        a_line_that_runs_is_not_taken_back,
+        Rewrite("cancel", "if condition == '2' and before ~= 'queued' then return before end", ""),
+    ),
+    (
+        a_line_that_runs_is_not_taken_back,
+        Rewrite("cancel", "if condition == '0' and abandoned_ms == 0 then", "if abandoned_ms == 0 then"),
+    ),
     (a_cancel_that_comes_first_stands, Rewrite("cancel", "leave_tombstone(id, 'cancelled', '0', '')", "")),
     (a_repeated_claim_gives_the_same, Rewrite("claim", "if last[1] == seq then", "if false then")),
     (a_late_claim_gives_nothing, Rewrite("claim", "tonumber(seq) < tonumber(last[1])", "false")),

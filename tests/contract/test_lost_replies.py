@@ -257,6 +257,15 @@ async def test_cancel_of_a_waiting_job(faulty: Faulty) -> None:
     assert (await faulty.sound.stats.job_counts()).events[(MODEL, Lane.INTERACTIVE, "cancelled")] == 1
 
 
+async def test_cancel_of_a_job_only_while_it_waits(faulty: Faulty) -> None:
+    """Taken back once; the repeat finds it cancelled, and its marker is there once."""
+    job = make_job()
+    await faulty.broker.jobs.enqueue(job)
+    faulty.lose("cancel")
+    assert await faulty.broker.jobs.cancel(job.id, "moved", if_queued=True) in (State.QUEUED, State.CANCELLED)
+    assert (await faulty.sound.stats.job_counts()).events[(MODEL, Lane.INTERACTIVE, "cancelled")] == 1
+
+
 async def test_cancel_of_a_running_job(faulty: Faulty) -> None:
     """Its worker is told once."""
     job = make_job()

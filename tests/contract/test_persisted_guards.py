@@ -114,7 +114,7 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (what_is_kept_is_one_answer, Rewrite("settle", "if restarts_output and due == 0", "if false")),
     (nobody_makes_a_listeners_stream, Rewrite("listeners", "'NOMKSTREAM', '*', field", "'*', field")),
     (kept_bytes_are_given_back, Rewrite("persisted", "-tonumber(bytes or 0)", "0")),
-    (a_stray_beginning_cancels_no_stored_job, Rewrite("cancel", "if_orphaned and job.persisted == '1'", "false")),
+    (a_stray_beginning_cancels_no_stored_job, Rewrite("cancel", "condition == '1' and job.persisted == '1'", "false")),
 ]  # fmt: skip
 
 
