@@ -12,7 +12,7 @@ from queue_schemas.headers import CLIENT_HEADERS
 
 ANY_ORIGIN = "*"
 EXPOSED_HEADERS = (
-    *("x-request-id", "request-id", "location", "allow", "accept-encoding"),
+    *("x-request-id", "request-id", "x-inferq-service-tier", "location", "allow", "accept-encoding"),
     *("content-range", "accept-ranges", "etag"),
     *sorted(CLIENT_HEADERS),
 )

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import orjson
 
 from openai_api.completions.continuable import may_yield
-from queue_schemas import BrokerUnavailable, Job, JobMetadata, Lane, OnLoss, Pool, Tenant, new_job_id
-from queue_schemas.lanes import band_of_priority
+from queue_schemas import BrokerUnavailable, Job, JobMetadata, OnLoss, Pool, Tenant, new_job_id
 from queue_schemas.persisted_output import request_digest
 from scheduling.affinity import adapter_digest
+from scheduling.service_tiers import place_of_request
 
 from ..model_directory import check_model
 from ..queue_link import QueueLink
@@ -55,14 +55,15 @@ class JobBuilder:
         on_loss: OnLoss,
         idempotency_key: str = "",
         persisted: bool = False,
-        lane: Lane = Lane.INTERACTIVE,
+        background: bool = False,
+        tier: str = "",
         request_id: str = "",
         traceparent: str = "",
         headers: Mapping[str, str] | None = None,
         affinity: str = "",
     ) -> Job:
         """The job of a request with ``fields``. One that is not ``persisted`` is answered to this Router. ``affinity``:
-        the digests of its prefix.
+        the digests of its prefix; ``tier``: its service tier (:mod:`scheduling.service_tiers`).
 
         Raises ``BrokerUnavailable``.
         """
@@ -70,7 +71,8 @@ class JobBuilder:
         if on_loss == "continue" and not fields.continuable:
             on_loss = "restart"
         queue = link.ready_queue()
-        is_yielding = lane is Lane.BACKGROUND and _goes_on(path, body, content_type, fields, on_loss)
+        lane, band = place_of_request(tier, fields.priority, settings.highest_band_of(tenant), background=background)
+        is_yielding = background and _goes_on(path, body, content_type, fields, on_loss)
         pool = link.directory.pools.get(fields.model)
         if settings.affinity and pool is not None and pool.card.get("parent"):
             affinity += adapter_digest(fields.model)
@@ -82,7 +84,7 @@ class JobBuilder:
             body=body,
             content_type=content_type,
             lane=lane,
-            band=max(band_of_priority(fields.priority), settings.highest_band_of(tenant)),
+            band=band,
             yields=settings.max_yields if is_yielding else 0,
             stream=fields.stream,
             persisted=persisted,

@@ -85,10 +85,11 @@ class ChatConversion(Protocol):
 class ResponsesMode(Protocol):
     """Responses built from chats: :class:`router.responses.service.ResponseService`."""
 
-    def convert(self, body: bytes, fields: RequestFields, *, keyed: bool) -> ChatConversion | None:
-        """The chat that answers a request for a response; None: the engine is asked for the response itself."""
+    def convert(self, body: bytes, fields: RequestFields, *, keyed: bool, tier: str) -> ChatConversion | None:
+        """The chat that answers a request for a response; None: the engine is asked for the response itself. ``tier``:
+        what the response is to say of its service tier, '' for what it asks for."""
         ...
 
-    def convert_refused(self, model: Pool, body: bytes) -> ChatConversion | None:
+    def convert_refused(self, model: Pool, body: bytes, tier: str) -> ChatConversion | None:
         """The same after an engine of ``model`` answered that it has no Responses API; None: no chat can say it."""
         ...

@@ -35,7 +35,8 @@ class RequestFields:
     ``timeout_s``: how long the request may take, None if it does not say. Gateways define it, engines ignore it.
     ``continuable``: another attempt can continue the stream behind what was delivered; ``usage``: the stream ends with
     its usage; ``choices``: how many the stream has; ``background``: a background response; ``cost``: what it will cost,
-    by an estimate (:mod:`scheduling.cost`); ``affinity``: the digests of its prefix (:mod:`scheduling.affinity`).
+    by an estimate (:mod:`scheduling.cost`); ``affinity``: the digests of its prefix (:mod:`scheduling.affinity`);
+    ``tier``: the ``service_tier`` that it names.
     """
 
     model: Pool
@@ -48,6 +49,7 @@ class RequestFields:
     background: bool = False
     cost: int = 1
     affinity: str = ""
+    tier: str = ""
 
 
 def read_fields(
@@ -103,6 +105,8 @@ def _from_json(
     if limits is not None:
         check_request(request, path, limits)
     cost = estimate_cost(path, body, request)
+    named = request.get("service_tier")
+    tier = named if type(named) is str else ""
     affinity = request_affinity(affinity_of, model, request, len(body), session)
     if not stream:
         return RequestFields(
@@ -112,6 +116,7 @@ def _from_json(
             background=bool(background),
             cost=cost,
             affinity=affinity,
+            tier=tier,
         )
     return RequestFields(
         model=_checked_model(model),
@@ -124,6 +129,7 @@ def _from_json(
         background=bool(background),
         cost=cost,
         affinity=affinity,
+        tier=tier,
     )
 
 

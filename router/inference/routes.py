@@ -33,6 +33,7 @@ from .exchange import Exchange
 from .open_request import OpenRequest, request_timeout
 from .open_requests import OpenRequests
 from .relay import Relay
+from .rules import TIER_HEADER
 from .service import InferenceRequest, InferenceService
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -100,6 +101,8 @@ class InferenceRoutes:
             return False
         cycle.drop_body()
         writer = ResponseWriter(cycle.send, request_id.encode(), path, cycle)
+        if prepared.tier:
+            writer.add_header(TIER_HEADER, prepared.tier.encode())
         exchange = Exchange(self._service, self._metrics, request, writer, path, request_id)
         DirectAnswer(cycle, exchange, self._relay).begin(self._service, prepared)
         return True
@@ -129,6 +132,8 @@ class InferenceRoutes:
         prepared = await self._service.prepare(received, tenant)
         if prepared.resumable:
             exchange.writer = self._service.resumable_writer(prepared, send, request_id.encode(), path)
+        if prepared.tier:
+            exchange.writer.add_header(TIER_HEADER, prepared.tier.encode())
         await self._service.answer(request, prepared, exchange.writer)
 
     def _admit(self, request: OpenRequest, headers: dict[bytes, bytes]) -> Tenant:

@@ -12,8 +12,9 @@ from functools import partial
 from starlette.types import Send
 
 from openai_api.paths import RESPONSES_PATH
-from queue_schemas import Enqueued, Job, Lane, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
+from queue_schemas import Enqueued, Job, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
 from queue_schemas.records import record
+from scheduling.service_tiers import used_tier
 from telemetry import get_logger
 from telemetry.http.content_coding import CONTENT_ENCODING
 
@@ -72,7 +73,8 @@ class InferenceRequest:
 @record
 class PreparedRequest:
     """One request with the job that answers it. ``background``: no client waits; ``resumable``: its client may come
-    back for the rest of its stream; ``conversion``: the job is a chat whose answer becomes a response."""
+    back for the rest of its stream; ``conversion``: the job is a chat whose answer becomes a response; ``tier``:
+    the service tier that it has, '' if it named none."""
 
     job: Job
     fields: RequestFields
@@ -82,6 +84,7 @@ class PreparedRequest:
     on_loss: OnLoss
     client_grace_s: float
     last_event_id: bytes
+    tier: str
 
 
 class InferenceService:
@@ -138,9 +141,10 @@ class InferenceService:
         affinity = fields.affinity
         background = _BACKGROUND in headers and read_flag(headers[_BACKGROUND], BACKGROUND_HEADER)
         key = read_idempotency_key(headers.get(_IDEMPOTENCY))
+        tier = used_tier(fields.tier, settings.highest_band_of(tenant)) if fields.tier else ""
         conversion = None
         if path == RESPONSES_PATH and (fields.background or not background):
-            conversion = self._responses.convert(body, fields, keyed=bool(key))
+            conversion = self._responses.convert(body, fields, keyed=bool(key), tier=tier)
         client_streams = fields.stream
         if conversion is not None:
             background, client_streams = conversion.background, conversion.stream
@@ -160,7 +164,8 @@ class InferenceService:
             on_loss=on_loss,
             idempotency_key=key,
             persisted=persisted,
-            lane=Lane.BACKGROUND if background else Lane.INTERACTIVE,
+            background=background,
+            tier=tier,
             request_id=received.request_id,
             traceparent=received.traceparent,
             headers=received.engine_headers,
@@ -175,6 +180,7 @@ class InferenceService:
             on_loss,
             deadline.client_grace_s,
             headers.get(_LAST_EVENT, b""),
+            tier,
         )
 
     def resumable_writer(self, prepared: PreparedRequest, send: Send, request_id: bytes, path: str) -> ResponseWriter:
@@ -249,7 +255,7 @@ class InferenceService:
         """Send a request for a response again as a chat: the engine has no Responses API. False if no chat can say it:
         then the engine's answer stands."""
         job = prepared.job
-        conversion = self._responses.convert_refused(job.model, job.body)
+        conversion = self._responses.convert_refused(job.model, job.body, prepared.tier)
         if conversion is None:
             return False
         on_loss = prepared.on_loss

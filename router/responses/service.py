@@ -71,26 +71,27 @@ class ResponseService:
         self._persisted = persisted
         self._chat_only = chat_only
 
-    def convert(self, body: bytes, fields: RequestFields, *, keyed: bool) -> ResponseFromChat | None:
-        """The chat that answers a request for a response; None: the engine is asked for the response itself.
+    def convert(self, body: bytes, fields: RequestFields, *, keyed: bool, tier: str) -> ResponseFromChat | None:
+        """The chat that answers a request for a response; None: the engine is asked for the response itself. ``tier``:
+        the service tier that the response names, '' for the one that it asks for.
 
         An idempotency key means one job, which cannot be sent in another form later: so it is a chat wherever a chat
         can say it. Raises ``BadRequest`` where only a chat will do and none can say it.
         """
         mode = self._settings.responses
         if fields.background or mode == "chat" or (mode == "auto" and fields.model in self._chat_only):
-            return self._from_chat(body, background=fields.background)
+            return self._from_chat(body, tier, background=fields.background)
         if mode == "auto" and keyed:
             try:
-                return self._from_chat(body, background=False)
+                return self._from_chat(body, tier, background=False)
             except BadRequest:
                 return None
         return None
 
-    def convert_refused(self, model: Pool, body: bytes) -> ResponseFromChat | None:
+    def convert_refused(self, model: Pool, body: bytes, tier: str) -> ResponseFromChat | None:
         """The same after an engine of ``model`` answered that it has no Responses API; None: no chat can say it."""
         try:
-            converted = self._from_chat(body, background=False)
+            converted = self._from_chat(body, tier, background=False)
         except BadRequest:
             return None
         self._chat_only.add(model)
@@ -170,13 +171,15 @@ class ResponseService:
             )
         return PersistedResponseMerger(load_request(job.id, job.metadata.note), after, job.output_epoch)
 
-    def _from_chat(self, body: bytes, *, background: bool) -> ResponseFromChat:
+    def _from_chat(self, body: bytes, tier: str, *, background: bool) -> ResponseFromChat:
         """Raises ``BadRequest`` for what no chat can say."""
         try:
             request: Json = orjson.loads(body)
         except orjson.JSONDecodeError:
             raise BadRequest("a response is asked for in JSON: send a body of that content type") from None
         chat = as_chat(request)
+        if tier:
+            request = request | {"service_tier": tier}
         fields = read_fields(chat.body, "application/json", CHAT_PATH)
         return ResponseFromChat(self, request, body, int(time.time()), chat.body, fields, chat.stream, background)
 
