@@ -155,9 +155,10 @@ def takes_warm(match: Match, free: int, most_free: int) -> bool:
     """Whether a worker with ``free`` slots that holds ``match`` is preferred to the one with the ``most_free``.
 
     The bound on its load, as in consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, SODA 2018),
-    here in free slots: half as many suffice for the longest prefix, nearly as many must be free for a short part of it.
+    here in free slots, rounded in the worker's favour: half as many suffice for the longest prefix, all but one must be
+    free for a short part of it.
     """
-    return free > 0 and 2 * match.total * free >= most_free * (match.total + match.passed)
+    return free > 0 and 2 * match.total * (free + 1) > most_free * (match.total + match.passed)
 
 
 def choose(table: WarmTable, waiting: Sequence[str], cache: str) -> int:

@@ -28,10 +28,10 @@ async def _wait_is(scene: Scene, ms: int) -> None:
 
 
 async def load_stays_within_the_bound(scene: Scene) -> None:
-    """A warm worker is left alone once another has more than twice its free slots."""
+    """A warm worker is left alone once another has more than twice its free slots and one."""
     await _holds(scene, scene.worker, MINE)
     other = await scene.another()
-    assert await scene.worker.claim(3, offer=3) == await other.claim(7, offer=7) == []
+    assert await scene.worker.claim(3, offer=3) == await other.claim(8, offer=8) == []
     await scene.broker.jobs.enqueue(scene.job(affinity=MINE))
     assert (len(await scene.worker.handed()), len(await other.handed())) == (0, 1)
 
@@ -112,7 +112,7 @@ async def the_wait_is_forgotten_with_the_queue(scene: Scene) -> None:
     assert not await scene.client.hexists(KEYS.counters, f"{WAITS_AT}:wait")
 
 
-BOUND = "\n      and 2 * #digests * holder.free >= best.free * (#digests + passed * DIGEST_CHARS)"
+BOUND = "\n      and 2 * #digests * (holder.free + 1) > best.free * (#digests + passed * DIGEST_CHARS)"
 PROOF = "proof == string.sub(digests, at + SLOT_CHARS, at + DIGEST_CHARS - 1) and held or ''"
 GUARDS: list[tuple[Scenario, Rewrite]] = [
     (load_stays_within_the_bound, Rewrite("handoff", BOUND, "")),

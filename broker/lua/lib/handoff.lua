@@ -46,7 +46,7 @@ local function warmest(key, digests, best)
   for session_id in string.gmatch(held or '', '(%S+)#%d*') do
     local holder = taker(session_id)
     if holder and is_holder(held, holder.cache) and is_holder(holder.parked, key) and holder.free > (found or { free = 0 }).free
-      and 2 * #digests * holder.free >= best.free * (#digests + passed * DIGEST_CHARS) then
+      and 2 * #digests * (holder.free + 1) > best.free * (#digests + passed * DIGEST_CHARS) then
       found = holder
     end
   end

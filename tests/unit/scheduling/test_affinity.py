@@ -155,11 +155,11 @@ def test_a_digest_in_the_slot_of_another_replaces_it() -> None:
 
 @pytest.mark.parametrize(
     ("passed", "free", "most_free", "taken"),
-    [(0, 4, 8, True), (0, 3, 8, False), (0, 1, 2, True), (5, 6, 8, True), (5, 5, 8, False), (9, 8, 8, True),
-     (9, 7, 8, False), (0, 0, 0, False)],
+    [(0, 4, 8, True), (0, 3, 8, False), (0, 1, 2, True), (0, 1, 3, True), (0, 1, 4, False), (5, 6, 8, True),
+     (5, 5, 8, False), (9, 7, 8, True), (9, 6, 8, False), (9, 1, 2, True), (0, 0, 1, False)],
 )  # fmt: skip
 def test_the_more_is_warm_the_more_load_is_accepted(passed: int, free: int, most_free: int, taken: bool) -> None:
-    """Half of the free slots for all of the prompt, nearly all for a tenth of it."""
+    """Half of the free slots for all of the prompt, all but one for a tenth of it."""
     assert takes_warm(Match(("w",), passed, 10), free, most_free) is taken
 
 
